@@ -1,0 +1,193 @@
+"""Putting a pipeline together from the settings: bus, models, stages, workers, sink.
+
+One process can host every stage on one shared model, or each stage runs alone in any number of copies: it is the same code,
+`charter run` or `charter run --stage NAME`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import charter
+from constitutions.loader import Constitution, load
+from consumers.critique import Criticise
+from consumers.judge import Judge
+from consumers.respond import Respond
+from consumers.revise import Revise
+from consumers.sink import Sink
+from engine.bus import open_bus
+from engine.bus.port import Bus
+from engine.checkpoints import read
+from engine.errors import UsageError
+from engine.host import Host, Run
+from engine.models import open_model
+from engine.models.port import Model
+from engine.bus.read import read_values
+from engine.policy import PolicyFollower
+from engine.settings import Settings
+from engine.store import Store
+from engine.worker import Lane, Stage, Worker, outgoing
+from schemas import ids
+from schemas.codec import decode
+from schemas.records import PolicyUpdate, RunManifest, Sampling
+from schemas.topics import topic_table
+
+STAGES = ("respond", "critique", "revise", "judge")
+ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "judge": "judge"}
+ENDPOINT_THREADS = 4
+
+
+def connect(settings: Settings) -> Bus:
+    """The bus of the settings, with every topic there."""
+    bus = open_bus(settings.bus_address, prefix=settings.bus.prefix)
+    bus.create_topics(list(topic_table(settings.bus.partitions, settings.bus.retention_ms).values()))
+    return bus
+
+
+def store_of(settings: Settings) -> Store:
+    return Store(settings.folder / "charter.duckdb")
+
+
+def is_endpoint(spec: str) -> bool:
+    return spec.startswith(("http://", "https://"))
+
+
+@dataclass
+class Models:
+    """The models by role. Roles with the same setting share one model; critic and judge default to policy version 0."""
+
+    settings: Settings
+    opened: dict[str, Model] = field(default_factory=dict)
+    lanes: dict[str, Lane] = field(default_factory=dict)
+
+    def spec(self, role: str) -> str:
+        return getattr(self.settings.models, role) or self.settings.models.policy
+
+    def open(self, spec: str) -> Model:
+        if spec not in self.opened:
+            chosen = self.settings.models
+            options: dict[str, Any] = {"threads": chosen.threads, "max_batch": chosen.max_rows}
+            if is_endpoint(spec):
+                options = {
+                    "api_key_env": chosen.api_key_env,
+                    "timeout_s": chosen.timeout_s,
+                    "concurrency": chosen.concurrency,
+                }
+            self.opened[spec] = open_model(spec, **options)
+        return self.opened[spec]
+
+    def role(self, role: str) -> Model:
+        return self.open(self.spec(role))
+
+    def lane(self, role: str) -> Lane:
+        """Local models share the machine and so one lane; each endpoint has its own."""
+        name = self.spec(role) if is_endpoint(self.spec(role)) else "local"
+        threads = ENDPOINT_THREADS if is_endpoint(self.spec(role)) else 1
+        return self.lanes.setdefault(name, Lane(name, threads, self.settings.worker.linger_ms / 1000))
+
+    def open_update(self, update: PolicyUpdate) -> Model:
+        """The weights of a policy update, verified against its hash."""
+        folder = read(Path(update.uri), update.content_hash).folder
+        return open_model(str(folder), threads=self.settings.models.threads, max_batch=self.settings.models.max_rows)
+
+
+def policy_of(models: Models, bus: Bus) -> Callable[[], tuple[Model, int]]:
+    """What answers now. A server's weights are its own: it stays at version 0 until it is given others."""
+    first = models.role("policy")
+    if is_endpoint(models.spec("policy")):
+        return lambda: (first, 0)
+    return PolicyFollower(bus, first, models.open_update).current
+
+
+def make_stage(name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus) -> Stage:
+    """One stage of the stream from the settings."""
+    rows = settings.models.max_rows
+    if name == "respond":
+        wanted = settings.respond
+        sampling = Sampling(temperature=wanted.temperature, top_p=wanted.top_p, max_tokens=wanted.max_tokens)
+        work: Any = Respond(policy_of(models, bus), wanted.samples, sampling)
+        return Stage(name, ("prompts",), ("responses",), 0, max(1, rows // wanted.samples), work)
+    if name == "critique":
+        work = make_critique(settings, models, constitution)
+        return Stage(name, ("revisions", "responses"), ("critiques",), 1, rows, work)
+    if name == "revise":
+        sampling = Sampling(
+            temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens
+        )
+        work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot)
+        return Stage(name, ("critiques",), ("revisions",), 2, rows, work)
+    if name == "judge":
+        wanted_pairs = settings.judge
+        work = Judge(
+            models.role("judge"), constitution, wanted_pairs.pairing, wanted_pairs.min_mass, wanted_pairs.reject_flips
+        )
+        inputs = ("responses",) if wanted_pairs.pairing == "candidates" else ("critiques", "revisions")
+        return Stage(name, inputs, ("preferences",), 3, rows, work)
+    raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
+
+
+def make_critique(settings: Settings, models: Models, constitution: Constitution) -> Criticise:
+    wanted = settings.critique
+    return Criticise(
+        model=models.role("critic"),
+        constitution=constitution,
+        sampling=Sampling(temperature=wanted.temperature, top_p=1.0, max_tokens=wanted.max_tokens),
+        rounds=wanted.rounds,
+        early_stop=wanted.early_stop,
+        few_shot=wanted.few_shot,
+        min_mass=wanted.min_mass,
+        win=wanted.win,
+        lose=wanted.lose,
+        same=wanted.same,
+        skip_sources=tuple(wanted.skip_sources),
+    )
+
+
+def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool, slot: str | None = None) -> Host:
+    """A host of these stages, and of the sink if asked for."""
+    constitution = load(settings.run.constitution)
+    publish_manifest(bus, settings, constitution)
+    models = Models(settings)
+    workers = [
+        Worker(
+            bus,
+            make_stage(name, settings, models, constitution, bus),
+            models.lane(ROLES[name]),
+            run_id=settings.run.id,
+            slot=slot or f"{socket.gethostname()}-{os.getpid()}",
+            max_in_flight=settings.worker.max_in_flight,
+            attempts=settings.worker.attempts,
+        )
+        for name in stages
+    ]
+    others: dict[str, Run] = {}
+    if sink:
+        others["sink"] = make_sink(settings, bus).run
+    return Host(workers, others)
+
+
+def make_sink(settings: Settings, bus: Bus) -> Sink:
+    return Sink(bus, store_of(settings), max_rows=settings.sink.max_rows, max_wait_s=settings.sink.max_wait_s)
+
+
+def publish_manifest(bus: Bus, settings: Settings, constitution: Constitution) -> None:
+    """Say what this run is made of, once for each configuration."""
+    text = settings.model_dump_json(exclude={"data", "bus"})
+    configuration = ids.fingerprint(settings=text, constitution=constitution.hash, version=charter.__version__)
+    manifest = RunManifest(
+        record_id=ids.record_id("run", [], ids.fingerprint(run=settings.run.id, configuration=configuration)),
+        run_id=settings.run.id,
+        stage="run",
+        name=settings.run.id,
+        settings=text,
+        constitution_text=constitution.text,
+        charter_version=charter.__version__,
+    )
+    known = {decode(value, RunManifest).record_id for value in read_values(bus, RunManifest.topic)}
+    if manifest.record_id not in known:
+        bus.publish([outgoing(manifest)])

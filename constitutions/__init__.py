@@ -1,0 +1,1 @@
+"""Constitutions: written principles as versioned TOML files, and their loader."""

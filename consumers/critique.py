@@ -1,0 +1,234 @@
+"""Critique: responses and revisions -> critiques. Is the newest text in order, and if not, what is wrong with it?
+
+For a first answer a principle is drawn (seeded from the chain), and the critic says by next-token probabilities whether the
+text breaks it. Clean: the chain ends here. Else the critique in words goes on to `revise`.
+
+For a revision the earlier principles are asked again, and the next one while rounds are left, and the revision is compared
+with its predecessor in both orders:
+
+* it loses (p <= lose): the predecessor is the final text (LOST);
+* all verdicts are clean and it wins (p >= win) or hardly differs: it is the final text (SATISFIED);
+* no rounds are left: it is the final text (LAST_ROUND);
+* else the critique under the next principle.
+
+Without `early_stop` no verdict is asked and every chain goes through all rounds (Bai et al. 2022, section 3.1). Verdicts ask
+with the options in both orders, because small models favour a slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from constitutions.loader import Constitution, Principle
+from consumers import templates
+from consumers.chain import carried, similarity, start_of
+from consumers.compare import Comparison, both_orders
+from consumers.judge import reference
+from engine.models.port import Ask, Model
+from schemas import ids
+from schemas.records import ChainEnd, Critique, ModelRef, Record, Response, Revision, Sampling, Turn, Verdict
+
+Wordings = tuple[tuple[Turn, ...], tuple[Turn, ...]]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A text that waits for its critique: the chain so far, the principles already used, and the one of the next round."""
+
+    parent: Response | Revision
+    fields: dict[str, Any]
+    used: tuple[Principle, ...]
+    upcoming: Principle | None
+    verdict: Verdict = Verdict.NOT_ASKED
+    p_flawed: float | None = None
+    mass: float | None = None
+    p_better: float | None = None
+    similarity: float | None = None
+    ended: ChainEnd = ChainEnd.NONE
+
+    @property
+    def checked(self) -> list[Principle]:
+        return [*self.used, *([self.upcoming] if self.upcoming else [])]
+
+
+@dataclass(frozen=True)
+class Criticise:
+    """The critique stage."""
+
+    model: Model
+    constitution: Constitution
+    sampling: Sampling
+    rounds: int
+    early_stop: bool
+    few_shot: bool
+    min_mass: float
+    win: float
+    lose: float
+    same: float
+    skip_sources: tuple[str, ...]
+
+    def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
+        links = [self.link(record) for record in records]
+        started = time.monotonic()
+        if self.early_stop:
+            links = self.assess(links)
+        links = [replace(link, ended=self.ended(link)) for link in links]
+        texts = self.criticisms([link for link in links if link.ended is ChainEnd.NONE])
+        latency = 1000 * (time.monotonic() - started) / len(links)
+        made = iter(texts)
+        return [
+            [self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", 0, 0)), latency)] for link in links
+        ]
+
+    # Where each chain stands
+
+    def link(self, record: Record) -> Link:
+        """The chain up to this record, with the principles it used and the one of the round to come."""
+        assert isinstance(record, Response | Revision)
+        fields = start_of(record) if isinstance(record, Response) else carried(record)
+        by_id = {principle.id: principle for principle in self.constitution.critique}
+        used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
+        upcoming = None
+        if fields["number"] < self.rounds:
+            seed = ids.seed(fields["response_id"], fields["number"])
+            upcoming = self.constitution.critique_principle(seed, fields["number"], fields["tags"])
+        return Link(record, fields, used, upcoming)
+
+    def skipped(self, link: Link) -> bool:
+        return link.fields["source"] in self.skip_sources
+
+    # What the critic's probabilities say
+
+    def assess(self, links: Sequence[Link]) -> list[Link]:
+        """Ask every verdict and every comparison of a batch in one go."""
+        asked = [self.questions(link) for link in links]
+        answers = iter(both_orders(self.model, [wordings for of_one in asked for wordings in of_one]))
+        return [self.weigh(link, [next(answers) for _ in of_one]) for link, of_one in zip(links, asked, strict=True)]
+
+    def questions(self, link: Link) -> list[Wordings]:
+        """One verdict for each principle, and for a revision the comparison with its predecessor first."""
+        fields = link.fields
+        if self.skipped(link) or not fields["text"].strip():
+            return []
+        turns, text = fields["turns"], fields["text"]
+        verdicts = [
+            (
+                templates.verdict(turns, text, principle.critique, "Yes", "No"),
+                templates.verdict(turns, text, principle.critique, "No", "Yes"),
+            )
+            for principle in link.checked
+        ]
+        if not isinstance(link.parent, Revision):
+            return verdicts
+        question = f"{link.used[-1].revision} Which answer does this better?" if link.used else "Which answer is better?"
+        previous = fields["previous_text"] or ""
+        return [
+            (
+                templates.comparison(turns, text, previous, question),
+                templates.comparison(turns, previous, text, question),
+            ),
+            *verdicts,
+        ]
+
+    def weigh(self, link: Link, answers: list[Comparison]) -> Link:
+        """The verdict over all principles asked (the worst one counts), and the comparison with the predecessor."""
+        if not answers:
+            return link
+        if isinstance(link.parent, Revision):
+            better, *answers = answers
+            alike = similarity(link.fields["text"], link.fields["previous_text"] or "")
+            link = replace(link, p_better=better.p if better.mass >= self.min_mass else None, similarity=alike)
+        if not answers:
+            return link
+        worst = max(answers, key=lambda answer: answer.p)
+        mass = min(answer.mass for answer in answers)
+        verdict = Verdict.FLAWED if worst.p > 0.5 else Verdict.CLEAN
+        return replace(link, verdict=verdict if mass >= self.min_mass else Verdict.LOW_MASS, p_flawed=worst.p, mass=mass)
+
+    def ended(self, link: Link) -> ChainEnd:
+        """Whether the chain is over, and why."""
+        if self.skipped(link):
+            return ChainEnd.SKIPPED
+        if not link.fields["text"].strip():
+            return ChainEnd.UNUSABLE
+        clean = link.verdict is Verdict.CLEAN
+        if isinstance(link.parent, Response):
+            return ChainEnd.SATISFIED if clean else ChainEnd.NONE
+        if link.p_better is not None and link.p_better <= self.lose:
+            return ChainEnd.LOST
+        wins = link.p_better is not None and link.p_better >= self.win
+        if clean and (wins or (link.similarity or 0.0) > self.same):
+            return ChainEnd.SATISFIED
+        return ChainEnd.NONE if link.upcoming else ChainEnd.LAST_ROUND
+
+    # The critique in words
+
+    def criticisms(self, links: Sequence[Link]) -> list[tuple[str, int, int]]:
+        """For each link the critique under its upcoming principle, with prompt and completion tokens."""
+        examples = self.constitution.examples if self.few_shot else ()
+        asks = [
+            Ask(
+                templates.critique(link.fields["turns"], link.fields["text"], principle.critique, examples),
+                seed=ids.seed(link.parent.record_id),
+            )
+            for link in links
+            if (principle := link.upcoming)
+        ]
+        if not asks:
+            return []
+        answers = self.model.generate(
+            asks,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_tokens=self.sampling.max_tokens,
+        )
+        return [(a.text.strip(), len(a.prompt_token_ids), len(a.token_ids)) for (a,) in answers]
+
+    def record_id(self, link: Link) -> str:
+        configuration = ids.fingerprint(
+            model=[self.model.id, self.model.revision],
+            template=templates.HASH["critique"],
+            verdict=templates.HASH["verdict"],
+            constitution=self.constitution.hash,
+            sampling=self.sampling.model_dump(),
+            rounds=self.rounds,
+            early_stop=self.early_stop,
+            few_shot=self.few_shot,
+            limits=[self.min_mass, self.win, self.lose, self.same],
+            skip_sources=sorted(self.skip_sources),
+        )
+        return ids.record_id("critique", [link.parent.record_id], configuration)
+
+    def record(self, link: Link, text: str, prompt_tokens: int, completion_tokens: int, latency_ms: float) -> Critique:
+        fields, over = link.fields, link.ended is not ChainEnd.NONE
+        before = link.ended is ChainEnd.LOST
+        final = ("previous_text", "previous_stopped") if before else ("text", "text_stopped")
+        principle = link.upcoming or (link.used[-1] if link.used else None)
+        return Critique(
+            record_id=self.record_id(link),
+            parent_ids=[link.parent.record_id],
+            stage="critique",
+            constitution=reference(self.constitution),
+            principle_id=principle.id if principle else None,
+            model=ModelRef(id=self.model.id, revision=self.model.revision),
+            template_hash=templates.HASH["critique"],
+            sampling=self.sampling,
+            seed=ids.seed(link.parent.record_id),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            latency_ms=latency_ms,
+            critique=text,
+            verdict=link.verdict,
+            p_flawed=link.p_flawed,
+            mass=link.mass,
+            p_better=link.p_better,
+            similarity=link.similarity,
+            final=over,
+            ended=link.ended,
+            final_text=fields[final[0]] if over else None,
+            final_stopped=bool(over and fields[final[1]]),
+            **fields,
+        )

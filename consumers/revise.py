@@ -1,0 +1,116 @@
+"""Revise: critiques -> revisions. The text is written anew in the light of its critique.
+
+A revision that is empty, that copies the text it should improve, or that repeats a worked example is recorded as such and
+ends its chain as UNUSABLE: it never trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from constitutions.loader import Constitution
+from consumers import templates
+from consumers.chain import carried, similarity
+from consumers.judge import reference
+from engine.models.port import Ask, Generation, Model
+from schemas import ids
+from schemas.records import ChainEnd, Critique, ModelRef, Revision, RevisionFault, Round, Sampling
+
+ECHO = 0.9  # a revision this similar to a worked example is the example
+
+
+@dataclass(frozen=True)
+class Revise:
+    """The revision stage."""
+
+    model: Model
+    constitution: Constitution
+    sampling: Sampling
+    few_shot: bool
+
+    def __call__(self, critiques: Sequence[Critique]) -> list[list[Revision]]:
+        waiting = [critique for critique in critiques if not critique.final]
+        if not waiting:
+            return [[] for _ in critiques]
+        started = time.monotonic()
+        answers = self.model.generate(
+            [self.ask(critique) for critique in waiting],
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_tokens=self.sampling.max_tokens,
+        )
+        latency = 1000 * (time.monotonic() - started) / len(waiting)
+        made = iter(
+            [self.record(critique, answer, latency) for critique, (answer,) in zip(waiting, answers, strict=True)]
+        )
+        return [[] if critique.final else [next(made)] for critique in critiques]
+
+    def ask(self, critique: Critique) -> Ask:
+        principle = next((p for p in self.constitution.critique if p.id == critique.principle_id), None)
+        request = principle.revision if principle else "Rewrite the answer so that the problem is gone."
+        examples = self.constitution.examples if self.few_shot else ()
+        turns = templates.revision(critique.turns, critique.text, critique.critique, request, examples)
+        return Ask(turns, seed=ids.seed(critique.record_id))
+
+    def fault(self, before: str, after: str) -> RevisionFault:
+        if not after.strip():
+            return RevisionFault.EMPTY
+        if after.split() == before.split():
+            return RevisionFault.COPY
+        shown = [text for example in self.constitution.examples for text in (example.revision, example.answer)]
+        if self.few_shot and any(similarity(text, after) > ECHO for text in shown):
+            return RevisionFault.ECHO
+        return RevisionFault.NONE
+
+    def record_id(self, critique: Critique) -> str:
+        configuration = ids.fingerprint(
+            model=[self.model.id, self.model.revision],
+            template=templates.HASH["revision"],
+            constitution=self.constitution.hash,
+            sampling=self.sampling.model_dump(),
+            few_shot=self.few_shot,
+        )
+        return ids.record_id("revise", [critique.record_id], configuration)
+
+    def record(self, critique: Critique, answer: Generation, latency_ms: float) -> Revision:
+        text, stopped = answer.text.strip(), answer.finish_reason == "stop"
+        fault = self.fault(critique.text, text)
+        unusable = fault is not RevisionFault.NONE
+        done = Round(
+            number=critique.number + 1,
+            principle_id=critique.principle_id or "",
+            critique=critique.critique,
+            revision=text,
+        )
+        chain = carried(critique) | {
+            "rounds": [*critique.rounds, done],
+            "number": critique.number + 1,
+            "text": text,
+            "text_stopped": stopped,
+            "previous_text": critique.text,
+            "previous_stopped": critique.text_stopped,
+        }
+        return Revision(
+            record_id=self.record_id(critique),
+            parent_ids=[critique.record_id],
+            stage="revise",
+            constitution=reference(self.constitution),
+            principle_id=critique.principle_id,
+            model=ModelRef(id=self.model.id, revision=self.model.revision),
+            template_hash=templates.HASH["revision"],
+            sampling=self.sampling,
+            seed=ids.seed(critique.record_id),
+            prompt_tokens=len(answer.prompt_token_ids),
+            completion_tokens=len(answer.token_ids),
+            latency_ms=latency_ms,
+            critique=critique.critique,
+            similarity=similarity(critique.text, text),
+            fault=fault,
+            final=unusable,
+            ended=ChainEnd.UNUSABLE if unusable else ChainEnd.NONE,
+            final_text=critique.text if unusable else None,
+            final_stopped=unusable and critique.text_stopped,
+            **chain,
+        )

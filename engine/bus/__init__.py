@@ -1,0 +1,25 @@
+"""The log that everything flows through: Apache Kafka, or one SQLite file on a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.bus.port import Bus
+
+KAFKA = "kafka://"
+
+
+def open_bus(address: str, *, prefix: str = "", options: Mapping[str, Any] | None = None) -> Bus:
+    """The log at `kafka://HOST:PORT[,HOST:PORT]`, or the embedded one in a folder.
+
+    `prefix` is put before topics, groups and transactional ids. `options` are kafka-python client settings (security).
+    """
+    if address.startswith(KAFKA):
+        from engine.bus.kafka import KafkaBus, parse_address
+
+        return KafkaBus(parse_address(address), prefix=prefix, options=options)
+    from engine.bus.embedded import EmbeddedBus
+
+    return EmbeddedBus(Path(address), prefix=prefix)

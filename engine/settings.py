@@ -1,0 +1,324 @@
+"""The settings: one tree, one file `charter.toml`, one precedence.
+
+A flag beats `CHARTER_<SECTION>__<KEY>` in the environment, that beats the file, that beats a preset (such as the demo's), that
+beats the default below. `load` resolves them and remembers where each value came from; an unknown name is an error that
+names the nearest one. Functions elsewhere take plain arguments, not this tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from engine.errors import UsageError
+
+FILE = "charter.toml"
+PREFIX = "CHARTER_"
+
+
+class Section(BaseModel):
+    """A table of the file: strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    folder: str = Field(".charter", description="Where the database, the embedded log and the checkpoints live.")
+
+
+class Bus(Section):
+    address: str = Field("", description="kafka://HOST:PORT or a folder; empty: an embedded log in the data folder.")
+    prefix: str = Field("", description="Put before topics, groups and transactional ids on a shared cluster.")
+    partitions: int = Field(12, ge=1, description="Partitions of a new topic; they bound the useful copies of a stage.")
+    retention_ms: int = Field(-1, ge=-1, description="How long topics are kept, -1 for ever; prompts always are.")
+
+
+class Run(Section):
+    id: str = Field("live", min_length=1, description="The run that records belong to; stages skip other runs' records.")
+    constitution: str = Field("default", description="A shipped constitution's name or the path of a TOML file.")
+
+
+class Models(Section):
+    policy: str = Field("smollm2", description="smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
+    critic: str = Field("", description="Who criticises and revises; empty: the policy's first version, pinned.")
+    judge: str = Field("", description="Who judges pairs; empty: the policy's first version, pinned.")
+    threads: int = Field(2, ge=1, description="Processor threads of a local model.")
+    max_rows: int = Field(32, ge=1, description="Most sequences in one local batch.")
+    timeout_s: float = Field(120.0, gt=0, description="Longest wait for one request to an endpoint, in seconds.")
+    concurrency: int = Field(16, ge=1, description="Requests under way at an endpoint at once.")
+    api_key_env: str = Field("OPENAI_API_KEY", description="The environment variable that holds an endpoint's key.")
+
+
+class Prompts(Section):
+    max_chars: int = Field(32_000, ge=1, description="Longest prompt that `produce` accepts, in characters.")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="Share of prompts held out from training, by hash.")
+
+
+class Respond(Section):
+    samples: int = Field(2, ge=1, description="Answers sampled for each prompt.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; PPO needs it above 0.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; PPO trains only on 1.0.")
+    max_tokens: int = Field(256, ge=1, description="Longest answer in tokens.")
+
+
+class Critique(Section):
+    rounds: int = Field(4, ge=1, description="Most revisions of one answer.")
+    early_stop: bool = Field(True, description="End a chain once the critic's verdict is clean.")
+    few_shot: bool = Field(True, description="Put the constitution's worked examples before critique and revision.")
+    max_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
+    temperature: float = Field(1.0, ge=0, description="Temperature of critiques and revisions.")
+    min_mass: float = Field(0.5, ge=0, le=1, description="Least probability that a verdict's options must catch.")
+    win: float = Field(0.6, ge=0.5, le=1, description="A revision that wins with this probability may end the chain.")
+    lose: float = Field(0.4, ge=0, le=0.5, description="A revision that wins with at most this is discarded.")
+    same: float = Field(0.97, ge=0, le=1, description="Texts more similar than this count as the same.")
+    skip_sources: list[str] = Field(["helpful"], description="Prompts of these sources are answered but not revised.")
+
+
+class Revise(Section):
+    max_tokens: int = Field(256, ge=1, description="Longest revision in tokens.")
+
+
+class Judge(Section):
+    pairing: Literal["candidates", "revision"] = Field(
+        "candidates", description="Compare sampled answers, or the final revision with the first answer."
+    )
+    min_mass: float = Field(0.5, ge=0, le=1, description="Least probability that A and B together must catch.")
+    reject_flips: bool = Field(False, description="Bar labels that change with the order of the answers from training.")
+
+
+class Worker(Section):
+    max_in_flight: int = Field(256, ge=1, description="Records of one stage that are read but not yet committed.")
+    linger_ms: int = Field(150, ge=0, description="How long a model waits for later stages before an earlier one.")
+    attempts: int = Field(3, ge=1, description="Tries before a record that keeps failing is a dead letter.")
+
+
+class Sink(Section):
+    max_rows: int = Field(2000, ge=1, description="Most rows in one DuckDB transaction.")
+    max_wait_s: float = Field(0.5, gt=0, description="Longest time that rows wait for company before they are written.")
+
+
+class Train(Section):
+    sft_rows: int = Field(512, ge=1, description="New finished chains that start supervised fine-tuning.")
+    reward_rows: int = Field(512, ge=2, description="New labelled pairs that start a reward-model update.")
+    ppo_rows: int = Field(256, ge=1, description="New rollouts of the current policy that start PPO.")
+    max_rows: int = Field(4096, ge=1, description="Most rows that one phase trains on.")
+    lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
+    max_length: int = Field(1024, ge=8, description="Longest training sequence in tokens.")
+    objective: Literal["alternate", "combined"] = Field(
+        "alternate", description="RL loss alone, or L_SL + alpha * L_RL in every step."
+    )
+    alpha: float = Field(1.0, ge=0, description="Weight of the RL loss in the combined objective.")
+    max_staleness: int = Field(4, ge=0, description="Oldest rollouts that PPO takes, in policy versions.")
+    allow_overlap: bool = Field(False, description="Let PPO train on prompts that the reward model was trained on.")
+    seed: int = Field(0, description="Seeds shuffling and initial heads.")
+
+
+class Sft(Section):
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; ten times that with LoRA.")
+    epochs: int = Field(1, ge=1, description="Passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Examples in one optimiser step.")
+
+
+class Reward(Section):
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate; ten times that with LoRA.")
+    epochs: int = Field(1, ge=1, description="Passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Pairs in one optimiser step.")
+    centring: float = Field(0.01, ge=0, description="Weight of the squared sum of a pair's rewards.")
+
+
+class Ppo(Section):
+    learning_rate: float = Field(1e-6, gt=0, description="Constant learning rate; ten times that with LoRA.")
+    epochs: int = Field(4, ge=1, description="Passes over the rollouts.")
+    batch_size: int = Field(8, ge=1, description="Rollouts in one optimiser step.")
+    clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio.")
+    value_clip: float = Field(0.2, gt=0, description="Clipping range of the value.")
+    value_coefficient: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    gae_gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Generalised advantage estimation's lambda.")
+    beta: float = Field(0.02, ge=0, description="Weight of the KL penalty in the reward, at the start.")
+    kl_target: float = Field(6.0, gt=0, description="KL to the reference that beta adapts to, in nats per sequence.")
+    kl_stop: float = Field(30.0, gt=0, description="KL to the reference that stops the phase, in nats per sequence.")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="Taken from the score of an answer cut at the limit.")
+
+
+class Settings(BaseSettings):
+    """Every setting of Charter."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+    )
+
+    data: Data = Data()
+    bus: Bus = Bus()
+    run: Run = Run()
+    models: Models = Models()
+    prompts: Prompts = Prompts()
+    respond: Respond = Respond()
+    critique: Critique = Critique()
+    revise: Revise = Revise()
+    judge: Judge = Judge()
+    worker: Worker = Worker()
+    sink: Sink = Sink()
+    train: Train = Train()
+    sft: Sft = Sft()
+    reward: Reward = Reward()
+    ppo: Ppo = Ppo()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load` has merged every source already: reading the environment here again would let it beat the flags.
+        return (init_settings,)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.data.folder)
+
+    @property
+    def bus_address(self) -> str:
+        return self.bus.address or self.data.folder
+
+
+Layer = dict[str, dict[str, Any]]
+
+
+def keys() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every (section, key, field)."""
+    for section, info in Settings.model_fields.items():
+        assert isinstance(info.annotation, type)
+        for key, field in info.annotation.model_fields.items():
+            yield section, key, field
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    preset: Layer | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """The settings and, for each `section.key`, where its value came from.
+
+    `flags` maps dotted names to values. `file` is read when given or when ./charter.toml exists.
+    """
+    environment = os.environ if environment is None else environment
+    path = file or (Path(FILE) if Path(FILE).exists() else None)
+    layers = [
+        ("preset", preset or {}),
+        (str(path), read_file(path) if path else {}),
+        ("environment", read_environment(environment)),
+        ("flag", read_flags(flags or {})),
+    ]
+    merged: Layer = {}
+    origins = {f"{section}.{key}": "default" for section, key, _ in keys()}
+    for origin, layer in layers:
+        for section, values in layer.items():
+            for key, value in values.items():
+                merged.setdefault(section, {})[key] = value
+                origins[f"{section}.{key}"] = f"{environment_name(section, key)}" if origin == "environment" else origin
+    try:
+        return Settings(**merged), origins  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise invalid(error, origins) from error
+
+
+def invalid(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][:2])
+    return UsageError(
+        f"the setting {name} cannot be {json.dumps(first['input'], default=str)} (from {origins.get(name, 'a file')})",
+        first["msg"],
+        "type: charter config    (every setting, its value and its meaning)",
+    )
+
+
+def read_file(path: Path) -> Layer:
+    """The tables of a settings file; every name in it must exist."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no settings file {path}", "", f"leave --config out, or create {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a TOML file", str(error), "mend the line named above") from error
+    for section, values in tables.items():
+        if not isinstance(values, dict):
+            known(section, "", f"in {path}")
+            raise UsageError(f"{path}: {section} must be a table", "", f"write [{section}] and its keys below it")
+        for key in values or [""]:
+            known(section, key, f"in {path}")
+    return tables
+
+
+def read_environment(environment: Mapping[str, str]) -> Layer:
+    """The settings among the environment's variables: CHARTER_<SECTION>__<KEY>."""
+    layer: Layer = {}
+    for name, text in environment.items():
+        if name.startswith(PREFIX) and "__" in name:
+            section, key = name.removeprefix(PREFIX).lower().split("__", 1)
+            known(section, key, f"in the environment variable {name}")
+            layer.setdefault(section, {})[key] = parse(section, key, text)
+    return layer
+
+
+def read_flags(flags: Mapping[str, Any]) -> Layer:
+    layer: Layer = {}
+    for name, value in flags.items():
+        section, _, key = name.partition(".")
+        known(section, key, "on the command line")
+        layer.setdefault(section, {})[key] = parse(section, key, value) if isinstance(value, str) else value
+    return layer
+
+
+def parse(section: str, key: str, text: str) -> Any:
+    """A value from text: lists as JSON or comma-separated, everything else left to pydantic."""
+    annotation = Settings.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    if annotation.model_fields[key].annotation == list[str]:
+        return json.loads(text) if text.startswith("[") else [item for item in text.split(",") if item]
+    return text
+
+
+def known(section: str, key: str, where: str) -> None:
+    """Raise a UsageError that names the nearest setting unless `section.key` exists (key "": the section alone)."""
+    name = f"{section}.{key}" if key else section
+    names = [f"{s}.{k}" for s, k, _ in keys()] if key else list(Settings.model_fields)
+    if name in names:
+        return
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    if not nearest and key:
+        nearest = [n for n in names if n.endswith(f".{key}")][:1]
+    raise UsageError(
+        f"unknown setting {name} {where}",
+        f"the nearest one is {nearest[0]}" if nearest else "no setting has a name like it",
+        "type: charter config    (every setting, its value and its meaning)",
+    )
+
+
+def environment_name(section: str, key: str) -> str:
+    return f"{PREFIX}{section}__{key}".upper()
+
+
+def as_toml() -> str:
+    """The settings file with every key at its default, each under its description."""
+    lines = ["# Charter's settings, each with its default. A flag beats the environment (CHARTER_RESPOND__SAMPLES=4), which beats this file."]
+    last = ""
+    for section, key, field in keys():
+        if section != last:
+            lines += ["", f"[{section}]"]
+            last = section
+        lines += [f"# {field.description}", f"{key} = {json.dumps(field.default)}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,151 @@
+"""The DuckDB file: written by the sink alone, read by everyone, always through the gate.
+
+Readers hold the file for one query and give it back; a query that runs longer than its limit is cut, so that the sink is
+never kept waiting for long. Read connections are read-only, cannot reach files or the network, and cannot change that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from engine.errors import DataFolderVersion, StoreBusy, UsageError
+from engine.gate import Gate
+from engine.tables import VERSION, create_statements
+
+QUERY_LIMIT_S = 2.0
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The answer to a query."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+class Store:
+    """The database at `path` (its gate lies beside it)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.gate = Gate(path.with_suffix(".gate"))
+
+    def query(
+        self, sql: str, parameters: Sequence[Any] = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S
+    ) -> Rows:
+        """Run one read-only statement.
+
+        Raises UsageError for a statement that is wrong, not a read, or longer than `limit_s` seconds, and StoreBusy when the
+        file is not free within `wait_s` seconds.
+        """
+        if not self.path.exists():
+            raise UsageError(
+                f"there is no database at {self.path} yet",
+                "the sink makes it when the first records arrive",
+                "type: charter demo    or: charter produce FILE, then charter run",
+            )
+        with self.gate.read(wait_s), connected(self.path, read_only=True) as connection:
+            check_version(connection, self.path)
+            return fetch(connection, sql, parameters, limit_s)
+
+    def records(self, sql: str, parameters: Sequence[Any] = (), **limits: float) -> list[dict[str, Any]]:
+        """`query`, as a list of dictionaries."""
+        return self.query(sql, parameters, **limits).records()
+
+    @contextmanager
+    def writing(self, wait_s: float = WAIT_S) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The sink's connection; the database is created when it is not there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.gate.write(wait_s), connected(self.path, read_only=False) as connection:
+            yield connection
+
+    def prepare(self) -> None:
+        """Create what is missing in the database; raises DataFolderVersion when another version made it."""
+        with self.writing() as connection:
+            check_version(connection, self.path)
+            connection.begin()
+            for statement in create_statements():
+                connection.execute(statement)
+            if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
+                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0)", [VERSION])
+            connection.commit()
+
+
+@contextmanager
+def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to the file; raises StoreBusy, naming the holder, when another program has it open."""
+    try:
+        connection = duckdb.connect(str(path), read_only=read_only)
+    except duckdb.IOException as error:
+        if "lock" not in str(error).lower():
+            raise DataFolderVersion(
+                f"{path} cannot be opened",
+                str(error).splitlines()[0][:300],
+                "move the file away to start a new one: the log still has its records",
+            ) from error
+        raise StoreBusy(
+            f"another program has {path} open", holder_of(str(error)), "close it there, then try again"
+        ) from error
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def holder_of(message: str) -> str:
+    """DuckDB's own words on who holds the lock, without its advice."""
+    start = message.find("Conflicting lock")
+    return message[start:].split(". See also")[0] if start >= 0 else message.splitlines()[0]
+
+
+def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
+    if not tables:
+        return
+    found = "unknown"
+    if ("raw.sink_state",) in tables:
+        rows = connection.execute("SELECT version FROM raw.sink_state").fetchall()
+        if rows == [(VERSION,)]:
+            return
+        found = str(rows[0][0]) if rows else "unfinished"
+    raise DataFolderVersion(
+        f"{path} was made by another version of Charter (its format: {found}, ours: {VERSION})",
+        "reading or writing it could damage it",
+        "use another folder: --data FOLDER, or the version of Charter that made it",
+    )
+
+
+def fetch(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[Any], limit_s: float) -> Rows:
+    """Run one statement on a connection that can only read, and cut it after `limit_s` seconds."""
+    # Tables and views only: no files, no network, no extensions, and no way to allow them again.
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    started = time.monotonic()
+    timer = threading.Timer(limit_s, connection.interrupt)
+    timer.start()
+    try:
+        cursor = connection.execute(sql, list(parameters))
+        columns = [column[0] for column in cursor.description or []]
+        return Rows(columns, cursor.fetchall() if columns else [])
+    except duckdb.InterruptException as error:
+        raise UsageError(
+            f"the query took longer than {limit_s:g} s and was cut",
+            f"after {time.monotonic() - started:.1f} s; a long query would keep the sink waiting",
+            "narrow it, or allow more: charter sql --limit-s 60 '...'",
+        ) from error
+    except duckdb.Error as error:
+        raise UsageError("the query does not work", str(error).strip(), "type: charter sql --tables") from error
+    finally:
+        timer.cancel()

@@ -1,0 +1,133 @@
+"""DuckDB tables and Arrow schemas derived from the records.
+
+Raw tables live in the schema `raw`, are append-only and have no primary key; beside a record's fields each row has where it
+came from (`_partition`, `_offset`), `commit_seq` (its place in the order of all rows of this database), `content_hash`,
+`is_duplicate` (an earlier row has the same id) and `differs` (and other content). A view of the same name in `main` shows
+the rows that are no duplicates; `views.sql` builds the rest on these.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from datetime import datetime
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, Union
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from schemas.records import Float32, Identifier, Record
+from schemas.topics import TOPICS, TopicSpec
+
+VIEWS = Path(__file__).with_name("views.sql")
+VERSION = 1
+PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
+    str: ("VARCHAR", pa.string()),
+    int: ("BIGINT", pa.int64()),
+    float: ("DOUBLE", pa.float64()),
+    bool: ("BOOLEAN", pa.bool_()),
+    bytes: ("BLOB", pa.binary()),
+    datetime: ("TIMESTAMP", pa.timestamp("us")),
+}
+EXTRA = {
+    "_partition": ("INTEGER", pa.int32()),
+    "_offset": ("BIGINT", pa.int64()),
+    "commit_seq": ("BIGINT", pa.int64()),
+    "content_hash": ("UBIGINT", pa.uint64()),
+}
+MARKS = "is_duplicate BOOLEAN, differs BOOLEAN"
+
+
+def column_type(annotation: Any) -> tuple[str, pa.DataType]:
+    """The DuckDB and the Arrow type of a record field."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in PRIMITIVES:
+        return PRIMITIVES[annotation]
+    if origin is typing.Annotated:
+        if any(isinstance(extra, Identifier) for extra in arguments[1:]):
+            return "UUID", pa.string()
+        marked = any(isinstance(extra, Float32) for extra in arguments[1:])
+        return ("FLOAT", pa.float32()) if marked else column_type(arguments[0])
+    if origin in (Union, types.UnionType):
+        return column_type(next(a for a in arguments if a is not types.NoneType))
+    if origin is list:
+        sql, arrow = column_type(arguments[0])
+        return f"{sql}[]", pa.list_(arrow)
+    if origin is dict:
+        sql, arrow = column_type(arguments[1])
+        return f"MAP(VARCHAR, {sql})", pa.map_(pa.string(), arrow)
+    if issubclass(annotation, StrEnum):
+        return PRIMITIVES[str]
+    parts = columns(annotation)
+    sql = ", ".join(f'"{name}" {kind}' for name, (kind, _) in parts.items())
+    return f"STRUCT({sql})", pa.struct([(name, arrow) for name, (_, arrow) in parts.items()])
+
+
+@cache
+def columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
+    """Field -> (DuckDB type, Arrow type)."""
+    return {
+        name: column_type(typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
+        for name, info in model.model_fields.items()
+    }
+
+
+@cache
+def arrow_schema(model: type[Record]) -> pa.Schema:
+    return pa.schema([(name, arrow) for name, (_, arrow) in (columns(model) | EXTRA).items()])
+
+
+def create_statements() -> list[str]:
+    """Everything that a new database needs."""
+    statements = [
+        "CREATE SCHEMA IF NOT EXISTS raw",
+        "CREATE TABLE IF NOT EXISTS raw.sink_offsets"
+        " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT)",
+        "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT)",
+    ]
+    for spec in TOPICS.values():
+        statements += [create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {deduplicated(spec)}"]
+    return [*statements, status_view(), VIEWS.read_text(encoding="utf-8")]
+
+
+def create_table(spec: TopicSpec) -> str:
+    fields = ", ".join(f'"{name}" {sql}' for name, (sql, _) in (columns(spec.record) | EXTRA).items())
+    return f"CREATE TABLE IF NOT EXISTS raw.{spec.table} ({fields}, {MARKS})"
+
+
+def deduplicated(spec: TopicSpec) -> str:
+    return f"SELECT * EXCLUDE (_partition, _offset, content_hash, is_duplicate, differs) FROM raw.{spec.table} WHERE NOT is_duplicate"
+
+
+def insert_statement(spec: TopicSpec) -> str:
+    """Insert the Arrow table `batch`, marking each row whose id is in the table, or earlier in the batch, already."""
+    return f"""
+        INSERT INTO raw.{spec.table} BY NAME
+        WITH incoming AS (
+            SELECT * REPLACE (record_id::UUID AS record_id),
+                   row_number() OVER same_id AS nth, first_value(content_hash) OVER same_id AS first_hash
+            FROM batch WINDOW same_id AS (PARTITION BY record_id ORDER BY commit_seq)
+        ), present AS (
+            SELECT record_id, content_hash FROM raw.{spec.table}
+            WHERE NOT is_duplicate AND record_id IN (SELECT record_id FROM incoming)
+        )
+        SELECT incoming.* EXCLUDE (nth, first_hash),
+               nth > 1 OR present.record_id IS NOT NULL AS is_duplicate,
+               is_duplicate AND incoming.content_hash <> coalesce(present.content_hash, first_hash) AS differs
+        FROM incoming LEFT JOIN present USING (record_id)
+        ORDER BY commit_seq"""
+
+
+def status_view() -> str:
+    """`pipeline_status`: for every topic its rows, duplicates, duplicates with other content, and newest row."""
+    parts = [
+        f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
+        " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (differs) AS differing,"
+        f" max(created_at) AS newest FROM raw.{spec.table}"
+        for number, spec in enumerate(TOPICS.values())
+    ]
+    union = " UNION ALL ".join(parts)
+    return f"CREATE OR REPLACE VIEW pipeline_status AS SELECT * EXCLUDE (position) FROM ({union}) ORDER BY position"

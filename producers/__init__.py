@@ -1,0 +1,1 @@
+"""What puts prompts on topics: files, standard input, and the shipped set."""

@@ -1,0 +1,45 @@
+"""Deterministic ids: the same work always has the same id, changed configuration has another.
+
+* `prompt_id` = hash(messages, epoch).
+* `record_id` = hash(stage, parent ids, configuration fingerprint, sample index).
+* A fingerprint has what changes a result (model revision, policy version, template, sampling, constitution hash) and not
+  what only changes where or how fast it is made (run, device, batch size, address, timeouts).
+
+Ids are the first 16 bytes of BLAKE2b, written as UUIDs: 16 bytes in DuckDB, text everywhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+
+from schemas.records import Turn
+
+
+def digest(*parts: object) -> str:
+    """The id of some JSON values. Canonical JSON keeps ("a", "bc") and ("ab", "c") apart."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    # "surrogatepass": a lone surrogate from a JSON escape must get an id too, not crash the producer.
+    return str(uuid.UUID(bytes=hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()))
+
+
+def prompt_id(turns: Sequence[Turn], epoch: int = 0) -> str:
+    """The id of a prompt: of its dialogue and its epoch."""
+    return digest("prompt", [[turn.role, turn.content] for turn in turns], epoch)
+
+
+def record_id(stage: str, parent_ids: Sequence[str], fingerprint: str, sample: int = 0) -> str:
+    """The id of what a stage makes of its parents under one configuration."""
+    return digest("record", stage, list(parent_ids), fingerprint, sample)
+
+
+def fingerprint(**configuration: object) -> str:
+    """The hash of the configuration that changes a result; values must be JSON."""
+    return digest("configuration", configuration)
+
+
+def seed(record: str, sample: int = 0) -> int:
+    """A 63-bit seed drawn from an id: the same record always draws the same principle and the same noise."""
+    return uuid.UUID(digest("seed", record, sample)).int >> 65

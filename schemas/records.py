@@ -1,0 +1,474 @@
+"""The records that flow through Charter: one class, one topic and one table each.
+
+A record is event-carried state: it holds what the next stage needs, so that no stage has to join. Every record carries its
+lineage (who made it, from what, under which constitution and policy) in its own body. `schemas.avro` derives the Avro schema
+of each class; the committed `.avsc` files are that derivation, and a test holds the two together.
+
+Every enum has UNKNOWN as its default, so that an old reader survives a new symbol; UNKNOWN never trains.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def now() -> datetime:
+    """The current time in UTC, as Avro keeps it: to the microsecond."""
+    return datetime.now(UTC)
+
+
+class Float32:
+    """Marks a float field that Avro and DuckDB keep in 32 bits (token log-probabilities)."""
+
+
+class Identifier:
+    """Marks an id of `schemas.ids`: 16 bytes in DuckDB, a UUID's text everywhere else."""
+
+
+Id = Annotated[str, Identifier(), Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+
+
+class Enum(StrEnum):
+    """An Avro enum: symbols are names, an unknown symbol reads as UNKNOWN."""
+
+
+class Split(Enum):
+    UNKNOWN = "UNKNOWN"
+    TRAIN = "TRAIN"
+    EVAL = "EVAL"
+
+
+class FinishReason(Enum):
+    UNKNOWN = "UNKNOWN"
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+
+
+class Verdict(Enum):
+    """What the critic's next-token probabilities say of a text under one principle."""
+
+    UNKNOWN = "UNKNOWN"
+    CLEAN = "CLEAN"
+    FLAWED = "FLAWED"
+    LOW_MASS = "LOW_MASS"
+    NOT_ASKED = "NOT_ASKED"
+
+
+class ChainEnd(Enum):
+    """Why a critique-revision chain is over. NONE: it goes on. SKIPPED: its source is never revised.
+
+    LOST: the newest revision lost against its predecessor, which is then the final text.
+    """
+
+    UNKNOWN = "UNKNOWN"
+    NONE = "NONE"
+    SATISFIED = "SATISFIED"
+    LAST_ROUND = "LAST_ROUND"
+    UNUSABLE = "UNUSABLE"
+    SKIPPED = "SKIPPED"
+    LOST = "LOST"
+
+
+class RevisionFault(Enum):
+    """Why a revision is not trained on."""
+
+    UNKNOWN = "UNKNOWN"
+    NONE = "NONE"
+    EMPTY = "EMPTY"
+    COPY = "COPY"
+    ECHO = "ECHO"
+
+
+class Outcome(Enum):
+    """How a judgement ended. Only OK trains."""
+
+    UNKNOWN = "UNKNOWN"
+    OK = "OK"
+    REFUSED = "REFUSED"
+    UNPARSEABLE = "UNPARSEABLE"
+    LOW_MASS = "LOW_MASS"
+    POSITION_FLIP = "POSITION_FLIP"
+    TIMEOUT = "TIMEOUT"
+
+
+class LabelSource(Enum):
+    UNKNOWN = "UNKNOWN"
+    AI = "AI"
+    HUMAN = "HUMAN"
+
+
+class PolicyKind(Enum):
+    UNKNOWN = "UNKNOWN"
+    POLICY = "POLICY"
+    REWARD = "REWARD"
+
+
+class DeadLetterKind(Enum):
+    UNKNOWN = "UNKNOWN"
+    DECODE = "DECODE"
+    PERMANENT = "PERMANENT"
+    EXHAUSTED = "EXHAUSTED"
+    TOO_LARGE = "TOO_LARGE"
+    CRASH = "CRASH"
+
+
+class Part(BaseModel):
+    """The base of everything inside a record: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Turn(Part):
+    """One turn of a dialogue."""
+
+    role: str
+    content: str
+
+
+class ConstitutionRef(Part):
+    name: str
+    version: str
+    hash: str
+
+
+class ModelRef(Part):
+    """Which weights answered: the model's id and the content hash (or the server's word) for its revision."""
+
+    id: str
+    revision: str
+
+
+class Sampling(Part):
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+class Candidate(Part):
+    """One sampled answer. `logprobs` are of `token_ids`, under the sampling temperature, by the weights that sampled them."""
+
+    index: int
+    text: str
+    token_ids: list[int] = Field(default_factory=list)
+    logprobs: list[Annotated[float, Float32()]] = Field(default_factory=list)
+    finish_reason: FinishReason = FinishReason.UNKNOWN
+    policy_version: int | None = None
+    seed: int = 0
+
+
+class Round(Part):
+    """One finished round of critique and revision, as the later rounds of a chain carry it."""
+
+    number: int
+    principle_id: str
+    critique: str
+    revision: str
+
+
+class Vote(Part):
+    """What one principle says of a pair: the probability that A is better, in both orders, and the mass the options caught."""
+
+    principle_id: str
+    p_forward: float
+    p_backward: float
+    mass_forward: float
+    mass_backward: float
+
+
+class Record(Part):
+    """What every record carries: its id and its lineage.
+
+    `record_id` is deterministic (see `schemas.ids`): work done twice has the same id. `model` is who made this record;
+    `policy_version` is the version of the policy whose answer it is, or is about.
+    """
+
+    topic: ClassVar[str]
+
+    record_id: Id
+    parent_ids: list[Id] = Field(default_factory=list)
+    prompt_id: Id | None = None
+    run_id: str
+    stage: str
+    constitution: ConstitutionRef | None = None
+    principle_id: str | None = None
+    model: ModelRef | None = None
+    policy_version: int | None = None
+    template_hash: str | None = None
+    sampling: Sampling | None = None
+    seed: int | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latency_ms: float = 0.0
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def key(self) -> bytes:
+        """The message key: the prompt's id, so that one prompt's records stay in order."""
+        return (self.prompt_id or self.record_id).encode()
+
+
+class Prompt(Record):
+    topic: ClassVar[str] = "prompts"
+
+    turns: list[Turn]
+    source: str
+    tags: list[str] = Field(default_factory=list)
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    origin: str = ""
+
+
+class Response(Record):
+    """All k candidates of one prompt."""
+
+    topic: ClassVar[str] = "responses"
+
+    turns: list[Turn]
+    source: str
+    tags: list[str] = Field(default_factory=list)
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    prompt_token_ids: list[int] = Field(default_factory=list)
+    candidates: list[Candidate]
+
+
+class Chain(Record):
+    """What critique and revision share: the state of one chain, which starts from candidate 0 of a response.
+
+    `text` is the text this record is about: the one criticised, or the revision. When `ended` is not NONE the chain is over
+    and `final_text` is its result. `text_stopped` says whether the text ended by itself, not at the token limit.
+    """
+
+    response_id: Id
+    turns: list[Turn]
+    source: str
+    tags: list[str] = Field(default_factory=list)
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    first_answer: str
+    first_stopped: bool
+    answer_model: ModelRef | None = None
+    rounds: list[Round] = Field(default_factory=list)
+    number: int
+    text: str
+    text_stopped: bool
+    previous_text: str | None = None
+    previous_stopped: bool = False
+    final: bool = False
+    ended: ChainEnd = ChainEnd.NONE
+    final_text: str | None = None
+    final_stopped: bool = False
+
+
+class Critique(Chain):
+    """A verdict on `text` under a principle and, while the chain goes on, the critique in words.
+
+    `p_flawed` is the probability of the flawed option among the two; `mass` is what both caught. `p_better` compares a
+    revision with its predecessor (both orders averaged), absent for a first answer.
+    """
+
+    topic: ClassVar[str] = "critiques"
+
+    critique: str = ""
+    verdict: Verdict = Verdict.UNKNOWN
+    p_flawed: float | None = None
+    mass: float | None = None
+    p_better: float | None = None
+    similarity: float | None = None
+
+
+class Revision(Chain):
+    """The text rewritten after a critique."""
+
+    topic: ClassVar[str] = "revisions"
+
+    critique: str
+    similarity: float = 0.0
+    fault: RevisionFault = RevisionFault.NONE
+
+
+class Preference(Record):
+    """A judgement of two answers: `p_a` is the soft label, the probability that A is better, both orders averaged.
+
+    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented.
+    """
+
+    topic: ClassVar[str] = "preferences"
+
+    response_id: Id | None = None
+    turns: list[Turn]
+    source: str
+    tags: list[str] = Field(default_factory=list)
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    pairing: str
+    a: str
+    b: str
+    a_candidate: int | None = None
+    b_candidate: int | None = None
+    a_stopped: bool = False
+    b_stopped: bool = False
+    p_a: float | None = None
+    p_forward: float | None = None
+    p_backward: float | None = None
+    gap: float | None = None
+    mass: float | None = None
+    flipped: bool = False
+    votes: list[Vote] = Field(default_factory=list)
+    explanation: str = ""
+    outcome: Outcome = Outcome.UNKNOWN
+    label_source: LabelSource = LabelSource.AI
+
+
+class BatchManifest(Record):
+    """Exactly what one training phase will train on, written before it steps."""
+
+    topic: ClassVar[str] = "batches"
+
+    phase: str
+    number: int
+    record_ids: list[Id]
+    content_hash: str
+    commit_seq_from: int
+    commit_seq_to: int
+    base_policy_version: int
+    base_reward_version: int | None = None
+    reference_policy_version: int | None = None
+    mix: dict[str, int] = Field(default_factory=dict)
+    settings: str = "{}"
+
+
+class PolicyUpdate(Record):
+    """A new policy or reward model that every worker can load. Only kind POLICY raises the policy version."""
+
+    topic: ClassVar[str] = "policies"
+
+    kind: PolicyKind
+    version: int
+    phase: str
+    uri: str
+    content_hash: str
+    base_version: int
+    batch_id: Id
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> bytes:
+        return f"{self.kind.value}-{self.version}".encode()
+
+
+class RunManifest(Record):
+    """What a run is made of: its settings and the full text of its constitution, which workers load by hash."""
+
+    topic: ClassVar[str] = "runs"
+
+    name: str
+    settings: str
+    constitution_text: str
+    charter_version: str
+
+    @property
+    def key(self) -> bytes:
+        return self.run_id.encode()
+
+
+class Score(Record):
+    """A reward model's score of one candidate."""
+
+    topic: ClassVar[str] = "scores"
+
+    response_id: Id
+    candidate: int
+    reward_version: int
+    score: float
+    normalised: float
+
+
+class Metric(Record):
+    """One named number at one step of a phase."""
+
+    topic: ClassVar[str] = "metrics"
+
+    phase: str
+    number: int
+    step: int
+    measures: dict[str, float]
+
+
+class Incident(Record):
+    """Something that stopped or paused training, in words and numbers."""
+
+    topic: ClassVar[str] = "incidents"
+
+    phase: str
+    what: str
+    why: str
+    measures: dict[str, float] = Field(default_factory=dict)
+
+
+class Drop(Record):
+    """A record that was left out of a batch, and why."""
+
+    topic: ClassVar[str] = "drops"
+
+    dropped_id: Id
+    reason: str
+
+
+class Source(Record):
+    """Where a producer stands in one input: the next line to read."""
+
+    topic: ClassVar[str] = "sources"
+
+    name: str
+    content_hash: str
+    next_line: int
+    published: int
+
+    @property
+    def key(self) -> bytes:
+        return self.record_id.encode()
+
+
+class Header(Part):
+    key: str
+    value: bytes
+
+
+class DeadLetter(Record):
+    """A message that could not be processed: its bytes and headers untouched, where it was, and why."""
+
+    topic: ClassVar[str] = "dead-letters"
+
+    kind: DeadLetterKind
+    source_topic: str
+    source_partition: int
+    source_offset: int
+    source_key: bytes | None = None
+    value: bytes | None
+    headers: list[Header] = Field(default_factory=list)
+    error_class: str
+    message: str
+    attempts: int = 1
+
+
+RECORDS: tuple[type[Record], ...] = (
+    Prompt,
+    Response,
+    Critique,
+    Revision,
+    Preference,
+    BatchManifest,
+    PolicyUpdate,
+    RunManifest,
+    Score,
+    Metric,
+    Incident,
+    Drop,
+    Source,
+    DeadLetter,
+)

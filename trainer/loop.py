@@ -1,0 +1,242 @@
+"""The trainer: batches from DuckDB, three kinds of update, and each new policy back onto the stream.
+
+One update goes through these steps, each durable before the next, so that a crash anywhere resumes with the same batch:
+
+1. draw the rows after the phase's cursor, and publish their manifest (`batches`);
+2. train, publishing each step's numbers (`metrics`);
+3. write the checkpoint: safetensors and the manifest in a temporary folder, then renamed;
+4. publish the PolicyUpdate (`policies`), which is what raises the version and what every responder follows.
+
+A manifest without its PolicyUpdate is taken up again before anything new is drawn. A second trainer on the same log fences
+the first. Where training stands is read from the log, never kept in memory alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.bus.port import Bus
+from engine.checkpoints import Checkpoint, read, write
+from engine.errors import UsageError
+from engine.bus.read import read_values
+from engine.policy import updates
+from engine.settings import Settings
+from engine.store import Store
+from engine.worker import outgoing
+from schemas import ids
+from schemas.codec import decode
+from schemas.records import BatchManifest, Metric, ModelRef, PolicyKind, PolicyUpdate, Record, Score
+from trainer.batches import Batch, Standing, candidates, manifest_of, rebuild, rows_of
+
+log = logging.getLogger("charter.trainer")
+PHASES = ("sft", "reward", "ppo")
+LOOK_EVERY_S = 2.0
+OnStep = Callable[[str, int, dict[str, float]], None]
+
+
+def standing_of(known: Sequence[PolicyUpdate], manifests: Sequence[BatchManifest]) -> Standing:
+    """Where training stands, from what it has published."""
+    by_id = {manifest.record_id: manifest for manifest in manifests}
+    done = [update for update in known if update.batch_id in by_id]
+    policies = [update for update in known if update.kind is PolicyKind.POLICY]
+    rewards = [update for update in known if update.kind is PolicyKind.REWARD]
+    newest_reward = max(rewards, key=lambda update: update.version, default=None)
+    cursors: dict[str, int] = {}
+    for update in done:
+        cursors[update.phase] = max(cursors.get(update.phase, -1), by_id[update.batch_id].commit_seq_to)
+    return Standing(
+        policy_version=max((update.version for update in policies), default=0),
+        reward_version=newest_reward.version if newest_reward else 0,
+        reference_version=max((update.version for update in policies if update.phase == "sft"), default=0),
+        cursors=tuple(cursors.items()),
+        reward_batch=newest_reward.batch_id if newest_reward else None,
+    )
+
+
+@dataclass
+class Trainer:
+    """Trains from `store`, publishes on `bus`. `base` is the folder of policy version 0."""
+
+    bus: Bus
+    store: Store
+    settings: Settings
+    base: Path
+    on_step: OnStep = lambda phase, step, measures: None
+
+    def __post_init__(self) -> None:
+        self.writer = self.bus.writer("trainer")
+
+    def close(self) -> None:
+        self.writer.close()
+
+    # What to do
+
+    def known(self) -> tuple[list[PolicyUpdate], list[BatchManifest]]:
+        manifests = [decode(value, BatchManifest) for value in read_values(self.bus, BatchManifest.topic)]
+        return updates(self.bus), manifests
+
+    def standing(self) -> Standing:
+        return standing_of(*self.known())
+
+    def unfinished(self) -> BatchManifest | None:
+        """A manifest that a crash left without its update."""
+        known, manifests = self.known()
+        finished = {update.batch_id for update in known}
+        return next((manifest for manifest in manifests if manifest.record_id not in finished), None)
+
+    def threshold(self, phase: str) -> int:
+        train = self.settings.train
+        return {"sft": train.sft_rows, "reward": train.reward_rows, "ppo": train.ppo_rows}[phase]
+
+    def due(self) -> str | None:
+        """The first phase that has enough new rows; PPO needs a reward model."""
+        standing = self.standing()
+        for phase in PHASES:
+            if phase == "ppo" and not standing.reward_version:
+                continue
+            if len(self.candidates(phase, standing)[0]) >= self.threshold(phase):
+                return phase
+        return None
+
+    def candidates(self, phase: str, standing: Standing) -> tuple[list[str], list[Any]]:
+        train = self.settings.train
+        return candidates(
+            self.store, phase, standing, max_staleness=train.max_staleness, allow_overlap=train.allow_overlap
+        )
+
+    # Doing it
+
+    def resume(self) -> PolicyUpdate | None:
+        """Finish what a crash left unfinished, with the identical batch."""
+        manifest = self.unfinished()
+        if manifest is None:
+            return None
+        log.info("going on with the %s batch %s that was left unfinished", manifest.phase, manifest.record_id)
+        return self.finish(rebuild(self.store, manifest))
+
+    def update(self, phase: str) -> PolicyUpdate:
+        """One update of a phase on the rows that are new to it; raises UsageError when there are none."""
+        standing = self.standing()
+        if phase == "ppo" and not standing.reward_version:
+            raise UsageError("PPO needs a reward model", "none has been trained yet", "type: charter train --phase reward")
+        record_ids, drops = self.candidates(phase, standing)
+        if not record_ids:
+            raise UsageError(
+                f"there is nothing new for {phase} to train on", self.why_nothing(phase, len(drops)), "type: charter status"
+            )
+        rows = rows_of(self.store, phase, record_ids[: self.settings.train.max_rows])
+        manifest = manifest_of(
+            phase,
+            self.number(phase),
+            rows,
+            standing,
+            run_id=self.settings.run.id,
+            seed=self.settings.train.seed,
+            settings=self.learner_settings(phase),
+        )
+        self.publish([manifest, *drops])
+        return self.finish(Batch(manifest, rows))
+
+    def why_nothing(self, phase: str, dropped: int) -> str:
+        if dropped:
+            return f"{dropped} new rollouts may not be used; why: charter sql 'select reason, count(*) from drops group by 1'"
+        return "every row was trained on already, or none has arrived"
+
+    def number(self, phase: str) -> int:
+        return 1 + sum(1 for manifest in self.known()[1] if manifest.phase == phase)
+
+    def learner_settings(self, phase: str) -> dict[str, Any]:
+        learner: Any = {"sft": self.settings.sft, "reward": self.settings.reward, "ppo": self.settings.ppo}[phase]
+        train = self.settings.train
+        return learner.model_dump() | {"lora_rank": train.lora_rank, "max_length": train.max_length}
+
+    def publish(self, records: Sequence[Record]) -> None:
+        self.writer.commit([outgoing(record) for record in records])
+
+    def finish(self, batch: Batch) -> PolicyUpdate:
+        """Train on a batch whose manifest is published, and publish the update (steps 2 to 4)."""
+        manifest = batch.manifest
+        kind = PolicyKind.REWARD if manifest.phase == "reward" else PolicyKind.POLICY
+        base = manifest.base_reward_version or 0 if kind is PolicyKind.REWARD else manifest.base_policy_version
+        version = base + 1
+        folder = self.settings.folder / "checkpoints" / f"{kind.value.lower()}-{version:06d}"
+        checkpoint = self.checkpoint_of(batch, folder)
+        update = PolicyUpdate(
+            record_id=ids.record_id("train", [manifest.record_id], ids.fingerprint(version=version)),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            model=ModelRef(id=str(folder.name), revision=checkpoint.content_hash[:16]),
+            policy_version=version if kind is PolicyKind.POLICY else manifest.base_policy_version,
+            seed=manifest.seed,
+            kind=kind,
+            version=version,
+            phase=manifest.phase,
+            uri=str(folder.resolve()),
+            content_hash=checkpoint.content_hash,
+            base_version=base,
+            batch_id=manifest.record_id,
+            metrics=checkpoint.manifest["metrics"],
+        )
+        self.publish([update])
+        return update
+
+    def checkpoint_of(self, batch: Batch, folder: Path) -> Checkpoint:
+        """The batch's checkpoint: the one on disk when a crash came after it was written, else trained now."""
+        if folder.exists():
+            found = read(folder)
+            if found.manifest.get("batch_id") == batch.manifest.record_id:
+                return found
+            raise UsageError(
+                f"{folder} holds a checkpoint of another batch",
+                "the log and the checkpoints do not belong together",
+                "use the data folder that the log belongs to, or move that checkpoint away",
+            )
+        save, metrics = LEARNERS[batch.manifest.phase](self, batch)
+        about = {"batch_id": batch.manifest.record_id, "phase": batch.manifest.phase, "metrics": metrics}
+        return write(folder, save, about | {"batch": batch.manifest.model_dump(mode="json")})
+
+    def step(self, manifest: BatchManifest, step: int, measures: dict[str, float]) -> None:
+        """Publish one step's numbers and pass them on."""
+        metric = Metric(
+            record_id=ids.record_id("metric", [manifest.record_id], ids.fingerprint(), step),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            policy_version=manifest.base_policy_version,
+            phase=manifest.phase,
+            number=manifest.number,
+            step=step,
+            measures=measures,
+        )
+        self.publish([metric])
+        self.on_step(manifest.phase, step, measures)
+
+    def policy_folder(self, version: int) -> Path:
+        return self.folder_of(PolicyKind.POLICY, version) if version else self.base
+
+    def folder_of(self, kind: PolicyKind, version: int) -> Path:
+        """The verified folder of a published version."""
+        update = next(u for u in updates(self.bus) if u.kind is kind and u.version == version)
+        return read(Path(update.uri), update.content_hash).folder
+
+    def loop(self, stop: threading.Event) -> None:
+        """Update whenever a phase has enough new rows, until `stop`."""
+        self.resume()
+        while not stop.is_set():
+            phase = self.due()
+            if phase is None:
+                stop.wait(LOOK_EVERY_S)
+            else:
+                self.update(phase)
+
+
+Trained = tuple[Callable[[Path], None], dict[str, float]]
+
+
+LEARNERS: dict[str, Callable[[Trainer, Batch], Trained]] = {}
