@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ class LocalModel:
         prompts = [self.encode(ask, 1) for ask in batch]
         results: list[OptionScores | None] = [None] * len(batch)
         for chunk in self.chunks(prompts, rows_each=1, extra=0):
-            logits, _ = self.prefill([prompts[i] for i in chunk], cache=None)
+            with exact_head(self.model):
+                logits, _ = self.prefill([prompts[i] for i in chunk], cache=None)
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             for row, i in enumerate(chunk):
                 results[i] = self.score(logprobs[row], options, batch[i].prefill)
@@ -288,6 +290,21 @@ class LocalModel:
         if not single:
             raise UsageError(f"the option {option!r} is no single token of {self.id}", "", "use one letter for an option")
         return single
+
+
+@contextmanager
+def exact_head(model: Any) -> Iterator[None]:
+    """Compute logits in fp32: bf16 logits near 16 lie 0.125 apart, too coarse for a soft label."""
+
+    def exact(head: torch.nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
+
+    hook = model.get_output_embeddings().register_forward_hook(exact)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

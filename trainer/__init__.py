@@ -1,0 +1,1 @@
+"""Training: batches drawn from DuckDB, three learners, and the loop that publishes what they make."""
