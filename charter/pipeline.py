@@ -191,3 +191,28 @@ def publish_manifest(bus: Bus, settings: Settings, constitution: Constitution) -
     known = {decode(value, RunManifest).record_id for value in read_values(bus, RunManifest.topic)}
     if manifest.record_id not in known:
         bus.publish([outgoing(manifest)])
+
+
+def lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
+    """For each topic how many of its messages wait at the stage that is furthest behind on it (other runs' included)."""
+    judged = ("responses",) if pairing == "candidates" else ("critiques", "revisions")
+    readers = {"respond": ("prompts",), "critique": ("responses", "revisions"), "revise": ("critiques",), "judge": judged}
+    waiting: dict[str, int] = {}
+    for stage, topics in readers.items():
+        begins, ends = bus.begin_offsets(topics), bus.end_offsets(topics)
+        committed = bus.committed(f"{run_id}.{stage}", topics)
+        for topic in topics:
+            behind = sum(ends[p] - committed.get(p, begins[p]) for p in ends if p.topic == topic)
+            waiting[topic] = max(waiting.get(topic, 0), behind)
+    return waiting
+
+
+def find_prompts(store: Store, identifier: str) -> list[str]:
+    """The prompts that an id, or its beginning, belongs to: of a prompt or of any record made from one."""
+    pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
+    tables = ("prompts", "responses", "critiques", "revisions", "preferences")
+    parts = [
+        f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables
+    ]
+    rows = store.query(" UNION ".join(parts), [pattern], limit_s=10.0).rows
+    return [str(prompt) for (prompt,) in rows]

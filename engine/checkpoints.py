@@ -36,6 +36,7 @@ def write(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        temporary.chmod(0o755)  # mkdtemp's folder is its owner's alone; other workers read checkpoints
         save(temporary)
         refuse_pickles(temporary)
         content_hash = hash_files(temporary)

@@ -147,6 +147,7 @@ class Ppo(Section):
     beta: float = Field(0.02, ge=0, description="Weight of the KL penalty in the reward, at the start.")
     kl_target: float = Field(6.0, gt=0, description="KL to the reference that beta adapts to, in nats per sequence.")
     kl_stop: float = Field(30.0, gt=0, description="KL to the reference that stops the phase, in nats per sequence.")
+    kl_first_stop: float = Field(200.0, gt=0, description="The same limit for the KL to the very first policy.")
     missing_eos_penalty: float = Field(0.0, ge=0, description="Taken from the score of an answer cut at the limit.")
 
 
@@ -313,12 +314,15 @@ def environment_name(section: str, key: str) -> str:
 
 
 def as_toml() -> str:
-    """The settings file with every key at its default, each under its description."""
-    lines = ["# Charter's settings, each with its default. A flag beats the environment (CHARTER_RESPOND__SAMPLES=4), which beats this file."]
+    """A settings file with every key, each under its meaning and commented out at its default."""
+    lines = [
+        "# Charter's settings. Every key stands here at its default; take the # away to change one.",
+        "# A flag (--set respond.samples=4) beats the environment (CHARTER_RESPOND__SAMPLES=4), which beats this file.",
+    ]
     last = ""
     for section, key, field in keys():
         if section != last:
             lines += ["", f"[{section}]"]
             last = section
-        lines += [f"# {field.description}", f"{key} = {json.dumps(field.default)}"]
+        lines += [f"# {field.description}", f"# {key} = {json.dumps(field.default)}"]
     return "\n".join(lines) + "\n"

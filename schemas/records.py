@@ -325,13 +325,17 @@ class Preference(Record):
 
 
 class BatchManifest(Record):
-    """Exactly what one training phase will train on, written before it steps."""
+    """Exactly what one training phase will train on, written before it steps.
+
+    `sl_record_ids` are the finished chains of the supervised half of a combined objective.
+    """
 
     topic: ClassVar[str] = "batches"
 
     phase: str
     number: int
     record_ids: list[Id]
+    sl_record_ids: list[Id] = Field(default_factory=list)
     content_hash: str
     commit_seq_from: int
     commit_seq_to: int

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import CharterError
@@ -47,6 +47,13 @@ class Batch:
 
     manifest: BatchManifest
     rows: list[dict[str, Any]]
+    sl_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The learner's settings when the manifest was written: a resumed batch trains with these."""
+        settings: dict[str, Any] = json.loads(self.manifest.settings)
+        return settings
 
 
 def candidates(
@@ -104,11 +111,19 @@ def reward_prompts(store: Store, standing: Standing) -> set[str]:
 
 
 def manifest_of(
-    phase: str, number: int, rows: Sequence[dict[str, Any]], standing: Standing, *, run_id: str, seed: int, settings: object
+    phase: str,
+    number: int,
+    rows: Sequence[dict[str, Any]],
+    sl_rows: Sequence[dict[str, Any]],
+    standing: Standing,
+    *,
+    run_id: str,
+    seed: int,
+    settings: object,
 ) -> BatchManifest:
     """The manifest of a batch. Its id follows from its content and what it trains, so that it is the same after a crash."""
     record_ids = list(dict.fromkeys(str(row[KEY[phase]]) for row in rows))
-    content = content_hash(rows)
+    content = content_hash([*rows, *sl_rows])
     text = json.dumps(settings, sort_keys=True)
     configuration = ids.fingerprint(
         content=content, number=number, seed=seed, settings=text, policy=standing.policy_version, reward=standing.reward_version
@@ -122,6 +137,7 @@ def manifest_of(
         phase=phase,
         number=number,
         record_ids=record_ids,
+        sl_record_ids=[str(row["record_id"]) for row in sl_rows],
         content_hash=content,
         commit_seq_from=min(row["commit_seq"] for row in rows),
         commit_seq_to=max(row["commit_seq"] for row in rows),
@@ -158,13 +174,20 @@ def rows_of(store: Store, phase: str, record_ids: Sequence[str]) -> list[dict[st
 def rebuild(store: Store, manifest: BatchManifest) -> Batch:
     """The rows that a manifest names; raises CharterError when they are not the same any more."""
     rows = rows_of(store, manifest.phase, manifest.record_ids)
-    if content_hash(rows) != manifest.content_hash:
+    sl_rows = rows_of(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
+    if content_hash([*rows, *sl_rows]) != manifest.content_hash:
         raise CharterError(
             f"batch {manifest.record_id} cannot be rebuilt",
             f"{len(rows)} of its rows are in {store.path}, and their content is not what the manifest says",
             "use the database that the batch was drawn from",
         )
-    return Batch(manifest, rows)
+    return Batch(manifest, rows, sl_rows)
+
+
+def newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
+    """The newest finished chains, for the supervised half of a combined objective."""
+    rows = store.records("SELECT record_id FROM sft_examples ORDER BY commit_seq DESC LIMIT ?", [count], limit_s=LIMIT_S)
+    return rows_of(store, "sft", [str(row["record_id"]) for row in rows]) if rows else []
 
 
 def turns_of(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -179,7 +202,13 @@ def sft_example(row: dict[str, Any]) -> SftExample:
 
 def preference_example(row: dict[str, Any]) -> PreferenceExample:
     return PreferenceExample(
-        turns=turns_of(row), a=row["a"], b=row["b"], p_a=row["p_a"], record_id=str(row["record_id"])
+        turns=turns_of(row),
+        a=row["a"],
+        b=row["b"],
+        p_a=row["p_a"],
+        record_id=str(row["record_id"]),
+        a_stopped=row["a_stopped"],
+        b_stopped=row["b_stopped"],
     )
 
 

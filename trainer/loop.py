@@ -17,6 +17,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,20 @@ from engine.store import Store
 from engine.worker import outgoing
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import BatchManifest, Metric, ModelRef, PolicyKind, PolicyUpdate, Record, Score
-from trainer.batches import Batch, Standing, candidates, manifest_of, rebuild, rows_of
+from schemas.records import BatchManifest, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate, Record, Score
+from trainer.batches import (
+    Batch,
+    Standing,
+    candidates,
+    manifest_of,
+    newest_chains,
+    preference_example,
+    rebuild,
+    rollout,
+    rows_of,
+    sft_example,
+    turns_of,
+)
 
 log = logging.getLogger("charter.trainer")
 PHASES = ("sft", "reward", "ppo")
@@ -130,17 +143,22 @@ class Trainer:
                 f"there is nothing new for {phase} to train on", self.why_nothing(phase, len(drops)), "type: charter status"
             )
         rows = rows_of(self.store, phase, record_ids[: self.settings.train.max_rows])
+        sl_rows = newest_chains(self.store, len(rows)) if self.combined(phase) else []
         manifest = manifest_of(
             phase,
             self.number(phase),
             rows,
+            sl_rows,
             standing,
             run_id=self.settings.run.id,
             seed=self.settings.train.seed,
             settings=self.learner_settings(phase),
         )
         self.publish([manifest, *drops])
-        return self.finish(Batch(manifest, rows))
+        return self.finish(Batch(manifest, rows, sl_rows))
+
+    def combined(self, phase: str) -> bool:
+        return phase == "ppo" and self.settings.train.objective == "combined"
 
     def why_nothing(self, phase: str, dropped: int) -> str:
         if dropped:
@@ -153,7 +171,16 @@ class Trainer:
     def learner_settings(self, phase: str) -> dict[str, Any]:
         learner: Any = {"sft": self.settings.sft, "reward": self.settings.reward, "ppo": self.settings.ppo}[phase]
         train = self.settings.train
-        return learner.model_dump() | {"lora_rank": train.lora_rank, "max_length": train.max_length}
+        settings = learner.model_dump() | {"lora_rank": train.lora_rank, "max_length": train.max_length}
+        if phase == "ppo":
+            settings |= {"beta": self.beta(), "alpha": train.alpha}
+        return settings  # type: ignore[no-any-return]
+
+    def beta(self) -> float:
+        """The KL weight that the last PPO phase left behind, or the setting."""
+        phases = [update for update in self.known()[0] if update.phase == "ppo"]
+        newest = max(phases, key=lambda update: update.version, default=None)
+        return newest.metrics["beta"] if newest else self.settings.ppo.beta
 
     def publish(self, records: Sequence[Record]) -> None:
         self.writer.commit([outgoing(record) for record in records])
@@ -239,4 +266,107 @@ class Trainer:
 Trained = tuple[Callable[[Path], None], dict[str, float]]
 
 
-LEARNERS: dict[str, Callable[[Trainer, Batch], Trained]] = {}
+def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
+    """The policy on the final texts of chains."""
+    from trainer import sft, weights
+
+    model, tokenizer, metrics = sft.train(
+        trainer.policy_folder(batch.manifest.base_policy_version),
+        [sft_example(row) for row in batch.rows],
+        seed=batch.manifest.seed or 0,
+        on_step=partial(trainer.step, batch.manifest),
+        **batch.settings,
+    )
+    return weights.saver(model, tokenizer), metrics
+
+
+def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
+    """The reward model on soft labels: from the last one, or from the policy with a fresh head."""
+    from trainer import reward
+
+    manifest = batch.manifest
+    version = manifest.base_reward_version
+    base = trainer.policy_folder(manifest.base_policy_version)
+    model, metrics = reward.train(
+        trainer.folder_of(PolicyKind.REWARD, version) if version else base,
+        [preference_example(row) for row in batch.rows],
+        seed=manifest.seed or 0,
+        on_step=partial(trainer.step, manifest),
+        **batch.settings,
+    )
+    return model.save, metrics
+
+
+def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
+    """The policy on its own scored answers, held near the policy that the last supervised phase made."""
+    from trainer import ppo, sft, weights
+
+    manifest, settings = batch.manifest, batch.settings
+    lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
+    policy = trainer.policy_folder(manifest.base_policy_version)
+    reference = trainer.policy_folder(manifest.reference_policy_version or 0)
+    tokenizer = weights.load_tokenizer(policy)
+    model, tokenizer, metrics = ppo.train(
+        policy,
+        reference,
+        [rollout(row) for row in batch.rows],
+        scores_of(trainer, batch),
+        ppo.Hyperparameters(**settings),
+        first_folder=None if reference == trainer.base else trainer.base,
+        sl_rows=[sft.encode(tokenizer, sft_example(row), max_length) for row in batch.sl_rows],
+        lora_rank=lora_rank,
+        seed=manifest.seed or 0,
+        on_step=partial(trainer.step, manifest),
+    )
+    if metrics["stopped_early"]:
+        trainer.publish([incident(manifest, metrics)])
+    return weights.saver(model, tokenizer), metrics
+
+
+def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
+    """The reward model's normalised score of each rollout; all scores are published too."""
+    from trainer import reward
+
+    manifest = batch.manifest
+    version = manifest.base_reward_version
+    assert version is not None, "PPO batches are drawn only when there is a reward model"
+    model = reward.load(trainer.folder_of(PolicyKind.REWARD, version))
+    raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in batch.rows])
+    normalised = model.normalised(raw)
+    configuration = ids.fingerprint(reward=version)
+    trainer.publish(
+        [
+            Score(
+                record_id=ids.record_id("score", [str(row["response_id"])], configuration, row["candidate"]),
+                parent_ids=[str(row["response_id"])],
+                prompt_id=str(row["prompt_id"]),
+                run_id=manifest.run_id,
+                stage="train",
+                policy_version=row["policy_version"],
+                response_id=str(row["response_id"]),
+                candidate=row["candidate"],
+                reward_version=version,
+                score=score,
+                normalised=value,
+            )
+            for row, score, value in zip(batch.rows, raw, normalised, strict=True)
+        ]
+    )
+    return normalised
+
+
+def incident(manifest: BatchManifest, metrics: dict[str, float]) -> Incident:
+    return Incident(
+        record_id=ids.record_id("incident", [manifest.record_id], ids.fingerprint(what="kl")),
+        parent_ids=[manifest.record_id],
+        run_id=manifest.run_id,
+        stage="train",
+        policy_version=manifest.base_policy_version,
+        phase=manifest.phase,
+        what="PPO stopped early: the policy moved too far",
+        why="the KL to the reference or to the first policy passed ppo.kl_stop or ppo.kl_first_stop",
+        measures=metrics,
+    )
+
+
+LEARNERS: dict[str, Callable[[Trainer, Batch], Trained]] = {"sft": learn_sft, "reward": learn_reward, "ppo": learn_ppo}

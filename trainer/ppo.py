@@ -72,7 +72,6 @@ class Hyperparameters:
     kl_first_stop: float = 200.0
     missing_eos_penalty: float = 0.0
     alpha: float = 1.0
-    max_length: int = 1024
 
 
 # The maths. Tensors are (B, T) over answer tokens; masks are 1 on real tokens.

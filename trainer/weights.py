@@ -12,8 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+# The caller shows one line a step. A fresh scorer's missing head is no news either: we set it ourselves.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+datasets.disable_progress_bars()
 
 LORA_SPEEDUP = 10.0  # adapters start at zero and are few: they take ten times the learning rate
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import ModelUnreachable, UsageError
 from engine.models.port import Model
 
 SCRIPTED = "scripted"
@@ -26,6 +27,46 @@ def open_model(spec: str, **options: Any) -> Model:
     from engine.models.local import open_local
 
     return open_local(spec, **options)
+
+
+def model_folder(spec: str) -> Path:
+    """The folder of a local model's files: the packaged model, an existing folder, or a hub id that is downloaded once."""
+    if spec == "smollm2":
+        from engine.models import smollm2
+
+        return smollm2.folder()
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    if spec == SCRIPTED or spec.startswith(("http://", "https://")):
+        raise UsageError(
+            f"{spec} has no weights here to train",
+            "the trainer needs a local model as models.policy",
+            "set models.policy to smollm2, a folder or a hub id; models.critic and models.judge may be servers",
+        )
+    if folder.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
+        raise ModelUnreachable(
+            f"there is no model at {spec}",
+            "the folder does not exist",
+            "set models.policy to smollm2 (packaged), an existing folder, or a hub id such as OWNER/NAME",
+        )
+    return download(spec)
+
+
+def download(hub_id: str) -> Path:
+    """A hub model's files in the local cache: safetensors, tokenizer and configuration, nothing that can run."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnreachable(
+            f"there is no model {hub_id!r}: no folder of that name, and the hub does not give it",
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            "set models.policy to smollm2 (packaged, needs no hub), an existing folder, or a hub id that you can reach",
+        ) from error
 
 
 def open_scripted() -> Model:

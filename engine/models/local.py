@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
-from engine.models import smollm2
+from engine.errors import PermanentRecordError, UsageError
+from engine.models import model_folder, smollm2
 from engine.models.chat import prompt_ids
 from engine.models.port import Ask, Generation, OptionScores
+
+# Our own output is the progress of the stream; a bar for each loading would tear it apart.
+transformers.utils.logging.disable_progress_bar()
 
 MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
 COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
@@ -33,31 +37,9 @@ COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share 
 
 def open_local(spec: str, *, threads: int = 2, max_batch: int = 32) -> LocalModel:
     """The packaged model, a folder, or a hub id."""
-    if spec == "smollm2":
-        return LocalModel(smollm2.folder(), name=smollm2.NAME, threads=threads, max_batch=max_batch)
-    folder = Path(spec)
-    if folder.is_dir():
-        return LocalModel(folder, name=folder.name, threads=threads, max_batch=max_batch)
-    if folder.is_absolute() or spec.startswith(("./", "../", "~")) or spec.count("/") > 1:
-        raise ModelUnreachable(
-            f"there is no model at {spec}", "the folder does not exist", "set models.policy to smollm2, a folder or a hub id"
-        )
-    return LocalModel(download(spec), name=spec, threads=threads, max_batch=max_batch)
-
-
-def download(hub_id: str) -> Path:
-    """A hub model's files in the local cache: safetensors, tokenizer and configuration, nothing that can run."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelUnreachable(
-            f"there is no model {hub_id!r}: no folder of that name, and the hub does not give it",
-            f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-            "set models.policy to smollm2 (packaged, needs no hub), an existing folder, or a hub id that you can reach",
-        ) from error
+    folder = model_folder(spec)
+    name = smollm2.NAME if spec == "smollm2" else (spec if not Path(spec).is_dir() else folder.name)
+    return LocalModel(folder, name=name, threads=threads, max_batch=max_batch)
 
 
 def check_weights(folder: Path) -> None:

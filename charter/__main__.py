@@ -1,0 +1,6 @@
+"""`charter` and `python -m charter`."""
+
+from charter.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""The command line: one grammar for every verb, light to start, clear when something is wrong.
+
+Exit codes: 0 ok, 1 failed, 2 wrong use, 3 a dependency is unreachable. Errors are three lines: what, why, what to type.
+Nothing heavy is imported here; each verb imports what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import charter
+
+if TYPE_CHECKING:
+    from engine.settings import Settings
+
+PHASES = ("sft", "reward", "ppo")
+STAGES = ("respond", "critique", "revise", "judge", "sink")
+VERBS = ("demo", "produce", "run", "train", "status", "show", "sql", "tail", "topics", "config")
+
+
+class Ordered(click.Group):
+    """Lists the verbs in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [verb for verb in VERBS if verb in self.commands]
+
+
+@click.group(cls=Ordered, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(charter.__version__, prog_name="charter")
+def cli() -> None:
+    """Charter streams prompts through responses, critiques, revisions and judgements into DuckDB, and trains on them.
+
+    \b
+    First steps:
+      charter demo                        the whole loop once, with a small real model
+      charter sql "select * from stories limit 1"
+      charter produce prompts.jsonl && charter run
+    """
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
+    options = [
+        click.option("--data", metavar="FOLDER", help="Data folder: database, embedded log, checkpoints."),
+        click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
+        click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
+        click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
+        click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.samples=4."),
+        click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
+        click.option("--traceback", is_flag=True, help="Show where an error came from."),
+    ]
+
+    @wraps(function)
+    def wrapper(
+        data: str | None,
+        bus: str | None,
+        run_id: str | None,
+        config: Path | None,
+        assignments: tuple[str, ...],
+        verbose: bool,
+        traceback: bool,
+        **rest: Any,
+    ) -> Any:
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+        flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
+        chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
+        preset = PRESETS.get(function.__name__)
+        return function(**settings_for(function, chosen, config, preset), **rest)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
+    from engine.settings import load
+
+    settings, origins = load(flags, file, preset() if preset else None)
+    named = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
+
+
+def demo_preset() -> dict[str, dict[str, Any]]:
+    from charter.demo import PRESET
+
+    return PRESET
+
+
+PRESETS = {"demo": demo_preset}
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in assignments]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise click.UsageError(f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4")
+    return {name: value for name, _, value in pairs}
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="A list of objects as JSON.")
+
+
+def print_rows(columns: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    from charter.text import rows_text
+
+    if as_json:
+        objects = [dict(zip(columns, row, strict=True)) for row in rows]
+        click.echo(json.dumps(objects, ensure_ascii=False, indent=2, default=str))
+    elif columns:
+        click.echo(rows_text(columns, rows))
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set; a second signal kills as usual."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+@cli.command()
+@click.option("--prompts", default=24, show_default=True, help="Prompts of the first act; the later ones have 2/3 and 1/3.")
+@common
+def demo(settings: Settings, prompts: int) -> None:
+    """The whole loop once: real prompts, a real small model, every stage, SFT, reward model, PPO, new policies.
+
+    Killed half way, it goes on where it was when started again.
+
+    \b
+    Examples:
+      charter demo
+      charter demo --data /tmp/demo --prompts 6
+    """
+    from charter.demo import Demo
+
+    Demo(settings, prompts).run()
+
+
+@cli.command()
+@click.argument("files", nargs=-1, metavar="FILE...")
+@click.option("--source", default="prompts", show_default=True, help="The source of prompts that do not name one.")
+@click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad line.")
+@click.option("--shipped", is_flag=True, help="Publish the prompts that come with Charter.")
+@common
+def produce(settings: Settings, files: tuple[str, ...], source: str, epoch: int, strict: bool, shipped: bool) -> None:
+    """Publish prompts from JSONL files, or from standard input (-).
+
+    A line is a JSON string, {"prompt": "..."} or {"turns": [{"role": "user", "content": "..."}]}, with "source" and "tags" if
+    you like. Bad lines are reported and skipped; the exit code is then 1.
+
+    \b
+    Examples:
+      charter produce prompts.jsonl
+      echo '{"prompt": "Why is the sky blue?"}' | charter produce -
+    """
+    from charter.pipeline import connect
+    from producers.files import SHIPPED, Producer, summary
+
+    paths = [*files, *([str(SHIPPED)] if shipped else [])]
+    if not paths:
+        raise click.UsageError("give a JSONL file, - for standard input, or --shipped")
+    bus, bad = connect(settings), 0
+    for path in paths:
+        producer = Producer(
+            bus,
+            settings.run.id,
+            source=source,
+            epoch=epoch,
+            max_chars=settings.prompts.max_chars,
+            eval_share=settings.prompts.eval_share,
+            strict=strict,
+            on_bad=partial(report_bad, path),
+        )
+        report = producer.publish(path)
+        bad += len(report.bad)
+        for line in summary(report, path):
+            click.echo(line)
+    bus.close()
+    sys.exit(1 if bad else 0)
+
+
+def report_bad(path: str, number: int, why: str) -> None:
+    click.echo(f"{path} line {number}: {why}", err=True)
+
+
+@cli.command()
+@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="Only this stage; may be repeated.")
+@click.option("--slot", metavar="NAME", help="This copy's fixed name, e.g. a pod's ordinal.")
+@common
+def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
+    """Run the stages until stopped: all of them and the sink in one process, or those that --stage names.
+
+    \b
+    Examples:
+      charter run
+      charter run --bus kafka://localhost:9092 --stage respond
+      charter run --bus kafka://localhost:9092 --stage sink
+    """
+    from charter.pipeline import connect, make_host
+
+    chosen = stages or STAGES
+    bus, stop = connect(settings), stop_on_signals()
+    host = make_host(settings, bus, [s for s in chosen if s != "sink"], sink="sink" in chosen, slot=slot)
+    click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; stop with Ctrl-C", err=True)
+    with host:
+        while not stop.wait(0.2) and not host.failed.is_set():
+            pass
+    bus.close()
+    host.check()
+
+
+@cli.command()
+@click.option("--phase", type=click.Choice(PHASES), help="Update this now, with whatever rows are new.")
+@click.option("--loop", is_flag=True, help="Keep updating whenever there are enough new rows, until stopped.")
+@common
+def train(settings: Settings, phase: str | None, loop: bool) -> None:
+    """Train on what has arrived: the phase that is due, one named phase, or a loop.
+
+    \b
+    Examples:
+      charter train
+      charter train --phase sft
+      charter train --loop
+    """
+    from charter.pipeline import connect, store_of
+    from engine.models import model_folder
+    from trainer.loop import Trainer
+
+    bus = connect(settings)
+    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.models.policy), print_step)
+    if loop:
+        trainer.loop(stop_on_signals())
+    else:
+        update = trainer.resume()
+        chosen = phase or (None if update else trainer.due())
+        if chosen:
+            update = trainer.update(chosen)
+        if update is None:
+            click.echo("no phase has enough new rows; name one to train now: charter train --phase sft")
+        else:
+            click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
+    trainer.close()
+    bus.close()
+
+
+def print_step(phase: str, step: int, measures: dict[str, float]) -> None:
+    figures = " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
+    click.echo(f"phase={phase} step={step} {figures}")
+
+
+@cli.command()
+@json_option
+@common
+def status(settings: Settings, as_json: bool) -> None:
+    """What is in the database, what waits at each stage, and which policies there are.
+
+    \b
+    Examples:
+      charter status
+      charter status --json
+    """
+    from charter.pipeline import connect, lags, store_of
+
+    found = store_of(settings).query("SELECT * FROM pipeline_status")
+    bus = connect(settings)
+    waiting = lags(bus, settings.run.id, settings.judge.pairing)
+    bus.close()
+    columns = [*found.columns, "waiting"]
+    rows = [(*row, waiting.get(row[0])) for row in found.rows]
+    print_rows(columns, rows, as_json)
+    if not as_json:
+        policies = store_of(settings).query(
+            "SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10"
+        )
+        if policies.rows:
+            click.echo()
+            print_rows(policies.columns, policies.rows, False)
+
+
+@cli.command()
+@click.argument("identifier", metavar="ID")
+@json_option
+@common
+def show(settings: Settings, identifier: str, as_json: bool) -> None:
+    """The story of one prompt: ID is a prompt's or any record's id, or the beginning of one.
+
+    \b
+    Examples:
+      charter show 3f2a
+      charter show 3f2a --json
+    """
+    from charter.pipeline import find_prompts, store_of
+    from charter.text import story
+    from engine.errors import UsageError
+
+    store = store_of(settings)
+    found = find_prompts(store, identifier)
+    if len(found) != 1:
+        raise UsageError(
+            f"{identifier} is the beginning of {len(found) or 'no'} ids",
+            "it must name one prompt or one record",
+            "type: charter sql 'select prompt_id, prompt from stories limit 10'",
+        )
+    rows = store.records("SELECT * FROM stories WHERE prompt_id = ?", found)
+    click.echo(json.dumps(rows, ensure_ascii=False, indent=2, default=str) if as_json else story(rows[0]))
+
+
+@cli.command()
+@click.argument("statement", metavar="SQL", required=False)
+@click.option("--limit-s", default=10.0, show_default=True, help="Cut a query that takes longer, in seconds.")
+@click.option("--tables", is_flag=True, help="List the tables and views with their columns.")
+@json_option
+@common
+def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool, as_json: bool) -> None:
+    """Ask the database, read-only. SQL may be - to read it from standard input.
+
+    \b
+    Examples:
+      charter sql "select * from stories limit 1"
+      charter sql "select policy_version, count(*) from responses group by 1"
+      charter sql --tables
+    """
+    from charter.pipeline import store_of
+
+    if tables:
+        statement = TABLES
+    elif statement == "-":
+        statement = sys.stdin.read()
+    if not statement:
+        raise click.UsageError('give a query, e.g. charter sql "select * from stories limit 1"')
+    found = store_of(settings).query(statement, limit_s=limit_s)
+    print_rows(found.columns, found.rows, as_json)
+
+
+TABLES = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ordinal_position) AS columns
+            FROM information_schema.columns WHERE table_schema = 'main' GROUP BY 1 ORDER BY 1"""
+
+
+@cli.command()
+@click.argument("topic")
+@click.option("-n", "count", default=10, show_default=True, help="How many of the newest records.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what arrives, until stopped.")
+@click.option("--raw", is_flag=True, help="Do not decode; show the bytes.")
+@common
+def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
+    """The newest records of a topic, one JSON object a line.
+
+    \b
+    Examples:
+      charter tail responses -n 1
+      charter tail preferences --follow
+    """
+    from charter.pipeline import connect
+    from charter.tail import lines
+
+    bus = connect(settings)
+    stop = stop_on_signals() if follow else None
+    for line in lines(bus, topic, count, stop, raw=raw):
+        click.echo(line)
+    bus.close()
+
+
+@cli.command()
+@json_option
+@common
+def topics(settings: Settings, as_json: bool) -> None:
+    """The topics, created where they are missing: record, partitions, messages.
+
+    \b
+    Examples:
+      charter topics
+      charter topics --bus kafka://localhost:9092 --json
+    """
+    from charter.pipeline import connect
+    from schemas.topics import TOPICS
+
+    bus = connect(settings)
+    begins, ends = bus.begin_offsets(list(TOPICS)), bus.end_offsets(list(TOPICS))
+    rows: list[tuple[Any, ...]] = []
+    for spec in TOPICS.values():
+        messages = sum(end - begins[place] for place, end in ends.items() if place.topic == spec.name)
+        kept = "compacted" if spec.compacted else "all"
+        rows.append((spec.name, spec.record.__name__, bus.partitions(spec.name), kept, messages))
+    bus.close()
+    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, as_json)
+
+
+@cli.command()
+@click.option("--defaults", is_flag=True, help="Print a charter.toml with every key, its default and its meaning.")
+@json_option
+@common
+def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json: bool) -> None:
+    """Every setting: its value here, and where that came from.
+
+    \b
+    Examples:
+      charter config
+      charter config --defaults > charter.toml
+      CHARTER_RESPOND__SAMPLES=4 charter config --json
+    """
+    from engine.settings import as_toml, keys
+
+    if defaults:
+        click.echo(as_toml(), nl=False)
+        return
+    rows = [(f"{s}.{k}", getattr(getattr(settings, s), k), origins[f"{s}.{k}"], f.description) for s, k, f in keys()]
+    columns = ["setting", "value", "from", "meaning"]
+    if as_json:
+        print_rows(columns, rows, True)
+    else:
+        from charter.text import table
+
+        click.echo(table(columns, rows))
+
+
+def main() -> None:
+    """Run the command line; every expected error is three lines and an exit code."""
+    traceback = "--traceback" in sys.argv
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if traceback or not hasattr(error, "what"):
+            raise
+        from charter.text import inert
+
+        click.echo(inert(f"error: {error}"), err=True)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The newest records of a topic, as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+from charter.text import inert
+from engine.bus.port import Bus, Message
+from engine.errors import UsageError
+from schemas.codec import RecordError, decode_any
+from schemas.topics import TOPICS
+
+
+def lines(bus: Bus, topic: str, count: int, stop: threading.Event | None, *, raw: bool) -> Iterator[str]:
+    """The last `count` records in order of time, then (with `stop`) what arrives until it is set."""
+    if topic not in TOPICS:
+        raise UsageError(f"there is no topic {topic}", f"the topics are {', '.join(TOPICS)}", "type: charter topics")
+    ends = bus.end_offsets([topic])
+    begins = bus.begin_offsets([topic])
+    reader = bus.reader({place: max(begins[place], end - count) for place, end in ends.items()})
+    try:
+        found: list[Message] = []
+        while any(reader.positions()[place] < end for place, end in ends.items()):
+            found += reader.poll(1.0, 500)
+        newest = sorted(found, key=lambda message: message.timestamp_ms)[-count:] if count else []
+        yield from (line(message, raw) for message in newest)
+        while stop is not None and not stop.is_set():
+            yield from (line(message, raw) for message in reader.poll(0.5, 500))
+    finally:
+        reader.close()
+
+
+def line(message: Message, raw: bool) -> str:
+    """One message as a JSON object, with where it is."""
+    place = {"topic": message.topic, "partition": message.partition, "offset": message.offset}
+    value = message.value or b""
+    if not raw:
+        try:
+            return inert(json.dumps(place | decode_any(value).model_dump(mode="json"), ensure_ascii=False))
+        except RecordError as error:
+            place |= {"error": error.what, "why": error.why}  # type: ignore[dict-item]
+    return inert(json.dumps(place | {"bytes": value.hex()}))

@@ -1,0 +1,116 @@
+"""Text for people: hostile characters made visible, tables, nested values, and one prompt's story."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+WIDEST_CELL = 60
+
+
+def inert(text: str) -> str:
+    """The text with control, format and direction characters shown as escapes: a terminal must not obey a prompt."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def width() -> int:
+    return shutil.get_terminal_size((100, 40)).columns
+
+
+def cell(value: Any) -> str:
+    """A value on one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | dict | tuple):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return inert(str(value)).replace("\n", "\\n")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns side by side; numbers to the right."""
+    rows = [list(row) for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
+    right = [bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
+
+    def line(values: Sequence[str]) -> str:
+        fitted = [v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)]
+        return "  ".join(fitted).rstrip()
+
+    return "\n".join([line(columns), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+
+
+def pages(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """One row after the other, a column a paragraph: for rows too wide for a table."""
+    parts = []
+    for number, row in enumerate(rows, 1):
+        parts.append(f"--- row {number}")
+        parts += [f"{name}: {nested(value)}" for name, value in zip(columns, row, strict=True)]
+    return "\n".join(parts)
+
+
+def nested(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return inert(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    return inert(str(value)) if value is not None else "-"
+
+
+def rows_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table where it fits the terminal, else one row after the other."""
+    short = all(len(cell(value)) <= WIDEST_CELL for row in rows for value in row)
+    text = table(columns, rows)
+    return text if short and len(text.split("\n", 1)[0]) <= width() else pages(columns, rows)
+
+
+def wrapped(text: str, indent: str) -> str:
+    """Paragraphs wrapped to the terminal, each line behind `indent`."""
+    lines = inert(text).splitlines() or [""]
+    limit = max(40, min(width(), 110)) - len(indent)
+    return "\n".join(indent + part for line in lines for part in (textwrap.wrap(line, limit) or [""]))
+
+
+def story(row: dict[str, Any]) -> str:
+    """What became of one prompt (a row of the view `stories`), in the order in which it happened."""
+    parts = [f"prompt {row['prompt_id']}  ({inert(row['source'])}, {row['split'].lower()})", wrapped(row["prompt"], "  ")]
+    for response in row["responses"] or []:
+        for number, answer in enumerate(response["answers"]):
+            parts += [f"answer {number} by policy {response['policy_version']}", wrapped(answer, "  ")]
+    revisions = {r["number"]: r for r in row["revisions"] or []}
+    for critique in row["critiques"] or []:
+        parts += critique_lines(critique)
+        following = revisions.get(critique["number"] + 1)
+        if following and not critique["ended"] != "NONE":
+            fault = "" if following["fault"] == "NONE" else f", {following['fault'].lower()}"
+            similar = f"similarity {following['similarity']:.2f}{fault}"
+            parts += [f"revision {following['number']}  ({similar})", wrapped(following["revision"], "  ")]
+    for preference in row["preferences"] or []:
+        parts.append(preference_line(preference))
+    if row["final_text"] is not None:
+        parts += [f"final text  ({row['ended'].lower()})", wrapped(row["final_text"], "  ")]
+    return "\n".join(parts)
+
+
+def critique_lines(critique: dict[str, Any]) -> list[str]:
+    figures = []
+    if critique["p_flawed"] is not None:
+        figures.append(f"p(flawed) {critique['p_flawed']:.3f}")
+    if critique["p_better"] is not None:
+        figures.append(f"p(better than before) {critique['p_better']:.3f}")
+    verdict = critique["verdict"].lower().replace("_", " ")
+    end = "" if critique["ended"] == "NONE" else f" -> {critique['ended'].lower().replace('_', ' ')}"
+    head = f"critique by {critique['principle_id']}: {verdict}{end}" + (f"  ({', '.join(figures)})" if figures else "")
+    return [head, wrapped(critique["critique"], "  ")] if critique["critique"] else [head]
+
+
+def preference_line(preference: dict[str, Any]) -> str:
+    if preference["p_a"] is None:
+        return f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"
+    return (
+        f"judged by {preference['principle_id']}: p(first answer is better) {preference['p_a']:.3f}"
+        f"  (orders differ by {preference['gap']:.3f}, mass {preference['mass']:.2f})"
+    )
