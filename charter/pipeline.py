@@ -22,12 +22,12 @@ from consumers.revise import Revise
 from consumers.sink import Sink
 from engine.bus import open_bus
 from engine.bus.port import Bus
+from engine.bus.read import read_values
 from engine.checkpoints import read
 from engine.errors import UsageError
 from engine.host import Host, Run
 from engine.models import open_model
 from engine.models.port import Model
-from engine.bus.read import read_values
 from engine.policy import PolicyFollower
 from engine.settings import Settings
 from engine.store import Store
@@ -116,16 +116,12 @@ def make_stage(name: str, settings: Settings, models: Models, constitution: Cons
         work = make_critique(settings, models, constitution)
         return Stage(name, ("revisions", "responses"), ("critiques",), 1, rows, work)
     if name == "revise":
-        sampling = Sampling(
-            temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens
-        )
+        sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
         work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot)
         return Stage(name, ("critiques",), ("revisions",), 2, rows, work)
     if name == "judge":
         wanted_pairs = settings.judge
-        work = Judge(
-            models.role("judge"), constitution, wanted_pairs.pairing, wanted_pairs.min_mass, wanted_pairs.reject_flips
-        )
+        work = Judge(models.role("judge"), constitution, wanted_pairs.pairing, wanted_pairs.min_mass, wanted_pairs.reject_flips)
         inputs = ("responses",) if wanted_pairs.pairing == "candidates" else ("critiques", "revisions")
         return Stage(name, inputs, ("preferences",), 3, rows, work)
     raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
@@ -196,7 +192,12 @@ def publish_manifest(bus: Bus, settings: Settings, constitution: Constitution) -
 def lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
     """For each topic how many of its messages wait at the stage that is furthest behind on it (other runs' included)."""
     judged = ("responses",) if pairing == "candidates" else ("critiques", "revisions")
-    readers = {"respond": ("prompts",), "critique": ("responses", "revisions"), "revise": ("critiques",), "judge": judged}
+    readers = {
+        "respond": ("prompts",),
+        "critique": ("responses", "revisions"),
+        "revise": ("critiques",),
+        "judge": judged,
+    }
     waiting: dict[str, int] = {}
     for stage, topics in readers.items():
         begins, ends = bus.begin_offsets(topics), bus.end_offsets(topics)
@@ -211,8 +212,6 @@ def find_prompts(store: Store, identifier: str) -> list[str]:
     """The prompts that an id, or its beginning, belongs to: of a prompt or of any record made from one."""
     pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
     tables = ("prompts", "responses", "critiques", "revisions", "preferences")
-    parts = [
-        f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables
-    ]
+    parts = [f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables]
     rows = store.query(" UNION ".join(parts), [pattern], limit_s=10.0).rows
     return [str(prompt) for (prompt,) in rows]

@@ -40,5 +40,5 @@ def line(message: Message, raw: bool) -> str:
         try:
             return inert(json.dumps(place | decode_any(value).model_dump(mode="json"), ensure_ascii=False))
         except RecordError as error:
-            place |= {"error": error.what, "why": error.why}  # type: ignore[dict-item]
+            place |= {"error": error.what, "why": error.why}
     return inert(json.dumps(place | {"bytes": value.hex()}))

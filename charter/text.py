@@ -76,7 +76,10 @@ def wrapped(text: str, indent: str) -> str:
 
 def story(row: dict[str, Any]) -> str:
     """What became of one prompt (a row of the view `stories`), in the order in which it happened."""
-    parts = [f"prompt {row['prompt_id']}  ({inert(row['source'])}, {row['split'].lower()})", wrapped(row["prompt"], "  ")]
+    parts = [
+        f"prompt {row['prompt_id']}  ({inert(row['source'])}, {row['split'].lower()})",
+        wrapped(row["prompt"], "  "),
+    ]
     for response in row["responses"] or []:
         for number, answer in enumerate(response["answers"]):
             parts += [f"answer {number} by policy {response['policy_version']}", wrapped(answer, "  ")]
@@ -84,7 +87,7 @@ def story(row: dict[str, Any]) -> str:
     for critique in row["critiques"] or []:
         parts += critique_lines(critique)
         following = revisions.get(critique["number"] + 1)
-        if following and not critique["ended"] != "NONE":
+        if following and critique["ended"] == "NONE":
             fault = "" if following["fault"] == "NONE" else f", {following['fault'].lower()}"
             similar = f"similarity {following['similarity']:.2f}{fault}"
             parts += [f"revision {following['number']}  ({similar})", wrapped(following["revision"], "  ")]

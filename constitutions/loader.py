@@ -187,8 +187,8 @@ def explained(error: Exception, text: str, origin: str) -> ConstitutionError:
 
 
 def allowed(place: Sequence[Any]) -> list[str]:
-    inner = {"critique": Principle, "judging": JudgingPrinciple, "examples": Example}
-    model = inner.get(str(place[0]), Constitution) if len(place) > 1 else Constitution
+    inner: dict[str, type[Strict]] = {"critique": Principle, "judging": JudgingPrinciple, "examples": Example}
+    model: type[Strict] = inner.get(str(place[0]), Constitution) if len(place) > 1 else Constitution
     return [name for name in model.model_fields if name != "text"]
 
 

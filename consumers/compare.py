@@ -11,9 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.models.port import Ask, Model, OptionScores
-
 from consumers.templates import ANSWER, OPTIONS
+from engine.models.port import Ask, Model, OptionScores
 from schemas.records import Turn
 
 

@@ -79,9 +79,7 @@ class Criticise:
         texts = self.criticisms([link for link in links if link.ended is ChainEnd.NONE])
         latency = 1000 * (time.monotonic() - started) / len(links)
         made = iter(texts)
-        return [
-            [self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", 0, 0)), latency)] for link in links
-        ]
+        return [[self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", 0, 0)), latency)] for link in links]
 
     # Where each chain stands
 

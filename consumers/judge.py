@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from constitutions.loader import Constitution
 from consumers import templates
@@ -17,6 +18,7 @@ from consumers.compare import Comparison, both_orders
 from engine.models.port import Model
 from schemas import ids
 from schemas.records import (
+    Candidate,
     Chain,
     ChainEnd,
     ConstitutionRef,
@@ -51,20 +53,31 @@ def pairs_of(record: Record) -> list[Pair]:
     if isinstance(record, Response):
         candidates = record.candidates
         return [
-            Pair(record, record.record_id, a.text, b.text, a.index, b.index, *map(stopped, (a, b)), sample=a.index)
-            for a, b in zip(candidates, candidates[1:], strict=False)
+            Pair(record, record.record_id, a.text, b.text, a.index, b.index, stopped(a), stopped(b), a.index)
+            for a, b in pairwise(candidates)
         ]
     assert isinstance(record, Chain)
     if not record.final or record.ended in (ChainEnd.UNUSABLE, ChainEnd.SKIPPED):
         return []
     if record.final_text is None or record.final_text == record.first_answer:
         return []
-    texts = (record.final_text, record.first_answer)
-    return [Pair(record, record.response_id, *texts, None, 0, record.final_stopped, record.first_stopped, sample=0)]
+    return [
+        Pair(
+            record,
+            record.response_id,
+            record.final_text,
+            record.first_answer,
+            None,
+            0,
+            record.final_stopped,
+            record.first_stopped,
+            0,
+        )
+    ]
 
 
-def stopped(candidate: object) -> bool:
-    return getattr(candidate, "finish_reason", None) is FinishReason.STOP
+def stopped(candidate: Candidate) -> bool:
+    return candidate.finish_reason is FinishReason.STOP
 
 
 @dataclass(frozen=True)

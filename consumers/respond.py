@@ -29,8 +29,7 @@ class Respond:
         configuration = self.fingerprint(model, version)
         record_ids = [ids.record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
         asks = [
-            Ask(tuple(prompt.turns), seed=ids.seed(record_id))
-            for prompt, record_id in zip(prompts, record_ids, strict=True)
+            Ask(tuple(prompt.turns), seed=ids.seed(record_id)) for prompt, record_id in zip(prompts, record_ids, strict=True)
         ]
         started = time.monotonic()
         answers = model.generate(

@@ -42,9 +42,7 @@ class Revise:
             max_tokens=self.sampling.max_tokens,
         )
         latency = 1000 * (time.monotonic() - started) / len(waiting)
-        made = iter(
-            [self.record(critique, answer, latency) for critique, (answer,) in zip(waiting, answers, strict=True)]
-        )
+        made = iter([self.record(critique, answer, latency) for critique, (answer,) in zip(waiting, answers, strict=True)])
         return [[] if critique.final else [next(made)] for critique in critiques]
 
     def ask(self, critique: Critique) -> Ask:

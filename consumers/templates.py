@@ -86,9 +86,7 @@ def critique(turns: Sequence[Turn], text: str, request: str, examples: Sequence[
     return ask(CRITIQUE.format(examples=shown, dialogue=dialogue(turns), text=text, request=request))
 
 
-def revision(
-    turns: Sequence[Turn], text: str, criticism: str, request: str, examples: Sequence[Example]
-) -> tuple[Turn, ...]:
+def revision(turns: Sequence[Turn], text: str, criticism: str, request: str, examples: Sequence[Example]) -> tuple[Turn, ...]:
     shown = "".join(
         f"An example.\n\nHuman: {e.prompt}\n\nAssistant: {e.answer}\n\nCritique: {e.critique}\n\nNew answer: {e.revision}\n\n"
         for e in examples

@@ -26,8 +26,8 @@ class Host:
         self.groups: list[tuple[threading.Event, list[threading.Thread]]] = []
 
     def start(self) -> None:
-        lanes = {f"{lane.name}-{n}": lane.run for lane in self.lanes for n in range(lane.threads)}
-        workers = {worker.stage.name: worker.run for worker in self.workers}
+        lanes: dict[str, Run] = {f"{lane.name}-{n}": lane.run for lane in self.lanes for n in range(lane.threads)}
+        workers: dict[str, Run] = {worker.stage.name: worker.run for worker in self.workers}
         # In the order in which they are stopped.
         self.groups = [self.threads(group) for group in (lanes, workers, self.others)]
 

@@ -95,9 +95,7 @@ def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnect
                 str(error).splitlines()[0][:300],
                 "move the file away to start a new one: the log still has its records",
             ) from error
-        raise StoreBusy(
-            f"another program has {path} open", holder_of(str(error)), "close it there, then try again"
-        ) from error
+        raise StoreBusy(f"another program has {path} open", holder_of(str(error)), "close it there, then try again") from error
     try:
         yield connection
     finally:

@@ -99,7 +99,8 @@ def create_table(spec: TopicSpec) -> str:
 
 
 def deduplicated(spec: TopicSpec) -> str:
-    return f"SELECT * EXCLUDE (_partition, _offset, content_hash, is_duplicate, differs) FROM raw.{spec.table} WHERE NOT is_duplicate"
+    ours = "_partition, _offset, content_hash, is_duplicate, differs"
+    return f"SELECT * EXCLUDE ({ours}) FROM raw.{spec.table} WHERE NOT is_duplicate"
 
 
 def insert_statement(spec: TopicSpec) -> str:

@@ -239,7 +239,7 @@ class Worker:
             queue = self.queues[topic]
             if queue and queue[0].alone:
                 return [queue.popleft()]
-            items = []
+            items: list[Item] = []
             while queue and not queue[0].alone and len(items) < self.stage.batch:
                 items.append(queue.popleft())
             if items:
@@ -321,7 +321,7 @@ class Worker:
         room, prefixes = COMMIT_RECORDS, {}
         with self.lane.changed:
             for place, items in self.flight.items():
-                prefix = []
+                prefix: list[Item] = []
                 for item in items:
                     if item.outputs is None or len(prefix) >= room:
                         break

@@ -15,13 +15,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.bus.port import Bus
-from engine.errors import UsageError
 from engine.bus.read import read_messages, read_values
+from engine.errors import UsageError
 from engine.worker import outgoing
 from schemas import ids
 from schemas.codec import decode
@@ -132,8 +133,7 @@ def prompt_record(parsed: Parsed, *, run_id: str, epoch: int, eval_share: float,
 
 def numbered_lines(path: str, first: int, last: int | None) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of a file or of standard input ("-"), without blank lines."""
-    stream = sys.stdin.buffer if path == "-" else Path(path).open("rb")
-    with stream:
+    with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if last is not None and number > last:
                 return
@@ -150,11 +150,15 @@ def check_file(path: str) -> str:
             stream.seek(0)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise UsageError(f"cannot read {path}", error.strerror or str(error), "give a JSONL file, or - for standard input") from error
+        raise UsageError(
+            f"cannot read {path}", error.strerror or str(error), "give a JSONL file, or - for standard input"
+        ) from error
     if start in NOT_UTF8:
         kind = NOT_UTF8[start]
         raise UsageError(
-            f"{path} is {kind}, not UTF-8", "JSON lines are UTF-8", f"type: iconv -f {kind} -t UTF-8 {path} > prompts.jsonl"
+            f"{path} is {kind}, not UTF-8",
+            "JSON lines are UTF-8",
+            f"type: iconv -f {kind} -t UTF-8 {path} > prompts.jsonl",
         )
     return digest
 
@@ -217,7 +221,11 @@ class Producer:
                 ) from error
             return None
         return prompt_record(
-            parsed, run_id=self.run_id, epoch=self.epoch, eval_share=self.eval_share, origin=f"{Path(path).name}:{number}"
+            parsed,
+            run_id=self.run_id,
+            epoch=self.epoch,
+            eval_share=self.eval_share,
+            origin=f"{Path(path).name}:{number}",
         )
 
     def place(self, path: str, content_hash: str, first: int, last: int | None) -> Source:
@@ -254,6 +262,8 @@ def shipped_lines() -> int:
 
 def summary(report: Report, path: str) -> Iterable[str]:
     """What to tell the person who typed `produce`."""
-    yield f"{report.published} prompts published from {path}" + (f", {report.earlier} were there already" if report.earlier else "")
+    yield f"{report.published} prompts published from {path}" + (
+        f", {report.earlier} were there already" if report.earlier else ""
+    )
     if report.bad:
         yield f"{len(report.bad)} lines are no prompts (see above); the others are published"

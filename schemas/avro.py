@@ -72,7 +72,7 @@ def avro_field(name: str, info: FieldInfo, seen: set[str]) -> dict[str, Any]:
     if info.default is not PydanticUndefined:
         field["default"] = info.default
     elif info.default_factory in (list, dict):
-        field["default"] = info.default_factory()  # type: ignore[call-arg, misc]
+        field["default"] = info.default_factory()
     elif info.default_factory is not None:  # created_at: an old writer always wrote it
         field["default"] = 0
     return field

@@ -12,7 +12,14 @@ from typing import Any
 from schemas.avro import released, schema_of
 from schemas.records import RECORDS
 
-PROMOTIONS = {("int", "long"), ("int", "double"), ("int", "float"), ("long", "double"), ("long", "float"), ("float", "double")}
+PROMOTIONS = {
+    ("int", "long"),
+    ("int", "double"),
+    ("int", "float"),
+    ("long", "double"),
+    ("long", "float"),
+    ("float", "double"),
+}
 
 
 def named_types(schema: Any, found: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -32,8 +39,9 @@ def named_types(schema: Any, found: dict[str, Any] | None = None) -> dict[str, A
 
 def unreadable(writer: Any, reader: Any, writers: dict[str, Any], readers: dict[str, Any], path: str) -> list[str]:
     """Why `reader` cannot read what `writer` wrote; an empty list when it can."""
-    writer, reader = (writers.get(writer, writer) if isinstance(writer, str) else writer), (
-        readers.get(reader, reader) if isinstance(reader, str) else reader
+    writer, reader = (
+        (writers.get(writer, writer) if isinstance(writer, str) else writer),
+        (readers.get(reader, reader) if isinstance(reader, str) else reader),
     )
     if isinstance(writer, list):
         return [why for branch in writer for why in unreadable(branch, reader, writers, readers, path)]
@@ -47,7 +55,9 @@ def unreadable(writer: Any, reader: Any, writers: dict[str, Any], readers: dict[
         return unreadable_fields(writer, reader, writers, readers, path)
     if kind == "enum":
         lost = set(writer["symbols"]) - set(reader["symbols"])
-        return [f"{path}: symbols {sorted(lost)} are unknown and there is no default"] if lost and "default" not in reader else []
+        return (
+            [f"{path}: symbols {sorted(lost)} are unknown and there is no default"] if lost and "default" not in reader else []
+        )
     for inner in ("items", "values"):
         if isinstance(writer, dict) and inner in writer:
             return unreadable(writer[inner], reader[inner], writers, readers, f"{path}[]")

@@ -126,7 +126,12 @@ def manifest_of(
     content = content_hash([*rows, *sl_rows])
     text = json.dumps(settings, sort_keys=True)
     configuration = ids.fingerprint(
-        content=content, number=number, seed=seed, settings=text, policy=standing.policy_version, reward=standing.reward_version
+        content=content,
+        number=number,
+        seed=seed,
+        settings=text,
+        policy=standing.policy_version,
+        reward=standing.reward_version,
     )
     return BatchManifest(
         record_id=ids.record_id(f"batch/{phase}", record_ids, configuration),

@@ -16,9 +16,7 @@ def ignore(step: int, measures: dict[str, float]) -> None:
     """The default OnStep."""
 
 
-def arguments(
-    output: str, *, learning_rate: float, epochs: int, batch_size: int, seed: int, max_length: int
-) -> dict[str, Any]:
+def arguments(output: str, *, learning_rate: float, epochs: int, batch_size: int, seed: int, max_length: int) -> dict[str, Any]:
     """Arguments for SFTConfig and RewardConfig: nothing is saved, uploaded or printed; weights stay fp32 under autocast."""
     return {
         "output_dir": output,

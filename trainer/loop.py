@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.bus.port import Bus
+from engine.bus.read import read_values
 from engine.checkpoints import Checkpoint, read, write
 from engine.errors import UsageError
-from engine.bus.read import read_values
 from engine.policy import updates
 from engine.settings import Settings
 from engine.store import Store
@@ -118,9 +118,7 @@ class Trainer:
 
     def candidates(self, phase: str, standing: Standing) -> tuple[list[str], list[Any]]:
         train = self.settings.train
-        return candidates(
-            self.store, phase, standing, max_staleness=train.max_staleness, allow_overlap=train.allow_overlap
-        )
+        return candidates(self.store, phase, standing, max_staleness=train.max_staleness, allow_overlap=train.allow_overlap)
 
     # Doing it
 
@@ -140,7 +138,9 @@ class Trainer:
         record_ids, drops = self.candidates(phase, standing)
         if not record_ids:
             raise UsageError(
-                f"there is nothing new for {phase} to train on", self.why_nothing(phase, len(drops)), "type: charter status"
+                f"there is nothing new for {phase} to train on",
+                self.why_nothing(phase, len(drops)),
+                "type: charter status",
             )
         rows = rows_of(self.store, phase, record_ids[: self.settings.train.max_rows])
         sl_rows = newest_chains(self.store, len(rows)) if self.combined(phase) else []
@@ -174,7 +174,7 @@ class Trainer:
         settings = learner.model_dump() | {"lora_rank": train.lora_rank, "max_length": train.max_length}
         if phase == "ppo":
             settings |= {"beta": self.beta(), "alpha": train.alpha}
-        return settings  # type: ignore[no-any-return]
+        return settings
 
     def beta(self) -> float:
         """The KL weight that the last PPO phase left behind, or the setting."""

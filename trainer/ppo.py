@@ -138,9 +138,7 @@ def clipped_policy_loss(
     return importance * torch.maximum(free, bound), (bound > free).float()
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float
-) -> torch.Tensor:
+def clipped_value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
     """Per token: half the larger of the squared errors with the value free, and kept within `clip` of the old one."""
     kept = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (kept - returns) ** 2)
@@ -310,13 +308,18 @@ def train(
     targets = prepare(rollouts, scores, prox, old_values, reference, first, p)
     metrics = optimise(actor, rollouts, targets, p, sl_rows, seed, lora_rank, on_step)
     kl = float(((kl_k1(prox, reference) * targets.mask).sum(-1)).mean())
-    return actor.policy, tokenizer, metrics | {
-        "beta": adapted_beta(p.beta, kl, p.kl_target),
-        "kl_rollouts": kl,
-        "reward_mean": sum(scores) / len(scores),
-        "rollouts": float(len(rollouts)),
-        "importance_mean": float(masked_mean(targets.importance, targets.mask)),
-    }
+    return (
+        actor.policy,
+        tokenizer,
+        metrics
+        | {
+            "beta": adapted_beta(p.beta, kl, p.kl_target),
+            "kl_rollouts": kl,
+            "reward_mean": sum(scores) / len(scores),
+            "rollouts": float(len(rollouts)),
+            "importance_mean": float(masked_mean(targets.importance, targets.mask)),
+        },
+    )
 
 
 def other_logprobs(folder: Path, rollouts: Sequence[Rollout], width: int) -> torch.Tensor:
@@ -353,9 +356,7 @@ def optimise(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            metrics["stopped_early"] = float(
-                metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop
-            )
+            metrics["stopped_early"] = float(metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop)
             on_step(step, metrics)
             if metrics["stopped_early"]:
                 return metrics | {"steps": float(step)}
@@ -372,9 +373,7 @@ def rl_gradients(
     for some in micro_batches(rollouts, rows, MICRO_ROWS):
         mask = t.mask[some]
         with weights.autocast():
-            logp, values, entropy = actor(
-                pad([rollouts[i] for i in some], mask.shape[1], str(mask.device)), entropy=True
-            )
+            logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], str(mask.device)), entropy=True)
         policy, clipped = clipped_policy_loss(logp, t.prox[some], t.advantages[some], t.importance[some], p.clip)
         value = clipped_value_loss(values, t.old_values[some], t.returns[some], p.value_clip)
         loss = ((policy + p.value_coefficient * value) * mask).sum() / tokens
@@ -431,5 +430,3 @@ def sl_loss(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
         kept = labels[:, 1:] != IGNORED
         logits = actor.head(hidden[kept])
     return F.cross_entropy(logits.float(), labels[:, 1:][kept], reduction="sum")
-
-

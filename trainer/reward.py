@@ -107,7 +107,7 @@ def train(
     Raises EqualRewards when the scores of the labelled texts do not differ.
     """
     tokenizer = weights.load_tokenizer(folder)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "chosen_ids": encode(tokenizer, example.turns, example.a, example.a_stopped, max_length),
             "rejected_ids": encode(tokenizer, example.turns, example.b, example.b_stopped, max_length),
@@ -136,7 +136,11 @@ def train(
             remove_unused_columns=False,
         )
         trainer = SoftLabelTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, data_collator=collate
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            data_collator=collate,
         )
         trainer.centring = centring
         metrics = hf.run(trainer, on_step)
@@ -154,9 +158,7 @@ def pad_for(model: Any, sequences: Sequence[Sequence[int]]) -> int:
 def load(folder: Path, max_length: int = 1024) -> RewardModel:
     """A trained reward model with its frozen normalisation."""
     kept = json.loads((folder / NORMALISATION).read_text())
-    return RewardModel(
-        weights.load_scorer(folder), weights.load_tokenizer(folder), kept["mean"], kept["deviation"], max_length
-    )
+    return RewardModel(weights.load_scorer(folder), weights.load_tokenizer(folder), kept["mean"], kept["deviation"], max_length)
 
 
 @dataclass

@@ -71,8 +71,6 @@ def train(
             ),
             dataset_kwargs={"skip_prepare_dataset": True},
         )
-        trainer = SFTTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-        )
+        trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         metrics = hf.run(trainer, on_step)
     return trainer.model, tokenizer, metrics | {"examples": float(len(rows))}

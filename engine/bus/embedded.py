@@ -285,9 +285,7 @@ class EmbeddedWriter:
                 "stop one of them, or give each its own: --slot NAME",
             )
 
-    def check_leases(
-        self, db: sqlite3.Connection, consumer: EmbeddedConsumer, epochs: Mapping[TopicPartition, int]
-    ) -> None:
+    def check_leases(self, db: sqlite3.Connection, consumer: EmbeddedConsumer, epochs: Mapping[TopicPartition, int]) -> None:
         for place, epoch in epochs.items():
             topic, _ = self.bus.topic(place.topic)
             sql = "SELECT member, epoch FROM leases WHERE grp = ? AND topic = ? AND partition = ?"
@@ -407,12 +405,8 @@ class EmbeddedConsumer(EmbeddedReader):
         """Renew the membership, bury the dead, give away what is not ours to hold and take what is free."""
         with self.connection.write() as db:
             now = time.time()
-            joined = not db.execute(
-                "SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]
-            ).fetchone()
-            db.execute(
-                "INSERT OR REPLACE INTO members VALUES (?, ?, ?)", [self.group, self.member, now + self.bus.lease_s]
-            )
+            joined = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
+            db.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", [self.group, self.member, now + self.bus.lease_s])
             dead = db.execute("DELETE FROM members WHERE grp = ? AND expires < ?", [self.group, now]).rowcount
             released, taken = self.share_out(db)
             if joined or dead or released:

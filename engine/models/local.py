@@ -74,9 +74,7 @@ def load_weights(folder: Path, device: str) -> Any:
 
         adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return adapted.merge_and_unload().to(device=device, dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False)
     return model.to(device)
 
 
@@ -255,9 +253,7 @@ class LocalModel:
 
     def score(self, logprobs: torch.Tensor, options: Sequence[str], prefill: str) -> OptionScores:
         """Sum each option's probability over its single-token variants; `logprobs` is (V,)."""
-        sums = [
-            float(torch.logsumexp(logprobs[torch.tensor(self.variants(option, prefill))], 0)) for option in options
-        ]
+        sums = [float(torch.logsumexp(logprobs[torch.tensor(self.variants(option, prefill))], 0)) for option in options]
         return OptionScores(tuple(sums), float(sum(torch.tensor(sums).exp())))
 
     def variants(self, option: str, prefill: str) -> list[int]:

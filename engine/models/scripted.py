@@ -15,7 +15,7 @@ from engine.errors import PermanentRecordError
 from engine.models.port import Ask, Generation, OptionScores
 
 POISON = "POISON-PILL"
-WORDS = "river stone bread window garden letter winter music silver paper engine harbour".split()
+WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "music", "silver", "paper", "engine", "harbour"]
 
 
 def points(ask: Ask, *more: object) -> bytes:
@@ -67,7 +67,7 @@ class ScriptedModel:
         return Generation(
             text=" ".join(words),
             finish_reason="stop",
-            token_ids=tuple(10 + int(hashlib.md5(word.encode()).hexdigest()[:4], 16) % 1000 for word in words) + (2,),
+            token_ids=(*(10 + int(hashlib.md5(word.encode()).hexdigest()[:4], 16) % 1000 for word in words), 2),
             logprobs=tuple(-0.1 - noise[i % 32] / 100 for i in range(len(words) + 1)),
             prompt_token_ids=tuple(10 + b for b in points(ask)[:8]),
         )

