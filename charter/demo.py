@@ -1,7 +1,8 @@
 """The whole loop once, on one machine: `charter demo`.
 
 Shipped prompts go through every stage with a real small model and land in DuckDB; SFT makes policy 1, which answers new
-prompts; the reward model learns the judge's labels; PPO trains policy 1 on its own answers into policy 2, which answers more prompts.
+prompts; the reward model learns the judge's labels; PPO trains policy 1 on its own answers into
+policy 2, which answers more prompts.
 
 Nothing of this is kept in memory: what is still to do is read from the log and the database, so a demo that was killed goes
 on where it was, and one that is finished only shows its summary.
@@ -33,8 +34,8 @@ from schemas import ids
 PRESET: dict[str, dict[str, Any]] = {
     "run": {"id": "demo"},
     "prompts": {"eval_share": 0.0},
-    "respond": {"max_tokens": 96},
-    "critique": {"rounds": 1, "max_tokens": 64},
+    "respond": {"max_tokens": 96, "temperature": 0.7},
+    "critique": {"rounds": 1, "max_tokens": 64, "temperature": 0.7},
     "revise": {"max_tokens": 96},
     "ppo": {"epochs": 1},
 }
