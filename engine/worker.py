@@ -34,6 +34,7 @@ from engine.errors import (
     DependencyUnreachable,
     PartitionLost,
     PermanentRecordError,
+    UsageError,
 )
 from schemas.codec import RecordError, decode, encode
 from schemas.records import DeadLetterKind, Record
@@ -256,6 +257,8 @@ class Worker:
                 raise AssertionError(f"{self.stage.name} returned {len(outputs)} results for {len(items)} records")
         except (DependencyUnreachable, MemoryError) as error:
             self.pause(items, error)
+        except UsageError:
+            raise  # a setting is wrong, which every record would meet: the stage stops, and nothing of it is committed
         except Exception as error:  # the one place where anything may fail: it is the record's fault, or a bug it shows
             self.blame(items, error)
         else:

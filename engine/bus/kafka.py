@@ -38,6 +38,7 @@ FLUSH_S = 30.0
 BOOTSTRAP_MS = 15_000
 CLOSE_S = 5.0
 CALL_MS = 30_000
+METADATA_MS = 60_000  # how soon added partitions are noticed
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
 LOST = (
     errors.CommitFailedError,
@@ -133,7 +134,9 @@ class KafkaBus:
             found = self.offsets.partitions_for_topic(self.name(topic))
         if not found:
             raise UsageError(
-                f"there is no topic {self.name(topic)} at {','.join(self.servers)}", "", "type: charter topics (it creates them)"
+                f"there is no topic {self.name(topic)} at {','.join(self.servers)}",
+                "",
+                "type: charter topics (it creates them)",
             )
         return len(found)
 
@@ -262,7 +265,9 @@ class KafkaWriter:
                 "stop one of them, or give each its own: --slot NAME",
             ) from error
         except errors.KafkaError as error:
-            raise CommitInDoubt("it is not known whether a transaction was written", f"{type(error).__name__}: {error}") from error
+            raise CommitInDoubt(
+                "it is not known whether a transaction was written", f"{type(error).__name__}: {error}"
+            ) from error
 
     def send_offsets(
         self, consumer: KafkaConsumer, offsets: Mapping[TopicPartition, int], epochs: Mapping[TopicPartition, int]
@@ -388,7 +393,12 @@ class KafkaConsumer:
                 partition_assignment_strategy=[CooperativeStickyAssignor],
                 session_timeout_ms=10_000,
                 heartbeat_interval_ms=2_000,
+                metadata_max_age_ms=METADATA_MS,
             )
+            # The member that leads the group shares out the partitions that it knows of: of a topic that is only just
+            # there it may know none, and would give nobody anything until its metadata ages.
+            while not all(self.client.partitions_for_topic(bus.name(topic)) for topic in topics):
+                log.info("waiting for the metadata of %s", ", ".join(topics))
         self.client.subscribe([bus.name(topic) for topic in topics], listener=self.epochs)
 
     def assignment(self) -> Offsets:

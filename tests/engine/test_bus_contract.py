@@ -1,0 +1,268 @@
+"""One contract, two buses: the embedded log and a real Apache Kafka."""
+
+import time
+import uuid
+
+import pytest
+
+from engine.bus import open_bus
+from engine.bus.port import Outgoing, TopicPartition
+from engine.bus.read import read_messages, read_values
+from engine.errors import Fenced, PartitionLost, UsageError
+from schemas.records import PolicyUpdate, Prompt, Response
+from schemas.topics import TopicSpec
+
+WITHIN_S = 30
+SPECS = [TopicSpec("in", Prompt, partitions=4), TopicSpec("out", Response, partitions=4), TopicSpec("one", PolicyUpdate, True, 1)]
+
+
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def address(request, tmp_path):
+    return str(tmp_path / "log") if request.param == "embedded" else request.getfixturevalue("kafka_address")
+
+
+@pytest.fixture
+def prefix():
+    return f"t{uuid.uuid4().hex[:8]}."
+
+
+@pytest.fixture
+def bus(address, prefix):
+    opened = open_bus(address, prefix=prefix)
+    opened.create_topics(SPECS)
+    yield opened
+    opened.close()
+
+
+def keyed(topic, numbers):
+    return [Outgoing(topic, f"k{n % 7}".encode(), str(n).encode(), (("run", b"r"),)) for n in numbers]
+
+
+def values(bus, topic):
+    return sorted(int(value) for value in read_values(bus, topic))
+
+
+def until(condition, *keep_alive):
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        for consumer in keep_alive:
+            consumer.poll(0.05, 1)
+
+
+def hop(bus, consumer, writer, wanted, batch=50):
+    """Move messages from `in` to `out` with their offsets until `out` has `wanted` of them."""
+    moved = 0
+    deadline = time.monotonic() + WITHIN_S
+    while moved < wanted and time.monotonic() < deadline:
+        moved += hop_once(consumer, writer, batch)
+    return moved
+
+
+def hop_once(consumer, writer, batch=50):
+    messages = consumer.poll(0.2, batch)
+    if not messages:
+        return 0
+    offsets, epochs = {}, consumer.assignment()
+    for message in messages:
+        offsets[TopicPartition(message.topic, message.partition)] = message.offset + 1
+    outputs = [Outgoing("out", m.key, m.value, m.headers) for m in messages]
+    try:
+        writer.commit(outputs, offsets, consumer=consumer, epochs={place: epochs[place] for place in offsets})
+    except (PartitionLost, KeyError):
+        return 0  # the partition's next owner reads them again
+    return len(messages)
+
+
+def test_topics_are_created_once_and_keep_their_id(bus):
+    ids = bus.topic_ids(["in", "out"])
+    assert bus.create_topics(SPECS) == []
+    assert bus.topic_ids(["in", "out"]) == ids and len(set(ids.values())) == 2
+    assert (bus.partitions("in"), bus.partitions("one")) == (4, 1)
+
+
+def test_an_unknown_topic_is_an_error_that_names_it(bus):
+    with pytest.raises(UsageError, match="nowhere"):
+        bus.partitions("nowhere")
+
+
+def test_order_is_kept_for_each_key(bus):
+    bus.publish(keyed("in", range(100)))
+    seen = {}
+    for message in read_messages(bus, "in"):
+        seen.setdefault(message.key, []).append((message.partition, message.offset, int(message.value)))
+    assert len(seen) == 7
+    for items in seen.values():
+        assert len({partition for partition, _, _ in items}) == 1
+        assert [n for *_, n in items] == sorted(n for *_, n in items)
+        assert [offset for _, offset, _ in items] == sorted(offset for _, offset, _ in items)
+
+
+def test_headers_nulls_and_bytes_survive(bus):
+    headers = (("run", b"\x00\xff"), ("trace", b""))
+    bus.publish([Outgoing("one", b"k", b"\xc3\x01\x00", headers), Outgoing("one", b"k", None)])
+    first, second = read_messages(bus, "one")
+    assert (first.key, first.value, first.headers) == (b"k", b"\xc3\x01\x00", headers)
+    assert second.value is None and second.timestamp_ms > 1_600_000_000_000
+
+
+def test_both_buses_place_keys_alike(bus):
+    # Kafka's murmur2: these places are what any Java producer would choose.
+    bus.publish([Outgoing("in", key, b"x") for key in (b"a", b"b", b"c", b"charter", b"")])
+    placed = {m.key: m.partition for m in read_messages(bus, "in")}
+    assert placed == {b'a': 0, b'b': 0, b'c': 2, b'charter': 3, b'': 1}
+
+
+def test_offsets_begin_and_end(bus):
+    assert set(bus.begin_offsets(["in"]).values()) == {0} == set(bus.end_offsets(["in"]).values())
+    bus.publish(keyed("in", range(20)))
+    assert sum(bus.end_offsets(["in"]).values()) == 20
+
+
+def test_a_hop_moves_outputs_and_offsets_together(bus):
+    bus.publish(keyed("in", range(60)))
+    consumer, writer = bus.consumer("g", ["in"], member="a"), bus.writer("g.a")
+    assert hop(bus, consumer, writer, 60) == 60
+    assert values(bus, "out") == list(range(60))
+    until(lambda: sum(bus.committed("g", ["in"]).values()) == 60)
+    assert consumer.committed() == {p: o for p, o in bus.end_offsets(["in"]).items() if o}
+    consumer.close()
+    writer.close()
+
+
+def test_a_group_goes_on_where_it_committed(bus):
+    bus.publish(keyed("in", range(30)))
+    consumer, writer = bus.consumer("g", ["in"], member="a"), bus.writer("g.a")
+    hop(bus, consumer, writer, 30)
+    consumer.close()
+    bus.publish(keyed("in", range(30, 40)))
+    consumer = bus.consumer("g", ["in"], member="a")
+    assert hop(bus, consumer, writer, 10) == 10
+    assert values(bus, "out") == list(range(40))
+    consumer.close()
+    writer.close()
+
+
+def test_what_was_read_but_not_committed_is_read_again(bus):
+    bus.publish(keyed("in", range(10)))
+    first = bus.consumer("g", ["in"], member="a")
+    seen = []
+    until(lambda: seen.extend(first.poll(0.2, 100)) or len(seen) == 10)
+    first.close()
+    second = bus.consumer("g", ["in"], member="b")
+    again = []
+    until(lambda: again.extend(second.poll(0.2, 100)) or len(again) == 10)
+    second.close()
+
+
+def test_two_members_share_the_partitions_and_one_takes_over(bus):
+    first, second = bus.consumer("g", ["in"], member="a"), bus.consumer("g", ["in"], member="b")
+    until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    assert not set(first.assignment()) & set(second.assignment())
+    second.close()
+    until(lambda: len(first.assignment()) == 4, first)
+    first.close()
+
+
+def test_everything_moves_exactly_once_while_members_come_and_go(bus):
+    bus.publish(keyed("in", range(200)))
+    members = {name: (bus.consumer("g", ["in"], member=name), bus.writer(f"g.{name}")) for name in ("a", "b")}
+    for round_number in range(12):
+        for consumer, writer in members.values():
+            hop_once(consumer, writer, 10)
+        if round_number == 4:
+            gone, writer = members.pop("a")
+            gone.close()
+            writer.close()
+        if round_number == 8:
+            members["c"] = bus.consumer("g", ["in"], member="c"), bus.writer("g.c")
+    until(lambda: sum(bus.committed("g", ["in"]).values()) >= 200 or not [hop_once(c, w) for c, w in members.values()])
+    until(lambda: [hop_once(c, w) for c, w in members.values()] and values(bus, "out") == list(range(200)))
+    for consumer, writer in members.values():
+        consumer.close()
+        writer.close()
+
+
+def test_results_of_a_lost_partition_are_not_written(bus):
+    bus.publish(keyed("in", range(20)))
+    consumer, writer = bus.consumer("g", ["in"], member="a"), bus.writer("g.a")
+    messages = []
+    until(lambda: messages.extend(consumer.poll(0.2, 100)) or len(messages) == 20)
+    place = TopicPartition("in", messages[0].partition)
+    with pytest.raises(PartitionLost):
+        writer.commit([Outgoing("out", b"k", b"1")], {place: 1}, consumer=consumer, epochs={place: -5})
+    assert values(bus, "out") == [] and bus.committed("g", ["in"]) == {}
+    writer.commit([Outgoing("out", b"k", b"2")])  # the writer is still good
+    until(lambda: values(bus, "out") == [2])
+    consumer.close()
+    writer.close()
+
+
+def test_a_second_writer_fences_the_first(bus):
+    first = bus.writer("w")
+    first.commit([Outgoing("out", b"k", b"1")])
+    second = bus.writer("w")
+    second.commit([Outgoing("out", b"k", b"2")])
+    with pytest.raises(Fenced):
+        first.commit([Outgoing("out", b"k", b"3")])
+    until(lambda: values(bus, "out") == [1, 2])
+    first.close()
+    second.close()
+
+
+def test_paused_partitions_give_nothing_until_resumed(bus):
+    consumer = bus.consumer("g", ["in"], member="a")
+    until(lambda: len(consumer.assignment()) == 4, consumer)
+    consumer.pause(list(consumer.assignment()))
+    bus.publish(keyed("in", range(10)))
+    assert consumer.poll(1.0, 100) == []
+    consumer.resume(list(consumer.assignment()))
+    seen = []
+    until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 10)
+    consumer.seek(TopicPartition("in", seen[0].partition), seen[0].offset)
+    again = []
+    until(lambda: again.extend(consumer.poll(0.2, 100)) or again)
+    assert again[0].offset == seen[0].offset
+    consumer.close()
+
+
+def test_a_reader_reads_from_positions_and_ends_at_the_end(bus):
+    bus.publish(keyed("in", range(40)))
+    writer = bus.writer("w")
+    writer.commit(keyed("in", range(40, 50)))
+    ends = bus.end_offsets(["in"])
+    reader = bus.reader(bus.begin_offsets(["in"]))
+    seen = []
+    until(lambda: seen.extend(reader.poll(0.2, 15)) or all(reader.positions()[p] >= e for p, e in ends.items()))
+    assert sorted(int(m.value) for m in seen) == list(range(50))
+    late = bus.reader({place: max(0, end - 1) for place, end in bus.end_offsets(["one"]).items()})
+    bus.publish([Outgoing("one", b"k", b"new")])
+    found = []
+    until(lambda: found.extend(late.poll(0.2, 10)) or found)
+    assert found[0].value == b"new"
+    for opened in (reader, late, writer):
+        opened.close()
+
+
+def test_what_a_writer_has_committed_it_reads_at_once(bus):
+    writer = bus.writer("w")
+    for n in range(5):
+        writer.commit([Outgoing("one", b"k", str(n).encode())])
+        assert values(bus, "one") == list(range(n + 1))
+    writer.close()
+
+
+def test_prefixes_keep_two_charters_apart(bus, address):
+    other = open_bus(address, prefix="other" + uuid.uuid4().hex[:6])
+    other.create_topics(SPECS)
+    bus.publish(keyed("in", range(5)))
+    assert values(other, "in") == [] and other.committed("g", ["in"]) == {}
+    other.close()
+
+
+def test_a_reopened_bus_has_everything(bus, address, prefix):
+    bus.publish(keyed("in", range(9)))
+    again = open_bus(address, prefix=prefix)
+    assert again.cluster_id == bus.cluster_id and again.topic_ids(["in"]) == bus.topic_ids(["in"])
+    assert values(again, "in") == list(range(9))
+    again.close()

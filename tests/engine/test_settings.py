@@ -1,0 +1,79 @@
+"""Settings: precedence, origins, and errors that name the nearest one."""
+
+import pytest
+
+from engine.errors import UsageError
+from engine.settings import as_toml, keys, load
+
+
+def test_defaults_are_those_of_the_recipe():
+    settings, origins = load(environment={})
+    assert (settings.ppo.clip, settings.ppo.beta, settings.critique.rounds, settings.respond.samples) == (0.2, 0.02, 4, 2)
+    assert origins["ppo.clip"] == "default"
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_a_preset(tmp_path):
+    file = tmp_path / "charter.toml"
+    file.write_text("[respond]\nsamples = 3\nmax_tokens = 33\ntop_p = 0.3\n")
+    preset = {"respond": {"samples": 2, "max_tokens": 22, "top_p": 0.2, "temperature": 0.22}}
+    environment = {"CHARTER_RESPOND__SAMPLES": "4", "CHARTER_RESPOND__MAX_TOKENS": "44"}
+    settings, origins = load({"respond.samples": "5"}, file, preset, environment)
+    wanted = settings.respond
+    assert (wanted.samples, wanted.max_tokens, wanted.top_p, wanted.temperature) == (5, 44, 0.3, 0.22)
+    names = [origins[f"respond.{key}"] for key in ("samples", "max_tokens", "top_p", "temperature")]
+    assert names == ["flag", "CHARTER_RESPOND__MAX_TOKENS", str(file), "preset"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "text", "nearest"),
+    [
+        ({"respond.sample": "1"}, {}, "", "respond.samples"),
+        ({}, {"CHARTER_JUDGE__MIN_MAS": "1"}, "", "judge.min_mass"),
+        ({}, {}, "[ppo]\ncliping = 1\n", "ppo.clip"),
+        ({}, {}, "[critiques]\nrounds = 1\n", "critique.rounds"),
+        ({}, {}, "samples = 1\n", "sample"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(tmp_path, flags, environment, text, nearest):
+    file = tmp_path / "charter.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match="unknown setting") as caught:
+        load(flags, file, None, environment)
+    assert nearest in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("respond.samples", "0"), ("judge.pairing", "pairs"), ("ppo.clip", "-1"), ("critique.early_stop", "perhaps")],
+)
+def test_a_value_out_of_range_says_which_setting_and_why(name, value):
+    with pytest.raises(UsageError) as caught:
+        load({name: value}, environment={})
+    assert name in str(caught.value) and value.strip("-") in str(caught.value)
+
+
+def test_a_broken_file_names_the_line(tmp_path):
+    file = tmp_path / "charter.toml"
+    file.write_text("[respond]\nsamples = = 3\n")
+    with pytest.raises(UsageError, match="line 2"):
+        load({}, file, environment={})
+
+
+def test_lists_come_as_commas_or_json():
+    for text in ("helpful,benign", '["helpful", "benign"]'):
+        settings, _ = load({"critique.skip_sources": text}, environment={})
+        assert settings.critique.skip_sources == ["helpful", "benign"]
+
+
+def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):
+    file = tmp_path / "charter.toml"
+    file.write_text(as_toml())
+    settings, origins = load({}, file, environment={})
+    assert settings == load({}, environment={})[0] and set(origins.values()) == {"default"}
+    lines = as_toml().splitlines()
+    assert all(any(line.startswith(f"# {key} = ") for line in lines) for _, key, _ in keys())
+
+
+def test_the_committed_settings_file_is_the_generated_one():
+    with open("charter.toml", encoding="utf-8") as file:
+        assert file.read() == as_toml(), "run: charter config --defaults > charter.toml"

@@ -1,0 +1,138 @@
+"""The store and its gate: reads are only reads, a busy file is said to be busy, the writer goes first."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import duckdb
+import pytest
+
+from engine.errors import DataFolderVersion, StoreBusy, UsageError
+from engine.store import Store
+from schemas.topics import TOPICS
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "charter.duckdb")
+    made.prepare()
+    return made
+
+
+def test_a_new_database_has_every_table_and_view(store):
+    status = store.query("SELECT topic, records FROM pipeline_status").rows
+    assert status == [(topic, 0) for topic in TOPICS]
+    for view in ("sft_examples", "preference_pairs", "stories", "chain_ends", "rollouts"):
+        assert store.query(f"SELECT * FROM {view}").rows == []
+    store.prepare()  # again: nothing happens
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM raw.prompts",
+        "CREATE TABLE x (a INTEGER)",
+        "SELECT * FROM read_text('/etc/hostname')",
+        "COPY (SELECT 1) TO '/tmp/charter-should-not-exist.csv'",
+        "ATTACH '/tmp/charter-other.duckdb'",
+        "SET enable_external_access = true",
+        "INSTALL httpfs",
+        "SELECT nothing FROM nowhere",
+    ],
+)
+def test_queries_can_only_read_the_tables(store, statement):
+    with pytest.raises(UsageError, match="does not work"):
+        store.query(statement)
+
+
+def test_a_long_query_is_cut(store):
+    started = time.monotonic()
+    with pytest.raises(UsageError, match="longer than 0.3 s"):
+        store.query("SELECT count(*) FROM range(100000000) a, range(100000) b WHERE a.range % 7 = b.range % 11", limit_s=0.3)
+    assert time.monotonic() - started < 10
+
+
+def test_an_absent_database_says_how_to_make_one(tmp_path):
+    with pytest.raises(UsageError, match="charter demo"):
+        Store(tmp_path / "none.duckdb").query("SELECT 1")
+
+
+def test_a_database_of_another_version_is_left_alone(store):
+    with store.writing() as connection:
+        connection.execute("UPDATE raw.sink_state SET version = 99")
+    for use in (store.prepare, lambda: store.query("SELECT 1")):
+        with pytest.raises(DataFolderVersion, match=r"99, ours: 1"):
+            use()
+
+
+def test_a_foreign_database_is_left_alone(tmp_path):
+    path = tmp_path / "charter.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TABLE mine (a INTEGER)")
+    with pytest.raises(DataFolderVersion):
+        Store(path).prepare()
+
+
+def test_a_file_that_is_no_database_is_an_error(tmp_path):
+    path = tmp_path / "charter.duckdb"
+    path.write_bytes(b"something else" * 1000)
+    with pytest.raises(DataFolderVersion, match="cannot be opened"):
+        Store(path).query("SELECT 1")
+
+
+HOLD = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_file_held_by_another_program_says_by_whom(store):
+    command = [sys.executable, "-c", HOLD, str(store.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StoreBusy, match=str(holder.pid)):
+            store.query("SELECT 1")
+        holder.communicate("")
+    assert store.query("SELECT 1").rows == [(1,)]
+
+
+def test_a_busy_gate_is_busy_after_the_wait(store):
+    with store.gate.write(1), pytest.raises(StoreBusy, match="busy"):
+        store.query("SELECT 1", wait_s=0.1)
+
+
+def test_a_waiting_writer_goes_before_readers_that_come_later(store):
+    order, reading, go = [], threading.Event(), threading.Event()
+
+    def first_reader():
+        with store.gate.read(10):
+            reading.set()
+            go.wait(10)
+
+    def writer():
+        with store.gate.write(10):
+            order.append("writer")
+
+    def late_reader():
+        with store.gate.read(10):
+            order.append("reader")
+
+    threads = [threading.Thread(target=first_reader), threading.Thread(target=writer), threading.Thread(target=late_reader)]
+    threads[0].start()
+    assert reading.wait(10)
+    threads[1].start()
+    while not turn_is_taken(store):  # the writer has the turn and waits for the first reader
+        pass
+    threads[2].start()
+    while not store.gate.readers_wait():
+        pass
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["writer", "reader"]
+
+
+def turn_is_taken(store):
+    try:
+        with store.gate.read(0):
+            return False
+    except StoreBusy:
+        return True

@@ -1,0 +1,67 @@
+"""The committed schemas are those of the classes, and every version reads every other."""
+
+import copy
+import io
+import json
+
+import fastavro
+import pytest
+from fastavro.schema import parse_schema
+
+from schemas import avro, compatibility
+from schemas.records import RECORDS, Prompt
+
+
+@pytest.mark.parametrize("model", RECORDS, ids=lambda model: model.__name__)
+def test_committed_schemas_are_the_classes(model):
+    schema = avro.schema_of(model)
+    assert json.loads((avro.FOLDER / f"{model.topic}.avsc").read_text()) == schema, "run: python -m schemas.avro"
+    released = avro.RELEASED / model.__name__ / f"{avro.fingerprint_of(schema).hex()}.avsc"
+    assert released.exists(), "run: python -m schemas.avro"
+
+
+def test_all_released_versions_are_compatible():
+    assert compatibility.check() == []
+
+
+def changed(change):
+    schema = copy.deepcopy(avro.schema_of(Prompt))
+    change(schema)
+    return compatibility.breaks(avro.schema_of(Prompt), schema)
+
+
+def test_adding_a_field_with_a_default_is_allowed():
+    assert changed(lambda s: s["fields"].append({"name": "new", "type": "string", "default": ""})) == []
+
+
+def test_adding_a_field_without_a_default_breaks_new_code():
+    assert any("new code" in why for why in changed(lambda s: s["fields"].append({"name": "new", "type": "string"})))
+
+
+def test_removing_a_field_without_a_default_breaks_old_code():
+    def drop(schema):
+        schema["fields"] = [f for f in schema["fields"] if f["name"] != "source"]
+
+    assert any("old code" in why for why in changed(drop))
+
+
+def test_changing_a_type_breaks_both():
+    def retype(schema):
+        next(f for f in schema["fields"] if f["name"] == "source")["type"] = "long"
+
+    assert len(changed(retype)) == 2
+
+
+def test_a_new_enum_symbol_reads_as_unknown_in_old_code():
+    def symbol(schema):
+        next(f for f in schema["fields"] if f["name"] == "split")["type"]["symbols"].append("TEST")
+
+    assert changed(symbol) == []
+    new = copy.deepcopy(avro.schema_of(Prompt))
+    symbol(new)
+    values = {"record_id": "x", "run_id": "r", "stage": "s", "turns": [], "source": "x", "split": "TEST"}
+    buffer = io.BytesIO()
+    fastavro.schemaless_writer(buffer, parse_schema(new, {}), values)
+    buffer.seek(0)
+    read = fastavro.schemaless_reader(buffer, parse_schema(new, {}), parse_schema(avro.schema_of(Prompt), {}))
+    assert read["split"] == "UNKNOWN"
