@@ -73,6 +73,8 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         **rest: Any,
     ) -> Any:
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+        # The client's own log tells of every retry; our errors say what it comes to.
+        logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
         flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
         chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
         preset = PRESETS.get(function.__name__)

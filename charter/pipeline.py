@@ -6,8 +6,6 @@ One process can host every stage on one shared model, or each stage runs alone i
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,7 @@ from engine.models import open_model
 from engine.models.port import Model
 from engine.policy import PolicyFollower
 from engine.settings import Settings
+from engine.slots import Slot
 from engine.store import Store
 from engine.worker import Lane, Stage, Worker, outgoing
 from schemas import ids
@@ -149,13 +148,15 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
     constitution = load(settings.run.constitution)
     publish_manifest(bus, settings, constitution)
     models = Models(settings)
+    leased = None if slot else Slot(settings.folder / "slots")
+    name_of_copy = slot or (leased.name if leased else "")
     workers = [
         Worker(
             bus,
             make_stage(name, settings, models, constitution, bus),
             models.lane(ROLES[name]),
             run_id=settings.run.id,
-            slot=slot or f"{socket.gethostname()}-{os.getpid()}",
+            slot=name_of_copy,
             max_in_flight=settings.worker.max_in_flight,
             attempts=settings.worker.attempts,
         )
@@ -164,7 +165,7 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
     others: dict[str, Run] = {}
     if sink:
         others["sink"] = make_sink(settings, bus).run
-    return Host(workers, others)
+    return Host(workers, others, slot=leased)
 
 
 def make_sink(settings: Settings, bus: Bus) -> Sink:

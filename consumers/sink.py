@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -29,9 +30,12 @@ from schemas.codec import RecordError, decode
 from schemas.records import DeadLetterKind, Record
 from schemas.topics import TOPICS
 
+log = logging.getLogger("charter.sink")
+
 YIELD_AFTER_S = 1.0
 LOOK_FOR_PARTITIONS_S = 60.0
 BUSY_WAIT_S = 5.0
+BACKOFF_S = (0.05, 2.0)  # first and longest wait while someone else holds the file
 # What differs each time the same work is done: not part of a record's content.
 VOLATILE = {"created_at", "latency_ms", "run_id"}
 Row = tuple[Record, Message]
@@ -52,9 +56,11 @@ class Sink:
         self.connection: duckdb.DuckDBPyConnection | None = None
         self.opened_at = 0.0
         self.written = 0
+        self.stopping = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop` is set; what was read by then is written."""
+        self.stopping = stop
         try:
             while not stop.is_set():
                 self.step()
@@ -65,18 +71,30 @@ class Sink:
         """Read what has arrived, write it, and return the number of messages; wait at most `max_wait_s` for the first."""
         self.look_for_partitions()
         messages = self.reader.poll(self.max_wait_s, self.max_rows)
-        while messages:
-            try:
-                self.write(messages)
-                break
-            except StoreBusy:
-                # Someone holds the file: the log keeps what comes, and the lag grows until they let go.
-                self.release()
+        if messages and not self.write_when_free(messages):
+            return 0
         if len(messages) < self.max_rows:
             self.release()
         elif time.monotonic() - self.opened_at > YIELD_AFTER_S:
             self.let_readers_in()
         return len(messages)
+
+    def write_when_free(self, messages: Sequence[Message]) -> bool:
+        """Write, waiting as long as someone else holds the file; False when told to stop before it was free.
+
+        Nothing is lost while it waits: the log keeps what comes, and the lag grows.
+        """
+        wait = BACKOFF_S[0]
+        while True:
+            try:
+                self.write(messages)
+                return True
+            except StoreBusy as error:
+                self.release()
+                log.warning("the sink waits: %s: %s", error.what, error.why)
+                if self.stopping.wait(wait):
+                    return False
+                wait = min(BACKOFF_S[1], 2 * wait)
 
     def close(self) -> None:
         self.release()
@@ -155,6 +173,7 @@ class Sink:
             connection.commit()
         except BaseException:
             connection.rollback()
+            self.release()
             raise
         self.next_offsets |= offsets
         self.written += len(rows)

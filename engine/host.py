@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from engine.slots import Slot
 from engine.worker import Lane, Worker
 
 Run = Callable[[threading.Event], None]
@@ -17,10 +18,11 @@ Run = Callable[[threading.Event], None]
 class Host:
     """Runs workers, their lanes and other loops in threads; `failure` is the first error of any of them."""
 
-    def __init__(self, workers: Sequence[Worker], others: dict[str, Run] | None = None) -> None:
+    def __init__(self, workers: Sequence[Worker], others: dict[str, Run] | None = None, slot: Slot | None = None) -> None:
         self.workers = list(workers)
         self.lanes: list[Lane] = list({id(worker.lane): worker.lane for worker in workers}.values())
         self.others = others or {}
+        self.slot = slot  # the name under which the workers write, kept for as long as they run
         self.failure: BaseException | None = None
         self.failed = threading.Event()
         self.groups: list[tuple[threading.Event, list[threading.Thread]]] = []
@@ -58,6 +60,9 @@ class Host:
             for thread in threads:
                 thread.join()
         self.groups = []
+        if self.slot:
+            self.slot.close()
+            self.slot = None
 
     def __enter__(self) -> Host:
         self.start()

@@ -88,8 +88,8 @@ def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnect
     """A connection to the file; raises StoreBusy, naming the holder, when another program has it open."""
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
-    except duckdb.IOException as error:
-        if "lock" not in str(error).lower():
+    except (duckdb.IOException, duckdb.ConnectionException) as error:
+        if isinstance(error, duckdb.IOException) and "lock" not in str(error).lower():
             raise DataFolderVersion(
                 f"{path} cannot be opened",
                 str(error).splitlines()[0][:300],

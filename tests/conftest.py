@@ -51,14 +51,44 @@ def smollm2():
     return smollm2.folder()
 
 
+def skipped_kafka(reporter):
+    """The Kafka tests that did not run although CHARTER_REQUIRE_KAFKA=1 wants them."""
+    wanted = os.environ.get("CHARTER_REQUIRE_KAFKA") == "1"
+    return [report for report in reporter.stats.get("skipped", []) if wanted and "kafka" in report.keywords]
+
+
 def pytest_terminal_summary(terminalreporter):
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "kafka" in r.keywords]
-    if skipped and os.environ.get("CHARTER_REQUIRE_KAFKA") == "1":
+    if skipped := skipped_kafka(terminalreporter):
         terminalreporter.write_line(f"CHARTER_REQUIRE_KAFKA=1, and {len(skipped)} Kafka tests were skipped")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = [r for r in reporter.stats.get("skipped", []) if "kafka" in r.keywords]
-    if skipped and os.environ.get("CHARTER_REQUIRE_KAFKA") == "1" and exitstatus == 0:
+    if exitstatus == 0 and skipped_kafka(session.config.pluginmanager.get_plugin("terminalreporter")):
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a two-layer Llama over single letters; pad is its end token, as SmolLM2's is."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = ["<unk>", "<s>", "</s>", *" abcdefghijklmnopqrstuvwxyz.,:()ABHmnst"]
+    vocabulary = {letter: i for i, letter in enumerate(dict.fromkeys(letters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=2, bos_token_id=1, pad_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

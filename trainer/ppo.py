@@ -120,6 +120,13 @@ def gae(
     return advantages, advantages + values
 
 
+def centred(scores: torch.Tensor) -> torch.Tensor:
+    """Scores (N,) with mean 0; exactly zero when they do not vary, for Adam makes full steps of the rounding errors else."""
+    if scores.std(correction=0) < LEAST_DEVIATION:
+        return torch.zeros_like(scores)
+    return scores - scores.mean()
+
+
 def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean 0 and deviation 1 over real tokens; left as it is when it hardly varies."""
     mean = masked_mean(x, mask)
@@ -271,8 +278,7 @@ def prepare(
     for row, rollout in enumerate(rollouts):
         behaviour[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
     cut = torch.tensor([0.0 if r.stopped else p.missing_eos_penalty for r in rollouts])
-    handed_out = torch.tensor(list(scores)) - cut
-    handed_out = (handed_out - handed_out.mean()).to(prox.device)
+    handed_out = centred(torch.tensor(list(scores)) - cut).to(prox.device)
     rewards = token_rewards(kl_k1(prox, reference), handed_out, lengths, p.beta, mask)
     advantages, returns = gae(rewards, old_values, mask, p.gae_gamma, p.gae_lambda)
     importance = torch.exp((prox - behaviour) * mask).clamp(max=IMPORTANCE_CAP) * mask
@@ -410,7 +416,7 @@ def sl_gradients(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> float:
         some = rows[start : start + MICRO_ROWS]
         loss = sl_loss(actor, some) / max(1, tokens)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 

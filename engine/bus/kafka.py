@@ -5,8 +5,12 @@ What the client does by itself is not enough for exactly-once, so here:
 * `commit_transaction` of this client can return normally although nothing was written (its batches outlived the delivery
   timeout). Every send's future is looked at before offsets are sent and the transaction is committed; after any doubt the
   producer is thrown away, and a new one under the same transactional id settles what the old one left open.
-* offsets go into the transaction with the group's present metadata, so the broker fences members of an older generation; a
-  member that lost one partition in a cooperative rebalance could still commit it, hence the check of assignment epochs.
+* offsets that a broker refused stay in this client's producer and would ride along in its next transaction: after a refusal
+  the producer is thrown away too.
+* offsets go into the transaction with the membership under which the present assignment was learnt, so the broker fences
+  members of an older generation. The client's own idea of it runs ahead: it joins in the background, and once a heartbeat has
+  learnt that it was put out of the group it names no member at all, which a broker takes without checking anything. A member
+  that lost one partition in a cooperative rebalance could still commit it, hence the check of assignment epochs.
 * consumers read bytes, only committed records, never commit on their own, and never reset their offsets silently.
 * rebalance listeners run on the client's thread: they only note epochs.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +29,7 @@ import kafka
 from kafka import errors
 from kafka.admin import KafkaAdminClient
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as Place
 
 from engine.bus.port import Message, Offsets, Outgoing, TopicPartition
@@ -36,10 +41,12 @@ log = logging.getLogger("charter.bus")
 TRANSACTION_TIMEOUT_MS = 10_000  # a killed worker's open transaction holds readers up for at most this long
 FLUSH_S = 30.0
 BOOTSTRAP_MS = 15_000
-CLOSE_S = 5.0
+CLOSE_MS = 5_000
+KNOCK_S = 5.0
 CALL_MS = 30_000
 METADATA_MS = 60_000  # how soon added partitions are noticed
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
+# The group has moved on without this member.
 LOST = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
@@ -47,37 +54,76 @@ LOST = (
     errors.RebalanceInProgressError,
     errors.FencedInstanceIdError,
 )
+# The broker is there and says no: waiting does not help, somebody has to change something.
+REFUSED = (
+    errors.AuthorizationError,
+    errors.KafkaConfigurationError,
+    errors.InvalidTopicError,
+    errors.MessageSizeTooLargeError,
+    errors.RecordListTooLargeError,
+)
+# Wrong use of the client, which is a mistake of this file.
+MISUSED = (errors.IllegalStateError, errors.IllegalArgumentError)
 
 
 def parse_address(address: str) -> list[str]:
     """The bootstrap servers of kafka://HOST:PORT[,HOST:PORT]."""
-    servers = address.removeprefix("kafka://").rstrip("/").split(",")
+    if "@" in address:  # and what stands before it may be a password: it is not repeated
+        raise UsageError(
+            "a Kafka address holds no user and no password",
+            "they are client settings (sasl_plain_username, sasl_plain_password)",
+            "type: kafka://HOST:PORT",
+        )
+    servers = [server.strip() for server in address.removeprefix("kafka://").rstrip("/").split(",")]
     for server in servers:
         host, _, port = server.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"{address!r} is no Kafka address", f"{server!r} is not HOST:PORT", "type: kafka://localhost:9092")
     return servers
 
 
 @contextmanager
 def reached(servers: Sequence[str]) -> Iterator[None]:
-    """The client's errors of the broker being away, in our words."""
+    """The client's errors in our words: the broker is away, or it is there and refuses."""
     try:
         yield
+    except MISUSED:
+        raise
+    except REFUSED as error:
+        raise refused(error) from error
     except (errors.KafkaError, OSError) as error:
         raise BusUnreachable(
             f"Kafka at {','.join(servers)} does not answer", reason(servers, error), "look at the broker and at bus.address"
         ) from error
 
 
-def reason(servers: Sequence[str], error: Exception) -> str:
-    """Tell a broker that is not there from one that does not let us in (the client says the same of both)."""
+def refused(error: Exception) -> UsageError:
+    return UsageError(
+        "Kafka refuses what it was asked",
+        f"{error}",
+        "look at the client's settings, the rights of its user, and the topic's max.message.bytes",
+    )
+
+
+def knock(servers: Sequence[str]) -> None:
+    """Raise OSError at once when nobody listens on any of the servers: the client would try for its whole timeout."""
+    failures = []
     for server in servers:
         host, _, port = server.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=2).close()
-        except OSError as refused:
-            return f"{server}: {refused}"
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+            return
+        except OSError as error:
+            failures.append(f"{server}: {error}")
+    raise ConnectionError("; ".join(failures))
+
+
+def reason(servers: Sequence[str], error: Exception) -> str:
+    """Tell a broker that is not there from one that does not let us in (the client says the same of both)."""
+    try:
+        knock(servers)
+    except OSError as unreachable:
+        return str(unreachable)
     return f"it accepts connections, but then: {type(error).__name__} (a wrong password or protocol looks like this too)"
 
 
@@ -93,7 +139,9 @@ class KafkaBus:
             **(options or {}),
         }
         self.lock = threading.Lock()
+        self.known: set[str] = set()
         with reached(servers):
+            knock(servers)
             self.admin = KafkaAdminClient(**self.client)
             self.cluster_id = str(self.admin.describe_cluster()["cluster_id"])
             # Ends as written, not as committed: a transaction's markers come a moment after its commit has returned, and
@@ -115,33 +163,45 @@ class KafkaBus:
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
         with self.lock, reached(self.servers):
             there = set(self.admin.list_topics())
-            missing = [spec for spec in specs if self.name(spec.name) not in there]
+            missing = {self.name(spec.name): topic_options(spec) for spec in specs if self.name(spec.name) not in there}
             if not missing:
                 return []
-            try:
-                self.admin.create_topics({self.name(s.name): topic_options(s) for s in missing}, wait_for_metadata=True)
-            except errors.TopicAlreadyExistsError:
-                log.info("another process created the topics at the same moment")
-        return [spec.name for spec in missing]
+            answers = self.admin.create_topics(missing, raise_errors=False)["topics"]
+            for answer in answers:
+                error = errors.for_code(answer["error_code"])
+                # Another process may have created them at the same moment.
+                if error not in (errors.NoError, errors.TopicAlreadyExistsError):
+                    raise error(f"{answer['name']}: {answer['error_message']}")
+            self.admin.wait_for_topics(list(missing))
+        return [answer["name"].removeprefix(self.prefix) for answer in answers if not answer["error_code"]]
+
+    def described(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What the cluster says now of those of these topics that there are."""
+        with self.lock, reached(self.servers):
+            found = self.admin.describe_topics([self.name(topic) for topic in topics])
+        return {topic["name"].removeprefix(self.prefix): topic for topic in found if not topic["error_code"]}
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        with self.lock, reached(self.servers):
-            described = self.admin.describe_topics([self.name(topic) for topic in topics])
-        return {d["name"].removeprefix(self.prefix): str(d["topic_id"]) for d in described if not d["error_code"]}
+        return {name: str(topic["topic_id"]) for name, topic in self.described(topics).items()}
 
     def partitions(self, topic: str) -> int:
-        with self.lock, reached(self.servers):
-            found = self.offsets.partitions_for_topic(self.name(topic))
-        if not found:
-            raise UsageError(
-                f"there is no topic {self.name(topic)} at {','.join(self.servers)}",
-                "",
-                "type: charter topics (it creates them)",
-            )
-        return len(found)
+        return len(self.places([topic]))
 
     def places(self, topics: Iterable[str]) -> list[Place]:
-        return [Place(self.name(topic), number) for topic in topics for number in range(self.partitions(topic))]
+        """Every partition that these topics have now; they may have been given more since the last time."""
+        wanted = list(topics)
+        described = self.described(wanted)
+        for topic in wanted:
+            if topic not in described:
+                where = f"{self.name(topic)} at {','.join(self.servers)}"
+                raise UsageError(f"there is no topic {where}", "", "type: charter topics (it creates them)")
+        self.known |= set(wanted)
+        return [Place(self.name(topic), number) for topic in wanted for number in range(len(described[topic]["partitions"]))]
+
+    def check_topics(self, outgoing: Iterable[Outgoing]) -> None:
+        """Raise UsageError for a topic that there is not: the client would wait a minute for it to appear."""
+        if unknown := {message.topic for message in outgoing} - self.known:
+            self.places(unknown)
 
     def begin_offsets(self, topics: Sequence[str]) -> Offsets:
         return self.looked_up(topics, self.offsets.beginning_offsets)
@@ -163,13 +223,17 @@ class KafkaBus:
     # Writing and reading
 
     def publish(self, outgoing: Sequence[Outgoing]) -> None:
+        self.check_topics(outgoing)
         with self.lock, reached(self.servers):
             if self.producer is None:
                 self.producer = kafka.KafkaProducer(**self.client, **writing())
-            futures = [send(self.producer, self.name(message.topic), message) for message in outgoing]
-            self.producer.flush(timeout=FLUSH_S)
-            for future in futures:
-                future.get(timeout=0)
+            try:
+                settled(self.producer, [send(self.producer, self.name(message.topic), message) for message in outgoing])
+            except errors.KafkaError:
+                # It may be broken for good, and may hold messages that the caller publishes again.
+                end(self.producer)
+                self.producer = None
+                raise
 
     def writer(self, transactional_id: str) -> KafkaWriter:
         return KafkaWriter(self, self.prefix + transactional_id)
@@ -183,8 +247,8 @@ class KafkaBus:
 
     def close(self) -> None:
         if self.producer is not None:
-            self.producer.close(timeout=CLOSE_S)
-        self.offsets.close()
+            end(self.producer)
+        self.offsets.close(timeout_ms=CLOSE_MS)
         self.admin.close()
 
 
@@ -222,19 +286,37 @@ def settled(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
         future.get(timeout=0)
 
 
+def end(producer: kafka.KafkaProducer) -> None:
+    """Close a producer without hanging or failing. What it still holds is not sent: its successor settles that."""
+    try:
+        producer.close(timeout=CLOSE_MS / 1000 if not producer._accumulator.has_incomplete else 0)
+    except errors.KafkaError as error:
+        log.info("a producer is closed by force: %s", error)
+        producer._sender.force_close()  # what `close` would go on to do, had it not raised
+
+
 class KafkaWriter:
     """Transactions under one transactional id; opening it settles and fences what the id's earlier writer left."""
 
     def __init__(self, bus: KafkaBus, transactional_id: str) -> None:
         self.bus, self.id = bus, transactional_id
-        with reached(bus.servers):
-            self.producer = kafka.KafkaProducer(
-                **bus.client,
+        self.usable = True
+        self.producer = self.opened()
+
+    def opened(self) -> kafka.KafkaProducer:
+        with reached(self.bus.servers):
+            producer = kafka.KafkaProducer(
+                **self.bus.client,
                 **writing(),
-                transactional_id=transactional_id,
+                transactional_id=self.id,
                 transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             )
-            self.producer.init_transactions()
+            try:
+                producer.init_transactions()
+            except BaseException:
+                end(producer)
+                raise
+        return producer
 
     def commit(
         self,
@@ -244,74 +326,68 @@ class KafkaWriter:
         consumer: object = None,
         epochs: Mapping[TopicPartition, int] | None = None,
     ) -> None:
+        if not self.usable:
+            raise CommitInDoubt("this writer's last commit is in doubt", "it can settle that only by being made anew")
+        self.bus.check_topics(outputs)
+        membership = None
         if offsets:
             assert isinstance(consumer, KafkaConsumer), "offsets are a consumer group's"
-            check_epochs(consumer, epochs or {})
+            membership = consumer.entitled(offsets, epochs or {})
+        began = time.monotonic()
         try:
-            self.producer.begin_transaction()
-            futures = [send(self.producer, self.bus.name(message.topic), message) for message in outputs]
-            settled(self.producer, futures)
-            if offsets:
-                assert isinstance(consumer, KafkaConsumer)
-                self.send_offsets(consumer, offsets, epochs or {})
-            self.producer.commit_transaction()
-        except PartitionLost:
-            self.abort()
-            raise
-        except errors.ProducerFencedError as error:
-            raise Fenced(
+            self.transact(outputs, offsets or {}, membership)
+        except LOST as error:
+            self.start_anew()
+            raise PartitionLost("the group has moved on without this member", type(error).__name__) from error
+        except REFUSED as error:
+            self.start_anew()
+            raise refused(error) from error
+        except (errors.KafkaError, RuntimeError) as error:  # its I/O thread reports some of its own mistakes as RuntimeError
+            self.usable = False
+            raise self.failed(error, time.monotonic() - began) from error
+
+    def transact(
+        self, outputs: Sequence[Outgoing], offsets: Mapping[TopicPartition, int], membership: ConsumerGroupMetadata | None
+    ) -> None:
+        self.producer.begin_transaction()
+        settled(self.producer, [send(self.producer, self.bus.name(message.topic), message) for message in outputs])
+        if offsets:
+            wire = {self.bus.place(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items()}
+            self.producer.send_offsets_to_transaction(wire, membership)
+        self.producer.commit_transaction()
+
+    def failed(self, error: Exception, after_s: float) -> Fenced | CommitInDoubt:
+        """What a failed commit means. A broker fences a transaction that it timed out, too: that is doubt, not a rival."""
+        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < TRANSACTION_TIMEOUT_MS / 2:
+            return Fenced(
                 f"another process has taken over as {self.id}",
                 "two processes ran in the same slot",
                 "stop one of them, or give each its own: --slot NAME",
-            ) from error
-        except errors.KafkaError as error:
-            raise CommitInDoubt(
-                "it is not known whether a transaction was written", f"{type(error).__name__}: {error}"
-            ) from error
+            )
+        return CommitInDoubt("it is not known whether a transaction was written", f"{type(error).__name__}: {error}")
 
-    def send_offsets(
-        self, consumer: KafkaConsumer, offsets: Mapping[TopicPartition, int], epochs: Mapping[TopicPartition, int]
-    ) -> None:
-        metadata = consumer.client.group_metadata()
-        # After the metadata is captured: a partition lost before is noticed here, one lost later fences the generation.
-        check_epochs(consumer, epochs)
-        wire = {self.bus.place(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items()}
+    def start_anew(self) -> None:
+        """Nothing was written; a new producer ends the old one's transaction and forgets what the old one would repeat."""
+        end(self.producer)
         try:
-            self.producer.send_offsets_to_transaction(wire, metadata)
-        except LOST as error:
-            raise PartitionLost("the group has moved on without this member", type(error).__name__) from error
-
-    def abort(self) -> None:
-        try:
-            self.producer.abort_transaction()
-        except errors.KafkaError as error:
-            raise CommitInDoubt("a transaction could not be aborted", f"{type(error).__name__}: {error}") from error
+            self.producer = self.opened()
+        except BusUnreachable as error:
+            self.usable = False
+            raise CommitInDoubt("a transaction could not be ended", error.why) from error
 
     def close(self) -> None:
-        self.producer.close(timeout=CLOSE_S)
-
-
-def check_epochs(consumer: KafkaConsumer, epochs: Mapping[TopicPartition, int]) -> None:
-    present = consumer.assignment()
-    for place, epoch in epochs.items():
-        if present.get(place) != epoch:
-            raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
+        end(self.producer)
 
 
 def messages_of(bus: KafkaBus, polled: Mapping[Place, Sequence[Any]]) -> list[Message]:
-    return [
-        Message(
-            bus.ours(place).topic,
-            place.partition,
-            record.offset,
-            record.key,
-            record.value,
-            tuple((key, value) for key, value in record.headers or ()),
-            record.timestamp,
-        )
-        for place, records in polled.items()
-        for record in records
-    ]
+    messages = []
+    for place, records in polled.items():
+        topic, partition = bus.ours(place)
+        messages += [
+            Message(topic, partition, r.offset, r.key, r.value, tuple(map(tuple, r.headers or ())), r.timestamp)
+            for r in records
+        ]
+    return messages
 
 
 class KafkaReader:
@@ -340,21 +416,28 @@ class KafkaReader:
             return {place: self.client.position(self.bus.place(place), timeout_ms=CALL_MS) for place in self.places}
 
     def close(self) -> None:
-        self.client.close(timeout_ms=int(CLOSE_S * 1000))
+        self.client.close(timeout_ms=CLOSE_MS)
 
 
 @contextmanager
 def polling(bus: KafkaBus) -> Iterator[None]:
-    try:
-        yield
-    except errors.OffsetOutOfRangeError as error:
-        raise OffsetsLost(
-            "the log no longer holds the records that come next",
-            f"{error.args[0] if error.args else error}: its retention was faster than this reader",
-            "raise bus.retention_ms; to go on without them, start a new run: --run NAME",
-        ) from error
-    except errors.KafkaError as error:
-        raise BusUnreachable("Kafka does not answer", f"{type(error).__name__}: {error}") from error
+    with reached(bus.servers):
+        try:
+            yield
+        except errors.OffsetOutOfRangeError as error:
+            raise offsets_lost(bus, error.args[0], "its retention was faster than this reader") from error
+        except errors.LogTruncationError as error:
+            why = "a broker that lacked them has become its leader (unclean leader election)"
+            raise offsets_lost(bus, error.divergent_offsets, why) from error
+
+
+def offsets_lost(bus: KafkaBus, places: Mapping[Place, object], why: str) -> OffsetsLost:
+    names = ", ".join(f"{bus.ours(place).topic}[{place.partition}]@{offset}" for place, offset in places.items())
+    return OffsetsLost(
+        f"the log no longer holds what comes next: {names}",
+        why,
+        "raise bus.retention_ms; to go on without them, start a new run: --run NAME",
+    )
 
 
 class Epochs(kafka.ConsumerRebalanceListener):
@@ -376,6 +459,11 @@ class Epochs(kafka.ConsumerRebalanceListener):
     def on_partitions_lost(self, lost: Iterable[Place]) -> None:
         self.on_partitions_revoked(lost)
 
+    def renew(self) -> None:
+        """Every partition is ours anew."""
+        self.number += 1
+        self.current = dict.fromkeys(self.current, self.number)
+
 
 class KafkaConsumer:
     """A member of a consumer group with cooperative rebalancing."""
@@ -383,7 +471,7 @@ class KafkaConsumer:
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str) -> None:
         self.bus = bus
         self.epochs = Epochs(bus)
-        self.held_back: set[TopicPartition] = set()
+        self.membership: ConsumerGroupMetadata | None = None
         with reached(bus.servers):
             self.client = kafka.KafkaConsumer(
                 **bus.client,
@@ -395,48 +483,79 @@ class KafkaConsumer:
                 heartbeat_interval_ms=2_000,
                 metadata_max_age_ms=METADATA_MS,
             )
-            # The member that leads the group shares out the partitions that it knows of: of a topic that is only just
-            # there it may know none, and would give nobody anything until its metadata ages.
-            while not all(self.client.partitions_for_topic(bus.name(topic)) for topic in topics):
-                log.info("waiting for the metadata of %s", ", ".join(topics))
+            self.learn([bus.name(topic) for topic in topics])
         self.client.subscribe([bus.name(topic) for topic in topics], listener=self.epochs)
+
+    def learn(self, names: Sequence[str]) -> None:
+        """Wait for the metadata of these topics.
+
+        The member that leads the group shares out the partitions that it knows of: of a topic that is only just there it
+        may know none, and would give nobody anything until its metadata ages.
+        """
+        deadline = time.monotonic() + CALL_MS / 1000
+        while not all(self.client.partitions_for_topic(name) for name in names):
+            if time.monotonic() > deadline:
+                raise errors.KafkaTimeoutError(f"no metadata of {', '.join(names)}")
 
     def assignment(self) -> Offsets:
         return dict(self.epochs.current)
 
     def poll(self, timeout_s: float, max_records: int) -> list[Message]:
-        self.hold_back()
         with polling(self.bus):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
-            except errors.NoOffsetForPartitionError:
-                self.start_new_partitions()
+            except errors.NoOffsetForPartitionError as error:
+                # The group has never committed here: an explicit beginning, and only of these partitions.
+                self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=CALL_MS))
+                polled = {}
+            if self.joined_anew():
                 return []
         return messages_of(self.bus, polled)
 
-    def start_new_partitions(self) -> None:
-        """A partition without a committed offset is new to the group: it starts at its beginning, explicitly."""
-        committed = self.committed()
-        new = [self.bus.place(place) for place in self.epochs.current if place not in committed]
-        for place, offset in self.client.beginning_offsets(new, timeout_ms=CALL_MS).items():
+    def joined_anew(self) -> bool:
+        """Note the membership that the present assignment belongs to.
+
+        If it is another one than before, we were out of the group meanwhile and others may have moved on from where we
+        stood, although the client (when it happens in the middle of a join) keeps its positions and calls no listener. So
+        all partitions are ours anew, from their committed offsets.
+        """
+        present = self.client.group_metadata()
+        if present.state != MemberState.STABLE:
+            return False
+        anew = self.membership is not None and present.member_id != self.membership.member_id
+        if anew:
+            self.epochs.renew()
+            places = [self.bus.place(place) for place in self.epochs.current]
+            committed = {self.bus.place(place): offset for place, offset in self.committed().items()}
+            self.seek_all(self.client.beginning_offsets(places, timeout_ms=CALL_MS) | committed)
+        self.membership = present
+        return anew
+
+    def seek_all(self, offsets: Mapping[Place, int]) -> None:
+        for place, offset in offsets.items():
             self.client.seek(place, offset)
 
-    def hold_back(self) -> None:
-        held = [self.bus.place(place) for place in self.held_back if place in self.epochs.current]
-        if held:
-            self.client.pause(*held)
+    def entitled(self, places: Iterable[TopicPartition], epochs: Mapping[TopicPartition, int]) -> ConsumerGroupMetadata:
+        """The membership under which these partitions are ours in these epochs; raises PartitionLost."""
+        present = self.assignment()
+        for place in {*places, *epochs}:
+            if place not in present or epochs.get(place, present[place]) != present[place]:
+                raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
+        if self.membership is None:
+            raise PartitionLost("this consumer has not joined its group yet")
+        return self.membership
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        self.held_back |= set(partitions)
+        self.client.pause(*self.owned(partitions))
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
-        wanted = [self.bus.place(place) for place in partitions if place in self.epochs.current]
-        self.held_back -= set(partitions)
-        if wanted:
-            self.client.resume(*wanted)
+        self.client.resume(*self.owned(partitions))
+
+    def owned(self, partitions: Iterable[TopicPartition]) -> list[Place]:
+        return [self.bus.place(place) for place in partitions if place in self.epochs.current]
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
-        self.client.seek(self.bus.place(partition), offset)
+        self.seek_all(dict.fromkeys(self.owned([partition]), offset))
 
     def committed(self) -> Offsets:
         with reached(self.bus.servers):
@@ -444,4 +563,4 @@ class KafkaConsumer:
         return {place: offset for place, offset in found.items() if offset is not None}
 
     def close(self) -> None:
-        self.client.close(autocommit=False, timeout_ms=int(CLOSE_S * 1000))
+        self.client.close(autocommit=False, timeout_ms=CLOSE_MS)

@@ -1,0 +1,141 @@
+"""SFT and the reward model: masks, losses against closed forms and hand loops, and weights that are served changed."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.models.local import LocalModel
+from engine.models.port import Ask
+from schemas.records import Turn
+from trainer import reward, sft, weights
+from trainer.reward import EqualRewards, PreferenceExample, soft_label_loss
+from trainer.sft import IGNORED, SftExample
+
+TURNS = (Turn(role="user", content="say a"),)
+
+
+# SFT
+
+
+def test_prompt_tokens_are_masked_and_the_end_is_learned_only_where_there_was_one(tiny):
+    tokenizer = weights.load_tokenizer(tiny)
+    stopped = sft.encode(tokenizer, SftExample(TURNS, "abc", True, "x"), 256)
+    cut = sft.encode(tokenizer, SftExample(TURNS, "abc", False, "x"), 256)
+    prompt = LocalModel(tiny).encode(Ask(TURNS), 1)  # what generation uses
+    assert stopped["input_ids"][: len(prompt)] == prompt and set(stopped["labels"][: len(prompt)]) == {IGNORED}
+    assert stopped["labels"][len(prompt) :] == stopped["input_ids"][len(prompt) :]
+    assert stopped["input_ids"] == [*cut["input_ids"], tokenizer.eos_token_id]
+    short = sft.encode(tokenizer, SftExample(TURNS, "abc" * 100, True, "x"), 40)
+    assert len(short["input_ids"]) == len(short["labels"]) == 40
+
+
+def hand_loss(model, rows):
+    """Token-mean negative log-likelihood, one row at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for t, label in enumerate(row["labels"][1:]):
+            if label != IGNORED:
+                total -= torch.log_softmax(logits[t].float(), -1)[label].item()
+                count += 1
+    return total / count
+
+
+def test_the_first_steps_loss_is_the_hand_computed_one(tiny):
+    examples = [SftExample(TURNS, text, stopped, text) for text, stopped in (("abc", True), ("hello there", False), ("a", True))]
+    tokenizer = weights.load_tokenizer(tiny)
+    expected = hand_loss(weights.load_policy(tiny), [sft.encode(tokenizer, e, 256) for e in examples])
+    steps = []
+    sft.train(tiny, examples, learning_rate=1e-3, batch_size=4, on_step=lambda n, m: steps.append(m))
+    assert steps[0]["loss"] == pytest.approx(expected, rel=0.02)  # the trainer runs under bf16 autocast
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_update_changes_what_is_served(tiny, tmp_path, lora_rank):
+    examples = [SftExample(TURNS, "aaaa", True, str(n)) for n in range(16)]
+    before = LocalModel(tiny).generate([Ask(TURNS)], samples=64, max_tokens=6)[0]
+    steps = []
+    model, tokenizer, metrics = sft.train(
+        tiny, examples, learning_rate=5e-3, epochs=6, batch_size=8, lora_rank=lora_rank, on_step=lambda n, m: steps.append(m["loss"])
+    )  # fmt: skip
+    weights.saver(model, tokenizer)(tmp_path / "new")
+    after = LocalModel(tmp_path / "new").generate([Ask(TURNS)], samples=64, max_tokens=6)[0]
+    assert sum(g.text.count("a") for g in after) > 2 * sum(g.text.count("a") for g in before)
+    assert steps[-1] < steps[0] and metrics["examples"] == 16 and len(steps) == metrics["steps"] == 12
+
+
+def test_the_same_seed_trains_the_same(tiny):
+    examples = [SftExample(TURNS, f"{'ab' * n}", True, str(n)) for n in range(1, 9)]
+    first, second = (sft.train(tiny, examples, learning_rate=1e-3, seed=5)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# The reward model
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5), st.floats(0, 1))
+def test_soft_label_loss_is_the_closed_form(a, b, p):
+    loss = soft_label_loss(torch.tensor([a]), torch.tensor([b]), torch.tensor([p]), 0.01).item()
+    sigmoid = 1 / (1 + math.exp(b - a))
+    closed = -(p * math.log(sigmoid) + (1 - p) * math.log(1 - sigmoid)) + 0.01 * (a + b) ** 2
+    assert loss == pytest.approx(closed, rel=1e-4, abs=1e-5)
+
+
+def test_soft_label_loss_has_its_minimum_where_the_sigmoid_is_the_label():
+    for p in (0.5, 0.7, 0.99):
+        best = math.log(p / (1 - p))
+        at = [soft_label_loss(torch.tensor([g]), torch.tensor([0.0]), torch.tensor([p]), 0.0).item() for g in (best - 0.1, best, best + 0.1)]
+        assert at[1] < at[0] and at[1] < at[2]
+    hard = soft_label_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.0).item()
+    assert hard == pytest.approx(-math.log(1 / (1 + math.exp(-1))))  # p = 1 is Bradley-Terry
+
+
+def pairs(count, p=0.9):
+    return [PreferenceExample(TURNS, "aaaa"[: 1 + n % 4] + "a", "bbbb"[: 1 + n % 4] + "b", p, str(n), True, True) for n in range(count)]
+
+
+def test_the_reward_model_learns_and_keeps_its_normalisation(tiny, tmp_path):
+    steps = []
+    model, metrics = reward.train(
+        tiny, pairs(16), learning_rate=5e-3, epochs=4, batch_size=8, on_step=lambda n, m: steps.append(m["loss"])
+    )
+    assert steps[0] == pytest.approx(math.log(2), abs=1e-3)  # a fresh head scores everything alike
+    assert steps[-1] < steps[0] and metrics["train_accuracy"] == 1.0
+    texts = [(TURNS, text, True) for text in ("aaa", "bbb", "aaaaa")]
+    raw = model.score(texts)
+    assert raw[0] > raw[1]
+    everything = [(TURNS, text, True) for e in pairs(16) for text in (e.a, e.b)]
+    normal = torch.tensor(model.normalised(model.score(everything)))
+    assert normal.mean().item() == pytest.approx(0, abs=1e-2) and normal.std(correction=0).item() == pytest.approx(1, abs=1e-2)
+    (tmp_path / "r").mkdir()
+    model.save(tmp_path / "r")
+    again = reward.load(tmp_path / "r")
+    assert again.normalised(again.score(texts)) == pytest.approx(model.normalised(raw), abs=1e-2)
+
+
+def test_scores_are_of_the_real_last_token_although_pad_is_the_end_token(tiny):
+    torch.manual_seed(1)
+    scorer = weights.load_scorer(tiny)
+    torch.nn.init.normal_(scorer.score.weight)
+    model = reward.RewardModel(scorer, weights.load_tokenizer(tiny))
+    texts = [(TURNS, "a", True), (TURNS, "a much longer text", True), (TURNS, "a", False)]
+    together = model.score(texts)
+    assert together == pytest.approx([model.score([one])[0] for one in texts], abs=2e-2)
+    assert abs(together[0] - together[2]) > 0.05  # the end token counts, it is not padding
+
+
+def test_an_all_equal_reward_is_an_error(tiny):
+    same = [PreferenceExample(TURNS, "a", "a", 0.5, str(n), True, True) for n in range(4)]
+    with pytest.raises(EqualRewards, match="same score"):
+        reward.train(tiny, same, learning_rate=1e-3)
+
+
+def test_lora_reward_models_are_saved_whole(tiny, tmp_path):
+    model, _ = reward.train(tiny, pairs(8), learning_rate=5e-4, epochs=2, lora_rank=4)
+    (tmp_path / "r").mkdir()
+    model.save(tmp_path / "r")
+    texts = [(TURNS, "aa", True), (TURNS, "bb", True)]
+    assert reward.load(tmp_path / "r").score(texts) == pytest.approx(model.score(texts), abs=1e-2)

@@ -1,0 +1,246 @@
+"""PPO: the maths against hand-computed numbers and slow loops; a task it must learn, and one it must not."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from engine.models.local import LocalModel
+from engine.models.port import Ask
+from schemas.records import Turn
+from trainer import ppo, weights
+from trainer.ppo import Hyperparameters, Rollout
+
+
+def tensor(rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+# The maths
+
+
+def slow_gae(rewards, values, length, gamma, lam):
+    advantages = [0.0] * len(rewards)
+    for t in range(length):
+        total, weight = 0.0, 1.0
+        for k in range(t, length):
+            following = values[k + 1] if k + 1 < length else 0.0
+            total += weight * (rewards[k] + gamma * following - values[k])
+            weight *= gamma * lam
+        advantages[t] = total
+    return advantages
+
+
+def test_gae_against_a_slow_loop():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(5, 9, generator=generator) for _ in range(2))
+    lengths = [9, 1, 4, 8, 2]
+    mask = (torch.arange(9)[None] < torch.tensor(lengths)[:, None]).float()
+    for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)):
+        advantages, returns = ppo.gae(rewards * mask, values, mask, gamma, lam)
+        for row, length in enumerate(lengths):
+            slow = slow_gae(rewards[row].tolist(), values[row].tolist(), length, gamma, lam)
+            assert advantages[row].tolist() == pytest.approx(slow, abs=1e-5)
+            expected = [a + v for a, v in zip(slow[:length], values[row, :length].tolist(), strict=True)]
+            assert returns[row, :length].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gae_by_hand():
+    # gamma 1, lambda 0.5: deltas are 0 + 0.2 - 0.5 = -0.3 and 1 - 0.2 = 0.8; A = [-0.3 + 0.5 * 0.8, 0.8]
+    advantages, returns = ppo.gae(tensor([[0.0, 1.0]]), tensor([[0.5, 0.2]]), tensor([[1.0, 1.0]]), 1.0, 0.5)
+    assert advantages.tolist() == [pytest.approx([0.1, 0.8])] and returns.tolist() == [pytest.approx([0.6, 1.0])]
+
+
+def test_token_rewards_put_the_score_on_the_last_real_token():
+    rewards = ppo.token_rewards(tensor([[0.1, 0.2, 9.0]]), tensor([2.0]), torch.tensor([2]), 0.5, tensor([[1, 1, 0]]))
+    assert rewards.tolist() == [pytest.approx([-0.05, 1.9, 0.0])]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.0, 2.0, -2.0, 0.0),
+        (1.5, 2.0, -2.4, 1.0),  # too far up with a good advantage: 1.2 * 2
+        (0.5, 2.0, -1.0, 0.0),  # down with a good advantage: no clip, it must come back
+        (1.5, -2.0, 3.0, 0.0),  # up with a bad advantage: no clip
+        (0.5, -2.0, 1.6, 1.0),  # too far down with a bad advantage: 0.8 * 2
+    ],
+)
+def test_clipped_policy_loss_by_hand(ratio, advantage, loss, clipped):
+    one = torch.ones(1, 1)
+    found, bound = ppo.clipped_policy_loss(one * math.log(ratio), one * 0, one * advantage, one, 0.2)
+    assert (found.item(), bound.item()) == (pytest.approx(loss), clipped)
+    weighted, _ = ppo.clipped_policy_loss(one * math.log(ratio), one * 0, one * advantage, one * 0.25, 0.2)
+    assert weighted.item() == pytest.approx(loss / 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "returned", "loss"),
+    [(1.0, 1.0, 2.0, 0.5), (2.0, 1.0, 2.0, 0.5 * 0.8**2), (0.0, 1.0, 2.0, 0.5 * 4.0), (1.1, 1.0, 2.0, 0.5 * 0.9**2)],
+)
+def test_clipped_value_loss_by_hand(value, old, returned, loss):
+    found = ppo.clipped_value_loss(tensor([value]), tensor([old]), tensor([returned]), 0.2)
+    assert found.item() == pytest.approx(loss)
+
+
+def test_kl_estimates_agree_with_the_exact_kl():
+    generator = torch.Generator().manual_seed(1)
+    logp, logq = (torch.log_softmax(torch.randn(50, generator=generator), -1) for _ in range(2))
+    exact = (logp.exp() * (logp - logq)).sum().item()
+    assert (logp.exp() * ppo.kl_k1(logp, logq)).sum().item() == pytest.approx(exact, abs=1e-6)
+    assert (logp.exp() * ppo.kl_k3(logp, logq)).sum().item() == pytest.approx(exact, abs=1e-5)
+    assert (ppo.kl_k3(logp, logq) >= 0).all() and ppo.kl_k3(logp, logp).abs().max() == 0
+
+
+def test_logprobs_from_logits_against_a_loop():
+    logits, tokens = torch.randn(2, 3, 7), torch.tensor([[0, 6, 3], [2, 2, 5]])
+    found = ppo.logprobs_from_logits(logits, tokens)
+    for i in range(2):
+        for t in range(3):
+            exponents = [math.exp(x) for x in logits[i, t].tolist()]
+            assert found[i, t].item() == pytest.approx(math.log(exponents[tokens[i, t]] / sum(exponents)), abs=1e-5)
+
+
+def test_whiten_only_what_varies():
+    mask = tensor([[1, 1, 1, 0]])
+    white = ppo.whiten(tensor([[1.0, 2.0, 3.0, 99.0]]), mask)
+    assert white[0, :3].mean().item() == pytest.approx(0, abs=1e-6) and white[0, 3] == 0
+    assert white[0, :3].std(correction=0).item() == pytest.approx(1)
+    flat = tensor([[0.5, 0.5, 0.5, 0.0]])
+    assert torch.equal(ppo.whiten(flat, mask), flat)
+
+
+def test_beta_adapts_within_bounds_and_never_falls_on_a_negative_estimate():
+    assert ppo.adapted_beta(0.02, 6.0, 6.0) == pytest.approx(0.02)
+    assert ppo.adapted_beta(0.02, 60.0, 6.0) == pytest.approx(0.02 * 1.02)
+    assert ppo.adapted_beta(0.02, 0.6, 6.0) == pytest.approx(0.02 * 0.98)
+    assert ppo.adapted_beta(0.02, -3.0, 6.0) == 0.02
+
+
+def test_explained_variance():
+    mask = tensor([[1, 1, 1, 0]])
+    returns = tensor([[1.0, 2.0, 3.0, 50.0]])
+    assert ppo.explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    assert ppo.explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
+    assert ppo.explained_variance(returns, torch.ones(1, 4), mask) == 0.0
+
+
+# The whole phase, on a tiny model
+
+
+ASK = (Turn(role="user", content="say a"),)
+
+
+def sample(folder, count, seed, temperature=1.0, max_tokens=8):
+    model = LocalModel(folder, dtype=torch.float32)
+    answers = model.generate([Ask(ASK, seed=seed)], samples=count, temperature=temperature, max_tokens=max_tokens)[0]
+    return [
+        Rollout(g.prompt_token_ids, g.token_ids, g.logprobs, g.finish_reason == "stop", 0, f"{seed}/{n}", temperature)
+        for n, g in enumerate(answers)
+    ]
+
+
+def letter(folder, text="a"):
+    return weights.load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"][0]
+
+
+def frequency(rollouts, token):
+    return sum(r.token_ids.count(token) for r in rollouts) / sum(len(r.token_ids) for r in rollouts)
+
+
+FAST = Hyperparameters(learning_rate=3e-3, epochs=2, batch_size=16, beta=0.0)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """No autocast: tiny models are compared in fp32."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(weights, "autocast", nullcontext)
+
+
+def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny, exact):
+    rollouts = sample(tiny, 8, 1)
+    steps = []
+    ppo.train(
+        tiny, tiny, rollouts, [random.Random(0).gauss(0, 1) for _ in rollouts],
+        Hyperparameters(epochs=1, batch_size=8), first_folder=tiny, on_step=lambda n, m: steps.append(m),
+    )  # fmt: skip
+    first = steps[0]
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clipfrac"] == 0
+    assert first["approx_kl"] == pytest.approx(0, abs=1e-9) and first["kl_ref"] == pytest.approx(0, abs=1e-8)
+    assert first["kl_first"] == pytest.approx(0, abs=1e-8)
+
+
+def test_the_reward_rises_where_there_is_one_to_learn(tiny, exact, tmp_path):
+    token, folder = letter(tiny), tiny
+    before = frequency(sample(folder, 128, 99), token)
+    for round_number in range(6):
+        rollouts = sample(folder, 64, round_number)
+        scores = [10 * r.token_ids.count(token) / len(r.token_ids) for r in rollouts]
+        policy, tokenizer, _ = ppo.train(folder, folder, rollouts, scores, FAST, seed=round_number)
+        folder = tmp_path / f"round-{round_number}"
+        weights.saver(policy, tokenizer)(folder)
+    after = frequency(sample(folder, 128, 99), token)
+    assert after > before + 0.2, (before, after)
+
+
+def test_a_constant_reward_teaches_nothing(tiny, exact):
+    rollouts = sample(tiny, 32, 3)
+    policy, _, metrics = ppo.train(tiny, tiny, rollouts, [1.7] * 32, FAST)
+    start = weights.load_policy(tiny)
+    for (name, parameter), old in zip(policy.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(parameter, old), name
+    assert metrics["kl_ref"] == pytest.approx(0, abs=1e-8)
+
+
+def test_the_hard_stop_ends_a_phase_that_runs_away(tiny, exact):
+    rollouts = sample(tiny, 32, 4)
+    scores = [random.Random(n).gauss(0, 5) for n in range(32)]
+    hyper = Hyperparameters(learning_rate=3e-2, epochs=10, batch_size=32, kl_stop=0.5)
+    _, _, metrics = ppo.train(tiny, tiny, rollouts, scores, hyper)
+    assert metrics["stopped_early"] == 1.0 and metrics["steps"] < 10 and metrics["kl_ref"] > 0.5
+
+
+def test_stale_rollouts_are_weighted_and_capped(tiny):
+    rollouts = sample(tiny, 4, 5)
+    prox = torch.tensor([list(r.logprobs) + [0.0] * (8 - len(r.logprobs)) for r in rollouts])
+    targets = ppo.prepare(rollouts, [0.0, 1.0, 2.0, 3.0], prox + 1.5, torch.zeros(4, 8), prox, None, Hyperparameters())
+    assert targets.importance.max().item() == 2.0  # exp(1.5) is above the cap
+    targets = ppo.prepare(rollouts, [0.0, 1.0, 2.0, 3.0], prox - 1.0, torch.zeros(4, 8), prox, None, Hyperparameters())
+    kept = targets.importance[targets.mask.bool()]
+    assert kept.tolist() == pytest.approx([math.exp(-1)] * len(kept), abs=1e-5)
+
+
+def test_masks_come_from_lengths_although_pad_is_the_end_token(tiny, exact):
+    actor = ppo.Actor(weights.load_policy(tiny)).eval()
+    end = weights.load_tokenizer(tiny).eos_token_id
+    short, long = Rollout((1, 5, 6), (7, end), (0.0,) * 2, True, 0, "a"), Rollout((1, 9), (8, 9, 10, 11), (0.0,) * 4, False, 0, "b")
+    together, _, _ = actor(ppo.pad([short, long], 4, "cpu"))
+    alone, _, _ = actor(ppo.pad([short], 2, "cpu"))
+    assert together[0, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5) and together[0, 2:].tolist() == [0, 0]
+
+
+def test_the_combined_objective_adds_the_supervised_gradient(tiny, exact):
+    rollouts = sample(tiny, 8, 6)
+    row = {"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}
+    hyper = Hyperparameters(epochs=1, batch_size=8, alpha=0.0, learning_rate=1e-2)
+    policy, _, metrics = ppo.train(tiny, tiny, rollouts, list(range(8)), hyper, sl_rows=[row])
+    before, after = (ppo.sl_loss(ppo.Actor(p), [row]).item() for p in (weights.load_policy(tiny), policy))
+    assert metrics["sl_loss"] == pytest.approx(before / 3, abs=1e-4) and after < before
+
+
+def test_lora_starts_at_the_reference_and_merges(tiny, exact, tmp_path):
+    rollouts = sample(tiny, 8, 7)
+    adapted = weights.with_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
+    actor = ppo.Actor(adapted).eval()
+    on, _ = ppo.evaluate(actor, rollouts, 8)
+    with adapted.disable_adapter():
+        off, _ = ppo.evaluate(actor, rollouts, 8)
+    assert torch.allclose(on, off, atol=1e-6)
+    policy, tokenizer, _ = ppo.train(tiny, tiny, rollouts, list(range(8)), FAST, lora_rank=4)
+    weights.saver(policy, tokenizer)(tmp_path / "merged")
+    merged = weights.load_policy(tmp_path / "merged")
+    changed = [n for n, p in merged.named_parameters() if not torch.equal(p, weights.load_policy(tiny).get_parameter(n))]
+    assert changed and not (tmp_path / "merged" / "adapter_config.json").exists()
