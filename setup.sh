@@ -21,8 +21,8 @@ make_venv() {
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$("$PYTHON" --version 2>&1) is too old" "Charter needs Python 3.11 or newer; type: make demo PYTHON=python3.11"
     local with=
-    # A torch that is there already (a GPU user's) is used as it is.
-    if has_torch "$PYTHON"; then with=--system-site-packages; fi
+    # A torch that is there already (a GPU user's) is used as it is; one of an active virtual environment is not seen from another.
+    if has_torch "$PYTHON" && "$PYTHON" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then with=--system-site-packages; fi
     say "making $venv${with:+ with the torch of $PYTHON}"
     # --clear: what an interrupted start left behind is no virtual environment.
     quietly "$PYTHON" -m venv --clear $with $venv ||

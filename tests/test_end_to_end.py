@@ -10,8 +10,8 @@ import time
 import pytest
 
 from charter.pipeline import STAGES, connect, lags, make_host, store_of
-from engine.bus.read import read_messages
 from engine.bus.port import Outgoing
+from engine.bus.read import read_messages
 from engine.models.scripted import POISON
 from engine.settings import load
 from producers.files import SHIPPED, Producer
@@ -58,8 +58,10 @@ def check_whole(settings, prompts=PROMPTS):
     assert one(settings, "SELECT count(*) FROM responses") == prompts == one(settings, "SELECT count(*) FROM preferences")
     assert one(settings, "SELECT count(DISTINCT response_id) FROM chain_ends") == prompts
     assert one(settings, "SELECT count(*) FROM chain_ends") == prompts
-    orphans = """SELECT count(*) FROM (SELECT unnest(parent_ids) AS id FROM critiques UNION ALL SELECT unnest(parent_ids) FROM revisions)
-                 WHERE id NOT IN (SELECT record_id FROM responses UNION SELECT record_id FROM critiques UNION SELECT record_id FROM revisions)"""
+    orphans = """WITH made AS (FROM responses SELECT record_id UNION FROM critiques SELECT record_id
+                               UNION FROM revisions SELECT record_id),
+                      named AS (FROM critiques SELECT unnest(parent_ids) AS id UNION FROM revisions SELECT unnest(parent_ids))
+                 SELECT count(*) FROM named WHERE id NOT IN (FROM made)"""
     assert one(settings, orphans) == 0
     assert one(settings, "SELECT count(*) FROM critiques WHERE NOT final") == one(settings, "SELECT count(*) FROM revisions")
 
@@ -95,7 +97,10 @@ def test_duplicate_delivery_is_marked_and_not_trained_on_twice(tmp_path):
     again = [Outgoing("prompts", m.key, m.value, m.headers) for m in read_messages(bus, "prompts")]
     bus.publish(again)
     with make_host(settings, bus, STAGES, sink=True) as host:
-        wait_for(lambda: one(settings, "SELECT sum(records + duplicates) FROM pipeline_status WHERE topic = 'preferences'") == 20, host)
+        wait_for(
+            lambda: one(settings, "SELECT sum(records + duplicates) FROM pipeline_status WHERE topic = 'preferences'") == 20,
+            host,
+        )
         wait_for(lambda: set(lags(bus, "r", "candidates").values()) == {0}, host)
         wait_for(lambda: one(settings, FINISHED) == 10, host)
     for table in ("prompts", "responses", "preferences"):
@@ -150,7 +155,11 @@ def test_two_processes_share_a_stage(tmp_path):
     first = make_host(settings, bus, STAGES, sink=True, slot="a")
     second = make_host(settings, bus, ["respond", "judge"], sink=False, slot="b")
     with first, second:
-        wait_for(lambda: all(len(w.consumer.assignment()) == 6 for h in (first, second) for w in h.workers if w.stage.name == "respond"))
+        wait_for(
+            lambda: all(
+                len(w.consumer.assignment()) == 6 for h in (first, second) for w in h.workers if w.stage.name == "respond"
+            )
+        )
         Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
         wait_for(lambda: one(settings, FINISHED) == PROMPTS, first)
     assert all(w.committed for h in (first, second) for w in h.workers if w.stage.name == "respond")

@@ -12,7 +12,8 @@ def make_prompt():
         turns = [Turn(role="user", content=text)]
         key = ids.prompt_id(turns)
         return Prompt(
-            record_id=ids.record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", turns=turns, source=source, **more
+            record_id=ids.record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", turns=turns,
+            source=source, **more
         )  # fmt: skip
 
     return make

@@ -43,7 +43,9 @@ def test_rows_land_once_in_the_order_of_the_commit_sequence(bus, store, make_pro
     drain(Sink(bus, store, max_wait_s=0.05))
     drain(Sink(bus, store, max_wait_s=0.05))  # a second start finds nothing new
     assert counts(store) == (20, 0, 0) and counts(store, "responses") == (1, 0, 0)
-    seqs = [s for (s,) in store.query("SELECT commit_seq FROM prompts UNION ALL SELECT commit_seq FROM responses ORDER BY 1").rows]
+    seqs = [
+        s for (s,) in store.query("SELECT commit_seq FROM prompts UNION ALL SELECT commit_seq FROM responses ORDER BY 1").rows
+    ]
     assert seqs == list(range(21))
     row = store.records("SELECT * FROM prompts WHERE prompt_id = ?", [prompts[3].prompt_id])[0]
     assert row["turns"] == [{"role": "user", "content": "prompt 3"}] and str(row["record_id"]) == prompts[3].record_id
@@ -101,7 +103,7 @@ def test_a_topic_made_anew_is_not_taken_for_the_old_one(tmp_path, store, make_pr
 
 def test_retention_that_passed_the_sink_is_loud(bus, store, make_prompt, monkeypatch):
     drain(Sink(bus, store, max_wait_s=0.05))
-    monkeypatch.setattr(bus, "begin_offsets", lambda topics: {place: 5 for place in type(bus).begin_offsets(bus, topics)})
+    monkeypatch.setattr(bus, "begin_offsets", lambda topics: dict.fromkeys(type(bus).begin_offsets(bus, topics), 5))
     with pytest.raises(OffsetsLost, match="retention"):
         Sink(bus, store)
 

@@ -13,7 +13,11 @@ from schemas.records import PolicyUpdate, Prompt, Response
 from schemas.topics import TopicSpec
 
 WITHIN_S = 30
-SPECS = [TopicSpec("in", Prompt, partitions=4), TopicSpec("out", Response, partitions=4), TopicSpec("one", PolicyUpdate, True, 1)]
+SPECS = [
+    TopicSpec("in", Prompt, partitions=4),
+    TopicSpec("out", Response, partitions=4),
+    TopicSpec("one", PolicyUpdate, True, 1),
+]
 
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -110,7 +114,7 @@ def test_both_buses_place_keys_alike(bus):
     # Kafka's murmur2: these places are what any Java producer would choose.
     bus.publish([Outgoing("in", key, b"x") for key in (b"a", b"b", b"c", b"charter", b"")])
     placed = {m.key: m.partition for m in read_messages(bus, "in")}
-    assert placed == {b'a': 0, b'b': 0, b'c': 2, b'charter': 3, b'': 1}
+    assert placed == {b"a": 0, b"b": 0, b"c": 2, b"charter": 3, b"": 1}
 
 
 def test_offsets_begin_and_end(bus):

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from schemas.topics import TOPICS
 
 def process(code, *arguments, **more):
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=os.getcwd(), **more)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd(), **more)
 
 
 PUBLISH = """
@@ -104,5 +105,5 @@ def test_kafka_addresses():
 
 
 def test_no_broker_is_an_error_that_says_so():
-    with pytest.raises(BusUnreachable, match="127.0.0.1:9: .*refused"):
+    with pytest.raises(BusUnreachable, match=r"127\.0\.0\.1:9: .*refused"):
         open_bus("kafka://127.0.0.1:9", options={"bootstrap_timeout_ms": 500})

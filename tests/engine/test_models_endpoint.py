@@ -92,7 +92,9 @@ def test_samples_sampling_and_the_key_are_sent(server):
 def test_a_prefill_asks_the_server_to_go_on(server):
     endpoint(server).generate([ask(prefill="Answer: (")])
     request = server.requests[0][2]
-    assert request["messages"][-1] == {"role": "assistant", "content": "Answer: ("} and request["continue_final_message"] is True
+    assert (
+        request["messages"][-1] == {"role": "assistant", "content": "Answer: ("} and request["continue_final_message"] is True
+    )
 
 
 def test_options_sum_variants_and_bound_what_is_not_shown(server):

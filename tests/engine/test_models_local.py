@@ -24,7 +24,13 @@ def model(tiny):
     return LocalModel(tiny, dtype=torch.float32)
 
 
-ASKS = [ask("short", 1), ask("a much longer prompt than the first one", 2), ask("middle sized", 3), ask("x", 4), ask("yy yy", 5)]
+ASKS = [
+    ask("short", 1),
+    ask("a much longer prompt than the first one", 2),
+    ask("middle sized", 3),
+    ask("x", 4),
+    ask("yy yy", 5),
+]
 
 
 def test_logprobs_are_those_of_a_teacher_forced_pass(model):

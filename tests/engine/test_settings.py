@@ -1,5 +1,7 @@
 """Settings: precedence, origins, and errors that name the nearest one."""
 
+from pathlib import Path
+
 import pytest
 
 from engine.errors import UsageError
@@ -75,5 +77,4 @@ def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):
 
 
 def test_the_committed_settings_file_is_the_generated_one():
-    with open("charter.toml", encoding="utf-8") as file:
-        assert file.read() == as_toml(), "run: charter config --defaults > charter.toml"
+    assert Path("charter.toml").read_text(encoding="utf-8") == as_toml(), "run: charter config --defaults > charter.toml"

@@ -79,7 +79,11 @@ def test_a_poisoned_record_becomes_a_dead_letter_and_its_neighbours_do_not(bus):
     publish(bus, *(prompt(f"p{n:02}") for n in range(10)))
     run_until([worker(bus, work)], lambda: len(responses(bus)) == 9 and len(letters(bus)) == 1)
     (letter,) = letters(bus)
-    assert (letter.kind, letter.error_class, letter.source_topic) == (DeadLetterKind.PERMANENT, "PermanentRecordError", "prompts")
+    assert (letter.kind, letter.error_class, letter.source_topic) == (
+        DeadLetterKind.PERMANENT,
+        "PermanentRecordError",
+        "prompts",
+    )
     assert decode(letter.value, Prompt).turns[0].content == "p05"
     assert letter.headers[0].value == b"r"
 

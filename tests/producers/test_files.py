@@ -31,8 +31,18 @@ def line(value):
 GOOD = [
     "a plain string",
     {"prompt": "an object"},
-    {"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "turns"}]},
-    {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "messages"}], "source": "s", "tags": ["t"]},
+    {
+        "turns": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes?"},
+            {"role": "user", "content": "turns"},
+        ]
+    },
+    {
+        "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "messages"}],
+        "source": "s",
+        "tags": ["t"],
+    },
 ]
 BAD = [
     (b"{not json", "not JSON"),

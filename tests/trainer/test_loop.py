@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from charter.pipeline import STAGES, Models, connect, make_stage, store_of
-from consumers.sink import Sink
 from constitutions.loader import load as load_constitution
+from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.errors import CharterError, Fenced, UsageError
 from engine.host import Host
@@ -179,7 +179,9 @@ def test_a_batch_whose_rows_have_changed_is_not_rebuilt(settings, bus, store, tr
 
 
 def test_the_combined_objective_has_its_chains_in_the_manifest(settings, bus, store, tiny):
-    combined = settings.model_copy(update={"train": settings.train.model_copy(update={"objective": "combined", "allow_overlap": True})})
+    combined = settings.model_copy(
+        update={"train": settings.train.model_copy(update={"objective": "combined", "allow_overlap": True})}
+    )
     stream(combined, bus, store, 1, 6)
     trainer = Trainer(bus, store, combined, tiny)
     trainer.update("reward")

@@ -216,7 +216,10 @@ def test_stale_rollouts_are_weighted_and_capped(tiny):
 def test_masks_come_from_lengths_although_pad_is_the_end_token(tiny, exact):
     actor = ppo.Actor(weights.load_policy(tiny)).eval()
     end = weights.load_tokenizer(tiny).eos_token_id
-    short, long = Rollout((1, 5, 6), (7, end), (0.0,) * 2, True, 0, "a"), Rollout((1, 9), (8, 9, 10, 11), (0.0,) * 4, False, 0, "b")
+    short, long = (
+        Rollout((1, 5, 6), (7, end), (0.0,) * 2, True, 0, "a"),
+        Rollout((1, 9), (8, 9, 10, 11), (0.0,) * 4, False, 0, "b"),
+    )
     together, _, _ = actor(ppo.pad([short, long], 4, "cpu"))
     alone, _, _ = actor(ppo.pad([short], 2, "cpu"))
     assert together[0, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5) and together[0, 2:].tolist() == [0, 0]

@@ -1,0 +1,37 @@
+"""The demo against its limits on two cores: 6 minutes, 6 GB, and the first Preference within 60 s of its start.
+
+python -m benchmarks.demo
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+LIMIT_S, LIMIT_GB, FIRST_LIMIT_S = 360.0, 6.0, 60.0
+
+
+def main() -> int:
+    started, first = time.monotonic(), None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "charter", "demo", "--data", folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+            for line in demo.stdout or ():
+                print(line, end="")
+                if first is None and (found := re.search(r"preferences=(\d+)", line)) and int(found[1]):
+                    first = time.monotonic() - started
+    seconds = time.monotonic() - started
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+    print(f"\nwhole demo        {seconds:6.0f} s of {LIMIT_S:.0f} s")
+    print(f"first preference  {first or float('nan'):6.0f} s of {FIRST_LIMIT_S:.0f} s")
+    print(f"memory            {gigabytes:6.1f} GB of {LIMIT_GB:.0f} GB")
+    kept = seconds < LIMIT_S and gigabytes < LIMIT_GB and first is not None and first < FIRST_LIMIT_S
+    return 0 if kept and demo.returncode == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
