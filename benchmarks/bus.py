@@ -1,179 +1,90 @@
-"""How fast the bus is: records published, read and moved exactly once in a second.
+"""The embedded log against plain SQLite inserts in the same run; Kafka too, where CHARTER_TEST_BOOTSTRAP is set.
 
-The embedded log is measured beside what it is made of, a plain SQLite table filled with `executemany` and as durable, in the
-same run on the same disk; the share of it that is left is what the log costs. With KAFKA_HOME (a folder with libs/*.jar, and
-Java 17) or CHARTER_TEST_BOOTSTRAP (HOST:PORT) Apache Kafka is measured too.
-
-    python benchmarks/bus.py [--records 20000] [--repeat 3] [--json]
+python -m benchmarks.bus
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sqlite3
-import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from engine.bus import open_bus
-from engine.bus.port import Bus, Outgoing, TopicPartition
-from schemas.records import Prompt, Response
-from schemas.topics import TopicSpec
+from engine.bus.port import Bus, Offsets, Outgoing, TopicPartition
+from schemas.topics import TOPICS
 
-BATCH = 500
-VALUE_BYTES = 1024
-Rates = dict[str, float]
+RECORDS, BATCH, SIZE = 20_000, 500, 1024
 
 
-def batches(records: int) -> list[list[Outgoing]]:
-    """Messages of 1 KB whose bytes do not compress, in batches, keyed as prompts are."""
-    values = [os.urandom(VALUE_BYTES) for _ in range(BATCH)]
-    rounds = range(records // BATCH)
-    return [[Outgoing("in", str(uuid.uuid4()).encode(), value) for value in values] for _ in rounds]
+def messages() -> list[Outgoing]:
+    return [Outgoing("prompts", str(n).encode(), b"x" * SIZE) for n in range(RECORDS)]
 
 
-def rate(records: int, work: Callable[[], None]) -> float:
-    """Records per second."""
-    began = time.perf_counter()
-    work()
-    return records / (time.perf_counter() - began)
-
-
-def raw_sqlite(folder: Path, sent: Sequence[Sequence[Outgoing]]) -> Rates:
-    """The yardstick: one table, one durable transaction for each batch, and one sequential scan."""
-    records = BATCH * len(sent)
-    db = sqlite3.connect(folder / "raw.sqlite", isolation_level=None)
+def plain_sqlite(folder: Path) -> float:
+    db = sqlite3.connect(folder / "plain.sqlite", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
-    db.execute("CREATE TABLE messages (offset INTEGER PRIMARY KEY, key BLOB, value BLOB)")
-
-    def publish() -> None:
-        for batch in sent:
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT INTO messages (key, value) VALUES (?, ?)", [(m.key, m.value) for m in batch])
-            db.execute("COMMIT")
-
-    def read() -> None:
-        for first in range(0, records, BATCH):
-            sql = "SELECT * FROM messages WHERE offset > ? ORDER BY offset LIMIT ?"
-            assert len(db.execute(sql, [first, BATCH]).fetchall()) == BATCH
-
-    rates = {"publish": rate(records, publish), "read": rate(records, read)}
-    db.close()
-    return rates
+    db.execute("CREATE TABLE m (id INTEGER PRIMARY KEY, key BLOB, value BLOB)")
+    started, rows = time.monotonic(), [(n, m.key, m.value) for n, m in enumerate(messages())]
+    for start in range(0, RECORDS, BATCH):
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT INTO m VALUES (?, ?, ?)", rows[start : start + BATCH])
+        db.execute("COMMIT")
+    return RECORDS / (time.monotonic() - started)
 
 
-def bus_rates(bus: Bus, sent: Sequence[Sequence[Outgoing]]) -> Rates:
-    """Publish, read back, and a hop that reads, writes and commits its offsets in transactions."""
-    records = BATCH * len(sent)
-    bus.create_topics([TopicSpec("in", Prompt), TopicSpec("out", Response)])
-
-    def publish() -> None:
-        for batch in sent:
-            bus.publish(batch)
-
-    def read() -> None:
-        reader, left = bus.reader(bus.begin_offsets(["in"])), records
-        while left:
-            left -= len(reader.poll(1.0, BATCH))
-        reader.close()
-
-    return {"publish": rate(records, publish), "read": rate(records, read), "transact": hop_rate(bus, records)}
+def publish(bus: Bus) -> float:
+    started, wanted = time.monotonic(), messages()
+    for start in range(0, RECORDS, BATCH):
+        bus.publish(wanted[start : start + BATCH])
+    return RECORDS / (time.monotonic() - started)
 
 
-def hop_rate(bus: Bus, records: int) -> float:
-    """Records per second through a stage that does nothing but copy, from the moment it has its partitions."""
-    consumer, writer = bus.consumer("bench", ["in"], member="one"), bus.writer("bench.one")
-    messages = []
-    while not messages:
-        messages = consumer.poll(1.0, BATCH)
-    moved, began = 0, time.perf_counter()
-    while True:
-        offsets = {TopicPartition(m.topic, m.partition): m.offset + 1 for m in messages}
-        epochs = {place: epoch for place, epoch in consumer.assignment().items() if place in offsets}
-        writer.commit([Outgoing("out", m.key or b"", m.value) for m in messages], offsets, consumer=consumer, epochs=epochs)
-        moved += len(messages)
-        if moved == records:
-            break
-        messages = consumer.poll(1.0, BATCH)
-    took = time.perf_counter() - began
+def hop(bus: Bus) -> float:
+    """Read, write and move the offsets in one transaction: what every stage does."""
+    consumer, writer = bus.consumer("bench", ["prompts"], member="a"), bus.writer("bench.a")
+    moved, started = 0, time.monotonic()
+    while moved < RECORDS:
+        found = consumer.poll(1.0, BATCH)
+        offsets: Offsets = {}
+        for message in found:
+            offsets[TopicPartition(message.topic, message.partition)] = message.offset + 1
+        if found:
+            outputs = [Outgoing("responses", m.key or b"", m.value) for m in found]
+            epochs = consumer.assignment()
+            writer.commit(outputs, offsets, consumer=consumer, epochs={place: epochs[place] for place in offsets})
+        moved += len(found)
+    taken = time.monotonic() - started
     consumer.close()
     writer.close()
-    return records / took
+    return RECORDS / taken
 
 
-@contextmanager
-def kafka_address(folder: Path) -> Iterator[str | None]:
-    """A broker that was named, one of our own, or none."""
-    if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
-        yield f"kafka://{bootstrap}"
-    elif home := os.environ.get("KAFKA_HOME"):
-        from tests_kafka import Broker
-
-        with Broker(Path(home), folder) as broker:
-            yield f"kafka://{broker.address}"
-    else:
-        yield None
-
-
-def measure(address: str, sent: Sequence[Sequence[Outgoing]]) -> Rates:
-    bus = open_bus(address, prefix=f"bench-{uuid.uuid4().hex[:8]}.")
-    try:
-        return bus_rates(bus, sent)
-    finally:
-        bus.close()
-
-
-def medians(runs: Sequence[Rates]) -> Rates:
-    return {name: median(run[name] for run in runs) for name in runs[0]}
-
-
-def run(records: int, repeat: int) -> dict[str, Rates]:
-    """Medians over `repeat` rounds; in each round the logs are measured one after another."""
-    sent = batches(records)
-    found: dict[str, list[Rates]] = {"sqlite3": [], "embedded": [], "kafka": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "kafka").mkdir()
-        with kafka_address(folder / "kafka") as kafka:
-            for number in range(repeat):
-                (folder / str(number)).mkdir()
-                found["sqlite3"].append(raw_sqlite(folder / str(number), sent))
-                found["embedded"].append(measure(str(folder / str(number)), sent))
-                if kafka:
-                    found["kafka"].append(measure(kafka, sent))
-    return {name: medians(runs) for name, runs in found.items() if runs}
-
-
-def table(found: dict[str, Rates]) -> Iterator[str]:
-    yield f"{'records/s':<10}" + "".join(f"{name:>20}" for name in ("publish", "read", "transact"))
-    raw = found["sqlite3"]
-    for name, rates in found.items():
-        cells = []
-        for what in ("publish", "read", "transact"):
-            share = f" ({rates[what] / raw[what]:.0%})" if what in rates and what in raw and name != "sqlite3" else ""
-            cells.append(f"{rates[what]:,.0f}{share}" if what in rates else "-")
-        yield f"{name:<10}" + "".join(f"{cell:>20}" for cell in cells)
+def read(bus: Bus) -> float:
+    reader, found, started = bus.reader(bus.begin_offsets(["prompts"])), 0, time.monotonic()
+    while found < RECORDS:
+        found += len(reader.poll(1.0, 1000))
+    taken = time.monotonic() - started
+    reader.close()
+    return RECORDS / taken
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--records", type=int, default=20_000, help=f"rounded down to a multiple of {BATCH}")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; the medians are shown")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    found = run(arguments.records, arguments.repeat)
-    print(json.dumps(found) if arguments.json else "\n".join(table(found)))
+    with tempfile.TemporaryDirectory() as folder:
+        floor = plain_sqlite(Path(folder))
+        print(f"plain SQLite inserts {floor:9.0f}/s, {SIZE} bytes each, {BATCH} a transaction")
+        addresses = [folder]
+        if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
+            addresses.append(f"kafka://{bootstrap}")
+        for address in addresses:
+            bus = open_bus(address, prefix=f"bench{time.time_ns()}.")
+            bus.create_topics(list(TOPICS.values()))
+            for name, measure in (("publish", publish), ("hop", hop), ("read", read)):
+                speed = measure(bus)
+                print(f"{address.split(':')[0]:10.10} {name:8} {speed:9.0f}/s, {speed / floor:5.2f} of plain inserts")
+            bus.close()
 
 
 if __name__ == "__main__":

@@ -270,8 +270,8 @@ def print_step(phase: str, step: int, measures: dict[str, float]) -> None:
 @cli.command()
 @json_option
 @common
-def status(settings: Settings, as_json: bool) -> None:
-    """What is in the database, what waits at each stage, and which policies there are.
+def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
+    """What is in the database, what waits at the stages of a run (the newest, or --run), and which policies there are.
 
     \b
     Examples:
@@ -280,17 +280,20 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     from charter.pipeline import connect, lags, store_of
 
-    found = store_of(settings).query("SELECT * FROM pipeline_status")
+    store = store_of(settings)
+    found = store.query("SELECT * FROM pipeline_status")
+    run_id = settings.run.id
+    if origins["run.id"] == "default":
+        newest = store.query("SELECT run_id FROM runs ORDER BY commit_seq DESC LIMIT 1").rows
+        run_id = newest[0][0] if newest else run_id
     bus = connect(settings)
-    waiting = lags(bus, settings.run.id, settings.judge.pairing)
+    waiting = lags(bus, run_id, settings.judge.pairing)
     bus.close()
-    columns = [*found.columns, "waiting"]
+    columns = [*found.columns, f"waiting in run {run_id}" if not as_json else "waiting"]
     rows = [(*row, waiting.get(row[0])) for row in found.rows]
     print_rows(columns, rows, as_json)
     if not as_json:
-        policies = store_of(settings).query(
-            "SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10"
-        )
+        policies = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
         if policies.rows:
             click.echo()
             print_rows(policies.columns, policies.rows, False)

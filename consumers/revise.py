@@ -6,6 +6,7 @@ ends its chain as UNUSABLE: it never trains.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ from engine.models.port import Ask, Generation, Model
 from schemas import ids
 from schemas.records import ChainEnd, Critique, ModelRef, Revision, RevisionFault, Round, Sampling
 
-ECHO = 0.9  # a revision this similar to a worked example is the example
+ECHO_WORDS = 5  # so many words of a worked example in a row are no coincidence
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    """Every run of ECHO_WORDS words of a text, in lower case and without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Revise:
         if after.split() == before.split():
             return RevisionFault.COPY
         shown = [text for example in self.constitution.examples for text in (example.revision, example.answer)]
-        if self.few_shot and any(similarity(text, after) > ECHO for text in shown):
+        if self.few_shot and any(runs(text) & runs(after) - runs(before) for text in shown):
             return RevisionFault.ECHO
         return RevisionFault.NONE
 

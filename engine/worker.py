@@ -125,7 +125,7 @@ class Lane:
         readers = [w for w in self.workers if set(w.stage.inputs) & set(stage.outputs)]
         deadline = time.monotonic() + self.linger_s
         with self.changed:
-            while not any(reader.queued for reader in readers) and not stop.is_set():
+            while readers and not any(reader.queued for reader in readers) and not stop.is_set():
                 left = deadline - time.monotonic()
                 if left <= 0 or not self.changed.wait(left):
                     return

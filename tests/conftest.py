@@ -16,8 +16,6 @@ from engine.bus import open_bus
 from schemas.topics import TOPICS
 from tests_kafka import Broker
 
-CHARTER = Path(__file__).parent.parent / ".venv" / "bin" / "charter"
-
 
 @pytest.fixture
 def bus(tmp_path):

@@ -57,13 +57,21 @@ class Batch:
 
 
 def candidates(
-    store: Store, phase: str, standing: Standing, *, max_staleness: int = 4, allow_overlap: bool = False
+    store: Store,
+    phase: str,
+    standing: Standing,
+    *,
+    limit: int,
+    max_staleness: int = 4,
+    allow_overlap: bool = False,
 ) -> tuple[list[str], list[Drop]]:
-    """The ids of the rows after the phase's cursor that it may train on, in commit order, and the rollouts it may not."""
+    """The ids of the first `limit` rows after the phase's cursor that it may train on, and the rollouts it may not."""
     light = "record_id, commit_seq"
     if phase == "ppo":
         light = "response_id, candidate, prompt_id, run_id, policy_version, excluded_because, commit_seq"
     sql = f"SELECT {light} FROM {VIEW[phase]} WHERE commit_seq > ? ORDER BY commit_seq"
+    if phase != "ppo":  # of rollouts all are looked at: those that may not be used are dropped, not passed over
+        sql += f" LIMIT {limit}"
     rows = store.records(sql, [standing.cursor(phase)], limit_s=LIMIT_S)
     reasons: list[str | None] = [None] * len(rows)
     if phase == "ppo":
@@ -71,7 +79,7 @@ def candidates(
         reasons = [exclusion(row, standing, max_staleness, overlap) for row in rows]
     kept = [str(row[KEY[phase]]) for row, reason in zip(rows, reasons, strict=True) if reason is None]
     drops = [drop(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
-    return list(dict.fromkeys(kept)), drops
+    return list(dict.fromkeys(kept))[:limit], drops
 
 
 def exclusion(row: dict[str, Any], standing: Standing, max_staleness: int, overlap: set[str]) -> str | None:

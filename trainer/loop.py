@@ -118,7 +118,14 @@ class Trainer:
 
     def candidates(self, phase: str, standing: Standing) -> tuple[list[str], list[Any]]:
         train = self.settings.train
-        return candidates(self.store, phase, standing, max_staleness=train.max_staleness, allow_overlap=train.allow_overlap)
+        return candidates(
+            self.store,
+            phase,
+            standing,
+            limit=max(train.max_rows, self.threshold(phase)),
+            max_staleness=train.max_staleness,
+            allow_overlap=train.allow_overlap,
+        )
 
     # Doing it
 

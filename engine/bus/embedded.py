@@ -60,15 +60,25 @@ def partition_of(key: bytes, partitions: int) -> int:
     return (murmur2(key) & 0x7FFFFFFF) % partitions
 
 
+# Mistakes of this file, not the disk's.
+MISUSED = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.NotSupportedError)
+
+
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
     """SQLite's errors in our words."""
     try:
         yield
+    except MISUSED:
+        raise
     except sqlite3.DatabaseError as error:
-        raise BusUnreachable(
-            f"the embedded log {path} does not answer", str(error), "look at the disk and its free space: df -h"
-        ) from error
+        raise BusUnreachable(f"the embedded log {path} does not answer", str(error), advice(error)) from error
+
+
+def advice(error: sqlite3.DatabaseError) -> str:
+    if "locked" in str(error):
+        return f"another process has been writing to it for {BUSY_S:.0f} s: is one stopped or stuck?"
+    return "look at the disk and its free space: df -h"
 
 
 class Connection:
@@ -87,7 +97,8 @@ class Connection:
             try:
                 yield self.db
             except BaseException:
-                self.db.execute("ROLLBACK")
+                if self.db.in_transaction:  # a full disk has rolled it back already
+                    self.db.execute("ROLLBACK")
                 raise
             self.commit()
 
@@ -127,8 +138,7 @@ class EmbeddedBus:
     def prepare(self) -> str:
         """Create the tables of a new file, or check that ours made them; returns the log's id."""
         db = self.connection.db
-        with translated(self.path):
-            db.execute("PRAGMA journal_mode = WAL")
+        self.share()
         with self.connection.write():
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
@@ -143,6 +153,19 @@ class EmbeddedBus:
                     "use another folder: --data FOLDER, or the version of Charter that made it",
                 )
         return str(self.connection.rows("SELECT cluster_id FROM meta")[0][0])
+
+    def share(self) -> None:
+        """Let readers and a writer work at once (write-ahead log). Whoever does this second meanwhile must try again."""
+        deadline = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self.connection.db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.DatabaseError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    with translated(self.path):
+                        raise
+            time.sleep(LOOK_EVERY_S)
 
     # Topics
 
@@ -272,7 +295,7 @@ class EmbeddedWriter:
             self.check_fence(db)
             if offsets:
                 assert isinstance(consumer, EmbeddedConsumer), "offsets are a consumer group's"
-                self.check_leases(db, consumer, epochs or {})
+                self.check_leases(db, consumer, {place: consumer.epochs.get(place) for place in offsets} | dict(epochs or {}))
                 self.store_offsets(db, consumer.group, offsets)
             append(db, placed)
 
@@ -285,11 +308,14 @@ class EmbeddedWriter:
                 "stop one of them, or give each its own: --slot NAME",
             )
 
-    def check_leases(self, db: sqlite3.Connection, consumer: EmbeddedConsumer, epochs: Mapping[TopicPartition, int]) -> None:
+    def check_leases(
+        self, db: sqlite3.Connection, consumer: EmbeddedConsumer, epochs: Mapping[TopicPartition, int | None]
+    ) -> None:
         for place, epoch in epochs.items():
             topic, _ = self.bus.topic(place.topic)
             sql = "SELECT member, epoch FROM leases WHERE grp = ? AND topic = ? AND partition = ?"
             if db.execute(sql, [consumer.group, topic, place.partition]).fetchone() != (consumer.member, epoch):
+                consumer.renew_at = 0.0  # its next poll looks at what it still holds
                 raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
 
     def store_offsets(self, db: sqlite3.Connection, group: str, offsets: Mapping[TopicPartition, int]) -> None:
@@ -429,10 +455,10 @@ class EmbeddedConsumer(EmbeddedReader):
             topic, _ = self.bus.topic(place.topic)
             member, epoch = held.get((topic, place.partition), (None, 0))
             fair = members[place.partition % len(members)] == self.member
-            if member == self.member and place in self.epochs and fair:
+            if member == self.member and self.epochs.get(place) == epoch and fair:
                 ours[place] = epoch
             elif fair and (member not in members or member == self.member):
-                # A lease in our name that we do not remember is an earlier life's: it gets a new epoch.
+                # A lease in our name that we do not remember is another life's: it gets a new epoch.
                 self.lease(db, topic, place.partition, self.member, epoch + 1)
                 ours[place] = epoch + 1
             elif member == self.member:
@@ -449,6 +475,7 @@ class EmbeddedConsumer(EmbeddedReader):
         new = {place for place, epoch in leases.items() if self.epochs.get(place) != epoch}
         committed = self.committed() if new else {}
         self.next = {place: committed.get(place, 0) if place in new else self.next[place] for place in leases}
+        self.held_back &= set(leases) - new
         self.epochs = leases
 
     def committed(self) -> Offsets:
@@ -457,12 +484,14 @@ class EmbeddedConsumer(EmbeddedReader):
         return {TopicPartition(names[topic], partition): offset for topic, partition, offset in rows if topic in names}
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        self.held_back |= set(partitions)
+        self.held_back |= set(partitions) & set(self.epochs)
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
         self.held_back -= set(partitions)
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
+        if partition not in self.epochs:
+            raise PartitionLost(f"{partition.topic}[{partition.partition}] is not assigned to this member")
         self.next[partition] = offset
 
     def close(self) -> None:

@@ -358,7 +358,7 @@ class KafkaWriter:
 
     def failed(self, error: Exception, after_s: float) -> Fenced | CommitInDoubt:
         """What a failed commit means. A broker fences a transaction that it timed out, too: that is doubt, not a rival."""
-        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < TRANSACTION_TIMEOUT_MS / 2:
+        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < TRANSACTION_TIMEOUT_MS:
             return Fenced(
                 f"another process has taken over as {self.id}",
                 "two processes ran in the same slot",
@@ -555,7 +555,9 @@ class KafkaConsumer:
         return [self.bus.place(place) for place in partitions if place in self.epochs.current]
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
-        self.seek_all(dict.fromkeys(self.owned([partition]), offset))
+        if partition not in self.epochs.current:
+            raise PartitionLost(f"{partition.topic}[{partition.partition}] is not assigned to this member")
+        self.client.seek(self.bus.place(partition), offset)
 
     def committed(self) -> Offsets:
         with reached(self.bus.servers):

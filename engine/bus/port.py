@@ -60,11 +60,15 @@ class Consumer(Protocol):
         """Partition -> epoch. A partition that was lost and came back has another epoch."""
         ...
 
-    def pause(self, partitions: Iterable[TopicPartition]) -> None: ...
+    def pause(self, partitions: Iterable[TopicPartition]) -> None:
+        """Read nothing of these partitions until they are resumed. It lasts as long as their epoch."""
+        ...
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None: ...
 
-    def seek(self, partition: TopicPartition, offset: int) -> None: ...
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        """Read on from this offset; raises PartitionLost if the partition is not assigned."""
+        ...
 
     def committed(self) -> Offsets:
         """The group's committed offsets, as the log has them now."""
@@ -103,8 +107,10 @@ class Writer(Protocol):
         """Write the outputs and the group's next offsets in one short transaction.
 
         `epochs` are the assignment epochs under which the inputs were read. Raises PartitionLost (nothing was written) when
-        one is no longer current, Fenced when another writer took over, and CommitInDoubt when the outcome is not known: then
-        close this writer, make a new one with the same id, and ask `committed` how far the group came.
+        one is no longer current or the group is sharing its partitions out anew: then poll, and what is still assigned in
+        the same epoch can be committed. Raises Fenced when another writer took over, UsageError (nothing was written) when
+        the log refuses a message, and CommitInDoubt when the outcome is not known: then close this writer, make a new one
+        with the same id, and ask `committed` how far the group came.
         """
         ...
 

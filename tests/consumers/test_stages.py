@@ -159,6 +159,8 @@ def test_a_verdict_without_mass_is_not_clean(make_response):
         ("first  answer", RevisionFault.COPY),
         (DEFAULT.examples[0].revision, RevisionFault.ECHO),
         (DEFAULT.examples[0].answer, RevisionFault.ECHO),
+        ("Well, I would not frighten him at all.", RevisionFault.ECHO),
+        ("I would not do it, friendly words are better.", RevisionFault.NONE),
         ("a new text", RevisionFault.NONE),
     ],
 )

@@ -1,0 +1,65 @@
+"""The documents against the code: commands parse, queries run, and the settings and files they name exist."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from charter.cli import cli
+from engine.settings import Settings, keys
+from engine.store import Store
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"^charter (.+)$", BLOCKS, re.MULTILINE)
+SETTINGS = {f"{section}.{key}" for section, key, _ in keys()}
+
+
+def arguments(command):
+    """What the shell would pass: without comments, and only the first of several commands."""
+    return shlex.split(command.split(" && ")[0], comments=True)
+
+
+def option_values(command, option):
+    words = arguments(command)
+    return [value for name, value in pairwise(words) if name == option]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    verb, *rest = arguments(command)
+    cli.commands[verb].make_context(verb, rest)
+    assert {value.partition("=")[0] for value in option_values(command, "--set")} <= SETTINGS
+
+
+def test_queries_run(tmp_path):
+    store = Store(tmp_path / "charter.duckdb")
+    store.prepare()
+    queries = [arguments(command)[1] for command in COMMANDS if command.startswith('sql "')]
+    assert len(queries) >= 5
+    for query in queries:
+        assert store.query(query).columns
+
+
+def test_settings_exist():
+    sections = "|".join(Settings.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.(?!py\b)[a-z_]+)\b", TEXT))
+    assert len(named) >= 5
+    assert named <= SETTINGS
+
+
+def test_files_exist():
+    named = set(re.findall(r"`((?:schemas|constitutions|engine|producers|consumers|trainer|charter|docs)/[^`*]*)`", TEXT))
+    named |= set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
+    assert len(named) >= 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^\$ |`)make ([a-z-]+)", TEXT, re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets

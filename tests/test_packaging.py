@@ -1,0 +1,46 @@
+"""What gets installed is what is here, and a Kafka test that must run cannot be skipped in silence."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import charter
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+
+
+def test_every_package_is_listed():
+    rooms = {package.split(".")[0] for package in PACKAGES}
+    found = {".".join(init.parent.relative_to(ROOT).parts) for room in rooms for init in (ROOT / room).rglob("__init__.py")}
+    assert sorted(PACKAGES) == sorted(found)
+    assert rooms | {"benchmarks"} == {init.parent.name for init in ROOT.glob("*/__init__.py")}
+
+
+def test_every_data_file_is_packaged():
+    globs = PROJECT["tool"]["setuptools"]["package-data"]
+    packaged = {path for package, patterns in globs.items() for glob in patterns for path in (ROOT / package).glob(glob)}
+    rooms = {package.split(".")[0] for package in PACKAGES}
+    files = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == packaged
+
+
+def test_there_is_one_version():
+    assert charter.__version__ == PROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize(("required", "code"), [("1", 1), ("", 0)])
+def test_skipped_kafka_tests_fail_where_kafka_is_required(required, code):
+    environment = {key: value for key, value in os.environ.items() if key not in ("KAFKA_HOME", "CHARTER_TEST_BOOTSTRAP")}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kafka", "-k", "test_topics", "tests/engine/test_bus_contract.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"CHARTER_REQUIRE_KAFKA": required}, capture_output=True, text=True, check=False
+    )
+    assert "1 skipped" in done.stdout.splitlines()[-1]
+    assert done.returncode == code
+    assert ("1 Kafka tests were skipped" in done.stdout) == bool(code)
