@@ -22,8 +22,10 @@ import click
 import charter
 
 if TYPE_CHECKING:
+    from engine.host import Host
     from engine.settings import Settings
 
+REPORT_EVERY = 25  # looks of 0.2 s
 PHASES = ("sft", "reward", "ppo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 VERBS = ("demo", "produce", "run", "train", "status", "show", "sql", "tail", "topics", "config")
@@ -221,11 +223,20 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
     bus, stop = connect(settings), stop_on_signals()
     host = make_host(settings, bus, [s for s in chosen if s != "sink"], sink="sink" in chosen, slot=slot)
     click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; stop with Ctrl-C", err=True)
+    last, looks = "", 0
     with host:
         while not stop.wait(0.2) and not host.failed.is_set():
-            pass
+            looks += 1
+            if looks % REPORT_EVERY == 0 and (line := committed(host)) != last:
+                click.echo(line, err=True)
+                last = line
     bus.close()
     host.check()
+
+
+def committed(host: Host) -> str:
+    """How many records each stage has finished since the start."""
+    return " ".join(f"{worker.stage.name}={worker.committed}" for worker in host.workers)
 
 
 @cli.command()

@@ -63,6 +63,11 @@ class Models:
     settings: Settings
     opened: dict[str, Model] = field(default_factory=dict)
     lanes: dict[str, Lane] = field(default_factory=dict)
+    follower: PolicyFollower | None = None
+
+    def close(self) -> None:
+        if self.follower:
+            self.follower.close()
 
     def spec(self, role: str) -> str:
         return getattr(self.settings.models, role) or self.settings.models.policy
@@ -100,7 +105,8 @@ def policy_of(models: Models, bus: Bus) -> Callable[[], tuple[Model, int]]:
     first = models.role("policy")
     if is_endpoint(models.spec("policy")):
         return lambda: (first, 0)
-    return PolicyFollower(bus, first, models.open_update).current
+    models.follower = PolicyFollower(bus, first, models.open_update)
+    return models.follower.current
 
 
 def make_stage(name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus) -> Stage:
@@ -165,7 +171,7 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
     others: dict[str, Run] = {}
     if sink:
         others["sink"] = make_sink(settings, bus).run
-    return Host(workers, others, slot=leased)
+    return Host(workers, others, closing=[models.close, *([leased.close] if leased else [])])
 
 
 def make_sink(settings: Settings, bus: Bus) -> Sink:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from engine.slots import Slot
 from engine.worker import Lane, Worker
 
 Run = Callable[[threading.Event], None]
@@ -18,11 +17,13 @@ Run = Callable[[threading.Event], None]
 class Host:
     """Runs workers, their lanes and other loops in threads; `failure` is the first error of any of them."""
 
-    def __init__(self, workers: Sequence[Worker], others: dict[str, Run] | None = None, slot: Slot | None = None) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], others: dict[str, Run] | None = None, closing: Sequence[Callable[[], None]] = ()
+    ) -> None:
         self.workers = list(workers)
         self.lanes: list[Lane] = list({id(worker.lane): worker.lane for worker in workers}.values())
         self.others = others or {}
-        self.slot = slot  # the name under which the workers write, kept for as long as they run
+        self.closing = list(closing)  # what the threads use, given back when they have ended
         self.failure: BaseException | None = None
         self.failed = threading.Event()
         self.groups: list[tuple[threading.Event, list[threading.Thread]]] = []
@@ -60,9 +61,8 @@ class Host:
             for thread in threads:
                 thread.join()
         self.groups = []
-        if self.slot:
-            self.slot.close()
-            self.slot = None
+        while self.closing:
+            self.closing.pop(0)()
 
     def __enter__(self) -> Host:
         self.start()

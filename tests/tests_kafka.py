@@ -31,7 +31,8 @@ class Broker:
         self.process: subprocess.Popen | None = None
         (folder / "server.properties").write_text(self.properties())
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        self.java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", "server.properties")
+        # With "=": one id in 64 begins with a dash and would be taken for an option.
+        self.java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "--config=server.properties")
 
     def properties(self) -> str:
         settings = {
