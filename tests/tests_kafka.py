@@ -52,6 +52,9 @@ class Broker:
             "transaction.state.log.min.isr": 1,
             "transaction.state.log.num.partitions": 4,
             "group.initial.rebalance.delay.ms": 0,
+            # A killed broker comes back under its old number only once its old session has ended.
+            "broker.session.timeout.ms": 2000,
+            "broker.heartbeat.interval.ms": 500,
         }
         return "\n".join(f"{key}={value}" for key, value in settings.items())
 

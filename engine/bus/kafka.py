@@ -37,6 +37,7 @@ from engine.errors import BusUnreachable, CommitInDoubt, Fenced, OffsetsLost, Pa
 from schemas.topics import ENVELOPE_BYTES, MAX_RECORD_BYTES, TopicSpec
 
 log = logging.getLogger("charter.bus")
+OPENING = threading.Lock()  # `connecting` listens to a log that all buses of a process share
 
 TRANSACTION_TIMEOUT_MS = 10_000  # a killed worker's open transaction holds readers up for at most this long
 FLUSH_S = 30.0
@@ -45,6 +46,7 @@ CLOSE_MS = 5_000
 KNOCK_S = 5.0
 CALL_MS = 30_000
 METADATA_MS = 60_000  # how soon added partitions are noticed
+PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
 # The group has moved on without this member.
 LOST = (
@@ -93,7 +95,9 @@ def reached(servers: Sequence[str]) -> Iterator[None]:
         raise refused(error) from error
     except (errors.KafkaError, OSError) as error:
         raise BusUnreachable(
-            f"Kafka at {','.join(servers)} does not answer", reason(servers, error), "look at the broker and at bus.address"
+            f"Kafka at {','.join(servers)} does not answer",
+            reason(servers, error),
+            "look at the broker, at bus.address, and at the user, password and protocol that it wants",
         ) from error
 
 
@@ -124,7 +128,43 @@ def reason(servers: Sequence[str], error: Exception) -> str:
         knock(servers)
     except OSError as unreachable:
         return str(unreachable)
-    return f"it accepts connections, but then: {type(error).__name__} (a wrong password or protocol looks like this too)"
+    return f"it accepts connections, but then: {error}"
+
+
+class Overheard(logging.Handler):
+    """What the client's log says of its attempts to connect: its error says only that they took too long."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.failures: list[Exception] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        self.failures += [argument for argument in arguments if isinstance(argument, Exception)]
+
+    def most_telling(self, error: Exception) -> Exception:
+        """Brokers also just hang up, and the client gives up, on the same occasion."""
+        vague = ("socket disconnected", errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
+        telling = [failure for failure in self.failures if not any(word in repr(failure) for word in vague)]
+        return (telling or self.failures or [error])[0]
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Raise what kept the client from connecting in place of its timeout."""
+    logger, overheard = logging.getLogger("kafka.net.manager"), Overheard()
+    level, propagate, shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
+    logger.addHandler(overheard)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = propagate and shown  # heard here, and no louder elsewhere than it was
+    try:
+        yield
+    except errors.KafkaTimeoutError as error:
+        raise ConnectionError(f"{overheard.most_telling(error)}") from error
+    finally:
+        logger.removeHandler(overheard)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 class KafkaBus:
@@ -132,6 +172,9 @@ class KafkaBus:
 
     def __init__(self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None) -> None:
         self.servers, self.prefix = servers, prefix
+        protocol = (options or {}).get("security_protocol", "PLAINTEXT")
+        if protocol not in PROTOCOLS:  # the client would take it for PLAINTEXT
+            raise UsageError(f"there is no security_protocol {protocol!r}", "", f"it is one of {', '.join(PROTOCOLS)}")
         self.client = {
             "bootstrap_servers": servers,
             "bootstrap_timeout_ms": BOOTSTRAP_MS,
@@ -142,7 +185,8 @@ class KafkaBus:
         self.known: set[str] = set()
         with reached(servers):
             knock(servers)
-            self.admin = KafkaAdminClient(**self.client)
+            with OPENING, connecting():
+                self.admin = KafkaAdminClient(**self.client)
             self.cluster_id = str(self.admin.describe_cluster()["cluster_id"])
             # Ends as written, not as committed: a transaction's markers come a moment after its commit has returned, and
             # whoever reads up to these ends must not miss what it has just written itself.
@@ -210,9 +254,16 @@ class KafkaBus:
         return self.looked_up(topics, self.offsets.end_offsets)
 
     def looked_up(self, topics: Sequence[str], call: Callable[..., dict[Place, int]]) -> Offsets:
-        places = self.places(topics)
-        with self.lock, reached(self.servers):
-            return {self.ours(place): offset for place, offset in call(places, timeout_ms=CALL_MS).items()}
+        places, deadline = self.places(topics), time.monotonic() + CALL_MS / 1000
+        while True:
+            with self.lock, reached(self.servers):
+                try:
+                    return {self.ours(place): offset for place, offset in call(places, timeout_ms=CALL_MS).items()}
+                except KeyError as error:
+                    # The client leaves out partitions whose leader it does not know yet (just created), and trips over them.
+                    if time.monotonic() > deadline:
+                        raise errors.KafkaTimeoutError(f"no offsets of {error}") from error
+                    self.offsets.topics()  # asks for fresh metadata
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         name, places = self.prefix + group, self.places(topics)
@@ -541,8 +592,9 @@ class KafkaConsumer:
         for place in {*places, *epochs}:
             if place not in present or epochs.get(place, present[place]) != present[place]:
                 raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
-        if self.membership is None:
-            raise PartitionLost("this consumer has not joined its group yet")
+        now = self.client.group_metadata()
+        if self.membership is None or now[:3] != self.membership[:3]:  # the broker would say so too, after more work
+            raise PartitionLost("the group is sharing out its partitions anew")
         return self.membership
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
