@@ -446,6 +446,10 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
         click.echo(table(columns, rows))
 
 
+LEARNING = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "gguf")
+ABOUT_TRAIN = "local models and training are an extra, so that other workers stay small\ntype: pip install -e '.[train]'"
+
+
 def main() -> None:
     """Run the command line; every expected error is three lines and an exit code."""
     traceback = "--traceback" in sys.argv
@@ -460,6 +464,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if traceback or error.name not in LEARNING:
+            raise
+        click.echo(f"error: this needs {error.name}, which is not installed\n{ABOUT_TRAIN}", err=True)
         sys.exit(1)
     except Exception as error:
         if traceback or not hasattr(error, "what"):

@@ -10,7 +10,9 @@ on where it was, and one that is finished only shows its summary.
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -212,6 +214,7 @@ class Demo:
         seconds = time.monotonic() - self.started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         data = "" if self.settings.data.folder == ".charter" else f" --data {self.settings.data.folder}"
+        program = shown_program()
         return [
             "",
             "One prompt's story",
@@ -231,10 +234,10 @@ class Demo:
             "",
             "SmolLM2-135M shows the mechanics; its judgements are near chance, so read no quality into them.",
             "Next:",
-            f'  charter sql{data} "select * from stories limit 1"',
-            f'  charter sql{data} "select policy_version, count(*) from responses group by 1"',
-            f"  charter status{data}",
-            f"  charter produce{data} YOUR_PROMPTS.jsonl && charter run{data}",
+            f'  {program} sql{data} "select * from stories limit 1"',
+            f'  {program} sql{data} "select policy_version, count(*) from responses group by 1"',
+            f"  {program} status{data}",
+            f"  {program} produce{data} YOUR_PROMPTS.jsonl && {program} run{data}",
         ]
 
     def example(self) -> dict[str, Any]:
@@ -260,6 +263,11 @@ class Demo:
             )
             for kind, version, phase, metrics in rows
         ]
+
+
+def shown_program() -> str:
+    """How to call this program from here: after `make demo` it is in .venv and not on the path."""
+    return "charter" if shutil.which("charter") else os.path.relpath(sys.argv[0])
 
 
 def wait_until(condition: Callable[[], bool], host: Host) -> None:

@@ -49,6 +49,12 @@ METADATA_MS = 60_000  # how soon added partitions are noticed
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
 # The group has moved on without this member.
+SETTLE_S = 0.2
+COORDINATOR = (
+    errors.CoordinatorNotAvailableError,
+    errors.CoordinatorLoadInProgressError,
+    errors.NotCoordinatorError,
+)
 LOST = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
@@ -268,7 +274,7 @@ class KafkaBus:
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         name, places = self.prefix + group, self.places(topics)
         with self.lock, reached(self.servers):
-            found = self.admin.list_group_offsets({name: places}).get(name, {})
+            found = settling(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
         return {self.ours(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
 
     # Writing and reading
@@ -301,6 +307,18 @@ class KafkaBus:
             end(self.producer)
         self.offsets.close(timeout_ms=CLOSE_MS)
         self.admin.close()
+
+
+def settling(call: Callable[[], Any]) -> Any:
+    """Ask again while the group's coordinator is only just being chosen (a fresh broker, or one that went away)."""
+    deadline = time.monotonic() + CALL_MS / 1000
+    while True:
+        try:
+            return call()
+        except COORDINATOR:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(SETTLE_S)
 
 
 def reading() -> dict[str, Any]:
