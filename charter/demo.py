@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -101,17 +102,22 @@ class Progress:
     def show(self, title: str, counts: dict[str, int], done: int, total: int) -> None:
         """The state of the stream; outside a terminal only when it changed."""
         if self.live:
-            self.live.update(self.panel(title, counts, done, total))
+            self.live.update(self.panel(f"{title}: {done} of {total} finished", counts))
             return
         line = " ".join(f"{name.replace(' ', '_')}={count}" for name, count in counts.items())
         if line != self.last:
             click.echo(f"elapsed_s={time.monotonic() - self.started:.0f} finished={done}/{total} {line}")
             self.last = line
 
-    def panel(self, title: str, counts: dict[str, int], done: int, total: int) -> Any:
+    def training(self, phase: str, counts: dict[str, int]) -> None:
+        """The live table's title while the stream waits; the steps themselves are lines that stay."""
+        if self.live:
+            self.live.update(self.panel(f"training: {phase}", counts))
+
+    def panel(self, title: str, counts: dict[str, int]) -> Any:
         from rich.table import Table
 
-        rich_table = Table(title=f"{title}: {done} of {total} finished  ({time.monotonic() - self.started:.0f} s)")
+        rich_table = Table(title=f"{title}  ({time.monotonic() - self.started:.0f} s)")
         for name in counts:
             rich_table.add_column(name, justify="right")
         rich_table.add_row(*(str(count) for count in counts.values()))
@@ -182,6 +188,7 @@ class Demo:
         resumed = trainer.resume()
         if phase not in {manifest.phase for manifest in trainer.known()[1]}:
             progress.say(f"training: {phase}")
+            progress.training(phase, self.counts())
             resumed = trainer.update(phase)
         if resumed:
             progress.say(f"{resumed.kind.value.lower()} {resumed.version} published by {resumed.phase}")
@@ -267,7 +274,7 @@ class Demo:
 
 def shown_program() -> str:
     """How to call this program from here: after `make demo` it is in .venv and not on the path."""
-    return "charter" if shutil.which("charter") else os.path.relpath(sys.argv[0])
+    return "charter" if shutil.which("charter") else os.path.relpath(Path(sys.executable).with_name("charter"))
 
 
 def wait_until(condition: Callable[[], bool], host: Host) -> None:

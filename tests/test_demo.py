@@ -32,7 +32,7 @@ def test_the_demo_with_a_real_model_survives_a_kill_and_ends_whole(smollm2, tmp_
     second = demo(tmp_path / "data")
     output, _ = second.communicate()
     assert second.returncode == 0, output
-    assert "One prompt's story" in output and "policy 2" in output and "charter sql" in output
+    assert "One prompt's story" in output and "policy 2" in output and "charter sql --data" in output
 
     store = store_of(load({"data.folder": str(tmp_path / "data")}, environment={})[0])
     versions = store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows

@@ -1,11 +1,13 @@
 """One contract, two buses: the embedded log and a real Apache Kafka."""
 
+import threading
 import time
 import uuid
 
 import pytest
 
 from engine.bus import open_bus
+from engine.bus.embedded import partition_of
 from engine.bus.port import Outgoing, TopicPartition
 from engine.bus.read import read_messages, read_values
 from engine.errors import Fenced, PartitionLost, UsageError
@@ -54,6 +56,25 @@ def until(condition, *keep_alive):
             consumer.poll(0.05, 1)
 
 
+def in_threads(*works):
+    """Run these at the same time; the first of them that failed is raised."""
+    failures = []
+
+    def guard(work):
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guard, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
 def hop(bus, consumer, writer, wanted, batch=50):
     """Move messages from `in` to `out` with their offsets until `out` has `wanted` of them."""
     moved = 0
@@ -61,6 +82,16 @@ def hop(bus, consumer, writer, wanted, batch=50):
     while moved < wanted and time.monotonic() < deadline:
         moved += hop_once(consumer, writer, batch)
     return moved
+
+
+def committed(writer, outputs, offsets, consumer, epochs):
+    """Commit what is still assigned, unless the group is just sharing out its partitions: then after another poll."""
+    assert epochs == {place: consumer.assignment()[place] for place in epochs}
+    try:
+        writer.commit(outputs, offsets, consumer=consumer, epochs=epochs)
+    except PartitionLost:
+        return False
+    return True
 
 
 def hop_once(consumer, writer, batch=50):
@@ -85,9 +116,44 @@ def test_topics_are_created_once_and_keep_their_id(bus):
     assert (bus.partitions("in"), bus.partitions("one")) == (4, 1)
 
 
+def test_topics_that_two_create_at_once_are_created_once(bus, address, prefix):
+    specs = [TopicSpec(f"new-{n}", Prompt, partitions=2) for n in range(6)]
+    buses, created = [open_bus(address, prefix=prefix) for _ in range(3)], []
+
+    def create(opened):
+        created.extend(opened.create_topics(specs))
+        assert [opened.partitions(spec.name) for spec in specs] == [2] * 6
+
+    in_threads(*[lambda opened=opened: create(opened) for opened in buses])
+    assert sorted(created) == [spec.name for spec in specs]
+    for opened in buses:
+        opened.close()
+
+
 def test_an_unknown_topic_is_an_error_that_names_it(bus):
     with pytest.raises(UsageError, match="nowhere"):
         bus.partitions("nowhere")
+    with pytest.raises(UsageError, match="nowhere"):
+        bus.consumer("g", ["in", "nowhere"], member="a")
+    assert bus.topic_ids(["nowhere"]) == {}
+
+
+def test_writing_to_an_unknown_topic_writes_nothing(bus):
+    wanted = [Outgoing("in", b"k", b"1"), Outgoing("nowhere", b"k", b"1")]
+    writer = bus.writer("w")
+    with pytest.raises(UsageError, match="nowhere"):
+        bus.publish(wanted)
+    with pytest.raises(UsageError, match="nowhere"):
+        writer.commit(wanted)
+    assert values(bus, "in") == []
+    writer.commit(wanted[:1])  # and the writer is still good
+    assert values(bus, "in") == [1]
+    writer.close()
+
+
+def test_many_threads_publish_at_once(bus):
+    in_threads(*[lambda first=first: bus.publish(keyed("in", range(first, first + 50))) for first in range(0, 400, 50)])
+    assert values(bus, "in") == list(range(400))
 
 
 def test_order_is_kept_for_each_key(bus):
@@ -115,6 +181,10 @@ def test_both_buses_place_keys_alike(bus):
     bus.publish([Outgoing("in", key, b"x") for key in (b"a", b"b", b"c", b"charter", b"")])
     placed = {m.key: m.partition for m in read_messages(bus, "in")}
     assert placed == {b"a": 0, b"b": 0, b"c": 2, b"charter": 3, b"": 1}
+    keys = [str(uuid.uuid4()).encode() for _ in range(200)]
+    bus.publish([Outgoing("out", key, b"x") for key in keys])
+    placed = {m.key: m.partition for m in read_messages(bus, "out")}
+    assert placed == {key: partition_of(key, 4) for key in keys} and set(placed.values()) == {0, 1, 2, 3}
 
 
 def test_offsets_begin_and_end(bus):
@@ -270,3 +340,94 @@ def test_a_reopened_bus_has_everything(bus, address, prefix):
     assert again.cluster_id == bus.cluster_id and again.topic_ids(["in"]) == bus.topic_ids(["in"])
     assert values(again, "in") == list(range(9))
     again.close()
+
+
+def test_one_transaction_reaches_many_topics_or_none(bus):
+    writer = bus.writer("w")
+    writer.commit([*keyed("in", range(5)), *keyed("out", range(7)), Outgoing("one", b"k", b"0")])
+    assert (values(bus, "in"), values(bus, "out"), values(bus, "one")) == (list(range(5)), list(range(7)), [0])
+    writer.commit([])
+    writer.close()
+
+
+def test_a_member_cannot_commit_what_has_moved_to_another(bus):
+    bus.publish(keyed("in", range(40)))
+    first, writer, read = bus.consumer("g", ["in"], member="a"), bus.writer("g.a"), []
+    until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == 40)
+    before = first.assignment()
+    second = bus.consumer("g", ["in"], member="b")
+    until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    kept, (moved, *_) = first.assignment(), second.assignment()
+    with pytest.raises(PartitionLost):
+        writer.commit([Outgoing("out", b"k", b"1")], {moved: 1}, consumer=first, epochs={moved: before[moved]})
+    with pytest.raises(PartitionLost):  # as well without saying since when
+        writer.commit([Outgoing("out", b"k", b"1")], {moved: 1}, consumer=first)
+    assert all(kept[place] == before[place] for place in kept)  # what stayed has kept its epoch, and can be committed
+    until(lambda: committed(writer, [Outgoing("out", b"k", b"2")], dict.fromkeys(kept, 1), first, kept), first, second)
+    assert values(bus, "out") == [2] and first.committed() == dict.fromkeys(kept, 1)
+    until(lambda: bus.committed("g", ["in"]) == dict.fromkeys(kept, 1))
+    for opened in (first, second, writer):
+        opened.close()
+
+
+def test_partitions_that_arrive_do_not_disturb_those_that_are_being_read(bus):
+    first, second = bus.consumer("g", ["in"], member="a"), bus.consumer("g", ["in"], member="b")
+    until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    bus.publish(keyed("in", range(60)))
+    ends, read = bus.end_offsets(["in"]), []
+    mine = first.assignment()
+    until(lambda: read.extend(first.poll(0.2, 7)) or len(read) == sum(ends[place] for place in mine))
+    second.close()  # having committed nothing
+    until(lambda: read.extend(first.poll(0.2, 7)) or len(first.assignment()) == 4)
+    until(lambda: read.extend(first.poll(0.2, 7)) or len(read) >= 60)
+    read += first.poll(0.5, 100)
+    assert sorted(int(m.value) for m in read) == list(range(60))  # each once: nobody went back
+    first.close()
+
+
+def test_a_pause_lasts_while_the_partition_stays(bus):
+    first, second = bus.consumer("g", ["in"], member="a"), bus.consumer("g", ["in"], member="b")
+    until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    kept = first.assignment()
+    first.pause(list(kept))
+    second.close()
+    until(lambda: len(first.assignment()) == 4, first)
+    bus.publish(keyed("in", range(60)))
+    ends, read = bus.end_offsets(["in"]), []
+    until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == sum(ends[p] for p in ends if p not in kept))
+    assert not {TopicPartition("in", m.partition) for m in [*read, *first.poll(0.3, 100)]} & set(kept)
+    first.close()
+
+
+def test_only_assigned_partitions_can_be_sought(bus):
+    consumer = bus.consumer("g", ["in"], member="a")
+    with pytest.raises(PartitionLost, match=r"in\[2\]"):
+        consumer.seek(TopicPartition("in", 2), 0)
+    consumer.pause([TopicPartition("in", 2)])
+    consumer.resume([TopicPartition("in", 2)])
+    consumer.close()
+
+
+def test_a_reader_may_begin_with_nothing_and_be_given_more(bus):
+    bus.publish([*keyed("in", range(10)), Outgoing("one", b"k", b"99")])
+    reader, seen = bus.reader({}), []
+    assert reader.poll(0.05, 10) == [] and reader.positions() == {}
+    reader.add({TopicPartition("one", 0): 0})
+    until(lambda: seen.extend(reader.poll(0.2, 10)) or seen)
+    reader.add(bus.begin_offsets(["in"]))
+    until(lambda: seen.extend(reader.poll(0.2, 3)) or len(seen) == 11)
+    assert sorted(int(m.value) for m in seen) == [*range(10), 99]
+    assert reader.positions() == bus.end_offsets(["in", "one"])
+    reader.close()
+
+
+def test_a_reader_sees_no_more_than_it_asked_for_and_starves_nothing(bus):
+    bus.publish(keyed("in", range(400)))
+    reader, seen = bus.reader(bus.begin_offsets(["in"])), []
+    while len(seen) < 400:
+        found = reader.poll(0.2, 13)
+        assert len(found) <= 13
+        seen += found
+    for place, end in bus.end_offsets(["in"]).items():
+        assert [m.offset for m in seen if m.partition == place.partition] == list(range(end))
+    reader.close()
