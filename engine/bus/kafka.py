@@ -46,6 +46,9 @@ CLOSE_MS = 5_000
 KNOCK_S = 5.0
 CALL_MS = 30_000
 METADATA_MS = 60_000  # how soon added partitions are noticed
+HEARTBEAT_MS = 1_000  # within this the members learn that the group is sharing out anew
+JOIN_S = 2.0
+JOIN_POLL_MS = 200
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
 # The group has moved on without this member.
@@ -288,7 +291,7 @@ class KafkaBus:
                 settled(self.producer, [send(self.producer, self.name(message.topic), message) for message in outgoing])
             except errors.KafkaError:
                 # It may be broken for good, and may hold messages that the caller publishes again.
-                end(self.producer)
+                end(self.producer, 0)
                 self.producer = None
                 raise
 
@@ -355,10 +358,10 @@ def settled(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
         future.get(timeout=0)
 
 
-def end(producer: kafka.KafkaProducer) -> None:
-    """Close a producer without hanging or failing. What it still holds is not sent: its successor settles that."""
+def end(producer: kafka.KafkaProducer, timeout_s: float = CLOSE_MS / 1000) -> None:
+    """Close a producer without hanging or failing. What it still holds then is not sent: its successor settles that."""
     try:
-        producer.close(timeout=CLOSE_MS / 1000 if not producer._accumulator.has_incomplete else 0)
+        producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
         log.info("a producer is closed by force: %s", error)
         producer._sender.force_close()  # what `close` would go on to do, had it not raised
@@ -437,7 +440,7 @@ class KafkaWriter:
 
     def start_anew(self) -> None:
         """Nothing was written; a new producer ends the old one's transaction and forgets what the old one would repeat."""
-        end(self.producer)
+        end(self.producer, 0)
         try:
             self.producer = self.opened()
         except BusUnreachable as error:
@@ -445,7 +448,7 @@ class KafkaWriter:
             raise CommitInDoubt("a transaction could not be ended", error.why) from error
 
     def close(self) -> None:
-        end(self.producer)
+        end(self.producer, CLOSE_MS / 1000 if self.usable else 0)
 
 
 def messages_of(bus: KafkaBus, polled: Mapping[Place, Sequence[Any]]) -> list[Message]:
@@ -549,7 +552,7 @@ class KafkaConsumer:
                 client_id=f"charter-{member}",
                 partition_assignment_strategy=[CooperativeStickyAssignor],
                 session_timeout_ms=10_000,
-                heartbeat_interval_ms=2_000,
+                heartbeat_interval_ms=HEARTBEAT_MS,
                 metadata_max_age_ms=METADATA_MS,
             )
             self.learn([bus.name(topic) for topic in topics])
@@ -573,6 +576,7 @@ class KafkaConsumer:
         with polling(self.bus):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+                polled = polled or self.finish_join(max_records)
             except errors.NoOffsetForPartitionError as error:
                 # The group has never committed here: an explicit beginning, and only of these partitions.
                 self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=CALL_MS))
@@ -580,6 +584,18 @@ class KafkaConsumer:
             if self.joined_anew():
                 return []
         return messages_of(self.bus, polled)
+
+    def finish_join(self, max_records: int) -> Mapping[Place, Sequence[Any]]:
+        """Poll on for a while if a join is under way.
+
+        The client throws away a join that completes between two polls and begins another, for which all members must join
+        again: members that often do something else between short polls would hardly ever all come through.
+        """
+        polled: Mapping[Place, Sequence[Any]] = {}
+        deadline = time.monotonic() + JOIN_S
+        while not polled and self.client.group_metadata().state == MemberState.REBALANCING and time.monotonic() < deadline:
+            polled = self.client.poll(timeout_ms=JOIN_POLL_MS, max_records=max_records)
+        return polled
 
     def joined_anew(self) -> bool:
         """Note the membership that the present assignment belongs to.

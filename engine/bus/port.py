@@ -53,7 +53,10 @@ class Consumer(Protocol):
     """A member of a consumer group, used by one thread. The first start of a group is at the beginning of its topics."""
 
     def poll(self, timeout_s: float, max_records: int) -> list[Message]:
-        """What has arrived, waiting up to `timeout_s` for the first; also keeps the membership alive."""
+        """What has arrived, waiting up to `timeout_s` for the first (longer while the group shares out its partitions).
+
+        It also keeps the membership alive: poll every second or so.
+        """
         ...
 
     def assignment(self) -> Offsets:
