@@ -18,23 +18,26 @@ from consumers.judge import Judge
 from consumers.respond import Respond
 from consumers.revise import Revise
 from consumers.sink import Sink
-from engine.bus import open_bus
+from engine.budget import Budget
+from engine.bus import KAFKA, open_bus
 from engine.bus.port import Bus
 from engine.bus.read import read_values
+from engine.bus.security import client_options
 from engine.checkpoints import read
 from engine.errors import UsageError
 from engine.host import Host, Run
+from engine.journal import Journal
 from engine.models import open_model
 from engine.models.port import Model
 from engine.policy import PolicyFollower
 from engine.settings import Settings
 from engine.slots import Slot
 from engine.store import Store
-from engine.worker import Lane, Stage, Worker, outgoing
+from engine.worker import Lane, Limits, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode
 from schemas.records import PolicyUpdate, RunManifest, Sampling
-from schemas.topics import topic_table
+from schemas.topics import TopicSpec, topic_table
 
 STAGES = ("respond", "critique", "revise", "judge")
 ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "judge": "judge"}
@@ -43,9 +46,22 @@ ENDPOINT_THREADS = 4
 
 def connect(settings: Settings) -> Bus:
     """The bus of the settings, with every topic there."""
-    bus = open_bus(settings.bus_address, prefix=settings.bus.prefix)
-    bus.create_topics(list(topic_table(settings.bus.partitions, settings.bus.retention_ms).values()))
+    bus = open_settings(settings)
+    bus.create_topics(topic_specs(settings))
     return bus
+
+
+def open_settings(settings: Settings) -> Bus:
+    """The bus of the settings, as it is."""
+    options = client_options(settings.bus) if settings.bus_address.startswith(KAFKA) else {}
+    return open_bus(
+        settings.bus_address, prefix=settings.bus.prefix, options=options, static_members=settings.bus.static_members
+    )
+
+
+def topic_specs(settings: Settings) -> list[TopicSpec]:
+    wanted = settings.bus
+    return list(topic_table(wanted.partitions, wanted.retention_ms, wanted.replication).values())
 
 
 def store_of(settings: Settings) -> Store:
@@ -156,6 +172,8 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
     models = Models(settings)
     leased = None if slot else Slot(settings.folder / "slots")
     name_of_copy = slot or (leased.name if leased else "")
+    limit = settings.limits.max_tokens
+    budget = Budget(bus, settings.run.id, limit) if limit and "respond" in stages else None
     workers = [
         Worker(
             bus,
@@ -163,15 +181,26 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
             models.lane(ROLES[name]),
             run_id=settings.run.id,
             slot=name_of_copy,
-            max_in_flight=settings.worker.max_in_flight,
-            attempts=settings.worker.attempts,
+            limits=limits_of(settings),
+            journal=Journal(settings.folder / "journal" / f"{settings.run.id}.{name}", name_of_copy),
+            admits=budget.allows if name == "respond" and budget else lambda: True,
         )
         for name in stages
     ]
     others: dict[str, Run] = {}
+    watched = []
     if sink:
-        others["sink"] = make_sink(settings, bus).run
-    return Host(workers, others, closing=[models.close, *([leased.close] if leased else [])])
+        opened = make_sink(settings, bus)
+        others["sink"], watched = opened.run, [opened.calls]
+    closing = [models.close, *(worker.journal.close for worker in workers if worker.journal)]
+    closing += [leased.close] if leased else []
+    closing += [budget.close] if budget else []
+    return Host(workers, others, closing, watched=watched, drain_s=settings.worker.drain_s, hang_s=settings.worker.hang_s)
+
+
+def limits_of(settings: Settings) -> Limits:
+    wanted = settings.worker
+    return Limits(wanted.max_in_flight, wanted.max_bytes, wanted.attempts, wanted.record_s, wanted.dead_in_a_row)
 
 
 def make_sink(settings: Settings, bus: Bus) -> Sink:

@@ -4,7 +4,8 @@ Rows, the offsets they bring the sink to, and the commit sequence are one DuckDB
 nothing and doubles nothing: on start the sink goes on from the offsets in the database. Each offset update is guarded
 (`WHERE next_offset = :old`, one row or it stops), so two sinks can never both write. Offsets are kept by cluster id, topic id
 and partition: a recreated topic is not taken for the old one. What cannot be decoded becomes a row of `dead_letters` in the
-same transaction. While there is backlog the database stays open; once a second waiting readers are let in.
+same transaction. A Forget deletes everything of its prompt in the same transaction, and what comes later is not written.
+While there is backlog the database stays open; once a second waiting readers are let in.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from engine.bus.port import Bus, Message, Reader, TopicPartition
 from engine.dead_letters import dead_letter
 from engine.errors import CharterError, OffsetsLost, StoreBusy
 from engine.store import Store
-from engine.tables import arrow_schema, insert_statement
+from engine.tables import arrow_schema, forget_statements, insert_statement
+from engine.watchdog import Calls
 from schemas.codec import RecordError, decode
-from schemas.records import DeadLetterKind, Record
+from schemas.records import DeadLetter, DeadLetterKind, Forget, Record
 from schemas.topics import TOPICS
 
 log = logging.getLogger("charter.sink")
@@ -51,6 +53,8 @@ class Sink:
         self.store.prepare()
         self.next_offsets = self.stored_offsets()
         self.looked_at = time.monotonic()
+        self.calls = Calls("the sink")
+        self.forgotten = self.stored_forgotten()
         self.reader: Reader = bus.reader(self.next_offsets)
         self.open = ExitStack()
         self.connection: duckdb.DuckDBPyConnection | None = None
@@ -70,7 +74,8 @@ class Sink:
     def step(self) -> int:
         """Read what has arrived, write it, and return the number of messages; wait at most `max_wait_s` for the first."""
         self.look_for_partitions()
-        messages = self.reader.poll(self.max_wait_s, self.max_rows)
+        with self.calls.call("poll"):
+            messages = self.reader.poll(self.max_wait_s, self.max_rows)
         if messages and not self.write_when_free(messages):
             return 0
         if len(messages) < self.max_rows:
@@ -142,6 +147,10 @@ class Sink:
                 offsets[place] = offset
         return offsets
 
+    def stored_forgotten(self) -> set[str]:
+        with self.store.writing() as connection:
+            return {str(prompt) for (prompt,) in connection.execute("SELECT prompt_id FROM raw.forgets").fetchall()}
+
     def look_for_partitions(self) -> None:
         """Once a minute: partitions that were added since are read from their beginning."""
         if time.monotonic() - self.looked_at < LOOK_FOR_PARTITIONS_S:
@@ -157,7 +166,9 @@ class Sink:
 
     def write(self, messages: Sequence[Message]) -> None:
         """One transaction: rows, offsets and the commit sequence."""
-        rows = [row_of(message) for message in messages]
+        found = [row_of(message) for message in messages]
+        forgets = {str(record.prompt_id) for record, _ in found if isinstance(record, Forget)}
+        rows = [row for row in found if is_forget(row) or prompt_of(row) not in self.forgotten | forgets]
         connection = self.acquire()
         offsets = next_offsets(messages)
         connection.begin()
@@ -167,6 +178,8 @@ class Sink:
                 connection.register("batch", table)
                 connection.execute(insert_statement(TOPICS[topic]))
                 connection.unregister("batch")
+            for statement in forget_statements() if forgets else []:
+                connection.execute(statement, [sorted(forgets)])
             connection.execute("UPDATE raw.sink_state SET next_seq = ?", [seq + len(rows)])
             for place, offset in offsets.items():
                 self.advance(connection, place, offset)
@@ -176,6 +189,7 @@ class Sink:
             self.release()
             raise
         self.next_offsets |= offsets
+        self.forgotten |= forgets
         self.written += len(rows)
 
     def advance(self, connection: duckdb.DuckDBPyConnection, place: TopicPartition, offset: int) -> None:
@@ -214,6 +228,18 @@ def row_of(message: Message) -> Row:
         return decode(message.value or b"", TOPICS[message.topic].record), message
     except RecordError as error:
         return dead_letter(message, DeadLetterKind.DECODE, error, stage="sink", run_id="unknown"), message
+
+
+def is_forget(row: Row) -> bool:
+    return isinstance(row[0], Forget)
+
+
+def prompt_of(row: Row) -> str | None:
+    """The prompt that a row is about; a dead letter's is its message's key."""
+    record, _ = row
+    if isinstance(record, DeadLetter):
+        return (record.source_key or b"").decode("utf-8", "replace")
+    return record.prompt_id
 
 
 def tables_of(rows: Sequence[Row], seq: int) -> dict[str, pa.Table]:

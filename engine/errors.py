@@ -11,6 +11,7 @@
     +-- PartitionLost               the partition moved to another member before the commit
     +-- OffsetsLost                 the log no longer has the records at the stored offset
     +-- PermanentRecordError        this one record can never succeed: a dead letter
+    +-- DeadLettersInARow           so many records fail alike that it is not their fault
     +-- DataFolderVersion           the data folder was written by another version
 
 `str(error)` is three lines: what happened, why, and what to type.
@@ -74,6 +75,10 @@ class OffsetsLost(CharterError):
 
 class PermanentRecordError(CharterError):
     """This record can never be processed, however often it is tried."""
+
+
+class DeadLettersInARow(CharterError):
+    """Many records in a row failed in the same way: the stage stops before it gives up on more."""
 
 
 class DataFolderVersion(CharterError):

@@ -39,7 +39,29 @@ class Bus(Section):
     address: str = Field("", description="kafka://HOST:PORT or a folder; empty: an embedded log in the data folder.")
     prefix: str = Field("", description="Put before topics, groups and transactional ids on a shared cluster.")
     partitions: int = Field(12, ge=1, description="Partitions of a new topic; they bound the useful copies of a stage.")
+    replication: int = Field(-1, ge=-1, description="Replicas of a new topic on Kafka; -1: the broker's default.")
     retention_ms: int = Field(-1, ge=-1, description="How long topics are kept, -1 for ever; prompts always are.")
+    static_members: bool = Field(False, description="Keep a stopped copy's partitions for it until its session ends.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="How to talk to Kafka."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="How to log in, with a SASL protocol."
+    )
+    sasl_username: str = Field("", description="The user to log in as.")
+    sasl_password_env: str = Field("CHARTER_KAFKA_PASSWORD", description="The environment variable with the password.")
+    sasl_password_file: str = Field("", description="A file with the password; used instead of the variable.")
+    ssl_cafile: str = Field("", description="The certificates to trust (PEM); empty: the system's.")
+    ssl_certfile: str = Field("", description="This client's certificate (PEM), for a broker that asks for one.")
+    ssl_keyfile: str = Field("", description="The key of this client's certificate (PEM).")
+    ssl_check_hostname: bool = Field(True, description="Whether the broker's certificate must name the host.")
+    framing: Literal["single-object", "confluent"] = Field(
+        "single-object", description="How Avro records are framed; confluent needs a schema registry."
+    )
+    schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry.")
+    schema_registry_auth_env: str = Field(
+        "CHARTER_REGISTRY_AUTH", description="The environment variable with the registry's USER:PASSWORD."
+    )
 
 
 class Run(Section):
@@ -97,13 +119,22 @@ class Judge(Section):
 
 class Worker(Section):
     max_in_flight: int = Field(256, ge=1, description="Records of one stage that are read but not yet committed.")
+    max_bytes: int = Field(64 * 1024 * 1024, ge=1, description="The same in bytes.")
     linger_ms: int = Field(150, ge=0, description="How long a model waits for later stages before an earlier one.")
     attempts: int = Field(3, ge=1, description="Tries before a record that keeps failing is a dead letter.")
+    record_s: float = Field(600.0, gt=0, description="Longest time from a record's first failure to its dead letter.")
+    dead_in_a_row: int = Field(10, ge=0, description="Dead letters of one class in a row that stop the stage; 0: never.")
+    drain_s: float = Field(25.0, gt=0, description="Longest time from a signal to stop until the process ends.")
+    hang_s: float = Field(120.0, gt=0, description="Longest call to the log, in seconds, before the process ends itself.")
 
 
 class Sink(Section):
     max_rows: int = Field(2000, ge=1, description="Most rows in one DuckDB transaction.")
     max_wait_s: float = Field(0.5, gt=0, description="Longest time that rows wait for company before they are written.")
+
+
+class Limits(Section):
+    max_tokens: int = Field(0, ge=0, description="Tokens that a run may use before it takes no new prompts; 0: no limit.")
 
 
 class Train(Section):
@@ -173,6 +204,7 @@ class Settings(BaseSettings):
     judge: Judge = Judge()
     worker: Worker = Worker()
     sink: Sink = Sink()
+    limits: Limits = Limits()
     train: Train = Train()
     sft: Sft = Sft()
     reward: Reward = Reward()

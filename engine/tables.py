@@ -19,7 +19,7 @@ from typing import Any, Union
 import pyarrow as pa
 from pydantic import BaseModel
 
-from schemas.records import Float32, Identifier, Record
+from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 VIEWS = Path(__file__).with_name("views.sql")
@@ -120,6 +120,14 @@ def insert_statement(spec: TopicSpec) -> str:
                is_duplicate AND incoming.content_hash <> coalesce(present.content_hash, first_hash) AS differs
         FROM incoming LEFT JOIN present USING (record_id)
         ORDER BY commit_seq"""
+
+
+@cache
+def forget_statements() -> list[str]:
+    """Delete everything of the prompts in the list that is the parameter."""
+    made = [spec for spec in TOPICS.values() if spec.record not in (Forget, DeadLetter)]
+    by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in made]
+    return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
 
 
 def status_view() -> str:

@@ -11,8 +11,9 @@ Model work never happens inside a transaction: it happens in a `Lane`, the threa
 is furthest down the stream first, so that chains in progress finish before new ones start. A stage never commits results of a
 partition that it has lost, and after any doubt about a commit it takes a new writer and asks the log how far it really came.
 
-A record whose processing fails alone, `attempts` times over, is a dead letter; trouble with a dependency (a server that is
-down, no memory) pauses the stage and is nobody's fault.
+A record whose processing fails alone, `attempts` times over, is a dead letter; so is one at which process after process dies
+(`engine.journal`). Trouble with a dependency (a server that is down, no memory) pauses the stage and is nobody's fault. Dead
+letters of one kind in a row are no longer the records' fault: the stage stops, and does not commit them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from engine.bus.port import Bus, Message, Outgoing, TopicPartition
 from engine.dead_letters import dead_letter
 from engine.errors import (
     BusUnreachable,
+    CharterError,
     CommitInDoubt,
+    DeadLettersInARow,
     DependencyUnreachable,
     PartitionLost,
     PermanentRecordError,
     UsageError,
 )
+from engine.journal import DEADLY, Journal, coordinates
+from engine.watchdog import Calls
 from schemas.codec import RecordError, decode, encode
-from schemas.records import DeadLetterKind, Record
+from schemas.records import DeadLetter, DeadLetterKind, Record
 from schemas.topics import MAX_RECORD_BYTES, TOPICS
 
 log = logging.getLogger("charter.worker")
@@ -45,7 +50,9 @@ log = logging.getLogger("charter.worker")
 IDLE_POLL_S = 0.5
 BUSY_POLL_S = 0.02
 COMMIT_RECORDS = 500
+COMMIT_BYTES = 16 * 1024 * 1024
 BACKOFF_S = (0.5, 30.0)  # first and longest pause after trouble with a dependency
+ONLY = "only-stage"  # the header of a message that is meant for one stage alone (a dead letter that is tried again)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,18 @@ class Stage:
     work: Callable[[Sequence[Record]], Sequence[Sequence[Record]]]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Limits:
+    """How much a worker holds, and when it gives up. Times are in seconds."""
+
+    in_flight: int = 256  # records that are read but not yet committed
+    in_flight_bytes: int = 64 * 1024 * 1024
+    attempts: int = 3
+    record_s: float = 600.0  # from a record's first failure to its dead letter, whatever the attempts
+    dead_in_a_row: int = 10  # 0: never stop for them
+
+
+@dataclass(eq=False)
 class Item:
     """One message on its way through a stage; `outputs` is None until it is finished."""
 
@@ -75,6 +93,8 @@ class Item:
     attempts: int = 0
     alone: bool = False  # its batch failed: try it by itself, to find whose fault it is
     dropped: bool = False  # its partition went to someone else
+    failed_at: float = 0.0  # the first time, on the monotonic clock
+    not_before: float = 0.0
 
     @property
     def place(self) -> TopicPartition:
@@ -142,17 +162,26 @@ class Worker:
         *,
         run_id: str,
         slot: str,
-        max_in_flight: int = 256,
-        attempts: int = 3,
+        limits: Limits | None = None,
+        journal: Journal | None = None,
+        admits: Callable[[], bool] = lambda: True,
     ) -> None:
         self.bus, self.stage, self.lane, self.run_id = bus, stage, lane, run_id
         self.group = f"{run_id}.{stage.name}"
-        self.slot, self.max_in_flight, self.attempts = slot, max_in_flight, attempts
+        self.slot, self.limits, self.journal, self.admits = slot, limits or Limits(), journal, admits
+        self.calls = Calls(f"{stage.name} ({slot})")
         self.flight: dict[TopicPartition, deque[Item]] = {}
         self.queues: dict[str, deque[Item]] = {topic: deque() for topic in stage.inputs}
+        self.retries: list[Item] = []  # those that wait until they are tried again
+        self.suspects = journal.deaths() if journal else {}
+        self.streak: list[Item] = []  # the newest dead letters of one class, with nothing good between them
+        self.streak_class = ""
+        self.fatal: CharterError | None = None
         self.failures = 0
         self.pause_until = 0.0
-        self.paused = False
+        self.paused = False  # its partitions are
+        self.closed = False  # it may begin nothing new
+        self.in_doubt = False
         self.committed = 0
         self.consumer = bus.consumer(self.group, stage.inputs, member=slot)
         self.writer = bus.writer(f"{self.group}.{slot}")
@@ -160,19 +189,24 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Poll and commit until `stop`; what is finished by then is committed."""
+        bus_failures = 0
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not self.fatal:
                 try:
                     self.poll()
                     self.commit()
+                    bus_failures = 0
                 except BusUnreachable as error:
                     log.warning("%s waits for the log: %s", self.stage.name, error.what)
-                    stop.wait(backoff(self.failures))
-                    self.failures += 1
+                    stop.wait(backoff(bus_failures))
+                    bus_failures += 1
             self.commit()
+            if self.fatal:
+                raise self.fatal
         finally:
-            self.consumer.close()
-            self.writer.close()
+            with self.calls.call("closing"):
+                self.consumer.close()
+                self.writer.close()
 
     # 1 and 2: read
 
@@ -181,14 +215,19 @@ class Worker:
         return sum(len(items) for items in self.flight.values())
 
     @property
+    def held_bytes(self) -> int:
+        return sum(len(item.message.value or b"") for items in self.flight.values() for item in items)
+
+    @property
     def queued(self) -> int:
         return sum(len(queue) for queue in self.queues.values())
 
     def poll(self) -> None:
         """Read what has arrived and queue it; a full stage keeps polling but its partitions are paused."""
         self.hold_back()
-        room = max(1, self.max_in_flight - self.in_flight)
-        messages = self.consumer.poll(BUSY_POLL_S if self.in_flight else IDLE_POLL_S, room)
+        room = max(1, self.limits.in_flight - self.in_flight)
+        with self.calls.call("poll"):
+            messages = self.consumer.poll(BUSY_POLL_S if self.in_flight else IDLE_POLL_S, room)
         epochs = self.consumer.assignment()
         self.drop_lost(epochs)
         items = [self.item(message, epochs) for message in messages]
@@ -200,16 +239,24 @@ class Worker:
             self.lane.changed.notify_all()
 
     def hold_back(self) -> None:
-        if not self.paused and self.in_flight >= self.max_in_flight:
+        """Pause all partitions, those that have just come too, while the stage is full or may take no more."""
+        share = 0.5 if self.paused else 1.0  # go on when it is half empty
+        limits = self.limits
+        full = self.in_flight >= limits.in_flight * share or self.held_bytes >= limits.in_flight_bytes * share
+        self.closed = not self.admits()
+        if full or self.closed:
             self.consumer.pause(list(self.consumer.assignment()))
             self.paused = True
-        elif self.paused and self.in_flight <= self.max_in_flight // 2:
+        elif self.paused:
             self.consumer.resume(list(self.consumer.assignment()))
             self.paused = False
 
     def item(self, message: Message, epochs: Mapping[TopicPartition, int]) -> Item:
-        """Decode a message. Another run's record is finished with nothing; an undecodable one as a dead letter."""
+        """Decode a message. Another run's or stage's is finished with nothing; an undecodable one as a dead letter."""
         item = Item(message, epochs.get(TopicPartition(message.topic, message.partition), -1))
+        if dict(message.headers).get(ONLY, self.stage.name.encode()) != self.stage.name.encode():
+            item.outputs = []
+            return item
         try:
             item.record = decode(message.value or b"", TOPICS[message.topic].record)
         except RecordError as error:
@@ -217,7 +264,16 @@ class Worker:
             return item
         if item.record.run_id != self.run_id:
             item.outputs = []
+        elif self.suspects:
+            self.look_at_suspect(item)
         return item
+
+    def look_at_suspect(self, item: Item) -> None:
+        """A record at which processes have died is tried alone, and at the last of these deaths given up."""
+        item.attempts = self.suspects.get(coordinates(item.message), 0)
+        item.alone = item.attempts > 0
+        if item.attempts >= DEADLY:
+            self.bury(item, DeadLetterKind.CRASH, RecordKills(f"{item.attempts} processes have died while working on it"))
 
     def drop_lost(self, epochs: Mapping[TopicPartition, int]) -> None:
         """Forget the records of partitions that are no longer ours, or ours anew."""
@@ -229,13 +285,17 @@ class Worker:
                 self.flight[place] = deque(item for item in self.flight[place] if not item.dropped)
             for topic, queue in self.queues.items():
                 self.queues[topic] = deque(item for item in queue if not item.dropped)
+            self.retries = [item for item in self.retries if not item.dropped]
+            self.streak = [item for item in self.streak if not item.dropped]
 
     # The lane's side: work
 
     def take(self) -> list[Item]:
         """The next batch, of the first topic that has one; empty while the stage pauses. The lane's lock is held."""
-        if time.monotonic() < self.pause_until:
+        now = time.monotonic()
+        if now < self.pause_until or self.fatal or self.closed:
             return []
+        self.queue_again(now)
         for topic in self.stage.inputs:
             queue = self.queues[topic]
             if queue and queue[0].alone:
@@ -247,8 +307,26 @@ class Worker:
                 return items
         return []
 
+    def queue_again(self, now: float) -> None:
+        """Put what is due to be tried again at the head of its queue."""
+        for item in self.retries:
+            if item.not_before <= now:
+                self.queues[item.message.topic].appendleft(item)
+        self.retries = [item for item in self.retries if item.not_before > now]
+
     def process(self, items: list[Item]) -> None:
         """Run the stage on a batch and finish its items, or sort out whose fault it was that it failed."""
+        if self.journal is None:
+            self.work(items)
+            return
+        messages = [item.message for item in items]
+        self.journal.begin(messages)
+        try:
+            self.work(items)
+        finally:
+            self.journal.end(messages)
+
+    def work(self, items: list[Item]) -> None:
         records = [item.record for item in items if item.record is not None]
         try:
             made = self.stage.work(records)
@@ -263,6 +341,8 @@ class Worker:
             self.blame(items, error)
         else:
             self.failures = 0
+            with self.lane.changed:
+                self.streak = []
             for item, messages in zip(items, outputs, strict=True):
                 self.finish(item, messages)
 
@@ -292,16 +372,19 @@ class Worker:
                 item.alone = True
             self.put_back(items)
             return
-        item = items[0]
+        item, now = items[0], time.monotonic()
         item.attempts += 1
+        item.failed_at = item.failed_at or now
         if isinstance(error, PermanentRecordError):
             self.bury(item, DeadLetterKind.PERMANENT, error)
-        elif item.attempts >= self.attempts:
+        elif item.attempts >= self.limits.attempts or now - item.failed_at > self.limits.record_s:
             log.error("%s gives up on a record", self.stage.name, exc_info=error)
             self.bury(item, DeadLetterKind.EXHAUSTED, error)
         else:
-            item.alone = True
-            self.put_back(items)
+            item.alone, item.not_before = True, now + backoff(item.attempts)
+            with self.lane.changed:
+                if not item.dropped:
+                    self.retries.append(item)
 
     def put_back(self, items: Iterable[Item]) -> None:
         with self.lane.changed:
@@ -310,47 +393,73 @@ class Worker:
                     self.queues[item.message.topic].appendleft(item)
 
     def bury(self, item: Item, kind: DeadLetterKind, error: Exception) -> None:
-        """Finish an item as a dead letter."""
+        """Finish an item as a dead letter; with too many of its class in a row the stage is to stop."""
         letter = dead_letter(
             item.message, kind, error, stage=self.stage.name, run_id=self.run_id, attempts=max(1, item.attempts)
         )
+        kind_of_error = f"{kind.value} {letter.error_class}"
         with self.lane.changed:
             item.outputs = [outgoing(letter)]
+            self.streak = [*(self.streak if kind_of_error == self.streak_class else []), item]
+            self.streak_class = kind_of_error
+            if 0 < self.limits.dead_in_a_row <= len(self.streak):
+                self.fatal = in_a_row(self.stage.name, letter, len(self.streak))
 
     # 3 and 4: commit
 
     def finished(self) -> dict[TopicPartition, list[Item]]:
-        """Of each partition the contiguous finished prefix, at most COMMIT_RECORDS in all."""
-        room, prefixes = COMMIT_RECORDS, {}
+        """Of each partition the contiguous finished prefix, as much as one transaction takes.
+
+        The newest dead letters in a row are held back while the stage still has work: it may show that they are no fault
+        of these records.
+        """
+        records, size, prefixes = COMMIT_RECORDS, COMMIT_BYTES, {}
         with self.lane.changed:
+            working = any(item.outputs is None for items in self.flight.values() for item in items)
+            held = set(self.streak) if self.fatal or (working and self.limits.dead_in_a_row) else set()
             for place, items in self.flight.items():
                 prefix: list[Item] = []
                 for item in items:
-                    if item.outputs is None or len(prefix) >= room:
+                    if item.outputs is None or item in held or records <= 0 or size <= 0:
                         break
                     prefix.append(item)
+                    records -= 1
+                    size -= sum(len(message.value or b"") for message in item.outputs)
                 if prefix:
                     prefixes[place] = prefix
-                    room -= len(prefix)
         return prefixes
 
     def commit(self) -> None:
         """Write everything that is finished and in order, in as few transactions as its size needs."""
+        if self.in_doubt:
+            self.recover()
         while prefixes := self.finished():
             outputs = [message for items in prefixes.values() for item in items for message in item.outputs or []]
             offsets = {place: items[-1].message.offset + 1 for place, items in prefixes.items()}
             epochs = {place: items[-1].epoch for place, items in prefixes.items()}
             try:
-                self.writer.commit(outputs, offsets, consumer=self.consumer, epochs=epochs)
+                with self.calls.call("commit"):
+                    self.writer.commit(outputs, offsets, consumer=self.consumer, epochs=epochs)
             except CommitInDoubt as error:
                 log.warning("%s asks the log how far it came: %s", self.stage.name, error)
+                self.in_doubt = True
                 self.recover()
                 return
             except PartitionLost:
                 self.drop_lost(self.consumer.assignment())
                 return
+            self.acquit(item for items in prefixes.values() for item in items)
             self.forget(offsets)
             self.committed += sum(len(items) for items in prefixes.values())
+
+    def acquit(self, items: Iterable[Item]) -> None:
+        """What is committed kills nobody any more."""
+        if not self.journal or not self.suspects:
+            return
+        known = [item.message for item in items if coordinates(item.message) in self.suspects]
+        self.journal.acquit(known)
+        for message in known:
+            del self.suspects[coordinates(message)]
 
     def forget(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Drop the records below these offsets: they are committed."""
@@ -365,7 +474,22 @@ class Worker:
 
         Results above the committed offsets are still good and are kept; nothing is inferred twice and nothing seeks.
         """
-        with suppress(CommitInDoubt):
-            self.writer.close()
-        self.writer = self.bus.writer(f"{self.group}.{self.slot}")
-        self.forget(self.consumer.committed())
+        with self.calls.call("settling a commit in doubt"):
+            with suppress(CommitInDoubt):
+                self.writer.close()
+            self.writer = self.bus.writer(f"{self.group}.{self.slot}")
+            self.forget(self.consumer.committed())
+        self.in_doubt = False
+
+
+class RecordKills(Exception):
+    """Process after process died while working on one record."""
+
+
+def in_a_row(stage: str, letter: DeadLetter, count: int) -> DeadLettersInARow:
+    return DeadLettersInARow(
+        f"{stage} stops: {count} records in a row failed in the same way ({letter.error_class})",
+        letter.message,
+        "mend what they have in common and start again: they are not committed, and nothing is lost"
+        " (worker.dead_in_a_row=0 never stops)",
+    )

@@ -438,6 +438,23 @@ class Source(Record):
         return self.record_id.encode()
 
 
+class Retry(Record):
+    """A dead letter was published again, for the stage that gave up on it. `parent_ids` names the dead letter."""
+
+    topic: ClassVar[str] = "retries"
+
+    dead_letter_id: Id
+    source_topic: str
+
+
+class Forget(Record):
+    """Everything that was made of the prompt `prompt_id` is to be deleted from every database, and never written again."""
+
+    topic: ClassVar[str] = "forgets"
+
+    reason: str = ""
+
+
 class Header(Part):
     key: str
     value: bytes
@@ -474,5 +491,7 @@ RECORDS: tuple[type[Record], ...] = (
     Incident,
     Drop,
     Source,
+    Retry,
+    Forget,
     DeadLetter,
 )

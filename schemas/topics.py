@@ -26,6 +26,7 @@ class TopicSpec:
     partitions: int = PARTITIONS
     retention_ms: int = KEEP_FOR_EVER
     max_bytes: int = MAX_RECORD_BYTES
+    replication: int = -1  # on Kafka; -1: the broker's default
 
     @property
     def table(self) -> str:
@@ -34,11 +35,11 @@ class TopicSpec:
 
 
 # Topics whose order matters as a whole have one partition; they carry few records.
-SINGLE = {"batches", "policies", "runs", "metrics", "incidents", "drops", "sources"}
+SINGLE = {"batches", "policies", "runs", "metrics", "incidents", "drops", "sources", "retries", "forgets"}
 COMPACTED = {PolicyUpdate.topic, Source.topic}
 
 
-def topic_table(partitions: int = PARTITIONS, retention_ms: int = KEEP_FOR_EVER) -> dict[str, TopicSpec]:
+def topic_table(partitions: int = PARTITIONS, retention_ms: int = KEEP_FOR_EVER, replication: int = -1) -> dict[str, TopicSpec]:
     """Every topic of Charter by name."""
     specs = {}
     for record in RECORDS:
@@ -50,6 +51,7 @@ def topic_table(partitions: int = PARTITIONS, retention_ms: int = KEEP_FOR_EVER)
             partitions=1 if record.topic in SINGLE else partitions,
             retention_ms=KEEP_FOR_EVER if record.topic == "prompts" else retention_ms,
             max_bytes=MAX_RECORD_BYTES + extra,
+            replication=replication,
         )
     return specs
 

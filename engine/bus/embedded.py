@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bus.port import Headers, Message, Offsets, Outgoing, TopicPartition
+from engine.bus.port import Headers, Message, Offsets, Outgoing, TopicDescription, TopicPartition
 from engine.errors import BusUnreachable, CommitInDoubt, DataFolderVersion, Fenced, PartitionLost, UsageError
 from schemas.topics import TopicSpec
 
@@ -208,6 +208,19 @@ class EmbeddedBus:
         with self.lock:
             return {p: next_offset(self.connection, self.known[p.topic][0], p.partition) for p in places}
 
+    def offsets_at(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
+        found = self.end_offsets(topics)
+        sql = "SELECT min(offset) FROM messages WHERE topic = ? AND partition = ? AND timestamp_ms >= ?"
+        with self.lock:
+            for place in found:
+                (offset,) = self.connection.rows(sql, [self.known[place.topic][0], place.partition, timestamp_ms])[0]
+                found[place] = found[place] if offset is None else offset
+        return found
+
+    def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
+        known = self.topic_ids(topics)
+        return [TopicDescription(name, known[name], self.partitions(name), 1, 1, {}) for name in topics if name in known]
+
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         names = {self.topic(topic)[0]: topic for topic in topics}
         with self.lock:
@@ -215,6 +228,11 @@ class EmbeddedBus:
                 "SELECT topic, partition, next_offset FROM offsets WHERE grp = ?", [self.prefix + group]
             )
         return {TopicPartition(names[topic], partition): offset for topic, partition, offset in rows if topic in names}
+
+    def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        rows = [(self.prefix + group, self.topic(place.topic)[0], place.partition, o) for place, o in offsets.items()]
+        with self.lock, self.connection.write() as db:
+            db.executemany("INSERT OR IGNORE INTO offsets VALUES (?, ?, ?, ?)", rows)
 
     # Writing and reading
 

@@ -27,12 +27,12 @@ from typing import Any
 
 import kafka
 from kafka import errors
-from kafka.admin import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as Place
 
-from engine.bus.port import Message, Offsets, Outgoing, TopicPartition
+from engine.bus.port import Message, Offsets, Outgoing, TopicDescription, TopicPartition
 from engine.errors import BusUnreachable, CommitInDoubt, Fenced, OffsetsLost, PartitionLost, UsageError
 from schemas.topics import ENVELOPE_BYTES, MAX_RECORD_BYTES, TopicSpec
 
@@ -179,8 +179,10 @@ def connecting() -> Iterator[None]:
 class KafkaBus:
     """The brokers at `servers`. `options` are kafka-python settings (security); they are never printed."""
 
-    def __init__(self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None) -> None:
-        self.servers, self.prefix = servers, prefix
+    def __init__(
+        self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False
+    ) -> None:
+        self.servers, self.prefix, self.static_members = servers, prefix, static_members
         protocol = (options or {}).get("security_protocol", "PLAINTEXT")
         if protocol not in PROTOCOLS:  # the client would take it for PLAINTEXT
             raise UsageError(f"there is no security_protocol {protocol!r}", "", f"it is one of {', '.join(PROTOCOLS)}")
@@ -197,9 +199,6 @@ class KafkaBus:
             with OPENING, connecting():
                 self.admin = KafkaAdminClient(**self.client)
             self.cluster_id = str(self.admin.describe_cluster()["cluster_id"])
-            # Ends as written, not as committed: a transaction's markers come a moment after its commit has returned, and
-            # whoever reads up to these ends must not miss what it has just written itself.
-            self.offsets = kafka.KafkaConsumer(**self.client, **(reading() | {"isolation_level": "read_uncommitted"}))
         self.producer: kafka.KafkaProducer | None = None
 
     def name(self, topic: str) -> str:
@@ -257,28 +256,60 @@ class KafkaBus:
             self.places(unknown)
 
     def begin_offsets(self, topics: Sequence[str]) -> Offsets:
-        return self.looked_up(topics, self.offsets.beginning_offsets)
+        return self.looked_up(topics, OffsetSpec.EARLIEST)
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets:
-        return self.looked_up(topics, self.offsets.end_offsets)
+        """Ends as written, not as committed.
 
-    def looked_up(self, topics: Sequence[str], call: Callable[..., dict[Place, int]]) -> Offsets:
-        places, deadline = self.places(topics), time.monotonic() + CALL_MS / 1000
-        while True:
-            with self.lock, reached(self.servers):
-                try:
-                    return {self.ours(place): offset for place, offset in call(places, timeout_ms=CALL_MS).items()}
-                except KeyError as error:
-                    # The client leaves out partitions whose leader it does not know yet (just created), and trips over them.
-                    if time.monotonic() > deadline:
-                        raise errors.KafkaTimeoutError(f"no offsets of {error}") from error
-                    self.offsets.topics()  # asks for fresh metadata
+        A transaction's markers come a moment after its commit has returned, and whoever reads up to these ends must not
+        miss what it has just written itself.
+        """
+        return self.looked_up(topics, OffsetSpec.LATEST)
+
+    def offsets_at(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
+        return self.end_offsets(topics) | {
+            place: offset for place, offset in self.looked_up(topics, timestamp_ms).items() if offset >= 0
+        }
+
+    def looked_up(self, topics: Sequence[str], wanted: Any) -> Offsets:
+        places = self.places(topics)
+        with self.lock, reached(self.servers):
+            found = self.admin.list_partition_offsets(dict.fromkeys(places, wanted), timeout_ms=CALL_MS)
+        return {self.ours(place): entry.offset for place, entry in found.items()}
+
+    def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
+        described = self.described(topics)
+        resources = [ConfigResource(ConfigResourceType.TOPIC, self.name(topic)) for topic in described]
+        with self.lock, reached(self.servers):
+            configs = self.admin.describe_configs(resources)["topic"] if resources else {}
+        return [
+            TopicDescription(
+                name=name,
+                topic_id=str(topic["topic_id"]),
+                partitions=len(topic["partitions"]),
+                replicas=min(len(p["replica_nodes"]) for p in topic["partitions"]),
+                in_sync=min(len(p["isr_nodes"]) for p in topic["partitions"]),
+                configs={key: str(config["value"]) for key, config in configs.get(self.name(name), {}).items()},
+            )
+            for name, topic in described.items()
+        ]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         name, places = self.prefix + group, self.places(topics)
         with self.lock, reached(self.servers):
             found = settling(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
         return {self.ours(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
+
+    def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        known = self.committed(group, sorted({place.topic for place in offsets}))
+        wanted = {
+            self.place(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items() if place not in known
+        }
+        if not wanted:
+            return
+        with self.lock, reached(self.servers):
+            answers = settling(lambda: answered(self.admin.alter_group_offsets(self.prefix + group, wanted)))
+        assert set(answers) == set(wanted)
 
     # Writing and reading
 
@@ -308,8 +339,15 @@ class KafkaBus:
     def close(self) -> None:
         if self.producer is not None:
             end(self.producer)
-        self.offsets.close(timeout_ms=CLOSE_MS)
         self.admin.close()
+
+
+def answered(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place, type[errors.KafkaError]]:
+    """Raise the first error of a per-partition answer."""
+    for place, error in answers.items():
+        if error is not errors.NoError:
+            raise error(f"{place.topic}[{place.partition}]")
+    return answers
 
 
 def settling(call: Callable[[], Any]) -> Any:
@@ -344,7 +382,7 @@ def topic_options(spec: TopicSpec) -> dict[str, Any]:
         "retention.ms": str(spec.retention_ms),
         "max.message.bytes": str(spec.max_bytes + ENVELOPE_BYTES),
     }
-    return {"num_partitions": spec.partitions, "configs": configs}
+    return {"num_partitions": spec.partitions, "replication_factor": spec.replication, "configs": configs}
 
 
 def send(producer: kafka.KafkaProducer, topic: str, message: Outgoing) -> Any:
@@ -554,6 +592,7 @@ class KafkaConsumer:
                 session_timeout_ms=10_000,
                 heartbeat_interval_ms=HEARTBEAT_MS,
                 metadata_max_age_ms=METADATA_MS,
+                **({"group_instance_id": f"{group}.{member}"} if bus.static_members else {}),
             )
             self.learn([bus.name(topic) for topic in topics])
         self.client.subscribe([bus.name(topic) for topic in topics], listener=self.epochs)
@@ -644,6 +683,10 @@ class KafkaConsumer:
         if partition not in self.epochs.current:
             raise PartitionLost(f"{partition.topic}[{partition.partition}] is not assigned to this member")
         self.client.seek(self.bus.place(partition), offset)
+
+    def positions(self) -> Offsets:
+        with reached(self.bus.servers):
+            return {place: self.client.position(self.bus.place(place), timeout_ms=CALL_MS) for place in self.epochs.current}
 
     def committed(self) -> Offsets:
         with reached(self.bus.servers):

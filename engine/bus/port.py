@@ -49,6 +49,18 @@ class Outgoing:
 Offsets = dict[TopicPartition, int]
 
 
+@dataclass(frozen=True, slots=True)
+class TopicDescription:
+    """A topic as the log has it. `in_sync` is the smallest number of replicas in step that a partition has."""
+
+    name: str
+    topic_id: str
+    partitions: int
+    replicas: int
+    in_sync: int
+    configs: Mapping[str, str]
+
+
 class Consumer(Protocol):
     """A member of a consumer group, used by one thread. The first start of a group is at the beginning of its topics."""
 
@@ -71,6 +83,10 @@ class Consumer(Protocol):
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Read on from this offset; raises PartitionLost if the partition is not assigned."""
+        ...
+
+    def positions(self) -> Offsets:
+        """The next offset of each assigned partition; comparable with `end_offsets` (transaction markers take offsets too)."""
         ...
 
     def committed(self) -> Offsets:
@@ -139,8 +155,20 @@ class Bus(Protocol):
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets: ...
 
+    def offsets_at(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
+        """For each partition the offset of the first message at or after a time (milliseconds since 1970); its end if none."""
+        ...
+
+    def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
+        """What the log keeps of each topic, and how."""
+        ...
+
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         """The committed offsets of a group; partitions without one are left out."""
+        ...
+
+    def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        """Say where a group begins, where it has not committed yet. The group must have no members."""
         ...
 
     def publish(self, outgoing: Sequence[Outgoing]) -> None:

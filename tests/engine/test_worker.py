@@ -1,5 +1,6 @@
 """The worker loop: faults are sorted, nothing finished twice, other runs left alone, later stages first."""
 
+import sys
 import threading
 import time
 
@@ -7,9 +8,18 @@ import pytest
 
 from engine.bus.port import Outgoing
 from engine.bus.read import read_values
-from engine.errors import CommitInDoubt, ModelUnreachable, PermanentRecordError, UsageError
+from engine.errors import (
+    BusUnreachable,
+    CommitInDoubt,
+    DeadLettersInARow,
+    ModelUnreachable,
+    PermanentRecordError,
+    UsageError,
+)
 from engine.host import Host
-from engine.worker import Lane, Stage, Worker, outgoing
+from engine.journal import Journal
+from engine.watchdog import Calls, Watchdog
+from engine.worker import ONLY, Lane, Limits, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode
 from schemas.records import Candidate, DeadLetter, DeadLetterKind, Prompt, Response, Turn
@@ -88,7 +98,8 @@ def test_a_poisoned_record_becomes_a_dead_letter_and_its_neighbours_do_not(bus):
     assert letter.headers[0].value == b"r"
 
 
-def test_a_bug_is_tried_again_and_then_a_dead_letter(bus):
+def test_a_bug_is_tried_again_and_then_a_dead_letter(bus, monkeypatch):
+    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
     tries = []
 
     def work(records):
@@ -96,7 +107,7 @@ def test_a_bug_is_tried_again_and_then_a_dead_letter(bus):
         raise ZeroDivisionError("a bug")
 
     publish(bus, prompt("p"))
-    run_until([worker(bus, work, attempts=3)], lambda: len(letters(bus)) == 1)
+    run_until([worker(bus, work, limits=Limits(attempts=3))], lambda: len(letters(bus)) == 1)
     (letter,) = letters(bus)
     assert (letter.kind, letter.attempts, tries) == (DeadLetterKind.EXHAUSTED, 3, [1, 1, 1])
 
@@ -180,7 +191,7 @@ def test_a_full_stage_reads_no_more_than_its_bound(bus):
         return echo(records)
 
     publish(bus, *(prompt(f"p{n}") for n in range(300)))
-    bounded = worker(bus, work, max_in_flight=20)
+    bounded = worker(bus, work, limits=Limits(in_flight=20))
     with Host([bounded]):
         deadline = time.monotonic() + WITHIN_S
         while bounded.in_flight < 20 and time.monotonic() < deadline:
@@ -210,3 +221,196 @@ def test_a_lane_serves_the_later_stage_first(bus):
     ]
     run_until(workers, lambda: len(order) == 8)
     assert order == ["early", "late"] * 4
+
+
+def test_while_it_is_in_doubt_a_worker_commits_nothing(bus):
+    """The log goes away between the doubt and the answer: what landed must not be written again before it is known."""
+    publish(bus, *(prompt(f"p{n:02}") for n in range(20)))
+    doubtful = worker(bus, echo)
+    real, state = doubtful.writer.commit, {"doubts": 0, "away": 3}
+
+    def commit(outputs, *arguments, **more):
+        real(outputs, *arguments, **more)
+        if outputs and not state["doubts"]:
+            state["doubts"] = 1
+            raise CommitInDoubt("the answer was lost")
+
+    committed = doubtful.consumer.committed
+
+    def away():
+        if state["doubts"] and state["away"]:
+            state["away"] -= 1
+            raise BusUnreachable("the log is away")
+        return committed()
+
+    doubtful.writer.commit, doubtful.consumer.committed = commit, away
+    run_until([doubtful], lambda: state == {"doubts": 1, "away": 0} and not doubtful.in_doubt and doubtful.in_flight == 0)
+    assert responses(bus) == [f"P{n:02}" for n in range(20)]
+
+
+def fail_for(wrong, error=PermanentRecordError):
+    def work(records):
+        for record in records:
+            if wrong(record.turns[0].content):
+                raise error("cannot be done", "the test says so", "")
+        return echo(records)
+
+    return work
+
+
+def test_many_dead_letters_of_one_class_in_a_row_stop_the_stage_and_are_not_committed(bus):
+    publish(bus, *(prompt(f"p{n:02}") for n in range(30)))
+    with pytest.raises(DeadLettersInARow, match=r"10 records in a row.*PermanentRecordError"):
+        run_until([worker(bus, fail_for(lambda text: True))], lambda: False)
+    assert bus.committed("r.respond", ["prompts"]) == {} and letters(bus) == []
+    run_until([worker(bus, echo)], lambda: len(responses(bus)) == 30)  # mended: every one of them is worked
+    assert letters(bus) == []
+
+
+def test_dead_letters_that_good_records_interrupt_are_only_dead_letters(bus):
+    publish(bus, *(prompt(f"p{n:02}") for n in range(40)))
+    run_until(
+        [worker(bus, fail_for(lambda text: int(text[1:]) % 2), batch=1)],
+        lambda: len(letters(bus)) == 20 and len(responses(bus)) == 20,
+    )
+
+
+def test_a_few_dead_letters_are_committed_when_nothing_else_is_left_to_do(bus):
+    publish(bus, *(prompt(f"p{n}") for n in range(9)))
+    run_until([worker(bus, fail_for(lambda text: True))], lambda: len(letters(bus)) == 9)
+    assert sum(bus.committed("r.respond", ["prompts"]).values()) == 9
+
+
+def test_the_limit_in_a_row_can_be_turned_off(bus):
+    publish(bus, *(prompt(f"p{n:02}") for n in range(30)))
+    unlimited = worker(bus, fail_for(lambda text: True), limits=Limits(dead_in_a_row=0))
+    run_until([unlimited], lambda: len(letters(bus)) == 30)
+
+
+def test_a_message_for_one_stage_alone_is_passed_over_by_the_others(bus):
+    only = outgoing(prompt("again"))
+    bus.publish([Outgoing(only.topic, only.key, only.value, (*only.headers, (ONLY, b"respond")))])
+    other = worker(bus, echo, name="other")
+    run_until([other], lambda: sum(bus.committed("r.other", ["prompts"]).values()) == 1)
+    assert responses(bus) == []
+    run_until([worker(bus, echo)], lambda: responses(bus) == ["AGAIN"])
+
+
+def test_a_record_at_which_processes_die_is_worked_alone_and_then_a_dead_letter(bus, tmp_path):
+    """Three processes die with the poison in hand; a process that dies is one whose journal was not ended."""
+    publish(bus, *(prompt(f"p{n}") for n in range(6)))
+    batches = []
+
+    class Dies(BaseException):
+        pass
+
+    def work(records):
+        batches.append(sorted(record.turns[0].content for record in records))
+        if any(record.turns[0].content == "p3" for record in records):
+            raise Dies
+        return echo(records)
+
+    for _ in range(3):
+        dying = worker(bus, work, journal=DyingJournal(tmp_path / "journal", "0"))
+        with pytest.raises(Dies):
+            run_until([dying], lambda: False)
+    assert len(batches[0]) > 1 and batches[-1] == ["p3"]
+    last = worker(bus, work, journal=Journal(tmp_path / "journal", "0"))
+    run_until([last], lambda: len(responses(bus)) == 5 and len(letters(bus)) == 1)
+    (letter,) = letters(bus)
+    assert (letter.kind, letter.attempts) == (DeadLetterKind.CRASH, 3)
+    assert Journal(tmp_path / "journal", "0").deaths() == {}
+
+
+class DyingJournal(Journal):
+    """The journal of a process that is killed at work: its last entry stays."""
+
+    def end(self, messages):
+        if sys.exc_info()[0] is None:
+            super().end(messages)
+
+
+def test_a_watchdog_ends_a_process_whose_call_hangs():
+    calls, ended, stop = Calls("stage"), [], threading.Event()
+    watchdog = Watchdog([calls], 0.05, ended.append)
+    with calls.call("commit"):
+        watchdog.run(stop)  # returns once it has ended the process
+    assert ended == [3]
+
+
+def test_a_watchdog_leaves_calls_alone_that_come_back():
+    calls, ended, stop = Calls("stage"), [], threading.Event()
+    thread = threading.Thread(target=Watchdog([calls], 5.0, ended.append).run, args=(stop,))
+    thread.start()
+    for _ in range(100):
+        with calls.call("poll"):
+            pass
+    stop.set()
+    thread.join()
+    assert ended == []
+
+
+def test_stopping_waits_for_a_slow_model_only_so_long_and_loses_nothing(bus, tmp_path):
+    publish(bus, prompt("slow"))
+    begun, released = threading.Event(), threading.Event()
+
+    def work(records):
+        begun.set()
+        released.wait(WITHIN_S)
+        return echo(records)
+
+    journal = Journal(tmp_path / "journal", "0")
+    host = Host([worker(bus, work, journal=journal)], drain_s=0.5)
+    host.start()
+    assert begun.wait(WITHIN_S)
+    started = time.monotonic()
+    host.close()
+    assert time.monotonic() - started < 5 and host.abandoned == ["test-0"]
+    released.set()
+    assert Journal(tmp_path / "journal", "0").deaths() == {}  # it was not the record that ended the process
+    run_until([worker(bus, echo)], lambda: responses(bus) == ["SLOW"])
+
+
+def test_partitions_that_arrive_at_a_full_stage_are_held_back_too(bus):
+    gate = threading.Event()
+
+    def work(records):
+        gate.wait(WITHIN_S)
+        return echo(records)
+
+    publish(bus, *(prompt(f"p{n}") for n in range(300)))
+    leaving = bus.consumer("r.respond", ["prompts"], member="another")
+    leaving.poll(0.1, 1)
+    bounded = worker(bus, work, limits=Limits(in_flight=20))
+    with Host([bounded]):
+        deadline = time.monotonic() + WITHIN_S
+        while bounded.in_flight < 20 and time.monotonic() < deadline:
+            leaving.poll(0.01, 1)
+        before = len(bounded.consumer.assignment())
+        leaving.close()
+        while len(bounded.consumer.assignment()) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(bounded.consumer.assignment()) > before and bounded.in_flight <= 21
+        gate.set()
+
+
+def test_what_is_held_is_bounded_in_bytes(bus):
+    gate = threading.Event()
+
+    def work(records):
+        gate.wait(WITHIN_S)
+        return echo(records)
+
+    publish(bus, *(prompt(f"{n}" + "x" * 10_000) for n in range(200)))
+    bounded = worker(bus, work, limits=Limits(in_flight=50, in_flight_bytes=100_000))
+    with Host([bounded]):
+        deadline = time.monotonic() + WITHIN_S
+        while bounded.held_bytes < 100_000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        polls = bounded.in_flight
+        time.sleep(0.2)
+        assert bounded.in_flight == polls <= 50
+        gate.set()
+        while len(responses(bus)) < 200 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(responses(bus)) == 200

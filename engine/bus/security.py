@@ -1,0 +1,58 @@
+"""The settings that let kafka-python into a secured cluster.
+
+Secrets come from the environment or from a file, never from the settings, which are shown and recorded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.settings import Bus
+
+FILES = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
+
+
+def client_options(bus: Bus, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """kafka-python's security settings; empty for a plain listener. Holds the password: never print it."""
+    options: dict[str, Any] = {}
+    if bus.security_protocol != "PLAINTEXT":
+        options["security_protocol"] = bus.security_protocol
+    if bus.security_protocol.endswith("SSL"):
+        options |= {name: checked(name, getattr(bus, name)) for name in FILES if getattr(bus, name)}
+        options["ssl_check_hostname"] = bus.ssl_check_hostname
+    if bus.security_protocol.startswith("SASL"):
+        options |= {
+            "sasl_mechanism": bus.sasl_mechanism,
+            "sasl_plain_username": named(bus),
+            "sasl_plain_password": password(bus, os.environ if environment is None else environment),
+        }
+    return options
+
+
+def checked(name: str, path: str) -> str:
+    if not Path(path).is_file():
+        raise UsageError(f"bus.{name}: there is no file {path}", "", f"type: --set bus.{name}=FILE")
+    return path
+
+
+def named(bus: Bus) -> str:
+    if not bus.sasl_username:
+        raise UsageError("Kafka wants a user", f"bus.security_protocol is {bus.security_protocol}", "set bus.sasl_username")
+    return bus.sasl_username
+
+
+def password(bus: Bus, environment: Mapping[str, str]) -> str:
+    """The password, without the end of line that editors put after it."""
+    if bus.sasl_password_file:
+        return Path(checked("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")
+    if found := environment.get(bus.sasl_password_env):
+        return found
+    raise UsageError(
+        f"there is no password for the Kafka user {bus.sasl_username}",
+        f"the environment variable {bus.sasl_password_env} is not set, and bus.sasl_password_file is empty",
+        f"type: export {bus.sasl_password_env}=...    or: --set bus.sasl_password_file=FILE",
+    )
