@@ -7,19 +7,15 @@ Nothing heavy is imported here; each verb imports what it needs.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 import charter
+from charter.options import common, json_option, print_rows, stop_on_signals
 
 if TYPE_CHECKING:
     from engine.host import Host
@@ -28,7 +24,11 @@ if TYPE_CHECKING:
 REPORT_EVERY = 25  # looks of 0.2 s
 PHASES = ("sft", "reward", "ppo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
-VERBS = ("demo", "produce", "run", "train", "status", "show", "sql", "tail", "topics", "config")
+VERBS = (
+    *("demo", "up", "down", "produce", "run", "train", "replay", "runs"),
+    *("status", "show", "sql", "tail", "dlq", "topics", "config"),
+    *("snapshot", "backup", "restore", "migrate", "forget"),
+)
 
 
 class Ordered(click.Group):
@@ -49,93 +49,6 @@ def cli() -> None:
       charter sql "select * from stories limit 1"
       charter produce prompts.jsonl && charter run
     """
-
-
-def common(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
-    options = [
-        click.option("--data", metavar="FOLDER", help="Data folder: database, embedded log, checkpoints."),
-        click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
-        click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
-        click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
-        click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.samples=4."),
-        click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
-        click.option("--traceback", is_flag=True, help="Show where an error came from."),
-    ]
-
-    @wraps(function)
-    def wrapper(
-        data: str | None,
-        bus: str | None,
-        run_id: str | None,
-        config: Path | None,
-        assignments: tuple[str, ...],
-        verbose: bool,
-        traceback: bool,
-        **rest: Any,
-    ) -> Any:
-        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-        # The client's own log tells of every retry; our errors say what it comes to.
-        logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
-        flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
-        chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
-        preset = PRESETS.get(function.__name__)
-        return function(**settings_for(function, chosen, config, preset), **rest)
-
-    for option in reversed(options):
-        wrapper = option(wrapper)
-    return wrapper
-
-
-def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
-    from engine.settings import load
-
-    settings, origins = load(flags, file, preset() if preset else None)
-    named = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
-
-
-def demo_preset() -> dict[str, dict[str, Any]]:
-    from charter.demo import PRESET
-
-    return PRESET
-
-
-PRESETS = {"demo": demo_preset}
-
-
-def assigned(assignments: Iterable[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in assignments]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise click.UsageError(f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4")
-    return {name: value for name, _, value in pairs}
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="A list of objects as JSON.")
-
-
-def print_rows(columns: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
-    from charter.text import rows_text
-
-    if as_json:
-        objects = [dict(zip(columns, row, strict=True)) for row in rows]
-        click.echo(json.dumps(objects, ensure_ascii=False, indent=2, default=str))
-    elif columns:
-        click.echo(rows_text(columns, rows))
-
-
-def stop_on_signals() -> threading.Event:
-    """An event that SIGINT and SIGTERM set; a second signal kills as usual."""
-    stop = threading.Event()
-
-    def handle(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
 
 
 @cli.command()
@@ -162,8 +75,11 @@ def demo(settings: Settings, prompts: int) -> None:
 @click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad line.")
 @click.option("--shipped", is_flag=True, help="Publish the prompts that come with Charter.")
+@click.option("--dry-run", is_flag=True, help="Say what it would publish and cost, and publish nothing.")
 @common
-def produce(settings: Settings, files: tuple[str, ...], source: str, epoch: int, strict: bool, shipped: bool) -> None:
+def produce(
+    settings: Settings, files: tuple[str, ...], source: str, epoch: int, strict: bool, shipped: bool, dry_run: bool
+) -> None:
     """Publish prompts from JSONL files, or from standard input (-).
 
     A line is a JSON string, {"prompt": "..."} or {"turns": [{"role": "user", "content": "..."}]}, with "source" and "tags" if
@@ -173,6 +89,7 @@ def produce(settings: Settings, files: tuple[str, ...], source: str, epoch: int,
     Examples:
       charter produce prompts.jsonl
       echo '{"prompt": "Why is the sky blue?"}' | charter produce -
+      charter produce prompts.jsonl --dry-run
     """
     from charter.pipeline import connect
     from producers.files import SHIPPED, Producer, summary
@@ -180,6 +97,9 @@ def produce(settings: Settings, files: tuple[str, ...], source: str, epoch: int,
     paths = [*files, *([str(SHIPPED)] if shipped else [])]
     if not paths:
         raise click.UsageError("give a JSONL file, - for standard input, or --shipped")
+    if dry_run:
+        tell_cost(settings, paths, source)
+        return
     bus, bad = connect(settings), 0
     for path in paths:
         producer = Producer(
@@ -198,6 +118,27 @@ def produce(settings: Settings, files: tuple[str, ...], source: str, epoch: int,
             click.echo(line)
     bus.close()
     sys.exit(1 if bad else 0)
+
+
+def tell_cost(settings: Settings, paths: list[str], source: str) -> None:
+    """How many prompts these inputs have, and what their answers, chains and judgements cost at most."""
+    from charter.estimate import estimate, lines
+    from producers.files import BadLine, numbered_lines, parse_line
+
+    prompts, chars, bad = 0, 0, 0
+    for path in paths:
+        for number, line in numbered_lines(path, 1, None):
+            try:
+                parsed = parse_line(line, source=source, max_chars=settings.prompts.max_chars)
+            except BadLine as error:
+                report_bad(path, number, str(error))
+                bad += 1
+            else:
+                prompts += 1
+                chars += sum(len(turn.content) for turn in parsed.turns)
+    click.echo(f"would publish {prompts} prompts" + (f"; {bad} lines are no prompts" if bad else ""))
+    for text in lines(estimate(settings, STAGES[:-1], prompts, chars)):
+        click.echo(text)
 
 
 def report_bad(path: str, number: int, why: str) -> None:
@@ -230,6 +171,10 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
             if looks % REPORT_EVERY == 0 and (line := committed(host)) != last:
                 click.echo(line, err=True)
                 last = line
+    if host.abandoned:
+        click.echo(f"stopped without waiting longer for {', '.join(host.abandoned)}; its work is done again", err=True)
+        sys.stderr.flush()
+        os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))  # a thread is still at work
     bus.close()
     host.check()
 
@@ -394,31 +339,6 @@ def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) ->
 
 
 @cli.command()
-@json_option
-@common
-def topics(settings: Settings, as_json: bool) -> None:
-    """The topics, created where they are missing: record, partitions, messages.
-
-    \b
-    Examples:
-      charter topics
-      charter topics --bus kafka://localhost:9092 --json
-    """
-    from charter.pipeline import connect
-    from schemas.topics import TOPICS
-
-    bus = connect(settings)
-    begins, ends = bus.begin_offsets(list(TOPICS)), bus.end_offsets(list(TOPICS))
-    rows: list[tuple[Any, ...]] = []
-    for spec in TOPICS.values():
-        messages = sum(end - begins[place] for place, end in ends.items() if place.topic == spec.name)
-        kept = "compacted" if spec.compacted else "all"
-        rows.append((spec.name, spec.record.__name__, bus.partitions(spec.name), kept, messages))
-    bus.close()
-    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, as_json)
-
-
-@cli.command()
 @click.option("--defaults", is_flag=True, help="Print a charter.toml with every key, its default and its meaning.")
 @json_option
 @common
@@ -445,6 +365,17 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 
         click.echo(table(columns, rows))
 
+
+def register() -> None:
+    """The verbs that live in files of their own."""
+    from charter import dead_letters, replay, storage, topics, up
+
+    for module in (topics, dead_letters, replay, storage, up):
+        for verb in module.VERBS:
+            cli.add_command(verb)
+
+
+register()
 
 LEARNING = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "gguf")
 ABOUT_TRAIN = "local models and training are an extra, so that other workers stay small\ntype: pip install -e '.[train]'"

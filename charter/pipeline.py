@@ -6,9 +6,12 @@ One process can host every stage on one shared model, or each stage runs alone i
 
 from __future__ import annotations
 
+import json
+import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import charter
@@ -20,25 +23,30 @@ from consumers.revise import Revise
 from consumers.sink import Sink
 from engine.budget import Budget
 from engine.bus import KAFKA, open_bus
-from engine.bus.port import Bus
+from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_values
 from engine.bus.security import client_options
-from engine.checkpoints import read
+from engine.checkpoints import located, read
 from engine.errors import UsageError
 from engine.host import Host, Run
 from engine.journal import Journal
 from engine.models import open_model
 from engine.models.port import Model
-from engine.policy import PolicyFollower
+from engine.policy import PolicyFollower, updates
 from engine.settings import Settings
-from engine.slots import Slot
+from engine.slots import Lease, Slot
 from engine.store import Store
+from engine.watchdog import Calls
 from engine.worker import Lane, Limits, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import PolicyUpdate, RunManifest, Sampling
+from schemas.records import ConstitutionRef, PolicyKind, PolicyUpdate, RunManifest, Sampling
 from schemas.topics import TopicSpec, topic_table
 
+log = logging.getLogger("charter.pipeline")
+
+STAND_BY_S = 1.0
+LOOK_FOR_S = 2.0
 STAGES = ("respond", "critique", "revise", "judge")
 ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "judge": "judge"}
 ENDPOINT_THREADS = 4
@@ -112,38 +120,49 @@ class Models:
 
     def open_update(self, update: PolicyUpdate) -> Model:
         """The weights of a policy update, verified against its hash."""
-        folder = read(Path(update.uri), update.content_hash).folder
+        folder = read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
         return open_model(str(folder), threads=self.settings.models.threads, max_batch=self.settings.models.max_rows)
 
 
-def policy_of(models: Models, bus: Bus) -> Callable[[], tuple[Model, int]]:
+def policy_of(models: Models, bus: Bus, pinned: int | None) -> Callable[[], tuple[Model, int]]:
     """What answers now. A server's weights are its own: it stays at version 0 until it is given others."""
+    if pinned:
+        kept = (models.open_update(policy_update(bus, pinned)), pinned)
+        return lambda: kept
     first = models.role("policy")
-    if is_endpoint(models.spec("policy")):
+    if is_endpoint(models.spec("policy")) or pinned == 0:
         return lambda: (first, 0)
     models.follower = PolicyFollower(bus, first, models.open_update)
     return models.follower.current
 
 
-def make_stage(name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus) -> Stage:
-    """One stage of the stream from the settings."""
-    rows = settings.models.max_rows
+def policy_update(bus: Bus, version: int) -> PolicyUpdate:
+    for update in updates(bus):
+        if update.kind is PolicyKind.POLICY and update.version == version:
+            return update
+    raise UsageError(f"there is no policy {version} on the log", "", "type: charter sql 'select kind, version from policies'")
+
+
+def make_stage(
+    name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus, pinned: int | None = None
+) -> Stage:
+    """One stage of the stream from the settings; `pinned` is the policy version that answers, None for the newest."""
+    rows, inputs = settings.models.max_rows, readers_of(settings.judge.pairing).get(name, ())
     if name == "respond":
         wanted = settings.respond
         sampling = Sampling(temperature=wanted.temperature, top_p=wanted.top_p, max_tokens=wanted.max_tokens)
-        work: Any = Respond(policy_of(models, bus), wanted.samples, sampling)
-        return Stage(name, ("prompts",), ("responses",), 0, max(1, rows // wanted.samples), work)
+        work: Any = Respond(policy_of(models, bus, pinned), wanted.samples, sampling)
+        return Stage(name, inputs, ("responses",), 0, max(1, rows // wanted.samples), work)
     if name == "critique":
         work = make_critique(settings, models, constitution)
-        return Stage(name, ("revisions", "responses"), ("critiques",), 1, rows, work)
+        return Stage(name, inputs, ("critiques",), 1, rows, work)
     if name == "revise":
         sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
         work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot)
-        return Stage(name, ("critiques",), ("revisions",), 2, rows, work)
+        return Stage(name, inputs, ("revisions",), 2, rows, work)
     if name == "judge":
         wanted_pairs = settings.judge
         work = Judge(models.role("judge"), constitution, wanted_pairs.pairing, wanted_pairs.min_mass, wanted_pairs.reject_flips)
-        inputs = ("responses",) if wanted_pairs.pairing == "candidates" else ("critiques", "revisions")
         return Stage(name, inputs, ("preferences",), 3, rows, work)
     raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
 
@@ -165,10 +184,19 @@ def make_critique(settings: Settings, models: Models, constitution: Constitution
     )
 
 
-def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool, slot: str | None = None) -> Host:
-    """A host of these stages, and of the sink if asked for."""
+def make_host(
+    settings: Settings,
+    bus: Bus,
+    stages: Sequence[str],
+    *,
+    sink: bool,
+    slot: str | None = None,
+    pinned: int | None = None,
+    manifest: RunManifest | None = None,
+) -> Host:
+    """A host of these stages, and of the sink if asked for. A replay has a manifest of its own, and pins the policy."""
     constitution = load(settings.run.constitution)
-    publish_manifest(bus, settings, constitution)
+    publish_manifest(bus, manifest or manifest_of(settings, constitution))
     models = Models(settings)
     leased = None if slot else Slot(settings.folder / "slots")
     name_of_copy = slot or (leased.name if leased else "")
@@ -177,7 +205,7 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
     workers = [
         Worker(
             bus,
-            make_stage(name, settings, models, constitution, bus),
+            make_stage(name, settings, models, constitution, bus, pinned),
             models.lane(ROLES[name]),
             run_id=settings.run.id,
             slot=name_of_copy,
@@ -188,13 +216,14 @@ def make_host(settings: Settings, bus: Bus, stages: Sequence[str], *, sink: bool
         for name in stages
     ]
     others: dict[str, Run] = {}
-    watched = []
+    watched: list[Calls] = []
     if sink:
-        opened = make_sink(settings, bus)
-        others["sink"], watched = opened.run, [opened.calls]
+        lease = Lease(settings.folder / "sink.lock")
+        others["sink"], watched = sink_or_standby(settings, bus, lease)
     closing = [models.close, *(worker.journal.close for worker in workers if worker.journal)]
     closing += [leased.close] if leased else []
     closing += [budget.close] if budget else []
+    closing += [lease.close] if sink else []
     return Host(workers, others, closing, watched=watched, drain_s=settings.worker.drain_s, hang_s=settings.worker.hang_s)
 
 
@@ -203,45 +232,100 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(wanted.max_in_flight, wanted.max_bytes, wanted.attempts, wanted.record_s, wanted.dead_in_a_row)
 
 
+def sink_or_standby(settings: Settings, bus: Bus, lease: Lease) -> tuple[Run, list[Calls]]:
+    """The sink or, while another process has this database's sink, one that takes over when that ends."""
+    if lease.take():
+        sink = make_sink(settings, bus)
+        return sink.run, [sink.calls]
+    log.warning("the sink of process %s writes to this database; this one's stands by", lease.holder())
+
+    def stand_by(stop: threading.Event) -> None:
+        while not lease.take():
+            if stop.wait(STAND_BY_S):
+                return
+        make_sink(settings, bus).run(stop)
+
+    return stand_by, []
+
+
 def make_sink(settings: Settings, bus: Bus) -> Sink:
     return Sink(bus, store_of(settings), max_rows=settings.sink.max_rows, max_wait_s=settings.sink.max_wait_s)
 
 
-def publish_manifest(bus: Bus, settings: Settings, constitution: Constitution) -> None:
-    """Say what this run is made of, once for each configuration."""
-    text = settings.model_dump_json(exclude={"data", "bus"})
+def manifest_of(settings: Settings, constitution: Constitution, replay: dict[str, Any] | None = None) -> RunManifest:
+    """What a run is made of; `replay` says what a replay reads."""
+    chosen = settings.model_dump(mode="json", exclude={"data", "bus"}) | ({"replay": replay} if replay else {})
+    text = json.dumps(chosen, ensure_ascii=False)
     configuration = ids.fingerprint(settings=text, constitution=constitution.hash, version=charter.__version__)
-    manifest = RunManifest(
+    return RunManifest(
         record_id=ids.record_id("run", [], ids.fingerprint(run=settings.run.id, configuration=configuration)),
         run_id=settings.run.id,
         stage="run",
+        constitution=ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash),
         name=settings.run.id,
         settings=text,
         constitution_text=constitution.text,
         charter_version=charter.__version__,
     )
-    known = {decode(value, RunManifest).record_id for value in read_values(bus, RunManifest.topic)}
-    if manifest.record_id not in known:
+
+
+def manifests(bus: Bus) -> list[RunManifest]:
+    """Every run's manifests, oldest first."""
+    return [decode(value, RunManifest) for value in read_values(bus, RunManifest.topic)]
+
+
+def publish_manifest(bus: Bus, manifest: RunManifest) -> None:
+    """Say what a run is made of, once for each configuration."""
+    if manifest.record_id not in {known.record_id for known in manifests(bus)}:
         bus.publish([outgoing(manifest)])
+
+
+def readers_of(pairing: str) -> dict[str, tuple[str, ...]]:
+    """Stage -> the topics that it reads."""
+    judged = ("responses",) if pairing == "candidates" else ("critiques", "revisions")
+    return {"respond": ("prompts",), "critique": ("revisions", "responses"), "revise": ("critiques",), "judge": judged}
+
+
+def waiting(bus: Bus, stands: Offsets, ends: Offsets) -> dict[TopicPartition, int]:
+    """Where a reader that stands there has a message before it, and that message's time (milliseconds since 1970).
+
+    Offsets alone do not tell: on Kafka the marker of a transaction takes one too, and nobody has to read it.
+    """
+    found: dict[TopicPartition, int] = {}
+    left = {place: at for place, at in stands.items() if at < ends[place]}
+    reader, deadline = bus.reader(left), time.monotonic() + LOOK_FOR_S
+    try:
+        while len(found) < len(left) and time.monotonic() < deadline:
+            for message in reader.poll(0.1, 1000):
+                found.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
+            if all(at >= ends[place] for place, at in reader.positions().items() if place not in found):
+                break
+    finally:
+        reader.close()
+    return found
 
 
 def lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
     """For each topic how many of its messages wait at the stage that is furthest behind on it (other runs' included)."""
-    judged = ("responses",) if pairing == "candidates" else ("critiques", "revisions")
-    readers = {
-        "respond": ("prompts",),
-        "critique": ("responses", "revisions"),
-        "revise": ("critiques",),
-        "judge": judged,
-    }
-    waiting: dict[str, int] = {}
-    for stage, topics in readers.items():
+    furthest: dict[str, int] = {}
+    stages = readers_of(pairing)
+    committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in stages.items()}
+    begun = [stage for stage in stages if committed[stage]] or list(stages)  # a replay has not all of them
+    for stage in begun:
+        topics = stages[stage]
         begins, ends = bus.begin_offsets(topics), bus.end_offsets(topics)
-        committed = bus.committed(f"{run_id}.{stage}", topics)
+        stands = begins | committed[stage]
+        there = waiting(bus, stands, ends)
         for topic in topics:
-            behind = sum(ends[p] - committed.get(p, begins[p]) for p in ends if p.topic == topic)
-            waiting[topic] = max(waiting.get(topic, 0), behind)
-    return waiting
+            behind = sum(ends[place] - stands[place] for place in there if place.topic == topic)
+            furthest[topic] = max(furthest.get(topic, 0), behind)
+    return furthest
+
+
+def sink_offsets(store: Store, cluster_id: str) -> Offsets:
+    """How far the sink of this database has come with this log."""
+    sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
+    return {TopicPartition(topic, number): offset for topic, number, offset in store.query(sql, [cluster_id]).rows}
 
 
 def find_prompts(store: Store, identifier: str) -> list[str]:

@@ -52,6 +52,13 @@ def write(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) 
     return Checkpoint(folder, manifest, content_hash)
 
 
+def located(uri: str, checkpoints: Path) -> Path:
+    """Where the checkpoint of an update is: where it was written or, in a folder that was moved or restored, among ours."""
+    written = Path(uri)
+    beside = checkpoints / written.name
+    return beside if not written.exists() and beside.exists() else written
+
+
 def read(folder: Path, content_hash: str | None = None) -> Checkpoint:
     """A checkpoint whose files are what its manifest (and `content_hash`, when given) says; raises CharterError."""
     try:
@@ -61,15 +68,15 @@ def read(folder: Path, content_hash: str | None = None) -> Checkpoint:
             f"{folder} is no checkpoint of ours", f"its {MANIFEST} cannot be read: {error}", "type: charter status"
         ) from error
     refuse_pickles(folder)
-    found = hash_files(folder)
+    hashed = hash_files(folder)
     wanted = content_hash or manifest.get("content_hash")
-    if found != wanted:
+    if hashed != wanted:
         raise CharterError(
             f"the checkpoint {folder} is damaged",
-            f"its files hash to {found[:16]}, not to {str(wanted)[:16]}",
+            f"its files hash to {hashed[:16]}, not to {str(wanted)[:16]}",
             "restore the folder from a copy, or move it away and train again",
         )
-    return Checkpoint(folder, manifest, found)
+    return Checkpoint(folder, manifest, hashed)
 
 
 def hash_files(folder: Path) -> str:

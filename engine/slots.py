@@ -15,6 +15,29 @@ from itertools import count
 from pathlib import Path
 
 
+class Lease:
+    """A file lock that one process at a time holds; it ends with the process."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def take(self) -> bool:
+        """Whether it is ours now."""
+        with suppress(BlockingIOError):
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, str(os.getpid()).encode(), 0)
+            return True
+        return False
+
+    def holder(self) -> str:
+        return os.pread(self.descriptor, 20, 0).decode() or "unknown"
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
 class Slot:
     """The lowest free slot of this host, held until `close` or the end of the process."""
 

@@ -108,20 +108,28 @@ def holder_of(message: str) -> str:
     return message[start:].split(". See also")[0] if start >= 0 else message.splitlines()[0]
 
 
-def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+def found_version(connection: duckdb.DuckDBPyConnection) -> int | None:
+    """The format of a database of ours; None if it is none."""
     tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
-    if not tables:
+    rows = connection.execute("SELECT version FROM raw.sink_state").fetchall() if ("raw.sink_state",) in tables else []
+    return int(rows[0][0]) if rows else None
+
+
+def is_empty(connection: duckdb.DuckDBPyConnection) -> bool:
+    return connection.execute("SELECT count(*) FROM information_schema.tables").fetchall() == [(0,)]
+
+
+def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    found = found_version(connection)
+    if found == VERSION or (found is None and is_empty(connection)):
         return
-    found = "unknown"
-    if ("raw.sink_state",) in tables:
-        rows = connection.execute("SELECT version FROM raw.sink_state").fetchall()
-        if rows == [(VERSION,)]:
-            return
-        found = str(rows[0][0]) if rows else "unfinished"
+    older = found is not None and found < VERSION
     raise DataFolderVersion(
-        f"{path} was made by another version of Charter (its format: {found}, ours: {VERSION})",
+        f"{path} was made by another version of Charter (its format: {found or 'unknown'}, ours: {VERSION})",
         "reading or writing it could damage it",
-        "use another folder: --data FOLDER, or the version of Charter that made it",
+        "type: charter migrate    (it keeps a copy)"
+        if older
+        else "use another folder: --data FOLDER, or the version of Charter that made it",
     )
 
 

@@ -23,7 +23,7 @@ from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 VIEWS = Path(__file__).with_name("views.sql")
-VERSION = 1
+VERSION = 2
 PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
@@ -38,7 +38,7 @@ EXTRA = {
     "commit_seq": ("BIGINT", pa.int64()),
     "content_hash": ("UBIGINT", pa.uint64()),
 }
-MARKS = "is_duplicate BOOLEAN, differs BOOLEAN"
+MARKS = (("is_duplicate", "BOOLEAN"), ("differs", "BOOLEAN"))
 
 
 def column_type(annotation: Any) -> tuple[str, pa.DataType]:
@@ -90,12 +90,17 @@ def create_statements() -> list[str]:
     ]
     for spec in TOPICS.values():
         statements += [create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {deduplicated(spec)}"]
-    return [*statements, status_view(), VIEWS.read_text(encoding="utf-8")]
+    return [*statements, status_view(), run_view(), VIEWS.read_text(encoding="utf-8")]
+
+
+def columns_of(spec: TopicSpec) -> list[tuple[str, str]]:
+    """(name, DuckDB type) of every column of a raw table."""
+    return [*((name, sql) for name, (sql, _) in (columns(spec.record) | EXTRA).items()), *MARKS]
 
 
 def create_table(spec: TopicSpec) -> str:
-    fields = ", ".join(f'"{name}" {sql}' for name, (sql, _) in (columns(spec.record) | EXTRA).items())
-    return f"CREATE TABLE IF NOT EXISTS raw.{spec.table} ({fields}, {MARKS})"
+    fields = ", ".join(f'"{name}" {sql}' for name, sql in columns_of(spec))
+    return f"CREATE TABLE IF NOT EXISTS raw.{spec.table} ({fields})"
 
 
 def deduplicated(spec: TopicSpec) -> str:
@@ -128,6 +133,13 @@ def forget_statements() -> list[str]:
     made = [spec for spec in TOPICS.values() if spec.record not in (Forget, DeadLetter)]
     by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in made]
     return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
+
+
+def run_view() -> str:
+    """`run_records`: which run has which record, those too that another run had made before."""
+    made = ("prompts", "responses", "critiques", "revisions", "preferences")
+    parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in made]
+    return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 
 
 def status_view() -> str:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from engine.bus.port import Bus, Message, Outgoing, TopicPartition
+from engine.bus.port import Bus, Message, Offsets, Outgoing, TopicPartition
 from engine.dead_letters import dead_letter
 from engine.errors import (
     BusUnreachable,
@@ -182,7 +182,9 @@ class Worker:
         self.paused = False  # its partitions are
         self.closed = False  # it may begin nothing new
         self.in_doubt = False
-        self.committed = 0
+        self.committed = 0  # messages that it has passed
+        self.made = 0  # messages that it has written
+        self.positions: Offsets = {}  # where it had read to at its last poll
         self.consumer = bus.consumer(self.group, stage.inputs, member=slot)
         self.writer = bus.writer(f"{self.group}.{slot}")
         lane.workers.append(self)
@@ -237,6 +239,12 @@ class Worker:
                 if item.outputs is None:
                     self.queues[item.message.topic].append(item)
             self.lane.changed.notify_all()
+        if not messages:
+            self.positions = self.consumer.positions()
+
+    def caught_up(self, ends: Offsets) -> bool:
+        """Whether it has finished everything below `ends` in the partitions that are its own."""
+        return self.in_flight == 0 and all(at >= ends.get(place, 0) for place, at in self.positions.items())
 
     def hold_back(self) -> None:
         """Pause all partitions, those that have just come too, while the stage is full or may take no more."""
@@ -451,6 +459,7 @@ class Worker:
             self.acquit(item for items in prefixes.values() for item in items)
             self.forget(offsets)
             self.committed += sum(len(items) for items in prefixes.values())
+            self.made += len(outputs)
 
     def acquit(self, items: Iterable[Item]) -> None:
         """What is committed kills nobody any more."""

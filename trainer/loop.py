@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.bus.port import Bus
 from engine.bus.read import read_values
-from engine.checkpoints import Checkpoint, read, write
+from engine.checkpoints import Checkpoint, located, read, write
 from engine.errors import UsageError
 from engine.policy import updates
 from engine.settings import Settings
@@ -257,7 +257,7 @@ class Trainer:
     def folder_of(self, kind: PolicyKind, version: int) -> Path:
         """The verified folder of a published version."""
         update = next(u for u in updates(self.bus) if u.kind is kind and u.version == version)
-        return read(Path(update.uri), update.content_hash).folder
+        return read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
 
     def loop(self, stop: threading.Event) -> None:
         """Update whenever a phase has enough new rows, until `stop`."""

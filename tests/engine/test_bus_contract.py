@@ -438,3 +438,38 @@ def test_a_reader_sees_no_more_than_it_asked_for_and_starves_nothing(bus):
     for place, end in bus.end_offsets(["in"]).items():
         assert [m.offset for m in seen if m.partition == place.partition] == list(range(end))
     reader.close()
+
+
+def test_offsets_are_found_by_time(bus):
+    bus.publish([Outgoing("one", b"k", b"1"), Outgoing("one", b"k", b"2")])
+    stamps = [m.timestamp_ms for m in read_messages(bus, "one")]
+    until(lambda: time.time() * 1000 > stamps[-1] + 2)
+    bus.publish([Outgoing("one", b"k", b"3")])
+    newest = [m.timestamp_ms for m in read_messages(bus, "one")][-1]
+    place = TopicPartition("one", 0)
+    assert bus.offsets_at(["one"], 0) == {place: 0}
+    assert bus.offsets_at(["one"], newest) == {place: 2}
+    assert bus.offsets_at(["one"], newest + 100_000) == bus.end_offsets(["one"])
+
+
+def test_a_group_begins_where_it_is_told_and_only_before_it_has_committed(bus):
+    bus.publish(keyed("in", range(30)))
+    ends = bus.end_offsets(["in"])
+    bus.seed("g", ends)
+    bus.publish(keyed("in", range(30, 60)))
+    consumer, writer, seen = bus.consumer("g", ["in"], member="a"), bus.writer("g.a"), []
+    until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 30)
+    assert sorted(int(m.value) for m in seen) == list(range(30, 60))
+    assert consumer.positions() == bus.end_offsets(["in"])
+    place = TopicPartition("in", seen[0].partition)
+    writer.commit([], {place: ends[place] + 1}, consumer=consumer)
+    consumer.close()
+    writer.close()
+    bus.seed("g", dict.fromkeys(ends, 0))
+    assert bus.committed("g", ["in"]) == ends | {place: ends[place] + 1}
+
+
+def test_topics_are_described(bus):
+    (described,) = bus.describe(["one", "nowhere"])
+    assert (described.name, described.partitions, described.replicas, described.in_sync) == ("one", 1, 1, 1)
+    assert described.topic_id == bus.topic_ids(["one"])["one"]

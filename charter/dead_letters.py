@@ -1,0 +1,203 @@
+"""`charter dlq`: the dead letters, and how to try them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows
+
+if TYPE_CHECKING:
+    from engine.bus.port import Bus, Outgoing
+    from engine.settings import Settings
+    from engine.store import Store
+    from schemas.records import Record
+
+BATCH = 200
+RETRIED = "record_id IN (SELECT dead_letter_id FROM retries)"
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@common
+def dlq(settings: Settings, as_json: bool) -> None:
+    """Dead letters: messages that a stage or the sink gave up on, untouched, each with its reason.
+
+    \b
+    Examples:
+      charter dlq
+      charter dlq show 3f2a
+      charter dlq retry --kind EXHAUSTED
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        show_list(settings, as_json, None, None, 50)
+
+
+def chosen(function: Any) -> Any:
+    """The options that select dead letters."""
+    for option in (
+        click.option("--stage", help="Only of this stage (respond, critique, revise, judge, sink)."),
+        click.option("--kind", help="Only of this kind: DECODE, PERMANENT, EXHAUSTED, TOO_LARGE, CRASH."),
+    ):
+        function = option(function)
+    return function
+
+
+@dlq.command("list")
+@chosen
+@click.option("-n", "count", default=50, show_default=True, help="How many of the newest.")
+@json_option
+@common
+def list_letters(settings: Settings, as_json: bool, stage: str | None, kind: str | None, count: int) -> None:
+    """The newest dead letters: where they came from, why, after how many attempts, and whether they were tried again."""
+    show_list(settings, as_json, stage, kind, count)
+
+
+def conditions(stage: str | None, kind: str | None) -> tuple[str, list[Any]]:
+    """A WHERE clause and its parameters."""
+    pairs = [("stage = ?", stage), ("kind = ?", kind.upper() if kind else None)]
+    clauses = [clause for clause, value in pairs if value is not None]
+    return " AND ".join(["TRUE", *clauses]), [value for _, value in pairs if value is not None]
+
+
+def show_list(settings: Settings, as_json: bool, stage: str | None, kind: str | None, count: int) -> None:
+    from charter.pipeline import store_of
+
+    where, values = conditions(stage, kind)
+    sql = f"""SELECT record_id AS id, stage, kind, error_class AS error, message,
+                     source_topic || '[' || source_partition || ']@' || source_offset AS came_from, attempts, created_at,
+                     CASE WHEN {RETRIED} THEN 'tried again' ELSE 'open' END AS state
+              FROM dead_letters WHERE {where} ORDER BY commit_seq DESC LIMIT {int(count)}"""
+    found = store_of(settings).query(sql, values, limit_s=10.0)
+    if as_json or found.rows:
+        print_rows(found.columns, found.rows, as_json)
+    else:
+        click.echo("no dead letters")
+
+
+@dlq.command()
+@click.argument("identifier", metavar="ID")
+@json_option
+@common
+def show(settings: Settings, identifier: str, as_json: bool) -> None:
+    """One dead letter whole: its reason, its headers, and its message, decoded where that is possible.
+
+    ID is a dead letter's id, or the beginning of one.
+    """
+    from charter.pipeline import store_of
+
+    row = only_one(store_of(settings), identifier)
+    value = bytes(row.pop("value") or b"")
+    row |= {
+        "value_bytes": len(value),
+        "value": readable(value),
+        "source_key": bytes(row["source_key"] or b"").decode("utf-8", "replace"),
+    }
+    row["headers"] = {h["key"]: bytes(h["value"]).decode("utf-8", "replace") for h in row["headers"] or []}
+    if as_json:
+        click.echo(json.dumps([row], ensure_ascii=False, indent=2, default=str))
+    else:
+        print_rows(list(row), [tuple(row.values())], False)
+
+
+def readable(value: bytes) -> Any:
+    """A message as its record or, where it is none, as hexadecimal digits."""
+    from schemas.codec import RecordError, decode_any
+
+    try:
+        return decode_any(value).model_dump(mode="json")
+    except RecordError:
+        return value[:2000].hex(" ")
+
+
+def only_one(store: Store, identifier: str) -> dict[str, Any]:
+    from engine.errors import UsageError
+
+    sql = "SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?"
+    found = store.records(sql, ["".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"], limit_s=10.0)
+    if len(found) != 1:
+        raise UsageError(f"{identifier} is the beginning of {len(found) or 'no'} dead letters", "", "type: charter dlq list")
+    return found[0]
+
+
+@dlq.command()
+@click.argument("identifiers", metavar="ID...", nargs=-1)
+@chosen
+@click.option("--all", "everything", is_flag=True, help="Every one that is open.")
+@common
+def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, stage: str | None, kind: str | None) -> None:
+    """Put messages back on their topic, as they were, for the stage that gave up on them; no other stage sees them again.
+
+    Each is tried again once: a letter that fails again is a new dead letter.
+
+    \b
+    Examples:
+      charter dlq retry 3f2a
+      charter dlq retry --stage judge --kind EXHAUSTED
+      charter dlq retry --all
+    """
+    from charter.pipeline import connect, store_of
+
+    if not (identifiers or everything or stage or kind):
+        raise click.UsageError("say which: ids, --stage, --kind or --all")
+    store = store_of(settings)
+    if identifiers:
+        letters = [only_one(store, identifier) for identifier in identifiers]
+    else:
+        where, values = conditions(stage, kind)
+        letters = store.records(f"SELECT * FROM dead_letters WHERE {where} ORDER BY commit_seq", values, limit_s=60.0)
+    bus = connect(settings)
+    again = try_again(bus, letters)
+    bus.close()
+    before = len(letters) - again
+    click.echo(f"{again} messages are on their topics again" + (f"; {before} were tried again before" if before else ""))
+
+
+def try_again(bus: Bus, letters: Sequence[dict[str, Any]]) -> int:
+    """Publish those that were not tried again yet, each with the record that says so, in transactions."""
+    from engine.bus.read import read_values
+    from schemas.codec import decode
+    from schemas.records import Retry
+
+    writer = bus.writer("dlq.retry")  # two of these at once fence each other instead of doubling
+    try:
+        done = {decode(value, Retry).dead_letter_id for value in read_values(bus, Retry.topic)}
+        fresh = [letter for letter in letters if str(letter["record_id"]) not in done]
+        for start in range(0, len(fresh), BATCH):
+            writer.commit([message for letter in fresh[start : start + BATCH] for message in messages_of(letter)])
+    finally:
+        writer.close()
+    return len(fresh)
+
+
+def messages_of(letter: dict[str, Any]) -> list[Outgoing]:
+    """The original message, meant for the stage that gave up on it alone, and the record of the retry."""
+    from engine.bus.port import Outgoing
+    from engine.worker import ONLY, outgoing
+
+    headers = tuple((h["key"], bytes(h["value"])) for h in letter["headers"] or [] if h["key"] != ONLY)
+    key = bytes(letter["source_key"]) if letter["source_key"] is not None else b""
+    value = bytes(letter["value"]) if letter["value"] is not None else None
+    message = Outgoing(letter["source_topic"], key, value, (*headers, (ONLY, letter["stage"].encode())))
+    return [message, outgoing(retry_record(letter))]
+
+
+def retry_record(letter: dict[str, Any]) -> Record:
+    from schemas import ids
+    from schemas.records import Retry
+
+    letter_id = str(letter["record_id"])
+    return Retry(
+        record_id=ids.record_id("retry", [letter_id], ""),
+        parent_ids=[letter_id],
+        run_id=letter["run_id"],
+        stage="retry",
+        dead_letter_id=letter_id,
+        source_topic=letter["source_topic"],
+    )
+
+
+VERBS = (dlq,)

@@ -1,0 +1,101 @@
+"""What every verb of the command line shares: its options, its settings, and how it prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
+    options = [
+        click.option("--data", metavar="FOLDER", help="Data folder: database, embedded log, checkpoints."),
+        click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
+        click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
+        click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
+        click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.samples=4."),
+        click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
+        click.option("--traceback", is_flag=True, help="Show where an error came from."),
+    ]
+
+    @wraps(function)
+    def wrapper(
+        data: str | None,
+        bus: str | None,
+        run_id: str | None,
+        config: Path | None,
+        assignments: tuple[str, ...],
+        verbose: bool,
+        traceback: bool,
+        **rest: Any,
+    ) -> Any:
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+        # The client's own log tells of every retry; our errors say what it comes to.
+        logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
+        flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
+        chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
+        preset = PRESETS.get(function.__name__)
+        return function(**settings_for(function, chosen, config, preset), **rest)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
+    from engine.settings import load
+
+    settings, origins = load(flags, file, preset() if preset else None)
+    named = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
+
+
+def demo_preset() -> dict[str, dict[str, Any]]:
+    from charter.demo import PRESET
+
+    return PRESET
+
+
+PRESETS = {"demo": demo_preset}
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in assignments]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise click.UsageError(f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4")
+    return {name: value for name, _, value in pairs}
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="A list of objects as JSON.")
+
+
+def print_rows(columns: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    from charter.text import rows_text
+
+    if as_json:
+        objects = [dict(zip(columns, row, strict=True)) for row in rows]
+        click.echo(json.dumps(objects, ensure_ascii=False, indent=2, default=str))
+    elif columns:
+        click.echo(rows_text(columns, rows))
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set; a second signal kills as usual."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop

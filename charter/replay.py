@@ -1,0 +1,358 @@
+"""`charter replay`: earlier records through the stages again, as a run of its own; and `charter runs`, which compares runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows, stop_on_signals
+
+if TYPE_CHECKING:
+    from engine.bus.port import Bus, Offsets
+    from engine.host import Host
+    from engine.settings import Settings
+    from producers.replay import Selection
+    from schemas.records import Record, RunManifest
+
+STAGES = ("respond", "critique", "revise", "judge")
+LOOK_EVERY_S = 0.5
+
+
+@click.command()
+@click.option("--stage", type=click.Choice(STAGES), required=True, help="Where to begin; what follows from it runs too.")
+@click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
+@click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
+@click.option("--as", "name", metavar="NAME", help="The new run's name; without it one that follows from what is replayed.")
+@click.option("--constitution", help="Another constitution: a shipped one's name or a file.")
+@click.option("--model", help="Another model for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
+@click.option("--policy", type=int, help="The policy version that answers; without it the one that the source run used.")
+@click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
+@click.option("--only", is_flag=True, help="Run this stage alone, nothing that follows from it.")
+@click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
+@common
+def replay(settings: Settings, **how: Any) -> None:
+    """Run earlier records through the stages again, as a run of its own.
+
+    It reads the records of one run (--run, or --from run:NAME), up to the ends that the topics have when it starts, and is
+    over when everything that follows from them has ended. With the same configuration it makes the same record ids and adds
+    nothing to the views; with another it stands beside: select it by its run_id. Killed half way, the same command goes on.
+
+    \b
+    Examples:
+      charter replay --stage judge --constitution red-team --as rejudged
+      charter replay --stage respond --from 2026-11-24T10:00 --dry-run
+      charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
+    """
+    from charter.pipeline import connect
+
+    bus = connect(settings)
+    try:
+        plan = make_plan(settings, bus, **{key: value for key, value in how.items() if key != "dry_run"})
+        if how["dry_run"]:
+            for line in plan.told():
+                click.echo(line)
+        else:
+            play(plan, bus)
+    finally:
+        bus.close()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A replay, decided: the settings it runs under, what it reads, the stages, and the policy version that answers."""
+
+    settings: Settings
+    selection: Selection
+    stages: tuple[str, ...]
+    pinned: int | None
+    archive: bool
+    manifest: RunManifest
+    read: Callable[[], Iterator[Record]]
+
+    def told(self) -> list[str]:
+        """What it would do and cost."""
+        from charter.estimate import estimate, lines
+
+        records = list({record.record_id: record for record in self.read()}.values())
+        chars = sum(len(turn.content) for record in records for turn in getattr(record, "turns", []))
+        where = "the database" if self.archive else "the log"
+        answers = f"policy {self.pinned} answers" if self.pinned is not None and "respond" in self.stages else ""
+        topics = ", ".join(self.selection.topics)
+        return [
+            f"would replay {len(records)} records of run {self.selection.run} ({topics}) from {where}",
+            f"as run {self.settings.run.id}, through {', '.join(self.stages)}" + (f"; {answers}" if answers else ""),
+            *lines(estimate(self.settings, self.stages, len(records), chars)),
+        ]
+
+
+def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str, name: str | None, only: bool, archive: bool,
+              constitution: str | None, model: str | None, policy: int | None) -> Plan:  # fmt: skip
+    """Decide what is replayed; a replay that was begun before keeps the bounds that it began with."""
+    from charter.pipeline import ROLES, manifest_of, manifests, readers_of, store_of
+    from constitutions.loader import load
+    from engine.bus.port import TopicPartition
+    from engine.errors import UsageError
+    from producers.replay import Bound, Selection, ends_chain, starts_chain
+    from schemas import ids
+
+    known = manifests(bus)
+    source = start.removeprefix("run:") if start.startswith("run:") else settings.run.id
+    if source not in {manifest.run_id for manifest in known}:
+        there = ", ".join(dict.fromkeys(manifest.run_id for manifest in known)) or "none"
+        raise UsageError(f"there is no run {source}", f"the runs here are: {there}", "type: charter runs")
+    changed = {"run.constitution": constitution, f"models.{ROLES[stage]}": model}
+    chosen = with_changes(settings, {key: value for key, value in changed.items() if value})
+    loaded = load(chosen.run.constitution)
+    what = {"stage": stage, "source": source, "from": start, "to": end, "only": only, "policy": policy, "archive": archive}
+    fingerprint = ids.fingerprint(what=what, settings=shown(chosen), constitution=loaded.hash)
+    chosen = with_changes(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
+    if chosen.run.id == source:
+        raise UsageError(
+            "a replay is a run of its own", f"--as names the run that it reads, {source}", "give another: --as NAME"
+        )
+    topics = readers_of(chosen.judge.pairing)[stage]
+    topics = topics if stage != "critique" else ("responses",)  # its other input is made by the replay itself
+    before = next((json.loads(m.settings).get("replay") for m in known if m.run_id == chosen.run.id), None)
+    if before is None and chosen.run.id in {manifest.run_id for manifest in known}:
+        raise UsageError(f"{chosen.run.id} is a run already, and no replay", "", "give another name: --as NAME")
+    if before:
+        begins, ends = ({TopicPartition(t, p): o for t, p, o in before[bound]} for bound in ("begins", "ends"))
+    else:
+        begins = Bound("earliest" if start.startswith("run:") else start).offsets(bus, topics)
+        ends = Bound(end).offsets(bus, topics)
+    bounds = {"begins": [[*place, at] for place, at in begins.items()], "ends": [[*place, at] for place, at in ends.items()]}
+    wanted = ends_chain if stage == "judge" and chosen.judge.pairing == "revision" else starts_chain
+    selection = Selection(source, topics, begins, ends, wanted)
+    stages = (stage,) if only else closure(stage, chosen.judge.pairing)
+    pinned = pinned_policy(bus, source, policy, model) if "respond" in stages else None
+    store = store_of(chosen)
+    return Plan(
+        settings=chosen,
+        selection=selection,
+        stages=stages,
+        pinned=pinned,
+        archive=archive,
+        manifest=manifest_of(chosen, loaded, before or what | bounds | {"pinned": pinned}),
+        read=lambda: selection.from_archive(store) if archive else selection.from_bus(bus),
+    )
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude={"data", "bus", "run"})
+
+
+def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """The settings with some of them, by dotted name, changed."""
+    from engine.settings import Settings as Tree
+
+    values = settings.model_dump()
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    return Tree(**values)
+
+
+def closure(stage: str, pairing: str) -> tuple[str, ...]:
+    """The stage and every one that reads what it, or one that follows from it, makes."""
+    from charter.pipeline import readers_of
+
+    made = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences"}
+    reached, topics = {stage}, {made[stage]}
+    while more := {name for name, inputs in readers_of(pairing).items() if name not in reached and topics & set(inputs)}:
+        reached |= more
+        topics |= {made[name] for name in more}
+    return tuple(name for name in STAGES if name in reached)
+
+
+def pinned_policy(bus: Bus, source: str, policy: int | None, model: str | None) -> int:
+    """The policy version that answers: as told, another model's own weights, or the one that answered most in the source."""
+    from engine.bus.read import read_messages
+    from producers.replay import decoded
+
+    if policy is not None or model:
+        return policy or 0
+    run = ("run", source.encode())
+    versions = Counter(
+        record.policy_version or 0
+        for message in read_messages(bus, "responses")
+        if run in message.headers and (record := decoded(message))
+    )
+    return versions.most_common(1)[0][0] if versions else 0
+
+
+def play(plan: Plan, bus: Bus) -> None:
+    """Feed the records to the stages, and run these until everything has ended."""
+    from charter.pipeline import make_host, readers_of, sink_offsets, store_of, waiting
+    from producers.replay import feed
+    from schemas.topics import TOPICS
+
+    def archived() -> bool:
+        return not waiting(bus, sink_offsets(store_of(plan.settings), bus.cluster_id), bus.end_offsets(list(TOPICS)))
+
+    run_id, stop = plan.settings.run.id, stop_on_signals()
+    inputs = {stage: topics for stage, topics in readers_of(plan.settings.judge.pairing).items() if stage in plan.stages}
+    for stage, topics in inputs.items():
+        bus.seed(f"{run_id}.{stage}", bus.end_offsets(topics))  # what is there already is none of this run's
+    host = make_host(plan.settings, bus, plan.stages, sink=True, pinned=plan.pinned, manifest=plan.manifest)
+    published, earlier = feed(bus, plan.read(), run_id)
+    found = f"{published + earlier} records of run {plan.selection.run}"
+    click.echo(f"run {run_id}: {found}, {earlier} of them begun earlier, through {', '.join(plan.stages)}", err=True)
+    with host:
+        finished = wait_until_over(host, bus, sorted({topic for of_one in inputs.values() for topic in of_one}), stop)
+        while finished and not archived() and not host.failed.is_set() and not stop.wait(LOOK_EVERY_S):
+            pass
+    host.check()
+    made = ", ".join(f"{worker.stage.name} {worker.made}" for worker in host.workers)
+    state = "over" if finished else "stopped; the same command goes on with it"
+    click.echo(f"run {run_id} is {state}; written now: {made}")
+
+
+def wait_until_over(host: Host, bus: Bus, topics: Sequence[str], stop: Any) -> bool:
+    """Whether all that follows has ended: twice in a row everything is read and finished, and nothing was made in between."""
+    before = None
+    while not host.failed.is_set() and not stop.wait(LOOK_EVERY_S):
+        ends = bus.end_offsets(topics)
+        made = sum(worker.made for worker in host.workers)
+        idle = all(worker.caught_up(of(worker.stage.inputs, ends)) for worker in host.workers)
+        if idle and made == before:
+            return True
+        before = made if idle else None
+    return False
+
+
+def of(topics: Sequence[str], ends: Offsets) -> Offsets:
+    return {place: end for place, end in ends.items() if place.topic in topics}
+
+
+# Runs
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@common
+def runs(settings: Settings, as_json: bool) -> None:
+    """The runs of this database: list them (also without a verb), or compare two.
+
+    \b
+    Examples:
+      charter runs
+      charter runs compare live rejudged
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        show_runs(settings, as_json)
+
+
+@runs.command("list")
+@json_option
+@common
+def list_runs(settings: Settings, as_json: bool) -> None:
+    """Every run: what it is made of, and how many records it has (those that it shares with another run too)."""
+    show_runs(settings, as_json)
+
+
+RUNS = (
+    """
+WITH counted AS (SELECT run_id, topic, count(*) AS n FROM run_records GROUP BY ALL),
+     named AS (SELECT run_id, min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
+                      arg_max(settings, commit_seq) AS settings FROM raw.runs GROUP BY 1)
+SELECT run_id AS run, started, constitution,
+       coalesce(settings ->> '$.replay.stage', '') AS replays_from, coalesce(settings ->> '$.replay.source', '') AS of_run,
+       settings ->> '$.models.policy' AS policy, """
+    + ", ".join(
+        f"coalesce(sum(n) FILTER (topic = '{topic}'), 0)::BIGINT AS {topic}"
+        for topic in ("prompts", "responses", "critiques", "revisions", "preferences")
+    )
+    + """
+FROM named LEFT JOIN counted USING (run_id) GROUP BY ALL ORDER BY started"""
+)
+
+
+def show_runs(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import store_of
+
+    found = store_of(settings).query(RUNS, limit_s=30.0)
+    print_rows(found.columns, found.rows, as_json)
+
+
+@runs.command()
+@click.argument("first", metavar="RUN")
+@click.argument("second", metavar="RUN")
+@json_option
+@common
+def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
+    """What two runs differ in: settings, records that only one has, and labels of the same pair of answers.
+
+    \b
+    Examples:
+      charter runs compare live rejudged
+    """
+    from charter.pipeline import store_of
+
+    store = store_of(settings)
+    rows: list[tuple[Any, ...]] = [*settings_differences(store, first, second)]
+    for topic, shared, one, other in store.query(SHARED, [first, second], limit_s=30.0).rows:
+        rows.append((f"{topic} that both have", shared, shared))
+        rows.append((f"{topic} of its own", one, other))
+    labels = store.records(LABELS, [first, second], limit_s=30.0)
+    for label in labels:
+        head = f"labels by {label['principle']}"
+        rows.append((f"{head}: pairs that both judged", label["pairs"], label["pairs"]))
+        rows.append((f"{head}: mean p(a)", label["mean_first"], label["mean_second"]))
+        rows.append((f"{head}: another answer is better", "", label["flips"]))
+    print_rows(["what", first, second], rows, as_json)
+
+
+def settings_differences(store: Any, first: str, second: str) -> list[tuple[str, str, str]]:
+    """(setting, value in the first run, value in the second) where they differ."""
+    from engine.errors import UsageError
+
+    trees = []
+    for run in (first, second):
+        sql = (
+            "SELECT settings, constitution.name || ' ' || constitution.version AS name, constitution.hash AS hash FROM raw.runs"
+        )
+        found = store.records(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
+        if not found:
+            raise UsageError(f"there is no run {run}", "", "type: charter runs")
+        tree = flat(json.loads(found[0]["settings"])) | {
+            "constitution": found[0]["name"],
+            "constitution hash": found[0]["hash"],
+        }
+        trees.append({key: value for key, value in tree.items() if not key.startswith("replay.") and key != "run.id"})
+    return [
+        (key, str(trees[0].get(key, "")), str(trees[1].get(key, "")))
+        for key in sorted({*trees[0], *trees[1]})
+        if trees[0].get(key) != trees[1].get(key)
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names."""
+    flattened: dict[str, Any] = {}
+    for key, value in tree.items():
+        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flattened
+
+
+SHARED = """
+SELECT topic, count(*) FILTER (one AND other) AS shared, count(*) FILTER (one AND NOT other) AS one_alone,
+       count(*) FILTER (other AND NOT one) AS other_alone
+FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2) AS other FROM run_records
+      WHERE run_id IN ($1, $2) GROUP BY ALL)
+WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
+
+# The same pair of answers, judged in both runs; by the second run's principle, since the constitutions may differ.
+LABELS = """
+WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, a, b, p_a, principle_id
+                FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')
+SELECT two.principle_id AS principle, count(*) AS pairs, avg(one.p_a) AS mean_first, avg(two.p_a) AS mean_second,
+       count(*) FILTER ((one.p_a > 0.5) <> (two.p_a > 0.5)) AS flips
+FROM judged one JOIN judged two ON one.response_id = two.response_id AND one.a = two.a AND one.b = two.b
+WHERE one.run_id = $1 AND two.run_id = $2 GROUP BY 1 ORDER BY 1"""
+
+VERBS = (replay, runs)

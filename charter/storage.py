@@ -1,0 +1,140 @@
+"""The verbs that keep data over time: snapshot, backup, restore, migrate, forget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from charter.options import common
+
+if TYPE_CHECKING:
+    from engine.settings import Settings
+
+
+def bus_folder(settings: Settings) -> Path | None:
+    """The folder of the embedded log; None with Kafka."""
+    from engine.bus import KAFKA
+
+    return None if settings.bus_address.startswith(KAFKA) else Path(settings.bus_address)
+
+
+@click.command()
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+@common
+def snapshot(settings: Settings, target: Path) -> None:
+    """Copy the database to FILE, consistently and while everything runs: for a notebook, or a colleague.
+
+    \b
+    Examples:
+      charter snapshot monday.duckdb
+    """
+    from charter.pipeline import store_of
+    from engine import copies
+
+    records = copies.snapshot(store_of(settings), target)
+    click.echo(f"{target}: {records} records")
+
+
+@click.command()
+@click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
+@common
+def backup(settings: Settings, target: Path) -> None:
+    """Copy the database, the embedded log and the checkpoints to a new FOLDER, while everything runs.
+
+    A Kafka log is not in it: Kafka replicates its topics, and the archive in the database has what was read of them.
+
+    \b
+    Examples:
+      charter backup backups/2026-11-24
+    """
+    from engine import copies
+
+    for name, what in copies.backup(settings.folder, target, bus_folder(settings)).items():
+        click.echo(f"{name}: {', '.join(what) if isinstance(what, list) else what}")
+
+
+@click.command()
+@click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
+@common
+def restore(settings: Settings, source: Path) -> None:
+    """Make a new data folder (--data) from a backup.
+
+    \b
+    Examples:
+      charter restore backups/2026-11-24 --data restored
+    """
+    from engine import copies
+
+    copies.restore(source, settings.folder, click.echo)
+    click.echo(f"{settings.folder} is whole again; type: charter status --data {settings.folder}")
+
+
+@click.command()
+@common
+def migrate(settings: Settings) -> None:
+    """Bring a data folder of an older version of Charter to this one; what was there is kept beside it.
+
+    \b
+    Examples:
+      charter migrate
+    """
+    from charter.pipeline import store_of
+    from engine.migrate import migrate_database, migrate_log
+
+    folder = bus_folder(settings)
+    done = [*(migrate_log(folder) if folder else []), *migrate_database(store_of(settings))]
+    click.echo("\n".join(done) or f"{settings.folder} has this version's format already")
+
+
+@click.command()
+@click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
+@click.option("--reason", default="", help="Why; it is kept.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
+    """Delete everything that was made of a prompt from every database that is fed from this log, for good.
+
+    The deletion is a record on the log: each sink carries it out, future batches and replays respect it, and what still comes
+    of the prompt is not written. The log itself keeps its messages for as long as the topics are kept (bus.retention_ms), and
+    models that were trained on them stay as they are.
+
+    \b
+    Examples:
+      charter forget 3f2a1c04-... --reason "asked by its author"
+    """
+    from charter.pipeline import connect, find_prompts, store_of
+    from engine.errors import UsageError
+    from engine.worker import outgoing
+    from schemas import ids
+    from schemas.records import Forget
+
+    prompts = []
+    for identifier in identifiers:
+        found = find_prompts(store_of(settings), identifier)
+        if len(found) != 1:
+            raise UsageError(f"{identifier} is the beginning of {len(found) or 'no'} prompts", "", "give the whole prompt_id")
+        prompts += found
+    if not yes:
+        click.confirm(f"delete everything of {len(prompts)} prompts from the databases, for good?", abort=True)
+    bus = connect(settings)
+    bus.publish(
+        [
+            outgoing(
+                Forget(
+                    record_id=ids.record_id("forget", [prompt], ""),
+                    prompt_id=prompt,
+                    run_id=settings.run.id,
+                    stage="forget",
+                    reason=reason,
+                )
+            )
+            for prompt in prompts
+        ]
+    )
+    bus.close()
+    click.echo(f"{len(prompts)} prompts are forgotten as soon as the sink reads it (charter run)")
+
+
+VERBS = (snapshot, backup, restore, migrate, forget)

@@ -1,0 +1,157 @@
+"""`charter topics`: what is on the log, how it is kept, and how far everyone has read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows
+
+if TYPE_CHECKING:
+    from engine.bus.port import Bus, Offsets
+    from engine.settings import Settings
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@common
+def topics(settings: Settings, as_json: bool) -> None:
+    """The topics: list them (also without a verb), create them, describe one, see who lags behind.
+
+    \b
+    Examples:
+      charter topics
+      charter topics create --set bus.partitions=24 --set bus.replication=3
+      charter topics describe responses
+      charter topics lag --bus kafka://localhost:9092 --json
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        show_list(settings, as_json)
+
+
+@topics.command("list")
+@json_option
+@common
+def list_topics(settings: Settings, as_json: bool) -> None:
+    """Every topic: its record, partitions, and offsets (a transaction takes one too)."""
+    show_list(settings, as_json)
+
+
+def show_list(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import open_settings
+    from schemas.topics import TOPICS
+
+    bus = open_settings(settings)
+    there = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
+    names = [spec.name for spec in there]
+    begins, ends = bus.begin_offsets(names), bus.end_offsets(names)
+    rows: list[tuple[Any, ...]] = []
+    for spec in there:
+        messages = sum(end - begins[place] for place, end in ends.items() if place.topic == spec.name)
+        kept = "compacted" if spec.compacted else "all"
+        rows.append((spec.name, spec.record.__name__, bus.partitions(spec.name), kept, messages))
+    bus.close()
+    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, as_json)
+    if not as_json and len(there) < len(TOPICS):
+        click.echo(f"{len(TOPICS) - len(there)} topics are not there; type: charter topics create", err=True)
+
+
+@topics.command()
+@common
+def create(settings: Settings) -> None:
+    """Create the topics that are missing (bus.partitions, bus.replication, bus.retention_ms, bus.prefix).
+
+    The number of partitions stays as it is then; it bounds the useful copies of a stage.
+    """
+    from charter.pipeline import open_settings, topic_specs
+
+    bus, specs = open_settings(settings), topic_specs(settings)
+    made = set(bus.create_topics(specs))
+    bus.close()
+    for spec in specs:
+        state = "created" if spec.name in made else "was there"
+        click.echo(
+            f"{settings.bus.prefix}{spec.name}: {state}" + (f", {spec.partitions} partitions" if state == "created" else "")
+        )
+
+
+@topics.command()
+@click.argument("names", metavar="TOPIC...", nargs=-1)
+@json_option
+@common
+def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
+    """How topics are kept: partitions (as many copies of a stage can share the work), replicas, settings, offsets.
+
+    \b
+    Examples:
+      charter topics describe responses
+    """
+    from charter.pipeline import open_settings
+    from engine.errors import UsageError
+    from schemas.topics import TOPICS
+
+    bus, wanted = open_settings(settings), list(names) or list(TOPICS)
+    described = bus.describe(wanted)
+    if absent := sorted(set(wanted) - {d.name for d in described}):
+        raise UsageError(f"there is no topic {absent[0]}", "", "type: charter topics    (their names)")
+    begins, ends = bus.begin_offsets(wanted), bus.end_offsets(wanted)
+    bus.close()
+    rows = [
+        (d.name, d.topic_id, d.partitions, d.partitions, d.replicas, d.in_sync, *span(d.name, begins, ends), dict(d.configs))
+        for d in described
+    ]
+    columns = ["topic", "id", "partitions", "most_useful_copies", "replicas", "in_sync", "first", "next", "settings"]
+    print_rows(columns, rows, as_json)
+
+
+def span(topic: str, begins: Offsets, ends: Offsets) -> tuple[str, str]:
+    """First and next offsets, partition by partition."""
+    places = sorted(place for place in ends if place.topic == topic)
+    return " ".join(str(begins[place]) for place in places), " ".join(str(ends[place]) for place in places)
+
+
+@topics.command()
+@json_option
+@common
+def lag(settings: Settings, as_json: bool) -> None:
+    """How far each stage of a run (--run) and the sink are behind: in messages, and in seconds since the oldest that waits.
+
+    \b
+    Examples:
+      charter topics lag
+      charter topics lag --run live --bus kafka://localhost:9092
+    """
+    from charter.pipeline import open_settings, readers_of, sink_offsets, store_of
+    from schemas.topics import TOPICS
+
+    bus = open_settings(settings)
+    rows: list[tuple[Any, ...]] = []
+    for stage, names in readers_of(settings.judge.pairing).items():
+        rows += lag_rows(bus, stage, names, bus.committed(f"{settings.run.id}.{stage}", names))
+    if (store := store_of(settings)).path.exists():
+        rows += lag_rows(bus, "sink", list(TOPICS), sink_offsets(store, bus.cluster_id))
+    bus.close()
+    print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, as_json)
+
+
+def lag_rows(bus: Bus, reader: str, names: Sequence[str], committed: Offsets) -> list[tuple[Any, ...]]:
+    """(reader, topic, committed, end, messages behind, age of the oldest of them in seconds) for each topic."""
+    from charter.pipeline import waiting
+
+    begins, ends = bus.begin_offsets(names), bus.end_offsets(names)
+    stands = {place: max(committed.get(place, 0), begin) for place, begin in begins.items()}
+    oldest = waiting(bus, stands, ends)
+    rows: list[tuple[Any, ...]] = []
+    for topic in names:
+        places = [place for place in ends if place.topic == topic]
+        behind = sum(ends[place] - stands[place] for place in places if place in oldest)
+        since = min((oldest[place] for place in places if place in oldest), default=None)
+        age = None if since is None else round(time.time() - since / 1000, 1)
+        rows.append((reader, topic, sum(stands[p] for p in places), sum(ends[p] for p in places), behind, age))
+    return rows
+
+
+VERBS = (topics,)

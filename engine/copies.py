@@ -1,0 +1,121 @@
+"""Consistent copies of a data folder: a snapshot of the database for a notebook, a backup of everything, its restoration.
+
+A plain copy of a DuckDB file that someone writes to can silently miss rows. Here the gate is held as a reader for as long as
+the copying takes: the sink has then given the file back, everything that it has committed is in it, and the log keeps what
+comes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from engine.bus import embedded
+from engine.checkpoints import flush
+from engine.errors import UsageError
+from engine.store import Store, check_version, connected
+
+DATABASE = "charter.duckdb"
+CHECKPOINTS = "checkpoints"
+MANIFEST = "backup.json"
+WAIT_S = 60.0
+
+
+def snapshot(store: Store, target: Path) -> int:
+    """Copy the database to `target`, which appears complete or not at all; returns how many records it has."""
+    if target.exists():
+        raise UsageError(f"{target} is there already", "a snapshot never overwrites", "give another name, or remove it")
+    if not store.path.exists():
+        raise UsageError(f"there is no database at {store.path} yet", "the sink makes it", "type: charter run")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    with store.gate.read(WAIT_S):
+        for suffix in ("", ".wal"):  # a killed sink leaves its last transactions in the WAL
+            if (source := store.path.with_name(store.path.name + suffix)).exists():
+                shutil.copyfile(source, temporary.with_name(temporary.name + suffix))
+    with connected(temporary, read_only=False) as connection:  # folds the WAL in, and shows that the copy can be read
+        check_version(connection, temporary)
+        ((records,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
+    flush(temporary)
+    temporary.rename(target)
+    return int(records)
+
+
+def backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[str, object]:
+    """Copy a data folder (and its embedded log) to the new folder `target`; returns what is in it.
+
+    The database goes first and the log after it: the log then has everything that the database has, and the sink goes on from
+    there. A Kafka log is not copied; it is replicated by its own means.
+    """
+    if target.exists():
+        raise UsageError(f"{target} is there already", "a backup never overwrites", "give another name, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        about: dict[str, object] = {"created_at": datetime.now(UTC).isoformat()}
+        store = Store(folder / DATABASE)
+        if store.path.exists():
+            about["records"] = snapshot(store, temporary / DATABASE)
+        if bus_folder is not None and (bus_folder / embedded.FILE).exists():
+            about["messages"] = copy_log(bus_folder / embedded.FILE, temporary / embedded.FILE)
+        about["checkpoints"] = copy_checkpoints(folder / CHECKPOINTS, temporary / CHECKPOINTS)
+        (temporary / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(target.parent)
+    return about
+
+
+def copy_log(source: Path, target: Path) -> int:
+    """A consistent copy of the embedded log, also while others write to it."""
+    with closing(sqlite3.connect(source, timeout=embedded.BUSY_S)) as db, closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)
+        (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
+    return int(messages)
+
+
+def copy_checkpoints(source: Path, target: Path) -> list[str]:
+    """Every complete checkpoint; one that is just being written is hidden, and left out."""
+    names = sorted(p.name for p in source.iterdir() if not p.name.startswith(".")) if source.exists() else []
+    for name in names:
+        shutil.copytree(source / name, target / name, copy_function=linked_or_copied)
+    return names
+
+
+def linked_or_copied(source: str, target: str) -> None:
+    """Checkpoints are never written to again, so on one disk a second name for the file is a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def restore(source: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Fill the new data folder `folder` from a backup."""
+    if not (source / MANIFEST).is_file():
+        raise UsageError(f"{source} is no backup", f"it has no {MANIFEST}", "give a folder that charter backup has made")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "a restoration never overwrites", "give a new one: --data FOLDER")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, temporary / path.name)
+        elif path.name != MANIFEST:
+            shutil.copy2(path, temporary / path.name)
+        if path.name != MANIFEST:
+            say(f"{path.name} is back")
+    if folder.exists():
+        folder.rmdir()
+    temporary.chmod(0o755)
+    temporary.rename(folder)

@@ -1,0 +1,151 @@
+"""Replaying: records of an earlier run put on their topic again, under the run id of a new one.
+
+The stages of the new run then work on them like on any others, and its own records beyond them. What is read is bounded by the
+ends that the topics had when the replay first started (its manifest keeps them), so a replay that is started again reads the
+same. Everything is copied exactly once: what the topic already has of the new run is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from engine.bus.port import Bus, Message, Offsets, TopicPartition
+from engine.bus.read import read_between
+from engine.errors import UsageError
+from engine.store import Store
+from engine.worker import outgoing
+from schemas.codec import RecordError, decode
+from schemas.records import Chain, ChainEnd, Forget, Record
+from schemas.topics import TOPICS
+
+BATCH = 500
+EARLIEST = "earliest"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One end of a replay as it was typed: `earliest`, `latest`, an offset (in every partition) or a point in time."""
+
+    text: str
+
+    def offsets(self, bus: Bus, topics: Sequence[str]) -> Offsets:
+        """The offset that it means in each partition."""
+        begins, ends = bus.begin_offsets(topics), bus.end_offsets(topics)
+        if self.text == EARLIEST:
+            return begins
+        if self.text == LATEST:
+            return ends
+        if self.text.isdecimal():
+            return {place: min(max(int(self.text), begins[place]), end) for place, end in ends.items()}
+        return bus.offsets_at(topics, timestamp_ms(self.text))
+
+
+def timestamp_ms(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{text} says neither where nor when",
+            str(error),
+            "give earliest, latest, an offset such as 1200, a time such as 2026-11-24T10:00, or run:NAME",
+        ) from error
+    return int(moment.timestamp() * 1000)  # without a zone it is this machine's time
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a replay reads: the records of `run` between two offsets of each partition of `topics` that `wanted` takes."""
+
+    run: str
+    topics: tuple[str, ...]
+    begins: Offsets
+    ends: Offsets
+    wanted: Callable[[Record], bool]
+
+    def from_bus(self, bus: Bus) -> Iterator[Record]:
+        """From the log. What cannot be decoded is a dead letter already."""
+        run = ("run", self.run.encode())
+        for topic in self.topics:
+            begins = {place: offset for place, offset in self.begins.items() if place.topic == topic}
+            ends = {place: offset for place, offset in self.ends.items() if place.topic == topic}
+            for message in read_between(bus, begins, ends):
+                if run in message.headers and (record := decoded(message)) and self.wanted(record):
+                    yield record
+
+    def from_archive(self, store: Store) -> Iterator[Record]:
+        """From the database, which also has what the log keeps no more."""
+        for topic in self.topics:
+            spec = TOPICS[topic]
+            fields = ", ".join(f'"{name}"' for name in spec.record.model_fields)
+            sql = f"SELECT {fields}, _partition, _offset FROM raw.{spec.table} WHERE run_id = ? ORDER BY commit_seq"
+            for row in store.records(sql, [self.run], limit_s=600.0):
+                place, offset = TopicPartition(topic, row.pop("_partition")), row.pop("_offset")
+                record = spec.record.model_validate(plain(row))
+                if self.begins.get(place, 0) <= offset < self.ends.get(place, offset + 1) and self.wanted(record):
+                    yield record
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the record's own values: ids are text there."""
+    values: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(row, mode="json")
+    return values | {"created_at": row["created_at"].replace(tzinfo=UTC)}
+
+
+def decoded(message: Message) -> Record | None:
+    try:
+        return decode(message.value or b"", TOPICS[message.topic].record)
+    except RecordError:
+        return None
+
+
+def starts_chain(record: Record) -> bool:
+    """Whether the stages may begin with this record: a chain that is over has nothing left to revise."""
+    return not isinstance(record, Chain) or not record.final
+
+
+def ends_chain(record: Record) -> bool:
+    return isinstance(record, Chain) and record.final and record.ended not in (ChainEnd.NONE, ChainEnd.UNKNOWN)
+
+
+def forgotten(bus: Bus) -> set[str]:
+    """The prompts that are not to be worked on any more."""
+    begins, ends = bus.begin_offsets([Forget.topic]), bus.end_offsets([Forget.topic])
+    return {(message.key or b"").decode() for message in read_between(bus, begins, ends)}
+
+
+def feed(bus: Bus, records: Iterable[Record], run_id: str) -> tuple[int, int]:
+    """Publish records under the run `run_id`; returns how many were published now, and how many were there already."""
+    writer, left_out = bus.writer(f"replay.{run_id}"), forgotten(bus)
+    published, earlier, batch = 0, 0, []
+    seen: dict[str, set[str]] = {}
+    try:
+        for record in records:
+            there = seen.get(record.topic)
+            if there is None:
+                there = seen[record.topic] = present(bus, record.topic, run_id)
+            if record.record_id in there or record.prompt_id in left_out:
+                earlier += 1
+                continue
+            there.add(record.record_id)
+            batch.append(record.model_copy(update={"run_id": run_id}))
+            if len(batch) >= BATCH:
+                writer.commit([outgoing(copy) for copy in batch])
+                published, batch = published + len(batch), []
+        if batch:
+            writer.commit([outgoing(copy) for copy in batch])
+    finally:
+        writer.close()
+    return published + len(batch), earlier
+
+
+def present(bus: Bus, topic: str, run_id: str) -> set[str]:
+    """The ids of a run's records on a topic."""
+    run = ("run", run_id.encode())
+    messages = read_between(bus, bus.begin_offsets([topic]), bus.end_offsets([topic]))
+    return {record.record_id for message in messages if run in message.headers and (record := decoded(message))}
