@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,19 +28,21 @@ from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_values
 from engine.bus.security import client_options
 from engine.checkpoints import located, read
-from engine.errors import UsageError
+from engine.errors import RegistryUnreachable, UsageError
 from engine.host import Host, Run
 from engine.journal import Journal
 from engine.models import open_model
 from engine.models.port import Model
 from engine.policy import PolicyFollower, updates
+from engine.settings import Bus as BusSettings
 from engine.settings import Settings
 from engine.slots import Lease, Slot
 from engine.store import Store
 from engine.watchdog import Calls
 from engine.worker import Lane, Limits, Stage, Worker, outgoing
-from schemas import ids
+from schemas import codec, ids
 from schemas.codec import decode
+from schemas.confluent import Registry, SchemaRefused
 from schemas.records import ConstitutionRef, PolicyKind, PolicyUpdate, RunManifest, Sampling
 from schemas.topics import TopicSpec, topic_table
 
@@ -47,6 +50,7 @@ log = logging.getLogger("charter.pipeline")
 
 STAND_BY_S = 1.0
 LOOK_FOR_S = 2.0
+REGISTRY_WITHIN_S = 5.0
 STAGES = ("respond", "critique", "revise", "judge")
 ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "judge": "judge"}
 ENDPOINT_THREADS = 4
@@ -60,10 +64,34 @@ def connect(settings: Settings) -> Bus:
 
 
 def open_settings(settings: Settings) -> Bus:
-    """The bus of the settings, as it is."""
+    """The bus of the settings, as it is; from here on this process frames records as the settings say."""
+    use_framing(settings.bus)
     options = client_options(settings.bus) if settings.bus_address.startswith(KAFKA) else {}
     return open_bus(
         settings.bus_address, prefix=settings.bus.prefix, options=options, static_members=settings.bus.static_members
+    )
+
+
+def use_framing(wanted: BusSettings) -> None:
+    """Single-object framing, or Confluent's with its registry; with a registry both are read."""
+    if not wanted.schema_registry and wanted.framing == "confluent":
+        raise UsageError(
+            "the framing confluent needs a schema registry",
+            "",
+            "set bus.schema_registry to its URL, or leave bus.framing as it is",
+        )
+    try:
+        codec.use(wanted.framing, registry_of(wanted) if wanted.schema_registry else None)
+    except SchemaRefused as error:
+        raise UsageError(error.what, error.why, error.fix) from None
+    except ValueError as error:
+        raise UsageError(f"bus.schema_registry cannot be used: {error}") from None
+
+
+def registry_of(wanted: BusSettings) -> Registry:
+    login = os.environ.get(wanted.schema_registry_auth_env, "")
+    return Registry(
+        wanted.schema_registry, login=login, prefix=wanted.prefix, timeout_s=REGISTRY_WITHIN_S, away=RegistryUnreachable
     )
 
 

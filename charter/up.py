@@ -62,7 +62,12 @@ def up(settings: Settings, port: int) -> None:
 @click.command()
 @common
 def down(settings: Settings) -> None:
-    """Stop the Kafka that `charter up` has started. Its data stays."""
+    """Stop the Kafka that `charter up` has started. Its data stays.
+
+    \b
+    Examples:
+      charter down
+    """
     from engine.errors import UsageError
 
     state = settings.folder / "kafka" / STATE

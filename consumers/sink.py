@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from engine.bus.port import Bus, Message, Reader, TopicPartition
 from engine.dead_letters import dead_letter
-from engine.errors import CharterError, OffsetsLost, StoreBusy
+from engine.errors import CharterError, OffsetsLost, RegistryUnreachable, StoreBusy
 from engine.store import Store
 from engine.tables import arrow_schema, forget_statements, insert_statement
 from engine.watchdog import Calls
@@ -85,7 +85,7 @@ class Sink:
         return len(messages)
 
     def write_when_free(self, messages: Sequence[Message]) -> bool:
-        """Write, waiting as long as someone else holds the file; False when told to stop before it was free.
+        """Write, waiting while someone else holds the file or the schema registry is away; False when told to stop first.
 
         Nothing is lost while it waits: the log keeps what comes, and the lag grows.
         """
@@ -94,7 +94,7 @@ class Sink:
             try:
                 self.write(messages)
                 return True
-            except StoreBusy as error:
+            except (StoreBusy, RegistryUnreachable) as error:
                 self.release()
                 log.warning("the sink waits: %s: %s", error.what, error.why)
                 if self.stopping.wait(wait):

@@ -5,6 +5,7 @@
     +-- DependencyUnreachable       exit code 3: something outside is away; a stage pauses, nothing is lost
     |   +-- BusUnreachable
     |   +-- ModelUnreachable
+    |   +-- RegistryUnreachable
     |   +-- StoreBusy
     +-- CommitInDoubt               the writer must be thrown away and the committed offsets read again
     +-- Fenced                      another writer with this transactional id has taken over
@@ -51,6 +52,10 @@ class BusUnreachable(DependencyUnreachable):
 
 class ModelUnreachable(DependencyUnreachable):
     """A model cannot be loaded, or its server does not answer."""
+
+
+class RegistryUnreachable(DependencyUnreachable):
+    """The schema registry does not answer, or not as one."""
 
 
 class StoreBusy(DependencyUnreachable):

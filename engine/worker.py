@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from engine.bus.port import Bus, Message, Offsets, Outgoing, TopicPartition
 from engine.dead_letters import dead_letter
 from engine.errors import (
-    BusUnreachable,
     CharterError,
     CommitInDoubt,
     DeadLettersInARow,
@@ -198,8 +197,8 @@ class Worker:
                     self.poll()
                     self.commit()
                     bus_failures = 0
-                except BusUnreachable as error:
-                    log.warning("%s waits for the log: %s", self.stage.name, error.what)
+                except DependencyUnreachable as error:  # the log's, or the schema registry's
+                    log.warning("%s waits: %s", self.stage.name, error.what)
                     stop.wait(backoff(bus_failures))
                     bus_failures += 1
             self.commit()
@@ -232,7 +231,7 @@ class Worker:
             messages = self.consumer.poll(BUSY_POLL_S if self.in_flight else IDLE_POLL_S, room)
         epochs = self.consumer.assignment()
         self.drop_lost(epochs)
-        items = [self.item(message, epochs) for message in messages]
+        items = self.items(messages, epochs)
         with self.lane.changed:
             for item in items:
                 self.flight.setdefault(item.place, deque()).append(item)
@@ -241,6 +240,16 @@ class Worker:
             self.lane.changed.notify_all()
         if not messages:
             self.positions = self.consumer.positions()
+
+    def items(self, messages: Sequence[Message], epochs: Mapping[TopicPartition, int]) -> list[Item]:
+        """Decode messages; when that needs something that is away, they are read again later."""
+        try:
+            return [self.item(message, epochs) for message in messages]
+        except DependencyUnreachable:
+            for message in reversed(messages):  # so that the first of each partition has the last word
+                with suppress(PartitionLost):
+                    self.consumer.seek(TopicPartition(message.topic, message.partition), message.offset)
+            raise
 
     def caught_up(self, ends: Offsets) -> bool:
         """Whether it has finished everything below `ends` in the partitions that are its own."""

@@ -10,6 +10,7 @@ import pytest
 
 from engine.errors import DataFolderVersion, StoreBusy, UsageError
 from engine.store import Store
+from engine.tables import VERSION
 from schemas.topics import TOPICS
 
 
@@ -62,7 +63,7 @@ def test_a_database_of_another_version_is_left_alone(store):
     with store.writing() as connection:
         connection.execute("UPDATE raw.sink_state SET version = 99")
     for use in (store.prepare, lambda: store.query("SELECT 1")):
-        with pytest.raises(DataFolderVersion, match=r"99, ours: 1"):
+        with pytest.raises(DataFolderVersion, match=rf"99, ours: {VERSION}"):
             use()
 
 

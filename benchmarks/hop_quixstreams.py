@@ -1,0 +1,53 @@
+"""The stage that `benchmarks.hop` measures, and the same hop in quixstreams (librdkafka), exactly once, with our codec.
+
+Run by `benchmarks.hop` in a virtual environment of its own, which has quixstreams and not Kafka's Python client: that is why
+this file imports the schemas alone, and quixstreams only where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from schemas.codec import decode, encode
+from schemas.records import Candidate, Prompt, Response
+
+COMMIT_EVERY = 500
+
+
+def answer(prompt: Prompt) -> Response:
+    """A response at no cost, of about its prompt's size: the text comes back as the one candidate."""
+    return Response(
+        record_id=prompt.record_id,
+        parent_ids=[prompt.record_id],
+        prompt_id=prompt.prompt_id,
+        run_id=prompt.run_id,
+        stage="respond",
+        turns=[],
+        source=prompt.source,
+        candidates=[Candidate(index=0, text=prompt.turns[0].content)],
+    )
+
+
+def main(servers: str, source: str, target: str, group: str, count: int) -> None:
+    from quixstreams import Application
+
+    app = Application(
+        broker_address=servers,
+        consumer_group=group,
+        auto_offset_reset="earliest",
+        processing_guarantee="exactly-once",
+        commit_every=COMMIT_EVERY,
+        auto_create_topics=False,
+        producer_extra_config={"compression.type": "lz4"},
+        loglevel="WARNING",
+    )
+    raw = {"value_deserializer": "bytes", "key_deserializer": "bytes"}
+    stream = app.dataframe(app.topic(source, **raw))
+    stream = stream.apply(lambda value: encode(answer(decode(value, Prompt))))
+    stream.to_topic(app.topic(target, value_serializer="bytes", key_serializer="bytes"))
+    app.run(count=count)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
