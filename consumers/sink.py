@@ -17,17 +17,18 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import duckdb
 import pyarrow as pa
 
 from engine.bus.port import Bus, Message, Reader, TopicPartition
 from engine.dead_letters import dead_letter
-from engine.errors import CharterError, OffsetsLost, RegistryUnreachable, StoreBusy
-from engine.store import Store
+from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost
+from engine.store import Store, raise_if_full
 from engine.tables import arrow_schema, forget_statements, insert_statement
 from engine.watchdog import Calls
+from engine.worker import backoff
 from schemas.codec import RecordError, decode
 from schemas.records import DeadLetter, DeadLetterKind, Forget, Record
 from schemas.topics import TOPICS
@@ -65,9 +66,17 @@ class Sink:
     def run(self, stop: threading.Event) -> None:
         """Until `stop` is set; what was read by then is written."""
         self.stopping = stop
+        failures = 0
         try:
             while not stop.is_set():
-                self.step()
+                try:
+                    self.step()
+                    failures = 0
+                except BusUnreachable as error:
+                    self.release()
+                    log.warning("the sink waits: %s", error.what)
+                    stop.wait(backoff(failures))
+                    failures += 1
         finally:
             self.close()
 
@@ -85,7 +94,7 @@ class Sink:
         return len(messages)
 
     def write_when_free(self, messages: Sequence[Message]) -> bool:
-        """Write, waiting while someone else holds the file or the schema registry is away; False when told to stop first.
+        """Write, waiting while the file is held, its disk full or the registry away; False when told to stop first.
 
         Nothing is lost while it waits: the log keeps what comes, and the lag grows.
         """
@@ -94,7 +103,7 @@ class Sink:
             try:
                 self.write(messages)
                 return True
-            except (StoreBusy, RegistryUnreachable) as error:
+            except DependencyUnreachable as error:
                 self.release()
                 log.warning("the sink waits: %s: %s", error.what, error.why)
                 if self.stopping.wait(wait):
@@ -184,9 +193,11 @@ class Sink:
             for place, offset in offsets.items():
                 self.advance(connection, place, offset)
             connection.commit()
-        except BaseException:
-            connection.rollback()
+        except BaseException as error:
+            with suppress(duckdb.TransactionException):  # a commit that failed has rolled back already
+                connection.rollback()
             self.release()
+            raise_if_full(error, self.store.path)
             raise
         self.next_offsets |= offsets
         self.forgotten |= forgets

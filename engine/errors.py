@@ -7,6 +7,7 @@
     |   +-- ModelUnreachable
     |   +-- RegistryUnreachable
     |   +-- StoreBusy
+    |   +-- StoreFull
     +-- CommitInDoubt               the writer must be thrown away and the committed offsets read again
     +-- Fenced                      another writer with this transactional id has taken over
     +-- PartitionLost               the partition moved to another member before the commit
@@ -60,6 +61,10 @@ class RegistryUnreachable(DependencyUnreachable):
 
 class StoreBusy(DependencyUnreachable):
     """The DuckDB file is held by another process."""
+
+
+class StoreFull(DependencyUnreachable):
+    """The disk of the DuckDB file is full."""
 
 
 class CommitInDoubt(CharterError):

@@ -6,6 +6,8 @@ never kept waiting for long. Read connections are read-only, cannot reach files 
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 import duckdb
 
-from engine.errors import DataFolderVersion, StoreBusy, UsageError
+from engine.errors import DataFolderVersion, StoreBusy, StoreFull, UsageError
 from engine.gate import Gate
 from engine.tables import VERSION, create_statements
 
@@ -89,6 +91,7 @@ def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnect
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
     except (duckdb.IOException, duckdb.ConnectionException) as error:
+        raise_if_full(error, path)
         if isinstance(error, duckdb.IOException) and "lock" not in str(error).lower():
             raise DataFolderVersion(
                 f"{path} cannot be opened",
@@ -100,6 +103,16 @@ def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnect
         yield connection
     finally:
         connection.close()
+
+
+def raise_if_full(error: BaseException, path: Path) -> None:
+    """Raise StoreFull when DuckDB's error is the disk's."""
+    if isinstance(error, duckdb.Error) and any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        raise StoreFull(
+            f"the disk of {path} is full",
+            str(error).splitlines()[0][:300],
+            "make room; the sink then goes on by itself, and the log has kept what came",
+        ) from error
 
 
 def holder_of(message: str) -> str:

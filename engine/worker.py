@@ -197,7 +197,8 @@ class Worker:
                     self.poll()
                     self.commit()
                     bus_failures = 0
-                except DependencyUnreachable as error:  # the log's, or the schema registry's
+                except (DependencyUnreachable, CommitInDoubt) as error:  # of the log or the schema registry
+                    self.in_doubt |= isinstance(error, CommitInDoubt)
                     log.warning("%s waits: %s", self.stage.name, error.what)
                     stop.wait(backoff(bus_failures))
                     bus_failures += 1
@@ -337,7 +338,11 @@ class Worker:
             self.work(items)
             return
         messages = [item.message for item in items]
-        self.journal.begin(messages)
+        try:
+            self.journal.begin(messages)
+        except OSError as error:  # a full disk is no record's fault
+            self.pause(items, error)
+            return
         try:
             self.work(items)
         finally:

@@ -179,10 +179,12 @@ class Producer:
     def publish(self, path: str, *, first: int = 1, last: int | None = None) -> Report:
         """Publish lines `first` to `last` of a file (or "-"); goes on after what an earlier call published."""
         report = Report()
-        place = None if path == "-" else self.place(path, check_file(path), first, last)
-        start = place.next_line if place else first
-        # One writer per input: two producers of the same file fence each other instead of doubling it.
+        place = None if path == "-" else self.beginning(path, check_file(path), first, last)
+        # One writer per input: two producers of the same file fence each other instead of doubling it. So it comes first: once
+        # an earlier producer is fenced, where it stood is where it stays.
         writer = self.bus.writer(f"produce.{place.record_id if place else 'stdin'}")
+        place = self.newest(place) if place else None
+        start = place.next_line if place else first
         seen = self.published_before()
         batch: list[Prompt] = []
         done = start - 1
@@ -228,11 +230,11 @@ class Producer:
             origin=f"{Path(path).name}:{number}",
         )
 
-    def place(self, path: str, content_hash: str, first: int, last: int | None) -> Source:
-        """Where this run stands in this content (whatever the file is called)."""
+    def beginning(self, path: str, content_hash: str, first: int, last: int | None) -> Source:
+        """Where this run begins in this content (whatever the file is called)."""
         configuration = ids.fingerprint(content=content_hash, run=self.run_id, epoch=self.epoch, lines=[first, last])
         record_id = ids.record_id("source", [], configuration)
-        start = Source(
+        return Source(
             record_id=record_id,
             run_id=self.run_id,
             stage="produce",
@@ -241,8 +243,11 @@ class Producer:
             next_line=first,
             published=0,
         )
+
+    def newest(self, beginning: Source) -> Source:
+        """Where earlier calls came to."""
         known = [decode(value, Source) for value in read_values(self.bus, Source.topic)]
-        return max((s for s in known if s.record_id == record_id), key=lambda s: s.next_line, default=start)
+        return max([beginning, *(s for s in known if s.record_id == beginning.record_id)], key=lambda s: s.next_line)
 
     def commit(self, writer: Any, batch: Sequence[Prompt], place: Source | None, number: int, report: Report) -> None:
         """Prompts and the place after them, in one transaction."""

@@ -1,4 +1,4 @@
-"""A throw-away Apache Kafka broker (KRaft, one node) on loopback, from a folder with libs/*.jar and a Java runtime."""
+"""A throw-away Apache Kafka (KRaft) on loopback, from a folder with libs/*.jar and a Java runtime: one broker, or several."""
 
 import os
 import signal
@@ -7,12 +7,15 @@ import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
+from contextlib import ExitStack
 from pathlib import Path
 
 import kafka
+from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
 UP_WITHIN_S = 60
+LOOK_EVERY_S = 0.2
 
 
 def free_port() -> int:
@@ -22,34 +25,43 @@ def free_port() -> int:
 
 
 class Broker:
-    """Start on entering, stop on leaving; `kill` and `start` again in between keep the data."""
+    """Start on entering, stop on leaving; `kill` and `start` again in between keep the data.
 
-    def __init__(self, home: Path, folder: Path) -> None:
-        self.home, self.folder = home, folder
-        self.port, self.controller = free_port(), free_port()
+    Alone, or number `node` of a cluster in which `controllers` has everybody's port.
+    """
+
+    def __init__(
+        self, home: Path, folder: Path, node: int = 1, controllers: dict[int, int] | None = None, cluster: str = ""
+    ) -> None:
+        self.home, self.folder, self.node = home, folder, node
+        self.port = free_port()
+        self.controllers = controllers or {node: free_port()}
         self.address = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
         (folder / "server.properties").write_text(self.properties())
-        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # With "=": one id in 64 begins with a dash and would be taken for an option.
-        self.java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "--config=server.properties")
+        self.java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster or new_cluster()}", "--config=server.properties")
 
     def properties(self) -> str:
+        replicas = min(3, len(self.controllers))
+        in_sync = max(1, replicas - 1)
+        controller = self.controllers[self.node]
         settings = {
             "process.roles": "broker,controller",
-            "node.id": 1,
-            "controller.quorum.voters": f"1@127.0.0.1:{self.controller}",
-            "listeners": f"CLIENT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controller}",
+            "node.id": self.node,
+            "controller.quorum.voters": ",".join(f"{node}@127.0.0.1:{port}" for node, port in self.controllers.items()),
+            "listeners": f"CLIENT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": f"CLIENT://127.0.0.1:{self.port}",
             "listener.security.protocol.map": "CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "CLIENT",
             "log.dirs": self.folder / "data",
             "auto.create.topics.enable": "false",
-            "offsets.topic.replication.factor": 1,
+            "min.insync.replicas": in_sync,
+            "offsets.topic.replication.factor": replicas,
             "offsets.topic.num.partitions": 4,
-            "transaction.state.log.replication.factor": 1,
-            "transaction.state.log.min.isr": 1,
+            "transaction.state.log.replication.factor": replicas,
+            "transaction.state.log.min.isr": in_sync,
             "transaction.state.log.num.partitions": 4,
             "group.initial.rebalance.delay.ms": 0,
             # A killed broker comes back under its old number only once its old session has ended.
@@ -64,11 +76,19 @@ class Broker:
     def java(self, *arguments: str) -> None:
         subprocess.run(self.command(*arguments), cwd=self.folder, check=True, capture_output=True)
 
+    def launch(self) -> None:
+        with (self.folder / "broker.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command("kafka.Kafka", "server.properties"), cwd=self.folder, stdout=log, stderr=log
+            )
+
     def start(self) -> None:
-        log = (self.folder / "broker.log").open("ab")
-        self.process = subprocess.Popen(
-            self.command("kafka.Kafka", "server.properties"), cwd=self.folder, stdout=log, stderr=log
-        )
+        self.launch()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
+        assert self.process
         deadline = time.monotonic() + UP_WITHIN_S
         while True:
             try:
@@ -94,3 +114,52 @@ class Broker:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill()
+
+
+def new_cluster() -> str:
+    return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+
+
+class Cluster:
+    """Three brokers with everything replicated, so that any one of them can be lost."""
+
+    def __init__(self, home: Path, folder: Path, brokers: int = 3) -> None:
+        controllers = {node: free_port() for node in range(1, brokers + 1)}
+        cluster = new_cluster()
+        self.brokers = []
+        for node in controllers:
+            (folder / str(node)).mkdir(parents=True)
+            self.brokers.append(Broker(home, folder / str(node), node, controllers, cluster))
+        self.address = ",".join(broker.address for broker in self.brokers)
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Cluster":
+        for broker in self.brokers:
+            broker.launch()
+        for broker in self.brokers:
+            self.stack.push(broker)
+        for broker in self.brokers:
+            broker.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for broker in self.brokers:  # together: each waits for the others to take over
+            if broker.process and broker.process.poll() is None:
+                broker.process.terminate()
+        self.stack.close()
+
+    def wait_until_in_sync(self) -> None:
+        """Until every partition has all its replicas again: only then may another broker be lost."""
+        admin = KafkaAdminClient(bootstrap_servers=self.address.split(","))
+        deadline = time.monotonic() + UP_WITHIN_S
+        try:
+            while True:
+                described = admin.describe_topics(admin.list_topics())
+                partitions = [partition for topic in described for partition in topic["partitions"]]
+                if all(len(p["isr_nodes"]) == len(p["replica_nodes"]) for p in partitions):
+                    return
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the replicas do not catch up")
+                time.sleep(LOOK_EVERY_S)
+        finally:
+            admin.close()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,11 @@ from typing import Any
 from engine.bus.port import Bus
 from engine.bus.read import read_values
 from engine.checkpoints import Checkpoint, located, read, write
-from engine.errors import UsageError
+from engine.errors import CommitInDoubt, DependencyUnreachable, UsageError
 from engine.policy import updates
 from engine.settings import Settings
 from engine.store import Store
-from engine.worker import outgoing
+from engine.worker import backoff, outgoing
 from schemas import ids
 from schemas.codec import decode
 from schemas.records import BatchManifest, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate, Record, Score
@@ -49,6 +50,7 @@ from trainer.batches import (
 log = logging.getLogger("charter.trainer")
 PHASES = ("sft", "reward", "ppo")
 LOOK_EVERY_S = 2.0
+WRITER = "trainer"
 OnStep = Callable[[str, int, dict[str, float]], None]
 
 
@@ -82,7 +84,7 @@ class Trainer:
     on_step: OnStep = lambda phase, step, measures: None
 
     def __post_init__(self) -> None:
-        self.writer = self.bus.writer("trainer")
+        self.writer = self.bus.writer(WRITER)
 
     def close(self) -> None:
         self.writer.close()
@@ -260,14 +262,30 @@ class Trainer:
         return read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
 
     def loop(self, stop: threading.Event) -> None:
-        """Update whenever a phase has enough new rows, until `stop`."""
-        self.resume()
+        """Update whenever a phase has enough new rows, until `stop`; what is away is waited for."""
+        failures = 0
         while not stop.is_set():
-            phase = self.due()
-            if phase is None:
-                stop.wait(LOOK_EVERY_S)
+            try:
+                if failures:
+                    self.start_anew()
+                self.resume()
+                phase = self.due()
+                if phase is not None:
+                    self.update(phase)
+                failures = 0
+            except (DependencyUnreachable, CommitInDoubt) as error:
+                log.warning("the trainer waits: %s", error.what)
+                stop.wait(backoff(failures))
+                failures += 1
             else:
-                self.update(phase)
+                if phase is None:
+                    stop.wait(LOOK_EVERY_S)
+
+    def start_anew(self) -> None:
+        """A new writer settles what the last one left in doubt; the log then says whether it landed."""
+        with suppress(CommitInDoubt, DependencyUnreachable):
+            self.writer.close()
+        self.writer = self.bus.writer(WRITER)
 
 
 Trained = tuple[Callable[[Path], None], dict[str, float]]

@@ -110,6 +110,8 @@ class Connection:
         except sqlite3.DatabaseError as error:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise  # nothing was written, and it can be tried again
             raise CommitInDoubt("a commit to the embedded log failed", str(error)) from error
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple]:

@@ -1,0 +1,72 @@
+"""One process of the system under test: the command line of Charter, with a FAKE model and FAKE learners.
+
+The model answers by hashing, and as slowly as it is told, so that a kill finds work in hand. A learner writes a checkpoint that
+holds nothing but a number. All else is what `charter` runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import engine.models
+from engine.models.port import Ask, Generation, OptionScores
+from engine.models.scripted import ScriptedModel
+
+MARK = "fake.json"
+BATCH_S = float(os.environ.get("CHAOS_BATCH_S", "0.02"))
+STEPS = 4
+
+
+@dataclass
+class SlowScriptedModel(ScriptedModel):
+    """A fake for tests that takes its time."""
+
+    def generate(self, batch: Sequence[Ask], **how: Any) -> list[list[Generation]]:
+        time.sleep(BATCH_S)
+        return super().generate(batch, **how)
+
+    def option_logprobs(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
+        time.sleep(BATCH_S)
+        return super().option_logprobs(batch, options)
+
+
+def open_fake(spec: str, **options: Any) -> SlowScriptedModel:
+    """The fake itself, or the one that a fake learner has "trained"."""
+    mark = Path(spec) / MARK
+    return replace(SlowScriptedModel(), revision=json.loads(mark.read_text())["revision"] if mark.exists() else "fake")
+
+
+def learn(trainer: Any, batch: Any) -> Any:
+    """A fake update: some steps whose numbers are published, and a folder that only names its batch."""
+    for step in range(STEPS):
+        time.sleep(BATCH_S)
+        trainer.step(batch.manifest, step, {"loss": 1.0 / (1 + step)})
+
+    def save(folder: Path) -> None:
+        (folder / MARK).write_text(json.dumps({"revision": batch.manifest.record_id[:8]}))
+
+    return save, {"beta": 0.1, "rows": float(len(batch.rows))}
+
+
+def main() -> None:
+    import charter.cli
+    import charter.pipeline
+
+    charter.pipeline.open_model = open_fake
+    if "train" in os.sys.argv:  # type: ignore[attr-defined]
+        import trainer.loop
+
+        trainer.loop.LEARNERS = dict.fromkeys(trainer.loop.PHASES, learn)
+        trainer.loop.LOOK_EVERY_S = 0.2
+        engine.models.model_folder = Path
+    charter.cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Charter under failure, small: each scenario of `python -m tests.chaos` at a size that a test suite can afford."""
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import broken
+from tests.chaos.killing import Sizes, kill_everything
+from tests.tests_kafka import Broker
+
+pytestmark = pytest.mark.timeout(600)
+own_broker = pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to kill: set KAFKA_HOME")
+
+
+def run(lines):
+    """A scenario raises when a promise did not hold."""
+    return list(lines)
+
+
+@pytest.fixture
+def prefix():
+    return f"c{uuid.uuid4().hex[:8]}."
+
+
+def test_kill_9_over_every_part_on_the_embedded_log(tmp_path):
+    said = run(kill_everything(tmp_path, Sizes(prompts=120, kills=10, seed=3), on_kafka=False))
+    assert said[-1] == "every table equals the undisturbed run's"
+
+
+@pytest.mark.kafka
+@own_broker
+def test_kill_9_over_every_part_and_a_broker_while_policies_are_published(tmp_path):
+    sizes = Sizes(prompts=120, kills=8, broker_kills=1, seed=4, publish=True)
+    said = run(kill_everything(tmp_path, sizes, on_kafka=True))
+    assert "answers by version" in said[-1]
+
+
+@pytest.mark.kafka
+@own_broker
+def test_a_commit_that_says_yes_although_nothing_was_written(tmp_path):
+    with Broker(Path(os.environ["KAFKA_HOME"]), tmp_path) as broker:
+        assert len(run(broken.silent_commit(broker, 1))) == 1
+
+
+@pytest.mark.kafka
+def test_a_copy_that_wakes_after_its_partitions_moved_writes_nothing(tmp_path, kafka_address, prefix):
+    run(broken.zombie(tmp_path, kafka_address, prompts=60, prefix=prefix))
+
+
+@pytest.mark.kafka
+def test_copies_join_and_leave_while_work_goes_on(tmp_path, kafka_address, prefix):
+    run(broken.storm(tmp_path, kafka_address, prompts=80, changes=8, prefix=prefix))
+
+
+def mounted(scenario):
+    try:
+        run(scenario)
+    except PermissionError as error:
+        pytest.skip(f"no small disk to fill: {error}")
+
+
+def test_a_full_disk_under_the_database(tmp_path):
+    mounted(broken.full_disk_of_the_sink(tmp_path, prompts=500))
+
+
+def test_a_full_disk_under_the_embedded_log(tmp_path):
+    mounted(broken.full_disk_of_the_log(tmp_path))
+
+
+def test_a_database_that_another_program_holds(tmp_path):
+    run(broken.held_file(tmp_path, prompts=40, held_s=8.0))
+
+
+@pytest.mark.kafka
+def test_hostile_bytes_on_kafka(tmp_path, kafka_address, prefix):
+    run(broken.hostile_bytes(tmp_path, kafka_address, count=1000, prefix=prefix))
