@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from engine.bus.port import Bus, Offsets
     from engine.host import Host
     from engine.settings import Settings
-    from producers.replay import Selection
+    from producers.replay import Archived, Selection
     from schemas.records import Record, RunManifest
 
 STAGES = ("respond", "critique", "revise", "judge")
@@ -67,7 +68,7 @@ class Plan:
     """A replay, decided: the settings it runs under, what it reads, the stages, and the policy version that answers."""
 
     settings: Settings
-    selection: Selection
+    selection: Selection | Archived
     stages: tuple[str, ...]
     pinned: int | None
     archive: bool
@@ -97,7 +98,7 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     from constitutions.loader import load
     from engine.bus.port import TopicPartition
     from engine.errors import UsageError
-    from producers.replay import Bound, Selection, ends_chain, starts_chain
+    from producers.replay import EARLIEST, Archived, Bound, Selection, ends_chain, starts_chain
     from schemas import ids
 
     known = manifests(bus)
@@ -120,17 +121,24 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     before = next((json.loads(m.settings).get("replay") for m in known if m.run_id == chosen.run.id), None)
     if before is None and chosen.run.id in {manifest.run_id for manifest in known}:
         raise UsageError(f"{chosen.run.id} is a run already, and no replay", "", "give another name: --as NAME")
-    if before:
-        begins, ends = ({TopicPartition(t, p): o for t, p, o in before[bound]} for bound in ("begins", "ends"))
-    else:
-        begins = Bound("earliest" if start.startswith("run:") else start).offsets(bus, topics)
-        ends = Bound(end).offsets(bus, topics)
-    bounds = {"begins": [[*place, at] for place, at in begins.items()], "ends": [[*place, at] for place, at in ends.items()]}
     wanted = ends_chain if stage == "judge" and chosen.judge.pairing == "revision" else starts_chain
-    selection = Selection(source, topics, begins, ends, wanted)
+    begin = EARLIEST if start.startswith("run:") else start
+    store = store_of(chosen)
+    selection: Selection | Archived
+    if archive:
+        bounds: dict[str, Any] = before or {"before_seq": store.query("SELECT next_seq FROM raw.sink_state").rows[0][0]}
+        selection = archived = Archived(source, topics, begin, end, bounds["before_seq"], wanted)
+        read = partial(archived.read, store)
+    else:
+        bounds = before or {
+            "begins": listed(Bound(begin).offsets(bus, topics)),
+            "ends": listed(Bound(end).offsets(bus, topics)),
+        }
+        begins, ends = ({TopicPartition(t, p): o for t, p, o in bounds[bound]} for bound in ("begins", "ends"))
+        selection = logged = Selection(source, topics, begins, ends, wanted)
+        read = partial(logged.read, bus)
     stages = (stage,) if only else closure(stage, chosen.judge.pairing)
     pinned = pinned_policy(bus, source, policy, model) if "respond" in stages else None
-    store = store_of(chosen)
     return Plan(
         settings=chosen,
         selection=selection,
@@ -138,8 +146,13 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
         pinned=pinned,
         archive=archive,
         manifest=manifest_of(chosen, loaded, before or what | bounds | {"pinned": pinned}),
-        read=lambda: selection.from_archive(store) if archive else selection.from_bus(bus),
+        read=read,
     )
+
+
+def listed(offsets: Offsets) -> list[list[Any]]:
+    """As they are kept in a manifest."""
+    return [[*place, offset] for place, offset in offsets.items()]
 
 
 def shown(settings: Settings) -> dict[str, Any]:

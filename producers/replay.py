@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from engine.bus.port import Bus, Message, Offsets, TopicPartition
+from engine.bus.port import Bus, Message, Offsets
 from engine.bus.read import read_between
 from engine.errors import UsageError
 from engine.store import Store
@@ -68,8 +68,8 @@ class Selection:
     ends: Offsets
     wanted: Callable[[Record], bool]
 
-    def from_bus(self, bus: Bus) -> Iterator[Record]:
-        """From the log. What cannot be decoded is a dead letter already."""
+    def read(self, bus: Bus) -> Iterator[Record]:
+        """What cannot be decoded is a dead letter already."""
         run = ("run", self.run.encode())
         for topic in self.topics:
             begins = {place: offset for place, offset in self.begins.items() if place.topic == topic}
@@ -78,17 +78,40 @@ class Selection:
                 if run in message.headers and (record := decoded(message)) and self.wanted(record):
                     yield record
 
-    def from_archive(self, store: Store) -> Iterator[Record]:
-        """From the database, which also has what the log keeps no more."""
+
+@dataclass(frozen=True)
+class Archived:
+    """The same from the database, which also has what the log keeps no more (or an earlier log had).
+
+    `start` and `end` are bounds as they were typed; `before_seq` is the commit sequence at which the replay began.
+    """
+
+    run: str
+    topics: tuple[str, ...]
+    start: str
+    end: str
+    before_seq: int
+    wanted: Callable[[Record], bool]
+
+    def read(self, store: Store) -> Iterator[Record]:
         for topic in self.topics:
             spec = TOPICS[topic]
             fields = ", ".join(f'"{name}"' for name in spec.record.model_fields)
-            sql = f"SELECT {fields}, _partition, _offset FROM raw.{spec.table} WHERE run_id = ? ORDER BY commit_seq"
-            for row in store.records(sql, [self.run], limit_s=600.0):
-                place, offset = TopicPartition(topic, row.pop("_partition")), row.pop("_offset")
+            where = f"run_id = ? AND commit_seq < ? AND {compared('>=', self.start)} AND {compared('<', self.end)}"
+            sql = f"SELECT {fields} FROM raw.{spec.table} WHERE {where} ORDER BY commit_seq"
+            for row in store.records(sql, [self.run, self.before_seq], limit_s=600.0):
                 record = spec.record.model_validate(plain(row))
-                if self.begins.get(place, 0) <= offset < self.ends.get(place, offset + 1) and self.wanted(record):
+                if self.wanted(record):
                     yield record
+
+
+def compared(operator: str, bound: str) -> str:
+    """A bound as a condition on an archived row."""
+    if bound in (EARLIEST, LATEST):
+        return "TRUE"
+    if bound.isdecimal():
+        return f"_offset {operator} {int(bound)}"
+    return f"epoch_ms(created_at) {operator} {timestamp_ms(bound)}"
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

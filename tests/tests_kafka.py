@@ -40,7 +40,16 @@ class Broker:
         self.process: subprocess.Popen | None = None
         (folder / "server.properties").write_text(self.properties())
         # With "=": one id in 64 begins with a dash and would be taken for an option.
-        self.java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster or new_cluster()}", "--config=server.properties")
+        named = f"--cluster-id={cluster or new_cluster()}"
+        self.java("kafka.tools.StorageTool", "format", named, "--config=server.properties", *self.users())
+
+    def users(self) -> list[str]:
+        """What the formatting is told of users."""
+        return []
+
+    def client(self) -> dict[str, object]:
+        """kafka-python's settings for it."""
+        return {"bootstrap_servers": self.address}
 
     def properties(self) -> str:
         replicas = min(3, len(self.controllers))
@@ -92,7 +101,7 @@ class Broker:
         deadline = time.monotonic() + UP_WITHIN_S
         while True:
             try:
-                kafka.KafkaConsumer(bootstrap_servers=self.address, bootstrap_timeout_ms=2000).close()
+                kafka.KafkaConsumer(**self.client(), bootstrap_timeout_ms=2000).close()
                 return
             except (KafkaError, OSError):
                 if self.process.poll() is not None or time.monotonic() > deadline:
@@ -114,6 +123,52 @@ class Broker:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill()
+
+
+class SecureBroker(Broker):
+    """Behind SASL_SSL, with a certificate of its own; USER logs in with PASSWORD by SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN."""
+
+    USER, PASSWORD = "charter", "s3cret-of-the-test"
+
+    def __init__(self, home: Path, folder: Path) -> None:
+        self.ca = folder / "ca.pem"
+        store = ["-alias", "broker", "-keystore", "broker.p12", "-storetype", "PKCS12", "-storepass", self.PASSWORD]
+        names = ["-dname", "CN=localhost", "-ext", "SAN=dns:localhost,ip:127.0.0.1", "-ext", "bc=ca:true"]
+        for command in (
+            ["keytool", "-genkeypair", "-keyalg", "RSA", "-keysize", "2048", *names, *store],
+            ["keytool", "-exportcert", "-rfc", "-file", "ca.pem", *store],
+        ):
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        super().__init__(home, folder)
+
+    def users(self) -> list[str]:
+        login = f"[name={self.USER},password={self.PASSWORD}]"
+        return ["--add-scram", f"SCRAM-SHA-512={login}", "--add-scram", f"SCRAM-SHA-256={login}"]
+
+    def properties(self) -> str:
+        login = f'required username="{self.USER}" password="{self.PASSWORD}"'
+        scram = f"org.apache.kafka.common.security.scram.ScramLoginModule {login};"
+        plain = f'org.apache.kafka.common.security.plain.PlainLoginModule {login} user_{self.USER}="{self.PASSWORD}";'
+        settings = {
+            "listener.security.protocol.map": "CLIENT:SASL_SSL,CONTROLLER:PLAINTEXT",
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
+            "sasl.mechanism.inter.broker.protocol": "SCRAM-SHA-512",
+            "listener.name.client.scram-sha-512.sasl.jaas.config": scram,
+            "listener.name.client.scram-sha-256.sasl.jaas.config": scram,
+            "listener.name.client.plain.sasl.jaas.config": plain,
+            "ssl.keystore.location": self.folder / "broker.p12",
+            "ssl.keystore.type": "PKCS12",
+            "ssl.keystore.password": self.PASSWORD,
+            "ssl.truststore.location": self.ca,
+            "ssl.truststore.type": "PEM",
+        }
+        kept = [line for line in super().properties().splitlines() if line.partition("=")[0] not in settings]
+        return "\n".join([*kept, *(f"{key}={value}" for key, value in settings.items())])
+
+    def client(self) -> dict[str, object]:
+        secure = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "ssl_cafile": str(self.ca)}
+        login = {"sasl_plain_username": self.USER, "sasl_plain_password": self.PASSWORD}
+        return super().client() | secure | login
 
 
 def new_cluster() -> str:

@@ -91,11 +91,14 @@ def silent_commit(broker: Broker, times: int, *, per_time: int = 40, outage_s: f
     armed, bus = threading.Event(), open_bus(f"kafka://{broker.address}", prefix=f"silent{time.time_ns()}.")
     bus.create_topics(list(TOPICS.values()))
     with short_delivery(2000), killed_in_mid_transaction(broker, armed) as dead:
-        worker = Worker(bus, Stage("respond", ("prompts",), ("responses",), 0, 8, echo), Lane("chaos"), run_id="r", slot="0")
+        stage, begun = Stage("respond", ("prompts",), ("responses",), 0, 8, echo), threading.Event()
+        worker = Worker(bus, stage, Lane("chaos"), run_id="r", slot="0", admits=begun.is_set)
         with Host([worker]) as host:
             for number in range(times):
-                armed.set()
+                begun.clear()
                 bus.publish([outgoing(prompt(f"{number} {n}")) for n in range(per_time)])
+                armed.set()
+                begun.set()
                 until(dead.is_set, "a transaction begins", every_s=0.01)
                 dead.clear()
                 time.sleep(outage_s)

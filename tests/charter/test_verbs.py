@@ -1,0 +1,334 @@
+"""The verbs of operation on a stream that has run: replay, runs, dlq, topics, snapshot, backup, restore, migrate, forget."""
+
+import json
+import os
+import sqlite3
+import uuid
+from pathlib import Path
+
+import duckdb
+import pytest
+from click.testing import CliRunner
+
+from charter.cli import cli
+from charter.pipeline import STAGES, connect, make_host, store_of
+from engine.bus import embedded
+from engine.bus.read import read_values
+from engine.errors import DataFolderVersion, UsageError
+from engine.migrate import migrate_log
+from engine.models.scripted import POISON
+from engine.settings import load
+from engine.tables import VERSION
+from producers.files import SHIPPED, Producer
+from schemas.codec import decode
+from schemas.records import DeadLetter, Prompt
+
+PROMPTS = 6
+
+
+class Place:
+    """A data folder, its log, and the command line on them."""
+
+    def __init__(self, folder, address="", prefix=""):
+        self.folder = folder
+        self.flags = {
+            "data.folder": str(folder),
+            "models.policy": "scripted",
+            "critique.rounds": "1",
+            "prompts.eval_share": "0",
+        }
+        self.flags |= {"bus.address": address, "bus.prefix": prefix} if address else {}
+
+    def settings(self, **more):
+        return load(self.flags | {key.replace("__", "."): value for key, value in more.items()}, environment={})[0]
+
+    def call(self, *arguments, code=0):
+        words = [word for key, value in self.flags.items() for word in ("--set", f"{key}={value}")]
+        done = CliRunner().invoke(cli, [*map(str, arguments), *words])
+        if code == 0 and done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return done.stdout
+
+    def fails(self, error, match, *arguments):
+        with pytest.raises(error, match=match):
+            self.call(*arguments)
+
+    def rows(self, *arguments):
+        return json.loads(self.call(*arguments, "--json"))
+
+    def sql(self, text):
+        return store_of(self.settings()).query(text, limit_s=20.0).rows
+
+    def stream(self, count, sql="SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL", **more):
+        """Run all stages until a query gives `count`."""
+        settings = self.settings(**more)
+        bus = connect(settings)
+        with make_host(settings, bus, STAGES, sink=True) as host:
+            while not settings.folder.joinpath("charter.duckdb").exists() or self.sql(sql) != [(count,)]:
+                host.failed.wait(0.05)
+                host.check()
+        bus.close()
+
+    def publish(self, *texts):
+        path = self.folder.parent / f"{uuid.uuid4().hex}.jsonl"
+        path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        self.call("produce", path)
+
+
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def any_bus(request, tmp_path):
+    if request.param == "embedded":
+        return Place(tmp_path / "data")
+    return Place(tmp_path / "data", request.getfixturevalue("kafka_address"), f"v{uuid.uuid4().hex[:8]}.")
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path / "data")
+
+
+def streamed(place):
+    bus = connect(place.settings())
+    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus.close()
+    place.stream(PROMPTS)
+    return place
+
+
+COUNTS = "SELECT topic, records FROM pipeline_status WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences')"
+
+
+# Replay and runs
+
+
+def test_judging_again_under_another_constitution_stands_beside_and_generates_nothing(any_bus):
+    place = streamed(any_bus)
+    before = dict(place.sql(COUNTS))
+    said = place.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again", "--dry-run")
+    assert f"would replay {PROMPTS} records of run live" in said and "judge" in said
+    assert [row["run"] for row in place.rows("runs")] == ["live"]  # a dry run leaves nothing behind
+    said = place.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again")
+    assert f"judge {PROMPTS}" in said
+    after = dict(place.sql(COUNTS))
+    assert after == before | {"preferences": 2 * before["preferences"]}
+    runs = {row["run"]: row for row in place.rows("runs")}
+    assert runs["again"]["of_run"] == "live" and runs["again"]["constitution"] == "red-team"
+    assert (runs["again"]["preferences"], runs["live"]["preferences"]) == (before["preferences"], before["preferences"])
+    compared = {row["what"]: row for row in place.rows("runs", "compare", "live", "again")}
+    assert compared["constitution"]["again"].startswith("red-team") and compared["preferences of its own"]["again"] == PROMPTS
+    assert place.sql("SELECT count(*) FROM dead_letters") == [(0,)]
+    assert place.rows("status") and not read_values_of(place, "dead-letters")
+    again = place.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again")
+    assert "judge 0" in again and dict(place.sql(COUNTS)) == after  # it was over
+
+
+def read_values_of(place, topic):
+    bus = connect(place.settings())
+    try:
+        return read_values(bus, topic)
+    finally:
+        bus.close()
+
+
+def test_the_same_configuration_makes_the_same_ids_and_adds_nothing(place):
+    streamed(place)
+    before = dict(place.sql(COUNTS))
+    place.call("replay", "--stage", "respond", "--as", "again", "--from", "run:live")
+    assert dict(place.sql(COUNTS)) == before
+    assert place.sql("SELECT count(*) FROM raw.responses WHERE is_duplicate AND run_id = 'again'") == [(PROMPTS,)]
+    runs = {row["run"]: row for row in place.rows("runs")}
+    shown = ("responses", "critiques", "revisions", "preferences")
+    assert [runs["again"][topic] for topic in shown] == [runs["live"][topic] for topic in shown]
+
+
+def test_a_replay_reads_what_the_log_keeps_no_more_from_the_archive(place):
+    streamed(place)
+    (place.folder / embedded.FILE).unlink()
+    before = dict(place.sql(COUNTS))
+    place.fails(UsageError, "there is no run live", "replay", "--stage", "judge", "--archive", "--as", "again")
+    # A new log knows no runs until something has run on it.
+    place.publish("something new")
+    place.stream(PROMPTS + 1)
+    before = dict(place.sql(COUNTS))
+    again = ("replay", "--stage", "judge", "--constitution", "customer-service", "--archive", "--as", "again")
+    assert "would replay 0 records" in place.call(*again, "--to", "2000-01-01", "--dry-run")
+    place.call(*again)
+    assert dict(place.sql(COUNTS))["preferences"] == 2 * before["preferences"]
+
+
+def test_bounds_of_a_replay(place):
+    streamed(place)
+    assert "would replay 0 records" in place.call("replay", "--stage", "respond", "--from", "2999-01-01", "--dry-run")
+    assert f"would replay {PROMPTS} records" in place.call("replay", "--stage", "respond", "--to", "2999-01-01", "--dry-run")
+    assert "would replay 0 records" in place.call("replay", "--stage", "respond", "--from", "1000000", "--dry-run")
+    place.fails(UsageError, "neither where nor when", "replay", "--stage", "respond", "--from", "yesterday-ish", "--dry-run")
+    place.fails(UsageError, "there is no run nowhere", "replay", "--stage", "judge", "--from", "run:nowhere")
+    place.fails(UsageError, "a replay is a run of its own", "replay", "--stage", "judge", "--as", "live")
+
+
+def test_two_runs_at_once_share_one_database(tmp_path):
+    """The second process's sink stands by; each run's stages leave the other's records alone."""
+    place = Place(tmp_path / "data")
+    place.publish("one", "two")
+    other = place.settings(run__id="other")
+    bus = connect(other)
+    Producer(bus, "other", eval_share=0.0).publish(str(SHIPPED), first=10, last=12)
+    with make_host(other, bus, STAGES, sink=True) as second:
+        place.stream(5)
+        second.check()
+    bus.close()
+    per_run = "SELECT run_id, count(*) FROM run_records WHERE topic = 'preferences' GROUP BY 1 ORDER BY 1"
+    assert place.sql(per_run) == [("live", 2), ("other", 3)]
+    assert place.sql("SELECT count(*) FROM raw.preferences WHERE is_duplicate") == [(0,)]
+
+
+# Dead letters
+
+
+def test_dead_letters_are_listed_shown_and_tried_again_once(any_bus):
+    place = any_bus
+    place.publish("a good one", f"a bad one: {POISON}")
+    place.stream(1, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")
+    (letter,) = place.rows("dlq", "list")
+    assert (letter["stage"], letter["kind"], letter["state"], letter["attempts"]) == ("respond", "PERMANENT", "open", 1)
+    assert "poisoned" in letter["message"] and letter["came_from"].startswith("prompts[")
+    (shown,) = place.rows("dlq", "show", letter["id"][:13])
+    assert shown["value"]["turns"][0]["content"].endswith(POISON) and shown["headers"]["run"] == "live"
+    assert "1 messages are on their topics again" in place.call("dlq", "retry", "--kind", "permanent")
+    place.stream(2, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")  # the model has not changed
+    states = [row["state"] for row in place.rows("dlq", "list", "--stage", "respond")]
+    assert sorted(states) == ["open", "tried again"]
+    assert "0 messages are on their topics again; 1 were tried again before" in place.call("dlq", "retry", letter["id"])
+    letters = [decode(value, DeadLetter) for value in read_values_of(place, "dead-letters")]
+    assert len(letters) == 2 and {decode(letter.value, Prompt).record_id for letter in letters} == {shown["value"]["record_id"]}
+    assert place.call("dlq", "retry", code=2) == ""
+
+
+# Topics
+
+
+def test_topics_are_created_listed_and_described_and_their_lag_is_told(any_bus):
+    place = any_bus
+    said = place.call("topics", "create", "--set", "bus.partitions=3")
+    assert "prompts: created, 3 partitions" in said and "was there" in place.call("topics", "create")
+    place.publish("one", "two")
+    assert {row["topic"]: row["offsets"] > 0 for row in place.rows("topics")}["prompts"]
+    (described,) = place.rows("topics", "describe", "prompts")
+    assert (described["partitions"], described["most_useful_copies"], described["replicas"]) == (3, 3, 1)
+    lag = {(row["reader"], row["topic"]): row for row in place.rows("topics", "lag")}
+    behind = lag["respond", "prompts"]["behind"]  # on Kafka with the marker of the transaction in each partition
+    assert behind in ((2,) if not place.flags.get("bus.prefix") else (3, 4)) and lag["respond", "prompts"]["seconds"] >= 0
+    place.stream(2)
+    lag = {(row["reader"], row["topic"]): row["behind"] for row in place.rows("topics", "lag")}
+    assert lag["sink", "preferences"] == 0 and not any(lag.values())
+    place.fails(UsageError, "there is no topic promts", "topics", "describe", "promts")
+
+
+# Storage over time
+
+
+def test_a_forgotten_prompt_is_gone_everywhere_and_stays_away(place):
+    streamed(place)
+    ((prompt,),) = place.sql("SELECT prompt_id::VARCHAR FROM prompts ORDER BY commit_seq LIMIT 1")
+    place.call("forget", prompt[:13], "--reason", "asked by its author", "--yes")
+    place.stream(PROMPTS - 1, sql="SELECT count(*) FROM prompts")
+    for table in ("prompts", "responses", "critiques", "revisions", "preferences"):
+        assert place.sql(f"SELECT count(*) FROM raw.{table} WHERE prompt_id = '{prompt}'") == [(0,)]
+    assert place.sql("SELECT reason FROM forgets") == [("asked by its author",)]
+    # A replay of the same run does not bring it back, nor does a second database of the same log get it.
+    place.call("replay", "--stage", "respond", "--from", "run:live", "--as", "again")
+    assert place.sql(f"SELECT count(*) FROM raw.responses WHERE prompt_id = '{prompt}'") == [(0,)]
+    other = Place(place.folder.parent / "other", str(place.folder))
+    other.stream(PROMPTS - 1)
+    assert other.sql(f"SELECT count(*) FROM raw.responses WHERE prompt_id = '{prompt}'") == [(0,)]
+
+
+def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
+    streamed(place)
+    settings = place.settings()
+    bus = connect(settings)
+    with make_host(settings, bus, STAGES, sink=True):
+        target = place.folder.parent / "copy.duckdb"
+        place.call("snapshot", target)
+    bus.close()
+    with duckdb.connect(str(target), read_only=True) as copy:
+        assert copy.execute("SELECT count(*) FROM stories").fetchall() == [(PROMPTS,)]
+    place.fails(UsageError, "is there already", "snapshot", target)
+
+
+def test_a_backup_restores_to_a_folder_that_goes_on(place, tmp_path):
+    streamed(place)
+    place.call("backup", tmp_path / "kept")
+    restored = Place(tmp_path / "restored")
+    restored.call("restore", tmp_path / "kept")
+    assert restored.sql(COUNTS) == place.sql(COUNTS)
+    restored.publish("one more")
+    restored.stream(PROMPTS + 1)
+    assert restored.sql("SELECT sum(duplicates)::INT FROM pipeline_status") == [(0,)]
+    place.fails(UsageError, "nowhere", "restore", tmp_path / "nowhere")
+
+
+def test_an_older_database_is_migrated_and_kept(place):
+    streamed(place)
+    with store_of(place.settings()).writing() as connection:  # what format 1 had not
+        connection.execute("DROP VIEW forgets; DROP TABLE raw.forgets; DROP VIEW retries; DROP TABLE raw.retries")
+        connection.execute("DROP VIEW IF EXISTS run_records; UPDATE raw.sink_state SET version = 1")
+    place.fails(DataFolderVersion, "charter migrate", "sql", "SELECT 1")
+    said = place.call("migrate")
+    assert f"format 1 -> {VERSION}" in said and "new table forgets" in said
+    assert (place.folder / "charter.duckdb.format-1").exists()
+    place.publish("one more")
+    place.stream(PROMPTS + 1)
+    assert "has this version's format already" in place.call("migrate")
+
+
+def test_an_older_log_is_migrated_and_kept(place, monkeypatch):
+    streamed(place)
+    monkeypatch.setattr(embedded, "VERSION", 2)
+    place.fails(DataFolderVersion, "cannot be migrated", "migrate")  # no way is known
+    monkeypatch.setattr(embedded, "MIGRATIONS", {1: ("CREATE TABLE added (a INTEGER)",)})
+    assert "format 1 -> 2" in migrate_log(place.folder)[0]
+    with sqlite3.connect(place.folder / embedded.FILE) as log:
+        assert log.execute("PRAGMA user_version").fetchone() == (2,) and log.execute("SELECT count(*) FROM added").fetchone()
+    place.publish("one more")
+    place.stream(PROMPTS + 1)
+
+
+def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(place):
+    bus = connect(place.settings())
+    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=60)
+    bus.close()
+    limit = {"limits__max_tokens": "200", "respond__samples": "2", "models__max_rows": "4", "worker__max_in_flight": "4"}
+    settings = place.settings(**limit)
+    bus = connect(settings)
+    with make_host(settings, bus, STAGES, sink=True) as host:
+        respond = host.workers[0]
+        while not (respond.closed and all(worker.in_flight == 0 for worker in host.workers[1:])):
+            host.failed.wait(0.05)
+            host.check()
+        begun = respond.committed
+    bus.close()
+    assert 0 < begun < 60 and not read_values_of(place, "dead-letters")
+    place.stream(60, respond__samples="2")
+    assert place.sql("SELECT count(*) FROM raw.responses") == [(60,)]
+
+
+# A broker of one's own
+
+
+@pytest.mark.kafka
+@pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to start: set KAFKA_HOME")
+def test_up_starts_a_kafka_that_down_ends(place):
+    from tests_kafka import free_port
+
+    port = free_port()
+    said = place.call("up", "--port", port)
+    assert f"kafka://localhost:{port}" in said
+    try:
+        place.fails(UsageError, "runs already", "up", "--port", port)
+        assert "created" in place.call("topics", "create", "--bus", f"kafka://localhost:{port}")
+    finally:
+        assert "Kafka is down" in place.call("down")
+    place.fails(UsageError, "no Kafka was started", "down")
+    assert Path(place.folder / "kafka" / "data").is_dir()
