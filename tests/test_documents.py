@@ -47,9 +47,14 @@ def test_settings_exist():
 
 def test_files_exist():
     named = set(re.findall(r"`((?:schemas|constitutions|engine|producers|consumers|trainer|charter|docs)/[^`*]*)`", TEXT))
-    named |= set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
     assert len(named) >= 5
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_links_lead_somewhere():
+    links = [(page, link) for page in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))]
+    assert len(links) >= 5
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_make_targets_exist():
