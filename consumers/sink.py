@@ -11,7 +11,6 @@ While there is backlog the database stays open; once a second waiting readers ar
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from contextlib import ExitStack, suppress
 
 import duckdb
 import pyarrow as pa
+from pydantic_core import to_json
 
 from engine.bus.port import Bus, Message, Reader, TopicPartition
 from engine.dead_letters import dead_letter
@@ -266,5 +266,5 @@ def tables_of(rows: Sequence[Row], seq: int) -> dict[str, pa.Table]:
 
 def content_hash(record: Record) -> int:
     """64 bits of a record's content, without what differs each time the same work is done."""
-    text = json.dumps(record.model_dump(exclude=VOLATILE), sort_keys=True, default=repr)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    text = to_json(record, exclude=VOLATILE)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")

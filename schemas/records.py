@@ -119,7 +119,7 @@ class DeadLetterKind(Enum):
 class Part(BaseModel):
     """The base of everything inside a record: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(ser_json_bytes="base64", frozen=True, extra="forbid")
 
 
 class Turn(Part):

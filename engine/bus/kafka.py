@@ -51,13 +51,15 @@ JOIN_S = 2.0
 JOIN_POLL_MS = 200
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
-# The group has moved on without this member.
 SETTLE_S = 0.2
+# Who would answer is being chosen anew.
 COORDINATOR = (
     errors.CoordinatorNotAvailableError,
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
+GONE = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
+# The group has moved on without this member.
 LOST = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
@@ -198,8 +200,21 @@ class KafkaBus:
             knock(servers)
             with OPENING, connecting():
                 self.admin = KafkaAdminClient(**self.client)
-            self.cluster_id = str(self.admin.describe_cluster()["cluster_id"])
+            self.cluster_id = str(self.ask(self.admin.describe_cluster)["cluster_id"])
         self.producer: kafka.KafkaProducer | None = None
+
+    def ask(self, call: Callable[[], Any]) -> Any:
+        """Ask again while whoever has to answer is only just being chosen: of a fresh broker, or after one has gone away."""
+        deadline = time.monotonic() + CALL_MS / 1000
+        while True:
+            try:
+                with self.lock:
+                    return call()
+            except (*COORDINATOR, *GONE):
+                knock(self.servers)  # with nobody there at all it is over at once
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(SETTLE_S)
 
     def name(self, topic: str) -> str:
         return self.prefix + topic
@@ -213,24 +228,25 @@ class KafkaBus:
     # Topics
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
-        with self.lock, reached(self.servers):
-            there = set(self.admin.list_topics())
+        with reached(self.servers):
+            there = set(self.ask(self.admin.list_topics))
             missing = {self.name(spec.name): topic_options(spec) for spec in specs if self.name(spec.name) not in there}
             if not missing:
                 return []
-            answers = self.admin.create_topics(missing, raise_errors=False)["topics"]
+            answers = self.ask(lambda: self.admin.create_topics(missing, raise_errors=False))["topics"]
             for answer in answers:
                 error = errors.for_code(answer["error_code"])
                 # Another process may have created them at the same moment.
                 if error not in (errors.NoError, errors.TopicAlreadyExistsError):
                     raise error(f"{answer['name']}: {answer['error_message']}")
-            self.admin.wait_for_topics(list(missing))
+            self.ask(lambda: self.admin.wait_for_topics(list(missing)))
         return [answer["name"].removeprefix(self.prefix) for answer in answers if not answer["error_code"]]
 
     def described(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What the cluster says now of those of these topics that there are."""
-        with self.lock, reached(self.servers):
-            found = self.admin.describe_topics([self.name(topic) for topic in topics])
+        names = [self.name(topic) for topic in topics]
+        with reached(self.servers):
+            found = self.ask(lambda: self.admin.describe_topics(names))
         return {topic["name"].removeprefix(self.prefix): topic for topic in found if not topic["error_code"]}
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
@@ -273,15 +289,15 @@ class KafkaBus:
 
     def looked_up(self, topics: Sequence[str], wanted: Any) -> Offsets:
         places = self.places(topics)
-        with self.lock, reached(self.servers):
-            found = self.admin.list_partition_offsets(dict.fromkeys(places, wanted), timeout_ms=CALL_MS)
+        with reached(self.servers):
+            found = self.ask(lambda: self.admin.list_partition_offsets(dict.fromkeys(places, wanted), timeout_ms=CALL_MS))
         return {self.ours(place): entry.offset for place, entry in found.items()}
 
     def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
         described = self.described(topics)
         resources = [ConfigResource(ConfigResourceType.TOPIC, self.name(topic)) for topic in described]
-        with self.lock, reached(self.servers):
-            configs = self.admin.describe_configs(resources)["topic"] if resources else {}
+        with reached(self.servers):
+            configs = self.ask(lambda: self.admin.describe_configs(resources))["topic"] if resources else {}
         return [
             TopicDescription(
                 name=name,
@@ -296,8 +312,8 @@ class KafkaBus:
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         name, places = self.prefix + group, self.places(topics)
-        with self.lock, reached(self.servers):
-            found = settling(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
+        with reached(self.servers):
+            found = self.ask(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
         return {self.ours(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
 
     def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
@@ -307,8 +323,8 @@ class KafkaBus:
         }
         if not wanted:
             return
-        with self.lock, reached(self.servers):
-            answers = settling(lambda: answered(self.admin.alter_group_offsets(self.prefix + group, wanted)))
+        with reached(self.servers):
+            answers = self.ask(lambda: answered(self.admin.alter_group_offsets(self.prefix + group, wanted)))
         assert set(answers) == set(wanted)
 
     # Writing and reading
@@ -348,18 +364,6 @@ def answered(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place,
         if error is not errors.NoError:
             raise error(f"{place.topic}[{place.partition}]")
     return answers
-
-
-def settling(call: Callable[[], Any]) -> Any:
-    """Ask again while the group's coordinator is only just being chosen (a fresh broker, or one that went away)."""
-    deadline = time.monotonic() + CALL_MS / 1000
-    while True:
-        try:
-            return call()
-        except COORDINATOR:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(SETTLE_S)
 
 
 def reading() -> dict[str, Any]:
