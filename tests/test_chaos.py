@@ -32,7 +32,7 @@ def test_kill_9_over_every_part_on_the_embedded_log(tmp_path):
 @pytest.mark.kafka
 @own_broker
 def test_kill_9_over_every_part_and_a_broker_while_policies_are_published(tmp_path):
-    sizes = Sizes(prompts=120, kills=8, broker_kills=1, seed=4, publish=True)
+    sizes = Sizes(prompts=100, kills=5, broker_kills=1, seed=4, publish=True)
     said = run(kill_everything(tmp_path, sizes, on_kafka=True))
     assert "answers by version" in said[-1]
 
@@ -51,7 +51,7 @@ def test_a_copy_that_wakes_after_its_partitions_moved_writes_nothing(tmp_path, k
 
 @pytest.mark.kafka
 def test_copies_join_and_leave_while_work_goes_on(tmp_path, kafka_address, prefix):
-    run(broken.storm(tmp_path, kafka_address, prompts=80, changes=8, prefix=prefix))
+    run(broken.storm(tmp_path, kafka_address, prompts=40, changes=5, prefix=prefix))
 
 
 def mounted(scenario):

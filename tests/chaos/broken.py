@@ -32,7 +32,6 @@ PARTS = (
     ("judge", "run", "--stage", "judge"),
     ("sink", "run", "--stage", "sink"),
 )
-PAUSED_S = 15.0  # longer than a member's session
 
 
 # The commit that says yes although nothing was written
@@ -127,8 +126,7 @@ def zombie(folder: Path, address: str, *, prompts: int = 120, seed: int = 0, pre
         world.start("another", "run", "--stage", "respond")
         world.processes["respond"].send_signal(signal.SIGSTOP)
         before = answered(world)
-        until(lambda: world.ended() == prompts, "another copy does its work")
-        time.sleep(PAUSED_S)
+        until(lambda: world.ended() == prompts, "another copy does its work")  # that is: the first one's session is over
         yield f"stopped after {before} of {prompts}; the other copy has done the rest"
         world.processes["respond"].send_signal(signal.SIGCONT)
         world.stop("another")

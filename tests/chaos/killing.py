@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.world import (
+    LOOK_EVERY_S,
     Failed,
     World,
     check,
@@ -60,8 +61,7 @@ def kill_everything(folder: Path, sizes: Sizes, *, on_kafka: bool) -> Iterator[s
         started = time.monotonic()
         yield from disturb(world, cluster, files, sizes, chance)
         until(lambda: finished(world, sizes), "every prompt is ended and judged", FINISH_S)
-        if sizes.publish:
-            until(lambda: policies(world) >= 2, "two policies are published", FINISH_S)
+        until(lambda: revived(world) and world.count("SELECT count(*) FROM policies") > 0, "something is trained", FINISH_S)
         yield f"all {sizes.prompts} prompts are ended and judged after {time.monotonic() - started:.0f} s"
         codes = {"trainer": world.stop("trainer")}  # the rest finishes what it has made
         until(lambda: at_rest(world), "everything is read")
@@ -81,8 +81,9 @@ def kill_everything(folder: Path, sizes: Sizes, *, on_kafka: bool) -> Iterator[s
 
 def training(sizes: Sizes) -> dict[str, str]:
     never = str(10**9)
-    rows = {"train.sft_rows": "40", "train.ppo_rows": never} if sizes.publish else {"train.sft_rows": never}
-    return {"train.reward_rows": "100", "train.ppo_rows": never, "train.max_rows": "200"} | rows
+    few = str(min(100, sizes.prompts // 4))
+    sft = few if sizes.publish else never
+    return {"train.sft_rows": sft, "train.reward_rows": few, "train.ppo_rows": never, "train.max_rows": "200"}
 
 
 def disturb(world: World, cluster: Cluster | None, files: list[Path], sizes: Sizes, chance: random.Random) -> Iterator[str]:
@@ -90,7 +91,7 @@ def disturb(world: World, cluster: Cluster | None, files: list[Path], sizes: Siz
     for name, *arguments in PARTS:
         world.start(name, *arguments)
     broker_at = set(chance.sample(range(1, sizes.kills), sizes.broker_kills)) if cluster else set()
-    waiting = list(files)
+    waiting = files[:-1] if sizes.publish else list(files)
     for number in range(sizes.kills):
         feed(world, waiting, due=1 - number / sizes.kills, of=len(files))
         time.sleep(chance.uniform(*REST_S))
@@ -107,9 +108,13 @@ def disturb(world: World, cluster: Cluster | None, files: list[Path], sizes: Siz
         if broker:
             time.sleep(chance.uniform(*DOWN_S))
             broker.start()
+    if sizes.publish:  # and some prompts come when there surely is a second policy
+        until(lambda: revived(world) and policies(world) > 0, "a policy is published", FINISH_S)
+        waiting.append(files[-1])
     while waiting or "produce" in world.processes:
         feed(world, waiting, due=0.0, of=len(files))
-        time.sleep(0.2)
+        revived(world)
+        time.sleep(LOOK_EVERY_S)
 
 
 def feed(world: World, waiting: list[Path], *, due: float, of: int) -> None:
@@ -120,15 +125,19 @@ def feed(world: World, waiting: list[Path], *, due: float, of: int) -> None:
         world.start("produce", "produce", str(waiting.pop(0)))
 
 
-def finished(world: World, sizes: Sizes) -> bool:
+def revived(world: World) -> bool:
+    """Everything runs that should; what has ended by itself is started again."""
     for name in [*world.processes]:
         world.revive(name)
-    return world.ended() >= sizes.prompts
+    return True
+
+
+def finished(world: World, sizes: Sizes) -> bool:
+    return revived(world) and world.ended() >= sizes.prompts
 
 
 def at_rest(world: World) -> bool:
-    for name in [*world.processes]:
-        world.revive(name)
+    revived(world)
     try:
         check_offsets(world)
     except Failed:

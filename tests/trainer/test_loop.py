@@ -1,6 +1,7 @@
 """The trainer's loop: cursors, versions, and a crash at every step that resumes with the identical batch."""
 
 import shutil
+import threading
 
 import pytest
 
@@ -8,7 +9,7 @@ from charter.pipeline import STAGES, Models, connect, make_stage, store_of
 from constitutions.loader import load as load_constitution
 from consumers.sink import Sink
 from engine.bus.read import read_values
-from engine.errors import CharterError, Fenced, UsageError
+from engine.errors import BusUnreachable, CharterError, CommitInDoubt, Fenced, UsageError
 from engine.host import Host
 from engine.settings import load
 from engine.worker import Lane, Worker
@@ -198,3 +199,35 @@ def test_checkpoints_are_named_by_version_and_hold_no_pickles(settings, bus, sto
     assert [path.name for path in folder.iterdir()] == ["policy-000001"]
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     shutil.rmtree(folder)
+
+
+def test_the_loop_waits_for_a_log_that_is_away_and_settles_a_commit_in_doubt(settings, bus, store, tiny, monkeypatch):
+    """The update's publication is in doubt although it landed: it is not published again, nor is its batch trained again."""
+    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.02))
+    stream(settings, bus, store, 1, 4)
+    trainer, stop, troubles = Trainer(bus, store, settings, tiny), threading.Event(), [BusUnreachable("away"), None]
+    real_due, real_commit, trained = trainer.due, trainer.writer.commit, []
+
+    def due():
+        if troubles and (trouble := troubles.pop(0)):
+            raise trouble
+        if updates(bus):
+            stop.set()
+            return None
+        return real_due()
+
+    def commit(outputs, *arguments, **more):
+        real_commit(outputs, *arguments, **more)
+        if any(message.topic == PolicyUpdate.topic for message in outputs):
+            raise CommitInDoubt("the answer was lost")
+
+    def learn(_, batch):
+        trained.append(batch.manifest.record_id)
+        return (lambda folder: (folder / "fake.txt").write_text("fake")), {"mean_loss": 0.0}
+
+    monkeypatch.setattr(loop, "LEARNERS", dict.fromkeys(loop.PHASES, learn))
+    monkeypatch.setattr(trainer, "due", due)
+    trainer.writer.commit = commit
+    trainer.loop(stop)
+    trainer.close()
+    assert len(trained) == len(updates(bus)) == len(manifests(bus)) == 1
