@@ -34,7 +34,9 @@ format: set-up ## Format the code
 bench: set-up ## Speed and memory, as ratios
 	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.bus
+	@$(BIN)/python -m benchmarks.sink
 	@$(BIN)/python -m benchmarks.demo
+	@if [ -n "$$KAFKA_HOME" ]; then $(BIN)/python -m benchmarks.hop; else echo "no KAFKA_HOME: benchmarks.hop is left out"; fi
 
 clean: ## Remove what set-up and the demo made here
 	rm -rf .venv .charter build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
