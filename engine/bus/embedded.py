@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from engine.bus.port import Headers, Message, Offsets, Outgoing, TopicDescription, TopicPartition
@@ -290,6 +291,7 @@ def pack(headers: Headers) -> str | None:
     return json.dumps([[key, value.decode("latin-1")] for key, value in headers]) if headers else None
 
 
+@lru_cache(maxsize=256)  # nearly all messages have one of a few
 def unpack(text: str | None) -> Headers:
     return tuple((key, value.encode("latin-1")) for key, value in json.loads(text)) if text else ()
 
