@@ -73,6 +73,10 @@ def test_a_database_that_another_program_holds(tmp_path):
     run(broken.held_file(tmp_path, prompts=40, held_s=8.0))
 
 
+def test_a_model_server_that_goes_away(tmp_path):
+    run(broken.server_down(tmp_path, prompts=60, down_s=5.0))
+
+
 @pytest.mark.kafka
 def test_hostile_bytes_on_kafka(tmp_path, kafka_address, prefix):
     run(broken.hostile_bytes(tmp_path, kafka_address, count=1000, prefix=prefix))

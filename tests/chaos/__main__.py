@@ -6,6 +6,7 @@ zombie         a copy is stopped, loses its partitions, and wakes
 storm          copies join and leave all the time
 disk-full      the disk of the database, and the one of the embedded log, fill up (needs the right to mount a tmpfs)
 held-file      another program holds the database for a minute
+server-down    the judge's model server is away for ten minutes under load
 hostile-bytes  messages that are no records
 """
 
@@ -23,7 +24,7 @@ from tests.chaos import broken
 from tests.chaos.killing import Sizes, kill_everything
 from tests.chaos.world import Failed, kafka
 
-ON_ONE_BROKER = ("zombie", "storm", "disk-full", "held-file", "hostile-bytes")
+ON_ONE_BROKER = ("zombie", "storm", "disk-full", "held-file", "server-down", "hostile-bytes")
 
 
 def arguments() -> argparse.Namespace:
@@ -41,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help="policies are published while everything is killed")
     parser.add_argument("--times", type=int, default=50, help="outages of silent-commit")
     parser.add_argument("--changes", type=int, default=100, help="of membership, in storm")
+    parser.add_argument("--down-s", type=float, default=600.0, help="how long the server of server-down is away")
     parser.add_argument("--messages", type=int, default=10_000, help="of hostile-bytes")
     return parser.parse_args()
 
@@ -66,6 +68,8 @@ def scenario(wanted: argparse.Namespace, folder: Path, stack: ExitStack) -> Iter
         yield from broken.full_disk_of_the_log(folder / "embedded", seed=wanted.seed, **size)
     elif wanted.scenario == "held-file":
         yield from broken.held_file(folder, address, **size)
+    elif wanted.scenario == "server-down":
+        yield from broken.server_down(folder, address, down_s=wanted.down_s, seed=wanted.seed, **size)
     else:
         yield from broken.hostile_bytes(folder, address, count=wanted.messages, seed=wanted.seed, **size)
 

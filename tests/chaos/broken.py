@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine.bus.kafka
@@ -272,6 +274,67 @@ def held_file(folder: Path, address: str = "", *, prompts: int = 200, held_s: fl
         until(lambda: world.ended() == prompts, "the second half comes in")
         until(lambda: quiet(world), "everything is read")
         check_exactly_once(world, prompts)
+
+
+# A model server that goes away
+
+
+class FakeJudge(BaseHTTPRequestHandler):
+    """A FAKE model server: it always prefers A, and says so in log-probabilities."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        top = [{"token": "A", "logprob": -0.3}, {"token": "B", "logprob": -1.4}]
+        choice = {"message": {"content": "A"}, "finish_reason": "stop", "logprobs": {"content": [{"top_logprobs": top}]}}
+        data = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[int]:
+    """The fake server, on a port of the loopback."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), FakeJudge)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def server_down(
+    folder: Path, address: str = "", *, prompts: int = 200, down_s: float, seed: int = 0, prefix: str = ""
+) -> Iterator[str]:
+    """The judge's model server is away for a while under load: no dead letter, nothing lost, and work goes on by itself."""
+    paths = write_prompts(folder / "prompts", prompts, 2, seed)
+    with serving() as port:
+        flags = FLAGS | {"models.judge": f"http://127.0.0.1:{port}/v1#fake", "worker.dead_in_a_row": "10"}
+        world = World(folder / "world", address, flags, prefix, batch_s=0.0)
+        for name, *arguments in PARTS:
+            world.start(name, *arguments)
+        world.produce(paths[0])
+        until(lambda: judged(world) > 0, "the judge works")
+    with world:
+        world.produce(paths[1])
+        time.sleep(down_s)
+        before = judged(world)
+        check(not world.letters(), "the outage has made dead letters")
+        check(world.processes["judge"].poll() is None, f"the judge has ended: {world.last_words('judge')}")
+        yield f"the server was away for {down_s:.0f} s at {before} of {prompts} judgements; no dead letter"
+        with serving(port):
+            until(lambda: world.ended() == prompts, "the judge goes on by itself")
+            until(lambda: quiet(world), "everything is read")
+        check_exactly_once(world, prompts)
+        check(world.count("SELECT count(*) FROM preferences WHERE outcome <> 'OK'") == 0, "a label is missing")
 
 
 # Hostile bytes

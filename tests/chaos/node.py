@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import engine.models
-from engine.models.port import Ask, Generation, OptionScores
+from engine.models.port import Ask, Generation, Model, OptionScores
 from engine.models.scripted import ScriptedModel
 
 MARK = "fake.json"
@@ -36,8 +36,10 @@ class SlowScriptedModel(ScriptedModel):
         return super().option_logprobs(batch, options)
 
 
-def open_fake(spec: str, **options: Any) -> SlowScriptedModel:
-    """The fake itself, or the one that a fake learner has "trained"."""
+def open_fake(spec: str, **options: Any) -> Model:
+    """The fake itself, or the one that a fake learner has "trained"; a server is asked as ever."""
+    if spec.startswith("http"):
+        return engine.models.open_model(spec, **options)
     mark = Path(spec) / MARK
     return replace(SlowScriptedModel(), revision=json.loads(mark.read_text())["revision"] if mark.exists() else "fake")
 
