@@ -4,7 +4,7 @@ kill           kill -9 over stages, sink, producer, trainer and brokers while pr
 silent-commit  a broker dies in mid-transaction, for longer than the client tries to deliver
 zombie         a copy is stopped, loses its partitions, and wakes
 storm          copies join and leave all the time
-disk-full      the disk of the database, and the one of the embedded log, fill up (needs the right to mount a tmpfs)
+disk-full      the disks of the database, of the embedded log and of a broker fill up (needs the right to mount a tmpfs)
 held-file      another program holds the database for a minute
 server-down    the judge's model server is away for ten minutes under load
 hostile-bytes  messages that are no records
@@ -66,6 +66,8 @@ def scenario(wanted: argparse.Namespace, folder: Path, stack: ExitStack) -> Iter
     elif wanted.scenario == "disk-full":
         yield from broken.full_disk_of_the_sink(folder / "sink", address, seed=wanted.seed, **size)
         yield from broken.full_disk_of_the_log(folder / "embedded", seed=wanted.seed, **size)
+        if broker:
+            yield from broken.full_disk_of_a_broker(folder / "full", seed=wanted.seed, **size)
     elif wanted.scenario == "held-file":
         yield from broken.held_file(folder, address, **size)
     elif wanted.scenario == "server-down":

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from schemas import ids
 from schemas.codec import decode, encode
 from schemas.records import Candidate, DeadLetter, Prompt, Record, Response, Turn
 from schemas.topics import TOPICS
-from tests.chaos.world import World, check, check_exactly_once, check_offsets, until, write_prompts
+from tests.chaos.world import World, check, check_exactly_once, check_offsets, kafka_home, until, write_prompts
 from tests.tests_kafka import Broker
 
 FLAGS = {"critique.rounds": "1", "respond.samples": "2", "models.max_rows": "8"}
@@ -243,6 +243,27 @@ def full_disk_of_the_log(folder: Path, *, prompts: int = 400, seed: int = 0) -> 
         for name, *_ in PARTS:
             world.revive(name)
         until(lambda: world.ended() == prompts, "everything goes on")
+        until(lambda: quiet(world), "everything is read")
+        check_exactly_once(world, prompts)
+        yield from world.endings
+
+
+def full_disk_of_a_broker(folder: Path, *, prompts: int = 3000, seed: int = 0) -> Iterator[str]:
+    """The disk of the only broker fills up, and the broker gives up: everybody waits until it is back with more room."""
+    (path,) = write_prompts(folder / "prompts", prompts, 1, seed)
+    with ExitStack() as stack:
+        resize = stack.enter_context(small_disk(folder / "small", 5))
+        broker = stack.enter_context(Broker(kafka_home(), folder / "small"))
+        world = stack.enter_context(World(folder / "world", f"kafka://{broker.address}", FLAGS, batch_s=0.0))
+        for name, *arguments in PARTS:
+            world.start(name, *arguments)
+        world.start("produce", "produce", str(path))
+        until(lambda: bool(broker.process and broker.process.poll() is not None), "the broker's disk is full")
+        yield f"the broker has ended at {world.ended()} of {prompts} prompts"
+        resize(500)
+        broker.start()
+        until(lambda: world.revive("produce"), "the producer goes on")
+        until(lambda: all(not world.revive(name) for name, *_ in PARTS) and world.ended() == prompts, "everything goes on")
         until(lambda: quiet(world), "everything is read")
         check_exactly_once(world, prompts)
         yield from world.endings
