@@ -25,7 +25,7 @@ def prefix():
 
 
 def test_kill_9_over_every_part_on_the_embedded_log(tmp_path):
-    said = run(kill_everything(tmp_path, Sizes(prompts=120, kills=10, seed=3), on_kafka=False))
+    said = run(kill_everything(tmp_path, Sizes(prompts=80, kills=6, seed=3), on_kafka=False))
     assert said[-1] == "every table equals the undisturbed run's"
 
 
@@ -66,15 +66,15 @@ def test_a_full_disk_under_the_database(tmp_path):
 
 
 def test_a_full_disk_under_the_embedded_log(tmp_path):
-    mounted(broken.full_disk_of_the_log(tmp_path))
+    mounted(broken.full_disk_of_the_log(tmp_path, prompts=250))
 
 
 def test_a_database_that_another_program_holds(tmp_path):
-    run(broken.held_file(tmp_path, prompts=40, held_s=8.0))
+    run(broken.held_file(tmp_path, prompts=20, held_s=4.0))
 
 
 def test_a_model_server_that_goes_away(tmp_path):
-    run(broken.server_down(tmp_path, prompts=60, down_s=5.0))
+    run(broken.server_down(tmp_path, prompts=20, down_s=2.0))
 
 
 @pytest.mark.kafka
