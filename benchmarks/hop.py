@@ -472,13 +472,13 @@ def profile(address: str, wanted: int, top: int = 25) -> None:
             while worker.committed < wanted:
                 host.check()
                 time.sleep(0.05)
-    threading.setprofile(None)  # type: ignore[arg-type]
+    threading.setprofile(None)
     for each in profiles.values():
         each.create_stats()
     for name, each in profiles.items():
         stats = pstats.Stats(each)
-        if stats.total_tt > 0.2:  # type: ignore[attr-defined]
-            print(f"\n== thread {name}: {stats.total_tt / wanted * 1e6:.1f} us of CPU a record, profiled")  # type: ignore[attr-defined]
+        if stats.total_tt > 0.2:
+            print(f"\n== thread {name}: {stats.total_tt / wanted * 1e6:.1f} us of CPU a record, profiled")
             stats.strip_dirs().sort_stats("tottime").print_stats(top)
     together = pstats.Stats(*profiles.values())
     print("\n== all threads")

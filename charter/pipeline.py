@@ -74,18 +74,13 @@ def open_settings(settings: Settings) -> Bus:
 
 def use_framing(wanted: BusSettings) -> None:
     """Single-object framing, or Confluent's with its registry; with a registry both are read."""
-    if not wanted.schema_registry and wanted.framing == "confluent":
-        raise UsageError(
-            "the framing confluent needs a schema registry",
-            "",
-            "set bus.schema_registry to its URL, or leave bus.framing as it is",
-        )
     try:
         codec.use(wanted.framing, registry_of(wanted) if wanted.schema_registry else None)
     except SchemaRefused as error:
         raise UsageError(error.what, error.why, error.fix) from None
     except ValueError as error:
-        raise UsageError(f"bus.schema_registry cannot be used: {error}") from None
+        fix = "set bus.schema_registry to the registry's URL, or leave bus.framing as it is"
+        raise UsageError("bus.framing and bus.schema_registry cannot be used", str(error), fix) from None
 
 
 def registry_of(wanted: BusSettings) -> Registry:

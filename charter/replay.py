@@ -121,22 +121,25 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     before = next((json.loads(m.settings).get("replay") for m in known if m.run_id == chosen.run.id), None)
     if before is None and chosen.run.id in {manifest.run_id for manifest in known}:
         raise UsageError(f"{chosen.run.id} is a run already, and no replay", "", "give another name: --as NAME")
+    if before and before["archive"] != archive:
+        where = "the archive" if before["archive"] else "the log"
+        raise UsageError(f"{chosen.run.id} was begun from {where}", "it goes on from there", "give another name: --as NAME")
     wanted = ends_chain if stage == "judge" and chosen.judge.pairing == "revision" else starts_chain
     begin = EARLIEST if start.startswith("run:") else start
     store = store_of(chosen)
     selection: Selection | Archived
     if archive:
         bounds: dict[str, Any] = before or {"before_seq": store.query("SELECT next_seq FROM raw.sink_state").rows[0][0]}
-        selection = archived = Archived(source, topics, begin, end, bounds["before_seq"], wanted)
-        read = partial(archived.read, store)
+        selection = Archived(source, topics, begin, end, bounds["before_seq"], wanted)
+        read = partial(selection.read, store)
     else:
         bounds = before or {
             "begins": listed(Bound(begin).offsets(bus, topics)),
             "ends": listed(Bound(end).offsets(bus, topics)),
         }
         begins, ends = ({TopicPartition(t, p): o for t, p, o in bounds[bound]} for bound in ("begins", "ends"))
-        selection = logged = Selection(source, topics, begins, ends, wanted)
-        read = partial(logged.read, bus)
+        selection = Selection(source, topics, begins, ends, wanted)
+        read = partial(selection.read, bus)
     stages = (stage,) if only else closure(stage, chosen.judge.pairing)
     pinned = pinned_policy(bus, source, policy, model) if "respond" in stages else None
     return Plan(

@@ -263,12 +263,14 @@ class Trainer:
 
     def loop(self, stop: threading.Event) -> None:
         """Update whenever a phase has enough new rows, until `stop`; what is away is waited for."""
-        failures = 0
+        failures, settled = 0, False
         while not stop.is_set():
             try:
                 if failures:
                     self.start_anew()
-                self.resume()
+                if not settled:
+                    self.resume()
+                    settled = True
                 phase = self.due()
                 if phase is not None:
                     self.update(phase)
@@ -276,7 +278,7 @@ class Trainer:
             except (DependencyUnreachable, CommitInDoubt) as error:
                 log.warning("the trainer waits: %s", error.what)
                 stop.wait(backoff(failures))
-                failures += 1
+                failures, settled = failures + 1, False
             else:
                 if phase is None:
                     stop.wait(LOOK_EVERY_S)

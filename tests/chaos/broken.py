@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine.bus.kafka
+from benchmarks.hop_quixstreams import answer
 from engine.bus import open_bus
 from engine.bus.port import Outgoing
 from engine.bus.read import read_values
@@ -22,9 +23,9 @@ from engine.host import Host
 from engine.worker import Lane, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode, encode
-from schemas.records import Candidate, DeadLetter, Prompt, Record, Response, Turn
+from schemas.records import DeadLetter, Prompt, Record, Response, Turn
 from schemas.topics import TOPICS
-from tests.chaos.world import World, check, check_exactly_once, check_offsets, kafka_home, until, write_prompts
+from tests.chaos.world import World, check, check_exactly_once, kafka_home, quiet, until, write_prompts
 from tests.tests_kafka import Broker
 
 FLAGS = {"critique.rounds": "1", "respond.samples": "2", "models.max_rows": "8"}
@@ -47,14 +48,6 @@ def prompt(text: str) -> Prompt:
 
 def echo(records: list[Record]) -> list[list[Record]]:
     return [[answer(record)] for record in records if isinstance(record, Prompt)]
-
-
-def answer(record: Prompt) -> Response:
-    return Response(
-        record_id=ids.record_id("respond", [record.record_id], "f"), parent_ids=[record.record_id], prompt_id=record.prompt_id,
-        run_id=record.run_id, stage="respond", turns=[], source="chaos",
-        candidates=[Candidate(index=0, text=record.turns[0].content)],
-    )  # fmt: skip
 
 
 @contextmanager
@@ -102,7 +95,7 @@ def silent_commit(broker: Broker, times: int, *, per_time: int = 40, outage_s: f
                 begun.set()
                 until(dead.is_set, "a transaction begins", every_s=0.01)
                 dead.clear()
-                time.sleep(outage_s)
+                time.sleep(outage_s)  # the outage itself
                 broker.start()
                 wanted = (number + 1) * per_time
                 until(lambda wanted=wanted: worker.committed >= wanted, f"outage {number} is over", every_s=0.05)
@@ -145,14 +138,6 @@ def answered(world: World) -> int:
         return len(read_values(bus, "responses"))
 
 
-def quiet(world: World) -> bool:
-    try:
-        check_offsets(world)
-    except AssertionError:
-        return False
-    return True
-
-
 def storm(folder: Path, address: str, *, prompts: int, changes: int, seed: int = 0, prefix: str = "") -> Iterator[str]:
     """Copies of the stages join and leave, politely or not, every few seconds while work goes on."""
     chance = random.Random(seed)
@@ -172,7 +157,7 @@ def storm(folder: Path, address: str, *, prompts: int, changes: int, seed: int =
             else:
                 world.kill(name)
                 del world.processes[name]
-            time.sleep(chance.uniform(0.5, 2.5))
+            time.sleep(chance.uniform(0.5, 2.5))  # the rhythm of the changes
         yield f"{changes} changes of membership; {world.ended()} of {prompts} prompts are ended"
         while paths:
             world.produce(paths.pop(0))
@@ -285,7 +270,7 @@ def held_file(folder: Path, address: str = "", *, prompts: int = 200, held_s: fl
             assert holder.stdout and holder.stdin
             holder.stdout.readline()
             world.produce(paths[1])
-            time.sleep(held_s)
+            time.sleep(held_s)  # the failure itself
             said = (folder / "world" / "sink.log").read_text()
             check(f"PID {holder.pid}" in said, f"the sink does not say who holds the file: {said[-500:]}")
             yield f"held for {held_s:.0f} s by process {holder.pid}, which the sink names"
@@ -346,7 +331,7 @@ def server_down(
         until(lambda: judged(world) > 0, "the judge works")
     with world:
         world.produce(paths[1])
-        time.sleep(down_s)
+        time.sleep(down_s)  # the outage itself
         before = judged(world)
         check(not world.letters(), "the outage has made dead letters")
         check(world.processes["judge"].poll() is None, f"the judge has ended: {world.last_words('judge')}")

@@ -12,22 +12,20 @@ from pathlib import Path
 
 from tests.chaos.world import (
     LOOK_EVERY_S,
-    Failed,
     World,
     check,
     check_exactly_once,
-    check_offsets,
     differences,
     kafka_home,
+    quiet,
     until,
     write_prompts,
 )
 from tests.tests_kafka import Cluster
 
 FLAGS = {"critique.rounds": "2", "respond.samples": "2", "models.max_rows": "16", "worker.drain_s": "20"}
-RESPOND = ("respond", "run", "--stage", "respond")
 PARTS = (
-    RESPOND,
+    ("respond", "run", "--stage", "respond"),
     ("chains-a", "run", "--stage", "critique", "--stage", "revise"),
     ("chains-b", "run", "--stage", "critique", "--stage", "revise"),
     ("judge", "run", "--stage", "judge"),
@@ -64,7 +62,7 @@ def kill_everything(folder: Path, sizes: Sizes, *, on_kafka: bool) -> Iterator[s
         until(lambda: revived(world) and world.count("SELECT count(*) FROM policies") > 0, "something is trained", FINISH_S)
         yield f"all {sizes.prompts} prompts are ended and judged after {time.monotonic() - started:.0f} s"
         codes = {"trainer": world.stop("trainer")}  # the rest finishes what it has made
-        until(lambda: at_rest(world), "everything is read")
+        until(lambda: revived(world) and quiet(world), "everything is read")
         codes |= {name: world.stop(name) for name in [*world.processes]}
         begun = {name: code for name, code in codes.items() if code != -signal.SIGTERM}  # others had only just been started
         check(not any(begun.values()), f"they did not end well: {codes}")
@@ -74,7 +72,7 @@ def kill_everything(folder: Path, sizes: Sizes, *, on_kafka: bool) -> Iterator[s
         check_training(world)
         yield f"kills: {world.killed}; records: {made(world)}"
         if sizes.publish:
-            yield from check_published(world, sizes)
+            yield from check_published(world)
             return
         yield from compare(world, folder, files, sizes)
 
@@ -94,19 +92,18 @@ def disturb(world: World, cluster: Cluster | None, files: list[Path], sizes: Siz
     waiting = files[:-1] if sizes.publish else list(files)
     for number in range(sizes.kills):
         feed(world, waiting, due=1 - number / sizes.kills, of=len(files))
-        time.sleep(chance.uniform(*REST_S))
+        time.sleep(chance.uniform(*REST_S))  # kills come at moments that no part can know
         broker = chance.choice(cluster.brokers) if cluster and number in broker_at else None
         if cluster and broker:
             cluster.wait_until_in_sync()
             broker.kill()
             yield f"kill {number}: broker {broker.node} too; {world.ended()} prompts are ended"
-        for name in [*world.processes]:
-            world.revive(name)
+        revived(world)
         victim = chance.choice([name for name, process in world.processes.items() if process.poll() is None])
         world.kill(victim)
         world.restart(victim)
         if broker:
-            time.sleep(chance.uniform(*DOWN_S))
+            time.sleep(chance.uniform(*DOWN_S))  # the outage itself
             broker.start()
     if sizes.publish:  # and some prompts come when there surely is a second policy
         until(lambda: revived(world) and policies(world) > 0, "a policy is published", FINISH_S)
@@ -136,15 +133,6 @@ def finished(world: World, sizes: Sizes) -> bool:
     return revived(world) and world.ended() >= sizes.prompts
 
 
-def at_rest(world: World) -> bool:
-    revived(world)
-    try:
-        check_offsets(world)
-    except Failed:
-        return False
-    return True
-
-
 def made(world: World) -> dict[str, int]:
     found = world.store().query("SELECT topic, records FROM pipeline_status WHERE records > 0", limit_s=20.0).rows
     return dict(found)
@@ -168,7 +156,7 @@ def check_training(world: World) -> None:
     check(world.count("SELECT count(*) FROM policies") > 0, "nothing was trained")
 
 
-def check_published(world: World, sizes: Sizes) -> Iterator[str]:
+def check_published(world: World) -> Iterator[str]:
     """One response for each prompt, stamped by a policy that there is, and more than one policy answered."""
     unknown = world.count(
         """SELECT count(*) FROM responses WHERE policy_version > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ def main() -> None:
     import charter.pipeline
 
     charter.pipeline.open_model = open_fake
-    if "train" in os.sys.argv:  # type: ignore[attr-defined]
+    if "train" in sys.argv:
         import trainer.loop
 
         trainer.loop.LEARNERS = dict.fromkeys(trainer.loop.PHASES, learn)

@@ -154,6 +154,8 @@ def test_a_replay_reads_what_the_log_keeps_no_more_from_the_archive(place):
     again = ("replay", "--stage", "judge", "--constitution", "customer-service", "--archive", "--as", "again")
     assert "would replay 0 records" in place.call(*again, "--to", "2000-01-01", "--dry-run")
     place.call(*again)
+    from_log = [word for word in again if word != "--archive"]
+    place.fails(UsageError, "again was begun from the archive", *from_log)
     assert dict(place.sql(COUNTS))["preferences"] == 2 * before["preferences"]
 
 
