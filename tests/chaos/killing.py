@@ -59,7 +59,7 @@ def kill_everything(folder: Path, sizes: Sizes, *, on_kafka: bool) -> Iterator[s
         started = time.monotonic()
         yield from disturb(world, cluster, files, sizes, chance)
         until(lambda: finished(world, sizes), "every prompt is ended and judged", FINISH_S)
-        until(lambda: revived(world) and world.count("SELECT count(*) FROM policies") > 0, "something is trained", FINISH_S)
+        until(lambda: revived(world) and world.so_far("SELECT count(*) FROM policies") > 0, "something is trained", FINISH_S)
         yield f"all {sizes.prompts} prompts are ended and judged after {time.monotonic() - started:.0f} s"
         codes = {"trainer": world.stop("trainer")}  # the rest finishes what it has made
         until(lambda: revived(world) and quiet(world), "everything is read")
@@ -139,7 +139,7 @@ def made(world: World) -> dict[str, int]:
 
 
 def policies(world: World) -> int:
-    return world.count("SELECT count(*) FROM policies WHERE kind = 'POLICY'")
+    return world.so_far("SELECT count(*) FROM policies WHERE kind = 'POLICY'")
 
 
 def check_training(world: World) -> None:
