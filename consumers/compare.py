@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consumers.templates import ANSWER, OPTIONS
-from engine.models.port import Ask, Model, OptionScores
+from consumers import templates
+from consumers.templates import OPTIONS
+from engine.models.port import NOTHING, Model, OptionScores, Usage
 from schemas.records import Turn
 
 
@@ -24,6 +25,7 @@ class Comparison:
     backward: float
     mass_forward: float
     mass_backward: float
+    usage: Usage = NOTHING
 
     @property
     def p(self) -> float:
@@ -53,7 +55,7 @@ def share_of_a(scores: OptionScores) -> float:
 
 def both_orders(model: Model, pairs: Sequence[tuple[tuple[Turn, ...], tuple[Turn, ...]]]) -> list[Comparison]:
     """Ask each question in both orders: `pairs` holds the wording with the first text as A, and as B."""
-    asks = [Ask(turns, prefill=ANSWER) for pair in pairs for turns in pair]
+    asks = [templates.choice(turns, model.capabilities) for pair in pairs for turns in pair]
     scores = model.option_logprobs(asks, OPTIONS)
     return [
         Comparison(
@@ -61,6 +63,7 @@ def both_orders(model: Model, pairs: Sequence[tuple[tuple[Turn, ...], tuple[Turn
             backward=1.0 - share_of_a(scores[i + 1]),
             mass_forward=scores[i].mass,
             mass_backward=scores[i + 1].mass,
+            usage=scores[i].usage + scores[i + 1].usage,
         )
         for i in range(0, len(scores), 2)
     ]

@@ -27,7 +27,7 @@ from consumers import templates
 from consumers.chain import carried, similarity, start_of
 from consumers.compare import Comparison, both_orders
 from consumers.judge import reference
-from engine.models.port import Ask, Model
+from engine.models.port import NOTHING, Ask, Model, Usage
 from schemas import ids
 from schemas.records import ChainEnd, Critique, ModelRef, Record, Response, Revision, Sampling, Turn, Verdict
 
@@ -48,6 +48,7 @@ class Link:
     p_better: float | None = None
     similarity: float | None = None
     ended: ChainEnd = ChainEnd.NONE
+    usage: Usage = NOTHING
 
     @property
     def checked(self) -> list[Principle]:
@@ -79,7 +80,7 @@ class Criticise:
         texts = self.criticisms([link for link in links if link.ended is ChainEnd.NONE])
         latency = 1000 * (time.monotonic() - started) / len(links)
         made = iter(texts)
-        return [[self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", 0, 0)), latency)] for link in links]
+        return [[self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", NOTHING)), latency)] for link in links]
 
     # Where each chain stands
 
@@ -135,6 +136,7 @@ class Criticise:
         """The verdict over all principles asked (the worst one counts), and the comparison with the predecessor."""
         if not answers:
             return link
+        link = replace(link, usage=sum((answer.usage for answer in answers), NOTHING))
         if isinstance(link.parent, Revision):
             better, *answers = answers
             alike = similarity(link.fields["text"], link.fields["previous_text"] or "")
@@ -164,8 +166,8 @@ class Criticise:
 
     # The critique in words
 
-    def criticisms(self, links: Sequence[Link]) -> list[tuple[str, int, int]]:
-        """For each link the critique under its upcoming principle, with prompt and completion tokens."""
+    def criticisms(self, links: Sequence[Link]) -> list[tuple[str, Usage]]:
+        """For each link the critique under its upcoming principle, and what it used."""
         examples = self.constitution.examples if self.few_shot else ()
         asks = [
             Ask(
@@ -183,13 +185,13 @@ class Criticise:
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
-        return [(a.text.strip(), len(a.prompt_token_ids), len(a.token_ids)) for (a,) in answers]
+        return [(a.text.strip(), a.usage) for (a,) in answers]
 
     def record_id(self, link: Link) -> str:
         configuration = ids.fingerprint(
             model=[self.model.id, self.model.revision],
             template=templates.HASH["critique"],
-            verdict=templates.HASH["verdict"],
+            verdict=templates.hash_of("verdict", self.model.capabilities),
             constitution=self.constitution.hash,
             sampling=self.sampling.model_dump(),
             rounds=self.rounds,
@@ -200,8 +202,8 @@ class Criticise:
         )
         return ids.record_id("critique", [link.parent.record_id], configuration)
 
-    def record(self, link: Link, text: str, prompt_tokens: int, completion_tokens: int, latency_ms: float) -> Critique:
-        fields, over = link.fields, link.ended is not ChainEnd.NONE
+    def record(self, link: Link, text: str, writing: Usage, latency_ms: float) -> Critique:
+        fields, over, usage = link.fields, link.ended is not ChainEnd.NONE, link.usage + writing
         before = link.ended is ChainEnd.LOST
         final = ("previous_text", "previous_stopped") if before else ("text", "text_stopped")
         principle = link.upcoming or (link.used[-1] if link.used else None)
@@ -215,8 +217,8 @@ class Criticise:
             template_hash=templates.HASH["critique"],
             sampling=self.sampling,
             seed=ids.seed(link.parent.record_id),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion,
             latency_ms=latency_ms,
             critique=text,
             verdict=link.verdict,

@@ -113,7 +113,7 @@ class Judge:
     def record_id(self, pair: Pair) -> str:
         configuration = ids.fingerprint(
             model=[self.model.id, self.model.revision],
-            template=templates.HASH["comparison"],
+            template=templates.hash_of("comparison", self.model.capabilities),
             constitution=self.constitution.hash,
             pairing=self.pairing,
             min_mass=self.min_mass,
@@ -164,8 +164,10 @@ class Judge:
             principle_id=principle_id,
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             policy_version=parent.policy_version,
-            template_hash=templates.HASH["comparison"],
+            template_hash=templates.hash_of("comparison", self.model.capabilities),
             seed=ids.seed(record_id),
+            prompt_tokens=comparison.usage.prompt,
+            completion_tokens=comparison.usage.completion,
             latency_ms=latency_ms,
             response_id=pair.response_id,
             turns=parent.turns,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from consumers.templates import CHAT_HASH
-from engine.models.port import Ask, Generation, Model
+from engine.models.port import Ask, Generation, Model, used
 from schemas import ids
 from schemas.records import Candidate, FinishReason, ModelRef, Prompt, Response, Sampling
 
@@ -62,7 +62,7 @@ class Respond:
     def response(
         self, prompt: Prompt, record_id: str, generations: Sequence[Generation], lineage: dict[str, object]
     ) -> Response:
-        seed = ids.seed(record_id)
+        seed, usage = ids.seed(record_id), used(generations)
         version = lineage["policy_version"]
         candidates = [
             Candidate(
@@ -85,8 +85,8 @@ class Respond:
             template_hash=CHAT_HASH,
             sampling=self.sampling,
             seed=seed,
-            prompt_tokens=len(generations[0].prompt_token_ids),
-            completion_tokens=sum(len(generation.token_ids) for generation in generations),
+            prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion,
             turns=prompt.turns,
             source=prompt.source,
             tags=prompt.tags,

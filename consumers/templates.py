@@ -2,7 +2,8 @@
 
 The dialogue is shown as text inside one user turn, so that a chat model sees material to assess and not a conversation to
 join. Where an option is read from next-token probabilities the assistant's turn is already begun with `Answer: (`: on
-SmolLM2 the two letters then catch 0.90 of the probability, without it 0.07 (measured on 64 human pairs).
+SmolLM2 the two letters then catch 0.90 of the probability, without it 0.07 (measured on 64 human pairs). A server that cannot
+go on with a begun turn is told in words to write the letter alone: another template, and so another hash.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from constitutions.loader import Example
+from engine.models.port import Ask, Capabilities
 from schemas.ids import fingerprint
 from schemas.records import Turn
 
 ANSWER = "Answer: ("
 OPTIONS = ("A", "B")
+ALONE = "Write that letter alone: nothing before it, nothing after it."
 NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 VERDICT = """Read this conversation.
@@ -64,6 +67,25 @@ Reply with one letter, A or B."""
 TEMPLATES = {"verdict": VERDICT, "critique": CRITIQUE, "revision": REVISION, "comparison": COMPARISON}
 HASH = {name: fingerprint(template=text, prefill=ANSWER) for name, text in TEMPLATES.items()}
 CHAT_HASH = fingerprint(template="the model's own chat template")
+
+
+def hash_of(name: str, capabilities: Capabilities) -> str:
+    """The hash of a template as this model is asked with it."""
+    if capabilities.prefill and capabilities.logprobs:
+        return HASH[name]
+    return fingerprint(template=TEMPLATES[name], prefill=opening(capabilities), votes=capabilities.votes)
+
+
+def opening(capabilities: Capabilities) -> str:
+    return ANSWER if capabilities.prefill else ALONE
+
+
+def choice(turns: Sequence[Turn], capabilities: Capabilities) -> Ask:
+    """A question whose answer is one letter, begun as far as the model can be begun."""
+    if capabilities.prefill:
+        return Ask(tuple(turns), prefill=ANSWER)
+    *before, last = turns
+    return Ask((*before, Turn(role=last.role, content=f"{last.content} {ALONE}")))
 
 
 def dialogue(turns: Sequence[Turn]) -> str:

@@ -25,12 +25,13 @@ from typing import Any
 import httpx
 
 from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
-from engine.models.port import Ask, Generation, OptionScores
+from engine.models.port import Ask, Capabilities, Generation, OptionScores
 from schemas.ids import fingerprint
 
 TOP_LOGPROBS = 20
 DEADLINE_S = 600.0
 BACKOFF_S = (0.5, 30.0)
+PLAIN = Capabilities(token_ids=False, exact_logprobs=False)
 REQUEST_FAULTS = (400, 413, 422)
 SETTING_FAULTS = (401, 403, 404)
 
@@ -60,6 +61,7 @@ class Endpoint:
     concurrency: int = 16
     deadline_s: float = DEADLINE_S
     backoff_s: tuple[float, float] = BACKOFF_S
+    capabilities: Capabilities = PLAIN
 
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}

@@ -15,7 +15,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from engine.errors import PermanentRecordError, UsageError
 from engine.models import model_folder, smollm2
 from engine.models.chat import prompt_ids
-from engine.models.port import Ask, Generation, OptionScores
+from engine.models.port import LOCAL, Ask, Generation, OptionScores, Usage
 
 # Our own output is the progress of the stream; a bar for each loading would tear it apart.
 transformers.utils.logging.disable_progress_bar()
@@ -92,6 +92,8 @@ class Row:
 class LocalModel:
     """A causal language model in this process; one thread uses it at a time."""
 
+    capabilities = LOCAL
+
     def __init__(
         self, folder: Path, *, name: str = "", threads: int = 2, max_batch: int = 32, dtype: torch.dtype | None = None
     ) -> None:
@@ -141,7 +143,8 @@ class LocalModel:
                 logits, _ = self.prefill([prompts[i] for i in chunk], cache=None)
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             for row, i in enumerate(chunk):
-                results[i] = self.score(logprobs[row], options, batch[i].prefill)
+                scored = self.score(logprobs[row], options, batch[i].prefill)
+                results[i] = replace(scored, usage=Usage(len(prompts[i]), 0))
         return [result for result in results if result is not None]
 
     # Prompts

@@ -19,11 +19,25 @@ class Ask:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """Tokens that were read and written for something, as whoever bills them counts: failed tries that used some included."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt + other.prompt, self.completion + other.completion)
+
+
+NOTHING = Usage()
+
+
+@dataclass(frozen=True)
 class Generation:
     """One sampled text (without the prefill).
 
     `token_ids` include the end token when `finish_reason` is "stop"; `logprobs` are theirs, under the sampling temperature over
-    the whole vocabulary. A server that gives no tokens leaves the tuples empty.
+    the whole vocabulary. A server that gives no tokens leaves the tuples empty. `counted` is a server's own count.
     """
 
     text: str
@@ -31,6 +45,17 @@ class Generation:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
+    counted: Usage | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return self.counted or Usage(len(self.prompt_token_ids), len(self.token_ids))
+
+
+def used(samples: Sequence[Generation]) -> Usage:
+    """What several samples of one prompt used: a local model reads the prompt once, a server bills it for each."""
+    read = sum(g.usage.prompt for g in samples if g.counted) or max(g.usage.prompt for g in samples)
+    return Usage(read, sum(g.usage.completion for g in samples))
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,26 @@ class OptionScores:
 
     logprobs: tuple[float, ...]
     mass: float
+    usage: Usage = NOTHING
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model can do. What it cannot do changes the wording of a question, and so the template hash of the record.
+
+    prefill: it goes on with a begun assistant turn; else `Ask.prefill` is an error, and a question must say how to begin.
+    logprobs: options are scored by next-token probabilities; else by votes, the shares of `votes` sampled replies.
+    token_ids: generations carry their exact token ids; exact_logprobs: and their log-probabilities at temperature 1.
+    """
+
+    prefill: bool = True
+    logprobs: bool = True
+    token_ids: bool = True
+    exact_logprobs: bool = True
+    votes: int = 0
+
+
+LOCAL = Capabilities()
 
 
 class Model(Protocol):
@@ -46,6 +91,11 @@ class Model(Protocol):
 
     id: str
     revision: str
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do; a server is asked once, at the first use."""
+        ...
 
     def generate(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import PermanentRecordError
-from engine.models.port import Ask, Generation, OptionScores
+from engine.models.port import LOCAL, Ask, Capabilities, Generation, OptionScores, Usage
 
 POISON = "POISON-PILL"
 WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "music", "silver", "paper", "engine", "harbour"]
@@ -33,6 +33,7 @@ class ScriptedModel:
     option_rule: Callable[[Ask], float] | None = None
     text_rule: Callable[[Ask, int], str] | None = None
     faults: list[Exception] = field(default_factory=list)
+    capabilities: Capabilities = LOCAL
     generated: int = 0
     scored: int = 0
 
@@ -75,4 +76,4 @@ class ScriptedModel:
     def score(self, ask: Ask, options: Sequence[str]) -> OptionScores:
         share = self.option_rule(ask) if self.option_rule else (1 + points(ask)[0]) / 257
         shares = [share, 1 - share] if len(options) == 2 else [1 / len(options)] * len(options)
-        return OptionScores(tuple(math.log(max(1e-12, self.mass * s)) for s in shares), self.mass)
+        return OptionScores(tuple(math.log(max(1e-12, self.mass * s)) for s in shares), self.mass, Usage(8, 0))

@@ -8,7 +8,8 @@ from consumers.critique import Criticise
 from consumers.judge import Judge
 from consumers.respond import Respond
 from consumers.revise import Revise
-from engine.models.port import OptionScores
+from consumers.templates import ALONE, HASH, hash_of
+from engine.models.port import Capabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from schemas.codec import decode, encode
 from schemas.records import ChainEnd, FinishReason, Outcome, RevisionFault, Sampling, Turn, Verdict
@@ -233,3 +234,28 @@ def test_both_orders_against_hand_computed_numbers():
     assert result.p == pytest.approx(0.8059278) and result.mass == 0.4 and not result.flipped
     assert share_of_a(OptionScores((float("-inf"), float("-inf")), 0.0)) == 0.5
     assert Comparison(0.6, 0.4, 1, 1).flipped
+
+
+def test_what_a_model_cannot_do_changes_the_question_and_its_hash_never_silently():
+    asked = []
+
+    class Unbegun(ScriptedModel):
+        def option_logprobs(self, batch, options):
+            asked.extend(batch)
+            return super().option_logprobs(batch, options)
+
+    able, unable = ScriptedModel(), Unbegun(capabilities=Capabilities(prefill=False))
+    response = Turn(role="user", content="Which? (A) or (B)")
+    both_orders(unable, [((response,), (response,))])
+    assert [ask.prefill for ask in asked] == ["", ""] and all(ask.turns[-1].content.endswith(ALONE) for ask in asked)
+    hashes = {
+        hash_of("comparison", m.capabilities) for m in (able, unable, Unbegun(capabilities=Capabilities(False, False, votes=8)))
+    }
+    assert len(hashes) == 3 and HASH["comparison"] in hashes
+
+
+def test_what_a_judgement_and_a_critique_cost_is_on_their_records(make_response):
+    ((record,),) = judge(ScriptedModel())([make_response()])
+    assert record.prompt_tokens == 16  # both orders, eight each
+    ((critique,),) = criticise(ScriptedModel(option_rule=says_flawed(0.9)))([make_response()])
+    assert critique.prompt_tokens == 16 + 8 and critique.completion_tokens > 0
