@@ -41,12 +41,14 @@ def migrate_database(store: Store) -> list[str]:
 
 
 def add_what_is_missing(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """Tables and columns that this version's records have more; a row of the old version has NULL there."""
+    """Tables, columns and parts of them that this version's records have more; a row of the old version has NULL there."""
     done = []
-    described = connection.execute("SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = 'raw'").fetchall()
-    there: dict[str, set[str]] = {}
-    for table, column in described:
-        there.setdefault(table, set()).add(column)
+    described = connection.execute(
+        "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE schema_name = 'raw'"
+    ).fetchall()
+    there: dict[str, dict[str, str]] = {}
+    for table, column, kind in described:
+        there.setdefault(table, {})[column] = kind
     for spec in TOPICS.values():
         if spec.table not in there:
             done.append(f"  new table {spec.table}")
@@ -55,9 +57,17 @@ def add_what_is_missing(connection: duckdb.DuckDBPyConnection) -> list[str]:
             if name not in there[spec.table]:
                 connection.execute(f'ALTER TABLE raw.{spec.table} ADD COLUMN "{name}" {kind}')
                 done.append(f"  new column {spec.table}.{name}")
+            elif without_quotes(there[spec.table][name]) != without_quotes(kind):
+                connection.execute(f'ALTER TABLE raw.{spec.table} ALTER COLUMN "{name}" TYPE {kind}')
+                done.append(f"  new parts in {spec.table}.{name}")
     for statement in create_statements():
         connection.execute(statement)
     return done
+
+
+def without_quotes(kind: str) -> str:
+    """A type without the quotes around its fields: DuckDB names only some of them so."""
+    return kind.replace('"', "")
 
 
 def migrate_log(folder: Path) -> list[str]:

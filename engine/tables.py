@@ -23,7 +23,7 @@ from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 VIEWS = Path(__file__).with_name("views.sql")
-VERSION = 2
+VERSION = 3
 PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),

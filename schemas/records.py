@@ -169,14 +169,31 @@ class Round(Part):
     revision: str
 
 
+class PrincipleVerdict(Part):
+    """What the critic says of a text under one principle: p(flawed), and the mass that the two options caught."""
+
+    principle_id: str
+    verdict: Verdict = Verdict.UNKNOWN
+    p_flawed: float | None = None
+    mass: float | None = None
+
+
 class Vote(Part):
-    """What one principle says of a pair: the probability that A is better, in both orders, and the mass the options caught."""
+    """What one principle says of a pair: the probability that A is better, in both orders, and the mass the options caught.
+
+    Only votes with `outcome` OK count, each by its `weight`. Where nothing could be read the probability is NaN and the mass
+    0. The explanations are what the judge wrote with A shown first (forward) and with B shown first (backward).
+    """
 
     principle_id: str
     p_forward: float
     p_backward: float
     mass_forward: float
     mass_backward: float
+    weight: float = 1.0
+    outcome: Outcome = Outcome.UNKNOWN
+    explanation: str = ""
+    explanation_backward: str = ""
 
 
 class Record(Part):
@@ -262,13 +279,16 @@ class Chain(Record):
     ended: ChainEnd = ChainEnd.NONE
     final_text: str | None = None
     final_stopped: bool = False
+    preset: str = ""
+    cached_tokens: int = 0
 
 
 class Critique(Chain):
     """A verdict on `text` under a principle and, while the chain goes on, the critique in words.
 
-    `p_flawed` is the probability of the flawed option among the two; `mass` is what both caught. `p_better` compares a
-    revision with its predecessor (both orders averaged), absent for a first answer.
+    `verdicts` has every principle that was asked; `p_flawed` is the worst of them, the probability of the flawed option among
+    the two, and `mass` the least that both caught. `p_better` compares a revision with its predecessor (both orders averaged),
+    absent for a first answer.
     """
 
     topic: ClassVar[str] = "critiques"
@@ -279,6 +299,7 @@ class Critique(Chain):
     mass: float | None = None
     p_better: float | None = None
     similarity: float | None = None
+    verdicts: list[PrincipleVerdict] = Field(default_factory=list)
 
 
 class Revision(Chain):
@@ -292,9 +313,11 @@ class Revision(Chain):
 
 
 class Preference(Record):
-    """A judgement of two answers: `p_a` is the soft label, the probability that A is better, both orders averaged.
+    """A judgement of two answers: `p_a` is the soft label, the probability that A is better, from the order(s) that `order` names.
 
-    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented.
+    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `order` is "both" (averaged), or the one
+    that the label was read from, "forward" (A shown first) or "backward". `cached_tokens` are those of `prompt_tokens` that
+    were not computed again because another question began with them.
     """
 
     topic: ClassVar[str] = "preferences"
@@ -322,6 +345,9 @@ class Preference(Record):
     explanation: str = ""
     outcome: Outcome = Outcome.UNKNOWN
     label_source: LabelSource = LabelSource.AI
+    preset: str = ""
+    order: str = ""
+    cached_tokens: int = 0
 
 
 class BatchManifest(Record):
