@@ -16,8 +16,8 @@ set-up: ## A virtual environment in .venv, the packages, the small model
 demo: set-up ## The whole loop once, with a real small model
 	@$(BIN)/charter demo
 
-test: set-up ## All tests
-	@$(BIN)/python -m pytest -q
+test: set-up ## All tests, in three processes (much of it waits for brokers and dying processes)
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: set-up ## Format, lint, types, schema evolution
 	@$(BIN)/ruff format --check .

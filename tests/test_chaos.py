@@ -1,4 +1,4 @@
-"""Charter under failure, small: each scenario of `python -m tests.chaos` at a size that a test suite can afford."""
+"""Charter while its parts are killed, stopped and moved: scenarios of `python -m tests.chaos`, small."""
 
 import os
 import uuid
@@ -52,31 +52,3 @@ def test_a_copy_that_wakes_after_its_partitions_moved_writes_nothing(tmp_path, k
 @pytest.mark.kafka
 def test_copies_join_and_leave_while_work_goes_on(tmp_path, kafka_address, prefix):
     run(broken.storm(tmp_path, kafka_address, prompts=40, changes=5, prefix=prefix))
-
-
-def mounted(scenario):
-    try:
-        run(scenario)
-    except PermissionError as error:
-        pytest.skip(f"no small disk to fill: {error}")
-
-
-def test_a_full_disk_under_the_database(tmp_path):
-    mounted(broken.full_disk_of_the_sink(tmp_path, prompts=500))
-
-
-def test_a_full_disk_under_the_embedded_log(tmp_path):
-    mounted(broken.full_disk_of_the_log(tmp_path, prompts=250))
-
-
-def test_a_database_that_another_program_holds(tmp_path):
-    run(broken.held_file(tmp_path, prompts=20, held_s=4.0))
-
-
-def test_a_model_server_that_goes_away(tmp_path):
-    run(broken.server_down(tmp_path, prompts=20, down_s=2.0))
-
-
-@pytest.mark.kafka
-def test_hostile_bytes_on_kafka(tmp_path, kafka_address, prefix):
-    run(broken.hostile_bytes(tmp_path, kafka_address, count=1000, prefix=prefix))

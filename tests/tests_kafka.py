@@ -1,13 +1,14 @@
 """A throw-away Apache Kafka (KRaft) on loopback, from a folder with libs/*.jar and a Java runtime: one broker, or several."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import kafka
@@ -19,9 +20,12 @@ LOOK_EVERY_S = 0.2
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that outgoing connections take: a broker that starts again still finds it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Broker:

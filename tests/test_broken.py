@@ -1,0 +1,42 @@
+"""Charter with a full disk, a held database, a server that is away and hostile bytes: `python -m tests.chaos`, small."""
+
+import uuid
+
+import pytest
+
+from tests.chaos import broken
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def run(lines):
+    """A scenario raises when a promise did not hold."""
+    return list(lines)
+
+
+def mounted(scenario):
+    try:
+        run(scenario)
+    except PermissionError as error:
+        pytest.skip(f"no small disk to fill: {error}")
+
+
+def test_a_full_disk_under_the_database(tmp_path):
+    mounted(broken.full_disk_of_the_sink(tmp_path, prompts=500))
+
+
+def test_a_full_disk_under_the_embedded_log(tmp_path):
+    mounted(broken.full_disk_of_the_log(tmp_path, prompts=250))
+
+
+def test_a_database_that_another_program_holds(tmp_path):
+    run(broken.held_file(tmp_path, prompts=20, held_s=4.0))
+
+
+def test_a_model_server_that_goes_away(tmp_path):
+    run(broken.server_down(tmp_path, prompts=20, down_s=2.0))
+
+
+@pytest.mark.kafka
+def test_hostile_bytes_on_kafka(tmp_path, kafka_address):
+    run(broken.hostile_bytes(tmp_path, kafka_address, count=1000, prefix=f"c{uuid.uuid4().hex[:8]}."))
