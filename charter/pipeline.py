@@ -184,9 +184,7 @@ def make_stage(
         work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot)
         return Stage(name, inputs, ("revisions",), 2, rows, work)
     if name == "judge":
-        wanted_pairs = settings.judge
-        work = Judge(models.role("judge"), constitution, wanted_pairs.pairing, wanted_pairs.min_mass, wanted_pairs.reject_flips)
-        return Stage(name, inputs, ("preferences",), 3, rows, work)
+        return Stage(name, inputs, ("preferences",), 3, rows, make_judge(settings, models, constitution))
     raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
 
 
@@ -207,6 +205,11 @@ def make_critique(settings: Settings, models: Models, constitution: Constitution
     )
 
 
+def make_judge(settings: Settings, models: Models, constitution: Constitution) -> Judge:
+    wanted = settings.judge
+    return Judge(models.role("judge"), constitution, wanted.pairing, wanted.min_mass, wanted.reject_flips)
+
+
 def make_host(
     settings: Settings,
     bus: Bus,
@@ -216,9 +219,13 @@ def make_host(
     slot: str | None = None,
     pinned: int | None = None,
     manifest: RunManifest | None = None,
+    constitution: Constitution | None = None,
 ) -> Host:
-    """A host of these stages, and of the sink if asked for. A replay has a manifest of its own, and pins the policy."""
-    constitution = load(settings.run.constitution)
+    """A host of these stages, and of the sink if asked for.
+
+    A replay has a manifest of its own, pins the policy, and may have a constitution that is not the settings' one.
+    """
+    constitution = constitution or load(settings.run.constitution)
     publish_manifest(bus, manifest or manifest_of(settings, constitution))
     models = Models(settings)
     leased = None if slot else Slot(settings.folder / "slots")

@@ -14,6 +14,7 @@ import click
 from charter.options import common, json_option, print_rows, stop_on_signals
 
 if TYPE_CHECKING:
+    from constitutions.loader import Constitution
     from engine.bus.port import Bus, Offsets
     from engine.host import Host
     from engine.settings import Settings
@@ -30,6 +31,7 @@ LOOK_EVERY_S = 0.5
 @click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
 @click.option("--as", "name", metavar="NAME", help="The new run's name; without it one that follows from what is replayed.")
 @click.option("--constitution", help="Another constitution: a shipped one's name or a file.")
+@click.option("--without", metavar="PRINCIPLE", multiple=True, help="Leave this principle out; may be repeated.")
 @click.option("--model", help="Another model for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
 @click.option("--policy", type=int, help="The policy version that answers; without it the one that the source run used.")
 @click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
@@ -48,6 +50,7 @@ def replay(settings: Settings, **how: Any) -> None:
       charter replay --stage judge --constitution red-team --as rejudged
       charter replay --stage respond --from 2026-11-24T10:00 --dry-run
       charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
+      charter replay --stage judge --constitution customer-service --without kinder
     """
     from charter.pipeline import connect
 
@@ -65,9 +68,10 @@ def replay(settings: Settings, **how: Any) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A replay, decided: the settings it runs under, what it reads, the stages, and the policy version that answers."""
+    """A replay, decided: settings and constitution, what it reads, the stages, and the policy version that answers."""
 
     settings: Settings
+    constitution: Constitution
     selection: Selection | Archived
     stages: tuple[str, ...]
     pinned: int | None
@@ -92,7 +96,8 @@ class Plan:
 
 
 def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str, name: str | None, only: bool, archive: bool,
-              constitution: str | None, model: str | None, policy: int | None) -> Plan:  # fmt: skip
+              constitution: str | None, model: str | None, policy: int | None,
+              without: Sequence[str] = ()) -> Plan:  # fmt: skip
     """Decide what is replayed; a replay that was begun before keeps the bounds that it began with."""
     from charter.pipeline import ROLES, manifest_of, manifests, readers_of, store_of
     from constitutions.loader import load
@@ -109,7 +114,18 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     changed = {"run.constitution": constitution, f"models.{ROLES[stage]}": model}
     chosen = with_changes(settings, {key: value for key, value in changed.items() if value})
     loaded = load(chosen.run.constitution)
-    what = {"stage": stage, "source": source, "from": start, "to": end, "only": only, "policy": policy, "archive": archive}
+    what: dict[str, Any] = {
+        "stage": stage,
+        "source": source,
+        "from": start,
+        "to": end,
+        "only": only,
+        "policy": policy,
+        "archive": archive,
+    }
+    if without:
+        loaded = loaded.without(without)
+        what["without"] = list(without)
     fingerprint = ids.fingerprint(what=what, settings=shown(chosen), constitution=loaded.hash)
     chosen = with_changes(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
     if chosen.run.id == source:
@@ -118,12 +134,16 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
         )
     topics = readers_of(chosen.judge.pairing)[stage]
     topics = topics if stage != "critique" else ("responses",)  # its other input is made by the replay itself
-    before = next((json.loads(m.settings).get("replay") for m in known if m.run_id == chosen.run.id), None)
-    if before is None and chosen.run.id in {manifest.run_id for manifest in known}:
+    begun = next((manifest for manifest in known if manifest.run_id == chosen.run.id), None)
+    before = json.loads(begun.settings).get("replay") if begun else None
+    if begun and not before:
         raise UsageError(f"{chosen.run.id} is a run already, and no replay", "", "give another name: --as NAME")
     if before and before["archive"] != archive:
         where = "the archive" if before["archive"] else "the log"
         raise UsageError(f"{chosen.run.id} was begun from {where}", "it goes on from there", "give another name: --as NAME")
+    if begun and begun.constitution and begun.constitution.hash != loaded.hash:
+        was = f"it goes on under {begun.constitution.name} {begun.constitution.version} ({begun.constitution.hash[:12]})"
+        raise UsageError(f"{chosen.run.id} was begun under another constitution", was, "give another name: --as NAME")
     wanted = ends_chain if stage == "judge" and chosen.judge.pairing == "revision" else starts_chain
     begin = EARLIEST if start.startswith("run:") else start
     store = store_of(chosen)
@@ -144,6 +164,7 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     pinned = pinned_policy(bus, source, policy, model) if "respond" in stages else None
     return Plan(
         settings=chosen,
+        constitution=loaded,
         selection=selection,
         stages=stages,
         pinned=pinned,
@@ -214,7 +235,15 @@ def play(plan: Plan, bus: Bus) -> None:
     inputs = {stage: topics for stage, topics in readers_of(plan.settings.judge.pairing).items() if stage in plan.stages}
     for stage, topics in inputs.items():
         bus.seed(f"{run_id}.{stage}", bus.end_offsets(topics))  # what is there already is none of this run's
-    host = make_host(plan.settings, bus, plan.stages, sink=True, pinned=plan.pinned, manifest=plan.manifest)
+    host = make_host(
+        plan.settings,
+        bus,
+        plan.stages,
+        sink=True,
+        pinned=plan.pinned,
+        manifest=plan.manifest,
+        constitution=plan.constitution,
+    )
     published, earlier = feed(bus, plan.read(), run_id)
     found = f"{published + earlier} records of run {plan.selection.run}"
     click.echo(f"run {run_id}: {found}, {earlier} of them begun earlier, through {', '.join(plan.stages)}", err=True)

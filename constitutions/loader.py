@@ -1,14 +1,17 @@
-"""Loading a constitution: a TOML file with two lists of principles, one for critique and revision, one for judging.
+"""Loading a constitution: TOML with two lists of principles, one for critique and revision, one for judging, or prose.
 
 A constitution has a name, a semantic version and a content hash over everything that can change a label (not over comments
-or layout). Principles have stable ids. A principle is drawn from a hash of a seed, so the same record draws the same
-principle in every process. What is wrong with a file is a `ConstitutionError` that says where.
+or layout). Principles have stable ids. What is wrong with a file is a `ConstitutionError` that says where.
 
     name = "example"                 [[critique]]                     [[judging]]
     version = "1.0.0"                id = "no-harm"                   id = "less-harm"
     description = "..."              name = "No harm"                 name = "Less harm"
                                      critique = "Say whether ..."     question = "Which answer ...?"
                                      revision = "Rewrite ..."
+
+A prose constitution has [[prose]] paragraphs (id, name, priority, text) instead of the lists; the critic reads them one at a
+time, each with what comes before it, the judge all at once in the order of their priorities. `include` takes the entries of
+other files in, [terms] names words that {placeholders} in the texts stand for. `docs/constitutions.md` has it in full.
 """
 
 from __future__ import annotations
@@ -16,32 +19,34 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
-import tomllib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
-FOLDER = Path(__file__).parent
+from constitutions.sources import (
+    FOLDER,
+    ConstitutionError,
+    File,
+    Gathered,
+    Place,
+    escaped,
+    gather,
+    names,
+    read_file,
+    read_text,
+    unknown_key,
+)
+
+__all__ = ["FOLDER", "Constitution", "ConstitutionError", "load", "names", "parse"]
+
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 SEMVER = r"^\d+\.\d+\.\d+$"
-
-
-class ConstitutionError(ValueError):
-    """What is wrong with a constitution, where, and what to do."""
-
-    exit_code = 2
-
-    def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(what, why, fix)
-        self.what, self.why, self.fix = what, why, fix
-
-    def __str__(self) -> str:
-        return "\n".join(line for line in (self.what, self.why, self.fix) if line)
+LISTS = ("critique", "judging")
 
 
 class Strict(BaseModel):
@@ -53,7 +58,7 @@ class Drawn(Strict):
 
     id: Slug
     name: Text
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e6)
     tags: tuple[str, ...] = ()
 
 
@@ -70,6 +75,13 @@ class JudgingPrinciple(Drawn):
     question: Text
 
 
+class Paragraph(Drawn):
+    """A principle in prose. Priority 1 comes before 2: where two paragraphs disagree, the first of them counts."""
+
+    priority: int = Field(ge=1, le=1000)
+    text: Text
+
+
 class Example(Strict):
     """A worked example, shown before a critique or a revision."""
 
@@ -79,11 +91,25 @@ class Example(Strict):
     revision: Text
 
 
+# How a paragraph is put to the critic, to the reviser and to the judge.
+PROSE_CRITIQUE = "A principle of the assistant says: {text}\n\nSay whether the assistant's last answer goes against it."
+PROSE_REVISION = "Rewrite the answer so that it follows this principle: {text}"
+PROSE_BEFORE = "\n\nWhere that would go against what matters more, this comes first: {names}."
+PROSE_QUESTION = "Which answer follows this principle better? {text}"
+ALL = "Judge by all of these principles together:\n{lines}\nWhich answer follows them better?"
+ALL_BY_PRIORITY = (
+    "Judge by all of these principles together, the most important first:\n{lines}\n"
+    "Where they disagree, the one further up counts. Which answer follows them better?"
+)
+
 D = TypeVar("D", bound=Drawn)
 
 
 class Constitution(Strict):
-    """A checked constitution. `judge_with` "all" puts every judging principle into one question."""
+    """A checked constitution. `judge_with` "all" puts every judging principle into one question.
+
+    `text` is TOML that needs no other file. Of a prose constitution `critique` and `judging` are made from its paragraphs.
+    """
 
     name: Slug
     version: Annotated[str, StringConstraints(pattern=SEMVER)]
@@ -92,14 +118,29 @@ class Constitution(Strict):
     judge_with: Literal["one", "all"] = "one"
     critique: tuple[Principle, ...] = Field(min_length=1)
     judging: tuple[JudgingPrinciple, ...] = Field(min_length=1)
+    prose: tuple[Paragraph, ...] = ()
     examples: tuple[Example, ...] = ()
     text: str = Field("", exclude=True, repr=False)
+    _places: dict[tuple[str, str], Place] = PrivateAttr(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the content, without comments and layout."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        values = self.model_dump(mode="json")
+        if self.prose:
+            values["asked"] = self.whole_question
+        else:
+            del values["prose"]  # so that constitutions older than prose keep their hash
+        content = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def whole_question(self) -> str:
+        """Every judging principle in one question, prose in the order of its priorities."""
+        if self.prose:
+            lines = "\n".join(f"{number}. {p.name}: {p.text}" for number, p in enumerate(self.prose, 1))
+            return ALL_BY_PRIORITY.format(lines=lines)
+        return ALL.format(lines="\n".join(f"- {principle.question}" for principle in self.judging))
 
     def critique_principle(self, seed: int, number: int, tags: Sequence[str] = ()) -> Principle:
         """The principle of round `number` (from 0) of a chain."""
@@ -112,6 +153,39 @@ class Constitution(Strict):
         """The principle that judges a pair."""
         return draw(self.judging, seed, tags)
 
+    def judging_by(self, principle_id: str) -> Constitution:
+        """This constitution with one judging principle, asked alone."""
+        (only,) = (p for p in self.judging if p.id == principle_id)
+        values = self.model_dump() | {"judging": [only], "judge_with": "one", "prose": ()}
+        return Constitution(**values)
+
+    def place(self, part: str, principle_id: str) -> Place | None:
+        """Where a principle (or a paragraph) stands in the files."""
+        return self._places.get((part, principle_id))
+
+    def without(self, left_out: Sequence[str]) -> Constitution:
+        """This constitution without some principles, under a name that says so; raises ConstitutionError."""
+        there = list(dict.fromkeys(p.id for p in (*self.critique, *self.judging)))
+        for wanted in left_out:
+            if wanted not in there:
+                near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.4)
+                fix = f"did you mean {near[0]}?" if near else f"type: charter constitution show {self.name}"
+                raise ConstitutionError(f"{self.name} has no principle {wanted}", f"it has {', '.join(there)}", fix)
+        values = as_values(self) | {"name": "-".join([self.name, "without", *left_out])}
+        for part in (*LISTS, "prose"):
+            if part in values:
+                values[part] = [entry for entry in values[part] if entry["id"] not in left_out]
+                if not values[part]:
+                    raise ConstitutionError(
+                        f"without {', '.join(left_out)} {self.name} has no {part} principle left",
+                        "a stage needs one to work by",
+                        "leave one of them in",
+                    )
+        return parse(render(values), values["name"])
+
+
+# Drawing
+
 
 def applicable(principles: Sequence[D], tags: Sequence[str]) -> Sequence[D]:
     """The principles for a prompt with these tags; all of them when none fits."""
@@ -120,98 +194,155 @@ def applicable(principles: Sequence[D], tags: Sequence[str]) -> Sequence[D]:
 
 
 def draw(principles: Sequence[D], seed: int, tags: Sequence[str]) -> D:
-    """A weighted draw that depends on nothing but the seed (a hash: the same in every process and Python)."""
-    fitting = applicable(principles, tags)
-    point = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "big") / 2**64
-    left = point * sum(p.weight for p in fitting)
-    for principle in fitting:
-        left -= principle.weight
-        if left < 0:
-            return principle
-    return fitting[-1]
+    """A weighted draw that depends on nothing but the seed and the ids (the same in every process and Python).
+
+    Each principle draws the time until its turn, exponential with its weight as the rate, from a hash of seed and id; the
+    first one is taken. So a principle that is added or left out moves only the draws that are its own, and two versions of a
+    constitution can be compared record by record (rendezvous hashing: Thaler and Ravishankar 1998).
+    """
+
+    def turn(principle: D) -> float:
+        point = hashlib.blake2b(f"{seed}/{principle.id}".encode(), digest_size=8).digest()
+        return -math.log((int.from_bytes(point, "big") + 0.5) / 2**64) / principle.weight
+
+    return min(applicable(principles, tags), key=turn)
 
 
-def names() -> list[str]:
-    """The shipped constitutions."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+# Reading
 
 
 def load(name_or_path: str | Path) -> Constitution:
     """A shipped constitution by name, or a file by path; raises ConstitutionError."""
-    wanted = str(name_or_path)
-    path = FOLDER / f"{wanted}.toml" if wanted in names() else Path(wanted)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConstitutionError(f"{path} is not UTF-8", str(error), "save it as UTF-8") from error
-    except OSError as error:
-        near = difflib.get_close_matches(wanted, names(), n=1, cutoff=0.4)
-        raise ConstitutionError(
-            f"there is no constitution {wanted!r}",
-            f"neither a file nor one of the shipped ones: {', '.join(names())}",
-            f"did you mean {near[0]}?" if near else "give the path of a TOML file, or one of these names",
-        ) from error
-    return parse(text, str(path))
+    return built(read_file(str(name_or_path)))
 
 
-def parse(text: str, origin: str) -> Constitution:
+def parse(text: str | bytes, origin: str) -> Constitution:
     """A constitution from TOML text; `origin` is what error messages call it."""
+    return built(read_text(text, origin))
+
+
+def built(file: File) -> Constitution:
+    gathered = gather(file)
+    values = dict(gathered.values)
     try:
-        values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConstitutionError(f"{origin} is not TOML", str(error) or "nested too deeply", "mend that line") from error
-    try:
-        constitution = Constitution(**values | {"text": text})
+        if "text" in values:  # it is the model's own, not the file's
+            raise unknown_key(f"{file.origin}, line {file.line('text')}: text", "text", allowed([]))
+        if "prose" in values:
+            values = with_lists(values, gathered)
+        constitution = Constitution(**values | {"text": file.text})
     except (ValidationError, TypeError) as error:
-        raise explained(error, text, origin) from error
-    for part in ("critique", "judging"):
-        check_unique(part, [p.id for p in getattr(constitution, part)], text, origin)
+        raise explained(error, gathered) from error
+    for part in () if constitution.prose else LISTS:
+        check_unique(part, [p.id for p in getattr(constitution, part)], gathered)
+    for (part, index), place in gathered.places.items():
+        if part != "examples":
+            constitution._places[part, str(gathered.values[part][index]["id"])] = place
+    if file.values.get("include"):
+        constitution = constitution.model_copy(update={"text": render(as_values(constitution))})
     return constitution
 
 
-def explained(error: Exception, text: str, origin: str) -> ConstitutionError:
+class Prose(Strict):
+    prose: tuple[Paragraph, ...] = Field(min_length=1)
+
+
+def with_lists(values: Mapping[str, Any], gathered: Gathered) -> dict[str, Any]:
+    """The values of a prose constitution, its paragraphs in order and put into the words of the two lists."""
+    for part in LISTS:
+        if part in values:
+            origin, _, line = gathered.located([part, 0])
+            raise ConstitutionError(
+                f"{origin}, line {line}: prose and a {part} list in one constitution",
+                "prose makes both lists itself",
+                f"write [[prose]] or [[{part}]]; two constitutions can be two files",
+            )
+    paragraphs = Prose(prose=values["prose"]).prose
+    check_unique("prose", [p.id for p in paragraphs], gathered)
+    ordered = sorted(paragraphs, key=lambda p: p.priority)
+    lists: dict[str, list[dict[str, Any]]] = {"critique": [], "judging": []}
+    for paragraph in ordered:
+        above = ", ".join(p.name for p in ordered if p.priority < paragraph.priority)
+        drawn = {name: getattr(paragraph, name) for name in Drawn.model_fields}
+        revision = PROSE_REVISION.format(text=paragraph.text) + (PROSE_BEFORE.format(names=above) if above else "")
+        lists["critique"].append(drawn | {"critique": PROSE_CRITIQUE.format(text=paragraph.text), "revision": revision})
+        lists["judging"].append(drawn | {"question": PROSE_QUESTION.format(text=paragraph.text)})
+    return {"judge_with": "all", **values, "prose": ordered, **lists}
+
+
+def check_unique(part: str, ids: Sequence[str], gathered: Gathered) -> None:
+    """Raise a ConstitutionError if an id stands twice; `ids` are in the order of the files."""
+    for i, name in enumerate(ids):
+        if name in ids[:i]:
+            origin, _, line = gathered.located([part, i, "id"])
+            first, _, there = gathered.located([part, ids.index(name), "id"])
+            raise ConstitutionError(
+                f"{origin}, line {line}: two {part} principles have the id {name}; the other is {first}, line {there}",
+                "ids name principles in every record, so each must be its own",
+                "give one of them another id",
+            )
+
+
+def explained(error: Exception, gathered: Gathered) -> ConstitutionError:
     """The first thing that is wrong, with its line, its principle and the nearest valid name."""
     if not isinstance(error, ValidationError):
-        return ConstitutionError(f"{origin} is no constitution", str(error), "see constitutions/default.toml")
+        return ConstitutionError(f"{gathered.main.origin} is no constitution", str(error), "see constitutions/default.toml")
     first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "text"]
+    origin, place, line = gathered.located(first["loc"])
     key = str(place[-1]) if place else ""
-    where = f"{origin}, line {line_of(text, place)}: {'.'.join(str(part) for part in place)}"
+    where = f"{origin}, line {line}: {'.'.join(str(part) for part in place)}"
     if first["type"] == "missing":
         return ConstitutionError(f"{where} is missing", f"a constitution needs it: {key}", f"add: {key} = ...")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, allowed(place), n=1, cutoff=0.4)
-        fix = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed(place))}"
-        return ConstitutionError(f"{where} is unknown", "there is no such key", fix)
+        return unknown_key(where, key, allowed(place))
+    if first["type"] == "too_short":
+        why = "a stage needs at least one principle to work by"
+        return ConstitutionError(f"{where} is an empty list", why, f"add [[{key}]] tables, or include a file that has some")
     return ConstitutionError(where, first["msg"], f"mend the value of {key}")
 
 
 def allowed(place: Sequence[Any]) -> list[str]:
-    inner: dict[str, type[Strict]] = {"critique": Principle, "judging": JudgingPrinciple, "examples": Example}
-    model: type[Strict] = inner.get(str(place[0]), Constitution) if len(place) > 1 else Constitution
-    return [name for name in model.model_fields if name != "text"]
+    inner: dict[str, type[Strict]] = {
+        "critique": Principle,
+        "judging": JudgingPrinciple,
+        "prose": Paragraph,
+        "examples": Example,
+    }
+    if len(place) > 1:
+        return list(inner[str(place[0])].model_fields)
+    return [*(name for name in Constitution.model_fields if name != "text"), "include", "terms"]
 
 
-def line_of(text: str, place: Sequence[Any]) -> int:
-    """The line of a key: of the n-th [[table]], and in it of the key, as far as the file has them."""
-    lines, start = text.splitlines(), 0
-    if len(place) > 1 and isinstance(place[1], int):
-        tables = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(place[0]))}\s*\]\]", line)]
-        start = tables[place[1]] if place[1] < len(tables) else 0
-    key = re.escape(str(place[-1])) if place else "$"
-    for i in range(start, len(lines)):
-        if re.match(rf"\s*(\[\[?\s*)?{key}\b", lines[i]):
-            return i + 1
-        if i > start and start and lines[i].lstrip().startswith("["):
-            break
-    return start + 1
+# Writing
 
 
-def check_unique(part: str, ids: Sequence[str], text: str, origin: str) -> None:
-    for i, name in enumerate(ids):
-        if name in ids[:i]:
-            raise ConstitutionError(
-                f"{origin}, line {line_of(text, [part, i, 'id'])}: two {part} principles have the id {name}",
-                "ids name principles in every record, so each must be its own",
-                "give one of them another id",
-            )
+def as_values(constitution: Constitution) -> dict[str, Any]:
+    """What a file that says the same holds: prose or lists, nothing that is at its default."""
+    parts = ("prose", "examples") if constitution.prose else (*LISTS, "examples")
+    head = ("name", "version", "description", "selection", "judge_with")
+    dumped = constitution.model_dump(mode="json", exclude_defaults=True)
+    values = {key: dumped[key] for key in (*head, *parts) if key in dumped}
+    if constitution.prose:
+        values["judge_with"] = constitution.judge_with  # prose has another default
+    return values
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """TOML of such values: parsed again it is the same constitution, with the same hash."""
+    head = [f"{key} = {toml(value)}" for key, value in values.items() if not isinstance(value, list)]
+    tables = [
+        "\n".join([f"\n[[{part}]]", *(f"{key} = {toml(literal(value))}" for key, value in entry.items())])
+        for part, entries in values.items()
+        if isinstance(entries, list)
+        for entry in entries
+    ]
+    return "\n".join([*head, *tables]) + "\n"
+
+
+def literal(value: Any) -> Any:
+    return escaped(value) if isinstance(value, str) else value
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, str):  # a JSON string is a TOML basic string, but for the one control character that JSON leaves
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"[{', '.join(toml(item) for item in value)}]" if isinstance(value, list) else repr(value)

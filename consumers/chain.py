@@ -1,11 +1,21 @@
-"""What critique and revise share: the first link of a chain, and how alike two texts are."""
+"""What the stages share: seeds, the first link of a chain, and how alike two texts are."""
 
 from __future__ import annotations
 
 from difflib import SequenceMatcher
 from typing import Any
 
+from schemas import ids
 from schemas.records import Chain, FinishReason, Response
+
+
+def seed_for(stage: str, response_id: str, number: int) -> int:
+    """The seed of a stage's work on an answer in round (or pair) `number`.
+
+    It hangs on the answer alone, not on the constitution: the same answer under two constitutions draws the same noise, so that
+    what differs between two runs comes from the principles.
+    """
+    return ids.seed(f"{response_id}/{stage}", number)
 
 
 def start_of(response: Response) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from constitutions.loader import Constitution, Principle
 from consumers import templates
-from consumers.chain import carried, similarity, start_of
+from consumers.chain import carried, seed_for, similarity, start_of
 from consumers.compare import Comparison, both_orders
 from consumers.judge import reference
 from engine.models.port import NOTHING, Ask, Model, Usage
@@ -92,9 +92,12 @@ class Criticise:
         used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
         upcoming = None
         if fields["number"] < self.rounds:
-            seed = ids.seed(fields["response_id"], fields["number"])
+            seed = seed_for("principle", fields["response_id"], fields["number"])
             upcoming = self.constitution.critique_principle(seed, fields["number"], fields["tags"])
         return Link(record, fields, used, upcoming)
+
+    def seed(self, link: Link) -> int:
+        return seed_for("critique", link.fields["response_id"], link.fields["number"])
 
     def skipped(self, link: Link) -> bool:
         return link.fields["source"] in self.skip_sources
@@ -172,7 +175,7 @@ class Criticise:
         asks = [
             Ask(
                 templates.critique(link.fields["turns"], link.fields["text"], principle.critique, examples),
-                seed=ids.seed(link.parent.record_id),
+                seed=self.seed(link),
             )
             for link in links
             if (principle := link.upcoming)
@@ -216,7 +219,7 @@ class Criticise:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             template_hash=templates.HASH["critique"],
             sampling=self.sampling,
-            seed=ids.seed(link.parent.record_id),
+            seed=self.seed(link),
             prompt_tokens=usage.prompt,
             completion_tokens=usage.completion,
             latency_ms=latency_ms,

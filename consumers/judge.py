@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from constitutions.loader import Constitution
 from consumers import templates
+from consumers.chain import seed_for
 from consumers.compare import Comparison, both_orders
 from engine.models.port import Model
 from schemas import ids
@@ -46,6 +47,11 @@ class Pair:
     a_stopped: bool
     b_stopped: bool
     sample: int
+
+    @property
+    def seed(self) -> int:
+        """The same for the same pair under every constitution."""
+        return seed_for("judge", self.response_id, self.sample)
 
 
 def pairs_of(record: Record) -> list[Pair]:
@@ -96,7 +102,7 @@ class Judge:
         if not flat:
             return [[] for _ in records]
         record_ids = [self.record_id(pair) for pair in flat]
-        questions = [self.question(pair, rid) for pair, rid in zip(flat, record_ids, strict=True)]
+        questions = [self.question(pair) for pair in flat]
         started = time.monotonic()
         comparisons = both_orders(
             self.model, [self.wording(pair, text) for pair, (_, text) in zip(flat, questions, strict=True)]
@@ -121,12 +127,11 @@ class Judge:
         )
         return ids.record_id("judge", [pair.parent.record_id], configuration, pair.sample)
 
-    def question(self, pair: Pair, record_id: str) -> tuple[str, str]:
-        """The principle's id and the question: one principle drawn from the record's seed, or all of them at once."""
+    def question(self, pair: Pair) -> tuple[str, str]:
+        """The principle's id and the question: one principle drawn from the pair's seed, or all of them at once."""
         if self.constitution.judge_with == "all":
-            lines = "\n".join(f"- {principle.question}" for principle in self.constitution.judging)
-            return "all", f"Judge by all of these principles together:\n{lines}\nWhich answer follows them better?"
-        principle = self.constitution.judging_principle(ids.seed(record_id), pair.parent.tags)
+            return "all", self.constitution.whole_question
+        principle = self.constitution.judging_principle(pair.seed, pair.parent.tags)
         return principle.id, principle.question
 
     def wording(self, pair: Pair, question: str) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
@@ -165,7 +170,7 @@ class Judge:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             policy_version=parent.policy_version,
             template_hash=templates.hash_of("comparison", self.model.capabilities),
-            seed=ids.seed(record_id),
+            seed=pair.seed,
             prompt_tokens=comparison.usage.prompt,
             completion_tokens=comparison.usage.completion,
             latency_ms=latency_ms,

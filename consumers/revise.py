@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.chain import carried, similarity
+from consumers.chain import carried, seed_for, similarity
 from consumers.judge import reference
 from engine.models.port import Ask, Generation, Model
 from schemas import ids
@@ -57,7 +57,7 @@ class Revise:
         request = principle.revision if principle else "Rewrite the answer so that the problem is gone."
         examples = self.constitution.examples if self.few_shot else ()
         turns = templates.revision(critique.turns, critique.text, critique.critique, request, examples)
-        return Ask(turns, seed=ids.seed(critique.record_id))
+        return Ask(turns, seed=seed_for("revise", critique.response_id, critique.number))
 
     def fault(self, before: str, after: str) -> RevisionFault:
         if not after.strip():
@@ -106,7 +106,7 @@ class Revise:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             template_hash=templates.HASH["revision"],
             sampling=self.sampling,
-            seed=ids.seed(critique.record_id),
+            seed=seed_for("revise", critique.response_id, critique.number),
             prompt_tokens=answer.usage.prompt,
             completion_tokens=answer.usage.completion,
             latency_ms=latency_ms,

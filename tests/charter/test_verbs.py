@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from charter.cli import cli
 from charter.pipeline import STAGES, connect, make_host, store_of
+from constitutions.loader import ConstitutionError, parse
 from engine.bus import embedded
 from engine.bus.read import read_values
 from engine.errors import DataFolderVersion, UsageError
@@ -121,6 +122,27 @@ def test_judging_again_under_another_constitution_stands_beside_and_generates_no
     assert place.rows("status") and not read_values_of(place, "dead-letters")
     again = place.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again")
     assert "judge 0" in again and dict(place.sql(COUNTS)) == after  # it was over
+
+
+def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
+    streamed(place)
+    again = ("replay", "--stage", "judge", "--constitution", "customer-service")
+    place.call(*again, "--as", "full")
+    place.call(*again, "--without", "kinder", "--without", "hands-over", "--as", "less")
+    (less,) = place.sql("SELECT constitution, constitution_text FROM runs WHERE run_id = 'less'")
+    assert less[0]["name"] == "customer-service-without-kinder-hands-over"
+    written = parse(less[1], "the manifest")
+    assert written.hash == less[0]["hash"] and [p.id for p in written.judging] == [
+        "solves-more", "promises-less", "safer-with-data"
+    ]  # fmt: skip
+    moved = place.sql(
+        "SELECT one.principle_id, two.principle_id, one.p_a = two.p_a FROM raw.preferences one JOIN raw.preferences two"
+        " USING (response_id) WHERE one.run_id = 'full' AND two.run_id = 'less'"
+    )
+    assert len(moved) == PROMPTS and all(before != after or same for before, after, same in moved)
+    assert {before for before, after, _ in moved if before != after} <= {"kinder", "hands-over"}
+    place.fails(ConstitutionError, "did you mean kinder", *again, "--without", "kidner")
+    place.fails(UsageError, "was begun under another constitution", *again, "--without", "kinder", "--as", "less")
 
 
 def read_values_of(place, topic):
