@@ -63,7 +63,7 @@ class Criticise:
     constitution: Constitution
     sampling: Sampling
     rounds: int
-    early_stop: bool
+    early_stop: str
     few_shot: bool
     min_mass: float
     win: float
@@ -74,7 +74,7 @@ class Criticise:
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
         links = [self.link(record) for record in records]
         started = time.monotonic()
-        if self.early_stop:
+        if self.early_stop == "verdict":
             links = self.assess(links)
         links = [replace(link, ended=self.ended(link)) for link in links]
         texts = self.criticisms([link for link in links if link.ended is ChainEnd.NONE])

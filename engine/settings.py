@@ -1,8 +1,10 @@
 """The settings: one tree, one file `charter.toml`, one precedence.
 
-A flag beats `CHARTER_<SECTION>__<KEY>` in the environment, that beats the file, that beats a preset (such as the demo's), that
-beats the default below. `load` resolves them and remembers where each value came from; an unknown name is an error that
-names the nearest one. Functions elsewhere take plain arguments, not this tree.
+A flag beats `CHARTER_<SECTION>__<KEY>` in the environment, that beats the file, that beats a command's own values (the demo's),
+those beat a recipe that is chosen by name (`critique.preset`, `judge.preset`: RECIPES below), and that beats the default below.
+So a recipe fixes what nobody has set: `critique.preset = "course"` with `critique.rounds = 2` is the course's recipe in two
+rounds. `load` resolves all this and remembers where each value came from; an unknown name is an error that names the nearest
+one. Functions elsewhere take plain arguments, not this tree.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,8 +95,16 @@ class Respond(Section):
 
 
 class Critique(Section):
+    preset: Literal["charter", "bai2022", "course"] = Field(
+        "charter", description="The recipe of the keys below that are not set: charter, bai2022 or course."
+    )
+    selection: Literal["constitution", "random", "rotation"] = Field(
+        "constitution", description="A round's principle: as the constitution says, drawn, or in turn."
+    )
     rounds: int = Field(4, ge=1, description="Most revisions of one answer.")
-    early_stop: bool = Field(True, description="End a chain once the critic's verdict is clean.")
+    early_stop: Literal["verdict", "phrases", "none"] = Field(
+        "verdict", description="End a chain at a clean verdict (probabilities), at a critique that finds nothing, or never."
+    )
     few_shot: bool = Field(True, description="Put the constitution's worked examples before critique and revision.")
     max_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
     temperature: float = Field(1.0, ge=0, description="Temperature of critiques and revisions.")
@@ -113,8 +123,24 @@ class Judge(Section):
     pairing: Literal["candidates", "revision"] = Field(
         "candidates", description="Compare sampled answers, or the final revision with the first answer."
     )
+    preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
+        "lee2023", description="The recipe of the keys below: lee2023, bai2022, bai2022-cot, ensemble-k or course."
+    )
+    form: Literal["options", "reasoning", "letter"] = Field(
+        "options", description="Probabilities of the letters, the same after written reasoning, or a written letter."
+    )
+    principles: Literal["constitution", "drawn", "all"] = Field(
+        "constitution", description="Judge by principles drawn for each pair, by all in one question, or as the file says."
+    )
+    k: int = Field(1, ge=1, description="How many drawn principles judge each pair.")
+    order: Literal["both", "seeded"] = Field(
+        "both", description="The label: both orders averaged, or one that the seed picks (both are stored)."
+    )
+    clamp: float = Field(0.0, ge=0, le=0.5, description="Keep labels between this and 1 minus this.")
     min_mass: float = Field(0.5, ge=0, le=1, description="Least probability that A and B together must catch.")
     reject_flips: bool = Field(False, description="Bar labels that change with the order of the answers from training.")
+    max_tokens: int = Field(256, ge=1, description="Longest reasoning or explanation in tokens.")
+    deadline_s: float = Field(300.0, gt=0, description="A judge that writes longer than this gives no label (TIMEOUT).")
 
 
 class Worker(Section):
@@ -233,6 +259,31 @@ class Settings(BaseSettings):
 
 Layer = dict[str, dict[str, Any]]
 
+# What a recipe chosen by name sets, by section.preset and its value. The defaults above are charter and lee2023.
+RECIPES: dict[str, dict[str, Layer]] = {
+    "critique": {
+        "charter": {},
+        "bai2022": {"critique": {"selection": "random", "rounds": 4, "early_stop": "none", "few_shot": True}},
+        "course": {
+            "critique": {
+                "selection": "rotation",
+                "rounds": 3,
+                "early_stop": "phrases",
+                "few_shot": False,
+                "temperature": 0.7,
+                "max_tokens": 256,
+            }
+        },
+    },
+    "judge": {
+        "lee2023": {},
+        "bai2022": {"judge": {"principles": "drawn", "order": "seeded"}},
+        "bai2022-cot": {"judge": {"principles": "drawn", "form": "reasoning", "clamp": 0.4}},
+        "ensemble-k": {"judge": {"principles": "drawn", "k": 5}},
+        "course": {"judge": {"principles": "all", "form": "letter", "reject_flips": True}},
+    },
+}
+
 
 def keys() -> Iterator[tuple[str, str, FieldInfo]]:
     """Every (section, key, field)."""
@@ -254,12 +305,13 @@ def load(
     """
     environment = os.environ if environment is None else environment
     path = file or (Path(FILE) if Path(FILE).exists() else None)
-    layers = [
+    said = [
         ("preset", preset or {}),
         (str(path), read_file(path) if path else {}),
         ("environment", read_environment(environment)),
         ("flag", read_flags(flags or {})),
     ]
+    layers = [*recipes(layer for _, layer in said), *said]
     merged: Layer = {}
     origins = {f"{section}.{key}": "default" for section, key, _ in keys()}
     for origin, layer in layers:
@@ -271,6 +323,15 @@ def load(
         return Settings(**merged), origins  # type: ignore[arg-type]
     except ValidationError as error:
         raise invalid(error, origins) from error
+
+
+def recipes(said: Iterable[Layer]) -> list[tuple[str, Layer]]:
+    """The layers of the recipes that these layers choose, the last word counting (an unknown name is pydantic's to tell)."""
+    chosen: dict[str, Any] = {}
+    for layer in said:
+        chosen |= {section: layer[section]["preset"] for section in RECIPES if "preset" in layer.get(section, {})}
+    found = [(f"{section}.preset={name}", RECIPES[section].get(str(name))) for section, name in chosen.items()]
+    return [(origin, layer) for origin, layer in found if layer]
 
 
 def invalid(error: ValidationError, origins: Mapping[str, str]) -> UsageError:

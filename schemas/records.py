@@ -313,7 +313,7 @@ class Revision(Chain):
 
 
 class Preference(Record):
-    """A judgement of two answers: `p_a` is the soft label, the probability that A is better, from the order(s) that `order` names.
+    """A judgement of two answers: `p_a` is the soft label, the probability that A is better.
 
     `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `order` is "both" (averaged), or the one
     that the label was read from, "forward" (A shown first) or "backward". `cached_tokens` are those of `prompt_tokens` that

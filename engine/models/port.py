@@ -11,22 +11,31 @@ from schemas.records import Turn
 
 @dataclass(frozen=True)
 class Ask:
-    """A dialogue to continue. `prefill` is text that the assistant's turn is already begun with."""
+    """A dialogue to continue. `prefill` is text that the assistant's turn is already begun with.
+
+    `deadline_s` is how long a text may take to be written once the model has begun on it, in seconds; what is not finished by
+    then comes back as far as it is, with the finish reason "timeout". A model that is away is no timeout: it raises.
+    """
 
     turns: tuple[Turn, ...]
     prefill: str = ""
     seed: int = 0
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that were read and written for something, as whoever bills them counts: failed tries that used some included."""
+    """Tokens that were read and written for something, as whoever bills them counts: failed tries that used some included.
+
+    `cached` are those of `prompt` that were not computed again, because another prompt begins with them.
+    """
 
     prompt: int = 0
     completion: int = 0
+    cached: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.prompt + other.prompt, self.completion + other.completion)
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
 
 
 NOTHING = Usage()
@@ -36,8 +45,10 @@ NOTHING = Usage()
 class Generation:
     """One sampled text (without the prefill).
 
-    `token_ids` include the end token when `finish_reason` is "stop"; `logprobs` are theirs, under the sampling temperature over
-    the whole vocabulary. A server that gives no tokens leaves the tuples empty. `counted` is a server's own count.
+    `finish_reason` is "stop", "length", "timeout" (see Ask) or "refused" (a server's filter kept the text back, or the model
+    said so in the field that servers have for it). `token_ids` include the end token when it is "stop"; `logprobs` are theirs,
+    under the sampling temperature over the whole vocabulary. A server that gives no tokens leaves the tuples empty. `counted`
+    is a server's own count.
     """
 
     text: str
@@ -60,11 +71,15 @@ def used(samples: Sequence[Generation]) -> Usage:
 
 @dataclass(frozen=True)
 class OptionScores:
-    """For each option the log of the next-token probability summed over its surface variants; `mass` is the sum of them."""
+    """For each option the log of the next-token probability summed over its surface variants; `mass` is the sum of them.
+
+    Of a model without log-probabilities these are shares of sampled replies; `replies` are those that named no option.
+    """
 
     logprobs: tuple[float, ...]
     mass: float
     usage: Usage = NOTHING
+    replies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def respond(model, version=0, samples=2):
 
 def criticise(model, constitution=DEFAULT, **changes):
     fields = {
-        "sampling": SAMPLING, "rounds": 2, "early_stop": True, "few_shot": True, "min_mass": 0.5, "win": 0.6, "lose": 0.4,
+        "sampling": SAMPLING, "rounds": 2, "early_stop": "verdict", "few_shot": True, "min_mass": 0.5, "win": 0.6, "lose": 0.4,
         "same": 0.97, "skip_sources": ("helpful",),
     }  # fmt: skip
     return Criticise(model=model, constitution=constitution, **fields | changes)
@@ -133,7 +133,7 @@ def test_earlier_principles_are_asked_again(make_response):
 
 def test_without_early_stop_nothing_is_asked_and_all_rounds_are_made(make_response):
     model = ScriptedModel(text_rule=lambda ask, n: "why")
-    ((critique,),) = criticise(model, early_stop=False)([make_response()])
+    ((critique,),) = criticise(model, early_stop="none")([make_response()])
     assert model.scored == 0 and critique.verdict is Verdict.NOT_ASKED and not critique.final
 
 

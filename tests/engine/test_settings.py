@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UsageError
-from engine.settings import as_toml, keys, load
+from engine.settings import RECIPES, as_toml, keys, load
 
 
 def test_defaults_are_those_of_the_recipe():
@@ -24,6 +24,27 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_a_preset(tmp_path):
     assert (wanted.samples, wanted.max_tokens, wanted.top_p, wanted.temperature) == (5, 44, 0.3, 0.22)
     names = [origins[f"respond.{key}"] for key in ("samples", "max_tokens", "top_p", "temperature")]
     assert names == ["flag", "CHARTER_RESPOND__MAX_TOKENS", str(file), "preset"]
+
+
+def test_a_recipe_fills_in_what_nobody_has_set(tmp_path):
+    file = tmp_path / "charter.toml"
+    file.write_text('[critique]\npreset = "bai2022"\nrounds = 2\n[judge]\npreset = "course"\n')
+    preset = {"critique": {"rounds": 1, "temperature": 0.9, "max_tokens": 9}}
+    environment = {"CHARTER_JUDGE__REJECT_FLIPS": "false", "CHARTER_JUDGE__PRESET": "bai2022-cot"}
+    settings, origins = load({"critique.preset": "course"}, file, preset, environment)
+    made, judge = settings.critique, settings.judge
+    assert (made.preset, made.selection, made.early_stop, made.few_shot) == ("course", "rotation", "phrases", False)
+    assert (made.rounds, made.temperature, made.max_tokens) == (2, 0.9, 9)
+    assert (judge.preset, judge.form, judge.clamp, judge.principles, judge.reject_flips) == (
+        "bai2022-cot", "reasoning", 0.4, "drawn", False
+    )  # fmt: skip
+    assert origins["critique.early_stop"] == "critique.preset=course" and origins["critique.preset"] == "flag"
+    assert origins["judge.clamp"] == "judge.preset=bai2022-cot" and origins["judge.k"] == "default"
+    for section, layers in RECIPES.items():
+        for name in layers:
+            assert getattr(load({f"{section}.preset": name}, environment={})[0], section).preset == name
+    with pytest.raises(UsageError, match=r"judge\.preset cannot be \"best\""):
+        load({"judge.preset": "best"}, environment={})
 
 
 @pytest.mark.parametrize(
