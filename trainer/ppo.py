@@ -16,7 +16,8 @@ Where this departs from the papers, and why:
  4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model.
  5. No entropy bonus, no dropout, gamma 1: an answer is judged once, at its end.
  6. beta adapts to a KL target in nats per sequence; a negative estimate never lowers it. The phase stops hard when the KL to
-    the reference, or to the very first model, passes a limit.
+    the reference, or to the very first model, passes a limit. It is estimated for the policy of the moment from answers that
+    the proximal one sampled, so each token is weighted with pi / pi_prox.
  7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token.
 """
 
@@ -94,6 +95,14 @@ def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
 def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     """The estimate of KL(p || q) per token that is never negative (Schulman 2020, "k3")."""
     return torch.expm1(logq - logp) - (logq - logp)
+
+
+def kl_of_policy(logp: torch.Tensor, logq: torch.Tensor, log_sampled: torch.Tensor) -> torch.Tensor:
+    """The estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with p / sampled.
+
+    Never negative. Without the weight a token that p has just learned to avoid counts q / p, thousands of nats for one token.
+    """
+    return torch.exp(logp - log_sampled) * kl_k3(logp, logq)
 
 
 def token_rewards(
@@ -392,12 +401,13 @@ def rl_gradients(
             "entropy": entropy,
             "approx_kl": kl_k3(t.prox[some], new),
             "clipfrac": clipped,
-            "kl_ref_per_token": kl_k3(new, t.reference[some]),
+            "kl_ref_per_token": kl_of_policy(new, t.reference[some], t.prox[some]),
         }
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
         if t.first is not None:
-            sums["kl_first"] = sums.get("kl_first", 0.0) + float((kl_k3(new, t.first[some]) * mask).sum())
+            kl_first = kl_of_policy(new, t.first[some], t.prox[some])
+            sums["kl_first"] = sums.get("kl_first", 0.0) + float((kl_first * mask).sum())
     metrics = {name: value / tokens for name, value in sums.items() if name != "kl_first"}
     metrics["kl_ref"] = sums["kl_ref_per_token"] / len(rows)
     if "kl_first" in sums:

@@ -93,6 +93,15 @@ def test_kl_estimates_agree_with_the_exact_kl():
     assert (ppo.kl_k3(logp, logq) >= 0).all() and ppo.kl_k3(logp, logp).abs().max() == 0
 
 
+def test_the_kl_of_a_policy_that_has_moved_away_from_its_samples_is_exact_and_bounded():
+    """Samples come from the proximal policy; the expectation of the weighted estimate is KL(new || reference) all the same."""
+    sampled, reference, new = (torch.tensor(p).log() for p in ([0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.7, 0.3 - 1e-6, 1e-6]))
+    exact = (new.exp() * (new - reference)).sum().item()
+    assert (sampled.exp() * ppo.kl_of_policy(new, reference, sampled)).sum().item() == pytest.approx(exact, abs=1e-5)
+    # A token that the policy has learned to avoid costs no more than it was worth; unweighted it would be 2e5 nats.
+    assert ppo.kl_of_policy(new, reference, sampled).max() < 2
+
+
 def test_logprobs_from_logits_against_a_loop():
     logits, tokens = torch.randn(2, 3, 7), torch.tensor([[0, 6, 3], [2, 2, 5]])
     found = ppo.logprobs_from_logits(logits, tokens)
