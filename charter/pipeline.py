@@ -361,7 +361,7 @@ def sink_offsets(store: Store, cluster_id: str) -> Offsets:
 def find_prompts(store: Store, identifier: str) -> list[str]:
     """The prompts that an id, or its beginning, belongs to: of a prompt or of any record made from one."""
     pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
-    tables = ("prompts", "responses", "critiques", "revisions", "preferences")
+    tables = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables]
     rows = store.query(" UNION ".join(parts), [pattern], limit_s=10.0).rows
     return [str(prompt) for (prompt,) in rows]

@@ -91,8 +91,10 @@ def story(row: dict[str, Any]) -> str:
             fault = "" if following["fault"] == "NONE" else f", {following['fault'].lower()}"
             similar = f"similarity {following['similarity']:.2f}{fault}"
             parts += [f"revision {following['number']}  ({similar})", wrapped(following["revision"], "  ")]
+    for demonstration in row["demonstrations"] or []:
+        parts += [f"demonstration  ({inert(demonstration['source'])})", wrapped(demonstration["completion"], "  ")]
     for preference in row["preferences"] or []:
-        parts.append(preference_line(preference))
+        parts += preference_lines(preference)
     if row["final_text"] is not None:
         parts += [f"final text  ({row['ended'].lower()})", wrapped(row["final_text"], "  ")]
     return "\n".join(parts)
@@ -110,10 +112,22 @@ def critique_lines(critique: dict[str, Any]) -> list[str]:
     return [head, wrapped(critique["critique"], "  ")] if critique["critique"] else [head]
 
 
-def preference_line(preference: dict[str, Any]) -> str:
+def preference_lines(preference: dict[str, Any]) -> list[str]:
+    if preference["label_source"] == "HUMAN":
+        return human_lines(preference)
     if preference["p_a"] is None:
-        return f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"
-    return (
+        return [f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"]
+    gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("gap", "mass"))
+    return [
         f"judged by {preference['principle_id']}: p(first answer is better) {preference['p_a']:.3f}"
-        f"  (orders differ by {preference['gap']:.3f}, mass {preference['mass']:.2f})"
-    )
+        f"  (orders differ by {gap}, mass {mass})"
+    ]
+
+
+def human_lines(preference: dict[str, Any]) -> list[str]:
+    """A person's label: of a pair from a file, whose answers stand nowhere else, or in the place of another label."""
+    head = f"labelled by a person: p(first answer is better) {preference['p_a']:.3f}"
+    why = [wrapped(preference["explanation"], "  ")] if preference["explanation"] else []
+    if preference["parent_ids"]:
+        return [f"{head}, instead of label {str(preference['parent_ids'][0])[:8]}", *why]
+    return [head, wrapped(preference["a"], "  a  "), wrapped(preference["b"], "  b  "), *why]

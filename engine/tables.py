@@ -137,7 +137,7 @@ def forget_statements() -> list[str]:
 
 def run_view() -> str:
     """`run_records`: which run has which record, those too that another run had made before."""
-    made = ("prompts", "responses", "critiques", "revisions", "preferences")
+    made = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in made]
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 

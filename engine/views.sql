@@ -1,5 +1,22 @@
 -- The views that people and the trainer read. Built on the deduplicated views of tables.py; no window over record ids.
 
+-- The prompts that no training view shows, and since which commit. A prompt is held out when its record says so, whichever run
+-- or epoch that is of: sampled again in another epoch, or produced with another prompts.eval_share, it stays held out. What was
+-- committed before that mark stays as it was, so that the batches that were drawn from it can be rebuilt.
+CREATE OR REPLACE VIEW held_out_prompts AS
+SELECT prompt_id, min(commit_seq) AS commit_seq
+FROM (
+    SELECT prompt_id, commit_seq FROM raw.prompts WHERE split = 'EVAL'
+    UNION ALL
+    SELECT prompt_id, commit_seq FROM raw.demonstrations WHERE split = 'EVAL'
+    UNION ALL
+    SELECT prompt_id, commit_seq FROM raw.preferences WHERE split = 'EVAL' AND label_source = 'HUMAN'
+    UNION ALL
+    SELECT later.prompt_id, first.commit_seq
+    FROM raw.prompts later JOIN raw.prompts first ON later.turns = first.turns
+    WHERE later.epoch > 0 AND first.split = 'EVAL')
+GROUP BY prompt_id;
+
 -- The one record that ends each critique-revision chain.
 CREATE OR REPLACE VIEW chain_ends AS
 SELECT record_id, prompt_id, run_id, response_id, turns, source, tags, split, epoch, constitution, principle_id, model,
@@ -12,26 +29,72 @@ SELECT record_id, prompt_id, run_id, response_id, turns, source, tags, split, ep
        'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
--- What supervised fine-tuning trains on: the final text of each usable chain, clean unrevised answers included.
+-- What supervised fine-tuning trains on: the final text of each usable chain (label_source AI), clean unrevised answers
+-- included, and people's demonstrations (label_source HUMAN, ended and constitution null). A mix is drawn by `source`, e.g.
+-- helpful; helpful answers of the policy's own are those with ended = 'SKIPPED'.
 CREATE OR REPLACE VIEW sft_examples AS
-SELECT record_id, prompt_id, run_id, turns, final_text AS completion, final_stopped AS stopped, source, ended, number AS rounds,
-       constitution, principle_id, policy_version, created_at, commit_seq
-FROM chain_ends
-WHERE split = 'TRAIN' AND ended IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND length(trim(final_text)) > 0;
+SELECT e.* EXCLUDE (split)
+FROM (
+    SELECT record_id, prompt_id, run_id, turns, final_text AS completion, final_stopped AS stopped, source, ended,
+           number AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
+    FROM chain_ends WHERE ended IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED')
+    UNION ALL BY NAME
+    SELECT record_id, prompt_id, run_id, turns, completion, stopped, source, 0 AS rounds, label_source, split, created_at,
+           commit_seq
+    FROM demonstrations) e
+LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
+WHERE e.split = 'TRAIN' AND length(trim(e.completion)) > 0 AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
 
--- What the reward model trains on: soft labels that a judge really gave. p_a is the probability that `a` is better.
+-- The labels that a person's override has taken the place of, and the record that stands for each. Of several overrides of one
+-- label the newest stands.
+CREATE OR REPLACE VIEW overridden_labels AS
+WITH overrides AS (
+    SELECT parent_ids[1] AS label_id, record_id, commit_seq
+    FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0),
+newest AS (
+    SELECT label_id, arg_max(record_id, commit_seq) AS overridden_by FROM overrides GROUP BY label_id)
+SELECT record_id, any_value(overridden_by) AS overridden_by
+FROM (
+    SELECT label_id AS record_id, overridden_by FROM newest
+    UNION ALL
+    SELECT record_id, overridden_by FROM overrides JOIN newest USING (label_id) WHERE record_id <> overridden_by)
+GROUP BY record_id;
+
+-- Every label that a judge or a person really gave, held-out ones and those that a person has overridden (overridden_by)
+-- included: a batch that was drawn before an override is rebuilt from here. p_a is the probability that `a` is better.
+CREATE OR REPLACE VIEW preference_labels AS
+SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.turns, p.a, p.b, p.a_stopped, p.b_stopped, p.p_a, p.gap, p.mass,
+       p.flipped, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
+       o.overridden_by, p.created_at, p.commit_seq
+FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
+WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
+
+-- What the reward model trains on: each label that stands, once. A person's override has its own place in the commit sequence,
+-- and takes the place of the label that it names. A mix is drawn by `source`; people's labels have label_source HUMAN.
 CREATE OR REPLACE VIEW preference_pairs AS
-SELECT record_id, prompt_id, run_id, response_id, turns, a, b, a_stopped, b_stopped, p_a, gap, mass, flipped, source, pairing,
-       constitution, principle_id, label_source, policy_version, created_at, commit_seq
-FROM preferences
-WHERE split = 'TRAIN' AND outcome = 'OK' AND p_a IS NOT NULL;
+SELECT l.* EXCLUDE (split, epoch, overridden_by)
+FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
+WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND (h.commit_seq IS NULL OR h.commit_seq > l.commit_seq);
+
+-- What a reward model is measured on: labels that stand, of prompts that no training view has ever shown.
+CREATE OR REPLACE VIEW held_out_pairs AS
+SELECT l.* EXCLUDE (split, epoch, overridden_by)
+FROM preference_labels l
+ANTI JOIN (
+    SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
+    UNION ALL
+    SELECT prompt_id FROM raw.demonstrations WHERE split = 'TRAIN'
+    UNION ALL
+    SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN') trained USING (prompt_id)
+WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
 
 -- Every sampled answer, and why PPO may not train on it (null: it may, as far as the record alone tells).
 CREATE OR REPLACE VIEW rollouts AS
-SELECT record_id AS response_id, prompt_id, run_id, turns, source, epoch, model, prompt_token_ids, sampling.temperature AS temperature,
-       candidate."index" AS candidate, candidate.text AS text, candidate.token_ids AS token_ids,
-       candidate.logprobs AS logprobs, candidate.finish_reason = 'STOP' AS stopped, candidate.policy_version AS policy_version,
-       CASE WHEN split <> 'TRAIN' THEN 'held out'
+SELECT record_id AS response_id, r.prompt_id, run_id, turns, source, epoch, model, prompt_token_ids,
+       sampling.temperature AS temperature, candidate."index" AS candidate, candidate.text AS text,
+       candidate.token_ids AS token_ids, candidate.logprobs AS logprobs, candidate.finish_reason = 'STOP' AS stopped,
+       candidate.policy_version AS policy_version,
+       CASE WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq THEN 'held out'
             WHEN candidate.policy_version IS NULL THEN 'answered by another model than the policy'
             WHEN len(candidate.token_ids) = 0 OR len(candidate.token_ids) <> len(candidate.logprobs)
                  THEN 'no exact tokens and log-probabilities'
@@ -39,14 +102,29 @@ SELECT record_id AS response_id, prompt_id, run_id, turns, source, epoch, model,
             WHEN sampling.top_p < 1 THEN 'sampled with top_p below 1'
             WHEN sampling.temperature <= 0 THEN 'not sampled'
        END AS excluded_because,
-       created_at, commit_seq
-FROM (SELECT *, unnest(candidates) AS candidate FROM responses);
+       created_at, r.commit_seq
+FROM (SELECT *, unnest(candidates) AS candidate FROM responses) r
+LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
+
+-- Every prompt of the stream, and every other one that people's data is about: no stage answers those.
+CREATE OR REPLACE VIEW all_prompts AS
+SELECT prompt_id, turns, source, tags, split, epoch, created_at FROM prompts
+UNION ALL
+SELECT prompt_id, arg_min(turns, commit_seq), arg_min(source, commit_seq), arg_min(tags, commit_seq), arg_min(split, commit_seq),
+       arg_min(epoch, commit_seq), min(created_at)
+FROM (
+    SELECT prompt_id, turns, source, tags, split, epoch, created_at, commit_seq FROM demonstrations
+    UNION ALL
+    SELECT prompt_id, turns, source, tags, split, epoch, created_at, commit_seq FROM preferences
+    WHERE label_source = 'HUMAN' AND len(parent_ids) = 0)
+ANTI JOIN prompts USING (prompt_id)
+GROUP BY prompt_id;
 
 -- A prompt with everything that was made of it.
 CREATE OR REPLACE VIEW stories AS
 SELECT p.prompt_id, p.turns[-1].content AS prompt, p.source, p.tags, p.split, p.epoch, p.turns, p.created_at,
-       r.responses, c.critiques, v.revisions, e.ended, e.final_text, j.preferences
-FROM prompts p
+       r.responses, c.critiques, v.revisions, e.ended, e.final_text, j.preferences, d.demonstrations
+FROM all_prompts p
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, policy_version: policy_version, model: model,
                             answers: list_transform(candidates, lambda x: x.text)} ORDER BY commit_seq) AS responses
@@ -64,5 +142,10 @@ LEFT JOIN (
     FROM chain_ends GROUP BY prompt_id) e USING (prompt_id)
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, a: a, b: b, p_a: p_a, gap: gap,
-                            mass: mass, outcome: outcome} ORDER BY commit_seq) AS preferences
-    FROM preferences GROUP BY prompt_id) j USING (prompt_id);
+                            mass: mass, outcome: outcome, label_source: label_source, parent_ids: parent_ids,
+                            explanation: explanation} ORDER BY commit_seq) AS preferences
+    FROM preferences GROUP BY prompt_id) j USING (prompt_id)
+LEFT JOIN (
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, source: source, completion: completion} ORDER BY commit_seq)
+           AS demonstrations
+    FROM demonstrations GROUP BY prompt_id) d USING (prompt_id);

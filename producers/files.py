@@ -109,9 +109,9 @@ def turn_of(value: Any) -> Turn:
     return Turn(role=value["role"], content=content)
 
 
-def split_of(prompt: str, eval_share: float) -> Split:
-    """TRAIN or EVAL by the prompt's id, so that a prompt is on the same side wherever it is ingested."""
-    share = int(prompt.replace("-", "")[:8], 16) / 2**32
+def split_of(turns: Sequence[Turn], eval_share: float) -> Split:
+    """TRAIN or EVAL by a hash of the dialogue: on the same side in every file, run and epoch."""
+    share = int(ids.prompt_id(turns)[:8], 16) / 2**32
     return Split.EVAL if share < eval_share else Split.TRAIN
 
 
@@ -125,7 +125,7 @@ def prompt_record(parsed: Parsed, *, run_id: str, epoch: int, eval_share: float,
         turns=list(parsed.turns),
         source=parsed.source,
         tags=list(parsed.tags),
-        split=split_of(prompt, eval_share),
+        split=split_of(parsed.turns, eval_share),
         epoch=epoch,
         origin=origin,
     )

@@ -318,6 +318,8 @@ class Preference(Record):
     `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `order` is "both" (averaged), or the one
     that the label was read from, "forward" (A shown first) or "backward". `cached_tokens` are those of `prompt_tokens` that
     were not computed again because another question began with them.
+    A person's override of a label is a record of its own with `label_source` HUMAN, and `parent_ids` names the label that it
+    stands for; a person's comparison that came from a file (`origin`) has no parents.
     """
 
     topic: ClassVar[str] = "preferences"
@@ -348,6 +350,26 @@ class Preference(Record):
     preset: str = ""
     order: str = ""
     cached_tokens: int = 0
+    origin: str = ""
+
+
+class Demonstration(Record):
+    """An answer that a person gave or chose: the part of the SFT mix that no model of ours made.
+
+    `origin` is where it came from: a file's name and a row's number.
+    """
+
+    topic: ClassVar[str] = "demonstrations"
+
+    turns: list[Turn]
+    source: str
+    tags: list[str] = Field(default_factory=list)
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    completion: str
+    stopped: bool = True
+    label_source: LabelSource = LabelSource.HUMAN
+    origin: str = ""
 
 
 class BatchManifest(Record):
@@ -509,6 +531,7 @@ RECORDS: tuple[type[Record], ...] = (
     Critique,
     Revision,
     Preference,
+    Demonstration,
     BatchManifest,
     PolicyUpdate,
     RunManifest,

@@ -24,6 +24,25 @@ from trainer.sft import SftExample
 
 LIMIT_S = 60.0  # a batch is worth a longer look at the database than a screen is
 VIEW = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts"}
+# Where the rows of a manifest are read: a label that a person has overridden since is no pair any more, but was in its batch.
+ROWS = VIEW | {"reward": "preference_labels"}
+# The columns that a manifest's hash covers: a view may get more of them, and old batches can still be rebuilt.
+HASHED = {
+    "sft": (
+        *("record_id", "prompt_id", "run_id", "turns", "completion", "stopped", "source", "ended", "rounds"),
+        *("constitution", "principle_id", "policy_version", "created_at", "commit_seq"),
+    ),
+    "reward": (
+        *("record_id", "prompt_id", "run_id", "response_id", "turns", "a", "b", "a_stopped", "b_stopped", "p_a", "gap", "mass"),
+        *("flipped", "source", "pairing", "constitution", "principle_id", "label_source", "policy_version", "created_at"),
+        "commit_seq",
+    ),
+    "ppo": (
+        *("response_id", "prompt_id", "run_id", "turns", "source", "epoch", "model", "prompt_token_ids", "temperature"),
+        *("candidate", "text", "token_ids", "logprobs", "stopped", "policy_version", "excluded_because", "created_at"),
+        "commit_seq",
+    ),
+}
 KEY = {"sft": "record_id", "reward": "record_id", "ppo": "response_id"}
 
 
@@ -131,7 +150,7 @@ def manifest_of(
 ) -> BatchManifest:
     """The manifest of a batch. Its id follows from its content and what it trains, so that it is the same after a crash."""
     record_ids = list(dict.fromkeys(str(row[KEY[phase]]) for row in rows))
-    content = content_hash([*rows, *sl_rows])
+    content = content_hash(phase, rows, sl_rows)
     text = json.dumps(settings, sort_keys=True)
     configuration = ids.fingerprint(
         content=content,
@@ -164,15 +183,17 @@ def manifest_of(
 
 def mix_key(phase: str, row: dict[str, Any]) -> str:
     if phase == "sft":
-        return f"{row['source']}/{row['ended'].lower()}"
+        return f"{row['source']}/{(row['ended'] or 'demonstration').lower()}"
     return str(row["source"])
 
 
-def content_hash(rows: Sequence[dict[str, Any]]) -> str:
-    """SHA-256 over the rows, in order."""
+def content_hash(phase: str, rows: Sequence[dict[str, Any]], sl_rows: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 over the rows, in order, and those of the supervised half."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    for part, name in ((rows, phase), (sl_rows, "sft")):
+        for row in part:
+            hashed = {column: row[column] for column in HASHED[name]}
+            digest.update(json.dumps(hashed, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -180,7 +201,7 @@ def rows_of(store: Store, phase: str, record_ids: Sequence[str]) -> list[dict[st
     """The whole rows with these ids, in commit order."""
     usable = " AND excluded_because IS NULL" if phase == "ppo" else ""
     order = "commit_seq, candidate" if phase == "ppo" else "commit_seq"
-    sql = f"SELECT * FROM {VIEW[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable} ORDER BY {order}"
+    sql = f"SELECT * FROM {ROWS[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable} ORDER BY {order}"
     return store.records(sql, [list(record_ids)], limit_s=LIMIT_S)
 
 
@@ -188,7 +209,7 @@ def rebuild(store: Store, manifest: BatchManifest) -> Batch:
     """The rows that a manifest names; raises CharterError when they are not the same any more."""
     rows = rows_of(store, manifest.phase, manifest.record_ids)
     sl_rows = rows_of(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
-    if content_hash([*rows, *sl_rows]) != manifest.content_hash:
+    if content_hash(manifest.phase, rows, sl_rows) != manifest.content_hash:
         raise CharterError(
             f"batch {manifest.record_id} cannot be rebuilt",
             f"{len(rows)} of its rows are in {store.path}, and their content is not what the manifest says",

@@ -297,13 +297,19 @@ def test_an_older_database_is_migrated_and_kept(place):
     streamed(place)
     with store_of(place.settings()).writing() as connection:  # what format 1 had not
         connection.execute("DROP VIEW forgets; DROP TABLE raw.forgets; DROP VIEW retries; DROP TABLE raw.retries")
+        # and what format 2 had not: a table, a column, and a part of a column
+        connection.execute("DROP VIEW demonstrations; DROP TABLE raw.demonstrations")
+        connection.execute("ALTER TABLE raw.preferences DROP COLUMN origin")
+        connection.execute("ALTER TABLE raw.preferences ALTER COLUMN model TYPE STRUCT(id VARCHAR)")
         connection.execute("DROP VIEW IF EXISTS run_records; UPDATE raw.sink_state SET version = 1")
     place.fails(DataFolderVersion, "charter migrate", "sql", "SELECT 1")
     said = place.call("migrate")
-    assert f"format 1 -> {VERSION}" in said and "new table forgets" in said
+    assert f"format 1 -> {VERSION}" in said and "new table forgets" in said and "new table demonstrations" in said
+    assert "new column preferences.origin" in said and "new parts in preferences.model" in said
     assert (place.folder / "charter.duckdb.format-1").exists()
     place.publish("one more")
     place.stream(PROMPTS + 1)
+    assert place.sql("SELECT count(model.revision), count(origin) FROM preferences") == [(1, 1)]
     assert "has this version's format already" in place.call("migrate")
 
 

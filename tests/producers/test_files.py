@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from engine.bus.read import read_values
 from engine.errors import UsageError
 from producers.files import SHIPPED, BadLine, Producer, parse_line, shipped_lines, split_of
-from schemas import ids
 from schemas.codec import decode
-from schemas.records import Prompt, Split
+from schemas.records import Prompt, Split, Turn
 
 
 def published(bus):
@@ -154,11 +153,17 @@ def test_any_line_is_a_prompt_or_a_bad_line(data):
         assert str(error)
 
 
-def test_the_split_is_the_same_everywhere_and_about_right():
-    splits = [split_of(ids.digest(n), 0.1) for n in range(5000)]
+def test_the_split_is_the_same_everywhere_and_about_right(bus, tmp_path):
+    dialogues = [[Turn(role="user", content=f"p{n}")] for n in range(5000)]
+    splits = [split_of(turns, 0.1) for turns in dialogues]
     assert 0.08 < splits.count(Split.EVAL) / 5000 < 0.12
-    assert splits == [split_of(ids.digest(n), 0.1) for n in range(5000)]
-    assert split_of(ids.digest(1), 0.0) is Split.TRAIN
+    assert split_of(dialogues[1], 0.0) is Split.TRAIN
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b"".join(line(f"p{n}") for n in range(50)))
+    for run, epoch in (("r", 0), ("r", 1), ("another run", 2)):
+        Producer(bus, run, epoch=epoch, eval_share=0.5).publish(str(file))
+    sides = {(p.turns[0].content, p.split) for p in published(bus)}
+    assert len(published(bus)) == 150 and len(sides) == 50 and len({split for _, split in sides}) == 2
 
 
 def test_the_shipped_prompts_are_enough_different_and_half_and_half():
