@@ -3,7 +3,7 @@
 Raw tables live in the schema `raw`, are append-only and have no primary key; beside a record's fields each row has where it
 came from (`_partition`, `_offset`), `commit_seq` (its place in the order of all rows of this database), `content_hash`,
 `is_duplicate` (an earlier row has the same id) and `differs` (and other content). A view of the same name in `main` shows
-the rows that are no duplicates; `views.sql` builds the rest on these.
+the rows that are no duplicates; `views.sql` builds the rest on these, and `figures.sql` counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
-VIEWS = Path(__file__).with_name("views.sql")
+VIEWS = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql"))
 VERSION = 3
 PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
@@ -90,7 +90,7 @@ def create_statements() -> list[str]:
     ]
     for spec in TOPICS.values():
         statements += [create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {deduplicated(spec)}"]
-    return [*statements, status_view(), run_view(), VIEWS.read_text(encoding="utf-8")]
+    return [*statements, status_view(), run_view(), *(path.read_text(encoding="utf-8") for path in VIEWS)]
 
 
 def columns_of(spec: TopicSpec) -> list[tuple[str, str]]:

@@ -2,92 +2,14 @@
 
 import pytest
 
-from consumers.sink import Sink
-from engine.store import Store
-from engine.worker import outgoing
-from schemas import ids
-from schemas.records import (
-    Candidate,
-    ChainEnd,
-    Critique,
-    Demonstration,
-    FinishReason,
-    LabelSource,
-    Outcome,
-    Preference,
-    Prompt,
-    Response,
-    Sampling,
-    Split,
-    Turn,
-)
+from schemas.records import LabelSource, Outcome, Split
+from tests_records import World, chain_end, demonstration, person, preference, prompt, response
 from trainer.batches import Standing, candidates, content_hash, manifest_of, rebuild, rows_of
 
 
-class World:
-    """A log and its database; records are made by hand, with ids that follow from their names."""
-
-    def __init__(self, bus, store):
-        self.bus, self.store, self.sink = bus, store, Sink(bus, store, max_wait_s=0.01)
-
-    def add(self, *records):
-        """Publish records and let the sink write them, so that they come in this order in the commit sequence."""
-        for record in records:
-            self.bus.publish([outgoing(record)])
-            while not self.sink.step():
-                pass
-
-    def rows(self, sql):
-        return self.store.query(sql).rows
-
-    def ids(self, view):
-        return {str(key) for (key,) in self.rows(f"SELECT record_id FROM {view}")}
-
-
 @pytest.fixture
-def world(bus, tmp_path):
-    made = World(bus, Store(tmp_path / "charter.duckdb"))
-    yield made
-    made.sink.close()
-
-
-def base(kind, name, asked, /, epoch=0, split=Split.TRAIN, **more):
-    turns = [Turn(role="user", content=asked)]
-    return {
-        "record_id": ids.digest(kind, name), "prompt_id": ids.prompt_id(turns, epoch), "run_id": "r", "stage": kind,
-        "turns": turns, "source": "test", "split": split, "epoch": epoch, **more
-    }  # fmt: skip
-
-
-def prompt(text, **more):
-    return Prompt(**base("produce", [text, *map(str, more.values())], text, **more))
-
-
-def preference(name, text, p_a, **more):
-    values = {"outcome": Outcome.OK, "a": f"{name} a", "b": f"{name} b", "pairing": "candidates", "p_a": p_a} | more
-    return Preference(**base("judge", name, text, **values))
-
-
-def person(name, of, p_a):
-    label = {"record_id": ids.digest("label", name), "parent_ids": [of.record_id], "p_a": p_a, "stage": "label"}
-    return of.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
-
-
-def demonstration(name, text, **more):
-    return Demonstration(**base("produce", name, text, completion=f"{name} answer", **more))
-
-
-def chain_end(name, text, **more):
-    values = {"response_id": ids.digest("x"), "first_answer": "f", "first_stopped": True, "number": 0, "text": "f"}
-    ended = {"final": True, "ended": ChainEnd.SATISFIED, "final_text": f"{name} final", "text_stopped": True}
-    return Critique(**base("critique", name, text, **values, **ended, **more))
-
-
-def response(text, **more):
-    answer = Candidate(index=0, text="t", token_ids=[1], logprobs=[-1.0], finish_reason=FinishReason.STOP, policy_version=0)
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
-    values = {"candidates": [answer], "prompt_token_ids": [1], "sampling": sampling}
-    return Response(**base("respond", [text, *map(str, more.values())], text, **values, **more))
+def world(tmp_path):
+    return World(tmp_path / "charter.duckdb")
 
 
 HELD_OUT = {"split": Split.EVAL}

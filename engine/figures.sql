@@ -1,0 +1,150 @@
+-- Figures of runs, in the field's terms; docs/sql.md asks them. Shares come with Wilson's 95 % interval (Wilson 1927), columns
+-- *_low and *_high; a share of nothing is null. Every view has run_id: a run's figures are those of the records that it was the
+-- first to make. Lengths are in characters.
+
+CREATE OR REPLACE MACRO share(hits, n) AS CASE WHEN n > 0 THEN hits / n END;
+CREATE OR REPLACE MACRO wilson_low(hits, n) AS
+    CASE WHEN n > 0 THEN greatest(0.0, (hits + 1.920729 - 1.959964 * sqrt(hits * (n - hits) / n + 0.960365)) / (n + 3.841459)) END;
+CREATE OR REPLACE MACRO wilson_high(hits, n) AS
+    CASE WHEN n > 0 THEN least(1.0, (hits + 1.920729 + 1.959964 * sqrt(hits * (n - hits) / n + 0.960365)) / (n + 3.841459)) END;
+-- 1 for a probability above a half, 0 below, and half of each at a half.
+CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
+
+-- What one principle said of one pair, in both orders. A judgement without votes is one row, with the outcome that it has.
+CREATE OR REPLACE VIEW judge_votes AS
+WITH judged AS (
+    SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, "order", a, b, votes, principle_id, outcome, commit_seq
+    FROM preferences WHERE label_source = 'AI'),
+votes AS (
+    SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
+           CASE WHEN vote.outcome IS NULL OR vote.outcome = 'UNKNOWN' THEN outcome ELSE vote.outcome END AS outcome,
+           nullif(vote.p_forward, 'NaN'::DOUBLE) AS p_forward, nullif(vote.p_backward, 'NaN'::DOUBLE) AS p_backward
+    FROM (SELECT *, unnest(votes) AS vote FROM judged)
+    UNION ALL BY NAME
+    SELECT * EXCLUDE (votes) FROM judged WHERE len(votes) = 0 OR votes IS NULL)
+SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
+               WHEN "order" = 'forward' THEN p_forward
+               WHEN "order" = 'backward' THEN p_backward
+               ELSE (p_forward + p_backward) / 2 END AS p_a
+FROM votes;
+
+-- Each principle, as a critic's (stage critique) and as a judge's (stage judge).
+--   asked      verdicts asked of texts; judgements of pairs
+--   fired      of the verdicts that could be read (answered), those that say FLAWED: fire_rate
+--   compared   revisions made under the principle and compared with their predecessors; pairs with a label
+--   wins       of those, the revisions that are better; the pairs whose `a` is better (with pairing 'revision' that is the
+--              revision, else the answer sampled first). A tie is half a win.
+--   refused    judgements with outcome REFUSED
+--   length_correlation   of p(flawed) with the text's length; of p(a is better) with how much longer `a` is than `b`
+CREATE OR REPLACE VIEW principle_stats AS
+WITH verdicts AS (
+    SELECT run_id, constitution.name AS constitution, verdict.principle_id AS principle_id, verdict.verdict AS verdict,
+           verdict.p_flawed AS p_flawed, text
+    FROM (SELECT run_id, constitution, text, unnest(verdicts) AS verdict FROM critiques)),
+revised AS (
+    SELECT run_id, constitution.name AS constitution, rounds[-1].principle_id AS principle_id, p_better
+    FROM critiques WHERE number > 0 AND p_better IS NOT NULL),
+counted AS (
+    SELECT run_id, 'critique' AS stage, constitution, principle_id, '' AS pairing, count(*) AS asked,
+           count(*) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS answered, count(*) FILTER (verdict = 'FLAWED') AS fired,
+           0 AS compared, 0.0 AS wins, 0 AS refused,
+           corr(p_flawed, length(text)) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS length_correlation
+    FROM verdicts GROUP BY ALL
+    UNION ALL BY NAME
+    SELECT run_id, 'critique' AS stage, constitution, principle_id, '' AS pairing, count(*) AS compared, sum(wins(p_better)) AS wins
+    FROM revised GROUP BY ALL
+    UNION ALL BY NAME
+    SELECT run_id, 'judge' AS stage, constitution.name AS constitution, principle_id, pairing, count(*) AS asked,
+           count(p_a) AS compared, sum(wins(p_a)) AS wins, count(*) FILTER (outcome = 'REFUSED') AS refused,
+           corr(p_a, length(a) - length(b)) AS length_correlation
+    FROM judge_votes GROUP BY ALL),
+summed AS (
+    SELECT run_id, stage, constitution, principle_id, pairing, coalesce(sum(asked), 0)::BIGINT AS asked,
+           coalesce(sum(answered), 0)::BIGINT AS answered, coalesce(sum(fired), 0)::BIGINT AS fired,
+           coalesce(sum(compared), 0)::BIGINT AS compared, coalesce(sum(wins), 0)::DOUBLE AS wins,
+           coalesce(sum(refused), 0)::BIGINT AS refused, any_value(length_correlation) AS length_correlation
+    FROM counted GROUP BY ALL)
+SELECT run_id, stage, constitution, principle_id, pairing, asked,
+       answered, fired, share(fired, answered) AS fire_rate, wilson_low(fired, answered) AS fire_low,
+       wilson_high(fired, answered) AS fire_high,
+       compared, wins, share(wins, compared) AS win_rate, wilson_low(wins, compared) AS win_low,
+       wilson_high(wins, compared) AS win_high,
+       refused, share(refused, asked) AS refusal_rate, wilson_low(refused, asked) AS refusal_low,
+       wilson_high(refused, asked) AS refusal_high,
+       CASE WHEN NOT isnan(length_correlation) THEN length_correlation END AS length_correlation
+FROM summed;
+
+-- What each round of revision does: how many revisions there are, how many cannot be used (empty, a copy, an echo), how often
+-- and how surely they win against their predecessors, how alike and how much longer they are, and how many chains end there.
+CREATE OR REPLACE VIEW revision_effect AS
+WITH made AS (
+    SELECT run_id, number, count(*) AS revisions, count(*) FILTER (fault NOT IN ('NONE', 'UNKNOWN')) AS unusable,
+           avg(similarity) AS mean_similarity, avg(length(text) - length(previous_text)) AS mean_length_change
+    FROM revisions GROUP BY ALL),
+weighed AS (
+    SELECT run_id, number, count(p_better) AS compared, sum(wins(p_better)) AS wins, avg(p_better) AS mean_p_better,
+           count(*) FILTER (ended = 'SATISFIED') AS satisfied, count(*) FILTER (ended = 'LOST') AS lost,
+           count(*) FILTER (ended = 'LAST_ROUND') AS last_round
+    FROM critiques WHERE number > 0 GROUP BY ALL)
+SELECT run_id, number, revisions, unusable, coalesce(compared, 0) AS compared, mean_p_better, wins,
+       share(wins, compared) AS win_rate, wilson_low(wins, compared) AS win_low, wilson_high(wins, compared) AS win_high,
+       mean_similarity, mean_length_change, coalesce(satisfied, 0) AS satisfied, coalesce(lost, 0) AS lost,
+       coalesce(last_round, 0) AS last_round
+FROM made LEFT JOIN weighed USING (run_id, number);
+
+-- Whether a judge looks at the place more than at the answer. `flips`: the same place won in both orders. p_forward is p(a is
+-- better) with `a` shown first, p_backward with `b` shown first; `first_place` is the probability that the answer shown first
+-- gets, a half without bias.
+CREATE OR REPLACE VIEW position_bias AS
+WITH counted AS (
+    SELECT run_id, preset, model.id AS model, principle_id, count(*) AS judged,
+           count(*) FILTER ((p_forward > 0.5 AND p_backward < 0.5) OR (p_forward < 0.5 AND p_backward > 0.5)) AS flips,
+           avg(p_forward) AS mean_p_forward, avg(p_backward) AS mean_p_backward, avg(abs(p_forward - p_backward)) AS mean_gap
+    FROM judge_votes WHERE p_forward IS NOT NULL AND p_backward IS NOT NULL GROUP BY ALL)
+SELECT run_id, preset, model, principle_id, judged, flips, share(flips, judged) AS flip_rate, wilson_low(flips, judged) AS flip_low,
+       wilson_high(flips, judged) AS flip_high, mean_p_forward, mean_p_backward,
+       (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_gap
+FROM counted;
+
+-- Pairs that a judge and a person have labelled: a person's override of a judge's label, or a comparison from a file of the same
+-- two answers to the same prompt, in either order. p_ai and p_human are p(a is better) of the judge's `a`.
+CREATE OR REPLACE VIEW ai_human_labels AS
+WITH people AS (
+    SELECT p.record_id, p.prompt_id, p.parent_ids, p.a, p.b, p.p_a
+    FROM preferences p ANTI JOIN overridden_labels o ON o.record_id = p.record_id
+    WHERE p.label_source = 'HUMAN' AND p.outcome = 'OK'),
+pairs AS (
+    SELECT record_id AS human_id, parent_ids[1] AS ai_id, p_a AS p_human FROM people WHERE len(parent_ids) > 0
+    UNION ALL
+    SELECT human.record_id, ai.record_id, human.p_a
+    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.a = human.a AND ai.b = human.b
+    WHERE len(human.parent_ids) = 0
+    UNION ALL
+    SELECT human.record_id, ai.record_id, 1 - human.p_a
+    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.a = human.b AND ai.b = human.a
+    WHERE len(human.parent_ids) = 0)
+SELECT ai.record_id, human_id, ai.prompt_id, ai.run_id, ai.preset, ai.model.id AS model, ai.principle_id, ai.split, ai.source,
+       ai.p_a AS p_ai, p_human, CASE WHEN ai.p_a <> 0.5 AND p_human <> 0.5 THEN (ai.p_a > 0.5) = (p_human > 0.5) END AS agree
+FROM pairs JOIN preferences ai ON ai.record_id = ai_id
+WHERE ai.label_source = 'AI' AND ai.outcome = 'OK' AND ai.p_a IS NOT NULL;
+
+-- How often judge and person prefer the same answer (ties on either side left out), and the judge's Brier score.
+CREATE OR REPLACE VIEW label_agreement AS
+WITH counted AS (
+    SELECT run_id, preset, model, principle_id, count(*) AS pairs, count(agree) AS decided, count(*) FILTER (agree) AS agreed,
+           avg((p_ai - p_human) ** 2) AS brier
+    FROM ai_human_labels GROUP BY ALL)
+SELECT run_id, preset, model, principle_id, pairs, decided, agreed, share(agreed, decided) AS agreement,
+       wilson_low(agreed, decided) AS agreement_low, wilson_high(agreed, decided) AS agreement_high, brier
+FROM counted;
+
+-- What people say of the pairs to which a judge gives p(a is better) from p_from to below p_from + 0.1. A calibrated judge has
+-- mean_p_ai near human_share in every bin.
+CREATE OR REPLACE VIEW label_calibration AS
+WITH counted AS (
+    SELECT run_id, preset, model, least(floor(p_ai * 10), 9) / 10 AS p_from, count(*) AS pairs, avg(p_ai) AS mean_p_ai,
+           sum(p_human) AS human_wins
+    FROM ai_human_labels GROUP BY ALL)
+SELECT run_id, preset, model, p_from, pairs, mean_p_ai, share(human_wins, pairs) AS human_share,
+       wilson_low(human_wins, pairs) AS human_low, wilson_high(human_wins, pairs) AS human_high
+FROM counted;

@@ -1,0 +1,170 @@
+"""Records made by hand, with ids that follow from their names, and a database of them without a log."""
+
+from consumers.sink import tables_of
+from engine.bus.port import Message
+from engine.store import Store
+from engine.tables import insert_statement
+from schemas import ids
+from schemas.records import (
+    Candidate,
+    ChainEnd,
+    ConstitutionRef,
+    Critique,
+    Demonstration,
+    FinishReason,
+    LabelSource,
+    ModelRef,
+    Outcome,
+    Preference,
+    PrincipleVerdict,
+    Prompt,
+    Response,
+    Revision,
+    RevisionFault,
+    Round,
+    Sampling,
+    Split,
+    Turn,
+    Verdict,
+    Vote,
+)
+from schemas.topics import TOPICS
+
+
+class World:
+    """A database; what is added comes in that order in the commit sequence."""
+
+    def __init__(self, path):
+        self.store, self.seq = Store(path), 0
+        self.store.prepare()
+
+    def add(self, *records):
+        with self.store.writing() as connection:
+            for record in records:
+                message = Message(record.topic, 0, self.seq, None, None, (), 0)
+                for topic, table in tables_of([(record, message)], self.seq).items():
+                    connection.register("batch", table)
+                    connection.execute(insert_statement(TOPICS[topic]))
+                self.seq += 1
+            connection.execute("UPDATE raw.sink_state SET next_seq = ?", [self.seq])
+
+    def rows(self, sql):
+        return self.store.query(sql).rows
+
+    def records(self, sql):
+        return self.store.records(sql)
+
+    def ids(self, view):
+        return {str(key) for (key,) in self.rows(f"SELECT record_id FROM {view}")}
+
+
+def base(kind, name, asked, /, epoch=0, split=Split.TRAIN, **more):
+    turns = [Turn(role="user", content=asked)]
+    return {
+        "record_id": ids.digest(kind, name), "prompt_id": ids.prompt_id(turns, epoch), "run_id": "r", "stage": kind,
+        "turns": turns, "source": "test", "split": split, "epoch": epoch, **more
+    }  # fmt: skip
+
+
+def prompt(text, **more):
+    return Prompt(**base("produce", [text, *map(str, more.values())], text, **more))
+
+
+def preference(name, text, p_a, **more):
+    values = {"outcome": Outcome.OK, "a": f"{name} a", "b": f"{name} b", "pairing": "candidates", "p_a": p_a} | more
+    return Preference(**base("judge", name, text, **values))
+
+
+def person(name, of, p_a):
+    label = {"record_id": ids.digest("label", name), "parent_ids": [of.record_id], "p_a": p_a, "stage": "label"}
+    return of.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
+
+
+def demonstration(name, text, **more):
+    return Demonstration(**base("produce", name, text, completion=f"{name} answer", **more))
+
+
+def chain_end(name, text, **more):
+    values = {"response_id": ids.digest("x"), "first_answer": "f", "first_stopped": True, "number": 0, "text": "f"}
+    ended = {"final": True, "ended": ChainEnd.SATISFIED, "final_text": f"{name} final", "text_stopped": True}
+    return Critique(**base("critique", name, text, **values, **ended, **more))
+
+
+def response(text, **more):
+    answer = Candidate(index=0, text="t", token_ids=[1], logprobs=[-1.0], finish_reason=FinishReason.STOP, policy_version=0)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+    values = {"candidates": [answer], "prompt_token_ids": [1], "sampling": sampling}
+    return Response(**base("respond", [text, *map(str, more.values())], text, **values, **more))
+
+
+MADE_BY = {
+    "constitution": ConstitutionRef(name="default", version="1.0.0", hash="c0ffee"),
+    "model": ModelRef(id="critic", revision="v"),
+    "preset": "charter",
+}
+
+
+def critique(name, asked, verdict, p_flawed, text, number=0, principle="harm", **more):
+    """A verdict on a text under one principle; of a revision under the principle that it was made by."""
+    said = PrincipleVerdict(principle_id=principle, verdict=verdict, p_flawed=p_flawed, mass=0.9)
+    rounds = [Round(number=n + 1, principle_id=principle, critique="c", revision="r") for n in range(number)]
+    chain = {"response_id": ids.digest("response", name), "first_answer": text, "first_stopped": True, "text_stopped": True}
+    values = {"verdict": verdict, "p_flawed": p_flawed, "verdicts": [said], "rounds": rounds, "number": number, "text": text}
+    return Critique(**base("critique", [name, number], asked, **MADE_BY, **chain, **values, **more))
+
+
+def revision(name, asked, before, after, alike, fault=RevisionFault.NONE, number=1, principle="harm"):
+    chain = {"response_id": ids.digest("response", name), "first_answer": before, "first_stopped": True, "text_stopped": True}
+    values = {"previous_text": before, "text": after, "similarity": alike, "fault": fault, "number": number, "critique": "c"}
+    return Revision(**base("revise", [name, number], asked, **MADE_BY, **chain, **values, principle_id=principle))
+
+
+def judged(name, asked, a, b, forward, backward, principle="care", **more):
+    """A judgement by one principle in both orders."""
+    vote = Vote(
+        principle_id=principle, p_forward=forward, p_backward=backward, mass_forward=0.9, mass_backward=0.9, outcome=Outcome.OK
+    )
+    values = {"a": a, "b": b, "votes": [vote], "p_forward": forward, "p_backward": backward, "principle_id": principle}
+    figures = {"gap": abs(forward - backward), "mass": 0.9, "flipped": (forward > 0.5) != (backward > 0.5)}
+    return preference(name, asked, (forward + backward) / 2, **MADE_BY, **values, **figures, **more)
+
+
+def unjudged(name, asked, outcome, principle="care"):
+    values = {"a": "aa", "b": "b", "principle_id": principle, "outcome": outcome}
+    return preference(name, asked, None, **MADE_BY, **values)
+
+
+def known(world):
+    """A small run whose figures tests/engine/test_figures.py has counted by hand."""
+    world.add(*(prompt(text) for text in ("one", "two", "three", "four")))
+    # Four first answers under one principle: two flawed, one clean, one that the critic could not say.
+    world.add(
+        critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
+        critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
+        critique("3", "three", Verdict.CLEAN, 0.2, "xx", final=True, ended=ChainEnd.SATISFIED, final_text="xx"),
+        critique("4", "four", Verdict.LOW_MASS, None, "x"),
+    )
+    # Three revisions: one wins and is 4 characters longer, one loses and is 2 shorter, one is a copy.
+    end = {"final": True, "number": 1}
+    world.add(
+        revision("1", "one", "x" * 10, "y" * 14, 0.5),
+        revision("2", "two", "x" * 10, "y" * 8, 0.1),
+        revision("4", "four", "x", "x", 1.0, RevisionFault.COPY),
+        critique("1", "one", Verdict.CLEAN, 0.1, "y" * 14, p_better=0.8, ended=ChainEnd.SATISFIED, final_text="y" * 14, **end),
+        critique("2", "two", Verdict.FLAWED, 0.6, "y" * 8, p_better=0.3, ended=ChainEnd.LOST, final_text="x" * 10, **end),
+    )
+    # Five judgements by `care` (one refused, one flip), two by `honest` (a tie and one without a label).
+    first, second = judged("1", "one", "aaaa", "b", 0.9, 0.7), judged("3", "three", "a", "bbbb", 0.2, 0.4)
+    world.add(
+        first,
+        judged("2", "two", "aa", "b", 0.9, 0.3),
+        second,
+        judged("4", "four", "aaa", "b", 0.8, 0.6),
+        unjudged("5", "four", Outcome.REFUSED),
+        judged("6", "one", "a", "b", 0.6, 0.4, principle="honest"),
+        unjudged("7", "two", Outcome.LOW_MASS, principle="honest"),
+    )
+    # A person agrees with the first, overrides the second, and a file holds the pair of the flip the other way round.
+    world.add(person("1", first, 1.0), person("2", second, 1.0), demonstration("shown", "five", source="helpful"))
+    values = {"a": "b", "b": "aa", "label_source": LabelSource.HUMAN, "pairing": "human"}
+    world.add(preference("file", "two", 0.0, **values))
