@@ -99,3 +99,15 @@ def tiny(tmp_path_factory):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def served(smollm2, tmp_path_factory):
+    """The packaged model behind the OpenAI-compatible server of transformers, as a setting names it."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")
+    from tests_served import transformers_serve
+
+    with transformers_serve(smollm2, tmp_path_factory.mktemp("served")) as address:
+        yield address

@@ -1,53 +1,122 @@
 """Models behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, hosted APIs).
 
-Requests run side by side up to a limit, with a time limit each; 429, 5xx, cut connections and answers that are not JSON
-are tried again with exponential back-off and full jitter, until the call's deadline: then the server counts as away
-(ModelUnreachable), the stage pauses and nothing is lost. A request that the server calls wrong is the record's fault
-(PermanentRecordError).
+A server is asked once, at its first use, what it can do (`engine.models.probe`); what it cannot do is never papered over:
+`capabilities` says it, and the stages ask in other words, under another template hash.
 
-Options are read from the first token's `top_logprobs`. A server shows only the most likely tokens: an option outside
-them is given the smallest probability shown, which bounds it from above, and adds nothing to the mass. A server that
-gives no log-probabilities cannot judge: that is an error, never a guessed label. The key comes from an environment
-variable and stands in no message.
+Requests run side by side up to a limit, with a time limit each; 429, 5xx, cut connections and answers that are not JSON are
+tried again with exponential back-off and full jitter, and never before a `Retry-After` is over, until the call's deadline: then
+the server counts as away (ModelUnreachable), the stage pauses and nothing is lost. A request that the server calls wrong is the
+record's fault (PermanentRecordError).
+
+Options are read from the first token's `top_logprobs`, or counted in sampled replies where a server gives none (`scores`,
+`votes`). Tokens are counted as the server bills them: what a failed try used is added to the next answer that arrives. The key
+comes from an environment variable and stands in no message.
 """
 
 from __future__ import annotations
 
+import email.utils
+import json
+import logging
 import math
 import os
 import random
+import re
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import httpx
 
-from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
-from engine.models.port import Ask, Capabilities, Generation, OptionScores
+from engine.errors import CharterError, DependencyUnreachable, ModelUnreachable, PermanentRecordError, UsageError
+from engine.models.port import NOTHING, Ask, Capabilities, Generation, OptionScores, Usage
 from schemas.ids import fingerprint
 
-TOP_LOGPROBS = 20
+log = logging.getLogger("charter.endpoint")
+
 DEADLINE_S = 600.0
 BACKOFF_S = (0.5, 30.0)
-PLAIN = Capabilities(token_ids=False, exact_logprobs=False)
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+CHARS_PER_TOKEN = 4  # where a server does not count
 REQUEST_FAULTS = (400, 413, 422)
-SETTING_FAULTS = (401, 403, 404)
+SETTING_FAULTS = (401, 402, 403, 404)
+VOTES = 8
+VOTE_TOKENS = 8
+# What surrounds a letter in a token: spaces (also as two families of tokenizers write them) and parentheses.
+AROUND = " \n\tĠ▁()"
+VOTE = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
+THOUGHT = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
+
+T = TypeVar("T")
+Body = dict[str, Any]
 
 
 class Away(Exception):
-    """One request failed in a way that may pass."""
+    """One request failed in a way that may pass. `status` is the server's, 0 for none; `used` what it billed all the same."""
+
+    def __init__(self, why: str, status: int = 0, used: Usage = NOTHING) -> None:
+        super().__init__(why)
+        self.status, self.used = status, used
+
+
+class Refused(Exception):
+    """The server calls a request wrong; its words, without the key."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one server is talked to: fields that its requests need, None where it cannot do it.
+
+    always: in every request (thinking off, no truncation hidden in the server's defaults).
+    begun: with a begun assistant turn. token_ids: to get exact token ids. shown: how many top log-probabilities, 0: none.
+    processed: whether they are those of the sampling temperature. unmodified: sampling is what the request says and no more.
+    seeds, counts: whether it takes seeds, and says how many tokens it used.
+    """
+
+    limit: str = "max_tokens"
+    always: Body = field(default_factory=dict)
+    begun: Body | None = None
+    shown: int = 0
+    processed: bool = False
+    token_ids: Body | None = None
+    unmodified: bool = False
+    seeds: bool = True
+    counts: bool = True
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            prefill=self.begun is not None,
+            logprobs=self.shown > 0,
+            token_ids=self.token_ids is not None,
+            exact_logprobs=self.token_ids is not None and self.shown > 0 and self.unmodified,
+            votes=0 if self.shown else VOTES,
+        )
 
 
 def open_endpoint(
     spec: str, *, api_key_env: str = "OPENAI_API_KEY", timeout_s: float = 120.0, concurrency: int = 16
 ) -> Endpoint:
     """The model that `http://HOST:PORT/v1#MODEL` names."""
-    url, _, model = spec.partition("#")
-    if not model:
-        raise UsageError(f"{spec} names no model", "a server may serve several", f"write it as {url}#MODEL")
-    return Endpoint(url.rstrip("/"), model, os.environ.get(api_key_env, ""), timeout_s=timeout_s, concurrency=concurrency)
+    address, _, model = spec.partition("#")
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise UsageError("the model server has no proper address", str(error), "write http://HOST:PORT/v1#MODEL") from error
+    if url.userinfo or url.query:
+        raise UsageError(
+            f"the address of the model server {url.host} holds more than an address",
+            "a setting stands in the records of a run, and a key must not",
+            f"put the key into the environment variable {api_key_env} and write http://HOST:PORT/v1#MODEL",
+        )
+    if not model or not url.host:
+        raise UsageError(f"{spec} names no model", "a server may serve several", f"write it as {address}#MODEL")
+    key = os.environ.get(api_key_env, "")
+    return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency)
 
 
 @dataclass
@@ -61,16 +130,36 @@ class Endpoint:
     concurrency: int = 16
     deadline_s: float = DEADLINE_S
     backoff_s: tuple[float, float] = BACKOFF_S
-    capabilities: Capabilities = PLAIN
+    known: Dialect | None = None
 
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.client = httpx.Client(headers=headers, timeout=self.timeout_s)
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        self.client = httpx.Client(headers=headers, timeout=self.timeout_s, limits=limits)
         self.pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         # A server's weights have no name of their own: the address and the model's name stand for them.
         self.revision = fingerprint(url=self.url, model=self.id)[:16]
+        self.lock = threading.Lock()
+        self.probing = threading.Lock()
+        self.owed = NOTHING  # billed, but of no answer that arrived
+        self.not_before = 0.0  # on the monotonic clock: the server asked for quiet until then
 
     # The port
+
+    @property
+    def dialect(self) -> Dialect:
+        """How this server is talked to; asked once."""
+        with self.probing:
+            if self.known is None:
+                from engine.models.probe import probe
+
+                self.known = probe(self)
+                log.info("%s#%s: %s", self.url, self.id, self.known)
+            return self.known
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.dialect.capabilities
 
     def generate(
         self,
@@ -81,98 +170,288 @@ class Endpoint:
         top_p: float = 1.0,
         max_tokens: int = 256,
     ) -> list[list[Generation]]:
-        sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+        dialect = self.dialect
+        sampling = {"temperature": temperature, "top_p": top_p, dialect.limit: max_tokens}
+        exact = top_p == 1 and temperature > 0 and (temperature == 1 or dialect.processed)
+        if dialect.token_ids is not None:
+            sampling |= dialect.token_ids
+            sampling |= {"logprobs": True, "top_logprobs": 0} if exact and self.capabilities.exact_logprobs else {}
         # Requests of one text each: not every server takes n > 1, and each gets a seed of its own.
-        bodies = [body(self.id, ask) | sampling | {"seed": (ask.seed + n) % 2**31} for ask in batch for n in range(samples)]
-        answers = list(self.pool.map(lambda request: self.ask(request, generation), bodies))
+        bodies = [self.body(ask) | sampling | self.seed(ask.seed + n) for ask in batch for n in range(samples)]
+        answers = self.ask_all(bodies, generation)
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def option_logprobs(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
-        wanted = {"temperature": 1.0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        bodies = [body(self.id, ask) | wanted for ask in batch]
-        return list(self.pool.map(lambda request: self.ask(request, lambda answer: scores(answer, options)), bodies))
+        dialect = self.dialect
+        if not dialect.shown:
+            return self.option_votes(batch, options)
+        wanted = {"temperature": 1.0, "top_p": 1.0, dialect.limit: 1, "logprobs": True, "top_logprobs": dialect.shown}
+        return self.ask_all([self.body(ask) | wanted for ask in batch], partial(scores, options=options))
+
+    def option_votes(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
+        """The options' shares among VOTES replies sampled at temperature 1."""
+        replies = self.generate(batch, samples=VOTES, max_tokens=VOTE_TOKENS)
+        return [votes(of_one, options) for of_one in replies]
+
+    def seed(self, seed: int) -> Body:
+        return {"seed": seed % 2**31} if self.dialect.seeds else {}
+
+    def body(self, ask: Ask) -> Body:
+        """A chat request; a prefill is an assistant turn that the server is asked to go on with."""
+        dialect = self.dialect
+        messages = [{"role": turn.role, "content": turn.content} for turn in ask.turns]
+        request = {"model": self.id, "messages": messages} | dialect.always
+        if not ask.prefill:
+            return request
+        if dialect.begun is None:
+            raise UsageError(
+                f"{self.url} cannot go on with a begun assistant turn",
+                "it was asked to, and began a new one",
+                "ask for what the turn should begin with in words (capabilities.prefill says so)",
+            )
+        return request | {"messages": [*messages, {"role": "assistant", "content": ask.prefill}]} | dialect.begun
 
     # Requests
 
-    def ask(self, request: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
-        """Send a request until it is answered well, up to the deadline."""
+    def ask_all(self, requests: Sequence[Body], read: Callable[[Body, Usage], T]) -> list[T]:
+        """Every request's answer. When one fails all are waited for, and what the others used is kept in mind."""
+        futures = [self.pool.submit(self.ask, request, read) for request in requests]
+        wait(futures)
+        errors = [error for future in futures if (error := future.exception())]
+        if not errors:
+            return [future.result()[0] for future in futures]
+        for future in futures:
+            if not future.exception():
+                self.owe(future.result()[1])
+        raise next((error for error in errors if isinstance(error, DependencyUnreachable)), errors[0])
+
+    def ask(self, request: Body, read: Callable[[Body, Usage], T]) -> tuple[T, Usage]:
+        """Send a request until it is answered well, up to the deadline: what `read` makes of it, and the tokens used."""
+        try:
+            answer, used = self.answer(request)
+        except Refused as error:
+            raise PermanentRecordError(f"{self.url} refuses the request", str(error), "") from error
+        used += self.settle()
+        return read(answer, used), used
+
+    def answer(self, request: Body, *, give_up: Callable[[Away, int], bool] = lambda error, tries: False) -> tuple[Body, Usage]:
+        """The answer to one request, and what it used; `give_up` may end the tries early, as Refused."""
         deadline, tries = time.monotonic() + self.deadline_s, 0
         while True:
+            self.keep_quiet(deadline)
             try:
-                return read(self.post(request))
+                return self.post(request)
             except Away as error:
-                wait = random.uniform(0, min(self.backoff_s[1], self.backoff_s[0] * 2**tries))
+                self.owe(error.used)
+                pause = random.uniform(0, min(self.backoff_s[1], self.backoff_s[0] * 2**tries))
                 tries += 1
-                if time.monotonic() + wait >= deadline:
-                    raise ModelUnreachable(
-                        f"the model server {self.url} does not answer",
-                        f"{error}, after {tries} tries",
-                        "look at the server and at models.*; the stage goes on when it is back",
-                    ) from error
-                time.sleep(wait)
+                if give_up(error, tries):
+                    raise Refused(str(error)) from error
+                if time.monotonic() + pause >= deadline:
+                    raise self.away(f"{error}, after {tries} tries") from error
+                time.sleep(pause)
 
-    def post(self, request: dict[str, Any]) -> dict[str, Any]:
+    def away(self, why: str) -> CharterError:
+        return ModelUnreachable(
+            f"the model server {self.url} does not answer",
+            why,
+            "look at the server and at models.*; the stage goes on when it is back",
+        )
+
+    def post(self, request: Body) -> tuple[Body, Usage]:
+        """One try. Raises Away, Refused or ModelUnreachable."""
         try:
-            response = self.client.post(f"{self.url}/chat/completions", json=request)
+            status, headers, text = self.exchange(request)
         except httpx.HTTPError as error:
             raise Away(type(error).__name__) from error
-        if response.status_code in REQUEST_FAULTS:
-            raise PermanentRecordError(f"{self.url} refuses the request", self.said(response), "")
-        if response.status_code in SETTING_FAULTS:
+        if status in REQUEST_FAULTS:
+            raise Refused(self.said(text))
+        if status in SETTING_FAULTS:
             raise ModelUnreachable(
-                f"{self.url} does not serve {self.id} to us ({response.status_code})",
-                self.said(response),
+                f"{self.url} does not serve {self.id} to us ({status})",
+                self.said(text),
                 "check models.* and the variable that models.api_key_env names",
             )
-        if response.status_code != 200:
-            raise Away(f"status {response.status_code}")
-        try:
-            answer = response.json()
-            answer["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise Away("an answer that is no chat completion") from error
-        return dict(answer)
+        if status != 200:
+            self.quiet_for(headers.get("retry-after", ""))
+            raise Away(f"status {status}", status)
+        answer = chat_completion(text)
+        return answer, counted(answer) or estimated(request, answer)
 
-    def said(self, response: httpx.Response) -> str:
+    def exchange(self, request: Body) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body; an answer that is too long, or trickles in past the time limit, is cut off."""
+        ends = time.monotonic() + self.timeout_s
+        parts, size = [], 0
+        with self.client.stream("POST", f"{self.url}/chat/completions", json=request) as response:
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_ANSWER_BYTES:
+                    raise Away(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                if time.monotonic() > ends:
+                    raise Away(f"an answer that is not complete after {self.timeout_s:g} s")
+            return response.status_code, response.headers, b"".join(parts)
+
+    def quiet_for(self, retry_after: str) -> None:
+        """Hold all requests back as long as a Retry-After header says."""
+        with self.lock:
+            self.not_before = max(self.not_before, time.monotonic() + seconds(retry_after))
+
+    def keep_quiet(self, deadline: float) -> None:
+        """Wait while the server wants quiet; if that is longer than the deadline it counts as away."""
+        while (left := self.not_before - time.monotonic()) > 0:
+            if self.not_before >= deadline:
+                raise self.away(f"it asks to be left alone for another {left:.0f} s (Retry-After)")
+            time.sleep(left)
+
+    def owe(self, used: Usage) -> None:
+        with self.lock:
+            self.owed += used
+
+    def settle(self) -> Usage:
+        """What is owed, to be counted with an answer that arrived."""
+        with self.lock:
+            owed, self.owed = self.owed, NOTHING
+            return owed
+
+    def said(self, text: bytes) -> str:
         """The server's words, short, and without the key should it repeat it."""
-        text = response.text[:300]
-        return text.replace(self.key, "***") if self.key else text
+        words = text[:100_000].decode("utf-8", "replace")
+        return (words.replace(self.key, "***") if self.key else words)[:300]
 
 
-def body(model: str, ask: Ask) -> dict[str, Any]:
-    """A chat request; a prefill is an assistant turn that the server is asked to go on with."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in ask.turns]
-    if not ask.prefill:
-        return {"model": model, "messages": messages}
-    begun = {"role": "assistant", "content": ask.prefill}
-    return {
-        "model": model,
-        "messages": [*messages, begun],
-        "continue_final_message": True,
-        "add_generation_prompt": False,
-    }
+def seconds(retry_after: str) -> float:
+    """How long a Retry-After header asks for, in seconds or as a date; 0 for what is neither, or past."""
+    if re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
 
 
-def generation(answer: dict[str, Any]) -> Generation:
+# What answers say
+
+
+def chat_completion(text: bytes) -> Body:
+    """A chat completion; raises Away for anything else (with the usage, where that much can be read)."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Away("an answer that is not JSON") from error
+    if not isinstance(answer, dict):
+        raise Away("an answer that is no chat completion")
+    try:
+        message = answer["choices"][0]["message"]
+        content = message["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise Away("an answer that is no chat completion", used=counted(answer) or NOTHING) from error
+    if not isinstance(content, str | None):
+        raise Away("an answer whose content is not a text", used=counted(answer) or NOTHING)
+    message["content"] = readable(content or "")
+    return answer
+
+
+def readable(text: str) -> str:
+    """The text without lone surrogates, which JSON can carry and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def counted(answer: Body) -> Usage | None:
+    """The server's own count."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    numbers = integers([usage.get("prompt_tokens"), usage.get("completion_tokens")])
+    return Usage(*numbers) if numbers else None
+
+
+def estimated(request: Body, answer: Body) -> Usage:
+    """Four characters a token, for a server that does not count: a budget must not be blind."""
+    read = sum(len(message["content"]) for message in request["messages"])
+    return Usage(read // CHARS_PER_TOKEN, len(answer["choices"][0]["message"]["content"]) // CHARS_PER_TOKEN)
+
+
+def generation(answer: Body, used: Usage) -> Generation:
+    """The sampled text; its tokens too where the server gave them, exact and whole."""
     choice = answer["choices"][0]
-    finish = "length" if choice.get("finish_reason") == "length" else "stop"
-    # No token ids: such an answer trains SFT and the reward model, never PPO.
-    return Generation(text=choice["message"]["content"] or "", finish_reason=finish)
+    said = choice["message"]["content"]
+    text = THOUGHT.sub("", said, count=1) if said.lstrip().startswith("<think>") else said
+    finish = choice.get("finish_reason")
+    finish = finish if finish in ("stop", "length") else "unknown"
+    token_ids, logprobs = sampled_tokens(choice)
+    if text != said:
+        token_ids, logprobs = (), ()  # they are of the thought too
+    prompt = integers(answer.get("prompt_token_ids") or choice.get("prompt_token_ids"))
+    return Generation(text, finish, token_ids, logprobs, prompt, used)
 
 
-def scores(answer: dict[str, Any], options: Sequence[str]) -> OptionScores:
-    """Sum each option over the shown tokens that mean it: `A`, ` A`, `(A`, `A)`."""
-    listed = ((answer["choices"][0].get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-    if not listed:
-        raise UsageError(
-            "the model server gives no log-probabilities",
-            "critique verdicts and judgements are read from them, and a label is never guessed",
-            "serve critic and judge with log-probabilities on (vLLM does), or set models.critic and models.judge",
-        )
-    shown = [(str(entry["token"]).strip().strip("()"), float(entry["logprob"])) for entry in listed]
-    floor = min(logprob for _, logprob in shown)
-    sums = [[math.exp(logprob) for token, logprob in shown if token == option] for option in options]
+def sampled_tokens(choice: Body) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The sampled tokens' ids and, when there is one for each, their log-probabilities."""
+    entries = [entry for entry in (choice.get("logprobs") or {}).get("content") or [] if isinstance(entry, dict)]
+    named = [str(entry.get("token")) for entry in entries]
+    token_ids = integers(choice.get("token_ids"))
+    if not token_ids and named and all(re.fullmatch(r"token_id:\d+", name) for name in named):
+        token_ids = tuple(int(name.removeprefix("token_id:")) for name in named)
+    logprobs = tuple(value for entry in entries if (value := logprob_of(entry)) is not None)
+    return token_ids, logprobs if len(logprobs) == len(token_ids) else ()
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    return tuple(value) if good else ()
+
+
+def logprob_of(entry: Any) -> float | None:
+    """A finite log-probability; rounding above 0 is cut off."""
+    value = entry.get("logprob") if isinstance(entry, dict) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return min(0.0, float(value))
+
+
+def top_of(answer: Body) -> list[tuple[str, float]]:
+    """The first token's shown tokens with their log-probabilities."""
+    content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
+    listed = content[0].get("top_logprobs") if isinstance(content[0], dict) else None
+    pairs = [(entry.get("token"), logprob_of(entry)) for entry in listed or [] if isinstance(entry, dict)]
+    return [(token, value) for token, value in pairs if isinstance(token, str) and value is not None]
+
+
+def scores(answer: Body, used: Usage, *, options: Sequence[str]) -> OptionScores:
+    """Sum each option over the shown tokens that mean it: `A`, ` A`, `(A`, `A)`.
+
+    An option that is not shown has at most the smallest probability shown, and all of those together at most what the shown
+    tokens leave over. It is given that bound, and beside a shown option the bound counts in the mass; where no option is shown
+    nothing is known of any, and the mass is 0.
+    """
+    shown = [(token.strip(AROUND), value) for token, value in top_of(answer)]
+    sums = [math.fsum(math.exp(value) for token, value in shown if token == option) for option in options]
+    hidden = sum(found == 0 for found in sums)
+    smallest = min((math.exp(value) for _, value in shown), default=0.0)
+    left = max(0.0, 1.0 - math.fsum(math.exp(value) for _, value in shown))
+    bound = min(smallest, left / hidden) if hidden else 0.0
+    known = any(sums)
+    held = [found or bound for found in sums]
     return OptionScores(
-        logprobs=tuple(math.log(sum(found)) if found and sum(found) > 0 else floor for found in sums),
-        mass=sum(sum(found) for found in sums),
+        logprobs=tuple(math.log(p) if p > 0 else -math.inf for p in held),
+        mass=min(1.0, math.fsum(held)) if known else 0.0,
+        usage=used,
     )
+
+
+def votes(replies: Sequence[Generation], options: Sequence[str]) -> OptionScores:
+    """Each option's share of the replies, and what they all share; a reply that is more than an option counts for none."""
+    found = [vote(reply.text, options) for reply in replies]
+    shares = [found.count(option) / len(replies) for option in options]
+    return OptionScores(
+        logprobs=tuple(math.log(share) if share else -math.inf for share in shares),
+        mass=math.fsum(shares),
+        usage=sum((reply.usage for reply in replies), NOTHING),
+    )
+
+
+def vote(text: str, options: Sequence[str]) -> str | None:
+    """The option that a reply begins with, alone: `A`, `(A)`, `Answer: A.`, `**A**`; not the `A` of `A better one`."""
+    match = VOTE.match(text)
+    return match[1] if match and match[1] in options else None

@@ -1,19 +1,26 @@
-"""Endpoints against a real HTTP server on loopback that behaves, and one that does not."""
+"""Endpoints against a loopback server that behaves in several ways and misbehaves; test_models_served has a real one."""
 
-import json
+import contextlib
+import email.utils
+import logging
 import math
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
 from engine.models import open_model
-from engine.models.endpoint import Endpoint
-from engine.models.port import Ask
+from engine.models.endpoint import Away, Dialect, Endpoint, chat_completion, generation, readable, scores, seconds, vote, votes
+from engine.models.port import NOTHING, Ask, Generation, Usage
+from engine.models.probe import GO_ON, NO_THINKING, TOKEN_IDS, UNMODIFIED
 from schemas.records import Turn
+from tests_server import CUT, PLAIN, VLLM, Server, chat, server_like
 
 KEY = "sk-very-secret"
+SCORING = Dialect(begun=GO_ON[0], shown=20)
 
 
 def ask(text="hi", prefill=""):
@@ -22,60 +29,86 @@ def ask(text="hi", prefill=""):
 
 @pytest.fixture
 def server():
-    """Answers what `script` says: a function from the request to (status, body), called for each request in turn."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.requests.append((self.path, self.headers.get("Authorization"), request))
-            with state.lock:
-                state.busy += 1
-                state.most = max(state.most, state.busy)
-            try:
-                result = state.script(len(state.requests), request)
-            finally:
-                with state.lock:
-                    state.busy -= 1
-            if result is None:
-                self.close_connection = True
-                self.connection.close()  # cut
-                return
-            status, body = result
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    class State:
-        requests, lock, busy, most = [], threading.Lock(), 0, 0
-        script = staticmethod(lambda number, request: (200, chat("fine")))
-
-    state = State()
-    state.requests = []
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.handle_error = lambda *_: None  # clients that hung up are what some tests are about
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield state
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-def chat(text, finish="stop", top=None):
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    if top is not None:
-        choice["logprobs"] = {"content": [{"token": "x", "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]}
-    return {"choices": [choice]}
+    served = Server()
+    yield served
+    served.close()
 
 
 def endpoint(server, **more):
-    return Endpoint(server.url, "m", KEY, **{"backoff_s": (0.01, 0.02), "deadline_s": 5.0, "timeout_s": 2.0} | more)
+    quick = {"backoff_s": (0.01, 0.02), "deadline_s": 5.0, "timeout_s": 2.0, "known": SCORING}
+    return Endpoint(server.url, "m", KEY, **quick | more)
+
+
+# What a server can do
+
+
+def test_a_server_that_can_do_everything_is_asked_once(server):
+    server.script = server_like(takes=VLLM, goes_on="told", processed=True, ids=True)
+    model = endpoint(server, known=None)
+    assert model.dialect == Dialect(
+        always=NO_THINKING | UNMODIFIED, begun=GO_ON[0], shown=3, processed=True, token_ids=TOKEN_IDS[0], unmodified=True
+    )
+    asked = len(server.requests)
+    model.option_logprobs([ask()], ("A", "B"))
+    able = model.capabilities
+    assert len(server.requests) == asked + 1 and able.prefill and able.logprobs and able.exact_logprobs and able.votes == 0
+    assert all(body["max_tokens"] <= 12 for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("like", "expected"),
+    [
+        ({}, Dialect(shown=3)),  # a strict hosted one: no extension, and no begun turn
+        ({"most": 5}, Dialect(shown=3)),
+        ({"most": 2}, Dialect()),  # too few to be worth anything
+        ({"goes_on": "always", "processed": True}, Dialect(begun={}, shown=3, processed=True)),
+        ({"takes": PLAIN - {"logprobs", "top_logprobs"}}, Dialect()),
+        ({"logprobs": False}, Dialect()),  # ignored in silence
+        ({"takes": PLAIN - {"max_tokens"} | {"max_completion_tokens"}}, Dialect(limit="max_completion_tokens", shown=3)),
+        ({"takes": PLAIN - {"seed"}}, Dialect(shown=3, seeds=False)),
+    ],
+)
+def test_what_a_server_cannot_do_is_found_out(server, like, expected):
+    server.script = server_like(**like)
+    assert endpoint(server, known=None).dialect == expected
+
+
+def test_a_server_that_breaks_at_an_extension_cannot_do_it_and_one_that_is_busy_still_can(server):
+    able = server_like(takes=VLLM, goes_on="told")
+
+    def script(number, request):
+        if "chat_template_kwargs" in request:
+            return 500, b"Internal Server Error"
+        return (503, b"busy") if number % 2 else able(number, request)
+
+    server.script = script
+    dialect = endpoint(server, known=None).dialect
+    assert (dialect.always, dialect.begun, dialect.shown) == (UNMODIFIED, GO_ON[0], 3)
+
+
+def test_what_it_cannot_do_is_told(server, caplog):
+    server.script = lambda n, request: (200, chat("<think>hm", used=None))
+    with caplog.at_level(logging.WARNING, "charter.endpoint"):
+        assert endpoint(server, known=None).capabilities.votes > 0
+    told = " ".join(caplog.messages)
+    assert all(
+        words in told for words in ("begun assistant turn", "votes", "goes on thinking", "four characters", "does not sample")
+    )
+
+
+def test_a_server_that_serves_nothing_is_away_and_not_judged(server):
+    server.script = lambda n, request: (503, b"loading")
+    model = endpoint(server, known=None, deadline_s=0.1)
+    with pytest.raises(ModelUnreachable):
+        model.option_logprobs([ask()], ("A", "B"))
+    server.script = lambda n, request: (400, f"no such {KEY}".encode())
+    with pytest.raises(ModelUnreachable, match=r"refuses a plain request(.|\n)*no such \*\*\*"):
+        model.option_logprobs([ask()], ("A", "B"))
+    server.script = server_like()
+    assert model.option_logprobs([ask()], ("A", "B"))[0].mass == pytest.approx(0.9)
+
+
+# Requests
 
 
 def test_samples_sampling_and_the_key_are_sent(server):
@@ -86,31 +119,115 @@ def test_samples_sampling_and_the_key_are_sent(server):
     path, key, request = server.requests[0]
     assert (path, key) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert (request["model"], request["temperature"], request["top_p"], request["max_tokens"]) == ("m", 0.5, 0.9, 11)
-    assert len({r["seed"] for _, _, r in server.requests}) == 2
+    assert len({r["seed"] for r in server.bodies}) == 2
 
 
-def test_a_prefill_asks_the_server_to_go_on(server):
+def test_a_prefill_asks_the_server_to_go_on_or_is_an_error(server):
     endpoint(server).generate([ask(prefill="Answer: (")])
-    request = server.requests[0][2]
-    assert (
-        request["messages"][-1] == {"role": "assistant", "content": "Answer: ("} and request["continue_final_message"] is True
-    )
+    request = server.bodies[0]
+    assert request["messages"][-1] == {"role": "assistant", "content": "Answer: ("}
+    assert request["continue_final_message"] is True and request["add_generation_prompt"] is False
+    with pytest.raises(UsageError, match="begun assistant turn"):
+        endpoint(server, known=Dialect(shown=20)).option_logprobs([ask(prefill="Answer: (")], ("A", "B"))
 
 
-def test_options_sum_variants_and_bound_what_is_not_shown(server):
-    top = [("A", -1.0), (" A", -2.0), ("x", -3.0), ("y", -4.0)]
-    server.script = lambda n, request: (200, chat("A", top=top))
-    (scores,) = endpoint(server).option_logprobs([ask()], ("A", "B"))
-    assert scores.logprobs == pytest.approx((math.log(math.exp(-1) + math.exp(-2)), -4.0))
-    assert scores.mass == pytest.approx(math.exp(-1) + math.exp(-2))
+def test_exact_tokens_are_passed_on_where_they_are_exact(server):
+    server.script = server_like(takes=VLLM, ids=True)
+    full = Dialect(always=UNMODIFIED, shown=20, token_ids=TOKEN_IDS[0], unmodified=True)
+    ((one,),) = endpoint(server, known=full).generate([ask()])
+    assert (one.prompt_token_ids, one.token_ids, one.logprobs) == ((1, 2, 3), (7, 8, 2), (-0.5, -0.5, -0.5))
+    assert one.usage == Usage(3, 2) and server.bodies[0]["top_k"] == -1
+    # Raw log-probabilities are not those of another temperature; those of a cut vocabulary never are.
+    for how, processed in [({"temperature": 0.5}, False), ({"top_p": 0.9}, True), ({"temperature": 0.0}, True)]:
+        known = Dialect(shown=20, token_ids=TOKEN_IDS[0], unmodified=True, processed=processed)
+        ((one,),) = endpoint(server, known=known).generate([ask()], **how)
+        assert one.token_ids == (7, 8, 2) and one.logprobs == ()
+    known = Dialect(shown=20, token_ids=TOKEN_IDS[0], unmodified=True, processed=True)
+    assert endpoint(server, known=known).generate([ask()], temperature=0.5)[0][0].logprobs
+    hidden_cut = Dialect(shown=20, token_ids=TOKEN_IDS[0])
+    assert endpoint(server, known=hidden_cut).generate([ask()])[0][0].logprobs == ()
 
 
-def test_without_log_probabilities_there_is_no_label(server):
-    with pytest.raises(UsageError, match="no log-probabilities"):
-        endpoint(server).option_logprobs([ask()], ("A", "B"))
+def test_tokens_named_by_their_ids_are_read_and_misaligned_ones_are_not():
+    named = [{"token": "token_id:11", "logprob": -1.0}, {"token": "token_id:2", "logprob": 1e-9}]
+    answer = chat("x")
+    answer["choices"][0]["logprobs"] = {"content": named}
+    one = generation(answer, NOTHING)
+    assert (one.token_ids, one.logprobs) == ((11, 2), (-1.0, 0.0))
+    answer["choices"][0]["token_ids"] = [11, 2, 3]
+    assert generation(answer, NOTHING).logprobs == ()
 
 
-@pytest.mark.parametrize("trouble", [(429, {}), (500, {}), (503, b"busy"), (200, b"no json"), (200, {"choices": []}), None])
+def test_a_thought_is_no_part_of_an_answer():
+    answer = chat("<think>A or B? A.</think>\nB", finish="content_filter")
+    answer["choices"][0]["token_ids"] = [1, 2]
+    one = generation(answer, NOTHING)
+    assert (one.text, one.token_ids, one.finish_reason) == ("B", (), "unknown")
+    assert generation(chat("<think>never ends"), NOTHING).text == ""
+
+
+# Options
+
+
+def shown(*top):
+    return chat("A", top=top)
+
+
+def test_options_sum_variants_and_bound_what_is_not_shown():
+    half, quarter, eighth = math.log(0.5), math.log(0.25), math.log(0.125)
+    one = scores(shown(("A", half), (" A", quarter), ("x", eighth)), NOTHING, options=("A", "B"))
+    # A has 0.75. B is at most 0.125, the smallest shown, and that is also what is left over: 1 - 0.875.
+    assert one.logprobs == pytest.approx((math.log(0.75), eighth)) and one.mass == pytest.approx(0.875)
+    # What the shown tokens leave over is less than the smallest: 1 - 0.6 - 0.3 = 0.1.
+    one = scores(shown(("A", math.log(0.6)), ("x", math.log(0.3))), NOTHING, options=("A", "B"))
+    assert one.logprobs == pytest.approx((math.log(0.6), math.log(0.1))) and one.mass == pytest.approx(0.7)
+    # Two options that are not shown share what is left over.
+    one = scores(shown(("A", math.log(0.6)), ("x", math.log(0.3))), NOTHING, options=("A", "B", "C"))
+    assert one.logprobs[1:] == pytest.approx((math.log(0.05), math.log(0.05))) and one.mass == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("top", [[("The", -0.7)], [("The", -1.0), ("One", -1.1)], [], [("A", float("nan"))]])
+def test_where_no_option_is_shown_the_mass_is_nothing_however_large_the_bound(top):
+    one = scores(shown(*top), NOTHING, options=("A", "B"))
+    assert one.mass == 0 and one.logprobs[0] == one.logprobs[1]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["A", " B", "(A", "x", ""]), st.floats(-1000, 1)), max_size=20))
+def test_a_mass_is_a_probability_whatever_a_server_shows(top):
+    one = scores(shown(*top), NOTHING, options=("A", "B"))
+    assert 0 <= one.mass <= 1 and all(value <= math.log(20) and not math.isnan(value) for value in one.logprobs)
+
+
+def test_votes_are_shares_of_replies_that_are_an_option_and_nothing_else(server):
+    said = ["A", "(A)", "Answer: (A)", "**A**", "A.", "A\nbecause", "B)", "b", "A better one", "AB", "I would say (B)", ""]
+    found = [vote(text, ("A", "B")) for text in said]
+    assert found == ["A"] * 6 + ["B"] + [None] * 5
+    one = votes([Generation(text, "stop", counted=Usage(5, 1)) for text in said], ("A", "B"))
+    assert one.logprobs == pytest.approx((math.log(6 / 12), math.log(1 / 12))) and one.mass == pytest.approx(7 / 12)
+    assert one.usage == Usage(60, 12)
+    silent = votes([Generation("no", "stop")], ("A", "B"))
+    assert silent.logprobs == (-math.inf, -math.inf) and silent.mass == 0
+    replies = iter(["A", "A", "A", "B"] * 2)
+    server.script = lambda n, request: (200, chat(next(replies)))
+    (one,) = endpoint(server, known=Dialect(), concurrency=1).option_logprobs([ask()], ("A", "B"))
+    assert math.exp(one.logprobs[0]) == pytest.approx(0.75) and len({body["seed"] for body in server.bodies}) == 8
+
+
+def test_a_request_without_log_probabilities_is_no_label(server):
+    (one,) = endpoint(server).option_logprobs([ask()], ("A", "B"))
+    assert one.mass == 0
+
+
+# Trouble
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (429, {}), (500, {}), (503, b"busy"), (200, b"no json"), (200, b"[" * 100_000), (200, {"choices": []}), (200, [1]),
+        (200, {"choices": [{"message": {"content": [1]}}]}), (302, b""), (200, b"\xff"), CUT,
+    ],
+)  # fmt: skip
 def test_trouble_that_passes_is_tried_again(server, trouble):
     server.script = lambda n, request: trouble if n <= 2 else (200, chat("at last"))
     assert endpoint(server).generate([ask()])[0][0].text == "at last"
@@ -121,6 +238,18 @@ def test_trouble_that_stays_is_the_servers_and_not_the_records(server):
     server.script = lambda n, request: (500, {})
     with pytest.raises(ModelUnreachable, match="does not answer"):
         endpoint(server, deadline_s=0.2).generate([ask()])
+
+
+def test_a_huge_answer_is_cut_off_and_one_that_trickles_in_too(server):
+    server.script = lambda n, request: (200, chat("x" * 17_000_000)) if n == 1 else (200, chat("short"))
+    assert endpoint(server, timeout_s=30).generate([ask()])[0][0].text == "short"
+    over = threading.Event()
+    server.script = lambda n, request: (200, (b" " for _ in range(500) if not over.wait(0.02)))
+    try:
+        with pytest.raises(ModelUnreachable, match="not complete"):
+            endpoint(server, timeout_s=0.2, deadline_s=0.1).generate([ask()])
+    finally:
+        over.set()
 
 
 def test_a_server_that_is_away_or_slow_is_unreachable(server):
@@ -140,10 +269,27 @@ def test_a_refused_request_is_the_records_fault_and_the_key_is_not_repeated(serv
     with pytest.raises(PermanentRecordError) as caught:
         endpoint(server).generate([ask()])
     assert "bad request" in str(caught.value) and KEY not in str(caught.value)
-    server.script = lambda n, request: (401, f"wrong key {KEY}".encode())
+    server.script = lambda n, request: (401, b"x" * 290 + f"wrong key {KEY}".encode())
     with pytest.raises(ModelUnreachable, match="401") as caught:
         endpoint(server).generate([ask()])
-    assert KEY not in str(caught.value) and KEY not in repr(endpoint(server))
+    assert KEY[:8] not in str(caught.value) and KEY not in repr(endpoint(server))
+
+
+def test_retry_after_holds_every_request_back(server):
+    server.script = lambda n, request: (429, b"", {"Retry-After": "1"}) if n == 1 else (200, chat("x"))
+    model, started = endpoint(server, concurrency=1), time.monotonic()
+    model.generate([ask("a"), ask("b")])
+    assert time.monotonic() - started >= 0.9 and len(server.requests) == 3
+    server.script = lambda n, request: (503, b"", {"Retry-After": "3600"})
+    for _ in range(2):  # the second time nobody is even asked
+        with pytest.raises(ModelUnreachable, match="left alone"):
+            model.generate([ask()])
+    assert len(server.requests) == 4
+
+
+def test_what_a_retry_after_header_says():
+    assert seconds("7") == 7 and seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
+    assert [seconds(text) for text in ("", "soon", "-1", "1e9", "²", "9" * 40, "Wed, 21 Oct 2015 07:28:00 GMT")] == [0] * 7
 
 
 def test_requests_run_side_by_side_up_to_the_limit(server):
@@ -153,9 +299,59 @@ def test_requests_run_side_by_side_up_to_the_limit(server):
     assert server.most == 4
 
 
-def test_an_address_must_name_a_model(monkeypatch):
-    with pytest.raises(UsageError, match="#MODEL"):
-        open_model("http://127.0.0.1:9/v1")
+# Tokens
+
+
+def test_tokens_of_failed_tries_are_counted_with_the_next_answer(server):
+    broken = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+    server.script = lambda n, request: (200, broken) if n <= 2 else (200, chat("x", used=(3, 2)))
+    model = endpoint(server)
+    assert model.generate([ask()])[0][0].usage == Usage(203, 22)
+    assert model.generate([ask()])[0][0].usage == Usage(3, 2)
+
+
+def test_tokens_of_answers_that_a_failing_batch_throws_away_are_counted_too(server):
+    def script(n, request):
+        return (400, b"no") if request["messages"][0]["content"] == "bad" else (200, chat("x", used=(3, 2)))
+
+    server.script = script
+    model = endpoint(server, concurrency=1)
+    with pytest.raises(PermanentRecordError):
+        model.generate([ask("good"), ask("bad"), ask("good")])
+    assert model.generate([ask("good")])[0][0].usage == Usage(9, 6)
+
+
+def test_a_server_that_does_not_count_is_counted_for(server):
+    server.script = lambda n, request: (200, chat("four" * 3, used=None))
+    assert endpoint(server).generate([ask("12345678")])[0][0].usage == Usage(2, 3)
+    server.script = lambda n, request: (200, chat("x", used=(-1, True)))
+    assert endpoint(server).generate([ask("12345678")])[0][0].usage == Usage(2, 0)
+
+
+# Addresses and bytes
+
+
+def test_an_address_must_name_a_model_and_hold_no_key(monkeypatch):
+    for bad in (
+        "http://127.0.0.1:9/v1",
+        "http://user:secret@127.0.0.1/v1#m",
+        "http://127.0.0.1/v1?key=secret#m",
+        "http://host:port/v1#m",
+        "http:///v1#m",
+    ):
+        with pytest.raises(UsageError) as caught:
+            open_model(bad)
+        assert "secret" not in str(caught.value)
     monkeypatch.setenv("MY_KEY", KEY)
     opened = open_model("http://127.0.0.1:9/v1/#m", api_key_env="MY_KEY")
     assert (opened.url, opened.id, opened.key) == ("http://127.0.0.1:9/v1", "m", KEY)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_answer_or_none(data):
+    with contextlib.suppress(Away):
+        chat_completion(data)
+
+
+def test_lone_surrogates_are_made_readable():
+    assert readable("a\ud800b") == "a�b" and readable("\ud83d\ude00") == "😀"

@@ -1,0 +1,50 @@
+"""Endpoints against a real server: the OpenAI-compatible one that transformers ships, serving SmolLM2 on the loopback."""
+
+import logging
+
+import pytest
+
+from engine.models.endpoint import Dialect, open_endpoint
+from engine.models.port import Ask, Usage
+from engine.models.probe import probe
+from schemas.records import Turn
+
+pytestmark = pytest.mark.model
+
+
+def ask(text, seed=0):
+    return Ask((Turn(role="user", content=text),), seed=seed)
+
+
+@pytest.fixture(scope="module")
+def model(served):
+    return open_endpoint(served, timeout_s=60, concurrency=2)
+
+
+def test_what_it_can_do_is_found_out(model):
+    # Unknown fields are refused with 422, logprobs ignored, and a last assistant turn is closed before the next begins.
+    assert model.dialect == Dialect(always={"chat_template_kwargs": {"enable_thinking": False}})
+    assert (model.capabilities.prefill, model.capabilities.logprobs) == (False, False)
+
+
+def test_it_answers_and_counts(model):
+    model.settle()
+    ((one,),) = model.generate([ask("What is the capital of France?")], temperature=0.0, max_tokens=24)
+    assert "Paris" in one.text and one.finish_reason == "stop" and one.token_ids == ()
+    assert one.usage.prompt == 37 and 4 < one.usage.completion <= 24
+    (cut,) = model.generate([ask("Count to one hundred.")], max_tokens=2)[0]
+    assert cut.finish_reason == "length" and cut.usage.completion == 2
+
+
+def test_it_votes_on_options(model):
+    question = "Which letter comes first in the alphabet? Reply with one letter, A or B. Write that letter alone."
+    (one,) = model.option_logprobs([ask(question, seed=3)], ("A", "B"))
+    assert 0 <= one.mass <= 1 and one.usage.prompt > 8 * 30 and one.usage.completion >= 8
+    assert one.usage != Usage()
+
+
+def test_it_samples_where_the_models_configuration_says_so(model, caplog):
+    with caplog.at_level(logging.WARNING, "charter.endpoint"):
+        assert probe(model) == model.dialect
+    told = " ".join(caplog.messages)
+    assert "begun assistant turn" in told and "votes" in told and "does not sample" not in told
