@@ -16,7 +16,6 @@ other files in, [terms] names words that {placeholders} in the texts stand for. 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -36,6 +35,7 @@ from constitutions.sources import (
     escaped,
     gather,
     names,
+    nearest,
     read_file,
     read_text,
     unknown_key,
@@ -168,8 +168,7 @@ class Constitution(Strict):
         there = list(dict.fromkeys(p.id for p in (*self.critique, *self.judging)))
         for wanted in left_out:
             if wanted not in there:
-                near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.4)
-                fix = f"did you mean {near[0]}?" if near else f"type: charter constitution show {self.name}"
+                fix = nearest(wanted, there) or f"type: charter constitution show {self.name}"
                 raise ConstitutionError(f"{self.name} has no principle {wanted}", f"it has {', '.join(there)}", fix)
         values = as_values(self) | {"name": "-".join([self.name, "without", *left_out])}
         for part in (*LISTS, "prose"):

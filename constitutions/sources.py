@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,31 @@ def names() -> list[str]:
 def read_file(wanted: str, beside: Path | None = None) -> File:
     """A shipped constitution by name, or a file by path (relative to `beside`, the folder of the file that includes it)."""
     path = FOLDER / f"{wanted}.toml" if wanted in names() else (beside or Path()) / wanted
-    try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(wanted, names(), n=1, cutoff=0.4)
+    data = read_bytes(path)
+    if data is None:
         raise ConstitutionError(
             f"there is no constitution {wanted!r}",
             f"neither a file nor one of the shipped ones: {', '.join(names())}",
-            f"did you mean {near[0]}?" if near else "give the path of a TOML file, or one of these names",
-        ) from error
+            nearest(wanted, names()) or "give the path of a TOML file, or one of these names",
+        )
     return read_text(data, str(path), path.resolve())
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """What is in a file, up to a little more than may be; None when there is no file to read (a pipe is none)."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as stream:
+            return stream.read(MOST_BYTES + 1)
+    except (OSError, ValueError):
+        return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known names; empty when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def read_text(data: str | bytes, origin: str, path: Path | None = None) -> File:
@@ -237,8 +249,7 @@ def check_fragment(file: File) -> None:
 
 
 def unknown_key(where: str, key: str, known: Sequence[str]) -> ConstitutionError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    fix = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
+    fix = nearest(key, known) or f"allowed here: {', '.join(known)}"
     return ConstitutionError(f"{where} is unknown", "there is no such key", fix)
 
 
@@ -256,8 +267,7 @@ def fill(text: str, terms: Mapping[str, str], place: Place, key: str) -> str:
             return f"{{{literal}}}"
         if name in terms:
             return terms[name]
-        near = difflib.get_close_matches(name, terms, n=1, cutoff=0.4)
-        fix = f"did you mean {{{near[0]}}}?" if near else f'add to the file: [terms] and {name} = "..."'
+        fix = nearest(name, terms) or f'add to the file: [terms] and {name} = "..."'
         known = ", ".join(f"{{{term}}}" for term in sorted(terms)) or "none"
         raise ConstitutionError(
             f"{place.origin}, line {line_with(place.file, match[0], place.line(key))}:"
