@@ -129,9 +129,7 @@ def test_the_including_file_says_what_a_term_means(write):
 
 
 def test_an_unknown_placeholder_is_an_error_with_its_line_and_the_nearest():
-    fails(
-        TERMS.replace("Rewrite it.", "Rewrite it for {compny}."), "line 9", "{compny}", "did you mean company?", "{{compny}}"
-    )
+    fails(TERMS.replace("Rewrite it.", "Rewrite it for {compny}."), "line 9", "{compny}", "did you mean company?", "{{compny}}")
     fails(TERMS.replace("rude.", "rude to {who}."), "line 8", "{who}", 'who = "..."')
     fails(TERMS.replace('"Acme"', "3"), "line 4", "company")
     fails(HEAD + "terms = 3\n", "line 3", "no table")

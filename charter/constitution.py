@@ -1,0 +1,317 @@
+"""`charter constitution`: the principles as code. List, show, lint and compare them, test them with the judge, study them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows
+
+if TYPE_CHECKING:
+    from charter.rejudge import Bench
+    from constitutions.diff import Change
+    from constitutions.lint import Finding
+    from constitutions.loader import Constitution
+    from engine.settings import Settings
+
+RUN = "run:"
+
+
+@click.group()
+def constitution() -> None:
+    """The principles: list, show, lint and compare constitutions, test them with the judge, study what each principle does.
+
+    A constitution is a shipped one's name, a file, - for standard input, or run:NAME for the one that a run used.
+
+    \b
+    Examples:
+      charter constitution list
+      charter constitution lint my.toml
+      charter constitution diff run:live my.toml --rejudge 50
+      charter constitution test customer-service
+    """
+
+
+def resolve(settings: Settings, wanted: str) -> Constitution:
+    """A shipped constitution, a file, standard input, or what a run of this database used."""
+    from charter.pipeline import store_of
+    from constitutions.loader import load, parse
+    from engine.errors import UsageError
+
+    if wanted == "-":
+        return parse(sys.stdin.buffer.read(), "standard input")
+    if not wanted.startswith(RUN):
+        return load(wanted)
+    sql = "SELECT constitution_text FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1"
+    found = store_of(settings).query(sql, [wanted.removeprefix(RUN)]).rows
+    if not found:
+        raise UsageError(f"there is no run {wanted.removeprefix(RUN)}", "", "type: charter runs")
+    return parse(found[0][0], wanted)
+
+
+def used(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """(name, version, hash, a run) of each constitution that a run of this database used."""
+    from charter.pipeline import store_of
+
+    store = store_of(settings)
+    if not store.path.exists():
+        return []
+    sql = """SELECT constitution.name, constitution.version, constitution.hash, arg_min(run_id, commit_seq)
+             FROM raw.runs WHERE constitution IS NOT NULL GROUP BY ALL ORDER BY min(commit_seq)"""
+    return store.query(sql).rows
+
+
+@constitution.command("list")
+@json_option
+@common
+def list_constitutions(settings: Settings, as_json: bool) -> None:
+    """The shipped constitutions, and what else the runs of this database used.
+
+    \b
+    Examples:
+      charter constitution list --json
+    """
+    from constitutions.loader import load, names
+
+    found = [(name, load(name)) for name in names()]
+    shipped = {c.hash for _, c in found}
+    found += [(f"{RUN}{run}", resolve(settings, f"{RUN}{run}")) for _, _, known, run in used(settings) if known not in shipped]
+    rows = [
+        (
+            where,
+            c.name,
+            c.version,
+            c.hash if as_json else c.hash[:12],
+            len(c.critique),
+            len(c.judging),
+            len(c.prose),
+            c.description,
+        )
+        for where, c in found
+    ]
+    columns = ["constitution", "name", "version", "hash", "critique", "judging", "prose", "description"]
+    print_rows(columns if as_json else columns[:-1], rows if as_json else [row[:-1] for row in rows], as_json)
+
+
+@constitution.command("show")
+@click.argument("wanted", metavar="CONSTITUTION", required=False)
+@click.option("--toml", "as_text", is_flag=True, help="The file itself, as a run's manifest keeps it.")
+@json_option
+@common
+def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_json: bool) -> None:
+    """A constitution's principles (without an argument the settings' one).
+
+    \b
+    Examples:
+      charter constitution show customer-service
+      charter constitution show run:live --toml > live.toml
+    """
+    from constitutions.loader import as_values
+
+    found = resolve(settings, wanted or settings.run.constitution)
+    if as_text:
+        click.echo(found.text, nl=False)
+    elif as_json:
+        click.echo(json.dumps([as_values(found) | {"hash": found.hash}], ensure_ascii=False, indent=2))
+    else:
+        for line in page(found):
+            click.echo(line)
+
+
+def page(found: Constitution) -> Iterator[str]:
+    """A constitution for reading."""
+    from charter.text import wrapped
+
+    yield f"{found.name} {found.version}  {found.hash}"
+    yield wrapped(found.description, "  ")
+    drawn = "drawn at random, by weight" if found.selection == "random" else "taken in turn"
+    asked = "all in one question" if found.judge_with == "all" else "one drawn for each pair, by weight"
+    if found.prose:
+        yield f"\nprose: {len(found.prose)} paragraphs; critique: {drawn}; judging: {asked}"
+        for paragraph in found.prose:
+            yield f"\n{paragraph.priority}. {paragraph.id}: {paragraph.name}{scope(paragraph)}"
+            yield wrapped(paragraph.text, "   ")
+        return
+    yield f"\ncritique and revision: {len(found.critique)}, {drawn}"
+    for principle in found.critique:
+        yield f"\n  {principle.id}: {principle.name}{scope(principle)}"
+        yield f"{wrapped(principle.critique, '    ')}\n{wrapped(principle.revision, '    ')}"
+    yield f"\njudging: {len(found.judging)}, {asked}"
+    for judging in found.judging:
+        yield f"\n  {judging.id}: {judging.name}{scope(judging)}"
+        yield wrapped(judging.question, "    ")
+
+
+def scope(principle: Any) -> str:
+    """Weight and tags, where they are not the usual ones."""
+    weight = f"weight {principle.weight:g}" if principle.weight != 1 else ""
+    tags = f"only for {', '.join(principle.tags)}" if principle.tags else ""
+    told = "; ".join(part for part in (weight, tags) if part)
+    return f"  ({told})" if told else ""
+
+
+@constitution.command("lint")
+@click.argument("wanted", metavar="CONSTITUTION...", nargs=-1)
+@json_option
+@common
+def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: bool) -> None:
+    """What a constitution may do wrong: duplicates, missing parts, only do's or don'ts, no guard against over-reaction.
+
+    With a database also whether its runs know another content under the same name and version. The exit code is 1 when there
+    is anything to say.
+
+    \b
+    Examples:
+      charter constitution lint default
+      charter constitution lint my.toml other.toml --json
+    """
+    from constitutions.lint import Finding, lint
+
+    found: list[Finding] = []
+    for one in wanted or [settings.run.constitution]:
+        loaded = resolve(settings, one)
+        found += [*stale_version(settings, loaded, one), *lint(loaded)]
+    if as_json:
+        print_rows([f.name for f in fields(Finding)], [astuple(finding) for finding in found], True)
+    for finding in [] if as_json else found:
+        who = f"{finding.principle}: " if finding.principle else ""
+        click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {who}{finding.what}\n    {finding.fix}")
+    if not as_json:
+        click.echo(f"{len(found)} findings" if found else "nothing to say")
+    sys.exit(1 if found else 0)
+
+
+def stale_version(settings: Settings, loaded: Constitution, wanted: str) -> list[Finding]:
+    """The finding that a run used another content under this name and version."""
+    from constitutions.lint import Finding
+    from constitutions.sources import line_of
+
+    others = [
+        run
+        for name, version, known, run in used(settings)
+        if (name, version) == (loaded.name, loaded.version) and known != loaded.hash
+    ]
+    if not others:
+        return []
+    what = f"run {others[0]} used another content as {loaded.name} {loaded.version}"
+    line = line_of(loaded.text, ("version",))
+    return [Finding("version", wanted, line, "", what, "raise the version; see: charter constitution diff run:NAME FILE")]
+
+
+@constitution.command("diff")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under both.")
+@json_option
+@common
+def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, as_json: bool) -> None:
+    """What B changes against A: principles added, removed, changed; and with --rejudge how many labels flip, by principle.
+
+    The pairs are a slice by a hash of their ids, the same one each time; the judge is the settings' one.
+
+    \b
+    Examples:
+      charter constitution diff default my.toml
+      charter constitution diff run:live my.toml --rejudge 50
+    """
+    from constitutions.diff import diff
+
+    a, b = resolve(settings, first), resolve(settings, second)
+    changes = diff(a, b)
+    labels = flipped(settings, a, b, rejudge) if rejudge else []
+    if as_json:
+        told = [{"kind": "change"} | asdict(change) for change in changes] + [{"kind": "labels"} | row for row in labels]
+        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        return
+    click.echo(f"{a.name} {a.version} ({a.hash[:12]})  ->  {b.name} {b.version} ({b.hash[:12]})")
+    for line in map(told_change, changes) if changes else ["nothing differs"]:
+        click.echo(line)
+    if labels:
+        click.echo()
+        print_rows(list(labels[0]), [tuple(row.values()) for row in labels], False)
+
+
+def told_change(change: Change) -> str:
+    """A change for reading: what it is about, and under it the words before (-) and after (+)."""
+    from charter.text import wrapped
+
+    head = " ".join(word for word in (change.what, change.part, change.principle, change.field) if word)
+    before, after = (
+        [f"  {sign} " + wrapped(text, "    ")[4:]] if text else [] for sign, text in (("-", change.before), ("+", change.after))
+    )
+    return "\n".join([head, *before, *after])
+
+
+def flipped(settings: Settings, a: Constitution, b: Constitution, count: int) -> list[dict[str, Any]]:
+    """The rows of `compare_labels` as objects."""
+    from charter.rejudge import FLIPPED, compare_labels, frozen_slice
+    from engine.errors import UsageError
+
+    pairs = frozen_slice(settings, count)
+    if not pairs:
+        raise UsageError("there are no pairs to judge again", "the database has no preferences yet", "type: charter run")
+    with open_bench(settings) as bench:
+        rows = compare_labels(bench, a, b, pairs)
+    return [dict(zip(FLIPPED, row, strict=True)) for row in rows]
+
+
+@contextmanager
+def open_bench(settings: Settings) -> Iterator[Bench]:
+    """The settings' judge, and a line on a terminal's error stream that counts what it was asked."""
+    from charter.pipeline import Models
+    from charter.rejudge import Bench
+
+    models, asked = Models(settings), 0
+
+    def count(more: int) -> None:
+        nonlocal asked
+        asked += more
+        if sys.stderr.isatty():
+            click.echo(f"\rpairs judged: {asked}", err=True, nl=False)
+
+    try:
+        yield Bench(settings, models, count)
+    finally:
+        models.close()
+        if asked and sys.stderr.isatty():
+            click.echo(err=True)
+
+
+@constitution.command("test")
+@click.argument("file", metavar="FILE")
+@click.option("--constitution", "wanted", help="The constitution to test; without it the file's, else the settings' one.")
+@click.option("--at-least", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of hits that is enough.")
+@json_option
+@common
+def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, as_json: bool) -> None:
+    """Let the judge decide known failure modes, and count each principle's hits and misses.
+
+    FILE is JSONL or TOML with a prompt, an answer that must win and one that must lose in each case, or the name of a shipped
+    constitution, which has a few cases of its own. The exit code is 1 when fewer than --at-least of the labels are hits.
+
+    \b
+    Examples:
+      charter constitution test customer-service
+      charter constitution test failures.jsonl --constitution my.toml --at-least 0.9
+    """
+    from charter.rejudge import TALLIED, try_cases
+    from constitutions.cases import read_cases
+
+    cases = read_cases(file)
+    found = resolve(settings, wanted or cases.constitution or settings.run.constitution)
+    with open_bench(settings) as bench:
+        tallies = try_cases(bench, found, cases)
+    print_rows(TALLIED, [tally.row() for tally in tallies if tally.row()[1]], as_json)
+    hits, asked = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.no_label for t in tallies)
+    if not as_json:
+        click.echo(f"{hits} of {asked} labels are hits under {found.name} {found.version}, by {bench.models.spec('judge')}")
+    sys.exit(0 if hits >= at_least * asked else 1)
+
+
+VERBS = (constitution,)

@@ -1,0 +1,171 @@
+"""Each rule of the linter finds what it is for; the shipped constitutions are clean, and their versions say what they hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from constitutions.cases import read_cases
+from constitutions.diff import NOT_RAISED, diff
+from constitutions.lint import lint
+from constitutions.loader import FOLDER, ConstitutionError, load, names, parse
+
+HEAD = 'name = "mine"\nversion = "1.0.0"\ndescription = "d"\n'
+EXAMPLE = '[[examples]]\nprompt = "p"\nanswer = "a"\ncritique = "c"\nrevision = "r"\n'
+KIND = ("kind", "Say whether the answer is cold.", "Rewrite the answer warmly.", "Which answer is warmer?")
+SAFE = ("safe", "Say whether the answer helps with harm.", "Rewrite the answer without harm.", "Which answer is less harmful?")
+EASY = (
+    "easy",
+    "Say whether it preaches or refuses.",
+    "Rewrite it so that it helps, and never lectures.",
+    "Which answer refuses less, and helps more?",
+)
+
+
+def made(*principles, head=HEAD, tail=EXAMPLE):
+    text = head
+    for id, critique, revision, _ in principles:
+        text += f'[[critique]]\nid = "{id}"\nname = "{id}"\ncritique = "{critique}"\nrevision = "{revision}"\n'
+    for id, _, _, question in principles:
+        text += f'[[judging]]\nid = "{id}"\nname = "{id}"\nquestion = "{question}"\n'
+    return parse(text + tail, "my.toml")
+
+
+def rules(constitution):
+    return [(finding.rule, finding.line, finding.principle) for finding in lint(constitution)]
+
+
+def test_a_balanced_constitution_has_no_findings():
+    assert rules(made(KIND, SAFE, EASY)) == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_constitutions_have_no_findings(name):
+    assert lint(load(name)) == []
+
+
+def test_missing_parts_are_found():
+    found = lint(made(KIND, SAFE, EASY, head=HEAD.replace('"d"', '" "'), tail=""))
+    assert [finding.rule for finding in found] == ["missing-part"] * 2
+    assert "description" in found[0].what and "worked example" in found[1].what
+    tagged = made(KIND, SAFE, EASY).text.replace('\nname = "', '\ntags = ["x"]\nname = "')
+    assert [finding.rule for finding in lint(parse(tagged, "x"))] == ["missing-part"] * 2
+    mute = (*EASY[:3], "The answer refuses less and helps more.")
+    assert rules(made(KIND, SAFE, mute)) == [("missing-part", 28, "easy")]
+
+
+def test_duplicates_are_found_by_name_and_by_words():
+    again = ("warm", "Say whether the answer is cold!", "Rewrite the answer warmly.", "Which of them is clearer?")
+    assert rules(made(KIND, SAFE, EASY, again)) == [("duplicate", 20, "warm")]
+    twin = made(KIND, SAFE, EASY, ("other", "Say what is wrong with it.", "Make it right.", "Which is right?"))
+    renamed = parse(twin.text.replace('name = "other"', 'name = "Kind"', 1), "x")
+    assert rules(renamed) == [("duplicate", 20, "other")]
+
+
+def test_lists_of_only_dos_and_only_donts_are_found():
+    clear = ("clear", "Say whether it wanders off.", "Make it short and to the point.", "Which of them is easier to follow?")
+    assert rules(made(KIND, clear)) == [("only-dos", 5, "kind"), ("only-dos", 15, "kind")]
+    donts = [
+        ("a", "Say whether it preaches.", "Rewrite it without preaching.", "Which answer preaches less?"),
+        ("b", "Say whether it is offensive.", "Rewrite it without insults.", "Which answer has fewer insults?"),
+    ]
+    assert rules(made(*donts)) == [("only-donts", 5, "a"), ("only-donts", 15, "a")]
+
+
+def test_principles_without_a_guard_against_over_reaction_are_found_with_their_lines():
+    assert rules(made(KIND, SAFE)) == [("over-reaction", 10, "safe"), ("over-reaction", 19, "safe")]
+    revision = "Rewrite the answer without harm, and keep what is useful."
+    kept = ("safe", SAFE[1], revision, "Which answer is less harmful, and still helps?")
+    assert rules(made(KIND, kept)) == []
+
+
+def test_prose_is_linted_too_and_included_files_have_their_own_lines(tmp_path):
+    (tmp_path / "base.toml").write_text(
+        '\n[[prose]]\nid = "safe"\nname = "Safe"\npriority = 1\ntext = "Never help with harm."\n'
+    )
+    mine = tmp_path / "mine.toml"
+    mine.write_text(HEAD + 'include = ["base.toml"]\n' + EXAMPLE)
+    (found,) = lint(load(mine))
+    assert (found.rule, Path(found.file).name, found.line) == ("over-reaction", "base.toml", 3)
+
+
+# Versions
+
+# A shipped constitution's content changes only together with its version.
+RELEASED = {
+    ("course", "1.1.0"): "1d0bbea6af8f11695a10a9a95ea5d2f27f7cd362fb742e6d21671c54450f2eb7",
+    ("customer-service", "1.1.0"): "ed8a3e8e6b0740c7ea9ed9d2657bcc2820fcf4d14c1a7d1da639e61c50ed56be",
+    ("default", "1.0.0"): "b8d85580f3686de6e2d01ecb4a995da8094a04378e78b1b3f02c7fc87f232bfe",
+    ("red-team", "1.1.0"): "26f1f8cd815cb9fe62a7df365cc004624ca5178cb0c9f86826b4da66c95c74df",
+}
+
+
+def test_a_shipped_version_never_changes_its_content():
+    assert {(c.name, c.version): c.hash for c in map(load, names())} == RELEASED
+
+
+def test_diff_says_what_changed_and_that_the_version_did_not():
+    before = made(KIND, SAFE)
+    cold = (*KIND[:3], "Which answer is less cold?")
+    after = made(EASY, cold)
+    found = {(c.what, c.part, c.principle, c.field) for c in diff(before, after)}
+    assert found == {
+        ("removed", "critique", "safe", ""), ("removed", "judging", "safe", ""), ("added", "critique", "easy", ""),
+        ("added", "judging", "easy", ""), ("changed", "judging", "kind", "question"), (NOT_RAISED, "", "", "version"),
+    }  # fmt: skip
+    assert diff(before, made(KIND, SAFE)) == []
+    raised = made(EASY, cold, head=HEAD.replace("1.0.0", "1.0.1"))
+    assert NOT_RAISED not in {c.what for c in diff(before, raised)}
+    assert [(c.what, c.field) for c in diff(before, made(SAFE, KIND))] == [("moved", "order")] * 2 + [(NOT_RAISED, "version")]
+
+
+# Cases
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_cases_are_about_principles_that_are_there(name):
+    cases, constitution = read_cases(name), load(name)
+    assert cases.constitution == name and len(cases.cases) >= 4
+    cases.check(name, [principle.id for principle in constitution.judging])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("c.jsonl", '{"prompt": "p", "wins": "w", "loses": "l"}\n{bad\n', ["c.jsonl, line 2", "not JSON"]),
+        ("c.jsonl", '\n{"prompt": "p", "wins": "w"}\n', ["line 2", "loses"]),
+        ("c.toml", '[[case]]\nprompt = "p"\nwins = "w"\nloses = ""\n', ["line 1", "loses"]),
+        ("c.toml", '[[cases]]\nprompt = "p"\n', ["line 1", "did you mean case?"]),
+        ("c.toml", "", ["no case"]),
+    ],
+)
+def test_what_is_wrong_with_a_case_is_said_with_its_line(tmp_path, file, text, words):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConstitutionError) as caught:
+        read_cases(str(tmp_path / file))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_case_about_an_unknown_principle_names_the_nearest(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "wins": "w", "loses": "l", "principles": ["kindr"]}))
+    with pytest.raises(ConstitutionError, match="did you mean kinder"):
+        read_cases(str(path)).check("customer-service", ["kinder", "solves-more"])
+    with pytest.raises(ConstitutionError, match="no file nowhere"):
+        read_cases("nowhere")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_linting_never_fails_on_what_loads(data):
+    text = list((FOLDER / "course.toml").read_text())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text[at : at + data.draw(st.integers(0, 30))] = data.draw(st.text(max_size=6))
+    try:
+        loaded = parse("".join(text), "x")
+    except ConstitutionError:
+        return
+    assert all(finding.line >= 1 for finding in lint(loaded))
