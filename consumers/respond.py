@@ -70,7 +70,7 @@ class Respond:
                 text=generation.text,
                 token_ids=list(generation.token_ids),
                 logprobs=list(generation.logprobs),
-                finish_reason=FinishReason(generation.finish_reason.upper()),
+                finish_reason=FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN),
                 policy_version=version,
                 seed=seed,
             )

@@ -51,6 +51,8 @@ AROUND = " \n\tĠ▁()"
 VOTE = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 THOUGHT = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
 
+FINISH = {"stop": "stop", "length": "length", "timeout": "timeout", "content_filter": "refused"}
+
 T = TypeVar("T")
 Body = dict[str, Any]
 
@@ -63,8 +65,20 @@ class Away(Exception):
         self.status, self.used = status, used
 
 
+class Slow(Away):
+    """A request was taken and not answered in time."""
+
+
 class Refused(Exception):
     """The server calls a request wrong; its words, without the key."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent, and the seconds in which the answer may be written; None: the endpoint's own limit, and tried again."""
+
+    body: Body
+    writing_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,8 +191,12 @@ class Endpoint:
             sampling |= dialect.token_ids
             sampling |= {"logprobs": True, "top_logprobs": 0} if exact and self.capabilities.exact_logprobs else {}
         # Requests of one text each: not every server takes n > 1, and each gets a seed of its own.
-        bodies = [self.body(ask) | sampling | self.seed(ask.seed + n) for ask in batch for n in range(samples)]
-        answers = self.ask_all(bodies, generation)
+        requests = [
+            Request(self.body(ask) | sampling | self.seed(ask.seed + n), ask.deadline_s)
+            for ask in batch
+            for n in range(samples)
+        ]
+        answers = self.ask_all(requests, generation)
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def option_logprobs(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
@@ -186,7 +204,7 @@ class Endpoint:
         if not dialect.shown:
             return self.option_votes(batch, options)
         wanted = {"temperature": 1.0, "top_p": 1.0, dialect.limit: 1, "logprobs": True, "top_logprobs": dialect.shown}
-        return self.ask_all([self.body(ask) | wanted for ask in batch], partial(scores, options=options))
+        return self.ask_all([Request(self.body(ask) | wanted) for ask in batch], partial(scores, options=options))
 
     def option_votes(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
         """The options' shares among VOTES replies sampled at temperature 1."""
@@ -213,7 +231,7 @@ class Endpoint:
 
     # Requests
 
-    def ask_all(self, requests: Sequence[Body], read: Callable[[Body, Usage], T]) -> list[T]:
+    def ask_all(self, requests: Sequence[Request], read: Callable[[Body, Usage], T]) -> list[T]:
         """Every request's answer. When one fails all are waited for, and what the others used is kept in mind."""
         futures = [self.pool.submit(self.ask, request, read) for request in requests]
         wait(futures)
@@ -225,23 +243,35 @@ class Endpoint:
                 self.owe(future.result()[1])
         raise next((error for error in errors if isinstance(error, DependencyUnreachable)), errors[0])
 
-    def ask(self, request: Body, read: Callable[[Body, Usage], T]) -> tuple[T, Usage]:
+    def ask(self, request: Request, read: Callable[[Body, Usage], T]) -> tuple[T, Usage]:
         """Send a request until it is answered well, up to the deadline: what `read` makes of it, and the tokens used."""
         try:
-            answer, used = self.answer(request)
+            answer, used = self.answer(request.body, writing_s=request.writing_s)
         except Refused as error:
             raise PermanentRecordError(f"{self.url} refuses the request", str(error), "") from error
         used += self.settle()
         return read(answer, used), used
 
-    def answer(self, request: Body, *, give_up: Callable[[Away, int], bool] = lambda error, tries: False) -> tuple[Body, Usage]:
-        """The answer to one request, and what it used; `give_up` may end the tries early, as Refused."""
+    def answer(
+        self,
+        request: Body,
+        *,
+        writing_s: float | None = None,
+        give_up: Callable[[Away, int], bool] = lambda error, tries: False,
+    ) -> tuple[Body, Usage]:
+        """The answer to one request, and what it used; `give_up` may end the tries early, as Refused.
+
+        An answer that takes longer than `writing_s` ends with "timeout" if the server answers another request; else it is away.
+        """
         deadline, tries = time.monotonic() + self.deadline_s, 0
         while True:
             self.keep_quiet(deadline)
             try:
-                return self.post(request)
+                return self.post(request, writing_s or self.timeout_s)
             except Away as error:
+                if isinstance(error, Slow) and writing_s and self.alive():
+                    late = {"choices": [{"message": {"content": ""}, "finish_reason": "timeout"}]}
+                    return late, estimated(request, late)
                 self.owe(error.used)
                 pause = random.uniform(0, min(self.backoff_s[1], self.backoff_s[0] * 2**tries))
                 tries += 1
@@ -258,10 +288,23 @@ class Endpoint:
             "look at the server and at models.*; the stage goes on when it is back",
         )
 
-    def post(self, request: Body) -> tuple[Body, Usage]:
+    def alive(self) -> bool:
+        """Whether the server answers the smallest of requests now."""
+        greeting = {"model": self.id, "messages": [{"role": "user", "content": "Hello"}], self.dialect.limit: 1}
+        try:
+            self.owe(self.post(greeting | self.dialect.always, self.timeout_s)[1])
+        except Away:
+            return False
+        except Refused:
+            pass  # an answer all the same
+        return True
+
+    def post(self, request: Body, limit_s: float) -> tuple[Body, Usage]:
         """One try. Raises Away, Refused or ModelUnreachable."""
         try:
-            status, headers, text = self.exchange(request)
+            status, headers, text = self.exchange(request, limit_s)
+        except httpx.ReadTimeout as error:
+            raise Slow(f"ReadTimeout after {limit_s:g} s") from error
         except httpx.HTTPError as error:
             raise Away(type(error).__name__) from error
         if status in REQUEST_FAULTS:
@@ -278,18 +321,18 @@ class Endpoint:
         answer = chat_completion(text)
         return answer, counted(answer) or estimated(request, answer)
 
-    def exchange(self, request: Body) -> tuple[int, httpx.Headers, bytes]:
+    def exchange(self, request: Body, limit_s: float) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body; an answer that is too long, or trickles in past the time limit, is cut off."""
-        ends = time.monotonic() + self.timeout_s
-        parts, size = [], 0
-        with self.client.stream("POST", f"{self.url}/chat/completions", json=request) as response:
+        ends = time.monotonic() + limit_s
+        parts, size, url = [], 0, f"{self.url}/chat/completions"
+        with self.client.stream("POST", url, json=request, timeout=httpx.Timeout(self.timeout_s, read=limit_s)) as response:
             for part in response.iter_bytes():
                 parts.append(part)
                 size += len(part)
                 if size > MAX_ANSWER_BYTES:
                     raise Away(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
                 if time.monotonic() > ends:
-                    raise Away(f"an answer that is not complete after {self.timeout_s:g} s")
+                    raise Slow(f"an answer that is not complete after {limit_s:g} s")
             return response.status_code, response.headers, b"".join(parts)
 
     def quiet_for(self, retry_after: str) -> None:
@@ -376,9 +419,11 @@ def generation(answer: Body, used: Usage) -> Generation:
     """The sampled text; its tokens too where the server gave them, exact and whole."""
     choice = answer["choices"][0]
     said = choice["message"]["content"]
+    refusal = choice["message"].get("refusal")
     text = THOUGHT.sub("", said, count=1) if said.lstrip().startswith("<think>") else said
-    finish = choice.get("finish_reason")
-    finish = finish if finish in ("stop", "length") else "unknown"
+    finish = FINISH.get(str(choice.get("finish_reason")), "unknown")
+    if isinstance(refusal, str) and refusal:
+        text, finish = text or readable(refusal), "refused"
     token_ids, logprobs = sampled_tokens(choice)
     if text != said:
         token_ids, logprobs = (), ()  # they are of the thought too
@@ -448,6 +493,7 @@ def votes(replies: Sequence[Generation], options: Sequence[str]) -> OptionScores
         logprobs=tuple(math.log(share) if share else -math.inf for share in shares),
         mass=math.fsum(shares),
         usage=sum((reply.usage for reply in replies), NOTHING),
+        replies=tuple(reply.text for reply, option in zip(replies, found, strict=True) if option is None),
     )
 
 

@@ -162,7 +162,7 @@ def test_a_thought_is_no_part_of_an_answer():
     answer = chat("<think>A or B? A.</think>\nB", finish="content_filter")
     answer["choices"][0]["token_ids"] = [1, 2]
     one = generation(answer, NOTHING)
-    assert (one.text, one.token_ids, one.finish_reason) == ("B", (), "unknown")
+    assert (one.text, one.token_ids, one.finish_reason) == ("B", (), "refused")
     assert generation(chat("<think>never ends"), NOTHING).text == ""
 
 
@@ -205,6 +205,7 @@ def test_votes_are_shares_of_replies_that_are_an_option_and_nothing_else(server)
     one = votes([Generation(text, "stop", counted=Usage(5, 1)) for text in said], ("A", "B"))
     assert one.logprobs == pytest.approx((math.log(6 / 12), math.log(1 / 12))) and one.mass == pytest.approx(7 / 12)
     assert one.usage == Usage(60, 12)
+    assert one.replies == ("b", "A better one", "AB", "I would say (B)", "")
     silent = votes([Generation("no", "stop")], ("A", "B"))
     assert silent.logprobs == (-math.inf, -math.inf) and silent.mass == 0
     replies = iter(["A", "A", "A", "B"] * 2)
@@ -262,6 +263,36 @@ def test_a_server_that_is_away_or_slow_is_unreachable(server):
             endpoint(server, timeout_s=0.1, deadline_s=0.3).generate([ask()])
     finally:
         release.set()
+
+
+def test_a_text_that_takes_too_long_ends_with_timeout_while_the_server_answers_others(server):
+    over = threading.Event()
+
+    def script(n, request):
+        slow = request["messages"][0]["content"] == "slow"
+        return 200, (b" " for _ in range(500) if not over.wait(0.02)) if slow else chat("x", used=(3, 1))
+
+    server.script = script
+    slow = Ask((Turn(role="user", content="slow"),), deadline_s=0.1)
+    try:
+        ((late,), (other,)) = endpoint(server).generate([slow, ask("quick")])
+    finally:
+        over.set()
+    assert (late.text, late.finish_reason, other.finish_reason) == ("", "timeout", "stop")
+    server.script = lambda n, request: server_cut.wait(0.1) and CUT
+    server_cut = threading.Event()
+    with pytest.raises(ModelUnreachable):  # away is no timeout
+        endpoint(server, deadline_s=0.3).generate([slow])
+
+
+def test_a_refusal_is_told_from_an_answer():
+    answer = chat(None)
+    answer["choices"][0]["message"] |= {"content": "", "refusal": "I will not."}
+    one = generation(answer, NOTHING)
+    assert (one.text, one.finish_reason) == ("I will not.", "refused")
+    assert [generation(chat("x", finish), NOTHING).finish_reason for finish in ("stop", "length", "tool_calls", None)] == [
+        "stop", "length", "unknown", "unknown",
+    ]  # fmt: skip
 
 
 def test_a_refused_request_is_the_records_fault_and_the_key_is_not_repeated(server):
