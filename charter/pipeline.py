@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import charter
@@ -22,7 +23,7 @@ from consumers.judge import Judge
 from consumers.respond import Respond
 from consumers.revise import Revise
 from consumers.sink import Sink
-from engine.budget import Budget
+from engine.budget import Budget, parse_prices
 from engine.bus import KAFKA, open_bus
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_values
@@ -230,8 +231,7 @@ def make_host(
     models = Models(settings)
     leased = None if slot else Slot(settings.folder / "slots")
     name_of_copy = slot or (leased.name if leased else "")
-    limit = settings.limits.max_tokens
-    budget = Budget(bus, settings.run.id, limit) if limit and "respond" in stages else None
+    budget = budget_of(settings, models, bus, stages)
     workers = [
         Worker(
             bus,
@@ -241,7 +241,7 @@ def make_host(
             slot=name_of_copy,
             limits=limits_of(settings),
             journal=Journal(settings.folder / "journal" / f"{settings.run.id}.{name}", name_of_copy),
-            admits=budget.allows if name == "respond" and budget else lambda: True,
+            admits=partial(budget.admits, name) if budget else lambda: True,
         )
         for name in stages
     ]
@@ -255,6 +255,23 @@ def make_host(
     closing += [budget.close] if budget else []
     closing += [lease.close] if sink else []
     return Host(workers, others, closing, watched=watched, drain_s=settings.worker.drain_s, hang_s=settings.worker.hang_s)
+
+
+def budget_of(settings: Settings, models: Models, bus: Bus, stages: Sequence[str]) -> Budget | None:
+    """What bounds the use of these stages' run, if anything does. Each endpoint that a cost limit is to bound needs a price."""
+    limits = settings.limits
+    prices = parse_prices(limits.prices)
+    for spec in {models.spec(ROLES[stage]) for stage in stages} if limits.max_cost else ():
+        name = spec.partition("#")[2]
+        if is_endpoint(spec) and name not in prices:
+            raise UsageError(
+                f"limits.max_cost cannot bound what {name} costs",
+                "limits.prices has no price for it",
+                f'add it, for a million tokens read and written: --set "limits.prices={name}=0.15/0.60"',
+            )
+    if not limits.max_cost and not (limits.max_tokens and "respond" in stages):
+        return None
+    return Budget(bus, settings.run.id, max_tokens=limits.max_tokens, max_cost=limits.max_cost, prices=prices)
 
 
 def limits_of(settings: Settings) -> Limits:

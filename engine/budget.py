@@ -1,4 +1,7 @@
-"""A limit on the tokens that a run may use: at the limit no new prompts are begun, and what is begun is finished.
+"""Limits on what a run may use: tokens, and money for models that have a price.
+
+At the limit of tokens no new prompts are begun, and what is begun is finished. At the limit of cost every stage pauses: only
+the requests that are under way are still paid for. Nothing is lost by either; with a higher limit the run goes on.
 
 What a run has used is read from the records themselves, so every copy of every stage sees the same sum, also after a restart.
 """
@@ -6,61 +9,115 @@ What a run has used is read from the records themselves, so every copy of every 
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from engine.bus.port import Bus, Message
+from engine.errors import UsageError
 from schemas.codec import RecordError, decode_any
+from schemas.records import Record
 
 log = logging.getLogger("charter.budget")
 
 TOPICS = ("responses", "critiques", "revisions", "preferences")
 LOOK_EVERY_S = 1.0
 BATCH = 1000
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a model costs, in whatever currency, for a million tokens that it reads and for a million that it writes."""
+
+    prompt: float
+    completion: float
+
+    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / MILLION
+
+
+def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
+    """Prices by model from texts such as `MODEL=0.15/0.60`."""
+    prices = {}
+    for text in texts:
+        model, _, figures = text.rpartition("=")
+        try:
+            prompt, completion = (float(figure) for figure in figures.split("/"))
+        except ValueError:
+            prompt = completion = math.nan
+        if not model or not (0 <= prompt < math.inf and 0 <= completion < math.inf):
+            raise UsageError(
+                f"limits.prices cannot be {text!r}",
+                "a price is a model's name and what a million tokens cost: those it reads, and those it writes",
+                'write it as MODEL=0.15/0.60, e.g. --set "limits.prices=MODEL=0.15/0.60"',
+            )
+        prices[model] = Price(prompt, completion)
+    return prices
 
 
 class Budget:
-    """Follows what the run `run_id` uses. `allows` says whether it may begin more; used by one thread."""
+    """Follows what the run `run_id` uses; a limit of 0 is none. Workers' threads share it."""
 
-    def __init__(self, bus: Bus, run_id: str, limit: int) -> None:
-        self.run_id, self.limit, self.used = run_id, limit, 0
+    def __init__(
+        self, bus: Bus, run_id: str, *, max_tokens: int = 0, max_cost: float = 0.0, prices: Mapping[str, Price] | None = None
+    ) -> None:
+        self.run_id, self.max_tokens, self.max_cost, self.prices = run_id, max_tokens, max_cost, prices or {}
+        self.tokens, self.cost = 0, 0.0
         self.header = ("run", run_id.encode())
         ends = bus.end_offsets(list(TOPICS))
         self.reader = bus.reader(bus.begin_offsets(list(TOPICS)))
         self.look_at = 0.0
-        self.told = False
+        self.told: set[str] = set()
+        self.lock = threading.Lock()
         while any(self.reader.positions()[place] < end for place, end in ends.items()):
             self.read(1.0)
 
-    def allows(self) -> bool:
-        """Whether there are tokens left, as of at most a second ago."""
-        if time.monotonic() >= self.look_at:
-            while self.read(0.0):
-                pass
-            self.look_at = time.monotonic() + LOOK_EVERY_S
-        if self.used >= self.limit and not self.told:
-            self.told = True
-            log.warning(
-                "run %s has used %d tokens of limits.max_tokens = %d: it takes no new prompts, and finishes what it has begun."
-                " To go on, raise the limit and start again; nothing is lost",
-                self.run_id,
-                self.used,
-                self.limit,
-            )
-        return self.used < self.limit
+    def admits(self, stage: str) -> bool:
+        """Whether a stage may begin more, as of at most a second ago."""
+        with self.lock:
+            if time.monotonic() >= self.look_at:
+                while self.read(0.0):
+                    pass
+                self.look_at = time.monotonic() + LOOK_EVERY_S
+            return self.within_cost() and (stage != "respond" or self.within_tokens())
+
+    def within_tokens(self) -> bool:
+        if not self.max_tokens or self.tokens < self.max_tokens:
+            return True
+        used = f"{self.tokens} tokens of limits.max_tokens = {self.max_tokens}"
+        self.tell("tokens", f"{used}: it takes no new prompts, and finishes what it has begun")
+        return False
+
+    def within_cost(self) -> bool:
+        if not self.max_cost or self.cost < self.max_cost:
+            return True
+        self.tell("cost", f"{self.cost:.4f} of limits.max_cost = {self.max_cost:g}: every stage pauses")
+        return False
+
+    def tell(self, limit: str, what: str) -> None:
+        if limit not in self.told:
+            self.told.add(limit)
+            log.warning("run %s has used %s. To go on, raise the limit and start again; nothing is lost", self.run_id, what)
 
     def read(self, timeout_s: float) -> int:
         messages = self.reader.poll(timeout_s, BATCH)
-        self.used += sum(self.tokens(message) for message in messages)
+        for message in messages:
+            self.count(message)
         return len(messages)
 
-    def tokens(self, message: Message) -> int:
+    def count(self, message: Message) -> None:
         if self.header not in message.headers:
-            return 0
+            return
         try:
-            record = decode_any(message.value or b"")
+            record: Record = decode_any(message.value or b"")
         except RecordError:  # its reader makes a dead letter of it
-            return 0
-        return record.prompt_tokens + record.completion_tokens
+            return
+        self.tokens += record.prompt_tokens + record.completion_tokens
+        if record.model and (price := self.prices.get(record.model.id)):
+            self.cost += price.of(record.prompt_tokens, record.completion_tokens)
 
     def close(self) -> None:
         self.reader.close()

@@ -161,6 +161,10 @@ class Sink(Section):
 
 class Limits(Section):
     max_tokens: int = Field(0, ge=0, description="Tokens that a run may use before it takes no new prompts; 0: no limit.")
+    max_cost: float = Field(0.0, ge=0, description="What a run may cost, by limits.prices, before it pauses; 0: no limit.")
+    prices: list[str] = Field(
+        [], description="What endpoints cost for a million tokens read and written, e.g. MODEL=0.15/0.60."
+    )
 
 
 class Train(Section):
