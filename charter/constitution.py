@@ -314,4 +314,45 @@ def test_constitution(settings: Settings, file: str, wanted: str | None, at_leas
     sys.exit(0 if hits >= at_least * asked else 1)
 
 
+@constitution.command("study")
+@click.argument("principles", metavar="[PRINCIPLE...]", nargs=-1)
+@click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
+@click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
+@click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
+@click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
+@json_option
+@common
+def study_principles(
+    settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, as_json: bool
+) -> None:
+    """What each principle does: a replay without each in turn (or those named), and how answers and labels change.
+
+    The chains of the run (--run) go again without each critique principle, its pairs without each judging principle, and both
+    once under the full constitution of the settings, with which the others are compared. Killed half way, the same command
+    goes on.
+
+    \b
+    Examples:
+      charter constitution study --set run.constitution=customer-service
+      charter constitution study kinder hands-over --set run.constitution=customer-service --json
+    """
+    from charter.pipeline import connect, store_of
+    from charter.study import COLUMNS, results, run_all, trials
+
+    bus = connect(settings)
+    try:
+        planned = list(trials(settings, bus, principles, start=start, end=end, archive=archive))
+        if dry_run:
+            for trial in planned:
+                click.echo(f"without {trial.without or 'nothing'}:")
+                for line in trial.plan.told():
+                    click.echo(f"  {line}")
+            return
+        run_all(planned, bus)
+    finally:
+        bus.close()
+    rows = results(planned, store_of(settings))
+    print_rows(list(COLUMNS), rows, as_json)
+
+
 VERBS = (constitution,)

@@ -222,8 +222,8 @@ def pinned_policy(bus: Bus, source: str, policy: int | None, model: str | None) 
     return versions.most_common(1)[0][0] if versions else 0
 
 
-def play(plan: Plan, bus: Bus) -> None:
-    """Feed the records to the stages, and run these until everything has ended."""
+def play(plan: Plan, bus: Bus, *, quiet: bool = False) -> bool:
+    """Feed the records to the stages, and run these until everything has ended; whether it has, or was stopped before."""
     from charter.pipeline import make_host, readers_of, sink_offsets, store_of, waiting
     from producers.replay import feed
     from schemas.topics import TOPICS
@@ -254,7 +254,8 @@ def play(plan: Plan, bus: Bus) -> None:
     host.check()
     made = ", ".join(f"{worker.stage.name} {worker.made}" for worker in host.workers)
     state = "over" if finished else "stopped; the same command goes on with it"
-    click.echo(f"run {run_id} is {state}; written now: {made}")
+    click.echo(f"run {run_id} is {state}; written now: {made}", err=quiet)
+    return finished
 
 
 def wait_until_over(host: Host, bus: Bus, topics: Sequence[str], stop: Any) -> bool:

@@ -10,7 +10,7 @@ from charter.constitution import open_bench
 from charter.pipeline import STAGES, connect, make_host, store_of
 from charter.rejudge import compare_labels, frozen_slice, mean_label, pair_of, try_cases
 from constitutions.cases import Case, Cases
-from constitutions.loader import FOLDER, load, parse
+from constitutions.loader import FOLDER, ConstitutionError, load, parse
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import load as load_settings
@@ -35,13 +35,18 @@ def folder(tmp_path_factory):
     bus = connect(settings)
     Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
     over = "SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL"
+    stream(settings, bus, over)
+    bus.close()
+    return settings.folder
+
+
+def stream(settings, bus, over):
+    """Run every stage until the query counts all prompts."""
     with make_host(settings, bus, STAGES, sink=True) as host:
         store = store_of(settings)
         while not store.path.exists() or store.query(over).rows != [(PROMPTS,)]:
             host.failed.wait(0.05)
             host.check()
-    bus.close()
-    return settings.folder
 
 
 def settings_of(folder):
@@ -206,6 +211,39 @@ def test_test_ends_with_1_below_the_wanted_share(folder, tmp_path):
     assert call(folder, "test", "-", "--at-least", "0", stdin=path.read_text()).count("\n") == 8
 
 
-@pytest.mark.parametrize("verb", ["list", "show", "lint", "diff", "test"])
+# Leaving out
+
+
+def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path):
+    settings = settings_of(tmp_path / "data")
+    bus = connect(settings)
+    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    over = "SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL"
+    stream(settings, bus, over)
+    bus.close()
+    assert call(settings.folder, "study", "--dry-run").count("without ") == 12
+    store, drawn = (
+        store_of(settings),
+        "SELECT principle_id, count(DISTINCT response_id) FROM raw.{} WHERE run_id = 'live' GROUP BY 1",
+    )
+    by_critique, by_judging = (dict(store.query(drawn.format(topic)).rows) for topic in ("revisions", "preferences"))
+    left_out = [next(iter(by_critique)), next(iter(by_judging))]
+    rows = json.loads(call(settings.folder, "study", *left_out, "--json"))
+    assert [row["without"] for row in rows] == ["(nothing)", left_out[0], "(nothing)", left_out[1]]
+    whole, chains, judged, labels = rows
+    # The control: the same configuration makes the same records, and the scripted model the same texts.
+    assert (whole["chains"], whole["changed"], whole["similarity"], whole["revised"]) == (PROMPTS, 0, 1.0, 1.0)
+    assert (judged["pairs"], judged["flips"], judged["mean_p_change"]) == (PROMPTS, 0, 0.0)
+    # Only what a principle was drawn for changes when it is left out.
+    assert chains["changed"] == by_critique[left_out[0]] and chains["similarity"] < 1
+    assert labels["mean_p_change"] > 0 and labels["pairs"] == PROMPTS
+    runs = dict(store.query("SELECT run_id, constitution.hash FROM runs").rows)
+    assert set(runs) == {"live", *(row["run"] for row in rows)} and len(set(runs.values())) == 3
+    assert json.loads(call(settings.folder, "study", *left_out, "--json")) == rows  # it was over
+    with pytest.raises(ConstitutionError, match="did you mean kinder"):
+        call(settings.folder, "study", "kindr")
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "lint", "diff", "test", "study"])
 def test_every_verb_has_examples(verb):
     assert "Examples:" in CliRunner().invoke(cli, ["constitution", verb, "--help"]).output

@@ -1,0 +1,127 @@
+"""Which principle does what: a constitution's principles left out one at a time, and what that changes.
+
+For each principle the stages that use it run again without it, as a replay of its own (`charter replay --without`), beside one
+replay under the full constitution. Seeds hang on the answer and draws on the principle's id, so a principle that is left out
+moves only the draws that it had: what else differs comes from there, or from the rounding of batched arithmetic, which the
+first row shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from charter.rejudge import flips, mean
+from charter.replay import Plan, make_plan, play
+from constitutions.loader import load
+from consumers.chain import similarity
+from engine.bus.port import Bus
+from engine.errors import UsageError
+from engine.settings import Settings
+from engine.store import Store
+
+COLUMNS = (
+    *("without", "used_by", "chains", "revised", "changed", "similarity"),
+    *("pairs", "no_label", "flips", "mean_p_change", "run"),
+)
+STAGES = {"critique": "critique", "judging": "judge"}  # a list of principles -> the stage that begins with it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One replay of the study: the principle that is left out (none: empty), the stage that uses it, and the replay."""
+
+    without: str
+    stage: str
+    plan: Plan
+
+    @property
+    def run(self) -> str:
+        return self.plan.settings.run.id
+
+
+def trials(settings: Settings, bus: Bus, wanted: Sequence[str], *, start: str, end: str, archive: bool) -> Iterator[Trial]:
+    """For each stage the full constitution first, then without each of its principles (or of the wanted ones)."""
+    constitution = load(settings.run.constitution)
+    constitution.without(wanted)  # an unknown name is an error before anything runs
+    for part, stage in STAGES.items():
+        names = [p.id for p in getattr(constitution, part) if not wanted or p.id in wanted]
+        for name in ["", *names] if names else []:
+            plan = make_plan(
+                settings, bus, stage=stage, start=start, end=end, name=None, only=False, archive=archive,
+                constitution=None, model=None, policy=None, without=[name] if name else (),
+            )  # fmt: skip
+            yield Trial(name, stage, plan)
+
+
+def run_all(planned: Sequence[Trial], bus: Bus) -> None:
+    """Run the replays one after the other; what is over already is over at once."""
+    for number, trial in enumerate(planned):
+        if not play(trial.plan, bus, quiet=True):
+            what = f"{number} of {len(planned)} runs are over"
+            raise UsageError("the study was stopped", what, "the same command goes on with it")
+
+
+# What came out
+
+# The first record that ended each chain in a run: an id that two runs share is one configuration's.
+ENDS = """
+SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, first_answer, final_text
+FROM (SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.critiques WHERE run_id = $1 AND final
+      UNION ALL
+      SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.revisions WHERE run_id = $1 AND final)
+ORDER BY response_id, commit_seq"""
+LABELS = """
+SELECT DISTINCT ON (response_id, a_candidate, b_candidate) response_id::VARCHAR AS response, a_candidate, b_candidate,
+       record_id::VARCHAR AS record, CASE WHEN outcome = 'OK' THEN p_a END AS p
+FROM raw.preferences WHERE run_id = $1 AND label_source = 'AI'
+ORDER BY response_id, a_candidate, b_candidate, commit_seq"""
+
+Found = dict[Any, dict[str, Any]]
+
+
+def chains_of(store: Store, run: str) -> Found:
+    return {row["response"]: row for row in store.records(ENDS, [run], limit_s=30.0)}
+
+
+def labels_of(store: Store, run: str) -> Found:
+    rows = store.records(LABELS, [run], limit_s=30.0)
+    return {(row["response"], row["a_candidate"], row["b_candidate"]): row for row in rows}
+
+
+def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
+    """A row of COLUMNS for each trial, against the full constitution's trial of its stage.
+
+    The full one stands against the run that was replayed, as far as that made the same records: what differs there is noise.
+    """
+    rows, full = [], {trial.stage: trial.run for trial in planned if not trial.without}
+    for trial in planned:
+        against = full[trial.stage] if trial.without else trial.plan.selection.run
+        chains, labels = ([of(store, run) for run in (against, trial.run)] for of in (chains_of, labels_of))
+        if not trial.without:
+            chains, labels = same_work(*chains), same_work(*labels)
+        rows.append((trial.without or "(nothing)", trial.stage, *chain_figures(*chains), *label_figures(*labels), trial.run))
+    return rows
+
+
+def same_work(before: Found, after: Found) -> list[Found]:
+    """What both runs made under one record id; the new run's in full where they share none."""
+    shared = {key: row for key, row in before.items() if key in after and after[key]["record"] == row["record"]}
+    return [shared, after]
+
+
+def chain_figures(before: Found, after: Found) -> tuple[Any, ...]:
+    """Chains, share of them revised, and of those that both have: how many end otherwise, and how alike the ends are."""
+    texts = [(before[key]["final_text"] or "", row["final_text"] or "") for key, row in after.items() if key in before]
+    revised = [float(row["final_text"] != row["first_answer"]) for row in after.values()]
+    alike = mean([similarity(one, other) for one, other in texts])
+    return len(after), mean(revised), sum(one != other for one, other in texts) if texts else None, alike
+
+
+def label_figures(before: Found, after: Found) -> tuple[Any, ...]:
+    """Pairs that both have, those without a label in one of them, flips, and the mean change of p(a)."""
+    both = [(before[key]["p"], row["p"]) for key, row in after.items() if key in before]
+    given = [(p, q) for p, q in both if p is not None and q is not None]
+    change = mean([abs(p - q) for p, q in given])
+    return len(both), len(both) - len(given), sum(flips(p, q) for p, q in given) if given else None, change
