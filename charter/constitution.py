@@ -337,7 +337,7 @@ def study_principles(
       charter constitution study kinder hands-over --set run.constitution=customer-service --json
     """
     from charter.pipeline import connect, store_of
-    from charter.study import COLUMNS, results, run_all, trials
+    from charter.study import COLUMNS, results, run_all, tables, trials
 
     bus = connect(settings)
     try:
@@ -352,7 +352,12 @@ def study_principles(
     finally:
         bus.close()
     rows = results(planned, store_of(settings))
-    print_rows(list(COLUMNS), rows, as_json)
+    if as_json:
+        print_rows(list(COLUMNS), rows, True)
+        return
+    for columns, part in tables(rows):
+        print_rows(columns, part, False)
+        click.echo()
 
 
 VERBS = (constitution,)

@@ -125,3 +125,18 @@ def label_figures(before: Found, after: Found) -> tuple[Any, ...]:
     given = [(p, q) for p, q in both if p is not None and q is not None]
     change = mean([abs(p - q) for p, q in given])
     return len(both), len(both) - len(given), sum(flips(p, q) for p, q in given) if given else None, change
+
+
+def tables(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str], list[tuple[Any, ...]]]]:
+    """The rows of each stage, with the columns that say something there: a stage that makes no chains has none to count."""
+    for stage in STAGES.values():
+        part = [row for row in rows if row[COLUMNS.index("used_by")] == stage]
+        kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in part) or not counted(COLUMNS[i], part)]
+        if part:
+            yield [COLUMNS[i] for i in kept], [tuple(row[i] for i in kept) for row in part]
+
+
+def counted(column: str, rows: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether a column hangs on chains or pairs of which there are none."""
+    base = "chains" if column in ("chains", "revised", "changed", "similarity") else "pairs"
+    return column not in ("without", "used_by", "run") and not any(row[COLUMNS.index(base)] for row in rows)
