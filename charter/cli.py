@@ -25,7 +25,7 @@ REPORT_EVERY = 25  # looks of 0.2 s
 PHASES = ("sft", "reward", "ppo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 VERBS = (
-    *("demo", "up", "down", "produce", "run", "train", "replay", "runs", "constitution"),
+    *("demo", "up", "down", "produce", "run", "train", "replay", "runs", "constitution", "eval"),
     *("status", "show", "sql", "tail", "dlq", "topics", "config"),
     *("snapshot", "backup", "restore", "migrate", "forget"),
 )
@@ -368,9 +368,9 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 
 def register() -> None:
     """The verbs that live in files of their own."""
-    from charter import constitution, dead_letters, replay, storage, topics, up
+    from charter import constitution, dead_letters, evaluate, replay, storage, topics, up
 
-    for module in (topics, dead_letters, replay, storage, up, constitution):
+    for module in (topics, dead_letters, replay, storage, up, constitution, evaluate):
         for verb in module.VERBS:
             cli.add_command(verb)
 

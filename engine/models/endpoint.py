@@ -101,14 +101,13 @@ class Dialect:
     seeds: bool = True
     counts: bool = True
 
-    @property
-    def capabilities(self) -> Capabilities:
+    def capabilities(self, votes: int) -> Capabilities:
         return Capabilities(
             prefill=self.begun is not None,
             logprobs=self.shown > 0,
             token_ids=self.token_ids is not None,
             exact_logprobs=self.token_ids is not None and self.shown > 0 and self.unmodified,
-            votes=0 if self.shown else VOTES,
+            votes=0 if self.shown else votes,
         )
 
 
@@ -135,7 +134,7 @@ def open_endpoint(
 
 @dataclass
 class Endpoint:
-    """One model of one server. `deadline_s` bounds all tries of one request."""
+    """One model of one server. `deadline_s` bounds all tries of one request; `votes` is how many replies score an option."""
 
     url: str
     id: str
@@ -144,6 +143,7 @@ class Endpoint:
     concurrency: int = 16
     deadline_s: float = DEADLINE_S
     backoff_s: tuple[float, float] = BACKOFF_S
+    votes: int = VOTES
     known: Dialect | None = None
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class Endpoint:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self.dialect.capabilities
+        return self.dialect.capabilities(self.votes)
 
     def generate(
         self,
@@ -207,8 +207,8 @@ class Endpoint:
         return self.ask_all([Request(self.body(ask) | wanted) for ask in batch], partial(scores, options=options))
 
     def option_votes(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
-        """The options' shares among VOTES replies sampled at temperature 1."""
-        replies = self.generate(batch, samples=VOTES, max_tokens=VOTE_TOKENS)
+        """The options' shares among `votes` replies sampled at temperature 1."""
+        replies = self.generate(batch, samples=self.votes, max_tokens=VOTE_TOKENS)
         return [votes(of_one, options) for of_one in replies]
 
     def seed(self, seed: int) -> Body:

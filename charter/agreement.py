@@ -1,0 +1,164 @@
+"""How far a judge agrees with people: the figures of an agreement study, from labels and what people preferred.
+
+Everything is counted on pairs of which a person preferred one answer. `p` is the judge's probability of the answer that the
+person preferred, None where it gave no label: an abstention is never counted as right or wrong, and always shown.
+
+Wilson's interval: Wilson 1927. Expected calibration error: Naeini et al. 2015, with ten bins of the confidence max(p, 1 - p),
+so that it does not depend on which answer is called A. Brier score: Brier 1950.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from schemas.records import Outcome, Preference
+
+Z = 1.959963984540054  # the 0.975 quantile of the normal distribution
+BINS = 10
+
+
+@dataclass(frozen=True)
+class HumanPair:
+    """Two answers, of which a person preferred `a` or not."""
+
+    a: str
+    b: str
+    a_preferred: bool
+
+    @property
+    def a_longer(self) -> bool | None:
+        """None where both have as many characters."""
+        return None if len(self.a) == len(self.b) else len(self.a) > len(self.b)
+
+
+@dataclass
+class Row:
+    """One judge's figures. Shares are of what their names say, intervals are for 95 %, and what cannot be told is None.
+
+    accuracy: of the labels that prefer an answer (`decided`), those that prefer the person's. brier, ece: of the soft labels.
+    swap_inconsistency: of the judgements that could be read in both orders, those in which the same place won twice.
+    prefers_longer: of the decided labels on answers of unequal length. Costs are per pair, abstentions included.
+    """
+
+    judge: str
+    pairs: int
+    labelled: int
+    decided: int
+    agreed: int
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    brier: float | None = None
+    ece: float | None = None
+    swap_inconsistency: float | None = None
+    mass: float | None = None
+    prefers_longer: float | None = None
+    abstentions: dict[str, int] = field(default_factory=dict)
+    tokens_read: float | None = None
+    tokens_cached: float | None = None
+    tokens_written: float | None = None
+    seconds: float | None = None
+    cost: float | None = None
+
+
+def wilson(hits: float, n: int) -> tuple[float | None, float | None]:
+    """The 95 % interval of a share."""
+    if not n:
+        return None, None
+    share, z2 = hits / n, Z * Z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def brier(ps: Sequence[float]) -> float | None:
+    """Mean squared distance of each p(preferred answer) from 1."""
+    return math.fsum((1 - p) ** 2 for p in ps) / len(ps) if ps else None
+
+
+def calibration_error(ps: Sequence[float]) -> float | None:
+    """Over ten bins of confidence from 0.5 to 1: the mean gap between confidence and share of right labels, by bin size.
+
+    A label of exactly one half is right half of the time.
+    """
+    if not ps:
+        return None
+    bins: dict[int, list[float]] = {}
+    for p in ps:
+        confidence = max(p, 1 - p)
+        place = min(BINS - 1, int((confidence - 0.5) * 2 * BINS))
+        bins.setdefault(place, []).append(confidence - (0.5 if p == 0.5 else float(p > 0.5)))
+    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(ps)
+
+
+def share(hits: int, n: int) -> float | None:
+    return hits / n if n else None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def summary(judge: str, pairs: Sequence[HumanPair], ps: Sequence[float | None]) -> Row:
+    """What can be told of any judge that gives probabilities of the preferred answers."""
+    given = [p for p in ps if p is not None]
+    decided = [(pair, p > 0.5) for pair, p in zip(pairs, ps, strict=True) if p is not None and p != 0.5]
+    agreed = sum(right for _, right in decided)
+    unequal = [(pair.a_longer, pair.a_preferred == right) for pair, right in decided if pair.a_longer is not None]
+    low, high = wilson(agreed, len(decided))
+    return Row(
+        judge=judge,
+        pairs=len(pairs),
+        labelled=len(given),
+        decided=len(decided),
+        agreed=agreed,
+        accuracy=share(agreed, len(decided)),
+        accuracy_low=low,
+        accuracy_high=high,
+        brier=brier(given),
+        ece=calibration_error(given),
+        prefers_longer=share(sum(longer == says_a for longer, says_a in unequal), len(unequal)),
+    )
+
+
+def judged(
+    judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
+) -> Row:
+    """The figures of a judge's labels; None is a pair that it could not be asked about. Costs are of all pairs together."""
+    ps = [chosen(pair, label) for pair, label in zip(pairs, labels, strict=True)]
+    row, known = summary(judge, pairs, ps), [label for label in labels if label]
+    readable = [label for label in known if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
+    row.swap_inconsistency = share(sum(label.flipped for label in readable), len(readable))
+    row.mass = mean([label.mass for label in known if label.mass is not None and not math.isnan(label.mass)])
+    abstained = Counter(label.outcome.value if label else "NOT_ASKED" for label in labels)
+    row.abstentions = {name: count for name, count in sorted(abstained.items()) if name != Outcome.OK.value}
+    row.tokens_read = mean([float(label.prompt_tokens) for label in known])
+    row.tokens_cached = mean([float(label.cached_tokens) for label in known])
+    row.tokens_written = mean([float(label.completion_tokens) for label in known])
+    row.seconds = seconds / len(pairs) if pairs else None
+    row.cost = cost / len(pairs) if pairs and cost is not None else None
+    return row
+
+
+def chosen(pair: HumanPair, label: Preference | None) -> float | None:
+    """The probability of the preferred answer, where there is a label that trains."""
+    if label is None or label.outcome is not Outcome.OK or label.p_a is None:
+        return None
+    return label.p_a if pair.a_preferred else 1 - label.p_a
+
+
+def baselines(pairs: Sequence[HumanPair], seed: int) -> list[Row]:
+    """What needs no model: the longer answer wins, the shorter answer wins, and probabilities that are drawn."""
+    rng = random.Random(f"baseline/{seed}")
+    longer = [None if pair.a_longer is None else float(pair.a_longer == pair.a_preferred) for pair in pairs]
+    rows = [
+        summary("longer wins", pairs, longer),
+        summary("shorter wins", pairs, [None if p is None else 1 - p for p in longer]),
+    ]
+    for row in rows:
+        row.brier = row.ece = None  # they are no probabilities
+    return [*rows, summary("random", pairs, [rng.random() for _ in pairs])]

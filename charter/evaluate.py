@@ -1,0 +1,278 @@
+"""`charter eval`: measuring a judge. `agreement` sets its labels beside what people preferred."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from charter.options import common, json_option
+
+if TYPE_CHECKING:
+    from charter.agreement import HumanPair, Row
+    from charter.pipeline import Models
+    from charter.rejudge import Bench
+    from constitutions.loader import Constitution
+    from engine.settings import Settings
+    from schemas.records import Preference, Response
+
+PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure a judge.
+
+    \b
+    Examples:
+      charter eval agreement --pairs pairs.jsonl
+    """
+
+
+@evaluate.command()
+@click.option("--pairs", "file", metavar="FILE", required=True, help="Human preferences: JSONL, also gzipped; - for stdin.")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(PRESETS), help="Only this one; may be repeated.")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
+@click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")
+@click.option("--seed", default=0, show_default=True, help="Draws the pairs, which answer is A, and the random baseline.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with labels.")
+@json_option
+@common
+def agreement(
+    settings: Settings,
+    origins: dict[str, str],
+    file: str,
+    presets: tuple[str, ...],
+    limit: int | None,
+    limit_written: int | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """How far each judging preset agrees with people, beside baselines that look at length or at nothing.
+
+    FILE has `chosen` and `rejected` in each row: answers beside a `prompt`, or whole dialogues as in HH-RLHF, of which the last
+    human turn ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to
+    the log or the database. Settings of judge.* that are given count for every preset.
+
+    \b
+    Examples:
+      charter eval agreement --pairs pairs.jsonl --limit 200 --limit-written 50
+      charter eval agreement --pairs pairs.jsonl.gz --preset lee2023 --out agreement.md
+      charter eval agreement --pairs - --json --set "models.judge=http://localhost:8000/v1#MODEL" < pairs.jsonl
+    """
+    from charter.pipeline import Models
+
+    if out and out.suffix not in (".md", ".json"):
+        raise click.UsageError(f"--out {out}: give a name that ends with .md or .json")
+    study = Study(settings, origins, read_pairs(file, limit, seed), seed)
+    models = Models(settings)
+    try:
+        study.run(models, presets or PRESETS, limit_written)
+    finally:
+        models.close()
+    if out:
+        out.write_text(study.report() if out.suffix == ".md" else study.as_json(), encoding="utf-8")
+    click.echo(json.dumps([asdict(row) for row in study.rows], indent=2) if as_json else study.table())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pairs of a study: as people judged them, as the judge is asked them, and where they come from."""
+
+    human: list[HumanPair]
+    asked: list[Response]
+    name: str
+    content_hash: str
+    rows: int
+    bad: int
+
+
+def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
+    """The pairs of a file, or `limit` of them; which answer is A is drawn, so that no order tells the better one."""
+    from charter.agreement import HumanPair
+    from charter.rejudge import pair_of
+    from engine.errors import UsageError
+    from producers.pairs import BadPair, ChosenPair, pair_lines, parse_pair
+
+    found: list[ChosenPair] = []
+    digest, count = hashlib.sha256(), 0
+    for line in pair_lines(file):
+        count += 1
+        digest.update(line)
+        try:
+            found.append(parse_pair(line))
+        except BadPair:
+            continue
+    if not found:
+        raise UsageError(
+            f"{file} has no pair that a person decided",
+            f"it has {count} rows, and none with chosen and rejected answers to one prompt",
+            'write each as {"prompt": "...", "chosen": "...", "rejected": "..."}, or as two dialogues',
+        )
+    rng = random.Random(f"pairs/{seed}")
+    places = sorted(rng.sample(range(len(found)), min(limit or len(found), len(found))))
+    rng.shuffle(places)  # the first of them are a sample too
+    human, asked = [], []
+    for place in places:
+        one, swap = found[place], rng.random() < 0.5
+        a, b = (one.rejected, one.chosen) if swap else (one.chosen, one.rejected)
+        human.append(HumanPair(a, b, not swap))
+        asked.append(pair_of(one.turns, a, b, (), "pairs"))
+    return Drawn(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))
+
+
+class Study:
+    """Asks the judge under each preset, and tells what came of it."""
+
+    def __init__(self, settings: Settings, origins: dict[str, str], drawn: Drawn, seed: int) -> None:
+        from constitutions.loader import load
+
+        self.settings, self.origins, self.drawn, self.seed = settings, origins, drawn, seed
+        self.constitution: Constitution = load(settings.run.constitution)
+        self.rows: list[Row] = []
+        self.labels: dict[str, list[Preference | None]] = {}
+        self.model = ""
+
+    def run(self, models: Models, presets: Sequence[str], limit_written: int | None) -> None:
+        from charter.agreement import baselines, judged
+        from charter.rejudge import Bench
+        from engine.budget import parse_prices
+
+        judge, prices = models.role("judge"), parse_prices(self.settings.limits.prices)
+        self.model = f"{judge.id} ({judge.revision})"
+        for preset in presets:
+            settings = with_preset(self.settings, self.origins, preset)
+            count = len(self.drawn.asked) if settings.judge.form == "options" else limit_written
+            asked, human = self.drawn.asked[:count], self.drawn.human[:count]
+            tell(f"{preset}: {len(asked)} pairs")
+            started = time.monotonic()
+            labels = ask(Bench(settings, models), self.constitution, asked)
+            seconds, price = time.monotonic() - started, prices.get(judge.id)
+            cost = sum(price.of(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
+            self.labels[preset] = labels
+            self.rows.append(judged(preset, human, labels, seconds, cost))
+        self.rows += baselines(self.drawn.human, self.seed)
+
+    def table(self) -> str:
+        from charter.text import table
+
+        columns, rows = shown(self.rows)
+        return f"{table(columns, rows)}\n\n{self.about()}"
+
+    def about(self) -> str:
+        drawn, c = self.drawn, self.constitution
+        bad = f"; {drawn.bad} rows are no decided pairs" if drawn.bad else ""
+        return (
+            f"judge: {self.model}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(drawn.human)} of the"
+            f" {drawn.rows} rows of {drawn.name} ({drawn.content_hash}), drawn with seed {self.seed}{bad}"
+        )
+
+    def report(self) -> str:
+        """The table as Markdown, with the command that made it."""
+        columns, rows = shown(self.rows)
+        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(cell or '' for cell in row)} |" for row in rows]
+        command = shlex.join(["charter", *sys.argv[1:]])
+        return "\n".join(["# Agreement with people", "", "```", command, "```", "", *lines, "", self.about(), ""])
+
+    def as_json(self) -> str:
+        """Everything, with each pair's label."""
+        kept = ("p_a", "p_forward", "p_backward", "mass", "flipped", "principle_id", "prompt_tokens", "completion_tokens")
+        labels = {
+            preset: [{"outcome": x.outcome.value} | {name: getattr(x, name) for name in kept} if x else None for x in of_one]
+            for preset, of_one in self.labels.items()
+        }
+        told = {
+            "about": self.about(),
+            "rows": [asdict(row) for row in self.rows],
+            "a_preferred": [pair.a_preferred for pair in self.drawn.human],
+            "labels": labels,
+        }
+        return json.dumps(told, indent=1)
+
+
+def with_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
+    """The settings with another judging recipe below what somebody set."""
+    from engine.settings import RECIPES, Judge
+
+    recipe = RECIPES["judge"][preset].get("judge", {})
+    said = {
+        key: getattr(settings.judge, key)
+        for key in Judge.model_fields
+        if origins[f"judge.{key}"] != "default" and not origins[f"judge.{key}"].startswith("judge.preset=")
+    }
+    return settings.model_copy(update={"judge": Judge(**recipe | said | {"preset": preset})})
+
+
+def ask(bench: Bench, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
+    """Each pair's label, None for one that the model cannot be asked (too long for it)."""
+    from engine.errors import PermanentRecordError
+
+    labels: list[Preference | None] = []
+    rows = bench.settings.models.max_rows
+    for start in range(0, len(pairs), rows):
+        batch = pairs[start : start + rows]
+        try:
+            labels += bench.labels(constitution, batch)
+        except PermanentRecordError:
+            labels += [one_label(bench, constitution, pair) for pair in batch]
+    return labels
+
+
+def one_label(bench: Bench, constitution: Constitution, pair: Response) -> Preference | None:
+    from engine.errors import PermanentRecordError
+
+    try:
+        return bench.labels(constitution, [pair])[0]
+    except PermanentRecordError:
+        return None
+
+
+def tell(text: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+def shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str | None]]]:
+    """The figures for reading: shares in per cent with their intervals."""
+    columns = [
+        "judge", "pairs", "labelled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
+        "tokens read (cached) + written", "s/label",
+    ]  # fmt: skip
+    costs = any(row.cost is not None for row in rows)
+    return [*columns, *(["cost/label"] if costs else [])], [line(row, costs) for row in rows]
+
+
+def line(row: Row, costs: bool) -> list[str | None]:
+    interval = "" if row.accuracy_low is None else f" ({per_cent(row.accuracy_low)}-{per_cent(row.accuracy_high)})"
+    abstained = ", ".join(f"{count} {name.lower().replace('_', ' ')}" for name, count in row.abstentions.items())
+    tokens = None
+    if row.tokens_read is not None:
+        tokens = f"{row.tokens_read:.0f} ({row.tokens_cached:.0f}) + {row.tokens_written:.0f}"
+    cells = [
+        row.judge, str(row.pairs), str(row.labelled), f"{per_cent(row.accuracy) or '-'}{interval}", figure(row.brier, 3),
+        figure(row.ece, 3), per_cent(row.swap_inconsistency), figure(row.mass, 2), per_cent(row.prefers_longer),
+        abstained or None, tokens, figure(row.seconds, 2),
+    ]  # fmt: skip
+    return [*cells, figure(row.cost, 6)] if costs else cells
+
+
+def figure(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def per_cent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}"
+
+
+VERBS = (evaluate,)

@@ -1,0 +1,189 @@
+"""Agreement with people: the figures against cases computed by hand, and the verb with a fake judge."""
+
+import contextlib
+import gzip
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charter.agreement import HumanPair, baselines, brier, calibration_error, judged, summary, wilson
+from charter.cli import cli
+from charter.evaluate import PRESETS, Study, read_pairs, with_preset
+from charter.pipeline import Models
+from engine.errors import UsageError
+from engine.models.scripted import ScriptedModel
+from engine.settings import RECIPES, load
+from producers.pairs import BadPair, parse_pair
+from schemas import ids
+from schemas.records import Outcome, Preference
+
+
+def test_wilson_against_published_figures():
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29, to four digits.
+    for hits, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(0, 0) == (None, None)
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_an_interval_holds_its_share(case):
+    hits, n = case
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1
+
+
+def test_brier_and_calibration_by_hand():
+    assert brier([1.0, 0.8, 0.5, 0.1]) == pytest.approx((0 + 0.04 + 0.25 + 0.81) / 4)
+    # Confidence 0.9 three times, right twice: gap |0.9 - 2/3|. Confidence 0.6 once, right: gap 0.4.
+    assert calibration_error([0.9, 0.9, 0.1, 0.6]) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.4) / 4)
+    assert calibration_error([0.5] * 7) == 0 and calibration_error([1.0, 0.0]) == pytest.approx(0.5)
+    assert brier([]) is None and calibration_error([]) is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1))
+def test_calibration_does_not_depend_on_which_answer_is_called_a(ps):
+    # The same label seen from the other answer, which the person did not prefer: confidence and rightness stay.
+    bins = {}
+    for p in ps:
+        confidence, right = max(p, 1 - p), (0.5 if p == 0.5 else float(p > 0.5))
+        bins.setdefault(min(9, int((confidence - 0.5) * 20)), []).append((confidence, right))
+    expected = sum(len(b) / len(ps) * abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) for b in bins.values())
+    assert calibration_error(ps) == pytest.approx(expected, abs=1e-12) and 0 <= calibration_error(ps) <= 1
+
+
+PAIRS = [HumanPair("long answer", "short", True), HumanPair("x", "longer", True), HumanPair("same", "size", False)]
+
+
+def label(p_a, outcome=Outcome.OK, flipped=False, mass=0.9):
+    return Preference(
+        record_id=ids.record_id("judge", [], "x"), run_id="r", stage="judge", turns=[], source="s", pairing="candidates", a="",
+        b="", p_a=p_a, outcome=outcome, flipped=flipped, mass=mass, prompt_tokens=100, completion_tokens=20,
+    )  # fmt: skip
+
+
+def test_a_judges_row_by_hand():
+    pairs = [*PAIRS, *PAIRS]
+    labels = [
+        label(0.9), label(0.2, flipped=True), label(0.3),  # right, wrong, right
+        label(0.5), label(0.8, Outcome.POSITION_FLIP, flipped=True), label(None, Outcome.LOW_MASS, mass=0.1),
+    ]  # fmt: skip
+    row = judged("j", pairs, labels, seconds=12.0, cost=0.6)
+    assert (row.pairs, row.labelled, row.decided, row.agreed) == (6, 4, 3, 2) and row.accuracy == pytest.approx(2 / 3)
+    assert (row.accuracy_low, row.accuracy_high) == wilson(2, 3)
+    assert row.brier == pytest.approx((0.01 + 0.64 + 0.09 + 0.25) / 4)
+    assert row.swap_inconsistency == pytest.approx(2 / 5) and row.mass == pytest.approx((5 * 0.9 + 0.1) / 6)
+    assert row.prefers_longer == 1.0  # of the two decided pairs of unequal length both went to the longer answer
+    assert row.abstentions == {"LOW_MASS": 1, "POSITION_FLIP": 1}
+    assert (row.tokens_read, row.tokens_written, row.seconds, row.cost) == (100, 20, 2.0, pytest.approx(0.1))
+    row = judged("j", PAIRS[:2], [None, label(0.9)], 1.0, None)
+    assert row.abstentions == {"NOT_ASKED": 1} and row.labelled == 1
+
+
+def test_nothing_is_invented_where_nothing_is_labelled():
+    row = judged("j", PAIRS, [label(None, Outcome.REFUSED, mass=math.nan)] * 3, 1.0, None)
+    assert (row.accuracy, row.brier, row.ece, row.mass, row.swap_inconsistency, row.prefers_longer) == (None,) * 6
+    assert row.labelled == 0 and row.abstentions == {"REFUSED": 3}
+
+
+def test_baselines_by_hand():
+    longer, shorter, drawn = baselines(PAIRS, 0)
+    assert (longer.decided, longer.agreed, shorter.agreed) == (2, 1, 1) and longer.labelled == 2
+    assert longer.prefers_longer == 1 and shorter.prefers_longer == 0 and longer.brier is None
+    assert drawn.labelled == 3 and drawn == baselines(PAIRS, 0)[2] != baselines(PAIRS, 1)[2]
+    many = baselines([PAIRS[0]] * 4000, 3)[2]
+    assert many.accuracy == pytest.approx(0.5, abs=0.03) and many.brier == pytest.approx(1 / 3, abs=0.02)
+    assert summary("x", PAIRS, [1.0, 1.0, 1.0]).accuracy == 1
+
+
+# The verb
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Dialogues as HH-RLHF writes them: the answer that was preferred has the word good in it."""
+    file = tmp_path / "pairs.jsonl.gz"
+    rows = [
+        {
+            "chosen": f"\n\nHuman: hi {n}\n\nAssistant: yes: no\n\nHuman: and?\n\nAssistant: a good answer {n}",
+            "rejected": f"\n\nHuman: hi {n}\n\nAssistant: yes: no\n\nHuman: and?\n\nAssistant: some other, longer one",
+        }
+        for n in range(12)
+    ]
+    same = {"prompt": "p", "chosen": "x", "rejected": "x"}
+    with gzip.open(file, "wt") as stream:
+        stream.write("".join(json.dumps(row) + "\n" for row in [*rows, same]))
+    return file
+
+
+def prefers_good(ask):
+    text = ask.turns[-1].content
+    return 0.8 if text.index("good answer") < text.index("longer one") else 0.3
+
+
+def run(tmp_path, *arguments):
+    base = ["--data", str(tmp_path / "data"), "--set", "models.policy=scripted"]
+    result = CliRunner().invoke(cli, ["eval", "agreement", *map(str, arguments), *base], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_study_finds_what_the_judge_does(pairs):
+    settings, origins = load({"models.policy": "scripted", "limits.prices": "scripted=1000000/0"}, environment={})
+    study = Study(settings, origins, read_pairs(str(pairs), None, 0), 0)
+    study.run(Models(settings, {"scripted": ScriptedModel(option_rule=prefers_good)}), ["lee2023"], None)
+    judge, longer, shorter, drawn = (asdict(row) for row in study.rows)
+    assert (judge["judge"], judge["pairs"], judge["agreed"], judge["accuracy"]) == ("lee2023", 12, 12, 1.0)
+    assert judge["brier"] == pytest.approx((1 - (0.8 + 0.7) / 2) ** 2) and judge["prefers_longer"] == 0
+    assert judge["swap_inconsistency"] == 0 and judge["tokens_read"] > 0 and judge["mass"] == pytest.approx(0.9)
+    assert (longer["accuracy"], shorter["accuracy"], drawn["pairs"]) == (0, 1, 12)
+    assert judge["cost"] == judge["tokens_read"] and judge["cost"] > 0
+    told = json.loads(study.as_json())
+    assert "12 of the 13 rows" in told["about"] and "1 rows are no decided pairs" in told["about"]
+    assert len(told["labels"]["lee2023"]) == 12 and 0 < sum(told["a_preferred"]) < 12
+
+
+def test_every_preset_is_in_the_report(tmp_path, pairs):
+    out = tmp_path / "report.md"
+    said = run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--out", out)
+    assert [row["judge"] for row in json.loads(run(tmp_path, "--pairs", pairs, "--limit", 2, "--json"))][:5] == list(PRESETS)
+    for name in (*PRESETS, "longer wins", "shorter wins", "random", "judge: scripted"):
+        assert name in said and name in out.read_text()
+    assert set(PRESETS) == set(RECIPES["judge"])
+
+
+def test_pairs_are_drawn_by_the_seed_and_prompts_end_with_the_last_human_turn(pairs):
+    drawn, again, other = (read_pairs(str(pairs), 5, seed) for seed in (0, 0, 1))
+    assert drawn.human == again.human != other.human and len(drawn.human) == 5 and drawn.bad == 1
+    turns = drawn.asked[0].turns
+    assert [turn.role for turn in turns] == ["user", "assistant", "user"] and turns[1].content == "yes: no"
+    assert turns[-1].content == "and?"
+
+
+@given(st.one_of(st.binary(), st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.text()).map(json.dumps)))
+def test_any_line_is_a_pair_or_none(line):
+    with contextlib.suppress(BadPair):
+        parse_pair(line)
+
+
+def test_a_file_without_pairs_is_an_error(tmp_path):
+    file = tmp_path / "none.jsonl"
+    file.write_text('{"prompt": "only a prompt"}\n')
+    with pytest.raises(UsageError, match="no pair"):
+        read_pairs(str(file), None, 0)
+
+
+def test_what_somebody_set_counts_for_every_preset_and_the_rest_is_the_recipes():
+    settings, origins = load({"judge.preset": "course", "judge.min_mass": "0.3"}, environment={})
+    ensemble = with_preset(settings, origins, "ensemble-k").judge
+    assert (ensemble.k, ensemble.min_mass, ensemble.form, ensemble.reject_flips) == (5, 0.3, "options", False)
+    assert with_preset(settings, origins, "course").judge == settings.judge

@@ -1,0 +1,56 @@
+"""Every judging and critique preset on a real OpenAI-compatible server, which gives no log-probabilities and begins no turn."""
+
+import pytest
+
+from charter.pipeline import Models, make_stage
+from constitutions.loader import load as load_constitution
+from consumers.judge import Judge
+from engine.models.endpoint import open_endpoint
+from engine.settings import RECIPES, load
+from schemas.codec import decode, encode
+from schemas.records import ChainEnd, Critique, Outcome, Preference, Revision
+
+pytestmark = pytest.mark.model
+SHORT = {
+    "judge.max_tokens": 24,
+    "critique.max_tokens": 16,
+    "revise.max_tokens": 16,
+    "judge.min_mass": 0.01,
+    "critique.min_mass": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def server(served):
+    model = open_endpoint(served, timeout_s=60, concurrency=2)
+    model.votes = 2
+    return model
+
+
+def stage(name, served, server, **chosen):
+    settings, _ = load({"models.policy": served} | SHORT | {k.replace("__", "."): v for k, v in chosen.items()}, environment={})
+    return make_stage(name, settings, Models(settings, {served: server}), load_constitution("default"), None)
+
+
+@pytest.mark.parametrize("preset", RECIPES["judge"])
+def test_every_judging_preset_runs(served, server, make_response, preset):
+    more = {"judge__k": "2"} if preset == "ensemble-k" else {}
+    judge = stage("judge", served, server, judge__preset=preset, **more)
+    assert isinstance(judge.work, Judge)
+    ((label,),) = judge.work([make_response(("Paris is the capital of France.", "I do not know that."))])
+    assert isinstance(label, Preference) and decode(encode(label), Preference) == label
+    assert label.prompt_tokens > 100 and label.completion_tokens > 0 and label.model.id == server.id
+    assert (label.p_a is not None) >= (label.outcome is Outcome.OK)
+    assert label.outcome is not Outcome.UNKNOWN and label.template_hash
+
+
+@pytest.mark.parametrize("preset", RECIPES["critique"])
+def test_every_critique_preset_runs(served, server, make_response, preset):
+    chosen = {"critique__preset": preset, "critique__rounds": "1"}
+    ((critique,),) = stage("critique", served, server, **chosen).work([make_response()])
+    assert isinstance(critique, Critique) and critique.prompt_tokens > 50
+    if critique.final:
+        assert critique.ended is not ChainEnd.NONE
+        return
+    ((revision,),) = stage("revise", served, server, **chosen).work([critique])
+    assert isinstance(revision, Revision) and revision.completion_tokens > 0 and decode(encode(revision), Revision)
