@@ -24,24 +24,41 @@ if TYPE_CHECKING:
 REPORT_EVERY = 25  # looks of 0.2 s
 PHASES = ("sft", "reward", "ppo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
-VERBS = (
-    *("demo", "up", "down", "produce", "run", "train", "replay", "runs", "constitution", "eval"),
-    *("status", "show", "sql", "tail", "dlq", "topics", "config"),
-    *("snapshot", "backup", "restore", "migrate", "forget"),
-)
+SECTIONS = {
+    "Start": ("demo", "produce", "run", "train", "up", "down"),
+    "Look": ("status", "show", "sql", "tail", "doctor", "config"),
+    "Principles": ("constitution", "eval"),
+    "Again": ("replay", "runs", "dlq"),
+    "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
+}
+VERBS = tuple(verb for verbs in SECTIONS.values() for verb in verbs)
 
 
-class Ordered(click.Group):
-    """Lists the verbs in the order in which one meets them."""
+class Sectioned(click.Group):
+    """Lists the verbs by what one wants to do, in the order in which one meets them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [verb for verb in VERBS if verb in self.commands]
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        longest = max(len(verb) for verb in self.commands)
+        limit = formatter.width - longest - 6
+        for title, verbs in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(verb.ljust(longest), self.commands[verb].get_short_help_str(limit)) for verb in verbs])
 
-@click.group(cls=Ordered, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(
+    cls=Sectioned,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(charter.__version__, prog_name="charter")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Charter streams prompts through responses, critiques, revisions and judgements into DuckDB, and trains on them.
+
+    Without a verb: the status of the run here, or how to start one.
 
     \b
     First steps:
@@ -49,6 +66,28 @@ def cli() -> None:
       charter sql "select * from stories limit 1"
       charter produce prompts.jsonl && charter run
     """
+    if context.invoked_subcommand is None:
+        here(context)
+
+
+def here(context: click.Context) -> None:
+    """The status of the run in this folder, or the three commands to start with."""
+    from charter.pipeline import store_of
+    from engine.settings import load
+
+    if store_of(load()[0]).path.exists():
+        context.invoke(status)
+        return
+    click.echo(FIRST)
+
+
+FIRST = """There is no run in this folder yet. To start one:
+
+  charter demo                                        the whole loop once, with a small real model
+  charter produce prompts.jsonl                       your own prompts, one JSON string or object a line
+  charter run                                         every stage and the sink, until Ctrl-C
+
+charter --help lists everything; charter doctor looks for what is missing."""
 
 
 @cli.command()
@@ -368,9 +407,9 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 
 def register() -> None:
     """The verbs that live in files of their own."""
-    from charter import constitution, dead_letters, evaluate, replay, storage, topics, up
+    from charter import completion, constitution, dead_letters, doctor, evaluate, replay, storage, topics, up
 
-    for module in (topics, dead_letters, replay, storage, up, constitution, evaluate):
+    for module in (completion, constitution, dead_letters, doctor, evaluate, replay, storage, topics, up):
         for verb in module.VERBS:
             cli.add_command(verb)
 
@@ -385,7 +424,7 @@ def main() -> None:
     """Run the command line; every expected error is three lines and an exit code."""
     traceback = "--traceback" in sys.argv
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="charter", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except KeyboardInterrupt:

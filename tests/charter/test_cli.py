@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from charter.cli import VERBS, cli
+from charter.cli import SECTIONS, VERBS, cli
 
 HEAVY = ("torch", "transformers", "trl", "duckdb", "pyarrow", "kafka", "rich", "httpx", "pydantic")
 
@@ -44,6 +44,31 @@ def test_every_verb_is_there_with_examples():
     assert tuple(cli.commands) and set(cli.commands) == set(VERBS)
     for verb in VERBS:
         assert "Examples:" in charter(verb, "--help").stdout
+
+
+def test_help_lists_every_verb_in_its_section():
+    said = charter("--help").stdout
+    for section, verbs in SECTIONS.items():
+        after = said[said.index(f"{section}:") :]
+        assert all(f"\n  {verb} " in after for verb in verbs)
+
+
+def test_without_a_verb_it_says_how_to_start_or_how_things_are(tmp_path, data):
+    done = charter(CHARTER_DATA__FOLDER=str(tmp_path / "nothing"))
+    assert done.returncode == 0 and "charter demo" in done.stdout and "charter run" in done.stdout
+    done = charter(CHARTER_DATA__FOLDER=str(data))
+    assert done.returncode == 0 and "preferences" in done.stdout and "waiting in run live" in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_program(shell):
+    done = charter("completion", shell)
+    assert done.returncode == 0 and "_CHARTER_COMPLETE" in done.stdout and "charter" in done.stdout
+
+
+def test_a_shell_completes_verbs():
+    done = charter(_CHARTER_COMPLETE="bash_complete", COMP_WORDS="charter pro", COMP_CWORD="1")
+    assert done.stdout.split() == ["plain,produce"]
 
 
 @pytest.fixture
