@@ -8,11 +8,13 @@
     |   +-- RegistryUnreachable
     |   +-- StoreBusy
     |   +-- StoreFull
+    |   +-- CheckpointsFull
     +-- CommitInDoubt               the writer must be thrown away and the committed offsets read again
     +-- Fenced                      another writer with this transactional id has taken over
     +-- PartitionLost               the partition moved to another member before the commit
     +-- OffsetsLost                 the log no longer has the records at the stored offset
     +-- PermanentRecordError        this one record can never succeed: a dead letter
+    +-- CannotLearn                 a batch that no policy or reward model can be learned from; nothing was saved
     +-- DeadLettersInARow           so many records fail alike that it is not their fault
     +-- DataFolderVersion           the data folder was written by another version
 
@@ -67,6 +69,10 @@ class StoreFull(DependencyUnreachable):
     """The disk of the DuckDB file is full."""
 
 
+class CheckpointsFull(DependencyUnreachable):
+    """There is no room on the disk for another checkpoint."""
+
+
 class CommitInDoubt(CharterError):
     """It is not known whether a transaction was written."""
 
@@ -85,6 +91,14 @@ class OffsetsLost(CharterError):
 
 class PermanentRecordError(CharterError):
     """This record can never be processed, however often it is tried."""
+
+
+class CannotLearn(CharterError):
+    """A learner cannot train on this batch, or its numbers ran away: nothing was saved, the last good policy stays.
+
+    The loop gives the batch up with an incident, and tries the phase again when there are more rows or another model to start
+    from.
+    """
 
 
 class DeadLettersInARow(CharterError):

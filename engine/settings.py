@@ -174,6 +174,13 @@ class Train(Section):
     max_rows: int = Field(4096, ge=1, description="Most rows that one phase trains on.")
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
     max_length: int = Field(1024, ge=8, description="Longest training sequence in tokens.")
+    micro_rows: int = Field(4, ge=1, description="Rows in one pass; passes add up to a step. Lower it when memory is short.")
+    checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them: less memory, a third slower."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic of training; auto: bf16 where the hardware multiplies it. Weights stay fp32."
+    )
     objective: Literal["alternate", "combined"] = Field(
         "alternate", description="RL loss alone, or L_SL + alpha * L_RL in every step."
     )
@@ -194,6 +201,8 @@ class Reward(Section):
     epochs: int = Field(1, ge=1, description="Passes over the batch.")
     batch_size: int = Field(8, ge=1, description="Pairs in one optimiser step.")
     centring: float = Field(0.01, ge=0, description="Weight of the squared sum of a pair's rewards.")
+    members: int = Field(1, ge=1, description="Reward models in the ensemble; 3 to 5 resist over-optimisation, 1 is cheap.")
+    variance_penalty: float = Field(0.1, ge=0, description="Ensemble score: mean - this * variance of the members' scores.")
 
 
 class Ppo(Section):

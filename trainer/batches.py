@@ -243,6 +243,7 @@ def preference_example(row: dict[str, Any]) -> PreferenceExample:
         record_id=str(row["record_id"]),
         a_stopped=row["a_stopped"],
         b_stopped=row["b_stopped"],
+        exchangeable=row["pairing"] == "candidates" and row["label_source"] == "AI",
     )
 
 

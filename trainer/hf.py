@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-MICRO_ROWS = 4  # rows in one pass; a step adds several up, which bounds the memory of activations
+from engine.errors import CannotLearn
+from trainer.weights import Hardware
+
 OnStep = Callable[[int, dict[str, float]], None]
 
 
@@ -16,20 +19,43 @@ def ignore(step: int, measures: dict[str, float]) -> None:
     """The default OnStep."""
 
 
-def arguments(output: str, *, learning_rate: float, epochs: int, batch_size: int, seed: int, max_length: int) -> dict[str, Any]:
-    """Arguments for SFTConfig and RewardConfig: nothing is saved, uploaded or printed; weights stay fp32 under autocast."""
+def micro_rows(batch_size: int, most: int) -> int:
+    """Rows in one pass: the largest divisor of the batch size up to `most`, so that a step is exactly one batch."""
+    return next(rows for rows in range(min(batch_size, most), 0, -1) if batch_size % rows == 0)
+
+
+def arguments(
+    output: str,
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    max_length: int | None,
+    hardware: Hardware,
+    shuffle: bool = False,
+) -> dict[str, Any]:
+    """Arguments for trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
+
+    Rows are taken in their order, in which a batch has put those of similar length side by side; `shuffle` mixes them anew,
+    still by length. Several processes under accelerate's launcher share a step: each takes its part of `batch_size`.
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    share = max(1, batch_size // processes)
+    rows = micro_rows(share, hardware.micro_rows)
     return {
         "output_dir": output,
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": min(batch_size, MICRO_ROWS),
-        "gradient_accumulation_steps": max(1, batch_size // MICRO_ROWS),
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": share // rows,
+        "train_sampling_strategy": "group_by_length" if shuffle else "sequential",
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
         "seed": seed,
         "data_seed": seed,
-        "bf16": True,
-        "activation_checkpointing": False,
+        "bf16": hardware.bf16,
+        "activation_checkpointing": hardware.checkpointing,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -39,6 +65,17 @@ def arguments(output: str, *, learning_rate: float, epochs: int, batch_size: int
         "max_length": max_length,
         "dataloader_pin_memory": False,
     }
+
+
+def require_finite(step: int, measures: Mapping[str, float]) -> None:
+    """Raise CannotLearn when a number of this step is no number any more."""
+    broken = [name for name, value in measures.items() if not math.isfinite(value)]
+    if broken:
+        raise CannotLearn(
+            f"{broken[0]} is {measures[broken[0]]} at step {step}: training has run away",
+            "nothing of this update was saved; the last policy stays in use",
+            "lower the learning rate of this phase (charter config), then type: charter train",
+        )
 
 
 class Steps(TrainerCallback):
@@ -51,6 +88,7 @@ class Steps(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
         if "loss" in numbers:
+            require_finite(state.global_step, numbers)
             self.last = numbers
             self.on_step(state.global_step, numbers)
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.bus.port import Bus
 from engine.bus.read import read_values
@@ -46,6 +46,9 @@ from trainer.batches import (
     sft_example,
     turns_of,
 )
+
+if TYPE_CHECKING:
+    from trainer.weights import Hardware
 
 log = logging.getLogger("charter.trainer")
 PHASES = ("sft", "reward", "ppo")
@@ -293,6 +296,14 @@ class Trainer:
 Trained = tuple[Callable[[Path], None], dict[str, float]]
 
 
+def hardware_of(settings: Settings) -> Hardware:
+    """How learners use this machine; no part of a batch, whose rows train the same on another one."""
+    from trainer.weights import Hardware
+
+    train = settings.train
+    return Hardware(train.micro_rows, train.checkpointing, train.precision)
+
+
 def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on the final texts of chains."""
     from trainer import sft, weights
@@ -301,6 +312,7 @@ def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
         trainer.policy_folder(batch.manifest.base_policy_version),
         [sft_example(row) for row in batch.rows],
         seed=batch.manifest.seed or 0,
+        hardware=hardware_of(trainer.settings),
         on_step=partial(trainer.step, batch.manifest),
         **batch.settings,
     )
@@ -318,6 +330,7 @@ def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
         trainer.folder_of(PolicyKind.REWARD, version) if version else base,
         [preference_example(row) for row in batch.rows],
         seed=manifest.seed or 0,
+        hardware=hardware_of(trainer.settings),
         on_step=partial(trainer.step, manifest),
         **batch.settings,
     )
@@ -333,7 +346,7 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
     policy = trainer.policy_folder(manifest.base_policy_version)
     reference = trainer.policy_folder(manifest.reference_policy_version or 0)
     tokenizer = weights.load_tokenizer(policy)
-    model, tokenizer, metrics = ppo.train(
+    learned, metrics = ppo.train(
         policy,
         reference,
         [rollout(row) for row in batch.rows],
@@ -342,12 +355,13 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
         first_folder=None if reference == trainer.base else trainer.base,
         sl_rows=[sft.encode(tokenizer, sft_example(row), max_length) for row in batch.sl_rows],
         lora_rank=lora_rank,
+        hardware=hardware_of(trainer.settings),
         seed=manifest.seed or 0,
         on_step=partial(trainer.step, manifest),
     )
     if metrics["stopped_early"]:
         trainer.publish([incident(manifest, metrics)])
-    return weights.saver(model, tokenizer), metrics
+    return learned.save, metrics
 
 
 def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
@@ -357,7 +371,7 @@ def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
     manifest = batch.manifest
     version = manifest.base_reward_version
     assert version is not None, "PPO batches are drawn only when there is a reward model"
-    model = reward.load(trainer.folder_of(PolicyKind.REWARD, version))
+    model = reward.load(trainer.folder_of(PolicyKind.REWARD, version), hardware=hardware_of(trainer.settings))
     raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in batch.rows])
     normalised = model.normalised(raw)
     configuration = ids.fingerprint(reward=version)

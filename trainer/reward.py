@@ -4,16 +4,24 @@ For a pair with the judge's probability p that A is better, the loss is (Lee et 
 
     -[p log s(rA - rB) + (1 - p) log s(rB - rA)] + c * (rA + rB)^2
 
-whose minimum is at s(rA - rB) = p; the second term keeps scores near zero. Scores are normalised to mean 0 and deviation 1
-over the labelled texts; mean and deviation are frozen in the checkpoint (`reward.json`).
+whose minimum is at s(rA - rB) = p; the second term keeps scores near zero.
+
+A tenth of the prompts, chosen by hash and so the same ones in every batch, never trains: accuracy, calibration, margin and the
+correlation with length are theirs, and so are the mean and the deviation that scores are normalised with. Both are frozen in
+the checkpoint (`reward.json`).
+
+An ensemble has members of different seeds: heads, shuffles, adapters. Its score is mean - lambda * variance of the members'
+normalised scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimisation, eq. 4).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +30,35 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from engine.errors import CharterError
+from engine.errors import CannotLearn, UsageError
 from engine.models.chat import completion_ids, prompt_ids
 from schemas.records import Turn
 from trainer import hf, weights
 
+log = logging.getLogger("charter.trainer")
 NORMALISATION = "reward.json"
 LEAST_DEVIATION = 1e-4
 SCORE_ROWS = 16
+HELD_OUT = 0.1  # share of prompts whose labels never train
+LEAST_HELD_OUT = 8  # pairs; a mean and a deviation of fewer are noise
+MANY = 16  # coin flips that all fall the same way once in 32,768 times
+BINS = 10
 
 
-class EqualRewards(CharterError):
+class EqualRewards(CannotLearn):
     """The reward model gives every text the same score."""
+
+
+class OneSidedLabels(CannotLearn):
+    """Every label prefers the answer in the same place, although the two were sampled alike."""
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two answers to one prompt and the probability that A is better."""
+    """Two answers to one prompt and the probability that A is better.
+
+    `exchangeable`: both were sampled alike, so that a judge who reads them prefers either about as often.
+    """
 
     turns: tuple[Turn, ...]
     a: str
@@ -47,6 +67,7 @@ class PreferenceExample:
     record_id: str
     a_stopped: bool = False
     b_stopped: bool = False
+    exchangeable: bool = False
 
 
 def soft_label_loss(r_a: torch.Tensor, r_b: torch.Tensor, p_a: torch.Tensor, centring: float) -> torch.Tensor:
@@ -97,25 +118,128 @@ def train(
     epochs: int = 1,
     batch_size: int = 8,
     centring: float = 0.01,
+    members: int = 1,
+    variance_penalty: float = 0.1,
     lora_rank: int = 0,
     max_length: int = 1024,
+    hardware: weights.Hardware = weights.DEFAULT,
     seed: int = 0,
     on_step: hf.OnStep = hf.ignore,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train on the model in `folder` (a policy, or an earlier reward model); returns the scorer and its metrics.
 
-    Raises EqualRewards when the scores of the labelled texts do not differ.
+    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, CannotLearn when a number is not
+    finite. The steps of an ensemble's members are reported one after the other.
     """
+    refuse_one_sided(examples)
+    taught, held_out = split(examples)
     tokenizer = weights.load_tokenizer(folder)
-    rows: list[dict[str, Any]] = [
-        {
-            "chosen_ids": encode(tokenizer, example.turns, example.a, example.a_stopped, max_length),
-            "rejected_ids": encode(tokenizer, example.turns, example.b, example.b_stopped, max_length),
-            "p_a": example.p_a,
-        }
-        for example in examples
-    ]
+    rows = [encoded_pair(tokenizer, example, max_length) for example in taught]
+    model = RewardModel([], tokenizer, variance_penalty, max_length=max_length, hardware=hardware)
+    metrics: dict[str, float] = {}
+    for number in range(members):
+        done = int(metrics.get("steps", 0))
+
+        def report(step: int, measures: dict[str, float], done: int = done) -> None:
+            on_step(done + step, measures)
+
+        scorer, metrics = train_member(
+            starting_point(folder, number, seed if members > 1 else None),
+            rows,
+            tokenizer,
+            arguments={"learning_rate": learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0), "epochs": epochs}
+            | {"batch_size": batch_size, "seed": seed + number, "max_length": max_length, "hardware": hardware}
+            | {"shuffle": number > 0},
+            centring=centring,
+            lora_rank=lora_rank,
+            on_step=report,
+        )
+        metrics["steps"] += done
+        model.members.append(Member(scorer))
+    return model, metrics | model.normalise(taught, held_out)
+
+
+def refuse_one_sided(examples: Sequence[PreferenceExample]) -> None:
+    """Raise OneSidedLabels when every one of many exchangeable pairs prefers the same side."""
+    labels = [example.p_a for example in examples if example.exchangeable]
+    for side, one_sided in (("first", all(p > 0.5 for p in labels)), ("second", all(p < 0.5 for p in labels))):
+        if one_sided and len(labels) >= MANY:
+            raise OneSidedLabels(
+                f"all {len(labels)} labels prefer the {side} answer",
+                "both answers of a pair were sampled alike: this judge goes by their place, not by what they say",
+                "set judge.reject_flips = true or another models.judge, and judge anew: charter replay --from judge",
+            )
+
+
+def split(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    """The examples that train, and those that are held out: the prompts whose hash lies in the lowest tenth.
+
+    Where those are fewer than `LEAST_HELD_OUT` pairs the next lowest hashes join them, up to a quarter of the batch.
+    """
+    by_prompt: dict[float, list[PreferenceExample]] = {}
+    for example in examples:
+        by_prompt.setdefault(place_of(example.turns), []).append(example)
+    held_out: set[float] = set()
+    count = 0
+    for place in sorted(by_prompt):
+        more = len(by_prompt[place])
+        few = count < LEAST_HELD_OUT and count + more <= len(examples) // 4
+        if not (few or place < HELD_OUT) or count + more >= len(examples):
+            break
+        held_out.add(place)
+        count += more
+    sides: tuple[list[PreferenceExample], list[PreferenceExample]] = ([], [])
+    for example in examples:
+        sides[place_of(example.turns) in held_out].append(example)
+    return sides
+
+
+def place_of(turns: Sequence[Turn]) -> float:
+    """A number in [0, 1) that follows from a prompt's text alone."""
+    text = json.dumps([(turn.role, turn.content) for turn in turns])
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def encoded_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
+    chosen = encode(tokenizer, example.turns, example.a, example.a_stopped, max_length)
+    rejected = encode(tokenizer, example.turns, example.b, example.b_stopped, max_length)
+    longest = max(len(chosen), len(rejected))
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "p_a": example.p_a, "length": longest}
+
+
+def starting_point(folder: Path, number: int, seed: int | None) -> Any:
+    """The scorer that an ensemble's member begins with: itself in the last checkpoint, or a fresh head of its own seed."""
+    trained = (folder / NORMALISATION).exists()
+    own = member_folder(folder, number)
+    if trained and own.exists():
+        return weights.load_scorer(own, trained=True)
     scorer = weights.load_scorer(folder)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed + number)
+        scale = scorer.config.get_text_config().initializer_range
+        fresh = torch.randn(scorer.score.weight.shape, generator=generator) * scale
+        scorer.score.weight.data.copy_(fresh)
+    return scorer
+
+
+def member_folder(folder: Path, number: int) -> Path:
+    """The first member is the checkpoint itself, the others lie in it."""
+    return folder / f"member-{number}" if number else folder
+
+
+def train_member(
+    scorer: Any,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    arguments: dict[str, Any],
+    centring: float,
+    lora_rank: int,
+    on_step: hf.OnStep,
+) -> tuple[Any, dict[str, float]]:
+    """Train one scorer through trl; returns it whole, adapters merged, and its metrics."""
+    torch.manual_seed(arguments["seed"])  # LoRA's first matrices
     pad = pad_for(scorer, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")])
     model = weights.with_lora(scorer, lora_rank, "SEQ_CLS", keep=["score"])
 
@@ -124,28 +248,16 @@ def train(
         return padded(sequences, pad) | {"p_a": torch.tensor([row["p_a"] for row in batch])}
 
     with tempfile.TemporaryDirectory() as output:
-        config = RewardConfig(
-            **hf.arguments(
-                output,
-                learning_rate=learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0),
-                epochs=epochs,
-                batch_size=batch_size,
-                seed=seed,
-                max_length=max_length,
-            ),
-            remove_unused_columns=False,
-        )
         trainer = SoftLabelTrainer(
             model=model,
-            args=config,
-            train_dataset=Dataset.from_list(rows),
+            args=RewardConfig(**hf.arguments(output, **arguments), remove_unused_columns=False),
+            train_dataset=Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             data_collator=collate,
         )
         trainer.centring = centring
         metrics = hf.run(trainer, on_step)
-    reward = RewardModel(weights.merged(trainer.model), tokenizer, max_length=max_length)
-    return reward, metrics | reward.normalise(examples)
+    return weights.merged(trainer.model), metrics
 
 
 def pad_for(model: Any, sequences: Sequence[Sequence[int]]) -> int:
@@ -155,69 +267,149 @@ def pad_for(model: Any, sequences: Sequence[Sequence[int]]) -> int:
     return int(config.pad_token_id)
 
 
-def load(folder: Path, max_length: int = 1024) -> RewardModel:
-    """A trained reward model with its frozen normalisation."""
-    kept = json.loads((folder / NORMALISATION).read_text())
-    return RewardModel(weights.load_scorer(folder), weights.load_tokenizer(folder), kept["mean"], kept["deviation"], max_length)
+@dataclass
+class Member:
+    """One scorer, and what its scores are normalised with."""
+
+    model: Any
+    mean: float = 0.0
+    deviation: float = 1.0
 
 
 @dataclass
 class RewardModel:
-    """Scores answers; `normalised` scores have mean 0 and deviation 1 over the labels it was trained on."""
+    """Scores answers; `normalised` scores have mean 0 and deviation 1 over the held-out labels of its last training."""
 
-    model: Any
+    members: list[Member]
     tokenizer: Any
+    variance_penalty: float = 0.0
     mean: float = 0.0
     deviation: float = 1.0
     max_length: int = 1024
+    hardware: weights.Hardware = field(default=weights.DEFAULT)
 
-    @torch.inference_mode()
     def score(self, texts: Sequence[tuple[Sequence[Turn], str, bool]]) -> list[float]:
-        """The raw score of each (turns, answer, stopped)."""
-        encoded = [encode(self.tokenizer, turns, text, stopped, self.max_length) for turns, text, stopped in texts]
-        self.model.eval()
-        pad = pad_for(self.model, encoded)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        scores = [0.0] * len(encoded)
-        for start in range(0, len(order), SCORE_ROWS):
-            chunk = order[start : start + SCORE_ROWS]
-            inputs = padded([encoded[i] for i in chunk], pad)
-            with weights.autocast():
-                logits = self.model(**{key: value.to(self.model.device) for key, value in inputs.items()}).logits
-            for i, value in zip(chunk, logits.squeeze(-1).float().tolist(), strict=True):
-                scores[i] = value
+        """The score of each (turns, answer, stopped), not yet normalised."""
+        scores: list[float] = self.combined(self.raw(texts)).tolist()
         return scores
 
     def normalised(self, scores: Sequence[float]) -> list[float]:
         return [(score - self.mean) / self.deviation for score in scores]
 
-    def normalise(self, examples: Sequence[PreferenceExample]) -> dict[str, float]:
-        """Freeze mean and deviation over the labelled texts, and say how well the scores agree with the labels."""
-        a = torch.tensor(self.score([(e.turns, e.a, e.a_stopped) for e in examples]))
-        b = torch.tensor(self.score([(e.turns, e.b, e.b_stopped) for e in examples]))
-        p = torch.tensor([e.p_a for e in examples])
-        both = torch.cat([a, b])
-        self.mean, self.deviation = float(both.mean()), float(both.std(correction=0))
-        if self.deviation < LEAST_DEVIATION:
-            raise EqualRewards(
-                "the reward model gives every text the same score",
-                f"the deviation over {len(both)} texts is {self.deviation:.1e}",
-                "it needs more labels, more epochs or a higher reward.learning_rate",
+    @torch.inference_mode()
+    def raw(self, texts: Sequence[tuple[Sequence[Turn], str, bool]]) -> torch.Tensor:
+        """Each member's own score of each text, (members, N)."""
+        encoded = [encode(self.tokenizer, turns, text, stopped, self.max_length) for turns, text, stopped in texts]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        scores = torch.zeros(len(self.members), len(encoded))
+        for number, member in enumerate(self.members):
+            member.model.eval()
+            pad = pad_for(member.model, encoded)
+            for start in range(0, len(order), SCORE_ROWS):
+                chunk = order[start : start + SCORE_ROWS]
+                inputs = padded([encoded[i] for i in chunk], pad)
+                with self.hardware.autocast():
+                    logits = member.model(**{key: value.to(member.model.device) for key, value in inputs.items()}).logits
+                scores[number, chunk] = logits.squeeze(-1).float().cpu()
+        return scores
+
+    def combined(self, raw: torch.Tensor) -> torch.Tensor:
+        """One score for each text (N,) from those of the members (members, N)."""
+        if len(self.members) == 1:
+            return raw[0]
+        mean, deviation = (torch.tensor([getattr(m, name) for m in self.members])[:, None] for name in ("mean", "deviation"))
+        own = (raw - mean) / deviation
+        return own.mean(0) - self.variance_penalty * own.var(0, correction=0)
+
+    def normalise(self, taught: Sequence[PreferenceExample], held_out: Sequence[PreferenceExample]) -> dict[str, float]:
+        """Freeze mean and deviation over the held-out texts, and say how well the scores agree with their labels.
+
+        A batch too small to spare enough labels is measured on all of them; the log says so.
+        """
+        measured = list(held_out)
+        if len(held_out) < LEAST_HELD_OUT:
+            log.warning(
+                "only %d labels could be held out: the reward model is measured on all, those it learned from too",
+                len(held_out),
             )
-        lengths = torch.tensor([float(len(text)) for e in examples for text in (e.a,)] + [float(len(e.b)) for e in examples])
-        predicted = torch.sigmoid(a - b)
-        return {
-            "train_accuracy": float(((a > b) == (p > 0.5)).float().mean()),
-            "train_brier": float(((predicted - p) ** 2).mean()),
-            "reward_mean": self.mean,
-            "reward_deviation": self.deviation,
-            "length_correlation": correlation(both, lengths),
+            measured = [*held_out, *taught]
+        texts = [(e.turns, e.a, e.a_stopped) for e in measured] + [(e.turns, e.b, e.b_stopped) for e in measured]
+        raw = self.raw(texts)
+        for member, scores in zip(self.members, raw, strict=True):
+            member.mean, member.deviation = float(scores.mean()), float(scores.std(correction=0))
+            refuse_equal(member.deviation, len(texts))
+        scores = self.combined(raw)
+        self.mean, self.deviation = float(scores.mean()), float(scores.std(correction=0))
+        refuse_equal(self.deviation, len(texts))
+        labels = torch.tensor([e.p_a for e in measured])
+        lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
+        metrics = agreement(raw, scores / self.deviation, labels, lengths)
+        return metrics | {
+            "reward/mean": self.mean,
+            "reward/deviation": self.deviation,
+            "reward/held_out": float(len(held_out)),
         }
 
     def save(self, folder: Path) -> None:
-        """Weights, tokenizer and normalisation."""
-        weights.saver(self.model, self.tokenizer)(folder)
-        (folder / NORMALISATION).write_text(json.dumps({"mean": self.mean, "deviation": self.deviation}))
+        """Weights of every member, tokenizer and normalisation."""
+        for number, member in enumerate(self.members):
+            place = member_folder(folder, number)
+            with weights.room(folder):
+                place.mkdir(exist_ok=True)
+            weights.saver(member.model, self.tokenizer)(place)
+        about = {
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "variance_penalty": self.variance_penalty,
+            "max_length": self.max_length,
+            "members": [[member.mean, member.deviation] for member in self.members],
+        }
+        with weights.room(folder):
+            (folder / NORMALISATION).write_text(json.dumps(about))
+
+
+def refuse_equal(deviation: float, texts: int) -> None:
+    if deviation < LEAST_DEVIATION:
+        raise EqualRewards(
+            "the reward model gives every text the same score",
+            f"the deviation over {texts} texts is {deviation:.1e}",
+            "it needs more labels, more epochs or a higher reward.learning_rate",
+        )
+
+
+def agreement(raw: torch.Tensor, scores: torch.Tensor, p: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
+    """How scores agree with the labels `p` (N,). `raw` (members, 2N), `scores` and `lengths` (2N,): all A, then all B.
+
+    Brier score and expected calibration error are of the mean over members of s(rA - rB), against the soft label. Pairs
+    without a preference (p = 0.5) count in neither accuracy.
+    """
+    a, b = scores.chunk(2)
+    raw_a, raw_b = raw.chunk(2, dim=1)
+    predicted = torch.sigmoid(raw_a - raw_b).mean(0)
+    longer = lengths.chunk(2)[0] - lengths.chunk(2)[1]
+    preferred = torch.sign(p - 0.5)
+    decided = preferred != 0
+    return {
+        "reward/accuracy": share(((a - b) * preferred > 0)[decided]),
+        "reward/length_accuracy": share((longer * preferred > 0)[decided]),
+        "reward/margin": float(((a - b) * preferred).mean()),
+        "reward/brier": float(((predicted - p) ** 2).mean()),
+        "reward/ece": calibration_error(predicted, p),
+        "reward/length_correlation": correlation(scores, lengths),
+        "reward/disagreement": float(raw.std(0, correction=0).mean()),
+    }
+
+
+def share(held: torch.Tensor) -> float:
+    """The share of true entries; 0 of none."""
+    return float(held.float().mean()) if len(held) else 0.0
+
+
+def calibration_error(predicted: torch.Tensor, p: torch.Tensor) -> float:
+    """Expected calibration error: |mean prediction - mean label| over bins of equal width, weighted by their size."""
+    bins = (predicted * BINS).long().clamp(max=BINS - 1)
+    gaps = [(predicted[bins == b] - p[bins == b]).sum().abs() for b in range(BINS)]
+    return float(sum(gaps)) / len(p)
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -225,3 +417,22 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
     return float((x * y).sum()) / scale if scale > 0 else 0.0
+
+
+def load(folder: Path, hardware: weights.Hardware = weights.DEFAULT) -> RewardModel:
+    """A trained reward model with its frozen normalisation; raises UsageError when the folder holds none."""
+    try:
+        kept = json.loads((folder / NORMALISATION).read_text())
+        frozen = [(float(mean), float(deviation)) for mean, deviation in kept["members"]]
+        mean, deviation, penalty = (float(kept[key]) for key in ("mean", "deviation", "variance_penalty"))
+        max_length = int(kept["max_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder} holds no whole reward model",
+            f"its {NORMALISATION} cannot be read: {error}",
+            "restore the folder from a copy, or train anew: charter train --phase reward",
+        ) from error
+    members = [
+        Member(weights.load_scorer(member_folder(folder, number), trained=True), *own) for number, own in enumerate(frozen)
+    ]
+    return RewardModel(members, weights.load_tokenizer(folder), penalty, mean, deviation, max_length, hardware)

@@ -50,6 +50,7 @@ def train(
     batch_size: int = 8,
     lora_rank: int = 0,
     max_length: int = 1024,
+    hardware: weights.Hardware = weights.DEFAULT,
     seed: int = 0,
     on_step: hf.OnStep = hf.ignore,
 ) -> tuple[Any, Any, dict[str, float]]:
@@ -68,6 +69,7 @@ def train(
                 batch_size=batch_size,
                 seed=seed,
                 max_length=max_length,
+                hardware=hardware,
             ),
             dataset_kwargs={"skip_prepare_dataset": True},
         )
