@@ -10,36 +10,51 @@ Where this departs from the papers, and why:
 
  1. The answers are those the stream generated, with their own behaviour log-probabilities; nothing is sampled here. They
     may be a few policy versions old, so the proximal log-probabilities are computed afresh with the present policy and each
-    token is weighted with min(pi_prox / pi_behaviour, 2) (truncated importance sampling; decoupled PPO).
+    token is weighted with min(pi_prox / pi_behaviour, 2) (truncated importance sampling; decoupled PPO). They are computed
+    for fresh answers too: a server samples in another arithmetic than the one we train in.
  2. Scores are centred over the batch before they are handed out: a reward that is the same everywhere teaches nothing.
  3. Advantages are whitened over the batch only when they vary; noise is never scaled up to a signal.
- 4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model.
+ 4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model. It goes on from
+    one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5.
  5. No entropy bonus, no dropout, gamma 1: an answer is judged once, at its end.
- 6. beta adapts to a KL target in nats per sequence; a negative estimate never lowers it. The phase stops hard when the KL to
-    the reference, or to the very first model, passes a limit. It is estimated for the policy of the moment from answers that
-    the proximal one sampled, so each token is weighted with pi / pi_prox.
- 7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token.
+ 6. beta adapts to a KL target in nats per sequence, once for each update (Ziegler's K = 0.1); a negative estimate never
+    lowers it. A step that would begin past a limit of the KL to the reference, or to the very first model, is not made, and
+    ends the update. That KL is estimated for the policy of the moment from answers that the proximal one sampled, so each
+    token is weighted with pi / pi_prox.
+ 7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
+    causal model never looks, so attention needs no mask.
+ 8. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
+    language models; the papers' expectation is over time steps of any length.
+ 9. Adam starts afresh with each update; its moments would be twice the weights on disk.
+10. An answer that was cut at the length limit loses `missing_eos_penalty`, but not when most of them were cut: the limit is
+    to blame then, and the penalty would teach brevity instead of an end.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from engine.errors import UsageError
 from trainer import weights
-from trainer.hf import OnStep, ignore
+from trainer.hf import OnStep, ignore, require_finite
 from trainer.sft import IGNORED
+from trainer.weights import Hardware
 
-MICRO_ROWS = 4  # rows in one forward and backward pass: bounds the memory of (rows, tokens, vocabulary) logits
+log = logging.getLogger("charter.trainer")
 IMPORTANCE_CAP = 2.0
 LEAST_DEVIATION = 1e-4
 MAX_GRAD_NORM = 1.0
+LEAST_VALUE_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would learn next to nothing
+MOSTLY_CUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,14 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def logprobs_from_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log p(token) from logits (B, T, V) and tokens (B, T)."""
+    """log p(token) from logits (..., V) and tokens (...)."""
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    """-sum p log p in nats, from logits (..., V)."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(-1)
 
 
 def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
@@ -110,7 +131,7 @@ def token_rewards(
 ) -> torch.Tensor:
     """-beta * kl on every token, and the score (B,) on the last one."""
     rewards = -beta * kl * mask
-    rewards[torch.arange(len(lengths)), lengths - 1] += scores
+    rewards[torch.arange(len(lengths), device=rewards.device), lengths - 1] += scores
     return rewards
 
 
@@ -183,83 +204,115 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 class Actor(torch.nn.Module):
     """The policy, and a linear value head on its last hidden state."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT) -> None:
         super().__init__()
-        self.policy = policy
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        self.policy, self.hardware = weights.prepare(policy, hardware), hardware
+        base = policy.get_base_model() if weights.adapted(policy) else policy
         self.trunk = getattr(base, base.base_model_prefix)
-        self.head = base.get_output_embeddings()
-        self.value = torch.nn.Linear(base.config.get_text_config().hidden_size, 1)
+        self.output = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.value = torch.nn.Linear(config.hidden_size, 1, device=base.device)
         torch.nn.init.zeros_(self.value.weight)
         torch.nn.init.zeros_(self.value.bias)
+        self.require_plain_output(base)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (B, T, H) of right-padded ids (B, T)."""
+        states: torch.Tensor = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (..., V)."""
+        logits: torch.Tensor = self.output(hidden).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def forward(self, batch: Padded, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of the answer tokens, values before each of them, and entropies: all (B, T_answer)."""
-        hidden = self.trunk(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).last_hidden_state
-        # Only the places that predict answer tokens go through the (large) output layer.
-        index = batch.before[..., None].expand(-1, -1, hidden.shape[-1])
-        hidden = hidden.gather(1, index)
-        logits = self.head(hidden).float() / batch.temperature[:, None, None]
-        logp = logprobs_from_logits(logits, batch.tokens) * batch.mask
-        values = self.value(hidden.float())[..., 0] * batch.mask
-        spread = torch.zeros_like(logp)
-        if entropy:
-            with torch.no_grad():
-                spread = torch.distributions.Categorical(logits=logits).entropy() * batch.mask
-        return logp, values, spread
+        # Only the places that predict answer tokens go through the (large) output layer: N = all answer tokens.
+        kept = batch.mask.bool()
+        row, place = kept.nonzero(as_tuple=True)
+        hidden = self.hidden(batch.ids)[row, batch.before[row, place]]
+        logits = self.logits(hidden) / batch.temperature[row, None]
+        logp = logprobs_from_logits(logits, batch.tokens[row, place])
+        with torch.no_grad():
+            spread = entropies(logits) if entropy else torch.zeros_like(logp)
+        # Not as a matrix product, which autocast would round to bf16: values are regressed on, three digits are too few.
+        values = (hidden.float() * self.value.weight[0]).sum(-1) + self.value.bias
+
+        def spread_out(of_tokens: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(batch.mask).masked_scatter(kept, of_tokens)
+
+        return spread_out(logp), spread_out(values), spread_out(spread)
+
+    @torch.no_grad()
+    def require_plain_output(self, base: Any) -> None:
+        """Raise UsageError for a model that does more to its logits than we know of: every probability would be wrong."""
+        ids = torch.tensor([[1, 2, 3]], device=base.device)
+        if not torch.allclose(self.logits(self.hidden(ids)), base(input_ids=ids, use_cache=False).logits.float(), atol=1e-3):
+            raise UsageError(
+                f"PPO cannot train a {base.config.model_type}",
+                "its logits are not those of its output layer alone",
+                "choose another models.policy",
+            )
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Rollouts as right-padded tensors: ids and attention (B, T); tokens, mask and `before` (B, T_answer)."""
+    """Rollouts as right-padded tensors: ids (B, T); tokens, mask and `before` (B, T_answer); temperature (B,)."""
 
     ids: torch.Tensor
-    attention: torch.Tensor
     tokens: torch.Tensor
     mask: torch.Tensor
     before: torch.Tensor  # the position whose output predicts each answer token
     temperature: torch.Tensor
 
 
-def pad(rollouts: Sequence[Rollout], width: int, device: str) -> Padded:
+def pad(rollouts: Sequence[Rollout], width: int, device: torch.device | str) -> Padded:
     """Tensors of some rollouts; `width` is T_answer."""
-    longest = max(len(r.prompt_token_ids) + len(r.token_ids) for r in rollouts)
-    ids, attention = (torch.zeros(len(rollouts), longest, dtype=torch.long) for _ in range(2))
+    longest = max(length_of(r) for r in rollouts)
+    ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
     tokens, before = (torch.zeros(len(rollouts), width, dtype=torch.long) for _ in range(2))
     mask = torch.zeros(len(rollouts), width)
     for row, rollout in enumerate(rollouts):
         start, count = len(rollout.prompt_token_ids), len(rollout.token_ids)
         ids[row, : start + count] = torch.tensor([*rollout.prompt_token_ids, *rollout.token_ids])
-        attention[row, : start + count] = 1
         tokens[row, :count] = torch.tensor(rollout.token_ids)
         before[row, :count] = torch.arange(start - 1, start + count - 1)
         mask[row, :count] = 1.0
     temperature = torch.tensor([r.temperature for r in rollouts])
-    return Padded(*(x.to(device) for x in (ids, attention, tokens, mask, before, temperature)))
+    return Padded(*(x.to(device) for x in (ids, tokens, mask, before, temperature)))
+
+
+def length_of(rollout: Rollout) -> int:
+    return len(rollout.prompt_token_ids) + len(rollout.token_ids)
+
+
+def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> list[list[int]]:
+    """Rows of similar length together, so that little is padded."""
+    order = sorted(rows, key=lambda i: length_of(rollouts[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 @torch.no_grad()
 def evaluate(actor: Actor, rollouts: Sequence[Rollout], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and values of all rollouts (N, width), computed in small batches of similar length."""
-    device = next(actor.parameters()).device
+    device = actor.value.weight.device
     logp = torch.zeros(len(rollouts), width, device=device)
     values = torch.zeros_like(logp)
-    for rows in micro_batches(rollouts, range(len(rollouts)), 2 * MICRO_ROWS):
-        with weights.autocast():
-            some_logp, some_values, _ = actor(pad([rollouts[i] for i in rows], width, str(device)))
+    for rows in micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_rows):
+        with actor.hardware.autocast():
+            some_logp, some_values, _ = actor(pad([rollouts[i] for i in rows], width, device))
         logp[rows], values[rows] = some_logp, some_values
     return logp, values
 
 
-def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of similar length together, so that little is padded."""
-    order = sorted(rows, key=lambda i: len(rollouts[i].prompt_token_ids) + len(rollouts[i].token_ids))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+# One update: what is fixed at its start, and the steps.
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What stays fixed during a phase, (N, T) each: see the module's docstring."""
+    """What stays fixed during an update, (N, T) each: see the module's docstring."""
 
     prox: torch.Tensor
     reference: torch.Tensor
@@ -280,9 +333,9 @@ def prepare(
     first: torch.Tensor | None,
     p: Hyperparameters,
 ) -> Targets:
-    """Rewards, advantages and importance weights of a phase."""
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts])
-    mask = (torch.arange(prox.shape[1])[None] < lengths[:, None]).float().to(prox.device)
+    """Rewards, advantages and importance weights of an update."""
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=prox.device)
+    mask = (torch.arange(prox.shape[1], device=prox.device)[None] < lengths[:, None]).float()
     behaviour = torch.zeros_like(prox)
     for row, rollout in enumerate(rollouts):
         behaviour[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
@@ -292,6 +345,26 @@ def prepare(
     advantages, returns = gae(rewards, old_values, mask, p.gae_gamma, p.gae_lambda)
     importance = torch.exp((prox - behaviour) * mask).clamp(max=IMPORTANCE_CAP) * mask
     return Targets(prox, reference, first, old_values, importance, whiten(advantages, mask), returns, mask)
+
+
+def without_penalty_if_mostly_cut(p: Hyperparameters, rollouts: Sequence[Rollout]) -> Hyperparameters:
+    """No missing-EOS penalty where most answers were cut at the limit; the log says so."""
+    cut = sum(not r.stopped for r in rollouts) / len(rollouts)
+    if not p.missing_eos_penalty or cut <= MOSTLY_CUT:
+        return p
+    log.warning(
+        "no missing-EOS penalty in this update: %.0f %% of its answers were cut at the limit (respond.max_tokens)", 100 * cut
+    )
+    return replace(p, missing_eos_penalty=0.0)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The policy after an update, and how it is saved: whole, with what the next update goes on from (`weights.RL`)."""
+
+    policy: Any
+    tokenizer: Any
+    save: Callable[[Path], None]
 
 
 def train(
@@ -304,43 +377,68 @@ def train(
     first_folder: Path | None = None,
     sl_rows: Sequence[dict[str, list[int]]] = (),
     lora_rank: int = 0,
+    hardware: Hardware = weights.DEFAULT,
     seed: int = 0,
     on_step: OnStep = ignore,
-) -> tuple[Any, Any, dict[str, float]]:
-    """One PPO phase on scored rollouts; returns (policy, tokenizer, metrics).
+) -> tuple[Learned, dict[str, float]]:
+    """One PPO update on scored rollouts; returns the policy and metrics.
 
     `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) turn on the combined
-    objective. The metrics hold `stopped_early` = 1 when a KL limit ended the phase.
+    objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit ended the update. Raises
+    CannotLearn when a number is not finite, UsageError for folders that do not belong together.
     """
     torch.manual_seed(seed)
-    tokenizer = weights.load_tokenizer(policy_folder)
-    actor = Actor(weights.with_lora(weights.load_policy(policy_folder), lora_rank, "CAUSAL_LM"))
-    actor.to(weights.device()).eval()  # eval: no dropout, so that ratios start at one
+    weights.require_kin(policy_folder, reference_folder, "the reference policy")
+    p = without_penalty_if_mostly_cut(p, rollouts)
     width = max(len(r.token_ids) for r in rollouts)
+    # The other models are read, asked and let go before the policy is loaded: one set of weights in memory at any time.
+    same = policy_folder == reference_folder
+    first = None if first_folder is None else logprobs_under(first_folder, rollouts, width, hardware)
+    reference = None
+    if not same and not (lora_rank and weights.adapter_is_on(policy_folder, reference_folder)):
+        reference = logprobs_under(reference_folder, rollouts, width, hardware)
+    policy, off_is_reference = weights.load_for_rl(policy_folder, reference_folder, lora_rank)
+    actor = Actor(policy, hardware)
+    if kept := weights.load_value(policy_folder):
+        actor.value.load_state_dict(kept)
     prox, old_values = evaluate(actor, rollouts, width)
-    reference = prox if reference_folder == policy_folder else other_logprobs(reference_folder, rollouts, width)
-    first = None if first_folder is None else other_logprobs(first_folder, rollouts, width)
+    if reference is None:
+        reference = prox if same else reference_logprobs(actor, rollouts, width)
     targets = prepare(rollouts, scores, prox, old_values, reference, first, p)
     metrics = optimise(actor, rollouts, targets, p, sl_rows, seed, lora_rank, on_step)
-    kl = float(((kl_k1(prox, reference) * targets.mask).sum(-1)).mean())
-    return (
-        actor.policy,
-        tokenizer,
-        metrics
-        | {
-            "beta": adapted_beta(p.beta, kl, p.kl_target),
-            "kl_rollouts": kl,
-            "reward_mean": sum(scores) / len(scores),
-            "rollouts": float(len(rollouts)),
-            "importance_mean": float(masked_mean(targets.importance, targets.mask)),
-        },
-    )
+    tokenizer = weights.load_tokenizer(policy_folder)
+    save = weights.rl_saver(policy, tokenizer, actor.value.state_dict(), reference_folder if off_is_reference else None)
+    return Learned(policy, tokenizer, save), metrics | summary(rollouts, scores, targets, p)
 
 
-def other_logprobs(folder: Path, rollouts: Sequence[Rollout], width: int) -> torch.Tensor:
-    """Log-probabilities under another model, which is loaded for this and let go."""
-    other = Actor(weights.load_policy(folder)).to(weights.device()).eval()
-    return evaluate(other, rollouts, width)[0]
+def reference_logprobs(actor: Actor, rollouts: Sequence[Rollout], width: int) -> torch.Tensor:
+    """Log-probabilities (N, width) of the policy without its adapter."""
+    with weights.adapter_off(actor.policy):
+        return evaluate(actor, rollouts, width)[0]
+
+
+def logprobs_under(folder: Path, rollouts: Sequence[Rollout], width: int, hardware: Hardware) -> torch.Tensor:
+    """Log-probabilities (N, width) under another model, which is loaded for this and let go."""
+    actor = Actor(weights.load_policy(folder), hardware)
+    logp = evaluate(actor, rollouts, width)[0]
+    del actor
+    gc.collect()
+    return logp
+
+
+def summary(rollouts: Sequence[Rollout], scores: Sequence[float], t: Targets, p: Hyperparameters) -> dict[str, float]:
+    """What an update says of its rollouts, and the next update's beta."""
+    kl = float((kl_k1(t.prox, t.reference) * t.mask).sum(-1).mean())
+    return {
+        "beta": adapted_beta(p.beta, kl, p.kl_target),
+        "kl_rollouts": kl,
+        "reward_mean": sum(scores) / len(scores),
+        "rollouts": float(len(rollouts)),
+        "cut_share": sum(not r.stopped for r in rollouts) / len(rollouts),
+        "missing_eos_penalty": p.missing_eos_penalty,
+        "importance_mean": float(masked_mean(t.importance, t.mask)),
+        "answer_tokens": float(t.mask.sum()),
+    }
 
 
 def optimise(
@@ -353,13 +451,11 @@ def optimise(
     lora_rank: int,
     on_step: OnStep,
 ) -> dict[str, float]:
-    """Epochs of minibatches; returns the last step's metrics."""
-    rate = p.learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0)
-    trained = [parameter for parameter in actor.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    shuffle, step, metrics = random.Random(seed), 0, {}
+    """Epochs of minibatches; returns the means of the last epoch's metrics."""
+    trained, optimizer = optimizer_of(actor, p, lora_rank)
+    shuffle, step, epoch = random.Random(seed), 0, [dict[str, float]()]
     for _ in range(p.epochs):
-        order = list(range(len(rollouts)))
+        order, epoch = list(range(len(rollouts))), []
         shuffle.shuffle(order)
         for start in range(0, len(order), p.batch_size):
             rows = order[start : start + p.batch_size]
@@ -368,14 +464,26 @@ def optimise(
                 chosen = [sl_rows[(start + i) % len(sl_rows)] for i in range(len(rows))]
                 metrics["sl_loss"] = sl_gradients(actor, chosen)
             metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
+            require_finite(step + 1, metrics)
+            metrics["stopped_early"] = float(metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop)
+            if metrics["stopped_early"]:
+                on_step(step + 1, metrics)
+                return metrics | {"steps": float(step)}
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            metrics["stopped_early"] = float(metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop)
             on_step(step, metrics)
-            if metrics["stopped_early"]:
-                return metrics | {"steps": float(step)}
-    return metrics | {"steps": float(step)}
+            epoch.append(metrics)
+    return {name: sum(m[name] for m in epoch) / len(epoch) for name in epoch[0]} | {"steps": float(step)}
+
+
+def optimizer_of(actor: Actor, p: Hyperparameters, lora_rank: int) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """Adam over the policy and the value head."""
+    policy = [parameter for parameter in actor.policy.parameters() if parameter.requires_grad]
+    head = list(actor.value.parameters())
+    rate = p.learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0)
+    groups = [{"params": policy, "lr": rate}, {"params": head, "lr": max(rate, LEAST_VALUE_RATE)}]
+    return [*policy, *head], torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def rl_gradients(
@@ -385,10 +493,10 @@ def rl_gradients(
     tokens = float(t.mask[list(rows)].sum())
     sums: dict[str, float] = {}
     ratios = []
-    for some in micro_batches(rollouts, rows, MICRO_ROWS):
+    for some in micro_batches(rollouts, rows, actor.hardware.micro_rows):
         mask = t.mask[some]
-        with weights.autocast():
-            logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], str(mask.device)), entropy=True)
+        with actor.hardware.autocast():
+            logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], mask.device), entropy=True)
         policy, clipped = clipped_policy_loss(logp, t.prox[some], t.advantages[some], t.importance[some], p.clip)
         value = clipped_value_loss(values, t.old_values[some], t.returns[some], p.value_clip)
         loss = ((policy + p.value_coefficient * value) * mask).sum() / tokens
@@ -403,11 +511,10 @@ def rl_gradients(
             "clipfrac": clipped,
             "kl_ref_per_token": kl_of_policy(new, t.reference[some], t.prox[some]),
         }
+        if t.first is not None:
+            parts["kl_first"] = kl_of_policy(new, t.first[some], t.prox[some])
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
-        if t.first is not None:
-            kl_first = kl_of_policy(new, t.first[some], t.prox[some])
-            sums["kl_first"] = sums.get("kl_first", 0.0) + float((kl_first * mask).sum())
     metrics = {name: value / tokens for name, value in sums.items() if name != "kl_first"}
     metrics["kl_ref"] = sums["kl_ref_per_token"] / len(rows)
     if "kl_first" in sums:
@@ -421,10 +528,9 @@ def rl_gradients(
 def sl_gradients(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> float:
     """Accumulate the gradients of the supervised loss (token mean) of one minibatch; returns the loss."""
     tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    total = 0.0
-    for start in range(0, len(rows), MICRO_ROWS):
-        some = rows[start : start + MICRO_ROWS]
-        loss = sl_loss(actor, some) / max(1, tokens)
+    total, size = 0.0, actor.hardware.micro_rows
+    for start in range(0, len(rows), size):
+        loss = sl_loss(actor, rows[start : start + size]) / max(1, tokens)
         loss.backward()
         total += float(loss.detach())
     return total
@@ -433,16 +539,13 @@ def sl_gradients(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> float:
 def sl_loss(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
     """Summed negative log-likelihood of the labels."""
     longest = max(len(row["input_ids"]) for row in rows)
-    device = next(actor.parameters()).device
+    device = actor.value.weight.device
 
     def tensor(key: str, filler: int) -> torch.Tensor:
         return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows], device=device)
 
-    ids, labels = tensor("input_ids", 0), tensor("labels", IGNORED)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
-    attention = (torch.arange(longest, device=device)[None] < lengths[:, None]).long()
-    with weights.autocast():
-        hidden = actor.trunk(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1]
-        kept = labels[:, 1:] != IGNORED
-        logits = actor.head(hidden[kept])
-    return F.cross_entropy(logits.float(), labels[:, 1:][kept], reduction="sum")
+    ids, labels = tensor("input_ids", 0), tensor("labels", IGNORED)[:, 1:]
+    kept = labels != IGNORED
+    with actor.hardware.autocast():
+        logits = actor.logits(actor.hidden(ids)[:, :-1][kept])
+    return F.cross_entropy(logits, labels[kept], reduction="sum")

@@ -2,10 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from engine import checkpoints
+from engine.errors import CannotLearn, UsageError
 from engine.models.local import LocalModel
 from engine.models.port import Ask
 from schemas.records import Turn
@@ -161,18 +165,14 @@ def frequency(rollouts, token):
 FAST = Hyperparameters(learning_rate=3e-3, epochs=2, batch_size=16, beta=0.0)
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """No autocast: tiny models are compared in fp32."""
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(weights, "autocast", nullcontext)
+EXACT = weights.Hardware(precision="fp32")  # tiny models are compared in fp32
+train = partial(ppo.train, hardware=EXACT)
 
 
-def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny, exact):
+def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny):
     rollouts = sample(tiny, 8, 1)
     steps = []
-    ppo.train(
+    train(
         tiny, tiny, rollouts, [random.Random(0).gauss(0, 1) for _ in rollouts],
         Hyperparameters(epochs=1, batch_size=8), first_folder=tiny, on_step=lambda n, m: steps.append(m),
     )  # fmt: skip
@@ -182,33 +182,33 @@ def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny, exact):
     assert first["kl_first"] == pytest.approx(0, abs=1e-8)
 
 
-def test_the_reward_rises_where_there_is_one_to_learn(tiny, exact, tmp_path):
+def test_the_reward_rises_where_there_is_one_to_learn(tiny, tmp_path):
     token, folder = letter(tiny), tiny
     before = frequency(sample(folder, 128, 99), token)
     for round_number in range(6):
         rollouts = sample(folder, 64, round_number)
         scores = [10 * r.token_ids.count(token) / len(r.token_ids) for r in rollouts]
-        policy, tokenizer, _ = ppo.train(folder, folder, rollouts, scores, FAST, seed=round_number)
+        learned, _ = train(folder, folder, rollouts, scores, FAST, seed=round_number)
         folder = tmp_path / f"round-{round_number}"
-        weights.saver(policy, tokenizer)(folder)
+        checkpoints.write(folder, learned.save, {})
     after = frequency(sample(folder, 128, 99), token)
     assert after > before + 0.2, (before, after)
 
 
-def test_a_constant_reward_teaches_nothing(tiny, exact):
+def test_a_constant_reward_teaches_nothing(tiny):
     rollouts = sample(tiny, 32, 3)
-    policy, _, metrics = ppo.train(tiny, tiny, rollouts, [1.7] * 32, FAST)
+    learned, metrics = train(tiny, tiny, rollouts, [1.7] * 32, FAST)
     start = weights.load_policy(tiny)
-    for (name, parameter), old in zip(policy.named_parameters(), start.parameters(), strict=True):
+    for (name, parameter), old in zip(learned.policy.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(parameter, old), name
     assert metrics["kl_ref"] == pytest.approx(0, abs=1e-8)
 
 
-def test_the_hard_stop_ends_a_phase_that_runs_away(tiny, exact):
+def test_the_hard_stop_ends_a_phase_that_runs_away(tiny):
     rollouts = sample(tiny, 32, 4)
     scores = [random.Random(n).gauss(0, 5) for n in range(32)]
     hyper = Hyperparameters(learning_rate=3e-2, epochs=10, batch_size=32, kl_stop=0.5)
-    _, _, metrics = ppo.train(tiny, tiny, rollouts, scores, hyper)
+    _, metrics = train(tiny, tiny, rollouts, scores, hyper)
     assert metrics["stopped_early"] == 1.0 and metrics["steps"] < 10 and metrics["kl_ref"] > 0.5
 
 
@@ -222,8 +222,8 @@ def test_stale_rollouts_are_weighted_and_capped(tiny):
     assert kept.tolist() == pytest.approx([math.exp(-1)] * len(kept), abs=1e-5)
 
 
-def test_masks_come_from_lengths_although_pad_is_the_end_token(tiny, exact):
-    actor = ppo.Actor(weights.load_policy(tiny)).eval()
+def test_masks_come_from_lengths_although_pad_is_the_end_token(tiny):
+    actor = ppo.Actor(weights.load_policy(tiny), EXACT)
     end = weights.load_tokenizer(tiny).eos_token_id
     short, long = (
         Rollout((1, 5, 6), (7, end), (0.0,) * 2, True, 0, "a"),
@@ -234,25 +234,120 @@ def test_masks_come_from_lengths_although_pad_is_the_end_token(tiny, exact):
     assert together[0, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5) and together[0, 2:].tolist() == [0, 0]
 
 
-def test_the_combined_objective_adds_the_supervised_gradient(tiny, exact):
+def test_the_combined_objective_adds_the_supervised_gradient(tiny):
     rollouts = sample(tiny, 8, 6)
     row = {"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}
     hyper = Hyperparameters(epochs=1, batch_size=8, alpha=0.0, learning_rate=1e-2)
-    policy, _, metrics = ppo.train(tiny, tiny, rollouts, list(range(8)), hyper, sl_rows=[row])
-    before, after = (ppo.sl_loss(ppo.Actor(p), [row]).item() for p in (weights.load_policy(tiny), policy))
+    learned, metrics = train(tiny, tiny, rollouts, list(range(8)), hyper, sl_rows=[row])
+    before, after = (ppo.sl_loss(ppo.Actor(p, EXACT), [row]).item() for p in (weights.load_policy(tiny), learned.policy))
     assert metrics["sl_loss"] == pytest.approx(before / 3, abs=1e-4) and after < before
 
 
-def test_lora_starts_at_the_reference_and_merges(tiny, exact, tmp_path):
+def test_lora_starts_at_the_reference_and_merges(tiny, tmp_path):
     rollouts = sample(tiny, 8, 7)
     adapted = weights.with_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
-    actor = ppo.Actor(adapted).eval()
+    actor = ppo.Actor(adapted, EXACT)
     on, _ = ppo.evaluate(actor, rollouts, 8)
     with adapted.disable_adapter():
         off, _ = ppo.evaluate(actor, rollouts, 8)
     assert torch.allclose(on, off, atol=1e-6)
-    policy, tokenizer, _ = ppo.train(tiny, tiny, rollouts, list(range(8)), FAST, lora_rank=4)
-    weights.saver(policy, tokenizer)(tmp_path / "merged")
+    learned, _ = train(tiny, tiny, rollouts, list(range(8)), FAST, lora_rank=4)
+    checkpoints.write(tmp_path / "merged", learned.save, {})
     merged = weights.load_policy(tmp_path / "merged")
     changed = [n for n, p in merged.named_parameters() if not torch.equal(p, weights.load_policy(tiny).get_parameter(n))]
     assert changed and not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_with_lora_every_update_of_a_phase_starts_from_the_reference_and_its_adapter(tiny, tmp_path, monkeypatch):
+    """Adapter on is the served policy, adapter off the reference, and its weights are the only ones that are read."""
+    rollouts = sample(tiny, 16, 8)
+    learned, _ = train(tiny, tiny, rollouts, list(range(16)), FAST, lora_rank=4)
+    second = checkpoints.write(tmp_path / "second", learned.save, {}).folder
+    assert not (second / "rl" / "README.md").exists()
+    policy, off_is_reference = weights.load_for_rl(second, tiny, 4)
+    assert off_is_reference
+    actor = ppo.Actor(policy, EXACT)
+    on, (off, _) = ppo.evaluate(actor, rollouts, 8)[0], ppo.evaluate(ppo.Actor(weights.load_policy(tiny), EXACT), rollouts, 8)
+    served, _ = ppo.evaluate(ppo.Actor(weights.load_policy(second), EXACT), rollouts, 8)
+    assert torch.allclose(on, served, atol=1e-5) and not torch.allclose(on, off, atol=1e-3)
+    assert torch.allclose(ppo.reference_logprobs(actor, rollouts, 8), off, atol=1e-6)
+    read, load = [], weights.load_policy
+    monkeypatch.setattr(weights, "load_policy", lambda folder: read.append(folder) or load(folder))
+    steps = []
+    learned, _ = train(second, tiny, rollouts, list(range(16)), FAST, lora_rank=8, on_step=lambda n, m: steps.append(m))
+    assert read == [tiny]
+    kl = (torch.expm1(off - on) - (off - on)).sum(-1).mean().item()
+    assert steps[0]["ratio_max"] == pytest.approx(1, abs=1e-5) and len(steps) == 2
+    assert steps[0]["kl_ref"] == pytest.approx(kl, rel=1e-3) and kl > 1e-4
+    third = checkpoints.write(tmp_path / "third", learned.save, {}).folder
+    assert weights.adapter_is_on(third, tiny) and not weights.adapter_is_on(third, second)
+    assert learned.policy.peft_config["default"].r == 4  # the rank of the phase, not the new setting
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_policy_that_is_not_an_adapter_on_the_reference_is_held_to_it_all_the_same(tiny, tmp_path, lora_rank):
+    """Full training, and a change to LoRA in the middle of a phase: the reference is read, asked and let go first."""
+    rollouts = sample(tiny, 16, 9)
+    learned, _ = train(tiny, tiny, rollouts, list(range(16)), FAST)
+    second = checkpoints.write(tmp_path / "second", learned.save, {}).folder
+    steps = []
+    _, metrics = train(second, tiny, rollouts, list(range(16)), FAST, lora_rank=lora_rank, on_step=lambda n, m: steps.append(m))
+    on, off = (ppo.evaluate(ppo.Actor(weights.load_policy(f), EXACT), rollouts, 8)[0] for f in (second, tiny))
+    assert steps[0]["kl_ref"] == pytest.approx((torch.expm1(off - on) - (off - on)).sum(-1).mean().item(), rel=1e-3)
+    assert metrics["kl_rollouts"] == pytest.approx((on - off).sum(-1).mean().item(), rel=1e-3, abs=1e-5)
+
+
+def test_the_value_head_goes_on_within_a_phase(tiny, tmp_path):
+    rollouts = sample(tiny, 16, 10)
+    learned, _ = train(tiny, tiny, rollouts, [4.0 * (n % 2) for n in range(16)], FAST)
+    second = checkpoints.write(tmp_path / "second", learned.save, {}).folder
+    head = weights.load_value(second)
+    assert head["weight"].abs().max() > 0
+    seen = []
+    evaluate = ppo.evaluate
+    ppo_values = lambda actor, *more: seen.append(actor.value.weight.clone()) or evaluate(actor, *more)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "evaluate", ppo_values)
+        train(second, second, rollouts, [0.0, 1.0] * 8, FAST)
+    assert torch.equal(seen[0], head["weight"])
+    assert weights.load_value(tiny) is None
+
+
+def test_gradient_checkpointing_and_smaller_passes_change_nothing_but_rounding(tiny):
+    rollouts, results = sample(tiny, 8, 11), []
+    for hardware, rank in [(EXACT, r) for r in (0, 4)] + [
+        (weights.Hardware(micro_rows=3, checkpointing=True, precision="fp32"), r) for r in (0, 4)
+    ]:
+        _, metrics = train(tiny, tiny, rollouts, list(range(8)), FAST, lora_rank=rank, hardware=hardware)
+        results.append(metrics)
+    for plain, thrifty in zip(results[:2], results[2:], strict=True):
+        for name in ("policy_loss", "value_loss", "grad_norm", "kl_ref", "entropy"):
+            assert thrifty[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name
+
+
+def test_the_missing_eos_penalty_is_off_where_most_answers_are_cut(tiny, caplog):
+    rollouts = sample(tiny, 8, 12, max_tokens=2)
+    hyper = Hyperparameters(epochs=1, missing_eos_penalty=3.0)
+    mostly_cut = [replace(r, stopped=n < 2) for n, r in enumerate(rollouts)]
+    _, metrics = train(tiny, tiny, mostly_cut, [1.0] * 8, hyper)
+    assert metrics["missing_eos_penalty"] == 0.0 and metrics["cut_share"] == 0.75 and metrics["grad_norm"] == 0.0
+    assert "no missing-EOS penalty in this update: 75 %" in caplog.text
+    mostly_ended = [replace(r, stopped=n > 2) for n, r in enumerate(rollouts)]
+    _, metrics = train(tiny, tiny, mostly_ended, [1.0] * 8, hyper)
+    assert metrics["missing_eos_penalty"] == 3.0 and metrics["grad_norm"] > 0
+
+
+def test_an_update_that_runs_away_is_an_error(tiny):
+    rollouts = sample(tiny, 8, 13)
+    steps = []
+    with pytest.raises(CannotLearn, match="training has run away") as caught:
+        train(tiny, tiny, rollouts, [float("nan"), *range(7)], FAST, on_step=lambda n, m: steps.append(m))
+    assert str(caught.value).count("\n") == 2 and not steps
+
+
+def test_a_model_whose_logits_are_more_than_its_output_layer_is_refused(tiny):
+    """Softcapping (Gemma 2) is known; anything else would make every probability wrong in silence."""
+    model = weights.load_policy(tiny)
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits / 2))
+    with pytest.raises(UsageError, match="PPO cannot train a llama"):
+        ppo.Actor(model, EXACT)
