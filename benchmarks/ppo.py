@@ -1,0 +1,271 @@
+"""PPO against the last one that trl had: same task, model, batch and machine, one after the other in processes of their own.
+
+trl removed its PPOTrainer in 1.13. The one of 1.12 runs beside our libraries from a folder that holds nothing else:
+
+    pip install --no-deps --target DIR trl==1.12.0
+    python -m benchmarks.ppo --trl112 DIR                    speed with SmolLM2 (half an hour on two cores)
+    python -m benchmarks.ppo --trl112 DIR --curve FILE.svg   the reward curve of a small model, three seeds (minutes)
+
+A round is what one batch of prompts costs from the prompts to the next policy. Charter's: load the policy as a responder does,
+sample, score, one PPO update, write the checkpoint, to be loaded by the next round. trl's: sample, score and update in one
+process that keeps everything in memory. Both sample the whole answer length from the same prompts, score with the same reward
+model, and make as many epochs over minibatches as large, with Adam, a constant rate and no dropout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.models.port import Ask
+from schemas.records import Turn
+
+if TYPE_CHECKING:
+    from trainer.ppo import Rollout
+
+LEAST_RATIO = 1.5
+LETTER = "a"
+RATES = (3e-4, 1e-3)
+LAST = 5  # rounds that the end of a curve is the mean of
+COLOURS = {"charter": "tab:blue", "trl 1.12": "tab:orange"}
+SCALE = 10.0  # the share of letters varies by a tenth of this from answer to answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides are given. `reward` is the folder of a reward model; empty: the share of letters `a`."""
+
+    policy: str
+    prompts: tuple[str, ...]
+    rounds: int
+    reward: str = ""
+    minibatch: int = 8
+    epochs: int = 4
+    tokens: int = 64
+    learning_rate: float = 1e-6
+    beta: float = 0.02
+    precision: str = "fp32"
+    checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round, the answers' tokens, and their mean reward."""
+
+    generate_s: float
+    update_s: float
+    tokens: int
+    reward: float
+
+
+def charter(task: Task) -> list[Round]:
+    """Charter's rounds."""
+    import torch
+
+    from engine import checkpoints
+    from trainer import ppo, weights
+
+    torch.set_num_threads(2)
+    hardware = weights.Hardware(task.minibatch, task.checkpointing, "bf16" if task.precision == "bf16" else "fp32")
+    rounds: list[Round] = []
+    with tempfile.TemporaryDirectory() as made:
+        policy, beta, first = Path(task.policy), task.beta, Path(task.policy)
+        for number in range(task.rounds):
+            started = time.monotonic()
+            rollouts, texts = sampled(task, policy, number)
+            generated = time.monotonic()
+            scores = scored(task, rollouts, texts, hardware)
+            p = ppo.Hyperparameters(
+                learning_rate=task.learning_rate, epochs=task.epochs, batch_size=task.minibatch, beta=beta, kl_stop=1e9
+            )
+            learned, metrics = ppo.train(policy, first, rollouts, scores, p, hardware=hardware, seed=task.seed + number)
+            policy = checkpoints.write(Path(made) / f"policy-{number}", learned.save, {}).folder
+            beta = metrics["beta"]
+            tokens = sum(len(r.token_ids) for r in rollouts)
+            rounds.append(Round(generated - started, time.monotonic() - generated, tokens, statistics.mean(scores)))
+    return rounds
+
+
+def sampled(task: Task, policy: Path, number: int) -> tuple[list[Rollout], list[str]]:
+    """Answers to all prompts, as the stream samples them."""
+    import torch
+
+    from engine.models.local import LocalModel
+    from trainer.ppo import Rollout
+
+    model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch=64)
+    asks = [
+        Ask((Turn(role="user", content=text),), seed=task.seed * 10**6 + number * 10**4 + i)
+        for i, text in enumerate(task.prompts)
+    ]
+    answers = [one[0] for one in model.generate(asks, max_tokens=task.tokens)]
+    rollouts = [
+        Rollout(tuple(a.prompt_token_ids), tuple(a.token_ids), tuple(a.logprobs), a.finish_reason == "stop", number, str(i))
+        for i, a in enumerate(answers)
+    ]
+    return rollouts, [a.text for a in answers]
+
+
+def scored(task: Task, rollouts: list[Rollout], texts: list[str], hardware: Any) -> list[float]:
+    """The reward model's scores, or the shares of letters."""
+    from trainer import reward, weights
+
+    if task.reward:
+        model = reward.load(Path(task.reward), hardware)
+        turns = [(Turn(role="user", content=prompt),) for prompt in task.prompts]
+        return model.normalised(model.score([(t, text, r.stopped) for t, text, r in zip(turns, texts, rollouts, strict=True)]))
+    letter = weights.load_tokenizer(Path(task.policy)).convert_tokens_to_ids(LETTER)
+    return [SCALE * r.token_ids.count(letter) / len(r.token_ids) for r in rollouts]
+
+
+def run(name: str, task: Task, trl112: Path) -> list[Round]:
+    """One side's rounds, in a process of its own."""
+    module, path = ("benchmarks.ppo", []) if name == "charter" else ("benchmarks.ppo_trl112", [str(trl112)])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(Path.cwd())]), "TQDM_DISABLE": "1"}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
+    arguments = [sys.executable, "-W", "ignore", "-m", module, "--task", json.dumps(asdict(task))]
+    done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [Round(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+# Speed
+
+
+def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
+    """SmolLM2, the shipped prompts, and a reward model of the same size with a head of noise."""
+    import torch
+
+    from engine.models import smollm2
+    from producers.files import SHIPPED, numbered_lines, parse_line
+    from trainer import reward, weights
+
+    torch.manual_seed(0)
+    base = smollm2.folder()
+    scorer = weights.load_scorer(base)
+    torch.nn.init.normal_(scorer.score.weight, std=0.05)
+    reward.RewardModel([reward.Member(scorer)], weights.load_tokenizer(base)).save(folder)
+    lines = [parse_line(line, source="", max_chars=10**6) for _, line in numbered_lines(str(SHIPPED), 1, rows)]
+    return Task(str(base), tuple(line.turns[-1].content for line in lines), rounds, reward=str(folder))
+
+
+CONTESTANTS = (
+    ("charter", {"precision": "fp32"}),
+    ("charter", {"precision": "bf16"}),
+    ("trl 1.12", {"precision": "fp32"}),
+    ("trl 1.12", {"precision": "bf16"}),
+    ("trl 1.12", {"precision": "bf16", "checkpointing": True}),
+)
+
+
+def speed(trl112: Path, rows: int, rounds: int) -> int:
+    """Tokens per second of every contestant; 1 when the best of Charter's is not 1.5 times the best of trl's."""
+    best: dict[str, float] = {}
+    print("| what | sampled tokens/s in all | of the update alone | of sampling alone |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        task = smollm2_task(Path(folder), rows, rounds + 1)
+        for name, changes in CONTESTANTS:
+            measured = run(name, replace(task, **changes), trl112)[1:]  # the first one warms up
+            tokens = sum(r.tokens for r in measured)
+            whole = tokens / sum(r.generate_s + r.update_s for r in measured)
+            update, sampling = tokens / sum(r.update_s for r in measured), tokens / sum(r.generate_s for r in measured)
+            how = ", ".join(v if isinstance(v, str) else k for k, v in changes.items())
+            print(f"| {name}, {how} | {whole:.1f} | {update:.1f} | {sampling:.1f} |", flush=True)
+            best[name] = max(best.get(name, 0.0), whole)
+    ratio = best["charter"] / best["trl 1.12"]
+    print(f"\nthe faster of each: {ratio:.2f} to 1 (goal {LEAST_RATIO})")
+    return 0 if ratio >= LEAST_RATIO else 1
+
+
+# The reward curve
+
+
+def small_model(folder: Path, seed: int) -> None:
+    """A four-layer Llama over single letters with random weights, which writes all of them about equally often."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .,:()\nABHmnst"]
+    vocabulary = {letter: i for i, letter in enumerate(dict.fromkeys(letters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, eos_token_id=2, bos_token_id=1, pad_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def curves(trl112: Path, picture: Path, seeds: int, rounds: int) -> int:
+    """Mean reward by round of both sides at two rates; writes the plot. 1 when Charter's best ends below trl's best."""
+    found = {(name, rate): list[list[float]]() for rate in RATES for name in ("charter", "trl 1.12")}
+    best: dict[str, float] = {}
+    for (name, rate), of_seeds in found.items():
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                small_model(Path(folder), seed)
+                task = Task(folder, ("say a",) * 64, rounds, minibatch=16, tokens=16, learning_rate=rate, seed=seed)
+                of_seeds.append([r.reward / SCALE for r in run(name, task, trl112)])
+        last = [statistics.mean(rewards[-LAST:]) for rewards in of_seeds]
+        print(f"{name} at {rate}: {[round(r[0], 3) for r in of_seeds]} -> {[round(x, 3) for x in last]}", flush=True)
+        best[name] = max(best.get(name, 0.0), statistics.mean(last))
+    plot(found, picture)
+    return 0 if best["charter"] >= best["trl 1.12"] else 1
+
+
+def plot(found: dict[tuple[str, float], list[list[float]]], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "charter", "svg.fonttype": "none"}
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(RATES), figsize=(8, 3.2), sharey=True)
+    for axes, of_panel in zip(panels, RATES, strict=True):
+        for (name, rate), of_seeds in found.items():
+            for number, rewards in enumerate(of_seeds if rate == of_panel else []):
+                label = None if number else name
+                axes.plot(range(1, len(rewards) + 1), rewards, color=COLOURS[name], lw=1.2, label=label)
+        axes.set(title=f"learning rate {of_panel}", xlabel="round of 64 answers", ylim=(0, 1.02))
+    panels[0].set_ylabel("share of the rewarded letter")
+    panels[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl112", type=Path, help="the folder with trl 1.12")
+    parser.add_argument("--curve", type=Path, metavar="FILE.svg", help="the reward curve instead of the speed")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.task:
+        task = json.loads(given.task)
+        print(json.dumps([asdict(r) for r in charter(Task(**task | {"prompts": tuple(task["prompts"])}))]))
+        return 0
+    if given.trl112 is None or not (given.trl112 / "trl").is_dir():
+        parser.error("--trl112 DIR is missing, or holds no trl: pip install --no-deps --target DIR trl==1.12.0")
+    if given.curve:
+        return curves(given.trl112.resolve(), given.curve, given.seeds, given.rounds or 25)
+    return speed(given.trl112.resolve(), given.rows, given.rounds or 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
