@@ -1,0 +1,286 @@
+"""PPO step by step against a second implementation that shares nothing with it: numpy, float64, loops, gradients by hand.
+
+Both train the same small model, whose state before a token is its embedding and half of the one before. It is registered with
+transformers, so that `ppo.train` runs whole: folders, other models, targets, minibatches in several passes, clipping, Adam.
+"""
+
+import math
+import random
+import shutil
+
+import numpy
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from trainer import ppo, weights
+from trainer.ppo import Hyperparameters, Rollout
+
+VOCABULARY, SIZE = 11, 5
+
+
+class TwoTokensConfig(PretrainedConfig):
+    model_type = "charter-test-two-tokens"
+
+    def __init__(self, vocab_size=VOCABULARY, hidden_size=SIZE, **rest):
+        super().__init__(**{"tie_word_embeddings": False} | rest)
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+
+
+class Trunk(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids, **_):
+        own = self.embed(input_ids)
+        before = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], 1)
+        return BaseModelOutput(last_hidden_state=own + 0.5 * before)
+
+
+class TwoTokens(PreTrainedModel):
+    config_class = TwoTokensConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Trunk(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        torch.nn.init.normal_(module.weight)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
+
+
+AutoConfig.register(TwoTokensConfig.model_type, TwoTokensConfig)
+AutoModelForCausalLM.register(TwoTokensConfig, TwoTokens)
+
+
+@pytest.fixture(scope="module")
+def models(tiny, tmp_path_factory):
+    """Three folders with weights of their own: the policy, the reference, the very first policy."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference", "first")]
+    for number, folder in enumerate(folders):
+        for file in tiny.glob("tokenizer*"):
+            shutil.copy(file, folder)
+        torch.manual_seed(number)
+        TwoTokens(TwoTokensConfig()).save_pretrained(folder)
+    return folders
+
+
+# The second implementation
+
+
+class Naive:
+    """The model's parameters in float64, and Adam's moments of each."""
+
+    def __init__(self, folder):
+        model = weights.load_policy(folder)
+        self.w = {
+            "embed": model.model.embed.weight.detach().double().numpy(),
+            "head": model.lm_head.weight.detach().double().numpy(),
+            "value": numpy.zeros(SIZE),
+            "bias": numpy.zeros(1),
+        }
+        self.first, self.second = ({name: numpy.zeros_like(x) for name, x in self.w.items()} for _ in range(2))
+        self.steps = 0
+
+    def state(self, ids, t):
+        return self.w["embed"][ids[t]] + (0.5 * self.w["embed"][ids[t - 1]] if t else 0.0)
+
+    def log_softmax(self, ids, t, temperature):
+        z = self.w["head"] @ self.state(ids, t) / temperature
+        return z - z.max() - math.log(sum(math.exp(x) for x in z - z.max()))
+
+    def value(self, ids, t):
+        return float(self.w["value"] @ self.state(ids, t) + self.w["bias"][0])
+
+    def logprobs(self, r):
+        ids = [*r.prompt_token_ids, *r.token_ids]
+        start = len(r.prompt_token_ids)
+        return [self.log_softmax(ids, start + k - 1, r.temperature)[token] for k, token in enumerate(r.token_ids)]
+
+    def values(self, r):
+        ids = [*r.prompt_token_ids, *r.token_ids]
+        return [self.value(ids, len(r.prompt_token_ids) + k - 1) for k in range(len(r.token_ids))]
+
+    def gradient_of_logits(self, gradient, ids, t, of_logits):
+        """Add to `gradient` what d loss / d logits (V,) at place t means for embeddings and output layer."""
+        state = self.state(ids, t)
+        gradient["head"] += numpy.outer(of_logits, state)
+        self.gradient_of_state(gradient, ids, t, self.w["head"].T @ of_logits)
+
+    def gradient_of_state(self, gradient, ids, t, of_state):
+        gradient["embed"][ids[t]] += of_state
+        if t:
+            gradient["embed"][ids[t - 1]] += 0.5 * of_state
+
+    def adam(self, gradient, rates):
+        self.steps += 1
+        for name, g in gradient.items():
+            self.first[name] = 0.9 * self.first[name] + 0.1 * g
+            self.second[name] = 0.999 * self.second[name] + 0.001 * g * g
+            m, v = self.first[name] / (1 - 0.9**self.steps), self.second[name] / (1 - 0.999**self.steps)
+            self.w[name] = self.w[name] - rates[name] * m / (numpy.sqrt(v) + 1e-8)
+
+
+def k3(p, q):
+    return math.exp(q - p) - 1 - (q - p)
+
+
+def naive_targets(rollouts, scores, prox, values, reference, p):
+    """Advantages (whitened), returns and importance weights, as lists of lists."""
+    handed_out = [s - (0.0 if r.stopped else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
+    centre = sum(handed_out) / len(handed_out)
+    advantages, returns, importance = [], [], []
+    for i, r in enumerate(rollouts):
+        count = len(r.token_ids)
+        rewards = [-p.beta * (prox[i][k] - reference[i][k]) for k in range(count)]
+        rewards[-1] += handed_out[i] - centre
+        of_row = []
+        for t in range(count):
+            total = 0.0
+            for k in range(t, count):
+                following = values[i][k + 1] if k + 1 < count else 0.0
+                total += (p.gae_gamma * p.gae_lambda) ** (k - t) * (rewards[k] + p.gae_gamma * following - values[i][k])
+            of_row.append(total)
+        advantages.append(of_row)
+        returns.append([a + v for a, v in zip(of_row, values[i], strict=True)])
+        importance.append([min(math.exp(a - b), 2.0) for a, b in zip(prox[i], r.logprobs, strict=True)])
+    flat = [a for row in advantages for a in row]
+    mean = sum(flat) / len(flat)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+    return [[(a - mean) / deviation for a in row] for row in advantages], returns, importance
+
+
+def naive_train(folders, rollouts, scores, p, sl_rows, seed):
+    """The metrics of every step, and the model at the end."""
+    model, (reference, first) = Naive(folders[0]), (Naive(folder) for folder in folders[1:])
+    prox, old = [model.logprobs(r) for r in rollouts], [model.values(r) for r in rollouts]
+    of_reference, of_first = [reference.logprobs(r) for r in rollouts], [first.logprobs(r) for r in rollouts]
+    advantages, returns, importance = naive_targets(rollouts, scores, prox, old, of_reference, p)
+    shuffle, steps = random.Random(seed), []
+    for _ in range(p.epochs):
+        order = list(range(len(rollouts)))
+        shuffle.shuffle(order)
+        for start in range(0, len(order), p.batch_size):
+            rows = order[start : start + p.batch_size]
+            gradient = {name: numpy.zeros_like(x) for name, x in model.w.items()}
+            tokens = sum(len(rollouts[i].token_ids) for i in rows)
+            m = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_ref", "kl_first"), 0.0)
+            ratio_max = 0.0
+            scale = p.alpha if sl_rows else 1.0
+            for i in rows:
+                r = rollouts[i]
+                ids, before = [*r.prompt_token_ids, *r.token_ids], len(r.prompt_token_ids) - 1
+                for k, token in enumerate(r.token_ids):
+                    logp_all = model.log_softmax(ids, before + k, r.temperature)
+                    new, value = logp_all[token], model.value(ids, before + k)
+                    # The policy
+                    ratio, a, w = math.exp(new - prox[i][k]), advantages[i][k], importance[i][k]
+                    clipped = min(max(ratio, 1 - p.clip), 1 + p.clip)
+                    m["policy_loss"] += w * max(-a * ratio, -a * clipped) / tokens
+                    m["clipfrac"] += float(-a * clipped > -a * ratio) / tokens
+                    slope = 0.0 if -a * clipped > -a * ratio else -w * a * ratio
+                    probabilities = numpy.exp(logp_all)
+                    of_logits = -probabilities * slope
+                    of_logits[token] += slope
+                    model.gradient_of_logits(gradient, ids, before + k, scale * of_logits / r.temperature / tokens)
+                    # The value
+                    kept = old[i][k] + min(max(value - old[i][k], -p.value_clip), p.value_clip)
+                    free, bound = (value - returns[i][k]) ** 2, (kept - returns[i][k]) ** 2
+                    m["value_loss"] += 0.5 * max(free, bound) / tokens
+                    inside = abs(value - old[i][k]) <= p.value_clip
+                    slope = value - returns[i][k] if free >= bound else (kept - returns[i][k] if inside else 0.0)
+                    slope *= scale * p.value_coefficient / tokens
+                    gradient["value"] += slope * model.state(ids, before + k)
+                    gradient["bias"] += slope
+                    model.gradient_of_state(gradient, ids, before + k, slope * model.w["value"])
+                    # What is only reported
+                    m["entropy"] -= float(probabilities @ logp_all) / tokens
+                    m["approx_kl"] += k3(prox[i][k], new) / tokens
+                    m["kl_ref"] += ratio * k3(new, of_reference[i][k]) / len(rows)
+                    m["kl_first"] += ratio * k3(new, of_first[i][k]) / len(rows)
+                    ratio_max = max(ratio_max, ratio)
+            if sl_rows:
+                m["sl_loss"] = naive_supervised(
+                    model, gradient, [sl_rows[(start + n) % len(sl_rows)] for n in range(len(rows))]
+                )
+            norm = math.sqrt(sum(float((g * g).sum()) for g in gradient.values()))
+            gradient = {name: g * min(1.0, 1.0 / (norm + 1e-6)) for name, g in gradient.items()}
+            rate, head = p.learning_rate, max(p.learning_rate, 1e-5)
+            model.adam(gradient, {"embed": rate, "head": rate, "value": head, "bias": head})
+            steps.append(m | {"grad_norm": norm, "ratio_max": ratio_max})
+    return steps, model
+
+
+def naive_supervised(model, gradient, rows):
+    """Token-mean negative log-likelihood; its gradient is added."""
+    targets = [(row["input_ids"], t, row["labels"][t + 1]) for row in rows for t in range(len(row["labels"]) - 1)]
+    targets = [(ids, t, label) for ids, t, label in targets if label != -100]
+    loss = 0.0
+    for ids, t, label in targets:
+        logp = model.log_softmax(ids, t, 1.0)
+        loss -= logp[label] / len(targets)
+        of_logits = numpy.exp(logp) / len(targets)
+        of_logits[label] -= 1 / len(targets)
+        model.gradient_of_logits(gradient, ids, t, of_logits)
+    return loss
+
+
+# The comparison
+
+
+def rollouts_of(count, seed):
+    """Ragged answers at two temperatures, sampled by nobody in particular: their log-probabilities are stale and noisy."""
+    draw = random.Random(seed)
+    found = []
+    for n in range(count):
+        prompt, answer = (tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, most))) for most in (4, 9))
+        noise = tuple(-abs(draw.gauss(2.0, 0.7)) for _ in answer)
+        found.append(Rollout(prompt, answer, noise, n % 3 > 0, 0, str(n), draw.choice((1.0, 0.7))))
+    return found
+
+
+SL_ROWS = [
+    {"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]},
+    {"input_ids": [3, 4, 8], "labels": [-100, 4, 8]},
+    {"input_ids": [9, 9, 1, 10, 2, 2], "labels": [-100, -100, -100, 10, 2, 2]},
+]
+STRONG = Hyperparameters(
+    learning_rate=2e-2, epochs=3, batch_size=5, beta=0.1, missing_eos_penalty=0.7, kl_stop=1e9, kl_first_stop=1e9
+)
+
+
+@pytest.mark.parametrize(
+    ("p", "sl_rows"),
+    [
+        (STRONG, []),
+        (Hyperparameters(**vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05}), []),
+        (Hyperparameters(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
+    ],
+    ids=["alternate", "other-knobs", "combined"],
+)
+def test_every_step_is_that_of_the_second_implementation(models, p, sl_rows):
+    rollouts = rollouts_of(13, 1)
+    scores = [random.Random(n).gauss(0, 2) for n in range(13)]
+    expected, naive = naive_train(models, rollouts, scores, p, sl_rows, seed=3)
+    steps = []
+    learned, _ = ppo.train(
+        models[0], models[1], rollouts, scores, p, first_folder=models[2], sl_rows=sl_rows, seed=3,
+        hardware=weights.Hardware(micro_rows=2, precision="fp32"), on_step=lambda n, m: steps.append(m),
+    )  # fmt: skip
+    assert len(steps) == len(expected) == 9
+    for found, wanted in zip(steps, expected, strict=True):
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+    assert sum(step["clipfrac"] for step in steps) > 0.5  # the clip has really been at work
+    assert numpy.abs(learned.policy.model.embed.weight.detach().numpy() - naive.w["embed"]).max() < 1e-4
+    assert numpy.abs(learned.policy.lm_head.weight.detach().numpy() - naive.w["head"]).max() < 1e-4
