@@ -7,8 +7,10 @@ Nothing heavy is imported here; each verb imports what it needs.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -236,12 +238,22 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
       charter train --phase sft
       charter train --loop
     """
+    from charter.observe import figures_of_trainer, show
     from charter.pipeline import connect, store_of
     from engine.models import model_folder
     from trainer.loop import Trainer
 
     bus = connect(settings)
-    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.models.policy), print_step)
+    latest: dict[str, dict[str, float]] = {}
+    steps: Counter[str] = Counter()
+
+    def on_step(phase: str, step: int, measures: dict[str, float]) -> None:
+        latest[phase] = measures
+        steps[phase] += 1
+        print_step(phase, step, measures)
+
+    closing = show(settings, figures_of_trainer(latest, steps))
+    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.models.policy), on_step)
     if loop:
         trainer.loop(stop_on_signals())
     else:
@@ -254,12 +266,16 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
         else:
             click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
     trainer.close()
+    for close in closing:
+        close()
     bus.close()
 
 
 def print_step(phase: str, step: int, measures: dict[str, float]) -> None:
     figures = " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
     click.echo(f"phase={phase} step={step} {figures}")
+    about = {"phase": phase, "step": step, "measures": measures}
+    logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
 
 
 @cli.command()

@@ -23,6 +23,7 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
         click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.samples=4."),
         click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
+        click.option("--log-json", is_flag=True, help="Log as one JSON object a line."),
         click.option("--traceback", is_flag=True, help="Show where an error came from."),
     ]
 
@@ -34,12 +35,11 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         config: Path | None,
         assignments: tuple[str, ...],
         verbose: bool,
+        log_json: bool,
         traceback: bool,
         **rest: Any,
     ) -> Any:
-        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-        # The client's own log tells of every retry; our errors say what it comes to.
-        logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
+        start_logging(verbose, log_json)
         flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
         chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
         preset = PRESETS.get(function.__name__)
@@ -48,6 +48,17 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         wrapper = option(wrapper)
     return wrapper
+
+
+def start_logging(verbose: bool, as_json: bool) -> None:
+    """To standard error: for a person, or one JSON object a line."""
+    from engine.logs import LINE, JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter(LINE))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # The client's own log tells of every retry; our errors say what it comes to.
+    logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
 
 
 def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:

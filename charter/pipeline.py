@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import charter
+from charter.observe import figures_of, show, tracing_of
 from constitutions.loader import Constitution, load
 from consumers.critique import Criticise
 from consumers.judge import Judge
@@ -40,7 +41,7 @@ from engine.settings import Settings
 from engine.slots import Lease, Slot
 from engine.store import Store
 from engine.watchdog import Calls
-from engine.worker import Lane, Limits, Stage, Worker, outgoing
+from engine.worker import Lane, Limits, Stage, Worker, outgoing, untraced
 from schemas import codec, ids
 from schemas.codec import decode
 from schemas.confluent import Registry, SchemaRefused
@@ -232,6 +233,7 @@ def make_host(
     leased = None if slot else Slot(settings.folder / "slots")
     name_of_copy = slot or (leased.name if leased else "")
     budget = budget_of(settings, models, bus, stages)
+    tracing = tracing_of(settings)
     workers = [
         Worker(
             bus,
@@ -242,15 +244,19 @@ def make_host(
             limits=limits_of(settings),
             journal=Journal(settings.folder / "journal" / f"{settings.run.id}.{name}", name_of_copy),
             admits=partial(budget.admits, name) if budget else lambda: True,
+            trace=tracing.stage(name, settings.run.id) if tracing else untraced,
         )
         for name in stages
     ]
     others: dict[str, Run] = {}
     watched: list[Calls] = []
+    sinks: list[Sink] = []
     if sink:
         lease = Lease(settings.folder / "sink.lock")
-        others["sink"], watched = sink_or_standby(settings, bus, lease)
-    closing = [models.close, *(worker.journal.close for worker in workers if worker.journal)]
+        others["sink"], watched = sink_or_standby(settings, bus, lease, sinks)
+    closing = show(settings, figures_of(workers, sinks))
+    closing += [tracing.close] if tracing else []
+    closing += [models.close, *(worker.journal.close for worker in workers if worker.journal)]
     closing += [leased.close] if leased else []
     closing += [budget.close] if budget else []
     closing += [lease.close] if sink else []
@@ -279,10 +285,11 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(wanted.max_in_flight, wanted.max_bytes, wanted.attempts, wanted.record_s, wanted.dead_in_a_row)
 
 
-def sink_or_standby(settings: Settings, bus: Bus, lease: Lease) -> tuple[Run, list[Calls]]:
-    """The sink or, while another process has this database's sink, one that takes over when that ends."""
+def sink_or_standby(settings: Settings, bus: Bus, lease: Lease, running: list[Sink]) -> tuple[Run, list[Calls]]:
+    """The sink or, while another process has this database's sink, one that takes over when that ends; `running` names it."""
     if lease.take():
         sink = make_sink(settings, bus)
+        running.append(sink)
         return sink.run, [sink.calls]
     log.warning("the sink of process %s writes to this database; this one's stands by", lease.holder())
 
@@ -290,7 +297,8 @@ def sink_or_standby(settings: Settings, bus: Bus, lease: Lease) -> tuple[Run, li
         while not lease.take():
             if stop.wait(STAND_BY_S):
                 return
-        make_sink(settings, bus).run(stop)
+        running.append(make_sink(settings, bus))
+        running[-1].run(stop)
 
     return stand_by, []
 

@@ -60,7 +60,8 @@ class Sink:
         self.open = ExitStack()
         self.connection: duckdb.DuckDBPyConnection | None = None
         self.opened_at = 0.0
-        self.written = 0
+        self.written = self.flushes = self.pauses = 0
+        self.flush_s = 0.0
         self.stopping = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -105,6 +106,7 @@ class Sink:
                 return True
             except DependencyUnreachable as error:
                 self.release()
+                self.pauses += 1
                 log.warning("the sink waits: %s: %s", error.what, error.why)
                 if self.stopping.wait(wait):
                     return False
@@ -179,6 +181,7 @@ class Sink:
         forgets = {str(record.prompt_id) for record, _ in found if isinstance(record, Forget)}
         rows = [row for row in found if is_forget(row) or prompt_of(row) not in self.forgotten | forgets]
         connection = self.acquire()
+        started = time.monotonic()
         offsets = next_offsets(messages)
         connection.begin()
         try:
@@ -202,6 +205,8 @@ class Sink:
         self.next_offsets |= offsets
         self.forgotten |= forgets
         self.written += len(rows)
+        self.flushes += 1
+        self.flush_s += time.monotonic() - started
 
     def advance(self, connection: duckdb.DuckDBPyConnection, place: TopicPartition, offset: int) -> None:
         changed = connection.execute(

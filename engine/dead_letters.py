@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.bus.port import Message
+from engine.logs import written
 from schemas import ids
 from schemas.records import DeadLetter, DeadLetterKind, Header
 
@@ -11,9 +12,8 @@ def dead_letter(
     message: Message, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
 ) -> DeadLetter:
     """The message with its bytes and headers as they came, where it was, and why it could not be processed."""
-    place = f"{message.topic}[{message.partition}]@{message.offset}"
     return DeadLetter(
-        record_id=ids.record_id(f"dead-letter/{stage}", [], place),
+        record_id=ids.record_id(f"dead-letter/{stage}", [], written(message)),
         run_id=run_id,
         stage=stage,
         kind=kind,

@@ -159,6 +159,12 @@ class Sink(Section):
     max_wait_s: float = Field(0.5, gt=0, description="Longest time that rows wait for company before they are written.")
 
 
+class Observe(Section):
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of this process's Prometheus endpoint; 0: none.")
+    metrics_host: str = Field("127.0.0.1", description="Where that endpoint listens.")
+    traces: bool = Field(False, description="OpenTelemetry's trace context in record headers (extra: otel).")
+
+
 class Limits(Section):
     max_tokens: int = Field(0, ge=0, description="Tokens that a run may use before it takes no new prompts; 0: no limit.")
     max_cost: float = Field(0.0, ge=0, description="What a run may cost, by limits.prices, before it pauses; 0: no limit.")
@@ -243,6 +249,7 @@ class Settings(BaseSettings):
     judge: Judge = Judge()
     worker: Worker = Worker()
     sink: Sink = Sink()
+    observe: Observe = Observe()
     limits: Limits = Limits()
     train: Train = Train()
     sft: Sft = Sft()

@@ -39,6 +39,7 @@ from engine.errors import (
     UsageError,
 )
 from engine.journal import DEADLY, Journal, coordinates
+from engine.logs import place_of, written
 from engine.watchdog import Calls
 from schemas.codec import RecordError, decode, encode
 from schemas.records import DeadLetter, DeadLetterKind, Record
@@ -98,6 +99,14 @@ class Item:
     @property
     def place(self) -> TopicPartition:
         return TopicPartition(self.message.topic, self.message.partition)
+
+
+# What came in, what goes out because of it, and when the work on it began (nanoseconds since 1970) -> what goes out, traced.
+Trace = Callable[[Message, list[Outgoing], int], list[Outgoing]]
+
+
+def untraced(message: Message, outputs: list[Outgoing], started_ns: int) -> list[Outgoing]:
+    return outputs
 
 
 def outgoing(record: Record) -> Outgoing:
@@ -164,8 +173,9 @@ class Worker:
         limits: Limits | None = None,
         journal: Journal | None = None,
         admits: Callable[[], bool] = lambda: True,
+        trace: Trace = untraced,
     ) -> None:
-        self.bus, self.stage, self.lane, self.run_id = bus, stage, lane, run_id
+        self.bus, self.stage, self.lane, self.run_id, self.trace = bus, stage, lane, run_id, trace
         self.group = f"{run_id}.{stage.name}"
         self.slot, self.limits, self.journal, self.admits = slot, limits or Limits(), journal, admits
         self.calls = Calls(f"{stage.name} ({slot})")
@@ -183,6 +193,8 @@ class Worker:
         self.in_doubt = False
         self.committed = 0  # messages that it has passed
         self.made = 0  # messages that it has written
+        self.buried = self.pauses = self.batches = self.tokens = 0
+        self.batch_s = 0.0
         self.positions: Offsets = {}  # where it had read to at its last poll
         self.consumer = bus.consumer(self.group, stage.inputs, member=slot)
         self.writer = bus.writer(f"{self.group}.{slot}")
@@ -350,6 +362,7 @@ class Worker:
 
     def work(self, items: list[Item]) -> None:
         records = [item.record for item in items if item.record is not None]
+        started = time.time_ns()
         try:
             made = self.stage.work(records)
             outputs = [[outgoing(record) for record in records_of_one] for records_of_one in made]
@@ -365,8 +378,11 @@ class Worker:
             self.failures = 0
             with self.lane.changed:
                 self.streak = []
+                self.batches += 1
+                self.batch_s += (time.time_ns() - started) / 1e9
+                self.tokens += sum(record.prompt_tokens + record.completion_tokens for of_one in made for record in of_one)
             for item, messages in zip(items, outputs, strict=True):
-                self.finish(item, messages)
+                self.finish(item, self.trace(item.message, messages, started))
 
     def finish(self, item: Item, messages: list[Outgoing]) -> None:
         """Set an item's outputs; one that is larger than its topic allows makes a dead letter instead."""
@@ -382,6 +398,7 @@ class Worker:
         """A dependency is away: put the batch back and wait, longer each time."""
         wait = backoff(self.failures)
         self.failures += 1
+        self.pauses += 1
         log.warning("%s pauses %.1f s: %s: %s", self.stage.name, wait, type(error).__name__, error)
         self.put_back(items)
         self.pause_until = time.monotonic() + wait
@@ -400,13 +417,17 @@ class Worker:
         if isinstance(error, PermanentRecordError):
             self.bury(item, DeadLetterKind.PERMANENT, error)
         elif item.attempts >= self.limits.attempts or now - item.failed_at > self.limits.record_s:
-            log.error("%s gives up on a record", self.stage.name, exc_info=error)
+            log.error("%s has tried a record %d times", self.stage.name, item.attempts, exc_info=error, extra=self.where(item))
             self.bury(item, DeadLetterKind.EXHAUSTED, error)
         else:
             item.alone, item.not_before = True, now + backoff(item.attempts)
             with self.lane.changed:
                 if not item.dropped:
                     self.retries.append(item)
+
+    def where(self, item: Item) -> dict[str, object]:
+        """A record's coordinates, for the log."""
+        return {"run": self.run_id, "stage": self.stage.name} | place_of(item.message)
 
     def put_back(self, items: Iterable[Item]) -> None:
         with self.lane.changed:
@@ -420,6 +441,15 @@ class Worker:
             item.message, kind, error, stage=self.stage.name, run_id=self.run_id, attempts=max(1, item.attempts)
         )
         kind_of_error = f"{kind.value} {letter.error_class}"
+        self.buried += 1
+        log.warning(
+            "%s gives up on %s (%s): %s",
+            self.stage.name,
+            written(item.message),
+            kind.value,
+            "; ".join(str(error).splitlines()),
+            extra=self.where(item),
+        )
         with self.lane.changed:
             item.outputs = [outgoing(letter)]
             self.streak = [*(self.streak if kind_of_error == self.streak_class else []), item]
@@ -470,6 +500,9 @@ class Worker:
             except PartitionLost:
                 self.drop_lost(self.consumer.assignment())
                 return
+            if log.isEnabledFor(logging.INFO):
+                for item in (item for items in prefixes.values() for item in items):
+                    log.info("%s has finished %s", self.stage.name, written(item.message), extra=self.where(item))
             self.acquit(item for items in prefixes.values() for item in items)
             self.forget(offsets)
             self.committed += sum(len(items) for items in prefixes.values())
