@@ -110,7 +110,7 @@ def trl(task: Task) -> list[Round]:
             missing_eos_penalty=None,
             num_sample_generations=0,
             bf16=task.precision == "bf16",
-            gradient_checkpointing=task.checkpointing,
+            gradient_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",

@@ -1,0 +1,168 @@
+"""DPO: the policy learns from labels itself, without a reward model and without sampled answers; the other policy learner.
+
+With d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), each summed over the answer's tokens, and the judge's
+probability p that a is better, the loss is
+
+    -[p log s(beta d) + (1 - p) log s(-beta d)]
+
+For p = 1 that is DPO (Rafailov et al. 2023, eq. 7). A soft label moves the minimum from infinity to s(beta d) = p, as for the
+reward model: a judge who is undecided (p = 0.5) asks for no change at all, where a hard label would push as hard as any other.
+trl's `label_smoothing` is the same loss with one p for every pair; ours has a p of its own for each.
+
+The reference is that of PPO: the policy that the last supervised phase made. Its log-probabilities are computed before the
+first step; with LoRA they are those of the policy without its adapter. Otherwise the reference is read beside the policy for
+that, and let go. The prompts that the reward model holds out are held out here too, and `held_out/...` are theirs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from engine.models.chat import completion_ids, prompt_ids
+from trainer import hf, weights
+from trainer.reward import PreferenceExample, refuse_one_sided, soft_label_loss, split
+
+
+class SoftLabelDPOTrainer(DPOTrainer):
+    """trl's DPOTrainer on rows that are encoded already, with a soft label each."""
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "p_a"]
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # trl takes an adapter that goes on for its own reference; ours is the model without any.
+        if weights.adapted(self.model) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != "p_a"})
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        chosen, rejected = self.answer_logprobs(model, inputs)
+        r_a = self.beta * (chosen - inputs["ref_chosen_logps"])
+        r_b = self.beta * (rejected - inputs["ref_rejected_logps"])
+        p_a = inputs["p_a"]
+        loss = soft_label_loss(r_a, r_b, p_a, 0.0)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        with torch.no_grad():
+            preferred = torch.sign(p_a - 0.5)
+            decided = preferred != 0
+            if decided.any():
+                metrics["rewards/accuracies"].append((((r_a - r_b) * preferred)[decided] > 0).float().mean().item())
+            metrics["rewards/margins"].append(((r_a - r_b) * preferred).mean().item())
+            metrics["logps/chosen"].append(chosen.mean().item())
+            metrics["logps/rejected"].append(rejected.mean().item())
+        return (loss, {}) if return_outputs else loss
+
+    @staticmethod
+    def answer_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed log-probabilities of both answers, (B,) each."""
+        mask = inputs["completion_mask"]
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        chosen, rejected = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(1).chunk(2)
+        return chosen, rejected
+
+
+class Collator(DataCollatorForPreference):
+    """trl's collator, and the soft labels."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | {"p_a": torch.tensor([example["p_a"] for example in examples])}
+
+
+def encoded(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
+    """Ids of the prompt and both answers; a too long prompt loses its beginning, a too long answer its end."""
+    a = completion_ids(tokenizer, example.a, stopped=example.a_stopped)
+    b = completion_ids(tokenizer, example.b, stopped=example.b_stopped)
+    room = max(1, max_length - max(len(a), len(b)))
+    prompt = prompt_ids(tokenizer, example.turns)[-room:]
+    left = max_length - len(prompt)
+    return {"prompt_ids": prompt, "chosen_ids": a[:left], "rejected_ids": b[:left], "p_a": example.p_a}
+
+
+def train(
+    policy_folder: Path,
+    reference_folder: Path,
+    examples: Sequence[PreferenceExample],
+    *,
+    learning_rate: float,
+    epochs: int = 1,
+    batch_size: int = 8,
+    beta: float = 0.1,
+    lora_rank: int = 0,
+    max_length: int = 1024,
+    hardware: weights.Hardware = weights.DEFAULT,
+    seed: int = 0,
+    on_step: hf.OnStep = hf.ignore,
+) -> tuple[Callable[[Path], None], dict[str, float]]:
+    """One DPO update of the policy; returns what saves it, and metrics.
+
+    Raises OneSidedLabels, CannotLearn when a number is not finite, UsageError for folders that do not belong together.
+    """
+    weights.require_kin(policy_folder, reference_folder, "the reference policy")
+    refuse_one_sided(examples)
+    taught, held_out = split(examples)
+    tokenizer = weights.load_tokenizer(policy_folder)
+    torch.manual_seed(seed)  # LoRA's first matrices
+    model, off_is_reference = weights.load_for_rl(policy_folder, reference_folder, lora_rank)
+    reference = None if off_is_reference or policy_folder == reference_folder else weights.load_policy(reference_folder)
+    with tempfile.TemporaryDirectory() as output:
+        config = DPOConfig(
+            **hf.arguments(
+                output,
+                learning_rate=learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0),
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                max_length=max_length,
+                hardware=hardware,
+            ),
+            beta=beta,
+            precompute_ref_log_probs=True,
+        )
+        trainer = SoftLabelDPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=config,
+            train_dataset=rows_of(tokenizer, taught, max_length),
+            eval_dataset=rows_of(tokenizer, held_out, max_length) if held_out else None,
+            processing_class=tokenizer,
+            data_collator=Collator(pad_token_id=tokenizer.eos_token_id, max_length=max_length),
+        )
+        trainer.ref_model = reference = None
+        metrics = hf.run(trainer, on_step)
+        metrics |= measured(trainer) if held_out else {}
+    save = weights.rl_saver(trainer.model, tokenizer, None, reference_folder if off_is_reference else None)
+    return save, metrics | {"examples": float(len(taught)), "held_out": float(len(held_out))}
+
+
+def rows_of(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Dataset:
+    return Dataset.from_list([encoded(tokenizer, example, max_length) for example in examples])
+
+
+def measured(trainer: Any) -> dict[str, float]:
+    """Loss, accuracy and margin of the labels that did not train."""
+    found = trainer.evaluate()
+    names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    return {f"held_out/{name}": float(found[key]) for name, key in names.items() if key in found}
