@@ -258,7 +258,7 @@ class Demo:
     def figures(self) -> list[tuple[str, str, str]]:
         wanted = {
             "sft": ("mean_loss", "examples"),
-            "reward": ("mean_loss", "train_accuracy", "reward_deviation"),
+            "reward": ("mean_loss", "reward/accuracy", "reward/deviation"),
             "ppo": ("policy_loss", "value_loss", "kl_ref", "reward_mean"),
         }
         rows = self.store.query("SELECT kind, version, phase, metrics FROM policies ORDER BY commit_seq").rows

@@ -419,8 +419,13 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x * y).sum()) / scale if scale > 0 else 0.0
 
 
-def load(folder: Path, hardware: weights.Hardware = weights.DEFAULT) -> RewardModel:
-    """A trained reward model with its frozen normalisation; raises UsageError when the folder holds none."""
+def load(folder: Path, hardware: weights.Hardware = weights.DEFAULT, *, policy: Path | None = None) -> RewardModel:
+    """A trained reward model with its frozen normalisation.
+
+    Raises UsageError when the folder holds none, or not one that was made from the same model as `policy`.
+    """
+    if policy is not None:
+        weights.require_kin(policy, folder, "the reward model")
     try:
         kept = json.loads((folder / NORMALISATION).read_text())
         frozen = [(float(mean), float(deviation)) for mean, deviation in kept["members"]]

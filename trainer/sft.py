@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from engine.errors import CannotLearn
 from engine.models.chat import completion_ids, prompt_ids
 from schemas.records import Turn
 from trainer import hf, weights
@@ -59,6 +60,12 @@ def train(
     rows = [encode(tokenizer, example, max_length) for example in examples]
     # A prompt as long as the limit leaves nothing to learn.
     rows = [row for row in rows if any(label != IGNORED for label in row["labels"])]
+    if not rows:
+        raise CannotLearn(
+            f"none of the {len(examples)} texts has a token left to learn",
+            f"their prompts alone are longer than train.max_length = {max_length}",
+            "raise train.max_length, then type: charter train",
+        )
     model = weights.with_lora(weights.load_policy(folder), lora_rank, "CAUSAL_LM")
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(

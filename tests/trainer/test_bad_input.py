@@ -1,0 +1,148 @@
+"""What a learner cannot learn from, folders that are broken or do not belong together: three lines, and nothing is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from engine.checkpoints import hash_files
+from engine.errors import CannotLearn, UsageError
+from schemas.records import Turn
+from trainer import dpo, ppo, reward, sft, weights
+from trainer.ppo import Hyperparameters, Rollout
+from trainer.reward import PreferenceExample
+from trainer.sft import SftExample
+
+TURNS = (Turn(role="user", content="say a"),)
+PAIRS = [
+    PreferenceExample((Turn(role="user", content=f"say {n * 'n'}"),), "aa", "bb", 0.9, str(n), True, True) for n in range(9)
+]
+ROLLOUTS = [Rollout((1, 5 + n), (7, 8, 2), (-1.0,) * 3, True, 0, str(n)) for n in range(8)]
+HARDWARE = weights.Hardware(precision="fp32")
+
+
+def three_lines(error):
+    what, why, fix = str(error.value).split("\n")
+    return bool(what and why and fix)
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+@pytest.fixture
+def scorer(tiny, tmp_path):
+    """A whole reward model."""
+    torch.manual_seed(0)
+    model = weights.load_scorer(tiny)
+    torch.nn.init.normal_(model.score.weight)
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    reward.RewardModel([reward.Member(model)], weights.load_tokenizer(tiny)).save(folder)
+    return folder
+
+
+# Numbers that run away
+
+LEARN = {
+    "sft": lambda folder: sft.train(
+        folder, [SftExample(TURNS, "abc", True, str(n)) for n in range(16)], learning_rate=1e30, epochs=3, hardware=HARDWARE
+    ),
+    "reward": lambda folder: reward.train(folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
+    "dpo": lambda folder: dpo.train(folder, folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
+    "ppo": lambda folder: ppo.train(
+        folder, folder, ROLLOUTS, list(range(8)), Hyperparameters(learning_rate=1e30, kl_stop=1e30), hardware=HARDWARE
+    ),
+}
+
+
+@pytest.mark.parametrize("phase", LEARN)
+def test_a_number_that_runs_away_ends_the_update_and_leaves_the_policy(tiny, phase):
+    before = hash_files(tiny)
+    with pytest.raises(CannotLearn, match="training has run away") as error:
+        LEARN[phase](tiny)
+    assert three_lines(error) and hash_files(tiny) == before
+
+
+def test_texts_that_do_not_fit_leave_nothing_to_learn(tiny):
+    with pytest.raises(CannotLearn, match="none of the 3 texts") as error:
+        sft.train(tiny, [SftExample(TURNS, "abc", True, str(n)) for n in range(3)], learning_rate=1e-3, max_length=4)
+    assert three_lines(error)
+
+
+# Folders
+
+
+def test_weights_that_are_cut_short_are_not_trained_from(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for load in (weights.load_policy, weights.load_scorer):
+        with pytest.raises(UsageError, match="cannot be loaded") as error:
+            load(copy)
+        assert three_lines(error)
+
+
+def test_a_weight_that_is_missing_is_not_filled_with_noise(copy, scorer):
+    for folder, name in ((copy, "model.layers.0.mlp.up_proj.weight"), (scorer, "score.weight")):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UsageError, match="cannot be loaded\n1 of them are missing") as error:
+            reward.load(folder) if folder == scorer else weights.load_policy(folder)
+        assert three_lines(error)
+
+
+def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
+    model = weights.with_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
+    shutil.rmtree(copy)
+    copy.mkdir()
+    weights.rl_saver(model, weights.load_tokenizer(tiny), None, tiny)(copy)
+    assert weights.adapter_is_on(copy, tiny)
+    file = copy / "rl" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="cannot be loaded") as error:
+        weights.load_for_rl(copy, tiny, 4)
+    assert three_lines(error)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"mean": 0}', "[]"])
+def test_a_reward_model_without_its_normalisation_scores_nothing(scorer, damage):
+    (scorer / "reward.json").write_text(damage)
+    with pytest.raises(UsageError, match="holds no whole reward model") as error:
+        reward.load(scorer)
+    assert three_lines(error)
+
+
+@pytest.mark.parametrize("what", ["a letter", "the template", "the end token"])
+def test_a_policy_with_another_tokenizer_is_refused(tiny, copy, what):
+    if what == "a letter":
+        text = json.loads((copy / "tokenizer.json").read_text())
+        vocabulary = text["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (copy / "tokenizer.json").write_text(json.dumps(text))
+    else:
+        tokenizer = weights.load_tokenizer(copy)
+        if what == "the template":
+            tokenizer.chat_template = "{{ messages[0].content }}"
+        else:
+            tokenizer.eos_token = "<s>"
+        tokenizer.save_pretrained(copy)
+    with pytest.raises(UsageError, match="have different tokenizers") as error:
+        ppo.train(tiny, copy, ROLLOUTS, list(range(8)), Hyperparameters(), hardware=HARDWARE)
+    assert three_lines(error)
+    with pytest.raises(UsageError, match="have different tokenizers"):
+        dpo.train(tiny, copy, PAIRS, learning_rate=1e-3, hardware=HARDWARE)
+
+
+def test_a_reward_model_of_another_architecture_is_refused(tiny, scorer, tmp_path):
+    other = tmp_path / "other"
+    GPT2LMHeadModel(GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(other)
+    weights.load_tokenizer(tiny).save_pretrained(other)
+    with pytest.raises(UsageError, match=r"the reward model in .* is a llama, the policy in .* a gpt2") as error:
+        reward.load(scorer, policy=other)
+    assert three_lines(error)
+    assert reward.load(scorer, policy=tiny).members
