@@ -1,0 +1,1 @@
+"""The proof of learning on real parts; see `benchmarks.learning.__main__`."""
