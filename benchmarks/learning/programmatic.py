@@ -17,7 +17,7 @@ from functools import cache
 
 from benchmarks.learning.language import PLAIN, RUDE, is_rude, value, without
 from consumers.templates import COMPARISON, CRITIQUE, REVISION, VERDICT
-from engine.models.port import Ask, Generation, OptionScores
+from engine.models.port import LOCAL, Ask, Capabilities, Generation, OptionScores
 
 SHARPNESS = 3.0  # nats of preference for one point of the rule's value
 MASS = 0.98  # what the options catch
@@ -61,6 +61,7 @@ class ProgrammaticJudge:
 
     id: str = "programmatic-judge"
     revision: str = "1"
+    capabilities: Capabilities = LOCAL
     prefers: Callable[[str, str, str], float] = lambda question, a, b: float(value(question, a) - value(question, b))
 
     def generate(
@@ -87,7 +88,7 @@ def shuffled(seed: int) -> ProgrammaticJudge:
         drawn = 1 if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2 else -1
         return drawn * float(value(question, a) - value(question, b))
 
-    return ProgrammaticJudge("programmatic-judge-shuffled", str(seed), prefers)
+    return ProgrammaticJudge("programmatic-judge-shuffled", str(seed), prefers=prefers)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class ProgrammaticCritic:
 
     id: str = "programmatic-critic"
     revision: str = "1"
+    capabilities: Capabilities = LOCAL
 
     def generate(
         self, batch: Sequence[Ask], *, samples: int = 1, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 256
