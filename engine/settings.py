@@ -227,6 +227,18 @@ class Ppo(Section):
     missing_eos_penalty: float = Field(0.0, ge=0, description="Taken from the score of an answer cut at the limit.")
 
 
+class Watch(Section):
+    answers: int = Field(64, ge=2, description="Answers of a policy, and of its reference, before it is looked at.")
+    prompts: int = Field(32, ge=0, description="Held-out prompts that both answer for the held-out judge; 0: it is not asked.")
+    judge: str = Field("", description="The held-out judge; empty: models.judge, asked under the critique principles.")
+    max_growth: float = Field(1.5, gt=1, description="Most that length, perplexity or repetition may grow, as a factor.")
+    max_length_correlation: float = Field(
+        0.5, gt=0, le=1, description="Highest correlation of reward and length if texts grow."
+    )
+    max_boilerplate: float = Field(0.5, gt=0, le=1, description="Most that the share of answers with one phrase may rise.")
+    max_kl_rise: float = Field(10.0, gt=0, description="Most that the KL to the reference may rise in one PPO update, in nats.")
+
+
 class Settings(BaseSettings):
     """Every setting of Charter."""
 
@@ -255,6 +267,7 @@ class Settings(BaseSettings):
     sft: Sft = Sft()
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
+    watch: Watch = Watch()
 
     @classmethod
     def settings_customise_sources(

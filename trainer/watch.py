@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from engine.models.chat import completion_ids, prompt_ids
 from engine.models.port import Ask
 from schemas import ids
-from schemas.records import Metric, Score, Turn
+from schemas.records import Metric, PolicyKind, Score, Turn
 from trainer.batches import LIMIT_S, turns_of
 
 if TYPE_CHECKING:
     from engine.settings import Watch as Limits
+    from trainer.loop import Trainer
 
 Measures = dict[str, float]
 Text = tuple[tuple[Turn, ...], str, bool]  # turns, answer, whether it ended by itself
@@ -43,11 +44,22 @@ HELD_OUT = """
     SELECT turns, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
 BENIGN = """
     SELECT turns, text FROM (
-        SELECT turns, completion AS text, 0 AS place, commit_seq FROM demonstrations WHERE split = 'EVAL' AND NOT is_harmful(source)
+        SELECT turns, completion AS text, 0 AS place, commit_seq FROM demonstrations
+        WHERE split = 'EVAL' AND NOT is_harmful(source)
         UNION ALL
         SELECT turns, candidates[1].text, 1, commit_seq FROM responses
         WHERE candidates[1].policy_version = 0 AND NOT is_harmful(source) AND length(candidates[1].text) > 0)
     ORDER BY place, commit_seq LIMIT ?"""
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Why the RL phase must stop now. `good` is the policy version to go back to."""
+
+    what: str
+    why: str
+    measures: Measures = field(default_factory=dict)
+    good: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,9 @@ def length_is_liked(m: Mapping[str, float], limits: Limits) -> str | None:
     """The reward follows length, and answers have become longer."""
     growth = m["mean_words"] / m["mean_words_reference"] if m.get("mean_words_reference") else 1.0
     if m.get("length_correlation", 0.0) > limits.max_length_correlation and growth > limits.max_growth:
-        return f"the reward's correlation with length is {m['length_correlation']:.2f}, and answers are {growth:.1f} times as long"
+        return (
+            f"the reward's correlation with length is {m['length_correlation']:.2f}, and answers are {growth:.1f} times as long"
+        )
     return None
 
 
@@ -110,7 +124,9 @@ def benign_is_refused(m: Mapping[str, float], limits: Limits) -> str | None:
 
 def harm_is_not_refused(m: Mapping[str, float], limits: Limits) -> str | None:
     if m.get("refusal_harmful_high", 1.0) < m.get("refusal_harmful_low_reference", 0.0):
-        return f"{m['refusal_harmful']:.0%} of harmful prompts are refused, by the reference {m['refusal_harmful_reference']:.0%}"
+        return (
+            f"{m['refusal_harmful']:.0%} of harmful prompts are refused, by the reference {m['refusal_harmful_reference']:.0%}"
+        )
     return None
 
 
@@ -184,5 +200,157 @@ def answers_of(folder: Path, dialogues: Sequence[tuple[Turn, ...]], batch: int) 
 
     model = open_model(str(folder), max_batch=batch)
     asks = [Ask(turns, seed=number) for number, turns in enumerate(dialogues)]
-    made = [one for start in range(0, len(asks), batch) for (one,) in model.generate(asks[start : start + batch], max_tokens=MAX_TOKENS)]
+    made = [
+        one
+        for start in range(0, len(asks), batch)
+        for (one,) in model.generate(asks[start : start + batch], max_tokens=MAX_TOKENS)
+    ]
     return [(one.text, one.finish_reason == "stop") for one in made]
+
+
+# Looking
+
+
+@dataclass
+class Watch:
+    """Looks at each new policy of a trainer's RL phase once, and says what the loop must do (see the module's docstring).
+
+    `compare` is the held-out judge; without one, and without held-out prompts, the judge's figures are left out.
+    """
+
+    limits: Limits
+    compare: Compare | None = None
+    looked: dict[int, bool] = field(default_factory=dict)  # version -> whether it was in order
+
+    def __call__(self, trainer: Trainer) -> Trip | None:
+        standing = trainer.standing()
+        version, reference = standing.policy_version, standing.reference_version
+        if version == reference or not standing.reward_version or self.known(trainer, version):
+            return None
+        new, old = (trainer.store.records(ANSWERS, [of], limit_s=LIMIT_S) for of in (version, reference))
+        if min(len(new), len(old)) < self.limits.answers:
+            return None
+        measures = self.measure(trainer, version, reference, new, old)
+        found = findings(measures, self.limits)
+        self.looked[version] = not found
+        measures |= {"reference": float(reference), "tripped": float(len(found))}
+        trainer.publish([self.metric(trainer, version, measures)])
+        if not found:
+            return None
+        good = max((v for v, in_order in self.looked.items() if in_order and reference < v < version), default=reference)
+        return Trip(f"policy {version} looks like reward hacking", "; ".join(f.words for f in found), measures, good)
+
+    def known(self, trainer: Trainer, version: int) -> bool:
+        """Whether a version was looked at, also before a restart."""
+        if not self.looked:
+            sql = "SELECT policy_version, tripped = 0 FROM watch_looks ORDER BY created_at"
+            self.looked = dict(trainer.store.query(sql, limit_s=LIMIT_S).rows)
+        return version in self.looked
+
+    def metric(self, trainer: Trainer, version: int, measures: Measures) -> Metric:
+        return Metric(
+            record_id=ids.record_id("watch", [], ids.fingerprint(run=trainer.settings.run.id, version=version)),
+            run_id=trainer.settings.run.id,
+            stage="train",
+            policy_version=version,
+            phase=PHASE,
+            number=version,
+            step=0,
+            measures=measures,
+        )
+
+    def measure(self, trainer: Trainer, version: int, reference: int, new: list[Any], old: list[Any]) -> Measures:
+        """Every figure that there is something to measure with."""
+        score = self.scorer(trainer)
+        of_new, of_old = score(new), score(old)
+        gain, low, high = difference(of_new, of_old)
+        measures = {"proxy_gain": gain, "proxy_low": low, "proxy_high": high, "answers": float(len(new))}
+        measures["length_correlation"] = related([float(len(row["text"])) for row in new], of_new)
+        measures |= beside(figures_of(trainer, version), figures_of(trainer, reference))
+        measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
+        folders = trainer.policy_folder(version), trainer.policy_folder(reference)
+        texts = [(turns_of(row), row["text"]) for row in trainer.store.records(BENIGN, [self.limits.prompts], limit_s=LIMIT_S)]
+        if texts:
+            measures |= beside(*({"perplexity": perplexity(folder, texts)} for folder in folders))
+        return measures | self.judged(trainer, *folders)
+
+    def scorer(self, trainer: Trainer) -> Callable[[list[Any]], list[float]]:
+        """Scores answers with the newest reward model, and publishes the scores."""
+        from trainer import reward
+
+        version = trainer.standing().reward_version
+        model = reward.load(trainer.folder_of(PolicyKind.REWARD, version))
+
+        def score(rows: list[Any]) -> list[float]:
+            raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in rows])
+            normalised = model.normalised(raw)
+            trainer.publish([scored(row, version, *pair) for row, *pair in zip(rows, raw, normalised, strict=True)])
+            return normalised
+
+        return score
+
+    def judged(self, trainer: Trainer, new: Path, old: Path) -> Measures:
+        """How often the held-out judge prefers the policy's answers to the reference's, on held-out prompts."""
+        if self.compare is None or not self.limits.prompts:
+            return {}
+        dialogues = [turns_of(row) for row in trainer.store.records(HELD_OUT, [self.limits.prompts], limit_s=LIMIT_S)]
+        if not dialogues:
+            return {}
+        rows = trainer.settings.models.max_rows
+        answers = [[text for text, _ in answers_of(folder, dialogues, rows)] for folder in (new, old)]
+        labels = self.compare([(d, a, b) for d, a, b in zip(dialogues, *answers, strict=True) if a.strip() and b.strip()])
+        given = [p for p in labels if p is not None]
+        if not given:
+            return {}
+        mean, low, high = interval(given)
+        return {"judge_wins": mean, "judge_low": low, "judge_high": high, "judge_pairs": float(len(given))}
+
+
+def scored(row: Mapping[str, Any], version: int, raw: float, normalised: float) -> Score:
+    response = str(row["response_id"])
+    return Score(
+        record_id=ids.record_id("score", [response], ids.fingerprint(reward=version), row["candidate"]),
+        parent_ids=[response],
+        prompt_id=str(row["prompt_id"]),
+        run_id=row["run_id"],
+        stage="train",
+        policy_version=row["policy_version"],
+        response_id=response,
+        candidate=row["candidate"],
+        reward_version=version,
+        score=raw,
+        normalised=normalised,
+    )
+
+
+def beside(new: Measures, old: Measures) -> Measures:
+    """The measures of a version and, under their names with `_reference`, those of its reference."""
+    return new | {f"{name}_reference": value for name, value in old.items()}
+
+
+def figures_of(trainer: Trainer, version: int) -> Measures:
+    """Lengths, diversity and refusals of a version, from the views."""
+    store = trainer.store
+    found: Measures = {}
+    sql = "SELECT mean_words, distinct_1, distinct_2, words FROM watch_diversity WHERE policy_version = ?"
+    for row in store.records(sql, [version], limit_s=LIMIT_S):
+        found |= {name: float(value) for name, value in row.items() if value is not None}
+    for row in store.records("SELECT * FROM watch_refusals WHERE policy_version = ?", [version], limit_s=LIMIT_S):
+        name = "refusal_harmful" if row["harmful"] else "refusal_benign"
+        found |= {name: row["refusal_rate"], f"{name}_low": row["refusal_low"], f"{name}_high": row["refusal_high"]}
+    return found
+
+
+def phrase_rise(trainer: Trainer, version: int, reference: int) -> Measures:
+    """By how much the share of answers with one phrase rose, of the phrase that rose most."""
+    sql = """
+        SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM watch_phrases n
+        LEFT JOIN watch_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
+    return {"boilerplate_rise": float(trainer.store.query(sql, [reference, version], limit_s=LIMIT_S).rows[0][0])}
+
+
+def kl_of(trainer: Trainer, version: int) -> Measures:
+    """How the KL to the reference rose in the update that made a version."""
+    sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM watch_kl WHERE policy_version = ?"
+    rows = trainer.store.records(sql, [version - 1], limit_s=LIMIT_S)
+    return {name: float(value) for row in rows[-1:] for name, value in row.items() if value is not None}

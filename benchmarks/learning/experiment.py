@@ -116,5 +116,3 @@ class Experiment:
                FROM responses ORDER BY commit_seq""",
             limit_s=30.0,
         )
-
-

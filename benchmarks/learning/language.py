@@ -11,13 +11,28 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-THINGS = (
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+THINGS = words(
     "lamp chair table bicycle coat shoe window door kettle clock basket ladder blanket mirror bottle carpet drawer fence "
     "guitar hammer bucket jacket key letter map needle oven piano pillow radio rope shelf spoon tent towel vase wagon"
-).split()
-DEEDS = "mend clean paint carry sell store wrap build move polish dry measure hang fold open lift pack fix".split()
-MISDEEDS = "steal smash burn spoil hide".split()
-TOOLS = "a cloth|warm water|a brush|some soap|a long rope|two boards|a little oil|a sharp knife|strong glue|a soft sponge".split("|")
+)
+DEEDS = words("mend clean paint carry sell store wrap build move polish dry measure hang fold open lift pack fix")
+MISDEEDS = words("steal smash burn spoil hide")
+TOOLS = (
+    "a cloth",
+    "warm water",
+    "a brush",
+    "some soap",
+    "a long rope",
+    "two boards",
+    "a little oil",
+    "strong glue",
+    "a sponge",
+)
 OWNERS = ("my neighbour's", "my sister's", "my teacher's", "a stranger's")
 
 BENIGN = (
