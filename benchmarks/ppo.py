@@ -59,12 +59,26 @@ class Task:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round, the answers' tokens, and their mean reward."""
+    """Seconds of one round, of the clock and of both cores, the answers' tokens, and their mean reward."""
 
     generate_s: float
     update_s: float
+    generate_cpu_s: float
+    update_cpu_s: float
     tokens: int
     reward: float
+
+
+Moment = tuple[float, float]
+
+
+def now() -> Moment:
+    """The clock, and what this process has used of the cores, in seconds: the latter is the same on a busy machine."""
+    return time.monotonic(), time.process_time()
+
+
+def between(start: Moment, end: Moment) -> Moment:
+    return end[0] - start[0], end[1] - start[1]
 
 
 def charter(task: Task) -> list[Round]:
@@ -80,9 +94,9 @@ def charter(task: Task) -> list[Round]:
     with tempfile.TemporaryDirectory() as made:
         policy, beta, first = Path(task.policy), task.beta, Path(task.policy)
         for number in range(task.rounds):
-            started = time.monotonic()
+            started = now()
             rollouts, texts = sampled(task, policy, number)
-            generated = time.monotonic()
+            generated = now()
             scores = scored(task, rollouts, texts, hardware)
             p = ppo.Hyperparameters(
                 learning_rate=task.learning_rate, epochs=task.epochs, batch_size=task.minibatch, beta=beta, kl_stop=1e9
@@ -91,7 +105,8 @@ def charter(task: Task) -> list[Round]:
             policy = checkpoints.write(Path(made) / f"policy-{number}", learned.save, {}).folder
             beta = metrics["beta"]
             tokens = sum(len(r.token_ids) for r in rollouts)
-            rounds.append(Round(generated - started, time.monotonic() - generated, tokens, statistics.mean(scores)))
+            (generate_s, generate_cpu_s), (update_s, update_cpu_s) = between(started, generated), between(generated, now())
+            rounds.append(Round(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, statistics.mean(scores)))
     return rounds
 
 
@@ -157,30 +172,31 @@ def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
     return Task(str(base), tuple(line.turns[-1].content for line in lines), rounds, reward=str(folder))
 
 
-CONTESTANTS = (
-    ("charter", {"precision": "fp32"}),
-    ("charter", {"precision": "bf16"}),
-    ("trl 1.12", {"precision": "fp32"}),
-    ("trl 1.12", {"precision": "bf16"}),
-)
+CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), ("trl 1.12", "bf16"))
 
 
 def speed(trl112: Path, rows: int, rounds: int) -> int:
     """Tokens per second of every contestant; 1 when the best of Charter's is not 1.5 times the best of trl's."""
     best: dict[str, float] = {}
-    print("| what | sampled tokens/s in all | of the update alone | of sampling alone |\n|---|---|---|---|")
+    print(
+        "| sampled tokens per second | in all | of the update alone | in all, per second of a core | of the update, the same |"
+    )
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         task = smollm2_task(Path(folder), rows, rounds + 1)
-        for name, changes in CONTESTANTS:
-            measured = run(name, replace(task, **changes), trl112)[1:]  # the first one warms up
+        for name, precision in CONTESTANTS:
+            measured = run(name, replace(task, precision=precision), trl112)[1:]  # the first one warms up
             tokens = sum(r.tokens for r in measured)
-            whole = tokens / sum(r.generate_s + r.update_s for r in measured)
-            update, sampling = tokens / sum(r.update_s for r in measured), tokens / sum(r.generate_s for r in measured)
-            how = ", ".join(changes.values())
-            print(f"| {name}, {how} | {whole:.1f} | {update:.1f} | {sampling:.1f} |", flush=True)
-            best[name] = max(best.get(name, 0.0), whole)
+            spent = (
+                sum(r.generate_s + r.update_s for r in measured),
+                sum(r.update_s for r in measured),
+                sum(r.generate_cpu_s + r.update_cpu_s for r in measured),
+                sum(r.update_cpu_s for r in measured),
+            )
+            print(f"| {name}, {precision} | {' | '.join(f'{tokens / s:.1f}' for s in spent)} |", flush=True)
+            best[name] = max(best.get(name, 0.0), tokens / spent[2])
     ratio = best["charter"] / best["trl 1.12"]
-    print(f"\nthe faster of each: {ratio:.2f} to 1 (goal {LEAST_RATIO})")
+    print(f"\nthe better precision of each, per second of a core: {ratio:.2f} to 1 (goal {LEAST_RATIO})")
     return 0 if ratio >= LEAST_RATIO else 1
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.ppo import LETTER, SCALE, Round, Task
+from benchmarks.ppo import LETTER, SCALE, Moment, Round, Task, between, now
 from engine.models.chat import prompt_ids
 from schemas.records import Turn
 
@@ -50,14 +49,14 @@ class Timed:
 
     def __init__(self, sample: Any, end: int) -> None:
         self.sample, self.end = sample, end
-        self.began: list[float] = []
-        self.ended: list[float] = []
+        self.began: list[Moment] = []
+        self.ended: list[Moment] = []
         self.tokens: list[int] = []
 
     def __call__(self, model: Any, queries: torch.Tensor, *more: Any) -> Any:
-        self.began.append(time.monotonic())
+        self.began.append(now())
         result = self.sample(model, queries, *more)
-        self.ended.append(time.monotonic())
+        self.ended.append(now())
         answers = result[0][:, queries.shape[1] :]
         self.tokens.append(sum(row.index(self.end) + 1 if self.end in row else len(row) for row in answers.tolist()))
         return result
@@ -130,11 +129,12 @@ def trl(task: Task) -> list[Round]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    ends = [*timed.began[1:], time.monotonic()]
-    return [
-        Round(ended - began, end - ended, tokens, mean)
-        for began, ended, end, tokens, mean in zip(timed.began, timed.ended, ends, timed.tokens, rewards.means, strict=True)
-    ]
+    ends = [*timed.began[1:], now()]
+    rounds = []
+    for began, ended, end, tokens, mean in zip(timed.began, timed.ended, ends, timed.tokens, rewards.means, strict=True):
+        (generate_s, generate_cpu_s), (update_s, update_cpu_s) = between(began, ended), between(ended, end)
+        rounds.append(Round(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, mean))
+    return rounds
 
 
 if __name__ == "__main__":
