@@ -3,6 +3,11 @@
 The loss is the negative log-likelihood of the final text given the prompt, averaged over its tokens; prompt tokens are masked
 (Bai et al. 2022, section 3). Prompt ids are those that generation uses, and the end token is a target only where the text
 really ended by itself, so that answers cut at a limit do not teach the policy to stop.
+
+Texts of one pass are laid end to end and padded with nothing (trl's `padding_free`), where the model keeps them apart by their
+positions; that is looked at, for a model that does not would read one text into the next. A step is `batch_size` texts all the
+same: trl's packing into rows of `max_length` would change what a step is. Its reward trainer has neither, its DPO trainer not
+at present: they pad, with texts of similar length side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -42,6 +48,16 @@ def encode(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, li
     return {"input_ids": ids, "labels": ([IGNORED] * len(prompt) + completion)[:max_length]}
 
 
+@torch.no_grad()
+def keeps_texts_apart(policy: Any) -> bool:
+    """Whether a text has the same logits behind another one, with positions of its own, as alone."""
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1]])
+    positions = torch.tensor([[0, 1, 2, 0, 1]], device=policy.device)
+    behind = policy(torch.cat([first, second], 1).to(policy.device), position_ids=positions, use_cache=False).logits[:, 3:]
+    alone = policy(second.to(policy.device), use_cache=False).logits
+    return torch.allclose(behind.float(), alone.float(), atol=1e-3)
+
+
 def train(
     folder: Path,
     examples: Sequence[SftExample],
@@ -66,7 +82,9 @@ def train(
             f"their prompts alone are longer than train.max_length = {max_length}",
             "raise train.max_length, then type: charter train",
         )
-    model = weights.with_lora(weights.load_policy(folder), lora_rank, "CAUSAL_LM")
+    policy = weights.load_policy(folder)
+    laid_end_to_end = keeps_texts_apart(policy)
+    model = weights.with_lora(policy, lora_rank, "CAUSAL_LM")
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
             **hf.arguments(
@@ -75,9 +93,10 @@ def train(
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=seed,
-                max_length=max_length,
+                max_length=None,  # rows are cut already
                 hardware=hardware,
             ),
+            padding_free=laid_end_to_end,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

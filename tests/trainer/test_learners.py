@@ -32,6 +32,21 @@ def test_prompt_tokens_are_masked_and_the_end_is_learned_only_where_there_was_on
     assert len(short["input_ids"]) == len(short["labels"]) == 40
 
 
+def test_chat_templates_are_exact(smollm2):
+    """Ids and mask are those of the whole dialogue in the model's own template, up to what it writes after the end token."""
+    tokenizer = weights.load_tokenizer(smollm2)
+    turns = (Turn(role="user", content="Why?"), Turn(role="assistant", content="So."), Turn(role="user", content="Really? 🙂"))
+    row = sft.encode(tokenizer, SftExample(turns, "Yes, really.", True, "x"), 512)
+    dialogue = [{"role": turn.role, "content": turn.content} for turn in turns]
+    whole = tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": "Yes, really."}], tokenize=False)
+    prompt = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+    assert whole == tokenizer.decode(row["input_ids"]) + "\n"
+    assert row["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"][:-1]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert prompt + tokenizer.decode(learned) + "\n" == whole
+    assert [label for label in row["labels"] if label != IGNORED] == learned and learned[-1] == tokenizer.eos_token_id
+
+
 def hand_loss(model, rows):
     """Token-mean negative log-likelihood, one row at a time."""
     total, count = 0.0, 0
@@ -44,15 +59,28 @@ def hand_loss(model, rows):
     return total / count
 
 
-def test_the_first_steps_loss_is_the_hand_computed_one(tiny):
+@pytest.mark.parametrize("end_to_end", [True, False])
+def test_the_first_steps_loss_is_the_hand_computed_one(tiny, end_to_end, monkeypatch):
+    """In both layouts of a pass: texts laid end to end do not see each other."""
     examples = [
         SftExample(TURNS, text, stopped, text) for text, stopped in (("abc", True), ("hello there", False), ("a", True))
     ]
-    tokenizer = weights.load_tokenizer(tiny)
-    expected = hand_loss(weights.load_policy(tiny), [sft.encode(tokenizer, e, 256) for e in examples])
+    tokenizer, policy = weights.load_tokenizer(tiny), weights.load_policy(tiny)
+    assert sft.keeps_texts_apart(policy)
+    if not end_to_end:
+        monkeypatch.setattr(sft, "keeps_texts_apart", lambda model: False)
+    expected = hand_loss(policy, [sft.encode(tokenizer, e, 256) for e in examples])
     steps = []
-    sft.train(tiny, examples, learning_rate=1e-3, batch_size=4, on_step=lambda n, m: steps.append(m))
-    assert steps[0]["loss"] == pytest.approx(expected, rel=0.02)  # the trainer runs under bf16 autocast
+    exact = weights.Hardware(precision="fp32")
+    sft.train(tiny, examples, learning_rate=1e-3, batch_size=4, hardware=exact, on_step=lambda n, m: steps.append(m))
+    assert steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_that_looks_into_the_text_before_is_padded(tiny):
+    model = weights.load_policy(tiny)
+    forward = model.forward
+    model.forward = lambda input_ids, **more: forward(input_ids, **{k: v for k, v in more.items() if k != "position_ids"})
+    assert not sft.keeps_texts_apart(model)
 
 
 def served(folder, letter):
