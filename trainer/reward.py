@@ -156,7 +156,7 @@ def train(
         )
         metrics["steps"] += done
         model.members.append(Member(scorer))
-    return model, metrics | model.normalise(taught, held_out)
+    return model, metrics | model.normalise(taught, held_out) | {"examples": float(len(taught))}
 
 
 def refuse_one_sided(examples: Sequence[PreferenceExample]) -> None:

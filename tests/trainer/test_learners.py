@@ -1,17 +1,21 @@
 """SFT and the reward model: masks, losses against closed forms and hand loops, and weights that are served changed."""
 
 import math
+import random
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import checkpoints
 from engine.models.local import LocalModel
 from engine.models.port import Ask
 from schemas.records import Turn
 from trainer import reward, sft, weights
-from trainer.reward import EqualRewards, PreferenceExample, soft_label_loss
+from trainer.reward import EqualRewards, OneSidedLabels, PreferenceExample, soft_label_loss
 from trainer.sft import IGNORED, SftExample
 
 TURNS = (Turn(role="user", content="say a"),)
@@ -189,3 +193,94 @@ def test_lora_reward_models_are_saved_whole(tiny, tmp_path):
     model.save(tmp_path / "r")
     texts = [(TURNS, "aa", True), (TURNS, "bb", True)]
     assert reward.load(tmp_path / "r").score(texts) == pytest.approx(model.score(texts), abs=1e-2)
+
+
+# What is held out, and what is said of it
+
+
+def test_prompts_are_held_out_by_their_text_alone():
+    """The same prompt is on the same side in every batch that is large enough, whatever else is in it, and all its labels."""
+    examples = [replace(pair, record_id=f"{n}") for n, pair in enumerate(pairs(200) + pairs(200))]
+    taught, held_out = reward.split(examples)
+    assert len(taught) + len(held_out) == 400 and 20 <= len(held_out) <= 60
+    prompts = {example.turns for example in held_out}
+    assert not prompts & {example.turns for example in taught}
+    again = reward.split(list(reversed(examples[:350])))[1]
+    assert {example.turns for example in again} == {example.turns for example in examples[:350] if example.turns in prompts}
+    few = reward.split(pairs(12))
+    assert len(few[1]) == 3 and len(few[0]) == 9  # of few labels a quarter, and never all
+    assert reward.split(pairs(1)) == (pairs(1), [])
+
+
+def test_agreement_with_the_labels_against_a_loop():
+    draw = random.Random(3)
+    members, count = 3, 40
+    raw = torch.tensor([[draw.gauss(0, 2) for _ in range(2 * count)] for _ in range(members)])
+    scores, lengths = raw.mean(0), torch.tensor([float(draw.randrange(1, 90)) for _ in range(2 * count)])
+    labels = [draw.choice((0.5, 0.2, 0.9, draw.random())) for _ in range(count)]
+    found = reward.agreement(raw, scores, torch.tensor(labels), lengths)
+    right, longer, decided, margin, brier = 0, 0, 0, 0.0, 0.0
+    bins = {}
+    for n, p in enumerate(labels):
+        gap, sign = (scores[n] - scores[count + n]).item(), (p > 0.5) - (p < 0.5)
+        decided += p != 0.5
+        right += p != 0.5 and gap * sign > 0
+        longer += p != 0.5 and (lengths[n] - lengths[count + n]).item() * sign > 0
+        margin += gap * sign / count
+        predicted = sum(1 / (1 + math.exp(raw[m, count + n].item() - raw[m, n].item())) for m in range(members)) / members
+        brier += (predicted - p) ** 2 / count
+        bins.setdefault(min(9, int(predicted * 10)), []).append(predicted - p)
+    ece = sum(abs(sum(gaps)) for gaps in bins.values()) / count
+    r = statistics.correlation(scores.tolist(), lengths.tolist())
+    spread = sum(statistics.pstdev(raw[:, n].tolist()) for n in range(2 * count)) / (2 * count)
+    expected = {
+        "reward/accuracy": right / decided, "reward/length_accuracy": longer / decided, "reward/margin": margin,
+        "reward/brier": brier, "reward/ece": ece, "reward/length_correlation": r, "reward/disagreement": spread,
+    }  # fmt: skip
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_ensemble_scores_low_where_its_members_disagree(tiny, tmp_path):
+    settings = {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
+    steps = []
+    model, metrics = reward.train(
+        tiny, pairs(40), members=3, variance_penalty=0.5, on_step=lambda n, m: steps.append(n), **settings
+    )
+    assert steps == list(range(1, len(steps) + 1)) and metrics["steps"] == len(steps) and metrics["reward/disagreement"] > 0
+    texts = [(TURNS, text, True) for text in ("aaa", "bbb", "hmm")]
+    raw, members = model.raw(texts), model.members
+    by_hand = []
+    for n in range(len(texts)):
+        own = [(raw[m, n].item() - members[m].mean) / members[m].deviation for m in range(3)]
+        by_hand.append(statistics.mean(own) - 0.5 * statistics.pvariance(own))
+    assert model.score(texts) == pytest.approx(by_hand, abs=1e-4)
+    assert len({round(x, 4) for x in raw[:, 2].tolist()}) == 3  # members differ
+    folder = checkpoints.write(tmp_path / "ensemble", model.save, {}).folder
+    again = reward.load(folder, settings["hardware"])
+    assert again.normalised(again.score(texts)) == pytest.approx(model.normalised(by_hand), abs=1e-4)
+    # Each member goes on from itself, and one of them alone is a reward model too.
+    for number in range(3):
+        start = reward.starting_point(folder, number, 0)
+        assert torch.equal(start.score.weight, members[number].model.score.weight)
+    assert len(reward.train(folder, pairs(40), members=1, **settings)[0].members) == 1
+
+
+def test_the_normalisation_is_that_of_the_held_out_texts(tiny):
+    examples = pairs(100)
+    taught, held_out = reward.split(examples)
+    model, metrics = reward.train(tiny, examples, learning_rate=5e-3, hardware=weights.Hardware(precision="fp32"))
+    texts = [(e.turns, text, True) for e in held_out for text in (e.a, e.b)]
+    normal = torch.tensor(model.normalised(model.score(texts)))
+    assert normal.mean().item() == pytest.approx(0, abs=1e-3) and normal.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert metrics["reward/held_out"] == len(held_out) >= 8 and metrics["examples"] == len(taught)
+
+
+@pytest.mark.parametrize(("p", "side"), [(0.9, "first"), (0.1, "second")])
+def test_one_sided_labels_are_an_error(tiny, p, side):
+    one_sided = [replace(pair, exchangeable=True, p_a=p) for pair in pairs(16)]
+    with pytest.raises(OneSidedLabels, match=f"all 16 labels prefer the {side} answer") as error:
+        reward.train(tiny, one_sided, learning_rate=1e-3)
+    assert str(error.value).count("\n") == 2
+    reward.refuse_one_sided(one_sided[:15])  # that may be chance
+    reward.refuse_one_sided([*one_sided, replace(one_sided[0], p_a=1 - p)])
+    reward.refuse_one_sided(pairs(16, p))  # a revision may be better than its first answer every time
