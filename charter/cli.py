@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.settings import Settings
 
 REPORT_EVERY = 25  # looks of 0.2 s
-PHASES = ("sft", "reward", "ppo")
+PHASES = ("sft", "reward", "ppo", "dpo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),

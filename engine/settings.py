@@ -175,7 +175,7 @@ class Limits(Section):
 
 class Train(Section):
     sft_rows: int = Field(512, ge=1, description="New finished chains that start supervised fine-tuning.")
-    reward_rows: int = Field(512, ge=2, description="New labelled pairs that start a reward-model update.")
+    reward_rows: int = Field(512, ge=2, description="New labelled pairs that start a reward-model update, or DPO.")
     ppo_rows: int = Field(256, ge=1, description="New rollouts of the current policy that start PPO.")
     max_rows: int = Field(4096, ge=1, description="Most rows that one phase trains on.")
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
@@ -186,6 +186,9 @@ class Train(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic of training; auto: bf16 where the hardware multiplies it. Weights stay fp32."
+    )
+    policy_learner: Literal["ppo", "dpo"] = Field(
+        "ppo", description="What learns from labels: PPO through a reward model, or DPO from the pairs themselves."
     )
     objective: Literal["alternate", "combined"] = Field(
         "alternate", description="RL loss alone, or L_SL + alpha * L_RL in every step."
@@ -209,6 +212,13 @@ class Reward(Section):
     centring: float = Field(0.01, ge=0, description="Weight of the squared sum of a pair's rewards.")
     members: int = Field(1, ge=1, description="Reward models in the ensemble; 3 to 5 resist over-optimisation, 1 is cheap.")
     variance_penalty: float = Field(0.1, ge=0, description="Ensemble score: mean - this * variance of the members' scores.")
+
+
+class Dpo(Section):
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; ten times that with LoRA.")
+    epochs: int = Field(1, ge=1, description="Passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Pairs in one optimiser step.")
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
 
 
 class Ppo(Section):
@@ -266,6 +276,7 @@ class Settings(BaseSettings):
     train: Train = Train()
     sft: Sft = Sft()
     reward: Reward = Reward()
+    dpo: Dpo = Dpo()
     ppo: Ppo = Ppo()
     watch: Watch = Watch()
 

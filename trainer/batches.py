@@ -23,9 +23,10 @@ from trainer.reward import PreferenceExample
 from trainer.sft import SftExample
 
 LIMIT_S = 60.0  # a batch is worth a longer look at the database than a screen is
-VIEW = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts"}
+VIEW = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
+RL_PHASES = ("ppo", "dpo")  # held to the policy of the last supervised phase
 # Where the rows of a manifest are read: a label that a person has overridden since is no pair any more, but was in its batch.
-ROWS = VIEW | {"reward": "preference_labels"}
+ROWS = VIEW | {"reward": "preference_labels", "dpo": "preference_labels"}
 # The columns that a manifest's hash covers: a view may get more of them, and old batches can still be rebuilt.
 HASHED = {
     "sft": (
@@ -43,7 +44,8 @@ HASHED = {
         "commit_seq",
     ),
 }
-KEY = {"sft": "record_id", "reward": "record_id", "ppo": "response_id"}
+HASHED["dpo"] = HASHED["reward"]
+KEY = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def manifest_of(
         commit_seq_to=max(row["commit_seq"] for row in rows),
         base_policy_version=standing.policy_version,
         base_reward_version=standing.reward_version or None,
-        reference_policy_version=standing.reference_version if phase == "ppo" else None,
+        reference_policy_version=standing.reference_version if phase in RL_PHASES else None,
         mix=dict(Counter(mix_key(phase, row) for row in rows)),
         settings=text,
     )

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from trainer.weights import Hardware
 
 log = logging.getLogger("charter.trainer")
-PHASES = ("sft", "reward", "ppo")
+PHASES = ("sft", "reward", "ppo", "dpo")
+IDLE = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}  # what is never due, by train.policy_learner
 LOOK_EVERY_S = 2.0
 WRITER = "trainer"
 OnStep = Callable[[str, int, dict[str, float]], None]
@@ -109,13 +110,13 @@ class Trainer:
 
     def threshold(self, phase: str) -> int:
         train = self.settings.train
-        return {"sft": train.sft_rows, "reward": train.reward_rows, "ppo": train.ppo_rows}[phase]
+        return {"sft": train.sft_rows, "reward": train.reward_rows, "ppo": train.ppo_rows, "dpo": train.reward_rows}[phase]
 
     def due(self) -> str | None:
         """The first phase that has enough new rows; PPO needs a reward model."""
         standing = self.standing()
         for phase in PHASES:
-            if phase == "ppo" and not standing.reward_version:
+            if phase in IDLE[self.settings.train.policy_learner] or (phase == "ppo" and not standing.reward_version):
                 continue
             if len(self.candidates(phase, standing)[0]) >= self.threshold(phase):
                 return phase
@@ -181,7 +182,7 @@ class Trainer:
         return 1 + sum(1 for manifest in self.known()[1] if manifest.phase == phase)
 
     def learner_settings(self, phase: str) -> dict[str, Any]:
-        learner: Any = {"sft": self.settings.sft, "reward": self.settings.reward, "ppo": self.settings.ppo}[phase]
+        learner: Any = getattr(self.settings, phase)
         train = self.settings.train
         settings = learner.model_dump() | {"lora_rank": train.lora_rank, "max_length": train.max_length}
         if phase == "ppo":
@@ -364,6 +365,22 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
     return learned.save, metrics
 
 
+def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
+    """The policy on labels, held near the policy that the last supervised phase made."""
+    from trainer import dpo
+
+    manifest = batch.manifest
+    return dpo.train(
+        trainer.policy_folder(manifest.base_policy_version),
+        trainer.policy_folder(manifest.reference_policy_version or 0),
+        [preference_example(row) for row in batch.rows],
+        hardware=hardware_of(trainer.settings),
+        seed=manifest.seed or 0,
+        on_step=partial(trainer.step, manifest),
+        **batch.settings,
+    )
+
+
 def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
     """The reward model's normalised score of each rollout; all scores are published too."""
     from trainer import reward
@@ -371,7 +388,11 @@ def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
     manifest = batch.manifest
     version = manifest.base_reward_version
     assert version is not None, "PPO batches are drawn only when there is a reward model"
-    model = reward.load(trainer.folder_of(PolicyKind.REWARD, version), hardware=hardware_of(trainer.settings))
+    model = reward.load(
+        trainer.folder_of(PolicyKind.REWARD, version),
+        hardware_of(trainer.settings),
+        policy=trainer.policy_folder(manifest.base_policy_version),
+    )
     raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in batch.rows])
     normalised = model.normalised(raw)
     configuration = ids.fingerprint(reward=version)
@@ -410,4 +431,9 @@ def incident(manifest: BatchManifest, metrics: dict[str, float]) -> Incident:
     )
 
 
-LEARNERS: dict[str, Callable[[Trainer, Batch], Trained]] = {"sft": learn_sft, "reward": learn_reward, "ppo": learn_ppo}
+LEARNERS: dict[str, Callable[[Trainer, Batch], Trained]] = {
+    "sft": learn_sft,
+    "reward": learn_reward,
+    "ppo": learn_ppo,
+    "dpo": learn_dpo,
+}

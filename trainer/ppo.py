@@ -253,7 +253,7 @@ class Actor(torch.nn.Module):
             raise UsageError(
                 f"PPO cannot train a {base.config.model_type}",
                 "its logits are not those of its output layer alone",
-                "choose another models.policy",
+                'choose another models.policy, or set train.policy_learner = "dpo"',
             )
 
 

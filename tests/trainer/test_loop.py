@@ -192,6 +192,22 @@ def test_the_combined_objective_has_its_chains_in_the_manifest(settings, bus, st
     trainer.close()
 
 
+def test_dpo_takes_the_place_of_reward_model_and_ppo(settings, bus, store, tiny):
+    chosen = settings.model_copy(update={"train": settings.train.model_copy(update={"policy_learner": "dpo"})})
+    stream(chosen, bus, store, 1, 6)
+    trainer = Trainer(bus, store, chosen, tiny)
+    assert trainer.due() == "sft" and trainer.update("sft").version == 1
+    sink_all(bus, store)
+    assert trainer.due() == "dpo"
+    update = trainer.update("dpo")
+    assert (update.kind, update.version, update.base_version) == (PolicyKind.POLICY, 2, 1)
+    assert manifests(bus)[-1].reference_policy_version == 1 and "rewards/margins" in update.metrics
+    assert len(rebuild(store, manifests(bus)[-1]).rows) == 6
+    sink_all(bus, store)
+    assert trainer.due() is None
+    trainer.close()
+
+
 def test_checkpoints_are_named_by_version_and_hold_no_pickles(settings, bus, store, trainer):
     stream(settings, bus, store, 1, 4)
     trainer.update("sft")
