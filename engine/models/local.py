@@ -1,4 +1,4 @@
-"""Local models through transformers: batched sampling, and option scores in one forward pass.
+"""Local models through transformers: batched sampling, and option scores in one forward pass that computes shared text once.
 
 Weights load from safetensors (or the packaged GGUF, converted once), never from pickles and never with remote code. Batches
 are sorted by length and bounded in rows; a prompt's keys and values are computed once for all of its samples; rows that have
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,11 +28,14 @@ from engine.errors import PermanentRecordError, UsageError
 from engine.models import model_folder, smollm2
 from engine.models.chat import prompt_ids
 from engine.models.port import LOCAL, Ask, Generation, OptionScores, Usage
+from engine.models.prefix import Tree, trees
 
 # Our own output is the progress of the stream; a bar for each loading would tear it apart.
 transformers.utils.logging.disable_progress_bar()
 
 MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
+# Tokens in one tree of prompts: longer ones share more and waste more attention on what a token does not see.
+MAX_TREE_TOKENS = {"cpu": 1024, "cuda": 4096}
 COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
 
 
@@ -87,6 +91,7 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    late: bool = False
 
 
 class LocalModel:
@@ -138,14 +143,47 @@ class LocalModel:
     def option_logprobs(self, batch: Sequence[Ask], options: Sequence[str]) -> list[OptionScores]:
         prompts = [self.encode(ask, 1) for ask in batch]
         results: list[OptionScores | None] = [None] * len(batch)
-        for chunk in self.chunks(prompts, rows_each=1, extra=0):
-            with exact_head(self.model):
-                logits, _ = self.prefill([prompts[i] for i in chunk], cache=None)
-            logprobs = torch.log_softmax(logits.float(), dim=-1)
-            for row, i in enumerate(chunk):
+        for tree in self.trees(prompts):
+            logprobs = torch.log_softmax(self.ends(tree).float(), dim=-1)
+            for row, (i, shared) in enumerate(zip(tree.prompts, tree.shared, strict=True)):
                 scored = self.score(logprobs[row], options, batch[i].prefill)
-                results[i] = replace(scored, usage=Usage(len(prompts[i]), 0))
+                results[i] = replace(scored, usage=Usage(len(prompts[i]), 0, shared))
         return [result for result in results if result is not None]
+
+    def trees(self, prompts: Sequence[Sequence[int]]) -> list[Tree]:
+        """The prompts in as many passes as needed; one for each where the model cannot be told what a token may see."""
+        if not self.sees_what_it_is_told:
+            return [tree for prompt in enumerate(prompts) for tree in alone(*prompt)]
+        return trees(prompts, min(self.context, MAX_TREE_TOKENS.get(self.device, MAX_TREE_TOKENS["cpu"])))
+
+    @property
+    def sees_what_it_is_told(self) -> bool:
+        """Whether a mask of our own replaces the model's: not where some layers have a window or a state of their own."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        return kinds == {"full_attention"} and not windowed and attention in ("sdpa", "eager")
+
+    def ends(self, tree: Tree) -> torch.Tensor:
+        """Logits at the end of each of the tree's prompts (P, V)."""
+        # A single prompt is an ordinary sequence, for models whose own mask must stay.
+        mask = self.mask(tree.sees()) if len(tree.prompts) > 1 else None
+        with exact_head(self.model):
+            out = self.model(
+                input_ids=torch.tensor([tree.tokens], device=self.device),
+                attention_mask=mask,
+                position_ids=torch.tensor([tree.positions], device=self.device),
+                use_cache=False,
+                logits_to_keep=len(tree.prompts),
+            )
+        return out.logits[0]
+
+    def mask(self, sees: torch.Tensor) -> torch.Tensor:
+        """What is added to attention scores (1, 1, N, N): nothing where a token may see, the least there is elsewhere."""
+        added = torch.zeros(1, 1, *sees.shape, dtype=self.model.dtype)
+        added.masked_fill_(~sees, torch.finfo(added.dtype).min)
+        return added.to(self.device)
 
     # Prompts
 
@@ -171,7 +209,7 @@ class LocalModel:
             chunks[-1].append(i)
         return chunks
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits at the end of each prompt (B, V) and the attention mask (B, T) of the left-padded batch."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -186,7 +224,7 @@ class LocalModel:
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=True,
             logits_to_keep=1,
         )
         return out.logits[:, -1], mask
@@ -210,9 +248,10 @@ class LocalModel:
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        live, positions = list(rows), mask.sum(-1)
+        live, positions, began = list(rows), mask.sum(-1), time.monotonic()
         for step in range(max_tokens):
             tokens = self.draw(logits, live, temperature, top_p)
+            stop_late(live, batch, time.monotonic() - began)
             if step + 1 == max_tokens or all(row.stopped for row in live):
                 break
             live, tokens, mask, positions = compact(cache, live, tokens, mask, positions)
@@ -243,10 +282,11 @@ class LocalModel:
         return tokens
 
     def finish(self, row: Row, prompt: Sequence[int]) -> Generation:
-        ids = row.token_ids[:-1] if row.stopped else row.token_ids
+        ended = row.stopped and not row.late
+        ids = row.token_ids[:-1] if ended else row.token_ids
         return Generation(
             text=self.tokenizer.decode(ids, skip_special_tokens=True),
-            finish_reason="stop" if row.stopped else "length",
+            finish_reason="timeout" if row.late else "stop" if ended else "length",
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
             prompt_token_ids=tuple(prompt),
@@ -271,6 +311,18 @@ class LocalModel:
         if not single:
             raise UsageError(f"the option {option!r} is no single token of {self.id}", "", "use one letter for an option")
         return single
+
+
+def alone(place: int, prompt: Sequence[int]) -> list[Tree]:
+    return [replace(tree, prompts=(place,)) for tree in trees([prompt], len(prompt))]
+
+
+def stop_late(rows: Sequence[Row], batch: Sequence[Ask], elapsed_s: float) -> None:
+    """End the rows that have been written for longer than they may."""
+    for row in rows:
+        limit = batch[row.ask].deadline_s
+        if not row.stopped and limit is not None and elapsed_s > limit:
+            row.stopped = row.late = True
 
 
 @contextmanager
