@@ -183,7 +183,7 @@ def make_stage(
         return Stage(name, inputs, ("critiques",), 1, rows, work)
     if name == "revise":
         sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
-        work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot)
+        work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot, settings.critique.preset)
         return Stage(name, inputs, ("revisions",), 2, rows, work)
     if name == "judge":
         return Stage(name, inputs, ("preferences",), 3, rows, make_judge(settings, models, constitution))
@@ -204,12 +204,28 @@ def make_critique(settings: Settings, models: Models, constitution: Constitution
         lose=wanted.lose,
         same=wanted.same,
         skip_sources=tuple(wanted.skip_sources),
+        preset=wanted.preset,
+        selection=wanted.selection,
     )
 
 
 def make_judge(settings: Settings, models: Models, constitution: Constitution) -> Judge:
     wanted = settings.judge
-    return Judge(models.role("judge"), constitution, wanted.pairing, wanted.min_mass, wanted.reject_flips)
+    return Judge(
+        model=models.role("judge"),
+        constitution=constitution,
+        pairing=wanted.pairing,
+        min_mass=wanted.min_mass,
+        reject_flips=wanted.reject_flips,
+        preset=wanted.preset,
+        form=wanted.form,
+        principles=wanted.principles,
+        k=wanted.k,
+        order=wanted.order,
+        clamp=wanted.clamp,
+        max_tokens=wanted.max_tokens,
+        deadline_s=wanted.deadline_s,
+    )
 
 
 def make_host(

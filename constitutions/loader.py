@@ -142,9 +142,9 @@ class Constitution(Strict):
             return ALL_BY_PRIORITY.format(lines=lines)
         return ALL.format(lines="\n".join(f"- {principle.question}" for principle in self.judging))
 
-    def critique_principle(self, seed: int, number: int, tags: Sequence[str] = ()) -> Principle:
-        """The principle of round `number` (from 0) of a chain."""
-        if self.selection == "rotation":
+    def critique_principle(self, seed: int, number: int, tags: Sequence[str] = (), selection: str = "") -> Principle:
+        """The principle of round `number` (from 0) of a chain; `selection` stands in for the constitution's own."""
+        if (selection or self.selection) == "rotation":
             fitting = applicable(self.critique, tags)
             return fitting[number % len(fitting)]
         return draw(self.critique, seed, tags)
@@ -152,6 +152,12 @@ class Constitution(Strict):
     def judging_principle(self, seed: int, tags: Sequence[str] = ()) -> JudgingPrinciple:
         """The principle that judges a pair."""
         return draw(self.judging, seed, tags)
+
+    def judging_principles(self, seed: int, tags: Sequence[str] = (), k: int = 1) -> Sequence[JudgingPrinciple]:
+        """The principles that judge a pair: one drawn by weight, or k different ones (as many as there are), drawn evenly."""
+        if k == 1:
+            return [self.judging_principle(seed, tags)]
+        return sorted(applicable(self.judging, tags), key=lambda p: point(seed, p))[:k]
 
     def judging_by(self, principle_id: str) -> Constitution:
         """This constitution with one judging principle, asked alone."""
@@ -200,11 +206,13 @@ def draw(principles: Sequence[D], seed: int, tags: Sequence[str]) -> D:
     constitution can be compared record by record (rendezvous hashing: Thaler and Ravishankar 1998).
     """
 
-    def turn(principle: D) -> float:
-        point = hashlib.blake2b(f"{seed}/{principle.id}".encode(), digest_size=8).digest()
-        return -math.log((int.from_bytes(point, "big") + 0.5) / 2**64) / principle.weight
+    return min(applicable(principles, tags), key=lambda p: point(seed, p) / p.weight)
 
-    return min(applicable(principles, tags), key=turn)
+
+def point(seed: int, principle: Drawn) -> float:
+    """A draw from the exponential distribution with rate 1 that hangs on the seed and the principle's id alone."""
+    drawn = hashlib.blake2b(f"{seed}/{principle.id}".encode(), digest_size=8).digest()
+    return -math.log((int.from_bytes(drawn, "big") + 0.5) / 2**64)
 
 
 # Reading

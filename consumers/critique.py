@@ -11,12 +11,15 @@ with its predecessor in both orders:
 * no rounds are left: it is the final text (LAST_ROUND);
 * else the critique under the next principle.
 
-Without `early_stop` no verdict is asked and every chain goes through all rounds (Bai et al. 2022, section 3.1). Verdicts ask
-with the options in both orders, because small models favour a slot.
+That is `early_stop = "verdict"`. With "phrases" no verdict is asked, and a critique that says it finds nothing ends the chain
+(SATISFIED); with "none" every chain goes through all rounds (Bai et al. 2022, section 3.1). Verdicts ask with the options in
+both orders, because small models favour a slot.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +28,42 @@ from typing import Any
 from constitutions.loader import Constitution, Principle
 from consumers import templates
 from consumers.chain import carried, seed_for, similarity, start_of
-from consumers.compare import Comparison, both_orders
+from consumers.compare import Comparison, Form, both_orders
 from consumers.judge import reference
 from engine.models.port import NOTHING, Ask, Model, Usage
 from schemas import ids
-from schemas.records import ChainEnd, Critique, ModelRef, Record, Response, Revision, Sampling, Turn, Verdict
+from schemas.records import (
+    ChainEnd,
+    Critique,
+    ModelRef,
+    Outcome,
+    PrincipleVerdict,
+    Record,
+    Response,
+    Revision,
+    Sampling,
+    Turn,
+    Verdict,
+)
 
 Wordings = tuple[tuple[Turn, ...], tuple[Turn, ...]]
+
+# What a critique says that finds nothing (the course's two phrases, and others for the same), and what takes it back.
+FINDS_NOTHING = re.compile(
+    r"\bno (?:\w+ )?(?:issues?|problems?|concerns?)\b"
+    r"|\b(?:response|answer) (?:is|seems|appears) (?:\w+ )?(?:appropriate|acceptable|fine|harmless)\b"
+    r"|\bnothing (?:is )?(?:wrong|problematic|harmful|to (?:criticis|criticiz|improv|chang)e)\b",
+    re.IGNORECASE,
+)
+TAKES_BACK = re.compile(
+    r"\b(?:but|however|although|though|except|yet|still|not sure|not say|not think|not that)\b|n't (?:say|think|believe)\b",
+    re.IGNORECASE,
+)
+
+
+def finds_nothing(critique: str) -> bool:
+    """Whether a critique says, without taking it back, that the answer has no problem."""
+    return bool(FINDS_NOTHING.search(critique)) and not TAKES_BACK.search(critique.replace("\u2019", "'"))
 
 
 @dataclass(frozen=True)
@@ -46,9 +78,11 @@ class Link:
     p_flawed: float | None = None
     mass: float | None = None
     p_better: float | None = None
+    verdicts: tuple[PrincipleVerdict, ...] = ()
     similarity: float | None = None
     ended: ChainEnd = ChainEnd.NONE
     usage: Usage = NOTHING
+    criticism: str = ""
 
     @property
     def checked(self) -> list[Principle]:
@@ -70,6 +104,8 @@ class Criticise:
     lose: float
     same: float
     skip_sources: tuple[str, ...]
+    preset: str = "charter"
+    selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
         links = [self.link(record) for record in records]
@@ -77,10 +113,10 @@ class Criticise:
         if self.early_stop == "verdict":
             links = self.assess(links)
         links = [replace(link, ended=self.ended(link)) for link in links]
-        texts = self.criticisms([link for link in links if link.ended is ChainEnd.NONE])
+        criticised = iter(self.criticised([link for link in links if link.ended is ChainEnd.NONE]))
+        links = [next(criticised) if link.ended is ChainEnd.NONE else link for link in links]
         latency = 1000 * (time.monotonic() - started) / len(links)
-        made = iter(texts)
-        return [[self.record(link, *(next(made) if link.ended is ChainEnd.NONE else ("", NOTHING)), latency)] for link in links]
+        return [[self.record(link, latency)] for link in links]
 
     # Where each chain stands
 
@@ -93,8 +129,12 @@ class Criticise:
         upcoming = None
         if fields["number"] < self.rounds:
             seed = seed_for("principle", fields["response_id"], fields["number"])
-            upcoming = self.constitution.critique_principle(seed, fields["number"], fields["tags"])
+            upcoming = self.constitution.critique_principle(seed, fields["number"], fields["tags"], self.drawing)
         return Link(record, fields, used, upcoming)
+
+    @property
+    def drawing(self) -> str:
+        return "" if self.selection == "constitution" else self.selection
 
     def seed(self, link: Link) -> int:
         return seed_for("critique", link.fields["response_id"], link.fields["number"])
@@ -107,7 +147,8 @@ class Criticise:
     def assess(self, links: Sequence[Link]) -> list[Link]:
         """Ask every verdict and every comparison of a batch in one go."""
         asked = [self.questions(link) for link in links]
-        answers = iter(both_orders(self.model, [wordings for of_one in asked for wordings in of_one]))
+        form = Form(min_mass=self.min_mass)
+        answers = iter(both_orders(self.model, [wordings for of_one in asked for wordings in of_one], form))
         return [self.weigh(link, [next(answers) for _ in of_one]) for link, of_one in zip(links, asked, strict=True)]
 
     def questions(self, link: Link) -> list[Wordings]:
@@ -143,13 +184,20 @@ class Criticise:
         if isinstance(link.parent, Revision):
             better, *answers = answers
             alike = similarity(link.fields["text"], link.fields["previous_text"] or "")
-            link = replace(link, p_better=better.p if better.mass >= self.min_mass else None, similarity=alike)
+            link = replace(link, p_better=better.p if better.outcome is Outcome.OK else None, similarity=alike)
         if not answers:
             return link
-        worst = max(answers, key=lambda answer: answer.p)
-        mass = min(answer.mass for answer in answers)
-        verdict = Verdict.FLAWED if worst.p > 0.5 else Verdict.CLEAN
-        return replace(link, verdict=verdict if mass >= self.min_mass else Verdict.LOW_MASS, p_flawed=worst.p, mass=mass)
+        asked = [verdict_of(p.id, answer) for p, answer in zip(link.checked, answers, strict=True)]
+        said = [verdict.verdict for verdict in asked]
+        worst = next((v for v in (Verdict.LOW_MASS, Verdict.FLAWED) if v in said), Verdict.CLEAN)
+        flawed = [verdict.p_flawed for verdict in asked if verdict.p_flawed is not None]
+        return replace(
+            link,
+            verdict=worst,
+            verdicts=tuple(asked),
+            p_flawed=max(flawed, default=None),
+            mass=min(answer.mass for answer in answers),
+        )
 
     def ended(self, link: Link) -> ChainEnd:
         """Whether the chain is over, and why."""
@@ -169,8 +217,8 @@ class Criticise:
 
     # The critique in words
 
-    def criticisms(self, links: Sequence[Link]) -> list[tuple[str, Usage]]:
-        """For each link the critique under its upcoming principle, and what it used."""
+    def criticised(self, links: Sequence[Link]) -> list[Link]:
+        """The links with the critique under their upcoming principle; one that finds nothing may end its chain."""
         examples = self.constitution.examples if self.few_shot else ()
         asks = [
             Ask(
@@ -188,7 +236,15 @@ class Criticise:
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
-        return [(a.text.strip(), a.usage) for (a,) in answers]
+        return [
+            replace(
+                link,
+                criticism=answer.text.strip(),
+                usage=link.usage + answer.usage,
+                ended=ChainEnd.SATISFIED if self.early_stop == "phrases" and finds_nothing(answer.text) else ChainEnd.NONE,
+            )
+            for link, (answer,) in zip(links, answers, strict=True)
+        ]
 
     def record_id(self, link: Link) -> str:
         configuration = ids.fingerprint(
@@ -198,6 +254,7 @@ class Criticise:
             constitution=self.constitution.hash,
             sampling=self.sampling.model_dump(),
             rounds=self.rounds,
+            selection=self.drawing or self.constitution.selection,
             early_stop=self.early_stop,
             few_shot=self.few_shot,
             limits=[self.min_mass, self.win, self.lose, self.same],
@@ -205,8 +262,8 @@ class Criticise:
         )
         return ids.record_id("critique", [link.parent.record_id], configuration)
 
-    def record(self, link: Link, text: str, writing: Usage, latency_ms: float) -> Critique:
-        fields, over, usage = link.fields, link.ended is not ChainEnd.NONE, link.usage + writing
+    def record(self, link: Link, latency_ms: float) -> Critique:
+        fields, over, usage = link.fields, link.ended is not ChainEnd.NONE, link.usage
         before = link.ended is ChainEnd.LOST
         final = ("previous_text", "previous_stopped") if before else ("text", "text_stopped")
         principle = link.upcoming or (link.used[-1] if link.used else None)
@@ -223,8 +280,11 @@ class Criticise:
             prompt_tokens=usage.prompt,
             completion_tokens=usage.completion,
             latency_ms=latency_ms,
-            critique=text,
+            cached_tokens=usage.cached,
+            preset=self.preset,
+            critique=link.criticism,
             verdict=link.verdict,
+            verdicts=list(link.verdicts),
             p_flawed=link.p_flawed,
             mass=link.mass,
             p_better=link.p_better,
@@ -235,3 +295,11 @@ class Criticise:
             final_stopped=bool(over and fields[final[1]]),
             **fields,
         )
+
+
+def verdict_of(principle_id: str, answer: Comparison) -> PrincipleVerdict:
+    """What the critic says under one principle; what could not be read is LOW_MASS and never CLEAN."""
+    readable = answer.outcome is Outcome.OK
+    verdict = Verdict.LOW_MASS if not readable else Verdict.FLAWED if answer.p > 0.5 else Verdict.CLEAN
+    p_flawed = None if math.isnan(answer.p) else answer.p
+    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, mass=answer.mass)

@@ -36,6 +36,7 @@ class Revise:
     constitution: Constitution
     sampling: Sampling
     few_shot: bool
+    preset: str = "charter"
 
     def __call__(self, critiques: Sequence[Critique]) -> list[list[Revision]]:
         waiting = [critique for critique in critiques if not critique.final]
@@ -110,6 +111,7 @@ class Revise:
             prompt_tokens=answer.usage.prompt,
             completion_tokens=answer.usage.completion,
             latency_ms=latency_ms,
+            preset=self.preset,
             critique=critique.critique,
             similarity=similarity(critique.text, text),
             fault=fault,

@@ -39,11 +39,15 @@ def reader(template: str) -> re.Pattern[str]:
 
 def read(template: str, ask: Ask) -> dict[str, str] | None:
     found = reader(template).match(ask.turns[-1].content)
-    return found.groupdict() if found else None
+    return {name: unquoted(text) for name, text in found.groupdict().items()} if found else None
+
+
+def unquoted(text: str) -> str:
+    return re.sub("^> ?", "", text, flags=re.MULTILINE)
 
 
 def question_of(dialogue: str) -> str:
-    return dialogue.rsplit("Human: ", 1)[-1].strip()
+    return dialogue.rsplit("Human:\n", 1)[-1].strip()
 
 
 def chance(points: float) -> float:

@@ -1,5 +1,7 @@
 """The stages as functions from records to records, with the scripted model."""
 
+import math
+
 import pytest
 
 from constitutions.loader import load
@@ -23,8 +25,8 @@ def says_flawed(p):
 
     def rule(ask):
         text = ask.turns[0].content
-        if "two possible answers" in text:
-            return 0.9 if "Answer (A): better" in text else 0.1
+        if "Two possible answers" in text:
+            return 0.9 if "Answer (A):\n> better" in text else 0.1
         return p if "(A) Yes" in text else 1 - p
 
     return rule
@@ -34,7 +36,7 @@ def judges(preferred):
     """An option rule for pairs: the answer with this text wins with 0.8."""
 
     def rule(ask):
-        return 0.8 if f"Answer (A): {preferred}" in ask.turns[0].content else 0.2
+        return 0.8 if f"Answer (A):\n> {preferred}" in ask.turns[0].content else 0.2
 
     return rule
 
@@ -111,7 +113,7 @@ def chain(make_response, text, constitution=DEFAULT):
 
 def test_a_revision_that_loses_gives_way_to_its_predecessor(make_response):
     revision = chain(make_response, "worse text here")
-    rule = lambda ask: 0.1 if "Answer (A): worse" in ask.turns[0].content else 0.9  # noqa: E731
+    rule = lambda ask: 0.1 if "Answer (A):\n> worse" in ask.turns[0].content else 0.9  # noqa: E731
     ((end,),) = criticise(ScriptedModel(option_rule=rule))([revision])
     assert (end.ended, end.final_text, end.final) == (ChainEnd.LOST, "first answer", True)
 
@@ -232,7 +234,7 @@ def test_both_orders_against_hand_computed_numbers():
     # e^-1 / (e^-1 + e^-2) = 0.7310586, and of the swapped order 1 - e^-3 / (e^-3 + e^-1) = 0.8807971
     assert result.forward == pytest.approx(0.7310586) and result.backward == pytest.approx(0.8807971)
     assert result.p == pytest.approx(0.8059278) and result.mass == 0.4 and not result.flipped
-    assert share_of_a(OptionScores((float("-inf"), float("-inf")), 0.0)) == 0.5
+    assert math.isnan(share_of_a(OptionScores((float("-inf"), float("-inf")), 0.0)))
     assert Comparison(0.6, 0.4, 1, 1).flipped
 
 

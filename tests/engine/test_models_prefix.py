@@ -44,7 +44,10 @@ def asks():
     middles = ["then one answer. and the other", "then the other. and one answer"]
     ends = ["which is more honest", "which is less harmful", "b"]
     return [
-        Ask((Turn(role="user", content=head + middle + end),), "Answer: (") for end in ends for head in heads for middle in middles
+        Ask((Turn(role="user", content=head + middle + end),), "Answer: (")
+        for end in ends
+        for head in heads
+        for middle in middles
     ]
 
 
