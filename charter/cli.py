@@ -237,7 +237,20 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
       charter train
       charter train --phase sft
       charter train --loop
+      accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        train_here(settings, phase, loop)
+        return
+    from trainer import processes
+
+    with processes.together() as first:
+        if first:
+            train_here(settings, phase, loop)
+
+
+def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
+    """Train in this process, and in those that a launcher has put beside it."""
     from charter.observe import figures_of_trainer, show
     from charter.pipeline import connect, store_of
     from engine.models import model_folder

@@ -41,13 +41,18 @@ class SoftLabelDPOTrainer(DPOTrainer):
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "p_a"]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The rows with the reference's log-probabilities; trl's own way goes through files that processes do not share."""
         # trl takes an adapter that goes on for its own reference; ours is the model without any.
         if weights.adapted(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key != "p_a"})
+        model = self.ref_model or self.model
+        chosen, rejected = list[float](), list[float]()
+        for start in range(0, len(dataset), batch_size):
+            inputs = self.data_collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+            inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "p_a"}
+            for column, found in zip((chosen, rejected), self.compute_ref_log_probs(model, inputs), strict=True):
+                column.extend(found.float().tolist())
+        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -307,9 +307,10 @@ def hardware_of(settings: Settings) -> Hardware:
 
 def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on the final texts of chains."""
-    from trainer import sft, weights
+    from trainer import processes, sft, weights
 
-    model, tokenizer, metrics = sft.train(
+    model, tokenizer, metrics = processes.call(
+        sft.train,
         trainer.policy_folder(batch.manifest.base_policy_version),
         [sft_example(row) for row in batch.rows],
         seed=batch.manifest.seed or 0,
@@ -322,12 +323,13 @@ def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
 
 def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
     """The reward model on soft labels: from the last one, or from the policy with a fresh head."""
-    from trainer import reward
+    from trainer import processes, reward
 
     manifest = batch.manifest
     version = manifest.base_reward_version
     base = trainer.policy_folder(manifest.base_policy_version)
-    model, metrics = reward.train(
+    model, metrics = processes.call(
+        reward.train,
         trainer.folder_of(PolicyKind.REWARD, version) if version else base,
         [preference_example(row) for row in batch.rows],
         seed=manifest.seed or 0,
@@ -340,14 +342,15 @@ def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
 
 def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on its own scored answers, held near the policy that the last supervised phase made."""
-    from trainer import ppo, sft, weights
+    from trainer import ppo, processes, sft, weights
 
     manifest, settings = batch.manifest, batch.settings
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
     policy = trainer.policy_folder(manifest.base_policy_version)
     reference = trainer.policy_folder(manifest.reference_policy_version or 0)
     tokenizer = weights.load_tokenizer(policy)
-    learned, metrics = ppo.train(
+    learned, metrics = processes.call(
+        ppo.train,
         policy,
         reference,
         [rollout(row) for row in batch.rows],
@@ -367,10 +370,11 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
 
 def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on labels, held near the policy that the last supervised phase made."""
-    from trainer import dpo
+    from trainer import dpo, processes
 
     manifest = batch.manifest
-    return dpo.train(
+    save, metrics = processes.call(
+        dpo.train,
         trainer.policy_folder(manifest.base_policy_version),
         trainer.policy_folder(manifest.reference_policy_version or 0),
         [preference_example(row) for row in batch.rows],
@@ -379,6 +383,7 @@ def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
         on_step=partial(trainer.step, manifest),
         **batch.settings,
     )
+    return save, metrics
 
 
 def scores_of(trainer: Trainer, batch: Batch) -> list[float]:

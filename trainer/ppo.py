@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UsageError
-from trainer import weights
+from trainer import processes, weights
 from trainer.hf import OnStep, ignore, require_finite
 from trainer.sft import IGNORED
 from trainer.weights import Hardware
@@ -463,6 +463,7 @@ def optimise(
             if sl_rows:
                 chosen = [sl_rows[(start + i) % len(sl_rows)] for i in range(len(rows))]
                 metrics["sl_loss"] = sl_gradients(actor, chosen)
+            processes.add_up(trained)
             metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
             require_finite(step + 1, metrics)
             metrics["stopped_early"] = float(metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop)
@@ -489,11 +490,14 @@ def optimizer_of(actor: Actor, p: Hyperparameters, lora_rank: int) -> tuple[list
 def rl_gradients(
     actor: Actor, rollouts: Sequence[Rollout], rows: Sequence[int], t: Targets, p: Hyperparameters, scale: float
 ) -> dict[str, float]:
-    """Accumulate the gradients of one minibatch, in micro-batches whose losses add up to the token mean; returns metrics."""
+    """Accumulate the gradients of one minibatch, in micro-batches whose losses add up to the token mean; returns metrics.
+
+    Several processes take a part of the rows each: gradients are those of the part, metrics those of all rows.
+    """
     tokens = float(t.mask[list(rows)].sum())
     sums: dict[str, float] = {}
-    ratios = []
-    for some in micro_batches(rollouts, rows, actor.hardware.micro_rows):
+    ratio_max = 0.0
+    for some in micro_batches(rollouts, processes.mine(rows), actor.hardware.micro_rows):
         mask = t.mask[some]
         with actor.hardware.autocast():
             logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], mask.device), entropy=True)
@@ -502,7 +506,7 @@ def rl_gradients(
         loss = ((policy + p.value_coefficient * value) * mask).sum() / tokens
         (scale * loss).backward()
         new = logp.detach()
-        ratios.append(float(torch.exp((new - t.prox[some]) * mask).max()))
+        ratio_max = max(ratio_max, float(torch.exp((new - t.prox[some]) * mask).max()))
         parts = {
             "policy_loss": policy.detach(),
             "value_loss": value.detach(),
@@ -515,11 +519,12 @@ def rl_gradients(
             parts["kl_first"] = kl_of_policy(new, t.first[some], t.prox[some])
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
+    sums = processes.total(sums)
     metrics = {name: value / tokens for name, value in sums.items() if name != "kl_first"}
     metrics["kl_ref"] = sums["kl_ref_per_token"] / len(rows)
     if "kl_first" in sums:
         metrics["kl_first"] = sums["kl_first"] / len(rows)
-    metrics["ratio_max"] = max(ratios)
+    metrics["ratio_max"] = processes.largest(ratio_max)
     index = list(rows)
     metrics["explained_variance"] = explained_variance(t.old_values[index], t.returns[index], t.mask[index])
     return metrics
@@ -528,12 +533,12 @@ def rl_gradients(
 def sl_gradients(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> float:
     """Accumulate the gradients of the supervised loss (token mean) of one minibatch; returns the loss."""
     tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    total, size = 0.0, actor.hardware.micro_rows
-    for start in range(0, len(rows), size):
-        loss = sl_loss(actor, rows[start : start + size]) / max(1, tokens)
+    total, size, own = 0.0, actor.hardware.micro_rows, processes.mine(rows)
+    for start in range(0, len(own), size):
+        loss = sl_loss(actor, own[start : start + size]) / max(1, tokens)
         loss.backward()
         total += float(loss.detach())
-    return total
+    return processes.total({"sl": total})["sl"]
 
 
 def sl_loss(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:

@@ -13,7 +13,6 @@ weights is ever in memory.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from engine.errors import CheckpointsFull, UsageError
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 datasets.disable_progress_bars()
-os.environ.setdefault("TQDM_DISABLE", "1")  # trl's own
 
 LORA_SPEEDUP = 10.0  # adapters start at zero and are few: they take ten times the learning rate
 RL = "rl"  # the folder beside a policy's merged weights: its adapter and its value head

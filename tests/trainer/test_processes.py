@@ -1,0 +1,60 @@
+"""Two processes under a launcher learn what one learns alone, on the processor."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LEARN = """
+import json, sys
+from pathlib import Path
+from schemas.records import Turn
+from trainer import dpo, ppo, processes, reward, sft, weights
+
+EXACT = {"hardware": weights.Hardware(micro_rows=2, precision="fp32"), "seed": 1}
+prompts = [(Turn(role="user", content="say " + n * "n"),) for n in range(10)]
+texts = [sft.SftExample(turns, n * "ab" + "c", True, str(n)) for n, turns in enumerate(prompts[:8])]
+pairs = [reward.PreferenceExample(turns, "aa", "bbb", 0.8, str(n), True) for n, turns in enumerate(prompts)]
+rollouts = [ppo.Rollout((1, 5 + n), (7, 8, 2)[: 1 + n % 3], (-3.0,) * (1 + n % 3), n % 2 == 0, 0, str(n)) for n in range(7)]
+sl_rows = [{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}, {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}]
+p = ppo.Hyperparameters(learning_rate=1e-2, epochs=2, batch_size=3)
+
+
+def learn(tiny):
+    found = {}
+    def on_step(phase):
+        return lambda n, m: found.setdefault(phase, []).append({k: m[k] for k in m if k in KEPT})
+    processes.call(sft.train, tiny, texts, learning_rate=1e-3, batch_size=4, on_step=on_step("sft"), **EXACT)
+    processes.call(reward.train, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("reward"), **EXACT)
+    processes.call(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
+    processes.call(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
+    return found
+
+
+KEPT = {"loss", "grad_norm", "policy_loss", "value_loss", "kl_ref", "sl_loss", "ratio_max", "clipfrac", "entropy"}
+if __name__ == "__main__":
+    with processes.together() as first:
+        if first:
+            Path(sys.argv[2]).write_text(json.dumps(learn(Path(sys.argv[1]))))
+"""
+
+
+def test_two_processes_learn_what_one_learns(tiny, tmp_path):
+    script, out = tmp_path / "learn.py", tmp_path / "found.json"
+    script.write_text(LEARN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    # What `accelerate launch --multi_gpu` runs underneath; accelerate itself starts several processes on GPUs only.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    together = subprocess.Popen([*launch, str(script), str(tiny), str(out)], env=environment)
+    expected = runpy.run_path(str(script), run_name="alone")["learn"](tiny)
+    assert together.wait(timeout=300) == 0
+    found = json.loads(out.read_text())
+    assert set(found) == set(expected) == {"sft", "reward", "dpo", "ppo"}
+    for phase, steps in expected.items():
+        assert len(found[phase]) == len(steps) >= 2
+        for number, step in enumerate(steps):
+            assert found[phase][number] == pytest.approx(step, rel=1e-3, abs=1e-4), (phase, number)
