@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ CASES = (
 )
 
 
-def table(about: dict[str, Any]) -> None:
+def table(about: dict[str, Any], cases: Sequence[str]) -> None:
     from engine.models import smollm2
 
     base = smollm2.folder()
@@ -98,7 +99,7 @@ def table(about: dict[str, Any]) -> None:
     print(f"weights in fp32: {weights_bytes / MIB:.0f} MiB\n\n| step | peak MiB | of the weights |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         second = second_policy(base, Path(folder))
-        for case in CASES:
+        for case in cases:
             policy = second if "second update" in case else base
             given = about | {"case": case, "policy": str(policy), "reference": str(base)}
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", json.dumps(given)]
@@ -117,6 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 8), ("prompt", 64), ("answer", 128), ("micro-rows", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("cases", nargs="*", help="some of the steps, e.g. ppo/lora; all by default")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -124,7 +126,10 @@ def main() -> int:
         learn(about["case"], Path(about["policy"]), Path(about["reference"]), about)
         print(peak())
         return 0
-    table({"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_rows": given.micro_rows})
+    table(
+        {"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_rows": given.micro_rows},
+        given.cases or CASES,
+    )
     return 0
 
 

@@ -180,7 +180,7 @@ class Train(Section):
     max_rows: int = Field(4096, ge=1, description="Most rows that one phase trains on.")
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
     max_length: int = Field(1024, ge=8, description="Longest training sequence in tokens.")
-    micro_rows: int = Field(4, ge=1, description="Rows in one pass; passes add up to a step. Lower it when memory is short.")
+    micro_rows: int = Field(4, ge=1, description="Texts in one pass; passes add up to a step. Lower it when memory is short.")
     checkpointing: bool = Field(
         False, description="Compute activations twice instead of keeping them: less memory, a third slower."
     )

@@ -142,6 +142,7 @@ def train(
                 seed=seed,
                 max_length=max_length,
                 hardware=hardware,
+                texts=2,
             ),
             beta=beta,
             precompute_ref_log_probs=True,

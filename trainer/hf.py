@@ -34,15 +34,17 @@ def arguments(
     max_length: int | None,
     hardware: Hardware,
     shuffle: bool = False,
+    texts: int = 1,
 ) -> dict[str, Any]:
     """Arguments for trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
 
     Rows are taken in their order, in which a batch has put those of similar length side by side; `shuffle` mixes them anew,
-    still by length. Several processes under accelerate's launcher share a step: each takes its part of `batch_size`.
+    still by length. `texts` is how many a row has: two in a pair, which counts for as many of `hardware.micro_rows`. Several
+    processes under accelerate's launcher share a step: each takes its part of `batch_size`.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = max(1, batch_size // processes)
-    rows = micro_rows(share, hardware.micro_rows)
+    rows = micro_rows(share, max(1, hardware.micro_rows // texts))
     return {
         "output_dir": output,
         "learning_rate": learning_rate,

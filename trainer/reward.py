@@ -250,7 +250,7 @@ def train_member(
     with tempfile.TemporaryDirectory() as output:
         trainer = SoftLabelTrainer(
             model=model,
-            args=RewardConfig(**hf.arguments(output, **arguments), remove_unused_columns=False),
+            args=RewardConfig(**hf.arguments(output, **arguments, texts=2), remove_unused_columns=False),
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             data_collator=collate,
