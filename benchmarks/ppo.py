@@ -175,7 +175,7 @@ def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
 CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), ("trl 1.12", "bf16"))
 
 
-def speed(trl112: Path, rows: int, rounds: int) -> int:
+def speed(trl112: Path, rows: int, rounds: int, only: int | None) -> int:
     """Tokens per second of every contestant; 1 when the best of Charter's is not 1.5 times the best of trl's."""
     best: dict[str, float] = {}
     print(
@@ -184,7 +184,7 @@ def speed(trl112: Path, rows: int, rounds: int) -> int:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         task = smollm2_task(Path(folder), rows, rounds + 1)
-        for name, precision in CONTESTANTS:
+        for name, precision in CONTESTANTS if only is None else [CONTESTANTS[only]]:
             measured = run(name, replace(task, precision=precision), trl112)[1:]  # the first one warms up
             tokens = sum(r.tokens for r in measured)
             spent = (
@@ -195,6 +195,8 @@ def speed(trl112: Path, rows: int, rounds: int) -> int:
             )
             print(f"| {name}, {precision} | {' | '.join(f'{tokens / s:.1f}' for s in spent)} |", flush=True)
             best[name] = max(best.get(name, 0.0), tokens / spent[2])
+    if only is not None:
+        return 0
     ratio = best["charter"] / best["trl 1.12"]
     print(f"\nthe better precision of each, per second of a core: {ratio:.2f} to 1 (goal {LEAST_RATIO})")
     return 0 if ratio >= LEAST_RATIO else 1
@@ -268,6 +270,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", type=int, help="one row of the speed table alone, counted from 0")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.task:
@@ -278,7 +281,7 @@ def main() -> int:
         parser.error("--trl112 DIR is missing, or holds no trl: pip install --no-deps --target DIR trl==1.12.0")
     if given.curve:
         return curves(given.trl112.resolve(), given.curve, given.seeds, given.rounds or 25)
-    return speed(given.trl112.resolve(), given.rows, given.rounds or 1)
+    return speed(given.trl112.resolve(), given.rows, given.rounds or 1, given.only)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Run by `benchmarks.ppo` with a path on which trl is 1.12: that is why this file 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -75,6 +76,8 @@ def trl(task: Task) -> list[Round]:
     """trl's rounds."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+    # Its accelerator is one of its own, which `bf16=True` does not reach since transformers 5.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if task.precision == "bf16" else "no"
     torch.set_num_threads(2)
     torch.manual_seed(task.seed)
     tokenizer = AutoTokenizer.from_pretrained(task.policy, padding_side="left")
