@@ -12,7 +12,9 @@ weights is ever in memory.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -291,10 +293,13 @@ def load_value(policy: Path) -> dict[str, torch.Tensor] | None:
 
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Say plainly that a checkpoint finds no room; safetensors and the operating system have words of their own for it."""
+    """Say plainly that a checkpoint finds no room; those who write it have exceptions of their own for that."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except BaseException as error:
+        # The tokenizer's writer, which is Rust, raises a bare Exception with the system's words in it.
+        if not isinstance(error, SafetensorError | OSError) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
         raise CheckpointsFull(
             f"the checkpoint could not be written to {folder.parent}",
             f"{error}; nothing is lost, the last policy stays in use",

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from engine import checkpoints
 from engine.checkpoints import hash_files
-from engine.errors import CannotLearn, UsageError
+from engine.errors import CannotLearn, CheckpointsFull, UsageError
 from schemas.records import Turn
 from trainer import dpo, ppo, reward, sft, weights
 from trainer.ppo import Hyperparameters, Rollout
@@ -94,6 +95,20 @@ def test_a_weight_that_is_missing_is_not_filled_with_noise(copy, scorer):
         with pytest.raises(UsageError, match="cannot be loaded\n1 of them are missing") as error:
             reward.load(folder) if folder == scorer else weights.load_policy(folder)
         assert three_lines(error)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_full_disk_is_told_and_leaves_no_checkpoint(tiny, tmp_path, file):
+    """/dev/full is a disk without room; each part of a checkpoint is written by somebody else."""
+    save = weights.saver(weights.load_policy(tiny), weights.load_tokenizer(tiny))
+
+    def full(folder):
+        (folder / file).symlink_to("/dev/full")
+        save(folder)
+
+    with pytest.raises(CheckpointsFull, match="could not be written") as error:
+        checkpoints.write(tmp_path / "policy-000001", full, {})
+    assert three_lines(error) and list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
