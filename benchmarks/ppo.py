@@ -160,7 +160,9 @@ def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
     import torch
 
     from engine.models import smollm2
-    from producers.files import SHIPPED, numbered_lines, parse_line
+    from producers.files import SHIPPED
+    from producers.parse import parse_prompt
+    from producers.rows import rows as rows_of
     from trainer import reward, weights
 
     torch.manual_seed(0)
@@ -168,7 +170,7 @@ def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
     scorer = weights.load_scorer(base)
     torch.nn.init.normal_(scorer.score.weight, std=0.05)
     reward.RewardModel([reward.Member(scorer)], weights.load_tokenizer(base)).save(folder)
-    lines = [parse_line(line, source="", max_chars=10**6) for _, line in numbered_lines(str(SHIPPED), 1, rows)]
+    lines = [parse_prompt(line, source="", max_chars=10**6) for _, line in rows_of(str(SHIPPED), 1, rows)]
     return Task(str(base), tuple(line.turns[-1].content for line in lines), rounds, reward=str(folder))
 
 

@@ -22,10 +22,12 @@ from charter.options import common, json_option, print_rows, stop_on_signals
 if TYPE_CHECKING:
     from engine.host import Host
     from engine.settings import Settings
+    from producers.files import Kind
 
 REPORT_EVERY = 25  # looks of 0.2 s
 PHASES = ("sft", "reward", "ppo", "dpo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
+KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),
     "Look": ("status", "show", "sql", "tail", "doctor", "config"),
@@ -112,34 +114,50 @@ def demo(settings: Settings, prompts: int) -> None:
 
 @cli.command()
 @click.argument("files", nargs=-1, metavar="FILE...")
-@click.option("--source", default="prompts", show_default=True, help="The source of prompts that do not name one.")
+@click.option("--as", "kind", type=click.Choice(KINDS), default="prompts", show_default=True, help="What the rows are.")
+@click.option("--source", metavar="NAME", default="", help='The source of rows that name none [default: prompts or "human"].')
 @click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad line.")
+@click.option("--answer", is_flag=True, help="Let the stages answer the prompts of comparisons and demonstrations too.")
 @click.option("--shipped", is_flag=True, help="Publish the prompts that come with Charter.")
 @click.option("--dry-run", is_flag=True, help="Say what it would publish and cost, and publish nothing.")
 @common
 def produce(
-    settings: Settings, files: tuple[str, ...], source: str, epoch: int, strict: bool, shipped: bool, dry_run: bool
+    settings: Settings,
+    files: tuple[str, ...],
+    kind: Kind,
+    source: str,
+    epoch: int,
+    strict: bool,
+    answer: bool,
+    shipped: bool,
+    dry_run: bool,
 ) -> None:
-    """Publish prompts from JSONL files, or from standard input (-).
+    """Publish prompts, or people's comparisons and demonstrations, from files, or from standard input (-).
 
-    A line is a JSON string, {"prompt": "..."} or {"turns": [{"role": "user", "content": "..."}]}, with "source" and "tags" if
-    you like. Bad lines are reported and skipped; the exit code is then 1.
+    Files are JSON lines (also gzipped), Parquet, Arrow, or the folder of a data set saved to disk. A row is a JSON string, or
+    has "prompt" or "turns" ([{"role": "user", "content": "..."}]), with "source" and "tags" if you like; a comparison has
+    "chosen" and "rejected" too (or "a", "b" and "p_a"), a demonstration "completion". HH-RLHF's dialogues are understood.
+    Bad rows are reported and skipped; the exit code is then 1.
 
     \b
     Examples:
       charter produce prompts.jsonl
       echo '{"prompt": "Why is the sky blue?"}' | charter produce -
       charter produce prompts.jsonl --dry-run
+      charter produce --as demonstrations --source helpful helpful.parquet
+      charter produce --as preferences harmless.jsonl.gz
     """
     from charter.pipeline import connect
     from producers.files import SHIPPED, Producer, summary
 
     paths = [*files, *([str(SHIPPED)] if shipped else [])]
     if not paths:
-        raise click.UsageError("give a JSONL file, - for standard input, or --shipped")
+        raise click.UsageError("give a file, - for standard input, or --shipped")
+    if shipped and kind != "prompts":
+        raise click.UsageError("--shipped are prompts, not " + kind)
     if dry_run:
-        tell_cost(settings, paths, source)
+        tell_cost(settings, paths, kind, answer)
         return
     bus, bad = connect(settings), 0
     for path in paths:
@@ -152,32 +170,39 @@ def produce(
             eval_share=settings.prompts.eval_share,
             strict=strict,
             on_bad=partial(report_bad, path),
+            kind=kind,
+            answer=answer,
         )
         report = producer.publish(path)
         bad += len(report.bad)
-        for line in summary(report, path):
+        for line in summary(report, path, kind):
             click.echo(line)
     bus.close()
     sys.exit(1 if bad else 0)
 
 
-def tell_cost(settings: Settings, paths: list[str], source: str) -> None:
-    """How many prompts these inputs have, and what their answers, chains and judgements cost at most."""
+def tell_cost(settings: Settings, paths: list[str], kind: Kind, answer: bool) -> None:
+    """How many rows these inputs have, and what the answers, chains and judgements of their prompts cost at most."""
     from charter.estimate import estimate, lines
-    from producers.files import BadLine, numbered_lines, parse_line
+    from producers.parse import PARSERS, BadRow
+    from producers.rows import content_hash, rows
 
     prompts, chars, bad = 0, 0, 0
     for path in paths:
-        for number, line in numbered_lines(path, 1, None):
+        if path != "-":
+            content_hash(path)  # says what is wrong with a file that cannot be read
+        for number, row in rows(path):
             try:
-                parsed = parse_line(line, source=source, max_chars=settings.prompts.max_chars)
-            except BadLine as error:
+                parsed = PARSERS[kind](row, source=kind, max_chars=settings.prompts.max_chars)
+            except BadRow as error:
                 report_bad(path, number, str(error))
                 bad += 1
             else:
                 prompts += 1
                 chars += sum(len(turn.content) for turn in parsed.turns)
-    click.echo(f"would publish {prompts} prompts" + (f"; {bad} lines are no prompts" if bad else ""))
+    click.echo(f"would publish {prompts} {kind}" + (f"; {bad} lines are no {kind}" if bad else ""))
+    if kind != "prompts" and not answer:
+        return
     for text in lines(estimate(settings, STAGES[:-1], prompts, chars)):
         click.echo(text)
 

@@ -30,7 +30,9 @@ from engine.host import Host
 from engine.models import model_folder
 from engine.settings import Settings
 from engine.store import Store
-from producers.files import SHIPPED, Producer, numbered_lines, parse_line, shipped_lines
+from producers.files import SHIPPED, Producer, shipped_lines
+from producers.parse import parse_prompt
+from producers.rows import rows
 from schemas import ids
 
 # Small answers and one round, so that two cores need a few minutes; a real run keeps the defaults.
@@ -74,8 +76,8 @@ def acts(prompts: int) -> list[Act]:
 
 
 def prompt_ids(act: Act) -> list[str]:
-    lines = numbered_lines(str(SHIPPED), act.first, act.last)
-    return [ids.prompt_id(parse_line(line, source="", max_chars=10**6).turns) for _, line in lines]
+    lines = rows(str(SHIPPED), act.first, act.last)
+    return [ids.prompt_id(parse_prompt(line, source="", max_chars=10**6).turns) for _, line in lines]
 
 
 class Progress:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.settings import Settings
     from schemas.records import Preference, Response
 
+LONGEST_PAIR = 1_000_000  # characters; a longer row is no dialogue
 PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
 
 
@@ -39,7 +40,7 @@ def evaluate() -> None:
 
 
 @evaluate.command()
-@click.option("--pairs", "file", metavar="FILE", required=True, help="Human preferences: JSONL, also gzipped; - for stdin.")
+@click.option("--pairs", "file", metavar="FILE", required=True, help="Human preferences, as for charter produce; - for stdin.")
 @click.option("--preset", "presets", multiple=True, type=click.Choice(PRESETS), help="Only this one; may be repeated.")
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
 @click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")
@@ -102,17 +103,19 @@ def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
     from charter.agreement import HumanPair
     from charter.rejudge import pair_of
     from engine.errors import UsageError
-    from producers.pairs import BadPair, ChosenPair, pair_lines, parse_pair
+    from producers.parse import BadRow, Compared, parse_comparison
+    from producers.rows import rows
 
-    found: list[ChosenPair] = []
+    found: list[Compared] = []
     digest, count = hashlib.sha256(), 0
-    for line in pair_lines(file):
+    for _, row in rows(file):
         count += 1
-        digest.update(line)
+        digest.update(row if isinstance(row, bytes) else repr(row).encode())
         try:
-            found.append(parse_pair(line))
-        except BadPair:
+            found.append(parse_comparison(row, source="pairs", max_chars=LONGEST_PAIR))
+        except BadRow:
             continue
+    found = [pair for pair in found if pair.p_a != 0.5]
     if not found:
         raise UsageError(
             f"{file} has no pair that a person decided",
@@ -125,7 +128,8 @@ def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
     human, asked = [], []
     for place in places:
         one, swap = found[place], rng.random() < 0.5
-        a, b = (one.rejected, one.chosen) if swap else (one.chosen, one.rejected)
+        chosen, rejected = (one.a, one.b) if one.p_a > 0.5 else (one.b, one.a)
+        a, b = (rejected, chosen) if swap else (chosen, rejected)
         human.append(HumanPair(a, b, not swap))
         asked.append(pair_of(one.turns, a, b, (), "pairs"))
     return Drawn(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))

@@ -1,112 +1,46 @@
-"""Prompts from JSONL files and standard input onto the `prompts` topic.
+"""Prompts, and people's comparisons and demonstrations, from files and standard input onto the log.
 
-A line is a JSON string, or an object with `prompt` (a string) or `turns`/`messages` (a list of {role, content} that ends with
-the user), and optionally `source` and `tags`. A line that is none of these is reported with its number and reason; what was
-good before and after it is published, unless `strict` stops at the first.
+`producers.rows` says what files there can be, `producers.parse` what their rows mean. A row that means nothing is reported with
+its number and reason; what was good before and after it is published, unless `strict` stops at the first.
 
-Prompts and the place reached in the file go to the log in one transaction, so a producer that is killed goes on where it
+Records and the place reached in the file go to the log in one transaction, so a producer that is killed goes on where it
 stopped and publishes nothing twice. Standard input has no place to go back to: it is published at least once.
+
+People's data goes to `preferences` and `demonstrations`, where no stage reads: its prompts are answered only when `answer` says
+so. Ids follow from the content, so that a file that has grown adds what is new in it.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from engine.bus.port import Bus
+from engine.bus.port import Bus, Outgoing
 from engine.bus.read import read_messages, read_values
 from engine.errors import UsageError
 from engine.worker import outgoing
+from producers.parse import PARSERS, Asked, BadRow, Compared, Shown
+from producers.rows import Row, content_hash, rows
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import Prompt, Source, Split, Turn
+from schemas.records import Demonstration, LabelSource, Outcome, Preference, Prompt, Record, Source, Split, Turn
 
 SHIPPED = Path(__file__).with_name("prompts") / "shipped.jsonl"
 BATCH = 500
-ROLES = ("system", "user", "assistant")
-NOT_UTF8 = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-
-
-class BadLine(ValueError):
-    """A line that is no prompt, and why."""
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What one line says."""
-
-    turns: tuple[Turn, ...]
-    source: str
-    tags: tuple[str, ...]
+Kind = Literal["prompts", "preferences", "demonstrations"]
+DEFAULT_SOURCE: dict[str, str] = {"prompts": "prompts", "preferences": "human", "demonstrations": "human"}
+MEANT: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", "demonstrations": "demonstration"}
 
 
 @dataclass
 class Report:
-    """What became of an input: prompts published now, prompts that the run had already, and the bad lines."""
+    """What became of an input: rows published now, rows that the run had already, and the bad ones."""
 
     published: int = 0
     earlier: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
-
-
-def parse_line(line: bytes, *, source: str, max_chars: int) -> Parsed:
-    """The prompt in a line; raises BadLine."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLine(f"byte {error.start + 1} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise BadLine("not a prompt: nested too deeply") from error
-    if isinstance(value, str):
-        value = {"prompt": value}
-    if not isinstance(value, dict):
-        raise BadLine("neither a JSON string nor an object")
-    turns = turns_of(value)
-    length = sum(len(turn.content) for turn in turns)
-    if length > max_chars:
-        raise BadLine(f"{length} characters, more than prompts.max_chars = {max_chars}")
-    tags = value.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise BadLine('"tags" is not a list of strings')
-    named = value.get("source", source)
-    if not isinstance(named, str) or not named:
-        raise BadLine('"source" is not a string')
-    return Parsed(turns, named, tuple(tags))
-
-
-def turns_of(value: dict[str, Any]) -> tuple[Turn, ...]:
-    """The dialogue in an object: `turns`, `messages` or one `prompt`."""
-    listed = value.get("turns", value.get("messages"))
-    if listed is None:
-        if "prompt" not in value:
-            raise BadLine('no "prompt", "turns" or "messages" in it')
-        listed = [{"role": "user", "content": value["prompt"]}]
-    if not isinstance(listed, list) or not listed:
-        raise BadLine("the dialogue is not a list of turns")
-    turns = tuple(turn_of(turn) for turn in listed)
-    if turns[-1].role != "user":
-        raise BadLine("the last turn is not the user's")
-    return turns
-
-
-def turn_of(value: Any) -> Turn:
-    if not isinstance(value, dict) or value.get("role") not in ROLES or not isinstance(value.get("content"), str):
-        raise BadLine(f"a turn needs a role ({', '.join(ROLES)}) and a content")
-    content = value["content"]
-    if not content.strip():
-        raise BadLine("an empty prompt")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise BadLine("a lone surrogate, which no text can hold")
-    return Turn(role=value["role"], content=content)
 
 
 def split_of(turns: Sequence[Turn], eval_share: float) -> Split:
@@ -115,131 +49,127 @@ def split_of(turns: Sequence[Turn], eval_share: float) -> Split:
     return Split.EVAL if share < eval_share else Split.TRAIN
 
 
-def prompt_record(parsed: Parsed, *, run_id: str, epoch: int, eval_share: float, origin: str) -> Prompt:
-    prompt = ids.prompt_id(parsed.turns, epoch)
-    return Prompt(
-        record_id=ids.record_id("produce", [prompt], ids.fingerprint()),
-        prompt_id=prompt,
-        run_id=run_id,
-        stage="produce",
-        turns=list(parsed.turns),
-        source=parsed.source,
-        tags=list(parsed.tags),
-        split=split_of(parsed.turns, eval_share),
-        epoch=epoch,
-        origin=origin,
-    )
-
-
-def numbered_lines(path: str, first: int, last: int | None) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a file or of standard input ("-"), without blank lines."""
-    with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if last is not None and number > last:
-                return
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if number >= first and text.strip():
-                yield number, text
-
-
-def check_file(path: str) -> str:
-    """The content hash of a readable file that may be UTF-8; raises UsageError."""
-    try:
-        with Path(path).open("rb") as stream:
-            start = stream.read(2)
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}", error.strerror or str(error), "give a JSONL file, or - for standard input"
-        ) from error
-    if start in NOT_UTF8:
-        kind = NOT_UTF8[start]
-        raise UsageError(
-            f"{path} is {kind}, not UTF-8",
-            "JSON lines are UTF-8",
-            f"type: iconv -f {kind} -t UTF-8 {path} > prompts.jsonl",
-        )
-    return digest
+def labelled(record: Record) -> Outgoing:
+    """A person's record as a message; a header has its id, so that the next producer knows it without decoding."""
+    message = outgoing(record)
+    return Outgoing(message.topic, message.key, message.value, (*message.headers, ("label", record.record_id.encode())))
 
 
 @dataclass(frozen=True)
 class Producer:
-    """Publishes prompts of one run."""
+    """Publishes what the rows of files say, for one run, as records of one kind."""
 
     bus: Bus
     run_id: str
-    source: str = "prompts"
+    source: str = ""
     epoch: int = 0
     max_chars: int = 32_000
     eval_share: float = 0.05
     strict: bool = False
     on_bad: Callable[[int, str], None] = lambda number, why: None
+    kind: Kind = "prompts"
+    answer: bool = False
 
     def publish(self, path: str, *, first: int = 1, last: int | None = None) -> Report:
-        """Publish lines `first` to `last` of a file (or "-"); goes on after what an earlier call published."""
+        """Publish rows `first` to `last` of a path (or "-"); goes on after what an earlier call published."""
         report = Report()
-        place = None if path == "-" else self.beginning(path, check_file(path), first, last)
+        place = None if path == "-" else self.beginning(path, content_hash(path), first, last)
         # One writer per input: two producers of the same file fence each other instead of doubling it. So it comes first: once
         # an earlier producer is fenced, where it stood is where it stays.
         writer = self.bus.writer(f"produce.{place.record_id if place else 'stdin'}")
         place = self.newest(place) if place else None
         start = place.next_line if place else first
-        seen = self.published_before()
-        batch: list[Prompt] = []
-        done = start - 1
+        prompts, labels = self.published_before()
+        batch: list[Outgoing] = []
+        done, new = start - 1, 0
         try:
-            for number, line in numbered_lines(path, start, last):
-                prompt = self.prompt(line, number, path, report)
+            for number, row in rows(path, start, last):
+                parsed = self.parsed(row, number, path, report)
                 done = number
-                if prompt is not None and prompt.prompt_id in seen:
-                    report.earlier += 1
-                elif prompt is not None:
-                    seen.add(prompt.key.decode())
-                    batch.append(prompt)
+                if parsed is None:
+                    continue
+                messages = self.messages(parsed, f"{Path(path).name}:{number}", prompts, labels)
+                report.earlier += not messages
+                new += bool(messages)
+                batch += messages
                 if len(batch) >= BATCH:
-                    self.commit(writer, batch, place, done, report)
-                    batch = []
+                    self.commit(writer, batch, new, place, done, report)
+                    batch, new = [], 0
         finally:
-            # Also when a strict run stops: what was good before the bad line is kept.
-            self.commit(writer, batch, place, done, report)
+            # Also when a strict run stops: what was good before the bad row is kept.
+            self.commit(writer, batch, new, place, done, report)
             writer.close()
         return report
 
-    def published_before(self) -> set[str]:
-        """The ids of this run's prompts on the topic: a prompt is asked once in a run, whichever file it comes from."""
+    def published_before(self) -> tuple[set[str], set[str]]:
+        """The ids of this run's prompts and of its people's records on the log: each is published once in a run, whichever
+        file it comes from."""
         run = ("run", self.run_id.encode())
-        return {(m.key or b"").decode() for m in read_messages(self.bus, Prompt.topic) if run in m.headers}
+        prompts, labels = set[str](), set[str]()
+        if self.kind == "prompts" or self.answer:
+            prompts = {(m.key or b"").decode() for m in read_messages(self.bus, Prompt.topic) if run in m.headers}
+        if self.kind != "prompts":
+            headers = (m.headers for m in read_messages(self.bus, self.kind) if run in m.headers)
+            labels = {value.decode() for of_one in headers for name, value in of_one if name == "label"}
+        return prompts, labels
 
-    def prompt(self, line: bytes, number: int, path: str, report: Report) -> Prompt | None:
+    def parsed(self, row: Row, number: int, path: str, report: Report) -> Asked | None:
         try:
-            parsed = parse_line(line, source=self.source, max_chars=self.max_chars)
-        except BadLine as error:
+            return PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCE[self.kind], max_chars=self.max_chars)
+        except BadRow as error:
             report.bad.append((number, str(error)))
             self.on_bad(number, str(error))
             if self.strict:
                 raise UsageError(
-                    f"{path} line {number} is no prompt", str(error), "mend the line, or leave --strict out to skip it"
+                    f"{path} line {number} is no {MEANT[self.kind]}",
+                    str(error),
+                    "mend the line, or leave --strict out to skip it",
                 ) from error
             return None
-        return prompt_record(
-            parsed,
-            run_id=self.run_id,
-            epoch=self.epoch,
-            eval_share=self.eval_share,
-            origin=f"{Path(path).name}:{number}",
-        )
 
-    def beginning(self, path: str, content_hash: str, first: int, last: int | None) -> Source:
+    def messages(self, parsed: Asked, origin: str, prompts: set[str], labels: set[str]) -> list[Outgoing]:
+        """What is new in a row, which is then remembered: a prompt, or a person's record and, with `answer`, its prompt."""
+        made: list[Outgoing] = []
+        about = self.about(parsed, origin)
+        if self.kind == "prompts" or self.answer:
+            prompt = Prompt(record_id=ids.record_id("produce", [about["prompt_id"]], ids.fingerprint()), **about)
+            if prompt.prompt_id not in prompts:
+                prompts.add(about["prompt_id"])
+                made.append(outgoing(prompt))
+        record: Preference | Demonstration | None = None
+        if isinstance(parsed, Compared):
+            record = comparison(parsed, about)
+        elif isinstance(parsed, Shown):
+            record = demonstration(parsed, about)
+        if record is not None and record.record_id not in labels:
+            labels.add(record.record_id)
+            made.append(labelled(record))
+        return made
+
+    def about(self, parsed: Asked, origin: str) -> dict[str, Any]:
+        """What a prompt, a comparison and a demonstration have in common."""
+        return {
+            "prompt_id": ids.prompt_id(parsed.turns, self.epoch),
+            "run_id": self.run_id,
+            "stage": "produce",
+            "turns": list(parsed.turns),
+            "source": parsed.source,
+            "tags": list(parsed.tags),
+            "split": split_of(parsed.turns, self.eval_share),
+            "epoch": self.epoch,
+            "origin": origin,
+        }
+
+    def beginning(self, path: str, content: str, first: int, last: int | None) -> Source:
         """Where this run begins in this content (whatever the file is called)."""
-        configuration = ids.fingerprint(content=content_hash, run=self.run_id, epoch=self.epoch, lines=[first, last])
-        record_id = ids.record_id("source", [], configuration)
+        more = {} if self.kind == "prompts" else {"kind": self.kind, "answer": self.answer}
+        configuration = ids.fingerprint(content=content, run=self.run_id, epoch=self.epoch, lines=[first, last], **more)
         return Source(
-            record_id=record_id,
+            record_id=ids.record_id("source", [], configuration),
             run_id=self.run_id,
             stage="produce",
             name=Path(path).name,
-            content_hash=content_hash,
+            content_hash=content,
             next_line=first,
             published=0,
         )
@@ -249,26 +179,55 @@ class Producer:
         known = [decode(value, Source) for value in read_values(self.bus, Source.topic)]
         return max([beginning, *(s for s in known if s.record_id == beginning.record_id)], key=lambda s: s.next_line)
 
-    def commit(self, writer: Any, batch: Sequence[Prompt], place: Source | None, number: int, report: Report) -> None:
-        """Prompts and the place after them, in one transaction."""
-        records: list[Prompt | Source] = list(batch)
-        report.published += len(batch)
+    def commit(
+        self, writer: Any, batch: Sequence[Outgoing], new: int, place: Source | None, number: int, report: Report
+    ) -> None:
+        """Records of `new` rows and the place after them, in one transaction."""
+        messages = list(batch)
+        report.published += new
         if place is not None and number >= place.next_line:
             published = place.published + report.published
-            records.append(place.model_copy(update={"next_line": number + 1, "published": published}))
-        if records:
-            writer.commit([outgoing(record) for record in records])
+            messages.append(outgoing(place.model_copy(update={"next_line": number + 1, "published": published})))
+        if messages:
+            writer.commit(messages)
+
+
+def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:
+    """A person's comparison. Which answer of chosen and rejected is `a` is drawn from the id: no place must always win."""
+    configuration = ids.fingerprint(a=parsed.a, b=parsed.b, p_a=parsed.p_a, source=LabelSource.HUMAN)
+    record_id = ids.record_id("produce", [about["prompt_id"]], configuration)
+    a, b, p_a = parsed.a, parsed.b, parsed.p_a
+    if not parsed.ordered and ids.seed(record_id) % 2:
+        a, b, p_a = b, a, 1 - p_a
+    return Preference(
+        record_id=record_id,
+        pairing="human",
+        a=a,
+        b=b,
+        a_stopped=True,
+        b_stopped=True,
+        p_a=p_a,
+        outcome=Outcome.OK,
+        label_source=LabelSource.HUMAN,
+        **about,
+    )
+
+
+def demonstration(parsed: Shown, about: dict[str, Any]) -> Demonstration:
+    configuration = ids.fingerprint(completion=parsed.completion, stopped=parsed.stopped)
+    record_id = ids.record_id("produce", [about["prompt_id"]], configuration)
+    return Demonstration(record_id=record_id, completion=parsed.completion, stopped=parsed.stopped, **about)
 
 
 def shipped_lines() -> int:
     """How many prompts the shipped file has."""
-    return sum(1 for _ in numbered_lines(str(SHIPPED), 1, None))
+    return sum(1 for _ in rows(str(SHIPPED)))
 
 
-def summary(report: Report, path: str) -> Iterable[str]:
+def summary(report: Report, path: str, kind: Kind = "prompts") -> Iterable[str]:
     """What to tell the person who typed `produce`."""
-    yield f"{report.published} prompts published from {path}" + (
+    yield f"{report.published} {kind} published from {path}" + (
         f", {report.earlier} were there already" if report.earlier else ""
     )
     if report.bad:
-        yield f"{len(report.bad)} lines are no prompts (see above); the others are published"
+        yield f"{len(report.bad)} lines are no {kind} (see above); the others are published"

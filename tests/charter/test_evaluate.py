@@ -1,6 +1,5 @@
 """Agreement with people: the figures against cases computed by hand, and the verb with a fake judge."""
 
-import contextlib
 import gzip
 import json
 import math
@@ -18,7 +17,6 @@ from charter.pipeline import Models
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
-from producers.pairs import BadPair, parse_pair
 from schemas import ids
 from schemas.records import Outcome, Preference
 
@@ -167,12 +165,6 @@ def test_pairs_are_drawn_by_the_seed_and_prompts_end_with_the_last_human_turn(pa
     turns = drawn.asked[0].turns
     assert [turn.role for turn in turns] == ["user", "assistant", "user"] and turns[1].content == "yes: no"
     assert turns[-1].content == "and?"
-
-
-@given(st.one_of(st.binary(), st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.text()).map(json.dumps)))
-def test_any_line_is_a_pair_or_none(line):
-    with contextlib.suppress(BadPair):
-        parse_pair(line)
 
 
 def test_a_file_without_pairs_is_an_error(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from engine.bus.read import read_values
 from engine.errors import UsageError
-from producers.files import SHIPPED, BadLine, Producer, parse_line, shipped_lines, split_of
+from producers.files import SHIPPED, Producer, shipped_lines, split_of
+from producers.parse import BadRow, parse_prompt
 from schemas.codec import decode
 from schemas.records import Prompt, Split, Turn
 
@@ -148,8 +149,8 @@ def test_standard_input(bus, monkeypatch):
 @given(st.binary(max_size=100))
 def test_any_line_is_a_prompt_or_a_bad_line(data):
     try:
-        assert parse_line(data, source="s", max_chars=50).turns
-    except BadLine as error:
+        assert parse_prompt(data, source="s", max_chars=50).turns
+    except BadRow as error:
         assert str(error)
 
 
@@ -168,7 +169,7 @@ def test_the_split_is_the_same_everywhere_and_about_right(bus, tmp_path):
 
 def test_the_shipped_prompts_are_enough_different_and_half_and_half():
     lines = SHIPPED.read_bytes().splitlines()
-    parsed = [parse_line(text, source="", max_chars=1000) for text in lines]
+    parsed = [parse_prompt(text, source="", max_chars=1000) for text in lines]
     assert len(parsed) == shipped_lines() >= 64
     assert len({p.turns for p in parsed}) == len(parsed)
     for end in (24, 40, 48, len(parsed)):

@@ -1,0 +1,189 @@
+"""Files to numbered rows: JSON lines (also gzipped), Parquet, Arrow, data sets that `datasets` saved to disk, standard input.
+
+What a file is follows from its first bytes, not from its name. A row is a line's bytes or a dictionary of the columns that
+`producers.parse` knows; what cannot be read is a BadRow in its place. Rows stream: nothing is read whole, and a line longer
+than MAX_LINE_BYTES is skipped, not kept.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from engine.errors import UsageError
+from producers.parse import COLUMNS, BadRow
+
+MAX_LINE_BYTES = 16 * 1024 * 1024
+BATCH = 500
+GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+NOT_UTF8 = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
+Row = bytes | dict[str, Any] | BadRow
+
+
+class Lines(Protocol):
+    """What lines are read from: a file, a gzip stream, standard input."""
+
+    def readline(self, size: int = ..., /) -> bytes: ...
+
+
+def rows(path: str, first: int = 1, last: int | None = None) -> Iterator[tuple[int, Row]]:
+    """(number from 1, row) of a file, a folder or standard input ("-"); blank lines are passed over but counted."""
+    for number, row in enumerate(every_row(path), 1):
+        if last is not None and number > last:
+            return
+        if number >= first and row != b"":
+            yield number, row
+
+
+def every_row(path: str) -> Iterator[Row]:
+    if path == "-":
+        yield from lines(sys.stdin.buffer)
+        return
+    for file in files_of(Path(path)):
+        with file.open("rb") as stream:
+            start = stream.read(6)
+            stream.seek(0)
+            if start.startswith(GZIP):
+                with gzip.GzipFile(fileobj=stream) as unpacked:
+                    yield from lines(unpacked)
+            elif start.startswith(PARQUET):
+                yield from parquet_rows(stream)
+            elif start.startswith((ARROW_FILE, ARROW_STREAM)):
+                yield from arrow_rows(stream, start)
+            else:
+                yield from lines(stream)
+
+
+def lines(stream: Lines) -> Iterator[Row]:
+    """Lines without their ends and the first one's byte order mark; a damaged gzip stream ends with a BadRow."""
+    mark = codecs.BOM_UTF8
+    try:
+        while line := stream.readline(MAX_LINE_BYTES):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield BadRow(f"longer than {MAX_LINE_BYTES} bytes")
+            else:
+                yield line.removeprefix(mark).strip()
+            mark = b""
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield BadRow(f"the compressed data is damaged from here on: {error}")
+
+
+def parquet_rows(stream: IO[bytes]) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(stream)
+        yield from batch_rows(file.iter_batches(BATCH, columns=known(file.schema_arrow.names)))
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
+        yield unreadable("Parquet", error)
+
+
+def arrow_rows(stream: IO[bytes], start: bytes) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        if start.startswith(ARROW_FILE):
+            file = pa.ipc.open_file(stream)
+            yield from batch_rows(file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            yield from batch_rows(pa.ipc.open_stream(stream))
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
+        yield unreadable("Arrow", error)
+
+
+def batch_rows(batches: Any) -> Iterator[Row]:
+    """The rows of Arrow record batches; a value that has no Python form (such as text that is not UTF-8) is a BadRow."""
+    import pyarrow as pa
+
+    for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file may point outside of their buffers
+        names = known(batch.schema.names)
+        columns = [batch.column(name) for name in names]
+        for number in range(batch.num_rows):
+            try:
+                yield {name: column[number].as_py() for name, column in zip(names, columns, strict=True)}
+            except (pa.ArrowException, ValueError, OverflowError) as error:
+                yield BadRow(f"a value cannot be read: {error}")
+
+
+def known(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if name in COLUMNS]
+
+
+def unreadable(kind: str, error: Exception) -> BadRow:
+    return BadRow(f"the {kind} data cannot be read from here on: {str(error).splitlines()[0][:200] if str(error) else kind}")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The data files of a path, in order; raises UsageError for a folder that holds no data set, or several splits."""
+    if not path.is_dir():
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        raise several(path, [f"{path / name}" for name in read_json(path / "dataset_dict.json").get("splits", [])])
+    if (path / "state.json").exists():
+        state = read_json(path / "state.json")
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise UsageError(f"{path} is a selection of rows", "its order is kept apart from its data", "save it flattened")
+        return [path / Path(file["filename"]).name for file in state.get("_data_files", [])]
+    found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS))
+    if not found:
+        raise UsageError(f"there is no data in {path}", f"no file there ends in {', '.join(ENDINGS)}", "give a file")
+    splits = {file.name.split("-")[0] for file in found if "-of-" in file.name}
+    if len(splits) > 1:
+        raise several(path, [f"{found[0].parent / name}-*" for name in sorted(splits)])
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read", str(error), "save the data set again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def several(path: Path, names: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{path} holds several splits: {', '.join(Path(name).name.removesuffix('-*') for name in names)}",
+        "which of them are prompts is yours to say",
+        f"type: charter produce {names[0] if names else path}",
+    )
+
+
+def content_hash(path: str) -> str:
+    """The hash of a file's, or of a folder's files', content; raises UsageError when it cannot be read or is no UTF-8."""
+    digests = [file_hash(file) for file in files_of(Path(path))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(2)
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}",
+            error.strerror or str(error),
+            "give a file of JSON lines, Parquet or Arrow, a saved data set's folder, or - for standard input",
+        ) from error
+    if start in NOT_UTF8:
+        kind = NOT_UTF8[start]
+        raise UsageError(
+            f"{path} is {kind}, not UTF-8",
+            "JSON lines are UTF-8",
+            f"type: iconv -f {kind} -t UTF-8 {path} > prompts.jsonl",
+        )
+    return digest
