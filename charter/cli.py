@@ -291,7 +291,7 @@ def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
         print_step(phase, step, measures)
 
     closing = show(settings, figures_of_trainer(latest, steps))
-    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.models.policy), on_step)
+    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.train.base or settings.models.policy), on_step)
     if loop:
         trainer.loop(stop_on_signals())
     else:

@@ -6,6 +6,7 @@ disk and renames. `read` verifies the hash, so that what a PolicyUpdate names is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CharterError, UsageError
+from engine.errors import CharterError, CheckpointsFull, UsageError
 
 MANIFEST = "checkpoint.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -45,11 +47,58 @@ def write(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) 
         for path in [*temporary.rglob("*"), temporary]:
             flush(path)
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_full(error):
+            raise full(folder.parent, str(error)) from error
         raise
     flush(folder.parent)
     return Checkpoint(folder, manifest, content_hash)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is the disk's fault. Writers in Rust and C++ give the system's words, not its number."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(os.strerror(code) in str(error) for code in FULL)
+
+
+def full(checkpoints: Path, why: str) -> CheckpointsFull:
+    return CheckpointsFull(
+        f"there is no room for a checkpoint in {checkpoints}",
+        why.splitlines()[0][:300] if why else "",
+        "make room on that disk (train.keep says how many are kept); nothing was published, and the batch is tried again",
+    )
+
+
+def require_room(checkpoints: Path, model: Path) -> None:
+    """Raise CheckpointsFull when the disk has not room for a folder as large as `model`, before hours are spent on it."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    needed, free = size_of(model), shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise full(checkpoints, f"it takes about {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def sweep(checkpoints: Path) -> list[Path]:
+    """Remove what killed trainers left half-written; the temporary folders of `write` begin with a dot."""
+    left = [path for path in checkpoints.glob(".*-*") if path.is_dir()] if checkpoints.exists() else []
+    for path in left:
+        shutil.rmtree(path)
+    return left
+
+
+def revision_of(folder: Path) -> str:
+    """The content hash of a model's weights: what every answer of theirs is stamped with."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def located(uri: str, checkpoints: Path) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -31,6 +31,19 @@ class Section(BaseModel):
     """A table of the file: strict about its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def mix(entries: list[str]) -> dict[str, float]:
+    """Source -> share, from entries like `helpful=0.27`; raises ValueError when they are not shares."""
+    shares: dict[str, float] = {}
+    for entry in entries:
+        source, _, share = entry.rpartition("=")
+        if not source or float(share) <= 0:
+            raise ValueError(f"{entry!r} is not SOURCE=SHARE with a share above 0")
+        shares[source] = float(share)
+    if shares and "*" not in shares:
+        raise ValueError("a mix needs an entry for all other sources, e.g. *=0.5")
+    return shares
 
 
 class Data(Section):
@@ -194,9 +207,24 @@ class Train(Section):
         "alternate", description="RL loss alone, or L_SL + alpha * L_RL in every step."
     )
     alpha: float = Field(1.0, ge=0, description="Weight of the RL loss in the combined objective.")
+    sft_mix: list[str] = Field(
+        ["*=0.73", "helpful=0.27"], description="Shares of sources in an SFT batch; *: all others; []: as they come."
+    )
+    reward_mix: list[str] = Field(["helpful=0.43", "*=0.57"], description="The same for a reward-model batch.")
     max_staleness: int = Field(4, ge=0, description="Oldest rollouts that PPO takes, in policy versions.")
+    max_reward_staleness: int = Field(4, ge=0, description="The same in reward models published since they were sampled.")
+    max_age_s: float = Field(0.0, ge=0, description="The same in seconds; 0: of any age.")
     allow_overlap: bool = Field(False, description="Let PPO train on prompts that the reward model was trained on.")
     seed: int = Field(0, description="Seeds shuffling and initial heads.")
+    base: str = Field("", description="The weights that training starts from; empty: models.policy.")
+    keep: int = Field(3, ge=1, description="Newest checkpoints of each kind that are kept, beside those still in use.")
+    report_to: Literal["", "trackio", "wandb"] = Field("", description="Report each step's numbers there too.")
+
+    @field_validator("sft_mix", "reward_mix")
+    @classmethod
+    def shares(cls, entries: list[str]) -> list[str]:
+        mix(entries)
+        return entries
 
 
 class Sft(Section):

@@ -375,7 +375,9 @@ class Demonstration(Record):
 class BatchManifest(Record):
     """Exactly what one training phase will train on, written before it steps.
 
-    `sl_record_ids` are the finished chains of the supervised half of a combined objective.
+    `record_ids` stand in the order of training. `sl_record_ids` are the finished chains of the supervised half of a combined
+    objective. `mix` counts the rows of each source, `wanted` holds the shares that were asked for. `cursors` says for each
+    source up to which commit this phase has drawn (none: `commit_seq_to`, for all of them).
     """
 
     topic: ClassVar[str] = "batches"
@@ -392,10 +394,16 @@ class BatchManifest(Record):
     reference_policy_version: int | None = None
     mix: dict[str, int] = Field(default_factory=dict)
     settings: str = "{}"
+    wanted: dict[str, float] = Field(default_factory=dict)
+    cursors: dict[str, int] = Field(default_factory=dict)
 
 
 class PolicyUpdate(Record):
-    """A new policy or reward model that every worker can load. Only kind POLICY raises the policy version."""
+    """A new policy or reward model that every worker can load. Only kind POLICY raises the policy version.
+
+    With `restores` it is a new version with the weights of an earlier one; `batch_id` is then the batch that made those weights
+    (the nil UUID: the first model, which no batch made). Of two updates with one version the first on the log counts.
+    """
 
     topic: ClassVar[str] = "policies"
 
@@ -407,10 +415,12 @@ class PolicyUpdate(Record):
     base_version: int
     batch_id: Id
     metrics: dict[str, float] = Field(default_factory=dict)
+    restores: int | None = None
 
     @property
     def key(self) -> bytes:
-        return f"{self.kind.value}-{self.version}".encode()
+        # Its own id, so that compaction keeps both of two updates with one version: the first one counts.
+        return self.record_id.encode()
 
 
 class RunManifest(Record):
@@ -452,7 +462,7 @@ class Metric(Record):
 
 
 class Incident(Record):
-    """Something that stopped or paused training, in words and numbers."""
+    """What stopped or paused training, in words and numbers. `voids` is a batch that is given up: its rows are free."""
 
     topic: ClassVar[str] = "incidents"
 
@@ -460,6 +470,21 @@ class Incident(Record):
     what: str
     why: str
     measures: dict[str, float] = Field(default_factory=dict)
+    voids: Id | None = None
+
+
+class Pause(Record):
+    """A training phase is paused, or goes on again. The newest record of a phase counts."""
+
+    topic: ClassVar[str] = "pauses"
+
+    phase: str
+    paused: bool
+    reason: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return self.record_id.encode()
 
 
 class Drop(Record):
@@ -538,6 +563,7 @@ RECORDS: tuple[type[Record], ...] = (
     Score,
     Metric,
     Incident,
+    Pause,
     Drop,
     Source,
     Retry,

@@ -35,7 +35,7 @@ class TopicSpec:
 
 
 # Topics whose order matters as a whole have one partition; they carry few records.
-SINGLE = {"batches", "policies", "runs", "metrics", "incidents", "drops", "sources", "retries", "forgets"}
+SINGLE = {"batches", "policies", "runs", "metrics", "incidents", "pauses", "drops", "sources", "retries", "forgets"}
 COMPACTED = {PolicyUpdate.topic, Source.topic}
 
 

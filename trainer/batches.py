@@ -1,70 +1,122 @@
 """Batches: what one training phase trains on, drawn from DuckDB by commit sequence and written down before the first step.
 
-A row trains once per phase: the cursor of a phase is the `commit_seq_to` of its last finished manifest. A manifest names the
-rows, hashes their content and holds the seed and the settings, so that a crash resumes with the identical batch and an old
-batch can be rebuilt. A rollout that PPO may not use is dropped with a reason, on the `drops` topic.
+A row trains once per phase. Each phase has a cursor for each source of rows (`prompts.source`): the commit up to which rows of
+that source have been drawn. A cursor moves when the batch's update is on the log, never before, so that a batch that is given
+up leaves its rows free. Rows that a mix passes over stay before the cursor of their source and are the first that a later
+batch takes; a row that arrives late has a later commit and is met then; a person's label that takes the place of another is a
+row of its own, which trains once too.
+
+A manifest names the rows in the order of training, hashes what training sees of them, and holds the seed and the settings: a
+crash resumes with the identical batch, and an old batch can be rebuilt. Staleness is judged here and nowhere else, from what
+the records say: a rollout that PPO may not use is dropped with a reason, on the `drops` topic.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from engine.errors import CharterError
+from engine.policy import line, newest_version, weights_of
 from engine.store import Store
 from schemas import ids
-from schemas.records import BatchManifest, Drop, Turn
-from trainer.ppo import Rollout
-from trainer.reward import PreferenceExample
-from trainer.sft import SftExample
+from schemas.records import BatchManifest, Drop, PolicyKind, PolicyUpdate, Turn
 
 LIMIT_S = 60.0  # a batch is worth a longer look at the database than a screen is
+SL_PHASE, RL_PHASES = "sft", ("ppo", "dpo")
 VIEW = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
-RL_PHASES = ("ppo", "dpo")  # held to the policy of the last supervised phase
 # Where the rows of a manifest are read: a label that a person has overridden since is no pair any more, but was in its batch.
 ROWS = VIEW | {"reward": "preference_labels", "dpo": "preference_labels"}
-# The columns that a manifest's hash covers: a view may get more of them, and old batches can still be rebuilt.
-HASHED = {
-    "sft": (
-        *("record_id", "prompt_id", "run_id", "turns", "completion", "stopped", "source", "ended", "rounds"),
-        *("constitution", "principle_id", "policy_version", "created_at", "commit_seq"),
-    ),
-    "reward": (
-        *("record_id", "prompt_id", "run_id", "response_id", "turns", "a", "b", "a_stopped", "b_stopped", "p_a", "gap", "mass"),
-        *("flipped", "source", "pairing", "constitution", "principle_id", "label_source", "policy_version", "created_at"),
-        "commit_seq",
-    ),
-    "ppo": (
-        *("response_id", "prompt_id", "run_id", "turns", "source", "epoch", "model", "prompt_token_ids", "temperature"),
-        *("candidate", "text", "token_ids", "logprobs", "stopped", "policy_version", "excluded_because", "created_at"),
-        "commit_seq",
-    ),
-}
-HASHED["dpo"] = HASHED["reward"]
 KEY = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
+PAIR = "record_id, prompt_id, turns, a, b, a_stopped, b_stopped, p_a, source, pairing, label_source, policy_version"
+# What training sees of a row, and what a manifest's hash covers. A view may show more.
+COLUMNS = {
+    "sft": "record_id, prompt_id, turns, completion, stopped, source, ended, policy_version",
+    "reward": PAIR,
+    "dpo": PAIR,
+    "ppo": "response_id, candidate, prompt_id, turns, source, model, prompt_token_ids, token_ids, logprobs, text, stopped,"
+    " temperature, policy_version",
+}
+LENGTH = {
+    "sft": "length(completion) + list_sum([length(turn.content) for turn in turns])",
+    "reward": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
+    "dpo": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
+}
+OTHERS = "*"  # in a mix: every source that it does not name
+BUCKET_STEPS = 16  # steps whose rows are sorted by length together: little padding, and still a shuffle
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How stale a rollout may be. `age_s` 0: of any age."""
+
+    policies: int = 4
+    rewards: int = 4
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where training stands: versions, what each phase has consumed, and the version that the last SFT made."""
+    """Where training stands, from the log: versions, what each phase has consumed, and whose answers PPO may use.
+
+    `line` are the versions of the present RL phase, newest first, its reference last; `rewards_at` the reward version that
+    there was when a policy was published; `revisions` the weights' revision of each policy version.
+    """
 
     policy_version: int = 0
     reward_version: int = 0
-    reference_version: int = 0
-    cursors: tuple[tuple[str, int], ...] = ()
-    reward_batch: str | None = None
+    line: tuple[int, ...] = (0,)
+    cursors: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    rewards_at: Mapping[int, int] = field(default_factory=dict)
+    revisions: Mapping[int, str] = field(default_factory=dict)
 
-    def cursor(self, phase: str) -> int:
-        return dict(self.cursors).get(phase, -1)
+    @property
+    def reference_version(self) -> int:
+        return self.line[-1]
+
+    def cursor(self, phase: str, source: str = "") -> int:
+        """Up to which commit a phase has drawn the rows of a source ("": those of every source)."""
+        return max(self.cursors.get((phase, source), -1), self.cursors.get((phase, ""), -1))
+
+
+def standing_of(known: Sequence[PolicyUpdate], manifests: Sequence[BatchManifest], first_revision: str = "") -> Standing:
+    """Where training stands. `first_revision` is the revision of the first model's weights, policy version 0."""
+    by_id = {manifest.record_id: manifest for manifest in manifests}
+    cursors: dict[tuple[str, str], int] = {}
+    rewards_at, reward_version = {0: 0}, 0
+    for update in known:
+        if update.kind is PolicyKind.REWARD:
+            reward_version = update.version
+        else:
+            rewards_at[update.version] = reward_version
+        if update.restores is None and (manifest := by_id.get(update.batch_id)):
+            for source, at in (manifest.cursors or {"": manifest.commit_seq_to}).items():
+                key = (manifest.phase, source)
+                cursors[key] = max(cursors.get(key, -1), at)
+    present = newest_version(known)
+    revisions = {update.version: update.model.revision for update in known if update.kind is PolicyKind.POLICY and update.model}
+    for version in list(revisions):
+        if weights_of(known, version) == 0:
+            revisions[version] = first_revision
+    return Standing(
+        policy_version=present,
+        reward_version=reward_version,
+        line=tuple(line(known, present)),
+        cursors=cursors,
+        rewards_at=rewards_at,
+        revisions={0: first_revision} | revisions,
+    )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A manifest and the rows it names, in its order."""
+    """A manifest and the rows it names, in its order, which is the order to train in: rows of similar length lie together."""
 
     manifest: BatchManifest
     rows: list[dict[str, Any]]
@@ -77,46 +129,94 @@ class Batch:
         return settings
 
 
-def candidates(
-    store: Store,
-    phase: str,
-    standing: Standing,
-    *,
-    limit: int,
-    max_staleness: int = 4,
-    allow_overlap: bool = False,
-) -> tuple[list[str], list[Drop]]:
-    """The ids of the first `limit` rows after the phase's cursor that it may train on, and the rollouts it may not."""
-    light = "record_id, commit_seq"
-    if phase == "ppo":
-        light = "response_id, candidate, prompt_id, run_id, policy_version, excluded_because, commit_seq"
-    sql = f"SELECT {light} FROM {VIEW[phase]} WHERE commit_seq > ? ORDER BY commit_seq"
-    if phase != "ppo":  # of rollouts all are looked at: those that may not be used are dropped, not passed over
-        sql += f" LIMIT {limit}"
-    rows = store.records(sql, [standing.cursor(phase)], limit_s=LIMIT_S)
-    reasons: list[str | None] = [None] * len(rows)
-    if phase == "ppo":
-        overlap = set() if allow_overlap else reward_prompts(store, standing)
-        reasons = [exclusion(row, standing, max_staleness, overlap) for row in rows]
-    kept = [str(row[KEY[phase]]) for row, reason in zip(rows, reasons, strict=True) if reason is None]
-    drops = [drop(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
-    return list(dict.fromkeys(kept))[:limit], drops
+@dataclass(frozen=True)
+class Light:
+    """What is known of a row before it is drawn. `length` is in characters (of a rollout: 0)."""
+
+    key: str
+    source: str
+    commit_seq: int
+    length: int = 0
+    policy_version: int | None = None
 
 
-def exclusion(row: dict[str, Any], standing: Standing, max_staleness: int, overlap: set[str]) -> str | None:
-    """Why PPO may not train on a rollout; None when it may."""
-    if row["excluded_because"]:
-        return str(row["excluded_because"])
-    if row["policy_version"] < standing.reference_version:
+# Candidates
+
+
+def waiting(store: Store, phase: str, standing: Standing, *, most: int) -> list[Light]:
+    """The first `most` rows of each source that a phase without staleness has not trained on, in the order of their commits."""
+    mine = [(source, at) for (of, source), at in standing.cursors.items() if of == phase]
+    sql = f"""
+        WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
+        SELECT v.record_id, v.source, v.commit_seq, coalesce({LENGTH[phase]}, 0) AS length, v.policy_version
+        FROM {VIEW[phase]} v LEFT JOIN cursors c ON c.source = v.source
+        WHERE v.commit_seq > greatest(coalesce(c.at, -1), ?)
+        QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= ?
+        ORDER BY v.commit_seq"""
+    parameters = [[source for source, _ in mine], [at for _, at in mine], standing.cursor(phase), most]
+    rows = store.query(sql, parameters, limit_s=LIMIT_S).rows
+    return [Light(str(key), source, seq, int(length), version) for key, source, seq, length, version in rows]
+
+
+def rollouts(
+    store: Store, standing: Standing, bounds: Bounds, *, allow_overlap: bool, revisions: Sequence[str] = ()
+) -> tuple[list[Light], list[Drop]]:
+    """The answers that PPO may train on, and a Drop for each that it may not any more.
+
+    An answer that no PPO may ever use has its reason in the view (`excluded_because`) and is passed over. `revisions` are those
+    of servers, whose weights cannot be compared.
+    """
+    sql = """
+        SELECT response_id, candidate, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
+               commit_seq
+        FROM rollouts WHERE commit_seq > ? AND excluded_because IS NULL
+        AND response_id NOT IN (SELECT dropped_id FROM drops) ORDER BY commit_seq, candidate"""
+    rows = store.records(sql, [standing.cursor("ppo")], limit_s=LIMIT_S)
+    prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
+    overlap = reward_prompts(store, standing, prompts) if prompts else set()
+    usable: dict[str, Light] = {}
+    drops = []
+    for row in rows:
+        reason = stale(row, standing, bounds) or foreign(row, standing, revisions)
+        if reason is None and str(row["prompt_id"]) in overlap:
+            reason = "its prompt trained the reward model"
+        if reason is not None:
+            drops.append(drop(row, reason))
+        else:
+            key = str(row["response_id"])
+            usable.setdefault(key, Light(key, row["source"], row["commit_seq"], 0, row["policy_version"]))
+    return list(usable.values()), drops
+
+
+def stale(row: Mapping[str, Any], standing: Standing, bounds: Bounds) -> str | None:
+    """Why a rollout is too old for the present policy; None when it is not."""
+    version = row["policy_version"]
+    if version < standing.reference_version:
         return "sampled before the last supervised update"
-    if standing.policy_version - row["policy_version"] > max_staleness:
-        return f"older than {max_staleness} policy versions"
-    if str(row["prompt_id"]) in overlap:
-        return "its prompt trained the reward model"
+    if version not in standing.line:
+        return "sampled by a policy that was rolled back"
+    if standing.policy_version - version > bounds.policies:
+        return f"older than {bounds.policies} policy versions"
+    if standing.reward_version - standing.rewards_at.get(version, 0) > bounds.rewards:
+        return f"older than {bounds.rewards} reward-model versions"
+    if bounds.age_s and age_s(row["created_at"]) > bounds.age_s:
+        return f"older than {bounds.age_s:g} s"
     return None
 
 
-def drop(row: dict[str, Any], reason: str) -> Drop:
+def age_s(created_at: datetime) -> float:
+    return (datetime.now(UTC).replace(tzinfo=None) - created_at).total_seconds()
+
+
+def foreign(row: Mapping[str, Any], standing: Standing, served: Sequence[str]) -> str | None:
+    """Why an answer was not sampled by the weights that its version names; None when it was."""
+    wanted = standing.revisions.get(row["policy_version"])
+    if wanted is None or row["revision"] in (wanted, *served):
+        return None
+    return f"its model revision {row['revision']} is not that of policy {row['policy_version']}"
+
+
+def drop(row: Mapping[str, Any], reason: str) -> Drop:
     dropped = str(row["response_id"])
     return Drop(
         record_id=ids.record_id("ppo-drop", [dropped], ids.fingerprint(reason=reason), row["candidate"]),
@@ -130,13 +230,82 @@ def drop(row: dict[str, Any], reason: str) -> Drop:
     )
 
 
-def reward_prompts(store: Store, standing: Standing) -> set[str]:
-    """The prompts that the present reward model was trained on."""
-    if standing.reward_batch is None:
-        return set()
-    sql = """SELECT DISTINCT prompt_id FROM preferences
-             WHERE record_id IN (SELECT unnest(record_ids) FROM batches WHERE record_id = ?)"""
-    return {str(prompt) for (prompt,) in store.query(sql, [standing.reward_batch], limit_s=LIMIT_S).rows}
+def reward_prompts(store: Store, standing: Standing, prompts: Sequence[str]) -> set[str]:
+    """Those of the prompts that the reward model was trained on, in its last batch or an earlier one."""
+    mine = [(source, at) for (of, source), at in standing.cursors.items() if of == "reward"]
+    sql = """
+        WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
+        SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
+        WHERE v.commit_seq <= greatest(coalesce(c.at, -1), ?) AND v.prompt_id IN (SELECT unnest(?::UUID[]))"""
+    parameters = [[source for source, _ in mine], [at for _, at in mine], standing.cursor("reward"), list(prompts)]
+    return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=LIMIT_S).rows}
+
+
+# Mixing and ordering
+
+
+def mixed(rows: Sequence[Light], shares: Mapping[str, float], *, least: int, most: int) -> list[Light]:
+    """The batch that a mix makes of the rows that wait, in the order of their commits.
+
+    It is the largest batch that has the shares, taking the oldest rows of each part. A part without rows is left out and the
+    other shares grow; where a scarce part would make the batch smaller than `least`, the other parts fill it up.
+    """
+    parts = parts_of(rows, shares)
+    scale = sum(shares.get(part, 1.0) for part in parts)
+    size = min(most, len(rows), max(exact_size(rows, shares), least))
+    taken = {part: min(len(found), int(size * shares.get(part, 1.0) / scale)) for part, found in parts.items()}
+    for part in sorted(parts, key=lambda part: taken[part] - len(parts[part])):  # the fullest part first
+        taken[part] += min(len(parts[part]) - taken[part], size - sum(taken.values()))
+    chosen = [row for part, found in parts.items() for row in found[: taken[part]]]
+    return sorted(chosen, key=lambda row: row.commit_seq)
+
+
+def exact_size(rows: Sequence[Light], shares: Mapping[str, float]) -> int:
+    """The size of the largest batch that has the shares of those parts of which there are rows."""
+    parts = parts_of(rows, shares)
+    scale = sum(shares.get(part, 1.0) for part in parts)
+    return min((int(len(found) * scale / shares.get(part, 1.0) + 1e-6) for part, found in parts.items()), default=0)
+
+
+def parts_of(rows: Sequence[Light], shares: Mapping[str, float]) -> dict[str, list[Light]]:
+    """The rows by the part of the mix that they belong to; without a mix there is one part."""
+    parts: dict[str, list[Light]] = {}
+    for row in rows:
+        parts.setdefault(part_of(row.source, shares), []).append(row)
+    return parts
+
+
+def part_of(source: str, shares: Mapping[str, float]) -> str:
+    return source if source in shares else OTHERS
+
+
+def shortfall(rows: Sequence[Light], shares: Mapping[str, float]) -> str | None:
+    """What to tell when a batch is not the mix that was asked for; None when it is, to a row or two."""
+    got = Counter(part_of(row.source, shares) for row in rows)
+    whole = sum(shares.values())
+    if not any(abs(got[part] - len(rows) * share / whole) > 1.5 for part, share in shares.items()):
+        return None
+    words = [f"{part} {got[part] / len(rows):.0%} (wanted {share / whole:.0%})" for part, share in shares.items()]
+    missing = [part for part in shares if not got[part]]
+    why = f"; nothing new is there of {', '.join(missing)}" if missing else ""
+    return f"the mix of this batch is {', '.join(words)}{why}"
+
+
+def bucketed(rows: Sequence[Light], batch_size: int, seed: int) -> list[Light]:
+    """The rows shuffled, but so that those of one step are of similar length (the order of a length-grouped sampler)."""
+    shuffle, order = random.Random(seed), list(rows)
+    shuffle.shuffle(order)
+    wide = batch_size * BUCKET_STEPS
+    order = [
+        row for start in range(0, len(order), wide) for row in sorted(order[start : start + wide], key=lambda r: -r.length)
+    ]
+    steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    last = [steps.pop()] if len(order) % batch_size else []  # a short step stays the last
+    shuffle.shuffle(steps)
+    return [row for step in [*steps, *last] for row in step]
+
+
+# Manifests
 
 
 def manifest_of(
@@ -145,14 +314,16 @@ def manifest_of(
     rows: Sequence[dict[str, Any]],
     sl_rows: Sequence[dict[str, Any]],
     standing: Standing,
+    drawn: Sequence[Light],
     *,
     run_id: str,
     seed: int,
     settings: object,
+    shares: Mapping[str, float] | None = None,
 ) -> BatchManifest:
     """The manifest of a batch. Its id follows from its content and what it trains, so that it is the same after a crash."""
-    record_ids = list(dict.fromkeys(str(row[KEY[phase]]) for row in rows))
-    content = content_hash(phase, rows, sl_rows)
+    record_ids = [light.key for light in drawn]
+    content = content_hash([*rows, *sl_rows])
     text = json.dumps(settings, sort_keys=True)
     configuration = ids.fingerprint(
         content=content,
@@ -162,6 +333,9 @@ def manifest_of(
         policy=standing.policy_version,
         reward=standing.reward_version,
     )
+    cursors: dict[str, int] = {}
+    for light in drawn:
+        cursors[light.source] = max(cursors.get(light.source, -1), light.commit_seq)
     return BatchManifest(
         record_id=ids.record_id(f"batch/{phase}", record_ids, configuration),
         run_id=run_id,
@@ -173,49 +347,55 @@ def manifest_of(
         record_ids=record_ids,
         sl_record_ids=[str(row["record_id"]) for row in sl_rows],
         content_hash=content,
-        commit_seq_from=min(row["commit_seq"] for row in rows),
-        commit_seq_to=max(row["commit_seq"] for row in rows),
+        commit_seq_from=min(light.commit_seq for light in drawn),
+        commit_seq_to=max(light.commit_seq for light in drawn),
         base_policy_version=standing.policy_version,
         base_reward_version=standing.reward_version or None,
         reference_policy_version=standing.reference_version if phase in RL_PHASES else None,
-        mix=dict(Counter(mix_key(phase, row) for row in rows)),
+        mix=dict(Counter(str(row["source"]) for row in rows)),
+        wanted=dict(shares or {}),
+        cursors={} if phase == "ppo" else cursors,
         settings=text,
     )
 
 
-def mix_key(phase: str, row: dict[str, Any]) -> str:
-    if phase == "sft":
-        return f"{row['source']}/{(row['ended'] or 'demonstration').lower()}"
-    return str(row["source"])
-
-
-def content_hash(phase: str, rows: Sequence[dict[str, Any]], sl_rows: Sequence[dict[str, Any]]) -> str:
-    """SHA-256 over the rows, in order, and those of the supervised half."""
+def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over the rows, in order."""
     digest = hashlib.sha256()
-    for part, name in ((rows, phase), (sl_rows, "sft")):
-        for row in part:
-            hashed = {column: row[column] for column in HASHED[name]}
-            digest.update(json.dumps(hashed, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def rows_of(store: Store, phase: str, record_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The whole rows with these ids, in commit order."""
+    """The whole rows with these ids, in their order (the answers of one response in theirs)."""
     usable = " AND excluded_because IS NULL" if phase == "ppo" else ""
-    order = "commit_seq, candidate" if phase == "ppo" else "commit_seq"
-    sql = f"SELECT * FROM {ROWS[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable} ORDER BY {order}"
-    return store.records(sql, [list(record_ids)], limit_s=LIMIT_S)
+    sql = f"SELECT {COLUMNS[phase]} FROM {ROWS[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable}"
+    place = {record_id: n for n, record_id in enumerate(record_ids)}
+    rows = store.records(sql, [list(record_ids)], limit_s=LIMIT_S)
+    return sorted(rows, key=lambda row: (place[str(row[KEY[phase]])], row.get("candidate", 0)))
+
+
+def overtaken(manifest: BatchManifest, standing: Standing) -> bool:
+    """Whether the models that a batch was drawn for are not the present ones any more."""
+    of_policy = manifest.base_policy_version != standing.policy_version
+    of_reward = (manifest.base_reward_version or 0) != standing.reward_version
+    return {"sft": of_policy, "reward": of_reward}.get(manifest.phase, of_policy or of_reward)
 
 
 def rebuild(store: Store, manifest: BatchManifest) -> Batch:
     """The rows that a manifest names; raises CharterError when they are not the same any more."""
     rows = rows_of(store, manifest.phase, manifest.record_ids)
     sl_rows = rows_of(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
-    if content_hash(manifest.phase, rows, sl_rows) != manifest.content_hash:
+    found = {str(row[KEY[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
+    missing = {*manifest.record_ids, *manifest.sl_record_ids} - found
+    if content_hash([*rows, *sl_rows]) != manifest.content_hash:
         raise CharterError(
-            f"batch {manifest.record_id} cannot be rebuilt",
-            f"{len(rows)} of its rows are in {store.path}, and their content is not what the manifest says",
-            "use the database that the batch was drawn from",
+            f"batch {manifest.number} ({manifest.phase}) cannot be rebuilt",
+            f"{len(missing)} of its {len(manifest.record_ids)} rows are not in {store.path} (any more)"
+            if missing
+            else f"its rows in {store.path} are not what they were when it was drawn",
+            "use the database that the batch was drawn from; rows that were forgotten are gone",
         )
     return Batch(manifest, rows, sl_rows)
 
@@ -226,36 +406,5 @@ def newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
     return rows_of(store, "sft", [str(row["record_id"]) for row in rows]) if rows else []
 
 
-def turns_of(row: dict[str, Any]) -> tuple[Turn, ...]:
+def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
     return tuple(Turn(**turn) for turn in row["turns"])
-
-
-def sft_example(row: dict[str, Any]) -> SftExample:
-    return SftExample(
-        turns=turns_of(row), completion=row["completion"], stopped=row["stopped"], record_id=str(row["record_id"])
-    )
-
-
-def preference_example(row: dict[str, Any]) -> PreferenceExample:
-    return PreferenceExample(
-        turns=turns_of(row),
-        a=row["a"],
-        b=row["b"],
-        p_a=row["p_a"],
-        record_id=str(row["record_id"]),
-        a_stopped=row["a_stopped"],
-        b_stopped=row["b_stopped"],
-        exchangeable=row["pairing"] == "candidates" and row["label_source"] == "AI",
-    )
-
-
-def rollout(row: dict[str, Any]) -> Rollout:
-    return Rollout(
-        prompt_token_ids=tuple(row["prompt_token_ids"]),
-        token_ids=tuple(row["token_ids"]),
-        logprobs=tuple(row["logprobs"]),
-        stopped=row["stopped"],
-        policy_version=row["policy_version"],
-        record_id=str(row["response_id"]),
-        temperature=row["temperature"],
-    )

@@ -50,3 +50,20 @@ def read_messages(bus: Bus, topic: str) -> Iterator[Message]:
 def read_values(bus: Bus, topic: str) -> list[bytes]:
     """Every message value of a small topic."""
     return [message.value or b"" for message in read_messages(bus, topic)]
+
+
+class Growing:
+    """The messages of a small topic: all of them at the first look, and then each time those that are new."""
+
+    def __init__(self, bus: Bus, topic: str) -> None:
+        self.bus, self.topic = bus, topic
+        self.stands = bus.begin_offsets([topic])
+
+    def new(self) -> list[Message]:
+        """What was written since the last look."""
+        ends = self.bus.end_offsets([self.topic])
+        if ends == self.stands:
+            return []
+        found = list(read_between(self.bus, self.stands, ends))
+        self.stands = ends
+        return found

@@ -11,7 +11,6 @@ distribution, so a row's sample does not depend on the rows beside it, up to rou
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from engine.checkpoints import revision_of
 from engine.errors import PermanentRecordError, UsageError
 from engine.models import model_folder, smollm2
 from engine.models.chat import prompt_ids
@@ -56,15 +56,6 @@ def check_weights(folder: Path) -> None:
             "weights in other formats can run code when they are loaded, so they are not",
             "convert them: model.save_pretrained(FOLDER, safe_serialization=True)",
         )
-
-
-def revision_of(folder: Path) -> str:
-    """The content hash of a model's weights."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def choose_device() -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from schemas.records import LabelSource, Outcome, Split
 from tests_records import World, chain_end, demonstration, person, preference, prompt, response
-from trainer.batches import Standing, candidates, content_hash, manifest_of, rebuild, rows_of
+from trainer.batches import Standing, content_hash, manifest_of, rebuild, rows_of, waiting
 
 
 @pytest.fixture
@@ -60,16 +60,17 @@ def test_a_persons_label_takes_the_place_of_the_one_it_names(world):
 def test_an_override_is_new_to_the_cursor_and_leaves_old_batches_as_they_were(world):
     labels = [preference(name, name, 0.2) for name in "xyz"]
     world.add(*labels)
-    chosen, _ = candidates(world.store, "reward", Standing(), limit=10)
-    drawn = rows_of(world.store, "reward", chosen)
-    manifest = manifest_of("reward", 1, drawn, [], Standing(), run_id="r", seed=0, settings={})
+    chosen = waiting(world.store, "reward", Standing(), most=10)
+    keys = [row.key for row in chosen]
+    drawn = rows_of(world.store, "reward", keys)
+    manifest = manifest_of("reward", 1, drawn, [], Standing(), chosen, run_id="r", seed=0, settings={})
     override = person("1", labels[1], 1.0)
     world.add(override)
     assert rebuild(world.store, manifest).rows[1]["p_a"] == 0.2
-    after = Standing(cursors=(("reward", manifest.commit_seq_to),))
-    assert candidates(world.store, "reward", after, limit=10)[0] == [override.record_id]
-    assert content_hash("reward", rows_of(world.store, "reward", chosen), []) == manifest.content_hash
-    assert len(candidates(world.store, "reward", Standing(), limit=10)[0]) == 3  # drawn anew, no pair counts twice
+    after = Standing(cursors={("reward", ""): manifest.commit_seq_to})
+    assert [row.key for row in waiting(world.store, "reward", after, most=10)] == [override.record_id]
+    assert content_hash(rows_of(world.store, "reward", keys)) == manifest.content_hash
+    assert len(waiting(world.store, "reward", Standing(), most=10)) == 3  # drawn anew, no pair counts twice
 
 
 def test_demonstrations_train_and_have_a_story_without_a_prompt_to_answer(world):
