@@ -12,9 +12,7 @@ weights is ever in memory.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.checkpoints import MANIFEST, hash_files
-from engine.errors import CheckpointsFull, UsageError
+from engine.errors import UsageError
 
 # The caller shows one line a step. A fresh scorer's missing head is no news either: we set it ourselves.
 transformers.utils.logging.disable_progress_bar()
@@ -254,9 +252,8 @@ def saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
     """A function that saves the merged model and its tokenizer into a folder."""
 
     def save(folder: Path) -> None:
-        with room(folder):
-            merged(model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        merged(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     return save
 
@@ -269,14 +266,13 @@ def rl_saver(
     on = None if reference is None or not adapted(model) else fingerprint(reference)
 
     def save(folder: Path) -> None:
-        with room(folder):
-            (folder / RL).mkdir()
-            if on is not None:
-                model.save_pretrained(folder / RL, selected_adapters=["default"])
-                (folder / RL / "README.md").unlink(missing_ok=True)
-                (folder / RL / REFERENCE).write_text(json.dumps({"weights": on}))
-            if value is not None:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in value.items()}, folder / RL / VALUE)
+        (folder / RL).mkdir()
+        if on is not None:
+            model.save_pretrained(folder / RL, selected_adapters=["default"])
+            (folder / RL / "README.md").unlink(missing_ok=True)
+            (folder / RL / REFERENCE).write_text(json.dumps({"weights": on}))
+        if value is not None:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in value.items()}, folder / RL / VALUE)
         saver(model, tokenizer)(folder)
 
     return save
@@ -289,22 +285,6 @@ def load_value(policy: Path) -> dict[str, torch.Tensor] | None:
         return None
     with readable(policy / RL):
         return dict(load_file(file))
-
-
-@contextmanager
-def room(folder: Path) -> Iterator[None]:
-    """Say plainly that a checkpoint finds no room; those who write it have exceptions of their own for that."""
-    try:
-        yield
-    except BaseException as error:
-        # The tokenizer's writer, which is Rust, raises a bare Exception with the system's words in it.
-        if not isinstance(error, SafetensorError | OSError) and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise CheckpointsFull(
-            f"the checkpoint could not be written to {folder.parent}",
-            f"{error}; nothing is lost, the last policy stays in use",
-            "make room there: the trainer goes on with the same batch",
-        ) from error
 
 
 def unused_id(sequences: Iterable[Sequence[int]], vocabulary: int) -> int:
