@@ -354,8 +354,7 @@ class RewardModel:
         """Weights of every member, tokenizer and normalisation."""
         for number, member in enumerate(self.members):
             place = member_folder(folder, number)
-            with weights.room(folder):
-                place.mkdir(exist_ok=True)
+            place.mkdir(exist_ok=True)
             weights.saver(member.model, self.tokenizer)(place)
         about = {
             "mean": self.mean,
@@ -364,8 +363,7 @@ class RewardModel:
             "max_length": self.max_length,
             "members": [[member.mean, member.deviation] for member in self.members],
         }
-        with weights.room(folder):
-            (folder / NORMALISATION).write_text(json.dumps(about))
+        (folder / NORMALISATION).write_text(json.dumps(about))
 
 
 def refuse_equal(deviation: float, texts: int) -> None:
