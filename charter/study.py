@@ -2,8 +2,8 @@
 
 For each principle the stages that use it run again without it, as a replay of its own (`charter replay --without`), beside one
 replay under the full constitution. Seeds hang on the answer and draws on the principle's id, so a principle that is left out
-moves only the draws that it had: what else differs comes from there, or from the rounding of batched arithmetic, which the
-first row shows.
+moves only the draws that it had. A text or label that changes although the principle was not drawn for it is noise: a batch of
+other lengths rounds otherwise, and sampling takes another way. Each row counts that too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from charter.rejudge import flips, mean
+from charter.rejudge import ALL, flips, mean
 from charter.replay import Plan, make_plan, play
 from constitutions.loader import load
 from consumers.chain import similarity
@@ -22,8 +22,8 @@ from engine.settings import Settings
 from engine.store import Store
 
 COLUMNS = (
-    *("without", "used_by", "chains", "revised", "changed", "similarity"),
-    *("pairs", "no_label", "flips", "mean_p_change", "run"),
+    *("without", "used_by", "drawn", "chains", "revised", "changed", "similarity"),
+    *("pairs", "no_label", "flips", "mean_p_change", "elsewhere", "run"),
 )
 STAGES = {"critique": "critique", "judging": "judge"}  # a list of principles -> the stage that begins with it
 
@@ -65,16 +65,21 @@ def run_all(planned: Sequence[Trial], bus: Bus) -> None:
 
 # What came out
 
-# The first record that ended each chain in a run: an id that two runs share is one configuration's.
+# The record that ended each chain in a run, and the principles that it was criticised by. An id that two runs share is one
+# configuration's.
 ENDS = """
-SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, first_answer, final_text
+WITH drawn AS (SELECT response_id, list(DISTINCT principle_id) AS principles FROM raw.critiques WHERE run_id = $1 GROUP BY 1)
+SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, first_answer, final_text,
+       coalesce(principles, []) AS principles
 FROM (SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.critiques WHERE run_id = $1 AND final
       UNION ALL
       SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.revisions WHERE run_id = $1 AND final)
-ORDER BY response_id, commit_seq"""
+LEFT JOIN drawn USING (response_id) ORDER BY response_id, commit_seq"""
 LABELS = """
 SELECT DISTINCT ON (response_id, a_candidate, b_candidate) response_id::VARCHAR AS response, a_candidate, b_candidate,
-       record_id::VARCHAR AS record, CASE WHEN outcome = 'OK' THEN p_a END AS p
+       record_id::VARCHAR AS record,
+       list_append(list_transform(votes, lambda vote: vote.principle_id), principle_id) AS principles,
+       CASE WHEN outcome = 'OK' THEN p_a END AS p
 FROM raw.preferences WHERE run_id = $1 AND label_source = 'AI'
 ORDER BY response_id, a_candidate, b_candidate, commit_seq"""
 
@@ -93,7 +98,8 @@ def labels_of(store: Store, run: str) -> Found:
 def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
     """A row of COLUMNS for each trial, against the full constitution's trial of its stage.
 
-    The full one stands against the run that was replayed, as far as that made the same records: what differs there is noise.
+    The full one stands against the run that was replayed, as far as that made the same records: what differs there is noise,
+    and so is what differs `elsewhere`, where the principle was not drawn.
     """
     rows, full = [], {trial.stage: trial.run for trial in planned if not trial.without}
     for trial in planned:
@@ -101,8 +107,18 @@ def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
         chains, labels = ([of(store, run) for run in (against, trial.run)] for of in (chains_of, labels_of))
         if not trial.without:
             chains, labels = same_work(*chains), same_work(*labels)
-        rows.append((trial.without or "(nothing)", trial.stage, *chain_figures(*chains), *label_figures(*labels), trial.run))
+        work, told = (chains, "final_text") if trial.stage == "critique" else (labels, "p")
+        drawn, elsewhere = where_it_was_drawn(trial.without, *work, told)
+        figures = (*chain_figures(*chains), *label_figures(*labels))
+        rows.append((trial.without or "(nothing)", trial.stage, drawn, *figures, elsewhere, trial.run))
     return rows
+
+
+def where_it_was_drawn(principle: str, before: Found, after: Found, told: str) -> tuple[int | None, int]:
+    """For how much of the work before a principle was drawn, and how much of the rest says otherwise in `told` after."""
+    drawn = {key for key, row in before.items() if {principle, ALL} & set(row["principles"])}
+    moved = {key for key, row in after.items() if key in before and before[key][told] != row[told]}
+    return len(drawn) if principle else None, len(moved - drawn)
 
 
 def same_work(before: Found, after: Found) -> list[Found]:
@@ -139,4 +155,6 @@ def tables(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str], list[tu
 def counted(column: str, rows: Sequence[tuple[Any, ...]]) -> bool:
     """Whether a column hangs on chains or pairs of which there are none."""
     base = "chains" if column in ("chains", "revised", "changed", "similarity") else "pairs"
-    return column not in ("without", "used_by", "run") and not any(row[COLUMNS.index(base)] for row in rows)
+    return column not in ("without", "used_by", "drawn", "elsewhere", "run") and not any(
+        row[COLUMNS.index(base)] for row in rows
+    )

@@ -235,11 +235,12 @@ def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path)
     assert (whole["chains"], whole["changed"], whole["similarity"], whole["revised"]) == (PROMPTS, 0, 1.0, 1.0)
     assert (judged["pairs"], judged["flips"], judged["mean_p_change"]) == (PROMPTS, 0, 0.0)
     # Only what a principle was drawn for changes when it is left out.
-    assert chains["changed"] == by_critique[left_out[0]] and chains["similarity"] < 1
-    assert labels["mean_p_change"] > 0 and labels["pairs"] == PROMPTS
+    assert chains["changed"] == chains["drawn"] == by_critique[left_out[0]] and chains["similarity"] < 1
+    assert labels["mean_p_change"] > 0 and labels["drawn"] == by_judging[left_out[1]] and labels["pairs"] == PROMPTS
+    assert [row["elsewhere"] for row in rows] == [0, 0, 0, 0] and whole["drawn"] is None
     runs = dict(store.query("SELECT run_id, constitution.hash FROM runs").rows)
     assert set(runs) == {"live", *(row["run"] for row in rows)} and len(set(runs.values())) == 3
-    assert json.loads(call(settings.folder, "study", *left_out, "--json")) == rows  # it was over
+    assert json.loads(call(settings.folder, "study", left_out[1], "--json")) == rows[2:]  # it was over
     with pytest.raises(ConstitutionError, match="did you mean kinder"):
         call(settings.folder, "study", "kindr")
 
