@@ -244,24 +244,22 @@ def model(spec: str, role: str, settings: Settings) -> Iterator[Finding]:
     yield Finding(name, "ok" if weights else "fail", f"{place}, {len(weights)} safetensors files, {size:,.0f} MB", fix)
 
 
-def server(name: str, spec: str, key_env: str) -> Finding:
+def server(name: str, spec: str, api_key_env: str) -> Finding:
     """Whether an OpenAI-compatible server answers and serves the model; the key is sent and never shown."""
     import httpx
 
-    url, _, wanted = spec.partition("#")
-    key = os.environ.get(key_env, "")
+    from engine.models.endpoint import key_variable, open_endpoint
+
+    asked = open_endpoint(spec, api_key_env=api_key_env)
+    url, wanted = asked.url, asked.id
     try:
-        answer = httpx.get(
-            f"{url.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=ASK_S
-        )
+        answer = asked.client.get(f"{url}/models", timeout=ASK_S)
         answer.raise_for_status()
         served = [str(entry["id"]) for entry in answer.json()["data"]]
     except httpx.HTTPStatusError as error:
-        fix = (
-            f"put the key into the variable {key_env}"
-            if error.response.status_code in (401, 403)
-            else "look at the server's log"
-        )
+        refused = error.response.status_code in (401, 403)
+        variable = key_variable(url, api_key_env) or "that models.api_key_env names"
+        fix = f"put the key into the variable {variable}" if refused else "look at the server's log"
         return Finding(name, "fail", f"{url} answers with status {error.response.status_code}", fix)
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         return Finding(

@@ -108,7 +108,7 @@ def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
         if not trial.without:
             chains, labels = same_work(*chains), same_work(*labels)
         work, told = (chains, "final_text") if trial.stage == "critique" else (labels, "p")
-        drawn, elsewhere = where_it_was_drawn(trial.without, *work, told)
+        drawn, elsewhere = where_it_was_drawn(trial.without, work[0], work[1], told)
         figures = (*chain_figures(*chains), *label_figures(*labels))
         rows.append((trial.without or "(nothing)", trial.stage, drawn, *figures, elsewhere, trial.run))
     return rows

@@ -92,7 +92,9 @@ class Models(Section):
     max_rows: int = Field(32, ge=1, description="Most sequences in one local batch.")
     timeout_s: float = Field(120.0, gt=0, description="Longest wait for one request to an endpoint, in seconds.")
     concurrency: int = Field(16, ge=1, description="Requests under way at an endpoint at once.")
-    api_key_env: str = Field("OPENAI_API_KEY", description="The environment variable that holds an endpoint's key.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="The environment variable with endpoints' key, or HOST=VARIABLE for each, by commas."
+    )
 
 
 class Prompts(Section):

@@ -10,7 +10,7 @@ record's fault (PermanentRecordError).
 
 Options are read from the first token's `top_logprobs`, or counted in sampled replies where a server gives none (`scores`,
 `votes`). Tokens are counted as the server bills them: what a failed try used is added to the next answer that arrives. The key
-comes from an environment variable and stands in no message.
+comes from an environment variable, which may be one server's own, and stands in no message.
 """
 
 from __future__ import annotations
@@ -120,16 +120,31 @@ def open_endpoint(
         url = httpx.URL(address)
     except httpx.InvalidURL as error:
         raise UsageError("the model server has no proper address", str(error), "write http://HOST:PORT/v1#MODEL") from error
+    variable = key_variable(url, api_key_env)
     if url.userinfo or url.query:
         raise UsageError(
             f"the address of the model server {url.host} holds more than an address",
             "a setting stands in the records of a run, and a key must not",
-            f"put the key into the environment variable {api_key_env} and write http://HOST:PORT/v1#MODEL",
+            f"put the key into the environment variable {variable} and write http://HOST:PORT/v1#MODEL",
         )
     if not model or not url.host:
         raise UsageError(f"{spec} names no model", "a server may serve several", f"write it as {address}#MODEL")
-    key = os.environ.get(api_key_env, "")
+    key = os.environ.get(variable, "") if variable else ""
     return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency)
+
+
+def key_variable(address: httpx.URL | str, api_key_env: str) -> str:
+    """The environment variable with a server's key: of `HOST=VARIABLE` its own (with a port or without), else the one alone.
+
+    A server must not be sent another one's key: where the setting names hosts only, the others get none.
+    """
+    url, others = httpx.URL(address), ""
+    for entry in api_key_env.split(","):
+        host, separator, variable = (part.strip() for part in entry.partition("="))
+        if separator and host in (url.host, url.netloc.decode()):
+            return variable
+        others = others if separator else host
+    return others
 
 
 @dataclass

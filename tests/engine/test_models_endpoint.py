@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
 from engine.models import open_model
-from engine.models.endpoint import Away, Dialect, Endpoint, chat_completion, generation, readable, scores, seconds, vote, votes
+from engine.models.endpoint import (
+    Away,
+    Dialect,
+    Endpoint,
+    chat_completion,
+    generation,
+    key_variable,
+    readable,
+    scores,
+    seconds,
+    vote,
+    votes,
+)
 from engine.models.port import NOTHING, Ask, Generation, Usage
 from engine.models.probe import GO_ON, NO_THINKING, TOKEN_IDS, UNMODIFIED
 from schemas.records import Turn
@@ -376,6 +388,27 @@ def test_an_address_must_name_a_model_and_hold_no_key(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     opened = open_model("http://127.0.0.1:9/v1/#m", api_key_env="MY_KEY")
     assert (opened.url, opened.id, opened.key) == ("http://127.0.0.1:9/v1", "m", KEY)
+
+
+@pytest.mark.parametrize(
+    ("named", "variable"),
+    [
+        ("KEY", "KEY"),
+        ("api.example=HOSTED, localhost:8000=OWN", "OWN"),
+        ("localhost=OWN,KEY", "OWN"),
+        ("KEY, localhost=", ""),  # this one gets none
+        ("api.example=HOSTED", ""),
+        ("localhost:8001=OTHER,KEY", "KEY"),
+        ("", ""),
+    ],
+)
+def test_a_server_gets_its_own_key_and_never_anothers(named, variable, monkeypatch):
+    assert key_variable("http://localhost:8000/v1", named) == variable
+    for name in ("KEY", "OWN", "HOSTED", "OTHER"):
+        monkeypatch.setenv(name, f"secret of {name}")
+    opened = open_model("http://localhost:8000/v1#m", api_key_env=named)
+    assert opened.key == (f"secret of {variable}" if variable else "")
+    assert ("authorization" in opened.client.headers) == bool(variable)
 
 
 @given(st.binary(max_size=200))
