@@ -1,13 +1,16 @@
-"""The documents against the code: commands parse, queries run, and the settings and files they name exist."""
+"""The documents against the code: commands parse, queries run, settings and constitutions load, files are there."""
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from charter.cli import cli
-from engine.settings import Settings, keys
+from constitutions.loader import parse
+from engine.budget import parse_prices
+from engine.settings import Settings, keys, load
 from engine.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +46,20 @@ def test_settings_exist():
     named = set(re.findall(rf"`((?:{sections})\.(?!py\b)[a-z_]+)\b", TEXT)) | set(re.findall(r'--set "?([^= ]+)=', TEXT))
     assert len(named) >= 5
     assert named <= SETTINGS
+
+
+TABLES = re.findall(r"^```toml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("text", TABLES)
+def test_toml_is_read_as_settings_or_as_a_constitution(text, tmp_path):
+    values = tomllib.loads(text)
+    if set(values) <= set(Settings.model_fields):
+        (tmp_path / "charter.toml").write_text(text, encoding="utf-8")
+        settings, _ = load(file=tmp_path / "charter.toml", environment={})
+        parse_prices(settings.limits.prices)
+    elif "name" in values:
+        assert parse(text, "the documents").name == values["name"]
 
 
 def test_files_exist():
