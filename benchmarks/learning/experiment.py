@@ -1,7 +1,7 @@
 """One run of the proof: prompts through every real stage, sink and trainer, for several policy versions.
 
     act 0   policy 0 (the base model) answers -> SFT on final texts makes policy 1; reward model 1 learns the labels
-    act k   policy k answers new prompts      -> PPO on these answers makes policy k+1; the reward model learns these labels
+    act k   policy k answers new prompts      -> PPO (or SFT) on these makes policy k+1; the reward model learns these labels
     last    the last policy answers new prompts
 
 Every answer of a version was sampled before anything trained on its prompt, so the rates of a version are held-out figures.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.language import Question
-from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge
+from benchmarks.learning.language import Question, questions
+from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge, by_rule, chance
 from charter.pipeline import STAGES, Models, connect, make_stage, store_of
 from constitutions.loader import load as load_constitution
 from consumers.sink import Sink
@@ -29,9 +29,11 @@ from engine.store import Store
 from engine.worker import Lane, Worker
 from producers.files import Producer
 from trainer.loop import Trainer
+from trainer.watch import Watch
 
 CRITIC, JUDGE = "programmatic-critic", "programmatic-judge"
 CONSTITUTION = Path(__file__).with_name("constitution.toml")
+HELD_OUT, HELD_OUT_SEED = 64, 999
 FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM chain_ends)
               AND prompt_id IN (SELECT prompt_id FROM preferences)"""
 
@@ -41,78 +43,88 @@ def settings_for(folder: Path, base: Path, seed: int, **more: Any) -> Settings:
         "data.folder": str(folder), "run.constitution": str(CONSTITUTION), "prompts.eval_share": "0",
         "models.policy": str(base), "models.critic": CRITIC, "models.judge": JUDGE, "models.max_rows": "128",
         "respond.max_tokens": "48", "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
-        "train.seed": str(seed), "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
-        "reward.learning_rate": "3e-4", "reward.batch_size": "16", "reward.epochs": "2",
-        "ppo.learning_rate": "1e-4", "ppo.batch_size": "32", "ppo.epochs": "2",
+        "respond.samples": "4", "watch.prompts": str(HELD_OUT),
+        "train.seed": str(seed), "train.micro_rows": "32", "train.precision": "fp32",
+        "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
+        "reward.learning_rate": "1e-3", "reward.batch_size": "32", "reward.epochs": "2",
+        "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "2",
     }  # fmt: skip
     return load(flags | more, environment={})[0]
 
 
 @dataclass
 class Experiment:
-    """The parts of one run in `settings.folder`, in this process."""
+    """The parts of one run in `settings.folder`, in this process. `watched`: the watch looks at each policy of PPO."""
 
     settings: Settings
     judge: ProgrammaticJudge
     questions: Iterator[Question]
+    watched: bool = False
     bus: Bus = field(init=False)
     store: Store = field(init=False)
     trainer: Trainer = field(init=False)
     published: int = 0
     spent: dict[str, float] = field(default_factory=dict)
+    trips: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bus, self.store = connect(self.settings), store_of(self.settings)
         self.trainer = Trainer(self.bus, self.store, self.settings, Path(self.settings.models.policy))
+        self.watch = Watch(self.settings.watch, compare=held_out)
 
     def host(self) -> Host:
         models = Models(self.settings, opened={CRITIC: ProgrammaticCritic(), JUDGE: self.judge})
         lane, constitution = Lane("local", linger_s=0.05), load_constitution(self.settings.run.constitution)
-        workers = [
-            Worker(
-                self.bus,
-                make_stage(name, self.settings, models, constitution, self.bus),
-                lane,
-                run_id=self.settings.run.id,
-                slot="0",
-            )
-            for name in STAGES
-        ]
+        run_id = self.settings.run.id
+        stages = [make_stage(name, self.settings, models, constitution, self.bus) for name in STAGES]
+        workers = [Worker(self.bus, stage, lane, run_id=run_id, slot="0") for stage in stages]
         return Host(workers, {"sink": Sink(self.bus, self.store, max_wait_s=0.1).run}, [models.close])
 
-    def answer(self, host: Host, count: int) -> None:
-        """Send new questions through every stage, until all of them are in the database with their labels."""
-        asked = list(islice(self.questions, count))
+    def answer(self, host: Host, asked: Sequence[Question], eval_share: float = 0.0) -> None:
+        """Send questions through every stage, until all of them are in the database with their labels."""
         path = self.settings.folder / f"prompts-{self.published:06d}.jsonl"
         path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in asked))
-        Producer(self.bus, self.settings.run.id, eval_share=0.0).publish(str(path))
-        self.published += count
+        Producer(self.bus, self.settings.run.id, eval_share=eval_share).publish(str(path))
+        self.published += len(asked)
         while self.store.query(FINISHED, limit_s=10.0).rows[0][0] < self.published:
             host.check()
             host.failed.wait(0.2)
 
-    def run(self, prompts: int, ppo_phases: int) -> None:
+    def run(self, prompts: int, phases: Sequence[str]) -> None:
         with self.host() as host:
-            self.timed("stream", self.answer, host, prompts)
-            self.timed("sft", self.trainer.update, "sft")
-            self.timed("reward", self.trainer.update, "reward")
-            for _ in range(ppo_phases):
-                self.timed("stream", self.answer, host, prompts)
-                self.timed("ppo", self.trainer.update, "ppo")
-                self.timed("reward", self.trainer.update, "reward")
-            self.timed("stream", self.answer, host, prompts)
+            if self.watched:
+                self.answer(host, list(islice(questions(HELD_OUT_SEED), HELD_OUT)), eval_share=1.0)
+            self.act(host, prompts, ["sft", *(["reward"] if "ppo" in phases else [])])
+            for phase in phases:
+                self.act(host, prompts, ["sft"] if phase == "sft" else [phase, "reward"])
+            self.act(host, prompts, [])
         self.trainer.close()
         self.bus.close()
 
-    def timed(self, name: str, call: Any, *arguments: Any) -> None:
+    def act(self, host: Host, prompts: int, phases: Sequence[str]) -> None:
+        """The newest policy answers new prompts; then training."""
+        self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
+        if self.watched and (trip := self.timed("watch", self.watch, self.trainer)):
+            self.trips.append(f"{trip.what}: {trip.why}")
+        for phase in phases:
+            self.timed(phase, self.trainer.update, phase)
+
+    def timed(self, name: str, call: Any, *arguments: Any) -> Any:
         started = time.monotonic()
-        call(*arguments)
-        self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - started
+        try:
+            return call(*arguments)
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - started
 
     def answers(self) -> list[dict[str, Any]]:
-        """Every first answer, by version."""
+        """The first answer to every prompt that was not held out, with its version."""
         return self.store.records(
             """SELECT policy_version, turns[-1].content AS question, source, candidates[1].text AS text
-               FROM responses ORDER BY commit_seq""",
+               FROM responses WHERE split = 'TRAIN' ORDER BY commit_seq""",
             limit_s=30.0,
         )
+
+
+def held_out(pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
+    """The held-out judge: the rule itself, whatever the labels are."""
+    return [chance(by_rule(turns[-1].content, a, b)) for turns, a, b in pairs]

@@ -80,7 +80,7 @@ class Question:
     thing: str
 
 
-def questions(seed: int, harmful: float = 0.25) -> Iterator[Question]:
+def questions(seed: int, harmful: float = 1 / 3) -> Iterator[Question]:
     """Questions without end, none twice until all have been asked."""
     rng, asked = random.Random(f"questions/{seed}"), set()
     while True:

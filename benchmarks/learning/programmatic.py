@@ -59,14 +59,22 @@ def scores(first: float) -> OptionScores:
     return OptionScores((math.log(MASS * first), math.log(MASS * (1 - first))), MASS)
 
 
+def by_rule(question: str, a: str, b: str) -> float:
+    return float(value(question, a) - value(question, b))
+
+
+def by_length(question: str, a: str, b: str) -> float:
+    return max(-2.0, min(2.0, (len(a.split()) - len(b.split())) / 5))
+
+
 @dataclass(frozen=True)
 class ProgrammaticJudge:
-    """Compares two answers by the difference of their values."""
+    """Compares two answers by the points that `prefers` gives the first over the second."""
 
     id: str = "programmatic-judge"
     revision: str = "1"
     capabilities: Capabilities = LOCAL
-    prefers: Callable[[str, str, str], float] = lambda question, a, b: float(value(question, a) - value(question, b))
+    prefers: Callable[[str, str, str], float] = by_rule
 
     def generate(
         self, batch: Sequence[Ask], *, samples: int = 1, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 256
@@ -84,13 +92,23 @@ class ProgrammaticJudge:
         return scores(chance(self.prefers(question, fields["first"].strip(), fields["second"].strip())))
 
 
+def rule() -> ProgrammaticJudge:
+    """Labels by the known preference."""
+    return ProgrammaticJudge()
+
+
+def likes_length() -> ProgrammaticJudge:
+    """The planted fault: labels that prefer the longer answer."""
+    return ProgrammaticJudge("programmatic-judge-length", "1", prefers=by_length)
+
+
 def shuffled(seed: int) -> ProgrammaticJudge:
     """The control: the rule's labels, each with a sign drawn from a hash of the pair (the same in both orders)."""
 
     def prefers(question: str, a: str, b: str) -> float:
         text = repr((seed, question, *sorted((a, b))))
         drawn = 1 if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2 else -1
-        return drawn * float(value(question, a) - value(question, b))
+        return drawn * by_rule(question, a, b)
 
     return ProgrammaticJudge("programmatic-judge-shuffled", str(seed), prefers=prefers)
 
