@@ -71,6 +71,9 @@ class Experiment:
         self.bus, self.store = connect(self.settings), store_of(self.settings)
         self.trainer = Trainer(self.bus, self.store, self.settings, Path(self.settings.models.policy))
         self.watch = Watch(self.settings.watch, compare=held_out)
+        self.held_out = list(islice(questions(HELD_OUT_SEED), HELD_OUT))
+        kept = {question.text for question in self.held_out}
+        self.questions = (question for question in self.questions if question.text not in kept)
 
     def host(self) -> Host:
         models = Models(self.settings, opened={CRITIC: ProgrammaticCritic(), JUDGE: self.judge})
@@ -93,7 +96,7 @@ class Experiment:
     def run(self, prompts: int, phases: Sequence[str]) -> None:
         with self.host() as host:
             if self.watched:
-                self.answer(host, list(islice(questions(HELD_OUT_SEED), HELD_OUT)), eval_share=1.0)
+                self.answer(host, self.held_out, eval_share=1.0)
             self.act(host, prompts, ["sft", *(["reward"] if "ppo" in phases else [])])
             for phase in phases:
                 self.act(host, prompts, ["sft"] if phase == "sft" else [phase, "reward"])
