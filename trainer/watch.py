@@ -225,7 +225,7 @@ class Watch:
     def __call__(self, trainer: Trainer) -> Trip | None:
         standing = trainer.standing()
         version, reference = standing.policy_version, standing.reference_version
-        if version == reference or not standing.reward_version or self.known(trainer, version):
+        if version == reference or self.known(trainer, version):
             return None
         new, old = (trainer.store.records(ANSWERS, [of], limit_s=LIMIT_S) for of in (version, reference))
         if min(len(new), len(old)) < self.limits.answers:
@@ -261,11 +261,7 @@ class Watch:
 
     def measure(self, trainer: Trainer, version: int, reference: int, new: list[Any], old: list[Any]) -> Measures:
         """Every figure that there is something to measure with."""
-        score = self.scorer(trainer)
-        of_new, of_old = score(new), score(old)
-        gain, low, high = difference(of_new, of_old)
-        measures = {"proxy_gain": gain, "proxy_low": low, "proxy_high": high, "answers": float(len(new))}
-        measures["length_correlation"] = related([float(len(row["text"])) for row in new], of_new)
+        measures: Measures = {"answers": float(len(new))} | self.proxy(trainer, new, old)
         measures |= beside(figures_of(trainer, version), figures_of(trainer, reference))
         measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
         folders = trainer.policy_folder(version), trainer.policy_folder(reference)
@@ -273,6 +269,16 @@ class Watch:
         if texts:
             measures |= beside(*({"perplexity": perplexity(folder, texts)} for folder in folders))
         return measures | self.judged(trainer, *folders)
+
+    def proxy(self, trainer: Trainer, new: list[Any], old: list[Any]) -> Measures:
+        """What the reward model says of both; DPO has none."""
+        if not trainer.standing().reward_version:
+            return {}
+        score = self.scorer(trainer)
+        of_new, of_old = score(new), score(old)
+        gain, low, high = difference(of_new, of_old)
+        lengths = [float(len(row["text"])) for row in new]
+        return {"proxy_gain": gain, "proxy_low": low, "proxy_high": high, "length_correlation": related(lengths, of_new)}
 
     def scorer(self, trainer: Trainer) -> Callable[[list[Any]], list[float]]:
         """Scores answers with the newest reward model, and publishes the scores."""

@@ -1,7 +1,8 @@
 """Does the loop learn what its judge wants? A small model, a known preference, three seeds.
 
-    python -m benchmarks.learning                       # everything: arms judge, shuffled and sft, three seeds
-    python -m benchmarks.learning --arm hacked --seeds 1
+    python -m benchmarks.learning                                   # every arm and seed
+    python -m benchmarks.learning --data DIR --arm judge --seed 0   # in parts: what is finished in DIR is not run again
+    python -m benchmarks.learning --data DIR --out docs             # the table and the plots of what is there, and the rest
 
 A Llama of 1.4 million parameters is trained here on a small language (`language`), once. Then for each arm and seed its
 answers go through the real stages, sink and trainer on the embedded log, for several policy versions (`experiment`):
@@ -12,7 +13,8 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     hacked     a planted fault: the labels prefer the longer answer; the watch must trip
 
 The target rate of a version is the share of its answers that the rule calls right, of the first answer to each of `--prompts`
-prompts that nothing had trained on when they were answered. Intervals are Wilson's, 95 %.
+prompts that nothing had trained on when they were answered. Intervals are Wilson's, 95 %. The exit code is 1 when the rate of
+the last version does not stand above that of the first, intervals apart, with the judge, or does with shuffled labels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,61 +34,81 @@ import torch
 
 from benchmarks.learning.base import train_base
 from benchmarks.learning.experiment import Experiment, settings_for
-from benchmarks.learning.figures import Version, plot, table, versions_of
+from benchmarks.learning.figures import Version, plot, shortcomings, table, versions_of
 from benchmarks.learning.language import questions
 from benchmarks.learning.programmatic import likes_length, rule, shuffled
 
-ARMS = ("judge", "shuffled", "sft")
+ARMS = ("judge", "shuffled", "sft", "hacked")
+SEEDS = (0, 1, 2)
 
 
-def run(arm: str, seed: int, base: Path, folder: Path, prompts: int, phases: int) -> tuple[list[Version], dict[str, Any]]:
-    """One arm with one seed: the rates of each version, and how long what took."""
+def run(arm: str, seed: int, base: Path, folder: Path, prompts: int, phases: int) -> dict[str, Any]:
+    """One arm with one seed: the counts of each version, how long what took, and what the watch found."""
     judge = {"shuffled": shuffled(seed), "hacked": likes_length()}.get(arm, rule())
     experiment = Experiment(settings_for(folder, base, seed), judge, questions(seed), watched=arm in ("judge", "hacked"))
-    experiment.run(prompts, ["sft"] * phases if arm == "sft" else ["ppo"] * phases)
-    return versions_of(arm, seed, experiment.answers()), {"spent": experiment.spent, "trips": experiment.trips}
+    experiment.run(prompts, ["sft" if arm == "sft" else "ppo"] * phases)
+    versions = [asdict(version) for version in versions_of(arm, seed, experiment.answers())]
+    return {"versions": versions, "spent": experiment.spent, "trips": experiment.trips}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def once(arm: str, seed: int, base: Path, folder: Path, prompts: int, phases: int) -> dict[str, Any]:
+    """What an arm found, from its file when it is finished already; what was left unfinished starts again."""
+    result = folder / f"{arm}-{seed}-{prompts}x{phases}.json"
+    if not result.exists():
+        place = folder / f"{arm}-{seed}"
+        shutil.rmtree(place, ignore_errors=True)
+        found = run(arm, seed, base, place, prompts, phases)
+        result.write_text(json.dumps(found, indent=1) + "\n")
+    return dict(json.loads(result.read_text()))
+
+
+def tell(arm: str, seed: int, found: dict[str, Any]) -> None:
+    rates = " ".join(f"{v['target'] / v['answers']:.2f}" for v in found["versions"])
+    spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in found["spent"].items())
+    print(f"{arm} seed {seed}: {rates} in {sum(found['spent'].values()):.0f} s ({spent})", flush=True)
+    for trip in found["trips"]:
+        print(f"    the watch at policy {trip['version']}: {trip['why']}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    started, versions = time.monotonic(), []
+    versions: list[Version] = []
     with TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
         base = folder / "base"
-        if not base.exists():
+        if not (base / "tokenizer.json").exists():
+            started = time.monotonic()
             loss = train_base(base)
-            print(f"[{time.monotonic() - started:4.0f} s] base model: {loss:.3f} nats a token", flush=True)
-        for seed in range(options.seeds):
+            print(f"base model: {loss:.3f} nats a token, trained in {time.monotonic() - started:.0f} s", flush=True)
+        for seed in options.seed or SEEDS:
             for arm in options.arm or ARMS:
-                place = folder / f"{arm}-{seed}"
-                shutil.rmtree(place, ignore_errors=True)
-                found, about = run(arm, seed, base, place, options.prompts, options.phases)
-                versions += found
-                rates = " ".join(f"{v.target / v.answers:.2f}" for v in found)
-                spent = " ".join(f"{name} {seconds:.0f} s" for name, seconds in about["spent"].items())
-                print(f"[{time.monotonic() - started:4.0f} s] {arm} seed {seed}: {rates} ({spent})", flush=True)
-                for trip in about["trips"]:
-                    print(f"    watch: {trip}", flush=True)
+                found = once(arm, seed, base, folder, options.prompts, options.phases)
+                tell(arm, seed, found)
+                versions += [Version(**version) for version in found["versions"]]
     print(table(versions))
-    print(f"{time.monotonic() - started:.0f} s in all")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "learning.json").write_text(json.dumps([asdict(v) for v in versions], indent=1) + "\n")
         plot(versions, options.out)
+    missed = shortcomings(versions)
+    for what in missed:
+        print(f"missed: {what}")
+    return 1 if missed else 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arm", action="append", choices=(*ARMS, "hacked"), help="only this arm (may be repeated)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version")
-    parser.add_argument("--phases", type=int, default=4, help="PPO updates")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arm", action="append", choices=ARMS, help="only this arm (may be repeated)")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 0, 1 and 2]")
+    parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
+    parser.add_argument("--phases", type=int, default=4, help="PPO updates [default: 4]")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here")
-    parser.add_argument("--out", type=Path, help="write learning.json and the plots here (needs the extra `bench`)")
+    parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here; finished arms are not run again")
+    parser.add_argument("--out", type=Path, help="write the plots here (needs the extra `bench`)")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

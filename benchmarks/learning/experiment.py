@@ -65,7 +65,7 @@ class Experiment:
     trainer: Trainer = field(init=False)
     published: int = 0
     spent: dict[str, float] = field(default_factory=dict)
-    trips: list[str] = field(default_factory=list)
+    trips: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bus, self.store = connect(self.settings), store_of(self.settings)
@@ -108,7 +108,7 @@ class Experiment:
         """The newest policy answers new prompts; then training."""
         self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
         if self.watched and (trip := self.timed("watch", self.watch, self.trainer)):
-            self.trips.append(f"{trip.what}: {trip.why}")
+            self.trips.append({"version": self.trainer.standing().policy_version, "why": trip.why, "good": trip.good})
         for phase in phases:
             self.timed(phase, self.trainer.update, phase)
 

@@ -68,6 +68,28 @@ def pooled(versions: Sequence[Version], arm: str, number: int, hits: str, of: st
     return sum(getattr(v, hits) for v in rows), sum(getattr(v, of) for v in rows)
 
 
+def interval(versions: Sequence[Version], arm: str, number: int) -> tuple[float, float]:
+    """Wilson's interval of an arm's target rate at a version, over the seeds that `versions` hold."""
+    low, high = wilson(*pooled(versions, arm, number, "target", "answers"))
+    assert low is not None and high is not None
+    return low, high
+
+
+def shortcomings(versions: Sequence[Version]) -> list[str]:
+    """What of the claim does not hold: with the judge the rate rises in every seed, with shuffled labels in none."""
+    missed = []
+    for seed in dict.fromkeys(v.seed for v in versions):
+        own = [v for v in versions if v.seed == seed]
+        for arm, must_rise in (("judge", True), ("shuffled", False)):
+            numbers = [v.version for v in own if v.arm == arm]
+            if not numbers:
+                continue
+            rises = interval(own, arm, numbers[-1])[0] > interval(own, arm, numbers[0])[1]
+            if rises != must_rise:
+                missed.append(f"{WORDS[arm]}, seed {seed}: the target rate {'rises' if rises else 'does not rise'}")
+    return missed
+
+
 def percent(hits: int, n: int) -> str:
     low, high = wilson(hits, n)
     return f"{hits / n:.1%} [{low:.1%}, {high:.1%}]" if n and low is not None else ""

@@ -179,20 +179,23 @@ def likes_length(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def trainer(tiny, tmp_path, likes_length):
-    """A trainer whose log has policy 1 (of SFT), policy 2 (of PPO; both the tiny model), and that reward model."""
+def trainer(request, tiny, tmp_path, likes_length):
+    """A trainer whose log has policy 1 (of SFT), policy 2 (of PPO; both the tiny model), and that reward model.
+
+    Given the parameter "dpo", policy 2 is of DPO and there is no reward model.
+    """
+    learner = getattr(request, "param", "ppo")
     flags = {"data.folder": str(tmp_path / "data"), "models.policy": str(tiny), "watch.answers": "24", "watch.prompts": "4"}
     settings = load(flags, environment={})[0]
     bus = connect(settings)
     found = write(tmp_path / "policy", weights.saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {})
     folder, content_hash = likes_length
-    bus.publish(
-        [
-            outgoing(update(PolicyKind.POLICY, 1, "sft", found.folder, found.content_hash)),
-            outgoing(update(PolicyKind.REWARD, 1, "reward", folder, content_hash)),
-            outgoing(update(PolicyKind.POLICY, 2, "ppo", found.folder, found.content_hash)),
-        ]
-    )
+    updates = [
+        update(PolicyKind.POLICY, 1, "sft", found.folder, found.content_hash),
+        update(PolicyKind.REWARD, 1, "reward", folder, content_hash),
+        update(PolicyKind.POLICY, 2, learner, found.folder, found.content_hash),
+    ]
+    bus.publish([outgoing(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
     made = Trainer(bus, store_of(settings), settings, tiny)
     yield made
     made.close()
@@ -269,3 +272,13 @@ def test_a_judge_that_prefers_the_reference_is_believed(trainer):
     limits = trainer.settings.watch.model_copy(update={"max_growth": 10.0})
     trip = Watch(limits, lambda pairs: [0.1 for _ in pairs])(trainer)
     assert trip is not None and "held-out judge prefers" in trip.why
+
+
+@pytest.mark.parametrize("trainer", ["dpo"], indirect=True)
+def test_without_a_reward_model_everything_else_is_looked_at(trainer):
+    answer(trainer, 1, (6, 8))
+    trainer.bus.publish([outgoing(response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)])
+    sink_all(trainer)
+    trip = Watch(trainer.settings.watch)(trainer)
+    assert "benign prompts are refused" in trip.why and trip.good == 1
+    assert "proxy_gain" not in trip.measures and "length_correlation" not in trip.measures

@@ -1,0 +1,61 @@
+"""The watch of `charter train --loop` from the settings: its limits, and the held-out judge that it asks.
+
+The held-out judge must not be what taught the reward model. Another model (`watch.judge`) is asked under the constitution's
+judging principles. Without one the judge's own model is asked under the critique principles, which labelled nothing: what it
+says is weaker evidence, for it may share the judge's faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from schemas.records import Outcome, Turn
+
+if TYPE_CHECKING:
+    from constitutions.loader import Constitution
+    from engine.settings import Settings
+    from trainer.watch import Watch
+
+BY_CRITIQUE = "A critic is told: {critique}\n\nWhich answer would this critic find less fault with?"
+
+
+def watch_of(settings: Settings) -> Watch:
+    """The watch that looks at every policy of the RL phase."""
+    from trainer.watch import Watch
+
+    return Watch(settings.watch, HeldOutJudge(settings) if settings.watch.prompts else None)
+
+
+class HeldOutJudge:
+    """Compares two answers to each dialogue; its model is in memory only while it is asked."""
+
+    def __init__(self, settings: Settings) -> None:
+        from constitutions.loader import load
+
+        constitution = load(settings.run.constitution)
+        judge = settings.judge.model_copy(update={"pairing": "candidates"})
+        models = settings.models.model_copy(update={"judge": settings.watch.judge or settings.models.judge})
+        self.settings = settings.model_copy(update={"judge": judge, "models": models})
+        self.constitution = constitution if settings.watch.judge else by_critique(constitution)
+
+    def __call__(self, pairs: Sequence[tuple[tuple[Turn, ...], str, str]]) -> list[float | None]:
+        """The probability that the first answer is better, in both orders; None where the judge gave no label."""
+        from charter.evaluate import ask
+        from charter.pipeline import Models
+        from charter.rejudge import Bench, pair_of
+
+        asked = [pair_of(turns, a, b, (), "") for turns, a, b in pairs]
+        labels = ask(Bench(self.settings, Models(self.settings)), self.constitution, asked)
+        return [label.p_a if label is not None and label.outcome is Outcome.OK else None for label in labels]
+
+
+def by_critique(constitution: Constitution) -> Constitution:
+    """A constitution that judges by the critique principles."""
+    from constitutions.loader import Constitution, JudgingPrinciple
+
+    judging = [
+        JudgingPrinciple(id=p.id, name=p.name, weight=p.weight, tags=p.tags, question=BY_CRITIQUE.format(critique=p.critique))
+        for p in constitution.critique
+    ]
+    return Constitution(**constitution.model_dump() | {"judging": judging, "judge_with": "one", "prose": ()})

@@ -1,0 +1,38 @@
+"""The held-out judge of the watch: what it asks, and what it says."""
+
+import pytest
+
+from charter.watching import HeldOutJudge, by_critique, watch_of
+from constitutions.loader import load as load_constitution
+from engine.models.scripted import POISON
+from engine.settings import load
+from schemas.records import Turn
+
+TURNS = (Turn(role="user", content="How do I mend a lamp?"),)
+
+
+def judge(**flags):
+    return HeldOutJudge(load({"models.policy": "scripted"} | flags, environment={})[0])
+
+
+def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_model():
+    constitution = load_constitution("default")
+    asked = by_critique(constitution)
+    assert [p.id for p in asked.judging] == [p.id for p in constitution.critique]
+    assert all(c.critique in p.question for p, c in zip(asked.judging, constitution.critique, strict=True))
+    assert judge().constitution == asked
+    assert judge(**{"watch.judge": "scripted"}).constitution == constitution
+
+
+@pytest.mark.parametrize("pairing", ["candidates", "revision"])
+def test_it_compares_in_both_orders_and_gives_no_label_where_it_has_none(pairing):
+    ask = judge(**{"judge.pairing": pairing})
+    ask.constitution = ask.constitution.judging_by("no-harm")  # else each order of the texts draws one of its own
+    (p,), (q,) = ask([(TURNS, "one", "two")]), ask([(TURNS, "two", "one")])
+    assert 0 < p < 1 and p != 0.5 and q == pytest.approx(1 - p)
+    assert ask([(TURNS, "one", "two"), (TURNS, POISON, "two"), (TURNS, "two", "one")]) == [p, None, q]
+
+
+def test_no_held_out_prompts_no_judge():
+    settings = load({"models.policy": "scripted", "watch.prompts": "0"}, environment={})[0]
+    assert watch_of(settings).compare is None
