@@ -30,11 +30,12 @@ from consumers import templates
 from consumers.chain import carried, seed_for, similarity, start_of
 from consumers.compare import Comparison, Form, both_orders
 from consumers.judge import reference
-from engine.models.port import NOTHING, Ask, Model, Usage
+from engine.models.port import NOTHING, Ask, Generation, Model, Usage
 from schemas import ids
 from schemas.records import (
     ChainEnd,
     Critique,
+    FinishReason,
     ModelRef,
     Outcome,
     PrincipleVerdict,
@@ -154,7 +155,7 @@ class Criticise:
     def questions(self, link: Link) -> list[Wordings]:
         """One verdict for each principle, and for a revision the comparison with its predecessor first."""
         fields = link.fields
-        if self.skipped(link) or not fields["text"].strip():
+        if self.skipped(link) or not fields["text"].strip() or kept_back(link.parent):
             return []
         turns, text = fields["turns"], fields["text"]
         verdicts = [
@@ -203,7 +204,7 @@ class Criticise:
         """Whether the chain is over, and why."""
         if self.skipped(link):
             return ChainEnd.SKIPPED
-        if not link.fields["text"].strip():
+        if not link.fields["text"].strip() or kept_back(link.parent):
             return ChainEnd.UNUSABLE
         clean = link.verdict is Verdict.CLEAN
         if isinstance(link.parent, Response):
@@ -241,10 +242,14 @@ class Criticise:
                 link,
                 criticism=answer.text.strip(),
                 usage=link.usage + answer.usage,
-                ended=ChainEnd.SATISFIED if self.early_stop == "phrases" and finds_nothing(answer.text) else ChainEnd.NONE,
+                ended=ChainEnd.SATISFIED if self.satisfied(answer) else ChainEnd.NONE,
             )
             for link, (answer,) in zip(links, answers, strict=True)
         ]
+
+    def satisfied(self, answer: Generation) -> bool:
+        """Whether a critique ends its chain by what it says."""
+        return self.early_stop == "phrases" and answer.finish_reason != "refused" and finds_nothing(answer.text)
 
     def record_id(self, link: Link) -> str:
         configuration = ids.fingerprint(
@@ -295,6 +300,11 @@ class Criticise:
             final_stopped=bool(over and fields[final[1]]),
             **fields,
         )
+
+
+def kept_back(record: Response | Revision) -> bool:
+    """Whether a server's filter kept the answer that a chain starts from, or the rest of it, back."""
+    return isinstance(record, Response) and record.candidates[0].finish_reason is FinishReason.REFUSED
 
 
 def verdict_of(principle_id: str, answer: Comparison) -> PrincipleVerdict:

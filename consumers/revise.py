@@ -1,7 +1,7 @@
 """Revise: critiques -> revisions. The text is written anew in the light of its critique.
 
-A revision that is empty, that copies the text it should improve, or that repeats a worked example is recorded as such and
-ends its chain as UNUSABLE: it never trains.
+A revision that is empty, that copies the text it should improve, that repeats a worked example, or that a server's filter kept
+back is recorded as such and ends its chain as UNUSABLE: it never trains.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Revise:
         turns = templates.revision(critique.turns, critique.text, critique.critique, request, examples)
         return Ask(turns, seed=seed_for("revise", critique.response_id, critique.number))
 
-    def fault(self, before: str, after: str) -> RevisionFault:
+    def fault(self, before: str, answer: Generation) -> RevisionFault:
+        after = answer.text
+        if answer.finish_reason == "refused":
+            return RevisionFault.REFUSED
         if not after.strip():
             return RevisionFault.EMPTY
         if after.split() == before.split():
@@ -82,7 +85,7 @@ class Revise:
 
     def record(self, critique: Critique, answer: Generation, latency_ms: float) -> Revision:
         text, stopped = answer.text.strip(), answer.finish_reason == "stop"
-        fault = self.fault(critique.text, text)
+        fault = self.fault(critique.text, answer)
         unusable = fault is not RevisionFault.NONE
         done = Round(
             number=critique.number + 1,

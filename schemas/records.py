@@ -43,9 +43,12 @@ class Split(Enum):
 
 
 class FinishReason(Enum):
+    """How a text ended. REFUSED: a server's filter kept it, or the rest of it, back; it never trains SFT."""
+
     UNKNOWN = "UNKNOWN"
     STOP = "STOP"
     LENGTH = "LENGTH"
+    REFUSED = "REFUSED"
 
 
 class Verdict(Enum):
@@ -74,13 +77,14 @@ class ChainEnd(Enum):
 
 
 class RevisionFault(Enum):
-    """Why a revision is not trained on."""
+    """Why a revision is not trained on. REFUSED: a server's filter kept it, or the rest of it, back."""
 
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
     EMPTY = "EMPTY"
     COPY = "COPY"
     ECHO = "ECHO"
+    REFUSED = "REFUSED"
 
 
 class Outcome(Enum):
