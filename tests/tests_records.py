@@ -40,12 +40,11 @@ class World:
 
     def add(self, *records):
         with self.store.writing() as connection:
-            for record in records:
-                message = Message(record.topic, 0, self.seq, None, None, (), 0)
-                for topic, table in tables_of([(record, message)], self.seq).items():
-                    connection.register("batch", table)
-                    connection.execute(insert_statement(TOPICS[topic]))
-                self.seq += 1
+            messages = [Message(record.topic, 0, self.seq + i, None, None, (), 0) for i, record in enumerate(records)]
+            for topic, table in tables_of(list(zip(records, messages, strict=True)), self.seq).items():
+                connection.register("batch", table)
+                connection.execute(insert_statement(TOPICS[topic]))
+            self.seq += len(records)
             connection.execute("UPDATE raw.sink_state SET next_seq = ?", [self.seq])
 
     def rows(self, sql):

@@ -6,7 +6,7 @@ from schemas import ids
 from schemas.records import Candidate, FinishReason, ModelRef, Prompt, Response, Turn
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_prompt():
     def make(text="How do magnets work?", source="test", **more):
         turns = [Turn(role="user", content=text)]
@@ -19,7 +19,7 @@ def make_prompt():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_response(make_prompt):
     def make(answers=("first answer", "second answer"), **more):
         prompt = make_prompt(**more)
