@@ -183,7 +183,7 @@ def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: boo
         who = f"{finding.principle}: " if finding.principle else ""
         click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {who}{finding.what}\n    {finding.fix}")
     if not as_json:
-        click.echo(f"{len(found)} findings" if found else "nothing to say")
+        click.echo(f"{len(found)} finding{'s'[: len(found) > 1]}" if found else "nothing to say")
     sys.exit(1 if found else 0)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from charter.pipeline import Models, make_judge, store_of
 from constitutions.cases import Case, Cases
-from constitutions.loader import Constitution, applicable
+from constitutions.loader import ALL_ID, Constitution, applicable
 from engine.settings import Settings
 from schemas import ids
 from schemas.records import Candidate, FinishReason, Preference, Response, Turn
 
-ALL = "all"
+ALL = ALL_ID
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,12 @@ def read_cases(wanted: str) -> Cases:
 
 
 def from_toml(file: File) -> Cases:
+    if "critique" in file.values or "judging" in file.values or "prose" in file.values:
+        raise ConstitutionError(
+            f"{file.origin} is a constitution, not a file of cases",
+            "a test needs prompts with an answer that must win and one that must lose",
+            f"type: charter constitution test CASES --constitution {file.origin}",
+        )
     for key in file.values:
         if key not in ("case", "constitution"):
             raise unknown_key(f"{file.origin}, line {file.line(key)}: {key}", key, ["case", "constitution"])

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from constitutions.sources import (
     FOLDER,
@@ -47,16 +47,23 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 SEMVER = r"^\d+\.\d+\.\d+$"
 LISTS = ("critique", "judging")
+ALL_ID = "all"  # stands in records where a principle's id would
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def own(principle_id: str) -> str:
+    if principle_id == ALL_ID:
+        raise ValueError("records say `all` where all principles were asked in one question")
+    return principle_id
+
+
 class Drawn(Strict):
     """What can be drawn: it has a weight, and the tags it is for (none: every prompt)."""
 
-    id: Slug
+    id: Annotated[Slug, AfterValidator(own)]
     name: Text
     weight: float = Field(1.0, gt=0, le=1e6)
     tags: tuple[str, ...] = ()
@@ -294,6 +301,7 @@ def explained(error: Exception, gathered: Gathered) -> ConstitutionError:
     if not isinstance(error, ValidationError):
         return ConstitutionError(f"{gathered.main.origin} is no constitution", str(error), "see constitutions/default.toml")
     first = error.errors()[0]
+    why = SAID.get(first["type"], first["msg"].removeprefix("Value error, "))
     origin, place, line = gathered.located(first["loc"])
     key = str(place[-1]) if place else ""
     where = f"{origin}, line {line}: {'.'.join(str(part) for part in place)}"
@@ -304,7 +312,16 @@ def explained(error: Exception, gathered: Gathered) -> ConstitutionError:
     if first["type"] == "too_short":
         why = "a stage needs at least one principle to work by"
         return ConstitutionError(f"{where} is an empty list", why, f"add [[{key}]] tables, or include a file that has some")
-    return ConstitutionError(where, first["msg"], f"mend the value of {key}")
+    return ConstitutionError(f"{where} cannot be {shortened(first['input'])}", why, f"mend the value of {key}")
+
+
+# What pydantic says in words of Python.
+SAID = {"string_too_short": "it is empty", "tuple_type": "it must be a list"}
+
+
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def allowed(place: Sequence[Any]) -> list[str]:

@@ -139,6 +139,7 @@ def test_shipped_cases_are_about_principles_that_are_there(name):
         ("c.toml", '[[case]]\nprompt = "p"\nwins = "w"\nloses = ""\n', ["line 1", "loses"]),
         ("c.toml", '[[cases]]\nprompt = "p"\n', ["line 1", "did you mean case?"]),
         ("c.toml", "", ["no case"]),
+        ("c.toml", '[[critique]]\nid = "a"\n', ["is a constitution", "--constitution"]),
     ],
 )
 def test_what_is_wrong_with_a_case_is_said_with_its_line(tmp_path, file, text, words):

@@ -164,6 +164,8 @@ def test_a_priority_changes_the_hash_and_the_other_way_of_judging_too():
         (HEAD + "prose = []\n", ["line 3", "empty list"]),
         (HEAD + "critique = []\njudging = []\n", ["line 3", "empty list", "[[critique]]"]),
         (HEAD + "critique = 7\n", ["line 3", "no list"]),
+        (HEAD + entry(CRITIQUE, "all") + entry(JUDGING, "j"), ["line 4: critique.0.id cannot be 'all'", "records say `all`"]),
+        (HEAD + entry(CRITIQUE, "c") + 'tags = "angry"\n' + entry(JUDGING, "j"), ["line 8", "'angry'", "must be a list"]),
         (HEAD + 'text = "x"\n' + entry(CRITIQUE, "c") + entry(JUDGING, "j"), ["line 3", "text", "unknown"]),
         (HEAD + "critique = [1]\n" + entry(JUDGING, "j"), ["line 3"]),
     ],
