@@ -41,7 +41,8 @@ class Row:
 
     accuracy: of the labels that prefer an answer (`decided`), those that prefer the person's. brier, ece: of the soft labels.
     swap_inconsistency: of the judgements that could be read in both orders, those in which the same place won twice.
-    prefers_longer: of the decided labels on answers of unequal length. Costs are per pair, abstentions included.
+    prefers_longer: of the decided labels on answers of unequal length. tokens_*, seconds: per pair. *_per_label: what all pairs
+    together cost, for each label that came of it; an abstention costs as much as a label.
     """
 
     judge: str
@@ -62,7 +63,9 @@ class Row:
     tokens_cached: float | None = None
     tokens_written: float | None = None
     seconds: float | None = None
-    cost: float | None = None
+    tokens_per_label: float | None = None
+    seconds_per_label: float | None = None
+    cost_per_label: float | None = None
 
 
 def wilson(hits: float, n: int) -> tuple[float | None, float | None]:
@@ -128,7 +131,7 @@ def summary(judge: str, pairs: Sequence[HumanPair], ps: Sequence[float | None]) 
 def judged(
     judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
 ) -> Row:
-    """The figures of a judge's labels; None is a pair that it could not be asked about. Costs are of all pairs together."""
+    """The figures of a judge's labels; None is a pair that it could not be asked about. What they cost is of all pairs."""
     ps = [chosen(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     row, known = summary(judge, pairs, ps), [label for label in labels if label]
     readable = [label for label in known if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
@@ -140,7 +143,10 @@ def judged(
     row.tokens_cached = mean([float(label.cached_tokens) for label in known])
     row.tokens_written = mean([float(label.completion_tokens) for label in known])
     row.seconds = seconds / len(pairs) if pairs else None
-    row.cost = cost / len(pairs) if pairs and cost is not None else None
+    if row.labelled:
+        row.tokens_per_label = sum(label.prompt_tokens + label.completion_tokens for label in known) / row.labelled
+        row.seconds_per_label = seconds / row.labelled
+        row.cost_per_label = None if cost is None else cost / row.labelled
     return row
 
 

@@ -251,9 +251,9 @@ def shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str | None]]]:
     """The figures for reading: shares in per cent with their intervals."""
     columns = [
         "judge", "pairs", "labelled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
-        "tokens read (cached) + written", "s/label",
+        "tokens/pair read (cached) + written", "s/pair", "tokens/label", "s/label",
     ]  # fmt: skip
-    costs = any(row.cost is not None for row in rows)
+    costs = any(row.cost_per_label is not None for row in rows)
     return [*columns, *(["cost/label"] if costs else [])], [line(row, costs) for row in rows]
 
 
@@ -266,9 +266,9 @@ def line(row: Row, costs: bool) -> list[str | None]:
     cells = [
         row.judge, str(row.pairs), str(row.labelled), f"{per_cent(row.accuracy) or '-'}{interval}", figure(row.brier, 3),
         figure(row.ece, 3), per_cent(row.swap_inconsistency), figure(row.mass, 2), per_cent(row.prefers_longer),
-        abstained or None, tokens, figure(row.seconds, 2),
+        abstained or None, tokens, figure(row.seconds, 2), figure(row.tokens_per_label, 0), figure(row.seconds_per_label, 2),
     ]  # fmt: skip
-    return [*cells, figure(row.cost, 6)] if costs else cells
+    return [*cells, figure(row.cost_per_label, 6)] if costs else cells
 
 
 def figure(value: float | None, digits: int) -> str | None:

@@ -82,7 +82,9 @@ def test_a_judges_row_by_hand():
     assert row.swap_inconsistency == pytest.approx(2 / 5) and row.mass == pytest.approx((5 * 0.9 + 0.1) / 6)
     assert row.prefers_longer == 1.0  # of the two decided pairs of unequal length both went to the longer answer
     assert row.abstentions == {"LOW_MASS": 1, "POSITION_FLIP": 1}
-    assert (row.tokens_read, row.tokens_written, row.seconds, row.cost) == (100, 20, 2.0, pytest.approx(0.1))
+    assert (row.tokens_read, row.tokens_written, row.seconds) == (100, 20, 2.0)
+    # Six pairs were paid for, and four labels came of them.
+    assert (row.tokens_per_label, row.seconds_per_label, row.cost_per_label) == (180, 3.0, pytest.approx(0.15))
     row = judged("j", PAIRS[:2], [None, label(0.9)], 1.0, None)
     assert row.abstentions == {"NOT_ASKED": 1} and row.labelled == 1
 
@@ -90,7 +92,8 @@ def test_a_judges_row_by_hand():
 def test_nothing_is_invented_where_nothing_is_labelled():
     row = judged("j", PAIRS, [label(None, Outcome.REFUSED, mass=math.nan)] * 3, 1.0, None)
     assert (row.accuracy, row.brier, row.ece, row.mass, row.swap_inconsistency, row.prefers_longer) == (None,) * 6
-    assert row.labelled == 0 and row.abstentions == {"REFUSED": 3}
+    assert row.labelled == 0 and row.abstentions == {"REFUSED": 3} and row.seconds == pytest.approx(1 / 3)
+    assert (row.tokens_per_label, row.seconds_per_label, row.cost_per_label) == (None,) * 3
 
 
 def test_baselines_by_hand():
@@ -144,7 +147,7 @@ def test_the_study_finds_what_the_judge_does(pairs):
     assert judge["brier"] == pytest.approx((1 - (0.8 + 0.7) / 2) ** 2) and judge["prefers_longer"] == 0
     assert judge["swap_inconsistency"] == 0 and judge["tokens_read"] > 0 and judge["mass"] == pytest.approx(0.9)
     assert (longer["accuracy"], shorter["accuracy"], drawn["pairs"]) == (0, 1, 12)
-    assert judge["cost"] == judge["tokens_read"] and judge["cost"] > 0
+    assert judge["cost_per_label"] == judge["tokens_read"] and judge["cost_per_label"] > 0
     told = json.loads(study.as_json())
     assert "12 of the 13 rows" in told["about"] and "1 rows are no decided pairs" in told["about"]
     assert len(told["labels"]["lee2023"]) == 12 and 0 < sum(told["a_preferred"]) < 12
