@@ -10,11 +10,11 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import duckdb
 
@@ -37,6 +37,15 @@ class Rows:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+Parameters = Sequence[Any] | Mapping[str, Any]
+
+
+class Ask(Protocol):
+    """Runs one statement of a `reading`, and takes at most `most` of its rows."""
+
+    def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> Rows: ...
+
+
 class Store:
     """The database at `path` (its gate lies beside it)."""
 
@@ -45,12 +54,21 @@ class Store:
         self.gate = Gate(path.with_suffix(".gate"))
 
     def query(
-        self, sql: str, parameters: Sequence[Any] = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S
+        self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S
     ) -> Rows:
         """Run one read-only statement.
 
         Raises UsageError for a statement that is wrong, not a read, or longer than `limit_s` seconds, and StoreBusy when the
         file is not free within `wait_s` seconds.
+        """
+        with self.reading(limit_s=limit_s, wait_s=wait_s) as ask:
+            return ask(sql, parameters)
+
+    @contextmanager
+    def reading(self, *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S) -> Iterator[Ask]:
+        """One hold of the file for several read-only statements, which are cut after `limit_s` seconds together.
+
+        Raises what `query` does; a statement that fails leaves the others to be asked.
         """
         if not self.path.exists():
             raise UsageError(
@@ -60,9 +78,15 @@ class Store:
             )
         with self.gate.read(wait_s), connected(self.path, read_only=True) as connection:
             check_version(connection, self.path)
-            return fetch(connection, sql, parameters, limit_s)
+            lock_down(connection)
+            ends = time.monotonic() + limit_s
 
-    def records(self, sql: str, parameters: Sequence[Any] = (), **limits: float) -> list[dict[str, Any]]:
+            def ask(sql: str, parameters: Parameters = (), most: int | None = None) -> Rows:
+                return fetch(connection, sql, parameters, limit_s, ends, most)
+
+            yield ask
+
+    def records(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
         """`query`, as a list of dictionaries."""
         return self.query(sql, parameters, **limits).records()
 
@@ -146,18 +170,24 @@ def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     )
 
 
-def fetch(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[Any], limit_s: float) -> Rows:
-    """Run one statement on a connection that can only read, and cut it after `limit_s` seconds."""
-    # Tables and views only: no files, no network, no extensions, and no way to allow them again.
+def lock_down(connection: duckdb.DuckDBPyConnection) -> None:
+    """Tables and views only: no files, no network, no extensions, and no way to allow them again."""
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
+
+
+def fetch(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters, limit_s: float, ends: float, most: int | None
+) -> Rows:
+    """Run one statement, cut at the time `ends` (of the monotonic clock), and take `most` of its rows, None for all."""
     started = time.monotonic()
-    timer = threading.Timer(limit_s, connection.interrupt)
+    timer = threading.Timer(max(0.0, ends - started), connection.interrupt)
     timer.start()
     try:
-        cursor = connection.execute(sql, list(parameters))
+        cursor = connection.execute(sql, parameters)
         columns = [column[0] for column in cursor.description or []]
-        return Rows(columns, cursor.fetchall() if columns else [])
+        rows = [] if not columns else cursor.fetchall() if most is None else cursor.fetchmany(most)
+        return Rows(columns, rows)
     except duckdb.InterruptException as error:
         raise UsageError(
             f"the query took longer than {limit_s:g} s and was cut",

@@ -1,0 +1,80 @@
+"""The pipeline as a picture: topics, the stages between them, the loop through the trainer, and the sink; wide and tall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from charter.dashboard.charts import svg, tag, text
+
+BOX = (120, 60)
+Places = dict[str, tuple[float, float]]
+
+WIDE: Places = {
+    "prompts": (70, 60), "respond": (222, 60), "responses": (374, 60), "critique": (526, 60), "critiques": (678, 60),
+    "revise": (830, 60), "revisions": (982, 60), "judge": (526, 180), "preferences": (678, 180), "train": (830, 180),
+    "policies": (982, 180), "sink": (70, 180),
+}  # fmt: skip
+TALL: Places = {
+    "prompts": (72, 40), "respond": (262, 40), "responses": (72, 128), "critique": (262, 128), "critiques": (72, 216),
+    "revise": (262, 216), "revisions": (72, 304), "judge": (262, 304), "preferences": (72, 392), "train": (262, 392),
+    "policies": (72, 480), "sink": (262, 480),
+}  # fmt: skip
+SIZES = {"wide": (1052, 250), "tall": (336, 530)}
+OUTPUT = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences", "train": "policies"}
+
+
+def edges(reads: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Arrows: from the topics that a stage reads, to the topic that it writes."""
+    found = [(topic, stage) for stage, topics in reads.items() for topic in topics]
+    found += [(stage, topic) for stage, topic in OUTPUT.items()]
+    return [*found, ("preferences", "train"), ("policies", "respond")]
+
+
+def draw(shape: str, reads: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> Markup:
+    """The picture in one `shape` (wide or tall). `notes` has for each name its lines: first, second, and whether it is in trouble."""
+    places = WIDE if shape == "wide" else TALL
+    width, height = SIZES[shape]
+    arrow = tag("path", d="M0 0 L8 4 L0 8 z")
+    marker = tag("marker", arrow, id=f"arrow-{shape}", viewBox="0 0 8 8", refX=7, refY=4, markerWidth=7, markerHeight=7, orient="auto")
+    parts = [tag("defs", marker)]
+    parts += [arrow_between(shape, places, one, other) for one, other in edges(reads)]
+    parts += [node(name, place, notes.get(name, {})) for name, place in places.items()]
+    told = "; ".join(f"{name}: {note.get('first', '')} {note.get('second', '')}".strip() for name, note in notes.items())
+    return svg(f"The pipeline. {told}", parts, width, height, f"picture {shape}")
+
+
+def node(name: str, place: tuple[float, float], note: Mapping[str, str]) -> Markup:
+    topic = name in OUTPUT.values() or name == "prompts"
+    (wide, high), (x, y) = BOX, place
+    kind = ("topic" if topic else "stage") + (f" {note['state']}" if note.get("state") else "")
+    box = tag("rect", x=x - wide / 2, y=y - high / 2, width=wide, height=high, rx=30 if topic else 6)
+    title = tag("title", note.get("title") or name)
+    told = [line for line in (note.get("first"), note.get("second")) if line]
+    top = y + 4 - 7.5 * len(told)
+    lines = [text(x, top, name, "node-name", "middle")]
+    lines += [text(x, top + 16 + 15 * n, line, "node-note", "middle") for n, line in enumerate(told)]
+    return tag("a", Markup("").join([title, box, *lines]), href=note.get("href") or "/", class_=kind)
+
+
+def arrow_between(shape: str, places: Places, one: str, other: str) -> Markup:
+    """A line from node to node: straight along a row, stepped or curved elsewhere."""
+    (x1, y1), (x2, y2) = places[one], places[other]
+    half, tall = BOX[0] / 2, BOX[1] / 2
+    if y1 == y2 and abs(x1 - x2) < 200:
+        side = 1 if x2 > x1 else -1
+        steps = f"M{x1 + side * half} {y1} H{x2 - side * (half + 3)}"
+    elif (one, other) == ("policies", "respond") and shape == "wide":
+        steps = f"M{x1} {y1 + tall} v22 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + tall + 3}"
+    elif (one, other) == ("policies", "respond"):
+        steps = f"M{x1 - half} {y1} h-6 q-8 0 -8 -8 V18 q0 -8 8 -8 H{x2} V{y2 - tall - 3}"
+    elif (one, other) == ("revisions", "critique") and shape == "wide":
+        steps = f"M{x1} {y1 - tall} C{x1} 2 {x2} 2 {x2} {y2 - tall - 3}"
+    elif shape == "wide":
+        steps = f"M{x1} {y1 + tall} C{x1} {y2} {x1} {y2} {x2 - half - 3} {y2}"
+    else:
+        side = 1 if x2 > x1 else -1
+        steps = f"M{x1 + side * half} {y1 + 6} C{x1 + side * (half + 50)} {y1 + 20} {x2 - side * (half + 40)} {y2 - 16} {x2 - side * (half + 3)} {y2 - 6}"
+    return tag("path", d=steps, class_="edge loop" if one == "policies" else "edge", marker_end=f"url(#arrow-{shape})")

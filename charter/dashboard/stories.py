@@ -1,0 +1,200 @@
+"""The stories: prompts, searched and filtered, and everything that became of one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import UsageError
+from engine.store import Ask
+
+PAGE = 25
+EXCERPT = 240  # characters of a prompt in the list
+HEX = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f-]*)?")
+SCOPES = {"prompts": "in prompts", "everything": "in everything"}
+MADE = ("responses", "critiques", "revisions", "preferences")
+
+# Each filter of the list: which prompts it keeps. `$name` is its value.
+FILTERS = {
+    "source": "source = $source",
+    "split": "split = $split",
+    "tag": "list_contains(tags, $tag)",
+    "ended": "prompt_id IN (SELECT prompt_id FROM chain_ends WHERE ended = $ended)",
+    "principle": """prompt_id IN (SELECT prompt_id FROM critiques WHERE principle_id = $principle
+                                  UNION ALL SELECT prompt_id FROM preferences WHERE principle_id = $principle)""",
+    "policy": "prompt_id IN (SELECT prompt_id FROM responses WHERE policy_version = TRY_CAST($policy AS BIGINT))",
+    "outcome": "prompt_id IN (SELECT prompt_id FROM preferences WHERE outcome = $outcome)",
+    "label": """prompt_id IN (SELECT prompt_id FROM preferences
+                              WHERE CASE $label WHEN 'flipped' THEN flipped WHEN 'human' THEN label_source = 'HUMAN'
+                                                WHEN 'sure' THEN abs(p_a - 0.5) >= 0.4 WHEN 'unsure' THEN abs(p_a - 0.5) < 0.1 END)""",
+}
+ALL_TURNS = "array_to_string(list_transform(turns, lambda turn: turn.content), chr(10))"
+ALL_ANSWERS = "array_to_string(list_transform(candidates, lambda answer: answer.text), chr(10))"
+
+
+def search(ask: Ask, run: str, wanted: Mapping[str, str]) -> dict[str, Any]:
+    """One page of the prompts that fit, newest first, each with what became of it. `before` is where the page begins."""
+    conditions, values = conditions_of(wanted)
+    made_by = "raw.prompts" if run else "prompts"
+    if run:
+        conditions.append("run_id = $run")
+        values["run"] = run
+    sql = f"""SELECT prompt_id, commit_seq, created_at, source, tags, split, epoch, len(turns) AS turns,
+                     turns[-1].content[:{EXCERPT + 1}] AS prompt
+              FROM {made_by} WHERE {" AND ".join(conditions) or "TRUE"} ORDER BY commit_seq DESC LIMIT {PAGE + 1}"""
+    rows = ask(sql, values).records()
+    more = rows[PAGE - 1]["commit_seq"] if len(rows) > PAGE else None
+    rows = rows[:PAGE]
+    add_what_became(ask, rows)
+    return {"stories": rows, "older": more, "filters": {name: wanted[name] for name in FILTERS if wanted.get(name)}}
+
+
+def conditions_of(wanted: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """The WHERE clauses of a search and their values."""
+    conditions = [clause for name, clause in FILTERS.items() if wanted.get(name)]
+    values: dict[str, Any] = {name: wanted[name] for name in FILTERS if wanted.get(name)}
+    if before := wanted.get("before"):
+        conditions.append("commit_seq < $before")
+        values["before"] = whole(before)
+    terms = (wanted.get("q") or "").lower().split()
+    found = " AND ".join(text_condition(f"$term{n}", wanted.get("scope", "")) for n in range(len(terms)))
+    if terms and (span := id_span(terms[0])) and len(terms) == 1:
+        found = f"({found}) OR prompt_id BETWEEN $first::UUID AND $last::UUID"
+        values |= {"first": span[0], "last": span[1]}
+    if terms:
+        conditions.append(f"({found})")
+        values |= {f"term{n}": term for n, term in enumerate(terms)}
+    return conditions, values
+
+
+def text_condition(term: str, scope: str) -> str:
+    """Prompts that contain a term or, in everything, whose answers, critiques or revisions do."""
+    in_prompts = f"contains(lower({ALL_TURNS}), {term})"
+    if scope != "everything":
+        return in_prompts
+    return f"""({in_prompts} OR prompt_id IN (
+        SELECT prompt_id FROM responses WHERE contains(lower({ALL_ANSWERS}), {term})
+        UNION ALL SELECT prompt_id FROM critiques WHERE contains(lower(critique), {term})
+        UNION ALL SELECT prompt_id FROM revisions WHERE contains(lower(text), {term})))"""
+
+
+def id_span(term: str) -> tuple[str, str] | None:
+    """The smallest and the largest id that begin with a term; None if it is no beginning of an id."""
+    digits = term.replace("-", "")
+    if not HEX.fullmatch(term) or len(digits) > 32:
+        return None
+    return digits.ljust(32, "0"), digits.ljust(32, "f")
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{text[:40]} is no place in the list", "it must be a whole number", "go back to the first page") from None
+
+
+def add_what_became(ask: Ask, stories: list[dict[str, Any]]) -> None:
+    """Add to each story of a page: the policies that answered, how its chain ended, its labels, its best reward."""
+    parameters = {"page": [story["prompt_id"] for story in stories]}
+    on_page = "WHERE prompt_id IN (SELECT unnest($page::UUID[]))"
+    responses = f"""SELECT prompt_id, list(DISTINCT policy_version ORDER BY policy_version) AS policies,
+                           sum(len(candidates))::BIGINT AS answers FROM responses {on_page} GROUP BY 1"""
+    ends = f"SELECT prompt_id, arg_max(ended, commit_seq) AS ended, max(number) AS rounds FROM chain_ends {on_page} GROUP BY 1"
+    labels = f"""SELECT prompt_id, count(*) AS labels, arg_max(p_a, commit_seq) AS p_a, arg_max(outcome, commit_seq) AS outcome,
+                        bool_or(flipped) AS flipped FROM preferences {on_page} GROUP BY 1"""
+    rewards = f"SELECT prompt_id, max(normalised) AS reward FROM scores {on_page} GROUP BY 1"
+    for sql in (responses, ends, labels, rewards):
+        found = ask(sql, parameters)
+        by_prompt = {row["prompt_id"]: row for row in found.records()}
+        for story in stories:
+            story |= by_prompt.get(story["prompt_id"]) or dict.fromkeys(found.columns[1:])
+
+
+def facets(ask: Ask, run: str) -> dict[str, list[Any]]:
+    """What the filters offer."""
+    questions = {
+        "source": "SELECT DISTINCT source FROM prompts",
+        "tag": "SELECT DISTINCT unnest(tags) FROM prompts",
+        "ended": "SELECT DISTINCT ended FROM chain_ends",
+        "principle": "SELECT DISTINCT principle_id FROM critiques UNION SELECT DISTINCT principle_id FROM preferences",
+        "policy": "SELECT DISTINCT policy_version FROM responses",
+        "outcome": "SELECT DISTINCT outcome FROM preferences",
+    }
+    return {
+        name: sorted((value for (value,) in ask(sql, most=200).rows if value is not None), key=lambda v: (str(type(v)), v))
+        for name, sql in questions.items()
+    }
+
+
+# One story
+
+
+def story(ask: Ask, prompt: str) -> dict[str, Any]:
+    """Everything that became of the prompt with this id; the prompt is None when there is no such one (any more)."""
+    found = ask("SELECT * FROM prompts WHERE prompt_id = TRY_CAST(? AS UUID) ORDER BY commit_seq LIMIT 1", [prompt]).records()
+    if not found:
+        return {"prompt": None, "id": prompt}
+    rows = {
+        table: ask(f"SELECT * FROM {table} WHERE prompt_id = ?::UUID ORDER BY commit_seq", [prompt], most=200).records()
+        for table in (*MADE, "scores")
+    }
+    letters = "SELECT record_id, stage, kind, error_class, message, created_at FROM dead_letters WHERE source_key = encode(?)"
+    return {
+        "id": prompt,
+        "prompt": found[0],
+        "answers": answers_of(rows["responses"], rows["scores"]),
+        "chains": chains_of(rows["critiques"], rows["revisions"]),
+        "preferences": rows["preferences"],
+        "dead_letters": ask(letters, [prompt], most=50).records(),
+        "principles": principles(ask, [row["constitution"] for table in MADE for row in rows[table]]),
+    }
+
+
+def answers_of(responses: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The responses, each candidate with the newest reward model's score of it; token ids stay in the database."""
+    newest = {(str(s["response_id"]), s["candidate"]): s for s in sorted(scores, key=lambda s: s["reward_version"])}
+    for response in responses:
+        response.pop("prompt_token_ids")
+        for candidate in response["candidates"]:
+            candidate["tokens"] = len(candidate.pop("token_ids") or [])
+            logprobs = candidate.pop("logprobs") or []
+            candidate["mean_logprob"] = sum(logprobs) / len(logprobs) if logprobs else None
+            score = newest.get((str(response["record_id"]), candidate["index"]))
+            candidate["reward"] = score and {name: score[name] for name in ("reward_version", "score", "normalised")}
+    return responses
+
+
+def chains_of(critiques: list[dict[str, Any]], revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chains of critique and revision: a step follows the step that is its parent, else it begins a chain."""
+    steps = [row | {"step": "critique"} for row in critiques] + [row | {"step": "revision"} for row in revisions]
+    chains: dict[str, dict[str, Any]] = {}
+    chain_of: dict[str, str] = {}
+    for row in sorted(steps, key=lambda row: (row["number"], row["step"] == "critique", row["commit_seq"])):
+        parents = [chain_of[str(parent)] for parent in row["parent_ids"] or [] if str(parent) in chain_of]
+        chain_id = parents[0] if parents else str(row["record_id"])
+        chain_of[str(row["record_id"])] = chain_id
+        first = {"first_answer": row["first_answer"], "run_id": row["run_id"], "constitution": row["constitution"]}
+        chain = chains.setdefault(chain_id, first | {"policy_version": row["policy_version"], "steps": [], "ended": None})
+        chain["steps"].append(row)
+        if row["final"]:
+            chain |= {"ended": row["ended"], "final_text": row["final_text"]}
+    return list(chains.values())
+
+
+def principles(ask: Ask, constitutions: list[dict[str, Any] | None]) -> dict[str, dict[str, str]]:
+    """Principle id -> its name and words, from the constitutions that the runs have recorded."""
+    from constitutions.loader import ConstitutionError, parse
+
+    hashes = sorted({each["hash"] for each in constitutions if each})
+    sql = """SELECT DISTINCT ON (constitution.hash) constitution_text FROM raw.runs
+             WHERE constitution.hash IN (SELECT unnest($hashes::VARCHAR[])) ORDER BY commit_seq"""
+    found: dict[str, dict[str, str]] = {}
+    for (text,) in ask(sql, {"hashes": hashes}).rows:
+        try:
+            constitution = parse(text, "the run's constitution")
+        except ConstitutionError:
+            continue  # of another version of Charter: its principles keep their ids alone
+        found |= {p.id: {"name": p.name, "text": p.critique} for p in constitution.critique}
+        found |= {p.id: {"name": p.name, "text": p.question} for p in constitution.judging}
+    return found

@@ -1,0 +1,138 @@
+"""The training view: losses, accuracy, reward against KL, policy versions in time, staleness, incidents, and what was dropped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from engine.store import Ask
+
+MOST_STEPS = 50_000
+POINTS = 300  # of one curve; more steps are averaged
+
+# The curves of each phase, in the order in which they are shown: measure -> (title, unit).
+CURVES = {
+    "sft": {"loss": ("Loss", "nats per token"), "mean_token_accuracy": ("Token accuracy", "share")},
+    "reward": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs"), "margin": ("Margin", "reward")},
+    "ppo": {
+        "policy_loss": ("Policy loss", ""),
+        "value_loss": ("Value loss", "reward squared"),
+        "kl_ref": ("KL to the reference", "nats per sequence"),
+        "kl_ref_per_token": ("KL to the reference", "nats per token"),
+        "approx_kl": ("KL of the update", "nats per token"),
+        "entropy": ("Entropy", "nats per token"),
+        "clipfrac": ("Clipped", "share of tokens"),
+        "explained_variance": ("Explained variance", "share"),
+        "reward_mean": ("Reward", "normalised"),
+    },
+    "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
+}
+UNSHOWN = {"epoch", "step", "steps"}
+
+
+def gather(ask: Ask, run: str) -> dict[str, Any]:
+    """Everything about training; of one run, or of all when `run` is empty."""
+    values = {"run": run}
+    of_run = "WHERE $run = '' OR run_id = $run"
+    updates = ask(
+        f"""SELECT kind, version, phase, base_version, batch_id, uri, content_hash, metrics, created_at
+            FROM policies {of_run} ORDER BY commit_seq""",
+        values,
+        500,
+    ).records()
+    drawn = batches(ask, of_run, values)
+    sql = f"SELECT created_at, phase, what, why, measures FROM incidents {of_run} ORDER BY commit_seq DESC"
+    incidents = ask(sql, values, 50).records()
+    return {
+        "run": run,
+        "phases": phases(ask, of_run, values),
+        "frontier": frontier(updates),
+        "updates": updates,
+        "batches": drawn,
+        "lanes": lanes(updates, drawn, incidents),
+        "staleness": staleness(ask, run),
+        "incidents": incidents,
+        "drops": ask(f"SELECT reason, count(*) AS n FROM drops {of_run} GROUP BY 1 ORDER BY n DESC", values, 50).records(),
+    }
+
+
+Lane = tuple[str, list[tuple[Any, str, str]]]
+
+
+def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents: list[dict[str, Any]]) -> list[Lane]:
+    """What the time axis shows: (lane, [(time, mark, title)])."""
+
+    def of_kind(kind: str) -> list[tuple[Any, str, str]]:
+        chosen = [update for update in updates if update["kind"] == kind]
+        return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in chosen]
+
+    batches_drawn = [(b["created_at"], b["phase"], f"{b['phase']} batch {b['number']}: {b['rows']} rows") for b in reversed(drawn)]
+    stops = [(i["created_at"], "", f"{i['phase']}: {i['what']}") for i in reversed(incidents)]
+    return [("policies", of_kind("POLICY")), ("reward models", of_kind("REWARD")), ("batches", batches_drawn), ("incidents", stops)]
+
+
+def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each phase its curves: {measure, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
+    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} ORDER BY commit_seq"
+    by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in ask(sql, values, MOST_STEPS).records():
+        by_phase[row["phase"]].append(row)
+    return [{"phase": phase, **curves_of(phase, rows)} for phase, rows in by_phase.items()]
+
+
+def curves_of(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    starts: list[dict[str, int]] = []
+    for at, row in enumerate(rows):
+        if not starts or starts[-1]["number"] != row["number"]:
+            starts.append({"at": at, "number": row["number"]})
+        for name, value in row["measures"].items():
+            points[name].append((at, value))
+    known = CURVES.get(phase, {})
+    names = [name for name in known if name in points] + sorted(set(points) - set(known) - UNSHOWN)
+    curves = [
+        {"measure": name, "title": known.get(name, (name, ""))[0], "unit": known.get(name, ("", ""))[1], "points": thin(points[name])}
+        for name in names
+    ]
+    return {"steps": len(rows), "updates": starts, "curves": curves, "main": len(known)}
+
+
+def thin(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most POINTS points: each the mean of as many neighbours."""
+    size = -(-len(points) // POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each PPO update the reward that it reached and the KL to the reference that it cost (Bai et al. 2022, figure 13)."""
+    found = []
+    for update in updates:
+        measures = update["metrics"] or {}
+        kl = next((measures[name] for name in ("kl_ref", "kl_rollouts") if name in measures), None)
+        if update["kind"] == "POLICY" and kl is not None and "reward_mean" in measures:
+            found.append({"version": update["version"], "kl": kl, "reward": measures["reward_mean"]})
+    return found
+
+
+def batches(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    sql = f"""SELECT created_at, phase, number, len(record_ids) AS rows, base_policy_version, base_reward_version, commit_seq_from,
+                     commit_seq_to, mix, content_hash, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
+    return ask(sql, values, 50).records()
+
+
+def staleness(ask: Ask, run: str) -> list[dict[str, Any]]:
+    """For each PPO batch how old its answers were when it was drawn: in policy versions, and in seconds."""
+    return ask(
+        """WITH drawn AS (SELECT record_id AS batch, created_at, commit_seq, number, phase, base_policy_version,
+                                 unnest(record_ids) AS row FROM batches
+                          WHERE phase = 'ppo' AND ($run = '' OR run_id = $run))
+           SELECT drawn.number, any_value(drawn.created_at) AS created_at, count(*) AS rows,
+                  avg(base_policy_version - policy_version) AS versions, max(base_policy_version - policy_version) AS most_versions,
+                  avg(epoch(drawn.created_at - responses.created_at)) AS age_s,
+                  max(epoch(drawn.created_at - responses.created_at)) AS most_age_s
+           FROM drawn JOIN responses ON responses.record_id = drawn.row GROUP BY drawn.batch, drawn.number, drawn.commit_seq
+           ORDER BY drawn.commit_seq DESC""",
+        {"run": run},
+        50,
+    ).records()
