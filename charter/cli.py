@@ -30,7 +30,7 @@ STAGES = ("respond", "critique", "revise", "judge", "sink")
 KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),
-    "Look": ("status", "show", "sql", "tail", "doctor", "config"),
+    "Look": ("dashboard", "status", "show", "sql", "tail", "doctor", "config"),
     "Principles": ("constitution", "eval"),
     "Again": ("replay", "runs", "dlq"),
     "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
@@ -462,8 +462,9 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 def register() -> None:
     """The verbs that live in files of their own."""
     from charter import completion, constitution, dead_letters, doctor, evaluate, replay, storage, topics, up
+    from charter.dashboard import verb as dashboard
 
-    for module in (completion, constitution, dead_letters, doctor, evaluate, replay, storage, topics, up):
+    for module in (completion, constitution, dashboard, dead_letters, doctor, evaluate, replay, storage, topics, up):
         for verb in module.VERBS:
             cli.add_command(verb)
 

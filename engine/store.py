@@ -53,9 +53,7 @@ class Store:
         self.path = path
         self.gate = Gate(path.with_suffix(".gate"))
 
-    def query(
-        self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S
-    ) -> Rows:
+    def query(self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S) -> Rows:
         """Run one read-only statement.
 
         Raises UsageError for a statement that is wrong, not a read, or longer than `limit_s` seconds, and StoreBusy when the

@@ -144,7 +144,9 @@ class Dashboard:
 
     def preferences(self, request: Request) -> View:
         run = request.query_params.get("run", "")
-        return seen("preferences", "Preferences", self.desk.look(("preferences", run), lambda ask: preferences.gather(ask, run)))
+        return seen(
+            "preferences", "Preferences", self.desk.look(("preferences", run), lambda ask: preferences.gather(ask, run))
+        )
 
     def training(self, request: Request) -> View:
         run = request.query_params.get("run", "")
@@ -160,7 +162,9 @@ class Dashboard:
         statement = request.query_params.get("q", "").strip()
         tables = self.desk.look(("tables",), sql.tables)
         look = self.desk.once(lambda ask: sql.run(ask, statement)) if statement else Look(None, tables.trouble)
-        return seen("sql", "SQL", look, statement=statement, documented=sql.documented(), tables=(tables.data or {}).get("tables", []))
+        return seen(
+            "sql", "SQL", look, statement=statement, documented=sql.documented(), tables=(tables.data or {}).get("tables", [])
+        )
 
     def runs(self, request: Request) -> View:
         look = self.desk.look(("listed",), lambda ask: {"listed": runs.listed(ask)})
@@ -236,7 +240,9 @@ class Dashboard:
             count = letters.retry(self.settings, look.data["letters"])
         except CharterError as error:
             status = 503 if error.exit_code == 3 else 400
-            return sent(request, self.render(request, View("plain", "Dead letters", None, error, status=status)), "text/html", status)
+            return sent(
+                request, self.render(request, View("plain", "Dead letters", None, error, status=status)), "text/html", status
+            )
         return RedirectResponse(link("/dead-letters", run=form.get("run", ""), retried=str(count)), 303)
 
 

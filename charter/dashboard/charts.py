@@ -111,7 +111,9 @@ def path(frame: Frame, points: Sequence[Point], kind: str) -> Markup:
     return tag("path", d=steps, class_=kind)
 
 
-def curve(points: Sequence[Sequence[float]], label: str, x_name: str, y_name: str, starts: Sequence[dict[str, int]] = ()) -> Markup:
+def curve(
+    points: Sequence[Sequence[float]], label: str, x_name: str, y_name: str, starts: Sequence[dict[str, int]] = ()
+) -> Markup:
     """One measure over steps; `starts` are where an update begins."""
     good = [(float(x), float(y)) for x, y in points if y is not None]
     if not good:
@@ -139,7 +141,9 @@ def frontier(points: Sequence[dict[str, Any]], label: str) -> Markup:
     for kl, reward, version in good:
         parts += [dot(frame.x(kl), frame.y(reward), f"policy {version}: reward {reward:.4g} at {kl:.4g} nats", "dot s0")]
         end = frame.x(kl) > WIDTH - 60
-        parts += [text(frame.x(kl) + (-7 if end else 7), frame.y(reward) - 6, f"policy {version}", "mark", "end" if end else "start")]
+        parts += [
+            text(frame.x(kl) + (-7 if end else 7), frame.y(reward) - 6, f"policy {version}", "mark", "end" if end else "start")
+        ]
     return svg(label, parts)
 
 
@@ -191,7 +195,11 @@ def orders(forward: float | None, backward: float | None, mean: float | None, la
         return 10 + share * (width - 20)
 
     parts = [line(x(0), y, x(1), y, "axis"), line(x(0.5), y - 9, x(0.5), y + 9, "grid strong")]
-    parts += [text(x(0), 48, "B wins", "tick"), text(x(0.5), 48, "0.5", "tick", "middle"), text(x(1), 48, "A wins", "tick", "end")]
+    parts += [
+        text(x(0), 48, "B wins", "tick"),
+        text(x(0.5), 48, "0.5", "tick", "middle"),
+        text(x(1), 48, "A wins", "tick", "end"),
+    ]
     if forward is not None and backward is not None:
         parts.append(line(x(forward), y, x(backward), y, "whisker s0"))
         parts.append(dot(x(forward), y, f"A shown first: {forward:.3f}", "dot s0", 5))
@@ -211,7 +219,9 @@ def sparkline(counts: Sequence[int] | None, label: str) -> Markup:
     for n, count in enumerate(counts):
         size = count / max(counts) * (height - 2)
         if count:
-            parts.append(tag("rect", x=n * wide, y=height - max(size, 1.0), width=wide - 0.5, height=max(size, 1.0), class_="bar s0"))
+            parts.append(
+                tag("rect", x=n * wide, y=height - max(size, 1.0), width=wide - 0.5, height=max(size, 1.0), class_="bar s0")
+            )
     return svg(label, parts, len(counts) * wide, height, "inline")
 
 

@@ -18,11 +18,11 @@ WIDE: Places = {
     "policies": (982, 180), "sink": (70, 180),
 }  # fmt: skip
 TALL: Places = {
-    "prompts": (72, 40), "respond": (262, 40), "responses": (72, 128), "critique": (262, 128), "critiques": (72, 216),
-    "revise": (262, 216), "revisions": (72, 304), "judge": (262, 304), "preferences": (72, 392), "train": (262, 392),
-    "policies": (72, 480), "sink": (262, 480),
+    "prompts": (84, 56), "respond": (280, 56), "responses": (84, 144), "critique": (280, 144), "critiques": (84, 232),
+    "revise": (280, 232), "revisions": (84, 320), "judge": (280, 320), "preferences": (84, 408), "train": (280, 408),
+    "policies": (84, 496), "sink": (280, 496),
 }  # fmt: skip
-SIZES = {"wide": (1052, 250), "tall": (336, 530)}
+SIZES = {"wide": (1052, 250), "tall": (344, 530)}
 OUTPUT = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences", "train": "policies"}
 
 
@@ -38,7 +38,9 @@ def draw(shape: str, reads: Mapping[str, Any], notes: Mapping[str, Mapping[str, 
     places = WIDE if shape == "wide" else TALL
     width, height = SIZES[shape]
     arrow = tag("path", d="M0 0 L8 4 L0 8 z")
-    marker = tag("marker", arrow, id=f"arrow-{shape}", viewBox="0 0 8 8", refX=7, refY=4, markerWidth=7, markerHeight=7, orient="auto")
+    marker = tag(
+        "marker", arrow, id=f"arrow-{shape}", viewBox="0 0 8 8", refX=7, refY=4, markerWidth=7, markerHeight=7, orient="auto"
+    )
     parts = [tag("defs", marker)]
     parts += [arrow_between(shape, places, one, other) for one, other in edges(reads)]
     parts += [node(name, place, notes.get(name, {})) for name, place in places.items()]
@@ -69,7 +71,7 @@ def arrow_between(shape: str, places: Places, one: str, other: str) -> Markup:
     elif (one, other) == ("policies", "respond") and shape == "wide":
         steps = f"M{x1} {y1 + tall} v22 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + tall + 3}"
     elif (one, other) == ("policies", "respond"):
-        steps = f"M{x1 - half} {y1} h-6 q-8 0 -8 -8 V18 q0 -8 8 -8 H{x2} V{y2 - tall - 3}"
+        steps = f"M{x1 - half} {y1} h-8 q-10 0 -10 -10 V18 q0 -10 10 -10 H{x2 - 10} q10 0 10 10 V{y2 - tall - 3}"
     elif (one, other) == ("revisions", "critique") and shape == "wide":
         steps = f"M{x1} {y1 - tall} C{x1} 2 {x2} 2 {x2} {y2 - tall - 3}"
     elif shape == "wide":

@@ -1,127 +1,107 @@
-"""The preferences view: who wins under which principle, whether the order of the answers decides, and whether labels hold."""
+"""The preferences view: who wins under which principle, whether the order of the answers decides, and whether labels hold.
+
+It asks the views of `engine/figures.sql`; over several runs their counts are added and the intervals taken anew.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from charter.dashboard.intervals import of_mean, of_share
+from charter.dashboard.intervals import of_share
 from engine.store import Ask
 
 BINS = 10
-
-# One row a judgement of a run (a run's records are those that it made, those too that another run had made before).
-JUDGED = """SELECT DISTINCT ON (record_id) record_id, prompt_id, response_id, a_candidate, b_candidate, hash(a) AS a, hash(b) AS b,
-                   principle_id, pairing, outcome, label_source, p_a, p_forward, p_backward, gap, mass, flipped
-            FROM raw.preferences WHERE run_id = $run"""
-ALL = """SELECT record_id, prompt_id, response_id, a_candidate, b_candidate, hash(a) AS a, hash(b) AS b, principle_id, pairing,
-                outcome, label_source, p_a, p_forward, p_backward, gap, mass, flipped FROM preferences WHERE $run = ''"""
+OF_RUN = "($run = '' OR run_id = $run)"
 
 
 def gather(ask: Ask, run: str) -> dict[str, Any]:
     """Everything about the labels; of one run, or of all when `run` is empty."""
-    judged = f"WITH judged AS NOT MATERIALIZED ({JUDGED if run else ALL})"
     values = {"run": run}
+    outcomes = f"SELECT outcome, label_source, count(*) AS n FROM preferences WHERE {OF_RUN} GROUP BY ALL ORDER BY n DESC"
     return {
         "run": run,
-        "outcomes": ask(f"{judged} SELECT outcome, label_source, count(*) AS n FROM judged GROUP BY ALL ORDER BY n DESC", values).records(),
-        "principles": principles(ask, judged, values),
-        "revising": revising(ask, run),
-        "position": position(ask, judged, values),
-        "labels": histogram(ask, judged, values),
-        "reward_calibration": reward_calibration(ask, judged, values),
-        "human_calibration": human_calibration(ask, judged, values),
-        "agreement": agreement(ask, judged, values),
+        "outcomes": ask(outcomes, values).records(),
+        "principles": principles(ask, values),
+        "rounds": rounds(ask, values),
+        "position": position(ask, values),
+        "labels": histogram(ask, "p_a", f"preference_labels WHERE {OF_RUN}", values),
+        "reward_calibration": reward_calibration(ask, values),
+        "human_calibration": human_calibration(ask, values),
+        "agreement": agreement(ask, values),
     }
 
 
-def principles(ask: Ask, judged: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each judging principle: how often it gives a label, how sure, how often the order of the answers turns it around.
-
-    `win` is the mean probability that the first-named answer wins; with the pairing `revision` that is the revision.
-    """
-    sql = f"""{judged} SELECT principle_id AS principle, pairing, count(*) AS judged, count(p_a) FILTER (outcome = 'OK') AS labels,
-                     avg(p_a) FILTER (outcome = 'OK') AS win, stddev_samp(p_a) FILTER (outcome = 'OK') AS deviation,
-                     avg(2 * abs(p_a - 0.5)) FILTER (outcome = 'OK') AS sureness,
-                     count(*) FILTER (flipped) AS flips, avg(gap) AS gap, avg(mass) AS mass
-              FROM judged WHERE label_source <> 'HUMAN' GROUP BY ALL ORDER BY judged DESC, principle LIMIT 100"""
+def principles(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each principle as a critic's and as a judge's: how often it fires, and how often its revision (or `a`) wins."""
+    sql = f"""SELECT stage, principle_id AS principle, pairing, sum(asked)::BIGINT AS asked, sum(answered)::BIGINT AS answered,
+                     sum(fired)::BIGINT AS fired, sum(compared)::BIGINT AS compared, sum(wins) AS wins, sum(refused)::BIGINT AS refused
+              FROM principle_stats WHERE {OF_RUN} GROUP BY ALL ORDER BY stage DESC, asked DESC, principle LIMIT 200"""
     rows = ask(sql, values).records()
+    bias = {row["principle"]: row for row in ask(POSITION.format(by="principle_id AS principle,"), values).records()}
     for row in rows:
-        row["win_interval"] = clipped(of_mean(row["win"], row.pop("deviation"), row["labels"]))
-        row["flip_share"] = row["flips"] / row["judged"]
-        row["flip_interval"] = of_share(row["flips"], row["judged"])
+        row |= shares("fire", row["fired"], row["answered"]) | shares("win", row["wins"], row["compared"])
+        flips = bias.get(row["principle"], {"flips": 0, "judged": 0}) if row["stage"] == "judge" else {"flips": 0, "judged": 0}
+        row |= shares("flip", flips["flips"], flips["judged"])
     return rows
 
 
-def revising(ask: Ask, run: str) -> list[dict[str, Any]]:
-    """For each critique principle: how often a text was flawed, and how often its revision was better than what it revised."""
-    source = "raw.critiques WHERE run_id = $run AND" if run else "critiques WHERE $run = '' AND"
-    sql = f"""SELECT principle_id AS principle, count(*) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS verdicts,
-                     count(*) FILTER (verdict = 'FLAWED') AS flawed, count(p_better) AS compared,
-                     count(*) FILTER (p_better > 0.5) AS better, avg(p_better) AS p_better
-              FROM {source} principle_id IS NOT NULL GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 100"""
-    rows = ask(sql, {"run": run}).records()
-    for row in rows:
-        row["flawed_interval"] = of_share(row["flawed"], row["verdicts"])
-        row["better_interval"] = of_share(row["better"], row["compared"])
-    return rows
+POSITION = f"""SELECT {{by}} sum(judged)::BIGINT AS judged, sum(flips)::BIGINT AS flips,
+                      sum(first_place * judged) / sum(judged) AS first_place, sum(mean_gap * judged) / sum(judged) AS mean_gap
+               FROM position_bias WHERE {OF_RUN} GROUP BY ALL"""
 
 
-def clipped(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
+def shares(name: str, hits: float, of: int) -> dict[str, Any]:
+    """A share and its interval."""
+    return {f"{name}_share": hits / of if of else None, f"{name}_interval": of_share(hits, of)}
 
 
-def position(ask: Ask, judged: str, values: dict[str, Any]) -> dict[str, Any]:
-    """How much the judge favours the answer that it is shown first: 0.5 is not at all (Zheng et al. 2023, section 3.3)."""
-    sql = f"""{judged} SELECT count(*) AS n, avg(first) AS mean, stddev_samp(first) AS deviation,
-                     count(*) FILTER (flipped) AS flips, avg(gap) AS gap
-              FROM (SELECT *, (p_forward + 1 - p_backward) / 2 AS first FROM judged
-                    WHERE p_forward IS NOT NULL AND p_backward IS NOT NULL)"""
-    found = ask(sql, values).records()[0]
-    found["interval"] = clipped(of_mean(found["mean"], found.pop("deviation"), found["n"]))
-    found["flip_interval"] = of_share(found["flips"], found["n"])
-    gaps = f"""{judged} SELECT least({BINS - 1}, floor(gap * {BINS}))::INTEGER AS bin, count(*) AS n FROM judged
-               WHERE gap IS NOT NULL GROUP BY 1"""
-    return found | {"gaps": bins(ask(gaps, values).rows)}
+def rounds(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each round of revision does."""
+    sql = f"""SELECT number, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable, sum(compared)::BIGINT AS compared,
+                     sum(wins) AS wins, sum(mean_similarity * revisions) / sum(revisions) AS similarity,
+                     sum(mean_length_change * revisions) / sum(revisions) AS length_change, sum(satisfied)::BIGINT AS satisfied,
+                     sum(lost)::BIGINT AS lost, sum(last_round)::BIGINT AS last_round
+              FROM revision_effect WHERE {OF_RUN} GROUP BY 1 ORDER BY 1 LIMIT 50"""
+    return [row | shares("win", row["wins"] or 0, row["compared"]) for row in ask(sql, values).records()]
 
 
-def histogram(ask: Ask, judged: str, values: dict[str, Any]) -> list[int]:
-    """How many labels fall into each tenth of p(a)."""
-    sql = f"""{judged} SELECT least({BINS - 1}, floor(p_a * {BINS}))::INTEGER AS bin, count(*) AS n FROM judged
-              WHERE outcome = 'OK' AND p_a IS NOT NULL GROUP BY 1"""
-    return bins(ask(sql, values).rows)
+def position(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
+    """How much judges favour the answer that they are shown first: a half is not at all (Zheng et al. 2023, section 3.3)."""
+    found = ask(POSITION.format(by=""), values).records()
+    both = found[0] if found else {"judged": 0, "flips": 0, "first_place": None, "mean_gap": None}
+    gaps = histogram(ask, "gap", f"preferences WHERE {OF_RUN} AND label_source = 'AI'", values)
+    return both | shares("flip", both["flips"] or 0, both["judged"] or 0) | {"gaps": gaps}
 
 
-def bins(rows: list[tuple[Any, ...]]) -> list[int]:
+def histogram(ask: Ask, column: str, source: str, values: dict[str, Any]) -> list[int]:
+    """How many values of a column fall into each tenth of the span from 0 to 1."""
+    sql = f"""SELECT least({BINS - 1}, floor({column} * {BINS}))::INTEGER AS bin, count(*) AS n
+              FROM {source} AND {column} IS NOT NULL AND NOT isnan({column}) GROUP BY 1"""
     found = [0] * BINS
-    for number, n in rows:
+    for number, n in ask(sql, values).rows:
         found[number] = n
     return found
 
 
-def reward_calibration(ask: Ask, judged: str, values: dict[str, Any]) -> dict[str, Any]:
+def reward_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
     """Whether the reward model's margin means what it says: sigmoid(score a - score b) against how often the judge prefers a.
 
-    Pairs of the newest reward model that scored both answers.
+    Pairs of which the newest reward model that looked at them has scored both answers.
     """
-    sql = f"""{judged}, newest AS (SELECT response_id, candidate, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
+    sql = f"""WITH newest AS (SELECT response_id, candidate, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
               SELECT least({BINS - 1}, floor(p * {BINS}))::INTEGER AS bin, count(*) AS n, avg(p) AS said,
                      count(*) FILTER (p_a > 0.5) AS hits
-              FROM (SELECT p_a, 1 / (1 + exp(one.score * -1 + two.score)) AS p FROM judged
-                    JOIN newest one ON one.response_id = judged.response_id AND one.candidate = a_candidate
-                    JOIN newest two ON two.response_id = judged.response_id AND two.candidate = b_candidate
-                    WHERE outcome = 'OK' AND p_a IS NOT NULL AND p_a <> 0.5) GROUP BY 1 ORDER BY 1"""
+              FROM (SELECT p_a, 1 / (1 + exp(two.score - one.score)) AS p FROM preferences
+                    JOIN newest one ON one.response_id = preferences.response_id AND one.candidate = a_candidate
+                    JOIN newest two ON two.response_id = preferences.response_id AND two.candidate = b_candidate
+                    WHERE {OF_RUN} AND outcome = 'OK' AND p_a <> 0.5) GROUP BY 1 ORDER BY 1"""
     return reliability(ask(sql, values).records())
 
 
-def human_calibration(ask: Ask, judged: str, values: dict[str, Any]) -> dict[str, Any]:
+def human_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
     """Whether the judge's probability means what it says, where a person has labelled the same pair."""
-    sql = f"""{judged}, people AS (
-                  SELECT prompt_id, a, b, p_a FROM judged WHERE label_source = 'HUMAN' AND p_a IS NOT NULL
-                  UNION ALL SELECT prompt_id, b, a, 1 - p_a FROM judged WHERE label_source = 'HUMAN' AND p_a IS NOT NULL)
-              SELECT least({BINS - 1}, floor(judged.p_a * {BINS}))::INTEGER AS bin, count(*) AS n, avg(judged.p_a) AS said,
-                     count(*) FILTER (people.p_a > 0.5) AS hits
-              FROM judged JOIN people USING (prompt_id, a, b)
-              WHERE label_source = 'AI' AND outcome = 'OK' AND judged.p_a IS NOT NULL AND people.p_a <> 0.5 GROUP BY 1 ORDER BY 1"""
+    sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS said, sum(human_share * pairs) AS hits
+              FROM label_calibration WHERE {OF_RUN} GROUP BY 1 ORDER BY 1"""
     return reliability(ask(sql, values).records())
 
 
@@ -134,21 +114,9 @@ def reliability(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"n": n, "error": error, "bins": rows}
 
 
-def agreement(ask: Ask, judged: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """How often two labels of the same pair prefer the same answer: judge and person, and one judgement and another."""
-    sql = f"""{judged}, labels AS (SELECT prompt_id, least(a, b) AS x, greatest(a, b) AS y, label_source,
-                     CASE WHEN a <= b THEN p_a ELSE 1 - p_a END > 0.5 AS x_wins, principle_id
-              FROM judged WHERE outcome = 'OK' AND p_a IS NOT NULL AND p_a <> 0.5),
-              pairs AS (SELECT count(*) FILTER (label_source = 'AI') AS ai, count(*) FILTER (label_source = 'AI' AND x_wins) AS ai_x,
-                     count(*) FILTER (label_source = 'HUMAN') AS human, count(*) FILTER (label_source = 'HUMAN' AND x_wins) AS human_x
-              FROM labels GROUP BY prompt_id, x, y HAVING count(*) > 1)
-              SELECT 'judge and judge' AS who, sum(ai * (ai - 1) // 2)::BIGINT AS n,
-                     sum(ai_x * (ai_x - 1) // 2 + (ai - ai_x) * (ai - ai_x - 1) // 2)::BIGINT AS same FROM pairs
-              UNION ALL SELECT 'judge and person', sum(ai * human)::BIGINT,
-                     sum(ai_x * human_x + (ai - ai_x) * (human - human_x))::BIGINT FROM pairs
-              UNION ALL SELECT 'person and person', sum(human * (human - 1) // 2)::BIGINT,
-                     sum(human_x * (human_x - 1) // 2 + (human - human_x) * (human - human_x - 1) // 2)::BIGINT FROM pairs"""
-    rows = [row for row in ask(sql, values).records() if row["n"]]
-    for row in rows:
-        row["share"], row["interval"] = row["same"] / row["n"], of_share(row["same"], row["n"])
-    return rows
+def agreement(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """How often judge and person prefer the same answer, by judge."""
+    sql = f"""SELECT model, preset, sum(pairs)::BIGINT AS pairs, sum(decided)::BIGINT AS decided, sum(agreed)::BIGINT AS agreed,
+                     sum(brier * pairs) / sum(pairs) AS brier
+              FROM label_agreement WHERE {OF_RUN} GROUP BY ALL ORDER BY pairs DESC LIMIT 50"""
+    return [row | shares("agreement", row["agreed"], row["decided"]) for row in ask(sql, values).records()]

@@ -94,7 +94,9 @@ def compared(ask: Ask, run: str, other: str) -> dict[str, Any]:
     mine = ask("SELECT * FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC", [run], 1).records()[0]
     sides = []
     for manifest in (mine, rows[0]):
-        settings = {k: v for k, v in flat_settings(manifest["settings"]).items() if k != "run.id" and not k.startswith("replay.")}
+        settings = {
+            k: v for k, v in flat_settings(manifest["settings"]).items() if k != "run.id" and not k.startswith("replay.")
+        }
         constitution = manifest["constitution"] or {}
         settings["constitution"] = f"{constitution.get('name')} {constitution.get('version')}"
         settings["constitution hash"] = constitution.get("hash")
@@ -111,7 +113,12 @@ def models(ask: Ask, run: str) -> list[dict[str, Any]]:
     """Which weights, prompt template and policy made the records of each stage."""
     parts = [
         f"SELECT '{stage}' AS stage, model, policy_version, template_hash, count(*) AS records FROM raw.{table} WHERE run_id = $run GROUP BY ALL"
-        for stage, table in (("respond", "responses"), ("critique", "critiques"), ("revise", "revisions"), ("judge", "preferences"))
+        for stage, table in (
+            ("respond", "responses"),
+            ("critique", "critiques"),
+            ("revise", "revisions"),
+            ("judge", "preferences"),
+        )
     ]
     return ask(f"{' UNION ALL '.join(parts)} ORDER BY stage, policy_version", {"run": run}, 200).records()
 

@@ -91,7 +91,9 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"{text[:40]} is no place in the list", "it must be a whole number", "go back to the first page") from None
+        raise UsageError(
+            f"{text[:40]} is no place in the list", "it must be a whole number", "go back to the first page"
+        ) from None
 
 
 def add_what_became(ask: Ask, stories: list[dict[str, Any]]) -> None:
@@ -129,15 +131,19 @@ def facets(ask: Ask, run: str) -> dict[str, list[Any]]:
 
 # One story
 
+# A prompt of the stream, or one that only people's data is about.
+ONE = """SELECT a.*, p.run_id FROM all_prompts a LEFT JOIN prompts p USING (prompt_id)
+         WHERE a.prompt_id = TRY_CAST(? AS UUID) AND (p.prompt_id IS NULL OR p.prompt_id = TRY_CAST(? AS UUID)) LIMIT 1"""
+
 
 def story(ask: Ask, prompt: str) -> dict[str, Any]:
     """Everything that became of the prompt with this id; the prompt is None when there is no such one (any more)."""
-    found = ask("SELECT * FROM prompts WHERE prompt_id = TRY_CAST(? AS UUID) ORDER BY commit_seq LIMIT 1", [prompt]).records()
+    found = ask(ONE, [prompt, prompt]).records()
     if not found:
         return {"prompt": None, "id": prompt}
     rows = {
         table: ask(f"SELECT * FROM {table} WHERE prompt_id = ?::UUID ORDER BY commit_seq", [prompt], most=200).records()
-        for table in (*MADE, "scores")
+        for table in (*MADE, "scores", "demonstrations")
     }
     letters = "SELECT record_id, stage, kind, error_class, message, created_at FROM dead_letters WHERE source_key = encode(?)"
     return {
@@ -146,6 +152,7 @@ def story(ask: Ask, prompt: str) -> dict[str, Any]:
         "answers": answers_of(rows["responses"], rows["scores"]),
         "chains": chains_of(rows["critiques"], rows["revisions"]),
         "preferences": rows["preferences"],
+        "demonstrations": rows["demonstrations"],
         "dead_letters": ask(letters, [prompt], most=50).records(),
         "principles": principles(ask, [row["constitution"] for table in MADE for row in rows[table]]),
     }

@@ -35,7 +35,7 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
     values = {"run": run}
     of_run = "WHERE $run = '' OR run_id = $run"
     updates = ask(
-        f"""SELECT kind, version, phase, base_version, batch_id, uri, content_hash, metrics, created_at
+        f"""SELECT kind, version, phase, base_version, batch_id, uri, metrics, created_at
             FROM policies {of_run} ORDER BY commit_seq""",
         values,
         500,
@@ -66,9 +66,16 @@ def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents:
         chosen = [update for update in updates if update["kind"] == kind]
         return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in chosen]
 
-    batches_drawn = [(b["created_at"], b["phase"], f"{b['phase']} batch {b['number']}: {b['rows']} rows") for b in reversed(drawn)]
+    batches_drawn = [
+        (b["created_at"], b["phase"], f"{b['phase']} batch {b['number']}: {b['rows']} rows") for b in reversed(drawn)
+    ]
     stops = [(i["created_at"], "", f"{i['phase']}: {i['what']}") for i in reversed(incidents)]
-    return [("policies", of_kind("POLICY")), ("reward models", of_kind("REWARD")), ("batches", batches_drawn), ("incidents", stops)]
+    return [
+        ("policies", of_kind("POLICY")),
+        ("reward models", of_kind("REWARD")),
+        ("batches", batches_drawn),
+        ("incidents", stops),
+    ]
 
 
 def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,7 +98,12 @@ def curves_of(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     known = CURVES.get(phase, {})
     names = [name for name in known if name in points] + sorted(set(points) - set(known) - UNSHOWN)
     curves = [
-        {"measure": name, "title": known.get(name, (name, ""))[0], "unit": known.get(name, ("", ""))[1], "points": thin(points[name])}
+        {
+            "measure": name,
+            "title": known.get(name, (name, ""))[0],
+            "unit": known.get(name, ("", ""))[1],
+            "points": thin(points[name]),
+        }
         for name in names
     ]
     return {"steps": len(rows), "updates": starts, "curves": curves, "main": len(known)}
@@ -117,7 +129,7 @@ def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def batches(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     sql = f"""SELECT created_at, phase, number, len(record_ids) AS rows, base_policy_version, base_reward_version, commit_seq_from,
-                     commit_seq_to, mix, content_hash, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
+                     commit_seq_to, mix, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
     return ask(sql, values, 50).records()
 
 
