@@ -49,7 +49,7 @@ NAVIGATION = (
 
 @dataclass(frozen=True)
 class View:
-    """What one request shows: `data` of the database (None: it cannot be read, see `trouble`), and what does not come from it."""
+    """What one request shows: `data` of the database (None: it cannot be read, see `trouble`), and what is `beside` it."""
 
     template: str
     title: str

@@ -1,8 +1,8 @@
 """Charts as SVG, made here so that the report can have them without a script.
 
 Colours are Okabe and Ito's, which people with any colour vision can tell apart; where colour tells series apart, the stroke or
-the marker does too. Every mark carries its figures as a title; a screen reader gets the chart's label. Sizes are in the SVG's own
-units, which are about a pixel.
+the marker does too. Every mark carries its figures as a title; a screen reader gets the chart's label. Sizes are in the SVG's
+own units, which are about a pixel.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def reliability(bins: Sequence[dict[str, Any]], label: str, x_name: str, y_name:
     frame = Frame((0.0, 1.0), (0.0, 1.0), x_name, y_name, height=260)
     parts = [*frame.axes(), line(frame.x(0), frame.y(0), frame.x(1), frame.y(1), "diagonal")]
     for each in bins:
-        x, low, high = frame.x(each["said"]), *each["interval"]
+        x, (low, high) = frame.x(each["said"]), each["interval"]
         parts.append(line(x, frame.y(low), x, frame.y(high), "whisker s0"))
         title = f"said {each['said']:.2f}, was {each['share']:.2f} (95 % interval {low:.2f} to {high:.2f}, {each['n']:,} pairs)"
         parts.append(dot(x, frame.y(each["share"]), title, "dot s0"))
@@ -226,7 +226,7 @@ def sparkline(counts: Sequence[int] | None, label: str) -> Markup:
 
 
 def timeline(lanes: Sequence[tuple[str, Sequence[tuple[str, str, str]]]], label: str, width: float = 720) -> Markup:
-    """Lanes of events in time: (lane, [(ISO time, mark, title)]). Marks that would cover each other are left out, never events."""
+    """Lanes of events in time: (lane, [(ISO time, mark, title)]). Marks that would cover others are left out, never events."""
     times = [seconds_of(at) for _, events in lanes for at, _, _ in events]
     if not times:
         return Markup("")

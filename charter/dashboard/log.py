@@ -55,21 +55,23 @@ class LogWatch:
     def watch(self) -> None:
         bus: Bus | None = None
         while not self.stopping:
+            rows = trouble = None
             if time.monotonic() - self.asked < WATCHED_FOR_S:
                 run_id = self.run
                 try:
                     bus = bus or self.open()
-                    answer = {"rows": rows_of(bus, self.settings, self.desk, run_id), "trouble": None}
+                    rows = rows_of(bus, self.settings, self.desk, run_id)
                 except CharterError as error:
-                    answer = {"rows": None, "trouble": [error.what, error.why, error.fix]}
-                    bus = closed(bus)
-                self.found = {run_id: answer}
+                    trouble = [error.what, error.why, error.fix]
+                self.found = {run_id: {"rows": rows, "trouble": trouble}}
                 self.news.set()
-            else:
-                bus = closed(bus)
+            if bus and rows is None:  # it is away, or nobody watches
+                bus.close()
+                bus = None
             self.wake.wait(LOOK_EVERY_S)
             self.wake.clear()
-        closed(bus)
+        if bus:
+            bus.close()
 
     def open(self) -> Bus:
         """The log as it is. A look never makes one."""
@@ -88,11 +90,6 @@ class LogWatch:
         self.wake.set()
         if self.thread:
             self.thread.join(timeout=LOOK_EVERY_S)
-
-
-def closed(bus: Bus | None) -> None:
-    if bus is not None:
-        bus.close()
 
 
 def rows_of(bus: Bus, settings: Settings, desk: Desk, run_id: str) -> list[dict[str, Any]]:

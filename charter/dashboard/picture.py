@@ -29,12 +29,11 @@ OUTPUT = {"respond": "responses", "critique": "critiques", "revise": "revisions"
 def edges(reads: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Arrows: from the topics that a stage reads, to the topic that it writes."""
     found = [(topic, stage) for stage, topics in reads.items() for topic in topics]
-    found += [(stage, topic) for stage, topic in OUTPUT.items()]
-    return [*found, ("preferences", "train"), ("policies", "respond")]
+    return [*found, *OUTPUT.items(), ("preferences", "train"), ("policies", "respond")]
 
 
 def draw(shape: str, reads: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> Markup:
-    """The picture in one `shape` (wide or tall). `notes` has for each name its lines: first, second, and whether it is in trouble."""
+    """The picture in one `shape` (wide or tall). `notes` has for each name its two lines, its state, title and address."""
     places = WIDE if shape == "wide" else TALL
     width, height = SIZES[shape]
     arrow = tag("path", d="M0 0 L8 4 L0 8 z")
@@ -78,5 +77,6 @@ def arrow_between(shape: str, places: Places, one: str, other: str) -> Markup:
         steps = f"M{x1} {y1 + tall} C{x1} {y2} {x1} {y2} {x2 - half - 3} {y2}"
     else:
         side = 1 if x2 > x1 else -1
-        steps = f"M{x1 + side * half} {y1 + 6} C{x1 + side * (half + 50)} {y1 + 20} {x2 - side * (half + 40)} {y2 - 16} {x2 - side * (half + 3)} {y2 - 6}"
+        start, end = x1 + side * half, x2 - side * (half + 3)
+        steps = f"M{start} {y1 + 6} C{start + side * 50} {y1 + 20} {end - side * 37} {y2 - 16} {end} {y2 - 6}"
     return tag("path", d=steps, class_="edge loop" if one == "policies" else "edge", marker_end=f"url(#arrow-{shape})")

@@ -50,7 +50,8 @@ def counts(ask: Ask, run: str, since: datetime) -> list[dict[str, Any]]:
 def history(ask: Ask, run: str, start: datetime, bucket_s: float | None) -> dict[str, list[int]]:
     """Records in each of BUCKETS spans of time, from the first record to the last."""
     parts = [
-        f"""SELECT '{topic}' AS topic, least({BUCKETS - 1}, floor(epoch(created_at - $start) / $step))::INTEGER AS bucket, count(*) AS n
+        f"""SELECT '{topic}' AS topic, least({BUCKETS - 1}, floor(epoch(created_at - $start) / $step))::INTEGER AS bucket,
+                   count(*) AS n
             FROM raw.{topic} WHERE NOT is_duplicate AND created_at >= $start AND ($run = '' OR run_id = $run) GROUP BY ALL"""
         for topic in STREAM
     ]

@@ -34,14 +34,15 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
 def principles(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
     """Each principle as a critic's and as a judge's: how often it fires, and how often its revision (or `a`) wins."""
     sql = f"""SELECT stage, principle_id AS principle, pairing, sum(asked)::BIGINT AS asked, sum(answered)::BIGINT AS answered,
-                     sum(fired)::BIGINT AS fired, sum(compared)::BIGINT AS compared, sum(wins) AS wins, sum(refused)::BIGINT AS refused
+                     sum(fired)::BIGINT AS fired, sum(compared)::BIGINT AS compared, sum(wins) AS wins,
+                     sum(refused)::BIGINT AS refused
               FROM principle_stats WHERE {OF_RUN} GROUP BY ALL ORDER BY stage DESC, asked DESC, principle LIMIT 200"""
     rows = ask(sql, values).records()
     bias = {row["principle"]: row for row in ask(POSITION.format(by="principle_id AS principle,"), values).records()}
     for row in rows:
-        row |= shares("fire", row["fired"], row["answered"]) | shares("win", row["wins"], row["compared"])
-        flips = bias.get(row["principle"], {"flips": 0, "judged": 0}) if row["stage"] == "judge" else {"flips": 0, "judged": 0}
-        row |= shares("flip", flips["flips"], flips["judged"])
+        row.update(shares("fire", row["fired"], row["answered"]) | shares("win", row["wins"], row["compared"]))
+        judged = bias.get(row["principle"]) if row["stage"] == "judge" else None
+        row.update(shares("flip", judged["flips"], judged["judged"]) if judged else shares("flip", 0, 0))
     return rows
 
 
@@ -57,8 +58,9 @@ def shares(name: str, hits: float, of: int) -> dict[str, Any]:
 
 def rounds(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
     """What each round of revision does."""
-    sql = f"""SELECT number, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable, sum(compared)::BIGINT AS compared,
-                     sum(wins) AS wins, sum(mean_similarity * revisions) / sum(revisions) AS similarity,
+    sql = f"""SELECT number, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable,
+                     sum(compared)::BIGINT AS compared, sum(wins) AS wins,
+                     sum(mean_similarity * revisions) / sum(revisions) AS similarity,
                      sum(mean_length_change * revisions) / sum(revisions) AS length_change, sum(satisfied)::BIGINT AS satisfied,
                      sum(lost)::BIGINT AS lost, sum(last_round)::BIGINT AS last_round
               FROM revision_effect WHERE {OF_RUN} GROUP BY 1 ORDER BY 1 LIMIT 50"""
@@ -100,7 +102,8 @@ def reward_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
 
 def human_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
     """Whether the judge's probability means what it says, where a person has labelled the same pair."""
-    sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS said, sum(human_share * pairs) AS hits
+    sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS said,
+                     sum(human_share * pairs) AS hits
               FROM label_calibration WHERE {OF_RUN} GROUP BY 1 ORDER BY 1"""
     return reliability(ask(sql, values).records())
 

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import charter
@@ -68,7 +69,7 @@ def without_login(value: Any) -> Any:
 def changes(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What changed each time that the run was started with another configuration, newest first."""
     found = []
-    for newer, older in zip(manifests, manifests[1:], strict=False):
+    for newer, older in pairwise(manifests):
         after, before = flat_settings(newer["settings"]), flat_settings(older["settings"])
         after["constitution"], before["constitution"] = newer["constitution"], older["constitution"]
         after["charter"], before["charter"] = newer["charter_version"], older["charter_version"]
@@ -112,7 +113,8 @@ def compared(ask: Ask, run: str, other: str) -> dict[str, Any]:
 def models(ask: Ask, run: str) -> list[dict[str, Any]]:
     """Which weights, prompt template and policy made the records of each stage."""
     parts = [
-        f"SELECT '{stage}' AS stage, model, policy_version, template_hash, count(*) AS records FROM raw.{table} WHERE run_id = $run GROUP BY ALL"
+        f"""SELECT '{stage}' AS stage, model, policy_version, template_hash, count(*) AS records
+            FROM raw.{table} WHERE run_id = $run GROUP BY ALL"""
         for stage, table in (
             ("respond", "responses"),
             ("critique", "critiques"),

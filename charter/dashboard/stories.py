@@ -27,7 +27,8 @@ FILTERS = {
     "outcome": "prompt_id IN (SELECT prompt_id FROM preferences WHERE outcome = $outcome)",
     "label": """prompt_id IN (SELECT prompt_id FROM preferences
                               WHERE CASE $label WHEN 'flipped' THEN flipped WHEN 'human' THEN label_source = 'HUMAN'
-                                                WHEN 'sure' THEN abs(p_a - 0.5) >= 0.4 WHEN 'unsure' THEN abs(p_a - 0.5) < 0.1 END)""",
+                                                WHEN 'sure' THEN abs(p_a - 0.5) >= 0.4
+                                                WHEN 'unsure' THEN abs(p_a - 0.5) < 0.1 END)""",
 }
 ALL_TURNS = "array_to_string(list_transform(turns, lambda turn: turn.content), chr(10))"
 ALL_ANSWERS = "array_to_string(list_transform(candidates, lambda answer: answer.text), chr(10))"
@@ -110,7 +111,7 @@ def add_what_became(ask: Ask, stories: list[dict[str, Any]]) -> None:
         found = ask(sql, parameters)
         by_prompt = {row["prompt_id"]: row for row in found.records()}
         for story in stories:
-            story |= by_prompt.get(story["prompt_id"]) or dict.fromkeys(found.columns[1:])
+            story.update(by_prompt.get(story["prompt_id"]) or dict.fromkeys(found.columns[1:]))
 
 
 def facets(ask: Ask, run: str) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""The training view: losses, accuracy, reward against KL, policy versions in time, staleness, incidents, and what was dropped."""
+"""The training view: losses, accuracy, reward against KL, policy versions in time, staleness, incidents, what was dropped."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def batches(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    sql = f"""SELECT created_at, phase, number, len(record_ids) AS rows, base_policy_version, base_reward_version, commit_seq_from,
-                     commit_seq_to, mix, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
+    sql = f"""SELECT created_at, phase, number, len(record_ids) AS rows, base_policy_version, base_reward_version,
+                     commit_seq_from, commit_seq_to, mix, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
     return ask(sql, values, 50).records()
 
 
@@ -140,7 +140,8 @@ def staleness(ask: Ask, run: str) -> list[dict[str, Any]]:
                                  unnest(record_ids) AS row FROM batches
                           WHERE phase = 'ppo' AND ($run = '' OR run_id = $run))
            SELECT drawn.number, any_value(drawn.created_at) AS created_at, count(*) AS rows,
-                  avg(base_policy_version - policy_version) AS versions, max(base_policy_version - policy_version) AS most_versions,
+                  avg(base_policy_version - policy_version) AS versions,
+                  max(base_policy_version - policy_version) AS most_versions,
                   avg(epoch(drawn.created_at - responses.created_at)) AS age_s,
                   max(epoch(drawn.created_at - responses.created_at)) AS most_age_s
            FROM drawn JOIN responses ON responses.record_id = drawn.row GROUP BY drawn.batch, drawn.number, drawn.commit_seq
