@@ -24,7 +24,8 @@ def test_every_package_is_listed():
 
 def test_every_data_file_is_packaged():
     globs = PROJECT["tool"]["setuptools"]["package-data"]
-    packaged = {path for package, patterns in globs.items() for glob in patterns for path in (ROOT / package).glob(glob)}
+    rooted = {ROOT / package.replace(".", "/"): patterns for package, patterns in globs.items()}
+    packaged = {path for folder, patterns in rooted.items() for glob in patterns for path in folder.glob(glob)}
     rooms = {package.split(".")[0] for package in PACKAGES}
     files = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
     assert {path for path in files if path.suffix not in (".py", ".pyc")} == packaged
