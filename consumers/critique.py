@@ -109,7 +109,10 @@ class Criticise:
     selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
-        links = [self.link(record) for record in records]
+        # An unusable revision has ended its chain; what it says is neither criticised nor trained on.
+        links = [self.link(record) for record in records if not ended_already(record)]
+        if not links:
+            return [[] for _ in records]
         started = time.monotonic()
         if self.early_stop == "verdict":
             links = self.assess(links)
@@ -117,7 +120,8 @@ class Criticise:
         criticised = iter(self.criticised([link for link in links if link.ended is ChainEnd.NONE]))
         links = [next(criticised) if link.ended is ChainEnd.NONE else link for link in links]
         latency = 1000 * (time.monotonic() - started) / len(links)
-        return [[self.record(link, latency)] for link in links]
+        made = iter([self.record(link, latency) for link in links])
+        return [[] if ended_already(record) else [next(made)] for record in records]
 
     # Where each chain stands
 
@@ -305,6 +309,10 @@ class Criticise:
 def kept_back(record: Response | Revision) -> bool:
     """Whether a server's filter kept the answer that a chain starts from, or the rest of it, back."""
     return isinstance(record, Response) and record.candidates[0].finish_reason is FinishReason.REFUSED
+
+
+def ended_already(record: Record) -> bool:
+    return isinstance(record, Revision) and record.final
 
 
 def verdict_of(principle_id: str, answer: Comparison) -> PrincipleVerdict:

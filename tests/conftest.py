@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["COLUMNS"] = "100"  # tables stand side by side whatever terminal the tests run in
 
 import importlib.util
 from pathlib import Path

@@ -38,7 +38,7 @@ def test_every_judging_preset_runs(served, server, make_response, preset):
     judge = stage("judge", served, server, judge__preset=preset, **more)
     assert isinstance(judge.work, Judge)
     ((label,),) = judge.work([make_response(("Paris is the capital of France.", "I do not know that."))])
-    assert isinstance(label, Preference) and decode(encode(label), Preference) == label
+    assert isinstance(label, Preference) and encode(decode(encode(label), Preference)) == encode(label)
     assert label.prompt_tokens > 100 and label.completion_tokens > 0 and label.model.id == server.id
     assert (label.p_a is not None) >= (label.outcome is Outcome.OK)
     assert label.outcome is not Outcome.UNKNOWN and label.template_hash

@@ -172,6 +172,9 @@ def test_unusable_revisions_are_recorded_and_end_their_chain(make_response, text
     assert revision.fault is fault
     assert revision.final == (fault is not RevisionFault.NONE)
     assert revision.ended is (ChainEnd.UNUSABLE if revision.final else ChainEnd.NONE)
+    response = make_response()
+    again, first = criticise(ScriptedModel(option_rule=says_flawed(0.1)))([revision, response])
+    assert len(again) == (not revision.final) and first[0].parent_ids == [response.record_id]
 
 
 def test_revise_passes_over_finished_chains(make_response):
