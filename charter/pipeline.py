@@ -174,20 +174,23 @@ def make_stage(
     """One stage of the stream from the settings; `pinned` is the policy version that answers, None for the newest."""
     rows, inputs = settings.models.max_rows, readers_of(settings.judge.pairing).get(name, ())
     if name == "respond":
-        wanted = settings.respond
-        sampling = Sampling(temperature=wanted.temperature, top_p=wanted.top_p, max_tokens=wanted.max_tokens)
-        work: Any = Respond(policy_of(models, bus, pinned), wanted.samples, sampling)
-        return Stage(name, inputs, ("responses",), 0, max(1, rows // wanted.samples), work)
+        work: Any = make_respond(settings, policy_of(models, bus, pinned))
+        return Stage(name, inputs, ("responses",), 0, max(1, rows // settings.respond.samples), work)
     if name == "critique":
         work = make_critique(settings, models, constitution)
         return Stage(name, inputs, ("critiques",), 1, rows, work)
     if name == "revise":
-        sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
-        work = Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot, settings.critique.preset)
+        work = make_revise(settings, models, constitution)
         return Stage(name, inputs, ("revisions",), 2, rows, work)
     if name == "judge":
         return Stage(name, inputs, ("preferences",), 3, rows, make_judge(settings, models, constitution))
     raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
+
+
+def make_respond(settings: Settings, policy: Callable[[], tuple[Model, int]]) -> Respond:
+    wanted = settings.respond
+    sampling = Sampling(temperature=wanted.temperature, top_p=wanted.top_p, max_tokens=wanted.max_tokens)
+    return Respond(policy, wanted.samples, sampling)
 
 
 def make_critique(settings: Settings, models: Models, constitution: Constitution) -> Criticise:
@@ -207,6 +210,11 @@ def make_critique(settings: Settings, models: Models, constitution: Constitution
         preset=wanted.preset,
         selection=wanted.selection,
     )
+
+
+def make_revise(settings: Settings, models: Models, constitution: Constitution) -> Revise:
+    sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
+    return Revise(models.role("critic"), constitution, sampling, settings.critique.few_shot, settings.critique.preset)
 
 
 def make_judge(settings: Settings, models: Models, constitution: Constitution) -> Judge:

@@ -130,9 +130,9 @@ class Producer:
     def messages(self, parsed: Asked, origin: str, prompts: set[str], labels: set[str]) -> list[Outgoing]:
         """What is new in a row, which is then remembered: a prompt, or a person's record and, with `answer`, its prompt."""
         made: list[Outgoing] = []
-        about = self.about(parsed, origin)
+        about = about_row(parsed, self.run_id, epoch=self.epoch, eval_share=self.eval_share, origin=origin)
         if self.kind == "prompts" or self.answer:
-            prompt = Prompt(record_id=ids.record_id("produce", [about["prompt_id"]], ids.fingerprint()), **about)
+            prompt = prompt_record(about)
             if prompt.prompt_id not in prompts:
                 prompts.add(about["prompt_id"])
                 made.append(outgoing(prompt))
@@ -145,20 +145,6 @@ class Producer:
             labels.add(record.record_id)
             made.append(labelled(record))
         return made
-
-    def about(self, parsed: Asked, origin: str) -> dict[str, Any]:
-        """What a prompt, a comparison and a demonstration have in common."""
-        return {
-            "prompt_id": ids.prompt_id(parsed.turns, self.epoch),
-            "run_id": self.run_id,
-            "stage": "produce",
-            "turns": list(parsed.turns),
-            "source": parsed.source,
-            "tags": list(parsed.tags),
-            "split": split_of(parsed.turns, self.eval_share),
-            "epoch": self.epoch,
-            "origin": origin,
-        }
 
     def beginning(self, path: str, content: str, first: int, last: int | None) -> Source:
         """Where this run begins in this content (whatever the file is called)."""
@@ -190,6 +176,25 @@ class Producer:
             messages.append(outgoing(place.model_copy(update={"next_line": number + 1, "published": published})))
         if messages:
             writer.commit(messages)
+
+
+def about_row(parsed: Asked, run_id: str, *, epoch: int = 0, eval_share: float, origin: str = "") -> dict[str, Any]:
+    """What a prompt, a comparison and a demonstration have in common."""
+    return {
+        "prompt_id": ids.prompt_id(parsed.turns, epoch),
+        "run_id": run_id,
+        "stage": "produce",
+        "turns": list(parsed.turns),
+        "source": parsed.source,
+        "tags": list(parsed.tags),
+        "split": split_of(parsed.turns, eval_share),
+        "epoch": epoch,
+        "origin": origin,
+    }
+
+
+def prompt_record(about: dict[str, Any]) -> Prompt:
+    return Prompt(record_id=ids.record_id("produce", [about["prompt_id"]], ids.fingerprint()), **about)
 
 
 def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:

@@ -1,0 +1,156 @@
+"""The Python API: the records are those of the stream, labels are never made up, and the documented examples run."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from charter.api import Charter, load_constitution
+from charter.pipeline import STAGES, connect, make_host
+from engine.bus.read import read_values
+from engine.errors import PermanentRecordError, UsageError
+from engine.models.scripted import POISON, ScriptedModel
+from engine.settings import load
+from producers.files import Producer
+from schemas.codec import decode, encode
+from schemas.records import ChainEnd, Critique, Outcome, Preference, Prompt, Response, Revision, Turn
+
+PROMPTS = [f"prompt number {n}" for n in range(6)]
+WITHIN_S = 30
+
+
+def content(record):
+    """All of a record but when, how fast and from which file it was made."""
+    return decode(encode(record), type(record)).model_dump_json(exclude={"created_at", "latency_ms", "origin"})
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"critique.preset": "bai2022", "judge.preset": "ensemble-k", "judge.k": "2"}, {"judge.pairing": "revision"}],
+    ids=["default", "ensemble", "revision"],
+)
+def test_the_records_are_those_of_the_stream(tmp_path, chosen):
+    flags = {"data.folder": str(tmp_path), "models.policy": "scripted", **chosen}
+    settings, _ = load(flags, environment={})
+    bus = connect(settings)
+    (tmp_path / "prompts.txt").write_text("\n".join(f'"{text}"' for text in PROMPTS))
+    Producer(bus, settings.run.id).publish(str(tmp_path / "prompts.txt"))
+    api = Charter(settings=flags)
+    judged = api.generate_preference_pairs(PROMPTS)
+    chains = [pair.chain or api.self_critique_loop(pair.response) for pair in judged]
+    made = {
+        record.record_id: record
+        for pair, chain in zip(judged, chains, strict=True)
+        for record in (*chain.records, *pair.records)
+    }
+    expected = {}
+    with make_host(settings, bus, STAGES, sink=False) as host:
+        deadline = time.monotonic() + WITHIN_S
+        while not expected.keys() >= made.keys():
+            host.check()
+            assert time.monotonic() < deadline, "the stream did not write every record of the API"
+            found = [decode(v, k) for k in (Response, Critique, Revision, Preference) for v in read_values(bus, k.topic)]
+            expected = {record.record_id: record for record in found}
+            host.failed.wait(0.05)
+    assert {key: content(record) for key, record in made.items()} == {key: content(record) for key, record in expected.items()}
+    bus.close()
+
+
+def better(text):
+    """A fake that finds first answers flawed, revises them to `text`, and prefers what it wrote."""
+
+    def options(ask):
+        content = ask.turns[0].content
+        if "Two possible answers" in content:
+            return 0.9 if f"Answer (A):\n> {text}" in content else 0.1
+        return 0.1 if (f"Assistant:\n> {text}" in content) == ("(A) Yes" in content) else 0.9
+
+    return ScriptedModel(
+        option_rule=options, text_rule=lambda ask, n: text if "new answer" in ask.turns[0].content else f"first {n}"
+    )
+
+
+def test_a_chain_and_its_parts():
+    chain = Charter(model=better("better text")).self_critique_loop("hello")
+    assert (chain.first_answer, chain.final_text, chain.ended) == ("first 0", "better text", ChainEnd.SATISFIED)
+    assert len(chain.critiques) == 2 and len(chain.revisions) == 1 and chain.critiques[-1].p_better == pytest.approx(0.9)
+    assert [type(record) for record in chain.records] == [Response, Critique, Revision, Critique]
+    copies = ScriptedModel(
+        option_rule=lambda ask: 0.9 if "(A) Yes" in ask.turns[0].content else 0.1, text_rule=lambda ask, n: "so"
+    )
+    unusable = Charter(model=copies).self_critique_loop("hello")
+    assert (unusable.final_text, unusable.ended) == (None, ChainEnd.UNUSABLE)
+
+
+def test_a_pair_has_a_better_answer_only_where_there_is_a_label():
+    judged = Charter(model=better("first 1")).generate_preference_pair("hello")
+    assert (judged.chosen, judged.rejected) == ("first 1", "first 0") and judged.p_a == pytest.approx(0.1)
+    unread = Charter(model=ScriptedModel(mass=0.1)).generate_preference_pair("hello")
+    assert unread.preference.outcome is Outcome.LOW_MASS and (unread.p_a, unread.chosen, unread.rejected) == (None,) * 3
+    flips = {"judge.reject_flips": True}
+    flipped = Charter(model=ScriptedModel(option_rule=lambda ask: 0.9), settings=flips).generate_preference_pair("hello")
+    assert flipped.preference.outcome is Outcome.POSITION_FLIP and (flipped.p_a, flipped.chosen) == (None, None)
+
+
+def test_the_revision_is_compared_with_the_first_answer():
+    revision = {"judge.pairing": "revision"}
+    judged = Charter(model=better("better text"), settings=revision).generate_preference_pair("hello")
+    assert (judged.chosen, judged.rejected) == ("better text", "first 0")
+    assert [type(record) for record in judged.records] == [Response, Critique, Revision, Critique, Preference]
+    clean = ScriptedModel(option_rule=lambda ask: 0.1 if "(A) Yes" in ask.turns[0].content else 0.9)
+    nothing = Charter(model=clean, settings=revision).generate_preference_pair("hello")
+    assert nothing.preference is None and (nothing.p_a, nothing.chosen, nothing.chain.ended) == (None, None, ChainEnd.SATISFIED)
+
+
+def test_each_role_has_its_model():
+    policy, critic, judge = (ScriptedModel(id=name) for name in ("policy", "critic", "judge"))
+    charter = Charter(model=policy, critic=critic, judge=judge)
+    chain, judged = charter.self_critique_loop("hello"), charter.generate_preference_pair("hello")
+    assert [record.model.id for record in (chain.response, chain.end, judged.preference)] == ["policy", "critic", "judge"]
+    assert policy.scored == 0 and critic.scored > 0 and judge.scored == 2
+
+
+def test_prompts_in_every_form_and_what_is_none():
+    charter = Charter(model=ScriptedModel())
+    text, turns = charter.respond("hello"), charter.respond([Turn(role="user", content="hello")])
+    assert (
+        text.record_id == turns.record_id == charter.respond(charter.prompt([{"role": "user", "content": "hello"}])).record_id
+    )
+    assert charter.responses([text, "other"])[0] is text and isinstance(charter.prompt("hello"), Prompt)
+    for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}]):
+        with pytest.raises(UsageError, match="this is no prompt"):
+            charter.respond(wrong)
+    with pytest.raises(UsageError, match="one answer is no pair"):
+        Charter(model=ScriptedModel(), settings={"respond.samples": 1}).generate_preference_pair("hello")
+    with pytest.raises(UsageError, match=r"nearest one is respond\.samples"):
+        Charter(settings={"respond.sample": 1})
+    with pytest.raises(PermanentRecordError):
+        charter.respond(POISON)
+
+
+def test_constitutions_by_name_by_path_and_loaded(tmp_path):
+    course = load_constitution("course")
+    (tmp_path / "mine.toml").write_text(course.text, encoding="utf-8")
+    found = [Charter(one, model=ScriptedModel()).constitution.hash for one in ("course", tmp_path / "mine.toml", course)]
+    assert found == [course.hash] * 3
+    assert Charter(model=ScriptedModel(), settings={"run.constitution": "course"}).constitution.hash == course.hash
+
+
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHARTER_MODELS__POLICY", "scripted")
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks, names = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL), {}
+    assert len(blocks) >= 7
+    for block in blocks:
+        exec(compile(block, "docs/api.md", "exec"), names)
+    assert "preferences {" in capsys.readouterr().out and names["counting"].asked == 1 + 2
+
+
+def test_heavy_libraries_are_not_loaded_before_a_model_is():
+    heavy = ("torch", "transformers", "trl", "kafka", "click")
+    code = f"import charter.api, sys; charter.api.Charter(model='smollm2'); assert not set({heavy}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
