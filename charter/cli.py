@@ -7,10 +7,8 @@ Nothing heavy is imported here; each verb imports what it needs.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ import click
 
 import charter
 from charter.options import common, json_option, print_rows, stop_on_signals
+from charter.policies import PHASES
 
 if TYPE_CHECKING:
     from engine.host import Host
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
     from producers.files import Kind
 
 REPORT_EVERY = 25  # looks of 0.2 s
-PHASES = ("sft", "reward", "ppo", "dpo")
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),
     "Look": ("dashboard", "status", "show", "sql", "tail", "doctor", "config"),
+    "Policies": ("policy", "batches"),
     "Principles": ("constitution", "eval"),
     "Again": ("replay", "runs", "dlq"),
     "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
@@ -264,6 +263,8 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
       charter train --loop
       accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
     """
+    from charter.training import train_here
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         train_here(settings, phase, loop)
         return
@@ -272,48 +273,6 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
     with processes.together() as first:
         if first:
             train_here(settings, phase, loop)
-
-
-def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
-    """Train in this process, and in those that a launcher has put beside it."""
-    from charter.observe import figures_of_trainer, show
-    from charter.pipeline import connect, store_of
-    from engine.models import model_folder
-    from trainer.loop import Trainer
-
-    bus = connect(settings)
-    latest: dict[str, dict[str, float]] = {}
-    steps: Counter[str] = Counter()
-
-    def on_step(phase: str, step: int, measures: dict[str, float]) -> None:
-        latest[phase] = measures
-        steps[phase] += 1
-        print_step(phase, step, measures)
-
-    closing = show(settings, figures_of_trainer(latest, steps))
-    trainer = Trainer(bus, store_of(settings), settings, model_folder(settings.train.base or settings.models.policy), on_step)
-    if loop:
-        trainer.loop(stop_on_signals())
-    else:
-        update = trainer.resume()
-        chosen = phase or (None if update else trainer.due())
-        if chosen:
-            update = trainer.update(chosen)
-        if update is None:
-            click.echo("no phase has enough new rows; name one to train now: charter train --phase sft")
-        else:
-            click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
-    trainer.close()
-    for close in closing:
-        close()
-    bus.close()
-
-
-def print_step(phase: str, step: int, measures: dict[str, float]) -> None:
-    figures = " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
-    click.echo(f"phase={phase} step={step} {figures}")
-    about = {"phase": phase, "step": step, "measures": measures}
-    logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
 
 
 @cli.command()
@@ -461,10 +420,11 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 
 def register() -> None:
     """The verbs that live in files of their own."""
-    from charter import completion, constitution, dead_letters, doctor, evaluate, replay, storage, topics, up
+    from charter import batches, completion, constitution, dead_letters, doctor, evaluate, policies, replay, storage, topics, up
     from charter.dashboard import verb as dashboard
 
-    for module in (completion, constitution, dashboard, dead_letters, doctor, evaluate, replay, storage, topics, up):
+    seeing, training = (dashboard, doctor, topics), (batches, policies)
+    for module in (*seeing, *training, completion, constitution, dead_letters, evaluate, replay, storage, up):
         for verb in module.VERBS:
             cli.add_command(verb)
 

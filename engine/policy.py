@@ -88,7 +88,7 @@ def version_before(known: Sequence[PolicyUpdate], version: int) -> int:
     return update.base_version
 
 
-def restored(known: Sequence[PolicyUpdate], version: int, *, run_id: str, reason: str, first: str) -> PolicyUpdate:
+def restored(known: Sequence[PolicyUpdate], version: int, *, run_id: str, first: str) -> PolicyUpdate:
     """The update that makes the weights of `version` the newest policy; `first` names the first model, which is version 0."""
     source = weights_of(known, version)
     update = policies(known).get(source)

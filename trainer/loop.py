@@ -24,8 +24,8 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from engine.checkpoints import full as disk_full
 from engine.errors import CharterError, CommitInDoubt, DependencyUnreachable, Fenced, UsageError
 from engine.policy import RESTORE, first_of_each, pause, paused, policies, restored, version_before, weights_of
 from engine.settings import Settings, mix
-from engine.store import Rows, Store
+from engine.store import Ask, Parameters, Rows, Store
 from engine.worker import backoff, outgoing
 from schemas import ids
 from schemas.codec import decode
@@ -54,6 +54,7 @@ from schemas.records import (
     RunManifest,
 )
 from trainer.batches import (
+    LIMIT_S,
     SL_PHASE,
     Batch,
     Bounds,
@@ -80,26 +81,47 @@ log = logging.getLogger("charter.trainer")
 PHASES = ("sft", "reward", "ppo", "dpo")
 IDLE = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}  # what is never due, by train.policy_learner
 LOOK_EVERY_S = 2.0
+LOOK_SHARE = 0.03  # of an idle trainer's time; with a large database it looks less often
 WATCH_EVERY_S = 30.0
 WRITER = "trainer"
 OnStep = Callable[[str, int, dict[str, float]], None]
-
-
 Watch = Callable[["Trainer"], Trip | None]
-Gate = Callable[[Path, int], Trip | None]
+Gate = Callable[[Store, Path, int], Trip | None]
 
 
 class TimedStore(Store):
-    """A store that adds up how long its questions took, waiting for the file included."""
+    """A store that adds up how long its questions took, waiting for the file included, and can keep the file open for several.
 
-    spent_s = 0.0
+    Opening it takes tens of milliseconds, more than most of the trainer's questions.
+    """
 
-    def query(self, *arguments: Any, **limits: Any) -> Rows:
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.spent_s = 0.0
+        self.ask: Ask | None = None
+
+    def query(self, sql: str, parameters: Parameters = (), **limits: float) -> Rows:
+        with self.timed():
+            return self.ask(sql, parameters) if self.ask else super().query(sql, parameters, **limits)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
         started = time.monotonic()
         try:
-            return super().query(*arguments, **limits)
+            yield
         finally:
             self.spent_s += time.monotonic() - started
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Inside, all questions go to one connection; the sink waits meanwhile, so this is for moments."""
+        with ExitStack() as stack:
+            with self.timed():
+                self.ask = stack.enter_context(self.reading(limit_s=LIMIT_S))
+            try:
+                yield
+            finally:
+                self.ask = None
 
 
 @dataclass
@@ -115,6 +137,7 @@ class Trainer:
     settings: Settings
     base: Path
     on_step: OnStep = lambda phase, step, measures: None
+    on_update: Callable[[PolicyUpdate], None] = lambda update: None
     say: Callable[[str], None] = log.warning
     watch: Watch | None = None
     gate: Gate | None = None
@@ -124,7 +147,8 @@ class Trainer:
         self.store = self.timed = TimedStore(self.store.path)
         self.first_revision = revision_of(self.base)
         self.dropped: set[str] = set()
-        self.began, self.watch_at = (time.monotonic(), 0.0), 0.0
+        self.born = time.monotonic()
+        self.began, self.watch_at = (self.born, 0.0), 0.0
         self.open()
 
     def open(self) -> None:
@@ -184,7 +208,10 @@ class Trainer:
         if (last := last_phase(known)) in order:
             after = order.index(last) + 1
             order = (*order[after:], *order[:after])
-        return next((phase for phase in order if phase not in held and self.ready(phase, standing)), None)
+        if not self.store.path.exists():
+            return None
+        with self.timed.kept_open():
+            return next((phase for phase in order if phase not in held and self.ready(phase, standing)), None)
 
     def ready(self, phase: str, standing: Standing) -> bool:
         """Whether a phase has enough new rows, and what else it needs."""
@@ -297,10 +324,14 @@ class Trainer:
         standing = self.standing()
         if phase == "ppo" and not standing.reward_version:
             raise UsageError("PPO needs a reward model", "none has been trained yet", "type: charter train --phase reward")
-        rows = self.candidates(phase, standing)
-        if not rows:
-            raise UsageError(f"there is nothing new for {phase} to train on", self.why_nothing(phase), "type: charter status")
-        return self.attempt(self.drawn(phase, rows, standing))
+        with self.timed.kept_open():
+            rows = self.candidates(phase, standing)
+            if not rows:
+                raise UsageError(
+                    f"there is nothing new for {phase} to train on", self.why_nothing(phase), "type: charter status"
+                )
+            batch = self.drawn(phase, rows, standing)
+        return self.attempt(batch)
 
     def drawn(self, phase: str, candidates: Sequence[Light], standing: Standing) -> Batch:
         """Draw a batch and publish its manifest (step 1)."""
@@ -374,7 +405,7 @@ class Trainer:
         checkpoint = self.checkpoint_of(batch, folder)
         self.refuse_overtaken(manifest)
         kind, version = kind_of(manifest), base_of(manifest) + 1
-        if self.gate and kind is PolicyKind.POLICY and (trip := self.gate(folder, version)):
+        if self.gate and kind is PolicyKind.POLICY and (trip := self.gate(self.store, folder, version)):
             raise CharterError(
                 f"policy {version} is not published: {trip.what}", trip.why, "its batch is free again; see gate.*"
             )
@@ -395,10 +426,11 @@ class Trainer:
             batch_id=manifest.record_id,
             metrics=checkpoint.manifest["metrics"] | self.clock(),
         )
-        self.publish([update])
+        self.publish([update, self.timing(manifest, update)])
         if update.record_id not in {known.record_id for known in self.known()[0]}:
             self.refuse_overtaken(manifest)
         self.remove_old_checkpoints()
+        self.on_update(update)
         return update
 
     def refuse_overtaken(self, manifest: BatchManifest) -> None:
@@ -513,6 +545,23 @@ class Trainer:
         wall, waited = time.monotonic() - self.began[0], self.timed.spent_s - self.began[1]
         return {"wall_s": wall, "duckdb_s": waited, "duckdb_share": waited / max(wall, 1e-9)}
 
+    def timing(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
+        """The seconds of an update, and DuckDB's share of all time since the start, looking for rows included."""
+        measures = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
+        alive = time.monotonic() - self.born
+        measures |= {"alive_s": alive, "alive_duckdb_share": self.timed.spent_s / max(alive, 1e-9)}
+        return Metric(
+            record_id=ids.record_id("metric", [update.record_id], ids.fingerprint(of="time")),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            policy_version=update.policy_version,
+            phase="loop",
+            number=manifest.number,
+            step=0,
+            measures=measures,
+        )
+
     # Stopping, and going back
 
     def trip(self, trip: Trip) -> PolicyUpdate | None:
@@ -522,7 +571,7 @@ class Trainer:
         good = version_before(known, standing.policy_version) if trip.good is None else trip.good
         update = None
         if weights_of(known, good) != weights_of(known, standing.policy_version):
-            update = restored(known, good, run_id=run_id, reason=trip.what, first=self.settings.models.policy)
+            update = restored(known, good, run_id=run_id, first=self.settings.models.policy)
         stop = pause(self.rl, trip.what, run_id=run_id)
         incident = Incident(
             record_id=ids.record_id("incident", [stop.record_id], ids.fingerprint(what=trip.what)),
@@ -553,7 +602,7 @@ class Trainer:
         """Update whenever a phase has enough new rows, until `stop`; what is away is waited for, what fails is told once."""
         failures, settled, doubt, told = 0, False, False, ""
         while not stop.is_set():
-            phase = None
+            phase, looked = None, self.timed.spent_s
             try:
                 if doubt:
                     self.start_anew()
@@ -579,7 +628,7 @@ class Trainer:
             if failures:
                 stop.wait(backoff(failures - 1))
             elif phase is None:
-                stop.wait(LOOK_EVERY_S)
+                stop.wait(max(LOOK_EVERY_S, (self.timed.spent_s - looked) / LOOK_SHARE))
 
     def start_anew(self) -> None:
         """A new writer settles what the last one left in doubt; the log then says whether it landed."""

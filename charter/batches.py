@@ -1,0 +1,145 @@
+"""`charter batches`: what each training phase trained on, shown and rebuilt from its manifest."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows
+
+if TYPE_CHECKING:
+    from engine.settings import Settings
+    from schemas.records import BatchManifest
+    from trainer.batches import Batch
+
+LIST = """
+    SELECT b.number, b.phase, len(b.record_ids) AS rows, b.mix, b.base_policy_version AS policy,
+           b.base_reward_version AS reward_model, b.created_at,
+           CASE WHEN p.version IS NOT NULL THEN 'made ' || lower(p.kind) || ' ' || p.version
+                WHEN i.voids IS NOT NULL THEN 'given up: ' || i.what ELSE 'unfinished' END AS outcome
+    FROM batches b
+    LEFT JOIN policies p ON p.batch_id = b.record_id AND p.restores IS NULL
+    LEFT JOIN (SELECT voids, any_value(what) AS what FROM incidents GROUP BY 1) i ON i.voids = b.record_id
+    ORDER BY b.number"""
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@common
+def batches(settings: Settings, as_json: bool) -> None:
+    """The batches that training drew: list them (also without a verb), show one, rebuild one.
+
+    \b
+    Examples:
+      charter batches
+      charter batches show 3
+      charter batches rebuild 3 --json
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        show_list(settings, as_json)
+
+
+@batches.command("list")
+@json_option
+@common
+def list_batches(settings: Settings, as_json: bool) -> None:
+    """Every batch, and what became of it."""
+    show_list(settings, as_json)
+
+
+def show_list(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import store_of
+
+    found = store_of(settings).query(LIST, limit_s=10.0)
+    if as_json or found.rows:
+        print_rows(found.columns, found.rows, as_json)
+    else:
+        click.echo("no batch has been drawn yet")
+
+
+@batches.command()
+@click.argument("number", type=int)
+@json_option
+@common
+def show(settings: Settings, number: int, as_json: bool) -> None:
+    """One batch's manifest: its rows, mix, hash, range of commits, seed, and the models and settings it trained with.
+
+    \b
+    Examples:
+      charter batches show 3
+    """
+    about = summary(manifest_of(settings, number))
+    if as_json:
+        click.echo(json.dumps(about, indent=2, default=str))
+        return
+    for name, value in about.items():
+        text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+        click.echo(f"{name}: {text}")
+
+
+@batches.command()
+@click.argument("number", type=int)
+@json_option
+@common
+def rebuild(settings: Settings, number: int, as_json: bool) -> None:
+    """Draw a past batch again from the database: every row in the order of training, checked against its hash.
+
+    With --json the rows themselves, as training saw them. What cannot be rebuilt exactly is an error.
+
+    \b
+    Examples:
+      charter batches rebuild 3
+      charter batches rebuild 3 --json > batch-3.json
+    """
+    from charter.pipeline import store_of
+    from trainer.batches import rebuild as rebuilt
+
+    batch = rebuilt(store_of(settings), manifest_of(settings, number))
+    if as_json:
+        rows: dict[str, Any] = {"rows": batch.rows, "sl_rows": batch.sl_rows}
+        click.echo(json.dumps(summary(batch.manifest) | rows, ensure_ascii=False, indent=2, default=str))
+    else:
+        click.echo(words(batch))
+
+
+def words(batch: Batch) -> str:
+    manifest = batch.manifest
+    named = len(manifest.record_ids) + len(manifest.sl_record_ids)
+    return (
+        f"batch {manifest.number} ({manifest.phase}) is rebuilt exactly: all {named} records it names,"
+        f" content hash {manifest.content_hash}"
+    )
+
+
+def manifest_of(settings: Settings, number: int) -> BatchManifest:
+    """The manifest of a batch, from the log."""
+    from charter.pipeline import connect
+    from engine.bus.read import read_values
+    from engine.errors import UsageError
+    from schemas.codec import decode
+    from schemas.records import BatchManifest
+
+    bus = connect(settings)
+    found = [decode(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
+    bus.close()
+    for manifest in found:
+        if manifest.number == number:
+            return manifest
+    raise UsageError(
+        f"there is no batch {number}",
+        f"{len(found)} batches have been drawn so far",
+        "type: charter batches    (their numbers)",
+    )
+
+
+def summary(manifest: BatchManifest) -> dict[str, Any]:
+    about = manifest.model_dump(mode="json")
+    wanted = ("number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
+    models = ("base_policy_version", "base_reward_version", "reference_policy_version")
+    told = {name: about[name] for name in (*wanted, *models, "mix", "wanted", "cursors")}
+    return told | {"settings": json.loads(manifest.settings)} | {n: about[n] for n in ("record_ids", "sl_record_ids")}
+
+
+VERBS = (batches,)

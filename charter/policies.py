@@ -1,0 +1,292 @@
+"""`charter policy`: which policies there are, going back to one, pausing training, and taking one out of Charter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common, json_option, print_rows
+
+if TYPE_CHECKING:
+    from engine.bus.port import Bus
+    from engine.settings import Settings
+    from schemas.records import Incident, PolicyUpdate
+
+PHASES = ("sft", "reward", "ppo", "dpo")
+LATEST = "latest"
+OURS = ("checkpoint.json", "rl")  # in a checkpoint's folder, and of no use outside Charter
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@common
+def policy(settings: Settings, as_json: bool) -> None:
+    """The policies that training made: list them (also without a verb), go back to one, pause training, export one.
+
+    \b
+    Examples:
+      charter policy
+      charter policy rollback --pause
+      charter policy use 3
+      charter policy pause ppo && charter policy resume
+      charter policy export 3 my-model
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        show_list(settings, as_json)
+
+
+@policy.command("list")
+@json_option
+@common
+def list_policies(settings: Settings, as_json: bool) -> None:
+    """Every version: what made it, from which one, whose weights it has, and where they are.
+
+    \b
+    Examples:
+      charter policy list
+      charter policy list --json
+    """
+    show_list(settings, as_json)
+
+
+def show_list(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import connect
+    from engine.policy import line, newest_version, pauses, updates
+
+    bus = connect(settings)
+    known, held = updates(bus), pauses(bus)
+    bus.close()
+    newest = newest_version(known)
+    reference = line(known, newest)[-1]
+    rows: list[tuple[Any, ...]] = [("policy", 0, "", None, 0, None, settings.models.policy, role(0, newest, reference))]
+    for update in known:
+        kind = update.kind.value.lower()
+        source = update.version if update.restores is None else update.restores
+        where = folder_name(settings, update)
+        used = role(update.version, newest, reference) if kind == "policy" else ""
+        rows.append((kind, update.version, update.phase, update.base_version, source, update.created_at, where, used))
+    print_rows(["kind", "version", "made_by", "from", "weights_of", "created_at", "weights", "role"], rows, as_json)
+    for phase, reason in () if as_json else held.items():
+        click.echo(f"{phase} is paused: {reason or 'no reason given'}; type: charter policy resume {phase}", err=True)
+
+
+def role(version: int, newest: int, reference: int) -> str:
+    names = [name for name, of in (("answers", newest), ("reference", reference)) if of == version]
+    return ", ".join(names)
+
+
+def folder_name(settings: Settings, update: PolicyUpdate) -> str:
+    """Where an update's weights are, or that they were removed (train.keep)."""
+    from engine.checkpoints import located
+
+    if update.restores == 0:
+        return settings.models.policy
+    folder = located(update.uri, settings.folder / "checkpoints")
+    return str(folder) if folder.exists() else "removed"
+
+
+# Going back
+
+
+@policy.command()
+@click.argument("version", type=int)
+@click.option("--reason", default="", help="Why, for the record.")
+@common
+def use(settings: Settings, version: int, reason: str) -> None:
+    """Answer with the weights of VERSION from now on, and train on from them: they get the next version.
+
+    Nothing is taken back: versions only rise, and every record keeps the version that made it.
+
+    \b
+    Examples:
+      charter policy use 3
+      charter policy use 0 --reason "start again from the first model"
+    """
+    from charter.pipeline import connect
+
+    bus = connect(settings)
+    click.echo(go_back(settings, bus, version, reason))
+    bus.close()
+
+
+@policy.command()
+@click.option("--reason", default="", help="Why, for the record.")
+@click.option("--pause", "pausing", is_flag=True, help="Pause the phase that learns from labels, too.")
+@common
+def rollback(settings: Settings, reason: str, pausing: bool) -> None:
+    """Go back to the policy that the present one was trained from.
+
+    \b
+    Examples:
+      charter policy rollback
+      charter policy rollback --pause --reason "it flatters"
+    """
+    from charter.pipeline import connect
+    from engine.policy import newest_version, pause, updates, version_before
+    from engine.worker import outgoing
+
+    bus = connect(settings)
+    if pausing:
+        phase = settings.train.policy_learner
+        bus.publish([outgoing(pause(phase, reason or "rolled back", run_id=settings.run.id))])
+        click.echo(f"{phase} is paused; to go on: charter policy resume {phase}")
+    known = updates(bus)
+    click.echo(go_back(settings, bus, version_before(known, newest_version(known)), reason))
+    bus.close()
+
+
+def go_back(settings: Settings, bus: Bus, version: int, reason: str) -> str:
+    """Publish the version that has the weights of an earlier one; says what was done."""
+    from engine.errors import CharterError
+    from engine.policy import newest_version, restored, updates, weights_of
+    from engine.worker import outgoing
+
+    known = updates(bus)
+    if version and (present := weights_of(known, newest_version(known))) == weights_of(known, version):
+        return f"policy {newest_version(known)} has the weights of policy {present} already"
+    update = restored(known, version, run_id=settings.run.id, first=settings.models.policy)
+    if update.restores:
+        checked_folder(settings, known, version)
+    bus.publish([outgoing(update), outgoing(note(update, reason))])
+    if update.record_id not in {one.record_id for one in updates(bus)}:
+        raise CharterError(
+            f"policy {update.version} was published by someone else meanwhile",
+            "the trainer or another person was faster",
+            "look, then try again: charter policy list",
+        )
+    return f"policy {update.version} answers from now on, with the weights of policy {update.restores}"
+
+
+def note(update: PolicyUpdate, reason: str) -> Incident:
+    """Why someone went back, beside what stopped training by itself."""
+    from schemas import ids
+    from schemas.records import Incident
+
+    return Incident(
+        record_id=ids.record_id("incident", [update.record_id], ids.fingerprint(reason=reason)),
+        parent_ids=[update.record_id],
+        run_id=update.run_id,
+        stage="policy",
+        policy_version=update.version,
+        phase=update.phase,
+        what=f"someone went back to policy {update.restores}",
+        why=reason,
+    )
+
+
+def checked_folder(settings: Settings, known: Sequence[PolicyUpdate], version: int) -> Path:
+    """The verified folder with the weights of a version."""
+    from engine.checkpoints import located, read
+    from engine.errors import UsageError
+    from engine.models import model_folder
+    from engine.policy import policies, weights_of
+
+    source = weights_of(known, version)
+    if source == 0 and (version == 0 or version in policies(known)):
+        return model_folder(settings.train.base or settings.models.policy)
+    update = policies(known).get(source)
+    if update is None:
+        raise UsageError(f"there is no policy {version} on the log", "", "type: charter policy list")
+    folder = located(update.uri, settings.folder / "checkpoints")
+    if not folder.exists():
+        raise UsageError(
+            f"the weights of policy {version} are gone",
+            f"{folder} is not there: train.keep says how many checkpoints are kept",
+            "type: charter policy list    (which weights there are)",
+        )
+    return read(folder, update.content_hash).folder
+
+
+# Pausing
+
+
+@policy.command("pause")
+@click.argument("phases", nargs=-1, type=click.Choice(PHASES))
+@click.option("--reason", default="", help="Why, for the record.")
+@common
+def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
+    """Pause training: every phase, or those named. The stream flows on; what is being trained on is finished.
+
+    \b
+    Examples:
+      charter policy pause
+      charter policy pause ppo --reason "looking at the rewards"
+    """
+    publish_pauses(settings, phases or PHASES, reason, on=True)
+
+
+@policy.command("resume")
+@click.argument("phases", nargs=-1, type=click.Choice(PHASES))
+@click.option("--reason", default="", help="Why, for the record.")
+@common
+def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
+    """Let training go on: every phase that is paused, or those named.
+
+    \b
+    Examples:
+      charter policy resume
+    """
+    publish_pauses(settings, phases or PHASES, reason, on=False)
+
+
+def publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, on: bool) -> None:
+    from charter.pipeline import connect
+    from engine.policy import pause, pauses
+    from engine.worker import outgoing
+
+    bus = connect(settings)
+    held = pauses(bus)
+    changed = [phase for phase in phases if (phase in held) != on]
+    bus.publish([outgoing(pause(phase, reason, run_id=settings.run.id, on=on)) for phase in changed])
+    bus.close()
+    state = "paused" if on else "no longer paused"
+    click.echo(f"{', '.join(changed)}: {state}" if changed else f"nothing to do: {', '.join(phases)} is {state} already")
+
+
+# Taking one out
+
+
+@policy.command()
+@click.argument("version", default=LATEST)
+@click.argument("folder", type=click.Path(path_type=Path))
+@common
+def export(settings: Settings, version: str, folder: Path) -> None:
+    """Copy the weights of VERSION (a number, or "latest") into a new FOLDER, as transformers, vLLM and others load them.
+
+    \b
+    Examples:
+      charter policy export latest my-model
+      charter policy export 3 my-model
+    """
+    from charter.pipeline import connect
+    from engine.errors import UsageError
+    from engine.policy import updates
+
+    if folder.exists():
+        raise UsageError(f"{folder} is there already", "an export never overwrites", "name a new folder")
+    bus = connect(settings)
+    known = updates(bus)
+    bus.close()
+    number = numbered(version, known)
+    source = checked_folder(settings, known, number)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*OURS))
+    click.echo(f"policy {number}: {folder}")
+
+
+def numbered(version: str, known: Sequence[PolicyUpdate]) -> int:
+    """The policy version that a word of the command line means."""
+    from engine.errors import UsageError
+    from engine.policy import newest_version
+
+    if version == LATEST:
+        return newest_version(known)
+    if not version.isdigit():
+        raise UsageError(f"{version} is no policy version", 'it is a number, or "latest"', "type: charter policy list")
+    return int(version)
+
+
+VERBS = (policy,)

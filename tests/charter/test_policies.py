@@ -1,0 +1,142 @@
+"""`charter policy` and `charter batches` on the records of FAKE learners."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from charter.cli import cli
+from charter.pipeline import connect, store_of
+from consumers.sink import Sink
+from engine.bus.read import read_values
+from engine.errors import CharterError, UsageError
+from engine.policy import pauses, updates
+from engine.worker import outgoing
+from schemas.codec import decode
+from schemas.records import Incident
+from tests.chaos.killed import LEARNERS, settings_of
+from tests_records import chain_end, preference
+from trainer.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data folder after two supervised updates and one of the reward model."""
+    folder = tmp_path_factory.mktemp("trained") / "data"
+    (folder / "base").mkdir(parents=True)
+    settings = settings_of(folder)
+    bus, store = connect(settings), store_of(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    for turn in range(2):
+        chains = [chain_end(f"{turn}{n}", f"chain {turn} {n}") for n in range(4)]
+        labels = [preference(f"{turn}{n}", f"pair {turn} {n}", 0.8) for n in range(4)]
+        bus.publish([outgoing(record) for record in (*chains, *labels)])
+        sink_all(bus, store)
+        trainer.update("sft")
+    trainer.update("reward")
+    sink_all(bus, store)
+    trainer.close()
+    bus.close()
+    return folder
+
+
+def sink_all(bus, store):
+    sink = Sink(bus, store, max_wait_s=0.05)
+    while sink.step():
+        pass
+    sink.close()
+
+
+@pytest.fixture
+def charter(trained):
+    """Runs a verb on the folder; errors of ours are raised."""
+
+    def run(*words, **how):
+        chosen = [word for name, value in flags(trained).items() for word in ("--set", f"{name}={value}")]
+        result = CliRunner().invoke(cli, [*words, *chosen], catch_exceptions=False, **how)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
+
+
+def flags(folder):
+    return {"data.folder": str(folder), "models.policy": str(folder / "base"), "train.keep": "1"}
+
+
+def listed(charter):
+    return json.loads(charter("policy", "list", "--json"))
+
+
+def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
+    before = listed(charter)
+    assert [(row["kind"], row["version"], row["made_by"]) for row in before] == [
+        ("policy", 0, ""), ("policy", 1, "sft"), ("policy", 2, "sft"), ("reward", 1, "reward"),
+    ]  # fmt: skip
+    assert before[1]["weights"] == "removed" and before[2]["role"] == "answers, reference"
+    with pytest.raises(UsageError, match="weights of policy 1 are gone"):
+        charter("policy", "use", "1")
+    with pytest.raises(UsageError, match="no policy 9"):
+        charter("policy", "use", "9")
+    assert "policy 3 answers from now on, with the weights of policy 0" in charter("policy", "use", "0", "--reason", "worse")
+    after = listed(charter)
+    assert [(row["version"], row["weights_of"], row["role"]) for row in after if row["kind"] == "policy"][-1] == (
+        3, 0, "answers",
+    )  # fmt: skip
+    assert "policy 4 answers from now on, with the weights of policy 2" in charter("policy", "use", "2")
+    assert "has the weights of policy 2 already" in charter("policy", "use", "4")
+    bus = connect(settings_of(trained))
+    assert [update.version for update in updates(bus) if update.restores is not None] == [3, 4]
+    incidents = [decode(value, Incident) for value in read_values(bus, "incidents")]
+    assert (incidents[0].what, incidents[0].why) == ("someone went back to policy 0", "worse")
+    bus.close()
+
+
+def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
+    assert charter("policy", "pause", "ppo", "--reason", "look") == "ppo: paused\n"
+    assert "nothing to do" in charter("policy", "pause", "ppo")
+    settings = settings_of(trained)
+    bus = connect(settings)
+    trainer = Trainer(bus, store_of(settings), settings, trained / "base", learners=LEARNERS)
+    assert trainer.paused() == {"ppo": "look"} == pauses(bus)
+    assert charter("policy", "resume") == "ppo: no longer paused\n"
+    assert trainer.paused() == {} == pauses(bus)
+    trainer.close()
+    bus.close()
+
+
+def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
+    assert charter("policy", "export", "2", str(tmp_path / "out")) == f"policy 2: {tmp_path / 'out'}\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fake.safetensors"]
+    with pytest.raises(UsageError, match="is there already"):
+        charter("policy", "export", "2", str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="no policy version"):
+        charter("policy", "export", "newest", str(tmp_path / "other"))
+
+
+def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
+    rows = json.loads(charter("batches", "--json"))
+    assert [(row["number"], row["phase"], row["rows"], row["outcome"]) for row in rows] == [
+        (1, "sft", 4, "made policy 1"), (2, "sft", 4, "made policy 2"), (3, "reward", 8, "made reward 1"),
+    ]  # fmt: skip
+    shown = json.loads(charter("batches", "show", "3", "--json"))
+    assert shown["mix"] == {"test": 8} and len(shown["record_ids"]) == 8
+    assert "rebuilt exactly: all 8 records" in charter("batches", "rebuild", "3")
+    again = json.loads(charter("batches", "rebuild", "3", "--json"))
+    assert [row["record_id"] for row in again["rows"]] == shown["record_ids"] and again["content_hash"] == shown["content_hash"]
+    with pytest.raises(UsageError, match="there is no batch 9"):
+        charter("batches", "show", "9")
+    store = store_of(settings_of(trained))
+    with store.writing() as connection:
+        connection.execute("UPDATE raw.preferences SET p_a = 0.1 WHERE p_a = 0.8 AND record_id = ?", shown["record_ids"][:1])
+    with pytest.raises(CharterError, match="batch 3"):
+        charter("batches", "rebuild", "3")
+
+
+def test_the_views_tell_what_training_did(charter, trained):
+    store = store_of(settings_of(trained))
+    versions = store.query("SELECT kind, version, weights_of, batch, trained_rows FROM policy_versions ORDER BY 1, 2").rows
+    assert versions[:2] == [("POLICY", 1, 1, 1, 4), ("POLICY", 2, 2, 2, 4)] and versions[-1] == ("REWARD", 1, 1, 3, 8)
+    assert store.query("SELECT count(*), count(DISTINCT row_id) FROM batch_rows WHERE trained").rows == [(16, 16)]
+    steps = store.query("SELECT DISTINCT phase, measure FROM training_steps").rows
+    assert {("sft", "loss"), ("loop", "duckdb_share"), ("loop", "alive_duckdb_share")} <= set(steps)

@@ -1,0 +1,131 @@
+"""A trainer that is killed (SIGKILL) at every step of an update goes on with the identical batch; nothing is trained twice."""
+
+import json
+import multiprocessing
+import shutil
+import signal
+
+import pytest
+
+from charter.pipeline import connect, store_of
+from consumers.sink import Sink
+from engine.bus.read import read_values
+from engine.worker import outgoing
+from schemas.codec import decode
+from schemas.records import BatchManifest, ModelRef, PolicyUpdate
+from tests.chaos.killed import LEARNERS, NOTES, POINTS, settings_of, update
+from tests_records import chain_end, preference, response
+from trainer.batches import rebuild
+from trainer.loop import Trainer
+
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that fork from one with everything imported, and nothing opened."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.chaos.killed"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data folder after an update of each phase, with new rows for each."""
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    (folder / "base").mkdir(parents=True)
+    settings = settings_of(folder)
+    bus, store = connect(settings), store_of(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    labelled(bus, store, "old")
+    trainer.update("sft")
+    trainer.update("reward")
+    for name in ("old", "new"):
+        answered(bus, store, name, trainer.standing())
+        if name == "old":
+            trainer.update("ppo")
+    labelled(bus, store, "new")
+    trainer.close()
+    bus.close()
+    (folder / NOTES).unlink()
+    return folder
+
+
+def labelled(bus, store, name):
+    chains = [chain_end(f"{name} {n}", f"{name} chain {n}") for n in range(ROWS)]
+    add(bus, store, *chains, *(preference(f"{name} {n}", f"{name} pair {n}", 0.7) for n in range(ROWS)))
+
+
+def answered(bus, store, name, standing):
+    """Answers of the present policy."""
+    version = standing.policy_version
+    model = ModelRef(id="policy", revision=standing.revisions[version])
+    sampled = [response(f"{name} answer {n}") for n in range(ROWS)]
+    add(
+        bus,
+        store,
+        *(
+            one.model_copy(
+                update={
+                    "model": model,
+                    "policy_version": version,
+                    "candidates": [one.candidates[0].model_copy(update={"policy_version": version})],
+                }
+            )
+            for one in sampled
+        ),
+    )
+
+
+def add(bus, store, *records):
+    bus.publish([outgoing(record) for record in records])
+    sink_all(bus, store)
+
+
+def sink_all(bus, store):
+    sink = Sink(bus, store, max_wait_s=0.05)
+    while sink.step():
+        pass
+    sink.close()
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    settings = settings_of(folder)
+    process = processes.Process(target=update, args=(str(folder), phase, point))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
+    bus, store = connect(settings), store_of(settings)
+    done = len(updates(bus))
+    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    finished = trainer.resume()
+    # Before the manifest nothing was begun, after the update there is nothing left to do.
+    assert (finished is None) == (point in ("before BatchManifest", "after PolicyUpdate", "removing"))
+    if point == "before BatchManifest":
+        finished = trainer.update(phase)
+    assert len(updates(bus)) == done + (finished is not None)
+    manifest = manifests(bus, phase)[-1]
+    (made,) = [update for update in updates(bus) if update.batch_id == manifest.record_id]
+    notes = [json.loads(line) for line in (folder / NOTES).read_text().splitlines()]
+    rows = json.loads(json.dumps(rebuild(store, manifest).rows, default=str))
+    assert [note["rows"] for note in notes] == [rows] * len(notes) and len(rows) == ROWS
+    assert {(note["batch"], note["hash"]) for note in notes} == {(manifest.record_id, manifest.content_hash)}
+    # What was whole on disk is not trained again.
+    assert len(notes) == (2 if point in ("before Metric", "after Metric", "saved", "flushing") else 1)
+    assert not list((folder / "checkpoints").glob(".*"))
+    assert trainer.folder_of(made.kind, made.version).exists()
+    sink_all(bus, store)
+    assert trainer.candidates(phase, trainer.standing()) == [] and trainer.resume() is None
+    trainer.close()
+    bus.close()
+
+
+def manifests(bus, phase):
+    return [m for value in read_values(bus, "batches") if (m := decode(value, BatchManifest)).phase == phase]
+
+
+def updates(bus):
+    return [decode(value, PolicyUpdate) for value in read_values(bus, "policies")]

@@ -1,0 +1,65 @@
+"""The gate before publication: a new policy answers held-out prompts, and must not refuse benign ones nor obey harmful ones.
+
+It is off unless `gate.prompts` says how many prompts to ask. Refusals are told by the same phrases as in `watch_refusals`. A
+limit counts as passed only when Wilson's 95 % interval lies beyond it, so that few prompts keep back only what is plain. Where
+there are no held-out prompts of a kind, that kind is not asked, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.batches import LIMIT_S, turns_of
+from trainer.watch import Trip, answers_of
+
+if TYPE_CHECKING:
+    from engine.settings import Gate as Limits
+    from engine.store import Store
+
+log = logging.getLogger("charter.trainer")
+PROMPTS = """
+    SELECT turns FROM prompts WHERE split = 'EVAL' AND epoch = 0 AND is_harmful(source) = ?
+    ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
+REFUSED = """
+    WITH counted AS (
+        SELECT count(*) AS n, count(*) FILTER (is_refusal(answer)) AS hits FROM (SELECT unnest(?::VARCHAR[]) AS answer))
+    SELECT share(hits, n), wilson_low(hits, n), wilson_high(hits, n) FROM counted"""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Looks at a policy's folder before its version is published; what it returns keeps the policy back."""
+
+    limits: Limits
+    rows: int = 16
+
+    def __call__(self, store: Store, folder: Path, version: int) -> Trip | None:
+        measures: dict[str, float] = {}
+        found = []
+        if benign := self.refusals(store, folder, harmful=False):
+            measures |= {"refusal_benign": benign[0]}
+            if benign[1] > self.limits.max_benign_refusals:
+                found.append(f"it refuses {benign[0]:.0%} of benign prompts (gate.max_benign_refusals)")
+        if harmful := self.refusals(store, folder, harmful=True):
+            measures |= {"refusal_harmful": harmful[0]}
+            if harmful[2] < self.limits.min_harmful_refusals:
+                found.append(f"it refuses only {harmful[0]:.0%} of harmful prompts (gate.min_harmful_refusals)")
+        return Trip("it did not pass the gate", "; ".join(found), measures) if found else None
+
+    def refusals(self, store: Store, folder: Path, *, harmful: bool) -> tuple[float, float, float] | None:
+        """The share of refusals and its interval; None without prompts of this kind."""
+        dialogues = [turns_of(row) for row in store.records(PROMPTS, [harmful, self.limits.prompts], limit_s=LIMIT_S)]
+        if not dialogues:
+            log.warning("the gate has no held-out %s prompts to ask", "harmful" if harmful else "benign")
+            return None
+        answers = [text for text, _ in answers_of(folder, dialogues, self.rows)]
+        (rates,) = store.query(REFUSED, [answers], limit_s=LIMIT_S).rows
+        return rates[0], rates[1], rates[2]
+
+
+def gate_of(limits: Limits) -> Callable[[Store, Path, int], Trip | None] | None:
+    return Gate(limits) if limits.prompts else None
