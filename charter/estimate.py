@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.settings import Settings
+from engine.settings import Judge, Settings
 
 CHARS_PER_TOKEN = 4
 FEW_SHOT = 150
@@ -32,7 +32,6 @@ def estimate(settings: Settings, stages: Sequence[str], prompts: int, chars: int
     answer, samples, rounds = settings.respond.max_tokens, settings.respond.samples, settings.critique.rounds
     shots = FEW_SHOT if settings.critique.few_shot else 0
     shown = asked + prompts * (answer + QUESTION)
-    pairs = max(1, samples - 1)
     costs = {
         "respond": Cost("respond", prompts, asked, prompts * samples * answer),
         # A verdict and a text in each round, both orders of a comparison after it, and the last verdict.
@@ -40,9 +39,17 @@ def estimate(settings: Settings, stages: Sequence[str], prompts: int, chars: int
             "critique", prompts, (rounds + 1) * (2 * shown + prompts * shots), prompts * rounds * settings.critique.max_tokens
         ),
         "revise": Cost("revise", prompts, rounds * (shown + prompts * shots), prompts * rounds * settings.revise.max_tokens),
-        "judge": Cost("judge", prompts, 2 * pairs * (shown + prompts * answer), 0),
+        "judge": judging(settings.judge, prompts, shown + prompts * answer, max(1, samples - 1)),
     }
     return [costs[stage] for stage in stages]
+
+
+def judging(judge: Judge, prompts: int, shown: int, pairs: int) -> Cost:
+    """What judging costs where all prompts' questions, one of each, have `shown` tokens: both orders, for each principle."""
+    questions = 2 * (pairs if judge.pairing == "candidates" else 1) * (1 if judge.principles == "all" else judge.k)
+    written = 0 if judge.form == "options" else questions * prompts * judge.max_tokens
+    again = questions * shown + written if judge.form == "reasoning" else 0  # the letters are scored after the reasoning
+    return Cost("judge", prompts, questions * shown + again, written)
 
 
 def lines(costs: Sequence[Cost]) -> list[str]:

@@ -1,0 +1,26 @@
+"""What work will cost, before it is begun: by hand, for each way of judging."""
+
+import pytest
+
+from charter.estimate import QUESTION, estimate
+from engine.settings import load
+
+PROMPTS, CHARS = 10, 4000
+SHOWN = 1000 + PROMPTS * (256 + QUESTION) + PROMPTS * 256  # the prompts, both answers, the question
+
+
+@pytest.mark.parametrize(
+    ("chosen", "read", "written"),
+    [
+        ({}, 2 * SHOWN, 0),
+        ({"respond.samples": 4}, 3 * 2 * SHOWN, 0),
+        ({"respond.samples": 4, "judge.pairing": "revision"}, 2 * SHOWN, 0),
+        ({"judge.preset": "ensemble-k"}, 5 * 2 * SHOWN, 0),
+        ({"judge.preset": "course"}, 2 * SHOWN, 2 * PROMPTS * 256),
+        ({"judge.preset": "bai2022-cot", "judge.max_tokens": 64}, 4 * SHOWN + 2 * PROMPTS * 64, 2 * PROMPTS * 64),
+    ],
+)
+def test_a_judge_reads_both_orders_for_each_principle_and_writes_where_its_recipe_says(chosen, read, written):
+    settings, _ = load(chosen, environment={})
+    (cost,) = estimate(settings, ["judge"], PROMPTS, CHARS)
+    assert (cost.records, cost.read, cost.written) == (PROMPTS, read, written)
