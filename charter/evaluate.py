@@ -152,12 +152,13 @@ class Study:
         from charter.rejudge import Bench
         from engine.budget import parse_prices
 
-        judge, prices = models.role("judge"), parse_prices(self.settings.limits.prices)
+        judge, prices, counts = models.role("judge"), parse_prices(self.settings.limits.prices), set()
         self.model = f"{judge.id} ({judge.revision})"
         for preset in presets:
             settings = with_preset(self.settings, self.origins, preset)
             count = len(self.drawn.asked) if settings.judge.form == "options" else limit_written
             asked, human = self.drawn.asked[:count], self.drawn.human[:count]
+            counts.add(len(asked))
             tell(f"{preset}: {len(asked)} pairs")
             started = time.monotonic()
             labels = ask(Bench(settings, models), self.constitution, asked)
@@ -165,7 +166,8 @@ class Study:
             cost = sum(price.of(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
             self.labels[preset] = labels
             self.rows.append(judged(preset, human, labels, seconds, cost))
-        self.rows += baselines(self.drawn.human, self.seed)
+        for number in sorted(counts, reverse=True):  # beside each judge those of the same pairs
+            self.rows += baselines(self.drawn.human[:number], self.seed)
 
     def table(self) -> str:
         from charter.text import table

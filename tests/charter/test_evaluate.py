@@ -160,6 +160,8 @@ def test_every_preset_is_in_the_report(tmp_path, pairs):
     for name in (*PRESETS, "longer wins", "shorter wins", "random", "judge: scripted"):
         assert name in said and name in out.read_text()
     assert set(PRESETS) == set(RECIPES["judge"])
+    rows = json.loads(run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--json"))
+    assert [row["pairs"] for row in rows if row["judge"] == "random"] == [6, 2]  # baselines on the pairs of each judge
 
 
 def test_pairs_are_drawn_by_the_seed_and_prompts_end_with_the_last_human_turn(pairs):
