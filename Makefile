@@ -27,7 +27,8 @@ lint: set-up ## Format, lint, types, schema evolution
 
 check: lint test ## All that a change must pass
 
-format: set-up ## Format the code
+format: set-up ## Format the code, and write the reference pages from it
+	@$(BIN)/python -m charter.reference
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

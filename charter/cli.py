@@ -65,7 +65,7 @@ def cli(context: click.Context) -> None:
 
     \b
     First steps:
-      charter demo                        the whole loop once, with a small real model
+      charter demo                   the whole loop once, with a small real model
       charter sql "select * from stories limit 1"
       charter produce prompts.jsonl && charter run
     """
@@ -97,7 +97,9 @@ charter --help lists everything; charter doctor looks for what is missing."""
 @click.option("--prompts", default=24, show_default=True, help="Prompts of the first act; the later ones have 2/3 and 1/3.")
 @common
 def demo(settings: Settings, prompts: int) -> None:
-    """The whole loop once: real prompts, a real small model, every stage, SFT, reward model, PPO, new policies.
+    """The whole loop once, with a real small model.
+
+    Real prompts, every stage, SFT, reward model, PPO, new policies.
 
     Killed half way, it goes on where it was when started again.
 
@@ -132,7 +134,9 @@ def produce(
     shipped: bool,
     dry_run: bool,
 ) -> None:
-    """Publish prompts, or people's comparisons and demonstrations, from files, or from standard input (-).
+    """Publish prompts or labelled data.
+
+    Prompts, or people's comparisons and demonstrations, from files or from standard input (-).
 
     Files are JSON lines (also gzipped), Parquet, Arrow, or the folder of a data set saved to disk. A row is a JSON string, or
     has "prompt" or "turns" ([{"role": "user", "content": "..."}]), with "source" and "tags" if you like; a comparison has
@@ -215,7 +219,9 @@ def report_bad(path: str, number: int, why: str) -> None:
 @click.option("--slot", metavar="NAME", help="This copy's fixed name, e.g. a pod's ordinal.")
 @common
 def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
-    """Run the stages until stopped: all of them and the sink in one process, or those that --stage names.
+    """Run the stages and the sink until stopped.
+
+    All of them in one process, or those that --stage names.
 
     \b
     Examples:
@@ -254,7 +260,9 @@ def committed(host: Host) -> str:
 @click.option("--loop", is_flag=True, help="Keep updating whenever there are enough new rows, until stopped.")
 @common
 def train(settings: Settings, phase: str | None, loop: bool) -> None:
-    """Train on what has arrived: the phase that is due, one named phase, or a loop.
+    """Train on what has arrived, once or in a loop.
+
+    The phase that is due, one named phase, or with --loop one after the other.
 
     \b
     Examples:
@@ -279,7 +287,9 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
 @json_option
 @common
 def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
-    """What is in the database, what waits at the stages of a run (the newest, or --run), and which policies there are.
+    """What there is, what waits, and which policies answer.
+
+    What is in the database, what waits at the stages of a run (the newest, or --run), and which policies there are.
 
     \b
     Examples:
@@ -312,7 +322,9 @@ def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
 @json_option
 @common
 def show(settings: Settings, identifier: str, as_json: bool) -> None:
-    """The story of one prompt: ID is a prompt's or any record's id, or the beginning of one.
+    """The story of one prompt.
+
+    ID is a prompt's or any record's id, or the beginning of one.
 
     \b
     Examples:

@@ -25,7 +25,9 @@ RUN = "run:"
 
 @click.group()
 def constitution() -> None:
-    """The principles: list, show, lint and compare constitutions, test them with the judge, study what each principle does.
+    """The principles: show, check, compare, test, study them.
+
+    List, show, lint and compare constitutions, test them with the judge, study what each principle does.
 
     A constitution is a shipped one's name, a file, - for standard input, or run:NAME for the one that a run used.
 
@@ -71,7 +73,7 @@ def used(settings: Settings) -> list[tuple[str, str, str, str]]:
 @json_option
 @common
 def list_constitutions(settings: Settings, as_json: bool) -> None:
-    """The shipped constitutions, and what else the runs of this database used.
+    """The shipped constitutions, and those of the runs here.
 
     \b
     Examples:
@@ -105,7 +107,9 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_json: bool) -> None:
-    """A constitution's principles (without an argument the settings' one).
+    """A constitution's principles.
+
+    Without an argument: those of the settings' constitution.
 
     \b
     Examples:
@@ -161,7 +165,9 @@ def scope(principle: Any) -> str:
 @json_option
 @common
 def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: bool) -> None:
-    """What a constitution may do wrong: duplicates, missing parts, only do's or don'ts, no guard against over-reaction.
+    """What a constitution may do wrong.
+
+    Duplicates, missing parts, only do's or don'ts, no guard against over-reaction.
 
     With a database also whether its runs know another content under the same name and version. The exit code is 1 when there
     is anything to say.
@@ -211,7 +217,9 @@ def stale_version(settings: Settings, loaded: Constitution, wanted: str) -> list
 @json_option
 @common
 def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, as_json: bool) -> None:
-    """What B changes against A: principles added, removed, changed; and with --rejudge how many labels flip, by principle.
+    """What B changes against A.
+
+    Principles added, removed, changed; and with --rejudge how many labels flip, by principle.
 
     The pairs are a slice by a hash of their ids, the same one each time; the judge is the settings' one.
 
@@ -290,7 +298,9 @@ def open_bench(settings: Settings) -> Iterator[Bench]:
 @json_option
 @common
 def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, as_json: bool) -> None:
-    """Let the judge decide known failure modes, and count each principle's hits and misses.
+    """Let the judge decide known failure modes.
+
+    Counts each principle's hits and misses.
 
     FILE is JSONL or TOML with a prompt, an answer that must win and one that must lose in each case, or the name of a shipped
     constitution, which has a few cases of its own. The exit code is 1 when fewer than --at-least of the labels are hits.
@@ -325,7 +335,9 @@ def test_constitution(settings: Settings, file: str, wanted: str | None, at_leas
 def study_principles(
     settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """What each principle does: a replay without each in turn (or those named), and how answers and labels change.
+    """What each principle does, by leaving it out.
+
+    A replay without each in turn (or those named), and how answers and labels change.
 
     The chains of the run (--run) go again without each critique principle, its pairs without each judging principle, and both
     once under the full constitution of the settings, with which the others are compared. Killed half way, the same command

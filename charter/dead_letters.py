@@ -24,7 +24,9 @@ RETRIED = "record_id IN (SELECT dead_letter_id FROM retries)"
 @json_option
 @common
 def dlq(settings: Settings, as_json: bool) -> None:
-    """Dead letters: messages that a stage or the sink gave up on, untouched, each with its reason.
+    """Dead letters: what was given up on, and why.
+
+    Messages that a stage or the sink gave up on, untouched, each with its reason.
 
     \b
     Examples:
@@ -52,7 +54,10 @@ def chosen(function: Any) -> Any:
 @json_option
 @common
 def list_letters(settings: Settings, as_json: bool, stage: str | None, kind: str | None, count: int) -> None:
-    """The newest dead letters: where they came from, why, after how many attempts, and whether they were tried again."""
+    """The newest dead letters.
+
+    Where they came from, why, after how many attempts, and whether they were tried again.
+    """
     show_list(settings, as_json, stage, kind, count)
 
 
@@ -83,7 +88,9 @@ def show_list(settings: Settings, as_json: bool, stage: str | None, kind: str | 
 @json_option
 @common
 def show(settings: Settings, identifier: str, as_json: bool) -> None:
-    """One dead letter whole: its reason, its headers, and its message, decoded where that is possible.
+    """One dead letter, whole.
+
+    Its reason, its headers, and its message, decoded where that is possible.
 
     ID is a dead letter's id, or the beginning of one.
     """
@@ -129,7 +136,9 @@ def only_one(store: Store, identifier: str) -> dict[str, Any]:
 @click.option("--all", "everything", is_flag=True, help="Every one that is open.")
 @common
 def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, stage: str | None, kind: str | None) -> None:
-    """Put messages back on their topic, as they were, for the stage that gave up on them; no other stage sees them again.
+    """Put messages back for the stage that gave up on them.
+
+    They go on their topic as they were; no other stage sees them again.
 
     Each is tried again once: a letter that fails again is a new dead letter.
 

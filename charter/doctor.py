@@ -42,7 +42,9 @@ class Finding:
 @json_option
 @common
 def doctor(settings: Settings, as_json: bool) -> None:
-    """Check Python and packages, disk, database, log, models and constitution, and say what to fix. Exit code 1 if one fails.
+    """Look for what is missing, and say what to fix.
+
+    Python and packages, disk, database, log, models and constitution. Exit code 1 if one fails.
 
     \b
     Examples:

@@ -59,7 +59,9 @@ def agreement(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """How far each judging preset agrees with people, beside baselines that look at length or at nothing.
+    """How far each judging preset agrees with people.
+
+    Beside baselines that look at length or at nothing.
 
     FILE has `chosen` and `rejected` in each row: answers beside a `prompt`, or whole dialogues as in HH-RLHF, of which the last
     human turn ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to

@@ -39,7 +39,7 @@ LOOK_EVERY_S = 0.5
 @click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
 @common
 def replay(settings: Settings, **how: Any) -> None:
-    """Run earlier records through the stages again, as a run of its own.
+    """Run earlier records through the stages, as a new run.
 
     It reads the records of one run (--run, or --from run:NAME), up to the ends that the topics have when it starts, and is
     over when everything that follows from them has ended. With the same configuration it makes the same record ids and adds
@@ -282,7 +282,9 @@ def of(topics: Sequence[str], ends: Offsets) -> Offsets:
 @json_option
 @common
 def runs(settings: Settings, as_json: bool) -> None:
-    """The runs of this database: list them (also without a verb), or compare two.
+    """The runs of this database: list or compare them.
+
+    Without a verb: the list.
 
     \b
     Examples:
@@ -297,7 +299,10 @@ def runs(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def list_runs(settings: Settings, as_json: bool) -> None:
-    """Every run: what it is made of, and how many records it has (those that it shares with another run too)."""
+    """Every run: what it is made of, and its records.
+
+    Records that it shares with another run are counted too.
+    """
     show_runs(settings, as_json)
 
 
@@ -331,7 +336,9 @@ def show_runs(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
-    """What two runs differ in: settings, records that only one has, and labels of the same pair of answers.
+    """What two runs differ in.
+
+    Settings, records that only one has, and labels of the same pair of answers.
 
     \b
     Examples:

@@ -24,7 +24,9 @@ def bus_folder(settings: Settings) -> Path | None:
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
 @common
 def snapshot(settings: Settings, target: Path) -> None:
-    """Copy the database to FILE, consistently and while everything runs: for a notebook, or a colleague.
+    """Copy the database to FILE while everything runs.
+
+    Consistent; for a notebook, or a colleague.
 
     \b
     Examples:
@@ -41,7 +43,9 @@ def snapshot(settings: Settings, target: Path) -> None:
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
 @common
 def backup(settings: Settings, target: Path) -> None:
-    """Copy the database, the embedded log and the checkpoints to a new FOLDER, while everything runs.
+    """Copy the whole data folder while everything runs.
+
+    The database, the embedded log and the checkpoints, to a new FOLDER.
 
     A Kafka log is not in it: Kafka replicates its topics, and the archive in the database has what was read of them.
 
@@ -74,7 +78,9 @@ def restore(settings: Settings, source: Path) -> None:
 @click.command()
 @common
 def migrate(settings: Settings) -> None:
-    """Bring a data folder of an older version of Charter to this one; what was there is kept beside it.
+    """Bring an older data folder to this version.
+
+    What was there is kept beside it.
 
     \b
     Examples:
@@ -94,7 +100,9 @@ def migrate(settings: Settings) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common
 def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
-    """Delete everything that was made of a prompt from every database that is fed from this log, for good.
+    """Delete everything that was made of a prompt, for good.
+
+    From every database that is fed from this log.
 
     The deletion is a record on the log: each sink carries it out, future batches and replays respect it, and what still comes
     of the prompt is not written. The log itself keeps its messages for as long as the topics are kept (bus.retention_ms), and

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @json_option
 @common
 def topics(settings: Settings, as_json: bool) -> None:
-    """The topics: list them (also without a verb), create them, describe one, see who lags behind.
+    """The topics: list, create, describe them, see who lags.
+
+    Without a verb: the list.
 
     \b
     Examples:
@@ -36,7 +38,10 @@ def topics(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def list_topics(settings: Settings, as_json: bool) -> None:
-    """Every topic: its record, partitions, and offsets (a transaction takes one too)."""
+    """Every topic: its record, partitions and offsets.
+
+    A transaction takes an offset too.
+    """
     show_list(settings, as_json)
 
 
@@ -62,7 +67,9 @@ def show_list(settings: Settings, as_json: bool) -> None:
 @topics.command()
 @common
 def create(settings: Settings) -> None:
-    """Create the topics that are missing (bus.partitions, bus.replication, bus.retention_ms, bus.prefix).
+    """Create the topics that are missing.
+
+    As bus.partitions, bus.replication, bus.retention_ms and bus.prefix say.
 
     The number of partitions stays as it is then; it bounds the useful copies of a stage.
     """
@@ -83,7 +90,9 @@ def create(settings: Settings) -> None:
 @json_option
 @common
 def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
-    """How topics are kept: partitions (as many copies of a stage can share the work), replicas, settings, offsets.
+    """How topics are kept.
+
+    Partitions (as many copies of a stage can share the work), replicas, settings, offsets.
 
     \b
     Examples:
@@ -117,7 +126,9 @@ def span(topic: str, begins: Offsets, ends: Offsets) -> tuple[str, str]:
 @json_option
 @common
 def lag(settings: Settings, as_json: bool) -> None:
-    """How far each stage of a run (--run) and the sink are behind: in messages, and in seconds since the oldest that waits.
+    """How far each stage of a run and the sink are behind.
+
+    In messages, and in seconds since the oldest that waits; of the newest run, or --run.
 
     \b
     Examples:

@@ -32,7 +32,9 @@ DOWN_WITHIN_S = 30.0
 @click.option("--port", default=9092, show_default=True, help="Where clients connect, on this machine only.")
 @common
 def up(settings: Settings, port: int) -> None:
-    """Start an Apache Kafka on this machine: with Docker where it is, else from KAFKA_HOME (a folder with libs/*.jar and Java).
+    """Start an Apache Kafka on this machine.
+
+    With Docker where it is, else from KAFKA_HOME (a folder with libs/*.jar and Java).
 
     Without either nothing is needed: everything runs on the embedded log in the data folder.
 

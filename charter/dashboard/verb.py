@@ -21,7 +21,9 @@ TOKEN = "CHARTER_DASHBOARD_TOKEN"
 @click.option("--port", default=8400, show_default=True, help="Port to listen on; 0 takes a free one.")
 @common
 def dashboard(settings: Settings, host: str, port: int) -> None:
-    """Show everything in a browser, live: pipeline, stories, preferences, training, dead letters, SQL, runs.
+    """Show everything in a browser, live.
+
+    Pipeline, stories, preferences, training, dead letters, SQL, runs.
 
     It listens on this machine alone unless --host says otherwise; then every visitor needs the token that is printed (or that
     the variable CHARTER_DASHBOARD_TOKEN gives).

@@ -1,0 +1,38 @@
+"""The reference pages say what the code says, and the command line keeps to its one grammar."""
+
+import click
+import pytest
+
+from charter import reference
+from charter.cli import SECTIONS, VERBS, cli
+
+ALL = [(name, command) for verb in VERBS for name, command in reference.verbs(cli.commands[verb], verb)]
+READ = ("status", "show", "sql", "doctor", "config", "runs list", "dlq list", "dlq show", "topics list", "topics lag")
+
+
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_the_pages_are_as_the_code_says(page):
+    written = (reference.DOCS / page).read_text(encoding="utf-8")
+    assert written == reference.PAGES[page](), "type: python -m charter.reference"
+
+
+def test_every_verb_stands_in_one_section():
+    assert set(cli.commands) == set(VERBS) and len(VERBS) == sum(len(verbs) for verbs in SECTIONS.values())
+
+
+@pytest.mark.parametrize(("name", "command"), ALL)
+def test_every_verb_explains_itself(name, command):
+    assert command.help and command.short_help is None
+    assert len(command.get_short_help_str(200)) <= 64, "the first sentence is one line of --help, in 80 columns"
+    assert all(param.help for param in command.params if isinstance(param, click.Option)), "an option without a meaning"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_verbs_that_read_have_json(name):
+    command = dict(ALL)[name]
+    assert any("--json" in param.opts for param in command.params)
+
+
+def test_the_help_fits_eighty_columns():
+    said = cli.get_help(click.Context(cli, info_name="charter", terminal_width=80))
+    assert max(map(len, said.splitlines())) <= 80 and "..." not in said.partition("Start:")[2]
