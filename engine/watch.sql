@@ -67,7 +67,8 @@ GROUP BY ALL;
 -- The KL to the reference in each PPO update: where it ended, and how it rose (nats per sequence, and per optimiser step). The
 -- update is of `policy_version`, and made the next one.
 CREATE OR REPLACE VIEW watch_kl AS
-SELECT policy_version, number, count(*) AS steps, arg_max(kl, step) AS kl_ref, regr_slope(kl, step) AS kl_slope
+SELECT policy_version, number, count(*) AS steps, arg_max(kl, step) AS kl_ref,
+       CASE WHEN count(*) > 1 THEN regr_slope(kl, step) END AS kl_slope
 FROM (SELECT policy_version, number, step, measures['kl_ref'] AS kl FROM metrics WHERE phase = 'ppo')
 WHERE kl IS NOT NULL GROUP BY ALL;
 

@@ -10,6 +10,7 @@ from charter.pipeline import connect, store_of
 from consumers.sink import Sink
 from engine.checkpoints import write
 from engine.models.chat import completion_ids, prompt_ids
+from engine.policy import weights_of
 from engine.settings import Watch as Limits
 from engine.settings import load
 from engine.worker import outgoing
@@ -105,7 +106,9 @@ def world(tmp_path_factory):
     )
     kl = [Metric(record_id=ids.record_id("metric", [], "0", step), run_id="live", stage="train", policy_version=3, phase="ppo",
                  number=1, step=step, measures={"kl_ref": 2.0 * step + 1}) for step in (1, 2, 3)]  # fmt: skip
-    made.add(*kl)
+    stopped = Metric(record_id=ids.record_id("metric", [], "0", 9), run_id="live", stage="train", policy_version=4, phase="ppo",
+                     number=2, step=1, measures={"kl_ref": 40.0})  # fmt: skip
+    made.add(*kl, stopped)
     return made
 
 
@@ -122,7 +125,8 @@ def test_refusals_and_diversity(world):
 def test_phrases_and_kl(world):
     rows = world.rows("SELECT phrase, hits, answers FROM watch_phrases")
     assert rows == [("thank you for asking me", 2, 3)]
-    (row,) = world.records("SELECT * FROM watch_kl")
+    row, stopped = world.records("SELECT * FROM watch_kl ORDER BY policy_version")
+    assert (stopped["kl_ref"], stopped["kl_slope"]) == (40.0, None)  # one step has no slope
     assert (row["policy_version"], row["steps"], row["kl_ref"], row["kl_slope"]) == (3, 3, 7.0, pytest.approx(2.0))
 
 
@@ -246,6 +250,22 @@ def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
     assert [row["answers"] for row in rewards] == [24, 24]
     assert rewards[1]["length_correlation"] == pytest.approx(trip.measures["length_correlation"])
     assert Watch(trainer.settings.watch)(trainer) is None  # also after a restart
+
+
+def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
+    trainer.watch = Watch(trainer.settings.watch)
+    answer(trainer, 1, (1, 4))
+    answer(trainer, 2, (4, 8))
+    trainer.watched()
+    assert list(trainer.paused()) == ["ppo"] and trainer.due() is None
+    assert trainer.standing().policy_version == 3 and weights_of(trainer.known()[0], 3) == 1
+    trainer.watch_at = 0.0
+    trainer.watched()  # nothing more is done while PPO is paused
+    sink_all(trainer)
+    (incident,) = trainer.store.records("SELECT policy_version, phase, what, why, measures FROM incidents")
+    assert (incident["policy_version"], incident["phase"]) == (2, "ppo")
+    assert "hacking" in incident["what"] and "correlation with length" in incident["why"]
+    assert incident["measures"]["length_correlation"] > 0.5
 
 
 def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
