@@ -20,7 +20,8 @@ Where this departs from the papers, and why:
  6. beta adapts to a KL target in nats per sequence, once for each update (Ziegler's K = 0.1); a negative estimate never
     lowers it. A step that would begin past a limit of the KL to the reference, or to the very first model, is not made, and
     ends the update. That KL is estimated for the policy of the moment from answers that the proximal one sampled, so each
-    token is weighted with pi / pi_prox.
+    token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was sampled and is likely
+    now would count thousands of nats, and end the update alone.
  7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
     causal model never looks, so attention needs no mask.
  8. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
@@ -51,6 +52,7 @@ from trainer.weights import Hardware
 
 log = logging.getLogger("charter.trainer")
 IMPORTANCE_CAP = 2.0
+KL_WEIGHT_CAP = 10.0
 LEAST_DEVIATION = 1e-4
 MAX_GRAD_NORM = 1.0
 LEAST_VALUE_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would learn next to nothing
@@ -119,11 +121,12 @@ def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
 
 
 def kl_of_policy(logp: torch.Tensor, logq: torch.Tensor, log_sampled: torch.Tensor) -> torch.Tensor:
-    """The estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with p / sampled.
+    """The estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with min(p / sampled, 10).
 
-    Never negative. Without the weight a token that p has just learned to avoid counts q / p, thousands of nats for one token.
+    Never negative. Without the weight a token that p has just learned to avoid counts q / p, thousands of nats for one token;
+    without the cap one that p has just learned to prefer does. The cap makes the estimate too low where it binds.
     """
-    return torch.exp(logp - log_sampled) * kl_k3(logp, logq)
+    return torch.exp(logp - log_sampled).clamp(max=KL_WEIGHT_CAP) * kl_k3(logp, logq)
 
 
 def token_rewards(

@@ -13,8 +13,9 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     hacked     a planted fault: the labels prefer the longer answer; the watch must trip
 
 The target rate of a version is the share of its answers that the rule calls right, of the first answer to each of `--prompts`
-prompts that nothing had trained on when they were answered. Intervals are Wilson's, 95 %. The exit code is 1 when the rate of
-the last version does not stand above that of the first, intervals apart, with the judge, or does with shuffled labels.
+prompts (of twice as many for the first version) that nothing had trained on when they were answered. Intervals are Wilson's,
+95 %. The exit code is 1 when the rate of the last version does not stand above that of the first, intervals apart, with the
+judge, or does with shuffled labels.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arm", action="append", choices=ARMS, help="only this arm (may be repeated)")
     parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 0, 1 and 2]")
     parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
-    parser.add_argument("--phases", type=int, default=4, help="PPO updates [default: 4]")
+    parser.add_argument("--phases", type=int, default=3, help="PPO updates [default: 3]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here; finished arms are not run again")
     parser.add_argument("--out", type=Path, help="write the plots here (needs the extra `bench`)")

@@ -1,6 +1,7 @@
 """One run of the proof: prompts through every real stage, sink and trainer, for several policy versions.
 
-    act 0   policy 0 (the base model) answers -> SFT on final texts makes policy 1; reward model 1 learns the labels
+    act 0   policy 0 (the base model) answers -> SFT on final texts makes policy 1; reward model 1 learns the labels (twice as
+            many prompts as later: it learns from nothing)
     act k   policy k answers new prompts      -> PPO (or SFT) on these makes policy k+1; the reward model learns these labels
     last    the last policy answers new prompts
 
@@ -41,13 +42,14 @@ FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id 
 def settings_for(folder: Path, base: Path, seed: int, **more: Any) -> Settings:
     flags = {
         "data.folder": str(folder), "run.constitution": str(CONSTITUTION), "prompts.eval_share": "0",
-        "models.policy": str(base), "models.critic": CRITIC, "models.judge": JUDGE, "models.max_rows": "128",
+        "models.policy": str(base), "models.critic": CRITIC, "models.judge": JUDGE, "models.max_rows": "192",
         "respond.max_tokens": "48", "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
-        "respond.samples": "4", "watch.prompts": str(HELD_OUT),
-        "train.seed": str(seed), "train.micro_rows": "32", "train.precision": "fp32",
+        "respond.samples": "6", "watch.prompts": str(HELD_OUT),
+        "train.seed": str(seed), "train.micro_rows": "64", "train.precision": "fp32",
+        "train.sft_mix": '["*=1"]', "train.reward_mix": '["*=1"]',
         "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
-        "reward.learning_rate": "1e-3", "reward.batch_size": "32", "reward.epochs": "2",
-        "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "2",
+        "reward.learning_rate": "1e-3", "reward.batch_size": "16", "reward.epochs": "2",
+        "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "3",
     }  # fmt: skip
     return load(flags | more, environment={})[0]
 
@@ -94,23 +96,32 @@ class Experiment:
             host.failed.wait(0.2)
 
     def run(self, prompts: int, phases: Sequence[str]) -> None:
+        """One act for each phase and one before; the reward model learns after each but the last, where no PPO follows."""
+        rewards = [["reward"] if phase == "ppo" else [] for phase in phases]
         with self.host() as host:
             if self.watched:
                 self.answer(host, self.held_out, eval_share=1.0)
-            self.act(host, prompts, ["sft", *(["reward"] if "ppo" in phases else [])])
-            for phase in phases:
-                self.act(host, prompts, ["sft"] if phase == "sft" else [phase, "reward"])
-            self.act(host, prompts, [])
+            self.act(host, 2 * prompts, ["sft", *rewards[0]])
+            for phase, reward in zip(phases, [*rewards[1:], []], strict=True):
+                if self.act(host, prompts, [phase, *reward]):
+                    break
+            else:
+                self.act(host, prompts, [])
         self.trainer.close()
         self.bus.close()
 
-    def act(self, host: Host, prompts: int, phases: Sequence[str]) -> None:
-        """The newest policy answers new prompts; then training."""
+    def act(self, host: Host, prompts: int, phases: Sequence[str]) -> bool:
+        """The newest policy answers new prompts, then training. On a trip the loop's way back instead: returns True."""
         self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
-        if self.watched and (trip := self.timed("watch", self.watch, self.trainer)):
-            self.trips.append({"version": self.trainer.standing().policy_version, "why": trip.why, "good": trip.good})
+        trip = self.timed("watch", self.watch, self.trainer) if self.watched else None
+        if trip:
+            version, back = self.trainer.standing().policy_version, self.trainer.trip(trip)
+            self.trips.append({"version": version, "why": trip.why, "good": trip.good, "back": back.version if back else None})
+            self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
+            return True
         for phase in phases:
             self.timed(phase, self.trainer.update, phase)
+        return False
 
     def timed(self, name: str, call: Any, *arguments: Any) -> Any:
         started = time.monotonic()

@@ -104,6 +104,9 @@ def test_the_kl_of_a_policy_that_has_moved_away_from_its_samples_is_exact_and_bo
     assert (sampled.exp() * ppo.kl_of_policy(new, reference, sampled)).sum().item() == pytest.approx(exact, abs=1e-5)
     # A token that the policy has learned to avoid costs no more than it was worth; unweighted it would be 2e5 nats.
     assert ppo.kl_of_policy(new, reference, sampled).max() < 2
+    # One that was rare when it was sampled and is likely now: uncapped 4,500 * 7.4 nats, for one token.
+    rare, likely = torch.tensor(1e-4).log(), torch.tensor(0.45).log()
+    assert 10 * math.log(4500) > ppo.kl_of_policy(likely, rare, rare).item() > 10 * (math.log(4500) - 1) - 1e-3
 
 
 def test_logprobs_from_logits_against_a_loop():

@@ -206,8 +206,8 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     # What is only reported
                     m["entropy"] -= float(probabilities @ logp_all) / tokens
                     m["approx_kl"] += k3(prox[i][k], new) / tokens
-                    m["kl_ref"] += ratio * k3(new, of_reference[i][k]) / len(rows)
-                    m["kl_first"] += ratio * k3(new, of_first[i][k]) / len(rows)
+                    m["kl_ref"] += min(ratio, 10) * k3(new, of_reference[i][k]) / len(rows)
+                    m["kl_first"] += min(ratio, 10) * k3(new, of_first[i][k]) / len(rows)
                     ratio_max = max(ratio_max, ratio)
             if sl_rows:
                 m["sl_loss"] = naive_supervised(
