@@ -29,7 +29,9 @@ LIST = """
 @json_option
 @common
 def batches(settings: Settings, as_json: bool) -> None:
-    """The batches that training drew: list them (also without a verb), show one, rebuild one.
+    """The batches that training drew: list, show, rebuild.
+
+    Without a verb: the list.
 
     \b
     Examples:
@@ -64,7 +66,9 @@ def show_list(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def show(settings: Settings, number: int, as_json: bool) -> None:
-    """One batch's manifest: its rows, mix, hash, range of commits, seed, and the models and settings it trained with.
+    """One batch's manifest.
+
+    Its rows, mix, hash, range of commits, seed, and the models and settings it trained with.
 
     \b
     Examples:
@@ -84,7 +88,9 @@ def show(settings: Settings, number: int, as_json: bool) -> None:
 @json_option
 @common
 def rebuild(settings: Settings, number: int, as_json: bool) -> None:
-    """Draw a past batch again from the database: every row in the order of training, checked against its hash.
+    """Draw a past batch again, exactly.
+
+    From the database, every row in the order of training, checked against its hash.
 
     With --json the rows themselves, as training saw them. What cannot be rebuilt exactly is an error.
 

@@ -37,6 +37,13 @@ SECTIONS = {
 VERBS = tuple(verb for verbs in SECTIONS.values() for verb in verbs)
 
 
+class StageName(click.Choice[str]):
+    """A stage of Charter's, or the file of one's own."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value.endswith(".py") else super().convert(value, param, ctx)
+
+
 class Sectioned(click.Group):
     """Lists the verbs by what one wants to do, in the order in which one meets them."""
 
@@ -215,13 +222,13 @@ def report_bad(path: str, number: int, why: str) -> None:
 
 
 @cli.command()
-@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="Only this stage; may be repeated.")
+@click.option("--stage", "stages", multiple=True, type=StageName(STAGES), help="Only this one, or a FILE.py; repeatable.")
 @click.option("--slot", metavar="NAME", help="This copy's fixed name, e.g. a pod's ordinal.")
 @common
 def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
     """Run the stages and the sink until stopped.
 
-    All of them in one process, or those that --stage names.
+    All of them in one process, or those that --stage names: also one of your own in a Python file (docs/extending.md).
 
     \b
     Examples:
@@ -229,11 +236,14 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
       charter run --bus kafka://localhost:9092 --stage respond
       charter run --bus kafka://localhost:9092 --stage sink
     """
-    from charter.pipeline import connect, make_host
+    from charter import addition
+    from charter.pipeline import ROLES, connect, make_host
 
     chosen = stages or STAGES
+    named = [name for name in chosen if name in STAGES]
+    own = [addition.read(name, tuple(ROLES.values())) for name in chosen if name not in STAGES]
     bus, stop = connect(settings), stop_on_signals()
-    host = make_host(settings, bus, [s for s in chosen if s != "sink"], sink="sink" in chosen, slot=slot)
+    host = make_host(settings, bus, [n for n in named if n != "sink"], sink="sink" in named, additions=own, slot=slot)
     click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; stop with Ctrl-C", err=True)
     last, looks = "", 0
     with host:

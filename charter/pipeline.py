@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import charter
+from charter import addition
 from charter.observe import figures_of, show, tracing_of
 from constitutions.loader import Constitution, load
 from consumers.critique import Criticise
@@ -137,8 +138,10 @@ class Models:
     def role(self, role: str) -> Model:
         return self.open(self.spec(role))
 
-    def lane(self, role: str) -> Lane:
-        """Local models share the machine and so one lane; each endpoint has its own."""
+    def lane(self, role: str | None) -> Lane:
+        """Local models share the machine and so one lane; each endpoint has its own, and so has what needs no model."""
+        if role is None:
+            return self.lanes.setdefault("", Lane("no model", 1, 0.0))
         name = self.spec(role) if is_endpoint(self.spec(role)) else "local"
         threads = ENDPOINT_THREADS if is_endpoint(self.spec(role)) else 1
         return self.lanes.setdefault(name, Lane(name, threads, self.settings.worker.linger_ms / 1000))
@@ -242,6 +245,7 @@ def make_host(
     stages: Sequence[str],
     *,
     sink: bool,
+    additions: Sequence[addition.Addition] = (),
     slot: str | None = None,
     pinned: int | None = None,
     manifest: RunManifest | None = None,
@@ -258,19 +262,22 @@ def make_host(
     name_of_copy = slot or (leased.name if leased else "")
     budget = budget_of(settings, models, bus, stages)
     tracing = tracing_of(settings)
+    made: list[tuple[Stage, str | None]]
+    made = [(make_stage(name, settings, models, constitution, bus, pinned), ROLES[name]) for name in stages]
+    made += [(addition.checked(own.make(settings, models), own.path, STAGES), own.role) for own in additions]
     workers = [
         Worker(
             bus,
-            make_stage(name, settings, models, constitution, bus, pinned),
-            models.lane(ROLES[name]),
+            stage,
+            models.lane(role),
             run_id=settings.run.id,
             slot=name_of_copy,
             limits=limits_of(settings),
-            journal=Journal(settings.folder / "journal" / f"{settings.run.id}.{name}", name_of_copy),
-            admits=partial(budget.admits, name) if budget else lambda: True,
-            trace=tracing.stage(name, settings.run.id) if tracing else untraced,
+            journal=Journal(settings.folder / "journal" / f"{settings.run.id}.{stage.name}", name_of_copy),
+            admits=partial(budget.admits, stage.name) if budget else lambda: True,
+            trace=tracing.stage(stage.name, settings.run.id) if tracing else untraced,
         )
-        for name in stages
+        for stage, role in made
     ]
     others: dict[str, Run] = {}
     watched: list[Calls] = []

@@ -25,7 +25,9 @@ OURS = ("checkpoint.json", "rl")  # in a checkpoint's folder, and of no use outs
 @json_option
 @common
 def policy(settings: Settings, as_json: bool) -> None:
-    """The policies that training made: list them (also without a verb), go back to one, pause training, export one.
+    """The policies that training made: list, go back, export.
+
+    Also pausing training; without a verb: the list.
 
     \b
     Examples:
@@ -43,7 +45,9 @@ def policy(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def list_policies(settings: Settings, as_json: bool) -> None:
-    """Every version: what made it, from which one, whose weights it has, and where they are.
+    """Every version, and where its weights are.
+
+    What made it, from which one, and whose weights it has.
 
     \b
     Examples:
@@ -97,7 +101,9 @@ def folder_name(settings: Settings, update: PolicyUpdate) -> str:
 @click.option("--reason", default="", help="Why, for the record.")
 @common
 def use(settings: Settings, version: int, reason: str) -> None:
-    """Answer with the weights of VERSION from now on, and train on from them: they get the next version.
+    """Answer with VERSION's weights, and train on from them.
+
+    They get the next version's number.
 
     Nothing is taken back: versions only rise, and every record keeps the version that made it.
 
@@ -255,7 +261,9 @@ def publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, on
 @click.argument("folder", type=click.Path(path_type=Path))
 @common
 def export(settings: Settings, version: str, folder: Path) -> None:
-    """Copy the weights of VERSION (a number, or "latest") into a new FOLDER, as transformers, vLLM and others load them.
+    """Copy a policy's weights into a new FOLDER.
+
+    VERSION is a number, or "latest"; transformers, vLLM and others load the folder.
 
     \b
     Examples:
