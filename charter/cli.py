@@ -29,7 +29,7 @@ KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),
     "Look": ("dashboard", "status", "show", "sql", "tail", "doctor", "config"),
-    "Policies": ("policy", "batches"),
+    "Policies": ("policy", "batches", "chat"),
     "Principles": ("constitution", "eval"),
     "Again": ("replay", "runs", "dlq"),
     "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
@@ -442,10 +442,23 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
 
 def register() -> None:
     """The verbs that live in files of their own."""
-    from charter import batches, completion, constitution, dead_letters, doctor, evaluate, policies, replay, storage, topics, up
+    from charter import (
+        batches,
+        chat,
+        completion,
+        constitution,
+        dead_letters,
+        doctor,
+        evaluate,
+        policies,
+        replay,
+        storage,
+        topics,
+        up,
+    )
     from charter.dashboard import verb as dashboard
 
-    seeing, training = (dashboard, doctor, topics), (batches, policies)
+    seeing, training = (dashboard, doctor, topics), (batches, chat, policies)
     for module in (*seeing, *training, completion, constitution, dead_letters, evaluate, replay, storage, up):
         for verb in module.VERBS:
             cli.add_command(verb)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ from engine.worker import Lane, Limits, Stage, Worker, outgoing, untraced
 from schemas import codec, ids
 from schemas.codec import decode
 from schemas.confluent import Registry, SchemaRefused
-from schemas.records import ConstitutionRef, PolicyKind, PolicyUpdate, RunManifest, Sampling
+from schemas.records import ConstitutionRef, PolicyKind, PolicyUpdate, Record, RunManifest, Sampling
 from schemas.topics import TopicSpec, topic_table
 
 log = logging.getLogger("charter.pipeline")
@@ -146,8 +146,15 @@ class Models:
         threads = ENDPOINT_THREADS if is_endpoint(self.spec(role)) else 1
         return self.lanes.setdefault(name, Lane(name, threads, self.settings.worker.linger_ms / 1000))
 
+    def follow(self, bus: Bus) -> PolicyFollower:
+        """What follows the log's policies; the roles that do so share it, and its weights."""
+        self.follower = self.follower or PolicyFollower(bus, self.role("policy"), self.open_update)
+        return self.follower
+
     def open_update(self, update: PolicyUpdate) -> Model:
         """The weights of a policy update, verified against its hash."""
+        if update.restores == 0:
+            return self.role("policy")
         folder = read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
         return open_model(str(folder), threads=self.settings.models.threads, max_batch=self.settings.models.max_rows)
 
@@ -160,8 +167,7 @@ def policy_of(models: Models, bus: Bus, pinned: int | None) -> Callable[[], tupl
     first = models.role("policy")
     if is_endpoint(models.spec("policy")) or pinned == 0:
         return lambda: (first, 0)
-    models.follower = PolicyFollower(bus, first, models.open_update)
-    return models.follower.current
+    return models.follow(bus).current
 
 
 def policy_update(bus: Bus, version: int) -> PolicyUpdate:
@@ -175,6 +181,35 @@ def make_stage(
     name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus, pinned: int | None = None
 ) -> Stage:
     """One stage of the stream from the settings; `pinned` is the policy version that answers, None for the newest."""
+    stage = pinned_stage(name, settings, models, constitution, bus, pinned)
+    role = ROLES[name]
+    if role not in settings.models.follow or pinned is not None:
+        return stage
+    if models.spec(role) != models.spec("policy") or is_endpoint(models.spec("policy")):
+        raise UsageError(
+            f"models.follow and models.{role} contradict each other",
+            f"{models.spec(role)} is not the policy whose versions the trainer makes here",
+            f"leave models.{role} empty, or take {role} out of models.follow",
+        )
+    return replace(stage, work=Following(stage.work, models.follow(bus).current))
+
+
+@dataclass(frozen=True)
+class Following:
+    """A stage's work by the newest policy: the weights change between batches, never within one."""
+
+    work: Any
+    current: Callable[[], tuple[Model, int]]
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Sequence[Record]]:
+        result: Sequence[Sequence[Record]] = replace(self.work, model=self.current()[0])(records)
+        return result
+
+
+def pinned_stage(
+    name: str, settings: Settings, models: Models, constitution: Constitution, bus: Bus, pinned: int | None
+) -> Stage:
+    """A stage whose critic and judge stay as they are."""
     rows, inputs = settings.models.max_rows, readers_of(settings.judge.pairing).get(name, ())
     if name == "respond":
         work: Any = make_respond(settings, policy_of(models, bus, pinned))

@@ -192,7 +192,7 @@ def checked_folder(settings: Settings, known: Sequence[PolicyUpdate], version: i
     from engine.policy import policies, weights_of
 
     source = weights_of(known, version)
-    if source == 0 and (version == 0 or version in policies(known)):
+    if source == 0:
         return model_folder(settings.train.base or settings.models.policy)
     update = policies(known).get(source)
     if update is None:

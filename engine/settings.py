@@ -88,6 +88,9 @@ class Models(Section):
     policy: str = Field("smollm2", description="smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
     critic: str = Field("", description="Who criticises and revises; empty: the policy's first version, pinned.")
     judge: str = Field("", description="Who judges pairs; empty: the policy's first version, pinned.")
+    follow: list[Literal["critic", "judge"]] = Field(
+        [], description="Which of these are the newest policy, as responders are, instead of a pinned one."
+    )
     threads: int = Field(2, ge=1, description="Processor threads of a local model.")
     max_rows: int = Field(32, ge=1, description="Most sequences in one local batch.")
     timeout_s: float = Field(120.0, gt=0, description="Longest wait for one request to an endpoint, in seconds.")

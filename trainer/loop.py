@@ -147,6 +147,7 @@ class Trainer:
         self.store = self.timed = TimedStore(self.store.path)
         self.first_revision = revision_of(self.base)
         self.dropped: set[str] = set()
+        self.mixes: dict[str, str | None] = {}
         self.born = time.monotonic()
         self.began, self.watch_at = (self.born, 0.0), 0.0
         self.open()
@@ -337,8 +338,7 @@ class Trainer:
         """Draw a batch and publish its manifest (step 1)."""
         number, settings = len(self.known()[1]) + 1, self.learner_settings(phase)
         chosen, shares = self.draw(phase, candidates), self.shares(phase)
-        if words := shortfall(chosen, shares):
-            self.say(f"{phase} batch {number}: {words}")
+        self.tell_mix(phase, shortfall(chosen, shares))
         if phase != "ppo":
             chosen = bucketed(chosen, settings["batch_size"], self.settings.train.seed + number)
         rows = rows_of(self.store, phase, [light.key for light in chosen])
@@ -357,6 +357,12 @@ class Trainer:
         )
         self.publish([manifest])
         return Batch(manifest, rows, sl_rows)
+
+    def tell_mix(self, phase: str, words: str | None) -> None:
+        """Say that a batch is not the mix that was asked for; once, as long as it stays so."""
+        if words and words != self.mixes.get(phase):
+            self.say(f"{phase}: {words}")
+        self.mixes[phase] = words
 
     def combined(self, phase: str) -> bool:
         return phase == "ppo" and self.settings.train.objective == "combined"
@@ -523,9 +529,9 @@ class Trainer:
                     log.info("removed the checkpoint %s", folder.name)
 
     def referenced(self) -> set[Path]:
-        """The checkpoints of the live policy and its reference, of the reward model, and those that a run has pinned."""
+        """The checkpoints of the live policy, the one before it and its reference, of the reward model, and those of runs."""
         known, standing = self.known()[0], self.standing()
-        versions = {weights_of(known, version) for version in (standing.policy_version, standing.reference_version)}
+        versions = {weights_of(known, version) for version in (*standing.line[:2], standing.reference_version)}
         named = set()
         for manifest in self.records[RunManifest]:
             settings = json.loads(manifest.settings)
@@ -568,7 +574,7 @@ class Trainer:
         """Pause the RL phase, go back to the last good policy and say why, in one transaction; returns the new update."""
         known, standing = self.known()[0], self.standing()
         run_id = self.settings.run.id
-        good = version_before(known, standing.policy_version) if trip.good is None else trip.good
+        good = self.still_there(version_before(known, standing.policy_version) if trip.good is None else trip.good)
         update = None
         if weights_of(known, good) != weights_of(known, standing.policy_version):
             update = restored(known, good, run_id=run_id, first=self.settings.models.policy)
@@ -587,6 +593,12 @@ class Trainer:
         back = f"; policy {update.version} has the weights of policy {update.restores}" if update else ""
         self.say(f"{self.rl} is paused: {trip.what} ({trip.why}){back}. To go on: charter policy resume")
         return update
+
+    def still_there(self, version: int) -> int:
+        """A version whose weights are still on disk: this one, or the reference, whose weights always are."""
+        source = weights_of(self.known()[0], version)
+        there = source == 0 or (self.checkpoints / f"policy-{source:06d}").exists()
+        return version if there else self.standing().reference_version
 
     def watched(self) -> None:
         """Let the watch look, unless RL is paused already."""

@@ -140,3 +140,19 @@ def test_the_views_tell_what_training_did(charter, trained):
     assert store.query("SELECT count(*), count(DISTINCT row_id) FROM batch_rows WHERE trained").rows == [(16, 16)]
     steps = store.query("SELECT DISTINCT phase, measure FROM training_steps").rows
     assert {("sft", "loss"), ("loop", "duckdb_share"), ("loop", "alive_duckdb_share")} <= set(steps)
+
+
+def test_chat_answers_once_for_a_script_and_turn_by_turn_for_a_person(trained):
+    def ask(*words, text=""):
+        flags_ = {"data.folder": str(trained), "models.policy": "scripted"}
+        chosen = [word for name, value in flags_.items() for word in ("--set", f"{name}={value}")]
+        return CliRunner().invoke(cli, ["chat", "--policy", "0", *words, *chosen], input=text, catch_exceptions=False)
+
+    once = ask("--seed", "1", "--json", "-", text="Why is\nthe sky blue?")
+    about = json.loads(once.stdout)
+    assert (about["policy"], about["finish_reason"]) == (0, "stop") and about["answer"]
+    assert ask("--seed", "1", "Why is\nthe sky blue?").stdout == about["answer"] + "\n"
+    talk = ask("--seed", "1", text="one\n\n/new\ntwo\n").stdout.splitlines()
+    assert len([line for line in talk if line]) == 2
+    with pytest.raises(UsageError, match="no policy 9"):
+        CliRunner().invoke(cli, ["chat", "--policy", "9", "x", "--data", str(trained)], catch_exceptions=False)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+from itertools import product
 
 import pytest
 
@@ -40,10 +41,10 @@ def prepared(tmp_path_factory):
     labelled(bus, store, "old")
     trainer.update("sft")
     trainer.update("reward")
-    for name in ("old", "new"):
+    for name in ("oldest", "old"):
         answered(bus, store, name, trainer.standing())
-        if name == "old":
-            trainer.update("ppo")
+        trainer.update("ppo")
+    answered(bus, store, "new", trainer.standing())
     labelled(bus, store, "new")
     trainer.close()
     bus.close()
@@ -89,8 +90,9 @@ def sink_all(bus, store):
     sink.close()
 
 
-@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("phase", "point"), [*product(("sft", "ppo"), POINTS), ("reward", "after Metric"), ("reward", "renamed")]
+)
 def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point):
     folder = shutil.copytree(prepared, tmp_path / "data")
     settings = settings_of(folder)

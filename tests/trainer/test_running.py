@@ -1,0 +1,287 @@
+"""The loop with FAKE learners: trips and going back, batches that are given up, the gate, pauses, bounds after a crash."""
+
+import shutil
+import sys
+import threading
+import types
+
+import pytest
+
+from charter.pipeline import Following, connect, store_of
+from charter.training import Numbers
+from consumers.sink import Sink
+from engine.bus.read import read_values
+from engine.errors import CannotLearn, UsageError
+from engine.policy import restored, updates
+from engine.settings import load
+from engine.worker import outgoing
+from schemas.codec import decode
+from schemas.records import Incident, ModelRef, Pause, Prompt, Split
+from tests.chaos.killed import LEARNERS, learn, settings_of
+from tests_records import base, chain_end, preference, response
+from trainer import loop
+from trainer.gate import Gate
+from trainer.loop import Trainer
+from trainer.watch import Trip
+
+
+class Place:
+    """A data folder with a trainer; what is added is in the database at once."""
+
+    def __init__(self, folder, **more):
+        (folder / "base").mkdir(parents=True)
+        settings = settings_of(folder)
+        train = settings.train.model_copy(update={"sft_mix": [], "reward_mix": []} | more)
+        self.settings = settings.model_copy(update={"train": train})
+        self.bus, self.store, self.said = connect(self.settings), store_of(self.settings), []
+        self.trainer = self.open()
+
+    def open(self, **more):
+        base_folder = self.settings.folder / "base"
+        values = {"learners": LEARNERS, "say": self.said.append} | more
+        return Trainer(self.bus, self.store, self.settings, base_folder, **values)
+
+    def add(self, *records):
+        self.bus.publish([outgoing(record) for record in records])
+        sink = Sink(self.bus, self.store, max_wait_s=0.05)
+        while sink.step():
+            pass
+        sink.close()
+
+    def chains(self, name, count=4):
+        self.add(*(chain_end(f"{name}{n}", f"chain {name} {n}") for n in range(count)))
+
+    def labels(self, name, count=4):
+        self.add(*(preference(f"{name}{n}", f"pair {name} {n}", 0.7) for n in range(count)))
+
+    def answers(self, name, count=4):
+        """Answers of the present policy."""
+        standing = self.trainer.standing()
+        version = standing.policy_version
+        about = {"model": ModelRef(id="policy", revision=standing.revisions[version]), "policy_version": version}
+        made = [response(f"answer {name} {n}") for n in range(count)]
+        first = {"policy_version": version}
+        self.add(*(r.model_copy(update=about | {"candidates": [r.candidates[0].model_copy(update=first)]}) for r in made))
+
+    def records(self, record):
+        return [decode(value, record) for value in read_values(self.bus, record.topic)]
+
+    def policies(self):
+        return [(u.version, u.phase, u.restores) for u in updates(self.bus) if u.kind.value == "POLICY"]
+
+    def close(self):
+        self.trainer.close()
+        self.bus.close()
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path / "data")
+    yield made
+    made.close()
+
+
+def until(trainer, done):
+    """Run the loop until something holds; it looks every moment."""
+    stop = threading.Event()
+    real = trainer.due
+
+    def due():
+        if done():
+            stop.set()
+            return None
+        return real()
+
+    trainer.due = due
+    trainer.loop(stop)
+    trainer.due = real
+
+
+def at_rl(place):
+    """Policy 1 from SFT, reward model 1, policies 2 and 3 from PPO."""
+    place.chains("a")
+    place.labels("a")
+    place.trainer.update("sft")
+    place.trainer.update("reward")
+    for name in "ab":
+        place.answers(name)
+        place.trainer.update("ppo")
+
+
+def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.01)
+    at_rl(place)
+    trips = [Trip("it likes length", "answers grew", {"length_correlation": 0.9}, good=2)]
+    place.trainer.watch = lambda trainer: trips.pop() if trips and trainer.standing().policy_version == 3 else None
+    place.answers("c")  # enough for another PPO, which must not come
+    until(place.trainer, lambda: not trips and "ppo" in place.trainer.paused())
+    assert place.policies() == [(1, "sft", None), (2, "ppo", None), (3, "ppo", None), (4, "restore", 2)]
+    (incident,) = [i for i in place.records(Incident) if i.voids is None]
+    assert (incident.what, incident.why, incident.measures) == ("it likes length", "answers grew", {"length_correlation": 0.9})
+    assert "charter policy resume" in place.said[-1] and "policy 4 has the weights of policy 2" in place.said[-1]
+    assert place.trainer.standing().line == (4, 2, 1)
+    assert place.trainer.due() is None  # PPO is paused, and answers of policy 3 are of no use
+    place.answers("d")
+    place.labels("d")
+    assert place.trainer.due() == "reward"  # the other phases go on
+    place.trainer.update("reward")
+    pause = place.records(Pause)[-1]
+    place.add(pause.model_copy(update={"paused": False}))
+    assert place.trainer.due() == "ppo" and place.trainer.update("ppo").base_version == 4
+    drops = dict(place.store.query("SELECT reason, rollouts FROM drop_reasons").rows)
+    assert drops == {}  # they are on the log, and in the database a moment later
+    place.add()
+    drops = dict(place.store.query("SELECT reason, rollouts FROM drop_reasons").rows)
+    assert drops == {"sampled by a policy that was rolled back": 4}
+    assert place.store.query("SELECT max(policies_behind) FROM trained_rollouts").rows == [(0,)]
+
+
+def test_a_batch_that_cannot_be_trained_on_is_given_up_and_its_rows_are_free(place):
+    def fail(trainer, batch):
+        raise CannotLearn("the loss is nan", "it ran away", "lower it")
+
+    place.chains("a")
+    place.trainer.learners = dict.fromkeys(loop.PHASES, fail)
+    with pytest.raises(CannotLearn):
+        place.trainer.update("sft")
+    (incident,) = place.records(Incident)
+    assert incident.what == "the loss is nan" and incident.voids is not None and place.policies() == []
+    assert place.trainer.resume() is None and place.trainer.due() is None  # it does not spin
+    place.chains("b", 3)
+    assert place.trainer.due() is None
+    place.chains("c", 1)
+    assert place.trainer.due() == "sft"  # a threshold of further rows has come
+    place.trainer.learners = LEARNERS
+    update = place.trainer.update("sft")
+    place.add()
+    assert place.store.query("SELECT trained_rows FROM policy_versions WHERE version = ?", [update.version]).rows == [(8,)]
+    assert place.store.query("SELECT count(*) FROM batch_rows WHERE given_up").rows == [(4,)]
+
+
+def test_a_batch_is_given_up_when_someone_goes_back_meanwhile(place):
+    at_rl(place)
+
+    def overtaken(trainer, batch):
+        known = updates(place.bus)
+        place.bus.publish([outgoing(restored(known, 1, run_id="r", first="base"))])
+        return learn(trainer, batch)
+
+    place.answers("c")
+    place.trainer.learners = dict.fromkeys(loop.PHASES, overtaken)
+    with pytest.raises(Exception, match="policy 4 was published meanwhile"):
+        place.trainer.update("ppo")
+    assert place.policies()[-1] == (4, "restore", 1) and len(place.policies()) == 4
+    assert not (place.settings.folder / "checkpoints" / "policy-000004").exists()
+    assert place.trainer.resume() is None
+
+
+def test_the_gate_keeps_a_policy_back_and_frees_its_batch(place):
+    place.chains("a")
+    place.trainer.gate = lambda store, folder, version: Trip("it did not pass the gate", "it refuses all")
+    with pytest.raises(Exception, match="policy 1 is not published: it did not pass the gate"):
+        place.trainer.update("sft")
+    assert place.policies() == [] and not (place.settings.folder / "checkpoints" / "policy-000001").exists()
+    place.trainer.gate = lambda store, folder, version: None
+    assert place.trainer.update("sft").version == 1
+
+
+def test_the_gate_asks_held_out_prompts_of_the_new_policy(tiny, place):
+    asked = [f"how do i {n}" for n in range(8)]
+    place.add(
+        *(
+            Prompt(**base("produce", [source, text], f"{source} {text}", split=Split.EVAL) | {"source": source})
+            for source in ("red-team", "helpful")
+            for text in asked
+        )
+    )
+    limits = load({"gate.prompts": "8"}, environment={})[0].gate
+    trip = Gate(limits)(place.store, tiny, 1)
+    assert trip.measures == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
+    assert trip.why == "it refuses only 0% of harmful prompts (gate.min_harmful_refusals)"
+    assert Gate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
+
+
+def test_an_unfinished_batch_of_old_rollouts_is_given_up_after_a_crash(tmp_path):
+    place = Place(tmp_path / "data", max_age_s=30.0)
+    at_rl(place)
+    place.answers("c")
+
+    def die(trainer, batch):
+        raise KeyboardInterrupt
+
+    place.trainer.learners = dict.fromkeys(loop.PHASES, die)
+    with pytest.raises(KeyboardInterrupt):
+        place.trainer.update("ppo")
+    with place.store.writing() as connection:  # as if an hour had passed
+        connection.execute("UPDATE raw.responses SET created_at = created_at - INTERVAL 1 HOUR")
+    place.trainer = place.open()
+    assert place.trainer.resume() is None and "left unfinished and is given up" in place.records(Incident)[-1].what
+    assert place.trainer.due() is None
+    place.add()
+    reasons = [reason for (reason,) in place.store.query("SELECT reason FROM drop_reasons").rows]
+    assert reasons == ["older than 30 s"]
+    place.close()
+
+
+def test_pauses_hold_an_unfinished_batch_too(place):
+    place.chains("a")
+    place.trainer.learners = dict.fromkeys(loop.PHASES, lambda trainer, batch: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        place.trainer.update("sft")
+    place.add(made_pause(True))
+    again = place.open()
+    assert again.resume() is None and again.due() is None
+    place.add(made_pause(False))
+    assert again.resume().version == 1
+    again.close()
+
+
+def made_pause(on):
+    from engine.policy import pause
+
+    return pause("sft", "looking", run_id="r", on=on)
+
+
+def test_checkpoints_in_use_outlive_the_others(place):
+    at_rl(place)
+    for name in "cd":
+        place.answers(name)
+        place.trainer.update("ppo")
+    kept = sorted(path.name for path in (place.settings.folder / "checkpoints").iterdir())
+    # The reference, the newest (train.keep = 1) and where a rollback leads to, the reward model.
+    assert kept == ["policy-000001", "policy-000004", "policy-000005", "reward-000001"]
+
+
+def test_a_trip_whose_good_policy_is_gone_goes_back_to_the_reference(place):
+    at_rl(place)
+    shutil.rmtree(place.settings.folder / "checkpoints" / "policy-000002")
+    assert place.trainer.trip(Trip("it flatters", "", good=2)).restores == 1
+
+
+def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Work:
+        model: str
+
+        def __call__(self, records):
+            return [[self.model] for _ in records]
+
+    versions = iter([("first", 0), ("second", 1)])
+    following = Following(Work("pinned"), lambda: next(versions))
+    assert following([1, 2]) == [["first"], ["first"]] and following([3]) == [["second"]]
+
+
+def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
+    logged = []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
+    fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or run)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    numbers = Numbers(load({"train.report_to": "trackio"}, environment={})[0])
+    numbers.step("ppo", 3, {"policy_loss": 0.25, "epoch": 1.0})
+    numbers.close()
+    assert logged == [{"project": "charter", "name": "live"}, {"ppo/policy_loss": 0.25, "ppo/epoch": 1.0}, "finished"]
+    assert capsys.readouterr().out == "phase=ppo step=3 policy_loss=0.25\n"
+    with pytest.raises(UsageError, match="needs wandb"):
+        Numbers(load({"train.report_to": "wandb"}, environment={})[0])
