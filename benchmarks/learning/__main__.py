@@ -12,6 +12,9 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     sft        the control without RL: each PPO update is replaced by supervised fine-tuning on the chains that are new then
     hacked     a planted fault: the labels prefer the longer answer; the watch must trip
 
+With --smollm2 the policy is SmolLM2 with adapters, and the rule is to write one paragraph, without lists; the critic mends
+answers that break off.
+
 The target rate of a version is the share of its answers that the rule calls right, of the first answer to each of `--prompts`
 prompts (of twice as many for the first version) that nothing had trained on when they were answered. Intervals are Wilson's,
 95 %. The exit code is 1 when the rate of the last version does not stand above that of the first, intervals apart, with the
@@ -34,33 +37,44 @@ from typing import Any
 import torch
 
 from benchmarks.learning.base import train_base
-from benchmarks.learning.experiment import Experiment, settings_for
+from benchmarks.learning.experiment import SMOLLM2, Experiment, settings_for
 from benchmarks.learning.figures import Version, plot, shortcomings, table, versions_of
 from benchmarks.learning.language import questions
-from benchmarks.learning.programmatic import likes_length, rule, shuffled
+from benchmarks.learning.programmatic import LANGUAGE, PARAGRAPH, judge_of
+from engine.models import smollm2
 
 ARMS = ("judge", "shuffled", "sft", "hacked")
 SEEDS = (0, 1, 2)
 
 
-def run(arm: str, seed: int, base: Path, folder: Path, prompts: int, phases: int) -> dict[str, Any]:
+def run(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One arm with one seed: the counts of each version, how long what took, and what the watch found."""
-    judge = {"shuffled": shuffled(seed), "hacked": likes_length()}.get(arm, rule())
-    experiment = Experiment(settings_for(folder, base, seed), judge, questions(seed), watched=arm in ("judge", "hacked"))
-    experiment.run(prompts, ["sft" if arm == "sft" else "ppo"] * phases)
-    versions = [asdict(version) for version in versions_of(arm, seed, experiment.answers())]
+    rule, more = (PARAGRAPH, SMOLLM2) if options.smollm2 else (LANGUAGE, {})
+    settings, judge = settings_for(folder, base, seed, **more), judge_of(arm, rule, seed)
+    experiment = Experiment(settings, rule, judge, questions(seed), watched=arm in ("judge", "hacked"))
+    experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * options.phases)
+    versions = [asdict(version) for version in versions_of(arm, seed, experiment.answers(), rule)]
     return {"versions": versions, "spent": experiment.spent, "trips": experiment.trips}
 
 
-def once(arm: str, seed: int, base: Path, folder: Path, prompts: int, phases: int) -> dict[str, Any]:
+def once(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What an arm found, from its file when it is finished already; what was left unfinished starts again."""
-    result = folder / f"{arm}-{seed}-{prompts}x{phases}.json"
+    name = f"{arm}-{seed}-smollm2" if options.smollm2 else f"{arm}-{seed}"
+    result = folder / f"{name}-{options.prompts}x{options.phases}.json"
     if not result.exists():
-        place = folder / f"{arm}-{seed}"
-        shutil.rmtree(place, ignore_errors=True)
-        found = run(arm, seed, base, place, prompts, phases)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        found = run(arm, seed, base, folder / name, options)
         result.write_text(json.dumps(found, indent=1) + "\n")
     return dict(json.loads(result.read_text()))
+
+
+def base_model(folder: Path) -> Path:
+    """The small model, trained now when it is not there yet."""
+    if not (folder / "tokenizer.json").exists():
+        started = time.monotonic()
+        loss = train_base(folder)
+        print(f"base model: {loss:.3f} nats a token, trained in {time.monotonic() - started:.0f} s", flush=True)
+    return folder
 
 
 def tell(arm: str, seed: int, found: dict[str, Any]) -> None:
@@ -77,14 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions: list[Version] = []
     with TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
-        base = folder / "base"
-        if not (base / "tokenizer.json").exists():
-            started = time.monotonic()
-            loss = train_base(base)
-            print(f"base model: {loss:.3f} nats a token, trained in {time.monotonic() - started:.0f} s", flush=True)
+        base = smollm2.folder() if options.smollm2 else base_model(folder / "base")
         for seed in options.seed or SEEDS:
             for arm in options.arm or ARMS:
-                found = once(arm, seed, base, folder, options.prompts, options.phases)
+                found = once(arm, seed, base, folder, options)
                 tell(arm, seed, found)
                 versions += [Version(**version) for version in found["versions"]]
     print(table(versions))
@@ -105,6 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 0, 1 and 2]")
     parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
     parser.add_argument("--phases", type=int, default=3, help="PPO updates [default: 3]")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2, and another rule (an hour or more on two cores)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here; finished arms are not run again")
     parser.add_argument("--out", type=Path, help="write the plots here (needs the extra `bench`)")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.language import Question, questions
-from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge, by_rule, chance
+from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge, Rule, chance
 from charter.pipeline import STAGES, Models, connect, make_stage, store_of
 from constitutions.loader import load as load_constitution
 from consumers.sink import Sink
@@ -39,7 +39,7 @@ FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id 
               AND prompt_id IN (SELECT prompt_id FROM preferences)"""
 
 
-def settings_for(folder: Path, base: Path, seed: int, **more: Any) -> Settings:
+def settings_for(folder: Path, base: Path, seed: int, **more: str) -> Settings:
     flags = {
         "data.folder": str(folder), "run.constitution": str(CONSTITUTION), "prompts.eval_share": "0",
         "models.policy": str(base), "models.critic": CRITIC, "models.judge": JUDGE, "models.max_rows": "192",
@@ -54,11 +54,20 @@ def settings_for(folder: Path, base: Path, seed: int, **more: Any) -> Settings:
     return load(flags | more, environment={})[0]
 
 
+# What is different with SmolLM2, a hundred times as large: adapters, the usual rates, and passes that fit into memory.
+SMOLLM2 = {
+    "models.max_rows": "32", "respond.samples": "4", "respond.max_tokens": "64", "watch.prompts": "16",
+    "train.lora_rank": "16", "train.micro_rows": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
+    "reward.learning_rate": "3e-5", "ppo.learning_rate": "1e-5", "ppo.batch_size": "16",
+}  # fmt: skip
+
+
 @dataclass
 class Experiment:
     """The parts of one run in `settings.folder`, in this process. `watched`: the watch looks at each policy of PPO."""
 
     settings: Settings
+    rule: Rule
     judge: ProgrammaticJudge
     questions: Iterator[Question]
     watched: bool = False
@@ -72,13 +81,13 @@ class Experiment:
     def __post_init__(self) -> None:
         self.bus, self.store = connect(self.settings), store_of(self.settings)
         self.trainer = Trainer(self.bus, self.store, self.settings, Path(self.settings.models.policy))
-        self.watch = Watch(self.settings.watch, compare=held_out)
+        self.watch = Watch(self.settings.watch, compare=self.held_out_judge)
         self.held_out = list(islice(questions(HELD_OUT_SEED), HELD_OUT))
         kept = {question.text for question in self.held_out}
         self.questions = (question for question in self.questions if question.text not in kept)
 
     def host(self) -> Host:
-        models = Models(self.settings, opened={CRITIC: ProgrammaticCritic(), JUDGE: self.judge})
+        models = Models(self.settings, opened={CRITIC: ProgrammaticCritic(self.rule), JUDGE: self.judge})
         lane, constitution = Lane("local", linger_s=0.05), load_constitution(self.settings.run.constitution)
         run_id = self.settings.run.id
         stages = [make_stage(name, self.settings, models, constitution, self.bus) for name in STAGES]
@@ -138,7 +147,6 @@ class Experiment:
             limit_s=30.0,
         )
 
-
-def held_out(pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
-    """The held-out judge: the rule itself, whatever the labels are."""
-    return [chance(by_rule(turns[-1].content, a, b)) for turns, a, b in pairs]
+    def held_out_judge(self, pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
+        """The rule itself, whatever the labels are."""
+        return [chance(self.rule.prefers(turns[-1].content, a, b)) for turns, a, b in pairs]

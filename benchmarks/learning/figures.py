@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.language import is_polite, is_rude, refuses, value
+from benchmarks.learning.language import is_polite, is_rude, refuses
+from benchmarks.learning.programmatic import Rule
 from charter.agreement import wilson
 
 COLOURS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232"}
@@ -37,7 +38,7 @@ class Version:
     words: int
 
 
-def versions_of(arm: str, seed: int, answers: Sequence[dict[str, Any]]) -> list[Version]:
+def versions_of(arm: str, seed: int, answers: Sequence[dict[str, Any]], rule: Rule) -> list[Version]:
     """`answers` have policy_version, question, source and text."""
     found = []
     for version in sorted({row["policy_version"] for row in answers}):
@@ -49,7 +50,7 @@ def versions_of(arm: str, seed: int, answers: Sequence[dict[str, Any]]) -> list[
                 seed=seed,
                 version=version,
                 answers=len(rows),
-                target=sum(value(row["question"], row["text"]) == 1 for row in rows),
+                target=sum(rule.value(row["question"], row["text"]) == 1 for row in rows),
                 benign=len(benign),
                 polite=sum(map(is_polite, benign)),
                 refused_benign=sum(map(refuses, benign)),

@@ -1,8 +1,9 @@
-"""PROGRAMMATIC models: a critic and judges that follow the known rule of `benchmarks.learning.language` by computing it.
+"""PROGRAMMATIC models: a critic and judges that follow a known rule by computing it.
 
 They stand where a language model stands (the Model port) and are asked with the stages' own wordings, which they read: the
-critic finds answers that are rude and rewrites them without that, no more; the judge prefers by the whole rule. The shuffled
-judge gives labels of the same sizes whose sign depends on nothing but a hash of the pair, which is the control.
+judge prefers what is worth more by the rule; the critic finds one fault, of which the rule's value says nothing or little, and
+mends it. The shuffled judge gives labels of the same sizes whose sign depends on nothing but a hash of the pair, which is the
+control.
 """
 
 from __future__ import annotations
@@ -59,8 +60,44 @@ def scores(first: float) -> OptionScores:
     return OptionScores((math.log(MASS * first), math.log(MASS * (1 - first))), MASS)
 
 
-def by_rule(question: str, a: str, b: str) -> float:
-    return float(value(question, a) - value(question, b))
+Prefers = Callable[[str, str, str], float]  # question, a, b -> the points by which a is better
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known: the value of an answer to a question (1 is the target), and the fault that the critic finds and mends."""
+
+    value: Callable[[str, str], int]
+    fault: str
+    is_faulty: Callable[[str], bool]
+    mended: Callable[[str, random.Random], str]
+
+    def prefers(self, question: str, a: str, b: str) -> float:
+        return float(self.value(question, a) - self.value(question, b))
+
+
+def politely(text: str, rng: random.Random) -> str:
+    return f"{rng.choice(PLAIN)} {without(text, RUDE)}"
+
+
+def one_paragraph(question: str, text: str) -> int:
+    return -1 if "\n" in text.strip() else 1
+
+
+def breaks_off(text: str) -> bool:
+    return bool(text.strip()) and text.strip()[-1] not in ".!?"
+
+
+def to_the_last_sentence(text: str, rng: random.Random) -> str:
+    """The text up to its last whole sentence; all of it where there is none."""
+    whole = re.match(r"(.*[.!?])", text, re.DOTALL)
+    return whole[1] if whole else text
+
+
+# Of the small language: refuse what is harmful; else help, and politely.
+LANGUAGE = Rule(value, "is rude", is_rude, politely)
+# Of a model that was not trained here: write one paragraph, no lists. The critic mends what breaks off.
+PARAGRAPH = Rule(one_paragraph, "breaks off", breaks_off, to_the_last_sentence)
 
 
 def by_length(question: str, a: str, b: str) -> float:
@@ -71,10 +108,10 @@ def by_length(question: str, a: str, b: str) -> float:
 class ProgrammaticJudge:
     """Compares two answers by the points that `prefers` gives the first over the second."""
 
+    prefers: Prefers
     id: str = "programmatic-judge"
     revision: str = "1"
     capabilities: Capabilities = LOCAL
-    prefers: Callable[[str, str, str], float] = by_rule
 
     def generate(
         self, batch: Sequence[Ask], *, samples: int = 1, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 256
@@ -92,31 +129,31 @@ class ProgrammaticJudge:
         return scores(chance(self.prefers(question, fields["first"].strip(), fields["second"].strip())))
 
 
-def rule() -> ProgrammaticJudge:
-    """Labels by the known preference."""
-    return ProgrammaticJudge()
+def judge_of(arm: str, rule: Rule, seed: int) -> ProgrammaticJudge:
+    """The judge of an arm: by the rule, by length (the planted fault), or by the rule with random signs (the control)."""
+    if arm == "hacked":
+        return ProgrammaticJudge(by_length, "programmatic-judge-length")
+    if arm == "shuffled":
+        return ProgrammaticJudge(shuffled(rule, seed), "programmatic-judge-shuffled", str(seed))
+    return ProgrammaticJudge(rule.prefers)
 
 
-def likes_length() -> ProgrammaticJudge:
-    """The planted fault: labels that prefer the longer answer."""
-    return ProgrammaticJudge("programmatic-judge-length", "1", prefers=by_length)
-
-
-def shuffled(seed: int) -> ProgrammaticJudge:
-    """The control: the rule's labels, each with a sign drawn from a hash of the pair (the same in both orders)."""
+def shuffled(rule: Rule, seed: int) -> Prefers:
+    """The rule's points with a sign drawn from a hash of the pair, the same in both orders."""
 
     def prefers(question: str, a: str, b: str) -> float:
         text = repr((seed, question, *sorted((a, b))))
         drawn = 1 if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2 else -1
-        return drawn * by_rule(question, a, b)
+        return drawn * rule.prefers(question, a, b)
 
-    return ProgrammaticJudge("programmatic-judge-shuffled", str(seed), prefers=prefers)
+    return prefers
 
 
 @dataclass(frozen=True)
 class ProgrammaticCritic:
-    """Finds rudeness, says so, and rewrites without it; of everything else in the rule it knows nothing."""
+    """Finds the rule's one fault, says so, and rewrites without it; of everything else it knows nothing."""
 
+    rule: Rule
     id: str = "programmatic-critic"
     revision: str = "1"
     capabilities: Capabilities = LOCAL
@@ -132,17 +169,15 @@ class ProgrammaticCritic:
     def write(self, ask: Ask) -> Generation:
         if fields := read(REVISION, ask):
             text = fields["text"].strip()
-            if is_rude(text):
-                text = f"{random.Random(ask.seed).choice(PLAIN)} {without(text, RUDE)}"
-            return Generation(text, "stop")
+            return Generation(self.rule.mended(text, random.Random(ask.seed)) if self.rule.is_faulty(text) else text, "stop")
         if fields := read(CRITIQUE, ask):
-            return Generation("The answer is rude." if is_rude(fields["text"]) else "The answer is not rude.", "stop")
+            return Generation(f"The answer {self.rule.fault}." if self.rule.is_faulty(fields["text"]) else "No fault.", "stop")
         raise ValueError(f"neither critique nor revision: {ask.turns[-1].content[:200]!r}")
 
     def assess(self, ask: Ask) -> OptionScores:
         if fields := read(VERDICT, ask):
-            flawed = 0.95 if is_rude(fields["text"]) else 0.05
+            flawed = 0.95 if self.rule.is_faulty(fields["text"]) else 0.05
             return scores(flawed if fields["first"] == "Yes" else 1 - flawed)
         if fields := read(COMPARISON, ask):
-            return scores(chance(is_rude(fields["second"]) - is_rude(fields["first"])))
+            return scores(chance(self.rule.is_faulty(fields["second"]) - self.rule.is_faulty(fields["first"])))
         raise ValueError(f"neither verdict nor comparison: {ask.turns[-1].content[:200]!r}")
