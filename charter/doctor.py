@@ -19,6 +19,7 @@ from charter.options import common, json_option, print_rows
 
 if TYPE_CHECKING:
     from engine.bus.port import Bus
+    from engine.models.endpoint import Dialect
     from engine.settings import Settings
 
 ROOM_BYTES = 5 * 1024**3  # a run's database, log and a few checkpoints of a small model
@@ -247,7 +248,7 @@ def model(spec: str, role: str, settings: Settings) -> Iterator[Finding]:
 
 
 def server(name: str, spec: str, api_key_env: str) -> Finding:
-    """Whether an OpenAI-compatible server answers and serves the model; the key is sent and never shown."""
+    """Whether an OpenAI-compatible server answers and serves the model, and what it can do; the key is never shown."""
     import httpx
 
     from engine.models.endpoint import key_variable, open_endpoint
@@ -277,7 +278,17 @@ def server(name: str, spec: str, api_key_env: str) -> Finding:
             f"{url} serves {', '.join(served) or 'nothing'}, not {wanted}",
             f"write models.{name.split()[-1]} as {url}#NAME",
         )
-    return Finding(name, "ok", f"{url} serves {wanted}")
+    asked.deadline_s = ASK_S
+    return Finding(name, "ok", f"{url} serves {wanted}: {able(asked.dialect)}")
+
+
+def able(dialect: Dialect) -> str:
+    """What a server was found to do, in the words of docs/models.md."""
+    return ", ".join([
+        "begun turns" if dialect.begun is not None else "no begun turns",
+        f"{dialect.shown} top log-probabilities" if dialect.shown else "options by votes",
+        "token ids" if dialect.token_ids is not None else "no token ids",
+    ])  # fmt: skip
 
 
 def constitution(settings: Settings) -> Iterator[Finding]:

@@ -12,10 +12,11 @@ CUT = None  # an answer: the connection is cut
 class Server:
     """Answers what `script` says: a function from (number of the request, request) to (status, body[, headers]) or CUT.
 
-    A body is bytes, an object for JSON, or an iterator of bytes that trickle in."""
+    A body is bytes, an object for JSON, or an iterator of bytes that trickle in. `lists` are the models that it names."""
 
-    def __init__(self):
-        self.requests, self.lock, self.busy, self.most = [], threading.Lock(), 0, 0
+    def __init__(self, lists=()):
+        self.requests, self.keys, self.lock, self.busy, self.most = [], [], threading.Lock(), 0, 0
+        self.lists = {"data": [{"id": name} for name in lists]}
         self.script = lambda number, request: (200, chat("fine"))
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self.http.handle_error = lambda *_: None  # clients that hung up are what some tests are about
@@ -35,6 +36,14 @@ class Server:
 
 def handler_of(state):
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.keys.append(self.headers["Authorization"])
+            body = json.dumps(state.lists).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with state.lock:

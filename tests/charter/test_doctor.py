@@ -10,6 +10,7 @@ from charter.cli import cli
 from engine.bus import open_bus
 from engine.store import Store
 from schemas.topics import TOPICS
+from tests_server import Server, server_like
 
 
 @pytest.fixture
@@ -74,6 +75,7 @@ def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, test
     url, seen = tests_models_server
     code, found = doctor(models__judge=f"{url}/v1#big", models__critic=f"{url}/v1#other")
     assert code == 1 and found["model judge"]["state"] == "ok"
+    assert "serves big: no begun turns, 3 top log-probabilities, no token ids" in found["model judge"]["found"]
     assert "serves big, not other" in found["model critic"]["found"] and "models.critic" in found["model critic"]["fix"]
     assert set(seen) == {"Bearer sk-secret"} and "sk-secret" not in json.dumps(found)
     code, found = doctor(models__judge="http://host:port/v1#big", models__critic=url)
@@ -86,25 +88,8 @@ def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, test
 
 @pytest.fixture
 def tests_models_server():
-    """A loopback server that lists one model; returns its address and the keys it was sent."""
-    import threading
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-
-    seen = []
-
-    class Lists(BaseHTTPRequestHandler):
-        def do_GET(self):
-            seen.append(self.headers["Authorization"])
-            body = json.dumps({"data": [{"id": "big"}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            """Quiet."""
-
-    with HTTPServer(("127.0.0.1", 0), Lists) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", seen
-        server.shutdown()
+    """A loopback server that lists one model and answers as a strict one; returns its address and the keys it was sent."""
+    server = Server(lists=["big"])
+    server.script = server_like()
+    yield server.url.removesuffix("/v1"), server.keys
+    server.close()
