@@ -34,6 +34,7 @@ format: set-up ## Format the code, and write the reference pages from it
 
 bench: set-up ## Speed and memory, as ratios
 	@$(BIN)/python -m benchmarks.generation
+	@$(BIN)/python -m benchmarks.labels
 	@$(BIN)/python -m benchmarks.bus
 	@$(BIN)/python -m benchmarks.sink
 	@$(BIN)/python -m benchmarks.demo

@@ -4,18 +4,24 @@ A tokenizer with a chat template is used as its template says. One without (a ba
 
     Human: <content>\n\nAssistant: <content>\n\nHuman: ...\n\nAssistant:
 
+and its answer is over where it begins a turn itself, since a base model goes on with the dialogue.
+
 A control token's text inside a turn (`<|im_end|>`) is data that someone wrote; it is broken up so that it never becomes the
-control token and ends the turn.
+control token and ends the turn. In the plain format a paragraph that begins like a turn loses the empty line before it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from engine.errors import PermanentRecordError
 from schemas.records import Turn
 
 PLAIN = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
+TURN_LINE = re.compile(r"\n[ \t\r]*(?=(?:Human|Assistant):)")
+NEXT_TURN = re.compile(r"\n[ \t\r]*\n[ \t\r]*(?=(?:Human|Assistant):)")
 
 
 def inert(text: str, control: Sequence[str]) -> str:
@@ -26,14 +32,34 @@ def inert(text: str, control: Sequence[str]) -> str:
     return text
 
 
+def plainly(text: str) -> str:
+    """The text with no paragraph that begins like a turn of the plain format."""
+    *before, last = TURN_LINE.split(text)
+    return "\n".join([*(part.rstrip() for part in before), last])
+
+
+def templated(tokenizer: Any, contents: Sequence[dict[str, str]]) -> str:
+    """The dialogue as the chat template writes it; raises PermanentRecordError where the template takes no such dialogue."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(contents, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in contents)
+        raise PermanentRecordError(
+            f"the model's chat template takes no dialogue of the turns {roles}",
+            str(error),
+            "put a system turn's text into the first user turn, or take a model whose template has such turns",
+        ) from error
+
+
 def prompt_text(tokenizer: Any, turns: Sequence[Turn], prefill: str = "") -> str:
     """The prompt up to where the assistant goes on."""
     control = tokenizer.all_special_tokens
     contents = [{"role": turn.role, "content": inert(turn.content, control)} for turn in turns]
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(contents, add_generation_prompt=True, tokenize=False)
-        return str(text) + prefill
-    parts = [PLAIN.get(turn["role"], "") + turn["content"] for turn in contents]
+        return templated(tokenizer, contents) + prefill
+    parts = [PLAIN.get(turn["role"], "") + plainly(turn["content"]) for turn in contents]
     return "\n\n".join([*parts, "Assistant:"]) + (f" {prefill}" if prefill else "")
 
 
@@ -46,5 +72,7 @@ def prompt_ids(tokenizer: Any, turns: Sequence[Turn], prefill: str = "") -> list
 
 def completion_ids(tokenizer: Any, text: str, *, stopped: bool) -> list[int]:
     """A completion's token ids; the end token is appended when the text ended by itself."""
+    if not tokenizer.chat_template:
+        text = plainly(text if text[:1].isspace() else f" {text}")  # after "Assistant:" comes a space
     ids = list(tokenizer(inert(text, tokenizer.all_special_tokens), add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id] if stopped else ids

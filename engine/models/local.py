@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from engine.checkpoints import revision_of
 from engine.errors import PermanentRecordError, UsageError
 from engine.models import model_folder, smollm2
-from engine.models.chat import prompt_ids
+from engine.models.chat import NEXT_TURN, prompt_ids
 from engine.models.port import LOCAL, Ask, Generation, OptionScores, Usage
 from engine.models.prefix import Tree, trees
 
@@ -36,6 +36,7 @@ transformers.utils.logging.disable_progress_bar()
 MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
 # Tokens in one tree of prompts: longer ones share more and waste more attention on what a token does not see.
 MAX_TREE_TOKENS = {"cpu": 1024, "cuda": 4096}
+MARKER_TOKENS = 16  # so many tokens hold what begins a turn of the plain format, however a tokenizer cuts it
 COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
 
 
@@ -269,14 +270,21 @@ class LocalModel:
             if not row.stopped:
                 row.token_ids.append(token)
                 row.logprobs.append(logprob)
-                row.stopped = token in self.stop_ids
+                row.stopped = token in self.stop_ids or self.begins_a_turn(row)
         return tokens
+
+    def begins_a_turn(self, row: Row) -> bool:
+        """Whether a base model has ended its answer and gone on with the dialogue."""
+        if self.tokenizer.chat_template:
+            return False
+        return NEXT_TURN.search(self.tokenizer.decode(row.token_ids[-MARKER_TOKENS:], skip_special_tokens=True)) is not None
 
     def finish(self, row: Row, prompt: Sequence[int]) -> Generation:
         ended = row.stopped and not row.late
-        ids = row.token_ids[:-1] if ended else row.token_ids
+        ids = row.token_ids[:-1] if ended and row.token_ids[-1] in self.stop_ids else row.token_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Generation(
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            text=text if self.tokenizer.chat_template else NEXT_TURN.split(text, 1)[0],
             finish_reason="timeout" if row.late else "stop" if ended else "length",
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),

@@ -121,9 +121,9 @@ def test_a_second_update_is_held_to_the_reference_of_the_phase(tiny, tmp_path, l
 
 def test_a_long_prompt_loses_its_beginning_and_answers_are_whole(tiny):
     tokenizer = weights.load_tokenizer(tiny)
-    row = dpo.encoded(tokenizer, PreferenceExample((Turn(role="user", content="x" * 50),), "abc", "ab", 0.9, "1", True), 12)
+    row = dpo.encoded(tokenizer, PreferenceExample((Turn(role="user", content="x" * 50),), " abc", " ab", 0.9, "1", True), 13)
     whole = prompt_ids(tokenizer, (Turn(role="user", content="x" * 50),))
-    assert row["prompt_ids"] == whole[-8:] and len(row["chosen_ids"]) == 4 and len(row["rejected_ids"]) == 2
+    assert row["prompt_ids"] == whole[-8:] and len(row["chosen_ids"]) == 5 and len(row["rejected_ids"]) == 3
     row = dpo.encoded(tokenizer, PreferenceExample((Turn(role="user", content="x"),), "a" * 50, "ab", 0.9, "1"), 12)
     assert len(row["prompt_ids"]) == 1 and len(row["chosen_ids"]) == 11
 
