@@ -156,6 +156,11 @@ class Models:
         if update.restores == 0:
             return self.role("policy")
         folder = read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
+        first = self.role("policy")
+        if is_endpoint(self.spec("policy")):
+            from engine.delivery import Delivery
+
+            return Delivery(first, self.settings.models.delivery)(update.version, folder)  # type: ignore[arg-type]
         return open_model(str(folder), threads=self.settings.models.threads, max_batch=self.settings.models.max_rows)
 
 
@@ -165,7 +170,7 @@ def policy_of(models: Models, bus: Bus, pinned: int | None) -> Callable[[], tupl
         kept = (models.open_update(policy_update(bus, pinned)), pinned)
         return lambda: kept
     first = models.role("policy")
-    if is_endpoint(models.spec("policy")) or pinned == 0:
+    if pinned == 0 or (is_endpoint(models.spec("policy")) and not models.settings.models.delivery):
         return lambda: (first, 0)
     return models.follow(bus).current
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PHASES = ("sft", "reward", "ppo", "dpo")
 LATEST = "latest"
-OURS = ("checkpoint.json", "rl")  # in a checkpoint's folder, and of no use outside Charter
+OURS = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's folder, and of no use outside Charter
 
 
 @click.group(invoke_without_command=True)
@@ -73,6 +73,8 @@ def show_list(settings: Settings, as_json: bool) -> None:
         where = folder_name(settings, update)
         used = role(update.version, newest, reference) if kind == "policy" else ""
         rows.append((kind, update.version, update.phase, update.base_version, source, update.created_at, where, used))
+    if not as_json:  # what fits a terminal
+        rows = [(*row[:5], f"{row[5]:%Y-%m-%d %H:%M:%S}" if row[5] else None, Path(row[6]).name, row[7]) for row in rows]
     print_rows(["kind", "version", "made_by", "from", "weights_of", "created_at", "weights", "role"], rows, as_json)
     for phase, reason in () if as_json else held.items():
         click.echo(f"{phase} is paused: {reason or 'no reason given'}; type: charter policy resume {phase}", err=True)

@@ -91,6 +91,9 @@ class Models(Section):
     follow: list[Literal["critic", "judge"]] = Field(
         [], description="Which of these are the newest policy, as responders are, instead of a pinned one."
     )
+    delivery: str = Field(
+        "", description="How new policies reach a server: vllm (adapters), or a command (FOLDER NAME follow); empty: never."
+    )
     threads: int = Field(2, ge=1, description="Processor threads of a local model.")
     max_rows: int = Field(32, ge=1, description="Most sequences in one local batch.")
     timeout_s: float = Field(120.0, gt=0, description="Longest wait for one request to an endpoint, in seconds.")

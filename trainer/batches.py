@@ -159,12 +159,12 @@ def waiting(store: Store, phase: str, standing: Standing, *, most: int) -> list[
 
 
 def rollouts(
-    store: Store, standing: Standing, bounds: Bounds, *, allow_overlap: bool, revisions: Sequence[str] = ()
+    store: Store, standing: Standing, bounds: Bounds, *, allow_overlap: bool, served: Mapping[int, str] | None = None
 ) -> tuple[list[Light], list[Drop]]:
     """The answers that PPO may train on, and a Drop for each that it may not any more.
 
-    An answer that no PPO may ever use has its reason in the view (`excluded_because`) and is passed over. `revisions` are those
-    of servers, whose weights cannot be compared.
+    An answer that no PPO may ever use has its reason in the view (`excluded_because`) and is passed over. `served` is
+    the revision that stands for each policy version on a server, whose weights cannot be compared.
     """
     sql = """
         SELECT response_id, candidate, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
@@ -177,7 +177,7 @@ def rollouts(
     usable: dict[str, Light] = {}
     drops = []
     for row in rows:
-        reason = stale(row, standing, bounds) or foreign(row, standing, revisions)
+        reason = stale(row, standing, bounds) or foreign(row, standing, served or {})
         if reason is None and str(row["prompt_id"]) in overlap:
             reason = "its prompt trained the reward model"
         if reason is not None:
@@ -208,10 +208,10 @@ def age_s(created_at: datetime) -> float:
     return (datetime.now(UTC).replace(tzinfo=None) - created_at).total_seconds()
 
 
-def foreign(row: Mapping[str, Any], standing: Standing, served: Sequence[str]) -> str | None:
+def foreign(row: Mapping[str, Any], standing: Standing, served: Mapping[int, str]) -> str | None:
     """Why an answer was not sampled by the weights that its version names; None when it was."""
     wanted = standing.revisions.get(row["policy_version"])
-    if wanted is None or row["revision"] in (wanted, *served):
+    if wanted is None or row["revision"] in (wanted, served.get(row["policy_version"])):
         return None
     return f"its model revision {row['revision']} is not that of policy {row['policy_version']}"
 

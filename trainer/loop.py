@@ -34,6 +34,7 @@ from engine.bus.port import Bus
 from engine.bus.read import Growing
 from engine.checkpoints import Checkpoint, is_full, located, read, require_room, revision_of, sweep, write
 from engine.checkpoints import full as disk_full
+from engine.delivery import served_name
 from engine.errors import CharterError, CommitInDoubt, DependencyUnreachable, Fenced, UsageError
 from engine.policy import RESTORE, first_of_each, pause, paused, policies, restored, version_before, weights_of
 from engine.settings import Settings, mix
@@ -265,14 +266,20 @@ class Trainer:
         if phase != "ppo":
             return waiting(self.store, phase, standing, most=most)
         bounds = Bounds(train.max_staleness, train.max_reward_staleness, train.max_age_s)
-        found, drops = rollouts(
-            self.store, standing, bounds, allow_overlap=train.allow_overlap, revisions=self.served_revisions()
-        )
+        found, drops = rollouts(self.store, standing, bounds, allow_overlap=train.allow_overlap, served=self.served_revisions())
         self.drop(drops)
         return found
 
-    def served_revisions(self) -> Sequence[str]:
-        return ()
+    def served_revisions(self) -> dict[int, str]:
+        """The revision that stands for each policy version where a server answers."""
+        address, _, model = self.settings.models.policy.partition("#")
+        if not address.startswith(("http://", "https://")):
+            return {}
+        from engine.models.endpoint import served_revision
+
+        known, url = self.known()[0], address.rstrip("/")
+        names = {version: served_name(version) if weights_of(known, version) else model for version in policies(known)}
+        return {version: served_revision(url, name) for version, name in ({0: model} | names).items()}
 
     def drop(self, drops: Sequence[Drop]) -> None:
         """Publish drops, each once: they are in the database only a moment later."""

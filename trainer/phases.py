@@ -7,6 +7,7 @@ cannot be trained on: a NaN loss, one-sided labels, equal rewards. Nothing is sa
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -81,18 +82,44 @@ def hardware_of(settings: Settings) -> Hardware:
 
 def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on the final texts of chains."""
-    from trainer import processes, sft, weights
+    from trainer import processes, sft
 
+    base = trainer.policy_folder(batch.manifest.base_policy_version)
     model, tokenizer, metrics = processes.call(
         sft.train,
-        trainer.policy_folder(batch.manifest.base_policy_version),
+        base,
         [sft_example(row) for row in batch.rows],
         seed=batch.manifest.seed or 0,
         hardware=hardware_of(trainer.settings),
         on_step=partial(trainer.step, batch.manifest),
         **batch.settings,
     )
-    return weights.saver(model, tokenizer), metrics
+    return sft_saver(model, tokenizer, base, trainer.base), metrics
+
+
+def sft_saver(model: Any, tokenizer: Any, base: Path, first: Path) -> Callable[[Path], None]:
+    """Saves the policy that was trained on the weights of `base`, and the adapter for a server that has the first model's."""
+    from trainer import weights
+
+    def save(folder: Path) -> None:
+        if weights.adapted(model):
+            with tempfile.TemporaryDirectory() as delta:
+                weights.save_delta(model, Path(delta))
+                weights.add_adapter(folder, Path(delta), base, first)
+        weights.saver(model, tokenizer)(folder)
+
+    return save
+
+
+def with_adapter(save: Callable[[Path], None], reference: Path, first: Path) -> Callable[[Path], None]:
+    """`save` of the RL phase, and the same adapter."""
+    from trainer import weights
+
+    def both(folder: Path) -> None:
+        save(folder)
+        weights.add_adapter(folder, folder / weights.RL, reference, first)
+
+    return both
 
 
 def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
@@ -139,7 +166,7 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
     )
     if metrics["stopped_early"]:
         trainer.publish([stopped_early(manifest, metrics)])
-    return learned.save, metrics
+    return with_adapter(learned.save, reference, trainer.base), metrics
 
 
 def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
@@ -147,17 +174,18 @@ def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
     from trainer import dpo, processes
 
     manifest = batch.manifest
+    reference = trainer.policy_folder(manifest.reference_policy_version or 0)
     save, metrics = processes.call(
         dpo.train,
         trainer.policy_folder(manifest.base_policy_version),
-        trainer.policy_folder(manifest.reference_policy_version or 0),
+        reference,
         [preference_example(row) for row in batch.rows],
         hardware=hardware_of(trainer.settings),
         seed=manifest.seed or 0,
         on_step=partial(trainer.step, manifest),
         **batch.settings,
     )
-    return save, metrics
+    return with_adapter(save, reference, trainer.base), metrics
 
 
 def scores_of(trainer: Trainer, batch: Batch) -> list[float]:

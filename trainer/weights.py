@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.checkpoints import MANIFEST, hash_files
+from engine.delivery import ADAPTER
 from engine.errors import UsageError
 
 # The caller shows one line a step. A fresh scorer's missing head is no news either: we set it ourselves.
@@ -36,6 +37,7 @@ datasets.disable_progress_bars()
 
 LORA_SPEEDUP = 10.0  # adapters start at zero and are few: they take ten times the learning rate
 RL = "rl"  # the folder beside a policy's merged weights: its adapter and its value head
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 REFERENCE = "reference.json"
 VALUE = "value.safetensors"
 
@@ -268,14 +270,39 @@ def rl_saver(
     def save(folder: Path) -> None:
         (folder / RL).mkdir()
         if on is not None:
-            model.save_pretrained(folder / RL, selected_adapters=["default"])
-            (folder / RL / "README.md").unlink(missing_ok=True)
+            save_delta(model, folder / RL)
             (folder / RL / REFERENCE).write_text(json.dumps({"weights": on}))
         if value is not None:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in value.items()}, folder / RL / VALUE)
         saver(model, tokenizer)(folder)
 
     return save
+
+
+def save_delta(model: Any, folder: Path) -> None:
+    """Save a model's adapter alone, before it is merged."""
+    model.save_pretrained(folder, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def add_adapter(folder: Path, delta: Path, lies_on: Path, first: Path) -> None:
+    """Put into a checkpoint's `adapter/` all that was learned since the first model's weights, for a server that has those.
+
+    That is the adapter in `delta` beside the one of the checkpoint that it lies on: B1 A1 + B2 A2 = [B1 B2] [A1; A2], so ranks
+    add up and nothing is lost. Where a link of the chain was trained with all weights there is no adapter.
+    """
+    earlier = lies_on / ADAPTER
+    if not (delta / ADAPTER_WEIGHTS).exists() or (lies_on != first and not earlier.exists()):
+        return
+    tensors, config = load_file(delta / ADAPTER_WEIGHTS), json.loads((delta / ADAPTER_CONFIG).read_text())
+    if lies_on != first:
+        before, old = load_file(earlier / ADAPTER_WEIGHTS), json.loads((earlier / ADAPTER_CONFIG).read_text())
+        tensors = {name: torch.cat([before[name], tensors[name]], dim=0 if ".lora_A." in name else 1) for name in tensors}
+        config |= {name: config[name] + old[name] for name in ("r", "lora_alpha")}  # their ratio, the scale, stays 2
+    config["base_model_name_or_path"] = None  # a server knows what it serves
+    (folder / ADAPTER).mkdir(exist_ok=True)
+    save_file(tensors, folder / ADAPTER / ADAPTER_WEIGHTS)
+    (folder / ADAPTER / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def load_value(policy: Path) -> dict[str, torch.Tensor] | None:

@@ -15,6 +15,7 @@ comes from an environment variable, which may be one server's own, and stands in
 
 from __future__ import annotations
 
+import copy
 import email.utils
 import json
 import logging
@@ -28,6 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -111,6 +113,11 @@ class Dialect:
         )
 
 
+def served_revision(url: str, model: str) -> str:
+    """What stands for the weights of a server's model in records."""
+    return fingerprint(url=url, model=model)[:16]
+
+
 def open_endpoint(
     spec: str, *, api_key_env: str = "OPENAI_API_KEY", timeout_s: float = 120.0, concurrency: int = 16
 ) -> Endpoint:
@@ -167,7 +174,7 @@ class Endpoint:
         self.client = httpx.Client(headers=headers, timeout=self.timeout_s, limits=limits)
         self.pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         # A server's weights have no name of their own: the address and the model's name stand for them.
-        self.revision = fingerprint(url=self.url, model=self.id)[:16]
+        self.revision = served_revision(self.url, self.id)
         self.lock = threading.Lock()
         self.probing = threading.Lock()
         self.owed = NOTHING  # billed, but of no answer that arrived
@@ -335,6 +342,38 @@ class Endpoint:
             raise Away(f"status {status}", status)
         answer = chat_completion(text)
         return answer, counted(answer) or estimated(request, answer)
+
+    # Other models of the same server
+
+    def serving(self, model: str) -> Endpoint:
+        """The same server under another of its model names, over the same connections."""
+        dialect, other = self.dialect, copy.copy(self)
+        other.known, other.id, other.revision = dialect, model, served_revision(self.url, model)
+        return other
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Let vLLM load an adapter under a name. That it has one of this name already is for `require` to tell."""
+        try:
+            answer = self.client.post(f"{self.url}/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+        except httpx.HTTPError as error:
+            raise self.away(type(error).__name__) from error
+        if answer.status_code != 200 and "already" not in answer.text:
+            raise ModelUnreachable(
+                f"{self.url} does not load {name} ({answer.status_code})",
+                self.said(answer.content),
+                "start vLLM with --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and a --max-lora-rank that is enough",
+            )
+
+    def require(self) -> None:
+        """Raise ModelUnreachable unless the server gives a token under this name."""
+        greeting = {"model": self.id, "messages": [{"role": "user", "content": "Hello"}], self.dialect.limit: 1}
+        try:
+            answer, used = self.post(greeting | self.dialect.always, self.timeout_s)
+        except (Away, Refused) as error:
+            raise self.away(str(error)) from error
+        self.owe(used)
+        if answer.get("model", self.id) != self.id:
+            raise self.away(f"asked for {self.id}, it answers as {str(answer['model'])[:100]}")
 
     def exchange(self, request: Body, limit_s: float) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body; an answer that is too long, or trickles in past the time limit, is cut off."""

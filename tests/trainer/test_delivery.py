@@ -1,0 +1,149 @@
+"""A policy on its way to an inference server: adapters that add up, and a loopback server that answers with it or does not."""
+
+import shlex
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+
+from charter.pipeline import Models, policy_of
+from engine.checkpoints import write
+from engine.models.endpoint import served_revision
+from engine.models.port import Ask
+from engine.policy import restored, updates
+from engine.settings import load
+from engine.worker import outgoing
+from schemas import ids
+from schemas.records import ModelRef, PolicyKind, PolicyUpdate, Turn
+from tests_server import Server, chat
+from trainer import dpo, phases, sft, weights
+from trainer.batches import Standing, foreign
+from trainer.reward import PreferenceExample
+from trainer.sft import SftExample
+
+TURNS = (Turn(role="user", content="say a"),)
+TEXTS = [SftExample(TURNS, "abc", True, str(n)) for n in range(4)]
+PAIRS = [PreferenceExample(TURNS, "aa", "bb", 0.9, str(n), True, True) for n in range(4)]
+HARDWARE = weights.Hardware(precision="fp32")
+
+
+def supervised(base, folder, first, rank):
+    how = {"learning_rate": 1e-2, "lora_rank": rank, "hardware": HARDWARE}
+    model, tokenizer, _ = sft.train(base, TEXTS, **how)
+    write(folder, phases.sft_saver(model, tokenizer, base, first), {})
+
+
+def test_the_adapter_of_a_checkpoint_makes_its_weights_of_the_first_models(tiny, tmp_path):
+    first, second, third, whole = (tmp_path / name for name in ("1", "2", "3", "4"))
+    supervised(tiny, first, tiny, 2)
+    save, _ = dpo.train(first, first, PAIRS, learning_rate=1e-2, lora_rank=3, hardware=HARDWARE)
+    write(second, phases.with_adapter(save, first, tiny), {})
+    supervised(second, third, tiny, 2)
+    ids_ = torch.tensor([[5, 6, 7, 8, 9]])
+    plain = weights.load_policy(tiny)(input_ids=ids_).logits
+    for folder, rank in ((first, 2), (second, 5), (third, 7)):
+        adapted = PeftModel.from_pretrained(weights.load_policy(tiny), folder / "adapter").eval()
+        logits = weights.load_policy(folder).eval()(input_ids=ids_).logits
+        assert adapted.peft_config["default"].r == rank
+        torch.testing.assert_close(adapted(input_ids=ids_).logits, logits, atol=1e-4, rtol=1e-4)
+        assert (logits - plain).abs().max() > 1e-2
+    supervised(third, whole, tiny, 0)
+    assert not (whole / "adapter").exists()
+    supervised(whole, tmp_path / "5", tiny, 2)
+    assert not (tmp_path / "5" / "adapter").exists()  # it lies on weights that the server does not have
+
+
+class Vllm:
+    """What a server of adapters does: it knows the names that were loaded."""
+
+    def __init__(self):
+        self.http, self.names, self.loads = Server(), {"base"}, True
+        self.http.script = self.answer
+
+    def answer(self, number, request):
+        if "lora_name" in request:
+            if not self.loads:
+                return 500, {"error": {"message": "no room"}}
+            self.names.add(request["lora_name"])
+            return 200, b"Success"
+        if request["model"] not in self.names:
+            return 404, {"error": {"message": "no such model"}}
+        return 200, chat("fine", model=request["model"])
+
+
+@pytest.fixture
+def server():
+    made = Vllm()
+    yield made
+    made.http.close()
+
+
+def publish(bus, folder, version, *, adapter=True):
+    """A policy whose checkpoint has an adapter or not."""
+
+    def save(temporary):
+        (temporary / "x.safetensors").write_text(str(version))
+        if adapter:
+            (temporary / "adapter").mkdir()
+
+    place = folder / "checkpoints" / f"policy-{version:06d}"
+    found = write(place, save, {})
+    bus.publish(
+        [
+            outgoing(
+                PolicyUpdate(
+                    record_id=ids.record_id("train", [], str(version)), run_id="r", stage="train",
+                    model=ModelRef(id="m", revision=str(version)), kind=PolicyKind.POLICY, version=version, phase="sft",
+                    uri=str(place), content_hash=found.content_hash, base_version=version - 1,
+                    batch_id=ids.record_id("batch", [], str(version)),
+                )
+            )
+        ]
+    )  # fmt: skip
+    return place
+
+
+def test_records_carry_the_version_that_the_server_really_answers_with(server, bus, tmp_path):
+    flags = {"models.policy": f"{server.http.url}#base", "models.delivery": "vllm", "data.folder": str(tmp_path / "data")}
+    models = Models(load(flags, environment={})[0])
+    policy = policy_of(models, bus, None)
+    assert (policy()[0].id, policy()[1]) == ("base", 0)
+    server.loads = False
+    place = publish(bus, tmp_path / "data", 1)
+    assert (policy()[0].id, policy()[1]) == ("base", 0)  # it does not load: the first model goes on answering
+    server.loads, models.follower.not_before = True, 0.0
+    model, version = policy()
+    assert (model.id, version, model.revision) == ("policy-000001", 1, served_revision(server.http.url, "policy-000001"))
+    assert {"lora_name": "policy-000001", "lora_path": str(place / "adapter")} in server.http.bodies
+    assert model.generate([Ask(TURNS)])[0][0].text == "fine" and server.http.bodies[-1]["model"] == "policy-000001"
+    publish(bus, tmp_path / "data", 2, adapter=False)
+    assert policy() == (model, 1)  # trained with all weights
+    bus.publish([outgoing(restored(updates(bus), 0, run_id="r", first="base"))])
+    assert (policy()[0].id, policy()[1]) == ("base", 3)
+    models.close()
+
+
+def test_a_command_delivers_and_is_believed_only_when_the_server_answers(server, bus, tmp_path):
+    script = tmp_path / "deliver.py"
+    script.write_text(
+        "import sys, pathlib\npathlib.Path(sys.argv[1]).joinpath('x.safetensors').read_text()\nprint(sys.argv[2])\n"
+    )
+    command = shlex.join([sys.executable, str(script)])
+    flags = {"models.policy": f"{server.http.url}#base", "models.delivery": command, "data.folder": str(tmp_path / "data")}
+    models = Models(load(flags, environment={})[0])
+    policy = policy_of(models, bus, None)
+    publish(bus, tmp_path / "data", 1, adapter=False)
+    assert policy()[1] == 0  # the command ended well, and the server knows of nothing
+    server.names.add("policy-000001")
+    models.follower.not_before = 0.0
+    assert (policy()[0].id, policy()[1]) == ("policy-000001", 1)
+    models.close()
+
+
+def test_ppo_knows_a_servers_revisions():
+    standing = Standing(1, revisions={0: "w0", 1: "w1"})
+    served = {0: "s0", 1: "s1"}
+    row = {"policy_version": 1, "revision": "s1"}
+    assert foreign(row, standing, served) is None and foreign(row, standing, {}) is not None
+    assert foreign(row | {"revision": "s0"}, standing, served) == "its model revision s0 is not that of policy 1"
