@@ -1,0 +1,167 @@
+"""The dashboard, `charter status` and `charter --help` against their limits, on a database of a million rows.
+
+python -m benchmarks.dashboard [--rows N] [--rounds N] [--keep FOLDER]
+
+The rows are a run of the scripted model on the shipped prompts, copied with ids and times of their own until they are as many.
+A view's time is from the request to the whole page, with nothing remembered from before; the first view is the first request of
+a new server. The median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import httpx
+
+from charter.pipeline import STAGES, connect, make_host, store_of
+from engine.settings import Settings, load
+from producers.files import SHIPPED, Producer
+from schemas.topics import TOPICS
+
+HELP = "charter --help"
+LIMIT_S, LIMITS = 1.0, {HELP: 0.3}
+PROMPTS = 40
+COPIED = ("prompts", "responses", "critiques", "revisions", "preferences", "scores")
+
+
+def stream(settings: Settings) -> None:
+    """A run of the scripted model."""
+    bus = connect(settings)
+    Producer(bus, settings.run.id, eval_share=0.1).publish(str(SHIPPED), first=1, last=PROMPTS)
+    ended = "SELECT (SELECT count(*) FROM chain_ends), (SELECT count(*) FROM preferences)"
+    with make_host(settings, bus, STAGES, sink=True) as host:
+        while not store_of(settings).path.exists() or store_of(settings).query(ended).rows != [(PROMPTS, PROMPTS)]:
+            host.failed.wait(0.1)
+            host.check()
+    bus.close()
+
+
+def grow(path: Path, rows: int) -> int:
+    """Copy the run until there are `rows` rows, each copy with its own ids and a minute later; returns how many there are."""
+    with duckdb.connect(str(path)) as db:
+        one = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in COPIED)
+        last = db.execute("SELECT next_seq FROM raw.sink_state").fetchall()[0][0]
+        copies = -(-rows // one)
+        for table in COPIED:
+            names = {column for column, *_ in db.execute(f"DESCRIBE raw.{table}").fetchall()}
+            other = "md5({0}::VARCHAR || n)::UUID AS {0}"
+            ids = [other.format(name) for name in ("record_id", "prompt_id", "response_id") if name in names]
+            ids.append("list_transform(parent_ids, lambda id: md5(id::VARCHAR || n)::UUID) AS parent_ids")
+            moved = [f"commit_seq + n * {last} AS commit_seq", "created_at + to_minutes(n) AS created_at"]
+            db.execute(
+                f"""INSERT INTO raw.{table} SELECT old.* REPLACE ({", ".join([*ids, *moved])})
+                    FROM raw.{table} old, (SELECT range AS n FROM range(1, {copies})) ORDER BY n"""
+            )
+        db.execute("UPDATE raw.sink_state SET next_seq = ?", [last * copies])
+        db.execute("CHECKPOINT")
+        return int(sum(db.execute(f"SELECT count(*) FROM raw.{spec.table}").fetchall()[0][0] for spec in TOPICS.values()))
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "charter", *words, "--data", str(folder)]
+
+
+def timed(words: list[str]) -> float:
+    started = time.monotonic()
+    subprocess.run(words, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def serve(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
+    """A new server that listens, and a client of it."""
+    port = free_port()
+    words = command(folder, "dashboard", "--port", str(port))
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout and str(port) in server.stdout.readline()
+    return server, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+
+def seen(client: httpx.Client, address: str) -> float:
+    started = time.monotonic()
+    page = client.get(address)
+    taken = time.monotonic() - started
+    assert page.status_code == 200 and "notice bad" not in page.text, (address, page.text[-2000:])
+    return taken
+
+
+def views(client: httpx.Client, number: int) -> Iterator[tuple[str, float]]:
+    """Every view, asked for once; `number` makes the searches new ones."""
+    stories = client.get("/api/stories").json()["data"]["stories"]
+    wanted = {
+        "pipeline": "/?run=live",
+        "stories": "/stories?run=live",
+        "a story": f"/stories/{stories[number]['prompt_id']}",
+        "story search, words in prompts": f"/stories?q=how+{number}",
+        "story search, words that are nowhere": f"/stories?q=zebra{number}",
+        "story search, words in everything": f"/stories?scope=everything&q=river+{number}",
+        "story search, beginning of an id": f"/stories?q={stories[number]['prompt_id'][:8]}",
+        "story filter, how its chain ended": f"/stories?ended=SATISFIED&q={number}",
+        "preferences": "/preferences?run=live",
+        "training": "/training?run=live",
+        "dead letters": "/dead-letters?run=live",
+        "runs": "/runs",
+        "a run": "/runs/live",
+    }
+    for name, address in wanted.items():
+        yield name, seen(client, address)
+
+
+def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """What was measured -> its seconds in each round."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds):
+        found[HELP].append(timed([sys.executable, "-m", "charter", "--help"]))
+        found["charter status"].append(timed(command(folder, "status")))
+        server, client = serve(folder)
+        try:
+            found["first view"].append(seen(client, "/"))
+            for name, seconds in views(client, number):
+                found[name].append(seconds)
+        finally:
+            client.close()
+            server.terminate()
+            server.wait()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="Make the database in this folder, or use the one that is there.")
+    wanted = parser.parse_args()
+    os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
+    folder = wanted.keep or Path(tempfile.mkdtemp())
+    if not (folder / "charter.duckdb").exists():
+        settings = load({"data.folder": str(folder), "models.policy": "scripted"}, environment={})[0]
+        stream(settings)
+        print(f"{grow(folder / 'charter.duckdb', wanted.rows):,} rows")
+    kept = True
+    for name, seconds in measure(folder, wanted.rounds).items():
+        middle, limit = statistics.median(seconds), LIMITS.get(name, LIMIT_S)
+        kept &= middle < limit
+        print(f"{name:40} {middle:6.2f} s of {limit:.1f} s, worst {max(seconds):.2f} s{'' if middle < limit else '  missed'}")
+    if not wanted.keep:
+        shutil.rmtree(folder)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
