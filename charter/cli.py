@@ -28,7 +28,7 @@ STAGES = ("respond", "critique", "revise", "judge", "sink")
 KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
     "Start": ("demo", "produce", "run", "train", "up", "down"),
-    "Look": ("dashboard", "status", "show", "sql", "tail", "doctor", "config"),
+    "Look": ("dashboard", "report", "status", "show", "sql", "tail", "doctor", "config"),
     "Policies": ("policy", "batches", "chat"),
     "Principles": ("constitution", "eval"),
     "Again": ("replay", "runs", "dlq"),
@@ -452,13 +452,14 @@ def register() -> None:
         evaluate,
         policies,
         replay,
+        report,
         storage,
         topics,
         up,
     )
     from charter.dashboard import verb as dashboard
 
-    seeing, training = (dashboard, doctor, topics), (batches, chat, policies)
+    seeing, training = (dashboard, report, doctor, topics), (batches, chat, policies)
     for module in (*seeing, *training, completion, constitution, dead_letters, evaluate, replay, storage, up):
         for verb in module.VERBS:
             cli.add_command(verb)

@@ -39,20 +39,27 @@ def call(folder, model, *arguments):
 
 
 def make_run(folder, model):
-    """The demo, then a run `hostile` with a broken message among its prompts; returns its settings."""
+    """The demo with `model`, then hostile prompts in a run of their own; returns its settings."""
     call(folder, model, "demo", "--prompts", "4")
+    return stream_hostile(folder, model, "hostile")
+
+
+def stream_hostile(folder, model, run="live"):
+    """A run on hostile prompts, one of which no stage can read, through every stage; returns its settings."""
     rows = folder.parent / "hostile.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "tags": ["<i>tag</i>"]}) + "\n" for text in HOSTILE.values()))
-    call(folder, model, "produce", rows, "--run", "hostile")
-    settings = load(flags_of(folder, model, **{"run.id": "hostile"}), environment={})[0]
+    call(folder, model, "produce", rows, "--run", run)
+    settings = load(flags_of(folder, model, **{"run.id": run}), environment={})[0]
     bus = connect(settings)
     writer = bus.writer("test.broken")
     writer.commit([Outgoing("prompts", b"<b>key</b>", b"\x00not a record <script>\xff", ())])
     writer.close()
-    ended = """SELECT (SELECT count(*) FROM chain_ends WHERE run_id = 'hostile'), (SELECT count(*) FROM dead_letters) > 0,
-                      (SELECT count(*) FROM preferences WHERE run_id = 'hostile')"""
+    of_run = f"WHERE run_id = '{run}'"
+    ended = f"""SELECT (SELECT count(*) FROM chain_ends {of_run}), (SELECT count(*) FROM preferences {of_run}),
+                       (SELECT count(*) FROM dead_letters) > 0"""
+    store, wanted = store_of(settings), [(len(HOSTILE), len(HOSTILE), True)]
     with make_host(settings, bus, STAGES, sink=True) as host:
-        while store_of(settings).query(ended, limit_s=20.0).rows != [(len(HOSTILE), True, len(HOSTILE))]:
+        while not store.path.exists() or store.query(ended, limit_s=20.0).rows != wanted:
             host.failed.wait(0.05)
             host.check()
     bus.close()

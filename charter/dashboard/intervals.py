@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 Z = 1.959964
 
@@ -14,3 +15,8 @@ def of_share(hits: float, of: int) -> tuple[float, float] | None:
     p, z2 = hits / of, Z * Z / of
     middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / of + z2 / (4 * of))
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+
+
+def shares(name: str, hits: float, of: int) -> dict[str, Any]:
+    """A share and its interval."""
+    return {f"{name}_share": hits / of if of else None, f"{name}_interval": of_share(hits, of)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from charter.dashboard.intervals import of_share
+from charter.dashboard.intervals import of_share, shares
 from engine.store import Ask
 
 BINS = 10
@@ -49,11 +49,6 @@ def principles(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
 POSITION = f"""SELECT {{by}} sum(judged)::BIGINT AS judged, sum(flips)::BIGINT AS flips,
                       sum(first_place * judged) / sum(judged) AS first_place, sum(mean_gap * judged) / sum(judged) AS mean_gap
                FROM position_bias WHERE {OF_RUN} GROUP BY ALL"""
-
-
-def shares(name: str, hits: float, of: int) -> dict[str, Any]:
-    """A share and its interval."""
-    return {f"{name}_share": hits / of if of else None, f"{name}_interval": of_share(hits, of)}
 
 
 def rounds(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:

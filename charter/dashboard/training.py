@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from charter.dashboard.intervals import shares
 from engine.store import Ask
 
 MOST_STEPS = 50_000
@@ -33,7 +34,7 @@ UNSHOWN = {"epoch", "step", "steps"}
 def gather(ask: Ask, run: str) -> dict[str, Any]:
     """Everything about training; of one run, or of all when `run` is empty."""
     values = {"run": run}
-    of_run = "WHERE $run = '' OR run_id = $run"
+    of_run = "WHERE ($run = '' OR run_id = $run)"
     updates = ask(
         f"""SELECT kind, version, phase, base_version, batch_id, uri, metrics, created_at
             FROM policies {of_run} ORDER BY commit_seq""",
@@ -46,6 +47,9 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
     return {
         "run": run,
         "phases": phases(ask, of_run, values),
+        "policies": policies(ask, run),
+        "watched": watched(ask, of_run, values),
+        "paused": ask("SELECT phase, reason, since FROM paused_phases ORDER BY since", (), 20).records(),
         "frontier": frontier(updates),
         "updates": updates,
         "batches": drawn,
@@ -80,7 +84,7 @@ def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents:
 
 def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     """For each phase its curves: {measure, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
-    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} ORDER BY commit_seq"
+    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} AND phase <> 'watch' ORDER BY commit_seq"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in ask(sql, values, MOST_STEPS).records():
         by_phase[row["phase"]].append(row)
@@ -125,6 +129,41 @@ def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if update["kind"] == "POLICY" and kl is not None and "reward_mean" in measures:
             found.append({"version": update["version"], "kl": kl, "reward": measures["reward_mean"]})
     return found
+
+
+def policies(ask: Ask, run: str) -> list[dict[str, Any]]:
+    """For each policy what became of its answers: found flawed, ended satisfied, and scored by the newest reward model."""
+    sql = """WITH answered AS (
+                 SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(candidates)) AS tokens
+                 FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
+             criticised AS (
+                 SELECT policy_version, count(*) FILTER (number = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS said,
+                        count(*) FILTER (number = 0 AND verdict = 'FLAWED') AS flawed, count(*) FILTER (final) AS ended,
+                        count(*) FILTER (final AND ended = 'SATISFIED') AS satisfied
+                 FROM critiques WHERE $run = '' OR run_id = $run GROUP BY 1),
+             scored AS (
+                 SELECT r.policy_version, s.reward_version, avg(s.normalised) AS reward,
+                        1.96 * stddev_samp(s.normalised) / sqrt(count(*)) AS reward_error
+                 FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
+                 GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
+             SELECT * FROM answered LEFT JOIN criticised USING (policy_version) LEFT JOIN scored USING (policy_version)
+             WHERE policy_version IS NOT NULL ORDER BY policy_version"""
+    return [
+        row
+        | shares("flawed", row["flawed"] or 0, row["said"] or 0)
+        | shares("satisfied", row["satisfied"] or 0, row["ended"] or 0)
+        for row in ask(sql, {"run": run}, 200).records()
+    ]
+
+
+def watched(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each look at a policy for signs of reward hacking, newest first (docs/training.md)."""
+    sql = f"""SELECT policy_version, measures['reference'] AS reference, measures['tripped'] AS tripped,
+                     measures['judge_wins'] AS judge_wins, measures['judge_low'] AS judge_low,
+                     measures['judge_high'] AS judge_high, measures['proxy_gain'] AS proxy_gain,
+                     measures['perplexity'] AS perplexity, measures['perplexity_reference'] AS perplexity_reference, created_at
+              FROM metrics {of_run} AND phase = 'watch' ORDER BY commit_seq DESC"""
+    return ask(sql, values, 50).records()
 
 
 def batches(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The dashboard without a browser: who may ask, what a view and its JSON twin say, also when something is missing."""
 
-import json
 import re
 import shutil
 import sqlite3
@@ -18,11 +17,10 @@ from charter.dashboard import sql as queries
 from charter.dashboard.app import Dashboard
 from charter.dashboard.page import compared, inert, plain, word_changes
 from charter.dashboard.serve import address, is_loopback
-from charter.pipeline import STAGES, connect, make_host, store_of
-from engine.bus.port import Outgoing
+from charter.pipeline import store_of
 from engine.gate import Gate
 from engine.settings import load
-from tests_dashboard import HOSTILE, call, flags_of
+from tests_dashboard import HOSTILE, flags_of, stream_hostile
 from tests_records import World, known, prompt
 
 PAGES = ("/", "/stories", "/preferences", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
@@ -45,22 +43,7 @@ def twin(path):
 def streamed(tmp_path_factory):
     """The folder of a run of the scripted model on hostile prompts, one of which no stage can read."""
     folder = tmp_path_factory.mktemp("dashboard") / "data"
-    rows = folder.parent / "hostile.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE.values()))
-    call(folder, "scripted", "produce", rows)
-    settings = settings_of(folder)
-    bus = connect(settings)
-    writer = bus.writer("test.broken")
-    writer.commit([Outgoing("prompts", b"<b>key</b>", b"\x00not a record <script>\xff", ())])
-    writer.close()
-    ended = (
-        "SELECT (SELECT count(*) FROM chain_ends), (SELECT count(*) FROM preferences), (SELECT count(*) FROM dead_letters) > 0"
-    )
-    with make_host(settings, bus, STAGES, sink=True) as host:
-        while store_of(settings).query(ended, limit_s=20.0).rows != [(len(HOSTILE), len(HOSTILE), True)]:
-            host.failed.wait(0.05)
-            host.check()
-    bus.close()
+    stream_hostile(folder, "scripted")
     return folder
 
 

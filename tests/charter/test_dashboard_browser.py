@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from click.testing import CliRunner
 
+from charter.cli import cli
 from charter.dashboard.app import Dashboard
 from charter.dashboard.serve import listen
 from charter.pipeline import store_of
@@ -136,6 +138,8 @@ def test_every_panel_by_its_link(visit, width, theme):
         for summary in page.locator("details.lineage > summary").all()[:2]:
             summary.click()
         here.check("story")
+        page.locator(".run-form select").select_option("")
+        page.wait_for_url(lambda address: "run=demo" not in address)
         panels = {"Preferences": "Judging principles", "Training": "Versions in time", "Dead letters": "respond"}
         for name, heading in panels.items():
             page.get_by_role("link", name=name, exact=True).click()
@@ -190,6 +194,18 @@ def test_a_page_is_merged_with_what_has_come(visit, settings, tmp_path):
         assert page.evaluate("window.stays") == 1
         page.locator("#live").click()
         assert page.locator("#live").get_attribute("data-state") == "paused"
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
+def test_a_report_in_the_browser(visit, settings, tmp_path, width, theme):
+    file = tmp_path / "report.html"
+    done = CliRunner().invoke(cli, ["report", "--data", str(settings.folder), "--run", "demo", str(file)])
+    assert done.exit_code == 0, done.output
+    with visit(width, theme) as here:
+        here.address = file.as_uri().removesuffix("/report.html")
+        here.open("/report.html").get_by_role("heading", name="Before and after").wait_for()
+        assert here.page.locator("svg.chart").count() >= 5
+        here.check("report")
 
 
 def test_search_by_keyboard(visit):
