@@ -58,8 +58,10 @@ An error is three lines: what, why, what to type. Verbs that work on a run share
 
 def kind(field: FieldInfo) -> str:
     """The type in words, with the values or the range that are allowed."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(f"`{json.dumps(value)}`" for value in get_args(field.annotation))
+    of = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
+    if get_origin(of) is Literal:
+        choices = ", ".join(f"`{json.dumps(value)}`" for value in get_args(of))
+        return choices if of is field.annotation else f"list of {choices}"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", list[str]: "list of texts"}
     limits = [limit for limit in map(limit_of, field.metadata) if limit]
     return " ".join([names[field.annotation], *([", ".join(limits)] if limits else [])])  # type: ignore[index]
