@@ -10,7 +10,9 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     judge      labels by the known rule: refuse what is harmful, else help, and politely
     shuffled   the control: labels of the same sizes, each with a random sign
     sft        the control without RL: each PPO update is replaced by supervised fine-tuning on the chains that are new then
-    hacked     a planted fault: the labels prefer the longer answer; the watch must trip
+    hacked     a planted fault: the labels prefer the longer answer; the watch must trip, and the policy goes back
+
+The watch looks at every policy of the arms judge and hacked; in the former it must stay quiet.
 
 With --smollm2 the policy is SmolLM2 with adapters, and the rule is to write one paragraph, without lists; the critic mends
 answers that break off.
@@ -51,7 +53,8 @@ def run(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespa
     """One arm with one seed: the counts of each version, how long what took, and what the watch found."""
     rule, more = (PARAGRAPH, SMOLLM2) if options.smollm2 else (LANGUAGE, {})
     settings, judge = settings_for(folder, base, seed, **more), judge_of(arm, rule, seed)
-    experiment = Experiment(settings, rule, judge, questions(seed), watched=arm in ("judge", "hacked"))
+    watched, goes_back = arm in ("judge", "hacked"), arm == "hacked"
+    experiment = Experiment(settings, rule, judge, questions(seed), watched, goes_back)
     experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * options.phases)
     versions = [asdict(version) for version in versions_of(arm, seed, experiment.answers(), rule)]
     return {"versions": versions, "spent": experiment.spent, "trips": experiment.trips}

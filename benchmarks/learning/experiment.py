@@ -64,13 +64,18 @@ SMOLLM2 = {
 
 @dataclass
 class Experiment:
-    """The parts of one run in `settings.folder`, in this process. `watched`: the watch looks at each policy of PPO."""
+    """The parts of one run in `settings.folder`, in this process.
+
+    `watched`: the watch looks at each policy of PPO. On a trip `goes_back` does what the loop does, and ends the run; else the
+    trip is only told, so that a false alarm would not hide what is learned.
+    """
 
     settings: Settings
     rule: Rule
     judge: ProgrammaticJudge
     questions: Iterator[Question]
     watched: bool = False
+    goes_back: bool = False
     bus: Bus = field(init=False)
     store: Store = field(init=False)
     trainer: Trainer = field(init=False)
@@ -120,12 +125,13 @@ class Experiment:
         self.bus.close()
 
     def act(self, host: Host, prompts: int, phases: Sequence[str]) -> bool:
-        """The newest policy answers new prompts, then training. On a trip the loop's way back instead: returns True."""
+        """The newest policy answers new prompts, then training; or the way back, after which this returns True."""
         self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
         trip = self.timed("watch", self.watch, self.trainer) if self.watched else None
         if trip:
-            version, back = self.trainer.standing().policy_version, self.trainer.trip(trip)
-            self.trips.append({"version": version, "why": trip.why, "good": trip.good, "back": back.version if back else None})
+            self.trips.append({"version": self.trainer.standing().policy_version, "why": trip.why, "good": trip.good})
+        if trip and self.goes_back:
+            self.trainer.trip(trip)
             self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
             return True
         for phase in phases:
