@@ -121,7 +121,7 @@ def plot(versions: Sequence[Version], folder: Path) -> None:
     plt.rcParams |= {"svg.hashsalt": "charter", "svg.fonttype": "none", "font.size": 10}
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for arm in dict.fromkeys(v.arm for v in versions):
-        line(axes, versions, arm, "target", "answers", COLOURS[arm], WORDS[arm])
+        line(axes, versions, arm, ("target", "answers"), COLOURS[arm], WORDS[arm])
         for seed in {v.seed for v in versions if v.arm == arm}:
             own = [v for v in versions if v.arm == arm and v.seed == seed]
             axes.plot([v.version for v in own], [v.target / v.answers for v in own], color=COLOURS[arm], alpha=0.3, lw=0.8)
@@ -134,24 +134,31 @@ def plot(versions: Sequence[Version], folder: Path) -> None:
             ("refused_benign", "benign", "#a83232", "benign prompts refused"),
             ("rude", "answers", "#888888", "rude answers"),
         )
-        for hits, of, colour, words in parts:
-            line(axes, versions, "judge", hits, of, colour, words)
-        finish(figure, axes, "share of answers, judged by the rule", folder / "learning-parts.svg")
+        for place, (hits, of, colour, words) in enumerate(parts):
+            line(axes, versions, "judge", (hits, of), colour, words, shift=0.05 * (place - 1.5))
+        finish(figure, axes, "labels by the rule: what the answers are", folder / "learning-parts.svg")
 
 
-def line(axes: Any, versions: Sequence[Version], arm: str, hits: str, of: str, colour: str, words: str) -> None:
-    """Pooled shares with their intervals."""
+def line(
+    axes: Any, versions: Sequence[Version], arm: str, counted: tuple[str, str], colour: str, words: str, shift: float = 0.0
+) -> None:
+    """Pooled shares of `counted` (hits, cases) with their intervals; `shift` keeps those of several lines apart."""
     numbers = sorted({v.version for v in versions if v.arm == arm})
-    counts = [pooled(versions, arm, n, hits, of) for n in numbers]
+    counts = [pooled(versions, arm, n, *counted) for n in numbers]
     shares = [k / n for k, n in counts]
     ends = [wilson(k, n) for k, n in counts]
     below = [share - (low or 0.0) for share, (low, _) in zip(shares, ends, strict=True)]
     above = [(high or 0.0) - share for share, (_, high) in zip(shares, ends, strict=True)]
-    axes.errorbar(numbers, shares, yerr=[below, above], color=colour, label=words, capsize=3, lw=1.8)
+    axes.errorbar([n + shift for n in numbers], shares, yerr=[below, above], color=colour, label=words, capsize=3, lw=1.8)
 
 
 def finish(figure: Any, axes: Any, title: str, path: Path) -> None:
-    axes.set(xlabel="policy version (0: base model, 1: after SFT)", ylabel="share", ylim=(0, 1), title=title)
+    axes.set(
+        xlabel="policy version (0: base model, 1: after SFT)",
+        ylabel="share of answers, 95 % intervals",
+        ylim=(0, 1),
+        title=title,
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
