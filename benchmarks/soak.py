@@ -9,7 +9,8 @@ as it is. `--kills` kills the trainer that often with SIGKILL, at moments that i
 What is counted comes from the records: batches, policies, rollouts that were staler than the settings allow when they were
 trained on (must be 0), answers that were not of the weights that they name (0), rows that a phase trained on twice (0), batches
 that cannot be rebuilt (0). Beside that: how far the sink and the chains are behind, DuckDB's share of the trainer's time, and
-how the memory of both processes grows. The exit code is 1 when one of those that must be 0 is not.
+how the memory of both processes grows. The exit code is 1 when one of those that must be 0 is not. SIGTERM ends it early,
+with the figures so far.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.learning.language import questions
+from benchmarks.learning.language import Question, questions
+from charter.options import stop_on_signals
 from charter.pipeline import open_settings, sink_offsets, store_of
 from engine.bus.read import read_values
 from engine.errors import CharterError, StoreBusy
@@ -44,7 +46,9 @@ from schemas.topics import TOPICS
 ROOT = Path(__file__).parents[1]
 BASE_STEPS = 300
 AT_ONCE, EVERY_S, WAITING = 32, 4.0, 96  # questions published at once, how often, and how many may be on their way
+EPOCH = 2048  # questions of one epoch
 LOOK_EVERY_S = 5.0
+STALLED_S = 120.0  # without a new answer: something is wrong
 RESUME_AFTER_S = 60.0  # what the watch has paused goes on after that, as if someone had looked
 STOP_WITHIN_S = 120.0
 CRITIC, JUDGE = "programmatic-critic", "programmatic-judge"
@@ -76,7 +80,6 @@ def settings_of(folder: Path) -> Settings:
 def stream(folder: Path) -> None:
     """Every stage and the sink, and a producer that keeps questions waiting, until SIGTERM."""
     from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge
-    from charter.options import stop_on_signals
     from charter.pipeline import STAGES, Models, connect, make_stage
     from constitutions.loader import load as load_constitution
     from consumers.sink import Sink
@@ -90,9 +93,8 @@ def stream(folder: Path) -> None:
     stages = [make_stage(name, settings, models, constitution, bus) for name in STAGES]
     workers = [Worker(bus, stage, lane, run_id=settings.run.id, slot="0") for stage in stages]
     with Host(workers, {"sink": Sink(bus, store).run}, [models.close]) as host:
-        asked = questions(0)
-        for number in range(10**9):
-            produce(settings, bus, number, list(islice(asked, AT_ONCE)))
+        for number, (epoch, asked) in enumerate(supply()):
+            produce(settings, bus, number, epoch, asked)
             stop.wait(EVERY_S)
             while unfinished(store, (number + 1) * AT_ONCE) > WAITING - AT_ONCE and not stop.wait(0.5):
                 host.check()
@@ -101,12 +103,20 @@ def stream(folder: Path) -> None:
     bus.close()
 
 
-def produce(settings: Settings, bus: Any, number: int, asked: Sequence[Any]) -> None:
+def supply() -> Iterator[tuple[int, list[Question]]]:
+    """Questions without end, and the epoch that they are sampled in: the language has only some thousands of them."""
+    for epoch in range(10**9):
+        asked = questions(epoch)
+        for _ in range(EPOCH // AT_ONCE):
+            yield epoch, list(islice(asked, AT_ONCE))
+
+
+def produce(settings: Settings, bus: Any, number: int, epoch: int, asked: Sequence[Question]) -> None:
     from producers.files import Producer
 
     path = settings.folder / f"questions-{number:06d}.jsonl"
     path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in asked))
-    Producer(bus, settings.run.id, eval_share=0.0).publish(str(path))
+    Producer(bus, settings.run.id, epoch=epoch, eval_share=0.0).publish(str(path))
     path.unlink()
 
 
@@ -164,6 +174,12 @@ class Soak:
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise SystemExit(f"{name} has ended with {process.returncode}; see {self.folder / name}.log")
+        if self.looks and (now := self.looks[-1]).at_s - self.answered_at() > STALLED_S:
+            raise SystemExit(f"no answer since {self.answered_at():.0f} s, at {now.at_s:.0f} s")
+
+    def answered_at(self) -> float:
+        """When the newest answers were first seen."""
+        return next(look.at_s for look in self.looks if look.answers == self.looks[-1].answers)
 
     def kill_trainer(self) -> None:
         self.processes["trainer"].kill()
@@ -215,7 +231,7 @@ def run(folder: Path, minutes: float, kills: int) -> dict[str, Any]:
         from benchmarks.learning.base import train_base
 
         print(f"base model: loss {train_base(folder / 'base', steps=BASE_STEPS):.2f}", flush=True)
-    soak = Soak(folder)
+    soak, stop = Soak(folder), stop_on_signals()
     ends = soak.started + 60 * minutes
     kill_at = iter(sorted(random.Random(0).uniform(soak.started + 60, ends - 60) for _ in range(kills)))
     following = next(kill_at, ends)
@@ -223,8 +239,7 @@ def run(folder: Path, minutes: float, kills: int) -> dict[str, Any]:
     wait_for_database(soak)
     soak.start("trainer")
     try:
-        while time.monotonic() < ends:
-            threading.Event().wait(min(LOOK_EVERY_S, max(0.1, min(ends, following) - time.monotonic())))
+        while time.monotonic() < ends and not stop.wait(min(LOOK_EVERY_S, max(0.1, min(ends, following) - time.monotonic()))):
             soak.check()
             if following <= time.monotonic() < ends:
                 soak.kill_trainer()
