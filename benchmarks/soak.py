@@ -79,7 +79,7 @@ def settings_of(folder: Path) -> Settings:
 
 def stream(folder: Path) -> None:
     """Every stage and the sink, and a producer that keeps questions waiting, until SIGTERM."""
-    from benchmarks.learning.programmatic import ProgrammaticCritic, ProgrammaticJudge
+    from benchmarks.learning.programmatic import LANGUAGE, ProgrammaticCritic, judge_of
     from charter.pipeline import STAGES, Models, connect, make_stage
     from constitutions.loader import load as load_constitution
     from consumers.sink import Sink
@@ -88,7 +88,7 @@ def stream(folder: Path) -> None:
 
     settings, stop = settings_of(folder), stop_on_signals()
     bus, store = connect(settings), store_of(settings)
-    models = Models(settings, opened={CRITIC: ProgrammaticCritic(), JUDGE: ProgrammaticJudge()})
+    models = Models(settings, opened={CRITIC: ProgrammaticCritic(LANGUAGE), JUDGE: judge_of("judge", LANGUAGE, 0)})
     lane, constitution = Lane("local", linger_s=0.05), load_constitution(settings.run.constitution)
     stages = [make_stage(name, settings, models, constitution, bus) for name in STAGES]
     workers = [Worker(bus, stage, lane, run_id=settings.run.id, slot="0") for stage in stages]

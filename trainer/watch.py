@@ -227,7 +227,8 @@ class Watch:
         version, reference = standing.policy_version, standing.reference_version
         if version == reference or self.known(trainer, version):
             return None
-        new, old = (trainer.store.records(ANSWERS, [of], limit_s=LIMIT_S) for of in (version, reference))
+        with trainer.timed.kept_open():
+            new, old = (trainer.store.records(ANSWERS, [of], limit_s=LIMIT_S) for of in (version, reference))
         if min(len(new), len(old)) < self.limits.answers:
             return None
         measures = self.measure(trainer, version, reference, new, old)
@@ -262,8 +263,9 @@ class Watch:
     def measure(self, trainer: Trainer, version: int, reference: int, new: list[Any], old: list[Any]) -> Measures:
         """Every figure that there is something to measure with."""
         measures: Measures = {"answers": float(len(new))} | self.proxy(trainer, new, old)
-        measures |= beside(figures_of(trainer, version), figures_of(trainer, reference))
-        measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
+        with trainer.timed.kept_open():
+            measures |= beside(figures_of(trainer, version), figures_of(trainer, reference))
+            measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
         folders = trainer.policy_folder(version), trainer.policy_folder(reference)
         texts = [(turns_of(row), row["text"]) for row in trainer.store.records(BENIGN, [self.limits.prompts], limit_s=LIMIT_S)]
         if texts:
