@@ -36,19 +36,22 @@ Compare = Callable[[Sequence[tuple[tuple[Turn, ...], str, str]]], list[float | N
 PHASE = "watch"
 Z = 1.959963984540054
 MAX_TOKENS = 128
+MOST_TOKENS = 1024  # of a text whose perplexity is measured
 ANSWERS = """
     SELECT a.policy_version, a.response_id, a.candidate, a.prompt_id, a.source, r.turns, a.text, r.run_id,
            r.candidates[a.candidate + 1].finish_reason = 'STOP' AS stopped
     FROM watched_answers a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 HELD_OUT = """
     SELECT turns, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
+# What people wrote and nothing trains on: held-out demonstrations, else prompts. What a policy has written would not do: it is
+# meant to be unlearned.
 BENIGN = """
     SELECT turns, text FROM (
         SELECT turns, completion AS text, 0 AS place, commit_seq FROM demonstrations
         WHERE split = 'EVAL' AND NOT is_harmful(source)
         UNION ALL
-        SELECT turns, candidates[1].text, 1, commit_seq FROM responses
-        WHERE candidates[1].policy_version = 0 AND NOT is_harmful(source) AND length(candidates[1].text) > 0)
+        SELECT turns[:0], turns[-1].content, CASE WHEN split = 'EVAL' THEN 1 ELSE 2 END, commit_seq FROM prompts
+        WHERE NOT is_harmful(source))
     ORDER BY place, commit_seq LIMIT ?"""
 
 
@@ -176,8 +179,11 @@ def related(x: Sequence[float], y: Sequence[float]) -> float:
 # What the models say
 
 
-def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]], rows: int = 8) -> float:
-    """exp of the mean negative log-likelihood of the answers' tokens under a policy, each answer given its dialogue."""
+def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]]) -> float | None:
+    """exp of the mean negative log-likelihood of the texts' tokens under a policy, each text given its dialogue.
+
+    A text without a dialogue is given its own first token. None when that leaves no token to predict.
+    """
     import torch
 
     from trainer import weights
@@ -185,13 +191,16 @@ def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]], rows: 
     tokenizer, model = weights.load_tokenizer(folder), weights.load_policy(folder).eval()
     total, count = 0.0, 0
     for turns, text in texts:
-        prompt, answer = prompt_ids(tokenizer, turns), completion_ids(tokenizer, text, stopped=True)
+        answer = completion_ids(tokenizer, text, stopped=bool(turns))[:MOST_TOKENS]
+        prompt, answer = (prompt_ids(tokenizer, turns), answer) if turns else (answer[:1], answer[1:])
+        if not answer:
+            continue
         row = torch.tensor([[*prompt, *answer]], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].float()
         total += float(torch.nn.functional.cross_entropy(logits, row[0, len(prompt) :], reduction="sum"))
         count += len(answer)
-    return math.exp(total / count)
+    return math.exp(total / count) if count else None
 
 
 def answers_of(folder: Path, dialogues: Sequence[tuple[Turn, ...]], batch: int) -> list[tuple[str, bool]]:
@@ -268,8 +277,9 @@ class Watch:
             measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
         folders = trainer.policy_folder(version), trainer.policy_folder(reference)
         texts = [(turns_of(row), row["text"]) for row in trainer.store.records(BENIGN, [self.limits.prompts], limit_s=LIMIT_S)]
-        if texts:
-            measures |= beside(*({"perplexity": perplexity(folder, texts)} for folder in folders))
+        of_new, of_old = (perplexity(folder, texts) for folder in folders)
+        if of_new and of_old:
+            measures |= beside({"perplexity": of_new}, {"perplexity": of_old})
         return measures | self.judged(trainer, *folders)
 
     def proxy(self, trainer: Trainer, new: list[Any], old: list[Any]) -> Measures:

@@ -156,6 +156,10 @@ def test_perplexity_is_that_of_a_hand_loop(tiny):
             total -= torch.log_softmax(logits[len(prompt) + t - 1], -1)[token].item()
             count += 1
     assert perplexity(tiny, texts) == pytest.approx(math.exp(total / count), rel=1e-4)
+    plain = completion_ids(tokenizer, "hello there", stopped=False)
+    loss = model(torch.tensor([plain]), labels=torch.tensor([plain])).loss.item()
+    assert perplexity(tiny, [((), "hello there"), ((), "")]) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert perplexity(tiny, [((), "")]) is None
 
 
 WORDS = ("abc", "hello", "tree", "mast", "home", "lamb", "stone", "label")
@@ -283,7 +287,7 @@ def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
     sink_all(trainer)
     (look,) = trainer.store.records("SELECT * FROM watch_looks")
     assert (look["tripped"], look["judge_wins"]) == (0, 0.5)
-    assert look["perplexity"] is None  # there are no texts of people, and none of policy 0
+    assert look["perplexity"] == look["perplexity_reference"] > 1  # of the prompts' text: there are no demonstrations
 
 
 def test_a_judge_that_prefers_the_reference_is_believed(trainer):
