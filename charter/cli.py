@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from producers.files import Kind
 
 REPORT_EVERY = 25  # looks of 0.2 s
+DONE_EVERY = 5
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
@@ -224,8 +225,9 @@ def report_bad(path: str, number: int, why: str) -> None:
 @cli.command()
 @click.option("--stage", "stages", multiple=True, type=StageName(STAGES), help="Only this one, or a FILE.py; repeatable.")
 @click.option("--slot", metavar="NAME", help="This copy's fixed name, e.g. a pod's ordinal.")
+@click.option("--until-done", is_flag=True, help="Stop when nothing on the log is left to do for them.")
 @common
-def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
+def run(settings: Settings, stages: tuple[str, ...], slot: str | None, until_done: bool) -> None:
     """Run the stages and the sink until stopped.
 
     All of them in one process, or those that --stage names: also one of your own in a Python file (docs/extending.md).
@@ -233,18 +235,21 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
     \b
     Examples:
       charter run
+      charter run --until-done
       charter run --bus kafka://localhost:9092 --stage respond
       charter run --bus kafka://localhost:9092 --stage sink
     """
     from charter import addition
-    from charter.pipeline import ROLES, connect, make_host
+    from charter.pipeline import ROLES, connect, make_host, nothing_left, store_of
 
     chosen = stages or STAGES
     named = [name for name in chosen if name in STAGES]
     own = [addition.read(name, tuple(ROLES.values())) for name in chosen if name not in STAGES]
     bus, stop = connect(settings), stop_on_signals()
     host = make_host(settings, bus, [n for n in named if n != "sink"], sink="sink" in named, additions=own, slot=slot)
-    click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; stop with Ctrl-C", err=True)
+    end = "until nothing is left to do" if until_done else "stop with Ctrl-C"
+    click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; {end}", err=True)
+    written = store_of(settings) if "sink" in named else None
     last, looks = "", 0
     with host:
         while not stop.wait(0.2) and not host.failed.is_set():
@@ -252,6 +257,9 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None) -> None:
             if looks % REPORT_EVERY == 0 and (line := committed(host)) != last:
                 click.echo(line, err=True)
                 last = line
+            if until_done and looks % DONE_EVERY == 0 and nothing_left(bus, host.workers, written):
+                click.echo(f"nothing is left to do; finished now: {committed(host)}", err=True)
+                break
     if host.abandoned:
         click.echo(f"stopped without waiting longer for {', '.join(host.abandoned)}; its work is done again", err=True)
         sys.stderr.flush()

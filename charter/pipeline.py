@@ -47,7 +47,7 @@ from schemas import codec, ids
 from schemas.codec import decode
 from schemas.confluent import Registry, SchemaRefused
 from schemas.records import ConstitutionRef, PolicyKind, PolicyUpdate, Record, RunManifest, Sampling
-from schemas.topics import TopicSpec, topic_table
+from schemas.topics import TOPICS, TopicSpec, topic_table
 
 log = logging.getLogger("charter.pipeline")
 
@@ -429,6 +429,24 @@ def waiting(bus: Bus, stands: Offsets, ends: Offsets) -> dict[TopicPartition, in
     finally:
         reader.close()
     return found
+
+
+def nothing_left(bus: Bus, workers: Sequence[Worker], store: Store | None) -> bool:
+    """Whether these stages have finished all that is on the log, and the sink of `store`, if it is given, has written it.
+
+    A stage commits what it has read together with what came of it, so what nobody has to read leaves nothing under way.
+    """
+    for worker in workers:
+        topics = worker.stage.inputs
+        stands = bus.begin_offsets(topics) | bus.committed(worker.group, topics)
+        if waiting(bus, stands, bus.end_offsets(topics)):
+            return False
+    if store is None:
+        return True
+    if not store.path.exists():
+        return False  # the sink has yet to make it
+    everything = list(TOPICS)
+    return not waiting(bus, bus.begin_offsets(everything) | sink_offsets(store, bus.cluster_id), bus.end_offsets(everything))
 
 
 def lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:

@@ -100,6 +100,19 @@ def streamed(place):
 COUNTS = "SELECT topic, records FROM pipeline_status WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences')"
 
 
+def test_a_run_until_done_ends_when_all_is_finished_and_written(any_bus):
+    any_bus.publish("One?", "Two?", "Three?")
+    any_bus.call("run", "--stage", "respond", "--stage", "sink", "--until-done")
+    assert any_bus.sql("SELECT count(*) FILTER (responses IS NOT NULL), count(ended) FROM stories") == [(3, 0)]
+    any_bus.call("run", "--until-done")
+    finished = "SELECT count(*), count(ended), count(preferences) FROM stories"
+    assert any_bus.sql(finished) == [(3, 3, 3)]
+    assert {row["waiting"] for row in any_bus.rows("status")} <= {0, None}
+    before = dict(any_bus.sql(COUNTS))
+    any_bus.call("run", "--until-done")
+    assert dict(any_bus.sql(COUNTS)) == before
+
+
 # Replay and runs
 
 
