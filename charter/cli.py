@@ -96,7 +96,7 @@ FIRST = """There is no run in this folder yet. To start one:
 
   charter demo                                        the whole loop once, with a small real model
   charter produce prompts.jsonl                       your own prompts, one JSON string or object a line
-  charter run                                         every stage and the sink, until Ctrl-C
+  charter run --until-done                            every stage and the sink, until nothing is left to do
 
 charter --help lists everything; charter doctor looks for what is missing."""
 
@@ -481,6 +481,8 @@ ABOUT_TRAIN = "local models and training are an extra, so that other workers sta
 
 def main() -> None:
     """Run the command line; every expected error is three lines and an exit code."""
+    # Before torch is loaded: threads that spin while they wait make a busy machine slower by an order of magnitude.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     traceback = "--traceback" in sys.argv
     try:
         cli(prog_name="charter", standalone_mode=False)
