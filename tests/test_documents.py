@@ -17,7 +17,8 @@ from engine.store import Store
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
-BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+BLOCKS = "\n".join(text for language, text in FENCED if not language)
 COMMANDS = re.findall(r"^charter (.+)$", BLOCKS, re.MULTILINE)
 SETTINGS = {f"{section}.{key}" for section, key, _ in keys()}
 
@@ -49,7 +50,7 @@ def test_settings_exist():
     assert named <= SETTINGS
 
 
-TABLES = re.findall(r"^```toml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+TABLES = [text for language, text in FENCED if language == "toml"]
 
 
 @pytest.mark.parametrize("text", TABLES)
