@@ -37,9 +37,9 @@ def chat(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Talk to a policy; with PROMPT (- for standard input) ask it once and leave.
+    """Talk to a policy.
 
-    Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
+    With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
 
     \b
     Examples:
