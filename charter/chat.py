@@ -38,6 +38,11 @@ def chat(
     as_json: bool,
 ) -> None:
     """Talk to a policy.
+<<<<<<< HEAD
+=======
+
+    With PROMPT (- for standard input) ask it once and leave.
+>>>>>>> 3793c5a (Take training data out for TRL and datasets, with a data card, and people's word on pairs in: charter export, charter label)
 
     With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
 

@@ -32,6 +32,7 @@ SECTIONS = {
     "Look": ("dashboard", "report", "status", "show", "sql", "tail", "doctor", "config"),
     "Policies": ("policy", "batches", "chat"),
     "Principles": ("constitution", "eval"),
+    "Label": ("label", "export"),
     "Again": ("replay", "runs", "dlq"),
     "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
 }
@@ -458,6 +459,8 @@ def register() -> None:
         dead_letters,
         doctor,
         evaluate,
+        export,
+        label,
         policies,
         replay,
         report,
@@ -467,8 +470,8 @@ def register() -> None:
     )
     from charter.dashboard import verb as dashboard
 
-    seeing, training = (dashboard, report, doctor, topics), (batches, chat, policies)
-    for module in (*seeing, *training, completion, constitution, dead_letters, evaluate, replay, storage, up):
+    looking, training, labels = (dashboard, doctor, report, topics), (batches, chat, policies), (export, label)
+    for module in (*looking, *training, *labels, completion, constitution, dead_letters, evaluate, replay, storage, up):
         for verb in module.VERBS:
             cli.add_command(verb)
 

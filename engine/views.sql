@@ -29,21 +29,34 @@ SELECT record_id, prompt_id, run_id, response_id, turns, source, tags, split, ep
        'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
--- What supervised fine-tuning trains on: the final text of each usable chain (label_source AI), clean unrevised answers
--- included, and people's demonstrations (label_source HUMAN, ended and constitution null). A mix is drawn by `source`, e.g.
--- helpful; helpful answers of the policy's own are those with ended = 'SKIPPED'.
+-- Every text that is fit to be learned from: the final text of each usable chain (label_source AI), clean unrevised answers
+-- included, and people's demonstrations (label_source HUMAN, ended and constitution null). Helpful answers of the policy's own
+-- are those with ended = 'SKIPPED'.
+CREATE OR REPLACE VIEW usable_texts AS
+SELECT record_id, prompt_id, run_id, turns, final_text AS completion, final_stopped AS stopped, source, ended,
+       number AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
+FROM chain_ends WHERE ended IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND length(trim(final_text)) > 0
+UNION ALL BY NAME
+SELECT record_id, prompt_id, run_id, turns, completion, stopped, source, 0 AS rounds, label_source, split, created_at, commit_seq
+FROM demonstrations WHERE length(trim(completion)) > 0;
+
+-- What supervised fine-tuning trains on. A mix is drawn by `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
 SELECT e.* EXCLUDE (split)
-FROM (
-    SELECT record_id, prompt_id, run_id, turns, final_text AS completion, final_stopped AS stopped, source, ended,
-           number AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
-    FROM chain_ends WHERE ended IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED')
-    UNION ALL BY NAME
-    SELECT record_id, prompt_id, run_id, turns, completion, stopped, source, 0 AS rounds, label_source, split, created_at,
-           commit_seq
-    FROM demonstrations) e
-LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
-WHERE e.split = 'TRAIN' AND length(trim(e.completion)) > 0 AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
+FROM usable_texts e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
+WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
+
+-- The prompts that a training view may have shown.
+CREATE OR REPLACE VIEW trained_prompts AS
+SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
+UNION
+SELECT prompt_id FROM raw.demonstrations WHERE split = 'TRAIN'
+UNION
+SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN';
+
+-- The same for measuring: texts to prompts that no training view has ever shown.
+CREATE OR REPLACE VIEW held_out_examples AS
+SELECT e.* EXCLUDE (split) FROM usable_texts e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
 
 -- The labels that a person's override has taken the place of, and the record that stands for each. Of several overrides of one
 -- label the newest stands.
@@ -80,12 +93,7 @@ WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND (h.commit_seq IS NULL OR
 CREATE OR REPLACE VIEW held_out_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by)
 FROM preference_labels l
-ANTI JOIN (
-    SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
-    UNION ALL
-    SELECT prompt_id FROM raw.demonstrations WHERE split = 'TRAIN'
-    UNION ALL
-    SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN') trained USING (prompt_id)
+ANTI JOIN trained_prompts USING (prompt_id)
 WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
 
 -- Every sampled answer, and why PPO may not train on it (null: it may, as far as the record alone tells).

@@ -35,4 +35,5 @@ def test_verbs_that_read_have_json(name):
 
 def test_the_help_fits_eighty_columns():
     said = cli.get_help(click.Context(cli, info_name="charter", terminal_width=80))
-    assert max(map(len, said.splitlines())) <= 80 and "..." not in said.partition("Start:")[2]
+    assert max(map(len, said.splitlines())) <= 80
+    assert not [line for line in said.partition("Start:")[2].splitlines() if line.endswith("...")]

@@ -1,0 +1,270 @@
+"""Training data in the forms that TRL and `datasets` read (`charter export`).
+
+A folder with JSON lines or Parquet for each split and a README.md, as the Hugging Face hub lays data sets out. Rows are read
+page by page in commit order up to the newest commit at the start: the stream may go on meanwhile, and memory stays flat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from charter.card import card
+from engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from engine.store import Store
+
+PAGE = 2000
+LIMIT_S = 60.0
+Row = dict[str, Any]
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+LINEAGE = {
+    "record_id": pa.string(),
+    "prompt_id": pa.string(),
+    "run_id": pa.string(),
+    "source": pa.string(),
+    "label_source": pa.string(),
+    "policy_version": pa.int64(),
+    "constitution": pa.string(),
+    "principle_id": pa.string(),
+    "created_at": pa.timestamp("us"),
+}
+
+
+def said(text: str) -> list[Row]:
+    return [{"role": "assistant", "content": text}]
+
+
+def lineage(row: Row) -> Row:
+    constitution = row["constitution"]
+    name = f"{constitution['name']} {constitution['version']}" if constitution else None
+    return {key: row[key] for key in LINEAGE} | {
+        "record_id": str(row["record_id"]),
+        "prompt_id": str(row["prompt_id"]),
+        "constitution": name,
+    }
+
+
+def sft(row: Row) -> list[Row]:
+    return [{"prompt": row["turns"], "completion": said(row["completion"]), "ended": row["ended"], **lineage(row)}]
+
+
+def preference(row: Row) -> list[Row]:
+    """The better answer first; `p_chosen` is the soft label, from one half to one."""
+    first = row["p_a"] >= 0.5
+    chosen, rejected = (row["a"], row["b"]) if first else (row["b"], row["a"])
+    p_chosen = row["p_a"] if first else 1 - row["p_a"]
+    more = {"p_chosen": p_chosen, "gap": row["gap"], "mass": row["mass"], "flipped": row["flipped"]}
+    return [{"prompt": row["turns"], "chosen": said(chosen), "rejected": said(rejected), **more, **lineage(row)}]
+
+
+def kto(row: Row) -> list[Row]:
+    """Both answers by themselves, each wanted or not. A pair without a winner says nothing about either."""
+    if row["p_a"] == 0.5:
+        return []
+    answers = ((row["a"], row["p_a"]), (row["b"], 1 - row["p_a"]))
+    return [
+        {"prompt": row["turns"], "completion": said(text), "label": p > 0.5, "p_better": p, **lineage(row)}
+        for text, p in answers
+    ]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of training data: which views it is made of, its columns, and what a row of a view becomes."""
+
+    views: dict[str, str]
+    columns: dict[str, pa.DataType]
+    rows: Callable[[Row], list[Row]]
+    trainer: str
+
+
+PAIRS = {"train": "preference_pairs", "eval": "held_out_pairs"}
+FORMS = {
+    "sft": Form(
+        {"train": "sft_examples", "eval": "held_out_examples"},
+        {"prompt": MESSAGES, "completion": MESSAGES, "ended": pa.string(), **LINEAGE},
+        sft,
+        "SFTTrainer (conversational prompt and completion)",
+    ),
+    "preference": Form(
+        PAIRS,
+        {
+            "prompt": MESSAGES,
+            "chosen": MESSAGES,
+            "rejected": MESSAGES,
+            "p_chosen": pa.float64(),
+            "gap": pa.float64(),
+            "mass": pa.float64(),
+            "flipped": pa.bool_(),
+            **LINEAGE,
+        },
+        preference,
+        "RewardTrainer and DPOTrainer (conversational, explicit prompt)",
+    ),
+    "kto": Form(
+        PAIRS,
+        {"prompt": MESSAGES, "completion": MESSAGES, "label": pa.bool_(), "p_better": pa.float64(), **LINEAGE},
+        kto,
+        "KTOTrainer (unpaired, conversational)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows of a view: of one run or of all, of some sources or of all, up to a commit."""
+
+    upto: int
+    run_id: str | None = None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        parts = ["commit_seq <= $upto"]
+        parts += ["run_id = $run"] if self.run_id else []
+        parts += ["list_contains($sources::VARCHAR[], source)"] if self.sources else []
+        return " AND ".join(parts)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
+        return {"upto": self.upto, **more, **({"sources": list(self.sources)} if self.sources else {})}
+
+
+@dataclass
+class Counted:
+    """What went into one file."""
+
+    rows: int = 0
+    by: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
+    policies: set[int | None] = field(default_factory=set)
+    constitutions: set[str] = field(default_factory=set)
+    runs: set[str] = field(default_factory=set)
+    first: datetime | None = None
+    last: datetime | None = None
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        about = (row["source"], row["label_source"])
+        self.by[about] = self.by.get(about, 0) + 1
+        self.policies.add(row["policy_version"])
+        self.constitutions |= {row["constitution"]} - {None}
+        self.runs.add(row["run_id"])
+        self.first = min(self.first or row["created_at"], row["created_at"])
+        self.last = max(self.last or row["created_at"], row["created_at"])
+
+
+def rows(store: Store, view: str, choice: Choice, limit: int | None = None) -> Iterator[Row]:
+    """The chosen rows of a view in commit order, a page at a time."""
+    after, left = -1, limit
+    while left is None or left > 0:
+        page = PAGE if left is None else min(PAGE, left)
+        sql = f"SELECT * FROM {view} WHERE {choice.where} AND commit_seq > $after ORDER BY commit_seq LIMIT {page}"
+        found = store.records(sql, choice.parameters | {"after": after}, limit_s=LIMIT_S)
+        yield from found
+        if len(found) < page:
+            return
+        after, left = found[-1]["commit_seq"], None if left is None else left - page
+
+
+class Lines:
+    """JSON lines."""
+
+    suffix = "jsonl"
+
+    def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
+        self.file = path.open("w", encoding="utf-8", errors="surrogatepass")
+
+    def write(self, page: list[Row]) -> None:
+        self.file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in page)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Columns:
+    """Parquet."""
+
+    suffix = "parquet"
+
+    def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
+        self.schema = pa.schema(list(columns.items()))
+        self.file = parquet.ParquetWriter(path, self.schema, compression="zstd")
+
+    def write(self, page: list[Row]) -> None:
+        self.file.write_table(pa.Table.from_pylist(page, schema=self.schema))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+WRITERS = {writer.suffix: writer for writer in (Lines, Columns)}
+
+
+def write(path: Path, writer: type[Lines | Columns], form: Form, found: Iterator[Row]) -> Counted:
+    """Write one file; what is in it."""
+    counted, page, file = Counted(), [], writer(path, form.columns)
+    try:
+        for row in found:
+            for made in form.rows(row):
+                counted.add(made)
+                page.append(made)
+            if len(page) >= PAGE:
+                file.write(page)
+                page = []
+        file.write(page)
+    finally:
+        file.close()
+    return counted
+
+
+@contextmanager
+def new_folder(target: Path, force: bool) -> Iterator[Path]:
+    """A folder beside the target that takes its place when all went well."""
+    if target.exists() and not (force and (target / "README.md").is_file() and (target / "data").is_dir()):
+        why = "it is replaced only with --force" if not force else "it is no folder that charter export wrote"
+        raise UsageError(f"{target} is there already", why, "name another folder" + ("" if force else ", or add --force"))
+    making = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        (making / "data").mkdir(parents=True)
+        yield making
+        if target.exists():
+            shutil.rmtree(target)
+        making.rename(target)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written", str(error), "name a folder that can") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def export(
+    store: Store, target: Path, name: str, choice: Choice, suffix: str, limit: int | None, force: bool
+) -> dict[str, Counted]:
+    """Write a form's splits and the card to a new folder; what is in each split."""
+    form, writer = FORMS[name], WRITERS[suffix]
+    with new_folder(target, force) as folder:
+        counts = {}
+        for split, view in form.views.items():
+            path = folder / "data" / f"{split}.{suffix}"
+            counts[split] = write(path, writer, form, rows(store, view, choice, limit))
+            if not counts[split].rows:
+                path.unlink()
+        if not any(counted.rows for counted in counts.values()):
+            fix = "type: charter status    (what there is), or leave --run and --source out"
+            raise UsageError("there is nothing to export", f"no row of {' and '.join(form.views.values())} fits", fix)
+        text = card(store, name, form.trainer, choice, counts, suffix)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return counts

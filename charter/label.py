@@ -1,0 +1,208 @@
+"""`charter label`: a person's word on pairs that a judge has labelled, or could not.
+
+Each answer is a record of its own with `label_source` HUMAN whose parent is the judge's; nothing is ever edited. The views let
+it stand in the judge's place from then on (`preference_pairs`), and set the two side by side (`label_agreement`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charter.options import common
+
+if TYPE_CHECKING:
+    from engine.bus.port import Bus
+    from engine.settings import Settings
+    from engine.store import Store
+    from schemas.records import Preference
+
+PREFER = {"a": 1.0, "b": 0.0, "tie": 0.5}
+LIMIT_S = 20.0
+LINES = 40  # of a text that are shown at once
+COLUMNS = """record_id, prompt_id, run_id, response_id, turns, source, tags, split, epoch, constitution, principle_id,
+    policy_version, pairing, a, b, a_candidate, b_candidate, a_stopped, b_stopped"""
+
+# Labels that no person has answered yet, the least certain first: no label at all, then near one half.
+OPEN = f"""
+    SELECT {COLUMNS} FROM preferences p
+    WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $flips OR flipped)
+      AND record_id NOT IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0)
+    ORDER BY CASE WHEN outcome = 'OK' AND p_a IS NOT NULL THEN abs(p_a - 0.5) ELSE -1 END, commit_seq
+    LIMIT $count"""
+ONE = f"SELECT {COLUMNS} FROM preferences WHERE label_source = 'AI' AND record_id::VARCHAR LIKE $id LIMIT 2"
+
+
+@click.command()
+@click.argument("label_id", metavar="[ID|-]", required=False)
+@click.option("--prefer", type=click.Choice(list(PREFER)), help="The better answer of the pair ID, as its record names them.")
+@click.option("--principle", metavar="ID", help="Only pairs that were judged by this principle.")
+@click.option("--flips", is_flag=True, help="Only pairs whose label changed with the order of the answers.")
+@click.option("--count", type=click.IntRange(1), default=20, show_default=True, help="How many pairs to ask for.")
+@common
+def label(settings: Settings, label_id: str | None, prefer: str | None, principle: str | None, flips: bool, count: int) -> None:
+    """Say which answer is better.
+
+    Without ID it shows pairs one after the other, those first of which the judge was least sure, the answers in an order that
+    says nothing of what the judge thought, and asks. A label that it names is answered with --prefer; from standard input (-)
+    come JSON lines such as {"record_id": "...", "prefer": "a"}. Each answer is a new record; the judge's stays.
+
+    \b
+    Examples:
+      charter label
+      charter label --principle privacy --count 5
+      charter label 3665c7e4 --prefer b
+      charter label - < answers.jsonl
+    """
+    from charter.pipeline import connect, store_of
+
+    if label_id not in (None, "-") and prefer is None:
+        raise click.UsageError("say which answer is better: --prefer a, b or tie")
+    if label_id in (None, "-") and prefer is not None:
+        raise click.UsageError("--prefer needs the ID of a label")
+    store = store_of(settings)
+    bus = connect(settings)
+    try:
+        if label_id is None:
+            given = interview(store, bus, {"principle": principle, "flips": flips, "count": count})
+        elif label_id == "-":
+            given = from_lines(store, bus)
+        else:
+            publish(bus, answered(find(store, label_id), PREFER[str(prefer)]))
+            given = 1
+    finally:
+        bus.close()
+    click.echo(f"{given} labels given" if given != 1 else "1 label given")
+
+
+def find(store: Store, identifier: str) -> dict[str, Any]:
+    """The judge's label that an id, or its beginning, names."""
+    from engine.errors import UsageError
+
+    pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
+    rows = store.records(ONE, {"id": pattern}, limit_s=LIMIT_S)
+    if len(rows) == 1:
+        return rows[0]
+    what = f"{identifier} names no label of a judge" if not rows else f"{identifier} names more than one label"
+    fix = "type: charter sql \"select record_id, p_a from preferences where label_source = 'AI'\""
+    raise UsageError(what, "an id, or the beginning of one, from the table preferences", fix)
+
+
+def answered(row: dict[str, Any], p_a: float) -> Preference:
+    """A person's record on a judge's label."""
+    from schemas import ids
+    from schemas.records import LabelSource, Outcome, Preference
+
+    at = datetime.now(UTC)
+    parent = str(row["record_id"])
+    # A person who thinks again says something new, even when it was said before: the time is part of it.
+    record_id = ids.record_id("label", [parent], ids.fingerprint(p_a=p_a, at=at.isoformat()))
+    kept = {key: value for key, value in row.items() if key not in ("record_id", "prompt_id", "response_id")}
+    return Preference(
+        **kept,
+        record_id=record_id,
+        parent_ids=[parent],
+        prompt_id=str(row["prompt_id"]),
+        response_id=str(row["response_id"]) if row["response_id"] else None,
+        stage="label",
+        p_a=p_a,
+        outcome=Outcome.OK,
+        label_source=LabelSource.HUMAN,
+        created_at=at,
+    )
+
+
+def publish(bus: Bus, record: Preference) -> None:
+    from engine.worker import outgoing
+
+    bus.publish([outgoing(record)])
+
+
+def from_lines(store: Store, bus: Bus) -> int:
+    """Answers from standard input; a bad line is told and passed over, and the exit code is then 1."""
+    from engine.errors import CharterError
+
+    given = bad = 0
+    for number, line in enumerate(sys.stdin, 1):
+        if not line.strip():
+            continue
+        try:
+            said = json.loads(line)
+            p_a = PREFER[said["prefer"]]
+            row = find(store, str(said["record_id"]))
+        except (ValueError, KeyError, TypeError, CharterError) as error:
+            why = str(error).splitlines()[0] if isinstance(error, CharterError) else 'it is no {"record_id": ID, "prefer": "a"}'
+            click.echo(f"line {number}: {why}", err=True)
+            bad += 1
+            continue
+        publish(bus, answered(row, p_a))
+        given += 1
+    if bad:
+        click.echo(f"{given} labels given, {bad} lines were none", err=True)
+        sys.exit(1)
+    return given
+
+
+# The interview
+
+
+def interview(store: Store, bus: Bus, wanted: dict[str, Any]) -> int:
+    """Ask for pair after pair until there are no more, or the person has had enough."""
+    pairs = store.records(OPEN, wanted, limit_s=LIMIT_S)
+    if not pairs:
+        click.echo("there is no pair of a judge that nobody has answered yet")
+    given = 0
+    for number, row in enumerate(pairs, 1):
+        said = ask(row, number, len(pairs))
+        if said is None:
+            return given
+        if said >= 0:
+            publish(bus, answered(row, said))
+            given += 1
+    return given
+
+
+def ask(row: dict[str, Any], number: int, of: int) -> float | None:
+    """p(a is better) as the person says; -1 to pass over the pair, None to stop."""
+    from schemas import ids
+
+    swapped = ids.seed(str(row["record_id"])) % 2 == 1
+    first, second = (row["b"], row["a"]) if swapped else (row["a"], row["b"])
+    texts = [
+        ("prompt", "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["turns"])),
+        ("1", first),
+        ("2", second),
+    ]
+    click.echo(f"\npair {number} of {of}" + (f", judged by {row['principle_id']}" if row["principle_id"] else ""))
+    for line in shown(texts, LINES):
+        click.echo(line)
+    choices = click.Choice(["1", "2", "=", "s", "w", "q"])
+    while True:
+        said = click.prompt("better: 1, 2 or = (s: skip, w: whole texts, q: quit)", type=choices, show_choices=False)
+        if said == "w":
+            for line in shown(texts, None):
+                click.echo(line)
+            continue
+        if said in "sq":
+            return -1.0 if said == "s" else None
+        return 0.5 if said == "=" else float((said == "1") != swapped)
+
+
+def shown(texts: list[tuple[str, str]], most: int | None) -> Iterator[str]:
+    """Texts under their names, made harmless for the terminal, each cut after `most` lines."""
+    from charter.text import inert
+
+    for name, text in texts:
+        lines = inert(text).splitlines()
+        yield f"--- {name}"
+        yield from lines[:most]
+        if most is not None and len(lines) > most:
+            yield f"({len(lines) - most} more lines: w)"
+
+
+VERBS = (label,)

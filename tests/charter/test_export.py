@@ -1,0 +1,193 @@
+"""Training data out: what trainers read, nothing held out among it, a card that says where it came from; labels by people."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from charter import dataset
+from charter.cli import cli
+from charter.pipeline import connect, make_host, store_of
+from engine.errors import UsageError
+from engine.settings import load
+from schemas.records import ChainEnd, Outcome, Split
+from tests_records import World, chain_end, demonstration, person, preference, prompt
+
+HOSTILE = "</script> | `x` \x1b[31m\u202e {{}} \U0001f600 " + "long " * 500
+HELD_OUT = {"split": Split.EVAL}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Chains, labels and demonstrations of trained and held-out prompts, with a hostile text and labels that were none."""
+    world = World(tmp_path / "data" / "charter.duckdb")
+    world.add(prompt("one"), prompt("two"), prompt("out", **HELD_OUT))
+    world.add(
+        chain_end("one", "one"),
+        chain_end("two", "two").model_copy(update={"final_text": HOSTILE}),
+        chain_end("out", "out", **HELD_OUT),
+    )
+    world.add(chain_end("bad", "two").model_copy(update={"ended": ChainEnd.UNUSABLE}), demonstration("shown", "one"))
+    first, second = preference("one", "one", 0.8), preference("two", "two", 0.3)
+    world.add(first, second, preference("tie", "two", 0.5), preference("out", "out", 0.9, **HELD_OUT))
+    world.add(preference("none", "one", None, outcome=Outcome.LOW_MASS), person("1", second, 1.0))
+    return world
+
+
+def call(tmp_path, *arguments, code=0, stdin=None):
+    done = CliRunner().invoke(cli, [*map(str, arguments), "--data", str(tmp_path / "data")], input=stdin)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_every_form_is_what_the_views_say(world, tmp_path):
+    assert "train: 3 rows" in call(tmp_path, "export", "sft", tmp_path / "sft")
+    assert {row["completion"][0]["content"] for row in lines(tmp_path / "sft/data/train.jsonl")} == {
+        "one final",
+        HOSTILE,
+        "shown answer",
+    }
+    assert [row["completion"][0]["content"] for row in lines(tmp_path / "sft/data/eval.jsonl")] == ["out final"]
+
+    call(tmp_path, "export", "preference", tmp_path / "pairs")
+    rows = {row["chosen"][0]["content"]: row for row in lines(tmp_path / "pairs/data/train.jsonl")}
+    assert set(rows) == {"one a", "two a", "tie a"}  # of "two" the person's word stands, not the judge's 0.3
+    assert rows["one a"]["p_chosen"] == pytest.approx(0.8) and rows["one a"]["rejected"][0]["content"] == "one b"
+    assert (rows["two a"]["p_chosen"], rows["two a"]["label_source"]) == (1.0, "HUMAN")
+    assert rows["one a"]["prompt"] == [{"role": "user", "content": "one"}]
+
+    call(tmp_path, "export", "kto", tmp_path / "kto")
+    wanted = {row["completion"][0]["content"]: row["label"] for row in lines(tmp_path / "kto/data/train.jsonl")}
+    assert wanted == {"one a": True, "one b": False, "two a": True, "two b": False}
+
+
+def test_pages_meet(world, tmp_path, monkeypatch):
+    whole = lines_of(tmp_path, "whole")
+    monkeypatch.setattr(dataset, "PAGE", 1)
+    assert lines_of(tmp_path, "by one") == whole
+    assert lines_of(tmp_path, "two", "--limit", "2") == whole[:2]
+    assert lines_of(tmp_path, "source", "--source", "test") == whole
+
+
+def lines_of(tmp_path, name, *more):
+    call(tmp_path, "export", "sft", tmp_path / name, *more)
+    return lines(tmp_path / name / "data" / "train.jsonl")
+
+
+@pytest.mark.parametrize("form", dataset.FORMS)
+@pytest.mark.parametrize("more", [(), ("--parquet",)])
+def test_datasets_and_trl_read_it(world, tmp_path, form, more):
+    from datasets import load_dataset
+    from trl.data_utils import is_conversational, maybe_unpair_preference_dataset
+
+    call(tmp_path, "export", form, tmp_path / "out", *more)
+    found = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert set(found) == {"train", "test"}
+    row = found["train"][0]
+    assert is_conversational(row) and row["prompt"][-1]["role"] == "user"
+    needed = {"sft": {"completion"}, "preference": {"chosen", "rejected"}, "kto": {"completion", "label"}}[form]
+    assert needed | {"prompt", "record_id"} <= set(row)
+    if form == "preference":
+        columns = [name for name in found["train"].column_names if name not in ("prompt", "chosen", "rejected")]
+        assert len(maybe_unpair_preference_dataset(found["train"].remove_columns(columns))) == 2 * len(found["train"])
+
+
+def test_the_card_says_where_it_came_from_and_what_is_left_out(world, tmp_path):
+    call(tmp_path, "export", "preference", tmp_path / "pairs")
+    card = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
+    assert "| train | test | HUMAN | 1 |" in card and "| train | test | AI | 2 |" in card and "| eval | test | AI | 1 |" in card
+    assert "| a person's label stands instead | 1 |" in card and re.search(r"gave no label: LOW\\_MASS \| 1 \|", card)
+    call(tmp_path, "export", "sft", tmp_path / "sft")
+    assert "| chain ended UNUSABLE | 1 |" in (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_is_there_is_kept(world, tmp_path):
+    call(tmp_path, "export", "sft", tmp_path / "out")
+    with pytest.raises(UsageError, match="--force"):
+        call(tmp_path, "export", "sft", tmp_path / "out")
+    call(tmp_path, "export", "kto", tmp_path / "out", "--force")
+    assert "label" in lines(tmp_path / "out/data/train.jsonl")[0]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="no folder that charter export wrote"):
+        call(tmp_path, "export", "sft", tmp_path / "mine", "--force")
+    with pytest.raises(UsageError, match="nothing to export"):
+        call(tmp_path, "export", "sft", tmp_path / "empty", "--source", "absent")
+    assert not (tmp_path / "empty").exists() and not list(tmp_path.glob(".*"))
+
+
+# Labels by people
+
+
+def given(tmp_path, count):
+    """The database once the sink has written so many labels by people."""
+    settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
+    bus, store = connect(settings), store_of(settings)
+    sql = "SELECT count(*) FROM preferences WHERE label_source = 'HUMAN' AND stage = 'label'"
+    with make_host(settings, bus, [], sink=True) as host:
+        while store.query(sql).rows != [(count,)]:
+            assert not host.failed.wait(0.05)
+    bus.close()
+    return store
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Three labels of a judge: none, unsure, sure."""
+    world = World(tmp_path / "data" / "charter.duckdb")
+    labels = preference("sure", "x", 0.9), preference("unsure", "x", 0.45), preference("no", "x", None, outcome=Outcome.TIMEOUT)
+    world.add(prompt("x"), *labels)
+    return {name: label.record_id for name, label in zip(("sure", "unsure", "no"), labels, strict=True)}
+
+
+def test_a_persons_word_is_a_new_record_that_stands(judged, tmp_path):
+    assert "1 label given" in call(tmp_path, "label", judged["sure"][:13], "--prefer", "b")
+    answers = [{"record_id": judged["no"], "prefer": "a"}, {"record_id": judged["unsure"], "prefer": "tie"}, {"prefer": "a"}]
+    said = call(tmp_path, "label", "-", stdin="".join(json.dumps(line) + "\n" for line in answers), code=1)
+    assert "line 3" in said and "2 labels given, 1 lines were none" in said
+    store = given(tmp_path, 3)
+    standing = "FROM preferences SEMI JOIN preference_pairs USING (record_id)"
+    stands = dict(store.query(f"SELECT parent_ids[1]::VARCHAR, p_a {standing}").rows)
+    assert stands == {judged["sure"]: 0.0, judged["no"]: 1.0, judged["unsure"]: 0.5}
+    assert store.query("SELECT count(*) FROM preferences WHERE label_source = 'AI'").rows == [(3,)]
+    assert call(tmp_path, "label", judged["sure"], "--prefer", "a") and call(tmp_path, "label", judged["sure"], "--prefer", "b")
+    store = given(tmp_path, 5)  # thought again, twice: the last word stands, though it was said before
+    assert store.query(f"SELECT p_a {standing} WHERE parent_ids[1] = ?", [judged["sure"]]).rows == [(0.0,)]
+
+
+def test_the_interview_asks_for_the_least_certain_first_and_hides_the_order(judged, tmp_path):
+    said = call(tmp_path, "label", "--count", "2", stdin="1\nw\n2\n")
+    assert said.index("no a") < said.index("unsure a") and "sure a" not in said.replace("unsure a", "")
+    assert "2 labels given" in said
+    store = given(tmp_path, 2)
+    rows = store.query("SELECT a, p_a FROM preferences WHERE label_source = 'HUMAN' ORDER BY a").rows
+    shown = {name: said.index(f"{name} a") < said.index(f"{name} b") for name in ("no", "unsure")}
+    assert dict(rows) == {"no a": float(shown["no"]), "unsure a": float(not shown["unsure"])}
+    assert "0 labels given" in call(tmp_path, "label", stdin="s\n")
+    assert "0 labels given" in call(tmp_path, "label", stdin="q\n")
+
+
+def test_a_hostile_text_is_inert_and_a_long_one_is_cut(tmp_path):
+    world = World(tmp_path / "data" / "charter.duckdb")
+    world.add(prompt("x"), preference("p", "x", 0.5, a=HOSTILE, b="\n".join(map(str, range(100)))))
+    said = call(tmp_path, "label", stdin="q\n")
+    assert "\x1b" not in said and "\u202e" not in said and "(60 more lines: w)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"), [(("ffff", "--prefer", "a"), "names no label"), (("", "--prefer", "a"), "more than one")]
+)
+def test_an_id_names_one_label(judged, tmp_path, arguments, match):
+    with pytest.raises(UsageError, match=match):
+        call(tmp_path, "label", *arguments)
+
+
+def test_what_is_typed_wrongly_is_said(judged, tmp_path):
+    assert "--prefer" in call(tmp_path, "label", judged["sure"], code=2)
+    assert "ID" in call(tmp_path, "label", "--prefer", "a", code=2)
