@@ -25,7 +25,7 @@ SETTINGS = {f"{section}.{key}" for section, key, _ in keys()}
 
 def arguments(command):
     """What the shell would pass: without comments, and only the first of several commands."""
-    return list(itertools.takewhile(lambda word: word not in ("&&", "|", ">", ">>"), shlex.split(command, comments=True)))
+    return list(itertools.takewhile(lambda word: word not in ("&&", "|", "<", ">", ">>"), shlex.split(command, comments=True)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
