@@ -38,19 +38,14 @@ def chat(
     as_json: bool,
 ) -> None:
     """Talk to a policy.
-    <<<<<<< HEAD
-    =======
 
-        With PROMPT (- for standard input) ask it once and leave.
-    >>>>>>> 3793c5a (Take training data out for TRL and datasets, with a data card, and people's word on pairs in: charter export, charter label)
+    With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
 
-        With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
-
-        \b
-        Examples:
-          charter chat
-          charter chat --policy 3 "Why is the sky blue?"
-          echo "Say it in one word: why?" | charter chat --policy 0 --json -
+    \b
+    Examples:
+      charter chat
+      charter chat --policy 3 "Why is the sky blue?"
+      echo "Say it in one word: why?" | charter chat --policy 0 --json -
     """
     number, model = policy_model(settings, version)
     sampling = {
