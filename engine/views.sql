@@ -46,13 +46,17 @@ SELECT e.* EXCLUDE (split)
 FROM usable_texts e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
 WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
 
--- The prompts that a training view may have shown.
+-- The prompts that a training view may have shown, under their own id or, sampled again in another epoch, under that epoch's.
 CREATE OR REPLACE VIEW trained_prompts AS
 SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
 UNION
 SELECT prompt_id FROM raw.demonstrations WHERE split = 'TRAIN'
 UNION
-SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN';
+SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN'
+UNION
+SELECT later.prompt_id
+FROM raw.prompts later JOIN raw.prompts first ON later.turns = first.turns
+WHERE later.epoch > 0 AND first.split = 'TRAIN';
 
 -- The same for measuring: texts to prompts that no training view has ever shown.
 CREATE OR REPLACE VIEW held_out_examples AS

@@ -37,6 +37,15 @@ def test_a_label_of_a_prompt_that_has_trained_measures_nothing(world):
     assert world.rows("SELECT a FROM held_out_pairs") == []
 
 
+def test_a_prompt_that_has_trained_in_another_epoch_measures_nothing(world):
+    again = {"epoch": 1, "split": Split.EVAL}
+    world.add(prompt("old"), prompt("old", **again), prompt("new", **again))
+    for text in ("old", "new"):
+        world.add(preference(text, text, 0.8, **again), chain_end(text, text, **again))
+    assert world.rows("SELECT a FROM held_out_pairs") == [("new a",)]
+    assert world.rows("SELECT completion FROM held_out_examples") == [("new final",)]
+
+
 def test_a_persons_label_takes_the_place_of_the_one_it_names(world):
     ai, other, unread = (
         preference("x", "x", 0.2),
