@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 38
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 38
 Point = tuple[float, float]
 
 
@@ -50,13 +50,22 @@ def dot(x: float, y: float, title: str, kind: str = "dot", r: float = 4) -> Mark
     return tag("circle", tag("title", title), cx=x, cy=y, r=r, class_=kind)
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 4) -> str:
     """A tick's figure."""
     if value == 0:
         return "0"
     if abs(value) >= 1e4 or abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}"
+        return f"{value:.{digits - 4}e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{digits}g}"
+
+
+def told_apart(values: Sequence[float]) -> list[str]:
+    """The figures of ticks, with as many digits as it takes to tell them apart."""
+    for digits in range(4, 12):
+        figures = [short(value, digits) for value in values]
+        if len(set(figures)) == len(figures):
+            break
+    return figures
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -95,12 +104,13 @@ class Frame:
 
     def axes(self, whole_x: bool = False) -> list[Markup]:
         base, parts = self.height - BOTTOM, []
-        for value in ticks(*self.ys, 4):
+        up = ticks(*self.ys, 4)
+        for value, told in zip(up, told_apart(up), strict=True):
             parts += [line(LEFT, self.y(value), self.width - RIGHT, self.y(value), "grid")]
-            parts += [text(LEFT - 6, self.y(value) + 3.5, short(value), "tick", "end")]
-        for value in ticks(*self.xs, 5):
-            if not whole_x or float(value).is_integer():
-                parts += [text(self.x(value), base + 14, short(value), "tick", "middle")]
+            parts += [text(LEFT - 6, self.y(value) + 3.5, told, "tick", "end")]
+        across = [value for value in ticks(*self.xs, 5) if not whole_x or float(value).is_integer()]
+        for value, told in zip(across, told_apart(across), strict=True):
+            parts += [text(self.x(value), base + 14, told, "tick", "middle")]
         parts += [line(LEFT, base, self.width - RIGHT, base, "axis")]
         parts += [text(self.width - RIGHT, self.height - 6, self.x_name, "name", "end")]
         return [*parts, text(4, 10, self.y_name, "name")]

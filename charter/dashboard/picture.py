@@ -22,6 +22,7 @@ TALL: Places = {
     "revise": (280, 232), "revisions": (84, 320), "judge": (280, 320), "preferences": (84, 408), "train": (280, 408),
     "policies": (84, 496), "sink": (280, 496),
 }  # fmt: skip
+TALL_ROW = 88
 SIZES = {"wide": (1052, 250), "tall": (344, 530)}
 OUTPUT = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences", "train": "policies"}
 
@@ -75,8 +76,12 @@ def arrow_between(shape: str, places: Places, one: str, other: str) -> Markup:
         steps = f"M{x1} {y1 - tall} C{x1} 2 {x2} 2 {x2} {y2 - tall - 3}"
     elif shape == "wide":
         steps = f"M{x1} {y1 + tall} C{x1} {y2} {x1} {y2} {x2 - half - 3} {y2}"
+    elif abs(y1 - y2) > TALL_ROW:  # two rows away: in a lane of its own between the columns
+        down, lane, end = (1, 16, x2 - half - 3) if y2 > y1 else (-1, 32, x2 - half - 3)
+        x = x1 + half + lane
+        steps = f"M{x1 + half} {y1 + down * 12} H{x - 6} Q{x} {y1 + down * 12} {x} {y1 + down * 18} V{y2 - down * 18}"
+        steps += f" Q{x} {y2 - down * 12} {x + 6} {y2 - down * 12} H{end}"
     else:
-        side = 1 if x2 > x1 else -1
-        start, end = x1 + side * half, x2 - side * (half + 3)
-        steps = f"M{start} {y1 + 6} C{start + side * 50} {y1 + 20} {end - side * 37} {y2 - 16} {end} {y2 - 6}"
+        start, end = x1 - half, x2 + half + 3
+        steps = f"M{start} {y1 + 6} C{start - 50} {y1 + 20} {end + 37} {y2 - 16} {end} {y2 - 6}"
     return tag("path", d=steps, class_="edge loop" if one == "policies" else "edge", marker_end=f"url(#arrow-{shape})")

@@ -19,7 +19,7 @@ CURVES = {
         "policy_loss": ("Policy loss", ""),
         "value_loss": ("Value loss", "reward squared"),
         "kl_ref": ("KL to the reference", "nats per sequence"),
-        "kl_ref_per_token": ("KL to the reference", "nats per token"),
+        "kl_ref_per_token": ("KL to the reference, per token", "nats per token"),
         "approx_kl": ("KL of the update", "nats per token"),
         "entropy": ("Entropy", "nats per token"),
         "clipfrac": ("Clipped", "share of tokens"),
@@ -27,6 +27,7 @@ CURVES = {
         "reward_mean": ("Reward", "normalised"),
     },
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
+    "loop": {"wall_s": ("Seconds of an update", "s"), "duckdb_share": ("Spent in DuckDB", "share of an update")},
 }
 UNSHOWN = {"epoch", "step", "steps"}
 
@@ -88,7 +89,8 @@ def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in ask(sql, values, MOST_STEPS).records():
         by_phase[row["phase"]].append(row)
-    return [{"phase": phase, **curves_of(phase, rows)} for phase, rows in by_phase.items()]
+    order = [*(phase for phase in CURVES if phase in by_phase), *(phase for phase in by_phase if phase not in CURVES)]
+    return [{"phase": phase, **curves_of(phase, by_phase[phase])} for phase in order]
 
 
 def curves_of(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def curves_of(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name in names
     ]
-    return {"steps": len(rows), "updates": starts, "curves": curves, "main": len(known)}
+    return {"steps": len(rows), "updates": starts, "curves": curves, "main": sum(name in points for name in known)}
 
 
 def thin(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
