@@ -163,11 +163,11 @@ def test_hostile_text_is_inert_on_every_page(client):
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_in_the_address(client, text):
-    for path in ("/stories", "/dead-letters", "/sql", "/"):
-        for name in ("q", "run", "tag", "retried", "stage"):
-            page = client.get(path, params={name: text})
-            assert page.status_code == 200
-            assert "<script>document" not in page.text and "<img src=x" not in page.text
+    names = {"/stories": ("q", "tag", "run"), "/dead-letters": ("retried", "stage"), "/sql": ("q",), "/": ("run",)}
+    for path in names:
+        page = client.get(path, params=dict.fromkeys(names[path], text))
+        assert page.status_code == 200
+        assert "<script>document" not in page.text and "<img src=x" not in page.text
     assert client.get("/runs/" + quote(text)).status_code == 404
 
 

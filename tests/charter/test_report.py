@@ -50,7 +50,8 @@ def test_the_same_stories_each_time(streamed):
     def drawn():
         return [story["id"] for story in json.loads(call(streamed, "--json", "--stories", "3").stdout)["stories"]["stories"]]
 
-    assert drawn() == drawn() and len(set(drawn())) == 3
+    first = drawn()
+    assert first == drawn() and len(set(first)) == 3
 
 
 def test_what_is_not_there_is_said(streamed, tmp_path):
