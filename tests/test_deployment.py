@@ -1,0 +1,166 @@
+"""The image and the compose file, as far as that is possible without a Docker engine: against the code that they start."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from charter.cli import STAGES, cli
+from charter.dashboard.verb import TOKEN
+from charter.up import COMPOSE
+from engine.metrics import serve
+from engine.settings import Settings, environment_name, keys, load
+from tests_kafka import free_port
+
+ROOT = Path(__file__).parent.parent
+TEXT = COMPOSE.read_text(encoding="utf-8")
+SERVICES = yaml.safe_load(TEXT)["services"]
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+VARIABLES = {environment_name(section, key) for section, key, _ in keys()}
+SET_UP = (ROOT / "setup.sh").read_text(encoding="utf-8")
+
+
+def instructions():
+    """The Dockerfile's instructions, each with what follows it."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [tuple(line.split(None, 1)) for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
+
+
+IMAGE = instructions()
+FINAL = IMAGE[max(at for at, (name, _) in enumerate(IMAGE) if name == "FROM") :]
+ENVIRONMENT = dict(word.split("=", 1) for name, rest in FINAL if name == "ENV" for word in shlex.split(rest))
+
+
+def copied():
+    return [shlex.split(rest)[:-1] for name, rest in IMAGE if name == "COPY" and not rest.startswith("--from")]
+
+
+def health(service):
+    """The health check of a service, or of its image."""
+    if "healthcheck" in service:
+        return service["healthcheck"]["test"]
+    return next(json.loads("[" + rest.split("CMD [", 1)[1]) for name, rest in FINAL if name == "HEALTHCHECK")
+
+
+def test_there_is_a_service_for_every_part():
+    commands = [service["command"] for service in OURS.values()]
+    assert sorted(command[2] for command in commands if command[:2] == ["run", "--stage"]) == sorted(STAGES)
+    assert ["train", "--loop"] in commands
+    assert {"kafka", "dashboard", "trainer", *STAGES} <= {
+        name for name, service in SERVICES.items() if "profiles" not in service
+    }
+    assert {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service} == {
+        "registry": ["console"],
+        "console": ["console"],
+        "vllm": ["gpu"],
+    }
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_are_understood(name):
+    verb, *rest = OURS[name]["command"]
+    cli.commands[verb].make_context(verb, list(rest))
+    assert '"charter"' in dict(FINAL)["ENTRYPOINT"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_settings_in_the_environment_exist_and_are_accepted(name):
+    given = ENVIRONMENT | OURS[name]["environment"]
+    assert set(given) - VARIABLES <= {TOKEN, Settings().models.api_key_env, "PATH", "PYTHONUNBUFFERED"} | set(ENVIRONMENT)
+    assert {key for key in given if "__" in key} <= VARIABLES
+    settings, _ = load(environment={key: value for key, value in given.items() if value is not None})
+    assert settings.bus_address == "kafka://kafka:29092"
+    assert str(settings.folder) == "/data"
+    assert settings.observe.metrics_port
+    assert int(OURS[name]["stop_grace_period"].rstrip("s")) > settings.worker.drain_s
+
+
+def test_the_broker_has_a_listener_for_each_side():
+    broker = SERVICES["kafka"]["environment"]
+    advertised = dict(entry.split("://") for entry in broker["KAFKA_ADVERTISED_LISTENERS"].split(","))
+    ports = dict(entry.split("://:") for entry in broker["KAFKA_LISTENERS"].split(","))
+    assert "kafka://" + advertised["INSIDE"] == OURS["sink"]["environment"]["CHARTER_BUS__ADDRESS"]
+    assert advertised["INSIDE"] == "kafka:" + ports["INSIDE"]
+    assert advertised["CLIENT"] == "localhost:${CHARTER_KAFKA_PORT:-9092}"
+    assert SERVICES["kafka"]["ports"] == ["127.0.0.1:${CHARTER_KAFKA_PORT:-9092}:" + ports["CLIENT"]]
+    assert set(ports) == {entry.split(":")[0] for entry in broker["KAFKA_LISTENER_SECURITY_PROTOCOL_MAP"].split(",")}
+    assert broker["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
+
+
+def test_images_are_pinned_and_ports_are_this_machines():
+    bases = [rest.split()[0].replace("${PYTHON}", "3.12") for name, rest in IMAGE if name == "FROM"]
+    images = [*bases, *(re.sub(r"\$\{[^:]+:-([^}]+)\}", r"\1", service["image"]) for service in SERVICES.values())]
+    assert [image for image in images if not re.search(r":v?\d+\.\d+", image)] == []
+    assert [
+        port for service in SERVICES.values() for port in service.get("ports", []) if not port.startswith("127.0.0.1:")
+    ] == []
+
+
+def test_volumes_are_declared_and_files_are_there():
+    declared = set(yaml.safe_load(TEXT)["volumes"])
+    sources = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    assert {source for source in sources if not source.startswith(".")} == declared
+    assert [source for source in sources if source.startswith(".") and not (ROOT / source).exists()] == []
+    assert all("data:/data" in service["volumes"] for service in OURS.values())
+
+
+def test_every_service_that_others_need_has_a_health_check():
+    assert [name for name, service in SERVICES.items() if service not in OURS.values() and "healthcheck" not in service] == [
+        "console"  # a page to look at; nothing is known of what its image has inside
+    ]
+    needed = {other for service in SERVICES.values() for other in service.get("depends_on", ())}
+    assert all("healthcheck" in SERVICES[name] for name in needed)
+
+
+def run_check(command, port, known):
+    """A health check's exit status, asked on another port."""
+    assert command[:3] == ["CMD", "python", "-c"] or command[:2] == ["python", "-c"]
+    assert known in command[-1]
+    asked = [sys.executable, "-c", command[-1].replace(known, str(port))]
+    return subprocess.run(asked, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize(("name", "known"), [("sink", "9464"), ("dashboard", "8400")])
+def test_health_checks_tell_life_from_death(name, known):
+    port = free_port()
+    close = serve("127.0.0.1", port, lambda: [])
+    try:
+        assert run_check(health(OURS[name]), port, known) == 0
+    finally:
+        close()
+    assert run_check(health(OURS[name]), port, known) != 0
+    assert known in (ENVIRONMENT["CHARTER_OBSERVE__METRICS_PORT"], *OURS["dashboard"]["command"])
+
+
+def test_the_image_is_not_run_by_root_and_holds_no_build():
+    assert len([name for name, _ in IMAGE if name == "FROM"]) == 2
+    assert int(next(rest for name, rest in reversed(FINAL) if name == "USER")) > 0
+    assert dict(FINAL)["VOLUME"] == ENVIRONMENT["CHARTER_DATA__FOLDER"]
+    assert not any(word in rest for name, rest in FINAL for word in ("pip install", "apt-get"))
+    assert all(service["cap_drop"] == ["ALL"] for service in OURS.values())
+
+
+def test_what_the_image_copies_is_there_and_not_ignored():
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    sources = {source for words in copied() for source in words}
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+    assert sources == kept
+    rooms = set(re.findall(r'"([a-z]+)(?:\.[a-z.]+)?"', re.search(r"packages = \[(.*?)\]", project(), re.DOTALL).group(1)))
+    assert rooms < sources
+
+
+def project():
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_image_has_the_versions_of_the_set_up():
+    arguments = dict(rest.split("=", 1) for name, rest in IMAGE if name == "ARG" and "=" in rest)
+    assert f"'{arguments['TORCH']}'" in SET_UP
+    assert f"'{arguments['SMALL_MODEL']}'" in SET_UP
+    assert arguments["EXTRAS"] in project()
+    assert SERVICES["sink"]["image"].endswith(re.search(r'^version = "(.+)"', project(), re.MULTILINE).group(1) + "}")
