@@ -164,3 +164,23 @@ def test_the_image_has_the_versions_of_the_set_up():
     assert f"'{arguments['SMALL_MODEL']}'" in SET_UP
     assert arguments["EXTRAS"] in project()
     assert SERVICES["sink"]["image"].endswith(re.search(r'^version = "(.+)"', project(), re.MULTILINE).group(1) + "}")
+
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "deploy.md", ROOT / "docker-compose.yml")
+COMPOSED = re.findall(r"^(?:# +)?docker compose (.+)$", "\n".join(page.read_text("utf-8") for page in DOCUMENTS), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMPOSED)))
+def test_documented_compose_commands_name_what_is_there(command):
+    words = shlex.split(command.split("  ")[0], comments=True)
+    if words[0] == "--profile":
+        assert words[1] in {profile for service in SERVICES.values() for profile in service.get("profiles", [])}
+        words = words[2:]
+    if words[0] == "run":
+        service, verb, *rest = words[words.index("-T") + 1 :]
+        assert service in OURS
+        cli.commands[verb].make_context(verb, [word for word in rest if word not in ("<", "prompts.jsonl")])
+    else:
+        named = [word.split("=")[0] for word in words[1:] if not word.startswith("-")]
+        assert words[0] in ("up", "logs")
+        assert set(named) <= set(SERVICES)
