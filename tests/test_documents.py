@@ -80,3 +80,17 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:^\$ |`)make ([a-z-]+)", TEXT, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_tutorial_is_what_its_script_runs():
+    script = (ROOT / "docs" / "tutorial.sh").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^(charter .+)$", "\n".join(re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)), re.MULTILINE
+    )
+    ran = [line.removeprefix("try ").removeprefix("say ") for line in script.splitlines()]
+    assert [
+        command for command in commands if command not in ran and not command.startswith(("charter show", "charter run"))
+    ] == []
+    for text in re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        assert all(part in script for part in text.strip().split("\n\n"))

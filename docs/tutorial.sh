@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# What docs/tutorial.md tells, command by command: bash docs/tutorial.sh NEW_FOLDER, with `charter` on the PATH.
+set -euo pipefail
+mkdir "$1"
+cd "$1"
+say() { printf '\n$ %s\n' "$*"; }
+try() { say "$@"; "$@"; }
+
+# A constitution -------------------------------------------------------------------------------------------------------------
+cat >bookshop.toml <<'TOML'
+name = "bookshop"
+version = "1.0.0"
+description = "How the assistant of a small bookshop answers customers."
+
+[[critique]]
+id = "next-step"
+name = "A next step"
+critique = "Say whether the assistant's last answer leaves the customer without knowing what happens next with their order."
+revision = "Rewrite the answer so that the customer knows the next step, and who takes it."
+
+[[critique]]
+id = "no-false-promise"
+name = "No false promise"
+critique = "Say whether the assistant's last answer promises a day, a price or a refund that the shop has not confirmed."
+revision = "Rewrite the answer without unconfirmed promises, and say who can confirm them."
+
+[[critique]]
+id = "not-cold"
+name = "Kind, and short"
+critique = "Say whether the assistant's last answer lectures, blames or tires a customer who only wants help."
+revision = "Rewrite the answer so that it is kind, short, and does not lecture. Do not refuse what is harmless."
+
+[[judging]]
+id = "helps-more"
+name = "Helps more"
+question = "Which answer helps the customer more with what they asked?"
+
+[[judging]]
+id = "honest"
+name = "Promises less"
+question = "Which answer avoids promises that the shop has not confirmed?"
+
+[[judging]]
+id = "kinder"
+name = "Kinder"
+question = "Which answer is kinder to the customer, without lecturing or refusing needlessly?"
+TOML
+
+cat >cases.jsonl <<'JSON'
+{"prompt": "Where is my book?", "wins": "I am sorry about the wait. Please send me the order number, and I will ask the carrier today.", "loses": "Books arrive when they arrive.", "principles": ["helps-more", "kinder"]}
+{"prompt": "Will it be here on Friday?", "wins": "I cannot promise Friday. The carrier's page shows the day once it is confirmed.", "loses": "Yes, Friday, guaranteed!", "principles": ["honest"]}
+JSON
+
+say charter constitution lint bookshop.toml
+! charter constitution lint bookshop.toml # it has something to say
+
+cat >>bookshop.toml <<'TOML'
+
+[[examples]]
+prompt = "My book has not come, and my holiday starts on Monday!"
+answer = "It will be there on Saturday, promised. Next time order earlier."
+critique = "The answer promises a day that nobody has confirmed, and lectures the customer."
+revision = "I am sorry, that is bad timing. Send me the order number: I will ask the carrier today and write to you tonight."
+TOML
+
+try charter constitution lint bookshop.toml
+try charter constitution test cases.jsonl --constitution bookshop.toml --at-least 0
+
+# Settings: short texts, so that two processor cores are enough ----------------------------------------------------------------
+cat >charter.toml <<'TOML'
+[run]
+constitution = "bookshop.toml"
+
+[prompts]
+eval_share = 0.0
+
+[respond]
+max_tokens = 32
+
+[critique]
+rounds = 1
+max_tokens = 24
+
+[revise]
+max_tokens = 32
+TOML
+
+# Prompts ------------------------------------------------------------------------------------------------------------------------
+cat >prompts.jsonl <<'JSON'
+{"prompt": "My parcel is a week late. Where is my book?"}
+{"prompt": "The cover of the atlas is torn. What now?"}
+{"prompt": "I was charged twice for one order."}
+{"prompt": "Can I return a novel that I have already read?"}
+{"prompt": "You sent the second volume, I ordered the first."}
+{"prompt": "Will the signed edition be here before Friday?"}
+{"prompt": "I forgot my password for your shop."}
+{"prompt": "Why is the paperback dearer than last week?"}
+{"prompt": "Nobody answers my letters. Are you still there?"}
+{"prompt": "Please cancel my order, it is too late for the birthday."}
+{"prompt": "Do you send books to islands?"}
+{"prompt": "My daughter is nine. Which book would you give her?"}
+JSON
+
+# `charter run` goes on until it is stopped: here until every prompt's chain has ended and its answers are compared.
+DONE="select least((select count(*) from chain_ends), (select count(*) from preferences)) as done"
+stream() {
+    say charter run
+    charter run >>run.log 2>&1 &
+    local running=$!
+    until [ "$(charter sql "$DONE" --json | tr -dc 0-9)" = "$1" ]; do
+        kill -0 $running || { cat run.log; exit 1; }
+        sleep 2
+    done
+    kill -INT $running
+    wait $running || true
+    tail -n 1 run.log
+}
+
+try charter produce prompts.jsonl --dry-run
+try charter produce prompts.jsonl
+stream 12
+
+# Look -----------------------------------------------------------------------------------------------------------------------------
+try charter status
+try charter show "$(charter sql "select prompt_id from stories order by created_at limit 1" --json | tr -dc '0-9a-f-' | tail -c 36)"
+try charter sql "select principle_id, stage, asked, fired, win_rate from principle_stats order by stage, principle_id"
+try charter sql "select principle_id, judged, flip_rate, mean_gap from position_bias"
+say charter dashboard --port 0
+charter dashboard --port 0 >dashboard.log 2>&1 &
+dashboard=$!
+until address=$(grep -o 'http://[^ ]*' dashboard.log); do kill -0 $dashboard; sleep 1; done
+python3 -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1] + "api/pipeline", timeout=30).status)' "$address"
+kill -INT $dashboard
+wait $dashboard || true
+
+# Train ----------------------------------------------------------------------------------------------------------------------------
+try charter train --phase sft
+try charter train --phase reward
+try charter produce prompts.jsonl --epoch 1
+stream 24
+try charter train --phase ppo
+try charter produce prompts.jsonl --epoch 2
+stream 36
+
+# Look again -----------------------------------------------------------------------------------------------------------------------
+try charter policy list
+try charter sql "select kind, version, phase, base_version, batch, trained_rows from policy_versions order by commit_seq"
+try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg(stopped::int) as ended from rollouts group by 1 order by 1"
+try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.number = 0 group by 1 order by 1"
+try charter sql "select phase, step, measure, value from training_steps where measure in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
+try charter report report.html
+
+# A changed principle ----------------------------------------------------------------------------------------------------------------
+sed -i 's/version = "1.0.0"/version = "1.1.0"/; s/promises that the shop has not confirmed?/promises that nobody has confirmed?/' bookshop.toml
+try charter constitution diff run:live bookshop.toml
+try charter replay --stage judge --constitution bookshop.toml --as rejudged
+try charter runs compare live rejudged
