@@ -107,7 +107,7 @@ stream() {
     say charter run
     charter run >>run.log 2>&1 &
     local running=$!
-    until [ "$(charter sql "$DONE" --json | tr -dc 0-9)" = "$1" ]; do
+    until [ -e .charter/charter.duckdb ] && [ "$(charter sql "$DONE" --json | tr -dc 0-9)" = "$1" ]; do
         kill -0 $running || { cat run.log; exit 1; }
         sleep 2
     done
