@@ -54,7 +54,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def own(principle_id: str) -> str:
+def not_reserved(principle_id: str) -> str:
     if principle_id == ALL_ID:
         raise ValueError("records say `all` where all principles were asked in one question")
     return principle_id
@@ -63,7 +63,7 @@ def own(principle_id: str) -> str:
 class Drawn(Strict):
     """What can be drawn: it has a weight, and the tags it is for (none: every prompt)."""
 
-    id: Annotated[Slug, AfterValidator(own)]
+    id: Annotated[Slug, AfterValidator(not_reserved)]
     name: Text
     weight: float = Field(1.0, gt=0, le=1e6)
     tags: tuple[str, ...] = ()
