@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engine.store import Store
 
 LIMIT_S = 60.0
+MARK = "charter-export"  # a tag of the card: --force replaces no folder without it
 
 # Why a chain or a label that was made is in no training view.
 LEFT_OUT = {
@@ -26,6 +27,8 @@ LEFT_OUT = {
     "preference": """
         SELECT 'judge gave no label: ' || outcome AS reason, count(*) AS records FROM preferences
         WHERE (outcome <> 'OK' OR p_a IS NULL) AND {where} GROUP BY 1
+        UNION ALL
+        SELECT 'no answer is preferred', count(*) FROM preference_labels WHERE p_a = 0.5 AND overridden_by IS NULL AND {where}
         UNION ALL
         SELECT 'a person''s label stands instead', count(*) FROM preference_labels WHERE overridden_by IS NOT NULL AND {where}
         UNION ALL
@@ -66,7 +69,7 @@ def front_matter(form: str, files: dict[str, str]) -> str:
     head = [
         "---",
         f"pretty_name: Charter {form} data",
-        "tags: [constitutional-ai, synthetic]",
+        f"tags: [constitutional-ai, synthetic, {MARK}]",
         "configs:",
         "- config_name: default",
     ]

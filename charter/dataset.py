@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from charter.card import card
+from charter.card import MARK, card
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,12 +62,24 @@ def sft(row: Row) -> list[Row]:
 
 
 def preference(row: Row) -> list[Row]:
-    """The better answer first; `p_chosen` is the soft label, from one half to one."""
-    first = row["p_a"] >= 0.5
+    """The better answer first; `p_chosen` is the soft label, above one half: of a tie there is no chosen answer.
+
+    `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's in each order; null where it was not asked.
+    """
+    if row["p_a"] == 0.5:
+        return []
+    first = row["p_a"] > 0.5
+    forward, backward = row["p_forward"], row["p_backward"]
+    orders = (forward, backward) if first else (other(backward), other(forward))
     chosen, rejected = (row["a"], row["b"]) if first else (row["b"], row["a"])
     p_chosen = row["p_a"] if first else 1 - row["p_a"]
-    more = {"p_chosen": p_chosen, "gap": row["gap"], "mass": row["mass"], "flipped": row["flipped"]}
+    more = {"p_chosen": p_chosen, "p_chosen_shown_first": orders[0], "p_chosen_shown_second": orders[1]}
+    more |= {"gap": row["gap"], "mass": row["mass"], "flipped": row["flipped"]}
     return [{"prompt": row["turns"], "chosen": said(chosen), "rejected": said(rejected), **more, **lineage(row)}]
+
+
+def other(p: float | None) -> float | None:
+    return None if p is None else 1 - p
 
 
 def kto(row: Row) -> list[Row]:
@@ -106,6 +118,8 @@ FORMS = {
             "chosen": MESSAGES,
             "rejected": MESSAGES,
             "p_chosen": pa.float64(),
+            "p_chosen_shown_first": pa.float64(),
+            "p_chosen_shown_second": pa.float64(),
             "gap": pa.float64(),
             "mass": pa.float64(),
             "flipped": pa.bool_(),
@@ -231,10 +245,16 @@ def write(path: Path, writer: type[Lines | Columns], form: Form, found: Iterator
     return counted
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether `charter export` has written a folder: its card has our tag."""
+    path = folder / "README.md"
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").partition("configs:")[0]
+
+
 @contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """A folder beside the target that takes its place when all went well."""
-    if target.exists() and not (force and (target / "README.md").is_file() and (target / "data").is_dir()):
+    if target.exists() and not (force and is_ours(target)):
         why = "it is replaced only with --force" if not force else "it is no folder that charter export wrote"
         raise UsageError(f"{target} is there already", why, "name another folder" + ("" if force else ", or add --force"))
     making = target.with_name(f".{target.name}.{os.getpid()}")

@@ -43,9 +43,12 @@ ONE = f"SELECT {COLUMNS} FROM preferences WHERE label_source = 'AI' AND record_i
 @click.option("--prefer", type=click.Choice(list(PREFER)), help="The better answer of the pair ID, as its record names them.")
 @click.option("--principle", metavar="ID", help="Only pairs that were judged by this principle.")
 @click.option("--flips", is_flag=True, help="Only pairs whose label changed with the order of the answers.")
+@click.option("--seed", default=0, show_default=True, help="Of the order in which the two answers are shown.")
 @click.option("--count", type=click.IntRange(1), default=20, show_default=True, help="How many pairs to ask for.")
 @common
-def label(settings: Settings, label_id: str | None, prefer: str | None, principle: str | None, flips: bool, count: int) -> None:
+def label(
+    settings: Settings, label_id: str | None, prefer: str | None, principle: str | None, flips: bool, seed: int, count: int
+) -> None:
     """Say which answer is better.
 
     Without ID it shows pairs one after the other, those first of which the judge was least sure, the answers in an order that
@@ -69,7 +72,7 @@ def label(settings: Settings, label_id: str | None, prefer: str | None, principl
     bus = connect(settings)
     try:
         if label_id is None:
-            given = interview(store, bus, {"principle": principle, "flips": flips, "count": count})
+            given = interview(store, bus, {"principle": principle, "flips": flips, "count": count}, seed)
         elif label_id == "-":
             given = from_lines(store, bus)
         else:
@@ -151,14 +154,14 @@ def from_lines(store: Store, bus: Bus) -> int:
 # The interview
 
 
-def interview(store: Store, bus: Bus, wanted: dict[str, Any]) -> int:
+def interview(store: Store, bus: Bus, wanted: dict[str, Any], seed: int) -> int:
     """Ask for pair after pair until there are no more, or the person has had enough."""
     pairs = store.records(OPEN, wanted, limit_s=LIMIT_S)
     if not pairs:
         click.echo("there is no pair of a judge that nobody has answered yet")
     given = 0
     for number, row in enumerate(pairs, 1):
-        said = ask(row, number, len(pairs))
+        said = ask(row, number, len(pairs), seed)
         if said is None:
             return given
         if said >= 0:
@@ -167,11 +170,11 @@ def interview(store: Store, bus: Bus, wanted: dict[str, Any]) -> int:
     return given
 
 
-def ask(row: dict[str, Any], number: int, of: int) -> float | None:
+def ask(row: dict[str, Any], number: int, of: int, seed: int) -> float | None:
     """p(a is better) as the person says; -1 to pass over the pair, None to stop."""
     from schemas import ids
 
-    swapped = ids.seed(str(row["record_id"])) % 2 == 1
+    swapped = ids.seed(str(row["record_id"]), seed) % 2 == 1
     first, second = (row["b"], row["a"]) if swapped else (row["a"], row["b"])
     texts = [
         ("prompt", "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["turns"])),

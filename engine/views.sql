@@ -80,8 +80,8 @@ GROUP BY record_id;
 -- Every label that a judge or a person really gave, held-out ones and those that a person has overridden (overridden_by)
 -- included: a batch that was drawn before an override is rebuilt from here. p_a is the probability that `a` is better.
 CREATE OR REPLACE VIEW preference_labels AS
-SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.turns, p.a, p.b, p.a_stopped, p.b_stopped, p.p_a, p.gap, p.mass,
-       p.flipped, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
+SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.turns, p.a, p.b, p.a_stopped, p.b_stopped, p.p_a, p.p_forward,
+       p.p_backward, p.gap, p.mass, p.flipped, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
        o.overridden_by, p.created_at, p.commit_seq
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;

@@ -13,6 +13,7 @@ from engine.errors import UsageError
 from engine.settings import load
 from schemas.records import ChainEnd, Outcome, Split
 from tests_records import World, chain_end, demonstration, person, preference, prompt
+from tests_records import judged as judgement
 
 HOSTILE = "</script> | `x` \x1b[31m\u202e {{}} \U0001f600 " + "long " * 500
 HELD_OUT = {"split": Split.EVAL}
@@ -58,7 +59,7 @@ def test_every_form_is_what_the_views_say(world, tmp_path):
 
     call(tmp_path, "export", "preference", tmp_path / "pairs")
     rows = {row["chosen"][0]["content"]: row for row in lines(tmp_path / "pairs/data/train.jsonl")}
-    assert set(rows) == {"one a", "two a", "tie a"}  # of "two" the person's word stands, not the judge's 0.3
+    assert set(rows) == {"one a", "two a"}  # of "two" the person's word stands, not the judge's 0.3; a tie has no winner
     assert rows["one a"]["p_chosen"] == pytest.approx(0.8) and rows["one a"]["rejected"][0]["content"] == "one b"
     assert (rows["two a"]["p_chosen"], rows["two a"]["label_source"]) == (1.0, "HUMAN")
     assert rows["one a"]["prompt"] == [{"role": "user", "content": "one"}]
@@ -102,10 +103,21 @@ def test_datasets_and_trl_read_it(world, tmp_path, form, more):
 def test_the_card_says_where_it_came_from_and_what_is_left_out(world, tmp_path):
     call(tmp_path, "export", "preference", tmp_path / "pairs")
     card = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
-    assert "| train | test | HUMAN | 1 |" in card and "| train | test | AI | 2 |" in card and "| eval | test | AI | 1 |" in card
+    assert "| train | test | HUMAN | 1 |" in card and "| train | test | AI | 1 |" in card and "| eval | test | AI | 1 |" in card
+    assert "| no answer is preferred | 1 |" in card
     assert "| a person's label stands instead | 1 |" in card and re.search(r"gave no label: LOW\\_MASS \| 1 \|", card)
     call(tmp_path, "export", "sft", tmp_path / "sft")
     assert "| chain ended UNUSABLE | 1 |" in (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("forward", "backward", "shown"), [(0.9, 0.7, (0.9, 0.7)), (0.1, 0.3, (0.7, 0.9))])
+def test_the_orders_probabilities_are_of_the_chosen_answer(tmp_path, forward, backward, shown):
+    """Shown first and second: of the chosen answer, whichever of the two it is."""
+    World(tmp_path / "data" / "charter.duckdb").add(prompt("p"), judgement("j", "p", "aa", "b", forward, backward))
+    call(tmp_path, "export", "preference", tmp_path / "pairs")
+    (row,) = lines(tmp_path / "pairs/data/train.jsonl")
+    assert row["chosen"][0]["content"] == ("aa" if forward > 0.5 else "b") and row["p_chosen"] == pytest.approx(0.8)
+    assert (row["p_chosen_shown_first"], row["p_chosen_shown_second"]) == pytest.approx(shown)
 
 
 def test_what_is_there_is_kept(world, tmp_path):
@@ -114,9 +126,11 @@ def test_what_is_there_is_kept(world, tmp_path):
         call(tmp_path, "export", "sft", tmp_path / "out")
     call(tmp_path, "export", "kto", tmp_path / "out", "--force")
     assert "label" in lines(tmp_path / "out/data/train.jsonl")[0]
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "README.md").write_text("somebody's own data set")
     with pytest.raises(UsageError, match="no folder that charter export wrote"):
         call(tmp_path, "export", "sft", tmp_path / "mine", "--force")
+    assert (tmp_path / "mine" / "README.md").read_text() == "somebody's own data set"
     with pytest.raises(UsageError, match="nothing to export"):
         call(tmp_path, "export", "sft", tmp_path / "empty", "--source", "absent")
     assert not (tmp_path / "empty").exists() and not list(tmp_path.glob(".*"))
