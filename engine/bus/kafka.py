@@ -77,6 +77,8 @@ REFUSED = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
 )
+# kafka-python's words for it.
+HUNG_UP = "socket disconnected"
 # Wrong use of the client, which is a mistake of this file.
 MISUSED = (errors.IllegalStateError, errors.IllegalArgumentError)
 
@@ -157,13 +159,13 @@ class Overheard(logging.Handler):
 
     def most_telling(self, error: Exception) -> Exception:
         """Brokers also just hang up, and the client gives up, on the same occasion."""
-        vague = ("socket disconnected", errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
+        vague = (HUNG_UP, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
         telling = [failure for failure in self.failures if not any(word in repr(failure) for word in vague)]
         return (telling or self.failures or [error])[0]
 
 
 @contextmanager
-def connecting() -> Iterator[None]:
+def connecting(protocol: str) -> Iterator[None]:
     """Raise what kept the client from connecting in place of its timeout."""
     logger, overheard = logging.getLogger("kafka.net.manager"), Overheard()
     level, propagate, shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
@@ -173,7 +175,10 @@ def connecting() -> Iterator[None]:
     try:
         yield
     except errors.KafkaTimeoutError as error:
-        raise ConnectionError(f"{overheard.most_telling(error)}") from error
+        words = f"{overheard.most_telling(error)}"
+        # A slow client reads the broker's refusal together with the end of the connection, and drops it.
+        hint = " (so a broker ends a failed authentication too)" if HUNG_UP in words and protocol.startswith("SASL") else ""
+        raise ConnectionError(words + hint) from error
     finally:
         logger.removeHandler(overheard)
         logger.setLevel(level)
@@ -200,7 +205,7 @@ class KafkaBus:
         self.known: set[str] = set()
         with reached(servers):
             knock(servers)
-            with OPENING, connecting():
+            with OPENING, connecting(protocol):
                 self.admin = KafkaAdminClient(**self.client)
             self.cluster_id = str(self.ask(self.admin.describe_cluster)["cluster_id"])
         self.producer: kafka.KafkaProducer | None = None

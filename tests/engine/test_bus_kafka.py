@@ -1,6 +1,7 @@
 """What is Kafka's alone: transactions that hang, and secured listeners."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import kafka
 import pytest
+from kafka import errors
 
 import engine.bus.read
 from charter.pipeline import STAGES, connect, make_host, store_of
 from engine.bus import open_bus
+from engine.bus.kafka import connecting
 from engine.bus.port import Outgoing
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError
@@ -116,3 +119,13 @@ def test_who_may_not_is_told_why_and_no_secret(secure, tmp_path, monkeypatch, ch
         connect(settings)
     assert refused.value.exit_code in (2, 3) and all(word in str(refused.value) for word in words), str(refused.value)
     assert "wrong-one" not in str(refused.value) and secure.PASSWORD not in str(refused.value)
+
+
+@pytest.mark.parametrize(("protocol", "hints"), [("SASL_SSL", True), ("PLAINTEXT", False)])
+def test_a_broker_that_hangs_up_may_have_refused_the_user(protocol, hints):
+    with pytest.raises(ConnectionError, match="socket disconnected") as hung_up, connecting(protocol):
+        logging.getLogger("kafka.net.manager").error(
+            "Connection failed: %s", errors.KafkaConnectionError("socket disconnected")
+        )
+        raise errors.KafkaTimeoutError("Unable to bootstrap")
+    assert ("failed authentication" in str(hung_up.value)) is hints

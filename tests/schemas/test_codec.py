@@ -87,14 +87,14 @@ def test_an_id_that_is_none_is_malformed():
         codec.decode(codec.encode(record), Prompt)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_never_crash(data):
     with pytest.raises(codec.RecordError):
         codec.decode(data, Prompt)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_records_decode_or_are_a_named_error(data):
     good = bytearray(codec.encode(response()))

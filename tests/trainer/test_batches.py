@@ -82,7 +82,8 @@ def steps(order, size):
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-NOW = datetime.now(UTC).replace(tzinfo=None)
+def ago(seconds: float) -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,13 @@ NOW = datetime.now(UTC).replace(tzinfo=None)
 )
 def test_every_bound_has_its_reason(version, age_s, reason):
     standing = Standing(7, 3, line=(7, 5, 4, 3), rewards_at={3: 0, 4: 1, 5: 2, 7: 3})
-    row = {"policy_version": version, "created_at": NOW - timedelta(seconds=age_s)}
+    row = {"policy_version": version, "created_at": ago(age_s)}
     assert stale(row, standing, Bounds(policies=2, rewards=2, age_s=60)) == reason
 
 
 def test_reward_models_published_since_are_a_bound_of_their_own():
     standing = Standing(5, 6, line=(5, 4), rewards_at={4: 2, 5: 3})
-    row = {"policy_version": 4, "created_at": NOW}
+    row = {"policy_version": 4, "created_at": ago(0)}
     assert stale(row, standing, Bounds(rewards=3)) == "older than 3 reward-model versions"
     assert stale(row, standing, Bounds(rewards=4)) is None
 
