@@ -160,7 +160,7 @@ class Models:
         if is_endpoint(self.spec("policy")):
             from engine.delivery import Delivery
 
-            return Delivery(first, self.settings.models.delivery)(update.version, folder)  # type: ignore[arg-type]
+            return Delivery(first, self.settings.models.delivery)(update, folder)  # type: ignore[arg-type]
         return open_model(str(folder), threads=self.settings.models.threads, max_batch=self.settings.models.max_rows)
 
 

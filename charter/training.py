@@ -39,7 +39,7 @@ def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
         settings,
         base_folder(settings),
         on_step=numbers.step,
-        on_update=tell,
+        on_update=numbers.update,
         say=lambda words: click.echo(words, err=True),
         watch=watch_of(settings) if loop and settings.watch.answers else None,
         gate=gate_of(settings.gate),
@@ -73,12 +73,8 @@ def once(trainer: Trainer, phase: str | None) -> None:
         click.echo(f"{why}; name one to train now: charter train --phase sft")
 
 
-def tell(update: PolicyUpdate) -> None:
-    click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
-
-
 class Numbers:
-    """Each step's numbers: a line on the terminal, the log, Prometheus, and trackio or wandb if the settings say so."""
+    """The numbers of steps and updates: lines on the terminal, the log, Prometheus, and trackio or wandb if so set."""
 
     def __init__(self, settings: Settings) -> None:
         self.latest: dict[str, dict[str, float]] = {}
@@ -88,16 +84,29 @@ class Numbers:
     def step(self, phase: str, step: int, measures: dict[str, float]) -> None:
         self.latest[phase] = measures
         self.steps[phase] += 1
-        figures = " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
-        click.echo(f"phase={phase} step={step} {figures}")
+        click.echo(f"phase={phase} step={step} {figures(measures)}")
         about = {"phase": phase, "step": step, "measures": measures}
         logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
+        self.report(phase, measures)
+
+    def update(self, update: PolicyUpdate) -> None:
+        """What an update has made, and its own numbers: those that no step has."""
+        own = {name: value for name, value in update.metrics.items() if name not in self.latest.get(update.phase, {})}
+        click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
+        click.echo(f"phase={update.phase} version={update.version} {figures(own)}")
+        self.report(update.phase, own)
+
+    def report(self, phase: str, measures: dict[str, float]) -> None:
         if self.run:
-            self.run.log({f"{phase}/{name}": value for name, value in measures.items()})
+            self.run.log({name if "/" in name else f"{phase}/{name}": value for name, value in measures.items()})
 
     def close(self) -> None:
         if self.run:
             self.run.finish()
+
+
+def figures(measures: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
 
 
 def tracker(name: str, run_id: str) -> Any:

@@ -17,15 +17,19 @@ from engine.errors import ModelUnreachable, UsageError
 
 if TYPE_CHECKING:
     from engine.models.endpoint import Endpoint
+    from schemas.records import PolicyUpdate
 
 VLLM = "vllm"
 ADAPTER = "adapter"  # in a checkpoint's folder: all that was learned since the first model's weights
 COMMAND_S = 3600.0  # a command may restart a server
 
 
-def served_name(version: int) -> str:
-    """The model name under which a server serves a policy version."""
-    return f"policy-{version:06d}"
+def served_name(update: PolicyUpdate) -> str:
+    """The model name under which a server serves a policy: its version, and the hash of its checkpoint.
+
+    A server may outlive a data folder. Another folder's policy of the same version, which it still serves, has another name.
+    """
+    return f"policy-{update.version:06d}-{update.content_hash[:8]}"
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class Delivery:
     endpoint: Endpoint
     how: str
 
-    def __call__(self, version: int, folder: Path) -> Endpoint:
+    def __call__(self, update: PolicyUpdate, folder: Path) -> Endpoint:
         """The server as it answers with this policy; raises ModelUnreachable or UsageError when it does not."""
-        name = served_name(version)
+        name = served_name(update)
         served = self.endpoint.serving(name)
         if self.how == VLLM:
             self.load(name, folder)

@@ -42,8 +42,17 @@ SELECT phase, reason, created_at AS since
 FROM (SELECT *, row_number() OVER (PARTITION BY phase ORDER BY commit_seq DESC) AS nth FROM pauses) WHERE nth = 1 AND paused;
 
 -- The numbers of every training step, one row for each number: policy_loss, value_loss, entropy, approx_kl, clipfrac,
--- explained_variance, reward/accuracy and so on. Phase "loop" are the trainer's own seconds, after each update.
+-- explained_variance and so on; and those of each whole update, where step is null: reward/accuracy of held-out labels,
+-- reward_mean, kl_rollouts. Phase "loop" are the trainer's own seconds, after each update.
 CREATE OR REPLACE VIEW training_steps AS
-SELECT phase, number AS batch, step, policy_version, unnest(map_keys(measures)) AS measure, unnest(map_values(measures)) AS value,
-       created_at, commit_seq
-FROM metrics;
+WITH steps AS (
+    SELECT phase, number AS batch, step, policy_version, unnest(map_keys(measures)) AS measure,
+           unnest(map_values(measures)) AS value, created_at, commit_seq
+    FROM metrics),
+updates AS (
+    SELECT p.phase, b.number AS batch, NULL::INTEGER AS step, b.base_policy_version AS policy_version,
+           unnest(map_keys(p.metrics)) AS measure, unnest(map_values(p.metrics)) AS value, p.created_at, p.commit_seq
+    FROM policies p JOIN batches b ON b.record_id = p.batch_id WHERE p.restores IS NULL)
+SELECT * FROM steps
+UNION ALL
+SELECT u.* FROM updates u ANTI JOIN steps s USING (phase, batch, measure);

@@ -278,7 +278,8 @@ class Trainer:
         from engine.models.endpoint import served_revision
 
         known, url = self.known()[0], address.rstrip("/")
-        names = {version: served_name(version) if weights_of(known, version) else model for version in policies(known)}
+        by_version = policies(known)
+        names = {version: served_name(by_version[version]) if weights_of(known, version) else model for version in by_version}
         return {version: served_revision(url, name) for version, name in ({0: model} | names).items()}
 
     def drop(self, drops: Sequence[Drop]) -> None:

@@ -18,10 +18,11 @@ Where this departs from the papers, and why:
     one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5.
  5. No entropy bonus, no dropout, gamma 1: an answer is judged once, at its end.
  6. beta adapts to a KL target in nats per sequence, once for each update (Ziegler's K = 0.1); a negative estimate never
-    lowers it. A step that would begin past a limit of the KL to the reference, or to the very first model, is not made, and
-    ends the update. That KL is estimated for the policy of the moment from answers that the proximal one sampled, so each
-    token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was sampled and is likely
-    now would count thousands of nats, and end the update alone.
+    lowers it, nor does an update whose policy is the reference still: its KL is zero whatever beta is, and in a loop of short
+    phases beta would only ever fall. A step that would begin past a limit of the KL to the reference, or to the very first
+    model, is not made, and ends the update. That KL is estimated for the policy of the moment from answers that the proximal
+    one sampled, so each token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was
+    sampled and is likely now would count thousands of nats, and end the update alone.
  7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
     causal model never looks, so attention needs no mask.
  8. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
@@ -185,8 +186,8 @@ def clipped_value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.T
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """The next phase's beta (Ziegler et al. 2019, section 2.2); a KL estimate below zero never lowers it."""
-    if kl < 0:
+    """The next update's beta (Ziegler et al. 2019, section 2.2); a KL estimate of zero or below never lowers it."""
+    if kl <= 0:
         return beta
     error = max(-0.2, min(0.2, kl / target - 1))
     return beta * (1 + 0.1 * error)

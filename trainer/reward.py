@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ HELD_OUT = 0.1  # share of prompts whose labels never train
 LEAST_HELD_OUT = 8  # pairs; a mean and a deviation of fewer are noise
 MANY = 16  # coin flips that all fall the same way once in 32,768 times
 BINS = 10
+SIGMAS = 1.96
 
 
 class EqualRewards(CannotLearn):
@@ -344,6 +346,7 @@ class RewardModel:
         labels = torch.tensor([e.p_a for e in measured])
         lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
         metrics = agreement(raw, scores / self.deviation, labels, lengths)
+        tell_chance(metrics["reward/accuracy"], int((labels != 0.5).sum()))
         return metrics | {
             "reward/mean": self.mean,
             "reward/deviation": self.deviation,
@@ -372,6 +375,16 @@ def refuse_equal(deviation: float, texts: int) -> None:
             "the reward model gives every text the same score",
             f"the deviation over {texts} texts is {deviation:.1e}",
             "it needs more labels, more epochs or a higher reward.learning_rate",
+        )
+
+
+def tell_chance(accuracy: float, labels: int) -> None:
+    """Warn of a reward model that agrees with no more of the decided labels than tossed coins may (97.5 % of the time)."""
+    if 2 * (accuracy - 0.5) * math.sqrt(labels) < SIGMAS:
+        log.warning(
+            "the reward model agrees with %.0f %% of %d labels, as chance may: PPO follows it all the same (docs/training.md)",
+            100 * accuracy,
+            labels,
         )
 
 

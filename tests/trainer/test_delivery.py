@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from charter.pipeline import Models, policy_of
-from engine.checkpoints import write
+from engine.checkpoints import read, write
 from engine.models.endpoint import served_revision
 from engine.models.port import Ask
 from engine.policy import restored, updates
@@ -114,9 +114,10 @@ def test_records_carry_the_version_that_the_server_really_answers_with(server, b
     assert (policy()[0].id, policy()[1]) == ("base", 0)  # it does not load: the first model goes on answering
     server.loads, models.follower.not_before = True, 0.0
     model, version = policy()
-    assert (model.id, version, model.revision) == ("policy-000001", 1, served_revision(server.http.url, "policy-000001"))
-    assert {"lora_name": "policy-000001", "lora_path": str(place / "adapter")} in server.http.bodies
-    assert model.generate([Ask(TURNS)])[0][0].text == "fine" and server.http.bodies[-1]["model"] == "policy-000001"
+    name = f"policy-000001-{read(place).content_hash[:8]}"  # a policy 1 of another data folder has another name
+    assert (model.id, version, model.revision) == (name, 1, served_revision(server.http.url, name))
+    assert {"lora_name": name, "lora_path": str(place / "adapter")} in server.http.bodies
+    assert model.generate([Ask(TURNS)])[0][0].text == "fine" and server.http.bodies[-1]["model"] == name
     publish(bus, tmp_path / "data", 2, adapter=False)
     assert policy() == (model, 1)  # trained with all weights
     bus.publish([outgoing(restored(updates(bus), 0, run_id="r", first="base"))])
@@ -133,11 +134,12 @@ def test_a_command_delivers_and_is_believed_only_when_the_server_answers(server,
     flags = {"models.policy": f"{server.http.url}#base", "models.delivery": command, "data.folder": str(tmp_path / "data")}
     models = Models(load(flags, environment={})[0])
     policy = policy_of(models, bus, None)
-    publish(bus, tmp_path / "data", 1, adapter=False)
+    place = publish(bus, tmp_path / "data", 1, adapter=False)
     assert policy()[1] == 0  # the command ended well, and the server knows of nothing
-    server.names.add("policy-000001")
+    name = f"policy-000001-{read(place).content_hash[:8]}"
+    server.names.add(name)
     models.follower.not_before = 0.0
-    assert (policy()[0].id, policy()[1]) == ("policy-000001", 1)
+    assert (policy()[0].id, policy()[1]) == (name, 1)
     models.close()
 
 

@@ -275,6 +275,14 @@ def test_the_normalisation_is_that_of_the_held_out_texts(tiny):
     assert metrics["reward/held_out"] == len(held_out) >= 8 and metrics["examples"] == len(taught)
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "labels", "told"), [(0.5, 1000, True), (0.55, 300, True), (0.57, 300, False), (1.0, 4, False)]
+)
+def test_a_reward_model_that_agrees_as_chance_does_is_told(caplog, accuracy, labels, told):
+    reward.tell_chance(accuracy, labels)
+    assert ("as chance may" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("p", "side"), [(0.9, "first"), (0.1, "second")])
 def test_one_sided_labels_are_an_error(tiny, p, side):
     one_sided = [replace(pair, exchangeable=True, p_a=p) for pair in pairs(16)]

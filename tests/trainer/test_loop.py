@@ -109,6 +109,13 @@ def test_the_phases_alternate_and_rows_train_once(settings, bus, store, trainer)
     assert len(kept) == sum(len(m.record_ids) for m in manifests(bus))
     for manifest in manifests(bus):
         assert {str(r[KEY[manifest.phase]]) for r in rebuild(store, manifest).rows} == set(manifest.record_ids)
+    sink_all(bus, store)
+    numbers = "SELECT measure, batch, step FROM training_steps WHERE measure IN ('approx_kl', 'reward/accuracy', 'reward_mean')"
+    assert sorted(store.query(numbers).rows)[0] == ("approx_kl", 3, 1)  # of each step, and of no whole update
+    assert {row for row in store.query(numbers).rows if row[2] is None} == {
+        ("reward/accuracy", 2, None),
+        ("reward_mean", 3, None),
+    }
 
 
 @pytest.mark.parametrize("crash_at", ["learn", "write", "publish"])

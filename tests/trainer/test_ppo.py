@@ -132,6 +132,7 @@ def test_beta_adapts_within_bounds_and_never_falls_on_a_negative_estimate():
     assert ppo.adapted_beta(0.02, 60.0, 6.0) == pytest.approx(0.02 * 1.02)
     assert ppo.adapted_beta(0.02, 0.6, 6.0) == pytest.approx(0.02 * 0.98)
     assert ppo.adapted_beta(0.02, -3.0, 6.0) == 0.02
+    assert ppo.adapted_beta(0.02, 0.0, 6.0) == 0.02  # the policy is the reference still
 
 
 def test_explained_variance():

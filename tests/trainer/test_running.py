@@ -15,8 +15,9 @@ from engine.errors import CannotLearn, UsageError
 from engine.policy import restored, updates
 from engine.settings import load
 from engine.worker import outgoing
+from schemas import ids
 from schemas.codec import decode
-from schemas.records import Incident, ModelRef, Pause, Prompt, Split
+from schemas.records import Incident, ModelRef, Pause, PolicyKind, PolicyUpdate, Prompt, Split
 from tests.chaos.killed import LEARNERS, learn, settings_of
 from tests_records import base, chain_end, preference, response
 from trainer import loop
@@ -279,9 +280,20 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
     fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or run)
     monkeypatch.setitem(sys.modules, "trackio", fake)
     numbers = Numbers(load({"train.report_to": "trackio"}, environment={})[0])
-    numbers.step("ppo", 3, {"policy_loss": 0.25, "epoch": 1.0})
+    numbers.step("reward", 3, {"loss": 0.25, "epoch": 1.0})
+    made = PolicyUpdate(
+        record_id=ids.record_id("train", [], "1"), run_id="live", stage="train", kind=PolicyKind.REWARD, version=1,
+        phase="reward", uri="/x", content_hash="", base_version=0, batch_id=ids.record_id("batch", [], "1"),
+        metrics={"loss": 0.25, "reward/accuracy": 0.75, "wall_s": 2.0},
+    )  # fmt: skip
+    numbers.update(made)
     numbers.close()
-    assert logged == [{"project": "charter", "name": "live"}, {"ppo/policy_loss": 0.25, "ppo/epoch": 1.0}, "finished"]
-    assert capsys.readouterr().out == "phase=ppo step=3 policy_loss=0.25\n"
+    about, step = {"project": "charter", "name": "live"}, {"reward/loss": 0.25, "reward/epoch": 1.0}
+    assert logged == [about, step, {"reward/accuracy": 0.75, "reward/wall_s": 2.0}, "finished"]
+    assert capsys.readouterr().out.splitlines() == [
+        "phase=reward step=3 loss=0.25",
+        "reward 1 from reward: /x",
+        "phase=reward version=1 reward/accuracy=0.75 wall_s=2",
+    ]
     with pytest.raises(UsageError, match="needs wandb"):
         Numbers(load({"train.report_to": "wandb"}, environment={})[0])
