@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def charter(task: Task) -> list[Round]:
     import torch
 
     from engine import checkpoints
+    from engine.errors import CannotLearn
     from trainer import ppo, weights
 
     torch.set_num_threads(2)
@@ -101,9 +103,10 @@ def charter(task: Task) -> list[Round]:
             p = ppo.Hyperparameters(
                 learning_rate=task.learning_rate, epochs=task.epochs, batch_size=task.minibatch, beta=beta, kl_stop=1e9
             )
-            learned, metrics = ppo.train(policy, first, rollouts, scores, p, hardware=hardware, seed=task.seed + number)
-            policy = checkpoints.write(Path(made) / f"policy-{number}", learned.save, {}).folder
-            beta = metrics["beta"]
+            with suppress(CannotLearn):  # every answer is the best one: the policy stays
+                learned, metrics = ppo.train(policy, first, rollouts, scores, p, hardware=hardware, seed=task.seed + number)
+                policy = checkpoints.write(Path(made) / f"policy-{number}", learned.save, {}).folder
+                beta = metrics["beta"]
             tokens = sum(len(r.token_ids) for r in rollouts)
             (generate_s, generate_cpu_s), (update_s, update_cpu_s) = between(started, generated), between(generated, now())
             rounds.append(Round(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, statistics.mean(scores)))
@@ -229,15 +232,24 @@ def small_model(folder: Path, seed: int) -> None:
 
 
 def curves(trl112: Path, picture: Path, seeds: int, rounds: int) -> int:
-    """Mean reward by round of both sides at two rates; writes the plot. 1 when Charter's best ends below trl's best."""
+    """Mean reward by round of both sides at two rates; writes the plot. 1 when Charter's best ends below trl's best.
+
+    Beside the plot lies what was measured; a run that is found there is not run again.
+    """
+    kept = picture.with_suffix(".json")
+    known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
     found = {(name, rate): list[list[float]]() for rate in RATES for name in ("charter", "trl 1.12")}
     best: dict[str, float] = {}
     for (name, rate), of_seeds in found.items():
         for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                small_model(Path(folder), seed)
-                task = Task(folder, ("say a",) * 64, rounds, minibatch=16, tokens=16, learning_rate=rate, seed=seed)
-                of_seeds.append([r.reward / SCALE for r in run(name, task, trl112)])
+            one = f"{name}, rate {rate}, seed {seed}, {rounds} rounds"
+            if one not in known:
+                with tempfile.TemporaryDirectory() as folder:
+                    small_model(Path(folder), seed)
+                    task = Task(folder, ("say a",) * 64, rounds, minibatch=16, tokens=16, learning_rate=rate, seed=seed)
+                    known[one] = [r.reward / SCALE for r in run(name, task, trl112)]
+                kept.write_text(json.dumps(known, indent=1))
+            of_seeds.append(known[one])
         last = [statistics.mean(rewards[-LAST:]) for rewards in of_seeds]
         print(f"{name} at {rate}: {[round(r[0], 3) for r in of_seeds]} -> {[round(x, 3) for x in last]}", flush=True)
         best[name] = max(best.get(name, 0.0), statistics.mean(last))

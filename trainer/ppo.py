@@ -12,7 +12,7 @@ Where this departs from the papers, and why:
     may be a few policy versions old, so the proximal log-probabilities are computed afresh with the present policy and each
     token is weighted with min(pi_prox / pi_behaviour, 2) (truncated importance sampling; decoupled PPO). They are computed
     for fresh answers too: a server samples in another arithmetic than the one we train in.
- 2. Scores are centred over the batch before they are handed out: a reward that is the same everywhere teaches nothing.
+ 2. Scores are centred over the batch before they are handed out: a reward that is the same everywhere is refused.
  3. Advantages are whitened over the batch only when they vary; noise is never scaled up to a signal.
  4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model. It goes on from
     one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5.
@@ -45,7 +45,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.errors import UsageError
+from engine.errors import CannotLearn, UsageError
 from trainer import processes, weights
 from trainer.hf import OnStep, ignore, require_finite
 from trainer.sft import IGNORED
@@ -155,9 +155,13 @@ def gae(
 
 
 def centred(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (N,) with mean 0; exactly zero when they do not vary, for Adam makes full steps of the rounding errors else."""
+    """Scores (N,) with mean 0; raises CannotLearn when they do not vary, for Adam would make full steps of rounding errors."""
     if scores.std(correction=0) < LEAST_DEVIATION:
-        return torch.zeros_like(scores)
+        raise CannotLearn(
+            f"the reward of all {len(scores)} answers is the same",
+            "none of them is better than another, and nothing of this update was saved; the last policy stays in use",
+            "wait for more answers, or look at these and their reward: charter tail responses, charter tail scores",
+        )
     return scores - scores.mean()
 
 
@@ -389,7 +393,7 @@ def train(
 
     `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) turn on the combined
     objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit ended the update. Raises
-    CannotLearn when a number is not finite, UsageError for folders that do not belong together.
+    CannotLearn when a number is not finite or the scores are all equal, UsageError for folders that do not belong together.
     """
     torch.manual_seed(seed)
     weights.require_kin(policy_folder, reference_folder, "the reference policy")

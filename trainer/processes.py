@@ -23,6 +23,7 @@ import torch
 from torch import distributed
 
 from engine.errors import CharterError
+from trainer.hf import OnStep, ignore
 
 FOREVER = timedelta(days=3650)  # a batch may be days away
 T = TypeVar("T")
@@ -56,11 +57,29 @@ def rank() -> int:
     return distributed.get_rank() if halls else 0
 
 
-def call(learner: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a learner here and in every other process; `on_step` is told here alone."""
-    if halls:
-        hand_out((learner, arguments, {name: value for name, value in named.items() if name != "on_step"}))
-    return learner(*arguments, **named)
+def call(learner: Callable[..., Any], *arguments: Any, on_step: OnStep = ignore, **named: Any) -> Any:
+    """Call a learner here and in every other process; `on_step` is told here alone.
+
+    An error of `on_step` (the log is away) is raised once the learner has ended: the others would wait for this process in the
+    middle of a step.
+    """
+    if not halls:
+        return learner(*arguments, on_step=on_step, **named)
+    failed: list[CharterError] = []
+
+    def told(step: int, measures: dict[str, float]) -> None:
+        if failed:
+            return
+        try:
+            on_step(step, measures)
+        except CharterError as error:
+            failed.append(error)
+
+    hand_out((learner, arguments, named))
+    made = learner(*arguments, on_step=told, **named)
+    if failed:
+        raise failed[0]
+    return made
 
 
 def hand_out(what: Any) -> Any:

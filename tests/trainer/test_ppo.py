@@ -177,7 +177,7 @@ def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny):
     rollouts = sample(tiny, 8, 1)
     steps = []
     train(
-        tiny, tiny, rollouts, [random.Random(0).gauss(0, 1) for _ in rollouts],
+        tiny, tiny, rollouts, [random.Random(n).gauss(0, 1) for n, _ in enumerate(rollouts)],
         Hyperparameters(epochs=1, batch_size=8), first_folder=tiny, on_step=lambda n, m: steps.append(m),
     )  # fmt: skip
     first = steps[0]
@@ -199,13 +199,11 @@ def test_the_reward_rises_where_there_is_one_to_learn(tiny, tmp_path):
     assert after > before + 0.2, (before, after)
 
 
-def test_a_constant_reward_teaches_nothing(tiny):
-    rollouts = sample(tiny, 32, 3)
-    learned, metrics = train(tiny, tiny, rollouts, [1.7] * 32, FAST)
-    start = weights.load_policy(tiny)
-    for (name, parameter), old in zip(learned.policy.named_parameters(), start.parameters(), strict=True):
-        assert torch.equal(parameter, old), name
-    assert metrics["kl_ref"] == pytest.approx(0, abs=1e-8)
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_constant_reward_is_refused(tiny, count):
+    with pytest.raises(CannotLearn, match=f"the reward of all {count} answers is the same") as error:
+        train(tiny, tiny, sample(tiny, count, 3), [1.7] * count, FAST)
+    assert str(error.value).count("\n") == 2
 
 
 def test_the_hard_stop_ends_a_phase_that_runs_away(tiny):
@@ -333,8 +331,8 @@ def test_the_missing_eos_penalty_is_off_where_most_answers_are_cut(tiny, caplog)
     rollouts = sample(tiny, 8, 12, max_tokens=2)
     hyper = Hyperparameters(epochs=1, missing_eos_penalty=3.0)
     mostly_cut = [replace(r, stopped=n < 2) for n, r in enumerate(rollouts)]
-    _, metrics = train(tiny, tiny, mostly_cut, [1.0] * 8, hyper)
-    assert metrics["missing_eos_penalty"] == 0.0 and metrics["cut_share"] == 0.75 and metrics["grad_norm"] == 0.0
+    with pytest.raises(CannotLearn, match="the reward of all 8"):
+        train(tiny, tiny, mostly_cut, [1.0] * 8, hyper)
     assert "no missing-EOS penalty in this update: 75 %" in caplog.text
     mostly_ended = [replace(r, stopped=n > 2) for n, r in enumerate(rollouts)]
     _, metrics = train(tiny, tiny, mostly_ended, [1.0] * 8, hyper)

@@ -12,6 +12,7 @@ import pytest
 LEARN = """
 import json, sys
 from pathlib import Path
+from engine.errors import CharterError
 from schemas.records import Turn
 from trainer import dpo, ppo, processes, reward, sft, weights
 
@@ -30,9 +31,17 @@ def learn(tiny):
         return lambda n, m: found.setdefault(phase, []).append({k: m[k] for k in m if k in KEPT})
     processes.call(sft.train, tiny, texts, learning_rate=1e-3, batch_size=4, on_step=on_step("sft"), **EXACT)
     processes.call(reward.train, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("reward"), **EXACT)
+    try:  # the log is away when a step is told: the others must not be left alone within the next one
+        processes.call(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=away, **EXACT)
+    except CharterError as error:
+        found["away"] = [{"words": error.what}]
     processes.call(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
     processes.call(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
     return found
+
+
+def away(step, measures):
+    raise CharterError("the log is away")
 
 
 KEPT = {"loss", "grad_norm", "policy_loss", "value_loss", "kl_ref", "sl_loss", "ratio_max", "clipfrac", "entropy"}
@@ -47,12 +56,13 @@ def test_two_processes_learn_what_one_learns(tiny, tmp_path):
     script, out = tmp_path / "learn.py", tmp_path / "found.json"
     script.write_text(LEARN)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    # What `accelerate launch --multi_gpu` runs underneath; accelerate itself starts several processes on GPUs only.
+    # What `accelerate launch --multi_gpu` runs underneath.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     together = subprocess.Popen([*launch, str(script), str(tiny), str(out)], env=environment)
     expected = runpy.run_path(str(script), run_name="alone")["learn"](tiny)
     assert together.wait(timeout=300) == 0
     found = json.loads(out.read_text())
+    assert found.pop("away") == expected.pop("away") == [{"words": "the log is away"}]
     assert set(found) == set(expected) == {"sft", "reward", "dpo", "ppo"}
     for phase, steps in expected.items():
         assert len(found[phase]) == len(steps) >= 2
