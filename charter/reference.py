@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import annotated_types as bounds
 import click
+from pydantic import PositiveInt
 from pydantic.fields import FieldInfo
 
 from charter.cli import SECTIONS, cli
@@ -62,7 +63,8 @@ def kind(field: FieldInfo) -> str:
     if get_origin(of) is Literal:
         choices = ", ".join(f"`{json.dumps(value)}`" for value in get_args(of))
         return choices if of is field.annotation else f"list of {choices}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false", list[str]: "list of texts"}
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    names |= {list[str]: "list of texts", list[PositiveInt]: "list of whole numbers above 0"}
     limits = [limit for limit in map(limit_of, field.metadata) if limit]
     return " ".join([names[field.annotation], *([", ".join(limits)] if limits else [])])  # type: ignore[index]
 

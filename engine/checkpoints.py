@@ -123,7 +123,7 @@ def read(folder: Path, content_hash: str | None = None) -> Checkpoint:
         raise CharterError(
             f"the checkpoint {folder} is damaged",
             f"its files hash to {hashed[:16]}, not to {str(wanted)[:16]}",
-            "restore the folder from a copy, or move it away and train again",
+            "restore the folder from a copy; to go on from an earlier policy, type: charter policy rollback",
         )
     return Checkpoint(folder, manifest, hashed)
 

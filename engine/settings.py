@@ -14,10 +14,11 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -239,6 +240,7 @@ class Sft(Section):
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; ten times that with LoRA.")
     epochs: int = Field(1, ge=1, description="Passes over the batch.")
     batch_size: int = Field(8, ge=1, description="Examples in one optimiser step.")
+    rounds: list[PositiveInt] = Field([], description="Revisions of each chain to learn, by round; []: its final text.")
 
 
 class Reward(Section):
@@ -472,8 +474,11 @@ def parse(section: str, key: str, text: str) -> Any:
     """A value from text: lists as JSON or comma-separated, everything else left to pydantic."""
     annotation = Settings.model_fields[section].annotation
     assert isinstance(annotation, type)
-    if annotation.model_fields[key].annotation == list[str]:
-        return json.loads(text) if text.startswith("[") else [item for item in text.split(",") if item]
+    if get_origin(annotation.model_fields[key].annotation) is list:
+        if not text.startswith("["):
+            return [item for item in text.split(",") if item]
+        with suppress(json.JSONDecodeError):  # the text itself is refused then
+            return json.loads(text)
     return text
 
 

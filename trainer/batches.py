@@ -48,6 +48,23 @@ LENGTH = {
     "reward": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
     "dpo": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
 }
+# The texts of chosen rounds in the place of a chain's final text, which stays where a chain has none of them (it was clean, or
+# skipped, or a person's). A revision that lost against its predecessor is none; one whose end is not known teaches no end.
+OF_ROUNDS = """
+    WITH rounds AS (
+        SELECT record_id, response_id, ended, number AS last, unnest(rounds) AS round
+        FROM chain_ends WHERE record_id IN (SELECT unnest($1::UUID[]))),
+    chosen AS (
+        SELECT r.record_id, r.round.number AS number, r.round.revision AS text,
+               coalesce(bool_and(v.text_stopped), false) AS stopped
+        FROM rounds r LEFT JOIN revisions v
+            ON v.response_id = r.response_id AND v.number = r.round.number AND v.text = r.round.revision
+        WHERE r.round.number IN (SELECT unnest($2::INTEGER[])) AND NOT (r.ended = 'LOST' AND r.round.number = r.last)
+        GROUP BY ALL HAVING length(trim(r.round.revision)) > 0)
+    SELECT {columns} FROM (
+        SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.stopped, e.stopped) AS stopped), c.number
+        FROM sft_examples e LEFT JOIN chosen c USING (record_id)
+        WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY number"""
 OTHERS = "*"  # in a mix: every source that it does not name
 BUCKET_STEPS = 16  # steps whose rows are sorted by length together: little padding, and still a shuffle
 
@@ -367,12 +384,15 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def rows_of(store: Store, phase: str, record_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The whole rows with these ids, in their order (the answers of one response in theirs)."""
+def rows_of(store: Store, phase: str, record_ids: Sequence[str], rounds: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The whole rows with these ids, in their order (the answers of one response, the rounds of one chain in theirs)."""
     usable = " AND excluded_because IS NULL" if phase == "ppo" else ""
     sql = f"SELECT {COLUMNS[phase]} FROM {ROWS[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable}"
+    parameters: list[Any] = [list(record_ids)]
+    if rounds:
+        sql, parameters = OF_ROUNDS.format(columns=COLUMNS[phase]), [*parameters, list(rounds)]
     place = {record_id: n for n, record_id in enumerate(record_ids)}
-    rows = store.records(sql, [list(record_ids)], limit_s=LIMIT_S)
+    rows = store.records(sql, parameters, limit_s=LIMIT_S)
     return sorted(rows, key=lambda row: (place[str(row[KEY[phase]])], row.get("candidate", 0)))
 
 
@@ -385,7 +405,7 @@ def overtaken(manifest: BatchManifest, standing: Standing) -> bool:
 
 def rebuild(store: Store, manifest: BatchManifest) -> Batch:
     """The rows that a manifest names; raises CharterError when they are not the same any more."""
-    rows = rows_of(store, manifest.phase, manifest.record_ids)
+    rows = rows_of(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
     sl_rows = rows_of(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
     found = {str(row[KEY[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
     missing = {*manifest.record_ids, *manifest.sl_record_ids} - found

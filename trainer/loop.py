@@ -349,7 +349,7 @@ class Trainer:
         self.tell_mix(phase, shortfall(chosen, shares))
         if phase != "ppo":
             chosen = bucketed(chosen, settings["batch_size"], self.settings.train.seed + number)
-        rows = rows_of(self.store, phase, [light.key for light in chosen])
+        rows = rows_of(self.store, phase, [light.key for light in chosen], settings.get("rounds", ()))
         sl_rows = newest_chains(self.store, len(rows)) if self.combined(phase) else []
         manifest = manifest_of(
             phase,

@@ -84,7 +84,8 @@ def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
     """The policy on the final texts of chains."""
     from trainer import processes, sft
 
-    base = trainer.policy_folder(batch.manifest.base_policy_version)
+    base, settings = trainer.policy_folder(batch.manifest.base_policy_version), batch.settings
+    settings.pop("rounds", None)  # the rows are theirs already
     model, tokenizer, metrics = processes.call(
         sft.train,
         base,
@@ -92,7 +93,7 @@ def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
         seed=batch.manifest.seed or 0,
         hardware=hardware_of(trainer.settings),
         on_step=partial(trainer.step, batch.manifest),
-        **batch.settings,
+        **settings,
     )
     return sft_saver(model, tokenizer, base, trainer.base), metrics
 

@@ -86,6 +86,11 @@ def test_lists_come_as_commas_or_json():
     for text in ("helpful,benign", '["helpful", "benign"]'):
         settings, _ = load({"critique.skip_sources": text}, environment={})
         assert settings.critique.skip_sources == ["helpful", "benign"]
+    settings, _ = load({"models.follow": "critic", "sft.rounds": "[1, 2]"}, environment={})
+    assert (settings.models.follow, settings.sft.rounds) == (["critic"], [1, 2])
+    for bad in ("[1", "0", "x"):
+        with pytest.raises(UsageError, match=r"sft.rounds cannot be"):
+            load({"sft.rounds": bad}, environment={})
 
 
 def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):

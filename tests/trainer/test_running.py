@@ -17,10 +17,11 @@ from engine.settings import load
 from engine.worker import outgoing
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import Incident, ModelRef, Pause, PolicyKind, PolicyUpdate, Prompt, Split
+from schemas.records import BatchManifest, ChainEnd, Incident, ModelRef, Pause, PolicyKind, PolicyUpdate, Prompt, Round, Split
 from tests.chaos.killed import LEARNERS, learn, settings_of
-from tests_records import base, chain_end, preference, response
+from tests_records import base, chain_end, preference, response, revision
 from trainer import loop
+from trainer.batches import rebuild
 from trainer.gate import Gate
 from trainer.loop import Trainer
 from trainer.watch import Trip
@@ -297,3 +298,31 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
     ]
     with pytest.raises(UsageError, match="needs wandb"):
         Numbers(load({"train.report_to": "wandb"}, environment={})[0])
+
+
+def test_sft_learns_the_rounds_that_are_chosen(place):
+    def chain(name, ended, last, **more):
+        """A chain whose revisions were r1 ... r`last`."""
+        texts = [f"{name} r{n + 1}" for n in range(last)]
+        rounds = [Round(number=n + 1, principle_id="p", critique="c", revision=text) for n, text in enumerate(texts)]
+        chain_of = {"response_id": ids.digest("response", name)}
+        for n, text in enumerate(texts):
+            place.add(revision(name, name, "f", text, 0.5, number=n + 1).model_copy(update={"text_stopped": n > 0}))
+        place.add(chain_end(name, name).model_copy(update=chain_of | {"rounds": rounds, "number": last, "ended": ended} | more))
+
+    chain("done", ChainEnd.LAST_ROUND, 3, final_text="done r3", final_stopped=True)
+    chain("lost", ChainEnd.LOST, 2, final_text="lost r1")
+    chain("clean", ChainEnd.SATISFIED, 0, final_text="clean f", final_stopped=True)
+    chosen = place.settings.sft.model_copy(update={"rounds": [1, 2]})
+    place.trainer.settings = place.settings.model_copy(update={"sft": chosen})
+    place.trainer.update("sft")
+    (manifest,) = place.records(BatchManifest)
+    rows = rebuild(place.store, manifest).rows
+    assert sorted((row["completion"], row["stopped"]) for row in rows) == [
+        ("clean f", True),
+        ("done r1", False),
+        ("done r2", True),
+        ("lost r1", False),  # its second revision lost against the first
+    ]
+    assert [row["completion"] for row in rows if row["completion"].startswith("done")] == ["done r1", "done r2"]
+    assert len(manifest.record_ids) == 3 and manifest.mix == {"test": 4}
