@@ -13,6 +13,7 @@ weights is ever in memory.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from engine.errors import UsageError
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 datasets.disable_progress_bars()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still asks for it
 
 LORA_SPEEDUP = 10.0  # adapters start at zero and are few: they take ten times the learning rate
 RL = "rl"  # the folder beside a policy's merged weights: its adapter and its value head
