@@ -300,23 +300,36 @@ def explained(error: Exception, gathered: Gathered) -> ConstitutionError:
     """The first thing that is wrong, with its line, its principle and the nearest valid name."""
     if not isinstance(error, ValidationError):
         return ConstitutionError(f"{gathered.main.origin} is no constitution", str(error), "see constitutions/default.toml")
-    first = error.errors()[0]
+    # A misspelt key is told before the key that is missing because of it.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     why = SAID.get(first["type"], first["msg"].removeprefix("Value error, "))
     origin, place, line = gathered.located(first["loc"])
     key = str(place[-1]) if place else ""
     where = f"{origin}, line {line}: {'.'.join(str(part) for part in place)}"
     if first["type"] == "missing":
-        return ConstitutionError(f"{where} is missing", f"a constitution needs it: {key}", f"add: {key} = ...")
+        fix = f"add [[{key}]] tables, or include a file that has some" if key in LISTS else f"add: {key} = ..."
+        return ConstitutionError(f"{where} is missing", f"a constitution needs it: {key}", fix)
     if first["type"] == "extra_forbidden":
         return unknown_key(where, key, allowed(place))
     if first["type"] == "too_short":
         why = "a stage needs at least one principle to work by"
         return ConstitutionError(f"{where} is an empty list", why, f"add [[{key}]] tables, or include a file that has some")
-    return ConstitutionError(f"{where} cannot be {shortened(first['input'])}", why, f"mend the value of {key}")
+    malformed = first["type"] == "string_pattern_mismatch"
+    fix = f"write {FORMS[key]}" if malformed and key in FORMS else f"mend the value of {key}"
+    return ConstitutionError(f"{where} cannot be {shortened(first['input'])}", why, fix)
 
 
 # What pydantic says in words of Python.
-SAID = {"string_too_short": "it is empty", "tuple_type": "it must be a list"}
+SAID = {
+    "string_too_short": "it is empty",
+    "tuple_type": "it must be a list",
+    "string_pattern_mismatch": "it has another form",
+}
+FORMS = {
+    "version": 'three numbers: version = "1.0.0"',
+    "name": 'lower-case words with hyphens: name = "my-constitution"',
+    "id": 'lower-case words with hyphens: id = "no-lecture"',
+}
 
 
 def shortened(value: Any) -> str:

@@ -37,13 +37,13 @@ def test_the_hash_survives_the_journey_through_a_topic():
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda t: t.replace('version = "1.1.0"', 'version = "one"'), ["line 3", "version"]),
+        (lambda t: t.replace('version = "1.1.0"', 'version = "one"'), ["line 3", "version", "three numbers"]),
         (lambda t: t.replace('version = "1.1.0"', ""), ["version", "missing"]),
-        (lambda t: t.replace('critique = "Say', 'critque = "Say', 1), ["critique", "line 14"]),
+        (lambda t: t.replace('critique = "Say', 'critque = "Say', 1), ["critque is unknown", "line 17"]),
         (lambda t: t.replace('id = "honesty"', 'id = "harmlessness"'), ["two critique principles", "harmlessness"]),
-        (lambda t: t.replace('id = "honesty"', 'id = "Not A Slug"'), ["critique.2.id", "line 27"]),
+        (lambda t: t.replace('id = "honesty"', 'id = "Not A Slug"'), ["critique.2.id", "line 27", "words with hyphens"]),
         (lambda t: t + "\nnonsense", ["is not TOML", "line"]),
-        (lambda t: t.split("[[judging]]")[0], ["judging", "missing"]),
+        (lambda t: t.split("[[judging]]")[0], ["judging", "missing", "[[judging]]"]),
         (lambda t: t.replace("[[critique]]", 'weigth = 1\n[[critique]]', 1), ["weigth", "unknown"]),
     ],
 )  # fmt: skip
