@@ -198,7 +198,9 @@ class Charter:
         if isinstance(asked, Prompt):
             return asked
         limits = self.settings.prompts
-        row = {"prompt": asked if isinstance(asked, str) else [plain(turn) for turn in asked]}
+        # What is neither a text nor a list of turns stays as it is: the parser says what is wrong with it.
+        listed = isinstance(asked, Sequence) and not isinstance(asked, str)
+        row = {"prompt": [plain(turn) for turn in asked] if listed else asked}
         try:
             parsed = parse_prompt(row, source=DEFAULT_SOURCE["prompts"], max_chars=limits.max_chars)
         except BadRow as error:
@@ -224,8 +226,11 @@ class Charter:
         return make_judge(self.settings, self.models, self.constitution)
 
 
-def plain(turn: Turn | Mapping[str, str]) -> dict[str, str]:
-    return turn.model_dump() if isinstance(turn, Turn) else dict(turn)
+def plain(turn: object) -> object:
+    """A turn as a dictionary; what is no turn stays as it is."""
+    if isinstance(turn, Turn):
+        return turn.model_dump()
+    return dict(turn) if isinstance(turn, Mapping) else turn
 
 
 def named(chosen: str | Model, given: dict[str, Model]) -> str:

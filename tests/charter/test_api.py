@@ -120,7 +120,7 @@ def test_prompts_in_every_form_and_what_is_none():
         text.record_id == turns.record_id == charter.respond(charter.prompt([{"role": "user", "content": "hello"}])).record_id
     )
     assert charter.responses([text, "other"])[0] is text and isinstance(charter.prompt("hello"), Prompt)
-    for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}]):
+    for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}], ["hello"], 7, None):
         with pytest.raises(UsageError, match="this is no prompt"):
             charter.respond(wrong)
     with pytest.raises(UsageError, match="one answer is no pair"):
