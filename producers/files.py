@@ -36,10 +36,12 @@ MEANT: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", "demo
 
 @dataclass
 class Report:
-    """What became of an input: rows published now, rows that the run had already, and the bad ones."""
+    """What became of an input: rows published now, rows that the run had already, the bad ones, and those that an earlier call
+    has read."""
 
     published: int = 0
     earlier: int = 0
+    passed: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -79,6 +81,7 @@ class Producer:
         writer = self.bus.writer(f"produce.{place.record_id if place else 'stdin'}")
         place = self.newest(place) if place else None
         start = place.next_line if place else first
+        report.passed = start - first
         prompts, labels = self.published_before()
         batch: list[Outgoing] = []
         done, new = start - 1, 0
@@ -231,8 +234,10 @@ def shipped_lines() -> int:
 
 def summary(report: Report, path: str, kind: Kind = "prompts") -> Iterable[str]:
     """What to tell the person who typed `produce`."""
-    yield f"{report.published} {kind} published from {path}" + (
-        f", {report.earlier} were there already" if report.earlier else ""
+    yield (
+        f"{report.published} {kind} published from {path}"
+        + (f", {report.earlier} were there already" if report.earlier else "")
+        + (f"; its first {report.passed} rows were read before" if report.passed else "")
     )
     if report.bad:
         yield f"{len(report.bad)} lines are no {kind} (see above); the others are published"

@@ -179,6 +179,12 @@ def file_hash(path: Path) -> str:
             error.strerror or str(error),
             "give a file of JSON lines, Parquet or Arrow, a saved data set's folder, or - for standard input",
         ) from error
+    if start.startswith(b"["):
+        raise UsageError(
+            f"{path} is one JSON array, not JSON lines",
+            "a row is a line: a string or an object",
+            f"type: jq -c '.[]' {path} > rows.jsonl",
+        )
     if start in NOT_UTF8:
         kind = NOT_UTF8[start]
         raise UsageError(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.bus.read import read_values
 from engine.errors import UsageError
-from producers.files import SHIPPED, Producer, shipped_lines, split_of
+from producers.files import SHIPPED, Producer, shipped_lines, split_of, summary
 from producers.parse import BadRow, parse_prompt
 from schemas.codec import decode
 from schemas.records import Prompt, Split, Turn
@@ -99,6 +99,20 @@ def test_a_utf16_file_says_how_to_convert_it(bus, tmp_path):
     file.write_text('"x"\n', encoding="utf-16")
     with pytest.raises(UsageError, match="iconv"):
         Producer(bus, "r").publish(str(file))
+
+
+def test_a_json_array_says_how_to_convert_it(bus, tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text('[{"prompt": "x"}]')
+    with pytest.raises(UsageError, match="jq -c"):
+        Producer(bus, "r").publish(str(file))
+
+
+def test_a_file_that_was_read_before_says_so(bus, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(line("one") + line(b"{"))
+    assert "; its first" not in "".join(summary(Producer(bus, "r").publish(str(file)), str(file)))
+    assert "its first 2 rows were read before" in "".join(summary(Producer(bus, "r").publish(str(file)), str(file)))
 
 
 def test_an_absent_file_says_so(bus):
