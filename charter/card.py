@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engine.store import Store
 
 LIMIT_S = 60.0
+NONE = "None: people's data alone."
 MARK = "charter-export"  # a tag of the card: --force replaces no folder without it
 
 # Why a chain or a label that was made is in no training view.
@@ -37,18 +38,30 @@ LEFT_OUT = {
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
 }
+# The models that the rows came from: those of each chain, or of the answers that were compared and of what became of them.
+# A run that judges old answers anew has no answers of its own.
+CHAINS = {
+    "sft": "SELECT response_id, run_id FROM chain_ends WHERE {where}",
+    "preference": """SELECT response_id, run_id FROM chain_ends
+        WHERE record_id IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'AI' AND {where})""",
+}
+ANSWERS = {
+    "sft": "SELECT response_id FROM chain_ends WHERE {where}",
+    "preference": "SELECT response_id FROM preferences WHERE {where}",
+}
+JUDGES = """UNION ALL SELECT stage, model, count(*), 4 FROM preferences WHERE label_source = 'AI' AND {where} GROUP BY ALL"""
 MODELS = """
+    WITH chains AS ({chains})
     SELECT stage, model.id || CASE WHEN model.revision = '' THEN '' ELSE ' (' || model.revision || ')' END AS model, records
     FROM (
-        SELECT stage, model, count(*) AS records, 1 AS place FROM responses WHERE {where} GROUP BY ALL
-        UNION ALL SELECT stage, model, count(*), 2 FROM critiques WHERE {where} GROUP BY ALL
-        UNION ALL SELECT stage, model, count(*), 3 FROM revisions WHERE {where} GROUP BY ALL
-        UNION ALL SELECT stage, model, count(*), 4 FROM preferences WHERE label_source = 'AI' AND {where} GROUP BY ALL)
+        SELECT stage, model, count(*) AS records, 1 AS place FROM responses WHERE record_id IN ({answers}) GROUP BY ALL
+        UNION ALL SELECT stage, model, count(*), 2 FROM critiques WHERE (response_id, run_id) IN (FROM chains) GROUP BY ALL
+        UNION ALL SELECT stage, model, count(*), 3 FROM revisions WHERE (response_id, run_id) IN (FROM chains) GROUP BY ALL
+        {judges})
     WHERE model IS NOT NULL ORDER BY place, 2"""
 PRESETS = """
     SELECT preset, outcome, count(*) AS labels FROM preferences WHERE label_source = 'AI' AND {where}
     GROUP BY ALL ORDER BY ALL"""
-HASHES = "SELECT DISTINCT constitution.name, constitution.version, constitution.hash FROM runs ORDER BY ALL"
 
 
 def table(columns: list[str], rows: list[Any]) -> str:
@@ -80,8 +93,7 @@ def card(store: Store, form: str, trainer: str, choice: Choice, counts: dict[str
     """README.md of an export."""
     files = {split: f"data/{split}.{suffix}" for split, counted in counts.items() if counted.rows}
     by = sorted((split, *about, rows) for split, counted in counts.items() for about, rows in counted.by.items())
-    used = {name for counted in counts.values() for name in counted.constitutions}
-    hashes = [row for row in ask(store, HASHES, choice) if f"{row[0]} {row[1]}" in used]
+    constitutions = sorted({about for counted in counts.values() for about in counted.constitutions})
     versions = sorted({v for counted in counts.values() for v in counted.policies if v is not None})
     runs = sorted({run for counted in counts.values() for run in counted.runs})
     times = [time for counted in counts.values() for time in (counted.first, counted.last) if time]
@@ -93,8 +105,8 @@ def card(store: Store, form: str, trainer: str, choice: Choice, counts: dict[str
         f" to commit {choice.upto} of the database; policy versions {', '.join(map(str, versions)) or 'none'}.",
         "## Rows\n\n" + table(["split", "source of the prompt", "label from", "rows"], by),
         "Prompts are held out by the hash of their text before anything is made of them; no prompt is in both splits.",
-        "## Constitutions\n\n" + (table(["name", "version", "hash"], hashes) if hashes else "None: people's data alone."),
-        "## Models\n\n" + table(["stage", "model", "records"], ask(store, MODELS, choice)),
+        "## Constitutions\n\n" + (table(["constitution", "hash"], constitutions) if constitutions else NONE),
+        "## Models\n\n" + models(store, form, choice),
         "## Left out\n\n" + left_out(store, form, choice),
     ]
     if form != "sft":
@@ -109,6 +121,16 @@ def card(store: Store, form: str, trainer: str, choice: Choice, counts: dict[str
 def ask(store: Store, sql: str, choice: Choice) -> list[tuple[Any, ...]]:
     wanted = {name: value for name, value in choice.parameters.items() if "{where}" in sql}
     return store.query(sql.replace("{where}", f"({choice.where})"), wanted, limit_s=LIMIT_S).rows
+
+
+def models(store: Store, form: str, choice: Choice) -> str:
+    kind = "sft" if form == "sft" else "preference"
+    parts = {"chains": CHAINS[kind], "answers": ANSWERS[kind], "judges": "" if form == "sft" else JUDGES}
+    sql = MODELS
+    for name, part in parts.items():
+        sql = sql.replace(f"{{{name}}}", part)
+    found = ask(store, sql, choice)
+    return table(["stage", "model", "records"], found) if found else NONE
 
 
 def left_out(store: Store, form: str, choice: Choice) -> str:

@@ -1,7 +1,8 @@
 """Training data in the forms that TRL and `datasets` read (`charter export`).
 
-A folder with JSON lines or Parquet for each split and a README.md, as the Hugging Face hub lays data sets out. Rows are read
-page by page in commit order up to the newest commit at the start: the stream may go on meanwhile, and memory stays flat.
+A folder with JSON lines or Parquet for each split and a README.md, as the Hugging Face hub lays data sets out. Which rows are
+in it is settled in one hold of the database, as their places in the commit order; then they are read page by page, from what
+never changes. So the stream may go on meanwhile, time grows with the rows, and memory by forty bytes for each of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ LINEAGE = {
     "label_source": pa.string(),
     "policy_version": pa.int64(),
     "constitution": pa.string(),
+    "constitution_hash": pa.string(),
     "principle_id": pa.string(),
     "created_at": pa.timestamp("us"),
 }
@@ -49,12 +51,13 @@ def said(text: str) -> list[Row]:
 
 def lineage(row: Row) -> Row:
     constitution = row["constitution"]
-    name = f"{constitution['name']} {constitution['version']}" if constitution else None
-    return {key: row[key] for key in LINEAGE} | {
+    known = row | {
         "record_id": str(row["record_id"]),
         "prompt_id": str(row["prompt_id"]),
-        "constitution": name,
+        "constitution": f"{constitution['name']} {constitution['version']}" if constitution else None,
+        "constitution_hash": constitution["hash"] if constitution else None,
     }
+    return {key: known[key] for key in LINEAGE}
 
 
 def sft(row: Row) -> list[Row]:
@@ -95,9 +98,11 @@ def kto(row: Row) -> list[Row]:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of training data: which views it is made of, its columns, and what a row of a view becomes."""
+    """One form of training data: the view that says what is in each split, the one that has the rows whatever came after them,
+    its columns, and what a row becomes."""
 
     views: dict[str, str]
+    texts: str
     columns: dict[str, pa.DataType]
     rows: Callable[[Row], list[Row]]
     trainer: str
@@ -107,12 +112,14 @@ PAIRS = {"train": "preference_pairs", "eval": "held_out_pairs"}
 FORMS = {
     "sft": Form(
         {"train": "sft_examples", "eval": "held_out_examples"},
+        "usable_texts",
         {"prompt": MESSAGES, "completion": MESSAGES, "ended": pa.string(), **LINEAGE},
         sft,
         "SFTTrainer (conversational prompt and completion)",
     ),
     "preference": Form(
         PAIRS,
+        "preference_labels",
         {
             "prompt": MESSAGES,
             "chosen": MESSAGES,
@@ -130,6 +137,7 @@ FORMS = {
     ),
     "kto": Form(
         PAIRS,
+        "preference_labels",
         {"prompt": MESSAGES, "completion": MESSAGES, "label": pa.bool_(), "p_better": pa.float64(), **LINEAGE},
         kto,
         "KTOTrainer (unpaired, conversational)",
@@ -139,16 +147,16 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rows of a view: of one run or of all, of some sources or of all, up to a commit."""
+    """Which records: of one run (those too that another had made before) or all, of some sources or of all, up to a commit."""
 
-    upto: int
     run_id: str | None = None
     sources: tuple[str, ...] = ()
+    upto: int = -1
 
     @property
     def where(self) -> str:
         parts = ["commit_seq <= $upto"]
-        parts += ["run_id = $run"] if self.run_id else []
+        parts += ["record_id IN (SELECT record_id FROM run_records WHERE run_id = $run)"] if self.run_id else []
         parts += ["list_contains($sources::VARCHAR[], source)"] if self.sources else []
         return " AND ".join(parts)
 
@@ -165,7 +173,7 @@ class Counted:
     rows: int = 0
     by: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
     policies: set[int | None] = field(default_factory=set)
-    constitutions: set[str] = field(default_factory=set)
+    constitutions: set[tuple[str, str]] = field(default_factory=set)  # (name and version, hash)
     runs: set[str] = field(default_factory=set)
     first: datetime | None = None
     last: datetime | None = None
@@ -175,23 +183,39 @@ class Counted:
         about = (row["source"], row["label_source"])
         self.by[about] = self.by.get(about, 0) + 1
         self.policies.add(row["policy_version"])
-        self.constitutions |= {row["constitution"]} - {None}
+        self.constitutions |= {(row["constitution"], row["constitution_hash"])} if row["constitution"] else set()
         self.runs.add(row["run_id"])
         self.first = min(self.first or row["created_at"], row["created_at"])
         self.last = max(self.last or row["created_at"], row["created_at"])
 
 
-def rows(store: Store, view: str, choice: Choice, limit: int | None = None) -> Iterator[Row]:
-    """The chosen rows of a view in commit order, a page at a time."""
-    after, left = -1, limit
-    while left is None or left > 0:
-        page = PAGE if left is None else min(PAGE, left)
-        sql = f"SELECT * FROM {view} WHERE {choice.where} AND commit_seq > $after ORDER BY commit_seq LIMIT {page}"
-        found = store.records(sql, choice.parameters | {"after": after}, limit_s=LIMIT_S)
-        yield from found
-        if len(found) < page:
-            return
-        after, left = found[-1]["commit_seq"], None if left is None else left - page
+Pages = list[list[int]]
+
+
+def chosen(store: Store, form: Form, choice: Choice, limit: int | None) -> tuple[Choice, dict[str, Pages]]:
+    """The choice up to the newest commit, and for each split the places of its rows, a page at a time.
+
+    All in one hold of the database: an override that comes later takes no label away from what is being written.
+    """
+    with store.reading(limit_s=LIMIT_S) as ask:
+        choice = replace(choice, upto=ask("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
+        most = f" ORDER BY commit_seq LIMIT {limit}" if limit else ""
+        pages = {}
+        for split, view in form.views.items():
+            sql = f"""SELECT list(commit_seq ORDER BY commit_seq)
+                      FROM (SELECT commit_seq, (row_number() OVER (ORDER BY commit_seq) - 1) // {PAGE} AS page
+                            FROM (SELECT commit_seq FROM {view} WHERE {choice.where}{most}))
+                      GROUP BY page ORDER BY page"""
+            pages[split] = [page for (page,) in ask(sql, choice.parameters).rows]
+    return choice, pages
+
+
+def rows(store: Store, view: str, pages: Pages) -> Iterator[Row]:
+    """The rows of a view at these places, in their order."""
+    sql = f"""SELECT * FROM {view} WHERE commit_seq BETWEEN $first AND $last
+              AND commit_seq IN (SELECT unnest($page::BIGINT[])) ORDER BY commit_seq"""
+    for page in pages:
+        yield from store.records(sql, {"first": page[0], "last": page[-1], "page": page}, limit_s=LIMIT_S)
 
 
 class Lines:
@@ -276,10 +300,11 @@ def export(
     """Write a form's splits and the card to a new folder; what is in each split."""
     form, writer = FORMS[name], WRITERS[suffix]
     with new_folder(target, force) as folder:
+        choice, pages = chosen(store, form, choice, limit)
         counts = {}
-        for split, view in form.views.items():
+        for split in form.views:
             path = folder / "data" / f"{split}.{suffix}"
-            counts[split] = write(path, writer, form, rows(store, view, choice, limit))
+            counts[split] = write(path, writer, form, rows(store, form.texts, pages[split]))
             if not counts[split].rows:
                 path.unlink()
         if not any(counted.rows for counted in counts.values()):

@@ -37,7 +37,7 @@ def export(
 
     For TRL, `datasets` and the hub: prompts with final texts (sft), pairs with their soft label (preference), or single answers
     that are wanted or not (kto). Train and eval are files of their own, and a data card says where every row came from. Of all
-    runs, or of one with --run.
+    runs, or what one has with --run, made by it or by an earlier one.
 
     \b
     Examples:
@@ -50,8 +50,7 @@ def export(
     from charter.pipeline import store_of
 
     store = store_of(settings)
-    newest = store.query("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0]
-    choice = Choice(newest, settings.run.id if origins["run.id"] != "default" else None, sources)
+    choice = Choice(settings.run.id if origins["run.id"] != "default" else None, sources)
     suffix = "parquet" if as_parquet else "jsonl"
     for split, counted in write(store, target, form, choice, suffix, limit, force).items():
         where = f" in {target}/data/{split}.{suffix}" if counted.rows else ""

@@ -32,6 +32,7 @@ COLUMNS = """record_id, prompt_id, run_id, response_id, turns, source, tags, spl
 OPEN = f"""
     SELECT {COLUMNS} FROM preferences p
     WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $flips OR flipped)
+      AND ($run IS NULL OR record_id IN (SELECT record_id FROM run_records WHERE run_id = $run))
       AND record_id NOT IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0)
     ORDER BY CASE WHEN outcome = 'OK' AND p_a IS NOT NULL THEN abs(p_a - 0.5) ELSE -1 END, commit_seq
     LIMIT $count"""
@@ -47,13 +48,21 @@ ONE = f"SELECT {COLUMNS} FROM preferences WHERE label_source = 'AI' AND record_i
 @click.option("--count", type=click.IntRange(1), default=20, show_default=True, help="How many pairs to ask for.")
 @common
 def label(
-    settings: Settings, label_id: str | None, prefer: str | None, principle: str | None, flips: bool, seed: int, count: int
+    settings: Settings,
+    origins: dict[str, str],
+    label_id: str | None,
+    prefer: str | None,
+    principle: str | None,
+    flips: bool,
+    seed: int,
+    count: int,
 ) -> None:
     """Say which answer is better.
 
-    Without ID it shows pairs one after the other, those first of which the judge was least sure, the answers in an order that
-    says nothing of what the judge thought, and asks. A label that it names is answered with --prefer; from standard input (-)
-    come JSON lines such as {"record_id": "...", "prefer": "a"}. Each answer is a new record; the judge's stays.
+    Without ID it shows pairs one after the other, of all runs or of one with --run, those first of which the judge was least
+    sure, the answers in an order that says nothing of what the judge thought, and asks. A label that ID names is answered with
+    --prefer; from standard input (-) come JSON lines such as {"record_id": "...", "prefer": "a"}. Each answer is a new record;
+    the judge's stays.
 
     \b
     Examples:
@@ -72,7 +81,8 @@ def label(
     bus = connect(settings)
     try:
         if label_id is None:
-            given = interview(store, bus, {"principle": principle, "flips": flips, "count": count}, seed)
+            run = settings.run.id if origins["run.id"] != "default" else None
+            given = interview(store, bus, {"principle": principle, "flips": flips, "run": run, "count": count}, seed)
         elif label_id == "-":
             given = from_lines(store, bus)
         else:
@@ -131,7 +141,7 @@ def from_lines(store: Store, bus: Bus) -> int:
     from engine.errors import CharterError
 
     given = bad = 0
-    for number, line in enumerate(sys.stdin, 1):
+    for number, line in enumerate(sys.stdin.buffer, 1):
         if not line.strip():
             continue
         try:
@@ -161,7 +171,11 @@ def interview(store: Store, bus: Bus, wanted: dict[str, Any], seed: int) -> int:
         click.echo("there is no pair of a judge that nobody has answered yet")
     given = 0
     for number, row in enumerate(pairs, 1):
-        said = ask(row, number, len(pairs), seed)
+        try:
+            said = ask(row, number, len(pairs), seed)
+        except click.Abort:  # Ctrl-C, Ctrl-D: what was given is on the log
+            click.echo()
+            return given
         if said is None:
             return given
         if said >= 0:

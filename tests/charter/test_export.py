@@ -11,8 +11,8 @@ from charter.cli import cli
 from charter.pipeline import connect, make_host, store_of
 from engine.errors import UsageError
 from engine.settings import load
-from schemas.records import ChainEnd, Outcome, Split
-from tests_records import World, chain_end, demonstration, person, preference, prompt
+from schemas.records import ChainEnd, ModelRef, Outcome, Split
+from tests_records import World, chain_end, demonstration, person, preference, prompt, response
 from tests_records import judged as judgement
 
 HOSTILE = "</script> | `x` \x1b[31m\u202e {{}} \U0001f600 " + "long " * 500
@@ -110,6 +110,34 @@ def test_the_card_says_where_it_came_from_and_what_is_left_out(world, tmp_path):
     assert "| chain ended UNUSABLE | 1 |" in (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_run_has_what_another_had_made_before(tmp_path):
+    """A replay that comes to the same labels exports them, and the card names the models that answered and judged."""
+    world = World(tmp_path / "data" / "charter.duckdb")
+    answered = response("p").model_copy(update={"model": ModelRef(id="policy", revision="1")})
+    one, two = (judgement(name, "p", "aa", "b", 0.9, 0.7, response_id=answered.record_id) for name in ("one", "two"))
+    world.add(prompt("p"), answered, one, two, one.model_copy(update={"run_id": "again"}))
+    call(tmp_path, "export", "preference", tmp_path / "again", "--run", "again")
+    (row,) = lines(tmp_path / "again/data/train.jsonl")
+    assert row["record_id"] == one.record_id
+    assert (row["constitution"], row["constitution_hash"]) == ("default 1.0.0", "c0ffee")
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "| respond | policy (1) | 1 |" in card and "| judge | critic (v) | 1 |" in card
+    assert "| default 1.0.0 | c0ffee |" in card
+    with pytest.raises(UsageError, match="nothing to export"):
+        call(tmp_path, "export", "preference", tmp_path / "none", "--run", "absent")
+
+
+def test_an_override_that_comes_meanwhile_takes_no_label_away(world):
+    """What is exported is settled at the start: the judge's label, whose successor is not in it, or the successor."""
+    form = dataset.FORMS["preference"]
+    choice, pages = dataset.chosen(world.store, form, dataset.Choice(), None)
+    world.add(person("2", preference("one", "one", 0.8), 0.0))
+    assert "one a" not in {row["a"] for row in world.records("SELECT a FROM preference_pairs WHERE label_source = 'AI'")}
+    found = list(dataset.rows(world.store, form.texts, pages["train"]))
+    assert [row["commit_seq"] for row in found] == pages["train"][0] and pages["train"][0][-1] <= choice.upto
+    assert {row["a"]: row["p_a"] for row in found}["one a"] == 0.8
+
+
 @pytest.mark.parametrize(("forward", "backward", "shown"), [(0.9, 0.7, (0.9, 0.7)), (0.1, 0.3, (0.7, 0.9))])
 def test_the_orders_probabilities_are_of_the_chosen_answer(tmp_path, forward, backward, shown):
     """Shown first and second: of the chosen answer, whichever of the two it is."""
@@ -163,8 +191,10 @@ def judged(tmp_path):
 def test_a_persons_word_is_a_new_record_that_stands(judged, tmp_path):
     assert "1 label given" in call(tmp_path, "label", judged["sure"][:13], "--prefer", "b")
     answers = [{"record_id": judged["no"], "prefer": "a"}, {"record_id": judged["unsure"], "prefer": "tie"}, {"prefer": "a"}]
-    said = call(tmp_path, "label", "-", stdin="".join(json.dumps(line) + "\n" for line in answers), code=1)
-    assert "line 3" in said and "2 labels given, 1 lines were none" in said
+    said = call(
+        tmp_path, "label", "-", stdin="".join(json.dumps(line) + "\n" for line in answers).encode() + b"caf\xe9\n", code=1
+    )
+    assert "line 3" in said and "line 4" in said and "2 labels given, 2 lines were none" in said
     store = given(tmp_path, 3)
     standing = "FROM preferences SEMI JOIN preference_pairs USING (record_id)"
     stands = dict(store.query(f"SELECT parent_ids[1]::VARCHAR, p_a {standing}").rows)
@@ -185,6 +215,17 @@ def test_the_interview_asks_for_the_least_certain_first_and_hides_the_order(judg
     assert dict(rows) == {"no a": float(shown["no"]), "unsure a": float(not shown["unsure"])}
     assert "0 labels given" in call(tmp_path, "label", stdin="s\n")
     assert "0 labels given" in call(tmp_path, "label", stdin="q\n")
+
+
+def test_an_interview_that_is_broken_off_keeps_what_was_given(judged, tmp_path):
+    """The end of the input, as Ctrl-D types it; Ctrl-C comes as the same exception."""
+    assert "1 label given" in call(tmp_path, "label", stdin="1\n")
+    assert given(tmp_path, 1).query("SELECT count(*) FROM preferences WHERE label_source = 'HUMAN'").rows == [(1,)]
+
+
+def test_only_pairs_of_a_run_are_asked_for(judged, tmp_path):
+    assert "nobody has answered" in call(tmp_path, "label", "--run", "absent")
+    assert "pair 1 of 3" in call(tmp_path, "label", "--run", "r", stdin="q\n")
 
 
 def test_a_hostile_text_is_inert_and_a_long_one_is_cut(tmp_path):
