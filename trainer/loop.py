@@ -184,13 +184,13 @@ class Trainer:
     def standing(self) -> Standing:
         return standing_of(*self.known(), self.first_revision)
 
-    def unfinished(self) -> BatchManifest | None:
-        """A manifest that a crash left without its update, and that is still to be trained on."""
+    def begun(self) -> list[BatchManifest]:
+        """The manifests that a crash left without their updates, and that are still to be trained on."""
         known, manifests = self.known()
         over = {update.batch_id for update in known} | {record.voids for record in self.records[Incident]}
         standing = self.standing()
         left = [manifest for manifest in manifests if manifest.record_id not in over]
-        return next((manifest for manifest in left if not overtaken(manifest, standing)), None)
+        return [manifest for manifest in left if not overtaken(manifest, standing)]
 
     def paused(self) -> dict[str, str]:
         """The phases that are paused, and why."""
@@ -205,7 +205,8 @@ class Trainer:
 
     def due(self) -> str | None:
         """The phase to start now, if one is due: they take turns, and one that is paused or not ready is passed over."""
-        standing, (known, _), held = self.standing(), self.known(), self.paused()
+        standing, (known, _) = self.standing(), self.known()
+        held = {*self.paused(), *(manifest.phase for manifest in self.begun())}  # what is begun is finished first: `resume`
         order = tuple(phase for phase in PHASES if phase not in IDLE[self.rl])
         if (last := last_phase(known)) in order:
             after = order.index(last) + 1
@@ -300,9 +301,10 @@ class Trainer:
     # Doing it
 
     def resume(self) -> PolicyUpdate | None:
-        """Finish what a crash left unfinished, with the identical batch; a phase that is paused stays as it is."""
-        manifest = self.unfinished()
-        if manifest is None or manifest.phase in self.paused():
+        """Finish what a crash left unfinished, with the identical batch; that of a paused phase waits until it goes on."""
+        held = self.paused()
+        manifest = next((manifest for manifest in self.begun() if manifest.phase not in held), None)
+        if manifest is None:
             return None
         log.info("going on with the %s batch %d that was left unfinished", manifest.phase, manifest.number)
         self.start_clock()
@@ -620,16 +622,14 @@ class Trainer:
 
     def loop(self, stop: threading.Event) -> None:
         """Update whenever a phase has enough new rows, until `stop`; what is away is waited for, what fails is told once."""
-        failures, settled, doubt, told = 0, False, False, ""
+        failures, doubt, told = 0, False, ""
         while not stop.is_set():
             phase, looked = None, self.timed.spent_s
             try:
                 if doubt:
                     self.start_anew()
                     doubt = False
-                if not settled:
-                    self.resume()
-                    settled = True
+                self.resume()  # at each look: a phase that was paused with a batch in hand may have been let go on
                 self.watched()
                 phase = self.due()
                 if phase is not None:
@@ -638,13 +638,13 @@ class Trainer:
                 failures, told = 0, ""
             except (DependencyUnreachable, CommitInDoubt) as error:
                 log.warning("the trainer waits: %s", error.what)
-                failures, settled, doubt = failures + 1, False, True
+                failures, doubt = failures + 1, True
             except Fenced:
                 raise
             except CharterError as error:
                 if str(error) != told:
                     self.say(str(error))
-                failures, settled, told = failures + 1, False, str(error)
+                failures, told = failures + 1, str(error)
             if failures:
                 stop.wait(backoff(failures - 1))
             elif phase is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine.bus.embedded
 import engine.checkpoints
 import trainer.loop
 from charter.pipeline import connect, store_of
@@ -59,8 +60,8 @@ def reached(point: str) -> None:
 
 # The points, in the order in which an update comes to them.
 POINTS = (
-    "before BatchManifest", "after BatchManifest", "before Metric", "after Metric", "saved", "flushing", "renamed",
-    "before PolicyUpdate", "after PolicyUpdate", "removing",
+    "before BatchManifest", "committing BatchManifest", "after BatchManifest", "before Metric", "after Metric", "saved",
+    "flushing", "renamed", "gate", "before PolicyUpdate", "committing PolicyUpdate", "after PolicyUpdate", "removing",
 )  # fmt: skip
 
 
@@ -84,21 +85,38 @@ def kill_at(point: str) -> None:
 
 
 def around_publish() -> None:
+    """Before, amid and after the transaction of a manifest, a step's numbers, an update."""
     real: Callable[[Trainer, Any], None] = Trainer.publish
+    real_commit, amid = engine.bus.embedded.Connection.commit, set[str]()
+
+    def commit(connection: Any) -> None:
+        for kind in amid:
+            reached(f"committing {kind}")
+        real_commit(connection)
 
     def publish(made: Trainer, records: list[Record]) -> None:
         kinds = {type(record).__name__ for record in records if isinstance(record, BatchManifest | Metric | PolicyUpdate)}
         for kind in kinds:
             reached(f"before {kind}")
+        amid.update(kinds)
         real(made, records)
+        amid.clear()
         for kind in kinds:
             reached(f"after {kind}")
 
     Trainer.publish = publish  # type: ignore[method-assign]
+    engine.bus.embedded.Connection.commit = commit  # type: ignore[method-assign]
+
+
+def gate(*_: object) -> None:
+    """Lets every policy pass."""
+    reached("gate")
 
 
 def update(folder: str, phase: str, point: str) -> None:
-    """One update of a phase, or the death of the process."""
+    """One update of a phase, or what is left of it to do; or the death of the process."""
     kill_at(point)
     settings = settings_of(Path(folder))
-    Trainer(connect(settings), store_of(settings), settings, settings.folder / "base", learners=LEARNERS).update(phase)
+    bus, store = connect(settings), store_of(settings)
+    trainer = Trainer(bus, store, settings, settings.folder / "base", learners=LEARNERS, gate=gate)
+    trainer.resume() or trainer.update(phase)

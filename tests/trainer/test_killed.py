@@ -90,23 +90,29 @@ def sink_all(bus, store):
     sink.close()
 
 
-@pytest.mark.parametrize(
-    ("phase", "point"), [*product(("sft", "ppo"), POINTS), ("reward", "after Metric"), ("reward", "renamed")]
-)
-def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point):
+UNDRAWN, DONE = ("before BatchManifest", "committing BatchManifest"), ("after PolicyUpdate", "removing")
+TRAINED = ("before Metric", "after Metric", "saved", "flushing")  # begun to train, and no whole checkpoint
+OF_REWARD = [point for point in POINTS if point != "gate"]  # only policies go through the gate
+CASES = [*product(("sft", "ppo"), POINTS, [1]), *product(["reward"], OF_REWARD, [1]), *product(["sft"], ("saved", "gate"), [2])]
+
+
+@pytest.mark.parametrize(("phase", "point", "times"), CASES)
+def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point, times):
+    """Killed once, or also when it has come so far again."""
     folder = shutil.copytree(prepared, tmp_path / "data")
     settings = settings_of(folder)
-    process = processes.Process(target=update, args=(str(folder), phase, point))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
+    for _ in range(times):
+        process = processes.Process(target=update, args=(str(folder), phase, point))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
     bus, store = connect(settings), store_of(settings)
     done = len(updates(bus))
     trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
     finished = trainer.resume()
     # Before the manifest nothing was begun, after the update there is nothing left to do.
-    assert (finished is None) == (point in ("before BatchManifest", "after PolicyUpdate", "removing"))
-    if point == "before BatchManifest":
+    assert (finished is None) == (point in UNDRAWN + DONE)
+    if point in UNDRAWN:
         finished = trainer.update(phase)
     assert len(updates(bus)) == done + (finished is not None)
     manifest = manifests(bus, phase)[-1]
@@ -116,7 +122,7 @@ def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared,
     assert [note["rows"] for note in notes] == [rows] * len(notes) and len(rows) == ROWS
     assert {(note["batch"], note["hash"]) for note in notes} == {(manifest.record_id, manifest.content_hash)}
     # What was whole on disk is not trained again.
-    assert len(notes) == (2 if point in ("before Metric", "after Metric", "saved", "flushing") else 1)
+    assert len(notes) == (times + 1 if point in TRAINED else 1)
     assert not list((folder / "checkpoints").glob(".*"))
     assert trainer.folder_of(made.kind, made.version).exists()
     sink_all(bus, store)

@@ -238,6 +238,29 @@ def test_pauses_hold_an_unfinished_batch_too(place):
     again.close()
 
 
+def test_a_batch_left_by_a_paused_phase_does_not_hide_another_one_nor_is_it_forgotten(place, monkeypatch):
+    """Killed in SFT, which is then paused; killed again in the reward phase; SFT goes on while the loop runs."""
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.01)
+    place.chains("a")
+    place.labels("a")
+
+    def die(trainer, batch):
+        raise KeyboardInterrupt
+
+    place.trainer.learners = dict.fromkeys(loop.PHASES, die)
+    for phase in ("sft", "reward"):
+        with pytest.raises(KeyboardInterrupt):
+            place.trainer.update(phase)
+    of_sft, of_reward = place.records(BatchManifest)
+    place.add(made_pause(True))
+    place.trainer = place.open()
+    assert place.trainer.resume().batch_id == of_reward.record_id
+    place.chains("b")  # rows that a new batch would take too
+    paused = iter([made_pause(False)])
+    until(place.trainer, lambda: [place.bus.publish([outgoing(one)]) for one in paused] == [] and place.policies() != [])
+    assert [update.batch_id for update in updates(place.bus)] == [of_reward.record_id, of_sft.record_id]
+
+
 def made_pause(on):
     from engine.policy import pause
 
