@@ -34,7 +34,7 @@ PARTS = (
 )
 REST_S = (0.3, 2.5)  # between two kills
 DOWN_S = (0.5, 6.0)  # how long a broker stays away
-FINISH_S = 600.0
+FINISH_S = 1200.0
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def finished(world: World, sizes: Sizes) -> bool:
 
 
 def made(world: World) -> dict[str, int]:
-    found = world.store().query("SELECT topic, records FROM pipeline_status WHERE records > 0", limit_s=20.0).rows
-    return dict(found)
+    return dict(world.rows("SELECT topic, records FROM pipeline_status WHERE records > 0"))
 
 
 def policies(world: World) -> int:
@@ -145,7 +144,7 @@ def policies(world: World) -> int:
 def check_training(world: World) -> None:
     """Versions without gaps, one update for each batch, and no row in two batches of a phase."""
     for kind in ("POLICY", "REWARD"):
-        rows = world.store().query("SELECT version, batch_id FROM raw.policies WHERE kind = ? ORDER BY 1", [kind]).rows
+        rows = world.rows("SELECT version, batch_id FROM raw.policies WHERE kind = ? ORDER BY 1", [kind])
         check([version for version, _ in rows] == list(range(1, len(rows) + 1)), f"{kind} versions: {rows}")
         check(len({batch for _, batch in rows}) == len(rows), f"a batch made two {kind} versions")
     doubled = world.count(
@@ -168,7 +167,7 @@ def check_published(world: World) -> Iterator[str]:
            WHERE responses.model.revision <> (batch_id::VARCHAR)[:8]"""
     )
     check(wrong == 0, f"{wrong} responses are stamped with another policy than the one that answered")
-    versions = world.store().query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
+    versions = world.rows("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1")
     check(len(versions) > 1, "no second policy answered")
     yield f"{policies(world)} policies; answers by version: {dict(versions)}"
 

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -29,7 +30,9 @@ MADE = ("prompts", "responses", "critiques", "revisions", "preferences")
 # What differs when the same work is done at another time, by another process, in another order.
 ELSEWHERE = ("created_at", "latency_ms", "run_id", "commit_seq", "_partition", "_offset")
 LOOK_EVERY_S = 0.5
-SETTLE_S = 120.0
+# Limits of patience, not of speed: whoever waits, waits for a condition. A busy machine takes ten times as long as a quiet one.
+SETTLE_S = 600.0
+QUERY_S = 60.0
 WORDS = ["why", "how", "what", "tell", "write", "explain", "river", "bread", "garden", "winter", "music", "letter", "stone"]
 
 
@@ -133,7 +136,7 @@ class World:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return " | ".join(lines[-3:])[:300]
 
-    def stop(self, name: str, within_s: float = 60.0) -> int:
+    def stop(self, name: str, within_s: float = SETTLE_S) -> int:
         """SIGTERM, and how it ended."""
         process = self.processes.pop(name)
         if process.poll() is None:
@@ -177,7 +180,10 @@ class World:
             return 0
 
     def count(self, sql: str) -> int:
-        return int(self.store().query(sql, limit_s=60.0).rows[0][0])
+        return int(self.rows(sql)[0][0])
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        return self.store().query(sql, parameters, limit_s=QUERY_S).rows
 
     def letters(self) -> list[bytes]:
         with self.bus() as bus:
@@ -262,9 +268,9 @@ def check_offsets(world: World) -> None:
 
 
 def quiet(world: World) -> bool:
-    """Whether everything is read."""
+    """Whether everything is read; False too while the database is busy or the log is away, for whoever waits and asks again."""
     try:
         check_offsets(world)
-    except Failed:
+    except (Failed, CharterError):
         return False
     return True
