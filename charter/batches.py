@@ -47,7 +47,12 @@ def batches(settings: Settings, as_json: bool) -> None:
 @json_option
 @common
 def list_batches(settings: Settings, as_json: bool) -> None:
-    """Every batch, and what became of it."""
+    """Every batch, and what became of it.
+
+    \b
+    Examples:
+      charter batches list --json
+    """
     show_list(settings, as_json)
 
 
@@ -55,10 +60,21 @@ def show_list(settings: Settings, as_json: bool) -> None:
     from charter.pipeline import store_of
 
     found = store_of(settings).query(LIST, limit_s=10.0)
-    if as_json or found.rows:
-        print_rows(found.columns, found.rows, as_json)
+    if as_json:
+        print_rows(found.columns, found.rows, True)
+    elif found.rows:
+        mix, at = found.columns.index("mix"), found.columns.index("created_at")
+        print_rows(found.columns, [brief(row, mix, at) for row in found.rows], False)
     else:
         click.echo("no batch has been drawn yet")
+
+
+def brief(row: tuple[Any, ...], mix: int, at: int) -> tuple[Any, ...]:
+    """A row for a terminal: its mix in few words, its time to the second."""
+    cells = list(row)
+    cells[mix] = " ".join(f"{source}={count}" for source, count in sorted(row[mix].items()))
+    cells[at] = row[at].isoformat(" ", "seconds")
+    return tuple(cells)
 
 
 @batches.command()
@@ -74,13 +90,14 @@ def show(settings: Settings, number: int, as_json: bool) -> None:
     Examples:
       charter batches show 3
     """
+    from charter.text import cell, json_text
+
     about = summary(manifest_of(settings, number))
     if as_json:
-        click.echo(json.dumps(about, indent=2, default=str))
+        click.echo(json_text(about))
         return
     for name, value in about.items():
-        text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-        click.echo(f"{name}: {text}")
+        click.echo(f"{name}: {cell(value)}")
 
 
 @batches.command()
@@ -100,12 +117,13 @@ def rebuild(settings: Settings, number: int, as_json: bool) -> None:
       charter batches rebuild 3 --json > batch-3.json
     """
     from charter.pipeline import store_of
+    from charter.text import json_text
     from trainer.batches import rebuild as rebuilt
 
     batch = rebuilt(store_of(settings), manifest_of(settings, number))
     if as_json:
         rows: dict[str, Any] = {"rows": batch.rows, "sl_rows": batch.sl_rows}
-        click.echo(json.dumps(summary(batch.manifest) | rows, ensure_ascii=False, indent=2, default=str))
+        click.echo(json_text(summary(batch.manifest) | rows))
     else:
         click.echo(words(batch))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -92,11 +91,11 @@ def ask(model: Model, turns: list[Turn], seed: int, sampling: dict[str, float]) 
 
 
 def show(number: int, answer: Generation, as_json: bool) -> None:
-    from charter.text import inert
+    from charter.text import inert, json_text
 
     if as_json:
         about = {"policy": number, "answer": answer.text, "finish_reason": answer.finish_reason}
-        click.echo(json.dumps(about, ensure_ascii=False))
+        click.echo(json_text(about, indent=None))
     else:
         click.echo(inert(answer.text))
 

@@ -6,10 +6,12 @@ Nothing heavy is imported here; each verb imports what it needs.
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
+import traceback
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -103,7 +105,13 @@ charter --help lists everything; charter doctor looks for what is missing."""
 
 
 @cli.command()
-@click.option("--prompts", default=24, show_default=True, help="Prompts of the first act; the later ones have 2/3 and 1/3.")
+@click.option(
+    "--prompts",
+    type=click.IntRange(1),
+    default=24,
+    show_default=True,
+    help="Prompts of the first act; the later ones have 2/3 and 1/3.",
+)
 @common
 def demo(settings: Settings, prompts: int) -> None:
     """The whole loop once, with a real small model.
@@ -123,7 +131,7 @@ def demo(settings: Settings, prompts: int) -> None:
 
 
 @cli.command()
-@click.argument("files", nargs=-1, metavar="FILE...")
+@click.argument("files", nargs=-1, metavar="[FILE...]")
 @click.option("--as", "kind", type=click.Choice(KINDS), default="prompts", show_default=True, help="What the rows are.")
 @click.option("--source", metavar="NAME", default="", help='The source of rows that name none [default: prompts or "human"].')
 @click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
@@ -163,11 +171,11 @@ def produce(
     from charter.pipeline import connect
     from producers.files import SHIPPED, Producer, summary
 
-    paths = [*files, *([str(SHIPPED)] if shipped else [])]
+    paths, context = [*files, *([str(SHIPPED)] if shipped else [])], click.get_current_context()
     if not paths:
-        raise click.UsageError("give a file, - for standard input, or --shipped")
+        raise click.UsageError("give a file, - for standard input, or --shipped", context)
     if shipped and kind != "prompts":
-        raise click.UsageError("--shipped are prompts, not " + kind)
+        raise click.UsageError(f"--shipped are prompts, not {kind}", context)
     if dry_run:
         tell_cost(settings, paths, kind, answer)
         return
@@ -220,7 +228,9 @@ def tell_cost(settings: Settings, paths: list[str], kind: Kind, answer: bool) ->
 
 
 def report_bad(path: str, number: int, why: str) -> None:
-    click.echo(f"{path} line {number}: {why}", err=True)
+    from charter.text import one_line
+
+    click.echo(one_line(f"{path} line {number}: {why}"), err=True)
 
 
 @cli.command()
@@ -315,14 +325,11 @@ def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
       charter status
       charter status --json
     """
-    from charter.pipeline import connect, lags, store_of
+    from charter.pipeline import connect, lags, shown_run, store_of
 
     store = store_of(settings)
     found = store.query("SELECT * FROM pipeline_status")
-    run_id = settings.run.id
-    if origins["run.id"] == "default":
-        newest = store.query("SELECT run_id FROM runs ORDER BY commit_seq DESC LIMIT 1").rows
-        run_id = newest[0][0] if newest else run_id
+    run_id = shown_run(settings, origins, store)
     bus = connect(settings)
     waiting = lags(bus, run_id, settings.judge.pairing)
     bus.close()
@@ -351,24 +358,30 @@ def show(settings: Settings, identifier: str, as_json: bool) -> None:
       charter show 3f2a --json
     """
     from charter.pipeline import find_prompts, store_of
-    from charter.text import story
+    from charter.text import json_text, story
     from engine.errors import UsageError
 
     store = store_of(settings)
     found = find_prompts(store, identifier)
     if len(found) != 1:
         raise UsageError(
-            f"{identifier} is the beginning of {len(found) or 'no'} ids",
+            f"{identifier!r} is the beginning of {len(found) or 'no'} ids",
             "it must name one prompt or one record",
             "type: charter sql 'select prompt_id, prompt from stories limit 10'",
         )
     rows = store.records("SELECT * FROM stories WHERE prompt_id = ?", found)
-    click.echo(json.dumps(rows, ensure_ascii=False, indent=2, default=str) if as_json else story(rows[0]))
+    click.echo(json_text(rows) if as_json else story(rows[0]))
 
 
 @cli.command()
-@click.argument("statement", metavar="SQL", required=False)
-@click.option("--limit-s", default=10.0, show_default=True, help="Cut a query that takes longer, in seconds.")
+@click.argument("statement", metavar="[SQL]", required=False)
+@click.option(
+    "--limit-s",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Cut a query that takes longer, in seconds.",
+)
 @click.option("--tables", is_flag=True, help="List the tables and views with their columns.")
 @json_option
 @common
@@ -388,7 +401,7 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
     elif statement == "-":
         statement = sys.stdin.read()
     if not statement:
-        raise click.UsageError('give a query, e.g. charter sql "select * from stories limit 1"')
+        raise click.UsageError('give a query, e.g. "select * from stories limit 1"', click.get_current_context())
     found = store_of(settings).query(statement, limit_s=limit_s)
     print_rows(found.columns, found.rows, as_json)
 
@@ -399,9 +412,10 @@ TABLES = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ord
 
 @cli.command()
 @click.argument("topic")
-@click.option("-n", "count", default=10, show_default=True, help="How many of the newest records.")
+@click.option("-n", "count", type=click.IntRange(0), default=10, show_default=True, help="How many of the newest records.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what arrives, until stopped.")
 @click.option("--raw", is_flag=True, help="Do not decode; show the bytes.")
+@click.option("--json", is_flag=True, expose_value=False, help="As JSON, which it is anyway: an object a line.")
 @common
 def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
     """The newest records of a topic, one JSON object a line.
@@ -478,39 +492,58 @@ def register() -> None:
 
 register()
 
+NAMED_WRONG = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 LEARNING = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "gguf")
-ABOUT_TRAIN = "local models and training are an extra, so that other workers stay small\ntype: pip install -e '.[train]'"
 
 
 def main() -> None:
-    """Run the command line; every expected error is three lines and an exit code."""
+    """Run the command line; every error is three lines and an exit code."""
     # Before torch is loaded: threads that spin while they wait make a busy machine slower by an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    traceback = "--traceback" in sys.argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it cannot write as escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="charter", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        if traceback or error.name not in LEARNING:
-            raise
-        click.echo(f"error: this needs {error.name}, which is not installed\n{ABOUT_TRAIN}", err=True)
-        sys.exit(1)
     except Exception as error:
-        if traceback or not hasattr(error, "what"):
+        if "--traceback" in sys.argv and not isinstance(error, click.ClickException):
             raise
-        from charter.text import inert
+        from charter.text import one_line
 
-        click.echo(inert(f"error: {error}"), err=True)
-        sys.exit(getattr(error, "exit_code", 1))
+        what, why, fix = told(error)
+        click.echo("\n".join(one_line(part) for part in (f"error: {what}", why, fix) if part), err=True)
+        sys.exit(2 if isinstance(error, NAMED_WRONG) else getattr(error, "exit_code", 1))
+
+
+def told(error: Exception) -> tuple[str, str, str]:
+    """What happened, why, and what to type."""
+    if hasattr(error, "what"):
+        return error.what, getattr(error, "why", ""), getattr(error, "fix", "")
+    if isinstance(error, click.ClickException):
+        return wrong_use(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in LEARNING:
+        why = "local models and training are an extra, so that other workers stay small"
+        return f"this needs {error.name}, which is not installed", why, "type: pip install -e '.[train]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used", str(error.strerror), "give another file or folder, or mend its permissions"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    why = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return "this is a fault of Charter's own", why, "type the same with --traceback to see where it comes from"
+
+
+def wrong_use(error: click.ClickException) -> tuple[str, str, str]:
+    """Of a verb, an option or a value that does not exist: what is accepted instead."""
+    context = getattr(error, "ctx", None) or click.Context(cli, info_name="charter")
+    usage = context.command.get_usage(context).removeprefix("Usage: ")
+    return error.format_message(), f"it is used so: {usage}", f"type: {context.command_path} --help"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +50,12 @@ def resolve(settings: Settings, wanted: str) -> Constitution:
     if not wanted.startswith(RUN):
         return load(wanted)
     sql = "SELECT constitution_text FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1"
-    found = store_of(settings).query(sql, [wanted.removeprefix(RUN)]).rows
+    store = store_of(settings)
+    found = store.query(sql, [wanted.removeprefix(RUN)]).rows
     if not found:
-        raise UsageError(f"there is no run {wanted.removeprefix(RUN)}", "", "type: charter runs")
+        raise UsageError(
+            f"there is no run {wanted.removeprefix(RUN)}", f"{store.path} has no manifest of it", "type: charter runs"
+        )
     return parse(found[0][0], wanted)
 
 
@@ -122,7 +124,7 @@ def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_
     if as_text:
         click.echo(found.text, nl=False)
     elif as_json:
-        click.echo(json.dumps([as_values(found) | {"hash": found.hash}], ensure_ascii=False, indent=2))
+        print_rows(["hash", *as_values(found)], [(found.hash, *as_values(found).values())], True)
     else:
         for line in page(found):
             click.echo(line)
@@ -228,6 +230,7 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
       charter constitution diff default my.toml
       charter constitution diff run:live my.toml --rejudge 50
     """
+    from charter.text import json_text
     from constitutions.diff import diff
 
     a, b = resolve(settings, first), resolve(settings, second)
@@ -235,7 +238,7 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
     labels = flipped(settings, a, b, rejudge) if rejudge else []
     if as_json:
         told = [{"kind": "change"} | asdict(change) for change in changes] + [{"kind": "labels"} | row for row in labels]
-        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        click.echo(json_text(told))
         return
     click.echo(f"{a.name} {a.version} ({a.hash[:12]})  ->  {b.name} {b.version} ({b.hash[:12]})")
     for line in map(told_change, changes) if changes else ["nothing differs"]:

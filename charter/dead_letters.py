@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from schemas.records import Record
 
 BATCH = 200
+KINDS = ("DECODE", "PERMANENT", "EXHAUSTED", "TOO_LARGE", "CRASH")
 RETRIED = "record_id IN (SELECT dead_letter_id FROM retries)"
 
 
@@ -42,7 +42,7 @@ def chosen(function: Any) -> Any:
     """The options that select dead letters."""
     for option in (
         click.option("--stage", help="Only of this stage (respond, critique, revise, judge, sink)."),
-        click.option("--kind", help="Only of this kind: DECODE, PERMANENT, EXHAUSTED, TOO_LARGE, CRASH."),
+        click.option("--kind", type=click.Choice(KINDS, case_sensitive=False), help="Only of this kind."),
     ):
         function = option(function)
     return function
@@ -50,20 +50,25 @@ def chosen(function: Any) -> Any:
 
 @dlq.command("list")
 @chosen
-@click.option("-n", "count", default=50, show_default=True, help="How many of the newest.")
+@click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="How many of the newest.")
 @json_option
 @common
 def list_letters(settings: Settings, as_json: bool, stage: str | None, kind: str | None, count: int) -> None:
     """The newest dead letters.
 
     Where they came from, why, after how many attempts, and whether they were tried again.
+
+    \b
+    Examples:
+      charter dlq list --stage judge -n 5
+      charter dlq list --json
     """
     show_list(settings, as_json, stage, kind, count)
 
 
 def conditions(stage: str | None, kind: str | None) -> tuple[str, list[Any]]:
     """A WHERE clause and its parameters."""
-    pairs = [("stage = ?", stage), ("kind = ?", kind.upper() if kind else None)]
+    pairs = [("stage = ?", stage), ("kind = ?", kind)]
     clauses = [clause for clause, value in pairs if value is not None]
     return " AND ".join(["TRUE", *clauses]), [value for _, value in pairs if value is not None]
 
@@ -93,6 +98,10 @@ def show(settings: Settings, identifier: str, as_json: bool) -> None:
     Its reason, its headers, and its message, decoded where that is possible.
 
     ID is a dead letter's id, or the beginning of one.
+
+    \b
+    Examples:
+      charter dlq show 3f2a
     """
     from charter.pipeline import store_of
 
@@ -104,10 +113,7 @@ def show(settings: Settings, identifier: str, as_json: bool) -> None:
         "source_key": bytes(row["source_key"] or b"").decode("utf-8", "replace"),
     }
     row["headers"] = {h["key"]: bytes(h["value"]).decode("utf-8", "replace") for h in row["headers"] or []}
-    if as_json:
-        click.echo(json.dumps([row], ensure_ascii=False, indent=2, default=str))
-    else:
-        print_rows(list(row), [tuple(row.values())], False)
+    print_rows(list(row), [tuple(row.values())], as_json)
 
 
 def readable(value: bytes) -> Any:
@@ -121,17 +127,21 @@ def readable(value: bytes) -> Any:
 
 
 def only_one(store: Store, identifier: str) -> dict[str, Any]:
+    from charter.pipeline import beginning
     from engine.errors import UsageError
 
-    sql = "SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?"
-    found = store.records(sql, ["".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"], limit_s=10.0)
+    found = store.records("SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?", [beginning(identifier)], limit_s=10.0)
     if len(found) != 1:
-        raise UsageError(f"{identifier} is the beginning of {len(found) or 'no'} dead letters", "", "type: charter dlq list")
+        raise UsageError(
+            f"{identifier!r} is the beginning of {len(found) or 'no'} dead letters",
+            "it must name one",
+            "type: charter dlq list",
+        )
     return found[0]
 
 
 @dlq.command()
-@click.argument("identifiers", metavar="ID...", nargs=-1)
+@click.argument("identifiers", metavar="[ID...]", nargs=-1)
 @chosen
 @click.option("--all", "everything", is_flag=True, help="Every one that is open.")
 @common
@@ -151,7 +161,7 @@ def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, st
     from charter.pipeline import connect, store_of
 
     if not (identifiers or everything or stage or kind):
-        raise click.UsageError("say which: ids, --stage, --kind or --all")
+        raise click.UsageError("say which: ids, --stage, --kind or --all", click.get_current_context())
     store = store_of(settings)
     if identifiers:
         letters = [only_one(store, identifier) for identifier in identifiers]

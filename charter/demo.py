@@ -254,7 +254,9 @@ class Demo:
         order = "len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
         rows = self.store.records(f"SELECT * FROM stories WHERE responses IS NOT NULL ORDER BY {order} LIMIT 1")
         if not rows:
-            raise CharterError("no prompt of the demo was answered", "", "look at: charter sql 'select * from dead_letters'")
+            raise CharterError(
+                "no prompt of the demo was answered", "the stages gave up on all of them", "to see why, type: charter dlq"
+            )
         return rows[0]
 
     def figures(self) -> list[tuple[str, str, str]]:

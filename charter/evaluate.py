@@ -76,7 +76,7 @@ def agreement(
     from charter.pipeline import Models
 
     if out and out.suffix not in (".md", ".json"):
-        raise click.UsageError(f"--out {out}: give a name that ends with .md or .json")
+        raise click.UsageError(f"--out {out}: give a name that ends with .md or .json", click.get_current_context())
     study = Study(settings, origins, read_pairs(file, limit, seed), seed)
     models = Models(settings)
     try:

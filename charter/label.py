@@ -74,9 +74,9 @@ def label(
     from charter.pipeline import connect, store_of
 
     if label_id not in (None, "-") and prefer is None:
-        raise click.UsageError("say which answer is better: --prefer a, b or tie")
+        raise click.UsageError("say which answer is better: --prefer a, b or tie", click.get_current_context())
     if label_id in (None, "-") and prefer is not None:
-        raise click.UsageError("--prefer needs the ID of a label")
+        raise click.UsageError("--prefer needs the ID of a label", click.get_current_context())
     store = store_of(settings)
     bus = connect(settings)
     try:
@@ -95,10 +95,10 @@ def label(
 
 def find(store: Store, identifier: str) -> dict[str, Any]:
     """The judge's label that an id, or its beginning, names."""
+    from charter.pipeline import beginning
     from engine.errors import UsageError
 
-    pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
-    rows = store.records(ONE, {"id": pattern}, limit_s=LIMIT_S)
+    rows = store.records(ONE, {"id": beginning(identifier)}, limit_s=LIMIT_S)
     if len(rows) == 1:
         return rows[0]
     what = f"{identifier} names no label of a judge" if not rows else f"{identifier} names more than one label"
@@ -138,6 +138,7 @@ def publish(bus: Bus, record: Preference) -> None:
 
 def from_lines(store: Store, bus: Bus) -> int:
     """Answers from standard input; a bad line is told and passed over, and the exit code is then 1."""
+    from charter.text import one_line
     from engine.errors import CharterError
 
     given = bad = 0
@@ -150,7 +151,7 @@ def from_lines(store: Store, bus: Bus) -> int:
             row = find(store, str(said["record_id"]))
         except (ValueError, KeyError, TypeError, CharterError) as error:
             why = str(error).splitlines()[0] if isinstance(error, CharterError) else 'it is no {"record_id": ID, "prefer": "a"}'
-            click.echo(f"line {number}: {why}", err=True)
+            click.echo(one_line(f"line {number}: {why}"), err=True)
             bad += 1
             continue
         publish(bus, answered(row, p_a))
@@ -186,6 +187,7 @@ def interview(store: Store, bus: Bus, wanted: dict[str, Any], seed: int) -> int:
 
 def ask(row: dict[str, Any], number: int, of: int, seed: int) -> float | None:
     """p(a is better) as the person says; -1 to pass over the pair, None to stop."""
+    from charter.text import inert
     from schemas import ids
 
     swapped = ids.seed(str(row["record_id"]), seed) % 2 == 1
@@ -195,7 +197,7 @@ def ask(row: dict[str, Any], number: int, of: int, seed: int) -> float | None:
         ("1", first),
         ("2", second),
     ]
-    click.echo(f"\npair {number} of {of}" + (f", judged by {row['principle_id']}" if row["principle_id"] else ""))
+    click.echo(f"\npair {number} of {of}" + (f", judged by {inert(row['principle_id'])}" if row["principle_id"] else ""))
     for line in shown(texts, LINES):
         click.echo(line)
     choices = click.Choice(["1", "2", "=", "s", "w", "q"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import threading
@@ -52,13 +51,27 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def start_logging(verbose: bool, as_json: bool) -> None:
     """To standard error: for a person, or one JSON object a line."""
-    from engine.logs import LINE, JsonLines
+    from engine.logs import JsonLines
 
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else logging.Formatter(LINE))
+    handler.setFormatter(JsonLines() if as_json else Lines())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     # The client's own log tells of every retry; our errors say what it comes to.
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
+
+
+class Lines(logging.Formatter):
+    """A log record for a person; what a terminal would obey is shown as escapes."""
+
+    def __init__(self) -> None:
+        from engine.logs import LINE
+
+        super().__init__(LINE)
+
+    def format(self, record: logging.LogRecord) -> str:
+        from charter.text import inert
+
+        return inert(super().format(record))
 
 
 def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
@@ -82,19 +95,20 @@ def assigned(assignments: Iterable[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in assignments]
     for name, equals, _ in pairs:
         if not equals:
-            raise click.UsageError(f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4")
+            raise click.UsageError(
+                f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4", click.get_current_context()
+            )
     return {name: value for name, _, value in pairs}
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="A list of objects as JSON.")
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON, for other programs.")
 
 
 def print_rows(columns: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
-    from charter.text import rows_text
+    from charter.text import json_text, rows_text
 
     if as_json:
-        objects = [dict(zip(columns, row, strict=True)) for row in rows]
-        click.echo(json.dumps(objects, ensure_ascii=False, indent=2, default=str))
+        click.echo(json_text([dict(zip(columns, row, strict=True)) for row in rows]))
     elif columns:
         click.echo(rows_text(columns, rows))
 

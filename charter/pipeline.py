@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -179,7 +179,9 @@ def policy_update(bus: Bus, version: int) -> PolicyUpdate:
     for update in updates(bus):
         if update.kind is PolicyKind.POLICY and update.version == version:
             return update
-    raise UsageError(f"there is no policy {version} on the log", "", "type: charter sql 'select kind, version from policies'")
+    raise UsageError(
+        f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+    )
 
 
 def make_stage(
@@ -472,10 +474,23 @@ def sink_offsets(store: Store, cluster_id: str) -> Offsets:
     return {TopicPartition(topic, number): offset for topic, number, offset in store.query(sql, [cluster_id]).rows}
 
 
+def shown_run(settings: Settings, origins: Mapping[str, str], store: Store) -> str:
+    """The run that a reading verb is about: the one that was named, else the newest of the database."""
+    if origins["run.id"] != "default" or not store.path.exists():
+        return settings.run.id
+    newest = store.query("SELECT run_id FROM runs ORDER BY commit_seq DESC LIMIT 1").rows
+    return newest[0][0] if newest else settings.run.id
+
+
+def beginning(identifier: str) -> str:
+    """The LIKE pattern of ids that begin so; what no id begins with finds none."""
+    given = identifier.strip().lower()
+    return f"{given}%" if given and set(given) <= set("0123456789abcdef-") else ""
+
+
 def find_prompts(store: Store, identifier: str) -> list[str]:
     """The prompts that an id, or its beginning, belongs to: of a prompt or of any record made from one."""
-    pattern = "".join(c for c in identifier.lower() if c in "0123456789abcdef-") + "%"
     tables = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables]
-    rows = store.query(" UNION ".join(parts), [pattern], limit_s=10.0).rows
+    rows = store.query(" UNION ".join(parts), [beginning(identifier)], limit_s=10.0).rows
     return [str(prompt) for (prompt,) in rows]

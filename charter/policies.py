@@ -198,7 +198,9 @@ def checked_folder(settings: Settings, known: Sequence[PolicyUpdate], version: i
         return model_folder(settings.train.base or settings.models.policy)
     update = policies(known).get(source)
     if update is None:
-        raise UsageError(f"there is no policy {version} on the log", "", "type: charter policy list")
+        raise UsageError(
+            f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+        )
     folder = located(update.uri, settings.folder / "checkpoints")
     if not folder.exists():
         raise UsageError(

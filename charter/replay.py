@@ -137,7 +137,9 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     begun = next((manifest for manifest in known if manifest.run_id == chosen.run.id), None)
     before = json.loads(begun.settings).get("replay") if begun else None
     if begun and not before:
-        raise UsageError(f"{chosen.run.id} is a run already, and no replay", "", "give another name: --as NAME")
+        raise UsageError(
+            f"{chosen.run.id} is a run already", "it is no replay that could go on", "give another name: --as NAME"
+        )
     if before and before["archive"] != archive:
         where = "the archive" if before["archive"] else "the log"
         raise UsageError(f"{chosen.run.id} was begun from {where}", "it goes on from there", "give another name: --as NAME")
@@ -302,6 +304,10 @@ def list_runs(settings: Settings, as_json: bool) -> None:
     """Every run: what it is made of, and its records.
 
     Records that it shares with another run are counted too.
+
+    \b
+    Examples:
+      charter runs list --json
     """
     show_runs(settings, as_json)
 
@@ -327,7 +333,10 @@ def show_runs(settings: Settings, as_json: bool) -> None:
     from charter.pipeline import store_of
 
     found = store_of(settings).query(RUNS, limit_s=30.0)
-    print_rows(found.columns, found.rows, as_json)
+    if as_json or found.rows:
+        print_rows(found.columns, found.rows, as_json)
+    else:
+        click.echo("no run has begun yet")
 
 
 @runs.command()
@@ -371,7 +380,7 @@ def settings_differences(store: Any, first: str, second: str) -> list[tuple[str,
         )
         found = store.records(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
         if not found:
-            raise UsageError(f"there is no run {run}", "", "type: charter runs")
+            raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of it", "type: charter runs")
         tree = flat(json.loads(found[0]["settings"])) | {
             "constitution": found[0]["name"],
             "constitution hash": found[0]["hash"],

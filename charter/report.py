@@ -6,7 +6,6 @@ database in a hold of its own, cut at the read limit; a section that cannot be r
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +42,14 @@ def report(settings: Settings, origins: dict[str, str], file: Path, samples: int
     from charter.dashboard.app import told
     from charter.dashboard.page import plain
     from charter.pipeline import store_of
+    from charter.text import json_text
 
     store = store_of(settings)
     run = chosen_run(store, settings.run.id if origins["run.id"] != "default" else "")
     found = sections(store, run, samples)
     if as_json:
         shown = {name: look.data if look.trouble is None else {"trouble": told(look.trouble)} for name, look in found.items()}
-        click.echo(json.dumps(plain({"run": run, **shown}), ensure_ascii=False, indent=2, allow_nan=False))
+        click.echo(json_text(plain({"run": run, **shown})))
         return
     page = written(run, found)
     if str(file) == "-":
@@ -67,7 +67,9 @@ def chosen_run(store: Store, wanted: str) -> str:
     with store.reading() as ask:
         known: list[str] = names(ask)["runs"]
     if not known:
-        raise UsageError(f"there is no run in {store.path} yet", "", "type: charter demo    or: charter run")
+        raise UsageError(
+            f"there is no run in {store.path} yet", "a run begins with its first stage", "type: charter demo    or: charter run"
+        )
     if wanted and wanted not in known:
         raise UsageError(f"there is no run {wanted}", f"the database has: {', '.join(known)}", "type: charter runs")
     return wanted or known[0]

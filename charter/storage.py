@@ -122,7 +122,11 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
     for identifier in identifiers:
         found = find_prompts(store_of(settings), identifier)
         if len(found) != 1:
-            raise UsageError(f"{identifier} is the beginning of {len(found) or 'no'} prompts", "", "give the whole prompt_id")
+            raise UsageError(
+                f"{identifier!r} is the beginning of {len(found) or 'no'} prompts",
+                "it must name one prompt, for what is forgotten is gone",
+                "type: charter sql 'select prompt_id, prompt from stories'    and give a whole prompt_id",
+            )
         prompts += found
     if not yes:
         click.confirm(f"delete everything of {len(prompts)} prompts from the databases, for good?", abort=True)

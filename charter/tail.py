@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 
-from charter.text import inert
+from charter.text import json_text
 from engine.bus.port import Bus, Message
 from engine.errors import UsageError
 from schemas.codec import RecordError, decode_any
@@ -38,7 +37,7 @@ def line(message: Message, raw: bool) -> str:
     value = message.value or b""
     if not raw:
         try:
-            return inert(json.dumps(place | decode_any(value).model_dump(mode="json"), ensure_ascii=False))
+            return json_text(place | decode_any(value).model_dump(mode="json"), indent=None)
         except RecordError as error:
             place |= {"error": error.what, "why": error.why}
-    return inert(json.dumps(place | {"bytes": value.hex()}))
+    return json_text(place | {"bytes": value.hex()}, indent=None)

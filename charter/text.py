@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,25 @@ WIDEST_CELL = 60
 def inert(text: str) -> str:
     """The text with control, format and direction characters shown as escapes: a terminal must not obey a prompt."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text inert and on one line."""
+    return inert(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """JSON for any parser (what is no number is null), with the characters that `inert` escapes written as JSON escapes."""
+    text = json.dumps(finite(value), ensure_ascii=False, indent=indent, default=str, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def width() -> int:
@@ -77,7 +97,7 @@ def wrapped(text: str, indent: str) -> str:
 def story(row: dict[str, Any]) -> str:
     """What became of one prompt (a row of the view `stories`), in the order in which it happened."""
     parts = [
-        f"prompt {row['prompt_id']}  ({inert(row['source'])}, {row['split'].lower()})",
+        f"prompt {row['prompt_id']}  ({row['source']}, {row['split'].lower()})",
         wrapped(row["prompt"], "  "),
     ]
     for response in row["responses"] or []:
@@ -92,12 +112,12 @@ def story(row: dict[str, Any]) -> str:
             similar = f"similarity {following['similarity']:.2f}{fault}"
             parts += [f"revision {following['number']}  ({similar})", wrapped(following["revision"], "  ")]
     for demonstration in row["demonstrations"] or []:
-        parts += [f"demonstration  ({inert(demonstration['source'])})", wrapped(demonstration["completion"], "  ")]
+        parts += [f"demonstration  ({demonstration['source']})", wrapped(demonstration["completion"], "  ")]
     for preference in row["preferences"] or []:
         parts += preference_lines(preference)
     if row["final_text"] is not None:
         parts += [f"final text  ({row['ended'].lower()})", wrapped(row["final_text"], "  ")]
-    return "\n".join(parts)
+    return inert("\n".join(parts))
 
 
 def critique_lines(critique: dict[str, Any]) -> list[str]:

@@ -41,6 +41,10 @@ def list_topics(settings: Settings, as_json: bool) -> None:
     """Every topic: its record, partitions and offsets.
 
     A transaction takes an offset too.
+
+    \b
+    Examples:
+      charter topics list --json
     """
     show_list(settings, as_json)
 
@@ -72,6 +76,10 @@ def create(settings: Settings) -> None:
     As bus.partitions, bus.replication, bus.retention_ms and bus.prefix say.
 
     The number of partitions stays as it is then; it bounds the useful copies of a stage.
+
+    \b
+    Examples:
+      charter topics create --bus kafka://localhost:9092 --set bus.partitions=24
     """
     from charter.pipeline import open_settings, topic_specs
 
@@ -86,7 +94,7 @@ def create(settings: Settings) -> None:
 
 
 @topics.command()
-@click.argument("names", metavar="TOPIC...", nargs=-1)
+@click.argument("names", metavar="[TOPIC...]", nargs=-1)
 @json_option
 @common
 def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
@@ -105,7 +113,11 @@ def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     bus, wanted = open_settings(settings), list(names) or list(TOPICS)
     described = bus.describe(wanted)
     if absent := sorted(set(wanted) - {d.name for d in described}):
-        raise UsageError(f"there is no topic {absent[0]}", "", "type: charter topics    (their names)")
+        raise UsageError(
+            f"there is no topic {absent[0]}",
+            f"those here are {', '.join(bus.topic_ids(list(TOPICS))) or 'none'}",
+            "type: charter topics",
+        )
     begins, ends = bus.begin_offsets(wanted), bus.end_offsets(wanted)
     bus.close()
     rows = [
@@ -125,7 +137,7 @@ def span(topic: str, begins: Offsets, ends: Offsets) -> tuple[str, str]:
 @topics.command()
 @json_option
 @common
-def lag(settings: Settings, as_json: bool) -> None:
+def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
     """How far each stage of a run and the sink are behind.
 
     In messages, and in seconds since the oldest that waits; of the newest run, or --run.
@@ -135,14 +147,15 @@ def lag(settings: Settings, as_json: bool) -> None:
       charter topics lag
       charter topics lag --run live --bus kafka://localhost:9092
     """
-    from charter.pipeline import open_settings, readers_of, sink_offsets, store_of
+    from charter.pipeline import open_settings, readers_of, shown_run, sink_offsets, store_of
     from schemas.topics import TOPICS
 
-    bus = open_settings(settings)
+    bus, store = open_settings(settings), store_of(settings)
+    run_id = shown_run(settings, origins, store)
     rows: list[tuple[Any, ...]] = []
     for stage, names in readers_of(settings.judge.pairing).items():
-        rows += lag_rows(bus, stage, names, bus.committed(f"{settings.run.id}.{stage}", names))
-    if (store := store_of(settings)).path.exists():
+        rows += lag_rows(bus, stage, names, bus.committed(f"{run_id}.{stage}", names))
+    if store.path.exists():
         rows += lag_rows(bus, "sink", list(TOPICS), sink_offsets(store, bus.cluster_id))
     bus.close()
     print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, as_json)

@@ -29,7 +29,13 @@ DOWN_WITHIN_S = 30.0
 
 
 @click.command()
-@click.option("--port", default=9092, show_default=True, help="Where clients connect, on this machine only.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65534),
+    default=9092,
+    show_default=True,
+    help="Where clients connect, on this machine only.",
+)
 @common
 def up(settings: Settings, port: int) -> None:
     """Start an Apache Kafka on this machine.
@@ -79,7 +85,7 @@ def down(settings: Settings) -> None:
     elif has_docker() and COMPOSE.exists():
         subprocess.run(["docker", "compose", "-f", str(COMPOSE), "stop", "kafka"], check=True)
     else:
-        raise UsageError("no Kafka was started from this data folder", "", "type: charter up")
+        raise UsageError("no Kafka was started from this data folder", f"there is no {state}", "to start one, type: charter up")
     click.echo("Kafka is down; its data stays")
 
 
@@ -109,9 +115,13 @@ def start_jars(home: Path, folder: Path, port: int) -> None:
 
     state = folder / STATE
     if state.exists() and alive(json.loads(state.read_text())["pid"]):
-        raise UsageError(f"a Kafka runs already from {folder}", "", "type: charter down")
+        raise UsageError(f"a Kafka runs already from {folder}", "one data folder has one", "to stop it, type: charter down")
     if listens(port):
-        raise UsageError(f"something else listens on port {port}", "", "give another: charter up --port 19092")
+        raise UsageError(
+            f"something else listens on port {port}",
+            "Kafka could not be reached there",
+            "give another: charter up --port 19092",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_properties(folder, port)
     java = ["java", "-Xmx512m", "-cp", f"{home.resolve()}/libs/*"]

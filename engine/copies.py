@@ -54,6 +54,8 @@ def backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[str, obj
     The database goes first and the log after it: the log then has everything that the database has, and the sink goes on from
     there. A Kafka log is not copied; it is replicated by its own means.
     """
+    if not (folder / DATABASE).exists() and not (bus_folder and (bus_folder / embedded.FILE).exists()):
+        raise UsageError(f"there is nothing to back up in {folder}", "it has no database and no log", "name it: --data FOLDER")
     if target.exists():
         raise UsageError(f"{target} is there already", "a backup never overwrites", "give another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,9 @@ def restored(known: Sequence[PolicyUpdate], version: int, *, run_id: str, first:
     source = weights_of(known, version)
     update = policies(known).get(source)
     if update is None and version:
-        raise UsageError(f"there is no policy {version} on the log", "", "type: charter policy list")
+        raise UsageError(
+            f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+        )
     present = newest_version(known)
     batch_id = update.batch_id if update else NO_BATCH
     return PolicyUpdate(

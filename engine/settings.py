@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from engine.errors import UsageError
 
 FILE = "charter.toml"
+NO_FOLDER = re.compile(r"[a-z+]+:/|[\w.-]+:\d+(,|$)", re.IGNORECASE)
 PREFIX = "CHARTER_"
 
 
@@ -78,6 +80,14 @@ class Bus(Section):
     schema_registry_auth_env: str = Field(
         "CHARTER_REGISTRY_AUTH", description="The environment variable with the registry's USER:PASSWORD."
     )
+
+    @field_validator("address")
+    @classmethod
+    def kafka_or_folder(cls, address: str) -> str:
+        """HOST:PORT, or another protocol, would else be taken for a folder, and its log for the broker's."""
+        if NO_FOLDER.match(address) and not address.startswith("kafka://"):
+            raise ValueError("a broker's address is written kafka://HOST:PORT; anything else is a folder")
+        return address
 
 
 class Run(Section):
@@ -428,7 +438,7 @@ def invalid(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
     name = ".".join(str(part) for part in first["loc"][:2])
     return UsageError(
         f"the setting {name} cannot be {json.dumps(first['input'], default=str)} (from {origins.get(name, 'a file')})",
-        first["msg"],
+        first["msg"].removeprefix("Value error, "),
         "type: charter config    (every setting, its value and its meaning)",
     )
 
@@ -438,13 +448,17 @@ def read_file(path: Path) -> Layer:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"there is no settings file {path}", "", f"leave --config out, or create {path}") from None
+        raise UsageError(
+            f"there is no settings file {path}", "--config names it", f"leave --config out, or create {path}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a TOML file", str(error), "mend the line named above") from error
     for section, values in tables.items():
         if not isinstance(values, dict):
             known(section, "", f"in {path}")
-            raise UsageError(f"{path}: {section} must be a table", "", f"write [{section}] and its keys below it")
+            raise UsageError(
+                f"{path}: {section} must be a table", "settings stand in sections", f"write [{section}] and its keys below it"
+            )
         for key in values or [""]:
             known(section, key, f"in {path}")
     return tables

@@ -193,6 +193,7 @@ def fetch(
             "narrow it, or allow more: charter sql --limit-s 60 '...'",
         ) from error
     except duckdb.Error as error:
-        raise UsageError("the query does not work", str(error).strip(), "type: charter sql --tables") from error
+        why = str(error).rstrip("\n ^")  # without the mark below the place, which is nowhere in one line
+        raise UsageError("the query does not work", why, "type: charter sql --tables    (tables and columns)") from error
     finally:
         timer.cancel()

@@ -236,7 +236,9 @@ class Dashboard:
         look = self.desk.once(lambda ask: letters.chosen(ask, form))
         try:
             if look.trouble or look.data is None:
-                raise look.trouble or CharterError("there are no dead letters", "", "")
+                raise look.trouble or CharterError(
+                    "there are no dead letters", "the database has none of these", "look at the page of dead letters"
+                )
             count = letters.retry(self.settings, look.data["letters"])
         except CharterError as error:
             status = 503 if error.exit_code == 3 else 400

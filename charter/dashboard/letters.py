@@ -58,7 +58,7 @@ def chosen(ask: Ask, wanted: Mapping[str, str]) -> dict[str, Any]:
         if wanted.get("run"):
             where, values = f"{where} AND run_id = $run", values | {"run": wanted["run"]}
     else:
-        raise UsageError("the form names no dead letters", "", "press a button on the page of dead letters")
+        raise UsageError("the form names no dead letters", "nothing was chosen", "press a button on the page of dead letters")
     found = ask(f"SELECT * FROM dead_letters WHERE {where} AND {OPEN} ORDER BY commit_seq", values, MOST_AT_ONCE)
     return {"letters": found.records()}
 

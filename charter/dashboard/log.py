@@ -82,7 +82,11 @@ class LogWatch:
 
         address = self.settings.bus_address
         if not address.startswith(KAFKA) and not (Path(address) / FILE).exists():
-            raise BusUnreachable(f"there is no log in {address} yet", "", "type: charter produce FILE, then charter run")
+            raise BusUnreachable(
+                f"there is no log in {address} yet",
+                "produce and the stages make it",
+                "type: charter produce FILE, then charter run",
+            )
         return open_settings(self.settings)
 
     def close(self) -> None:

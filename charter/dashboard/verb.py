@@ -18,7 +18,9 @@ TOKEN = "CHARTER_DASHBOARD_TOKEN"
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback a token is asked for."
 )
-@click.option("--port", default=8400, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8400, show_default=True, help="Port to listen on; 0 takes a free one."
+)
 @common
 def dashboard(settings: Settings, host: str, port: int) -> None:
     """Show everything in a browser, live.

@@ -190,7 +190,9 @@ class EmbeddedBus:
             with self.lock:
                 rows = self.connection.rows("SELECT id, partitions FROM topics WHERE name = ?", [self.prefix + name])
             if not rows:
-                raise UsageError(f"there is no topic {name} in {self.path}", "", "type: charter topics --create")
+                raise UsageError(
+                    f"there is no topic {name} in {self.path}", "nobody has created it yet", "type: charter topics create"
+                )
             self.known[name] = rows[0]
         return self.known[name]
 

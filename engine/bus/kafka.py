@@ -194,7 +194,11 @@ class KafkaBus:
         self.servers, self.prefix, self.static_members = servers, prefix, static_members
         protocol = (options or {}).get("security_protocol", "PLAINTEXT")
         if protocol not in PROTOCOLS:  # the client would take it for PLAINTEXT
-            raise UsageError(f"there is no security_protocol {protocol!r}", "", f"it is one of {', '.join(PROTOCOLS)}")
+            raise UsageError(
+                f"there is no security_protocol {protocol!r}",
+                f"it is one of {', '.join(PROTOCOLS)}",
+                "set bus.security_protocol",
+            )
         self.client = {
             "bootstrap_servers": servers,
             "bootstrap_timeout_ms": BOOTSTRAP_MS,
@@ -269,7 +273,7 @@ class KafkaBus:
         for topic in wanted:
             if topic not in described:
                 where = f"{self.name(topic)} at {','.join(self.servers)}"
-                raise UsageError(f"there is no topic {where}", "", "type: charter topics (it creates them)")
+                raise UsageError(f"there is no topic {where}", "nobody has created it yet", "type: charter topics create")
         self.known |= set(wanted)
         return [Place(self.name(topic), number) for topic in wanted for number in range(len(described[topic]["partitions"]))]
 

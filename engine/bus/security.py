@@ -35,7 +35,9 @@ def client_options(bus: Bus, environment: Mapping[str, str] | None = None) -> di
 
 def checked(name: str, path: str) -> str:
     if not Path(path).is_file():
-        raise UsageError(f"bus.{name}: there is no file {path}", "", f"type: --set bus.{name}=FILE")
+        raise UsageError(
+            f"bus.{name}: there is no file {path}", "the setting names one", f"give its path: --set bus.{name}=FILE"
+        )
     return path
 
 

@@ -308,7 +308,11 @@ class LocalModel:
         }
         single = sorted(token for (token, *rest) in ids if not rest)
         if not single:
-            raise UsageError(f"the option {option!r} is no single token of {self.id}", "", "use one letter for an option")
+            raise UsageError(
+                f"the option {option!r} is no single token of {self.id}",
+                "its probability could not be read off one position",
+                "use one letter for an option",
+            )
         return single
 
 
