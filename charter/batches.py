@@ -63,18 +63,14 @@ def show_list(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_rows(found.columns, found.rows, True)
     elif found.rows:
-        mix, at = found.columns.index("mix"), found.columns.index("created_at")
-        print_rows(found.columns, [brief(row, mix, at) for row in found.rows], False)
+        place = found.columns.index("mix")
+        print_rows(found.columns, [(*row[:place], shares(row[place]), *row[place + 1 :]) for row in found.rows], False)
     else:
         click.echo("no batch has been drawn yet")
 
 
-def brief(row: tuple[Any, ...], mix: int, at: int) -> tuple[Any, ...]:
-    """A row for a terminal: its mix in few words, its time to the second."""
-    cells = list(row)
-    cells[mix] = " ".join(f"{source}={count}" for source, count in sorted(row[mix].items()))
-    cells[at] = row[at].isoformat(" ", "seconds")
-    return tuple(cells)
+def shares(mix: dict[str, int]) -> str:
+    return " ".join(f"{source}={count}" for source, count in sorted(mix.items()))
 
 
 @batches.command()

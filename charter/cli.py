@@ -326,6 +326,7 @@ def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
       charter status --json
     """
     from charter.pipeline import connect, lags, shown_run, store_of
+    from charter.text import inert
 
     store = store_of(settings)
     found = store.query("SELECT * FROM pipeline_status")
@@ -333,14 +334,15 @@ def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
     bus = connect(settings)
     waiting = lags(bus, run_id, settings.judge.pairing)
     bus.close()
-    columns = [*found.columns, f"waiting in run {run_id}" if not as_json else "waiting"]
-    rows = [(*row, waiting.get(row[0])) for row in found.rows]
-    print_rows(columns, rows, as_json)
-    if not as_json:
-        policies = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
-        if policies.rows:
-            click.echo()
-            print_rows(policies.columns, policies.rows, False)
+    print_rows([*found.columns, "waiting"], [(*row, waiting.get(row[0])) for row in found.rows], as_json)
+    if as_json:
+        return
+    click.echo(inert(f"waiting: for the stages of run {run_id}"))
+    newest = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
+    if newest.rows:
+        click.echo()
+        rows = [(kind.lower(), *row, Path(uri).name) for kind, *row, uri in newest.rows]
+        print_rows([*newest.columns[:-1], "weights"], rows, False)
 
 
 @cli.command()
@@ -458,9 +460,12 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
     if as_json:
         print_rows(columns, rows, True)
     else:
-        from charter.text import table
+        from charter.text import fits, table
 
-        click.echo(table(columns, rows))
+        text = table(columns, rows)
+        if sys.stdout.isatty() and not fits(text):  # in a pipe a setting stays on one line
+            text = "\n".join(f"{name} = {value}  ({origin})\n    {meaning}" for name, value, origin, meaning in rows)
+        click.echo(text)
 
 
 def register() -> None:
@@ -532,8 +537,12 @@ def told(error: Exception) -> tuple[str, str, str]:
     if isinstance(error, ModuleNotFoundError) and error.name in LEARNING:
         why = "local models and training are an extra, so that other workers stay small"
         return f"this needs {error.name}, which is not installed", why, "type: pip install -e '.[train]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be used", str(error.strerror), "give another file or folder, or mend its permissions"
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the output, or a file,'} cannot be used",
+            str(error.strerror),
+            "give another file or folder, make room, or mend its permissions",
+        )
     place = traceback.extract_tb(error.__traceback__)[-1]
     why = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
     return "this is a fault of Charter's own", why, "type the same with --traceback to see where it comes from"

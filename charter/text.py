@@ -7,6 +7,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 WIDEST_CELL = 60
@@ -41,11 +42,13 @@ def width() -> int:
 
 
 def cell(value: Any) -> str:
-    """A value on one line."""
+    """A value on one line, in few characters."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "seconds")
     if isinstance(value, list | dict | tuple):
         value = json.dumps(value, ensure_ascii=False, default=str)
     return inert(str(value)).replace("\n", "\\n")
@@ -84,7 +87,12 @@ def rows_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table where it fits the terminal, else one row after the other."""
     short = all(len(cell(value)) <= WIDEST_CELL for row in rows for value in row)
     text = table(columns, rows)
-    return text if short and len(text.split("\n", 1)[0]) <= width() else pages(columns, rows)
+    return text if short and fits(text) else pages(columns, rows)
+
+
+def fits(text: str) -> bool:
+    """Whether a table is no wider than the terminal; the line below its head is as wide as it is."""
+    return len(text.split("\n", 2)[1]) <= width()
 
 
 def wrapped(text: str, indent: str) -> str:
