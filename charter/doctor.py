@@ -84,7 +84,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("log", log_of),
         ("models", models),
         ("constitution", constitution),
-        ("dead letters", dead_letters),
     ]
     for name, check in checks:
         yield from guarded(name, check, settings)
@@ -154,10 +153,9 @@ def folder(settings: Settings) -> Iterator[Finding]:
     """Whether the data folder can be written, and has room."""
     path = settings.folder.resolve()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
-        yield Finding(
-            "data folder", "fail", f"{there} cannot be written", "give another: --data FOLDER, or mend its permissions"
-        )
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        found = f"{there} cannot be written" if there.is_dir() else f"{there} is no folder"
+        yield Finding("data folder", "fail", found, "give another: --data FOLDER, or mend its permissions")
         return
     free = shutil.disk_usage(there).free
     state = "ok" if free > ROOM_BYTES else "warn" if free > SMALLEST_BYTES else "fail"
@@ -178,6 +176,11 @@ def database(settings: Settings) -> Iterator[Finding]:
     rows = store.query("SELECT coalesce(sum(records), 0) FROM pipeline_status", wait_s=ASK_S).rows
     size = store.path.stat().st_size / 1024**2
     yield Finding("database", "ok", f"{store.path}, format {VERSION}, {rows[0][0]:,} records, {size:,.0f} MB")
+    open_letters = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM retries)"
+    ((count,),) = store.query(open_letters, wait_s=ASK_S).rows
+    yield Finding(
+        "dead letters", "warn" if count else "ok", f"{count}" if count else "none", "type: charter dlq" if count else ""
+    )
 
 
 def log_of(settings: Settings) -> Iterator[Finding]:
@@ -297,19 +300,6 @@ def constitution(settings: Settings) -> Iterator[Finding]:
     found = load(settings.run.constitution)
     counts = f"{len(found.critique)} principles for critique, {len(found.judging)} for judging"
     yield Finding("constitution", "ok", f"{found.name} {found.version}, {counts}")
-
-
-def dead_letters(settings: Settings) -> Iterator[Finding]:
-    from charter.pipeline import store_of
-
-    store = store_of(settings)
-    if not store.path.exists():
-        return
-    count = store.query(
-        "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM retries)", wait_s=ASK_S
-    ).rows[0][0]
-    state, fix = ("warn", "type: charter dlq") if count else ("ok", "")
-    yield Finding("dead letters", state, f"{count}" if count else "none", fix)
 
 
 VERBS = (doctor,)

@@ -37,6 +37,8 @@ def snapshot(store: Store, target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     with store.gate.read(WAIT_S):
+        with connected(store.path, read_only=True) as connection:  # no copy of what another program writes, or has made
+            check_version(connection, store.path)
         for suffix in ("", ".wal"):  # a killed sink leaves its last transactions in the WAL
             if (source := store.path.with_name(store.path.name + suffix)).exists():
                 shutil.copyfile(source, temporary.with_name(temporary.name + suffix))

@@ -75,7 +75,7 @@ def migrate_log(folder: Path) -> list[str]:
     path = folder / embedded.FILE
     if not path.exists():
         return []
-    with closing(sqlite3.connect(path, timeout=embedded.BUSY_S, isolation_level=None)) as db:
+    with embedded.translated(path), closing(sqlite3.connect(path, timeout=embedded.BUSY_S, isolation_level=None)) as db:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version == embedded.VERSION:
             return []

@@ -81,6 +81,8 @@ def translated(path: Path) -> Iterator[None]:
 def advice(error: sqlite3.DatabaseError) -> str:
     if "locked" in str(error):
         return f"another process has been writing to it for {BUSY_S:.0f} s: is one stopped or stuck?"
+    if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return "it is damaged, or another program's: move it away, or take a backup: charter restore"
     return "look at the disk and its free space: df -h"
 
 
@@ -133,7 +135,7 @@ class EmbeddedBus:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"cannot use {folder} as a data folder", error.strerror or str(error), "give another: --bus FOLDER"
+                f"cannot use {folder} as a data folder", error.strerror or str(error), "give another: --data FOLDER"
             ) from error
         self.lock = threading.Lock()
         self.connection = Connection(self.path)

@@ -294,6 +294,13 @@ def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
     place.fails(UsageError, "is there already", "snapshot", target)
 
 
+def test_a_snapshot_of_what_is_no_database_of_ours_leaves_nothing(tmp_path):
+    (tmp_path / "d").mkdir()
+    duckdb.connect(str(tmp_path / "d" / "charter.duckdb")).execute("CREATE TABLE t (i INT)").close()
+    Place(tmp_path / "d").fails(DataFolderVersion, "d/charter.duckdb was made by", "snapshot", tmp_path / "copies" / "c.duckdb")
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
 def test_a_backup_restores_to_a_folder_that_goes_on(place, tmp_path):
     streamed(place)
     place.call("backup", tmp_path / "kept")
@@ -304,6 +311,7 @@ def test_a_backup_restores_to_a_folder_that_goes_on(place, tmp_path):
     restored.stream(PROMPTS + 1)
     assert restored.sql("SELECT sum(duplicates)::INT FROM pipeline_status") == [(0,)]
     place.fails(UsageError, "nowhere", "restore", tmp_path / "nowhere")
+    Place(tmp_path / "empty").fails(UsageError, "nothing to back up", "backup", tmp_path / "b")
 
 
 def test_an_older_database_is_migrated_and_kept(place):
