@@ -35,7 +35,7 @@ class Gate:
     def read(self, wait_s: float) -> Iterator[None]:
         """Hold the file for reading; raises StoreBusy when it is not free within `wait_s` seconds."""
         deadline = time.monotonic() + wait_s
-        with self.opened("queue") as queue, self.opened("turn") as turn, self.opened("file") as file:
+        with self.seen("queue") as queue, self.seen("turn") as turn, self.seen("file") as file:
             self.lock(queue, fcntl.LOCK_SH, deadline)
             self.lock(turn, fcntl.LOCK_SH, deadline)
             self.lock(file, fcntl.LOCK_SH, deadline)
@@ -69,6 +69,19 @@ class Gate:
             return (self.folder / "file").read_text().strip() or "unknown"
         except FileNotFoundError:
             return "unknown"
+
+    @contextmanager
+    def seen(self, name: str) -> Iterator[int]:
+        """As `opened`; who may only read can take a turn too, once a writer has made the gate: a lock asks for no more."""
+        if os.access(self.folder / name, os.R_OK) and not os.access(self.folder / name, os.W_OK):
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+            return
+        with self.opened(name) as descriptor:
+            yield descriptor
 
     @contextmanager
     def opened(self, name: str) -> Iterator[int]:

@@ -83,6 +83,8 @@ def advice(error: sqlite3.DatabaseError) -> str:
         return f"another process has been writing to it for {BUSY_S:.0f} s: is one stopped or stuck?"
     if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return "it is damaged, or another program's: move it away, or take a backup: charter restore"
+    if "readonly" in str(error):
+        return "you may not write there: mend its permissions, or ask its owner for a copy (charter backup)"
     return "look at the disk and its free space: df -h"
 
 

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -28,6 +30,35 @@ def test_a_new_database_has_every_table_and_view(store):
     for view in ("sft_examples", "preference_pairs", "stories", "chain_ends", "rollouts"):
         assert store.query(f"SELECT * FROM {view}").rows == []
     store.prepare()  # again: nothing happens
+
+
+READER = """
+import os, sys
+from pathlib import Path
+from engine.store import Store
+store = Store(Path(sys.argv[1], "charter.duckdb"))
+if os.getuid() == 0:  # nothing is forbidden to root
+    os.setuid(65534)
+try:
+    Path(sys.argv[1], "charter.gate", "turn").open("a")
+    sys.exit("this user may write there")
+except PermissionError:
+    print(store.query("SELECT count(*) FROM stories").rows)
+"""
+
+
+def test_who_may_only_read_the_folder_can_ask():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        Store(folder / "charter.duckdb").prepare()
+        Store(folder / "charter.duckdb").query("SELECT 1")  # now the gate is whole
+        paths = (folder, *folder.rglob("*"))
+        for path in paths:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        done = subprocess.run([sys.executable, "-c", READER, name], capture_output=True, text=True, check=False)
+        for path in paths:
+            path.chmod(0o755)
+    assert done.stdout.strip() == "[(0,)]", done.stderr
 
 
 @pytest.mark.parametrize(
