@@ -7,6 +7,7 @@ Nothing heavy is imported here; each verb imports what it needs.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 import charter
-from charter.options import common, json_option, print_rows, stop_on_signals
+from charter.options import common, json_option, print_rows, stop_on_signals, tell
 from charter.policies import PHASES
 
 if TYPE_CHECKING:
@@ -259,20 +260,20 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None, until_don
     bus, stop = connect(settings), stop_on_signals()
     host = make_host(settings, bus, [n for n in named if n != "sink"], sink="sink" in named, additions=own, slot=slot)
     end = "until nothing is left to do" if until_done else "stop with Ctrl-C"
-    click.echo(f"running {', '.join(chosen)} for run {settings.run.id}; {end}", err=True)
+    tell(f"running {', '.join(chosen)} for run {settings.run.id}; {end}")
     written = store_of(settings) if "sink" in named else None
     last, looks = "", 0
     with host:
         while not stop.wait(0.2) and not host.failed.is_set():
             looks += 1
             if looks % REPORT_EVERY == 0 and (line := committed(host)) != last:
-                click.echo(line, err=True)
+                tell(line)
                 last = line
             if until_done and looks % DONE_EVERY == 0 and nothing_left(bus, host.workers, written):
-                click.echo(f"nothing is left to do; finished now: {committed(host)}", err=True)
+                tell(f"nothing is left to do; finished now: {committed(host)}")
                 break
     if host.abandoned:
-        click.echo(f"stopped without waiting longer for {', '.join(host.abandoned)}; its work is done again", err=True)
+        tell(f"stopped without waiting longer for {', '.join(host.abandoned)}; its work is done again")
         sys.stderr.flush()
         os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))  # a thread is still at work
     bus.close()
@@ -524,7 +525,7 @@ def main() -> None:
         from charter.text import one_line
 
         what, why, fix = told(error)
-        click.echo("\n".join(one_line(part) for part in (f"error: {what}", why, fix) if part), err=True)
+        tell("\n".join(one_line(part) for part in (f"error: {what}", why, fix) if part), logging.ERROR)
         sys.exit(2 if isinstance(error, NAMED_WRONG) else getattr(error, "exit_code", 1))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+PROGRESS = logging.getLogger("charter.progress")
+
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
@@ -55,9 +57,18 @@ def start_logging(verbose: bool, as_json: bool) -> None:
 
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if as_json else Lines())
+    PROGRESS.setLevel(logging.INFO if as_json else logging.NOTSET)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     # The client's own log tells of every retry; our errors say what it comes to.
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
+
+
+def tell(text: str, level: int = logging.INFO) -> None:
+    """How it goes, on standard error; with --log-json a line of the log, so that all of it can be parsed."""
+    if PROGRESS.level == logging.NOTSET:
+        click.echo(text, err=True)
+    else:
+        PROGRESS.log(level, text)
 
 
 class Lines(logging.Formatter):

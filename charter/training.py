@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charter.observe import figures_of_trainer, show
-from charter.options import stop_on_signals
+from charter.options import stop_on_signals, tell
 from charter.pipeline import connect, store_of
 from charter.watching import watch_of
 from engine.errors import UsageError
@@ -40,7 +40,7 @@ def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
         base_folder(settings),
         on_step=numbers.step,
         on_update=numbers.update,
-        say=lambda words: click.echo(words, err=True),
+        say=tell,
         watch=watch_of(settings) if loop and settings.watch.answers else None,
         gate=gate_of(settings.gate),
     )

@@ -194,6 +194,16 @@ def test_every_error_in_the_code_has_its_three_parts():
     assert found > 100
 
 
+def test_with_log_json_every_line_of_the_log_is_an_object(tmp_path):
+    folder = {"CHARTER_DATA__FOLDER": str(tmp_path / "d"), "CHARTER_MODELS__POLICY": "scripted", "CHARTER_ALLOW_SCRIPTED": "1"}
+    charter("produce", "-", stdin='"one"', **folder)
+    for arguments, code in ((["run", "--until-done"], 0), (["run", "--set", "run.constitution=nope"], 2)):
+        done = charter(*arguments, "--log-json", **folder)
+        said = [json.loads(line) for line in done.stderr.splitlines()]
+        assert done.returncode == code and said, done.stderr
+    assert said[-1]["level"] == "ERROR" and said[-1]["message"].startswith("error: ") and said[-1]["message"].count("\n") == 2
+
+
 def test_what_nobody_foresaw_is_told_in_three_lines_too():
     try:
         iter(()).__next__()
