@@ -192,6 +192,10 @@ def fetch(
             f"after {time.monotonic() - started:.1f} s; a long query would keep the sink waiting",
             "narrow it, or allow more: charter sql --limit-s 60 '...'",
         ) from error
+    except RuntimeError as error:  # DuckDB's own word for a Ctrl-C
+        if "interrupted" in str(error):
+            raise KeyboardInterrupt from error
+        raise
     except duckdb.Error as error:
         why = str(error).rstrip("\n ^")  # without the mark below the place, which is nowhere in one line
         raise UsageError("the query does not work", why, "type: charter sql --tables    (tables and columns)") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -38,7 +39,8 @@ def dashboard(settings: Settings, host: str, port: int) -> None:
     """
     from charter.dashboard.serve import serve
 
-    serve(settings, host, port)
+    with suppress(KeyboardInterrupt):  # the way to stop it
+        serve(settings, host, port)
 
 
 VERBS = (dashboard,)

@@ -3,11 +3,15 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import click
+import duckdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +20,7 @@ from charter import dead_letters, label
 from charter.cli import SECTIONS, VERBS, cli, told
 from charter.pipeline import find_prompts
 from charter.text import json_text
-from engine import errors
+from engine import errors, store
 from engine.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -221,14 +225,21 @@ def test_json_shows_hostile_text_inert_and_loses_none_of_it(text):
 
 
 def test_ids_are_matched_by_what_an_id_can_begin_with(data):
-    store = Store(data / "charter.duckdb")
+    database = Store(data / "charter.duckdb")
     for wrong in ("zzz", "%", "", "_", " "):
-        assert find_prompts(store, wrong) == []
+        assert find_prompts(database, wrong) == []
         for find in (label.find, dead_letters.only_one):
             with pytest.raises(errors.UsageError, match=r"no label|no dead letters"):
-                find(store, wrong)
+                find(database, wrong)
     done = charter("forget", "zzz", "--yes", "--data", data)
     assert done.returncode == 2 and "no prompts" in done.stderr
+
+
+def test_ctrl_c_is_no_fault_of_a_query(data):
+    connection = duckdb.connect(str(data / "charter.duckdb"), read_only=True)
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        store.fetch(connection, "SELECT count(*) FROM range(1000000000000)", (), 1.0, time.monotonic() + 1.0, None)
 
 
 def test_a_terminal_without_unicode_is_served(data):
