@@ -51,6 +51,7 @@ Verbs that read have `--json`: JSON on standard output. A file named `-` is stan
 | 1 | it ran, and something is not as it should be: rows refused, a check that failed, a stage that stopped |
 | 2 | the command or a setting is wrong; nothing was done |
 | 3 | something outside is away (broker, database held, model server); the same command works once it is back |
+| 130 | stopped with Ctrl-C before it was done |
 
 An error is three lines: what, why, what to type. Verbs that work on a run share these options:
 

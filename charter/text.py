@@ -80,7 +80,7 @@ def pages(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def nested(value: Any) -> str:
     if isinstance(value, list | dict):
         return inert(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-    return inert(str(value)) if value is not None else "-"
+    return inert(value) if isinstance(value, str) else cell(value)
 
 
 def rows_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
