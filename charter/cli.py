@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from charter.policies import PHASES
 if TYPE_CHECKING:
     from engine.host import Host
     from engine.settings import Settings
+    from engine.store import Rows
     from producers.files import Kind
 
 REPORT_EVERY = 25  # looks of 0.2 s
@@ -132,7 +135,7 @@ def demo(settings: Settings, prompts: int) -> None:
 
 
 @cli.command()
-@click.argument("files", nargs=-1, metavar="[FILE...]")
+@click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
 @click.option("--as", "kind", type=click.Choice(KINDS), default="prompts", show_default=True, help="What the rows are.")
 @click.option("--source", metavar="NAME", default="", help='The source of rows that name none [default: prompts or "human"].')
 @click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
@@ -405,8 +408,18 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
         statement = sys.stdin.read()
     if not statement:
         raise click.UsageError('give a query, e.g. "select * from stories limit 1"', click.get_current_context())
-    found = store_of(settings).query(statement, limit_s=limit_s)
+    found = stoppable(partial(store_of(settings).query, statement, limit_s=limit_s))
     print_rows(found.columns, found.rows, as_json)
+
+
+def stoppable(ask: Callable[[], Rows]) -> Rows:
+    """What `ask` answers, from a thread of its own: DuckDB does not always hear of a Ctrl-C while it is at work."""
+    answer = ThreadPoolExecutor(1).submit(ask)
+    try:
+        return answer.result()
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        os._exit(130)  # what only reads leaves nothing behind
 
 
 TABLES = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ordinal_position) AS columns

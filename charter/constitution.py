@@ -104,7 +104,7 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
 
 
 @constitution.command("show")
-@click.argument("wanted", metavar="CONSTITUTION", required=False)
+@click.argument("wanted", metavar="[CONSTITUTION]", required=False, type=click.Path())
 @click.option("--toml", "as_text", is_flag=True, help="The file itself, as a run's manifest keeps it.")
 @json_option
 @common
@@ -163,7 +163,7 @@ def scope(principle: Any) -> str:
 
 
 @constitution.command("lint")
-@click.argument("wanted", metavar="CONSTITUTION...", nargs=-1)
+@click.argument("wanted", metavar="[CONSTITUTION...]", nargs=-1, type=click.Path())
 @json_option
 @common
 def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: bool) -> None:
@@ -213,8 +213,8 @@ def stale_version(settings: Settings, loaded: Constitution, wanted: str) -> list
 
 
 @constitution.command("diff")
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", type=click.Path())
+@click.argument("second", metavar="B", type=click.Path())
 @click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under both.")
 @json_option
 @common
@@ -295,7 +295,7 @@ def open_bench(settings: Settings) -> Iterator[Bench]:
 
 
 @constitution.command("test")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", type=click.Path())
 @click.option("--constitution", "wanted", help="The constitution to test; without it the file's, else the settings' one.")
 @click.option("--at-least", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of hits that is enough.")
 @json_option

@@ -40,7 +40,14 @@ def evaluate() -> None:
 
 
 @evaluate.command()
-@click.option("--pairs", "file", metavar="FILE", required=True, help="Human preferences, as for charter produce; - for stdin.")
+@click.option(
+    "--pairs",
+    "file",
+    metavar="FILE",
+    type=click.Path(),
+    required=True,
+    help="Human preferences, as for charter produce; - for stdin.",
+)
 @click.option("--preset", "presets", multiple=True, type=click.Choice(PRESETS), help="Only this one; may be repeated.")
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
 @click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")

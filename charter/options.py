@@ -18,7 +18,7 @@ PROGRESS = logging.getLogger("charter.progress")
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
     options = [
-        click.option("--data", metavar="FOLDER", help="Data folder: database, embedded log, checkpoints."),
+        click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
         click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
         click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
         click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),

@@ -23,7 +23,7 @@ LONGEST_TEXT = 4_000  # characters of one text in the file
 
 
 @click.command()
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path), default=Path("charter-report.html"))
+@click.argument("file", metavar="[FILE]", type=click.Path(path_type=Path), default=Path("charter-report.html"))
 @click.option("--stories", "samples", default=SAMPLES, show_default=True, type=click.IntRange(0, 100), help="Story samples.")
 @json_option
 @common

@@ -129,7 +129,7 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
             )
         prompts += found
     if not yes:
-        click.confirm(f"delete everything of {len(prompts)} prompts from the databases, for good?", abort=True)
+        click.confirm(f"delete everything of {counted(len(prompts))} from the databases, for good?", abort=True)
     bus = connect(settings)
     bus.publish(
         [
@@ -146,7 +146,11 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
         ]
     )
     bus.close()
-    click.echo(f"{len(prompts)} prompts are forgotten as soon as the sink reads it (charter run)")
+    click.echo(f"to be forgotten as soon as the sink reads it (charter run): {counted(len(prompts))}")
+
+
+def counted(prompts: int) -> str:
+    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
 
 
 VERBS = (snapshot, backup, restore, migrate, forget)

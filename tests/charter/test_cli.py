@@ -1,17 +1,15 @@
 """The command line: light, clear when something is wrong, and JSON where it reads."""
 
 import ast
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import click
-import duckdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +18,7 @@ from charter import dead_letters, label
 from charter.cli import SECTIONS, VERBS, cli, told
 from charter.pipeline import find_prompts
 from charter.text import json_text
-from engine import errors, store
+from engine import errors
 from engine.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +84,13 @@ def test_completion_scripts_name_the_program(shell):
 def test_a_shell_completes_verbs():
     done = charter(_CHARTER_COMPLETE="bash_complete", COMP_WORDS="charter pro", COMP_CWORD="1")
     assert done.stdout.split() == ["plain,produce"]
+
+
+def test_a_shell_completes_choices_and_files():
+    asked = {"_CHARTER_COMPLETE": "bash_complete", "COMP_CWORD": "3"}
+    assert charter(**asked, COMP_WORDS="charter train --phase p").stdout.split() == ["plain,ppo"]
+    done = charter(**asked | {"COMP_CWORD": "2"}, COMP_WORDS="charter produce my")
+    assert done.stdout.split() == ["file,my"]  # the shell itself then looks for files
 
 
 @pytest.fixture
@@ -235,11 +240,19 @@ def test_ids_are_matched_by_what_an_id_can_begin_with(data):
     assert done.returncode == 2 and "no prompts" in done.stderr
 
 
-def test_ctrl_c_is_no_fault_of_a_query(data):
-    connection = duckdb.connect(str(data / "charter.duckdb"), read_only=True)
-    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        store.fetch(connection, "SELECT count(*) FROM range(1000000000000)", (), 1.0, time.monotonic() + 1.0, None)
+def test_ctrl_c_ends_a_long_query_at_once(data):
+    long = "select count(*) from range(1000000000000)"
+    command = [sys.executable, "-m", "charter", "sql", long, "--limit-s", "300", "--data", str(data)]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (data / "charter.gate" / "file").open() as file:
+        while asking.poll() is None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_UN)
+            except BlockingIOError:  # it reads
+                break
+    asking.send_signal(signal.SIGINT)
+    assert asking.communicate(timeout=30) == ("", "\n") and asking.returncode == 130
 
 
 def test_a_terminal_without_unicode_is_served(data):
