@@ -161,7 +161,7 @@ class Dashboard:
     def sql(self, request: Request) -> View:
         statement = request.query_params.get("q", "").strip()
         tables = self.desk.look(("tables",), sql.tables)
-        look = self.desk.once(lambda ask: sql.run(ask, statement)) if statement else Look(None, tables.trouble)
+        look = sql.answered(self.desk.store, statement) if statement else Look(None, tables.trouble)
         return seen(
             "sql", "SQL", look, statement=statement, documented=sql.documented(), tables=(tables.data or {}).get("tables", [])
         )

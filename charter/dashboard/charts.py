@@ -16,6 +16,8 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 38
+MOST_NAMES = 8  # of points beside their marks
+MOST_BOUNDARIES = 24  # more of them would be a grey ground behind a curve
 Point = tuple[float, float]
 
 
@@ -54,6 +56,8 @@ def short(value: float, digits: int = 4) -> str:
     """A tick's figure."""
     if value == 0:
         return "0"
+    if 1e4 <= abs(value) < 1e7 and float(value).is_integer():
+        return f"{value:,.0f}"
     if abs(value) >= 1e4 or abs(value) < 1e-3:
         return f"{value:.{digits - 4}e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.{digits}g}"
@@ -131,11 +135,33 @@ def curve(
     xs = widened([x for x, _ in good]) if len(good) > 1 else (good[0][0] - 1, good[0][0] + 1)
     frame = Frame((max(xs[0], -0.5), xs[1]), widened([y for _, y in good]), x_name, y_name)
     parts = frame.axes(whole_x=True)
-    for start in starts[1:]:
+    for start in starts[1:] if len(starts) <= MOST_BOUNDARIES else ():
         parts += [line(frame.x(start["at"] - 0.5), TOP, frame.x(start["at"] - 0.5), HEIGHT - BOTTOM, "boundary")]
     parts += [path(frame, good, "curve s0")] if len(good) > 1 else []
     hits = [(frame.x(x), frame.y(y), f"step {x:g}: {y:.4g}") for x, y in good]
     parts += [dot(x, y, title, "hit" if len(hits) > 12 else "dot s0", 3) for x, y, title in hits]
+    return svg(label, parts)
+
+
+def by_version(rows: Sequence[dict[str, Any]], value: str, span: str | None, label: str, unit: str = "share") -> Markup:
+    """What `value` is for each policy version; `span` is where its interval stands, else `value`_error is half of it."""
+    good = [row for row in rows if row[value] is not None]
+    if not good:
+        return Markup("")
+
+    def ends(row: dict[str, Any]) -> Point:
+        error = row.get(f"{value}_error") or 0.0
+        low, high = (row[span] or (row[value], row[value])) if span else (row[value] - error, row[value] + error)
+        return low, high
+
+    frame = Frame(
+        widened([row["policy_version"] for row in good]), widened([end for row in good for end in ends(row)]), "policy", unit
+    )
+    parts = frame.axes(whole_x=True)
+    for row in good:
+        x, (low, high) = frame.x(row["policy_version"]), ends(row)
+        title = f"policy {row['policy_version']}: {row[value]:.3g} (95 % interval {low:.3g} to {high:.3g})"
+        parts += [line(x, frame.y(low), x, frame.y(high), "whisker fine s0"), dot(x, frame.y(row[value]), title, "dot s0", 2.5)]
     return svg(label, parts)
 
 
@@ -148,12 +174,14 @@ def frontier(points: Sequence[dict[str, Any]], label: str) -> Markup:
     frame = Frame((0.0, kls[1]), rewards, "KL to the reference (nats per sequence)", "reward (normalised)")
     parts = frame.axes()
     parts += [path(frame, [(kl, reward) for kl, reward, _ in good], "curve thin s0")] if len(good) > 1 else []
-    for kl, reward, version in good:
-        parts += [dot(frame.x(kl), frame.y(reward), f"policy {version}: reward {reward:.4g} at {kl:.4g} nats", "dot s0")]
-        end = frame.x(kl) > WIDTH - 60
-        parts += [
-            text(frame.x(kl) + (-7 if end else 7), frame.y(reward) - 6, f"policy {version}", "mark", "end" if end else "start")
-        ]
+    named: list[Point] = []
+    for kl, reward, version in reversed(good):  # the newest are named first; a name that would cover another is left out
+        x, y = frame.x(kl), frame.y(reward)
+        parts += [dot(x, y, f"policy {version}: reward {reward:.4g} at {kl:.4g} nats", "dot s0")]
+        end = x > WIDTH - 60
+        if len(named) < MOST_NAMES and all(abs(x - other) > 56 or abs(y - above) > 13 for other, above in named):
+            named.append((x, y))
+            parts += [text(x + (-7 if end else 7), y - 6, f"policy {version}", "mark", "end" if end else "start")]
     return svg(label, parts)
 
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from charter.dashboard import charts, picture
+from charter.dashboard.training import main_figures
 
 LONGEST_TEXT = 20_000  # characters of one text on a page; its JSON twin has all
 MOST_WORDS = 2_000  # words of one text that a comparison looks at
@@ -147,5 +148,5 @@ def environment() -> Environment:
         "symbol": words_of,
         "pretty": as_json,
     }
-    pages.globals |= {"compared": compared, "charts": charts, "picture": picture}
+    pages.globals |= {"compared": compared, "charts": charts, "picture": picture, "main_figures": main_figures}
     return pages

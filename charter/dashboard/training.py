@@ -8,7 +8,8 @@ from typing import Any
 from charter.dashboard.intervals import shares
 from engine.store import Ask
 
-MOST_STEPS = 50_000
+MOST_STEPS = 50_000  # the newest
+MOST_VERSIONS = 500  # the newest
 POINTS = 300  # of one curve; more steps are averaged
 
 # The curves of each phase, in the order in which they are shown: measure -> (title, unit).
@@ -30,6 +31,14 @@ CURVES = {
     "loop": {"wall_s": ("Seconds of an update", "s"), "duckdb_share": ("Spent in DuckDB", "share of an update")},
 }
 UNSHOWN = {"epoch", "step", "steps"}
+# Beside the measures of its curves, what a line about an update shows first.
+SUMMED_UP = ("mean_loss", "reward/accuracy", "examples", "rollouts", "wall_s")
+
+
+def main_figures(phase: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The figures of an update that are looked at first; all of them where none is known."""
+    wanted = [name for name in (*CURVES.get(phase, {}), *SUMMED_UP) if name in metrics]
+    return {name: metrics[name] for name in wanted} or metrics
 
 
 def gather(ask: Ask, run: str) -> dict[str, Any]:
@@ -38,10 +47,10 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
     of_run = "WHERE ($run = '' OR run_id = $run)"
     updates = ask(
         f"""SELECT kind, version, phase, base_version, batch_id, uri, metrics, created_at
-            FROM policies {of_run} ORDER BY commit_seq""",
+            FROM policies {of_run} ORDER BY commit_seq DESC""",
         values,
-        500,
-    ).records()
+        MOST_VERSIONS,
+    ).records()[::-1]
     drawn = batches(ask, of_run, values)
     sql = f"SELECT created_at, phase, what, why, measures FROM incidents {of_run} ORDER BY commit_seq DESC"
     incidents = ask(sql, values, 50).records()
@@ -85,9 +94,9 @@ def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents:
 
 def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     """For each phase its curves: {measure, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
-    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} AND phase <> 'watch' ORDER BY commit_seq"
+    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} AND phase <> 'watch' ORDER BY commit_seq DESC"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in ask(sql, values, MOST_STEPS).records():
+    for row in reversed(ask(sql, values, MOST_STEPS).records()):
         by_phase[row["phase"]].append(row)
     order = [*(phase for phase in CURVES if phase in by_phase), *(phase for phase in by_phase if phase not in CURVES)]
     return [{"phase": phase, **curves_of(phase, by_phase[phase])} for phase in order]
@@ -134,7 +143,8 @@ def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def policies(ask: Ask, run: str) -> list[dict[str, Any]]:
-    """For each policy what became of its answers: found flawed, ended satisfied, and scored by the newest reward model."""
+    """For the first policy and the newest ones what became of their answers: found flawed, ended satisfied, and scored by the
+    newest reward model."""
     sql = """WITH answered AS (
                  SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(candidates)) AS tokens
                  FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
@@ -149,12 +159,14 @@ def policies(ask: Ask, run: str) -> list[dict[str, Any]]:
                  FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
                  GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
              SELECT * FROM answered LEFT JOIN criticised USING (policy_version) LEFT JOIN scored USING (policy_version)
-             WHERE policy_version IS NOT NULL ORDER BY policy_version"""
+             WHERE policy_version IS NOT NULL
+             QUALIFY row_number() OVER (ORDER BY policy_version DESC) < $most OR row_number() OVER (ORDER BY policy_version) = 1
+             ORDER BY policy_version"""
     return [
         row
         | shares("flawed", row["flawed"] or 0, row["said"] or 0)
         | shares("satisfied", row["satisfied"] or 0, row["ended"] or 0)
-        for row in ask(sql, {"run": run}, 200).records()
+        for row in ask(sql, {"run": run, "most": MOST_VERSIONS}).records()
     ]
 
 

@@ -311,6 +311,20 @@ def test_a_long_query_is_cut(client):
     assert time.monotonic() - started < 8
 
 
+def test_one_value_that_cannot_be_interrupted_ends_on_time(client):
+    """DuckDB looks for an interruption between vectors, and one row is one vector."""
+    started = time.monotonic()
+    answer = client.get("/api/sql", params={"q": "SELECT range(100000000)"}).json()
+    assert answer["data"] is None and "was ended" in answer["trouble"]["what"]
+    assert time.monotonic() - started < 8
+    assert client.get("/api/sql", params={"q": "SELECT 1 AS one"}).json()["data"]["rows"] == [[1]]
+
+
+def test_an_answer_too_long_for_a_page_is_said(client):
+    answer = client.get("/api/sql", params={"q": "SELECT repeat('x', 5000000) AS x"}).json()
+    assert answer["data"] is None and "too long" in answer["trouble"]["what"]
+
+
 # What can be missing
 
 
