@@ -60,7 +60,9 @@ def answered(store: Store, statement: str) -> Look:
     done = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
     if done.returncode == -signal.SIGALRM:
         why = "a long query would keep the sink waiting"
-        return Look(None, UsageError(f"the query took longer than {QUERY_LIMIT_S:g} s and was ended", why, "ask for less at once"))
+        return Look(
+            None, UsageError(f"the query took longer than {QUERY_LIMIT_S:g} s and was ended", why, "ask for less at once")
+        )
     if done.returncode != 0:
         last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
         return Look(None, UsageError("the query could not be run", last[0][:300], "ask for less at once"))
@@ -80,7 +82,9 @@ def main(path: str) -> None:
             answer = json.dumps(plain(run(ask, statement)), allow_nan=False)
         if len(answer) > MOST_BYTES:
             why = f"it has {len(answer) / 1e6:,.0f} MB, and a page takes {MOST_BYTES / 1e6:.0f}"
-            raise UsageError("the answer is too long for a page", why, "choose fewer columns, or type: charter sql --json '...'")
+            raise UsageError(
+                "the answer is too long for a page", why, "choose fewer columns, or type: charter sql --json '...'"
+            )
     except CharterError as error:
         answer = json.dumps({"trouble": [error.what, error.why, error.fix], "exit_code": error.exit_code})
     sys.stdout.write(answer)

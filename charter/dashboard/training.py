@@ -14,7 +14,11 @@ POINTS = 300  # of one curve; more steps are averaged
 
 # The curves of each phase, in the order in which they are shown: measure -> (title, unit).
 CURVES = {
-    "sft": {"loss": ("Loss", "nats per token"), "mean_token_accuracy": ("Token accuracy", "share")},
+    "sft": {
+        "loss": ("Loss", "nats per token"),
+        "mean_token_accuracy": ("Token accuracy", "share"),
+        "entropy": ("Entropy", "nats per token"),
+    },
     "reward": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs"), "margin": ("Margin", "reward")},
     "ppo": {
         "policy_loss": ("Policy loss", ""),

@@ -13,6 +13,7 @@ import duckdb
 import pytest
 from starlette.testclient import TestClient
 
+from charter.dashboard import charts, training
 from charter.dashboard import sql as queries
 from charter.dashboard.app import Dashboard
 from charter.dashboard.page import compared, inert, plain, word_changes
@@ -144,6 +145,47 @@ def test_figures_are_those_that_were_counted_by_hand(tmp_path):
     assert (low, high) == (pytest.approx(0.3006, abs=1e-4), pytest.approx(0.9544, abs=1e-4))
     assert sum(found["labels"]) == 6 + 2 and found["agreement"][0]["pairs"] == 3
     assert found["human_calibration"]["n"] == 3
+
+
+def test_a_long_training_shows_its_newest_versions(tmp_path):
+    """More versions and steps than are taken: what is left out is the oldest, and policy 0 stays to be compared with."""
+    known(World(tmp_path / "charter.duckdb"))
+    versions, steps = training.MOST_VERSIONS + 40, training.MOST_STEPS + 7
+    with duckdb.connect(str(tmp_path / "charter.duckdb")) as database:
+        database.execute(
+            """INSERT INTO raw.policies BY NAME SELECT uuid() AS record_id, 'live' AS run_id, 'POLICY' AS kind, i AS version,
+                      'ppo' AS phase, i - 1 AS base_version, 'file:///p' AS uri, now()::TIMESTAMP AS created_at,
+                      MAP {'kl_ref': 0.1 * i, 'reward_mean': i, 'other': 1.0} AS metrics, 1000 + i AS commit_seq,
+                      false AS is_duplicate FROM range(1, ?) t(i)""",
+            [versions + 1],
+        )
+        database.execute(
+            """INSERT INTO raw.metrics BY NAME SELECT uuid() AS record_id, 'live' AS run_id, 'ppo' AS phase, 1 AS number,
+                      i AS step, MAP {'kl_ref': i::DOUBLE} AS measures, now()::TIMESTAMP AS created_at,
+                      5000 + i AS commit_seq, false AS is_duplicate FROM range(?) t(i)""",
+            [steps],
+        )
+    with visit(settings_of(tmp_path)) as client:
+        found = client.get("/api/training").json()["data"]
+        page = client.get("/training").text
+    assert [update["version"] for update in found["updates"]] == list(range(41, versions + 1))
+    assert found["frontier"][-1]["version"] == versions
+    assert found["phases"][0]["curves"][0]["points"][-1][1] > steps - 200
+    rows = page.split("Versions in time")[-1].split("</tbody>")[0].count("<tr>")
+    assert rows == 1 + 12 and "1 more" in page and "Earlier ones" in page
+
+
+def test_what_each_policy_does_is_bounded_from_the_newest():
+    rows = [{"policy_version": n, "share": n / 600, "span": (0.0, 1.0), "reward": None} for n in range(600)]
+    drawn = charts.by_version(rows, "share", "span", "flawed")
+    assert drawn.count("<circle") == 600 and "policy 599: 0.998 (95 % interval 0 to 1)" in drawn
+    assert charts.by_version(rows, "reward", None, "reward") == ""
+
+
+def test_ticks_are_written_as_people_read_them():
+    assert [charts.short(value) for value in (20_000.0, 1_500_000.0, 2e9, 0.5, 0.0002)] == [
+        "20,000", "1,500,000", "2e9", "0.5", "2e-4",
+    ]  # fmt: skip
 
 
 # Hostile text
