@@ -146,7 +146,7 @@ stream 36
 try charter policy list
 try charter sql "select kind, version, phase, base_version, batch, trained_rows from policy_versions order by commit_seq"
 try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg(stopped::int) as ended from rollouts group by 1 order by 1"
-try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.number = 0 group by 1 order by 1"
+try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.number = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
 try charter sql "select phase, step, measure, value from training_steps where measure in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
 try charter report report.html
 

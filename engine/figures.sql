@@ -3,10 +3,11 @@
 -- first to make. Lengths are in characters.
 
 CREATE OR REPLACE MACRO share(hits, n) AS CASE WHEN n > 0 THEN hits / n END;
-CREATE OR REPLACE MACRO wilson_low(hits, n) AS
-    CASE WHEN n > 0 THEN greatest(0.0, (hits + 1.920729 - 1.959964 * sqrt(hits * (n - hits) / n + 0.960365)) / (n + 3.841459)) END;
-CREATE OR REPLACE MACRO wilson_high(hits, n) AS
-    CASE WHEN n > 0 THEN least(1.0, (hits + 1.920729 + 1.959964 * sqrt(hits * (n - hits) / n + 0.960365)) / (n + 3.841459)) END;
+-- Numbers: z = 1.959963984540054, z*z/2, z*z/4 and z*z.
+CREATE OR REPLACE MACRO wilson_low(hits, n) AS CASE WHEN hits = 0 AND n > 0 THEN 0.0 WHEN n > 0 THEN
+    (hits + 1.920729410347062 - 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
+CREATE OR REPLACE MACRO wilson_high(hits, n) AS CASE WHEN hits = n AND n > 0 THEN 1.0 WHEN n > 0 THEN
+    (hits + 1.920729410347062 + 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
 -- 1 for a probability above a half, 0 below, and half of each at a half.
 CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 
@@ -92,7 +93,8 @@ SELECT run_id, number, revisions, unusable, coalesce(compared, 0) AS compared, m
        coalesce(last_round, 0) AS last_round
 FROM made LEFT JOIN weighed USING (run_id, number);
 
--- Whether a judge looks at the place more than at the answer. `flips`: the same place won in both orders. p_forward is p(a is
+-- Whether a judge looks at the place more than at the answer. `judged`: what could be read in both orders; an abstention for
+-- another reason than a flip says nothing of the place. `flips`: the same place won in both orders. p_forward is p(a is
 -- better) with `a` shown first, p_backward with `b` shown first; `first_place` is the probability that the answer shown first
 -- gets, a half without bias.
 CREATE OR REPLACE VIEW position_bias AS
@@ -100,7 +102,7 @@ WITH counted AS (
     SELECT run_id, preset, model.id AS model, principle_id, count(*) AS judged,
            count(*) FILTER ((p_forward > 0.5 AND p_backward < 0.5) OR (p_forward < 0.5 AND p_backward > 0.5)) AS flips,
            avg(p_forward) AS mean_p_forward, avg(p_backward) AS mean_p_backward, avg(abs(p_forward - p_backward)) AS mean_gap
-    FROM judge_votes WHERE p_forward IS NOT NULL AND p_backward IS NOT NULL GROUP BY ALL)
+    FROM judge_votes WHERE outcome IN ('OK', 'POSITION_FLIP') AND p_forward IS NOT NULL AND p_backward IS NOT NULL GROUP BY ALL)
 SELECT run_id, preset, model, principle_id, judged, flips, share(flips, judged) AS flip_rate, wilson_low(flips, judged) AS flip_low,
        wilson_high(flips, judged) AS flip_high, mean_p_forward, mean_p_backward,
        (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_gap

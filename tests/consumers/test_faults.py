@@ -23,6 +23,7 @@ SPEC = "faulty"
 VOTES = Capabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, votes=8)
 PAIRS = 30
 HONEST = "an honest revision of it"
+BY_PLACE = "the answer shown first"  # of a prompt with these words the judge prefers that one
 
 SCORES = [
     OptionScores((math.nan, math.nan), math.nan),
@@ -78,6 +79,8 @@ class FaultyModel(ScriptedModel):
 
 def honest_share(ask):
     text = ask.turns[0].content
+    if BY_PLACE in text:
+        return 0.8
     shown = [text.partition(f"Answer ({letter}):\n> ")[2] for letter in "AB"]
     if any(shown):
         a, b = (2 * one.startswith(HONEST) + one.startswith("good") for one in shown)
@@ -128,6 +131,27 @@ def test_only_honest_judgements_become_labels(judgements, preset, votes):
         assert (record.outcome is Outcome.OK) == (2 * read >= sum(vote.weight for vote in record.votes))
     outcomes = Counter(record.outcome for record in records)
     assert outcomes[Outcome.OK] > PAIRS / 10 and Outcome.UNKNOWN not in outcomes and len(outcomes) >= 3
+
+
+def test_a_judge_that_was_cut_off_is_no_judge(judgements):
+    """What it had written by then can look like an answer."""
+    for (preset, votes), (made, _) in judgements.items():
+        told = Counter(vote.outcome for record in made for vote in record.votes)
+        assert (told[Outcome.TIMEOUT] > 0) == (preset in ("bai2022-cot", "course")), (preset, votes)
+
+
+@pytest.mark.parametrize("preset", RECIPES["judge"])
+def test_a_judge_that_looks_at_the_place_trains_nothing_where_flips_are_rejected(tmp_path, make_response, preset):
+    asked = [f"{BY_PLACE if n % 2 else 'fair'} {n}" for n in range(PAIRS)]
+    chosen = settings("judge", judge__preset=preset, judge__reject_flips="true")
+    stage = make_judge(chosen, Models(chosen, {SPEC: FaultyModel(preset)}), DEFAULT)
+    made = [label for (label,) in stage([make_response(("good", "bad"), text=text) for text in asked])]
+    outcomes = Counter((BY_PLACE in record.turns[0].content, record.outcome) for record in made)
+    assert outcomes[True, Outcome.POSITION_FLIP] > 0 and outcomes[False, Outcome.OK] > 0
+    assert outcomes[True, Outcome.OK] == outcomes[False, Outcome.POSITION_FLIP] == 0
+    learned = in_db(tmp_path, made).rows("SELECT turns[1].content, p_a FROM preference_pairs")
+    assert len(learned) == outcomes[False, Outcome.OK]
+    assert all(BY_PLACE not in text and p_a == pytest.approx(SAID[preset]) for text, p_a in learned)
 
 
 def test_nothing_else_reaches_the_training_view_and_refusals_are_counted_by_principle(tmp_path, judgements):

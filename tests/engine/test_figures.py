@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from tests_records import World, known
+from schemas.records import Outcome
+from tests_records import World, judged, known
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def world(tmp_path_factory):
     return made
 
 
-def wilson(hits, n, z=1.959964):
+def wilson(hits, n, z=1.959963984540054):
     """The two shares p at which |hits/n - p| is z standard deviations: the roots of a quadratic (Wilson 1927)."""
     p, a = hits / n, 1 + z * z / n
     b, c = -(2 * p + z * z / n), p * p
@@ -25,7 +26,8 @@ def wilson(hits, n, z=1.959964):
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (3, 10), (0.5, 4), (9_999, 10_000)])
 def test_wilsons_bounds_solve_his_equation(world, hits, n):
     found = world.rows(f"SELECT wilson_low({hits}, {n}), wilson_high({hits}, {n})")[0]
-    assert found == pytest.approx(wilson(hits, n), abs=1e-6)
+    assert found == pytest.approx(wilson(hits, n), abs=1e-12)
+    assert (found[0] == 0.0) == (hits == 0) and (found[1] == 1.0) == (hits == n)
 
 
 def test_a_share_of_nothing_is_null(world):
@@ -67,6 +69,15 @@ def test_positions(world):
     assert (care["mean_p_forward"], care["mean_p_backward"]) == pytest.approx((0.7, 0.5))
     assert care["first_place"] == pytest.approx(0.6) and care["mean_gap"] == pytest.approx(0.3)
     assert rows["honest"]["flips"] == 1
+
+
+def test_a_place_that_won_counts_only_where_the_judge_could_be_read(tmp_path):
+    made = World(tmp_path / "charter.duckdb")
+    for n, outcome in enumerate((Outcome.OK, Outcome.POSITION_FLIP, Outcome.LOW_MASS, Outcome.REFUSED)):
+        pair = judged(str(n), str(n), "a", "b", 0.9, 0.3)
+        votes = [vote.model_copy(update={"outcome": outcome}) for vote in pair.votes]
+        made.add(pair.model_copy(update={"outcome": outcome, "votes": votes}))
+    assert made.rows("SELECT judged, flips, flip_rate FROM position_bias") == [(2, 2, 1.0)]
 
 
 def test_people_and_judges(world):
