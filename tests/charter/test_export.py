@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from click.testing import CliRunner
@@ -235,12 +236,13 @@ def test_a_hostile_text_is_inert_and_a_long_one_is_cut(tmp_path):
     assert "\x1b" not in said and "\u202e" not in said and "(60 more lines: w)" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"), [(("ffff", "--prefer", "a"), "names no label"), (("", "--prefer", "a"), "more than one")]
-)
-def test_an_id_names_one_label(judged, tmp_path, arguments, match):
-    with pytest.raises(UsageError, match=match):
-        call(tmp_path, "label", *arguments)
+def test_an_id_names_one_label(tmp_path):
+    labels = [preference(f"p{number}", "x", 0.5) for number in range(17)]  # two of them begin with the same digit
+    World(tmp_path / "data" / "charter.duckdb").add(prompt("x"), *labels)
+    common = Counter(label.record_id[0] for label in labels).most_common(1)[0][0]
+    for named, match in (("zzz", "names no label"), ("", "names no label"), (common, "more than one")):
+        with pytest.raises(UsageError, match=match):
+            call(tmp_path, "label", named, "--prefer", "a")
 
 
 def test_what_is_typed_wrongly_is_said(judged, tmp_path):

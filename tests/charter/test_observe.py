@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from charter.observe import figures_of_trainer, show
-from charter.options import start_logging
+from charter.options import Lines, start_logging
 from charter.pipeline import STAGES, connect, make_host, store_of
 from engine.errors import UsageError
 from engine.logs import LINE, JsonLines
@@ -117,13 +117,18 @@ def test_hostile_text_stays_on_one_line_of_a_log():
     assert line.isascii() and line.isprintable() and json.loads(line)["message"] == "a\n\x1b[2Jb\u202e"
 
 
-@pytest.mark.parametrize(("as_json", "kind"), [(True, JsonLines), (False, logging.Formatter)])
+@pytest.mark.parametrize(("as_json", "kind"), [(True, JsonLines), (False, Lines)])
 def test_the_log_is_for_people_unless_a_machine_reads_it(monkeypatch, as_json, kind):
     root = logging.Logger("root")
     monkeypatch.setattr(logging, "root", root)
     start_logging(False, as_json)
     assert type(root.handlers[0].formatter) is kind and root.level == logging.WARNING
     assert as_json or root.handlers[0].formatter._fmt == LINE
+
+
+def test_hostile_text_in_a_log_is_inert_for_people_too():
+    said = Lines().format(logging.LogRecord("charter", logging.INFO, "", 0, "a\x1b[2Jb\u202e", None, None))
+    assert said == "INFO charter a\\x1b[2Jb\\u202e"
 
 
 def test_one_prompts_way_is_one_trace(tmp_path, monkeypatch):
