@@ -414,9 +414,8 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
 
 def stoppable(ask: Callable[[], Rows]) -> Rows:
     """What `ask` answers, from a thread of its own: DuckDB does not always hear of a Ctrl-C while it is at work."""
-    answer = ThreadPoolExecutor(1).submit(ask)
     try:
-        return answer.result()
+        return ThreadPoolExecutor(1).submit(ask).result()
     except KeyboardInterrupt:
         click.echo(err=True)
         os._exit(130)  # what only reads leaves nothing behind
