@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from functools import cache
@@ -26,6 +27,7 @@ QUERIES = Path(__file__).with_name("queries.toml")
 MOST_ROWS = 200
 MOST_BYTES = 4_000_000  # of an answer
 GRACE_S = 0.2  # between DuckDB's interruption and the end of the process
+TURN = threading.Lock()  # one visitor's query at a time: each may take much memory
 
 
 @cache
@@ -57,7 +59,8 @@ def run(ask: Ask, statement: str) -> dict[str, Any]:
 def answered(store: Store, statement: str) -> Look:
     """`run` in a process of its own, which ends with the read limit whatever it does."""
     command = [sys.executable, "-m", "charter.dashboard.sql", str(store.path)]
-    done = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
+    with TURN:
+        done = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
     if done.returncode == -signal.SIGALRM:
         why = "a long query would keep the sink waiting"
         return Look(
