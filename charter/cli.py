@@ -341,7 +341,7 @@ def status(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
     print_rows([*found.columns, "waiting"], [(*row, waiting.get(row[0])) for row in found.rows], as_json)
     if as_json:
         return
-    click.echo(inert(f"waiting: for the stages of run {run_id}"))
+    click.echo(inert(f"(waiting: what the stages of run {run_id} have not done yet; - where none of them reads)"))
     newest = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
     if newest.rows:
         click.echo()

@@ -106,7 +106,7 @@ def checked(entries: Sequence[Any], places: Sequence[str], origin: str, constitu
             raise ConstitutionError(
                 f"{place}: {key or 'the case'} cannot be used",
                 first["msg"],
-                f"a case has {', '.join(Case.model_fields)}",
+                "write prompt, wins (the better answer) and loses (the worse one); principles and tags are optional",
             ) from error
     if not cases:
         raise ConstitutionError(f"{origin} has no case", "there is nothing to test", "write [[case]] with prompt, wins, loses")

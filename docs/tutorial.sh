@@ -122,6 +122,7 @@ stream 12
 
 # Look -----------------------------------------------------------------------------------------------------------------------------
 try charter status
+try charter sql "select prompt_id, prompt from stories limit 10"
 try charter show "$(charter sql "select prompt_id from stories order by created_at limit 1" --json | tr -dc '0-9a-f-' | tail -c 36)"
 try charter sql "select principle_id, stage, asked, fired, win_rate from principle_stats order by stage, principle_id"
 try charter sql "select principle_id, judged, flip_rate, mean_gap from position_bias"
@@ -149,6 +150,8 @@ try charter sql "select policy_version, count(*) as answers, avg(len(string_spli
 try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.number = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
 try charter sql "select phase, step, measure, value from training_steps where measure in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
 try charter report report.html
+try charter export preference exported/pairs
+try charter chat "My parcel is a week late. Where is my book?"
 
 # A changed principle ----------------------------------------------------------------------------------------------------------------
 sed -i 's/version = "1.0.0"/version = "1.1.0"/; s/promises that the shop has not confirmed?/promises that nobody has confirmed?/' bookshop.toml

@@ -72,7 +72,9 @@ def test_without_a_verb_it_says_how_to_start_or_how_things_are(tmp_path, data):
     done = charter(CHARTER_DATA__FOLDER=str(tmp_path / "nothing"))
     assert done.returncode == 0 and "charter demo" in done.stdout and "charter run" in done.stdout
     done = charter(CHARTER_DATA__FOLDER=str(data))
-    assert done.returncode == 0 and "preferences" in done.stdout and "waiting: for the stages of run live" in done.stdout
+    assert (
+        done.returncode == 0 and "preferences" in done.stdout and "what the stages of run live have not done yet" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
