@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from engine.checkpoints import revision_of
 from engine.errors import PermanentRecordError, UsageError
 from engine.models import model_folder, smollm2
+from engine.models.attention import attending, branches_of, can_attend
 from engine.models.chat import NEXT_TURN, prompt_ids
 from engine.models.port import LOCAL, Ask, Generation, OptionScores, Usage
 from engine.models.prefix import Tree, trees
@@ -34,8 +35,8 @@ from engine.models.prefix import Tree, trees
 transformers.utils.logging.disable_progress_bar()
 
 MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
-# Tokens in one tree of prompts: longer ones share more and waste more attention on what a token does not see.
-MAX_TREE_TOKENS = {"cpu": 1024, "cuda": 4096}
+MAX_TREE_TOKENS = 4096  # in one tree of prompts: longer ones share more, and hold more memory
+MAX_MASKED_TOKENS = 1024  # the same, where a processor computes attention also to what a token does not see
 MARKER_TOKENS = 16  # so many tokens hold what begins a turn of the plain format, however a tokenizer cuts it
 COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
 
@@ -146,7 +147,8 @@ class LocalModel:
         """The prompts in as many passes as needed; one for each where the model cannot be told what a token may see."""
         if not self.sees_what_it_is_told:
             return [tree for prompt in enumerate(prompts) for tree in alone(*prompt)]
-        return trees(prompts, min(self.context, MAX_TREE_TOKENS.get(self.device, MAX_TREE_TOKENS["cpu"])))
+        most = MAX_TREE_TOKENS if self.by_branch or self.device == "cuda" else MAX_MASKED_TOKENS
+        return trees(prompts, min(self.context, most))
 
     @property
     def sees_what_it_is_told(self) -> bool:
@@ -157,17 +159,24 @@ class LocalModel:
         attention = getattr(config, "_attn_implementation", "sdpa")
         return kinds == {"full_attention"} and not windowed and attention in ("sdpa", "eager")
 
+    @property
+    def by_branch(self) -> bool:
+        """Whether attention goes branch by branch: on a GPU one kernel over the whole tree is faster than many small ones."""
+        return self.device == "cpu" and self.model.config._attn_implementation == "sdpa" and can_attend(self.model)
+
     def ends(self, tree: Tree) -> torch.Tensor:
         """Logits at the end of each of the tree's prompts (P, V)."""
         # A single prompt is an ordinary sequence, for models whose own mask must stay.
-        mask = self.mask(tree.sees()) if len(tree.prompts) > 1 else None
-        with exact_head(self.model):
+        told: dict[str, Any] = {"attention_mask": self.mask(tree.sees())} if len(tree.prompts) > 1 else {}
+        if told and self.by_branch:
+            told["branches"] = branches_of(tree, told["attention_mask"])
+        with exact_head(self.model), attending(self.model, "branches" in told):
             out = self.model(
                 input_ids=torch.tensor([tree.tokens], device=self.device),
-                attention_mask=mask,
                 position_ids=torch.tensor([tree.positions], device=self.device),
                 use_cache=False,
-                logits_to_keep=len(tree.prompts),
+                logits_to_keep=torch.tensor(tree.ends, device=self.device),
+                **told,
             )
         return out.logits[0]
 

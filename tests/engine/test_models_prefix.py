@@ -29,12 +29,13 @@ def test_every_prompt_can_be_read_back_and_nothing_that_is_shared_stands_twice(p
     made = trees(prompts, most)
     assert sorted(place for tree in made for place in tree.prompts) == list(range(len(prompts)))
     for tree in made:
-        ends = range(len(tree.tokens) - len(tree.prompts), len(tree.tokens))
-        for place, end in zip(tree.prompts, ends, strict=True):
+        for place, end in zip(tree.prompts, tree.ends, strict=True):
             assert read_back(tree, end) == [(token, i) for i, token in enumerate(prompts[place])]
-        prefixes = {tuple(prompts[place][:n]) for place in tree.prompts for n in range(1, len(prompts[place]))}
-        assert len(tree.tokens) == len(prefixes) + len(tree.prompts) <= max(most, *map(len, prompts))
+        prefixes = {tuple(prompts[place][:n]) for place in tree.prompts for n in range(1, len(prompts[place]) + 1)}
+        assert len(tree.tokens) == len(prefixes) <= max(most, *map(len, prompts))
         assert sum(len(prompts[place]) for place in tree.prompts) - sum(tree.shared) == len(tree.tokens)
+        for place, seen in tree.branches():
+            assert [tree.tokens[i] for i in seen] == [t for t, _ in read_back(tree, place.stop - 1)]
         for place, sees in enumerate(tree.sees().tolist()):
             assert [t for t, seen in zip(tree.tokens, sees, strict=True) if seen] == [t for t, _ in read_back(tree, place)]
 
@@ -64,8 +65,21 @@ def test_one_pass_over_a_tree_gives_what_a_pass_for_each_prompt_gives(model):
         wanted = [p[model.tokenizer.convert_tokens_to_ids(letter)].item() for letter in "AB"]
         assert [math.exp(x) for x in scores.logprobs] == pytest.approx(wanted, rel=1e-4)
     encoded = [model.encode(ask, 1) for ask in asks()]
-    distinct = len({tuple(ids[:n]) for ids in encoded for n in range(1, len(ids))}) + len(encoded)
+    distinct = len({tuple(ids[:n]) for ids in encoded for n in range(1, len(ids) + 1)})
     assert sum(s.usage.prompt - s.usage.cached for s in together) == distinct < sum(map(len, encoded)) / 2
+
+
+def test_branch_by_branch_is_what_a_mask_over_the_whole_tree_gives(model, monkeypatch):
+    assert model.by_branch
+    before = model.model.config._attn_implementation
+    (tree,) = model.trees([model.encode(ask, 1) for ask in asks()])
+    with torch.inference_mode():
+        branches = model.ends(tree)
+        monkeypatch.setattr(LocalModel, "by_branch", False)
+        masked = model.ends(tree)
+    assert len(tree.branches()) > 1 and branches.shape == (len(asks()), model.model.config.vocab_size)
+    torch.testing.assert_close(branches, masked, rtol=1e-4, atol=1e-5)
+    assert model.model.config._attn_implementation == before
 
 
 def test_a_model_with_windows_of_its_own_is_asked_prompt_by_prompt(tiny):
