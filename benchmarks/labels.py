@@ -6,7 +6,8 @@ The same model, machine and run, on shipped prompts and answers that the model s
 
 label     ours: the default recipe (lee2023), one principle, both orders averaged, prefixes shared.
           peer: the course's judge, one question with both answers and all principles, in one order, up to 256 tokens written
-          by transformers' own `generate`, one pair at a time; and the same in batches by Charter's generation.
+          by transformers' own `generate`, one pair at a time; and the same in batches by Charter's generation. The ratio in
+          brackets is that of the same thing: both orders on either side, which are two questions to the peer.
 verdict   ours: does the answer break the principle, both orders of the options. peer: the course's critique of up to 256
           tokens, the same two ways.
 chain     the tokens that a prompt's whole chain computes (answers, verdicts, critiques, revisions, label), against the tokens
@@ -65,8 +66,8 @@ def written_in_batches(model: LocalModel, questions: Sequence[Turns]) -> list[st
     return [generation.text for (generation,) in made]
 
 
-def compare(name: str, model: LocalModel, ours: float, questions: Sequence[Turns], peers: int) -> float:
-    """Print ours against both peers; the ratio to the one that asks one by one."""
+def compare(name: str, model: LocalModel, ours: float, questions: Sequence[Turns], peers: int, orders: int = 1) -> float:
+    """Print ours against both peers, which are asked one of so many orders; the ratio to the one that asks one by one."""
     lengths: list[int] = []
 
     def alone() -> None:
@@ -77,8 +78,12 @@ def compare(name: str, model: LocalModel, ours: float, questions: Sequence[Turns
     batched = per_second(model, lambda: written_in_batches(model, questions), len(questions))
     print(f"{name}: {ours:.2f}/s by probabilities, both orders")
     length = statistics.mean(lengths)
-    print(f"  written, one by one (transformers, {length:.0f} tokens): {single:.4f}/s, ratio {ours / single:.1f}")
-    print(f"  written, in batches of {len(questions)} (Charter): {batched:.3f}/s, ratio {ours / batched:.1f}")
+    for how, peer, digits in (
+        (f"one by one (transformers, {length:.0f} tokens)", single, 4),
+        (f"in batches of {len(questions)} (Charter)", batched, 3),
+    ):
+        same = f" ({orders * ours / peer:.1f})" if orders > 1 else ""
+        print(f"  written, {how}: {peer:.{digits}f}/s, ratio {ours / peer:.1f}{same}")
     return ours / single
 
 
@@ -88,7 +93,7 @@ def labels(model: LocalModel, judge: Judge, responses: Sequence[Response], peers
     questions = [
         templates.comparison(r.turns, r.candidates[0].text, r.candidates[1].text, whole, templates.LETTER) for r in responses
     ]
-    return compare("labels", model, per_second(model, lambda: judge(responses), len(responses)), questions, peers)
+    return compare("labels", model, per_second(model, lambda: judge(responses), len(responses)), questions, peers, 2)
 
 
 def verdicts(model: LocalModel, charter: Charter, responses: Sequence[Response], peers: int) -> float:

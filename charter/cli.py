@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 REPORT_EVERY = 25  # looks of 0.2 s
 DONE_EVERY = 5
+HEAR_EVERY_S = 0.2
 STAGES = ("respond", "critique", "revise", "judge", "sink")
 KINDS = ("prompts", "preferences", "demonstrations")
 SECTIONS = {
@@ -408,17 +410,25 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
         statement = sys.stdin.read()
     if not statement:
         raise click.UsageError('give a query, e.g. "select * from stories limit 1"', click.get_current_context())
-    found = stoppable(partial(store_of(settings).query, statement, limit_s=limit_s))
+    found = stoppable(lambda: store_of(settings).query(statement, limit_s=limit_s))
     print_rows(found.columns, found.rows, as_json)
 
 
 def stoppable(ask: Callable[[], Rows]) -> Rows:
     """What `ask` answers, from a thread of its own: DuckDB does not always hear of a Ctrl-C while it is at work."""
-    try:
-        return ThreadPoolExecutor(1).submit(ask).result()
-    except KeyboardInterrupt:
-        click.echo(err=True)
+
+    def stop(*_: object) -> None:
+        os.write(2, b"\n")
         os._exit(130)  # what only reads leaves nothing behind
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        answer = ThreadPoolExecutor(1).submit(ask)
+        while not wait([answer], HEAR_EVERY_S).done:  # a signal that comes just before a wait without end is heard after it
+            pass
+        return answer.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 TABLES = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ordinal_position) AS columns

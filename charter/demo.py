@@ -223,12 +223,12 @@ class Demo:
         seconds = time.monotonic() - self.started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         data = "" if self.settings.data.folder == ".charter" else f" --data {self.settings.data.folder}"
-        program = shown_program()
+        program, example = shown_program(), self.example()
         return [
             "",
             "One prompt's story",
             "------------------",
-            story(self.example()),
+            story(example),
             "",
             table(["records", "count"], counts),
             "",
@@ -243,7 +243,7 @@ class Demo:
             "",
             "SmolLM2-135M shows the mechanics; its judgements are near chance, so read no quality into them.",
             "Next:",
-            f'  {program} sql{data} "select * from stories limit 1"',
+            f"  {program} show{data} {str(example['prompt_id'])[:8]}",
             f'  {program} sql{data} "select policy_version, count(*) from responses group by 1"',
             f"  {program} status{data}",
             f"  {program} produce{data} YOUR_PROMPTS.jsonl && {program} run{data}",
