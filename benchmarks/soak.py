@@ -287,7 +287,7 @@ MUST_BE_ZERO = {
         JOIN policies w ON w.kind = 'POLICY' AND w.version = p.weights_of WHERE w.model.revision <> r.model.revision
         AND $1 >= 0 AND $2 >= 0""",
     "rows_trained_twice": """
-        SELECT count(*) FROM (SELECT phase, row_id FROM batch_rows WHERE trained AND $1 >= 0 AND $2 >= 0
+        SELECT count(*) FROM (SELECT phase, row_id FROM batch_rows WHERE trained AND NOT replayed AND $1 >= 0 AND $2 >= 0
                               GROUP BY ALL HAVING count(*) > 1)""",
     "missing_versions": """
         SELECT coalesce(sum(newest - versions), 0) FROM (SELECT kind, max(version) AS newest, count(*) AS versions

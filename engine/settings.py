@@ -257,6 +257,9 @@ class Reward(Section):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate; ten times that with LoRA.")
     epochs: int = Field(1, ge=1, description="Passes over the batch.")
     batch_size: int = Field(8, ge=1, description="Pairs in one optimiser step.")
+    replay: float = Field(
+        1.0, ge=0, description="Earlier labels in a batch, as a share of the new ones, so that they are not forgotten; 0: none."
+    )
     centring: float = Field(0.01, ge=0, description="Weight of the squared sum of a pair's rewards.")
     members: int = Field(1, ge=1, description="Reward models in the ensemble; 3 to 5 resist over-optimisation, 1 is cheap.")
     variance_penalty: float = Field(0.1, ge=0, description="Ensemble score: mean - this * variance of the members' scores.")
@@ -270,7 +273,11 @@ class Dpo(Section):
 
 
 class Ppo(Section):
-    learning_rate: float = Field(1e-6, gt=0, description="Constant learning rate; ten times that with LoRA.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; ten times that with LoRA.")
+    lr_scheduler_type: Literal["linear", "constant"] = Field(
+        "linear", description="Within an update the rate rises, then falls to 0 (linear), or stays (constant)."
+    )
+    warmup_ratio: float = Field(0.15, ge=0, le=1, description="Share of an update's steps in which the rate rises.")
     epochs: int = Field(4, ge=1, description="Passes over the rollouts.")
     batch_size: int = Field(8, ge=1, description="Rollouts in one optimiser step.")
     clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio.")
@@ -278,10 +285,16 @@ class Ppo(Section):
     value_coefficient: float = Field(0.1, ge=0, description="Weight of the value loss.")
     gae_gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Generalised advantage estimation's lambda.")
-    beta: float = Field(0.02, ge=0, description="Weight of the KL penalty in the reward, at the start.")
+    beta: float = Field(0.02, ge=0, description="Least weight of the KL penalty in the reward; it adapts above this.")
     kl_target: float = Field(6.0, gt=0, description="KL to the reference that beta adapts to, in nats per sequence.")
-    kl_stop: float = Field(30.0, gt=0, description="KL to the reference that stops the phase, in nats per sequence.")
+    max_kl_update: float = Field(
+        6.0, gt=0, description="KL to the policy that an update began with that ends it, in nats per sequence."
+    )
+    kl_stop: float = Field(30.0, gt=0, description="KL to the reference that ends an update, in nats per sequence.")
     kl_first_stop: float = Field(200.0, gt=0, description="The same limit for the KL to the very first policy.")
+    baseline: Literal["prompt", "batch"] = Field(
+        "prompt", description="A score counts against the other answers to its prompt, or against the batch's mean."
+    )
     missing_eos_penalty: float = Field(0.0, ge=0, description="Taken from the score of an answer cut at the limit.")
 
 

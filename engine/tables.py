@@ -24,7 +24,7 @@ from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 VIEWS = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql", "watch.sql", "training.sql"))
-VERSION = 3
+VERSION = 4
 PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),

@@ -10,12 +10,16 @@ FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restores I
 QUALIFY row_number() OVER (PARTITION BY p.kind, p.version ORDER BY p.commit_seq) = 1;
 
 -- The rows of every batch, in the order of training; `trained` once its update is on the log, `given_up` if it was voided.
+-- `replayed`: an earlier batch of the phase has trained on the row already.
 CREATE OR REPLACE VIEW batch_rows AS
-SELECT b.record_id AS batch_id, b.phase, b.number, unnest(b.record_ids) AS row_id,
-       generate_subscripts(b.record_ids, 1) AS place, b.base_policy_version, b.base_reward_version, b.reference_policy_version,
-       b.record_id IN (SELECT batch_id FROM policies WHERE restores IS NULL) AS trained,
-       b.record_id IN (SELECT voids FROM incidents WHERE voids IS NOT NULL) AS given_up, b.created_at
-FROM batches b;
+WITH placed AS (
+    SELECT b.record_id AS batch_id, b.phase, b.number, unnest(b.record_ids) AS row_id,
+           generate_subscripts(b.record_ids, 1) AS place, b.base_policy_version, b.base_reward_version,
+           b.reference_policy_version, b.record_id IN (SELECT batch_id FROM policies WHERE restores IS NULL) AS trained,
+           b.record_id IN (SELECT voids FROM incidents WHERE voids IS NOT NULL) AS given_up, b.created_at
+    FROM batches b),
+again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
+SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);
 
 -- How stale each rollout of a PPO batch was when it was drawn: in policy versions, in reward models published since its policy,
 -- and in seconds.

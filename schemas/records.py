@@ -380,8 +380,9 @@ class BatchManifest(Record):
     """Exactly what one training phase will train on, written before it steps.
 
     `record_ids` stand in the order of training. `sl_record_ids` are the finished chains of the supervised half of a combined
-    objective. `mix` counts the rows of each source, `wanted` holds the shares that were asked for. `cursors` says for each
-    source up to which commit this phase has drawn (none: `commit_seq_to`, for all of them).
+    objective. `replayed_record_ids` are those of `record_ids` that an earlier batch of this phase has trained on. `mix` counts
+    the rows of each source, `wanted` holds the shares that were asked for. `cursors` says for each source up to which commit
+    this phase has drawn (none: `commit_seq_to`, for all of them).
     """
 
     topic: ClassVar[str] = "batches"
@@ -400,6 +401,7 @@ class BatchManifest(Record):
     settings: str = "{}"
     wanted: dict[str, float] = Field(default_factory=dict)
     cursors: dict[str, int] = Field(default_factory=dict)
+    replayed_record_ids: list[Id] = Field(default_factory=list)
 
 
 class PolicyUpdate(Record):

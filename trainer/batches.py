@@ -1,10 +1,15 @@
 """Batches: what one training phase trains on, drawn from DuckDB by commit sequence and written down before the first step.
 
-A row trains once per phase. Each phase has a cursor for each source of rows (`prompts.source`): the commit up to which rows of
+A row is new to a phase once. Each phase has a cursor for each source of rows (`prompts.source`): the commit up to which rows of
 that source have been drawn. A cursor moves when the batch's update is on the log, never before, so that a batch that is given
 up leaves its rows free. Rows that a mix passes over stay before the cursor of their source and are the first that a later
 batch takes; a row that arrives late has a later commit and is met then; a person's label that takes the place of another is a
-row of its own, which trains once too.
+row of its own, which is new once too.
+
+A reward model's batch also holds labels that earlier ones have trained on (`reward.replay`), drawn afresh for each batch: a
+reward model that learns the newest policy's answers alone forgets what tells apart the answers that this policy does not give
+any more, and PPO then finds them again. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of all policies so
+far; Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest names them.
 
 A manifest names the rows in the order of training, hashes what training sees of them, and holds the seed and the settings: a
 crash resumes with the identical batch, and an old batch can be rebuilt. Staleness is judged here and nowhere else, from what
@@ -18,7 +23,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -155,6 +160,7 @@ class Light:
     commit_seq: int
     length: int = 0
     policy_version: int | None = None
+    replayed: bool = False
 
 
 # Candidates
@@ -162,15 +168,37 @@ class Light:
 
 def waiting(store: Store, phase: str, standing: Standing, *, most: int) -> list[Light]:
     """The first `most` rows of each source that a phase without staleness has not trained on, in the order of their commits."""
-    mine = [(source, at) for (of, source), at in standing.cursors.items() if of == phase]
     sql = f"""
-        WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
-        SELECT v.record_id, v.source, v.commit_seq, coalesce({LENGTH[phase]}, 0) AS length, v.policy_version
-        FROM {VIEW[phase]} v LEFT JOIN cursors c ON c.source = v.source
-        WHERE v.commit_seq > greatest(coalesce(c.at, -1), ?)
-        QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= ?
+        {LIGHT.format(phase=phase, length=LENGTH[phase], view=VIEW[phase])}
+        WHERE v.commit_seq > greatest(coalesce(c.at, -1), $3)
+        QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $4
         ORDER BY v.commit_seq"""
-    parameters = [[source for source, _ in mine], [at for _, at in mine], standing.cursor(phase), most]
+    return lights(store, sql, [*cursors_of(phase, standing), most])
+
+
+def earlier(store: Store, phase: str, standing: Standing, *, count: int, seed: int) -> list[Light]:
+    """`count` rows that earlier batches of a phase have drawn, chosen by a hash of their ids and the seed."""
+    sql = f"""
+        {LIGHT.format(phase=phase, length=LENGTH[phase], view=VIEW[phase])}
+        WHERE v.commit_seq <= greatest(coalesce(c.at, -1), $3)
+        ORDER BY md5(v.record_id::VARCHAR || $5::VARCHAR), v.record_id LIMIT $4"""
+    found = lights(store, sql, [*cursors_of(phase, standing), count, seed])
+    return [replace(light, replayed=True) for light in sorted(found, key=lambda light: light.commit_seq)]
+
+
+LIGHT = """
+    WITH cursors AS (SELECT unnest($1::VARCHAR[]) AS source, unnest($2::BIGINT[]) AS at)
+    SELECT v.record_id, v.source, v.commit_seq, coalesce({length}, 0) AS length, v.policy_version
+    FROM {view} v LEFT JOIN cursors c ON c.source = v.source"""
+
+
+def cursors_of(phase: str, standing: Standing) -> list[Any]:
+    """The sources that have a cursor of their own in a phase, these cursors, and the one of all others."""
+    mine = [(source, at) for (of, source), at in standing.cursors.items() if of == phase]
+    return [[source for source, _ in mine], [at for _, at in mine], standing.cursor(phase)]
+
+
+def lights(store: Store, sql: str, parameters: Sequence[Any]) -> list[Light]:
     rows = store.query(sql, parameters, limit_s=LIMIT_S).rows
     return [Light(str(key), source, seq, int(length), version) for key, source, seq, length, version in rows]
 
@@ -249,12 +277,11 @@ def drop(row: Mapping[str, Any], reason: str) -> Drop:
 
 def reward_prompts(store: Store, standing: Standing, prompts: Sequence[str]) -> set[str]:
     """Those of the prompts that the reward model was trained on, in its last batch or an earlier one."""
-    mine = [(source, at) for (of, source), at in standing.cursors.items() if of == "reward"]
     sql = """
         WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
         WHERE v.commit_seq <= greatest(coalesce(c.at, -1), ?) AND v.prompt_id IN (SELECT unnest(?::UUID[]))"""
-    parameters = [[source for source, _ in mine], [at for _, at in mine], standing.cursor("reward"), list(prompts)]
+    parameters = [*cursors_of("reward", standing), list(prompts)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=LIMIT_S).rows}
 
 
@@ -351,7 +378,8 @@ def manifest_of(
         reward=standing.reward_version,
     )
     cursors: dict[str, int] = {}
-    for light in drawn:
+    new = [light for light in drawn if not light.replayed]
+    for light in new:
         cursors[light.source] = max(cursors.get(light.source, -1), light.commit_seq)
     return BatchManifest(
         record_id=ids.record_id(f"batch/{phase}", record_ids, configuration),
@@ -364,14 +392,15 @@ def manifest_of(
         record_ids=record_ids,
         sl_record_ids=[str(row["record_id"]) for row in sl_rows],
         content_hash=content,
-        commit_seq_from=min(light.commit_seq for light in drawn),
-        commit_seq_to=max(light.commit_seq for light in drawn),
+        commit_seq_from=min(light.commit_seq for light in new),
+        commit_seq_to=max(light.commit_seq for light in new),
         base_policy_version=standing.policy_version,
         base_reward_version=standing.reward_version or None,
         reference_policy_version=standing.reference_version if phase in RL_PHASES else None,
         mix=dict(Counter(str(row["source"]) for row in rows)),
         wanted=dict(shares or {}),
         cursors={} if phase == "ppo" else cursors,
+        replayed_record_ids=[light.key for light in drawn if light.replayed],
         settings=text,
     )
 

@@ -63,6 +63,7 @@ from trainer.batches import (
     Standing,
     age_s,
     bucketed,
+    earlier,
     exact_size,
     manifest_of,
     mixed,
@@ -349,6 +350,8 @@ class Trainer:
         number, settings = len(self.known()[1]) + 1, self.learner_settings(phase)
         chosen, shares = self.draw(phase, candidates), self.shares(phase)
         self.tell_mix(phase, shortfall(chosen, shares))
+        if replay := round(settings.get("replay", 0.0) * len(chosen)):
+            chosen += earlier(self.store, phase, standing, count=replay, seed=self.settings.train.seed + number)
         if phase != "ppo":
             chosen = bucketed(chosen, settings["batch_size"], self.settings.train.seed + number)
         rows = rows_of(self.store, phase, [light.key for light in chosen], settings.get("rounds", ()))
@@ -392,10 +395,10 @@ class Trainer:
         return settings
 
     def beta(self) -> float:
-        """The KL weight that the last PPO phase left behind, or the setting."""
+        """The KL weight that the last PPO update left behind; never less than the setting."""
         found = [update for update in self.known()[0] if update.phase == "ppo"]
         newest = max(found, key=lambda update: update.version, default=None)
-        return newest.metrics["beta"] if newest else self.settings.ppo.beta
+        return max(newest.metrics["beta"] if newest else 0.0, self.settings.ppo.beta)
 
     def publish(self, records: Sequence[Record]) -> None:
         self.writer.commit([outgoing(record) for record in records])

@@ -127,7 +127,8 @@ def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
     """The reward model on soft labels: from the last one, or from the policy with a fresh head."""
     from trainer import processes, reward
 
-    manifest = batch.manifest
+    manifest, settings = batch.manifest, batch.settings
+    settings.pop("replay", None)  # the rows are there already
     version = manifest.base_reward_version
     base = trainer.policy_folder(manifest.base_policy_version)
     model, metrics = processes.call(
@@ -137,7 +138,7 @@ def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
         seed=manifest.seed or 0,
         hardware=hardware_of(trainer.settings),
         on_step=partial(trainer.step, manifest),
-        **batch.settings,
+        **settings,
     )
     return model.save, metrics
 
@@ -150,14 +151,14 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
     policy = trainer.policy_folder(manifest.base_policy_version)
     reference = trainer.policy_folder(manifest.reference_policy_version or 0)
-    tokenizer = weights.load_tokenizer(policy)
+    tokenizer, hyperparameters = weights.load_tokenizer(policy), ppo.Hyperparameters(**settings)
     learned, metrics = processes.call(
         ppo.train,
         policy,
         reference,
         [rollout(row) for row in batch.rows],
         scores_of(trainer, batch),
-        ppo.Hyperparameters(**settings),
+        hyperparameters,
         first_folder=None if reference == trainer.base else trainer.base,
         sl_rows=[sft.encode(tokenizer, sft_example(row), max_length) for row in batch.sl_rows],
         lora_rank=lora_rank,
@@ -166,7 +167,7 @@ def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
         on_step=partial(trainer.step, manifest),
     )
     if metrics["stopped_early"]:
-        trainer.publish([stopped_early(manifest, metrics)])
+        trainer.publish([stopped_early(manifest, metrics, ppo.passed_limit(metrics, hyperparameters))])
     return with_adapter(learned.save, reference, trainer.base), metrics
 
 
@@ -225,7 +226,7 @@ def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
     return normalised
 
 
-def stopped_early(manifest: BatchManifest, metrics: dict[str, float]) -> Incident:
+def stopped_early(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:
     return Incident(
         record_id=ids.record_id("incident", [manifest.record_id], ids.fingerprint(what="kl")),
         parent_ids=[manifest.record_id],
@@ -234,7 +235,7 @@ def stopped_early(manifest: BatchManifest, metrics: dict[str, float]) -> Inciden
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
         what="PPO stopped early: the policy moved too far",
-        why="the KL to the reference or to the first policy passed ppo.kl_stop or ppo.kl_first_stop",
+        why=f"its KL passed ppo.{limit} after {metrics['steps']:.0f} steps; what it had learned until then is published",
         measures=metrics,
     )
 

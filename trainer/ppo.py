@@ -12,23 +12,34 @@ Where this departs from the papers, and why:
     may be a few policy versions old, so the proximal log-probabilities are computed afresh with the present policy and each
     token is weighted with min(pi_prox / pi_behaviour, 2) (truncated importance sampling; decoupled PPO). They are computed
     for fresh answers too: a server samples in another arithmetic than the one we train in.
- 2. Scores are centred over the batch before they are handed out: a reward that is the same everywhere is refused.
+ 2. Each score is compared with the mean score of the other answers to the same prompt (Ahmadian et al. 2024, RLOO). A reward
+    model that learned from pairs knows no scale between prompts: only such differences mean something, and a linear value head
+    is too weak to take the rest out. Against the batch's mean, refusals of harmful prompts lose to helpful answers of benign
+    ones, and PPO unlearns them. An answer without another one to its prompt is compared with the batch's mean, and the log says
+    so. A reward that is the same everywhere is refused.
  3. Advantages are whitened over the batch only when they vary; noise is never scaled up to a signal.
  4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model. It goes on from
     one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5.
  5. No entropy bonus, no dropout, gamma 1: an answer is judged once, at its end.
- 6. beta adapts to a KL target in nats per sequence, once for each update (Ziegler's K = 0.1); a negative estimate never
-    lowers it, nor does an update whose policy is the reference still: its KL is zero whatever beta is, and in a loop of short
-    phases beta would only ever fall. A step that would begin past a limit of the KL to the reference, or to the very first
-    model, is not made, and ends the update. That KL is estimated for the policy of the moment from answers that the proximal
-    one sampled, so each token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was
-    sampled and is likely now would count thousands of nats, and end the update alone.
- 7. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
+ 6. beta adapts to a KL target in nats per sequence, once for each update: it doubles above 1.5 times the target and halves
+    below two thirds of it (Schulman et al. 2017, section 4), never below its setting. Ziegler's controller (2 % an update) is
+    made for thousands of small updates; a stream makes few large ones. The KL is that of the rollouts, which the proximal
+    policy sampled; an update whose policy is still the reference changes nothing, for its KL is zero whatever beta is.
+ 7. A step that would begin past a limit is not made, and ends the update. The limits are on the KL to the reference, to the
+    very first model, and to the policy that the update began with (`max_kl_update`). Only the last one sees what matters within
+    an update: the first two are estimated for the policy of the moment from answers that the proximal one sampled, and where
+    the policy has learned to write what that one never wrote, these samples do not show it: 1.6 nats by this estimate were 12
+    by the next version's own answers (docs/learning.md). What the policy has moved away from, they do show. In the first two
+    each token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was sampled and is likely
+    now would count thousands of nats. An update that begins past a limit is refused.
+ 8. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
     causal model never looks, so attention needs no mask.
- 8. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
+ 9. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
     language models; the papers' expectation is over time steps of any length.
- 9. Adam starts afresh with each update; its moments would be twice the weights on disk.
-10. An answer that was cut at the length limit loses `missing_eos_penalty`, but not when most of them were cut: the limit is
+10. Adam starts afresh with each update; its moments would be twice the weights on disk. Its first steps are then as long as
+    the learning rate allows whatever the gradient is, so the rate rises over the first steps, and falls to nothing over the
+    rest (Ouyang et al. 2022, appendix C.4 warm up over 10 iterations; trl's PPO decays linearly).
+11. An answer that was cut at the length limit loses `missing_eos_penalty`, but not when most of them were cut: the limit is
     to blame then, and the penalty would teach brevity instead of an end.
 """
 
@@ -36,11 +47,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +71,7 @@ LEAST_DEVIATION = 1e-4
 MAX_GRAD_NORM = 1.0
 LEAST_VALUE_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would learn next to nothing
 MOSTLY_CUT = 0.5
+KL_WINDOW = 64  # rollouts over which the KL of an update is averaged: of fewer it is too noisy to stop at
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class Hyperparameters:
     """As in `recipe`: clip 0.2, value clip 0.2, value coefficient 0.1, gamma 1, lambda 0.95, beta 0.02."""
 
     learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    warmup_ratio: float = 0.15
     epochs: int = 4
     batch_size: int = 8
     clip: float = 0.2
@@ -87,8 +103,10 @@ class Hyperparameters:
     gae_lambda: float = 0.95
     beta: float = 0.02
     kl_target: float = 6.0
+    max_kl_update: float = 6.0
     kl_stop: float = 30.0
     kl_first_stop: float = 200.0
+    baseline: Literal["prompt", "batch"] = "prompt"
     missing_eos_penalty: float = 0.0
     alpha: float = 1.0
 
@@ -130,6 +148,15 @@ def kl_of_policy(logp: torch.Tensor, logq: torch.Tensor, log_sampled: torch.Tens
     return torch.exp(logp - log_sampled).clamp(max=KL_WEIGHT_CAP) * kl_k3(logp, logq)
 
 
+def kl_moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The estimate of KL(old || new) per token, from samples of `old`: k3 with the ratio new / old capped at 10.
+
+    Never negative. The cap keeps one token that was rare and is likely now from ending an update alone; it makes the estimate
+    too low where it binds.
+    """
+    return kl_k3(old, torch.minimum(new, old + math.log(KL_WEIGHT_CAP)))
+
+
 def token_rewards(
     kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, beta: float, mask: torch.Tensor
 ) -> torch.Tensor:
@@ -154,15 +181,29 @@ def gae(
     return advantages, advantages + values
 
 
-def centred(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (N,) with mean 0; raises CannotLearn when they do not vary, for Adam would make full steps of rounding errors."""
-    if scores.std(correction=0) < LEAST_DEVIATION:
+def compare_scores(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
+    """By how much each score (N,) exceeds the mean score of the other answers to its prompt (`prompts`, one for each score).
+
+    With baseline "batch", and for an answer that is the only one to its prompt: the mean of all scores. Raises CannotLearn when
+    nothing differs, for Adam would make full steps of rounding errors.
+    """
+    compared = scores - scores.mean()
+    groups: dict[object, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    for rows in groups.values() if baseline == "prompt" else ():
+        if (count := len(rows)) > 1:
+            compared[rows] = (scores[rows] - scores[rows].mean()) * count / (count - 1)
+    if compared.std(correction=0) < LEAST_DEVIATION:
+        same = scores.std(correction=0) < LEAST_DEVIATION
         raise CannotLearn(
-            f"the reward of all {len(scores)} answers is the same",
+            f"the reward of all {len(scores)} answers is the same"
+            if same
+            else f"no reward of {len(scores)} answers differs from those of the other answers to the same prompt",
             "none of them is better than another, and nothing of this update was saved; the last policy stays in use",
             "wait for more answers, or look at these and their reward: charter tail responses, charter tail scores",
         )
-    return scores - scores.mean()
+    return compared
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -190,11 +231,16 @@ def clipped_value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.T
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """The next update's beta (Ziegler et al. 2019, section 2.2); a KL estimate of zero or below never lowers it."""
-    if kl <= 0:
-        return beta
-    error = max(-0.2, min(0.2, kl / target - 1))
-    return beta * (1 + 0.1 * error)
+    """The next update's beta (Schulman et al. 2017, section 4); a KL estimate of zero or below never lowers it."""
+    if kl > 1.5 * target:
+        return 2 * beta
+    return beta / 2 if 0 < kl < target / 1.5 else beta
+
+
+def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
+    """The factor of the learning rate at a step (from 0) of an update of `steps`: a linear rise, then a linear fall to 0."""
+    rise = math.ceil(warmup_ratio * steps)
+    return min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
@@ -348,7 +394,8 @@ def prepare(
     for row, rollout in enumerate(rollouts):
         behaviour[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
     cut = torch.tensor([0.0 if r.stopped else p.missing_eos_penalty for r in rollouts])
-    handed_out = centred(torch.tensor(list(scores)) - cut).to(prox.device)
+    prompts = [r.prompt_token_ids for r in rollouts]
+    handed_out = compare_scores(torch.tensor(list(scores)) - cut, prompts, p.baseline).to(prox.device)
     rewards = token_rewards(kl_k1(prox, reference), handed_out, lengths, p.beta, mask)
     advantages, returns = gae(rewards, old_values, mask, p.gae_gamma, p.gae_lambda)
     importance = torch.exp((prox - behaviour) * mask).clamp(max=IMPORTANCE_CAP) * mask
@@ -413,6 +460,7 @@ def train(
     if reference is None:
         reference = prox if same else reference_logprobs(actor, rollouts, width)
     targets = prepare(rollouts, scores, prox, old_values, reference, first, p)
+    require_within_limits(targets, p)
     metrics = optimise(actor, rollouts, targets, p, sl_rows, seed, lora_rank, on_step)
     tokenizer = weights.load_tokenizer(policy_folder)
     save = weights.rl_saver(policy, tokenizer, actor.value.state_dict(), reference_folder if off_is_reference else None)
@@ -434,9 +482,26 @@ def logprobs_under(folder: Path, rollouts: Sequence[Rollout], width: int, hardwa
     return logp
 
 
+def require_within_limits(t: Targets, p: Hyperparameters) -> None:
+    """Raise CannotLearn when the policy is past a limit before the first step: it would not be made, and nothing learned."""
+    kls = {name: sequence_kl(t, other) for name, other in (("kl_ref", t.reference), ("kl_first", t.first)) if other is not None}
+    if limit := passed_limit(kls, p):
+        what = {"kl_stop": "kl_ref", "kl_first_stop": "kl_first"}[limit]
+        raise CannotLearn(
+            f"the policy is {kls[what]:.1f} nats per answer away from the {'reference' if what == 'kl_ref' else 'first model'}",
+            f"that is past ppo.{limit} = {getattr(p, limit):g} before the first step, and nothing was trained",
+            f"go back to an earlier policy (charter policy rollback), train SFT, or set ppo.{limit}",
+        )
+
+
+def sequence_kl(t: Targets, other: torch.Tensor) -> float:
+    """The estimate of KL(proximal || other), nats per sequence, from the proximal policy's own answers."""
+    return float((kl_k1(t.prox, other) * t.mask).sum(-1).mean())
+
+
 def summary(rollouts: Sequence[Rollout], scores: Sequence[float], t: Targets, p: Hyperparameters) -> dict[str, float]:
     """What an update says of its rollouts, and the next update's beta."""
-    kl = float((kl_k1(t.prox, t.reference) * t.mask).sum(-1).mean())
+    kl = sequence_kl(t, t.reference)
     return {
         "beta": adapted_beta(p.beta, kl, p.kl_target),
         "kl_rollouts": kl,
@@ -461,6 +526,11 @@ def optimise(
 ) -> dict[str, float]:
     """Epochs of minibatches; returns the means of the last epoch's metrics."""
     trained, optimizer = optimizer_of(actor, p, lora_rank)
+    steps = p.epochs * math.ceil(len(rollouts) / p.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: learning_rate_factor(done, steps, p.warmup_ratio) if p.lr_scheduler_type == "linear" else 1.0
+    )
+    moved: deque[float] = deque(maxlen=math.ceil(KL_WINDOW / p.batch_size))
     shuffle, step, epoch = random.Random(seed), 0, [dict[str, float]()]
     for _ in range(p.epochs):
         order, epoch = list(range(len(rollouts))), []
@@ -474,16 +544,25 @@ def optimise(
             processes.add_up(trained)
             metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
             require_finite(step + 1, metrics)
-            metrics["stopped_early"] = float(metrics["kl_ref"] > p.kl_stop or metrics.get("kl_first", 0.0) > p.kl_first_stop)
+            moved.append(metrics["kl_update"])
+            metrics["kl_update"] = sum(moved) / len(moved)
+            metrics["stopped_early"] = float(step > 0 and bool(passed_limit(metrics, p)))
             if metrics["stopped_early"]:
                 on_step(step + 1, metrics)
                 return metrics | {"steps": float(step)}
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             step += 1
             on_step(step, metrics)
             epoch.append(metrics)
     return {name: sum(m[name] for m in epoch) / len(epoch) for name in epoch[0]} | {"steps": float(step)}
+
+
+def passed_limit(metrics: Mapping[str, float], p: Hyperparameters) -> str:
+    """The setting whose limit these metrics pass; empty where they pass none."""
+    limits = {"max_kl_update": "kl_update", "kl_stop": "kl_ref", "kl_first_stop": "kl_first"}
+    return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(p, limit)), "")
 
 
 def optimizer_of(actor: Actor, p: Hyperparameters, lora_rank: int) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
@@ -520,6 +599,7 @@ def rl_gradients(
             "value_loss": value.detach(),
             "entropy": entropy,
             "approx_kl": kl_k3(t.prox[some], new),
+            "kl_update": kl_moved(t.prox[some], new),
             "clipfrac": clipped,
             "kl_ref_per_token": kl_of_policy(new, t.reference[some], t.prox[some]),
         }
@@ -528,10 +608,9 @@ def rl_gradients(
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
     sums = processes.total(sums)
-    metrics = {name: value / tokens for name, value in sums.items() if name != "kl_first"}
+    per_sequence = {"kl_update", "kl_first"} & sums.keys()
+    metrics = {name: value / (len(rows) if name in per_sequence else tokens) for name, value in sums.items()}
     metrics["kl_ref"] = sums["kl_ref_per_token"] / len(rows)
-    if "kl_first" in sums:
-        metrics["kl_first"] = sums["kl_first"] / len(rows)
     metrics["ratio_max"] = processes.largest(ratio_max)
     index = list(rows)
     metrics["explained_variance"] = explained_variance(t.old_values[index], t.returns[index], t.mask[index])

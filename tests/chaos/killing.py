@@ -142,13 +142,13 @@ def policies(world: World) -> int:
 
 
 def check_training(world: World) -> None:
-    """Versions without gaps, one update for each batch, and no row in two batches of a phase."""
+    """Versions without gaps, one update for each batch, and no row new to two batches of a phase."""
     for kind in ("POLICY", "REWARD"):
         rows = world.rows("SELECT version, batch_id FROM raw.policies WHERE kind = ? ORDER BY 1", [kind])
         check([version for version, _ in rows] == list(range(1, len(rows) + 1)), f"{kind} versions: {rows}")
         check(len({batch for _, batch in rows}) == len(rows), f"a batch made two {kind} versions")
     doubled = world.count(
-        """SELECT count(*) FROM (SELECT phase, unnest(record_ids) AS id FROM batches) GROUP BY phase, id HAVING count(*) > 1
+        """SELECT count(*) FROM batch_rows WHERE NOT replayed GROUP BY phase, row_id HAVING count(*) > 1
            UNION ALL SELECT 0 ORDER BY 1 DESC LIMIT 1"""
     )
     check(doubled == 0, f"a row trained {doubled} times")

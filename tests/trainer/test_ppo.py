@@ -127,12 +127,35 @@ def test_whiten_only_what_varies():
     assert torch.equal(ppo.whiten(flat, mask), flat)
 
 
-def test_beta_adapts_within_bounds_and_never_falls_on_a_negative_estimate():
-    assert ppo.adapted_beta(0.02, 6.0, 6.0) == pytest.approx(0.02)
-    assert ppo.adapted_beta(0.02, 60.0, 6.0) == pytest.approx(0.02 * 1.02)
-    assert ppo.adapted_beta(0.02, 0.6, 6.0) == pytest.approx(0.02 * 0.98)
+def test_beta_doubles_or_halves_far_from_its_target_and_never_falls_on_a_negative_estimate():
+    assert [ppo.adapted_beta(0.02, kl, 6.0) for kl in (60.0, 9.1, 8.9, 6.0, 4.1)] == [0.04, 0.04, 0.02, 0.02, 0.02]
+    assert ppo.adapted_beta(0.02, 3.9, 6.0) == 0.01
     assert ppo.adapted_beta(0.02, -3.0, 6.0) == 0.02
     assert ppo.adapted_beta(0.02, 0.0, 6.0) == 0.02  # the policy is the reference still
+
+
+def test_the_learning_rate_rises_then_falls_by_hand():
+    factors = [ppo.learning_rate_factor(step, 8, 0.25) for step in range(8)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert ppo.learning_rate_factor(0, 1, 0.0) == 1.0
+    assert [ppo.learning_rate_factor(step, 2, 0.15) for step in range(2)] == [0.5, 1.0]
+
+
+def test_a_score_is_compared_with_the_other_answers_to_its_prompt():
+    scores, prompts = tensor([5.0, 7.0, 0.0, 1.0, 5.0, 10.0]), ["a", "a", "b", "b", "b", "c"]
+    mean = 28 / 6
+    by_hand = [5 - 7, 7 - 5, 0 - 3, 1 - 2.5, 5 - 0.5, 10 - mean]  # the last one is alone
+    assert ppo.compare_scores(scores, prompts, "prompt").tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert ppo.compare_scores(scores, prompts, "batch").tolist() == pytest.approx([s - mean for s in scores.tolist()], abs=1e-5)
+
+
+def test_what_a_reward_model_adds_to_all_answers_of_a_prompt_changes_nothing():
+    """A model of pairs does not know how a prompt's answers compare with those of another prompt."""
+    scores, prompts = tensor([0.0, 1.0, 3.0, 2.0]), ["benign", "benign", "harmful", "harmful"]
+    shifted = ppo.compare_scores(scores - tensor([0.0, 0.0, 9.0, 9.0]), prompts, "prompt")
+    assert torch.equal(shifted, ppo.compare_scores(scores, prompts, "prompt"))
+    with pytest.raises(CannotLearn, match="no reward of 4 answers differs from those of the other answers"):
+        ppo.compare_scores(tensor([0.0, 0.0, 1.0, 1.0]), prompts, "prompt")
 
 
 def test_explained_variance():
@@ -166,7 +189,7 @@ def frequency(rollouts, token):
     return sum(r.token_ids.count(token) for r in rollouts) / sum(len(r.token_ids) for r in rollouts)
 
 
-FAST = Hyperparameters(learning_rate=3e-3, epochs=2, batch_size=16, beta=0.0)
+FAST = Hyperparameters(learning_rate=3e-3, epochs=2, batch_size=16, beta=0.0, max_kl_update=1e9)
 
 
 EXACT = weights.Hardware(precision="fp32")  # tiny models are compared in fp32
@@ -192,7 +215,7 @@ def test_the_reward_rises_where_there_is_one_to_learn(tiny, tmp_path):
     for round_number in range(6):
         rollouts = sample(folder, 64, round_number)
         scores = [10 * r.token_ids.count(token) / len(r.token_ids) for r in rollouts]
-        learned, _ = train(folder, folder, rollouts, scores, FAST, seed=round_number)
+        learned, _ = train(folder, folder, rollouts, scores, replace(FAST, learning_rate=6e-3), seed=round_number)
         folder = tmp_path / f"round-{round_number}"
         checkpoints.write(folder, learned.save, {})
     after = frequency(sample(folder, 128, 99), token)
@@ -206,12 +229,35 @@ def test_a_constant_reward_is_refused(tiny, count):
     assert str(error.value).count("\n") == 2
 
 
-def test_the_hard_stop_ends_a_phase_that_runs_away(tiny):
+@pytest.mark.parametrize(("limit", "figure"), [("kl_stop", "kl_ref"), ("max_kl_update", "kl_update"), ("kl_first_stop", "kl_first")])
+def test_a_limit_ends_an_update_that_runs_away(tiny, limit, figure):
     rollouts = sample(tiny, 32, 4)
     scores = [random.Random(n).gauss(0, 5) for n in range(32)]
-    hyper = Hyperparameters(learning_rate=3e-2, epochs=10, batch_size=32, kl_stop=0.5)
-    _, metrics = train(tiny, tiny, rollouts, scores, hyper)
-    assert metrics["stopped_early"] == 1.0 and metrics["steps"] < 10 and metrics["kl_ref"] > 0.5
+    hyper = Hyperparameters(learning_rate=3e-2, epochs=10, batch_size=32, **{limit: 0.5})
+    steps = []
+    _, metrics = train(tiny, tiny, rollouts, scores, hyper, first_folder=tiny, on_step=lambda n, m: steps.append(m))
+    assert metrics["stopped_early"] == 1.0 and metrics["steps"] == len(steps) - 1 < 10 and metrics[figure] > 0.5
+    assert ppo.passed_limit(metrics, hyper) == limit and not any(ppo.passed_limit(m, hyper) for m in steps[:-1])
+
+
+def test_an_update_that_begins_past_a_limit_is_refused(tiny, tmp_path):
+    """It would make no step, and its policy would be published as if it had learned."""
+    rollouts = sample(tiny, 16, 9)
+    learned, _ = train(tiny, tiny, rollouts, list(range(16)), replace(FAST, learning_rate=1e-2))
+    far = checkpoints.write(tmp_path / "far", learned.save, {}).folder
+    own = sample(far, 64, 10)
+    with pytest.raises(CannotLearn, match="nats per answer away from the reference") as caught:
+        train(far, tiny, own, [float(n % 5) for n in range(64)], replace(FAST, kl_stop=0.01))
+    assert "ppo.kl_stop = 0.01" in str(caught.value) and str(caught.value).count("\n") == 2
+
+
+def test_the_kl_of_an_update_sees_mass_that_leaves_for_tokens_that_were_never_sampled():
+    """Half of the mass goes to a token that no sample has: the KL to the reference, from these samples, hardly shows it."""
+    old = torch.tensor([0.5, 0.5 - 1e-9]).log()
+    new = old - math.log(2)
+    assert ppo.kl_moved(old, new).mean().item() == pytest.approx(math.log(2) - 0.5, abs=1e-5)
+    rare, likely = torch.tensor(1e-6).log(), torch.tensor(0.5).log()
+    assert ppo.kl_moved(rare, likely).item() == pytest.approx(9 - math.log(10), abs=1e-4)  # one token ends no update alone
 
 
 def test_stale_rollouts_are_weighted_and_capped(tiny):

@@ -138,12 +138,14 @@ def k3(p, q):
 def naive_targets(rollouts, scores, prox, values, reference, p):
     """Advantages (whitened), returns and importance weights, as lists of lists."""
     handed_out = [s - (0.0 if r.stopped else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
-    centre = sum(handed_out) / len(handed_out)
+    everyone = sum(handed_out) / len(handed_out)
     advantages, returns, importance = [], [], []
     for i, r in enumerate(rollouts):
         count = len(r.token_ids)
         rewards = [-p.beta * (prox[i][k] - reference[i][k]) for k in range(count)]
-        rewards[-1] += handed_out[i] - centre
+        others = [s for j, s in enumerate(handed_out) if j != i and rollouts[j].prompt_token_ids == r.prompt_token_ids]
+        alone = p.baseline == "batch" or not others
+        rewards[-1] += handed_out[i] - (everyone if alone else sum(others) / len(others))
         of_row = []
         for t in range(count):
             total = 0.0
@@ -166,7 +168,8 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
     prox, old = [model.logprobs(r) for r in rollouts], [model.values(r) for r in rollouts]
     of_reference, of_first = [reference.logprobs(r) for r in rollouts], [first.logprobs(r) for r in rollouts]
     advantages, returns, importance = naive_targets(rollouts, scores, prox, old, of_reference, p)
-    shuffle, steps = random.Random(seed), []
+    shuffle, steps, moved = random.Random(seed), [], []
+    all_steps = p.epochs * -(-len(rollouts) // p.batch_size)
     for _ in range(p.epochs):
         order = list(range(len(rollouts)))
         shuffle.shuffle(order)
@@ -175,7 +178,7 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
             gradient = {name: numpy.zeros_like(x) for name, x in model.w.items()}
             tokens = sum(len(rollouts[i].token_ids) for i in rows)
             m = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_ref", "kl_first"), 0.0)
-            ratio_max = 0.0
+            ratio_max, of_batch = 0.0, 0.0
             scale = p.alpha if sl_rows else 1.0
             for i in rows:
                 r = rollouts[i]
@@ -206,6 +209,7 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     # What is only reported
                     m["entropy"] -= float(probabilities @ logp_all) / tokens
                     m["approx_kl"] += k3(prox[i][k], new) / tokens
+                    of_batch += k3(prox[i][k], prox[i][k] + min(new - prox[i][k], math.log(10))) / len(rows)
                     m["kl_ref"] += min(ratio, 10) * k3(new, of_reference[i][k]) / len(rows)
                     m["kl_first"] += min(ratio, 10) * k3(new, of_first[i][k]) / len(rows)
                     ratio_max = max(ratio_max, ratio)
@@ -215,7 +219,14 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                 )
             norm = math.sqrt(sum(float((g * g).sum()) for g in gradient.values()))
             gradient = {name: g * min(1.0, 1.0 / (norm + 1e-6)) for name, g in gradient.items()}
-            rate, head = p.learning_rate, max(p.learning_rate, 1e-5)
+            moved.append(of_batch)
+            last = moved[-math.ceil(64 / p.batch_size) :]
+            m["kl_update"] = sum(last) / len(last)
+            factor = 1.0
+            if p.lr_scheduler_type == "linear":
+                rise = math.ceil(p.warmup_ratio * all_steps)
+                factor = min((len(steps) + 1) / (rise + 1), (all_steps - len(steps)) / (all_steps - rise))
+            rate, head = factor * p.learning_rate, factor * max(p.learning_rate, 1e-5)
             model.adam(gradient, {"embed": rate, "head": rate, "value": head, "bias": head})
             steps.append(m | {"grad_norm": norm, "ratio_max": ratio_max})
     return steps, model
@@ -241,9 +252,11 @@ def naive_supervised(model, gradient, rows):
 def rollouts_of(count, seed):
     """Ragged answers at two temperatures, sampled by nobody in particular: their log-probabilities are stale and noisy."""
     draw = random.Random(seed)
+    asked = [tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 4))) for _ in range(5)]
     found = []
     for n in range(count):
-        prompt, answer = (tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, most))) for most in (4, 9))
+        prompt = asked[draw.randrange(4) if n else 4]  # the first answer is the only one to its prompt
+        answer = tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 9)))
         noise = tuple(-abs(draw.gauss(2.0, 0.7)) for _ in answer)
         found.append(Rollout(prompt, answer, noise, n % 3 > 0, 0, str(n), draw.choice((1.0, 0.7))))
     return found
@@ -255,7 +268,8 @@ SL_ROWS = [
     {"input_ids": [9, 9, 1, 10, 2, 2], "labels": [-100, -100, -100, 10, 2, 2]},
 ]
 STRONG = Hyperparameters(
-    learning_rate=2e-2, epochs=3, batch_size=5, beta=0.1, missing_eos_penalty=0.7, kl_stop=1e9, kl_first_stop=1e9
+    learning_rate=2e-2, epochs=3, batch_size=5, beta=0.1, missing_eos_penalty=0.7, kl_stop=1e9, kl_first_stop=1e9,
+    max_kl_update=1e9,
 )
 
 
@@ -263,10 +277,11 @@ STRONG = Hyperparameters(
     ("p", "sl_rows"),
     [
         (STRONG, []),
-        (Hyperparameters(**vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05}), []),
+        (Hyperparameters(**vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05, "baseline": "batch"}), []),
+        (Hyperparameters(**vars(STRONG) | {"lr_scheduler_type": "constant"}), []),
         (Hyperparameters(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
     ],
-    ids=["alternate", "other-knobs", "combined"],
+    ids=["alternate", "other-knobs", "constant-rate", "combined"],
 )
 def test_every_step_is_that_of_the_second_implementation(models, p, sl_rows):
     rollouts = rollouts_of(13, 1)
