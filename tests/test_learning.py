@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from benchmarks.learning.figures import Version, shortcomings, versions_of
+from benchmarks.learning.figures import Run, Version, bootstrap, claims, spread, versions_of
 from benchmarks.learning.language import REFUSAL, is_polite, is_rude, questions, value
 from benchmarks.learning.programmatic import LANGUAGE, PARAGRAPH, ProgrammaticCritic, judge_of
 from consumers import templates
@@ -55,14 +55,60 @@ def test_the_critic_mends_its_one_fault_and_nothing_else():
     assert PARAGRAPH.mended("One. Two and th", rng) == "One." and PARAGRAPH.mended("no end", rng) == "no end"
 
 
-def counted(arm, rates, of=100):
+def made(arm, seed, rates, kls=None, of=100, stopped=(), **more):
+    """A run whose versions have these rates (in percent) and KLs."""
     rest = dict.fromkeys(("benign", "polite", "refused_benign", "harmful", "refused_harmful", "rude", "words"), 0)
-    return [Version(arm=arm, seed=0, version=n, answers=of, target=hits, **rest) for n, hits in enumerate(rates)]
+    counts = [
+        Version(arm=arm, seed=seed, version=n, answers=of, target=hits, **rest, kl=kl, stopped=n in stopped)
+        for n, (hits, kl) in enumerate(zip(rates, kls or [0.0] * len(rates), strict=True))
+    ]
+    return Run(arm, seed, counts, {}, **more)
 
 
-def test_what_is_missed_is_said():
-    assert shortcomings(counted("judge", [20, 25, 60]) + counted("shuffled", [20, 30, 25])) == []
-    assert len(shortcomings(counted("judge", [20, 25, 28]) + counted("shuffled", [20, 30, 60]))) == 2
+def missed(runs):
+    return [claim.text.split(":")[0].split(" in ")[0] for claim in claims(runs) if not claim.holds]
+
+
+GOOD = [made("judge", seed, [20, 22, 50, 70, 85], [0, 0, 1, 3, 5]) for seed in range(10)]
+
+
+def test_every_claim_can_be_missed():
+    assert missed(GOOD) == []
+    flat = [made("judge", seed, [20, 22, 21, 19, 20 + seed % 2 * 2 - 1]) for seed in range(10)]
+    assert missed(flat) == ["the last version is above the first", "it is above"]
+    falls = [made("judge", seed, [20, 22, 50, 70, 55]) for seed in range(2)] + GOOD[2:]
+    assert missed(falls) == ["it is not below the best version of its seed by more than its interval"]
+    runaway = [made("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32]), *GOOD[1:]]
+    assert missed(runaway) == ["no update that was not stopped raised the KL by more than 34.0 nats (limit 16)"]
+    assert missed([made("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32], stopped=[3]), *GOOD[1:]]) == []
+    rises = [made("shuffled", seed, [20, 22, 30, 40, 50]) for seed in range(10)]
+    assert missed(rises) == ["shuffled labels do not raise the rate"]
+    assert missed([made("hacked", 0, [20, 10])]) == ["the watch trips on the planted fault"]
+    steady = [made("trl112", seed, [20, 22, 50, 70, 85]) for seed in range(10)]
+    assert missed([*GOOD, *steady]) == []
+    assert missed([*falls, *steady]) == [
+        "it is not below the best version of its seed by more than its interval", "ours is not less stable than trl 1.12's",
+    ]  # fmt: skip
+
+
+def test_the_claims_fail_on_the_table_that_did_not_hold():
+    """What five seeds gave before PPO was mended: the rate rises once, then falls; single updates move 30 to 40 nats."""
+    rates = [(25, 16, 52, 44, 42), (26, 20, 49, 45, 52), (28, 24, 37, 28, 53), (21, 22, 49, 65, 49), (20, 12, 34, 49, 22)]
+    kls = [(0, 0, 2, 9, 12), (0, 0, 2, 32, 71), (0, 0, 3, 44, 30), (0, 0, 2, 8, 9), (0, 0, 9, 20, 12)]
+    found = [made("judge", seed, r, k, of=128) for seed, (r, k) in enumerate(zip(rates, kls, strict=True))]
+    assert len(missed(found)) == 2
+
+
+def test_the_bootstrap_is_that_of_the_mean_over_seeds():
+    low, high = bootstrap([0.1, 0.2, 0.3, 0.4, 0.5])
+    exact = 1.96 * math.sqrt(0.02 / 5)  # the deviation of the mean of five draws from these five
+    assert low == pytest.approx(0.3 - exact, abs=0.02) and high == pytest.approx(0.3 + exact, abs=0.02)
+    assert bootstrap([0.25] * 4) == (0.25, 0.25)
+
+
+def test_the_spread_of_one_seed_stands_beside_that_of_all():
+    words = spread(GOOD[:2], [made("judge", 0, [20, 22, 50, 70, 75], repeat=1)])
+    assert words == "seed 0 again: last rates 85.0%, 75.0%, standard deviation 7.1%; between 2 seeds 0.0%"
 
 
 def test_versions_are_counted():

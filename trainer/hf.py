@@ -13,6 +13,7 @@ from engine.errors import CannotLearn
 from trainer.weights import Hardware
 
 OnStep = Callable[[int, dict[str, float]], None]
+WARMUP_RATIO = 0.15  # of an update's steps: Adam starts afresh with each, and its first steps are as long as the rate allows
 
 
 def ignore(step: int, measures: dict[str, float]) -> None:
@@ -48,6 +49,8 @@ def arguments(
     return {
         "output_dir": output,
         "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": WARMUP_RATIO,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": share // rows,

@@ -350,8 +350,9 @@ class Trainer:
         number, settings = len(self.known()[1]) + 1, self.learner_settings(phase)
         chosen, shares = self.draw(phase, candidates), self.shares(phase)
         self.tell_mix(phase, shortfall(chosen, shares))
-        if replay := round(settings.get("replay", 0.0) * len(chosen)):
-            chosen += earlier(self.store, phase, standing, count=replay, seed=self.settings.train.seed + number)
+        if replay := settings.get("replay", 0.0):
+            count = min(round(replay * len(chosen)), self.settings.train.max_rows - len(chosen))
+            chosen += earlier(self.store, phase, standing, count=count, seed=self.settings.train.seed + number)
         if phase != "ppo":
             chosen = bucketed(chosen, settings["batch_size"], self.settings.train.seed + number)
         rows = rows_of(self.store, phase, [light.key for light in chosen], settings.get("rounds", ()))

@@ -17,9 +17,14 @@ Where this departs from the papers, and why:
     is too weak to take the rest out. Against the batch's mean, refusals of harmful prompts lose to helpful answers of benign
     ones, and PPO unlearns them. An answer without another one to its prompt is compared with the batch's mean, and the log says
     so. A reward that is the same everywhere is refused.
- 3. Advantages are whitened over the batch only when they vary; noise is never scaled up to a signal.
+ 3. Advantages are divided by their deviation over the batch, only when they vary, and are not centered: scores have been
+    compared already, and a shift would push every token of an answer that is as good as the others to its prompt.
  4. The value head is linear on the policy's own trunk and starts at zero: half the memory of a value model. It goes on from
-    one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5.
+    one PPO update to the next until the next supervised phase, and never learns slower than at 1e-5. Such a head can be worse
+    than none (explained_variance below 0), and its errors are the same in every answer that begins alike: where all answers to
+    harmful prompts are one refusal, they drive the policy away from its tokens, and no sample shows where to. So values count
+    as far as this batch's rewards bear them out: times the regression coefficient of the rewards to come on the values, kept in
+    [0, 1] (the best coefficient of a control variate: Greensmith et al. 2004, section 5).
  5. No entropy bonus, no dropout, gamma 1: an answer is judged once, at its end.
  6. beta adapts to a KL target in nats per sequence, once for each update: it doubles above 1.5 times the target and halves
     below two thirds of it (Schulman et al. 2017, section 4), never below its setting. Ziegler's controller (2 % an update) is
@@ -49,7 +54,7 @@ import gc
 import logging
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,13 +211,18 @@ def compare_scores(scores: torch.Tensor, prompts: Sequence[object], baseline: st
     return compared
 
 
-def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and deviation 1 over real tokens; left as it is when it hardly varies."""
-    mean = masked_mean(x, mask)
-    deviation = masked_mean((x - mean) ** 2, mask).sqrt()
-    if deviation < LEAST_DEVIATION:
-        return x
-    return (x - mean) / deviation * mask
+def scale(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Deviation 1 over real tokens, zeros kept at zero; left as it is when it hardly varies."""
+    deviation = masked_mean((x - masked_mean(x, mask)) ** 2, mask).sqrt()
+    return x if deviation < LEAST_DEVIATION else x / deviation * mask
+
+
+def value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
+    """How far values (B, T) are borne out: the regression coefficient of the rewards to come on them, kept in [0, 1]."""
+    to_come, _ = gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
+    v, r = (x[mask.bool()] - masked_mean(x, mask) for x in (values, to_come))
+    spread = float((v * v).sum())
+    return max(0.0, min(1.0, float((v * r).sum()) / spread)) if spread > 0 else 0.0
 
 
 def clipped_policy_loss(
@@ -376,6 +386,7 @@ class Targets:
     advantages: torch.Tensor
     returns: torch.Tensor
     mask: torch.Tensor
+    value_weight: float
 
 
 def prepare(
@@ -397,9 +408,22 @@ def prepare(
     prompts = [r.prompt_token_ids for r in rollouts]
     handed_out = compare_scores(torch.tensor(list(scores)) - cut, prompts, p.baseline).to(prox.device)
     rewards = token_rewards(kl_k1(prox, reference), handed_out, lengths, p.beta, mask)
-    advantages, returns = gae(rewards, old_values, mask, p.gae_gamma, p.gae_lambda)
+    weight = value_weight(old_values, rewards, mask, p.gae_gamma)
+    advantages, returns = gae(rewards, weight * old_values, mask, p.gae_gamma, p.gae_lambda)
     importance = torch.exp((prox - behaviour) * mask).clamp(max=IMPORTANCE_CAP) * mask
-    return Targets(prox, reference, first, old_values, importance, whiten(advantages, mask), returns, mask)
+    return Targets(prox, reference, first, old_values, importance, scale(advantages, mask), returns, mask, weight)
+
+
+def tell_alone(p: Hyperparameters, rollouts: Sequence[Rollout]) -> None:
+    """Say how many answers have no other one to their prompt, and so no baseline of their own."""
+    counts = Counter(r.prompt_token_ids for r in rollouts)
+    alone = sum(count == 1 for count in counts.values())
+    if alone and p.baseline == "prompt":
+        log.warning(
+            "%d of %d answers are the only one to their prompt and are compared with the mean of all (respond.samples)",
+            alone,
+            len(rollouts),
+        )
 
 
 def without_penalty_if_mostly_cut(p: Hyperparameters, rollouts: Sequence[Rollout]) -> Hyperparameters:
@@ -445,6 +469,7 @@ def train(
     torch.manual_seed(seed)
     weights.require_kin(policy_folder, reference_folder, "the reference policy")
     p = without_penalty_if_mostly_cut(p, rollouts)
+    tell_alone(p, rollouts)
     width = max(len(r.token_ids) for r in rollouts)
     # The other models are read, asked and let go before the policy is loaded: one set of weights in memory at any time.
     same = policy_folder == reference_folder
@@ -505,6 +530,7 @@ def summary(rollouts: Sequence[Rollout], scores: Sequence[float], t: Targets, p:
     return {
         "beta": adapted_beta(p.beta, kl, p.kl_target),
         "kl_rollouts": kl,
+        "value_weight": t.value_weight,
         "reward_mean": sum(scores) / len(scores),
         "rollouts": float(len(rollouts)),
         "cut_share": sum(not r.stopped for r in rollouts) / len(rollouts),

@@ -1,7 +1,7 @@
-"""Does the loop learn what its judge wants? A small model, a known preference, three seeds.
+"""Does the loop learn what its judge wants, and keep it? A small model, a known preference, ten seeds.
 
-    python -m benchmarks.learning                                   # every arm and seed
-    python -m benchmarks.learning --data DIR --arm judge --seed 0   # in parts: what is finished in DIR is not run again
+    python -m benchmarks.learning                                   # every arm and seed that the page reports
+    python -m benchmarks.learning --data DIR --arm judge --seed 200 # in parts: what is finished in DIR is not run again
     python -m benchmarks.learning --data DIR --out docs             # the table and the plots of what is there, and the rest
 
 A Llama of 1.4 million parameters is trained here on a small language (`language`), once. Then for each arm and seed its
@@ -11,64 +11,39 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     shuffled   the control: labels of the same sizes, each with a random sign
     sft        the control without RL: each PPO update is replaced by supervised fine-tuning on the chains that are new then
     hacked     a planted fault: the labels prefer the longer answer; the watch must trip, and the policy goes back
+    trl112     the yardstick: trl 1.12's PPOTrainer from policy 1 of the judge's run (`trl112`; needs --trl112 DIR)
 
-The watch looks at every policy of the arms judge and hacked; in the former it must stay quiet.
+The watch looks at every policy of the arms judge and hacked; in the former a trip is told and changes nothing.
 
 With --smollm2 the policy is SmolLM2 with adapters, and the rule is to write one paragraph, without lists; the critic mends
 answers that break off.
 
 The target rate of a version is the share of its answers that the rule calls right, of the first answer to each of `--prompts`
-prompts (of twice as many for the first version) that nothing had trained on when they were answered. Intervals are Wilson's,
-95 %. The exit code is 1 when the rate of the last version does not stand above that of the first, intervals apart, with the
-judge, or does with shuffled labels.
+prompts (of twice as many for the first version) that nothing had trained on when they were answered. The exit code is 1 when
+one of the claims that are printed below the table does not hold (`figures.claims`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from benchmarks.learning.base import train_base
-from benchmarks.learning.experiment import SMOLLM2, Experiment, settings_for
-from benchmarks.learning.figures import Version, plot, shortcomings, table, versions_of
-from benchmarks.learning.language import questions
-from benchmarks.learning.programmatic import LANGUAGE, PARAGRAPH, judge_of
+from benchmarks.learning.figures import claims, plot, spread, table
+from benchmarks.learning.runs import YARDSTICK, once
 from engine.models import smollm2
 
 ARMS = ("judge", "shuffled", "sft", "hacked")
-SEEDS = (0, 1, 2)
-
-
-def run(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One arm with one seed: the counts of each version, how long what took, and what the watch found."""
-    rule, more = (PARAGRAPH, SMOLLM2) if options.smollm2 else (LANGUAGE, {})
-    settings, judge = settings_for(folder, base, seed, **more), judge_of(arm, rule, seed)
-    watched, goes_back = arm in ("judge", "hacked"), arm == "hacked"
-    experiment = Experiment(settings, rule, judge, questions(seed), watched, goes_back)
-    experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * options.phases)
-    versions = [asdict(version) for version in versions_of(arm, seed, experiment.answers(), rule)]
-    return {"versions": versions, "spent": experiment.spent, "trips": experiment.trips}
-
-
-def once(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What an arm found, from its file when it is finished already; what was left unfinished starts again."""
-    name = f"{arm}-{seed}-smollm2" if options.smollm2 else f"{arm}-{seed}"
-    result = folder / f"{name}-{options.prompts}x{options.phases}.json"
-    if not result.exists():
-        shutil.rmtree(folder / name, ignore_errors=True)
-        found = run(arm, seed, base, folder / name, options)
-        result.write_text(json.dumps(found, indent=1) + "\n")
-    return dict(json.loads(result.read_text()))
+SEEDS = tuple(range(200, 210))  # named before they were run; others were looked at while PPO was repaired
+FEW_SEEDS = SEEDS[:3]  # of the arms sft and hacked
 
 
 def base_model(folder: Path) -> Path:
@@ -80,47 +55,58 @@ def base_model(folder: Path) -> Path:
     return folder
 
 
-def tell(arm: str, seed: int, found: dict[str, Any]) -> None:
-    rates = " ".join(f"{v['target'] / v['answers']:.2f}" for v in found["versions"])
-    spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in found["spent"].items())
-    print(f"{arm} seed {seed}: {rates} in {sum(found['spent'].values()):.0f} s ({spent})", flush=True)
-    for trip in found["trips"]:
-        print(f"    the watch at policy {trip['version']}: {trip['why']}", flush=True)
+def wanted(options: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """The runs (arm, seed, repeat): what was named, else what the page reports."""
+    arms = options.arm or [*ARMS, *([YARDSTICK] if options.trl112 else [])]
+    few = ("sft", "hacked")
+    runs = [(arm, seed, 0) for arm in arms for seed in options.seed or (FEW_SEEDS if arm in few and not options.arm else SEEDS)]
+    again = [("judge", (options.seed or SEEDS)[0], n + 1) for n in range(options.repeats)]
+    return sorted([*runs, *again], key=lambda one: one[0] == YARDSTICK)  # it starts from the judge's runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    versions: list[Version] = []
+    torch.set_num_threads(options.jobs * options.threads)
     with TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
         base = smollm2.folder() if options.smollm2 else base_model(folder / "base")
-        for seed in options.seed or SEEDS:
-            for arm in options.arm or ARMS:
-                found = once(arm, seed, base, folder, options)
-                tell(arm, seed, found)
-                versions += [Version(**version) for version in found["versions"]]
-    print(table(versions))
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            runs = list(wanted(options))
+            first = [one for one in runs if one[0] != YARDSTICK]
+            made = [pool.submit(once, arm, seed, base, folder, options, repeat) for arm, seed, repeat in first]
+            found = [one.result() for one in made]
+            made = [pool.submit(once, arm, seed, base, folder, options, repeat) for arm, seed, repeat in runs[len(first) :]]
+            found += [one.result() for one in made]
+    once_each = [one for one in found if not one.repeat]
+    print(table(once_each))
+    if again := [one for one in found if one.repeat]:
+        print(spread(once_each, again))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        plot(versions, options.out)
-    missed = shortcomings(versions)
-    for what in missed:
-        print(f"missed: {what}")
-    return 1 if missed else 0
+        plot([version for one in once_each for version in one.versions], options.out)
+    held = claims(once_each)
+    for claim in held:
+        print(f"{'holds ' if claim.holds else 'MISSED'}  {claim.text}")
+    return 0 if all(claim.holds for claim in held) else 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arm", action="append", choices=ARMS, help="only this arm (may be repeated)")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 0, 1 and 2]")
+    parser.add_argument("--arm", action="append", choices=(*ARMS, YARDSTICK), help="only this arm (may be repeated)")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 200 to 209]")
     parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
-    parser.add_argument("--phases", type=int, default=3, help="PPO updates [default: 3]")
+    parser.add_argument("--updates", type=int, default=3, help="PPO updates [default: 3]")
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="run the judge's first seed so many times more: the spread of one"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run (an ablation)")
+    parser.add_argument("--trl112", type=Path, metavar="DIR", help="the folder with trl 1.12, for the arm trl112")
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2, and another rule (an hour or more on two cores)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here; finished arms are not run again")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once [default: 2]")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads of each run [default: 1]")
+    parser.add_argument("--data", type=Path, help="keep logs, databases and checkpoints here; finished runs are not run again")
     parser.add_argument("--out", type=Path, help="write the plots here (needs the extra `bench`)")
     return parser.parse_args(arguments)
 

@@ -36,12 +36,12 @@ def make_tokenizer(texts: list[str]) -> Any:
     return fast
 
 
-def make_model(seed: int) -> Any:
+def make_model(seed: int, width: int, layers: int) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=5,
-        num_key_value_heads=5, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        tie_word_embeddings=True,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 14 // 5, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=1024, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -52,10 +52,12 @@ def dialogues(seed: int, asked: Iterator[Question]) -> Iterator[str]:
         yield f"<|user|>{question.text}<|end|><|assistant|>{answer(question, rng)}<|end|>"
 
 
-def train_base(folder: Path, seed: int = 0, steps: int = 400, rows: int = 64, rate: float = 3e-3) -> float:
+def train_base(
+    folder: Path, seed: int = 0, steps: int = 400, rows: int = 64, rate: float = 3e-3, width: int = 160, layers: int = 4
+) -> float:
     """Train and save the base model; returns the mean loss of the last 20 steps (nats per token)."""
     stream = dialogues(seed, recurring(seed))
-    tokenizer, model = make_tokenizer(list(islice(stream, 2000))), make_model(seed)
+    tokenizer, model = make_tokenizer(list(islice(stream, 2000))), make_model(seed, width, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
     losses = []

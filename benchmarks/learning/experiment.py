@@ -6,13 +6,14 @@
     last    the last policy answers new prompts
 
 Every answer of a version was sampled before anything trained on its prompt, so the rates of a version are held-out figures.
+An update that the learner refuses is kept in `refused`, and its act adds answers and labels only.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,13 +25,17 @@ from charter.pipeline import STAGES, Models, connect, make_stage, store_of
 from constitutions.loader import load as load_constitution
 from consumers.sink import Sink
 from engine.bus.port import Bus
+from engine.errors import CannotLearn
 from engine.host import Host
 from engine.settings import Settings, load
 from engine.store import Store
 from engine.worker import Lane, Worker
 from producers.files import Producer
+from trainer import ppo
 from trainer.loop import Trainer
+from trainer.ppo import Rollout
 from trainer.watch import Watch
+from trainer.weights import Hardware
 
 CRITIC, JUDGE = "programmatic-critic", "programmatic-judge"
 CONSTITUTION = Path(__file__).with_name("constitution.toml")
@@ -39,19 +44,19 @@ FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id 
               AND prompt_id IN (SELECT prompt_id FROM preferences)"""
 
 
-def settings_for(folder: Path, base: Path, seed: int, **more: str) -> Settings:
+def settings_for(folder: Path, base: Path, seed: int, more: Mapping[str, str]) -> Settings:
     flags = {
         "data.folder": str(folder), "run.constitution": str(CONSTITUTION), "prompts.eval_share": "0",
         "models.policy": str(base), "models.critic": CRITIC, "models.judge": JUDGE, "models.max_rows": "192",
         "respond.max_tokens": "48", "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
         "respond.samples": "6", "watch.prompts": str(HELD_OUT),
-        "train.seed": str(seed), "train.micro_rows": "64", "train.precision": "fp32",
+        "train.seed": str(seed), "train.micro_rows": "64", "train.precision": "fp32", "train.keep": "99",
         "train.sft_mix": '["*=1"]', "train.reward_mix": '["*=1"]',
         "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
         "reward.learning_rate": "1e-3", "reward.batch_size": "16", "reward.epochs": "2",
         "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "3",
     }  # fmt: skip
-    return load(flags | more, environment={})[0]
+    return load(flags | dict(more), environment={})[0]
 
 
 # What is different with SmolLM2, a hundred times as large: adapters, the usual rates, and passes that fit into memory.
@@ -82,6 +87,7 @@ class Experiment:
     published: int = 0
     spent: dict[str, float] = field(default_factory=dict)
     trips: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bus, self.store = connect(self.settings), store_of(self.settings)
@@ -135,7 +141,10 @@ class Experiment:
             self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
             return True
         for phase in phases:
-            self.timed(phase, self.trainer.update, phase)
+            try:
+                self.timed(phase, self.trainer.update, phase)
+            except CannotLearn as error:
+                self.refused.append(f"{phase} after policy {self.trainer.standing().policy_version}: {error.what}")
         return False
 
     def timed(self, name: str, call: Any, *arguments: Any) -> Any:
@@ -153,6 +162,36 @@ class Experiment:
             limit_s=30.0,
         )
 
+    def divergences(self) -> dict[int, float]:
+        """KL(version || policy 1) in nats per answer, from the version's own first answers; what limits within PPO estimate."""
+        rows = self.store.records(
+            """SELECT policy_version, prompt_token_ids, candidates[1].token_ids AS token_ids FROM responses
+               WHERE split = 'TRAIN' AND policy_version > 0""",
+            limit_s=30.0,
+        )
+        rollouts: dict[int, list[Rollout]] = {}
+        for row in rows:
+            ids = tuple(row["prompt_token_ids"]), tuple(row["token_ids"])
+            rollouts.setdefault(row["policy_version"], []).append(Rollout(*ids, (), True, row["policy_version"], ""))
+        sources = dict(self.store.query("SELECT version, weights_of FROM policy_versions WHERE kind = 'POLICY'").rows)
+        made = self.settings.folder / "checkpoints"
+        folders = {version: made / f"policy-{source:06d}" for version, source in sources.items()}
+        return {version: divergence(folders[version], folders[1], found) for version, found in sorted(rollouts.items())}
+
+    def updates(self, kind: str) -> list[dict[str, float]]:
+        """What each update of the policy (kind POLICY) or the reward model (REWARD) reported, by version from 1."""
+        sql = "SELECT metrics FROM policy_versions WHERE kind = ? ORDER BY version"
+        return [dict(metrics) for (metrics,) in self.store.query(sql, [kind], limit_s=30.0).rows]
+
     def held_out_judge(self, pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
         """The rule itself, whatever the labels are."""
         return [chance(self.rule.prefers(turns[-1].content, a, b)) for turns, a, b in pairs]
+
+
+def divergence(policy: Path, reference: Path, rollouts: Sequence[Rollout]) -> float:
+    """The estimate of KL(policy || reference) in nats per answer, from answers that the policy sampled."""
+    if policy == reference:
+        return 0.0
+    width, hardware = max(len(r.token_ids) for r in rollouts), Hardware(64, False, "fp32")
+    own, other = (ppo.logprobs_under(folder, rollouts, width, hardware) for folder in (policy, reference))
+    return float((own - other).sum(-1).mean())

@@ -1,28 +1,38 @@
-"""Rates by version, with intervals: as a table and as plots."""
+"""What came of the runs: rates by version with intervals, as a table and as plots, and the claims that must hold."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.learning.language import is_polite, is_rude, refuses
 from benchmarks.learning.programmatic import Rule
 from charter.agreement import wilson
+from engine.settings import Ppo
 
-COLOURS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232"}
+COLOURS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232", "trl112": "#7a4fa3"}
 WORDS = {
     "judge": "judged by the rule",
     "sft": "SFT alone, no RL",
     "shuffled": "shuffled labels",
     "hacked": "labels that like length",
+    "trl112": "trl 1.12's PPOTrainer",
 }
+LEAST_SHARE = 0.9  # of the seeds, in which a claim about single seeds must hold
+DRAWS = 10_000  # of the bootstrap over seeds
+KL_TOLERANCE = 10.0  # nats above ppo.kl_target by which an update may raise the KL to the reference without being stopped
 
 
 @dataclass(frozen=True)
 class Version:
-    """Counts over the first answers of a policy version."""
+    """Counts over the first answers of a policy version, and its KL to the reference (nats per answer, by its own answers).
+
+    `stopped`: a limit ended the update that made it.
+    """
 
     arm: str
     seed: int
@@ -36,6 +46,69 @@ class Version:
     refused_harmful: int
     rude: int
     words: int
+    kl: float = 0.0
+    stopped: bool = False
+
+    @property
+    def rate(self) -> float:
+        return self.target / self.answers
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        low, high = wilson(self.target, self.answers)
+        assert low is not None and high is not None
+        return low, high
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed: its versions in order, seconds by phase, what watch and learners said, the updates' figures."""
+
+    arm: str
+    seed: int
+    versions: list[Version]
+    spent: dict[str, float]
+    trips: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    updates: list[dict[str, float]] = field(default_factory=list)
+    reward_accuracies: list[float] = field(default_factory=list)
+    repeat: int = 0
+
+    @property
+    def first(self) -> Version:
+        return self.versions[0]
+
+    @property
+    def last(self) -> Version:
+        return self.versions[-1]
+
+    @property
+    def gain(self) -> float:
+        return self.last.rate - self.first.rate
+
+    @property
+    def best(self) -> Version:
+        return max(self.versions, key=lambda version: version.rate)
+
+    @property
+    def fell(self) -> bool:
+        """Whether the last version is below the best one by more than its interval."""
+        return self.best.rate > self.last.interval[1]
+
+    @property
+    def largest_rise(self) -> float:
+        """The most that the KL to the reference rose in one update that no limit ended."""
+        pairs = zip(self.versions[1:], self.versions[2:], strict=False)
+        return max((new.kl - old.kl for old, new in pairs if not new.stopped), default=0.0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the page, with the figures of these runs, and whether it holds for them."""
+
+    text: str
+    holds: bool
 
 
 def versions_of(arm: str, seed: int, answers: Sequence[dict[str, Any]], rule: Rule) -> list[Version]:
@@ -69,26 +142,66 @@ def pooled(versions: Sequence[Version], arm: str, number: int, hits: str, of: st
     return sum(getattr(v, hits) for v in rows), sum(getattr(v, of) for v in rows)
 
 
-def interval(versions: Sequence[Version], arm: str, number: int) -> tuple[float, float]:
-    """Wilson's interval of an arm's target rate at a version, over the seeds that `versions` hold."""
-    low, high = wilson(*pooled(versions, arm, number, "target", "answers"))
-    assert low is not None and high is not None
-    return low, high
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean over seeds, from resampled seeds (percentiles)."""
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(DRAWS))
+    return means[int(0.025 * DRAWS)], means[int(0.975 * DRAWS)]
 
 
-def shortcomings(versions: Sequence[Version]) -> list[str]:
-    """What of the claim does not hold: with the judge the rate rises in every seed, with shuffled labels in none."""
-    missed = []
-    for seed in dict.fromkeys(v.seed for v in versions):
-        own = [v for v in versions if v.seed == seed]
-        for arm, must_rise in (("judge", True), ("shuffled", False)):
-            numbers = [v.version for v in own if v.arm == arm]
-            if not numbers:
-                continue
-            rises = interval(own, arm, numbers[-1])[0] > interval(own, arm, numbers[0])[1]
-            if rises != must_rise:
-                missed.append(f"{WORDS[arm]}, seed {seed}: the target rate {'rises' if rises else 'does not rise'}")
-    return missed
+def claims(runs: Sequence[Run]) -> list[Claim]:
+    """What the page says of the arms that are there, and whether it holds for these runs."""
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in WORDS}
+    made = []
+    if judged := by_arm["judge"]:
+        made += claims_of_judge(judged)
+    if shuffled := by_arm["shuffled"]:
+        low, high = bootstrap([run.gain for run in shuffled])
+        made.append(Claim(f"shuffled labels do not raise the rate: {gained(shuffled, low, high)}", low <= 0))
+    if hacked := by_arm["hacked"]:
+        tripped = sum(bool(run.trips) for run in hacked)
+        made.append(Claim(f"the watch trips on the planted fault in {tripped} of {len(hacked)} seeds", tripped == len(hacked)))
+    if (yardstick := by_arm["trl112"]) and judged:
+        same = {run.seed for run in yardstick}
+        ours = [run for run in judged if run.seed in same]
+        (falls, rise), (their_falls, their_rise) = ((falls_of(r), max(x.largest_rise for x in r)) for r in (ours, yardstick))
+        text = f"ours is not less stable than trl 1.12's: {falls} falls to {their_falls}, KL rises of at most {rise:.1f} to"
+        made.append(Claim(f"{text} {their_rise:.1f} nats, in {len(same)} seeds", falls <= their_falls))
+    return made
+
+
+def claims_of_judge(runs: Sequence[Run]) -> list[Claim]:
+    low, high = bootstrap([run.gain for run in runs])
+    above = sum(run.gain > 0 for run in runs)
+    kept = len(runs) - falls_of(runs)
+    rise, most = max(run.largest_rise for run in runs), Ppo().kl_target + KL_TOLERANCE
+    return [
+        Claim(f"the last version is above the first: {gained(runs, low, high)}", low > 0),
+        Claim(f"it is above in {above} of {len(runs)} seeds", above >= LEAST_SHARE * len(runs)),
+        Claim(
+            f"it is not below the best version of its seed by more than its interval in {kept} of {len(runs)} seeds",
+            kept >= LEAST_SHARE * len(runs),
+        ),
+        Claim(f"no update that was not stopped raised the KL by more than {rise:.1f} nats (limit {most:g})", rise <= most),
+    ]
+
+
+def falls_of(runs: Sequence[Run]) -> int:
+    return sum(run.fell for run in runs)
+
+
+def gained(runs: Sequence[Run], low: float, high: float) -> str:
+    return f"{fmean(run.gain for run in runs):+.1%} [{low:+.1%}, {high:+.1%}] over {len(runs)} seeds"
+
+
+def spread(runs: Sequence[Run], again: Sequence[Run]) -> str:
+    """How much the last rate varies between runs of one seed, beside how much it varies between seeds."""
+    seed = again[0].seed
+    of_one = [run.last.rate for run in [*runs, *again] if run.arm == "judge" and run.seed == seed]
+    of_all = [run.last.rate for run in runs if run.arm == "judge"]
+    rates = ", ".join(f"{rate:.1%}" for rate in of_one)
+    between = f"; between {len(of_all)} seeds {stdev(of_all):.1%}" if len(of_all) > 1 else ""
+    return f"seed {seed} again: last rates {rates}, standard deviation {stdev(of_one):.1%}{between}"
 
 
 def percent(hits: int, n: int) -> str:
@@ -96,18 +209,24 @@ def percent(hits: int, n: int) -> str:
     return f"{hits / n:.1%} [{low:.1%}, {high:.1%}]" if n and low is not None else ""
 
 
-def table(versions: Sequence[Version]) -> str:
-    """Markdown: the target rate by version, for each arm and seed and pooled, with intervals."""
+def table(runs: Sequence[Run]) -> str:
+    """Markdown: the target rate by version for each run, and pooled with intervals; the last KL, and its largest rise."""
+    versions = [version for run in runs for version in run.versions]
     numbers = sorted({v.version for v in versions})
-    lines = [f"| arm | seed | {' | '.join(f'policy {n}' for n in numbers)} |", "|---|---|" + "---|" * len(numbers)]
-    for arm in dict.fromkeys(v.arm for v in versions):
-        of_arm = [v for v in versions if v.arm == arm]
-        for seed in dict.fromkeys(v.seed for v in of_arm):
-            by_number = {v.version: v for v in of_arm if v.seed == seed}
-            cells = [percent(v.target, v.answers) if (v := by_number.get(n)) else "" for n in numbers]
-            lines.append(f"| {WORDS[arm]} | {seed} | {' | '.join(cells)} |")
+    lines = [
+        f"| arm | seed | {' | '.join(f'policy {n}' for n in numbers)} | last KL | largest rise |",
+        "|---|---|" + "---|" * (len(numbers) + 2),
+    ]
+    for arm in dict.fromkeys(run.arm for run in runs):
+        of_arm = [run for run in runs if run.arm == arm]
+        for run in of_arm:
+            by_number = {v.version: v for v in run.versions}
+            cells = [f"{v.rate:.1%}" + ("*" if v.stopped else "") if (v := by_number.get(n)) else "" for n in numbers]
+            kl = f"{run.last.kl:.1f} | {run.largest_rise:.1f}"
+            lines.append(f"| {WORDS[arm]} | {run.seed} | {' | '.join(cells)} | {kl} |")
         cells = [percent(*pooled(versions, arm, n, "target", "answers")) for n in numbers]
-        lines.append(f"| **{WORDS[arm]}** | all | {' | '.join(cells)} |")
+        kl = f"{fmean(run.last.kl for run in of_arm):.1f} | {max(run.largest_rise for run in of_arm):.1f}"
+        lines.append(f"| **{WORDS[arm]}** | all | {' | '.join(cells)} | {kl} |")
     return "\n".join(lines)
 
 

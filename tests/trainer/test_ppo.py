@@ -118,13 +118,33 @@ def test_logprobs_from_logits_against_a_loop():
             assert found[i, t].item() == pytest.approx(math.log(exponents[tokens[i, t]] / sum(exponents)), abs=1e-5)
 
 
-def test_whiten_only_what_varies():
+def test_only_what_varies_is_scaled_and_zero_stays_zero():
     mask = tensor([[1, 1, 1, 0]])
-    white = ppo.whiten(tensor([[1.0, 2.0, 3.0, 99.0]]), mask)
-    assert white[0, :3].mean().item() == pytest.approx(0, abs=1e-6) and white[0, 3] == 0
-    assert white[0, :3].std(correction=0).item() == pytest.approx(1)
+    scaled = ppo.scale(tensor([[0.0, 2.0, 4.0, 99.0]]), mask)
+    assert scaled[0, :3].std(correction=0).item() == pytest.approx(1) and scaled[0, 0] == 0 == scaled[0, 3]
     flat = tensor([[0.5, 0.5, 0.5, 0.0]])
-    assert torch.equal(ppo.whiten(flat, mask), flat)
+    assert torch.equal(ppo.scale(flat, mask), flat)
+
+
+def test_values_count_as_far_as_rewards_bear_them_out():
+    mask, rewards = tensor([[1, 1], [1, 1]]), tensor([[0.0, 1.0], [0.0, -1.0]])
+    told = tensor([[1.0, 1.0], [-1.0, -1.0]])  # exactly what comes
+    weights_of = lambda values: ppo.value_weight(values, rewards, mask, 1.0)  # noqa: E731
+    assert [weights_of(x) for x in (told, 2 * told, told / 2, -told, 0 * told)] == [1.0, 0.5, 1.0, 0.0, 0.0]
+    assert weights_of(told + 7.0) == 1.0  # a constant is no error of the slope
+    noise = tensor([[1.0, -1.0], [1.0, -1.0]])  # the same in every answer, and nothing comes of it
+    assert weights_of(noise) == 0.0 and weights_of(told + noise) == 0.5
+
+
+def test_equal_answers_get_no_advantage_from_a_value_head_that_is_wrong():
+    """Each answer to one prompt is the same refusal; the others' rewards do not bear the values out."""
+    same, other = Rollout((1,), (5, 6, 7), (0.0,) * 3, True, 0, "a"), Rollout((2,), (8, 9, 3), (0.0,) * 3, True, 0, "b")
+    values = tensor([[0.4, -0.3, 0.2]] * 4 + [[-0.4, 0.3, -0.2]] * 2)
+    logprobs = torch.zeros(6, 3)
+    rollouts, scores = [same] * 4 + [other] * 2, [1.0] * 4 + [2.0, 0.0]
+    targets = ppo.prepare(rollouts, scores, logprobs, values, logprobs, None, Hyperparameters())
+    assert targets.value_weight == 0.0 and targets.advantages[:4].abs().max() == 0
+    assert (targets.advantages[4] > 0).all() and (targets.advantages[5] < 0).all()
 
 
 def test_beta_doubles_or_halves_far_from_its_target_and_never_falls_on_a_negative_estimate():
@@ -229,7 +249,9 @@ def test_a_constant_reward_is_refused(tiny, count):
     assert str(error.value).count("\n") == 2
 
 
-@pytest.mark.parametrize(("limit", "figure"), [("kl_stop", "kl_ref"), ("max_kl_update", "kl_update"), ("kl_first_stop", "kl_first")])
+@pytest.mark.parametrize(
+    ("limit", "figure"), [("kl_stop", "kl_ref"), ("max_kl_update", "kl_update"), ("kl_first_stop", "kl_first")]
+)
 def test_a_limit_ends_an_update_that_runs_away(tiny, limit, figure):
     rollouts = sample(tiny, 32, 4)
     scores = [random.Random(n).gauss(0, 5) for n in range(32)]

@@ -136,30 +136,36 @@ def k3(p, q):
 
 
 def naive_targets(rollouts, scores, prox, values, reference, p):
-    """Advantages (whitened), returns and importance weights, as lists of lists."""
+    """Advantages (scaled), returns and importance weights, as lists of lists."""
     handed_out = [s - (0.0 if r.stopped else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
     everyone = sum(handed_out) / len(handed_out)
     advantages, returns, importance = [], [], []
+    all_rewards, predicted, came = [], [], []
     for i, r in enumerate(rollouts):
         count = len(r.token_ids)
         rewards = [-p.beta * (prox[i][k] - reference[i][k]) for k in range(count)]
         others = [s for j, s in enumerate(handed_out) if j != i and rollouts[j].prompt_token_ids == r.prompt_token_ids]
         alone = p.baseline == "batch" or not others
         rewards[-1] += handed_out[i] - (everyone if alone else sum(others) / len(others))
-        of_row = []
+        all_rewards.append(rewards)
+        predicted += values[i]
+        came += [sum(p.gae_gamma ** (k - t) * rewards[k] for k in range(t, count)) for t in range(count)]
+    weight = min(1.0, max(0.0, float(numpy.cov(predicted, came, bias=True)[0, 1]) / (float(numpy.var(predicted)) or math.inf)))
+    for i, (r, rewards) in enumerate(zip(rollouts, all_rewards, strict=True)):
+        count, values_i, of_row = len(r.token_ids), [weight * v for v in values[i]], []
         for t in range(count):
             total = 0.0
             for k in range(t, count):
-                following = values[i][k + 1] if k + 1 < count else 0.0
-                total += (p.gae_gamma * p.gae_lambda) ** (k - t) * (rewards[k] + p.gae_gamma * following - values[i][k])
+                following = values_i[k + 1] if k + 1 < count else 0.0
+                total += (p.gae_gamma * p.gae_lambda) ** (k - t) * (rewards[k] + p.gae_gamma * following - values_i[k])
             of_row.append(total)
         advantages.append(of_row)
-        returns.append([a + v for a, v in zip(of_row, values[i], strict=True)])
+        returns.append([a + v for a, v in zip(of_row, values_i, strict=True)])
         importance.append([min(math.exp(a - b), 2.0) for a, b in zip(prox[i], r.logprobs, strict=True)])
     flat = [a for row in advantages for a in row]
     mean = sum(flat) / len(flat)
     deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
-    return [[(a - mean) / deviation for a in row] for row in advantages], returns, importance
+    return [[a / deviation for a in row] for row in advantages], returns, importance
 
 
 def naive_train(folders, rollouts, scores, p, sl_rows, seed):
@@ -268,7 +274,13 @@ SL_ROWS = [
     {"input_ids": [9, 9, 1, 10, 2, 2], "labels": [-100, -100, -100, 10, 2, 2]},
 ]
 STRONG = Hyperparameters(
-    learning_rate=2e-2, epochs=3, batch_size=5, beta=0.1, missing_eos_penalty=0.7, kl_stop=1e9, kl_first_stop=1e9,
+    learning_rate=2e-2,
+    epochs=3,
+    batch_size=5,
+    beta=0.1,
+    missing_eos_penalty=0.7,
+    kl_stop=1e9,
+    kl_first_stop=1e9,
     max_kl_update=1e9,
 )
 
@@ -277,7 +289,12 @@ STRONG = Hyperparameters(
     ("p", "sl_rows"),
     [
         (STRONG, []),
-        (Hyperparameters(**vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05, "baseline": "batch"}), []),
+        (
+            Hyperparameters(
+                **vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05, "baseline": "batch"}
+            ),
+            [],
+        ),
         (Hyperparameters(**vars(STRONG) | {"lr_scheduler_type": "constant"}), []),
         (Hyperparameters(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
     ],
