@@ -1,6 +1,6 @@
 """PPO: the policy learns from scored answers that the stream has sampled (RL-CAI). One file, to be read from top to bottom.
 
-    minimise   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value         (alternate)
+    minimise   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value + c_k * KL(pi_prox || pi)     (alternate)
                L_SL + alpha * L                                                 (combined)
 
 with r = pi(token) / pi_prox(token), advantages A from GAE over per-token rewards -beta * (log pi_prox - log pi_ref), and the
@@ -30,21 +30,24 @@ Where this departs from the papers, and why:
     below two thirds of it (Schulman et al. 2017, section 4), never below its setting. Ziegler's controller (2 % an update) is
     made for thousands of small updates; a stream makes few large ones. The KL is that of the rollouts, which the proximal
     policy sampled; an update whose policy is still the reference changes nothing, for its KL is zero whatever beta is.
- 7. A step that would begin past a limit is not made, and ends the update. The limits are on the KL to the reference, to the
+ 7. The clip bounds what an answer's own gradient does to its tokens, not what the gradients of others do: a policy that is
+    pushed away from some answers also leaves tokens that all answers share, for ones that no sample shows. So each step also
+    pulls towards the policy that the update began with (Schulman et al. 2017, section 4, beside the clip).
+ 8. A step that would begin past a limit is not made, and ends the update. The limits are on the KL to the reference, to the
     very first model, and to the policy that the update began with (`max_kl_update`). Only the last one sees what matters within
     an update: the first two are estimated for the policy of the moment from answers that the proximal one sampled, and where
     the policy has learned to write what that one never wrote, these samples do not show it: 1.6 nats by this estimate were 12
     by the next version's own answers (docs/learning.md). What the policy has moved away from, they do show. In the first two
     each token is weighted with min(pi / pi_prox, 10): without the cap one token that was rare when it was sampled and is likely
     now would count thousands of nats. An update that begins past a limit is refused.
- 8. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
+ 9. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding stands on the right, where a
     causal model never looks, so attention needs no mask.
- 9. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
+10. A loss is the mean over the answer tokens of its minibatch, long answers weighing more, as in every published PPO for
     language models; the papers' expectation is over time steps of any length.
-10. Adam starts afresh with each update; its moments would be twice the weights on disk. Its first steps are then as long as
+11. Adam starts afresh with each update; its moments would be twice the weights on disk. Its first steps are then as long as
     the learning rate allows whatever the gradient is, so the rate rises over the first steps, and falls to nothing over the
     rest (Ouyang et al. 2022, appendix C.4 warm up over 10 iterations; trl's PPO decays linearly).
-11. An answer that was cut at the length limit loses `missing_eos_penalty`, but not when most of them were cut: the limit is
+12. An answer that was cut at the length limit loses `missing_eos_penalty`, but not when most of them were cut: the limit is
     to blame then, and the penalty would teach brevity instead of an end.
 """
 
@@ -108,6 +111,7 @@ class Hyperparameters:
     gae_lambda: float = 0.95
     beta: float = 0.02
     kl_target: float = 6.0
+    kl_coefficient: float = 0.3
     max_kl_update: float = 6.0
     kl_stop: float = 30.0
     kl_first_stop: float = 200.0
@@ -616,7 +620,8 @@ def rl_gradients(
             logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], mask.device), entropy=True)
         policy, clipped = clipped_policy_loss(logp, t.prox[some], t.advantages[some], t.importance[some], p.clip)
         value = clipped_value_loss(values, t.old_values[some], t.returns[some], p.value_clip)
-        loss = ((policy + p.value_coefficient * value) * mask).sum() / tokens
+        kl = kl_k3(t.prox[some], logp)
+        loss = ((policy + p.value_coefficient * value + p.kl_coefficient * kl) * mask).sum() / tokens
         (scale * loss).backward()
         new = logp.detach()
         ratio_max = max(ratio_max, float(torch.exp((new - t.prox[some]) * mask).max()))
@@ -624,7 +629,7 @@ def rl_gradients(
             "policy_loss": policy.detach(),
             "value_loss": value.detach(),
             "entropy": entropy,
-            "approx_kl": kl_k3(t.prox[some], new),
+            "approx_kl": kl.detach(),
             "kl_update": kl_moved(t.prox[some], new),
             "clipfrac": clipped,
             "kl_ref_per_token": kl_of_policy(new, t.reference[some], t.prox[some]),

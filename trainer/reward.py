@@ -8,7 +8,8 @@ whose minimum is at s(rA - rB) = p; the second term keeps scores near zero.
 
 A tenth of the prompts, chosen by hash and so the same ones in every batch, never trains: accuracy, calibration, margin and the
 correlation with length are theirs, and so are the mean and the deviation that scores are normalised with. Both are frozen in
-the checkpoint (`reward.json`).
+the checkpoint (`reward.json`). A model that agrees with fewer of them than the one that it started from, beyond chance, is
+refused: fine-tuning on the newest labels can undo what earlier ones taught.
 
 An ensemble has members of different seeds: heads, shuffles, adapters. Its score is mean - lambda * variance of the members'
 normalised scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimisation, eq. 4).
@@ -49,6 +50,10 @@ SIGMAS = 1.96
 
 class EqualRewards(CannotLearn):
     """The reward model gives every text the same score."""
+
+
+class Forgot(CannotLearn):
+    """The reward model agrees with fewer held-out labels than the one that it started from, beyond chance."""
 
 
 class OneSidedLabels(CannotLearn):
@@ -130,8 +135,9 @@ def train(
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train on the model in `folder` (a policy, or an earlier reward model); returns the scorer and its metrics.
 
-    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, CannotLearn when a number is not
-    finite. The steps of an ensemble's members are reported one after the other.
+    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, Forgot when an earlier reward model
+    in `folder` agreed with more of the held-out labels, CannotLearn when a number is not finite. The steps of an ensemble's
+    members are reported one after the other.
     """
     refuse_one_sided(examples)
     taught, held_out = split(examples)
@@ -139,6 +145,7 @@ def train(
     rows = [encoded_pair(tokenizer, example, max_length) for example in taught]
     model = RewardModel([], tokenizer, variance_penalty, max_length=max_length, hardware=hardware)
     metrics: dict[str, float] = {}
+    before = load(folder, hardware).agrees(held_out) if (folder / NORMALISATION).exists() else None
     for number in range(members):
         done = int(metrics.get("steps", 0))
 
@@ -158,7 +165,22 @@ def train(
         )
         metrics["steps"] += done
         model.members.append(Member(scorer))
-    return model, metrics | model.normalise(taught, held_out) | {"examples": float(len(taught))}
+    metrics |= model.normalise(taught, held_out) | {"examples": float(len(taught))}
+    if before is not None:
+        refuse_forgotten(before, model.agrees(held_out))
+    return model, metrics
+
+
+def refuse_forgotten(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raise Forgot when fewer labels are met than before, beyond chance (McNemar's test on the labels that changed)."""
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    if lost - won > SIGMAS * math.sqrt(lost + won):
+        raise Forgot(
+            f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, the one before with"
+            f" {int(before.sum())}",
+            "it has forgotten what it knew, and is not published; the one before stays in use, and the labels are free again",
+            "wait for more labels, or lower reward.learning_rate, or raise reward.replay",
+        )
 
 
 def refuse_one_sided(examples: Sequence[PreferenceExample]) -> None:
@@ -322,6 +344,15 @@ class RewardModel:
         mean, deviation = (torch.tensor([getattr(m, name) for m in self.members])[:, None] for name in ("mean", "deviation"))
         own = (raw - mean) / deviation
         return own.mean(0) - self.variance_penalty * own.var(0, correction=0)
+
+    def agrees(self, examples: Sequence[PreferenceExample]) -> torch.Tensor:
+        """For each decided label (one that is not 0.5), whether the scores prefer the same answer."""
+        decided = [e for e in examples if e.p_a != 0.5]
+        if not decided:
+            return torch.zeros(0, dtype=torch.bool)
+        texts = [(e.turns, e.a, e.a_stopped) for e in decided] + [(e.turns, e.b, e.b_stopped) for e in decided]
+        a, b = torch.tensor(self.score(texts)).chunk(2)
+        return (a > b) == (torch.tensor([e.p_a for e in decided]) > 0.5)
 
     def normalise(self, taught: Sequence[PreferenceExample], held_out: Sequence[PreferenceExample]) -> dict[str, float]:
         """Freeze mean and deviation over the held-out texts, and say how well the scores agree with their labels.

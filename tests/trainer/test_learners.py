@@ -15,7 +15,7 @@ from engine.models.local import LocalModel
 from engine.models.port import Ask
 from schemas.records import Turn
 from trainer import reward, sft, weights
-from trainer.reward import EqualRewards, OneSidedLabels, PreferenceExample, soft_label_loss
+from trainer.reward import EqualRewards, Forgot, OneSidedLabels, PreferenceExample, soft_label_loss
 from trainer.sft import IGNORED, SftExample
 
 TURNS = (Turn(role="user", content="say a"),)
@@ -292,3 +292,34 @@ def test_one_sided_labels_are_an_error(tiny, p, side):
     reward.refuse_one_sided(one_sided[:15])  # that may be chance
     reward.refuse_one_sided([*one_sided, replace(one_sided[0], p_a=1 - p)])
     reward.refuse_one_sided(pairs(16, p))  # a revision may be better than its first answer every time
+
+
+def test_a_reward_model_that_has_forgotten_is_refused(tiny, tmp_path):
+    """New labels say the opposite of all earlier ones, of other prompts: those that are held out are not met any more."""
+    settings = {"learning_rate": 5e-3, "epochs": 8, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
+    model, _ = reward.train(tiny, pairs(100), **settings)
+    folder = checkpoints.write(tmp_path / "knows", model.save, {}).folder
+    _, held_out = reward.split(pairs(100))
+    assert model.agrees(held_out).all()
+    opposite = [pair if pair in held_out else replace(pair, p_a=0.1) for pair in pairs(100)]
+    with pytest.raises(Forgot, match=f"agrees with [01] of {len(held_out)} held-out labels, the one before with") as error:
+        reward.train(folder, opposite, **settings)
+    assert str(error.value).count("\n") == 2
+    assert reward.train(folder, pairs(100), **settings)[1]["reward/accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(("lost", "won", "forgot"), [(10, 2, True), (5, 1, False), (4, 0, True), (3, 0, False), (2, 9, False)])
+def test_labels_that_were_met_before_may_change_as_chance_does(lost, won, forgot):
+    before = torch.tensor([True] * lost + [False] * won + [True] * 30 + [False] * 5)
+    after = torch.tensor([False] * lost + [True] * won + [True] * 30 + [False] * 5)
+    if forgot:
+        with pytest.raises(Forgot):
+            reward.refuse_forgotten(before, after)
+    else:
+        reward.refuse_forgotten(before, after)
+
+
+def test_agreement_is_with_decided_labels_alone(tiny):
+    model = reward.train(tiny, pairs(16), learning_rate=5e-3, epochs=8, batch_size=8)[0]
+    found = model.agrees([*pairs(2), replace(pairs(1)[0], p_a=0.5), replace(pairs(1)[0], p_a=0.2)])
+    assert found.tolist() == [True, True, False] and len(model.agrees([])) == 0

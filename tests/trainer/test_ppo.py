@@ -388,7 +388,8 @@ def test_gradient_checkpointing_and_smaller_passes_change_nothing_but_rounding(t
     for hardware, rank in [(EXACT, r) for r in (0, 4)] + [
         (weights.Hardware(micro_rows=3, checkpointing=True, precision="fp32"), r) for r in (0, 4)
     ]:
-        _, metrics = train(tiny, tiny, rollouts, list(range(8)), FAST, lora_rank=rank, hardware=hardware)
+        # In steps of half the batch: over all of it the scores add up to 0, and Adam would make full steps of rounding errors.
+        _, metrics = train(tiny, tiny, rollouts, list(range(8)), replace(FAST, batch_size=4), lora_rank=rank, hardware=hardware)
         results.append(metrics)
     for plain, thrifty in zip(results[:2], results[2:], strict=True):
         for name in ("policy_loss", "value_loss", "grad_norm", "kl_ref", "entropy"):

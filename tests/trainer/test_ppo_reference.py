@@ -198,6 +198,7 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     m["policy_loss"] += w * max(-a * ratio, -a * clipped) / tokens
                     m["clipfrac"] += float(-a * clipped > -a * ratio) / tokens
                     slope = 0.0 if -a * clipped > -a * ratio else -w * a * ratio
+                    slope += p.kl_coefficient * (ratio - 1)  # of k3(old, new) = ratio - 1 - log ratio
                     probabilities = numpy.exp(logp_all)
                     of_logits = -probabilities * slope
                     of_logits[token] += slope
@@ -295,7 +296,7 @@ STRONG = Hyperparameters(
             ),
             [],
         ),
-        (Hyperparameters(**vars(STRONG) | {"lr_scheduler_type": "constant"}), []),
+        (Hyperparameters(**vars(STRONG) | {"lr_scheduler_type": "constant", "kl_coefficient": 0.0}), []),
         (Hyperparameters(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
     ],
     ids=["alternate", "other-knobs", "constant-rate", "combined"],
