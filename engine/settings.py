@@ -286,7 +286,7 @@ class Ppo(Section):
     beta: float = Field(0.02, ge=0, description="Least weight of the KL penalty in the reward; it adapts above this.")
     kl_target: float = Field(6.0, gt=0, description="KL to the reference that beta adapts to, in nats per sequence.")
     kl_coefficient: float = Field(
-        0.3, ge=0, description="Weight in the loss of the KL to the policy that an update began with, per token."
+        0.05, ge=0, description="Weight in the loss of the KL to the policy that an update began with, per token."
     )
     max_kl_update: float = Field(
         6.0, gt=0, description="KL to the policy that an update began with that ends it, in nats per sequence."

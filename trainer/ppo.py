@@ -111,7 +111,7 @@ class Hyperparameters:
     gae_lambda: float = 0.95
     beta: float = 0.02
     kl_target: float = 6.0
-    kl_coefficient: float = 0.3
+    kl_coefficient: float = 0.05
     max_kl_update: float = 6.0
     kl_stop: float = 30.0
     kl_first_stop: float = 200.0

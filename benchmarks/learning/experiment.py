@@ -105,40 +105,43 @@ class Experiment:
         workers = [Worker(self.bus, stage, lane, run_id=run_id, slot="0") for stage in stages]
         return Host(workers, {"sink": Sink(self.bus, self.store, max_wait_s=0.1).run}, [models.close])
 
-    def answer(self, host: Host, asked: Sequence[Question], eval_share: float = 0.0) -> None:
-        """Send questions through every stage, until all of them are in the database with their labels."""
+    def answer(self, asked: Sequence[Question], eval_share: float = 0.0) -> None:
+        """Send questions through every stage, until all of them are in the database with their labels.
+
+        The stages run meanwhile only: beside training they would look for work all the time.
+        """
         path = self.settings.folder / f"prompts-{self.published:06d}.jsonl"
         path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in asked))
         Producer(self.bus, self.settings.run.id, eval_share=eval_share).publish(str(path))
         self.published += len(asked)
-        while self.store.query(FINISHED, limit_s=10.0).rows[0][0] < self.published:
-            host.check()
-            host.failed.wait(0.2)
+        with self.host() as host:
+            while self.store.query(FINISHED, limit_s=10.0).rows[0][0] < self.published:
+                host.check()
+                host.failed.wait(0.2)
 
     def run(self, prompts: int, phases: Sequence[str]) -> None:
         """One act for each phase and one before; the reward model learns after each but the last, where no PPO follows."""
         rewards = [["reward"] if phase == "ppo" else [] for phase in phases]
-        with self.host() as host:
-            if self.watched:
-                self.answer(host, self.held_out, eval_share=1.0)
-            self.act(host, 2 * prompts, ["sft", *rewards[0]])
-            for phase, reward in zip(phases, [*rewards[1:], []], strict=True):
-                if self.act(host, prompts, [phase, *reward]):
-                    break
-            else:
-                self.act(host, prompts, [])
+        if self.watched:
+            self.answer(self.held_out, eval_share=1.0)
+        self.act(2 * prompts, ["sft", *rewards[0]])
+        for phase, reward in zip(phases, [*rewards[1:], []], strict=True):
+            if self.act(prompts, [phase, *reward]):
+                break
+        else:
+            self.act(prompts, [])
         self.trainer.close()
         self.bus.close()
 
-    def act(self, host: Host, prompts: int, phases: Sequence[str]) -> bool:
+    def act(self, prompts: int, phases: Sequence[str]) -> bool:
         """The newest policy answers new prompts, then training; or the way back, after which this returns True."""
-        self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
+        self.timed("stream", self.answer, list(islice(self.questions, prompts)))
         trip = self.timed("watch", self.watch, self.trainer) if self.watched else None
         if trip:
             self.trips.append({"version": self.trainer.standing().policy_version, "why": trip.why, "good": trip.good})
         if trip and self.goes_back:
             self.trainer.trip(trip)
-            self.timed("stream", self.answer, host, list(islice(self.questions, prompts)))
+            self.timed("stream", self.answer, list(islice(self.questions, prompts)))
             return True
         for phase in phases:
             try:
