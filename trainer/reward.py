@@ -102,11 +102,15 @@ class SoftLabelTrainer(RewardTrainer):
     """trl's RewardTrainer with the loss of soft labels (its own takes a margin, not a probability)."""
 
     centring = 0.0
+    pad = 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         p_a = inputs.pop("p_a")
+        # trl and transformers have both put the tokenizer's padding there, often the end token: scores would be read at
+        # fillers, or before the end, and not where `RewardModel` reads them.
+        self.model.config.get_text_config().pad_token_id = self.pad
         outputs = model(**inputs, use_cache=False)
         r_a, r_b = outputs.logits.squeeze(-1).float().chunk(2)
         loss = soft_label_loss(r_a, r_b, p_a, self.centring)
@@ -279,7 +283,7 @@ def train_member(
             processing_class=tokenizer,
             data_collator=collate,
         )
-        trainer.centring = centring
+        trainer.centring, trainer.pad = centring, pad
         metrics = hf.run(trainer, on_step)
     return weights.merged(trainer.model), metrics
 

@@ -170,6 +170,30 @@ def test_the_reward_model_learns_and_keeps_its_normalisation(tiny, tmp_path):
     assert again.normalised(again.score(texts)) == pytest.approx(model.normalised(raw), abs=1e-2)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_training_reads_scores_where_scoring_does(tiny, monkeypatch, lora_rank):
+    """At the end of each text, whatever padding stands behind it: trl would have the model look for the tokenizer's own."""
+    seen, real = [], reward.SoftLabelTrainer.compute_loss
+
+    def spy(self, model, inputs, *more, **named):
+        result = real(self, model, dict(inputs), *more, **named)
+        alone = [
+            model(input_ids=ids[mask.bool()][None], use_cache=False).logits.item()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        together = model(**{k: v for k, v in inputs.items() if k != "p_a"}, use_cache=False).logits.flatten().tolist()
+        seen.append((together, alone, int((inputs["attention_mask"] == 0).sum())))
+        return result
+
+    monkeypatch.setattr(reward.SoftLabelTrainer, "compute_loss", spy)
+    exact = weights.Hardware(micro_rows=8, precision="fp32")
+    reward.train(tiny, pairs(40), learning_rate=5e-3, epochs=2, lora_rank=lora_rank, hardware=exact)
+    assert any(padding for _, _, padding in seen)
+    for together, alone, _ in seen:
+        assert together == pytest.approx(alone, abs=1e-4)
+    assert any(abs(score) > 1e-3 for _, alone, _ in seen for score in alone)
+
+
 def test_scores_are_of_the_real_last_token_although_pad_is_the_end_token(tiny):
     torch.manual_seed(1)
     scorer = weights.load_scorer(tiny)
