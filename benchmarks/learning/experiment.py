@@ -53,7 +53,7 @@ def settings_for(folder: Path, base: Path, seed: int, more: Mapping[str, str]) -
         "train.seed": str(seed), "train.micro_rows": "64", "train.precision": "fp32", "train.keep": "99",
         "train.sft_mix": '["*=1"]', "train.reward_mix": '["*=1"]',
         "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
-        "reward.learning_rate": "1e-3", "reward.batch_size": "16", "reward.epochs": "2",
+        "reward.learning_rate": "1e-3", "reward.batch_size": "16", "reward.epochs": "1",
         "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "3",
     }  # fmt: skip
     return load(flags | dict(more), environment={})[0]
