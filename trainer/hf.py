@@ -49,8 +49,6 @@ def arguments(
     return {
         "output_dir": output,
         "learning_rate": learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": WARMUP_RATIO,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": share // rows,
@@ -98,9 +96,26 @@ class Steps(TrainerCallback):
             self.on_step(state.global_step, numbers)
 
 
+def learning_rate_factor(step: int, steps: int, warmup_ratio: float = WARMUP_RATIO) -> float:
+    """The factor of the learning rate at a step (from 0) of an update of `steps`: a linear rise, then a linear fall to 0.
+
+    No step is lost: transformers' own warm-up begins at 0, and an update of one step would learn nothing.
+    """
+    rise = math.ceil(warmup_ratio * steps)
+    return min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
+
+
 def run(trainer: Any, on_step: OnStep) -> dict[str, float]:
     """Train quietly; returns the last step's numbers and the mean loss."""
     steps = Steps(on_step)
+
+    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or trainer.optimizer, lambda done: learning_rate_factor(done, num_training_steps)
+        )
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create_scheduler
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(steps)

@@ -68,7 +68,7 @@ import torch.nn.functional as F
 
 from engine.errors import CannotLearn, UsageError
 from trainer import processes, weights
-from trainer.hf import OnStep, ignore, require_finite
+from trainer.hf import OnStep, ignore, learning_rate_factor, require_finite
 from trainer.sft import IGNORED
 from trainer.weights import Hardware
 
@@ -249,12 +249,6 @@ def adapted_beta(beta: float, kl: float, target: float) -> float:
     if kl > 1.5 * target:
         return 2 * beta
     return beta / 2 if 0 < kl < target / 1.5 else beta
-
-
-def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """The factor of the learning rate at a step (from 0) of an update of `steps`: a linear rise, then a linear fall to 0."""
-    rise = math.ceil(warmup_ratio * steps)
-    return min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:

@@ -29,7 +29,7 @@ STEPS = 2
 def settings_of(folder: Path) -> Any:
     flags = {
         "data.folder": str(folder), "models.policy": str(folder / "base"), "train.sft_rows": "4", "train.reward_rows": "4",
-        "train.ppo_rows": "4", "train.keep": "1", "train.allow_overlap": "true",
+        "train.ppo_rows": "4", "reward.replay": "0", "train.keep": "1", "train.allow_overlap": "true",
     }  # fmt: skip
     return load(flags, environment={})[0]
 
