@@ -351,7 +351,12 @@ class Trainer:
         chosen, shares = self.draw(phase, candidates), self.shares(phase)
         self.tell_mix(phase, shortfall(chosen, shares))
         if replay := settings.get("replay", 0.0):
-            count = min(round(replay * len(chosen)), self.settings.train.max_rows - len(chosen))
+            wanted, most = round(replay * len(chosen)), self.settings.train.max_rows
+            count = min(wanted, most - len(chosen))
+            if count < wanted:
+                log.warning(
+                    "%s: at most %d of %d earlier labels fit beside the new ones (train.max_rows)", phase, count, wanted
+                )
             chosen += earlier(self.store, phase, standing, count=count, seed=self.settings.train.seed + number)
         if phase != "ppo":
             chosen = bucketed(chosen, settings["batch_size"], self.settings.train.seed + number)

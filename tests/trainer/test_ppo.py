@@ -129,7 +129,10 @@ def test_only_what_varies_is_scaled_and_zero_stays_zero():
 def test_values_count_as_far_as_rewards_bear_them_out():
     mask, rewards = tensor([[1, 1], [1, 1]]), tensor([[0.0, 1.0], [0.0, -1.0]])
     told = tensor([[1.0, 1.0], [-1.0, -1.0]])  # exactly what comes
-    weights_of = lambda values: ppo.value_weight(values, rewards, mask, 1.0)  # noqa: E731
+
+    def weights_of(values):
+        return ppo.value_weight(values, rewards, mask, 1.0)
+
     assert [weights_of(x) for x in (told, 2 * told, told / 2, -told, 0 * told)] == [1.0, 0.5, 1.0, 0.0, 0.0]
     assert weights_of(told + 7.0) == 1.0  # a constant is no error of the slope
     noise = tensor([[1.0, -1.0], [1.0, -1.0]])  # the same in every answer, and nothing comes of it
