@@ -64,6 +64,7 @@ def flags(folder: Path) -> dict[str, str]:
         "train.sft_rows": "512", "train.reward_rows": "128", "train.ppo_rows": "64", "train.max_rows": "512",
         "train.micro_rows": "32", "train.precision": "fp32", "train.sft_mix": "[]", "train.reward_mix": "[]",
         "sft.learning_rate": "1e-4", "sft.batch_size": "16", "reward.learning_rate": "3e-4", "reward.batch_size": "16",
+        "reward.require_above_chance": "false",  # updates are counted here, not what they learn
         "ppo.learning_rate": "5e-5", "ppo.batch_size": "32", "ppo.epochs": "1",
         # The programmatic judge lives in the stream's process; the watch's other figures need none.
         "watch.prompts": "0",

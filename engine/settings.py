@@ -258,6 +258,9 @@ class Reward(Section):
     epochs: int = Field(1, ge=1, description="Passes over the batch.")
     batch_size: int = Field(8, ge=1, description="Pairs in one optimiser step.")
     replay: float = Field(1.0, ge=0, description="Earlier labels in a batch for each new one, within train.max_rows; 0: none.")
+    require_above_chance: bool = Field(
+        True, description="Refuse a reward model that agrees with no more held-out labels than chance may (97.5 %)."
+    )
     centring: float = Field(0.01, ge=0, description="Weight of the squared sum of a pair's rewards.")
     members: int = Field(1, ge=1, description="Reward models in the ensemble; 3 to 5 resist over-optimisation, 1 is cheap.")
     variance_penalty: float = Field(0.1, ge=0, description="Ensemble score: mean - this * variance of the members' scores.")

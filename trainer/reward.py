@@ -8,8 +8,9 @@ whose minimum is at s(rA - rB) = p; the second term keeps scores near zero.
 
 A tenth of the prompts, chosen by hash and so the same ones in every batch, never trains: accuracy, calibration, margin and the
 correlation with length are theirs, and so are the mean and the deviation that scores are normalised with. Both are frozen in
-the checkpoint (`reward.json`). A model that agrees with fewer of them than the one that it started from, beyond chance, is
-refused: fine-tuning on the newest labels can undo what earlier ones taught.
+the checkpoint (`reward.json`). Two kinds of model are refused. One agrees with fewer of these labels than the one that it
+started from, beyond chance: fine-tuning on the newest labels can undo what earlier ones taught. The other agrees with no more
+of them than chance may: PPO would follow its noise.
 
 An ensemble has members of different seeds: heads, shuffles, adapters. Its score is mean - lambda * variance of the members'
 normalised scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimisation, eq. 4).
@@ -46,6 +47,7 @@ LEAST_HELD_OUT = 8  # pairs; a mean and a deviation of fewer are noise
 MANY = 16  # coin flips that all fall the same way once in 32,768 times
 BINS = 10
 SIGMAS = 1.96
+CHANCE = 0.025  # of a model without any knowledge to pass
 
 
 class EqualRewards(CannotLearn):
@@ -54,6 +56,10 @@ class EqualRewards(CannotLearn):
 
 class Forgot(CannotLearn):
     """The reward model agrees with fewer held-out labels than the one that it started from, beyond chance."""
+
+
+class AtChance(CannotLearn):
+    """The reward model agrees with no more held-out labels than chance may."""
 
 
 class OneSidedLabels(CannotLearn):
@@ -133,6 +139,7 @@ def train(
     variance_penalty: float = 0.1,
     lora_rank: int = 0,
     max_length: int = 1024,
+    require_above_chance: bool = True,
     hardware: weights.Hardware = weights.DEFAULT,
     seed: int = 0,
     on_step: hf.OnStep = hf.ignore,
@@ -140,8 +147,9 @@ def train(
     """Train on the model in `folder` (a policy, or an earlier reward model); returns the scorer and its metrics.
 
     Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, Forgot when an earlier reward model
-    in `folder` agreed with more of the held-out labels, CannotLearn when a number is not finite. The steps of an ensemble's
-    members are reported one after the other.
+    in `folder` agreed with more of the held-out labels, AtChance when `require_above_chance` and it agrees with no more of them
+    than chance may, CannotLearn when a number is not finite. The steps of an ensemble's members are reported one after the
+    other.
     """
     refuse_one_sided(examples)
     taught, held_out = split(examples)
@@ -170,8 +178,10 @@ def train(
         metrics["steps"] += done
         model.members.append(Member(scorer))
     metrics |= model.normalise(taught, held_out) | {"examples": float(len(taught))}
+    agreed = model.agrees(held_out)
     if before is not None:
-        refuse_forgotten(before, model.agrees(held_out))
+        refuse_forgotten(before, agreed)
+    compare_with_chance(int(agreed.sum()), len(agreed), require=require_above_chance)
     return model, metrics
 
 
@@ -185,6 +195,25 @@ def refuse_forgotten(before: torch.Tensor, after: torch.Tensor) -> None:
             "it has forgotten what it knew, and is not published; the one before stays in use, and the labels are free again",
             "wait for more labels, or lower reward.learning_rate, or raise reward.replay",
         )
+
+
+def compare_with_chance(agreed: int, labels: int, *, require: bool) -> None:
+    """Raise AtChance, or warn, when a coin agrees with as many of the decided held-out labels too often (`CHANCE`).
+
+    Fewer labels than `MANY` cannot tell, so they are warned of only. The probability is exact: that of at least `agreed` heads.
+    """
+    by_chance = sum(math.comb(labels, heads) for heads in range(agreed, labels + 1)) / 2**labels
+    if by_chance <= CHANCE:
+        return
+    what = f"the reward model agrees with {agreed} of {labels} held-out labels, as chance may"
+    if require and labels >= MANY:
+        raise AtChance(
+            what,
+            "PPO would follow its noise, so it is not published, and the labels are free again",
+            "wait for more labels, raise reward.epochs, or measure the judge: charter eval agreement;"
+            " reward.require_above_chance = false publishes it all the same",
+        )
+    log.warning("%s: PPO follows it all the same (docs/training.md)", what)
 
 
 def refuse_one_sided(examples: Sequence[PreferenceExample]) -> None:
@@ -380,9 +409,7 @@ class RewardModel:
         refuse_equal(self.deviation, len(texts))
         labels = torch.tensor([e.p_a for e in measured])
         lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
-        metrics = agreement(raw, scores / self.deviation, labels, lengths)
-        tell_chance(metrics["reward/accuracy"], int((labels != 0.5).sum()))
-        return metrics | {
+        return agreement(raw, scores / self.deviation, labels, lengths) | {
             "reward/mean": self.mean,
             "reward/deviation": self.deviation,
             "reward/held_out": float(len(held_out)),
@@ -410,16 +437,6 @@ def refuse_equal(deviation: float, texts: int) -> None:
             "the reward model gives every text the same score",
             f"the deviation over {texts} texts is {deviation:.1e}",
             "it needs more labels, more epochs or a higher reward.learning_rate",
-        )
-
-
-def tell_chance(accuracy: float, labels: int) -> None:
-    """Warn of a reward model that agrees with no more of the decided labels than tossed coins may (97.5 % of the time)."""
-    if 2 * (accuracy - 0.5) * math.sqrt(labels) < SIGMAS:
-        log.warning(
-            "the reward model agrees with %.0f %% of %d labels, as chance may: PPO follows it all the same (docs/training.md)",
-            100 * accuracy,
-            labels,
         )
 
 

@@ -1,7 +1,7 @@
 """Does the loop learn what its judge wants, and keep it? A small model, a known preference, ten seeds.
 
     python -m benchmarks.learning                                   # every arm and seed that the page reports
-    python -m benchmarks.learning --data DIR --arm judge --seed 400 # in parts: what is finished in DIR is not run again
+    python -m benchmarks.learning --data DIR --arm judge --seed 500 # in parts: what is finished in DIR is not run again
     python -m benchmarks.learning --data DIR --out docs             # the table and the plots of what is there, and the rest
 
 A Llama of 1.4 million parameters is trained here on a small language (`language`), once. Then for each arm and seed its
@@ -42,7 +42,7 @@ from benchmarks.learning.runs import YARDSTICK, once
 from engine.models import smollm2
 
 ARMS = ("judge", "shuffled", "sft", "hacked")
-SEEDS = tuple(range(400, 410))  # named before they were run; others were looked at while PPO was repaired
+SEEDS = tuple(range(500, 510))  # named before they were run; others were looked at while PPO was repaired
 FEW_SEEDS = SEEDS[:3]  # of the arms sft and hacked
 
 
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arm", action="append", choices=(*ARMS, YARDSTICK), help="only this arm (may be repeated)")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 400 to 409]")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 500 to 509]")
     parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
     parser.add_argument("--updates", type=int, default=3, help="PPO updates [default: 3]")
     parser.add_argument(

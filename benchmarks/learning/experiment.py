@@ -6,7 +6,8 @@
     last    the last policy answers new prompts
 
 Every answer of a version was sampled before anything trained on its prompt, so the rates of a version are held-out figures.
-An update that the learner refuses is kept in `refused`, and its act adds answers and labels only.
+An update that the learner refuses, and PPO without a reward model, are kept in `refused`; such an act adds answers and labels
+only, and the labels of a refused reward model train the next one.
 """
 
 from __future__ import annotations
@@ -144,10 +145,14 @@ class Experiment:
             self.timed("stream", self.answer, list(islice(self.questions, prompts)))
             return True
         for phase in phases:
+            standing = self.trainer.standing()
+            if phase == "ppo" and not standing.reward_version:
+                self.refused.append(f"ppo after policy {standing.policy_version}: there is no reward model")
+                continue
             try:
                 self.timed(phase, self.trainer.update, phase)
             except CannotLearn as error:
-                self.refused.append(f"{phase} after policy {self.trainer.standing().policy_version}: {error.what}")
+                self.refused.append(f"{phase} after policy {standing.policy_version}: {error.what}")
         return False
 
     def timed(self, name: str, call: Any, *arguments: Any) -> Any:

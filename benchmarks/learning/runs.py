@@ -73,6 +73,10 @@ def run_yardstick(seed: int, base: Path, folder: Path, options: argparse.Namespa
     asked = list(islice(questions(YARDSTICK_QUESTIONS + seed), options.prompts * (options.updates + 1)))
     taught, last = asked[: options.prompts * options.updates], asked[options.prompts * options.updates :]
     policy, kept = made / "policy-000001", folder / "policy"
+    if not list(made.glob("reward-*")):
+        raise SystemExit(
+            f"the arm trl112 needs the reward model of the judge's run, which has none (seed {seed}): more --prompts"
+        )
     task = {
         "policy": str(policy), "reward": str(max(made.glob("reward-*"))), "folder": str(kept), "seed": seed,
         "prompts": [question.text for question in taught], "updates": options.updates, "samples": settings.respond.samples,

@@ -5,8 +5,9 @@
 It starts from policy 1 of the judge's run with the same seed, and makes as many updates, each of as many answers to as many new
 prompts, with the same minibatches, epochs, peak learning rate and KL weight; its own defaults else (a rate that falls linearly
 over all updates, a value model of its own that starts as the reward model). Its reward model is the last one of that run, which
-has learned the most labels, and stays. It samples its own answers, so the rate of a version is that of the batch that it
-samples with that version; the last version answers new prompts at the end, sampled as the stream does.
+has learned the most labels, and stays; its scores have deviation 1, as in Charter. It samples its own answers, so the rate of a
+version is that of the batch that it samples with that version; the last version answers new prompts at the end, sampled as the
+stream does.
 
 Run in a process whose path has trl 1.12: that is why this file imports nothing of the trainer. It prints the answers as JSON.
 """
@@ -92,6 +93,9 @@ def train(task: Task) -> dict[str, Any]:
     reward, value = (
         AutoModelForSequenceClassification.from_pretrained(task.reward, num_labels=1, dtype=torch.float32) for _ in range(2)
     )
+    deviation = json.loads((Path(task.reward) / "reward.json").read_text())["deviation"]
+    for scorer in (reward, value):
+        scorer.score.weight.data /= deviation
     asked = [prompt_ids(tokenizer, (Turn(role="user", content=text),)) for text in task.prompts]
     rows = [ids for ids in asked for _ in range(task.samples)]
     batch = len(rows) // task.updates

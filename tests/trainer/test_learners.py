@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from engine.models.local import LocalModel
 from engine.models.port import Ask
 from schemas.records import Turn
 from trainer import reward, sft, weights
-from trainer.reward import EqualRewards, Forgot, OneSidedLabels, PreferenceExample, soft_label_loss
+from trainer.reward import AtChance, EqualRewards, Forgot, OneSidedLabels, PreferenceExample, soft_label_loss
 from trainer.sft import IGNORED, SftExample
 
 TURNS = (Turn(role="user", content="say a"),)
@@ -300,11 +301,32 @@ def test_the_normalisation_is_that_of_the_held_out_texts(tiny):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "labels", "told"), [(0.5, 1000, True), (0.55, 300, True), (0.57, 300, False), (1.0, 4, False)]
-)
-def test_a_reward_model_that_agrees_as_chance_does_is_told(caplog, accuracy, labels, told):
-    reward.tell_chance(accuracy, labels)
-    assert ("as chance may" in caplog.text) == told
+    ("agreed", "labels", "outcome"),
+    [
+        (500, 1000, "refused"), (165, 300, "refused"), (168, 300, "passed"),  # P(at least 168 of 300 heads) = 0.022
+        (12, 16, "refused"), (13, 16, "passed"),  # 0.038 and 0.011: sums of binomial coefficients over 2^16
+        (15, 15, "passed"), (11, 15, "warned"), (4, 4, "warned"), (0, 0, "warned"),
+    ],
+)  # fmt: skip
+def test_a_reward_model_that_agrees_as_chance_does(caplog, agreed, labels, outcome):
+    with pytest.raises(AtChance, match=f"agrees with {agreed} of {labels}") if outcome == "refused" else nullcontext():
+        reward.compare_with_chance(agreed, labels, require=True)
+    assert bool(caplog.records) == (outcome == "warned")
+    caplog.clear()
+    reward.compare_with_chance(agreed, labels, require=False)
+    assert bool(caplog.records) == (outcome != "passed")
+
+
+def test_noise_makes_no_reward_model(tiny):
+    """The same texts with the labels that the text decides are learned."""
+    settings = {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
+    flip = random.Random(7)
+    noise = [replace(pair, p_a=flip.choice((0.1, 0.9))) for pair in pairs(300)]
+    with pytest.raises(AtChance) as error:
+        reward.train(tiny, noise, **settings)
+    assert str(error.value).count("\n") == 2
+    assert reward.train(tiny, noise, **settings, require_above_chance=False)[1]["reward/accuracy"] < 0.8
+    assert reward.train(tiny, pairs(300), **settings)[1]["reward/accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(("p", "side"), [(0.9, "first"), (0.1, "second")])
