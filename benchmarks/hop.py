@@ -48,7 +48,7 @@ from engine.worker import Lane, Limits, Stage, Worker, outgoing
 from schemas.codec import decode, encode
 from schemas.records import Prompt, Record, Turn
 from schemas.topics import PARTITIONS, TOPICS
-from tests import tests_kafka
+from tests.support.kafka import Broker as TestBroker
 
 RUN, SOURCE, TARGET = "bench", "prompts", "responses"
 TEXT_BYTES = 800  # with its lineage such a record has 1 KB
@@ -59,7 +59,7 @@ QUIX = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
 GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
 
 
-class Broker(tests_kafka.Broker):
+class Broker(TestBroker):
     """It stamps records when it appends them, so that one clock, not the contestants', times all of them."""
 
     def properties(self) -> str:

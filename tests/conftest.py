@@ -15,7 +15,7 @@ import pytest
 
 from engine.bus import open_bus
 from schemas.topics import TOPICS
-from tests_kafka import Broker
+from tests.support.kafka import Broker
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def served(smollm2, tmp_path_factory):
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")
-    from tests_served import transformers_serve
+    from tests.support.served import transformers_serve
 
     with transformers_serve(smollm2, tmp_path_factory.mktemp("served")) as address:
         yield address

@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos import broken
 from tests.chaos.killing import Sizes, kill_everything
-from tests.tests_kafka import Broker
+from tests.support.kafka import Broker
 
 pytestmark = pytest.mark.timeout(3600)  # what hangs ends by the scenario's own patience, and says what it waited for
 own_broker = pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to kill: set KAFKA_HOME")

@@ -15,7 +15,7 @@ from charter.dashboard.verb import TOKEN
 from charter.up import COMPOSE
 from engine.metrics import serve
 from engine.settings import Settings, environment_name, keys, load
-from tests_kafka import free_port
+from tests.support.kafka import free_port
 
 ROOT = Path(__file__).parent.parent
 TEXT = COMPOSE.read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ from schemas.codec import decode, encode
 from schemas.records import DeadLetter, Prompt, Record, Response, Turn
 from schemas.topics import TOPICS
 from tests.chaos.world import World, check, check_exactly_once, kafka_home, quiet, until, write_prompts
-from tests.tests_kafka import Broker
+from tests.support.kafka import Broker
 
 FLAGS = {"critique.rounds": "1", "respond.samples": "2", "models.max_rows": "8"}
 PARTS = (

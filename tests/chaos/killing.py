@@ -21,7 +21,7 @@ from tests.chaos.world import (
     until,
     write_prompts,
 )
-from tests.tests_kafka import Cluster
+from tests.support.kafka import Cluster
 
 FLAGS = {"critique.rounds": "2", "respond.samples": "2", "models.max_rows": "16", "worker.drain_s": "20"}
 PARTS = (

@@ -23,7 +23,7 @@ from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load
 from engine.store import Store
-from tests.tests_kafka import Broker
+from tests.support.kafka import Broker
 
 ROOT = Path(__file__).parents[2]
 MADE = ("prompts", "responses", "critiques", "revisions", "preferences")

@@ -21,8 +21,8 @@ from charter.dashboard.serve import address, is_loopback
 from charter.pipeline import store_of
 from engine.gate import Gate
 from engine.settings import load
-from tests_dashboard import HOSTILE, flags_of, stream_hostile
-from tests_records import World, known, prompt
+from tests.support.dashboard import HOSTILE, flags_of, stream_hostile
+from tests.support.records import World, known, prompt
 
 PAGES = ("/", "/stories", "/preferences", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
 HERE = "http://localhost:8400"

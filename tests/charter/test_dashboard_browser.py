@@ -20,7 +20,7 @@ from charter.pipeline import store_of
 from consumers.sink import Sink
 from engine.bus import open_bus
 from producers.files import Producer
-from tests_dashboard import HOSTILE, make_run
+from tests.support.dashboard import HOSTILE, make_run
 
 REQUIRED = os.environ.get("CHARTER_REQUIRE_BROWSER") == "1"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -10,7 +10,7 @@ from charter.cli import cli
 from engine.bus import open_bus
 from engine.store import Store
 from schemas.topics import TOPICS
-from tests_server import Server, server_like
+from tests.support.server import Server, server_like
 
 
 @pytest.fixture

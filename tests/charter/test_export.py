@@ -13,8 +13,8 @@ from charter.pipeline import connect, make_host, store_of
 from engine.errors import UsageError
 from engine.settings import load
 from schemas.records import ChainEnd, ModelRef, Outcome, Split
-from tests_records import World, chain_end, demonstration, person, preference, prompt, response
-from tests_records import judged as judgement
+from tests.support.records import World, chain_end, demonstration, person, preference, prompt, response
+from tests.support.records import judged as judgement
 
 HOSTILE = "</script> | `x` \x1b[31m\u202e {{}} \U0001f600 " + "long " * 500
 HELD_OUT = {"split": Split.EVAL}

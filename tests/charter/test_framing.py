@@ -8,7 +8,7 @@ from engine.errors import DependencyUnreachable, UsageError
 from engine.settings import load
 from producers.files import SHIPPED, Producer
 from schemas import codec
-from tests_registry import FakeRegistry
+from tests.support.registry import FakeRegistry
 
 AWAY = 503, b"away"
 

@@ -18,7 +18,7 @@ from engine.logs import LINE, JsonLines
 from engine.models.scripted import POISON
 from engine.settings import load
 from producers.files import Producer
-from tests_kafka import free_port
+from tests.support.kafka import free_port
 
 
 def settings_in(folder, **values):

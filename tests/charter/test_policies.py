@@ -15,7 +15,7 @@ from engine.worker import outgoing
 from schemas.codec import decode
 from schemas.records import Incident
 from tests.chaos.killed import LEARNERS, settings_of
-from tests_records import chain_end, preference
+from tests.support.records import chain_end, preference
 from trainer.loop import Trainer
 
 

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from tests_dashboard import HOSTILE, stream_hostile
-from tests_records import World, known
+from tests.support.dashboard import HOSTILE, stream_hostile
+from tests.support.records import World, known
 
 
 @pytest.fixture(scope="module")

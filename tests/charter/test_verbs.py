@@ -371,7 +371,7 @@ def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(
 @pytest.mark.kafka
 @pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to start: set KAFKA_HOME")
 def test_up_starts_a_kafka_that_down_ends(place):
-    from tests_kafka import free_port
+    from tests.support.kafka import free_port
 
     port = free_port()
     said = place.call("up", "--port", port)

@@ -16,7 +16,7 @@ from engine.models.port import LOCAL, Capabilities, Generation, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
 from schemas.records import ChainEnd, Critique, FinishReason, Outcome, Response, Revision, RevisionFault, Verdict
-from tests_records import World
+from tests.support.records import World
 
 DEFAULT = load_constitution("default")
 SPEC = "faulty"

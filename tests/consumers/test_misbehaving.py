@@ -14,7 +14,7 @@ from engine.settings import load
 from engine.worker import Lane, Worker, outgoing
 from schemas.codec import decode
 from schemas.records import Outcome, Preference
-from tests_server import CUT, Server, chat
+from tests.support.server import CUT, Server, chat
 
 PAIRS = 24
 WITHIN_S = 30

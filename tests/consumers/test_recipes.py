@@ -10,7 +10,7 @@ from engine.models.endpoint import Endpoint
 from engine.models.probe import GO_ON, Dialect
 from engine.settings import RECIPES
 from schemas.records import ChainEnd, Outcome, Verdict
-from tests_server import Server, chat
+from tests.support.server import Server, chat
 
 DIALECTS = {"logprobs": Dialect(begun=GO_ON[0], shown=20), "unbegun": Dialect(shown=5), "votes": Dialect()}
 FIRST, SECOND, BETTER = "the first answer", "the second answer", "the better answer"

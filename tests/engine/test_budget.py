@@ -11,7 +11,7 @@ from engine.worker import outgoing
 from producers.files import SHIPPED, Producer
 from schemas import ids
 from schemas.records import ModelRef, Preference
-from tests_server import Server, server_like
+from tests.support.server import Server, server_like
 
 
 def label(number, *, run="r", model="paid", read=1000, written=500):

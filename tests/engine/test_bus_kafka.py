@@ -23,7 +23,7 @@ from engine.settings import load
 from producers.files import SHIPPED, Producer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
-from tests_kafka import SecureBroker
+from tests.support.kafka import SecureBroker
 
 pytestmark = pytest.mark.kafka
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from schemas.records import Outcome
-from tests_records import World, judged, known
+from tests.support.records import World, judged, known
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from engine.models.endpoint import (
 from engine.models.port import NOTHING, Ask, Generation, Usage
 from engine.models.probe import GO_ON, NO_THINKING, TOKEN_IDS, UNMODIFIED
 from schemas.records import Turn
-from tests_server import CUT, PLAIN, VLLM, Server, chat, server_like
+from tests.support.server import CUT, PLAIN, VLLM, Server, chat, server_like
 
 KEY = "sk-very-secret"
 SCORING = Dialect(begun=GO_ON[0], shown=20)

@@ -3,7 +3,7 @@
 import pytest
 
 from schemas.records import LabelSource, Outcome, Split
-from tests_records import World, chain_end, demonstration, person, preference, prompt, response
+from tests.support.records import World, chain_end, demonstration, person, preference, prompt, response
 from trainer.batches import Standing, content_hash, manifest_of, rebuild, rows_of, waiting
 
 

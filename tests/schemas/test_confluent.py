@@ -22,7 +22,7 @@ from schemas import avro, codec
 from schemas.confluent import MAX_ANSWER_BYTES, Registry, RegistryUnreachable, SchemaRefused
 from schemas.ids import digest
 from schemas.records import RECORDS, Candidate, Preference, Prompt, Response, Turn
-from tests_registry import FIRST_ID, JSON, FakeRegistry
+from tests.support.registry import FIRST_ID, JSON, FakeRegistry
 
 ID = digest("x")
 LOGIN = "charter:s3cret"

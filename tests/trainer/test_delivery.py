@@ -16,7 +16,7 @@ from engine.settings import load
 from engine.worker import outgoing
 from schemas import ids
 from schemas.records import ModelRef, PolicyKind, PolicyUpdate, Turn
-from tests_server import Server, chat
+from tests.support.server import Server, chat
 from trainer import dpo, phases, sft, weights
 from trainer.batches import Standing, foreign
 from trainer.reward import PreferenceExample

@@ -15,7 +15,7 @@ from engine.worker import outgoing
 from schemas.codec import decode
 from schemas.records import BatchManifest, ModelRef, PolicyUpdate
 from tests.chaos.killed import LEARNERS, NOTES, POINTS, settings_of, update
-from tests_records import chain_end, preference, response
+from tests.support.records import chain_end, preference, response
 from trainer.batches import rebuild
 from trainer.loop import Trainer
 

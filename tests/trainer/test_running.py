@@ -19,7 +19,7 @@ from schemas import ids
 from schemas.codec import decode
 from schemas.records import BatchManifest, ChainEnd, Incident, ModelRef, Pause, PolicyKind, PolicyUpdate, Prompt, Round, Split
 from tests.chaos.killed import LEARNERS, learn, settings_of
-from tests_records import base, chain_end, preference, response, revision
+from tests.support.records import base, chain_end, preference, response, revision
 from trainer import loop
 from trainer.batches import rebuild
 from trainer.gate import Gate

@@ -28,7 +28,7 @@ from schemas.records import (
     Split,
     Turn,
 )
-from tests_records import World
+from tests.support.records import World
 from trainer import reward, weights
 from trainer.loop import Trainer
 from trainer.watch import Watch, difference, findings, interval, perplexity, related

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests_kafka import free_port
+from tests.support.kafka import free_port
 
 STARTS_WITHIN_S = 120.0
 
