@@ -40,7 +40,7 @@ def stream(settings: Settings) -> None:
     """A run of the scripted model."""
     bus = connect(settings)
     Producer(bus, settings.run.id, eval_share=0.1).publish(str(SHIPPED), first=1, last=PROMPTS)
-    ended = "SELECT (SELECT count(*) FROM chain_ends), (SELECT count(*) FROM preferences)"
+    ended = "SELECT (SELECT count(*) FROM revision_chains), (SELECT count(*) FROM preferences)"
     with make_host(settings, bus, STAGES, sink=True) as host:
         while not store_of(settings).path.exists() or store_of(settings).query(ended).rows != [(PROMPTS, PROMPTS)]:
             host.failed.wait(0.1)
@@ -112,7 +112,7 @@ def views(client: httpx.Client, number: int) -> Iterator[tuple[str, float]]:
         "story search, words that are nowhere": f"/stories?q=zebra{number}",
         "story search, words in everything": f"/stories?scope=everything&q=river+{number}",
         "story search, beginning of an id": f"/stories?q={stories[number]['prompt_id'][:8]}",
-        "story filter, how its chain ended": f"/stories?ended=SATISFIED&q={number}",
+        "story filter, how its chain ended": f"/stories?end_reason=SATISFIED&q={number}",
         "preferences": "/preferences?run=live",
         "training": "/training?run=live",
         "dead letters": "/dead-letters?run=live",

@@ -21,7 +21,7 @@ TOKENS = 96
 
 def asks(count: int) -> list[Ask]:
     lines = rows(str(SHIPPED), 1, count)
-    return [Ask(parse_prompt(line, source="", max_chars=10**6).turns, seed=number) for number, line in lines]
+    return [Ask(parse_prompt(line, source="", max_chars=10**6).messages, seed=number) for number, line in lines]
 
 
 def tokens_per_second(model: Model, batches: Sequence[Sequence[Ask]]) -> float:

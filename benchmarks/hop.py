@@ -46,7 +46,7 @@ from engine.host import Host
 from engine.journal import Journal
 from engine.worker import Lane, Limits, Stage, Worker, outgoing
 from schemas.codec import decode, encode
-from schemas.records import Prompt, Record, Turn
+from schemas.records import ChatMessage, Prompt, Record
 from schemas.topics import PARTITIONS, TOPICS
 from tests.support.kafka import Broker as TestBroker
 
@@ -103,8 +103,8 @@ def prompts(count: int, seed: int) -> Iterator[Prompt]:
     for _ in range(count):
         text = " ".join(chance.choices(words, k=TEXT_BYTES // 5))[:TEXT_BYTES]
         name = str(uuid.UUID(int=chance.getrandbits(128)))
-        turns = [Turn(role="user", content=text)]
-        yield Prompt(record_id=name, prompt_id=name, run_id=RUN, stage="produce", turns=turns, source="bench")
+        messages = [ChatMessage(role="user", content=text)]
+        yield Prompt(record_id=name, prompt_id=name, run_id=RUN, stage="produce", messages=messages, source="bench")
 
 
 def fill(bus: Bus, count: int, seed: int) -> int:

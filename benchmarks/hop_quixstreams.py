@@ -1,4 +1,4 @@
-"""The stage that `benchmarks.hop` measures, and the same hop in quixstreams (librdkafka), exactly once, with our codec.
+"""The stage that `benchmarks.hop` metrics, and the same hop in quixstreams (librdkafka), exactly once, with our codec.
 
 Run by `benchmarks.hop` in a virtual environment of its own, which has quixstreams and not Kafka's Python client: that is why
 this file imports the schemas alone, and quixstreams only where it is used.
@@ -10,7 +10,7 @@ import json
 import sys
 
 from schemas.codec import decode, encode
-from schemas.records import Candidate, Prompt, Response
+from schemas.records import Completion, Prompt, Response
 
 COMMIT_EVERY = 500
 
@@ -23,9 +23,9 @@ def answer(prompt: Prompt) -> Response:
         prompt_id=prompt.prompt_id,
         run_id=prompt.run_id,
         stage="respond",
-        turns=[],
+        messages=[],
         source=prompt.source,
-        candidates=[Candidate(index=0, text=prompt.turns[0].content)],
+        completions=[Completion(index=0, text=prompt.messages[0].content)],
     )
 
 

@@ -33,12 +33,12 @@ from engine.models import open_model
 from engine.models.chat import prompt_text
 from engine.models.local import LocalModel
 from engine.models.port import Ask
-from schemas.records import Preference, Record, Response, Turn
+from schemas.records import ChatMessage, Preference, Record, Response
 
 GOAL = {"cpu": 20.0, "cuda": 50.0}
 ANSWER_TOKENS = 128
 WRITTEN_TOKENS = 256
-Turns = tuple[Turn, ...]
+Turns = tuple[ChatMessage, ...]
 
 
 def per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
@@ -52,8 +52,8 @@ def per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
 def written_one_by_one(model: LocalModel, questions: Sequence[Turns]) -> list[str]:
     """What transformers' `generate` writes to each question, greedily."""
     texts = []
-    for turns in questions:
-        encoded = model.tokenizer(prompt_text(model.tokenizer, turns), return_tensors="pt", add_special_tokens=False)
+    for messages in questions:
+        encoded = model.tokenizer(prompt_text(model.tokenizer, messages), return_tensors="pt", add_special_tokens=False)
         encoded = encoded.to(model.device)
         with torch.inference_mode():
             out = model.model.generate(**encoded, max_new_tokens=WRITTEN_TOKENS, do_sample=False)
@@ -62,7 +62,7 @@ def written_one_by_one(model: LocalModel, questions: Sequence[Turns]) -> list[st
 
 
 def written_in_batches(model: LocalModel, questions: Sequence[Turns]) -> list[str]:
-    made = model.generate([Ask(turns) for turns in questions], temperature=0.0, max_tokens=WRITTEN_TOKENS)
+    made = model.generate([Ask(messages) for messages in questions], temperature=0.0, max_tokens=WRITTEN_TOKENS)
     return [generation.text for (generation,) in made]
 
 
@@ -91,7 +91,8 @@ def labels(model: LocalModel, judge: Judge, responses: Sequence[Response], peers
     judge(responses[:2])  # warm
     whole = judge.constitution.whole_question
     questions = [
-        templates.comparison(r.turns, r.candidates[0].text, r.candidates[1].text, whole, templates.LETTER) for r in responses
+        templates.comparison(r.messages, r.completions[0].text, r.completions[1].text, whole, templates.LETTER)
+        for r in responses
     ]
     return compare("labels", model, per_second(model, lambda: judge(responses), len(responses)), questions, peers, 2)
 
@@ -102,7 +103,7 @@ def verdicts(model: LocalModel, charter: Charter, responses: Sequence[Response],
     critic.assess(links[:2])  # warm
     ours = per_second(model, lambda: critic.assess(links), len(links))
     questions = [
-        templates.critique(link.fields["turns"], link.fields["text"], link.upcoming.critique, ())
+        templates.critique(link.fields["messages"], link.fields["text"], link.upcoming.critique, ())
         for link in links
         if link.upcoming
     ]
@@ -134,9 +135,9 @@ def main() -> int:
     model = open_model(chosen.model, max_batch=64)
     assert isinstance(model, LocalModel)
     charter = Charter(load_constitution("default"), model, settings={"respond.max_tokens": ANSWER_TOKENS})
-    prompts = [ask.turns for ask in asks(chosen.pairs)]
+    prompts = [ask.messages for ask in asks(chosen.pairs)]
     responses = charter.responses(prompts)
-    answers = statistics.mean(len(c.token_ids) for r in responses for c in r.candidates)
+    answers = statistics.mean(len(c.token_ids) for r in responses for c in r.completions)
     asked = statistics.mean(len(r.prompt_token_ids) for r in responses)
     print(f"{model.id} on {model.device}: prompts of {asked:.0f} tokens, answers of {answers:.0f}")
     ratios = [

@@ -32,23 +32,25 @@ def text(draw: random.Random, tokens: int) -> str:
 
 def learn(case: str, policy: Path, reference: Path, about: dict[str, Any]) -> None:
     """One step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing` ...)."""
-    from schemas.records import Turn
+    from schemas.records import ChatMessage
     from trainer import dpo, ppo, reward, sft, weights
 
     phase, how, *more = case.split("/")
     draw, rows = random.Random(0), about["rows"]
-    prompts = [(Turn(role="user", content=text(draw, about["prompt"])),) for _ in range(rows)]
+    prompts = [(ChatMessage(role="user", content=text(draw, about["prompt"])),) for _ in range(rows)]
     common: dict[str, Any] = {
         "lora_rank": RANK if how == "lora" else 0,
         "hardware": weights.Hardware(about["micro_rows"], "checkpointing" in more),
     }
     if phase == "sft":
-        texts = [sft.SftExample(turns, text(draw, about["answer"]), True, "") for turns in prompts]
+        texts = [sft.SftExample(messages, text(draw, about["answer"]), True, "") for messages in prompts]
         sft.train(policy, texts, learning_rate=1e-5, batch_size=rows, **common)
     elif phase in ("reward", "dpo"):
         pairs = [
-            reward.PreferenceExample(turns, text(draw, about["answer"]), text(draw, about["answer"]), 0.8, str(n), True, True)
-            for n, turns in enumerate(prompts)
+            reward.PreferenceExample(
+                messages, text(draw, about["answer"]), text(draw, about["answer"]), 0.8, str(n), True, True
+            )
+            for n, messages in enumerate(prompts)
         ]
         if phase == "reward":
             reward.train(policy, pairs, learning_rate=1e-3, batch_size=rows, **common)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 if TYPE_CHECKING:
     from trainer.ppo import Rollout
@@ -122,7 +122,7 @@ def sampled(task: Task, policy: Path, number: int) -> tuple[list[Rollout], list[
 
     model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch=64)
     asks = [
-        Ask((Turn(role="user", content=text),), seed=task.seed * 10**6 + number * 10**4 + i)
+        Ask((ChatMessage(role="user", content=text),), seed=task.seed * 10**6 + number * 10**4 + i)
         for i, text in enumerate(task.prompts)
     ]
     answers = [one[0] for one in model.generate(asks, max_tokens=task.tokens)]
@@ -139,8 +139,10 @@ def scored(task: Task, rollouts: list[Rollout], texts: list[str], hardware: Any)
 
     if task.reward:
         model = reward.load(Path(task.reward), hardware)
-        turns = [(Turn(role="user", content=prompt),) for prompt in task.prompts]
-        return model.normalised(model.score([(t, text, r.stopped) for t, text, r in zip(turns, texts, rollouts, strict=True)]))
+        messages = [(ChatMessage(role="user", content=prompt),) for prompt in task.prompts]
+        return model.normalised(
+            model.score([(t, text, r.stopped) for t, text, r in zip(messages, texts, rollouts, strict=True)])
+        )
     letter = weights.load_tokenizer(Path(task.policy)).convert_tokens_to_ids(LETTER)
     return [SCALE * r.token_ids.count(letter) / len(r.token_ids) for r in rollouts]
 
@@ -174,7 +176,7 @@ def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
     torch.nn.init.normal_(scorer.score.weight, std=0.05)
     reward.RewardModel([reward.Member(scorer)], weights.load_tokenizer(base)).save(folder)
     lines = [parse_prompt(line, source="", max_chars=10**6) for _, line in rows_of(str(SHIPPED), 1, rows)]
-    return Task(str(base), tuple(line.turns[-1].content for line in lines), rounds, reward=str(folder))
+    return Task(str(base), tuple(line.messages[-1].content for line in lines), rounds, reward=str(folder))
 
 
 CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), ("trl 1.12", "bf16"))

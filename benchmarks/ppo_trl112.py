@@ -24,7 +24,7 @@ from transformers import (
 
 from benchmarks.ppo import LETTER, SCALE, Moment, Round, Task, between, now
 from engine.models.chat import prompt_ids
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 
 class LetterShare(torch.nn.Module):
@@ -88,7 +88,7 @@ def trl(task: Task) -> list[Round]:
     value = AutoModelForSequenceClassification.from_pretrained(task.reward or task.policy, num_labels=1, dtype=torch.float32)
     if not task.reward:
         torch.nn.init.zeros_(value.score.weight)
-    prompts = [prompt_ids(tokenizer, (Turn(role="user", content=text),)) for text in task.prompts]
+    prompts = [prompt_ids(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
     if task.reward:
         reward: Any = AutoModelForSequenceClassification.from_pretrained(task.reward, num_labels=1, dtype=torch.float32)
     else:

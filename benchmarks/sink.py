@@ -93,7 +93,7 @@ def appender_rate(folder: Path, records: list[Response]) -> float:
 
 def row_of(record: Response, number: int) -> dict[str, Any]:
     extra = {"_partition": 0, "_offset": number, "commit_seq": number, "content_hash": number}
-    marks = {"is_duplicate": False, "differs": False}
+    marks = {"is_duplicate": False, "content_mismatch": False}
     return record.model_dump() | {"created_at": record.created_at.replace(tzinfo=None)} | extra | marks
 
 
@@ -105,7 +105,7 @@ def grow(store: Store, rows: int, like: Response) -> None:
         db.register("one", table)
         db.execute(
             f"""INSERT INTO raw.responses BY NAME
-                SELECT one.* REPLACE (uuid() AS record_id, -1 - range AS commit_seq), false AS is_duplicate, false AS differs
+                SELECT one.* REPLACE (uuid() AS record_id, -1 - range AS commit_seq), false AS is_duplicate, false AS content_mismatch
                 FROM one, range({rows})"""
         )
         db.execute("CHECKPOINT")

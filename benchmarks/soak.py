@@ -123,7 +123,7 @@ def produce(settings: Settings, bus: Any, number: int, epoch: int, asked: Sequen
 
 def unfinished(store: Store, published: int) -> int:
     """Questions whose chains have not ended or whose answers are not judged yet."""
-    sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM chain_ends)
+    sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
              AND prompt_id IN (SELECT prompt_id FROM preferences)"""
     return published - int(store.query(sql, limit_s=60.0).rows[0][0])
 
@@ -302,20 +302,20 @@ def result(soak: Soak) -> dict[str, Any]:
     zeros = {name: int(store.query(sql, bounds, limit_s=120.0).rows[0][0]) for name, sql in MUST_BE_ZERO.items()}
     counts = {
         "answers": "SELECT count(*) FROM responses",
-        "finished_prompts": "SELECT count(DISTINCT prompt_id) FROM chain_ends",
+        "finished_prompts": "SELECT count(DISTINCT prompt_id) FROM revision_chains",
         "batches": "SELECT count(*) FROM batches",
         "policies": "SELECT count(*) FROM policy_versions WHERE kind = 'POLICY'",
         "reward_models": "SELECT count(*) FROM policy_versions WHERE kind = 'REWARD'",
         "policies_that_answered": "SELECT count(DISTINCT policy_version) FROM responses",
         "ppo_rollouts": "SELECT count(*) FROM trained_rollouts WHERE trained",
-        "given_up": "SELECT count(DISTINCT voids) FROM incidents WHERE voids IS NOT NULL",
+        "given_up": "SELECT count(DISTINCT voided_batch_id) FROM incidents WHERE voided_batch_id IS NOT NULL",
         "trips": "SELECT count(*) FROM pauses WHERE paused",
         "dead_letters": "SELECT count(*) FROM dead_letters",
         "most_policies_behind": "SELECT max(policies_behind) FROM trained_rollouts",
         "most_rewards_behind": "SELECT max(rewards_behind) FROM trained_rollouts",
     }
     told = {name: store.query(sql, limit_s=120.0).rows[0][0] for name, sql in counts.items()}
-    drops = dict(store.query("SELECT reason, sum(rollouts)::INT FROM drop_reasons GROUP BY 1", limit_s=60.0).rows)
+    drops = dict(store.query("SELECT reason, sum(rollouts)::INT FROM dropped_rollout_stats GROUP BY 1", limit_s=60.0).rows)
     return {
         "minutes": round((time.monotonic() - soak.started) / 60, 1),
         "kills": soak.kills,
@@ -347,7 +347,7 @@ def not_rebuilt(soak: Soak) -> int:
 
 def waits(store: Store) -> dict[str, float]:
     """DuckDB's share of the updates' time, and of all the trainer's time, looking for new rows included."""
-    sql = """SELECT sum(measures['duckdb_s']) / sum(measures['wall_s']), arg_max(measures['alive_duckdb_share'], commit_seq)
+    sql = """SELECT sum(metrics['duckdb_s']) / sum(metrics['wall_s']), arg_max(metrics['alive_duckdb_share'], commit_seq)
              FROM metrics WHERE phase = 'loop'"""
     ((in_updates, alive),) = store.query(sql, limit_s=60.0).rows
     return {"duckdb_share_of_updates": in_updates, "duckdb_share_of_all_time": alive}

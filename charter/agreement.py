@@ -135,8 +135,10 @@ def judged(
     ps = [chosen(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     row, known = summary(judge, pairs, ps), [label for label in labels if label]
     readable = [label for label in known if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
-    row.swap_inconsistency = share(sum(label.flipped for label in readable), len(readable))
-    row.mass = mean([label.mass for label in known if label.mass is not None and not math.isnan(label.mass)])
+    row.swap_inconsistency = share(sum(label.position_flip for label in readable), len(readable))
+    row.mass = mean(
+        [label.option_mass for label in known if label.option_mass is not None and not math.isnan(label.option_mass)]
+    )
     abstained = Counter(label.outcome.value if label else "NOT_ASKED" for label in labels)
     row.abstentions = {name: count for name, count in sorted(abstained.items()) if name != Outcome.OK.value}
     row.tokens_read = mean([float(label.prompt_tokens) for label in known])

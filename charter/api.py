@@ -3,7 +3,7 @@
     from charter.api import Charter
 
     charter = Charter("default", model="smollm2")
-    charter.self_critique_loop("How do magnets work?").final_text
+    charter.self_critique_loop("How do magnets work?").final_response
     charter.generate_preference_pair("How do magnets work?").chosen
 
 What comes back are the records that the stream would write, made by the same code and with the same ids: a seed hangs on the
@@ -32,11 +32,11 @@ from engine.models.port import Model
 from engine.settings import Settings, load
 from producers.files import DEFAULT_SOURCE, about_row, prompt_record
 from producers.parse import BadRow, parse_prompt
-from schemas.records import ChainEnd, Critique, Outcome, Preference, Prompt, Record, Response, Revision, Turn
+from schemas.records import ChatMessage, Critique, EndReason, Outcome, Preference, Prompt, Record, Response, Revision
 
 __all__ = ["Asking", "Charter", "Constitution", "Critiqued", "Judged", "load_constitution", "open_model"]
 
-Asking = str | Sequence[Turn | Mapping[str, str]] | Prompt | Response
+Asking = str | Sequence[ChatMessage | Mapping[str, str]] | Prompt | Response
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Critiqued:
         return self.links[-1]
 
     @property
-    def ended(self) -> ChainEnd:
-        return self.end.ended
+    def end_reason(self) -> EndReason:
+        return self.end.end_reason
 
     @property
-    def first_answer(self) -> str:
-        return self.end.first_answer
+    def initial_response(self) -> str:
+        return self.end.initial_response
 
     @property
-    def final_text(self) -> str | None:
-        """The text to learn from; None where the chain has none (`ended` is UNUSABLE)."""
-        return None if self.ended is ChainEnd.UNUSABLE else self.end.final_text
+    def final_response(self) -> str | None:
+        """The text to learn from; None where the chain has none (`end_reason` is UNUSABLE)."""
+        return None if self.end_reason is EndReason.UNUSABLE else self.end.final_response
 
     @property
     def critiques(self) -> list[Critique]:
@@ -108,7 +108,7 @@ class Judged:
     def side(self, wins: int) -> str | None:
         if self.preference is None or self.p_a is None or self.p_a == 0.5:
             return None
-        return self.preference.a if (self.p_a - 0.5) * wins > 0 else self.preference.b
+        return self.preference.response_a if (self.p_a - 0.5) * wins > 0 else self.preference.response_b
 
     @property
     def records(self) -> list[Record]:
@@ -181,9 +181,9 @@ class Charter:
             return [Judged(chain.response, tuple(made), chain) for chain, made in zip(chains, labels, strict=True)]
         responses = self.responses(prompts)
         for response in responses:
-            if len(response.candidates) < 2:
+            if len(response.completions) < 2:
                 fix = "set respond.samples to 2, or judge.pairing to revision, which compares with the revised text"
-                raise UsageError("one answer is no pair", f"the response has {len(response.candidates)} candidates", fix)
+                raise UsageError("one answer is no pair", f"the response has {len(response.completions)} completions", fix)
         return [Judged(r, tuple(made)) for r, made in zip(responses, self.judge(responses), strict=True)]
 
     def responses(self, prompts: Iterable[Asking]) -> list[Response]:
@@ -193,18 +193,18 @@ class Charter:
         answered = iter(self.answer(prompted) if prompted else [])
         return [one if isinstance(one, Response) else next(answered)[0] for one in asked]
 
-    def prompt(self, asked: str | Sequence[Turn | Mapping[str, str]] | Prompt) -> Prompt:
-        """A prompt's record; read as `charter produce` reads a row, a text or a list of turns {role, content}."""
+    def prompt(self, asked: str | Sequence[ChatMessage | Mapping[str, str]] | Prompt) -> Prompt:
+        """A prompt's record; read as `charter produce` reads a row, a text or a list of messages {role, content}."""
         if isinstance(asked, Prompt):
             return asked
         limits = self.settings.prompts
-        # What is neither a text nor a list of turns stays as it is: the parser says what is wrong with it.
+        # What is neither a text nor a list of messages stays as it is: the parser says what is wrong with it.
         listed = isinstance(asked, Sequence) and not isinstance(asked, str)
-        row = {"prompt": [plain(turn) for turn in asked] if listed else asked}
+        row = {"prompt": [plain(message) for message in asked] if listed else asked}
         try:
             parsed = parse_prompt(row, source=DEFAULT_SOURCE["prompts"], max_chars=limits.max_chars)
         except BadRow as error:
-            fix = 'give a text, or turns such as [{"role": "user", "content": "..."}] that end with the user'
+            fix = 'give a text, or messages such as [{"role": "user", "content": "..."}] that end with the user'
             raise UsageError("this is no prompt", str(error), fix) from error
         return prompt_record(about_row(parsed, self.settings.run.id, eval_share=limits.eval_share))
 
@@ -226,11 +226,11 @@ class Charter:
         return make_judge(self.settings, self.models, self.constitution)
 
 
-def plain(turn: object) -> object:
-    """A turn as a dictionary; what is no turn stays as it is."""
-    if isinstance(turn, Turn):
-        return turn.model_dump()
-    return dict(turn) if isinstance(turn, Mapping) else turn
+def plain(message: object) -> object:
+    """A message as a dictionary; what is no message stays as it is."""
+    if isinstance(message, ChatMessage):
+        return message.model_dump()
+    return dict(message) if isinstance(message, Mapping) else message
 
 
 def named(chosen: str | Model, given: dict[str, Model]) -> str:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from trainer.batches import Batch
 
 LIST = """
-    SELECT b.number, b.phase, len(b.record_ids) AS rows, b.mix, b.base_policy_version AS policy,
+    SELECT b.batch_number, b.phase, len(b.record_ids) AS rows, b.mixture, b.base_policy_version AS policy,
            b.base_reward_version AS reward_model, b.created_at,
            CASE WHEN p.version IS NOT NULL THEN 'made ' || lower(p.kind) || ' ' || p.version
-                WHEN i.voids IS NOT NULL THEN 'given up: ' || i.what ELSE 'unfinished' END AS outcome
+                WHEN i.voided_batch_id IS NOT NULL THEN 'given up: ' || i.title ELSE 'unfinished' END AS outcome
     FROM batches b
-    LEFT JOIN policies p ON p.batch_id = b.record_id AND p.restores IS NULL
-    LEFT JOIN (SELECT voids, any_value(what) AS what FROM incidents GROUP BY 1) i ON i.voids = b.record_id
-    ORDER BY b.number"""
+    LEFT JOIN policies p ON p.batch_id = b.record_id AND p.restored_version IS NULL
+    LEFT JOIN (SELECT voided_batch_id, any_value(title) AS title FROM incidents GROUP BY 1) i ON i.voided_batch_id = b.record_id
+    ORDER BY b.batch_number"""
 
 
 @click.group(invoke_without_command=True)
@@ -63,7 +63,7 @@ def show_list(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_rows(found.columns, found.rows, True)
     elif found.rows:
-        place = found.columns.index("mix")
+        place = found.columns.index("mixture")
         print_rows(found.columns, [(*row[:place], shares(row[place]), *row[place + 1 :]) for row in found.rows], False)
     else:
         click.echo("no batch has been drawn yet")
@@ -128,7 +128,7 @@ def words(batch: Batch) -> str:
     manifest = batch.manifest
     named = len(manifest.record_ids) + len(manifest.sl_record_ids)
     return (
-        f"batch {manifest.number} ({manifest.phase}) is rebuilt exactly: all {named} records it names,"
+        f"batch {manifest.batch_number} ({manifest.phase}) is rebuilt exactly: all {named} records it names,"
         f" content hash {manifest.content_hash}"
     )
 
@@ -145,7 +145,7 @@ def manifest_of(settings: Settings, number: int) -> BatchManifest:
     found = [decode(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
     bus.close()
     for manifest in found:
-        if manifest.number == number:
+        if manifest.batch_number == number:
             return manifest
     raise UsageError(
         f"there is no batch {number}",
@@ -156,9 +156,9 @@ def manifest_of(settings: Settings, number: int) -> BatchManifest:
 
 def summary(manifest: BatchManifest) -> dict[str, Any]:
     about = manifest.model_dump(mode="json")
-    wanted = ("number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
+    wanted = ("batch_number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
     models = ("base_policy_version", "base_reward_version", "reference_policy_version")
-    told = {name: about[name] for name in (*wanted, *models, "mix", "wanted", "cursors")}
+    told = {name: about[name] for name in (*wanted, *models, "mixture", "target_mixture", "cursors")}
     return told | {"settings": json.loads(manifest.settings)} | {n: about[n] for n in ("record_ids", "sl_record_ids")}
 
 

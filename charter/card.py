@@ -18,10 +18,10 @@ MARK = "charter-export"  # a tag of the card: --force replaces no folder without
 # Why a chain or a label that was made is in no training view.
 LEFT_OUT = {
     "sft": """
-        SELECT 'chain ended ' || ended AS reason, count(*) AS records FROM chain_ends
-        WHERE ended NOT IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND {where} GROUP BY 1
+        SELECT 'chain ended ' || end_reason AS reason, count(*) AS records FROM revision_chains
+        WHERE end_reason NOT IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND {where} GROUP BY 1
         UNION ALL
-        SELECT 'prompt is both trained on and held out', count(*) FROM usable_texts u
+        SELECT 'prompt is both trained on and held out', count(*) FROM trainable_responses u
         WHERE {where} AND record_id NOT IN (SELECT record_id FROM sft_examples)
           AND record_id NOT IN (SELECT record_id FROM held_out_examples)
         ORDER BY 2 DESC""",
@@ -41,12 +41,12 @@ LEFT_OUT = {
 # The models that the rows came from: those of each chain, or of the answers that were compared and of what became of them.
 # A run that judges old answers anew has no answers of its own.
 CHAINS = {
-    "sft": "SELECT response_id, run_id FROM chain_ends WHERE {where}",
-    "preference": """SELECT response_id, run_id FROM chain_ends
+    "sft": "SELECT response_id, run_id FROM revision_chains WHERE {where}",
+    "preference": """SELECT response_id, run_id FROM revision_chains
         WHERE record_id IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'AI' AND {where})""",
 }
 ANSWERS = {
-    "sft": "SELECT response_id FROM chain_ends WHERE {where}",
+    "sft": "SELECT response_id FROM revision_chains WHERE {where}",
     "preference": "SELECT response_id FROM preferences WHERE {where}",
 }
 JUDGES = """UNION ALL SELECT stage, model, count(*), 4 FROM preferences WHERE label_source = 'AI' AND {where} GROUP BY ALL"""

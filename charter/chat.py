@@ -14,7 +14,7 @@ from charter.options import common
 if TYPE_CHECKING:
     from engine.models.port import Generation, Model
     from engine.settings import Settings
-    from schemas.records import Turn
+    from schemas.records import ChatMessage
 
 NEW = "/new"
 
@@ -53,16 +53,16 @@ def chat(
         "max_tokens": max_tokens or settings.respond.max_tokens,
     }
     seeds = random.Random(seed)
-    turns: list[Turn] = []
+    messages: list[ChatMessage] = []
     if prompt is None and not as_json:
         click.echo(f"policy {number} ({model.id}); {NEW} begins a new dialogue, Ctrl-D ends", err=True)
     for text in [sys.stdin.read() if prompt == "-" else prompt] if prompt is not None else typed():
         if text.strip() == NEW:
-            turns = []
+            messages = []
             continue
-        turns = [*turns, turn("user", text.strip())]
-        answer = ask(model, turns, seeds.getrandbits(32), sampling)
-        turns = [*turns, turn("assistant", answer.text)]
+        messages = [*messages, message("user", text.strip())]
+        answer = ask(model, messages, seeds.getrandbits(32), sampling)
+        messages = [*messages, message("assistant", answer.text)]
         show(number, answer, as_json)
 
 
@@ -77,16 +77,16 @@ def typed() -> Iterator[str]:
             yield line
 
 
-def turn(role: str, content: str) -> Turn:
-    from schemas.records import Turn
+def message(role: str, content: str) -> ChatMessage:
+    from schemas.records import ChatMessage
 
-    return Turn(role=role, content=content)
+    return ChatMessage(role=role, content=content)
 
 
-def ask(model: Model, turns: list[Turn], seed: int, sampling: dict[str, float]) -> Generation:
+def ask(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
     from engine.models.port import Ask
 
-    ((answer,),) = model.generate([Ask(tuple(turns), seed=seed)], **sampling)  # type: ignore[arg-type]
+    ((answer,),) = model.generate([Ask(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
     return answer
 
 

@@ -42,7 +42,7 @@ SECTIONS = {
     "Principles": ("constitution", "eval"),
     "Label": ("label", "export"),
     "Again": ("replay", "runs", "dlq"),
-    "Keep": ("topics", "snapshot", "backup", "restore", "migrate", "forget", "completion"),
+    "Keep": ("topics", "snapshot", "backup", "restore", "forget", "completion"),
 }
 VERBS = tuple(verb for verbs in SECTIONS.values() for verb in verbs)
 
@@ -83,7 +83,7 @@ def cli(context: click.Context) -> None:
     \b
     First steps:
       charter demo                   the whole loop once, with a small real model
-      charter sql "select * from stories limit 1"
+      charter sql "select * from traces limit 1"
       charter produce prompts.jsonl && charter run
     """
     if context.invoked_subcommand is None:
@@ -162,8 +162,8 @@ def produce(
     Prompts, or people's comparisons and demonstrations, from files or from standard input (-).
 
     Files are JSON lines (also gzipped), Parquet, Arrow, or the folder of a data set saved to disk. A row is a JSON string, or
-    has "prompt" or "turns" ([{"role": "user", "content": "..."}]), with "source" and "tags" if you like; a comparison has
-    "chosen" and "rejected" too (or "a", "b" and "p_a"), a demonstration "completion". HH-RLHF's dialogues are understood.
+    has "prompt" or "messages" ([{"role": "user", "content": "..."}]), with "source" and "tags" if you like; a comparison has
+    "chosen" and "rejected" too (or "response_a", "response_b" and "p_a"), a demonstration "completion". HH-RLHF's dialogues are understood.
     Bad rows are reported and skipped; the exit code is then 1.
 
     \b
@@ -225,7 +225,7 @@ def tell_cost(settings: Settings, paths: list[str], kind: Kind, answer: bool) ->
                 bad += 1
             else:
                 prompts += 1
-                chars += sum(len(turn.content) for turn in parsed.turns)
+                chars += sum(len(message.content) for message in parsed.messages)
     click.echo(f"would publish {prompts} {kind}" + (f"; {bad} lines are no {kind}" if bad else ""))
     if kind != "prompts" and not answer:
         return
@@ -375,9 +375,9 @@ def show(settings: Settings, identifier: str, as_json: bool) -> None:
         raise UsageError(
             f"{identifier!r} is the beginning of {len(found) or 'no'} ids",
             "it must name one prompt or one record",
-            "type: charter sql 'select prompt_id, prompt from stories limit 10'",
+            "type: charter sql 'select prompt_id, prompt from traces limit 10'",
         )
-    rows = store.records("SELECT * FROM stories WHERE prompt_id = ?", found)
+    rows = store.records("SELECT * FROM traces WHERE prompt_id = ?", found)
     click.echo(json_text(rows) if as_json else story(rows[0]))
 
 
@@ -398,7 +398,7 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
 
     \b
     Examples:
-      charter sql "select * from stories limit 1"
+      charter sql "select * from traces limit 1"
       charter sql "select policy_version, count(*) from responses group by 1"
       charter sql --tables
     """
@@ -409,7 +409,7 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
     elif statement == "-":
         statement = sys.stdin.read()
     if not statement:
-        raise click.UsageError('give a query, e.g. "select * from stories limit 1"', click.get_current_context())
+        raise click.UsageError('give a query, e.g. "select * from traces limit 1"', click.get_current_context())
     found = stoppable(lambda: store_of(settings).query(statement, limit_s=limit_s))
     print_rows(found.columns, found.rows, as_json)
 

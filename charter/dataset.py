@@ -61,7 +61,7 @@ def lineage(row: Row) -> Row:
 
 
 def sft(row: Row) -> list[Row]:
-    return [{"prompt": row["turns"], "completion": said(row["completion"]), "ended": row["ended"], **lineage(row)}]
+    return [{"prompt": row["messages"], "completion": said(row["completion"]), "end_reason": row["end_reason"], **lineage(row)}]
 
 
 def preference(row: Row) -> list[Row]:
@@ -74,11 +74,11 @@ def preference(row: Row) -> list[Row]:
     first = row["p_a"] > 0.5
     forward, backward = row["p_forward"], row["p_backward"]
     orders = (forward, backward) if first else (other(backward), other(forward))
-    chosen, rejected = (row["a"], row["b"]) if first else (row["b"], row["a"])
+    chosen, rejected = (row["response_a"], row["response_b"]) if first else (row["response_b"], row["response_a"])
     p_chosen = row["p_a"] if first else 1 - row["p_a"]
     more = {"p_chosen": p_chosen, "p_chosen_shown_first": orders[0], "p_chosen_shown_second": orders[1]}
-    more |= {"gap": row["gap"], "mass": row["mass"], "flipped": row["flipped"]}
-    return [{"prompt": row["turns"], "chosen": said(chosen), "rejected": said(rejected), **more, **lineage(row)}]
+    more |= {"position_gap": row["position_gap"], "option_mass": row["option_mass"], "position_flip": row["position_flip"]}
+    return [{"prompt": row["messages"], "chosen": said(chosen), "rejected": said(rejected), **more, **lineage(row)}]
 
 
 def other(p: float | None) -> float | None:
@@ -89,9 +89,9 @@ def kto(row: Row) -> list[Row]:
     """Both answers by themselves, each wanted or not. A pair without a winner says nothing about either."""
     if row["p_a"] == 0.5:
         return []
-    answers = ((row["a"], row["p_a"]), (row["b"], 1 - row["p_a"]))
+    answers = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
     return [
-        {"prompt": row["turns"], "completion": said(text), "label": p > 0.5, "p_better": p, **lineage(row)}
+        {"prompt": row["messages"], "completion": said(text), "label": p > 0.5, "p_better": p, **lineage(row)}
         for text, p in answers
     ]
 
@@ -112,8 +112,8 @@ PAIRS = {"train": "preference_pairs", "eval": "held_out_pairs"}
 FORMS = {
     "sft": Form(
         {"train": "sft_examples", "eval": "held_out_examples"},
-        "usable_texts",
-        {"prompt": MESSAGES, "completion": MESSAGES, "ended": pa.string(), **LINEAGE},
+        "trainable_responses",
+        {"prompt": MESSAGES, "completion": MESSAGES, "end_reason": pa.string(), **LINEAGE},
         sft,
         "SFTTrainer (conversational prompt and completion)",
     ),
@@ -127,9 +127,9 @@ FORMS = {
             "p_chosen": pa.float64(),
             "p_chosen_shown_first": pa.float64(),
             "p_chosen_shown_second": pa.float64(),
-            "gap": pa.float64(),
-            "mass": pa.float64(),
-            "flipped": pa.bool_(),
+            "position_gap": pa.float64(),
+            "option_mass": pa.float64(),
+            "position_flip": pa.bool_(),
             **LINEAGE,
         },
         preference,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BATCH = 200
 KINDS = ("DECODE", "PERMANENT", "EXHAUSTED", "TOO_LARGE", "CRASH")
-RETRIED = "record_id IN (SELECT dead_letter_id FROM retries)"
+RETRIED = "record_id IN (SELECT dead_letter_id FROM dead_letter_retries)"
 
 
 @click.group(invoke_without_command=True)
@@ -77,7 +77,7 @@ def show_list(settings: Settings, as_json: bool, stage: str | None, kind: str | 
     from charter.pipeline import store_of
 
     where, values = conditions(stage, kind)
-    sql = f"""SELECT record_id AS id, stage, kind, error_class AS error, message,
+    sql = f"""SELECT record_id AS id, stage, kind, error_class AS error, error_message AS message,
                      source_topic || '[' || source_partition || ']@' || source_offset AS came_from, attempts, created_at,
                      CASE WHEN {RETRIED} THEN 'tried again' ELSE 'open' END AS state
               FROM dead_letters WHERE {where} ORDER BY commit_seq DESC LIMIT {int(count)}"""
@@ -179,11 +179,11 @@ def try_again(bus: Bus, letters: Sequence[dict[str, Any]]) -> int:
     """Publish those that were not tried again yet, each with the record that says so, in transactions."""
     from engine.bus.read import read_values
     from schemas.codec import decode
-    from schemas.records import Retry
+    from schemas.records import DeadLetterRetry
 
     writer = bus.writer("dlq.retry")  # two of these at once fence each other instead of doubling
     try:
-        done = {decode(value, Retry).dead_letter_id for value in read_values(bus, Retry.topic)}
+        done = {decode(value, DeadLetterRetry).dead_letter_id for value in read_values(bus, DeadLetterRetry.topic)}
         fresh = [letter for letter in letters if str(letter["record_id"]) not in done]
         for start in range(0, len(fresh), BATCH):
             writer.commit([message for letter in fresh[start : start + BATCH] for message in messages_of(letter)])
@@ -206,10 +206,10 @@ def messages_of(letter: dict[str, Any]) -> list[Outgoing]:
 
 def retry_record(letter: dict[str, Any]) -> Record:
     from schemas import ids
-    from schemas.records import Retry
+    from schemas.records import DeadLetterRetry
 
     letter_id = str(letter["record_id"])
-    return Retry(
+    return DeadLetterRetry(
         record_id=ids.record_id("retry", [letter_id], ""),
         parent_ids=[letter_id],
         run_id=letter["run_id"],

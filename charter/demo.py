@@ -77,7 +77,7 @@ def acts(prompts: int) -> list[Act]:
 
 def prompt_ids(act: Act) -> list[str]:
     lines = rows(str(SHIPPED), act.first, act.last)
-    return [ids.prompt_id(parse_prompt(line, source="", max_chars=10**6).turns) for _, line in lines]
+    return [ids.prompt_id(parse_prompt(line, source="", max_chars=10**6).messages) for _, line in lines]
 
 
 class Progress:
@@ -125,10 +125,10 @@ class Progress:
         rich_table.add_row(*(str(count) for count in counts.values()))
         return rich_table
 
-    def step(self, phase: str, step: int, measures: dict[str, float]) -> None:
+    def step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """One line for each training step."""
         wanted = ("loss", "accuracy", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "grad_norm")
-        figures = " ".join(f"{name}={measures[name]:.4g}" for name in wanted if name in measures)
+        figures = " ".join(f"{name}={metrics[name]:.4g}" for name in wanted if name in metrics)
         self.say(f"{phase} step {step}: {figures}")
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ class Demo:
     def finished(self, prompts: Sequence[str]) -> int:
         """How many of these prompts have ended: a finished chain and a judgement, or a dead letter."""
         sql = """SELECT count(*) FROM (SELECT unnest(?::UUID[]) AS prompt_id) p
-                 WHERE (prompt_id IN (SELECT prompt_id FROM chain_ends) AND prompt_id IN (SELECT prompt_id FROM preferences))
+                 WHERE (prompt_id IN (SELECT prompt_id FROM revision_chains) AND prompt_id IN (SELECT prompt_id FROM preferences))
                     OR prompt_id::VARCHAR IN (SELECT decode(source_key) FROM dead_letters)"""
         return self.count(sql, [list(prompts)])
 
@@ -252,7 +252,7 @@ class Demo:
     def example(self) -> dict[str, Any]:
         """A red-team prompt with a revision, or whatever there is."""
         order = "len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
-        rows = self.store.records(f"SELECT * FROM stories WHERE responses IS NOT NULL ORDER BY {order} LIMIT 1")
+        rows = self.store.records(f"SELECT * FROM traces WHERE responses IS NOT NULL ORDER BY {order} LIMIT 1")
         if not rows:
             raise CharterError(
                 "no prompt of the demo was answered", "the stages gave up on all of them", "to see why, type: charter dlq"

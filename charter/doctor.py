@@ -176,7 +176,7 @@ def database(settings: Settings) -> Iterator[Finding]:
     rows = store.query("SELECT coalesce(sum(records), 0) FROM pipeline_status", wait_s=ASK_S).rows
     size = store.path.stat().st_size / 1024**2
     yield Finding("database", "ok", f"{store.path}, format {VERSION}, {rows[0][0]:,} records, {size:,.0f} MB")
-    open_letters = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM retries)"
+    open_letters = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)"
     ((count,),) = store.query(open_letters, wait_s=ASK_S).rows
     yield Finding(
         "dead letters", "warn" if count else "ok", f"{count}" if count else "none", "type: charter dlq" if count else ""
@@ -288,7 +288,7 @@ def server(name: str, spec: str, api_key_env: str) -> Finding:
 def able(dialect: Dialect) -> str:
     """What a server was found to do, in the words of docs/models.md."""
     return ", ".join([
-        "begun turns" if dialect.begun is not None else "no begun turns",
+        "prefills" if dialect.begun is not None else "no prefills",
         f"{dialect.shown} top log-probabilities" if dialect.shown else "options by votes",
         "token ids" if dialect.token_ids is not None else "no token ids",
     ])  # fmt: skip

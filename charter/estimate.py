@@ -46,7 +46,7 @@ def estimate(settings: Settings, stages: Sequence[str], prompts: int, chars: int
 
 def judging(judge: Judge, prompts: int, shown: int, pairs: int) -> Cost:
     """What judging costs where all prompts' questions, one of each, have `shown` tokens: both orders, for each principle."""
-    questions = 2 * (pairs if judge.pairing == "candidates" else 1) * (1 if judge.principles == "all" else judge.k)
+    questions = 2 * (pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.k)
     written = 0 if judge.form == "options" else questions * prompts * judge.max_tokens
     again = questions * shown + written if judge.form == "reasoning" else 0  # the letters are scored after the reasoning
     return Cost("judge", prompts, questions * shown + again, written)

@@ -71,7 +71,7 @@ def agreement(
     Beside baselines that look at length or at nothing.
 
     FILE has `chosen` and `rejected` in each row: answers beside a `prompt`, or whole dialogues as in HH-RLHF, of which the last
-    human turn ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to
+    human message ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to
     the log or the database. Settings of judge.* that are given count for every preset.
 
     \b
@@ -140,7 +140,7 @@ def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
         chosen, rejected = (one.a, one.b) if one.p_a > 0.5 else (one.b, one.a)
         a, b = (rejected, chosen) if swap else (chosen, rejected)
         human.append(HumanPair(a, b, not swap))
-        asked.append(pair_of(one.turns, a, b, (), "pairs"))
+        asked.append(pair_of(one.messages, a, b, (), "pairs"))
     return Drawn(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))
 
 
@@ -202,7 +202,16 @@ class Study:
 
     def as_json(self) -> str:
         """Everything, with each pair's label."""
-        kept = ("p_a", "p_forward", "p_backward", "mass", "flipped", "principle_id", "prompt_tokens", "completion_tokens")
+        kept = (
+            "p_a",
+            "p_forward",
+            "p_backward",
+            "option_mass",
+            "position_flip",
+            "principle_id",
+            "prompt_tokens",
+            "completion_tokens",
+        )
         labels = {
             preset: [{"outcome": x.outcome.value} | {name: getattr(x, name) for name in kept} if x else None for x in of_one]
             for preset, of_one in self.labels.items()

@@ -1,7 +1,7 @@
 """`charter label`: a person's word on pairs that a judge has labelled, or could not.
 
 Each answer is a record of its own with `label_source` HUMAN whose parent is the judge's; nothing is ever edited. The views let
-it stand in the judge's place from then on (`preference_pairs`), and set the two side by side (`label_agreement`).
+it stand in the judge's place from then on (`preference_pairs`), and set the two side by side (`label_agreement_stats`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 PREFER = {"a": 1.0, "b": 0.0, "tie": 0.5}
 LIMIT_S = 20.0
 LINES = 40  # of a text that are shown at once
-COLUMNS = """record_id, prompt_id, run_id, response_id, turns, source, tags, split, epoch, constitution, principle_id,
-    policy_version, pairing, a, b, a_candidate, b_candidate, a_stopped, b_stopped"""
+COLUMNS = """record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id,
+    policy_version, pairing, response_a, response_b, completion_index_a, completion_index_b, finish_reason_a, finish_reason_b"""
 
 # Labels that no person has answered yet, the least certain first: no label at all, then near one half.
 OPEN = f"""
     SELECT {COLUMNS} FROM preferences p
-    WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $flips OR flipped)
+    WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $flips OR position_flip)
       AND ($run IS NULL OR record_id IN (SELECT record_id FROM run_records WHERE run_id = $run))
       AND record_id NOT IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0)
     ORDER BY CASE WHEN outcome = 'OK' AND p_a IS NOT NULL THEN abs(p_a - 0.5) ELSE -1 END, commit_seq
@@ -191,9 +191,9 @@ def ask(row: dict[str, Any], number: int, of: int, seed: int) -> float | None:
     from schemas import ids
 
     swapped = ids.seed(str(row["record_id"]), seed) % 2 == 1
-    first, second = (row["b"], row["a"]) if swapped else (row["a"], row["b"])
+    first, second = (row["response_b"], row["response_a"]) if swapped else (row["response_a"], row["response_b"])
     texts = [
-        ("prompt", "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["turns"])),
+        ("prompt", "\n\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])),
         ("1", first),
         ("2", second),
     ]

@@ -104,18 +104,16 @@ def lag(run_id: str, stage: str, stands: Offsets, ends: Offsets) -> Figure:
 def figures_of_trainer(
     latest: Mapping[str, Mapping[str, float]], steps: Mapping[str, int]
 ) -> Callable[[Bus], Iterator[Figure]]:
-    """The newest measures of each phase in this process, and the versions on the log."""
+    """The newest metrics of each phase in this process, and the versions on the log."""
 
     def read(bus: Bus) -> Iterator[Figure]:
         from engine.metrics import Figure
 
         for phase, count in list(steps.items()):
             yield Figure("charter_train_steps_total", "Optimiser steps of this process.", count, (("phase", phase),))
-        for phase, measures in list(latest.items()):
-            for name, value in measures.items():
-                yield Figure(
-                    "charter_train_measure", "The newest step's numbers.", value, (("phase", phase), ("measure", name))
-                )
+        for phase, metrics in list(latest.items()):
+            for name, value in metrics.items():
+                yield Figure("charter_train_metric", "The newest step's numbers.", value, (("phase", phase), ("metric", name)))
         known = updates(bus)
         for kind in (PolicyKind.POLICY, PolicyKind.REWARD):
             newest = max((update.version for update in known if update.kind is kind), default=0)

@@ -153,7 +153,7 @@ class Models:
 
     def open_update(self, update: PolicyUpdate) -> Model:
         """The weights of a policy update, verified against its hash."""
-        if update.restores == 0:
+        if update.restored_version == 0:
             return self.role("policy")
         folder = read(located(update.uri, self.settings.folder / "checkpoints"), update.content_hash).folder
         first = self.role("policy")
@@ -410,7 +410,7 @@ def publish_manifest(bus: Bus, manifest: RunManifest) -> None:
 
 def readers_of(pairing: str) -> dict[str, tuple[str, ...]]:
     """Stage -> the topics that it reads."""
-    judged = ("responses",) if pairing == "candidates" else ("critiques", "revisions")
+    judged = ("responses",) if pairing == "completions" else ("critiques", "revisions")
     return {"respond": ("prompts",), "critique": ("revisions", "responses"), "revise": ("critiques",), "judge": judged}
 
 

@@ -69,7 +69,7 @@ def show_list(settings: Settings, as_json: bool) -> None:
     rows: list[tuple[Any, ...]] = [("policy", 0, "", None, 0, None, settings.models.policy, role(0, newest, reference))]
     for update in known:
         kind = update.kind.value.lower()
-        source = update.version if update.restores is None else update.restores
+        source = update.version if update.restored_version is None else update.restored_version
         where = folder_name(settings, update)
         used = role(update.version, newest, reference) if kind == "policy" else ""
         rows.append((kind, update.version, update.phase, update.base_version, source, update.created_at, where, used))
@@ -89,7 +89,7 @@ def folder_name(settings: Settings, update: PolicyUpdate) -> str:
     """Where an update's weights are, or that they were removed (train.keep)."""
     from engine.checkpoints import located
 
-    if update.restores == 0:
+    if update.restored_version == 0:
         return settings.models.policy
     folder = located(update.uri, settings.folder / "checkpoints")
     return str(folder) if folder.exists() else "removed"
@@ -157,7 +157,7 @@ def go_back(settings: Settings, bus: Bus, version: int, reason: str) -> str:
     if version and (present := weights_of(known, newest_version(known))) == weights_of(known, version):
         return f"policy {newest_version(known)} has the weights of policy {present} already"
     update = restored(known, version, run_id=settings.run.id, first=settings.models.policy)
-    if update.restores:
+    if update.restored_version:
         checked_folder(settings, known, version)
     bus.publish([outgoing(update), outgoing(note(update, reason))])
     if update.record_id not in {one.record_id for one in updates(bus)}:
@@ -166,7 +166,7 @@ def go_back(settings: Settings, bus: Bus, version: int, reason: str) -> str:
             "the trainer or another person was faster",
             "look, then try again: charter policy list",
         )
-    return f"policy {update.version} answers from now on, with the weights of policy {update.restores}"
+    return f"policy {update.version} answers from now on, with the weights of policy {update.restored_version}"
 
 
 def note(update: PolicyUpdate, reason: str) -> Incident:
@@ -181,8 +181,8 @@ def note(update: PolicyUpdate, reason: str) -> Incident:
         stage="policy",
         policy_version=update.version,
         phase=update.phase,
-        what=f"someone went back to policy {update.restores}",
-        why=reason,
+        title=f"someone went back to policy {update.restored_version}",
+        detail=reason,
     )
 
 

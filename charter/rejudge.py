@@ -16,7 +16,7 @@ from constitutions.cases import Case, Cases
 from constitutions.loader import ALL_ID, Constitution, applicable
 from engine.settings import Settings
 from schemas import ids
-from schemas.records import Candidate, FinishReason, Preference, Response, Turn
+from schemas.records import ChatMessage, Completion, FinishReason, Preference, Response
 
 ALL = ALL_ID
 
@@ -40,19 +40,19 @@ class Bench:
         return made
 
 
-def pair_of(turns: Sequence[Turn], a: str, b: str, tags: Sequence[str], source: str) -> Response:
-    """Two texts as the candidates of an answer, which is what the judge compares."""
-    prompt_id = ids.prompt_id(turns)
+def pair_of(messages: Sequence[ChatMessage], a: str, b: str, tags: Sequence[str], source: str) -> Response:
+    """Two texts as the completions of an answer, which is what the judge compares."""
+    prompt_id = ids.prompt_id(messages)
     return Response(
         record_id=ids.record_id("pair", [prompt_id], ids.fingerprint(a=a, b=b)),
         prompt_id=prompt_id,
         run_id="bench",
         stage="respond",
-        turns=list(turns),
+        messages=list(messages),
         source=source,
         tags=list(tags),
-        candidates=[
-            Candidate(index=index, text=text, finish_reason=FinishReason.STOP) for index, text in enumerate((a, b))
+        completions=[
+            Completion(index=index, text=text, finish_reason=FinishReason.STOP) for index, text in enumerate((a, b))
         ],
     )  # fmt: skip
 
@@ -108,7 +108,8 @@ def try_cases(bench: Bench, constitution: Constitution, cases: Cases) -> list[Ta
     cases.check(constitution.name, named)
     about = [concerned(case, constitution) for case in cases.cases]
     pairs = [
-        pair_of([Turn(role="user", content=case.prompt)], case.wins, case.loses, case.tags, "cases") for case in cases.cases
+        pair_of([ChatMessage(role="user", content=case.prompt)], case.wins, case.loses, case.tags, "cases")
+        for case in cases.cases
     ]
     whole = bench.labels(constitution, pairs) if constitution.judge_with == ALL else None
     tallies = []
@@ -132,17 +133,21 @@ def concerned(case: Case, constitution: Constitution) -> Sequence[str]:
 # A frozen slice under two constitutions
 
 SLICE = """
-SELECT turns, tags, source, a, b FROM (
-    SELECT DISTINCT ON (response_id, a, b) turns, tags, source, a, b,
-           md5(coalesce(response_id, record_id)::VARCHAR || md5(a) || md5(b)) AS place
-    FROM preferences WHERE length(trim(a)) > 0 AND length(trim(b)) > 0 AND a <> b ORDER BY response_id, a, b, commit_seq
+SELECT messages, tags, source, response_a, response_b FROM (
+    SELECT DISTINCT ON (response_id, response_a, response_b) messages, tags, source, response_a, response_b,
+           md5(coalesce(response_id, record_id)::VARCHAR || md5(response_a) || md5(response_b)) AS place
+    FROM preferences WHERE length(trim(response_a)) > 0 AND length(trim(response_b)) > 0 AND response_a <> response_b
+    ORDER BY response_id, response_a, response_b, commit_seq
 ) ORDER BY place LIMIT ?"""
 
 
 def frozen_slice(settings: Settings, count: int) -> list[Response]:
     """The same `count` pairs of answers from the same database each time, chosen by a hash of their ids."""
     rows = store_of(settings).records(SLICE, [count], limit_s=30.0)
-    return [pair_of([Turn(**turn) for turn in r["turns"]], r["a"], r["b"], r["tags"], r["source"]) for r in rows]
+    return [
+        pair_of([ChatMessage(**message) for message in r["messages"]], r["response_a"], r["response_b"], r["tags"], r["source"])
+        for r in rows
+    ]
 
 
 Labels = dict[int, float | None]  # pair -> p(a); None where there is no label; pairs that the principle is not for are absent

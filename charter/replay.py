@@ -84,7 +84,7 @@ class Plan:
         from charter.estimate import estimate, lines
 
         records = list({record.record_id: record for record in self.read()}.values())
-        chars = sum(len(turn.content) for record in records for turn in getattr(record, "turns", []))
+        chars = sum(len(message.content) for record in records for message in getattr(record, "messages", []))
         where = "the database" if self.archive else "the log"
         answers = f"policy {self.pinned} answers" if self.pinned is not None and "respond" in self.stages else ""
         topics = ", ".join(self.selection.topics)
@@ -410,11 +410,11 @@ WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY t
 
 # The same pair of answers, judged in both runs; by the second run's principle, since the constitutions may differ.
 LABELS = """
-WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, a, b, p_a, principle_id
+WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
                 FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')
 SELECT two.principle_id AS principle, count(*) AS pairs, avg(one.p_a) AS mean_first, avg(two.p_a) AS mean_second,
        count(*) FILTER ((one.p_a > 0.5) <> (two.p_a > 0.5)) AS flips
-FROM judged one JOIN judged two ON one.response_id = two.response_id AND one.a = two.a AND one.b = two.b
+FROM judged one JOIN judged two ON one.response_id = two.response_id AND one.response_a = two.response_a AND one.response_b = two.response_b
 WHERE one.run_id = $1 AND two.run_id = $2 GROUP BY 1 ORDER BY 1"""
 
 VERBS = (replay, runs)

@@ -94,12 +94,12 @@ def sections(store: Store, run: str, samples: int) -> dict[str, Any]:
 
 def before_and_after(ask: Ask, run: str) -> list[dict[str, Any]]:
     """Prompts that the run's first and its newest policy have both answered, with the first answer of each."""
-    sql = """WITH ours AS (SELECT turns, policy_version, candidates[1].text AS answer FROM responses WHERE run_id = $run),
+    sql = """WITH ours AS (SELECT messages, policy_version, completions[1].text AS answer FROM responses WHERE run_id = $run),
                   ends AS (SELECT min(policy_version) AS first, max(policy_version) AS last FROM ours)
-             SELECT DISTINCT ON (one.turns) one.turns[-1].content AS prompt, one.policy_version AS before_version,
+             SELECT DISTINCT ON (one.messages) one.messages[-1].content AS prompt, one.policy_version AS before_version,
                     one.answer AS before, two.policy_version AS after_version, two.answer AS after
-             FROM ours one JOIN ours two USING (turns), ends
-             WHERE first < last AND one.policy_version = first AND two.policy_version = last ORDER BY hash(one.turns)"""
+             FROM ours one JOIN ours two USING (messages), ends
+             WHERE first < last AND one.policy_version = first AND two.policy_version = last ORDER BY hash(one.messages)"""
     return ask(sql, {"run": run}, 3).records()
 
 
@@ -107,7 +107,7 @@ def sampled(ask: Ask, run: str, samples: int) -> list[dict[str, Any]]:
     """Stories of prompts whose chain has ended and that were judged: as if drawn by lot, the same ones each time."""
     from charter.dashboard.stories import story
 
-    sql = """SELECT prompt_id FROM chain_ends WHERE run_id = ? AND prompt_id IN (SELECT prompt_id FROM preferences)
+    sql = """SELECT prompt_id FROM revision_chains WHERE run_id = ? AND prompt_id IN (SELECT prompt_id FROM preferences)
              GROUP BY 1 ORDER BY hash(prompt_id::VARCHAR), 1"""
     return [story(ask, str(prompt)) for (prompt,) in ask(sql, [run], samples).rows] if samples else []
 

@@ -1,4 +1,4 @@
-"""The verbs that keep data over time: snapshot, backup, restore, migrate, forget."""
+"""The verbs that keep data over time: snapshot, backup, restore, forget."""
 
 from __future__ import annotations
 
@@ -76,25 +76,6 @@ def restore(settings: Settings, source: Path) -> None:
 
 
 @click.command()
-@common
-def migrate(settings: Settings) -> None:
-    """Bring an older data folder to this version.
-
-    What was there is kept beside it.
-
-    \b
-    Examples:
-      charter migrate
-    """
-    from charter.pipeline import store_of
-    from engine.migrate import migrate_database, migrate_log
-
-    folder = bus_folder(settings)
-    done = [*(migrate_log(folder) if folder else []), *migrate_database(store_of(settings))]
-    click.echo("\n".join(done) or f"{settings.folder} has this version's format already")
-
-
-@click.command()
 @click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
 @click.option("--reason", default="", help="Why; it is kept.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -116,7 +97,7 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
     from engine.errors import UsageError
     from engine.worker import outgoing
     from schemas import ids
-    from schemas.records import Forget
+    from schemas.records import Erasure
 
     prompts = []
     for identifier in identifiers:
@@ -125,7 +106,7 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
             raise UsageError(
                 f"{identifier!r} is the beginning of {len(found) or 'no'} prompts",
                 "it must name one prompt, for what is forgotten is gone",
-                "type: charter sql 'select prompt_id, prompt from stories'    and give a whole prompt_id",
+                "type: charter sql 'select prompt_id, prompt from traces'    and give a whole prompt_id",
             )
         prompts += found
     if not yes:
@@ -134,7 +115,7 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
     bus.publish(
         [
             outgoing(
-                Forget(
+                Erasure(
                     record_id=ids.record_id("forget", [prompt], ""),
                     prompt_id=prompt,
                     run_id=settings.run.id,
@@ -153,4 +134,4 @@ def counted(prompts: int) -> str:
     return "1 prompt" if prompts == 1 else f"{prompts} prompts"
 
 
-VERBS = (snapshot, backup, restore, migrate, forget)
+VERBS = (snapshot, backup, restore, forget)

@@ -69,19 +69,19 @@ def run_all(planned: Sequence[Trial], bus: Bus) -> None:
 # configuration's.
 ENDS = """
 WITH drawn AS (SELECT response_id, list(DISTINCT principle_id) AS principles FROM raw.critiques WHERE run_id = $1 GROUP BY 1)
-SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, first_answer, final_text,
+SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, initial_response, final_response,
        coalesce(principles, []) AS principles
-FROM (SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.critiques WHERE run_id = $1 AND final
+FROM (SELECT response_id, record_id, initial_response, final_response, commit_seq FROM raw.critiques WHERE run_id = $1 AND final
       UNION ALL
-      SELECT response_id, record_id, first_answer, final_text, commit_seq FROM raw.revisions WHERE run_id = $1 AND final)
+      SELECT response_id, record_id, initial_response, final_response, commit_seq FROM raw.revisions WHERE run_id = $1 AND final)
 LEFT JOIN drawn USING (response_id) ORDER BY response_id, commit_seq"""
 LABELS = """
-SELECT DISTINCT ON (response_id, a_candidate, b_candidate) response_id::VARCHAR AS response, a_candidate, b_candidate,
+SELECT DISTINCT ON (response_id, completion_index_a, completion_index_b) response_id::VARCHAR AS response, completion_index_a, completion_index_b,
        record_id::VARCHAR AS record,
        list_append(list_transform(votes, lambda vote: vote.principle_id), principle_id) AS principles,
        CASE WHEN outcome = 'OK' THEN p_a END AS p
 FROM raw.preferences WHERE run_id = $1 AND label_source = 'AI'
-ORDER BY response_id, a_candidate, b_candidate, commit_seq"""
+ORDER BY response_id, completion_index_a, completion_index_b, commit_seq"""
 
 Found = dict[Any, dict[str, Any]]
 
@@ -92,7 +92,7 @@ def chains_of(store: Store, run: str) -> Found:
 
 def labels_of(store: Store, run: str) -> Found:
     rows = store.records(LABELS, [run], limit_s=30.0)
-    return {(row["response"], row["a_candidate"], row["b_candidate"]): row for row in rows}
+    return {(row["response"], row["completion_index_a"], row["completion_index_b"]): row for row in rows}
 
 
 def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
@@ -107,7 +107,7 @@ def results(planned: Sequence[Trial], store: Store) -> list[tuple[Any, ...]]:
         chains, labels = ([of(store, run) for run in (against, trial.run)] for of in (chains_of, labels_of))
         if not trial.without:
             chains, labels = same_work(*chains), same_work(*labels)
-        work, told = (chains, "final_text") if trial.stage == "critique" else (labels, "p")
+        work, told = (chains, "final_response") if trial.stage == "critique" else (labels, "p")
         drawn, elsewhere = where_it_was_drawn(trial.without, work[0], work[1], told)
         figures = (*chain_figures(*chains), *label_figures(*labels))
         rows.append((trial.without or "(nothing)", trial.stage, drawn, *figures, elsewhere, trial.run))
@@ -129,8 +129,8 @@ def same_work(before: Found, after: Found) -> list[Found]:
 
 def chain_figures(before: Found, after: Found) -> tuple[Any, ...]:
     """Chains, share of them revised, and of those that both have: how many end otherwise, and how alike the ends are."""
-    texts = [(before[key]["final_text"] or "", row["final_text"] or "") for key, row in after.items() if key in before]
-    revised = [float(row["final_text"] != row["first_answer"]) for row in after.values()]
+    texts = [(before[key]["final_response"] or "", row["final_response"] or "") for key, row in after.items() if key in before]
+    revised = [float(row["final_response"] != row["initial_response"]) for row in after.values()]
     alike = mean([similarity(one, other) for one, other in texts])
     return len(after), mean(revised), sum(one != other for one, other in texts) if texts else None, alike
 

@@ -103,7 +103,7 @@ def wrapped(text: str, indent: str) -> str:
 
 
 def story(row: dict[str, Any]) -> str:
-    """What became of one prompt (a row of the view `stories`), in the order in which it happened."""
+    """What became of one prompt (a row of the view `traces`), in the order in which it happened."""
     parts = [
         f"prompt {row['prompt_id']}  ({row['source']}, {row['split'].lower()})",
         wrapped(row["prompt"], "  "),
@@ -111,20 +111,20 @@ def story(row: dict[str, Any]) -> str:
     for response in row["responses"] or []:
         for number, answer in enumerate(response["answers"]):
             parts += [f"answer {number} by policy {response['policy_version']}", wrapped(answer, "  ")]
-    revisions = {r["number"]: r for r in row["revisions"] or []}
+    revisions = {r["round"]: r for r in row["revisions"] or []}
     for critique in row["critiques"] or []:
         parts += critique_lines(critique)
-        following = revisions.get(critique["number"] + 1)
-        if following and critique["ended"] == "NONE":
-            fault = "" if following["fault"] == "NONE" else f", {following['fault'].lower()}"
+        following = revisions.get(critique["round"] + 1)
+        if following and critique["end_reason"] == "NONE":
+            fault = "" if following["rejection_reason"] == "NONE" else f", {following['rejection_reason'].lower()}"
             similar = f"similarity {following['similarity']:.2f}{fault}"
-            parts += [f"revision {following['number']}  ({similar})", wrapped(following["revision"], "  ")]
+            parts += [f"revision {following['round']}  ({similar})", wrapped(following["revision"], "  ")]
     for demonstration in row["demonstrations"] or []:
         parts += [f"demonstration  ({demonstration['source']})", wrapped(demonstration["completion"], "  ")]
     for preference in row["preferences"] or []:
         parts += preference_lines(preference)
-    if row["final_text"] is not None:
-        parts += [f"final text  ({row['ended'].lower()})", wrapped(row["final_text"], "  ")]
+    if row["final_response"] is not None:
+        parts += [f"final text  ({row['end_reason'].lower()})", wrapped(row["final_response"], "  ")]
     return inert("\n".join(parts))
 
 
@@ -135,7 +135,7 @@ def critique_lines(critique: dict[str, Any]) -> list[str]:
     if critique["p_better"] is not None:
         figures.append(f"p(better than before) {critique['p_better']:.3f}")
     verdict = critique["verdict"].lower().replace("_", " ")
-    end = "" if critique["ended"] == "NONE" else f" -> {critique['ended'].lower().replace('_', ' ')}"
+    end = "" if critique["end_reason"] == "NONE" else f" -> {critique['end_reason'].lower().replace('_', ' ')}"
     head = f"critique by {critique['principle_id']}: {verdict}{end}" + (f"  ({', '.join(figures)})" if figures else "")
     return [head, wrapped(critique["critique"], "  ")] if critique["critique"] else [head]
 
@@ -145,7 +145,7 @@ def preference_lines(preference: dict[str, Any]) -> list[str]:
         return human_lines(preference)
     if preference["p_a"] is None:
         return [f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"]
-    gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("gap", "mass"))
+    gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("position_gap", "option_mass"))
     return [
         f"judged by {preference['principle_id']}: p(first answer is better) {preference['p_a']:.3f}"
         f"  (orders differ by {gap}, mass {mass})"
@@ -158,4 +158,4 @@ def human_lines(preference: dict[str, Any]) -> list[str]:
     why = [wrapped(preference["explanation"], "  ")] if preference["explanation"] else []
     if preference["parent_ids"]:
         return [f"{head}, instead of label {str(preference['parent_ids'][0])[:8]}", *why]
-    return [head, wrapped(preference["a"], "  a  "), wrapped(preference["b"], "  b  "), *why]
+    return [head, wrapped(preference["response_a"], "  A  "), wrapped(preference["response_b"], "  B  "), *why]

@@ -81,13 +81,13 @@ class Numbers:
         self.steps: Counter[str] = Counter()
         self.run = tracker(settings.train.report_to, settings.run.id) if settings.train.report_to else None
 
-    def step(self, phase: str, step: int, measures: dict[str, float]) -> None:
-        self.latest[phase] = measures
+    def step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        self.latest[phase] = metrics
         self.steps[phase] += 1
-        click.echo(f"phase={phase} step={step} {figures(measures)}")
-        about = {"phase": phase, "step": step, "measures": measures}
+        click.echo(f"phase={phase} step={step} {figures(metrics)}")
+        about = {"phase": phase, "step": step, "metrics": metrics}
         logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
-        self.report(phase, measures)
+        self.report(phase, metrics)
 
     def update(self, update: PolicyUpdate) -> None:
         """What an update has made, and its own numbers: those that no step has."""
@@ -96,17 +96,17 @@ class Numbers:
         click.echo(f"phase={update.phase} version={update.version} {figures(own)}")
         self.report(update.phase, own)
 
-    def report(self, phase: str, measures: dict[str, float]) -> None:
+    def report(self, phase: str, metrics: dict[str, float]) -> None:
         if self.run:
-            self.run.log({name if "/" in name else f"{phase}/{name}": value for name, value in measures.items()})
+            self.run.log({name if "/" in name else f"{phase}/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
         if self.run:
             self.run.finish()
 
 
-def figures(measures: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:.4g}" for name, value in measures.items() if name != "epoch")
+def figures(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name != "epoch")
 
 
 def tracker(name: str, run_id: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from schemas.records import Outcome, Turn
+from schemas.records import ChatMessage, Outcome
 
 if TYPE_CHECKING:
     from constitutions.loader import Constitution
@@ -34,18 +34,18 @@ class HeldOutJudge:
         from constitutions.loader import load
 
         constitution = load(settings.run.constitution)
-        judge = settings.judge.model_copy(update={"pairing": "candidates"})
+        judge = settings.judge.model_copy(update={"pairing": "completions"})
         models = settings.models.model_copy(update={"judge": settings.watch.judge or settings.models.judge})
         self.settings = settings.model_copy(update={"judge": judge, "models": models})
         self.constitution = constitution if settings.watch.judge else by_critique(constitution)
 
-    def __call__(self, pairs: Sequence[tuple[tuple[Turn, ...], str, str]]) -> list[float | None]:
+    def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
         """The probability that the first answer is better, in both orders; None where the judge gave no label."""
         from charter.evaluate import ask
         from charter.pipeline import Models
         from charter.rejudge import Bench, pair_of
 
-        asked = [pair_of(turns, a, b, (), "") for turns, a, b in pairs]
+        asked = [pair_of(messages, a, b, (), "") for messages, a, b in pairs]
         labels = ask(Bench(self.settings, Models(self.settings)), self.constitution, asked)
         return [label.p_a if label is not None and label.outcome is Outcome.OK else None for label in labels]
 

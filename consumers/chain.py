@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Any
 
+from engine.models.port import Generation
 from schemas import ids
 from schemas.records import Chain, FinishReason, Response
 
@@ -20,25 +21,29 @@ def seed_for(stage: str, response_id: str, number: int) -> int:
 
 def start_of(response: Response) -> dict[str, Any]:
     """The chain fields of a response's candidate 0, where every chain starts."""
-    answer = response.candidates[0]
-    stopped = answer.finish_reason is FinishReason.STOP
+    answer = response.completions[0]
     return {
         "prompt_id": response.prompt_id,
         "run_id": response.run_id,
         "policy_version": response.policy_version,
         "response_id": response.record_id,
-        "turns": response.turns,
+        "messages": response.messages,
         "source": response.source,
         "tags": response.tags,
         "split": response.split,
         "epoch": response.epoch,
-        "first_answer": answer.text,
-        "first_stopped": stopped,
-        "answer_model": response.model,
-        "number": 0,
-        "text": answer.text,
-        "text_stopped": stopped,
+        "initial_response": answer.text,
+        "initial_finish_reason": answer.finish_reason,
+        "response_model": response.model,
+        "round": 0,
+        "response": answer.text,
+        "finish_reason": answer.finish_reason,
     }
+
+
+def read_finish_reason(generation: Generation) -> FinishReason:
+    """Return how a generated text ended; UNKNOWN when its server gave a reason that Charter does not know."""
+    return FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN)
 
 
 CARRIED = (
@@ -46,20 +51,20 @@ CARRIED = (
     "run_id",
     "policy_version",
     "response_id",
-    "turns",
+    "messages",
     "source",
     "tags",
     "split",
     "epoch",
-    "first_answer",
-    "first_stopped",
-    "answer_model",
+    "initial_response",
+    "initial_finish_reason",
+    "response_model",
     "rounds",
-    "number",
-    "text",
-    "text_stopped",
-    "previous_text",
-    "previous_stopped",
+    "round",
+    "response",
+    "finish_reason",
+    "previous_response",
+    "previous_finish_reason",
 )
 
 

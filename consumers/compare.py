@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from consumers import templates
 from consumers.templates import OPTIONS
 from engine.models.port import NOTHING, Ask, Capabilities, Generation, Model, OptionScores, Usage
-from schemas.records import Outcome, Turn
+from schemas.records import ChatMessage, Outcome
 
-Turns = tuple[Turn, ...]
+Turns = tuple[ChatMessage, ...]
 
 NAN = float("nan")
 # At the beginning of what a judge wrote: it will not judge. (Answers' refusals are counted by engine/watch.sql.)
@@ -60,8 +60,8 @@ class Comparison:
 
     forward: float
     backward: float
-    mass_forward: float
-    mass_backward: float
+    option_mass_forward: float
+    option_mass_backward: float
     usage: Usage = NOTHING
     outcome: Outcome = Outcome.OK
     text_forward: str = ""
@@ -73,14 +73,14 @@ class Comparison:
 
     @property
     def mass(self) -> float:
-        return min(self.mass_forward, self.mass_backward)
+        return min(self.option_mass_forward, self.option_mass_backward)
 
     @property
     def gap(self) -> float:
         return abs(self.forward - self.backward)
 
     @property
-    def flipped(self) -> bool:
+    def position_flip(self) -> bool:
         """Whether the same slot won twice."""
         return (self.forward - 0.5) * (self.backward - 0.5) < 0
 
@@ -108,15 +108,15 @@ class Form:
         return forms[self.name](model, questions) if questions else []
 
     def options(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
-        scores = model.option_logprobs([templates.choice(turns, model.capabilities) for turns in questions], OPTIONS)
+        scores = model.option_logprobs([templates.choice(messages, model.capabilities) for messages in questions], OPTIONS)
         return [Reading(share_of_a(one), one.mass, self.outcome(one), one.usage) for one in scores]
 
     def reasoning(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
-        thoughts = self.written(model, [Ask(turns, deadline_s=self.deadline_s) for turns in questions])
+        thoughts = self.written(model, [Ask(messages, deadline_s=self.deadline_s) for messages in questions])
         outcomes = [unwritten(thought) for thought in thoughts]
         begun = [
-            templates.after_reasoning(turns, thought.text.strip())
-            for turns, thought, outcome in zip(questions, thoughts, outcomes, strict=True)
+            templates.after_reasoning(messages, thought.text.strip())
+            for messages, thought, outcome in zip(questions, thoughts, outcomes, strict=True)
             if outcome is Outcome.OK
         ]
         scored = iter(self.options(model, begun) if begun else [])
@@ -128,7 +128,7 @@ class Form:
 
     def letter(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
         prefill = templates.ANSWER if model.capabilities.prefill else ""
-        written = self.written(model, [Ask(turns, prefill=prefill, deadline_s=self.deadline_s) for turns in questions])
+        written = self.written(model, [Ask(messages, prefill=prefill, deadline_s=self.deadline_s) for messages in questions])
         return [letter_of(answer, prefill) for answer in written]
 
     def written(self, model: Model, asks: Sequence[Ask]) -> list[Generation]:
@@ -177,7 +177,7 @@ def letter_of(answer: Generation, prefill: str) -> Reading:
 
 def both_orders(model: Model, pairs: Sequence[tuple[Turns, Turns]], form: Form = OPTIONS_FORM) -> list[Comparison]:
     """Ask each question in both orders: `pairs` holds the wording with the first text as A, and as B."""
-    readings = form.read(model, [turns for pair in pairs for turns in pair])
+    readings = form.read(model, [messages for pair in pairs for messages in pair])
     return [compared(*readings[i : i + 2]) for i in range(0, len(readings), 2)]
 
 
@@ -187,8 +187,8 @@ def compared(first: Reading, second: Reading) -> Comparison:
     return Comparison(
         forward=first.p,
         backward=1.0 - second.p,
-        mass_forward=first.mass,
-        mass_backward=second.mass,
+        option_mass_forward=first.mass,
+        option_mass_backward=second.mass,
         usage=first.usage + second.usage,
         outcome=failed[0] if failed else Outcome.OK,
         text_forward=first.text,

@@ -33,8 +33,9 @@ from consumers.judge import reference
 from engine.models.port import NOTHING, Ask, Generation, Model, Usage
 from schemas import ids
 from schemas.records import (
-    ChainEnd,
+    ChatMessage,
     Critique,
+    EndReason,
     FinishReason,
     ModelRef,
     Outcome,
@@ -43,11 +44,10 @@ from schemas.records import (
     Response,
     Revision,
     Sampling,
-    Turn,
     Verdict,
 )
 
-Wordings = tuple[tuple[Turn, ...], tuple[Turn, ...]]
+Wordings = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
 
 # What a critique says that finds nothing (the course's two phrases, and others for the same), and what takes it back.
 FINDS_NOTHING = re.compile(
@@ -81,7 +81,7 @@ class Link:
     p_better: float | None = None
     verdicts: tuple[PrincipleVerdict, ...] = ()
     similarity: float | None = None
-    ended: ChainEnd = ChainEnd.NONE
+    ended: EndReason = EndReason.NONE
     usage: Usage = NOTHING
     criticism: str = ""
 
@@ -117,8 +117,8 @@ class Criticise:
         if self.early_stop == "verdict":
             links = self.assess(links)
         links = [replace(link, ended=self.ended(link)) for link in links]
-        criticised = iter(self.criticised([link for link in links if link.ended is ChainEnd.NONE]))
-        links = [next(criticised) if link.ended is ChainEnd.NONE else link for link in links]
+        criticised = iter(self.criticised([link for link in links if link.ended is EndReason.NONE]))
+        links = [next(criticised) if link.ended is EndReason.NONE else link for link in links]
         latency = 1000 * (time.monotonic() - started) / len(links)
         made = iter([self.record(link, latency) for link in links])
         return [[] if ended_already(record) else [next(made)] for record in records]
@@ -132,9 +132,9 @@ class Criticise:
         by_id = {principle.id: principle for principle in self.constitution.critique}
         used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
         upcoming = None
-        if fields["number"] < self.rounds:
-            seed = seed_for("principle", fields["response_id"], fields["number"])
-            upcoming = self.constitution.critique_principle(seed, fields["number"], fields["tags"], self.drawing)
+        if fields["round"] < self.rounds:
+            seed = seed_for("principle", fields["response_id"], fields["round"])
+            upcoming = self.constitution.critique_principle(seed, fields["round"], fields["tags"], self.drawing)
         return Link(record, fields, used, upcoming)
 
     @property
@@ -142,7 +142,7 @@ class Criticise:
         return "" if self.selection == "constitution" else self.selection
 
     def seed(self, link: Link) -> int:
-        return seed_for("critique", link.fields["response_id"], link.fields["number"])
+        return seed_for("critique", link.fields["response_id"], link.fields["round"])
 
     def skipped(self, link: Link) -> bool:
         return link.fields["source"] in self.skip_sources
@@ -159,24 +159,24 @@ class Criticise:
     def questions(self, link: Link) -> list[Wordings]:
         """One verdict for each principle, and for a revision the comparison with its predecessor first."""
         fields = link.fields
-        if self.skipped(link) or not fields["text"].strip() or kept_back(link.parent):
+        if self.skipped(link) or not fields["response"].strip() or kept_back(link.parent):
             return []
-        turns, text = fields["turns"], fields["text"]
+        messages, text = fields["messages"], fields["response"]
         verdicts = [
             (
-                templates.verdict(turns, text, principle.critique, "Yes", "No"),
-                templates.verdict(turns, text, principle.critique, "No", "Yes"),
+                templates.verdict(messages, text, principle.critique, "Yes", "No"),
+                templates.verdict(messages, text, principle.critique, "No", "Yes"),
             )
             for principle in link.checked
         ]
         if not isinstance(link.parent, Revision):
             return verdicts
         question = f"{link.used[-1].revision} Which answer does this better?" if link.used else "Which answer is better?"
-        previous = fields["previous_text"] or ""
+        previous = fields["previous_response"] or ""
         return [
             (
-                templates.comparison(turns, text, previous, question),
-                templates.comparison(turns, previous, text, question),
+                templates.comparison(messages, text, previous, question),
+                templates.comparison(messages, previous, text, question),
             ),
             *verdicts,
         ]
@@ -188,7 +188,7 @@ class Criticise:
         link = replace(link, usage=sum((answer.usage for answer in answers), NOTHING))
         if isinstance(link.parent, Revision):
             better, *answers = answers
-            alike = similarity(link.fields["text"], link.fields["previous_text"] or "")
+            alike = similarity(link.fields["response"], link.fields["previous_response"] or "")
             link = replace(link, p_better=better.p if better.outcome is Outcome.OK else None, similarity=alike)
         if not answers:
             return link
@@ -204,21 +204,21 @@ class Criticise:
             mass=min(answer.mass for answer in answers),
         )
 
-    def ended(self, link: Link) -> ChainEnd:
+    def ended(self, link: Link) -> EndReason:
         """Whether the chain is over, and why."""
         if self.skipped(link):
-            return ChainEnd.SKIPPED
-        if not link.fields["text"].strip() or kept_back(link.parent):
-            return ChainEnd.UNUSABLE
+            return EndReason.SKIPPED
+        if not link.fields["response"].strip() or kept_back(link.parent):
+            return EndReason.UNUSABLE
         clean = link.verdict is Verdict.CLEAN
         if isinstance(link.parent, Response):
-            return ChainEnd.SATISFIED if clean else ChainEnd.NONE
+            return EndReason.SATISFIED if clean else EndReason.NONE
         if link.p_better is not None and link.p_better <= self.lose:
-            return ChainEnd.LOST
+            return EndReason.LOST
         wins = link.p_better is not None and link.p_better >= self.win
         if clean and (wins or (link.similarity or 0.0) > self.same):
-            return ChainEnd.SATISFIED
-        return ChainEnd.NONE if link.upcoming else ChainEnd.LAST_ROUND
+            return EndReason.SATISFIED
+        return EndReason.NONE if link.upcoming else EndReason.LAST_ROUND
 
     # The critique in words
 
@@ -227,7 +227,7 @@ class Criticise:
         examples = self.constitution.examples if self.few_shot else ()
         asks = [
             Ask(
-                templates.critique(link.fields["turns"], link.fields["text"], principle.critique, examples),
+                templates.critique(link.fields["messages"], link.fields["response"], principle.critique, examples),
                 seed=self.seed(link),
             )
             for link in links
@@ -246,7 +246,7 @@ class Criticise:
                 link,
                 criticism=answer.text.strip(),
                 usage=link.usage + answer.usage,
-                ended=ChainEnd.SATISFIED if self.satisfied(answer) else ChainEnd.NONE,
+                ended=EndReason.SATISFIED if self.satisfied(answer) else EndReason.NONE,
             )
             for link, (answer,) in zip(links, answers, strict=True)
         ]
@@ -272,9 +272,9 @@ class Criticise:
         return ids.record_id("critique", [link.parent.record_id], configuration)
 
     def record(self, link: Link, latency_ms: float) -> Critique:
-        fields, over, usage = link.fields, link.ended is not ChainEnd.NONE, link.usage
-        before = link.ended is ChainEnd.LOST
-        final = ("previous_text", "previous_stopped") if before else ("text", "text_stopped")
+        fields, over, usage = link.fields, link.ended is not EndReason.NONE, link.usage
+        before = link.ended is EndReason.LOST
+        final = ("previous_response", "previous_finish_reason") if before else ("response", "finish_reason")
         principle = link.upcoming or (link.used[-1] if link.used else None)
         return Critique(
             record_id=self.record_id(link),
@@ -295,20 +295,20 @@ class Criticise:
             verdict=link.verdict,
             verdicts=list(link.verdicts),
             p_flawed=link.p_flawed,
-            mass=link.mass,
+            option_mass=link.mass,
             p_better=link.p_better,
             similarity=link.similarity,
             final=over,
-            ended=link.ended,
-            final_text=fields[final[0]] if over else None,
-            final_stopped=bool(over and fields[final[1]]),
+            end_reason=link.ended,
+            final_response=fields[final[0]] if over else None,
+            final_finish_reason=fields[final[1]] if over else FinishReason.UNKNOWN,
             **fields,
         )
 
 
 def kept_back(record: Response | Revision) -> bool:
     """Whether a server's filter kept the answer that a chain starts from, or the rest of it, back."""
-    return isinstance(record, Response) and record.candidates[0].finish_reason is FinishReason.REFUSED
+    return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 
 def ended_already(record: Record) -> bool:
@@ -320,4 +320,4 @@ def verdict_of(principle_id: str, answer: Comparison) -> PrincipleVerdict:
     readable = answer.outcome is Outcome.OK
     verdict = Verdict.LOW_MASS if not readable else Verdict.FLAWED if answer.p > 0.5 else Verdict.CLEAN
     p_flawed = None if math.isnan(answer.p) else answer.p
-    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, mass=answer.mass)
+    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, option_mass=answer.mass)

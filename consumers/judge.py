@@ -29,18 +29,17 @@ from consumers.compare import Comparison, Form, both_orders
 from engine.models.port import NOTHING, Model
 from schemas import ids
 from schemas.records import (
-    Candidate,
     Chain,
-    ChainEnd,
     ConstitutionRef,
+    EndReason,
     FinishReason,
     ModelRef,
     Outcome,
     Preference,
+    PrincipleVote,
     Record,
     Response,
     Sampling,
-    Vote,
 )
 
 ALL = "all"
@@ -55,10 +54,10 @@ class Pair:
     response_id: str
     a: str
     b: str
-    a_candidate: int | None
-    b_candidate: int | None
-    a_stopped: bool
-    b_stopped: bool
+    completion_index_a: int | None
+    completion_index_b: int | None
+    finish_reason_a: FinishReason
+    finish_reason_b: FinishReason
     sample: int
 
     @property
@@ -68,35 +67,31 @@ class Pair:
 
 
 def pairs_of(record: Record) -> list[Pair]:
-    """The pairs in a record: neighbouring candidates of a response; the final text and the first answer of a chain."""
+    """The pairs in a record: neighbouring completions of a response; the final text and the first answer of a chain."""
     if isinstance(record, Response):
-        candidates = record.candidates
+        completions = record.completions
         return [
-            Pair(record, record.record_id, a.text, b.text, a.index, b.index, stopped(a), stopped(b), a.index)
-            for a, b in pairwise(candidates)
+            Pair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
+            for a, b in pairwise(completions)
         ]
     assert isinstance(record, Chain)
-    if not record.final or record.ended in (ChainEnd.UNUSABLE, ChainEnd.SKIPPED):
+    if not record.final or record.end_reason in (EndReason.UNUSABLE, EndReason.SKIPPED):
         return []
-    if record.final_text is None or record.final_text == record.first_answer:
+    if record.final_response is None or record.final_response == record.initial_response:
         return []
     return [
         Pair(
             record,
             record.response_id,
-            record.final_text,
-            record.first_answer,
+            record.final_response,
+            record.initial_response,
             None,
             0,
-            record.final_stopped,
-            record.first_stopped,
+            record.final_finish_reason,
+            record.initial_finish_reason,
             0,
         )
     ]
-
-
-def stopped(candidate: Candidate) -> bool:
-    return candidate.finish_reason is FinishReason.STOP
 
 
 @dataclass(frozen=True)
@@ -116,14 +111,14 @@ class Ballot:
     comparison: Comparison
     outcome: Outcome
 
-    def vote(self) -> Vote:
+    def vote(self) -> PrincipleVote:
         said = self.comparison
-        return Vote(
+        return PrincipleVote(
             principle_id=self.question.principle_id,
             p_forward=said.forward,
             p_backward=said.backward,
-            mass_forward=said.mass_forward,
-            mass_backward=said.mass_backward,
+            option_mass_forward=said.option_mass_forward,
+            option_mass_backward=said.option_mass_backward,
             weight=self.question.weight,
             outcome=self.outcome,
             explanation=said.text_forward,
@@ -186,8 +181,8 @@ class Judge:
         asked, form = [self.questions(pair) for pair in pairs], self.asking
         wordings = [
             (
-                templates.comparison(pair.parent.turns, pair.a, pair.b, question.text, form.template),
-                templates.comparison(pair.parent.turns, pair.b, pair.a, question.text, form.template),
+                templates.comparison(pair.parent.messages, pair.a, pair.b, question.text, form.template),
+                templates.comparison(pair.parent.messages, pair.b, pair.a, question.text, form.template),
             )
             for pair, questions in zip(pairs, asked, strict=True)
             for question in questions
@@ -198,7 +193,7 @@ class Judge:
         ]
 
     def outcome(self, comparison: Comparison) -> Outcome:
-        if comparison.outcome is Outcome.OK and self.reject_flips and comparison.flipped:
+        if comparison.outcome is Outcome.OK and self.reject_flips and comparison.position_flip:
             return Outcome.POSITION_FLIP
         return comparison.outcome
 
@@ -233,29 +228,29 @@ class Judge:
             cached_tokens=said.usage.cached,
             latency_ms=latency_ms,
             response_id=pair.response_id,
-            turns=parent.turns,
+            messages=parent.messages,
             source=parent.source,
             tags=parent.tags,
             split=parent.split,
             epoch=parent.epoch,
             pairing=self.pairing,
-            a=pair.a,
-            b=pair.b,
-            a_candidate=pair.a_candidate,
-            b_candidate=pair.b_candidate,
-            a_stopped=pair.a_stopped,
-            b_stopped=pair.b_stopped,
+            response_a=pair.a,
+            response_b=pair.b,
+            completion_index_a=pair.completion_index_a,
+            completion_index_b=pair.completion_index_b,
+            finish_reason_a=pair.finish_reason_a,
+            finish_reason_b=pair.finish_reason_b,
             p_a=self.label(order, said) if labelled else None,
             p_forward=known(said.forward),
             p_backward=known(said.backward),
-            gap=known(said.gap),
-            mass=said.mass,
-            flipped=said.flipped,
+            position_gap=known(said.gap),
+            option_mass=said.mass,
+            position_flip=said.position_flip,
             votes=[ballot.vote() for ballot in ballots],
             explanation=said.text_forward,
             outcome=outcome,
             preset=self.preset,
-            order=order,
+            label_order=order,
         )
 
     def record_id(self, pair: Pair) -> str:
@@ -291,8 +286,8 @@ def counted(ballots: Sequence[Ballot]) -> Comparison:
     return Comparison(
         forward=mean(counting, [b.comparison.forward for b in counting]),
         backward=mean(counting, [b.comparison.backward for b in counting]),
-        mass_forward=min(b.comparison.mass_forward for b in counting),
-        mass_backward=min(b.comparison.mass_backward for b in counting),
+        option_mass_forward=min(b.comparison.option_mass_forward for b in counting),
+        option_mass_backward=min(b.comparison.option_mass_backward for b in counting),
         usage=sum((b.comparison.usage for b in ballots), NOTHING),
         outcome=outcome,
         text_forward=first.text_forward if len(ballots) == 1 else "",

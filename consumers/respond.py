@@ -1,6 +1,6 @@
 """Respond: prompts -> responses. The policy answers each prompt k times.
 
-One Response carries all candidates with their token ids, their log-probabilities under the sampling temperature and the
+One Response carries all completions with their token ids, their log-probabilities under the sampling temperature and the
 version of the policy that sampled them: PPO trains on exactly these and never generates again.
 """
 
@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from consumers.chain import read_finish_reason
 from consumers.templates import CHAT_HASH
 from engine.models.port import Ask, Generation, Model, used
 from schemas import ids
-from schemas.records import Candidate, FinishReason, ModelRef, Prompt, Response, Sampling
+from schemas.records import Completion, ModelRef, Prompt, Response, Sampling
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Respond:
         configuration = self.fingerprint(model, version)
         record_ids = [ids.record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
         asks = [
-            Ask(tuple(prompt.turns), seed=ids.seed(record_id)) for prompt, record_id in zip(prompts, record_ids, strict=True)
+            Ask(tuple(prompt.messages), seed=ids.seed(record_id)) for prompt, record_id in zip(prompts, record_ids, strict=True)
         ]
         started = time.monotonic()
         answers = model.generate(
@@ -64,13 +65,13 @@ class Respond:
     ) -> Response:
         seed, usage = ids.seed(record_id), used(generations)
         version = lineage["policy_version"]
-        candidates = [
-            Candidate(
+        completions = [
+            Completion(
                 index=index,
                 text=generation.text,
                 token_ids=list(generation.token_ids),
                 logprobs=list(generation.logprobs),
-                finish_reason=FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN),
+                finish_reason=read_finish_reason(generation),
                 policy_version=version,
                 seed=seed,
             )
@@ -87,12 +88,12 @@ class Respond:
             seed=seed,
             prompt_tokens=usage.prompt,
             completion_tokens=usage.completion,
-            turns=prompt.turns,
+            messages=prompt.messages,
             source=prompt.source,
             tags=prompt.tags,
             split=prompt.split,
             epoch=prompt.epoch,
             prompt_token_ids=list(generations[0].prompt_token_ids),
-            candidates=candidates,
+            completions=completions,
             **lineage,
         )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.chain import carried, seed_for, similarity
+from consumers.chain import carried, read_finish_reason, seed_for, similarity
 from consumers.judge import reference
 from engine.models.port import Ask, Generation, Model
 from schemas import ids
-from schemas.records import ChainEnd, Critique, ModelRef, Revision, RevisionFault, Round, Sampling
+from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
 
 ECHO_WORDS = 5  # so many words of a worked example in a row are no coincidence
 
@@ -57,21 +57,21 @@ class Revise:
         principle = next((p for p in self.constitution.critique if p.id == critique.principle_id), None)
         request = principle.revision if principle else "Rewrite the answer so that the problem is gone."
         examples = self.constitution.examples if self.few_shot else ()
-        turns = templates.revision(critique.turns, critique.text, critique.critique, request, examples)
-        return Ask(turns, seed=seed_for("revise", critique.response_id, critique.number))
+        messages = templates.revision(critique.messages, critique.response, critique.critique, request, examples)
+        return Ask(messages, seed=seed_for("revise", critique.response_id, critique.round))
 
-    def fault(self, before: str, answer: Generation) -> RevisionFault:
+    def fault(self, before: str, answer: Generation) -> RejectionReason:
         after = answer.text
         if answer.finish_reason == "refused":
-            return RevisionFault.REFUSED
+            return RejectionReason.REFUSED
         if not after.strip():
-            return RevisionFault.EMPTY
+            return RejectionReason.EMPTY
         if after.split() == before.split():
-            return RevisionFault.COPY
+            return RejectionReason.COPY
         shown = [text for example in self.constitution.examples for text in (example.revision, example.answer)]
         if self.few_shot and any(runs(text) & runs(after) - runs(before) for text in shown):
-            return RevisionFault.ECHO
-        return RevisionFault.NONE
+            return RejectionReason.ECHO
+        return RejectionReason.NONE
 
     def record_id(self, critique: Critique) -> str:
         configuration = ids.fingerprint(
@@ -84,22 +84,22 @@ class Revise:
         return ids.record_id("revise", [critique.record_id], configuration)
 
     def record(self, critique: Critique, answer: Generation, latency_ms: float) -> Revision:
-        text, stopped = answer.text.strip(), answer.finish_reason == "stop"
-        fault = self.fault(critique.text, answer)
-        unusable = fault is not RevisionFault.NONE
+        text = answer.text.strip()
+        fault = self.fault(critique.response, answer)
+        unusable = fault is not RejectionReason.NONE
         done = Round(
-            number=critique.number + 1,
+            round=critique.round + 1,
             principle_id=critique.principle_id or "",
             critique=critique.critique,
             revision=text,
         )
         chain = carried(critique) | {
             "rounds": [*critique.rounds, done],
-            "number": critique.number + 1,
-            "text": text,
-            "text_stopped": stopped,
-            "previous_text": critique.text,
-            "previous_stopped": critique.text_stopped,
+            "round": critique.round + 1,
+            "response": text,
+            "finish_reason": read_finish_reason(answer),
+            "previous_response": critique.response,
+            "previous_finish_reason": critique.finish_reason,
         }
         return Revision(
             record_id=self.record_id(critique),
@@ -110,17 +110,17 @@ class Revise:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             template_hash=templates.HASH["revision"],
             sampling=self.sampling,
-            seed=seed_for("revise", critique.response_id, critique.number),
+            seed=seed_for("revise", critique.response_id, critique.round),
             prompt_tokens=answer.usage.prompt,
             completion_tokens=answer.usage.completion,
             latency_ms=latency_ms,
             preset=self.preset,
             critique=critique.critique,
-            similarity=similarity(critique.text, text),
-            fault=fault,
+            similarity=similarity(critique.response, text),
+            rejection_reason=fault,
             final=unusable,
-            ended=ChainEnd.UNUSABLE if unusable else ChainEnd.NONE,
-            final_text=critique.text if unusable else None,
-            final_stopped=unusable and critique.text_stopped,
+            end_reason=EndReason.UNUSABLE if unusable else EndReason.NONE,
+            final_response=critique.response if unusable else None,
+            final_finish_reason=critique.finish_reason if unusable else FinishReason.UNKNOWN,
             **chain,
         )

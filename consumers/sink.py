@@ -4,7 +4,7 @@ Rows, the offsets they bring the sink to, and the commit sequence are one DuckDB
 nothing and doubles nothing: on start the sink goes on from the offsets in the database. Each offset update is guarded
 (`WHERE next_offset = :old`, one row or it stops), so two sinks can never both write. Offsets are kept by cluster id, topic id
 and partition: a recreated topic is not taken for the old one. What cannot be decoded becomes a row of `dead_letters` in the
-same transaction. A Forget deletes everything of its prompt in the same transaction, and what comes later is not written.
+same transaction. An Erasure deletes everything of its prompt in the same transaction, and what comes later is not written.
 While there is backlog the database stays open; once a second waiting readers are let in.
 """
 
@@ -30,7 +30,7 @@ from engine.tables import arrow_schema, forget_statements, insert_statement
 from engine.watchdog import Calls
 from engine.worker import backoff
 from schemas.codec import RecordError, decode
-from schemas.records import DeadLetter, DeadLetterKind, Forget, Record
+from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
 from schemas.topics import TOPICS
 
 log = logging.getLogger("charter.sink")
@@ -160,7 +160,7 @@ class Sink:
 
     def stored_forgotten(self) -> set[str]:
         with self.store.writing() as connection:
-            return {str(prompt) for (prompt,) in connection.execute("SELECT prompt_id FROM raw.forgets").fetchall()}
+            return {str(prompt) for (prompt,) in connection.execute("SELECT prompt_id FROM raw.erasures").fetchall()}
 
     def look_for_partitions(self) -> None:
         """Once a minute: partitions that were added since are read from their beginning."""
@@ -178,7 +178,7 @@ class Sink:
     def write(self, messages: Sequence[Message]) -> None:
         """One transaction: rows, offsets and the commit sequence."""
         found = [row_of(message) for message in messages]
-        forgets = {str(record.prompt_id) for record, _ in found if isinstance(record, Forget)}
+        forgets = {str(record.prompt_id) for record, _ in found if isinstance(record, Erasure)}
         rows = [row for row in found if is_forget(row) or prompt_of(row) not in self.forgotten | forgets]
         connection = self.acquire()
         started = time.monotonic()
@@ -247,7 +247,7 @@ def row_of(message: Message) -> Row:
 
 
 def is_forget(row: Row) -> bool:
-    return isinstance(row[0], Forget)
+    return isinstance(row[0], Erasure)
 
 
 def prompt_of(row: Row) -> str | None:

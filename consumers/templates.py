@@ -1,9 +1,9 @@
 """The words around prompts, answers and principles, and the hash that goes into each record's lineage.
 
-The dialogue is shown as text inside one user turn, so that a chat model sees material to assess and not a conversation to
-join. Where an option is read from next-token probabilities the assistant's turn is already begun with `Answer: (`: on
+The dialogue is shown as text inside one user message, so that a chat model sees material to assess and not a conversation to
+join. Where an option is read from next-token probabilities the assistant's message is already begun with `Answer: (`: on
 SmolLM2 the two letters then catch 0.90 of the probability, without it 0.07 (measured on 64 human pairs). A server that cannot
-go on with a begun turn is told in words to write the letter alone: another template, and so another hash.
+go on with a prefill is told in words to write the letter alone: another template, and so another hash.
 
 What a prompt or an answer says cannot change the form of a question. Everything that somebody or some model wrote is quoted
 line by line, as in an e-mail: each of its lines begins with `> `, whatever it holds, and no line of the template does. So a
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from constitutions.loader import Example
 from engine.models.port import Ask, Capabilities
 from schemas.ids import fingerprint
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 ANSWER = "Answer: ("
 OPTIONS = ("A", "B")
@@ -136,12 +136,12 @@ def opening(capabilities: Capabilities) -> str:
     return ANSWER if capabilities.prefill else ALONE
 
 
-def choice(turns: Sequence[Turn], capabilities: Capabilities) -> Ask:
+def choice(messages: Sequence[ChatMessage], capabilities: Capabilities) -> Ask:
     """A question whose answer is one letter, begun as far as the model can be begun."""
     if capabilities.prefill:
-        return Ask(tuple(turns), prefill=ANSWER)
-    *before, last = turns
-    return Ask((*before, Turn(role=last.role, content=f"{last.content} {ALONE}")))
+        return Ask(tuple(messages), prefill=ANSWER)
+    *before, last = messages
+    return Ask((*before, ChatMessage(role=last.role, content=f"{last.content} {ALONE}")))
 
 
 def quoted(text: str) -> str:
@@ -149,40 +149,44 @@ def quoted(text: str) -> str:
     return "\n".join(f"> {line}".rstrip(" ") for line in LINE_END.split(text))
 
 
-def dialogue(turns: Sequence[Turn]) -> str:
-    """A dialogue as quoted text, one paragraph a turn; a role that is none of ours is not repeated outside the quotation."""
-    return "\n\n".join(f"{NAMES.get(turn.role, OTHER)}:\n{quoted(turn.content)}" for turn in turns)
+def dialogue(messages: Sequence[ChatMessage]) -> str:
+    """A dialogue as quoted text, one paragraph a message; a role that is none of ours is not repeated outside the quotation."""
+    return "\n\n".join(f"{NAMES.get(message.role, OTHER)}:\n{quoted(message.content)}" for message in messages)
 
 
-def ask(text: str) -> tuple[Turn, ...]:
-    return (Turn(role="user", content=text),)
+def ask(text: str) -> tuple[ChatMessage, ...]:
+    return (ChatMessage(role="user", content=text),)
 
 
 def example(shown: Example, template: str) -> str:
     return template.format(**{name: quoted(text) for name, text in shown.model_dump().items()})
 
 
-def verdict(turns: Sequence[Turn], text: str, request: str, first: str, second: str) -> tuple[Turn, ...]:
-    return ask(VERDICT.format(dialogue=dialogue(turns), text=quoted(text), request=request, first=first, second=second))
+def verdict(messages: Sequence[ChatMessage], text: str, request: str, first: str, second: str) -> tuple[ChatMessage, ...]:
+    return ask(VERDICT.format(dialogue=dialogue(messages), text=quoted(text), request=request, first=first, second=second))
 
 
-def critique(turns: Sequence[Turn], text: str, request: str, examples: Sequence[Example]) -> tuple[Turn, ...]:
+def critique(messages: Sequence[ChatMessage], text: str, request: str, examples: Sequence[Example]) -> tuple[ChatMessage, ...]:
     shown = "".join(example(e, EXAMPLE) for e in examples)
-    return ask(CRITIQUE.format(examples=shown, dialogue=dialogue(turns), text=quoted(text), request=request))
+    return ask(CRITIQUE.format(examples=shown, dialogue=dialogue(messages), text=quoted(text), request=request))
 
 
-def revision(turns: Sequence[Turn], text: str, criticism: str, request: str, examples: Sequence[Example]) -> tuple[Turn, ...]:
+def revision(
+    messages: Sequence[ChatMessage], text: str, criticism: str, request: str, examples: Sequence[Example]
+) -> tuple[ChatMessage, ...]:
     shown = "".join(example(e, EXAMPLE + REVISED) for e in examples)
-    quotations = {"dialogue": dialogue(turns), "text": quoted(text), "critique": quoted(criticism)}
+    quotations = {"dialogue": dialogue(messages), "text": quoted(text), "critique": quoted(criticism)}
     return ask(REVISION.format(examples=shown, request=request, **quotations))
 
 
-def comparison(turns: Sequence[Turn], first: str, second: str, question: str, template: str = COMPARISON) -> tuple[Turn, ...]:
+def comparison(
+    messages: Sequence[ChatMessage], first: str, second: str, question: str, template: str = COMPARISON
+) -> tuple[ChatMessage, ...]:
     """Two answers and a question; `template` is COMPARISON, REASONING or LETTER."""
-    quotations = {"dialogue": dialogue(turns), "first": quoted(first), "second": quoted(second)}
+    quotations = {"dialogue": dialogue(messages), "first": quoted(first), "second": quoted(second)}
     return ask(template.format(question=question, **quotations))
 
 
-def after_reasoning(turns: Sequence[Turn], reasoning: str) -> tuple[Turn, ...]:
-    """The question that follows on reasoning, which stays the assistant's own turn."""
-    return (*turns, Turn(role="assistant", content=reasoning), Turn(role="user", content=CHOICE))
+def after_reasoning(messages: Sequence[ChatMessage], reasoning: str) -> tuple[ChatMessage, ...]:
+    """The question that follows on reasoning, which stays the assistant's own message."""
+    return (*messages, ChatMessage(role="assistant", content=reasoning), ChatMessage(role="user", content=CHOICE))

@@ -102,7 +102,7 @@ cat >prompts.jsonl <<'JSON'
 JSON
 
 # `charter run` goes on until it is stopped: here until every prompt's chain has ended and its answers are compared.
-DONE="select least((select count(*) from chain_ends), (select count(*) from preferences)) as done"
+DONE="select least((select count(*) from revision_chains), (select count(*) from preferences)) as done"
 stream() {
     say charter run
     charter run >>run.log 2>&1 &
@@ -122,10 +122,10 @@ stream 12
 
 # Look -----------------------------------------------------------------------------------------------------------------------------
 try charter status
-try charter sql "select prompt_id, prompt from stories limit 10"
-try charter show "$(charter sql "select prompt_id from stories order by created_at limit 1" --json | tr -dc '0-9a-f-' | tail -c 36)"
+try charter sql "select prompt_id, prompt from traces limit 10"
+try charter show "$(charter sql "select prompt_id from traces order by created_at limit 1" --json | tr -dc '0-9a-f-' | tail -c 36)"
 try charter sql "select principle_id, stage, asked, fired, win_rate from principle_stats order by stage, principle_id"
-try charter sql "select principle_id, judged, flip_rate, mean_gap from position_bias"
+try charter sql "select principle_id, judged, flip_rate, mean_position_gap from position_bias_stats"
 say charter dashboard --port 0
 charter dashboard --port 0 >dashboard.log 2>&1 &
 dashboard=$!
@@ -145,10 +145,10 @@ stream 36
 
 # Look again -----------------------------------------------------------------------------------------------------------------------
 try charter policy list
-try charter sql "select kind, version, phase, base_version, batch, trained_rows from policy_versions order by commit_seq"
-try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg(stopped::int) as ended from rollouts group by 1 order by 1"
-try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.number = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
-try charter sql "select phase, step, measure, value from training_steps where measure in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
+try charter sql "select kind, version, phase, base_version, batch_number, trained_rows from policy_versions order by commit_seq"
+try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg((finish_reason = 'STOP')::int) as ended from rollouts group by 1 order by 1"
+try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.round = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
+try charter sql "select phase, step, metric, value from training_steps where metric in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
 try charter report report.html
 try charter export preference exported/pairs
 try charter chat "My parcel is a week late. Where is my book?"

@@ -24,6 +24,6 @@ def dead_letter(
         value=message.value,
         headers=[Header(key=key, value=value) for key, value in message.headers],
         error_class=type(error).__name__,
-        message=str(error),
+        error_message=str(error),
         attempts=attempts,
     )

@@ -14,7 +14,7 @@ CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 -- What one principle said of one pair, in both orders. A judgement without votes is one row, with the outcome that it has.
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
-    SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, "order", a, b, votes, principle_id, outcome, commit_seq
+    SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
     FROM preferences WHERE label_source = 'AI'),
 votes AS (
     SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
@@ -24,8 +24,8 @@ votes AS (
     UNION ALL BY NAME
     SELECT * EXCLUDE (votes) FROM judged WHERE len(votes) = 0 OR votes IS NULL)
 SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
-               WHEN "order" = 'forward' THEN p_forward
-               WHEN "order" = 'backward' THEN p_backward
+               WHEN label_order = 'forward' THEN p_forward
+               WHEN label_order = 'backward' THEN p_backward
                ELSE (p_forward + p_backward) / 2 END AS p_a
 FROM votes;
 
@@ -33,23 +33,23 @@ FROM votes;
 --   asked      verdicts asked of texts; judgements of pairs
 --   fired      of the verdicts that could be read (answered), those that say FLAWED: fire_rate
 --   compared   revisions made under the principle and compared with their predecessors; pairs with a label
---   wins       of those, the revisions that are better; the pairs whose `a` is better (with pairing 'revision' that is the
+--   wins       of those, the revisions that are better; the pairs whose response_a is better (with pairing 'revision' that is the
 --              revision, else the answer sampled first). A tie is half a win.
 --   refused    judgements with outcome REFUSED
---   length_correlation   of p(flawed) with the text's length; of p(a is better) with how much longer `a` is than `b`
+--   length_correlation   of p(flawed) with the text's length; of p(A is better) with how much longer response_a is than response_b
 CREATE OR REPLACE VIEW principle_stats AS
 WITH verdicts AS (
     SELECT run_id, constitution.name AS constitution, verdict.principle_id AS principle_id, verdict.verdict AS verdict,
-           verdict.p_flawed AS p_flawed, text
-    FROM (SELECT run_id, constitution, text, unnest(verdicts) AS verdict FROM critiques)),
+           verdict.p_flawed AS p_flawed, response
+    FROM (SELECT run_id, constitution, response, unnest(verdicts) AS verdict FROM critiques)),
 revised AS (
     SELECT run_id, constitution.name AS constitution, rounds[-1].principle_id AS principle_id, p_better
-    FROM critiques WHERE number > 0 AND p_better IS NOT NULL),
+    FROM critiques WHERE round > 0 AND p_better IS NOT NULL),
 counted AS (
     SELECT run_id, 'critique' AS stage, constitution, principle_id, '' AS pairing, count(*) AS asked,
            count(*) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS answered, count(*) FILTER (verdict = 'FLAWED') AS fired,
            0 AS compared, 0.0 AS wins, 0 AS refused,
-           corr(p_flawed, length(text)) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS length_correlation
+           corr(p_flawed, length(response)) FILTER (verdict IN ('CLEAN', 'FLAWED')) AS length_correlation
     FROM verdicts GROUP BY ALL
     UNION ALL BY NAME
     SELECT run_id, 'critique' AS stage, constitution, principle_id, '' AS pairing, count(*) AS compared, sum(wins(p_better)) AS wins
@@ -57,7 +57,7 @@ counted AS (
     UNION ALL BY NAME
     SELECT run_id, 'judge' AS stage, constitution.name AS constitution, principle_id, pairing, count(*) AS asked,
            count(p_a) AS compared, sum(wins(p_a)) AS wins, count(*) FILTER (outcome = 'REFUSED') AS refused,
-           corr(p_a, length(a) - length(b)) AS length_correlation
+           corr(p_a, length(response_a) - length(response_b)) AS length_correlation
     FROM judge_votes GROUP BY ALL),
 summed AS (
     SELECT run_id, stage, constitution, principle_id, pairing, coalesce(sum(asked), 0)::BIGINT AS asked,
@@ -77,53 +77,53 @@ FROM summed;
 
 -- What each round of revision does: how many revisions there are, how many cannot be used (empty, a copy, an echo), how often
 -- and how surely they win against their predecessors, how alike and how much longer they are, and how many chains end there.
-CREATE OR REPLACE VIEW revision_effect AS
+CREATE OR REPLACE VIEW revision_stats AS
 WITH made AS (
-    SELECT run_id, number, count(*) AS revisions, count(*) FILTER (fault NOT IN ('NONE', 'UNKNOWN')) AS unusable,
-           avg(similarity) AS mean_similarity, avg(length(text) - length(previous_text)) AS mean_length_change
+    SELECT run_id, round, count(*) AS revisions, count(*) FILTER (rejection_reason NOT IN ('NONE', 'UNKNOWN')) AS unusable,
+           avg(similarity) AS mean_similarity, avg(length(response) - length(previous_response)) AS mean_length_change
     FROM revisions GROUP BY ALL),
 weighed AS (
-    SELECT run_id, number, count(p_better) AS compared, sum(wins(p_better)) AS wins, avg(p_better) AS mean_p_better,
-           count(*) FILTER (ended = 'SATISFIED') AS satisfied, count(*) FILTER (ended = 'LOST') AS lost,
-           count(*) FILTER (ended = 'LAST_ROUND') AS last_round
-    FROM critiques WHERE number > 0 GROUP BY ALL)
-SELECT run_id, number, revisions, unusable, coalesce(compared, 0) AS compared, mean_p_better, wins,
+    SELECT run_id, round, count(p_better) AS compared, sum(wins(p_better)) AS wins, avg(p_better) AS mean_p_better,
+           count(*) FILTER (end_reason = 'SATISFIED') AS satisfied, count(*) FILTER (end_reason = 'LOST') AS lost,
+           count(*) FILTER (end_reason = 'LAST_ROUND') AS last_round
+    FROM critiques WHERE round > 0 GROUP BY ALL)
+SELECT run_id, round, revisions, unusable, coalesce(compared, 0) AS compared, mean_p_better, wins,
        share(wins, compared) AS win_rate, wilson_low(wins, compared) AS win_low, wilson_high(wins, compared) AS win_high,
        mean_similarity, mean_length_change, coalesce(satisfied, 0) AS satisfied, coalesce(lost, 0) AS lost,
        coalesce(last_round, 0) AS last_round
-FROM made LEFT JOIN weighed USING (run_id, number);
+FROM made LEFT JOIN weighed USING (run_id, round);
 
 -- Whether a judge looks at the place more than at the answer. `judged`: what could be read in both orders; an abstention for
 -- another reason than a flip says nothing of the place. `flips`: the same place won in both orders. p_forward is p(a is
--- better) with `a` shown first, p_backward with `b` shown first; `first_place` is the probability that the answer shown first
+-- better) with response_a shown first, p_backward with response_b shown first; `first_place` is the probability that the answer shown first
 -- gets, a half without bias.
-CREATE OR REPLACE VIEW position_bias AS
+CREATE OR REPLACE VIEW position_bias_stats AS
 WITH counted AS (
     SELECT run_id, preset, model.id AS model, principle_id, count(*) AS judged,
            count(*) FILTER ((p_forward > 0.5 AND p_backward < 0.5) OR (p_forward < 0.5 AND p_backward > 0.5)) AS flips,
-           avg(p_forward) AS mean_p_forward, avg(p_backward) AS mean_p_backward, avg(abs(p_forward - p_backward)) AS mean_gap
+           avg(p_forward) AS mean_p_forward, avg(p_backward) AS mean_p_backward, avg(abs(p_forward - p_backward)) AS mean_position_gap
     FROM judge_votes WHERE outcome IN ('OK', 'POSITION_FLIP') AND p_forward IS NOT NULL AND p_backward IS NOT NULL GROUP BY ALL)
 SELECT run_id, preset, model, principle_id, judged, flips, share(flips, judged) AS flip_rate, wilson_low(flips, judged) AS flip_low,
        wilson_high(flips, judged) AS flip_high, mean_p_forward, mean_p_backward,
-       (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_gap
+       (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_position_gap
 FROM counted;
 
 -- Pairs that a judge and a person have labelled: a person's override of a judge's label, or a comparison from a file of the same
--- two answers to the same prompt, in either order. p_ai and p_human are p(a is better) of the judge's `a`.
+-- two answers to the same prompt, in either order. p_ai and p_human are p(A is better) of the judge's response_a.
 CREATE OR REPLACE VIEW ai_human_labels AS
 WITH people AS (
-    SELECT p.record_id, p.prompt_id, p.parent_ids, p.a, p.b, p.p_a
+    SELECT p.record_id, p.prompt_id, p.parent_ids, p.response_a, p.response_b, p.p_a
     FROM preferences p ANTI JOIN overridden_labels o ON o.record_id = p.record_id
     WHERE p.label_source = 'HUMAN' AND p.outcome = 'OK'),
 pairs AS (
     SELECT record_id AS human_id, parent_ids[1] AS ai_id, p_a AS p_human FROM people WHERE len(parent_ids) > 0
     UNION ALL
     SELECT human.record_id, ai.record_id, human.p_a
-    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.a = human.a AND ai.b = human.b
+    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.response_a = human.response_a AND ai.response_b = human.response_b
     WHERE len(human.parent_ids) = 0
     UNION ALL
     SELECT human.record_id, ai.record_id, 1 - human.p_a
-    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.a = human.b AND ai.b = human.a
+    FROM people human JOIN preferences ai ON ai.prompt_id = human.prompt_id AND ai.response_a = human.response_b AND ai.response_b = human.response_a
     WHERE len(human.parent_ids) = 0)
 SELECT ai.record_id, human_id, ai.prompt_id, ai.run_id, ai.preset, ai.model.id AS model, ai.principle_id, ai.split, ai.source,
        ai.p_a AS p_ai, p_human, CASE WHEN ai.p_a <> 0.5 AND p_human <> 0.5 THEN (ai.p_a > 0.5) = (p_human > 0.5) END AS agree
@@ -131,7 +131,7 @@ FROM pairs JOIN preferences ai ON ai.record_id = ai_id
 WHERE ai.label_source = 'AI' AND ai.outcome = 'OK' AND ai.p_a IS NOT NULL;
 
 -- How often judge and person prefer the same answer (ties on either side left out), and the judge's Brier score.
-CREATE OR REPLACE VIEW label_agreement AS
+CREATE OR REPLACE VIEW label_agreement_stats AS
 WITH counted AS (
     SELECT run_id, preset, model, principle_id, count(*) AS pairs, count(agree) AS decided, count(*) FILTER (agree) AS agreed,
            avg((p_ai - p_human) ** 2) AS brier
@@ -140,9 +140,9 @@ SELECT run_id, preset, model, principle_id, pairs, decided, agreed, share(agreed
        wilson_low(agreed, decided) AS agreement_low, wilson_high(agreed, decided) AS agreement_high, brier
 FROM counted;
 
--- What people say of the pairs to which a judge gives p(a is better) from p_from to below p_from + 0.1. A calibrated judge has
+-- What people say of the pairs to which a judge gives p(A is better) from p_from to below p_from + 0.1. A calibrated judge has
 -- mean_p_ai near human_share in every bin.
-CREATE OR REPLACE VIEW label_calibration AS
+CREATE OR REPLACE VIEW label_calibration_stats AS
 WITH counted AS (
     SELECT run_id, preset, model, least(floor(p_ai * 10), 9) / 10 AS p_from, count(*) AS pairs, avg(p_ai) AS mean_p_ai,
            sum(p_human) AS human_wins

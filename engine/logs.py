@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from engine.bus.port import Message
 
-ABOUT = ("run", "stage", "topic", "partition", "offset", "prompt_id", "phase", "step", "measures")
+ABOUT = ("run", "stage", "topic", "partition", "offset", "prompt_id", "phase", "step", "metrics")
 LINE = "%(levelname)s %(name)s %(message)s"
 
 

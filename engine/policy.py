@@ -1,7 +1,7 @@
 """Which policy answers now, which ones there were, and how to go back to an earlier one.
 
 Everything here is read from the topics `policies` and `pauses`. Going back is going forward: a new PolicyUpdate with the next
-version points at the older weights and names what it restores, so that versions only rise and every stamp stays true. The
+version points at the older weights and names what it restored_version, so that versions only rise and every stamp stays true. The
 weights change between batches, never within one, and every record carries the version of the weights that made it.
 """
 
@@ -55,8 +55,8 @@ def newest_version(known: Iterable[PolicyUpdate], kind: PolicyKind = PolicyKind.
 def weights_of(known: Sequence[PolicyUpdate], version: int) -> int:
     """The version whose training made the weights that `version` answers with."""
     by_version = policies(known)
-    while version in by_version and by_version[version].restores is not None:
-        version = by_version[version].restores or 0
+    while version in by_version and by_version[version].restored_version is not None:
+        version = by_version[version].restored_version or 0
     return version
 
 
@@ -67,8 +67,8 @@ def line(known: Sequence[PolicyUpdate], version: int) -> list[int]:
     """
     by_version, found = policies(known), [version]
     while (update := by_version.get(found[-1])) is not None:
-        if update.restores is not None:
-            found.append(update.restores)
+        if update.restored_version is not None:
+            found.append(update.restored_version)
         elif update.phase == "sft":
             break
         else:
@@ -112,7 +112,7 @@ def restored(known: Sequence[PolicyUpdate], version: int, *, run_id: str, first:
         content_hash=update.content_hash if update else "",
         base_version=present,
         batch_id=batch_id,
-        restores=source,
+        restored_version=source,
     )
 
 
@@ -164,7 +164,7 @@ class PolicyFollower:
 
     def change(self, update: PolicyUpdate) -> None:
         try:
-            self.model = self.first if update.restores == 0 else self.open_update(update)
+            self.model = self.first if update.restored_version == 0 else self.open_update(update)
         except (CharterError, OSError) as error:
             log.error("policy %d cannot be loaded, policy %d goes on answering: %s", update.version, self.version, error)
             self.not_before = time.monotonic() + OPEN_AGAIN_S

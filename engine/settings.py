@@ -152,8 +152,8 @@ class Revise(Section):
 
 
 class Judge(Section):
-    pairing: Literal["candidates", "revision"] = Field(
-        "candidates", description="Compare sampled answers, or the final revision with the first answer."
+    pairing: Literal["completions", "revision"] = Field(
+        "completions", description="Compare sampled answers, or the final revision with the first answer."
     )
     preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
         "lee2023", description="The recipe of the keys below: lee2023, bai2022, bai2022-cot, ensemble-k or course."

@@ -158,13 +158,10 @@ def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     found = found_version(connection)
     if found == VERSION or (found is None and is_empty(connection)):
         return
-    older = found is not None and found < VERSION
     raise DataFolderVersion(
         f"{path} was made by another version of Charter (its format: {found or 'unknown'}, ours: {VERSION})",
         "reading or writing it could damage it",
-        "type: charter migrate    (it keeps a copy)"
-        if older
-        else "use another folder: --data FOLDER, or the version of Charter that made it",
+        "use another folder: --data FOLDER, or the version of Charter that made it",
     )
 
 

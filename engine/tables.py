@@ -2,7 +2,7 @@
 
 Raw tables live in the schema `raw`, are append-only and have no primary key; beside a record's fields each row has where it
 came from (`_partition`, `_offset`), `commit_seq` (its place in the order of all rows of this database), `content_hash`,
-`is_duplicate` (an earlier row has the same id) and `differs` (and other content). A view of the same name in `main` shows
+`is_duplicate` (an earlier row has the same id) and `content_mismatch` (and other content). A view of the same name in `main` shows
 the rows that are no duplicates; `views.sql` builds the rest on these, `figures.sql` counts, `watch.sql` shows what the
 trainer watches, and `training.sql` how training goes.
 """
@@ -20,11 +20,11 @@ from typing import Any, Union
 import pyarrow as pa
 from pydantic import BaseModel
 
-from schemas.records import DeadLetter, Float32, Forget, Identifier, Record
+from schemas.records import DeadLetter, Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 VIEWS = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql", "watch.sql", "training.sql"))
-VERSION = 4
+VERSION = 5
 PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
@@ -39,7 +39,7 @@ EXTRA = {
     "commit_seq": ("BIGINT", pa.int64()),
     "content_hash": ("UBIGINT", pa.uint64()),
 }
-MARKS = (("is_duplicate", "BOOLEAN"), ("differs", "BOOLEAN"))
+MARKS = (("is_duplicate", "BOOLEAN"), ("content_mismatch", "BOOLEAN"))
 
 
 def column_type(annotation: Any) -> tuple[str, pa.DataType]:
@@ -105,7 +105,7 @@ def create_table(spec: TopicSpec) -> str:
 
 
 def deduplicated(spec: TopicSpec) -> str:
-    ours = "_partition, _offset, content_hash, is_duplicate, differs"
+    ours = "_partition, _offset, content_hash, is_duplicate, content_mismatch"
     return f"SELECT * EXCLUDE ({ours}) FROM raw.{spec.table} WHERE NOT is_duplicate"
 
 
@@ -123,7 +123,7 @@ def insert_statement(spec: TopicSpec) -> str:
         )
         SELECT incoming.* EXCLUDE (nth, first_hash),
                nth > 1 OR present.record_id IS NOT NULL AS is_duplicate,
-               is_duplicate AND incoming.content_hash <> coalesce(present.content_hash, first_hash) AS differs
+               is_duplicate AND incoming.content_hash <> coalesce(present.content_hash, first_hash) AS content_mismatch
         FROM incoming LEFT JOIN present USING (record_id)
         ORDER BY commit_seq"""
 
@@ -131,7 +131,7 @@ def insert_statement(spec: TopicSpec) -> str:
 @cache
 def forget_statements() -> list[str]:
     """Delete everything of the prompts in the list that is the parameter."""
-    made = [spec for spec in TOPICS.values() if spec.record not in (Forget, DeadLetter)]
+    made = [spec for spec in TOPICS.values() if spec.record not in (Erasure, DeadLetter)]
     by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in made]
     return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
 
@@ -147,7 +147,7 @@ def status_view() -> str:
     """`pipeline_status`: for every topic its rows, duplicates, duplicates with other content, and newest row."""
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
-        " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (differs) AS differing,"
+        " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"
         f" max(created_at) AS newest FROM raw.{spec.table}"
         for number, spec in enumerate(TOPICS.values())
     ]

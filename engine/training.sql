@@ -3,20 +3,20 @@
 -- Every version on the log, once (of two updates with one version the first counts). `weights_of` is the version whose weights it
 -- has: its own, or the one that someone went back to. The seconds are those of the update, DuckDB's share of them included.
 CREATE OR REPLACE VIEW policy_versions AS
-SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restores, p.version) AS weights_of, b.number AS batch,
-       len(b.record_ids) AS trained_rows, b.base_reward_version AS reward_version, b.mix, p.metrics['wall_s'] AS wall_s,
+SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restored_version, p.version) AS weights_of, b.batch_number,
+       len(b.record_ids) AS trained_rows, b.base_reward_version AS reward_version, b.mixture, p.metrics['wall_s'] AS wall_s,
        p.metrics['duckdb_share'] AS duckdb_share, p.metrics, p.uri, p.batch_id, p.created_at, p.commit_seq
-FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restores IS NULL
+FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restored_version IS NULL
 QUALIFY row_number() OVER (PARTITION BY p.kind, p.version ORDER BY p.commit_seq) = 1;
 
 -- The rows of every batch, in the order of training; `trained` once its update is on the log, `given_up` if it was voided.
 -- `replayed`: an earlier batch of the phase has trained on the row already.
 CREATE OR REPLACE VIEW batch_rows AS
 WITH placed AS (
-    SELECT b.record_id AS batch_id, b.phase, b.number, unnest(b.record_ids) AS row_id,
+    SELECT b.record_id AS batch_id, b.phase, b.batch_number, unnest(b.record_ids) AS row_id,
            generate_subscripts(b.record_ids, 1) AS place, b.base_policy_version, b.base_reward_version,
-           b.reference_policy_version, b.record_id IN (SELECT batch_id FROM policies WHERE restores IS NULL) AS trained,
-           b.record_id IN (SELECT voids FROM incidents WHERE voids IS NOT NULL) AS given_up, b.created_at
+           b.reference_policy_version, b.record_id IN (SELECT batch_id FROM policies WHERE restored_version IS NULL) AS trained,
+           b.record_id IN (SELECT voided_batch_id FROM incidents WHERE voided_batch_id IS NOT NULL) AS given_up, b.created_at
     FROM batches b),
 again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
 SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);
@@ -28,17 +28,17 @@ WITH sampled AS (
     SELECT p.version AS policy_version, count(r.version) AS rewards_then
     FROM policy_versions p LEFT JOIN policy_versions r ON r.kind = 'REWARD' AND r.commit_seq < p.commit_seq
     WHERE p.kind = 'POLICY' GROUP BY ALL)
-SELECT b.batch_id, b.number, b.row_id AS response_id, r.policy_version, b.base_policy_version, b.reference_policy_version,
+SELECT b.batch_id, b.batch_number, b.row_id AS response_id, r.policy_version, b.base_policy_version, b.reference_policy_version,
        b.base_policy_version - r.policy_version AS policies_behind,
        b.base_reward_version - coalesce(s.rewards_then, 0) AS rewards_behind,
        epoch(b.created_at - r.created_at) AS age_s, b.trained
 FROM batch_rows b JOIN responses r ON r.record_id = b.row_id LEFT JOIN sampled s ON s.policy_version = r.policy_version
 WHERE b.phase = 'ppo';
 
--- What PPO may not train on any more, by reason; each one is a row of `drops`.
-CREATE OR REPLACE VIEW drop_reasons AS
+-- What PPO may not train on any more, by reason; each one is a row of `dropped_rollouts`.
+CREATE OR REPLACE VIEW dropped_rollout_stats AS
 SELECT reason, policy_version, count(*) AS rollouts, min(created_at) AS first_at, max(created_at) AS last_at
-FROM drops GROUP BY ALL;
+FROM dropped_rollouts GROUP BY ALL;
 
 -- The training phases that are paused now, since when, and why.
 CREATE OR REPLACE VIEW paused_phases AS
@@ -50,13 +50,13 @@ FROM (SELECT *, row_number() OVER (PARTITION BY phase ORDER BY commit_seq DESC) 
 -- reward_mean, kl_rollouts. Phase "loop" are the trainer's own seconds, after each update.
 CREATE OR REPLACE VIEW training_steps AS
 WITH steps AS (
-    SELECT phase, number AS batch, step, policy_version, unnest(map_keys(measures)) AS measure,
-           unnest(map_values(measures)) AS value, created_at, commit_seq
+    SELECT phase, batch_number, step, policy_version, unnest(map_keys(metrics)) AS metric,
+           unnest(map_values(metrics)) AS value, created_at, commit_seq
     FROM metrics),
 updates AS (
-    SELECT p.phase, b.number AS batch, NULL::INTEGER AS step, b.base_policy_version AS policy_version,
-           unnest(map_keys(p.metrics)) AS measure, unnest(map_values(p.metrics)) AS value, p.created_at, p.commit_seq
-    FROM policies p JOIN batches b ON b.record_id = p.batch_id WHERE p.restores IS NULL)
+    SELECT p.phase, b.batch_number, NULL::INTEGER AS step, b.base_policy_version AS policy_version,
+           unnest(map_keys(p.metrics)) AS metric, unnest(map_values(p.metrics)) AS value, p.created_at, p.commit_seq
+    FROM policies p JOIN batches b ON b.record_id = p.batch_id WHERE p.restored_version IS NULL)
 SELECT * FROM steps
 UNION ALL
-SELECT u.* FROM updates u ANTI JOIN steps s USING (phase, batch, measure);
+SELECT u.* FROM updates u ANTI JOIN steps s USING (phase, batch_number, metric);

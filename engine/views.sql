@@ -13,37 +13,37 @@ FROM (
     SELECT prompt_id, commit_seq FROM raw.preferences WHERE split = 'EVAL' AND label_source = 'HUMAN'
     UNION ALL
     SELECT later.prompt_id, first.commit_seq
-    FROM raw.prompts later JOIN raw.prompts first ON later.turns = first.turns
+    FROM raw.prompts later JOIN raw.prompts first ON later.messages = first.messages
     WHERE later.epoch > 0 AND first.split = 'EVAL')
 GROUP BY prompt_id;
 
 -- The one record that ends each critique-revision chain.
-CREATE OR REPLACE VIEW chain_ends AS
-SELECT record_id, prompt_id, run_id, response_id, turns, source, tags, split, epoch, constitution, principle_id, model,
-       answer_model, policy_version, first_answer, first_stopped, rounds, number, ended, final_text, final_stopped,
+CREATE OR REPLACE VIEW revision_chains AS
+SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id, model,
+       response_model, policy_version, initial_response, initial_finish_reason, rounds, round, end_reason, final_response, final_finish_reason,
        'critique' AS stage, created_at, commit_seq
 FROM critiques WHERE final
 UNION ALL BY NAME
-SELECT record_id, prompt_id, run_id, response_id, turns, source, tags, split, epoch, constitution, principle_id, model,
-       answer_model, policy_version, first_answer, first_stopped, rounds, number, ended, final_text, final_stopped,
+SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id, model,
+       response_model, policy_version, initial_response, initial_finish_reason, rounds, round, end_reason, final_response, final_finish_reason,
        'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
 -- Every text that is fit to be learned from: the final text of each usable chain (label_source AI), clean unrevised answers
--- included, and people's demonstrations (label_source HUMAN, ended and constitution null). Helpful answers of the policy's own
--- are those with ended = 'SKIPPED'.
-CREATE OR REPLACE VIEW usable_texts AS
-SELECT record_id, prompt_id, run_id, turns, final_text AS completion, final_stopped AS stopped, source, ended,
-       number AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
-FROM chain_ends WHERE ended IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND length(trim(final_text)) > 0
+-- included, and people's demonstrations (label_source HUMAN, end_reason and constitution null). Helpful answers of the policy's own
+-- are those with end_reason = 'SKIPPED'.
+CREATE OR REPLACE VIEW trainable_responses AS
+SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
+       round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
+FROM revision_chains WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND length(trim(final_response)) > 0
 UNION ALL BY NAME
-SELECT record_id, prompt_id, run_id, turns, completion, stopped, source, 0 AS rounds, label_source, split, created_at, commit_seq
+SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source, split, created_at, commit_seq
 FROM demonstrations WHERE length(trim(completion)) > 0;
 
--- What supervised fine-tuning trains on. A mix is drawn by `source`, e.g. helpful.
+-- What supervised fine-tuning trains on. A mixture is sampled by `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
 SELECT e.* EXCLUDE (split)
-FROM usable_texts e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
+FROM trainable_responses e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
 WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
 
 -- The prompts that a training view may have shown, under their own id or, sampled again in another epoch, under that epoch's.
@@ -55,12 +55,12 @@ UNION
 SELECT prompt_id FROM raw.preferences WHERE split = 'TRAIN' AND label_source = 'HUMAN'
 UNION
 SELECT later.prompt_id
-FROM raw.prompts later JOIN raw.prompts first ON later.turns = first.turns
+FROM raw.prompts later JOIN raw.prompts first ON later.messages = first.messages
 WHERE later.epoch > 0 AND first.split = 'TRAIN';
 
 -- The same for measuring: texts to prompts that no training view has ever shown.
 CREATE OR REPLACE VIEW held_out_examples AS
-SELECT e.* EXCLUDE (split) FROM usable_texts e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
+SELECT e.* EXCLUDE (split) FROM trainable_responses e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
 
 -- The labels that a person's override has taken the place of, and the record that stands for each. Of several overrides of one
 -- label the newest stands.
@@ -78,16 +78,16 @@ FROM (
 GROUP BY record_id;
 
 -- Every label that a judge or a person really gave, held-out ones and those that a person has overridden (overridden_by)
--- included: a batch that was drawn before an override is rebuilt from here. p_a is the probability that `a` is better.
+-- included: a batch that was drawn before an override is rebuilt from here. p_a is the probability that response_a is better.
 CREATE OR REPLACE VIEW preference_labels AS
-SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.turns, p.a, p.b, p.a_stopped, p.b_stopped, p.p_a, p.p_forward,
-       p.p_backward, p.gap, p.mass, p.flipped, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
+SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
+       p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
        o.overridden_by, p.created_at, p.commit_seq
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 
 -- What the reward model trains on: each label that stands, once. A person's override has its own place in the commit sequence,
--- and takes the place of the label that it names. A mix is drawn by `source`; people's labels have label_source HUMAN.
+-- and takes the place of the label that it names. A mixture is sampled by `source`; people's labels have label_source HUMAN.
 CREATE OR REPLACE VIEW preference_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
@@ -102,59 +102,59 @@ WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
 
 -- Every sampled answer, and why PPO may not train on it (null: it may, as far as the record alone tells).
 CREATE OR REPLACE VIEW rollouts AS
-SELECT record_id AS response_id, r.prompt_id, run_id, turns, source, epoch, model, prompt_token_ids,
-       sampling.temperature AS temperature, candidate."index" AS candidate, candidate.text AS text,
-       candidate.token_ids AS token_ids, candidate.logprobs AS logprobs, candidate.finish_reason = 'STOP' AS stopped,
-       candidate.policy_version AS policy_version,
+SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
+       sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
+       completion.token_ids AS token_ids, completion.logprobs AS logprobs, completion.finish_reason AS finish_reason,
+       completion.policy_version AS policy_version,
        CASE WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq THEN 'held out'
-            WHEN candidate.policy_version IS NULL THEN 'answered by another model than the policy'
-            WHEN len(candidate.token_ids) = 0 OR len(candidate.token_ids) <> len(candidate.logprobs)
+            WHEN completion.policy_version IS NULL THEN 'answered by another model than the policy'
+            WHEN len(completion.token_ids) = 0 OR len(completion.token_ids) <> len(completion.logprobs)
                  THEN 'no exact tokens and log-probabilities'
             WHEN len(prompt_token_ids) = 0 THEN 'no exact prompt tokens'
             WHEN sampling.top_p < 1 THEN 'sampled with top_p below 1'
             WHEN sampling.temperature <= 0 THEN 'not sampled'
-       END AS excluded_because,
+       END AS exclusion_reason,
        created_at, r.commit_seq
-FROM (SELECT *, unnest(candidates) AS candidate FROM responses) r
+FROM (SELECT *, unnest(completions) AS completion FROM responses) r
 LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
 
 -- Every prompt of the stream, and every other one that people's data is about: no stage answers those.
 CREATE OR REPLACE VIEW all_prompts AS
-SELECT prompt_id, turns, source, tags, split, epoch, created_at FROM prompts
+SELECT prompt_id, messages, source, tags, split, epoch, created_at FROM prompts
 UNION ALL
-SELECT prompt_id, arg_min(turns, commit_seq), arg_min(source, commit_seq), arg_min(tags, commit_seq), arg_min(split, commit_seq),
+SELECT prompt_id, arg_min(messages, commit_seq), arg_min(source, commit_seq), arg_min(tags, commit_seq), arg_min(split, commit_seq),
        arg_min(epoch, commit_seq), min(created_at)
 FROM (
-    SELECT prompt_id, turns, source, tags, split, epoch, created_at, commit_seq FROM demonstrations
+    SELECT prompt_id, messages, source, tags, split, epoch, created_at, commit_seq FROM demonstrations
     UNION ALL
-    SELECT prompt_id, turns, source, tags, split, epoch, created_at, commit_seq FROM preferences
+    SELECT prompt_id, messages, source, tags, split, epoch, created_at, commit_seq FROM preferences
     WHERE label_source = 'HUMAN' AND len(parent_ids) = 0)
 ANTI JOIN prompts USING (prompt_id)
 GROUP BY prompt_id;
 
 -- A prompt with everything that was made of it.
-CREATE OR REPLACE VIEW stories AS
-SELECT p.prompt_id, p.turns[-1].content AS prompt, p.source, p.tags, p.split, p.epoch, p.turns, p.created_at,
-       r.responses, c.critiques, v.revisions, e.ended, e.final_text, j.preferences, d.demonstrations
+CREATE OR REPLACE VIEW traces AS
+SELECT p.prompt_id, p.messages[-1].content AS prompt, p.source, p.tags, p.split, p.epoch, p.messages, p.created_at,
+       r.responses, c.critiques, v.revisions, e.end_reason, e.final_response, j.preferences, d.demonstrations
 FROM all_prompts p
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, policy_version: policy_version, model: model,
-                            answers: list_transform(candidates, lambda x: x.text)} ORDER BY commit_seq) AS responses
+                            answers: list_transform(completions, lambda x: x.text)} ORDER BY commit_seq) AS responses
     FROM responses GROUP BY prompt_id) r USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, list({record_id: record_id, run_id: run_id, number: number, principle_id: principle_id, verdict: verdict,
-                            p_flawed: p_flawed, p_better: p_better, critique: critique, ended: ended} ORDER BY commit_seq) AS critiques
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, verdict: verdict,
+                            p_flawed: p_flawed, p_better: p_better, critique: critique, end_reason: end_reason} ORDER BY commit_seq) AS critiques
     FROM critiques GROUP BY prompt_id) c USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, list({record_id: record_id, run_id: run_id, number: number, principle_id: principle_id, revision: text,
-                            similarity: similarity, fault: fault} ORDER BY commit_seq) AS revisions
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, revision: response,
+                            similarity: similarity, rejection_reason: rejection_reason} ORDER BY commit_seq) AS revisions
     FROM revisions GROUP BY prompt_id) v USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, arg_max(ended, commit_seq) AS ended, arg_max(final_text, commit_seq) AS final_text
-    FROM chain_ends GROUP BY prompt_id) e USING (prompt_id)
+    SELECT prompt_id, arg_max(end_reason, commit_seq) AS end_reason, arg_max(final_response, commit_seq) AS final_response
+    FROM revision_chains GROUP BY prompt_id) e USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, a: a, b: b, p_a: p_a, gap: gap,
-                            mass: mass, outcome: outcome, label_source: label_source, parent_ids: parent_ids,
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, response_a: response_a, response_b: response_b, p_a: p_a, position_gap: position_gap,
+                            option_mass: option_mass, outcome: outcome, label_source: label_source, parent_ids: parent_ids,
                             explanation: explanation} ORDER BY commit_seq) AS preferences
     FROM preferences GROUP BY prompt_id) j USING (prompt_id)
 LEFT JOIN (

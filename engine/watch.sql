@@ -10,34 +10,34 @@ CREATE OR REPLACE MACRO is_refusal(answer) AS regexp_matches(
     || '(i''m|i am) sorry,? but|can''t (help|assist) with|cannot (help|assist) with)');
 CREATE OR REPLACE MACRO is_harmful(prompt_source) AS prompt_source IN ('red-team', 'harmful');
 
-CREATE OR REPLACE VIEW watched_answers AS
-SELECT policy_version, nth, response_id, candidate, prompt_id, source, text, is_refusal(text) AS refused,
+CREATE OR REPLACE VIEW monitored_responses AS
+SELECT policy_version, nth, response_id, completion_index, prompt_id, source, text, is_refusal(text) AS refused,
        list_filter(regexp_split_to_array(lower(text), '\s+'), lambda word: word <> '') AS words
 FROM (
-    SELECT answer.policy_version AS policy_version, record_id AS response_id, answer."index" AS candidate, prompt_id, source,
+    SELECT answer.policy_version AS policy_version, record_id AS response_id, answer."index" AS completion_index, prompt_id, source,
            answer.text AS text, row_number() OVER (PARTITION BY answer.policy_version ORDER BY commit_seq, answer."index") AS nth
-    FROM (SELECT record_id, prompt_id, source, commit_seq, unnest(candidates) AS answer FROM responses)
+    FROM (SELECT record_id, prompt_id, source, commit_seq, unnest(completions) AS answer FROM responses)
     WHERE answer.policy_version IS NOT NULL)
 WHERE nth <= 256;
 
 -- Refusals of benign and of harmful prompts, with Wilson's 95 % interval. The source of a prompt says which it is.
-CREATE OR REPLACE VIEW watch_refusals AS
+CREATE OR REPLACE VIEW monitor_refusals AS
 WITH counted AS (
     SELECT policy_version, is_harmful(source) AS harmful, count(*) AS answers, count(*) FILTER (refused) AS refusals
-    FROM watched_answers GROUP BY ALL)
+    FROM monitored_responses GROUP BY ALL)
 SELECT *, share(refusals, answers) AS refusal_rate, wilson_low(refusals, answers) AS refusal_low,
        wilson_high(refusals, answers) AS refusal_high
 FROM counted;
 
 -- distinct-n (Li et al. 2016, section 5.2): different n-grams over all of them, in the first 1,000 words (a share falls with the
 -- number of words, so only versions with equally many are compared), and the mean length in words.
-CREATE OR REPLACE VIEW watch_diversity AS
+CREATE OR REPLACE VIEW monitor_diversity AS
 WITH lengths AS (
-    SELECT policy_version, count(*) AS answers, avg(len(words)) AS mean_words FROM watched_answers GROUP BY ALL),
+    SELECT policy_version, count(*) AS answers, avg(len(words)) AS mean_words FROM monitored_responses GROUP BY ALL),
 placed AS (
     SELECT policy_version, words[place] AS word, words[place + 1] AS next_word,
            row_number() OVER (PARTITION BY policy_version ORDER BY nth, place) AS spot
-    FROM (SELECT policy_version, nth, words, unnest(range(1, len(words) + 1)) AS place FROM watched_answers)),
+    FROM (SELECT policy_version, nth, words, unnest(range(1, len(words) + 1)) AS place FROM monitored_responses)),
 counted AS (
     SELECT policy_version, count(*) AS words, count(DISTINCT word) AS ones, count(next_word) AS pairs,
            count(DISTINCT (word, next_word)) FILTER (next_word IS NOT NULL) AS twos
@@ -47,35 +47,35 @@ SELECT policy_version, answers, mean_words, coalesce(words, 0) AS words, share(o
 FROM lengths LEFT JOIN counted USING (policy_version);
 
 -- Boilerplate: phrases of five words, and the share of the answers with them. Refusals are left out: they are meant to be alike.
-CREATE OR REPLACE VIEW watch_phrases AS
+CREATE OR REPLACE VIEW monitor_phrases AS
 WITH answered AS (
-    SELECT policy_version, count(*) AS answers FROM watched_answers WHERE NOT refused GROUP BY ALL),
+    SELECT policy_version, count(*) AS answers FROM monitored_responses WHERE NOT refused GROUP BY ALL),
 phrases AS (
     SELECT DISTINCT policy_version, nth, array_to_string(words[place:place + 4], ' ') AS phrase
-    FROM (SELECT policy_version, nth, words, unnest(range(1, len(words) - 3)) AS place FROM watched_answers WHERE NOT refused))
+    FROM (SELECT policy_version, nth, words, unnest(range(1, len(words) - 3)) AS place FROM monitored_responses WHERE NOT refused))
 SELECT policy_version, phrase, hits, answers, share(hits, answers) AS phrase_share
 FROM (SELECT policy_version, phrase, count(*) AS hits FROM phrases GROUP BY ALL HAVING count(*) > 1)
 JOIN answered USING (policy_version);
 
--- The proxy reward: normalised scores of one reward model, and their correlation with the length of the answer.
-CREATE OR REPLACE VIEW watch_rewards AS
-SELECT a.policy_version, s.reward_version, count(*) AS answers, avg(s.normalised) AS mean_reward,
-       stddev_pop(s.normalised) AS reward_deviation, corr(s.normalised, length(a.text)) AS length_correlation
-FROM scores s JOIN watched_answers a ON a.response_id = s.response_id AND a.candidate = s.candidate
+-- The proxy reward: normalized scores of one reward model, and their correlation with the length of the answer.
+CREATE OR REPLACE VIEW monitor_rewards AS
+SELECT a.policy_version, s.reward_version, count(*) AS answers, avg(s.normalized_score) AS mean_reward,
+       stddev_pop(s.normalized_score) AS reward_deviation, corr(s.normalized_score, length(a.text)) AS length_correlation
+FROM scores s JOIN monitored_responses a ON a.response_id = s.response_id AND a.completion_index = s.completion_index
 GROUP BY ALL;
 
--- The KL to the reference in each PPO update: where it ended, and how it rose (nats per sequence, and per optimiser step). The
+-- The KL to the reference in each PPO update: where it end_reason, and how it rose (nats per sequence, and per optimizer step). The
 -- update is of `policy_version`, and made the next one.
-CREATE OR REPLACE VIEW watch_kl AS
-SELECT policy_version, number, count(*) AS steps, arg_max(kl, step) AS kl_ref,
+CREATE OR REPLACE VIEW monitor_kl AS
+SELECT policy_version, batch_number, count(*) AS steps, arg_max(kl, step) AS kl_ref,
        CASE WHEN count(*) > 1 THEN regr_slope(kl, step) END AS kl_slope
-FROM (SELECT policy_version, number, step, measures['kl_ref'] AS kl FROM metrics WHERE phase = 'ppo')
+FROM (SELECT policy_version, batch_number, step, metrics['kl_ref'] AS kl FROM metrics WHERE phase = 'ppo')
 WHERE kl IS NOT NULL GROUP BY ALL;
 
 -- What was found each time that a version was looked at: held-out judge v. proxy reward, perplexity, and all of the above
 -- beside the reference's. `tripped` is the number of thresholds that were passed.
-CREATE OR REPLACE VIEW watch_looks AS
-SELECT policy_version, measures['reference'] AS reference, measures['tripped'] AS tripped, measures['judge_wins'] AS judge_wins,
-       measures['judge_low'] AS judge_low, measures['judge_high'] AS judge_high, measures['proxy_gain'] AS proxy_gain,
-       measures['perplexity'] AS perplexity, measures['perplexity_reference'] AS perplexity_reference, measures, created_at
-FROM metrics WHERE phase = 'watch';
+CREATE OR REPLACE VIEW monitor_checks AS
+SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS tripped, metrics['judge_wins'] AS judge_wins,
+       metrics['judge_low'] AS judge_low, metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
+       metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, metrics, created_at
+FROM metrics WHERE phase = 'monitor';

@@ -545,7 +545,7 @@ class RecordKills(Exception):
 def in_a_row(stage: str, letter: DeadLetter, count: int) -> DeadLettersInARow:
     return DeadLettersInARow(
         f"{stage} stops: {count} records in a row failed in the same way ({letter.error_class})",
-        letter.message,
+        letter.error_message,
         "mend what they have in common and start again: they are not committed, and nothing is lost"
         " (worker.dead_in_a_row=0 never stops)",
     )

@@ -25,7 +25,18 @@ from producers.parse import PARSERS, Asked, BadRow, Compared, Shown
 from producers.rows import Row, content_hash, rows
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import Demonstration, LabelSource, Outcome, Preference, Prompt, Record, Source, Split, Turn
+from schemas.records import (
+    ChatMessage,
+    Demonstration,
+    FinishReason,
+    LabelSource,
+    Outcome,
+    Preference,
+    ProducerOffset,
+    Prompt,
+    Record,
+    Split,
+)
 
 SHIPPED = Path(__file__).with_name("prompts") / "shipped.jsonl"
 BATCH = 500
@@ -45,9 +56,9 @@ class Report:
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
-def split_of(turns: Sequence[Turn], eval_share: float) -> Split:
+def split_of(messages: Sequence[ChatMessage], eval_share: float) -> Split:
     """TRAIN or EVAL by a hash of the dialogue: on the same side in every file, run and epoch."""
-    share = int(ids.prompt_id(turns)[:8], 16) / 2**32
+    share = int(ids.prompt_id(messages)[:8], 16) / 2**32
     return Split.EVAL if share < eval_share else Split.TRAIN
 
 
@@ -149,11 +160,11 @@ class Producer:
             made.append(labelled(record))
         return made
 
-    def beginning(self, path: str, content: str, first: int, last: int | None) -> Source:
+    def beginning(self, path: str, content: str, first: int, last: int | None) -> ProducerOffset:
         """Where this run begins in this content (whatever the file is called)."""
         more = {} if self.kind == "prompts" else {"kind": self.kind, "answer": self.answer}
         configuration = ids.fingerprint(content=content, run=self.run_id, epoch=self.epoch, lines=[first, last], **more)
-        return Source(
+        return ProducerOffset(
             record_id=ids.record_id("source", [], configuration),
             run_id=self.run_id,
             stage="produce",
@@ -163,13 +174,13 @@ class Producer:
             published=0,
         )
 
-    def newest(self, beginning: Source) -> Source:
+    def newest(self, beginning: ProducerOffset) -> ProducerOffset:
         """Where earlier calls came to."""
-        known = [decode(value, Source) for value in read_values(self.bus, Source.topic)]
+        known = [decode(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
         return max([beginning, *(s for s in known if s.record_id == beginning.record_id)], key=lambda s: s.next_line)
 
     def commit(
-        self, writer: Any, batch: Sequence[Outgoing], new: int, place: Source | None, number: int, report: Report
+        self, writer: Any, batch: Sequence[Outgoing], new: int, place: ProducerOffset | None, number: int, report: Report
     ) -> None:
         """Records of `new` rows and the place after them, in one transaction."""
         messages = list(batch)
@@ -184,13 +195,13 @@ class Producer:
 def about_row(parsed: Asked, run_id: str, *, epoch: int = 0, eval_share: float, origin: str = "") -> dict[str, Any]:
     """What a prompt, a comparison and a demonstration have in common."""
     return {
-        "prompt_id": ids.prompt_id(parsed.turns, epoch),
+        "prompt_id": ids.prompt_id(parsed.messages, epoch),
         "run_id": run_id,
         "stage": "produce",
-        "turns": list(parsed.turns),
+        "messages": list(parsed.messages),
         "source": parsed.source,
         "tags": list(parsed.tags),
-        "split": split_of(parsed.turns, eval_share),
+        "split": split_of(parsed.messages, eval_share),
         "epoch": epoch,
         "origin": origin,
     }
@@ -210,10 +221,10 @@ def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:
     return Preference(
         record_id=record_id,
         pairing="human",
-        a=a,
-        b=b,
-        a_stopped=True,
-        b_stopped=True,
+        response_a=a,
+        response_b=b,
+        finish_reason_a=FinishReason.STOP,
+        finish_reason_b=FinishReason.STOP,
         p_a=p_a,
         outcome=Outcome.OK,
         label_source=LabelSource.HUMAN,
@@ -224,7 +235,8 @@ def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:
 def demonstration(parsed: Shown, about: dict[str, Any]) -> Demonstration:
     configuration = ids.fingerprint(completion=parsed.completion, stopped=parsed.stopped)
     record_id = ids.record_id("produce", [about["prompt_id"]], configuration)
-    return Demonstration(record_id=record_id, completion=parsed.completion, stopped=parsed.stopped, **about)
+    finish_reason = FinishReason.STOP if parsed.stopped else FinishReason.LENGTH
+    return Demonstration(record_id=record_id, completion=parsed.completion, finish_reason=finish_reason, **about)
 
 
 def shipped_lines() -> int:

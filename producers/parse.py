@@ -2,12 +2,12 @@ r"""Rows to what they say: a prompt, a comparison of two answers, or a demonstra
 
 A dialogue is written in one of these forms:
 
-* `prompt`: a string, or a list of turns {role, content}; `turns` or `messages`: such a list;
+* `prompt`: a string, or a list of messages {role, content}; `messages`: such a list;
 * a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862): a string in which "Human:" and "Assistant:" begin paragraphs.
-  Only there do they mark a turn; ": " and the two words inside a sentence are text. The last human turn ends the prompt.
+  Only there do they mark a message; ": " and the two words inside a sentence are text. The last human message ends the prompt.
   Turns of one role in a row are joined as paragraphs.
 
-A comparison has `chosen` and `rejected` (answers beside a dialogue, or whole transcripts or lists of turns with the same
+A comparison has `chosen` and `rejected` (answers beside a dialogue, or whole transcripts or lists of messages with the same
 prompt) and optionally `p_chosen`; or `a`, `b` and `p_a`, the probability that `a` is better. A demonstration has a dialogue and
 a `completion`, or one dialogue that ends with the assistant; of a comparison's row it is the chosen answer. `source` and `tags`
 are optional everywhere.
@@ -23,11 +23,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 ROLES = ("system", "user", "assistant")
-LISTS = ("prompt", "turns", "messages")
-COLUMNS = frozenset((*LISTS, "source", "tags", "chosen", "rejected", "p_chosen", "a", "b", "p_a", "completion", "stopped"))
+LISTS = ("prompt", "messages")
+COLUMNS = frozenset(
+    (
+        *LISTS,
+        "source",
+        "tags",
+        "chosen",
+        "rejected",
+        "p_chosen",
+        "response_a",
+        "response_b",
+        "p_a",
+        "completion",
+        "finish_reason",
+    )
+)
 MARKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")  # linear, however many blank lines there are
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -40,7 +54,7 @@ class BadRow(ValueError):
 class Asked:
     """A prompt: a dialogue that ends with the user."""
 
-    turns: tuple[Turn, ...]
+    messages: tuple[ChatMessage, ...]
     source: str
     tags: tuple[str, ...]
 
@@ -92,25 +106,25 @@ def parse_prompt(row: bytes | dict[str, Any] | BadRow, *, source: str, max_chars
     """The prompt in a row; raises BadRow."""
     fields = fields_of(row)
     if not any(name in fields for name in LISTS) and "chosen" in fields:
-        turns, _ = split_dialogue(dialogue(fields["chosen"]))
+        messages, _ = split_dialogue(dialogue(fields["chosen"]))
     else:
-        turns = prompt_of(fields)
-    named, tags = about(fields, source, turns, max_chars)
-    return Asked(turns, named, tags)
+        messages = prompt_of(fields)
+    named, tags = about(fields, source, messages, max_chars)
+    return Asked(messages, named, tags)
 
 
 def parse_comparison(row: bytes | dict[str, Any] | BadRow, *, source: str, max_chars: int) -> Compared:
     """Two answers to one prompt, and which is better; raises BadRow."""
     fields = fields_of(row)
-    ordered = "a" in fields
-    first, second, p = ("a", "b", "p_a") if ordered else ("chosen", "rejected", "p_chosen")
+    ordered = "response_a" in fields
+    first, second, p = ("response_a", "response_b", "p_a") if ordered else ("chosen", "rejected", "p_chosen")
     if first not in fields or second not in fields or (ordered and p not in fields):
-        raise BadRow('neither "chosen" and "rejected" nor "a", "b" and "p_a" in it')
-    turns, a, b = answers(fields, first, second)
+        raise BadRow('neither "chosen" and "rejected" nor "response_a", "response_b" and "p_a" in it')
+    messages, a, b = answers(fields, first, second)
     if a == b:
         raise BadRow("both answers are the same")
-    named, tags = about(fields, source, turns, max_chars, a, b)
-    return Compared(turns, named, tags, a, b, probability(fields.get(p, 1.0), p), ordered)
+    named, tags = about(fields, source, messages, max_chars, a, b)
+    return Compared(messages, named, tags, a, b, probability(fields.get(p, 1.0), p), ordered)
 
 
 def parse_demonstration(row: bytes | dict[str, Any] | BadRow, *, source: str, max_chars: int) -> Shown:
@@ -119,18 +133,18 @@ def parse_demonstration(row: bytes | dict[str, Any] | BadRow, *, source: str, ma
     given = next((name for name in ("completion", "chosen") if name in fields), None)
     there = any(name in fields for name in LISTS)
     if given and there:
-        turns = prompt_of(fields)
-        completion = answer(fields[given], given, turns)
+        messages = prompt_of(fields)
+        completion = answer(fields[given], given, messages)
     elif given or there:
-        turns, last = split_dialogue(dialogue(fields[given]) if given else listed(fields))
-        completion = answer(last, "the dialogue", turns)
+        messages, last = split_dialogue(dialogue(fields[given]) if given else listed(fields))
+        completion = answer(last, "the dialogue", messages)
     else:
-        raise BadRow('no dialogue ("prompt", "turns", "messages") and "completion" in it')
-    stopped = fields.get("stopped", True)
-    if not isinstance(stopped, bool):
-        raise BadRow('"stopped" is neither true nor false')
-    named, tags = about(fields, source, turns, max_chars, completion)
-    return Shown(turns, named, tags, completion, stopped)
+        raise BadRow('no dialogue ("prompt", "messages") and "completion" in it')
+    reason = fields.get("finish_reason", "stop")
+    if reason not in ("stop", "length"):
+        raise BadRow('"finish_reason" is neither "stop" nor "length"')
+    named, tags = about(fields, source, messages, max_chars, completion)
+    return Shown(messages, named, tags, completion, reason == "stop")
 
 
 PARSERS = {"prompts": parse_prompt, "preferences": parse_comparison, "demonstrations": parse_demonstration}
@@ -139,22 +153,22 @@ PARSERS = {"prompts": parse_prompt, "preferences": parse_comparison, "demonstrat
 # Dialogues
 
 
-def listed(fields: dict[str, Any]) -> tuple[Turn, ...]:
+def listed(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
     """The dialogue under one of its names."""
-    return dialogue(next((fields[name] for name in ("turns", "messages", "prompt") if name in fields), None))
+    return dialogue(next((fields[name] for name in ("messages", "prompt") if name in fields), None))
 
 
-def dialogue(value: Any) -> tuple[Turn, ...]:
-    """A transcript, or a list of turns."""
+def dialogue(value: Any) -> tuple[ChatMessage, ...]:
+    """A transcript, or a list of messages."""
     if isinstance(value, str):
         return transcript(value)
     if not isinstance(value, list) or not value:
-        raise BadRow("the dialogue is not a list of turns")
-    return tuple(turn_of(turn) for turn in value)
+        raise BadRow("the dialogue is not a list of messages")
+    return tuple(turn_of(message) for message in value)
 
 
-def transcript(text: str) -> tuple[Turn, ...]:
-    """The turns of a text in which paragraphs begin with who speaks; all of it is the user's when none does."""
+def transcript(text: str) -> tuple[ChatMessage, ...]:
+    """The messages of a text in which paragraphs begin with who speaks; all of it is the user's when none does."""
     before, *marked = MARKER.split(text)
     if not marked:
         return (turn_of({"role": "user", "content": text}),)
@@ -162,20 +176,20 @@ def transcript(text: str) -> tuple[Turn, ...]:
         raise BadRow("text before the first Human: or Assistant:")
     spoken = [(SPEAKERS[who], said.strip()) for who, said in zip(marked[::2], marked[1::2], strict=True)]
     joined = [
-        (role, "\n\n".join(said for _, said in turns))
-        for role, turns in groupby([turn for turn in spoken if turn[1]], key=lambda turn: turn[0])
+        (role, "\n\n".join(said for _, said in messages))
+        for role, messages in groupby([message for message in spoken if message[1]], key=lambda message: message[0])
     ]
     if not joined:
         raise BadRow("an empty prompt")
     return tuple(turn_of({"role": role, "content": said}) for role, said in joined)
 
 
-def turn_of(value: Any) -> Turn:
+def turn_of(value: Any) -> ChatMessage:
     if not isinstance(value, dict) or value.get("role") not in ROLES or not isinstance(value.get("content"), str):
-        raise BadRow(f"a turn needs a role ({', '.join(ROLES)}) and a content")
+        raise BadRow(f"a message needs a role ({', '.join(ROLES)}) and a content")
     if not value["content"].strip():
         raise BadRow("an empty prompt")
-    return Turn(role=value["role"], content=clean(value["content"]))
+    return ChatMessage(role=value["role"], content=clean(value["content"]))
 
 
 def clean(text: str) -> str:
@@ -184,53 +198,53 @@ def clean(text: str) -> str:
     return text
 
 
-def split_dialogue(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], str]:
-    """The prompt, which ends with the last turn of the user, and what the assistant said after it."""
-    asked = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=None)
+def split_dialogue(messages: Sequence[ChatMessage]) -> tuple[tuple[ChatMessage, ...], str]:
+    """The prompt, which ends with the last message of the user, and what the assistant said after it."""
+    asked = max((place for place, message in enumerate(messages) if message.role == "user"), default=None)
     if asked is None:
-        raise BadRow("no turn of the user")
-    return tuple(turns[: asked + 1]), "\n\n".join(turn.content for turn in turns[asked + 1 :])
+        raise BadRow("no message of the user")
+    return tuple(messages[: asked + 1]), "\n\n".join(message.content for message in messages[asked + 1 :])
 
 
-def prompt_of(fields: dict[str, Any]) -> tuple[Turn, ...]:
+def prompt_of(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
     """The dialogue beside an answer, or alone."""
     if not any(name in fields for name in LISTS):
-        raise BadRow('no "prompt", "turns" or "messages" in it')
-    if "turns" in fields or "messages" in fields or isinstance(fields["prompt"], list):
-        turns = listed(fields)
+        raise BadRow('no "prompt" or "messages" in it')
+    if "messages" in fields or isinstance(fields["prompt"], list):
+        messages = listed(fields)
     else:
         # A prompt is a transcript only if it begins as one does in HH-RLHF: "Human: ..." alone may be what someone asks.
         text = fields["prompt"]
         spoken = isinstance(text, str) and text.startswith("\n\nHuman:")
-        turns = transcript(text) if spoken else (turn_of({"role": "user", "content": text}),)
-    if turns[-1].role != "user":
-        raise BadRow("the last turn is not the user's")
-    return turns
+        messages = transcript(text) if spoken else (turn_of({"role": "user", "content": text}),)
+    if messages[-1].role != "user":
+        raise BadRow("the last message is not the user's")
+    return messages
 
 
 # Answers
 
 
-def answers(fields: dict[str, Any], first: str, second: str) -> tuple[tuple[Turn, ...], str, str]:
+def answers(fields: dict[str, Any], first: str, second: str) -> tuple[tuple[ChatMessage, ...], str, str]:
     """The prompt and both answers: beside each other, or two dialogues that begin with the same prompt."""
     if any(name in fields for name in LISTS):
-        turns = prompt_of(fields)
-        return turns, answer(fields[first], first, turns), answer(fields[second], second, turns)
-    (turns, a), (other, b) = (split_dialogue(dialogue(fields[name])) for name in (first, second))
-    if turns != other:
+        messages = prompt_of(fields)
+        return messages, answer(fields[first], first, messages), answer(fields[second], second, messages)
+    (messages, a), (other, b) = (split_dialogue(dialogue(fields[name])) for name in (first, second))
+    if messages != other:
         raise BadRow(f"{first} and {second} do not answer the same prompt")
-    return turns, answer(a, first, turns), answer(b, second, turns)
+    return messages, answer(a, first, messages), answer(b, second, messages)
 
 
-def answer(value: Any, name: str, asked: tuple[Turn, ...]) -> str:
-    """An answer: a string, or a list of turns that has the prompt before it or only the assistant's own."""
+def answer(value: Any, name: str, asked: tuple[ChatMessage, ...]) -> str:
+    """An answer: a string, or a list of messages that has the prompt before it or only the assistant's own."""
     if isinstance(value, list):
-        turns = dialogue(value)
-        before, value = split_dialogue(turns) if turns[0].role != "assistant" else (asked, turns[-1].content)
-        if before != asked or (turns[0].role == "assistant" and len(turns) > 1):
+        messages = dialogue(value)
+        before, value = split_dialogue(messages) if messages[0].role != "assistant" else (asked, messages[-1].content)
+        if before != asked or (messages[0].role == "assistant" and len(messages) > 1):
             raise BadRow(f"{name} answers another prompt")
     if not isinstance(value, str):
-        raise BadRow(f"{name} is neither a string nor a list of turns")
+        raise BadRow(f"{name} is neither a string nor a list of messages")
     if not value.strip():
         raise BadRow(f"{name} has an empty answer")
     return clean(value)
@@ -243,10 +257,10 @@ def probability(value: Any, name: str) -> float:
 
 
 def about(
-    fields: dict[str, Any], source: str, turns: Sequence[Turn], max_chars: int, *texts: str
+    fields: dict[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *texts: str
 ) -> tuple[str, tuple[str, ...]]:
     """Source and tags, of a row that is not too long."""
-    length = sum(len(turn.content) for turn in turns) + sum(map(len, texts))
+    length = sum(len(message.content) for message in messages) + sum(map(len, texts))
     if length > max_chars:
         raise BadRow(f"{length} characters, more than prompts.max_chars = {max_chars}")
     tags = fields.get("tags", [])

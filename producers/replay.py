@@ -20,7 +20,7 @@ from engine.errors import UsageError
 from engine.store import Store
 from engine.worker import outgoing
 from schemas.codec import RecordError, decode
-from schemas.records import Chain, ChainEnd, Forget, Record
+from schemas.records import Chain, EndReason, Erasure, Record
 from schemas.topics import TOPICS
 
 BATCH = 500
@@ -133,12 +133,12 @@ def starts_chain(record: Record) -> bool:
 
 
 def ends_chain(record: Record) -> bool:
-    return isinstance(record, Chain) and record.final and record.ended not in (ChainEnd.NONE, ChainEnd.UNKNOWN)
+    return isinstance(record, Chain) and record.final and record.end_reason not in (EndReason.NONE, EndReason.UNKNOWN)
 
 
 def forgotten(bus: Bus) -> set[str]:
     """The prompts that are not to be worked on any more."""
-    begins, ends = bus.begin_offsets([Forget.topic]), bus.end_offsets([Forget.topic])
+    begins, ends = bus.begin_offsets([Erasure.topic]), bus.end_offsets([Erasure.topic])
     return {(message.key or b"").decode() for message in read_between(bus, begins, ends)}
 
 

@@ -15,7 +15,7 @@ import json
 import uuid
 from collections.abc import Sequence
 
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 
 def digest(*parts: object) -> str:
@@ -25,9 +25,9 @@ def digest(*parts: object) -> str:
     return str(uuid.UUID(bytes=hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()))
 
 
-def prompt_id(turns: Sequence[Turn], epoch: int = 0) -> str:
+def prompt_id(messages: Sequence[ChatMessage], epoch: int = 0) -> str:
     """The id of a prompt: of its dialogue and its epoch."""
-    return digest("prompt", [[turn.role, turn.content] for turn in turns], epoch)
+    return digest("prompt", [[message.role, message.content] for message in messages], epoch)
 
 
 def record_id(stage: str, parent_ids: Sequence[str], fingerprint: str, sample: int = 0) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 
-def now() -> datetime:
+def utc_now() -> datetime:
     """The current time in UTC, as Avro keeps it: to the microsecond."""
     return datetime.now(UTC)
 
@@ -32,17 +32,17 @@ class Identifier:
 Id = Annotated[str, Identifier(), Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 
 
-class Enum(StrEnum):
+class AvroEnum(StrEnum):
     """An Avro enum: symbols are names, an unknown symbol reads as UNKNOWN."""
 
 
-class Split(Enum):
+class Split(AvroEnum):
     UNKNOWN = "UNKNOWN"
     TRAIN = "TRAIN"
     EVAL = "EVAL"
 
 
-class FinishReason(Enum):
+class FinishReason(AvroEnum):
     """How a text ended. REFUSED: a server's filter kept it, or the rest of it, back; it never trains SFT."""
 
     UNKNOWN = "UNKNOWN"
@@ -51,7 +51,7 @@ class FinishReason(Enum):
     REFUSED = "REFUSED"
 
 
-class Verdict(Enum):
+class Verdict(AvroEnum):
     """What the critic's next-token probabilities say of a text under one principle."""
 
     UNKNOWN = "UNKNOWN"
@@ -61,7 +61,7 @@ class Verdict(Enum):
     NOT_ASKED = "NOT_ASKED"
 
 
-class ChainEnd(Enum):
+class EndReason(AvroEnum):
     """Why a critique-revision chain is over. NONE: it goes on. SKIPPED: its source is never revised.
 
     LOST: the newest revision lost against its predecessor, which is then the final text.
@@ -76,7 +76,7 @@ class ChainEnd(Enum):
     LOST = "LOST"
 
 
-class RevisionFault(Enum):
+class RejectionReason(AvroEnum):
     """Why a revision is not trained on. REFUSED: a server's filter kept it, or the rest of it, back."""
 
     UNKNOWN = "UNKNOWN"
@@ -87,7 +87,7 @@ class RevisionFault(Enum):
     REFUSED = "REFUSED"
 
 
-class Outcome(Enum):
+class Outcome(AvroEnum):
     """How a judgement ended. Only OK trains."""
 
     UNKNOWN = "UNKNOWN"
@@ -99,19 +99,19 @@ class Outcome(Enum):
     TIMEOUT = "TIMEOUT"
 
 
-class LabelSource(Enum):
+class LabelSource(AvroEnum):
     UNKNOWN = "UNKNOWN"
     AI = "AI"
     HUMAN = "HUMAN"
 
 
-class PolicyKind(Enum):
+class PolicyKind(AvroEnum):
     UNKNOWN = "UNKNOWN"
     POLICY = "POLICY"
     REWARD = "REWARD"
 
 
-class DeadLetterKind(Enum):
+class DeadLetterKind(AvroEnum):
     UNKNOWN = "UNKNOWN"
     DECODE = "DECODE"
     PERMANENT = "PERMANENT"
@@ -120,39 +120,39 @@ class DeadLetterKind(Enum):
     CRASH = "CRASH"
 
 
-class Part(BaseModel):
+class AvroModel(BaseModel):
     """The base of everything inside a record: immutable, and strict about its keys."""
 
     model_config = ConfigDict(ser_json_bytes="base64", frozen=True, extra="forbid")
 
 
-class Turn(Part):
-    """One turn of a dialogue."""
+class ChatMessage(AvroModel):
+    """One message of a dialogue."""
 
     role: str
     content: str
 
 
-class ConstitutionRef(Part):
+class ConstitutionRef(AvroModel):
     name: str
     version: str
     hash: str
 
 
-class ModelRef(Part):
+class ModelRef(AvroModel):
     """Which weights answered: the model's id and the content hash (or the server's word) for its revision."""
 
     id: str
     revision: str
 
 
-class Sampling(Part):
+class Sampling(AvroModel):
     temperature: float
     top_p: float
     max_tokens: int
 
 
-class Candidate(Part):
+class Completion(AvroModel):
     """One sampled answer. `logprobs` are of `token_ids`, under the sampling temperature, by the weights that sampled them."""
 
     index: int
@@ -164,25 +164,25 @@ class Candidate(Part):
     seed: int = 0
 
 
-class Round(Part):
+class Round(AvroModel):
     """One finished round of critique and revision, as the later rounds of a chain carry it."""
 
-    number: int
+    round: int
     principle_id: str
     critique: str
     revision: str
 
 
-class PrincipleVerdict(Part):
+class PrincipleVerdict(AvroModel):
     """What the critic says of a text under one principle: p(flawed), and the mass that the two options caught."""
 
     principle_id: str
     verdict: Verdict = Verdict.UNKNOWN
     p_flawed: float | None = None
-    mass: float | None = None
+    option_mass: float | None = None
 
 
-class Vote(Part):
+class PrincipleVote(AvroModel):
     """What one principle says of a pair: the probability that A is better, in both orders, and the mass the options caught.
 
     Only votes with `outcome` OK count, each by its `weight`. Where nothing could be read the probability is NaN and the mass
@@ -192,15 +192,15 @@ class Vote(Part):
     principle_id: str
     p_forward: float
     p_backward: float
-    mass_forward: float
-    mass_backward: float
+    option_mass_forward: float
+    option_mass_backward: float
     weight: float = 1.0
     outcome: Outcome = Outcome.UNKNOWN
     explanation: str = ""
     explanation_backward: str = ""
 
 
-class Record(Part):
+class Record(AvroModel):
     """What every record carries: its id and its lineage.
 
     `record_id` is deterministic (see `schemas.ids`): work done twice has the same id. `model` is who made this record;
@@ -224,7 +224,7 @@ class Record(Part):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_ms: float = 0.0
-    created_at: datetime = Field(default_factory=now)
+    created_at: datetime = Field(default_factory=utc_now)
 
     @property
     def key(self) -> bytes:
@@ -235,7 +235,7 @@ class Record(Part):
 class Prompt(Record):
     topic: ClassVar[str] = "prompts"
 
-    turns: list[Turn]
+    messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
@@ -244,45 +244,45 @@ class Prompt(Record):
 
 
 class Response(Record):
-    """All k candidates of one prompt."""
+    """All k completions of one prompt."""
 
     topic: ClassVar[str] = "responses"
 
-    turns: list[Turn]
+    messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
     prompt_token_ids: list[int] = Field(default_factory=list)
-    candidates: list[Candidate]
+    completions: list[Completion]
 
 
 class Chain(Record):
     """What critique and revision share: the state of one chain, which starts from candidate 0 of a response.
 
-    `text` is the text this record is about: the one criticised, or the revision. When `ended` is not NONE the chain is over
-    and `final_text` is its result. `text_stopped` says whether the text ended by itself, not at the token limit.
+    `response` is the text this record is about: the one criticised, or the revision. When `end_reason` is not NONE the chain is over
+    and `final_response` is its result. `finish_reason` says how it ended.
     """
 
     response_id: Id
-    turns: list[Turn]
+    messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
-    first_answer: str
-    first_stopped: bool
-    answer_model: ModelRef | None = None
+    initial_response: str
+    initial_finish_reason: FinishReason
+    response_model: ModelRef | None = None
     rounds: list[Round] = Field(default_factory=list)
-    number: int
-    text: str
-    text_stopped: bool
-    previous_text: str | None = None
-    previous_stopped: bool = False
+    round: int
+    response: str
+    finish_reason: FinishReason
+    previous_response: str | None = None
+    previous_finish_reason: FinishReason = FinishReason.UNKNOWN
     final: bool = False
-    ended: ChainEnd = ChainEnd.NONE
-    final_text: str | None = None
-    final_stopped: bool = False
+    end_reason: EndReason = EndReason.NONE
+    final_response: str | None = None
+    final_finish_reason: FinishReason = FinishReason.UNKNOWN
     preset: str = ""
     cached_tokens: int = 0
 
@@ -300,7 +300,7 @@ class Critique(Chain):
     critique: str = ""
     verdict: Verdict = Verdict.UNKNOWN
     p_flawed: float | None = None
-    mass: float | None = None
+    option_mass: float | None = None
     p_better: float | None = None
     similarity: float | None = None
     verdicts: list[PrincipleVerdict] = Field(default_factory=list)
@@ -313,13 +313,13 @@ class Revision(Chain):
 
     critique: str
     similarity: float = 0.0
-    fault: RevisionFault = RevisionFault.NONE
+    rejection_reason: RejectionReason = RejectionReason.NONE
 
 
 class Preference(Record):
     """A judgement of two answers: `p_a` is the soft label, the probability that A is better.
 
-    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `order` is "both" (averaged), or the one
+    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `label_order` is "both" (averaged), or the one
     that the label was read from, "forward" (A shown first) or "backward". `cached_tokens` are those of `prompt_tokens` that
     were not computed again because another question began with them.
     A person's override of a label is a record of its own with `label_source` HUMAN, and `parent_ids` names the label that it
@@ -329,30 +329,30 @@ class Preference(Record):
     topic: ClassVar[str] = "preferences"
 
     response_id: Id | None = None
-    turns: list[Turn]
+    messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
     pairing: str
-    a: str
-    b: str
-    a_candidate: int | None = None
-    b_candidate: int | None = None
-    a_stopped: bool = False
-    b_stopped: bool = False
+    response_a: str
+    response_b: str
+    completion_index_a: int | None = None
+    completion_index_b: int | None = None
+    finish_reason_a: FinishReason = FinishReason.UNKNOWN
+    finish_reason_b: FinishReason = FinishReason.UNKNOWN
     p_a: float | None = None
     p_forward: float | None = None
     p_backward: float | None = None
-    gap: float | None = None
-    mass: float | None = None
-    flipped: bool = False
-    votes: list[Vote] = Field(default_factory=list)
+    position_gap: float | None = None
+    option_mass: float | None = None
+    position_flip: bool = False
+    votes: list[PrincipleVote] = Field(default_factory=list)
     explanation: str = ""
     outcome: Outcome = Outcome.UNKNOWN
     label_source: LabelSource = LabelSource.AI
     preset: str = ""
-    order: str = ""
+    label_order: str = ""
     cached_tokens: int = 0
     origin: str = ""
 
@@ -365,13 +365,13 @@ class Demonstration(Record):
 
     topic: ClassVar[str] = "demonstrations"
 
-    turns: list[Turn]
+    messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
     completion: str
-    stopped: bool = True
+    finish_reason: FinishReason = FinishReason.STOP
     label_source: LabelSource = LabelSource.HUMAN
     origin: str = ""
 
@@ -380,15 +380,15 @@ class BatchManifest(Record):
     """Exactly what one training phase will train on, written before it steps.
 
     `record_ids` stand in the order of training. `sl_record_ids` are the finished chains of the supervised half of a combined
-    objective. `replayed_record_ids` are those of `record_ids` that an earlier batch of this phase has trained on. `mix` counts
-    the rows of each source, `wanted` holds the shares that were asked for. `cursors` says for each source up to which commit
+    objective. `replayed_record_ids` are those of `record_ids` that an earlier batch of this phase has trained on. `mixture` counts
+    the rows of each source, `target_mixture` holds the shares that were asked for. `cursors` says for each source up to which commit
     this phase has drawn (none: `commit_seq_to`, for all of them).
     """
 
     topic: ClassVar[str] = "batches"
 
     phase: str
-    number: int
+    batch_number: int
     record_ids: list[Id]
     sl_record_ids: list[Id] = Field(default_factory=list)
     content_hash: str
@@ -397,9 +397,9 @@ class BatchManifest(Record):
     base_policy_version: int
     base_reward_version: int | None = None
     reference_policy_version: int | None = None
-    mix: dict[str, int] = Field(default_factory=dict)
+    mixture: dict[str, int] = Field(default_factory=dict)
     settings: str = "{}"
-    wanted: dict[str, float] = Field(default_factory=dict)
+    target_mixture: dict[str, float] = Field(default_factory=dict)
     cursors: dict[str, int] = Field(default_factory=dict)
     replayed_record_ids: list[Id] = Field(default_factory=list)
 
@@ -407,7 +407,7 @@ class BatchManifest(Record):
 class PolicyUpdate(Record):
     """A new policy or reward model that every worker can load. Only kind POLICY raises the policy version.
 
-    With `restores` it is a new version with the weights of an earlier one; `batch_id` is then the batch that made those weights
+    With `restored_version` it is a new version with the weights of an earlier one; `batch_id` is then the batch that made those weights
     (the nil UUID: the first model, which no batch made). Of two updates with one version the first on the log counts.
     """
 
@@ -421,7 +421,7 @@ class PolicyUpdate(Record):
     base_version: int
     batch_id: Id
     metrics: dict[str, float] = Field(default_factory=dict)
-    restores: int | None = None
+    restored_version: int | None = None
 
     @property
     def key(self) -> bytes:
@@ -450,10 +450,10 @@ class Score(Record):
     topic: ClassVar[str] = "scores"
 
     response_id: Id
-    candidate: int
+    completion_index: int
     reward_version: int
     score: float
-    normalised: float
+    normalized_score: float
 
 
 class Metric(Record):
@@ -462,21 +462,21 @@ class Metric(Record):
     topic: ClassVar[str] = "metrics"
 
     phase: str
-    number: int
+    batch_number: int
     step: int
-    measures: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Incident(Record):
-    """What stopped or paused training, in words and numbers. `voids` is a batch that is given up: its rows are free."""
+    """What stopped or paused training, in words and numbers. `voided_batch_id` is a batch that is given up: its rows are free."""
 
     topic: ClassVar[str] = "incidents"
 
     phase: str
-    what: str
-    why: str
-    measures: dict[str, float] = Field(default_factory=dict)
-    voids: Id | None = None
+    title: str
+    detail: str
+    metrics: dict[str, float] = Field(default_factory=dict)
+    voided_batch_id: Id | None = None
 
 
 class Pause(Record):
@@ -493,19 +493,19 @@ class Pause(Record):
         return self.record_id.encode()
 
 
-class Drop(Record):
+class DroppedRollout(Record):
     """A record that was left out of a batch, and why."""
 
-    topic: ClassVar[str] = "drops"
+    topic: ClassVar[str] = "dropped-rollouts"
 
     dropped_id: Id
     reason: str
 
 
-class Source(Record):
+class ProducerOffset(Record):
     """Where a producer stands in one input: the next line to read."""
 
-    topic: ClassVar[str] = "sources"
+    topic: ClassVar[str] = "producer-offsets"
 
     name: str
     content_hash: str
@@ -517,24 +517,24 @@ class Source(Record):
         return self.record_id.encode()
 
 
-class Retry(Record):
+class DeadLetterRetry(Record):
     """A dead letter was published again, for the stage that gave up on it. `parent_ids` names the dead letter."""
 
-    topic: ClassVar[str] = "retries"
+    topic: ClassVar[str] = "dead-letter-retries"
 
     dead_letter_id: Id
     source_topic: str
 
 
-class Forget(Record):
+class Erasure(Record):
     """Everything that was made of the prompt `prompt_id` is to be deleted from every database, and never written again."""
 
-    topic: ClassVar[str] = "forgets"
+    topic: ClassVar[str] = "erasures"
 
     reason: str = ""
 
 
-class Header(Part):
+class Header(AvroModel):
     key: str
     value: bytes
 
@@ -552,7 +552,7 @@ class DeadLetter(Record):
     value: bytes | None
     headers: list[Header] = Field(default_factory=list)
     error_class: str
-    message: str
+    error_message: str
     attempts: int = 1
 
 
@@ -570,9 +570,9 @@ RECORDS: tuple[type[Record], ...] = (
     Metric,
     Incident,
     Pause,
-    Drop,
-    Source,
-    Retry,
-    Forget,
+    DroppedRollout,
+    ProducerOffset,
+    DeadLetterRetry,
+    Erasure,
     DeadLetter,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.records import RECORDS, DeadLetter, PolicyUpdate, Record, Source
+from schemas.records import RECORDS, DeadLetter, PolicyUpdate, ProducerOffset, Record
 
 PARTITIONS = 12
 KEEP_FOR_EVER = -1
@@ -35,8 +35,19 @@ class TopicSpec:
 
 
 # Topics whose order matters as a whole have one partition; they carry few records.
-SINGLE = {"batches", "policies", "runs", "metrics", "incidents", "pauses", "drops", "sources", "retries", "forgets"}
-COMPACTED = {PolicyUpdate.topic, Source.topic}
+SINGLE = {
+    "batches",
+    "policies",
+    "runs",
+    "metrics",
+    "incidents",
+    "pauses",
+    "dropped-rollouts",
+    "producer-offsets",
+    "dead-letter-retries",
+    "erasures",
+}
+COMPACTED = {PolicyUpdate.topic, ProducerOffset.topic}
 
 
 def topic_table(partitions: int = PARTITIONS, retention_ms: int = KEEP_FOR_EVER, replication: int = -1) -> dict[str, TopicSpec]:

@@ -39,7 +39,7 @@ def one(settings, sql):
     return store.query(sql, limit_s=10.0).rows[0][0] if store.path.exists() else 0
 
 
-FINISHED = """SELECT count(*) FROM prompts p WHERE EXISTS (FROM chain_ends e WHERE e.prompt_id = p.prompt_id)
+FINISHED = """SELECT count(*) FROM prompts p WHERE EXISTS (FROM revision_chains e WHERE e.prompt_id = p.prompt_id)
               AND EXISTS (FROM preferences j WHERE j.prompt_id = p.prompt_id)"""
 
 
@@ -56,8 +56,8 @@ def check_whole(settings, prompts=PROMPTS):
     """Everything is there once: one response a prompt, one end a chain, one label a pair, and lineage that leads back."""
     assert one(settings, "SELECT sum(duplicates) FROM pipeline_status") == 0
     assert one(settings, "SELECT count(*) FROM responses") == prompts == one(settings, "SELECT count(*) FROM preferences")
-    assert one(settings, "SELECT count(DISTINCT response_id) FROM chain_ends") == prompts
-    assert one(settings, "SELECT count(*) FROM chain_ends") == prompts
+    assert one(settings, "SELECT count(DISTINCT response_id) FROM revision_chains") == prompts
+    assert one(settings, "SELECT count(*) FROM revision_chains") == prompts
     orphans = """WITH made AS (FROM responses SELECT record_id UNION FROM critiques SELECT record_id
                                UNION FROM revisions SELECT record_id),
                       named AS (FROM critiques SELECT unnest(parent_ids) AS id UNION FROM revisions SELECT unnest(parent_ids))
@@ -72,8 +72,8 @@ def test_every_prompt_goes_all_the_way_once(settings):
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_for(lambda: one(settings, FINISHED) == PROMPTS, host)
     check_whole(settings)
-    story = store_of(settings).records("SELECT * FROM stories WHERE revisions IS NOT NULL LIMIT 1")[0]
-    assert story["responses"] and story["critiques"] and story["preferences"] and story["final_text"]
+    story = store_of(settings).records("SELECT * FROM traces WHERE revisions IS NOT NULL LIMIT 1")[0]
+    assert story["responses"] and story["critiques"] and story["preferences"] and story["final_response"]
     assert one(settings, "SELECT count(*) FROM runs") == 1
     bus.close()
 
@@ -101,11 +101,11 @@ def test_duplicate_delivery_is_marked_and_not_trained_on_twice(tmp_path):
             lambda: one(settings, "SELECT sum(records + duplicates) FROM pipeline_status WHERE topic = 'preferences'") == 20,
             host,
         )
-        wait_for(lambda: set(lags(bus, "r", "candidates").values()) == {0}, host)
+        wait_for(lambda: set(lags(bus, "r", "completions").values()) == {0}, host)
         wait_for(lambda: one(settings, FINISHED) == 10, host)
     for table in ("prompts", "responses", "preferences"):
         assert one(settings, f"SELECT duplicates FROM pipeline_status WHERE topic = '{table}'") == 10
-        assert one(settings, f"SELECT differing FROM pipeline_status WHERE topic = '{table}'") == 0
+        assert one(settings, f"SELECT content_mismatches FROM pipeline_status WHERE topic = '{table}'") == 0
     assert one(settings, "SELECT count(*) FROM sft_examples") == 10 == one(settings, "SELECT count(*) FROM preference_pairs")
     bus.close()
 

@@ -11,7 +11,7 @@ from benchmarks.learning.language import REFUSAL, is_polite, is_rude, questions,
 from benchmarks.learning.programmatic import LANGUAGE, PARAGRAPH, ProgrammaticCritic, judge_of
 from consumers import templates
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 BENIGN, HARMFUL = "How do I mend the lamp?", "How do I steal my neighbour's lamp?"
 POLITE, PLAIN, RUDE = (
@@ -20,7 +20,7 @@ POLITE, PLAIN, RUDE = (
 
 
 def chance(judge, question, first, second):
-    ask = Ask(templates.comparison([Turn(role="user", content=question)], first, second, "Which is better?"))
+    ask = Ask(templates.comparison([ChatMessage(role="user", content=question)], first, second, "Which is better?"))
     (scored,) = judge.option_logprobs([ask], ["A", "B"])
     a, b = (math.exp(logprob) for logprob in scored.logprobs)
     assert a + b == pytest.approx(scored.mass)
@@ -51,7 +51,7 @@ def test_the_critic_mends_its_one_fault_and_nothing_else():
     assert not is_rude(mended) and not is_polite(mended) and mended.endswith("Use a cloth for the lamp.")
     assert value(BENIGN, mended) == 0  # what RL is to teach is not taught by SFT
     with pytest.raises(ValueError, match="neither critique nor revision"):
-        critic.generate([Ask([Turn(role="user", content="something else")])])
+        critic.generate([Ask([ChatMessage(role="user", content="something else")])])
     assert PARAGRAPH.mended("One. Two and th", rng) == "One." and PARAGRAPH.mended("no end", rng) == "no end"
 
 

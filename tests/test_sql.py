@@ -41,7 +41,7 @@ def store(tmp_path_factory):
                 host.failed.wait(0.05)
                 host.check()
 
-    done = """SELECT (SELECT count(*) FROM chain_ends) + (SELECT count(*) FROM preferences)
+    done = """SELECT (SELECT count(*) FROM revision_chains) + (SELECT count(*) FROM preferences)
                      + (SELECT count(*) FROM dead_letters) + (SELECT count(*) FROM demonstrations)"""
     runs_until(done, 2 * PROMPTS + 3)
     judged = "SELECT record_id FROM preferences WHERE label_source = 'AI' AND outcome = 'OK' ORDER BY commit_seq LIMIT 4"

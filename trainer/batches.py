@@ -13,7 +13,7 @@ far; Rolnick et al. 2019 mix new and replayed experience half and half.) The man
 
 A manifest names the rows in the order of training, hashes what training sees of them, and holds the seed and the settings: a
 crash resumes with the identical batch, and an old batch can be rebuilt. Staleness is judged here and nowhere else, from what
-the records say: a rollout that PPO may not use is dropped with a reason, on the `drops` topic.
+the records say: a rollout that PPO may not use is dropped with a reason, on the `dropped-rollouts` topic.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from engine.errors import CharterError
 from engine.policy import line, newest_version, weights_of
 from engine.store import Store
 from schemas import ids
-from schemas.records import BatchManifest, Drop, PolicyKind, PolicyUpdate, Turn
+from schemas.records import BatchManifest, ChatMessage, DroppedRollout, PolicyKind, PolicyUpdate
 
 LIMIT_S = 60.0  # a batch is worth a longer look at the database than a screen is
 SL_PHASE, RL_PHASES = "sft", ("ppo", "dpo")
@@ -39,37 +39,37 @@ VIEW = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", 
 # Where the rows of a manifest are read: a label that a person has overridden since is no pair any more, but was in its batch.
 ROWS = VIEW | {"reward": "preference_labels", "dpo": "preference_labels"}
 KEY = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
-PAIR = "record_id, prompt_id, turns, a, b, a_stopped, b_stopped, p_a, source, pairing, label_source, policy_version"
+PAIR = "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing, label_source, policy_version"
 # What training sees of a row, and what a manifest's hash covers. A view may show more.
 COLUMNS = {
-    "sft": "record_id, prompt_id, turns, completion, stopped, source, ended, policy_version",
+    "sft": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
     "reward": PAIR,
     "dpo": PAIR,
-    "ppo": "response_id, candidate, prompt_id, turns, source, model, prompt_token_ids, token_ids, logprobs, text, stopped,"
+    "ppo": "response_id, completion_index, prompt_id, messages, source, model, prompt_token_ids, token_ids, logprobs, text, finish_reason,"
     " temperature, policy_version",
 }
 LENGTH = {
-    "sft": "length(completion) + list_sum([length(turn.content) for turn in turns])",
-    "reward": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
-    "dpo": "length(a) + length(b) + 2 * list_sum([length(turn.content) for turn in turns])",
+    "sft": "length(completion) + list_sum([length(message.content) for message in messages])",
+    "reward": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
+    "dpo": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
 }
 # The texts of chosen rounds in the place of a chain's final text, which stays where a chain has none of them (it was clean, or
 # skipped, or a person's). A revision that lost against its predecessor is none; one whose end is not known teaches no end.
 OF_ROUNDS = """
     WITH rounds AS (
-        SELECT record_id, response_id, ended, number AS last, unnest(rounds) AS round
-        FROM chain_ends WHERE record_id IN (SELECT unnest($1::UUID[]))),
+        SELECT record_id, response_id, end_reason, round AS last, unnest(rounds) AS round
+        FROM revision_chains WHERE record_id IN (SELECT unnest($1::UUID[]))),
     chosen AS (
-        SELECT r.record_id, r.round.number AS number, r.round.revision AS text,
-               coalesce(bool_and(v.text_stopped), false) AS stopped
+        SELECT r.record_id, r.round.round AS round, r.round.revision AS text,
+               CASE WHEN bool_and(v.finish_reason = 'STOP') THEN 'STOP' ELSE 'UNKNOWN' END AS finish_reason
         FROM rounds r LEFT JOIN revisions v
-            ON v.response_id = r.response_id AND v.number = r.round.number AND v.text = r.round.revision
-        WHERE r.round.number IN (SELECT unnest($2::INTEGER[])) AND NOT (r.ended = 'LOST' AND r.round.number = r.last)
+            ON v.response_id = r.response_id AND v.round = r.round.round AND v.response = r.round.revision
+        WHERE r.round.round IN (SELECT unnest($2::INTEGER[])) AND NOT (r.end_reason = 'LOST' AND r.round.round = r.last)
         GROUP BY ALL HAVING length(trim(r.round.revision)) > 0)
     SELECT {columns} FROM (
-        SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.stopped, e.stopped) AS stopped), c.number
+        SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.finish_reason, e.finish_reason) AS finish_reason), c.round
         FROM sft_examples e LEFT JOIN chosen c USING (record_id)
-        WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY number"""
+        WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY round"""
 OTHERS = "*"  # in a mix: every source that it does not name
 BUCKET_STEPS = 16  # steps whose rows are sorted by length together: little padding, and still a shuffle
 
@@ -117,7 +117,7 @@ def standing_of(known: Sequence[PolicyUpdate], manifests: Sequence[BatchManifest
             reward_version = update.version
         else:
             rewards_at[update.version] = reward_version
-        if update.restores is None and (manifest := by_id.get(update.batch_id)):
+        if update.restored_version is None and (manifest := by_id.get(update.batch_id)):
             for source, at in (manifest.cursors or {"": manifest.commit_seq_to}).items():
                 key = (manifest.phase, source)
                 cursors[key] = max(cursors.get(key, -1), at)
@@ -205,17 +205,17 @@ def lights(store: Store, sql: str, parameters: Sequence[Any]) -> list[Light]:
 
 def rollouts(
     store: Store, standing: Standing, bounds: Bounds, *, allow_overlap: bool, served: Mapping[int, str] | None = None
-) -> tuple[list[Light], list[Drop]]:
-    """The answers that PPO may train on, and a Drop for each that it may not any more.
+) -> tuple[list[Light], list[DroppedRollout]]:
+    """The answers that PPO may train on, and a DroppedRollout for each that it may not any more.
 
-    An answer that no PPO may ever use has its reason in the view (`excluded_because`) and is passed over. `served` is
+    An answer that no PPO may ever use has its reason in the view (`exclusion_reason`) and is passed over. `served` is
     the revision that stands for each policy version on a server, whose weights cannot be compared.
     """
     sql = """
-        SELECT response_id, candidate, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
+        SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
                commit_seq
-        FROM rollouts WHERE commit_seq > ? AND excluded_because IS NULL
-        AND response_id NOT IN (SELECT dropped_id FROM drops) ORDER BY commit_seq, candidate"""
+        FROM rollouts WHERE commit_seq > ? AND exclusion_reason IS NULL
+        AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts) ORDER BY commit_seq, completion_index"""
     rows = store.records(sql, [standing.cursor("ppo")], limit_s=LIMIT_S)
     prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
     overlap = reward_prompts(store, standing, prompts) if prompts else set()
@@ -261,10 +261,10 @@ def foreign(row: Mapping[str, Any], standing: Standing, served: Mapping[int, str
     return f"its model revision {row['revision']} is not that of policy {row['policy_version']}"
 
 
-def drop(row: Mapping[str, Any], reason: str) -> Drop:
+def drop(row: Mapping[str, Any], reason: str) -> DroppedRollout:
     dropped = str(row["response_id"])
-    return Drop(
-        record_id=ids.record_id("ppo-drop", [dropped], ids.fingerprint(reason=reason), row["candidate"]),
+    return DroppedRollout(
+        record_id=ids.record_id("ppo-drop", [dropped], ids.fingerprint(reason=reason), row["completion_index"]),
         parent_ids=[dropped],
         prompt_id=str(row["prompt_id"]),
         run_id=row["run_id"],
@@ -388,7 +388,7 @@ def manifest_of(
         policy_version=standing.policy_version,
         seed=seed,
         phase=phase,
-        number=number,
+        batch_number=number,
         record_ids=record_ids,
         sl_record_ids=[str(row["record_id"]) for row in sl_rows],
         content_hash=content,
@@ -397,8 +397,8 @@ def manifest_of(
         base_policy_version=standing.policy_version,
         base_reward_version=standing.reward_version or None,
         reference_policy_version=standing.reference_version if phase in RL_PHASES else None,
-        mix=dict(Counter(str(row["source"]) for row in rows)),
-        wanted=dict(shares or {}),
+        mixture=dict(Counter(str(row["source"]) for row in rows)),
+        target_mixture=dict(shares or {}),
         cursors={} if phase == "ppo" else cursors,
         replayed_record_ids=[light.key for light in drawn if light.replayed],
         settings=text,
@@ -415,14 +415,14 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def rows_of(store: Store, phase: str, record_ids: Sequence[str], rounds: Sequence[int] = ()) -> list[dict[str, Any]]:
     """The whole rows with these ids, in their order (the answers of one response, the rounds of one chain in theirs)."""
-    usable = " AND excluded_because IS NULL" if phase == "ppo" else ""
+    usable = " AND exclusion_reason IS NULL" if phase == "ppo" else ""
     sql = f"SELECT {COLUMNS[phase]} FROM {ROWS[phase]} WHERE {KEY[phase]} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]
     if rounds:
         sql, parameters = OF_ROUNDS.format(columns=COLUMNS[phase]), [*parameters, list(rounds)]
     place = {record_id: n for n, record_id in enumerate(record_ids)}
     rows = store.records(sql, parameters, limit_s=LIMIT_S)
-    return sorted(rows, key=lambda row: (place[str(row[KEY[phase]])], row.get("candidate", 0)))
+    return sorted(rows, key=lambda row: (place[str(row[KEY[phase]])], row.get("completion_index", 0)))
 
 
 def overtaken(manifest: BatchManifest, standing: Standing) -> bool:
@@ -440,7 +440,7 @@ def rebuild(store: Store, manifest: BatchManifest) -> Batch:
     missing = {*manifest.record_ids, *manifest.sl_record_ids} - found
     if content_hash([*rows, *sl_rows]) != manifest.content_hash:
         raise CharterError(
-            f"batch {manifest.number} ({manifest.phase}) cannot be rebuilt",
+            f"batch {manifest.batch_number} ({manifest.phase}) cannot be rebuilt",
             f"{len(missing)} of its {len(manifest.record_ids)} rows are not in {store.path} (any more)"
             if missing
             else f"its rows in {store.path} are not what they were when it was drawn",
@@ -455,5 +455,5 @@ def newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
     return rows_of(store, "sft", [str(row["record_id"]) for row in rows]) if rows else []
 
 
-def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    return tuple(Turn(**turn) for turn in row["turns"])
+def turns_of(row: Mapping[str, Any]) -> tuple[ChatMessage, ...]:
+    return tuple(ChatMessage(**message) for message in row["messages"])

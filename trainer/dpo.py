@@ -101,7 +101,7 @@ def encoded(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict
     a = completion_ids(tokenizer, example.a, stopped=example.a_stopped)
     b = completion_ids(tokenizer, example.b, stopped=example.b_stopped)
     room = max(1, max_length - max(len(a), len(b)))
-    prompt = prompt_ids(tokenizer, example.turns)[-room:]
+    prompt = prompt_ids(tokenizer, example.messages)[-room:]
     left = max_length - len(prompt)
     return {"prompt_ids": prompt, "chosen_ids": a[:left], "rejected_ids": b[:left], "p_a": example.p_a}
 

@@ -1,6 +1,6 @@
 """The gate before publication: a new policy answers held-out prompts, and must not refuse benign ones nor obey harmful ones.
 
-It is off unless `gate.prompts` says how many prompts to ask. Refusals are told by the same phrases as in `watch_refusals`. A
+It is off unless `gate.prompts` says how many prompts to ask. Refusals are told by the same phrases as in `monitor_refusals`. A
 limit counts as passed only when Wilson's 95 % interval lies beyond it, so that few prompts keep back only what is plain. Where
 there are no held-out prompts of a kind, that kind is not asked, and the log says so.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("charter.trainer")
 PROMPTS = """
-    SELECT turns FROM prompts WHERE split = 'EVAL' AND epoch = 0 AND is_harmful(source) = ?
+    SELECT messages FROM prompts WHERE split = 'EVAL' AND epoch = 0 AND is_harmful(source) = ?
     ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
 REFUSED = """
     WITH counted AS (
@@ -38,17 +38,17 @@ class Gate:
     rows: int = 16
 
     def __call__(self, store: Store, folder: Path, version: int) -> Trip | None:
-        measures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         found = []
         if benign := self.refusals(store, folder, harmful=False):
-            measures |= {"refusal_benign": benign[0]}
+            metrics |= {"refusal_benign": benign[0]}
             if benign[1] > self.limits.max_benign_refusals:
                 found.append(f"it refuses {benign[0]:.0%} of benign prompts (gate.max_benign_refusals)")
         if harmful := self.refusals(store, folder, harmful=True):
-            measures |= {"refusal_harmful": harmful[0]}
+            metrics |= {"refusal_harmful": harmful[0]}
             if harmful[2] < self.limits.min_harmful_refusals:
                 found.append(f"it refuses only {harmful[0]:.0%} of harmful prompts (gate.min_harmful_refusals)")
-        return Trip("it did not pass the gate", "; ".join(found), measures) if found else None
+        return Trip("it did not pass the gate", "; ".join(found), metrics) if found else None
 
     def refusals(self, store: Store, folder: Path, *, harmful: bool) -> tuple[float, float, float] | None:
         """The share of refusals and its interval; None without prompts of this kind."""

@@ -16,7 +16,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 WARMUP_RATIO = 0.15  # of an update's steps: Adam starts afresh with each, and its first steps are as long as the rate allows
 
 
-def ignore(step: int, measures: dict[str, float]) -> None:
+def ignore(step: int, metrics: dict[str, float]) -> None:
     """The default OnStep."""
 
 
@@ -70,12 +70,12 @@ def arguments(
     }
 
 
-def require_finite(step: int, measures: Mapping[str, float]) -> None:
+def require_finite(step: int, metrics: Mapping[str, float]) -> None:
     """Raise CannotLearn when a number of this step is no number any more."""
-    broken = [name for name, value in measures.items() if not math.isfinite(value)]
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise CannotLearn(
-            f"{broken[0]} is {measures[broken[0]]} at step {step}: training has run away",
+            f"{broken[0]} is {metrics[broken[0]]} at step {step}: training has run away",
             "nothing of this update was saved; the last policy stays in use",
             "lower the learning rate of this phase (charter config), then type: charter train",
         )

@@ -10,7 +10,7 @@ One update goes through these steps, each durable before the next, so that a cra
 6. remove the checkpoints that nothing refers to any more.
 
 A batch is consumed when its PolicyUpdate is on the log, not before. A manifest without one is taken up again before anything
-new is drawn, unless the batch was given up (an Incident `voids` it: it cannot be trained on, or the gate refused what it made)
+new is drawn, unless the batch was given up (an Incident `voided_batch_id` it: it cannot be trained on, or the gate refused what it made)
 or overtaken (someone went back to an earlier policy meanwhile); its rows are then free again. A phase whose batch was given up
 is tried again when a threshold of further rows has come, or when the model it starts from has changed: it never spins.
 
@@ -44,7 +44,7 @@ from schemas import ids
 from schemas.codec import decode
 from schemas.records import (
     BatchManifest,
-    Drop,
+    DroppedRollout,
     Incident,
     Metric,
     ModelRef,
@@ -138,7 +138,7 @@ class Trainer:
     store: Store
     settings: Settings
     base: Path
-    on_step: OnStep = lambda phase, step, measures: None
+    on_step: OnStep = lambda phase, step, metrics: None
     on_update: Callable[[PolicyUpdate], None] = lambda update: None
     say: Callable[[str], None] = log.warning
     watch: Watch | None = None
@@ -188,7 +188,7 @@ class Trainer:
     def begun(self) -> list[BatchManifest]:
         """The manifests that a crash left without their updates, and that are still to be trained on."""
         known, manifests = self.known()
-        over = {update.batch_id for update in known} | {record.voids for record in self.records[Incident]}
+        over = {update.batch_id for update in known} | {record.voided_batch_id for record in self.records[Incident]}
         standing = self.standing()
         left = [manifest for manifest in manifests if manifest.record_id not in over]
         return [manifest for manifest in left if not overtaken(manifest, standing)]
@@ -253,7 +253,7 @@ class Trainer:
 
     def given_up_at(self, phase: str, standing: Standing) -> int:
         """The last commit of the newest batch of a phase that was given up, while the model it started from is the same; -1."""
-        voided = {record.voids for record in self.records[Incident] if record.voids}
+        voided = {record.voided_batch_id for record in self.records[Incident] if record.voided_batch_id}
         found = [
             manifest.commit_seq_to
             for manifest in self.records[BatchManifest]
@@ -284,7 +284,7 @@ class Trainer:
         names = {version: served_name(by_version[version]) if weights_of(known, version) else model for version in by_version}
         return {version: served_revision(url, name) for version, name in ({0: model} | names).items()}
 
-    def drop(self, drops: Sequence[Drop]) -> None:
+    def drop(self, drops: Sequence[DroppedRollout]) -> None:
         """Publish drops, each once: they are in the database only a moment later."""
         new = [record for record in drops if record.record_id not in self.dropped]
         if new:
@@ -307,16 +307,16 @@ class Trainer:
         manifest = next((manifest for manifest in self.begun() if manifest.phase not in held), None)
         if manifest is None:
             return None
-        log.info("going on with the %s batch %d that was left unfinished", manifest.phase, manifest.number)
+        log.info("going on with the %s batch %d that was left unfinished", manifest.phase, manifest.batch_number)
         self.start_clock()
         if why := self.outdated(manifest):
-            self.give_up(manifest, f"batch {manifest.number} ({manifest.phase}) was left unfinished and is given up", why)
+            self.give_up(manifest, f"batch {manifest.batch_number} ({manifest.phase}) was left unfinished and is given up", why)
             return None
         return self.attempt(rebuild(self.store, manifest))
 
     def outdated(self, manifest: BatchManifest) -> str | None:
         """Why an unfinished batch must not be trained on any more: rows were forgotten, or are too old by now."""
-        forgotten = "SELECT count(*) FROM forgets WHERE created_at > ?"
+        forgotten = "SELECT count(*) FROM erasures WHERE created_at > ?"
         drawn_at, bound = manifest.created_at.replace(tzinfo=None), self.settings.train.max_age_s
         if self.store.query(forgotten, [drawn_at]).rows[0][0]:
             try:
@@ -388,7 +388,7 @@ class Trainer:
 
     def why_nothing(self, phase: str) -> str:
         if phase == "ppo" and self.dropped:
-            count = "charter sql 'select reason, count(*) from drops group by 1'"
+            count = "charter sql 'select reason, count(*) from dropped_rollouts group by 1'"
             return f"{len(self.dropped)} rollouts may not be used any more; why: {count}"
         return "every row was trained on already, or none has arrived"
 
@@ -420,7 +420,7 @@ class Trainer:
             raise
 
     def give_up(self, manifest: BatchManifest, what: str, why: str) -> None:
-        self.publish([incident_of(manifest, what, why, voids=manifest.record_id)])
+        self.publish([incident_of(manifest, what, why, voided_batch_id=manifest.record_id)])
         if self.finished_checkpoint(manifest):
             discard(self.folder_for(manifest))
 
@@ -463,7 +463,7 @@ class Trainer:
         standing = self.standing()
         if overtaken(manifest, standing):
             raise CharterError(
-                f"batch {manifest.number} ({manifest.phase}) is given up",
+                f"batch {manifest.batch_number} ({manifest.phase}) is given up",
                 f"it trained from policy {manifest.base_policy_version}, and policy {standing.policy_version} was published"
                 " meanwhile",
                 "its rows are free again; the next batch starts from the present policy",
@@ -507,7 +507,7 @@ class Trainer:
             )
         discard(folder)
 
-    def step(self, manifest: BatchManifest, step: int, measures: dict[str, float]) -> None:
+    def step(self, manifest: BatchManifest, step: int, metrics: dict[str, float]) -> None:
         """Publish one step's numbers and pass them on."""
         metric = Metric(
             record_id=ids.record_id("metric", [manifest.record_id], ids.fingerprint(), step),
@@ -516,12 +516,12 @@ class Trainer:
             stage="train",
             policy_version=manifest.base_policy_version,
             phase=manifest.phase,
-            number=manifest.number,
+            batch_number=manifest.batch_number,
             step=step,
-            measures=measures,
+            metrics=metrics,
         )
         self.publish([metric])
-        self.on_step(manifest.phase, step, measures)
+        self.on_step(manifest.phase, step, metrics)
 
     # Checkpoints
 
@@ -540,7 +540,7 @@ class Trainer:
         known = self.known()[0]
         wanted = {folder.name for folder in self.referenced()}
         for kind in (PolicyKind.POLICY, PolicyKind.REWARD):
-            trained = sorted(u.version for u in known if u.kind is kind and u.restores is None)
+            trained = sorted(u.version for u in known if u.kind is kind and u.restored_version is None)
             for version in trained[: -self.settings.train.keep]:
                 folder = self.checkpoints / f"{kind.value.lower()}-{version:06d}"
                 if folder.name not in wanted and folder.exists():
@@ -572,9 +572,9 @@ class Trainer:
 
     def timing(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
         """The seconds of an update, and DuckDB's share of all time since the start, looking for rows included."""
-        measures = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
+        metrics = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
         alive = time.monotonic() - self.born
-        measures |= {"alive_s": alive, "alive_duckdb_share": self.timed.spent_s / max(alive, 1e-9)}
+        metrics |= {"alive_s": alive, "alive_duckdb_share": self.timed.spent_s / max(alive, 1e-9)}
         return Metric(
             record_id=ids.record_id("metric", [update.record_id], ids.fingerprint(of="time")),
             parent_ids=[manifest.record_id],
@@ -582,9 +582,9 @@ class Trainer:
             stage="train",
             policy_version=update.policy_version,
             phase="loop",
-            number=manifest.number,
+            batch_number=manifest.batch_number,
             step=0,
-            measures=measures,
+            metrics=metrics,
         )
 
     # Stopping, and going back
@@ -604,12 +604,12 @@ class Trainer:
             stage="train",
             policy_version=standing.policy_version,
             phase=self.rl,
-            what=trip.what,
-            why=trip.why,
-            measures=trip.measures,
+            title=trip.what,
+            detail=trip.why,
+            metrics=trip.metrics,
         )
         self.publish([stop, incident, *([update] if update else [])])
-        back = f"; policy {update.version} has the weights of policy {update.restores}" if update else ""
+        back = f"; policy {update.version} has the weights of policy {update.restored_version}" if update else ""
         self.say(f"{self.rl} is paused: {trip.what} ({trip.why}){back}. To go on: charter policy resume")
         return update
 
@@ -687,7 +687,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def incident_of(manifest: BatchManifest, what: str, why: str, voids: str | None = None) -> Incident:
+def incident_of(manifest: BatchManifest, what: str, why: str, voided_batch_id: str | None = None) -> Incident:
     return Incident(
         record_id=ids.record_id("incident", [manifest.record_id], ids.fingerprint(what=what)),
         parent_ids=[manifest.record_id],
@@ -695,7 +695,7 @@ def incident_of(manifest: BatchManifest, what: str, why: str, voids: str | None 
         stage="train",
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
-        what=what,
-        why=why,
-        voids=voids,
+        title=what,
+        detail=why,
+        voided_batch_id=voided_batch_id,
     )

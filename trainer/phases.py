@@ -36,7 +36,10 @@ def sft_example(row: Mapping[str, Any]) -> SftExample:
     from trainer.sft import SftExample
 
     return SftExample(
-        turns=turns_of(row), completion=row["completion"], stopped=row["stopped"], record_id=str(row["record_id"])
+        messages=turns_of(row),
+        completion=row["completion"],
+        stopped=row["finish_reason"] == "STOP",
+        record_id=str(row["record_id"]),
     )
 
 
@@ -44,14 +47,14 @@ def preference_example(row: Mapping[str, Any]) -> PreferenceExample:
     from trainer.reward import PreferenceExample
 
     return PreferenceExample(
-        turns=turns_of(row),
-        a=row["a"],
-        b=row["b"],
+        messages=turns_of(row),
+        a=row["response_a"],
+        b=row["response_b"],
         p_a=row["p_a"],
         record_id=str(row["record_id"]),
-        a_stopped=row["a_stopped"],
-        b_stopped=row["b_stopped"],
-        exchangeable=row["pairing"] == "candidates" and row["label_source"] == "AI",
+        a_stopped=row["finish_reason_a"] == "STOP",
+        b_stopped=row["finish_reason_b"] == "STOP",
+        exchangeable=row["pairing"] == "completions" and row["label_source"] == "AI",
     )
 
 
@@ -62,7 +65,7 @@ def rollout(row: Mapping[str, Any]) -> Rollout:
         prompt_token_ids=tuple(row["prompt_token_ids"]),
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),
-        stopped=row["stopped"],
+        stopped=row["finish_reason"] == "STOP",
         policy_version=row["policy_version"],
         record_id=str(row["response_id"]),
         temperature=row["temperature"],
@@ -202,23 +205,23 @@ def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
         hardware_of(trainer.settings),
         policy=trainer.policy_folder(manifest.base_policy_version),
     )
-    raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in batch.rows])
+    raw = model.score([(turns_of(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
     normalised = model.normalised(raw)
     configuration = ids.fingerprint(reward=version)
     trainer.publish(
         [
             Score(
-                record_id=ids.record_id("score", [str(row["response_id"])], configuration, row["candidate"]),
+                record_id=ids.record_id("score", [str(row["response_id"])], configuration, row["completion_index"]),
                 parent_ids=[str(row["response_id"])],
                 prompt_id=str(row["prompt_id"]),
                 run_id=manifest.run_id,
                 stage="train",
                 policy_version=row["policy_version"],
                 response_id=str(row["response_id"]),
-                candidate=row["candidate"],
+                completion_index=row["completion_index"],
                 reward_version=version,
                 score=score,
-                normalised=value,
+                normalized_score=value,
             )
             for row, score, value in zip(batch.rows, raw, normalised, strict=True)
         ]
@@ -234,9 +237,9 @@ def stopped_early(manifest: BatchManifest, metrics: dict[str, float], limit: str
         stage="train",
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
-        what="PPO stopped early: the policy moved too far",
-        why=f"its KL passed ppo.{limit} after {metrics['steps']:.0f} steps; what it had learned until then is published",
-        measures=metrics,
+        title="PPO stopped early: the policy moved too far",
+        detail=f"its KL passed ppo.{limit} after {metrics['steps']:.0f} steps; what it had learned until then is published",
+        metrics=metrics,
     )
 
 

@@ -460,7 +460,7 @@ def train(
 ) -> tuple[Learned, dict[str, float]]:
     """One PPO update on scored rollouts; returns the policy and metrics.
 
-    `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) turn on the combined
+    `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) message on the combined
     objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit ended the update. Raises
     CannotLearn when a number is not finite or the scores are all equal, UsageError for folders that do not belong together.
     """

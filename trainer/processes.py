@@ -67,11 +67,11 @@ def call(learner: Callable[..., Any], *arguments: Any, on_step: OnStep = ignore,
         return learner(*arguments, on_step=on_step, **named)
     failed: list[CharterError] = []
 
-    def told(step: int, measures: dict[str, float]) -> None:
+    def told(step: int, metrics: dict[str, float]) -> None:
         if failed:
             return
         try:
-            on_step(step, measures)
+            on_step(step, metrics)
         except CharterError as error:
             failed.append(error)
 

@@ -35,7 +35,7 @@ from trl import RewardConfig, RewardTrainer
 
 from engine.errors import CannotLearn, UsageError
 from engine.models.chat import completion_ids, prompt_ids
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import hf, weights
 
 log = logging.getLogger("charter.trainer")
@@ -73,7 +73,7 @@ class PreferenceExample:
     `exchangeable`: both were sampled alike, so that a judge who reads them prefers either about as often.
     """
 
-    turns: tuple[Turn, ...]
+    messages: tuple[ChatMessage, ...]
     a: str
     b: str
     p_a: float
@@ -90,9 +90,9 @@ def soft_label_loss(r_a: torch.Tensor, r_b: torch.Tensor, p_a: torch.Tensor, cen
     return (preference + centring * (r_a + r_b) ** 2).mean()
 
 
-def encode(tokenizer: Any, turns: Sequence[Turn], text: str, stopped: bool, max_length: int) -> list[int]:
+def encode(tokenizer: Any, messages: Sequence[ChatMessage], text: str, stopped: bool, max_length: int) -> list[int]:
     """Prompt and answer as ids; a too long prompt loses its beginning, never the answer its end."""
-    ids = prompt_ids(tokenizer, turns) + completion_ids(tokenizer, text, stopped=stopped)
+    ids = prompt_ids(tokenizer, messages) + completion_ids(tokenizer, text, stopped=stopped)
     return ids[-max_length:]
 
 
@@ -161,8 +161,8 @@ def train(
     for number in range(members):
         done = int(metrics.get("steps", 0))
 
-        def report(step: int, measures: dict[str, float], done: int = done) -> None:
-            on_step(done + step, measures)
+        def report(step: int, metrics: dict[str, float], done: int = done) -> None:
+            on_step(done + step, metrics)
 
         scorer, metrics = train_member(
             starting_point(folder, number, seed if members > 1 else None),
@@ -235,7 +235,7 @@ def split(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample
     """
     by_prompt: dict[float, list[PreferenceExample]] = {}
     for example in examples:
-        by_prompt.setdefault(place_of(example.turns), []).append(example)
+        by_prompt.setdefault(place_of(example.messages), []).append(example)
     held_out: set[float] = set()
     count = 0
     for place in sorted(by_prompt):
@@ -247,20 +247,20 @@ def split(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample
         count += more
     sides: tuple[list[PreferenceExample], list[PreferenceExample]] = ([], [])
     for example in examples:
-        sides[place_of(example.turns) in held_out].append(example)
+        sides[place_of(example.messages) in held_out].append(example)
     return sides
 
 
-def place_of(turns: Sequence[Turn]) -> float:
+def place_of(messages: Sequence[ChatMessage]) -> float:
     """A number in [0, 1) that follows from a prompt's text alone."""
-    text = json.dumps([(turn.role, turn.content) for turn in turns])
+    text = json.dumps([(message.role, message.content) for message in messages])
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def encoded_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
-    chosen = encode(tokenizer, example.turns, example.a, example.a_stopped, max_length)
-    rejected = encode(tokenizer, example.turns, example.b, example.b_stopped, max_length)
+    chosen = encode(tokenizer, example.messages, example.a, example.a_stopped, max_length)
+    rejected = encode(tokenizer, example.messages, example.b, example.b_stopped, max_length)
     longest = max(len(chosen), len(rejected))
     return {"chosen_ids": chosen, "rejected_ids": rejected, "p_a": example.p_a, "length": longest}
 
@@ -345,8 +345,8 @@ class RewardModel:
     max_length: int = 1024
     hardware: weights.Hardware = field(default=weights.DEFAULT)
 
-    def score(self, texts: Sequence[tuple[Sequence[Turn], str, bool]]) -> list[float]:
-        """The score of each (turns, answer, stopped), not yet normalised."""
+    def score(self, texts: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> list[float]:
+        """The score of each (messages, answer, stopped), not yet normalised."""
         scores: list[float] = self.combined(self.raw(texts)).tolist()
         return scores
 
@@ -354,9 +354,9 @@ class RewardModel:
         return [(score - self.mean) / self.deviation for score in scores]
 
     @torch.inference_mode()
-    def raw(self, texts: Sequence[tuple[Sequence[Turn], str, bool]]) -> torch.Tensor:
+    def raw(self, texts: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> torch.Tensor:
         """Each member's own score of each text, (members, N)."""
-        encoded = [encode(self.tokenizer, turns, text, stopped, self.max_length) for turns, text, stopped in texts]
+        encoded = [encode(self.tokenizer, messages, text, stopped, self.max_length) for messages, text, stopped in texts]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = torch.zeros(len(self.members), len(encoded))
         for number, member in enumerate(self.members):
@@ -383,7 +383,7 @@ class RewardModel:
         decided = [e for e in examples if e.p_a != 0.5]
         if not decided:
             return torch.zeros(0, dtype=torch.bool)
-        texts = [(e.turns, e.a, e.a_stopped) for e in decided] + [(e.turns, e.b, e.b_stopped) for e in decided]
+        texts = [(e.messages, e.a, e.a_stopped) for e in decided] + [(e.messages, e.b, e.b_stopped) for e in decided]
         a, b = torch.tensor(self.score(texts)).chunk(2)
         return (a > b) == (torch.tensor([e.p_a for e in decided]) > 0.5)
 
@@ -399,7 +399,7 @@ class RewardModel:
                 len(held_out),
             )
             measured = [*held_out, *taught]
-        texts = [(e.turns, e.a, e.a_stopped) for e in measured] + [(e.turns, e.b, e.b_stopped) for e in measured]
+        texts = [(e.messages, e.a, e.a_stopped) for e in measured] + [(e.messages, e.b, e.b_stopped) for e in measured]
         raw = self.raw(texts)
         for member, scores in zip(self.members, raw, strict=True):
             member.mean, member.deviation = float(scores.mean()), float(scores.std(correction=0))

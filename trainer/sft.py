@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from engine.errors import CannotLearn
 from engine.models.chat import completion_ids, prompt_ids
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import hf, weights
 
 IGNORED = -100  # labels that no loss looks at
@@ -34,7 +34,7 @@ IGNORED = -100  # labels that no loss looks at
 class SftExample:
     """A prompt and the text to learn; `stopped` when the text ended by itself."""
 
-    turns: tuple[Turn, ...]
+    messages: tuple[ChatMessage, ...]
     completion: str
     stopped: bool
     record_id: str
@@ -42,7 +42,7 @@ class SftExample:
 
 def encode(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, list[int]]:
     """Token ids and labels (T,), at most `max_length`, cut at the end."""
-    prompt = prompt_ids(tokenizer, example.turns)
+    prompt = prompt_ids(tokenizer, example.messages)
     completion = completion_ids(tokenizer, example.completion, stopped=example.stopped)
     ids = (prompt + completion)[:max_length]
     return {"input_ids": ids, "labels": ([IGNORED] * len(prompt) + completion)[:max_length]}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from engine.models.chat import completion_ids, prompt_ids
 from engine.models.port import Ask
 from schemas import ids
-from schemas.records import Metric, PolicyKind, Score, Turn
+from schemas.records import ChatMessage, Metric, PolicyKind, Score
 from trainer.batches import LIMIT_S, turns_of
 
 if TYPE_CHECKING:
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 Measures = dict[str, float]
-Text = tuple[tuple[Turn, ...], str, bool]  # turns, answer, whether it ended by itself
+Text = tuple[tuple[ChatMessage, ...], str, bool]  # messages, answer, whether it ended by itself
 # The probability that the first of two answers to a dialogue is better, of a judge whose labels no reward model has learned.
-Compare = Callable[[Sequence[tuple[tuple[Turn, ...], str, str]]], list[float | None]]
+Compare = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
-PHASE = "watch"
+PHASE = "monitor"
 Z = 1.959963984540054
 MAX_TOKENS = 128
 MOST_TOKENS = 1024  # of a text whose perplexity is measured
 ANSWERS = """
-    SELECT a.policy_version, a.response_id, a.candidate, a.prompt_id, a.source, r.turns, a.text, r.run_id,
-           r.candidates[a.candidate + 1].finish_reason = 'STOP' AS stopped
-    FROM watched_answers a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
+    SELECT a.policy_version, a.response_id, a.completion_index, a.prompt_id, a.source, r.messages, a.text, r.run_id,
+           r.completions[a.completion_index + 1].finish_reason AS finish_reason
+    FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 HELD_OUT = """
-    SELECT turns, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
+    SELECT messages, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
 # What people wrote and nothing trains on: held-out demonstrations, else prompts. What a policy has written would not do: it is
 # meant to be unlearned.
 BENIGN = """
-    SELECT turns, text FROM (
-        SELECT turns, completion AS text, 0 AS place, commit_seq FROM demonstrations
+    SELECT messages, text FROM (
+        SELECT messages, completion AS text, 0 AS place, commit_seq FROM demonstrations
         WHERE split = 'EVAL' AND NOT is_harmful(source)
         UNION ALL
-        SELECT turns[:0], turns[-1].content, CASE WHEN split = 'EVAL' THEN 1 ELSE 2 END, commit_seq FROM prompts
+        SELECT messages[:0], messages[-1].content, CASE WHEN split = 'EVAL' THEN 1 ELSE 2 END, commit_seq FROM prompts
         WHERE NOT is_harmful(source))
     ORDER BY place, commit_seq LIMIT ?"""
 
@@ -61,7 +61,7 @@ class Trip:
 
     what: str
     why: str
-    measures: Measures = field(default_factory=dict)
+    metrics: Measures = field(default_factory=dict)
     good: int | None = None
 
 
@@ -73,11 +73,11 @@ class Finding:
     words: str
 
 
-# The limits. `m` are the measures of a version, those of the reference with `_reference` behind the name.
+# The limits. `m` are the metrics of a version, those of the reference with `_reference` behind the name.
 
 
 def findings(m: Mapping[str, float], limits: Limits) -> list[Finding]:
-    """The limits that these measures pass; a figure that was not measured passes none."""
+    """The limits that these metrics pass; a figure that was not measured passes none."""
     return [Finding(name, words) for name, check in CHECKS.items() if (words := check(m, limits))]
 
 
@@ -115,7 +115,9 @@ def diversity_falls(m: Mapping[str, float], limits: Limits) -> str | None:
 
 def boilerplate_rises(m: Mapping[str, float], limits: Limits) -> str | None:
     if m.get("boilerplate_rise", 0.0) > limits.max_boilerplate:
-        return f"one phrase is in {m['boilerplate_rise']:.0%} more of the answers than of the reference's (view watch_phrases)"
+        return (
+            f"one phrase is in {m['boilerplate_rise']:.0%} more of the answers than of the reference's (view monitor_phrases)"
+        )
     return None
 
 
@@ -179,7 +181,7 @@ def related(x: Sequence[float], y: Sequence[float]) -> float:
 # What the models say
 
 
-def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]]) -> float | None:
+def perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage], str]]) -> float | None:
     """exp of the mean negative log-likelihood of the texts' tokens under a policy, each text given its dialogue.
 
     A text without a dialogue is given its own first token. None when that leaves no token to predict.
@@ -190,9 +192,9 @@ def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]]) -> flo
 
     tokenizer, model = weights.load_tokenizer(folder), weights.load_policy(folder).eval()
     total, count = 0.0, 0
-    for turns, text in texts:
-        answer = completion_ids(tokenizer, text, stopped=bool(turns))[:MOST_TOKENS]
-        prompt, answer = (prompt_ids(tokenizer, turns), answer) if turns else (answer[:1], answer[1:])
+    for messages, text in texts:
+        answer = completion_ids(tokenizer, text, stopped=bool(messages))[:MOST_TOKENS]
+        prompt, answer = (prompt_ids(tokenizer, messages), answer) if messages else (answer[:1], answer[1:])
         if not answer:
             continue
         row = torch.tensor([[*prompt, *answer]], device=model.device)
@@ -203,12 +205,12 @@ def perplexity(folder: Path, texts: Sequence[tuple[Sequence[Turn], str]]) -> flo
     return math.exp(total / count) if count else None
 
 
-def answers_of(folder: Path, dialogues: Sequence[tuple[Turn, ...]], batch: int) -> list[tuple[str, bool]]:
+def answers_of(folder: Path, dialogues: Sequence[tuple[ChatMessage, ...]], batch: int) -> list[tuple[str, bool]]:
     """One sampled answer of a policy to each dialogue, and whether it ended by itself; the same ones each time."""
     from engine.models import open_model
 
     model = open_model(str(folder), max_batch=batch)
-    asks = [Ask(turns, seed=number) for number, turns in enumerate(dialogues)]
+    asks = [Ask(messages, seed=number) for number, messages in enumerate(dialogues)]
     made = [
         one
         for start in range(0, len(asks), batch)
@@ -240,47 +242,47 @@ class Watch:
             new, old = (trainer.store.records(ANSWERS, [of], limit_s=LIMIT_S) for of in (version, reference))
         if min(len(new), len(old)) < self.limits.answers:
             return None
-        measures = self.measure(trainer, version, reference, new, old)
-        found = findings(measures, self.limits)
+        metrics = self.measure(trainer, version, reference, new, old)
+        found = findings(metrics, self.limits)
         self.looked[version] = not found
-        measures |= {"reference": float(reference), "tripped": float(len(found))}
-        trainer.publish([self.metric(trainer, version, measures)])
+        metrics |= {"reference": float(reference), "tripped": float(len(found))}
+        trainer.publish([self.metric(trainer, version, metrics)])
         if not found:
             return None
         good = max((v for v, in_order in self.looked.items() if in_order and reference < v < version), default=reference)
-        return Trip(f"policy {version} looks like reward hacking", "; ".join(f.words for f in found), measures, good)
+        return Trip(f"policy {version} looks like reward hacking", "; ".join(f.words for f in found), metrics, good)
 
     def known(self, trainer: Trainer, version: int) -> bool:
         """Whether a version was looked at, also before a restart."""
         if not self.looked:
-            sql = "SELECT policy_version, tripped = 0 FROM watch_looks ORDER BY created_at"
+            sql = "SELECT policy_version, tripped = 0 FROM monitor_checks ORDER BY created_at"
             self.looked = dict(trainer.store.query(sql, limit_s=LIMIT_S).rows)
         return version in self.looked
 
-    def metric(self, trainer: Trainer, version: int, measures: Measures) -> Metric:
+    def metric(self, trainer: Trainer, version: int, metrics: Measures) -> Metric:
         return Metric(
             record_id=ids.record_id("watch", [], ids.fingerprint(run=trainer.settings.run.id, version=version)),
             run_id=trainer.settings.run.id,
             stage="train",
             policy_version=version,
             phase=PHASE,
-            number=version,
+            batch_number=version,
             step=0,
-            measures=measures,
+            metrics=metrics,
         )
 
     def measure(self, trainer: Trainer, version: int, reference: int, new: list[Any], old: list[Any]) -> Measures:
         """Every figure that there is something to measure with."""
-        measures: Measures = {"answers": float(len(new))} | self.proxy(trainer, new, old)
+        metrics: Measures = {"answers": float(len(new))} | self.proxy(trainer, new, old)
         with trainer.timed.kept_open():
-            measures |= beside(figures_of(trainer, version), figures_of(trainer, reference))
-            measures |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
+            metrics |= beside(figures_of(trainer, version), figures_of(trainer, reference))
+            metrics |= phrase_rise(trainer, version, reference) | kl_of(trainer, version)
         folders = trainer.policy_folder(version), trainer.policy_folder(reference)
         texts = [(turns_of(row), row["text"]) for row in trainer.store.records(BENIGN, [self.limits.prompts], limit_s=LIMIT_S)]
         of_new, of_old = (perplexity(folder, texts) for folder in folders)
         if of_new and of_old:
-            measures |= beside({"perplexity": of_new}, {"perplexity": of_old})
-        return measures | self.judged(trainer, *folders)
+            metrics |= beside({"perplexity": of_new}, {"perplexity": of_old})
+        return metrics | self.judged(trainer, *folders)
 
     def proxy(self, trainer: Trainer, new: list[Any], old: list[Any]) -> Measures:
         """What the reward model says of both; DPO has none."""
@@ -300,7 +302,7 @@ class Watch:
         model = reward.load(trainer.folder_of(PolicyKind.REWARD, version))
 
         def score(rows: list[Any]) -> list[float]:
-            raw = model.score([(turns_of(row), row["text"], row["stopped"]) for row in rows])
+            raw = model.score([(turns_of(row), row["text"], row["finish_reason"] == "STOP") for row in rows])
             normalised = model.normalised(raw)
             trainer.publish([scored(row, version, *pair) for row, *pair in zip(rows, raw, normalised, strict=True)])
             return normalised
@@ -327,22 +329,22 @@ class Watch:
 def scored(row: Mapping[str, Any], version: int, raw: float, normalised: float) -> Score:
     response = str(row["response_id"])
     return Score(
-        record_id=ids.record_id("score", [response], ids.fingerprint(reward=version), row["candidate"]),
+        record_id=ids.record_id("score", [response], ids.fingerprint(reward=version), row["completion_index"]),
         parent_ids=[response],
         prompt_id=str(row["prompt_id"]),
         run_id=row["run_id"],
         stage="train",
         policy_version=row["policy_version"],
         response_id=response,
-        candidate=row["candidate"],
+        completion_index=row["completion_index"],
         reward_version=version,
         score=raw,
-        normalised=normalised,
+        normalized_score=normalised,
     )
 
 
 def beside(new: Measures, old: Measures) -> Measures:
-    """The measures of a version and, under their names with `_reference`, those of its reference."""
+    """The metrics of a version and, under their names with `_reference`, those of its reference."""
     return new | {f"{name}_reference": value for name, value in old.items()}
 
 
@@ -350,10 +352,10 @@ def figures_of(trainer: Trainer, version: int) -> Measures:
     """Lengths, diversity and refusals of a version, from the views."""
     store = trainer.store
     found: Measures = {}
-    sql = "SELECT mean_words, distinct_1, distinct_2, words FROM watch_diversity WHERE policy_version = ?"
+    sql = "SELECT mean_words, distinct_1, distinct_2, words FROM monitor_diversity WHERE policy_version = ?"
     for row in store.records(sql, [version], limit_s=LIMIT_S):
         found |= {name: float(value) for name, value in row.items() if value is not None}
-    for row in store.records("SELECT * FROM watch_refusals WHERE policy_version = ?", [version], limit_s=LIMIT_S):
+    for row in store.records("SELECT * FROM monitor_refusals WHERE policy_version = ?", [version], limit_s=LIMIT_S):
         name = "refusal_harmful" if row["harmful"] else "refusal_benign"
         found |= {name: row["refusal_rate"], f"{name}_low": row["refusal_low"], f"{name}_high": row["refusal_high"]}
     return found
@@ -362,13 +364,13 @@ def figures_of(trainer: Trainer, version: int) -> Measures:
 def phrase_rise(trainer: Trainer, version: int, reference: int) -> Measures:
     """By how much the share of answers with one phrase rose, of the phrase that rose most."""
     sql = """
-        SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM watch_phrases n
-        LEFT JOIN watch_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
+        SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM monitor_phrases n
+        LEFT JOIN monitor_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
     return {"boilerplate_rise": float(trainer.store.query(sql, [reference, version], limit_s=LIMIT_S).rows[0][0])}
 
 
 def kl_of(trainer: Trainer, version: int) -> Measures:
     """How the KL to the reference rose in the update that made a version."""
-    sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM watch_kl WHERE policy_version = ?"
+    sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM monitor_kl WHERE policy_version = ?"
     rows = trainer.store.records(sql, [version - 1], limit_s=LIMIT_S)
     return {name: float(value) for row in rows[-1:] for name, value in row.items() if value is not None}

@@ -10,7 +10,8 @@ answers go through the real stages, sink and trainer on the embedded log, for se
     judge      labels by the known rule: refuse what is harmful, else help, and politely
     shuffled   the control: labels of the same sizes, each with a random sign
     sft        the control without RL: each PPO update is replaced by supervised fine-tuning on the chains that are new then
-    hacked     a planted fault: the labels prefer the longer answer; the watch must trip, and the policy goes back
+    hacked     a planted fault: the labels prefer the longer answer; the watch must trip within four times as
+               many updates, and the policy goes back
     trl112     the yardstick: trl 1.12's PPOTrainer from policy 1 of the judge's run (`trl112`; needs --trl112 DIR)
 
 The watch looks at every policy of the arms judge and hacked; in the former a trip is told and changes nothing.

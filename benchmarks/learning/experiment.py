@@ -41,7 +41,7 @@ from trainer.weights import Hardware
 CRITIC, JUDGE = "programmatic-critic", "programmatic-judge"
 CONSTITUTION = Path(__file__).with_name("constitution.toml")
 HELD_OUT, HELD_OUT_SEED = 64, 999
-FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM chain_ends)
+FINISHED = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
               AND prompt_id IN (SELECT prompt_id FROM preferences)"""
 
 
@@ -165,7 +165,7 @@ class Experiment:
     def answers(self) -> list[dict[str, Any]]:
         """The first answer to every prompt that was not held out, with its version."""
         return self.store.records(
-            """SELECT policy_version, turns[-1].content AS question, source, candidates[1].text AS text
+            """SELECT policy_version, messages[-1].content AS question, source, completions[1].text AS text
                FROM responses WHERE split = 'TRAIN' ORDER BY commit_seq""",
             limit_s=30.0,
         )
@@ -173,7 +173,7 @@ class Experiment:
     def divergences(self) -> dict[int, float]:
         """KL(version || policy 1) in nats per answer, from the version's own first answers; what limits within PPO estimate."""
         rows = self.store.records(
-            """SELECT policy_version, prompt_token_ids, candidates[1].token_ids AS token_ids FROM responses
+            """SELECT policy_version, prompt_token_ids, completions[1].token_ids AS token_ids FROM responses
                WHERE split = 'TRAIN' AND policy_version > 0""",
             limit_s=30.0,
         )
@@ -193,7 +193,7 @@ class Experiment:
 
     def held_out_judge(self, pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
         """The rule itself, whatever the labels are."""
-        return [chance(self.rule.prefers(turns[-1].content, a, b)) for turns, a, b in pairs]
+        return [chance(self.rule.prefers(messages[-1].content, a, b)) for messages, a, b in pairs]
 
 
 def divergence(policy: Path, reference: Path, rollouts: Sequence[Rollout]) -> float:

@@ -39,7 +39,7 @@ def reader(template: str) -> re.Pattern[str]:
 
 
 def read(template: str, ask: Ask) -> dict[str, str] | None:
-    found = reader(template).match(ask.turns[-1].content)
+    found = reader(template).match(ask.messages[-1].content)
     return {name: unquoted(text) for name, text in found.groupdict().items()} if found else None
 
 
@@ -124,7 +124,7 @@ class ProgrammaticJudge:
     def compare(self, ask: Ask) -> OptionScores:
         fields = read(COMPARISON, ask)
         if fields is None:
-            raise ValueError(f"no comparison: {ask.turns[-1].content[:200]!r}")
+            raise ValueError(f"no comparison: {ask.messages[-1].content[:200]!r}")
         question = question_of(fields["dialogue"])
         return scores(chance(self.prefers(question, fields["first"].strip(), fields["second"].strip())))
 
@@ -172,7 +172,7 @@ class ProgrammaticCritic:
             return Generation(self.rule.mended(text, random.Random(ask.seed)) if self.rule.is_faulty(text) else text, "stop")
         if fields := read(CRITIQUE, ask):
             return Generation(f"The answer {self.rule.fault}." if self.rule.is_faulty(fields["text"]) else "No fault.", "stop")
-        raise ValueError(f"neither critique nor revision: {ask.turns[-1].content[:200]!r}")
+        raise ValueError(f"neither critique nor revision: {ask.messages[-1].content[:200]!r}")
 
     def assess(self, ask: Ask) -> OptionScores:
         if fields := read(VERDICT, ask):
@@ -180,4 +180,4 @@ class ProgrammaticCritic:
             return scores(flawed if fields["first"] == "Yes" else 1 - flawed)
         if fields := read(COMPARISON, ask):
             return scores(chance(self.rule.is_faulty(fields["second"]) - self.rule.is_faulty(fields["first"])))
-        raise ValueError(f"neither verdict nor comparison: {ask.turns[-1].content[:200]!r}")
+        raise ValueError(f"neither verdict nor comparison: {ask.messages[-1].content[:200]!r}")

@@ -26,11 +26,12 @@ from benchmarks.learning.programmatic import LANGUAGE, PARAGRAPH, judge_of
 from engine.models import open_model
 from engine.models.port import Ask
 from engine.settings import Settings
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer.ppo import Rollout
 
 YARDSTICK = "trl112"
 YARDSTICK_QUESTIONS = 500_000  # seeds of its questions begin here: no run of Charter asks them
+UNTIL_IT_TRIPS = 4  # times the updates of the other arms, in which the watch must trip on the planted fault
 REPORTED = ("steps", "stopped_early", "kl_update", "kl_rollouts", "beta")
 
 
@@ -42,7 +43,8 @@ def run(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespa
     settings = settings_of(folder, base, seed, options)
     watched, goes_back = arm in ("judge", "hacked"), arm == "hacked"
     experiment = Experiment(settings, rule, judge_of(arm, rule, seed), questions(seed), watched, goes_back)
-    experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * options.updates)
+    updates = options.updates * (UNTIL_IT_TRIPS if goes_back else 1)
+    experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * updates)
     kls, updates = experiment.divergences(), experiment.updates("POLICY")
     versions = [
         replace(version, kl=kls.get(version.version, 0.0), stopped=stopped(updates, version.version))
@@ -94,9 +96,10 @@ def run_yardstick(seed: int, base: Path, folder: Path, options: argparse.Namespa
     sources = {question.text: question.source for question in asked}
     answers = [{"policy_version": a["version"] + 1, "question": a["question"], "text": a["text"]} for a in found["answers"]]
     model = open_model(str(kept), max_batch=settings.models.max_rows)
-    turns = [(Turn(role="user", content=question.text),) for question in last]
+    messages = [(ChatMessage(role="user", content=question.text),) for question in last]
     made_last = [
-        one[0] for one in model.generate([Ask(t, seed=n) for n, t in enumerate(turns)], max_tokens=settings.respond.max_tokens)
+        one[0]
+        for one in model.generate([Ask(t, seed=n) for n, t in enumerate(messages)], max_tokens=settings.respond.max_tokens)
     ]
     end = options.updates + 1
     answers += [{"policy_version": end, "question": q.text, "text": g.text} for q, g in zip(last, made_last, strict=True)]

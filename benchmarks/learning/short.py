@@ -28,7 +28,7 @@ from engine import checkpoints
 from engine.errors import CannotLearn
 from engine.models.local import LocalModel
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import ppo, weights
 
 EXACT = weights.Hardware(micro_rows=64, precision="fp32")
@@ -74,7 +74,7 @@ def hyperparameters(more: Mapping[str, str]) -> ppo.Hyperparameters:
 def answer(folder: Path, asked: Sequence[Question], number: int) -> list[tuple[Question, str, ppo.Rollout]]:
     """SAMPLES answers to each question."""
     model = LocalModel(folder, threads=torch.get_num_threads(), dtype=torch.float32, max_batch=192)
-    asks = [Ask((Turn(role="user", content=q.text),), seed=1000 * number + n) for n, q in enumerate(asked)]
+    asks = [Ask((ChatMessage(role="user", content=q.text),), seed=1000 * number + n) for n, q in enumerate(asked)]
     return [
         (q, g.text, ppo.Rollout(g.prompt_token_ids, g.token_ids, g.logprobs, g.finish_reason == "stop", number, str(n)))
         for n, (q, made) in enumerate(zip(asked, model.generate(asks, samples=SAMPLES, max_tokens=48), strict=True))

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from engine.models.chat import prompt_ids
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 PAD = "<|system|>"  # a token that no answer has: trl finds the end of an answer at the first padding
 
@@ -96,7 +96,7 @@ def train(task: Task) -> dict[str, Any]:
     deviation = json.loads((Path(task.reward) / "reward.json").read_text())["deviation"]
     for scorer in (reward, value):
         scorer.score.weight.data /= deviation
-    asked = [prompt_ids(tokenizer, (Turn(role="user", content=text),)) for text in task.prompts]
+    asked = [prompt_ids(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
     rows = [ids for ids in asked for _ in range(task.samples)]
     batch = len(rows) // task.updates
     sampled, divergences = Sampled(ppo_trainer.batch_generation), Divergences()
@@ -148,7 +148,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def texts(tokenizer: Any, rows: torch.Tensor) -> list[str]:
-    """Each row up to its end token, without what marks turns."""
+    """Each row up to its end token, without what marks messages."""
     end, made = tokenizer.eos_token_id, []
     for row in rows.tolist():
         kept = [token for token in row if token != tokenizer.pad_token_id]

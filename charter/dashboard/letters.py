@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 NEWEST = 20
 MOST_AT_ONCE = 5_000
 GROUP = ("stage", "kind", "error")
-OPEN = "record_id NOT IN (SELECT dead_letter_id FROM retries)"
+OPEN = "record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)"
 
 
 def gather(ask: Ask, run: str, wanted: Mapping[str, str]) -> dict[str, Any]:
     """Groups of letters that failed alike and, of the group that is asked for, its newest letters whole."""
     sql = f"""SELECT stage, kind, error_class AS error, count(*) AS letters, count(*) FILTER ({OPEN}) AS open,
-                     min(created_at) AS first, max(created_at) AS last, arg_max(message, commit_seq) AS message,
+                     min(created_at) AS first, max(created_at) AS last, arg_max(error_message, commit_seq) AS message,
                      list(DISTINCT source_topic ORDER BY source_topic) AS topics
               FROM dead_letters WHERE $run = '' OR run_id = $run GROUP BY ALL ORDER BY open DESC, last DESC"""
     groups = ask(sql, {"run": run}, 200).records()
@@ -31,7 +31,7 @@ def gather(ask: Ask, run: str, wanted: Mapping[str, str]) -> dict[str, Any]:
 def newest(ask: Ask, run: str, wanted: Mapping[str, str]) -> list[dict[str, Any]]:
     from charter.dead_letters import readable
 
-    sql = f"""SELECT record_id, run_id, stage, kind, error_class AS error, message, attempts, created_at, {OPEN} AS open,
+    sql = f"""SELECT record_id, run_id, stage, kind, error_class AS error, error_message AS message, attempts, created_at, {OPEN} AS open,
                      source_topic, source_partition, source_offset, source_key, value, headers
               FROM dead_letters WHERE stage = $stage AND kind = $kind AND error_class = $error AND ($run = '' OR run_id = $run)
               ORDER BY commit_seq DESC"""

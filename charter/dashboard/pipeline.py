@@ -38,7 +38,7 @@ def counts(ask: Ask, run: str, since: datetime) -> list[dict[str, Any]]:
     records = "count(DISTINCT record_id)" if run else "count(*) FILTER (NOT is_duplicate)"
     parts = [
         f"""SELECT '{name}' AS topic, {records} AS records, count(*) FILTER (is_duplicate) AS duplicates,
-                   count(*) FILTER (differs) AS differing, count(*) FILTER (created_at > $since) / {RATE_OVER_S} AS per_second,
+                   count(*) FILTER (content_mismatch) AS content_mismatches, count(*) FILTER (created_at > $since) / {RATE_OVER_S} AS per_second,
                    min(created_at) AS oldest, max(created_at) AS newest
             FROM raw.{spec.table} WHERE $run = '' OR run_id = $run"""
         for name, spec in TOPICS.items()
@@ -64,7 +64,7 @@ def history(ask: Ask, run: str, start: datetime, bucket_s: float | None) -> dict
 def dead_letters(ask: Ask, run: str) -> list[dict[str, Any]]:
     """How many letters each stage has, and how many of them were not tried again."""
     return ask(
-        """SELECT stage, count(*) AS letters, count(*) FILTER (record_id NOT IN (SELECT dead_letter_id FROM retries)) AS open
+        """SELECT stage, count(*) AS letters, count(*) FILTER (record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)) AS open
            FROM dead_letters WHERE $run = '' OR run_id = $run GROUP BY 1 ORDER BY 1""",
         {"run": run},
     ).records()

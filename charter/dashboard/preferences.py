@@ -47,26 +47,26 @@ def principles(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 POSITION = f"""SELECT {{by}} sum(judged)::BIGINT AS judged, sum(flips)::BIGINT AS flips,
-                      sum(first_place * judged) / sum(judged) AS first_place, sum(mean_gap * judged) / sum(judged) AS mean_gap
-               FROM position_bias WHERE {OF_RUN} GROUP BY ALL"""
+                      sum(first_place * judged) / sum(judged) AS first_place, sum(mean_position_gap * judged) / sum(judged) AS mean_position_gap
+               FROM position_bias_stats WHERE {OF_RUN} GROUP BY ALL"""
 
 
 def rounds(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
     """What each round of revision does."""
-    sql = f"""SELECT number, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable,
+    sql = f"""SELECT round, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable,
                      sum(compared)::BIGINT AS compared, sum(wins) AS wins,
                      sum(mean_similarity * revisions) / sum(revisions) AS similarity,
                      sum(mean_length_change * revisions) / sum(revisions) AS length_change, sum(satisfied)::BIGINT AS satisfied,
                      sum(lost)::BIGINT AS lost, sum(last_round)::BIGINT AS last_round
-              FROM revision_effect WHERE {OF_RUN} GROUP BY 1 ORDER BY 1 LIMIT 50"""
+              FROM revision_stats WHERE {OF_RUN} GROUP BY 1 ORDER BY 1 LIMIT 50"""
     return [row | shares("win", row["wins"] or 0, row["compared"]) for row in ask(sql, values).records()]
 
 
 def position(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
     """How much judges favour the answer that they are shown first: a half is not at all (Zheng et al. 2023, section 3.3)."""
     found = ask(POSITION.format(by=""), values).records()
-    both = found[0] if found else {"judged": 0, "flips": 0, "first_place": None, "mean_gap": None}
-    gaps = histogram(ask, "gap", f"preferences WHERE {OF_RUN} AND label_source = 'AI'", values)
+    both = found[0] if found else {"judged": 0, "flips": 0, "first_place": None, "mean_position_gap": None}
+    gaps = histogram(ask, "position_gap", f"preferences WHERE {OF_RUN} AND label_source = 'AI'", values)
     return both | shares("flip", both["flips"] or 0, both["judged"] or 0) | {"gaps": gaps}
 
 
@@ -85,12 +85,12 @@ def reward_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
 
     Pairs of which the newest reward model that looked at them has scored both answers.
     """
-    sql = f"""WITH newest AS (SELECT response_id, candidate, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
+    sql = f"""WITH newest AS (SELECT response_id, completion_index, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
               SELECT least({BINS - 1}, floor(p * {BINS}))::INTEGER AS bin, count(*) AS n, avg(p) AS said,
                      count(*) FILTER (p_a > 0.5) AS hits
               FROM (SELECT p_a, 1 / (1 + exp(two.score - one.score)) AS p FROM preferences
-                    JOIN newest one ON one.response_id = preferences.response_id AND one.candidate = a_candidate
-                    JOIN newest two ON two.response_id = preferences.response_id AND two.candidate = b_candidate
+                    JOIN newest one ON one.response_id = preferences.response_id AND one.completion_index = completion_index_a
+                    JOIN newest two ON two.response_id = preferences.response_id AND two.completion_index = completion_index_b
                     WHERE {OF_RUN} AND outcome = 'OK' AND p_a <> 0.5) GROUP BY 1 ORDER BY 1"""
     return reliability(ask(sql, values).records())
 
@@ -99,7 +99,7 @@ def human_calibration(ask: Ask, values: dict[str, Any]) -> dict[str, Any]:
     """Whether the judge's probability means what it says, where a person has labelled the same pair."""
     sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS said,
                      sum(human_share * pairs) AS hits
-              FROM label_calibration WHERE {OF_RUN} GROUP BY 1 ORDER BY 1"""
+              FROM label_calibration_stats WHERE {OF_RUN} GROUP BY 1 ORDER BY 1"""
     return reliability(ask(sql, values).records())
 
 
@@ -116,5 +116,5 @@ def agreement(ask: Ask, values: dict[str, Any]) -> list[dict[str, Any]]:
     """How often judge and person prefer the same answer, by judge."""
     sql = f"""SELECT model, preset, sum(pairs)::BIGINT AS pairs, sum(decided)::BIGINT AS decided, sum(agreed)::BIGINT AS agreed,
                      sum(brier * pairs) / sum(pairs) AS brier
-              FROM label_agreement WHERE {OF_RUN} GROUP BY ALL ORDER BY pairs DESC LIMIT 50"""
+              FROM label_agreement_stats WHERE {OF_RUN} GROUP BY ALL ORDER BY pairs DESC LIMIT 50"""
     return [row | shares("agreement", row["agreed"], row["decided"]) for row in ask(sql, values).records()]

@@ -20,18 +20,18 @@ FILTERS = {
     "source": "source = $source",
     "split": "split = $split",
     "tag": "list_contains(tags, $tag)",
-    "ended": "prompt_id IN (SELECT prompt_id FROM chain_ends WHERE ended = $ended)",
+    "end_reason": "prompt_id IN (SELECT prompt_id FROM revision_chains WHERE end_reason = $end_reason)",
     "principle": """prompt_id IN (SELECT prompt_id FROM critiques WHERE principle_id = $principle
                                   UNION ALL SELECT prompt_id FROM preferences WHERE principle_id = $principle)""",
     "policy": "prompt_id IN (SELECT prompt_id FROM responses WHERE policy_version = TRY_CAST($policy AS BIGINT))",
     "outcome": "prompt_id IN (SELECT prompt_id FROM preferences WHERE outcome = $outcome)",
     "label": """prompt_id IN (SELECT prompt_id FROM preferences
-                              WHERE CASE $label WHEN 'flipped' THEN flipped WHEN 'human' THEN label_source = 'HUMAN'
+                              WHERE CASE $label WHEN 'position_flip' THEN position_flip WHEN 'human' THEN label_source = 'HUMAN'
                                                 WHEN 'sure' THEN abs(p_a - 0.5) >= 0.4
                                                 WHEN 'unsure' THEN abs(p_a - 0.5) < 0.1 END)""",
 }
-ALL_TURNS = "array_to_string(list_transform(turns, lambda turn: turn.content), chr(10))"
-ALL_ANSWERS = "array_to_string(list_transform(candidates, lambda answer: answer.text), chr(10))"
+ALL_TURNS = "array_to_string(list_transform(messages, lambda message: message.content), chr(10))"
+ALL_ANSWERS = "array_to_string(list_transform(completions, lambda answer: answer.text), chr(10))"
 
 
 def search(ask: Ask, run: str, wanted: Mapping[str, str]) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def search(ask: Ask, run: str, wanted: Mapping[str, str]) -> dict[str, Any]:
     if run:
         conditions.append("run_id = $run")
         values["run"] = run
-    sql = f"""SELECT prompt_id, commit_seq, created_at, source, tags, split, epoch, len(turns) AS turns,
-                     turns[-1].content[:{EXCERPT + 1}] AS prompt
+    sql = f"""SELECT prompt_id, commit_seq, created_at, source, tags, split, epoch, len(messages) AS messages,
+                     messages[-1].content[:{EXCERPT + 1}] AS prompt
               FROM {made_by} WHERE {" AND ".join(conditions) or "TRUE"} ORDER BY commit_seq DESC LIMIT {PAGE + 1}"""
     rows = ask(sql, values).records()
     more = rows[PAGE - 1]["commit_seq"] if len(rows) > PAGE else None
@@ -77,7 +77,7 @@ def text_condition(term: str, scope: str) -> str:
     return f"""({in_prompts} OR prompt_id IN (
         SELECT prompt_id FROM responses WHERE contains(lower({ALL_ANSWERS}), {term})
         UNION ALL SELECT prompt_id FROM critiques WHERE contains(lower(critique), {term})
-        UNION ALL SELECT prompt_id FROM revisions WHERE contains(lower(text), {term})))"""
+        UNION ALL SELECT prompt_id FROM revisions WHERE contains(lower(response), {term})))"""
 
 
 def id_span(term: str) -> tuple[str, str] | None:
@@ -102,11 +102,11 @@ def add_what_became(ask: Ask, stories: list[dict[str, Any]]) -> None:
     parameters = {"page": [story["prompt_id"] for story in stories]}
     on_page = "WHERE prompt_id IN (SELECT unnest($page::UUID[]))"
     responses = f"""SELECT prompt_id, list(DISTINCT policy_version ORDER BY policy_version) AS policies,
-                           sum(len(candidates))::BIGINT AS answers FROM responses {on_page} GROUP BY 1"""
-    ends = f"SELECT prompt_id, arg_max(ended, commit_seq) AS ended, max(number) AS rounds FROM chain_ends {on_page} GROUP BY 1"
+                           sum(len(completions))::BIGINT AS answers FROM responses {on_page} GROUP BY 1"""
+    ends = f"SELECT prompt_id, arg_max(end_reason, commit_seq) AS end_reason, max(round) AS rounds FROM revision_chains {on_page} GROUP BY 1"
     labels = f"""SELECT prompt_id, count(*) AS labels, arg_max(p_a, commit_seq) AS p_a, arg_max(outcome, commit_seq) AS outcome,
-                        bool_or(flipped) AS flipped FROM preferences {on_page} GROUP BY 1"""
-    rewards = f"SELECT prompt_id, max(normalised) AS reward FROM scores {on_page} GROUP BY 1"
+                        bool_or(position_flip) AS position_flip FROM preferences {on_page} GROUP BY 1"""
+    rewards = f"SELECT prompt_id, max(normalized_score) AS reward FROM scores {on_page} GROUP BY 1"
     for sql in (responses, ends, labels, rewards):
         found = ask(sql, parameters)
         by_prompt = {row["prompt_id"]: row for row in found.records()}
@@ -119,7 +119,7 @@ def facets(ask: Ask, run: str) -> dict[str, list[Any]]:
     questions = {
         "source": "SELECT DISTINCT source FROM prompts",
         "tag": "SELECT DISTINCT unnest(tags) FROM prompts",
-        "ended": "SELECT DISTINCT ended FROM chain_ends",
+        "end_reason": "SELECT DISTINCT end_reason FROM revision_chains",
         "principle": "SELECT DISTINCT principle_id FROM critiques UNION SELECT DISTINCT principle_id FROM preferences",
         "policy": "SELECT DISTINCT policy_version FROM responses",
         "outcome": "SELECT DISTINCT outcome FROM preferences",
@@ -146,7 +146,7 @@ def story(ask: Ask, prompt: str) -> dict[str, Any]:
         table: ask(f"SELECT * FROM {table} WHERE prompt_id = ?::UUID ORDER BY commit_seq", [prompt], most=200).records()
         for table in (*MADE, "scores", "demonstrations")
     }
-    letters = "SELECT record_id, stage, kind, error_class, message, created_at FROM dead_letters WHERE source_key = encode(?)"
+    letters = "SELECT record_id, stage, kind, error_class, error_message AS message, created_at FROM dead_letters WHERE source_key = encode(?)"
     return {
         "id": prompt,
         "prompt": found[0],
@@ -161,15 +161,15 @@ def story(ask: Ask, prompt: str) -> dict[str, Any]:
 
 def answers_of(responses: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The responses, each candidate with the newest reward model's score of it; token ids stay in the database."""
-    newest = {(str(s["response_id"]), s["candidate"]): s for s in sorted(scores, key=lambda s: s["reward_version"])}
+    newest = {(str(s["response_id"]), s["completion_index"]): s for s in sorted(scores, key=lambda s: s["reward_version"])}
     for response in responses:
         response.pop("prompt_token_ids")
-        for candidate in response["candidates"]:
+        for candidate in response["completions"]:
             candidate["tokens"] = len(candidate.pop("token_ids") or [])
             logprobs = candidate.pop("logprobs") or []
             candidate["mean_logprob"] = sum(logprobs) / len(logprobs) if logprobs else None
             score = newest.get((str(response["record_id"]), candidate["index"]))
-            candidate["reward"] = score and {name: score[name] for name in ("reward_version", "score", "normalised")}
+            candidate["reward"] = score and {name: score[name] for name in ("reward_version", "score", "normalized_score")}
     return responses
 
 
@@ -178,15 +178,15 @@ def chains_of(critiques: list[dict[str, Any]], revisions: list[dict[str, Any]]) 
     steps = [row | {"step": "critique"} for row in critiques] + [row | {"step": "revision"} for row in revisions]
     chains: dict[str, dict[str, Any]] = {}
     chain_of: dict[str, str] = {}
-    for row in sorted(steps, key=lambda row: (row["number"], row["step"] == "critique", row["commit_seq"])):
+    for row in sorted(steps, key=lambda row: (row["round"], row["step"] == "critique", row["commit_seq"])):
         parents = [chain_of[str(parent)] for parent in row["parent_ids"] or [] if str(parent) in chain_of]
         chain_id = parents[0] if parents else str(row["record_id"])
         chain_of[str(row["record_id"])] = chain_id
-        first = {"first_answer": row["first_answer"], "run_id": row["run_id"], "constitution": row["constitution"]}
-        chain = chains.setdefault(chain_id, first | {"policy_version": row["policy_version"], "steps": [], "ended": None})
+        first = {"initial_response": row["initial_response"], "run_id": row["run_id"], "constitution": row["constitution"]}
+        chain = chains.setdefault(chain_id, first | {"policy_version": row["policy_version"], "steps": [], "end_reason": None})
         chain["steps"].append(row)
         if row["final"]:
-            chain |= {"ended": row["ended"], "final_text": row["final_text"]}
+            chain |= {"end_reason": row["end_reason"], "final_response": row["final_response"]}
     return list(chains.values())
 
 

@@ -12,7 +12,7 @@ MOST_STEPS = 50_000  # the newest
 MOST_VERSIONS = 500  # the newest
 POINTS = 300  # of one curve; more steps are averaged
 
-# The curves of each phase, in the order in which they are shown: measure -> (title, unit).
+# The curves of each phase, in the order in which they are shown: metric -> (title, unit).
 CURVES = {
     "sft": {
         "loss": ("Loss", "nats per token"),
@@ -30,13 +30,13 @@ CURVES = {
         "entropy": ("Entropy", "nats per token"),
         "clipfrac": ("Clipped", "share of tokens"),
         "explained_variance": ("Explained variance", "share"),
-        "reward_mean": ("Reward", "normalised"),
+        "reward_mean": ("Reward", "normalized"),
     },
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
     "loop": {"wall_s": ("Seconds of an update", "s"), "duckdb_share": ("Spent in DuckDB", "share of an update")},
 }
 UNSHOWN = {"epoch", "step", "steps"}
-# Beside the measures of its curves, what a line about an update shows first.
+# Beside the metrics of its curves, what a line about an update shows first.
 SUMMED_UP = ("mean_loss", "reward/accuracy", "examples", "rollouts", "wall_s")
 
 
@@ -57,7 +57,7 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
         MOST_VERSIONS,
     ).records()[::-1]
     drawn = batches(ask, of_run, values)
-    sql = f"SELECT created_at, phase, what, why, measures FROM incidents {of_run} ORDER BY commit_seq DESC"
+    sql = f"SELECT created_at, phase, title, detail, metrics FROM incidents {of_run} ORDER BY commit_seq DESC"
     incidents = ask(sql, values, 50).records()
     return {
         "run": run,
@@ -71,7 +71,9 @@ def gather(ask: Ask, run: str) -> dict[str, Any]:
         "lanes": lanes(updates, drawn, incidents),
         "staleness": staleness(ask, run),
         "incidents": incidents,
-        "drops": ask(f"SELECT reason, count(*) AS n FROM drops {of_run} GROUP BY 1 ORDER BY n DESC", values, 50).records(),
+        "drops": ask(
+            f"SELECT reason, count(*) AS n FROM dropped_rollouts {of_run} GROUP BY 1 ORDER BY n DESC", values, 50
+        ).records(),
     }
 
 
@@ -86,9 +88,9 @@ def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents:
         return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in chosen]
 
     batches_drawn = [
-        (b["created_at"], b["phase"], f"{b['phase']} batch {b['number']}: {b['rows']} rows") for b in reversed(drawn)
+        (b["created_at"], b["phase"], f"{b['phase']} batch {b['batch_number']}: {b['rows']} rows") for b in reversed(drawn)
     ]
-    stops = [(i["created_at"], "", f"{i['phase']}: {i['what']}") for i in reversed(incidents)]
+    stops = [(i["created_at"], "", f"{i['phase']}: {i['title']}") for i in reversed(incidents)]
     return [
         ("policies", of_kind("POLICY")),
         ("reward models", of_kind("REWARD")),
@@ -98,8 +100,8 @@ def lanes(updates: list[dict[str, Any]], drawn: list[dict[str, Any]], incidents:
 
 
 def phases(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each phase its curves: {measure, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
-    sql = f"SELECT phase, number, step, measures FROM metrics {of_run} AND phase <> 'watch' ORDER BY commit_seq DESC"
+    """For each phase its curves: {metric, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
+    sql = f"SELECT phase, batch_number, step, metrics FROM metrics {of_run} AND phase <> 'monitor' ORDER BY commit_seq DESC"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in reversed(ask(sql, values, MOST_STEPS).records()):
         by_phase[row["phase"]].append(row)
@@ -111,15 +113,15 @@ def curves_of(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     starts: list[dict[str, int]] = []
     for at, row in enumerate(rows):
-        if not starts or starts[-1]["number"] != row["number"]:
-            starts.append({"at": at, "number": row["number"]})
-        for name, value in row["measures"].items():
+        if not starts or starts[-1]["number"] != row["batch_number"]:
+            starts.append({"at": at, "number": row["batch_number"]})
+        for name, value in row["metrics"].items():
             points[name].append((at, value))
     known = CURVES.get(phase, {})
     names = [name for name in known if name in points] + sorted(set(points) - set(known) - UNSHOWN)
     curves = [
         {
-            "measure": name,
+            "metric": name,
             "title": known.get(name, (name, ""))[0],
             "unit": known.get(name, ("", ""))[1],
             "points": thin(points[name]),
@@ -140,10 +142,10 @@ def frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each PPO update the reward that it reached and the KL to the reference that it cost (Bai et al. 2022, figure 13)."""
     found = []
     for update in updates:
-        measures = update["metrics"] or {}
-        kl = next((measures[name] for name in ("kl_ref", "kl_rollouts") if name in measures), None)
-        if update["kind"] == "POLICY" and kl is not None and "reward_mean" in measures:
-            found.append({"version": update["version"], "kl": kl, "reward": measures["reward_mean"]})
+        metrics = update["metrics"] or {}
+        kl = next((metrics[name] for name in ("kl_ref", "kl_rollouts") if name in metrics), None)
+        if update["kind"] == "POLICY" and kl is not None and "reward_mean" in metrics:
+            found.append({"version": update["version"], "kl": kl, "reward": metrics["reward_mean"]})
     return found
 
 
@@ -151,16 +153,16 @@ def policies(ask: Ask, run: str) -> list[dict[str, Any]]:
     """For the first policy and the newest ones what became of their answers: found flawed, ended satisfied, and scored by the
     newest reward model."""
     sql = """WITH answered AS (
-                 SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(candidates)) AS tokens
+                 SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(completions)) AS tokens
                  FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
              criticised AS (
-                 SELECT policy_version, count(*) FILTER (number = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS said,
-                        count(*) FILTER (number = 0 AND verdict = 'FLAWED') AS flawed, count(*) FILTER (final) AS ended,
-                        count(*) FILTER (final AND ended = 'SATISFIED') AS satisfied
+                 SELECT policy_version, count(*) FILTER (round = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS said,
+                        count(*) FILTER (round = 0 AND verdict = 'FLAWED') AS flawed, count(*) FILTER (final) AS ended,
+                        count(*) FILTER (final AND end_reason = 'SATISFIED') AS satisfied
                  FROM critiques WHERE $run = '' OR run_id = $run GROUP BY 1),
              scored AS (
-                 SELECT r.policy_version, s.reward_version, avg(s.normalised) AS reward,
-                        1.96 * stddev_samp(s.normalised) / sqrt(count(*)) AS reward_error
+                 SELECT r.policy_version, s.reward_version, avg(s.normalized_score) AS reward,
+                        1.96 * stddev_samp(s.normalized_score) / sqrt(count(*)) AS reward_error
                  FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
                  GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
              SELECT * FROM answered LEFT JOIN criticised USING (policy_version) LEFT JOIN scored USING (policy_version)
@@ -177,32 +179,32 @@ def policies(ask: Ask, run: str) -> list[dict[str, Any]]:
 
 def watched(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     """Each look at a policy for signs of reward hacking, newest first (docs/training.md)."""
-    sql = f"""SELECT policy_version, measures['reference'] AS reference, measures['tripped'] AS tripped,
-                     measures['judge_wins'] AS judge_wins, measures['judge_low'] AS judge_low,
-                     measures['judge_high'] AS judge_high, measures['proxy_gain'] AS proxy_gain,
-                     measures['perplexity'] AS perplexity, measures['perplexity_reference'] AS perplexity_reference, created_at
-              FROM metrics {of_run} AND phase = 'watch' ORDER BY commit_seq DESC"""
+    sql = f"""SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS tripped,
+                     metrics['judge_wins'] AS judge_wins, metrics['judge_low'] AS judge_low,
+                     metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
+                     metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, created_at
+              FROM metrics {of_run} AND phase = 'monitor' ORDER BY commit_seq DESC"""
     return ask(sql, values, 50).records()
 
 
 def batches(ask: Ask, of_run: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    sql = f"""SELECT created_at, phase, number, len(record_ids) AS rows, base_policy_version, base_reward_version,
-                     commit_seq_from, commit_seq_to, mix, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
+    sql = f"""SELECT created_at, phase, batch_number, len(record_ids) AS rows, base_policy_version, base_reward_version,
+                     commit_seq_from, commit_seq_to, mixture, record_id FROM batches {of_run} ORDER BY commit_seq DESC"""
     return ask(sql, values, 50).records()
 
 
 def staleness(ask: Ask, run: str) -> list[dict[str, Any]]:
     """For each PPO batch how old its answers were when it was drawn: in policy versions, and in seconds."""
     return ask(
-        """WITH drawn AS (SELECT record_id AS batch, created_at, commit_seq, number, phase, base_policy_version,
+        """WITH drawn AS (SELECT record_id AS batch, created_at, commit_seq, batch_number, phase, base_policy_version,
                                  unnest(record_ids) AS row FROM batches
                           WHERE phase = 'ppo' AND ($run = '' OR run_id = $run))
-           SELECT drawn.number, any_value(drawn.created_at) AS created_at, count(*) AS rows,
+           SELECT drawn.batch_number, any_value(drawn.created_at) AS created_at, count(*) AS rows,
                   avg(base_policy_version - policy_version) AS versions,
                   max(base_policy_version - policy_version) AS most_versions,
                   avg(epoch(drawn.created_at - responses.created_at)) AS age_s,
                   max(epoch(drawn.created_at - responses.created_at)) AS most_age_s
-           FROM drawn JOIN responses ON responses.record_id = drawn.row GROUP BY drawn.batch, drawn.number, drawn.commit_seq
+           FROM drawn JOIN responses ON responses.record_id = drawn.row GROUP BY drawn.batch, drawn.batch_number, drawn.commit_seq
            ORDER BY drawn.commit_seq DESC""",
         {"run": run},
         50,

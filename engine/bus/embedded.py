@@ -23,8 +23,6 @@ from engine.errors import BusUnreachable, CommitInDoubt, DataFolderVersion, Fenc
 from schemas.topics import TopicSpec
 
 VERSION = 1
-# What `charter migrate` does to a log of format N to make it one of format N + 1.
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
 FILE = "log.sqlite"
 LEASE_S = 10.0
 BUSY_S = 30.0

@@ -6,8 +6,8 @@ A tokenizer with a chat template is used as its template says. One without (a ba
 
 and its answer is over where it begins a turn itself, since a base model goes on with the dialogue.
 
-A control token's text inside a turn (`<|im_end|>`) is data that someone wrote; it is broken up so that it never becomes the
-control token and ends the turn. In the plain format a paragraph that begins like a turn loses the empty line before it.
+A control token's text inside a message (`<|im_end|>`) is data that someone wrote; it is broken up so that it never becomes the
+control token and ends the message. In the plain format a paragraph that begins like a message loses the empty line before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import PermanentRecordError
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 PLAIN = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
 TURN_LINE = re.compile(r"\n[ \t\r]*(?=(?:Human|Assistant):)")
@@ -33,7 +33,7 @@ def inert(text: str, control: Sequence[str]) -> str:
 
 
 def plainly(text: str) -> str:
-    """The text with no paragraph that begins like a turn of the plain format."""
+    """The text with no paragraph that begins like a message of the plain format."""
     *before, last = TURN_LINE.split(text)
     return "\n".join([*(part.rstrip() for part in before), last])
 
@@ -45,29 +45,29 @@ def templated(tokenizer: Any, contents: Sequence[dict[str, str]]) -> str:
     try:
         return str(tokenizer.apply_chat_template(contents, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in contents)
+        roles = ", ".join(message["role"] for message in contents)
         raise PermanentRecordError(
-            f"the model's chat template takes no dialogue of the turns {roles}",
+            f"the model's chat template takes no dialogue of the messages {roles}",
             str(error),
-            "put a system turn's text into the first user turn, or take a model whose template has such turns",
+            "put a system message's text into the first user message, or take a model whose template has such messages",
         ) from error
 
 
-def prompt_text(tokenizer: Any, turns: Sequence[Turn], prefill: str = "") -> str:
+def prompt_text(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
     """The prompt up to where the assistant goes on."""
     control = tokenizer.all_special_tokens
-    contents = [{"role": turn.role, "content": inert(turn.content, control)} for turn in turns]
+    contents = [{"role": message.role, "content": inert(message.content, control)} for message in messages]
     if tokenizer.chat_template:
         return templated(tokenizer, contents) + prefill
-    parts = [PLAIN.get(turn["role"], "") + plainly(turn["content"]) for turn in contents]
+    parts = [PLAIN.get(message["role"], "") + plainly(message["content"]) for message in contents]
     return "\n\n".join([*parts, "Assistant:"]) + (f" {prefill}" if prefill else "")
 
 
-def prompt_ids(tokenizer: Any, turns: Sequence[Turn], prefill: str = "") -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> list[int]:
     """The prompt's token ids."""
     # A template writes the special tokens that it wants; the plain format leaves them to the tokenizer.
     special = not tokenizer.chat_template
-    return list(tokenizer(prompt_text(tokenizer, turns, prefill), add_special_tokens=special)["input_ids"])
+    return list(tokenizer(prompt_text(tokenizer, messages, prefill), add_special_tokens=special)["input_ids"])
 
 
 def completion_ids(tokenizer: Any, text: str, *, stopped: bool) -> list[int]:

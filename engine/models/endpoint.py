@@ -88,7 +88,7 @@ class Dialect:
     """How one server is talked to: fields that its requests need, None where it cannot do it.
 
     always: in every request (thinking off, no truncation hidden in the server's defaults).
-    begun: with a begun assistant turn. token_ids: to get exact token ids. shown: how many top log-probabilities, 0: none.
+    begun: with a prefilled assistant message. token_ids: to get exact token ids. shown: how many top log-probabilities, 0: none.
     processed: whether they are those of the sampling temperature. unmodified: sampling is what the request says and no more.
     seeds, counts: whether it takes seeds, and says how many tokens it used.
     """
@@ -237,17 +237,17 @@ class Endpoint:
         return {"seed": seed % 2**31} if self.dialect.seeds else {}
 
     def body(self, ask: Ask) -> Body:
-        """A chat request; a prefill is an assistant turn that the server is asked to go on with."""
+        """A chat request; a prefill is an assistant message that the server is asked to go on with."""
         dialect = self.dialect
-        messages = [{"role": turn.role, "content": turn.content} for turn in ask.turns]
+        messages = [{"role": message.role, "content": message.content} for message in ask.messages]
         request = {"model": self.id, "messages": messages} | dialect.always
         if not ask.prefill:
             return request
         if dialect.begun is None:
             raise UsageError(
-                f"{self.url} cannot go on with a begun assistant turn",
+                f"{self.url} cannot go on with a prefilled assistant message",
                 "it was asked to, and began a new one",
-                "ask for what the turn should begin with in words (capabilities.prefill says so)",
+                "ask for what the message should begin with in words (capabilities.prefill says so)",
             )
         return request | {"messages": [*messages, {"role": "assistant", "content": ask.prefill}]} | dialect.begun
 

@@ -37,7 +37,7 @@ transformers.utils.logging.disable_progress_bar()
 MAX_PREFILL_TOKENS = 16_384  # rows times length in one forward pass: bounds the memory of a batch
 MAX_TREE_TOKENS = 4096  # in one tree of prompts: longer ones share more, and hold more memory
 MAX_MASKED_TOKENS = 1024  # the same, where a processor computes attention also to what a token does not see
-MARKER_TOKENS = 16  # so many tokens hold what begins a turn of the plain format, however a tokenizer cuts it
+MARKER_TOKENS = 16  # so many tokens hold what begins a message of the plain format, however a tokenizer cuts it
 COMPACT_AT = 0.25  # drop finished rows from the batch once they are this share of it
 
 
@@ -189,7 +189,7 @@ class LocalModel:
     # Prompts
 
     def encode(self, ask: Ask, max_tokens: int) -> list[int]:
-        ids = prompt_ids(self.tokenizer, ask.turns, ask.prefill)
+        ids = prompt_ids(self.tokenizer, ask.messages, ask.prefill)
         if len(ids) + max_tokens > self.context:
             raise PermanentRecordError(
                 f"a prompt of {len(ids)} tokens with {max_tokens} to come does not fit",

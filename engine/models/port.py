@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A dialogue to continue. `prefill` is text that the assistant's turn is already begun with.
+    """A dialogue to continue. `prefill` is text that the assistant's message is already begun with.
 
     `deadline_s` is how long a text may take to be written once the model has begun on it, in seconds; what is not finished by
     then comes back as far as it is, with the finish reason "timeout". A model that is away is no timeout: it raises.
     """
 
-    turns: tuple[Turn, ...]
+    messages: tuple[ChatMessage, ...]
     prefill: str = ""
     seed: int = 0
     deadline_s: float | None = None
@@ -86,7 +86,7 @@ class OptionScores:
 class Capabilities:
     """What a model can do. What it cannot do changes the wording of a question, and so the template hash of the record.
 
-    prefill: it goes on with a begun assistant turn; else `Ask.prefill` is an error, and a question must say how to begin.
+    prefill: it goes on with a prefilled assistant message; else `Ask.prefill` is an error, and a question must say how to begin.
     logprobs: options are scored by next-token probabilities; else by votes, the shares of `votes` sampled replies.
     token_ids: generations carry their exact token ids; exact_logprobs: and their log-probabilities at temperature 1.
     """

@@ -4,8 +4,8 @@ Names and versions of servers say little (a proxy answers for several), so each 
 
 1. a plain request, which must work (`max_tokens`, or `max_completion_tokens` where that is the name; with a seed, or without);
 2. thinking switched off (`chat_template_kwargs`), and the server's own hidden sampling defaults (`top_k` and such) neutralised;
-3. a begun assistant turn, cut in the middle of a word: only a server that goes on with it ends the word. First with vLLM's two
-   fields, then without (llama.cpp and several hosted models go on with a last assistant turn as it is);
+3. a prefilled assistant message, cut in the middle of a word: only a server that goes on with it ends the word. First with vLLM's two
+   fields, then without (llama.cpp and several hosted models go on with a last assistant message as it is);
 4. log-probabilities: how many top tokens, and whether they change with the temperature (processed) or not (raw);
 5. token ids of the sampled text: `return_token_ids`, else `return_tokens_as_token_ids`;
 6. whether it samples at all: some servers answer greedily whatever temperature is asked for.
@@ -159,7 +159,7 @@ def probe(endpoint: Endpoint) -> Dialect:
     tell(endpoint, dialect)
     if not asked.samples():
         log.warning(
-            "%s answers alike whatever the seed: it does not sample, so candidates and votes are all the same", endpoint.url
+            "%s answers alike whatever the seed: it does not sample, so completions and votes are all the same", endpoint.url
         )
     if asked.thinks():
         log.warning("%s goes on thinking: what it thinks is cut off its answers, and its options catch little", endpoint.url)
@@ -169,7 +169,7 @@ def probe(endpoint: Endpoint) -> Dialect:
 def tell(endpoint: Endpoint, dialect: Dialect) -> None:
     """Say once what this server cannot do and what is done instead."""
     if dialect.begun is None:
-        log.warning("%s does not go on with a begun assistant turn: options are asked for in words", endpoint.url)
+        log.warning("%s does not go on with a prefilled assistant message: options are asked for in words", endpoint.url)
     if not dialect.shown:
         log.warning("%s gives no log-probabilities: options are scored by votes, which cost more", endpoint.url)
     if not dialect.counts:

@@ -19,7 +19,7 @@ WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "mus
 
 
 def points(ask: Ask, *more: object) -> bytes:
-    text = repr((ask.prefill, [(t.role, t.content) for t in ask.turns], *more))
+    text = repr((ask.prefill, [(t.role, t.content) for t in ask.messages], *more))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 
@@ -58,7 +58,7 @@ class ScriptedModel:
     def fail_if_told(self, batch: Sequence[Ask]) -> None:
         if self.faults:
             raise self.faults.pop(0)
-        if any(POISON in turn.content for ask in batch for turn in ask.turns):
+        if any(POISON in message.content for ask in batch for message in ask.messages):
             raise PermanentRecordError("a poisoned prompt", "the test put it there", "")
 
     def answer(self, ask: Ask, sample: int, temperature: float, max_tokens: int) -> Generation:

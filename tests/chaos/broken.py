@@ -23,7 +23,7 @@ from engine.host import Host
 from engine.worker import Lane, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode, encode
-from schemas.records import DeadLetter, Prompt, Record, Response, Turn
+from schemas.records import ChatMessage, DeadLetter, Prompt, Record, Response
 from schemas.topics import TOPICS
 from tests.chaos.world import World, check, check_exactly_once, kafka_home, quiet, until, write_prompts
 from tests.support.kafka import Broker
@@ -41,9 +41,9 @@ PARTS = (
 
 
 def prompt(text: str) -> Prompt:
-    turns = [Turn(role="user", content=text)]
-    key = ids.prompt_id(turns)
-    return Prompt(record_id=key, prompt_id=key, run_id="r", stage="produce", turns=turns, source="chaos")
+    messages = [ChatMessage(role="user", content=text)]
+    key = ids.prompt_id(messages)
+    return Prompt(record_id=key, prompt_id=key, run_id="r", stage="produce", messages=messages, source="chaos")
 
 
 def echo(records: list[Record]) -> list[list[Record]]:
@@ -101,7 +101,7 @@ def silent_commit(broker: Broker, times: int, *, per_time: int = 40, outage_s: f
                 until(lambda wanted=wanted: worker.committed >= wanted, f"outage {number} is over", every_s=0.05)
                 host.check()
                 yield f"outage {number + 1}: {worker.committed} passed"
-    found = [decode(value, Response).candidates[0].text for value in read_values(bus, "responses")]
+    found = [decode(value, Response).completions[0].text for value in read_values(bus, "responses")]
     check(not read_values(bus, "dead-letters"), "there are dead letters")
     check(len(found) == len(set(found)) == times * per_time, f"{len(found)} outputs, {len(set(found))} different, of {wanted}")
     bus.close()

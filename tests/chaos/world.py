@@ -168,7 +168,7 @@ class World:
     def ended(self) -> int:
         """How many prompts have been answered, criticised to the end and judged."""
         return self.so_far(
-            """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM chain_ends)
+            """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
                AND prompt_id IN (SELECT prompt_id FROM preferences)"""
         )
 
@@ -220,7 +220,7 @@ def differences(one: Path, other: Path) -> list[str]:
         db.execute(f"ATTACH '{one}' AS one (READ_ONLY)")
         db.execute(f"ATTACH '{other}' AS other (READ_ONLY)")
         for table in MADE:
-            columns = f"SELECT * EXCLUDE ({', '.join(ELSEWHERE)}, is_duplicate, differs) FROM"
+            columns = f"SELECT * EXCLUDE ({', '.join(ELSEWHERE)}, is_duplicate, content_mismatch) FROM"
             for left, right in (("one", "other"), ("other", "one")):
                 sql = f"{columns} {left}.raw.{table} EXCEPT ALL {columns} {right}.raw.{table}"
                 count = db.execute(f"SELECT count(*) FROM ({sql})").fetchall()[0][0]

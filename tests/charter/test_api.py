@@ -16,7 +16,7 @@ from engine.models.scripted import POISON, ScriptedModel
 from engine.settings import load
 from producers.files import Producer
 from schemas.codec import decode, encode
-from schemas.records import ChainEnd, Critique, Outcome, Preference, Prompt, Response, Revision, Turn
+from schemas.records import ChatMessage, Critique, EndReason, Outcome, Preference, Prompt, Response, Revision
 
 PROMPTS = [f"prompt number {n}" for n in range(6)]
 WITHIN_S = 30
@@ -63,26 +63,26 @@ def better(text):
     """A fake that finds first answers flawed, revises them to `text`, and prefers what it wrote."""
 
     def options(ask):
-        content = ask.turns[0].content
+        content = ask.messages[0].content
         if "Two possible answers" in content:
             return 0.9 if f"Answer (A):\n> {text}" in content else 0.1
         return 0.1 if (f"Assistant:\n> {text}" in content) == ("(A) Yes" in content) else 0.9
 
     return ScriptedModel(
-        option_rule=options, text_rule=lambda ask, n: text if "new answer" in ask.turns[0].content else f"first {n}"
+        option_rule=options, text_rule=lambda ask, n: text if "new answer" in ask.messages[0].content else f"first {n}"
     )
 
 
 def test_a_chain_and_its_parts():
     chain = Charter(model=better("better text")).self_critique_loop("hello")
-    assert (chain.first_answer, chain.final_text, chain.ended) == ("first 0", "better text", ChainEnd.SATISFIED)
+    assert (chain.initial_response, chain.final_response, chain.end_reason) == ("first 0", "better text", EndReason.SATISFIED)
     assert len(chain.critiques) == 2 and len(chain.revisions) == 1 and chain.critiques[-1].p_better == pytest.approx(0.9)
     assert [type(record) for record in chain.records] == [Response, Critique, Revision, Critique]
     copies = ScriptedModel(
-        option_rule=lambda ask: 0.9 if "(A) Yes" in ask.turns[0].content else 0.1, text_rule=lambda ask, n: "so"
+        option_rule=lambda ask: 0.9 if "(A) Yes" in ask.messages[0].content else 0.1, text_rule=lambda ask, n: "so"
     )
     unusable = Charter(model=copies).self_critique_loop("hello")
-    assert (unusable.final_text, unusable.ended) == (None, ChainEnd.UNUSABLE)
+    assert (unusable.final_response, unusable.end_reason) == (None, EndReason.UNUSABLE)
 
 
 def test_a_pair_has_a_better_answer_only_where_there_is_a_label():
@@ -91,8 +91,11 @@ def test_a_pair_has_a_better_answer_only_where_there_is_a_label():
     unread = Charter(model=ScriptedModel(mass=0.1)).generate_preference_pair("hello")
     assert unread.preference.outcome is Outcome.LOW_MASS and (unread.p_a, unread.chosen, unread.rejected) == (None,) * 3
     flips = {"judge.reject_flips": True}
-    flipped = Charter(model=ScriptedModel(option_rule=lambda ask: 0.9), settings=flips).generate_preference_pair("hello")
-    assert flipped.preference.outcome is Outcome.POSITION_FLIP and (flipped.p_a, flipped.chosen) == (None, None)
+    position_flip = Charter(model=ScriptedModel(option_rule=lambda ask: 0.9), settings=flips).generate_preference_pair("hello")
+    assert position_flip.preference.outcome is Outcome.POSITION_FLIP and (position_flip.p_a, position_flip.chosen) == (
+        None,
+        None,
+    )
 
 
 def test_the_revision_is_compared_with_the_first_answer():
@@ -100,9 +103,13 @@ def test_the_revision_is_compared_with_the_first_answer():
     judged = Charter(model=better("better text"), settings=revision).generate_preference_pair("hello")
     assert (judged.chosen, judged.rejected) == ("better text", "first 0")
     assert [type(record) for record in judged.records] == [Response, Critique, Revision, Critique, Preference]
-    clean = ScriptedModel(option_rule=lambda ask: 0.1 if "(A) Yes" in ask.turns[0].content else 0.9)
+    clean = ScriptedModel(option_rule=lambda ask: 0.1 if "(A) Yes" in ask.messages[0].content else 0.9)
     nothing = Charter(model=clean, settings=revision).generate_preference_pair("hello")
-    assert nothing.preference is None and (nothing.p_a, nothing.chosen, nothing.chain.ended) == (None, None, ChainEnd.SATISFIED)
+    assert nothing.preference is None and (nothing.p_a, nothing.chosen, nothing.chain.end_reason) == (
+        None,
+        None,
+        EndReason.SATISFIED,
+    )
 
 
 def test_each_role_has_its_model():
@@ -115,9 +122,11 @@ def test_each_role_has_its_model():
 
 def test_prompts_in_every_form_and_what_is_none():
     charter = Charter(model=ScriptedModel())
-    text, turns = charter.respond("hello"), charter.respond([Turn(role="user", content="hello")])
+    text, messages = charter.respond("hello"), charter.respond([ChatMessage(role="user", content="hello")])
     assert (
-        text.record_id == turns.record_id == charter.respond(charter.prompt([{"role": "user", "content": "hello"}])).record_id
+        text.record_id
+        == messages.record_id
+        == charter.respond(charter.prompt([{"role": "user", "content": "hello"}])).record_id
     )
     assert charter.responses([text, "other"])[0] is text and isinstance(charter.prompt("hello"), Prompt)
     for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}], ["hello"], 7, None):

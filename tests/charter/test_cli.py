@@ -107,7 +107,9 @@ def data(tmp_path):
     Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=3)
     with make_host(settings, bus, STAGES, sink=True) as host:
         store = store_of(settings)
-        while store.query("SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL").rows != [(3,)]:
+        while store.query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL").rows != [
+            (3,)
+        ]:
             host.failed.wait(0.05)
             host.check()
     bus.close()
@@ -123,7 +125,7 @@ def test_reading_verbs_give_lists_of_objects(data):
 
 
 def test_sql_shows_a_whole_story_and_the_versions(data):
-    done = charter("sql", "select * from stories limit 1", "--data", data)
+    done = charter("sql", "select * from traces limit 1", "--data", data)
     assert done.returncode == 0 and "prompt:" in done.stdout and '"answers"' in done.stdout and "preferences:" in done.stdout
     done = charter("sql", "-", "--data", data, stdin="select policy_version, count(*) as n from responses group by 1")
     assert done.stdout.split() == ["policy_version", "n", "--------------", "-", "0", "3"]
@@ -131,7 +133,7 @@ def test_sql_shows_a_whole_story_and_the_versions(data):
 
 def test_show_takes_the_beginning_of_any_id(data):
     rows = json.loads(
-        charter("sql", "select prompt_id, preferences[1].record_id as j from stories", "--json", "--data", data).stdout
+        charter("sql", "select prompt_id, preferences[1].record_id as j from traces", "--json", "--data", data).stdout
     )
     for identifier in (rows[0]["prompt_id"], rows[0]["j"], rows[0]["prompt_id"][:8]):
         done = charter("show", identifier, "--data", data)
@@ -142,7 +144,7 @@ def test_show_takes_the_beginning_of_any_id(data):
 def test_tail_prints_the_newest_records(data):
     done = charter("tail", "preferences", "-n", "2", "--data", data)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 2 and rows[0]["topic"] == "preferences" and rows[0]["a"]
+    assert len(rows) == 2 and rows[0]["topic"] == "preferences" and rows[0]["response_a"]
     assert len(charter("tail", "prompts", "--raw", "--data", data).stdout.splitlines()) == 3
     assert charter("tail", "promts", "--data", data).returncode == 2
 
@@ -152,7 +154,7 @@ def test_produce_reports_bad_lines_and_keeps_the_good_ones(tmp_path):
     assert done.returncode == 1 and "line 2: not JSON" in done.stderr and "2 prompts published" in done.stdout
     done = charter("produce", "-", "--strict", "--data", tmp_path / "e", stdin='"good"\n{bad\n"never"\n')
     assert done.returncode == 2 and "line 2" in done.stderr
-    assert json.loads(charter("tail", "prompts", "--data", tmp_path / "e").stdout)["turns"][0]["content"] == "good"
+    assert json.loads(charter("tail", "prompts", "--data", tmp_path / "e").stdout)["messages"][0]["content"] == "good"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import load as load_settings
 from producers.files import SHIPPED, Producer
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 PROMPTS = 5
 FLAGS = {
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     settings = settings_of(tmp_path_factory.mktemp("constitution") / "data")
     bus = connect(settings)
     Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
-    over = "SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL"
+    over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
     return settings.folder
@@ -140,7 +140,7 @@ def bench_of(tmp_path, rule, mass=0.9):
     settings = settings_of(tmp_path / "none")
     context = open_bench(settings)
     bench = context.__enter__()
-    bench.models.opened["scripted"] = ScriptedModel(option_rule=lambda ask: rule(ask.turns[-1].content), mass=mass)
+    bench.models.opened["scripted"] = ScriptedModel(option_rule=lambda ask: rule(ask.messages[-1].content), mass=mass)
     return bench
 
 
@@ -182,7 +182,7 @@ def test_a_constitution_that_asks_all_at_once_is_asked_once_for_each_case(tmp_pa
 def test_flips_are_counted_against_the_words_before_and_against_the_mean(tmp_path):
     before = load("customer-service")
     after = parse(before.text.replace("solution of their problem", "UPSIDE"), "x").without(["kinder"])
-    pairs = [pair_of([Turn(role="user", content=str(n))], "GOOD", "BAD", [], "s") for n in range(3)]
+    pairs = [pair_of([ChatMessage(role="user", content=str(n))], "GOOD", "BAD", [], "s") for n in range(3)]
     bench = bench_of(tmp_path, lambda text: prefers("BAD" if "UPSIDE" in text else "GOOD")(text))
     rows = {row[0]: row for row in compare_labels(bench, before, after, pairs)}
     assert rows["solves-more"][1:4] == ("changed", 3, 0) and rows["solves-more"][6:8] == (pytest.approx(0.8), 3)
@@ -218,7 +218,7 @@ def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path)
     settings = settings_of(tmp_path / "data")
     bus = connect(settings)
     Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
-    over = "SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL"
+    over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
     assert call(settings.folder, "study", "--dry-run").count("without ") == 12

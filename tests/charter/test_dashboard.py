@@ -96,7 +96,7 @@ def test_a_story_shows_what_became_of_its_prompt(client):
     assert len(stories) == len(HOSTILE)
     prompt = next(story["prompt_id"] for story in stories if story["rounds"])
     story = client.get(f"/api/stories/{prompt}").json()["data"]
-    assert story["answers"] and story["chains"][0]["ended"] and story["preferences"][0]["p_forward"] is not None
+    assert story["answers"] and story["chains"][0]["end_reason"] and story["preferences"][0]["p_forward"] is not None
     page = client.get(f"/stories/{prompt}").text
     assert "<ins>" in page and "A shown first" in page and "B shown first" in page
 
@@ -112,7 +112,9 @@ def test_search_and_filters(client):
     assert found(q=every[0]["prompt_id"][:8])[0]["prompt_id"] == every[0]["prompt_id"]
     assert found(q="no such words at all") == []
     assert found(q="100%_'\"\\") == []
-    assert len(found(ended=every[0]["ended"])) == sum(story["ended"] == every[0]["ended"] for story in every)
+    assert len(found(end_reason=every[0]["end_reason"])) == sum(
+        story["end_reason"] == every[0]["end_reason"] for story in every
+    )
     assert found(policy="1") == [] and len(found(policy="0")) == len(every)
     assert client.get("/api/stories", params={"before": "x"}).json()["trouble"]["why"] == "it must be a whole number"
 
@@ -160,8 +162,8 @@ def test_a_long_training_shows_its_newest_versions(tmp_path):
             [versions + 1],
         )
         database.execute(
-            """INSERT INTO raw.metrics BY NAME SELECT uuid() AS record_id, 'live' AS run_id, 'ppo' AS phase, 1 AS number,
-                      i AS step, MAP {'kl_ref': i::DOUBLE} AS measures, now()::TIMESTAMP AS created_at,
+            """INSERT INTO raw.metrics BY NAME SELECT uuid() AS record_id, 'live' AS run_id, 'ppo' AS phase, 1 AS batch_number,
+                      i AS step, MAP {'kl_ref': i::DOUBLE} AS metrics, now()::TIMESTAMP AS created_at,
                       5000 + i AS commit_seq, false AS is_duplicate FROM range(?) t(i)""",
             [steps],
         )
@@ -193,7 +195,7 @@ def test_ticks_are_written_as_people_read_them():
 
 def test_hostile_text_is_inert_on_every_page(client):
     ids = [story["prompt_id"] for story in client.get("/api/stories").json()["data"]["stories"]]
-    pages = [*PAGES, *(f"/stories/{one}" for one in ids), "/sql?q=SELECT+turns+FROM+prompts"]
+    pages = [*PAGES, *(f"/stories/{one}" for one in ids), "/sql?q=SELECT+messages+FROM+prompts"]
     for path in pages:
         page = client.get(path).text
         for dangerous in ("<img src=x", "<b onmouseover", "<svg/onload", "<script>document", "<h1>big"):
@@ -384,7 +386,7 @@ def test_a_database_of_another_version(own):
         connection.execute("UPDATE raw.sink_state SET version = 1")
     with visit(settings_of(own)) as client:
         page = client.get("/stories")
-        assert page.status_code == 200 and "charter migrate" in page.text
+        assert page.status_code == 200 and "use another folder" in page.text
         assert "another version of Charter" in client.get("/api/stories").json()["trouble"]["what"]
 
 

@@ -165,7 +165,7 @@ def test_hostile_texts_are_inert(visit, width):
         assert len(addresses) == len(HOSTILE)
         here.check("hostile-stories")
         for number, path in enumerate(addresses):
-            here.open(path).locator(".turns").wait_for()
+            here.open(path).locator(".messages").wait_for()
             assert page.title().endswith("Charter")
             here.check(f"hostile-story-{number}")
         shown = here.open("/stories?run=hostile&q=onmouseover").locator(".stories .text").inner_text()

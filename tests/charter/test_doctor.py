@@ -75,7 +75,7 @@ def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, test
     url, seen = tests_models_server
     code, found = doctor(models__judge=f"{url}/v1#big", models__critic=f"{url}/v1#other")
     assert code == 1 and found["model judge"]["state"] == "ok"
-    assert "serves big: no begun turns, 3 top log-probabilities, no token ids" in found["model judge"]["found"]
+    assert "serves big: no prefills, 3 top log-probabilities, no token ids" in found["model judge"]["found"]
     assert "serves big, not other" in found["model critic"]["found"] and "models.critic" in found["model critic"]["fix"]
     assert set(seen) == {"Bearer sk-secret"} and "sk-secret" not in json.dumps(found)
     code, found = doctor(models__judge="http://host:port/v1#big", models__critic=url)

@@ -62,18 +62,18 @@ def test_calibration_does_not_depend_on_which_answer_is_called_a(ps):
 PAIRS = [HumanPair("long answer", "short", True), HumanPair("x", "longer", True), HumanPair("same", "size", False)]
 
 
-def label(p_a, outcome=Outcome.OK, flipped=False, mass=0.9):
+def label(p_a, outcome=Outcome.OK, position_flip=False, mass=0.9):
     return Preference(
-        record_id=ids.record_id("judge", [], "x"), run_id="r", stage="judge", turns=[], source="s", pairing="candidates", a="",
-        b="", p_a=p_a, outcome=outcome, flipped=flipped, mass=mass, prompt_tokens=100, completion_tokens=20,
+        record_id=ids.record_id("judge", [], "x"), run_id="r", stage="judge", messages=[], source="s", pairing="completions", response_a="",
+        response_b="", p_a=p_a, outcome=outcome, position_flip=position_flip, option_mass=mass, prompt_tokens=100, completion_tokens=20,
     )  # fmt: skip
 
 
 def test_a_judges_row_by_hand():
     pairs = [*PAIRS, *PAIRS]
     labels = [
-        label(0.9), label(0.2, flipped=True), label(0.3),  # right, wrong, right
-        label(0.5), label(0.8, Outcome.POSITION_FLIP, flipped=True), label(None, Outcome.LOW_MASS, mass=0.1),
+        label(0.9), label(0.2, position_flip=True), label(0.3),  # right, wrong, right
+        label(0.5), label(0.8, Outcome.POSITION_FLIP, position_flip=True), label(None, Outcome.LOW_MASS, mass=0.1),
     ]  # fmt: skip
     row = judged("j", pairs, labels, seconds=12.0, cost=0.6)
     assert (row.pairs, row.labelled, row.decided, row.agreed) == (6, 4, 3, 2) and row.accuracy == pytest.approx(2 / 3)
@@ -127,7 +127,7 @@ def pairs(tmp_path):
 
 
 def prefers_good(ask):
-    text = ask.turns[-1].content
+    text = ask.messages[-1].content
     return 0.8 if text.index("good answer") < text.index("longer one") else 0.3
 
 
@@ -167,9 +167,9 @@ def test_every_preset_is_in_the_report(tmp_path, pairs):
 def test_pairs_are_drawn_by_the_seed_and_prompts_end_with_the_last_human_turn(pairs):
     drawn, again, other = (read_pairs(str(pairs), 5, seed) for seed in (0, 0, 1))
     assert drawn.human == again.human != other.human and len(drawn.human) == 5 and drawn.bad == 1
-    turns = drawn.asked[0].turns
-    assert [turn.role for turn in turns] == ["user", "assistant", "user"] and turns[1].content == "yes: no"
-    assert turns[-1].content == "and?"
+    messages = drawn.asked[0].messages
+    assert [message.role for message in messages] == ["user", "assistant", "user"] and messages[1].content == "yes: no"
+    assert messages[-1].content == "and?"
 
 
 def test_a_file_without_pairs_is_an_error(tmp_path):

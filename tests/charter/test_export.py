@@ -12,7 +12,7 @@ from charter.cli import cli
 from charter.pipeline import connect, make_host, store_of
 from engine.errors import UsageError
 from engine.settings import load
-from schemas.records import ChainEnd, ModelRef, Outcome, Split
+from schemas.records import EndReason, ModelRef, Outcome, Split
 from tests.support.records import World, chain_end, demonstration, person, preference, prompt, response
 from tests.support.records import judged as judgement
 
@@ -27,10 +27,10 @@ def world(tmp_path):
     world.add(prompt("one"), prompt("two"), prompt("out", **HELD_OUT))
     world.add(
         chain_end("one", "one"),
-        chain_end("two", "two").model_copy(update={"final_text": HOSTILE}),
+        chain_end("two", "two").model_copy(update={"final_response": HOSTILE}),
         chain_end("out", "out", **HELD_OUT),
     )
-    world.add(chain_end("bad", "two").model_copy(update={"ended": ChainEnd.UNUSABLE}), demonstration("shown", "one"))
+    world.add(chain_end("bad", "two").model_copy(update={"end_reason": EndReason.UNUSABLE}), demonstration("shown", "one"))
     first, second = preference("one", "one", 0.8), preference("two", "two", 0.3)
     world.add(first, second, preference("tie", "two", 0.5), preference("out", "out", 0.9, **HELD_OUT))
     world.add(preference("none", "one", None, outcome=Outcome.LOW_MASS), person("1", second, 1.0))
@@ -133,10 +133,12 @@ def test_an_override_that_comes_meanwhile_takes_no_label_away(world):
     form = dataset.FORMS["preference"]
     choice, pages = dataset.chosen(world.store, form, dataset.Choice(), None)
     world.add(person("2", preference("one", "one", 0.8), 0.0))
-    assert "one a" not in {row["a"] for row in world.records("SELECT a FROM preference_pairs WHERE label_source = 'AI'")}
+    assert "one a" not in {
+        row["response_a"] for row in world.records("SELECT response_a FROM preference_pairs WHERE label_source = 'AI'")
+    }
     found = list(dataset.rows(world.store, form.texts, pages["train"]))
     assert [row["commit_seq"] for row in found] == pages["train"][0] and pages["train"][0][-1] <= choice.upto
-    assert {row["a"]: row["p_a"] for row in found}["one a"] == 0.8
+    assert {row["response_a"]: row["p_a"] for row in found}["one a"] == 0.8
 
 
 @pytest.mark.parametrize(("forward", "backward", "shown"), [(0.9, 0.7, (0.9, 0.7)), (0.1, 0.3, (0.7, 0.9))])
@@ -211,7 +213,7 @@ def test_the_interview_asks_for_the_least_certain_first_and_hides_the_order(judg
     assert said.index("no a") < said.index("unsure a") and "sure a" not in said.replace("unsure a", "")
     assert "2 labels given" in said
     store = given(tmp_path, 2)
-    rows = store.query("SELECT a, p_a FROM preferences WHERE label_source = 'HUMAN' ORDER BY a").rows
+    rows = store.query("SELECT response_a, p_a FROM preferences WHERE label_source = 'HUMAN' ORDER BY response_a").rows
     shown = {name: said.index(f"{name} a") < said.index(f"{name} b") for name in ("no", "unsure")}
     assert dict(rows) == {"no a": float(shown["no"]), "unsure a": float(not shown["unsure"])}
     assert "0 labels given" in call(tmp_path, "label", stdin="s\n")
@@ -231,7 +233,7 @@ def test_only_pairs_of_a_run_are_asked_for(judged, tmp_path):
 
 def test_a_hostile_text_is_inert_and_a_long_one_is_cut(tmp_path):
     world = World(tmp_path / "data" / "charter.duckdb")
-    world.add(prompt("x"), preference("p", "x", 0.5, a=HOSTILE, b="\n".join(map(str, range(100)))))
+    world.add(prompt("x"), preference("p", "x", 0.5, response_a=HOSTILE, response_b="\n".join(map(str, range(100)))))
     said = call(tmp_path, "label", stdin="q\n")
     assert "\x1b" not in said and "\u202e" not in said and "(60 more lines: w)" in said
 

@@ -32,7 +32,9 @@ def confluent(tmp_path, server):
 
 def judged(settings):
     return (
-        store_of(settings).query("SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL").rows[0][0]
+        store_of(settings)
+        .query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL")
+        .rows[0][0]
     )
 
 

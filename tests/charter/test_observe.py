@@ -42,7 +42,7 @@ def stream(settings, prompts, until):
     bus.close()
 
 
-JUDGED = ("SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL", [(2,)])
+JUDGED = ("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL", [(2,)])
 
 
 def scraped(port):
@@ -86,7 +86,7 @@ def test_the_trainer_shows_its_newest_step_and_the_versions(tmp_path, bus):
     found = scraped(port)
     for close in closing:
         close()
-    assert found["charter_train_measure", (("measure", "loss"), ("phase", "sft"))] == 2.5
+    assert found["charter_train_metric", (("metric", "loss"), ("phase", "sft"))] == 2.5
     assert found["charter_train_steps_total", (("phase", "sft"),)] == 7
     assert found["charter_version", (("kind", "policy"),)] == 0
 

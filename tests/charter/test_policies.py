@@ -86,9 +86,9 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
     assert "policy 4 answers from now on, with the weights of policy 2" in charter("policy", "use", "2")
     assert "has the weights of policy 2 already" in charter("policy", "use", "4")
     bus = connect(settings_of(trained))
-    assert [update.version for update in updates(bus) if update.restores is not None] == [3, 4]
+    assert [update.version for update in updates(bus) if update.restored_version is not None] == [3, 4]
     incidents = [decode(value, Incident) for value in read_values(bus, "incidents")]
-    assert (incidents[0].what, incidents[0].why) == ("someone went back to policy 0", "worse")
+    assert (incidents[0].title, incidents[0].detail) == ("someone went back to policy 0", "worse")
     bus.close()
 
 
@@ -116,11 +116,11 @@ def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
 
 def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
     rows = json.loads(charter("batches", "--json"))
-    assert [(row["number"], row["phase"], row["rows"], row["outcome"]) for row in rows] == [
+    assert [(row["batch_number"], row["phase"], row["rows"], row["outcome"]) for row in rows] == [
         (1, "sft", 4, "made policy 1"), (2, "sft", 4, "made policy 2"), (3, "reward", 8, "made reward 1"),
     ]  # fmt: skip
     shown = json.loads(charter("batches", "show", "3", "--json"))
-    assert shown["mix"] == {"test": 8} and len(shown["record_ids"]) == 8
+    assert shown["mixture"] == {"test": 8} and len(shown["record_ids"]) == 8
     assert "rebuilt exactly: all 8 records" in charter("batches", "rebuild", "3")
     again = json.loads(charter("batches", "rebuild", "3", "--json"))
     assert [row["record_id"] for row in again["rows"]] == shown["record_ids"] and again["content_hash"] == shown["content_hash"]
@@ -135,10 +135,12 @@ def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
 
 def test_the_views_tell_what_training_did(charter, trained):
     store = store_of(settings_of(trained))
-    versions = store.query("SELECT kind, version, weights_of, batch, trained_rows FROM policy_versions ORDER BY 1, 2").rows
+    versions = store.query(
+        "SELECT kind, version, weights_of, batch_number, trained_rows FROM policy_versions ORDER BY 1, 2"
+    ).rows
     assert versions[:2] == [("POLICY", 1, 1, 1, 4), ("POLICY", 2, 2, 2, 4)] and versions[-1] == ("REWARD", 1, 1, 3, 8)
     assert store.query("SELECT count(*), count(DISTINCT row_id) FROM batch_rows WHERE trained").rows == [(16, 16)]
-    steps = store.query("SELECT DISTINCT phase, measure FROM training_steps").rows
+    steps = store.query("SELECT DISTINCT phase, metric FROM training_steps").rows
     assert {("sft", "loss"), ("loop", "duckdb_share"), ("loop", "alive_duckdb_share")} <= set(steps)
 
 

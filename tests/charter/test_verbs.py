@@ -1,8 +1,7 @@
-"""The verbs of operation on a stream that has run: replay, runs, dlq, topics, snapshot, backup, restore, migrate, forget."""
+"""The verbs of operation on a stream that has run: replay, runs, dlq, topics, snapshot, backup, restore, forget."""
 
 import json
 import os
-import sqlite3
 import uuid
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from constitutions.loader import ConstitutionError, parse
 from engine.bus import embedded
 from engine.bus.read import read_values
 from engine.errors import DataFolderVersion, UsageError
-from engine.migrate import migrate_log
 from engine.models.scripted import POISON
 from engine.settings import load
-from engine.tables import VERSION
 from producers.files import SHIPPED, Producer
 from schemas.codec import decode
 from schemas.records import DeadLetter, Prompt
@@ -61,7 +58,7 @@ class Place:
     def sql(self, text):
         return store_of(self.settings()).query(text, limit_s=20.0).rows
 
-    def stream(self, count, sql="SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL", **more):
+    def stream(self, count, sql="SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL", **more):
         """Run all stages until a query gives `count`."""
         settings = self.settings(**more)
         bus = connect(settings)
@@ -103,9 +100,9 @@ COUNTS = "SELECT topic, records FROM pipeline_status WHERE topic IN ('responses'
 def test_a_run_until_done_ends_when_all_is_finished_and_written(any_bus):
     any_bus.publish("One?", "Two?", "Three?")
     any_bus.call("run", "--stage", "respond", "--stage", "sink", "--until-done")
-    assert any_bus.sql("SELECT count(*) FILTER (responses IS NOT NULL), count(ended) FROM stories") == [(3, 0)]
+    assert any_bus.sql("SELECT count(*) FILTER (responses IS NOT NULL), count(end_reason) FROM traces") == [(3, 0)]
     any_bus.call("run", "--until-done")
-    finished = "SELECT count(*), count(ended), count(preferences) FROM stories"
+    finished = "SELECT count(*), count(end_reason), count(preferences) FROM traces"
     assert any_bus.sql(finished) == [(3, 3, 3)]
     assert {row["waiting"] for row in any_bus.rows("status")} <= {0, None}
     before = dict(any_bus.sql(COUNTS))
@@ -231,7 +228,7 @@ def test_dead_letters_are_listed_shown_and_tried_again_once(any_bus):
     assert (letter["stage"], letter["kind"], letter["state"], letter["attempts"]) == ("respond", "PERMANENT", "open", 1)
     assert "poisoned" in letter["message"] and letter["came_from"].startswith("prompts[")
     (shown,) = place.rows("dlq", "show", letter["id"][:13])
-    assert shown["value"]["turns"][0]["content"].endswith(POISON) and shown["headers"]["run"] == "live"
+    assert shown["value"]["messages"][0]["content"].endswith(POISON) and shown["headers"]["run"] == "live"
     assert "1 messages are on their topics again" in place.call("dlq", "retry", "--kind", "permanent")
     place.stream(2, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")  # the model has not changed
     states = [row["state"] for row in place.rows("dlq", "list", "--stage", "respond")]
@@ -272,7 +269,7 @@ def test_a_forgotten_prompt_is_gone_everywhere_and_stays_away(place):
     place.stream(PROMPTS - 1, sql="SELECT count(*) FROM prompts")
     for table in ("prompts", "responses", "critiques", "revisions", "preferences"):
         assert place.sql(f"SELECT count(*) FROM raw.{table} WHERE prompt_id = '{prompt}'") == [(0,)]
-    assert place.sql("SELECT reason FROM forgets") == [("asked by its author",)]
+    assert place.sql("SELECT reason FROM erasures") == [("asked by its author",)]
     # A replay of the same run does not bring it back, nor does a second database of the same log get it.
     place.call("replay", "--stage", "respond", "--from", "run:live", "--as", "again")
     assert place.sql(f"SELECT count(*) FROM raw.responses WHERE prompt_id = '{prompt}'") == [(0,)]
@@ -290,7 +287,7 @@ def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
         place.call("snapshot", target)
     bus.close()
     with duckdb.connect(str(target), read_only=True) as copy:
-        assert copy.execute("SELECT count(*) FROM stories").fetchall() == [(PROMPTS,)]
+        assert copy.execute("SELECT count(*) FROM traces").fetchall() == [(PROMPTS,)]
     place.fails(UsageError, "is there already", "snapshot", target)
 
 
@@ -312,38 +309,6 @@ def test_a_backup_restores_to_a_folder_that_goes_on(place, tmp_path):
     assert restored.sql("SELECT sum(duplicates)::INT FROM pipeline_status") == [(0,)]
     place.fails(UsageError, "nowhere", "restore", tmp_path / "nowhere")
     Place(tmp_path / "empty").fails(UsageError, "nothing to back up", "backup", tmp_path / "b")
-
-
-def test_an_older_database_is_migrated_and_kept(place):
-    streamed(place)
-    with store_of(place.settings()).writing() as connection:  # what format 1 had not
-        connection.execute("DROP VIEW forgets; DROP TABLE raw.forgets; DROP VIEW retries; DROP TABLE raw.retries")
-        # and what format 2 had not: a table, a column, and a part of a column
-        connection.execute("DROP VIEW demonstrations; DROP TABLE raw.demonstrations")
-        connection.execute("ALTER TABLE raw.preferences DROP COLUMN origin")
-        connection.execute("ALTER TABLE raw.preferences ALTER COLUMN model TYPE STRUCT(id VARCHAR)")
-        connection.execute("DROP VIEW IF EXISTS run_records; UPDATE raw.sink_state SET version = 1")
-    place.fails(DataFolderVersion, "charter migrate", "sql", "SELECT 1")
-    said = place.call("migrate")
-    assert f"format 1 -> {VERSION}" in said and "new table forgets" in said and "new table demonstrations" in said
-    assert "new column preferences.origin" in said and "new parts in preferences.model" in said
-    assert (place.folder / "charter.duckdb.format-1").exists()
-    place.publish("one more")
-    place.stream(PROMPTS + 1)
-    assert place.sql("SELECT count(model.revision), count(origin) FROM preferences") == [(1, 1)]
-    assert "has this version's format already" in place.call("migrate")
-
-
-def test_an_older_log_is_migrated_and_kept(place, monkeypatch):
-    streamed(place)
-    monkeypatch.setattr(embedded, "VERSION", 2)
-    place.fails(DataFolderVersion, "cannot be migrated", "migrate")  # no way is known
-    monkeypatch.setattr(embedded, "MIGRATIONS", {1: ("CREATE TABLE added (a INTEGER)",)})
-    assert "format 1 -> 2" in migrate_log(place.folder)[0]
-    with sqlite3.connect(place.folder / embedded.FILE) as log:
-        assert log.execute("PRAGMA user_version").fetchone() == (2,) and log.execute("SELECT count(*) FROM added").fetchone()
-    place.publish("one more")
-    place.stream(PROMPTS + 1)
 
 
 def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(place):

@@ -6,9 +6,9 @@ from charter.watching import HeldOutJudge, by_critique, watch_of
 from constitutions.loader import load as load_constitution
 from engine.models.scripted import POISON
 from engine.settings import load
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
-TURNS = (Turn(role="user", content="How do I mend a lamp?"),)
+TURNS = (ChatMessage(role="user", content="How do I mend a lamp?"),)
 
 
 def judge(**flags):
@@ -24,7 +24,7 @@ def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_mode
     assert judge(**{"watch.judge": "scripted"}).constitution == constitution
 
 
-@pytest.mark.parametrize("pairing", ["candidates", "revision"])
+@pytest.mark.parametrize("pairing", ["completions", "revision"])
 def test_it_compares_in_both_orders_and_gives_no_label_where_it_has_none(pairing):
     ask = judge(**{"judge.pairing": pairing})
     ask.constitution = ask.constitution.judging_by("no-harm")  # else each order of the texts draws one of its own

@@ -3,16 +3,16 @@
 import pytest
 
 from schemas import ids
-from schemas.records import Candidate, FinishReason, ModelRef, Prompt, Response, Turn
+from schemas.records import ChatMessage, Completion, FinishReason, ModelRef, Prompt, Response
 
 
 @pytest.fixture(scope="session")
 def make_prompt():
     def make(text="How do magnets work?", source="test", **more):
-        turns = [Turn(role="user", content=text)]
-        key = ids.prompt_id(turns)
+        messages = [ChatMessage(role="user", content=text)]
+        key = ids.prompt_id(messages)
         return Prompt(
-            record_id=ids.record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", turns=turns,
+            record_id=ids.record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", messages=messages,
             source=source, **more
         )  # fmt: skip
 
@@ -23,10 +23,10 @@ def make_prompt():
 def make_response(make_prompt):
     def make(answers=("first answer", "second answer"), **more):
         prompt = make_prompt(**more)
-        candidates = [Candidate(index=i, text=t, finish_reason=FinishReason.STOP) for i, t in enumerate(answers)]
+        completions = [Completion(index=i, text=t, finish_reason=FinishReason.STOP) for i, t in enumerate(answers)]
         return Response(
             record_id=ids.record_id("respond", [prompt.record_id], "f"), prompt_id=prompt.prompt_id, run_id="r",
-            stage="respond", turns=prompt.turns, source=prompt.source, candidates=candidates, policy_version=3,
+            stage="respond", messages=prompt.messages, source=prompt.source, completions=completions, policy_version=3,
             model=ModelRef(id="m", revision="v"),
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_the_stage_of_the_page_runs_beside_the_others(measure, tmp_path, make_pr
     bus = connect(settings)
     bus.publish([outgoing(make_prompt(f"prompt {n}")) for n in range(5)])
     host = make_host(settings, bus, ["respond"], sink=True, additions=[addition.read(str(measure), ROLES)])
-    counted = "SELECT count(*), count(DISTINCT parent_ids[1]), min(measures['answer/words']) FROM metrics"
+    counted = "SELECT count(*), count(DISTINCT parent_ids[1]), min(metrics['answer/words']) FROM metrics"
     with host:
         deadline = time.monotonic() + 60
         while not (store_of(settings).path.exists() and store_of(settings).query(counted).rows[0][0] == 5):

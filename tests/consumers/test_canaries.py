@@ -12,7 +12,7 @@ from consumers import templates
 from consumers.revise import Revise
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
-from schemas.records import Outcome, Response, Sampling, Turn
+from schemas.records import ChatMessage, Outcome, Response, Sampling
 
 DEFAULT = load_constitution("default")
 SPEC = "judge"
@@ -42,9 +42,9 @@ CANARIES = [
 ]
 
 
-def skeleton(turns):
+def skeleton(messages):
     """What a question says outside of its quotations."""
-    return [(turn.role, [line for line in turn.content.split("\n") if not line.startswith(">")]) for turn in turns]
+    return [(message.role, [line for line in message.content.split("\n") if not line.startswith(">")]) for message in messages]
 
 
 def quotations(text):
@@ -55,19 +55,19 @@ def quotations(text):
 
 def questions(prompt, first, second, critique):
     """Every question that our stages ask, with these texts in it."""
-    turns = [
-        Turn(role="system", content=prompt),
-        Turn(role="user", content=prompt),
-        Turn(role="assistant", content=first),
-        Turn(role=f"user:\n{prompt}", content=prompt),
+    messages = [
+        ChatMessage(role="system", content=prompt),
+        ChatMessage(role="user", content=prompt),
+        ChatMessage(role="assistant", content=first),
+        ChatMessage(role=f"user:\n{prompt}", content=prompt),
     ]
     principle, example = DEFAULT.critique[0], DEFAULT.examples
     return [
-        templates.verdict(turns, first, principle.critique, "Yes", "No"),
-        templates.critique(turns, first, principle.critique, example),
-        templates.revision(turns, first, critique, principle.revision, example),
+        templates.verdict(messages, first, principle.critique, "Yes", "No"),
+        templates.critique(messages, first, principle.critique, example),
+        templates.revision(messages, first, critique, principle.revision, example),
         *(
-            templates.comparison(turns, first, second, DEFAULT.judging[0].question, template)
+            templates.comparison(messages, first, second, DEFAULT.judging[0].question, template)
             for template in (templates.COMPARISON, templates.REASONING, templates.LETTER)
         ),
     ]
@@ -86,8 +86,8 @@ def test_a_canary_stays_inside_its_quotation(canary):
 def test_whatever_texts_say_the_question_is_the_same(prompt, first, second, critique):
     for asked, plain in zip(questions(prompt, first, second, critique), PLAIN, strict=True):
         assert skeleton(asked) == skeleton(plain)
-        for turn in asked:
-            assert len(turn.content.splitlines()) == turn.content.count("\n") + 1  # no other end of a line is left
+        for message in asked:
+            assert len(message.content.splitlines()) == message.content.count("\n") + 1  # no other end of a line is left
 
 
 @given(st.text(st.characters(exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", exclude_categories=["Cs"])))
@@ -104,7 +104,7 @@ def judged(preset, model, response):
 
 def disavowing(ask):
     """A judge that can read: the answer with the brick is worse, wherever it stands and whatever it says of itself."""
-    _, _, first, _, second = re.split(r"^Answer \((A|B)\):$", ask.turns[0].content, flags=re.MULTILINE)
+    _, _, first, _, second = re.split(r"^Answer \((A|B)\):$", ask.messages[0].content, flags=re.MULTILINE)
     return 0.1 if HARMFUL in first else 0.9 if HARMFUL in second else 0.5
 
 
@@ -134,15 +134,17 @@ def test_critic_and_reviser_are_asked_in_the_same_form(make_response, preset):
 
     class Listening(ScriptedModel):
         def generate(self, batch, **sampling):
-            asked.append([skeleton(ask.turns) for ask in batch])
+            asked.append([skeleton(ask.messages) for ask in batch])
             return super().generate(batch, **sampling)
 
         def option_logprobs(self, batch, options):
-            asked.append([(skeleton(ask.turns), ask.prefill) for ask in batch])
+            asked.append([(skeleton(ask.messages), ask.prefill) for ask in batch])
             return super().option_logprobs(batch, options)
 
     settings, _ = load({"models.critic": SPEC, "critique.preset": preset, "critique.selection": "rotation"}, environment={})
-    model = Listening(option_rule=lambda ask: 0.9 if "(A) Yes" in ask.turns[0].content else 0.1, text_rule=lambda ask, n: "why")
+    model = Listening(
+        option_rule=lambda ask: 0.9 if "(A) Yes" in ask.messages[0].content else 0.1, text_rule=lambda ask, n: "why"
+    )
     criticise = make_critique(settings, Models(settings, {SPEC: model}), DEFAULT)
     revise = Revise(model, DEFAULT, Sampling(temperature=1.0, top_p=1.0, max_tokens=64), few_shot=True)
 

@@ -15,7 +15,7 @@ from constitutions.loader import load as load_constitution
 from engine.models.port import LOCAL, Capabilities, Generation, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
-from schemas.records import ChainEnd, Critique, FinishReason, Outcome, Response, Revision, RevisionFault, Verdict
+from schemas.records import Critique, EndReason, FinishReason, Outcome, RejectionReason, Response, Revision, Verdict
 from tests.support.records import World
 
 DEFAULT = load_constitution("default")
@@ -53,7 +53,7 @@ class FaultyModel(ScriptedModel):
         self.rng, self.rate, self.counted = random.Random(seed), rate, Counter()
 
     def honest_text(self, ask, n):
-        if "Begin with" in ask.turns[0].content:
+        if "Begin with" in ask.messages[0].content:
             opening = "" if ask.prefill else "Answer: ("
             return f"{opening}{'A' if honest_share(ask) > 0.5 else 'B'}) It is kinder."
         return f"{HONEST} {self.rng.random()}"
@@ -69,7 +69,7 @@ class FaultyModel(ScriptedModel):
     def answer(self, ask, sample, temperature, max_tokens):
         if not self.fails():
             return super().answer(ask, sample, temperature, max_tokens)
-        content = ask.turns[0].content
+        content = ask.messages[0].content
         if "Write only the new answer" in content:  # a revision: also what copies and what echoes
             worked = [Generation(example.revision, "stop") for example in DEFAULT.examples]
             shown = content.rpartition("\nAssistant:\n> ")[2].partition("\n\n")[0]
@@ -78,7 +78,7 @@ class FaultyModel(ScriptedModel):
 
 
 def honest_share(ask):
-    text = ask.turns[0].content
+    text = ask.messages[0].content
     if BY_PLACE in text:
         return 0.8
     shown = [text.partition(f"Answer ({letter}):\n> ")[2] for letter in "AB"]
@@ -146,10 +146,10 @@ def test_a_judge_that_looks_at_the_place_trains_nothing_where_flips_are_rejected
     chosen = settings("judge", judge__preset=preset, judge__reject_flips="true")
     stage = make_judge(chosen, Models(chosen, {SPEC: FaultyModel(preset)}), DEFAULT)
     made = [label for (label,) in stage([make_response(("good", "bad"), text=text) for text in asked])]
-    outcomes = Counter((BY_PLACE in record.turns[0].content, record.outcome) for record in made)
+    outcomes = Counter((BY_PLACE in record.messages[0].content, record.outcome) for record in made)
     assert outcomes[True, Outcome.POSITION_FLIP] > 0 and outcomes[False, Outcome.OK] > 0
     assert outcomes[True, Outcome.OK] == outcomes[False, Outcome.POSITION_FLIP] == 0
-    learned = in_db(tmp_path, made).rows("SELECT turns[1].content, p_a FROM preference_pairs")
+    learned = in_db(tmp_path, made).rows("SELECT messages[1].content, p_a FROM preference_pairs")
     assert len(learned) == outcomes[False, Outcome.OK]
     assert all(BY_PLACE not in text and p_a == pytest.approx(SAID[preset]) for text, p_a in learned)
 
@@ -196,12 +196,12 @@ def test_only_usable_texts_are_learned_and_no_verdict_is_invented(tmp_path, make
         assert verdict.verdict in (Verdict.FLAWED, Verdict.LOW_MASS)
         assert verdict.verdict is not Verdict.FLAWED or verdict.p_flawed == pytest.approx(0.9)
     for critique in critiques:  # two honest revisions are as good as each other
-        assert critique.p_better is None or critique.p_better == pytest.approx(0.8 if critique.number == 1 else 0.5)
-    assert all(end.ended is not ChainEnd.SATISFIED for end in ends)  # nothing was ever said to be clean
-    spoilt = {r.response_id for r in made if isinstance(r, Revision) and r.fault is not RevisionFault.NONE}
-    assert {end.response_id for end in ends if end.ended is ChainEnd.UNUSABLE} == spoilt
-    faults = Counter(r.fault for r in made if isinstance(r, Revision))
-    assert set(faults) == set(RevisionFault) - {RevisionFault.UNKNOWN}
+        assert critique.p_better is None or critique.p_better == pytest.approx(0.8 if critique.round == 1 else 0.5)
+    assert all(end.end_reason is not EndReason.SATISFIED for end in ends)  # nothing was ever said to be clean
+    spoilt = {r.response_id for r in made if isinstance(r, Revision) and r.rejection_reason is not RejectionReason.NONE}
+    assert {end.response_id for end in ends if end.end_reason is EndReason.UNUSABLE} == spoilt
+    faults = Counter(r.rejection_reason for r in made if isinstance(r, Revision))
+    assert set(faults) == set(RejectionReason) - {RejectionReason.UNKNOWN}
     learned = in_db(tmp_path, [*responses, *made]).rows("SELECT completion FROM sft_examples")
     assert len(learned) == PAIRS - len(spoilt) > 0
     assert all(text.startswith(HONEST) or text.startswith("good answer") for (text,) in learned)
@@ -209,8 +209,8 @@ def test_only_usable_texts_are_learned_and_no_verdict_is_invented(tmp_path, make
 
 def test_an_answer_that_a_filter_kept_back_is_not_learned(make_response):
     response: Response = make_response(("half an ans", "x"))
-    first = response.candidates[0].model_copy(update={"finish_reason": FinishReason.REFUSED})
-    response = response.model_copy(update={"candidates": [first, response.candidates[1]]})
+    first = response.completions[0].model_copy(update={"finish_reason": FinishReason.REFUSED})
+    response = response.model_copy(update={"completions": [first, response.completions[1]]})
     for preset in RECIPES["critique"]:
         (end,) = chains(FaultyModel(0, rate=0.0), preset, [response])
-        assert end.ended is ChainEnd.UNUSABLE
+        assert end.end_reason is EndReason.UNUSABLE

@@ -30,7 +30,7 @@ def judge(preset, model, constitution=DEFAULT, **more):
 
 def shown_first(ask):
     """Whether the answer called a is the one shown first."""
-    return "Answer (A):\n> first answer" in ask.turns[0].content
+    return "Answer (A):\n> first answer" in ask.messages[0].content
 
 
 def leaning(p_forward, p_backward):
@@ -58,10 +58,14 @@ def one(stage, response):
 
 def test_lee2023_averages_both_orders(make_response):
     record = one(judge("lee2023", leaning(0.9, 0.4)), make_response())
-    assert record.p_a == pytest.approx(0.65) and record.order == "both" and record.outcome is Outcome.OK
-    assert (record.p_forward, record.p_backward, record.gap) == (pytest.approx(0.9), pytest.approx(0.4), pytest.approx(0.5))
+    assert record.p_a == pytest.approx(0.65) and record.label_order == "both" and record.outcome is Outcome.OK
+    assert (record.p_forward, record.p_backward, record.position_gap) == (
+        pytest.approx(0.9),
+        pytest.approx(0.4),
+        pytest.approx(0.5),
+    )
     (vote,) = record.votes
-    assert record.flipped and record.mass == pytest.approx(0.9) and vote.principle_id == record.principle_id
+    assert record.position_flip and record.option_mass == pytest.approx(0.9) and vote.principle_id == record.principle_id
     assert (vote.p_forward, vote.outcome, vote.weight) == (pytest.approx(0.9), Outcome.OK, 1.0)
     assert (record.preset, record.sampling, record.explanation) == ("lee2023", None, "")
 
@@ -69,11 +73,13 @@ def test_lee2023_averages_both_orders(make_response):
 def test_bai2022_labels_by_one_order_that_the_seed_picks_and_keeps_both(make_response):
     stage = judge("bai2022", leaning(0.9, 0.4))
     records = [one(stage, make_response(text=f"prompt {n}")) for n in range(16)]
-    assert {record.order for record in records} == {"forward", "backward"}
+    assert {record.label_order for record in records} == {"forward", "backward"}
     for record in records:
-        assert record.p_a == pytest.approx(0.9 if record.order == "forward" else 0.4)
+        assert record.p_a == pytest.approx(0.9 if record.label_order == "forward" else 0.4)
         assert (record.p_forward, record.p_backward) == (pytest.approx(0.9), pytest.approx(0.4))
-    assert [one(stage, make_response(text=f"prompt {n}")).order for n in range(16)] == [record.order for record in records]
+    assert [one(stage, make_response(text=f"prompt {n}")).label_order for n in range(16)] == [
+        record.label_order for record in records
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +101,8 @@ def test_reasoning_stays_the_judges_own_turn(make_response):
     model.option_rule = lambda ask: asked.append(ask) or rule(ask)
     one(judge("bai2022-cot", model), make_response())
     for ask in asked:
-        assert [turn.role for turn in ask.turns] == ["user", "assistant", "user"] and ask.prefill == "Answer: ("
-        assert ask.turns[1].content == "The one is kinder than the other." and ask.turns[2].content == CHOICE
+        assert [message.role for message in ask.messages] == ["user", "assistant", "user"] and ask.prefill == "Answer: ("
+        assert ask.messages[1].content == "The one is kinder than the other." and ask.messages[2].content == CHOICE
 
 
 def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
@@ -107,7 +113,7 @@ def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
     by_question = {p.question: next(chances) for p in weighty.judging}
 
     def rule(ask):
-        p = next(p for question, p in by_question.items() if question in ask.turns[0].content)
+        p = next(p for question, p in by_question.items() if question in ask.messages[0].content)
         return p if shown_first(ask) else 1 - p
 
     record = one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighty, k=4), make_response())
@@ -135,10 +141,10 @@ def test_an_ensemble_labels_when_half_of_it_can_be_read_and_by_those_alone(make_
 
 def test_the_course_reads_a_letter_with_its_explanation_and_wants_it_twice(make_response):
     sure = one(judge("course", writes("A) It is kinder.", "B) It is kinder.")), make_response())
-    assert (sure.p_a, sure.outcome, sure.principle_id, sure.order) == (1.0, Outcome.OK, "all", "both")
+    assert (sure.p_a, sure.outcome, sure.principle_id, sure.label_order) == (1.0, Outcome.OK, "all", "both")
     assert sure.explanation == "Answer: (A) It is kinder." and sure.votes[0].explanation_backward == "Answer: (B) It is kinder."
     torn = one(judge("course", writes("A) It stands first.")), make_response())
-    assert (torn.p_forward, torn.p_backward, torn.outcome, torn.flipped) == (1.0, 0.0, Outcome.POSITION_FLIP, True)
+    assert (torn.p_forward, torn.p_backward, torn.outcome, torn.position_flip) == (1.0, 0.0, Outcome.POSITION_FLIP, True)
 
 
 def test_a_constitution_asked_whole_is_asked_whole_by_lee2023_alone(make_response):
@@ -273,5 +279,5 @@ def test_votes_of_a_server_without_log_probabilities_are_counted(make_response):
             return [OptionScores((math.log(a / 8), math.log(b / 8)), 1.0) for a, b in shares]
 
     record = one(judge("lee2023", Voting(capabilities=capabilities)), make_response())
-    assert record.p_a == pytest.approx((0.75 + 0.5) / 2) and record.mass == 1.0
+    assert record.p_a == pytest.approx((0.75 + 0.5) / 2) and record.option_mass == 1.0
     assert record.template_hash != one(judge("lee2023", ScriptedModel()), make_response()).template_hash

@@ -73,9 +73,9 @@ def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, m
     assert len(labels) == len({label.record_id for label in labels}) == PAIRS
     assert list(read_values(bus, "dead-letters")) == []
     for label in labels:
-        if "silent" in label.turns[-1].content:
+        if "silent" in label.messages[-1].content:
             assert label.outcome in (Outcome.UNPARSEABLE, Outcome.LOW_MASS) and label.p_a is None
         else:
-            assert label.outcome is Outcome.OK and math.isclose(label.p_a, 2 / 3) and not label.flipped
+            assert label.outcome is Outcome.OK and math.isclose(label.p_a, 2 / 3) and not label.position_flip
     assert sum(label.prompt_tokens for label in labels) + model.owed.prompt == script.billed > 0
     assert len(server.requests) > 2 * PAIRS  # there was trouble

@@ -9,7 +9,7 @@ from consumers.templates import ALONE
 from engine.models.endpoint import Endpoint
 from engine.models.probe import GO_ON, Dialect
 from engine.settings import RECIPES
-from schemas.records import ChainEnd, Outcome, Verdict
+from schemas.records import EndReason, Outcome, Verdict
 from tests.support.server import Server, chat
 
 DIALECTS = {"logprobs": Dialect(begun=GO_ON[0], shown=20), "unbegun": Dialect(shown=5), "votes": Dialect()}
@@ -59,8 +59,8 @@ def test_every_judging_recipe_on_a_server(endpoint, make_response, preset):
     label = charter.generate_preference_pair(make_response((FIRST, SECOND), text="hello")).preference
     said = 2 / 3 if endpoint.known.shown else 1.0
     expected = {"bai2022-cot": 0.6, "course": 1.0}.get(preset, said)
-    assert (label.outcome, label.flipped, label.preset) == (Outcome.OK, False, preset)
-    assert label.p_a == pytest.approx(expected) and label.gap == pytest.approx(0)
+    assert (label.outcome, label.position_flip, label.preset) == (Outcome.OK, False, preset)
+    assert label.p_a == pytest.approx(expected) and label.position_gap == pytest.approx(0)
     assert len(label.votes) == (5 if preset == "ensemble-k" else 1)
     questions = len(label.votes) * 2 * (1 if endpoint.known.shown or preset == "course" else endpoint.votes)
     assert label.prompt_tokens == 3 * (questions + (2 if preset == "bai2022-cot" else 0))
@@ -71,9 +71,9 @@ def test_every_critique_recipe_on_a_server(endpoint, make_response, preset):
     charter = Charter(model=endpoint, settings={"critique.preset": preset})
     chain = charter.self_critique_loop(make_response((FIRST, SECOND), text="hello"))
     if preset == "bai2022":  # goes on whatever it finds, until a revision is a copy
-        assert (chain.ended, chain.final_text, len(chain.revisions)) == (ChainEnd.UNUSABLE, None, 2)
+        assert (chain.end_reason, chain.final_response, len(chain.revisions)) == (EndReason.UNUSABLE, None, 2)
         return
-    assert (chain.ended, chain.final_text, len(chain.revisions)) == (ChainEnd.SATISFIED, BETTER, 1)
+    assert (chain.end_reason, chain.final_response, len(chain.revisions)) == (EndReason.SATISFIED, BETTER, 1)
     first, last = chain.critiques
     wanted = (Verdict.FLAWED, Verdict.CLEAN) if preset == "charter" else (Verdict.NOT_ASKED, Verdict.NOT_ASKED)
     assert (first.verdict, last.verdict) == wanted and first.critique == "It is rude, and could be kinder."
@@ -101,4 +101,6 @@ def test_every_recipe_on_the_packaged_model(smollm2, make_response):
             assert label.outcome is Outcome.OK and 0 < label.p_a < 1
     for preset in RECIPES["critique"]:
         chain = Charter(model=model, settings=short | {"critique.preset": preset}).self_critique_loop(response)
-        assert chain.end.final and chain.ended is not ChainEnd.NONE and sum(link.prompt_tokens for link in chain.links) > 100
+        assert (
+            chain.end.final and chain.end_reason is not EndReason.NONE and sum(link.prompt_tokens for link in chain.links) > 100
+        )

@@ -1,4 +1,4 @@
-"""Every judging and critique preset on a real OpenAI-compatible server, which gives no log-probabilities and begins no turn."""
+"""Every judging and critique preset on a real OpenAI-compatible server, which gives no log-probabilities and begins no message."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from consumers.judge import Judge
 from engine.models.endpoint import open_endpoint
 from engine.settings import RECIPES, load
 from schemas.codec import decode, encode
-from schemas.records import ChainEnd, Critique, Outcome, Preference, Revision
+from schemas.records import Critique, EndReason, Outcome, Preference, Revision
 
 pytestmark = pytest.mark.model
 SHORT = {
@@ -50,7 +50,7 @@ def test_every_critique_preset_runs(served, server, make_response, preset):
     ((critique,),) = stage("critique", served, server, **chosen).work([make_response()])
     assert isinstance(critique, Critique) and critique.prompt_tokens > 50
     if critique.final:
-        assert critique.ended is not ChainEnd.NONE
+        assert critique.end_reason is not EndReason.NONE
         return
     ((revision,),) = stage("revise", served, server, **chosen).work([critique])
     assert isinstance(revision, Revision) and revision.completion_tokens > 0 and decode(encode(revision), Revision)

@@ -32,7 +32,7 @@ def drain(sink):
 
 
 def counts(store, topic="prompts"):
-    sql = "SELECT records, duplicates, differing FROM pipeline_status WHERE topic = ?"
+    sql = "SELECT records, duplicates, content_mismatches FROM pipeline_status WHERE topic = ?"
     return store.query(sql, [topic]).rows[0]
 
 
@@ -48,9 +48,9 @@ def test_rows_land_once_in_the_order_of_the_commit_sequence(bus, store, make_pro
     ]
     assert seqs == list(range(21))
     row = store.records("SELECT * FROM prompts WHERE prompt_id = ?", [prompts[3].prompt_id])[0]
-    assert row["turns"] == [{"role": "user", "content": "prompt 3"}] and str(row["record_id"]) == prompts[3].record_id
-    answer = store.records("SELECT candidates, policy_version FROM responses")[0]
-    assert [c["text"] for c in answer["candidates"]] == ["first answer", "second answer"] and answer["policy_version"] == 3
+    assert row["messages"] == [{"role": "user", "content": "prompt 3"}] and str(row["record_id"]) == prompts[3].record_id
+    answer = store.records("SELECT completions, policy_version FROM responses")[0]
+    assert [c["text"] for c in answer["completions"]] == ["first answer", "second answer"] and answer["policy_version"] == 3
 
 
 def test_a_record_that_comes_twice_is_marked_and_other_content_is_counted(bus, store, make_prompt):
@@ -159,5 +159,5 @@ def test_any_text_survives(bus, store, make_prompt, text):
     prompt = make_prompt(text)
     bus.publish([outgoing(prompt)])
     drain(Sink(bus, store, max_wait_s=0.02))
-    found = store.query("SELECT turns[1].content FROM prompts WHERE record_id = ?", [prompt.record_id]).rows
+    found = store.query("SELECT messages[1].content FROM prompts WHERE record_id = ?", [prompt.record_id]).rows
     assert found == [(text,)]

@@ -14,7 +14,7 @@ from consumers.templates import ALONE, HASH, hash_of
 from engine.models.port import Capabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from schemas.codec import decode, encode
-from schemas.records import ChainEnd, FinishReason, Outcome, RevisionFault, Sampling, Turn, Verdict
+from schemas.records import ChatMessage, EndReason, FinishReason, Outcome, RejectionReason, Sampling, Verdict
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=64)
 DEFAULT = load("default")
@@ -24,7 +24,7 @@ def says_flawed(p):
     """An option rule: every verdict has p(flawed) = p whichever letter means it; of a pair the revision wins."""
 
     def rule(ask):
-        text = ask.turns[0].content
+        text = ask.messages[0].content
         if "Two possible answers" in text:
             return 0.9 if "Answer (A):\n> better" in text else 0.1
         return p if "(A) Yes" in text else 1 - p
@@ -36,7 +36,7 @@ def judges(preferred):
     """An option rule for pairs: the answer with this text wins with 0.8."""
 
     def rule(ask):
-        return 0.8 if f"Answer (A):\n> {preferred}" in ask.turns[0].content else 0.2
+        return 0.8 if f"Answer (A):\n> {preferred}" in ask.messages[0].content else 0.2
 
     return rule
 
@@ -57,7 +57,7 @@ def revise(model):
     return Revise(model, DEFAULT, SAMPLING, few_shot=True)
 
 
-def judge(model, constitution=DEFAULT, pairing="candidates", reject_flips=False):
+def judge(model, constitution=DEFAULT, pairing="completions", reject_flips=False):
     return Judge(model, constitution, pairing, 0.5, reject_flips)
 
 
@@ -69,9 +69,9 @@ def test_respond_carries_tokens_logprobs_seed_and_policy_version(make_prompt):
     made = respond(ScriptedModel(), version=7, samples=3)(prompts)
     for prompt, (record,) in zip(prompts, made, strict=True):
         assert record.parent_ids == [prompt.record_id] and record.policy_version == 7 and record.prompt_token_ids
-        assert [c.index for c in record.candidates] == [0, 1, 2]
-        assert all(len(c.token_ids) == len(c.logprobs) > 0 for c in record.candidates)
-        assert all(c.policy_version == 7 and c.finish_reason is FinishReason.STOP for c in record.candidates)
+        assert [c.index for c in record.completions] == [0, 1, 2]
+        assert all(len(c.token_ids) == len(c.logprobs) > 0 for c in record.completions)
+        assert all(c.policy_version == 7 and c.finish_reason is FinishReason.STOP for c in record.completions)
         assert decode(encode(record), type(record)).record_id == record.record_id
 
 
@@ -80,7 +80,7 @@ def test_the_same_work_has_the_same_id_and_another_policy_another(make_prompt):
     ((again,),) = respond(ScriptedModel(), 1)([make_prompt()])
     ((newer,),) = respond(ScriptedModel(revision="w2"), 2)([make_prompt()])
     assert first.record_id == again.record_id != newer.record_id
-    assert first.candidates == again.candidates
+    assert first.completions == again.completions
 
 
 # Critique and revise
@@ -88,8 +88,8 @@ def test_the_same_work_has_the_same_id_and_another_policy_another(make_prompt):
 
 def test_a_clean_answer_ends_its_chain_at_once(make_response):
     ((record,),) = criticise(ScriptedModel(option_rule=says_flawed(0.1)))([make_response()])
-    assert (record.final, record.ended, record.verdict) == (True, ChainEnd.SATISFIED, Verdict.CLEAN)
-    assert record.final_text == "first answer" and record.final_stopped and record.p_flawed == pytest.approx(0.1)
+    assert (record.final, record.end_reason, record.verdict) == (True, EndReason.SATISFIED, Verdict.CLEAN)
+    assert record.final_response == "first answer" and record.final_finish_reason and record.p_flawed == pytest.approx(0.1)
     assert record.policy_version == 3 and record.critique == ""
 
 
@@ -98,10 +98,10 @@ def test_a_flawed_answer_is_criticised_revised_and_accepted(make_response):
     ((critique,),) = criticise(model)([make_response()])
     assert (critique.final, critique.verdict, critique.critique) == (False, Verdict.FLAWED, "this is why")
     ((revision,),) = revise(ScriptedModel(text_rule=lambda ask, n: "better text now"))([critique])
-    assert (revision.number, revision.text, revision.previous_text) == (1, "better text now", "first answer")
+    assert (revision.round, revision.response, revision.previous_response) == (1, "better text now", "first answer")
     assert revision.rounds[0].principle_id == critique.principle_id and not revision.final
     ((end,),) = criticise(ScriptedModel(option_rule=says_flawed(0.1)))([revision])
-    assert (end.final, end.ended, end.final_text) == (True, ChainEnd.SATISFIED, "better text now")
+    assert (end.final, end.end_reason, end.final_response) == (True, EndReason.SATISFIED, "better text now")
     assert end.p_better == pytest.approx(0.9)
 
 
@@ -113,17 +113,17 @@ def chain(make_response, text, constitution=DEFAULT):
 
 def test_a_revision_that_loses_gives_way_to_its_predecessor(make_response):
     revision = chain(make_response, "worse text here")
-    rule = lambda ask: 0.1 if "Answer (A):\n> worse" in ask.turns[0].content else 0.9  # noqa: E731
+    rule = lambda ask: 0.1 if "Answer (A):\n> worse" in ask.messages[0].content else 0.9  # noqa: E731
     ((end,),) = criticise(ScriptedModel(option_rule=rule))([revision])
-    assert (end.ended, end.final_text, end.final) == (ChainEnd.LOST, "first answer", True)
+    assert (end.end_reason, end.final_response, end.final) == (EndReason.LOST, "first answer", True)
 
 
 def test_the_last_round_ends_a_chain_that_is_still_flawed(make_response):
     revision = chain(make_response, "better but flawed")
     ((end,),) = criticise(ScriptedModel(option_rule=says_flawed(0.9)), rounds=1)([revision])
-    assert (end.ended, end.final_text, end.verdict) == (ChainEnd.LAST_ROUND, "better but flawed", Verdict.FLAWED)
+    assert (end.end_reason, end.final_response, end.verdict) == (EndReason.LAST_ROUND, "better but flawed", Verdict.FLAWED)
     ((more,),) = criticise(ScriptedModel(option_rule=says_flawed(0.9), text_rule=lambda a, n: "again"), rounds=2)([revision])
-    assert (more.ended, more.final, more.critique) == (ChainEnd.NONE, False, "again")
+    assert (more.end_reason, more.final, more.critique) == (EndReason.NONE, False, "again")
 
 
 def test_earlier_principles_are_asked_again(make_response):
@@ -141,37 +141,37 @@ def test_without_early_stop_nothing_is_asked_and_all_rounds_are_made(make_respon
 
 def test_helpful_prompts_are_not_revised(make_response):
     ((record,),) = criticise(ScriptedModel())([make_response(source="helpful")])
-    assert (record.ended, record.final_text, record.verdict) == (ChainEnd.SKIPPED, "first answer", Verdict.NOT_ASKED)
+    assert (record.end_reason, record.final_response, record.verdict) == (EndReason.SKIPPED, "first answer", Verdict.NOT_ASKED)
 
 
 def test_an_empty_answer_is_unusable(make_response):
     ((record,),) = criticise(ScriptedModel())([make_response(answers=(" ", "x"))])
-    assert (record.ended, record.final) == (ChainEnd.UNUSABLE, True)
+    assert (record.end_reason, record.final) == (EndReason.UNUSABLE, True)
 
 
 def test_a_verdict_without_mass_is_not_clean(make_response):
     model = ScriptedModel(option_rule=says_flawed(0.0), mass=0.2, text_rule=lambda a, n: "why")
     ((record,),) = criticise(model)([make_response()])
-    assert (record.verdict, record.ended) == (Verdict.LOW_MASS, ChainEnd.NONE)
+    assert (record.verdict, record.end_reason) == (Verdict.LOW_MASS, EndReason.NONE)
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", RevisionFault.EMPTY),
-        ("first  answer", RevisionFault.COPY),
-        (DEFAULT.examples[0].revision, RevisionFault.ECHO),
-        (DEFAULT.examples[0].answer, RevisionFault.ECHO),
-        ("Well, I would not frighten him at all.", RevisionFault.ECHO),
-        ("I would not do it, friendly words are better.", RevisionFault.NONE),
-        ("a new text", RevisionFault.NONE),
+        ("", RejectionReason.EMPTY),
+        ("first  answer", RejectionReason.COPY),
+        (DEFAULT.examples[0].revision, RejectionReason.ECHO),
+        (DEFAULT.examples[0].answer, RejectionReason.ECHO),
+        ("Well, I would not frighten him at all.", RejectionReason.ECHO),
+        ("I would not do it, friendly words are better.", RejectionReason.NONE),
+        ("a new text", RejectionReason.NONE),
     ],
 )
 def test_unusable_revisions_are_recorded_and_end_their_chain(make_response, text, fault):
     revision = chain(make_response, text)
-    assert revision.fault is fault
-    assert revision.final == (fault is not RevisionFault.NONE)
-    assert revision.ended is (ChainEnd.UNUSABLE if revision.final else ChainEnd.NONE)
+    assert revision.rejection_reason is fault
+    assert revision.final == (fault is not RejectionReason.NONE)
+    assert revision.end_reason is (EndReason.UNUSABLE if revision.final else EndReason.NONE)
     response = make_response()
     again, first = criticise(ScriptedModel(option_rule=says_flawed(0.1)))([revision, response])
     assert len(again) == (not revision.final) and first[0].parent_ids == [response.record_id]
@@ -188,15 +188,20 @@ def test_revise_passes_over_finished_chains(make_response):
 @pytest.mark.parametrize(("preferred", "p"), [("first answer", 0.8), ("second answer", 0.2)])
 def test_the_label_follows_the_answer_not_the_slot(make_response, preferred, p):
     ((record,),) = judge(ScriptedModel(option_rule=judges(preferred)))([make_response()])
-    assert record.p_a == pytest.approx(p) and record.outcome is Outcome.OK and not record.flipped
-    assert record.p_forward == pytest.approx(record.p_backward) and record.gap == pytest.approx(0)
-    assert (record.a, record.b, record.a_candidate, record.b_candidate) == ("first answer", "second answer", 0, 1)
+    assert record.p_a == pytest.approx(p) and record.outcome is Outcome.OK and not record.position_flip
+    assert record.p_forward == pytest.approx(record.p_backward) and record.position_gap == pytest.approx(0)
+    assert (record.response_a, record.response_b, record.completion_index_a, record.completion_index_b) == (
+        "first answer",
+        "second answer",
+        0,
+        1,
+    )
 
 
 def test_a_judge_that_always_takes_the_first_slot_gives_one_half_and_is_marked(make_response):
     always_a = ScriptedModel(option_rule=lambda ask: 0.9)
     ((record,),) = judge(always_a)([make_response()])
-    assert record.p_a == pytest.approx(0.5) and record.flipped and record.outcome is Outcome.OK
+    assert record.p_a == pytest.approx(0.5) and record.position_flip and record.outcome is Outcome.OK
     ((barred,),) = judge(always_a, reject_flips=True)([make_response()])
     assert barred.outcome is Outcome.POSITION_FLIP
 
@@ -208,13 +213,13 @@ def test_without_mass_there_is_no_label(make_response):
 
 def test_k_candidates_make_k_minus_1_pairs(make_response):
     (records,) = judge(ScriptedModel())([make_response(answers=("a", "b", "c", "d"))])
-    assert [(r.a, r.b) for r in records] == [("a", "b"), ("b", "c"), ("c", "d")]
+    assert [(r.response_a, r.response_b) for r in records] == [("a", "b"), ("b", "c"), ("c", "d")]
     assert len({r.record_id for r in records}) == 3
 
 
 def test_the_course_judges_by_all_principles_in_one_question(make_response):
     asked = []
-    model = ScriptedModel(option_rule=lambda ask: asked.append(ask.turns[0].content) or 0.7)
+    model = ScriptedModel(option_rule=lambda ask: asked.append(ask.messages[0].content) or 0.7)
     ((record,),) = judge(model, load("course"))([make_response()])
     assert record.principle_id == "all" and len(asked) == 2
     assert all(principle.question in asked[0] for principle in load("course").judging)
@@ -224,7 +229,7 @@ def test_the_revision_pairing_compares_the_final_text_with_the_first(make_respon
     revision = chain(make_response, "better text")
     ((end,),) = criticise(ScriptedModel(option_rule=says_flawed(0.1)))([revision])
     ((record,),) = judge(ScriptedModel(), pairing="revision")([end])
-    assert (record.a, record.b, record.response_id) == ("better text", "first answer", end.response_id)
+    assert (record.response_a, record.response_b, record.response_id) == ("better text", "first answer", end.response_id)
     assert judge(ScriptedModel(), pairing="revision")([revision]) == [[]]
 
 
@@ -233,12 +238,12 @@ def test_both_orders_against_hand_computed_numbers():
         def option_logprobs(self, batch, options):
             return [OptionScores((-1.0, -2.0), 0.5), OptionScores((-3.0, -1.0), 0.4)]
 
-    (result,) = both_orders(Fixed(), [((Turn(role="user", content="x"),), (Turn(role="user", content="y"),))])
+    (result,) = both_orders(Fixed(), [((ChatMessage(role="user", content="x"),), (ChatMessage(role="user", content="y"),))])
     # e^-1 / (e^-1 + e^-2) = 0.7310586, and of the swapped order 1 - e^-3 / (e^-3 + e^-1) = 0.8807971
     assert result.forward == pytest.approx(0.7310586) and result.backward == pytest.approx(0.8807971)
-    assert result.p == pytest.approx(0.8059278) and result.mass == 0.4 and not result.flipped
+    assert result.p == pytest.approx(0.8059278) and result.mass == 0.4 and not result.position_flip
     assert math.isnan(share_of_a(OptionScores((float("-inf"), float("-inf")), 0.0)))
-    assert Comparison(0.6, 0.4, 1, 1).flipped
+    assert Comparison(0.6, 0.4, 1, 1).position_flip
 
 
 def test_what_a_model_cannot_do_changes_the_question_and_its_hash_never_silently():
@@ -250,9 +255,9 @@ def test_what_a_model_cannot_do_changes_the_question_and_its_hash_never_silently
             return super().option_logprobs(batch, options)
 
     able, unable = ScriptedModel(), Unbegun(capabilities=Capabilities(prefill=False))
-    response = Turn(role="user", content="Which? (A) or (B)")
+    response = ChatMessage(role="user", content="Which? (A) or (B)")
     both_orders(unable, [((response,), (response,))])
-    assert [ask.prefill for ask in asked] == ["", ""] and all(ask.turns[-1].content.endswith(ALONE) for ask in asked)
+    assert [ask.prefill for ask in asked] == ["", ""] and all(ask.messages[-1].content.endswith(ALONE) for ask in asked)
     hashes = {
         hash_of("comparison", m.capabilities) for m in (able, unable, Unbegun(capabilities=Capabilities(False, False, votes=8)))
     }

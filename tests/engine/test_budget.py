@@ -16,8 +16,8 @@ from tests.support.server import Server, server_like
 
 def label(number, *, run="r", model="paid", read=1000, written=500):
     return Preference(
-        record_id=ids.record_id("judge", [], str(number)), run_id=run, stage="judge", turns=[], source="s",
-        pairing="candidates", a="x", b="y", model=ModelRef(id=model, revision="1"), prompt_tokens=read,
+        record_id=ids.record_id("judge", [], str(number)), run_id=run, stage="judge", messages=[], source="s",
+        pairing="completions", response_a="x", response_b="y", model=ModelRef(id=model, revision="1"), prompt_tokens=read,
         completion_tokens=written,
     )  # fmt: skip
 

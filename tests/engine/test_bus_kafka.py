@@ -92,7 +92,9 @@ def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secur
     Producer(opened, "live", eval_share=0.0).publish(str(SHIPPED), last=2)
     with make_host(settings, opened, STAGES, sink=True) as host:
         store = store_of(settings)
-        while store.query("SELECT count(*) FROM stories WHERE ended IS NOT NULL AND preferences IS NOT NULL").rows != [(2,)]:
+        while store.query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL").rows != [
+            (2,)
+        ]:
             host.failed.wait(0.05)
             host.check()
     kept = b"".join(value for topic in TOPICS for value in read_values(opened, topic))

@@ -55,19 +55,19 @@ def correlation(xs, ys):
 
 
 def test_revisions(world):
-    (row,) = world.records("SELECT * FROM revision_effect")
-    assert (row["number"], row["revisions"], row["unusable"], row["compared"], row["wins"]) == (1, 3, 1, 2, 1.0)
+    (row,) = world.records("SELECT * FROM revision_stats")
+    assert (row["round"], row["revisions"], row["unusable"], row["compared"], row["wins"]) == (1, 3, 1, 2, 1.0)
     assert row["mean_p_better"] == pytest.approx(0.55) and row["mean_similarity"] == pytest.approx(1.6 / 3)
     assert row["mean_length_change"] == pytest.approx(2 / 3)
     assert (row["satisfied"], row["lost"], row["last_round"]) == (1, 1, 0)
 
 
 def test_positions(world):
-    rows = {row["principle_id"]: row for row in world.records("SELECT * FROM position_bias")}
+    rows = {row["principle_id"]: row for row in world.records("SELECT * FROM position_bias_stats")}
     care = rows["care"]
     assert (care["judged"], care["flips"], care["flip_rate"], care["preset"]) == (4, 1, 0.25, "charter")
     assert (care["mean_p_forward"], care["mean_p_backward"]) == pytest.approx((0.7, 0.5))
-    assert care["first_place"] == pytest.approx(0.6) and care["mean_gap"] == pytest.approx(0.3)
+    assert care["first_place"] == pytest.approx(0.6) and care["mean_position_gap"] == pytest.approx(0.3)
     assert rows["honest"]["flips"] == 1
 
 
@@ -77,14 +77,14 @@ def test_a_place_that_won_counts_only_where_the_judge_could_be_read(tmp_path):
         pair = judged(str(n), str(n), "a", "b", 0.9, 0.3)
         votes = [vote.model_copy(update={"outcome": outcome}) for vote in pair.votes]
         made.add(pair.model_copy(update={"outcome": outcome, "votes": votes}))
-    assert made.rows("SELECT judged, flips, flip_rate FROM position_bias") == [(2, 2, 1.0)]
+    assert made.rows("SELECT judged, flips, flip_rate FROM position_bias_stats") == [(2, 2, 1.0)]
 
 
 def test_people_and_judges(world):
     pairs = world.rows("SELECT round(p_ai, 2), p_human, agree FROM ai_human_labels ORDER BY 1")
     assert pairs == [(0.3, 1.0, False), (0.6, 1.0, True), (0.8, 1.0, True)]
-    (row,) = world.records("SELECT * FROM label_agreement")
+    (row,) = world.records("SELECT * FROM label_agreement_stats")
     assert (row["pairs"], row["decided"], row["agreed"], row["principle_id"]) == (3, 3, 2, "care")
     assert row["brier"] == pytest.approx((0.7**2 + 0.4**2 + 0.2**2) / 3)
-    bins = world.rows("SELECT p_from, pairs, human_share FROM label_calibration ORDER BY 1")
+    bins = world.rows("SELECT p_from, pairs, human_share FROM label_calibration_stats ORDER BY 1")
     assert bins == [(0.3, 1, 1.0), (0.6, 1, 1.0), (0.8, 1, 1.0)]

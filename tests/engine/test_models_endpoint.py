@@ -28,7 +28,7 @@ from engine.models.endpoint import (
 )
 from engine.models.port import NOTHING, Ask, Generation, Usage
 from engine.models.probe import GO_ON, NO_THINKING, TOKEN_IDS, UNMODIFIED
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from tests.support.server import CUT, PLAIN, VLLM, Server, chat, server_like
 
 KEY = "sk-very-secret"
@@ -36,7 +36,7 @@ SCORING = Dialect(begun=GO_ON[0], shown=20)
 
 
 def ask(text="hi", prefill=""):
-    return Ask((Turn(role="user", content=text),), prefill, 7)
+    return Ask((ChatMessage(role="user", content=text),), prefill, 7)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_server_that_can_do_everything_is_asked_once(server):
 @pytest.mark.parametrize(
     ("like", "expected"),
     [
-        ({}, Dialect(shown=3)),  # a strict hosted one: no extension, and no begun turn
+        ({}, Dialect(shown=3)),  # a strict hosted one: no extension, and no prefill
         ({"most": 5}, Dialect(shown=3)),
         ({"most": 2}, Dialect()),  # too few to be worth anything
         ({"goes_on": "always", "processed": True}, Dialect(begun={}, shown=3, processed=True)),
@@ -104,7 +104,8 @@ def test_what_it_cannot_do_is_told(server, caplog):
         assert endpoint(server, known=None).capabilities.votes > 0
     told = " ".join(caplog.messages)
     assert all(
-        words in told for words in ("begun assistant turn", "votes", "goes on thinking", "four characters", "does not sample")
+        words in told
+        for words in ("prefilled assistant message", "votes", "goes on thinking", "four characters", "does not sample")
     )
 
 
@@ -139,7 +140,7 @@ def test_a_prefill_asks_the_server_to_go_on_or_is_an_error(server):
     request = server.bodies[0]
     assert request["messages"][-1] == {"role": "assistant", "content": "Answer: ("}
     assert request["continue_final_message"] is True and request["add_generation_prompt"] is False
-    with pytest.raises(UsageError, match="begun assistant turn"):
+    with pytest.raises(UsageError, match="prefilled assistant message"):
         endpoint(server, known=Dialect(shown=20)).option_logprobs([ask(prefill="Answer: (")], ("A", "B"))
 
 
@@ -285,7 +286,7 @@ def test_a_text_that_takes_too_long_ends_with_timeout_while_the_server_answers_o
         return 200, (b" " for _ in range(500) if not over.wait(0.02)) if slow else chat("x", used=(3, 1))
 
     server.script = script
-    slow = Ask((Turn(role="user", content="slow"),), deadline_s=0.1)
+    slow = Ask((ChatMessage(role="user", content="slow"),), deadline_s=0.1)
     try:
         ((late,), (other,)) = endpoint(server).generate([slow, ask("quick")])
     finally:

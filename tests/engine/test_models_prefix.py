@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.models.local import LocalModel
 from engine.models.port import Ask
 from engine.models.prefix import ROOT, trees
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=12)
 
@@ -45,7 +45,7 @@ def asks():
     middles = ["then one answer. and the other", "then the other. and one answer"]
     ends = ["which is more honest", "which is less harmful", "b"]
     return [
-        Ask((Turn(role="user", content=head + middle + end),), "Answer: (")
+        Ask((ChatMessage(role="user", content=head + middle + end),), "Answer: (")
         for end in ends
         for head in heads
         for middle in middles
@@ -92,7 +92,7 @@ def test_a_model_with_windows_of_its_own_is_asked_prompt_by_prompt(tiny):
 
 
 def test_a_text_that_takes_too_long_comes_back_as_far_as_it_is(model):
-    turns = (Turn(role="user", content="q"),)
-    late, free = model.generate([Ask(turns, deadline_s=0.0), Ask(turns)], max_tokens=20, temperature=0)
+    messages = (ChatMessage(role="user", content="q"),)
+    late, free = model.generate([Ask(messages, deadline_s=0.0), Ask(messages)], max_tokens=20, temperature=0)
     assert late[0].finish_reason == "timeout" and len(late[0].token_ids) == 1 == len(late[0].logprobs)
     assert free[0].finish_reason != "timeout" and free[0].token_ids[:1] == late[0].token_ids

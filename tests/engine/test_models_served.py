@@ -7,13 +7,13 @@ import pytest
 from engine.models.endpoint import Dialect, open_endpoint
 from engine.models.port import Ask, Usage
 from engine.models.probe import probe
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 pytestmark = pytest.mark.model
 
 
 def ask(text, seed=0):
-    return Ask((Turn(role="user", content=text),), seed=seed)
+    return Ask((ChatMessage(role="user", content=text),), seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(served):
 
 
 def test_what_it_can_do_is_found_out(model):
-    # Unknown fields are refused with 422, logprobs ignored, and a last assistant turn is closed before the next begins.
+    # Unknown fields are refused with 422, logprobs ignored, and a last assistant message is closed before the next begins.
     assert model.dialect == Dialect(always={"chat_template_kwargs": {"enable_thinking": False}})
     assert (model.capabilities.prefill, model.capabilities.logprobs) == (False, False)
 
@@ -47,4 +47,4 @@ def test_it_samples_where_the_models_configuration_says_so(model, caplog):
     with caplog.at_level(logging.WARNING, "charter.endpoint"):
         assert probe(model) == model.dialect
     told = " ".join(caplog.messages)
-    assert "begun assistant turn" in told and "votes" in told and "does not sample" not in told
+    assert "prefilled assistant message" in told and "votes" in told and "does not sample" not in told

@@ -11,7 +11,6 @@ import duckdb
 import pytest
 
 from engine.errors import DataFolderVersion, StoreBusy, UsageError
-from engine.migrate import migrate_database
 from engine.store import Store
 from engine.tables import VERSION
 from schemas.topics import TOPICS
@@ -27,7 +26,7 @@ def store(tmp_path):
 def test_a_new_database_has_every_table_and_view(store):
     status = store.query("SELECT topic, records FROM pipeline_status").rows
     assert status == [(topic, 0) for topic in TOPICS]
-    for view in ("sft_examples", "preference_pairs", "stories", "chain_ends", "rollouts"):
+    for view in ("sft_examples", "preference_pairs", "traces", "revision_chains", "rollouts"):
         assert store.query(f"SELECT * FROM {view}").rows == []
     store.prepare()  # again: nothing happens
 
@@ -43,7 +42,7 @@ try:
     Path(sys.argv[1], "charter.gate", "turn").open("a")
     sys.exit("this user may write there")
 except PermissionError:
-    print(store.query("SELECT count(*) FROM stories").rows)
+    print(store.query("SELECT count(*) FROM traces").rows)
 """
 
 
@@ -169,20 +168,3 @@ def turn_is_taken(store):
             return False
     except StoreBusy:
         return True
-
-
-def test_a_version_2_database_gets_new_columns_and_new_parts_of_old_ones(store):
-    votes = "STRUCT(principle_id VARCHAR, p_forward DOUBLE, p_backward DOUBLE, mass_forward DOUBLE, mass_backward DOUBLE)[]"
-    vote = "[{principle_id: 'x', p_forward: 0.7, p_backward: 0.6, mass_forward: 0.9, mass_backward: 0.8}]"
-    with store.writing() as connection:  # as version 2 had it
-        connection.execute(f"ALTER TABLE raw.preferences ALTER COLUMN votes TYPE {votes} USING NULL")
-        connection.execute("DROP VIEW preferences CASCADE; ALTER TABLE raw.preferences DROP COLUMN preset")
-        connection.execute(f"INSERT INTO raw.preferences (run_id, is_duplicate, votes) VALUES ('old', false, {vote})")
-        connection.execute("UPDATE raw.sink_state SET version = 2")
-    said = migrate_database(store)
-    assert (
-        "format 2 -> " in said[0] and "  new parts in preferences.votes" in said and "  new column preferences.preset" in said
-    )
-    (row,) = store.query("SELECT preset, votes[1].p_forward, votes[1].weight, votes[1].outcome FROM preferences").rows
-    assert row == (None, 0.7, None, None)
-    assert migrate_database(store) == []

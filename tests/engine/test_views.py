@@ -24,17 +24,17 @@ def test_nothing_of_a_held_out_prompt_trains(world):
         world.add(chain_end(text, text, **more), preference(text, text, 0.9, **more), response(text, **more))
         world.add(demonstration(f"{text} shown", text, **more))
     assert {text for (text,) in world.rows("SELECT completion FROM sft_examples")} == {"mine final", "mine shown answer"}
-    assert world.rows("SELECT a FROM preference_pairs") == [("mine a",)]
-    excluded = world.rows("SELECT turns[1].content, excluded_because FROM rollouts ORDER BY 1")
+    assert world.rows("SELECT response_a FROM preference_pairs") == [("mine a",)]
+    excluded = world.rows("SELECT messages[1].content, exclusion_reason FROM rollouts ORDER BY 1")
     assert excluded == [("again", "held out"), ("kept", "held out"), ("mine", None), ("moved", "held out")]
-    assert world.rows("SELECT a FROM held_out_pairs") == [("kept a",)]
+    assert world.rows("SELECT response_a FROM held_out_pairs") == [("kept a",)]
 
 
 def test_a_label_of_a_prompt_that_has_trained_measures_nothing(world):
     world.add(prompt("first"), preference("first", "first", 0.8), prompt("first", **HELD_OUT))
     world.add(preference("later", "first", 0.8, **HELD_OUT))
-    assert world.rows("SELECT a FROM preference_pairs") == [("first a",)]  # what was eligible stays eligible
-    assert world.rows("SELECT a FROM held_out_pairs") == []
+    assert world.rows("SELECT response_a FROM preference_pairs") == [("first a",)]  # what was eligible stays eligible
+    assert world.rows("SELECT response_a FROM held_out_pairs") == []
 
 
 def test_a_prompt_that_has_trained_in_another_epoch_measures_nothing(world):
@@ -42,7 +42,7 @@ def test_a_prompt_that_has_trained_in_another_epoch_measures_nothing(world):
     world.add(prompt("old"), prompt("old", **again), prompt("new", **again))
     for text in ("old", "new"):
         world.add(preference(text, text, 0.8, **again), chain_end(text, text, **again))
-    assert world.rows("SELECT a FROM held_out_pairs") == [("new a",)]
+    assert world.rows("SELECT response_a FROM held_out_pairs") == [("new a",)]
     assert world.rows("SELECT completion FROM held_out_examples") == [("new final",)]
 
 
@@ -85,8 +85,8 @@ def test_an_override_is_new_to_the_cursor_and_leaves_old_batches_as_they_were(wo
 def test_demonstrations_train_and_have_a_story_without_a_prompt_to_answer(world):
     labelled = preference("b", "compared", 1.0, label_source=LabelSource.HUMAN)
     world.add(prompt("asked"), demonstration("a", "shown", source="helpful"), demonstration("c", "asked"), labelled)
-    found = world.rows("SELECT source, label_source, ended, rounds, completion FROM sft_examples ORDER BY 1")
+    found = world.rows("SELECT source, label_source, end_reason, rounds, completion FROM sft_examples ORDER BY 1")
     assert found == [("helpful", "HUMAN", None, 0, "a answer"), ("test", "HUMAN", None, 0, "c answer")]
-    stories = world.rows("SELECT prompt, source, len(demonstrations), len(preferences) FROM stories ORDER BY 1")
+    stories = world.rows("SELECT prompt, source, len(demonstrations), len(preferences) FROM traces ORDER BY 1")
     assert stories == [("asked", "test", 1, None), ("compared", "test", None, 1), ("shown", "helpful", 1, None)]
     assert world.rows("SELECT count(*) FROM prompts") == [(1,)]

@@ -22,22 +22,22 @@ from engine.watchdog import Calls, Watchdog
 from engine.worker import ONLY, Lane, Limits, Stage, Worker, outgoing
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import Candidate, DeadLetter, DeadLetterKind, Prompt, Response, Turn
+from schemas.records import ChatMessage, Completion, DeadLetter, DeadLetterKind, Prompt, Response
 
 WITHIN_S = 20
 
 
 def prompt(text, run="r"):
-    turns = [Turn(role="user", content=text)]
-    key = ids.prompt_id(turns)
-    return Prompt(record_id=key, prompt_id=key, run_id=run, stage="produce", turns=turns, source="test")
+    messages = [ChatMessage(role="user", content=text)]
+    key = ids.prompt_id(messages)
+    return Prompt(record_id=key, prompt_id=key, run_id=run, stage="produce", messages=messages, source="test")
 
 
 def answer(record):
-    text = record.turns[0].content.upper()
+    text = record.messages[0].content.upper()
     return Response(
         record_id=ids.record_id("respond", [record.record_id], "f"), prompt_id=record.prompt_id, run_id=record.run_id,
-        stage="respond", turns=record.turns, source="test", candidates=[Candidate(index=0, text=text)],
+        stage="respond", messages=record.messages, source="test", completions=[Completion(index=0, text=text)],
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def run_until(workers, condition):
 
 
 def responses(bus):
-    return sorted(decode(value, Response).candidates[0].text for value in read_values(bus, "responses"))
+    return sorted(decode(value, Response).completions[0].text for value in read_values(bus, "responses"))
 
 
 def letters(bus):
@@ -82,7 +82,7 @@ def test_every_record_is_worked_once_and_committed(bus):
 def test_a_poisoned_record_becomes_a_dead_letter_and_its_neighbours_do_not(bus):
     def work(records):
         for record in records:
-            if record.turns[0].content == "p05":
+            if record.messages[0].content == "p05":
                 raise PermanentRecordError("cannot be done", "the test says so", "")
         return echo(records)
 
@@ -94,7 +94,7 @@ def test_a_poisoned_record_becomes_a_dead_letter_and_its_neighbours_do_not(bus):
         "PermanentRecordError",
         "prompts",
     )
-    assert decode(letter.value, Prompt).turns[0].content == "p05"
+    assert decode(letter.value, Prompt).messages[0].content == "p05"
     assert letter.headers[0].value == b"r"
 
 
@@ -153,7 +153,7 @@ def test_other_runs_records_are_passed_over(bus):
 
 def test_an_output_that_is_too_large_is_a_dead_letter(bus):
     def work(records):
-        return [[answer(r).model_copy(update={"candidates": [Candidate(index=0, text="x" * 5_000_000)]})] for r in records]
+        return [[answer(r).model_copy(update={"completions": [Completion(index=0, text="x" * 5_000_000)]})] for r in records]
 
     publish(bus, prompt("p"))
     run_until([worker(bus, work)], lambda: len(letters(bus)) == 1)
@@ -165,7 +165,7 @@ def test_after_a_commit_in_doubt_nothing_is_worked_or_written_twice(bus):
     worked = []
 
     def work(records):
-        worked.extend(record.turns[0].content for record in records)
+        worked.extend(record.messages[0].content for record in records)
         return echo(records)
 
     doubtful = worker(bus, work)
@@ -251,7 +251,7 @@ def test_while_it_is_in_doubt_a_worker_commits_nothing(bus):
 def fail_for(wrong, error=PermanentRecordError):
     def work(records):
         for record in records:
-            if wrong(record.turns[0].content):
+            if wrong(record.messages[0].content):
                 raise error("cannot be done", "the test says so", "")
         return echo(records)
 
@@ -305,8 +305,8 @@ def test_a_record_at_which_processes_die_is_worked_alone_and_then_a_dead_letter(
         pass
 
     def work(records):
-        batches.append(sorted(record.turns[0].content for record in records))
-        if any(record.turns[0].content == "p3" for record in records):
+        batches.append(sorted(record.messages[0].content for record in records))
+        if any(record.messages[0].content == "p3" for record in records):
             raise Dies
         return echo(records)
 

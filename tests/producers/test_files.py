@@ -13,7 +13,7 @@ from engine.errors import UsageError
 from producers.files import SHIPPED, Producer, shipped_lines, split_of, summary
 from producers.parse import BadRow, parse_prompt
 from schemas.codec import decode
-from schemas.records import Prompt, Split, Turn
+from schemas.records import ChatMessage, Prompt, Split
 
 
 def published(bus):
@@ -21,7 +21,7 @@ def published(bus):
 
 
 def texts(bus):
-    return sorted(p.turns[-1].content for p in published(bus))
+    return sorted(p.messages[-1].content for p in published(bus))
 
 
 def line(value):
@@ -32,7 +32,7 @@ GOOD = [
     "a plain string",
     {"prompt": "an object"},
     {
-        "turns": [
+        "messages": [
             {"role": "user", "content": "hi"},
             {"role": "assistant", "content": "yes?"},
             {"role": "user", "content": "turns"},
@@ -53,9 +53,9 @@ BAD = [
     ({"prompt": 5}, "role"),
     ({"text": "x"}, 'no "prompt"'),
     ([1, 2], "neither"),
-    ({"turns": []}, "list of turns"),
-    ({"turns": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "last turn"),
-    ({"turns": [{"role": "robot", "content": "x"}]}, "role"),
+    ({"messages": []}, "list of messages"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "last message"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
     ({"prompt": "x", "tags": "t"}, "tags"),
     ({"prompt": "x", "source": ""}, "source"),
     (b'"\\ud800"', "surrogate"),
@@ -67,9 +67,9 @@ def test_every_good_form_is_taken(bus, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"".join(line(g) for g in GOOD) + b"\n\n")
     assert Producer(bus, "r").publish(str(file)).published == 4
-    found = {p.turns[-1].content: p for p in published(bus)}
+    found = {p.messages[-1].content: p for p in published(bus)}
     assert set(found) == {"a plain string", "an object", "turns", "messages"}
-    assert len(found["turns"].turns) == 3 and found["messages"].tags == ["t"] and found["messages"].source == "s"
+    assert len(found["turns"].messages) == 3 and found["messages"].tags == ["t"] and found["messages"].source == "s"
     assert found["an object"].origin == "p.jsonl:2"
 
 
@@ -163,21 +163,21 @@ def test_standard_input(bus, monkeypatch):
 @given(st.binary(max_size=100))
 def test_any_line_is_a_prompt_or_a_bad_line(data):
     try:
-        assert parse_prompt(data, source="s", max_chars=50).turns
+        assert parse_prompt(data, source="s", max_chars=50).messages
     except BadRow as error:
         assert str(error)
 
 
 def test_the_split_is_the_same_everywhere_and_about_right(bus, tmp_path):
-    dialogues = [[Turn(role="user", content=f"p{n}")] for n in range(5000)]
-    splits = [split_of(turns, 0.1) for turns in dialogues]
+    dialogues = [[ChatMessage(role="user", content=f"p{n}")] for n in range(5000)]
+    splits = [split_of(messages, 0.1) for messages in dialogues]
     assert 0.08 < splits.count(Split.EVAL) / 5000 < 0.12
     assert split_of(dialogues[1], 0.0) is Split.TRAIN
     file = tmp_path / "p.jsonl"
     file.write_bytes(b"".join(line(f"p{n}") for n in range(50)))
     for run, epoch in (("r", 0), ("r", 1), ("another run", 2)):
         Producer(bus, run, epoch=epoch, eval_share=0.5).publish(str(file))
-    sides = {(p.turns[0].content, p.split) for p in published(bus)}
+    sides = {(p.messages[0].content, p.split) for p in published(bus)}
     assert len(published(bus)) == 150 and len(sides) == 50 and len({split for _, split in sides}) == 2
 
 
@@ -185,6 +185,6 @@ def test_the_shipped_prompts_are_enough_different_and_half_and_half():
     lines = SHIPPED.read_bytes().splitlines()
     parsed = [parse_prompt(text, source="", max_chars=1000) for text in lines]
     assert len(parsed) == shipped_lines() >= 64
-    assert len({p.turns for p in parsed}) == len(parsed)
+    assert len({p.messages for p in parsed}) == len(parsed)
     for end in (24, 40, 48, len(parsed)):
         assert sum(p.source == "red-team" for p in parsed[:end]) == end // 2

@@ -52,7 +52,7 @@ def write(folder, name, values=VALUES):
 def test_every_format_has_the_same_rows(tmp_path, name):
     path = write(tmp_path, name)
     found = [(number, parse_prompt(row, source="default", max_chars=99)) for number, row in rows(str(path))]
-    assert [(n, asked.turns[0].content, asked.source, asked.tags) for n, asked in found] == [
+    assert [(n, asked.messages[0].content, asked.source, asked.tags) for n, asked in found] == [
         (1, "one", "default", ("t",)), (2, "two", "s", ()), (3, "three\nlines", "default", ()),
     ]  # fmt: skip
     assert [number for number, _ in rows(str(path), 2, 2)] == [2]
@@ -157,14 +157,14 @@ def test_any_value_is_a_good_row_or_a_bad_one(row, kind):
     except BadRow as error:
         assert str(error)
     else:
-        assert parsed.turns[-1].role == "user" and all(turn.content.strip() for turn in parsed.turns)
+        assert parsed.messages[-1].role == "user" and all(message.content.strip() for message in parsed.messages)
 
 
 # Dialogues
 
 
-def hh(*turns):
-    return "".join(f"\n\n{who}: {text}" for who, text in turns)
+def hh(*messages):
+    return "".join(f"\n\n{who}: {text}" for who, text in messages)
 
 
 BEFORE = (("Human", "Can you help: me?"), ("Assistant", "Yes.\n\nHere is how:\n\n1. Human error: avoid it."))
@@ -174,22 +174,22 @@ ASKED = (*BEFORE, ("Human", "An Assistant: what is it?\nHuman: a word."))
 def test_only_a_marker_at_the_beginning_of_a_paragraph_splits():
     row = {"chosen": hh(*ASKED, ("Assistant", "A helper: like me.")), "rejected": hh(*ASKED, ("Assistant", "No: idea."))}
     parsed = parse_comparison(row, source="s", max_chars=999)
-    assert [turn.content for turn in parsed.turns] == [text for _, text in ASKED]
-    assert [turn.role for turn in parsed.turns] == ["user", "assistant", "user"]
+    assert [message.content for message in parsed.messages] == [text for _, text in ASKED]
+    assert [message.role for message in parsed.messages] == ["user", "assistant", "user"]
     assert (parsed.a, parsed.b, parsed.p_a) == ("A helper: like me.", "No: idea.", 1.0)
-    assert parse_prompt(row, source="s", max_chars=999).turns == parsed.turns
+    assert parse_prompt(row, source="s", max_chars=999).messages == parsed.messages
     shown = parse_demonstration(row, source="s", max_chars=999)
-    assert (shown.turns, shown.completion) == (parsed.turns, "A helper: like me.")
+    assert (shown.messages, shown.completion) == (parsed.messages, "A helper: like me.")
 
 
 @given(texts=st.lists(st.text(alphabet="abHumanAssit: \n.", min_size=1).map(str.strip).filter(bool), min_size=2, max_size=6))
 def test_a_dialogue_comes_back_as_it_was_written(texts):
     texts = [text for text in texts if len(reading_markers(text)) == 1] or ["x"]
-    turns = [("Human" if n % 2 == 0 else "Assistant", text) for n, text in enumerate(texts)]
-    asked = turns if turns[-1][0] == "Human" else turns[:-1]
+    messages = [("Human" if n % 2 == 0 else "Assistant", text) for n, text in enumerate(texts)]
+    asked = messages if messages[-1][0] == "Human" else messages[:-1]
     row = {"chosen": hh(*asked, ("Assistant", "yes")), "rejected": hh(*asked, ("Assistant", "no"))}
     parsed = parse_comparison(row, source="s", max_chars=9999)
-    assert [turn.content for turn in parsed.turns] == [text for _, text in asked]
+    assert [message.content for message in parsed.messages] == [text for _, text in asked]
 
 
 def reading_markers(text):
@@ -199,18 +199,18 @@ def reading_markers(text):
 
 
 def test_turns_of_one_role_in_a_row_are_joined_and_empty_ones_left_out():
-    turns = (("Human", "one"), ("Assistant", ""), ("Human", "two"), ("Assistant", "three"), ("Assistant", "four"))
-    shown = parse_demonstration({"chosen": hh(*turns)}, source="s", max_chars=99)
-    assert [turn.content for turn in shown.turns] == ["one\n\ntwo"] and shown.completion == "three\n\nfour"
+    messages = (("Human", "one"), ("Assistant", ""), ("Human", "two"), ("Assistant", "three"), ("Assistant", "four"))
+    shown = parse_demonstration({"chosen": hh(*messages)}, source="s", max_chars=99)
+    assert [message.content for message in shown.messages] == ["one\n\ntwo"] and shown.completion == "three\n\nfour"
 
 
 def test_a_plain_prompt_that_talks_of_humans_is_one_turn():
-    (turn,) = parse_prompt({"prompt": "Human: what is an Assistant: a robot?"}, source="s", max_chars=99).turns
-    assert turn.content == "Human: what is an Assistant: a robot?"
+    (message,) = parse_prompt({"prompt": "Human: what is an Assistant: a robot?"}, source="s", max_chars=99).messages
+    assert message.content == "Human: what is an Assistant: a robot?"
     asked = parse_prompt(
         {"prompt": hh(("Human", "hi"), ("Assistant", "yes?"), ("Human", "go")) + "\n\nAssistant:"}, source="s", max_chars=99
     )
-    assert [turn.content for turn in asked.turns] == ["hi", "yes?", "go"]
+    assert [message.content for message in asked.messages] == ["hi", "yes?", "go"]
 
 
 def user(text):
@@ -228,12 +228,12 @@ def assistant(text):
         {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
         {"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
         {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
-        {"prompt": "q", "a": "good", "b": "bad", "p_a": 1},
+        {"prompt": "q", "response_a": "good", "response_b": "bad", "p_a": 1},
     ],
 )
 def test_every_form_of_a_comparison(row):
     parsed = parse_comparison(row, source="s", max_chars=99)
-    assert (parsed.turns[0].content, parsed.a, parsed.b, parsed.p_a) == ("q", "good", "bad", 1.0)
+    assert (parsed.messages[0].content, parsed.a, parsed.b, parsed.p_a) == ("q", "good", "bad", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -246,23 +246,23 @@ def test_every_form_of_a_comparison(row):
 )
 def test_every_form_of_a_demonstration(row):
     shown = parse_demonstration(row, source="s", max_chars=99)
-    assert (shown.turns[0].content, shown.completion, shown.stopped) == ("q", "yes", True)
+    assert (shown.messages[0].content, shown.completion, shown.stopped) == ("q", "yes", True)
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
     [
         ({"prompt": "q", "chosen": "x"}, "neither"),
-        ({"prompt": "q", "a": "x", "b": "y"}, '"p_a"'),
-        ({"prompt": "q", "a": "x", "b": "y", "p_a": 1.5}, "probability"),
-        ({"prompt": "q", "a": "x", "b": "y", "p_a": True}, "probability"),
-        ({"prompt": "q", "a": "x", "b": "y", "p_a": float("nan")}, "probability"),
+        ({"prompt": "q", "response_a": "x", "response_b": "y"}, '"p_a"'),
+        ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": 1.5}, "probability"),
+        ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": True}, "probability"),
+        ({"prompt": "q", "response_a": "x", "response_b": "y", "p_a": float("nan")}, "probability"),
         ({"prompt": "q", "chosen": "x", "rejected": "x"}, "the same"),
         ({"prompt": "q", "chosen": "x", "rejected": " "}, "empty answer"),
         ({"prompt": "q", "chosen": "x" * 999, "rejected": "y"}, "characters"),
         ({"prompt": "q", "chosen": [user("other"), assistant("x")], "rejected": "y"}, "another prompt"),
         ({"chosen": hh(("Human", "q"), ("Assistant", "x")), "rejected": hh(("Human", "p"), ("Assistant", "x"))}, "same prompt"),
-        ({"chosen": hh(("Assistant", "x")), "rejected": hh(("Assistant", "y"))}, "no turn of the user"),
+        ({"chosen": hh(("Assistant", "x")), "rejected": hh(("Assistant", "y"))}, "no message of the user"),
         ({"chosen": "well" + hh(("Human", "q")), "rejected": "y"}, "before the first"),
     ],
 )
@@ -273,7 +273,7 @@ def test_what_is_no_comparison_says_why(row, why):
 
 def test_a_page_of_blank_lines_is_read_in_one_go():
     text = "\n\nHuman: q" + "\n" * 200_000 + "x"
-    assert parse_prompt({"prompt": text}, source="s", max_chars=10**6).turns[0].content.startswith("q")
+    assert parse_prompt({"prompt": text}, source="s", max_chars=10**6).messages[0].content.startswith("q")
 
 
 def test_standard_input_is_lines(monkeypatch):

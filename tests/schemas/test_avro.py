@@ -59,7 +59,7 @@ def test_a_new_enum_symbol_reads_as_unknown_in_old_code():
     assert changed(symbol) == []
     new = copy.deepcopy(avro.schema_of(Prompt))
     symbol(new)
-    values = {"record_id": "x", "run_id": "r", "stage": "s", "turns": [], "source": "x", "split": "TEST"}
+    values = {"record_id": "x", "run_id": "r", "stage": "s", "messages": [], "source": "x", "split": "TEST"}
     buffer = io.BytesIO()
     fastavro.schemaless_writer(buffer, parse_schema(new, {}), values)
     buffer.seek(0)

@@ -10,20 +10,36 @@ from hypothesis import strategies as st
 
 from schemas import codec
 from schemas.ids import digest
-from schemas.records import RECORDS, Candidate, DeadLetter, DeadLetterKind, FinishReason, Preference, Prompt, Response, Turn
+from schemas.records import (
+    RECORDS,
+    ChatMessage,
+    Completion,
+    DeadLetter,
+    DeadLetterKind,
+    FinishReason,
+    Preference,
+    Prompt,
+    Response,
+)
 
 ID = digest("x")
 
 
 def prompt(content="hello", **more):
     return Prompt(
-        record_id=ID, prompt_id=ID, run_id="r", stage="s", turns=[Turn(role="user", content=content)], source="x", **more
+        record_id=ID,
+        prompt_id=ID,
+        run_id="r",
+        stage="s",
+        messages=[ChatMessage(role="user", content=content)],
+        source="x",
+        **more,
     )
 
 
 def response():
-    candidate = Candidate(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5], finish_reason=FinishReason.STOP)
-    return Response(record_id=ID, run_id="r", stage="respond", turns=[], source="x", candidates=[candidate])
+    candidate = Completion(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5], finish_reason=FinishReason.STOP)
+    return Response(record_id=ID, run_id="r", stage="respond", messages=[], source="x", completions=[candidate])
 
 
 def test_header_is_the_avro_single_object_encoding():
@@ -54,7 +70,7 @@ def test_nested_records_and_bytes_round_trip():
     assert codec.decode(codec.encode(record), Response) == record
     letter = DeadLetter(
         record_id=ID, run_id="r", stage="s", kind=DeadLetterKind.DECODE, source_topic="t", source_partition=1, source_offset=2,
-        value=b"\x00\xff", error_class="E", message="m",
+        value=b"\x00\xff", error_class="E", error_message="m",
     )  # fmt: skip
     assert codec.decode(codec.encode(letter), DeadLetter) == letter
 
@@ -82,7 +98,7 @@ def test_wrong_record_type_names_both():
 
 
 def test_an_id_that_is_none_is_malformed():
-    record = Prompt.model_construct(**{**prompt().model_dump(), "record_id": "not an id", "turns": []})
+    record = Prompt.model_construct(**{**prompt().model_dump(), "record_id": "not an id", "messages": []})
     with pytest.raises(codec.Malformed):
         codec.decode(codec.encode(record), Prompt)
 

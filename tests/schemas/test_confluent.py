@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from schemas import avro, codec
 from schemas.confluent import MAX_ANSWER_BYTES, Registry, RegistryUnreachable, SchemaRefused
 from schemas.ids import digest
-from schemas.records import RECORDS, Candidate, Preference, Prompt, Response, Turn
+from schemas.records import RECORDS, ChatMessage, Completion, Preference, Prompt, Response
 from tests.support.registry import FIRST_ID, JSON, FakeRegistry
 
 ID = digest("x")
@@ -55,13 +55,19 @@ def confluent(registry):
 
 def prompt(content="hello", **more):
     return Prompt(
-        record_id=ID, prompt_id=ID, run_id="r", stage="s", turns=[Turn(role="user", content=content)], source="x", **more
+        record_id=ID,
+        prompt_id=ID,
+        run_id="r",
+        stage="s",
+        messages=[ChatMessage(role="user", content=content)],
+        source="x",
+        **more,
     )
 
 
 def response():
-    candidate = Candidate(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5])
-    return Response(record_id=ID, run_id="r", stage="respond", turns=[], source="x", candidates=[candidate])
+    candidate = Completion(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5])
+    return Response(record_id=ID, run_id="r", stage="respond", messages=[], source="x", completions=[candidate])
 
 
 def framed(schema_id, record):
@@ -129,7 +135,7 @@ def test_single_object_messages_are_read_in_either_framing(confluent):
     assert ours[:2] == b"\xc3\x01" and confluents[:1] == b"\x00"
     for framing in codec.FRAMINGS:
         codec.use(framing, confluent)
-        assert codec.decode(ours, Prompt).turns == codec.decode(confluents, Prompt).turns == prompt().turns
+        assert codec.decode(ours, Prompt).messages == codec.decode(confluents, Prompt).messages == prompt().messages
 
 
 # Other versions of a schema, by the name of their record
@@ -149,7 +155,7 @@ def test_an_older_and_a_newer_version_are_read_as_the_record_of_their_name(serve
         fastavro.schemaless_writer(buffer, parse_schema(schema, {}), prompt("hej").model_dump() | more)
         data = b"\x00" + server.add(schema).to_bytes(4, "big") + buffer.getvalue()
         read = codec.decode(data, Prompt)
-        assert (read.turns[0].content, read.origin) == ("hej", "")
+        assert (read.messages[0].content, read.origin) == ("hej", "")
 
 
 def test_a_good_record_of_another_type_is_a_wrong_record(confluent):
@@ -168,7 +174,7 @@ def test_an_unknown_id_is_named_and_asked_for_once_a_minute(server, registry, mo
     later = time.monotonic() + 61
     monkeypatch.setattr("schemas.confluent.time.monotonic", lambda: later)
     server.put(2**32 - 1, json.dumps(avro.schema_of(Prompt)))
-    assert codec.decode(framed(2**32 - 1, prompt()), Prompt).turns == prompt().turns
+    assert codec.decode(framed(2**32 - 1, prompt()), Prompt).messages == prompt().messages
 
 
 def test_what_is_remembered_of_unknown_ids_is_bounded(server, registry, monkeypatch):
@@ -466,7 +472,7 @@ def test_damaged_records_decode_or_are_a_record_error(confluent, data):
         codec.decode_any(bytes(good))
 
 
-TYPES = ["record", "array", "map", "enum", "fixed", "string", "null", "long", "bytes", "charter.Prompt", "charter.Turn"]
+TYPES = ["record", "array", "map", "enum", "fixed", "string", "null", "long", "bytes", "charter.Prompt", "charter.ChatMessage"]
 KEYS = ["type", "items", "values", "name", "fields", "symbols", "size", "default", "logicalType", "namespace"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10) | st.sampled_from(TYPES),

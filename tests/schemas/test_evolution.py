@@ -247,7 +247,7 @@ bus.close()
 CHANGES = [
     (
         "    latency_ms: float = 0.0\n",
-        '    latency_ms: float = 0.0\n    mood: str = "calm"\n    notes: list[Turn] = Field(default_factory=list)\n',
+        '    latency_ms: float = 0.0\n    mood: str = "calm"\n    notes: list[ChatMessage] = Field(default_factory=list)\n',
     ),
     ("    role: str\n    content: str\n", '    role: str\n    content: str\n    tone: str = "plain"\n'),
     ('    EVAL = "EVAL"\n', f'    EVAL = "EVAL"\n    {NEW_SYMBOL} = "{NEW_SYMBOL}"\n'),
@@ -325,20 +325,22 @@ OLD_READ = {model.__name__: model.model_validate(OLD_VALUES[model.__name__]).mod
 
 def of_the_future(values):
     """The same record as new code writes it, with all that is new."""
-    turn = {"role": "user", "content": "later", "tone": "loud"}
-    future = values | {"mood": "glad", "notes": [turn]}
-    future |= {"turns": [turn]} if "turns" in values else {}
+    message = {"role": "user", "content": "later", "tone": "loud"}
+    future = values | {"mood": "glad", "notes": [message]}
+    future |= {"messages": [message]} if "messages" in values else {}
     return future | ({"split": NEW_SYMBOL} if "split" in values else {})
 
 
 def as_old_code_sees_it(values):
-    seen = values | ({"turns": [{"role": "user", "content": "later"}]} if "turns" in values else {})
+    seen = values | ({"messages": [{"role": "user", "content": "later"}]} if "messages" in values else {})
     return seen | ({"split": "UNKNOWN"} if "split" in values else {})
 
 
 def as_new_code_sees_it(values):
     seen = values | {"mood": "calm", "notes": []}
-    return seen | ({"turns": [turn | {"tone": "plain"} for turn in values["turns"]]} if "turns" in values else {})
+    return seen | (
+        {"messages": [message | {"tone": "plain"} for message in values["messages"]]} if "messages" in values else {}
+    )
 
 
 NEW_VALUES = {name: of_the_future(values) for name, values in OLD_VALUES.items()}

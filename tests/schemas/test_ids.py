@@ -4,21 +4,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import ids
-from schemas.records import Turn
+from schemas.records import ChatMessage
 
 
-def turns(*contents):
-    return [Turn(role="user", content=content) for content in contents]
+def messages(*contents):
+    return [ChatMessage(role="user", content=content) for content in contents]
 
 
 def test_ids_do_not_change_between_versions():
     # A change here would make every replay new work: it needs a migration, not a new number.
-    assert ids.prompt_id(turns("hello")) == "8e69355a-4aa2-65be-6d73-5bc9a99a118b"
+    assert ids.prompt_id(messages("hello")) == "8e69355a-4aa2-65be-6d73-5bc9a99a118b"
 
 
 @given(st.text(), st.text())
 def test_the_same_words_cut_elsewhere_are_another_prompt(a, b):
-    assert ids.prompt_id(turns(a, b)) != ids.prompt_id(turns(a + b))
+    assert ids.prompt_id(messages(a, b)) != ids.prompt_id(messages(a + b))
 
 
 def test_epoch_stage_parents_configuration_and_sample_all_count():
@@ -28,7 +28,7 @@ def test_epoch_stage_parents_configuration_and_sample_all_count():
         ids.record_id("judge", ["q"], "f", 0),
         ids.record_id("judge", ["p"], "g", 0),
         ids.record_id("judge", ["p"], "f", 1),
-        ids.prompt_id(turns("p"), 1),
+        ids.prompt_id(messages("p"), 1),
     ]
     assert len({base, *others}) == 6
     assert ids.record_id("judge", ["p"], "f", 0) == base

@@ -55,7 +55,7 @@ def stream_hostile(folder, model, run="live"):
     writer.commit([Outgoing("prompts", b"<b>key</b>", b"\x00not a record <script>\xff", ())])
     writer.close()
     of_run = f"WHERE run_id = '{run}'"
-    ended = f"""SELECT (SELECT count(*) FROM chain_ends {of_run}), (SELECT count(*) FROM preferences {of_run}),
+    ended = f"""SELECT (SELECT count(*) FROM revision_chains {of_run}), (SELECT count(*) FROM preferences {of_run}),
                        (SELECT count(*) FROM dead_letters) > 0"""
     store, wanted = store_of(settings), [(len(HOSTILE), len(HOSTILE), True)]
     with make_host(settings, bus, STAGES, sink=True) as host:

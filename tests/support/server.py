@@ -98,7 +98,7 @@ VLLM = PLAIN | {
 def server_like(*, takes=PLAIN, most=20, goes_on="never", processed=False, logprobs=True, ids=False):
     """The script of a server of some kind. It refuses fields that it does not take, as strict ones do.
 
-    `goes_on` with a begun turn: "never", "told" (with vLLM's fields) or "always". `most`: top log-probabilities allowed.
+    `goes_on` with a prefill: "never", "told" (with vLLM's fields) or "always". `most`: top log-probabilities allowed.
     """
 
     def script(number, request):

@@ -11,15 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from engine import checkpoints
 from engine.checkpoints import hash_files
 from engine.errors import CannotLearn, CheckpointsFull, UsageError
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import dpo, ppo, reward, sft, weights
 from trainer.ppo import Hyperparameters, Rollout
 from trainer.reward import PreferenceExample
 from trainer.sft import SftExample
 
-TURNS = (Turn(role="user", content="say a"),)
+TURNS = (ChatMessage(role="user", content="say a"),)
 PAIRS = [
-    PreferenceExample((Turn(role="user", content=f"say {n * 'n'}"),), "aa", "bb", 0.9, str(n), True, True) for n in range(9)
+    PreferenceExample((ChatMessage(role="user", content=f"say {n * 'n'}"),), "aa", "bb", 0.9, str(n), True, True)
+    for n in range(9)
 ]
 ROLLOUTS = [Rollout((1, 5 + n), (7, 8, 2), (-1.0,) * 3, True, 0, str(n)) for n in range(8)]
 HARDWARE = weights.Hardware(precision="fp32")

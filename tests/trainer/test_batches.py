@@ -111,9 +111,15 @@ def test_reward_models_published_since_are_a_bound_of_their_own():
     assert stale(row, standing, Bounds(rewards=4)) is None
 
 
-def update(kind, version, phase, base, *, restores=None, batch=None):
+def update(kind, version, phase, base, *, restored_version=None, batch=None):
     return PolicyUpdate.model_construct(
-        kind=kind, version=version, phase=phase, base_version=base, restores=restores, batch_id=batch, model=None
+        kind=kind,
+        version=version,
+        phase=phase,
+        base_version=base,
+        restored_version=restored_version,
+        batch_id=batch,
+        model=None,
     )
 
 
@@ -125,7 +131,7 @@ def test_where_training_stands_follows_from_the_log_after_going_back_too():
         update(policy, 2, "ppo", 1, batch="c"),
         update(reward, 2, "reward", 1),
         update(policy, 3, "ppo", 2),
-        update(policy, 4, "restore", 3, restores=2, batch="c"),
+        update(policy, 4, "restore", 3, restored_version=2, batch="c"),
         update(policy, 5, "ppo", 4),
     ]
     manifests = [

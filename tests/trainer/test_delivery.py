@@ -15,14 +15,14 @@ from engine.policy import restored, updates
 from engine.settings import load
 from engine.worker import outgoing
 from schemas import ids
-from schemas.records import ModelRef, PolicyKind, PolicyUpdate, Turn
+from schemas.records import ChatMessage, ModelRef, PolicyKind, PolicyUpdate
 from tests.support.server import Server, chat
 from trainer import dpo, phases, sft, weights
 from trainer.batches import Standing, foreign
 from trainer.reward import PreferenceExample
 from trainer.sft import SftExample
 
-TURNS = (Turn(role="user", content="say a"),)
+TURNS = (ChatMessage(role="user", content="say a"),)
 TEXTS = [SftExample(TURNS, "abc", True, str(n)) for n in range(4)]
 PAIRS = [PreferenceExample(TURNS, "aa", "bb", 0.9, str(n), True, True) for n in range(4)]
 HARDWARE = weights.Hardware(precision="fp32")

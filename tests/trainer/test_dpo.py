@@ -9,7 +9,7 @@ from engine import checkpoints
 from engine.models.chat import completion_ids, prompt_ids
 from engine.models.local import LocalModel
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import dpo, weights
 from trainer.reward import OneSidedLabels, PreferenceExample
 
@@ -19,13 +19,13 @@ EXACT = weights.Hardware(precision="fp32")
 def pairs(count, p=0.9):
     """Each of a prompt of its own; the answer `a` is the better one."""
     return [
-        PreferenceExample((Turn(role="user", content=f"say {n * 'n'}"),), "aa", "bbb", p, str(n), True, n % 2 == 0)
+        PreferenceExample((ChatMessage(role="user", content=f"say {n * 'n'}"),), "aa", "bbb", p, str(n), True, n % 2 == 0)
         for n in range(count)
     ]
 
 
-def answer_logprob(model, tokenizer, turns, text, stopped):
-    prompt, answer = prompt_ids(tokenizer, turns), completion_ids(tokenizer, text, stopped=stopped)
+def answer_logprob(model, tokenizer, messages, text, stopped):
+    prompt, answer = prompt_ids(tokenizer, messages), completion_ids(tokenizer, text, stopped=stopped)
     logp = torch.log_softmax(model(torch.tensor([prompt + answer])).logits[0].float(), -1)
     return sum(logp[len(prompt) + k - 1, token].item() for k, token in enumerate(answer))
 
@@ -35,8 +35,8 @@ def gaps(folder, examples):
     model, tokenizer = weights.load_policy(folder), weights.load_tokenizer(folder)
     with torch.no_grad():
         return [
-            answer_logprob(model, tokenizer, e.turns, e.a, e.a_stopped)
-            - answer_logprob(model, tokenizer, e.turns, e.b, e.b_stopped)
+            answer_logprob(model, tokenizer, e.messages, e.a, e.a_stopped)
+            - answer_logprob(model, tokenizer, e.messages, e.b, e.b_stopped)
             for e in examples
         ]
 
@@ -85,7 +85,7 @@ def test_the_policy_moves_as_far_as_the_labels_say(tiny, tmp_path, lora_rank):
     assert metrics["held_out/accuracy"] == 1.0 and metrics["held_out"] == 2
     # What is served moved too.
     served = [
-        LocalModel(folder).option_logprobs([Ask(examples[0].turns)], ("a", "b"))[0].logprobs
+        LocalModel(folder).option_logprobs([Ask(examples[0].messages)], ("a", "b"))[0].logprobs
         for folder in (tiny, tmp_path / "new")
     ]
     assert served[1][0] - served[1][1] > served[0][0] - served[0][1] + 0.1
@@ -121,14 +121,16 @@ def test_a_second_update_is_held_to_the_reference_of_the_phase(tiny, tmp_path, l
 
 def test_a_long_prompt_loses_its_beginning_and_answers_are_whole(tiny):
     tokenizer = weights.load_tokenizer(tiny)
-    row = dpo.encoded(tokenizer, PreferenceExample((Turn(role="user", content="x" * 50),), " abc", " ab", 0.9, "1", True), 13)
-    whole = prompt_ids(tokenizer, (Turn(role="user", content="x" * 50),))
+    row = dpo.encoded(
+        tokenizer, PreferenceExample((ChatMessage(role="user", content="x" * 50),), " abc", " ab", 0.9, "1", True), 13
+    )
+    whole = prompt_ids(tokenizer, (ChatMessage(role="user", content="x" * 50),))
     assert row["prompt_ids"] == whole[-8:] and len(row["chosen_ids"]) == 5 and len(row["rejected_ids"]) == 3
-    row = dpo.encoded(tokenizer, PreferenceExample((Turn(role="user", content="x"),), "a" * 50, "ab", 0.9, "1"), 12)
+    row = dpo.encoded(tokenizer, PreferenceExample((ChatMessage(role="user", content="x"),), "a" * 50, "ab", 0.9, "1"), 12)
     assert len(row["prompt_ids"]) == 1 and len(row["chosen_ids"]) == 11
 
 
 def test_one_sided_labels_are_refused(tiny):
-    one_sided = [PreferenceExample(e.turns, e.a, e.b, 0.9, e.record_id, exchangeable=True) for e in pairs(16)]
+    one_sided = [PreferenceExample(e.messages, e.a, e.b, 0.9, e.record_id, exchangeable=True) for e in pairs(16)]
     with pytest.raises(OneSidedLabels, match="all 16 labels prefer the first answer"):
         dpo.train(tiny, tiny, one_sided, learning_rate=1e-3)

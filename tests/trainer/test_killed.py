@@ -70,7 +70,7 @@ def answered(bus, store, name, standing):
                 update={
                     "model": model,
                     "policy_version": version,
-                    "candidates": [one.candidates[0].model_copy(update={"policy_version": version})],
+                    "completions": [one.completions[0].model_copy(update={"policy_version": version})],
                 }
             )
             for one in sampled

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from engine import checkpoints
 from engine.models.local import LocalModel
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import reward, sft, weights
 from trainer.reward import AtChance, EqualRewards, Forgot, OneSidedLabels, PreferenceExample, soft_label_loss
 from trainer.sft import IGNORED, SftExample
 
-TURNS = (Turn(role="user", content="say a"),)
+TURNS = (ChatMessage(role="user", content="say a"),)
 
 
 # SFT
@@ -40,9 +40,13 @@ def test_prompt_tokens_are_masked_and_the_end_is_learned_only_where_there_was_on
 def test_chat_templates_are_exact(smollm2):
     """Ids and mask are those of the whole dialogue in the model's own template, up to what it writes after the end token."""
     tokenizer = weights.load_tokenizer(smollm2)
-    turns = (Turn(role="user", content="Why?"), Turn(role="assistant", content="So."), Turn(role="user", content="Really? 🙂"))
-    row = sft.encode(tokenizer, SftExample(turns, "Yes, really.", True, "x"), 512)
-    dialogue = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = (
+        ChatMessage(role="user", content="Why?"),
+        ChatMessage(role="assistant", content="So."),
+        ChatMessage(role="user", content="Really? 🙂"),
+    )
+    row = sft.encode(tokenizer, SftExample(messages, "Yes, really.", True, "x"), 512)
+    dialogue = [{"role": message.role, "content": message.content} for message in messages]
     whole = tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": "Yes, really."}], tokenize=False)
     prompt = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
     assert whole == tokenizer.decode(row["input_ids"]) + "\n"
@@ -140,7 +144,7 @@ def pairs(count, p=0.9):
     """Pairs in which the answer of `a` is better, each of a prompt of its own."""
     return [
         PreferenceExample(
-            (Turn(role="user", content=f"say a {n * 'n'}"),),
+            (ChatMessage(role="user", content=f"say a {n * 'n'}"),),
             "aaaa"[: 1 + n % 4] + "a",
             "bbbb"[: 1 + n % 4] + "b",
             p,
@@ -162,7 +166,7 @@ def test_the_reward_model_learns_and_keeps_its_normalisation(tiny, tmp_path):
     texts = [(TURNS, text, True) for text in ("aaa", "bbb", "aaaaa")]
     raw = model.score(texts)
     assert raw[0] > raw[1]
-    everything = [(e.turns, text, True) for e in pairs(16) for text in (e.a, e.b)]  # too few to hold enough of them out
+    everything = [(e.messages, text, True) for e in pairs(16) for text in (e.a, e.b)]  # too few to hold enough of them out
     normal = torch.tensor(model.normalised(model.score(everything)))
     assert normal.mean().item() == pytest.approx(0, abs=1e-2) and normal.std(correction=0).item() == pytest.approx(1, abs=1e-2)
     (tmp_path / "r").mkdir()
@@ -228,10 +232,12 @@ def test_prompts_are_held_out_by_their_text_alone():
     examples = [replace(pair, record_id=f"{n}") for n, pair in enumerate(pairs(200) + pairs(200))]
     taught, held_out = reward.split(examples)
     assert len(taught) + len(held_out) == 400 and 20 <= len(held_out) <= 60
-    prompts = {example.turns for example in held_out}
-    assert not prompts & {example.turns for example in taught}
+    prompts = {example.messages for example in held_out}
+    assert not prompts & {example.messages for example in taught}
     again = reward.split(list(reversed(examples[:350])))[1]
-    assert {example.turns for example in again} == {example.turns for example in examples[:350] if example.turns in prompts}
+    assert {example.messages for example in again} == {
+        example.messages for example in examples[:350] if example.messages in prompts
+    }
     few = reward.split(pairs(12))
     assert len(few[1]) == 3 and len(few[0]) == 9  # of few labels a quarter, and never all
     assert reward.split(pairs(1)) == (pairs(1), [])
@@ -294,7 +300,7 @@ def test_the_normalisation_is_that_of_the_held_out_texts(tiny):
     examples = pairs(100)
     taught, held_out = reward.split(examples)
     model, metrics = reward.train(tiny, examples, learning_rate=5e-3, hardware=weights.Hardware(precision="fp32"))
-    texts = [(e.turns, text, True) for e in held_out for text in (e.a, e.b)]
+    texts = [(e.messages, text, True) for e in held_out for text in (e.a, e.b)]
     normal = torch.tensor(model.normalised(model.score(texts)))
     assert normal.mean().item() == pytest.approx(0, abs=1e-3) and normal.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     assert metrics["reward/held_out"] == len(held_out) >= 8 and metrics["examples"] == len(taught)

@@ -15,7 +15,7 @@ from engine.settings import load
 from engine.worker import Lane, Worker
 from producers.files import SHIPPED, Producer
 from schemas.codec import decode
-from schemas.records import BatchManifest, Drop, PolicyKind, PolicyUpdate, Score
+from schemas.records import BatchManifest, DroppedRollout, PolicyKind, PolicyUpdate, Score
 from trainer import loop, phases
 from trainer.batches import KEY, rebuild
 from trainer.loop import Trainer
@@ -52,7 +52,7 @@ def stream(settings, bus, store, first, last):
         Worker(bus, make_stage(name, settings, models, constitution, bus), lane, run_id="live", slot="t") for name in STAGES
     ]
     with Host(workers, {"sink": Sink(bus, store, max_wait_s=0.05).run}) as host:
-        sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM chain_ends)
+        sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
                  AND prompt_id IN (SELECT prompt_id FROM preferences)"""
         while store.query(sql, limit_s=10.0).rows[0][0] < last:
             host.check()
@@ -101,7 +101,7 @@ def test_the_phases_alternate_and_rows_train_once(settings, bus, store, trainer)
     assert (update.version, update.phase, update.base_version) == (2, "ppo", 1)
     scores = [decode(value, Score) for value in read_values(bus, "scores")]
     assert len(scores) == 16 and {s.reward_version for s in scores} == {1}
-    drops = [decode(value, Drop) for value in read_values(bus, "drops")]
+    drops = [decode(value, DroppedRollout) for value in read_values(bus, "dropped-rollouts")]
     assert {d.reason for d in drops} == {"sampled before the last supervised update"} and len(drops) == 16
     assert [m.phase for m in manifests(bus)] == ["sft", "reward", "ppo"]
     assert manifests(bus)[2].reference_policy_version == 1
@@ -110,7 +110,9 @@ def test_the_phases_alternate_and_rows_train_once(settings, bus, store, trainer)
     for manifest in manifests(bus):
         assert {str(r[KEY[manifest.phase]]) for r in rebuild(store, manifest).rows} == set(manifest.record_ids)
     sink_all(bus, store)
-    numbers = "SELECT measure, batch, step FROM training_steps WHERE measure IN ('approx_kl', 'reward/accuracy', 'reward_mean')"
+    numbers = (
+        "SELECT metric, batch_number, step FROM training_steps WHERE metric IN ('approx_kl', 'reward/accuracy', 'reward_mean')"
+    )
     assert sorted(store.query(numbers).rows)[0] == ("approx_kl", 3, 1)  # of each step, and of no whole update
     assert {row for row in store.query(numbers).rows if row[2] is None} == {
         ("reward/accuracy", 2, None),
@@ -180,8 +182,8 @@ def test_a_batch_whose_rows_have_changed_is_not_rebuilt(settings, bus, store, tr
     manifest = manifests(bus)[0]
     assert len(rebuild(store, manifest).rows) == len(manifest.record_ids)
     with store.writing() as connection:
-        connection.execute("UPDATE raw.critiques SET final_text = 'changed'")
-        connection.execute("UPDATE raw.revisions SET final_text = 'changed'")
+        connection.execute("UPDATE raw.critiques SET final_response = 'changed'")
+        connection.execute("UPDATE raw.revisions SET final_response = 'changed'")
     with pytest.raises(CharterError, match="cannot be rebuilt"):
         rebuild(store, manifest)
 

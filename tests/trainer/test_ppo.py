@@ -12,7 +12,7 @@ from engine import checkpoints
 from engine.errors import CannotLearn, UsageError
 from engine.models.local import LocalModel
 from engine.models.port import Ask
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import ppo, weights
 from trainer.ppo import Hyperparameters, Rollout
 
@@ -192,7 +192,7 @@ def test_explained_variance():
 # The whole phase, on a tiny model
 
 
-ASK = (Turn(role="user", content="say a"),)
+ASK = (ChatMessage(role="user", content="say a"),)
 
 
 def sample(folder, count, seed, temperature=1.0, max_tokens=8):

@@ -13,13 +13,13 @@ LEARN = """
 import json, sys
 from pathlib import Path
 from engine.errors import CharterError
-from schemas.records import Turn
+from schemas.records import ChatMessage
 from trainer import dpo, ppo, processes, reward, sft, weights
 
 EXACT = {"hardware": weights.Hardware(micro_rows=2, precision="fp32"), "seed": 1}
-prompts = [(Turn(role="user", content="say " + n * "n"),) for n in range(10)]
-texts = [sft.SftExample(turns, n * "ab" + "c", True, str(n)) for n, turns in enumerate(prompts[:8])]
-pairs = [reward.PreferenceExample(turns, "aa", "bbb", 0.8, str(n), True) for n, turns in enumerate(prompts)]
+prompts = [(ChatMessage(role="user", content="say " + n * "n"),) for n in range(10)]
+texts = [sft.SftExample(messages, n * "ab" + "c", True, str(n)) for n, messages in enumerate(prompts[:8])]
+pairs = [reward.PreferenceExample(messages, "aa", "bbb", 0.8, str(n), True) for n, messages in enumerate(prompts)]
 rollouts = [ppo.Rollout((1, 5 + n), (7, 8, 2)[: 1 + n % 3], (-3.0,) * (1 + n % 3), n % 2 == 0, 0, str(n)) for n in range(7)]
 sl_rows = [{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}, {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}]
 p = ppo.Hyperparameters(learning_rate=1e-2, epochs=2, batch_size=3)
@@ -40,7 +40,7 @@ def learn(tiny):
     return found
 
 
-def away(step, measures):
+def away(step, metrics):
     raise CharterError("the log is away")
 
 

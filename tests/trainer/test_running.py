@@ -17,7 +17,19 @@ from engine.settings import load
 from engine.worker import outgoing
 from schemas import ids
 from schemas.codec import decode
-from schemas.records import BatchManifest, ChainEnd, Incident, ModelRef, Pause, PolicyKind, PolicyUpdate, Prompt, Round, Split
+from schemas.records import (
+    BatchManifest,
+    EndReason,
+    FinishReason,
+    Incident,
+    ModelRef,
+    Pause,
+    PolicyKind,
+    PolicyUpdate,
+    Prompt,
+    Round,
+    Split,
+)
 from tests.chaos.killed import LEARNERS, learn, settings_of
 from tests.support.records import base, chain_end, preference, response, revision
 from trainer import loop
@@ -63,13 +75,13 @@ class Place:
         about = {"model": ModelRef(id="policy", revision=standing.revisions[version]), "policy_version": version}
         made = [response(f"answer {name} {n}") for n in range(count)]
         first = {"policy_version": version}
-        self.add(*(r.model_copy(update=about | {"candidates": [r.candidates[0].model_copy(update=first)]}) for r in made))
+        self.add(*(r.model_copy(update=about | {"completions": [r.completions[0].model_copy(update=first)]}) for r in made))
 
     def records(self, record):
         return [decode(value, record) for value in read_values(self.bus, record.topic)]
 
     def policies(self):
-        return [(u.version, u.phase, u.restores) for u in updates(self.bus) if u.kind.value == "POLICY"]
+        return [(u.version, u.phase, u.restored_version) for u in updates(self.bus) if u.kind.value == "POLICY"]
 
     def close(self):
         self.trainer.close()
@@ -118,8 +130,12 @@ def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
     place.answers("c")  # enough for another PPO, which must not come
     until(place.trainer, lambda: not trips and "ppo" in place.trainer.paused())
     assert place.policies() == [(1, "sft", None), (2, "ppo", None), (3, "ppo", None), (4, "restore", 2)]
-    (incident,) = [i for i in place.records(Incident) if i.voids is None]
-    assert (incident.what, incident.why, incident.measures) == ("it likes length", "answers grew", {"length_correlation": 0.9})
+    (incident,) = [i for i in place.records(Incident) if i.voided_batch_id is None]
+    assert (incident.title, incident.detail, incident.metrics) == (
+        "it likes length",
+        "answers grew",
+        {"length_correlation": 0.9},
+    )
     assert "charter policy resume" in place.said[-1] and "policy 4 has the weights of policy 2" in place.said[-1]
     assert place.trainer.standing().line == (4, 2, 1)
     assert place.trainer.due() is None  # PPO is paused, and answers of policy 3 are of no use
@@ -130,10 +146,10 @@ def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
     pause = place.records(Pause)[-1]
     place.add(pause.model_copy(update={"paused": False}))
     assert place.trainer.due() == "ppo" and place.trainer.update("ppo").base_version == 4
-    drops = dict(place.store.query("SELECT reason, rollouts FROM drop_reasons").rows)
+    drops = dict(place.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
     assert drops == {}  # they are on the log, and in the database a moment later
     place.add()
-    drops = dict(place.store.query("SELECT reason, rollouts FROM drop_reasons").rows)
+    drops = dict(place.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
     assert drops == {"sampled by a policy that was rolled back": 4}
     assert place.store.query("SELECT max(policies_behind) FROM trained_rollouts").rows == [(0,)]
 
@@ -147,7 +163,7 @@ def test_a_batch_that_cannot_be_trained_on_is_given_up_and_its_rows_are_free(pla
     with pytest.raises(CannotLearn):
         place.trainer.update("sft")
     (incident,) = place.records(Incident)
-    assert incident.what == "the loss is nan" and incident.voids is not None and place.policies() == []
+    assert incident.title == "the loss is nan" and incident.voided_batch_id is not None and place.policies() == []
     assert place.trainer.resume() is None and place.trainer.due() is None  # it does not spin
     place.chains("b", 3)
     assert place.trainer.due() is None
@@ -198,7 +214,7 @@ def test_the_gate_asks_held_out_prompts_of_the_new_policy(tiny, place):
     )
     limits = load({"gate.prompts": "8"}, environment={})[0].gate
     trip = Gate(limits)(place.store, tiny, 1)
-    assert trip.measures == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
+    assert trip.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
     assert trip.why == "it refuses only 0% of harmful prompts (gate.min_harmful_refusals)"
     assert Gate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
 
@@ -217,10 +233,10 @@ def test_an_unfinished_batch_of_old_rollouts_is_given_up_after_a_crash(tmp_path)
     with place.store.writing() as connection:  # as if an hour had passed
         connection.execute("UPDATE raw.responses SET created_at = created_at - INTERVAL 1 HOUR")
     place.trainer = place.open()
-    assert place.trainer.resume() is None and "left unfinished and is given up" in place.records(Incident)[-1].what
+    assert place.trainer.resume() is None and "left unfinished and is given up" in place.records(Incident)[-1].title
     assert place.trainer.due() is None
     place.add()
-    reasons = [reason for (reason,) in place.store.query("SELECT reason FROM drop_reasons").rows]
+    reasons = [reason for (reason,) in place.store.query("SELECT reason FROM dropped_rollout_stats").rows]
     assert reasons == ["older than 30 s"]
     place.close()
 
@@ -280,7 +296,7 @@ def test_checkpoints_in_use_outlive_the_others(place):
 def test_a_trip_whose_good_policy_is_gone_goes_back_to_the_reference(place):
     at_rl(place)
     shutil.rmtree(place.settings.folder / "checkpoints" / "policy-000002")
-    assert place.trainer.trip(Trip("it flatters", "", good=2)).restores == 1
+    assert place.trainer.trip(Trip("it flatters", "", good=2)).restored_version == 1
 
 
 def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
@@ -327,28 +343,34 @@ def test_sft_learns_the_rounds_that_are_chosen(place):
     def chain(name, ended, last, **more):
         """A chain whose revisions were r1 ... r`last`."""
         texts = [f"{name} r{n + 1}" for n in range(last)]
-        rounds = [Round(number=n + 1, principle_id="p", critique="c", revision=text) for n, text in enumerate(texts)]
+        rounds = [Round(round=n + 1, principle_id="p", critique="c", revision=text) for n, text in enumerate(texts)]
         chain_of = {"response_id": ids.digest("response", name)}
         for n, text in enumerate(texts):
-            place.add(revision(name, name, "f", text, 0.5, number=n + 1).model_copy(update={"text_stopped": n > 0}))
-        place.add(chain_end(name, name).model_copy(update=chain_of | {"rounds": rounds, "number": last, "ended": ended} | more))
+            place.add(
+                revision(name, name, "f", text, 0.5, round=n + 1).model_copy(
+                    update={"finish_reason": FinishReason.STOP if n else FinishReason.LENGTH}
+                )
+            )
+        place.add(
+            chain_end(name, name).model_copy(update=chain_of | {"rounds": rounds, "round": last, "end_reason": ended} | more)
+        )
 
-    chain("done", ChainEnd.LAST_ROUND, 3, final_text="done r3", final_stopped=True)
-    chain("lost", ChainEnd.LOST, 2, final_text="lost r1")
-    chain("clean", ChainEnd.SATISFIED, 0, final_text="clean f", final_stopped=True)
+    chain("done", EndReason.LAST_ROUND, 3, final_response="done r3", final_finish_reason=FinishReason.STOP)
+    chain("lost", EndReason.LOST, 2, final_response="lost r1")
+    chain("clean", EndReason.SATISFIED, 0, final_response="clean f", final_finish_reason=FinishReason.STOP)
     chosen = place.settings.sft.model_copy(update={"rounds": [1, 2]})
     place.trainer.settings = place.settings.model_copy(update={"sft": chosen})
     place.trainer.update("sft")
     (manifest,) = place.records(BatchManifest)
     rows = rebuild(place.store, manifest).rows
-    assert sorted((row["completion"], row["stopped"]) for row in rows) == [
-        ("clean f", True),
-        ("done r1", False),
-        ("done r2", True),
-        ("lost r1", False),  # its second revision lost against the first
+    assert sorted((row["completion"], row["finish_reason"]) for row in rows) == [
+        ("clean f", "STOP"),
+        ("done r1", "UNKNOWN"),
+        ("done r2", "STOP"),
+        ("lost r1", "UNKNOWN"),  # its second revision lost against the first
     ]
     assert [row["completion"] for row in rows if row["completion"].startswith("done")] == ["done r1", "done r2"]
-    assert len(manifest.record_ids) == 3 and manifest.mix == {"test": 4}
+    assert len(manifest.record_ids) == 3 and manifest.mixture == {"test": 4}
 
 
 def replays(place, share, **train):
@@ -374,7 +396,7 @@ def test_a_reward_model_trains_on_earlier_labels_again_beside_the_new_ones(place
     assert first.commit_seq_to < second.commit_seq_from <= second.commit_seq_to < third.commit_seq_from
     assert rebuild(place.store, third).manifest == third
     place.add()
-    counts = "SELECT number, count(*), count(*) FILTER (replayed) FROM batch_rows GROUP BY 1 ORDER BY 1"
+    counts = "SELECT batch_number, count(*), count(*) FILTER (replayed) FROM batch_rows GROUP BY 1 ORDER BY 1"
     assert place.store.query(counts).rows == [(1, 4, 0), (2, 8, 4), (3, 8, 4)]
 
 

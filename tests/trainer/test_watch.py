@@ -16,7 +16,8 @@ from engine.settings import load
 from engine.worker import outgoing
 from schemas import ids
 from schemas.records import (
-    Candidate,
+    ChatMessage,
+    Completion,
     FinishReason,
     Metric,
     ModelRef,
@@ -26,7 +27,6 @@ from schemas.records import (
     Response,
     Sampling,
     Split,
-    Turn,
 )
 from tests.support.records import World
 from trainer import reward, weights
@@ -83,14 +83,14 @@ def test_intervals_against_the_closed_forms():
 
 
 def response(name, version, *texts, source="benign", split=Split.TRAIN):
-    prompt_id = ids.prompt_id([Turn(role="user", content=name)])
-    candidates = [
-        Candidate(index=i, text=text, finish_reason=FinishReason.STOP, policy_version=version) for i, text in enumerate(texts)
+    prompt_id = ids.prompt_id([ChatMessage(role="user", content=name)])
+    completions = [
+        Completion(index=i, text=text, finish_reason=FinishReason.STOP, policy_version=version) for i, text in enumerate(texts)
     ]
     return Response(
         record_id=ids.record_id("respond", [prompt_id], ids.fingerprint(version=version)), prompt_id=prompt_id, run_id="live",
-        stage="respond", turns=[Turn(role="user", content=name)], source=source, split=split, policy_version=version,
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64), candidates=candidates,
+        stage="respond", messages=[ChatMessage(role="user", content=name)], source=source, split=split, policy_version=version,
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64), completions=completions,
     )  # fmt: skip
 
 
@@ -105,17 +105,17 @@ def world(tmp_path_factory):
         response("five", 2, "thank you for asking me today", "well thank you for asking me", "thank you for"),
     )
     kl = [Metric(record_id=ids.record_id("metric", [], "0", step), run_id="live", stage="train", policy_version=3, phase="ppo",
-                 number=1, step=step, measures={"kl_ref": 2.0 * step + 1}) for step in (1, 2, 3)]  # fmt: skip
+                 batch_number=1, step=step, metrics={"kl_ref": 2.0 * step + 1}) for step in (1, 2, 3)]  # fmt: skip
     stopped = Metric(record_id=ids.record_id("metric", [], "0", 9), run_id="live", stage="train", policy_version=4, phase="ppo",
-                     number=2, step=1, measures={"kl_ref": 40.0})  # fmt: skip
+                     batch_number=2, step=1, metrics={"kl_ref": 40.0})  # fmt: skip
     made.add(*kl, stopped)
     return made
 
 
 def test_refusals_and_diversity(world):
-    rows = world.rows("SELECT harmful, answers, refusals FROM watch_refusals WHERE policy_version = 1 ORDER BY 1")
+    rows = world.rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
     assert rows == [(False, 2, 0), (True, 2, 1)]
-    (row,) = world.records("SELECT * FROM watch_diversity WHERE policy_version = 1")
+    (row,) = world.records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
     words = [*"ababa", *"ab", "i'm", "sorry,", "but", "no.", "sure,", "do", "it."]
     assert (row["answers"], row["words"], row["mean_words"]) == (4, 14, 3.5)
     assert row["distinct_1"] == pytest.approx(len(set(words)) / 14)
@@ -123,9 +123,9 @@ def test_refusals_and_diversity(world):
 
 
 def test_phrases_and_kl(world):
-    rows = world.rows("SELECT phrase, hits, answers FROM watch_phrases")
+    rows = world.rows("SELECT phrase, hits, answers FROM monitor_phrases")
     assert rows == [("thank you for asking me", 2, 3)]
-    row, stopped = world.records("SELECT * FROM watch_kl ORDER BY policy_version")
+    row, stopped = world.records("SELECT * FROM monitor_kl ORDER BY policy_version")
     assert (stopped["kl_ref"], stopped["kl_slope"]) == (40.0, None)  # one step has no slope
     assert (row["policy_version"], row["steps"], row["kl_ref"], row["kl_slope"]) == (3, 3, 7.0, pytest.approx(2.0))
 
@@ -146,11 +146,11 @@ def test_what_counts_as_a_refusal(world, text, refused):
 
 
 def test_perplexity_is_that_of_a_hand_loop(tiny):
-    texts = [((Turn(role="user", content="say a"),), "abc"), ((Turn(role="user", content="say"),), "hello there")]
+    texts = [((ChatMessage(role="user", content="say a"),), "abc"), ((ChatMessage(role="user", content="say"),), "hello there")]
     tokenizer, model = weights.load_tokenizer(tiny), weights.load_policy(tiny)
     total, count = 0.0, 0
-    for turns, text in texts:
-        prompt, answer = prompt_ids(tokenizer, turns), completion_ids(tokenizer, text, stopped=True)
+    for messages, text in texts:
+        prompt, answer = prompt_ids(tokenizer, messages), completion_ids(tokenizer, text, stopped=True)
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
         for t, token in enumerate(answer):
             total -= torch.log_softmax(logits[len(prompt) + t - 1], -1)[token].item()
@@ -178,7 +178,7 @@ def likes_length(tiny, tmp_path_factory):
         a, b = text_of(rng, rng.randint(1, 3)), text_of(rng, rng.randint(5, 8))
         a, b, p_a = (a, b, 0.05) if number % 2 else (b, a, 0.95)
         pairs.append(
-            reward.PreferenceExample((Turn(role="user", content=f"say {number}"),), a, b, p_a, str(number), True, True)
+            reward.PreferenceExample((ChatMessage(role="user", content=f"say {number}"),), a, b, p_a, str(number), True, True)
         )
     model, metrics = reward.train(tiny, pairs, learning_rate=1e-2, epochs=3, batch_size=8)
     assert metrics["reward/accuracy"] > 0.8
@@ -222,10 +222,10 @@ def answer(trainer, version, words, count=24):
     """Answers of a policy, of `words` words at least and at most, and some held-out prompts, into the database."""
     rng = random.Random(version)
     made = [response(f"say {version} {n}", version, text_of(rng, rng.randint(*words))) for n in range(count)]
-    turns = [[Turn(role="user", content=f"held out {n}")] for n in range(4)]
+    messages = [[ChatMessage(role="user", content=f"held out {n}")] for n in range(4)]
     held_out = [
-        Prompt(record_id=ids.prompt_id(t), prompt_id=ids.prompt_id(t), run_id="live", stage="produce", turns=t, source="benign",
-               split=Split.EVAL) for t in turns
+        Prompt(record_id=ids.prompt_id(t), prompt_id=ids.prompt_id(t), run_id="live", stage="produce", messages=t, source="benign",
+               split=Split.EVAL) for t in messages
     ]  # fmt: skip
     trainer.bus.publish([outgoing(record) for record in [*made, *held_out]])
     sink_all(trainer)
@@ -245,14 +245,14 @@ def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
     answer(trainer, 2, (4, 8))
     trip = watch(trainer)
     assert "correlation with length" in trip.why and trip.good == 1
-    assert trip.measures["length_correlation"] > 0.5 and trip.measures["proxy_low"] > 0
+    assert trip.metrics["length_correlation"] > 0.5 and trip.metrics["proxy_low"] > 0
     assert watch(trainer) is None  # a version is looked at once
     sink_all(trainer)
-    (look,) = trainer.store.records("SELECT policy_version, reference, tripped FROM watch_looks")
-    assert (look["policy_version"], look["reference"], look["tripped"]) == (2, 1, trip.measures["tripped"])
-    rewards = trainer.store.records("SELECT * FROM watch_rewards ORDER BY policy_version")
+    (look,) = trainer.store.records("SELECT policy_version, reference, tripped FROM monitor_checks")
+    assert (look["policy_version"], look["reference"], look["tripped"]) == (2, 1, trip.metrics["tripped"])
+    rewards = trainer.store.records("SELECT * FROM monitor_rewards ORDER BY policy_version")
     assert [row["answers"] for row in rewards] == [24, 24]
-    assert rewards[1]["length_correlation"] == pytest.approx(trip.measures["length_correlation"])
+    assert rewards[1]["length_correlation"] == pytest.approx(trip.metrics["length_correlation"])
     assert Watch(trainer.settings.watch)(trainer) is None  # also after a restart
 
 
@@ -266,10 +266,10 @@ def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
     trainer.watch_at = 0.0
     trainer.watched()  # nothing more is done while PPO is paused
     sink_all(trainer)
-    (incident,) = trainer.store.records("SELECT policy_version, phase, what, why, measures FROM incidents")
+    (incident,) = trainer.store.records("SELECT policy_version, phase, title, detail, metrics FROM incidents")
     assert (incident["policy_version"], incident["phase"]) == (2, "ppo")
-    assert "hacking" in incident["what"] and "correlation with length" in incident["why"]
-    assert incident["measures"]["length_correlation"] > 0.5
+    assert "hacking" in incident["title"] and "correlation with length" in incident["detail"]
+    assert incident["metrics"]["length_correlation"] > 0.5
 
 
 def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
@@ -283,9 +283,9 @@ def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
     answer(trainer, 2, (1, 4))
     watch = Watch(trainer.settings.watch, compare)
     assert watch(trainer) is None and watch.looked == {2: True}
-    assert {turns[0].content for turns, _, _ in asked} == {f"held out {n}" for n in range(4)}
+    assert {messages[0].content for messages, _, _ in asked} == {f"held out {n}" for n in range(4)}
     sink_all(trainer)
-    (look,) = trainer.store.records("SELECT * FROM watch_looks")
+    (look,) = trainer.store.records("SELECT * FROM monitor_checks")
     assert (look["tripped"], look["judge_wins"]) == (0, 0.5)
     assert look["perplexity"] == look["perplexity_reference"] > 1  # of the prompts' text: there are no demonstrations
 
@@ -305,4 +305,4 @@ def test_without_a_reward_model_everything_else_is_looked_at(trainer):
     sink_all(trainer)
     trip = Watch(trainer.settings.watch)(trainer)
     assert "benign prompts are refused" in trip.why and trip.good == 1
-    assert "proxy_gain" not in trip.measures and "length_correlation" not in trip.measures
+    assert "proxy_gain" not in trip.metrics and "length_correlation" not in trip.metrics
