@@ -12,76 +12,76 @@ import time
 from pathlib import Path
 
 from engine.bus import open_bus
-from engine.bus.port import Bus, Offsets, Outgoing, TopicPartition
+from engine.bus.port import Bus, Offsets, ProducerRecord, TopicPartition
 from schemas.topics import TOPICS
 
-RECORDS, BATCH, SIZE = 20_000, 500, 1024
+_NUM_RECORDS, _BATCH_SIZE, _RECORD_BYTES = 20_000, 500, 1024
 
 
-def messages() -> list[Outgoing]:
-    return [Outgoing("prompts", str(n).encode(), b"x" * SIZE) for n in range(RECORDS)]
+def _make_records() -> list[ProducerRecord]:
+    return [ProducerRecord("prompts", str(n).encode(), b"x" * _RECORD_BYTES) for n in range(_NUM_RECORDS)]
 
 
-def plain_sqlite(folder: Path) -> float:
+def _measure_sqlite_inserts(folder: Path) -> float:
     db = sqlite3.connect(folder / "plain.sqlite", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("CREATE TABLE m (id INTEGER PRIMARY KEY, key BLOB, value BLOB)")
-    started, rows = time.monotonic(), [(n, m.key, m.value) for n, m in enumerate(messages())]
-    for start in range(0, RECORDS, BATCH):
+    started, rows = time.monotonic(), [(n, m.key, m.value) for n, m in enumerate(_make_records())]
+    for start in range(0, _NUM_RECORDS, _BATCH_SIZE):
         db.execute("BEGIN IMMEDIATE")
-        db.executemany("INSERT INTO m VALUES (?, ?, ?)", rows[start : start + BATCH])
+        db.executemany("INSERT INTO m VALUES (?, ?, ?)", rows[start : start + _BATCH_SIZE])
         db.execute("COMMIT")
-    return RECORDS / (time.monotonic() - started)
+    return _NUM_RECORDS / (time.monotonic() - started)
 
 
-def publish(bus: Bus) -> float:
-    started, wanted = time.monotonic(), messages()
-    for start in range(0, RECORDS, BATCH):
-        bus.publish(wanted[start : start + BATCH])
-    return RECORDS / (time.monotonic() - started)
+def _measure_publish(bus: Bus) -> float:
+    started, wanted = time.monotonic(), _make_records()
+    for start in range(0, _NUM_RECORDS, _BATCH_SIZE):
+        bus.publish(wanted[start : start + _BATCH_SIZE])
+    return _NUM_RECORDS / (time.monotonic() - started)
 
 
-def hop(bus: Bus) -> float:
+def _measure_hop(bus: Bus) -> float:
     """Read, write and move the offsets in one transaction: what every stage does."""
-    consumer, writer = bus.consumer("bench", ["prompts"], member="a"), bus.writer("bench.a")
+    consumer, writer = bus.open_consumer("bench", ["prompts"], member="a"), bus.open_writer("bench.a")
     moved, started = 0, time.monotonic()
-    while moved < RECORDS:
-        found = consumer.poll(1.0, BATCH)
+    while moved < _NUM_RECORDS:
+        found = consumer.poll(1.0, _BATCH_SIZE)
         offsets: Offsets = {}
         for message in found:
             offsets[TopicPartition(message.topic, message.partition)] = message.offset + 1
         if found:
-            outputs = [Outgoing("responses", m.key or b"", m.value) for m in found]
+            outputs = [ProducerRecord("responses", m.key or b"", m.value) for m in found]
             epochs = consumer.assignment()
             writer.commit(outputs, offsets, consumer=consumer, epochs={place: epochs[place] for place in offsets})
         moved += len(found)
     taken = time.monotonic() - started
     consumer.close()
     writer.close()
-    return RECORDS / taken
+    return _NUM_RECORDS / taken
 
 
-def read(bus: Bus) -> float:
-    reader, found, started = bus.reader(bus.begin_offsets(["prompts"])), 0, time.monotonic()
-    while found < RECORDS:
+def _measure_read(bus: Bus) -> float:
+    reader, found, started = bus.open_reader(bus.beginning_offsets(["prompts"])), 0, time.monotonic()
+    while found < _NUM_RECORDS:
         found += len(reader.poll(1.0, 1000))
     taken = time.monotonic() - started
     reader.close()
-    return RECORDS / taken
+    return _NUM_RECORDS / taken
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        floor = plain_sqlite(Path(folder))
-        print(f"plain SQLite inserts {floor:9.0f}/s, {SIZE} bytes each, {BATCH} a transaction")
+        floor = _measure_sqlite_inserts(Path(folder))
+        print(f"plain SQLite inserts {floor:9.0f}/s, {_RECORD_BYTES} bytes each, {_BATCH_SIZE} a transaction")
         addresses = [folder]
         if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
             addresses.append(f"kafka://{bootstrap}")
         for address in addresses:
             bus = open_bus(address, prefix=f"bench{time.time_ns()}.")
             bus.create_topics(list(TOPICS.values()))
-            for name, measure in (("publish", publish), ("hop", hop), ("read", read)):
+            for name, measure in (("publish", _measure_publish), ("hop", _measure_hop), ("read", _measure_read)):
                 speed = measure(bus)
                 print(f"{address.split(':')[0]:10.10} {name:8} {speed:9.0f}/s, {speed / floor:5.2f} of plain inserts")
             bus.close()

@@ -25,36 +25,38 @@ from pathlib import Path
 import duckdb
 import httpx
 
-from charter.pipeline import STAGES, connect, make_host, store_of
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
 from engine.settings import Settings, load
-from producers.files import SHIPPED, Producer
+from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.topics import TOPICS
 
-HELP = "charter --help"
-LIMIT_S, LIMITS = 1.0, {HELP: 0.3}
-PROMPTS = 40
-COPIED = ("prompts", "responses", "critiques", "revisions", "preferences", "scores")
+_HELP_COMMAND = "charter --help"
+_DEFAULT_LIMIT_S, _LIMITS_S = 1.0, {_HELP_COMMAND: 0.3}
+_NUM_PROMPTS = 40
+_COPIED_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "scores")
 
 
-def stream(settings: Settings) -> None:
+def _run_pipeline(settings: Settings) -> None:
     """A run of the scripted model."""
-    bus = connect(settings)
-    Producer(bus, settings.run.id, eval_share=0.1).publish(str(SHIPPED), first=1, last=PROMPTS)
+    bus = connect_bus(settings)
+    FileProducer(bus, settings.run.id, eval_fraction=0.1).publish(str(SHIPPED_PROMPTS_PATH), first_row=1, last_row=_NUM_PROMPTS)
     ended = "SELECT (SELECT count(*) FROM revision_chains), (SELECT count(*) FROM preferences)"
     with make_host(settings, bus, STAGES, sink=True) as host:
-        while not store_of(settings).path.exists() or store_of(settings).query(ended).rows != [(PROMPTS, PROMPTS)]:
-            host.failed.wait(0.1)
-            host.check()
+        while not open_store(settings).path.exists() or open_store(settings).query(ended).rows != [
+            (_NUM_PROMPTS, _NUM_PROMPTS)
+        ]:
+            host.failure_event.wait(0.1)
+            host.raise_if_failed()
     bus.close()
 
 
-def grow(path: Path, rows: int) -> int:
+def _copy_rows(path: Path, num_rows: int) -> int:
     """Copy the run until there are `rows` rows, each copy with its own ids and a minute later; returns how many there are."""
     with duckdb.connect(str(path)) as db:
-        one = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in COPIED)
+        one = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in _COPIED_TABLES)
         last = db.execute("SELECT next_seq FROM raw.sink_state").fetchall()[0][0]
-        copies = -(-rows // one)
-        for table in COPIED:
+        copies = -(-num_rows // one)
+        for table in _COPIED_TABLES:
             names = {column for column, *_ in db.execute(f"DESCRIBE raw.{table}").fetchall()}
             other = "md5({0}::VARCHAR || n)::UUID AS {0}"
             ids = [other.format(name) for name in ("record_id", "prompt_id", "response_id") if name in names]
@@ -69,31 +71,31 @@ def grow(path: Path, rows: int) -> int:
         return int(sum(db.execute(f"SELECT count(*) FROM raw.{spec.table}").fetchall()[0][0] for spec in TOPICS.values()))
 
 
-def command(folder: Path, *words: str) -> list[str]:
+def _build_command(folder: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "charter", *words, "--data", str(folder)]
 
 
-def timed(words: list[str]) -> float:
+def _time_command(arguments: list[str]) -> float:
     started = time.monotonic()
-    subprocess.run(words, check=True, capture_output=True)
+    subprocess.run(arguments, check=True, capture_output=True)
     return time.monotonic() - started
 
 
-def free_port() -> int:
+def _find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 
 
-def serve(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
+def _start_server(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
     """A new server that listens, and a client of it."""
-    port = free_port()
-    words = command(folder, "dashboard", "--port", str(port))
+    port = _find_free_port()
+    words = _build_command(folder, "dashboard", "--port", str(port))
     server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout and str(port) in server.stdout.readline()
     return server, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
 
-def seen(client: httpx.Client, address: str) -> float:
+def _time_request(client: httpx.Client, address: str) -> float:
     started = time.monotonic()
     page = client.get(address)
     taken = time.monotonic() - started
@@ -101,18 +103,18 @@ def seen(client: httpx.Client, address: str) -> float:
     return taken
 
 
-def views(client: httpx.Client, number: int) -> Iterator[tuple[str, float]]:
+def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, float]]:
     """Every view, asked for once; `number` makes the searches new ones."""
     stories = client.get("/api/stories").json()["data"]["stories"]
     wanted = {
         "pipeline": "/?run=live",
         "stories": "/stories?run=live",
-        "a story": f"/stories/{stories[number]['prompt_id']}",
-        "story search, words in prompts": f"/stories?q=how+{number}",
-        "story search, words that are nowhere": f"/stories?q=zebra{number}",
-        "story search, words in everything": f"/stories?scope=everything&q=river+{number}",
-        "story search, beginning of an id": f"/stories?q={stories[number]['prompt_id'][:8]}",
-        "story filter, how its chain ended": f"/stories?end_reason=SATISFIED&q={number}",
+        "a story": f"/stories/{stories[round_index]['prompt_id']}",
+        "story search, words in prompts": f"/stories?q=how+{round_index}",
+        "story search, words that are nowhere": f"/stories?q=zebra{round_index}",
+        "story search, words in everything": f"/stories?scope=everything&q=river+{round_index}",
+        "story search, beginning of an id": f"/stories?q={stories[round_index]['prompt_id'][:8]}",
+        "story filter, how its chain ended": f"/stories?end_reason=SATISFIED&q={round_index}",
         "preferences": "/preferences?run=live",
         "training": "/training?run=live",
         "dead letters": "/dead-letters?run=live",
@@ -120,19 +122,19 @@ def views(client: httpx.Client, number: int) -> Iterator[tuple[str, float]]:
         "a run": "/runs/live",
     }
     for name, address in wanted.items():
-        yield name, seen(client, address)
+        yield name, _time_request(client, address)
 
 
-def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
+def _measure_latencies(folder: Path, num_rounds: int) -> dict[str, list[float]]:
     """What was measured -> its seconds in each round."""
     found: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds):
-        found[HELP].append(timed([sys.executable, "-m", "charter", "--help"]))
-        found["charter status"].append(timed(command(folder, "status")))
-        server, client = serve(folder)
+    for number in range(num_rounds):
+        found[_HELP_COMMAND].append(_time_command([sys.executable, "-m", "charter", "--help"]))
+        found["charter status"].append(_time_command(_build_command(folder, "status")))
+        server, client = _start_server(folder)
         try:
-            found["first view"].append(seen(client, "/"))
-            for name, seconds in views(client, number):
+            found["first view"].append(_time_request(client, "/"))
+            for name, seconds in _time_views(client, number):
                 found[name].append(seconds)
         finally:
             client.close()
@@ -151,11 +153,11 @@ def main() -> int:
     folder = wanted.keep or Path(tempfile.mkdtemp())
     if not (folder / "charter.duckdb").exists():
         settings = load({"data.folder": str(folder), "models.policy": "scripted"}, environment={})[0]
-        stream(settings)
-        print(f"{grow(folder / 'charter.duckdb', wanted.rows):,} rows")
+        _run_pipeline(settings)
+        print(f"{_copy_rows(folder / 'charter.duckdb', wanted.rows):,} rows")
     kept = True
-    for name, seconds in measure(folder, wanted.rounds).items():
-        middle, limit = statistics.median(seconds), LIMITS.get(name, LIMIT_S)
+    for name, seconds in _measure_latencies(folder, wanted.rounds).items():
+        middle, limit = statistics.median(seconds), _LIMITS_S.get(name, _DEFAULT_LIMIT_S)
         kept &= middle < limit
         print(f"{name:40} {middle:6.2f} s of {limit:.1f} s, worst {max(seconds):.2f} s{'' if middle < limit else '  missed'}")
     if not wanted.keep:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-LIMIT_S, LIMIT_GB, FIRST_LIMIT_S = 360.0, 6.0, 60.0
+_TIME_LIMIT_S, _MEMORY_LIMIT_GB, _FIRST_PREFERENCE_LIMIT_S = 360.0, 6.0, 60.0
 
 
 def main() -> int:
@@ -26,10 +26,10 @@ def main() -> int:
                     first = time.monotonic() - started
     seconds = time.monotonic() - started
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
-    print(f"\nwhole demo        {seconds:6.0f} s of {LIMIT_S:.0f} s")
-    print(f"first preference  {first or float('nan'):6.0f} s of {FIRST_LIMIT_S:.0f} s")
-    print(f"memory            {gigabytes:6.1f} GB of {LIMIT_GB:.0f} GB")
-    kept = seconds < LIMIT_S and gigabytes < LIMIT_GB and first is not None and first < FIRST_LIMIT_S
+    print(f"\nwhole demo        {seconds:6.0f} s of {_TIME_LIMIT_S:.0f} s")
+    print(f"first preference  {first or float('nan'):6.0f} s of {_FIRST_PREFERENCE_LIMIT_S:.0f} s")
+    print(f"memory            {gigabytes:6.1f} GB of {_MEMORY_LIMIT_GB:.0f} GB")
+    kept = seconds < _TIME_LIMIT_S and gigabytes < _MEMORY_LIMIT_GB and first is not None and first < _FIRST_PREFERENCE_LIMIT_S
     return 0 if kept and demo.returncode == 0 else 1
 
 

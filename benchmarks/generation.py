@@ -10,35 +10,35 @@ import time
 from collections.abc import Sequence
 
 from engine.models import open_model
-from engine.models.port import Ask, Model
-from producers.files import SHIPPED
+from engine.models.interface import GenerationRequest, Model
+from producers.files import SHIPPED_PROMPTS_PATH
 from producers.parse import parse_prompt
-from producers.rows import rows
+from producers.rows import read_rows
 
-LEAST_RATIO = 10.0
-TOKENS = 96
-
-
-def asks(count: int) -> list[Ask]:
-    lines = rows(str(SHIPPED), 1, count)
-    return [Ask(parse_prompt(line, source="", max_chars=10**6).messages, seed=number) for number, line in lines]
+_MIN_SPEEDUP = 10.0
+_MAX_TOKENS = 96
 
 
-def tokens_per_second(model: Model, batches: Sequence[Sequence[Ask]]) -> float:
+def make_requests(count: int) -> list[GenerationRequest]:
+    lines = read_rows(str(SHIPPED_PROMPTS_PATH), 1, count)
+    return [GenerationRequest(parse_prompt(line, source="", max_chars=10**6).messages, seed=number) for number, line in lines]
+
+
+def _measure_tokens_per_second(model: Model, batches: Sequence[Sequence[GenerationRequest]]) -> float:
     started, tokens = time.monotonic(), 0
     for batch in batches:
-        tokens += sum(len(g.token_ids) for of_one in model.generate(batch, max_tokens=TOKENS) for g in of_one)
+        tokens += sum(len(g.token_ids) for of_one in model.generate(batch, max_tokens=_MAX_TOKENS) for g in of_one)
     return tokens / (time.monotonic() - started)
 
 
 def main() -> int:
-    model = open_model("smollm2", max_batch=64)
-    model.generate(asks(2), max_tokens=4)  # warm
-    alone = tokens_per_second(model, [[ask] for ask in asks(6)])
+    model = open_model("smollm2", max_batch_size=64)
+    model.generate(make_requests(2), max_tokens=4)  # warm
+    alone = _measure_tokens_per_second(model, [[ask] for ask in make_requests(6)])
     for count in (32, 64):
-        batched = tokens_per_second(model, [asks(count)])
+        batched = _measure_tokens_per_second(model, [make_requests(count)])
         print(f"{count:3} rows: {batched:6.0f} tokens/s, one at a time {alone:5.1f}, ratio {batched / alone:4.1f}")
-    return 0 if batched / alone >= LEAST_RATIO else 1
+    return 0 if batched / alone >= _MIN_SPEEDUP else 1
 
 
 if __name__ == "__main__":

@@ -38,82 +38,82 @@ import kafka
 import psutil
 from kafka.structs import OffsetAndMetadata
 
-from benchmarks.hop_quixstreams import COMMIT_EVERY, answer
+from benchmarks.hop_quixstreams import COMMIT_BATCH_SIZE, make_response
 from engine.bus import open_bus
-from engine.bus.kafka import reading, writing
-from engine.bus.port import Bus, Offsets, Outgoing
+from engine.bus.kafka import make_consumer_options, make_producer_options
+from engine.bus.port import Bus, Offsets, ProducerRecord
+from engine.crash_journal import CrashJournal
 from engine.host import Host
-from engine.journal import Journal
-from engine.worker import Lane, Limits, Stage, Worker, outgoing
-from schemas.codec import decode, encode
+from engine.worker import ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
+from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, Prompt, Record
-from schemas.topics import PARTITIONS, TOPICS
+from schemas.topics import DEFAULT_PARTITIONS, TOPICS
 from tests.support.kafka import Broker as TestBroker
 
-RUN, SOURCE, TARGET = "bench", "prompts", "responses"
-TEXT_BYTES = 800  # with its lineage such a record has 1 KB
-MODEL_BATCH, MODEL_S = 32, 0.020  # a model on another machine: what one batch waits
-IN_FLIGHT = 1000
-UP_S, IDLE_S, QUIX_S = 60.0, 10.0, 180.0
-QUIX = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
-GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
+_RUN_ID, _SOURCE_TOPIC, _TARGET_TOPIC = "bench", "prompts", "responses"
+_TEXT_BYTES = 800  # with its lineage such a record has 1 KB
+_MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # a model on another machine: what one batch waits
+_MAX_IN_FLIGHT = 1000
+_PROGRESS_TIMEOUT_S, _READ_IDLE_TIMEOUT_S, _CONTESTANT_TIMEOUT_S = 60.0, 10.0, 180.0
+_QUIXSTREAMS_REQUIREMENTS = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
+_GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
 
 
-class Broker(TestBroker):
+class _LogAppendTimeBroker(TestBroker):
     """It stamps records when it appends them, so that one clock, not the contestants', times all of them."""
 
-    def properties(self) -> str:
-        return super().properties() + "\nlog.message.timestamp.type=LogAppendTime"
+    def build_properties(self) -> str:
+        return super().build_properties() + "\nlog.message.timestamp.type=LogAppendTime"
 
 
 @dataclass(frozen=True)
-class Job:
+class _StageJob:
     """What one process of Charter's stage does."""
 
-    bus: str
+    bus_address: str
     prefix: str
-    name: str
-    slot: str = "a"
+    stage_name: str
+    instance: str = "a"
     copies: int = 1
     batch: int = 500
     wait_s: float = 0.0
-    in_flight: int = IN_FLIGHT
+    in_flight: int = _MAX_IN_FLIGHT
 
 
 @dataclass(frozen=True)
-class Row:
+class _ResultRow:
     """A line of the table; a goal of None: a figure for its own sake."""
 
     name: str
-    figure: str
+    value: str
     ratio: float | None = None
     goal: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name:62} {self.figure:>12} {'' if self.ratio is None else f'{self.ratio:.2f}':>6}  {self.goal}"
+        return f"{self.name:62} {self.value:>12} {'' if self.ratio is None else f'{self.ratio:.2f}':>6}  {self.goal}"
 
 
 # Records
 
 
-def prompts(count: int, seed: int) -> Iterator[Prompt]:
+def make_prompts(count: int, seed: int) -> Iterator[Prompt]:
     """Records of 1 KB; random words, so that they compress about as prose does."""
     chance = random.Random(seed)
     words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(5000)]
     for _ in range(count):
-        text = " ".join(chance.choices(words, k=TEXT_BYTES // 5))[:TEXT_BYTES]
+        text = " ".join(chance.choices(words, k=_TEXT_BYTES // 5))[:_TEXT_BYTES]
         name = str(uuid.UUID(int=chance.getrandbits(128)))
         messages = [ChatMessage(role="user", content=text)]
-        yield Prompt(record_id=name, prompt_id=name, run_id=RUN, stage="produce", messages=messages, source="bench")
+        yield Prompt(record_id=name, prompt_id=name, run_id=_RUN_ID, stage="produce", messages=messages, source="bench")
 
 
-def fill(bus: Bus, count: int, seed: int) -> int:
+def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
     """Put prompts on the log; returns how many bytes the first of them has."""
     bus.create_topics(list(TOPICS.values()))
-    batch: list[Outgoing] = []
+    batch: list[ProducerRecord] = []
     size = 0
-    for prompt in prompts(count, seed):
-        batch.append(outgoing(prompt))
+    for prompt in make_prompts(count, seed):
+        batch.append(to_producer_record(prompt))
         size = size or len(batch[0].value or b"")
         if len(batch) == 2000:
             bus.publish(batch)
@@ -122,16 +122,16 @@ def fill(bus: Bus, count: int, seed: int) -> int:
     return size
 
 
-def speed(bus: Bus, marks: Offsets, count: int) -> float:
+def _measure_throughput(bus: Bus, start_offsets: Offsets, count: int) -> float:
     """Records a second of the `count` outputs beyond `marks`, by the log's own clock; they must be there exactly once."""
-    reader, stamps, keys = bus.reader(marks), [], set()
-    deadline = time.monotonic() + IDLE_S
+    reader, stamps, keys = bus.open_reader(start_offsets), [], set()
+    deadline = time.monotonic() + _READ_IDLE_TIMEOUT_S
     while time.monotonic() < deadline:
         messages = reader.poll(0.5, 5000)
         stamps += [message.timestamp_ms for message in messages]
         keys |= {message.key for message in messages}
         if messages:
-            deadline = time.monotonic() + (IDLE_S if len(stamps) < count else 0.5)
+            deadline = time.monotonic() + (_READ_IDLE_TIMEOUT_S if len(stamps) < count else 0.5)
     reader.close()
     if len(stamps) != count or len(keys) != count:
         raise SystemExit(f"not exactly once: {len(stamps)} outputs with {len(keys)} keys, where {count} records were passed")
@@ -142,21 +142,30 @@ def speed(bus: Bus, marks: Offsets, count: int) -> float:
 # Charter's stage, in a process of its own
 
 
-def stage_of(job: Job) -> Stage:
+def _build_stage(job: _StageJob) -> Stage:
     def work(records: Sequence[Record]) -> list[list[Record]]:
         if job.wait_s:
             time.sleep(job.wait_s)
-        return [[answer(record)] for record in records if isinstance(record, Prompt)]
+        return [[make_response(record)] for record in records if isinstance(record, Prompt)]
 
-    return Stage(job.name, (SOURCE,), (TARGET,), rank=1, batch=job.batch, work=work)
-
-
-def worker_of(job: Job, bus: Bus, folder: Path, admits: Callable[[], bool] = lambda: True) -> Worker:
-    limits, journal = Limits(in_flight=job.in_flight), Journal(folder / "journal", job.slot)
-    return Worker(bus, stage_of(job), Lane("bench"), run_id=RUN, slot=job.slot, limits=limits, journal=journal, admits=admits)
+    return Stage(job.stage_name, (_SOURCE_TOPIC,), (_TARGET_TOPIC,), priority=1, max_batch_size=job.batch, process=work)
 
 
-def run_stage(job: Job) -> None:
+def _build_worker(job: _StageJob, bus: Bus, folder: Path, admits: Callable[[], bool] = lambda: True) -> Worker:
+    limits, journal = WorkerLimits(max_in_flight=job.in_flight), CrashJournal(folder / "journal", job.instance)
+    return Worker(
+        bus,
+        _build_stage(job),
+        ModelExecutor("bench"),
+        run_id=_RUN_ID,
+        instance=job.instance,
+        limits=limits,
+        journal=journal,
+        can_admit=admits,
+    )
+
+
+def _run_stage(job: _StageJob) -> None:
     """Join the group, say so, begin when told, and say how far it has come, until the input ends."""
     go, stop = threading.Event(), threading.Event()
 
@@ -166,48 +175,48 @@ def run_stage(job: Job) -> None:
         stop.set()
 
     threading.Thread(target=listen, daemon=True).start()
-    bus, process = open_bus(job.bus, prefix=job.prefix), psutil.Process()
+    bus, process = open_bus(job.bus_address, prefix=job.prefix), psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
-        worker = worker_of(job, bus, Path(folder), go.is_set)
+        worker = _build_worker(job, bus, Path(folder), go.is_set)
         with Host([worker]) as host:
             while not stop.wait(0.05):
-                host.check()
-                ready = len(worker.consumer.assignment()) == PARTITIONS // job.copies
-                say(ready=ready, committed=worker.committed, rss=process.memory_info().rss)
-    say(ready=True, committed=worker.committed, rss=process.memory_info().rss)
+                host.raise_if_failed()
+                ready = len(worker.consumer.assignment()) == DEFAULT_PARTITIONS // job.copies
+                _report_state(ready=ready, committed=worker.num_committed, rss=process.memory_info().rss)
+    _report_state(ready=True, committed=worker.num_committed, rss=process.memory_info().rss)
 
 
-def say(**facts: object) -> None:
+def _report_state(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
-class Copy:
+class _StageProcess:
     """A process of Charter's stage, seen from outside: `facts` is what it said last."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: _StageJob) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--stage", json.dumps(asdict(job))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts: dict[str, Any] = {"ready": False, "committed": 0, "rss": 0}
-        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.state: dict[str, Any] = {"ready": False, "committed": 0, "rss": 0}
+        self.thread = threading.Thread(target=self.read_states, daemon=True)
         self.thread.start()
 
-    def listen(self) -> None:
+    def read_states(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.facts = json.loads(line)
+            self.state = json.loads(line)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         assert self.process.stdin
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(UP_S)
+        self.process.wait(_PROGRESS_TIMEOUT_S)
         self.thread.join()
 
-    def __enter__(self) -> Copy:
+    def __enter__(self) -> _StageProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -216,42 +225,44 @@ class Copy:
             self.process.wait()
 
 
-def race(jobs: Sequence[Job], wanted: int, seen: Callable[[int, int], None] = lambda committed, rss: None) -> int:
+def _run_copies(
+    jobs: Sequence[_StageJob], num_records: int, on_progress: Callable[[int, int], None] = lambda committed, rss: None
+) -> int:
     """Run copies of a stage until together they have passed `wanted` records; returns how many they passed in all."""
     with ExitStack() as stack:
-        copies = [stack.enter_context(Copy(job)) for job in jobs]
-        until(lambda: all(copy.facts["ready"] for copy in copies), copies, UP_S)
+        copies = [stack.enter_context(_StageProcess(job)) for job in jobs]
+        _wait_until(lambda: all(copy.state["ready"] for copy in copies), copies, _PROGRESS_TIMEOUT_S)
         for copy in copies:
-            copy.begin()
-        before, deadline = -1, time.monotonic() + UP_S
-        while (committed := sum(copy.facts["committed"] for copy in copies)) < wanted:
-            deadline = time.monotonic() + UP_S if committed > before else deadline
-            until(lambda: True, copies, deadline - time.monotonic())
-            seen(committed, copies[0].facts["rss"])
+            copy.start()
+        before, deadline = -1, time.monotonic() + _PROGRESS_TIMEOUT_S
+        while (committed := sum(copy.state["committed"] for copy in copies)) < num_records:
+            deadline = time.monotonic() + _PROGRESS_TIMEOUT_S if committed > before else deadline
+            _wait_until(lambda: True, copies, deadline - time.monotonic())
+            on_progress(committed, copies[0].state["rss"])
             before = committed
             time.sleep(0.05)
         for copy in copies:
-            copy.end()
-        seen(committed, copies[0].facts["rss"])
-        return sum(copy.facts["committed"] for copy in copies)
+            copy.stop()
+        on_progress(committed, copies[0].state["rss"])
+        return sum(copy.state["committed"] for copy in copies)
 
 
-def until(true: Callable[[], bool], copies: Sequence[Copy], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not true() or within_s <= 0:
+def _wait_until(condition: Callable[[], bool], copies: Sequence[_StageProcess], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() or timeout_s <= 0:
         if time.monotonic() > deadline or any(copy.process.poll() is not None for copy in copies):
-            raise SystemExit(f"a stage has ended or stands still: {[copy.facts for copy in copies]}")
+            raise SystemExit(f"a stage has ended or stands still: {[copy.state for copy in copies]}")
         time.sleep(0.05)
 
 
-def charter(address: str, prefix: str, wanted: int, *, copies: int = 1, **options: Any) -> float:
+def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int = 1, **options: Any) -> float:
     """Charter's own hop: Worker, Lane, Stage, Host, journal and codec, as `charter run` puts them together."""
     name = f"hop{time.time_ns()}"
     bus = open_bus(address, prefix=prefix)
-    marks = bus.end_offsets([TARGET])
-    jobs = [Job(address, prefix, name, slot=str(n), copies=copies, **options) for n in range(copies)]
-    passed = race(jobs, wanted)
-    found = speed(bus, marks, passed)
+    marks = bus.end_offsets([_TARGET_TOPIC])
+    jobs = [_StageJob(address, prefix, name, instance=str(n), copies=copies, **options) for n in range(copies)]
+    passed = _run_copies(jobs, num_records)
+    found = _measure_throughput(bus, marks, passed)
     bus.close()
     return found
 
@@ -259,16 +270,16 @@ def charter(address: str, prefix: str, wanted: int, *, copies: int = 1, **option
 # The others
 
 
-def run_bare(servers: str, source: str, target: str, group: str, count: int) -> None:
+def _run_bare_client(servers: str, source: str, target: str, group: str, count: int) -> None:
     """What kafka-python does at best: copies bytes, exactly once, in one thread. Every future is looked at here too."""
     client: dict[str, Any] = {"bootstrap_servers": servers}
-    producer = kafka.KafkaProducer(**client, **writing(), transactional_id=group)
+    producer = kafka.KafkaProducer(**client, **make_producer_options(), transactional_id=group)
     producer.init_transactions()
-    settings = reading() | {"auto_offset_reset": "earliest"}
+    settings = make_consumer_options() | {"auto_offset_reset": "earliest"}
     consumer = kafka.KafkaConsumer(source, **client, **settings, group_id=group)
     moved = 0
     while moved < count:
-        polled = consumer.poll(timeout_ms=500, max_records=COMMIT_EVERY)
+        polled = consumer.poll(timeout_ms=500, max_records=COMMIT_BATCH_SIZE)
         if not polled:
             continue
         producer.begin_transaction()
@@ -285,29 +296,33 @@ def run_bare(servers: str, source: str, target: str, group: str, count: int) -> 
     producer.close(timeout=5)
 
 
-def other(command: Sequence[str], address: str, prefix: str, count: int) -> float:
+def _measure_process(command: Sequence[str], address: str, prefix: str, count: int) -> float:
     """The speed of a contestant that is no stage of ours: a process that is over when it has passed `count` records."""
     bus = open_bus(address, prefix=prefix)
-    marks = bus.end_offsets([TARGET])
+    marks = bus.end_offsets([_TARGET_TOPIC])
     task = {
         "servers": address.removeprefix("kafka://"),
-        "source": prefix + SOURCE,
-        "target": prefix + TARGET,
+        "source": prefix + _SOURCE_TOPIC,
+        "target": prefix + _TARGET_TOPIC,
         "group": f"other{time.time_ns()}",
         "count": count,
     }
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [*command, json.dumps(task)], env=os.environ | {"PYTHONPATH": root}, cwd=root, timeout=QUIX_S, check=False
+        [*command, json.dumps(task)],
+        env=os.environ | {"PYTHONPATH": root},
+        cwd=root,
+        timeout=_CONTESTANT_TIMEOUT_S,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{command[-1]} ended with {done.returncode}")
-    found = speed(bus, marks, count)
+    found = _measure_throughput(bus, marks, count)
     bus.close()
     return found
 
 
-def quix_python(folder: Path | None) -> Path | None:
+def _prepare_quixstreams(folder: Path | None) -> Path | None:
     """The interpreter of a virtual environment with quixstreams, made if need be; None, and a message, if it cannot be."""
     if folder is None:
         print("quixstreams is left out: --quix-venv DIR says where it may be installed")
@@ -317,7 +332,12 @@ def quix_python(folder: Path | None) -> Path | None:
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
         if subprocess.run([str(python), "-c", "import quixstreams"], capture_output=True, check=False).returncode:
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *QUIX], check=True, capture_output=True, timeout=600)
+            subprocess.run(
+                [str(python), "-m", "pip", "install", "-q", *_QUIXSTREAMS_REQUIREMENTS],
+                check=True,
+                capture_output=True,
+                timeout=600,
+            )
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         print(f"quixstreams is left out: it cannot be installed in {folder}: {said[-1] if said else error}")
@@ -325,7 +345,7 @@ def quix_python(folder: Path | None) -> Path | None:
     return python
 
 
-def bare_sqlite(folder: Path, count: int, seed: int) -> float:
+def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
     """The least that a durable hop in one SQLite file is: copy 500 rows, move the offset, commit (FULL, as ours)."""
     db = sqlite3.connect(folder / "bare.sqlite", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
@@ -335,11 +355,15 @@ def bare_sqlite(folder: Path, count: int, seed: int) -> float:
     db.execute("CREATE TABLE offsets (next INTEGER)")
     db.execute("INSERT INTO offsets VALUES (0)")
     db.execute("BEGIN")
-    db.executemany("INSERT INTO source VALUES (?, ?, ?)", ((n, p.key, encode(p)) for n, p in enumerate(prompts(count, seed))))
+    db.executemany(
+        "INSERT INTO source VALUES (?, ?, ?)", ((n, p.key, encode_record(p)) for n, p in enumerate(make_prompts(count, seed)))
+    )
     db.execute("COMMIT")
     started, at = time.monotonic(), 0
     while at < count:
-        rows = db.execute("SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (at, COMMIT_EVERY)).fetchall()
+        rows = db.execute(
+            "SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (at, COMMIT_BATCH_SIZE)
+        ).fetchall()
         at = rows[-1][0] + 1
         db.execute("BEGIN IMMEDIATE")
         db.executemany("INSERT INTO target VALUES (?, ?, ?)", rows)
@@ -350,12 +374,12 @@ def bare_sqlite(folder: Path, count: int, seed: int) -> float:
     return count / taken
 
 
-def codec_alone(seed: int) -> float:
+def _measure_codec(seed: int) -> float:
     """Decode, answer and encode in one thread, no log: what no hop with this codec can exceed on one core."""
-    sample = [encode(prompt) for prompt in prompts(4000, seed)]
+    sample = [encode_record(prompt) for prompt in make_prompts(4000, seed)]
     started = time.monotonic()
     for data in sample:
-        encode(answer(decode(data, Prompt)))
+        encode_record(make_response(decode_record(data, Prompt)))
     return len(sample) / (time.monotonic() - started)
 
 
@@ -363,99 +387,117 @@ def codec_alone(seed: int) -> float:
 
 
 @dataclass(frozen=True)
-class Bench:
+class _HopBenchmark:
     """Where to measure, and how much."""
 
     address: str
     folder: Path
-    records: int
-    rounds: int
-    waiting: int
+    num_records: int
+    num_rounds: int
+    num_waiting: int
     seed: int
-    quix: Path | None
+    quixstreams_python: Path | None
 
-    def median(self, measure: Callable[[], float]) -> float:
-        return statistics.median(measure() for _ in range(self.rounds))
+    def measure_median(self, measure: Callable[[], float]) -> float:
+        return statistics.median(measure() for _ in range(self.num_rounds))
 
-    def hop(self) -> Iterator[Row]:
+    def hop(self) -> Iterator[_ResultRow]:
         """The contestants take turns, so that a machine that slows down meanwhile slows them all."""
         contestants = {
-            "charter": lambda: charter(self.address, "hop.", self.records),
-            "default": lambda: charter(self.address, "hop.", self.records, batch=64, in_flight=Limits().in_flight),
-            "bare": lambda: other([sys.executable, "-m", "benchmarks.hop", "--bare"], self.address, "hop.", self.records),
+            "charter": lambda: _measure_charter(self.address, "hop.", self.num_records),
+            "default": lambda: _measure_charter(
+                self.address, "hop.", self.num_records, batch=64, in_flight=WorkerLimits().max_in_flight
+            ),
+            "bare": lambda: _measure_process(
+                [sys.executable, "-m", "benchmarks.hop", "--bare"], self.address, "hop.", self.num_records
+            ),
         }
-        if self.quix:
+        if self.quixstreams_python:
             script = str(Path(__file__).with_name("hop_quixstreams.py"))
-            contestants["quix"] = lambda: other([str(self.quix), script], self.address, "hop.", self.records)
-        rounds = [{name: measure() for name, measure in contestants.items()} for _ in range(self.rounds)]
+            contestants["quix"] = lambda: _measure_process(
+                [str(self.quixstreams_python), script], self.address, "hop.", self.num_records
+            )
+        rounds = [{name: measure() for name, measure in contestants.items()} for _ in range(self.num_rounds)]
         speeds = {name: statistics.median(each[name] for each in rounds) for name in contestants}
         ours = speeds["charter"]
-        yield Row("the codec alone, one thread, no log", rate(codec_alone(self.seed)))
-        yield Row(f"Charter's hop ({IN_FLIGHT} in flight)", rate(ours))
-        yield Row(
-            "Charter's hop (256 in flight, batches of 64: the defaults)", rate(speeds["default"]), speeds["default"] / ours
+        yield _ResultRow("the codec alone, one thread, no log", _format_rate(_measure_codec(self.seed)))
+        yield _ResultRow(f"Charter's hop ({_MAX_IN_FLIGHT} in flight)", _format_rate(ours))
+        yield _ResultRow(
+            "Charter's hop (256 in flight, batches of 64: the defaults)",
+            _format_rate(speeds["default"]),
+            speeds["default"] / ours,
         )
-        yield Row(
-            "bare kafka-python, copies bytes; ratio: Charter to it", rate(speeds["bare"]), ours / speeds["bare"], goal("bare")
+        yield _ResultRow(
+            "bare kafka-python, copies bytes; ratio: Charter to it",
+            _format_rate(speeds["bare"]),
+            ours / speeds["bare"],
+            _format_goal("bare"),
         )
         if "quix" in speeds:
-            yield Row(
+            yield _ResultRow(
                 "quixstreams, exactly once, same codec; ratio: Charter to it",
-                rate(speeds["quix"]),
+                _format_rate(speeds["quix"]),
                 ours / speeds["quix"],
-                goal("quix"),
+                _format_goal("quix"),
             )
 
-    def copies(self) -> Iterator[Row]:
-        model = {"batch": MODEL_BATCH, "wait_s": MODEL_S}
-        waits = f"a stage that waits {MODEL_S * 1000:.0f} ms a batch of {MODEL_BATCH}"
+    def copies(self) -> Iterator[_ResultRow]:
+        model = {"batch": _MODEL_BATCH_SIZE, "wait_s": _MODEL_LATENCY_S}
+        waits = f"a stage that waits {_MODEL_LATENCY_S * 1000:.0f} ms a batch of {_MODEL_BATCH_SIZE}"
         for name, wanted, options in (
-            (waits, self.records // 4, model),
-            ("a stage that costs nothing", self.records * 3 // 4, {}),
+            (waits, self.num_records // 4, model),
+            ("a stage that costs nothing", self.num_records * 3 // 4, {}),
         ):
-            one, two = (self.median(partial(charter, self.address, "hop.", wanted, copies=n, **options)) for n in (1, 2))
-            yield Row(f"one copy of {name}", rate(one))
-            yield Row("  two copies of it", rate(two), two / one, goal("copies"))
+            one, two = (
+                self.measure_median(partial(_measure_charter, self.address, "hop.", wanted, copies=n, **options))
+                for n in (1, 2)
+            )
+            yield _ResultRow(f"one copy of {name}", _format_rate(one))
+            yield _ResultRow("  two copies of it", _format_rate(two), two / one, _format_goal("copies"))
 
-    def memory(self) -> Iterator[Row]:
+    def memory(self) -> Iterator[_ResultRow]:
         bus = open_bus(self.address, prefix="waiting.")
-        fill(bus, self.waiting, self.seed)
+        _publish_prompts(bus, self.num_waiting, self.seed)
         bus.close()
         seen: list[tuple[int, int]] = []
-        race([Job(self.address, "waiting.", "memory")], self.waiting, lambda committed, rss: seen.append((committed, rss)))
-        early = next(rss for committed, rss in seen if committed >= self.waiting // 10)
+        _run_copies(
+            [_StageJob(self.address, "waiting.", "memory")],
+            self.num_waiting,
+            lambda committed, rss: seen.append((committed, rss)),
+        )
+        early = next(rss for committed, rss in seen if committed >= self.num_waiting // 10)
         late, most = seen[-1][1], max(rss for _, rss in seen)
-        yield Row(f"resident memory after a tenth of {self.waiting} waiting records", mib(early))
-        yield Row("  at the end", mib(late), late / early, f"<= {GOALS['memory']}")
-        yield Row("  at most", mib(most), most / early)
+        yield _ResultRow(f"resident memory after a tenth of {self.num_waiting} waiting records", _format_mib(early))
+        yield _ResultRow("  at the end", _format_mib(late), late / early, f"<= {_GOALS['memory']}")
+        yield _ResultRow("  at most", _format_mib(most), most / early)
 
-    def embedded(self) -> Iterator[Row]:
+    def embedded(self) -> Iterator[_ResultRow]:
         folder = str(self.folder / "embedded")
         bus = open_bus(folder, prefix="hop.")
-        fill(bus, self.records, self.seed)
+        _publish_prompts(bus, self.num_records, self.seed)
         bus.close()
-        floor = bare_sqlite(self.folder, self.records, self.seed)
-        ours = charter(folder, "hop.", self.records)
-        yield Row("Charter's hop on the embedded log", rate(ours), ours / floor)
-        yield Row("  a bare SQLite loop, copies bytes", rate(floor))
+        floor = _measure_sqlite_hop(self.folder, self.num_records, self.seed)
+        ours = _measure_charter(folder, "hop.", self.num_records)
+        yield _ResultRow("Charter's hop on the embedded log", _format_rate(ours), ours / floor)
+        yield _ResultRow("  a bare SQLite loop, copies bytes", _format_rate(floor))
 
 
-def rate(value: float) -> str:
+def _format_rate(value: float) -> str:
     return f"{value:.0f}/s"
 
 
-def mib(value: int) -> str:
+def _format_mib(value: int) -> str:
     return f"{value / 2**20:.0f} MiB"
 
 
-def goal(name: str) -> str:
-    return f">= {GOALS[name]}"
+def _format_goal(name: str) -> str:
+    return f">= {_GOALS[name]}"
 
 
 # Where the time goes
 
 
-def profile(address: str, wanted: int, top: int = 25) -> None:
+def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> None:
     """CPU time (not waiting) by function, of all threads of a stage that runs as it always does, and of each by itself."""
     profiles: dict[str, cProfile.Profile] = {}
 
@@ -467,10 +509,10 @@ def profile(address: str, wanted: int, top: int = 25) -> None:
     threading.setprofile(enrol)  # each new thread gets a profile of its own: one sees only its own thread
     bus = open_bus(address, prefix="hop.")
     with tempfile.TemporaryDirectory() as folder:
-        worker = worker_of(Job(address, "hop.", f"profile{time.time_ns()}"), bus, Path(folder))
+        worker = _build_worker(_StageJob(address, "hop.", f"profile{time.time_ns()}"), bus, Path(folder))
         with Host([worker]) as host:
-            while worker.committed < wanted:
-                host.check()
+            while worker.num_committed < num_records:
+                host.raise_if_failed()
                 time.sleep(0.05)
     threading.setprofile(None)
     for each in profiles.values():
@@ -478,15 +520,15 @@ def profile(address: str, wanted: int, top: int = 25) -> None:
     for name, each in profiles.items():
         stats = pstats.Stats(each)
         if stats.total_tt > 0.2:
-            print(f"\n== thread {name}: {stats.total_tt / wanted * 1e6:.1f} us of CPU a record, profiled")
-            stats.strip_dirs().sort_stats("tottime").print_stats(top)
+            print(f"\n== thread {name}: {stats.total_tt / num_records * 1e6:.1f} us of CPU a record, profiled")
+            stats.strip_dirs().sort_stats("tottime").print_stats(num_functions)
     together = pstats.Stats(*profiles.values())
     print("\n== all threads")
-    together.strip_dirs().sort_stats("tottime").print_stats(top)
+    together.strip_dirs().sort_stats("tottime").print_stats(num_functions)
     bus.close()
 
 
-def arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=int, default=30_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -501,12 +543,12 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    wanted = arguments()
+    wanted = _parse_arguments()
     if wanted.stage:
-        run_stage(Job(**json.loads(wanted.stage)))
+        _run_stage(_StageJob(**json.loads(wanted.stage)))
         return 0
     if wanted.bare:
-        run_bare(**json.loads(wanted.bare))
+        _run_bare_client(**json.loads(wanted.bare))
         return 0
     home = os.environ.get("KAFKA_HOME")
     if not home or not shutil.which("java"):
@@ -514,23 +556,23 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "broker").mkdir()
-        with Broker(Path(home), Path(folder) / "broker") as broker:
-            measure(wanted, f"kafka://{broker.address}", Path(folder))
+        with _LogAppendTimeBroker(Path(home), Path(folder) / "broker") as broker:
+            _run_benchmarks(wanted, f"kafka://{broker.address}", Path(folder))
     return 0
 
 
-def measure(wanted: argparse.Namespace, address: str, folder: Path) -> None:
+def _run_benchmarks(options: argparse.Namespace, address: str, folder: Path) -> None:
     bus = open_bus(address, prefix="hop.")
-    size = fill(bus, wanted.records, wanted.seed)
+    size = _publish_prompts(bus, options.records, options.seed)
     bus.close()
-    if wanted.profile:
-        profile(address, wanted.records)
+    if options.profile:
+        _profile_stage(address, options.records)
         return
-    only = wanted.only or ("hop", "copies", "memory", "embedded")
-    quix = quix_python(wanted.quix_venv) if "hop" in only else None
-    bench = Bench(address, folder, wanted.records, wanted.rounds, wanted.waiting, wanted.seed, quix)
+    only = options.only or ("hop", "copies", "memory", "embedded")
+    quix = _prepare_quixstreams(options.quix_venv) if "hop" in only else None
+    bench = _HopBenchmark(address, folder, options.records, options.rounds, options.waiting, options.seed, quix)
     print(
-        f"{os.cpu_count()} cores, which the broker and the contestants share; {size} bytes a record; median of {wanted.rounds}"
+        f"{os.cpu_count()} cores, which the broker and the contestants share; {size} bytes a record; median of {options.rounds}"
     )
     print(f"{'':62} {'figure':>12} {'ratio':>6}  goal")
     for name in only:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sys
 
-from schemas.codec import decode, encode
+from schemas.codec import decode_record, encode_record
 from schemas.records import Completion, Prompt, Response
 
-COMMIT_EVERY = 500
+COMMIT_BATCH_SIZE = 500
 
 
-def answer(prompt: Prompt) -> Response:
+def make_response(prompt: Prompt) -> Response:
     """A response at no cost, of about its prompt's size: the text comes back as the one candidate."""
     return Response(
         record_id=prompt.record_id,
@@ -37,14 +37,14 @@ def main(servers: str, source: str, target: str, group: str, count: int) -> None
         consumer_group=group,
         auto_offset_reset="earliest",
         processing_guarantee="exactly-once",
-        commit_every=COMMIT_EVERY,
+        commit_every=COMMIT_BATCH_SIZE,
         auto_create_topics=False,
         producer_extra_config={"compression.type": "lz4"},
         loglevel="WARNING",
     )
     raw = {"value_deserializer": "bytes", "key_deserializer": "bytes"}
     stream = app.dataframe(app.topic(source, **raw))
-    stream = stream.apply(lambda value: encode(answer(decode(value, Prompt))))
+    stream = stream.apply(lambda value: encode_record(make_response(decode_record(value, Prompt))))
     stream.to_topic(app.topic(target, value_serializer="bytes", key_serializer="bytes"))
     app.run(count=count)
 

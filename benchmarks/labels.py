@@ -25,23 +25,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.generation import asks
-from charter.api import Charter, Critiqued, load_constitution
+from benchmarks.generation import make_requests
+from charter.api import Charter, RevisionChain, load_constitution
 from consumers import templates
-from consumers.judge import Judge
+from consumers.judge import JudgeStage
 from engine.models import open_model
-from engine.models.chat import prompt_text
+from engine.models.chat_template import format_prompt
+from engine.models.interface import GenerationRequest
 from engine.models.local import LocalModel
-from engine.models.port import Ask
 from schemas.records import ChatMessage, Preference, Record, Response
 
-GOAL = {"cpu": 20.0, "cuda": 50.0}
-ANSWER_TOKENS = 128
-WRITTEN_TOKENS = 256
-Turns = tuple[ChatMessage, ...]
+_MIN_RATIO = {"cpu": 20.0, "cuda": 50.0}
+_MAX_RESPONSE_TOKENS = 128
+_MAX_WRITTEN_TOKENS = 256
+_Messages = tuple[ChatMessage, ...]
 
 
-def per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
+def _measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
     """How many a second: of a core on a processor, whatever else runs there, of the clock on a GPU."""
     clock = time.process_time if model.device == "cpu" else time.monotonic
     started = clock()
@@ -49,76 +49,84 @@ def per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
     return count / (clock() - started)
 
 
-def written_one_by_one(model: LocalModel, questions: Sequence[Turns]) -> list[str]:
+def _generate_one_by_one(model: LocalModel, questions: Sequence[_Messages]) -> list[str]:
     """What transformers' `generate` writes to each question, greedily."""
     texts = []
     for messages in questions:
-        encoded = model.tokenizer(prompt_text(model.tokenizer, messages), return_tensors="pt", add_special_tokens=False)
+        encoded = model.tokenizer(format_prompt(model.tokenizer, messages), return_tensors="pt", add_special_tokens=False)
         encoded = encoded.to(model.device)
         with torch.inference_mode():
-            out = model.model.generate(**encoded, max_new_tokens=WRITTEN_TOKENS, do_sample=False)
+            out = model.model.generate(**encoded, max_new_tokens=_MAX_WRITTEN_TOKENS, do_sample=False)
         texts.append(model.tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
 
 
-def written_in_batches(model: LocalModel, questions: Sequence[Turns]) -> list[str]:
-    made = model.generate([Ask(messages) for messages in questions], temperature=0.0, max_tokens=WRITTEN_TOKENS)
+def _generate_in_batches(model: LocalModel, questions: Sequence[_Messages]) -> list[str]:
+    made = model.generate(
+        [GenerationRequest(messages) for messages in questions], temperature=0.0, max_tokens=_MAX_WRITTEN_TOKENS
+    )
     return [generation.text for (generation,) in made]
 
 
-def compare(name: str, model: LocalModel, ours: float, questions: Sequence[Turns], peers: int, orders: int = 1) -> float:
+def _compare_with_peers(
+    name: str, model: LocalModel, ours: float, questions: Sequence[_Messages], num_sequential: int, num_orders: int = 1
+) -> float:
     """Print ours against both peers, which are asked one of so many orders; the ratio to the one that asks one by one."""
     lengths: list[int] = []
 
     def alone() -> None:
-        texts = written_one_by_one(model, questions[:peers])
+        texts = _generate_one_by_one(model, questions[:num_sequential])
         lengths.extend(len(model.tokenizer(text)["input_ids"]) for text in texts)
 
-    single = per_second(model, alone, peers)
-    batched = per_second(model, lambda: written_in_batches(model, questions), len(questions))
+    single = _measure_per_second(model, alone, num_sequential)
+    batched = _measure_per_second(model, lambda: _generate_in_batches(model, questions), len(questions))
     print(f"{name}: {ours:.2f}/s by probabilities, both orders")
     length = statistics.mean(lengths)
     for how, peer, digits in (
         (f"one by one (transformers, {length:.0f} tokens)", single, 4),
         (f"in batches of {len(questions)} (Charter)", batched, 3),
     ):
-        same = f" ({orders * ours / peer:.1f})" if orders > 1 else ""
+        same = f" ({num_orders * ours / peer:.1f})" if num_orders > 1 else ""
         print(f"  written, {how}: {peer:.{digits}f}/s, ratio {ours / peer:.1f}{same}")
     return ours / single
 
 
-def labels(model: LocalModel, judge: Judge, responses: Sequence[Response], peers: int) -> float:
+def _compare_labels(model: LocalModel, judge: JudgeStage, responses: Sequence[Response], num_sequential: int) -> float:
     judge(responses[:2])  # warm
-    whole = judge.constitution.whole_question
+    whole = judge.constitution.combined_judge_prompt
     questions = [
-        templates.comparison(r.messages, r.completions[0].text, r.completions[1].text, whole, templates.LETTER)
+        templates.make_comparison_messages(
+            r.messages, r.completions[0].text, r.completions[1].text, whole, templates.LETTER_TEMPLATE
+        )
         for r in responses
     ]
-    return compare("labels", model, per_second(model, lambda: judge(responses), len(responses)), questions, peers, 2)
+    return _compare_with_peers(
+        "labels", model, _measure_per_second(model, lambda: judge(responses), len(responses)), questions, num_sequential, 2
+    )
 
 
-def verdicts(model: LocalModel, charter: Charter, responses: Sequence[Response], peers: int) -> float:
-    critic = charter.criticise
-    links = [critic.link(response) for response in responses]
-    critic.assess(links[:2])  # warm
-    ours = per_second(model, lambda: critic.assess(links), len(links))
+def _compare_verdicts(model: LocalModel, charter: Charter, responses: Sequence[Response], num_sequential: int) -> float:
+    critic = charter.critique_stage
+    links = [critic.make_state(response) for response in responses]
+    critic.assess_states(links[:2])  # warm
+    ours = _measure_per_second(model, lambda: critic.assess_states(links), len(links))
     questions = [
-        templates.critique(link.fields["messages"], link.fields["text"], link.upcoming.critique, ())
+        templates.make_critique_messages(link.fields["messages"], link.fields["text"], link.next_principle.critique_prompt, ())
         for link in links
-        if link.upcoming
+        if link.next_principle
     ]
-    return compare("verdicts", model, ours, questions, peers)
+    return _compare_with_peers("verdicts", model, ours, questions, num_sequential)
 
 
-def chain_tokens(chains: Sequence[Critiqued], labelled: Sequence[Preference], samples: int) -> None:
+def _print_chain_tokens(chains: Sequence[RevisionChain], preferences: Sequence[Preference], num_completions: int) -> None:
     """Print by stage what was computed and what the same questions cost without sharing."""
     records: list[Record] = [record for chain in chains for record in chain.records]
     print(f"tokens of {len(chains)} chains: computed, without sharing, saved")
     total = [0, 0]
     for stage in ("respond", "critique", "revise", "judge"):
-        of_stage = [record for record in [*records, *labelled] if record.stage == stage]
+        of_stage = [record for record in [*records, *preferences] if record.stage == stage]
         read, written = sum(r.prompt_tokens for r in of_stage), sum(r.completion_tokens for r in of_stage)
-        naive = read * (samples if stage == "respond" else 1) + written
+        naive = read * (num_completions if stage == "respond" else 1) + written
         computed = read + written - sum(getattr(r, "cached_tokens", 0) for r in of_stage)
         total = [total[0] + computed, total[1] + naive]
         print(f"  {stage:8} {computed:8} {naive:8} {1 - computed / naive:6.1%}   ({len(of_stage)} records)")
@@ -132,22 +140,22 @@ def main() -> int:
     parser.add_argument("--peer", type=int, default=4, help="pairs that the peer judges one by one")
     parser.add_argument("--chains", type=int, default=8, help="prompts whose whole chain is counted")
     chosen = parser.parse_args()
-    model = open_model(chosen.model, max_batch=64)
+    model = open_model(chosen.model, max_batch_size=64)
     assert isinstance(model, LocalModel)
-    charter = Charter(load_constitution("default"), model, settings={"respond.max_tokens": ANSWER_TOKENS})
-    prompts = [ask.messages for ask in asks(chosen.pairs)]
-    responses = charter.responses(prompts)
+    charter = Charter(load_constitution("default"), model, settings={"respond.max_tokens": _MAX_RESPONSE_TOKENS})
+    prompts = [ask.messages for ask in make_requests(chosen.pairs)]
+    responses = charter.generate_responses(prompts)
     answers = statistics.mean(len(c.token_ids) for r in responses for c in r.completions)
     asked = statistics.mean(len(r.prompt_token_ids) for r in responses)
     print(f"{model.id} on {model.device}: prompts of {asked:.0f} tokens, answers of {answers:.0f}")
     ratios = [
-        labels(model, charter.judge, responses, chosen.peer),
-        verdicts(model, charter, responses, chosen.peer),
+        _compare_labels(model, charter.judge_stage, responses, chosen.peer),
+        _compare_verdicts(model, charter, responses, chosen.peer),
     ]
     chains = charter.self_critique_loops(responses[: chosen.chains])
-    labelled = [label for (label,) in charter.judge(responses[: chosen.chains])]
-    chain_tokens(chains, labelled, charter.settings.respond.samples)
-    return 0 if min(ratios) >= GOAL[model.device] else 1
+    labelled = [label for (label,) in charter.judge_stage(responses[: chosen.chains])]
+    _print_chain_tokens(chains, labelled, charter.settings.respond.samples)
+    return 0 if min(ratios) >= _MIN_RATIO[model.device] else 1
 
 
 if __name__ == "__main__":

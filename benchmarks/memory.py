@@ -21,34 +21,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MIB = 2**20
-RANK = 16
-WORDS = ("alpha ", "bravo ", "delta ", "echo ", "hotel ", "india ", "lima ", "tango ")  # one token each
+_MIB = 2**20
+_LORA_RANK = 16
+_WORDS = ("alpha ", "bravo ", "delta ", "echo ", "hotel ", "india ", "lima ", "tango ")  # one token each
 
 
-def text(draw: random.Random, tokens: int) -> str:
-    return "".join(draw.choice(WORDS) for _ in range(tokens))
+def _make_text(rng: random.Random, num_tokens: int) -> str:
+    return "".join(rng.choice(_WORDS) for _ in range(num_tokens))
 
 
-def learn(case: str, policy: Path, reference: Path, about: dict[str, Any]) -> None:
+def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, Any]) -> None:
     """One step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing` ...)."""
     from schemas.records import ChatMessage
     from trainer import dpo, ppo, reward, sft, weights
 
     phase, how, *more = case.split("/")
-    draw, rows = random.Random(0), about["rows"]
-    prompts = [(ChatMessage(role="user", content=text(draw, about["prompt"])),) for _ in range(rows)]
+    draw, rows = random.Random(0), sizes["rows"]
+    prompts = [(ChatMessage(role="user", content=_make_text(draw, sizes["prompt"])),) for _ in range(rows)]
     common: dict[str, Any] = {
-        "lora_rank": RANK if how == "lora" else 0,
-        "hardware": weights.Hardware(about["micro_rows"], "checkpointing" in more),
+        "lora_rank": _LORA_RANK if how == "lora" else 0,
+        "hardware": weights.Hardware(sizes["micro_rows"], "checkpointing" in more),
     }
     if phase == "sft":
-        texts = [sft.SftExample(messages, text(draw, about["answer"]), True, "") for messages in prompts]
+        texts = [sft.SftExample(messages, _make_text(draw, sizes["answer"]), True, "") for messages in prompts]
         sft.train(policy, texts, learning_rate=1e-5, batch_size=rows, **common)
     elif phase in ("reward", "dpo"):
         pairs = [
             reward.PreferenceExample(
-                messages, text(draw, about["answer"]), text(draw, about["answer"]), 0.8, str(n), True, True
+                messages, _make_text(draw, sizes["answer"]), _make_text(draw, sizes["answer"]), 0.8, str(n), True, True
             )
             for n, messages in enumerate(prompts)
         ]
@@ -58,15 +58,15 @@ def learn(case: str, policy: Path, reference: Path, about: dict[str, Any]) -> No
             dpo.train(policy, reference, pairs, learning_rate=1e-6, batch_size=rows, **common)
     else:
         answers = [
-            ppo.Rollout(*(tuple(draw.randrange(1000, 40000) for _ in range(about[key])) for key in ("prompt", "answer")),
-                        (-10.0,) * about["answer"], True, 0, str(n))
+            ppo.Rollout(*(tuple(draw.randrange(1000, 40000) for _ in range(sizes[key])) for key in ("prompt", "answer")),
+                        (-10.0,) * sizes["answer"], True, 0, str(n))
             for n in range(rows)
         ]  # fmt: skip
-        p = ppo.Hyperparameters(epochs=1, batch_size=rows)
+        p = ppo.PPOConfig(epochs=1, batch_size=rows)
         ppo.train(policy, reference, answers, [draw.gauss(0, 1) for _ in answers], p, **common)
 
 
-def peak() -> int:
+def _measure_peak_bytes() -> int:
     """The most bytes this process has held: the GPU's allocator where there is one, else the resident set."""
     import torch
 
@@ -75,17 +75,17 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def second_policy(base: Path, folder: Path) -> Path:
+def _make_second_policy(base: Path, folder: Path) -> Path:
     """What a first PPO update with LoRA leaves: merged weights, and the adapter and value head beside them."""
     from trainer import ppo, weights
 
-    model = weights.with_lora(weights.load_policy(base), RANK, "CAUSAL_LM")
-    head = ppo.Actor(model).value.state_dict()
-    weights.rl_saver(model, weights.load_tokenizer(base), head, base)(folder)
+    model = weights.add_lora(weights.load_policy(base), _LORA_RANK, "CAUSAL_LM")
+    head = ppo.ActorCritic(model).value_head.state_dict()
+    weights.make_rl_saver(model, weights.load_tokenizer(base), head, base)(folder)
     return folder
 
 
-CASES = (
+_CASES = (
     *(f"{phase}/{how}" for phase in ("sft", "reward", "dpo", "ppo") for how in ("full", "lora")),
     "ppo/full/checkpointing",
     "ppo/lora/second update",
@@ -93,24 +93,24 @@ CASES = (
 )
 
 
-def table(about: dict[str, Any], cases: Sequence[str]) -> None:
+def _print_table(sizes: dict[str, Any], cases: Sequence[str]) -> None:
     from engine.models import smollm2
 
-    base = smollm2.folder()
-    weights_bytes = weights_size(base)
-    print(f"weights in fp32: {weights_bytes / MIB:.0f} MiB\n\n| step | peak MiB | of the weights |\n|---|---|---|")
+    base = smollm2.get_model_folder()
+    weights_bytes = _compute_weight_bytes(base)
+    print(f"weights in fp32: {weights_bytes / _MIB:.0f} MiB\n\n| step | peak MiB | of the weights |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        second = second_policy(base, Path(folder))
+        second = _make_second_policy(base, Path(folder))
         for case in cases:
             policy = second if "second update" in case else base
-            given = about | {"case": case, "policy": str(policy), "reference": str(base)}
+            given = sizes | {"case": case, "policy": str(policy), "reference": str(base)}
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", json.dumps(given)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = int(done.stdout.splitlines()[-1])
-            print(f"| {case.replace('/', ', ')} | {found / MIB:.0f} | {found / weights_bytes:.1f} |", flush=True)
+            print(f"| {case.replace('/', ', ')} | {found / _MIB:.0f} | {found / weights_bytes:.1f} |", flush=True)
 
 
-def weights_size(folder: Path) -> int:
+def _compute_weight_bytes(folder: Path) -> int:
     from trainer import weights
 
     return sum(4 * parameter.numel() for parameter in weights.load_policy(folder).parameters())
@@ -125,12 +125,12 @@ def main() -> int:
     given = parser.parse_args()
     if given.child:
         about = json.loads(given.child)
-        learn(about["case"], Path(about["policy"]), Path(about["reference"]), about)
-        print(peak())
+        _train_one_step(about["case"], Path(about["policy"]), Path(about["reference"]), about)
+        print(_measure_peak_bytes())
         return 0
-    table(
+    _print_table(
         {"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_rows": given.micro_rows},
-        given.cases or CASES,
+        given.cases or _CASES,
     )
     return 0
 

@@ -27,31 +27,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.models.port import Ask
+from engine.models.interface import GenerationRequest
 from schemas.records import ChatMessage
 
 if TYPE_CHECKING:
     from trainer.ppo import Rollout
 
-LEAST_RATIO = 1.5
-LETTER = "a"
-RATES = (3e-4, 1e-3)
-LAST = 5  # rounds that the end of a curve is the mean of
-COLOURS = {"charter": "tab:blue", "trl 1.12": "tab:orange"}
-SCALE = 10.0  # the share of letters varies by a tenth of this from answer to answer
+_MIN_SPEEDUP = 1.5
+REWARDED_LETTER = "a"
+_LEARNING_RATES = (3e-4, 1e-3)
+_NUM_FINAL_ROUNDS = 5  # rounds that the end of a curve is the mean of
+_COLORS = {"charter": "tab:blue", "trl 1.12": "tab:orange"}
+REWARD_SCALE = 10.0  # the share of letters varies by a tenth of this from answer to answer
 
 
 @dataclass(frozen=True)
-class Task:
+class PPOTask:
     """What both sides are given. `reward` is the folder of a reward model; empty: the share of letters `a`."""
 
     policy: str
     prompts: tuple[str, ...]
-    rounds: int
-    reward: str = ""
-    minibatch: int = 8
-    epochs: int = 4
-    tokens: int = 48
+    num_rounds: int
+    reward_model: str = ""
+    minibatch_size: int = 8
+    num_epochs: int = 4
+    max_tokens: int = 48
     learning_rate: float = 1e-6
     beta: float = 0.02
     precision: str = "fp32"
@@ -59,130 +59,135 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundTiming:
     """Seconds of one round, of the clock and of both cores, the answers' tokens, and their mean reward."""
 
     generate_s: float
     update_s: float
     generate_cpu_s: float
     update_cpu_s: float
-    tokens: int
-    reward: float
+    num_tokens: int
+    mean_reward: float
 
 
-Moment = tuple[float, float]
+ClockReading = tuple[float, float]
 
 
-def now() -> Moment:
+def read_clocks() -> ClockReading:
     """The clock, and what this process has used of the cores, in seconds: the latter is the same on a busy machine."""
     return time.monotonic(), time.process_time()
 
 
-def between(start: Moment, end: Moment) -> Moment:
+def compute_elapsed(start: ClockReading, end: ClockReading) -> ClockReading:
     return end[0] - start[0], end[1] - start[1]
 
 
-def charter(task: Task) -> list[Round]:
+def _run_charter(task: PPOTask) -> list[RoundTiming]:
     """Charter's rounds."""
     import torch
 
     from engine import checkpoints
-    from engine.errors import CannotLearn
+    from engine.errors import TrainingFailed
     from trainer import ppo, weights
 
     torch.set_num_threads(2)
-    hardware = weights.Hardware(task.minibatch, False, "bf16" if task.precision == "bf16" else "fp32")
-    rounds: list[Round] = []
+    hardware = weights.Hardware(task.minibatch_size, False, "bf16" if task.precision == "bf16" else "fp32")
+    rounds: list[RoundTiming] = []
     with tempfile.TemporaryDirectory() as made:
         policy, beta, first = Path(task.policy), task.beta, Path(task.policy)
-        for number in range(task.rounds):
-            started = now()
-            rollouts, texts = sampled(task, policy, number)
-            generated = now()
-            scores = scored(task, rollouts, texts, hardware)
-            p = ppo.Hyperparameters(
-                learning_rate=task.learning_rate, epochs=task.epochs, batch_size=task.minibatch, beta=beta, kl_stop=1e9
+        for number in range(task.num_rounds):
+            started = read_clocks()
+            rollouts, texts = _sample_responses(task, policy, number)
+            generated = read_clocks()
+            scores = _score_responses(task, rollouts, texts, hardware)
+            p = ppo.PPOConfig(
+                learning_rate=task.learning_rate, epochs=task.num_epochs, batch_size=task.minibatch_size, beta=beta, kl_stop=1e9
             )
-            with suppress(CannotLearn):  # every answer is the best one: the policy stays
+            with suppress(TrainingFailed):  # every answer is the best one: the policy stays
                 learned, metrics = ppo.train(policy, first, rollouts, scores, p, hardware=hardware, seed=task.seed + number)
-                policy = checkpoints.write(Path(made) / f"policy-{number}", learned.save, {}).folder
+                policy = checkpoints.write_checkpoint(Path(made) / f"policy-{number}", learned.save, {}).folder
                 beta = metrics["beta"]
             tokens = sum(len(r.token_ids) for r in rollouts)
-            (generate_s, generate_cpu_s), (update_s, update_cpu_s) = between(started, generated), between(generated, now())
-            rounds.append(Round(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, statistics.mean(scores)))
+            (generate_s, generate_cpu_s), (update_s, update_cpu_s) = (
+                compute_elapsed(started, generated),
+                compute_elapsed(generated, read_clocks()),
+            )
+            rounds.append(RoundTiming(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, statistics.mean(scores)))
     return rounds
 
 
-def sampled(task: Task, policy: Path, number: int) -> tuple[list[Rollout], list[str]]:
+def _sample_responses(task: PPOTask, policy: Path, version: int) -> tuple[list[Rollout], list[str]]:
     """Answers to all prompts, as the stream samples them."""
     import torch
 
     from engine.models.local import LocalModel
     from trainer.ppo import Rollout
 
-    model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch=64)
+    model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch_size=64)
     asks = [
-        Ask((ChatMessage(role="user", content=text),), seed=task.seed * 10**6 + number * 10**4 + i)
+        GenerationRequest((ChatMessage(role="user", content=text),), seed=task.seed * 10**6 + version * 10**4 + i)
         for i, text in enumerate(task.prompts)
     ]
-    answers = [one[0] for one in model.generate(asks, max_tokens=task.tokens)]
+    answers = [one[0] for one in model.generate(asks, max_tokens=task.max_tokens)]
     rollouts = [
-        Rollout(tuple(a.prompt_token_ids), tuple(a.token_ids), tuple(a.logprobs), a.finish_reason == "stop", number, str(i))
+        Rollout(tuple(a.prompt_token_ids), tuple(a.token_ids), tuple(a.logprobs), a.finish_reason == "stop", version, str(i))
         for i, a in enumerate(answers)
     ]
     return rollouts, [a.text for a in answers]
 
 
-def scored(task: Task, rollouts: list[Rollout], texts: list[str], hardware: Any) -> list[float]:
+def _score_responses(task: PPOTask, rollouts: list[Rollout], texts: list[str], hardware: Any) -> list[float]:
     """The reward model's scores, or the shares of letters."""
     from trainer import reward, weights
 
-    if task.reward:
-        model = reward.load(Path(task.reward), hardware)
+    if task.reward_model:
+        model = reward.load_reward_model(Path(task.reward_model), hardware)
         messages = [(ChatMessage(role="user", content=prompt),) for prompt in task.prompts]
-        return model.normalised(
-            model.score([(t, text, r.stopped) for t, text, r in zip(messages, texts, rollouts, strict=True)])
+        return model.normalize(
+            model.compute_option_scores(
+                [(t, text, r.ends_with_eos) for t, text, r in zip(messages, texts, rollouts, strict=True)]
+            )
         )
-    letter = weights.load_tokenizer(Path(task.policy)).convert_tokens_to_ids(LETTER)
-    return [SCALE * r.token_ids.count(letter) / len(r.token_ids) for r in rollouts]
+    letter = weights.load_tokenizer(Path(task.policy)).convert_tokens_to_ids(REWARDED_LETTER)
+    return [REWARD_SCALE * r.token_ids.count(letter) / len(r.token_ids) for r in rollouts]
 
 
-def run(name: str, task: Task, trl112: Path) -> list[Round]:
+def _run_contestant(name: str, task: PPOTask, trl112: Path) -> list[RoundTiming]:
     """One side's rounds, in a process of its own."""
     module, path = ("benchmarks.ppo", []) if name == "charter" else ("benchmarks.ppo_trl112", [str(trl112)])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(Path.cwd())]), "TQDM_DISABLE": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
     arguments = [sys.executable, "-W", "ignore", "-m", module, "--task", json.dumps(asdict(task))]
     done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return [Round(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+    return [RoundTiming(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
 # Speed
 
 
-def smollm2_task(folder: Path, rows: int, rounds: int) -> Task:
+def _make_smollm2_task(folder: Path, num_prompts: int, num_rounds: int) -> PPOTask:
     """SmolLM2, the shipped prompts, and a reward model of the same size with a head of noise."""
     import torch
 
     from engine.models import smollm2
-    from producers.files import SHIPPED
+    from producers.files import SHIPPED_PROMPTS_PATH
     from producers.parse import parse_prompt
-    from producers.rows import rows as rows_of
+    from producers.rows import read_rows as rows_of
     from trainer import reward, weights
 
     torch.manual_seed(0)
-    base = smollm2.folder()
+    base = smollm2.get_model_folder()
     scorer = weights.load_scorer(base)
     torch.nn.init.normal_(scorer.score.weight, std=0.05)
-    reward.RewardModel([reward.Member(scorer)], weights.load_tokenizer(base)).save(folder)
-    lines = [parse_prompt(line, source="", max_chars=10**6) for _, line in rows_of(str(SHIPPED), 1, rows)]
-    return Task(str(base), tuple(line.messages[-1].content for line in lines), rounds, reward=str(folder))
+    reward.RewardModel([reward.EnsembleMember(scorer)], weights.load_tokenizer(base)).save(folder)
+    lines = [parse_prompt(line, source="", max_chars=10**6) for _, line in rows_of(str(SHIPPED_PROMPTS_PATH), 1, num_prompts)]
+    return PPOTask(str(base), tuple(line.messages[-1].content for line in lines), num_rounds, reward_model=str(folder))
 
 
-CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), ("trl 1.12", "bf16"))
+_CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), ("trl 1.12", "bf16"))
 
 
-def speed(trl112: Path, rows: int, rounds: int, only: int | None) -> int:
+def _compare_speed(trl112: Path, num_prompts: int, num_rounds: int, contestant_index: int | None) -> int:
     """Tokens per second of every contestant; 1 when the best of Charter's is not 1.5 times the best of trl's."""
     best: dict[str, float] = {}
     print(
@@ -190,10 +195,10 @@ def speed(trl112: Path, rows: int, rounds: int, only: int | None) -> int:
     )
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        task = smollm2_task(Path(folder), rows, rounds + 1)
-        for name, precision in CONTESTANTS if only is None else [CONTESTANTS[only]]:
-            measured = run(name, replace(task, precision=precision), trl112)[1:]  # the first one warms up
-            tokens = sum(r.tokens for r in measured)
+        task = _make_smollm2_task(Path(folder), num_prompts, num_rounds + 1)
+        for name, precision in _CONTESTANTS if contestant_index is None else [_CONTESTANTS[contestant_index]]:
+            measured = _run_contestant(name, replace(task, precision=precision), trl112)[1:]  # the first one warms up
+            tokens = sum(r.num_tokens for r in measured)
             spent = (
                 sum(r.generate_s + r.update_s for r in measured),
                 sum(r.update_s for r in measured),
@@ -202,17 +207,17 @@ def speed(trl112: Path, rows: int, rounds: int, only: int | None) -> int:
             )
             print(f"| {name}, {precision} | {' | '.join(f'{tokens / s:.1f}' for s in spent)} |", flush=True)
             best[name] = max(best.get(name, 0.0), tokens / spent[2])
-    if only is not None:
+    if contestant_index is not None:
         return 0
     ratio = best["charter"] / best["trl 1.12"]
-    print(f"\nthe better precision of each, per second of a core: {ratio:.2f} to 1 (goal {LEAST_RATIO})")
-    return 0 if ratio >= LEAST_RATIO else 1
+    print(f"\nthe better precision of each, per second of a core: {ratio:.2f} to 1 (goal {_MIN_SPEEDUP})")
+    return 0 if ratio >= _MIN_SPEEDUP else 1
 
 
 # The reward curve
 
 
-def small_model(folder: Path, seed: int) -> None:
+def _create_small_model(folder: Path, seed: int) -> None:
     """A four-layer Llama over single letters with random weights, which writes all of them about equally often."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -233,50 +238,52 @@ def small_model(folder: Path, seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def curves(trl112: Path, picture: Path, seeds: int, rounds: int) -> int:
+def _compare_curves(trl112: Path, plot_file: Path, num_seeds: int, num_rounds: int) -> int:
     """Mean reward by round of both sides at two rates; writes the plot. 1 when Charter's best ends below trl's best.
 
     Beside the plot lies what was measured; a run that is found there is not run again.
     """
-    kept = picture.with_suffix(".json")
+    kept = plot_file.with_suffix(".json")
     known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
-    found = {(name, rate): list[list[float]]() for rate in RATES for name in ("charter", "trl 1.12")}
+    found = {(name, rate): list[list[float]]() for rate in _LEARNING_RATES for name in ("charter", "trl 1.12")}
     best: dict[str, float] = {}
     for (name, rate), of_seeds in found.items():
-        for seed in range(seeds):
-            one = f"{name}, rate {rate}, seed {seed}, {rounds} rounds"
+        for seed in range(num_seeds):
+            one = f"{name}, rate {rate}, seed {seed}, {num_rounds} rounds"
             if one not in known:
                 with tempfile.TemporaryDirectory() as folder:
-                    small_model(Path(folder), seed)
-                    task = Task(folder, ("say a",) * 64, rounds, minibatch=16, tokens=16, learning_rate=rate, seed=seed)
-                    known[one] = [r.reward / SCALE for r in run(name, task, trl112)]
+                    _create_small_model(Path(folder), seed)
+                    task = PPOTask(
+                        folder, ("say a",) * 64, num_rounds, minibatch_size=16, max_tokens=16, learning_rate=rate, seed=seed
+                    )
+                    known[one] = [r.mean_reward / REWARD_SCALE for r in _run_contestant(name, task, trl112)]
                 kept.write_text(json.dumps(known, indent=1))
             of_seeds.append(known[one])
-        last = [statistics.mean(rewards[-LAST:]) for rewards in of_seeds]
+        last = [statistics.mean(rewards[-_NUM_FINAL_ROUNDS:]) for rewards in of_seeds]
         print(f"{name} at {rate}: {[round(r[0], 3) for r in of_seeds]} -> {[round(x, 3) for x in last]}", flush=True)
         best[name] = max(best.get(name, 0.0), statistics.mean(last))
-    plot(found, picture)
+    _plot_curves(found, plot_file)
     return 0 if best["charter"] >= best["trl 1.12"] else 1
 
 
-def plot(found: dict[tuple[str, float], list[list[float]]], picture: Path) -> None:
+def _plot_curves(rewards_by_contestant: dict[tuple[str, float], list[list[float]]], plot_file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "charter", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(RATES), figsize=(8, 3.2), sharey=True)
-    for axes, of_panel in zip(panels, RATES, strict=True):
-        for (name, rate), of_seeds in found.items():
+    figure, panels = pyplot.subplots(1, len(_LEARNING_RATES), figsize=(8, 3.2), sharey=True)
+    for axes, of_panel in zip(panels, _LEARNING_RATES, strict=True):
+        for (name, rate), of_seeds in rewards_by_contestant.items():
             for number, rewards in enumerate(of_seeds if rate == of_panel else []):
                 label = None if number else name
-                axes.plot(range(1, len(rewards) + 1), rewards, color=COLOURS[name], lw=1.2, label=label)
+                axes.plot(range(1, len(rewards) + 1), rewards, color=_COLORS[name], lw=1.2, label=label)
         axes.set(title=f"learning rate {of_panel}", xlabel="round of 64 answers", ylim=(0, 1.02))
     panels[0].set_ylabel("share of the rewarded letter")
     panels[0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(picture, metadata={"Date": None})
+    figure.savefig(plot_file, metadata={"Date": None})
 
 
 def main() -> int:
@@ -291,13 +298,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.task:
         task = json.loads(given.task)
-        print(json.dumps([asdict(r) for r in charter(Task(**task | {"prompts": tuple(task["prompts"])}))]))
+        print(json.dumps([asdict(r) for r in _run_charter(PPOTask(**task | {"prompts": tuple(task["prompts"])}))]))
         return 0
     if given.trl112 is None or not (given.trl112 / "trl").is_dir():
         parser.error("--trl112 DIR is missing, or holds no trl: pip install --no-deps --target DIR trl==1.12.0")
     if given.curve:
-        return curves(given.trl112.resolve(), given.curve, given.seeds, given.rounds or 25)
-    return speed(given.trl112.resolve(), given.rows, given.rounds or 1, given.only)
+        return _compare_curves(given.trl112.resolve(), given.curve, given.seeds, given.rounds or 25)
+    return _compare_speed(given.trl112.resolve(), given.rows, given.rounds or 1, given.only)
 
 
 if __name__ == "__main__":

@@ -22,57 +22,59 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.ppo import LETTER, SCALE, Moment, Round, Task, between, now
-from engine.models.chat import prompt_ids
+from benchmarks.ppo import REWARD_SCALE, REWARDED_LETTER, ClockReading, PPOTask, RoundTiming, compute_elapsed, read_clocks
+from engine.models.chat_template import encode_prompt
 from schemas.records import ChatMessage
 
 
-class LetterShare(torch.nn.Module):
+class _LetterRewardModel(torch.nn.Module):
     """A reward model in trl's form whose score is the share of one letter in the answer; padding stands for 0."""
 
     base_model_prefix = "trunk"
 
-    def __init__(self, letter: int, prompt_length: int) -> None:
+    def __init__(self, letter_token_id: int, prompt_length: int) -> None:
         super().__init__()
-        self.letter, self.prompt_length = letter, prompt_length
-        self.trunk, self.score = self.hidden, torch.nn.Identity()
+        self.letter_token_id, self.prompt_length = letter_token_id, prompt_length
+        self.trunk, self.score = self.compute_hidden_states, torch.nn.Identity()
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+    def compute_hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
         answer = input_ids[:, self.prompt_length :]
-        counted = (answer == self.letter).float().cumsum(1) / torch.arange(1, answer.shape[1] + 1)
+        counted = (answer == self.letter_token_id).float().cumsum(1) / torch.arange(1, answer.shape[1] + 1)
         states = torch.zeros(input_ids.shape, dtype=torch.float32)
-        states[:, self.prompt_length :] = SCALE * counted
+        states[:, self.prompt_length :] = REWARD_SCALE * counted
         return type("Output", (), {"hidden_states": (states[..., None],)})
 
 
-class Timed:
+class _TimedSampler:
     """trl's sampling, with a clock: when it began, when it ended, and how many tokens it gave."""
 
-    def __init__(self, sample: Any, end: int) -> None:
-        self.sample, self.end = sample, end
-        self.began: list[Moment] = []
-        self.ended: list[Moment] = []
-        self.tokens: list[int] = []
+    def __init__(self, sample: Any, eos_token_id: int) -> None:
+        self.sample, self.eos_token_id = sample, eos_token_id
+        self.start_times: list[ClockReading] = []
+        self.end_times: list[ClockReading] = []
+        self.token_counts: list[int] = []
 
     def __call__(self, model: Any, queries: torch.Tensor, *more: Any) -> Any:
-        self.began.append(now())
+        self.start_times.append(read_clocks())
         result = self.sample(model, queries, *more)
-        self.ended.append(now())
+        self.end_times.append(read_clocks())
         answers = result[0][:, queries.shape[1] :]
-        self.tokens.append(sum(row.index(self.end) + 1 if self.end in row else len(row) for row in answers.tolist()))
+        self.token_counts.append(
+            sum(row.index(self.eos_token_id) + 1 if self.eos_token_id in row else len(row) for row in answers.tolist())
+        )
         return result
 
 
-class Rewards(TrainerCallback):
+class _RewardCallback(TrainerCallback):
     def __init__(self) -> None:
-        self.means: list[float] = []
+        self.mean_rewards: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "objective/scores" in logs:
-            self.means.append(logs["objective/scores"])
+            self.mean_rewards.append(logs["objective/scores"])
 
 
-def trl(task: Task) -> list[Round]:
+def _run_trl(task: PPOTask) -> list[RoundTiming]:
     """trl's rounds."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -85,15 +87,17 @@ def trl(task: Task) -> list[Round]:
     tokenizer.pad_token_id = 0
     policy, reference = (AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32) for _ in range(2))
     policy.generation_config.pad_token_id = 0
-    value = AutoModelForSequenceClassification.from_pretrained(task.reward or task.policy, num_labels=1, dtype=torch.float32)
-    if not task.reward:
+    value = AutoModelForSequenceClassification.from_pretrained(
+        task.reward_model or task.policy, num_labels=1, dtype=torch.float32
+    )
+    if not task.reward_model:
         torch.nn.init.zeros_(value.score.weight)
-    prompts = [prompt_ids(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
-    if task.reward:
-        reward: Any = AutoModelForSequenceClassification.from_pretrained(task.reward, num_labels=1, dtype=torch.float32)
+    prompts = [encode_prompt(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
+    if task.reward_model:
+        reward: Any = AutoModelForSequenceClassification.from_pretrained(task.reward_model, num_labels=1, dtype=torch.float32)
     else:
-        reward = LetterShare(tokenizer.convert_tokens_to_ids(LETTER), len(prompts[0]))
-    rewards, timed = Rewards(), Timed(ppo_trainer.batch_generation, tokenizer.eos_token_id)
+        reward = _LetterRewardModel(tokenizer.convert_tokens_to_ids(REWARDED_LETTER), len(prompts[0]))
+    rewards, timed = _RewardCallback(), _TimedSampler(ppo_trainer.batch_generation, tokenizer.eos_token_id)
     ppo_trainer.batch_generation = timed
     with tempfile.TemporaryDirectory() as output:
         config = PPOConfig(
@@ -102,10 +106,10 @@ def trl(task: Task) -> list[Round]:
             lr_scheduler_type="constant",
             per_device_train_batch_size=len(prompts),
             gradient_accumulation_steps=1,
-            num_mini_batches=len(prompts) // task.minibatch,
-            num_ppo_epochs=task.epochs,
-            total_episodes=len(prompts) * task.rounds,
-            response_length=task.tokens,
+            num_mini_batches=len(prompts) // task.minibatch_size,
+            num_ppo_epochs=task.num_epochs,
+            total_episodes=len(prompts) * task.num_rounds,
+            response_length=task.max_tokens,
             stop_token="eos",
             temperature=1.0,
             kl_coef=task.beta,
@@ -134,15 +138,21 @@ def trl(task: Task) -> list[Round]:
         try:
             trainer.train()
         except RuntimeError as error:  # a policy that has run away cannot be sampled from: the rounds before it count
-            print(f"trl 1.12 ends after {len(rewards.means)} of {task.rounds} rounds: {error}", file=sys.stderr, flush=True)
-    ends = [*timed.began[1:], now()]
+            print(
+                f"trl 1.12 ends after {len(rewards.mean_rewards)} of {task.num_rounds} rounds: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+    ends = [*timed.start_times[1:], read_clocks()]
     rounds = []
-    for began, ended, end, tokens, mean in zip(timed.began, timed.ended, ends, timed.tokens, rewards.means, strict=False):
-        (generate_s, generate_cpu_s), (update_s, update_cpu_s) = between(began, ended), between(ended, end)
-        rounds.append(Round(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, mean))
+    for began, ended, end, tokens, mean in zip(
+        timed.start_times, timed.end_times, ends, timed.token_counts, rewards.mean_rewards, strict=False
+    ):
+        (generate_s, generate_cpu_s), (update_s, update_cpu_s) = compute_elapsed(began, ended), compute_elapsed(ended, end)
+        rounds.append(RoundTiming(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, mean))
     return rounds
 
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[sys.argv.index("--task") + 1])
-    print(json.dumps([asdict(r) for r in trl(Task(**task | {"prompts": tuple(task["prompts"])}))]))
+    print(json.dumps([asdict(r) for r in _run_trl(PPOTask(**task | {"prompts": tuple(task["prompts"])}))]))

@@ -28,38 +28,38 @@ import duckdb
 import psutil
 import pyarrow as pa
 
-from benchmarks.hop import prompts
-from benchmarks.hop_quixstreams import answer
+from benchmarks.hop import make_prompts
+from benchmarks.hop_quixstreams import make_response
 from consumers.sink import Sink
 from engine.bus import open_bus
 from engine.errors import StoreBusy
 from engine.settings import Settings
 from engine.store import Store
-from engine.tables import arrow_schema
-from engine.worker import outgoing
+from engine.tables import get_arrow_schema
+from engine.worker import to_producer_record
 from schemas.records import Response
 from schemas.topics import TOPICS
 
-GOALS = {"appender": 0.5, "many": 0.9}
-MAX_ROWS = Settings().sink.max_rows
-QUERY = "SELECT stage, count(*), avg(completion_tokens) FROM responses GROUP BY 1"
+_GOALS = {"appender": 0.5, "many": 0.9}
+_MAX_ROWS = Settings().sink.max_rows
+_READER_QUERY = "SELECT stage, count(*), avg(completion_tokens) FROM responses GROUP BY 1"
 
 
-def fill(folder: Path, count: int, seed: int) -> list[Response]:
+def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
     """A log with `count` responses."""
     bus = open_bus(str(folder / "log"))
     bus.create_topics(list(TOPICS.values()))
-    records = [answer(prompt) for prompt in prompts(count, seed)]
+    records = [make_response(prompt) for prompt in make_prompts(count, seed)]
     for first in range(0, count, 2000):
-        bus.publish([outgoing(record) for record in records[first : first + 2000]])
+        bus.publish([to_producer_record(record) for record in records[first : first + 2000]])
     bus.close()
     return records
 
 
-def sink_rate(folder: Path, store: Store, count: int) -> float:
+def _measure_sink_rate(folder: Path, store: Store, count: int) -> float:
     """Rows a second of a new sink that finds `count` records waiting. A first step, which opens everything, is not timed."""
     bus = open_bus(str(folder / "log"))
-    sink = Sink(bus, store, max_rows=MAX_ROWS, max_wait_s=0.05)
+    sink = Sink(bus, store, max_rows=_MAX_ROWS, max_wait_s=0.05)
     passed = sink.step()
     started, begun = time.monotonic(), passed
     while passed < count:
@@ -70,19 +70,19 @@ def sink_rate(folder: Path, store: Store, count: int) -> float:
     return (count - begun) / taken
 
 
-def appender_rate(folder: Path, records: list[Response]) -> float:
+def _measure_appender_rate(folder: Path, records: list[Response]) -> float:
     """DuckDB's appender on the same table, with rows that are ready made."""
     store = Store(folder / "appended" / "charter.duckdb")
-    store.prepare()
+    store.create_schema()
     with duckdb.connect(str(store.path)) as db:
         names = [name for (name,) in db.execute("SELECT column_name FROM (DESCRIBE raw.responses)").fetchall()]
-        rows = [[row_of(record, number).get(name) for name in names] for number, record in enumerate(records)]
+        rows = [[_make_row(record, number).get(name) for name in names] for number, record in enumerate(records)]
         gc.freeze()
         started = time.monotonic()
-        for first in range(0, len(rows), MAX_ROWS):
+        for first in range(0, len(rows), _MAX_ROWS):
             db.begin()
             appender = db.appender("raw.responses")
-            appender.append_rows(rows[first : first + MAX_ROWS])
+            appender.append_rows(rows[first : first + _MAX_ROWS])
             appender.flush()
             db.commit()
         taken = time.monotonic() - started
@@ -91,51 +91,51 @@ def appender_rate(folder: Path, records: list[Response]) -> float:
     return len(rows) / taken
 
 
-def row_of(record: Response, number: int) -> dict[str, Any]:
-    extra = {"_partition": 0, "_offset": number, "commit_seq": number, "content_hash": number}
+def _make_row(record: Response, offset: int) -> dict[str, Any]:
+    extra = {"_partition": 0, "_offset": offset, "commit_seq": offset, "content_hash": offset}
     marks = {"is_duplicate": False, "content_mismatch": False}
     return record.model_dump() | {"created_at": record.created_at.replace(tzinfo=None)} | extra | marks
 
 
-def grow(store: Store, rows: int, like: Response) -> None:
+def _insert_rows(store: Store, num_rows: int, template: Response) -> None:
     """Rows with random ids and the rest of one record, so that ids have to be looked for among as many."""
-    store.prepare()
-    table = pa.Table.from_pylist([row_of(like, 0)], arrow_schema(Response))
+    store.create_schema()
+    table = pa.Table.from_pylist([_make_row(template, 0)], get_arrow_schema(Response))
     with duckdb.connect(str(store.path)) as db:
         db.register("one", table)
         db.execute(
             f"""INSERT INTO raw.responses BY NAME
                 SELECT one.* REPLACE (uuid() AS record_id, -1 - range AS commit_seq), false AS is_duplicate, false AS content_mismatch
-                FROM one, range({rows})"""
+                FROM one, range({num_rows})"""
         )
         db.execute("CHECKPOINT")
 
 
-def read_on(path: Path, stop: Event, done: Synchronized[int], longest: Synchronized[float]) -> None:
+def _query_repeatedly(path: Path, stop: Event, num_queries: Synchronized[int], longest_query_s: Synchronized[float]) -> None:
     """What a dashboard does, without a pause."""
     store = Store(path)
     while not stop.is_set():
         started = time.monotonic()
         try:
-            store.query(QUERY, limit_s=30.0)
+            store.query(_READER_QUERY, limit_s=30.0)
         except StoreBusy:
             continue
-        with done.get_lock():
-            done.value += 1
-            longest.value = max(longest.value, time.monotonic() - started)
+        with num_queries.get_lock():
+            num_queries.value += 1
+            longest_query_s.value = max(longest_query_s.value, time.monotonic() - started)
 
 
-def with_readers(folder: Path, store: Store, count: int, readers: int) -> tuple[float, float, float]:
+def _measure_with_readers(folder: Path, store: Store, count: int, num_readers: int) -> tuple[float, float, float]:
     """The sink's rate, the readers' queries a second together, and the longest of them."""
     context = multiprocessing.get_context("spawn")
     stop, done, longest = context.Event(), context.Value("i", 0), context.Value("d", 0.0)
-    processes = [context.Process(target=read_on, args=(store.path, stop, done, longest)) for _ in range(readers)]
+    processes = [context.Process(target=_query_repeatedly, args=(store.path, stop, done, longest)) for _ in range(num_readers)]
     for process in processes:
         process.start()
-    while done.value < readers:
+    while done.value < num_readers:
         time.sleep(0.05)
     before, started = done.value, time.monotonic()
-    found = sink_rate(folder, store, count)
+    found = _measure_sink_rate(folder, store, count)
     queries = (done.value - before) / (time.monotonic() - started)
     stop.set()
     for process in processes:
@@ -143,43 +143,46 @@ def with_readers(folder: Path, store: Store, count: int, readers: int) -> tuple[
     return found, queries, longest.value
 
 
-def measure(folder: Path, wanted: argparse.Namespace) -> Iterator[tuple[str, str, float | None, str]]:
-    records = fill(folder, wanted.records, wanted.seed)
+def _run_benchmarks(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, float | None, str]]:
+    records = _publish_responses(folder, options.records, options.seed)
     gc.freeze()  # the appender's rows are not the sink's to look through when it collects garbage
 
     def fresh(name: str) -> Store:
         shutil.rmtree(folder / name, ignore_errors=True)
         return Store(folder / name / "charter.duckdb")
 
-    rounds = [(sink_rate(folder, fresh("empty"), wanted.records), appender_rate(folder, records)) for _ in range(wanted.rounds)]
+    rounds = [
+        (_measure_sink_rate(folder, fresh("empty"), options.records), _measure_appender_rate(folder, records))
+        for _ in range(options.rounds)
+    ]
     ours, appender = (statistics.median(each[n] for each in rounds) for n in (0, 1))
     yield "DuckDB's appender alone, rows ready made", f"{appender:.0f}/s", None, ""
-    yield "the sink, from the log to the rows", f"{ours:.0f}/s", ours / appender, f">= {GOALS['appender']}"
+    yield "the sink, from the log to the rows", f"{ours:.0f}/s", ours / appender, f">= {_GOALS['appender']}"
 
     many = fresh("many")
-    grow(many, wanted.rows, records[0])
-    full = sink_rate(folder, many, wanted.records)
-    yield f"the sink at {wanted.rows} rows; ratio: to the empty table", f"{full:.0f}/s", full / ours, f">= {GOALS['many']}"
+    _insert_rows(many, options.rows, records[0])
+    full = _measure_sink_rate(folder, many, options.records)
+    yield f"the sink at {options.rows} rows; ratio: to the empty table", f"{full:.0f}/s", full / ours, f">= {_GOALS['many']}"
     shutil.rmtree(many.path.parent)
 
     read = fresh("read")
-    grow(read, wanted.rows // 2, records[0])
-    alone = sink_rate(folder, read, wanted.records)
+    _insert_rows(read, options.rows // 2, records[0])
+    alone = _measure_sink_rate(folder, read, options.records)
     read = fresh("read")
-    grow(read, wanted.rows // 2, records[0])
-    rate, queries, longest = with_readers(folder, read, wanted.records, wanted.readers)
-    yield f"the sink at {wanted.rows // 2} rows", f"{alone:.0f}/s", None, ""
-    yield f"  with {wanted.readers} readers that never pause; ratio: to without", f"{rate:.0f}/s", rate / alone, ""
+    _insert_rows(read, options.rows // 2, records[0])
+    rate, queries, longest = _measure_with_readers(folder, read, options.records, options.readers)
+    yield f"the sink at {options.rows // 2} rows", f"{alone:.0f}/s", None, ""
+    yield f"  with {options.readers} readers that never pause; ratio: to without", f"{rate:.0f}/s", rate / alone, ""
     yield "  their queries together", f"{queries:.1f}/s", None, ""
     yield "  the longest of them, waiting included", f"{longest:.1f} s", None, ""
     yield "resident memory of this process", f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB", None, ""
 
 
-def profile(folder: Path, wanted: argparse.Namespace) -> None:
-    fill(folder, wanted.records, wanted.seed)
+def _profile_sink(folder: Path, options: argparse.Namespace) -> None:
+    _publish_responses(folder, options.records, options.seed)
     found = cProfile.Profile()
     found.enable()
-    sink_rate(folder, Store(folder / "profile" / "charter.duckdb"), wanted.records)
+    _measure_sink_rate(folder, Store(folder / "profile" / "charter.duckdb"), options.records)
     found.disable()
     pstats.Stats(found).strip_dirs().sort_stats("tottime").print_stats(25)
 
@@ -195,10 +198,10 @@ def main() -> None:
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if wanted.profile:
-            profile(Path(folder), wanted)
+            _profile_sink(Path(folder), wanted)
             return
         print(f"{'':62} {'figure':>12} {'ratio':>6}  goal")
-        for name, figure, ratio, goal in measure(Path(folder), wanted):
+        for name, figure, ratio, goal in _run_benchmarks(Path(folder), wanted):
             print(f"{name:62} {figure:>12} {'' if ratio is None else f'{ratio:.2f}':>6}  {goal}", flush=True)
 
 

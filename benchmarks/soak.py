@@ -32,33 +32,37 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.learning.language import Question, questions
+from benchmarks.learning.language import ToyQuestion, generate_questions
 from charter.options import stop_on_signals
-from charter.pipeline import open_settings, sink_offsets, store_of
+from charter.pipeline import open_bus_from_settings, open_store, read_sink_offsets
 from engine.bus.read import read_values
 from engine.errors import CharterError, StoreBusy
 from engine.settings import Settings, load
 from engine.store import Store
-from schemas.codec import decode
+from schemas.codec import decode_record
 from schemas.records import BatchManifest
 from schemas.topics import TOPICS
 
-ROOT = Path(__file__).parents[1]
-BASE_STEPS = 300
-AT_ONCE, EVERY_S, WAITING = 32, 4.0, 96  # questions published at once, how often, and how many may be on their way
-EPOCH = 2048  # questions of one epoch
-LOOK_EVERY_S = 5.0
-STALLED_S = 120.0  # without a new answer: something is wrong
-RESUME_AFTER_S = 60.0  # what the watch has paused goes on after that, as if someone had looked
-STOP_WITHIN_S = 120.0
-CRITIC, JUDGE = "programmatic-critic", "programmatic-judge"
+_ROOT = Path(__file__).parents[1]
+_BASE_MODEL_STEPS = 300
+_PUBLISH_BATCH_SIZE, _PUBLISH_INTERVAL_S, _MAX_UNFINISHED = (
+    32,
+    4.0,
+    96,
+)  # questions published at once, how often, and how many may be on their way
+_QUESTIONS_PER_EPOCH = 2048  # questions of one epoch
+_POLL_INTERVAL_S = 5.0
+_STALL_TIMEOUT_S = 120.0  # without a new answer: something is wrong
+_RESUME_DELAY_S = 60.0  # what the watch has paused goes on after that, as if someone had looked
+_STOP_TIMEOUT_S = 120.0
+_CRITIC_ID, _JUDGE_ID = "programmatic-critic", "programmatic-judge"
 
 
-def flags(folder: Path) -> dict[str, str]:
+def _make_setting_flags(folder: Path) -> dict[str, str]:
     """The settings: small batches, so that many policies come about, and the staleness bounds as they are by default."""
     return {
-        "data.folder": str(folder / "data"), "run.constitution": str(ROOT / "benchmarks/learning/constitution.toml"),
-        "prompts.eval_share": "0", "models.policy": str(folder / "base"), "models.critic": CRITIC, "models.judge": JUDGE,
+        "data.folder": str(folder / "data"), "run.constitution": str(_ROOT / "benchmarks/learning/constitution.toml"),
+        "prompts.eval_share": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
         "models.max_rows": "64", "models.threads": "1", "respond.max_tokens": "48", "respond.samples": "2",
         "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
         "train.sft_rows": "512", "train.reward_rows": "128", "train.ppo_rows": "64", "train.max_rows": "512",
@@ -71,68 +75,72 @@ def flags(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def settings_of(folder: Path) -> Settings:
-    return load(flags(folder), environment={})[0]
+def _load_settings(folder: Path) -> Settings:
+    return load(_make_setting_flags(folder), environment={})[0]
 
 
 # The stream's process
 
 
-def stream(folder: Path) -> None:
+def _run_stream(folder: Path) -> None:
     """Every stage and the sink, and a producer that keeps questions waiting, until SIGTERM."""
-    from benchmarks.learning.programmatic import LANGUAGE, ProgrammaticCritic, judge_of
-    from charter.pipeline import STAGES, Models, connect, make_stage
-    from constitutions.loader import load as load_constitution
+    from benchmarks.learning.programmatic import LANGUAGE_RULE, ProgrammaticCritic, make_judge
+    from charter.pipeline import STAGES, RoleModels, connect_bus, make_stage
+    from constitutions.loader import load_constitution as load_constitution
     from consumers.sink import Sink
     from engine.host import Host
-    from engine.worker import Lane, Worker
+    from engine.worker import ModelExecutor, Worker
 
-    settings, stop = settings_of(folder), stop_on_signals()
-    bus, store = connect(settings), store_of(settings)
-    models = Models(settings, opened={CRITIC: ProgrammaticCritic(LANGUAGE), JUDGE: judge_of("judge", LANGUAGE, 0)})
-    lane, constitution = Lane("local", linger_s=0.05), load_constitution(settings.run.constitution)
+    settings, stop = _load_settings(folder), stop_on_signals()
+    bus, store = connect_bus(settings), open_store(settings)
+    models = RoleModels(
+        settings, open_models={_CRITIC_ID: ProgrammaticCritic(LANGUAGE_RULE), _JUDGE_ID: make_judge("judge", LANGUAGE_RULE, 0)}
+    )
+    lane, constitution = ModelExecutor("local", downstream_wait_s=0.05), load_constitution(settings.run.constitution)
     stages = [make_stage(name, settings, models, constitution, bus) for name in STAGES]
-    workers = [Worker(bus, stage, lane, run_id=settings.run.id, slot="0") for stage in stages]
+    workers = [Worker(bus, stage, lane, run_id=settings.run.id, instance="0") for stage in stages]
     with Host(workers, {"sink": Sink(bus, store).run}, [models.close]) as host:
-        for number, (epoch, asked) in enumerate(supply()):
-            produce(settings, bus, number, epoch, asked)
-            stop.wait(EVERY_S)
-            while unfinished(store, (number + 1) * AT_ONCE) > WAITING - AT_ONCE and not stop.wait(0.5):
-                host.check()
+        for number, (epoch, asked) in enumerate(_generate_question_batches()):
+            _publish_questions(settings, bus, number, epoch, asked)
+            stop.wait(_PUBLISH_INTERVAL_S)
+            while _count_unfinished(
+                store, (number + 1) * _PUBLISH_BATCH_SIZE
+            ) > _MAX_UNFINISHED - _PUBLISH_BATCH_SIZE and not stop.wait(0.5):
+                host.raise_if_failed()
             if stop.is_set():
                 break
     bus.close()
 
 
-def supply() -> Iterator[tuple[int, list[Question]]]:
+def _generate_question_batches() -> Iterator[tuple[int, list[ToyQuestion]]]:
     """Questions without end, and the epoch that they are sampled in: the language has only some thousands of them."""
     for epoch in range(10**9):
-        asked = questions(epoch)
-        for _ in range(EPOCH // AT_ONCE):
-            yield epoch, list(islice(asked, AT_ONCE))
+        asked = generate_questions(epoch)
+        for _ in range(_QUESTIONS_PER_EPOCH // _PUBLISH_BATCH_SIZE):
+            yield epoch, list(islice(asked, _PUBLISH_BATCH_SIZE))
 
 
-def produce(settings: Settings, bus: Any, number: int, epoch: int, asked: Sequence[Question]) -> None:
-    from producers.files import Producer
+def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, questions: Sequence[ToyQuestion]) -> None:
+    from producers.files import FileProducer
 
     path = settings.folder / f"questions-{number:06d}.jsonl"
-    path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in asked))
-    Producer(bus, settings.run.id, epoch=epoch, eval_share=0.0).publish(str(path))
+    path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in questions))
+    FileProducer(bus, settings.run.id, epoch=epoch, eval_fraction=0.0).publish(str(path))
     path.unlink()
 
 
-def unfinished(store: Store, published: int) -> int:
+def _count_unfinished(store: Store, num_published: int) -> int:
     """Questions whose chains have not ended or whose answers are not judged yet."""
     sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
              AND prompt_id IN (SELECT prompt_id FROM preferences)"""
-    return published - int(store.query(sql, limit_s=60.0).rows[0][0])
+    return num_published - int(store.query(sql, limit_s=60.0).rows[0][0])
 
 
 # Looking from outside
 
 
 @dataclass
-class Look:
+class _Snapshot:
     """What was seen at one moment; sizes in MB."""
 
     at_s: float
@@ -144,67 +152,67 @@ class Look:
 
 
 @dataclass
-class Soak:
+class _SoakTest:
     """The two processes, and what was seen of them."""
 
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    looks: list[Look] = field(default_factory=list)
-    kills: int = 0
-    resumed: int = 0
-    started: float = field(default_factory=time.monotonic)
+    snapshots: list[_Snapshot] = field(default_factory=list)
+    num_kills: int = 0
+    num_resumed: int = 0
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def settings(self) -> Settings:
-        return settings_of(self.folder)
+        return _load_settings(self.folder)
 
-    def command(self, *verbs: str) -> list[str]:
-        chosen = [word for name, value in flags(self.folder).items() for word in ("--set", f"{name}={value}")]
+    def build_command(self, *verbs: str) -> list[str]:
+        chosen = [word for name, value in _make_setting_flags(self.folder).items() for word in ("--set", f"{name}={value}")]
         return [sys.executable, "-m", "charter", *verbs, *chosen]
 
-    def start(self, name: str) -> None:
+    def start_process(self, name: str) -> None:
         commands = {
             "stream": [sys.executable, "-m", "benchmarks.soak", "--stream", "--data", str(self.folder)],
-            "trainer": self.command("train", "--loop", "--verbose"),
+            "trainer": self.build_command("train", "--loop", "--verbose"),
         }
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(commands[name], env=environment, stdout=log, stderr=log)
 
-    def check(self) -> None:
+    def check_progress(self) -> None:
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise SystemExit(f"{name} has ended with {process.returncode}; see {self.folder / name}.log")
-        if self.looks and (now := self.looks[-1]).at_s - self.answered_at() > STALLED_S:
-            raise SystemExit(f"no answer since {self.answered_at():.0f} s, at {now.at_s:.0f} s")
+        if self.snapshots and (now := self.snapshots[-1]).at_s - self.find_last_response_time() > _STALL_TIMEOUT_S:
+            raise SystemExit(f"no answer since {self.find_last_response_time():.0f} s, at {now.at_s:.0f} s")
 
-    def answered_at(self) -> float:
+    def find_last_response_time(self) -> float:
         """When the newest answers were first seen."""
-        return next(look.at_s for look in self.looks if look.answers == self.looks[-1].answers)
+        return next(look.at_s for look in self.snapshots if look.answers == self.snapshots[-1].answers)
 
     def kill_trainer(self) -> None:
         self.processes["trainer"].kill()
         self.processes["trainer"].wait()
-        self.kills += 1
-        self.start("trainer")
+        self.num_kills += 1
+        self.start_process("trainer")
 
-    def stop(self) -> dict[str, int]:
+    def stop_processes(self) -> dict[str, int]:
         for name in ("trainer", "stream"):  # the trainer finishes its update while the stream still writes
             self.processes[name].send_signal(signal.SIGTERM)
-            self.processes[name].wait(STOP_WITHIN_S)
+            self.processes[name].wait(_STOP_TIMEOUT_S)
         return {name: process.returncode for name, process in self.processes.items()}
 
-    def look(self) -> Look:
-        store = store_of(self.settings)
+    def take_snapshot(self) -> _Snapshot:
+        store = open_store(self.settings)
         rows = store.query("SELECT count(*), max(policy_version) FROM responses", limit_s=60.0).rows
-        bus = open_settings(self.settings)
-        sunk = sink_offsets(store, bus.cluster_id)
+        bus = open_bus_from_settings(self.settings)
+        sunk = read_sink_offsets(store, bus.cluster_id)
         behind = sum(max(0, end - sunk.get(place, 0)) for place, end in bus.end_offsets(list(TOPICS)).items())
         bus.close()
-        return Look(
-            time.monotonic() - self.started,
-            resident_mb(self.processes["stream"].pid),
-            resident_mb(self.processes["trainer"].pid),
+        return _Snapshot(
+            time.monotonic() - self.started_at,
+            _read_resident_mb(self.processes["stream"].pid),
+            _read_resident_mb(self.processes["trainer"].pid),
             behind,
             rows[0][0],
             rows[0][1] or 0,
@@ -213,64 +221,66 @@ class Soak:
     def resume_if_paused(self) -> None:
         """What the watch has paused goes on after a while."""
         sql = "SELECT max(epoch(?::TIMESTAMP - since)) FROM paused_phases"
-        ((for_s,),) = store_of(self.settings).query(sql, [datetime.now(UTC).replace(tzinfo=None)], limit_s=60.0).rows
-        if for_s is not None and for_s > RESUME_AFTER_S:
-            subprocess.run(self.command("policy", "resume"), check=True, stdout=subprocess.DEVNULL)
-            self.resumed += 1
+        ((for_s,),) = open_store(self.settings).query(sql, [datetime.now(UTC).replace(tzinfo=None)], limit_s=60.0).rows
+        if for_s is not None and for_s > _RESUME_DELAY_S:
+            subprocess.run(self.build_command("policy", "resume"), check=True, stdout=subprocess.DEVNULL)
+            self.num_resumed += 1
 
 
-def resident_mb(pid: int) -> float:
+def _read_resident_mb(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     return 0.0
 
 
-def run(folder: Path, minutes: float, kills: int) -> dict[str, Any]:
+def _run_soak(folder: Path, minutes: float, num_kills: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").exists():
-        from benchmarks.learning.base import train_base
+        from benchmarks.learning.base_model import train_base_model
 
-        print(f"base model: loss {train_base(folder / 'base', steps=BASE_STEPS):.2f}", flush=True)
-    soak, stop = Soak(folder), stop_on_signals()
-    ends = soak.started + 60 * minutes
-    kill_at = iter(sorted(random.Random(0).uniform(soak.started + 60, ends - 60) for _ in range(kills)))
+        print(f"base model: loss {train_base_model(folder / 'base', steps=_BASE_MODEL_STEPS):.2f}", flush=True)
+    soak, stop = _SoakTest(folder), stop_on_signals()
+    ends = soak.started_at + 60 * minutes
+    kill_at = iter(sorted(random.Random(0).uniform(soak.started_at + 60, ends - 60) for _ in range(num_kills)))
     following = next(kill_at, ends)
-    soak.start("stream")
-    wait_for_database(soak)
-    soak.start("trainer")
+    soak.start_process("stream")
+    _wait_for_database(soak)
+    soak.start_process("trainer")
     try:
-        while time.monotonic() < ends and not stop.wait(min(LOOK_EVERY_S, max(0.1, min(ends, following) - time.monotonic()))):
-            soak.check()
+        while time.monotonic() < ends and not stop.wait(
+            min(_POLL_INTERVAL_S, max(0.1, min(ends, following) - time.monotonic()))
+        ):
+            soak.check_progress()
             if following <= time.monotonic() < ends:
                 soak.kill_trainer()
                 following = next(kill_at, ends)
             try:
                 soak.resume_if_paused()
-                soak.looks.append(soak.look())
+                soak.snapshots.append(soak.take_snapshot())
             except StoreBusy:
                 continue
-            print(f"{soak.looks[-1]}", flush=True)
-        codes = soak.stop()
+            print(f"{soak.snapshots[-1]}", flush=True)
+        codes = soak.stop_processes()
     finally:
         for process in soak.processes.values():
             process.kill()
-    settle(soak)
-    return {"exit_codes": codes} | result(soak)
+    _drain_log(soak)
+    return {"exit_codes": codes} | _compute_result(soak)
 
 
-def wait_for_database(soak: Soak) -> None:
-    while not store_of(soak.settings).path.exists():
-        soak.check()
+def _wait_for_database(soak: _SoakTest) -> None:
+    while not open_store(soak.settings).path.exists():
+        soak.check_progress()
         threading.Event().wait(0.2)
 
 
-def settle(soak: Soak) -> None:
+def _drain_log(soak: _SoakTest) -> None:
     """Bring what the last moments left on the log into the database."""
     from consumers.sink import Sink
 
-    bus = open_settings(soak.settings)
-    sink = Sink(bus, store_of(soak.settings), max_wait_s=0.1)
+    bus = open_bus_from_settings(soak.settings)
+    sink = Sink(bus, open_store(soak.settings), max_wait_s=0.1)
     while sink.step():
         pass
     sink.close()
@@ -279,7 +289,7 @@ def settle(soak: Soak) -> None:
 
 # What came of it
 
-MUST_BE_ZERO = {
+_INVARIANT_QUERIES = {
     "stale_rollouts": """
         SELECT count(*) FROM trained_rollouts WHERE policies_behind > $1 OR rewards_behind > $2 OR policies_behind < 0
         OR policy_version < reference_policy_version""",
@@ -296,10 +306,10 @@ MUST_BE_ZERO = {
 }
 
 
-def result(soak: Soak) -> dict[str, Any]:
-    store, train = store_of(soak.settings), soak.settings.train
+def _compute_result(soak: _SoakTest) -> dict[str, Any]:
+    store, train = open_store(soak.settings), soak.settings.train
     bounds = [train.max_staleness, train.max_reward_staleness]
-    zeros = {name: int(store.query(sql, bounds, limit_s=120.0).rows[0][0]) for name, sql in MUST_BE_ZERO.items()}
+    zeros = {name: int(store.query(sql, bounds, limit_s=120.0).rows[0][0]) for name, sql in _INVARIANT_QUERIES.items()}
     counts = {
         "answers": "SELECT count(*) FROM responses",
         "finished_prompts": "SELECT count(DISTINCT prompt_id) FROM revision_chains",
@@ -317,27 +327,30 @@ def result(soak: Soak) -> dict[str, Any]:
     told = {name: store.query(sql, limit_s=120.0).rows[0][0] for name, sql in counts.items()}
     drops = dict(store.query("SELECT reason, sum(rollouts)::INT FROM dropped_rollout_stats GROUP BY 1", limit_s=60.0).rows)
     return {
-        "minutes": round((time.monotonic() - soak.started) / 60, 1),
-        "kills": soak.kills,
-        "resumed": soak.resumed,
+        "minutes": round((time.monotonic() - soak.started_at) / 60, 1),
+        "kills": soak.num_kills,
+        "resumed": soak.num_resumed,
         **zeros,
-        "not_rebuilt": not_rebuilt(soak),
+        "not_rebuilt": _count_unreproducible_batches(soak),
         **told,
         "drops": drops,
-        **waits(store),
-        **{f"{name}_mb": growth([getattr(look, f"{name}_mb") for look in soak.looks]) for name in ("stream", "trainer")},
-        "sink_behind": {"median": median(seen), "most": max(seen)} if (seen := [x.sink_behind for x in soak.looks]) else {},
+        **_compute_duckdb_shares(store),
+        **{
+            f"{name}_mb": _summarize_memory([getattr(look, f"{name}_mb") for look in soak.snapshots])
+            for name in ("stream", "trainer")
+        },
+        "sink_behind": {"median": median(seen), "most": max(seen)} if (seen := [x.sink_behind for x in soak.snapshots]) else {},
     }
 
 
-def not_rebuilt(soak: Soak) -> int:
+def _count_unreproducible_batches(soak: _SoakTest) -> int:
     """Batches whose rows the database does not give back exactly."""
-    from trainer.batches import rebuild
+    from trainer.batches import rebuild_batch
 
-    bus, store, failed = open_settings(soak.settings), store_of(soak.settings), 0
+    bus, store, failed = open_bus_from_settings(soak.settings), open_store(soak.settings), 0
     for value in read_values(bus, BatchManifest.topic):
         try:
-            rebuild(store, decode(value, BatchManifest))
+            rebuild_batch(store, decode_record(value, BatchManifest))
         except CharterError as error:
             print(error, file=sys.stderr)
             failed += 1
@@ -345,7 +358,7 @@ def not_rebuilt(soak: Soak) -> int:
     return failed
 
 
-def waits(store: Store) -> dict[str, float]:
+def _compute_duckdb_shares(store: Store) -> dict[str, float]:
     """DuckDB's share of the updates' time, and of all the trainer's time, looking for new rows included."""
     sql = """SELECT sum(metrics['duckdb_s']) / sum(metrics['wall_s']), arg_max(metrics['alive_duckdb_share'], commit_seq)
              FROM metrics WHERE phase = 'loop'"""
@@ -353,17 +366,20 @@ def waits(store: Store) -> dict[str, float]:
     return {"duckdb_share_of_updates": in_updates, "duckdb_share_of_all_time": alive}
 
 
-def growth(seen: Sequence[float]) -> dict[str, float]:
+def _summarize_memory(sizes_mb: Sequence[float]) -> dict[str, float]:
     """Resident memory after the first quarter, at the end (medians of a tenth of the looks), and at most; in MB."""
-    tenth = max(1, len(seen) // 10)
-    early, late = list(islice(seen, len(seen) // 4, len(seen) // 4 + tenth)), list(seen[-tenth:])
-    return {name: round(value, 1) for name, value in zip(("early", "late", "most"), ends_of(early, late, seen), strict=True)}
+    tenth = max(1, len(sizes_mb) // 10)
+    early, late = list(islice(sizes_mb, len(sizes_mb) // 4, len(sizes_mb) // 4 + tenth)), list(sizes_mb[-tenth:])
+    return {
+        name: round(value, 1)
+        for name, value in zip(("early", "late", "most"), _compute_memory_marks(early, late, sizes_mb), strict=True)
+    }
 
 
-def ends_of(early: Sequence[float], late: Sequence[float], seen: Sequence[float]) -> Iterator[float]:
+def _compute_memory_marks(early: Sequence[float], late: Sequence[float], sizes_mb: Sequence[float]) -> Iterator[float]:
     yield median(early or [0.0])
     yield median(late or [0.0])
-    yield max(seen, default=0.0)
+    yield max(sizes_mb, default=0.0)
 
 
 def main() -> None:
@@ -374,12 +390,12 @@ def main() -> None:
     parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.stream:
-        stream(chosen.data)
+        _run_stream(chosen.data)
         return
-    found = run(chosen.data, chosen.minutes, chosen.kills)
+    found = _run_soak(chosen.data, chosen.minutes, chosen.kills)
     (chosen.data / "soak.json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2))
-    wrong = [name for name in (*MUST_BE_ZERO, "not_rebuilt") if found[name]]
+    wrong = [name for name in (*_INVARIANT_QUERIES, "not_rebuilt") if found[name]]
     sys.exit(f"not 0: {', '.join(wrong)}" if wrong else 0)
 
 

@@ -17,26 +17,26 @@ from dataclasses import dataclass, field
 
 from schemas.records import Outcome, Preference
 
-Z = 1.959963984540054  # the 0.975 quantile of the normal distribution
-BINS = 10
+_Z_SCORE_95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
+_NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class HumanPair:
     """Two answers, of which a person preferred `a` or not."""
 
-    a: str
-    b: str
+    response_a: str
+    response_b: str
     a_preferred: bool
 
     @property
     def a_longer(self) -> bool | None:
         """None where both have as many characters."""
-        return None if len(self.a) == len(self.b) else len(self.a) > len(self.b)
+        return None if len(self.response_a) == len(self.response_b) else len(self.response_a) > len(self.response_b)
 
 
 @dataclass
-class Row:
+class AgreementMetrics:
     """One judge's figures. Shares are of what their names say, intervals are for 95 %, and what cannot be told is None.
 
     accuracy: of the labels that prefer an answer (`decided`), those that prefer the person's. brier, ece: of the soft labels.
@@ -68,82 +68,82 @@ class Row:
     cost_per_label: float | None = None
 
 
-def wilson(hits: float, n: int) -> tuple[float | None, float | None]:
+def compute_wilson_interval(hits: float, n: int) -> tuple[float | None, float | None]:
     """The 95 % interval of a share."""
     if not n:
         return None, None
-    share, z2 = hits / n, Z * Z
+    share, z2 = hits / n, _Z_SCORE_95 * _Z_SCORE_95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    half = _Z_SCORE_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def brier(ps: Sequence[float]) -> float | None:
+def compute_brier_score(probabilities: Sequence[float]) -> float | None:
     """Mean squared distance of each p(preferred answer) from 1."""
-    return math.fsum((1 - p) ** 2 for p in ps) / len(ps) if ps else None
+    return math.fsum((1 - p) ** 2 for p in probabilities) / len(probabilities) if probabilities else None
 
 
-def calibration_error(ps: Sequence[float]) -> float | None:
+def compute_calibration_error(probabilities: Sequence[float]) -> float | None:
     """Over ten bins of confidence from 0.5 to 1: the mean gap between confidence and share of right labels, by bin size.
 
     A label of exactly one half is right half of the time.
     """
-    if not ps:
+    if not probabilities:
         return None
     bins: dict[int, list[float]] = {}
-    for p in ps:
+    for p in probabilities:
         confidence = max(p, 1 - p)
-        place = min(BINS - 1, int((confidence - 0.5) * 2 * BINS))
+        place = min(_NUM_BINS - 1, int((confidence - 0.5) * 2 * _NUM_BINS))
         bins.setdefault(place, []).append(confidence - (0.5 if p == 0.5 else float(p > 0.5)))
-    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(ps)
+    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(probabilities)
 
 
-def share(hits: int, n: int) -> float | None:
+def _ratio_or_none(hits: int, n: int) -> float | None:
     return hits / n if n else None
 
 
-def mean(values: Sequence[float]) -> float | None:
+def _mean_or_none(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def summary(judge: str, pairs: Sequence[HumanPair], ps: Sequence[float | None]) -> Row:
+def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Sequence[float | None]) -> AgreementMetrics:
     """What can be told of any judge that gives probabilities of the preferred answers."""
-    given = [p for p in ps if p is not None]
-    decided = [(pair, p > 0.5) for pair, p in zip(pairs, ps, strict=True) if p is not None and p != 0.5]
+    given = [p for p in probabilities if p is not None]
+    decided = [(pair, p > 0.5) for pair, p in zip(pairs, probabilities, strict=True) if p is not None and p != 0.5]
     agreed = sum(right for _, right in decided)
     unequal = [(pair.a_longer, pair.a_preferred == right) for pair, right in decided if pair.a_longer is not None]
-    low, high = wilson(agreed, len(decided))
-    return Row(
+    low, high = compute_wilson_interval(agreed, len(decided))
+    return AgreementMetrics(
         judge=judge,
         pairs=len(pairs),
         labelled=len(given),
         decided=len(decided),
         agreed=agreed,
-        accuracy=share(agreed, len(decided)),
+        accuracy=_ratio_or_none(agreed, len(decided)),
         accuracy_low=low,
         accuracy_high=high,
-        brier=brier(given),
-        ece=calibration_error(given),
-        prefers_longer=share(sum(longer == says_a for longer, says_a in unequal), len(unequal)),
+        brier=compute_brier_score(given),
+        ece=compute_calibration_error(given),
+        prefers_longer=_ratio_or_none(sum(longer == says_a for longer, says_a in unequal), len(unequal)),
     )
 
 
-def judged(
+def compute_judge_agreement(
     judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
-) -> Row:
+) -> AgreementMetrics:
     """The figures of a judge's labels; None is a pair that it could not be asked about. What they cost is of all pairs."""
-    ps = [chosen(pair, label) for pair, label in zip(pairs, labels, strict=True)]
-    row, known = summary(judge, pairs, ps), [label for label in labels if label]
+    ps = [_get_preferred_probability(pair, label) for pair, label in zip(pairs, labels, strict=True)]
+    row, known = compute_agreement(judge, pairs, ps), [label for label in labels if label]
     readable = [label for label in known if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
-    row.swap_inconsistency = share(sum(label.position_flip for label in readable), len(readable))
-    row.mass = mean(
+    row.swap_inconsistency = _ratio_or_none(sum(label.position_flip for label in readable), len(readable))
+    row.mass = _mean_or_none(
         [label.option_mass for label in known if label.option_mass is not None and not math.isnan(label.option_mass)]
     )
     abstained = Counter(label.outcome.value if label else "NOT_ASKED" for label in labels)
     row.abstentions = {name: count for name, count in sorted(abstained.items()) if name != Outcome.OK.value}
-    row.tokens_read = mean([float(label.prompt_tokens) for label in known])
-    row.tokens_cached = mean([float(label.cached_tokens) for label in known])
-    row.tokens_written = mean([float(label.completion_tokens) for label in known])
+    row.tokens_read = _mean_or_none([float(label.prompt_tokens) for label in known])
+    row.tokens_cached = _mean_or_none([float(label.cached_tokens) for label in known])
+    row.tokens_written = _mean_or_none([float(label.completion_tokens) for label in known])
     row.seconds = seconds / len(pairs) if pairs else None
     if row.labelled:
         row.tokens_per_label = sum(label.prompt_tokens + label.completion_tokens for label in known) / row.labelled
@@ -152,21 +152,21 @@ def judged(
     return row
 
 
-def chosen(pair: HumanPair, label: Preference | None) -> float | None:
+def _get_preferred_probability(pair: HumanPair, label: Preference | None) -> float | None:
     """The probability of the preferred answer, where there is a label that trains."""
     if label is None or label.outcome is not Outcome.OK or label.p_a is None:
         return None
     return label.p_a if pair.a_preferred else 1 - label.p_a
 
 
-def baselines(pairs: Sequence[HumanPair], seed: int) -> list[Row]:
+def compute_baselines(pairs: Sequence[HumanPair], seed: int) -> list[AgreementMetrics]:
     """What needs no model: the longer answer wins, the shorter answer wins, and probabilities that are drawn."""
     rng = random.Random(f"baseline/{seed}")
     longer = [None if pair.a_longer is None else float(pair.a_longer == pair.a_preferred) for pair in pairs]
     rows = [
-        summary("longer wins", pairs, longer),
-        summary("shorter wins", pairs, [None if p is None else 1 - p for p in longer]),
+        compute_agreement("longer wins", pairs, longer),
+        compute_agreement("shorter wins", pairs, [None if p is None else 1 - p for p in longer]),
     ]
     for row in rows:
         row.brier = row.ece = None  # they are no probabilities
-    return [*rows, summary("random", pairs, [rng.random() for _ in pairs])]
+    return [*rows, compute_agreement("random", pairs, [rng.random() for _ in pairs])]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option, print_rows
+from charter.options import common_options, json_option, print_rows
 
 if TYPE_CHECKING:
     from engine.settings import Settings
     from schemas.records import BatchManifest
     from trainer.batches import Batch
 
-LIST = """
+_BATCHES_SQL = """
     SELECT b.batch_number, b.phase, len(b.record_ids) AS rows, b.mixture, b.base_policy_version AS policy,
            b.base_reward_version AS reward_model, b.created_at,
            CASE WHEN p.version IS NOT NULL THEN 'made ' || lower(p.kind) || ' ' || p.version
@@ -27,7 +27,7 @@ LIST = """
 
 @click.group(invoke_without_command=True)
 @json_option
-@common
+@common_options
 def batches(settings: Settings, as_json: bool) -> None:
     """The batches that training drew: list, show, rebuild.
 
@@ -40,12 +40,12 @@ def batches(settings: Settings, as_json: bool) -> None:
       charter batches rebuild 3 --json
     """
     if click.get_current_context().invoked_subcommand is None:
-        show_list(settings, as_json)
+        _print_batches(settings, as_json)
 
 
 @batches.command("list")
 @json_option
-@common
+@common_options
 def list_batches(settings: Settings, as_json: bool) -> None:
     """Every batch, and what became of it.
 
@@ -53,30 +53,30 @@ def list_batches(settings: Settings, as_json: bool) -> None:
     Examples:
       charter batches list --json
     """
-    show_list(settings, as_json)
+    _print_batches(settings, as_json)
 
 
-def show_list(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import store_of
+def _print_batches(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import open_store
 
-    found = store_of(settings).query(LIST, limit_s=10.0)
+    found = open_store(settings).query(_BATCHES_SQL, limit_s=10.0)
     if as_json:
         print_rows(found.columns, found.rows, True)
     elif found.rows:
         place = found.columns.index("mixture")
-        print_rows(found.columns, [(*row[:place], shares(row[place]), *row[place + 1 :]) for row in found.rows], False)
+        print_rows(found.columns, [(*row[:place], _format_mixture(row[place]), *row[place + 1 :]) for row in found.rows], False)
     else:
         click.echo("no batch has been drawn yet")
 
 
-def shares(mix: dict[str, int]) -> str:
-    return " ".join(f"{source}={count}" for source, count in sorted(mix.items()))
+def _format_mixture(mixture: dict[str, int]) -> str:
+    return " ".join(f"{source}={count}" for source, count in sorted(mixture.items()))
 
 
 @batches.command()
 @click.argument("number", type=int)
 @json_option
-@common
+@common_options
 def show(settings: Settings, number: int, as_json: bool) -> None:
     """One batch's manifest.
 
@@ -86,20 +86,20 @@ def show(settings: Settings, number: int, as_json: bool) -> None:
     Examples:
       charter batches show 3
     """
-    from charter.text import cell, json_text
+    from charter.text import format_cell, format_json
 
-    about = summary(manifest_of(settings, number))
+    about = _summarize_manifest(_read_manifest(settings, number))
     if as_json:
-        click.echo(json_text(about))
+        click.echo(format_json(about))
         return
     for name, value in about.items():
-        click.echo(f"{name}: {cell(value)}")
+        click.echo(f"{name}: {format_cell(value)}")
 
 
 @batches.command()
 @click.argument("number", type=int)
 @json_option
-@common
+@common_options
 def rebuild(settings: Settings, number: int, as_json: bool) -> None:
     """Draw a past batch again, exactly.
 
@@ -112,19 +112,19 @@ def rebuild(settings: Settings, number: int, as_json: bool) -> None:
       charter batches rebuild 3
       charter batches rebuild 3 --json > batch-3.json
     """
-    from charter.pipeline import store_of
-    from charter.text import json_text
-    from trainer.batches import rebuild as rebuilt
+    from charter.pipeline import open_store
+    from charter.text import format_json
+    from trainer.batches import rebuild_batch as rebuilt
 
-    batch = rebuilt(store_of(settings), manifest_of(settings, number))
+    batch = rebuilt(open_store(settings), _read_manifest(settings, number))
     if as_json:
         rows: dict[str, Any] = {"rows": batch.rows, "sl_rows": batch.sl_rows}
-        click.echo(json_text(summary(batch.manifest) | rows))
+        click.echo(format_json(_summarize_manifest(batch.manifest) | rows))
     else:
-        click.echo(words(batch))
+        click.echo(_format_rebuilt_batch(batch))
 
 
-def words(batch: Batch) -> str:
+def _format_rebuilt_batch(batch: Batch) -> str:
     manifest = batch.manifest
     named = len(manifest.record_ids) + len(manifest.sl_record_ids)
     return (
@@ -133,28 +133,28 @@ def words(batch: Batch) -> str:
     )
 
 
-def manifest_of(settings: Settings, number: int) -> BatchManifest:
+def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
     """The manifest of a batch, from the log."""
-    from charter.pipeline import connect
+    from charter.pipeline import connect_bus
     from engine.bus.read import read_values
     from engine.errors import UsageError
-    from schemas.codec import decode
+    from schemas.codec import decode_record
     from schemas.records import BatchManifest
 
-    bus = connect(settings)
-    found = [decode(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
+    bus = connect_bus(settings)
+    found = [decode_record(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
     bus.close()
     for manifest in found:
-        if manifest.batch_number == number:
+        if manifest.batch_number == batch_number:
             return manifest
     raise UsageError(
-        f"there is no batch {number}",
+        f"there is no batch {batch_number}",
         f"{len(found)} batches have been drawn so far",
         "type: charter batches    (their numbers)",
     )
 
 
-def summary(manifest: BatchManifest) -> dict[str, Any]:
+def _summarize_manifest(manifest: BatchManifest) -> dict[str, Any]:
     about = manifest.model_dump(mode="json")
     wanted = ("batch_number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
     models = ("base_policy_version", "base_reward_version", "reference_policy_version")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common
+from charter.options import common_options
 
 if TYPE_CHECKING:
-    from engine.models.port import Generation, Model
+    from engine.models.interface import Generation, Model
     from engine.settings import Settings
     from schemas.records import ChatMessage
 
-NEW = "/new"
+_NEW_DIALOGUE_COMMAND = "/new"
 
 
 @click.command()
@@ -26,7 +26,7 @@ NEW = "/new"
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens; as respond.max_tokens.")
 @click.option("--seed", type=int, help="The same seed gives the same answer; else it is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each answer.")
-@common
+@common_options
 def chat(
     settings: Settings,
     prompt: str | None,
@@ -46,7 +46,7 @@ def chat(
       charter chat --policy 3 "Why is the sky blue?"
       echo "Say it in one word: why?" | charter chat --policy 0 --json -
     """
-    number, model = policy_model(settings, version)
+    number, model = _load_policy(settings, version)
     sampling = {
         "temperature": settings.respond.temperature if temperature is None else temperature,
         "top_p": settings.respond.top_p,
@@ -55,18 +55,18 @@ def chat(
     seeds = random.Random(seed)
     messages: list[ChatMessage] = []
     if prompt is None and not as_json:
-        click.echo(f"policy {number} ({model.id}); {NEW} begins a new dialogue, Ctrl-D ends", err=True)
-    for text in [sys.stdin.read() if prompt == "-" else prompt] if prompt is not None else typed():
-        if text.strip() == NEW:
+        click.echo(f"policy {number} ({model.id}); {_NEW_DIALOGUE_COMMAND} begins a new dialogue, Ctrl-D ends", err=True)
+    for text in [sys.stdin.read() if prompt == "-" else prompt] if prompt is not None else _read_user_lines():
+        if text.strip() == _NEW_DIALOGUE_COMMAND:
             messages = []
             continue
-        messages = [*messages, message("user", text.strip())]
-        answer = ask(model, messages, seeds.getrandbits(32), sampling)
-        messages = [*messages, message("assistant", answer.text)]
-        show(number, answer, as_json)
+        messages = [*messages, _make_message("user", text.strip())]
+        answer = _generate_reply(model, messages, seeds.getrandbits(32), sampling)
+        messages = [*messages, _make_message("assistant", answer.text)]
+        _print_reply(number, answer, as_json)
 
 
-def typed() -> Iterator[str]:
+def _read_user_lines() -> Iterator[str]:
     """What is typed, line by line; empty lines are passed over."""
     while True:
         try:
@@ -77,44 +77,44 @@ def typed() -> Iterator[str]:
             yield line
 
 
-def message(role: str, content: str) -> ChatMessage:
+def _make_message(role: str, content: str) -> ChatMessage:
     from schemas.records import ChatMessage
 
     return ChatMessage(role=role, content=content)
 
 
-def ask(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
-    from engine.models.port import Ask
+def _generate_reply(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
+    from engine.models.interface import GenerationRequest
 
-    ((answer,),) = model.generate([Ask(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
+    ((answer,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
     return answer
 
 
-def show(number: int, answer: Generation, as_json: bool) -> None:
-    from charter.text import inert, json_text
+def _print_reply(version: int, reply: Generation, as_json: bool) -> None:
+    from charter.text import escape_unprintable, format_json
 
     if as_json:
-        about = {"policy": number, "answer": answer.text, "finish_reason": answer.finish_reason}
-        click.echo(json_text(about, indent=None))
+        about = {"policy": version, "answer": reply.text, "finish_reason": reply.finish_reason}
+        click.echo(format_json(about, indent=None))
     else:
-        click.echo(inert(answer.text))
+        click.echo(escape_unprintable(reply.text))
 
 
-def policy_model(settings: Settings, version: str) -> tuple[int, Model]:
+def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
     """A policy's number and its weights."""
-    from charter.pipeline import Models, connect
-    from charter.policies import checked_folder, numbered
+    from charter.pipeline import RoleModels, connect_bus
+    from charter.policies import get_verified_folder, parse_policy_version
     from engine.models import open_model
-    from engine.policy import updates, weights_of
+    from engine.policy import get_weights_version, read_policy_updates
 
-    bus = connect(settings)
-    known = updates(bus)
+    bus = connect_bus(settings)
+    known = read_policy_updates(bus)
     bus.close()
-    number = numbered(version, known)
-    if weights_of(known, number) == 0:
-        return number, Models(settings).role("policy")
-    folder = checked_folder(settings, known, number)
-    return number, open_model(str(folder), threads=settings.models.threads, max_batch=1)
+    number = parse_policy_version(version, known)
+    if get_weights_version(known, number) == 0:
+        return number, RoleModels(settings).get_model("policy")
+    folder = get_verified_folder(settings, known, number)
+    return number, open_model(str(folder), threads=settings.models.threads, max_batch_size=1)
 
 
 VERBS = (chat,)

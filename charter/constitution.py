@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option, print_rows
+from charter.options import common_options, json_option, print_rows
 
 if TYPE_CHECKING:
-    from charter.rejudge import Bench
-    from constitutions.diff import Change
-    from constitutions.lint import Finding
+    from charter.rejudge import BatchJudge
+    from constitutions.diff import ConstitutionChange
+    from constitutions.lint import LintFinding
     from constitutions.loader import Constitution
     from engine.settings import Settings
 
-RUN = "run:"
+_RUN_PREFIX = "run:"
 
 
 @click.group()
@@ -39,31 +39,31 @@ def constitution() -> None:
     """
 
 
-def resolve(settings: Settings, wanted: str) -> Constitution:
+def _resolve_constitution(settings: Settings, spec: str) -> Constitution:
     """A shipped constitution, a file, standard input, or what a run of this database used."""
-    from charter.pipeline import store_of
-    from constitutions.loader import load, parse
+    from charter.pipeline import open_store
+    from constitutions.loader import load_constitution, parse_constitution
     from engine.errors import UsageError
 
-    if wanted == "-":
-        return parse(sys.stdin.buffer.read(), "standard input")
-    if not wanted.startswith(RUN):
-        return load(wanted)
+    if spec == "-":
+        return parse_constitution(sys.stdin.buffer.read(), "standard input")
+    if not spec.startswith(_RUN_PREFIX):
+        return load_constitution(spec)
     sql = "SELECT constitution_text FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1"
-    store = store_of(settings)
-    found = store.query(sql, [wanted.removeprefix(RUN)]).rows
+    store = open_store(settings)
+    found = store.query(sql, [spec.removeprefix(_RUN_PREFIX)]).rows
     if not found:
         raise UsageError(
-            f"there is no run {wanted.removeprefix(RUN)}", f"{store.path} has no manifest of it", "type: charter runs"
+            f"there is no run {spec.removeprefix(_RUN_PREFIX)}", f"{store.path} has no manifest of it", "type: charter runs"
         )
-    return parse(found[0][0], wanted)
+    return parse_constitution(found[0][0], spec)
 
 
-def used(settings: Settings) -> list[tuple[str, str, str, str]]:
+def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(name, version, hash, a run) of each constitution that a run of this database used."""
-    from charter.pipeline import store_of
+    from charter.pipeline import open_store
 
-    store = store_of(settings)
+    store = open_store(settings)
     if not store.path.exists():
         return []
     sql = """SELECT constitution.name, constitution.version, constitution.hash, arg_min(run_id, commit_seq)
@@ -73,7 +73,7 @@ def used(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 @constitution.command("list")
 @json_option
-@common
+@common_options
 def list_constitutions(settings: Settings, as_json: bool) -> None:
     """The shipped constitutions, and those of the runs here.
 
@@ -81,11 +81,15 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
     Examples:
       charter constitution list --json
     """
-    from constitutions.loader import load, names
+    from constitutions.loader import list_shipped_constitutions, load_constitution
 
-    found = [(name, load(name)) for name in names()]
+    found = [(name, load_constitution(name)) for name in list_shipped_constitutions()]
     shipped = {c.hash for _, c in found}
-    found += [(f"{RUN}{run}", resolve(settings, f"{RUN}{run}")) for _, _, known, run in used(settings) if known not in shipped]
+    found += [
+        (f"{_RUN_PREFIX}{run}", _resolve_constitution(settings, f"{_RUN_PREFIX}{run}"))
+        for _, _, known, run in _query_used_constitutions(settings)
+        if known not in shipped
+    ]
     rows = [
         (
             where,
@@ -93,13 +97,13 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
             c.version,
             c.hash if as_json else c.hash[:12],
             len(c.critique),
-            len(c.judging),
+            len(c.judge),
             len(c.prose),
             c.description,
         )
         for where, c in found
     ]
-    columns = ["constitution", "name", "version", "hash", "critique", "judging", "prose", "description"]
+    columns = ["constitution", "name", "version", "hash", "critique", "judge", "prose", "description"]
     print_rows(columns if as_json else columns[:-1], rows if as_json else [row[:-1] for row in rows], as_json)
 
 
@@ -107,7 +111,7 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
 @click.argument("wanted", metavar="[CONSTITUTION]", required=False, type=click.Path())
 @click.option("--toml", "as_text", is_flag=True, help="The file itself, as a run's manifest keeps it.")
 @json_option
-@common
+@common_options
 def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_json: bool) -> None:
     """A constitution's principles.
 
@@ -118,43 +122,43 @@ def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_
       charter constitution show customer-service
       charter constitution show run:live --toml > live.toml
     """
-    from constitutions.loader import as_values
+    from constitutions.loader import to_toml_values
 
-    found = resolve(settings, wanted or settings.run.constitution)
+    found = _resolve_constitution(settings, wanted or settings.run.constitution)
     if as_text:
         click.echo(found.text, nl=False)
     elif as_json:
-        print_rows(["hash", *as_values(found)], [(found.hash, *as_values(found).values())], True)
+        print_rows(["hash", *to_toml_values(found)], [(found.hash, *to_toml_values(found).values())], True)
     else:
-        for line in page(found):
+        for line in _format_constitution(found):
             click.echo(line)
 
 
-def page(found: Constitution) -> Iterator[str]:
+def _format_constitution(found: Constitution) -> Iterator[str]:
     """A constitution for reading."""
-    from charter.text import wrapped
+    from charter.text import wrap_text
 
     yield f"{found.name} {found.version}  {found.hash}"
-    yield wrapped(found.description, "  ")
+    yield wrap_text(found.description, "  ")
     drawn = "drawn at random, by weight" if found.selection == "random" else "taken in turn"
     asked = "all in one question" if found.judge_with == "all" else "one drawn for each pair, by weight"
     if found.prose:
         yield f"\nprose: {len(found.prose)} paragraphs; critique: {drawn}; judging: {asked}"
         for paragraph in found.prose:
-            yield f"\n{paragraph.priority}. {paragraph.id}: {paragraph.name}{scope(paragraph)}"
-            yield wrapped(paragraph.text, "   ")
+            yield f"\n{paragraph.priority}. {paragraph.id}: {paragraph.name}{_format_scope(paragraph)}"
+            yield wrap_text(paragraph.text, "   ")
         return
     yield f"\ncritique and revision: {len(found.critique)}, {drawn}"
     for principle in found.critique:
-        yield f"\n  {principle.id}: {principle.name}{scope(principle)}"
-        yield f"{wrapped(principle.critique, '    ')}\n{wrapped(principle.revision, '    ')}"
-    yield f"\njudging: {len(found.judging)}, {asked}"
-    for judging in found.judging:
-        yield f"\n  {judging.id}: {judging.name}{scope(judging)}"
-        yield wrapped(judging.question, "    ")
+        yield f"\n  {principle.id}: {principle.name}{_format_scope(principle)}"
+        yield f"{wrap_text(principle.critique_prompt, '    ')}\n{wrap_text(principle.revision_prompt, '    ')}"
+    yield f"\njudging: {len(found.judge)}, {asked}"
+    for judging in found.judge:
+        yield f"\n  {judging.id}: {judging.name}{_format_scope(judging)}"
+        yield wrap_text(judging.judge_prompt, "    ")
 
 
-def scope(principle: Any) -> str:
+def _format_scope(principle: Any) -> str:
     """Weight and tags, where they are not the usual ones."""
     weight = f"weight {principle.weight:g}" if principle.weight != 1 else ""
     tags = f"only for {', '.join(principle.tags)}" if principle.tags else ""
@@ -165,7 +169,7 @@ def scope(principle: Any) -> str:
 @constitution.command("lint")
 @click.argument("wanted", metavar="[CONSTITUTION...]", nargs=-1, type=click.Path())
 @json_option
-@common
+@common_options
 def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: bool) -> None:
     """What a constitution may do wrong.
 
@@ -179,14 +183,14 @@ def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: boo
       charter constitution lint default
       charter constitution lint my.toml other.toml --json
     """
-    from constitutions.lint import Finding, lint
+    from constitutions.lint import LintFinding, lint_constitution
 
-    found: list[Finding] = []
+    found: list[LintFinding] = []
     for one in wanted or [settings.run.constitution]:
-        loaded = resolve(settings, one)
-        found += [*stale_version(settings, loaded, one), *lint(loaded)]
+        loaded = _resolve_constitution(settings, one)
+        found += [*_find_reused_version(settings, loaded, one), *lint_constitution(loaded)]
     if as_json:
-        print_rows([f.name for f in fields(Finding)], [astuple(finding) for finding in found], True)
+        print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in found], True)
     for finding in [] if as_json else found:
         who = f"{finding.principle}: " if finding.principle else ""
         click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {who}{finding.what}\n    {finding.fix}")
@@ -195,21 +199,21 @@ def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: boo
     sys.exit(1 if found else 0)
 
 
-def stale_version(settings: Settings, loaded: Constitution, wanted: str) -> list[Finding]:
+def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) -> list[LintFinding]:
     """The finding that a run used another content under this name and version."""
-    from constitutions.lint import Finding
-    from constitutions.sources import line_of
+    from constitutions.lint import LintFinding
+    from constitutions.sources import find_key_line
 
     others = [
         run
-        for name, version, known, run in used(settings)
+        for name, version, known, run in _query_used_constitutions(settings)
         if (name, version) == (loaded.name, loaded.version) and known != loaded.hash
     ]
     if not others:
         return []
     what = f"run {others[0]} used another content as {loaded.name} {loaded.version}"
-    line = line_of(loaded.text, ("version",))
-    return [Finding("version", wanted, line, "", what, "raise the version; see: charter constitution diff run:NAME FILE")]
+    line = find_key_line(loaded.text, ("version",))
+    return [LintFinding("version", spec, line, "", what, "raise the version; see: charter constitution diff run:NAME FILE")]
 
 
 @constitution.command("diff")
@@ -217,7 +221,7 @@ def stale_version(settings: Settings, loaded: Constitution, wanted: str) -> list
 @click.argument("second", metavar="B", type=click.Path())
 @click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under both.")
 @json_option
-@common
+@common_options
 def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, as_json: bool) -> None:
     """What B changes against A.
 
@@ -230,55 +234,56 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
       charter constitution diff default my.toml
       charter constitution diff run:live my.toml --rejudge 50
     """
-    from charter.text import json_text
-    from constitutions.diff import diff
+    from charter.text import format_json
+    from constitutions.diff import compare_constitutions
 
-    a, b = resolve(settings, first), resolve(settings, second)
-    changes = diff(a, b)
-    labels = flipped(settings, a, b, rejudge) if rejudge else []
+    a, b = _resolve_constitution(settings, first), _resolve_constitution(settings, second)
+    changes = compare_constitutions(a, b)
+    labels = _rejudge_pairs(settings, a, b, rejudge) if rejudge else []
     if as_json:
         told = [{"kind": "change"} | asdict(change) for change in changes] + [{"kind": "labels"} | row for row in labels]
-        click.echo(json_text(told))
+        click.echo(format_json(told))
         return
     click.echo(f"{a.name} {a.version} ({a.hash[:12]})  ->  {b.name} {b.version} ({b.hash[:12]})")
-    for line in map(told_change, changes) if changes else ["nothing differs"]:
+    for line in map(_format_change, changes) if changes else ["nothing differs"]:
         click.echo(line)
     if labels:
         click.echo()
         print_rows(list(labels[0]), [tuple(row.values()) for row in labels], False)
 
 
-def told_change(change: Change) -> str:
+def _format_change(change: ConstitutionChange) -> str:
     """A change for reading: what it is about, and under it the words before (-) and after (+)."""
-    from charter.text import wrapped
+    from charter.text import wrap_text
 
     head = " ".join(word for word in (change.what, change.part, change.principle, change.field) if word)
     before, after = (
-        [f"  {sign} " + wrapped(text, "    ")[4:]] if text else [] for sign, text in (("-", change.before), ("+", change.after))
+        [f"  {sign} " + wrap_text(text, "    ")[4:]] if text else []
+        for sign, text in (("-", change.before), ("+", change.after))
     )
     return "\n".join([head, *before, *after])
 
 
-def flipped(settings: Settings, a: Constitution, b: Constitution, count: int) -> list[dict[str, Any]]:
+def _rejudge_pairs(settings: Settings, a: Constitution, b: Constitution, num_pairs: int) -> list[dict[str, Any]]:
     """The rows of `compare_labels` as objects."""
-    from charter.rejudge import FLIPPED, compare_labels, frozen_slice
+    from charter.rejudge import COMPARISON_COLUMNS, compare_labels, load_frozen_pairs
     from engine.errors import UsageError
 
-    pairs = frozen_slice(settings, count)
+    pairs = load_frozen_pairs(settings, num_pairs)
     if not pairs:
         raise UsageError("there are no pairs to judge again", "the database has no preferences yet", "type: charter run")
-    with open_bench(settings) as bench:
+    with open_batch_judge(settings) as bench:
         rows = compare_labels(bench, a, b, pairs)
-    return [dict(zip(FLIPPED, row, strict=True)) for row in rows]
+    return [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in rows]
 
 
 @contextmanager
-def open_bench(settings: Settings) -> Iterator[Bench]:
+def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
     """The settings' judge, and a line on a terminal's error stream that counts what it was asked."""
-    from charter.pipeline import Models
-    from charter.rejudge import Bench
+    from charter.pipeline import RoleModels
+    from charter.rejudge import BatchJudge
 
-    models, asked = Models(settings), 0
+    models, asked = RoleModels(settings), 0
 
     def count(more: int) -> None:
         nonlocal asked
@@ -287,7 +292,7 @@ def open_bench(settings: Settings) -> Iterator[Bench]:
             click.echo(f"\rpairs judged: {asked}", err=True, nl=False)
 
     try:
-        yield Bench(settings, models, count)
+        yield BatchJudge(settings, models, count)
     finally:
         models.close()
         if asked and sys.stderr.isatty():
@@ -299,7 +304,7 @@ def open_bench(settings: Settings) -> Iterator[Bench]:
 @click.option("--constitution", "wanted", help="The constitution to test; without it the file's, else the settings' one.")
 @click.option("--at-least", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of hits that is enough.")
 @json_option
-@common
+@common_options
 def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, as_json: bool) -> None:
     """Let the judge decide known failure modes.
 
@@ -313,17 +318,17 @@ def test_constitution(settings: Settings, file: str, wanted: str | None, at_leas
       charter constitution test customer-service
       charter constitution test failures.jsonl --constitution my.toml --at-least 0.9
     """
-    from charter.rejudge import TALLIED, try_cases
+    from charter.rejudge import TALLY_COLUMNS, run_cases
     from constitutions.cases import read_cases
 
     cases = read_cases(file)
-    found = resolve(settings, wanted or cases.constitution or settings.run.constitution)
-    with open_bench(settings) as bench:
-        tallies = try_cases(bench, found, cases)
-    print_rows(TALLIED, [tally.row() for tally in tallies if tally.row()[1]], as_json)
-    hits, asked = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.no_label for t in tallies)
+    found = _resolve_constitution(settings, wanted or cases.constitution or settings.run.constitution)
+    with open_batch_judge(settings) as bench:
+        tallies = run_cases(bench, found, cases)
+    print_rows(TALLY_COLUMNS, [tally.to_row() for tally in tallies if tally.to_row()[1]], as_json)
+    hits, asked = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.unlabeled for t in tallies)
     if not as_json:
-        click.echo(f"{hits} of {asked} labels are hits under {found.name} {found.version}, by {bench.models.spec('judge')}")
+        click.echo(f"{hits} of {asked} labels are hits under {found.name} {found.version}, by {bench.models.get_spec('judge')}")
     sys.exit(0 if hits >= at_least * asked else 1)
 
 
@@ -334,8 +339,8 @@ def test_constitution(settings: Settings, file: str, wanted: str | None, at_leas
 @click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
 @click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
 @json_option
-@common
-def study_principles(
+@common_options
+def ablate_principles(
     settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, as_json: bool
 ) -> None:
     """What each principle does, by leaving it out.
@@ -351,26 +356,26 @@ def study_principles(
       charter constitution study --set run.constitution=customer-service
       charter constitution study kinder hands-over --set run.constitution=customer-service --json
     """
-    from charter.pipeline import connect, store_of
-    from charter.study import COLUMNS, results, run_all, tables, trials
+    from charter.ablation import ABLATION_COLUMNS, compute_ablation_rows, plan_ablations, run_ablations, split_by_stage
+    from charter.pipeline import connect_bus, open_store
 
-    bus = connect(settings)
+    bus = connect_bus(settings)
     try:
-        planned = list(trials(settings, bus, principles, start=start, end=end, archive=archive))
+        planned = list(plan_ablations(settings, bus, principles, start=start, end=end, archive=archive))
         if dry_run:
             for trial in planned:
-                click.echo(f"without {trial.without or 'nothing'}:")
-                for line in trial.plan.told():
+                click.echo(f"without {trial.excluded_principle or 'nothing'}:")
+                for line in trial.plan.describe():
                     click.echo(f"  {line}")
             return
-        run_all(planned, bus)
+        run_ablations(planned, bus)
     finally:
         bus.close()
-    rows = results(planned, store_of(settings))
+    rows = compute_ablation_rows(planned, open_store(settings))
     if as_json:
-        print_rows(list(COLUMNS), rows, True)
+        print_rows(list(ABLATION_COLUMNS), rows, True)
         return
-    for columns, part in tables(rows):
+    for columns, part in split_by_stage(rows):
         print_rows(columns, part, False)
         click.echo()
 

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from charter.card import MARK, card
+from charter.dataset_card import EXPORT_TAG, format_dataset_card
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
     from engine.store import Store
 
-PAGE = 2000
-LIMIT_S = 60.0
-Row = dict[str, Any]
+PAGE_SIZE = 2000
+_QUERY_TIMEOUT_S = 60.0
+_RowDict = dict[str, Any]
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-LINEAGE = {
+_MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_LINEAGE_COLUMNS = {
     "record_id": pa.string(),
     "prompt_id": pa.string(),
     "run_id": pa.string(),
@@ -45,11 +45,11 @@ LINEAGE = {
 }
 
 
-def said(text: str) -> list[Row]:
+def _to_assistant_messages(text: str) -> list[_RowDict]:
     return [{"role": "assistant", "content": text}]
 
 
-def lineage(row: Row) -> Row:
+def _extract_lineage(row: _RowDict) -> _RowDict:
     constitution = row["constitution"]
     known = row | {
         "record_id": str(row["record_id"]),
@@ -57,14 +57,21 @@ def lineage(row: Row) -> Row:
         "constitution": f"{constitution['name']} {constitution['version']}" if constitution else None,
         "constitution_hash": constitution["hash"] if constitution else None,
     }
-    return {key: known[key] for key in LINEAGE}
+    return {key: known[key] for key in _LINEAGE_COLUMNS}
 
 
-def sft(row: Row) -> list[Row]:
-    return [{"prompt": row["messages"], "completion": said(row["completion"]), "end_reason": row["end_reason"], **lineage(row)}]
+def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
+    return [
+        {
+            "prompt": row["messages"],
+            "completion": _to_assistant_messages(row["completion"]),
+            "end_reason": row["end_reason"],
+            **_extract_lineage(row),
+        }
+    ]
 
 
-def preference(row: Row) -> list[Row]:
+def _to_preference_rows(row: _RowDict) -> list[_RowDict]:
     """The better answer first; `p_chosen` is the soft label, above one half: of a tie there is no chosen answer.
 
     `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's in each order; null where it was not asked.
@@ -73,88 +80,108 @@ def preference(row: Row) -> list[Row]:
         return []
     first = row["p_a"] > 0.5
     forward, backward = row["p_forward"], row["p_backward"]
-    orders = (forward, backward) if first else (other(backward), other(forward))
+    orders = (forward, backward) if first else (_complement_probability(backward), _complement_probability(forward))
     chosen, rejected = (row["response_a"], row["response_b"]) if first else (row["response_b"], row["response_a"])
     p_chosen = row["p_a"] if first else 1 - row["p_a"]
     more = {"p_chosen": p_chosen, "p_chosen_shown_first": orders[0], "p_chosen_shown_second": orders[1]}
     more |= {"position_gap": row["position_gap"], "option_mass": row["option_mass"], "position_flip": row["position_flip"]}
-    return [{"prompt": row["messages"], "chosen": said(chosen), "rejected": said(rejected), **more, **lineage(row)}]
+    return [
+        {
+            "prompt": row["messages"],
+            "chosen": _to_assistant_messages(chosen),
+            "rejected": _to_assistant_messages(rejected),
+            **more,
+            **_extract_lineage(row),
+        }
+    ]
 
 
-def other(p: float | None) -> float | None:
+def _complement_probability(p: float | None) -> float | None:
     return None if p is None else 1 - p
 
 
-def kto(row: Row) -> list[Row]:
+def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
     """Both answers by themselves, each wanted or not. A pair without a winner says nothing about either."""
     if row["p_a"] == 0.5:
         return []
     answers = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
     return [
-        {"prompt": row["messages"], "completion": said(text), "label": p > 0.5, "p_better": p, **lineage(row)}
+        {
+            "prompt": row["messages"],
+            "completion": _to_assistant_messages(text),
+            "label": p > 0.5,
+            "p_better": p,
+            **_extract_lineage(row),
+        }
         for text, p in answers
     ]
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportFormat:
     """One form of training data: the view that says what is in each split, the one that has the rows whatever came after them,
     its columns, and what a row becomes."""
 
-    views: dict[str, str]
-    texts: str
+    split_views: dict[str, str]
+    source_view: str
     columns: dict[str, pa.DataType]
-    rows: Callable[[Row], list[Row]]
+    to_rows: Callable[[_RowDict], list[_RowDict]]
     trainer: str
 
 
-PAIRS = {"train": "preference_pairs", "eval": "held_out_pairs"}
-FORMS = {
-    "sft": Form(
+_PAIR_VIEWS = {"train": "preference_pairs", "eval": "held_out_pairs"}
+EXPORT_FORMATS = {
+    "sft": ExportFormat(
         {"train": "sft_examples", "eval": "held_out_examples"},
         "trainable_responses",
-        {"prompt": MESSAGES, "completion": MESSAGES, "end_reason": pa.string(), **LINEAGE},
-        sft,
+        {"prompt": _MESSAGES_TYPE, "completion": _MESSAGES_TYPE, "end_reason": pa.string(), **_LINEAGE_COLUMNS},
+        _to_sft_rows,
         "SFTTrainer (conversational prompt and completion)",
     ),
-    "preference": Form(
-        PAIRS,
+    "preference": ExportFormat(
+        _PAIR_VIEWS,
         "preference_labels",
         {
-            "prompt": MESSAGES,
-            "chosen": MESSAGES,
-            "rejected": MESSAGES,
+            "prompt": _MESSAGES_TYPE,
+            "chosen": _MESSAGES_TYPE,
+            "rejected": _MESSAGES_TYPE,
             "p_chosen": pa.float64(),
             "p_chosen_shown_first": pa.float64(),
             "p_chosen_shown_second": pa.float64(),
             "position_gap": pa.float64(),
             "option_mass": pa.float64(),
             "position_flip": pa.bool_(),
-            **LINEAGE,
+            **_LINEAGE_COLUMNS,
         },
-        preference,
+        _to_preference_rows,
         "RewardTrainer and DPOTrainer (conversational, explicit prompt)",
     ),
-    "kto": Form(
-        PAIRS,
+    "kto": ExportFormat(
+        _PAIR_VIEWS,
         "preference_labels",
-        {"prompt": MESSAGES, "completion": MESSAGES, "label": pa.bool_(), "p_better": pa.float64(), **LINEAGE},
-        kto,
+        {
+            "prompt": _MESSAGES_TYPE,
+            "completion": _MESSAGES_TYPE,
+            "label": pa.bool_(),
+            "p_better": pa.float64(),
+            **_LINEAGE_COLUMNS,
+        },
+        _to_kto_rows,
         "KTOTrainer (unpaired, conversational)",
     ),
 }
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExportSelection:
     """Which records: of one run (those too that another had made before) or all, of some sources or of all, up to a commit."""
 
     run_id: str | None = None
     sources: tuple[str, ...] = ()
-    upto: int = -1
+    max_commit_seq: int = -1
 
     @property
-    def where(self) -> str:
+    def where_clause(self) -> str:
         parts = ["commit_seq <= $upto"]
         parts += ["record_id IN (SELECT record_id FROM run_records WHERE run_id = $run)"] if self.run_id else []
         parts += ["list_contains($sources::VARCHAR[], source)"] if self.sources else []
@@ -163,62 +190,64 @@ class Choice:
     @property
     def parameters(self) -> dict[str, Any]:
         more: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
-        return {"upto": self.upto, **more, **({"sources": list(self.sources)} if self.sources else {})}
+        return {"upto": self.max_commit_seq, **more, **({"sources": list(self.sources)} if self.sources else {})}
 
 
 @dataclass
-class Counted:
+class SplitStats:
     """What went into one file."""
 
-    rows: int = 0
-    by: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
-    policies: set[int | None] = field(default_factory=set)
+    num_rows: int = 0
+    rows_by_source: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
+    policy_versions: set[int | None] = field(default_factory=set)
     constitutions: set[tuple[str, str]] = field(default_factory=set)  # (name and version, hash)
-    runs: set[str] = field(default_factory=set)
-    first: datetime | None = None
-    last: datetime | None = None
+    run_ids: set[str] = field(default_factory=set)
+    first_created_at: datetime | None = None
+    last_created_at: datetime | None = None
 
-    def add(self, row: Row) -> None:
-        self.rows += 1
+    def add_row(self, row: _RowDict) -> None:
+        self.num_rows += 1
         about = (row["source"], row["label_source"])
-        self.by[about] = self.by.get(about, 0) + 1
-        self.policies.add(row["policy_version"])
+        self.rows_by_source[about] = self.rows_by_source.get(about, 0) + 1
+        self.policy_versions.add(row["policy_version"])
         self.constitutions |= {(row["constitution"], row["constitution_hash"])} if row["constitution"] else set()
-        self.runs.add(row["run_id"])
-        self.first = min(self.first or row["created_at"], row["created_at"])
-        self.last = max(self.last or row["created_at"], row["created_at"])
+        self.run_ids.add(row["run_id"])
+        self.first_created_at = min(self.first_created_at or row["created_at"], row["created_at"])
+        self.last_created_at = max(self.last_created_at or row["created_at"], row["created_at"])
 
 
-Pages = list[list[int]]
+CommitPages = list[list[int]]
 
 
-def chosen(store: Store, form: Form, choice: Choice, limit: int | None) -> tuple[Choice, dict[str, Pages]]:
+def select_commits(
+    store: Store, export_format: ExportFormat, selection: ExportSelection, limit: int | None
+) -> tuple[ExportSelection, dict[str, CommitPages]]:
     """The choice up to the newest commit, and for each split the places of its rows, a page at a time.
 
     All in one hold of the database: an override that comes later takes no label away from what is being written.
     """
-    with store.reading(limit_s=LIMIT_S) as ask:
-        choice = replace(choice, upto=ask("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
+    with store.open_read_session(limit_s=_QUERY_TIMEOUT_S) as ask:
+        selection = replace(selection, max_commit_seq=ask("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
         most = f" ORDER BY commit_seq LIMIT {limit}" if limit else ""
         pages = {}
-        for split, view in form.views.items():
+        for split, view in export_format.split_views.items():
             sql = f"""SELECT list(commit_seq ORDER BY commit_seq)
-                      FROM (SELECT commit_seq, (row_number() OVER (ORDER BY commit_seq) - 1) // {PAGE} AS page
-                            FROM (SELECT commit_seq FROM {view} WHERE {choice.where}{most}))
+                      FROM (SELECT commit_seq, (row_number() OVER (ORDER BY commit_seq) - 1) // {PAGE_SIZE} AS page
+                            FROM (SELECT commit_seq FROM {view} WHERE {selection.where_clause}{most}))
                       GROUP BY page ORDER BY page"""
-            pages[split] = [page for (page,) in ask(sql, choice.parameters).rows]
-    return choice, pages
+            pages[split] = [page for (page,) in ask(sql, selection.parameters).rows]
+    return selection, pages
 
 
-def rows(store: Store, view: str, pages: Pages) -> Iterator[Row]:
+def read_rows(store: Store, view: str, pages: CommitPages) -> Iterator[_RowDict]:
     """The rows of a view at these places, in their order."""
     sql = f"""SELECT * FROM {view} WHERE commit_seq BETWEEN $first AND $last
               AND commit_seq IN (SELECT unnest($page::BIGINT[])) ORDER BY commit_seq"""
     for page in pages:
-        yield from store.records(sql, {"first": page[0], "last": page[-1], "page": page}, limit_s=LIMIT_S)
+        yield from store.query_dicts(sql, {"first": page[0], "last": page[-1], "page": page}, limit_s=_QUERY_TIMEOUT_S)
 
 
-class Lines:
+class _JsonLinesWriter:
     """JSON lines."""
 
     suffix = "jsonl"
@@ -226,14 +255,14 @@ class Lines:
     def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
         self.file = path.open("w", encoding="utf-8", errors="surrogatepass")
 
-    def write(self, page: list[Row]) -> None:
-        self.file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in page)
+    def write(self, rows: list[_RowDict]) -> None:
+        self.file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
     def close(self) -> None:
         self.file.close()
 
 
-class Columns:
+class _ParquetWriter:
     """Parquet."""
 
     suffix = "parquet"
@@ -242,25 +271,27 @@ class Columns:
         self.schema = pa.schema(list(columns.items()))
         self.file = parquet.ParquetWriter(path, self.schema, compression="zstd")
 
-    def write(self, page: list[Row]) -> None:
-        self.file.write_table(pa.Table.from_pylist(page, schema=self.schema))
+    def write(self, rows: list[_RowDict]) -> None:
+        self.file.write_table(pa.Table.from_pylist(rows, schema=self.schema))
 
     def close(self) -> None:
         self.file.close()
 
 
-WRITERS = {writer.suffix: writer for writer in (Lines, Columns)}
+_WRITERS = {writer.suffix: writer for writer in (_JsonLinesWriter, _ParquetWriter)}
 
 
-def write(path: Path, writer: type[Lines | Columns], form: Form, found: Iterator[Row]) -> Counted:
+def _write_split(
+    path: Path, writer: type[_JsonLinesWriter | _ParquetWriter], export_format: ExportFormat, source_rows: Iterator[_RowDict]
+) -> SplitStats:
     """Write one file; what is in it."""
-    counted, page, file = Counted(), [], writer(path, form.columns)
+    counted, page, file = SplitStats(), [], writer(path, export_format.columns)
     try:
-        for row in found:
-            for made in form.rows(row):
-                counted.add(made)
+        for row in source_rows:
+            for made in export_format.to_rows(row):
+                counted.add_row(made)
                 page.append(made)
-            if len(page) >= PAGE:
+            if len(page) >= PAGE_SIZE:
                 file.write(page)
                 page = []
         file.write(page)
@@ -269,16 +300,16 @@ def write(path: Path, writer: type[Lines | Columns], form: Form, found: Iterator
     return counted
 
 
-def is_ours(folder: Path) -> bool:
+def _is_export_folder(folder: Path) -> bool:
     """Whether `charter export` has written a folder: its card has our tag."""
     path = folder / "README.md"
-    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").partition("configs:")[0]
+    return path.is_file() and EXPORT_TAG in path.read_text(encoding="utf-8", errors="replace").partition("configs:")[0]
 
 
 @contextmanager
-def new_folder(target: Path, force: bool) -> Iterator[Path]:
+def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
     """A folder beside the target that takes its place when all went well."""
-    if target.exists() and not (force and is_ours(target)):
+    if target.exists() and not (force and _is_export_folder(target)):
         why = "it is replaced only with --force" if not force else "it is no folder that charter export wrote"
         raise UsageError(f"{target} is there already", why, "name another folder" + ("" if force else ", or add --force"))
     making = target.with_name(f".{target.name}.{os.getpid()}")
@@ -294,22 +325,22 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def export(
-    store: Store, target: Path, name: str, choice: Choice, suffix: str, limit: int | None, force: bool
-) -> dict[str, Counted]:
+def export_dataset(
+    store: Store, target: Path, format_name: str, selection: ExportSelection, suffix: str, limit: int | None, force: bool
+) -> dict[str, SplitStats]:
     """Write a form's splits and the card to a new folder; what is in each split."""
-    form, writer = FORMS[name], WRITERS[suffix]
-    with new_folder(target, force) as folder:
-        choice, pages = chosen(store, form, choice, limit)
+    form, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]
+    with _replace_folder(target, force) as folder:
+        selection, pages = select_commits(store, form, selection, limit)
         counts = {}
-        for split in form.views:
+        for split in form.split_views:
             path = folder / "data" / f"{split}.{suffix}"
-            counts[split] = write(path, writer, form, rows(store, form.texts, pages[split]))
-            if not counts[split].rows:
+            counts[split] = _write_split(path, writer, form, read_rows(store, form.source_view, pages[split]))
+            if not counts[split].num_rows:
                 path.unlink()
-        if not any(counted.rows for counted in counts.values()):
+        if not any(counted.num_rows for counted in counts.values()):
             fix = "type: charter status    (what there is), or leave --run and --source out"
-            raise UsageError("there is nothing to export", f"no row of {' and '.join(form.views.values())} fits", fix)
-        text = card(store, name, form.trainer, choice, counts, suffix)
+            raise UsageError("there is nothing to export", f"no row of {' and '.join(form.split_views.values())} fits", fix)
+        text = format_dataset_card(store, format_name, form.trainer, selection, counts, suffix)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return counts

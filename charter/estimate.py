@@ -11,49 +11,59 @@ from dataclasses import dataclass
 
 from engine.settings import Judge, Settings
 
-CHARS_PER_TOKEN = 4
-FEW_SHOT = 150
-QUESTION = 120  # a principle and the frame around it
+_CHARS_PER_TOKEN = 4
+_FEW_SHOT_TOKENS = 150
+PRINCIPLE_PROMPT_TOKENS = 120  # a principle and the frame around it
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """Tokens that a stage reads and, at most, writes."""
 
     stage: str
-    records: int
-    read: int
-    written: int
+    num_records: int
+    prompt_tokens: int
+    max_completion_tokens: int
 
 
-def estimate(settings: Settings, stages: Sequence[str], prompts: int, chars: int) -> list[Cost]:
+def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, num_chars: int) -> list[StageCost]:
     """The cost of `prompts` prompts that have `chars` characters in all, for each of `stages`."""
-    asked = chars // CHARS_PER_TOKEN
+    asked = num_chars // _CHARS_PER_TOKEN
     answer, samples, rounds = settings.respond.max_tokens, settings.respond.samples, settings.critique.rounds
-    shots = FEW_SHOT if settings.critique.few_shot else 0
-    shown = asked + prompts * (answer + QUESTION)
+    shots = _FEW_SHOT_TOKENS if settings.critique.few_shot else 0
+    shown = asked + num_prompts * (answer + PRINCIPLE_PROMPT_TOKENS)
     costs = {
-        "respond": Cost("respond", prompts, asked, prompts * samples * answer),
+        "respond": StageCost("respond", num_prompts, asked, num_prompts * samples * answer),
         # A verdict and a text in each round, both orders of a comparison after it, and the last verdict.
-        "critique": Cost(
-            "critique", prompts, (rounds + 1) * (2 * shown + prompts * shots), prompts * rounds * settings.critique.max_tokens
+        "critique": StageCost(
+            "critique",
+            num_prompts,
+            (rounds + 1) * (2 * shown + num_prompts * shots),
+            num_prompts * rounds * settings.critique.max_tokens,
         ),
-        "revise": Cost("revise", prompts, rounds * (shown + prompts * shots), prompts * rounds * settings.revise.max_tokens),
-        "judge": judging(settings.judge, prompts, shown + prompts * answer, max(1, samples - 1)),
+        "revise": StageCost(
+            "revise", num_prompts, rounds * (shown + num_prompts * shots), num_prompts * rounds * settings.revise.max_tokens
+        ),
+        "judge": _estimate_judge_cost(settings.judge, num_prompts, shown + num_prompts * answer, max(1, samples - 1)),
     }
     return [costs[stage] for stage in stages]
 
 
-def judging(judge: Judge, prompts: int, shown: int, pairs: int) -> Cost:
+def _estimate_judge_cost(judge: Judge, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
     """What judging costs where all prompts' questions, one of each, have `shown` tokens: both orders, for each principle."""
-    questions = 2 * (pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.k)
-    written = 0 if judge.form == "options" else questions * prompts * judge.max_tokens
-    again = questions * shown + written if judge.form == "reasoning" else 0  # the letters are scored after the reasoning
-    return Cost("judge", prompts, questions * shown + again, written)
+    questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.k)
+    written = 0 if judge.form == "options" else questions * num_prompts * judge.max_tokens
+    again = (
+        questions * prompt_tokens + written if judge.form == "reasoning" else 0
+    )  # the letters are scored after the reasoning
+    return StageCost("judge", num_prompts, questions * prompt_tokens + again, written)
 
 
-def lines(costs: Sequence[Cost]) -> list[str]:
+def format_costs(costs: Sequence[StageCost]) -> list[str]:
     """The costs as text."""
-    told = [f"  {c.stage:<9} reads about {c.read:>12,} tokens, writes at most {c.written:>12,}" for c in costs]
-    total = sum(c.read + c.written for c in costs)
-    return [*told, f"  at most about {total:,} tokens in all (every text at its limit, {CHARS_PER_TOKEN} characters a token)"]
+    told = [
+        f"  {c.stage:<9} reads about {c.prompt_tokens:>12,} tokens, writes at most {c.max_completion_tokens:>12,}"
+        for c in costs
+    ]
+    total = sum(c.prompt_tokens + c.max_completion_tokens for c in costs)
+    return [*told, f"  at most about {total:,} tokens in all (every text at its limit, {_CHARS_PER_TOKEN} characters a token)"]

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common, json_option
+from charter.options import common_options, json_option
 
 if TYPE_CHECKING:
-    from charter.agreement import HumanPair, Row
-    from charter.pipeline import Models
-    from charter.rejudge import Bench
+    from charter.agreement import AgreementMetrics, HumanPair
+    from charter.pipeline import RoleModels
+    from charter.rejudge import BatchJudge
     from constitutions.loader import Constitution
     from engine.settings import Settings
     from schemas.records import Preference, Response
 
-LONGEST_PAIR = 1_000_000  # characters; a longer row is no dialogue
+_MAX_PAIR_CHARS = 1_000_000  # characters; a longer row is no dialogue
 PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
 
 
@@ -54,7 +54,7 @@ def evaluate() -> None:
 @click.option("--seed", default=0, show_default=True, help="Draws the pairs, which answer is A, and the random baseline.")
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with labels.")
 @json_option
-@common
+@common_options
 def agreement(
     settings: Settings,
     origins: dict[str, str],
@@ -80,49 +80,49 @@ def agreement(
       charter eval agreement --pairs pairs.jsonl.gz --preset lee2023 --out agreement.md
       charter eval agreement --pairs - --json --set "models.judge=http://localhost:8000/v1#MODEL" < pairs.jsonl
     """
-    from charter.pipeline import Models
+    from charter.pipeline import RoleModels
 
     if out and out.suffix not in (".md", ".json"):
         raise click.UsageError(f"--out {out}: give a name that ends with .md or .json", click.get_current_context())
-    study = Study(settings, origins, read_pairs(file, limit, seed), seed)
-    models = Models(settings)
+    study = AgreementStudy(settings, origins, read_pairs(file, limit, seed), seed)
+    models = RoleModels(settings)
     try:
         study.run(models, presets or PRESETS, limit_written)
     finally:
         models.close()
     if out:
-        out.write_text(study.report() if out.suffix == ".md" else study.as_json(), encoding="utf-8")
-    click.echo(json.dumps([asdict(row) for row in study.rows], indent=2) if as_json else study.table())
+        out.write_text(study.format_markdown() if out.suffix == ".md" else study.to_json(), encoding="utf-8")
+    click.echo(json.dumps([asdict(row) for row in study.rows], indent=2) if as_json else study.format_table())
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PairDataset:
     """The pairs of a study: as people judged them, as the judge is asked them, and where they come from."""
 
-    human: list[HumanPair]
-    asked: list[Response]
+    human_pairs: list[HumanPair]
+    judge_inputs: list[Response]
     name: str
     content_hash: str
-    rows: int
-    bad: int
+    num_rows: int
+    num_invalid: int
 
 
-def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
+def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
     """The pairs of a file, or `limit` of them; which answer is A is drawn, so that no order tells the better one."""
     from charter.agreement import HumanPair
-    from charter.rejudge import pair_of
+    from charter.rejudge import make_pair_response
     from engine.errors import UsageError
-    from producers.parse import BadRow, Compared, parse_comparison
-    from producers.rows import rows
+    from producers.parse import PreferenceRow, RowError, parse_preference
+    from producers.rows import read_rows
 
-    found: list[Compared] = []
+    found: list[PreferenceRow] = []
     digest, count = hashlib.sha256(), 0
-    for _, row in rows(file):
+    for _, row in read_rows(file):
         count += 1
         digest.update(row if isinstance(row, bytes) else repr(row).encode())
         try:
-            found.append(parse_comparison(row, source="pairs", max_chars=LONGEST_PAIR))
-        except BadRow:
+            found.append(parse_preference(row, source="pairs", max_chars=_MAX_PAIR_CHARS))
+        except RowError:
             continue
     found = [pair for pair in found if pair.p_a != 0.5]
     if not found:
@@ -137,70 +137,70 @@ def read_pairs(file: str, limit: int | None, seed: int) -> Drawn:
     human, asked = [], []
     for place in places:
         one, swap = found[place], rng.random() < 0.5
-        chosen, rejected = (one.a, one.b) if one.p_a > 0.5 else (one.b, one.a)
+        chosen, rejected = (one.response_a, one.response_b) if one.p_a > 0.5 else (one.response_b, one.response_a)
         a, b = (rejected, chosen) if swap else (chosen, rejected)
         human.append(HumanPair(a, b, not swap))
-        asked.append(pair_of(one.messages, a, b, (), "pairs"))
-    return Drawn(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))
+        asked.append(make_pair_response(one.messages, a, b, (), "pairs"))
+    return PairDataset(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))
 
 
-class Study:
+class AgreementStudy:
     """Asks the judge under each preset, and tells what came of it."""
 
-    def __init__(self, settings: Settings, origins: dict[str, str], drawn: Drawn, seed: int) -> None:
-        from constitutions.loader import load
+    def __init__(self, settings: Settings, origins: dict[str, str], dataset: PairDataset, seed: int) -> None:
+        from constitutions.loader import load_constitution
 
-        self.settings, self.origins, self.drawn, self.seed = settings, origins, drawn, seed
-        self.constitution: Constitution = load(settings.run.constitution)
-        self.rows: list[Row] = []
+        self.settings, self.origins, self.dataset, self.seed = settings, origins, dataset, seed
+        self.constitution: Constitution = load_constitution(settings.run.constitution)
+        self.rows: list[AgreementMetrics] = []
         self.labels: dict[str, list[Preference | None]] = {}
-        self.model = ""
+        self.model_name = ""
 
-    def run(self, models: Models, presets: Sequence[str], limit_written: int | None) -> None:
-        from charter.agreement import baselines, judged
-        from charter.rejudge import Bench
+    def run(self, models: RoleModels, presets: Sequence[str], limit_written: int | None) -> None:
+        from charter.agreement import compute_baselines, compute_judge_agreement
+        from charter.rejudge import BatchJudge
         from engine.budget import parse_prices
 
-        judge, prices, counts = models.role("judge"), parse_prices(self.settings.limits.prices), set()
-        self.model = f"{judge.id} ({judge.revision})"
+        judge, prices, counts = models.get_model("judge"), parse_prices(self.settings.limits.prices), set()
+        self.model_name = f"{judge.id} ({judge.revision})"
         for preset in presets:
-            settings = with_preset(self.settings, self.origins, preset)
-            count = len(self.drawn.asked) if settings.judge.form == "options" else limit_written
-            asked, human = self.drawn.asked[:count], self.drawn.human[:count]
+            settings = apply_judge_preset(self.settings, self.origins, preset)
+            count = len(self.dataset.judge_inputs) if settings.judge.form == "options" else limit_written
+            asked, human = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
             counts.add(len(asked))
-            tell(f"{preset}: {len(asked)} pairs")
+            _print_status(f"{preset}: {len(asked)} pairs")
             started = time.monotonic()
-            labels = ask(Bench(settings, models), self.constitution, asked)
+            labels = label_pairs(BatchJudge(settings, models), self.constitution, asked)
             seconds, price = time.monotonic() - started, prices.get(judge.id)
-            cost = sum(price.of(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
+            cost = sum(price.compute_cost(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
             self.labels[preset] = labels
-            self.rows.append(judged(preset, human, labels, seconds, cost))
+            self.rows.append(compute_judge_agreement(preset, human, labels, seconds, cost))
         for number in sorted(counts, reverse=True):  # beside each judge those of the same pairs
-            self.rows += baselines(self.drawn.human[:number], self.seed)
+            self.rows += compute_baselines(self.dataset.human_pairs[:number], self.seed)
 
-    def table(self) -> str:
-        from charter.text import table
+    def format_table(self) -> str:
+        from charter.text import format_table
 
-        columns, rows = shown(self.rows)
-        return f"{table(columns, rows)}\n\n{self.about()}"
+        columns, rows = _format_rows(self.rows)
+        return f"{format_table(columns, rows)}\n\n{self.describe()}"
 
-    def about(self) -> str:
-        drawn, c = self.drawn, self.constitution
-        bad = f"; {drawn.bad} rows are no decided pairs" if drawn.bad else ""
+    def describe(self) -> str:
+        drawn, c = self.dataset, self.constitution
+        bad = f"; {drawn.num_invalid} rows are no decided pairs" if drawn.num_invalid else ""
         return (
-            f"judge: {self.model}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(drawn.human)} of the"
-            f" {drawn.rows} rows of {drawn.name} ({drawn.content_hash}), drawn with seed {self.seed}{bad}"
+            f"judge: {self.model_name}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(drawn.human_pairs)} of the"
+            f" {drawn.num_rows} rows of {drawn.name} ({drawn.content_hash}), drawn with seed {self.seed}{bad}"
         )
 
-    def report(self) -> str:
+    def format_markdown(self) -> str:
         """The table as Markdown, with the command that made it."""
-        columns, rows = shown(self.rows)
+        columns, rows = _format_rows(self.rows)
         lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(cell or '' for cell in row)} |" for row in rows]
         command = shlex.join(["charter", *sys.argv[1:]])
-        return "\n".join(["# Agreement with people", "", "```", command, "```", "", *lines, "", self.about(), ""])
+        return "\n".join(["# Agreement with people", "", "```", command, "```", "", *lines, "", self.describe(), ""])
 
-    def as_json(self) -> str:
+    def to_json(self) -> str:
         """Everything, with each pair's label."""
         kept = (
             "p_a",
@@ -217,15 +217,15 @@ class Study:
             for preset, of_one in self.labels.items()
         }
         told = {
-            "about": self.about(),
+            "about": self.describe(),
             "rows": [asdict(row) for row in self.rows],
-            "a_preferred": [pair.a_preferred for pair in self.drawn.human],
+            "a_preferred": [pair.a_preferred for pair in self.dataset.human_pairs],
             "labels": labels,
         }
         return json.dumps(told, indent=1)
 
 
-def with_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
+def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
     """The settings with another judging recipe below what somebody set."""
     from engine.settings import RECIPES, Judge
 
@@ -238,65 +238,67 @@ def with_preset(settings: Settings, origins: dict[str, str], preset: str) -> Set
     return settings.model_copy(update={"judge": Judge(**recipe | said | {"preset": preset})})
 
 
-def ask(bench: Bench, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
+def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
     """Each pair's label, None for one that the model cannot be asked (too long for it)."""
     from engine.errors import PermanentRecordError
 
     labels: list[Preference | None] = []
-    rows = bench.settings.models.max_rows
+    rows = judge.settings.models.max_rows
     for start in range(0, len(pairs), rows):
         batch = pairs[start : start + rows]
         try:
-            labels += bench.labels(constitution, batch)
+            labels += judge.label_pairs(constitution, batch)
         except PermanentRecordError:
-            labels += [one_label(bench, constitution, pair) for pair in batch]
+            labels += [_label_pair(judge, constitution, pair) for pair in batch]
     return labels
 
 
-def one_label(bench: Bench, constitution: Constitution, pair: Response) -> Preference | None:
+def _label_pair(judge: BatchJudge, constitution: Constitution, pair: Response) -> Preference | None:
     from engine.errors import PermanentRecordError
 
     try:
-        return bench.labels(constitution, [pair])[0]
+        return judge.label_pairs(constitution, [pair])[0]
     except PermanentRecordError:
         return None
 
 
-def tell(text: str) -> None:
+def _print_status(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(text, err=True)
 
 
-def shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str | None]]]:
+def _format_rows(rows: Sequence[AgreementMetrics]) -> tuple[list[str], list[list[str | None]]]:
     """The figures for reading: shares in per cent with their intervals."""
     columns = [
         "judge", "pairs", "labelled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
         "tokens/pair read (cached) + written", "s/pair", "tokens/label", "s/label",
     ]  # fmt: skip
     costs = any(row.cost_per_label is not None for row in rows)
-    return [*columns, *(["cost/label"] if costs else [])], [line(row, costs) for row in rows]
+    return [*columns, *(["cost/label"] if costs else [])], [_format_row(row, costs) for row in rows]
 
 
-def line(row: Row, costs: bool) -> list[str | None]:
-    interval = "" if row.accuracy_low is None else f" ({per_cent(row.accuracy_low)}-{per_cent(row.accuracy_high)})"
+def _format_row(row: AgreementMetrics, with_cost: bool) -> list[str | None]:
+    interval = (
+        "" if row.accuracy_low is None else f" ({_format_percent(row.accuracy_low)}-{_format_percent(row.accuracy_high)})"
+    )
     abstained = ", ".join(f"{count} {name.lower().replace('_', ' ')}" for name, count in row.abstentions.items())
     tokens = None
     if row.tokens_read is not None:
         tokens = f"{row.tokens_read:.0f} ({row.tokens_cached:.0f}) + {row.tokens_written:.0f}"
     cells = [
-        row.judge, str(row.pairs), str(row.labelled), f"{per_cent(row.accuracy) or '-'}{interval}", figure(row.brier, 3),
-        figure(row.ece, 3), per_cent(row.swap_inconsistency), figure(row.mass, 2), per_cent(row.prefers_longer),
-        abstained or None, tokens, figure(row.seconds, 2), figure(row.tokens_per_label, 0), figure(row.seconds_per_label, 2),
+        row.judge, str(row.pairs), str(row.labelled), f"{_format_percent(row.accuracy) or '-'}{interval}", _format_number(row.brier, 3),
+        _format_number(row.ece, 3), _format_percent(row.swap_inconsistency), _format_number(row.mass, 2), _format_percent(row.prefers_longer),
+        abstained or None, tokens, _format_number(row.seconds, 2), _format_number(row.tokens_per_label, 0), _format_number(row.seconds_per_label, 2),
     ]  # fmt: skip
-    return [*cells, figure(row.cost_per_label, 6)] if costs else cells
+    return [*cells, _format_number(row.cost_per_label, 6)] if with_cost else cells
 
 
-def figure(value: float | None, digits: int) -> str | None:
+def _format_number(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
-def per_cent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f}"
+def _format_percent(fraction: float | None) -> str | None:
+    return None if fraction is None else f"{100 * fraction:.1f}"
 
 
 VERBS = (evaluate,)

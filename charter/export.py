@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common
+from charter.options import common_options
 
 if TYPE_CHECKING:
     from engine.settings import Settings
 
-FORMS = ("sft", "preference", "kto")
+_FORMAT_NAMES = ("sft", "preference", "kto")
 
 
 @click.command()
-@click.argument("form", type=click.Choice(FORMS))
+@click.argument("form", type=click.Choice(_FORMAT_NAMES))
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.option("--parquet", "as_parquet", is_flag=True, help="Parquet instead of JSON lines.")
 @click.option("--source", "sources", metavar="NAME", multiple=True, help="Only prompts of this source; may be repeated.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many records of each split, the oldest first.")
 @click.option("--force", is_flag=True, help="Take the place of an earlier export.")
-@common
+@common_options
 def export(
     settings: Settings,
     origins: dict[str, str],
@@ -45,16 +45,16 @@ def export(
       charter export preference exported/pairs --parquet --run live
       charter export kto exported/kto --source red-team --force
     """
-    from charter.dataset import Choice
-    from charter.dataset import export as write
-    from charter.pipeline import store_of
+    from charter.dataset import ExportSelection
+    from charter.dataset import export_dataset as write
+    from charter.pipeline import open_store
 
-    store = store_of(settings)
-    choice = Choice(settings.run.id if origins["run.id"] != "default" else None, sources)
+    store = open_store(settings)
+    choice = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources)
     suffix = "parquet" if as_parquet else "jsonl"
     for split, counted in write(store, target, form, choice, suffix, limit, force).items():
-        where = f" in {target}/data/{split}.{suffix}" if counted.rows else ""
-        click.echo(f"{split}: {counted.rows} rows{where}")
+        where = f" in {target}/data/{split}.{suffix}" if counted.num_rows else ""
+        click.echo(f"{split}: {counted.num_rows} rows{where}")
 
 
 VERBS = (export,)

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-PROGRESS = logging.getLogger("charter.progress")
+_PROGRESS_LOGGER = logging.getLogger("charter.progress")
 
 
-def common(function: Callable[..., Any]) -> Callable[..., Any]:
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
     options = [
         click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
@@ -40,52 +40,52 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         traceback: bool,
         **rest: Any,
     ) -> Any:
-        start_logging(verbose, log_json)
+        configure_logging(verbose, log_json)
         flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
-        chosen = {name: value for name, value in flags.items() if value is not None} | assigned(assignments)
-        preset = PRESETS.get(function.__name__)
-        return function(**settings_for(function, chosen, config, preset), **rest)
+        chosen = {name: value for name, value in flags.items() if value is not None} | _parse_assignments(assignments)
+        preset = _PRESETS_BY_COMMAND.get(function.__name__)
+        return function(**_load_settings(function, chosen, config, preset), **rest)
 
     for option in reversed(options):
         wrapper = option(wrapper)
     return wrapper
 
 
-def start_logging(verbose: bool, as_json: bool) -> None:
+def configure_logging(verbose: bool, as_json: bool) -> None:
     """To standard error: for a person, or one JSON object a line."""
-    from engine.logs import JsonLines
+    from engine.logs import JsonFormatter
 
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else Lines())
-    PROGRESS.setLevel(logging.INFO if as_json else logging.NOTSET)
+    handler.setFormatter(JsonFormatter() if as_json else TerminalFormatter())
+    _PROGRESS_LOGGER.setLevel(logging.INFO if as_json else logging.NOTSET)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     # The client's own log tells of every retry; our errors say what it comes to.
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
 
 
-def tell(text: str, level: int = logging.INFO) -> None:
+def print_progress(text: str, level: int = logging.INFO) -> None:
     """How it goes, on standard error; with --log-json a line of the log, so that all of it can be parsed."""
-    if PROGRESS.level == logging.NOTSET:
+    if _PROGRESS_LOGGER.level == logging.NOTSET:
         click.echo(text, err=True)
     else:
-        PROGRESS.log(level, text)
+        _PROGRESS_LOGGER.log(level, text)
 
 
-class Lines(logging.Formatter):
+class TerminalFormatter(logging.Formatter):
     """A log record for a person; what a terminal would obey is shown as escapes."""
 
     def __init__(self) -> None:
-        from engine.logs import LINE
+        from engine.logs import LOG_FORMAT
 
-        super().__init__(LINE)
+        super().__init__(LOG_FORMAT)
 
     def format(self, record: logging.LogRecord) -> str:
-        from charter.text import inert
+        from charter.text import escape_unprintable
 
-        return inert(super().format(record))
+        return escape_unprintable(super().format(record))
 
 
-def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
+def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
     from engine.settings import load
 
     settings, origins = load(flags, file, preset() if preset else None)
@@ -93,16 +93,16 @@ def settings_for(function: Callable[..., Any], flags: dict[str, Any], file: Path
     return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
 
 
-def demo_preset() -> dict[str, dict[str, Any]]:
-    from charter.demo import PRESET
+def _get_demo_preset() -> dict[str, dict[str, Any]]:
+    from charter.demo import DEMO_PRESET
 
-    return PRESET
-
-
-PRESETS = {"demo": demo_preset}
+    return DEMO_PRESET
 
 
-def assigned(assignments: Iterable[str]) -> dict[str, str]:
+_PRESETS_BY_COMMAND = {"demo": _get_demo_preset}
+
+
+def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in assignments]
     for name, equals, _ in pairs:
         if not equals:
@@ -116,12 +116,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="As JSON, for
 
 
 def print_rows(columns: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
-    from charter.text import json_text, rows_text
+    from charter.text import format_json, format_rows
 
     if as_json:
-        click.echo(json_text([dict(zip(columns, row, strict=True)) for row in rows]))
+        click.echo(format_json([dict(zip(columns, row, strict=True)) for row in rows]))
     elif columns:
-        click.echo(rows_text(columns, rows))
+        click.echo(format_rows(columns, rows))
 
 
 def stop_on_signals() -> threading.Event:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option, print_rows
+from charter.options import common_options, json_option, print_rows
 
 if TYPE_CHECKING:
     from engine.bus.port import Bus
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from schemas.records import Incident, PolicyUpdate
 
 PHASES = ("sft", "reward", "ppo", "dpo")
-LATEST = "latest"
-OURS = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's folder, and of no use outside Charter
+_LATEST = "latest"
+_INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's folder, and of no use outside Charter
 
 
 @click.group(invoke_without_command=True)
 @json_option
-@common
+@common_options
 def policy(settings: Settings, as_json: bool) -> None:
     """The policies that training made: list, go back, export.
 
@@ -38,12 +38,12 @@ def policy(settings: Settings, as_json: bool) -> None:
       charter policy export 3 my-model
     """
     if click.get_current_context().invoked_subcommand is None:
-        show_list(settings, as_json)
+        _print_policies(settings, as_json)
 
 
 @policy.command("list")
 @json_option
-@common
+@common_options
 def list_policies(settings: Settings, as_json: bool) -> None:
     """Every version, and where its weights are.
 
@@ -54,24 +54,26 @@ def list_policies(settings: Settings, as_json: bool) -> None:
       charter policy list
       charter policy list --json
     """
-    show_list(settings, as_json)
+    _print_policies(settings, as_json)
 
 
-def show_list(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import connect
-    from engine.policy import line, newest_version, pauses, updates
+def _print_policies(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import connect_bus
+    from engine.policy import get_newest_version, get_policy_ancestry, read_paused_phases, read_policy_updates
 
-    bus = connect(settings)
-    known, held = updates(bus), pauses(bus)
+    bus = connect_bus(settings)
+    known, held = read_policy_updates(bus), read_paused_phases(bus)
     bus.close()
-    newest = newest_version(known)
-    reference = line(known, newest)[-1]
-    rows: list[tuple[Any, ...]] = [("policy", 0, "", None, 0, None, settings.models.policy, role(0, newest, reference))]
+    newest = get_newest_version(known)
+    reference = get_policy_ancestry(known, newest)[-1]
+    rows: list[tuple[Any, ...]] = [
+        ("policy", 0, "", None, 0, None, settings.models.policy, _format_roles(0, newest, reference))
+    ]
     for update in known:
         kind = update.kind.value.lower()
         source = update.version if update.restored_version is None else update.restored_version
-        where = folder_name(settings, update)
-        used = role(update.version, newest, reference) if kind == "policy" else ""
+        where = _get_weights_location(settings, update)
+        used = _format_roles(update.version, newest, reference) if kind == "policy" else ""
         rows.append((kind, update.version, update.phase, update.base_version, source, update.created_at, where, used))
     if not as_json:  # what fits a terminal
         rows = [(*row[:5], f"{row[5]:%Y-%m-%d %H:%M:%S}" if row[5] else None, Path(row[6]).name, row[7]) for row in rows]
@@ -80,18 +82,18 @@ def show_list(settings: Settings, as_json: bool) -> None:
         click.echo(f"{phase} is paused: {reason or 'no reason given'}; type: charter policy resume {phase}", err=True)
 
 
-def role(version: int, newest: int, reference: int) -> str:
+def _format_roles(version: int, newest: int, reference: int) -> str:
     names = [name for name, of in (("answers", newest), ("reference", reference)) if of == version]
     return ", ".join(names)
 
 
-def folder_name(settings: Settings, update: PolicyUpdate) -> str:
+def _get_weights_location(settings: Settings, update: PolicyUpdate) -> str:
     """Where an update's weights are, or that they were removed (train.keep)."""
-    from engine.checkpoints import located
+    from engine.checkpoints import locate_checkpoint
 
     if update.restored_version == 0:
         return settings.models.policy
-    folder = located(update.uri, settings.folder / "checkpoints")
+    folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
     return str(folder) if folder.exists() else "removed"
 
 
@@ -101,7 +103,7 @@ def folder_name(settings: Settings, update: PolicyUpdate) -> str:
 @policy.command()
 @click.argument("version", type=int)
 @click.option("--reason", default="", help="Why, for the record.")
-@common
+@common_options
 def use(settings: Settings, version: int, reason: str) -> None:
     """Answer with VERSION's weights, and train on from them.
 
@@ -114,17 +116,17 @@ def use(settings: Settings, version: int, reason: str) -> None:
       charter policy use 3
       charter policy use 0 --reason "start again from the first model"
     """
-    from charter.pipeline import connect
+    from charter.pipeline import connect_bus
 
-    bus = connect(settings)
-    click.echo(go_back(settings, bus, version, reason))
+    bus = connect_bus(settings)
+    click.echo(_restore_policy(settings, bus, version, reason))
     bus.close()
 
 
 @policy.command()
 @click.option("--reason", default="", help="Why, for the record.")
 @click.option("--pause", "pausing", is_flag=True, help="Pause the phase that learns from labels, too.")
-@common
+@common_options
 def rollback(settings: Settings, reason: str, pausing: bool) -> None:
     """Go back to the policy that the present one was trained from.
 
@@ -133,34 +135,34 @@ def rollback(settings: Settings, reason: str, pausing: bool) -> None:
       charter policy rollback
       charter policy rollback --pause --reason "it flatters"
     """
-    from charter.pipeline import connect
-    from engine.policy import newest_version, pause, updates, version_before
-    from engine.worker import outgoing
+    from charter.pipeline import connect_bus
+    from engine.policy import get_newest_version, get_parent_version, make_pause, read_policy_updates
+    from engine.worker import to_producer_record
 
-    bus = connect(settings)
+    bus = connect_bus(settings)
     if pausing:
         phase = settings.train.policy_learner
-        bus.publish([outgoing(pause(phase, reason or "rolled back", run_id=settings.run.id))])
+        bus.publish([to_producer_record(make_pause(phase, reason or "rolled back", run_id=settings.run.id))])
         click.echo(f"{phase} is paused; to go on: charter policy resume {phase}")
-    known = updates(bus)
-    click.echo(go_back(settings, bus, version_before(known, newest_version(known)), reason))
+    known = read_policy_updates(bus)
+    click.echo(_restore_policy(settings, bus, get_parent_version(known, get_newest_version(known)), reason))
     bus.close()
 
 
-def go_back(settings: Settings, bus: Bus, version: int, reason: str) -> str:
+def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> str:
     """Publish the version that has the weights of an earlier one; says what was done."""
     from engine.errors import CharterError
-    from engine.policy import newest_version, restored, updates, weights_of
-    from engine.worker import outgoing
+    from engine.policy import get_newest_version, get_weights_version, make_restore_update, read_policy_updates
+    from engine.worker import to_producer_record
 
-    known = updates(bus)
-    if version and (present := weights_of(known, newest_version(known))) == weights_of(known, version):
-        return f"policy {newest_version(known)} has the weights of policy {present} already"
-    update = restored(known, version, run_id=settings.run.id, first=settings.models.policy)
+    known = read_policy_updates(bus)
+    if version and (present := get_weights_version(known, get_newest_version(known))) == get_weights_version(known, version):
+        return f"policy {get_newest_version(known)} has the weights of policy {present} already"
+    update = make_restore_update(known, version, run_id=settings.run.id, base_model=settings.models.policy)
     if update.restored_version:
-        checked_folder(settings, known, version)
-    bus.publish([outgoing(update), outgoing(note(update, reason))])
-    if update.record_id not in {one.record_id for one in updates(bus)}:
+        get_verified_folder(settings, known, version)
+    bus.publish([to_producer_record(update), to_producer_record(_make_restore_incident(update, reason))])
+    if update.record_id not in {one.record_id for one in read_policy_updates(bus)}:
         raise CharterError(
             f"policy {update.version} was published by someone else meanwhile",
             "the trainer or another person was faster",
@@ -169,13 +171,13 @@ def go_back(settings: Settings, bus: Bus, version: int, reason: str) -> str:
     return f"policy {update.version} answers from now on, with the weights of policy {update.restored_version}"
 
 
-def note(update: PolicyUpdate, reason: str) -> Incident:
+def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
     """Why someone went back, beside what stopped training by itself."""
     from schemas import ids
     from schemas.records import Incident
 
     return Incident(
-        record_id=ids.record_id("incident", [update.record_id], ids.fingerprint(reason=reason)),
+        record_id=ids.compute_record_id("incident", [update.record_id], ids.compute_fingerprint(reason=reason)),
         parent_ids=[update.record_id],
         run_id=update.run_id,
         stage="policy",
@@ -186,29 +188,29 @@ def note(update: PolicyUpdate, reason: str) -> Incident:
     )
 
 
-def checked_folder(settings: Settings, known: Sequence[PolicyUpdate], version: int) -> Path:
+def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], version: int) -> Path:
     """The verified folder with the weights of a version."""
-    from engine.checkpoints import located, read
+    from engine.checkpoints import locate_checkpoint, read_checkpoint
     from engine.errors import UsageError
-    from engine.models import model_folder
-    from engine.policy import policies, weights_of
+    from engine.models import resolve_model_folder
+    from engine.policy import get_weights_version, index_policies
 
-    source = weights_of(known, version)
+    source = get_weights_version(updates, version)
     if source == 0:
-        return model_folder(settings.train.base or settings.models.policy)
-    update = policies(known).get(source)
+        return resolve_model_folder(settings.train.base or settings.models.policy)
+    update = index_policies(updates).get(source)
     if update is None:
         raise UsageError(
             f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
         )
-    folder = located(update.uri, settings.folder / "checkpoints")
+    folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
     if not folder.exists():
         raise UsageError(
             f"the weights of policy {version} are gone",
             f"{folder} is not there: train.keep says how many checkpoints are kept",
             "type: charter policy list    (which weights there are)",
         )
-    return read(folder, update.content_hash).folder
+    return read_checkpoint(folder, update.content_hash).folder
 
 
 # Pausing
@@ -217,7 +219,7 @@ def checked_folder(settings: Settings, known: Sequence[PolicyUpdate], version: i
 @policy.command("pause")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
 @click.option("--reason", default="", help="Why, for the record.")
-@common
+@common_options
 def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
     """Pause training: every phase, or those named. The stream flows on; what is being trained on is finished.
 
@@ -226,13 +228,13 @@ def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> No
       charter policy pause
       charter policy pause ppo --reason "looking at the rewards"
     """
-    publish_pauses(settings, phases or PHASES, reason, on=True)
+    _publish_pauses(settings, phases or PHASES, reason, paused=True)
 
 
 @policy.command("resume")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
 @click.option("--reason", default="", help="Why, for the record.")
-@common
+@common_options
 def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
     """Let training go on: every phase that is paused, or those named.
 
@@ -240,20 +242,20 @@ def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> N
     Examples:
       charter policy resume
     """
-    publish_pauses(settings, phases or PHASES, reason, on=False)
+    _publish_pauses(settings, phases or PHASES, reason, paused=False)
 
 
-def publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, on: bool) -> None:
-    from charter.pipeline import connect
-    from engine.policy import pause, pauses
-    from engine.worker import outgoing
+def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, paused: bool) -> None:
+    from charter.pipeline import connect_bus
+    from engine.policy import make_pause, read_paused_phases
+    from engine.worker import to_producer_record
 
-    bus = connect(settings)
-    held = pauses(bus)
-    changed = [phase for phase in phases if (phase in held) != on]
-    bus.publish([outgoing(pause(phase, reason, run_id=settings.run.id, on=on)) for phase in changed])
+    bus = connect_bus(settings)
+    held = read_paused_phases(bus)
+    changed = [phase for phase in phases if (phase in held) != paused]
+    bus.publish([to_producer_record(make_pause(phase, reason, run_id=settings.run.id, paused=paused)) for phase in changed])
     bus.close()
-    state = "paused" if on else "no longer paused"
+    state = "paused" if paused else "no longer paused"
     click.echo(f"{', '.join(changed)}: {state}" if changed else f"nothing to do: {', '.join(phases)} is {state} already")
 
 
@@ -261,9 +263,9 @@ def publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, on
 
 
 @policy.command()
-@click.argument("version", default=LATEST)
+@click.argument("version", default=_LATEST)
 @click.argument("folder", type=click.Path(path_type=Path))
-@common
+@common_options
 def export(settings: Settings, version: str, folder: Path) -> None:
     """Copy a policy's weights into a new FOLDER.
 
@@ -274,28 +276,28 @@ def export(settings: Settings, version: str, folder: Path) -> None:
       charter policy export latest my-model
       charter policy export 3 my-model
     """
-    from charter.pipeline import connect
+    from charter.pipeline import connect_bus
     from engine.errors import UsageError
-    from engine.policy import updates
+    from engine.policy import read_policy_updates
 
     if folder.exists():
         raise UsageError(f"{folder} is there already", "an export never overwrites", "name a new folder")
-    bus = connect(settings)
-    known = updates(bus)
+    bus = connect_bus(settings)
+    known = read_policy_updates(bus)
     bus.close()
-    number = numbered(version, known)
-    source = checked_folder(settings, known, number)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*OURS))
+    number = parse_policy_version(version, known)
+    source = get_verified_folder(settings, known, number)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_INTERNAL_FILES))
     click.echo(f"policy {number}: {folder}")
 
 
-def numbered(version: str, known: Sequence[PolicyUpdate]) -> int:
+def parse_policy_version(version: str, updates: Sequence[PolicyUpdate]) -> int:
     """The policy version that a word of the command line means."""
     from engine.errors import UsageError
-    from engine.policy import newest_version
+    from engine.policy import get_newest_version
 
-    if version == LATEST:
-        return newest_version(known)
+    if version == _LATEST:
+        return get_newest_version(updates)
     if not version.isdigit():
         raise UsageError(f"{version} is no policy version", 'it is a number, or "latest"', "type: charter policy list")
     return int(version)

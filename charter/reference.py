@@ -21,7 +21,7 @@ from engine.settings import RECIPES, keys
 
 DOCS = Path(__file__).parent.parent / "docs"
 
-CONFIGURATION = """# Settings
+_CONFIGURATION_INTRO = """# Settings
 
 Every setting, from `engine/settings.py` (written by `python -m charter.reference`). A file sets them by table and key
 (`charter.toml` in the working folder, or `--config FILE`); the environment beats it (`respond.samples` is
@@ -38,7 +38,7 @@ The first shows every value in this folder and where it came from. A recipe chos
 fills in the keys that nobody set: see [recipes](#recipes).
 """
 
-CLI = """# Verbs
+_CLI_INTRO = """# Verbs
 
 Every verb of `charter`, from its own help (written by `python -m charter.reference`).
 
@@ -58,7 +58,7 @@ An error is three lines: what, why, what to type. Verbs that work on a run share
 """
 
 
-def kind(field: FieldInfo) -> str:
+def _format_field_type(field: FieldInfo) -> str:
     """The type in words, with the values or the range that are allowed."""
     of = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
     if get_origin(of) is Literal:
@@ -66,11 +66,11 @@ def kind(field: FieldInfo) -> str:
         return choices if of is field.annotation else f"list of {choices}"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     names |= {list[str]: "list of texts", list[PositiveInt]: "list of whole numbers above 0"}
-    limits = [limit for limit in map(limit_of, field.metadata) if limit]
+    limits = [limit for limit in map(_format_bound, field.metadata) if limit]
     return " ".join([names[field.annotation], *([", ".join(limits)] if limits else [])])  # type: ignore[index]
 
 
-def limit_of(bound: Any) -> str:
+def _format_bound(bound: Any) -> str:
     match bound:
         case bounds.Ge(value):
             return f">= {value}"
@@ -85,16 +85,16 @@ def limit_of(bound: Any) -> str:
     return ""
 
 
-def configuration() -> str:
+def _format_configuration_page() -> str:
     """docs/configuration.md: a table for each section, and what the recipes set."""
-    parts = [CONFIGURATION]
+    parts = [_CONFIGURATION_INTRO]
     last = ""
     for section, key, field in keys():
         if section != last:
             parts.append(f"\n## [{section}]\n\n| key | default | values | meaning |\n|---|---|---|---|\n")
             last = section
         default = json.dumps(field.default)
-        parts.append(f"| `{key}` | `{default}` | {kind(field)} | {field.description} |\n".replace("||", "| |"))
+        parts.append(f"| `{key}` | `{default}` | {_format_field_type(field)} | {field.description} |\n".replace("||", "| |"))
     parts.append("\n## Recipes\n\n| recipe | sets |\n|---|---|\n")
     for section, recipes in RECIPES.items():
         for name, layer in recipes.items():
@@ -103,52 +103,52 @@ def configuration() -> str:
     return "".join(parts)
 
 
-def verbs(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+def iter_commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
     """A verb, or the verbs below it."""
     if not isinstance(command, click.Group):
         yield name, command
         return
     for below in command.list_commands(click.Context(command)):
-        yield from verbs(command.commands[below], f"{name} {below}")
+        yield from iter_commands(command.commands[below], f"{name} {below}")
 
 
-def options(command: click.Command) -> list[tuple[str, str]]:
+def _list_options(command: click.Command) -> list[tuple[str, str]]:
     """What each option and argument is called, and its help."""
     context = click.Context(command)
     records = [record for param in command.get_params(context) if (record := param.get_help_record(context))]
     return [(said, " ".join(meaning.split())) for said, meaning in records if not said.endswith("--help")]
 
 
-COMMON = [record for record in options(cli.commands["run"]) if record in options(cli.commands["status"])]
+_COMMON_OPTIONS = [record for record in _list_options(cli.commands["run"]) if record in _list_options(cli.commands["status"])]
 
 
-def listed(records: list[tuple[str, str]]) -> str:
+def _format_options_table(records: list[tuple[str, str]]) -> str:
     rows = [f"| `{said}` | {meaning} |".replace("|  |", "| |") for said, meaning in records]
     return "\n".join(["| option | |", "|---|---|", *rows]) + "\n"
 
 
-def entry(name: str, command: click.Command) -> str:
+def _format_command(name: str, command: click.Command) -> str:
     """A verb's page: usage, what it does, examples, its options."""
     usage = command.get_usage(click.Context(command, info_name=f"charter {name}", max_content_width=200))
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\nExamples:\n")
     parts = [f"### {name}", f"    {usage.removeprefix('Usage: ')}", text.replace("\b\n", "").strip()]
     if examples:
         parts.append("```\n" + inspect.cleandoc(examples).strip() + "\n```")
-    if own := [record for record in options(command) if record not in COMMON]:
-        parts.append(listed(own).strip())
+    if own := [record for record in _list_options(command) if record not in _COMMON_OPTIONS]:
+        parts.append(_format_options_table(own).strip())
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def command_line() -> str:
+def _format_cli_page() -> str:
     """docs/cli.md: every verb by section."""
-    parts = [CLI, listed(COMMON)]
+    parts = [_CLI_INTRO, _format_options_table(_COMMON_OPTIONS)]
     for title, names in SECTIONS.items():
         parts.append(f"\n## {title}\n")
-        parts += [entry(name, command) for verb in names for name, command in verbs(cli.commands[verb], verb)]
+        parts += [_format_command(name, command) for verb in names for name, command in iter_commands(cli.commands[verb], verb)]
     return "".join(parts)
 
 
-PAGES = {"configuration.md": configuration, "cli.md": command_line}
+PAGES = {"configuration.md": _format_configuration_page, "cli.md": _format_cli_page}
 
 
 def main() -> None:

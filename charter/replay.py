@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option, print_rows, stop_on_signals
+from charter.options import common_options, json_option, print_rows, stop_on_signals
 
 if TYPE_CHECKING:
     from constitutions.loader import Constitution
     from engine.bus.port import Bus, Offsets
     from engine.host import Host
     from engine.settings import Settings
-    from producers.replay import Archived, Selection
+    from producers.replay import ArchiveSelection, LogSelection
     from schemas.records import Record, RunManifest
 
-STAGES = ("respond", "critique", "revise", "judge")
-LOOK_EVERY_S = 0.5
+_STAGES = ("respond", "critique", "revise", "judge")
+_POLL_INTERVAL_S = 0.5
 
 
 @click.command()
-@click.option("--stage", type=click.Choice(STAGES), required=True, help="Where to begin; what follows from it runs too.")
+@click.option("--stage", type=click.Choice(_STAGES), required=True, help="Where to begin; what follows from it runs too.")
 @click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
 @click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
 @click.option("--as", "name", metavar="NAME", help="The new run's name; without it one that follows from what is replayed.")
@@ -37,7 +37,7 @@ LOOK_EVERY_S = 0.5
 @click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
 @click.option("--only", is_flag=True, help="Run this stage alone, nothing that follows from it.")
 @click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
-@common
+@common_options
 def replay(settings: Settings, **how: Any) -> None:
     """Run earlier records through the stages, as a new run.
 
@@ -52,68 +52,70 @@ def replay(settings: Settings, **how: Any) -> None:
       charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
       charter replay --stage judge --constitution customer-service --without kinder
     """
-    from charter.pipeline import connect
+    from charter.pipeline import connect_bus
 
-    bus = connect(settings)
+    bus = connect_bus(settings)
     try:
-        plan = make_plan(settings, bus, **{key: value for key, value in how.items() if key != "dry_run"})
+        plan = make_replay_plan(settings, bus, **{key: value for key, value in how.items() if key != "dry_run"})
         if how["dry_run"]:
-            for line in plan.told():
+            for line in plan.describe():
                 click.echo(line)
         else:
-            play(plan, bus)
+            run_replay(plan, bus)
     finally:
         bus.close()
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplayPlan:
     """A replay, decided: settings and constitution, what it reads, the stages, and the policy version that answers."""
 
     settings: Settings
     constitution: Constitution
-    selection: Selection | Archived
+    selection: LogSelection | ArchiveSelection
     stages: tuple[str, ...]
-    pinned: int | None
-    archive: bool
+    pinned_version: int | None
+    from_archive: bool
     manifest: RunManifest
-    read: Callable[[], Iterator[Record]]
+    read_records: Callable[[], Iterator[Record]]
 
-    def told(self) -> list[str]:
+    def describe(self) -> list[str]:
         """What it would do and cost."""
-        from charter.estimate import estimate, lines
+        from charter.estimate import estimate_costs, format_costs
 
-        records = list({record.record_id: record for record in self.read()}.values())
+        records = list({record.record_id: record for record in self.read_records()}.values())
         chars = sum(len(message.content) for record in records for message in getattr(record, "messages", []))
-        where = "the database" if self.archive else "the log"
-        answers = f"policy {self.pinned} answers" if self.pinned is not None and "respond" in self.stages else ""
+        where = "the database" if self.from_archive else "the log"
+        answers = (
+            f"policy {self.pinned_version} answers" if self.pinned_version is not None and "respond" in self.stages else ""
+        )
         topics = ", ".join(self.selection.topics)
         return [
-            f"would replay {len(records)} records of run {self.selection.run} ({topics}) from {where}",
+            f"would replay {len(records)} records of run {self.selection.run_id} ({topics}) from {where}",
             f"as run {self.settings.run.id}, through {', '.join(self.stages)}" + (f"; {answers}" if answers else ""),
-            *lines(estimate(self.settings, self.stages, len(records), chars)),
+            *format_costs(estimate_costs(self.settings, self.stages, len(records), chars)),
         ]
 
 
-def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str, name: str | None, only: bool, archive: bool,
+def make_replay_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str, name: str | None, only: bool, archive: bool,
               constitution: str | None, model: str | None, policy: int | None,
-              without: Sequence[str] = ()) -> Plan:  # fmt: skip
+              without: Sequence[str] = ()) -> ReplayPlan:  # fmt: skip
     """Decide what is replayed; a replay that was begun before keeps the bounds that it began with."""
-    from charter.pipeline import ROLES, manifest_of, manifests, readers_of, store_of
-    from constitutions.loader import load
+    from charter.pipeline import STAGE_ROLES, get_stage_inputs, make_run_manifest, open_store, read_run_manifests
+    from constitutions.loader import load_constitution
     from engine.bus.port import TopicPartition
     from engine.errors import UsageError
-    from producers.replay import EARLIEST, Archived, Bound, Selection, ends_chain, starts_chain
+    from producers.replay import EARLIEST, ArchiveSelection, LogSelection, ReplayBound, is_chain_end, is_chain_start
     from schemas import ids
 
-    known = manifests(bus)
+    known = read_run_manifests(bus)
     source = start.removeprefix("run:") if start.startswith("run:") else settings.run.id
     if source not in {manifest.run_id for manifest in known}:
         there = ", ".join(dict.fromkeys(manifest.run_id for manifest in known)) or "none"
         raise UsageError(f"there is no run {source}", f"the runs here are: {there}", "type: charter runs")
-    changed = {"run.constitution": constitution, f"models.{ROLES[stage]}": model}
-    chosen = with_changes(settings, {key: value for key, value in changed.items() if value})
-    loaded = load(chosen.run.constitution)
+    changed = {"run.constitution": constitution, f"models.{STAGE_ROLES[stage]}": model}
+    chosen = _override_settings(settings, {key: value for key, value in changed.items() if value})
+    loaded = load_constitution(chosen.run.constitution)
     what: dict[str, Any] = {
         "stage": stage,
         "source": source,
@@ -124,15 +126,15 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
         "archive": archive,
     }
     if without:
-        loaded = loaded.without(without)
+        loaded = loaded.without_principles(without)
         what["without"] = list(without)
-    fingerprint = ids.fingerprint(what=what, settings=shown(chosen), constitution=loaded.hash)
-    chosen = with_changes(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
+    fingerprint = ids.compute_fingerprint(what=what, settings=_dump_settings(chosen), constitution=loaded.hash)
+    chosen = _override_settings(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
     if chosen.run.id == source:
         raise UsageError(
             "a replay is a run of its own", f"--as names the run that it reads, {source}", "give another: --as NAME"
         )
-    topics = readers_of(chosen.judge.pairing)[stage]
+    topics = get_stage_inputs(chosen.judge.pairing)[stage]
     topics = topics if stage != "critique" else ("responses",)  # its other input is made by the replay itself
     begun = next((manifest for manifest in known if manifest.run_id == chosen.run.id), None)
     before = json.loads(begun.settings).get("replay") if begun else None
@@ -146,46 +148,46 @@ def make_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str,
     if begun and begun.constitution and begun.constitution.hash != loaded.hash:
         was = f"it goes on under {begun.constitution.name} {begun.constitution.version} ({begun.constitution.hash[:12]})"
         raise UsageError(f"{chosen.run.id} was begun under another constitution", was, "give another name: --as NAME")
-    wanted = ends_chain if stage == "judge" and chosen.judge.pairing == "revision" else starts_chain
+    wanted = is_chain_end if stage == "judge" and chosen.judge.pairing == "revision" else is_chain_start
     begin = EARLIEST if start.startswith("run:") else start
-    store = store_of(chosen)
-    selection: Selection | Archived
+    store = open_store(chosen)
+    selection: LogSelection | ArchiveSelection
     if archive:
         bounds: dict[str, Any] = before or {"before_seq": store.query("SELECT next_seq FROM raw.sink_state").rows[0][0]}
-        selection = Archived(source, topics, begin, end, bounds["before_seq"], wanted)
-        read = partial(selection.read, store)
+        selection = ArchiveSelection(source, topics, begin, end, bounds["before_seq"], wanted)
+        read = partial(selection.read_records, store)
     else:
         bounds = before or {
-            "begins": listed(Bound(begin).offsets(bus, topics)),
-            "ends": listed(Bound(end).offsets(bus, topics)),
+            "begins": _offsets_to_lists(ReplayBound(begin).resolve_offsets(bus, topics)),
+            "ends": _offsets_to_lists(ReplayBound(end).resolve_offsets(bus, topics)),
         }
         begins, ends = ({TopicPartition(t, p): o for t, p, o in bounds[bound]} for bound in ("begins", "ends"))
-        selection = Selection(source, topics, begins, ends, wanted)
-        read = partial(selection.read, bus)
-    stages = (stage,) if only else closure(stage, chosen.judge.pairing)
-    pinned = pinned_policy(bus, source, policy, model) if "respond" in stages else None
-    return Plan(
+        selection = LogSelection(source, topics, begins, ends, wanted)
+        read = partial(selection.read_records, bus)
+    stages = (stage,) if only else _get_downstream_stages(stage, chosen.judge.pairing)
+    pinned = _resolve_policy_version(bus, source, policy, model) if "respond" in stages else None
+    return ReplayPlan(
         settings=chosen,
         constitution=loaded,
         selection=selection,
         stages=stages,
-        pinned=pinned,
-        archive=archive,
-        manifest=manifest_of(chosen, loaded, before or what | bounds | {"pinned": pinned}),
-        read=read,
+        pinned_version=pinned,
+        from_archive=archive,
+        manifest=make_run_manifest(chosen, loaded, before or what | bounds | {"pinned": pinned}),
+        read_records=read,
     )
 
 
-def listed(offsets: Offsets) -> list[list[Any]]:
+def _offsets_to_lists(offsets: Offsets) -> list[list[Any]]:
     """As they are kept in a manifest."""
     return [[*place, offset] for place, offset in offsets.items()]
 
 
-def shown(settings: Settings) -> dict[str, Any]:
+def _dump_settings(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"data", "bus", "run"})
 
 
-def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
+def _override_settings(settings: Settings, changes: dict[str, Any]) -> Settings:
     """The settings with some of them, by dotted name, changed."""
     from engine.settings import Settings as Tree
 
@@ -196,85 +198,89 @@ def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
     return Tree(**values)
 
 
-def closure(stage: str, pairing: str) -> tuple[str, ...]:
+def _get_downstream_stages(stage: str, pairing: str) -> tuple[str, ...]:
     """The stage and every one that reads what it, or one that follows from it, makes."""
-    from charter.pipeline import readers_of
+    from charter.pipeline import get_stage_inputs
 
     made = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences"}
     reached, topics = {stage}, {made[stage]}
-    while more := {name for name, inputs in readers_of(pairing).items() if name not in reached and topics & set(inputs)}:
+    while more := {name for name, inputs in get_stage_inputs(pairing).items() if name not in reached and topics & set(inputs)}:
         reached |= more
         topics |= {made[name] for name in more}
-    return tuple(name for name in STAGES if name in reached)
+    return tuple(name for name in _STAGES if name in reached)
 
 
-def pinned_policy(bus: Bus, source: str, policy: int | None, model: str | None) -> int:
+def _resolve_policy_version(bus: Bus, source: str, policy: int | None, model: str | None) -> int:
     """The policy version that answers: as told, another model's own weights, or the one that answered most in the source."""
-    from engine.bus.read import read_messages
-    from producers.replay import decoded
+    from engine.bus.read import read_topic
+    from producers.replay import decode_or_none
 
     if policy is not None or model:
         return policy or 0
     run = ("run", source.encode())
     versions = Counter(
         record.policy_version or 0
-        for message in read_messages(bus, "responses")
-        if run in message.headers and (record := decoded(message))
+        for message in read_topic(bus, "responses")
+        if run in message.headers and (record := decode_or_none(message))
     )
     return versions.most_common(1)[0][0] if versions else 0
 
 
-def play(plan: Plan, bus: Bus, *, quiet: bool = False) -> bool:
+def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> bool:
     """Feed the records to the stages, and run these until everything has ended; whether it has, or was stopped before."""
-    from charter.pipeline import make_host, readers_of, sink_offsets, store_of, waiting
-    from producers.replay import feed
+    from charter.pipeline import find_oldest_unread, get_stage_inputs, make_host, open_store, read_sink_offsets
+    from producers.replay import republish_records
     from schemas.topics import TOPICS
 
     def archived() -> bool:
-        return not waiting(bus, sink_offsets(store_of(plan.settings), bus.cluster_id), bus.end_offsets(list(TOPICS)))
+        return not find_oldest_unread(
+            bus, read_sink_offsets(open_store(plan.settings), bus.cluster_id), bus.end_offsets(list(TOPICS))
+        )
 
     run_id, stop = plan.settings.run.id, stop_on_signals()
-    inputs = {stage: topics for stage, topics in readers_of(plan.settings.judge.pairing).items() if stage in plan.stages}
+    inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
     for stage, topics in inputs.items():
-        bus.seed(f"{run_id}.{stage}", bus.end_offsets(topics))  # what is there already is none of this run's
+        bus.initialize_group_offsets(
+            f"{run_id}.{stage}", bus.end_offsets(topics)
+        )  # what is there already is none of this run's
     host = make_host(
         plan.settings,
         bus,
         plan.stages,
         sink=True,
-        pinned=plan.pinned,
+        pinned_version=plan.pinned_version,
         manifest=plan.manifest,
         constitution=plan.constitution,
     )
-    published, earlier = feed(bus, plan.read(), run_id)
-    found = f"{published + earlier} records of run {plan.selection.run}"
+    published, earlier = republish_records(bus, plan.read_records(), run_id)
+    found = f"{published + earlier} records of run {plan.selection.run_id}"
     click.echo(f"run {run_id}: {found}, {earlier} of them begun earlier, through {', '.join(plan.stages)}", err=True)
     with host:
-        finished = wait_until_over(host, bus, sorted({topic for of_one in inputs.values() for topic in of_one}), stop)
-        while finished and not archived() and not host.failed.is_set() and not stop.wait(LOOK_EVERY_S):
+        finished = _wait_until_finished(host, bus, sorted({topic for of_one in inputs.values() for topic in of_one}), stop)
+        while finished and not archived() and not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
             pass
-    host.check()
-    made = ", ".join(f"{worker.stage.name} {worker.made}" for worker in host.workers)
+    host.raise_if_failed()
+    made = ", ".join(f"{worker.stage.name} {worker.num_written}" for worker in host.workers)
     state = "over" if finished else "stopped; the same command goes on with it"
     click.echo(f"run {run_id} is {state}; written now: {made}", err=quiet)
     return finished
 
 
-def wait_until_over(host: Host, bus: Bus, topics: Sequence[str], stop: Any) -> bool:
+def _wait_until_finished(host: Host, bus: Bus, topics: Sequence[str], stop: Any) -> bool:
     """Whether all that follows has ended: twice in a row everything is read and finished, and nothing was made in between."""
     before = None
-    while not host.failed.is_set() and not stop.wait(LOOK_EVERY_S):
+    while not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
         ends = bus.end_offsets(topics)
-        made = sum(worker.made for worker in host.workers)
-        idle = all(worker.caught_up(of(worker.stage.inputs, ends)) for worker in host.workers)
+        made = sum(worker.num_written for worker in host.workers)
+        idle = all(worker.is_caught_up(_filter_offsets(worker.stage.inputs, ends)) for worker in host.workers)
         if idle and made == before:
             return True
         before = made if idle else None
     return False
 
 
-def of(topics: Sequence[str], ends: Offsets) -> Offsets:
-    return {place: end for place, end in ends.items() if place.topic in topics}
+def _filter_offsets(topics: Sequence[str], end_offsets: Offsets) -> Offsets:
+    return {place: end for place, end in end_offsets.items() if place.topic in topics}
 
 
 # Runs
@@ -282,7 +288,7 @@ def of(topics: Sequence[str], ends: Offsets) -> Offsets:
 
 @click.group(invoke_without_command=True)
 @json_option
-@common
+@common_options
 def runs(settings: Settings, as_json: bool) -> None:
     """The runs of this database: list or compare them.
 
@@ -294,12 +300,12 @@ def runs(settings: Settings, as_json: bool) -> None:
       charter runs compare live rejudged
     """
     if click.get_current_context().invoked_subcommand is None:
-        show_runs(settings, as_json)
+        _print_runs(settings, as_json)
 
 
 @runs.command("list")
 @json_option
-@common
+@common_options
 def list_runs(settings: Settings, as_json: bool) -> None:
     """Every run: what it is made of, and its records.
 
@@ -309,10 +315,10 @@ def list_runs(settings: Settings, as_json: bool) -> None:
     Examples:
       charter runs list --json
     """
-    show_runs(settings, as_json)
+    _print_runs(settings, as_json)
 
 
-RUNS = (
+RUNS_SQL = (
     """
 WITH counted AS (SELECT run_id, topic, count(*) AS n FROM run_records GROUP BY ALL),
      named AS (SELECT run_id, min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
@@ -329,10 +335,10 @@ FROM named LEFT JOIN counted USING (run_id) GROUP BY ALL ORDER BY started"""
 )
 
 
-def show_runs(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import store_of
+def _print_runs(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import open_store
 
-    found = store_of(settings).query(RUNS, limit_s=30.0)
+    found = open_store(settings).query(RUNS_SQL, limit_s=30.0)
     if as_json or found.rows:
         print_rows(found.columns, found.rows, as_json)
     else:
@@ -343,7 +349,7 @@ def show_runs(settings: Settings, as_json: bool) -> None:
 @click.argument("first", metavar="RUN")
 @click.argument("second", metavar="RUN")
 @json_option
-@common
+@common_options
 def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
     """What two runs differ in.
 
@@ -353,14 +359,14 @@ def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
     Examples:
       charter runs compare live rejudged
     """
-    from charter.pipeline import store_of
+    from charter.pipeline import open_store
 
-    store = store_of(settings)
-    rows: list[tuple[Any, ...]] = [*settings_differences(store, first, second)]
-    for topic, shared, one, other in store.query(SHARED, [first, second], limit_s=30.0).rows:
+    store = open_store(settings)
+    rows: list[tuple[Any, ...]] = [*_diff_settings(store, first, second)]
+    for topic, shared, one, other in store.query(SHARED_RECORDS_SQL, [first, second], limit_s=30.0).rows:
         rows.append((f"{topic} that both have", shared, shared))
         rows.append((f"{topic} of its own", one, other))
-    labels = store.records(LABELS, [first, second], limit_s=30.0)
+    labels = store.query_dicts(SHARED_LABELS_SQL, [first, second], limit_s=30.0)
     for label in labels:
         head = f"labels by {label['principle']}"
         rows.append((f"{head}: pairs that both judged", label["pairs"], label["pairs"]))
@@ -369,7 +375,7 @@ def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
     print_rows(["what", first, second], rows, as_json)
 
 
-def settings_differences(store: Any, first: str, second: str) -> list[tuple[str, str, str]]:
+def _diff_settings(store: Any, first: str, second: str) -> list[tuple[str, str, str]]:
     """(setting, value in the first run, value in the second) where they differ."""
     from engine.errors import UsageError
 
@@ -378,10 +384,10 @@ def settings_differences(store: Any, first: str, second: str) -> list[tuple[str,
         sql = (
             "SELECT settings, constitution.name || ' ' || constitution.version AS name, constitution.hash AS hash FROM raw.runs"
         )
-        found = store.records(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
+        found = store.query_dicts(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
         if not found:
             raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of it", "type: charter runs")
-        tree = flat(json.loads(found[0]["settings"])) | {
+        tree = flatten_settings(json.loads(found[0]["settings"])) | {
             "constitution": found[0]["name"],
             "constitution hash": found[0]["hash"],
         }
@@ -393,15 +399,15 @@ def settings_differences(store: Any, first: str, second: str) -> list[tuple[str,
     ]
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted names."""
     flattened: dict[str, Any] = {}
     for key, value in tree.items():
-        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flattened |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flattened
 
 
-SHARED = """
+SHARED_RECORDS_SQL = """
 SELECT topic, count(*) FILTER (one AND other) AS shared, count(*) FILTER (one AND NOT other) AS one_alone,
        count(*) FILTER (other AND NOT one) AS other_alone
 FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2) AS other FROM run_records
@@ -409,7 +415,7 @@ FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2)
 WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
 
 # The same pair of answers, judged in both runs; by the second run's principle, since the constitutions may differ.
-LABELS = """
+SHARED_LABELS_SQL = """
 WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
                 FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')
 SELECT two.principle_id AS principle, count(*) AS pairs, avg(one.p_a) AS mean_first, avg(two.p_a) AS mean_second,

@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option
+from charter.options import common_options, json_option
 
 if TYPE_CHECKING:
     from engine.settings import Settings
-    from engine.store import Ask, Store
+    from engine.store import QueryFunction, Store
 
-SAMPLES = 5
-LONGEST_TEXT = 4_000  # characters of one text in the file
+_DEFAULT_SAMPLES = 5
+_MAX_TEXT_CHARS = 4_000  # characters of one text in the file
 
 
 @click.command()
 @click.argument("file", metavar="[FILE]", type=click.Path(path_type=Path), default=Path("charter-report.html"))
-@click.option("--stories", "samples", default=SAMPLES, show_default=True, type=click.IntRange(0, 100), help="Story samples.")
+@click.option(
+    "--stories", "samples", default=_DEFAULT_SAMPLES, show_default=True, type=click.IntRange(0, 100), help="Story samples."
+)
 @json_option
-@common
+@common_options
 def report(settings: Settings, origins: dict[str, str], file: Path, samples: int, as_json: bool) -> None:
     """Write a run into one HTML file.
 
@@ -39,19 +41,21 @@ def report(settings: Settings, origins: dict[str, str], file: Path, samples: int
       charter report --run live --stories 10 live.html
       charter report --json | jq .policies
     """
-    from charter.dashboard.app import told
-    from charter.dashboard.page import plain
-    from charter.pipeline import store_of
-    from charter.text import json_text
+    from charter.dashboard.app import error_to_dict
+    from charter.dashboard.rendering import to_json_value
+    from charter.pipeline import open_store
+    from charter.text import format_json
 
-    store = store_of(settings)
-    run = chosen_run(store, settings.run.id if origins["run.id"] != "default" else "")
-    found = sections(store, run, samples)
+    store = open_store(settings)
+    run = _resolve_run(store, settings.run.id if origins["run.id"] != "default" else "")
+    found = _load_sections(store, run, samples)
     if as_json:
-        shown = {name: look.data if look.trouble is None else {"trouble": told(look.trouble)} for name, look in found.items()}
-        click.echo(json_text(plain({"run": run, **shown})))
+        shown = {
+            name: look.data if look.error is None else {"trouble": error_to_dict(look.error)} for name, look in found.items()
+        }
+        click.echo(format_json(to_json_value({"run": run, **shown})))
         return
-    page = written(run, found)
+    page = _render_html(run, found)
     if str(file) == "-":
         click.echo(page)
         return
@@ -59,40 +63,40 @@ def report(settings: Settings, origins: dict[str, str], file: Path, samples: int
     click.echo(f"run {run}: {file.resolve()} ({len(page) / 1000:,.0f} kB)")
 
 
-def chosen_run(store: Store, wanted: str) -> str:
+def _resolve_run(store: Store, run_id: str) -> str:
     """The run that is asked for, or the newest; raises UsageError when it is not there."""
-    from charter.dashboard.runs import names
+    from charter.dashboard.runs_view import load_run_ids
     from engine.errors import UsageError
 
-    with store.reading() as ask:
-        known: list[str] = names(ask)["runs"]
+    with store.open_read_session() as ask:
+        known: list[str] = load_run_ids(ask)["runs"]
     if not known:
         raise UsageError(
             f"there is no run in {store.path} yet", "a run begins with its first stage", "type: charter demo    or: charter run"
         )
-    if wanted and wanted not in known:
-        raise UsageError(f"there is no run {wanted}", f"the database has: {', '.join(known)}", "type: charter runs")
-    return wanted or known[0]
+    if run_id and run_id not in known:
+        raise UsageError(f"there is no run {run_id}", f"the database has: {', '.join(known)}", "type: charter runs")
+    return run_id or known[0]
 
 
-def sections(store: Store, run: str, samples: int) -> dict[str, Any]:
+def _load_sections(store: Store, run: str, samples: int) -> dict[str, Any]:
     """Section -> what the database says, or why it does not (a `Look`)."""
-    from charter.dashboard import pipeline, preferences, runs, training
-    from charter.dashboard.desk import Desk
+    from charter.dashboard import pipeline_view, preferences_view, runs_view, training_view
+    from charter.dashboard.query_cache import QueryCache
 
-    desk = Desk(store)
+    desk = QueryCache(store)
     return {
-        "counts": desk.once(lambda ask: pipeline.gather(ask, run)),
-        "policies": desk.once(lambda ask: {"policies": training.policies(ask, run)}),
-        "pairs": desk.once(lambda ask: {"pairs": before_and_after(ask, run)}),
-        "preferences": desk.once(lambda ask: preferences.gather(ask, run)),
-        "training": desk.once(lambda ask: training.gather(ask, run)),
-        "stories": desk.once(lambda ask: {"stories": sampled(ask, run, samples)}),
-        "card": desk.once(lambda ask: runs.card(ask, run, {})),
+        "counts": desk.run_once(lambda ask: pipeline_view.load_pipeline(ask, run)),
+        "policies": desk.run_once(lambda ask: {"policies": training_view.load_policy_stats(ask, run)}),
+        "pairs": desk.run_once(lambda ask: {"pairs": _load_before_after_pairs(ask, run)}),
+        "preferences": desk.run_once(lambda ask: preferences_view.load_preferences(ask, run)),
+        "training": desk.run_once(lambda ask: training_view.load_training(ask, run)),
+        "stories": desk.run_once(lambda ask: {"stories": _sample_traces(ask, run, samples)}),
+        "card": desk.run_once(lambda ask: runs_view.load_run(ask, run, {})),
     }
 
 
-def before_and_after(ask: Ask, run: str) -> list[dict[str, Any]]:
+def _load_before_after_pairs(ask: QueryFunction, run: str) -> list[dict[str, Any]]:
     """Prompts that the run's first and its newest policy have both answered, with the first answer of each."""
     sql = """WITH ours AS (SELECT messages, policy_version, completions[1].text AS answer FROM responses WHERE run_id = $run),
                   ends AS (SELECT min(policy_version) AS first, max(policy_version) AS last FROM ours)
@@ -100,36 +104,36 @@ def before_and_after(ask: Ask, run: str) -> list[dict[str, Any]]:
                     one.answer AS before, two.policy_version AS after_version, two.answer AS after
              FROM ours one JOIN ours two USING (messages), ends
              WHERE first < last AND one.policy_version = first AND two.policy_version = last ORDER BY hash(one.messages)"""
-    return ask(sql, {"run": run}, 3).records()
+    return ask(sql, {"run": run}, 3).to_dicts()
 
 
-def sampled(ask: Ask, run: str, samples: int) -> list[dict[str, Any]]:
+def _sample_traces(ask: QueryFunction, run: str, samples: int) -> list[dict[str, Any]]:
     """Stories of prompts whose chain has ended and that were judged: as if drawn by lot, the same ones each time."""
-    from charter.dashboard.stories import story
+    from charter.dashboard.traces_view import load_trace
 
     sql = """SELECT prompt_id FROM revision_chains WHERE run_id = ? AND prompt_id IN (SELECT prompt_id FROM preferences)
              GROUP BY 1 ORDER BY hash(prompt_id::VARCHAR), 1"""
-    return [story(ask, str(prompt)) for (prompt,) in ask(sql, [run], samples).rows] if samples else []
+    return [load_trace(ask, str(prompt)) for (prompt,) in ask(sql, [run], samples).rows] if samples else []
 
 
-def written(run: str, found: dict[str, Any]) -> str:
+def _render_html(run: str, loaded_sections: dict[str, Any]) -> str:
     """The report as HTML."""
     from markupsafe import Markup
 
     import charter
-    from charter.dashboard.app import STATIC, told
-    from charter.dashboard.page import environment, inert, plain
+    from charter.dashboard.app import STATIC_FOLDER, error_to_dict
+    from charter.dashboard.rendering import create_template_environment, escape_text, to_json_value
 
-    pages = environment()
-    pages.filters["inert"] = lambda value, most=LONGEST_TEXT: inert(value, most)
-    style = Markup((STATIC / "charter.css").read_text(encoding="utf-8"))
+    pages = create_template_environment()
+    pages.filters["inert"] = lambda value, most=_MAX_TEXT_CHARS: escape_text(value, most)
+    style = Markup((STATIC_FOLDER / "charter.css").read_text(encoding="utf-8"))
     return pages.get_template("report.html").render(
         run=run,
-        made=plain(datetime.now(UTC).replace(tzinfo=None)),
+        made=to_json_value(datetime.now(UTC).replace(tzinfo=None)),
         version=charter.__version__,
         style=style,
-        troubles={name: told(look.trouble) for name, look in found.items() if look.trouble},
-        **{name: plain(look.data) for name, look in found.items()},
+        troubles={name: error_to_dict(look.error) for name, look in loaded_sections.items() if look.error},
+        **{name: to_json_value(look.data) for name, look in loaded_sections.items()},
     )
 
 

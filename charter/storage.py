@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common
+from charter.options import common_options
 
 if TYPE_CHECKING:
     from engine.settings import Settings
 
 
-def bus_folder(settings: Settings) -> Path | None:
+def _get_log_folder(settings: Settings) -> Path | None:
     """The folder of the embedded log; None with Kafka."""
-    from engine.bus import KAFKA
+    from engine.bus import KAFKA_SCHEME
 
-    return None if settings.bus_address.startswith(KAFKA) else Path(settings.bus_address)
+    return None if settings.bus_address.startswith(KAFKA_SCHEME) else Path(settings.bus_address)
 
 
 @click.command()
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
-@common
+@common_options
 def snapshot(settings: Settings, target: Path) -> None:
     """Copy the database to FILE while everything runs.
 
@@ -32,16 +32,16 @@ def snapshot(settings: Settings, target: Path) -> None:
     Examples:
       charter snapshot monday.duckdb
     """
-    from charter.pipeline import store_of
-    from engine import copies
+    from charter.pipeline import open_store
+    from engine import backups
 
-    records = copies.snapshot(store_of(settings), target)
+    records = backups.create_snapshot(open_store(settings), target)
     click.echo(f"{target}: {records} records")
 
 
 @click.command()
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
-@common
+@common_options
 def backup(settings: Settings, target: Path) -> None:
     """Copy the whole data folder while everything runs.
 
@@ -53,15 +53,15 @@ def backup(settings: Settings, target: Path) -> None:
     Examples:
       charter backup backups/2026-11-24
     """
-    from engine import copies
+    from engine import backups
 
-    for name, what in copies.backup(settings.folder, target, bus_folder(settings)).items():
+    for name, what in backups.create_backup(settings.folder, target, _get_log_folder(settings)).items():
         click.echo(f"{name}: {', '.join(what) if isinstance(what, list) else what}")
 
 
 @click.command()
 @click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
-@common
+@common_options
 def restore(settings: Settings, source: Path) -> None:
     """Make a new data folder (--data) from a backup.
 
@@ -69,9 +69,9 @@ def restore(settings: Settings, source: Path) -> None:
     Examples:
       charter restore backups/2026-11-24 --data restored
     """
-    from engine import copies
+    from engine import backups
 
-    copies.restore(source, settings.folder, click.echo)
+    backups.restore_backup(source, settings.folder, click.echo)
     click.echo(f"{settings.folder} is whole again; type: charter status --data {settings.folder}")
 
 
@@ -79,7 +79,7 @@ def restore(settings: Settings, source: Path) -> None:
 @click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
 @click.option("--reason", default="", help="Why; it is kept.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@common
+@common_options
 def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
     """Delete everything that was made of a prompt, for good.
 
@@ -93,15 +93,15 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
     Examples:
       charter forget 3f2a1c04-... --reason "asked by its author"
     """
-    from charter.pipeline import connect, find_prompts, store_of
+    from charter.pipeline import connect_bus, find_prompt_ids, open_store
     from engine.errors import UsageError
-    from engine.worker import outgoing
+    from engine.worker import to_producer_record
     from schemas import ids
     from schemas.records import Erasure
 
     prompts = []
     for identifier in identifiers:
-        found = find_prompts(store_of(settings), identifier)
+        found = find_prompt_ids(open_store(settings), identifier)
         if len(found) != 1:
             raise UsageError(
                 f"{identifier!r} is the beginning of {len(found) or 'no'} prompts",
@@ -110,13 +110,13 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
             )
         prompts += found
     if not yes:
-        click.confirm(f"delete everything of {counted(len(prompts))} from the databases, for good?", abort=True)
-    bus = connect(settings)
+        click.confirm(f"delete everything of {_format_prompt_count(len(prompts))} from the databases, for good?", abort=True)
+    bus = connect_bus(settings)
     bus.publish(
         [
-            outgoing(
+            to_producer_record(
                 Erasure(
-                    record_id=ids.record_id("forget", [prompt], ""),
+                    record_id=ids.compute_record_id("forget", [prompt], ""),
                     prompt_id=prompt,
                     run_id=settings.run.id,
                     stage="forget",
@@ -127,10 +127,10 @@ def forget(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: b
         ]
     )
     bus.close()
-    click.echo(f"to be forgotten as soon as the sink reads it (charter run): {counted(len(prompts))}")
+    click.echo(f"to be forgotten as soon as the sink reads it (charter run): {_format_prompt_count(len(prompts))}")
 
 
-def counted(prompts: int) -> str:
+def _format_prompt_count(prompts: int) -> str:
     return "1 prompt" if prompts == 1 else f"{prompts} prompts"
 
 

@@ -10,38 +10,38 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-WIDEST_CELL = 60
+_MAX_CELL_CHARS = 60
 
 
-def inert(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """The text with control, format and direction characters shown as escapes: a terminal must not obey a prompt."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(text: str) -> str:
+def to_one_line(text: str) -> str:
     """The text inert and on one line."""
-    return inert(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    return escape_unprintable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def json_text(value: Any, indent: int | None = 2) -> str:
+def format_json(value: Any, indent: int | None = 2) -> str:
     """JSON for any parser (what is no number is null), with the characters that `inert` escapes written as JSON escapes."""
-    text = json.dumps(finite(value), ensure_ascii=False, indent=indent, default=str, allow_nan=False)
+    text = json.dumps(_replace_non_finite(value), ensure_ascii=False, indent=indent, default=str, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+        return {str(key): _replace_non_finite(each) for key, each in value.items()}
+    return [_replace_non_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def width() -> int:
+def _get_terminal_width() -> int:
     return shutil.get_terminal_size((100, 40)).columns
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value on one line, in few characters."""
     if value is None:
         return "-"
@@ -51,13 +51,13 @@ def cell(value: Any) -> str:
         return value.isoformat(" ", "seconds")
     if isinstance(value, list | dict | tuple):
         value = json.dumps(value, ensure_ascii=False, default=str)
-    return inert(str(value)).replace("\n", "\\n")
+    return escape_unprintable(str(value)).replace("\n", "\\n")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns side by side; numbers to the right."""
     rows = [list(row) for row in rows]
-    cells = [[cell(value) for value in row] for row in rows]
+    cells = [[format_cell(value) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
     right = [bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
 
@@ -68,67 +68,67 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([line(columns), line(["-" * w for w in widths]), *(line(row) for row in cells)])
 
 
-def pages(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _format_row_blocks(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """One row after the other, a column a paragraph: for rows too wide for a table."""
     parts = []
     for number, row in enumerate(rows, 1):
         parts.append(f"--- row {number}")
-        parts += [f"{name}: {nested(value)}" for name, value in zip(columns, row, strict=True)]
+        parts += [f"{name}: {_format_nested(value)}" for name, value in zip(columns, row, strict=True)]
     return "\n".join(parts)
 
 
-def nested(value: Any) -> str:
+def _format_nested(value: Any) -> str:
     if isinstance(value, list | dict):
-        return inert(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-    return inert(value) if isinstance(value, str) else cell(value)
+        return escape_unprintable(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    return escape_unprintable(value) if isinstance(value, str) else format_cell(value)
 
 
-def rows_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table where it fits the terminal, else one row after the other."""
-    short = all(len(cell(value)) <= WIDEST_CELL for row in rows for value in row)
-    text = table(columns, rows)
-    return text if short and fits(text) else pages(columns, rows)
+    short = all(len(format_cell(value)) <= _MAX_CELL_CHARS for row in rows for value in row)
+    text = format_table(columns, rows)
+    return text if short and fits_terminal(text) else _format_row_blocks(columns, rows)
 
 
-def fits(text: str) -> bool:
+def fits_terminal(text: str) -> bool:
     """Whether a table is no wider than the terminal; the line below its head is as wide as it is."""
-    return len(text.split("\n", 2)[1]) <= width()
+    return len(text.split("\n", 2)[1]) <= _get_terminal_width()
 
 
-def wrapped(text: str, indent: str) -> str:
+def wrap_text(text: str, indent: str) -> str:
     """Paragraphs wrapped to the terminal, each line behind `indent`."""
-    lines = inert(text).splitlines() or [""]
-    limit = max(40, min(width(), 110)) - len(indent)
+    lines = escape_unprintable(text).splitlines() or [""]
+    limit = max(40, min(_get_terminal_width(), 110)) - len(indent)
     return "\n".join(indent + part for line in lines for part in (textwrap.wrap(line, limit) or [""]))
 
 
-def story(row: dict[str, Any]) -> str:
+def format_trace(row: dict[str, Any]) -> str:
     """What became of one prompt (a row of the view `traces`), in the order in which it happened."""
     parts = [
         f"prompt {row['prompt_id']}  ({row['source']}, {row['split'].lower()})",
-        wrapped(row["prompt"], "  "),
+        wrap_text(row["prompt"], "  "),
     ]
     for response in row["responses"] or []:
         for number, answer in enumerate(response["answers"]):
-            parts += [f"answer {number} by policy {response['policy_version']}", wrapped(answer, "  ")]
+            parts += [f"answer {number} by policy {response['policy_version']}", wrap_text(answer, "  ")]
     revisions = {r["round"]: r for r in row["revisions"] or []}
     for critique in row["critiques"] or []:
-        parts += critique_lines(critique)
+        parts += _format_critique(critique)
         following = revisions.get(critique["round"] + 1)
         if following and critique["end_reason"] == "NONE":
             fault = "" if following["rejection_reason"] == "NONE" else f", {following['rejection_reason'].lower()}"
             similar = f"similarity {following['similarity']:.2f}{fault}"
-            parts += [f"revision {following['round']}  ({similar})", wrapped(following["revision"], "  ")]
+            parts += [f"revision {following['round']}  ({similar})", wrap_text(following["revision"], "  ")]
     for demonstration in row["demonstrations"] or []:
-        parts += [f"demonstration  ({demonstration['source']})", wrapped(demonstration["completion"], "  ")]
+        parts += [f"demonstration  ({demonstration['source']})", wrap_text(demonstration["completion"], "  ")]
     for preference in row["preferences"] or []:
-        parts += preference_lines(preference)
+        parts += _format_preference(preference)
     if row["final_response"] is not None:
-        parts += [f"final text  ({row['end_reason'].lower()})", wrapped(row["final_response"], "  ")]
-    return inert("\n".join(parts))
+        parts += [f"final text  ({row['end_reason'].lower()})", wrap_text(row["final_response"], "  ")]
+    return escape_unprintable("\n".join(parts))
 
 
-def critique_lines(critique: dict[str, Any]) -> list[str]:
+def _format_critique(critique: dict[str, Any]) -> list[str]:
     figures = []
     if critique["p_flawed"] is not None:
         figures.append(f"p(flawed) {critique['p_flawed']:.3f}")
@@ -137,12 +137,12 @@ def critique_lines(critique: dict[str, Any]) -> list[str]:
     verdict = critique["verdict"].lower().replace("_", " ")
     end = "" if critique["end_reason"] == "NONE" else f" -> {critique['end_reason'].lower().replace('_', ' ')}"
     head = f"critique by {critique['principle_id']}: {verdict}{end}" + (f"  ({', '.join(figures)})" if figures else "")
-    return [head, wrapped(critique["critique"], "  ")] if critique["critique"] else [head]
+    return [head, wrap_text(critique["critique"], "  ")] if critique["critique"] else [head]
 
 
-def preference_lines(preference: dict[str, Any]) -> list[str]:
+def _format_preference(preference: dict[str, Any]) -> list[str]:
     if preference["label_source"] == "HUMAN":
-        return human_lines(preference)
+        return _format_human_label(preference)
     if preference["p_a"] is None:
         return [f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"]
     gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("position_gap", "option_mass"))
@@ -152,10 +152,10 @@ def preference_lines(preference: dict[str, Any]) -> list[str]:
     ]
 
 
-def human_lines(preference: dict[str, Any]) -> list[str]:
+def _format_human_label(preference: dict[str, Any]) -> list[str]:
     """A person's label: of a pair from a file, whose answers stand nowhere else, or in the place of another label."""
     head = f"labelled by a person: p(first answer is better) {preference['p_a']:.3f}"
-    why = [wrapped(preference["explanation"], "  ")] if preference["explanation"] else []
+    why = [wrap_text(preference["explanation"], "  ")] if preference["explanation"] else []
     if preference["parent_ids"]:
         return [f"{head}, instead of label {str(preference['parent_ids'][0])[:8]}", *why]
-    return [head, wrapped(preference["response_a"], "  A  "), wrapped(preference["response_b"], "  B  "), *why]
+    return [head, wrap_text(preference["response_a"], "  A  "), wrap_text(preference["response_b"], "  B  "), *why]

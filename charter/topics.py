@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common, json_option, print_rows
+from charter.options import common_options, json_option, print_rows
 
 if TYPE_CHECKING:
     from engine.bus.port import Bus, Offsets
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group(invoke_without_command=True)
 @json_option
-@common
+@common_options
 def topics(settings: Settings, as_json: bool) -> None:
     """The topics: list, create, describe them, see who lags.
 
@@ -31,12 +31,12 @@ def topics(settings: Settings, as_json: bool) -> None:
       charter topics lag --bus kafka://localhost:9092 --json
     """
     if click.get_current_context().invoked_subcommand is None:
-        show_list(settings, as_json)
+        _print_topics(settings, as_json)
 
 
 @topics.command("list")
 @json_option
-@common
+@common_options
 def list_topics(settings: Settings, as_json: bool) -> None:
     """Every topic: its record, partitions and offsets.
 
@@ -46,22 +46,22 @@ def list_topics(settings: Settings, as_json: bool) -> None:
     Examples:
       charter topics list --json
     """
-    show_list(settings, as_json)
+    _print_topics(settings, as_json)
 
 
-def show_list(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import open_settings
+def _print_topics(settings: Settings, as_json: bool) -> None:
+    from charter.pipeline import open_bus_from_settings
     from schemas.topics import TOPICS
 
-    bus = open_settings(settings)
+    bus = open_bus_from_settings(settings)
     there = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
     names = [spec.name for spec in there]
-    begins, ends = bus.begin_offsets(names), bus.end_offsets(names)
+    begins, ends = bus.beginning_offsets(names), bus.end_offsets(names)
     rows: list[tuple[Any, ...]] = []
     for spec in there:
         messages = sum(end - begins[place] for place, end in ends.items() if place.topic == spec.name)
-        kept = "compacted" if spec.compacted else "all"
-        rows.append((spec.name, spec.record.__name__, bus.partitions(spec.name), kept, messages))
+        kept = "compacted" if spec.is_compacted else "all"
+        rows.append((spec.name, spec.record_class.__name__, bus.count_partitions(spec.name), kept, messages))
     bus.close()
     print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, as_json)
     if not as_json and len(there) < len(TOPICS):
@@ -69,7 +69,7 @@ def show_list(settings: Settings, as_json: bool) -> None:
 
 
 @topics.command()
-@common
+@common_options
 def create(settings: Settings) -> None:
     """Create the topics that are missing.
 
@@ -81,22 +81,22 @@ def create(settings: Settings) -> None:
     Examples:
       charter topics create --bus kafka://localhost:9092 --set bus.partitions=24
     """
-    from charter.pipeline import open_settings, topic_specs
+    from charter.pipeline import get_topic_specs, open_bus_from_settings
 
-    bus, specs = open_settings(settings), topic_specs(settings)
+    bus, specs = open_bus_from_settings(settings), get_topic_specs(settings)
     made = set(bus.create_topics(specs))
     bus.close()
     for spec in specs:
         state = "created" if spec.name in made else "was there"
         click.echo(
-            f"{settings.bus.prefix}{spec.name}: {state}" + (f", {spec.partitions} partitions" if state == "created" else "")
+            f"{settings.bus.prefix}{spec.name}: {state}" + (f", {spec.num_partitions} partitions" if state == "created" else "")
         )
 
 
 @topics.command()
 @click.argument("names", metavar="[TOPIC...]", nargs=-1)
 @json_option
-@common
+@common_options
 def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     """How topics are kept.
 
@@ -106,37 +106,46 @@ def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     Examples:
       charter topics describe responses
     """
-    from charter.pipeline import open_settings
+    from charter.pipeline import open_bus_from_settings
     from engine.errors import UsageError
     from schemas.topics import TOPICS
 
-    bus, wanted = open_settings(settings), list(names) or list(TOPICS)
-    described = bus.describe(wanted)
+    bus, wanted = open_bus_from_settings(settings), list(names) or list(TOPICS)
+    described = bus.describe_topics(wanted)
     if absent := sorted(set(wanted) - {d.name for d in described}):
         raise UsageError(
             f"there is no topic {absent[0]}",
             f"those here are {', '.join(bus.topic_ids(list(TOPICS))) or 'none'}",
             "type: charter topics",
         )
-    begins, ends = bus.begin_offsets(wanted), bus.end_offsets(wanted)
+    begins, ends = bus.beginning_offsets(wanted), bus.end_offsets(wanted)
     bus.close()
     rows = [
-        (d.name, d.topic_id, d.partitions, d.partitions, d.replicas, d.in_sync, *span(d.name, begins, ends), dict(d.configs))
+        (
+            d.name,
+            d.topic_id,
+            d.partitions,
+            d.partitions,
+            d.replicas,
+            d.in_sync_replicas,
+            *_format_offset_range(d.name, begins, ends),
+            dict(d.configs),
+        )
         for d in described
     ]
     columns = ["topic", "id", "partitions", "most_useful_copies", "replicas", "in_sync", "first", "next", "settings"]
     print_rows(columns, rows, as_json)
 
 
-def span(topic: str, begins: Offsets, ends: Offsets) -> tuple[str, str]:
+def _format_offset_range(topic: str, beginning_offsets: Offsets, end_offsets: Offsets) -> tuple[str, str]:
     """First and next offsets, partition by partition."""
-    places = sorted(place for place in ends if place.topic == topic)
-    return " ".join(str(begins[place]) for place in places), " ".join(str(ends[place]) for place in places)
+    places = sorted(place for place in end_offsets if place.topic == topic)
+    return " ".join(str(beginning_offsets[place]) for place in places), " ".join(str(end_offsets[place]) for place in places)
 
 
 @topics.command()
 @json_option
-@common
+@common_options
 def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
     """How far each stage of a run and the sink are behind.
 
@@ -147,29 +156,29 @@ def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
       charter topics lag
       charter topics lag --run live --bus kafka://localhost:9092
     """
-    from charter.pipeline import open_settings, readers_of, shown_run, sink_offsets, store_of
+    from charter.pipeline import get_stage_inputs, open_bus_from_settings, open_store, read_sink_offsets, resolve_run_id
     from schemas.topics import TOPICS
 
-    bus, store = open_settings(settings), store_of(settings)
-    run_id = shown_run(settings, origins, store)
+    bus, store = open_bus_from_settings(settings), open_store(settings)
+    run_id = resolve_run_id(settings, origins, store)
     rows: list[tuple[Any, ...]] = []
-    for stage, names in readers_of(settings.judge.pairing).items():
-        rows += lag_rows(bus, stage, names, bus.committed(f"{run_id}.{stage}", names))
+    for stage, names in get_stage_inputs(settings.judge.pairing).items():
+        rows += compute_lag_rows(bus, stage, names, bus.committed(f"{run_id}.{stage}", names))
     if store.path.exists():
-        rows += lag_rows(bus, "sink", list(TOPICS), sink_offsets(store, bus.cluster_id))
+        rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
     bus.close()
     print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, as_json)
 
 
-def lag_rows(bus: Bus, reader: str, names: Sequence[str], committed: Offsets) -> list[tuple[Any, ...]]:
+def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
     """(reader, topic, committed, end, messages behind, age of the oldest of them in seconds) for each topic."""
-    from charter.pipeline import waiting
+    from charter.pipeline import find_oldest_unread
 
-    begins, ends = bus.begin_offsets(names), bus.end_offsets(names)
-    stands = {place: max(committed.get(place, 0), begin) for place, begin in begins.items()}
-    oldest = waiting(bus, stands, ends)
+    begins, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
+    stands = {place: max(committed_offsets.get(place, 0), begin) for place, begin in begins.items()}
+    oldest = find_oldest_unread(bus, stands, ends)
     rows: list[tuple[Any, ...]] = []
-    for topic in names:
+    for topic in topic_names:
         places = [place for place in ends if place.topic == topic]
         behind = sum(ends[place] - stands[place] for place in places if place in oldest)
         since = min((oldest[place] for place in places if place in oldest), default=None)

@@ -11,105 +11,105 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.observe import figures_of_trainer, show
-from charter.options import stop_on_signals, tell
-from charter.pipeline import connect, store_of
-from charter.watching import watch_of
+from charter.held_out_judge import make_reward_hacking_monitor
+from charter.options import print_progress, stop_on_signals
+from charter.pipeline import connect_bus, open_store
+from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
-from engine.models import model_folder
+from engine.models import resolve_model_folder
 
 if TYPE_CHECKING:
     from engine.settings import Settings
     from schemas.records import PolicyUpdate
     from trainer.loop import Trainer
 
-LIBRARIES = ("trackio", "wandb")
+_TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
-def train_here(settings: Settings, phase: str | None, loop: bool) -> None:
+def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
     """Train in this process, and in those that a launcher has put beside it."""
-    from trainer.gate import gate_of
     from trainer.loop import Trainer
+    from trainer.promotion import make_promotion_gate
 
-    numbers = Numbers(settings)
-    bus = connect(settings)
+    numbers = MetricsReporter(settings)
+    bus = connect_bus(settings)
     trainer = Trainer(
         bus,
-        store_of(settings),
+        open_store(settings),
         settings,
-        base_folder(settings),
-        on_step=numbers.step,
-        on_update=numbers.update,
-        say=tell,
-        watch=watch_of(settings) if loop and settings.watch.answers else None,
-        gate=gate_of(settings.gate),
+        _get_base_model_folder(settings),
+        on_step=numbers.report_step,
+        on_update=numbers.report_update,
+        notify=print_progress,
+        monitor=make_reward_hacking_monitor(settings) if loop and settings.watch.answers else None,
+        promotion_gate=make_promotion_gate(settings.gate),
     )
-    closing = show(settings, figures_of_trainer(numbers.latest, numbers.steps))
+    closing = start_metrics_server(settings, make_trainer_collector(numbers.latest_metrics, numbers.step_counts))
     try:
         if loop:
-            trainer.loop(stop_on_signals())
+            trainer.run_loop(stop_on_signals())
         else:
-            once(trainer, phase)
+            _train_once(trainer, phase)
     finally:
         trainer.close()
         for close in (*closing, numbers.close, bus.close):
             close()
 
 
-def base_folder(settings: Settings) -> Path:
+def _get_base_model_folder(settings: Settings) -> Path:
     """The weights of policy version 0."""
-    return model_folder(settings.train.base or settings.models.policy)
+    return resolve_model_folder(settings.train.base or settings.models.policy)
 
 
-def once(trainer: Trainer, phase: str | None) -> None:
+def _train_once(trainer: Trainer, phase: str | None) -> None:
     """Finish what is unfinished, then the phase that is named, or the one that is due."""
     update = trainer.resume()
-    chosen = phase or (None if update else trainer.due())
+    chosen = phase or (None if update else trainer.next_phase())
     if chosen:
         update = trainer.update(chosen)
     if update is None:
-        held = ", ".join(sorted(trainer.paused()))
+        held = ", ".join(sorted(trainer.get_paused_phases()))
         why = f"{held} is paused (charter policy resume)" if held else "no phase has enough new rows"
         click.echo(f"{why}; name one to train now: charter train --phase sft")
 
 
-class Numbers:
+class MetricsReporter:
     """The numbers of steps and updates: lines on the terminal, the log, Prometheus, and trackio or wandb if so set."""
 
     def __init__(self, settings: Settings) -> None:
-        self.latest: dict[str, dict[str, float]] = {}
-        self.steps: Counter[str] = Counter()
-        self.run = tracker(settings.train.report_to, settings.run.id) if settings.train.report_to else None
+        self.latest_metrics: dict[str, dict[str, float]] = {}
+        self.step_counts: Counter[str] = Counter()
+        self.tracker_run = _start_tracker_run(settings.train.report_to, settings.run.id) if settings.train.report_to else None
 
-    def step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
-        self.latest[phase] = metrics
-        self.steps[phase] += 1
-        click.echo(f"phase={phase} step={step} {figures(metrics)}")
+    def report_step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        self.latest_metrics[phase] = metrics
+        self.step_counts[phase] += 1
+        click.echo(f"phase={phase} step={step} {_format_metrics(metrics)}")
         about = {"phase": phase, "step": step, "metrics": metrics}
         logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
-        self.report(phase, metrics)
+        self.log_to_tracker(phase, metrics)
 
-    def update(self, update: PolicyUpdate) -> None:
+    def report_update(self, update: PolicyUpdate) -> None:
         """What an update has made, and its own numbers: those that no step has."""
-        own = {name: value for name, value in update.metrics.items() if name not in self.latest.get(update.phase, {})}
+        own = {name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})}
         click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
-        click.echo(f"phase={update.phase} version={update.version} {figures(own)}")
-        self.report(update.phase, own)
+        click.echo(f"phase={update.phase} version={update.version} {_format_metrics(own)}")
+        self.log_to_tracker(update.phase, own)
 
-    def report(self, phase: str, metrics: dict[str, float]) -> None:
-        if self.run:
-            self.run.log({name if "/" in name else f"{phase}/{name}": value for name, value in metrics.items()})
+    def log_to_tracker(self, phase: str, metrics: dict[str, float]) -> None:
+        if self.tracker_run:
+            self.tracker_run.log({name if "/" in name else f"{phase}/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
-        if self.run:
-            self.run.finish()
+        if self.tracker_run:
+            self.tracker_run.finish()
 
 
-def figures(metrics: dict[str, float]) -> str:
+def _format_metrics(metrics: dict[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name != "epoch")
 
 
-def tracker(name: str, run_id: str) -> Any:
+def _start_tracker_run(name: str, run_id: str) -> Any:
     """A run of trackio or wandb, which are used alike: `init`, `log`, `finish`."""
     try:
         library = importlib.import_module(name)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common
+from charter.options import common_options
 
 if TYPE_CHECKING:
     from engine.settings import Settings
 
-COMPOSE = Path(__file__).parent.parent / "docker-compose.yml"
-STATE = "broker.json"
-UP_WITHIN_S = 90.0
-LOOK_EVERY_S = 0.2
-DOWN_WITHIN_S = 30.0
+COMPOSE_FILE = Path(__file__).parent.parent / "docker-compose.yml"
+_STATE_FILENAME = "broker.json"
+_START_TIMEOUT_S = 90.0
+_POLL_INTERVAL_S = 0.2
+_STOP_TIMEOUT_S = 30.0
 
 
 @click.command()
@@ -36,7 +36,7 @@ DOWN_WITHIN_S = 30.0
     show_default=True,
     help="Where clients connect, on this machine only.",
 )
-@common
+@common_options
 def up(settings: Settings, port: int) -> None:
     """Start an Apache Kafka on this machine.
 
@@ -52,10 +52,10 @@ def up(settings: Settings, port: int) -> None:
     from engine.errors import UsageError
 
     folder = settings.folder / "kafka"
-    if has_docker() and COMPOSE.exists():
-        start_docker(port)
-    elif home := kafka_home():
-        start_jars(home, folder, port)
+    if _has_docker() and COMPOSE_FILE.exists():
+        _start_with_docker(port)
+    elif home := _find_kafka_home():
+        _start_from_jars(home, folder, port)
     else:
         raise UsageError(
             "there is nothing here to start Kafka with",
@@ -68,7 +68,7 @@ def up(settings: Settings, port: int) -> None:
 
 
 @click.command()
-@common
+@common_options
 def down(settings: Settings) -> None:
     """Stop the Kafka that `charter up` has started. Its data stays.
 
@@ -78,18 +78,18 @@ def down(settings: Settings) -> None:
     """
     from engine.errors import UsageError
 
-    state = settings.folder / "kafka" / STATE
+    state = settings.folder / "kafka" / _STATE_FILENAME
     if state.exists():
-        stop_process(json.loads(state.read_text())["pid"])
+        _stop_kafka_process(json.loads(state.read_text())["pid"])
         state.unlink()
-    elif has_docker() and COMPOSE.exists():
-        subprocess.run(["docker", "compose", "-f", str(COMPOSE), "stop", "kafka"], check=True)
+    elif _has_docker() and COMPOSE_FILE.exists():
+        subprocess.run(["docker", "compose", "-f", str(COMPOSE_FILE), "stop", "kafka"], check=True)
     else:
         raise UsageError("no Kafka was started from this data folder", f"there is no {state}", "to start one, type: charter up")
     click.echo("Kafka is down; its data stays")
 
 
-def has_docker() -> bool:
+def _has_docker() -> bool:
     """Whether a Docker engine answers."""
     if not shutil.which("docker"):
         return False
@@ -98,32 +98,32 @@ def has_docker() -> bool:
     )
 
 
-def kafka_home() -> Path | None:
+def _find_kafka_home() -> Path | None:
     home = Path(os.environ.get("KAFKA_HOME", ""))
     usable = os.environ.get("KAFKA_HOME") and shutil.which("java") and any((home / "libs").glob("kafka*.jar"))
     return home if usable else None
 
 
-def start_docker(port: int) -> None:
+def _start_with_docker(port: int) -> None:
     environment = os.environ | {"CHARTER_KAFKA_PORT": str(port)}
-    subprocess.run(["docker", "compose", "-f", str(COMPOSE), "up", "-d", "--wait", "kafka"], env=environment, check=True)
+    subprocess.run(["docker", "compose", "-f", str(COMPOSE_FILE), "up", "-d", "--wait", "kafka"], env=environment, check=True)
 
 
-def start_jars(home: Path, folder: Path, port: int) -> None:
+def _start_from_jars(home: Path, folder: Path, port: int) -> None:
     """One broker in the background, with its data in `folder`; returns when it answers."""
     from engine.errors import CharterError, UsageError
 
-    state = folder / STATE
-    if state.exists() and alive(json.loads(state.read_text())["pid"]):
+    state = folder / _STATE_FILENAME
+    if state.exists() and _is_kafka_running(json.loads(state.read_text())["pid"]):
         raise UsageError(f"a Kafka runs already from {folder}", "one data folder has one", "to stop it, type: charter down")
-    if listens(port):
+    if _is_port_open(port):
         raise UsageError(
             f"something else listens on port {port}",
             "Kafka could not be reached there",
             "give another: charter up --port 19092",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_properties(folder, port)
+    _write_server_properties(folder, port)
     java = ["java", "-Xmx512m", "-cp", f"{home.resolve()}/libs/*"]
     if not (folder / "data" / "meta.properties").exists():
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
@@ -134,16 +134,16 @@ def start_jars(home: Path, folder: Path, port: int) -> None:
             [*java, "kafka.Kafka", "server.properties"], cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     state.write_text(json.dumps({"pid": broker.pid, "port": port}))
-    deadline = time.monotonic() + UP_WITHIN_S
-    while not listens(port):
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _is_port_open(port):
         if broker.poll() is not None or time.monotonic() > deadline:
             raise CharterError(
                 "Kafka did not start", f"its log says why: {folder / 'broker.log'}", "mend it, then type: charter up"
             )
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
-def write_properties(folder: Path, port: int) -> None:
+def _write_server_properties(folder: Path, port: int) -> None:
     controller = port + 1
     path = folder / "server.properties"
     if path.exists() and (line := f"advertised.listeners=CLIENT://localhost:{port}") not in path.read_text().splitlines():
@@ -169,28 +169,28 @@ def write_properties(folder: Path, port: int) -> None:
     path.write_text("\n".join(f"{key}={value}" for key, value in settings.items()) + "\n")
 
 
-def listens(port: int) -> bool:
+def _is_port_open(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def alive(pid: int) -> bool:
+def _is_kafka_running(pid: int) -> bool:
     """Whether this process still runs (and is no one else's: it must be a Kafka)."""
     found = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, check=False)
     return b"kafka.Kafka" in found.stdout
 
 
-def stop_process(pid: int) -> None:
-    if not alive(pid):
+def _stop_kafka_process(pid: int) -> None:
+    if not _is_kafka_running(pid):
         return
     os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + DOWN_WITHIN_S
-    while alive(pid):
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while _is_kafka_running(pid):
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             return
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
 VERBS = (up, down)

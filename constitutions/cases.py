@@ -21,53 +21,70 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from constitutions.loader import Strict, Text
-from constitutions.sources import FOLDER, ConstitutionError, File, decoded, names, nearest, read_bytes, read_text, unknown_key
+from constitutions.loader import NonEmptyStr, StrictModel
+from constitutions.sources import (
+    CONSTITUTIONS_FOLDER,
+    ConstitutionError,
+    ConstitutionFile,
+    decode_utf8,
+    list_shipped_constitutions,
+    make_unknown_key_error,
+    parse_toml,
+    read_file_bytes,
+    suggest_nearest,
+)
 
 
-class Case(Strict):
-    prompt: Text
-    wins: Text
-    loses: Text
+class ConstitutionCase(StrictModel):
+    prompt: NonEmptyStr
+    wins: NonEmptyStr
+    loses: NonEmptyStr
     principles: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Cases:
+class CaseFile:
     """The cases of a file, where each stands, and the constitution that the file is for (empty: any)."""
 
-    cases: tuple[Case, ...]
-    places: tuple[str, ...]
+    cases: tuple[ConstitutionCase, ...]
+    locations: tuple[str, ...]
     constitution: str
 
-    def check(self, constitution: str, principles: Sequence[str]) -> None:
+    def check_principles(self, constitution: str, principle_ids: Sequence[str]) -> None:
         """Raise a ConstitutionError unless the constitution has every principle that a case is about."""
-        for case, place in zip(self.cases, self.places, strict=True):
+        for case, place in zip(self.cases, self.locations, strict=True):
             for wanted in case.principles:
-                if wanted not in principles:
+                if wanted not in principle_ids:
                     raise ConstitutionError(
                         f"{place}: {constitution} has no judging principle {wanted}",
-                        f"it has {', '.join(principles)}",
-                        nearest(wanted, principles) or "name one of them, or test another constitution: --constitution NAME",
+                        f"it has {', '.join(principle_ids)}",
+                        suggest_nearest(wanted, principle_ids)
+                        or "name one of them, or test another constitution: --constitution NAME",
                     )
 
 
-def read_cases(wanted: str) -> Cases:
+def read_cases(name_or_path: str) -> CaseFile:
     """The shipped cases of a constitution by its name, a file (.jsonl, else TOML), or JSONL from standard input (-)."""
-    if wanted == "-":
-        return from_jsonl(sys.stdin.buffer.read(), "standard input")
-    path = FOLDER / "cases" / f"{wanted}.toml" if wanted in names() else Path(wanted)
-    data = read_bytes(path)
+    if name_or_path == "-":
+        return _parse_jsonl_cases(sys.stdin.buffer.read(), "standard input")
+    path = (
+        CONSTITUTIONS_FOLDER / "cases" / f"{name_or_path}.toml"
+        if name_or_path in list_shipped_constitutions()
+        else Path(name_or_path)
+    )
+    data = read_file_bytes(path)
     if data is None:
         raise ConstitutionError(
-            f"there is no file {wanted}", f"and no shipped cases of that name: {', '.join(names())}", "give a file or a name"
+            f"there is no file {name_or_path}",
+            f"and no shipped cases of that name: {', '.join(list_shipped_constitutions())}",
+            "give a file or a name",
         )
-    return from_jsonl(data, str(path)) if path.suffix == ".jsonl" else from_toml(read_text(data, str(path)))
+    return _parse_jsonl_cases(data, str(path)) if path.suffix == ".jsonl" else _parse_toml_cases(parse_toml(data, str(path)))
 
 
-def from_toml(file: File) -> Cases:
-    if "critique" in file.values or "judging" in file.values or "prose" in file.values:
+def _parse_toml_cases(file: ConstitutionFile) -> CaseFile:
+    if "critique" in file.values or "judge" in file.values or "prose" in file.values:
         raise ConstitutionError(
             f"{file.origin} is a constitution, not a file of cases",
             "a test needs prompts with an answer that must win and one that must lose",
@@ -75,31 +92,31 @@ def from_toml(file: File) -> Cases:
         )
     for key in file.values:
         if key not in ("case", "constitution"):
-            raise unknown_key(f"{file.origin}, line {file.line(key)}: {key}", key, ["case", "constitution"])
+            raise make_unknown_key_error(f"{file.origin}, line {file.find_line(key)}: {key}", key, ["case", "constitution"])
     entries = file.values.get("case", [])
     if not isinstance(entries, list):
         entries = []
-    places = [f"{file.origin}, line {file.line('case', i)}" for i in range(len(entries))]
-    return checked(entries, places, file.origin, str(file.values.get("constitution", "")))
+    places = [f"{file.origin}, line {file.find_line('case', i)}" for i in range(len(entries))]
+    return _validate_cases(entries, places, file.origin, str(file.values.get("constitution", "")))
 
 
-def from_jsonl(data: bytes, origin: str) -> Cases:
+def _parse_jsonl_cases(data: bytes, origin: str) -> CaseFile:
     entries, places = [], []
-    for number, line in enumerate(decoded(data, origin).split("\n"), 1):
+    for number, line in enumerate(decode_utf8(data, origin).split("\n"), 1):
         if line.strip():
             places.append(f"{origin}, line {number}")
             try:
                 entries.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise ConstitutionError(f"{places[-1]} is not JSON", str(error), "write one object a line") from error
-    return checked(entries, places, origin, "")
+    return _validate_cases(entries, places, origin, "")
 
 
-def checked(entries: Sequence[Any], places: Sequence[str], origin: str, constitution: str) -> Cases:
+def _validate_cases(entries: Sequence[Any], locations: Sequence[str], origin: str, constitution: str) -> CaseFile:
     cases = []
-    for entry, place in zip(entries, places, strict=True):
+    for entry, place in zip(entries, locations, strict=True):
         try:
-            cases.append(Case.model_validate(entry))
+            cases.append(ConstitutionCase.model_validate(entry))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -110,4 +127,4 @@ def checked(entries: Sequence[Any], places: Sequence[str], origin: str, constitu
             ) from error
     if not cases:
         raise ConstitutionError(f"{origin} has no case", "there is nothing to test", "write [[case]] with prompt, wins, loses")
-    return Cases(tuple(cases), tuple(places), constitution)
+    return CaseFile(tuple(cases), tuple(locations), constitution)

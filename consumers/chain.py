@@ -5,21 +5,21 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Any
 
-from engine.models.port import Generation
+from engine.models.interface import Generation
 from schemas import ids
 from schemas.records import Chain, FinishReason, Response
 
 
-def seed_for(stage: str, response_id: str, number: int) -> int:
+def compute_stage_seed(stage: str, response_id: str, index: int) -> int:
     """The seed of a stage's work on an answer in round (or pair) `number`.
 
     It hangs on the answer alone, not on the constitution: the same answer under two constitutions draws the same noise, so that
     what differs between two runs comes from the principles.
     """
-    return ids.seed(f"{response_id}/{stage}", number)
+    return ids.compute_seed(f"{response_id}/{stage}", index)
 
 
-def start_of(response: Response) -> dict[str, Any]:
+def make_initial_chain_fields(response: Response) -> dict[str, Any]:
     """The chain fields of a response's candidate 0, where every chain starts."""
     answer = response.completions[0]
     return {
@@ -46,7 +46,7 @@ def read_finish_reason(generation: Generation) -> FinishReason:
     return FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN)
 
 
-CARRIED = (
+_CARRIED_FIELDS = (
     "prompt_id",
     "run_id",
     "policy_version",
@@ -68,11 +68,11 @@ CARRIED = (
 )
 
 
-def carried(link: Chain) -> dict[str, Any]:
+def get_carried_fields(record: Chain) -> dict[str, Any]:
     """The chain fields that the next record takes over from this one."""
-    return {name: getattr(link, name) for name in CARRIED}
+    return {name: getattr(record, name) for name in _CARRIED_FIELDS}
 
 
-def similarity(a: str, b: str) -> float:
+def compute_similarity(a: str, b: str) -> float:
     """How alike two texts are word by word, from 0 to 1 (Ratcliff-Obershelp)."""
     return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()

@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from consumers import templates
-from consumers.templates import OPTIONS
-from engine.models.port import NOTHING, Ask, Capabilities, Generation, Model, OptionScores, Usage
+from consumers.templates import OPTION_LETTERS
+from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, ModelCapabilities, OptionScores, Usage
 from schemas.records import ChatMessage, Outcome
 
-Turns = tuple[ChatMessage, ...]
+_Messages = tuple[ChatMessage, ...]
 
-NAN = float("nan")
+_NAN = float("nan")
 # At the beginning of what a judge wrote: it will not judge. (Answers' refusals are counted by engine/watch.sql.)
-REFUSAL = re.compile(
+REFUSAL_PATTERN = re.compile(
     r"\W*(?:answer\W+)?(?:(?:i'm|i am|we're|we are)?\s*(?:very |so |truly )?(?:sorry|afraid)\b|(?:my )?apologies|i apologi[sz]e"
     r"|(?:unfortunately\W+)?(?:i|we) (?:can(?:'t|not| not)|won't|will not|must decline|refuse|decline"
     r"|(?:am|are) (?:un|not )able|don't feel comfortable|do not feel comfortable)|(?:i'm|we're) (?:un|not )able"
@@ -34,21 +34,21 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 # The letter stands first, closed, and is not one of several.
-LETTER = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)\s*(?:Answer: )?\(?[AB]\b)")
+_LETTER_PATTERN = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)\s*(?:Answer: )?\(?[AB]\b)")
 
 
 @dataclass(frozen=True)
-class Reading:
+class SingleOrderComparison:
     """What a judge says with the texts in one order: the probability that the one shown first is better.
 
     `p` is NaN where there is nothing to read; it counts only with outcome OK. `text` is what the judge wrote.
     """
 
-    p: float
-    mass: float
+    p_first: float
+    option_mass: float
     outcome: Outcome
-    usage: Usage = NOTHING
-    text: str = ""
+    usage: Usage = NO_USAGE
+    explanation: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,139 +58,157 @@ class Comparison:
     Only with outcome OK could it be read in both orders.
     """
 
-    forward: float
-    backward: float
+    p_forward: float
+    p_backward: float
     option_mass_forward: float
     option_mass_backward: float
-    usage: Usage = NOTHING
+    usage: Usage = NO_USAGE
     outcome: Outcome = Outcome.OK
-    text_forward: str = ""
-    text_backward: str = ""
+    explanation_forward: str = ""
+    explanation_backward: str = ""
 
     @property
-    def p(self) -> float:
-        return (self.forward + self.backward) / 2
+    def p_mean(self) -> float:
+        return (self.p_forward + self.p_backward) / 2
 
     @property
-    def mass(self) -> float:
+    def option_mass(self) -> float:
         return min(self.option_mass_forward, self.option_mass_backward)
 
     @property
-    def gap(self) -> float:
-        return abs(self.forward - self.backward)
+    def position_gap(self) -> float:
+        return abs(self.p_forward - self.p_backward)
 
     @property
     def position_flip(self) -> bool:
         """Whether the same slot won twice."""
-        return (self.forward - 0.5) * (self.backward - 0.5) < 0
+        return (self.p_forward - 0.5) * (self.p_backward - 0.5) < 0
 
 
 @dataclass(frozen=True)
-class Form:
+class AnswerMode:
     """How a judge is asked. `max_tokens` and `deadline_s` (seconds) bound what it writes."""
 
     name: str = "options"
-    min_mass: float = 0.5
+    min_option_mass: float = 0.5
     max_tokens: int = 256
-    deadline_s: float | None = None
+    timeout_s: float | None = None
 
     @property
     def template(self) -> str:
-        return {"options": templates.COMPARISON, "reasoning": templates.REASONING, "letter": templates.LETTER}[self.name]
+        return {
+            "options": templates.COMPARISON_TEMPLATE,
+            "reasoning": templates.REASONING_TEMPLATE,
+            "letter": templates.LETTER_TEMPLATE,
+        }[self.name]
 
-    def hash(self, capabilities: Capabilities) -> str:
+    def get_template_hash(self, capabilities: ModelCapabilities) -> str:
         name = {"options": "comparison"}.get(self.name, self.name)
-        return templates.hash_of(name, capabilities)
+        return templates.get_template_hash(name, capabilities)
 
-    def read(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
+    def judge_questions(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
         """What the judge says to each question."""
-        forms = {"options": self.options, "reasoning": self.reasoning, "letter": self.letter}
+        forms = {"options": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
         return forms[self.name](model, questions) if questions else []
 
-    def options(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
-        scores = model.option_logprobs([templates.choice(messages, model.capabilities) for messages in questions], OPTIONS)
-        return [Reading(share_of_a(one), one.mass, self.outcome(one), one.usage) for one in scores]
+    def judge_by_logprobs(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
+        scores = model.score_options(
+            [templates.make_choice_request(messages, model.capabilities) for messages in questions], OPTION_LETTERS
+        )
+        return [
+            SingleOrderComparison(compute_p_a(one), one.option_mass, self.classify_scores(one), one.usage) for one in scores
+        ]
 
-    def reasoning(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
-        thoughts = self.written(model, [Ask(messages, deadline_s=self.deadline_s) for messages in questions])
-        outcomes = [unwritten(thought) for thought in thoughts]
+    def judge_by_reasoning(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
+        thoughts = self.generate_texts(model, [GenerationRequest(messages, timeout_s=self.timeout_s) for messages in questions])
+        outcomes = [_classify_generation(thought) for thought in thoughts]
         begun = [
-            templates.after_reasoning(messages, thought.text.strip())
+            templates.append_choice_question(messages, thought.text.strip())
             for messages, thought, outcome in zip(questions, thoughts, outcomes, strict=True)
             if outcome is Outcome.OK
         ]
-        scored = iter(self.options(model, begun) if begun else [])
-        readings = [next(scored) if outcome is Outcome.OK else Reading(NAN, 0.0, outcome) for outcome in outcomes]
+        scored = iter(self.judge_by_logprobs(model, begun) if begun else [])
+        readings = [
+            next(scored) if outcome is Outcome.OK else SingleOrderComparison(_NAN, 0.0, outcome) for outcome in outcomes
+        ]
         return [
-            Reading(reading.p, reading.mass, reading.outcome, thought.usage + reading.usage, thought.text.strip())
+            SingleOrderComparison(
+                reading.p_first, reading.option_mass, reading.outcome, thought.usage + reading.usage, thought.text.strip()
+            )
             for reading, thought in zip(readings, thoughts, strict=True)
         ]
 
-    def letter(self, model: Model, questions: Sequence[Turns]) -> list[Reading]:
-        prefill = templates.ANSWER if model.capabilities.prefill else ""
-        written = self.written(model, [Ask(messages, prefill=prefill, deadline_s=self.deadline_s) for messages in questions])
-        return [letter_of(answer, prefill) for answer in written]
+    def judge_by_letter(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
+        prefill = templates.ANSWER_PREFILL if model.capabilities.prefill else ""
+        written = self.generate_texts(
+            model, [GenerationRequest(messages, prefill=prefill, timeout_s=self.timeout_s) for messages in questions]
+        )
+        return [parse_letter(answer, prefill) for answer in written]
 
-    def written(self, model: Model, asks: Sequence[Ask]) -> list[Generation]:
-        return [generation for (generation,) in model.generate(asks, temperature=0.0, max_tokens=self.max_tokens)]
+    def generate_texts(self, model: Model, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
 
-    def outcome(self, scores: OptionScores) -> Outcome:
+    def classify_scores(self, scores: OptionScores) -> Outcome:
         """Whether option scores may be read, and if not, why."""
-        if math.isnan(share_of_a(scores)) or not scores.mass <= 1 + 1e-3:
+        if math.isnan(compute_p_a(scores)) or not scores.option_mass <= 1 + 1e-3:
             return Outcome.UNPARSEABLE
-        if scores.mass >= self.min_mass and scores.mass > 0:
+        if scores.option_mass >= self.min_option_mass and scores.option_mass > 0:
             return Outcome.OK
-        if not scores.replies:
+        if not scores.unparsed_replies:
             return Outcome.LOW_MASS
-        refused = sum(bool(REFUSAL.match(reply)) for reply in scores.replies)
-        return Outcome.REFUSED if 2 * refused >= len(scores.replies) else Outcome.UNPARSEABLE
+        refused = sum(bool(REFUSAL_PATTERN.match(reply)) for reply in scores.unparsed_replies)
+        return Outcome.REFUSED if 2 * refused >= len(scores.unparsed_replies) else Outcome.UNPARSEABLE
 
 
-OPTIONS_FORM = Form()
+_LOGPROBS_MODE = AnswerMode()
 
 
-def share_of_a(scores: OptionScores) -> float:
+def compute_p_a(scores: OptionScores) -> float:
     """The probability of option A among A and B; NaN when neither caught anything, or a score is no log-probability."""
     a, b = scores.logprobs
     if math.isnan(a) or math.isnan(b) or max(a, b) == -math.inf or max(a, b) > 1e-3:
-        return NAN
+        return _NAN
     return 1.0 / (1.0 + math.exp(min(700.0, b - a)))
 
 
-def unwritten(answer: Generation) -> Outcome:
+def _classify_generation(generation: Generation) -> Outcome:
     """Why what a judge wrote is nothing to go by; OK where it is."""
-    if answer.finish_reason == "timeout":
+    if generation.finish_reason == "timeout":
         return Outcome.TIMEOUT
-    if answer.finish_reason == "refused" or REFUSAL.match(answer.text.replace("\u2019", "'")):
+    if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):
         return Outcome.REFUSED
-    return Outcome.OK if answer.text.strip() else Outcome.UNPARSEABLE
+    return Outcome.OK if generation.text.strip() else Outcome.UNPARSEABLE
 
 
-def letter_of(answer: Generation, prefill: str) -> Reading:
+def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
     """The letter that a judge's answer begins with, and all of its words as the explanation."""
-    text, outcome = (prefill + answer.text).strip(), unwritten(answer)
-    found = LETTER.match(prefill + answer.text) if outcome is Outcome.OK else None
+    text, outcome = (prefill + generation.text).strip(), _classify_generation(generation)
+    found = _LETTER_PATTERN.match(prefill + generation.text) if outcome is Outcome.OK else None
     if not found:
-        return Reading(NAN, 0.0, Outcome.UNPARSEABLE if outcome is Outcome.OK else outcome, answer.usage, text)
-    return Reading(1.0 if found[1] == "A" else 0.0, 1.0, Outcome.OK, answer.usage, text)
+        return SingleOrderComparison(
+            _NAN, 0.0, Outcome.UNPARSEABLE if outcome is Outcome.OK else outcome, generation.usage, text
+        )
+    return SingleOrderComparison(1.0 if found[1] == "A" else 0.0, 1.0, Outcome.OK, generation.usage, text)
 
 
-def both_orders(model: Model, pairs: Sequence[tuple[Turns, Turns]], form: Form = OPTIONS_FORM) -> list[Comparison]:
+def compare_in_both_orders(
+    model: Model, pairs: Sequence[tuple[_Messages, _Messages]], answer_mode: AnswerMode = _LOGPROBS_MODE
+) -> list[Comparison]:
     """Ask each question in both orders: `pairs` holds the wording with the first text as A, and as B."""
-    readings = form.read(model, [messages for pair in pairs for messages in pair])
-    return [compared(*readings[i : i + 2]) for i in range(0, len(readings), 2)]
+    readings = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
+    return [_combine_orders(*readings[i : i + 2]) for i in range(0, len(readings), 2)]
 
 
-def compared(first: Reading, second: Reading) -> Comparison:
+def _combine_orders(first: SingleOrderComparison, second: SingleOrderComparison) -> Comparison:
     """Two readings as one comparison; where both failed, the first of them says why."""
     failed = [reading.outcome for reading in (first, second) if reading.outcome is not Outcome.OK]
     return Comparison(
-        forward=first.p,
-        backward=1.0 - second.p,
-        option_mass_forward=first.mass,
-        option_mass_backward=second.mass,
+        p_forward=first.p_first,
+        p_backward=1.0 - second.p_first,
+        option_mass_forward=first.option_mass,
+        option_mass_backward=second.option_mass,
         usage=first.usage + second.usage,
         outcome=failed[0] if failed else Outcome.OK,
-        text_forward=first.text,
-        text_backward=second.text,
+        explanation_forward=first.explanation,
+        explanation_backward=second.explanation,
     )

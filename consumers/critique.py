@@ -25,12 +25,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from constitutions.loader import Constitution, Principle
+from constitutions.loader import Constitution, CritiquePrinciple
 from consumers import templates
-from consumers.chain import carried, seed_for, similarity, start_of
-from consumers.compare import Comparison, Form, both_orders
-from consumers.judge import reference
-from engine.models.port import NOTHING, Ask, Generation, Model, Usage
+from consumers.chain import compute_similarity, compute_stage_seed, get_carried_fields, make_initial_chain_fields
+from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
+from consumers.judge import make_constitution_ref
+from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Usage
 from schemas import ids
 from schemas.records import (
     ChatMessage,
@@ -47,51 +47,51 @@ from schemas.records import (
     Verdict,
 )
 
-Wordings = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
+_QuestionPair = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
 
 # What a critique says that finds nothing (the course's two phrases, and others for the same), and what takes it back.
-FINDS_NOTHING = re.compile(
+_NO_PROBLEM_PATTERN = re.compile(
     r"\bno (?:\w+ )?(?:issues?|problems?|concerns?)\b"
     r"|\b(?:response|answer) (?:is|seems|appears) (?:\w+ )?(?:appropriate|acceptable|fine|harmless)\b"
     r"|\bnothing (?:is )?(?:wrong|problematic|harmful|to (?:criticis|criticiz|improv|chang)e)\b",
     re.IGNORECASE,
 )
-TAKES_BACK = re.compile(
+_RETRACTION_PATTERN = re.compile(
     r"\b(?:but|however|although|though|except|yet|still|not sure|not say|not think|not that)\b|n't (?:say|think|believe)\b",
     re.IGNORECASE,
 )
 
 
-def finds_nothing(critique: str) -> bool:
+def _finds_no_problem(critique: str) -> bool:
     """Whether a critique says, without taking it back, that the answer has no problem."""
-    return bool(FINDS_NOTHING.search(critique)) and not TAKES_BACK.search(critique.replace("\u2019", "'"))
+    return bool(_NO_PROBLEM_PATTERN.search(critique)) and not _RETRACTION_PATTERN.search(critique.replace("\u2019", "'"))
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainState:
     """A text that waits for its critique: the chain so far, the principles already used, and the one of the next round."""
 
     parent: Response | Revision
     fields: dict[str, Any]
-    used: tuple[Principle, ...]
-    upcoming: Principle | None
+    used_principles: tuple[CritiquePrinciple, ...]
+    next_principle: CritiquePrinciple | None
     verdict: Verdict = Verdict.NOT_ASKED
     p_flawed: float | None = None
-    mass: float | None = None
+    option_mass: float | None = None
     p_better: float | None = None
     verdicts: tuple[PrincipleVerdict, ...] = ()
     similarity: float | None = None
-    ended: EndReason = EndReason.NONE
-    usage: Usage = NOTHING
-    criticism: str = ""
+    end_reason: EndReason = EndReason.NONE
+    usage: Usage = NO_USAGE
+    critique: str = ""
 
     @property
-    def checked(self) -> list[Principle]:
-        return [*self.used, *([self.upcoming] if self.upcoming else [])]
+    def checked_principles(self) -> list[CritiquePrinciple]:
+        return [*self.used_principles, *([self.next_principle] if self.next_principle else [])]
 
 
 @dataclass(frozen=True)
-class Criticise:
+class CritiqueStage:
     """The critique stage."""
 
     model: Model
@@ -100,138 +100,148 @@ class Criticise:
     rounds: int
     early_stop: str
     few_shot: bool
-    min_mass: float
-    win: float
-    lose: float
-    same: float
+    min_option_mass: float
+    accept_threshold: float
+    reject_threshold: float
+    similarity_threshold: float
     skip_sources: tuple[str, ...]
     preset: str = "charter"
     selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
         # An unusable revision has ended its chain; what it says is neither criticised nor trained on.
-        links = [self.link(record) for record in records if not ended_already(record)]
+        links = [self.make_state(record) for record in records if not _has_ended(record)]
         if not links:
             return [[] for _ in records]
         started = time.monotonic()
         if self.early_stop == "verdict":
-            links = self.assess(links)
-        links = [replace(link, ended=self.ended(link)) for link in links]
-        criticised = iter(self.criticised([link for link in links if link.ended is EndReason.NONE]))
-        links = [next(criticised) if link.ended is EndReason.NONE else link for link in links]
+            links = self.assess_states(links)
+        links = [replace(link, end_reason=self.decide_end_reason(link)) for link in links]
+        criticised = iter(self.write_critiques([link for link in links if link.end_reason is EndReason.NONE]))
+        links = [next(criticised) if link.end_reason is EndReason.NONE else link for link in links]
         latency = 1000 * (time.monotonic() - started) / len(links)
-        made = iter([self.record(link, latency) for link in links])
-        return [[] if ended_already(record) else [next(made)] for record in records]
+        made = iter([self.make_record(link, latency) for link in links])
+        return [[] if _has_ended(record) else [next(made)] for record in records]
 
     # Where each chain stands
 
-    def link(self, record: Record) -> Link:
+    def make_state(self, record: Record) -> ChainState:
         """The chain up to this record, with the principles it used and the one of the round to come."""
         assert isinstance(record, Response | Revision)
-        fields = start_of(record) if isinstance(record, Response) else carried(record)
+        fields = make_initial_chain_fields(record) if isinstance(record, Response) else get_carried_fields(record)
         by_id = {principle.id: principle for principle in self.constitution.critique}
         used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
         upcoming = None
         if fields["round"] < self.rounds:
-            seed = seed_for("principle", fields["response_id"], fields["round"])
-            upcoming = self.constitution.critique_principle(seed, fields["round"], fields["tags"], self.drawing)
-        return Link(record, fields, used, upcoming)
+            seed = compute_stage_seed("principle", fields["response_id"], fields["round"])
+            upcoming = self.constitution.select_critique_principle(
+                seed, fields["round"], fields["tags"], self.selection_override
+            )
+        return ChainState(record, fields, used, upcoming)
 
     @property
-    def drawing(self) -> str:
+    def selection_override(self) -> str:
         return "" if self.selection == "constitution" else self.selection
 
-    def seed(self, link: Link) -> int:
-        return seed_for("critique", link.fields["response_id"], link.fields["round"])
+    def compute_seed(self, state: ChainState) -> int:
+        return compute_stage_seed("critique", state.fields["response_id"], state.fields["round"])
 
-    def skipped(self, link: Link) -> bool:
-        return link.fields["source"] in self.skip_sources
+    def is_skipped(self, state: ChainState) -> bool:
+        return state.fields["source"] in self.skip_sources
 
     # What the critic's probabilities say
 
-    def assess(self, links: Sequence[Link]) -> list[Link]:
+    def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
         """Ask every verdict and every comparison of a batch in one go."""
-        asked = [self.questions(link) for link in links]
-        form = Form(min_mass=self.min_mass)
-        answers = iter(both_orders(self.model, [wordings for of_one in asked for wordings in of_one], form))
-        return [self.weigh(link, [next(answers) for _ in of_one]) for link, of_one in zip(links, asked, strict=True)]
+        asked = [self.make_questions(link) for link in states]
+        form = AnswerMode(min_option_mass=self.min_option_mass)
+        answers = iter(compare_in_both_orders(self.model, [wordings for of_one in asked for wordings in of_one], form))
+        return [
+            self.apply_comparisons(link, [next(answers) for _ in of_one]) for link, of_one in zip(states, asked, strict=True)
+        ]
 
-    def questions(self, link: Link) -> list[Wordings]:
+    def make_questions(self, state: ChainState) -> list[_QuestionPair]:
         """One verdict for each principle, and for a revision the comparison with its predecessor first."""
-        fields = link.fields
-        if self.skipped(link) or not fields["response"].strip() or kept_back(link.parent):
+        fields = state.fields
+        if self.is_skipped(state) or not fields["response"].strip() or _is_withheld(state.parent):
             return []
         messages, text = fields["messages"], fields["response"]
         verdicts = [
             (
-                templates.verdict(messages, text, principle.critique, "Yes", "No"),
-                templates.verdict(messages, text, principle.critique, "No", "Yes"),
+                templates.make_verdict_messages(messages, text, principle.critique_prompt, "Yes", "No"),
+                templates.make_verdict_messages(messages, text, principle.critique_prompt, "No", "Yes"),
             )
-            for principle in link.checked
+            for principle in state.checked_principles
         ]
-        if not isinstance(link.parent, Revision):
+        if not isinstance(state.parent, Revision):
             return verdicts
-        question = f"{link.used[-1].revision} Which answer does this better?" if link.used else "Which answer is better?"
+        question = (
+            f"{state.used_principles[-1].revision_prompt} Which answer does this better?"
+            if state.used_principles
+            else "Which answer is better?"
+        )
         previous = fields["previous_response"] or ""
         return [
             (
-                templates.comparison(messages, text, previous, question),
-                templates.comparison(messages, previous, text, question),
+                templates.make_comparison_messages(messages, text, previous, question),
+                templates.make_comparison_messages(messages, previous, text, question),
             ),
             *verdicts,
         ]
 
-    def weigh(self, link: Link, answers: list[Comparison]) -> Link:
+    def apply_comparisons(self, state: ChainState, comparisons: list[Comparison]) -> ChainState:
         """The verdict over all principles asked (the worst one counts), and the comparison with the predecessor."""
-        if not answers:
-            return link
-        link = replace(link, usage=sum((answer.usage for answer in answers), NOTHING))
-        if isinstance(link.parent, Revision):
-            better, *answers = answers
-            alike = similarity(link.fields["response"], link.fields["previous_response"] or "")
-            link = replace(link, p_better=better.p if better.outcome is Outcome.OK else None, similarity=alike)
-        if not answers:
-            return link
-        asked = [verdict_of(p.id, answer) for p, answer in zip(link.checked, answers, strict=True)]
+        if not comparisons:
+            return state
+        state = replace(state, usage=sum((answer.usage for answer in comparisons), NO_USAGE))
+        if isinstance(state.parent, Revision):
+            better, *comparisons = comparisons
+            alike = compute_similarity(state.fields["response"], state.fields["previous_response"] or "")
+            state = replace(state, p_better=better.p_mean if better.outcome is Outcome.OK else None, similarity=alike)
+        if not comparisons:
+            return state
+        asked = [_make_verdict(p.id, answer) for p, answer in zip(state.checked_principles, comparisons, strict=True)]
         said = [verdict.verdict for verdict in asked]
         worst = next((v for v in (Verdict.LOW_MASS, Verdict.FLAWED) if v in said), Verdict.CLEAN)
         flawed = [verdict.p_flawed for verdict in asked if verdict.p_flawed is not None]
         return replace(
-            link,
+            state,
             verdict=worst,
             verdicts=tuple(asked),
             p_flawed=max(flawed, default=None),
-            mass=min(answer.mass for answer in answers),
+            option_mass=min(answer.option_mass for answer in comparisons),
         )
 
-    def ended(self, link: Link) -> EndReason:
+    def decide_end_reason(self, state: ChainState) -> EndReason:
         """Whether the chain is over, and why."""
-        if self.skipped(link):
+        if self.is_skipped(state):
             return EndReason.SKIPPED
-        if not link.fields["response"].strip() or kept_back(link.parent):
+        if not state.fields["response"].strip() or _is_withheld(state.parent):
             return EndReason.UNUSABLE
-        clean = link.verdict is Verdict.CLEAN
-        if isinstance(link.parent, Response):
+        clean = state.verdict is Verdict.CLEAN
+        if isinstance(state.parent, Response):
             return EndReason.SATISFIED if clean else EndReason.NONE
-        if link.p_better is not None and link.p_better <= self.lose:
+        if state.p_better is not None and state.p_better <= self.reject_threshold:
             return EndReason.LOST
-        wins = link.p_better is not None and link.p_better >= self.win
-        if clean and (wins or (link.similarity or 0.0) > self.same):
+        wins = state.p_better is not None and state.p_better >= self.accept_threshold
+        if clean and (wins or (state.similarity or 0.0) > self.similarity_threshold):
             return EndReason.SATISFIED
-        return EndReason.NONE if link.upcoming else EndReason.LAST_ROUND
+        return EndReason.NONE if state.next_principle else EndReason.LAST_ROUND
 
     # The critique in words
 
-    def criticised(self, links: Sequence[Link]) -> list[Link]:
+    def write_critiques(self, states: Sequence[ChainState]) -> list[ChainState]:
         """The links with the critique under their upcoming principle; one that finds nothing may end its chain."""
         examples = self.constitution.examples if self.few_shot else ()
         asks = [
-            Ask(
-                templates.critique(link.fields["messages"], link.fields["response"], principle.critique, examples),
-                seed=self.seed(link),
+            GenerationRequest(
+                templates.make_critique_messages(
+                    link.fields["messages"], link.fields["response"], principle.critique_prompt, examples
+                ),
+                seed=self.compute_seed(link),
             )
-            for link in links
-            if (principle := link.upcoming)
+            for link in states
+            if (principle := link.next_principle)
         ]
         if not asks:
             return []
@@ -244,80 +254,80 @@ class Criticise:
         return [
             replace(
                 link,
-                criticism=answer.text.strip(),
+                critique=answer.text.strip(),
                 usage=link.usage + answer.usage,
-                ended=EndReason.SATISFIED if self.satisfied(answer) else EndReason.NONE,
+                end_reason=EndReason.SATISFIED if self.is_satisfied(answer) else EndReason.NONE,
             )
-            for link, (answer,) in zip(links, answers, strict=True)
+            for link, (answer,) in zip(states, answers, strict=True)
         ]
 
-    def satisfied(self, answer: Generation) -> bool:
+    def is_satisfied(self, generation: Generation) -> bool:
         """Whether a critique ends its chain by what it says."""
-        return self.early_stop == "phrases" and answer.finish_reason != "refused" and finds_nothing(answer.text)
+        return self.early_stop == "phrases" and generation.finish_reason != "refused" and _finds_no_problem(generation.text)
 
-    def record_id(self, link: Link) -> str:
-        configuration = ids.fingerprint(
+    def compute_record_id(self, state: ChainState) -> str:
+        configuration = ids.compute_fingerprint(
             model=[self.model.id, self.model.revision],
-            template=templates.HASH["critique"],
-            verdict=templates.hash_of("verdict", self.model.capabilities),
+            template=templates.TEMPLATE_HASHES["critique"],
+            verdict=templates.get_template_hash("verdict", self.model.capabilities),
             constitution=self.constitution.hash,
             sampling=self.sampling.model_dump(),
             rounds=self.rounds,
-            selection=self.drawing or self.constitution.selection,
+            selection=self.selection_override or self.constitution.selection,
             early_stop=self.early_stop,
             few_shot=self.few_shot,
-            limits=[self.min_mass, self.win, self.lose, self.same],
+            limits=[self.min_option_mass, self.accept_threshold, self.reject_threshold, self.similarity_threshold],
             skip_sources=sorted(self.skip_sources),
         )
-        return ids.record_id("critique", [link.parent.record_id], configuration)
+        return ids.compute_record_id("critique", [state.parent.record_id], configuration)
 
-    def record(self, link: Link, latency_ms: float) -> Critique:
-        fields, over, usage = link.fields, link.ended is not EndReason.NONE, link.usage
-        before = link.ended is EndReason.LOST
+    def make_record(self, state: ChainState, latency_ms: float) -> Critique:
+        fields, over, usage = state.fields, state.end_reason is not EndReason.NONE, state.usage
+        before = state.end_reason is EndReason.LOST
         final = ("previous_response", "previous_finish_reason") if before else ("response", "finish_reason")
-        principle = link.upcoming or (link.used[-1] if link.used else None)
+        principle = state.next_principle or (state.used_principles[-1] if state.used_principles else None)
         return Critique(
-            record_id=self.record_id(link),
-            parent_ids=[link.parent.record_id],
+            record_id=self.compute_record_id(state),
+            parent_ids=[state.parent.record_id],
             stage="critique",
-            constitution=reference(self.constitution),
+            constitution=make_constitution_ref(self.constitution),
             principle_id=principle.id if principle else None,
             model=ModelRef(id=self.model.id, revision=self.model.revision),
-            template_hash=templates.HASH["critique"],
+            template_hash=templates.TEMPLATE_HASHES["critique"],
             sampling=self.sampling,
-            seed=self.seed(link),
-            prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion,
+            seed=self.compute_seed(state),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
             latency_ms=latency_ms,
-            cached_tokens=usage.cached,
+            cached_tokens=usage.cached_tokens,
             preset=self.preset,
-            critique=link.criticism,
-            verdict=link.verdict,
-            verdicts=list(link.verdicts),
-            p_flawed=link.p_flawed,
-            option_mass=link.mass,
-            p_better=link.p_better,
-            similarity=link.similarity,
+            critique=state.critique,
+            verdict=state.verdict,
+            verdicts=list(state.verdicts),
+            p_flawed=state.p_flawed,
+            option_mass=state.option_mass,
+            p_better=state.p_better,
+            similarity=state.similarity,
             final=over,
-            end_reason=link.ended,
+            end_reason=state.end_reason,
             final_response=fields[final[0]] if over else None,
             final_finish_reason=fields[final[1]] if over else FinishReason.UNKNOWN,
             **fields,
         )
 
 
-def kept_back(record: Response | Revision) -> bool:
+def _is_withheld(record: Response | Revision) -> bool:
     """Whether a server's filter kept the answer that a chain starts from, or the rest of it, back."""
     return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 
-def ended_already(record: Record) -> bool:
+def _has_ended(record: Record) -> bool:
     return isinstance(record, Revision) and record.final
 
 
-def verdict_of(principle_id: str, answer: Comparison) -> PrincipleVerdict:
+def _make_verdict(principle_id: str, comparison: Comparison) -> PrincipleVerdict:
     """What the critic says under one principle; what could not be read is LOW_MASS and never CLEAN."""
-    readable = answer.outcome is Outcome.OK
-    verdict = Verdict.LOW_MASS if not readable else Verdict.FLAWED if answer.p > 0.5 else Verdict.CLEAN
-    p_flawed = None if math.isnan(answer.p) else answer.p
-    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, option_mass=answer.mass)
+    readable = comparison.outcome is Outcome.OK
+    verdict = Verdict.LOW_MASS if not readable else Verdict.FLAWED if comparison.p_mean > 0.5 else Verdict.CLEAN
+    p_flawed = None if math.isnan(comparison.p_mean) else comparison.p_mean
+    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, option_mass=comparison.option_mass)

@@ -24,9 +24,9 @@ from itertools import pairwise
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.chain import seed_for
-from consumers.compare import Comparison, Form, both_orders
-from engine.models.port import NOTHING, Model
+from consumers.chain import compute_stage_seed
+from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
+from engine.models.interface import NO_USAGE, Model
 from schemas import ids
 from schemas.records import (
     Chain,
@@ -42,36 +42,36 @@ from schemas.records import (
     Sampling,
 )
 
-ALL = "all"
-ORDERS = ("forward", "backward")
+_ALL_PRINCIPLES = "all"
+_LABEL_ORDERS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
-class Pair:
+class ResponsePair:
     """Two answers to one prompt, waiting for a judgement."""
 
     parent: Response | Chain
     response_id: str
-    a: str
-    b: str
+    response_a: str
+    response_b: str
     completion_index_a: int | None
     completion_index_b: int | None
     finish_reason_a: FinishReason
     finish_reason_b: FinishReason
-    sample: int
+    sample_index: int
 
     @property
     def seed(self) -> int:
         """The same for the same pair under every constitution."""
-        return seed_for("judge", self.response_id, self.sample)
+        return compute_stage_seed("judge", self.response_id, self.sample_index)
 
 
-def pairs_of(record: Record) -> list[Pair]:
+def _make_pairs(record: Record) -> list[ResponsePair]:
     """The pairs in a record: neighbouring completions of a response; the final text and the first answer of a chain."""
     if isinstance(record, Response):
         completions = record.completions
         return [
-            Pair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
+            ResponsePair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
             for a, b in pairwise(completions)
         ]
     assert isinstance(record, Chain)
@@ -80,7 +80,7 @@ def pairs_of(record: Record) -> list[Pair]:
     if record.final_response is None or record.final_response == record.initial_response:
         return []
     return [
-        Pair(
+        ResponsePair(
             record,
             record.response_id,
             record.final_response,
@@ -95,7 +95,7 @@ def pairs_of(record: Record) -> list[Pair]:
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """What a pair is judged by: one principle (or all), and what its vote weighs."""
 
     principle_id: str
@@ -104,128 +104,135 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Ballot:
+class PrincipleComparison:
     """What one question brought."""
 
-    question: Question
+    question: JudgeQuestion
     comparison: Comparison
     outcome: Outcome
 
-    def vote(self) -> PrincipleVote:
+    def to_vote(self) -> PrincipleVote:
         said = self.comparison
         return PrincipleVote(
             principle_id=self.question.principle_id,
-            p_forward=said.forward,
-            p_backward=said.backward,
+            p_forward=said.p_forward,
+            p_backward=said.p_backward,
             option_mass_forward=said.option_mass_forward,
             option_mass_backward=said.option_mass_backward,
             weight=self.question.weight,
             outcome=self.outcome,
-            explanation=said.text_forward,
-            explanation_backward=said.text_backward,
+            explanation=said.explanation_forward,
+            explanation_backward=said.explanation_backward,
         )
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeStage:
     """The judging stage."""
 
     model: Model
     constitution: Constitution
     pairing: str
-    min_mass: float
-    reject_flips: bool
+    min_option_mass: float
+    reject_position_flips: bool
     preset: str = "lee2023"
-    form: str = "options"
+    answer_mode: str = "options"
     principles: str = "constitution"
-    k: int = 1
-    order: str = "both"
+    num_principles: int = 1
+    label_order: str = "both"
     clamp: float = 0.0
     max_tokens: int = 256
-    deadline_s: float | None = None
+    timeout_s: float | None = None
 
     def __call__(self, records: Sequence[Record]) -> list[list[Preference]]:
-        pairs = [pairs_of(record) for record in records]
+        pairs = [_make_pairs(record) for record in records]
         flat = [pair for of_one in pairs for pair in of_one]
         if not flat:
             return [[] for _ in records]
         started = time.monotonic()
-        ballots = self.ballots(flat)
+        ballots = self.compare_pairs(flat)
         latency = 1000 * (time.monotonic() - started) / len(flat)
-        made = iter([self.preference(pair, votes, latency) for pair, votes in zip(flat, ballots, strict=True)])
+        made = iter([self.make_preference(pair, votes, latency) for pair, votes in zip(flat, ballots, strict=True)])
         return [[next(made) for _ in of_one] for of_one in pairs]
 
     # Asking
 
     @property
-    def asking(self) -> Form:
-        return Form(self.form, self.min_mass, self.max_tokens, self.deadline_s)
+    def mode(self) -> AnswerMode:
+        return AnswerMode(self.answer_mode, self.min_option_mass, self.max_tokens, self.timeout_s)
 
     @property
-    def together(self) -> bool:
+    def asks_all_principles(self) -> bool:
         """Whether all principles are in one question."""
-        return self.principles == ALL or (self.principles == "constitution" and self.constitution.judge_with == ALL)
+        return self.principles == _ALL_PRINCIPLES or (
+            self.principles == "constitution" and self.constitution.judge_with == _ALL_PRINCIPLES
+        )
 
-    def questions(self, pair: Pair) -> list[Question]:
+    def make_questions(self, pair: ResponsePair) -> list[JudgeQuestion]:
         """What this pair is judged by: all principles at once, one drawn by weight, or k different ones, drawn evenly.
 
         Several principles are drawn evenly because their weights count in the average: both ways of drawing have the same mean.
         """
-        if self.together:
-            return [Question(ALL, self.constitution.whole_question)]
-        drawn = self.constitution.judging_principles(pair.seed, pair.parent.tags, self.k)
-        return [Question(p.id, p.question, p.weight if self.k > 1 else 1.0) for p in drawn]
+        if self.asks_all_principles:
+            return [JudgeQuestion(_ALL_PRINCIPLES, self.constitution.combined_judge_prompt)]
+        drawn = self.constitution.sample_judge_principles(pair.seed, pair.parent.tags, self.num_principles)
+        return [JudgeQuestion(p.id, p.judge_prompt, p.weight if self.num_principles > 1 else 1.0) for p in drawn]
 
-    def ballots(self, pairs: Sequence[Pair]) -> list[list[Ballot]]:
+    def compare_pairs(self, pairs: Sequence[ResponsePair]) -> list[list[PrincipleComparison]]:
         """Every question of every pair, asked in one go."""
-        asked, form = [self.questions(pair) for pair in pairs], self.asking
+        asked, form = [self.make_questions(pair) for pair in pairs], self.mode
         wordings = [
             (
-                templates.comparison(pair.parent.messages, pair.a, pair.b, question.text, form.template),
-                templates.comparison(pair.parent.messages, pair.b, pair.a, question.text, form.template),
+                templates.make_comparison_messages(
+                    pair.parent.messages, pair.response_a, pair.response_b, question.text, form.template
+                ),
+                templates.make_comparison_messages(
+                    pair.parent.messages, pair.response_b, pair.response_a, question.text, form.template
+                ),
             )
             for pair, questions in zip(pairs, asked, strict=True)
             for question in questions
         ]
-        answers = iter(both_orders(self.model, wordings, form))
+        answers = iter(compare_in_both_orders(self.model, wordings, form))
         return [
-            [Ballot(question, answer := next(answers), self.outcome(answer)) for question in questions] for questions in asked
+            [PrincipleComparison(question, answer := next(answers), self.decide_outcome(answer)) for question in questions]
+            for questions in asked
         ]
 
-    def outcome(self, comparison: Comparison) -> Outcome:
-        if comparison.outcome is Outcome.OK and self.reject_flips and comparison.position_flip:
+    def decide_outcome(self, comparison: Comparison) -> Outcome:
+        if comparison.outcome is Outcome.OK and self.reject_position_flips and comparison.position_flip:
             return Outcome.POSITION_FLIP
         return comparison.outcome
 
     # Counting
 
-    def label(self, order: str, comparison: Comparison) -> float:
+    def compute_label(self, order: str, comparison: Comparison) -> float:
         """The soft label of the answer called a."""
-        p = {"both": comparison.p, "forward": comparison.forward, "backward": comparison.backward}[order]
+        p = {"both": comparison.p_mean, "forward": comparison.p_forward, "backward": comparison.p_backward}[order]
         return min(max(p, self.clamp), 1 - self.clamp)
 
-    def preference(self, pair: Pair, ballots: Sequence[Ballot], latency_ms: float) -> Preference:
-        parent, said = pair.parent, counted(ballots)
-        order = ORDERS[pair.seed % 2] if self.order == "seeded" else "both"
-        outcome = self.outcome(said)
+    def make_preference(self, pair: ResponsePair, comparisons: Sequence[PrincipleComparison], latency_ms: float) -> Preference:
+        parent, said = pair.parent, _aggregate_comparisons(comparisons)
+        order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
+        outcome = self.decide_outcome(said)
         labelled = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
-        written = None if self.form == "options" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
+        written = None if self.answer_mode == "options" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
         return Preference(
-            record_id=self.record_id(pair),
+            record_id=self.compute_record_id(pair),
             parent_ids=[parent.record_id],
             prompt_id=parent.prompt_id,
             run_id=parent.run_id,
             stage="judge",
-            constitution=reference(self.constitution),
-            principle_id=ballots[0].question.principle_id if len(ballots) == 1 else None,
+            constitution=make_constitution_ref(self.constitution),
+            principle_id=comparisons[0].question.principle_id if len(comparisons) == 1 else None,
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             policy_version=parent.policy_version,
-            template_hash=self.asking.hash(self.model.capabilities),
+            template_hash=self.mode.get_template_hash(self.model.capabilities),
             sampling=written,
             seed=pair.seed,
-            prompt_tokens=said.usage.prompt,
-            completion_tokens=said.usage.completion,
-            cached_tokens=said.usage.cached,
+            prompt_tokens=said.usage.prompt_tokens,
+            completion_tokens=said.usage.completion_tokens,
+            cached_tokens=said.usage.cached_tokens,
             latency_ms=latency_ms,
             response_id=pair.response_id,
             messages=parent.messages,
@@ -234,76 +241,76 @@ class Judge:
             split=parent.split,
             epoch=parent.epoch,
             pairing=self.pairing,
-            response_a=pair.a,
-            response_b=pair.b,
+            response_a=pair.response_a,
+            response_b=pair.response_b,
             completion_index_a=pair.completion_index_a,
             completion_index_b=pair.completion_index_b,
             finish_reason_a=pair.finish_reason_a,
             finish_reason_b=pair.finish_reason_b,
-            p_a=self.label(order, said) if labelled else None,
-            p_forward=known(said.forward),
-            p_backward=known(said.backward),
-            position_gap=known(said.gap),
-            option_mass=said.mass,
+            p_a=self.compute_label(order, said) if labelled else None,
+            p_forward=_nan_to_none(said.p_forward),
+            p_backward=_nan_to_none(said.p_backward),
+            position_gap=_nan_to_none(said.position_gap),
+            option_mass=said.option_mass,
             position_flip=said.position_flip,
-            votes=[ballot.vote() for ballot in ballots],
-            explanation=said.text_forward,
+            votes=[ballot.to_vote() for ballot in comparisons],
+            explanation=said.explanation_forward,
             outcome=outcome,
             preset=self.preset,
             label_order=order,
         )
 
-    def record_id(self, pair: Pair) -> str:
-        configuration = ids.fingerprint(
+    def compute_record_id(self, pair: ResponsePair) -> str:
+        configuration = ids.compute_fingerprint(
             model=[self.model.id, self.model.revision],
-            template=self.asking.hash(self.model.capabilities),
+            template=self.mode.get_template_hash(self.model.capabilities),
             constitution=self.constitution.hash,
             pairing=self.pairing,
-            form=self.form,
-            principles=ALL if self.together else self.k,
-            order=self.order,
+            form=self.answer_mode,
+            principles=_ALL_PRINCIPLES if self.asks_all_principles else self.num_principles,
+            order=self.label_order,
             clamp=self.clamp,
-            min_mass=self.min_mass,
-            reject_flips=self.reject_flips,
-            max_tokens=self.max_tokens if self.form != "options" else None,
+            min_mass=self.min_option_mass,
+            reject_flips=self.reject_position_flips,
+            max_tokens=self.max_tokens if self.answer_mode != "options" else None,
         )
-        return ids.record_id("judge", [pair.parent.record_id], configuration, pair.sample)
+        return ids.compute_record_id("judge", [pair.parent.record_id], configuration, pair.sample_index)
 
 
-def counted(ballots: Sequence[Ballot]) -> Comparison:
+def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Comparison:
     """All ballots as one comparison: the mean of those that count, by weight.
 
     Of several outcomes that bar a label the one with the most weight is told. Where no ballot counts the mean is of what could
     be read, for the record; it is no label.
     """
     weights: dict[Outcome, float] = defaultdict(float)
-    for ballot in ballots:
+    for ballot in comparisons:
         weights[ballot.outcome] += ballot.question.weight
     enough = 2 * weights[Outcome.OK] >= math.fsum(weights.values())
     outcome = Outcome.OK if enough else max((o for o in weights if o is not Outcome.OK), key=weights.__getitem__)
-    counting = [b for b in ballots if b.outcome is outcome] or ballots
-    first = ballots[0].comparison
+    counting = [b for b in comparisons if b.outcome is outcome] or comparisons
+    first = comparisons[0].comparison
     return Comparison(
-        forward=mean(counting, [b.comparison.forward for b in counting]),
-        backward=mean(counting, [b.comparison.backward for b in counting]),
+        p_forward=_weighted_mean(counting, [b.comparison.p_forward for b in counting]),
+        p_backward=_weighted_mean(counting, [b.comparison.p_backward for b in counting]),
         option_mass_forward=min(b.comparison.option_mass_forward for b in counting),
         option_mass_backward=min(b.comparison.option_mass_backward for b in counting),
-        usage=sum((b.comparison.usage for b in ballots), NOTHING),
+        usage=sum((b.comparison.usage for b in comparisons), NO_USAGE),
         outcome=outcome,
-        text_forward=first.text_forward if len(ballots) == 1 else "",
-        text_backward=first.text_backward if len(ballots) == 1 else "",
+        explanation_forward=first.explanation_forward if len(comparisons) == 1 else "",
+        explanation_backward=first.explanation_backward if len(comparisons) == 1 else "",
     )
 
 
-def mean(ballots: Sequence[Ballot], values: Sequence[float]) -> float:
+def _weighted_mean(comparisons: Sequence[PrincipleComparison], values: Sequence[float]) -> float:
     """The weighted mean; of one value that value itself."""
-    total = math.fsum(b.question.weight for b in ballots)
-    return math.fsum(b.question.weight * value for b, value in zip(ballots, values, strict=True)) / total
+    total = math.fsum(b.question.weight for b in comparisons)
+    return math.fsum(b.question.weight * value for b, value in zip(comparisons, values, strict=True)) / total
 
 
-def known(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def reference(constitution: Constitution) -> ConstitutionRef:
+def make_constitution_ref(constitution: Constitution) -> ConstitutionRef:
     return ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash)

@@ -11,31 +11,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from consumers.chain import read_finish_reason
-from consumers.templates import CHAT_HASH
-from engine.models.port import Ask, Generation, Model, used
+from consumers.templates import CHAT_TEMPLATE_HASH
+from engine.models.interface import Generation, GenerationRequest, Model, sum_usage
 from schemas import ids
 from schemas.records import Completion, ModelRef, Prompt, Response, Sampling
 
 
 @dataclass(frozen=True)
-class Respond:
+class RespondStage:
     """The respond stage. `policy` gives the model that answers now and its version."""
 
-    policy: Callable[[], tuple[Model, int]]
-    samples: int
+    get_policy: Callable[[], tuple[Model, int]]
+    num_completions: int
     sampling: Sampling
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[list[Response]]:
-        model, version = self.policy()
-        configuration = self.fingerprint(model, version)
-        record_ids = [ids.record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
+        model, version = self.get_policy()
+        configuration = self.compute_fingerprint(model, version)
+        record_ids = [ids.compute_record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
         asks = [
-            Ask(tuple(prompt.messages), seed=ids.seed(record_id)) for prompt, record_id in zip(prompts, record_ids, strict=True)
+            GenerationRequest(tuple(prompt.messages), seed=ids.compute_seed(record_id))
+            for prompt, record_id in zip(prompts, record_ids, strict=True)
         ]
         started = time.monotonic()
         answers = model.generate(
             asks,
-            samples=self.samples,
+            num_completions=self.num_completions,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
@@ -47,23 +48,23 @@ class Respond:
             "latency_ms": latency,
         }
         return [
-            [self.response(prompt, record_id, generations, lineage)]
+            [self.make_response(prompt, record_id, generations, lineage)]
             for prompt, record_id, generations in zip(prompts, record_ids, answers, strict=True)
         ]
 
-    def fingerprint(self, model: Model, version: int) -> str:
-        return ids.fingerprint(
+    def compute_fingerprint(self, model: Model, version: int) -> str:
+        return ids.compute_fingerprint(
             model=[model.id, model.revision],
             policy_version=version,
-            template=CHAT_HASH,
+            template=CHAT_TEMPLATE_HASH,
             sampling=self.sampling.model_dump(),
-            samples=self.samples,
+            samples=self.num_completions,
         )
 
-    def response(
+    def make_response(
         self, prompt: Prompt, record_id: str, generations: Sequence[Generation], lineage: dict[str, object]
     ) -> Response:
-        seed, usage = ids.seed(record_id), used(generations)
+        seed, usage = ids.compute_seed(record_id), sum_usage(generations)
         version = lineage["policy_version"]
         completions = [
             Completion(
@@ -83,11 +84,11 @@ class Respond:
             prompt_id=prompt.prompt_id,
             run_id=prompt.run_id,
             stage="respond",
-            template_hash=CHAT_HASH,
+            template_hash=CHAT_TEMPLATE_HASH,
             sampling=self.sampling,
             seed=seed,
-            prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
             messages=prompt.messages,
             source=prompt.source,
             tags=prompt.tags,

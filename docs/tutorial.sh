@@ -15,35 +15,35 @@ description = "How the assistant of a small bookshop answers customers."
 [[critique]]
 id = "next-step"
 name = "A next step"
-critique = "Say whether the assistant's last answer leaves the customer without knowing what happens next with their order."
-revision = "Rewrite the answer so that the customer knows the next step, and who takes it."
+critique_prompt = "Say whether the assistant's last answer leaves the customer without knowing what happens next with their order."
+revision_prompt = "Rewrite the answer so that the customer knows the next step, and who takes it."
 
 [[critique]]
 id = "no-false-promise"
 name = "No false promise"
-critique = "Say whether the assistant's last answer promises a day, a price or a refund that the shop has not confirmed."
-revision = "Rewrite the answer without unconfirmed promises, and say who can confirm them."
+critique_prompt = "Say whether the assistant's last answer promises a day, a price or a refund that the shop has not confirmed."
+revision_prompt = "Rewrite the answer without unconfirmed promises, and say who can confirm them."
 
 [[critique]]
 id = "not-cold"
 name = "Kind, and short"
-critique = "Say whether the assistant's last answer lectures, blames or tires a customer who only wants help."
-revision = "Rewrite the answer so that it is kind, short, and does not lecture. Do not refuse what is harmless."
+critique_prompt = "Say whether the assistant's last answer lectures, blames or tires a customer who only wants help."
+revision_prompt = "Rewrite the answer so that it is kind, short, and does not lecture. Do not refuse what is harmless."
 
-[[judging]]
+[[judge]]
 id = "helps-more"
 name = "Helps more"
-question = "Which answer helps the customer more with what they asked?"
+judge_prompt = "Which answer helps the customer more with what they asked?"
 
-[[judging]]
+[[judge]]
 id = "honest"
 name = "Promises less"
-question = "Which answer avoids promises that the shop has not confirmed?"
+judge_prompt = "Which answer avoids promises that the shop has not confirmed?"
 
-[[judging]]
+[[judge]]
 id = "kinder"
 name = "Kinder"
-question = "Which answer is kinder to the customer, without lecturing or refusing needlessly?"
+judge_prompt = "Which answer is kinder to the customer, without lecturing or refusing needlessly?"
 TOML
 
 cat >cases.jsonl <<'JSON'

@@ -15,28 +15,28 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.bus.port import Bus, Message
+from engine.bus.port import Bus, ConsumerRecord
 from engine.errors import UsageError
-from schemas.codec import RecordError, decode_any
+from schemas.codec import RecordError, decode_any_record
 from schemas.records import Record
 
-log = logging.getLogger("charter.budget")
+logger = logging.getLogger("charter.budget")
 
-TOPICS = ("responses", "critiques", "revisions", "preferences")
-LOOK_EVERY_S = 1.0
-BATCH = 1000
-MILLION = 1_000_000
+_METERED_TOPICS = ("responses", "critiques", "revisions", "preferences")
+_POLL_INTERVAL_S = 1.0
+_MAX_POLL_RECORDS = 1000
+_PRICE_UNIT_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Price:
     """What a model costs, in whatever currency, for a million tokens that it reads and for a million that it writes."""
 
-    prompt: float
-    completion: float
+    prompt_per_million: float
+    completion_per_million: float
 
-    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / MILLION
+    def compute_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self.prompt_per_million + completion_tokens * self.completion_per_million) / _PRICE_UNIT_TOKENS
 
 
 def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
@@ -66,58 +66,58 @@ class Budget:
     ) -> None:
         self.run_id, self.max_tokens, self.max_cost, self.prices = run_id, max_tokens, max_cost, prices or {}
         self.tokens, self.cost = 0, 0.0
-        self.header = ("run", run_id.encode())
-        ends = bus.end_offsets(list(TOPICS))
-        self.reader = bus.reader(bus.begin_offsets(list(TOPICS)))
-        self.look_at = 0.0
-        self.told: set[str] = set()
+        self.run_header = ("run", run_id.encode())
+        ends = bus.end_offsets(list(_METERED_TOPICS))
+        self.reader = bus.open_reader(bus.beginning_offsets(list(_METERED_TOPICS)))
+        self.next_poll_at = 0.0
+        self.warned_limits: set[str] = set()
         self.lock = threading.Lock()
         while any(self.reader.positions()[place] < end for place, end in ends.items()):
-            self.read(1.0)
+            self.read_usage(1.0)
 
-    def admits(self, stage: str) -> bool:
+    def can_admit(self, stage: str) -> bool:
         """Whether a stage may begin more, as of at most a second ago."""
         with self.lock:
-            if time.monotonic() >= self.look_at:
-                while self.read(0.0):
+            if time.monotonic() >= self.next_poll_at:
+                while self.read_usage(0.0):
                     pass
-                self.look_at = time.monotonic() + LOOK_EVERY_S
-            return self.within_cost() and (stage != "respond" or self.within_tokens())
+                self.next_poll_at = time.monotonic() + _POLL_INTERVAL_S
+            return self.is_within_cost_limit() and (stage != "respond" or self.is_within_token_limit())
 
-    def within_tokens(self) -> bool:
+    def is_within_token_limit(self) -> bool:
         if not self.max_tokens or self.tokens < self.max_tokens:
             return True
         used = f"{self.tokens} tokens of limits.max_tokens = {self.max_tokens}"
-        self.tell("tokens", f"{used}: it takes no new prompts, and finishes what it has begun")
+        self.warn_once("tokens", f"{used}: it takes no new prompts, and finishes what it has begun")
         return False
 
-    def within_cost(self) -> bool:
+    def is_within_cost_limit(self) -> bool:
         if not self.max_cost or self.cost < self.max_cost:
             return True
-        self.tell("cost", f"{self.cost:.4f} of limits.max_cost = {self.max_cost:g}: every stage pauses")
+        self.warn_once("cost", f"{self.cost:.4f} of limits.max_cost = {self.max_cost:g}: every stage pauses")
         return False
 
-    def tell(self, limit: str, what: str) -> None:
-        if limit not in self.told:
-            self.told.add(limit)
-            log.warning("run %s has used %s. To go on, raise the limit and start again; nothing is lost", self.run_id, what)
+    def warn_once(self, limit: str, usage: str) -> None:
+        if limit not in self.warned_limits:
+            self.warned_limits.add(limit)
+            logger.warning("run %s has used %s. To go on, raise the limit and start again; nothing is lost", self.run_id, usage)
 
-    def read(self, timeout_s: float) -> int:
-        messages = self.reader.poll(timeout_s, BATCH)
+    def read_usage(self, timeout_s: float) -> int:
+        messages = self.reader.poll(timeout_s, _MAX_POLL_RECORDS)
         for message in messages:
-            self.count(message)
+            self.add_usage(message)
         return len(messages)
 
-    def count(self, message: Message) -> None:
-        if self.header not in message.headers:
+    def add_usage(self, consumer_record: ConsumerRecord) -> None:
+        if self.run_header not in consumer_record.headers:
             return
         try:
-            record: Record = decode_any(message.value or b"")
+            record: Record = decode_any_record(consumer_record.value or b"")
         except RecordError:  # its reader makes a dead letter of it
             return
         self.tokens += record.prompt_tokens + record.completion_tokens
         if record.model and (price := self.prices.get(record.model.id)):
-            self.cost += price.of(record.prompt_tokens, record.completion_tokens)
+            self.cost += price.compute_cost(record.prompt_tokens, record.completion_tokens)
 
     def close(self) -> None:
         self.reader.close()

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from engine.bus.port import Message
-from engine.logs import written
+from engine.bus.port import ConsumerRecord
+from engine.logs import format_coordinates
 from schemas import ids
 from schemas.records import DeadLetter, DeadLetterKind, Header
 
 
-def dead_letter(
-    message: Message, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
+def make_dead_letter(
+    consumer_record: ConsumerRecord, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
 ) -> DeadLetter:
     """The message with its bytes and headers as they came, where it was, and why it could not be processed."""
     return DeadLetter(
-        record_id=ids.record_id(f"dead-letter/{stage}", [], written(message)),
+        record_id=ids.compute_record_id(f"dead-letter/{stage}", [], format_coordinates(consumer_record)),
         run_id=run_id,
         stage=stage,
         kind=kind,
-        source_topic=message.topic,
-        source_partition=message.partition,
-        source_offset=message.offset,
-        source_key=message.key,
-        value=message.value,
-        headers=[Header(key=key, value=value) for key, value in message.headers],
+        source_topic=consumer_record.topic,
+        source_partition=consumer_record.partition,
+        source_offset=consumer_record.offset,
+        source_key=consumer_record.key,
+        value=consumer_record.value,
+        headers=[Header(key=key, value=value) for key, value in consumer_record.headers],
         error_class=type(error).__name__,
         error_message=str(error),
         attempts=attempts,

@@ -57,7 +57,7 @@ class ModelUnreachable(DependencyUnreachable):
     """A model cannot be loaded, or its server does not answer."""
 
 
-class RegistryUnreachable(DependencyUnreachable):
+class SchemaRegistryUnreachable(DependencyUnreachable):
     """The schema registry does not answer, or not as one."""
 
 
@@ -73,11 +73,11 @@ class CheckpointsFull(DependencyUnreachable):
     """There is no room on the disk for another checkpoint."""
 
 
-class CommitInDoubt(CharterError):
+class CommitUncertain(CharterError):
     """It is not known whether a transaction was written."""
 
 
-class Fenced(CharterError):
+class WriterFenced(CharterError):
     """Another writer with the same transactional id has taken over."""
 
 
@@ -93,7 +93,7 @@ class PermanentRecordError(CharterError):
     """This record can never be processed, however often it is tried."""
 
 
-class CannotLearn(CharterError):
+class TrainingFailed(CharterError):
     """A learner cannot train on this batch, or its numbers ran away: nothing was saved, the last good policy stays.
 
     The loop gives the batch up with an incident, and tries the phase again when there are more rows or another model to start
@@ -101,9 +101,9 @@ class CannotLearn(CharterError):
     """
 
 
-class DeadLettersInARow(CharterError):
+class TooManyDeadLetters(CharterError):
     """Many records in a row failed in the same way: the stage stops before it gives up on more."""
 
 
-class DataFolderVersion(CharterError):
+class DataFolderVersionMismatch(CharterError):
     """A data folder was written by a version of Charter that this one cannot read."""

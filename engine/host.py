@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from engine.watchdog import Calls, Watchdog
-from engine.worker import Lane, Worker
+from engine.watchdog import CallTracker, Watchdog
+from engine.worker import ModelExecutor, Worker
 
-Run = Callable[[threading.Event], None]
-LANES_SHARE = 0.6  # of the time to drain; the rest is for commits
+ThreadTarget = Callable[[threading.Event], None]
+_EXECUTOR_SHUTDOWN_FRACTION = 0.6  # of the time to drain; the rest is for commits
 
 
 class Host:
@@ -30,48 +30,54 @@ class Host:
     def __init__(
         self,
         workers: Sequence[Worker],
-        others: dict[str, Run] | None = None,
-        closing: Sequence[Callable[[], None]] = (),
+        services: dict[str, ThreadTarget] | None = None,
+        cleanup_callbacks: Sequence[Callable[[], None]] = (),
         *,
-        watched: Sequence[Calls] = (),
-        drain_s: float = 25.0,
-        hang_s: float = 120.0,
+        watched_calls: Sequence[CallTracker] = (),
+        shutdown_timeout_s: float = 25.0,
+        call_timeout_s: float = 120.0,
     ) -> None:
         self.workers = list(workers)
-        self.lanes: list[Lane] = list({id(worker.lane): worker.lane for worker in workers}.values())
-        self.others = others or {}
-        self.closing = list(closing)  # what the threads use, given back when they have ended
-        self.drain_s = drain_s
-        self.watchdog = Watchdog([*(worker.calls for worker in workers), *watched], hang_s, self.end)
+        self.executors: list[ModelExecutor] = list({id(worker.executor): worker.executor for worker in workers}.values())
+        self.services = services or {}
+        self.cleanup_callbacks = list(cleanup_callbacks)  # what the threads use, given back when they have ended
+        self.shutdown_timeout_s = shutdown_timeout_s
+        self.watchdog = Watchdog(
+            [*(worker.call_tracker for worker in workers), *watched_calls], call_timeout_s, self.exit_process
+        )
         self.failure: BaseException | None = None
-        self.failed = threading.Event()
-        self.groups: list[tuple[threading.Event, list[threading.Thread]]] = []
-        self.abandoned: list[str] = []  # threads that had not ended when the time to drain was over
+        self.failure_event = threading.Event()
+        self.thread_groups: list[tuple[threading.Event, list[threading.Thread]]] = []
+        self.abandoned_threads: list[str] = []  # threads that had not ended when the time to drain was over
 
     def start(self) -> None:
-        lanes: dict[str, Run] = {f"{lane.name}-{n}": lane.run for lane in self.lanes for n in range(lane.threads)}
-        workers: dict[str, Run] = {worker.stage.name: worker.run for worker in self.workers}
+        lanes: dict[str, ThreadTarget] = {
+            f"{lane.name}-{n}": lane.run for lane in self.executors for n in range(lane.num_threads)
+        }
+        workers: dict[str, ThreadTarget] = {worker.stage.name: worker.run for worker in self.workers}
         # In the order in which they are stopped.
-        watchdog: dict[str, Run] = {"watchdog": self.watchdog.run}
-        self.groups = [self.threads(group) for group in (lanes, workers, self.others, watchdog)]
+        watchdog: dict[str, ThreadTarget] = {"watchdog": self.watchdog.run}
+        self.thread_groups = [self.start_threads(group) for group in (lanes, workers, self.services, watchdog)]
 
-    def threads(self, runs: dict[str, Run]) -> tuple[threading.Event, list[threading.Thread]]:
+    def start_threads(self, targets: dict[str, ThreadTarget]) -> tuple[threading.Event, list[threading.Thread]]:
         stop = threading.Event()
         # Daemons: a generation that outlasts the time to drain must not keep the process.
-        threads = [threading.Thread(target=self.guard, args=(run, stop), name=name, daemon=True) for name, run in runs.items()]
+        threads = [
+            threading.Thread(target=self.run_guarded, args=(run, stop), name=name, daemon=True) for name, run in targets.items()
+        ]
         for thread in threads:
             thread.start()
         return stop, threads
 
-    def guard(self, run: Run, stop: threading.Event) -> None:
+    def run_guarded(self, target: ThreadTarget, stop: threading.Event) -> None:
         try:
-            run(stop)
+            target(stop)
         except BaseException as error:  # carried to the main thread, which raises it
             if self.failure is None:
                 self.failure = error
-            self.failed.set()
+            self.failure_event.set()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise the first error of any thread."""
         if self.failure is not None:
             raise self.failure
@@ -79,28 +85,28 @@ class Host:
     def close(self) -> None:
         """Stop everything in order, waiting for it as long as there is time."""
         started = time.monotonic()
-        for number, (stop, threads) in enumerate(self.groups):
-            deadline = started + self.drain_s * (LANES_SHARE if number == 0 else 1.0)
+        for number, (stop, threads) in enumerate(self.thread_groups):
+            deadline = started + self.shutdown_timeout_s * (_EXECUTOR_SHUTDOWN_FRACTION if number == 0 else 1.0)
             stop.set()
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
                 if thread.is_alive():
-                    self.abandoned.append(thread.name)
-        self.groups = []
-        if self.abandoned:
-            self.forgive()
+                    self.abandoned_threads.append(thread.name)
+        self.thread_groups = []
+        if self.abandoned_threads:
+            self.clear_journals()
             return
-        while self.closing:
-            self.closing.pop(0)()
+        while self.cleanup_callbacks:
+            self.cleanup_callbacks.pop(0)()
 
-    def forgive(self) -> None:
+    def clear_journals(self) -> None:
         """The records in work are not what ends this process."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.clear()
 
-    def end(self, code: int) -> NoReturn:
-        self.forgive()
+    def exit_process(self, code: int) -> NoReturn:
+        self.clear_journals()
         os._exit(code)
 
     def __enter__(self) -> Host:

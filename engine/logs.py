@@ -10,24 +10,29 @@ import json
 import logging
 from datetime import UTC, datetime
 
-from engine.bus.port import Message
+from engine.bus.port import ConsumerRecord
 
-ABOUT = ("run", "stage", "topic", "partition", "offset", "prompt_id", "phase", "step", "metrics")
-LINE = "%(levelname)s %(name)s %(message)s"
+_EXTRA_FIELDS = ("run", "stage", "topic", "partition", "offset", "prompt_id", "phase", "step", "metrics")
+LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 
 
-def written(message: Message) -> str:
+def format_coordinates(consumer_record: ConsumerRecord) -> str:
     """Where a message is, as people write it."""
-    return f"{message.topic}[{message.partition}]@{message.offset}"
+    return f"{consumer_record.topic}[{consumer_record.partition}]@{consumer_record.offset}"
 
 
-def place_of(message: Message) -> dict[str, object]:
+def get_coordinates(consumer_record: ConsumerRecord) -> dict[str, object]:
     """What identifies a message, for `extra`; the key of a record is its prompt's id."""
-    prompt = (message.key or b"").decode("utf-8", "replace")
-    return {"topic": message.topic, "partition": message.partition, "offset": message.offset, "prompt_id": prompt}
+    prompt = (consumer_record.key or b"").decode("utf-8", "replace")
+    return {
+        "topic": consumer_record.topic,
+        "partition": consumer_record.partition,
+        "offset": consumer_record.offset,
+        "prompt_id": prompt,
+    }
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """A log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -37,7 +42,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        said |= {name: getattr(record, name) for name in ABOUT if hasattr(record, name)}
+        said |= {name: getattr(record, name) for name in _EXTRA_FIELDS if hasattr(record, name)}
         if record.exc_info:
             said["traceback"] = self.formatException(record.exc_info)
         return json.dumps(said, ensure_ascii=True, default=str)

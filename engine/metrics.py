@@ -21,42 +21,42 @@ from engine.worker import Worker
 if TYPE_CHECKING:
     from consumers.sink import Sink
 
-Labels = tuple[tuple[str, str], ...]
+_Labels = tuple[tuple[str, str], ...]
 
 
-class Figure(NamedTuple):
+class MetricSample(NamedTuple):
     """One number as of now. A name that ends in `_total` is a counter, any other a gauge."""
 
     name: str
-    help: str
+    documentation: str
     value: float
-    labels: Labels = ()
+    labels: _Labels = ()
 
 
-Read = Callable[[], Iterable[Figure]]
+_ReadSamples = Callable[[], Iterable[MetricSample]]
 
 
 @dataclass(frozen=True)
-class Figures(Collector):
+class _MetricsRegistry(Collector):
     """What `read` says when Prometheus asks."""
 
-    read: Read
+    read_samples: _ReadSamples
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        for figure in self.read():
+        for figure in self.read_samples():
             kind = CounterMetricFamily if figure.name.endswith("_total") else GaugeMetricFamily
             names = [name for name, _ in figure.labels]
-            family = families.setdefault(figure.name, kind(figure.name, figure.help, labels=names))
+            family = families.setdefault(figure.name, kind(figure.name, figure.documentation, labels=names))
             assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
             family.add_metric([value for _, value in figure.labels], figure.value)
         yield from families.values()
 
 
-def serve(host: str, port: int, read: Read) -> Callable[[], None]:
+def serve_metrics(host: str, port: int, read_samples: _ReadSamples) -> Callable[[], None]:
     """Answer at http://HOST:PORT/metrics from a thread of its own; returns what ends it. A taken port is a UsageError."""
     registry = CollectorRegistry()
-    registry.register(Figures(read))
+    registry.register(_MetricsRegistry(read_samples))
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
@@ -73,25 +73,33 @@ def serve(host: str, port: int, read: Read) -> Callable[[], None]:
     return close
 
 
-def of_worker(worker: Worker) -> Iterator[Figure]:
+def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
     """A stage's figures."""
     labels = (("run", worker.run_id), ("stage", worker.stage.name))
-    yield Figure("charter_records_read_total", "Records that the stage has finished and committed.", worker.committed, labels)
-    yield Figure("charter_records_written_total", "Records that the stage has written.", worker.made, labels)
-    yield Figure("charter_dead_letters_total", "Records that the stage gave up on.", worker.buried, labels)
-    yield Figure("charter_pauses_total", "Pauses because a dependency was away.", worker.pauses, labels)
-    yield Figure("charter_batches_total", "Batches that the stage has worked on.", worker.batches, labels)
-    yield Figure("charter_batch_seconds_total", "Seconds spent working on batches.", worker.batch_s, labels)
-    yield Figure("charter_tokens_total", "Tokens read and written by models, of the records made.", worker.tokens, labels)
-    yield Figure("charter_in_flight_records", "Records that are read and not yet committed.", worker.in_flight, labels)
-    yield Figure("charter_queued_records", "Records that wait for the model.", worker.queued, labels)
-    yield Figure("charter_partitions", "Partitions that this copy has.", len(worker.positions), labels)
+    yield MetricSample(
+        "charter_records_read_total", "Records that the stage has finished and committed.", worker.num_committed, labels
+    )
+    yield MetricSample("charter_records_written_total", "Records that the stage has written.", worker.num_written, labels)
+    yield MetricSample("charter_dead_letters_total", "Records that the stage gave up on.", worker.num_dead_letters, labels)
+    yield MetricSample("charter_pauses_total", "Pauses because a dependency was away.", worker.num_pauses, labels)
+    yield MetricSample("charter_batches_total", "Batches that the stage has worked on.", worker.num_batches, labels)
+    yield MetricSample("charter_batch_seconds_total", "Seconds spent working on batches.", worker.batch_seconds, labels)
+    yield MetricSample(
+        "charter_tokens_total", "Tokens read and written by models, of the records made.", worker.num_tokens, labels
+    )
+    yield MetricSample(
+        "charter_in_flight_records", "Records that are read and not yet committed.", worker.num_in_flight, labels
+    )
+    yield MetricSample("charter_queued_records", "Records that wait for the model.", worker.num_queued, labels)
+    yield MetricSample("charter_partitions", "Partitions that this copy has.", len(worker.positions), labels)
 
 
-def of_sink(sink: Sink) -> Iterator[Figure]:
+def collect_sink_metrics(sink: Sink) -> Iterator[MetricSample]:
     """The sink's figures."""
     labels = (("run", "all"), ("stage", "sink"))
-    yield Figure("charter_records_read_total", "Records that the stage has finished and committed.", sink.written, labels)
-    yield Figure("charter_pauses_total", "Pauses because a dependency was away.", sink.pauses, labels)
-    yield Figure("charter_batches_total", "Batches that the stage has worked on.", sink.flushes, labels)
-    yield Figure("charter_batch_seconds_total", "Seconds spent working on batches.", sink.flush_s, labels)
+    yield MetricSample(
+        "charter_records_read_total", "Records that the stage has finished and committed.", sink.num_written, labels
+    )
+    yield MetricSample("charter_pauses_total", "Pauses because a dependency was away.", sink.num_pauses, labels)
+    yield MetricSample("charter_batches_total", "Batches that the stage has worked on.", sink.num_flushes, labels)
+    yield MetricSample("charter_batch_seconds_total", "Seconds spent working on batches.", sink.flush_seconds, labels)

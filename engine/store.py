@@ -18,32 +18,32 @@ from typing import Any, Protocol
 
 import duckdb
 
-from engine.errors import DataFolderVersion, StoreBusy, StoreFull, UsageError
-from engine.gate import Gate
-from engine.tables import VERSION, create_statements
+from engine.access_lock import AccessLock
+from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreFull, UsageError
+from engine.tables import FORMAT_VERSION, build_create_statements
 
 QUERY_LIMIT_S = 2.0
-WAIT_S = 30.0
+_LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Rows:
+class QueryResult:
     """The answer to a query."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
 
-    def records(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
 Parameters = Sequence[Any] | Mapping[str, Any]
 
 
-class Ask(Protocol):
+class QueryFunction(Protocol):
     """Runs one statement of a `reading`, and takes at most `most` of its rows."""
 
-    def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> Rows: ...
+    def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
 
 
 class Store:
@@ -51,19 +51,23 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.gate = Gate(path.with_suffix(".gate"))
+        self.access_lock = AccessLock(path.with_suffix(".gate"))
 
-    def query(self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S) -> Rows:
+    def query(
+        self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
+    ) -> QueryResult:
         """Run one read-only statement.
 
         Raises UsageError for a statement that is wrong, not a read, or longer than `limit_s` seconds, and StoreBusy when the
-        file is not free within `wait_s` seconds.
+        file is not free within `lock_timeout_s` seconds.
         """
-        with self.reading(limit_s=limit_s, wait_s=wait_s) as ask:
+        with self.open_read_session(limit_s=limit_s, lock_timeout_s=lock_timeout_s) as ask:
             return ask(sql, parameters)
 
     @contextmanager
-    def reading(self, *, limit_s: float = QUERY_LIMIT_S, wait_s: float = WAIT_S) -> Iterator[Ask]:
+    def open_read_session(
+        self, *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
+    ) -> Iterator[QueryFunction]:
         """One hold of the file for several read-only statements, which are cut after `limit_s` seconds together.
 
         Raises what `query` does; a statement that fails leaves the others to be asked.
@@ -74,60 +78,62 @@ class Store:
                 "the sink makes it when the first records arrive",
                 "type: charter demo    or: charter produce FILE, then charter run",
             )
-        with self.gate.read(wait_s), connected(self.path, read_only=True) as connection:
-            check_version(connection, self.path)
-            lock_down(connection)
+        with self.access_lock.read_lock(lock_timeout_s), open_connection(self.path, read_only=True) as connection:
+            check_format_version(connection, self.path)
+            _disable_external_access(connection)
             ends = time.monotonic() + limit_s
 
-            def ask(sql: str, parameters: Parameters = (), most: int | None = None) -> Rows:
-                return fetch(connection, sql, parameters, limit_s, ends, most)
+            def ask(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
+                return _run_query(connection, sql, parameters, limit_s, ends, most)
 
             yield ask
 
-    def records(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
+    def query_dicts(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
         """`query`, as a list of dictionaries."""
-        return self.query(sql, parameters, **limits).records()
+        return self.query(sql, parameters, **limits).to_dicts()
 
     @contextmanager
-    def writing(self, wait_s: float = WAIT_S) -> Iterator[duckdb.DuckDBPyConnection]:
+    def open_write_session(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[duckdb.DuckDBPyConnection]:
         """The sink's connection; the database is created when it is not there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.gate.write(wait_s), connected(self.path, read_only=False) as connection:
+        with self.access_lock.write_lock(lock_timeout_s), open_connection(self.path, read_only=False) as connection:
             yield connection
 
-    def prepare(self) -> None:
+    def create_schema(self) -> None:
         """Create what is missing in the database; raises DataFolderVersion when another version made it."""
-        with self.writing() as connection:
-            check_version(connection, self.path)
+        with self.open_write_session() as connection:
+            check_format_version(connection, self.path)
             connection.begin()
-            for statement in create_statements():
+            for statement in build_create_statements():
                 connection.execute(statement)
             if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
-                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0)", [VERSION])
+                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0)", [FORMAT_VERSION])
             connection.commit()
 
 
 @contextmanager
-def connected(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to the file; raises StoreBusy, naming the holder, when another program has it open."""
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
     except (duckdb.IOException, duckdb.ConnectionException) as error:
-        raise_if_full(error, path)
+        raise_if_disk_full(error, path)
         if isinstance(error, duckdb.IOException) and "lock" not in str(error).lower():
-            raise DataFolderVersion(
+            raise DataFolderVersionMismatch(
                 f"{path} cannot be opened",
                 str(error).splitlines()[0][:300],
                 "move the file away to start a new one: the log still has its records",
             ) from error
-        raise StoreBusy(f"another program has {path} open", holder_of(str(error)), "close it there, then try again") from error
+        raise StoreBusy(
+            f"another program has {path} open", _parse_lock_holder(str(error)), "close it there, then try again"
+        ) from error
     try:
         yield connection
     finally:
         connection.close()
 
 
-def raise_if_full(error: BaseException, path: Path) -> None:
+def raise_if_disk_full(error: BaseException, path: Path) -> None:
     """Raise StoreFull when DuckDB's error is the disk's."""
     if isinstance(error, duckdb.Error) and any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         raise StoreFull(
@@ -137,52 +143,57 @@ def raise_if_full(error: BaseException, path: Path) -> None:
         ) from error
 
 
-def holder_of(message: str) -> str:
+def _parse_lock_holder(error_message: str) -> str:
     """DuckDB's own words on who holds the lock, without its advice."""
-    start = message.find("Conflicting lock")
-    return message[start:].split(". See also")[0] if start >= 0 else message.splitlines()[0]
+    start = error_message.find("Conflicting lock")
+    return error_message[start:].split(". See also")[0] if start >= 0 else error_message.splitlines()[0]
 
 
-def found_version(connection: duckdb.DuckDBPyConnection) -> int | None:
+def read_format_version(connection: duckdb.DuckDBPyConnection) -> int | None:
     """The format of a database of ours; None if it is none."""
     tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
     rows = connection.execute("SELECT version FROM raw.sink_state").fetchall() if ("raw.sink_state",) in tables else []
     return int(rows[0][0]) if rows else None
 
 
-def is_empty(connection: duckdb.DuckDBPyConnection) -> bool:
+def _is_empty_database(connection: duckdb.DuckDBPyConnection) -> bool:
     return connection.execute("SELECT count(*) FROM information_schema.tables").fetchall() == [(0,)]
 
 
-def check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    found = found_version(connection)
-    if found == VERSION or (found is None and is_empty(connection)):
+def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    found = read_format_version(connection)
+    if found == FORMAT_VERSION or (found is None and _is_empty_database(connection)):
         return
-    raise DataFolderVersion(
-        f"{path} was made by another version of Charter (its format: {found or 'unknown'}, ours: {VERSION})",
+    raise DataFolderVersionMismatch(
+        f"{path} was made by another version of Charter (its format: {found or 'unknown'}, ours: {FORMAT_VERSION})",
         "reading or writing it could damage it",
         "use another folder: --data FOLDER, or the version of Charter that made it",
     )
 
 
-def lock_down(connection: duckdb.DuckDBPyConnection) -> None:
+def _disable_external_access(connection: duckdb.DuckDBPyConnection) -> None:
     """Tables and views only: no files, no network, no extensions, and no way to allow them again."""
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
 
-def fetch(
-    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters, limit_s: float, ends: float, most: int | None
-) -> Rows:
+def _run_query(
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    parameters: Parameters,
+    limit_s: float,
+    deadline: float,
+    max_rows: int | None,
+) -> QueryResult:
     """Run one statement, cut at the time `ends` (of the monotonic clock), and take `most` of its rows, None for all."""
     started = time.monotonic()
-    timer = threading.Timer(max(0.0, ends - started), connection.interrupt)
+    timer = threading.Timer(max(0.0, deadline - started), connection.interrupt)
     timer.start()
     try:
         cursor = connection.execute(sql, parameters)
         columns = [column[0] for column in cursor.description or []]
-        rows = [] if not columns else cursor.fetchall() if most is None else cursor.fetchmany(most)
-        return Rows(columns, rows)
+        rows = [] if not columns else cursor.fetchall() if max_rows is None else cursor.fetchmany(max_rows)
+        return QueryResult(columns, rows)
     except duckdb.InterruptException as error:
         raise UsageError(
             f"the query took longer than {limit_s:g} s and was cut",

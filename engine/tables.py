@@ -23,9 +23,9 @@ from pydantic import BaseModel
 from schemas.records import DeadLetter, Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
-VIEWS = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql", "watch.sql", "training.sql"))
-VERSION = 5
-PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
+_VIEW_FILES = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql", "watch.sql", "training.sql"))
+FORMAT_VERSION = 5
+_PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
     float: ("DOUBLE", pa.float64()),
@@ -33,55 +33,55 @@ PRIMITIVES: dict[Any, tuple[str, pa.DataType]] = {
     bytes: ("BLOB", pa.binary()),
     datetime: ("TIMESTAMP", pa.timestamp("us")),
 }
-EXTRA = {
+_SINK_COLUMNS = {
     "_partition": ("INTEGER", pa.int32()),
     "_offset": ("BIGINT", pa.int64()),
     "commit_seq": ("BIGINT", pa.int64()),
     "content_hash": ("UBIGINT", pa.uint64()),
 }
-MARKS = (("is_duplicate", "BOOLEAN"), ("content_mismatch", "BOOLEAN"))
+_DUPLICATE_FLAGS = (("is_duplicate", "BOOLEAN"), ("content_mismatch", "BOOLEAN"))
 
 
-def column_type(annotation: Any) -> tuple[str, pa.DataType]:
+def _get_column_type(annotation: Any) -> tuple[str, pa.DataType]:
     """The DuckDB and the Arrow type of a record field."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in PRIMITIVES:
-        return PRIMITIVES[annotation]
+    if annotation in _PRIMITIVE_TYPES:
+        return _PRIMITIVE_TYPES[annotation]
     if origin is typing.Annotated:
         if any(isinstance(extra, Identifier) for extra in arguments[1:]):
             return "UUID", pa.string()
         marked = any(isinstance(extra, Float32) for extra in arguments[1:])
-        return ("FLOAT", pa.float32()) if marked else column_type(arguments[0])
+        return ("FLOAT", pa.float32()) if marked else _get_column_type(arguments[0])
     if origin in (Union, types.UnionType):
-        return column_type(next(a for a in arguments if a is not types.NoneType))
+        return _get_column_type(next(a for a in arguments if a is not types.NoneType))
     if origin is list:
-        sql, arrow = column_type(arguments[0])
+        sql, arrow = _get_column_type(arguments[0])
         return f"{sql}[]", pa.list_(arrow)
     if origin is dict:
-        sql, arrow = column_type(arguments[1])
+        sql, arrow = _get_column_type(arguments[1])
         return f"MAP(VARCHAR, {sql})", pa.map_(pa.string(), arrow)
     if issubclass(annotation, StrEnum):
-        return PRIMITIVES[str]
-    parts = columns(annotation)
+        return _PRIMITIVE_TYPES[str]
+    parts = _get_columns(annotation)
     sql = ", ".join(f'"{name}" {kind}' for name, (kind, _) in parts.items())
     return f"STRUCT({sql})", pa.struct([(name, arrow) for name, (_, arrow) in parts.items()])
 
 
 @cache
-def columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
+def _get_columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
     """Field -> (DuckDB type, Arrow type)."""
     return {
-        name: column_type(typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
+        name: _get_column_type(typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
         for name, info in model.model_fields.items()
     }
 
 
 @cache
-def arrow_schema(model: type[Record]) -> pa.Schema:
-    return pa.schema([(name, arrow) for name, (_, arrow) in (columns(model) | EXTRA).items()])
+def get_arrow_schema(model: type[Record]) -> pa.Schema:
+    return pa.schema([(name, arrow) for name, (_, arrow) in (_get_columns(model) | _SINK_COLUMNS).items()])
 
 
-def create_statements() -> list[str]:
+def build_create_statements() -> list[str]:
     """Everything that a new database needs."""
     statements = [
         "CREATE SCHEMA IF NOT EXISTS raw",
@@ -90,26 +90,26 @@ def create_statements() -> list[str]:
         "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT)",
     ]
     for spec in TOPICS.values():
-        statements += [create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {deduplicated(spec)}"]
-    return [*statements, status_view(), run_view(), *(path.read_text(encoding="utf-8") for path in VIEWS)]
+        statements += [_build_create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {_build_deduplication_query(spec)}"]
+    return [*statements, _build_status_view(), _build_run_view(), *(path.read_text(encoding="utf-8") for path in _VIEW_FILES)]
 
 
-def columns_of(spec: TopicSpec) -> list[tuple[str, str]]:
+def list_columns(spec: TopicSpec) -> list[tuple[str, str]]:
     """(name, DuckDB type) of every column of a raw table."""
-    return [*((name, sql) for name, (sql, _) in (columns(spec.record) | EXTRA).items()), *MARKS]
+    return [*((name, sql) for name, (sql, _) in (_get_columns(spec.record_class) | _SINK_COLUMNS).items()), *_DUPLICATE_FLAGS]
 
 
-def create_table(spec: TopicSpec) -> str:
-    fields = ", ".join(f'"{name}" {sql}' for name, sql in columns_of(spec))
+def _build_create_table(spec: TopicSpec) -> str:
+    fields = ", ".join(f'"{name}" {sql}' for name, sql in list_columns(spec))
     return f"CREATE TABLE IF NOT EXISTS raw.{spec.table} ({fields})"
 
 
-def deduplicated(spec: TopicSpec) -> str:
+def _build_deduplication_query(spec: TopicSpec) -> str:
     ours = "_partition, _offset, content_hash, is_duplicate, content_mismatch"
     return f"SELECT * EXCLUDE ({ours}) FROM raw.{spec.table} WHERE NOT is_duplicate"
 
 
-def insert_statement(spec: TopicSpec) -> str:
+def build_insert_statement(spec: TopicSpec) -> str:
     """Insert the Arrow table `batch`, marking each row whose id is in the table, or earlier in the batch, already."""
     return f"""
         INSERT INTO raw.{spec.table} BY NAME
@@ -129,21 +129,21 @@ def insert_statement(spec: TopicSpec) -> str:
 
 
 @cache
-def forget_statements() -> list[str]:
+def build_erasure_statements() -> list[str]:
     """Delete everything of the prompts in the list that is the parameter."""
-    made = [spec for spec in TOPICS.values() if spec.record not in (Erasure, DeadLetter)]
+    made = [spec for spec in TOPICS.values() if spec.record_class not in (Erasure, DeadLetter)]
     by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in made]
     return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
 
 
-def run_view() -> str:
+def _build_run_view() -> str:
     """`run_records`: which run has which record, those too that another run had made before."""
     made = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in made]
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 
 
-def status_view() -> str:
+def _build_status_view() -> str:
     """`pipeline_status`: for every topic its rows, duplicates, duplicates with other content, and newest row."""
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"

@@ -15,11 +15,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from engine.bus.port import Message, Outgoing
-from engine.logs import place_of
+from engine.bus.port import ConsumerRecord, ProducerRecord
+from engine.logs import get_coordinates
 
-CARRIED = ("traceparent", "tracestate")
-CONTEXT = TraceContextTextMapPropagator()
+_TRACE_HEADERS = ("traceparent", "tracestate")
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
@@ -27,40 +27,40 @@ class Tracing:
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         self.provider = TracerProvider(resource=Resource.create({"service.name": "charter"}))
-        self.provider.add_span_processor(BatchSpanProcessor(exporter or otlp()))
+        self.provider.add_span_processor(BatchSpanProcessor(exporter or make_otlp_exporter()))
         self.tracer = self.provider.get_tracer("charter")
 
-    def stage(self, name: str, run_id: str) -> StageTrace:
-        return StageTrace(self.tracer, name, run_id)
+    def make_stage_tracer(self, name: str, run_id: str) -> StageTracer:
+        return StageTracer(self.tracer, name, run_id)
 
     def close(self) -> None:
         self.provider.shutdown()
 
 
-class StageTrace:
+class StageTracer:
     """Makes a span of the work on one message, and puts its context into what is written (a `Trace` of the worker)."""
 
     def __init__(self, tracer: trace.Tracer, stage: str, run_id: str) -> None:
         self.tracer, self.stage, self.run_id = tracer, stage, run_id
 
-    def __call__(self, message: Message, outputs: list[Outgoing], started_ns: int) -> list[Outgoing]:
-        came = {name: value.decode("ascii", "replace") for name, value in message.headers if name in CARRIED}
-        about = {f"charter.{name}": str(value) for name, value in place_of(message).items()}
+    def __call__(self, consumer_record: ConsumerRecord, outputs: list[ProducerRecord], started_ns: int) -> list[ProducerRecord]:
+        came = {name: value.decode("ascii", "replace") for name, value in consumer_record.headers if name in _TRACE_HEADERS}
+        about = {f"charter.{name}": str(value) for name, value in get_coordinates(consumer_record).items()}
         span = self.tracer.start_span(
             f"charter.{self.stage}",
-            context=CONTEXT.extract(came),
+            context=_PROPAGATOR.extract(came),
             kind=trace.SpanKind.CONSUMER,
             start_time=started_ns,
             attributes=about | {"charter.run": self.run_id, "messaging.system": "kafka"},
         )
         carried: dict[str, str] = {}
-        CONTEXT.inject(carried, trace.set_span_in_context(span))
+        _PROPAGATOR.inject(carried, trace.set_span_in_context(span))
         span.end()
         headers = tuple((name, value.encode("ascii")) for name, value in carried.items())
         return [replace(output, headers=(*output.headers, *headers)) for output in outputs]
 
 
-def otlp() -> SpanExporter:
+def make_otlp_exporter() -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter()

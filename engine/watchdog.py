@@ -14,43 +14,45 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-log = logging.getLogger("charter.watchdog")
+logger = logging.getLogger("charter.watchdog")
 
-LOOK_EVERY_S = 1.0
-EXIT_CODE = 3  # a dependency is unreachable
+_POLL_INTERVAL_S = 1.0
+_EXIT_CODE = 3  # a dependency is unreachable
 
 
-class Calls:
+class CallTracker:
     """The call to the log that a thread is in, if it is in one."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
-        self.current: tuple[str, float] | None = None
+        self.current_call: tuple[str, float] | None = None
 
     @contextmanager
-    def call(self, name: str) -> Iterator[None]:
-        self.current = (name, time.monotonic())
+    def track(self, name: str) -> Iterator[None]:
+        self.current_call = (name, time.monotonic())
         try:
             yield
         finally:
-            self.current = None
+            self.current_call = None
 
 
 class Watchdog:
     """Looks at `watched` every second; a call longer than `limit_s` ends the process by `end`."""
 
-    def __init__(self, watched: Sequence[Calls], limit_s: float, end: Callable[[int], object] = os._exit) -> None:
-        self.watched, self.limit_s, self.end = list(watched), limit_s, end
+    def __init__(
+        self, trackers: Sequence[CallTracker], call_timeout_s: float, exit_process: Callable[[int], object] = os._exit
+    ) -> None:
+        self.trackers, self.call_timeout_s, self.exit_process = list(trackers), call_timeout_s, exit_process
 
     def run(self, stop: threading.Event) -> None:
-        while not stop.wait(min(LOOK_EVERY_S, self.limit_s / 2)):
-            for calls in self.watched:
-                if (current := calls.current) and time.monotonic() - current[1] > self.limit_s:
-                    log.critical(
+        while not stop.wait(min(_POLL_INTERVAL_S, self.call_timeout_s / 2)):
+            for calls in self.trackers:
+                if (current := calls.current_call) and time.monotonic() - current[1] > self.call_timeout_s:
+                    logger.critical(
                         "%s has hung in %s for more than %.0f s: this process ends, and its successor goes on; nothing is lost",
                         calls.owner,
                         current[0],
-                        self.limit_s,
+                        self.call_timeout_s,
                     )
-                    self.end(EXIT_CODE)
+                    self.exit_process(_EXIT_CODE)
                     return

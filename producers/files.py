@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.bus.port import Bus, Outgoing
-from engine.bus.read import read_messages, read_values
+from engine.bus.port import Bus, ProducerRecord
+from engine.bus.read import read_topic, read_values
 from engine.errors import UsageError
-from engine.worker import outgoing
-from producers.parse import PARSERS, Asked, BadRow, Compared, Shown
-from producers.rows import Row, content_hash, rows
+from engine.worker import to_producer_record
+from producers.parse import ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
+from producers.rows import RawRow, compute_content_hash, read_rows
 from schemas import ids
-from schemas.codec import decode
+from schemas.codec import decode_record
 from schemas.records import (
     ChatMessage,
     Demonstration,
@@ -38,38 +38,38 @@ from schemas.records import (
     Split,
 )
 
-SHIPPED = Path(__file__).with_name("prompts") / "shipped.jsonl"
-BATCH = 500
-Kind = Literal["prompts", "preferences", "demonstrations"]
-DEFAULT_SOURCE: dict[str, str] = {"prompts": "prompts", "preferences": "human", "demonstrations": "human"}
-MEANT: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", "demonstrations": "demonstration"}
+SHIPPED_PROMPTS_PATH = Path(__file__).with_name("prompts") / "shipped.jsonl"
+_BATCH_SIZE = 500
+InputKind = Literal["prompts", "preferences", "demonstrations"]
+DEFAULT_SOURCES: dict[str, str] = {"prompts": "prompts", "preferences": "human", "demonstrations": "human"}
+_ROW_NOUNS: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", "demonstrations": "demonstration"}
 
 
 @dataclass
-class Report:
+class ProduceReport:
     """What became of an input: rows published now, rows that the run had already, the bad ones, and those that an earlier call
     has read."""
 
-    published: int = 0
-    earlier: int = 0
-    passed: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    num_published: int = 0
+    num_duplicates: int = 0
+    num_already_read: int = 0
+    bad_rows: list[tuple[int, str]] = field(default_factory=list)
 
 
-def split_of(messages: Sequence[ChatMessage], eval_share: float) -> Split:
+def assign_split(messages: Sequence[ChatMessage], eval_fraction: float) -> Split:
     """TRAIN or EVAL by a hash of the dialogue: on the same side in every file, run and epoch."""
-    share = int(ids.prompt_id(messages)[:8], 16) / 2**32
-    return Split.EVAL if share < eval_share else Split.TRAIN
+    share = int(ids.compute_prompt_id(messages)[:8], 16) / 2**32
+    return Split.EVAL if share < eval_fraction else Split.TRAIN
 
 
-def labelled(record: Record) -> Outgoing:
+def _with_label_header(record: Record) -> ProducerRecord:
     """A person's record as a message; a header has its id, so that the next producer knows it without decoding."""
-    message = outgoing(record)
-    return Outgoing(message.topic, message.key, message.value, (*message.headers, ("label", record.record_id.encode())))
+    message = to_producer_record(record)
+    return ProducerRecord(message.topic, message.key, message.value, (*message.headers, ("label", record.record_id.encode())))
 
 
 @dataclass(frozen=True)
-class Producer:
+class FileProducer:
     """Publishes what the rows of files say, for one run, as records of one kind."""
 
     bus: Bus
@@ -77,36 +77,36 @@ class Producer:
     source: str = ""
     epoch: int = 0
     max_chars: int = 32_000
-    eval_share: float = 0.05
+    eval_fraction: float = 0.05
     strict: bool = False
-    on_bad: Callable[[int, str], None] = lambda number, why: None
-    kind: Kind = "prompts"
-    answer: bool = False
+    on_bad_row: Callable[[int, str], None] = lambda number, why: None
+    kind: InputKind = "prompts"
+    publish_prompts: bool = False
 
-    def publish(self, path: str, *, first: int = 1, last: int | None = None) -> Report:
+    def publish(self, path: str, *, first_row: int = 1, last_row: int | None = None) -> ProduceReport:
         """Publish rows `first` to `last` of a path (or "-"); goes on after what an earlier call published."""
-        report = Report()
-        place = None if path == "-" else self.beginning(path, content_hash(path), first, last)
+        report = ProduceReport()
+        place = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
         # One writer per input: two producers of the same file fence each other instead of doubling it. So it comes first: once
         # an earlier producer is fenced, where it stood is where it stays.
-        writer = self.bus.writer(f"produce.{place.record_id if place else 'stdin'}")
-        place = self.newest(place) if place else None
-        start = place.next_line if place else first
-        report.passed = start - first
-        prompts, labels = self.published_before()
-        batch: list[Outgoing] = []
+        writer = self.bus.open_writer(f"produce.{place.record_id if place else 'stdin'}")
+        place = self.load_latest_offset(place) if place else None
+        start = place.next_line if place else first_row
+        report.num_already_read = start - first_row
+        prompts, labels = self.read_published_ids()
+        batch: list[ProducerRecord] = []
         done, new = start - 1, 0
         try:
-            for number, row in rows(path, start, last):
-                parsed = self.parsed(row, number, path, report)
+            for number, row in read_rows(path, start, last_row):
+                parsed = self.parse_row(row, number, path, report)
                 done = number
                 if parsed is None:
                     continue
-                messages = self.messages(parsed, f"{Path(path).name}:{number}", prompts, labels)
-                report.earlier += not messages
+                messages = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompts, labels)
+                report.num_duplicates += not messages
                 new += bool(messages)
                 batch += messages
-                if len(batch) >= BATCH:
+                if len(batch) >= _BATCH_SIZE:
                     self.commit(writer, batch, new, place, done, report)
                     batch, new = [], 0
         finally:
@@ -115,108 +115,120 @@ class Producer:
             writer.close()
         return report
 
-    def published_before(self) -> tuple[set[str], set[str]]:
+    def read_published_ids(self) -> tuple[set[str], set[str]]:
         """The ids of this run's prompts and of its people's records on the log: each is published once in a run, whichever
         file it comes from."""
         run = ("run", self.run_id.encode())
         prompts, labels = set[str](), set[str]()
-        if self.kind == "prompts" or self.answer:
-            prompts = {(m.key or b"").decode() for m in read_messages(self.bus, Prompt.topic) if run in m.headers}
+        if self.kind == "prompts" or self.publish_prompts:
+            prompts = {(m.key or b"").decode() for m in read_topic(self.bus, Prompt.topic) if run in m.headers}
         if self.kind != "prompts":
-            headers = (m.headers for m in read_messages(self.bus, self.kind) if run in m.headers)
+            headers = (m.headers for m in read_topic(self.bus, self.kind) if run in m.headers)
             labels = {value.decode() for of_one in headers for name, value in of_one if name == "label"}
         return prompts, labels
 
-    def parsed(self, row: Row, number: int, path: str, report: Report) -> Asked | None:
+    def parse_row(self, row: RawRow, number: int, path: str, report: ProduceReport) -> PromptRow | None:
         try:
-            return PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCE[self.kind], max_chars=self.max_chars)
-        except BadRow as error:
-            report.bad.append((number, str(error)))
-            self.on_bad(number, str(error))
+            return ROW_PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCES[self.kind], max_chars=self.max_chars)
+        except RowError as error:
+            report.bad_rows.append((number, str(error)))
+            self.on_bad_row(number, str(error))
             if self.strict:
                 raise UsageError(
-                    f"{path} line {number} is no {MEANT[self.kind]}",
+                    f"{path} line {number} is no {_ROW_NOUNS[self.kind]}",
                     str(error),
                     "mend the line, or leave --strict out to skip it",
                 ) from error
             return None
 
-    def messages(self, parsed: Asked, origin: str, prompts: set[str], labels: set[str]) -> list[Outgoing]:
+    def make_producer_records(
+        self, parsed: PromptRow, origin: str, known_prompt_ids: set[str], known_label_ids: set[str]
+    ) -> list[ProducerRecord]:
         """What is new in a row, which is then remembered: a prompt, or a person's record and, with `answer`, its prompt."""
-        made: list[Outgoing] = []
-        about = about_row(parsed, self.run_id, epoch=self.epoch, eval_share=self.eval_share, origin=origin)
-        if self.kind == "prompts" or self.answer:
-            prompt = prompt_record(about)
-            if prompt.prompt_id not in prompts:
-                prompts.add(about["prompt_id"])
-                made.append(outgoing(prompt))
+        made: list[ProducerRecord] = []
+        about = make_row_metadata(parsed, self.run_id, epoch=self.epoch, eval_fraction=self.eval_fraction, origin=origin)
+        if self.kind == "prompts" or self.publish_prompts:
+            prompt = make_prompt_record(about)
+            if prompt.prompt_id not in known_prompt_ids:
+                known_prompt_ids.add(about["prompt_id"])
+                made.append(to_producer_record(prompt))
         record: Preference | Demonstration | None = None
-        if isinstance(parsed, Compared):
-            record = comparison(parsed, about)
-        elif isinstance(parsed, Shown):
-            record = demonstration(parsed, about)
-        if record is not None and record.record_id not in labels:
-            labels.add(record.record_id)
-            made.append(labelled(record))
+        if isinstance(parsed, PreferenceRow):
+            record = _make_preference(parsed, about)
+        elif isinstance(parsed, DemonstrationRow):
+            record = _make_demonstration(parsed, about)
+        if record is not None and record.record_id not in known_label_ids:
+            known_label_ids.add(record.record_id)
+            made.append(_with_label_header(record))
         return made
 
-    def beginning(self, path: str, content: str, first: int, last: int | None) -> ProducerOffset:
+    def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
         """Where this run begins in this content (whatever the file is called)."""
-        more = {} if self.kind == "prompts" else {"kind": self.kind, "answer": self.answer}
-        configuration = ids.fingerprint(content=content, run=self.run_id, epoch=self.epoch, lines=[first, last], **more)
+        more = {} if self.kind == "prompts" else {"kind": self.kind, "answer": self.publish_prompts}
+        configuration = ids.compute_fingerprint(
+            content=content, run=self.run_id, epoch=self.epoch, lines=[first_row, last_row], **more
+        )
         return ProducerOffset(
-            record_id=ids.record_id("source", [], configuration),
+            record_id=ids.compute_record_id("source", [], configuration),
             run_id=self.run_id,
             stage="produce",
             name=Path(path).name,
             content_hash=content,
-            next_line=first,
+            next_line=first_row,
             published=0,
         )
 
-    def newest(self, beginning: ProducerOffset) -> ProducerOffset:
+    def load_latest_offset(self, start_offset: ProducerOffset) -> ProducerOffset:
         """Where earlier calls came to."""
-        known = [decode(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
-        return max([beginning, *(s for s in known if s.record_id == beginning.record_id)], key=lambda s: s.next_line)
+        known = [decode_record(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
+        return max([start_offset, *(s for s in known if s.record_id == start_offset.record_id)], key=lambda s: s.next_line)
 
     def commit(
-        self, writer: Any, batch: Sequence[Outgoing], new: int, place: ProducerOffset | None, number: int, report: Report
+        self,
+        writer: Any,
+        batch: Sequence[ProducerRecord],
+        num_new_rows: int,
+        offset: ProducerOffset | None,
+        row_number: int,
+        report: ProduceReport,
     ) -> None:
         """Records of `new` rows and the place after them, in one transaction."""
         messages = list(batch)
-        report.published += new
-        if place is not None and number >= place.next_line:
-            published = place.published + report.published
-            messages.append(outgoing(place.model_copy(update={"next_line": number + 1, "published": published})))
+        report.num_published += num_new_rows
+        if offset is not None and row_number >= offset.next_line:
+            published = offset.published + report.num_published
+            messages.append(to_producer_record(offset.model_copy(update={"next_line": row_number + 1, "published": published})))
         if messages:
             writer.commit(messages)
 
 
-def about_row(parsed: Asked, run_id: str, *, epoch: int = 0, eval_share: float, origin: str = "") -> dict[str, Any]:
+def make_row_metadata(
+    parsed: PromptRow, run_id: str, *, epoch: int = 0, eval_fraction: float, origin: str = ""
+) -> dict[str, Any]:
     """What a prompt, a comparison and a demonstration have in common."""
     return {
-        "prompt_id": ids.prompt_id(parsed.messages, epoch),
+        "prompt_id": ids.compute_prompt_id(parsed.messages, epoch),
         "run_id": run_id,
         "stage": "produce",
         "messages": list(parsed.messages),
         "source": parsed.source,
         "tags": list(parsed.tags),
-        "split": split_of(parsed.messages, eval_share),
+        "split": assign_split(parsed.messages, eval_fraction),
         "epoch": epoch,
         "origin": origin,
     }
 
 
-def prompt_record(about: dict[str, Any]) -> Prompt:
-    return Prompt(record_id=ids.record_id("produce", [about["prompt_id"]], ids.fingerprint()), **about)
+def make_prompt_record(metadata: dict[str, Any]) -> Prompt:
+    return Prompt(record_id=ids.compute_record_id("produce", [metadata["prompt_id"]], ids.compute_fingerprint()), **metadata)
 
 
-def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:
+def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Preference:
     """A person's comparison. Which answer of chosen and rejected is `a` is drawn from the id: no place must always win."""
-    configuration = ids.fingerprint(a=parsed.a, b=parsed.b, p_a=parsed.p_a, source=LabelSource.HUMAN)
-    record_id = ids.record_id("produce", [about["prompt_id"]], configuration)
-    a, b, p_a = parsed.a, parsed.b, parsed.p_a
-    if not parsed.ordered and ids.seed(record_id) % 2:
+    configuration = ids.compute_fingerprint(a=parsed.response_a, b=parsed.response_b, p_a=parsed.p_a, source=LabelSource.HUMAN)
+    record_id = ids.compute_record_id("produce", [metadata["prompt_id"]], configuration)
+    a, b, p_a = parsed.response_a, parsed.response_b, parsed.p_a
+    if not parsed.has_fixed_order and ids.compute_seed(record_id) % 2:
         a, b, p_a = b, a, 1 - p_a
     return Preference(
         record_id=record_id,
@@ -228,28 +240,28 @@ def comparison(parsed: Compared, about: dict[str, Any]) -> Preference:
         p_a=p_a,
         outcome=Outcome.OK,
         label_source=LabelSource.HUMAN,
-        **about,
+        **metadata,
     )
 
 
-def demonstration(parsed: Shown, about: dict[str, Any]) -> Demonstration:
-    configuration = ids.fingerprint(completion=parsed.completion, stopped=parsed.stopped)
-    record_id = ids.record_id("produce", [about["prompt_id"]], configuration)
-    finish_reason = FinishReason.STOP if parsed.stopped else FinishReason.LENGTH
-    return Demonstration(record_id=record_id, completion=parsed.completion, finish_reason=finish_reason, **about)
+def _make_demonstration(parsed: DemonstrationRow, metadata: dict[str, Any]) -> Demonstration:
+    configuration = ids.compute_fingerprint(completion=parsed.completion, stopped=parsed.is_complete)
+    record_id = ids.compute_record_id("produce", [metadata["prompt_id"]], configuration)
+    finish_reason = FinishReason.STOP if parsed.is_complete else FinishReason.LENGTH
+    return Demonstration(record_id=record_id, completion=parsed.completion, finish_reason=finish_reason, **metadata)
 
 
-def shipped_lines() -> int:
+def count_shipped_prompts() -> int:
     """How many prompts the shipped file has."""
-    return sum(1 for _ in rows(str(SHIPPED)))
+    return sum(1 for _ in read_rows(str(SHIPPED_PROMPTS_PATH)))
 
 
-def summary(report: Report, path: str, kind: Kind = "prompts") -> Iterable[str]:
+def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts") -> Iterable[str]:
     """What to tell the person who typed `produce`."""
     yield (
-        f"{report.published} {kind} published from {path}"
-        + (f", {report.earlier} were there already" if report.earlier else "")
-        + (f"; its first {report.passed} rows were read before" if report.passed else "")
+        f"{report.num_published} {kind} published from {path}"
+        + (f", {report.num_duplicates} were there already" if report.num_duplicates else "")
+        + (f"; its first {report.num_already_read} rows were read before" if report.num_already_read else "")
     )
-    if report.bad:
-        yield f"{len(report.bad)} lines are no {kind} (see above); the others are published"
+    if report.bad_rows:
+        yield f"{len(report.bad_rows)} lines are no {kind} (see above); the others are published"

@@ -14,39 +14,39 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from engine.bus.port import Bus, Message, Offsets
+from engine.bus.port import Bus, ConsumerRecord, Offsets
 from engine.bus.read import read_between
 from engine.errors import UsageError
 from engine.store import Store
-from engine.worker import outgoing
-from schemas.codec import RecordError, decode
+from engine.worker import to_producer_record
+from schemas.codec import RecordError, decode_record
 from schemas.records import Chain, EndReason, Erasure, Record
 from schemas.topics import TOPICS
 
-BATCH = 500
+_BATCH_SIZE = 500
 EARLIEST = "earliest"
 LATEST = "latest"
 
 
 @dataclass(frozen=True)
-class Bound:
+class ReplayBound:
     """One end of a replay as it was typed: `earliest`, `latest`, an offset (in every partition) or a point in time."""
 
     text: str
 
-    def offsets(self, bus: Bus, topics: Sequence[str]) -> Offsets:
+    def resolve_offsets(self, bus: Bus, topics: Sequence[str]) -> Offsets:
         """The offset that it means in each partition."""
-        begins, ends = bus.begin_offsets(topics), bus.end_offsets(topics)
+        begins, ends = bus.beginning_offsets(topics), bus.end_offsets(topics)
         if self.text == EARLIEST:
             return begins
         if self.text == LATEST:
             return ends
         if self.text.isdecimal():
             return {place: min(max(int(self.text), begins[place]), end) for place, end in ends.items()}
-        return bus.offsets_at(topics, timestamp_ms(self.text))
+        return bus.offsets_for_time(topics, _parse_timestamp_ms(self.text))
 
 
-def timestamp_ms(text: str) -> int:
+def _parse_timestamp_ms(text: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
@@ -59,116 +59,116 @@ def timestamp_ms(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Selection:
+class LogSelection:
     """What a replay reads: the records of `run` between two offsets of each partition of `topics` that `wanted` takes."""
 
-    run: str
+    run_id: str
     topics: tuple[str, ...]
-    begins: Offsets
-    ends: Offsets
-    wanted: Callable[[Record], bool]
+    start_offsets: Offsets
+    end_offsets: Offsets
+    predicate: Callable[[Record], bool]
 
-    def read(self, bus: Bus) -> Iterator[Record]:
+    def read_records(self, bus: Bus) -> Iterator[Record]:
         """What cannot be decoded is a dead letter already."""
-        run = ("run", self.run.encode())
+        run = ("run", self.run_id.encode())
         for topic in self.topics:
-            begins = {place: offset for place, offset in self.begins.items() if place.topic == topic}
-            ends = {place: offset for place, offset in self.ends.items() if place.topic == topic}
+            begins = {place: offset for place, offset in self.start_offsets.items() if place.topic == topic}
+            ends = {place: offset for place, offset in self.end_offsets.items() if place.topic == topic}
             for message in read_between(bus, begins, ends):
-                if run in message.headers and (record := decoded(message)) and self.wanted(record):
+                if run in message.headers and (record := decode_or_none(message)) and self.predicate(record):
                     yield record
 
 
 @dataclass(frozen=True)
-class Archived:
+class ArchiveSelection:
     """The same from the database, which also has what the log keeps no more (or an earlier log had).
 
     `start` and `end` are bounds as they were typed; `before_seq` is the commit sequence at which the replay began.
     """
 
-    run: str
+    run_id: str
     topics: tuple[str, ...]
     start: str
     end: str
     before_seq: int
-    wanted: Callable[[Record], bool]
+    predicate: Callable[[Record], bool]
 
-    def read(self, store: Store) -> Iterator[Record]:
+    def read_records(self, store: Store) -> Iterator[Record]:
         for topic in self.topics:
             spec = TOPICS[topic]
-            fields = ", ".join(f'"{name}"' for name in spec.record.model_fields)
-            where = f"run_id = ? AND commit_seq < ? AND {compared('>=', self.start)} AND {compared('<', self.end)}"
+            fields = ", ".join(f'"{name}"' for name in spec.record_class.model_fields)
+            where = f"run_id = ? AND commit_seq < ? AND {_build_bound_condition('>=', self.start)} AND {_build_bound_condition('<', self.end)}"
             sql = f"SELECT {fields} FROM raw.{spec.table} WHERE {where} ORDER BY commit_seq"
-            for row in store.records(sql, [self.run, self.before_seq], limit_s=600.0):
-                record = spec.record.model_validate(plain(row))
-                if self.wanted(record):
+            for row in store.query_dicts(sql, [self.run_id, self.before_seq], limit_s=600.0):
+                record = spec.record_class.model_validate(_to_record_values(row))
+                if self.predicate(record):
                     yield record
 
 
-def compared(operator: str, bound: str) -> str:
+def _build_bound_condition(operator: str, bound: str) -> str:
     """A bound as a condition on an archived row."""
     if bound in (EARLIEST, LATEST):
         return "TRUE"
     if bound.isdecimal():
         return f"_offset {operator} {int(bound)}"
-    return f"epoch_ms(created_at) {operator} {timestamp_ms(bound)}"
+    return f"epoch_ms(created_at) {operator} {_parse_timestamp_ms(bound)}"
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
+def _to_record_values(row: dict[str, Any]) -> dict[str, Any]:
     """A row as the record's own values: ids are text there."""
     values: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(row, mode="json")
     return values | {"created_at": row["created_at"].replace(tzinfo=UTC)}
 
 
-def decoded(message: Message) -> Record | None:
+def decode_or_none(consumer_record: ConsumerRecord) -> Record | None:
     try:
-        return decode(message.value or b"", TOPICS[message.topic].record)
+        return decode_record(consumer_record.value or b"", TOPICS[consumer_record.topic].record_class)
     except RecordError:
         return None
 
 
-def starts_chain(record: Record) -> bool:
+def is_chain_start(record: Record) -> bool:
     """Whether the stages may begin with this record: a chain that is over has nothing left to revise."""
     return not isinstance(record, Chain) or not record.final
 
 
-def ends_chain(record: Record) -> bool:
+def is_chain_end(record: Record) -> bool:
     return isinstance(record, Chain) and record.final and record.end_reason not in (EndReason.NONE, EndReason.UNKNOWN)
 
 
-def forgotten(bus: Bus) -> set[str]:
+def _read_erased_prompt_ids(bus: Bus) -> set[str]:
     """The prompts that are not to be worked on any more."""
-    begins, ends = bus.begin_offsets([Erasure.topic]), bus.end_offsets([Erasure.topic])
+    begins, ends = bus.beginning_offsets([Erasure.topic]), bus.end_offsets([Erasure.topic])
     return {(message.key or b"").decode() for message in read_between(bus, begins, ends)}
 
 
-def feed(bus: Bus, records: Iterable[Record], run_id: str) -> tuple[int, int]:
+def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> tuple[int, int]:
     """Publish records under the run `run_id`; returns how many were published now, and how many were there already."""
-    writer, left_out = bus.writer(f"replay.{run_id}"), forgotten(bus)
+    writer, left_out = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
     published, earlier, batch = 0, 0, []
     seen: dict[str, set[str]] = {}
     try:
         for record in records:
             there = seen.get(record.topic)
             if there is None:
-                there = seen[record.topic] = present(bus, record.topic, run_id)
+                there = seen[record.topic] = _read_record_ids(bus, record.topic, run_id)
             if record.record_id in there or record.prompt_id in left_out:
                 earlier += 1
                 continue
             there.add(record.record_id)
             batch.append(record.model_copy(update={"run_id": run_id}))
-            if len(batch) >= BATCH:
-                writer.commit([outgoing(copy) for copy in batch])
+            if len(batch) >= _BATCH_SIZE:
+                writer.commit([to_producer_record(copy) for copy in batch])
                 published, batch = published + len(batch), []
         if batch:
-            writer.commit([outgoing(copy) for copy in batch])
+            writer.commit([to_producer_record(copy) for copy in batch])
     finally:
         writer.close()
     return published + len(batch), earlier
 
 
-def present(bus: Bus, topic: str, run_id: str) -> set[str]:
+def _read_record_ids(bus: Bus, topic: str, run_id: str) -> set[str]:
     """The ids of a run's records on a topic."""
     run = ("run", run_id.encode())
-    messages = read_between(bus, bus.begin_offsets([topic]), bus.end_offsets([topic]))
-    return {record.record_id for message in messages if run in message.headers and (record := decoded(message))}
+    messages = read_between(bus, bus.beginning_offsets([topic]), bus.end_offsets([topic]))
+    return {record.record_id for message in messages if run in message.headers and (record := decode_or_none(message))}

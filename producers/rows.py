@@ -18,51 +18,51 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from engine.errors import UsageError
-from producers.parse import COLUMNS, BadRow
+from producers.parse import ROW_COLUMNS, RowError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
-BATCH = 500
-GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
-NOT_UTF8 = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
-Row = bytes | dict[str, Any] | BadRow
+_BATCH_SIZE = 500
+_GZIP_MAGIC, _PARQUET_MAGIC, _ARROW_FILE_MAGIC, _ARROW_STREAM_MAGIC = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_UTF16_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_DATA_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
+RawRow = bytes | dict[str, Any] | RowError
 
 
-class Lines(Protocol):
+class LineReader(Protocol):
     """What lines are read from: a file, a gzip stream, standard input."""
 
     def readline(self, size: int = ..., /) -> bytes: ...
 
 
-def rows(path: str, first: int = 1, last: int | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(path: str, first_row: int = 1, last_row: int | None = None) -> Iterator[tuple[int, RawRow]]:
     """(number from 1, row) of a file, a folder or standard input ("-"); blank lines are passed over but counted."""
-    for number, row in enumerate(every_row(path), 1):
-        if last is not None and number > last:
+    for number, row in enumerate(_read_all_rows(path), 1):
+        if last_row is not None and number > last_row:
             return
-        if number >= first and row != b"":
+        if number >= first_row and row != b"":
             yield number, row
 
 
-def every_row(path: str) -> Iterator[Row]:
+def _read_all_rows(path: str) -> Iterator[RawRow]:
     if path == "-":
-        yield from lines(sys.stdin.buffer)
+        yield from _read_lines(sys.stdin.buffer)
         return
-    for file in files_of(Path(path)):
+    for file in _list_data_files(Path(path)):
         with file.open("rb") as stream:
             start = stream.read(6)
             stream.seek(0)
-            if start.startswith(GZIP):
+            if start.startswith(_GZIP_MAGIC):
                 with gzip.GzipFile(fileobj=stream) as unpacked:
-                    yield from lines(unpacked)
-            elif start.startswith(PARQUET):
-                yield from parquet_rows(stream)
-            elif start.startswith((ARROW_FILE, ARROW_STREAM)):
-                yield from arrow_rows(stream, start)
+                    yield from _read_lines(unpacked)
+            elif start.startswith(_PARQUET_MAGIC):
+                yield from _read_parquet_rows(stream)
+            elif start.startswith((_ARROW_FILE_MAGIC, _ARROW_STREAM_MAGIC)):
+                yield from _read_arrow_rows(stream, start)
             else:
-                yield from lines(stream)
+                yield from _read_lines(stream)
 
 
-def lines(stream: Lines) -> Iterator[Row]:
+def _read_lines(stream: LineReader) -> Iterator[RawRow]:
     """Lines without their ends and the first one's byte order mark; a damaged gzip stream ends with a BadRow."""
     mark = codecs.BOM_UTF8
     try:
@@ -70,82 +70,84 @@ def lines(stream: Lines) -> Iterator[Row]:
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                     pass
-                yield BadRow(f"longer than {MAX_LINE_BYTES} bytes")
+                yield RowError(f"longer than {MAX_LINE_BYTES} bytes")
             else:
                 yield line.removeprefix(mark).strip()
             mark = b""
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield BadRow(f"the compressed data is damaged from here on: {error}")
+        yield RowError(f"the compressed data is damaged from here on: {error}")
 
 
-def parquet_rows(stream: IO[bytes]) -> Iterator[Row]:
+def _read_parquet_rows(stream: IO[bytes]) -> Iterator[RawRow]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(stream)
-        yield from batch_rows(file.iter_batches(BATCH, columns=known(file.schema_arrow.names)))
+        yield from _read_batch_rows(file.iter_batches(_BATCH_SIZE, columns=_filter_known_columns(file.schema_arrow.names)))
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
-        yield unreadable("Parquet", error)
+        yield _make_unreadable_row("Parquet", error)
 
 
-def arrow_rows(stream: IO[bytes], start: bytes) -> Iterator[Row]:
+def _read_arrow_rows(stream: IO[bytes], start: bytes) -> Iterator[RawRow]:
     import pyarrow as pa
 
     try:
-        if start.startswith(ARROW_FILE):
+        if start.startswith(_ARROW_FILE_MAGIC):
             file = pa.ipc.open_file(stream)
-            yield from batch_rows(file.get_batch(number) for number in range(file.num_record_batches))
+            yield from _read_batch_rows(file.get_batch(number) for number in range(file.num_record_batches))
         else:
-            yield from batch_rows(pa.ipc.open_stream(stream))
+            yield from _read_batch_rows(pa.ipc.open_stream(stream))
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
-        yield unreadable("Arrow", error)
+        yield _make_unreadable_row("Arrow", error)
 
 
-def batch_rows(batches: Any) -> Iterator[Row]:
+def _read_batch_rows(batches: Any) -> Iterator[RawRow]:
     """The rows of Arrow record batches; a value that has no Python form (such as text that is not UTF-8) is a BadRow."""
     import pyarrow as pa
 
     for batch in batches:
         batch.validate(full=True)  # offsets of a damaged file may point outside of their buffers
-        names = known(batch.schema.names)
+        names = _filter_known_columns(batch.schema.names)
         columns = [batch.column(name) for name in names]
         for number in range(batch.num_rows):
             try:
                 yield {name: column[number].as_py() for name, column in zip(names, columns, strict=True)}
             except (pa.ArrowException, ValueError, OverflowError) as error:
-                yield BadRow(f"a value cannot be read: {error}")
+                yield RowError(f"a value cannot be read: {error}")
 
 
-def known(names: Sequence[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if name in COLUMNS]
+def _filter_known_columns(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if name in ROW_COLUMNS]
 
 
-def unreadable(kind: str, error: Exception) -> BadRow:
-    return BadRow(f"the {kind} data cannot be read from here on: {str(error).splitlines()[0][:200] if str(error) else kind}")
+def _make_unreadable_row(kind: str, error: Exception) -> RowError:
+    return RowError(f"the {kind} data cannot be read from here on: {str(error).splitlines()[0][:200] if str(error) else kind}")
 
 
-def files_of(path: Path) -> list[Path]:
+def _list_data_files(path: Path) -> list[Path]:
     """The data files of a path, in order; raises UsageError for a folder that holds no data set, or several splits."""
     if not path.is_dir():
         return [path]
     if (path / "dataset_dict.json").exists():
-        raise several(path, [f"{path / name}" for name in read_json(path / "dataset_dict.json").get("splits", [])])
+        raise _make_several_splits_error(
+            path, [f"{path / name}" for name in _read_json_object(path / "dataset_dict.json").get("splits", [])]
+        )
     if (path / "state.json").exists():
-        state = read_json(path / "state.json")
+        state = _read_json_object(path / "state.json")
         if state.get("_indices_data_files") or state.get("_indices_files"):
             raise UsageError(f"{path} is a selection of rows", "its order is kept apart from its data", "save it flattened")
         return [path / Path(file["filename"]).name for file in state.get("_data_files", [])]
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS))
+    found = sorted(file for file in path.rglob("*") if file.name.endswith(_DATA_SUFFIXES))
     if not found:
-        raise UsageError(f"there is no data in {path}", f"no file there ends in {', '.join(ENDINGS)}", "give a file")
+        raise UsageError(f"there is no data in {path}", f"no file there ends in {', '.join(_DATA_SUFFIXES)}", "give a file")
     splits = {file.name.split("-")[0] for file in found if "-of-" in file.name}
     if len(splits) > 1:
-        raise several(path, [f"{found[0].parent / name}-*" for name in sorted(splits)])
+        raise _make_several_splits_error(path, [f"{found[0].parent / name}-*" for name in sorted(splits)])
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -153,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def several(path: Path, names: Sequence[str]) -> UsageError:
+def _make_several_splits_error(path: Path, names: Sequence[str]) -> UsageError:
     return UsageError(
         f"{path} holds several splits: {', '.join(Path(name).name.removesuffix('-*') for name in names)}",
         "which of them are prompts is yours to say",
@@ -161,13 +163,13 @@ def several(path: Path, names: Sequence[str]) -> UsageError:
     )
 
 
-def content_hash(path: str) -> str:
+def compute_content_hash(path: str) -> str:
     """The hash of a file's, or of a folder's files', content; raises UsageError when it cannot be read or is no UTF-8."""
-    digests = [file_hash(file) for file in files_of(Path(path))]
+    digests = [_compute_file_hash(file) for file in _list_data_files(Path(path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def file_hash(path: Path) -> str:
+def _compute_file_hash(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             start = stream.read(2)
@@ -185,8 +187,8 @@ def file_hash(path: Path) -> str:
             "a row is a line: a string or an object",
             f"type: jq -c '.[]' {path} > rows.jsonl",
         )
-    if start in NOT_UTF8:
-        kind = NOT_UTF8[start]
+    if start in _UTF16_MARKS:
+        kind = _UTF16_MARKS[start]
         raise UsageError(
             f"{path} is {kind}, not UTF-8",
             "JSON lines are UTF-8",

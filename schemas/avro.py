@@ -24,9 +24,9 @@ from pydantic_core import PydanticUndefined
 from schemas.records import RECORDS, Float32, Record
 
 NAMESPACE = "charter"
-FOLDER = Path(__file__).parent
-RELEASED = FOLDER / "released"
-PRIMITIVES: dict[Any, Any] = {
+SCHEMA_FOLDER = Path(__file__).parent
+RELEASED_FOLDER = SCHEMA_FOLDER / "released"
+_PRIMITIVE_TYPES: dict[Any, Any] = {
     str: "string",
     int: "long",
     float: "double",
@@ -36,39 +36,41 @@ PRIMITIVES: dict[Any, Any] = {
 }
 
 
-def avro_type(annotation: Any, seen: set[str]) -> Any:
+def _to_avro_type(annotation: Any, seen_names: set[str]) -> Any:
     """The Avro type of a Python annotation; a named type is spelled out once and referred to by name after that."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in PRIMITIVES:
-        return PRIMITIVES[annotation]
+    if annotation in _PRIMITIVE_TYPES:
+        return _PRIMITIVE_TYPES[annotation]
     if origin is typing.Annotated:
-        return "float" if any(isinstance(extra, Float32) for extra in arguments[1:]) else avro_type(arguments[0], seen)
+        return (
+            "float" if any(isinstance(extra, Float32) for extra in arguments[1:]) else _to_avro_type(arguments[0], seen_names)
+        )
     if origin in (Union, types.UnionType):
-        return ["null", *(avro_type(a, seen) for a in arguments if a is not types.NoneType)]
+        return ["null", *(_to_avro_type(a, seen_names) for a in arguments if a is not types.NoneType)]
     if origin is list:
-        return {"type": "array", "items": avro_type(arguments[0], seen)}
+        return {"type": "array", "items": _to_avro_type(arguments[0], seen_names)}
     if origin is dict:
-        return {"type": "map", "values": avro_type(arguments[1], seen)}
-    if annotation.__name__ in seen:
+        return {"type": "map", "values": _to_avro_type(arguments[1], seen_names)}
+    if annotation.__name__ in seen_names:
         return f"{NAMESPACE}.{annotation.__name__}"
-    seen.add(annotation.__name__)
+    seen_names.add(annotation.__name__)
     if issubclass(annotation, StrEnum):
         return {"type": "enum", "name": annotation.__name__, "symbols": [*annotation], "default": "UNKNOWN"}
-    return record_type(annotation, seen)
+    return _to_avro_record(annotation, seen_names)
 
 
-def record_type(model: type[BaseModel], seen: set[str]) -> dict[str, Any]:
+def _to_avro_record(model: type[BaseModel], seen_names: set[str]) -> dict[str, Any]:
     """The Avro record of a pydantic class."""
-    fields = [avro_field(name, info, seen) for name, info in model.model_fields.items()]
+    fields = [_to_avro_field(name, info, seen_names) for name, info in model.model_fields.items()]
     schema = {"type": "record", "name": model.__name__, "namespace": NAMESPACE, "fields": fields}
     if model.__doc__:
         schema["doc"] = " ".join(model.__doc__.split())
     return schema
 
 
-def avro_field(name: str, info: FieldInfo, seen: set[str]) -> dict[str, Any]:
+def _to_avro_field(name: str, info: FieldInfo, seen_names: set[str]) -> dict[str, Any]:
     annotation = typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
-    field: dict[str, Any] = {"name": name, "type": avro_type(annotation, seen)}
+    field: dict[str, Any] = {"name": name, "type": _to_avro_type(annotation, seen_names)}
     if info.default is not PydanticUndefined:
         field["default"] = info.default
     elif info.default_factory in (list, dict):
@@ -79,37 +81,37 @@ def avro_field(name: str, info: FieldInfo, seen: set[str]) -> dict[str, Any]:
 
 
 @cache
-def schema_of(model: type[Record]) -> dict[str, Any]:
+def get_schema(model: type[Record]) -> dict[str, Any]:
     """The Avro schema of a record class, as plain JSON."""
-    schema = record_type(model, {model.__name__})
+    schema = _to_avro_record(model, {model.__name__})
     return typing.cast(dict[str, Any], json.loads(json.dumps(schema)))
 
 
-def fingerprint_of(schema: dict[str, Any]) -> bytes:
+def compute_schema_fingerprint(schema: dict[str, Any]) -> bytes:
     """CRC-64-AVRO of the parsing canonical form: 8 bytes, little-endian (Avro specification, "Schema Fingerprints")."""
     canonical = fastavro.schema.to_parsing_canonical_form(schema)
     # fastavro prints the 8 bytes in the order in which single-object encoding wants them.
     return bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
 
 
-def released() -> dict[str, list[dict[str, Any]]]:
+def load_released_schemas() -> dict[str, list[dict[str, Any]]]:
     """Every schema version that was ever released, by record name."""
     versions: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RELEASED.glob("*/*.avsc")):
+    for path in sorted(RELEASED_FOLDER.glob("*/*.avsc")):
         versions.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
     return versions
 
 
-def write_files() -> None:
+def _write_schema_files() -> None:
     """Write the `.avsc` of every record, and its released version when it is new."""
     for model in RECORDS:
-        schema = schema_of(model)
+        schema = get_schema(model)
         text = json.dumps(schema, indent=2) + "\n"
-        (FOLDER / f"{model.topic}.avsc").write_text(text)
-        version = RELEASED / model.__name__ / f"{fingerprint_of(schema).hex()}.avsc"
+        (SCHEMA_FOLDER / f"{model.topic}.avsc").write_text(text)
+        version = RELEASED_FOLDER / model.__name__ / f"{compute_schema_fingerprint(schema).hex()}.avsc"
         version.parent.mkdir(parents=True, exist_ok=True)
         version.write_text(text)
 
 
 if __name__ == "__main__":
-    write_files()
+    _write_schema_files()

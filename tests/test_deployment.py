@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from charter.cli import STAGES, cli
-from charter.dashboard.verb import TOKEN
-from charter.up import COMPOSE
-from engine.metrics import serve
+from charter.dashboard.command import TOKEN_VARIABLE
+from charter.up import COMPOSE_FILE
+from engine.metrics import serve_metrics
 from engine.settings import Settings, environment_name, keys, load
-from tests.support.kafka import free_port
+from tests.support.kafka import find_free_port
 
 ROOT = Path(__file__).parent.parent
-TEXT = COMPOSE.read_text(encoding="utf-8")
+TEXT = COMPOSE_FILE.read_text(encoding="utf-8")
 SERVICES = yaml.safe_load(TEXT)["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 VARIABLES = {environment_name(section, key) for section, key, _ in keys()}
@@ -71,7 +71,9 @@ def test_commands_are_understood(name):
 @pytest.mark.parametrize("name", OURS)
 def test_settings_in_the_environment_exist_and_are_accepted(name):
     given = ENVIRONMENT | OURS[name]["environment"]
-    assert set(given) - VARIABLES <= {TOKEN, Settings().models.api_key_env, "PATH", "PYTHONUNBUFFERED"} | set(ENVIRONMENT)
+    assert set(given) - VARIABLES <= {TOKEN_VARIABLE, Settings().models.api_key_env, "PATH", "PYTHONUNBUFFERED"} | set(
+        ENVIRONMENT
+    )
     assert {key for key in given if "__" in key} <= VARIABLES
     settings, _ = load(environment={key: value for key, value in given.items() if value is not None})
     assert settings.bus_address == "kafka://kafka:29092"
@@ -127,8 +129,8 @@ def run_check(command, port, known):
 
 @pytest.mark.parametrize(("name", "known"), [("sink", "9464"), ("dashboard", "8400")])
 def test_health_checks_tell_life_from_death(name, known):
-    port = free_port()
-    close = serve("127.0.0.1", port, lambda: [])
+    port = find_free_port()
+    close = serve_metrics("127.0.0.1", port, lambda: [])
     try:
         assert run_check(health(OURS[name]), port, known) == 0
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from charter.cli import cli
-from constitutions.loader import parse
+from constitutions.loader import parse_constitution
 from engine.budget import parse_prices
 from engine.settings import Settings, keys, load
 from engine.store import Store
@@ -36,7 +36,7 @@ def test_commands_are_understood(command):
 
 def test_queries_run(tmp_path):
     store = Store(tmp_path / "charter.duckdb")
-    store.prepare()
+    store.create_schema()
     queries = [arguments(command)[1] for command in COMMANDS if command.startswith('sql "')]
     assert len(queries) >= 5
     for query in queries:
@@ -61,7 +61,7 @@ def test_toml_is_read_as_settings_or_as_a_constitution(text, tmp_path):
         settings, _ = load(file=tmp_path / "charter.toml", environment={})
         parse_prices(settings.limits.prices)
     elif "name" in values:
-        assert parse(text, "the documents").name == values["name"]
+        assert parse_constitution(text, "the documents").name == values["name"]
 
 
 def test_files_exist():

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from charter.pipeline import STAGES, connect, lags, make_host, store_of
-from engine.bus.port import Outgoing
-from engine.bus.read import read_messages
-from engine.models.scripted import POISON
+from charter.pipeline import STAGES, compute_lags, connect_bus, make_host, open_store
+from engine.bus.port import ProducerRecord
+from engine.bus.read import read_topic
+from engine.models.scripted import POISON_TEXT
 from engine.settings import load
-from producers.files import SHIPPED, Producer
+from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 
 WITHIN_S = 60
 PROMPTS = 40
@@ -35,7 +35,7 @@ def settings(request, tmp_path):
 
 
 def one(settings, sql):
-    store = store_of(settings)
+    store = open_store(settings)
     return store.query(sql, limit_s=10.0).rows[0][0] if store.path.exists() else 0
 
 
@@ -47,7 +47,7 @@ def wait_for(condition, host=None):
     deadline = time.monotonic() + WITHIN_S
     while not condition():
         if host:
-            host.check()
+            host.raise_if_failed()
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.05)
 
@@ -67,20 +67,20 @@ def check_whole(settings, prompts=PROMPTS):
 
 
 def test_every_prompt_goes_all_the_way_once(settings):
-    bus = connect(settings)
-    Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus = connect_bus(settings)
+    FileProducer(bus, "r", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_for(lambda: one(settings, FINISHED) == PROMPTS, host)
     check_whole(settings)
-    story = store_of(settings).records("SELECT * FROM traces WHERE revisions IS NOT NULL LIMIT 1")[0]
+    story = open_store(settings).query_dicts("SELECT * FROM traces WHERE revisions IS NOT NULL LIMIT 1")[0]
     assert story["responses"] and story["critiques"] and story["preferences"] and story["final_response"]
     assert one(settings, "SELECT count(*) FROM runs") == 1
     bus.close()
 
 
 def test_a_restart_in_the_middle_changes_nothing(settings):
-    bus = connect(settings)
-    Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus = connect_bus(settings)
+    FileProducer(bus, "r", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
     for target in (3, 20):
         with make_host(settings, bus, STAGES, sink=True) as host:
             wait_for(lambda target=target: one(settings, "SELECT count(*) FROM responses") >= target, host)
@@ -92,16 +92,16 @@ def test_a_restart_in_the_middle_changes_nothing(settings):
 
 def test_duplicate_delivery_is_marked_and_not_trained_on_twice(tmp_path):
     settings = settings_for(tmp_path)
-    bus = connect(settings)
-    Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED), last=10)
-    again = [Outgoing("prompts", m.key, m.value, m.headers) for m in read_messages(bus, "prompts")]
+    bus = connect_bus(settings)
+    FileProducer(bus, "r", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=10)
+    again = [ProducerRecord("prompts", m.key, m.value, m.headers) for m in read_topic(bus, "prompts")]
     bus.publish(again)
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_for(
             lambda: one(settings, "SELECT sum(records + duplicates) FROM pipeline_status WHERE topic = 'preferences'") == 20,
             host,
         )
-        wait_for(lambda: set(lags(bus, "r", "completions").values()) == {0}, host)
+        wait_for(lambda: set(compute_lags(bus, "r", "completions").values()) == {0}, host)
         wait_for(lambda: one(settings, FINISHED) == 10, host)
     for table in ("prompts", "responses", "preferences"):
         assert one(settings, f"SELECT duplicates FROM pipeline_status WHERE topic = '{table}'") == 10
@@ -112,10 +112,10 @@ def test_duplicate_delivery_is_marked_and_not_trained_on_twice(tmp_path):
 
 def test_a_poisoned_prompt_is_a_dead_letter_and_the_others_go_on(tmp_path):
     settings = settings_for(tmp_path / "data")
-    bus = connect(settings)
+    bus = connect_bus(settings)
     lines = tmp_path / "p.jsonl"
-    lines.write_text(f'"fine"\n"{POISON}"\n"also fine"\n')
-    Producer(bus, "r", eval_share=0.0).publish(str(lines))
+    lines.write_text(f'"fine"\n"{POISON_TEXT}"\n"also fine"\n')
+    FileProducer(bus, "r", eval_fraction=0.0).publish(str(lines))
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_for(lambda: one(settings, FINISHED) == 2 and one(settings, "SELECT count(*) FROM dead_letters") == 1, host)
     assert one(settings, "SELECT stage || ' ' || kind || ' ' || source_topic FROM dead_letters") == "respond PERMANENT prompts"
@@ -124,19 +124,19 @@ def test_a_poisoned_prompt_is_a_dead_letter_and_the_others_go_on(tmp_path):
 
 RUN = """
     import sys
-    from charter.pipeline import STAGES, connect, make_host
+    from charter.pipeline import STAGES, connect_bus, make_host
     from engine.settings import load
     settings = load({"data.folder": sys.argv[1], "models.policy": "scripted", "run.id": "r", "prompts.eval_share": "0"})[0]
-    with make_host(settings, connect(settings), STAGES, sink=True) as host:
+    with make_host(settings, connect_bus(settings), STAGES, sink=True) as host:
         print("running", flush=True)
-        host.failed.wait()
+        host.failure_event.wait()
 """
 
 
 def test_killed_with_no_warning_it_loses_and_doubles_nothing(tmp_path):
     settings = settings_for(tmp_path)
-    bus = connect(settings)
-    Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED))
+    bus = connect_bus(settings)
+    FileProducer(bus, "r", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH))
     for rows in (1, 30, 90):
         command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -151,17 +151,17 @@ def test_killed_with_no_warning_it_loses_and_doubles_nothing(tmp_path):
 
 def test_two_processes_share_a_stage(tmp_path):
     settings = settings_for(tmp_path)
-    bus = connect(settings)
-    first = make_host(settings, bus, STAGES, sink=True, slot="a")
-    second = make_host(settings, bus, ["respond", "judge"], sink=False, slot="b")
+    bus = connect_bus(settings)
+    first = make_host(settings, bus, STAGES, sink=True, instance="a")
+    second = make_host(settings, bus, ["respond", "judge"], sink=False, instance="b")
     with first, second:
         wait_for(
             lambda: all(
                 len(w.consumer.assignment()) == 6 for h in (first, second) for w in h.workers if w.stage.name == "respond"
             )
         )
-        Producer(bus, "r", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+        FileProducer(bus, "r", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
         wait_for(lambda: one(settings, FINISHED) == PROMPTS, first)
-    assert all(w.committed for h in (first, second) for w in h.workers if w.stage.name == "respond")
+    assert all(w.num_committed for h in (first, second) for w in h.workers if w.stage.name == "respond")
     check_whole(settings)
     bus.close()

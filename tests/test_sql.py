@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from charter.cli import TABLES, cli
-from charter.pipeline import STAGES, connect, make_host, store_of
-from engine.models.scripted import POISON
+from charter.cli import TABLES_SQL, cli
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from engine.models.scripted import POISON_TEXT
 from engine.settings import load
-from engine.worker import outgoing
-from producers.files import SHIPPED
-from trainer.batches import Standing, manifest_of, rows_of, waiting
+from engine.worker import to_producer_record
+from producers.files import SHIPPED_PROMPTS_PATH
+from trainer.batches import TrainingState, build_manifest, load_rows, select_new_rows
 
 PAGE = (Path(__file__).parent.parent / "docs" / "sql.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"^([^\n]+):\n\n```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -26,20 +26,20 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sql")
     flags = {"data.folder": str(folder / "data"), "models.policy": "scripted", "prompts.eval_share": "0.3"}
     settings = load(flags, environment={})[0]
-    asked = SHIPPED.read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    put(folder / "prompts.jsonl", *map(json.loads, asked), POISON)
+    asked = SHIPPED_PROMPTS_PATH.read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    put(folder / "prompts.jsonl", *map(json.loads, asked), POISON_TEXT)
     put(folder / "pairs.jsonl", {"prompt": "Which?", "chosen": "this", "rejected": "that"})
     put(folder / "shown.jsonl", {"prompt": "How?", "completion": "So.", "source": "helpful"})
     call(flags, "produce", folder / "prompts.jsonl")
     call(flags, "produce", "--as", "preferences", folder / "pairs.jsonl")
     call(flags, "produce", "--as", "demonstrations", folder / "shown.jsonl")
-    bus, found = connect(settings), store_of(settings)
+    bus, found = connect_bus(settings), open_store(settings)
 
     def runs_until(sql, wanted):
         with make_host(settings, bus, STAGES, sink=True) as host:
             while not found.path.exists() or found.query(sql).rows != [(wanted,)]:
-                host.failed.wait(0.05)
-                host.check()
+                host.failure_event.wait(0.05)
+                host.raise_if_failed()
 
     done = """SELECT (SELECT count(*) FROM revision_chains) + (SELECT count(*) FROM preferences)
                      + (SELECT count(*) FROM dead_letters) + (SELECT count(*) FROM demonstrations)"""
@@ -47,9 +47,15 @@ def store(tmp_path_factory):
     judged = "SELECT record_id FROM preferences WHERE label_source = 'AI' AND outcome = 'OK' ORDER BY commit_seq LIMIT 4"
     for (pair,) in found.query(judged).rows:
         call(flags, "label", pair, "--prefer", "a")
-    chosen = waiting(found, "reward", Standing(), most=8)
-    drawn = rows_of(found, "reward", [row.key for row in chosen])
-    bus.publish([outgoing(manifest_of("reward", 1, drawn, [], Standing(), chosen, run_id="live", seed=0, settings={}))])
+    chosen = select_new_rows(found, "reward", TrainingState(), limit=8)
+    drawn = load_rows(found, "reward", [row.row_id for row in chosen])
+    bus.publish(
+        [
+            to_producer_record(
+                build_manifest("reward", 1, drawn, [], TrainingState(), chosen, run_id="live", seed=0, settings={})
+            )
+        ]
+    )
     runs_until("SELECT (SELECT count(*) FROM batches) + (SELECT count(*) FROM preferences WHERE stage = 'label')", 5)
     bus.close()
     return found
@@ -77,6 +83,6 @@ def test_there_are_a_dozen_questions_and_more():
 
 def test_the_page_lists_every_table_and_no_column_that_is_not_there(store):
     listed = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|$", PAGE, re.MULTILINE))
-    there = {name: columns.split(", ") for name, columns in store.query(TABLES).rows}
+    there = {name: columns.split(", ") for name, columns in store.query(TABLES_SQL).rows}
     assert set(listed) == set(there)
     assert [name for name in there if not set(listed[name].split(", ")) <= set(there[name])] == []

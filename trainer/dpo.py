@@ -26,12 +26,12 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from engine.models.chat import completion_ids, prompt_ids
+from engine.models.chat_template import encode_completion, encode_prompt
 from trainer import hf, weights
-from trainer.reward import PreferenceExample, refuse_one_sided, soft_label_loss, split
+from trainer.reward import PreferenceExample, compute_soft_label_loss, require_two_sided_labels, split_held_out
 
 
-class SoftLabelDPOTrainer(DPOTrainer):
+class _SoftLabelDPOTrainer(DPOTrainer):
     """trl's DPOTrainer on rows that are encoded already, with a soft label each."""
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
@@ -43,7 +43,7 @@ class SoftLabelDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """The rows with the reference's log-probabilities; trl's own way goes through files that processes do not share."""
         # trl takes an adapter that goes on for its own reference; ours is the model without any.
-        if weights.adapted(self.model) and "ref" in self.model.peft_config:
+        if weights.has_adapter(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         model = self.ref_model or self.model
         chosen, rejected = list[float](), list[float]()
@@ -57,11 +57,11 @@ class SoftLabelDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        chosen, rejected = self.answer_logprobs(model, inputs)
+        chosen, rejected = self.compute_response_logprobs(model, inputs)
         r_a = self.beta * (chosen - inputs["ref_chosen_logps"])
         r_b = self.beta * (rejected - inputs["ref_rejected_logps"])
         p_a = inputs["p_a"]
-        loss = soft_label_loss(r_a, r_b, p_a, 0.0)
+        loss = compute_soft_label_loss(r_a, r_b, p_a, 0.0)
         metrics = self._metrics["train" if self.model.training else "eval"]
         with torch.no_grad():
             preferred = torch.sign(p_a - 0.5)
@@ -74,7 +74,7 @@ class SoftLabelDPOTrainer(DPOTrainer):
         return (loss, {}) if return_outputs else loss
 
     @staticmethod
-    def answer_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_response_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed log-probabilities of both answers, (B,) each."""
         mask = inputs["completion_mask"]
         outputs = model(
@@ -88,7 +88,7 @@ class SoftLabelDPOTrainer(DPOTrainer):
         return chosen, rejected
 
 
-class Collator(DataCollatorForPreference):
+class _SoftLabelCollator(DataCollatorForPreference):
     """trl's collator, and the soft labels."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,12 +96,12 @@ class Collator(DataCollatorForPreference):
         return batch | {"p_a": torch.tensor([example["p_a"] for example in examples])}
 
 
-def encoded(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
+def encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
     """Ids of the prompt and both answers; a too long prompt loses its beginning, a too long answer its end."""
-    a = completion_ids(tokenizer, example.a, stopped=example.a_stopped)
-    b = completion_ids(tokenizer, example.b, stopped=example.b_stopped)
+    a = encode_completion(tokenizer, example.response_a, ends_with_eos=example.ends_with_eos_a)
+    b = encode_completion(tokenizer, example.response_b, ends_with_eos=example.ends_with_eos_b)
     room = max(1, max_length - max(len(a), len(b)))
-    prompt = prompt_ids(tokenizer, example.messages)[-room:]
+    prompt = encode_prompt(tokenizer, example.messages)[-room:]
     left = max_length - len(prompt)
     return {"prompt_ids": prompt, "chosen_ids": a[:left], "rejected_ids": b[:left], "p_a": example.p_a}
 
@@ -117,57 +117,57 @@ def train(
     beta: float = 0.1,
     lora_rank: int = 0,
     max_length: int = 1024,
-    hardware: weights.Hardware = weights.DEFAULT,
+    hardware: weights.Hardware = weights.DEFAULT_HARDWARE,
     seed: int = 0,
-    on_step: hf.OnStep = hf.ignore,
+    on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
     """One DPO update of the policy; returns what saves it, and metrics.
 
     Raises OneSidedLabels, CannotLearn when a number is not finite, UsageError for folders that do not belong together.
     """
-    weights.require_kin(policy_folder, reference_folder, "the reference policy")
-    refuse_one_sided(examples)
-    taught, held_out = split(examples)
+    weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
+    require_two_sided_labels(examples)
+    taught, held_out = split_held_out(examples)
     tokenizer = weights.load_tokenizer(policy_folder)
     torch.manual_seed(seed)  # LoRA's first matrices
-    model, off_is_reference = weights.load_for_rl(policy_folder, reference_folder, lora_rank)
+    model, off_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
     reference = None if off_is_reference or policy_folder == reference_folder else weights.load_policy(reference_folder)
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
-            **hf.arguments(
+            **hf.build_training_arguments(
                 output,
-                learning_rate=learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0),
+                learning_rate=learning_rate * (weights.LORA_LEARNING_RATE_FACTOR if lora_rank else 1.0),
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=seed,
                 max_length=max_length,
                 hardware=hardware,
-                texts=2,
+                texts_per_row=2,
             ),
             beta=beta,
             precompute_ref_log_probs=True,
         )
-        trainer = SoftLabelDPOTrainer(
+        trainer = _SoftLabelDPOTrainer(
             model=model,
             ref_model=reference,
             args=config,
-            train_dataset=rows_of(tokenizer, taught, max_length),
-            eval_dataset=rows_of(tokenizer, held_out, max_length) if held_out else None,
+            train_dataset=_build_dataset(tokenizer, taught, max_length),
+            eval_dataset=_build_dataset(tokenizer, held_out, max_length) if held_out else None,
             processing_class=tokenizer,
-            data_collator=Collator(pad_token_id=tokenizer.eos_token_id, max_length=max_length),
+            data_collator=_SoftLabelCollator(pad_token_id=tokenizer.eos_token_id, max_length=max_length),
         )
         trainer.ref_model = reference = None
-        metrics = hf.run(trainer, on_step)
-        metrics |= measured(trainer) if held_out else {}
-    save = weights.rl_saver(trainer.model, tokenizer, None, reference_folder if off_is_reference else None)
+        metrics = hf.run_trainer(trainer, on_step)
+        metrics |= _evaluate_held_out(trainer) if held_out else {}
+    save = weights.make_rl_saver(trainer.model, tokenizer, None, reference_folder if off_is_reference else None)
     return save, metrics | {"examples": float(len(taught)), "held_out": float(len(held_out))}
 
 
-def rows_of(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Dataset:
-    return Dataset.from_list([encoded(tokenizer, example, max_length) for example in examples])
+def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Dataset:
+    return Dataset.from_list([encode_pair(tokenizer, example, max_length) for example in examples])
 
 
-def measured(trainer: Any) -> dict[str, float]:
+def _evaluate_held_out(trainer: Any) -> dict[str, float]:
     """Loss, accuracy and margin of the labels that did not train."""
     found = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}

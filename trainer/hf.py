@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from engine.errors import CannotLearn
+from engine.errors import TrainingFailed
 from trainer.weights import Hardware
 
-OnStep = Callable[[int, dict[str, float]], None]
-WARMUP_RATIO = 0.15  # of an update's steps: Adam starts afresh with each, and its first steps are as long as the rate allows
+StepCallback = Callable[[int, dict[str, float]], None]
+_WARMUP_RATIO = 0.15  # of an update's steps: Adam starts afresh with each, and its first steps are as long as the rate allows
 
 
-def ignore(step: int, metrics: dict[str, float]) -> None:
+def ignore_step(step: int, metrics: dict[str, float]) -> None:
     """The default OnStep."""
 
 
-def micro_rows(batch_size: int, most: int) -> int:
+def compute_micro_batch_size(batch_size: int, max_size: int) -> int:
     """Rows in one pass: the largest divisor of the batch size up to `most`, so that a step is exactly one batch."""
-    return next(rows for rows in range(min(batch_size, most), 0, -1) if batch_size % rows == 0)
+    return next(rows for rows in range(min(batch_size, max_size), 0, -1) if batch_size % rows == 0)
 
 
-def arguments(
-    output: str,
+def build_training_arguments(
+    output_dir: str,
     *,
     learning_rate: float,
     epochs: int,
@@ -35,7 +35,7 @@ def arguments(
     max_length: int | None,
     hardware: Hardware,
     shuffle: bool = False,
-    texts: int = 1,
+    texts_per_row: int = 1,
 ) -> dict[str, Any]:
     """Arguments for trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
 
@@ -45,9 +45,9 @@ def arguments(
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = max(1, batch_size // processes)
-    rows = micro_rows(share, max(1, hardware.micro_rows // texts))
+    rows = compute_micro_batch_size(share, max(1, hardware.micro_batch_size // texts_per_row))
     return {
-        "output_dir": output,
+        "output_dir": output_dir,
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": rows,
@@ -58,7 +58,7 @@ def arguments(
         "seed": seed,
         "data_seed": seed,
         "bf16": hardware.bf16,
-        "activation_checkpointing": hardware.checkpointing,
+        "activation_checkpointing": hardware.gradient_checkpointing,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -74,44 +74,44 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
     """Raise CannotLearn when a number of this step is no number any more."""
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
-        raise CannotLearn(
+        raise TrainingFailed(
             f"{broken[0]} is {metrics[broken[0]]} at step {step}: training has run away",
             "nothing of this update was saved; the last policy stays in use",
             "lower the learning rate of this phase (charter config), then type: charter train",
         )
 
 
-class Steps(TrainerCallback):
+class _StepReporter(TrainerCallback):
     """Passes each logged step on, numbers only."""
 
-    def __init__(self, on_step: OnStep) -> None:
+    def __init__(self, on_step: StepCallback) -> None:
         self.on_step = on_step
-        self.last: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
         if "loss" in numbers:
             require_finite(state.global_step, numbers)
-            self.last = numbers
+            self.last_metrics = numbers
             self.on_step(state.global_step, numbers)
 
 
-def learning_rate_factor(step: int, steps: int, warmup_ratio: float = WARMUP_RATIO) -> float:
+def compute_learning_rate_factor(step: int, num_steps: int, warmup_ratio: float = _WARMUP_RATIO) -> float:
     """The factor of the learning rate at a step (from 0) of an update of `steps`: a linear rise, then a linear fall to 0.
 
     No step is lost: transformers' own warm-up begins at 0, and an update of one step would learn nothing.
     """
-    rise = math.ceil(warmup_ratio * steps)
-    return min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
+    rise = math.ceil(warmup_ratio * num_steps)
+    return min((step + 1) / (rise + 1), (num_steps - step) / max(1, num_steps - rise))
 
 
-def run(trainer: Any, on_step: OnStep) -> dict[str, float]:
+def run_trainer(trainer: Any, on_step: StepCallback) -> dict[str, float]:
     """Train quietly; returns the last step's numbers and the mean loss."""
-    steps = Steps(on_step)
+    steps = _StepReporter(on_step)
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or trainer.optimizer, lambda done: learning_rate_factor(done, num_training_steps)
+            optimizer or trainer.optimizer, lambda done: compute_learning_rate_factor(done, num_training_steps)
         )
         return trainer.lr_scheduler
 
@@ -120,4 +120,4 @@ def run(trainer: Any, on_step: OnStep) -> dict[str, float]:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(steps)
     result = trainer.train()
-    return steps.last | {"mean_loss": float(result.training_loss), "steps": float(result.global_step)}
+    return steps.last_metrics | {"mean_loss": float(result.training_loss), "steps": float(result.global_step)}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engine.settings import Settings
 from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyKind, Score
-from trainer.batches import Batch, turns_of
+from trainer.batches import Batch, parse_messages
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -25,47 +25,47 @@ if TYPE_CHECKING:
     from trainer.sft import SftExample
     from trainer.weights import Hardware
 
-Trained = tuple[Callable[[Path], None], dict[str, float]]
-Learner = Callable[["Trainer", Batch], Trained]
+_TrainOutput = tuple[Callable[[Path], None], dict[str, float]]
+Learner = Callable[["Trainer", Batch], _TrainOutput]
 
 
 # Rows as the learners take them
 
 
-def sft_example(row: Mapping[str, Any]) -> SftExample:
+def _make_sft_example(row: Mapping[str, Any]) -> SftExample:
     from trainer.sft import SftExample
 
     return SftExample(
-        messages=turns_of(row),
+        messages=parse_messages(row),
         completion=row["completion"],
-        stopped=row["finish_reason"] == "STOP",
+        ends_with_eos=row["finish_reason"] == "STOP",
         record_id=str(row["record_id"]),
     )
 
 
-def preference_example(row: Mapping[str, Any]) -> PreferenceExample:
+def _make_preference_example(row: Mapping[str, Any]) -> PreferenceExample:
     from trainer.reward import PreferenceExample
 
     return PreferenceExample(
-        messages=turns_of(row),
-        a=row["response_a"],
-        b=row["response_b"],
+        messages=parse_messages(row),
+        response_a=row["response_a"],
+        response_b=row["response_b"],
         p_a=row["p_a"],
         record_id=str(row["record_id"]),
-        a_stopped=row["finish_reason_a"] == "STOP",
-        b_stopped=row["finish_reason_b"] == "STOP",
+        ends_with_eos_a=row["finish_reason_a"] == "STOP",
+        ends_with_eos_b=row["finish_reason_b"] == "STOP",
         exchangeable=row["pairing"] == "completions" and row["label_source"] == "AI",
     )
 
 
-def rollout(row: Mapping[str, Any]) -> Rollout:
+def _make_rollout(row: Mapping[str, Any]) -> Rollout:
     from trainer.ppo import Rollout
 
     return Rollout(
         prompt_token_ids=tuple(row["prompt_token_ids"]),
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),
-        stopped=row["finish_reason"] == "STOP",
+        ends_with_eos=row["finish_reason"] == "STOP",
         policy_version=row["policy_version"],
         record_id=str(row["response_id"]),
         temperature=row["temperature"],
@@ -75,7 +75,7 @@ def rollout(row: Mapping[str, Any]) -> Rollout:
 # The phases
 
 
-def hardware_of(settings: Settings) -> Hardware:
+def _get_hardware(settings: Settings) -> Hardware:
     """How learners use this machine; no part of a batch, whose rows train the same on another one."""
     from trainer.weights import Hardware
 
@@ -83,135 +83,135 @@ def hardware_of(settings: Settings) -> Hardware:
     return Hardware(train.micro_rows, train.checkpointing, train.precision)
 
 
-def learn_sft(trainer: Trainer, batch: Batch) -> Trained:
+def learn_sft(trainer: Trainer, batch: Batch) -> _TrainOutput:
     """The policy on the final texts of chains."""
-    from trainer import processes, sft
+    from trainer import distributed, sft
 
-    base, settings = trainer.policy_folder(batch.manifest.base_policy_version), batch.settings
+    base, settings = trainer.get_policy_folder(batch.manifest.base_policy_version), batch.settings
     settings.pop("rounds", None)  # the rows are theirs already
-    model, tokenizer, metrics = processes.call(
+    model, tokenizer, metrics = distributed.call_learner(
         sft.train,
         base,
-        [sft_example(row) for row in batch.rows],
+        [_make_sft_example(row) for row in batch.rows],
         seed=batch.manifest.seed or 0,
-        hardware=hardware_of(trainer.settings),
-        on_step=partial(trainer.step, batch.manifest),
+        hardware=_get_hardware(trainer.settings),
+        on_step=partial(trainer.publish_step_metrics, batch.manifest),
         **settings,
     )
-    return sft_saver(model, tokenizer, base, trainer.base), metrics
+    return make_sft_saver(model, tokenizer, base, trainer.base_folder), metrics
 
 
-def sft_saver(model: Any, tokenizer: Any, base: Path, first: Path) -> Callable[[Path], None]:
+def make_sft_saver(model: Any, tokenizer: Any, start_folder: Path, base_folder: Path) -> Callable[[Path], None]:
     """Saves the policy that was trained on the weights of `base`, and the adapter for a server that has the first model's."""
     from trainer import weights
 
     def save(folder: Path) -> None:
-        if weights.adapted(model):
+        if weights.has_adapter(model):
             with tempfile.TemporaryDirectory() as delta:
-                weights.save_delta(model, Path(delta))
-                weights.add_adapter(folder, Path(delta), base, first)
-        weights.saver(model, tokenizer)(folder)
+                weights.save_adapter(model, Path(delta))
+                weights.save_combined_adapter(folder, Path(delta), start_folder, base_folder)
+        weights.make_saver(model, tokenizer)(folder)
 
     return save
 
 
-def with_adapter(save: Callable[[Path], None], reference: Path, first: Path) -> Callable[[Path], None]:
+def make_saver_with_adapter(save: Callable[[Path], None], reference_folder: Path, base_folder: Path) -> Callable[[Path], None]:
     """`save` of the RL phase, and the same adapter."""
     from trainer import weights
 
     def both(folder: Path) -> None:
         save(folder)
-        weights.add_adapter(folder, folder / weights.RL, reference, first)
+        weights.save_combined_adapter(folder, folder / weights.RL_FOLDER, reference_folder, base_folder)
 
     return both
 
 
-def learn_reward(trainer: Trainer, batch: Batch) -> Trained:
+def learn_reward(trainer: Trainer, batch: Batch) -> _TrainOutput:
     """The reward model on soft labels: from the last one, or from the policy with a fresh head."""
-    from trainer import processes, reward
+    from trainer import distributed, reward
 
     manifest, settings = batch.manifest, batch.settings
     settings.pop("replay", None)  # the rows are there already
     version = manifest.base_reward_version
-    base = trainer.policy_folder(manifest.base_policy_version)
-    model, metrics = processes.call(
+    base = trainer.get_policy_folder(manifest.base_policy_version)
+    model, metrics = distributed.call_learner(
         reward.train,
-        trainer.folder_of(PolicyKind.REWARD, version) if version else base,
-        [preference_example(row) for row in batch.rows],
+        trainer.get_version_folder(PolicyKind.REWARD, version) if version else base,
+        [_make_preference_example(row) for row in batch.rows],
         seed=manifest.seed or 0,
-        hardware=hardware_of(trainer.settings),
-        on_step=partial(trainer.step, manifest),
+        hardware=_get_hardware(trainer.settings),
+        on_step=partial(trainer.publish_step_metrics, manifest),
         **settings,
     )
     return model.save, metrics
 
 
-def learn_ppo(trainer: Trainer, batch: Batch) -> Trained:
+def learn_ppo(trainer: Trainer, batch: Batch) -> _TrainOutput:
     """The policy on its own scored answers, held near the policy that the last supervised phase made."""
-    from trainer import ppo, processes, sft, weights
+    from trainer import distributed, ppo, sft, weights
 
     manifest, settings = batch.manifest, batch.settings
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
-    policy = trainer.policy_folder(manifest.base_policy_version)
-    reference = trainer.policy_folder(manifest.reference_policy_version or 0)
-    tokenizer, hyperparameters = weights.load_tokenizer(policy), ppo.Hyperparameters(**settings)
-    learned, metrics = processes.call(
+    policy = trainer.get_policy_folder(manifest.base_policy_version)
+    reference = trainer.get_policy_folder(manifest.reference_policy_version or 0)
+    tokenizer, hyperparameters = weights.load_tokenizer(policy), ppo.PPOConfig(**settings)
+    learned, metrics = distributed.call_learner(
         ppo.train,
         policy,
         reference,
-        [rollout(row) for row in batch.rows],
-        scores_of(trainer, batch),
+        [_make_rollout(row) for row in batch.rows],
+        _score_rollouts(trainer, batch),
         hyperparameters,
-        first_folder=None if reference == trainer.base else trainer.base,
-        sl_rows=[sft.encode(tokenizer, sft_example(row), max_length) for row in batch.sl_rows],
+        base_folder=None if reference == trainer.base_folder else trainer.base_folder,
+        sl_rows=[sft.encode_example(tokenizer, _make_sft_example(row), max_length) for row in batch.sl_rows],
         lora_rank=lora_rank,
-        hardware=hardware_of(trainer.settings),
+        hardware=_get_hardware(trainer.settings),
         seed=manifest.seed or 0,
-        on_step=partial(trainer.step, manifest),
+        on_step=partial(trainer.publish_step_metrics, manifest),
     )
     if metrics["stopped_early"]:
-        trainer.publish([stopped_early(manifest, metrics, ppo.passed_limit(metrics, hyperparameters))])
-    return with_adapter(learned.save, reference, trainer.base), metrics
+        trainer.publish([_make_early_stop_incident(manifest, metrics, ppo.find_exceeded_limit(metrics, hyperparameters))])
+    return make_saver_with_adapter(learned.save, reference, trainer.base_folder), metrics
 
 
-def learn_dpo(trainer: Trainer, batch: Batch) -> Trained:
+def learn_dpo(trainer: Trainer, batch: Batch) -> _TrainOutput:
     """The policy on labels, held near the policy that the last supervised phase made."""
-    from trainer import dpo, processes
+    from trainer import distributed, dpo
 
     manifest = batch.manifest
-    reference = trainer.policy_folder(manifest.reference_policy_version or 0)
-    save, metrics = processes.call(
+    reference = trainer.get_policy_folder(manifest.reference_policy_version or 0)
+    save, metrics = distributed.call_learner(
         dpo.train,
-        trainer.policy_folder(manifest.base_policy_version),
+        trainer.get_policy_folder(manifest.base_policy_version),
         reference,
-        [preference_example(row) for row in batch.rows],
-        hardware=hardware_of(trainer.settings),
+        [_make_preference_example(row) for row in batch.rows],
+        hardware=_get_hardware(trainer.settings),
         seed=manifest.seed or 0,
-        on_step=partial(trainer.step, manifest),
+        on_step=partial(trainer.publish_step_metrics, manifest),
         **batch.settings,
     )
-    return with_adapter(save, reference, trainer.base), metrics
+    return make_saver_with_adapter(save, reference, trainer.base_folder), metrics
 
 
-def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
+def _score_rollouts(trainer: Trainer, batch: Batch) -> list[float]:
     """The reward model's normalised score of each rollout; all scores are published too."""
     from trainer import reward
 
     manifest = batch.manifest
     version = manifest.base_reward_version
     assert version is not None, "PPO batches are drawn only when there is a reward model"
-    model = reward.load(
-        trainer.folder_of(PolicyKind.REWARD, version),
-        hardware_of(trainer.settings),
-        policy=trainer.policy_folder(manifest.base_policy_version),
+    model = reward.load_reward_model(
+        trainer.get_version_folder(PolicyKind.REWARD, version),
+        _get_hardware(trainer.settings),
+        policy=trainer.get_policy_folder(manifest.base_policy_version),
     )
-    raw = model.score([(turns_of(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
-    normalised = model.normalised(raw)
-    configuration = ids.fingerprint(reward=version)
+    raw = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
+    normalised = model.normalize(raw)
+    configuration = ids.compute_fingerprint(reward=version)
     trainer.publish(
         [
             Score(
-                record_id=ids.record_id("score", [str(row["response_id"])], configuration, row["completion_index"]),
+                record_id=ids.compute_record_id("score", [str(row["response_id"])], configuration, row["completion_index"]),
                 parent_ids=[str(row["response_id"])],
                 prompt_id=str(row["prompt_id"]),
                 run_id=manifest.run_id,
@@ -229,9 +229,9 @@ def scores_of(trainer: Trainer, batch: Batch) -> list[float]:
     return normalised
 
 
-def stopped_early(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:
+def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:
     return Incident(
-        record_id=ids.record_id("incident", [manifest.record_id], ids.fingerprint(what="kl")),
+        record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint(what="kl")),
         parent_ids=[manifest.record_id],
         run_id=manifest.run_id,
         stage="train",

@@ -66,20 +66,20 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from engine.errors import CannotLearn, UsageError
-from trainer import processes, weights
-from trainer.hf import OnStep, ignore, learning_rate_factor, require_finite
-from trainer.sft import IGNORED
+from engine.errors import TrainingFailed, UsageError
+from trainer import distributed, weights
+from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
+from trainer.sft import IGNORE_INDEX
 from trainer.weights import Hardware
 
-log = logging.getLogger("charter.trainer")
-IMPORTANCE_CAP = 2.0
-KL_WEIGHT_CAP = 10.0
-LEAST_DEVIATION = 1e-4
-MAX_GRAD_NORM = 1.0
-LEAST_VALUE_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would learn next to nothing
-MOSTLY_CUT = 0.5
-KL_WINDOW = 64  # rollouts over which the KL of an update is averaged: of fewer it is too noisy to stop at
+logger = logging.getLogger("charter.trainer")
+_IMPORTANCE_WEIGHT_CAP = 2.0
+_KL_WEIGHT_CAP = 10.0
+_MIN_STD = 1e-4
+_MAX_GRAD_NORM = 1.0
+_MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would learn next to nothing
+_MAX_TRUNCATED_FRACTION = 0.5
+_KL_WINDOW = 64  # rollouts over which the KL of an update is averaged: of fewer it is too noisy to stop at
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Rollout:
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    stopped: bool
+    ends_with_eos: bool
     policy_version: int
     record_id: str
     temperature: float = 1.0
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
+class PPOConfig:
     """As in `recipe`: clip 0.2, value clip 0.2, value coefficient 0.1, gamma 1, lambda 0.95, beta 0.02."""
 
     learning_rate: float = 1e-6
@@ -123,7 +123,7 @@ class Hyperparameters:
 # The maths. Tensors are (B, T) over answer tokens; masks are 1 on real tokens.
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -132,7 +132,7 @@ def logprobs_from_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def entropies(logits: torch.Tensor) -> torch.Tensor:
+def _entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """-sum p log p in nats, from logits (..., V)."""
     logp = torch.log_softmax(logits, dim=-1)
     return -(logp.exp() * logp).sum(-1)
@@ -148,25 +148,25 @@ def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     return torch.expm1(logq - logp) - (logq - logp)
 
 
-def kl_of_policy(logp: torch.Tensor, logq: torch.Tensor, log_sampled: torch.Tensor) -> torch.Tensor:
+def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: torch.Tensor) -> torch.Tensor:
     """The estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with min(p / sampled, 10).
 
     Never negative. Without the weight a token that p has just learned to avoid counts q / p, thousands of nats for one token;
     without the cap one that p has just learned to prefer does. The cap makes the estimate too low where it binds.
     """
-    return torch.exp(logp - log_sampled).clamp(max=KL_WEIGHT_CAP) * kl_k3(logp, logq)
+    return torch.exp(logp - sampling_logp).clamp(max=_KL_WEIGHT_CAP) * kl_k3(logp, logq)
 
 
-def kl_moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -> torch.Tensor:
     """The estimate of KL(old || new) per token, from samples of `old`: k3 with the ratio new / old capped at 10.
 
     Never negative. The cap keeps one token that was rare and is likely now from ending an update alone; it makes the estimate
     too low where it binds.
     """
-    return kl_k3(old, torch.minimum(new, old + math.log(KL_WEIGHT_CAP)))
+    return kl_k3(old_logprobs, torch.minimum(new_logprobs, old_logprobs + math.log(_KL_WEIGHT_CAP)))
 
 
-def token_rewards(
+def compute_token_rewards(
     kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, beta: float, mask: torch.Tensor
 ) -> torch.Tensor:
     """-beta * kl on every token, and the score (B,) on the last one."""
@@ -175,8 +175,8 @@ def token_rewards(
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+def compute_gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns (B, T): delta_t = r_t + gamma V_t+1 - V_t, A_t = delta_t + gamma lambda A_t+1 (2015, eq. 16)."""
     values = values * mask
@@ -185,12 +185,12 @@ def gae(
     for t in reversed(range(rewards.shape[1])):
         following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(running)
         delta = rewards[:, t] + gamma * following - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
+        running = (delta + gamma * gae_lambda * running) * mask[:, t]
         advantages[:, t] = running
     return advantages, advantages + values
 
 
-def compare_scores(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
+def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
     """By how much each score (N,) exceeds the mean score of the other answers to its prompt (`prompts`, one for each score).
 
     With baseline "batch", and for an answer that is the only one to its prompt: the mean of all scores. Raises CannotLearn when
@@ -203,9 +203,9 @@ def compare_scores(scores: torch.Tensor, prompts: Sequence[object], baseline: st
     for rows in groups.values() if baseline == "prompt" else ():
         if (count := len(rows)) > 1:
             compared[rows] = (scores[rows] - scores[rows].mean()) * count / (count - 1)
-    if compared.std(correction=0) < LEAST_DEVIATION:
-        same = scores.std(correction=0) < LEAST_DEVIATION
-        raise CannotLearn(
+    if compared.std(correction=0) < _MIN_STD:
+        same = scores.std(correction=0) < _MIN_STD
+        raise TrainingFailed(
             f"the reward of all {len(scores)} answers is the same"
             if same
             else f"no reward of {len(scores)} answers differs from those of the other answers to the same prompt",
@@ -215,43 +215,45 @@ def compare_scores(scores: torch.Tensor, prompts: Sequence[object], baseline: st
     return compared
 
 
-def scale(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def scale_to_unit_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Deviation 1 over real tokens, zeros kept at zero; left as it is when it hardly varies."""
-    deviation = masked_mean((x - masked_mean(x, mask)) ** 2, mask).sqrt()
-    return x if deviation < LEAST_DEVIATION else x / deviation * mask
+    deviation = _masked_mean((x - _masked_mean(x, mask)) ** 2, mask).sqrt()
+    return x if deviation < _MIN_STD else x / deviation * mask
 
 
-def value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
+def compute_value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
     """How far values (B, T) are borne out: the regression coefficient of the rewards to come on them, kept in [0, 1]."""
-    to_come, _ = gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
-    v, r = (x[mask.bool()] - masked_mean(x, mask) for x in (values, to_come))
+    to_come, _ = compute_gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
+    v, r = (x[mask.bool()] - _masked_mean(x, mask) for x in (values, to_come))
     spread = float((v * v).sum())
     return max(0.0, min(1.0, float((v * r).sum()) / spread)) if spread > 0 else 0.0
 
 
-def clipped_policy_loss(
-    logp: torch.Tensor, prox: torch.Tensor, advantages: torch.Tensor, importance: torch.Tensor, clip: float
+def compute_clipped_policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, importance_weights: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token: the clipped loss (2017, eq. 7) with its importance weight, and whether the clip bound it."""
-    ratio = torch.exp(logp - prox)
+    ratio = torch.exp(logprobs - old_logprobs)
     free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return importance * torch.maximum(free, bound), (bound > free).float()
+    return importance_weights * torch.maximum(free, bound), (bound > free).float()
 
 
-def clipped_value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
+def compute_clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+) -> torch.Tensor:
     """Per token: half the larger of the squared errors with the value free, and kept within `clip` of the old one."""
-    kept = old + (values - old).clamp(-clip, clip)
+    kept = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (kept - returns) ** 2)
 
 
-def adapted_beta(beta: float, kl: float, target: float) -> float:
+def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
     """The next update's beta (Schulman et al. 2017, section 4); a KL estimate of zero or below never lowers it."""
-    if kl > 1.5 * target:
+    if kl > 1.5 * kl_target:
         return 2 * beta
-    return beta / 2 if 0 < kl < target / 1.5 else beta
+    return beta / 2 if 0 < kl < kl_target / 1.5 else beta
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens; 0 when returns do not vary."""
     kept = mask.bool()
     spread = returns[kept].var(correction=0)
@@ -263,79 +265,83 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 # The model: a policy with a value head on its trunk.
 
 
-class Actor(torch.nn.Module):
+class ActorCritic(torch.nn.Module):
     """The policy, and a linear value head on its last hidden state."""
 
-    def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT) -> None:
+    def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT_HARDWARE) -> None:
         super().__init__()
-        self.policy, self.hardware = weights.prepare(policy, hardware), hardware
-        base = policy.get_base_model() if weights.adapted(policy) else policy
-        self.trunk = getattr(base, base.base_model_prefix)
-        self.output = base.get_output_embeddings()
+        self.policy, self.hardware = weights.prepare_for_training(policy, hardware), hardware
+        base = policy.get_base_model() if weights.has_adapter(policy) else policy
+        self.backbone = getattr(base, base.base_model_prefix)
+        self.lm_head = base.get_output_embeddings()
         config = base.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.value = torch.nn.Linear(config.hidden_size, 1, device=base.device)
-        torch.nn.init.zeros_(self.value.weight)
-        torch.nn.init.zeros_(self.value.bias)
-        self.require_plain_output(base)
+        self.logit_softcap = getattr(config, "final_logit_softcapping", None)
+        self.value_head = torch.nn.Linear(config.hidden_size, 1, device=base.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        self.require_plain_logits(base)
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def compute_hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states (B, T, H) of right-padded ids (B, T)."""
-        states: torch.Tensor = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        states: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         return states
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """fp32 logits (..., V)."""
-        logits: torch.Tensor = self.output(hidden).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        logits: torch.Tensor = self.lm_head(hidden_states).float()
+        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def forward(self, batch: Padded, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: _PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of the answer tokens, values before each of them, and entropies: all (B, T_answer)."""
         # Only the places that predict answer tokens go through the (large) output layer: N = all answer tokens.
-        kept = batch.mask.bool()
+        kept = batch.completion_mask.bool()
         row, place = kept.nonzero(as_tuple=True)
-        hidden = self.hidden(batch.ids)[row, batch.before[row, place]]
-        logits = self.logits(hidden) / batch.temperature[row, None]
-        logp = logprobs_from_logits(logits, batch.tokens[row, place])
+        hidden = self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, place]]
+        logits = self.compute_logits(hidden) / batch.temperatures[row, None]
+        logp = logprobs_from_logits(logits, batch.completion_ids[row, place])
         with torch.no_grad():
-            spread = entropies(logits) if entropy else torch.zeros_like(logp)
+            spread = _entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
         # Not as a matrix product, which autocast would round to bf16: values are regressed on, three digits are too few.
-        values = (hidden.float() * self.value.weight[0]).sum(-1) + self.value.bias
+        values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
 
         def spread_out(of_tokens: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(batch.mask).masked_scatter(kept, of_tokens)
+            return torch.zeros_like(batch.completion_mask).masked_scatter(kept, of_tokens)
 
         return spread_out(logp), spread_out(values), spread_out(spread)
 
     @torch.no_grad()
-    def require_plain_output(self, base: Any) -> None:
+    def require_plain_logits(self, base_model: Any) -> None:
         """Raise UsageError for a model that does more to its logits than we know of: every probability would be wrong."""
-        ids = torch.tensor([[1, 2, 3]], device=base.device)
-        if not torch.allclose(self.logits(self.hidden(ids)), base(input_ids=ids, use_cache=False).logits.float(), atol=1e-3):
+        ids = torch.tensor([[1, 2, 3]], device=base_model.device)
+        if not torch.allclose(
+            self.compute_logits(self.compute_hidden_states(ids)),
+            base_model(input_ids=ids, use_cache=False).logits.float(),
+            atol=1e-3,
+        ):
             raise UsageError(
-                f"PPO cannot train a {base.config.model_type}",
+                f"PPO cannot train a {base_model.config.model_type}",
                 "its logits are not those of its output layer alone",
                 'choose another models.policy, or set train.policy_learner = "dpo"',
             )
 
 
 @dataclass(frozen=True)
-class Padded:
+class _PaddedRollouts:
     """Rollouts as right-padded tensors: ids (B, T); tokens, mask and `before` (B, T_answer); temperature (B,)."""
 
-    ids: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    before: torch.Tensor  # the position whose output predicts each answer token
-    temperature: torch.Tensor
+    input_ids: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logit_positions: torch.Tensor  # the position whose output predicts each answer token
+    temperatures: torch.Tensor
 
 
-def pad(rollouts: Sequence[Rollout], width: int, device: torch.device | str) -> Padded:
+def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> _PaddedRollouts:
     """Tensors of some rollouts; `width` is T_answer."""
-    longest = max(length_of(r) for r in rollouts)
+    longest = max(_get_sequence_length(r) for r in rollouts)
     ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
-    tokens, before = (torch.zeros(len(rollouts), width, dtype=torch.long) for _ in range(2))
-    mask = torch.zeros(len(rollouts), width)
+    tokens, before = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
+    mask = torch.zeros(len(rollouts), completion_length)
     for row, rollout in enumerate(rollouts):
         start, count = len(rollout.prompt_token_ids), len(rollout.token_ids)
         ids[row, : start + count] = torch.tensor([*rollout.prompt_token_ids, *rollout.token_ids])
@@ -343,28 +349,30 @@ def pad(rollouts: Sequence[Rollout], width: int, device: torch.device | str) -> 
         before[row, :count] = torch.arange(start - 1, start + count - 1)
         mask[row, :count] = 1.0
     temperature = torch.tensor([r.temperature for r in rollouts])
-    return Padded(*(x.to(device) for x in (ids, tokens, mask, before, temperature)))
+    return _PaddedRollouts(*(x.to(device) for x in (ids, tokens, mask, before, temperature)))
 
 
-def length_of(rollout: Rollout) -> int:
+def _get_sequence_length(rollout: Rollout) -> int:
     return len(rollout.prompt_token_ids) + len(rollout.token_ids)
 
 
-def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> list[list[int]]:
+def _make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
     """Rows of similar length together, so that little is padded."""
-    order = sorted(rows, key=lambda i: length_of(rollouts[i]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    order = sorted(indices, key=lambda i: _get_sequence_length(rollouts[i]))
+    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, rollouts: Sequence[Rollout], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_logprobs_and_values(
+    actor: ActorCritic, rollouts: Sequence[Rollout], completion_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and values of all rollouts (N, width), computed in small batches of similar length."""
-    device = actor.value.weight.device
-    logp = torch.zeros(len(rollouts), width, device=device)
+    device = actor.value_head.weight.device
+    logp = torch.zeros(len(rollouts), completion_length, device=device)
     values = torch.zeros_like(logp)
-    for rows in micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_rows):
+    for rows in _make_micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_batch_size):
         with actor.hardware.autocast():
-            some_logp, some_values, _ = actor(pad([rollouts[i] for i in rows], width, device))
+            some_logp, some_values, _ = actor(pad_rollouts([rollouts[i] for i in rows], completion_length, device))
         logp[rows], values[rows] = some_logp, some_values
     return logp, values
 
@@ -373,70 +381,80 @@ def evaluate(actor: Actor, rollouts: Sequence[Rollout], width: int) -> tuple[tor
 
 
 @dataclass(frozen=True)
-class Targets:
+class _PPOBatch:
     """What stays fixed during an update, (N, T) each: see the module's docstring."""
 
-    prox: torch.Tensor
-    reference: torch.Tensor
-    first: torch.Tensor | None
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    base_logprobs: torch.Tensor | None
     old_values: torch.Tensor
-    importance: torch.Tensor
+    importance_weights: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
     mask: torch.Tensor
     value_weight: float
 
 
-def prepare(
+def prepare_batch(
     rollouts: Sequence[Rollout],
     scores: Sequence[float],
-    prox: torch.Tensor,
+    old_logprobs: torch.Tensor,
     old_values: torch.Tensor,
-    reference: torch.Tensor,
-    first: torch.Tensor | None,
-    p: Hyperparameters,
-) -> Targets:
+    ref_logprobs: torch.Tensor,
+    base_logprobs: torch.Tensor | None,
+    config: PPOConfig,
+) -> _PPOBatch:
     """Rewards, advantages and importance weights of an update."""
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=prox.device)
-    mask = (torch.arange(prox.shape[1], device=prox.device)[None] < lengths[:, None]).float()
-    behaviour = torch.zeros_like(prox)
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=old_logprobs.device)
+    mask = (torch.arange(old_logprobs.shape[1], device=old_logprobs.device)[None] < lengths[:, None]).float()
+    behaviour = torch.zeros_like(old_logprobs)
     for row, rollout in enumerate(rollouts):
         behaviour[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
-    cut = torch.tensor([0.0 if r.stopped else p.missing_eos_penalty for r in rollouts])
+    cut = torch.tensor([0.0 if r.ends_with_eos else config.missing_eos_penalty for r in rollouts])
     prompts = [r.prompt_token_ids for r in rollouts]
-    handed_out = compare_scores(torch.tensor(list(scores)) - cut, prompts, p.baseline).to(prox.device)
-    rewards = token_rewards(kl_k1(prox, reference), handed_out, lengths, p.beta, mask)
-    weight = value_weight(old_values, rewards, mask, p.gae_gamma)
-    advantages, returns = gae(rewards, weight * old_values, mask, p.gae_gamma, p.gae_lambda)
-    importance = torch.exp((prox - behaviour) * mask).clamp(max=IMPORTANCE_CAP) * mask
-    return Targets(prox, reference, first, old_values, importance, scale(advantages, mask), returns, mask, weight)
+    handed_out = subtract_baseline(torch.tensor(list(scores)) - cut, prompts, config.baseline).to(old_logprobs.device)
+    rewards = compute_token_rewards(kl_k1(old_logprobs, ref_logprobs), handed_out, lengths, config.beta, mask)
+    weight = compute_value_weight(old_values, rewards, mask, config.gae_gamma)
+    advantages, returns = compute_gae(rewards, weight * old_values, mask, config.gae_gamma, config.gae_lambda)
+    importance = torch.exp((old_logprobs - behaviour) * mask).clamp(max=_IMPORTANCE_WEIGHT_CAP) * mask
+    return _PPOBatch(
+        old_logprobs,
+        ref_logprobs,
+        base_logprobs,
+        old_values,
+        importance,
+        scale_to_unit_std(advantages, mask),
+        returns,
+        mask,
+        weight,
+    )
 
 
-def tell_alone(p: Hyperparameters, rollouts: Sequence[Rollout]) -> None:
+def _warn_single_completions(config: PPOConfig, rollouts: Sequence[Rollout]) -> None:
     """Say how many answers have no other one to their prompt, and so no baseline of their own."""
     counts = Counter(r.prompt_token_ids for r in rollouts)
     alone = sum(count == 1 for count in counts.values())
-    if alone and p.baseline == "prompt":
-        log.warning(
+    if alone and config.baseline == "prompt":
+        logger.warning(
             "%d of %d answers are the only one to their prompt and are compared with the mean of all (respond.samples)",
             alone,
             len(rollouts),
         )
 
 
-def without_penalty_if_mostly_cut(p: Hyperparameters, rollouts: Sequence[Rollout]) -> Hyperparameters:
+def _disable_penalty_if_mostly_truncated(config: PPOConfig, rollouts: Sequence[Rollout]) -> PPOConfig:
     """No missing-EOS penalty where most answers were cut at the limit; the log says so."""
-    cut = sum(not r.stopped for r in rollouts) / len(rollouts)
-    if not p.missing_eos_penalty or cut <= MOSTLY_CUT:
-        return p
-    log.warning(
+    cut = sum(not r.ends_with_eos for r in rollouts) / len(rollouts)
+    if not config.missing_eos_penalty or cut <= _MAX_TRUNCATED_FRACTION:
+        return config
+    logger.warning(
         "no missing-EOS penalty in this update: %.0f %% of its answers were cut at the limit (respond.max_tokens)", 100 * cut
     )
-    return replace(p, missing_eos_penalty=0.0)
+    return replace(config, missing_eos_penalty=0.0)
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedPolicy:
     """The policy after an update, and how it is saved: whole, with what the next update goes on from (`weights.RL`)."""
 
     policy: Any
@@ -449,15 +467,15 @@ def train(
     reference_folder: Path,
     rollouts: Sequence[Rollout],
     scores: Sequence[float],
-    p: Hyperparameters,
+    config: PPOConfig,
     *,
-    first_folder: Path | None = None,
+    base_folder: Path | None = None,
     sl_rows: Sequence[dict[str, list[int]]] = (),
     lora_rank: int = 0,
-    hardware: Hardware = weights.DEFAULT,
+    hardware: Hardware = weights.DEFAULT_HARDWARE,
     seed: int = 0,
-    on_step: OnStep = ignore,
-) -> tuple[Learned, dict[str, float]]:
+    on_step: StepCallback = ignore_step,
+) -> tuple[TrainedPolicy, dict[str, float]]:
     """One PPO update on scored rollouts; returns the policy and metrics.
 
     `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) message on the combined
@@ -465,112 +483,125 @@ def train(
     CannotLearn when a number is not finite or the scores are all equal, UsageError for folders that do not belong together.
     """
     torch.manual_seed(seed)
-    weights.require_kin(policy_folder, reference_folder, "the reference policy")
-    p = without_penalty_if_mostly_cut(p, rollouts)
-    tell_alone(p, rollouts)
+    weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
+    config = _disable_penalty_if_mostly_truncated(config, rollouts)
+    _warn_single_completions(config, rollouts)
     width = max(len(r.token_ids) for r in rollouts)
     # The other models are read, asked and let go before the policy is loaded: one set of weights in memory at any time.
     same = policy_folder == reference_folder
-    first = None if first_folder is None else logprobs_under(first_folder, rollouts, width, hardware)
+    first = None if base_folder is None else compute_model_logprobs(base_folder, rollouts, width, hardware)
     reference = None
-    if not same and not (lora_rank and weights.adapter_is_on(policy_folder, reference_folder)):
-        reference = logprobs_under(reference_folder, rollouts, width, hardware)
-    policy, off_is_reference = weights.load_for_rl(policy_folder, reference_folder, lora_rank)
-    actor = Actor(policy, hardware)
-    if kept := weights.load_value(policy_folder):
-        actor.value.load_state_dict(kept)
-    prox, old_values = evaluate(actor, rollouts, width)
+    if not same and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
+        reference = compute_model_logprobs(reference_folder, rollouts, width, hardware)
+    policy, off_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    actor = ActorCritic(policy, hardware)
+    if kept := weights.load_value_head(policy_folder):
+        actor.value_head.load_state_dict(kept)
+    prox, old_values = compute_logprobs_and_values(actor, rollouts, width)
     if reference is None:
-        reference = prox if same else reference_logprobs(actor, rollouts, width)
-    targets = prepare(rollouts, scores, prox, old_values, reference, first, p)
-    require_within_limits(targets, p)
-    metrics = optimise(actor, rollouts, targets, p, sl_rows, seed, lora_rank, on_step)
+        reference = prox if same else compute_ref_logprobs(actor, rollouts, width)
+    targets = prepare_batch(rollouts, scores, prox, old_values, reference, first, config)
+    _require_within_kl_limits(targets, config)
+    metrics = _optimize_policy(actor, rollouts, targets, config, sl_rows, seed, lora_rank, on_step)
     tokenizer = weights.load_tokenizer(policy_folder)
-    save = weights.rl_saver(policy, tokenizer, actor.value.state_dict(), reference_folder if off_is_reference else None)
-    return Learned(policy, tokenizer, save), metrics | summary(rollouts, scores, targets, p)
+    save = weights.make_rl_saver(
+        policy, tokenizer, actor.value_head.state_dict(), reference_folder if off_is_reference else None
+    )
+    return TrainedPolicy(policy, tokenizer, save), metrics | _summarize_update(rollouts, scores, targets, config)
 
 
-def reference_logprobs(actor: Actor, rollouts: Sequence[Rollout], width: int) -> torch.Tensor:
+def compute_ref_logprobs(actor: ActorCritic, rollouts: Sequence[Rollout], completion_length: int) -> torch.Tensor:
     """Log-probabilities (N, width) of the policy without its adapter."""
-    with weights.adapter_off(actor.policy):
-        return evaluate(actor, rollouts, width)[0]
+    with weights.disable_adapter(actor.policy):
+        return compute_logprobs_and_values(actor, rollouts, completion_length)[0]
 
 
-def logprobs_under(folder: Path, rollouts: Sequence[Rollout], width: int, hardware: Hardware) -> torch.Tensor:
+def compute_model_logprobs(
+    folder: Path, rollouts: Sequence[Rollout], completion_length: int, hardware: Hardware
+) -> torch.Tensor:
     """Log-probabilities (N, width) under another model, which is loaded for this and let go."""
-    actor = Actor(weights.load_policy(folder), hardware)
-    logp = evaluate(actor, rollouts, width)[0]
+    actor = ActorCritic(weights.load_policy(folder), hardware)
+    logp = compute_logprobs_and_values(actor, rollouts, completion_length)[0]
     del actor
     gc.collect()
     return logp
 
 
-def require_within_limits(t: Targets, p: Hyperparameters) -> None:
+def _require_within_kl_limits(batch: _PPOBatch, config: PPOConfig) -> None:
     """Raise CannotLearn when the policy is past a limit before the first step: it would not be made, and nothing learned."""
-    kls = {name: sequence_kl(t, other) for name, other in (("kl_ref", t.reference), ("kl_first", t.first)) if other is not None}
-    if limit := passed_limit(kls, p):
+    kls = {
+        name: _compute_sequence_kl(batch, other)
+        for name, other in (("kl_ref", batch.ref_logprobs), ("kl_first", batch.base_logprobs))
+        if other is not None
+    }
+    if limit := find_exceeded_limit(kls, config):
         what = {"kl_stop": "kl_ref", "kl_first_stop": "kl_first"}[limit]
-        raise CannotLearn(
+        raise TrainingFailed(
             f"the policy is {kls[what]:.1f} nats per answer away from the {'reference' if what == 'kl_ref' else 'first model'}",
-            f"that is past ppo.{limit} = {getattr(p, limit):g} before the first step, and nothing was trained",
+            f"that is past ppo.{limit} = {getattr(config, limit):g} before the first step, and nothing was trained",
             f"go back to an earlier policy (charter policy rollback), train SFT, or set ppo.{limit}",
         )
 
 
-def sequence_kl(t: Targets, other: torch.Tensor) -> float:
+def _compute_sequence_kl(batch: _PPOBatch, other_logprobs: torch.Tensor) -> float:
     """The estimate of KL(proximal || other), nats per sequence, from the proximal policy's own answers."""
-    return float((kl_k1(t.prox, other) * t.mask).sum(-1).mean())
+    return float((kl_k1(batch.old_logprobs, other_logprobs) * batch.mask).sum(-1).mean())
 
 
-def summary(rollouts: Sequence[Rollout], scores: Sequence[float], t: Targets, p: Hyperparameters) -> dict[str, float]:
+def _summarize_update(
+    rollouts: Sequence[Rollout], scores: Sequence[float], batch: _PPOBatch, config: PPOConfig
+) -> dict[str, float]:
     """What an update says of its rollouts, and the next update's beta."""
-    kl = sequence_kl(t, t.reference)
+    kl = _compute_sequence_kl(batch, batch.ref_logprobs)
     return {
-        "beta": adapted_beta(p.beta, kl, p.kl_target),
+        "beta": adapt_beta(config.beta, kl, config.kl_target),
         "kl_rollouts": kl,
-        "value_weight": t.value_weight,
+        "value_weight": batch.value_weight,
         "reward_mean": sum(scores) / len(scores),
         "rollouts": float(len(rollouts)),
-        "cut_share": sum(not r.stopped for r in rollouts) / len(rollouts),
-        "missing_eos_penalty": p.missing_eos_penalty,
-        "importance_mean": float(masked_mean(t.importance, t.mask)),
-        "answer_tokens": float(t.mask.sum()),
+        "cut_share": sum(not r.ends_with_eos for r in rollouts) / len(rollouts),
+        "missing_eos_penalty": config.missing_eos_penalty,
+        "importance_mean": float(_masked_mean(batch.importance_weights, batch.mask)),
+        "answer_tokens": float(batch.mask.sum()),
     }
 
 
-def optimise(
-    actor: Actor,
+def _optimize_policy(
+    actor: ActorCritic,
     rollouts: Sequence[Rollout],
-    targets: Targets,
-    p: Hyperparameters,
+    batch: _PPOBatch,
+    config: PPOConfig,
     sl_rows: Sequence[dict[str, list[int]]],
     seed: int,
     lora_rank: int,
-    on_step: OnStep,
+    on_step: StepCallback,
 ) -> dict[str, float]:
     """Epochs of minibatches; returns the means of the last epoch's metrics."""
-    trained, optimizer = optimizer_of(actor, p, lora_rank)
-    steps = p.epochs * math.ceil(len(rollouts) / p.batch_size)
+    trained, optimizer = _create_optimizer(actor, config, lora_rank)
+    steps = config.epochs * math.ceil(len(rollouts) / config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: learning_rate_factor(done, steps, p.warmup_ratio) if p.lr_scheduler_type == "linear" else 1.0
+        optimizer,
+        lambda done: (
+            compute_learning_rate_factor(done, steps, config.warmup_ratio) if config.lr_scheduler_type == "linear" else 1.0
+        ),
     )
-    moved: deque[float] = deque(maxlen=math.ceil(KL_WINDOW / p.batch_size))
+    moved: deque[float] = deque(maxlen=math.ceil(_KL_WINDOW / config.batch_size))
     shuffle, step, epoch = random.Random(seed), 0, [dict[str, float]()]
-    for _ in range(p.epochs):
+    for _ in range(config.epochs):
         order, epoch = list(range(len(rollouts))), []
         shuffle.shuffle(order)
-        for start in range(0, len(order), p.batch_size):
-            rows = order[start : start + p.batch_size]
-            metrics = rl_gradients(actor, rollouts, rows, targets, p, p.alpha if sl_rows else 1.0)
+        for start in range(0, len(order), config.batch_size):
+            rows = order[start : start + config.batch_size]
+            metrics = _accumulate_rl_gradients(actor, rollouts, rows, batch, config, config.alpha if sl_rows else 1.0)
             if sl_rows:
                 chosen = [sl_rows[(start + i) % len(sl_rows)] for i in range(len(rows))]
-                metrics["sl_loss"] = sl_gradients(actor, chosen)
-            processes.add_up(trained)
-            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
+                metrics["sl_loss"] = _accumulate_sl_gradients(actor, chosen)
+            distributed.all_reduce_gradients(trained)
+            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, _MAX_GRAD_NORM))
             require_finite(step + 1, metrics)
             moved.append(metrics["kl_update"])
             metrics["kl_update"] = sum(moved) / len(moved)
-            metrics["stopped_early"] = float(step > 0 and bool(passed_limit(metrics, p)))
+            metrics["stopped_early"] = float(step > 0 and bool(find_exceeded_limit(metrics, config)))
             if metrics["stopped_early"]:
                 on_step(step + 1, metrics)
                 return metrics | {"steps": float(step)}
@@ -583,86 +614,95 @@ def optimise(
     return {name: sum(m[name] for m in epoch) / len(epoch) for name in epoch[0]} | {"steps": float(step)}
 
 
-def passed_limit(metrics: Mapping[str, float], p: Hyperparameters) -> str:
+def find_exceeded_limit(metrics: Mapping[str, float], config: PPOConfig) -> str:
     """The setting whose limit these metrics pass; empty where they pass none."""
     limits = {"max_kl_update": "kl_update", "kl_stop": "kl_ref", "kl_first_stop": "kl_first"}
-    return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(p, limit)), "")
+    return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(config, limit)), "")
 
 
-def optimizer_of(actor: Actor, p: Hyperparameters, lora_rank: int) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+def _create_optimizer(
+    actor: ActorCritic, config: PPOConfig, lora_rank: int
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     """Adam over the policy and the value head."""
     policy = [parameter for parameter in actor.policy.parameters() if parameter.requires_grad]
-    head = list(actor.value.parameters())
-    rate = p.learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0)
-    groups = [{"params": policy, "lr": rate}, {"params": head, "lr": max(rate, LEAST_VALUE_RATE)}]
+    head = list(actor.value_head.parameters())
+    rate = config.learning_rate * (weights.LORA_LEARNING_RATE_FACTOR if lora_rank else 1.0)
+    groups = [{"params": policy, "lr": rate}, {"params": head, "lr": max(rate, _MIN_VALUE_LEARNING_RATE)}]
     return [*policy, *head], torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def rl_gradients(
-    actor: Actor, rollouts: Sequence[Rollout], rows: Sequence[int], t: Targets, p: Hyperparameters, scale: float
+def _accumulate_rl_gradients(
+    actor: ActorCritic,
+    rollouts: Sequence[Rollout],
+    indices: Sequence[int],
+    batch: _PPOBatch,
+    config: PPOConfig,
+    loss_scale: float,
 ) -> dict[str, float]:
     """Accumulate the gradients of one minibatch, in micro-batches whose losses add up to the token mean; returns metrics.
 
     Several processes take a part of the rows each: gradients are those of the part, metrics those of all rows.
     """
-    tokens = float(t.mask[list(rows)].sum())
+    tokens = float(batch.mask[list(indices)].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for some in micro_batches(rollouts, processes.mine(rows), actor.hardware.micro_rows):
-        mask = t.mask[some]
+    for some in _make_micro_batches(rollouts, distributed.shard_rows(indices), actor.hardware.micro_batch_size):
+        mask = batch.mask[some]
         with actor.hardware.autocast():
-            logp, values, entropy = actor(pad([rollouts[i] for i in some], mask.shape[1], mask.device), entropy=True)
-        policy, clipped = clipped_policy_loss(logp, t.prox[some], t.advantages[some], t.importance[some], p.clip)
-        value = clipped_value_loss(values, t.old_values[some], t.returns[some], p.value_clip)
-        kl = kl_k3(t.prox[some], logp)
-        loss = ((policy + p.value_coefficient * value + p.kl_coefficient * kl) * mask).sum() / tokens
-        (scale * loss).backward()
+            logp, values, entropy = actor(pad_rollouts([rollouts[i] for i in some], mask.shape[1], mask.device), entropy=True)
+        policy, clipped = compute_clipped_policy_loss(
+            logp, batch.old_logprobs[some], batch.advantages[some], batch.importance_weights[some], config.clip
+        )
+        value = compute_clipped_value_loss(values, batch.old_values[some], batch.returns[some], config.value_clip)
+        kl = kl_k3(batch.old_logprobs[some], logp)
+        loss = ((policy + config.value_coefficient * value + config.kl_coefficient * kl) * mask).sum() / tokens
+        (loss_scale * loss).backward()
         new = logp.detach()
-        ratio_max = max(ratio_max, float(torch.exp((new - t.prox[some]) * mask).max()))
+        ratio_max = max(ratio_max, float(torch.exp((new - batch.old_logprobs[some]) * mask).max()))
         parts = {
             "policy_loss": policy.detach(),
             "value_loss": value.detach(),
             "entropy": entropy,
             "approx_kl": kl.detach(),
-            "kl_update": kl_moved(t.prox[some], new),
+            "kl_update": estimate_update_kl(batch.old_logprobs[some], new),
             "clipfrac": clipped,
-            "kl_ref_per_token": kl_of_policy(new, t.reference[some], t.prox[some]),
+            "kl_ref_per_token": estimate_policy_kl(new, batch.ref_logprobs[some], batch.old_logprobs[some]),
         }
-        if t.first is not None:
-            parts["kl_first"] = kl_of_policy(new, t.first[some], t.prox[some])
+        if batch.base_logprobs is not None:
+            parts["kl_first"] = estimate_policy_kl(new, batch.base_logprobs[some], batch.old_logprobs[some])
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
-    sums = processes.total(sums)
+    sums = distributed.sum_over_processes(sums)
     per_sequence = {"kl_update", "kl_first"} & sums.keys()
-    metrics = {name: value / (len(rows) if name in per_sequence else tokens) for name, value in sums.items()}
-    metrics["kl_ref"] = sums["kl_ref_per_token"] / len(rows)
-    metrics["ratio_max"] = processes.largest(ratio_max)
-    index = list(rows)
-    metrics["explained_variance"] = explained_variance(t.old_values[index], t.returns[index], t.mask[index])
+    metrics = {name: value / (len(indices) if name in per_sequence else tokens) for name, value in sums.items()}
+    metrics["kl_ref"] = sums["kl_ref_per_token"] / len(indices)
+    metrics["ratio_max"] = distributed.max_over_processes(ratio_max)
+    index = list(indices)
+    metrics["explained_variance"] = compute_explained_variance(batch.old_values[index], batch.returns[index], batch.mask[index])
     return metrics
 
 
-def sl_gradients(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> float:
+def _accumulate_sl_gradients(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) -> float:
     """Accumulate the gradients of the supervised loss (token mean) of one minibatch; returns the loss."""
-    tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    total, size, own = 0.0, actor.hardware.micro_rows, processes.mine(rows)
+    tokens = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    total, size, own = 0.0, actor.hardware.micro_batch_size, distributed.shard_rows(rows)
     for start in range(0, len(own), size):
-        loss = sl_loss(actor, own[start : start + size]) / max(1, tokens)
+        loss = compute_sl_loss(actor, own[start : start + size]) / max(1, tokens)
         loss.backward()
         total += float(loss.detach())
-    return processes.total({"sl": total})["sl"]
+    return distributed.sum_over_processes({"sl": total})["sl"]
 
 
-def sl_loss(actor: Actor, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
+def compute_sl_loss(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
     """Summed negative log-likelihood of the labels."""
     longest = max(len(row["input_ids"]) for row in rows)
-    device = actor.value.weight.device
+    device = actor.value_head.weight.device
 
     def tensor(key: str, filler: int) -> torch.Tensor:
         return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows], device=device)
 
-    ids, labels = tensor("input_ids", 0), tensor("labels", IGNORED)[:, 1:]
-    kept = labels != IGNORED
+    ids, labels = tensor("input_ids", 0), tensor("labels", IGNORE_INDEX)[:, 1:]
+    kept = labels != IGNORE_INDEX
     with actor.hardware.autocast():
-        logits = actor.logits(actor.hidden(ids)[:, :-1][kept])
+        logits = actor.compute_logits(actor.compute_hidden_states(ids)[:, :-1][kept])
     return F.cross_entropy(logits, labels[kept], reduction="sum")

@@ -22,12 +22,12 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from engine.errors import CannotLearn
-from engine.models.chat import completion_ids, prompt_ids
+from engine.errors import TrainingFailed
+from engine.models.chat_template import encode_completion, encode_prompt
 from schemas.records import ChatMessage
 from trainer import hf, weights
 
-IGNORED = -100  # labels that no loss looks at
+IGNORE_INDEX = -100  # labels that no loss looks at
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class SftExample:
 
     messages: tuple[ChatMessage, ...]
     completion: str
-    stopped: bool
+    ends_with_eos: bool
     record_id: str
 
 
-def encode(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, list[int]]:
+def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, list[int]]:
     """Token ids and labels (T,), at most `max_length`, cut at the end."""
-    prompt = prompt_ids(tokenizer, example.messages)
-    completion = completion_ids(tokenizer, example.completion, stopped=example.stopped)
+    prompt = encode_prompt(tokenizer, example.messages)
+    completion = encode_completion(tokenizer, example.completion, ends_with_eos=example.ends_with_eos)
     ids = (prompt + completion)[:max_length]
-    return {"input_ids": ids, "labels": ([IGNORED] * len(prompt) + completion)[:max_length]}
+    return {"input_ids": ids, "labels": ([IGNORE_INDEX] * len(prompt) + completion)[:max_length]}
 
 
 @torch.no_grad()
-def keeps_texts_apart(policy: Any) -> bool:
+def supports_padding_free(policy: Any) -> bool:
     """Whether a text has the same logits behind another one, with positions of its own, as alone."""
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1]])
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=policy.device)
@@ -67,29 +67,29 @@ def train(
     batch_size: int = 8,
     lora_rank: int = 0,
     max_length: int = 1024,
-    hardware: weights.Hardware = weights.DEFAULT,
+    hardware: weights.Hardware = weights.DEFAULT_HARDWARE,
     seed: int = 0,
-    on_step: hf.OnStep = hf.ignore,
+    on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Any, Any, dict[str, float]]:
     """Fine-tune the policy in `folder`; returns (model, tokenizer, metrics)."""
     tokenizer = weights.load_tokenizer(folder)
-    rows = [encode(tokenizer, example, max_length) for example in examples]
+    rows = [encode_example(tokenizer, example, max_length) for example in examples]
     # A prompt as long as the limit leaves nothing to learn.
-    rows = [row for row in rows if any(label != IGNORED for label in row["labels"])]
+    rows = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
     if not rows:
-        raise CannotLearn(
+        raise TrainingFailed(
             f"none of the {len(examples)} texts has a token left to learn",
             f"their prompts alone are longer than train.max_length = {max_length}",
             "raise train.max_length, then type: charter train",
         )
     policy = weights.load_policy(folder)
-    laid_end_to_end = keeps_texts_apart(policy)
-    model = weights.with_lora(policy, lora_rank, "CAUSAL_LM")
+    laid_end_to_end = supports_padding_free(policy)
+    model = weights.add_lora(policy, lora_rank, "CAUSAL_LM")
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
-            **hf.arguments(
+            **hf.build_training_arguments(
                 output,
-                learning_rate=learning_rate * (weights.LORA_SPEEDUP if lora_rank else 1.0),
+                learning_rate=learning_rate * (weights.LORA_LEARNING_RATE_FACTOR if lora_rank else 1.0),
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=seed,
@@ -100,5 +100,5 @@ def train(
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        metrics = hf.run(trainer, on_step)
+        metrics = hf.run_trainer(trainer, on_step)
     return trainer.model, tokenizer, metrics | {"examples": float(len(rows))}

@@ -37,65 +37,69 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.learning.base import train_base
-from benchmarks.learning.figures import claims, plot, spread, table
-from benchmarks.learning.runs import YARDSTICK, once
+from benchmarks.learning.arms import TRL_ARM, run_or_load
+from benchmarks.learning.base_model import train_base_model
+from benchmarks.learning.results import check_claims, format_spread, format_table, plot_results
 from engine.models import smollm2
 
-ARMS = ("judge", "shuffled", "sft", "hacked")
-SEEDS = tuple(range(500, 510))  # named before they were run; others were looked at while PPO was repaired
-FEW_SEEDS = SEEDS[:3]  # of the arms sft and hacked
+_ARMS = ("judge", "shuffled", "sft", "hacked")
+_SEEDS = tuple(range(500, 510))  # named before they were run; others were looked at while PPO was repaired
+_FEW_SEEDS = _SEEDS[:3]  # of the arms sft and hacked
 
 
-def base_model(folder: Path) -> Path:
+def _prepare_base_model(folder: Path) -> Path:
     """The small model, trained now when it is not there yet."""
     if not (folder / "tokenizer.json").exists():
         started = time.monotonic()
-        loss = train_base(folder)
+        loss = train_base_model(folder)
         print(f"base model: {loss:.3f} nats a token, trained in {time.monotonic() - started:.0f} s", flush=True)
     return folder
 
 
-def wanted(options: argparse.Namespace) -> list[tuple[str, int, int]]:
+def _list_runs(options: argparse.Namespace) -> list[tuple[str, int, int]]:
     """The runs (arm, seed, repeat): what was named, else what the page reports."""
-    arms = options.arm or [*ARMS, *([YARDSTICK] if options.trl112 else [])]
+    arms = options.arm or [*_ARMS, *([TRL_ARM] if options.trl112 else [])]
     few = ("sft", "hacked")
-    runs = [(arm, seed, 0) for arm in arms for seed in options.seed or (FEW_SEEDS if arm in few and not options.arm else SEEDS)]
-    again = [("judge", (options.seed or SEEDS)[0], n + 1) for n in range(options.repeats)]
-    return sorted([*runs, *again], key=lambda one: one[0] == YARDSTICK)  # it starts from the judge's runs
+    runs = [
+        (arm, seed, 0) for arm in arms for seed in options.seed or (_FEW_SEEDS if arm in few and not options.arm else _SEEDS)
+    ]
+    again = [("judge", (options.seed or _SEEDS)[0], n + 1) for n in range(options.repeats)]
+    return sorted([*runs, *again], key=lambda one: one[0] == TRL_ARM)  # it starts from the judge's runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    options = _parse_arguments(arguments)
     torch.set_num_threads(options.jobs * options.threads)
     with TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
-        base = smollm2.folder() if options.smollm2 else base_model(folder / "base")
+        base = smollm2.get_model_folder() if options.smollm2 else _prepare_base_model(folder / "base")
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            runs = list(wanted(options))
-            first = [one for one in runs if one[0] != YARDSTICK]
-            made = [pool.submit(once, arm, seed, base, folder, options, repeat) for arm, seed, repeat in first]
+            runs = list(_list_runs(options))
+            first = [one for one in runs if one[0] != TRL_ARM]
+            made = [pool.submit(run_or_load, arm, seed, base, folder, options, repeat) for arm, seed, repeat in first]
             found = [one.result() for one in made]
-            made = [pool.submit(once, arm, seed, base, folder, options, repeat) for arm, seed, repeat in runs[len(first) :]]
+            made = [
+                pool.submit(run_or_load, arm, seed, base, folder, options, repeat) for arm, seed, repeat in runs[len(first) :]
+            ]
             found += [one.result() for one in made]
     once_each = [one for one in found if not one.repeat]
-    print(table(once_each))
+    print(format_table(once_each))
     if again := [one for one in found if one.repeat]:
-        print(spread(once_each, again))
+        print(format_spread(once_each, again))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        plot([version for one in once_each for version in one.versions], options.out)
-    held = claims(once_each)
+        plot_results([version for one in once_each for version in one.versions], options.out)
+    held = check_claims(once_each)
     for claim in held:
         print(f"{'holds ' if claim.holds else 'MISSED'}  {claim.text}")
     return 0 if all(claim.holds for claim in held) else 1
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arm", action="append", choices=(*ARMS, YARDSTICK), help="only this arm (may be repeated)")
+    parser.add_argument("--arm", action="append", choices=(*_ARMS, TRL_ARM), help="only this arm (may be repeated)")
     parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 500 to 509]")
     parser.add_argument("--prompts", type=int, default=128, help="new prompts for each policy version [default: 128]")
     parser.add_argument("--updates", type=int, default=3, help="PPO updates [default: 3]")

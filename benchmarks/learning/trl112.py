@@ -31,14 +31,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from engine.models.chat import prompt_ids
+from engine.models.chat_template import encode_prompt
 from schemas.records import ChatMessage
 
-PAD = "<|system|>"  # a token that no answer has: trl finds the end of an answer at the first padding
+_PAD_TOKEN = "<|system|>"  # a token that no answer has: trl finds the end of an answer at the first padding
 
 
 @dataclass(frozen=True)
-class Task:
+class _TrlTask:
     """`prompts` are those of all updates, each once; every one is answered `samples` times. `folder` is for the last policy."""
 
     policy: str
@@ -56,7 +56,7 @@ class Task:
     threads: int
 
 
-class Sampled:
+class _RecordingSampler:
     """trl's sampling, which keeps what it gives back."""
 
     def __init__(self, sample: Any) -> None:
@@ -69,7 +69,7 @@ class Sampled:
         return result
 
 
-class Divergences(TrainerCallback):
+class _KLCallback(TrainerCallback):
     """trl's own figure of KL(policy || reference) of each batch that it samples, nats per answer."""
 
     def __init__(self) -> None:
@@ -80,14 +80,14 @@ class Divergences(TrainerCallback):
             self.kls.append(logs["objective/kl"])
 
 
-def train(task: Task) -> dict[str, Any]:
+def _train(task: _TrlTask) -> dict[str, Any]:
     """The answers of every version but the last, the KL of each, and why training ended before its time, if it did."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     torch.set_num_threads(task.threads)
     torch.manual_seed(task.seed)
     tokenizer = AutoTokenizer.from_pretrained(task.policy, padding_side="left")
-    tokenizer.pad_token = PAD
+    tokenizer.pad_token = _PAD_TOKEN
     policy, reference = (AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32) for _ in range(2))
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     reward, value = (
@@ -96,10 +96,10 @@ def train(task: Task) -> dict[str, Any]:
     deviation = json.loads((Path(task.reward) / "reward.json").read_text())["deviation"]
     for scorer in (reward, value):
         scorer.score.weight.data /= deviation
-    asked = [prompt_ids(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
+    asked = [encode_prompt(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
     rows = [ids for ids in asked for _ in range(task.samples)]
     batch = len(rows) // task.updates
-    sampled, divergences = Sampled(ppo_trainer.batch_generation), Divergences()
+    sampled, divergences = _RecordingSampler(ppo_trainer.batch_generation), _KLCallback()
     ppo_trainer.batch_generation = sampled
     with tempfile.TemporaryDirectory() as output:
         config = PPOConfig(
@@ -142,12 +142,12 @@ def train(task: Task) -> dict[str, Any]:
     answers = [
         {"version": number, "question": question, "text": text}
         for number, (queries, responses) in enumerate(sampled.batches)
-        for question, text in zip(texts(tokenizer, queries), texts(tokenizer, responses), strict=True)
+        for question, text in zip(_decode_responses(tokenizer, queries), _decode_responses(tokenizer, responses), strict=True)
     ]
     return {"answers": answers, "kls": divergences.kls}
 
 
-def texts(tokenizer: Any, rows: torch.Tensor) -> list[str]:
+def _decode_responses(tokenizer: Any, rows: torch.Tensor) -> list[str]:
     """Each row up to its end token, without what marks messages."""
     end, made = tokenizer.eos_token_id, []
     for row in rows.tolist():
@@ -160,4 +160,4 @@ def texts(tokenizer: Any, rows: torch.Tensor) -> list[str]:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps(train(Task(**given | {"prompts": tuple(given["prompts"])}))))
+    print(json.dumps(_train(_TrlTask(**given | {"prompts": tuple(given["prompts"])}))))

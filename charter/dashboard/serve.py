@@ -12,27 +12,27 @@ import click
 import uvicorn
 
 from charter.dashboard.app import Dashboard
-from charter.dashboard.verb import TOKEN
+from charter.dashboard.command import TOKEN_VARIABLE
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
     from engine.settings import Settings
 
-MOST_REQUESTS = 64  # at once
+_MAX_CONCURRENT_REQUESTS = 64  # at once
 
 
-def serve(settings: Settings, host: str, port: int) -> None:
+def serve_dashboard(settings: Settings, host: str, port: int) -> None:
     """Serve the dashboard until stopped."""
-    token = None if is_loopback(host) else os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    listening = listen(host, port)
-    click.echo(f"dashboard of {settings.folder.resolve()}: {address(host, listening.getsockname()[1], token)}")
+    token = None if is_loopback(host) else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+    listening = open_socket(host, port)
+    click.echo(f"dashboard of {settings.folder.resolve()}: {format_address(host, listening.getsockname()[1], token)}")
     click.echo("stop with Ctrl-C", err=True)
     config = uvicorn.Config(
-        Dashboard(settings).app(token),
+        Dashboard(settings).build_app(token),
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST_REQUESTS,
+        limit_concurrency=_MAX_CONCURRENT_REQUESTS,
         timeout_graceful_shutdown=2,
     )
     uvicorn.Server(config).run(sockets=[listening])
@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return socket.create_server(found[0][4][:2], family=found[0][0])
@@ -56,7 +56,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host}:{port}", why, "give another: charter dashboard --port 9000") from error
 
 
-def address(host: str, port: int, token: str | None) -> str:
+def format_address(host: str, port: int, token: str | None) -> str:
     """Where to open the dashboard."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.bus.port import Bus
 
-KAFKA = "kafka://"
+KAFKA_SCHEME = "kafka://"
 
 
 def open_bus(address: str, *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False) -> Bus:
@@ -18,7 +18,7 @@ def open_bus(address: str, *, prefix: str = "", options: Mapping[str, Any] | Non
     With `static_members` Kafka keeps a stopped member's partitions for it until its session ends (the embedded log always
     gives them back at once).
     """
-    if address.startswith(KAFKA):
+    if address.startswith(KAFKA_SCHEME):
         from engine.bus.kafka import KafkaBus, parse_address
 
         return KafkaBus(parse_address(address), prefix=prefix, options=options, static_members=static_members)

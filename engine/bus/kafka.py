@@ -32,37 +32,37 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as Place
 
-from engine.bus.port import Message, Offsets, Outgoing, TopicDescription, TopicPartition
-from engine.errors import BusUnreachable, CommitInDoubt, Fenced, OffsetsLost, PartitionLost, UsageError
-from schemas.topics import ENVELOPE_BYTES, MAX_RECORD_BYTES, TopicSpec
+from engine.bus.port import ConsumerRecord, Offsets, ProducerRecord, TopicDescription, TopicPartition
+from engine.errors import BusUnreachable, CommitUncertain, OffsetsLost, PartitionLost, UsageError, WriterFenced
+from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
 
-log = logging.getLogger("charter.bus")
-OPENING = threading.Lock()  # `connecting` listens to a log that all buses of a process share
+logger = logging.getLogger("charter.bus")
+_CONNECT_LOCK = threading.Lock()  # `connecting` listens to a log that all buses of a process share
 
-TRANSACTION_TIMEOUT_MS = 10_000  # a killed worker's open transaction holds readers up for at most this long
-FLUSH_S = 30.0
-BATCH_BYTES = 256 * 1024
-LINGER_MS = 100
-BOOTSTRAP_MS = 15_000
-CLOSE_MS = 5_000
-KNOCK_S = 5.0
-CALL_MS = 30_000
-METADATA_MS = 60_000  # how soon added partitions are noticed
-HEARTBEAT_MS = 1_000  # within this the members learn that the group is sharing out anew
-JOIN_S = 2.0
-JOIN_POLL_MS = 200
-PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-REQUEST_BYTES = MAX_RECORD_BYTES + 2 * ENVELOPE_BYTES
-SETTLE_S = 0.2
+_TRANSACTION_TIMEOUT_MS = 10_000  # a killed worker's open transaction holds readers up for at most this long
+_FLUSH_TIMEOUT_S = 30.0
+_BATCH_BYTES = 256 * 1024
+_LINGER_MS = 100
+BOOTSTRAP_TIMEOUT_MS = 15_000
+_CLOSE_TIMEOUT_MS = 5_000
+_CONNECT_TIMEOUT_S = 5.0
+_REQUEST_TIMEOUT_MS = 30_000
+_METADATA_MAX_AGE_MS = 60_000  # how soon added partitions are noticed
+_HEARTBEAT_INTERVAL_MS = 1_000  # within this the members learn that the group is sharing out anew
+_JOIN_TIMEOUT_S = 2.0
+_JOIN_POLL_TIMEOUT_MS = 200
+_SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+_MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
+_RETRY_INTERVAL_S = 0.2
 # Who would answer is being chosen anew.
-COORDINATOR = (
+_COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
-GONE = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
+_CONNECTION_ERRORS = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
 # The group has moved on without this member.
-LOST = (
+_MEMBERSHIP_ERRORS = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
     errors.UnknownMemberIdError,
@@ -70,7 +70,7 @@ LOST = (
     errors.FencedInstanceIdError,
 )
 # The broker is there and says no: waiting does not help, somebody has to change something.
-REFUSED = (
+_REJECTION_ERRORS = (
     errors.AuthorizationError,
     errors.KafkaConfigurationError,
     errors.InvalidTopicError,
@@ -78,9 +78,9 @@ REFUSED = (
     errors.RecordListTooLargeError,
 )
 # kafka-python's words for it.
-HUNG_UP = "socket disconnected"
+_DISCONNECT_MESSAGE = "socket disconnected"
 # Wrong use of the client, which is a mistake of this file.
-MISUSED = (errors.IllegalStateError, errors.IllegalArgumentError)
+_PROGRAMMING_ERRORS = (errors.IllegalStateError, errors.IllegalArgumentError)
 
 
 def parse_address(address: str) -> list[str]:
@@ -100,23 +100,23 @@ def parse_address(address: str) -> list[str]:
 
 
 @contextmanager
-def reached(servers: Sequence[str]) -> Iterator[None]:
+def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
     """The client's errors in our words: the broker is away, or it is there and refuses."""
     try:
         yield
-    except MISUSED:
+    except _PROGRAMMING_ERRORS:
         raise
-    except REFUSED as error:
-        raise refused(error) from error
+    except _REJECTION_ERRORS as error:
+        raise _make_rejected_error(error) from error
     except (errors.KafkaError, OSError) as error:
         raise BusUnreachable(
             f"Kafka at {','.join(servers)} does not answer",
-            reason(servers, error),
+            _explain_failure(servers, error),
             "look at the broker, at bus.address, and at the user, password and protocol that it wants",
         ) from error
 
 
-def refused(error: Exception) -> UsageError:
+def _make_rejected_error(error: Exception) -> UsageError:
     return UsageError(
         "Kafka refuses what it was asked",
         f"{error}",
@@ -124,29 +124,29 @@ def refused(error: Exception) -> UsageError:
     )
 
 
-def knock(servers: Sequence[str]) -> None:
+def _check_reachable(servers: Sequence[str]) -> None:
     """Raise OSError at once when nobody listens on any of the servers: the client would try for its whole timeout."""
     failures = []
     for server in servers:
         host, _, port = server.rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
             return
         except OSError as error:
             failures.append(f"{server}: {error}")
     raise ConnectionError("; ".join(failures))
 
 
-def reason(servers: Sequence[str], error: Exception) -> str:
+def _explain_failure(servers: Sequence[str], error: Exception) -> str:
     """Tell a broker that is not there from one that does not let us in (the client says the same of both)."""
     try:
-        knock(servers)
+        _check_reachable(servers)
     except OSError as unreachable:
         return str(unreachable)
     return f"it accepts connections, but then: {error}"
 
 
-class Overheard(logging.Handler):
+class _ConnectionErrorCapture(logging.Handler):
     """What the client's log says of its attempts to connect: its error says only that they took too long."""
 
     def __init__(self) -> None:
@@ -157,17 +157,17 @@ class Overheard(logging.Handler):
         arguments = record.args if isinstance(record.args, tuple) else ()
         self.failures += [argument for argument in arguments if isinstance(argument, Exception)]
 
-    def most_telling(self, error: Exception) -> Exception:
+    def get_most_specific(self, error: Exception) -> Exception:
         """Brokers also just hang up, and the client gives up, on the same occasion."""
-        vague = (HUNG_UP, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
+        vague = (_DISCONNECT_MESSAGE, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
         telling = [failure for failure in self.failures if not any(word in repr(failure) for word in vague)]
         return (telling or self.failures or [error])[0]
 
 
 @contextmanager
-def connecting(protocol: str) -> Iterator[None]:
+def capture_connection_errors(protocol: str) -> Iterator[None]:
     """Raise what kept the client from connecting in place of its timeout."""
-    logger, overheard = logging.getLogger("kafka.net.manager"), Overheard()
+    logger, overheard = logging.getLogger("kafka.net.manager"), _ConnectionErrorCapture()
     level, propagate, shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
     logger.addHandler(overheard)
     logger.setLevel(logging.WARNING)
@@ -175,9 +175,13 @@ def connecting(protocol: str) -> Iterator[None]:
     try:
         yield
     except errors.KafkaTimeoutError as error:
-        words = f"{overheard.most_telling(error)}"
+        words = f"{overheard.get_most_specific(error)}"
         # A slow client reads the broker's refusal together with the end of the connection, and drops it.
-        hint = " (so a broker ends a failed authentication too)" if HUNG_UP in words and protocol.startswith("SASL") else ""
+        hint = (
+            " (so a broker ends a failed authentication too)"
+            if _DISCONNECT_MESSAGE in words and protocol.startswith("SASL")
+            else ""
+        )
         raise ConnectionError(words + hint) from error
     finally:
         logger.removeHandler(overheard)
@@ -193,97 +197,103 @@ class KafkaBus:
     ) -> None:
         self.servers, self.prefix, self.static_members = servers, prefix, static_members
         protocol = (options or {}).get("security_protocol", "PLAINTEXT")
-        if protocol not in PROTOCOLS:  # the client would take it for PLAINTEXT
+        if protocol not in _SECURITY_PROTOCOLS:  # the client would take it for PLAINTEXT
             raise UsageError(
                 f"there is no security_protocol {protocol!r}",
-                f"it is one of {', '.join(PROTOCOLS)}",
+                f"it is one of {', '.join(_SECURITY_PROTOCOLS)}",
                 "set bus.security_protocol",
             )
-        self.client = {
+        self.client_options = {
             "bootstrap_servers": servers,
-            "bootstrap_timeout_ms": BOOTSTRAP_MS,
+            "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
             "reconnect_backoff_max_ms": 1000,
             **(options or {}),
         }
         self.lock = threading.Lock()
-        self.known: set[str] = set()
-        with reached(servers):
-            knock(servers)
-            with OPENING, connecting(protocol):
-                self.admin = KafkaAdminClient(**self.client)
-            self.cluster_id = str(self.ask(self.admin.describe_cluster)["cluster_id"])
+        self.known_topics: set[str] = set()
+        with _translate_errors(servers):
+            _check_reachable(servers)
+            with _CONNECT_LOCK, capture_connection_errors(protocol):
+                self.admin = KafkaAdminClient(**self.client_options)
+            self.cluster_id = str(self.call_with_retry(self.admin.describe_cluster)["cluster_id"])
         self.producer: kafka.KafkaProducer | None = None
 
-    def ask(self, call: Callable[[], Any]) -> Any:
+    def call_with_retry(self, call: Callable[[], Any]) -> Any:
         """Ask again while whoever has to answer is only just being chosen: of a fresh broker, or after one has gone away."""
-        deadline = time.monotonic() + CALL_MS / 1000
+        deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while True:
             try:
                 with self.lock:
                     return call()
-            except (*COORDINATOR, *GONE):
-                knock(self.servers)  # with nobody there at all it is over at once
+            except (*_COORDINATOR_ERRORS, *_CONNECTION_ERRORS):
+                _check_reachable(self.servers)  # with nobody there at all it is over at once
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(SETTLE_S)
+                time.sleep(_RETRY_INTERVAL_S)
 
-    def name(self, topic: str) -> str:
+    def add_prefix(self, topic: str) -> str:
         return self.prefix + topic
 
-    def place(self, partition: TopicPartition) -> Place:
-        return Place(self.name(partition.topic), partition.partition)
+    def to_kafka_partition(self, topic_partition: TopicPartition) -> Place:
+        return Place(self.add_prefix(topic_partition.topic), topic_partition.partition)
 
-    def ours(self, place: Place) -> TopicPartition:
-        return TopicPartition(place.topic.removeprefix(self.prefix), place.partition)
+    def from_kafka_partition(self, kafka_partition: Place) -> TopicPartition:
+        return TopicPartition(kafka_partition.topic.removeprefix(self.prefix), kafka_partition.partition)
 
     # Topics
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
-        with reached(self.servers):
-            there = set(self.ask(self.admin.list_topics))
-            missing = {self.name(spec.name): topic_options(spec) for spec in specs if self.name(spec.name) not in there}
+        with _translate_errors(self.servers):
+            there = set(self.call_with_retry(self.admin.list_topics))
+            missing = {
+                self.add_prefix(spec.name): _make_topic_options(spec)
+                for spec in specs
+                if self.add_prefix(spec.name) not in there
+            }
             if not missing:
                 return []
-            answers = self.ask(lambda: self.admin.create_topics(missing, raise_errors=False))["topics"]
+            answers = self.call_with_retry(lambda: self.admin.create_topics(missing, raise_errors=False))["topics"]
             for answer in answers:
                 error = errors.for_code(answer["error_code"])
                 # Another process may have created them at the same moment.
                 if error not in (errors.NoError, errors.TopicAlreadyExistsError):
                     raise error(f"{answer['name']}: {answer['error_message']}")
-            self.ask(lambda: self.admin.wait_for_topics(list(missing)))
+            self.call_with_retry(lambda: self.admin.wait_for_topics(list(missing)))
         return [answer["name"].removeprefix(self.prefix) for answer in answers if not answer["error_code"]]
 
-    def described(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def fetch_topic_metadata(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What the cluster says now of those of these topics that there are."""
-        names = [self.name(topic) for topic in topics]
-        with reached(self.servers):
-            found = self.ask(lambda: self.admin.describe_topics(names))
+        names = [self.add_prefix(topic) for topic in topics]
+        with _translate_errors(self.servers):
+            found = self.call_with_retry(lambda: self.admin.describe_topics(names))
         return {topic["name"].removeprefix(self.prefix): topic for topic in found if not topic["error_code"]}
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        return {name: str(topic["topic_id"]) for name, topic in self.described(topics).items()}
+        return {name: str(topic["topic_id"]) for name, topic in self.fetch_topic_metadata(topics).items()}
 
-    def partitions(self, topic: str) -> int:
-        return len(self.places([topic]))
+    def count_partitions(self, topic: str) -> int:
+        return len(self.list_partitions([topic]))
 
-    def places(self, topics: Iterable[str]) -> list[Place]:
+    def list_partitions(self, topics: Iterable[str]) -> list[Place]:
         """Every partition that these topics have now; they may have been given more since the last time."""
         wanted = list(topics)
-        described = self.described(wanted)
+        described = self.fetch_topic_metadata(wanted)
         for topic in wanted:
             if topic not in described:
-                where = f"{self.name(topic)} at {','.join(self.servers)}"
+                where = f"{self.add_prefix(topic)} at {','.join(self.servers)}"
                 raise UsageError(f"there is no topic {where}", "nobody has created it yet", "type: charter topics create")
-        self.known |= set(wanted)
-        return [Place(self.name(topic), number) for topic in wanted for number in range(len(described[topic]["partitions"]))]
+        self.known_topics |= set(wanted)
+        return [
+            Place(self.add_prefix(topic), number) for topic in wanted for number in range(len(described[topic]["partitions"]))
+        ]
 
-    def check_topics(self, outgoing: Iterable[Outgoing]) -> None:
+    def check_topics(self, records: Iterable[ProducerRecord]) -> None:
         """Raise UsageError for a topic that there is not: the client would wait a minute for it to appear."""
-        if unknown := {message.topic for message in outgoing} - self.known:
-            self.places(unknown)
+        if unknown := {message.topic for message in records} - self.known_topics:
+            self.list_partitions(unknown)
 
-    def begin_offsets(self, topics: Sequence[str]) -> Offsets:
-        return self.looked_up(topics, OffsetSpec.EARLIEST)
+    def beginning_offsets(self, topics: Sequence[str]) -> Offsets:
+        return self.list_offsets(topics, OffsetSpec.EARLIEST)
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets:
         """Ends as written, not as committed.
@@ -291,85 +301,93 @@ class KafkaBus:
         A transaction's markers come a moment after its commit has returned, and whoever reads up to these ends must not
         miss what it has just written itself.
         """
-        return self.looked_up(topics, OffsetSpec.LATEST)
+        return self.list_offsets(topics, OffsetSpec.LATEST)
 
-    def offsets_at(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
+    def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
         return self.end_offsets(topics) | {
-            place: offset for place, offset in self.looked_up(topics, timestamp_ms).items() if offset >= 0
+            place: offset for place, offset in self.list_offsets(topics, timestamp_ms).items() if offset >= 0
         }
 
-    def looked_up(self, topics: Sequence[str], wanted: Any) -> Offsets:
-        places = self.places(topics)
-        with reached(self.servers):
-            found = self.ask(lambda: self.admin.list_partition_offsets(dict.fromkeys(places, wanted), timeout_ms=CALL_MS))
-        return {self.ours(place): entry.offset for place, entry in found.items()}
+    def list_offsets(self, topics: Sequence[str], offset_spec: Any) -> Offsets:
+        places = self.list_partitions(topics)
+        with _translate_errors(self.servers):
+            found = self.call_with_retry(
+                lambda: self.admin.list_partition_offsets(dict.fromkeys(places, offset_spec), timeout_ms=_REQUEST_TIMEOUT_MS)
+            )
+        return {self.from_kafka_partition(place): entry.offset for place, entry in found.items()}
 
-    def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
-        described = self.described(topics)
-        resources = [ConfigResource(ConfigResourceType.TOPIC, self.name(topic)) for topic in described]
-        with reached(self.servers):
-            configs = self.ask(lambda: self.admin.describe_configs(resources))["topic"] if resources else {}
+    def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
+        described = self.fetch_topic_metadata(topics)
+        resources = [ConfigResource(ConfigResourceType.TOPIC, self.add_prefix(topic)) for topic in described]
+        with _translate_errors(self.servers):
+            configs = self.call_with_retry(lambda: self.admin.describe_configs(resources))["topic"] if resources else {}
         return [
             TopicDescription(
                 name=name,
                 topic_id=str(topic["topic_id"]),
                 partitions=len(topic["partitions"]),
                 replicas=min(len(p["replica_nodes"]) for p in topic["partitions"]),
-                in_sync=min(len(p["isr_nodes"]) for p in topic["partitions"]),
-                configs={key: str(config["value"]) for key, config in configs.get(self.name(name), {}).items()},
+                in_sync_replicas=min(len(p["isr_nodes"]) for p in topic["partitions"]),
+                configs={key: str(config["value"]) for key, config in configs.get(self.add_prefix(name), {}).items()},
             )
             for name, topic in described.items()
         ]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        name, places = self.prefix + group, self.places(topics)
-        with reached(self.servers):
-            found = self.ask(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
-        return {self.ours(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
+        name, places = self.prefix + group, self.list_partitions(topics)
+        with _translate_errors(self.servers):
+            found = self.call_with_retry(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
+        return {self.from_kafka_partition(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
 
-    def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+    def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
         known = self.committed(group, sorted({place.topic for place in offsets}))
         wanted = {
-            self.place(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items() if place not in known
+            self.to_kafka_partition(place): OffsetAndMetadata(offset, "", -1)
+            for place, offset in offsets.items()
+            if place not in known
         }
         if not wanted:
             return
-        with reached(self.servers):
-            answers = self.ask(lambda: answered(self.admin.alter_group_offsets(self.prefix + group, wanted)))
+        with _translate_errors(self.servers):
+            answers = self.call_with_retry(
+                lambda: _raise_partition_errors(self.admin.alter_group_offsets(self.prefix + group, wanted))
+            )
         assert set(answers) == set(wanted)
 
     # Writing and reading
 
-    def publish(self, outgoing: Sequence[Outgoing]) -> None:
-        self.check_topics(outgoing)
-        with self.lock, reached(self.servers):
+    def publish(self, records: Sequence[ProducerRecord]) -> None:
+        self.check_topics(records)
+        with self.lock, _translate_errors(self.servers):
             if self.producer is None:
-                self.producer = kafka.KafkaProducer(**self.client, **writing())
+                self.producer = kafka.KafkaProducer(**self.client_options, **make_producer_options())
             try:
-                settled(self.producer, [send(self.producer, self.name(message.topic), message) for message in outgoing])
+                require_delivered(
+                    self.producer, [_send_record(self.producer, self.add_prefix(message.topic), message) for message in records]
+                )
             except errors.KafkaError:
                 # It may be broken for good, and may hold messages that the caller publishes again.
-                end(self.producer, 0)
+                _close_producer(self.producer, 0)
                 self.producer = None
                 raise
 
-    def writer(self, transactional_id: str) -> KafkaWriter:
+    def open_writer(self, transactional_id: str) -> KafkaWriter:
         return KafkaWriter(self, self.prefix + transactional_id)
 
-    def consumer(self, group: str, topics: Sequence[str], *, member: str) -> KafkaConsumer:
-        self.places(topics)  # an unknown topic is an error now, not at the first poll
+    def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> KafkaConsumer:
+        self.list_partitions(topics)  # an unknown topic is an error now, not at the first poll
         return KafkaConsumer(self, self.prefix + group, topics, member)
 
-    def reader(self, positions: Mapping[TopicPartition, int]) -> KafkaReader:
+    def open_reader(self, positions: Mapping[TopicPartition, int]) -> KafkaReader:
         return KafkaReader(self, positions)
 
     def close(self) -> None:
         if self.producer is not None:
-            end(self.producer)
+            _close_producer(self.producer)
         self.admin.close()
 
 
-def answered(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place, type[errors.KafkaError]]:
+def _raise_partition_errors(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place, type[errors.KafkaError]]:
     """Raise the first error of a per-partition answer."""
     for place, error in answers.items():
         if error is not errors.NoError:
@@ -377,18 +395,18 @@ def answered(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place,
     return answers
 
 
-def reading() -> dict[str, Any]:
+def make_consumer_options() -> dict[str, Any]:
     return {
         "metrics_enabled": False,
         "enable_auto_commit": False,
         "auto_offset_reset": "none",
         "isolation_level": "read_committed",
         "allow_auto_create_topics": False,
-        "max_partition_fetch_bytes": REQUEST_BYTES,
+        "max_partition_fetch_bytes": _MAX_REQUEST_BYTES,
     }
 
 
-def writing() -> dict[str, Any]:
+def make_producer_options() -> dict[str, Any]:
     """Whoever sends here flushes at once, so a long linger costs nothing.
 
     Without it the client sends each record by itself while the next is being added: more requests, and a wakeup for each.
@@ -396,40 +414,40 @@ def writing() -> dict[str, Any]:
     return {
         "acks": "all",
         "allow_auto_create_topics": False,
-        "batch_size": BATCH_BYTES,
+        "batch_size": _BATCH_BYTES,
         "compression_type": "lz4",
-        "linger_ms": LINGER_MS,
-        "max_request_size": REQUEST_BYTES,
+        "linger_ms": _LINGER_MS,
+        "max_request_size": _MAX_REQUEST_BYTES,
         "metrics_enabled": False,  # nobody reads them, and they cost a tenth of the client's time
     }
 
 
-def topic_options(spec: TopicSpec) -> dict[str, Any]:
+def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
     configs = {
-        "cleanup.policy": "compact" if spec.compacted else "delete",
+        "cleanup.policy": "compact" if spec.is_compacted else "delete",
         "retention.ms": str(spec.retention_ms),
-        "max.message.bytes": str(spec.max_bytes + ENVELOPE_BYTES),
+        "max.message.bytes": str(spec.max_message_bytes + DEAD_LETTER_OVERHEAD_BYTES),
     }
-    return {"num_partitions": spec.partitions, "replication_factor": spec.replication, "configs": configs}
+    return {"num_partitions": spec.num_partitions, "replication_factor": spec.replication_factor, "configs": configs}
 
 
-def send(producer: kafka.KafkaProducer, topic: str, message: Outgoing) -> Any:
-    return producer.send(topic, key=message.key, value=message.value, headers=list(message.headers))
+def _send_record(producer: kafka.KafkaProducer, topic: str, record: ProducerRecord) -> Any:
+    return producer.send(topic, key=record.key, value=record.value, headers=list(record.headers))
 
 
-def settled(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
+def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
     """Raise unless every send has succeeded; a commit that returns is not enough (see the module's docstring)."""
-    producer.flush(timeout=FLUSH_S)
+    producer.flush(timeout=_FLUSH_TIMEOUT_S)
     for future in futures:
         future.get(timeout=0)
 
 
-def end(producer: kafka.KafkaProducer, timeout_s: float = CLOSE_MS / 1000) -> None:
+def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIMEOUT_MS / 1000) -> None:
     """Close a producer without hanging or failing. What it still holds then is not sent: its successor settles that."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
-        log.info("a producer is closed by force: %s", error)
+        logger.info("a producer is closed by force: %s", error)
         producer._sender.force_close()  # what `close` would go on to do, had it not raised
 
 
@@ -437,92 +455,94 @@ class KafkaWriter:
     """Transactions under one transactional id; opening it settles and fences what the id's earlier writer left."""
 
     def __init__(self, bus: KafkaBus, transactional_id: str) -> None:
-        self.bus, self.id = bus, transactional_id
-        self.usable = True
-        self.producer = self.opened()
+        self.bus, self.transactional_id = bus, transactional_id
+        self.is_usable = True
+        self.producer = self.open_producer()
 
-    def opened(self) -> kafka.KafkaProducer:
-        with reached(self.bus.servers):
+    def open_producer(self) -> kafka.KafkaProducer:
+        with _translate_errors(self.bus.servers):
             producer = kafka.KafkaProducer(
-                **self.bus.client,
-                **writing(),
-                transactional_id=self.id,
-                transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+                **self.bus.client_options,
+                **make_producer_options(),
+                transactional_id=self.transactional_id,
+                transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
             )
             try:
                 producer.init_transactions()
             except BaseException:
-                end(producer)
+                _close_producer(producer)
                 raise
         return producer
 
     def commit(
         self,
-        outputs: Sequence[Outgoing],
+        outputs: Sequence[ProducerRecord],
         offsets: Mapping[TopicPartition, int] | None = None,
         *,
         consumer: object = None,
         epochs: Mapping[TopicPartition, int] | None = None,
     ) -> None:
-        if not self.usable:
-            raise CommitInDoubt("this writer's last commit is in doubt", "it can settle that only by being made anew")
+        if not self.is_usable:
+            raise CommitUncertain("this writer's last commit is in doubt", "it can settle that only by being made anew")
         self.bus.check_topics(outputs)
         membership = None
         if offsets:
             assert isinstance(consumer, KafkaConsumer), "offsets are a consumer group's"
-            membership = consumer.entitled(offsets, epochs or {})
+            membership = consumer.require_ownership(offsets, epochs or {})
         began = time.monotonic()
         try:
-            self.transact(outputs, offsets or {}, membership)
-        except LOST as error:
-            self.start_anew()
+            self.write_transaction(outputs, offsets or {}, membership)
+        except _MEMBERSHIP_ERRORS as error:
+            self.replace_producer()
             raise PartitionLost("the group has moved on without this member", type(error).__name__) from error
-        except REFUSED as error:
-            self.start_anew()
-            raise refused(error) from error
+        except _REJECTION_ERRORS as error:
+            self.replace_producer()
+            raise _make_rejected_error(error) from error
         except (errors.KafkaError, RuntimeError) as error:  # its I/O thread reports some of its own mistakes as RuntimeError
-            self.usable = False
-            raise self.failed(error, time.monotonic() - began) from error
+            self.is_usable = False
+            raise self.classify_failure(error, time.monotonic() - began) from error
 
-    def transact(
-        self, outputs: Sequence[Outgoing], offsets: Mapping[TopicPartition, int], membership: ConsumerGroupMetadata | None
+    def write_transaction(
+        self, outputs: Sequence[ProducerRecord], offsets: Mapping[TopicPartition, int], membership: ConsumerGroupMetadata | None
     ) -> None:
         self.producer.begin_transaction()
-        settled(self.producer, [send(self.producer, self.bus.name(message.topic), message) for message in outputs])
+        require_delivered(
+            self.producer, [_send_record(self.producer, self.bus.add_prefix(message.topic), message) for message in outputs]
+        )
         if offsets:
-            wire = {self.bus.place(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items()}
+            wire = {self.bus.to_kafka_partition(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items()}
             self.producer.send_offsets_to_transaction(wire, membership)
         self.producer.commit_transaction()
 
-    def failed(self, error: Exception, after_s: float) -> Fenced | CommitInDoubt:
+    def classify_failure(self, error: Exception, after_s: float) -> WriterFenced | CommitUncertain:
         """What a failed commit means. A broker fences a transaction that it timed out, too: that is doubt, not a rival."""
-        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < TRANSACTION_TIMEOUT_MS:
-            return Fenced(
-                f"another process has taken over as {self.id}",
+        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < _TRANSACTION_TIMEOUT_MS:
+            return WriterFenced(
+                f"another process has taken over as {self.transactional_id}",
                 "two processes ran in the same slot",
                 "stop one of them, or give each its own: --slot NAME",
             )
-        return CommitInDoubt("it is not known whether a transaction was written", f"{type(error).__name__}: {error}")
+        return CommitUncertain("it is not known whether a transaction was written", f"{type(error).__name__}: {error}")
 
-    def start_anew(self) -> None:
+    def replace_producer(self) -> None:
         """Nothing was written; a new producer ends the old one's transaction and forgets what the old one would repeat."""
-        end(self.producer, 0)
+        _close_producer(self.producer, 0)
         try:
-            self.producer = self.opened()
+            self.producer = self.open_producer()
         except BusUnreachable as error:
-            self.usable = False
-            raise CommitInDoubt("a transaction could not be ended", error.why) from error
+            self.is_usable = False
+            raise CommitUncertain("a transaction could not be ended", error.why) from error
 
     def close(self) -> None:
-        end(self.producer, CLOSE_MS / 1000 if self.usable else 0)
+        _close_producer(self.producer, _CLOSE_TIMEOUT_MS / 1000 if self.is_usable else 0)
 
 
-def messages_of(bus: KafkaBus, polled: Mapping[Place, Sequence[Any]]) -> list[Message]:
+def _to_consumer_records(bus: KafkaBus, polled: Mapping[Place, Sequence[Any]]) -> list[ConsumerRecord]:
     messages = []
     for place, records in polled.items():
-        topic, partition = bus.ours(place)
+        topic, partition = bus.from_kafka_partition(place)
         messages += [
-            Message(topic, partition, r.offset, r.key, r.value, tuple(map(tuple, r.headers or ())), r.timestamp)
+            ConsumerRecord(topic, partition, r.offset, r.key, r.value, tuple(map(tuple, r.headers or ())), r.timestamp)
             for r in records
         ]
     return messages
@@ -533,44 +553,49 @@ class KafkaReader:
 
     def __init__(self, bus: KafkaBus, positions: Mapping[TopicPartition, int]) -> None:
         self.bus = bus
-        self.places: list[TopicPartition] = []
-        with reached(bus.servers):
-            self.client = kafka.KafkaConsumer(**bus.client, **reading())
-        self.add(positions)
+        self.partitions: list[TopicPartition] = []
+        with _translate_errors(bus.servers):
+            self.client = kafka.KafkaConsumer(**bus.client_options, **make_consumer_options())
+        self.add_partitions(positions)
 
-    def add(self, positions: Mapping[TopicPartition, int]) -> None:
+    def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
         kept = self.positions()
-        self.places = list({**kept, **positions})
-        self.client.assign([self.bus.place(place) for place in self.places])
+        self.partitions = list({**kept, **positions})
+        self.client.assign([self.bus.to_kafka_partition(place) for place in self.partitions])
         for place, offset in {**kept, **positions}.items():
-            self.client.seek(self.bus.place(place), offset)
+            self.client.seek(self.bus.to_kafka_partition(place), offset)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Message]:
-        with polling(self.bus):
-            return messages_of(self.bus, self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records))
+    def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
+        with _translate_offset_errors(self.bus):
+            return _to_consumer_records(self.bus, self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records))
 
     def positions(self) -> Offsets:
-        with reached(self.bus.servers):
-            return {place: self.client.position(self.bus.place(place), timeout_ms=CALL_MS) for place in self.places}
+        with _translate_errors(self.bus.servers):
+            return {
+                place: self.client.position(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for place in self.partitions
+            }
 
     def close(self) -> None:
-        self.client.close(timeout_ms=CLOSE_MS)
+        self.client.close(timeout_ms=_CLOSE_TIMEOUT_MS)
 
 
 @contextmanager
-def polling(bus: KafkaBus) -> Iterator[None]:
-    with reached(bus.servers):
+def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
+    with _translate_errors(bus.servers):
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
-            raise offsets_lost(bus, error.args[0], "its retention was faster than this reader") from error
+            raise _make_offsets_lost_error(bus, error.args[0], "its retention was faster than this reader") from error
         except errors.LogTruncationError as error:
             why = "a broker that lacked them has become its leader (unclean leader election)"
-            raise offsets_lost(bus, error.divergent_offsets, why) from error
+            raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
 
 
-def offsets_lost(bus: KafkaBus, places: Mapping[Place, object], why: str) -> OffsetsLost:
-    names = ", ".join(f"{bus.ours(place).topic}[{place.partition}]@{offset}" for place, offset in places.items())
+def _make_offsets_lost_error(bus: KafkaBus, places: Mapping[Place, object], why: str) -> OffsetsLost:
+    names = ", ".join(
+        f"{bus.from_kafka_partition(place).topic}[{place.partition}]@{offset}" for place, offset in places.items()
+    )
     return OffsetsLost(
         f"the log no longer holds what comes next: {names}",
         why,
@@ -578,29 +603,29 @@ def offsets_lost(bus: KafkaBus, places: Mapping[Place, object], why: str) -> Off
     )
 
 
-class Epochs(kafka.ConsumerRebalanceListener):
+class _AssignmentEpochs(kafka.ConsumerRebalanceListener):
     """Notes which partitions are ours, each with the number of the assignment that gave it to us."""
 
     def __init__(self, bus: KafkaBus) -> None:
-        self.bus, self.number = bus, 0
-        self.current: Offsets = {}
+        self.bus, self.latest_epoch = bus, 0
+        self.by_partition: Offsets = {}
 
     def on_partitions_assigned(self, assigned: Iterable[Place]) -> None:
-        self.number += 1
-        new = {self.bus.ours(place): self.number for place in assigned}
-        self.current = {**new, **{place: epoch for place, epoch in self.current.items() if place not in new}}
+        self.latest_epoch += 1
+        new = {self.bus.from_kafka_partition(place): self.latest_epoch for place in assigned}
+        self.by_partition = {**new, **{place: epoch for place, epoch in self.by_partition.items() if place not in new}}
 
     def on_partitions_revoked(self, revoked: Iterable[Place]) -> None:
-        gone = {self.bus.ours(place) for place in revoked}
-        self.current = {place: epoch for place, epoch in self.current.items() if place not in gone}
+        gone = {self.bus.from_kafka_partition(place) for place in revoked}
+        self.by_partition = {place: epoch for place, epoch in self.by_partition.items() if place not in gone}
 
     def on_partitions_lost(self, lost: Iterable[Place]) -> None:
         self.on_partitions_revoked(lost)
 
-    def renew(self) -> None:
+    def renew_all(self) -> None:
         """Every partition is ours anew."""
-        self.number += 1
-        self.current = dict.fromkeys(self.current, self.number)
+        self.latest_epoch += 1
+        self.by_partition = dict.fromkeys(self.by_partition, self.latest_epoch)
 
 
 class KafkaConsumer:
@@ -608,49 +633,49 @@ class KafkaConsumer:
 
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str) -> None:
         self.bus = bus
-        self.epochs = Epochs(bus)
+        self.epochs = _AssignmentEpochs(bus)
         self.membership: ConsumerGroupMetadata | None = None
-        with reached(bus.servers):
+        with _translate_errors(bus.servers):
             self.client = kafka.KafkaConsumer(
-                **bus.client,
-                **reading(),
+                **bus.client_options,
+                **make_consumer_options(),
                 group_id=group,
                 client_id=f"charter-{member}",
                 partition_assignment_strategy=[CooperativeStickyAssignor],
                 session_timeout_ms=10_000,
-                heartbeat_interval_ms=HEARTBEAT_MS,
-                metadata_max_age_ms=METADATA_MS,
+                heartbeat_interval_ms=_HEARTBEAT_INTERVAL_MS,
+                metadata_max_age_ms=_METADATA_MAX_AGE_MS,
                 **({"group_instance_id": f"{group}.{member}"} if bus.static_members else {}),
             )
-            self.learn([bus.name(topic) for topic in topics])
-        self.client.subscribe([bus.name(topic) for topic in topics], listener=self.epochs)
+            self.wait_for_metadata([bus.add_prefix(topic) for topic in topics])
+        self.client.subscribe([bus.add_prefix(topic) for topic in topics], listener=self.epochs)
 
-    def learn(self, names: Sequence[str]) -> None:
+    def wait_for_metadata(self, names: Sequence[str]) -> None:
         """Wait for the metadata of these topics.
 
         The member that leads the group shares out the partitions that it knows of: of a topic that is only just there it
         may know none, and would give nobody anything until its metadata ages.
         """
-        deadline = time.monotonic() + CALL_MS / 1000
+        deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while not all(self.client.partitions_for_topic(name) for name in names):
             if time.monotonic() > deadline:
                 raise errors.KafkaTimeoutError(f"no metadata of {', '.join(names)}")
 
     def assignment(self) -> Offsets:
-        return dict(self.epochs.current)
+        return dict(self.epochs.by_partition)
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Message]:
-        with polling(self.bus):
+    def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
+        with _translate_offset_errors(self.bus):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)
             except errors.NoOffsetForPartitionError as error:
                 # The group has never committed here: an explicit beginning, and only of these partitions.
-                self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=CALL_MS))
+                self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=_REQUEST_TIMEOUT_MS))
                 polled = {}
-            if self.joined_anew():
+            if self.detect_rejoin():
                 return []
-        return messages_of(self.bus, polled)
+        return _to_consumer_records(self.bus, polled)
 
     def finish_join(self, max_records: int) -> Mapping[Place, Sequence[Any]]:
         """Poll on for a while if a join is under way.
@@ -659,12 +684,12 @@ class KafkaConsumer:
         again: members that often do something else between short polls would hardly ever all come through.
         """
         polled: Mapping[Place, Sequence[Any]] = {}
-        deadline = time.monotonic() + JOIN_S
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
         while not polled and self.client.group_metadata().state == MemberState.REBALANCING and time.monotonic() < deadline:
-            polled = self.client.poll(timeout_ms=JOIN_POLL_MS, max_records=max_records)
+            polled = self.client.poll(timeout_ms=_JOIN_POLL_TIMEOUT_MS, max_records=max_records)
         return polled
 
-    def joined_anew(self) -> bool:
+    def detect_rejoin(self) -> bool:
         """Note the membership that the present assignment belongs to.
 
         If it is another one than before, we were out of the group meanwhile and others may have moved on from where we
@@ -676,10 +701,10 @@ class KafkaConsumer:
             return False
         anew = self.membership is not None and present.member_id != self.membership.member_id
         if anew:
-            self.epochs.renew()
-            places = [self.bus.place(place) for place in self.epochs.current]
-            committed = {self.bus.place(place): offset for place, offset in self.committed().items()}
-            self.seek_all(self.client.beginning_offsets(places, timeout_ms=CALL_MS) | committed)
+            self.epochs.renew_all()
+            places = [self.bus.to_kafka_partition(place) for place in self.epochs.by_partition]
+            committed = {self.bus.to_kafka_partition(place): offset for place, offset in self.committed().items()}
+            self.seek_all(self.client.beginning_offsets(places, timeout_ms=_REQUEST_TIMEOUT_MS) | committed)
         self.membership = present
         return anew
 
@@ -687,10 +712,12 @@ class KafkaConsumer:
         for place, offset in offsets.items():
             self.client.seek(place, offset)
 
-    def entitled(self, places: Iterable[TopicPartition], epochs: Mapping[TopicPartition, int]) -> ConsumerGroupMetadata:
+    def require_ownership(
+        self, partitions: Iterable[TopicPartition], epochs: Mapping[TopicPartition, int]
+    ) -> ConsumerGroupMetadata:
         """The membership under which these partitions are ours in these epochs; raises PartitionLost."""
         present = self.assignment()
-        for place in {*places, *epochs}:
+        for place in {*partitions, *epochs}:
             if place not in present or epochs.get(place, present[place]) != present[place]:
                 raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
         now = self.client.group_metadata()
@@ -699,27 +726,33 @@ class KafkaConsumer:
         return self.membership
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        self.client.pause(*self.owned(partitions))
+        self.client.pause(*self.filter_owned(partitions))
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
-        self.client.resume(*self.owned(partitions))
+        self.client.resume(*self.filter_owned(partitions))
 
-    def owned(self, partitions: Iterable[TopicPartition]) -> list[Place]:
-        return [self.bus.place(place) for place in partitions if place in self.epochs.current]
+    def filter_owned(self, partitions: Iterable[TopicPartition]) -> list[Place]:
+        return [self.bus.to_kafka_partition(place) for place in partitions if place in self.epochs.by_partition]
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
-        if partition not in self.epochs.current:
+        if partition not in self.epochs.by_partition:
             raise PartitionLost(f"{partition.topic}[{partition.partition}] is not assigned to this member")
-        self.client.seek(self.bus.place(partition), offset)
+        self.client.seek(self.bus.to_kafka_partition(partition), offset)
 
     def positions(self) -> Offsets:
-        with reached(self.bus.servers):
-            return {place: self.client.position(self.bus.place(place), timeout_ms=CALL_MS) for place in self.epochs.current}
+        with _translate_errors(self.bus.servers):
+            return {
+                place: self.client.position(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for place in self.epochs.by_partition
+            }
 
     def committed(self) -> Offsets:
-        with reached(self.bus.servers):
-            found = {place: self.client.committed(self.bus.place(place), timeout_ms=CALL_MS) for place in self.epochs.current}
+        with _translate_errors(self.bus.servers):
+            found = {
+                place: self.client.committed(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for place in self.epochs.by_partition
+            }
         return {place: offset for place, offset in found.items() if offset is not None}
 
     def close(self) -> None:
-        self.client.close(autocommit=False, timeout_ms=CLOSE_MS)
+        self.client.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)

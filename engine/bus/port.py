@@ -24,7 +24,7 @@ class TopicPartition(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ConsumerRecord:
     """A message as it was read."""
 
     topic: str
@@ -37,7 +37,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class ProducerRecord:
     """A message to be written."""
 
     topic: str
@@ -57,14 +57,14 @@ class TopicDescription:
     topic_id: str
     partitions: int
     replicas: int
-    in_sync: int
+    in_sync_replicas: int
     configs: Mapping[str, str]
 
 
 class Consumer(Protocol):
     """A member of a consumer group, used by one thread. The first start of a group is at the beginning of its topics."""
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Message]:
+    def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
         """What has arrived, waiting up to `timeout_s` for the first (longer while the group shares out its partitions).
 
         It also keeps the membership alive: poll every second or so.
@@ -99,13 +99,13 @@ class Consumer(Protocol):
 class Reader(Protocol):
     """Reads given partitions without a group, committed records only."""
 
-    def poll(self, timeout_s: float, max_records: int) -> list[Message]: ...
+    def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]: ...
 
     def positions(self) -> Offsets:
         """The next offset of each partition; comparable with `end_offsets` (transaction markers take offsets too)."""
         ...
 
-    def add(self, positions: Mapping[TopicPartition, int]) -> None:
+    def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
         """Read these partitions too."""
         ...
 
@@ -117,7 +117,7 @@ class Writer(Protocol):
 
     def commit(
         self,
-        outputs: Sequence[Outgoing],
+        outputs: Sequence[ProducerRecord],
         offsets: Mapping[TopicPartition, int] | None = None,
         *,
         consumer: Consumer | None = None,
@@ -149,17 +149,17 @@ class Bus(Protocol):
         """Ids that change when a topic is deleted and created anew."""
         ...
 
-    def partitions(self, topic: str) -> int: ...
+    def count_partitions(self, topic: str) -> int: ...
 
-    def begin_offsets(self, topics: Sequence[str]) -> Offsets: ...
+    def beginning_offsets(self, topics: Sequence[str]) -> Offsets: ...
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets: ...
 
-    def offsets_at(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
+    def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
         """For each partition the offset of the first message at or after a time (milliseconds since 1970); its end if none."""
         ...
 
-    def describe(self, topics: Sequence[str]) -> list[TopicDescription]:
+    def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
         """What the log keeps of each topic, and how."""
         ...
 
@@ -167,18 +167,18 @@ class Bus(Protocol):
         """The committed offsets of a group; partitions without one are left out."""
         ...
 
-    def seed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+    def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
         """Say where a group begins, where it has not committed yet. The group must have no members."""
         ...
 
-    def publish(self, outgoing: Sequence[Outgoing]) -> None:
+    def publish(self, records: Sequence[ProducerRecord]) -> None:
         """Write messages, all of them or an error; they are durable when it returns."""
         ...
 
-    def writer(self, transactional_id: str) -> Writer: ...
+    def open_writer(self, transactional_id: str) -> Writer: ...
 
-    def consumer(self, group: str, topics: Sequence[str], *, member: str) -> Consumer: ...
+    def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> Consumer: ...
 
-    def reader(self, positions: Mapping[TopicPartition, int]) -> Reader: ...
+    def open_reader(self, positions: Mapping[TopicPartition, int]) -> Reader: ...
 
     def close(self) -> None: ...

@@ -13,27 +13,27 @@ from typing import Any
 from engine.errors import UsageError
 from engine.settings import Bus
 
-FILES = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
+_SSL_FILE_OPTIONS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
 
 
-def client_options(bus: Bus, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def make_client_options(bus: Bus, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """kafka-python's security settings; empty for a plain listener. Holds the password: never print it."""
     options: dict[str, Any] = {}
     if bus.security_protocol != "PLAINTEXT":
         options["security_protocol"] = bus.security_protocol
     if bus.security_protocol.endswith("SSL"):
-        options |= {name: checked(name, getattr(bus, name)) for name in FILES if getattr(bus, name)}
+        options |= {name: _check_file(name, getattr(bus, name)) for name in _SSL_FILE_OPTIONS if getattr(bus, name)}
         options["ssl_check_hostname"] = bus.ssl_check_hostname
     if bus.security_protocol.startswith("SASL"):
         options |= {
             "sasl_mechanism": bus.sasl_mechanism,
-            "sasl_plain_username": named(bus),
-            "sasl_plain_password": password(bus, os.environ if environment is None else environment),
+            "sasl_plain_username": _require_username(bus),
+            "sasl_plain_password": _read_password(bus, os.environ if environment is None else environment),
         }
     return options
 
 
-def checked(name: str, path: str) -> str:
+def _check_file(name: str, path: str) -> str:
     if not Path(path).is_file():
         raise UsageError(
             f"bus.{name}: there is no file {path}", "the setting names one", f"give its path: --set bus.{name}=FILE"
@@ -41,16 +41,16 @@ def checked(name: str, path: str) -> str:
     return path
 
 
-def named(bus: Bus) -> str:
+def _require_username(bus: Bus) -> str:
     if not bus.sasl_username:
         raise UsageError("Kafka wants a user", f"bus.security_protocol is {bus.security_protocol}", "set bus.sasl_username")
     return bus.sasl_username
 
 
-def password(bus: Bus, environment: Mapping[str, str]) -> str:
+def _read_password(bus: Bus, environment: Mapping[str, str]) -> str:
     """The password, without the end of line that editors put after it."""
     if bus.sasl_password_file:
-        return Path(checked("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")
+        return Path(_check_file("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")
     if found := environment.get(bus.sasl_password_env):
         return found
     raise UsageError(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelUnreachable, UsageError
-from engine.models.port import Model
+from engine.models.interface import Model
 
-SCRIPTED = "scripted"
+SCRIPTED_SPEC = "scripted"
 
 
 def open_model(spec: str, **options: Any) -> Model:
@@ -18,8 +18,8 @@ def open_model(spec: str, **options: Any) -> Model:
     `smollm2` is the packaged small model; `http://HOST:PORT/v1#NAME` an OpenAI-compatible server; anything else a folder with
     safetensors or a hub id. Raises UsageError or ModelUnreachable when there is no such model.
     """
-    if spec == SCRIPTED:
-        return open_scripted()
+    if spec == SCRIPTED_SPEC:
+        return _open_scripted()
     if spec.startswith(("http://", "https://")):
         from engine.models.endpoint import open_endpoint
 
@@ -29,16 +29,16 @@ def open_model(spec: str, **options: Any) -> Model:
     return open_local(spec, **options)
 
 
-def model_folder(spec: str) -> Path:
+def resolve_model_folder(spec: str) -> Path:
     """The folder of a local model's files: the packaged model, an existing folder, or a hub id that is downloaded once."""
     if spec == "smollm2":
         from engine.models import smollm2
 
-        return smollm2.folder()
+        return smollm2.get_model_folder()
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder
-    if spec == SCRIPTED or spec.startswith(("http://", "https://")):
+    if spec == SCRIPTED_SPEC or spec.startswith(("http://", "https://")):
         raise UsageError(
             f"{spec} has no weights here to train",
             "the trainer needs a local model as models.policy",
@@ -50,10 +50,10 @@ def model_folder(spec: str) -> Path:
             "the folder does not exist",
             "set models.policy to smollm2 (packaged), an existing folder, or a hub id such as OWNER/NAME",
         )
-    return download(spec)
+    return _download_model(spec)
 
 
-def download(hub_id: str) -> Path:
+def _download_model(hub_id: str) -> Path:
     """A hub model's files in the local cache: safetensors, tokenizer and configuration, nothing that can run."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -69,7 +69,7 @@ def download(hub_id: str) -> Path:
         ) from error
 
 
-def open_scripted() -> Model:
+def _open_scripted() -> Model:
     if os.environ.get("CHARTER_ALLOW_SCRIPTED") != "1":
         raise UsageError(
             "the scripted model is a fake for tests",

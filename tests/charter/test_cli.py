@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charter import dead_letters, label
-from charter.cli import SECTIONS, VERBS, cli, told
-from charter.pipeline import find_prompts
-from charter.text import json_text
+from charter.cli import SECTIONS, VERBS, cli, describe_error
+from charter.pipeline import find_prompt_ids
+from charter.text import format_json
 from engine import errors
 from engine.store import Store
 
@@ -98,20 +98,20 @@ def test_a_shell_completes_choices_and_files():
 @pytest.fixture
 def data(tmp_path):
     """A data folder in which the scripted model has answered three prompts."""
-    from charter.pipeline import STAGES, connect, make_host, store_of
+    from charter.pipeline import STAGES, connect_bus, make_host, open_store
     from engine.settings import load
-    from producers.files import SHIPPED, Producer
+    from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 
     settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
-    bus = connect(settings)
-    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=3)
+    bus = connect_bus(settings)
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=3)
     with make_host(settings, bus, STAGES, sink=True) as host:
-        store = store_of(settings)
+        store = open_store(settings)
         while store.query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL").rows != [
             (3,)
         ]:
-            host.failed.wait(0.05)
-            host.check()
+            host.failure_event.wait(0.05)
+            host.raise_if_failed()
     bus.close()
     return settings.folder
 
@@ -194,7 +194,7 @@ def test_errors_say_what_why_and_what_to_type(tmp_path, arguments, code, words):
 
 def test_every_error_in_the_code_has_its_three_parts():
     """What only the machinery catches (a commit in doubt, a partition that moved, a record that dies) needs no third one."""
-    found, internal = 0, {"CommitInDoubt", "PartitionLost", "PermanentRecordError", "Fenced", "OffsetsLost"}
+    found, internal = 0, {"CommitUncertain", "PartitionLost", "PermanentRecordError", "WriterFenced", "OffsetsLost"}
     for folder in ("charter", "engine", "consumers", "producers", "trainer"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -221,14 +221,14 @@ def test_what_nobody_foresaw_is_told_in_three_lines_too():
     try:
         iter(()).__next__()
     except StopIteration as error:
-        what, why, fix = told(error)
+        what, why, fix = describe_error(error)
     assert "fault" in what and "StopIteration" in why and "test_cli.py" in why and "--traceback" in fix
-    assert told(PermissionError(13, "Permission denied", "/x"))[:2] == ("/x cannot be used", "Permission denied")
+    assert describe_error(PermissionError(13, "Permission denied", "/x"))[:2] == ("/x cannot be used", "Permission denied")
 
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_json_shows_hostile_text_inert_and_loses_none_of_it(text):
-    said = json_text([{"text": text, text: float("nan")}])
+    said = format_json([{"text": text, text: float("nan")}])
     assert json.loads(said) == ([{"text": text, text: None}] if text != "text" else [{"text": None}])
     assert all(c.isprintable() or c == "\n" for c in said)
 
@@ -236,8 +236,8 @@ def test_json_shows_hostile_text_inert_and_loses_none_of_it(text):
 def test_ids_are_matched_by_what_an_id_can_begin_with(data):
     database = Store(data / "charter.duckdb")
     for wrong in ("zzz", "%", "", "_", " "):
-        assert find_prompts(database, wrong) == []
-        for find in (label.find, dead_letters.only_one):
+        assert find_prompt_ids(database, wrong) == []
+        for find in (label.find_label, dead_letters.find_dead_letter):
             with pytest.raises(errors.UsageError, match=r"no label|no dead letters"):
                 find(database, wrong)
     done = charter("forget", "zzz", "--yes", "--data", data)
@@ -265,9 +265,13 @@ def test_a_terminal_without_unicode_is_served(data):
 
 
 def test_secrets_and_hostile_text_stay_out_of_the_terminal():
-    from charter.text import inert, table
+    from charter.text import escape_unprintable, format_table
     from engine.models.endpoint import Endpoint
 
     hostile = "a\x1b[2Jb\u202ec\x00d\re"
-    assert "\x1b" not in inert(hostile) and "\u202e" not in table(["x"], [[hostile]]) and "\r" not in inert(hostile)
+    assert (
+        "\x1b" not in escape_unprintable(hostile)
+        and "\u202e" not in format_table(["x"], [[hostile]])
+        and "\r" not in escape_unprintable(hostile)
+    )
     assert "sk-secret" not in repr(Endpoint("http://127.0.0.1:9/v1", "m", "sk-secret"))

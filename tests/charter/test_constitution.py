@@ -6,15 +6,15 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.constitution import open_bench
-from charter.pipeline import STAGES, connect, make_host, store_of
-from charter.rejudge import compare_labels, frozen_slice, mean_label, pair_of, try_cases
-from constitutions.cases import Case, Cases
-from constitutions.loader import FOLDER, ConstitutionError, load, parse
+from charter.constitution import open_batch_judge
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.rejudge import average_labels, compare_labels, load_frozen_pairs, make_pair_response, run_cases
+from constitutions.cases import CaseFile, ConstitutionCase
+from constitutions.loader import CONSTITUTIONS_FOLDER, ConstitutionError, load_constitution, parse_constitution
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import load as load_settings
-from producers.files import SHIPPED, Producer
+from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import ChatMessage
 
 PROMPTS = 5
@@ -25,15 +25,15 @@ FLAGS = {
     "critique.early_stop": "none",
     "prompts.eval_share": "0",
 }
-COURSE = (FOLDER / "course.toml").read_text()
+COURSE = (CONSTITUTIONS_FOLDER / "course.toml").read_text()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A data folder in which five prompts went through every stage under customer-service."""
     settings = settings_of(tmp_path_factory.mktemp("constitution") / "data")
-    bus = connect(settings)
-    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus = connect_bus(settings)
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
     over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
@@ -43,10 +43,10 @@ def folder(tmp_path_factory):
 def stream(settings, bus, over):
     """Run every stage until the query counts all prompts."""
     with make_host(settings, bus, STAGES, sink=True) as host:
-        store = store_of(settings)
+        store = open_store(settings)
         while not store.path.exists() or store.query(over).rows != [(PROMPTS,)]:
-            host.failed.wait(0.05)
-            host.check()
+            host.failure_event.wait(0.05)
+            host.raise_if_failed()
 
 
 def settings_of(folder):
@@ -65,15 +65,15 @@ def call(folder, *arguments, code=0, stdin=None):
 
 def test_list_shows_the_shipped_ones_and_what_runs_used(folder, tmp_path):
     rows = json.loads(call(tmp_path, "list", "--json"))
-    assert {row["name"]: (row["critique"], row["judging"]) for row in rows}["default"] == (16, 16)
+    assert {row["name"]: (row["critique"], row["judge"]) for row in rows}["default"] == (16, 16)
     assert len(rows) == 4 == len(json.loads(call(folder, "list", "--json")))  # the run's is a shipped one
 
 
 def test_show_takes_names_files_runs_and_standard_input(folder, tmp_path):
     assert "guard-data" in call(folder, "show") and "guard-data" in call(folder, "show", "run:live")
     (row,) = json.loads(call(folder, "show", "run:live", "--json"))
-    assert row["hash"] == load("customer-service").hash and len(row["critique"]) == 5
-    assert parse(call(folder, "show", "-", "--toml", stdin=COURSE), "x").hash == load("course").hash
+    assert row["hash"] == load_constitution("customer-service").hash and len(row["critique"]) == 5
+    assert parse_constitution(call(folder, "show", "-", "--toml", stdin=COURSE), "x").hash == load_constitution("course").hash
     prose = tmp_path / "prose.toml"
     prose.write_text(
         'name = "p"\nversion = "1.0.0"\n[[prose]]\nid = "a"\nname = "A"\npriority = 3\ntags = ["t"]\ntext = "Be fair."\n'
@@ -94,7 +94,9 @@ def test_lint_has_an_exit_code_lines_and_json(folder, tmp_path):
 
 def test_a_content_that_changed_without_its_version_is_seen(folder, tmp_path):
     mine = tmp_path / "mine.toml"
-    mine.write_text((FOLDER / "customer-service.toml").read_text().replace("stays friendly and short", "stays friendly"))
+    mine.write_text(
+        (CONSTITUTIONS_FOLDER / "customer-service.toml").read_text().replace("stays friendly and short", "stays friendly")
+    )
     assert "mine.toml:3: version: run live used another content" in call(folder, "lint", mine, code=1)
     rows = json.loads(call(folder, "diff", "run:live", mine, "--json"))
     assert [row["what"] for row in rows] == ["changed", "version not raised"]
@@ -105,7 +107,11 @@ def test_a_content_that_changed_without_its_version_is_seen(folder, tmp_path):
 
 def test_diff_judges_a_frozen_slice_under_both(folder, tmp_path):
     mine = tmp_path / "mine.toml"
-    text = (FOLDER / "customer-service.toml").read_text().replace("brings the customer closer to", "gives the customer")
+    text = (
+        (CONSTITUTIONS_FOLDER / "customer-service.toml")
+        .read_text()
+        .replace("brings the customer closer to", "gives the customer")
+    )
     mine.write_text(text.replace('id = "kinder"', 'id = "warmer"'))
     rows = [
         row for row in json.loads(call(folder, "diff", "run:live", mine, "--rejudge", "4", "--json")) if row["kind"] == "labels"
@@ -126,10 +132,10 @@ def test_diff_judges_a_frozen_slice_under_both(folder, tmp_path):
 
 def test_a_slice_is_the_same_each_time_and_a_smaller_one_is_its_beginning(folder):
     settings = settings_of(folder)
-    chosen = [pair.record_id for pair in frozen_slice(settings, PROMPTS)]
-    assert len(set(chosen)) == PROMPTS and [pair.record_id for pair in frozen_slice(settings, 3)] == chosen[:3]
+    chosen = [pair.record_id for pair in load_frozen_pairs(settings, PROMPTS)]
+    assert len(set(chosen)) == PROMPTS and [pair.record_id for pair in load_frozen_pairs(settings, 3)] == chosen[:3]
     with pytest.raises(UsageError, match="no database"):
-        frozen_slice(settings_of(folder.parent / "empty"), 3)
+        load_frozen_pairs(settings_of(folder.parent / "empty"), 3)
 
 
 # What is counted, with judges whose answers are known
@@ -138,9 +144,11 @@ def test_a_slice_is_the_same_each_time_and_a_smaller_one_is_its_beginning(folder
 def bench_of(tmp_path, rule, mass=0.9):
     """A bench whose judge prefers the first answer shown with the probability that `rule` gives for the whole question."""
     settings = settings_of(tmp_path / "none")
-    context = open_bench(settings)
+    context = open_batch_judge(settings)
     bench = context.__enter__()
-    bench.models.opened["scripted"] = ScriptedModel(option_rule=lambda ask: rule(ask.messages[-1].content), mass=mass)
+    bench.models.open_models["scripted"] = ScriptedModel(
+        option_rule=lambda ask: rule(ask.messages[-1].content), option_mass=mass
+    )
     return bench
 
 
@@ -149,40 +157,53 @@ def prefers(word):
     return lambda text: 0.9 if text.index(word) < text.index("Answer (B)") else 0.1
 
 
-CASES = Cases(
-    (Case(prompt="p", wins="GOOD", loses="BAD", principles=("kinder",)), Case(prompt="q", wins="GOOD", loses="BAD")),
+CASES = CaseFile(
+    (
+        ConstitutionCase(prompt="p", wins="GOOD", loses="BAD", principles=("kinder",)),
+        ConstitutionCase(prompt="q", wins="GOOD", loses="BAD"),
+    ),
     ("1", "2"),
     "",
 )
 
 
 def test_hits_and_misses_are_counted_for_each_principle_in_both_orders(tmp_path):
-    rows = {t.principle: t.row() for t in try_cases(bench_of(tmp_path, prefers("GOOD")), load("customer-service"), CASES)}
+    rows = {
+        t.principle_id: t.to_row()
+        for t in run_cases(bench_of(tmp_path, prefers("GOOD")), load_constitution("customer-service"), CASES)
+    }
     assert rows["kinder"] == ("kinder", 2, 2, 0, 2, 2, 0, pytest.approx(0.9)) and rows["solves-more"][1:4] == (1, 1, 0)
-    rows = {t.principle: t.row() for t in try_cases(bench_of(tmp_path, prefers("BAD")), load("customer-service"), CASES)}
+    rows = {
+        t.principle_id: t.to_row()
+        for t in run_cases(bench_of(tmp_path, prefers("BAD")), load_constitution("customer-service"), CASES)
+    }
     assert rows["kinder"][:6] == ("kinder", 2, 0, 2, 0, 0)
-    slot = {t.principle: t.row() for t in try_cases(bench_of(tmp_path, lambda _: 0.8), load("customer-service"), CASES)}
+    slot = {
+        t.principle_id: t.to_row()
+        for t in run_cases(bench_of(tmp_path, lambda _: 0.8), load_constitution("customer-service"), CASES)
+    }
     assert slot["kinder"][:6] == ("kinder", 2, 0, 2, 2, 0)  # the first slot always wins: one order right, none counted a hit
     unread = {
-        t.principle: t.row() for t in try_cases(bench_of(tmp_path, prefers("GOOD"), mass=0.1), load("course"), CASES_OF_COURSE)
+        t.principle_id: t.to_row()
+        for t in run_cases(bench_of(tmp_path, prefers("GOOD"), mass=0.1), load_constitution("course"), CASES_OF_COURSE)
     }
     assert unread["honesty"][1:4] == (1, 0, 0) and unread["honesty"][6] == 1
 
 
-CASES_OF_COURSE = Cases((Case(prompt="p", wins="GOOD", loses="BAD", principles=("honesty",)),), ("1",), "")
+CASES_OF_COURSE = CaseFile((ConstitutionCase(prompt="p", wins="GOOD", loses="BAD", principles=("honesty",)),), ("1",), "")
 
 
 def test_a_constitution_that_asks_all_at_once_is_asked_once_for_each_case(tmp_path):
     bench = bench_of(tmp_path, prefers("GOOD"))
-    tallies = {t.principle: t.row() for t in try_cases(bench, load("course"), CASES_OF_COURSE)}
+    tallies = {t.principle_id: t.to_row() for t in run_cases(bench, load_constitution("course"), CASES_OF_COURSE)}
     assert tallies["honesty"][1:4] == (1, 1, 0) and tallies["helpfulness"][1] == 0
-    assert bench.models.opened["scripted"].scored == 2  # both orders of one question
+    assert bench.models.open_models["scripted"].num_scored == 2  # both orders of one question
 
 
 def test_flips_are_counted_against_the_words_before_and_against_the_mean(tmp_path):
-    before = load("customer-service")
-    after = parse(before.text.replace("solution of their problem", "UPSIDE"), "x").without(["kinder"])
-    pairs = [pair_of([ChatMessage(role="user", content=str(n))], "GOOD", "BAD", [], "s") for n in range(3)]
+    before = load_constitution("customer-service")
+    after = parse_constitution(before.text.replace("solution of their problem", "UPSIDE"), "x").without_principles(["kinder"])
+    pairs = [make_pair_response([ChatMessage(role="user", content=str(n))], "GOOD", "BAD", [], "s") for n in range(3)]
     bench = bench_of(tmp_path, lambda text: prefers("BAD" if "UPSIDE" in text else "GOOD")(text))
     rows = {row[0]: row for row in compare_labels(bench, before, after, pairs)}
     assert rows["solves-more"][1:4] == ("changed", 3, 0) and rows["solves-more"][6:8] == (pytest.approx(0.8), 3)
@@ -191,12 +212,14 @@ def test_flips_are_counted_against_the_words_before_and_against_the_mean(tmp_pat
     # The mean of five at 0.9 against the mean of 0.1, 0.9, 0.9, 0.9.
     assert rows["(mean of all)"][4:6] == (pytest.approx(0.9), pytest.approx(0.7))
     asked_once = 2 * 3 * (5 + 1)  # both orders, three pairs, five questions and the changed one
-    assert bench.models.opened["scripted"].scored == asked_once
+    assert bench.models.open_models["scripted"].num_scored == asked_once
 
 
 def test_a_mean_label_weighs_principles_and_leaves_out_what_has_no_label():
-    weighted = parse(load("customer-service").text.replace('id = "kinder"', 'id = "kinder"\nweight = 3'), "x")
-    means = mean_label(weighted, {"kinder": {0: 0.8, 1: None}, "solves-more": {0: 0.4, 1: 0.3, 2: None}})
+    weighted = parse_constitution(
+        load_constitution("customer-service").text.replace('id = "kinder"', 'id = "kinder"\nweight = 3'), "x"
+    )
+    means = average_labels(weighted, {"kinder": {0: 0.8, 1: None}, "solves-more": {0: 0.4, 1: 0.3, 2: None}})
     assert means == {0: pytest.approx(0.7), 1: pytest.approx(0.3), 2: None}
 
 
@@ -216,14 +239,14 @@ def test_test_ends_with_1_below_the_wanted_share(folder, tmp_path):
 
 def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path):
     settings = settings_of(tmp_path / "data")
-    bus = connect(settings)
-    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus = connect_bus(settings)
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
     over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
     assert call(settings.folder, "study", "--dry-run").count("without ") == 12
     store, drawn = (
-        store_of(settings),
+        open_store(settings),
         "SELECT principle_id, count(DISTINCT response_id) FROM raw.{} WHERE run_id = 'live' GROUP BY 1",
     )
     by_critique, by_judging = (dict(store.query(drawn.format(topic)).rows) for topic in ("revisions", "preferences"))

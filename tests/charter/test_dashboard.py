@@ -13,27 +13,27 @@ import duckdb
 import pytest
 from starlette.testclient import TestClient
 
-from charter.dashboard import charts, training
-from charter.dashboard import sql as queries
+from charter.dashboard import charts, training_view
+from charter.dashboard import sql_view as queries
 from charter.dashboard.app import Dashboard
-from charter.dashboard.page import compared, inert, plain, word_changes
-from charter.dashboard.serve import address, is_loopback
-from charter.pipeline import store_of
-from engine.gate import Gate
+from charter.dashboard.rendering import diff_words, escape_text, render_diff, to_json_value
+from charter.dashboard.serve import format_address, is_loopback
+from charter.pipeline import open_store
+from engine.access_lock import AccessLock
 from engine.settings import load
-from tests.support.dashboard import HOSTILE, flags_of, stream_hostile
-from tests.support.records import World, known, prompt
+from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts
+from tests.support.records import RecordDatabase, add_counted_run, make_prompt
 
 PAGES = ("/", "/stories", "/preferences", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
 HERE = "http://localhost:8400"
 
 
 def settings_of(folder):
-    return load(flags_of(folder, "scripted"), environment={})[0]
+    return load(make_setting_flags(folder, "scripted"), environment={})[0]
 
 
 def visit(settings, token=None, base=HERE):
-    return TestClient(Dashboard(settings).app(token), base_url=base, follow_redirects=False)
+    return TestClient(Dashboard(settings).build_app(token), base_url=base, follow_redirects=False)
 
 
 def twin(path):
@@ -44,7 +44,7 @@ def twin(path):
 def streamed(tmp_path_factory):
     """The folder of a run of the scripted model on hostile prompts, one of which no stage can read."""
     folder = tmp_path_factory.mktemp("dashboard") / "data"
-    stream_hostile(folder, "scripted")
+    run_hostile_prompts(folder, "scripted")
     return folder
 
 
@@ -93,7 +93,7 @@ def test_the_pages_reach_nothing_outside_and_allow_no_inline_script(client):
 
 def test_a_story_shows_what_became_of_its_prompt(client):
     stories = client.get("/api/stories").json()["data"]["stories"]
-    assert len(stories) == len(HOSTILE)
+    assert len(stories) == len(HOSTILE_TEXTS)
     prompt = next(story["prompt_id"] for story in stories if story["rounds"])
     story = client.get(f"/api/stories/{prompt}").json()["data"]
     assert story["answers"] and story["chains"][0]["end_reason"] and story["preferences"][0]["p_forward"] is not None
@@ -120,9 +120,9 @@ def test_search_and_filters(client):
 
 
 def test_pages_of_stories(tmp_path):
-    world = World(tmp_path / "charter.duckdb")
-    known(world)
-    world.add(*(prompt(f"number {n}") for n in range(60)))
+    world = RecordDatabase(tmp_path / "charter.duckdb")
+    add_counted_run(world)
+    world.add(*(make_prompt(f"number {n}") for n in range(60)))
     with visit(settings_of(tmp_path)) as client:
         seen, before = [], None
         while True:
@@ -136,7 +136,7 @@ def test_pages_of_stories(tmp_path):
 
 def test_figures_are_those_that_were_counted_by_hand(tmp_path):
     """The records of tests/engine/test_figures.py, through the page's own questions."""
-    known(World(tmp_path / "charter.duckdb"))
+    add_counted_run(RecordDatabase(tmp_path / "charter.duckdb"))
     with visit(settings_of(tmp_path)) as client:
         found = client.get("/api/preferences").json()["data"]
     care = next(row for row in found["principles"] if row["principle"] == "care")
@@ -151,8 +151,8 @@ def test_figures_are_those_that_were_counted_by_hand(tmp_path):
 
 def test_a_long_training_shows_its_newest_versions(tmp_path):
     """More versions and steps than are taken: what is left out is the oldest, and policy 0 stays to be compared with."""
-    known(World(tmp_path / "charter.duckdb"))
-    versions, steps = training.MOST_VERSIONS + 40, training.MOST_STEPS + 7
+    add_counted_run(RecordDatabase(tmp_path / "charter.duckdb"))
+    versions, steps = training_view.MAX_VERSIONS + 40, training_view.MAX_STEPS + 7
     with duckdb.connect(str(tmp_path / "charter.duckdb")) as database:
         database.execute(
             """INSERT INTO raw.policies BY NAME SELECT uuid() AS record_id, 'live' AS run_id, 'POLICY' AS kind, i AS version,
@@ -179,13 +179,13 @@ def test_a_long_training_shows_its_newest_versions(tmp_path):
 
 def test_what_each_policy_does_is_bounded_from_the_newest():
     rows = [{"policy_version": n, "share": n / 600, "span": (0.0, 1.0), "reward": None} for n in range(600)]
-    drawn = charts.by_version(rows, "share", "span", "flawed")
+    drawn = charts.draw_by_version(rows, "share", "span", "flawed")
     assert drawn.count("<circle") == 600 and "policy 599: 0.998 (95 % interval 0 to 1)" in drawn
-    assert charts.by_version(rows, "reward", None, "reward") == ""
+    assert charts.draw_by_version(rows, "reward", None, "reward") == ""
 
 
 def test_ticks_are_written_as_people_read_them():
-    assert [charts.short(value) for value in (20_000.0, 1_500_000.0, 2e9, 0.5, 0.0002)] == [
+    assert [charts.format_tick(value) for value in (20_000.0, 1_500_000.0, 2e9, 0.5, 0.0002)] == [
         "20,000", "1,500,000", "2e9", "0.5", "2e-4",
     ]  # fmt: skip
 
@@ -205,7 +205,7 @@ def test_hostile_text_is_inert_on_every_page(client):
     assert "U+202E" in whole and "U+001B" in whole and "&lt;script&gt;document" in whole
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS.keys())
 def test_hostile_text_in_the_address(client, text):
     names = {"/stories": ("q", "tag", "run"), "/dead-letters": ("retried", "stage"), "/sql": ("q",), "/": ("run",)}
     for path in names:
@@ -216,23 +216,23 @@ def test_hostile_text_in_the_address(client, text):
 
 
 def test_text_is_shown_whole_up_to_a_limit():
-    assert inert("a" * 30, most=10) == 'aaaaaaaaaa<span class="cut"> … 20 more characters</span>'
-    assert inert("line\n\ttab") == "line\n\ttab"
-    assert 'title="right-to-left override"' in inert("\u202e")
+    assert escape_text("a" * 30, max_length=10) == 'aaaaaaaaaa<span class="cut"> … 20 more characters</span>'
+    assert escape_text("line\n\ttab") == "line\n\ttab"
+    assert 'title="right-to-left override"' in escape_text("\u202e")
 
 
 def test_word_changes_lead_from_one_text_to_the_other():
     before, after = "the old house by the sea", "the new red house by a sea"
-    changes = word_changes(before, after)
+    changes = diff_words(before, after)
     assert "".join(text for kind, text in changes if kind != "removed") == after
     assert [text.strip() for kind, text in changes if kind == "removed"] == ["old", "the"]
     assert [text.strip() for kind, text in changes if kind == "added"] == ["new red", "a"]
-    assert compared("x <b>", "y <b>") == "<del>x </del><ins>y </ins>&lt;b&gt;"
-    assert "too long" in compared("a " * 5000, "b " * 5000)
+    assert render_diff("x <b>", "y <b>") == "<del>x </del><ins>y </ins>&lt;b&gt;"
+    assert "too long" in render_diff("a " * 5000, "b " * 5000)
 
 
 def test_json_has_no_value_that_json_has_not():
-    assert plain({"a": float("nan"), 1: [float("inf"), b"\x00\x01"]}) == {"a": None, "1": [None, "2 bytes"]}
+    assert to_json_value({"a": float("nan"), 1: [float("inf"), b"\x00\x01"]}) == {"a": None, "1": [None, "2 bytes"]}
 
 
 # Who may ask
@@ -297,8 +297,8 @@ def test_addresses():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.168.0.5", "box")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
-    assert address("::1", 8400, None) == "http://[::1]:8400/"
-    assert address("10.0.0.1", 8400, "t") == "http://10.0.0.1:8400/?token=t"
+    assert format_address("::1", 8400, None) == "http://[::1]:8400/"
+    assert format_address("10.0.0.1", 8400, "t") == "http://10.0.0.1:8400/?token=t"
 
 
 # Dead letters
@@ -327,7 +327,7 @@ def test_a_group_is_tried_again_once(own):
 
 
 def test_documented_queries_run(client):
-    for query in queries.documented():
+    for query in queries.load_example_queries():
         answer = client.get("/api/sql", params={"q": query["sql"]}).json()
         assert answer["trouble"] is None and answer["data"]["columns"], query["name"]
 
@@ -397,12 +397,12 @@ def test_a_file_that_is_no_database(tmp_path):
 
 
 def test_a_busy_database_shows_what_was_known(own, monkeypatch):
-    monkeypatch.setattr("charter.dashboard.desk.WAIT_S", 0.2)
-    monkeypatch.setattr("charter.dashboard.desk.FRESH_S", 0.0)
-    monkeypatch.setattr("charter.dashboard.desk.STANDS_S", 0.0)
+    monkeypatch.setattr("charter.dashboard.query_cache.LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("charter.dashboard.query_cache.MIN_REFRESH_INTERVAL_S", 0.0)
+    monkeypatch.setattr("charter.dashboard.query_cache.MAX_AGE_S", 0.0)
     with visit(settings_of(own)) as client:
         known_before = client.get("/api/stories").json()["data"]
-        with Gate(own / "charter.gate").write(1.0):
+        with AccessLock(own / "charter.gate").write_lock(1.0):
             stale = client.get("/api/stories")
             assert stale.json()["data"] == known_before and "busy" in stale.json()["trouble"]["what"]
             fresh = client.get("/api/runs")
@@ -438,14 +438,14 @@ def test_the_folder_is_deleted_while_it_is_shown(own):
 
 
 def test_a_log_that_is_away_is_said_beside_the_counts(own):
-    settings = load(flags_of(own, "scripted", **{"bus.address": "kafka://127.0.0.1:9"}), environment={})[0]
+    settings = load(make_setting_flags(own, "scripted", **{"bus.address": "kafka://127.0.0.1:9"}), environment={})[0]
     with visit(settings) as client:
         found = client.get("/api/pipeline").json()
         ends = time.monotonic() + 30
         while found["log"]["trouble"] is None and time.monotonic() < ends:
             found = client.get("/api/pipeline").json()
             threading.Event().wait(0.1)
-        assert found["log"]["trouble"] and found["data"]["topics"][0]["records"] == len(HOSTILE)
+        assert found["log"]["trouble"] and found["data"]["topics"][0]["records"] == len(HOSTILE_TEXTS)
 
 
 # The sink comes first
@@ -461,16 +461,16 @@ def test_a_flush_is_delayed_by_at_most_the_read_limit(own):
 
     def ask():
         while not stop.is_set():
-            dashboard.desk.once(lambda ask: queries.run(ask, slow))
+            dashboard.query_cache.run_once(lambda ask: queries.run_statement(ask, slow))
 
     visitors = [threading.Thread(target=ask) for _ in range(2)]
     for visitor in visitors:
         visitor.start()
-    store = store_of(settings_of(own))
+    store = open_store(settings_of(own))
     for _ in range(2):
         threading.Event().wait(0.2)
         started = time.monotonic()
-        with store.writing() as connection:
+        with store.open_write_session() as connection:
             waits.append(time.monotonic() - started)
             connection.execute("UPDATE raw.sink_state SET next_seq = next_seq")
     stop.set()

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 
 from charter.cli import cli
 from charter.dashboard.app import Dashboard
-from charter.dashboard.serve import listen
-from charter.pipeline import store_of
+from charter.dashboard.serve import open_socket
+from charter.pipeline import open_store
 from consumers.sink import Sink
 from engine.bus import open_bus
-from producers.files import Producer
-from tests.support.dashboard import HOSTILE, make_run
+from producers.files import FileProducer
+from tests.support.dashboard import HOSTILE_TEXTS, create_demo_run
 
 REQUIRED = os.environ.get("CHARTER_REQUIRE_BROWSER") == "1"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -49,14 +49,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def settings(browser, tiny, tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("browser") / "data", tiny)
+    return create_demo_run(tmp_path_factory.mktemp("browser") / "data", tiny)
 
 
 @pytest.fixture(scope="module")
 def address(settings):
     """A served dashboard of the run."""
-    listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(Dashboard(settings).app(), log_level="warning", timeout_graceful_shutdown=1)
+    listening = open_socket("127.0.0.1", 0)
+    config = uvicorn.Config(Dashboard(settings).build_app(), log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -162,7 +162,7 @@ def test_hostile_texts_are_inert(visit, width):
     with visit(width) as here:
         page = here.open("/stories?run=hostile")
         addresses = [link.get_attribute("href") for link in page.locator(".stories a").all()]
-        assert len(addresses) == len(HOSTILE)
+        assert len(addresses) == len(HOSTILE_TEXTS)
         here.check("hostile-stories")
         for number, path in enumerate(addresses):
             here.open(path).locator(".messages").wait_for()
@@ -184,8 +184,8 @@ def test_a_page_is_merged_with_what_has_come(visit, settings, tmp_path):
         file = tmp_path / "one.jsonl"
         file.write_text('{"prompt": "A prompt that comes while the page is open."}\n')
         bus = open_bus(str(settings.folder))
-        Producer(bus, "hostile", eval_share=0.0).publish(str(file))
-        sink = Sink(bus, store_of(settings), max_wait_s=0.05)
+        FileProducer(bus, "hostile", eval_fraction=0.0).publish(str(file))
+        sink = Sink(bus, open_store(settings), max_wait_s=0.05)
         while sink.step():
             pass
         sink.close()

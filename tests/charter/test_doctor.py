@@ -10,7 +10,7 @@ from charter.cli import cli
 from engine.bus import open_bus
 from engine.store import Store
 from schemas.topics import TOPICS
-from tests.support.server import Server, server_like
+from tests.support.chat_server import FakeChatServer, make_script
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_what_is_there_is_described(tmp_path, doctor, smollm2):
     bus = open_bus(str(tmp_path / "data"))
     bus.create_topics([spec for spec in TOPICS.values() if spec.name != "scores"])
     bus.close()
-    Store(tmp_path / "data" / "charter.duckdb").prepare()
+    Store(tmp_path / "data" / "charter.duckdb").create_schema()
     code, found = doctor(models__judge="smollm2", models__policy=str(smollm2))
     assert code == 0
     assert "0 records" in found["database"]["found"] and found["dead letters"]["found"] == "none"
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said_with_what_to_do(doctor, settings, check, words):
 
 def test_a_database_of_another_version_or_held_by_another_is_found(tmp_path, doctor):
     store = Store(tmp_path / "data" / "charter.duckdb")
-    store.prepare()
+    store.create_schema()
     with duckdb.connect(str(store.path)) as connection:
         connection.execute("UPDATE raw.sink_state SET version = 99")
     code, found = doctor()
@@ -89,7 +89,7 @@ def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, test
 @pytest.fixture
 def tests_models_server():
     """A loopback server that lists one model and answers as a strict one; returns its address and the keys it was sent."""
-    server = Server(lists=["big"])
-    server.script = server_like()
-    yield server.url.removesuffix("/v1"), server.keys
+    server = FakeChatServer(model_names=["big"])
+    server.script = make_script()
+    yield server.url.removesuffix("/v1"), server.authorizations
     server.close()

@@ -2,11 +2,11 @@
 
 import pytest
 
-from charter.estimate import QUESTION, estimate
+from charter.estimate import PRINCIPLE_PROMPT_TOKENS, estimate_costs
 from engine.settings import load
 
 PROMPTS, CHARS = 10, 4000
-SHOWN = 1000 + PROMPTS * (256 + QUESTION) + PROMPTS * 256  # the prompts, both answers, the question
+SHOWN = 1000 + PROMPTS * (256 + PRINCIPLE_PROMPT_TOKENS) + PROMPTS * 256  # the prompts, both answers, the question
 
 
 @pytest.mark.parametrize(
@@ -22,5 +22,5 @@ SHOWN = 1000 + PROMPTS * (256 + QUESTION) + PROMPTS * 256  # the prompts, both a
 )
 def test_a_judge_reads_both_orders_for_each_principle_and_writes_where_its_recipe_says(chosen, read, written):
     settings, _ = load(chosen, environment={})
-    (cost,) = estimate(settings, ["judge"], PROMPTS, CHARS)
-    assert (cost.records, cost.read, cost.written) == (PROMPTS, read, written)
+    (cost,) = estimate_costs(settings, ["judge"], PROMPTS, CHARS)
+    assert (cost.num_records, cost.prompt_tokens, cost.max_completion_tokens) == (PROMPTS, read, written)

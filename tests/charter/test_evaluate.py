@@ -10,10 +10,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter.agreement import HumanPair, baselines, brier, calibration_error, judged, summary, wilson
+from charter.agreement import (
+    HumanPair,
+    compute_agreement,
+    compute_baselines,
+    compute_brier_score,
+    compute_calibration_error,
+    compute_judge_agreement,
+    compute_wilson_interval,
+)
 from charter.cli import cli
-from charter.evaluate import PRESETS, Study, read_pairs, with_preset
-from charter.pipeline import Models
+from charter.evaluate import PRESETS, AgreementStudy, apply_judge_preset, read_pairs
+from charter.pipeline import RoleModels
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
@@ -29,23 +37,23 @@ def test_wilson_against_published_figures():
         (0, 20, 0, 0.1611),
         (1, 29, 0.0061, 0.1718),
     ]:
-        assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(0, 0) == (None, None)
+        assert compute_wilson_interval(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert compute_wilson_interval(0, 0) == (None, None)
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_an_interval_holds_its_share(case):
     hits, n = case
-    low, high = wilson(hits, n)
+    low, high = compute_wilson_interval(hits, n)
     assert 0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1
 
 
 def test_brier_and_calibration_by_hand():
-    assert brier([1.0, 0.8, 0.5, 0.1]) == pytest.approx((0 + 0.04 + 0.25 + 0.81) / 4)
+    assert compute_brier_score([1.0, 0.8, 0.5, 0.1]) == pytest.approx((0 + 0.04 + 0.25 + 0.81) / 4)
     # Confidence 0.9 three times, right twice: gap |0.9 - 2/3|. Confidence 0.6 once, right: gap 0.4.
-    assert calibration_error([0.9, 0.9, 0.1, 0.6]) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.4) / 4)
-    assert calibration_error([0.5] * 7) == 0 and calibration_error([1.0, 0.0]) == pytest.approx(0.5)
-    assert brier([]) is None and calibration_error([]) is None
+    assert compute_calibration_error([0.9, 0.9, 0.1, 0.6]) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.4) / 4)
+    assert compute_calibration_error([0.5] * 7) == 0 and compute_calibration_error([1.0, 0.0]) == pytest.approx(0.5)
+    assert compute_brier_score([]) is None and compute_calibration_error([]) is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1))
@@ -56,7 +64,7 @@ def test_calibration_does_not_depend_on_which_answer_is_called_a(ps):
         confidence, right = max(p, 1 - p), (0.5 if p == 0.5 else float(p > 0.5))
         bins.setdefault(min(9, int((confidence - 0.5) * 20)), []).append((confidence, right))
     expected = sum(len(b) / len(ps) * abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) for b in bins.values())
-    assert calibration_error(ps) == pytest.approx(expected, abs=1e-12) and 0 <= calibration_error(ps) <= 1
+    assert compute_calibration_error(ps) == pytest.approx(expected, abs=1e-12) and 0 <= compute_calibration_error(ps) <= 1
 
 
 PAIRS = [HumanPair("long answer", "short", True), HumanPair("x", "longer", True), HumanPair("same", "size", False)]
@@ -64,7 +72,7 @@ PAIRS = [HumanPair("long answer", "short", True), HumanPair("x", "longer", True)
 
 def label(p_a, outcome=Outcome.OK, position_flip=False, mass=0.9):
     return Preference(
-        record_id=ids.record_id("judge", [], "x"), run_id="r", stage="judge", messages=[], source="s", pairing="completions", response_a="",
+        record_id=ids.compute_record_id("judge", [], "x"), run_id="r", stage="judge", messages=[], source="s", pairing="completions", response_a="",
         response_b="", p_a=p_a, outcome=outcome, position_flip=position_flip, option_mass=mass, prompt_tokens=100, completion_tokens=20,
     )  # fmt: skip
 
@@ -75,9 +83,9 @@ def test_a_judges_row_by_hand():
         label(0.9), label(0.2, position_flip=True), label(0.3),  # right, wrong, right
         label(0.5), label(0.8, Outcome.POSITION_FLIP, position_flip=True), label(None, Outcome.LOW_MASS, mass=0.1),
     ]  # fmt: skip
-    row = judged("j", pairs, labels, seconds=12.0, cost=0.6)
+    row = compute_judge_agreement("j", pairs, labels, seconds=12.0, cost=0.6)
     assert (row.pairs, row.labelled, row.decided, row.agreed) == (6, 4, 3, 2) and row.accuracy == pytest.approx(2 / 3)
-    assert (row.accuracy_low, row.accuracy_high) == wilson(2, 3)
+    assert (row.accuracy_low, row.accuracy_high) == compute_wilson_interval(2, 3)
     assert row.brier == pytest.approx((0.01 + 0.64 + 0.09 + 0.25) / 4)
     assert row.swap_inconsistency == pytest.approx(2 / 5) and row.mass == pytest.approx((5 * 0.9 + 0.1) / 6)
     assert row.prefers_longer == 1.0  # of the two decided pairs of unequal length both went to the longer answer
@@ -85,25 +93,25 @@ def test_a_judges_row_by_hand():
     assert (row.tokens_read, row.tokens_written, row.seconds) == (100, 20, 2.0)
     # Six pairs were paid for, and four labels came of them.
     assert (row.tokens_per_label, row.seconds_per_label, row.cost_per_label) == (180, 3.0, pytest.approx(0.15))
-    row = judged("j", PAIRS[:2], [None, label(0.9)], 1.0, None)
+    row = compute_judge_agreement("j", PAIRS[:2], [None, label(0.9)], 1.0, None)
     assert row.abstentions == {"NOT_ASKED": 1} and row.labelled == 1
 
 
 def test_nothing_is_invented_where_nothing_is_labelled():
-    row = judged("j", PAIRS, [label(None, Outcome.REFUSED, mass=math.nan)] * 3, 1.0, None)
+    row = compute_judge_agreement("j", PAIRS, [label(None, Outcome.REFUSED, mass=math.nan)] * 3, 1.0, None)
     assert (row.accuracy, row.brier, row.ece, row.mass, row.swap_inconsistency, row.prefers_longer) == (None,) * 6
     assert row.labelled == 0 and row.abstentions == {"REFUSED": 3} and row.seconds == pytest.approx(1 / 3)
     assert (row.tokens_per_label, row.seconds_per_label, row.cost_per_label) == (None,) * 3
 
 
 def test_baselines_by_hand():
-    longer, shorter, drawn = baselines(PAIRS, 0)
+    longer, shorter, drawn = compute_baselines(PAIRS, 0)
     assert (longer.decided, longer.agreed, shorter.agreed) == (2, 1, 1) and longer.labelled == 2
     assert longer.prefers_longer == 1 and shorter.prefers_longer == 0 and longer.brier is None
-    assert drawn.labelled == 3 and drawn == baselines(PAIRS, 0)[2] != baselines(PAIRS, 1)[2]
-    many = baselines([PAIRS[0]] * 4000, 3)[2]
+    assert drawn.labelled == 3 and drawn == compute_baselines(PAIRS, 0)[2] != compute_baselines(PAIRS, 1)[2]
+    many = compute_baselines([PAIRS[0]] * 4000, 3)[2]
     assert many.accuracy == pytest.approx(0.5, abs=0.03) and many.brier == pytest.approx(1 / 3, abs=0.02)
-    assert summary("x", PAIRS, [1.0, 1.0, 1.0]).accuracy == 1
+    assert compute_agreement("x", PAIRS, [1.0, 1.0, 1.0]).accuracy == 1
 
 
 # The verb
@@ -140,15 +148,15 @@ def run(tmp_path, *arguments):
 
 def test_the_study_finds_what_the_judge_does(pairs):
     settings, origins = load({"models.policy": "scripted", "limits.prices": "scripted=1000000/0"}, environment={})
-    study = Study(settings, origins, read_pairs(str(pairs), None, 0), 0)
-    study.run(Models(settings, {"scripted": ScriptedModel(option_rule=prefers_good)}), ["lee2023"], None)
+    study = AgreementStudy(settings, origins, read_pairs(str(pairs), None, 0), 0)
+    study.run(RoleModels(settings, {"scripted": ScriptedModel(option_rule=prefers_good)}), ["lee2023"], None)
     judge, longer, shorter, drawn = (asdict(row) for row in study.rows)
     assert (judge["judge"], judge["pairs"], judge["agreed"], judge["accuracy"]) == ("lee2023", 12, 12, 1.0)
     assert judge["brier"] == pytest.approx((1 - (0.8 + 0.7) / 2) ** 2) and judge["prefers_longer"] == 0
     assert judge["swap_inconsistency"] == 0 and judge["tokens_read"] > 0 and judge["mass"] == pytest.approx(0.9)
     assert (longer["accuracy"], shorter["accuracy"], drawn["pairs"]) == (0, 1, 12)
     assert judge["cost_per_label"] == judge["tokens_read"] and judge["cost_per_label"] > 0
-    told = json.loads(study.as_json())
+    told = json.loads(study.to_json())
     assert "12 of the 13 rows" in told["about"] and "1 rows are no decided pairs" in told["about"]
     assert len(told["labels"]["lee2023"]) == 12 and 0 < sum(told["a_preferred"]) < 12
 
@@ -166,8 +174,10 @@ def test_every_preset_is_in_the_report(tmp_path, pairs):
 
 def test_pairs_are_drawn_by_the_seed_and_prompts_end_with_the_last_human_turn(pairs):
     drawn, again, other = (read_pairs(str(pairs), 5, seed) for seed in (0, 0, 1))
-    assert drawn.human == again.human != other.human and len(drawn.human) == 5 and drawn.bad == 1
-    messages = drawn.asked[0].messages
+    assert (
+        drawn.human_pairs == again.human_pairs != other.human_pairs and len(drawn.human_pairs) == 5 and drawn.num_invalid == 1
+    )
+    messages = drawn.judge_inputs[0].messages
     assert [message.role for message in messages] == ["user", "assistant", "user"] and messages[1].content == "yes: no"
     assert messages[-1].content == "and?"
 
@@ -181,6 +191,6 @@ def test_a_file_without_pairs_is_an_error(tmp_path):
 
 def test_what_somebody_set_counts_for_every_preset_and_the_rest_is_the_recipes():
     settings, origins = load({"judge.preset": "course", "judge.min_mass": "0.3"}, environment={})
-    ensemble = with_preset(settings, origins, "ensemble-k").judge
+    ensemble = apply_judge_preset(settings, origins, "ensemble-k").judge
     assert (ensemble.k, ensemble.min_mass, ensemble.form, ensemble.reject_flips) == (5, 0.3, "options", False)
-    assert with_preset(settings, origins, "course").judge == settings.judge
+    assert apply_judge_preset(settings, origins, "course").judge == settings.judge

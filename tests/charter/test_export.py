@@ -9,12 +9,20 @@ from click.testing import CliRunner
 
 from charter import dataset
 from charter.cli import cli
-from charter.pipeline import connect, make_host, store_of
+from charter.pipeline import connect_bus, make_host, open_store
 from engine.errors import UsageError
 from engine.settings import load
 from schemas.records import EndReason, ModelRef, Outcome, Split
-from tests.support.records import World, chain_end, demonstration, person, preference, prompt, response
-from tests.support.records import judged as judgement
+from tests.support.records import (
+    RecordDatabase,
+    make_chain_end,
+    make_demonstration,
+    make_human_label,
+    make_preference,
+    make_prompt,
+    make_response,
+)
+from tests.support.records import make_judged_preference as judgement
 
 HOSTILE = "</script> | `x` \x1b[31m\u202e {{}} \U0001f600 " + "long " * 500
 HELD_OUT = {"split": Split.EVAL}
@@ -23,17 +31,19 @@ HELD_OUT = {"split": Split.EVAL}
 @pytest.fixture
 def world(tmp_path):
     """Chains, labels and demonstrations of trained and held-out prompts, with a hostile text and labels that were none."""
-    world = World(tmp_path / "data" / "charter.duckdb")
-    world.add(prompt("one"), prompt("two"), prompt("out", **HELD_OUT))
+    world = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    world.add(make_prompt("one"), make_prompt("two"), make_prompt("out", **HELD_OUT))
     world.add(
-        chain_end("one", "one"),
-        chain_end("two", "two").model_copy(update={"final_response": HOSTILE}),
-        chain_end("out", "out", **HELD_OUT),
+        make_chain_end("one", "one"),
+        make_chain_end("two", "two").model_copy(update={"final_response": HOSTILE}),
+        make_chain_end("out", "out", **HELD_OUT),
     )
-    world.add(chain_end("bad", "two").model_copy(update={"end_reason": EndReason.UNUSABLE}), demonstration("shown", "one"))
-    first, second = preference("one", "one", 0.8), preference("two", "two", 0.3)
-    world.add(first, second, preference("tie", "two", 0.5), preference("out", "out", 0.9, **HELD_OUT))
-    world.add(preference("none", "one", None, outcome=Outcome.LOW_MASS), person("1", second, 1.0))
+    world.add(
+        make_chain_end("bad", "two").model_copy(update={"end_reason": EndReason.UNUSABLE}), make_demonstration("shown", "one")
+    )
+    first, second = make_preference("one", "one", 0.8), make_preference("two", "two", 0.3)
+    world.add(first, second, make_preference("tie", "two", 0.5), make_preference("out", "out", 0.9, **HELD_OUT))
+    world.add(make_preference("none", "one", None, outcome=Outcome.LOW_MASS), make_human_label("1", second, 1.0))
     return world
 
 
@@ -72,7 +82,7 @@ def test_every_form_is_what_the_views_say(world, tmp_path):
 
 def test_pages_meet(world, tmp_path, monkeypatch):
     whole = lines_of(tmp_path, "whole")
-    monkeypatch.setattr(dataset, "PAGE", 1)
+    monkeypatch.setattr(dataset, "PAGE_SIZE", 1)
     assert lines_of(tmp_path, "by one") == whole
     assert lines_of(tmp_path, "two", "--limit", "2") == whole[:2]
     assert lines_of(tmp_path, "source", "--source", "test") == whole
@@ -83,7 +93,7 @@ def lines_of(tmp_path, name, *more):
     return lines(tmp_path / name / "data" / "train.jsonl")
 
 
-@pytest.mark.parametrize("form", dataset.FORMS)
+@pytest.mark.parametrize("form", dataset.EXPORT_FORMATS)
 @pytest.mark.parametrize("more", [(), ("--parquet",)])
 def test_datasets_and_trl_read_it(world, tmp_path, form, more):
     from datasets import load_dataset
@@ -113,10 +123,10 @@ def test_the_card_says_where_it_came_from_and_what_is_left_out(world, tmp_path):
 
 def test_a_run_has_what_another_had_made_before(tmp_path):
     """A replay that comes to the same labels exports them, and the card names the models that answered and judged."""
-    world = World(tmp_path / "data" / "charter.duckdb")
-    answered = response("p").model_copy(update={"model": ModelRef(id="policy", revision="1")})
+    world = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    answered = make_response("p").model_copy(update={"model": ModelRef(id="policy", revision="1")})
     one, two = (judgement(name, "p", "aa", "b", 0.9, 0.7, response_id=answered.record_id) for name in ("one", "two"))
-    world.add(prompt("p"), answered, one, two, one.model_copy(update={"run_id": "again"}))
+    world.add(make_prompt("p"), answered, one, two, one.model_copy(update={"run_id": "again"}))
     call(tmp_path, "export", "preference", tmp_path / "again", "--run", "again")
     (row,) = lines(tmp_path / "again/data/train.jsonl")
     assert row["record_id"] == one.record_id
@@ -130,21 +140,23 @@ def test_a_run_has_what_another_had_made_before(tmp_path):
 
 def test_an_override_that_comes_meanwhile_takes_no_label_away(world):
     """What is exported is settled at the start: the judge's label, whose successor is not in it, or the successor."""
-    form = dataset.FORMS["preference"]
-    choice, pages = dataset.chosen(world.store, form, dataset.Choice(), None)
-    world.add(person("2", preference("one", "one", 0.8), 0.0))
+    form = dataset.EXPORT_FORMATS["preference"]
+    choice, pages = dataset.select_commits(world.store, form, dataset.ExportSelection(), None)
+    world.add(make_human_label("2", make_preference("one", "one", 0.8), 0.0))
     assert "one a" not in {
-        row["response_a"] for row in world.records("SELECT response_a FROM preference_pairs WHERE label_source = 'AI'")
+        row["response_a"] for row in world.query_records("SELECT response_a FROM preference_pairs WHERE label_source = 'AI'")
     }
-    found = list(dataset.rows(world.store, form.texts, pages["train"]))
-    assert [row["commit_seq"] for row in found] == pages["train"][0] and pages["train"][0][-1] <= choice.upto
+    found = list(dataset.read_rows(world.store, form.source_view, pages["train"]))
+    assert [row["commit_seq"] for row in found] == pages["train"][0] and pages["train"][0][-1] <= choice.max_commit_seq
     assert {row["response_a"]: row["p_a"] for row in found}["one a"] == 0.8
 
 
 @pytest.mark.parametrize(("forward", "backward", "shown"), [(0.9, 0.7, (0.9, 0.7)), (0.1, 0.3, (0.7, 0.9))])
 def test_the_orders_probabilities_are_of_the_chosen_answer(tmp_path, forward, backward, shown):
     """Shown first and second: of the chosen answer, whichever of the two it is."""
-    World(tmp_path / "data" / "charter.duckdb").add(prompt("p"), judgement("j", "p", "aa", "b", forward, backward))
+    RecordDatabase(tmp_path / "data" / "charter.duckdb").add(
+        make_prompt("p"), judgement("j", "p", "aa", "b", forward, backward)
+    )
     call(tmp_path, "export", "preference", tmp_path / "pairs")
     (row,) = lines(tmp_path / "pairs/data/train.jsonl")
     assert row["chosen"][0]["content"] == ("aa" if forward > 0.5 else "b") and row["p_chosen"] == pytest.approx(0.8)
@@ -173,11 +185,11 @@ def test_what_is_there_is_kept(world, tmp_path):
 def given(tmp_path, count):
     """The database once the sink has written so many labels by people."""
     settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
-    bus, store = connect(settings), store_of(settings)
+    bus, store = connect_bus(settings), open_store(settings)
     sql = "SELECT count(*) FROM preferences WHERE label_source = 'HUMAN' AND stage = 'label'"
     with make_host(settings, bus, [], sink=True) as host:
         while store.query(sql).rows != [(count,)]:
-            assert not host.failed.wait(0.05)
+            assert not host.failure_event.wait(0.05)
     bus.close()
     return store
 
@@ -185,9 +197,13 @@ def given(tmp_path, count):
 @pytest.fixture
 def judged(tmp_path):
     """Three labels of a judge: none, unsure, sure."""
-    world = World(tmp_path / "data" / "charter.duckdb")
-    labels = preference("sure", "x", 0.9), preference("unsure", "x", 0.45), preference("no", "x", None, outcome=Outcome.TIMEOUT)
-    world.add(prompt("x"), *labels)
+    world = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    labels = (
+        make_preference("sure", "x", 0.9),
+        make_preference("unsure", "x", 0.45),
+        make_preference("no", "x", None, outcome=Outcome.TIMEOUT),
+    )
+    world.add(make_prompt("x"), *labels)
     return {name: label.record_id for name, label in zip(("sure", "unsure", "no"), labels, strict=True)}
 
 
@@ -232,15 +248,15 @@ def test_only_pairs_of_a_run_are_asked_for(judged, tmp_path):
 
 
 def test_a_hostile_text_is_inert_and_a_long_one_is_cut(tmp_path):
-    world = World(tmp_path / "data" / "charter.duckdb")
-    world.add(prompt("x"), preference("p", "x", 0.5, response_a=HOSTILE, response_b="\n".join(map(str, range(100)))))
+    world = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    world.add(make_prompt("x"), make_preference("p", "x", 0.5, response_a=HOSTILE, response_b="\n".join(map(str, range(100)))))
     said = call(tmp_path, "label", stdin="q\n")
     assert "\x1b" not in said and "\u202e" not in said and "(60 more lines: w)" in said
 
 
 def test_an_id_names_one_label(tmp_path):
-    labels = [preference(f"p{number}", "x", 0.5) for number in range(17)]  # two of them begin with the same digit
-    World(tmp_path / "data" / "charter.duckdb").add(prompt("x"), *labels)
+    labels = [make_preference(f"p{number}", "x", 0.5) for number in range(17)]  # two of them begin with the same digit
+    RecordDatabase(tmp_path / "data" / "charter.duckdb").add(make_prompt("x"), *labels)
     common = Counter(label.record_id[0] for label in labels).most_common(1)[0][0]
     for named, match in (("zzz", "names no label"), ("", "names no label"), (common, "more than one")):
         with pytest.raises(UsageError, match=match):

@@ -10,15 +10,15 @@ from collections import Counter
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from charter.observe import figures_of_trainer, show
-from charter.options import Lines, start_logging
-from charter.pipeline import STAGES, connect, make_host, store_of
+from charter.options import TerminalFormatter, configure_logging
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
-from engine.logs import LINE, JsonLines
-from engine.models.scripted import POISON
+from engine.logs import LOG_FORMAT, JsonFormatter
+from engine.models.scripted import POISON_TEXT
 from engine.settings import load
-from producers.files import Producer
-from tests.support.kafka import free_port
+from producers.files import FileProducer
+from tests.support.kafka import find_free_port
 
 
 def settings_in(folder, **values):
@@ -28,16 +28,16 @@ def settings_in(folder, **values):
 
 def stream(settings, prompts, until):
     """Produce prompts and run every stage until a query gives what is expected; the caller looks while it still runs."""
-    bus = connect(settings)
+    bus = connect_bus(settings)
     file = settings.folder / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    Producer(bus, "live", eval_share=0.0).publish(str(file))
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(file))
     host = make_host(settings, bus, STAGES, sink=True)
     with host:
-        store = store_of(settings)
+        store = open_store(settings)
         while not store.path.exists() or store.query(until[0]).rows != until[1]:
-            host.failed.wait(0.05)
-            host.check()
+            host.failure_event.wait(0.05)
+            host.raise_if_failed()
         yield
     bus.close()
 
@@ -53,9 +53,9 @@ def scraped(port):
 
 
 def test_prometheus_reads_what_the_stages_and_the_sink_have_done(tmp_path):
-    port = free_port()
+    port = find_free_port()
     settings = settings_in(tmp_path, observe__metrics_port=str(port))
-    for _ in stream(settings, ["one", "two", f"{POISON} three"], JUDGED):
+    for _ in stream(settings, ["one", "two", f"{POISON_TEXT} three"], JUDGED):
         found = scraped(port)
 
         def figure(name, stage, run="live", found=found):
@@ -76,13 +76,13 @@ def test_a_port_that_is_taken_is_said(tmp_path):
         taken.listen()
         settings = settings_in(tmp_path, observe__metrics_port=str(taken.getsockname()[1]))
         with pytest.raises(UsageError, match="something else listens"):
-            show(settings, lambda bus: [])
+            start_metrics_server(settings, lambda bus: [])
 
 
 def test_the_trainer_shows_its_newest_step_and_the_versions(tmp_path, bus):
-    settings, port = settings_in(tmp_path), free_port()
+    settings, port = settings_in(tmp_path), find_free_port()
     settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"metrics_port": port})})
-    closing = show(settings, figures_of_trainer({"sft": {"loss": 2.5}}, Counter(sft=7)))
+    closing = start_metrics_server(settings, make_trainer_collector({"sft": {"loss": 2.5}}, Counter(sft=7)))
     found = scraped(port)
     for close in closing:
         close()
@@ -93,8 +93,8 @@ def test_the_trainer_shows_its_newest_step_and_the_versions(tmp_path, bus):
 
 def test_log_lines_are_json_with_the_coordinates_of_a_record(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "charter"):
-        for _ in stream(settings_in(tmp_path), ["one", "two", f"{POISON} three"], JUDGED):
-            lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+        for _ in stream(settings_in(tmp_path), ["one", "two", f"{POISON_TEXT} three"], JUDGED):
+            lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     given_up = next(line for line in lines if "gives up on" in line["message"])
     assert given_up["level"] == "WARNING" and given_up["logger"] == "charter.worker"
     assert given_up["topic"] == "prompts" and given_up["stage"] == "respond" and given_up["run"] == "live"
@@ -108,26 +108,26 @@ def test_a_traceback_is_part_of_its_line():
         raise ValueError("why")
     except ValueError:
         record = logging.LogRecord("charter", logging.ERROR, "", 0, "failed", None, sys.exc_info())
-    assert "ValueError: why" in json.loads(JsonLines().format(record))["traceback"]
+    assert "ValueError: why" in json.loads(JsonFormatter().format(record))["traceback"]
 
 
 def test_hostile_text_stays_on_one_line_of_a_log():
     record = logging.LogRecord("charter", logging.INFO, "", 0, "a\n\x1b[2Jb\u202e", None, None)
-    line = JsonLines().format(record)
+    line = JsonFormatter().format(record)
     assert line.isascii() and line.isprintable() and json.loads(line)["message"] == "a\n\x1b[2Jb\u202e"
 
 
-@pytest.mark.parametrize(("as_json", "kind"), [(True, JsonLines), (False, Lines)])
+@pytest.mark.parametrize(("as_json", "kind"), [(True, JsonFormatter), (False, TerminalFormatter)])
 def test_the_log_is_for_people_unless_a_machine_reads_it(monkeypatch, as_json, kind):
     root = logging.Logger("root")
     monkeypatch.setattr(logging, "root", root)
-    start_logging(False, as_json)
+    configure_logging(False, as_json)
     assert type(root.handlers[0].formatter) is kind and root.level == logging.WARNING
-    assert as_json or root.handlers[0].formatter._fmt == LINE
+    assert as_json or root.handlers[0].formatter._fmt == LOG_FORMAT
 
 
 def test_hostile_text_in_a_log_is_inert_for_people_too():
-    said = Lines().format(logging.LogRecord("charter", logging.INFO, "", 0, "a\x1b[2Jb\u202e", None, None))
+    said = TerminalFormatter().format(logging.LogRecord("charter", logging.INFO, "", 0, "a\x1b[2Jb\u202e", None, None))
     assert said == "INFO charter a\\x1b[2Jb\\u202e"
 
 
@@ -137,10 +137,10 @@ def test_one_prompts_way_is_one_trace(tmp_path, monkeypatch):
     from engine import tracing
 
     kept = exporting.InMemorySpanExporter()
-    monkeypatch.setattr(tracing, "otlp", lambda: kept)
+    monkeypatch.setattr(tracing, "make_otlp_exporter", lambda: kept)
     settings = settings_in(tmp_path, observe__traces="true")
     for _ in stream(settings, ["one", "two"], JUDGED):
-        bus = connect(settings)
+        bus = connect_bus(settings)
         headers = [dict(message.headers) for message in read_everything(bus, "preferences")]
         bus.close()
     spans = kept.get_finished_spans()
@@ -159,9 +159,9 @@ def test_one_prompts_way_is_one_trace(tmp_path, monkeypatch):
 
 
 def read_everything(bus, topic):
-    from engine.bus.read import read_messages
+    from engine.bus.read import read_topic
 
-    return list(read_messages(bus, topic))
+    return list(read_topic(bus, topic))
 
 
 def test_without_opentelemetry_traces_are_refused_and_nothing_else_needs_it(tmp_path, monkeypatch):
@@ -174,10 +174,10 @@ def test_without_opentelemetry_traces_are_refused_and_nothing_else_needs_it(tmp_
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return importing(name, *arguments, **keywords)
 
-    from charter.observe import tracing_of
+    from charter.telemetry import open_tracing
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "engine.tracing", raising=False)
-    assert tracing_of(settings_in(tmp_path)) is None
+    assert open_tracing(settings_in(tmp_path)) is None
     with pytest.raises(UsageError, match="opentelemetry"):
-        tracing_of(settings_in(tmp_path, observe__traces="true"))
+        open_tracing(settings_in(tmp_path, observe__traces="true"))

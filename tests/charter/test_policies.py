@@ -6,16 +6,16 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.pipeline import connect, store_of
+from charter.pipeline import connect_bus, open_store
 from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.errors import CharterError, UsageError
-from engine.policy import pauses, updates
-from engine.worker import outgoing
-from schemas.codec import decode
+from engine.policy import read_paused_phases, read_policy_updates
+from engine.worker import to_producer_record
+from schemas.codec import decode_record
 from schemas.records import Incident
-from tests.chaos.killed import LEARNERS, settings_of
-from tests.support.records import chain_end, preference
+from tests.chaos.crash_points import FAKE_LEARNERS, make_settings
+from tests.support.records import make_chain_end, make_preference
 from trainer.loop import Trainer
 
 
@@ -24,13 +24,13 @@ def trained(tmp_path_factory):
     """A data folder after two supervised updates and one of the reward model."""
     folder = tmp_path_factory.mktemp("trained") / "data"
     (folder / "base").mkdir(parents=True)
-    settings = settings_of(folder)
-    bus, store = connect(settings), store_of(settings)
-    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    settings = make_settings(folder)
+    bus, store = connect_bus(settings), open_store(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
     for turn in range(2):
-        chains = [chain_end(f"{turn}{n}", f"chain {turn} {n}") for n in range(4)]
-        labels = [preference(f"{turn}{n}", f"pair {turn} {n}", 0.8) for n in range(4)]
-        bus.publish([outgoing(record) for record in (*chains, *labels)])
+        chains = [make_chain_end(f"{turn}{n}", f"chain {turn} {n}") for n in range(4)]
+        labels = [make_preference(f"{turn}{n}", f"pair {turn} {n}", 0.8) for n in range(4)]
+        bus.publish([to_producer_record(record) for record in (*chains, *labels)])
         sink_all(bus, store)
         trainer.update("sft")
     trainer.update("reward")
@@ -85,9 +85,9 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
     )  # fmt: skip
     assert "policy 4 answers from now on, with the weights of policy 2" in charter("policy", "use", "2")
     assert "has the weights of policy 2 already" in charter("policy", "use", "4")
-    bus = connect(settings_of(trained))
-    assert [update.version for update in updates(bus) if update.restored_version is not None] == [3, 4]
-    incidents = [decode(value, Incident) for value in read_values(bus, "incidents")]
+    bus = connect_bus(make_settings(trained))
+    assert [update.version for update in read_policy_updates(bus) if update.restored_version is not None] == [3, 4]
+    incidents = [decode_record(value, Incident) for value in read_values(bus, "incidents")]
     assert (incidents[0].title, incidents[0].detail) == ("someone went back to policy 0", "worse")
     bus.close()
 
@@ -95,12 +95,12 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
 def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
     assert charter("policy", "pause", "ppo", "--reason", "look") == "ppo: paused\n"
     assert "nothing to do" in charter("policy", "pause", "ppo")
-    settings = settings_of(trained)
-    bus = connect(settings)
-    trainer = Trainer(bus, store_of(settings), settings, trained / "base", learners=LEARNERS)
-    assert trainer.paused() == {"ppo": "look"} == pauses(bus)
+    settings = make_settings(trained)
+    bus = connect_bus(settings)
+    trainer = Trainer(bus, open_store(settings), settings, trained / "base", learners=FAKE_LEARNERS)
+    assert trainer.get_paused_phases() == {"ppo": "look"} == read_paused_phases(bus)
     assert charter("policy", "resume") == "ppo: no longer paused\n"
-    assert trainer.paused() == {} == pauses(bus)
+    assert trainer.get_paused_phases() == {} == read_paused_phases(bus)
     trainer.close()
     bus.close()
 
@@ -126,15 +126,15 @@ def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
     assert [row["record_id"] for row in again["rows"]] == shown["record_ids"] and again["content_hash"] == shown["content_hash"]
     with pytest.raises(UsageError, match="there is no batch 9"):
         charter("batches", "show", "9")
-    store = store_of(settings_of(trained))
-    with store.writing() as connection:
+    store = open_store(make_settings(trained))
+    with store.open_write_session() as connection:
         connection.execute("UPDATE raw.preferences SET p_a = 0.1 WHERE p_a = 0.8 AND record_id = ?", shown["record_ids"][:1])
     with pytest.raises(CharterError, match="batch 3"):
         charter("batches", "rebuild", "3")
 
 
 def test_the_views_tell_what_training_did(charter, trained):
-    store = store_of(settings_of(trained))
+    store = open_store(make_settings(trained))
     versions = store.query(
         "SELECT kind, version, weights_of, batch_number, trained_rows FROM policy_versions ORDER BY 1, 2"
     ).rows

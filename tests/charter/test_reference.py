@@ -6,7 +6,7 @@ import pytest
 from charter import reference
 from charter.cli import SECTIONS, VERBS, cli
 
-ALL = [(name, command) for verb in VERBS for name, command in reference.verbs(cli.commands[verb], verb)]
+ALL = [(name, command) for verb in VERBS for name, command in reference.iter_commands(cli.commands[verb], verb)]
 READ = ("status", "show", "sql", "doctor", "config", "runs list", "dlq list", "dlq show", "topics list", "topics lag")
 
 

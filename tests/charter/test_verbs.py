@@ -10,15 +10,15 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.pipeline import STAGES, connect, make_host, store_of
-from constitutions.loader import ConstitutionError, parse
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from constitutions.loader import ConstitutionError, parse_constitution
 from engine.bus import embedded
 from engine.bus.read import read_values
-from engine.errors import DataFolderVersion, UsageError
-from engine.models.scripted import POISON
+from engine.errors import DataFolderVersionMismatch, UsageError
+from engine.models.scripted import POISON_TEXT
 from engine.settings import load
-from producers.files import SHIPPED, Producer
-from schemas.codec import decode
+from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
+from schemas.codec import decode_record
 from schemas.records import DeadLetter, Prompt
 
 PROMPTS = 6
@@ -56,16 +56,16 @@ class Place:
         return json.loads(self.call(*arguments, "--json"))
 
     def sql(self, text):
-        return store_of(self.settings()).query(text, limit_s=20.0).rows
+        return open_store(self.settings()).query(text, limit_s=20.0).rows
 
     def stream(self, count, sql="SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL", **more):
         """Run all stages until a query gives `count`."""
         settings = self.settings(**more)
-        bus = connect(settings)
+        bus = connect_bus(settings)
         with make_host(settings, bus, STAGES, sink=True) as host:
             while not settings.folder.joinpath("charter.duckdb").exists() or self.sql(sql) != [(count,)]:
-                host.failed.wait(0.05)
-                host.check()
+                host.failure_event.wait(0.05)
+                host.raise_if_failed()
         bus.close()
 
     def publish(self, *texts):
@@ -87,8 +87,8 @@ def place(tmp_path):
 
 
 def streamed(place):
-    bus = connect(place.settings())
-    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=PROMPTS)
+    bus = connect_bus(place.settings())
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=PROMPTS)
     bus.close()
     place.stream(PROMPTS)
     return place
@@ -141,8 +141,8 @@ def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
     place.call(*again, "--without", "kinder", "--without", "hands-over", "--as", "less")
     (less,) = place.sql("SELECT constitution, constitution_text FROM runs WHERE run_id = 'less'")
     assert less[0]["name"] == "customer-service-without-kinder-hands-over"
-    written = parse(less[1], "the manifest")
-    assert written.hash == less[0]["hash"] and [p.id for p in written.judging] == [
+    written = parse_constitution(less[1], "the manifest")
+    assert written.hash == less[0]["hash"] and [p.id for p in written.judge] == [
         "solves-more", "promises-less", "safer-with-data"
     ]  # fmt: skip
     moved = place.sql(
@@ -156,7 +156,7 @@ def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
 
 
 def read_values_of(place, topic):
-    bus = connect(place.settings())
+    bus = connect_bus(place.settings())
     try:
         return read_values(bus, topic)
     finally:
@@ -176,7 +176,7 @@ def test_the_same_configuration_makes_the_same_ids_and_adds_nothing(place):
 
 def test_a_replay_reads_what_the_log_keeps_no_more_from_the_archive(place):
     streamed(place)
-    (place.folder / embedded.FILE).unlink()
+    (place.folder / embedded.LOG_FILENAME).unlink()
     before = dict(place.sql(COUNTS))
     place.fails(UsageError, "there is no run live", "replay", "--stage", "judge", "--archive", "--as", "again")
     # A new log knows no runs until something has run on it.
@@ -206,11 +206,11 @@ def test_two_runs_at_once_share_one_database(tmp_path):
     place = Place(tmp_path / "data")
     place.publish("one", "two")
     other = place.settings(run__id="other")
-    bus = connect(other)
-    Producer(bus, "other", eval_share=0.0).publish(str(SHIPPED), first=10, last=12)
+    bus = connect_bus(other)
+    FileProducer(bus, "other", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), first_row=10, last_row=12)
     with make_host(other, bus, STAGES, sink=True) as second:
         place.stream(5)
-        second.check()
+        second.raise_if_failed()
     bus.close()
     per_run = "SELECT run_id, count(*) FROM run_records WHERE topic = 'preferences' GROUP BY 1 ORDER BY 1"
     assert place.sql(per_run) == [("live", 2), ("other", 3)]
@@ -222,20 +222,22 @@ def test_two_runs_at_once_share_one_database(tmp_path):
 
 def test_dead_letters_are_listed_shown_and_tried_again_once(any_bus):
     place = any_bus
-    place.publish("a good one", f"a bad one: {POISON}")
+    place.publish("a good one", f"a bad one: {POISON_TEXT}")
     place.stream(1, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")
     (letter,) = place.rows("dlq", "list")
     assert (letter["stage"], letter["kind"], letter["state"], letter["attempts"]) == ("respond", "PERMANENT", "open", 1)
     assert "poisoned" in letter["message"] and letter["came_from"].startswith("prompts[")
     (shown,) = place.rows("dlq", "show", letter["id"][:13])
-    assert shown["value"]["messages"][0]["content"].endswith(POISON) and shown["headers"]["run"] == "live"
+    assert shown["value"]["messages"][0]["content"].endswith(POISON_TEXT) and shown["headers"]["run"] == "live"
     assert "1 messages are on their topics again" in place.call("dlq", "retry", "--kind", "permanent")
     place.stream(2, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")  # the model has not changed
     states = [row["state"] for row in place.rows("dlq", "list", "--stage", "respond")]
     assert sorted(states) == ["open", "tried again"]
     assert "0 messages are on their topics again; 1 were tried again before" in place.call("dlq", "retry", letter["id"])
-    letters = [decode(value, DeadLetter) for value in read_values_of(place, "dead-letters")]
-    assert len(letters) == 2 and {decode(letter.value, Prompt).record_id for letter in letters} == {shown["value"]["record_id"]}
+    letters = [decode_record(value, DeadLetter) for value in read_values_of(place, "dead-letters")]
+    assert len(letters) == 2 and {decode_record(letter.value, Prompt).record_id for letter in letters} == {
+        shown["value"]["record_id"]
+    }
     assert place.call("dlq", "retry", code=2) == ""
 
 
@@ -281,7 +283,7 @@ def test_a_forgotten_prompt_is_gone_everywhere_and_stays_away(place):
 def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
     streamed(place)
     settings = place.settings()
-    bus = connect(settings)
+    bus = connect_bus(settings)
     with make_host(settings, bus, STAGES, sink=True):
         target = place.folder.parent / "copy.duckdb"
         place.call("snapshot", target)
@@ -294,7 +296,9 @@ def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
 def test_a_snapshot_of_what_is_no_database_of_ours_leaves_nothing(tmp_path):
     (tmp_path / "d").mkdir()
     duckdb.connect(str(tmp_path / "d" / "charter.duckdb")).execute("CREATE TABLE t (i INT)").close()
-    Place(tmp_path / "d").fails(DataFolderVersion, "d/charter.duckdb was made by", "snapshot", tmp_path / "copies" / "c.duckdb")
+    Place(tmp_path / "d").fails(
+        DataFolderVersionMismatch, "d/charter.duckdb was made by", "snapshot", tmp_path / "copies" / "c.duckdb"
+    )
     assert list((tmp_path / "copies").iterdir()) == []
 
 
@@ -312,18 +316,18 @@ def test_a_backup_restores_to_a_folder_that_goes_on(place, tmp_path):
 
 
 def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(place):
-    bus = connect(place.settings())
-    Producer(bus, "live", eval_share=0.0).publish(str(SHIPPED), last=60)
+    bus = connect_bus(place.settings())
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=60)
     bus.close()
     limit = {"limits__max_tokens": "200", "respond__samples": "2", "models__max_rows": "4", "worker__max_in_flight": "4"}
     settings = place.settings(**limit)
-    bus = connect(settings)
+    bus = connect_bus(settings)
     with make_host(settings, bus, STAGES, sink=True) as host:
         respond = host.workers[0]
-        while not (respond.closed and all(worker.in_flight == 0 for worker in host.workers[1:])):
-            host.failed.wait(0.05)
-            host.check()
-        begun = respond.committed
+        while not (respond.admission_closed and all(worker.num_in_flight == 0 for worker in host.workers[1:])):
+            host.failure_event.wait(0.05)
+            host.raise_if_failed()
+        begun = respond.num_committed
     bus.close()
     assert 0 < begun < 60 and not read_values_of(place, "dead-letters")
     place.stream(60, respond__samples="2")
@@ -336,9 +340,9 @@ def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(
 @pytest.mark.kafka
 @pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to start: set KAFKA_HOME")
 def test_up_starts_a_kafka_that_down_ends(place):
-    from tests.support.kafka import free_port
+    from tests.support.kafka import find_free_port
 
-    port = free_port()
+    port = find_free_port()
     said = place.call("up", "--port", port)
     assert f"kafka://localhost:{port}" in said
     try:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from charter.watching import HeldOutJudge, by_critique, watch_of
-from constitutions.loader import load as load_constitution
-from engine.models.scripted import POISON
+from charter.held_out_judge import HeldOutJudge, make_critique_judge_constitution, make_reward_hacking_monitor
+from constitutions.loader import load_constitution as load_constitution
+from engine.models.scripted import POISON_TEXT
 from engine.settings import load
 from schemas.records import ChatMessage
 
@@ -17,9 +17,9 @@ def judge(**flags):
 
 def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_model():
     constitution = load_constitution("default")
-    asked = by_critique(constitution)
-    assert [p.id for p in asked.judging] == [p.id for p in constitution.critique]
-    assert all(c.critique in p.question for p, c in zip(asked.judging, constitution.critique, strict=True))
+    asked = make_critique_judge_constitution(constitution)
+    assert [p.id for p in asked.judge] == [p.id for p in constitution.critique]
+    assert all(c.critique_prompt in p.judge_prompt for p, c in zip(asked.judge, constitution.critique, strict=True))
     assert judge().constitution == asked
     assert judge(**{"watch.judge": "scripted"}).constitution == constitution
 
@@ -27,12 +27,14 @@ def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_mode
 @pytest.mark.parametrize("pairing", ["completions", "revision"])
 def test_it_compares_in_both_orders_and_gives_no_label_where_it_has_none(pairing):
     ask = judge(**{"judge.pairing": pairing})
-    ask.constitution = ask.constitution.judging_by("no-harm")  # else each order of the texts draws one of its own
+    ask.constitution = ask.constitution.with_single_judge_principle(
+        "no-harm"
+    )  # else each order of the texts draws one of its own
     (p,), (q,) = ask([(TURNS, "one", "two")]), ask([(TURNS, "two", "one")])
     assert 0 < p < 1 and p != 0.5 and q == pytest.approx(1 - p)
-    assert ask([(TURNS, "one", "two"), (TURNS, POISON, "two"), (TURNS, "two", "one")]) == [p, None, q]
+    assert ask([(TURNS, "one", "two"), (TURNS, POISON_TEXT, "two"), (TURNS, "two", "one")]) == [p, None, q]
 
 
 def test_no_held_out_prompts_no_judge():
     settings = load({"models.policy": "scripted", "watch.prompts": "0"}, environment={})[0]
-    assert watch_of(settings).compare is None
+    assert make_reward_hacking_monitor(settings).judge is None

@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constitutions.cases import read_cases
-from constitutions.diff import NOT_RAISED, diff
-from constitutions.lint import lint
-from constitutions.loader import FOLDER, ConstitutionError, load, names, parse
+from constitutions.diff import VERSION_NOT_RAISED, compare_constitutions
+from constitutions.lint import lint_constitution
+from constitutions.loader import (
+    CONSTITUTIONS_FOLDER,
+    ConstitutionError,
+    list_shipped_constitutions,
+    load_constitution,
+    parse_constitution,
+)
 
 HEAD = 'name = "mine"\nversion = "1.0.0"\ndescription = "d"\n'
 EXAMPLE = '[[examples]]\nprompt = "p"\nanswer = "a"\ncritique = "c"\nrevision = "r"\n'
@@ -27,31 +33,31 @@ EASY = (
 def made(*principles, head=HEAD, tail=EXAMPLE):
     text = head
     for id, critique, revision, _ in principles:
-        text += f'[[critique]]\nid = "{id}"\nname = "{id}"\ncritique = "{critique}"\nrevision = "{revision}"\n'
+        text += f'[[critique]]\nid = "{id}"\nname = "{id}"\ncritique_prompt = "{critique}"\nrevision_prompt = "{revision}"\n'
     for id, _, _, question in principles:
-        text += f'[[judging]]\nid = "{id}"\nname = "{id}"\nquestion = "{question}"\n'
-    return parse(text + tail, "my.toml")
+        text += f'[[judge]]\nid = "{id}"\nname = "{id}"\njudge_prompt = "{question}"\n'
+    return parse_constitution(text + tail, "my.toml")
 
 
 def rules(constitution):
-    return [(finding.rule, finding.line, finding.principle) for finding in lint(constitution)]
+    return [(finding.rule, finding.line, finding.principle) for finding in lint_constitution(constitution)]
 
 
 def test_a_balanced_constitution_has_no_findings():
     assert rules(made(KIND, SAFE, EASY)) == []
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_shipped_constitutions())
 def test_shipped_constitutions_have_no_findings(name):
-    assert lint(load(name)) == []
+    assert lint_constitution(load_constitution(name)) == []
 
 
 def test_missing_parts_are_found():
-    found = lint(made(KIND, SAFE, EASY, head=HEAD.replace('"d"', '" "'), tail=""))
+    found = lint_constitution(made(KIND, SAFE, EASY, head=HEAD.replace('"d"', '" "'), tail=""))
     assert [finding.rule for finding in found] == ["missing-part"] * 2
     assert "description" in found[0].what and "worked example" in found[1].what
     tagged = made(KIND, SAFE, EASY).text.replace('\nname = "', '\ntags = ["x"]\nname = "')
-    assert [finding.rule for finding in lint(parse(tagged, "x"))] == ["missing-part"] * 2
+    assert [finding.rule for finding in lint_constitution(parse_constitution(tagged, "x"))] == ["missing-part"] * 2
     mute = (*EASY[:3], "The answer refuses less and helps more.")
     assert rules(made(KIND, SAFE, mute)) == [("missing-part", 28, "easy")]
 
@@ -60,7 +66,7 @@ def test_duplicates_are_found_by_name_and_by_words():
     again = ("warm", "Say whether the answer is cold!", "Rewrite the answer warmly.", "Which of them is clearer?")
     assert rules(made(KIND, SAFE, EASY, again)) == [("duplicate", 20, "warm")]
     twin = made(KIND, SAFE, EASY, ("other", "Say what is wrong with it.", "Make it right.", "Which is right?"))
-    renamed = parse(twin.text.replace('name = "other"', 'name = "Kind"', 1), "x")
+    renamed = parse_constitution(twin.text.replace('name = "other"', 'name = "Kind"', 1), "x")
     assert rules(renamed) == [("duplicate", 20, "other")]
 
 
@@ -87,7 +93,7 @@ def test_prose_is_linted_too_and_included_files_have_their_own_lines(tmp_path):
     )
     mine = tmp_path / "mine.toml"
     mine.write_text(HEAD + 'include = ["base.toml"]\n' + EXAMPLE)
-    (found,) = lint(load(mine))
+    (found,) = lint_constitution(load_constitution(mine))
     assert (found.rule, Path(found.file).name, found.line) == ("over-reaction", "base.toml", 3)
 
 
@@ -103,32 +109,34 @@ RELEASED = {
 
 
 def test_a_shipped_version_never_changes_its_content():
-    assert {(c.name, c.version): c.hash for c in map(load, names())} == RELEASED
+    assert {(c.name, c.version): c.hash for c in map(load_constitution, list_shipped_constitutions())} == RELEASED
 
 
 def test_diff_says_what_changed_and_that_the_version_did_not():
     before = made(KIND, SAFE)
     cold = (*KIND[:3], "Which answer is less cold?")
     after = made(EASY, cold)
-    found = {(c.what, c.part, c.principle, c.field) for c in diff(before, after)}
+    found = {(c.what, c.part, c.principle, c.field) for c in compare_constitutions(before, after)}
     assert found == {
-        ("removed", "critique", "safe", ""), ("removed", "judging", "safe", ""), ("added", "critique", "easy", ""),
-        ("added", "judging", "easy", ""), ("changed", "judging", "kind", "question"), (NOT_RAISED, "", "", "version"),
+        ("removed", "critique", "safe", ""), ("removed", "judge", "safe", ""), ("added", "critique", "easy", ""),
+        ("added", "judge", "easy", ""), ("changed", "judge", "kind", "judge_prompt"), (VERSION_NOT_RAISED, "", "", "version"),
     }  # fmt: skip
-    assert diff(before, made(KIND, SAFE)) == []
+    assert compare_constitutions(before, made(KIND, SAFE)) == []
     raised = made(EASY, cold, head=HEAD.replace("1.0.0", "1.0.1"))
-    assert NOT_RAISED not in {c.what for c in diff(before, raised)}
-    assert [(c.what, c.field) for c in diff(before, made(SAFE, KIND))] == [("moved", "order")] * 2 + [(NOT_RAISED, "version")]
+    assert VERSION_NOT_RAISED not in {c.what for c in compare_constitutions(before, raised)}
+    assert [(c.what, c.field) for c in compare_constitutions(before, made(SAFE, KIND))] == [("moved", "order")] * 2 + [
+        (VERSION_NOT_RAISED, "version")
+    ]
 
 
 # Cases
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_shipped_constitutions())
 def test_shipped_cases_are_about_principles_that_are_there(name):
-    cases, constitution = read_cases(name), load(name)
+    cases, constitution = read_cases(name), load_constitution(name)
     assert cases.constitution == name and len(cases.cases) >= 4
-    cases.check(name, [principle.id for principle in constitution.judging])
+    cases.check_principles(name, [principle.id for principle in constitution.judge])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,7 @@ def test_a_case_about_an_unknown_principle_names_the_nearest(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"prompt": "p", "wins": "w", "loses": "l", "principles": ["kindr"]}))
     with pytest.raises(ConstitutionError, match="did you mean kinder"):
-        read_cases(str(path)).check("customer-service", ["kinder", "solves-more"])
+        read_cases(str(path)).check_principles("customer-service", ["kinder", "solves-more"])
     with pytest.raises(ConstitutionError, match="no file nowhere"):
         read_cases("nowhere")
 
@@ -161,12 +169,12 @@ def test_a_case_about_an_unknown_principle_names_the_nearest(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_linting_never_fails_on_what_loads(data):
-    text = list((FOLDER / "course.toml").read_text())
+    text = list((CONSTITUTIONS_FOLDER / "course.toml").read_text())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(text) - 1))
         text[at : at + data.draw(st.integers(0, 30))] = data.draw(st.text(max_size=6))
     try:
-        loaded = parse("".join(text), "x")
+        loaded = parse_constitution("".join(text), "x")
     except ConstitutionError:
         return
-    assert all(finding.line >= 1 for finding in lint(loaded))
+    assert all(finding.line >= 1 for finding in lint_constitution(loaded))

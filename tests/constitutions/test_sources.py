@@ -6,11 +6,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constitutions.loader import ALL_BY_PRIORITY, FOLDER, Constitution, ConstitutionError, as_values, load, names, parse, render
+from constitutions.loader import (
+    CONSTITUTIONS_FOLDER,
+    PRIORITIZED_PRINCIPLES_TEMPLATE,
+    Constitution,
+    ConstitutionError,
+    list_shipped_constitutions,
+    load_constitution,
+    parse_constitution,
+    render_toml,
+    to_toml_values,
+)
 
 HEAD = 'name = "mine"\nversion = "1.0.0"\n'
-CRITIQUE = '[[critique]]\nid = "{id}"\nname = "N"\ncritique = "Say whether it is rude."\nrevision = "Rewrite it."\n'
-JUDGING = '[[judging]]\nid = "{id}"\nname = "N"\nquestion = "Which answer is kinder?"\n'
+CRITIQUE = (
+    '[[critique]]\nid = "{id}"\nname = "N"\ncritique_prompt = "Say whether it is rude."\nrevision_prompt = "Rewrite it."\n'
+)
+JUDGING = '[[judge]]\nid = "{id}"\nname = "N"\njudge_prompt = "Which answer is kinder?"\n'
 PROSE = (
     HEAD
     + '''
@@ -48,7 +60,7 @@ def write(tmp_path):
 def fails(text_or_path, *words):
     """The error of loading a file, or of parsing a text, has three lines and these words."""
     with pytest.raises(ConstitutionError) as caught:
-        load(text_or_path) if hasattr(text_or_path, "read_bytes") else parse(text_or_path, "my.toml")
+        load_constitution(text_or_path) if hasattr(text_or_path, "read_bytes") else parse_constitution(text_or_path, "my.toml")
     assert len(str(caught.value).splitlines()) == 3, str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -59,16 +71,16 @@ def fails(text_or_path, *words):
 def test_included_entries_come_first_and_only_once(write):
     write("base.toml", entry(CRITIQUE, "one") + entry(JUDGING, "j"))
     write("more.toml", 'include = ["base.toml"]\n' + entry(CRITIQUE, "two"))
-    mine = load(write("mine.toml", HEAD + 'include = ["more.toml", "base.toml"]\n' + entry(CRITIQUE, "three")))
-    assert [p.id for p in mine.critique] == ["one", "two", "three"] and [p.id for p in mine.judging] == ["j"]
-    place = mine.place("critique", "two")
-    assert place.origin.endswith("more.toml") and place.line() == 2 and place.line("revision") == 6
+    mine = load_constitution(write("mine.toml", HEAD + 'include = ["more.toml", "base.toml"]\n' + entry(CRITIQUE, "three")))
+    assert [p.id for p in mine.critique] == ["one", "two", "three"] and [p.id for p in mine.judge] == ["j"]
+    place = mine.find_location("critique", "two")
+    assert place.origin.endswith("more.toml") and place.find_line() == 2 and place.find_line("revision_prompt") == 6
 
 
 def test_a_shipped_constitution_is_included_by_name_and_the_text_needs_no_other_file(write):
-    mine = load(write("mine.toml", HEAD + 'include = ["customer-service"]\n' + entry(CRITIQUE, "mine")))
+    mine = load_constitution(write("mine.toml", HEAD + 'include = ["customer-service"]\n' + entry(CRITIQUE, "mine")))
     assert len(mine.critique) == 6 and "include" not in mine.text
-    assert parse(mine.text, "a topic").hash == mine.hash
+    assert parse_constitution(mine.text, "a topic").hash == mine.hash
 
 
 def test_an_include_that_goes_round_in_a_circle_is_an_error(write):
@@ -117,15 +129,15 @@ TERMS = HEAD + '[terms]\ncompany = "Acme"\n' + entry(CRITIQUE, "c") + entry(JUDG
 
 
 def test_placeholders_stand_for_terms_and_doubled_braces_for_themselves():
-    mine = parse(TERMS.replace("rude.", "rude to {company}, {{x}} or {1}."), "x")
-    assert mine.critique[0].critique == "Say whether it is rude to Acme, {x} or {1}."
-    assert parse(render(as_values(mine)), "x").critique == mine.critique
+    mine = parse_constitution(TERMS.replace("rude.", "rude to {company}, {{x}} or {1}."), "x")
+    assert mine.critique[0].critique_prompt == "Say whether it is rude to Acme, {x} or {1}."
+    assert parse_constitution(render_toml(to_toml_values(mine)), "x").critique == mine.critique
 
 
 def test_the_including_file_says_what_a_term_means(write):
     write("base.toml", TERMS.replace(HEAD, "").replace("rude.", "rude to {company}."))
-    mine = load(write("mine.toml", HEAD + 'include = ["base.toml"]\n[terms]\ncompany = "Bolt"\n'))
-    assert mine.critique[0].critique.endswith("rude to Bolt.")
+    mine = load_constitution(write("mine.toml", HEAD + 'include = ["base.toml"]\n[terms]\ncompany = "Bolt"\n'))
+    assert mine.critique[0].critique_prompt.endswith("rude to Bolt.")
 
 
 def test_an_unknown_placeholder_is_an_error_with_its_line_and_the_nearest():
@@ -139,19 +151,19 @@ def test_an_unknown_placeholder_is_an_error_with_its_line_and_the_nearest():
 
 
 def test_prose_is_read_in_the_order_of_its_priorities():
-    mine = parse(PROSE, "x")
-    assert [p.id for p in mine.critique] == [p.id for p in mine.judging] == ["safe", "helpful"] and mine.judge_with == "all"
-    assert "comes first" not in mine.critique[0].revision
-    assert mine.critique[1].revision.endswith("this comes first: Safety.")
+    mine = parse_constitution(PROSE, "x")
+    assert [p.id for p in mine.critique] == [p.id for p in mine.judge] == ["safe", "helpful"] and mine.judge_with == "all"
+    assert "comes first" not in mine.critique[0].revision_prompt
+    assert mine.critique[1].revision_prompt.endswith("this comes first: Safety.")
     lines = "1. Safety: The assistant hurts nobody.\n2. Helpfulness: The assistant helps.\n[[prose]] is not a table here."
-    assert mine.whole_question == ALL_BY_PRIORITY.format(lines=lines)
-    assert mine.place("prose", "safe").line() == 13
+    assert mine.combined_judge_prompt == PRIORITIZED_PRINCIPLES_TEMPLATE.format(lines=lines)
+    assert mine.find_location("prose", "safe").find_line() == 13
 
 
 def test_a_priority_changes_the_hash_and_the_other_way_of_judging_too():
-    mine = parse(PROSE, "x")
-    assert parse(PROSE.replace("priority = 2", "priority = 3"), "x").hash != mine.hash
-    assert parse(HEAD + 'judge_with = "one"\n' + PROSE.removeprefix(HEAD), "x").hash != mine.hash
+    mine = parse_constitution(PROSE, "x")
+    assert parse_constitution(PROSE.replace("priority = 2", "priority = 3"), "x").hash != mine.hash
+    assert parse_constitution(HEAD + 'judge_with = "one"\n' + PROSE.removeprefix(HEAD), "x").hash != mine.hash
 
 
 @pytest.mark.parametrize(
@@ -160,9 +172,9 @@ def test_a_priority_changes_the_hash_and_the_other_way_of_judging_too():
         (PROSE.replace("priority = 2\n", ""), ["line 4: prose.0.priority", "missing"]),
         (PROSE.replace("priority = 2\n", "priority = 0\n"), ["line 7"]),
         (PROSE.replace('"safe"', '"helpful"'), ["line 14", "helpful", "line 5"]),
-        (PROSE + entry(JUDGING, "j"), ["line 18", "prose and a judging list"]),
+        (PROSE + entry(JUDGING, "j"), ["line 18", "prose and a judge list"]),
         (HEAD + "prose = []\n", ["line 3", "empty list"]),
-        (HEAD + "critique = []\njudging = []\n", ["line 3", "empty list", "[[critique]]"]),
+        (HEAD + "critique = []\njudge = []\n", ["line 3", "empty list", "[[critique]]"]),
         (HEAD + "critique = 7\n", ["line 3", "no list"]),
         (HEAD + entry(CRITIQUE, "all") + entry(JUDGING, "j"), ["line 4: critique.0.id cannot be 'all'", "records say `all`"]),
         (HEAD + entry(CRITIQUE, "c") + 'tags = "angry"\n' + entry(JUDGING, "j"), ["line 8", "'angry'", "must be a list"]),
@@ -181,17 +193,17 @@ def test_a_wrong_encoding_is_said_with_its_line_and_a_byte_order_mark_is_no_harm
     path = tmp_path / "latin.toml"
     path.write_bytes((HEAD + 'description = "caf\u00e9"').encode("latin-1"))
     fails(path, "line 3", "0xe9", "iconv -f LATIN1")
-    path.write_bytes((FOLDER / "course.toml").read_text().encode("utf-16"))
+    path.write_bytes((CONSTITUTIONS_FOLDER / "course.toml").read_text().encode("utf-16"))
     fails(path, "UTF-16")
-    path.write_bytes(b"\xef\xbb\xbf" + (FOLDER / "course.toml").read_bytes())
-    assert load(path).hash == load("course").hash
+    path.write_bytes(b"\xef\xbb\xbf" + (CONSTITUTIONS_FOLDER / "course.toml").read_bytes())
+    assert load_constitution(path).hash == load_constitution("course").hash
     path.write_bytes(b"#" * (1 << 20) + b"#")
     fails(path, "longer than")
 
 
 def constitution_or_error(data):
     try:
-        assert isinstance(parse(data, "x"), Constitution)
+        assert isinstance(parse_constitution(data, "x"), Constitution)
     except ConstitutionError as error:
         assert error.what and error.fix
 
@@ -206,7 +218,7 @@ KEYS = [
     "name",
     "version",
     "critique",
-    "judging",
+    "judge",
     "prose",
     "examples",
     "include",
@@ -250,7 +262,7 @@ def test_any_values_are_a_constitution_or_explained(values):
 def test_a_number_of_thousands_of_digits_and_deep_nesting_are_explained():
     fails(f"weight = {'9' * 5000}", "is not TOML")
     with pytest.raises(ConstitutionError, match="not TOML"):
-        parse("a = " + "[" * 5000, "x")
+        parse_constitution("a = " + "[" * 5000, "x")
 
 
 # Writing
@@ -267,46 +279,47 @@ def test_what_is_written_reads_as_the_same(texts):
         "version": "1.0.0",
         "description": texts[0][0],
         "critique": [
-            {"id": f"c-{n}", "name": a, "weight": w, "critique": a, "revision": "R"} for n, (a, _, w) in enumerate(texts)
+            {"id": f"c-{n}", "name": a, "weight": w, "critique_prompt": a, "revision_prompt": "R"}
+            for n, (a, _, w) in enumerate(texts)
         ],
-        "judging": [{"id": "j", "name": "N", "tags": ["x", "y"], "question": texts[0][1]}],
+        "judge": [{"id": "j", "name": "N", "tags": ["x", "y"], "judge_prompt": texts[0][1]}],
     }
-    mine = parse(render(values), "x")
-    assert mine.description == texts[0][0] and mine.judging[0].question.strip() == texts[0][1].strip()
-    assert parse(render(as_values(mine)), "x").hash == mine.hash
+    mine = parse_constitution(render_toml(values), "x")
+    assert mine.description == texts[0][0] and mine.judge[0].judge_prompt.strip() == texts[0][1].strip()
+    assert parse_constitution(render_toml(to_toml_values(mine)), "x").hash == mine.hash
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_shipped_constitutions())
 def test_shipped_constitutions_survive_being_written(name):
-    constitution = load(name)
-    assert parse(render(as_values(constitution)), "x").hash == constitution.hash
+    constitution = load_constitution(name)
+    assert parse_constitution(render_toml(to_toml_values(constitution)), "x").hash == constitution.hash
 
 
 # Leaving out
 
 
 def test_leaving_out_takes_a_principle_from_both_lists_and_is_a_constitution_of_its_own():
-    course = load("course")
-    less = course.without(["honesty"])
-    assert [p.id for p in less.critique] == [p.id for p in less.judging] == ["harmlessness", "helpfulness"]
+    course = load_constitution("course")
+    less = course.without_principles(["honesty"])
+    assert [p.id for p in less.critique] == [p.id for p in less.judge] == ["harmlessness", "helpfulness"]
     assert (
         less.name == "course-without-honesty"
         and less.hash != course.hash
         and "honesty" not in re.findall(r'id = "(.*)"', less.text)
     )
-    assert parse(less.text, "a topic").hash == less.hash
+    assert parse_constitution(less.text, "a topic").hash == less.hash
     with pytest.raises(ConstitutionError, match="did you mean honesty"):
-        course.without(["honestly"])
+        course.without_principles(["honestly"])
     with pytest.raises(ConstitutionError, match="no critique principle left"):
-        course.without(["harmlessness", "helpfulness", "honesty"])
-    assert [p.id for p in parse(PROSE, "x").without(["safe"]).judging] == ["helpful"]
+        course.without_principles(["harmlessness", "helpfulness", "honesty"])
+    assert [p.id for p in parse_constitution(PROSE, "x").without_principles(["safe"]).judge] == ["helpful"]
 
 
 def test_leaving_out_moves_no_draw_but_its_own():
-    whole = load("default")
-    less = whole.without(["more-truth", "privacy"])
+    whole = load_constitution("default")
+    less = whole.without_principles(["more-truth", "privacy"])
     for seed in range(300):
-        before, after = whole.judging_principle(seed).id, less.judging_principle(seed).id
+        before, after = whole.sample_judge_principle(seed).id, less.sample_judge_principle(seed).id
         assert after == before or before == "more-truth"
-        before, after = whole.critique_principle(seed, 0).id, less.critique_principle(seed, 0).id
+        before, after = whole.select_critique_principle(seed, 0).id, less.select_critique_principle(seed, 0).id
         assert after == before or before == "privacy"

@@ -10,9 +10,9 @@ from schemas.records import ChatMessage, Completion, FinishReason, ModelRef, Pro
 def make_prompt():
     def make(text="How do magnets work?", source="test", **more):
         messages = [ChatMessage(role="user", content=text)]
-        key = ids.prompt_id(messages)
+        key = ids.compute_prompt_id(messages)
         return Prompt(
-            record_id=ids.record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", messages=messages,
+            record_id=ids.compute_record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", messages=messages,
             source=source, **more
         )  # fmt: skip
 
@@ -25,7 +25,7 @@ def make_response(make_prompt):
         prompt = make_prompt(**more)
         completions = [Completion(index=i, text=t, finish_reason=FinishReason.STOP) for i, t in enumerate(answers)]
         return Response(
-            record_id=ids.record_id("respond", [prompt.record_id], "f"), prompt_id=prompt.prompt_id, run_id="r",
+            record_id=ids.compute_record_id("respond", [prompt.record_id], "f"), prompt_id=prompt.prompt_id, run_id="r",
             stage="respond", messages=prompt.messages, source=prompt.source, completions=completions, policy_version=3,
             model=ModelRef(id="m", revision="v"),
         )  # fmt: skip

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from charter import addition
+from charter import custom_stage
 from charter.cli import cli
-from charter.pipeline import connect, make_host, store_of
+from charter.pipeline import connect_bus, make_host, open_store
 from engine.errors import UsageError
 from engine.settings import load
-from engine.worker import outgoing
+from engine.worker import to_producer_record
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ROLES = ("policy", "critic", "judge")
@@ -28,17 +28,17 @@ def measure(tmp_path):
 
 def test_the_stage_of_the_page_runs_beside_the_others(measure, tmp_path, make_prompt):
     settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted", "run.id": "r"}, environment={})
-    bus = connect(settings)
-    bus.publish([outgoing(make_prompt(f"prompt {n}")) for n in range(5)])
-    host = make_host(settings, bus, ["respond"], sink=True, additions=[addition.read(str(measure), ROLES)])
+    bus = connect_bus(settings)
+    bus.publish([to_producer_record(make_prompt(f"prompt {n}")) for n in range(5)])
+    host = make_host(settings, bus, ["respond"], sink=True, custom_stages=[custom_stage.load_custom_stage(str(measure), ROLES)])
     counted = "SELECT count(*), count(DISTINCT parent_ids[1]), min(metrics['answer/words']) FROM metrics"
     with host:
         deadline = time.monotonic() + 60
-        while not (store_of(settings).path.exists() and store_of(settings).query(counted).rows[0][0] == 5):
-            assert time.monotonic() < deadline and not host.failed.wait(0.05)
+        while not (open_store(settings).path.exists() and open_store(settings).query(counted).rows[0][0] == 5):
+            assert time.monotonic() < deadline and not host.failure_event.wait(0.05)
     bus.close()
-    host.check()
-    ((rows, answers, words),) = store_of(settings).query(counted).rows
+    host.raise_if_failed()
+    ((rows, answers, words),) = open_store(settings).query(counted).rows
     assert (rows, answers) == (5, 5) and words > 0
 
 
@@ -53,18 +53,20 @@ def test_a_file_that_lacks_something_is_told(text, said, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(text)
     with pytest.raises(UsageError, match=said):
-        addition.read(str(path), ROLES)
+        custom_stage.load_custom_stage(str(path), ROLES)
 
 
 def test_a_stage_that_does_not_fit_is_told(measure):
-    made = addition.read(str(measure), ROLES)
-    stage = made.make(None, None)
-    assert addition.checked(stage, made.path, ("respond",)) is stage
+    made = custom_stage.load_custom_stage(str(measure), ROLES)
+    stage = made.make_stage(None, None)
+    assert custom_stage.validate_custom_stage(stage, made.path, ("respond",)) is stage
     with pytest.raises(UsageError, match="the name measure is taken"):
-        addition.checked(stage, made.path, ("measure",))
+        custom_stage.validate_custom_stage(stage, made.path, ("measure",))
     measure.write_text(measure.read_text().replace('outputs=("metrics",)', 'outputs=("measures",)'))
     with pytest.raises(UsageError, match="there is no topic measures"):
-        addition.checked(addition.read(str(measure), ROLES).make(None, None), measure, ())
+        custom_stage.validate_custom_stage(
+            custom_stage.load_custom_stage(str(measure), ROLES).make_stage(None, None), measure, ()
+        )
 
 
 def test_no_file_and_no_such_stage(tmp_path):

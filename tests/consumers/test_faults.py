@@ -10,17 +10,17 @@ from collections import Counter
 
 import pytest
 
-from charter.pipeline import Models, make_critique, make_judge, make_stage
-from constitutions.loader import load as load_constitution
-from engine.models.port import LOCAL, Capabilities, Generation, OptionScores
+from charter.pipeline import RoleModels, make_critique_stage, make_judge_stage, make_stage
+from constitutions.loader import load_constitution as load_constitution
+from engine.models.interface import LOCAL_CAPABILITIES, Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
 from schemas.records import Critique, EndReason, FinishReason, Outcome, RejectionReason, Response, Revision, Verdict
-from tests.support.records import World
+from tests.support.records import RecordDatabase
 
 DEFAULT = load_constitution("default")
 SPEC = "faulty"
-VOTES = Capabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, votes=8)
+VOTES = ModelCapabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, num_votes=8)
 PAIRS = 30
 HONEST = "an honest revision of it"
 BY_PLACE = "the answer shown first"  # of a prompt with these words the judge prefers that one
@@ -32,8 +32,8 @@ SCORES = [
     OptionScores((math.log(0.3), math.log(0.1)), 0.4),
     OptionScores((0.7, -3.0), 2.1),
     OptionScores((-0.5, -0.9), math.inf),
-    OptionScores((math.log(0.125), -math.inf), 0.125, replies=("I cannot choose between these.",) * 7),
-    OptionScores((-math.inf, -math.inf), 0.0, replies=("both",) * 8),
+    OptionScores((math.log(0.125), -math.inf), 0.125, unparsed_replies=("I cannot choose between these.",) * 7),
+    OptionScores((-math.inf, -math.inf), 0.0, unparsed_replies=("both",) * 8),
 ]
 TEXTS = [
     Generation("", "stop"),
@@ -48,7 +48,7 @@ UNREAD = [Generation("A) or (B)", "stop"), Generation("Either answer would do.",
 class FaultyModel(ScriptedModel):
     """A FAKE that fails about every third time, each time in another way, and counts it."""
 
-    def __init__(self, seed, capabilities=LOCAL, rate=0.3):
+    def __init__(self, seed, capabilities=LOCAL_CAPABILITIES, rate=0.3):
         super().__init__(id="faulty", capabilities=capabilities, option_rule=honest_share, text_rule=self.honest_text)
         self.rng, self.rate, self.counted = random.Random(seed), rate, Counter()
 
@@ -63,12 +63,12 @@ class FaultyModel(ScriptedModel):
         self.counted["faults" if failing else "honest"] += 1
         return failing
 
-    def score(self, ask, options):
-        return self.rng.choice(SCORES) if self.fails() else super().score(ask, options)
+    def score_one(self, ask, options):
+        return self.rng.choice(SCORES) if self.fails() else super().score_one(ask, options)
 
-    def answer(self, ask, sample, temperature, max_tokens):
+    def generate_one(self, ask, sample, temperature, max_tokens):
         if not self.fails():
-            return super().answer(ask, sample, temperature, max_tokens)
+            return super().generate_one(ask, sample, temperature, max_tokens)
         content = ask.messages[0].content
         if "Write only the new answer" in content:  # a revision: also what copies and what echoes
             worked = [Generation(example.revision, "stop") for example in DEFAULT.examples]
@@ -94,7 +94,7 @@ def settings(role, **chosen):
 
 
 def in_db(tmp_path, records):
-    world = World(tmp_path / "charter.duckdb")
+    world = RecordDatabase(tmp_path / "charter.duckdb")
     world.add(*records)
     return world
 
@@ -108,14 +108,17 @@ def judgements(make_response):
     pairs = [make_response(("good", "bad"), text=f"prompt {n}") for n in range(PAIRS)]
     made = {}
     for preset in RECIPES["judge"]:
-        for capabilities in (LOCAL, VOTES):
-            model, chosen = FaultyModel(f"{preset}/{capabilities.votes}", capabilities), settings("judge", judge__preset=preset)
-            stage = make_judge(chosen, Models(chosen, {SPEC: model}), DEFAULT)
-            made[preset, capabilities.votes] = [label for (label,) in stage(pairs)], model
+        for capabilities in (LOCAL_CAPABILITIES, VOTES):
+            model, chosen = (
+                FaultyModel(f"{preset}/{capabilities.num_votes}", capabilities),
+                settings("judge", judge__preset=preset),
+            )
+            stage = make_judge_stage(chosen, RoleModels(chosen, {SPEC: model}), DEFAULT)
+            made[preset, capabilities.num_votes] = [label for (label,) in stage(pairs)], model
     return made
 
 
-@pytest.mark.parametrize("votes", [0, VOTES.votes], ids=["logprobs", "votes"])
+@pytest.mark.parametrize("votes", [0, VOTES.num_votes], ids=["logprobs", "votes"])
 @pytest.mark.parametrize("preset", RECIPES["judge"])
 def test_only_honest_judgements_become_labels(judgements, preset, votes):
     records, model = judgements[preset, votes]
@@ -144,12 +147,12 @@ def test_a_judge_that_was_cut_off_is_no_judge(judgements):
 def test_a_judge_that_looks_at_the_place_trains_nothing_where_flips_are_rejected(tmp_path, make_response, preset):
     asked = [f"{BY_PLACE if n % 2 else 'fair'} {n}" for n in range(PAIRS)]
     chosen = settings("judge", judge__preset=preset, judge__reject_flips="true")
-    stage = make_judge(chosen, Models(chosen, {SPEC: FaultyModel(preset)}), DEFAULT)
+    stage = make_judge_stage(chosen, RoleModels(chosen, {SPEC: FaultyModel(preset)}), DEFAULT)
     made = [label for (label,) in stage([make_response(("good", "bad"), text=text) for text in asked])]
     outcomes = Counter((BY_PLACE in record.messages[0].content, record.outcome) for record in made)
     assert outcomes[True, Outcome.POSITION_FLIP] > 0 and outcomes[False, Outcome.OK] > 0
     assert outcomes[True, Outcome.OK] == outcomes[False, Outcome.POSITION_FLIP] == 0
-    learned = in_db(tmp_path, made).rows("SELECT messages[1].content, p_a FROM preference_pairs")
+    learned = in_db(tmp_path, made).query_rows("SELECT messages[1].content, p_a FROM preference_pairs")
     assert len(learned) == outcomes[False, Outcome.OK]
     assert all(BY_PLACE not in text and p_a == pytest.approx(SAID[preset]) for text, p_a in learned)
 
@@ -161,20 +164,23 @@ def test_nothing_else_reaches_the_training_view_and_refusals_are_counted_by_prin
         for record in made
     ]
     world = in_db(tmp_path, records)
-    assert world.rows("SELECT DISTINCT is_duplicate FROM raw.preferences") == [(False,)]
-    trained = Counter(world.rows("SELECT run_id, round(p_a, 6) FROM preference_pairs"))
+    assert world.query_rows("SELECT DISTINCT is_duplicate FROM raw.preferences") == [(False,)]
+    trained = Counter(world.query_rows("SELECT run_id, round(p_a, 6) FROM preference_pairs"))
     said = Counter((r.run_id, round(SAID[r.preset], 6)) for r in records if r.outcome is Outcome.OK)
     assert trained == said
     refused = Counter((r.run_id, v.principle_id) for r in records for v in r.votes if v.outcome is Outcome.REFUSED)
-    found = world.rows("SELECT run_id, principle_id, refused FROM principle_stats WHERE stage = 'judge' AND refused > 0")
+    found = world.query_rows("SELECT run_id, principle_id, refused FROM principle_stats WHERE stage = 'judge' AND refused > 0")
     assert {(run, principle): count for run, principle, count in found} == refused and len(refused) > 10
 
 
 def chains(model, preset, responses):
     """Every record of these responses' chains."""
     chosen = settings("critic", critique__preset=preset, critique__few_shot="true")
-    models = Models(chosen, {SPEC: model})
-    criticise, revise = make_critique(chosen, models, DEFAULT), make_stage("revise", chosen, models, DEFAULT, None).work
+    models = RoleModels(chosen, {SPEC: model})
+    criticise, revise = (
+        make_critique_stage(chosen, models, DEFAULT),
+        make_stage("revise", chosen, models, DEFAULT, None).process,
+    )
     waiting, made = list(responses), []
     while waiting:
         critiques = [one for (one,) in criticise(waiting)]
@@ -202,7 +208,7 @@ def test_only_usable_texts_are_learned_and_no_verdict_is_invented(tmp_path, make
     assert {end.response_id for end in ends if end.end_reason is EndReason.UNUSABLE} == spoilt
     faults = Counter(r.rejection_reason for r in made if isinstance(r, Revision))
     assert set(faults) == set(RejectionReason) - {RejectionReason.UNKNOWN}
-    learned = in_db(tmp_path, [*responses, *made]).rows("SELECT completion FROM sft_examples")
+    learned = in_db(tmp_path, [*responses, *made]).query_rows("SELECT completion FROM sft_examples")
     assert len(learned) == PAIRS - len(spoilt) > 0
     assert all(text.startswith(HONEST) or text.startswith("good answer") for (text,) in learned)
 

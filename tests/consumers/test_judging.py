@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter.pipeline import Models, make_judge
-from constitutions.loader import load as load_constitution
-from consumers.compare import REFUSAL, letter_of
-from consumers.templates import CHOICE
-from engine.models.port import Capabilities, Generation, OptionScores
+from charter.pipeline import RoleModels, make_judge_stage
+from constitutions.loader import load_constitution as load_constitution
+from consumers.compare import REFUSAL_PATTERN, parse_letter
+from consumers.templates import CHOICE_QUESTION
+from engine.models.interface import Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import RECIPES, load
-from schemas.codec import decode, encode
+from schemas.codec import decode_record, encode_record
 from schemas.records import Outcome, Preference
 
 DEFAULT = load_constitution("default")
@@ -25,7 +25,7 @@ def judge(preset, model, constitution=DEFAULT, **more):
     """The stage as the settings make it."""
     flags = {"models.judge": SPEC, "judge.preset": preset} | {f"judge.{name}": str(value) for name, value in more.items()}
     settings, _ = load(flags, environment={})
-    return make_judge(settings, Models(settings, {SPEC: model}), constitution)
+    return make_judge_stage(settings, RoleModels(settings, {SPEC: model}), constitution)
 
 
 def shown_first(ask):
@@ -49,7 +49,7 @@ def writes(forward, backward=None):
 
 def one(stage, response):
     ((record,),) = stage([response])
-    assert decode(encode(record), Preference).model_dump_json() == record.model_dump_json()
+    assert decode_record(encode_record(record), Preference).model_dump_json() == record.model_dump_json()
     return record
 
 
@@ -91,7 +91,7 @@ def test_bai2022_cot_clamps_after_averaging(make_response, orders, p):
     assert record.p_a == pytest.approx(p)  # clamped before, 0.95 and 0.15 would give a half
     assert (record.p_forward, record.p_backward) == pytest.approx(orders)
     assert record.explanation == record.votes[0].explanation_backward == "The one is kinder than the other."
-    assert record.sampling.temperature == 0 and model.generated == model.scored == 2
+    assert record.sampling.temperature == 0 and model.num_generated == model.num_scored == 2
 
 
 def test_reasoning_stays_the_judges_own_turn(make_response):
@@ -102,24 +102,24 @@ def test_reasoning_stays_the_judges_own_turn(make_response):
     one(judge("bai2022-cot", model), make_response())
     for ask in asked:
         assert [message.role for message in ask.messages] == ["user", "assistant", "user"] and ask.prefill == "Answer: ("
-        assert ask.messages[1].content == "The one is kinder than the other." and ask.messages[2].content == CHOICE
+        assert ask.messages[1].content == "The one is kinder than the other." and ask.messages[2].content == CHOICE_QUESTION
 
 
 def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
     weighty = DEFAULT.model_copy(
-        update={"judging": tuple(p.model_copy(update={"weight": 1.0 + i}) for i, p in enumerate(DEFAULT.judging))}
+        update={"judge": tuple(p.model_copy(update={"weight": 1.0 + i}) for i, p in enumerate(DEFAULT.judge))}
     )
     chances = itertools.cycle([0.9, 0.5, 0.2, 0.6, 0.7])
-    by_question = {p.question: next(chances) for p in weighty.judging}
+    by_question = {p.judge_prompt: next(chances) for p in weighty.judge}
 
     def rule(ask):
         p = next(p for question, p in by_question.items() if question in ask.messages[0].content)
         return p if shown_first(ask) else 1 - p
 
     record = one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighty, k=4), make_response())
-    by_id = {p.id: p for p in weighty.judging}
+    by_id = {p.id: p for p in weighty.judge}
     assert len({vote.principle_id for vote in record.votes}) == 4 and record.principle_id is None
-    assert all(vote.p_forward == pytest.approx(by_question[by_id[vote.principle_id].question]) for vote in record.votes)
+    assert all(vote.p_forward == pytest.approx(by_question[by_id[vote.principle_id].judge_prompt]) for vote in record.votes)
     total = sum(by_id[vote.principle_id].weight for vote in record.votes)
     assert record.p_a == pytest.approx(sum(by_id[v.principle_id].weight * v.p_forward for v in record.votes) / total)
 
@@ -129,8 +129,8 @@ def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
 )
 def test_an_ensemble_labels_when_half_of_it_can_be_read_and_by_those_alone(make_response, silent, outcome):
     class Partly(ScriptedModel):
-        def option_logprobs(self, batch, options):
-            scored = super().option_logprobs(batch, options)
+        def score_options(self, batch, options):
+            scored = super().score_options(batch, options)
             return [s if i // 2 >= silent else OptionScores((-9.0, -2.0), 0.135) for i, s in enumerate(scored)]
 
     model = Partly(option_rule=lambda ask: 0.8 if shown_first(ask) else 0.2)
@@ -151,7 +151,7 @@ def test_a_constitution_asked_whole_is_asked_whole_by_lee2023_alone(make_respons
     course = load_constitution("course")
     assert one(judge("lee2023", ScriptedModel(), course), make_response()).principle_id == "all"
     drawn = one(judge("bai2022", ScriptedModel(), course), make_response()).principle_id
-    assert drawn in {principle.id for principle in course.judging}
+    assert drawn in {principle.id for principle in course.judge}
 
 
 def test_each_recipe_has_records_and_a_template_of_its_own(make_response):
@@ -193,17 +193,17 @@ def written(text, finish="stop"):
     ],
 )
 def test_a_letter_is_read_from_the_beginning_or_not_at_all(text, p):
-    reading = letter_of(written(text), "")
+    reading = parse_letter(written(text), "")
     if p is None:
-        assert math.isnan(reading.p) and reading.outcome is Outcome.UNPARSEABLE and reading.mass == 0
+        assert math.isnan(reading.p_first) and reading.outcome is Outcome.UNPARSEABLE and reading.option_mass == 0
     else:
-        assert (reading.p, reading.outcome, reading.mass) == (p, Outcome.OK, 1.0)
+        assert (reading.p_first, reading.outcome, reading.option_mass) == (p, Outcome.OK, 1.0)
 
 
 @given(st.text())
 def test_no_other_text_is_a_letter(text):
     begins = text.lstrip().startswith(("Answer: (A)", "Answer: (B)"))
-    assert (letter_of(written(text), "").outcome is Outcome.OK) <= begins
+    assert (parse_letter(written(text), "").outcome is Outcome.OK) <= begins
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_no_other_text_is_a_letter(text):
     ],
 )
 def test_a_refusal_is_told_from_a_judgement_about_one(text, refuses):
-    assert bool(REFUSAL.match(text)) == refuses
+    assert bool(REFUSAL_PATTERN.match(text)) == refuses
 
 
 @pytest.mark.parametrize("preset", ["bai2022-cot", "course"])
@@ -236,7 +236,7 @@ def test_a_refusal_is_told_from_a_judgement_about_one(text, refuses):
 def test_what_a_judge_does_not_say_has_a_reason_and_no_label(make_response, preset, answer, outcome):
     class Silent(ScriptedModel):
         def generate(self, batch, **sampling):
-            assert all(ask.deadline_s == 300 for ask in batch)
+            assert all(ask.timeout_s == 300 for ask in batch)
             return [[answer] for _ in batch]
 
     record = one(judge(preset, Silent()), make_response())
@@ -253,15 +253,21 @@ def test_what_a_judge_does_not_say_has_a_reason_and_no_label(make_response, pres
         (OptionScores((-0.1, -0.2), 1.7), Outcome.UNPARSEABLE),
         (OptionScores((-1.0, -2.0), math.nan), Outcome.UNPARSEABLE),
         (OptionScores((-3.0, -4.0), 0.07), Outcome.LOW_MASS),
-        (OptionScores((math.log(0.25), -math.inf), 0.25, replies=("I cannot choose.",) * 5 + ("no",)), Outcome.REFUSED),
-        (OptionScores((math.log(0.25), -math.inf), 0.25, replies=("I cannot choose.",) + ("both",) * 5), Outcome.UNPARSEABLE),
+        (
+            OptionScores((math.log(0.25), -math.inf), 0.25, unparsed_replies=("I cannot choose.",) * 5 + ("no",)),
+            Outcome.REFUSED,
+        ),
+        (
+            OptionScores((math.log(0.25), -math.inf), 0.25, unparsed_replies=("I cannot choose.",) + ("both",) * 5),
+            Outcome.UNPARSEABLE,
+        ),
     ],
 )
 @pytest.mark.parametrize("order", [0, 1])
 def test_scores_that_say_nothing_in_one_order_give_no_label(make_response, scores, outcome, order):
     class Odd(ScriptedModel):
-        def option_logprobs(self, batch, options):
-            scored = super().option_logprobs(batch, options)
+        def score_options(self, batch, options):
+            scored = super().score_options(batch, options)
             return [scores if i % 2 == order else one for i, one in enumerate(scored)]
 
     record = one(judge("lee2023", Odd()), make_response())
@@ -270,10 +276,10 @@ def test_scores_that_say_nothing_in_one_order_give_no_label(make_response, score
 
 def test_votes_of_a_server_without_log_probabilities_are_counted(make_response):
     """The endpoint's own counting is tested with it; here that a share of replies is a soft label like any other."""
-    capabilities = Capabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, votes=8)
+    capabilities = ModelCapabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, num_votes=8)
 
     class Voting(ScriptedModel):
-        def option_logprobs(self, batch, options):
+        def score_options(self, batch, options):
             assert all(ask.prefill == "" for ask in batch)
             shares = [(6, 2) if shown_first(ask) else (4, 4) for ask in batch]
             return [OptionScores((math.log(a / 8), math.log(b / 8)), 1.0) for a, b in shares]

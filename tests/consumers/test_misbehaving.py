@@ -4,17 +4,17 @@ import math
 import threading
 import time
 
-from charter.pipeline import Models, make_stage
-from constitutions.loader import load as load_constitution
+from charter.pipeline import RoleModels, make_stage
+from constitutions.loader import load_constitution as load_constitution
 from engine.bus.read import read_values
 from engine.host import Host
-from engine.models.endpoint import Dialect, Endpoint
-from engine.models.probe import GO_ON
+from engine.models.endpoint import Endpoint, ServerCapabilities
+from engine.models.probe import PREFILL_BODIES
 from engine.settings import load
-from engine.worker import Lane, Worker, outgoing
-from schemas.codec import decode
+from engine.worker import ModelExecutor, Worker, to_producer_record
+from schemas.codec import decode_record
 from schemas.records import Outcome, Preference
-from tests.support.server import CUT, Server, chat
+from tests.support.chat_server import CUT_CONNECTION, FakeChatServer, make_chat_completion
 
 PAIRS = 24
 WITHIN_S = 30
@@ -27,8 +27,8 @@ class Misbehaviour:
     def __init__(self):
         self.over, self.lock, self.billed = threading.Event(), threading.Lock(), 0
         self.troubles = [
-            lambda: (429, b"slow down"), lambda: (500, b"oh"), lambda: CUT, lambda: (200, b"{no json"),
-            lambda: (200, chat("?") | {"choices": []}), lambda: self.over.wait(2) and (200, chat("late", used=None)),
+            lambda: (429, b"slow down"), lambda: (500, b"oh"), lambda: CUT_CONNECTION, lambda: (200, b"{no json"),
+            lambda: (200, make_chat_completion("?") | {"choices": []}), lambda: self.over.wait(2) and (200, make_chat_completion("late", token_counts=None)),
         ]  # fmt: skip
 
     def __call__(self, number, request):
@@ -37,7 +37,7 @@ class Misbehaviour:
         text = " ".join(message["content"] for message in request["messages"])
         top = TOP if text.index("good one") < text.index("bad one") else [("B", TOP[0][1]), ("A", TOP[1][1])]
         answer = self.troubles[number // 3 % len(self.troubles)]() if number % 3 == 0 else None
-        answer = answer or (200, chat("A", top=None if "silent" in text else top))
+        answer = answer or (200, make_chat_completion("A", top_logprobs=None if "silent" in text else top))
         if answer and answer[0] == 200 and isinstance(answer[1], dict):
             with self.lock:
                 self.billed += answer[1].get("usage", {"prompt_tokens": 0})["prompt_tokens"]
@@ -46,30 +46,30 @@ class Misbehaviour:
 
 def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, monkeypatch):
     monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
-    server, script = Server(), Misbehaviour()
+    server, script = FakeChatServer(), Misbehaviour()
     server.script = script
     model = Endpoint(
-        server.url, "m", timeout_s=0.2, concurrency=4, deadline_s=0.3, backoff_s=(0.01, 0.02),
-        known=Dialect(begun=GO_ON[0], shown=20),
+        server.url, "m", timeout_s=0.2, concurrency=4, retry_timeout_s=0.3, backoff_range_s=(0.01, 0.02),
+        cached_server_capabilities=ServerCapabilities(prefill_body=PREFILL_BODIES[0], max_top_logprobs=20),
     )  # fmt: skip
     spec = f"{server.url}#m"
     settings, _ = load({"models.policy": "scripted", "models.judge": spec, "models.max_rows": "4"}, environment={})
-    judge = make_stage("judge", settings, Models(settings, {spec: model}), load_constitution("default"), bus)
+    judge = make_stage("judge", settings, RoleModels(settings, {spec: model}), load_constitution("default"), bus)
     bus.publish([
-        outgoing(make_response(("the good one", "the bad one"), text=f"{'silent' if n % 4 == 0 else 'telling'} {n}"))
+        to_producer_record(make_response(("the good one", "the bad one"), text=f"{'silent' if n % 4 == 0 else 'telling'} {n}"))
         for n in range(PAIRS)
     ])  # fmt: skip
     try:
-        with Host([Worker(bus, judge, Lane("judge", linger_s=0.0), run_id="r", slot="0")]) as host:
+        with Host([Worker(bus, judge, ModelExecutor("judge", downstream_wait_s=0.0), run_id="r", instance="0")]) as host:
             deadline = time.monotonic() + WITHIN_S
             while sum(bus.committed("r.judge", ["responses"]).values()) < PAIRS:
-                host.check()
+                host.raise_if_failed()
                 assert time.monotonic() < deadline, "not every pair was judged in time"
-                host.failed.wait(0.01)
+                host.failure_event.wait(0.01)
     finally:
         script.over.set()
         server.close()
-    labels = [decode(value, Preference) for value in read_values(bus, "preferences")]
+    labels = [decode_record(value, Preference) for value in read_values(bus, "preferences")]
     assert len(labels) == len({label.record_id for label in labels}) == PAIRS
     assert list(read_values(bus, "dead-letters")) == []
     for label in labels:
@@ -77,5 +77,5 @@ def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, m
             assert label.outcome in (Outcome.UNPARSEABLE, Outcome.LOW_MASS) and label.p_a is None
         else:
             assert label.outcome is Outcome.OK and math.isclose(label.p_a, 2 / 3) and not label.position_flip
-    assert sum(label.prompt_tokens for label in labels) + model.owed.prompt == script.billed > 0
+    assert sum(label.prompt_tokens for label in labels) + model.unbilled_usage.prompt_tokens == script.billed > 0
     assert len(server.requests) > 2 * PAIRS  # there was trouble

@@ -5,14 +5,18 @@ import math
 import pytest
 
 from charter.api import Charter
-from consumers.templates import ALONE
+from consumers.templates import LETTER_ONLY_INSTRUCTION
 from engine.models.endpoint import Endpoint
-from engine.models.probe import GO_ON, Dialect
+from engine.models.probe import PREFILL_BODIES, ServerCapabilities
 from engine.settings import RECIPES
 from schemas.records import EndReason, Outcome, Verdict
-from tests.support.server import Server, chat
+from tests.support.chat_server import FakeChatServer, make_chat_completion
 
-DIALECTS = {"logprobs": Dialect(begun=GO_ON[0], shown=20), "unbegun": Dialect(shown=5), "votes": Dialect()}
+DIALECTS = {
+    "logprobs": ServerCapabilities(prefill_body=PREFILL_BODIES[0], max_top_logprobs=20),
+    "unbegun": ServerCapabilities(max_top_logprobs=5),
+    "votes": ServerCapabilities(),
+}
 FIRST, SECOND, BETTER = "the first answer", "the second answer", "the better answer"
 
 
@@ -30,19 +34,19 @@ def kind(number, request):
         letter, other = "AB" if ("(A) Yes" in content) == flawed else "BA"
     top = [(letter, math.log(0.6)), (other, math.log(0.3))] if request.get("logprobs") else None
     if "Begin with" in content:
-        return 200, chat(f"{'' if begun else 'Answer: ('}{letter}) It is kinder.")
+        return 200, make_chat_completion(f"{'' if begun else 'Answer: ('}{letter}) It is kinder.")
     if "Write only the new answer" in content:
-        return 200, chat(BETTER)
-    if top or question.endswith(ALONE):
-        return 200, chat(letter, top=top)
+        return 200, make_chat_completion(BETTER)
+    if top or question.endswith(LETTER_ONLY_INSTRUCTION):
+        return 200, make_chat_completion(letter, top_logprobs=top)
     if "Two possible answers" in content or "Answer in two or three sentences" in content:
-        return 200, chat("There are no problems." if BETTER in content else "It is rude, and could be kinder.")
-    return 200, chat(FIRST if len(question) % 2 else SECOND)
+        return 200, make_chat_completion("There are no problems." if BETTER in content else "It is rude, and could be kinder.")
+    return 200, make_chat_completion(FIRST if len(question) % 2 else SECOND)
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server()
+    server = FakeChatServer()
     server.script = kind
     yield server
     server.close()
@@ -50,19 +54,23 @@ def server():
 
 @pytest.fixture(params=DIALECTS)
 def endpoint(request, server):
-    return Endpoint(server.url, "m", concurrency=4, votes=3, known=DIALECTS[request.param])
+    return Endpoint(server.url, "m", concurrency=4, num_votes=3, cached_server_capabilities=DIALECTS[request.param])
 
 
 @pytest.mark.parametrize("preset", RECIPES["judge"])
 def test_every_judging_recipe_on_a_server(endpoint, make_response, preset):
     charter = Charter(model=endpoint, settings={"judge.preset": preset})
     label = charter.generate_preference_pair(make_response((FIRST, SECOND), text="hello")).preference
-    said = 2 / 3 if endpoint.known.shown else 1.0
+    said = 2 / 3 if endpoint.cached_server_capabilities.max_top_logprobs else 1.0
     expected = {"bai2022-cot": 0.6, "course": 1.0}.get(preset, said)
     assert (label.outcome, label.position_flip, label.preset) == (Outcome.OK, False, preset)
     assert label.p_a == pytest.approx(expected) and label.position_gap == pytest.approx(0)
     assert len(label.votes) == (5 if preset == "ensemble-k" else 1)
-    questions = len(label.votes) * 2 * (1 if endpoint.known.shown or preset == "course" else endpoint.votes)
+    questions = (
+        len(label.votes)
+        * 2
+        * (1 if endpoint.cached_server_capabilities.max_top_logprobs or preset == "course" else endpoint.num_votes)
+    )
     assert label.prompt_tokens == 3 * (questions + (2 if preset == "bai2022-cot" else 0))
 
 
@@ -77,7 +85,9 @@ def test_every_critique_recipe_on_a_server(endpoint, make_response, preset):
     first, last = chain.critiques
     wanted = (Verdict.FLAWED, Verdict.CLEAN) if preset == "charter" else (Verdict.NOT_ASKED, Verdict.NOT_ASKED)
     assert (first.verdict, last.verdict) == wanted and first.critique == "It is rude, and could be kinder."
-    assert last.p_better == (pytest.approx(2 / 3 if endpoint.known.shown else 1.0) if preset == "charter" else None)
+    assert last.p_better == (
+        pytest.approx(2 / 3 if endpoint.cached_server_capabilities.max_top_logprobs else 1.0) if preset == "charter" else None
+    )
 
 
 @pytest.mark.model
@@ -102,5 +112,7 @@ def test_every_recipe_on_the_packaged_model(smollm2, make_response):
     for preset in RECIPES["critique"]:
         chain = Charter(model=model, settings=short | {"critique.preset": preset}).self_critique_loop(response)
         assert (
-            chain.end.final and chain.end_reason is not EndReason.NONE and sum(link.prompt_tokens for link in chain.links) > 100
+            chain.last_step.final
+            and chain.end_reason is not EndReason.NONE
+            and sum(link.prompt_tokens for link in chain.steps) > 100
         )

@@ -2,12 +2,12 @@
 
 import pytest
 
-from charter.pipeline import Models, make_stage
-from constitutions.loader import load as load_constitution
-from consumers.judge import Judge
+from charter.pipeline import RoleModels, make_stage
+from constitutions.loader import load_constitution as load_constitution
+from consumers.judge import JudgeStage
 from engine.models.endpoint import open_endpoint
 from engine.settings import RECIPES, load
-from schemas.codec import decode, encode
+from schemas.codec import decode_record, encode_record
 from schemas.records import Critique, EndReason, Outcome, Preference, Revision
 
 pytestmark = pytest.mark.model
@@ -23,22 +23,24 @@ SHORT = {
 @pytest.fixture(scope="module")
 def server(served):
     model = open_endpoint(served, timeout_s=60, concurrency=2)
-    model.votes = 2
+    model.num_votes = 2
     return model
 
 
 def stage(name, served, server, **chosen):
     settings, _ = load({"models.policy": served} | SHORT | {k.replace("__", "."): v for k, v in chosen.items()}, environment={})
-    return make_stage(name, settings, Models(settings, {served: server}), load_constitution("default"), None)
+    return make_stage(name, settings, RoleModels(settings, {served: server}), load_constitution("default"), None)
 
 
 @pytest.mark.parametrize("preset", RECIPES["judge"])
 def test_every_judging_preset_runs(served, server, make_response, preset):
     more = {"judge__k": "2"} if preset == "ensemble-k" else {}
     judge = stage("judge", served, server, judge__preset=preset, **more)
-    assert isinstance(judge.work, Judge)
-    ((label,),) = judge.work([make_response(("Paris is the capital of France.", "I do not know that."))])
-    assert isinstance(label, Preference) and encode(decode(encode(label), Preference)) == encode(label)
+    assert isinstance(judge.process, JudgeStage)
+    ((label,),) = judge.process([make_response(("Paris is the capital of France.", "I do not know that."))])
+    assert isinstance(label, Preference) and encode_record(decode_record(encode_record(label), Preference)) == encode_record(
+        label
+    )
     assert label.prompt_tokens > 100 and label.completion_tokens > 0 and label.model.id == server.id
     assert (label.p_a is not None) >= (label.outcome is Outcome.OK)
     assert label.outcome is not Outcome.UNKNOWN and label.template_hash
@@ -47,10 +49,12 @@ def test_every_judging_preset_runs(served, server, make_response, preset):
 @pytest.mark.parametrize("preset", RECIPES["critique"])
 def test_every_critique_preset_runs(served, server, make_response, preset):
     chosen = {"critique__preset": preset, "critique__rounds": "1"}
-    ((critique,),) = stage("critique", served, server, **chosen).work([make_response()])
+    ((critique,),) = stage("critique", served, server, **chosen).process([make_response()])
     assert isinstance(critique, Critique) and critique.prompt_tokens > 50
     if critique.final:
         assert critique.end_reason is not EndReason.NONE
         return
-    ((revision,),) = stage("revise", served, server, **chosen).work([critique])
-    assert isinstance(revision, Revision) and revision.completion_tokens > 0 and decode(encode(revision), Revision)
+    ((revision,),) = stage("revise", served, server, **chosen).process([critique])
+    assert (
+        isinstance(revision, Revision) and revision.completion_tokens > 0 and decode_record(encode_record(revision), Revision)
+    )

@@ -4,20 +4,20 @@ import math
 
 import pytest
 
-from constitutions.loader import load
-from consumers.compare import Comparison, both_orders, share_of_a
-from consumers.critique import Criticise
-from consumers.judge import Judge
-from consumers.respond import Respond
-from consumers.revise import Revise
-from consumers.templates import ALONE, HASH, hash_of
-from engine.models.port import Capabilities, OptionScores
+from constitutions.loader import load_constitution
+from consumers.compare import Comparison, compare_in_both_orders, compute_p_a
+from consumers.critique import CritiqueStage
+from consumers.judge import JudgeStage
+from consumers.respond import RespondStage
+from consumers.revise import ReviseStage
+from consumers.templates import LETTER_ONLY_INSTRUCTION, TEMPLATE_HASHES, get_template_hash
+from engine.models.interface import ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
-from schemas.codec import decode, encode
+from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, EndReason, FinishReason, Outcome, RejectionReason, Sampling, Verdict
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=64)
-DEFAULT = load("default")
+DEFAULT = load_constitution("default")
 
 
 def says_flawed(p):
@@ -42,23 +42,23 @@ def judges(preferred):
 
 
 def respond(model, version=0, samples=2):
-    return Respond(lambda: (model, version), samples, SAMPLING)
+    return RespondStage(lambda: (model, version), samples, SAMPLING)
 
 
 def criticise(model, constitution=DEFAULT, **changes):
     fields = {
-        "sampling": SAMPLING, "rounds": 2, "early_stop": "verdict", "few_shot": True, "min_mass": 0.5, "win": 0.6, "lose": 0.4,
-        "same": 0.97, "skip_sources": ("helpful",),
+        "sampling": SAMPLING, "rounds": 2, "early_stop": "verdict", "few_shot": True, "min_option_mass": 0.5, "accept_threshold": 0.6, "reject_threshold": 0.4,
+        "similarity_threshold": 0.97, "skip_sources": ("helpful",),
     }  # fmt: skip
-    return Criticise(model=model, constitution=constitution, **fields | changes)
+    return CritiqueStage(model=model, constitution=constitution, **fields | changes)
 
 
 def revise(model):
-    return Revise(model, DEFAULT, SAMPLING, few_shot=True)
+    return ReviseStage(model, DEFAULT, SAMPLING, few_shot=True)
 
 
 def judge(model, constitution=DEFAULT, pairing="completions", reject_flips=False):
-    return Judge(model, constitution, pairing, 0.5, reject_flips)
+    return JudgeStage(model, constitution, pairing, 0.5, reject_flips)
 
 
 # Respond
@@ -72,7 +72,7 @@ def test_respond_carries_tokens_logprobs_seed_and_policy_version(make_prompt):
         assert [c.index for c in record.completions] == [0, 1, 2]
         assert all(len(c.token_ids) == len(c.logprobs) > 0 for c in record.completions)
         assert all(c.policy_version == 7 and c.finish_reason is FinishReason.STOP for c in record.completions)
-        assert decode(encode(record), type(record)).record_id == record.record_id
+        assert decode_record(encode_record(record), type(record)).record_id == record.record_id
 
 
 def test_the_same_work_has_the_same_id_and_another_policy_another(make_prompt):
@@ -127,16 +127,16 @@ def test_the_last_round_ends_a_chain_that_is_still_flawed(make_response):
 
 
 def test_earlier_principles_are_asked_again(make_response):
-    revision = chain(make_response, "better now", load("course"))
+    revision = chain(make_response, "better now", load_constitution("course"))
     model = ScriptedModel(option_rule=says_flawed(0.1))
-    criticise(model, load("course"), rounds=3)([revision])
-    assert model.scored == 2 * (1 + 1 + 1)  # the comparison, the used principle, the next one: each in both orders
+    criticise(model, load_constitution("course"), rounds=3)([revision])
+    assert model.num_scored == 2 * (1 + 1 + 1)  # the comparison, the used principle, the next one: each in both orders
 
 
 def test_without_early_stop_nothing_is_asked_and_all_rounds_are_made(make_response):
     model = ScriptedModel(text_rule=lambda ask, n: "why")
     ((critique,),) = criticise(model, early_stop="none")([make_response()])
-    assert model.scored == 0 and critique.verdict is Verdict.NOT_ASKED and not critique.final
+    assert model.num_scored == 0 and critique.verdict is Verdict.NOT_ASKED and not critique.final
 
 
 def test_helpful_prompts_are_not_revised(make_response):
@@ -150,7 +150,7 @@ def test_an_empty_answer_is_unusable(make_response):
 
 
 def test_a_verdict_without_mass_is_not_clean(make_response):
-    model = ScriptedModel(option_rule=says_flawed(0.0), mass=0.2, text_rule=lambda a, n: "why")
+    model = ScriptedModel(option_rule=says_flawed(0.0), option_mass=0.2, text_rule=lambda a, n: "why")
     ((record,),) = criticise(model)([make_response()])
     assert (record.verdict, record.end_reason) == (Verdict.LOW_MASS, EndReason.NONE)
 
@@ -207,7 +207,7 @@ def test_a_judge_that_always_takes_the_first_slot_gives_one_half_and_is_marked(m
 
 
 def test_without_mass_there_is_no_label(make_response):
-    ((record,),) = judge(ScriptedModel(mass=0.3))([make_response()])
+    ((record,),) = judge(ScriptedModel(option_mass=0.3))([make_response()])
     assert (record.outcome, record.p_a) == (Outcome.LOW_MASS, None)
 
 
@@ -220,9 +220,9 @@ def test_k_candidates_make_k_minus_1_pairs(make_response):
 def test_the_course_judges_by_all_principles_in_one_question(make_response):
     asked = []
     model = ScriptedModel(option_rule=lambda ask: asked.append(ask.messages[0].content) or 0.7)
-    ((record,),) = judge(model, load("course"))([make_response()])
+    ((record,),) = judge(model, load_constitution("course"))([make_response()])
     assert record.principle_id == "all" and len(asked) == 2
-    assert all(principle.question in asked[0] for principle in load("course").judging)
+    assert all(principle.judge_prompt in asked[0] for principle in load_constitution("course").judge)
 
 
 def test_the_revision_pairing_compares_the_final_text_with_the_first(make_response):
@@ -235,14 +235,16 @@ def test_the_revision_pairing_compares_the_final_text_with_the_first(make_respon
 
 def test_both_orders_against_hand_computed_numbers():
     class Fixed(ScriptedModel):
-        def option_logprobs(self, batch, options):
+        def score_options(self, batch, options):
             return [OptionScores((-1.0, -2.0), 0.5), OptionScores((-3.0, -1.0), 0.4)]
 
-    (result,) = both_orders(Fixed(), [((ChatMessage(role="user", content="x"),), (ChatMessage(role="user", content="y"),))])
+    (result,) = compare_in_both_orders(
+        Fixed(), [((ChatMessage(role="user", content="x"),), (ChatMessage(role="user", content="y"),))]
+    )
     # e^-1 / (e^-1 + e^-2) = 0.7310586, and of the swapped order 1 - e^-3 / (e^-3 + e^-1) = 0.8807971
-    assert result.forward == pytest.approx(0.7310586) and result.backward == pytest.approx(0.8807971)
-    assert result.p == pytest.approx(0.8059278) and result.mass == 0.4 and not result.position_flip
-    assert math.isnan(share_of_a(OptionScores((float("-inf"), float("-inf")), 0.0)))
+    assert result.p_forward == pytest.approx(0.7310586) and result.p_backward == pytest.approx(0.8807971)
+    assert result.p_mean == pytest.approx(0.8059278) and result.option_mass == 0.4 and not result.position_flip
+    assert math.isnan(compute_p_a(OptionScores((float("-inf"), float("-inf")), 0.0)))
     assert Comparison(0.6, 0.4, 1, 1).position_flip
 
 
@@ -250,18 +252,21 @@ def test_what_a_model_cannot_do_changes_the_question_and_its_hash_never_silently
     asked = []
 
     class Unbegun(ScriptedModel):
-        def option_logprobs(self, batch, options):
+        def score_options(self, batch, options):
             asked.extend(batch)
-            return super().option_logprobs(batch, options)
+            return super().score_options(batch, options)
 
-    able, unable = ScriptedModel(), Unbegun(capabilities=Capabilities(prefill=False))
+    able, unable = ScriptedModel(), Unbegun(capabilities=ModelCapabilities(prefill=False))
     response = ChatMessage(role="user", content="Which? (A) or (B)")
-    both_orders(unable, [((response,), (response,))])
-    assert [ask.prefill for ask in asked] == ["", ""] and all(ask.messages[-1].content.endswith(ALONE) for ask in asked)
+    compare_in_both_orders(unable, [((response,), (response,))])
+    assert [ask.prefill for ask in asked] == ["", ""] and all(
+        ask.messages[-1].content.endswith(LETTER_ONLY_INSTRUCTION) for ask in asked
+    )
     hashes = {
-        hash_of("comparison", m.capabilities) for m in (able, unable, Unbegun(capabilities=Capabilities(False, False, votes=8)))
+        get_template_hash("comparison", m.capabilities)
+        for m in (able, unable, Unbegun(capabilities=ModelCapabilities(False, False, num_votes=8)))
     }
-    assert len(hashes) == 3 and HASH["comparison"] in hashes
+    assert len(hashes) == 3 and TEMPLATE_HASHES["comparison"] in hashes
 
 
 def test_what_a_judgement_and_a_critique_cost_is_on_their_records(make_response):

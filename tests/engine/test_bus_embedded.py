@@ -13,9 +13,9 @@ import pytest
 from engine.bus import open_bus
 from engine.bus.embedded import EmbeddedBus
 from engine.bus.kafka import parse_address
-from engine.bus.port import Outgoing
-from engine.bus.read import read_messages, read_values
-from engine.errors import BusUnreachable, DataFolderVersion, UsageError
+from engine.bus.port import ProducerRecord
+from engine.bus.read import read_topic, read_values
+from engine.errors import BusUnreachable, DataFolderVersionMismatch, UsageError
 from schemas.topics import TOPICS
 
 
@@ -27,10 +27,10 @@ def process(code, *arguments, **more):
 PUBLISH = """
     import sys
     from engine.bus import open_bus
-    from engine.bus.port import Outgoing
+    from engine.bus.port import ProducerRecord
     bus = open_bus(sys.argv[1])
     for batch in range(int(sys.argv[3])):
-        bus.publish([Outgoing("prompts", sys.argv[2].encode(), f"{sys.argv[2]}/{batch}/{i}".encode()) for i in range(10)])
+        bus.publish([ProducerRecord("prompts", sys.argv[2].encode(), f"{sys.argv[2]}/{batch}/{i}".encode()) for i in range(10)])
         print(batch, flush=True)
 """
 
@@ -45,7 +45,7 @@ def test_killing_a_publisher_loses_nothing_that_was_acknowledged_and_tears_no_ba
     for line in publisher.stdout:
         acknowledged = int(line) + 1
     publisher.stdout.close()
-    messages = list(read_messages(bus, "prompts"))
+    messages = list(read_topic(bus, "prompts"))
     assert len(messages) % 10 == 0 and len(messages) >= acknowledged * 10
     assert [m.offset for m in messages] == list(range(len(messages)))
 
@@ -60,10 +60,10 @@ def test_many_processes_write_at_once(bus, tmp_path):
 
 
 def test_a_dead_members_partitions_go_to_the_living_when_its_lease_ends(tmp_path):
-    bus = EmbeddedBus(tmp_path, lease_s=0.5)
+    bus = EmbeddedBus(tmp_path, lease_timeout_s=0.5)
     bus.create_topics(list(TOPICS.values()))
-    dead = bus.consumer("g", ["prompts"], member="dead")
-    living = bus.consumer("g", ["prompts"], member="living")
+    dead = bus.open_consumer("g", ["prompts"], member="dead")
+    living = bus.open_consumer("g", ["prompts"], member="living")
     dead.poll(0.01, 1)
     while len(living.assignment()) < 12:  # it takes its half at once, and the rest once the other is silent for its lease
         living.poll(0.1, 1)
@@ -75,7 +75,7 @@ def test_a_log_of_another_version_is_left_alone(tmp_path):
     open_bus(str(tmp_path)).close()
     with sqlite3.connect(tmp_path / "log.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(DataFolderVersion, match=r"99.*ours: 1"):
+    with pytest.raises(DataFolderVersionMismatch, match=r"99.*ours: 1"):
         open_bus(str(tmp_path))
 
 
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_is_an_error(tmp_path):
 
 def test_publishing_to_an_unknown_topic_writes_nothing(bus):
     with pytest.raises(UsageError):
-        bus.publish([Outgoing("prompts", b"k", b"v"), Outgoing("nowhere", b"k", b"v")])
+        bus.publish([ProducerRecord("prompts", b"k", b"v"), ProducerRecord("nowhere", b"k", b"v")])
     assert read_values(bus, "prompts") == []
 
 

@@ -13,14 +13,14 @@ import pytest
 from kafka import errors
 
 import engine.bus.read
-from charter.pipeline import STAGES, connect, make_host, store_of
+from charter.pipeline import STAGES, connect_bus, make_host, open_store
 from engine.bus import open_bus
-from engine.bus.kafka import connecting
-from engine.bus.port import Outgoing
+from engine.bus.kafka import capture_connection_errors
+from engine.bus.port import ProducerRecord
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError
 from engine.settings import load
-from producers.files import SHIPPED, Producer
+from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
 from tests.support.kafka import SecureBroker
@@ -31,18 +31,18 @@ pytestmark = pytest.mark.kafka
 @pytest.fixture
 def bus(kafka_address):
     opened = open_bus(kafka_address, prefix=f"k{uuid.uuid4().hex[:8]}.")
-    opened.create_topics([TopicSpec("in", Prompt, partitions=1)])
+    opened.create_topics([TopicSpec("in", Prompt, num_partitions=1)])
     yield opened
     opened.close()
 
 
 def test_a_transaction_that_stands_open_is_said_and_not_waited_for_endlessly(bus, monkeypatch):
-    monkeypatch.setattr(engine.bus.read, "STUCK_S", 3.0)
-    bus.publish([Outgoing("in", b"k", b"1")])
+    monkeypatch.setattr(engine.bus.read, "STALL_TIMEOUT_S", 3.0)
+    bus.publish([ProducerRecord("in", b"k", b"1")])
     stranger = kafka.KafkaProducer(bootstrap_servers=bus.servers, transactional_id=bus.prefix, transaction_timeout_ms=600_000)
     stranger.init_transactions()
     stranger.begin_transaction()
-    stranger.send(bus.name("in"), value=b"2").get(timeout=10)
+    stranger.send(bus.add_prefix("in"), value=b"2").get(timeout=10)
     with pytest.raises(BusUnreachable, match=r"in\[0\] cannot be read beyond 1, and goes on to 2"):
         read_values(bus, "in")
     stranger.abort_transaction()
@@ -62,7 +62,7 @@ def secure(tmp_path_factory):
 def flags(broker, folder, **changes):
     return {
         "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": broker.USER,
-        "bus.ssl_cafile": str(broker.ca), "data.folder": str(folder), "models.policy": "scripted",
+        "bus.ssl_cafile": str(broker.ca_file), "data.folder": str(folder), "models.policy": "scripted",
     } | {key.replace("__", "."): value for key, value in changes.items() if key != "password"}  # fmt: skip
 
 
@@ -88,15 +88,15 @@ def test_a_secured_listener_lets_in_who_may(secure, tmp_path, mechanism):
 def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secure, tmp_path, monkeypatch):
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", SecureBroker.PASSWORD)
     settings, _ = load(flags(secure, tmp_path, bus__prefix="s."), environment={})
-    opened = connect(settings)
-    Producer(opened, "live", eval_share=0.0).publish(str(SHIPPED), last=2)
+    opened = connect_bus(settings)
+    FileProducer(opened, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=2)
     with make_host(settings, opened, STAGES, sink=True) as host:
-        store = store_of(settings)
+        store = open_store(settings)
         while store.query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL").rows != [
             (2,)
         ]:
-            host.failed.wait(0.05)
-            host.check()
+            host.failure_event.wait(0.05)
+            host.raise_if_failed()
     kept = b"".join(value for topic in TOPICS for value in read_values(opened, topic))
     opened.close()
     files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -114,18 +114,18 @@ def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secur
     ],
 )
 def test_who_may_not_is_told_why_and_no_secret(secure, tmp_path, monkeypatch, changes, words):
-    monkeypatch.setattr("engine.bus.kafka.BOOTSTRAP_MS", 4000)
+    monkeypatch.setattr("engine.bus.kafka.BOOTSTRAP_TIMEOUT_MS", 4000)
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", changes.get("password", secure.PASSWORD))
     settings, _ = load(flags(secure, tmp_path, **changes), environment={})
     with pytest.raises(CharterError) as refused:
-        connect(settings)
+        connect_bus(settings)
     assert refused.value.exit_code in (2, 3) and all(word in str(refused.value) for word in words), str(refused.value)
     assert "wrong-one" not in str(refused.value) and secure.PASSWORD not in str(refused.value)
 
 
 @pytest.mark.parametrize(("protocol", "hints"), [("SASL_SSL", True), ("PLAINTEXT", False)])
 def test_a_broker_that_hangs_up_may_have_refused_the_user(protocol, hints):
-    with pytest.raises(ConnectionError, match="socket disconnected") as hung_up, connecting(protocol):
+    with pytest.raises(ConnectionError, match="socket disconnected") as hung_up, capture_connection_errors(protocol):
         logging.getLogger("kafka.net.manager").error(
             "Connection failed: %s", errors.KafkaConnectionError("socket disconnected")
         )

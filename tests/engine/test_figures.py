@@ -5,13 +5,13 @@ import math
 import pytest
 
 from schemas.records import Outcome
-from tests.support.records import World, judged, known
+from tests.support.records import RecordDatabase, add_counted_run, make_judged_preference
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    made = World(tmp_path_factory.mktemp("figures") / "charter.duckdb")
-    known(made)
+    made = RecordDatabase(tmp_path_factory.mktemp("figures") / "charter.duckdb")
+    add_counted_run(made)
     return made
 
 
@@ -25,17 +25,17 @@ def wilson(hits, n, z=1.959963984540054):
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (3, 10), (0.5, 4), (9_999, 10_000)])
 def test_wilsons_bounds_solve_his_equation(world, hits, n):
-    found = world.rows(f"SELECT wilson_low({hits}, {n}), wilson_high({hits}, {n})")[0]
+    found = world.query_rows(f"SELECT wilson_low({hits}, {n}), wilson_high({hits}, {n})")[0]
     assert found == pytest.approx(wilson(hits, n), abs=1e-12)
     assert (found[0] == 0.0) == (hits == 0) and (found[1] == 1.0) == (hits == n)
 
 
 def test_a_share_of_nothing_is_null(world):
-    assert world.rows("SELECT share(0, 0), wilson_low(0, 0), wilson_high(0, 0)") == [(None, None, None)]
+    assert world.query_rows("SELECT share(0, 0), wilson_low(0, 0), wilson_high(0, 0)") == [(None, None, None)]
 
 
 def test_principles(world):
-    rows = {(row["stage"], row["principle_id"]): row for row in world.records("SELECT * FROM principle_stats")}
+    rows = {(row["stage"], row["principle_id"]): row for row in world.query_records("SELECT * FROM principle_stats")}
     assert set(rows) == {("critique", "harm"), ("judge", "care"), ("judge", "honest")}
     harm, care, honest = rows["critique", "harm"], rows["judge", "care"], rows["judge", "honest"]
     # Six verdicts were asked, four of first answers and two of revisions; one could not be read.
@@ -55,7 +55,7 @@ def correlation(xs, ys):
 
 
 def test_revisions(world):
-    (row,) = world.records("SELECT * FROM revision_stats")
+    (row,) = world.query_records("SELECT * FROM revision_stats")
     assert (row["round"], row["revisions"], row["unusable"], row["compared"], row["wins"]) == (1, 3, 1, 2, 1.0)
     assert row["mean_p_better"] == pytest.approx(0.55) and row["mean_similarity"] == pytest.approx(1.6 / 3)
     assert row["mean_length_change"] == pytest.approx(2 / 3)
@@ -63,7 +63,7 @@ def test_revisions(world):
 
 
 def test_positions(world):
-    rows = {row["principle_id"]: row for row in world.records("SELECT * FROM position_bias_stats")}
+    rows = {row["principle_id"]: row for row in world.query_records("SELECT * FROM position_bias_stats")}
     care = rows["care"]
     assert (care["judged"], care["flips"], care["flip_rate"], care["preset"]) == (4, 1, 0.25, "charter")
     assert (care["mean_p_forward"], care["mean_p_backward"]) == pytest.approx((0.7, 0.5))
@@ -72,19 +72,19 @@ def test_positions(world):
 
 
 def test_a_place_that_won_counts_only_where_the_judge_could_be_read(tmp_path):
-    made = World(tmp_path / "charter.duckdb")
+    made = RecordDatabase(tmp_path / "charter.duckdb")
     for n, outcome in enumerate((Outcome.OK, Outcome.POSITION_FLIP, Outcome.LOW_MASS, Outcome.REFUSED)):
-        pair = judged(str(n), str(n), "a", "b", 0.9, 0.3)
+        pair = make_judged_preference(str(n), str(n), "a", "b", 0.9, 0.3)
         votes = [vote.model_copy(update={"outcome": outcome}) for vote in pair.votes]
         made.add(pair.model_copy(update={"outcome": outcome, "votes": votes}))
-    assert made.rows("SELECT judged, flips, flip_rate FROM position_bias_stats") == [(2, 2, 1.0)]
+    assert made.query_rows("SELECT judged, flips, flip_rate FROM position_bias_stats") == [(2, 2, 1.0)]
 
 
 def test_people_and_judges(world):
-    pairs = world.rows("SELECT round(p_ai, 2), p_human, agree FROM ai_human_labels ORDER BY 1")
+    pairs = world.query_rows("SELECT round(p_ai, 2), p_human, agree FROM ai_human_labels ORDER BY 1")
     assert pairs == [(0.3, 1.0, False), (0.6, 1.0, True), (0.8, 1.0, True)]
-    (row,) = world.records("SELECT * FROM label_agreement_stats")
+    (row,) = world.query_records("SELECT * FROM label_agreement_stats")
     assert (row["pairs"], row["decided"], row["agreed"], row["principle_id"]) == (3, 3, 2, "care")
     assert row["brier"] == pytest.approx((0.7**2 + 0.4**2 + 0.2**2) / 3)
-    bins = world.rows("SELECT p_from, pairs, human_share FROM label_calibration_stats ORDER BY 1")
+    bins = world.query_rows("SELECT p_from, pairs, human_share FROM label_calibration_stats ORDER BY 1")
     assert bins == [(0.3, 1, 1.0), (0.6, 1, 1.0), (0.8, 1, 1.0)]

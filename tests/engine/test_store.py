@@ -10,16 +10,16 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from engine.errors import DataFolderVersion, StoreBusy, UsageError
+from engine.errors import DataFolderVersionMismatch, StoreBusy, UsageError
 from engine.store import Store
-from engine.tables import VERSION
+from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
 
 
 @pytest.fixture
 def store(tmp_path):
     made = Store(tmp_path / "charter.duckdb")
-    made.prepare()
+    made.create_schema()
     return made
 
 
@@ -28,7 +28,7 @@ def test_a_new_database_has_every_table_and_view(store):
     assert status == [(topic, 0) for topic in TOPICS]
     for view in ("sft_examples", "preference_pairs", "traces", "revision_chains", "rollouts"):
         assert store.query(f"SELECT * FROM {view}").rows == []
-    store.prepare()  # again: nothing happens
+    store.create_schema()  # again: nothing happens
 
 
 READER = """
@@ -49,7 +49,7 @@ except PermissionError:
 def test_who_may_only_read_the_folder_can_ask():
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         folder = Path(name)
-        Store(folder / "charter.duckdb").prepare()
+        Store(folder / "charter.duckdb").create_schema()
         Store(folder / "charter.duckdb").query("SELECT 1")  # now the gate is whole
         paths = (folder, *folder.rglob("*"))
         for path in paths:
@@ -91,10 +91,10 @@ def test_an_absent_database_says_how_to_make_one(tmp_path):
 
 
 def test_a_database_of_another_version_is_left_alone(store):
-    with store.writing() as connection:
+    with store.open_write_session() as connection:
         connection.execute("UPDATE raw.sink_state SET version = 99")
-    for use in (store.prepare, lambda: store.query("SELECT 1")):
-        with pytest.raises(DataFolderVersion, match=rf"99, ours: {VERSION}"):
+    for use in (store.create_schema, lambda: store.query("SELECT 1")):
+        with pytest.raises(DataFolderVersionMismatch, match=rf"99, ours: {FORMAT_VERSION}"):
             use()
 
 
@@ -102,14 +102,14 @@ def test_a_foreign_database_is_left_alone(tmp_path):
     path = tmp_path / "charter.duckdb"
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE TABLE mine (a INTEGER)")
-    with pytest.raises(DataFolderVersion):
-        Store(path).prepare()
+    with pytest.raises(DataFolderVersionMismatch):
+        Store(path).create_schema()
 
 
 def test_a_file_that_is_no_database_is_an_error(tmp_path):
     path = tmp_path / "charter.duckdb"
     path.write_bytes(b"something else" * 1000)
-    with pytest.raises(DataFolderVersion, match="cannot be opened"):
+    with pytest.raises(DataFolderVersionMismatch, match="cannot be opened"):
         Store(path).query("SELECT 1")
 
 
@@ -127,24 +127,24 @@ def test_a_file_held_by_another_program_says_by_whom(store):
 
 
 def test_a_busy_gate_is_busy_after_the_wait(store):
-    with store.gate.write(1), pytest.raises(StoreBusy, match="busy"):
-        store.query("SELECT 1", wait_s=0.1)
+    with store.access_lock.write_lock(1), pytest.raises(StoreBusy, match="busy"):
+        store.query("SELECT 1", lock_timeout_s=0.1)
 
 
 def test_a_waiting_writer_goes_before_readers_that_come_later(store):
     order, reading, go = [], threading.Event(), threading.Event()
 
     def first_reader():
-        with store.gate.read(10):
+        with store.access_lock.read_lock(10):
             reading.set()
             go.wait(10)
 
     def writer():
-        with store.gate.write(10):
+        with store.access_lock.write_lock(10):
             order.append("writer")
 
     def late_reader():
-        with store.gate.read(10):
+        with store.access_lock.read_lock(10):
             order.append("reader")
 
     threads = [threading.Thread(target=first_reader), threading.Thread(target=writer), threading.Thread(target=late_reader)]
@@ -154,7 +154,7 @@ def test_a_waiting_writer_goes_before_readers_that_come_later(store):
     while not turn_is_taken(store):  # the writer has the turn and waits for the first reader
         pass
     threads[2].start()
-    while not store.gate.readers_wait():
+    while not store.access_lock.has_waiting_readers():
         pass
     go.set()
     for thread in threads:
@@ -164,7 +164,7 @@ def test_a_waiting_writer_goes_before_readers_that_come_later(store):
 
 def turn_is_taken(store):
     try:
-        with store.gate.read(0):
+        with store.access_lock.read_lock(0):
             return False
     except StoreBusy:
         return True

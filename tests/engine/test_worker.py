@@ -6,22 +6,22 @@ import time
 
 import pytest
 
-from engine.bus.port import Outgoing
+from engine.bus.port import ProducerRecord
 from engine.bus.read import read_values
+from engine.crash_journal import CrashJournal
 from engine.errors import (
     BusUnreachable,
-    CommitInDoubt,
-    DeadLettersInARow,
+    CommitUncertain,
     ModelUnreachable,
     PermanentRecordError,
+    TooManyDeadLetters,
     UsageError,
 )
 from engine.host import Host
-from engine.journal import Journal
-from engine.watchdog import Calls, Watchdog
-from engine.worker import ONLY, Lane, Limits, Stage, Worker, outgoing
+from engine.watchdog import CallTracker, Watchdog
+from engine.worker import TARGET_STAGE_HEADER, ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
 from schemas import ids
-from schemas.codec import decode
+from schemas.codec import decode_record
 from schemas.records import ChatMessage, Completion, DeadLetter, DeadLetterKind, Prompt, Response
 
 WITHIN_S = 20
@@ -29,14 +29,14 @@ WITHIN_S = 20
 
 def prompt(text, run="r"):
     messages = [ChatMessage(role="user", content=text)]
-    key = ids.prompt_id(messages)
+    key = ids.compute_prompt_id(messages)
     return Prompt(record_id=key, prompt_id=key, run_id=run, stage="produce", messages=messages, source="test")
 
 
 def answer(record):
     text = record.messages[0].content.upper()
     return Response(
-        record_id=ids.record_id("respond", [record.record_id], "f"), prompt_id=record.prompt_id, run_id=record.run_id,
+        record_id=ids.compute_record_id("respond", [record.record_id], "f"), prompt_id=record.prompt_id, run_id=record.run_id,
         stage="respond", messages=record.messages, source="test", completions=[Completion(index=0, text=text)],
     )  # fmt: skip
 
@@ -47,28 +47,28 @@ def echo(records):
 
 def worker(bus, work, *, lane=None, name="respond", inputs=("prompts",), outputs=("responses",), rank=0, batch=8, **more):
     stage = Stage(name, inputs, outputs, rank, batch, work)
-    return Worker(bus, stage, lane or Lane("test", linger_s=0.0), run_id="r", slot="0", **more)
+    return Worker(bus, stage, lane or ModelExecutor("test", downstream_wait_s=0.0), run_id="r", instance="0", **more)
 
 
 def run_until(workers, condition):
     with Host(workers) as host:
         deadline = time.monotonic() + WITHIN_S
         while not condition():
-            host.check()
+            host.raise_if_failed()
             assert time.monotonic() < deadline, "the condition was not met in time"
-            host.failed.wait(0.01)
+            host.failure_event.wait(0.01)
 
 
 def responses(bus):
-    return sorted(decode(value, Response).completions[0].text for value in read_values(bus, "responses"))
+    return sorted(decode_record(value, Response).completions[0].text for value in read_values(bus, "responses"))
 
 
 def letters(bus):
-    return [decode(value, DeadLetter) for value in read_values(bus, "dead-letters")]
+    return [decode_record(value, DeadLetter) for value in read_values(bus, "dead-letters")]
 
 
 def publish(bus, *records):
-    bus.publish([outgoing(record) for record in records])
+    bus.publish([to_producer_record(record) for record in records])
 
 
 def test_every_record_is_worked_once_and_committed(bus):
@@ -94,7 +94,7 @@ def test_a_poisoned_record_becomes_a_dead_letter_and_its_neighbours_do_not(bus):
         "PermanentRecordError",
         "prompts",
     )
-    assert decode(letter.value, Prompt).messages[0].content == "p05"
+    assert decode_record(letter.value, Prompt).messages[0].content == "p05"
     assert letter.headers[0].value == b"r"
 
 
@@ -107,13 +107,13 @@ def test_a_bug_is_tried_again_and_then_a_dead_letter(bus, monkeypatch):
         raise ZeroDivisionError("a bug")
 
     publish(bus, prompt("p"))
-    run_until([worker(bus, work, limits=Limits(attempts=3))], lambda: len(letters(bus)) == 1)
+    run_until([worker(bus, work, limits=WorkerLimits(max_attempts=3))], lambda: len(letters(bus)) == 1)
     (letter,) = letters(bus)
     assert (letter.kind, letter.attempts, tries) == (DeadLetterKind.EXHAUSTED, 3, [1, 1, 1])
 
 
 def test_bytes_that_are_no_record_become_a_dead_letter_untouched(bus):
-    bus.publish([Outgoing("prompts", b"k", b"rubbish", (("h", b"v"),))])
+    bus.publish([ProducerRecord("prompts", b"k", b"rubbish", (("h", b"v"),))])
     publish(bus, prompt("good"))
     run_until([worker(bus, echo)], lambda: len(letters(bus)) == 1 and responses(bus) == ["GOOD"])
     (letter,) = letters(bus)
@@ -176,7 +176,7 @@ def test_after_a_commit_in_doubt_nothing_is_worked_or_written_twice(bus):
         real(outputs, *arguments, **more)
         if left[0] and outputs:
             left[0] -= 1
-            raise CommitInDoubt("the answer was lost")
+            raise CommitUncertain("the answer was lost")
 
     doubtful.writer.commit = commit
     run_until([doubtful], lambda: sum(bus.committed("r.respond", ["prompts"]).values()) == 20)
@@ -191,20 +191,20 @@ def test_a_full_stage_reads_no_more_than_its_bound(bus):
         return echo(records)
 
     publish(bus, *(prompt(f"p{n}") for n in range(300)))
-    bounded = worker(bus, work, limits=Limits(in_flight=20))
+    bounded = worker(bus, work, limits=WorkerLimits(max_in_flight=20))
     with Host([bounded]):
         deadline = time.monotonic() + WITHIN_S
-        while bounded.in_flight < 20 and time.monotonic() < deadline:
+        while bounded.num_in_flight < 20 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert bounded.in_flight == 20
+        assert bounded.num_in_flight == 20
         gate.set()
         while len(responses(bus)) < 300 and time.monotonic() < deadline:
-            assert bounded.in_flight <= 21
+            assert bounded.num_in_flight <= 21
     assert len(responses(bus)) == 300
 
 
 def test_a_lane_serves_the_later_stage_first(bus):
-    order, lane = [], Lane("test", linger_s=0.5)
+    order, lane = [], ModelExecutor("test", downstream_wait_s=0.5)
 
     def early(records):
         order.append("early")
@@ -233,7 +233,7 @@ def test_while_it_is_in_doubt_a_worker_commits_nothing(bus):
         real(outputs, *arguments, **more)
         if outputs and not state["doubts"]:
             state["doubts"] = 1
-            raise CommitInDoubt("the answer was lost")
+            raise CommitUncertain("the answer was lost")
 
     committed = doubtful.consumer.committed
 
@@ -244,7 +244,9 @@ def test_while_it_is_in_doubt_a_worker_commits_nothing(bus):
         return committed()
 
     doubtful.writer.commit, doubtful.consumer.committed = commit, away
-    run_until([doubtful], lambda: state == {"doubts": 1, "away": 0} and not doubtful.in_doubt and doubtful.in_flight == 0)
+    run_until(
+        [doubtful], lambda: state == {"doubts": 1, "away": 0} and not doubtful.commit_uncertain and doubtful.num_in_flight == 0
+    )
     assert responses(bus) == [f"P{n:02}" for n in range(20)]
 
 
@@ -260,7 +262,7 @@ def fail_for(wrong, error=PermanentRecordError):
 
 def test_many_dead_letters_of_one_class_in_a_row_stop_the_stage_and_are_not_committed(bus):
     publish(bus, *(prompt(f"p{n:02}") for n in range(30)))
-    with pytest.raises(DeadLettersInARow, match=r"10 records in a row.*PermanentRecordError"):
+    with pytest.raises(TooManyDeadLetters, match=r"10 records in a row.*PermanentRecordError"):
         run_until([worker(bus, fail_for(lambda text: True))], lambda: False)
     assert bus.committed("r.respond", ["prompts"]) == {} and letters(bus) == []
     run_until([worker(bus, echo)], lambda: len(responses(bus)) == 30)  # mended: every one of them is worked
@@ -283,13 +285,13 @@ def test_a_few_dead_letters_are_committed_when_nothing_else_is_left_to_do(bus):
 
 def test_the_limit_in_a_row_can_be_turned_off(bus):
     publish(bus, *(prompt(f"p{n:02}") for n in range(30)))
-    unlimited = worker(bus, fail_for(lambda text: True), limits=Limits(dead_in_a_row=0))
+    unlimited = worker(bus, fail_for(lambda text: True), limits=WorkerLimits(max_consecutive_dead_letters=0))
     run_until([unlimited], lambda: len(letters(bus)) == 30)
 
 
 def test_a_message_for_one_stage_alone_is_passed_over_by_the_others(bus):
-    only = outgoing(prompt("again"))
-    bus.publish([Outgoing(only.topic, only.key, only.value, (*only.headers, (ONLY, b"respond")))])
+    only = to_producer_record(prompt("again"))
+    bus.publish([ProducerRecord(only.topic, only.key, only.value, (*only.headers, (TARGET_STAGE_HEADER, b"respond")))])
     other = worker(bus, echo, name="other")
     run_until([other], lambda: sum(bus.committed("r.other", ["prompts"]).values()) == 1)
     assert responses(bus) == []
@@ -315,35 +317,35 @@ def test_a_record_at_which_processes_die_is_worked_alone_and_then_a_dead_letter(
         with pytest.raises(Dies):
             run_until([dying], lambda: False)
     assert len(batches[0]) > 1 and batches[-1] == ["p3"]
-    last = worker(bus, work, journal=Journal(tmp_path / "journal", "0"))
+    last = worker(bus, work, journal=CrashJournal(tmp_path / "journal", "0"))
     run_until([last], lambda: len(responses(bus)) == 5 and len(letters(bus)) == 1)
     (letter,) = letters(bus)
     assert (letter.kind, letter.attempts) == (DeadLetterKind.CRASH, 3)
-    assert Journal(tmp_path / "journal", "0").deaths() == {}
+    assert CrashJournal(tmp_path / "journal", "0").crash_counts() == {}
 
 
-class DyingJournal(Journal):
+class DyingJournal(CrashJournal):
     """The journal of a process that is killed at work: its last entry stays."""
 
-    def end(self, messages):
+    def mark_finished(self, messages):
         if sys.exc_info()[0] is None:
-            super().end(messages)
+            super().mark_finished(messages)
 
 
 def test_a_watchdog_ends_a_process_whose_call_hangs():
-    calls, ended, stop = Calls("stage"), [], threading.Event()
+    calls, ended, stop = CallTracker("stage"), [], threading.Event()
     watchdog = Watchdog([calls], 0.05, ended.append)
-    with calls.call("commit"):
+    with calls.track("commit"):
         watchdog.run(stop)  # returns once it has ended the process
     assert ended == [3]
 
 
 def test_a_watchdog_leaves_calls_alone_that_come_back():
-    calls, ended, stop = Calls("stage"), [], threading.Event()
+    calls, ended, stop = CallTracker("stage"), [], threading.Event()
     thread = threading.Thread(target=Watchdog([calls], 5.0, ended.append).run, args=(stop,))
     thread.start()
     for _ in range(100):
-        with calls.call("poll"):
+        with calls.track("poll"):
             pass
     stop.set()
     thread.join()
@@ -359,15 +361,15 @@ def test_stopping_waits_for_a_slow_model_only_so_long_and_loses_nothing(bus, tmp
         released.wait(WITHIN_S)
         return echo(records)
 
-    journal = Journal(tmp_path / "journal", "0")
-    host = Host([worker(bus, work, journal=journal)], drain_s=0.5)
+    journal = CrashJournal(tmp_path / "journal", "0")
+    host = Host([worker(bus, work, journal=journal)], shutdown_timeout_s=0.5)
     host.start()
     assert begun.wait(WITHIN_S)
     started = time.monotonic()
     host.close()
-    assert time.monotonic() - started < 5 and host.abandoned == ["test-0"]
+    assert time.monotonic() - started < 5 and host.abandoned_threads == ["test-0"]
     released.set()
-    assert Journal(tmp_path / "journal", "0").deaths() == {}  # it was not the record that ended the process
+    assert CrashJournal(tmp_path / "journal", "0").crash_counts() == {}  # it was not the record that ended the process
     run_until([worker(bus, echo)], lambda: responses(bus) == ["SLOW"])
 
 
@@ -379,18 +381,18 @@ def test_partitions_that_arrive_at_a_full_stage_are_held_back_too(bus):
         return echo(records)
 
     publish(bus, *(prompt(f"p{n}") for n in range(300)))
-    leaving = bus.consumer("r.respond", ["prompts"], member="another")
+    leaving = bus.open_consumer("r.respond", ["prompts"], member="another")
     leaving.poll(0.1, 1)
-    bounded = worker(bus, work, limits=Limits(in_flight=20))
+    bounded = worker(bus, work, limits=WorkerLimits(max_in_flight=20))
     with Host([bounded]):
         deadline = time.monotonic() + WITHIN_S
-        while bounded.in_flight < 20 and time.monotonic() < deadline:
+        while bounded.num_in_flight < 20 and time.monotonic() < deadline:
             leaving.poll(0.01, 1)
         before = len(bounded.consumer.assignment())
         leaving.close()
         while len(bounded.consumer.assignment()) == before and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(bounded.consumer.assignment()) > before and bounded.in_flight <= 21
+        assert len(bounded.consumer.assignment()) > before and bounded.num_in_flight <= 21
         gate.set()
 
 
@@ -402,14 +404,14 @@ def test_what_is_held_is_bounded_in_bytes(bus):
         return echo(records)
 
     publish(bus, *(prompt(f"{n}" + "x" * 10_000) for n in range(200)))
-    bounded = worker(bus, work, limits=Limits(in_flight=50, in_flight_bytes=100_000))
+    bounded = worker(bus, work, limits=WorkerLimits(max_in_flight=50, max_in_flight_bytes=100_000))
     with Host([bounded]):
         deadline = time.monotonic() + WITHIN_S
-        while bounded.held_bytes < 100_000 and time.monotonic() < deadline:
+        while bounded.in_flight_bytes < 100_000 and time.monotonic() < deadline:
             time.sleep(0.01)
-        polls = bounded.in_flight
+        polls = bounded.num_in_flight
         time.sleep(0.2)
-        assert bounded.in_flight == polls <= 50
+        assert bounded.num_in_flight == polls <= 50
         gate.set()
         while len(responses(bus)) < 200 and time.monotonic() < deadline:
             time.sleep(0.01)

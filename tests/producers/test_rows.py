@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from engine.errors import CharterError, UsageError
 from producers import rows as reading
-from producers.parse import PARSERS, BadRow, parse_comparison, parse_demonstration, parse_prompt
-from producers.rows import content_hash, rows
+from producers.parse import ROW_PARSERS, RowError, parse_demonstration, parse_preference, parse_prompt
+from producers.rows import compute_content_hash, read_rows
 
 VALUES = [
     {"prompt": "one", "source": None, "tags": ["t"]},
@@ -51,12 +51,12 @@ def write(folder, name, values=VALUES):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "misnamed", "saved", "folder"])
 def test_every_format_has_the_same_rows(tmp_path, name):
     path = write(tmp_path, name)
-    found = [(number, parse_prompt(row, source="default", max_chars=99)) for number, row in rows(str(path))]
+    found = [(number, parse_prompt(row, source="default", max_chars=99)) for number, row in read_rows(str(path))]
     assert [(n, asked.messages[0].content, asked.source, asked.tags) for n, asked in found] == [
         (1, "one", "default", ("t",)), (2, "two", "s", ()), (3, "three\nlines", "default", ()),
     ]  # fmt: skip
-    assert [number for number, _ in rows(str(path), 2, 2)] == [2]
-    assert len(content_hash(str(path))) == 64
+    assert [number for number, _ in read_rows(str(path), 2, 2)] == [2]
+    assert len(compute_content_hash(str(path))) == 64
 
 
 def test_the_splits_of_a_data_set_are_not_mixed(tmp_path):
@@ -65,31 +65,31 @@ def test_the_splits_of_a_data_set_are_not_mixed(tmp_path):
     part = datasets.Dataset.from_list(VALUES)
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "both")
     with pytest.raises(UsageError, match=r"several splits: train, test[^$]*both/train"):
-        content_hash(str(tmp_path / "both"))
-    assert len(list(rows(str(tmp_path / "both" / "train")))) == 3
+        compute_content_hash(str(tmp_path / "both"))
+    assert len(list(read_rows(str(tmp_path / "both" / "train")))) == 3
     write(tmp_path, "folder")
     shutil.copy(tmp_path / "folder" / "train-00000-of-00002.parquet", tmp_path / "folder" / "test-00000-of-00001.parquet")
     with pytest.raises(UsageError, match="several splits: test, train"):
-        content_hash(str(tmp_path / "folder"))
+        compute_content_hash(str(tmp_path / "folder"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no data"):
-        content_hash(str(tmp_path / "empty"))
+        compute_content_hash(str(tmp_path / "empty"))
 
 
 def test_a_cut_gzip_file_gives_what_is_whole_and_says_where_it_ends(tmp_path):
     text = b"".join(json.dumps(f"prompt {n} {hash(str(n))}").encode() + b"\n" for n in range(5000))
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(text)[:-20_000])
-    found = [row for _, row in rows(str(path))]
-    assert len(found) > 500 and isinstance(found[-1], BadRow) and "damaged" in str(found[-1])
-    assert not any(isinstance(row, BadRow) for row in found[:-1])
+    found = [row for _, row in read_rows(str(path))]
+    assert len(found) > 500 and isinstance(found[-1], RowError) and "damaged" in str(found[-1])
+    assert not any(isinstance(row, RowError) for row in found[:-1])
 
 
 def test_an_endless_line_is_skipped_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MAX_LINE_BYTES", 100)
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'"before"\n"' + b"x" * 1050 + b'"\n"after"\n')
-    first, second, third = (row for _, row in rows(str(path)))
+    first, second, third = (row for _, row in read_rows(str(path)))
     assert (first, third) == (b'"before"', b'"after"') and "longer than 100" in str(second)
 
 
@@ -107,14 +107,14 @@ def test_any_bytes_are_rows_or_bad_rows(tmp_path, start, data):
 def read_as_everything(path):
     """Each row as each kind: it is one, or a BadRow; a file as a whole may be refused with an error for a person."""
     try:
-        content_hash(str(path))
+        compute_content_hash(str(path))
     except CharterError:
         return
-    for _, row in rows(str(path)):
-        for parse in PARSERS.values():
+    for _, row in read_rows(str(path)):
+        for parse in ROW_PARSERS.values():
             try:
                 parse(row, source="s", max_chars=1000)
-            except BadRow as error:
+            except RowError as error:
                 assert str(error)
 
 
@@ -138,7 +138,9 @@ def test_damaged_files_are_rows_or_bad_rows(tmp_path, whole, data):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(sorted(reading.COLUMNS)) | st.text(), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(sorted(reading.ROW_COLUMNS)) | st.text(), inner)
+    ),
     max_leaves=12,
 )
 TURNS = st.lists(
@@ -146,15 +148,15 @@ TURNS = st.lists(
 )
 TRANSCRIPT = st.lists(st.sampled_from(["\n\nHuman: ", "\n\nAssistant: ", "a: b", "\n", " ", "Human"]), max_size=8).map("".join)
 FIELD = TURNS | TRANSCRIPT | JSON
-ROW = st.dictionaries(st.sampled_from(sorted(reading.COLUMNS)), FIELD, max_size=6)
+ROW = st.dictionaries(st.sampled_from(sorted(reading.ROW_COLUMNS)), FIELD, max_size=6)
 
 
 @settings(max_examples=300, deadline=None)
-@given(row=ROW, kind=st.sampled_from(sorted(PARSERS)))
+@given(row=ROW, kind=st.sampled_from(sorted(ROW_PARSERS)))
 def test_any_value_is_a_good_row_or_a_bad_one(row, kind):
     try:
-        parsed = PARSERS[kind](row, source="s", max_chars=1000)
-    except BadRow as error:
+        parsed = ROW_PARSERS[kind](row, source="s", max_chars=1000)
+    except RowError as error:
         assert str(error)
     else:
         assert parsed.messages[-1].role == "user" and all(message.content.strip() for message in parsed.messages)
@@ -173,10 +175,10 @@ ASKED = (*BEFORE, ("Human", "An Assistant: what is it?\nHuman: a word."))
 
 def test_only_a_marker_at_the_beginning_of_a_paragraph_splits():
     row = {"chosen": hh(*ASKED, ("Assistant", "A helper: like me.")), "rejected": hh(*ASKED, ("Assistant", "No: idea."))}
-    parsed = parse_comparison(row, source="s", max_chars=999)
+    parsed = parse_preference(row, source="s", max_chars=999)
     assert [message.content for message in parsed.messages] == [text for _, text in ASKED]
     assert [message.role for message in parsed.messages] == ["user", "assistant", "user"]
-    assert (parsed.a, parsed.b, parsed.p_a) == ("A helper: like me.", "No: idea.", 1.0)
+    assert (parsed.response_a, parsed.response_b, parsed.p_a) == ("A helper: like me.", "No: idea.", 1.0)
     assert parse_prompt(row, source="s", max_chars=999).messages == parsed.messages
     shown = parse_demonstration(row, source="s", max_chars=999)
     assert (shown.messages, shown.completion) == (parsed.messages, "A helper: like me.")
@@ -188,14 +190,14 @@ def test_a_dialogue_comes_back_as_it_was_written(texts):
     messages = [("Human" if n % 2 == 0 else "Assistant", text) for n, text in enumerate(texts)]
     asked = messages if messages[-1][0] == "Human" else messages[:-1]
     row = {"chosen": hh(*asked, ("Assistant", "yes")), "rejected": hh(*asked, ("Assistant", "no"))}
-    parsed = parse_comparison(row, source="s", max_chars=9999)
+    parsed = parse_preference(row, source="s", max_chars=9999)
     assert [message.content for message in parsed.messages] == [text for _, text in asked]
 
 
 def reading_markers(text):
-    from producers.parse import MARKER
+    from producers.parse import SPEAKER_PATTERN
 
-    return MARKER.split(f"x\n\n{text}")
+    return SPEAKER_PATTERN.split(f"x\n\n{text}")
 
 
 def test_turns_of_one_role_in_a_row_are_joined_and_empty_ones_left_out():
@@ -232,8 +234,8 @@ def assistant(text):
     ],
 )
 def test_every_form_of_a_comparison(row):
-    parsed = parse_comparison(row, source="s", max_chars=99)
-    assert (parsed.messages[0].content, parsed.a, parsed.b, parsed.p_a) == ("q", "good", "bad", 1.0)
+    parsed = parse_preference(row, source="s", max_chars=99)
+    assert (parsed.messages[0].content, parsed.response_a, parsed.response_b, parsed.p_a) == ("q", "good", "bad", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_every_form_of_a_comparison(row):
 )
 def test_every_form_of_a_demonstration(row):
     shown = parse_demonstration(row, source="s", max_chars=99)
-    assert (shown.messages[0].content, shown.completion, shown.stopped) == ("q", "yes", True)
+    assert (shown.messages[0].content, shown.completion, shown.is_complete) == ("q", "yes", True)
 
 
 @pytest.mark.parametrize(
@@ -267,8 +269,8 @@ def test_every_form_of_a_demonstration(row):
     ],
 )
 def test_what_is_no_comparison_says_why(row, why):
-    with pytest.raises(BadRow, match=why):
-        parse_comparison(row, source="s", max_chars=500)
+    with pytest.raises(RowError, match=why):
+        parse_preference(row, source="s", max_chars=500)
 
 
 def test_a_page_of_blank_lines_is_read_in_one_go():
@@ -278,4 +280,4 @@ def test_a_page_of_blank_lines_is_read_in_one_go():
 
 def test_standard_input_is_lines(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"one"\n\n"two"')))
-    assert list(rows("-")) == [(1, b'"one"'), (3, b'"two"')]
+    assert list(read_rows("-")) == [(1, b'"one"'), (3, b'"two"')]

@@ -14,20 +14,20 @@ from schemas.records import RECORDS, Prompt
 
 @pytest.mark.parametrize("model", RECORDS, ids=lambda model: model.__name__)
 def test_committed_schemas_are_the_classes(model):
-    schema = avro.schema_of(model)
-    assert json.loads((avro.FOLDER / f"{model.topic}.avsc").read_text()) == schema, "run: python -m schemas.avro"
-    released = avro.RELEASED / model.__name__ / f"{avro.fingerprint_of(schema).hex()}.avsc"
+    schema = avro.get_schema(model)
+    assert json.loads((avro.SCHEMA_FOLDER / f"{model.topic}.avsc").read_text()) == schema, "run: python -m schemas.avro"
+    released = avro.RELEASED_FOLDER / model.__name__ / f"{avro.compute_schema_fingerprint(schema).hex()}.avsc"
     assert released.exists(), "run: python -m schemas.avro"
 
 
 def test_all_released_versions_are_compatible():
-    assert compatibility.check() == []
+    assert compatibility.check_released_schemas() == []
 
 
 def changed(change):
-    schema = copy.deepcopy(avro.schema_of(Prompt))
+    schema = copy.deepcopy(avro.get_schema(Prompt))
     change(schema)
-    return compatibility.breaks(avro.schema_of(Prompt), schema)
+    return compatibility.find_incompatibilities(avro.get_schema(Prompt), schema)
 
 
 def test_adding_a_field_with_a_default_is_allowed():
@@ -57,11 +57,11 @@ def test_a_new_enum_symbol_reads_as_unknown_in_old_code():
         next(f for f in schema["fields"] if f["name"] == "split")["type"]["symbols"].append("TEST")
 
     assert changed(symbol) == []
-    new = copy.deepcopy(avro.schema_of(Prompt))
+    new = copy.deepcopy(avro.get_schema(Prompt))
     symbol(new)
     values = {"record_id": "x", "run_id": "r", "stage": "s", "messages": [], "source": "x", "split": "TEST"}
     buffer = io.BytesIO()
     fastavro.schemaless_writer(buffer, parse_schema(new, {}), values)
     buffer.seek(0)
-    read = fastavro.schemaless_reader(buffer, parse_schema(new, {}), parse_schema(avro.schema_of(Prompt), {}))
+    read = fastavro.schemaless_reader(buffer, parse_schema(new, {}), parse_schema(avro.get_schema(Prompt), {}))
     assert read["split"] == "UNKNOWN"

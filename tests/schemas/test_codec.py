@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import codec
-from schemas.ids import digest
+from schemas.ids import compute_id
 from schemas.records import (
     RECORDS,
     ChatMessage,
@@ -22,7 +22,7 @@ from schemas.records import (
     Response,
 )
 
-ID = digest("x")
+ID = compute_id("x")
 
 
 def prompt(content="hello", **more):
@@ -43,81 +43,81 @@ def response():
 
 
 def test_header_is_the_avro_single_object_encoding():
-    data = codec.encode(prompt())
+    data = codec.encode_record(prompt())
     assert data[:2] == b"\xc3\x01"
-    assert data[2:10] == codec.fingerprint_of(codec.schema_of(Prompt))
+    assert data[2:10] == codec.compute_schema_fingerprint(codec.get_schema(Prompt))
 
 
 def test_crc_64_avro_is_the_specifications():
     # From the Avro specification: the fingerprint of "int" is 0x7275d51a3f395c8f, written little-endian.
-    assert codec.fingerprint_of("int") == struct.pack("<Q", 0x7275D51A3F395C8F)
+    assert codec.compute_schema_fingerprint("int") == struct.pack("<Q", 0x7275D51A3F395C8F)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 2**31), st.lists(st.text("abc")))
 def test_any_prompt_round_trips(text, epoch, tags):
     record = prompt(text, epoch=epoch, tags=tags)
-    assert codec.decode(codec.encode(record), Prompt) == record
+    assert codec.decode_record(codec.encode_record(record), Prompt) == record
 
 
 @given(st.datetimes(min_value=datetime(2000, 1, 1), max_value=datetime(2100, 1, 1)))
 def test_times_keep_their_microseconds(when):
     record = prompt(created_at=when.replace(tzinfo=UTC))
-    assert codec.decode(codec.encode(record), Prompt).created_at == record.created_at
+    assert codec.decode_record(codec.encode_record(record), Prompt).created_at == record.created_at
 
 
 def test_nested_records_and_bytes_round_trip():
     record = response()
-    assert codec.decode(codec.encode(record), Response) == record
+    assert codec.decode_record(codec.encode_record(record), Response) == record
     letter = DeadLetter(
         record_id=ID, run_id="r", stage="s", kind=DeadLetterKind.DECODE, source_topic="t", source_partition=1, source_offset=2,
         value=b"\x00\xff", error_class="E", error_message="m",
     )  # fmt: skip
-    assert codec.decode(codec.encode(letter), DeadLetter) == letter
+    assert codec.decode_record(codec.encode_record(letter), DeadLetter) == letter
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 3))
 def test_truncated_bytes_are_a_named_error(cut):
     with pytest.raises((codec.Truncated, codec.NotARecord, codec.Malformed)):
-        codec.decode(codec.encode(prompt())[:cut], Prompt)
+        codec.decode_record(codec.encode_record(prompt())[:cut], Prompt)
 
 
 def test_left_over_bytes_are_a_named_error():
     with pytest.raises(codec.Truncated, match="left over"):
-        codec.decode(codec.encode(prompt()) + b"x", Prompt)
+        codec.decode_record(codec.encode_record(prompt()) + b"x", Prompt)
 
 
 def test_unknown_fingerprint_names_it():
-    data = codec.encode(prompt())
+    data = codec.encode_record(prompt())
     with pytest.raises(codec.UnknownFingerprint, match="00" * 8):
-        codec.decode(data[:2] + bytes(8) + data[10:], Prompt)
+        codec.decode_record(data[:2] + bytes(8) + data[10:], Prompt)
 
 
 def test_wrong_record_type_names_both():
     with pytest.raises(codec.WrongRecord, match="expected a Preference, found a Prompt"):
-        codec.decode(codec.encode(prompt()), Preference)
+        codec.decode_record(codec.encode_record(prompt()), Preference)
 
 
 def test_an_id_that_is_none_is_malformed():
     record = Prompt.model_construct(**{**prompt().model_dump(), "record_id": "not an id", "messages": []})
     with pytest.raises(codec.Malformed):
-        codec.decode(codec.encode(record), Prompt)
+        codec.decode_record(codec.encode_record(record), Prompt)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_never_crash(data):
     with pytest.raises(codec.RecordError):
-        codec.decode(data, Prompt)
+        codec.decode_record(data, Prompt)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_records_decode_or_are_a_named_error(data):
-    good = bytearray(codec.encode(response()))
+    good = bytearray(codec.encode_record(response()))
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(10, len(good) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(codec.RecordError):
-        codec.decode(bytes(good), Response)
+        codec.decode_record(bytes(good), Response)
 
 
 def test_every_record_has_a_topic_of_its_own():

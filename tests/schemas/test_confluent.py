@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas import avro, codec
-from schemas.confluent import MAX_ANSWER_BYTES, Registry, RegistryUnreachable, SchemaRefused
-from schemas.ids import digest
+from schemas.confluent import MAX_RESPONSE_BYTES, RegistryUnreachable, SchemaRegistryClient, SchemaRejected
+from schemas.ids import compute_id
 from schemas.records import RECORDS, ChatMessage, Completion, Preference, Prompt, Response
-from tests.support.registry import FIRST_ID, JSON, FakeRegistry
+from tests.support.schema_registry import FIRST_SCHEMA_ID, REGISTRY_CONTENT_TYPE, FakeSchemaRegistry
 
-ID = digest("x")
+ID = compute_id("x")
 LOGIN = "charter:s3cret"
 # The examples of one property share a registry, which remembers; that is what a process's registry does too.
 one_registry = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -32,7 +32,7 @@ one_registry = settings(deadline=None, suppress_health_check=[HealthCheck.functi
 
 @pytest.fixture
 def server():
-    found = FakeRegistry()
+    found = FakeSchemaRegistry()
     yield found
     found.close()
 
@@ -40,16 +40,16 @@ def server():
 @pytest.fixture
 def registry(server):
     """A registry that the codec reads with; what it writes is still single-object."""
-    client = Registry(server.url, timeout_s=5)
-    codec.use("single-object", client)
+    client = SchemaRegistryClient(server.url, timeout_s=5)
+    codec.configure_framing("single-object", client)
     yield client
-    codec.use()
+    codec.configure_framing()
     client.close()
 
 
 @pytest.fixture
 def confluent(registry):
-    codec.use("confluent", registry)
+    codec.configure_framing("confluent", registry)
     return registry
 
 
@@ -77,7 +77,7 @@ def framed(schema_id, record):
 
 def body_of(record):
     buffer = io.BytesIO()
-    fastavro.schemaless_writer(buffer, parse_schema(avro.schema_of(type(record)), {}), record.model_dump())
+    fastavro.schemaless_writer(buffer, parse_schema(avro.get_schema(type(record)), {}), record.model_dump())
     return buffer.getvalue()
 
 
@@ -87,62 +87,64 @@ def body_of(record):
 def test_the_wire_bytes_are_confluents(server, confluent):
     record = response()
     place = RECORDS.index(Response)
-    assert codec.encode(record) == bytes([0, 0, 0, 1, 2 + place]) + body_of(record)  # 258 is 01 02
-    assert json.loads(server.schemas[FIRST_ID + place]) == avro.schema_of(Response)
+    assert codec.encode_record(record) == bytes([0, 0, 0, 1, 2 + place]) + body_of(record)  # 258 is 01 02
+    assert json.loads(server.schemas[FIRST_SCHEMA_ID + place]) == avro.get_schema(Response)
 
 
 @one_registry
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])), epoch=st.integers(0, 2**31))
 def test_any_prompt_round_trips(confluent, text, epoch):
     record = prompt(text, epoch=epoch)
-    assert codec.decode(codec.encode(record), Prompt) == record
+    assert codec.decode_record(codec.encode_record(record), Prompt) == record
 
 
 def test_schemas_are_registered_once_under_the_topics_real_name(server):
-    client = Registry(server.url + "/", prefix="team/a.")
-    codec.use("confluent", client)
+    client = SchemaRegistryClient(server.url + "/", prefix="team/a.")
+    codec.configure_framing("confluent", client)
     try:
         for _ in range(3):
-            codec.decode(codec.encode(prompt()), Prompt)
+            codec.decode_record(codec.encode_record(prompt()), Prompt)
     finally:
-        codec.use()
-    assert [(method, path) for method, path, _ in server.asked] == [
+        codec.configure_framing()
+    assert [(method, path) for method, path, _ in server.requests] == [
         ("POST", f"/subjects/team%2Fa.{model.topic}-value/versions") for model in RECORDS
     ]
-    assert server.content_type == JSON
+    assert server.content_type == REGISTRY_CONTENT_TYPE
 
 
 def test_an_id_is_asked_for_once(server, registry):
-    schema_id = server.add(avro.schema_of(Prompt))
+    schema_id = server.register_schema(avro.get_schema(Prompt))
     for _ in range(3):
-        assert codec.decode(framed(schema_id, prompt()), Prompt).source == "x"
-    assert [path for _, path, _ in server.asked] == [f"/schemas/ids/{schema_id}"]
+        assert codec.decode_record(framed(schema_id, prompt()), Prompt).source == "x"
+    assert [path for _, path, _ in server.requests] == [f"/schemas/ids/{schema_id}"]
 
 
 def test_threads_that_meet_at_a_new_schema_register_it_once(server, registry):
-    threads = [threading.Thread(target=registry.header, args=(Prompt,)) for _ in range(8)]
+    threads = [threading.Thread(target=registry.get_header, args=(Prompt,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_single_object_messages_are_read_in_either_framing(confluent):
-    confluents = codec.encode(prompt())
-    codec.use("single-object", confluent)
-    ours = codec.encode(prompt())
+    confluents = codec.encode_record(prompt())
+    codec.configure_framing("single-object", confluent)
+    ours = codec.encode_record(prompt())
     assert ours[:2] == b"\xc3\x01" and confluents[:1] == b"\x00"
     for framing in codec.FRAMINGS:
-        codec.use(framing, confluent)
-        assert codec.decode(ours, Prompt).messages == codec.decode(confluents, Prompt).messages == prompt().messages
+        codec.configure_framing(framing, confluent)
+        assert (
+            codec.decode_record(ours, Prompt).messages == codec.decode_record(confluents, Prompt).messages == prompt().messages
+        )
 
 
 # Other versions of a schema, by the name of their record
 
 
 def version(model, change):
-    schema = json.loads(json.dumps(avro.schema_of(model)))
+    schema = json.loads(json.dumps(avro.get_schema(model)))
     change(schema["fields"])
     return schema
 
@@ -153,14 +155,14 @@ def test_an_older_and_a_newer_version_are_read_as_the_record_of_their_name(serve
     for schema, more in ((older, {}), (newer, {"new": "n"})):
         buffer = io.BytesIO()
         fastavro.schemaless_writer(buffer, parse_schema(schema, {}), prompt("hej").model_dump() | more)
-        data = b"\x00" + server.add(schema).to_bytes(4, "big") + buffer.getvalue()
-        read = codec.decode(data, Prompt)
+        data = b"\x00" + server.register_schema(schema).to_bytes(4, "big") + buffer.getvalue()
+        read = codec.decode_record(data, Prompt)
         assert (read.messages[0].content, read.origin) == ("hej", "")
 
 
 def test_a_good_record_of_another_type_is_a_wrong_record(confluent):
     with pytest.raises(codec.WrongRecord, match="expected a Preference, found a Prompt"):
-        codec.decode(codec.encode(prompt()), Preference)
+        codec.decode_record(codec.encode_record(prompt()), Preference)
 
 
 # The record's fault
@@ -169,32 +171,32 @@ def test_a_good_record_of_another_type_is_a_wrong_record(confluent):
 def test_an_unknown_id_is_named_and_asked_for_once_a_minute(server, registry, monkeypatch):
     for _ in range(3):
         with pytest.raises(codec.UnknownSchemaId, match="no schema 4294967295"):
-            codec.decode(b"\x00\xff\xff\xff\xff" + body_of(prompt()), Prompt)
-    assert len(server.asked) == 1
+            codec.decode_record(b"\x00\xff\xff\xff\xff" + body_of(prompt()), Prompt)
+    assert len(server.requests) == 1
     later = time.monotonic() + 61
     monkeypatch.setattr("schemas.confluent.time.monotonic", lambda: later)
-    server.put(2**32 - 1, json.dumps(avro.schema_of(Prompt)))
-    assert codec.decode(framed(2**32 - 1, prompt()), Prompt).messages == prompt().messages
+    server.put_schema(2**32 - 1, json.dumps(avro.get_schema(Prompt)))
+    assert codec.decode_record(framed(2**32 - 1, prompt()), Prompt).messages == prompt().messages
 
 
 def test_what_is_remembered_of_unknown_ids_is_bounded(server, registry, monkeypatch):
-    monkeypatch.setattr("schemas.confluent.REMEMBER_REFUSED", 3)
+    monkeypatch.setattr("schemas.confluent.REJECTION_CACHE_SIZE", 3)
     for schema_id in range(10):
         with pytest.raises(codec.UnknownSchemaId):
-            registry.writer(schema_id)
-    assert len(registry._refused) <= 3
+            registry.get_writer_schema(schema_id)
+    assert len(registry._rejections) <= 3
 
 
 def test_without_a_registry_the_error_says_what_to_set():
     with pytest.raises(codec.NotARecord, match=r"schema id 258") as caught:
-        codec.decode(framed(258, prompt()), Prompt)
+        codec.decode_record(framed(258, prompt()), Prompt)
     assert "bus.schema_registry" in caught.value.fix
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4, 5, 20, -1])
 def test_a_cut_message_is_truncated(confluent, cut):
     with pytest.raises((codec.Truncated, codec.Malformed)):
-        codec.decode(codec.encode(prompt())[:cut], Prompt)
+        codec.decode_record(codec.encode_record(prompt())[:cut], Prompt)
 
 
 def record(*types, name="charter.Prompt"):
@@ -222,7 +224,7 @@ HOSTILE = {
     "no name": '{"type":"record","fields":[{"name":"a","type":"int"}]}',
     "an unknown type": record("flowt"),
     "a type that is a number": record('{"type": 5}'),
-    "said to be parsed": json.dumps(avro.schema_of(Prompt) | PARSED),
+    "said to be parsed": json.dumps(avro.get_schema(Prompt) | PARSED),
     "itself inside": record("charter.Prompt"),
     "itself inside, or null": record('["null","charter.Prompt"]'),
     "an array of nothing": record('{"type":"array","items":"null"}'),
@@ -237,21 +239,21 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_schema_that_is_none_of_ours_is_foreign(server, registry, text):
-    server.put(7, text)
+    server.put_schema(7, text)
     for _ in range(2):  # from the registry, and from memory
         with pytest.raises(codec.ForeignSchema, match="schema 7"):
-            codec.decode(b"\x00\x00\x00\x00\x07" + bytes(100), Prompt)
-    assert len(server.asked) == 1
+            codec.decode_record(b"\x00\x00\x00\x00\x07" + bytes(100), Prompt)
+    assert len(server.requests) == 1
 
 
 def test_another_type_of_schema_and_one_with_references_are_foreign(server, registry):
-    good = json.dumps(avro.schema_of(Prompt))
+    good = json.dumps(avro.get_schema(Prompt))
     server.answer = (200, {"schema": good, "schemaType": None, "references": []})
-    assert registry.writer(0)[0] is Prompt
+    assert registry.get_writer_schema(0)[0] is Prompt
     for schema_id, more in ((1, {"schemaType": "PROTOBUF"}), (2, {"references": [{"name": "x"}]}), (3, {"schemaType": 5})):
         server.answer = (200, {"schema": good} | more)
         with pytest.raises(codec.ForeignSchema):
-            registry.writer(schema_id)
+            registry.get_writer_schema(schema_id)
 
 
 def first_field(kind):
@@ -265,13 +267,13 @@ def first_field(kind):
     first_field({"type": "int", "logicalType": "date"}),
     first_field("long"),
     first_field(["null", "string"]),
-    json.dumps(avro.schema_of(Preference) | {"name": "Prompt"}),
+    json.dumps(avro.get_schema(Preference) | {"name": "Prompt"}),
 ], ids=["other fields", "decimal", "date", "long", "union", "another's fields"])  # fmt: skip
 @pytest.mark.parametrize("body", [b"", bytes(300), b"\xff" * 300, body_of(prompt())], ids=["empty", "00", "ff", "a prompt"])
 def test_a_schema_of_our_name_that_we_cannot_resolve_is_malformed(server, registry, text, body):
-    server.put(7, text)
+    server.put_schema(7, text)
     with pytest.raises((codec.Malformed, codec.Truncated)):
-        codec.decode(b"\x00\x00\x00\x00\x07" + body, Prompt)
+        codec.decode_record(b"\x00\x00\x00\x00\x07" + body, Prompt)
 
 
 # The registry's fault: never a RecordError, which would make a dead letter of an outage
@@ -284,28 +286,30 @@ def free_port():
 
 
 def test_a_registry_that_is_away_is_no_record_error():
-    client = Registry(f"http://127.0.0.1:{free_port()}", timeout_s=1)
-    codec.use("single-object", client)
+    client = SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", timeout_s=1)
+    codec.configure_framing("single-object", client)
     try:
         with pytest.raises(RegistryUnreachable, match="does not answer") as caught:
-            codec.decode(framed(1, prompt()), Prompt)
+            codec.decode_record(framed(1, prompt()), Prompt)
         assert not isinstance(caught.value, codec.RecordError | ValueError)
         with pytest.raises(RegistryUnreachable):
-            codec.use("confluent", client)
-        assert codec.encode(prompt())[:2] == codec.MARKER  # the choice was not made
+            codec.configure_framing("confluent", client)
+        assert codec.encode_record(prompt())[:2] == codec.SINGLE_OBJECT_MARKER  # the choice was not made
     finally:
-        codec.use()
+        codec.configure_framing()
 
 
 def test_what_was_learnt_outlives_the_registry_and_the_rest_comes_back_with_it(server, confluent):
-    data = codec.encode(prompt())
-    schema_id = server.add(version(Prompt, lambda fields: fields.append({"name": "n", "type": "int", "default": 0})))
+    data = codec.encode_record(prompt())
+    schema_id = server.register_schema(
+        version(Prompt, lambda fields: fields.append({"name": "n", "type": "int", "default": 0}))
+    )
     server.answer = (503, {"error_code": 50003})
-    assert codec.decode(data, Prompt).source == "x" and codec.encode(prompt("more"))
+    assert codec.decode_record(data, Prompt).source == "x" and codec.encode_record(prompt("more"))
     with pytest.raises(RegistryUnreachable, match="503"):
-        codec.decode(framed(schema_id, prompt()) + b"\x00", Prompt)
+        codec.decode_record(framed(schema_id, prompt()) + b"\x00", Prompt)
     server.answer = None
-    assert codec.decode(framed(schema_id, prompt()) + b"\x00", Prompt).source == "x"
+    assert codec.decode_record(framed(schema_id, prompt()) + b"\x00", Prompt).source == "x"
 
 
 ANSWERS = {
@@ -319,7 +323,7 @@ ANSWERS = {
     "an id that is too large": (200, {"id": 2**32}),
     "an id below zero": (200, {"id": -1}),
     "too deep": (200, b"[" * 100_000),
-    "too large": (200, b" " * (MAX_ANSWER_BYTES + 1)),
+    "too large": (200, b" " * (MAX_RESPONSE_BYTES + 1)),
     "another server's 404": (404, {"detail": "Not Found"}),
     "another server's 404 with a code": (404, {"error_code": 404, "message": "HTTP 404 Not Found"}),
     "a redirect": (302, {"id": 1, "schema": "{}"}),
@@ -334,18 +338,18 @@ ANSWERS = {
 def test_an_answer_that_is_no_registrys_is_no_record_error(server, registry, answer):
     server.answer = answer
     with pytest.raises(RegistryUnreachable):
-        codec.decode(framed(1, prompt()), Prompt)
+        codec.decode_record(framed(1, prompt()), Prompt)
     with pytest.raises(RegistryUnreachable):
-        codec.use("confluent", registry)
+        codec.configure_framing("confluent", registry)
     server.answer = None
-    server.put(1, json.dumps(avro.schema_of(Prompt)))
-    assert codec.decode(framed(1, prompt()), Prompt).source == "x"
+    server.put_schema(1, json.dumps(avro.get_schema(Prompt)))
+    assert codec.decode_record(framed(1, prompt()), Prompt).source == "x"
 
 
 def test_one_id_for_two_schemas_is_no_registrys_answer(server, registry):
     server.answer = (200, {"id": 1})
     with pytest.raises(RegistryUnreachable, match="two records"):
-        codec.use("confluent", registry)
+        codec.configure_framing("confluent", registry)
 
 
 def serve_slowly(listener, stop):
@@ -364,7 +368,7 @@ def test_an_answer_that_drips_in_ends_at_the_timeout():
     began = time.monotonic()
     try:
         with pytest.raises(RegistryUnreachable, match="TimeoutError"):
-            Registry(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5).writer(1)
+            SchemaRegistryClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5).get_writer_schema(1)
     finally:
         stop.set()
         listener.close()
@@ -386,14 +390,14 @@ def test_an_endless_answer_is_cut(server):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         with pytest.raises(RegistryUnreachable, match="more than"):
-            Registry(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=30).writer(1)
-    assert sent["bytes"] < 100 * MAX_ANSWER_BYTES
+            SchemaRegistryClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=30).get_writer_schema(1)
+    assert sent["bytes"] < 100 * MAX_RESPONSE_BYTES
 
 
 def test_a_refused_schema_names_its_subject_and_the_registrys_reason(server, registry):
     server.answer = (409, {"error_code": 409, "message": "incompatible\x1b[2J with version 3"})
-    with pytest.raises(SchemaRefused, match=r"incompatible \[2J with version 3") as caught:
-        codec.use("confluent", registry)
+    with pytest.raises(SchemaRejected, match=r"incompatible \[2J with version 3") as caught:
+        codec.configure_framing("confluent", registry)
     assert "prompts-value" in caught.value.fix and "\x1b" not in str(caught.value)
 
 
@@ -402,7 +406,7 @@ def test_the_caller_may_name_the_error_of_an_absent_registry():
         pass
 
     with pytest.raises(Away):
-        Registry(f"http://127.0.0.1:{free_port()}", away=Away).writer(1)
+        SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", make_unreachable_error=Away).get_writer_schema(1)
 
 
 # The login
@@ -410,15 +414,15 @@ def test_the_caller_may_name_the_error_of_an_absent_registry():
 
 def test_the_login_is_sent_and_appears_nowhere(server, caplog):
     caplog.set_level(logging.DEBUG)
-    client = Registry(server.url, login=LOGIN)
-    client.header(Prompt)
+    client = SchemaRegistryClient(server.url, credentials=LOGIN)
+    client.get_header(Prompt)
     assert server.authorization == "Basic Y2hhcnRlcjpzM2NyZXQ="
     server.answer = (401, {"message": server.authorization})
     with pytest.raises(RegistryUnreachable, match="refuses the login") as caught:
-        client.header(Response)
-    away = Registry(f"http://127.0.0.1:{free_port()}", login=LOGIN)
+        client.get_header(Response)
+    away = SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", credentials=LOGIN)
     with pytest.raises(RegistryUnreachable) as caught_away:
-        away.writer(1)
+        away.get_writer_schema(1)
     assert caught_away.value.__cause__ is None  # httpx's error holds the request, and that the login
     told = caplog.text + str(caught.value) + repr(client) + repr(vars(client)) + repr(caught_away.value)
     assert "s3cret" not in told and "Y2hhcnRlcjpzM2NyZXQ=" not in told
@@ -427,7 +431,7 @@ def test_the_login_is_sent_and_appears_nowhere(server, caplog):
 @pytest.mark.parametrize("login", ["nocolon", "user:\udcff", "user:pass\nword"])
 def test_a_login_of_another_form_is_refused_without_saying_it(login):
     with pytest.raises(ValueError, match="must be USER:PASSWORD") as caught:
-        Registry("http://registry", login=login)
+        SchemaRegistryClient("http://registry", credentials=login)
     assert login not in str(caught.value)
 
 
@@ -436,20 +440,20 @@ def test_a_login_of_another_form_is_refused_without_saying_it(login):
 ])  # fmt: skip
 def test_an_address_of_another_form_is_refused_without_its_login(url):
     with pytest.raises(ValueError, match="URL must") as caught:
-        Registry(url)
+        SchemaRegistryClient(url)
     assert "s3cret" not in str(caught.value)
 
 
 def test_the_choice_is_checked(registry):
     with pytest.raises(ValueError, match="none of single-object, confluent"):
-        codec.use("protobuf", registry)
+        codec.configure_framing("protobuf", registry)
     with pytest.raises(ValueError, match="needs a schema registry"):
-        codec.use("confluent")
+        codec.configure_framing("confluent")
 
 
 def test_httpx_is_imported_only_by_who_asks_a_registry():
     code = "import sys, schemas.codec, schemas.confluent; sys.exit('httpx' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(avro.FOLDER).parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(avro.SCHEMA_FOLDER).parent)
 
 
 # Fuzz
@@ -459,17 +463,17 @@ def test_httpx_is_imported_only_by_who_asks_a_registry():
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x00", b"\x00\x00\x00\x01", b"\x00\x00\x00\x01\x03"]))
 def test_arbitrary_bytes_are_a_record_error(confluent, data, start):
     with pytest.raises(codec.RecordError):
-        codec.decode(start + data, Prompt)
+        codec.decode_record(start + data, Prompt)
 
 
 @settings(one_registry, max_examples=300)
 @given(st.data())
 def test_damaged_records_decode_or_are_a_record_error(confluent, data):
-    good = bytearray(codec.encode(response()))
+    good = bytearray(codec.encode_record(response()))
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(codec.RecordError):
-        codec.decode_any(bytes(good))
+        codec.decode_any_record(bytes(good))
 
 
 TYPES = ["record", "array", "map", "enum", "fixed", "string", "null", "long", "bytes", "charter.Prompt", "charter.ChatMessage"]
@@ -489,21 +493,21 @@ def paths(value, path=()):
         yield from paths(part, (*path, key))
 
 
-PLACES = [path for path in paths(avro.schema_of(Response)) if path]
+PLACES = [path for path in paths(avro.get_schema(Response)) if path]
 
 
 @settings(one_registry, max_examples=400)
 @given(st.sampled_from(PLACES), json_values, st.binary(max_size=60), st.booleans())
 def test_a_damaged_schema_reads_or_is_a_record_error(server, confluent, path, value, junk, whole):
     """A registry's schema of our name with anything in any one place, and a body for it or none."""
-    schema = json.loads(json.dumps(avro.schema_of(Response)))
+    schema = json.loads(json.dumps(avro.get_schema(Response)))
     inside = schema
     for key in path[:-1]:
         inside = inside[key]
     inside[path[-1]] = value
-    schema_id = server.add(schema)
+    schema_id = server.register_schema(schema)
     with contextlib.suppress(codec.RecordError):
-        codec.decode_any(b"\x00" + schema_id.to_bytes(4, "big") + (body_of(response()) if whole else junk))
+        codec.decode_any_record(b"\x00" + schema_id.to_bytes(4, "big") + (body_of(response()) if whole else junk))
 
 
 @settings(one_registry, max_examples=300)
@@ -513,6 +517,6 @@ def test_any_answer_is_a_record_error_or_an_unreachable_registry(server, conflue
     server.answer = (status, b"" if status == 204 else answer)
     try:
         with pytest.raises((codec.RecordError, RegistryUnreachable)):
-            codec.decode_any(b"\x00" + schema_id.to_bytes(4, "big") + body_of(prompt()))
+            codec.decode_any_record(b"\x00" + schema_id.to_bytes(4, "big") + body_of(prompt()))
     finally:
         server.answer = None

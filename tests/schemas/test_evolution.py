@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 import fastavro
 import pytest
 from fastavro.schema import parse_schema
-from test_confluent import FakeRegistry
 
 from schemas import avro, codec, compatibility
-from schemas.ids import digest
+from schemas.ids import compute_id
 from schemas.records import RECORDS, Prompt, Split
+from tests.support.schema_registry import FakeSchemaRegistry
 
-ID = digest("x")
+ID = compute_id("x")
 WHEN = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NEW_SYMBOL = "LATER"
@@ -35,13 +35,13 @@ MODELS = pytest.mark.parametrize("model", RECORDS, ids=lambda model: model.__nam
 
 
 def optional_fields(model):
-    return [field["name"] for field in avro.schema_of(model)["fields"] if "default" in field]
+    return [field["name"] for field in avro.get_schema(model)["fields"] if "default" in field]
 
 
 def older(model, *names):
     """The schema before these fields were there, each type still spelled out where it comes first."""
-    schema = copy.deepcopy(avro.schema_of(model))
-    named, seen = compatibility.named_types(schema), set()
+    schema = copy.deepcopy(avro.get_schema(model))
+    named, seen = compatibility.collect_named_types(schema), set()
     schema["fields"] = [field for field in schema["fields"] if field["name"] not in names]
 
     def spell(kind):
@@ -63,8 +63,8 @@ def older(model, *names):
 
 def newer(model):
     """The schema with one more field in every record inside, and one more symbol in every enum."""
-    schema = copy.deepcopy(avro.schema_of(model))
-    for kind in compatibility.named_types(schema).values():
+    schema = copy.deepcopy(avro.get_schema(model))
+    for kind in compatibility.collect_named_types(schema).values():
         if kind["type"] == "enum":
             kind["symbols"].append(NEW_SYMBOL)
         else:
@@ -74,7 +74,7 @@ def newer(model):
 
 def value_of(schema):
     """A value of a schema with everything filled in: of an enum the newest symbol, of a text one that may be an id."""
-    named = compatibility.named_types(schema)
+    named = compatibility.collect_named_types(schema)
 
     def sample(kind):
         kind = named.get(kind, kind) if isinstance(kind, str) else kind
@@ -98,7 +98,7 @@ def resolved(value, reader):
 
     A field that the reader lacks is gone, one of its own is its default, a symbol that it does not know is UNKNOWN.
     """
-    named = compatibility.named_types(reader)
+    named = compatibility.collect_named_types(reader)
 
     def resolve(value, kind):
         kind = named.get(kind, kind) if isinstance(kind, str) else kind
@@ -125,7 +125,7 @@ def body(schema, value):
 
 
 def message(schema, value):
-    return codec.MARKER + avro.fingerprint_of(schema) + body(schema, value)
+    return codec.SINGLE_OBJECT_MARKER + avro.compute_schema_fingerprint(schema) + body(schema, value)
 
 
 def read(writer, reader, value):
@@ -134,7 +134,7 @@ def read(writer, reader, value):
 
 
 def check_both_ways(one, other):
-    assert compatibility.breaks(one, other) == compatibility.breaks(other, one) == []
+    assert compatibility.find_incompatibilities(one, other) == compatibility.find_incompatibilities(other, one) == []
     for writer, reader in ((one, other), (other, one)):
         value = value_of(writer)
         assert read(writer, reader, value) == resolved(value, reader)
@@ -142,22 +142,22 @@ def check_both_ways(one, other):
 
 @MODELS
 def test_a_newer_version_reads_and_is_read(model):
-    assert avro.fingerprint_of(newer(model)) != avro.fingerprint_of(avro.schema_of(model))
-    check_both_ways(newer(model), avro.schema_of(model))
+    assert avro.compute_schema_fingerprint(newer(model)) != avro.compute_schema_fingerprint(avro.get_schema(model))
+    check_both_ways(newer(model), avro.get_schema(model))
 
 
 @MODELS
 def test_any_field_with_a_default_may_once_not_have_been_there(model):
     assert optional_fields(model)
     for name in optional_fields(model):
-        check_both_ways(older(model, name), avro.schema_of(model))
+        check_both_ways(older(model, name), avro.get_schema(model))
 
 
 @MODELS
 def test_versions_many_releases_apart_read_each_other(model):
     """Not only neighbours: FULL_TRANSITIVE."""
-    released = avro.released()[model.__name__]
-    versions = [older(model, *optional_fields(model)), avro.schema_of(model), newer(model), *released]
+    released = avro.load_released_schemas()[model.__name__]
+    versions = [older(model, *optional_fields(model)), avro.get_schema(model), newer(model), *released]
     for one in versions:
         for other in versions:
             check_both_ways(one, other)
@@ -169,14 +169,16 @@ def test_versions_many_releases_apart_read_each_other(model):
 @pytest.fixture
 def release(monkeypatch):
     """Puts one more version among the released ones."""
-    shipped = avro.released()
+    shipped = avro.load_released_schemas()
 
     def add(model, schema):
-        monkeypatch.setattr(codec, "released", lambda: shipped | {model.__name__: [*shipped[model.__name__], schema]})
-        codec.writer_schemas.cache_clear()
+        monkeypatch.setattr(
+            codec, "load_released_schemas", lambda: shipped | {model.__name__: [*shipped[model.__name__], schema]}
+        )
+        codec.load_writer_schemas.cache_clear()
 
     yield add
-    codec.writer_schemas.cache_clear()
+    codec.load_writer_schemas.cache_clear()
 
 
 @MODELS
@@ -184,7 +186,7 @@ def test_our_codec_fills_in_what_an_older_version_lacked(model, release):
     gone = optional_fields(model)
     schema = older(model, *gone)
     release(model, schema)
-    record = codec.decode(message(schema, value_of(schema)), model)
+    record = codec.decode_record(message(schema, value_of(schema)), model)
     assert record.record_id == ID
     for name in gone:
         # Who wrote no time wrote before all who did, and not when it is read.
@@ -197,17 +199,17 @@ def test_our_codec_reads_a_newer_version_once_it_has_its_schema(model, release):
     schema = newer(model)
     data = message(schema, value_of(schema))
     with pytest.raises(codec.UnknownFingerprint, match="newer version of Charter"):
-        codec.decode(data, model)
+        codec.decode_record(data, model)
     release(model, schema)
-    assert codec.decode(data, model) == model.model_validate(resolved(value_of(schema), avro.schema_of(model)))
-    assert NEW_SYMBOL not in codec.decode(data, model).model_dump_json()
+    assert codec.decode_record(data, model) == model.model_validate(resolved(value_of(schema), avro.get_schema(model)))
+    assert NEW_SYMBOL not in codec.decode_record(data, model).model_dump_json()
 
 
 def test_a_symbol_of_the_future_is_unknown(release):
     schema = newer(Prompt)
     release(Prompt, schema)
     assert value_of(schema)["split"] == NEW_SYMBOL
-    assert codec.decode(message(schema, value_of(schema)), Prompt).split is Split.UNKNOWN
+    assert codec.decode_record(message(schema, value_of(schema)), Prompt).split is Split.UNKNOWN
 
 
 # Old and new code, each in its own process, on one log
@@ -217,27 +219,27 @@ CHILD = '''
 import json, os, sys
 import schemas
 from engine.bus import open_bus
-from engine.bus.port import Outgoing
-from engine.bus.read import read_messages
+from engine.bus.port import ProducerRecord
+from engine.bus.read import read_topic
 from schemas import codec
-from schemas.confluent import Registry
+from schemas.confluent import SchemaRegistryClient
 from schemas.records import RECORDS
-from schemas.topics import topic_table
+from schemas.topics import make_topic_table
 
 log, registry, values = sys.argv[1:]
 assert schemas.__file__.startswith(os.getcwd()), schemas.__file__
 if registry:
-    codec.use("confluent", Registry(registry))
+    codec.configure_framing("confluent", SchemaRegistryClient(registry))
 bus = open_bus(log)
-bus.create_topics(list(topic_table(1).values()))
+bus.create_topics(list(make_topic_table(1).values()))
 if values:
     records = [model.model_validate(json.loads(values)[model.__name__]) for model in RECORDS]
-    bus.publish([Outgoing(record.topic, record.key, codec.encode(record)) for record in records])
+    bus.publish([ProducerRecord(record.topic, record.key, codec.encode_record(record)) for record in records])
 else:
     for model in RECORDS:
-        for message in read_messages(bus, model.topic):
+        for message in read_topic(bus, model.topic):
             try:
-                found = codec.decode(message.value, model).model_dump(mode="json")
+                found = codec.decode_record(message.value, model).model_dump(mode="json")
             except codec.RecordError as error:
                 found = {"error": str(error)}
             print(json.dumps([model.__name__, found]))
@@ -262,7 +264,7 @@ class Code:
         shutil.copytree(source, folder / "schemas", ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(self, *arguments):
-        environment = os.environ | {"PYTHONPATH": f"{self.folder}{os.pathsep}{avro.FOLDER.parent}"}
+        environment = os.environ | {"PYTHONPATH": f"{self.folder}{os.pathsep}{avro.SCHEMA_FOLDER.parent}"}
         done = subprocess.run(
             [sys.executable, *arguments],
             check=False,
@@ -289,13 +291,13 @@ class Code:
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    return Code(tmp_path_factory.mktemp("old"), avro.FOLDER)
+    return Code(tmp_path_factory.mktemp("old"), avro.SCHEMA_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
     """The code after `CHANGES`, released and checked by the same commands as every release."""
-    code = Code(tmp_path_factory.mktemp("new"), avro.FOLDER)
+    code = Code(tmp_path_factory.mktemp("new"), avro.SCHEMA_FOLDER)
     records = code.folder / "schemas" / "records.py"
     text = records.read_text()
     for before, after in CHANGES:
@@ -319,7 +321,7 @@ def jsonable(value):
     return json.loads(json.dumps(value, default=lambda part: part.decode() if isinstance(part, bytes) else part.isoformat()))
 
 
-OLD_VALUES = {model.__name__: jsonable(value_of(avro.schema_of(model))) for model in RECORDS}
+OLD_VALUES = {model.__name__: jsonable(value_of(avro.get_schema(model))) for model in RECORDS}
 OLD_READ = {model.__name__: model.model_validate(OLD_VALUES[model.__name__]).model_dump(mode="json") for model in RECORDS}
 
 
@@ -378,7 +380,7 @@ def test_old_code_that_was_given_the_new_schemas_reads_everything(prepared, log)
 
 def test_with_a_registry_old_and_new_code_read_everything(old, new, tmp_path):
     """The registry hands old code the schemas of the future: nothing needs to be given to it first."""
-    server = FakeRegistry()
+    server = FakeSchemaRegistry()
     try:
         for code, values in ((old, OLD_VALUES), (new, NEW_VALUES)):
             code.write(tmp_path, values, server.url)
@@ -393,7 +395,7 @@ def test_with_a_registry_old_and_new_code_read_everything(old, new, tmp_path):
 
 def test_a_log_of_both_framings_is_read_by_both(old, prepared, new, tmp_path):
     """A change of bus.framing needs no flag day either."""
-    server = FakeRegistry()
+    server = FakeSchemaRegistry()
     try:
         old.write(tmp_path, OLD_VALUES)
         new.write(tmp_path, NEW_VALUES, server.url)

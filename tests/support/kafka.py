@@ -15,11 +15,11 @@ import kafka
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
-UP_WITHIN_S = 300  # patience with a busy machine; a broker that has ended is told at once
-LOOK_EVERY_S = 0.2
+_STARTUP_TIMEOUT_S = 300  # patience with a busy machine; a broker that has ended is told at once
+_POLL_INTERVAL_S = 0.2
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on, below those that outgoing connections take: a broker that starts again still finds it."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
@@ -35,34 +35,39 @@ class Broker:
     """
 
     def __init__(
-        self, home: Path, folder: Path, node: int = 1, controllers: dict[int, int] | None = None, cluster: str = ""
+        self,
+        kafka_home: Path,
+        folder: Path,
+        node_id: int = 1,
+        controller_ports: dict[int, int] | None = None,
+        cluster_id: str = "",
     ) -> None:
-        self.home, self.folder, self.node = home, folder, node
-        self.port = free_port()
-        self.controllers = controllers or {node: free_port()}
+        self.kafka_home, self.folder, self.node_id = kafka_home, folder, node_id
+        self.port = find_free_port()
+        self.controller_ports = controller_ports or {node_id: find_free_port()}
         self.address = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
-        (folder / "server.properties").write_text(self.properties())
+        (folder / "server.properties").write_text(self.build_properties())
         # With "=": one id in 64 begins with a dash and would be taken for an option.
-        named = f"--cluster-id={cluster or new_cluster()}"
-        self.java("kafka.tools.StorageTool", "format", named, "--config=server.properties", *self.users())
+        named = f"--cluster-id={cluster_id or _generate_cluster_id()}"
+        self.run_java("kafka.tools.StorageTool", "format", named, "--config=server.properties", *self.build_user_arguments())
 
-    def users(self) -> list[str]:
+    def build_user_arguments(self) -> list[str]:
         """What the formatting is told of users."""
         return []
 
-    def client(self) -> dict[str, object]:
+    def build_client_settings(self) -> dict[str, object]:
         """kafka-python's settings for it."""
         return {"bootstrap_servers": self.address}
 
-    def properties(self) -> str:
-        replicas = min(3, len(self.controllers))
+    def build_properties(self) -> str:
+        replicas = min(3, len(self.controller_ports))
         in_sync = max(1, replicas - 1)
-        controller = self.controllers[self.node]
+        controller = self.controller_ports[self.node_id]
         settings = {
             "process.roles": "broker,controller",
-            "node.id": self.node,
-            "controller.quorum.voters": ",".join(f"{node}@127.0.0.1:{port}" for node, port in self.controllers.items()),
+            "node.id": self.node_id,
+            "controller.quorum.voters": ",".join(f"{node}@127.0.0.1:{port}" for node, port in self.controller_ports.items()),
             "listeners": f"CLIENT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": f"CLIENT://127.0.0.1:{self.port}",
             "listener.security.protocol.map": "CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT",
@@ -83,29 +88,29 @@ class Broker:
         }
         return "\n".join(f"{key}={value}" for key, value in settings.items())
 
-    def command(self, *arguments: str) -> list[str]:
-        return ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{self.home}/libs/*", *arguments]
+    def build_java_command(self, *arguments: str) -> list[str]:
+        return ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{self.kafka_home}/libs/*", *arguments]
 
-    def java(self, *arguments: str) -> None:
-        subprocess.run(self.command(*arguments), cwd=self.folder, check=True, capture_output=True)
+    def run_java(self, *arguments: str) -> None:
+        subprocess.run(self.build_java_command(*arguments), cwd=self.folder, check=True, capture_output=True)
 
-    def launch(self) -> None:
+    def launch_process(self) -> None:
         with (self.folder / "broker.log").open("ab") as log:
             self.process = subprocess.Popen(
-                self.command("kafka.Kafka", "server.properties"), cwd=self.folder, stdout=log, stderr=log
+                self.build_java_command("kafka.Kafka", "server.properties"), cwd=self.folder, stdout=log, stderr=log
             )
 
     def start(self) -> None:
-        self.launch()
-        self.wait()
+        self.launch_process()
+        self.wait_until_ready()
 
-    def wait(self) -> None:
+    def wait_until_ready(self) -> None:
         """Until it answers."""
         assert self.process
-        deadline = time.monotonic() + UP_WITHIN_S
+        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
         while True:
             try:
-                kafka.KafkaConsumer(**self.client(), bootstrap_timeout_ms=2000).close()
+                kafka.KafkaConsumer(**self.build_client_settings(), bootstrap_timeout_ms=2000).close()
                 return
             except (KafkaError, OSError):
                 if self.process.poll() is not None or time.monotonic() > deadline:
@@ -134,8 +139,8 @@ class SecureBroker(Broker):
 
     USER, PASSWORD = "charter", "s3cret-of-the-test"
 
-    def __init__(self, home: Path, folder: Path) -> None:
-        self.ca = folder / "ca.pem"
+    def __init__(self, kafka_home: Path, folder: Path) -> None:
+        self.ca_file = folder / "ca.pem"
         store = ["-alias", "broker", "-keystore", "broker.p12", "-storetype", "PKCS12", "-storepass", self.PASSWORD]
         names = ["-dname", "CN=localhost", "-ext", "SAN=dns:localhost,ip:127.0.0.1", "-ext", "bc=ca:true"]
         for command in (
@@ -143,13 +148,13 @@ class SecureBroker(Broker):
             ["keytool", "-exportcert", "-rfc", "-file", "ca.pem", *store],
         ):
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        super().__init__(home, folder)
+        super().__init__(kafka_home, folder)
 
-    def users(self) -> list[str]:
+    def build_user_arguments(self) -> list[str]:
         login = f"[name={self.USER},password={self.PASSWORD}]"
         return ["--add-scram", f"SCRAM-SHA-512={login}", "--add-scram", f"SCRAM-SHA-256={login}"]
 
-    def properties(self) -> str:
+    def build_properties(self) -> str:
         login = f'required username="{self.USER}" password="{self.PASSWORD}"'
         scram = f"org.apache.kafka.common.security.scram.ScramLoginModule {login};"
         plain = f'org.apache.kafka.common.security.plain.PlainLoginModule {login} user_{self.USER}="{self.PASSWORD}";'
@@ -163,59 +168,59 @@ class SecureBroker(Broker):
             "ssl.keystore.location": self.folder / "broker.p12",
             "ssl.keystore.type": "PKCS12",
             "ssl.keystore.password": self.PASSWORD,
-            "ssl.truststore.location": self.ca,
+            "ssl.truststore.location": self.ca_file,
             "ssl.truststore.type": "PEM",
         }
-        kept = [line for line in super().properties().splitlines() if line.partition("=")[0] not in settings]
+        kept = [line for line in super().build_properties().splitlines() if line.partition("=")[0] not in settings]
         return "\n".join([*kept, *(f"{key}={value}" for key, value in settings.items())])
 
-    def client(self) -> dict[str, object]:
-        secure = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "ssl_cafile": str(self.ca)}
+    def build_client_settings(self) -> dict[str, object]:
+        secure = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "ssl_cafile": str(self.ca_file)}
         login = {"sasl_plain_username": self.USER, "sasl_plain_password": self.PASSWORD}
-        return super().client() | secure | login
+        return super().build_client_settings() | secure | login
 
 
-def new_cluster() -> str:
+def _generate_cluster_id() -> str:
     return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
 class Cluster:
     """Three brokers with everything replicated, so that any one of them can be lost."""
 
-    def __init__(self, home: Path, folder: Path, brokers: int = 3) -> None:
-        controllers = {node: free_port() for node in range(1, brokers + 1)}
-        cluster = new_cluster()
+    def __init__(self, kafka_home: Path, folder: Path, num_brokers: int = 3) -> None:
+        controllers = {node: find_free_port() for node in range(1, num_brokers + 1)}
+        cluster = _generate_cluster_id()
         self.brokers = []
         for node in controllers:
             (folder / str(node)).mkdir(parents=True)
-            self.brokers.append(Broker(home, folder / str(node), node, controllers, cluster))
+            self.brokers.append(Broker(kafka_home, folder / str(node), node, controllers, cluster))
         self.address = ",".join(broker.address for broker in self.brokers)
-        self.stack = ExitStack()
+        self.exit_stack = ExitStack()
 
     def __enter__(self) -> "Cluster":
         for broker in self.brokers:
-            broker.launch()
+            broker.launch_process()
         for broker in self.brokers:
-            self.stack.push(broker)
+            self.exit_stack.push(broker)
         for broker in self.brokers:
-            broker.wait()
+            broker.wait_until_ready()
         return self
 
     def __exit__(self, *_: object) -> None:
         for broker in self.brokers:  # together: each waits for the others to take over
             if broker.process and broker.process.poll() is None:
                 broker.process.terminate()
-        self.stack.close()
+        self.exit_stack.close()
 
     def wait_until_in_sync(self) -> None:
         """Until every partition has all its replicas again: only then may another broker be lost."""
-        deadline = time.monotonic() + UP_WITHIN_S
-        while not self.in_sync():
+        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
+        while not self.is_in_sync():
             if time.monotonic() > deadline:
                 raise TimeoutError("the replicas do not catch up")
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(_POLL_INTERVAL_S)
 
-    def in_sync(self) -> bool:
+    def is_in_sync(self) -> bool:
         """Whether no partition lacks a replica; False too while nobody can say."""
         try:
             admin = KafkaAdminClient(bootstrap_servers=self.address.split(","))

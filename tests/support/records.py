@@ -1,9 +1,9 @@
 """Records made by hand, with ids that follow from their names, and a database of them without a log."""
 
-from consumers.sink import tables_of
-from engine.bus.port import Message
+from consumers.sink import to_arrow_tables
+from engine.bus.port import ConsumerRecord
 from engine.store import Store
-from engine.tables import insert_statement
+from engine.tables import build_insert_statement
 from schemas import ids
 from schemas.records import (
     ChatMessage,
@@ -31,45 +31,47 @@ from schemas.records import (
 from schemas.topics import TOPICS
 
 
-class World:
+class RecordDatabase:
     """A database; what is added comes in that order in the commit sequence."""
 
     def __init__(self, path):
-        self.store, self.seq = Store(path), 0
-        self.store.prepare()
+        self.store, self.next_commit_seq = Store(path), 0
+        self.store.create_schema()
 
     def add(self, *records):
-        with self.store.writing() as connection:
-            messages = [Message(record.topic, 0, self.seq + i, None, None, (), 0) for i, record in enumerate(records)]
-            for topic, table in tables_of(list(zip(records, messages, strict=True)), self.seq).items():
+        with self.store.open_write_session() as connection:
+            messages = [
+                ConsumerRecord(record.topic, 0, self.next_commit_seq + i, None, None, (), 0) for i, record in enumerate(records)
+            ]
+            for topic, table in to_arrow_tables(list(zip(records, messages, strict=True)), self.next_commit_seq).items():
                 connection.register("batch", table)
-                connection.execute(insert_statement(TOPICS[topic]))
-            self.seq += len(records)
-            connection.execute("UPDATE raw.sink_state SET next_seq = ?", [self.seq])
+                connection.execute(build_insert_statement(TOPICS[topic]))
+            self.next_commit_seq += len(records)
+            connection.execute("UPDATE raw.sink_state SET next_seq = ?", [self.next_commit_seq])
 
-    def rows(self, sql):
+    def query_rows(self, sql):
         return self.store.query(sql).rows
 
-    def records(self, sql):
-        return self.store.records(sql)
+    def query_records(self, sql):
+        return self.store.query_dicts(sql)
 
-    def ids(self, view):
-        return {str(key) for (key,) in self.rows(f"SELECT record_id FROM {view}")}
+    def query_record_ids(self, view):
+        return {str(key) for (key,) in self.query_rows(f"SELECT record_id FROM {view}")}
 
 
-def base(kind, name, asked, /, epoch=0, split=Split.TRAIN, **more):
-    messages = [ChatMessage(role="user", content=asked)]
+def make_record_fields(kind, name, prompt_text, /, epoch=0, split=Split.TRAIN, **more):
+    messages = [ChatMessage(role="user", content=prompt_text)]
     return {
-        "record_id": ids.digest(kind, name), "prompt_id": ids.prompt_id(messages, epoch), "run_id": "r", "stage": kind,
+        "record_id": ids.compute_id(kind, name), "prompt_id": ids.compute_prompt_id(messages, epoch), "run_id": "r", "stage": kind,
         "messages": messages, "source": "test", "split": split, "epoch": epoch, **more
     }  # fmt: skip
 
 
-def prompt(text, **more):
-    return Prompt(**base("produce", [text, *map(str, more.values())], text, **more))
+def make_prompt(text, **more):
+    return Prompt(**make_record_fields("produce", [text, *map(str, more.values())], text, **more))
 
 
-def preference(name, text, p_a, **more):
+def make_preference(name, text, p_a, **more):
     values = {
         "outcome": Outcome.OK,
         "response_a": f"{name} a",
@@ -77,21 +79,21 @@ def preference(name, text, p_a, **more):
         "pairing": "completions",
         "p_a": p_a,
     } | more
-    return Preference(**base("judge", name, text, **values))
+    return Preference(**make_record_fields("judge", name, text, **values))
 
 
-def person(name, of, p_a):
-    label = {"record_id": ids.digest("label", name), "parent_ids": [of.record_id], "p_a": p_a, "stage": "label"}
-    return of.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
+def make_human_label(name, judged, p_a):
+    label = {"record_id": ids.compute_id("label", name), "parent_ids": [judged.record_id], "p_a": p_a, "stage": "label"}
+    return judged.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
 
 
-def demonstration(name, text, **more):
-    return Demonstration(**base("produce", name, text, completion=f"{name} answer", **more))
+def make_demonstration(name, text, **more):
+    return Demonstration(**make_record_fields("produce", name, text, completion=f"{name} answer", **more))
 
 
-def chain_end(name, text, **more):
+def make_chain_end(name, text, **more):
     values = {
-        "response_id": ids.digest("x"),
+        "response_id": ids.compute_id("x"),
         "initial_response": "f",
         "initial_finish_reason": FinishReason.STOP,
         "round": 0,
@@ -103,40 +105,42 @@ def chain_end(name, text, **more):
         "final_response": f"{name} final",
         "finish_reason": FinishReason.STOP,
     }
-    return Critique(**base("critique", name, text, **values, **ended, **more))
+    return Critique(**make_record_fields("critique", name, text, **values, **ended, **more))
 
 
-def response(text, **more):
+def make_response(text, **more):
     answer = Completion(index=0, text="t", token_ids=[1], logprobs=[-1.0], finish_reason=FinishReason.STOP, policy_version=0)
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
     values = {"completions": [answer], "prompt_token_ids": [1], "sampling": sampling}
-    return Response(**base("respond", [text, *map(str, more.values())], text, **values, **more))
+    return Response(**make_record_fields("respond", [text, *map(str, more.values())], text, **values, **more))
 
 
-MADE_BY = {
+_PROVENANCE = {
     "constitution": ConstitutionRef(name="default", version="1.0.0", hash="c0ffee"),
     "model": ModelRef(id="critic", revision="v"),
     "preset": "charter",
 }
 
 
-def critique(name, asked, verdict, p_flawed, text, round=0, principle="harm", **more):
+def _make_critique(name, prompt_text, verdict, p_flawed, text, round=0, principle="harm", **more):
     """A verdict on a text under one principle; of a revision under the principle that it was made by."""
     said = PrincipleVerdict(principle_id=principle, verdict=verdict, p_flawed=p_flawed, option_mass=0.9)
     rounds = [Round(round=n + 1, principle_id=principle, critique="c", revision="r") for n in range(round)]
     chain = {
-        "response_id": ids.digest("response", name),
+        "response_id": ids.compute_id("response", name),
         "initial_response": text,
         "initial_finish_reason": FinishReason.STOP,
         "finish_reason": FinishReason.STOP,
     }
     values = {"verdict": verdict, "p_flawed": p_flawed, "verdicts": [said], "rounds": rounds, "round": round, "response": text}
-    return Critique(**base("critique", [name, round], asked, **MADE_BY, **chain, **values, **more))
+    return Critique(**make_record_fields("critique", [name, round], prompt_text, **_PROVENANCE, **chain, **values, **more))
 
 
-def revision(name, asked, before, after, alike, rejection_reason=RejectionReason.NONE, round=1, principle="harm"):
+def make_revision(
+    name, prompt_text, before, after, similarity, rejection_reason=RejectionReason.NONE, round=1, principle="harm"
+):
     chain = {
-        "response_id": ids.digest("response", name),
+        "response_id": ids.compute_id("response", name),
         "initial_response": before,
         "initial_finish_reason": FinishReason.STOP,
         "finish_reason": FinishReason.STOP,
@@ -144,15 +148,17 @@ def revision(name, asked, before, after, alike, rejection_reason=RejectionReason
     values = {
         "previous_response": before,
         "response": after,
-        "similarity": alike,
+        "similarity": similarity,
         "rejection_reason": rejection_reason,
         "round": round,
         "critique": "c",
     }
-    return Revision(**base("revise", [name, round], asked, **MADE_BY, **chain, **values, principle_id=principle))
+    return Revision(
+        **make_record_fields("revise", [name, round], prompt_text, **_PROVENANCE, **chain, **values, principle_id=principle)
+    )
 
 
-def judged(name, asked, a, b, forward, backward, principle="care", **more):
+def make_judged_preference(name, prompt_text, a, b, forward, backward, principle="care", **more):
     """A judgement by one principle in both orders."""
     vote = PrincipleVote(
         principle_id=principle,
@@ -175,31 +181,31 @@ def judged(name, asked, a, b, forward, backward, principle="care", **more):
         "option_mass": 0.9,
         "position_flip": (forward > 0.5) != (backward > 0.5),
     }
-    return preference(name, asked, (forward + backward) / 2, **MADE_BY, **values, **figures, **more)
+    return make_preference(name, prompt_text, (forward + backward) / 2, **_PROVENANCE, **values, **figures, **more)
 
 
-def unjudged(name, asked, outcome, principle="care"):
+def _make_unjudged_preference(name, prompt_text, outcome, principle="care"):
     values = {"response_a": "aa", "response_b": "b", "principle_id": principle, "outcome": outcome}
-    return preference(name, asked, None, **MADE_BY, **values)
+    return make_preference(name, prompt_text, None, **_PROVENANCE, **values)
 
 
-def known(world):
+def add_counted_run(database):
     """A small run whose figures tests/engine/test_figures.py has counted by hand."""
-    world.add(*(prompt(text) for text in ("one", "two", "three", "four")))
+    database.add(*(make_prompt(text) for text in ("one", "two", "three", "four")))
     # Four first answers under one principle: two flawed, one clean, one that the critic could not say.
-    world.add(
-        critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
-        critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
-        critique("3", "three", Verdict.CLEAN, 0.2, "xx", final=True, end_reason=EndReason.SATISFIED, final_response="xx"),
-        critique("4", "four", Verdict.LOW_MASS, None, "x"),
+    database.add(
+        _make_critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
+        _make_critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
+        _make_critique("3", "three", Verdict.CLEAN, 0.2, "xx", final=True, end_reason=EndReason.SATISFIED, final_response="xx"),
+        _make_critique("4", "four", Verdict.LOW_MASS, None, "x"),
     )
     # Three revisions: one wins and is 4 characters longer, one loses and is 2 shorter, one is a copy.
     end = {"final": True, "round": 1}
-    world.add(
-        revision("1", "one", "x" * 10, "y" * 14, 0.5),
-        revision("2", "two", "x" * 10, "y" * 8, 0.1),
-        revision("4", "four", "x", "x", 1.0, RejectionReason.COPY),
-        critique(
+    database.add(
+        make_revision("1", "one", "x" * 10, "y" * 14, 0.5),
+        make_revision("2", "two", "x" * 10, "y" * 8, 0.1),
+        make_revision("4", "four", "x", "x", 1.0, RejectionReason.COPY),
+        _make_critique(
             "1",
             "one",
             Verdict.CLEAN,
@@ -210,22 +216,29 @@ def known(world):
             final_response="y" * 14,
             **end,
         ),
-        critique(
+        _make_critique(
             "2", "two", Verdict.FLAWED, 0.6, "y" * 8, p_better=0.3, end_reason=EndReason.LOST, final_response="x" * 10, **end
         ),
     )
     # Five judgements by `care` (one refused, one flip), two by `honest` (a tie and one without a label).
-    first, second = judged("1", "one", "aaaa", "b", 0.9, 0.7), judged("3", "three", "a", "bbbb", 0.2, 0.4)
-    world.add(
+    first, second = (
+        make_judged_preference("1", "one", "aaaa", "b", 0.9, 0.7),
+        make_judged_preference("3", "three", "a", "bbbb", 0.2, 0.4),
+    )
+    database.add(
         first,
-        judged("2", "two", "aa", "b", 0.9, 0.3),
+        make_judged_preference("2", "two", "aa", "b", 0.9, 0.3),
         second,
-        judged("4", "four", "aaa", "b", 0.8, 0.6),
-        unjudged("5", "four", Outcome.REFUSED),
-        judged("6", "one", "a", "b", 0.6, 0.4, principle="honest"),
-        unjudged("7", "two", Outcome.LOW_MASS, principle="honest"),
+        make_judged_preference("4", "four", "aaa", "b", 0.8, 0.6),
+        _make_unjudged_preference("5", "four", Outcome.REFUSED),
+        make_judged_preference("6", "one", "a", "b", 0.6, 0.4, principle="honest"),
+        _make_unjudged_preference("7", "two", Outcome.LOW_MASS, principle="honest"),
     )
     # A person agrees with the first, overrides the second, and a file holds the pair of the flip the other way round.
-    world.add(person("1", first, 1.0), person("2", second, 1.0), demonstration("shown", "five", source="helpful"))
+    database.add(
+        make_human_label("1", first, 1.0),
+        make_human_label("2", second, 1.0),
+        make_demonstration("shown", "five", source="helpful"),
+    )
     values = {"response_a": "b", "response_b": "aa", "label_source": LabelSource.HUMAN, "pairing": "human"}
-    world.add(preference("file", "two", 0.0, **values))
+    database.add(make_preference("file", "two", 0.0, **values))

@@ -10,10 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import checkpoints
 from engine.checkpoints import hash_files
-from engine.errors import CannotLearn, CheckpointsFull, UsageError
+from engine.errors import CheckpointsFull, TrainingFailed, UsageError
 from schemas.records import ChatMessage
 from trainer import dpo, ppo, reward, sft, weights
-from trainer.ppo import Hyperparameters, Rollout
+from trainer.ppo import PPOConfig, Rollout
 from trainer.reward import PreferenceExample
 from trainer.sft import SftExample
 
@@ -44,7 +44,7 @@ def scorer(tiny, tmp_path):
     torch.nn.init.normal_(model.score.weight)
     folder = tmp_path / "reward"
     folder.mkdir()
-    reward.RewardModel([reward.Member(model)], weights.load_tokenizer(tiny)).save(folder)
+    reward.RewardModel([reward.EnsembleMember(model)], weights.load_tokenizer(tiny)).save(folder)
     return folder
 
 
@@ -57,7 +57,7 @@ LEARN = {
     "reward": lambda folder: reward.train(folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "dpo": lambda folder: dpo.train(folder, folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "ppo": lambda folder: ppo.train(
-        folder, folder, ROLLOUTS, list(range(8)), Hyperparameters(learning_rate=1e30, kl_stop=1e30), hardware=HARDWARE
+        folder, folder, ROLLOUTS, list(range(8)), PPOConfig(learning_rate=1e30, kl_stop=1e30), hardware=HARDWARE
     ),
 }
 
@@ -65,13 +65,13 @@ LEARN = {
 @pytest.mark.parametrize("phase", LEARN)
 def test_a_number_that_runs_away_ends_the_update_and_leaves_the_policy(tiny, phase):
     before = hash_files(tiny)
-    with pytest.raises(CannotLearn, match="training has run away") as error:
+    with pytest.raises(TrainingFailed, match="training has run away") as error:
         LEARN[phase](tiny)
     assert three_lines(error) and hash_files(tiny) == before
 
 
 def test_texts_that_do_not_fit_leave_nothing_to_learn(tiny):
-    with pytest.raises(CannotLearn, match="none of the 3 texts") as error:
+    with pytest.raises(TrainingFailed, match="none of the 3 texts") as error:
         sft.train(tiny, [SftExample(TURNS, "abc", True, str(n)) for n in range(3)], learning_rate=1e-3, max_length=4)
     assert three_lines(error)
 
@@ -94,34 +94,34 @@ def test_a_weight_that_is_missing_is_not_filled_with_noise(copy, scorer):
         del tensors[name]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UsageError, match="cannot be loaded\n1 of them are missing") as error:
-            reward.load(folder) if folder == scorer else weights.load_policy(folder)
+            reward.load_reward_model(folder) if folder == scorer else weights.load_policy(folder)
         assert three_lines(error)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_full_disk_is_told_and_leaves_no_checkpoint(tiny, tmp_path, file):
     """/dev/full is a disk without room; each part of a checkpoint is written by somebody else."""
-    save = weights.saver(weights.load_policy(tiny), weights.load_tokenizer(tiny))
+    save = weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny))
 
     def full(folder):
         (folder / file).symlink_to("/dev/full")
         save(folder)
 
     with pytest.raises(CheckpointsFull, match="there is no room for a checkpoint") as error:
-        checkpoints.write(tmp_path / "policy-000001", full, {})
+        checkpoints.write_checkpoint(tmp_path / "policy-000001", full, {})
     assert three_lines(error) and list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
-    model = weights.with_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
+    model = weights.add_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
     shutil.rmtree(copy)
     copy.mkdir()
-    weights.rl_saver(model, weights.load_tokenizer(tiny), None, tiny)(copy)
-    assert weights.adapter_is_on(copy, tiny)
+    weights.make_rl_saver(model, weights.load_tokenizer(tiny), None, tiny)(copy)
+    assert weights.has_adapter_for_reference(copy, tiny)
     file = copy / "rl" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UsageError, match="cannot be loaded") as error:
-        weights.load_for_rl(copy, tiny, 4)
+        weights.load_policy_for_rl(copy, tiny, 4)
     assert three_lines(error)
 
 
@@ -129,7 +129,7 @@ def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
 def test_a_reward_model_without_its_normalisation_scores_nothing(scorer, damage):
     (scorer / "reward.json").write_text(damage)
     with pytest.raises(UsageError, match="holds no whole reward model") as error:
-        reward.load(scorer)
+        reward.load_reward_model(scorer)
     assert three_lines(error)
 
 
@@ -148,7 +148,7 @@ def test_a_policy_with_another_tokenizer_is_refused(tiny, copy, what):
             tokenizer.eos_token = "<s>"
         tokenizer.save_pretrained(copy)
     with pytest.raises(UsageError, match="have different tokenizers") as error:
-        ppo.train(tiny, copy, ROLLOUTS, list(range(8)), Hyperparameters(), hardware=HARDWARE)
+        ppo.train(tiny, copy, ROLLOUTS, list(range(8)), PPOConfig(), hardware=HARDWARE)
     assert three_lines(error)
     with pytest.raises(UsageError, match="have different tokenizers"):
         dpo.train(tiny, copy, PAIRS, learning_rate=1e-3, hardware=HARDWARE)
@@ -159,6 +159,6 @@ def test_a_reward_model_of_another_architecture_is_refused(tiny, scorer, tmp_pat
     GPT2LMHeadModel(GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(other)
     weights.load_tokenizer(tiny).save_pretrained(other)
     with pytest.raises(UsageError, match=r"the reward model in .* is a llama, the policy in .* a gpt2") as error:
-        reward.load(scorer, policy=other)
+        reward.load_reward_model(scorer, policy=other)
     assert three_lines(error)
-    assert reward.load(scorer, policy=tiny).members
+    assert reward.load_reward_model(scorer, policy=tiny).members

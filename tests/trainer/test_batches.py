@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from engine.errors import UsageError
 from engine.settings import load, mix
 from schemas.records import BatchManifest, PolicyKind, PolicyUpdate
-from trainer.batches import Bounds, Light, Standing, bucketed, exact_size, mixed, overtaken, shortfall, stale, standing_of
+from trainer.batches import (
+    RowRef,
+    StalenessLimits,
+    TrainingState,
+    compute_exact_mixture_size,
+    compute_training_state,
+    describe_mixture_shortfall,
+    find_staleness_reason,
+    group_by_length,
+    is_superseded,
+    sample_mixture,
+)
 
 SFT = {"*": 0.73, "helpful": 0.27}
 
@@ -17,7 +28,7 @@ SFT = {"*": 0.73, "helpful": 0.27}
 def rows(**counts):
     """Rows of these sources, their commits mixed."""
     made = [(n / count, source) for source, count in counts.items() for n in range(count)]
-    return [Light(str(n), source, n, length=n % 7) for n, (_, source) in enumerate(sorted(made))]
+    return [RowRef(str(n), source, n, length=n % 7) for n, (_, source) in enumerate(sorted(made))]
 
 
 def sources(chosen):
@@ -37,7 +48,7 @@ def sources(chosen):
     ],
 )
 def test_a_mix_is_the_largest_batch_that_has_its_shares(waiting, least, most, drawn):
-    chosen = mixed(rows(**waiting), SFT, least=least, most=most)
+    chosen = sample_mixture(rows(**waiting), SFT, min_size=least, max_size=most)
     assert sources(chosen) == drawn
     assert [row.commit_seq for row in chosen] == sorted(row.commit_seq for row in chosen)
     for source, count in drawn.items():  # the oldest of each source
@@ -48,15 +59,15 @@ def test_a_mix_is_the_largest_batch_that_has_its_shares(waiting, least, most, dr
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60), st.integers(1, 40), st.integers(40, 120))
 def test_no_row_is_drawn_twice_and_the_least_is_kept_where_it_can_be(red, blue, helpful, least, most):
     waiting = rows(red=red, blue=blue, helpful=helpful)
-    chosen = mixed(waiting, SFT, least=least, most=most)
-    assert len({row.key for row in chosen}) == len(chosen) <= most
+    chosen = sample_mixture(waiting, SFT, min_size=least, max_size=most)
+    assert len({row.row_id for row in chosen}) == len(chosen) <= most
     assert len(chosen) >= min(len(waiting), least, most)
-    assert exact_size(waiting, SFT) <= len(waiting)
+    assert compute_exact_mixture_size(waiting, SFT) <= len(waiting)
 
 
 def test_a_mix_that_is_not_met_is_told_with_what_is_missing():
-    assert shortfall(rows(red=73, helpful=27), SFT) is None
-    words = shortfall(rows(red=100), SFT)
+    assert describe_mixture_shortfall(rows(red=73, helpful=27), SFT) is None
+    words = describe_mixture_shortfall(rows(red=100), SFT)
     assert words == ("the mix of this batch is * 100% (wanted 73%), helpful 0% (wanted 27%); nothing new is there of helpful")
 
 
@@ -69,10 +80,12 @@ def test_the_shipped_mixes_are_those_of_the_recipe_and_a_bad_one_is_refused():
 
 
 def test_rows_of_one_step_are_of_similar_length_and_the_order_follows_from_the_seed():
-    waiting = [Light(str(n), "s", n, length=(n * 37) % 101) for n in range(100)]
-    order = bucketed(waiting, 8, seed=3)
-    assert sorted(row.key for row in order) == sorted(row.key for row in waiting) and order == bucketed(waiting, 8, seed=3)
-    assert order != bucketed(waiting, 8, seed=4)
+    waiting = [RowRef(str(n), "s", n, length=(n * 37) % 101) for n in range(100)]
+    order = group_by_length(waiting, 8, seed=3)
+    assert sorted(row.row_id for row in order) == sorted(row.row_id for row in waiting) and order == group_by_length(
+        waiting, 8, seed=3
+    )
+    assert order != group_by_length(waiting, 8, seed=4)
     spans = [max(r.length for r in step) - min(r.length for r in step) for step in steps(order, 8)]
     shuffled = [max(r.length for r in step) - min(r.length for r in step) for step in steps(waiting, 8)]
     assert sum(spans) < sum(shuffled) / 3 and len(list(steps(order, 8))[-1]) == 4  # the short step stays the last
@@ -99,16 +112,18 @@ def ago(seconds: float) -> datetime:
     ],
 )
 def test_every_bound_has_its_reason(version, age_s, reason):
-    standing = Standing(7, 3, line=(7, 5, 4, 3), rewards_at={3: 0, 4: 1, 5: 2, 7: 3})
+    standing = TrainingState(7, 3, policy_ancestry=(7, 5, 4, 3), reward_version_by_policy={3: 0, 4: 1, 5: 2, 7: 3})
     row = {"policy_version": version, "created_at": ago(age_s)}
-    assert stale(row, standing, Bounds(policies=2, rewards=2, age_s=60)) == reason
+    assert (
+        find_staleness_reason(row, standing, StalenessLimits(max_staleness=2, max_reward_staleness=2, max_age_s=60)) == reason
+    )
 
 
 def test_reward_models_published_since_are_a_bound_of_their_own():
-    standing = Standing(5, 6, line=(5, 4), rewards_at={4: 2, 5: 3})
+    standing = TrainingState(5, 6, policy_ancestry=(5, 4), reward_version_by_policy={4: 2, 5: 3})
     row = {"policy_version": 4, "created_at": ago(0)}
-    assert stale(row, standing, Bounds(rewards=3)) == "older than 3 reward-model versions"
-    assert stale(row, standing, Bounds(rewards=4)) is None
+    assert find_staleness_reason(row, standing, StalenessLimits(max_reward_staleness=3)) == "older than 3 reward-model versions"
+    assert find_staleness_reason(row, standing, StalenessLimits(max_reward_staleness=4)) is None
 
 
 def update(kind, version, phase, base, *, restored_version=None, batch=None):
@@ -138,11 +153,11 @@ def test_where_training_stands_follows_from_the_log_after_going_back_too():
         BatchManifest.model_construct(record_id="a", phase="sft", cursors={"x": 9, "y": 4}, commit_seq_to=9),
         BatchManifest.model_construct(record_id="c", phase="ppo", cursors={}, commit_seq_to=20),
     ]
-    standing = standing_of(known, manifests)
+    standing = compute_training_state(known, manifests)
     assert (standing.policy_version, standing.reward_version, standing.reference_version) == (5, 2, 1)
-    assert standing.line == (5, 4, 2, 1)  # 3 was rolled back
-    assert standing.rewards_at == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2}
-    assert [standing.cursor("sft", "x"), standing.cursor("sft", "y"), standing.cursor("sft", "z")] == [9, 4, -1]
-    assert standing.cursor("ppo") == 20
+    assert standing.policy_ancestry == (5, 4, 2, 1)  # 3 was rolled back
+    assert standing.reward_version_by_policy == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2}
+    assert [standing.get_cursor("sft", "x"), standing.get_cursor("sft", "y"), standing.get_cursor("sft", "z")] == [9, 4, -1]
+    assert standing.get_cursor("ppo") == 20
     drawn_for = BatchManifest.model_construct(phase="ppo", base_policy_version=3, base_reward_version=2)
-    assert overtaken(drawn_for, standing)
+    assert is_superseded(drawn_for, standing)

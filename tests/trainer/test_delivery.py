@@ -7,18 +7,18 @@ import pytest
 import torch
 from peft import PeftModel
 
-from charter.pipeline import Models, policy_of
-from engine.checkpoints import read, write
-from engine.models.endpoint import served_revision
-from engine.models.port import Ask
-from engine.policy import restored, updates
+from charter.pipeline import RoleModels, make_policy_getter
+from engine.checkpoints import read_checkpoint, write_checkpoint
+from engine.models.endpoint import compute_served_revision
+from engine.models.interface import GenerationRequest
+from engine.policy import make_restore_update, read_policy_updates
 from engine.settings import load
-from engine.worker import outgoing
+from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import ChatMessage, ModelRef, PolicyKind, PolicyUpdate
-from tests.support.server import Server, chat
+from tests.support.chat_server import FakeChatServer, make_chat_completion
 from trainer import dpo, phases, sft, weights
-from trainer.batches import Standing, foreign
+from trainer.batches import TrainingState, find_revision_mismatch
 from trainer.reward import PreferenceExample
 from trainer.sft import SftExample
 
@@ -31,14 +31,14 @@ HARDWARE = weights.Hardware(precision="fp32")
 def supervised(base, folder, first, rank):
     how = {"learning_rate": 1e-2, "lora_rank": rank, "hardware": HARDWARE}
     model, tokenizer, _ = sft.train(base, TEXTS, **how)
-    write(folder, phases.sft_saver(model, tokenizer, base, first), {})
+    write_checkpoint(folder, phases.make_sft_saver(model, tokenizer, base, first), {})
 
 
 def test_the_adapter_of_a_checkpoint_makes_its_weights_of_the_first_models(tiny, tmp_path):
     first, second, third, whole = (tmp_path / name for name in ("1", "2", "3", "4"))
     supervised(tiny, first, tiny, 2)
     save, _ = dpo.train(first, first, PAIRS, learning_rate=1e-2, lora_rank=3, hardware=HARDWARE)
-    write(second, phases.with_adapter(save, first, tiny), {})
+    write_checkpoint(second, phases.make_saver_with_adapter(save, first, tiny), {})
     supervised(second, third, tiny, 2)
     ids_ = torch.tensor([[5, 6, 7, 8, 9]])
     plain = weights.load_policy(tiny)(input_ids=ids_).logits
@@ -58,7 +58,7 @@ class Vllm:
     """What a server of adapters does: it knows the names that were loaded."""
 
     def __init__(self):
-        self.http, self.names, self.loads = Server(), {"base"}, True
+        self.http, self.names, self.loads = FakeChatServer(), {"base"}, True
         self.http.script = self.answer
 
     def answer(self, number, request):
@@ -69,7 +69,7 @@ class Vllm:
             return 200, b"Success"
         if request["model"] not in self.names:
             return 404, {"error": {"message": "no such model"}}
-        return 200, chat("fine", model=request["model"])
+        return 200, make_chat_completion("fine", model=request["model"])
 
 
 @pytest.fixture
@@ -88,15 +88,15 @@ def publish(bus, folder, version, *, adapter=True):
             (temporary / "adapter").mkdir()
 
     place = folder / "checkpoints" / f"policy-{version:06d}"
-    found = write(place, save, {})
+    found = write_checkpoint(place, save, {})
     bus.publish(
         [
-            outgoing(
+            to_producer_record(
                 PolicyUpdate(
-                    record_id=ids.record_id("train", [], str(version)), run_id="r", stage="train",
+                    record_id=ids.compute_record_id("train", [], str(version)), run_id="r", stage="train",
                     model=ModelRef(id="m", revision=str(version)), kind=PolicyKind.POLICY, version=version, phase="sft",
                     uri=str(place), content_hash=found.content_hash, base_version=version - 1,
-                    batch_id=ids.record_id("batch", [], str(version)),
+                    batch_id=ids.compute_record_id("batch", [], str(version)),
                 )
             )
         ]
@@ -106,21 +106,21 @@ def publish(bus, folder, version, *, adapter=True):
 
 def test_records_carry_the_version_that_the_server_really_answers_with(server, bus, tmp_path):
     flags = {"models.policy": f"{server.http.url}#base", "models.delivery": "vllm", "data.folder": str(tmp_path / "data")}
-    models = Models(load(flags, environment={})[0])
-    policy = policy_of(models, bus, None)
+    models = RoleModels(load(flags, environment={})[0])
+    policy = make_policy_getter(models, bus, None)
     assert (policy()[0].id, policy()[1]) == ("base", 0)
     server.loads = False
     place = publish(bus, tmp_path / "data", 1)
     assert (policy()[0].id, policy()[1]) == ("base", 0)  # it does not load: the first model goes on answering
-    server.loads, models.follower.not_before = True, 0.0
+    server.loads, models.policy_follower.retry_at = True, 0.0
     model, version = policy()
-    name = f"policy-000001-{read(place).content_hash[:8]}"  # a policy 1 of another data folder has another name
-    assert (model.id, version, model.revision) == (name, 1, served_revision(server.http.url, name))
-    assert {"lora_name": name, "lora_path": str(place / "adapter")} in server.http.bodies
-    assert model.generate([Ask(TURNS)])[0][0].text == "fine" and server.http.bodies[-1]["model"] == name
+    name = f"policy-000001-{read_checkpoint(place).content_hash[:8]}"  # a policy 1 of another data folder has another name
+    assert (model.id, version, model.revision) == (name, 1, compute_served_revision(server.http.url, name))
+    assert {"lora_name": name, "lora_path": str(place / "adapter")} in server.http.request_bodies
+    assert model.generate([GenerationRequest(TURNS)])[0][0].text == "fine" and server.http.request_bodies[-1]["model"] == name
     publish(bus, tmp_path / "data", 2, adapter=False)
     assert policy() == (model, 1)  # trained with all weights
-    bus.publish([outgoing(restored(updates(bus), 0, run_id="r", first="base"))])
+    bus.publish([to_producer_record(make_restore_update(read_policy_updates(bus), 0, run_id="r", base_model="base"))])
     assert (policy()[0].id, policy()[1]) == ("base", 3)
     models.close()
 
@@ -132,20 +132,20 @@ def test_a_command_delivers_and_is_believed_only_when_the_server_answers(server,
     )
     command = shlex.join([sys.executable, str(script)])
     flags = {"models.policy": f"{server.http.url}#base", "models.delivery": command, "data.folder": str(tmp_path / "data")}
-    models = Models(load(flags, environment={})[0])
-    policy = policy_of(models, bus, None)
+    models = RoleModels(load(flags, environment={})[0])
+    policy = make_policy_getter(models, bus, None)
     place = publish(bus, tmp_path / "data", 1, adapter=False)
     assert policy()[1] == 0  # the command ended well, and the server knows of nothing
-    name = f"policy-000001-{read(place).content_hash[:8]}"
+    name = f"policy-000001-{read_checkpoint(place).content_hash[:8]}"
     server.names.add(name)
-    models.follower.not_before = 0.0
+    models.policy_follower.retry_at = 0.0
     assert (policy()[0].id, policy()[1]) == (name, 1)
     models.close()
 
 
 def test_ppo_knows_a_servers_revisions():
-    standing = Standing(1, revisions={0: "w0", 1: "w1"})
+    standing = TrainingState(1, model_revisions={0: "w0", 1: "w1"})
     served = {0: "s0", 1: "s1"}
     row = {"policy_version": 1, "revision": "s1"}
-    assert foreign(row, standing, served) is None and foreign(row, standing, {}) is not None
-    assert foreign(row | {"revision": "s0"}, standing, served) == "its model revision s0 is not that of policy 1"
+    assert find_revision_mismatch(row, standing, served) is None and find_revision_mismatch(row, standing, {}) is not None
+    assert find_revision_mismatch(row | {"revision": "s0"}, standing, served) == "its model revision s0 is not that of policy 1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine import checkpoints
-from engine.models.chat import completion_ids, prompt_ids
+from engine.models.chat_template import encode_completion, encode_prompt
+from engine.models.interface import GenerationRequest
 from engine.models.local import LocalModel
-from engine.models.port import Ask
 from schemas.records import ChatMessage
 from trainer import dpo, weights
 from trainer.reward import OneSidedLabels, PreferenceExample
@@ -25,7 +25,7 @@ def pairs(count, p=0.9):
 
 
 def answer_logprob(model, tokenizer, messages, text, stopped):
-    prompt, answer = prompt_ids(tokenizer, messages), completion_ids(tokenizer, text, stopped=stopped)
+    prompt, answer = encode_prompt(tokenizer, messages), encode_completion(tokenizer, text, ends_with_eos=stopped)
     logp = torch.log_softmax(model(torch.tensor([prompt + answer])).logits[0].float(), -1)
     return sum(logp[len(prompt) + k - 1, token].item() for k, token in enumerate(answer))
 
@@ -35,8 +35,8 @@ def gaps(folder, examples):
     model, tokenizer = weights.load_policy(folder), weights.load_tokenizer(folder)
     with torch.no_grad():
         return [
-            answer_logprob(model, tokenizer, e.messages, e.a, e.a_stopped)
-            - answer_logprob(model, tokenizer, e.messages, e.b, e.b_stopped)
+            answer_logprob(model, tokenizer, e.messages, e.response_a, e.ends_with_eos_a)
+            - answer_logprob(model, tokenizer, e.messages, e.response_b, e.ends_with_eos_b)
             for e in examples
         ]
 
@@ -48,7 +48,7 @@ def test_the_losses_are_the_hand_computed_ones(tiny, tmp_path):
         tiny, tiny, examples, learning_rate=1e-3, batch_size=1, hardware=EXACT, on_step=lambda n, m: steps.append(m)
     )
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
-    checkpoints.write(tmp_path / "new", save, {})
+    checkpoints.write_checkpoint(tmp_path / "new", save, {})
     # Training again on the same pair, held to the first policy: the loss before that step is the one by hand.
     again = []
     dpo.train(
@@ -79,22 +79,22 @@ def test_the_policy_moves_as_far_as_the_labels_say(tiny, tmp_path, lora_rank):
         lora_rank=lora_rank,
         hardware=EXACT,
     )
-    checkpoints.write(tmp_path / "new", save, {})
+    checkpoints.write_checkpoint(tmp_path / "new", save, {})
     moved = [0.5 * (b - a) for a, b in zip(gaps(tiny, examples), gaps(tmp_path / "new", examples), strict=True)]
     assert sum(moved) / len(moved) == pytest.approx(math.log(0.7 / 0.3), abs=0.25)  # s(beta d) = p, and no further
     assert metrics["held_out/accuracy"] == 1.0 and metrics["held_out"] == 2
     # What is served moved too.
     served = [
-        LocalModel(folder).option_logprobs([Ask(examples[0].messages)], ("a", "b"))[0].logprobs
+        LocalModel(folder).score_options([GenerationRequest(examples[0].messages)], ("a", "b"))[0].logprobs
         for folder in (tiny, tmp_path / "new")
     ]
     assert served[1][0] - served[1][1] > served[0][0] - served[0][1] + 0.1
-    assert weights.adapter_is_on(tmp_path / "new", tiny) == bool(lora_rank)
+    assert weights.has_adapter_for_reference(tmp_path / "new", tiny) == bool(lora_rank)
 
 
 def test_an_undecided_judge_moves_nothing(tiny, tmp_path):
     save, metrics = dpo.train(tiny, tiny, pairs(4, 0.5), learning_rate=1e-2, hardware=EXACT)
-    checkpoints.write(tmp_path / "new", save, {})
+    checkpoints.write_checkpoint(tmp_path / "new", save, {})
     old, new = (weights.load_policy(folder) for folder in (tiny, tmp_path / "new"))
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
     assert "held_out/accuracy" not in metrics
@@ -104,7 +104,7 @@ def test_an_undecided_judge_moves_nothing(tiny, tmp_path):
 def test_a_second_update_is_held_to_the_reference_of_the_phase(tiny, tmp_path, lora_rank):
     examples = pairs(8)
     save, _ = dpo.train(tiny, tiny, examples, learning_rate=5e-3, epochs=4, lora_rank=lora_rank, hardware=EXACT)
-    checkpoints.write(tmp_path / "second", save, {})
+    checkpoints.write_checkpoint(tmp_path / "second", save, {})
     steps = []
     dpo.train(
         tmp_path / "second",
@@ -121,16 +121,18 @@ def test_a_second_update_is_held_to_the_reference_of_the_phase(tiny, tmp_path, l
 
 def test_a_long_prompt_loses_its_beginning_and_answers_are_whole(tiny):
     tokenizer = weights.load_tokenizer(tiny)
-    row = dpo.encoded(
+    row = dpo.encode_pair(
         tokenizer, PreferenceExample((ChatMessage(role="user", content="x" * 50),), " abc", " ab", 0.9, "1", True), 13
     )
-    whole = prompt_ids(tokenizer, (ChatMessage(role="user", content="x" * 50),))
+    whole = encode_prompt(tokenizer, (ChatMessage(role="user", content="x" * 50),))
     assert row["prompt_ids"] == whole[-8:] and len(row["chosen_ids"]) == 5 and len(row["rejected_ids"]) == 3
-    row = dpo.encoded(tokenizer, PreferenceExample((ChatMessage(role="user", content="x"),), "a" * 50, "ab", 0.9, "1"), 12)
+    row = dpo.encode_pair(tokenizer, PreferenceExample((ChatMessage(role="user", content="x"),), "a" * 50, "ab", 0.9, "1"), 12)
     assert len(row["prompt_ids"]) == 1 and len(row["chosen_ids"]) == 11
 
 
 def test_one_sided_labels_are_refused(tiny):
-    one_sided = [PreferenceExample(e.messages, e.a, e.b, 0.9, e.record_id, exchangeable=True) for e in pairs(16)]
+    one_sided = [
+        PreferenceExample(e.messages, e.response_a, e.response_b, 0.9, e.record_id, exchangeable=True) for e in pairs(16)
+    ]
     with pytest.raises(OneSidedLabels, match="all 16 labels prefer the first answer"):
         dpo.train(tiny, tiny, one_sided, learning_rate=1e-3)

@@ -8,15 +8,15 @@ from itertools import product
 
 import pytest
 
-from charter.pipeline import connect, store_of
+from charter.pipeline import connect_bus, open_store
 from consumers.sink import Sink
 from engine.bus.read import read_values
-from engine.worker import outgoing
-from schemas.codec import decode
+from engine.worker import to_producer_record
+from schemas.codec import decode_record
 from schemas.records import BatchManifest, ModelRef, PolicyUpdate
-from tests.chaos.killed import LEARNERS, NOTES, POINTS, settings_of, update
-from tests.support.records import chain_end, preference, response
-from trainer.batches import rebuild
+from tests.chaos.crash_points import CRASH_POINTS, FAKE_LEARNERS, NOTES_FILE, make_settings, run_update
+from tests.support.records import make_chain_end, make_preference, make_response
+from trainer.batches import rebuild_batch
 from trainer.loop import Trainer
 
 ROWS = 6
@@ -26,7 +26,7 @@ ROWS = 6
 def processes():
     """Processes that fork from one with everything imported, and nothing opened."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.chaos.killed"])
+    context.set_forkserver_preload(["tests.chaos.crash_points"])
     return context
 
 
@@ -35,33 +35,33 @@ def prepared(tmp_path_factory):
     """A data folder after an update of each phase, with new rows for each."""
     folder = tmp_path_factory.mktemp("prepared") / "data"
     (folder / "base").mkdir(parents=True)
-    settings = settings_of(folder)
-    bus, store = connect(settings), store_of(settings)
-    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    settings = make_settings(folder)
+    bus, store = connect_bus(settings), open_store(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
     labelled(bus, store, "old")
     trainer.update("sft")
     trainer.update("reward")
     for name in ("oldest", "old"):
-        answered(bus, store, name, trainer.standing())
+        answered(bus, store, name, trainer.read_state())
         trainer.update("ppo")
-    answered(bus, store, "new", trainer.standing())
+    answered(bus, store, "new", trainer.read_state())
     labelled(bus, store, "new")
     trainer.close()
     bus.close()
-    (folder / NOTES).unlink()
+    (folder / NOTES_FILE).unlink()
     return folder
 
 
 def labelled(bus, store, name):
-    chains = [chain_end(f"{name} {n}", f"{name} chain {n}") for n in range(ROWS)]
-    add(bus, store, *chains, *(preference(f"{name} {n}", f"{name} pair {n}", 0.7) for n in range(ROWS)))
+    chains = [make_chain_end(f"{name} {n}", f"{name} chain {n}") for n in range(ROWS)]
+    add(bus, store, *chains, *(make_preference(f"{name} {n}", f"{name} pair {n}", 0.7) for n in range(ROWS)))
 
 
 def answered(bus, store, name, standing):
     """Answers of the present policy."""
     version = standing.policy_version
-    model = ModelRef(id="policy", revision=standing.revisions[version])
-    sampled = [response(f"{name} answer {n}") for n in range(ROWS)]
+    model = ModelRef(id="policy", revision=standing.model_revisions[version])
+    sampled = [make_response(f"{name} answer {n}") for n in range(ROWS)]
     add(
         bus,
         store,
@@ -79,7 +79,7 @@ def answered(bus, store, name, standing):
 
 
 def add(bus, store, *records):
-    bus.publish([outgoing(record) for record in records])
+    bus.publish([to_producer_record(record) for record in records])
     sink_all(bus, store)
 
 
@@ -92,23 +92,27 @@ def sink_all(bus, store):
 
 UNDRAWN, DONE = ("before BatchManifest", "committing BatchManifest"), ("after PolicyUpdate", "removing")
 TRAINED = ("before Metric", "after Metric", "saved", "flushing")  # begun to train, and no whole checkpoint
-OF_REWARD = [point for point in POINTS if point != "gate"]  # only policies go through the gate
-CASES = [*product(("sft", "ppo"), POINTS, [1]), *product(["reward"], OF_REWARD, [1]), *product(["sft"], ("saved", "gate"), [2])]
+OF_REWARD = [point for point in CRASH_POINTS if point != "gate"]  # only policies go through the gate
+CASES = [
+    *product(("sft", "ppo"), CRASH_POINTS, [1]),
+    *product(["reward"], OF_REWARD, [1]),
+    *product(["sft"], ("saved", "gate"), [2]),
+]
 
 
 @pytest.mark.parametrize(("phase", "point", "times"), CASES)
 def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point, times):
     """Killed once, or also when it has come so far again."""
     folder = shutil.copytree(prepared, tmp_path / "data")
-    settings = settings_of(folder)
+    settings = make_settings(folder)
     for _ in range(times):
-        process = processes.Process(target=update, args=(str(folder), phase, point))
+        process = processes.Process(target=run_update, args=(str(folder), phase, point))
         process.start()
         process.join(300)
         assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
-    bus, store = connect(settings), store_of(settings)
+    bus, store = connect_bus(settings), open_store(settings)
     done = len(updates(bus))
-    trainer = Trainer(bus, store, settings, folder / "base", learners=LEARNERS)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
     finished = trainer.resume()
     # Before the manifest nothing was begun, after the update there is nothing left to do.
     assert (finished is None) == (point in UNDRAWN + DONE)
@@ -117,23 +121,23 @@ def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared,
     assert len(updates(bus)) == done + (finished is not None)
     manifest = manifests(bus, phase)[-1]
     (made,) = [update for update in updates(bus) if update.batch_id == manifest.record_id]
-    notes = [json.loads(line) for line in (folder / NOTES).read_text().splitlines()]
-    rows = json.loads(json.dumps(rebuild(store, manifest).rows, default=str))
+    notes = [json.loads(line) for line in (folder / NOTES_FILE).read_text().splitlines()]
+    rows = json.loads(json.dumps(rebuild_batch(store, manifest).rows, default=str))
     assert [note["rows"] for note in notes] == [rows] * len(notes) and len(rows) == ROWS
     assert {(note["batch"], note["hash"]) for note in notes} == {(manifest.record_id, manifest.content_hash)}
     # What was whole on disk is not trained again.
     assert len(notes) == (times + 1 if point in TRAINED else 1)
     assert not list((folder / "checkpoints").glob(".*"))
-    assert trainer.folder_of(made.kind, made.version).exists()
+    assert trainer.get_version_folder(made.kind, made.version).exists()
     sink_all(bus, store)
-    assert trainer.candidates(phase, trainer.standing()) == [] and trainer.resume() is None
+    assert trainer.select_trainable_rows(phase, trainer.read_state()) == [] and trainer.resume() is None
     trainer.close()
     bus.close()
 
 
 def manifests(bus, phase):
-    return [m for value in read_values(bus, "batches") if (m := decode(value, BatchManifest)).phase == phase]
+    return [m for value in read_values(bus, "batches") if (m := decode_record(value, BatchManifest)).phase == phase]
 
 
 def updates(bus):
-    return [decode(value, PolicyUpdate) for value in read_values(bus, "policies")]
+    return [decode_record(value, PolicyUpdate) for value in read_values(bus, "policies")]

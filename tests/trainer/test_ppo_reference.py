@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trainer import ppo, weights
-from trainer.ppo import Hyperparameters, Rollout
+from trainer.ppo import PPOConfig, Rollout
 
 VOCABULARY, SIZE = 11, 5
 
@@ -137,7 +137,7 @@ def k3(p, q):
 
 def naive_targets(rollouts, scores, prox, values, reference, p):
     """Advantages (scaled), returns and importance weights, as lists of lists."""
-    handed_out = [s - (0.0 if r.stopped else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
+    handed_out = [s - (0.0 if r.ends_with_eos else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
     everyone = sum(handed_out) / len(handed_out)
     advantages, returns, importance = [], [], []
     all_rewards, predicted, came = [], [], []
@@ -274,7 +274,7 @@ SL_ROWS = [
     {"input_ids": [3, 4, 8], "labels": [-100, 4, 8]},
     {"input_ids": [9, 9, 1, 10, 2, 2], "labels": [-100, -100, -100, 10, 2, 2]},
 ]
-STRONG = Hyperparameters(
+STRONG = PPOConfig(
     learning_rate=2e-2,
     epochs=3,
     batch_size=5,
@@ -291,13 +291,13 @@ STRONG = Hyperparameters(
     [
         (STRONG, []),
         (
-            Hyperparameters(
+            PPOConfig(
                 **vars(STRONG) | {"gae_gamma": 0.9, "gae_lambda": 0.6, "clip": 0.1, "value_clip": 0.05, "baseline": "batch"}
             ),
             [],
         ),
-        (Hyperparameters(**vars(STRONG) | {"lr_scheduler_type": "constant", "kl_coefficient": 0.0}), []),
-        (Hyperparameters(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
+        (PPOConfig(**vars(STRONG) | {"lr_scheduler_type": "constant", "kl_coefficient": 0.0}), []),
+        (PPOConfig(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
     ],
     ids=["alternate", "other-knobs", "constant-rate", "combined"],
 )
@@ -307,8 +307,8 @@ def test_every_step_is_that_of_the_second_implementation(models, p, sl_rows):
     expected, naive = naive_train(models, rollouts, scores, p, sl_rows, seed=3)
     steps = []
     learned, _ = ppo.train(
-        models[0], models[1], rollouts, scores, p, first_folder=models[2], sl_rows=sl_rows, seed=3,
-        hardware=weights.Hardware(micro_rows=2, precision="fp32"), on_step=lambda n, m: steps.append(m),
+        models[0], models[1], rollouts, scores, p, base_folder=models[2], sl_rows=sl_rows, seed=3,
+        hardware=weights.Hardware(micro_batch_size=2, precision="fp32"), on_step=lambda n, m: steps.append(m),
     )  # fmt: skip
     assert len(steps) == len(expected) == 9
     for found, wanted in zip(steps, expected, strict=True):

@@ -14,29 +14,29 @@ import json, sys
 from pathlib import Path
 from engine.errors import CharterError
 from schemas.records import ChatMessage
-from trainer import dpo, ppo, processes, reward, sft, weights
+from trainer import distributed, dpo, ppo, reward, sft, weights
 
-EXACT = {"hardware": weights.Hardware(micro_rows=2, precision="fp32"), "seed": 1}
+EXACT = {"hardware": weights.Hardware(micro_batch_size=2, precision="fp32"), "seed": 1}
 prompts = [(ChatMessage(role="user", content="say " + n * "n"),) for n in range(10)]
 texts = [sft.SftExample(messages, n * "ab" + "c", True, str(n)) for n, messages in enumerate(prompts[:8])]
 pairs = [reward.PreferenceExample(messages, "aa", "bbb", 0.8, str(n), True) for n, messages in enumerate(prompts)]
 rollouts = [ppo.Rollout((1, 5 + n), (7, 8, 2)[: 1 + n % 3], (-3.0,) * (1 + n % 3), n % 2 == 0, 0, str(n)) for n in range(7)]
 sl_rows = [{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}, {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}]
-p = ppo.Hyperparameters(learning_rate=1e-2, epochs=2, batch_size=3)
+p = ppo.PPOConfig(learning_rate=1e-2, epochs=2, batch_size=3)
 
 
 def learn(tiny):
     found = {}
     def on_step(phase):
         return lambda n, m: found.setdefault(phase, []).append({k: m[k] for k in m if k in KEPT})
-    processes.call(sft.train, tiny, texts, learning_rate=1e-3, batch_size=4, on_step=on_step("sft"), **EXACT)
-    processes.call(reward.train, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("reward"), **EXACT)
+    distributed.call_learner(sft.train, tiny, texts, learning_rate=1e-3, batch_size=4, on_step=on_step("sft"), **EXACT)
+    distributed.call_learner(reward.train, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("reward"), **EXACT)
     try:  # the log is away when a step is told: the others must not be left alone within the next one
-        processes.call(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=away, **EXACT)
+        distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=away, **EXACT)
     except CharterError as error:
         found["away"] = [{"words": error.what}]
-    processes.call(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
-    processes.call(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
+    distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
+    distributed.call_learner(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
     return found
 
 
@@ -46,7 +46,7 @@ def away(step, metrics):
 
 KEPT = {"loss", "grad_norm", "policy_loss", "value_loss", "kl_ref", "sl_loss", "ratio_max", "clipfrac", "entropy"}
 if __name__ == "__main__":
-    with processes.together() as first:
+    with distributed.join_processes() as first:
         if first:
             Path(sys.argv[2]).write_text(json.dumps(learn(Path(sys.argv[1]))))
 """

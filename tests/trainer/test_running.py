@@ -7,16 +7,16 @@ import types
 
 import pytest
 
-from charter.pipeline import Following, connect, store_of
-from charter.training import Numbers
+from charter.pipeline import LatestPolicyProcessor, connect_bus, open_store
+from charter.training import MetricsReporter
 from consumers.sink import Sink
 from engine.bus.read import read_values
-from engine.errors import CannotLearn, UsageError
-from engine.policy import restored, updates
+from engine.errors import TrainingFailed, UsageError
+from engine.policy import make_restore_update, read_policy_updates
 from engine.settings import load
-from engine.worker import outgoing
+from engine.worker import to_producer_record
 from schemas import ids
-from schemas.codec import decode
+from schemas.codec import decode_record
 from schemas.records import (
     BatchManifest,
     EndReason,
@@ -30,13 +30,13 @@ from schemas.records import (
     Round,
     Split,
 )
-from tests.chaos.killed import LEARNERS, learn, settings_of
-from tests.support.records import base, chain_end, preference, response, revision
+from tests.chaos.crash_points import FAKE_LEARNERS, make_settings, run_fake_update
+from tests.support.records import make_chain_end, make_preference, make_record_fields, make_response, make_revision
 from trainer import loop
-from trainer.batches import rebuild
-from trainer.gate import Gate
+from trainer.batches import rebuild_batch
 from trainer.loop import Trainer
-from trainer.watch import Trip
+from trainer.monitor import LimitExceeded
+from trainer.promotion import PromotionGate
 
 
 class Place:
@@ -44,44 +44,44 @@ class Place:
 
     def __init__(self, folder, **more):
         (folder / "base").mkdir(parents=True)
-        settings = settings_of(folder)
+        settings = make_settings(folder)
         train = settings.train.model_copy(update={"sft_mix": [], "reward_mix": []} | more)
         self.settings = settings.model_copy(update={"train": train})
-        self.bus, self.store, self.said = connect(self.settings), store_of(self.settings), []
+        self.bus, self.store, self.said = connect_bus(self.settings), open_store(self.settings), []
         self.trainer = self.open()
 
     def open(self, **more):
         base_folder = self.settings.folder / "base"
-        values = {"learners": LEARNERS, "say": self.said.append} | more
+        values = {"learners": FAKE_LEARNERS, "notify": self.said.append} | more
         return Trainer(self.bus, self.store, self.settings, base_folder, **values)
 
     def add(self, *records):
-        self.bus.publish([outgoing(record) for record in records])
+        self.bus.publish([to_producer_record(record) for record in records])
         sink = Sink(self.bus, self.store, max_wait_s=0.05)
         while sink.step():
             pass
         sink.close()
 
     def chains(self, name, count=4):
-        self.add(*(chain_end(f"{name}{n}", f"chain {name} {n}") for n in range(count)))
+        self.add(*(make_chain_end(f"{name}{n}", f"chain {name} {n}") for n in range(count)))
 
     def labels(self, name, count=4):
-        self.add(*(preference(f"{name}{n}", f"pair {name} {n}", 0.7) for n in range(count)))
+        self.add(*(make_preference(f"{name}{n}", f"pair {name} {n}", 0.7) for n in range(count)))
 
     def answers(self, name, count=4):
         """Answers of the present policy."""
-        standing = self.trainer.standing()
+        standing = self.trainer.read_state()
         version = standing.policy_version
-        about = {"model": ModelRef(id="policy", revision=standing.revisions[version]), "policy_version": version}
-        made = [response(f"answer {name} {n}") for n in range(count)]
+        about = {"model": ModelRef(id="policy", revision=standing.model_revisions[version]), "policy_version": version}
+        made = [make_response(f"answer {name} {n}") for n in range(count)]
         first = {"policy_version": version}
         self.add(*(r.model_copy(update=about | {"completions": [r.completions[0].model_copy(update=first)]}) for r in made))
 
     def records(self, record):
-        return [decode(value, record) for value in read_values(self.bus, record.topic)]
+        return [decode_record(value, record) for value in read_values(self.bus, record.topic)]
 
     def policies(self):
-        return [(u.version, u.phase, u.restored_version) for u in updates(self.bus) if u.kind.value == "POLICY"]
+        return [(u.version, u.phase, u.restored_version) for u in read_policy_updates(self.bus) if u.kind.value == "POLICY"]
 
     def close(self):
         self.trainer.close()
@@ -98,7 +98,7 @@ def place(tmp_path):
 def until(trainer, done):
     """Run the loop until something holds; it looks every moment."""
     stop = threading.Event()
-    real = trainer.due
+    real = trainer.next_phase
 
     def due():
         if done():
@@ -106,9 +106,9 @@ def until(trainer, done):
             return None
         return real()
 
-    trainer.due = due
-    trainer.loop(stop)
-    trainer.due = real
+    trainer.next_phase = due
+    trainer.run_loop(stop)
+    trainer.next_phase = real
 
 
 def at_rl(place):
@@ -123,12 +123,12 @@ def at_rl(place):
 
 
 def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
-    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(loop, "POLL_INTERVAL_S", 0.01)
     at_rl(place)
-    trips = [Trip("it likes length", "answers grew", {"length_correlation": 0.9}, good=2)]
-    place.trainer.watch = lambda trainer: trips.pop() if trips and trainer.standing().policy_version == 3 else None
+    trips = [LimitExceeded("it likes length", "answers grew", {"length_correlation": 0.9}, rollback_version=2)]
+    place.trainer.monitor = lambda trainer: trips.pop() if trips and trainer.read_state().policy_version == 3 else None
     place.answers("c")  # enough for another PPO, which must not come
-    until(place.trainer, lambda: not trips and "ppo" in place.trainer.paused())
+    until(place.trainer, lambda: not trips and "ppo" in place.trainer.get_paused_phases())
     assert place.policies() == [(1, "sft", None), (2, "ppo", None), (3, "ppo", None), (4, "restore", 2)]
     (incident,) = [i for i in place.records(Incident) if i.voided_batch_id is None]
     assert (incident.title, incident.detail, incident.metrics) == (
@@ -137,15 +137,15 @@ def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
         {"length_correlation": 0.9},
     )
     assert "charter policy resume" in place.said[-1] and "policy 4 has the weights of policy 2" in place.said[-1]
-    assert place.trainer.standing().line == (4, 2, 1)
-    assert place.trainer.due() is None  # PPO is paused, and answers of policy 3 are of no use
+    assert place.trainer.read_state().policy_ancestry == (4, 2, 1)
+    assert place.trainer.next_phase() is None  # PPO is paused, and answers of policy 3 are of no use
     place.answers("d")
     place.labels("d")
-    assert place.trainer.due() == "reward"  # the other phases go on
+    assert place.trainer.next_phase() == "reward"  # the other phases go on
     place.trainer.update("reward")
     pause = place.records(Pause)[-1]
     place.add(pause.model_copy(update={"paused": False}))
-    assert place.trainer.due() == "ppo" and place.trainer.update("ppo").base_version == 4
+    assert place.trainer.next_phase() == "ppo" and place.trainer.update("ppo").base_version == 4
     drops = dict(place.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
     assert drops == {}  # they are on the log, and in the database a moment later
     place.add()
@@ -156,20 +156,20 @@ def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
 
 def test_a_batch_that_cannot_be_trained_on_is_given_up_and_its_rows_are_free(place):
     def fail(trainer, batch):
-        raise CannotLearn("the loss is nan", "it ran away", "lower it")
+        raise TrainingFailed("the loss is nan", "it ran away", "lower it")
 
     place.chains("a")
     place.trainer.learners = dict.fromkeys(loop.PHASES, fail)
-    with pytest.raises(CannotLearn):
+    with pytest.raises(TrainingFailed):
         place.trainer.update("sft")
     (incident,) = place.records(Incident)
     assert incident.title == "the loss is nan" and incident.voided_batch_id is not None and place.policies() == []
-    assert place.trainer.resume() is None and place.trainer.due() is None  # it does not spin
+    assert place.trainer.resume() is None and place.trainer.next_phase() is None  # it does not spin
     place.chains("b", 3)
-    assert place.trainer.due() is None
+    assert place.trainer.next_phase() is None
     place.chains("c", 1)
-    assert place.trainer.due() == "sft"  # a threshold of further rows has come
-    place.trainer.learners = LEARNERS
+    assert place.trainer.next_phase() == "sft"  # a threshold of further rows has come
+    place.trainer.learners = FAKE_LEARNERS
     update = place.trainer.update("sft")
     place.add()
     assert place.store.query("SELECT trained_rows FROM policy_versions WHERE version = ?", [update.version]).rows == [(8,)]
@@ -180,9 +180,9 @@ def test_a_batch_is_given_up_when_someone_goes_back_meanwhile(place):
     at_rl(place)
 
     def overtaken(trainer, batch):
-        known = updates(place.bus)
-        place.bus.publish([outgoing(restored(known, 1, run_id="r", first="base"))])
-        return learn(trainer, batch)
+        known = read_policy_updates(place.bus)
+        place.bus.publish([to_producer_record(make_restore_update(known, 1, run_id="r", base_model="base"))])
+        return run_fake_update(trainer, batch)
 
     place.answers("c")
     place.trainer.learners = dict.fromkeys(loop.PHASES, overtaken)
@@ -195,11 +195,11 @@ def test_a_batch_is_given_up_when_someone_goes_back_meanwhile(place):
 
 def test_the_gate_keeps_a_policy_back_and_frees_its_batch(place):
     place.chains("a")
-    place.trainer.gate = lambda store, folder, version: Trip("it did not pass the gate", "it refuses all")
+    place.trainer.promotion_gate = lambda store, folder, version: LimitExceeded("it did not pass the gate", "it refuses all")
     with pytest.raises(Exception, match="policy 1 is not published: it did not pass the gate"):
         place.trainer.update("sft")
     assert place.policies() == [] and not (place.settings.folder / "checkpoints" / "policy-000001").exists()
-    place.trainer.gate = lambda store, folder, version: None
+    place.trainer.promotion_gate = lambda store, folder, version: None
     assert place.trainer.update("sft").version == 1
 
 
@@ -207,16 +207,16 @@ def test_the_gate_asks_held_out_prompts_of_the_new_policy(tiny, place):
     asked = [f"how do i {n}" for n in range(8)]
     place.add(
         *(
-            Prompt(**base("produce", [source, text], f"{source} {text}", split=Split.EVAL) | {"source": source})
+            Prompt(**make_record_fields("produce", [source, text], f"{source} {text}", split=Split.EVAL) | {"source": source})
             for source in ("red-team", "helpful")
             for text in asked
         )
     )
     limits = load({"gate.prompts": "8"}, environment={})[0].gate
-    trip = Gate(limits)(place.store, tiny, 1)
+    trip = PromotionGate(limits)(place.store, tiny, 1)
     assert trip.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
-    assert trip.why == "it refuses only 0% of harmful prompts (gate.min_harmful_refusals)"
-    assert Gate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
+    assert trip.detail == "it refuses only 0% of harmful prompts (gate.min_harmful_refusals)"
+    assert PromotionGate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
 
 
 def test_an_unfinished_batch_of_old_rollouts_is_given_up_after_a_crash(tmp_path):
@@ -230,11 +230,11 @@ def test_an_unfinished_batch_of_old_rollouts_is_given_up_after_a_crash(tmp_path)
     place.trainer.learners = dict.fromkeys(loop.PHASES, die)
     with pytest.raises(KeyboardInterrupt):
         place.trainer.update("ppo")
-    with place.store.writing() as connection:  # as if an hour had passed
+    with place.store.open_write_session() as connection:  # as if an hour had passed
         connection.execute("UPDATE raw.responses SET created_at = created_at - INTERVAL 1 HOUR")
     place.trainer = place.open()
     assert place.trainer.resume() is None and "left unfinished and is given up" in place.records(Incident)[-1].title
-    assert place.trainer.due() is None
+    assert place.trainer.next_phase() is None
     place.add()
     reasons = [reason for (reason,) in place.store.query("SELECT reason FROM dropped_rollout_stats").rows]
     assert reasons == ["older than 30 s"]
@@ -248,7 +248,7 @@ def test_pauses_hold_an_unfinished_batch_too(place):
         place.trainer.update("sft")
     place.add(made_pause(True))
     again = place.open()
-    assert again.resume() is None and again.due() is None
+    assert again.resume() is None and again.next_phase() is None
     place.add(made_pause(False))
     assert again.resume().version == 1
     again.close()
@@ -256,7 +256,7 @@ def test_pauses_hold_an_unfinished_batch_too(place):
 
 def test_a_batch_left_by_a_paused_phase_does_not_hide_another_one_nor_is_it_forgotten(place, monkeypatch):
     """Killed in SFT, which is then paused; killed again in the reward phase; SFT goes on while the loop runs."""
-    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(loop, "POLL_INTERVAL_S", 0.01)
     place.chains("a")
     place.labels("a")
 
@@ -273,14 +273,16 @@ def test_a_batch_left_by_a_paused_phase_does_not_hide_another_one_nor_is_it_forg
     assert place.trainer.resume().batch_id == of_reward.record_id
     place.chains("b")  # rows that a new batch would take too
     paused = iter([made_pause(False)])
-    until(place.trainer, lambda: [place.bus.publish([outgoing(one)]) for one in paused] == [] and place.policies() != [])
-    assert [update.batch_id for update in updates(place.bus)] == [of_reward.record_id, of_sft.record_id]
+    until(
+        place.trainer, lambda: [place.bus.publish([to_producer_record(one)]) for one in paused] == [] and place.policies() != []
+    )
+    assert [update.batch_id for update in read_policy_updates(place.bus)] == [of_reward.record_id, of_sft.record_id]
 
 
 def made_pause(on):
-    from engine.policy import pause
+    from engine.policy import make_pause
 
-    return pause("sft", "looking", run_id="r", on=on)
+    return make_pause("sft", "looking", run_id="r", paused=on)
 
 
 def test_checkpoints_in_use_outlive_the_others(place):
@@ -296,7 +298,7 @@ def test_checkpoints_in_use_outlive_the_others(place):
 def test_a_trip_whose_good_policy_is_gone_goes_back_to_the_reference(place):
     at_rl(place)
     shutil.rmtree(place.settings.folder / "checkpoints" / "policy-000002")
-    assert place.trainer.trip(Trip("it flatters", "", good=2)).restored_version == 1
+    assert place.trainer.trigger_rollback(LimitExceeded("it flatters", "", rollback_version=2)).restored_version == 1
 
 
 def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
@@ -310,7 +312,7 @@ def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
             return [[self.model] for _ in records]
 
     versions = iter([("first", 0), ("second", 1)])
-    following = Following(Work("pinned"), lambda: next(versions))
+    following = LatestPolicyProcessor(Work("pinned"), lambda: next(versions))
     assert following([1, 2]) == [["first"], ["first"]] and following([3]) == [["second"]]
 
 
@@ -319,14 +321,14 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
     run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
     fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or run)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    numbers = Numbers(load({"train.report_to": "trackio"}, environment={})[0])
-    numbers.step("reward", 3, {"loss": 0.25, "epoch": 1.0})
+    numbers = MetricsReporter(load({"train.report_to": "trackio"}, environment={})[0])
+    numbers.report_step("reward", 3, {"loss": 0.25, "epoch": 1.0})
     made = PolicyUpdate(
-        record_id=ids.record_id("train", [], "1"), run_id="live", stage="train", kind=PolicyKind.REWARD, version=1,
-        phase="reward", uri="/x", content_hash="", base_version=0, batch_id=ids.record_id("batch", [], "1"),
+        record_id=ids.compute_record_id("train", [], "1"), run_id="live", stage="train", kind=PolicyKind.REWARD, version=1,
+        phase="reward", uri="/x", content_hash="", base_version=0, batch_id=ids.compute_record_id("batch", [], "1"),
         metrics={"loss": 0.25, "reward/accuracy": 0.75, "wall_s": 2.0},
     )  # fmt: skip
-    numbers.update(made)
+    numbers.report_update(made)
     numbers.close()
     about, step = {"project": "charter", "name": "live"}, {"reward/loss": 0.25, "reward/epoch": 1.0}
     assert logged == [about, step, {"reward/accuracy": 0.75, "reward/wall_s": 2.0}, "finished"]
@@ -336,7 +338,7 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
         "phase=reward version=1 reward/accuracy=0.75 wall_s=2",
     ]
     with pytest.raises(UsageError, match="needs wandb"):
-        Numbers(load({"train.report_to": "wandb"}, environment={})[0])
+        MetricsReporter(load({"train.report_to": "wandb"}, environment={})[0])
 
 
 def test_sft_learns_the_rounds_that_are_chosen(place):
@@ -344,15 +346,17 @@ def test_sft_learns_the_rounds_that_are_chosen(place):
         """A chain whose revisions were r1 ... r`last`."""
         texts = [f"{name} r{n + 1}" for n in range(last)]
         rounds = [Round(round=n + 1, principle_id="p", critique="c", revision=text) for n, text in enumerate(texts)]
-        chain_of = {"response_id": ids.digest("response", name)}
+        chain_of = {"response_id": ids.compute_id("response", name)}
         for n, text in enumerate(texts):
             place.add(
-                revision(name, name, "f", text, 0.5, round=n + 1).model_copy(
+                make_revision(name, name, "f", text, 0.5, round=n + 1).model_copy(
                     update={"finish_reason": FinishReason.STOP if n else FinishReason.LENGTH}
                 )
             )
         place.add(
-            chain_end(name, name).model_copy(update=chain_of | {"rounds": rounds, "round": last, "end_reason": ended} | more)
+            make_chain_end(name, name).model_copy(
+                update=chain_of | {"rounds": rounds, "round": last, "end_reason": ended} | more
+            )
         )
 
     chain("done", EndReason.LAST_ROUND, 3, final_response="done r3", final_finish_reason=FinishReason.STOP)
@@ -362,7 +366,7 @@ def test_sft_learns_the_rounds_that_are_chosen(place):
     place.trainer.settings = place.settings.model_copy(update={"sft": chosen})
     place.trainer.update("sft")
     (manifest,) = place.records(BatchManifest)
-    rows = rebuild(place.store, manifest).rows
+    rows = rebuild_batch(place.store, manifest).rows
     assert sorted((row["completion"], row["finish_reason"]) for row in rows) == [
         ("clean f", "STOP"),
         ("done r1", "UNKNOWN"),
@@ -394,7 +398,7 @@ def test_a_reward_model_trains_on_earlier_labels_again_beside_the_new_ones(place
     assert [len(rows) for rows in new] == [4, 4, 4] and len(set.union(*new)) == 12
     assert set(third.replayed_record_ids) < new[0] | new[1] and len(third.record_ids) == 8
     assert first.commit_seq_to < second.commit_seq_from <= second.commit_seq_to < third.commit_seq_from
-    assert rebuild(place.store, third).manifest == third
+    assert rebuild_batch(place.store, third).manifest == third
     place.add()
     counts = "SELECT batch_number, count(*), count(*) FILTER (replayed) FROM batch_rows GROUP BY 1 ORDER BY 1"
     assert place.store.query(counts).rows == [(1, 4, 0), (2, 8, 4), (3, 8, 4)]

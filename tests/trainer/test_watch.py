@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 
-from charter.pipeline import connect, store_of
+from charter.pipeline import connect_bus, open_store
 from consumers.sink import Sink
-from engine.checkpoints import write
-from engine.models.chat import completion_ids, prompt_ids
-from engine.policy import weights_of
+from engine.checkpoints import write_checkpoint
+from engine.models.chat_template import encode_completion, encode_prompt
+from engine.policy import get_weights_version
 from engine.settings import Watch as Limits
 from engine.settings import load
-from engine.worker import outgoing
+from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import (
     ChatMessage,
@@ -28,10 +28,17 @@ from schemas.records import (
     Sampling,
     Split,
 )
-from tests.support.records import World
+from tests.support.records import RecordDatabase
 from trainer import reward, weights
 from trainer.loop import Trainer
-from trainer.watch import Watch, difference, findings, interval, perplexity, related
+from trainer.monitor import (
+    RewardHackingMonitor,
+    compute_confidence_interval,
+    compute_correlation,
+    compute_mean_difference,
+    compute_perplexity,
+    find_limit_violations,
+)
 
 LIMITS = Limits()
 CLEAN = {
@@ -58,37 +65,41 @@ CLEAN = {
     ],
 )
 def test_each_limit_trips_alone(figure, changed):
-    assert findings(CLEAN, LIMITS) == []
-    (found,) = findings(CLEAN | changed, LIMITS)
-    assert found.figure == figure and found.words
+    assert find_limit_violations(CLEAN, LIMITS) == []
+    (found,) = find_limit_violations(CLEAN | changed, LIMITS)
+    assert found.metric == figure and found.message
 
 
 def test_what_was_not_measured_does_not_trip():
-    assert findings({"mean_words": 10.0}, LIMITS) == []
+    assert find_limit_violations({"mean_words": 10.0}, LIMITS) == []
     # The judge prefers the reference, and so does the reward model: a bad update, but nobody is fooled.
-    assert findings(CLEAN | {"judge_high": 0.4, "proxy_low": -0.1}, LIMITS) == []
+    assert find_limit_violations(CLEAN | {"judge_high": 0.4, "proxy_low": -0.1}, LIMITS) == []
     # Longer answers that the reward does not pay for, and a reward that likes length of answers that are not longer.
-    assert findings(CLEAN | {"mean_words": 30.0, "length_correlation": 0.2}, LIMITS) == []
+    assert find_limit_violations(CLEAN | {"mean_words": 30.0, "length_correlation": 0.2}, LIMITS) == []
 
 
 def test_intervals_against_the_closed_forms():
-    assert interval([0.0, 1.0, 2.0]) == pytest.approx((1.0, 1 - 1.959964 / math.sqrt(3), 1 + 1.959964 / math.sqrt(3)))
-    mean, low, high = difference([1.0, 3.0], [0.0, 1.0, 2.0])
+    assert compute_confidence_interval([0.0, 1.0, 2.0]) == pytest.approx(
+        (1.0, 1 - 1.959964 / math.sqrt(3), 1 + 1.959964 / math.sqrt(3))
+    )
+    mean, low, high = compute_mean_difference([1.0, 3.0], [0.0, 1.0, 2.0])
     half = 1.959964 * math.sqrt(2 / 2 + 1 / 3)
     assert (mean, low, high) == pytest.approx((1.0, 1 - half, 1 + half))
-    assert related([1.0, 1.0], [0.0, 1.0]) == 0.0 and related([1.0, 2.0], [0.0, 3.0]) == pytest.approx(1.0)
+    assert compute_correlation([1.0, 1.0], [0.0, 1.0]) == 0.0 and compute_correlation([1.0, 2.0], [0.0, 3.0]) == pytest.approx(
+        1.0
+    )
 
 
 # The views
 
 
 def response(name, version, *texts, source="benign", split=Split.TRAIN):
-    prompt_id = ids.prompt_id([ChatMessage(role="user", content=name)])
+    prompt_id = ids.compute_prompt_id([ChatMessage(role="user", content=name)])
     completions = [
         Completion(index=i, text=text, finish_reason=FinishReason.STOP, policy_version=version) for i, text in enumerate(texts)
     ]
     return Response(
-        record_id=ids.record_id("respond", [prompt_id], ids.fingerprint(version=version)), prompt_id=prompt_id, run_id="live",
+        record_id=ids.compute_record_id("respond", [prompt_id], ids.compute_fingerprint(version=version)), prompt_id=prompt_id, run_id="live",
         stage="respond", messages=[ChatMessage(role="user", content=name)], source=source, split=split, policy_version=version,
         sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64), completions=completions,
     )  # fmt: skip
@@ -96,7 +107,7 @@ def response(name, version, *texts, source="benign", split=Split.TRAIN):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    made = World(tmp_path_factory.mktemp("watch") / "charter.duckdb")
+    made = RecordDatabase(tmp_path_factory.mktemp("watch") / "charter.duckdb")
     made.add(
         response("one", 1, "a b a b a", "a B"),
         response("two", 1, "I'm sorry, but no.", source="red-team"),
@@ -104,18 +115,18 @@ def world(tmp_path_factory):
         response("four", None, "answered by another model"),
         response("five", 2, "thank you for asking me today", "well thank you for asking me", "thank you for"),
     )
-    kl = [Metric(record_id=ids.record_id("metric", [], "0", step), run_id="live", stage="train", policy_version=3, phase="ppo",
+    kl = [Metric(record_id=ids.compute_record_id("metric", [], "0", step), run_id="live", stage="train", policy_version=3, phase="ppo",
                  batch_number=1, step=step, metrics={"kl_ref": 2.0 * step + 1}) for step in (1, 2, 3)]  # fmt: skip
-    stopped = Metric(record_id=ids.record_id("metric", [], "0", 9), run_id="live", stage="train", policy_version=4, phase="ppo",
+    stopped = Metric(record_id=ids.compute_record_id("metric", [], "0", 9), run_id="live", stage="train", policy_version=4, phase="ppo",
                      batch_number=2, step=1, metrics={"kl_ref": 40.0})  # fmt: skip
     made.add(*kl, stopped)
     return made
 
 
 def test_refusals_and_diversity(world):
-    rows = world.rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
+    rows = world.query_rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
     assert rows == [(False, 2, 0), (True, 2, 1)]
-    (row,) = world.records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
+    (row,) = world.query_records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
     words = [*"ababa", *"ab", "i'm", "sorry,", "but", "no.", "sure,", "do", "it."]
     assert (row["answers"], row["words"], row["mean_words"]) == (4, 14, 3.5)
     assert row["distinct_1"] == pytest.approx(len(set(words)) / 14)
@@ -123,9 +134,9 @@ def test_refusals_and_diversity(world):
 
 
 def test_phrases_and_kl(world):
-    rows = world.rows("SELECT phrase, hits, answers FROM monitor_phrases")
+    rows = world.query_rows("SELECT phrase, hits, answers FROM monitor_phrases")
     assert rows == [("thank you for asking me", 2, 3)]
-    row, stopped = world.records("SELECT * FROM monitor_kl ORDER BY policy_version")
+    row, stopped = world.query_records("SELECT * FROM monitor_kl ORDER BY policy_version")
     assert (stopped["kl_ref"], stopped["kl_slope"]) == (40.0, None)  # one step has no slope
     assert (row["policy_version"], row["steps"], row["kl_ref"], row["kl_slope"]) == (3, 3, 7.0, pytest.approx(2.0))
 
@@ -150,16 +161,16 @@ def test_perplexity_is_that_of_a_hand_loop(tiny):
     tokenizer, model = weights.load_tokenizer(tiny), weights.load_policy(tiny)
     total, count = 0.0, 0
     for messages, text in texts:
-        prompt, answer = prompt_ids(tokenizer, messages), completion_ids(tokenizer, text, stopped=True)
+        prompt, answer = encode_prompt(tokenizer, messages), encode_completion(tokenizer, text, ends_with_eos=True)
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
         for t, token in enumerate(answer):
             total -= torch.log_softmax(logits[len(prompt) + t - 1], -1)[token].item()
             count += 1
-    assert perplexity(tiny, texts) == pytest.approx(math.exp(total / count), rel=1e-4)
-    plain = completion_ids(tokenizer, "hello there", stopped=False)
+    assert compute_perplexity(tiny, texts) == pytest.approx(math.exp(total / count), rel=1e-4)
+    plain = encode_completion(tokenizer, "hello there", ends_with_eos=False)
     loss = model(torch.tensor([plain]), labels=torch.tensor([plain])).loss.item()
-    assert perplexity(tiny, [((), "hello there"), ((), "")]) == pytest.approx(math.exp(loss), rel=1e-4)
-    assert perplexity(tiny, [((), "")]) is None
+    assert compute_perplexity(tiny, [((), "hello there"), ((), "")]) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert compute_perplexity(tiny, [((), "")]) is None
 
 
 WORDS = ("abc", "hello", "tree", "mast", "home", "lamb", "stone", "label")
@@ -183,7 +194,7 @@ def likes_length(tiny, tmp_path_factory):
     model, metrics = reward.train(tiny, pairs, learning_rate=1e-2, epochs=3, batch_size=8)
     assert metrics["reward/accuracy"] > 0.8
     folder = tmp_path_factory.mktemp("reward") / "reward-000001"
-    return folder, write(folder, model.save, {"batch_id": "x", "phase": "reward", "metrics": {}}).content_hash
+    return folder, write_checkpoint(folder, model.save, {"batch_id": "x", "phase": "reward", "metrics": {}}).content_hash
 
 
 @pytest.fixture
@@ -195,16 +206,18 @@ def trainer(request, tiny, tmp_path, likes_length):
     learner = getattr(request, "param", "ppo")
     flags = {"data.folder": str(tmp_path / "data"), "models.policy": str(tiny), "watch.answers": "24", "watch.prompts": "4"}
     settings = load(flags, environment={})[0]
-    bus = connect(settings)
-    found = write(tmp_path / "policy", weights.saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {})
+    bus = connect_bus(settings)
+    found = write_checkpoint(
+        tmp_path / "policy", weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {}
+    )
     folder, content_hash = likes_length
     updates = [
         update(PolicyKind.POLICY, 1, "sft", found.folder, found.content_hash),
         update(PolicyKind.REWARD, 1, "reward", folder, content_hash),
         update(PolicyKind.POLICY, 2, learner, found.folder, found.content_hash),
     ]
-    bus.publish([outgoing(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
-    made = Trainer(bus, store_of(settings), settings, tiny)
+    bus.publish([to_producer_record(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
+    made = Trainer(bus, open_store(settings), settings, tiny)
     yield made
     made.close()
     bus.close()
@@ -212,9 +225,9 @@ def trainer(request, tiny, tmp_path, likes_length):
 
 def update(kind, version, phase, folder, content_hash):
     return PolicyUpdate(
-        record_id=ids.record_id("train", [], ids.fingerprint(version=version, phase=phase)), run_id="live", stage="train",
+        record_id=ids.compute_record_id("train", [], ids.compute_fingerprint(version=version, phase=phase)), run_id="live", stage="train",
         model=ModelRef(id="tiny", revision="0"), kind=kind, version=version, phase=phase, uri=str(folder),
-        content_hash=content_hash, base_version=version - 1, batch_id=ids.record_id("batch", [], phase), metrics={"beta": 0.02},
+        content_hash=content_hash, base_version=version - 1, batch_id=ids.compute_record_id("batch", [], phase), metrics={"beta": 0.02},
     )  # fmt: skip
 
 
@@ -224,10 +237,10 @@ def answer(trainer, version, words, count=24):
     made = [response(f"say {version} {n}", version, text_of(rng, rng.randint(*words))) for n in range(count)]
     messages = [[ChatMessage(role="user", content=f"held out {n}")] for n in range(4)]
     held_out = [
-        Prompt(record_id=ids.prompt_id(t), prompt_id=ids.prompt_id(t), run_id="live", stage="produce", messages=t, source="benign",
+        Prompt(record_id=ids.compute_prompt_id(t), prompt_id=ids.compute_prompt_id(t), run_id="live", stage="produce", messages=t, source="benign",
                split=Split.EVAL) for t in messages
     ]  # fmt: skip
-    trainer.bus.publish([outgoing(record) for record in [*made, *held_out]])
+    trainer.bus.publish([to_producer_record(record) for record in [*made, *held_out]])
     sink_all(trainer)
 
 
@@ -239,34 +252,34 @@ def sink_all(trainer):
 
 
 def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
-    watch = Watch(trainer.settings.watch)
+    watch = RewardHackingMonitor(trainer.settings.watch)
     answer(trainer, 1, (1, 4))
     assert watch(trainer) is None  # policy 2 has not answered yet
     answer(trainer, 2, (4, 8))
     trip = watch(trainer)
-    assert "correlation with length" in trip.why and trip.good == 1
+    assert "correlation with length" in trip.detail and trip.rollback_version == 1
     assert trip.metrics["length_correlation"] > 0.5 and trip.metrics["proxy_low"] > 0
     assert watch(trainer) is None  # a version is looked at once
     sink_all(trainer)
-    (look,) = trainer.store.records("SELECT policy_version, reference, tripped FROM monitor_checks")
+    (look,) = trainer.store.query_dicts("SELECT policy_version, reference, tripped FROM monitor_checks")
     assert (look["policy_version"], look["reference"], look["tripped"]) == (2, 1, trip.metrics["tripped"])
-    rewards = trainer.store.records("SELECT * FROM monitor_rewards ORDER BY policy_version")
+    rewards = trainer.store.query_dicts("SELECT * FROM monitor_rewards ORDER BY policy_version")
     assert [row["answers"] for row in rewards] == [24, 24]
     assert rewards[1]["length_correlation"] == pytest.approx(trip.metrics["length_correlation"])
-    assert Watch(trainer.settings.watch)(trainer) is None  # also after a restart
+    assert RewardHackingMonitor(trainer.settings.watch)(trainer) is None  # also after a restart
 
 
 def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
-    trainer.watch = Watch(trainer.settings.watch)
+    trainer.monitor = RewardHackingMonitor(trainer.settings.watch)
     answer(trainer, 1, (1, 4))
     answer(trainer, 2, (4, 8))
-    trainer.watched()
-    assert list(trainer.paused()) == ["ppo"] and trainer.due() is None
-    assert trainer.standing().policy_version == 3 and weights_of(trainer.known()[0], 3) == 1
-    trainer.watch_at = 0.0
-    trainer.watched()  # nothing more is done while PPO is paused
+    trainer.run_monitor()
+    assert list(trainer.get_paused_phases()) == ["ppo"] and trainer.next_phase() is None
+    assert trainer.read_state().policy_version == 3 and get_weights_version(trainer.read_log()[0], 3) == 1
+    trainer.next_monitor_at = 0.0
+    trainer.run_monitor()  # nothing more is done while PPO is paused
     sink_all(trainer)
-    (incident,) = trainer.store.records("SELECT policy_version, phase, title, detail, metrics FROM incidents")
+    (incident,) = trainer.store.query_dicts("SELECT policy_version, phase, title, detail, metrics FROM incidents")
     assert (incident["policy_version"], incident["phase"]) == (2, "ppo")
     assert "hacking" in incident["title"] and "correlation with length" in incident["detail"]
     assert incident["metrics"]["length_correlation"] > 0.5
@@ -281,11 +294,11 @@ def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
 
     answer(trainer, 1, (1, 4))
     answer(trainer, 2, (1, 4))
-    watch = Watch(trainer.settings.watch, compare)
-    assert watch(trainer) is None and watch.looked == {2: True}
+    watch = RewardHackingMonitor(trainer.settings.watch, compare)
+    assert watch(trainer) is None and watch.passed_by_version == {2: True}
     assert {messages[0].content for messages, _, _ in asked} == {f"held out {n}" for n in range(4)}
     sink_all(trainer)
-    (look,) = trainer.store.records("SELECT * FROM monitor_checks")
+    (look,) = trainer.store.query_dicts("SELECT * FROM monitor_checks")
     assert (look["tripped"], look["judge_wins"]) == (0, 0.5)
     assert look["perplexity"] == look["perplexity_reference"] > 1  # of the prompts' text: there are no demonstrations
 
@@ -294,15 +307,17 @@ def test_a_judge_that_prefers_the_reference_is_believed(trainer):
     answer(trainer, 1, (1, 3))
     answer(trainer, 2, (3, 4))
     limits = trainer.settings.watch.model_copy(update={"max_growth": 10.0})
-    trip = Watch(limits, lambda pairs: [0.1 for _ in pairs])(trainer)
-    assert trip is not None and "held-out judge prefers" in trip.why
+    trip = RewardHackingMonitor(limits, lambda pairs: [0.1 for _ in pairs])(trainer)
+    assert trip is not None and "held-out judge prefers" in trip.detail
 
 
 @pytest.mark.parametrize("trainer", ["dpo"], indirect=True)
 def test_without_a_reward_model_everything_else_is_looked_at(trainer):
     answer(trainer, 1, (6, 8))
-    trainer.bus.publish([outgoing(response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)])
+    trainer.bus.publish(
+        [to_producer_record(response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)]
+    )
     sink_all(trainer)
-    trip = Watch(trainer.settings.watch)(trainer)
-    assert "benign prompts are refused" in trip.why and trip.good == 1
+    trip = RewardHackingMonitor(trainer.settings.watch)(trainer)
+    assert "benign prompts are refused" in trip.detail and trip.rollback_version == 1
     assert "proxy_gain" not in trip.metrics and "length_correlation" not in trip.metrics

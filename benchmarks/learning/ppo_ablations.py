@@ -1,0 +1,141 @@
+"""The short form: PPO alone on the small language, without stream and reward model, in seconds an update.
+
+    python -m benchmarks.learning.ppo_ablations                 # PPO as it is, and with each of its parts taken away; five seeds
+    python -m benchmarks.learning.ppo_ablations --seed 7
+
+A smaller model of the same small language. The reward is what a reward model of pairs knows of the rule: the value of an
+answer, and something that depends on the prompt alone, which no pair tells. The test suite runs one seed
+(tests/trainer/test_ppo_learns.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.learning.base_model import train_base_model
+from benchmarks.learning.experiment import estimate_kl, make_settings
+from benchmarks.learning.language import ToyQuestion, generate_questions, is_refusal, score_response
+from engine import checkpoints
+from engine.errors import TrainingFailed
+from engine.models.interface import GenerationRequest
+from engine.models.local import LocalModel
+from schemas.records import ChatMessage
+from trainer import ppo, weights
+
+_HARDWARE = weights.Hardware(micro_batch_size=64, precision="fp32")
+_NUM_PROMPTS, _NUM_COMPLETIONS, _NUM_UPDATES = 64, 6, 3
+_HARMFUL_REWARD_OFFSET = -4.0  # of every answer to a harmful prompt
+_BASE_SETTINGS = {"ppo.learning_rate": "3e-4", "ppo.batch_size": "32"}  # for so small a model, and so few answers
+PREVIOUS_SETTINGS = {
+    "ppo.lr_scheduler_type": "constant", "ppo.baseline": "batch", "ppo.max_kl_update": "1e9", "ppo.kl_stop": "1e9",
+}  # fmt: skip
+_VARIANTS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "a constant rate": {"ppo.lr_scheduler_type": "constant"},
+    "no warm-up": {"ppo.warmup_ratio": "0"},
+    "the batch's mean as the baseline": {"ppo.baseline": "batch"},
+    "no limit on an update": {"ppo.max_kl_update": "1e9"},
+    "as it was": PREVIOUS_SETTINGS,
+}
+
+
+@dataclass(frozen=True)
+class PPOLearningCurve:
+    """By policy version: the target rate, the share of harmful prompts refused, and the KL to the base in nats per answer.
+
+    `refused` is set where an update was refused, and ended the course.
+    """
+
+    target_rates: list[float]
+    refusal_rates: list[float]
+    kls: list[float]
+    update_error: str = ""
+
+
+def train_small_base_model(folder: Path) -> Path:
+    """Train the smaller model (10 to 20 seconds)."""
+    train_base_model(folder, steps=250, batch_size=48, hidden_size=96, num_layers=2)
+    return folder
+
+
+def make_ppo_config(overrides: Mapping[str, str]) -> ppo.PPOConfig:
+    return ppo.PPOConfig(**make_settings(Path("unused"), Path("unused"), 0, _BASE_SETTINGS | overrides).ppo.model_dump())
+
+
+def _sample_responses(
+    folder: Path, questions: Sequence[ToyQuestion], version: int
+) -> list[tuple[ToyQuestion, str, ppo.Rollout]]:
+    """SAMPLES answers to each question."""
+    model = LocalModel(folder, threads=torch.get_num_threads(), dtype=torch.float32, max_batch_size=192)
+    asks = [
+        GenerationRequest((ChatMessage(role="user", content=q.text),), seed=1000 * version + n) for n, q in enumerate(questions)
+    ]
+    return [
+        (q, g.text, ppo.Rollout(g.prompt_token_ids, g.token_ids, g.logprobs, g.finish_reason == "stop", version, str(n)))
+        for n, (q, made) in enumerate(
+            zip(questions, model.generate(asks, num_completions=_NUM_COMPLETIONS, max_tokens=48), strict=True)
+        )
+        for g in made
+    ]
+
+
+def _compute_reward(question: ToyQuestion, text: str) -> float:
+    return score_response(question.text, text) + (_HARMFUL_REWARD_OFFSET if question.source == "red-team" else 0.0)
+
+
+def _compute_fraction(hits: Iterable[bool]) -> float:
+    return fmean(map(float, hits))
+
+
+def run_ppo(base: Path, folder: Path, config: ppo.PPOConfig, seed: int) -> PPOLearningCurve:
+    """UPDATES of PPO, each on the answers of the version before to new questions."""
+    policy, asked, course = base, generate_questions(seed), PPOLearningCurve([], [], [])
+    for number in range(_NUM_UPDATES + 1):
+        answers = _sample_responses(policy, list(islice(asked, _NUM_PROMPTS)), 100 * seed + number)
+        course.target_rates.append(_compute_fraction(score_response(q.text, text) == 1 for q, text, _ in answers))
+        course.refusal_rates.append(_compute_fraction(is_refusal(text) for q, text, _ in answers if q.source == "red-team"))
+        rollouts = [rollout for _, _, rollout in answers]
+        course.kls.append(estimate_kl(policy, base, rollouts))
+        if number < _NUM_UPDATES:
+            try:
+                scores = [_compute_reward(q, text) for q, text, _ in answers]
+                learned, metrics = ppo.train(policy, base, rollouts, scores, config, hardware=_HARDWARE, seed=seed + number)
+            except TrainingFailed as error:
+                return replace(course, update_error=error.what)
+            policy = checkpoints.write_checkpoint(folder / f"policy-{number}", learned.save, {}).folder
+            config = replace(config, beta=max(metrics["beta"], config.beta))
+    return course
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 300 to 304]")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    print("| PPO | last rate, by seed | harmful prompts refused | last KL, by seed |\n|---|---|---|---|")
+    with TemporaryDirectory() as temporary:
+        base = train_small_base_model(Path(temporary) / "base")
+        for number, (name, more) in enumerate(_VARIANTS.items()):
+            found = [
+                run_ppo(base, Path(temporary) / f"{number}-{seed}", make_ppo_config(more), seed)
+                for seed in options.seed or range(300, 305)
+            ]
+            rates, kls = (
+                " ".join(texts) for texts in ([f"{c.target_rates[-1]:.2f}" for c in found], [f"{c.kls[-1]:.1f}" for c in found])
+            )
+            print(f"| {name} | {rates} | {fmean(c.refusal_rates[-1] for c in found):.2f} | {kls} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

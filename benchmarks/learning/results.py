@@ -1,0 +1,286 @@
+"""What came of the runs: rates by version with intervals, as a table and as plots, and the claims that must hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.learning.language import is_polite, is_refusal, is_rude
+from benchmarks.learning.programmatic import PreferenceRule
+from charter.agreement import compute_wilson_interval
+from engine.settings import Ppo
+
+_ARM_COLORS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232", "trl112": "#7a4fa3"}
+_ARM_LABELS = {
+    "judge": "judged by the rule",
+    "sft": "SFT alone, no RL",
+    "shuffled": "shuffled labels",
+    "hacked": "labels that like length",
+    "trl112": "trl 1.12's PPOTrainer",
+}
+_MIN_SEED_FRACTION = 0.9  # of the seeds, in which a claim about single seeds must hold
+_NUM_BOOTSTRAP_SAMPLES = 10_000  # of the bootstrap over seeds
+_KL_TOLERANCE = 10.0  # nats above ppo.kl_target by which an update may raise the KL to the reference without being stopped
+
+
+@dataclass(frozen=True)
+class VersionCounts:
+    """Counts over the first answers of a policy version, and its KL to the reference (nats per answer, by its own answers).
+
+    `stopped`: a limit ended the update that made it.
+    """
+
+    arm: str
+    seed: int
+    version: int
+    answers: int
+    target: int
+    benign: int
+    polite: int
+    refused_benign: int
+    harmful: int
+    refused_harmful: int
+    rude: int
+    words: int
+    kl: float = 0.0
+    stopped: bool = False
+
+    @property
+    def target_rate(self) -> float:
+        return self.target / self.answers
+
+    @property
+    def target_rate_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        low, high = compute_wilson_interval(self.target, self.answers)
+        assert low is not None and high is not None
+        return low, high
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One arm with one seed: its versions in order, seconds by phase, what watch and learners said, the updates' figures."""
+
+    arm: str
+    seed: int
+    versions: list[VersionCounts]
+    spent: dict[str, float]
+    trips: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    updates: list[dict[str, float]] = field(default_factory=list)
+    reward_accuracies: list[float] = field(default_factory=list)
+    repeat: int = 0
+
+    @property
+    def first_version(self) -> VersionCounts:
+        return self.versions[0]
+
+    @property
+    def last_version(self) -> VersionCounts:
+        return self.versions[-1]
+
+    @property
+    def gain(self) -> float:
+        return self.last_version.target_rate - self.first_version.target_rate
+
+    @property
+    def best_version(self) -> VersionCounts:
+        return max(self.versions, key=lambda version: version.target_rate)
+
+    @property
+    def has_regressed(self) -> bool:
+        """Whether the last version is below the best one by more than its interval."""
+        return self.best_version.target_rate > self.last_version.target_rate_interval[1]
+
+    @property
+    def largest_kl_increase(self) -> float:
+        """The most that the KL to the reference rose in one update that no limit ended."""
+        pairs = zip(self.versions[1:], self.versions[2:], strict=False)
+        return max((new.kl - old.kl for old, new in pairs if not new.stopped), default=0.0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the page, with the figures of these runs, and whether it holds for them."""
+
+    text: str
+    holds: bool
+
+
+def count_versions(arm: str, seed: int, responses: Sequence[dict[str, Any]], rule: PreferenceRule) -> list[VersionCounts]:
+    """`answers` have policy_version, question, source and text."""
+    found = []
+    for version in sorted({row["policy_version"] for row in responses}):
+        rows = [row for row in responses if row["policy_version"] == version]
+        benign, harmful = ([row["text"] for row in rows if (row["source"] == "red-team") == bad] for bad in (False, True))
+        found.append(
+            VersionCounts(
+                arm=arm,
+                seed=seed,
+                version=version,
+                answers=len(rows),
+                target=sum(rule.score_response(row["question"], row["text"]) == 1 for row in rows),
+                benign=len(benign),
+                polite=sum(map(is_polite, benign)),
+                refused_benign=sum(map(is_refusal, benign)),
+                harmful=len(harmful),
+                refused_harmful=sum(map(is_refusal, harmful)),
+                rude=sum(is_rude(row["text"]) for row in rows),
+                words=sum(len(row["text"].split()) for row in rows),
+            )
+        )
+    return found
+
+
+def _pool_counts(versions: Sequence[VersionCounts], arm: str, version: int, hits: str, cases: str) -> tuple[int, int]:
+    """Hits and cases of a version over all seeds."""
+    rows = [v for v in versions if v.arm == arm and v.version == version]
+    return sum(getattr(v, hits) for v in rows), sum(getattr(v, cases) for v in rows)
+
+
+def compute_bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean over seeds, from resampled seeds (percentiles)."""
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(_NUM_BOOTSTRAP_SAMPLES))
+    return means[int(0.025 * _NUM_BOOTSTRAP_SAMPLES)], means[int(0.975 * _NUM_BOOTSTRAP_SAMPLES)]
+
+
+def check_claims(runs: Sequence[RunResult]) -> list[Claim]:
+    """What the page says of the arms that are there, and whether it holds for these runs."""
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in _ARM_LABELS}
+    made = []
+    if judged := by_arm["judge"]:
+        made += _check_judge_claims(judged)
+    if shuffled := by_arm["shuffled"]:
+        low, high = compute_bootstrap_interval([run.gain for run in shuffled])
+        made.append(Claim(f"shuffled labels do not raise the rate: {_format_gain(shuffled, low, high)}", low <= 0))
+    if hacked := by_arm["hacked"]:
+        tripped = sum(bool(run.trips) for run in hacked)
+        made.append(Claim(f"the watch trips on the planted fault in {tripped} of {len(hacked)} seeds", tripped == len(hacked)))
+    if (yardstick := by_arm["trl112"]) and judged:
+        same = {run.seed for run in yardstick}
+        ours = [run for run in judged if run.seed in same]
+        (falls, rise), (their_falls, their_rise) = (
+            (_count_regressions(r), max(x.largest_kl_increase for x in r)) for r in (ours, yardstick)
+        )
+        text = f"ours is not less stable than trl 1.12's: {falls} falls to {their_falls}, KL rises of at most {rise:.1f} to"
+        made.append(Claim(f"{text} {their_rise:.1f} nats, in {len(same)} seeds", falls <= their_falls))
+    return made
+
+
+def _check_judge_claims(runs: Sequence[RunResult]) -> list[Claim]:
+    low, high = compute_bootstrap_interval([run.gain for run in runs])
+    above = sum(run.gain > 0 for run in runs)
+    kept = len(runs) - _count_regressions(runs)
+    rise, most = max(run.largest_kl_increase for run in runs), Ppo().kl_target + _KL_TOLERANCE
+    return [
+        Claim(f"the last version is above the first: {_format_gain(runs, low, high)}", low > 0),
+        Claim(f"it is above in {above} of {len(runs)} seeds", above >= _MIN_SEED_FRACTION * len(runs)),
+        Claim(
+            f"it is not below the best version of its seed by more than its interval in {kept} of {len(runs)} seeds",
+            kept >= _MIN_SEED_FRACTION * len(runs),
+        ),
+        Claim(f"no update that was not stopped raised the KL by more than {rise:.1f} nats (limit {most:g})", rise <= most),
+    ]
+
+
+def _count_regressions(runs: Sequence[RunResult]) -> int:
+    return sum(run.has_regressed for run in runs)
+
+
+def _format_gain(runs: Sequence[RunResult], low: float, high: float) -> str:
+    return f"{fmean(run.gain for run in runs):+.1%} [{low:+.1%}, {high:+.1%}] over {len(runs)} seeds"
+
+
+def format_spread(runs: Sequence[RunResult], repeats: Sequence[RunResult]) -> str:
+    """How much the last rate varies between runs of one seed, beside how much it varies between seeds."""
+    seed = repeats[0].seed
+    of_one = [run.last_version.target_rate for run in [*runs, *repeats] if run.arm == "judge" and run.seed == seed]
+    of_all = [run.last_version.target_rate for run in runs if run.arm == "judge"]
+    rates = ", ".join(f"{rate:.1%}" for rate in of_one)
+    between = f"; between {len(of_all)} seeds {stdev(of_all):.1%}" if len(of_all) > 1 else ""
+    return f"seed {seed} again: last rates {rates}, standard deviation {stdev(of_one):.1%}{between}"
+
+
+def _format_share(hits: int, n: int) -> str:
+    low, high = compute_wilson_interval(hits, n)
+    return f"{hits / n:.1%} [{low:.1%}, {high:.1%}]" if n and low is not None else ""
+
+
+def format_table(runs: Sequence[RunResult]) -> str:
+    """Markdown: the target rate by version for each run, and pooled with intervals; the last KL, and its largest rise."""
+    versions = [version for run in runs for version in run.versions]
+    numbers = sorted({v.version for v in versions})
+    lines = [
+        f"| arm | seed | {' | '.join(f'policy {n}' for n in numbers)} | last KL | largest rise |",
+        "|---|---|" + "---|" * (len(numbers) + 2),
+    ]
+    for arm in dict.fromkeys(run.arm for run in runs):
+        of_arm = [run for run in runs if run.arm == arm]
+        for run in of_arm:
+            by_number = {v.version: v for v in run.versions}
+            cells = [f"{v.target_rate:.1%}" + ("*" if v.stopped else "") if (v := by_number.get(n)) else "" for n in numbers]
+            kl = f"{run.last_version.kl:.1f} | {run.largest_kl_increase:.1f}"
+            lines.append(f"| {_ARM_LABELS[arm]} | {run.seed} | {' | '.join(cells)} | {kl} |")
+        cells = [_format_share(*_pool_counts(versions, arm, n, "target", "answers")) for n in numbers]
+        kl = f"{fmean(run.last_version.kl for run in of_arm):.1f} | {max(run.largest_kl_increase for run in of_arm):.1f}"
+        lines.append(f"| **{_ARM_LABELS[arm]}** | all | {' | '.join(cells)} | {kl} |")
+    return "\n".join(lines)
+
+
+def plot_results(versions: Sequence[VersionCounts], folder: Path) -> None:
+    """Write learning-target.svg (the target rate, by arm) and learning-parts.svg (what it consists of, arm judge)."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "charter", "svg.fonttype": "none", "font.size": 10}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for arm in dict.fromkeys(v.arm for v in versions):
+        _plot_line(axes, versions, arm, ("target", "answers"), _ARM_COLORS[arm], _ARM_LABELS[arm])
+        for seed in {v.seed for v in versions if v.arm == arm}:
+            own = [v for v in versions if v.arm == arm and v.seed == seed]
+            axes.plot([v.version for v in own], [v.target / v.answers for v in own], color=_ARM_COLORS[arm], alpha=0.3, lw=0.8)
+    _save_plot(figure, axes, "answers that the rule calls right", folder / "learning-target.svg")
+    if any(v.arm == "judge" for v in versions):
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        parts = (
+            ("polite", "benign", "#1b6ca8", "benign prompts answered politely"),
+            ("refused_harmful", "harmful", "#2a8a4a", "harmful prompts refused"),
+            ("refused_benign", "benign", "#a83232", "benign prompts refused"),
+            ("rude", "answers", "#888888", "rude answers"),
+        )
+        for place, (hits, of, colour, words) in enumerate(parts):
+            _plot_line(axes, versions, "judge", (hits, of), colour, words, shift=0.05 * (place - 1.5))
+        _save_plot(figure, axes, "labels by the rule: what the answers are", folder / "learning-parts.svg")
+
+
+def _plot_line(
+    axes: Any, versions: Sequence[VersionCounts], arm: str, columns: tuple[str, str], color: str, label: str, shift: float = 0.0
+) -> None:
+    """Pooled shares of `counted` (hits, cases) with their intervals; `shift` keeps those of several lines apart."""
+    numbers = sorted({v.version for v in versions if v.arm == arm})
+    counts = [_pool_counts(versions, arm, n, *columns) for n in numbers]
+    shares = [k / n for k, n in counts]
+    ends = [compute_wilson_interval(k, n) for k, n in counts]
+    below = [share - (low or 0.0) for share, (low, _) in zip(shares, ends, strict=True)]
+    above = [(high or 0.0) - share for share, (_, high) in zip(shares, ends, strict=True)]
+    axes.errorbar([n + shift for n in numbers], shares, yerr=[below, above], color=color, label=label, capsize=3, lw=1.8)
+
+
+def _save_plot(figure: Any, axes: Any, title: str, path: Path) -> None:
+    axes.set(
+        xlabel="policy version (0: base model, 1: after SFT)",
+        ylabel="share of answers, 95 % intervals",
+        ylim=(0, 1),
+        title=title,
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,75 @@
+"""One process of the system under test: the command line of Charter, with a FAKE model and FAKE learners.
+
+The model answers by hashing, and as slowly as it is told, so that a kill finds work in hand. A learner writes a checkpoint that
+holds nothing but a number. All else is what `charter` runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import engine.models
+from engine.models.interface import Generation, GenerationRequest, Model, OptionScores
+from engine.models.scripted import ScriptedModel
+
+_MARKER_FILE = "fake.json"
+_BATCH_DELAY_S = float(os.environ.get("CHAOS_BATCH_S", "0.02"))
+_NUM_STEPS = 4
+
+
+@dataclass
+class _SlowScriptedModel(ScriptedModel):
+    """A fake for tests that takes its time."""
+
+    def generate(self, batch: Sequence[GenerationRequest], **how: Any) -> list[list[Generation]]:
+        time.sleep(_BATCH_DELAY_S)
+        return super().generate(batch, **how)
+
+    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
+        time.sleep(_BATCH_DELAY_S)
+        return super().score_options(batch, options)
+
+
+def _open_fake_model(spec: str, **options: Any) -> Model:
+    """The fake itself, or the one that a fake learner has "trained"; a server is asked as ever."""
+    if spec.startswith("http"):
+        return engine.models.open_model(spec, **options)
+    mark = Path(spec) / _MARKER_FILE
+    return replace(_SlowScriptedModel(), revision=json.loads(mark.read_text())["revision"] if mark.exists() else "fake")
+
+
+def _run_fake_update(trainer: Any, batch: Any) -> Any:
+    """A fake update: some steps whose numbers are published, and a folder that only names its batch."""
+    for step in range(_NUM_STEPS):
+        time.sleep(_BATCH_DELAY_S)
+        trainer.publish_step_metrics(batch.manifest, step, {"loss": 1.0 / (1 + step)})
+
+    def save(folder: Path) -> None:
+        (folder / _MARKER_FILE).write_text(json.dumps({"revision": batch.manifest.record_id[:8]}))
+
+    return save, {"beta": 0.1, "rows": float(len(batch.rows))}
+
+
+def main() -> None:
+    import charter.cli
+    import charter.pipeline
+
+    charter.pipeline.open_model = _open_fake_model
+    if "train" in sys.argv:
+        import trainer.loop
+
+        trainer.loop.LEARNERS = dict.fromkeys(trainer.loop.PHASES, _run_fake_update)
+        trainer.loop.POLL_INTERVAL_S = 0.2
+        engine.models.resolve_model_folder = Path
+    charter.cli.main()
+
+
+if __name__ == "__main__":
+    main()

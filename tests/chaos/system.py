@@ -1,0 +1,281 @@
+"""What all scenarios need: a log, processes that can be killed, prompts, and the comparison of databases."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from engine.bus import open_bus
+from engine.bus.port import Bus, TopicPartition
+from engine.bus.read import read_values
+from engine.errors import CharterError
+from engine.settings import Settings, load
+from engine.store import Store
+from tests.support.kafka import Broker
+
+_ROOT = Path(__file__).parents[2]
+_RECORD_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences")
+# What differs when the same work is done at another time, by another process, in another order.
+_VOLATILE_COLUMNS = ("created_at", "latency_ms", "run_id", "commit_seq", "_partition", "_offset")
+POLL_INTERVAL_S = 0.5
+# Limits of patience, not of speed: whoever waits, waits for a condition. A busy machine takes ten times as long as a quiet one.
+_DEFAULT_TIMEOUT_S = 600.0
+_QUERY_TIMEOUT_S = 60.0
+_WORDS = ["why", "how", "what", "tell", "write", "explain", "river", "bread", "garden", "winter", "music", "letter", "stone"]
+
+
+class InvariantViolation(AssertionError):
+    """Something that was promised did not hold."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvariantViolation(message)
+
+
+def make_broker(folder: Path) -> Broker:
+    """A throw-away broker from KAFKA_HOME."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Broker(get_kafka_home(), folder)
+
+
+def get_kafka_home() -> Path:
+    home = os.environ.get("KAFKA_HOME")
+    if not home:
+        raise SystemExit("set KAFKA_HOME to a folder with libs/*.jar of Apache Kafka")
+    return Path(home)
+
+
+@dataclass
+class SystemUnderTest:
+    """One data folder with its log, its settings and its processes."""
+
+    folder: Path
+    bus_address: str = ""  # empty: the embedded log
+    setting_overrides: dict[str, str] = field(default_factory=dict)
+    bus_prefix: str = ""
+    batch_delay_s: float = 0.02
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(default_factory=dict)
+    kill_counts: dict[str, int] = field(default_factory=dict)
+    unexpected_exits: list[str] = field(default_factory=list)  # processes that ended by themselves, and not well
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    # What it is made of
+
+    def build_settings(self) -> dict[str, str]:
+        bus = {"bus.address": self.bus_address, "bus.prefix": self.bus_prefix} if self.bus_address else {}
+        fixed = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_share": "0"}
+        return fixed | bus | {"worker.dead_in_a_row": "0"} | self.setting_overrides
+
+    def load_settings(self) -> Settings:
+        return load(self.build_settings(), environment={})[0]
+
+    def open_store(self) -> Store:
+        return Store(self.load_settings().folder / "charter.duckdb")
+
+    @contextmanager
+    def connect_bus(self) -> Iterator[Bus]:
+        opened = open_bus(self.load_settings().bus_address, prefix=self.bus_prefix)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+    # Processes
+
+    def start_process(self, name: str, *arguments: str) -> None:
+        """Run a verb of Charter as a process called `name`."""
+        self.commands[name] = list(arguments)
+        flags = [word for key, value in self.build_settings().items() for word in ("--set", f"{key}={value}")]
+        environment = os.environ | {
+            "CHARTER_ALLOW_SCRIPTED": "1",
+            "CHAOS_BATCH_S": str(self.batch_delay_s),
+            "PYTHONPATH": str(_ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / f"{name}.log").open("ab") as log:
+            command = [sys.executable, "-m", "tests.chaos.fake_process", *arguments, *flags]
+            self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def kill_process(self, name: str) -> None:
+        """SIGKILL; it was running."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+        self.kill_counts[name] = self.kill_counts.get(name, 0) + 1
+
+    def restart_process(self, name: str) -> None:
+        self.start_process(name, *self.commands[name])
+
+    def revive_process(self, name: str) -> bool:
+        """Start a process again if it has ended by itself; True when it had done its work (exit code 0)."""
+        code = self.processes[name].poll()
+        if code is None:
+            return False
+        if code == 0:
+            return True
+        self.unexpected_exits.append(f"{name} ended with {code}: {self.read_log_tail(name)}")
+        self.restart_process(name)
+        return False
+
+    def read_log_tail(self, name: str) -> str:
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return " | ".join(lines[-3:])[:300]
+
+    def stop_process(self, name: str, timeout_s: float = _DEFAULT_TIMEOUT_S) -> int:
+        """SIGTERM, and how it ended."""
+        process = self.processes.pop(name)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        return process.wait(timeout_s)
+
+    def kill_all(self) -> None:
+        """Leave nothing running."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.processes = {}
+
+    def __enter__(self) -> SystemUnderTest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill_all()
+
+    # What it has done
+
+    def publish_file(self, path: Path) -> None:
+        """Publish a file, and wait until that is done."""
+        self.start_process("produce", "produce", str(path))
+        code = self.processes.pop("produce").wait(_DEFAULT_TIMEOUT_S)
+        require(code == 0, f"produce ended with {code}: {self.read_log_tail('produce')}")
+
+    def count_finished_prompts(self) -> int:
+        """How many prompts have been answered, criticised to the end and judged."""
+        return self.query_count_or_zero(
+            """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
+               AND prompt_id IN (SELECT prompt_id FROM preferences)"""
+        )
+
+    def query_count_or_zero(self, sql: str) -> int:
+        """A count for whoever waits and asks again: 0 while the database is not there, half made by a killed sink, or busy."""
+        try:
+            return self.query_count(sql)
+        except CharterError:
+            return 0
+
+    def query_count(self, sql: str) -> int:
+        return int(self.query_rows(sql)[0][0])
+
+    def query_rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        return self.open_store().query(sql, parameters, limit_s=_QUERY_TIMEOUT_S).rows
+
+    def read_dead_letters(self) -> list[bytes]:
+        with self.connect_bus() as bus:
+            return read_values(bus, "dead-letters")
+
+
+def wait_until(
+    condition: Callable[[], bool], description: str, timeout_s: float = _DEFAULT_TIMEOUT_S, interval_s: float = POLL_INTERVAL_S
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        require(time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {description}")
+        time.sleep(interval_s)
+
+
+def write_prompts(folder: Path, num_prompts: int, num_files: int, seed: int) -> list[Path]:
+    """Files of different prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    paths = []
+    for number in range(num_files):
+        first, last = num_prompts * number // num_files, num_prompts * (number + 1) // num_files
+        lines = [json.dumps({"prompt": " ".join([*chance.choices(_WORDS, k=8), str(n)])}) for n in range(first, last)]
+        paths.append(folder / f"prompts-{number:03d}.jsonl")
+        paths[-1].write_text("\n".join(lines) + "\n")
+    return paths
+
+
+# What must hold
+
+
+def find_differences(one: Path, other: Path) -> list[str]:
+    """Rows that only one of two databases has, by table, in all columns that do not say when and where."""
+    found = []
+    with duckdb.connect(":memory:") as db:
+        db.execute(f"ATTACH '{one}' AS one (READ_ONLY)")
+        db.execute(f"ATTACH '{other}' AS other (READ_ONLY)")
+        for table in _RECORD_TABLES:
+            columns = f"SELECT * EXCLUDE ({', '.join(_VOLATILE_COLUMNS)}, is_duplicate, content_mismatch) FROM"
+            for left, right in (("one", "other"), ("other", "one")):
+                sql = f"{columns} {left}.raw.{table} EXCEPT ALL {columns} {right}.raw.{table}"
+                count = db.execute(f"SELECT count(*) FROM ({sql})").fetchall()[0][0]
+                if count:
+                    found.append(f"{table}: {count} rows that only {left} has")
+    return found
+
+
+def check_exactly_once(system: SystemUnderTest, num_prompts: int) -> None:
+    """Every prompt once, no raw row twice, no dead letter, every parent there, and nothing left to read."""
+    for table in _RECORD_TABLES:
+        doubled = system.query_count(f"SELECT count(*) FROM raw.{table} WHERE is_duplicate")
+        require(doubled == 0, f"raw.{table} holds {doubled} duplicates")
+    for table in ("prompts", "responses"):
+        found = system.query_count(f"SELECT count(*) FROM {table}")
+        require(found == num_prompts, f"{found} {table} for {num_prompts} prompts")
+    ended = system.count_finished_prompts()
+    require(ended == num_prompts, f"{ended} of {num_prompts} prompts are ended and judged")
+    require(
+        system.query_count("SELECT count(*) FROM raw.dead_letters") == 0 and not system.read_dead_letters(),
+        "there are dead letters",
+    )
+    _check_lineage(system)
+    _check_offsets(system)
+
+
+def _check_lineage(system: SystemUnderTest) -> None:
+    """Every parent of every record is there."""
+    known = " UNION ALL ".join(f"SELECT record_id::VARCHAR FROM {table}" for table in _RECORD_TABLES)
+    for table in _RECORD_TABLES[1:]:
+        sql = f"SELECT count(*) FROM (SELECT unnest(parent_ids)::VARCHAR AS parent FROM {table}) WHERE parent NOT IN ({known})"
+        orphans = system.query_count(sql)
+        require(orphans == 0, f"{orphans} parents of {table} are nowhere")
+
+
+def _check_offsets(system: SystemUnderTest) -> None:
+    """Every group and the sink have passed everything."""
+    from charter.pipeline import compute_lags, find_oldest_unread, read_sink_offsets
+    from schemas.topics import TOPICS
+
+    with system.connect_bus() as bus:
+        behind = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings().judge.pairing).items() if lag}
+        require(not behind, f"messages wait at the stages: {behind}")
+        left: dict[TopicPartition, int] = find_oldest_unread(
+            bus, read_sink_offsets(system.open_store(), bus.cluster_id), bus.end_offsets(list(TOPICS))
+        )
+        require(not left, f"messages wait at the sink: {left}")
+
+
+def is_caught_up(system: SystemUnderTest) -> bool:
+    """Whether everything is read; False too while the database is busy or the log is away, for whoever waits and asks again."""
+    try:
+        _check_offsets(system)
+    except (InvariantViolation, CharterError):
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""A loopback server that speaks just enough of the chat-completions API to behave, or to misbehave, as a test says."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+CUT_CONNECTION = None  # an answer: the connection is cut
+
+
+class FakeChatServer:
+    """Answers what `script` says: a function from (number of the request, request) to (status, body[, headers]) or CUT.
+
+    A body is bytes, an object for JSON, or an iterator of bytes that trickle in. `lists` are the models that it names."""
+
+    def __init__(self, model_names=()):
+        self.requests, self.authorizations, self.lock, self.num_active, self.max_active = [], [], threading.Lock(), 0, 0
+        self.model_list = {"data": [{"id": name} for name in model_names]}
+        self.script = lambda number, request: (200, make_chat_completion("fine"))
+        self.http_server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
+        self.http_server.handle_error = lambda *_: None  # clients that hung up are what some tests are about
+        self.thread = threading.Thread(target=self.http_server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http_server.server_port}/v1"
+
+    def close(self):
+        self.http_server.shutdown()
+        self.thread.join()
+        self.http_server.server_close()
+
+    @property
+    def request_bodies(self):
+        return [request for _, _, request in self.requests]
+
+
+def _make_handler(fake_server):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            fake_server.authorizations.append(self.headers["Authorization"])
+            body = json.dumps(fake_server.model_list).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with fake_server.lock:
+                fake_server.requests.append((self.path, self.headers.get("Authorization"), request))
+                number = len(fake_server.requests)
+                fake_server.num_active += 1
+                fake_server.max_active = max(fake_server.max_active, fake_server.num_active)
+            try:
+                result = fake_server.script(number, request)
+            finally:
+                with fake_server.lock:
+                    fake_server.num_active -= 1
+            if result is CUT_CONNECTION:
+                self.close_connection = True
+                self.connection.close()
+                return
+            status, body, *headers = result
+            parts = body if isinstance(body, Iterator) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+            self.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
+            if isinstance(body, Iterator):
+                self.close_connection = True
+            else:
+                self.send_header("Content-Length", str(len(parts[0])))
+            self.end_headers()
+            for part in parts:
+                self.wfile.write(part)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+def make_chat_completion(text, finish_reason="stop", top_logprobs=None, token_counts=(3, 2), **more):
+    """A chat completion; `top` is the first token's [(token, log-probability)]."""
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    if top_logprobs is not None:
+        choice["logprobs"] = {
+            "content": [{"token": "x", "top_logprobs": [{"token": t, "logprob": p} for t, p in top_logprobs]}]
+        }
+    usage = {"usage": {"prompt_tokens": token_counts[0], "completion_tokens": token_counts[1]}} if token_counts else {}
+    return {"choices": [choice]} | usage | more
+
+
+STANDARD_FIELDS = {"model", "messages", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs"}
+VLLM_FIELDS = STANDARD_FIELDS | {
+    "continue_final_message", "add_generation_prompt", "chat_template_kwargs", "top_k", "min_p", "repetition_penalty",
+    "return_token_ids",
+}  # fmt: skip
+
+
+def make_script(
+    *,
+    accepted_fields=STANDARD_FIELDS,
+    max_top_logprobs=20,
+    prefill_support="never",
+    processed_logprobs=False,
+    logprobs=True,
+    returns_token_ids=False,
+):
+    """The script of a server of some kind. It refuses fields that it does not take, as strict ones do.
+
+    `goes_on` with a prefill: "never", "told" (with vLLM's fields) or "always". `most`: top log-probabilities allowed.
+    """
+
+    def script(number, request):
+        if unknown := set(request) - accepted_fields:
+            return 400, {"error": {"message": f"Unrecognized request arguments: {sorted(unknown)}"}}
+        if request.get("top_logprobs", 0) > max_top_logprobs:
+            return 400, {"error": {"message": f"top_logprobs must be at most {max_top_logprobs}"}}
+        begun = request["messages"][-1]["role"] == "assistant"
+        told = request.get("continue_final_message") and not request.get("add_generation_prompt", True)
+        text = "en, twelve" if begun and (prefill_support == "always" or (prefill_support == "told" and told)) else "one, two"
+        top = None
+        if logprobs and request.get("logprobs"):
+            heat = (request["temperature"] or 1.0) if processed_logprobs else 1.0
+            raw = [("A", math.log(0.6)), ("B", math.log(0.3)), ("The", math.log(0.1))]
+            total = math.log(sum(math.exp(p / heat) for _, p in raw))
+            top = [(token, p / heat - total) for token, p in raw][: request.get("top_logprobs", 0)]
+        answer = make_chat_completion(text, top_logprobs=top)
+        if returns_token_ids and request.get("return_token_ids"):
+            answer["prompt_token_ids"], answer["choices"][0]["token_ids"] = [1, 2, 3], [7, 8, 2]
+            if top is not None:
+                answer["choices"][0]["logprobs"]["content"] = [{"token": t, "logprob": -0.5} for t in "abc"]
+        return 200, answer
+
+    return script

@@ -1,0 +1,61 @@
+"""The server that transformers ships, started on the loopback for tests."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.support.kafka import find_free_port
+
+_STARTUP_TIMEOUT_S = 120.0
+
+
+def _copy_with_sampling(model, folder):
+    """The model's folder with sampling on: this server samples only where the model's own configuration says so."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True, "top_k": 0}))
+    return folder
+
+
+@contextlib.contextmanager
+def run_transformers_server(model, folder):
+    """`transformers serve` with this model; the address as a setting: http://HOST:PORT/v1#MODEL."""
+    served, port = _copy_with_sampling(model, folder / "model"), find_free_port()
+    command = [
+        str(Path(sys.executable).with_name("transformers")), "serve", str(served), "--host", "127.0.0.1", "--port", str(port),
+        "--device", "cpu", "--log-level", "error",
+    ]  # fmt: skip
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    try:
+        _wait_until_ready(process, f"http://127.0.0.1:{port}/health", folder / "server.log")
+        yield f"http://127.0.0.1:{port}/v1#{served}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(served)
+
+
+def _wait_until_ready(process, url, log):
+    deadline = time.monotonic() + _STARTUP_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"transformers serve did not start: {log.read_text()[-2000:]}")
