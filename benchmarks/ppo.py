@@ -144,9 +144,7 @@ def _score_responses(task: PPOTask, rollouts: list[Rollout], texts: list[str], h
         model = reward.load_reward_model(Path(task.reward_model), hardware)
         messages = [(ChatMessage(role="user", content=prompt),) for prompt in task.prompts]
         return model.normalize(
-            model.compute_option_scores(
-                [(t, text, r.ends_with_eos) for t, text, r in zip(messages, texts, rollouts, strict=True)]
-            )
+            model.score([(t, text, r.ends_with_eos) for t, text, r in zip(messages, texts, rollouts, strict=True)])
         )
     letter = weights.load_tokenizer(Path(task.policy)).convert_tokens_to_ids(REWARDED_LETTER)
     return [REWARD_SCALE * r.token_ids.count(letter) / len(r.token_ids) for r in rollouts]

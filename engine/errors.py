@@ -14,7 +14,7 @@
     +-- PartitionLost               the partition moved to another member before the commit
     +-- OffsetsLost                 the log no longer has the records at the stored offset
     +-- PermanentRecordError        this one record can never succeed: a dead letter
-    +-- CannotLearn                 a batch that no policy or reward model can be learned from; nothing was saved
+    +-- TrainingFailed                 a batch that no policy or reward model can be learned from; nothing was saved
     +-- DeadLettersInARow           so many records fail alike that it is not their fault
     +-- DataFolderVersion           the data folder was written by another version
 

@@ -1,4 +1,4 @@
--- What is watched for reward hacking, by policy version; trainer/watch.py compares a version with its reference, and
+-- What is watched for reward hacking, by policy version; trainer/monitor.py compares a version with its reference, and
 -- docs/training.md says how to read it. All of these views look at the first 256 answers of a version, so that a figure stands
 -- once they are there, and versions can be compared. Words are what white space parts, in lower case.
 

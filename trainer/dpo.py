@@ -123,7 +123,7 @@ def train(
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
     """One DPO update of the policy; returns what saves it, and metrics.
 
-    Raises OneSidedLabels, CannotLearn when a number is not finite, UsageError for folders that do not belong together.
+    Raises OneSidedLabels, TrainingFailed when a number is not finite, UsageError for folders that do not belong together.
     """
     weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
     require_two_sided_labels(examples)

@@ -71,7 +71,7 @@ def build_training_arguments(
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Raise CannotLearn when a number of this step is no number any more."""
+    """Raise TrainingFailed when a number of this step is no number any more."""
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise TrainingFailed(

@@ -1,7 +1,7 @@
 """From a batch to a learner: what each phase hands to its learner, and what comes back to be saved.
 
 A learner is a function of the trainer and a batch. It trains, passes each step's numbers to `trainer.step`, and returns a
-function that saves what it made into a folder, and its metrics. It raises CannotLearn (or a class below it) when the batch
+function that saves what it made into a folder, and its metrics. It raises TrainingFailed (or a class below it) when the batch
 cannot be trained on: a NaN loss, one-sided labels, equal rewards. Nothing is saved or published then.
 """
 

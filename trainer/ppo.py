@@ -193,7 +193,7 @@ def compute_gae(
 def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
     """By how much each score (N,) exceeds the mean score of the other answers to its prompt (`prompts`, one for each score).
 
-    With baseline "batch", and for an answer that is the only one to its prompt: the mean of all scores. Raises CannotLearn when
+    With baseline "batch", and for an answer that is the only one to its prompt: the mean of all scores. Raises TrainingFailed when
     nothing differs, for Adam would make full steps of rounding errors.
     """
     compared = scores - scores.mean()
@@ -480,7 +480,7 @@ def train(
 
     `scores` are normalised, one for each rollout. `sl_rows` (ids and labels, from `sft.encode`) message on the combined
     objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit ended the update. Raises
-    CannotLearn when a number is not finite or the scores are all equal, UsageError for folders that do not belong together.
+    TrainingFailed when a number is not finite or the scores are all equal, UsageError for folders that do not belong together.
     """
     torch.manual_seed(seed)
     weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
@@ -528,7 +528,7 @@ def compute_model_logprobs(
 
 
 def _require_within_kl_limits(batch: _PPOBatch, config: PPOConfig) -> None:
-    """Raise CannotLearn when the policy is past a limit before the first step: it would not be made, and nothing learned."""
+    """Raise TrainingFailed when the policy is past a limit before the first step: it would not be made, and nothing learned."""
     kls = {
         name: _compute_sequence_kl(batch, other)
         for name, other in (("kl_ref", batch.ref_logprobs), ("kl_first", batch.base_logprobs))

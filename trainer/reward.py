@@ -150,9 +150,9 @@ def train(
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train on the model in `folder` (a policy, or an earlier reward model); returns the scorer and its metrics.
 
-    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, Forgot when an earlier reward model
-    in `folder` agreed with more of the held-out labels, AtChance when `require_above_chance` and it agrees with no more of them
-    than chance may, CannotLearn when a number is not finite. The steps of an ensemble's members are reported one after the
+    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, RewardModelRegression when an earlier reward model
+    in `folder` agreed with more of the held-out labels, RewardModelAtChance when `require_above_chance` and it agrees with no more of them
+    than chance may, TrainingFailed when a number is not finite. The steps of an ensemble's members are reported one after the
     other.
     """
     require_two_sided_labels(examples)
@@ -195,7 +195,7 @@ def train(
 
 
 def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raise Forgot when fewer labels are met than before, beyond chance (McNemar's test on the labels that changed)."""
+    """Raise RewardModelRegression when fewer labels are met than before, beyond chance (McNemar's test on the labels that changed)."""
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     if lost - won > _Z_SCORE_95 * math.sqrt(lost + won):
         raise RewardModelRegression(
@@ -207,9 +207,9 @@ def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
 
 
 def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> None:
-    """Raise AtChance, or warn, when a coin agrees with as many of the decided held-out labels too often (`CHANCE`).
+    """Raise RewardModelAtChance, or warn, when a coin agrees with as many of the decided held-out labels too often (`_SIGNIFICANCE_LEVEL`).
 
-    Fewer labels than `MANY` cannot tell, so they are warned of only. The probability is exact: that of at least `agreed` heads.
+    Fewer labels than `_MIN_LABELS_FOR_TEST` cannot tell, so they are warned of only. The probability is exact: that of at least `num_agreed` heads.
     """
     by_chance = sum(math.comb(num_labels, heads) for heads in range(num_agreed, num_labels + 1)) / 2**num_labels
     if by_chance <= _SIGNIFICANCE_LEVEL:
@@ -233,7 +233,7 @@ def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
             raise OneSidedLabels(
                 f"all {len(labels)} labels prefer the {side} answer",
                 "both answers of a pair were sampled alike: this judge goes by their place, not by what they say",
-                "set judge.reject_flips = true or another models.judge, and judge anew: charter replay --from judge",
+                "set judge.reject_flips = true or another models.judge, and judge again: charter replay --stage judge",
             )
 
 
