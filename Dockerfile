@@ -43,7 +43,7 @@ RUN useradd --uid 10001 --home-dir /data --no-create-home charter && install -d 
 ENV PATH=/opt/charter/bin:$PATH \
     CHARTER_CACHE=/opt/charter/cache \
     CHARTER_DATA__FOLDER=/data \
-    CHARTER_OBSERVE__METRICS_PORT=9464 \
+    CHARTER_TELEMETRY__METRICS_PORT=9464 \
     HF_HOME=/data/hub \
     OMP_WAIT_POLICY=PASSIVE \
     PYTHONUNBUFFERED=1
@@ -52,7 +52,7 @@ USER 10001
 WORKDIR /work
 VOLUME /data
 EXPOSE 8400 9464
-# Stages, sink and trainer answer on their metrics port once their models are loaded. One that hangs ends itself (worker.hang_s).
+# Stages, sink and trainer answer on their metrics port once their models are loaded. One that hangs ends itself (worker.call_timeout_s).
 HEALTHCHECK --interval=15s --timeout=10s --start-period=5m --retries=4 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/metrics', timeout=8)"]
 STOPSIGNAL SIGTERM

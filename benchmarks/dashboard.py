@@ -26,7 +26,7 @@ import duckdb
 import httpx
 
 from charter.pipeline import STAGES, connect_bus, make_host, open_store
-from engine.settings import Settings, load
+from engine.settings import Settings, load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.topics import TOPICS
 
@@ -152,7 +152,7 @@ def main() -> int:
     os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
     folder = wanted.keep or Path(tempfile.mkdtemp())
     if not (folder / "charter.duckdb").exists():
-        settings = load({"data.folder": str(folder), "models.policy": "scripted"}, environment={})[0]
+        settings = load_settings({"data.folder": str(folder), "models.policy": "scripted"}, environment={})[0]
         _run_pipeline(settings)
         print(f"{_copy_rows(folder / 'charter.duckdb', wanted.rows):,} rows")
     kept = True

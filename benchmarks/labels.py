@@ -154,7 +154,7 @@ def main() -> int:
     ]
     chains = charter.self_critique_loops(responses[: chosen.chains])
     labelled = [label for (label,) in charter.judge_stage(responses[: chosen.chains])]
-    _print_chain_tokens(chains, labelled, charter.settings.respond.samples)
+    _print_chain_tokens(chains, labelled, charter.settings.respond.num_completions)
     return 0 if min(ratios) >= _MIN_RATIO[model.device] else 1
 
 

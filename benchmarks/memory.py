@@ -1,7 +1,7 @@
 """Peak memory of one optimiser step of each learner on SmolLM2, all weights and LoRA, each in a process of its own.
 
 python -m benchmarks.memory                the table (ten minutes on two cores)
-python -m benchmarks.memory --rows 8 --prompt 64 --answer 128 --micro-rows 4      the defaults
+python -m benchmarks.memory --rows 8 --prompt 64 --answer 128 --micro-batch-size 4      the defaults
 
 Rows are random tokens of one length, so that nothing depends on a data set: `--rows` texts, pairs or answers make one step.
 Peak is the process's largest resident set, libraries included; its ratio is to the model's fp32 weights. On a GPU it is the
@@ -40,7 +40,7 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
     prompts = [(ChatMessage(role="user", content=_make_text(draw, sizes["prompt"])),) for _ in range(rows)]
     common: dict[str, Any] = {
         "lora_rank": _LORA_RANK if how == "lora" else 0,
-        "hardware": weights.Hardware(sizes["micro_rows"], "checkpointing" in more),
+        "hardware": weights.Hardware(sizes["micro_batch_size"], "checkpointing" in more),
     }
     if phase == "sft":
         texts = [sft.SftExample(messages, _make_text(draw, sizes["answer"]), True, "") for messages in prompts]
@@ -118,7 +118,7 @@ def _compute_weight_bytes(folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 8), ("prompt", 64), ("answer", 128), ("micro-rows", 4)):
+    for name, default in (("rows", 8), ("prompt", 64), ("answer", 128), ("micro-batch-size", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("cases", nargs="*", help="some of the steps, e.g. ppo/lora; all by default")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -129,7 +129,7 @@ def main() -> int:
         print(_measure_peak_bytes())
         return 0
     _print_table(
-        {"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_rows": given.micro_rows},
+        {"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_batch_size": given.micro_batch_size},
         given.cases or _CASES,
     )
     return 0

@@ -101,7 +101,7 @@ def _run_charter(task: PPOTask) -> list[RoundTiming]:
             generated = read_clocks()
             scores = _score_responses(task, rollouts, texts, hardware)
             p = ppo.PPOConfig(
-                learning_rate=task.learning_rate, epochs=task.num_epochs, batch_size=task.minibatch_size, beta=beta, kl_stop=1e9
+                learning_rate=task.learning_rate, epochs=task.num_epochs, batch_size=task.minibatch_size, beta=beta, max_kl=1e9
             )
             with suppress(TrainingFailed):  # every answer is the best one: the policy stays
                 learned, metrics = ppo.train(policy, first, rollouts, scores, p, hardware=hardware, seed=task.seed + number)

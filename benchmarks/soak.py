@@ -37,7 +37,7 @@ from charter.options import stop_on_signals
 from charter.pipeline import open_bus_from_settings, open_store, read_sink_offsets
 from engine.bus.read import read_values
 from engine.errors import CharterError, StoreBusy
-from engine.settings import Settings, load
+from engine.settings import Settings, load_settings
 from engine.store import Store
 from schemas.codec import decode_record
 from schemas.records import BatchManifest
@@ -62,21 +62,21 @@ def _make_setting_flags(folder: Path) -> dict[str, str]:
     """The settings: small batches, so that many policies come about, and the staleness bounds as they are by default."""
     return {
         "data.folder": str(folder / "data"), "run.constitution": str(_ROOT / "benchmarks/learning/constitution.toml"),
-        "prompts.eval_share": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
-        "models.max_rows": "64", "models.threads": "1", "respond.max_tokens": "48", "respond.samples": "2",
+        "prompts.eval_fraction": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
+        "models.max_batch_size": "64", "models.threads": "1", "respond.max_tokens": "48", "respond.num_completions": "2",
         "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
         "train.sft_rows": "512", "train.reward_rows": "128", "train.ppo_rows": "64", "train.max_rows": "512",
-        "train.micro_rows": "32", "train.precision": "fp32", "train.sft_mix": "[]", "train.reward_mix": "[]",
+        "train.micro_batch_size": "32", "train.precision": "fp32", "train.sft_mixture": "[]", "train.reward_mixture": "[]",
         "sft.learning_rate": "1e-4", "sft.batch_size": "16", "reward.learning_rate": "3e-4", "reward.batch_size": "16",
         "reward.require_above_chance": "false",  # updates are counted here, not what they learn
         "ppo.learning_rate": "5e-5", "ppo.batch_size": "32", "ppo.epochs": "1",
         # The programmatic judge lives in the stream's process; the watch's other figures need none.
-        "watch.prompts": "0",
+        "monitor.prompts": "0",
     }  # fmt: skip
 
 
 def _load_settings(folder: Path) -> Settings:
-    return load(_make_setting_flags(folder), environment={})[0]
+    return load_settings(_make_setting_flags(folder), environment={})[0]
 
 
 # The stream's process

@@ -29,7 +29,7 @@ from consumers.revise import ReviseStage
 from engine.errors import UsageError
 from engine.models import open_model
 from engine.models.interface import Model
-from engine.settings import Settings, load
+from engine.settings import Settings, load_settings
 from producers.files import DEFAULT_SOURCES, make_prompt_record, make_row_metadata
 from producers.parse import RowError, parse_prompt
 from schemas.records import ChatMessage, Critique, EndReason, Outcome, Preference, Prompt, Record, Response, Revision
@@ -138,7 +138,7 @@ class Charter:
         given: dict[str, Model] = {}
         roles = {"policy": model, "critic": critic, "judge": judge}
         flags = {f"models.{role}": _register_model(chosen, given) for role, chosen in roles.items() if chosen is not None}
-        self.settings: Settings = load({**(settings or {}), **flags}, config)[0]
+        self.settings: Settings = load_settings({**(settings or {}), **flags}, config)[0]
         self.models = RoleModels(self.settings, open_models=given)
         if not isinstance(constitution, Constitution):
             constitution = load_constitution(constitution or self.settings.run.constitution)
@@ -147,7 +147,7 @@ class Charter:
     # The stages, on one prompt or on many
 
     def respond(self, prompt: PromptLike) -> Response:
-        """The policy's answers to a prompt (`respond.samples` of them)."""
+        """The policy's answers to a prompt (`respond.num_completions` of them)."""
         (response,) = self.generate_responses([prompt])
         return response
 
@@ -182,7 +182,7 @@ class Charter:
         responses = self.generate_responses(prompts)
         for response in responses:
             if len(response.completions) < 2:
-                fix = "set respond.samples to 2, or judge.pairing to revision, which compares with the revised text"
+                fix = "set respond.num_completions to 2, or judge.pairing to revision, which compares with the revised text"
                 raise UsageError("one answer is no pair", f"the response has {len(response.completions)} completions", fix)
         return [JudgedResponse(r, tuple(made)) for r, made in zip(responses, self.judge_stage(responses), strict=True)]
 
@@ -206,7 +206,7 @@ class Charter:
         except RowError as error:
             fix = 'give a text, or messages such as [{"role": "user", "content": "..."}] that end with the user'
             raise UsageError("this is no prompt", str(error), fix) from error
-        return make_prompt_record(make_row_metadata(parsed, self.settings.run.id, eval_fraction=limits.eval_share))
+        return make_prompt_record(make_row_metadata(parsed, self.settings.run.id, eval_fraction=limits.eval_fraction))
 
     @cached_property
     def respond_stage(self) -> RespondStage:

@@ -93,9 +93,9 @@ def cli(context: click.Context) -> None:
 def _print_status_or_first_steps(context: click.Context) -> None:
     """The status of the run in this folder, or the three commands to start with."""
     from charter.pipeline import open_store
-    from engine.settings import load
+    from engine.settings import load_settings
 
-    if open_store(load()[0]).path.exists():
+    if open_store(load_settings()[0]).path.exists():
         context.invoke(status)
         return
     click.echo(_FIRST_STEPS)
@@ -193,7 +193,7 @@ def produce(
             source=source,
             epoch=epoch,
             max_chars=settings.prompts.max_chars,
-            eval_fraction=settings.prompts.eval_share,
+            eval_fraction=settings.prompts.eval_fraction,
             strict=strict,
             on_bad_row=partial(_report_bad_row, path),
             kind=kind,
@@ -473,14 +473,14 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, as_json:
     Examples:
       charter config
       charter config --defaults > charter.toml
-      CHARTER_RESPOND__SAMPLES=4 charter config --json
+      CHARTER_RESPOND__NUM_COMPLETIONS=4 charter config --json
     """
-    from engine.settings import as_toml, keys
+    from engine.settings import format_settings_file, iter_settings
 
     if defaults:
-        click.echo(as_toml(), nl=False)
+        click.echo(format_settings_file(), nl=False)
         return
-    rows = [(f"{s}.{k}", getattr(getattr(settings, s), k), origins[f"{s}.{k}"], f.description) for s, k, f in keys()]
+    rows = [(f"{s}.{k}", getattr(getattr(settings, s), k), origins[f"{s}.{k}"], f.description) for s, k, f in iter_settings()]
     columns = ["setting", "value", "from", "meaning"]
     if as_json:
         print_rows(columns, rows, True)

@@ -140,7 +140,7 @@ def _format_constitution(found: Constitution) -> Iterator[str]:
 
     yield f"{found.name} {found.version}  {found.hash}"
     yield wrap_text(found.description, "  ")
-    drawn = "drawn at random, by weight" if found.selection == "random" else "taken in turn"
+    drawn = "drawn at random, by weight" if found.selection == "sample" else "taken in turn"
     asked = "all in one question" if found.judge_with == "all" else "one drawn for each pair, by weight"
     if found.prose:
         yield f"\nprose: {len(found.prose)} paragraphs; critique: {drawn}; judging: {asked}"

@@ -38,7 +38,7 @@ from schemas import ids
 # Small answers and one round, so that two cores need a few minutes; a real run keeps the defaults.
 DEMO_PRESET: dict[str, dict[str, Any]] = {
     "run": {"id": "demo"},
-    "prompts": {"eval_share": 0.0},
+    "prompts": {"eval_fraction": 0.0},
     "respond": {"max_tokens": 96, "temperature": 0.7},
     "critique": {"rounds": 1, "max_tokens": 64, "temperature": 0.7},
     "revise": {"max_tokens": 96},
@@ -175,7 +175,7 @@ class Demo:
         wanted = _compute_prompt_ids(iteration)
         if self.count_finished(wanted) < len(wanted):
             progress.print_line(iteration.title)
-        producer = FileProducer(bus, self.settings.run.id, eval_fraction=self.settings.prompts.eval_share)
+        producer = FileProducer(bus, self.settings.run.id, eval_fraction=self.settings.prompts.eval_fraction)
         producer.publish(str(SHIPPED_PROMPTS_PATH), first_row=iteration.first_line, last_row=iteration.last_line)
 
         def over() -> bool:

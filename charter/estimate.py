@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.settings import Judge, Settings
+from engine.settings import JudgeSettings, Settings
 
 _CHARS_PER_TOKEN = 4
 _FEW_SHOT_TOKENS = 150
@@ -29,7 +29,7 @@ class StageCost:
 def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, num_chars: int) -> list[StageCost]:
     """The cost of `prompts` prompts that have `chars` characters in all, for each of `stages`."""
     asked = num_chars // _CHARS_PER_TOKEN
-    answer, samples, rounds = settings.respond.max_tokens, settings.respond.samples, settings.critique.rounds
+    answer, samples, rounds = settings.respond.max_tokens, settings.respond.num_completions, settings.critique.rounds
     shots = _FEW_SHOT_TOKENS if settings.critique.few_shot else 0
     shown = asked + num_prompts * (answer + PRINCIPLE_PROMPT_TOKENS)
     costs = {
@@ -49,12 +49,14 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     return [costs[stage] for stage in stages]
 
 
-def _estimate_judge_cost(judge: Judge, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
+def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
     """What judging costs where all prompts' questions, one of each, have `shown` tokens: both orders, for each principle."""
-    questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.k)
-    written = 0 if judge.form == "options" else questions * num_prompts * judge.max_tokens
+    questions = (
+        2 * (num_pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.num_principles)
+    )
+    written = 0 if judge.answer_mode == "logprobs" else questions * num_prompts * judge.max_tokens
     again = (
-        questions * prompt_tokens + written if judge.form == "reasoning" else 0
+        questions * prompt_tokens + written if judge.answer_mode == "reasoning" else 0
     )  # the letters are scored after the reasoning
     return StageCost("judge", num_prompts, questions * prompt_tokens + again, written)
 

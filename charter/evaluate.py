@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from schemas.records import Preference, Response
 
 _MAX_PAIR_CHARS = 1_000_000  # characters; a longer row is no dialogue
-PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
+JUDGE_PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
 
 
 @click.group("eval")
@@ -48,7 +48,7 @@ def evaluate() -> None:
     required=True,
     help="Human preferences, as for charter produce; - for stdin.",
 )
-@click.option("--preset", "presets", multiple=True, type=click.Choice(PRESETS), help="Only this one; may be repeated.")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(JUDGE_PRESETS), help="Only this one; may be repeated.")
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
 @click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")
 @click.option("--seed", default=0, show_default=True, help="Draws the pairs, which answer is A, and the random baseline.")
@@ -87,7 +87,7 @@ def agreement(
     study = AgreementStudy(settings, origins, read_pairs(file, limit, seed), seed)
     models = RoleModels(settings)
     try:
-        study.run(models, presets or PRESETS, limit_written)
+        study.run(models, presets or JUDGE_PRESETS, limit_written)
     finally:
         models.close()
     if out:
@@ -161,11 +161,11 @@ class AgreementStudy:
         from charter.rejudge import BatchJudge
         from engine.budget import parse_prices
 
-        judge, prices, counts = models.get_model("judge"), parse_prices(self.settings.limits.prices), set()
+        judge, prices, counts = models.get_model("judge"), parse_prices(self.settings.budget.prices), set()
         self.model_name = f"{judge.id} ({judge.revision})"
         for preset in presets:
             settings = apply_judge_preset(self.settings, self.origins, preset)
-            count = len(self.dataset.judge_inputs) if settings.judge.form == "options" else limit_written
+            count = len(self.dataset.judge_inputs) if settings.judge.answer_mode == "logprobs" else limit_written
             asked, human = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
             counts.add(len(asked))
             _print_status(f"{preset}: {len(asked)} pairs")
@@ -227,15 +227,15 @@ class AgreementStudy:
 
 def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
     """The settings with another judging recipe below what somebody set."""
-    from engine.settings import RECIPES, Judge
+    from engine.settings import PRESETS, JudgeSettings
 
-    recipe = RECIPES["judge"][preset].get("judge", {})
+    recipe = PRESETS["judge"][preset].get("judge", {})
     said = {
         key: getattr(settings.judge, key)
-        for key in Judge.model_fields
+        for key in JudgeSettings.model_fields
         if origins[f"judge.{key}"] != "default" and not origins[f"judge.{key}"].startswith("judge.preset=")
     }
-    return settings.model_copy(update={"judge": Judge(**recipe | said | {"preset": preset})})
+    return settings.model_copy(update={"judge": JudgeSettings(**recipe | said | {"preset": preset})})
 
 
 def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
@@ -243,7 +243,7 @@ def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[R
     from engine.errors import PermanentRecordError
 
     labels: list[Preference | None] = []
-    rows = judge.settings.models.max_rows
+    rows = judge.settings.models.max_batch_size
     for start in range(0, len(pairs), rows):
         batch = pairs[start : start + rows]
         try:

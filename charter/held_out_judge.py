@@ -1,6 +1,6 @@
 """The watch of `charter train --loop` from the settings: its limits, and the held-out judge that it asks.
 
-The held-out judge must not be what taught the reward model. Another model (`watch.judge`) is asked under the constitution's
+The held-out judge must not be what taught the reward model. Another model (`monitor.judge`) is asked under the constitution's
 judging principles. Without one the judge's own model is asked under the critique principles, which labelled nothing: what it
 says is weaker evidence, for it may share the judge's faults.
 """
@@ -24,7 +24,7 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
     """The watch that looks at every policy of the RL phase."""
     from trainer.monitor import RewardHackingMonitor
 
-    return RewardHackingMonitor(settings.watch, HeldOutJudge(settings) if settings.watch.prompts else None)
+    return RewardHackingMonitor(settings.monitor, HeldOutJudge(settings) if settings.monitor.prompts else None)
 
 
 class HeldOutJudge:
@@ -35,9 +35,9 @@ class HeldOutJudge:
 
         constitution = load_constitution(settings.run.constitution)
         judge = settings.judge.model_copy(update={"pairing": "completions"})
-        models = settings.models.model_copy(update={"judge": settings.watch.judge or settings.models.judge})
+        models = settings.models.model_copy(update={"judge": settings.monitor.judge or settings.models.judge})
         self.settings = settings.model_copy(update={"judge": judge, "models": models})
-        self.constitution = constitution if settings.watch.judge else make_critique_judge_constitution(constitution)
+        self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)
 
     def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
         """The probability that the first answer is better, in both orders; None where the judge gave no label."""

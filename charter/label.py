@@ -116,7 +116,7 @@ def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
     at = datetime.now(UTC)
     parent = str(row["record_id"])
     # A person who thinks again says something new, even when it was said before: the time is part of it.
-    record_id = ids.compute_record_id("label", [parent], ids.compute_fingerprint(p_a=p_a, at=at.isoformat()))
+    record_id = ids.compute_record_id("label", [parent], ids.compute_fingerprint("human_label", p_a=p_a, at=at.isoformat()))
     kept = {key: value for key, value in row.items() if key not in ("record_id", "prompt_id", "response_id")}
     return Preference(
         **kept,

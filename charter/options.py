@@ -22,7 +22,9 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
         click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
         click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
-        click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.samples=4."),
+        click.option(
+            "--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.num_completions=4."
+        ),
         click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
         click.option("--log-json", is_flag=True, help="Log as one JSON object a line."),
         click.option("--traceback", is_flag=True, help="Show where an error came from."),
@@ -86,9 +88,9 @@ class TerminalFormatter(logging.Formatter):
 
 
 def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
-    from engine.settings import load
+    from engine.settings import load_settings
 
-    settings, origins = load(flags, file, preset() if preset else None)
+    settings, origins = load_settings(flags, file, preset() if preset else None)
     named = function.__code__.co_varnames[: function.__code__.co_argcount]
     return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
 
@@ -107,7 +109,7 @@ def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     for name, equals, _ in pairs:
         if not equals:
             raise click.UsageError(
-                f"--set {name}: write it as NAME=VALUE, e.g. --set respond.samples=4", click.get_current_context()
+                f"--set {name}: write it as NAME=VALUE, e.g. --set respond.num_completions=4", click.get_current_context()
             )
     return {name: value for name, _, value in pairs}
 

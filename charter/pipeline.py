@@ -38,7 +38,7 @@ from engine.instances import FileLock, InstanceLease
 from engine.models import open_model
 from engine.models.interface import Model
 from engine.policy import PolicyFollower, read_policy_updates
-from engine.settings import Bus as BusSettings
+from engine.settings import BusSettings as BusSettings
 from engine.settings import Settings
 from engine.store import Store
 from engine.watchdog import CallTracker
@@ -131,7 +131,7 @@ class RoleModels:
     def get_model_by_spec(self, spec: str) -> Model:
         if spec not in self.open_models:
             chosen = self.settings.models
-            options: dict[str, Any] = {"threads": chosen.threads, "max_batch_size": chosen.max_rows}
+            options: dict[str, Any] = {"threads": chosen.threads, "max_batch_size": chosen.max_batch_size}
             if _is_endpoint(spec):
                 options = {
                     "api_key_env": chosen.api_key_env,
@@ -150,7 +150,7 @@ class RoleModels:
             return self.executors.setdefault("", ModelExecutor("no model", 1, 0.0))
         name = self.get_spec(role) if _is_endpoint(self.get_spec(role)) else "local"
         threads = _ENDPOINT_THREADS if _is_endpoint(self.get_spec(role)) else 1
-        return self.executors.setdefault(name, ModelExecutor(name, threads, self.settings.worker.linger_ms / 1000))
+        return self.executors.setdefault(name, ModelExecutor(name, threads, self.settings.worker.downstream_wait_ms / 1000))
 
     def follow_policy(self, bus: Bus) -> PolicyFollower:
         """What follows the log's policies; the roles that do so share it, and its weights."""
@@ -168,8 +168,8 @@ class RoleModels:
         if _is_endpoint(self.get_spec("policy")):
             from engine.weight_sync import WeightSync
 
-            return WeightSync(first, self.settings.models.delivery)(update, folder)  # type: ignore[arg-type]
-        return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_rows)
+            return WeightSync(first, self.settings.models.weight_sync)(update, folder)  # type: ignore[arg-type]
+        return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_batch_size)
 
 
 def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None) -> Callable[[], tuple[Model, int]]:
@@ -178,7 +178,7 @@ def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None)
         kept = (models.open_policy_update(_find_policy_update(bus, pinned_version)), pinned_version)
         return lambda: kept
     first = models.get_model("policy")
-    if pinned_version == 0 or (_is_endpoint(models.get_spec("policy")) and not models.settings.models.delivery):
+    if pinned_version == 0 or (_is_endpoint(models.get_spec("policy")) and not models.settings.models.weight_sync):
         return lambda: (first, 0)
     return models.follow_policy(bus).get_current_policy
 
@@ -225,10 +225,10 @@ def _make_fixed_stage(
     name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None
 ) -> Stage:
     """A stage whose critic and judge stay as they are."""
-    rows, inputs = settings.models.max_rows, get_stage_inputs(settings.judge.pairing).get(name, ())
+    rows, inputs = settings.models.max_batch_size, get_stage_inputs(settings.judge.pairing).get(name, ())
     if name == "respond":
         work: Any = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version))
-        return Stage(name, inputs, ("responses",), 0, max(1, rows // settings.respond.samples), work)
+        return Stage(name, inputs, ("responses",), 0, max(1, rows // settings.respond.num_completions), work)
     if name == "critique":
         work = make_critique_stage(settings, models, constitution)
         return Stage(name, inputs, ("critiques",), 1, rows, work)
@@ -243,7 +243,7 @@ def _make_fixed_stage(
 def make_respond_stage(settings: Settings, get_policy: Callable[[], tuple[Model, int]]) -> RespondStage:
     wanted = settings.respond
     sampling = Sampling(temperature=wanted.temperature, top_p=wanted.top_p, max_tokens=wanted.max_tokens)
-    return RespondStage(get_policy, wanted.samples, sampling)
+    return RespondStage(get_policy, wanted.num_completions, sampling)
 
 
 def make_critique_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> CritiqueStage:
@@ -255,10 +255,10 @@ def make_critique_stage(settings: Settings, models: RoleModels, constitution: Co
         rounds=wanted.rounds,
         early_stop=wanted.early_stop,
         few_shot=wanted.few_shot,
-        min_option_mass=wanted.min_mass,
-        accept_threshold=wanted.win,
-        reject_threshold=wanted.lose,
-        similarity_threshold=wanted.same,
+        min_option_mass=wanted.min_option_mass,
+        accept_threshold=wanted.accept_threshold,
+        reject_threshold=wanted.reject_threshold,
+        similarity_threshold=wanted.similarity_threshold,
         skip_sources=tuple(wanted.skip_sources),
         preset=wanted.preset,
         selection=wanted.selection,
@@ -276,16 +276,16 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
         model=models.get_model("judge"),
         constitution=constitution,
         pairing=wanted.pairing,
-        min_option_mass=wanted.min_mass,
-        reject_position_flips=wanted.reject_flips,
+        min_option_mass=wanted.min_option_mass,
+        reject_position_flips=wanted.reject_position_flips,
         preset=wanted.preset,
-        answer_mode=wanted.form,
+        answer_mode=wanted.answer_mode,
         principles=wanted.principles,
-        num_principles=wanted.k,
-        label_order=wanted.order,
+        num_principles=wanted.num_principles,
+        label_order=wanted.label_order,
         clamp=wanted.clamp,
         max_tokens=wanted.max_tokens,
-        timeout_s=wanted.deadline_s,
+        timeout_s=wanted.timeout_s,
     )
 
 
@@ -349,31 +349,33 @@ def make_host(
         others,
         closing,
         watched_calls=watched,
-        shutdown_timeout_s=settings.worker.drain_s,
-        call_timeout_s=settings.worker.hang_s,
+        shutdown_timeout_s=settings.worker.shutdown_timeout_s,
+        call_timeout_s=settings.worker.call_timeout_s,
     )
 
 
 def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Sequence[str]) -> Budget | None:
     """What bounds the use of these stages' run, if anything does. Each endpoint that a cost limit is to bound needs a price."""
-    limits = settings.limits
-    prices = parse_prices(limits.prices)
-    for spec in {models.get_spec(STAGE_ROLES[stage]) for stage in stages} if limits.max_cost else ():
+    budget = settings.budget
+    prices = parse_prices(budget.prices)
+    for spec in {models.get_spec(STAGE_ROLES[stage]) for stage in stages} if budget.max_cost else ():
         name = spec.partition("#")[2]
         if _is_endpoint(spec) and name not in prices:
             raise UsageError(
-                f"limits.max_cost cannot bound what {name} costs",
-                "limits.prices has no price for it",
-                f'add it, for a million tokens read and written: --set "limits.prices={name}=0.15/0.60"',
+                f"budget.max_cost cannot bound what {name} costs",
+                "budget.prices has no price for it",
+                f'add it, for a million tokens read and written: --set "budget.prices={name}=0.15/0.60"',
             )
-    if not limits.max_cost and not (limits.max_tokens and "respond" in stages):
+    if not budget.max_cost and not (budget.max_tokens and "respond" in stages):
         return None
-    return Budget(bus, settings.run.id, max_tokens=limits.max_tokens, max_cost=limits.max_cost, prices=prices)
+    return Budget(bus, settings.run.id, max_tokens=budget.max_tokens, max_cost=budget.max_cost, prices=prices)
 
 
 def _make_worker_limits(settings: Settings) -> WorkerLimits:
     wanted = settings.worker
-    return WorkerLimits(wanted.max_in_flight, wanted.max_bytes, wanted.attempts, wanted.record_s, wanted.dead_in_a_row)
+    return WorkerLimits(
+        wanted.max_in_flight, wanted.max_bytes, wanted.max_attempts, wanted.retry_timeout_s, wanted.max_consecutive_dead_letters
+    )
 
 
 def _make_sink_or_standby(
@@ -404,9 +406,13 @@ def make_run_manifest(settings: Settings, constitution: Constitution, replay: di
     """What a run is made of; `replay` says what a replay reads."""
     chosen = settings.model_dump(mode="json", exclude={"data", "bus"}) | ({"replay": replay} if replay else {})
     text = json.dumps(chosen, ensure_ascii=False)
-    configuration = ids.compute_fingerprint(settings=text, constitution=constitution.hash, version=charter.__version__)
+    configuration = ids.compute_fingerprint(
+        "run_configuration", settings=text, constitution=constitution.hash, version=charter.__version__
+    )
     return RunManifest(
-        record_id=ids.compute_record_id("run", [], ids.compute_fingerprint(run=settings.run.id, configuration=configuration)),
+        record_id=ids.compute_record_id(
+            "run", [], ids.compute_fingerprint("run", run=settings.run.id, configuration=configuration)
+        ),
         run_id=settings.run.id,
         stage="run",
         constitution=ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash),

@@ -88,7 +88,7 @@ def _format_roles(version: int, newest: int, reference: int) -> str:
 
 
 def _get_weights_location(settings: Settings, update: PolicyUpdate) -> str:
-    """Where an update's weights are, or that they were removed (train.keep)."""
+    """Where an update's weights are, or that they were removed (train.save_total_limit)."""
     from engine.checkpoints import locate_checkpoint
 
     if update.restored_version == 0:
@@ -141,7 +141,7 @@ def rollback(settings: Settings, reason: str, pausing: bool) -> None:
 
     bus = connect_bus(settings)
     if pausing:
-        phase = settings.train.policy_learner
+        phase = settings.train.rl_method
         bus.publish([to_producer_record(make_pause(phase, reason or "rolled back", run_id=settings.run.id))])
         click.echo(f"{phase} is paused; to go on: charter policy resume {phase}")
     known = read_policy_updates(bus)
@@ -177,7 +177,9 @@ def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
     from schemas.records import Incident
 
     return Incident(
-        record_id=ids.compute_record_id("incident", [update.record_id], ids.compute_fingerprint(reason=reason)),
+        record_id=ids.compute_record_id(
+            "incident", [update.record_id], ids.compute_fingerprint("rollback_incident", reason=reason)
+        ),
         parent_ids=[update.record_id],
         run_id=update.run_id,
         stage="policy",
@@ -197,7 +199,7 @@ def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], ver
 
     source = get_weights_version(updates, version)
     if source == 0:
-        return resolve_model_folder(settings.train.base or settings.models.policy)
+        return resolve_model_folder(settings.train.base_model or settings.models.policy)
     update = index_policies(updates).get(source)
     if update is None:
         raise UsageError(
@@ -207,7 +209,7 @@ def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], ver
     if not folder.exists():
         raise UsageError(
             f"the weights of policy {version} are gone",
-            f"{folder} is not there: train.keep says how many checkpoints are kept",
+            f"{folder} is not there: train.save_total_limit says how many checkpoints are kept",
             "type: charter policy list    (which weights there are)",
         )
     return read_checkpoint(folder, update.content_hash).folder

@@ -17,15 +17,15 @@ from pydantic import PositiveInt
 from pydantic.fields import FieldInfo
 
 from charter.cli import SECTIONS, cli
-from engine.settings import RECIPES, keys
+from engine.settings import PRESETS, iter_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 _CONFIGURATION_INTRO = """# Settings
 
 Every setting, from `engine/settings.py` (written by `python -m charter.reference`). A file sets them by table and key
-(`charter.toml` in the working folder, or `--config FILE`); the environment beats it (`respond.samples` is
-`CHARTER_RESPOND__SAMPLES`), and the command line beats both (`--set respond.samples=4`). Lists are JSON or separated by commas
+(`charter.toml` in the working folder, or `--config FILE`); the environment beats it (`respond.num_completions` is
+`CHARTER_RESPOND__NUM_COMPLETIONS`), and the command line beats both (`--set respond.num_completions=4`). Lists are JSON or separated by commas
 in the last two. An unknown name is an error that names the nearest one.
 
 ```
@@ -89,14 +89,14 @@ def _format_configuration_page() -> str:
     """docs/configuration.md: a table for each section, and what the recipes set."""
     parts = [_CONFIGURATION_INTRO]
     last = ""
-    for section, key, field in keys():
+    for section, key, field in iter_settings():
         if section != last:
             parts.append(f"\n## [{section}]\n\n| key | default | values | meaning |\n|---|---|---|---|\n")
             last = section
         default = json.dumps(field.default)
         parts.append(f"| `{key}` | `{default}` | {_format_field_type(field)} | {field.description} |\n".replace("||", "| |"))
     parts.append("\n## Recipes\n\n| recipe | sets |\n|---|---|\n")
-    for section, recipes in RECIPES.items():
+    for section, recipes in PRESETS.items():
         for name, layer in recipes.items():
             values = [f"`{s}.{key} = {json.dumps(value)}`" for s, of_one in layer.items() for key, value in of_one.items()]
             parts.append(f"| `{section}.preset = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n")

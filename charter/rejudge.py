@@ -31,7 +31,7 @@ class BatchJudge:
 
     def label_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference]:
         """What the judge says of each pair."""
-        judge, rows = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_rows
+        judge, rows = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
         made: list[Preference] = []
         for start in range(0, len(pairs), rows):
             batch = pairs[start : start + rows]
@@ -46,7 +46,7 @@ def make_pair_response(
     """Two texts as the completions of an answer, which is what the judge compares."""
     prompt_id = ids.compute_prompt_id(messages)
     return Response(
-        record_id=ids.compute_record_id("pair", [prompt_id], ids.compute_fingerprint(a=response_a, b=response_b)),
+        record_id=ids.compute_record_id("pair", [prompt_id], ids.compute_fingerprint("imported_pair", response_a=response_a, response_b=response_b)),
         prompt_id=prompt_id,
         run_id="bench",
         stage="respond",

@@ -128,7 +128,7 @@ def make_replay_plan(settings: Settings, bus: Bus, *, stage: str, start: str, en
     if without:
         loaded = loaded.without_principles(without)
         what["without"] = list(without)
-    fingerprint = ids.compute_fingerprint(what=what, settings=_dump_settings(chosen), constitution=loaded.hash)
+    fingerprint = ids.compute_fingerprint("replay", selection=what, settings=_dump_settings(chosen), constitution=loaded.hash)
     chosen = _override_settings(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
     if chosen.run.id == source:
         raise UsageError(

@@ -25,13 +25,13 @@ CloseFunction = Callable[[], None]
 
 def open_tracing(settings: Settings) -> Tracing | None:
     """The spans of this process, if the settings ask for traces."""
-    if not settings.observe.traces:
+    if not settings.telemetry.traces:
         return None
     try:
         from engine.tracing import Tracing
     except ModuleNotFoundError as error:
         raise UsageError(
-            "observe.traces needs OpenTelemetry", f"{error.name} is not installed", "type: pip install -e '.[otel]'"
+            "telemetry.traces needs OpenTelemetry", f"{error.name} is not installed", "type: pip install -e '.[otel]'"
         ) from error
     return Tracing()
 
@@ -42,12 +42,12 @@ def start_metrics_server(settings: Settings, collect: Callable[[Bus], Iterable[M
     The log is asked over a connection of its own, made at the first question, so that a scrape never waits for a worker. While
     the log is away the figures that come from it are left out.
     """
-    if not settings.observe.metrics_port:
+    if not settings.telemetry.metrics_port:
         return []
     from engine.metrics import serve_metrics
 
     asking = _MetricsCollector(settings, collect)
-    return [serve_metrics(settings.observe.metrics_host, settings.observe.metrics_port, asking), asking.close]
+    return [serve_metrics(settings.telemetry.metrics_host, settings.telemetry.metrics_port, asking), asking.close]
 
 
 class _MetricsCollector:

@@ -41,8 +41,8 @@ def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
         on_step=numbers.report_step,
         on_update=numbers.report_update,
         notify=print_progress,
-        monitor=make_reward_hacking_monitor(settings) if loop and settings.watch.answers else None,
-        promotion_gate=make_promotion_gate(settings.gate),
+        monitor=make_reward_hacking_monitor(settings) if loop and settings.monitor.min_responses else None,
+        promotion_gate=make_promotion_gate(settings.promotion),
     )
     closing = start_metrics_server(settings, make_trainer_collector(numbers.latest_metrics, numbers.step_counts))
     try:
@@ -58,7 +58,7 @@ def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
 
 def _get_base_model_folder(settings: Settings) -> Path:
     """The weights of policy version 0."""
-    return resolve_model_folder(settings.train.base or settings.models.policy)
+    return resolve_model_folder(settings.train.base_model or settings.models.policy)
 
 
 def _train_once(trainer: Trainer, phase: str | None) -> None:

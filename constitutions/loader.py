@@ -130,7 +130,7 @@ class Constitution(StrictModel):
     name: Slug
     version: Annotated[str, StringConstraints(pattern=_SEMVER_PATTERN)]
     description: str = ""
-    selection: Literal["random", "rotation"] = "random"
+    selection: Literal["sample", "rotate"] = "sample"
     judge_with: Literal["one", "all"] = "one"
     critique: tuple[CritiquePrinciple, ...] = Field(min_length=1)
     judge: tuple[JudgePrinciple, ...] = Field(min_length=1)
@@ -162,7 +162,7 @@ class Constitution(StrictModel):
         self, seed: int, round_index: int, tags: Sequence[str] = (), selection: str = ""
     ) -> CritiquePrinciple:
         """The principle of round `number` (from 0) of a chain; `selection` stands in for the constitution's own."""
-        if (selection or self.selection) == "rotation":
+        if (selection or self.selection) == "rotate":
             fitting = filter_by_tags(self.critique, tags)
             return fitting[round_index % len(fitting)]
         return _sample_principle(self.critique, seed, tags)
@@ -212,12 +212,16 @@ class Constitution(StrictModel):
 
 # The names that fields had when hashes were first written: a hash identifies content, and record ids contain it.
 _HASHED_NAMES = {"judge": "judging", "critique_prompt": "critique", "revision_prompt": "revision", "judge_prompt": "question"}
+_HASHED_SELECTIONS = {"sample": "random", "rotate": "rotation"}
 
 
 def _rename_for_hash(values: Any) -> Any:
     """Return the dumped fields under the names that the hash is computed from."""
     if isinstance(values, dict):
-        return {_HASHED_NAMES.get(name, name): _rename_for_hash(value) for name, value in values.items()}
+        renamed = {_HASHED_NAMES.get(name, name): _rename_for_hash(value) for name, value in values.items()}
+        if "selection" in renamed:
+            renamed["selection"] = _HASHED_SELECTIONS[renamed["selection"]]
+        return renamed
     return [_rename_for_hash(value) for value in values] if isinstance(values, list) else values
 
 

@@ -1,4 +1,4 @@
-"""What the stages share: seeds, the first link of a chain, and how alike two texts are."""
+"""What the stages share: the first state of a revision chain, and the similarity of two texts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from engine.models.interface import Generation
-from schemas import ids
 from schemas.records import Chain, FinishReason, Response
-
-
-def compute_stage_seed(stage: str, response_id: str, index: int) -> int:
-    """The seed of a stage's work on an answer in round (or pair) `number`.
-
-    It hangs on the answer alone, not on the constitution: the same answer under two constitutions draws the same noise, so that
-    what differs between two runs comes from the principles.
-    """
-    return ids.compute_seed(f"{response_id}/{stage}", index)
 
 
 def make_initial_chain_fields(response: Response) -> dict[str, Any]:

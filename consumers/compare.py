@@ -1,6 +1,6 @@
 """Comparing two texts: what a judge says of them, in both orders and in one of three forms.
 
-options     the next-token probabilities of the letters, p = e^lA / (e^lA + e^lB), never a sampled letter (Bai et al. 2022,
+logprobs    the next-token probabilities of the letters, p = e^lA / (e^lA + e^lB), never a sampled letter (Bai et al. 2022,
             section 4.1). The mass is how much probability the two letters caught; where it is small the model meant to say
             something else. A server that shows no probabilities is asked several times, and its replies are counted.
 reasoning   the same after reasoning that the model writes, greedily (Bai et al. 2022, section 4.2).
@@ -25,7 +25,7 @@ from schemas.records import ChatMessage, Outcome
 _Messages = tuple[ChatMessage, ...]
 
 _NAN = float("nan")
-# At the beginning of what a judge wrote: it will not judge. (Answers' refusals are counted by engine/watch.sql.)
+# At the beginning of what a judge wrote: it will not judge. (Answers' refusals are counted by engine/monitor_views.sql.)
 REFUSAL_PATTERN = re.compile(
     r"\W*(?:answer\W+)?(?:(?:i'm|i am|we're|we are)?\s*(?:very |so |truly )?(?:sorry|afraid)\b|(?:my )?apologies|i apologi[sz]e"
     r"|(?:unfortunately\W+)?(?:i|we) (?:can(?:'t|not| not)|won't|will not|must decline|refuse|decline"
@@ -87,9 +87,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class AnswerMode:
-    """How a judge is asked. `max_tokens` and `deadline_s` (seconds) bound what it writes."""
+    """How a judge is asked. `max_tokens` and `timeout_s` (seconds) bound what it writes."""
 
-    name: str = "options"
+    name: str = "logprobs"
     min_option_mass: float = 0.5
     max_tokens: int = 256
     timeout_s: float | None = None
@@ -97,18 +97,18 @@ class AnswerMode:
     @property
     def template(self) -> str:
         return {
-            "options": templates.COMPARISON_TEMPLATE,
+            "logprobs": templates.COMPARISON_TEMPLATE,
             "reasoning": templates.REASONING_TEMPLATE,
             "letter": templates.LETTER_TEMPLATE,
         }[self.name]
 
     def get_template_hash(self, capabilities: ModelCapabilities) -> str:
-        name = {"options": "comparison"}.get(self.name, self.name)
+        name = {"logprobs": "comparison"}.get(self.name, self.name)
         return templates.get_template_hash(name, capabilities)
 
     def judge_questions(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
         """What the judge says to each question."""
-        forms = {"options": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
+        forms = {"logprobs": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
         return forms[self.name](model, questions) if questions else []
 
     def judge_by_logprobs(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:

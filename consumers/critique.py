@@ -27,7 +27,7 @@ from typing import Any
 
 from constitutions.loader import Constitution, CritiquePrinciple
 from consumers import templates
-from consumers.chain import compute_similarity, compute_stage_seed, get_carried_fields, make_initial_chain_fields
+from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields
 from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
 from consumers.judge import make_constitution_ref
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Usage
@@ -133,7 +133,7 @@ class CritiqueStage:
         used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
         upcoming = None
         if fields["round"] < self.rounds:
-            seed = compute_stage_seed("principle", fields["response_id"], fields["round"])
+            seed = ids.compute_stage_seed("principle", fields["response_id"], fields["round"])
             upcoming = self.constitution.select_critique_principle(
                 seed, fields["round"], fields["tags"], self.selection_override
             )
@@ -144,7 +144,7 @@ class CritiqueStage:
         return "" if self.selection == "constitution" else self.selection
 
     def compute_seed(self, state: ChainState) -> int:
-        return compute_stage_seed("critique", state.fields["response_id"], state.fields["round"])
+        return ids.compute_stage_seed("critique", state.fields["response_id"], state.fields["round"])
 
     def is_skipped(self, state: ChainState) -> bool:
         return state.fields["source"] in self.skip_sources
@@ -267,6 +267,7 @@ class CritiqueStage:
 
     def compute_record_id(self, state: ChainState) -> str:
         configuration = ids.compute_fingerprint(
+            "critique",
             model=[self.model.id, self.model.revision],
             template=templates.TEMPLATE_HASHES["critique"],
             verdict=templates.get_template_hash("verdict", self.model.capabilities),
@@ -276,7 +277,7 @@ class CritiqueStage:
             selection=self.selection_override or self.constitution.selection,
             early_stop=self.early_stop,
             few_shot=self.few_shot,
-            limits=[self.min_option_mass, self.accept_threshold, self.reject_threshold, self.similarity_threshold],
+            thresholds=[self.min_option_mass, self.accept_threshold, self.reject_threshold, self.similarity_threshold],
             skip_sources=sorted(self.skip_sources),
         )
         return ids.compute_record_id("critique", [state.parent.record_id], configuration)

@@ -2,14 +2,14 @@
 
 The recipes, by their settings (engine/settings.py RECIPES; `form` as in consumers/compare.py):
 
-lee2023      one drawn principle, options, both orders averaged (Lee et al. 2023)
-bai2022      one drawn principle, options, the label of one order, which the seed picks (Bai et al. 2022, section 4.1)
-bai2022-cot  one drawn principle, options after reasoning, the average clamped to 0.40-0.60 (section 4.2)
+lee2023      one drawn principle, logprobs, both orders averaged (Lee et al. 2023)
+bai2022      one drawn principle, logprobs, the label of one order, which the seed picks (Bai et al. 2022, section 4.1)
+bai2022-cot  one drawn principle, logprobs after reasoning, the average clamped to 0.40-0.60 (section 4.2)
 ensemble-k   k different principles, options, their votes averaged by weight (section 4.1, "ensembled over 16 principles")
 course       all principles in one question, a written letter and its explanation, the same one in both orders
 
 A judgement that cannot be read is an outcome without a label, never a guess. Votes of principles count where they could be
-read; there is a label when these hold at least half of the weight. POSITION_FLIP (if `reject_flips`): the same slot won twice.
+read; there is a label when these hold at least half of the weight. POSITION_FLIP (if `reject_position_flips`): the same slot won twice.
 Only OK trains.
 """
 
@@ -24,7 +24,6 @@ from itertools import pairwise
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.chain import compute_stage_seed
 from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
 from engine.models.interface import NO_USAGE, Model
 from schemas import ids
@@ -63,7 +62,7 @@ class ResponsePair:
     @property
     def seed(self) -> int:
         """The same for the same pair under every constitution."""
-        return compute_stage_seed("judge", self.response_id, self.sample_index)
+        return ids.compute_stage_seed("judge", self.response_id, self.sample_index)
 
 
 def _make_pairs(record: Record) -> list[ResponsePair]:
@@ -136,7 +135,7 @@ class JudgeStage:
     min_option_mass: float
     reject_position_flips: bool
     preset: str = "lee2023"
-    answer_mode: str = "options"
+    answer_mode: str = "logprobs"
     principles: str = "constitution"
     num_principles: int = 1
     label_order: str = "both"
@@ -216,7 +215,7 @@ class JudgeStage:
         order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
         outcome = self.decide_outcome(said)
         labelled = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
-        written = None if self.answer_mode == "options" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
+        written = None if self.answer_mode == "logprobs" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
         return Preference(
             record_id=self.compute_record_id(pair),
             parent_ids=[parent.record_id],
@@ -262,17 +261,18 @@ class JudgeStage:
 
     def compute_record_id(self, pair: ResponsePair) -> str:
         configuration = ids.compute_fingerprint(
+            "judge",
             model=[self.model.id, self.model.revision],
             template=self.mode.get_template_hash(self.model.capabilities),
             constitution=self.constitution.hash,
             pairing=self.pairing,
-            form=self.answer_mode,
+            answer_mode=self.answer_mode,
             principles=_ALL_PRINCIPLES if self.asks_all_principles else self.num_principles,
-            order=self.label_order,
+            label_order=self.label_order,
             clamp=self.clamp,
-            min_mass=self.min_option_mass,
-            reject_flips=self.reject_position_flips,
-            max_tokens=self.max_tokens if self.answer_mode != "options" else None,
+            min_option_mass=self.min_option_mass,
+            reject_position_flips=self.reject_position_flips,
+            max_tokens=self.max_tokens if self.answer_mode != "logprobs" else None,
         )
         return ids.compute_record_id("judge", [pair.parent.record_id], configuration, pair.sample_index)
 

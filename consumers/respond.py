@@ -54,11 +54,12 @@ class RespondStage:
 
     def compute_fingerprint(self, model: Model, version: int) -> str:
         return ids.compute_fingerprint(
+            "respond",
             model=[model.id, model.revision],
             policy_version=version,
             template=CHAT_TEMPLATE_HASH,
             sampling=self.sampling.model_dump(),
-            samples=self.num_completions,
+            num_completions=self.num_completions,
         )
 
     def make_response(

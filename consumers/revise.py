@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.chain import compute_similarity, compute_stage_seed, get_carried_fields, read_finish_reason
+from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason
 from consumers.judge import make_constitution_ref
 from engine.models.interface import Generation, GenerationRequest, Model
 from schemas import ids
@@ -58,7 +58,7 @@ class ReviseStage:
         request = principle.revision_prompt if principle else "Rewrite the answer so that the problem is gone."
         examples = self.constitution.examples if self.few_shot else ()
         messages = templates.make_revision_messages(critique.messages, critique.response, critique.critique, request, examples)
-        return GenerationRequest(messages, seed=compute_stage_seed("revise", critique.response_id, critique.round))
+        return GenerationRequest(messages, seed=ids.compute_stage_seed("revise", critique.response_id, critique.round))
 
     def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
         after = generation.text
@@ -77,6 +77,7 @@ class ReviseStage:
 
     def compute_record_id(self, critique: Critique) -> str:
         configuration = ids.compute_fingerprint(
+            "revise",
             model=[self.model.id, self.model.revision],
             template=templates.TEMPLATE_HASHES["revision"],
             constitution=self.constitution.hash,
@@ -112,7 +113,7 @@ class ReviseStage:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             template_hash=templates.TEMPLATE_HASHES["revision"],
             sampling=self.sampling,
-            seed=compute_stage_seed("revise", critique.response_id, critique.round),
+            seed=ids.compute_stage_seed("revise", critique.response_id, critique.round),
             prompt_tokens=generation.usage.prompt_tokens,
             completion_tokens=generation.usage.completion_tokens,
             latency_ms=latency_ms,

@@ -123,8 +123,10 @@ _TEMPLATES = {
     "reasoning": REASONING_TEMPLATE + CHOICE_QUESTION,
     "letter": LETTER_TEMPLATE,
 }
-TEMPLATE_HASHES = {name: compute_fingerprint(template=text, prefill=ANSWER_PREFILL) for name, text in _TEMPLATES.items()}
-CHAT_TEMPLATE_HASH = compute_fingerprint(template="the model's own chat template")
+TEMPLATE_HASHES = {
+    name: compute_fingerprint("template", template=text, prefill=ANSWER_PREFILL) for name, text in _TEMPLATES.items()
+}
+CHAT_TEMPLATE_HASH = compute_fingerprint("template", template="the model's own chat template")
 
 
 def get_template_hash(name: str, capabilities: ModelCapabilities) -> str:
@@ -132,7 +134,7 @@ def get_template_hash(name: str, capabilities: ModelCapabilities) -> str:
     if capabilities.prefill and capabilities.logprobs:
         return TEMPLATE_HASHES[name]
     return compute_fingerprint(
-        template=_TEMPLATES[name], prefill=_get_answer_opening(capabilities), votes=capabilities.num_votes
+        "template", template=_TEMPLATES[name], prefill=_get_answer_opening(capabilities), num_votes=capabilities.num_votes
     )
 
 

@@ -72,7 +72,7 @@ cat >charter.toml <<'TOML'
 constitution = "bookshop.toml"
 
 [prompts]
-eval_share = 0.0
+eval_fraction = 0.0
 
 [respond]
 max_tokens = 32

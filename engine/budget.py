@@ -50,9 +50,9 @@ def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
             prompt = completion = math.nan
         if not model or not (0 <= prompt < math.inf and 0 <= completion < math.inf):
             raise UsageError(
-                f"limits.prices cannot be {text!r}",
+                f"budget.prices cannot be {text!r}",
                 "a price is a model's name and what a million tokens cost: those it reads, and those it writes",
-                'write it as MODEL=0.15/0.60, e.g. --set "limits.prices=MODEL=0.15/0.60"',
+                'write it as MODEL=0.15/0.60, e.g. --set "budget.prices=MODEL=0.15/0.60"',
             )
         prices[model] = Price(prompt, completion)
     return prices
@@ -87,14 +87,14 @@ class Budget:
     def is_within_token_limit(self) -> bool:
         if not self.max_tokens or self.tokens < self.max_tokens:
             return True
-        used = f"{self.tokens} tokens of limits.max_tokens = {self.max_tokens}"
+        used = f"{self.tokens} tokens of budget.max_tokens = {self.max_tokens}"
         self.warn_once("tokens", f"{used}: it takes no new prompts, and finishes what it has begun")
         return False
 
     def is_within_cost_limit(self) -> bool:
         if not self.max_cost or self.cost < self.max_cost:
             return True
-        self.warn_once("cost", f"{self.cost:.4f} of limits.max_cost = {self.max_cost:g}: every stage pauses")
+        self.warn_once("cost", f"{self.cost:.4f} of budget.max_cost = {self.max_cost:g}: every stage pauses")
         return False
 
     def warn_once(self, limit: str, usage: str) -> None:

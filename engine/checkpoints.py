@@ -67,7 +67,7 @@ def make_disk_full_error(checkpoints: Path, why: str) -> CheckpointsFull:
     return CheckpointsFull(
         f"there is no room for a checkpoint in {checkpoints}",
         why.splitlines()[0][:300] if why else "",
-        "make room on that disk (train.keep says how many are kept); nothing was published, and the batch is tried again",
+        "make room on that disk (train.save_total_limit says how many are kept); nothing was published, and the batch is tried again",
     )
 
 

@@ -23,7 +23,7 @@ _EXECUTOR_SHUTDOWN_FRACTION = 0.6  # of the time to drain; the rest is for commi
 class Host:
     """Runs workers, their lanes and other loops in threads; `failure` is the first error of any of them.
 
-    `drain_s` bounds `close`; what a lane is still working on then is left, and done again by whoever reads it next. `hang_s` is
+    `shutdown_timeout_s` bounds `close`; what a lane is still working on then is left, and done again by whoever reads it next. `call_timeout_s` is
     the longest that a call to the log may take.
     """
 

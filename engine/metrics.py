@@ -62,7 +62,7 @@ def serve_metrics(host: str, port: int, read_samples: _ReadSamples) -> Callable[
     except OSError as error:
         why = "something else listens there" if error.errno == errno.EADDRINUSE else str(error)
         raise UsageError(
-            f"the figures cannot be served at {host}:{port}", why, "give another port: --set observe.metrics_port=9465"
+            f"the figures cannot be served at {host}:{port}", why, "give another port: --set telemetry.metrics_port=9465"
         ) from error
 
     def close() -> None:

@@ -99,7 +99,9 @@ def make_restore_update(updates: Sequence[PolicyUpdate], version: int, *, run_id
     present = get_newest_version(updates)
     batch_id = update.batch_id if update else _NIL_UUID
     return PolicyUpdate(
-        record_id=ids.compute_record_id("restore", [batch_id], ids.compute_fingerprint(version=present + 1, restores=source)),
+        record_id=ids.compute_record_id(
+            "restore", [batch_id], ids.compute_fingerprint("policy_restore", version=present + 1, restored_version=source)
+        ),
         parent_ids=[update.record_id] if update else [],
         run_id=run_id,
         stage="policy",
@@ -132,7 +134,7 @@ def read_paused_phases(bus: Bus) -> dict[str, str]:
 def make_pause(phase: str, reason: str, *, run_id: str, paused: bool = True) -> Pause:
     """The record that pauses a phase, or lets it go on (`on` false)."""
     made = Pause(record_id=_NIL_UUID, run_id=run_id, stage="policy", phase=phase, paused=paused, reason=reason)
-    stamp = ids.compute_fingerprint(phase=phase, on=paused, reason=reason, at=made.created_at.isoformat())
+    stamp = ids.compute_fingerprint("pause", phase=phase, paused=paused, reason=reason, at=made.created_at.isoformat())
     return made.model_copy(update={"record_id": ids.compute_record_id("pause", [], stamp)})
 
 

@@ -3,8 +3,8 @@
 Raw tables live in the schema `raw`, are append-only and have no primary key; beside a record's fields each row has where it
 came from (`_partition`, `_offset`), `commit_seq` (its place in the order of all rows of this database), `content_hash`,
 `is_duplicate` (an earlier row has the same id) and `content_mismatch` (and other content). A view of the same name in `main` shows
-the rows that are no duplicates; `views.sql` builds the rest on these, `figures.sql` counts, `watch.sql` shows what the
-trainer watches, and `training.sql` how training goes.
+the rows that are no duplicates; `views.sql` builds the rest on these, `stats_views.sql` counts, `monitor_views.sql` shows what the
+trainer watches, and `training_views.sql` how training goes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pydantic import BaseModel
 from schemas.records import DeadLetter, Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
-_VIEW_FILES = tuple(Path(__file__).with_name(name) for name in ("views.sql", "figures.sql", "watch.sql", "training.sql"))
+_VIEW_FILES = tuple(
+    Path(__file__).with_name(name) for name in ("views.sql", "stats_views.sql", "monitor_views.sql", "training_views.sql")
+)
 FORMAT_VERSION = 5
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),

@@ -1,7 +1,7 @@
 -- The views that people and the trainer read. Built on the deduplicated views of tables.py; no window over record ids.
 
 -- The prompts that no training view shows, and since which commit. A prompt is held out when its record says so, whichever run
--- or epoch that is of: sampled again in another epoch, or produced with another prompts.eval_share, it stays held out. What was
+-- or epoch that is of: sampled again in another epoch, or produced with another prompts.eval_fraction, it stays held out. What was
 -- committed before that mark stays as it was, so that the batches that were drawn from it can be rebuilt.
 CREATE OR REPLACE VIEW held_out_prompts AS
 SELECT prompt_id, min(commit_seq) AS commit_seq

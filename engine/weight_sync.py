@@ -56,7 +56,7 @@ class WeightSync:
             raise UsageError(
                 f"{name} has no adapter for {self.endpoint.url}",
                 f"{folder} was trained with all weights, or on weights that the server does not have",
-                "set train.lora_rank before training, or let models.delivery be a command",
+                "set train.lora_rank before training, or let models.weight_sync be a command",
             )
         self.endpoint.load_adapter(name, adapter.resolve())
 
@@ -65,11 +65,11 @@ class WeightSync:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ModelUnreachable(f"{name} was not delivered", str(error), "look at models.delivery") from error
+            raise ModelUnreachable(f"{name} was not delivered", str(error), "look at models.weight_sync") from error
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
             raise ModelUnreachable(
                 f"{name} was not delivered",
                 f"{command[0]} ended with {done.returncode}: {said[0][:200]}",
-                "look at models.delivery",
+                "look at models.weight_sync",
             )

@@ -575,5 +575,5 @@ def _make_too_many_dead_letters_error(stage: str, letter: DeadLetter, count: int
         f"{stage} stops: {count} records in a row failed in the same way ({letter.error_class})",
         letter.error_message,
         "mend what they have in common and start again: they are not committed, and nothing is lost"
-        " (worker.dead_in_a_row=0 never stops)",
+        " (worker.max_consecutive_dead_letters=0 never stops)",
     )

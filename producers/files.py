@@ -164,9 +164,9 @@ class FileProducer:
 
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
         """Where this run begins in this content (whatever the file is called)."""
-        more = {} if self.kind == "prompts" else {"kind": self.kind, "answer": self.publish_prompts}
+        more = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
         configuration = ids.compute_fingerprint(
-            content=content, run=self.run_id, epoch=self.epoch, lines=[first_row, last_row], **more
+            "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **more
         )
         return ProducerOffset(
             record_id=ids.compute_record_id("source", [], configuration),
@@ -220,12 +220,16 @@ def make_row_metadata(
 
 
 def make_prompt_record(metadata: dict[str, Any]) -> Prompt:
-    return Prompt(record_id=ids.compute_record_id("produce", [metadata["prompt_id"]], ids.compute_fingerprint()), **metadata)
+    return Prompt(
+        record_id=ids.compute_record_id("produce", [metadata["prompt_id"]], ids.compute_fingerprint("prompt")), **metadata
+    )
 
 
 def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Preference:
     """A person's comparison. Which answer of chosen and rejected is `a` is drawn from the id: no place must always win."""
-    configuration = ids.compute_fingerprint(a=parsed.response_a, b=parsed.response_b, p_a=parsed.p_a, source=LabelSource.HUMAN)
+    configuration = ids.compute_fingerprint(
+        "human_preference", response_a=parsed.response_a, response_b=parsed.response_b, p_a=parsed.p_a, source=LabelSource.HUMAN
+    )
     record_id = ids.compute_record_id("produce", [metadata["prompt_id"]], configuration)
     a, b, p_a = parsed.response_a, parsed.response_b, parsed.p_a
     if not parsed.has_fixed_order and ids.compute_seed(record_id) % 2:
@@ -245,7 +249,7 @@ def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Prefere
 
 
 def _make_demonstration(parsed: DemonstrationRow, metadata: dict[str, Any]) -> Demonstration:
-    configuration = ids.compute_fingerprint(completion=parsed.completion, stopped=parsed.is_complete)
+    configuration = ids.compute_fingerprint("demonstration", completion=parsed.completion, is_complete=parsed.is_complete)
     record_id = ids.compute_record_id("produce", [metadata["prompt_id"]], configuration)
     finish_reason = FinishReason.STOP if parsed.is_complete else FinishReason.LENGTH
     return Demonstration(record_id=record_id, completion=parsed.completion, finish_reason=finish_reason, **metadata)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from charter.pipeline import open_store
-from engine.settings import load
+from engine.settings import load_settings
 
 PROMPTS = 2  # then 1 and 1 more, answered by the new policies
 
@@ -36,7 +36,7 @@ def test_the_demo_with_a_real_model_survives_a_kill_and_ends_whole(smollm2, tmp_
     assert second.returncode == 0, output
     assert "One prompt's story" in output and "policy 2" in output and "charter sql --data" in output
 
-    store = open_store(load({"data.folder": str(tmp_path / "data")}, environment={})[0])
+    store = open_store(load_settings({"data.folder": str(tmp_path / "data")}, environment={})[0])
     versions = store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
     assert versions == [(0, 2), (1, 1), (2, 1)]
     assert store.query("SELECT count(DISTINCT prompt_id), count(*) FROM revision_chains").rows == [(4, 4)]

@@ -14,14 +14,14 @@ from charter.cli import STAGES, cli
 from charter.dashboard.command import TOKEN_VARIABLE
 from charter.up import COMPOSE_FILE
 from engine.metrics import serve_metrics
-from engine.settings import Settings, environment_name, keys, load
+from engine.settings import Settings, get_environment_name, iter_settings, load_settings
 from tests.support.kafka import find_free_port
 
 ROOT = Path(__file__).parent.parent
 TEXT = COMPOSE_FILE.read_text(encoding="utf-8")
 SERVICES = yaml.safe_load(TEXT)["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
-VARIABLES = {environment_name(section, key) for section, key, _ in keys()}
+VARIABLES = {get_environment_name(section, key) for section, key, _ in iter_settings()}
 SET_UP = (ROOT / "setup.sh").read_text(encoding="utf-8")
 
 
@@ -75,11 +75,11 @@ def test_settings_in_the_environment_exist_and_are_accepted(name):
         ENVIRONMENT
     )
     assert {key for key in given if "__" in key} <= VARIABLES
-    settings, _ = load(environment={key: value for key, value in given.items() if value is not None})
+    settings, _ = load_settings(environment={key: value for key, value in given.items() if value is not None})
     assert settings.bus_address == "kafka://kafka:29092"
     assert str(settings.folder) == "/data"
-    assert settings.observe.metrics_port
-    assert int(OURS[name]["stop_grace_period"].rstrip("s")) > settings.worker.drain_s
+    assert settings.telemetry.metrics_port
+    assert int(OURS[name]["stop_grace_period"].rstrip("s")) > settings.worker.shutdown_timeout_s
 
 
 def test_the_broker_has_a_listener_for_each_side():
@@ -136,7 +136,7 @@ def test_health_checks_tell_life_from_death(name, known):
     finally:
         close()
     assert run_check(health(OURS[name]), port, known) != 0
-    assert known in (ENVIRONMENT["CHARTER_OBSERVE__METRICS_PORT"], *OURS["dashboard"]["command"])
+    assert known in (ENVIRONMENT["CHARTER_TELEMETRY__METRICS_PORT"], *OURS["dashboard"]["command"])
 
 
 def test_the_image_is_not_run_by_root_and_holds_no_build():

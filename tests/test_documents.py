@@ -11,7 +11,7 @@ import pytest
 from charter.cli import cli
 from constitutions.loader import parse_constitution
 from engine.budget import parse_prices
-from engine.settings import Settings, keys, load
+from engine.settings import Settings, iter_settings, load_settings
 from engine.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 BLOCKS = "\n".join(text for language, text in FENCED if not language)
 COMMANDS = re.findall(r"^charter (.+)$", BLOCKS, re.MULTILINE)
-SETTINGS = {f"{section}.{key}" for section, key, _ in keys()}
+SETTINGS = {f"{section}.{key}" for section, key, _ in iter_settings()}
 
 
 def arguments(command):
@@ -58,8 +58,8 @@ def test_toml_is_read_as_settings_or_as_a_constitution(text, tmp_path):
     values = tomllib.loads(text)
     if set(values) <= set(Settings.model_fields):
         (tmp_path / "charter.toml").write_text(text, encoding="utf-8")
-        settings, _ = load(file=tmp_path / "charter.toml", environment={})
-        parse_prices(settings.limits.prices)
+        settings, _ = load_settings(file=tmp_path / "charter.toml", environment={})
+        parse_prices(settings.budget.prices)
     elif "name" in values:
         assert parse_constitution(text, "the documents").name == values["name"]
 

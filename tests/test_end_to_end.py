@@ -13,7 +13,7 @@ from charter.pipeline import STAGES, compute_lags, connect_bus, make_host, open_
 from engine.bus.port import ProducerRecord
 from engine.bus.read import read_topic
 from engine.models.scripted import POISON_TEXT
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 
 WITHIN_S = 60
@@ -21,8 +21,8 @@ PROMPTS = 40
 
 
 def settings_for(folder, **flags):
-    wanted = {"data.folder": str(folder), "models.policy": "scripted", "run.id": "r", "prompts.eval_share": "0"}
-    return load(wanted | {name.replace("__", "."): value for name, value in flags.items()}, environment={})[0]
+    wanted = {"data.folder": str(folder), "models.policy": "scripted", "run.id": "r", "prompts.eval_fraction": "0"}
+    return load_settings(wanted | {name.replace("__", "."): value for name, value in flags.items()}, environment={})[0]
 
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -126,7 +126,7 @@ RUN = """
     import sys
     from charter.pipeline import STAGES, connect_bus, make_host
     from engine.settings import load
-    settings = load({"data.folder": sys.argv[1], "models.policy": "scripted", "run.id": "r", "prompts.eval_share": "0"})[0]
+    settings = load({"data.folder": sys.argv[1], "models.policy": "scripted", "run.id": "r", "prompts.eval_fraction": "0"})[0]
     with make_host(settings, connect_bus(settings), STAGES, sink=True) as host:
         print("running", flush=True)
         host.failure_event.wait()

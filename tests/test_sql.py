@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from charter.cli import TABLES_SQL, cli
 from charter.pipeline import STAGES, connect_bus, make_host, open_store
 from engine.models.scripted import POISON_TEXT
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH
 from trainer.batches import TrainingState, build_manifest, load_rows, select_new_rows
@@ -24,8 +24,8 @@ PROMPTS = 16
 def store(tmp_path_factory):
     """Prompts (one of them poisoned), people's pairs and demonstrations, labels by a person, and a batch drawn from it all."""
     folder = tmp_path_factory.mktemp("sql")
-    flags = {"data.folder": str(folder / "data"), "models.policy": "scripted", "prompts.eval_share": "0.3"}
-    settings = load(flags, environment={})[0]
+    flags = {"data.folder": str(folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0.3"}
+    settings = load_settings(flags, environment={})[0]
     asked = SHIPPED_PROMPTS_PATH.read_text(encoding="utf-8").splitlines()[:PROMPTS]
     put(folder / "prompts.jsonl", *map(json.loads, asked), POISON_TEXT)
     put(folder / "pairs.jsonl", {"prompt": "Which?", "chosen": "this", "rejected": "that"})

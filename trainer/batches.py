@@ -6,7 +6,7 @@ up leaves its rows free. Rows that a mix passes over stay before the cursor of t
 batch takes; a row that arrives late has a later commit and is met then; a person's label that takes the place of another is a
 row of its own, which is new once too.
 
-A reward model's batch also holds labels that earlier ones have trained on (`reward.replay`), drawn afresh for each batch: a
+A reward model's batch also holds labels that earlier ones have trained on (`reward.replay_ratio`), drawn afresh for each batch: a
 reward model that learns the newest policy's answers alone forgets what tells apart the answers that this policy does not give
 any more, and PPO then finds them again. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of all policies so
 far; Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest names them.
@@ -273,7 +273,9 @@ def find_revision_mismatch(row: Mapping[str, Any], state: TrainingState, served_
 def _make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout:
     dropped = str(row["response_id"])
     return DroppedRollout(
-        record_id=ids.compute_record_id("ppo-drop", [dropped], ids.compute_fingerprint(reason=reason), row["completion_index"]),
+        record_id=ids.compute_record_id(
+            "ppo-drop", [dropped], ids.compute_fingerprint("dropped_rollout", reason=reason), row["completion_index"]
+        ),
         parent_ids=[dropped],
         prompt_id=str(row["prompt_id"]),
         run_id=row["run_id"],
@@ -379,8 +381,9 @@ def build_manifest(
     content = compute_content_hash([*rows, *sl_rows])
     text = json.dumps(settings, sort_keys=True)
     configuration = ids.compute_fingerprint(
+        "batch",
         content=content,
-        number=batch_number,
+        batch_number=batch_number,
         seed=seed,
         settings=text,
         policy=state.policy_version,

@@ -54,7 +54,7 @@ from engine.policy import (
     make_pause,
     make_restore_update,
 )
-from engine.settings import Settings, mix
+from engine.settings import Settings, parse_mixture
 from engine.store import Parameters, QueryFunction, QueryResult, Store
 from engine.weight_sync import get_served_model_name
 from engine.worker import compute_backoff, to_producer_record
@@ -99,7 +99,7 @@ from trainer.phases import LEARNERS, Learner
 
 logger = logging.getLogger("charter.trainer")
 PHASES = ("sft", "reward", "ppo", "dpo")
-_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}  # what is never due, by train.policy_learner
+_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}  # what is never due, by train.rl_method
 POLL_INTERVAL_S = 2.0
 _MAX_POLL_FRACTION = 0.03  # of an idle trainer's time; with a large database it looks less often
 _MONITOR_INTERVAL_S = 30.0
@@ -254,7 +254,7 @@ class Trainer:
     @property
     def rl_phase(self) -> str:
         """The phase that learns from labels."""
-        return self.settings.train.policy_learner
+        return self.settings.train.rl_method
 
     def sft_waits_for_rl(self, state: TrainingState) -> bool:
         """Whether SL waits for RL: each SL update makes all earlier answers useless to RL, which would starve otherwise.
@@ -321,7 +321,7 @@ class Trainer:
 
     def get_mixture(self, phase: str) -> dict[str, float]:
         train = self.settings.train
-        return mix({"sft": train.sft_mix, "ppo": []}.get(phase, train.reward_mix))
+        return parse_mixture({"sft": train.sft_mixture, "ppo": []}.get(phase, train.reward_mixture))
 
     def sample_rows(self, phase: str, rows: Sequence[RowRef]) -> list[RowRef]:
         """The batch that the rows make, in the order of their commits."""
@@ -464,10 +464,12 @@ class Trainer:
         kind, version = _get_policy_kind(manifest), _get_base_version(manifest) + 1
         if self.promotion_gate and kind is PolicyKind.POLICY and (trip := self.promotion_gate(self.store, folder, version)):
             raise CharterError(
-                f"policy {version} is not published: {trip.title}", trip.detail, "its batch is free again; see gate.*"
+                f"policy {version} is not published: {trip.title}", trip.detail, "its batch is free again; see promotion.*"
             )
         update = PolicyUpdate(
-            record_id=ids.compute_record_id("train", [manifest.record_id], ids.compute_fingerprint(version=version)),
+            record_id=ids.compute_record_id(
+                "train", [manifest.record_id], ids.compute_fingerprint("policy_update", version=version)
+            ),
             parent_ids=[manifest.record_id],
             run_id=manifest.run_id,
             stage="train",
@@ -542,7 +544,7 @@ class Trainer:
     def publish_step_metrics(self, manifest: BatchManifest, step: int, metrics: dict[str, float]) -> None:
         """Publish one step's numbers and pass them on."""
         metric = Metric(
-            record_id=ids.compute_record_id("metric", [manifest.record_id], ids.compute_fingerprint(), step),
+            record_id=ids.compute_record_id("metric", [manifest.record_id], ids.compute_fingerprint("metric"), step),
             parent_ids=[manifest.record_id],
             run_id=manifest.run_id,
             stage="train",
@@ -573,7 +575,7 @@ class Trainer:
         wanted = {folder.name for folder in self.get_referenced_checkpoints()}
         for kind in (PolicyKind.POLICY, PolicyKind.REWARD):
             trained = sorted(u.version for u in known if u.kind is kind and u.restored_version is None)
-            for version in trained[: -self.settings.train.keep]:
+            for version in trained[: -self.settings.train.save_total_limit]:
                 folder = self.checkpoints_folder / f"{kind.value.lower()}-{version:06d}"
                 if folder.name not in wanted and folder.exists():
                     _remove_checkpoint(folder)
@@ -612,7 +614,7 @@ class Trainer:
         alive = time.monotonic() - self.started_at
         metrics |= {"alive_s": alive, "alive_duckdb_share": self.timed_store.total_query_s / max(alive, 1e-9)}
         return Metric(
-            record_id=ids.compute_record_id("metric", [update.record_id], ids.compute_fingerprint(of="time")),
+            record_id=ids.compute_record_id("metric", [update.record_id], ids.compute_fingerprint("metric", kind="time")),
             parent_ids=[manifest.record_id],
             run_id=manifest.run_id,
             stage="train",
@@ -639,7 +641,9 @@ class Trainer:
             update = make_restore_update(known, good, run_id=run_id, base_model=self.settings.models.policy)
         stop = make_pause(self.rl_phase, exceeded.title, run_id=run_id)
         incident = Incident(
-            record_id=ids.compute_record_id("incident", [stop.record_id], ids.compute_fingerprint(what=exceeded.title)),
+            record_id=ids.compute_record_id(
+                "incident", [stop.record_id], ids.compute_fingerprint("incident", title=exceeded.title)
+            ),
             run_id=run_id,
             stage="train",
             policy_version=standing.policy_version,
@@ -731,7 +735,7 @@ def _remove_checkpoint(folder: Path) -> None:
 
 def _make_incident(manifest: BatchManifest, title: str, detail: str, voided_batch_id: str | None = None) -> Incident:
     return Incident(
-        record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint(what=title)),
+        record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint("incident", title=title)),
         parent_ids=[manifest.record_id],
         run_id=manifest.run_id,
         stage="train",

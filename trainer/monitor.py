@@ -1,8 +1,8 @@
 """Watching for reward hacking: each new policy of the RL phase is set beside the reference of its phase.
 
-A policy is looked at once its answers have arrived (`watch.answers`), before PPO trains on them. Both versions' answers are
+A policy is looked at once its answers have arrived (`monitor.min_responses`), before PPO trains on them. Both versions' answers are
 scored by the same reward model, and both answer the same held-out prompts, which a held-out judge compares. What is found is
-a Metric of phase "watch"; the views in engine/watch.sql show the same figures for every version. A figure that passes its
+a Metric of phase "watch"; the views in engine/monitor_views.sql show the same figures for every version. A figure that passes its
 limit trips: the loop then pauses PPO, goes back to the last policy that was in order, and writes an incident.
 
 Figures with an interval trip only where the intervals of policy and reference do not meet. Where there is nothing to measure
@@ -25,7 +25,7 @@ from schemas.records import ChatMessage, Metric, PolicyKind, Score
 from trainer.batches import QUERY_TIMEOUT_S, parse_messages
 
 if TYPE_CHECKING:
-    from engine.settings import Watch as Limits
+    from engine.settings import MonitorSettings as Limits
     from trainer.loop import Trainer
 
 _Metrics = dict[str, float]
@@ -234,7 +234,7 @@ class RewardHackingMonitor:
             return None
         with trainer.timed_store.hold_open():
             new, old = (trainer.store.query_dicts(_RESPONSES_SQL, [of], limit_s=QUERY_TIMEOUT_S) for of in (version, reference))
-        if min(len(new), len(old)) < self.limits.answers:
+        if min(len(new), len(old)) < self.limits.min_responses:
             return None
         metrics = self.compute_metrics(trainer, version, reference, new, old)
         found = find_limit_violations(metrics, self.limits)
@@ -257,7 +257,9 @@ class RewardHackingMonitor:
 
     def make_metric(self, trainer: Trainer, version: int, metrics: _Metrics) -> Metric:
         return Metric(
-            record_id=ids.compute_record_id("watch", [], ids.compute_fingerprint(run=trainer.settings.run.id, version=version)),
+            record_id=ids.compute_record_id(
+                "watch", [], ids.compute_fingerprint("monitor", run=trainer.settings.run.id, version=version)
+            ),
             run_id=trainer.settings.run.id,
             stage="train",
             policy_version=version,
@@ -327,7 +329,7 @@ class RewardHackingMonitor:
         ]
         if not dialogues:
             return {}
-        rows = trainer.settings.models.max_rows
+        rows = trainer.settings.models.max_batch_size
         answers = [
             [text for text, _ in sample_responses(folder, dialogues, rows)] for folder in (policy_folder, reference_folder)
         ]
@@ -343,7 +345,7 @@ def _make_score(row: Mapping[str, Any], reward_version: int, score: float, norma
     response = str(row["response_id"])
     return Score(
         record_id=ids.compute_record_id(
-            "score", [response], ids.compute_fingerprint(reward=reward_version), row["completion_index"]
+            "score", [response], ids.compute_fingerprint("score", reward_version=reward_version), row["completion_index"]
         ),
         parent_ids=[response],
         prompt_id=str(row["prompt_id"]),

@@ -80,7 +80,7 @@ def _get_hardware(settings: Settings) -> Hardware:
     from trainer.weights import Hardware
 
     train = settings.train
-    return Hardware(train.micro_rows, train.checkpointing, train.precision)
+    return Hardware(train.micro_batch_size, train.gradient_checkpointing, train.precision)
 
 
 def learn_sft(trainer: Trainer, batch: Batch) -> _TrainOutput:
@@ -207,7 +207,7 @@ def _score_rollouts(trainer: Trainer, batch: Batch) -> list[float]:
     )
     raw = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
     normalised = model.normalize(raw)
-    configuration = ids.compute_fingerprint(reward=version)
+    configuration = ids.compute_fingerprint("score", reward_version=version)
     trainer.publish(
         [
             Score(
@@ -231,7 +231,7 @@ def _score_rollouts(trainer: Trainer, batch: Batch) -> list[float]:
 
 def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:
     return Incident(
-        record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint(what="kl")),
+        record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint("incident", title="kl")),
         parent_ids=[manifest.record_id],
         run_id=manifest.run_id,
         stage="train",

@@ -113,8 +113,8 @@ class PPOConfig:
     kl_target: float = 6.0
     kl_coefficient: float = 0.05
     max_kl_update: float = 6.0
-    kl_stop: float = 30.0
-    kl_first_stop: float = 200.0
+    max_kl: float = 30.0
+    max_kl_base: float = 200.0
     baseline: Literal["prompt", "batch"] = "prompt"
     missing_eos_penalty: float = 0.0
     alpha: float = 1.0
@@ -321,7 +321,7 @@ class ActorCritic(torch.nn.Module):
             raise UsageError(
                 f"PPO cannot train a {base_model.config.model_type}",
                 "its logits are not those of its output layer alone",
-                'choose another models.policy, or set train.policy_learner = "dpo"',
+                'choose another models.policy, or set train.rl_method = "dpo"',
             )
 
 
@@ -436,7 +436,7 @@ def _warn_single_completions(config: PPOConfig, rollouts: Sequence[Rollout]) -> 
     alone = sum(count == 1 for count in counts.values())
     if alone and config.baseline == "prompt":
         logger.warning(
-            "%d of %d answers are the only one to their prompt and are compared with the mean of all (respond.samples)",
+            "%d of %d answers are the only one to their prompt and are compared with the mean of all (respond.num_completions)",
             alone,
             len(rollouts),
         )
@@ -531,11 +531,11 @@ def _require_within_kl_limits(batch: _PPOBatch, config: PPOConfig) -> None:
     """Raise TrainingFailed when the policy is past a limit before the first step: it would not be made, and nothing learned."""
     kls = {
         name: _compute_sequence_kl(batch, other)
-        for name, other in (("kl_ref", batch.ref_logprobs), ("kl_first", batch.base_logprobs))
+        for name, other in (("kl_ref", batch.ref_logprobs), ("kl_base", batch.base_logprobs))
         if other is not None
     }
     if limit := find_exceeded_limit(kls, config):
-        what = {"kl_stop": "kl_ref", "kl_first_stop": "kl_first"}[limit]
+        what = {"max_kl": "kl_ref", "max_kl_base": "kl_base"}[limit]
         raise TrainingFailed(
             f"the policy is {kls[what]:.1f} nats per answer away from the {'reference' if what == 'kl_ref' else 'first model'}",
             f"that is past ppo.{limit} = {getattr(config, limit):g} before the first step, and nothing was trained",
@@ -559,7 +559,7 @@ def _summarize_update(
         "value_weight": batch.value_weight,
         "reward_mean": sum(scores) / len(scores),
         "rollouts": float(len(rollouts)),
-        "cut_share": sum(not r.ends_with_eos for r in rollouts) / len(rollouts),
+        "truncated_fraction": sum(not r.ends_with_eos for r in rollouts) / len(rollouts),
         "missing_eos_penalty": config.missing_eos_penalty,
         "importance_mean": float(_masked_mean(batch.importance_weights, batch.mask)),
         "answer_tokens": float(batch.mask.sum()),
@@ -616,7 +616,7 @@ def _optimize_policy(
 
 def find_exceeded_limit(metrics: Mapping[str, float], config: PPOConfig) -> str:
     """The setting whose limit these metrics pass; empty where they pass none."""
-    limits = {"max_kl_update": "kl_update", "kl_stop": "kl_ref", "kl_first_stop": "kl_first"}
+    limits = {"max_kl_update": "kl_update", "max_kl": "kl_ref", "max_kl_base": "kl_base"}
     return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(config, limit)), "")
 
 
@@ -669,11 +669,11 @@ def _accumulate_rl_gradients(
             "kl_ref_per_token": estimate_policy_kl(new, batch.ref_logprobs[some], batch.old_logprobs[some]),
         }
         if batch.base_logprobs is not None:
-            parts["kl_first"] = estimate_policy_kl(new, batch.base_logprobs[some], batch.old_logprobs[some])
+            parts["kl_base"] = estimate_policy_kl(new, batch.base_logprobs[some], batch.old_logprobs[some])
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + float((part * mask).sum())
     sums = distributed.sum_over_processes(sums)
-    per_sequence = {"kl_update", "kl_first"} & sums.keys()
+    per_sequence = {"kl_update", "kl_base"} & sums.keys()
     metrics = {name: value / (len(indices) if name in per_sequence else tokens) for name, value in sums.items()}
     metrics["kl_ref"] = sums["kl_ref_per_token"] / len(indices)
     metrics["ratio_max"] = distributed.max_over_processes(ratio_max)

@@ -1,6 +1,6 @@
 """The gate before publication: a new policy answers held-out prompts, and must not refuse benign ones nor obey harmful ones.
 
-It is off unless `gate.prompts` says how many prompts to ask. Refusals are told by the same phrases as in `monitor_refusals`. A
+It is off unless `promotion.prompts` says how many prompts to ask. Refusals are told by the same phrases as in `monitor_refusals`. A
 limit counts as passed only when Wilson's 95 % interval lies beyond it, so that few prompts keep back only what is plain. Where
 there are no held-out prompts of a kind, that kind is not asked, and the log says so.
 """
@@ -17,7 +17,7 @@ from trainer.batches import QUERY_TIMEOUT_S, parse_messages
 from trainer.monitor import LimitExceeded, sample_responses
 
 if TYPE_CHECKING:
-    from engine.settings import Gate as Limits
+    from engine.settings import PromotionSettings as Limits
     from engine.store import Store
 
 logger = logging.getLogger("charter.trainer")
@@ -43,11 +43,11 @@ class PromotionGate:
         if benign := self.measure_refusals(store, folder, harmful=False):
             metrics |= {"refusal_benign": benign[0]}
             if benign[1] > self.limits.max_benign_refusals:
-                found.append(f"it refuses {benign[0]:.0%} of benign prompts (gate.max_benign_refusals)")
+                found.append(f"it refuses {benign[0]:.0%} of benign prompts (promotion.max_benign_refusals)")
         if harmful := self.measure_refusals(store, folder, harmful=True):
             metrics |= {"refusal_harmful": harmful[0]}
             if harmful[2] < self.limits.min_harmful_refusals:
-                found.append(f"it refuses only {harmful[0]:.0%} of harmful prompts (gate.min_harmful_refusals)")
+                found.append(f"it refuses only {harmful[0]:.0%} of harmful prompts (promotion.min_harmful_refusals)")
         return LimitExceeded("it did not pass the gate", "; ".join(found), metrics) if found else None
 
     def measure_refusals(self, store: Store, folder: Path, *, harmful: bool) -> tuple[float, float, float] | None:

@@ -138,8 +138,8 @@ def train(
     learning_rate: float,
     epochs: int = 1,
     batch_size: int = 8,
-    centring: float = 0.01,
-    members: int = 1,
+    center_rewards_coefficient: float = 0.01,
+    ensemble_size: int = 1,
     variance_penalty: float = 0.1,
     lora_rank: int = 0,
     max_length: int = 1024,
@@ -164,14 +164,14 @@ def train(
     before = (
         load_reward_model(folder, hardware).check_label_agreement(held_out) if (folder / _NORMALIZATION_FILE).exists() else None
     )
-    for number in range(members):
+    for number in range(ensemble_size):
         done = int(metrics.get("steps", 0))
 
         def report(step: int, metrics: dict[str, float], done: int = done) -> None:
             on_step(done + step, metrics)
 
         scorer, metrics = _train_member(
-            load_initial_scorer(folder, number, seed if members > 1 else None),
+            load_initial_scorer(folder, number, seed if ensemble_size > 1 else None),
             rows,
             tokenizer,
             training_arguments={
@@ -180,7 +180,7 @@ def train(
             }
             | {"batch_size": batch_size, "seed": seed + number, "max_length": max_length, "hardware": hardware}
             | {"shuffle": number > 0},
-            center_rewards_coefficient=centring,
+            center_rewards_coefficient=center_rewards_coefficient,
             lora_rank=lora_rank,
             on_step=report,
         )
@@ -202,7 +202,7 @@ def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
             f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, the one before with"
             f" {int(before.sum())}",
             "it has forgotten what it knew, and is not published; the one before stays in use, and the labels are free again",
-            "wait for more labels, or lower reward.learning_rate, or raise reward.replay",
+            "wait for more labels, or lower reward.learning_rate, or raise reward.replay_ratio",
         )
 
 
@@ -233,7 +233,7 @@ def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
             raise OneSidedLabels(
                 f"all {len(labels)} labels prefer the {side} answer",
                 "both answers of a pair were sampled alike: this judge goes by their place, not by what they say",
-                "set judge.reject_flips = true or another models.judge, and judge again: charter replay --stage judge",
+                "set judge.reject_position_flips = true or another models.judge, and judge again: charter replay --stage judge",
             )
 
 

@@ -90,7 +90,7 @@ def _run_trl_arm(seed: int, base: Path, folder: Path, options: argparse.Namespac
         )
     task = {
         "policy": str(policy), "reward": str(max(made.glob("reward-*"))), "folder": str(kept), "seed": seed,
-        "prompts": [question.text for question in taught], "updates": options.updates, "samples": settings.respond.samples,
+        "prompts": [question.text for question in taught], "updates": options.updates, "samples": settings.respond.num_completions,
         "minibatch": settings.ppo.batch_size, "epochs": settings.ppo.epochs, "tokens": settings.respond.max_tokens,
         "learning_rate": settings.ppo.learning_rate, "beta": settings.ppo.beta, "threads": options.threads,
     }  # fmt: skip
@@ -104,7 +104,7 @@ def _run_trl_arm(seed: int, base: Path, folder: Path, options: argparse.Namespac
     found = json.loads(done.stdout.splitlines()[-1])
     sources = {question.text: question.source for question in asked}
     answers = [{"policy_version": a["version"] + 1, "question": a["question"], "text": a["text"]} for a in found["answers"]]
-    model = open_model(str(kept), max_batch_size=settings.models.max_rows)
+    model = open_model(str(kept), max_batch_size=settings.models.max_batch_size)
     messages = [(ChatMessage(role="user", content=question.text),) for question in last]
     made_last = [
         one[0]

@@ -28,7 +28,7 @@ from consumers.sink import Sink
 from engine.bus.port import Bus
 from engine.errors import TrainingFailed
 from engine.host import Host
-from engine.settings import Settings, load
+from engine.settings import Settings, load_settings
 from engine.store import Store
 from engine.worker import ModelExecutor, Worker
 from producers.files import FileProducer
@@ -47,23 +47,23 @@ _FINISHED_PROMPTS_SQL = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELE
 
 def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, str]) -> Settings:
     flags = {
-        "data.folder": str(folder), "run.constitution": str(_CONSTITUTION_FILE), "prompts.eval_share": "0",
-        "models.policy": str(base), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID, "models.max_rows": "192",
+        "data.folder": str(folder), "run.constitution": str(_CONSTITUTION_FILE), "prompts.eval_fraction": "0",
+        "models.policy": str(base), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID, "models.max_batch_size": "192",
         "respond.max_tokens": "48", "critique.rounds": "1", "critique.few_shot": "false", "bus.partitions": "4",
-        "respond.samples": "6", "watch.prompts": str(_NUM_HELD_OUT),
-        "train.seed": str(seed), "train.micro_rows": "64", "train.precision": "fp32", "train.keep": "99",
-        "train.sft_mix": '["*=1"]', "train.reward_mix": '["*=1"]',
+        "respond.num_completions": "6", "monitor.prompts": str(_NUM_HELD_OUT),
+        "train.seed": str(seed), "train.micro_batch_size": "64", "train.precision": "fp32", "train.save_total_limit": "99",
+        "train.sft_mixture": '["*=1"]', "train.reward_mixture": '["*=1"]',
         "sft.learning_rate": "3e-4", "sft.batch_size": "16", "sft.epochs": "2",
         "reward.learning_rate": "1e-3", "reward.batch_size": "16", "reward.epochs": "1",
         "ppo.learning_rate": "3e-4", "ppo.batch_size": "64", "ppo.epochs": "3",
     }  # fmt: skip
-    return load(flags | dict(overrides), environment={})[0]
+    return load_settings(flags | dict(overrides), environment={})[0]
 
 
 # What is different with SmolLM2, a hundred times as large: adapters, the usual rates, and passes that fit into memory.
 SMOLLM2_SETTINGS = {
-    "models.max_rows": "32", "respond.samples": "4", "respond.max_tokens": "64", "watch.prompts": "16",
-    "train.lora_rank": "16", "train.micro_rows": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
+    "models.max_batch_size": "32", "respond.num_completions": "4", "respond.max_tokens": "64", "monitor.prompts": "16",
+    "train.lora_rank": "16", "train.micro_batch_size": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
     "reward.learning_rate": "3e-5", "ppo.learning_rate": "1e-5", "ppo.batch_size": "16",
 }  # fmt: skip
 
@@ -93,7 +93,7 @@ class Experiment:
     def __post_init__(self) -> None:
         self.bus, self.store = connect_bus(self.settings), open_store(self.settings)
         self.trainer = Trainer(self.bus, self.store, self.settings, Path(self.settings.models.policy))
-        self.monitor = RewardHackingMonitor(self.settings.watch, judge=self.compare_by_rule)
+        self.monitor = RewardHackingMonitor(self.settings.monitor, judge=self.compare_by_rule)
         self.held_out_questions = list(islice(generate_questions(_HELD_OUT_SEED), _NUM_HELD_OUT))
         kept = {question.text for question in self.held_out_questions}
         self.questions = (question for question in self.questions if question.text not in kept)
@@ -106,14 +106,14 @@ class Experiment:
         workers = [Worker(self.bus, stage, lane, run_id=run_id, instance="0") for stage in stages]
         return Host(workers, {"sink": Sink(self.bus, self.store, max_wait_s=0.1).run}, [models.close])
 
-    def answer_questions(self, questions: Sequence[ToyQuestion], eval_share: float = 0.0) -> None:
+    def answer_questions(self, questions: Sequence[ToyQuestion], eval_fraction: float = 0.0) -> None:
         """Send questions through every stage, until all of them are in the database with their labels.
 
         The stages run meanwhile only: beside training they would look for work all the time.
         """
         path = self.settings.folder / f"prompts-{self.num_published:06d}.jsonl"
         path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in questions))
-        FileProducer(self.bus, self.settings.run.id, eval_fraction=eval_share).publish(str(path))
+        FileProducer(self.bus, self.settings.run.id, eval_fraction=eval_fraction).publish(str(path))
         self.num_published += len(questions)
         with self.build_host() as host:
             while self.store.query(_FINISHED_PROMPTS_SQL, limit_s=10.0).rows[0][0] < self.num_published:
@@ -124,7 +124,7 @@ class Experiment:
         """One act for each phase and one before; the reward model learns after each but the last, where no PPO follows."""
         rewards = [["reward"] if phase == "ppo" else [] for phase in phases]
         if self.monitored:
-            self.answer_questions(self.held_out_questions, eval_share=1.0)
+            self.answer_questions(self.held_out_questions, eval_fraction=1.0)
         self.run_act(2 * num_prompts, ["sft", *rewards[0]])
         for phase, reward in zip(phases, [*rewards[1:], []], strict=True):
             if self.run_act(num_prompts, [phase, *reward]):

@@ -36,7 +36,7 @@ _NUM_PROMPTS, _NUM_COMPLETIONS, _NUM_UPDATES = 64, 6, 3
 _HARMFUL_REWARD_OFFSET = -4.0  # of every answer to a harmful prompt
 _BASE_SETTINGS = {"ppo.learning_rate": "3e-4", "ppo.batch_size": "32"}  # for so small a model, and so few answers
 PREVIOUS_SETTINGS = {
-    "ppo.lr_scheduler_type": "constant", "ppo.baseline": "batch", "ppo.max_kl_update": "1e9", "ppo.kl_stop": "1e9",
+    "ppo.lr_scheduler_type": "constant", "ppo.baseline": "batch", "ppo.max_kl_update": "1e9", "ppo.max_kl": "1e9",
 }  # fmt: skip
 _VARIANTS: dict[str, dict[str, str]] = {
     "as it is": {},

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.learning.language import is_polite, is_refusal, is_rude
 from benchmarks.learning.programmatic import PreferenceRule
 from charter.agreement import compute_wilson_interval
-from engine.settings import Ppo
+from engine.settings import PPOSettings
 
 _ARM_COLORS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232", "trl112": "#7a4fa3"}
 _ARM_LABELS = {
@@ -176,7 +176,7 @@ def _check_judge_claims(runs: Sequence[RunResult]) -> list[Claim]:
     low, high = compute_bootstrap_interval([run.gain for run in runs])
     above = sum(run.gain > 0 for run in runs)
     kept = len(runs) - _count_regressions(runs)
-    rise, most = max(run.largest_kl_increase for run in runs), Ppo().kl_target + _KL_TOLERANCE
+    rise, most = max(run.largest_kl_increase for run in runs), PPOSettings().kl_target + _KL_TOLERANCE
     return [
         Claim(f"the last version is above the first: {_format_gain(runs, low, high)}", low > 0),
         Claim(f"it is above in {above} of {len(runs)} seeds", above >= _MIN_SEED_FRACTION * len(runs)),

@@ -1,6 +1,6 @@
 """The preferences view: who wins under which principle, whether the order of the answers decides, and whether labels hold.
 
-It asks the views of `engine/figures.sql`; over several runs their counts are added and the intervals taken anew.
+It asks the views of `engine/stats_views.sql`; over several runs their counts are added and the intervals taken anew.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from engine.settings import Bus
+from engine.settings import BusSettings
 
 _SSL_FILE_OPTIONS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
 
 
-def make_client_options(bus: Bus, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def make_client_options(bus: BusSettings, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """kafka-python's security settings; empty for a plain listener. Holds the password: never print it."""
     options: dict[str, Any] = {}
     if bus.security_protocol != "PLAINTEXT":
@@ -41,13 +41,13 @@ def _check_file(name: str, path: str) -> str:
     return path
 
 
-def _require_username(bus: Bus) -> str:
+def _require_username(bus: BusSettings) -> str:
     if not bus.sasl_username:
         raise UsageError("Kafka wants a user", f"bus.security_protocol is {bus.security_protocol}", "set bus.sasl_username")
     return bus.sasl_username
 
 
-def _read_password(bus: Bus, environment: Mapping[str, str]) -> str:
+def _read_password(bus: BusSettings, environment: Mapping[str, str]) -> str:
     """The password, without the end of line that editors put after it."""
     if bus.sasl_password_file:
         return Path(_check_file("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")

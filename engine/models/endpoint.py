@@ -115,7 +115,7 @@ class ServerCapabilities:
 
 def compute_served_revision(url: str, model: str) -> str:
     """What stands for the weights of a server's model in records."""
-    return compute_fingerprint(url=url, model=model)[:16]
+    return compute_fingerprint("served_model", url=url, model=model)[:16]
 
 
 def open_endpoint(
@@ -156,7 +156,7 @@ def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
 
 @dataclass
 class Endpoint:
-    """One model of one server. `deadline_s` bounds all tries of one request; `votes` is how many replies score an option."""
+    """One model of one server. `timeout_s` bounds all tries of one request; `votes` is how many replies score an option."""
 
     url: str
     id: str

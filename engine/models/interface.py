@@ -13,7 +13,7 @@ from schemas.records import ChatMessage
 class GenerationRequest:
     """A dialogue to continue. `prefill` is text that the assistant's message is already begun with.
 
-    `deadline_s` is how long a text may take to be written once the model has begun on it, in seconds; what is not finished by
+    `timeout_s` is how long a text may take to be written once the model has begun on it, in seconds; what is not finished by
     then comes back as far as it is, with the finish reason "timeout". A model that is away is no timeout: it raises.
     """
 

@@ -17,7 +17,7 @@ import engine.bus.embedded
 import engine.checkpoints
 import trainer.loop
 from charter.pipeline import connect_bus, open_store
-from engine.settings import load
+from engine.settings import load_settings
 from schemas.records import BatchManifest, Metric, PolicyUpdate, Record
 from trainer.batches import Batch
 from trainer.loop import Trainer
@@ -29,9 +29,9 @@ _NUM_STEPS = 2
 def make_settings(folder: Path) -> Any:
     flags = {
         "data.folder": str(folder), "models.policy": str(folder / "base"), "train.sft_rows": "4", "train.reward_rows": "4",
-        "train.ppo_rows": "4", "reward.replay": "0", "train.keep": "1", "train.allow_overlap": "true",
+        "train.ppo_rows": "4", "reward.replay_ratio": "0", "train.save_total_limit": "1", "train.allow_overlap": "true",
     }  # fmt: skip
-    return load(flags, environment={})[0]
+    return load_settings(flags, environment={})[0]
 
 
 def run_fake_update(made: Trainer, batch: Batch) -> Any:

@@ -36,7 +36,7 @@ from tests.chaos.system import (
 )
 from tests.support.kafka import Broker
 
-_SETTING_FLAGS = {"critique.rounds": "1", "respond.samples": "2", "models.max_rows": "8"}
+_SETTING_FLAGS = {"critique.rounds": "1", "respond.num_completions": "2", "models.max_batch_size": "8"}
 _PROCESS_COMMANDS = (
     ("respond", "run", "--stage", "respond"),
     ("chains", "run", "--stage", "critique", "--stage", "revise"),
@@ -129,7 +129,7 @@ def run_zombie(folder: Path, address: str, *, prompts: int = 120, seed: int = 0,
     """A copy that is stopped for longer than its session, and wakes when another has done its work, cannot commit."""
     (path,) = write_prompts(folder / "prompts", prompts, 1, seed)
     with SystemUnderTest(
-        folder / "world", address, _SETTING_FLAGS | {"worker.hang_s": "300"}, prefix, batch_delay_s=0.3
+        folder / "world", address, _SETTING_FLAGS | {"worker.call_timeout_s": "300"}, prefix, batch_delay_s=0.3
     ) as world:
         for name, *arguments in _PROCESS_COMMANDS:
             world.start_process(name, *arguments)
@@ -360,7 +360,10 @@ def run_server_outage(
     """The judge's model server is away for a while under load: no dead letter, nothing lost, and work goes on by itself."""
     paths = write_prompts(folder / "prompts", prompts, 2, seed)
     with _serve_fake_judge() as port:
-        flags = _SETTING_FLAGS | {"models.judge": f"http://127.0.0.1:{port}/v1#fake", "worker.dead_in_a_row": "10"}
+        flags = _SETTING_FLAGS | {
+            "models.judge": f"http://127.0.0.1:{port}/v1#fake",
+            "worker.max_consecutive_dead_letters": "10",
+        }
         world = SystemUnderTest(folder / "world", address, flags, prefix, batch_delay_s=0.0)
         for name, *arguments in _PROCESS_COMMANDS:
             world.start_process(name, *arguments)

@@ -23,7 +23,12 @@ from tests.chaos.system import (
 )
 from tests.support.kafka import Cluster
 
-_SETTING_FLAGS = {"critique.rounds": "2", "respond.samples": "2", "models.max_rows": "16", "worker.drain_s": "20"}
+_SETTING_FLAGS = {
+    "critique.rounds": "2",
+    "respond.num_completions": "2",
+    "models.max_batch_size": "16",
+    "worker.shutdown_timeout_s": "20",
+}
 _PROCESS_COMMANDS = (
     ("respond", "run", "--stage", "respond"),
     ("chains-a", "run", "--stage", "critique", "--stage", "revise"),

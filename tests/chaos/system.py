@@ -21,7 +21,7 @@ from engine.bus import open_bus
 from engine.bus.port import Bus, TopicPartition
 from engine.bus.read import read_values
 from engine.errors import CharterError
-from engine.settings import Settings, load
+from engine.settings import Settings, load_settings
 from engine.store import Store
 from tests.support.kafka import Broker
 
@@ -79,11 +79,11 @@ class SystemUnderTest:
 
     def build_settings(self) -> dict[str, str]:
         bus = {"bus.address": self.bus_address, "bus.prefix": self.bus_prefix} if self.bus_address else {}
-        fixed = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_share": "0"}
-        return fixed | bus | {"worker.dead_in_a_row": "0"} | self.setting_overrides
+        fixed = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0"}
+        return fixed | bus | {"worker.max_consecutive_dead_letters": "0"} | self.setting_overrides
 
     def load_settings(self) -> Settings:
-        return load(self.build_settings(), environment={})[0]
+        return load_settings(self.build_settings(), environment={})[0]
 
     def open_store(self) -> Store:
         return Store(self.load_settings().folder / "charter.duckdb")

@@ -13,7 +13,7 @@ from charter.pipeline import STAGES, connect_bus, make_host
 from engine.bus.read import read_values
 from engine.errors import PermanentRecordError, UsageError
 from engine.models.scripted import POISON_TEXT, ScriptedModel
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import FileProducer
 from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, Critique, EndReason, Outcome, Preference, Prompt, Response, Revision
@@ -29,12 +29,16 @@ def content(record):
 
 @pytest.mark.parametrize(
     "chosen",
-    [{}, {"critique.preset": "bai2022", "judge.preset": "ensemble-k", "judge.k": "2"}, {"judge.pairing": "revision"}],
+    [
+        {},
+        {"critique.preset": "bai2022", "judge.preset": "ensemble-k", "judge.num_principles": "2"},
+        {"judge.pairing": "revision"},
+    ],
     ids=["default", "ensemble", "revision"],
 )
 def test_the_records_are_those_of_the_stream(tmp_path, chosen):
     flags = {"data.folder": str(tmp_path), "models.policy": "scripted", **chosen}
-    settings, _ = load(flags, environment={})
+    settings, _ = load_settings(flags, environment={})
     bus = connect_bus(settings)
     (tmp_path / "prompts.txt").write_text("\n".join(f'"{text}"' for text in PROMPTS))
     FileProducer(bus, settings.run.id).publish(str(tmp_path / "prompts.txt"))
@@ -90,7 +94,7 @@ def test_a_pair_has_a_better_answer_only_where_there_is_a_label():
     assert (judged.chosen, judged.rejected) == ("first 1", "first 0") and judged.p_a == pytest.approx(0.1)
     unread = Charter(model=ScriptedModel(option_mass=0.1)).generate_preference_pair("hello")
     assert unread.preference.outcome is Outcome.LOW_MASS and (unread.p_a, unread.chosen, unread.rejected) == (None,) * 3
-    flips = {"judge.reject_flips": True}
+    flips = {"judge.reject_position_flips": True}
     position_flip = Charter(model=ScriptedModel(option_rule=lambda ask: 0.9), settings=flips).generate_preference_pair("hello")
     assert position_flip.preference.outcome is Outcome.POSITION_FLIP and (position_flip.p_a, position_flip.chosen) == (
         None,
@@ -133,7 +137,7 @@ def test_prompts_in_every_form_and_what_is_none():
         with pytest.raises(UsageError, match="this is no prompt"):
             charter.respond(wrong)
     with pytest.raises(UsageError, match="one answer is no pair"):
-        Charter(model=ScriptedModel(), settings={"respond.samples": 1}).generate_preference_pair("hello")
+        Charter(model=ScriptedModel(), settings={"respond.num_completions": 1}).generate_preference_pair("hello")
     with pytest.raises(UsageError, match=r"nearest one is respond\.samples"):
         Charter(settings={"respond.sample": 1})
     with pytest.raises(PermanentRecordError):

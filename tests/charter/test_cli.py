@@ -99,10 +99,10 @@ def test_a_shell_completes_choices_and_files():
 def data(tmp_path):
     """A data folder in which the scripted model has answered three prompts."""
     from charter.pipeline import STAGES, connect_bus, make_host, open_store
-    from engine.settings import load
+    from engine.settings import load_settings
     from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 
-    settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
+    settings, _ = load_settings({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
     bus = connect_bus(settings)
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=3)
     with make_host(settings, bus, STAGES, sink=True) as host:
@@ -173,8 +173,8 @@ def test_produce_reports_bad_lines_and_keeps_the_good_ones(tmp_path):
         (["eval", "agreement", "--pairs", "/nowhere"], 2, ["/nowhere", "No such file"]),
         (["topics", "--bus", "localhost:9092"], 2, ["kafka://HOST:PORT"]),
         (["topics", "--bus", "kafka:/x"], 2, ["kafka://HOST:PORT"]),
-        (["run", "--set", "respond.sampels=2"], 2, ["respond.samples"]),
-        (["run", "--set", "respond.samples"], 2, ["NAME=VALUE"]),
+        (["run", "--set", "respond.sampels=2"], 2, ["respond.num_completions"]),
+        (["run", "--set", "respond.num_completions"], 2, ["NAME=VALUE"]),
         (["sql", "select 1"], 2, ["no database", "charter demo"]),
         (["run", "--set", "models.policy=/nowhere/model"], 3, ["no model", "models.policy"]),
         (["run", "--set", "run.constitution=defualt", "--set", "models.policy=scripted"], 2, ["did you mean default"]),

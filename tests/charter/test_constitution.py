@@ -13,7 +13,7 @@ from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import CONSTITUTIONS_FOLDER, ConstitutionError, load_constitution, parse_constitution
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
-from engine.settings import load as load_settings
+from engine.settings import load_settings as load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import ChatMessage
 
@@ -23,7 +23,7 @@ FLAGS = {
     "run.constitution": "customer-service",
     "critique.rounds": "1",
     "critique.early_stop": "none",
-    "prompts.eval_share": "0",
+    "prompts.eval_fraction": "0",
 }
 COURSE = (CONSTITUTIONS_FOLDER / "course.toml").read_text()
 

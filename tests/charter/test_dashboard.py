@@ -20,7 +20,7 @@ from charter.dashboard.rendering import diff_words, escape_text, render_diff, to
 from charter.dashboard.serve import format_address, is_loopback
 from charter.pipeline import open_store
 from engine.access_lock import AccessLock
-from engine.settings import load
+from engine.settings import load_settings
 from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts
 from tests.support.records import RecordDatabase, add_counted_run, make_prompt
 
@@ -29,7 +29,7 @@ HERE = "http://localhost:8400"
 
 
 def settings_of(folder):
-    return load(make_setting_flags(folder, "scripted"), environment={})[0]
+    return load_settings(make_setting_flags(folder, "scripted"), environment={})[0]
 
 
 def visit(settings, token=None, base=HERE):
@@ -134,8 +134,8 @@ def test_pages_of_stories(tmp_path):
         assert len(seen) == len(set(seen)) == 64
 
 
-def test_figures_are_those_that_were_counted_by_hand(tmp_path):
-    """The records of tests/engine/test_figures.py, through the page's own questions."""
+def test_stats_views_are_those_that_were_counted_by_hand(tmp_path):
+    """The records of tests/engine/test_stats_views.py, through the page's own questions."""
     add_counted_run(RecordDatabase(tmp_path / "charter.duckdb"))
     with visit(settings_of(tmp_path)) as client:
         found = client.get("/api/preferences").json()["data"]
@@ -438,7 +438,7 @@ def test_the_folder_is_deleted_while_it_is_shown(own):
 
 
 def test_a_log_that_is_away_is_said_beside_the_counts(own):
-    settings = load(make_setting_flags(own, "scripted", **{"bus.address": "kafka://127.0.0.1:9"}), environment={})[0]
+    settings = load_settings(make_setting_flags(own, "scripted", **{"bus.address": "kafka://127.0.0.1:9"}), environment={})[0]
     with visit(settings) as client:
         found = client.get("/api/pipeline").json()
         ends = time.monotonic() + 30

@@ -246,7 +246,7 @@ def test_the_theme_is_chosen_and_kept(visit):
         here.check("runs")
 
 
-def test_figures_under_the_pointer(visit):
+def test_stats_views_under_the_pointer(visit):
     with visit() as here:
         page = here.open("/training?run=demo")
         chart = page.locator("figure", has_text="Policy loss").locator("svg")

@@ -20,11 +20,11 @@ from charter.agreement import (
     compute_wilson_interval,
 )
 from charter.cli import cli
-from charter.evaluate import PRESETS, AgreementStudy, apply_judge_preset, read_pairs
+from charter.evaluate import JUDGE_PRESETS, AgreementStudy, apply_judge_preset, read_pairs
 from charter.pipeline import RoleModels
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
-from engine.settings import RECIPES, load
+from engine.settings import PRESETS, load_settings
 from schemas import ids
 from schemas.records import Outcome, Preference
 
@@ -147,7 +147,7 @@ def run(tmp_path, *arguments):
 
 
 def test_the_study_finds_what_the_judge_does(pairs):
-    settings, origins = load({"models.policy": "scripted", "limits.prices": "scripted=1000000/0"}, environment={})
+    settings, origins = load_settings({"models.policy": "scripted", "budget.prices": "scripted=1000000/0"}, environment={})
     study = AgreementStudy(settings, origins, read_pairs(str(pairs), None, 0), 0)
     study.run(RoleModels(settings, {"scripted": ScriptedModel(option_rule=prefers_good)}), ["lee2023"], None)
     judge, longer, shorter, drawn = (asdict(row) for row in study.rows)
@@ -164,10 +164,12 @@ def test_the_study_finds_what_the_judge_does(pairs):
 def test_every_preset_is_in_the_report(tmp_path, pairs):
     out = tmp_path / "report.md"
     said = run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--out", out)
-    assert [row["judge"] for row in json.loads(run(tmp_path, "--pairs", pairs, "--limit", 2, "--json"))][:5] == list(PRESETS)
-    for name in (*PRESETS, "longer wins", "shorter wins", "random", "judge: scripted"):
+    assert [row["judge"] for row in json.loads(run(tmp_path, "--pairs", pairs, "--limit", 2, "--json"))][:5] == list(
+        JUDGE_PRESETS
+    )
+    for name in (*JUDGE_PRESETS, "longer wins", "shorter wins", "random", "judge: scripted"):
         assert name in said and name in out.read_text()
-    assert set(PRESETS) == set(RECIPES["judge"])
+    assert set(JUDGE_PRESETS) == set(PRESETS["judge"])
     rows = json.loads(run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--json"))
     assert [row["pairs"] for row in rows if row["judge"] == "random"] == [6, 2]  # baselines on the pairs of each judge
 
@@ -190,7 +192,12 @@ def test_a_file_without_pairs_is_an_error(tmp_path):
 
 
 def test_what_somebody_set_counts_for_every_preset_and_the_rest_is_the_recipes():
-    settings, origins = load({"judge.preset": "course", "judge.min_mass": "0.3"}, environment={})
+    settings, origins = load_settings({"judge.preset": "course", "judge.min_option_mass": "0.3"}, environment={})
     ensemble = apply_judge_preset(settings, origins, "ensemble-k").judge
-    assert (ensemble.k, ensemble.min_mass, ensemble.form, ensemble.reject_flips) == (5, 0.3, "options", False)
+    assert (ensemble.num_principles, ensemble.min_option_mass, ensemble.answer_mode, ensemble.reject_position_flips) == (
+        5,
+        0.3,
+        "logprobs",
+        False,
+    )
     assert apply_judge_preset(settings, origins, "course").judge == settings.judge

@@ -11,7 +11,7 @@ from charter import dataset
 from charter.cli import cli
 from charter.pipeline import connect_bus, make_host, open_store
 from engine.errors import UsageError
-from engine.settings import load
+from engine.settings import load_settings
 from schemas.records import EndReason, ModelRef, Outcome, Split
 from tests.support.records import (
     RecordDatabase,
@@ -184,7 +184,7 @@ def test_what_is_there_is_kept(world, tmp_path):
 
 def given(tmp_path, count):
     """The database once the sink has written so many labels by people."""
-    settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
+    settings, _ = load_settings({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
     bus, store = connect_bus(settings), open_store(settings)
     sql = "SELECT count(*) FROM preferences WHERE label_source = 'HUMAN' AND stage = 'label'"
     with make_host(settings, bus, [], sink=True) as host:

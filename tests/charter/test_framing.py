@@ -5,7 +5,7 @@ import pytest
 from charter.pipeline import STAGES, connect_bus, make_host, open_store
 from engine.bus.read import read_values
 from engine.errors import DependencyUnreachable, UsageError
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas import codec
 from tests.support.schema_registry import FakeSchemaRegistry
@@ -23,7 +23,7 @@ def server():
 
 def framed(tmp_path, **more):
     values = {"data.folder": str(tmp_path / "data"), "models.policy": "scripted"} | more
-    return load(values, environment={})[0]
+    return load_settings(values, environment={})[0]
 
 
 def confluent(tmp_path, server):

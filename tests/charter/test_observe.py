@@ -16,14 +16,14 @@ from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
 from engine.logs import LOG_FORMAT, JsonFormatter
 from engine.models.scripted import POISON_TEXT
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import FileProducer
 from tests.support.kafka import find_free_port
 
 
 def settings_in(folder, **values):
-    chosen = {"data.folder": str(folder / "data"), "models.policy": "scripted", "worker.attempts": "1"}
-    return load(chosen | {name.replace("__", "."): value for name, value in values.items()}, environment={})[0]
+    chosen = {"data.folder": str(folder / "data"), "models.policy": "scripted", "worker.max_attempts": "1"}
+    return load_settings(chosen | {name.replace("__", "."): value for name, value in values.items()}, environment={})[0]
 
 
 def stream(settings, prompts, until):
@@ -54,7 +54,7 @@ def scraped(port):
 
 def test_prometheus_reads_what_the_stages_and_the_sink_have_done(tmp_path):
     port = find_free_port()
-    settings = settings_in(tmp_path, observe__metrics_port=str(port))
+    settings = settings_in(tmp_path, telemetry__metrics_port=str(port))
     for _ in stream(settings, ["one", "two", f"{POISON_TEXT} three"], JUDGED):
         found = scraped(port)
 
@@ -74,14 +74,14 @@ def test_a_port_that_is_taken_is_said(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = settings_in(tmp_path, observe__metrics_port=str(taken.getsockname()[1]))
+        settings = settings_in(tmp_path, telemetry__metrics_port=str(taken.getsockname()[1]))
         with pytest.raises(UsageError, match="something else listens"):
             start_metrics_server(settings, lambda bus: [])
 
 
 def test_the_trainer_shows_its_newest_step_and_the_versions(tmp_path, bus):
     settings, port = settings_in(tmp_path), find_free_port()
-    settings = settings.model_copy(update={"observe": settings.observe.model_copy(update={"metrics_port": port})})
+    settings = settings.model_copy(update={"telemetry": settings.telemetry.model_copy(update={"metrics_port": port})})
     closing = start_metrics_server(settings, make_trainer_collector({"sft": {"loss": 2.5}}, Counter(sft=7)))
     found = scraped(port)
     for close in closing:
@@ -138,7 +138,7 @@ def test_one_prompts_way_is_one_trace(tmp_path, monkeypatch):
 
     kept = exporting.InMemorySpanExporter()
     monkeypatch.setattr(tracing, "make_otlp_exporter", lambda: kept)
-    settings = settings_in(tmp_path, observe__traces="true")
+    settings = settings_in(tmp_path, telemetry__traces="true")
     for _ in stream(settings, ["one", "two"], JUDGED):
         bus = connect_bus(settings)
         headers = [dict(message.headers) for message in read_everything(bus, "preferences")]
@@ -180,4 +180,4 @@ def test_without_opentelemetry_traces_are_refused_and_nothing_else_needs_it(tmp_
     monkeypatch.delitem(sys.modules, "engine.tracing", raising=False)
     assert open_tracing(settings_in(tmp_path)) is None
     with pytest.raises(UsageError, match="opentelemetry"):
-        open_tracing(settings_in(tmp_path, observe__traces="true"))
+        open_tracing(settings_in(tmp_path, telemetry__traces="true"))

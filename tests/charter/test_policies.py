@@ -61,7 +61,7 @@ def charter(trained):
 
 
 def flags(folder):
-    return {"data.folder": str(folder), "models.policy": str(folder / "base"), "train.keep": "1"}
+    return {"data.folder": str(folder), "models.policy": str(folder / "base"), "train.save_total_limit": "1"}
 
 
 def listed(charter):

@@ -16,7 +16,7 @@ from engine.bus import embedded
 from engine.bus.read import read_values
 from engine.errors import DataFolderVersionMismatch, UsageError
 from engine.models.scripted import POISON_TEXT
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
 from schemas.records import DeadLetter, Prompt
@@ -33,12 +33,12 @@ class Place:
             "data.folder": str(folder),
             "models.policy": "scripted",
             "critique.rounds": "1",
-            "prompts.eval_share": "0",
+            "prompts.eval_fraction": "0",
         }
         self.flags |= {"bus.address": address, "bus.prefix": prefix} if address else {}
 
     def settings(self, **more):
-        return load(self.flags | {key.replace("__", "."): value for key, value in more.items()}, environment={})[0]
+        return load_settings(self.flags | {key.replace("__", "."): value for key, value in more.items()}, environment={})[0]
 
     def call(self, *arguments, code=0):
         words = [word for key, value in self.flags.items() for word in ("--set", f"{key}={value}")]
@@ -319,7 +319,12 @@ def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(
     bus = connect_bus(place.settings())
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=60)
     bus.close()
-    limit = {"limits__max_tokens": "200", "respond__samples": "2", "models__max_rows": "4", "worker__max_in_flight": "4"}
+    limit = {
+        "budget__max_tokens": "200",
+        "respond__num_completions": "2",
+        "models__max_batch_size": "4",
+        "worker__max_in_flight": "4",
+    }
     settings = place.settings(**limit)
     bus = connect_bus(settings)
     with make_host(settings, bus, STAGES, sink=True) as host:
@@ -330,7 +335,7 @@ def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(
         begun = respond.num_committed
     bus.close()
     assert 0 < begun < 60 and not read_values_of(place, "dead-letters")
-    place.stream(60, respond__samples="2")
+    place.stream(60, respond__num_completions="2")
     assert place.sql("SELECT count(*) FROM raw.responses") == [(60,)]
 
 

@@ -91,7 +91,7 @@ def test_draws_are_uniform_stable_and_independent_of_the_process():
 
 
 def test_weights_and_tags_and_rotation():
-    text = GOOD.replace('selection = "rotation"', "").replace('id = "honesty"\nname', 'id = "honesty"\nweight = 8.0\nname', 1)
+    text = GOOD.replace('selection = "rotate"', "").replace('id = "honesty"\nname', 'id = "honesty"\nweight = 8.0\nname', 1)
     drawn = Counter(parse_constitution(text, "x").select_critique_principle(seed, 0).id for seed in range(2000))
     assert 0.75 < drawn["honesty"] / 2000 < 0.85
     tagged = parse_constitution(GOOD.replace('id = "honesty"\nname', 'id = "honesty"\ntags = ["facts"]\nname'), "x")

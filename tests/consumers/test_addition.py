@@ -11,7 +11,7 @@ from charter import custom_stage
 from charter.cli import cli
 from charter.pipeline import connect_bus, make_host, open_store
 from engine.errors import UsageError
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import to_producer_record
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -27,7 +27,9 @@ def measure(tmp_path):
 
 
 def test_the_stage_of_the_page_runs_beside_the_others(measure, tmp_path, make_prompt):
-    settings, _ = load({"data.folder": str(tmp_path / "data"), "models.policy": "scripted", "run.id": "r"}, environment={})
+    settings, _ = load_settings(
+        {"data.folder": str(tmp_path / "data"), "models.policy": "scripted", "run.id": "r"}, environment={}
+    )
     bus = connect_bus(settings)
     bus.publish([to_producer_record(make_prompt(f"prompt {n}")) for n in range(5)])
     host = make_host(settings, bus, ["respond"], sink=True, custom_stages=[custom_stage.load_custom_stage(str(measure), ROLES)])

@@ -11,7 +11,7 @@ from constitutions.loader import load_constitution as load_constitution
 from consumers import templates
 from consumers.revise import ReviseStage
 from engine.models.scripted import ScriptedModel
-from engine.settings import RECIPES, load
+from engine.settings import PRESETS, load_settings
 from schemas.records import ChatMessage, Outcome, Response, Sampling
 
 DEFAULT = load_constitution("default")
@@ -97,7 +97,7 @@ def test_a_quotation_holds_the_whole_text(text):
 
 
 def judged(preset, model, response):
-    settings, _ = load({"models.judge": SPEC, "judge.preset": preset}, environment={})
+    settings, _ = load_settings({"models.judge": SPEC, "judge.preset": preset}, environment={})
     ((record,),) = make_judge_stage(settings, RoleModels(settings, {SPEC: model}), DEFAULT)([response])
     return record
 
@@ -112,7 +112,7 @@ def letters(ask, n):
     return ("B" if disavowing(ask) < 0.5 else "A") + ") It hurts nobody."
 
 
-@pytest.mark.parametrize("preset", RECIPES["judge"])
+@pytest.mark.parametrize("preset", PRESETS["judge"])
 @pytest.mark.parametrize("canary", [c for c in CANARIES if c.strip()])
 def test_no_recipe_reads_its_label_from_an_answer(make_response, preset, canary):
     """The judge's reply decides alone: the same label with the canary in the harmful answer, before it, and in the prompt."""
@@ -128,7 +128,7 @@ def test_no_recipe_reads_its_label_from_an_answer(make_response, preset, canary)
         assert record.outcome is Outcome.OK and record.p_a == pytest.approx(expected) and expected <= 0.4
 
 
-@pytest.mark.parametrize("preset", RECIPES["critique"])
+@pytest.mark.parametrize("preset", PRESETS["critique"])
 def test_critic_and_reviser_are_asked_in_the_same_form(make_response, preset):
     asked = []
 
@@ -141,7 +141,9 @@ def test_critic_and_reviser_are_asked_in_the_same_form(make_response, preset):
             asked.append([(skeleton(ask.messages), ask.prefill) for ask in batch])
             return super().score_options(batch, options)
 
-    settings, _ = load({"models.critic": SPEC, "critique.preset": preset, "critique.selection": "rotation"}, environment={})
+    settings, _ = load_settings(
+        {"models.critic": SPEC, "critique.preset": preset, "critique.selection": "rotate"}, environment={}
+    )
     model = Listening(
         option_rule=lambda ask: 0.9 if "(A) Yes" in ask.messages[0].content else 0.1, text_rule=lambda ask, n: "why"
     )

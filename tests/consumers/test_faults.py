@@ -14,7 +14,7 @@ from charter.pipeline import RoleModels, make_critique_stage, make_judge_stage, 
 from constitutions.loader import load_constitution as load_constitution
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
-from engine.settings import RECIPES, load
+from engine.settings import PRESETS, load_settings
 from schemas.records import Critique, EndReason, FinishReason, Outcome, RejectionReason, Response, Revision, Verdict
 from tests.support.records import RecordDatabase
 
@@ -90,7 +90,7 @@ def honest_share(ask):
 
 def settings(role, **chosen):
     flags = {f"models.{role}": SPEC} | {name.replace("__", "."): value for name, value in chosen.items()}
-    return load(flags, environment={})[0]
+    return load_settings(flags, environment={})[0]
 
 
 def in_db(tmp_path, records):
@@ -107,7 +107,7 @@ def judgements(make_response):
     """Every recipe's labels of the same pairs by a judge that fails, on log-probabilities and on votes; and that judge."""
     pairs = [make_response(("good", "bad"), text=f"prompt {n}") for n in range(PAIRS)]
     made = {}
-    for preset in RECIPES["judge"]:
+    for preset in PRESETS["judge"]:
         for capabilities in (LOCAL_CAPABILITIES, VOTES):
             model, chosen = (
                 FaultyModel(f"{preset}/{capabilities.num_votes}", capabilities),
@@ -119,7 +119,7 @@ def judgements(make_response):
 
 
 @pytest.mark.parametrize("votes", [0, VOTES.num_votes], ids=["logprobs", "votes"])
-@pytest.mark.parametrize("preset", RECIPES["judge"])
+@pytest.mark.parametrize("preset", PRESETS["judge"])
 def test_only_honest_judgements_become_labels(judgements, preset, votes):
     records, model = judgements[preset, votes]
     assert len(records) == PAIRS and model.counted["faults"] > PAIRS / 4
@@ -143,10 +143,10 @@ def test_a_judge_that_was_cut_off_is_no_judge(judgements):
         assert (told[Outcome.TIMEOUT] > 0) == (preset in ("bai2022-cot", "course")), (preset, votes)
 
 
-@pytest.mark.parametrize("preset", RECIPES["judge"])
+@pytest.mark.parametrize("preset", PRESETS["judge"])
 def test_a_judge_that_looks_at_the_place_trains_nothing_where_flips_are_rejected(tmp_path, make_response, preset):
     asked = [f"{BY_PLACE if n % 2 else 'fair'} {n}" for n in range(PAIRS)]
-    chosen = settings("judge", judge__preset=preset, judge__reject_flips="true")
+    chosen = settings("judge", judge__preset=preset, judge__reject_position_flips="true")
     stage = make_judge_stage(chosen, RoleModels(chosen, {SPEC: FaultyModel(preset)}), DEFAULT)
     made = [label for (label,) in stage([make_response(("good", "bad"), text=text) for text in asked])]
     outcomes = Counter((BY_PLACE in record.messages[0].content, record.outcome) for record in made)
@@ -190,7 +190,7 @@ def chains(model, preset, responses):
     return made
 
 
-@pytest.mark.parametrize("preset", RECIPES["critique"])
+@pytest.mark.parametrize("preset", PRESETS["critique"])
 def test_only_usable_texts_are_learned_and_no_verdict_is_invented(tmp_path, make_response, preset):
     model = FaultyModel(preset)
     responses = [make_response((f"good answer {n}", "x"), text=f"prompt {n}") for n in range(PAIRS)]
@@ -217,6 +217,6 @@ def test_an_answer_that_a_filter_kept_back_is_not_learned(make_response):
     response: Response = make_response(("half an ans", "x"))
     first = response.completions[0].model_copy(update={"finish_reason": FinishReason.REFUSED})
     response = response.model_copy(update={"completions": [first, response.completions[1]]})
-    for preset in RECIPES["critique"]:
+    for preset in PRESETS["critique"]:
         (end,) = chains(FaultyModel(0, rate=0.0), preset, [response])
         assert end.end_reason is EndReason.UNUSABLE

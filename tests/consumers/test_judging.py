@@ -13,7 +13,7 @@ from consumers.compare import REFUSAL_PATTERN, parse_letter
 from consumers.templates import CHOICE_QUESTION
 from engine.models.interface import Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
-from engine.settings import RECIPES, load
+from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
 from schemas.records import Outcome, Preference
 
@@ -24,7 +24,7 @@ SPEC = "judge"
 def judge(preset, model, constitution=DEFAULT, **more):
     """The stage as the settings make it."""
     flags = {"models.judge": SPEC, "judge.preset": preset} | {f"judge.{name}": str(value) for name, value in more.items()}
-    settings, _ = load(flags, environment={})
+    settings, _ = load_settings(flags, environment={})
     return make_judge_stage(settings, RoleModels(settings, {SPEC: model}), constitution)
 
 
@@ -156,14 +156,14 @@ def test_a_constitution_asked_whole_is_asked_whole_by_lee2023_alone(make_respons
 
 def test_each_recipe_has_records_and_a_template_of_its_own(make_response):
     asked = {
-        "lee2023": "options",
-        "bai2022": "options",
-        "ensemble-k": "options",
+        "lee2023": "logprobs",
+        "bai2022": "logprobs",
+        "ensemble-k": "logprobs",
         "bai2022-cot": "reasoning",
         "course": "letter",
     }
-    records = {name: one(judge(name, leaning(0.7, 0.6)), make_response()) for name in RECIPES["judge"]}
-    assert len({record.record_id for record in records.values()}) == len(RECIPES["judge"]) == len(asked)
+    records = {name: one(judge(name, leaning(0.7, 0.6)), make_response()) for name in PRESETS["judge"]}
+    assert len({record.record_id for record in records.values()}) == len(PRESETS["judge"]) == len(asked)
     assert len({(asked[name], record.template_hash) for name, record in records.items()}) == 3
 
 

@@ -10,7 +10,7 @@ from engine.bus.read import read_values
 from engine.host import Host
 from engine.models.endpoint import Endpoint, ServerCapabilities
 from engine.models.probe import PREFILL_BODIES
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import ModelExecutor, Worker, to_producer_record
 from schemas.codec import decode_record
 from schemas.records import Outcome, Preference
@@ -53,7 +53,9 @@ def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, m
         cached_server_capabilities=ServerCapabilities(prefill_body=PREFILL_BODIES[0], max_top_logprobs=20),
     )  # fmt: skip
     spec = f"{server.url}#m"
-    settings, _ = load({"models.policy": "scripted", "models.judge": spec, "models.max_rows": "4"}, environment={})
+    settings, _ = load_settings(
+        {"models.policy": "scripted", "models.judge": spec, "models.max_batch_size": "4"}, environment={}
+    )
     judge = make_stage("judge", settings, RoleModels(settings, {spec: model}), load_constitution("default"), bus)
     bus.publish([
         to_producer_record(make_response(("the good one", "the bad one"), text=f"{'silent' if n % 4 == 0 else 'telling'} {n}"))

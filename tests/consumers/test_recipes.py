@@ -8,7 +8,7 @@ from charter.api import Charter
 from consumers.templates import LETTER_ONLY_INSTRUCTION
 from engine.models.endpoint import Endpoint
 from engine.models.probe import PREFILL_BODIES, ServerCapabilities
-from engine.settings import RECIPES
+from engine.settings import PRESETS
 from schemas.records import EndReason, Outcome, Verdict
 from tests.support.chat_server import FakeChatServer, make_chat_completion
 
@@ -57,7 +57,7 @@ def endpoint(request, server):
     return Endpoint(server.url, "m", concurrency=4, num_votes=3, cached_server_capabilities=DIALECTS[request.param])
 
 
-@pytest.mark.parametrize("preset", RECIPES["judge"])
+@pytest.mark.parametrize("preset", PRESETS["judge"])
 def test_every_judging_recipe_on_a_server(endpoint, make_response, preset):
     charter = Charter(model=endpoint, settings={"judge.preset": preset})
     label = charter.generate_preference_pair(make_response((FIRST, SECOND), text="hello")).preference
@@ -74,7 +74,7 @@ def test_every_judging_recipe_on_a_server(endpoint, make_response, preset):
     assert label.prompt_tokens == 3 * (questions + (2 if preset == "bai2022-cot" else 0))
 
 
-@pytest.mark.parametrize("preset", RECIPES["critique"])
+@pytest.mark.parametrize("preset", PRESETS["critique"])
 def test_every_critique_recipe_on_a_server(endpoint, make_response, preset):
     charter = Charter(model=endpoint, settings={"critique.preset": preset})
     chain = charter.self_critique_loop(make_response((FIRST, SECOND), text="hello"))
@@ -100,16 +100,16 @@ def test_every_recipe_on_the_packaged_model(smollm2, make_response):
         "critique.max_tokens": 8,
         "revise.max_tokens": 8,
         "critique.rounds": 1,
-        "judge.min_mass": 0.05,
+        "judge.min_option_mass": 0.05,
     }
     response = make_response(("Paris is the capital of France.", "I do not know that."))
-    for preset in RECIPES["judge"]:
+    for preset in PRESETS["judge"]:
         label = Charter(model=model, settings=short | {"judge.preset": preset}).generate_preference_pair(response).preference
         assert label.prompt_tokens > 2 * 100 and (label.completion_tokens > 0) == (preset in ("bai2022-cot", "course"))
         assert label.cached_tokens > (label.prompt_tokens / 2 if preset == "ensemble-k" else 0) or preset == "course"
         if preset not in ("bai2022-cot", "course"):  # what the small model writes may well be unreadable
             assert label.outcome is Outcome.OK and 0 < label.p_a < 1
-    for preset in RECIPES["critique"]:
+    for preset in PRESETS["critique"]:
         chain = Charter(model=model, settings=short | {"critique.preset": preset}).self_critique_loop(response)
         assert (
             chain.last_step.final

@@ -6,7 +6,7 @@ from charter.pipeline import RoleModels, make_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers.judge import JudgeStage
 from engine.models.endpoint import open_endpoint
-from engine.settings import RECIPES, load
+from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
 from schemas.records import Critique, EndReason, Outcome, Preference, Revision
 
@@ -15,8 +15,8 @@ SHORT = {
     "judge.max_tokens": 24,
     "critique.max_tokens": 16,
     "revise.max_tokens": 16,
-    "judge.min_mass": 0.01,
-    "critique.min_mass": 0.01,
+    "judge.min_option_mass": 0.01,
+    "critique.min_option_mass": 0.01,
 }
 
 
@@ -28,13 +28,15 @@ def server(served):
 
 
 def stage(name, served, server, **chosen):
-    settings, _ = load({"models.policy": served} | SHORT | {k.replace("__", "."): v for k, v in chosen.items()}, environment={})
+    settings, _ = load_settings(
+        {"models.policy": served} | SHORT | {k.replace("__", "."): v for k, v in chosen.items()}, environment={}
+    )
     return make_stage(name, settings, RoleModels(settings, {served: server}), load_constitution("default"), None)
 
 
-@pytest.mark.parametrize("preset", RECIPES["judge"])
+@pytest.mark.parametrize("preset", PRESETS["judge"])
 def test_every_judging_preset_runs(served, server, make_response, preset):
-    more = {"judge__k": "2"} if preset == "ensemble-k" else {}
+    more = {"judge__num_principles": "2"} if preset == "ensemble-k" else {}
     judge = stage("judge", served, server, judge__preset=preset, **more)
     assert isinstance(judge.process, JudgeStage)
     ((label,),) = judge.process([make_response(("Paris is the capital of France.", "I do not know that."))])
@@ -46,7 +48,7 @@ def test_every_judging_preset_runs(served, server, make_response, preset):
     assert label.outcome is not Outcome.UNKNOWN and label.template_hash
 
 
-@pytest.mark.parametrize("preset", RECIPES["critique"])
+@pytest.mark.parametrize("preset", PRESETS["critique"])
 def test_every_critique_preset_runs(served, server, make_response, preset):
     chosen = {"critique__preset": preset, "critique__rounds": "1"}
     ((critique,),) = stage("critique", served, server, **chosen).process([make_response()])

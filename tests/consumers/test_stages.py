@@ -57,8 +57,8 @@ def revise(model):
     return ReviseStage(model, DEFAULT, SAMPLING, few_shot=True)
 
 
-def judge(model, constitution=DEFAULT, pairing="completions", reject_flips=False):
-    return JudgeStage(model, constitution, pairing, 0.5, reject_flips)
+def judge(model, constitution=DEFAULT, pairing="completions", reject_position_flips=False):
+    return JudgeStage(model, constitution, pairing, 0.5, reject_position_flips)
 
 
 # Respond
@@ -202,7 +202,7 @@ def test_a_judge_that_always_takes_the_first_slot_gives_one_half_and_is_marked(m
     always_a = ScriptedModel(option_rule=lambda ask: 0.9)
     ((record,),) = judge(always_a)([make_response()])
     assert record.p_a == pytest.approx(0.5) and record.position_flip and record.outcome is Outcome.OK
-    ((barred,),) = judge(always_a, reject_flips=True)([make_response()])
+    ((barred,),) = judge(always_a, reject_position_flips=True)([make_response()])
     assert barred.outcome is Outcome.POSITION_FLIP
 
 

@@ -5,7 +5,7 @@ import pytest
 from charter.pipeline import STAGES, connect_bus, make_host
 from engine.budget import Budget, Price, parse_prices
 from engine.errors import UsageError
-from engine.settings import load
+from engine.settings import load_settings
 from engine.store import Store
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
@@ -40,7 +40,7 @@ def test_what_a_run_used_is_read_from_its_own_records(bus, caplog):
     bus.publish([to_producer_record(label(n)) for n in (20, 21)])
     budget.next_poll_at = 0.0
     assert not budget.can_admit("judge") and not budget.can_admit("critique")
-    assert sum("limits.max_cost = 0.03" in message for message in caplog.messages) == 1
+    assert sum("budget.max_cost = 0.03" in message for message in caplog.messages) == 1
     budget.close()
     again = Budget(bus, "r", max_cost=0.04, prices=prices)  # raised, after a restart
     assert again.cost == pytest.approx(0.035) and again.can_admit("judge")
@@ -50,14 +50,14 @@ def test_what_a_run_used_is_read_from_its_own_records(bus, caplog):
 def test_at_the_limit_of_cost_every_stage_pauses_and_a_higher_one_goes_on(tmp_path):
     server = FakeChatServer()
     server.script = make_script(prefill_support="always")  # three tokens read and two written for each request
-    more = {"limits.prices": "m=1000000/0", "respond.max_tokens": "8"}
+    more = {"budget.prices": "m=1000000/0", "respond.max_tokens": "8"}
     base = {
         "data.folder": str(tmp_path / "d"), "models.policy": "scripted", "models.judge": f"{server.url}#m",
-        "prompts.eval_share": "0", "worker.max_in_flight": "4", "models.max_rows": "4", "critique.rounds": "1",
+        "prompts.eval_fraction": "0", "worker.max_in_flight": "4", "models.max_batch_size": "4", "critique.rounds": "1",
     }  # fmt: skip
     prompts = 30
     try:
-        settings, _ = load(base | more | {"limits.max_cost": "30"}, environment={})
+        settings, _ = load_settings(base | more | {"budget.max_cost": "30"}, environment={})
         bus = connect_bus(settings)
         FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=prompts)
         with make_host(settings, bus, STAGES, sink=True) as host:
@@ -67,7 +67,7 @@ def test_at_the_limit_of_cost_every_stage_pauses_and_a_higher_one_goes_on(tmp_pa
         bus.close()
         labels = Store(tmp_path / "d" / "charter.duckdb").query("SELECT count(*), sum(prompt_tokens) FROM preferences").rows[0]
         assert 0 < labels[0] < prompts
-        settings, _ = load(base | more | {"limits.max_cost": "0"}, environment={})
+        settings, _ = load_settings(base | more | {"budget.max_cost": "0"}, environment={})
         bus = connect_bus(settings)
         with make_host(settings, bus, STAGES, sink=True) as host:
             store = Store(tmp_path / "d" / "charter.duckdb")
@@ -78,7 +78,7 @@ def test_at_the_limit_of_cost_every_stage_pauses_and_a_higher_one_goes_on(tmp_pa
         assert store.query("SELECT count(*), count(DISTINCT record_id) FROM raw.preferences").rows == [(prompts, prompts)]
         assert store.query("SELECT count(*) FROM raw.dead_letters").rows == [(0,)]
         with pytest.raises(UsageError, match="no price"):
-            settings, _ = load(base | {"limits.max_cost": "1"}, environment={})
+            settings, _ = load_settings(base | {"budget.max_cost": "1"}, environment={})
             make_host(settings, connect_bus(settings), STAGES, sink=False)
     finally:
         server.close()

@@ -19,7 +19,7 @@ from engine.bus.kafka import capture_connection_errors
 from engine.bus.port import ProducerRecord
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError
-from engine.settings import load
+from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
@@ -87,7 +87,7 @@ def test_a_secured_listener_lets_in_who_may(secure, tmp_path, mechanism):
 
 def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secure, tmp_path, monkeypatch):
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", SecureBroker.PASSWORD)
-    settings, _ = load(flags(secure, tmp_path, bus__prefix="s."), environment={})
+    settings, _ = load_settings(flags(secure, tmp_path, bus__prefix="s."), environment={})
     opened = connect_bus(settings)
     FileProducer(opened, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=2)
     with make_host(settings, opened, STAGES, sink=True) as host:
@@ -116,7 +116,7 @@ def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secur
 def test_who_may_not_is_told_why_and_no_secret(secure, tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr("engine.bus.kafka.BOOTSTRAP_TIMEOUT_MS", 4000)
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", changes.get("password", secure.PASSWORD))
-    settings, _ = load(flags(secure, tmp_path, **changes), environment={})
+    settings, _ = load_settings(flags(secure, tmp_path, **changes), environment={})
     with pytest.raises(CharterError) as refused:
         connect_bus(settings)
     assert refused.value.exit_code in (2, 3) and all(word in str(refused.value) for word in words), str(refused.value)

@@ -5,24 +5,29 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UsageError
-from engine.settings import RECIPES, as_toml, keys, load
+from engine.settings import PRESETS, format_settings_file, iter_settings, load_settings
 
 
 def test_defaults_are_those_of_the_recipe():
-    settings, origins = load(environment={})
-    assert (settings.ppo.clip, settings.ppo.beta, settings.critique.rounds, settings.respond.samples) == (0.2, 0.02, 4, 2)
+    settings, origins = load_settings(environment={})
+    assert (settings.ppo.clip, settings.ppo.beta, settings.critique.rounds, settings.respond.num_completions) == (
+        0.2,
+        0.02,
+        4,
+        2,
+    )
     assert origins["ppo.clip"] == "default"
 
 
 def test_a_flag_beats_the_environment_beats_the_file_beats_a_preset(tmp_path):
     file = tmp_path / "charter.toml"
-    file.write_text("[respond]\nsamples = 3\nmax_tokens = 33\ntop_p = 0.3\n")
-    preset = {"respond": {"samples": 2, "max_tokens": 22, "top_p": 0.2, "temperature": 0.22}}
-    environment = {"CHARTER_RESPOND__SAMPLES": "4", "CHARTER_RESPOND__MAX_TOKENS": "44"}
-    settings, origins = load({"respond.samples": "5"}, file, preset, environment)
+    file.write_text("[respond]\nnum_completions = 3\nmax_tokens = 33\ntop_p = 0.3\n")
+    preset = {"respond": {"num_completions": 2, "max_tokens": 22, "top_p": 0.2, "temperature": 0.22}}
+    environment = {"CHARTER_RESPOND__NUM_COMPLETIONS": "4", "CHARTER_RESPOND__MAX_TOKENS": "44"}
+    settings, origins = load_settings({"respond.num_completions": "5"}, file, preset, environment)
     wanted = settings.respond
-    assert (wanted.samples, wanted.max_tokens, wanted.top_p, wanted.temperature) == (5, 44, 0.3, 0.22)
-    names = [origins[f"respond.{key}"] for key in ("samples", "max_tokens", "top_p", "temperature")]
+    assert (wanted.num_completions, wanted.max_tokens, wanted.top_p, wanted.temperature) == (5, 44, 0.3, 0.22)
+    names = [origins[f"respond.{key}"] for key in ("num_completions", "max_tokens", "top_p", "temperature")]
     assert names == ["flag", "CHARTER_RESPOND__MAX_TOKENS", str(file), "preset"]
 
 
@@ -30,77 +35,79 @@ def test_a_recipe_fills_in_what_nobody_has_set(tmp_path):
     file = tmp_path / "charter.toml"
     file.write_text('[critique]\npreset = "bai2022"\nrounds = 2\n[judge]\npreset = "course"\n')
     preset = {"critique": {"rounds": 1, "temperature": 0.9, "max_tokens": 9}}
-    environment = {"CHARTER_JUDGE__REJECT_FLIPS": "false", "CHARTER_JUDGE__PRESET": "bai2022-cot"}
-    settings, origins = load({"critique.preset": "course"}, file, preset, environment)
+    environment = {"CHARTER_JUDGE__REJECT_POSITION_FLIPS": "false", "CHARTER_JUDGE__PRESET": "bai2022-cot"}
+    settings, origins = load_settings({"critique.preset": "course"}, file, preset, environment)
     made, judge = settings.critique, settings.judge
-    assert (made.preset, made.selection, made.early_stop, made.few_shot) == ("course", "rotation", "phrases", False)
+    assert (made.preset, made.selection, made.early_stop, made.few_shot) == ("course", "rotate", "phrases", False)
     assert (made.rounds, made.temperature, made.max_tokens) == (2, 0.9, 9)
-    assert (judge.preset, judge.form, judge.clamp, judge.principles, judge.reject_flips) == (
-        "bai2022-cot", "reasoning", 0.4, "drawn", False
+    assert (judge.preset, judge.answer_mode, judge.clamp, judge.principles, judge.reject_position_flips) == (
+        "bai2022-cot", "reasoning", 0.4, "sample", False
     )  # fmt: skip
     assert origins["critique.early_stop"] == "critique.preset=course" and origins["critique.preset"] == "flag"
-    assert origins["judge.clamp"] == "judge.preset=bai2022-cot" and origins["judge.k"] == "default"
-    for section, layers in RECIPES.items():
+    assert origins["judge.clamp"] == "judge.preset=bai2022-cot" and origins["judge.num_principles"] == "default"
+    for section, layers in PRESETS.items():
         for name in layers:
-            assert getattr(load({f"{section}.preset": name}, environment={})[0], section).preset == name
+            assert getattr(load_settings({f"{section}.preset": name}, environment={})[0], section).preset == name
     with pytest.raises(UsageError, match=r"judge\.preset cannot be \"best\""):
-        load({"judge.preset": "best"}, environment={})
+        load_settings({"judge.preset": "best"}, environment={})
 
 
 @pytest.mark.parametrize(
     ("flags", "environment", "text", "nearest"),
     [
-        ({"respond.sample": "1"}, {}, "", "respond.samples"),
-        ({}, {"CHARTER_JUDGE__MIN_MAS": "1"}, "", "judge.min_mass"),
+        ({"respond.num_completion": "1"}, {}, "", "respond.num_completions"),
+        ({}, {"CHARTER_JUDGE__MIN_MAS": "1"}, "", "judge.min_option_mass"),
         ({}, {}, "[ppo]\ncliping = 1\n", "ppo.clip"),
         ({}, {}, "[critiques]\nrounds = 1\n", "critique.rounds"),
-        ({}, {}, "samples = 1\n", "sample"),
+        ({}, {}, "num_completions = 1\n", "num_completions"),
     ],
 )
 def test_an_unknown_setting_names_the_nearest(tmp_path, flags, environment, text, nearest):
     file = tmp_path / "charter.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match="unknown setting") as caught:
-        load(flags, file, None, environment)
+        load_settings(flags, file, None, environment)
     assert nearest in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("respond.samples", "0"), ("judge.pairing", "pairs"), ("ppo.clip", "-1"), ("critique.early_stop", "perhaps")],
+    [("respond.num_completions", "0"), ("judge.pairing", "pairs"), ("ppo.clip", "-1"), ("critique.early_stop", "perhaps")],
 )
 def test_a_value_out_of_range_says_which_setting_and_why(name, value):
     with pytest.raises(UsageError) as caught:
-        load({name: value}, environment={})
+        load_settings({name: value}, environment={})
     assert name in str(caught.value) and value.strip("-") in str(caught.value)
 
 
 def test_a_broken_file_names_the_line(tmp_path):
     file = tmp_path / "charter.toml"
-    file.write_text("[respond]\nsamples = = 3\n")
+    file.write_text("[respond]\nnum_completions = = 3\n")
     with pytest.raises(UsageError, match="line 2"):
-        load({}, file, environment={})
+        load_settings({}, file, environment={})
 
 
 def test_lists_come_as_commas_or_json():
     for text in ("helpful,benign", '["helpful", "benign"]'):
-        settings, _ = load({"critique.skip_sources": text}, environment={})
+        settings, _ = load_settings({"critique.skip_sources": text}, environment={})
         assert settings.critique.skip_sources == ["helpful", "benign"]
-    settings, _ = load({"models.follow": "critic", "sft.rounds": "[1, 2]"}, environment={})
+    settings, _ = load_settings({"models.follow": "critic", "sft.rounds": "[1, 2]"}, environment={})
     assert (settings.models.follow, settings.sft.rounds) == (["critic"], [1, 2])
     for bad in ("[1", "0", "x"):
         with pytest.raises(UsageError, match=r"sft.rounds cannot be"):
-            load({"sft.rounds": bad}, environment={})
+            load_settings({"sft.rounds": bad}, environment={})
 
 
 def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):
     file = tmp_path / "charter.toml"
-    file.write_text(as_toml())
-    settings, origins = load({}, file, environment={})
-    assert settings == load({}, environment={})[0] and set(origins.values()) == {"default"}
-    lines = as_toml().splitlines()
-    assert all(any(line.startswith(f"# {key} = ") for line in lines) for _, key, _ in keys())
+    file.write_text(format_settings_file())
+    settings, origins = load_settings({}, file, environment={})
+    assert settings == load_settings({}, environment={})[0] and set(origins.values()) == {"default"}
+    lines = format_settings_file().splitlines()
+    assert all(any(line.startswith(f"# {key} = ") for line in lines) for _, key, _ in iter_settings())
 
 
 def test_the_committed_settings_file_is_the_generated_one():
-    assert Path("charter.toml").read_text(encoding="utf-8") == as_toml(), "run: charter config --defaults > charter.toml"
+    assert Path("charter.toml").read_text(encoding="utf-8") == format_settings_file(), (
+        "run: charter config --defaults > charter.toml"
+    )

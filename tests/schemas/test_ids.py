@@ -35,7 +35,8 @@ def test_epoch_stage_parents_configuration_and_sample_all_count():
 
 
 def test_a_fingerprint_does_not_depend_on_the_order_of_its_parts():
-    assert ids.compute_fingerprint(a=1, b=2) == ids.compute_fingerprint(b=2, a=1) != ids.compute_fingerprint(a=2, b=1)
+    assert ids.compute_fingerprint("custom_stage", a=1, b=2) == ids.compute_fingerprint("custom_stage", b=2, a=1)
+    assert ids.compute_fingerprint("custom_stage", a=1, b=2) != ids.compute_fingerprint("custom_stage", a=2, b=1)
 
 
 def test_seeds_fit_in_63_bits():

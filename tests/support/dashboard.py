@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from charter.cli import cli
 from charter.pipeline import STAGES, connect_bus, make_host, open_store
 from engine.bus.port import ProducerRecord
-from engine.settings import load
+from engine.settings import load_settings
 
 _RIGHT_TO_LEFT_TEXT = "\u202eright to left\u202c مرحبا بالعالم"
 HOSTILE_TEXTS = {
@@ -19,7 +19,7 @@ HOSTILE_TEXTS = {
 }
 _SETTINGS = {
     "respond.max_tokens": "8", "critique.max_tokens": "8", "critique.few_shot": "false", "revise.max_tokens": "8",
-    "critique.min_mass": "0", "judge.min_mass": "0", "prompts.eval_share": "0",
+    "critique.min_option_mass": "0", "judge.min_option_mass": "0", "prompts.eval_fraction": "0",
     "sft.learning_rate": "1e-3", "reward.learning_rate": "1e-2", "ppo.learning_rate": "1e-3",
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def run_hostile_prompts(folder, model, run="live"):
     rows = folder.parent / "hostile.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "tags": ["<i>tag</i>"]}) + "\n" for text in HOSTILE_TEXTS.values()))
     _run_command(folder, model, "produce", rows, "--run", run)
-    settings = load(make_setting_flags(folder, model, **{"run.id": run}), environment={})[0]
+    settings = load_settings(make_setting_flags(folder, model, **{"run.id": run}), environment={})[0]
     bus = connect_bus(settings)
     writer = bus.open_writer("test.broken")
     writer.commit([ProducerRecord("prompts", b"<b>key</b>", b"\x00not a record <script>\xff", ())])

@@ -190,7 +190,7 @@ def _make_unjudged_preference(name, prompt_text, outcome, principle="care"):
 
 
 def add_counted_run(database):
-    """A small run whose figures tests/engine/test_figures.py has counted by hand."""
+    """A small run whose figures tests/engine/test_stats_views.py has counted by hand."""
     database.add(*(make_prompt(text) for text in ("one", "two", "three", "four")))
     # Four first answers under one principle: two flawed, one clean, one that the critic could not say.
     database.add(

@@ -57,7 +57,7 @@ LEARN = {
     "reward": lambda folder: reward.train(folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "dpo": lambda folder: dpo.train(folder, folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "ppo": lambda folder: ppo.train(
-        folder, folder, ROLLOUTS, list(range(8)), PPOConfig(learning_rate=1e30, kl_stop=1e30), hardware=HARDWARE
+        folder, folder, ROLLOUTS, list(range(8)), PPOConfig(learning_rate=1e30, max_kl=1e30), hardware=HARDWARE
     ),
 }
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UsageError
-from engine.settings import load, mix
+from engine.settings import load_settings, parse_mixture
 from schemas.records import BatchManifest, PolicyKind, PolicyUpdate
 from trainer.batches import (
     RowRef,
@@ -72,11 +72,11 @@ def test_a_mix_that_is_not_met_is_told_with_what_is_missing():
 
 
 def test_the_shipped_mixes_are_those_of_the_recipe_and_a_bad_one_is_refused():
-    train = load({}, environment={})[0].train
-    assert mix(train.sft_mix) == SFT and mix(train.reward_mix) == {"helpful": 0.43, "*": 0.57}
+    train = load_settings({}, environment={})[0].train
+    assert parse_mixture(train.sft_mixture) == SFT and parse_mixture(train.reward_mixture) == {"helpful": 0.43, "*": 0.57}
     for bad in ('["helpful=0.3"]', '["helpful"]', '["*=0"]'):
-        with pytest.raises(UsageError, match=r"train.sft_mix cannot be"):
-            load({"train.sft_mix": bad}, environment={})
+        with pytest.raises(UsageError, match=r"train.sft_mixture cannot be"):
+            load_settings({"train.sft_mixture": bad}, environment={})
 
 
 def test_rows_of_one_step_are_of_similar_length_and_the_order_follows_from_the_seed():

@@ -12,7 +12,7 @@ from engine.checkpoints import read_checkpoint, write_checkpoint
 from engine.models.endpoint import compute_served_revision
 from engine.models.interface import GenerationRequest
 from engine.policy import make_restore_update, read_policy_updates
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import ChatMessage, ModelRef, PolicyKind, PolicyUpdate
@@ -105,8 +105,8 @@ def publish(bus, folder, version, *, adapter=True):
 
 
 def test_records_carry_the_version_that_the_server_really_answers_with(server, bus, tmp_path):
-    flags = {"models.policy": f"{server.http.url}#base", "models.delivery": "vllm", "data.folder": str(tmp_path / "data")}
-    models = RoleModels(load(flags, environment={})[0])
+    flags = {"models.policy": f"{server.http.url}#base", "models.weight_sync": "vllm", "data.folder": str(tmp_path / "data")}
+    models = RoleModels(load_settings(flags, environment={})[0])
     policy = make_policy_getter(models, bus, None)
     assert (policy()[0].id, policy()[1]) == ("base", 0)
     server.loads = False
@@ -131,8 +131,8 @@ def test_a_command_delivers_and_is_believed_only_when_the_server_answers(server,
         "import sys, pathlib\npathlib.Path(sys.argv[1]).joinpath('x.safetensors').read_text()\nprint(sys.argv[2])\n"
     )
     command = shlex.join([sys.executable, str(script)])
-    flags = {"models.policy": f"{server.http.url}#base", "models.delivery": command, "data.folder": str(tmp_path / "data")}
-    models = RoleModels(load(flags, environment={})[0])
+    flags = {"models.policy": f"{server.http.url}#base", "models.weight_sync": command, "data.folder": str(tmp_path / "data")}
+    models = RoleModels(load_settings(flags, environment={})[0])
     policy = make_policy_getter(models, bus, None)
     place = publish(bus, tmp_path / "data", 1, adapter=False)
     assert policy()[1] == 0  # the command ended well, and the server knows of nothing

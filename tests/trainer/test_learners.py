@@ -284,7 +284,7 @@ def test_an_ensemble_scores_low_where_its_members_disagree(tiny, tmp_path):
     settings = {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
     steps = []
     model, metrics = reward.train(
-        tiny, pairs(40), members=3, variance_penalty=0.5, on_step=lambda n, m: steps.append(n), **settings
+        tiny, pairs(40), ensemble_size=3, variance_penalty=0.5, on_step=lambda n, m: steps.append(n), **settings
     )
     assert steps == list(range(1, len(steps) + 1)) and metrics["steps"] == len(steps) and metrics["reward/disagreement"] > 0
     texts = [(TURNS, text, True) for text in ("aaa", "bbb", "hmm")]
@@ -302,7 +302,7 @@ def test_an_ensemble_scores_low_where_its_members_disagree(tiny, tmp_path):
     for number in range(3):
         start = reward.load_initial_scorer(folder, number, 0)
         assert torch.equal(start.score.weight, members[number].model.score.weight)
-    assert len(reward.train(folder, pairs(40), members=1, **settings)[0].members) == 1
+    assert len(reward.train(folder, pairs(40), ensemble_size=1, **settings)[0].members) == 1
 
 
 def test_the_normalisation_is_that_of_the_held_out_texts(tiny):

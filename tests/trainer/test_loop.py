@@ -12,7 +12,7 @@ from engine import checkpoints
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError, CommitUncertain, UsageError, WriterFenced
 from engine.host import Host
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import ModelExecutor, Worker
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
@@ -25,12 +25,12 @@ from trainer.loop import Trainer
 @pytest.fixture
 def settings(tiny, tmp_path):
     flags = {
-        "data.folder": str(tmp_path / "data"), "models.policy": str(tiny), "prompts.eval_share": "0", "respond.max_tokens": "8",
+        "data.folder": str(tmp_path / "data"), "models.policy": str(tiny), "prompts.eval_fraction": "0", "respond.max_tokens": "8",
         "critique.rounds": "1", "critique.max_tokens": "8", "critique.few_shot": "false", "revise.max_tokens": "8",
-        "critique.min_mass": "0", "judge.min_mass": "0", "sft.learning_rate": "1e-3", "reward.learning_rate": "1e-2",
+        "critique.min_option_mass": "0", "judge.min_option_mass": "0", "sft.learning_rate": "1e-3", "reward.learning_rate": "1e-2",
         "ppo.learning_rate": "1e-3", "ppo.epochs": "1", "train.sft_rows": "4", "train.reward_rows": "4", "train.ppo_rows": "4",
     }  # fmt: skip
-    return load(flags, environment={})[0]
+    return load_settings(flags, environment={})[0]
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_the_combined_objective_has_its_chains_in_the_manifest(settings, bus, st
 
 
 def test_dpo_takes_the_place_of_reward_model_and_ppo(settings, bus, store, tiny):
-    chosen = settings.model_copy(update={"train": settings.train.model_copy(update={"policy_learner": "dpo"})})
+    chosen = settings.model_copy(update={"train": settings.train.model_copy(update={"rl_method": "dpo"})})
     stream(chosen, bus, store, 1, 6)
     trainer = Trainer(bus, store, chosen, tiny)
     assert trainer.next_phase() == "sft" and trainer.update("sft").version == 1

@@ -233,7 +233,7 @@ def test_at_step_0_ratios_are_one_and_every_kl_is_zero(tiny):
     first = steps[0]
     assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clipfrac"] == 0
     assert first["approx_kl"] == pytest.approx(0, abs=1e-9) and first["kl_ref"] == pytest.approx(0, abs=1e-8)
-    assert first["kl_first"] == pytest.approx(0, abs=1e-8)
+    assert first["kl_base"] == pytest.approx(0, abs=1e-8)
 
 
 def test_the_reward_rises_where_there_is_one_to_learn(tiny, tmp_path):
@@ -257,7 +257,7 @@ def test_a_constant_reward_is_refused(tiny, count):
 
 
 @pytest.mark.parametrize(
-    ("limit", "figure"), [("kl_stop", "kl_ref"), ("max_kl_update", "kl_update"), ("kl_first_stop", "kl_first")]
+    ("limit", "figure"), [("max_kl", "kl_ref"), ("max_kl_update", "kl_update"), ("max_kl_base", "kl_base")]
 )
 def test_a_limit_ends_an_update_that_runs_away(tiny, limit, figure):
     rollouts = sample(tiny, 32, 4)
@@ -276,8 +276,8 @@ def test_an_update_that_begins_past_a_limit_is_refused(tiny, tmp_path):
     far = checkpoints.write_checkpoint(tmp_path / "far", learned.save, {}).folder
     own = sample(far, 64, 10)
     with pytest.raises(TrainingFailed, match="nats per answer away from the reference") as caught:
-        train(far, tiny, own, [float(n % 5) for n in range(64)], replace(FAST, kl_stop=0.01))
-    assert "ppo.kl_stop = 0.01" in str(caught.value) and str(caught.value).count("\n") == 2
+        train(far, tiny, own, [float(n % 5) for n in range(64)], replace(FAST, max_kl=0.01))
+    assert "ppo.max_kl = 0.01" in str(caught.value) and str(caught.value).count("\n") == 2
 
 
 def test_the_kl_of_an_update_sees_mass_that_leaves_for_tokens_that_were_never_sampled():

@@ -183,7 +183,7 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
             rows = order[start : start + p.batch_size]
             gradient = {name: numpy.zeros_like(x) for name, x in model.w.items()}
             tokens = sum(len(rollouts[i].token_ids) for i in rows)
-            m = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_ref", "kl_first"), 0.0)
+            m = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_ref", "kl_base"), 0.0)
             ratio_max, of_batch = 0.0, 0.0
             scale = p.alpha if sl_rows else 1.0
             for i in rows:
@@ -218,7 +218,7 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     m["approx_kl"] += k3(prox[i][k], new) / tokens
                     of_batch += k3(prox[i][k], prox[i][k] + min(new - prox[i][k], math.log(10))) / len(rows)
                     m["kl_ref"] += min(ratio, 10) * k3(new, of_reference[i][k]) / len(rows)
-                    m["kl_first"] += min(ratio, 10) * k3(new, of_first[i][k]) / len(rows)
+                    m["kl_base"] += min(ratio, 10) * k3(new, of_first[i][k]) / len(rows)
                     ratio_max = max(ratio_max, ratio)
             if sl_rows:
                 m["sl_loss"] = naive_supervised(
@@ -280,8 +280,8 @@ STRONG = PPOConfig(
     batch_size=5,
     beta=0.1,
     missing_eos_penalty=0.7,
-    kl_stop=1e9,
-    kl_first_stop=1e9,
+    max_kl=1e9,
+    max_kl_base=1e9,
     max_kl_update=1e9,
 )
 

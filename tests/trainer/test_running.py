@@ -13,7 +13,7 @@ from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.errors import TrainingFailed, UsageError
 from engine.policy import make_restore_update, read_policy_updates
-from engine.settings import load
+from engine.settings import load_settings
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.codec import decode_record
@@ -45,7 +45,7 @@ class Place:
     def __init__(self, folder, **more):
         (folder / "base").mkdir(parents=True)
         settings = make_settings(folder)
-        train = settings.train.model_copy(update={"sft_mix": [], "reward_mix": []} | more)
+        train = settings.train.model_copy(update={"sft_mixture": [], "reward_mixture": []} | more)
         self.settings = settings.model_copy(update={"train": train})
         self.bus, self.store, self.said = connect_bus(self.settings), open_store(self.settings), []
         self.trainer = self.open()
@@ -212,10 +212,10 @@ def test_the_gate_asks_held_out_prompts_of_the_new_policy(tiny, place):
             for text in asked
         )
     )
-    limits = load({"gate.prompts": "8"}, environment={})[0].gate
+    limits = load_settings({"promotion.prompts": "8"}, environment={})[0].promotion
     trip = PromotionGate(limits)(place.store, tiny, 1)
     assert trip.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
-    assert trip.detail == "it refuses only 0% of harmful prompts (gate.min_harmful_refusals)"
+    assert trip.detail == "it refuses only 0% of harmful prompts (promotion.min_harmful_refusals)"
     assert PromotionGate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
 
 
@@ -291,7 +291,7 @@ def test_checkpoints_in_use_outlive_the_others(place):
         place.answers(name)
         place.trainer.update("ppo")
     kept = sorted(path.name for path in (place.settings.folder / "checkpoints").iterdir())
-    # The reference, the newest (train.keep = 1) and where a rollback leads to, the reward model.
+    # The reference, the newest (train.save_total_limit = 1) and where a rollback leads to, the reward model.
     assert kept == ["policy-000001", "policy-000004", "policy-000005", "reward-000001"]
 
 
@@ -321,7 +321,7 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
     run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
     fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or run)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    numbers = MetricsReporter(load({"train.report_to": "trackio"}, environment={})[0])
+    numbers = MetricsReporter(load_settings({"train.report_to": "trackio"}, environment={})[0])
     numbers.report_step("reward", 3, {"loss": 0.25, "epoch": 1.0})
     made = PolicyUpdate(
         record_id=ids.compute_record_id("train", [], "1"), run_id="live", stage="train", kind=PolicyKind.REWARD, version=1,
@@ -338,7 +338,7 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
         "phase=reward version=1 reward/accuracy=0.75 wall_s=2",
     ]
     with pytest.raises(UsageError, match="needs wandb"):
-        MetricsReporter(load({"train.report_to": "wandb"}, environment={})[0])
+        MetricsReporter(load_settings({"train.report_to": "wandb"}, environment={})[0])
 
 
 def test_sft_learns_the_rounds_that_are_chosen(place):
@@ -380,7 +380,7 @@ def test_sft_learns_the_rounds_that_are_chosen(place):
 def replays(place, share, **train):
     """Let the trainer replay this share of earlier labels from here on."""
     changed = {
-        "reward": place.settings.reward.model_copy(update={"replay": share}),
+        "reward": place.settings.reward.model_copy(update={"replay_ratio": share}),
         "train": place.settings.train.model_copy(update=train),
     }
     place.trainer.settings = place.settings.model_copy(update=changed)

@@ -11,8 +11,8 @@ from consumers.sink import Sink
 from engine.checkpoints import write_checkpoint
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.policy import get_weights_version
-from engine.settings import Watch as Limits
-from engine.settings import load
+from engine.settings import MonitorSettings as Limits
+from engine.settings import load_settings
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import (
@@ -99,7 +99,7 @@ def response(name, version, *texts, source="benign", split=Split.TRAIN):
         Completion(index=i, text=text, finish_reason=FinishReason.STOP, policy_version=version) for i, text in enumerate(texts)
     ]
     return Response(
-        record_id=ids.compute_record_id("respond", [prompt_id], ids.compute_fingerprint(version=version)), prompt_id=prompt_id, run_id="live",
+        record_id=ids.compute_record_id("respond", [prompt_id], ids.compute_fingerprint("policy_update", version=version)), prompt_id=prompt_id, run_id="live",
         stage="respond", messages=[ChatMessage(role="user", content=name)], source=source, split=split, policy_version=version,
         sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=64), completions=completions,
     )  # fmt: skip
@@ -204,8 +204,13 @@ def trainer(request, tiny, tmp_path, likes_length):
     Given the parameter "dpo", policy 2 is of DPO and there is no reward model.
     """
     learner = getattr(request, "param", "ppo")
-    flags = {"data.folder": str(tmp_path / "data"), "models.policy": str(tiny), "watch.answers": "24", "watch.prompts": "4"}
-    settings = load(flags, environment={})[0]
+    flags = {
+        "data.folder": str(tmp_path / "data"),
+        "models.policy": str(tiny),
+        "monitor.min_responses": "24",
+        "monitor.prompts": "4",
+    }
+    settings = load_settings(flags, environment={})[0]
     bus = connect_bus(settings)
     found = write_checkpoint(
         tmp_path / "policy", weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {}
@@ -225,7 +230,7 @@ def trainer(request, tiny, tmp_path, likes_length):
 
 def update(kind, version, phase, folder, content_hash):
     return PolicyUpdate(
-        record_id=ids.compute_record_id("train", [], ids.compute_fingerprint(version=version, phase=phase)), run_id="live", stage="train",
+        record_id=ids.compute_record_id("train", [], ids.compute_id(version, phase)), run_id="live", stage="train",
         model=ModelRef(id="tiny", revision="0"), kind=kind, version=version, phase=phase, uri=str(folder),
         content_hash=content_hash, base_version=version - 1, batch_id=ids.compute_record_id("batch", [], phase), metrics={"beta": 0.02},
     )  # fmt: skip
@@ -252,7 +257,7 @@ def sink_all(trainer):
 
 
 def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
-    watch = RewardHackingMonitor(trainer.settings.watch)
+    watch = RewardHackingMonitor(trainer.settings.monitor)
     answer(trainer, 1, (1, 4))
     assert watch(trainer) is None  # policy 2 has not answered yet
     answer(trainer, 2, (4, 8))
@@ -266,11 +271,11 @@ def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
     rewards = trainer.store.query_dicts("SELECT * FROM monitor_rewards ORDER BY policy_version")
     assert [row["answers"] for row in rewards] == [24, 24]
     assert rewards[1]["length_correlation"] == pytest.approx(trip.metrics["length_correlation"])
-    assert RewardHackingMonitor(trainer.settings.watch)(trainer) is None  # also after a restart
+    assert RewardHackingMonitor(trainer.settings.monitor)(trainer) is None  # also after a restart
 
 
 def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
-    trainer.monitor = RewardHackingMonitor(trainer.settings.watch)
+    trainer.monitor = RewardHackingMonitor(trainer.settings.monitor)
     answer(trainer, 1, (1, 4))
     answer(trainer, 2, (4, 8))
     trainer.run_monitor()
@@ -294,7 +299,7 @@ def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
 
     answer(trainer, 1, (1, 4))
     answer(trainer, 2, (1, 4))
-    watch = RewardHackingMonitor(trainer.settings.watch, compare)
+    watch = RewardHackingMonitor(trainer.settings.monitor, compare)
     assert watch(trainer) is None and watch.passed_by_version == {2: True}
     assert {messages[0].content for messages, _, _ in asked} == {f"held out {n}" for n in range(4)}
     sink_all(trainer)
@@ -306,7 +311,7 @@ def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
 def test_a_judge_that_prefers_the_reference_is_believed(trainer):
     answer(trainer, 1, (1, 3))
     answer(trainer, 2, (3, 4))
-    limits = trainer.settings.watch.model_copy(update={"max_growth": 10.0})
+    limits = trainer.settings.monitor.model_copy(update={"max_growth": 10.0})
     trip = RewardHackingMonitor(limits, lambda pairs: [0.1 for _ in pairs])(trainer)
     assert trip is not None and "held-out judge prefers" in trip.detail
 
@@ -318,6 +323,6 @@ def test_without_a_reward_model_everything_else_is_looked_at(trainer):
         [to_producer_record(response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)]
     )
     sink_all(trainer)
-    trip = RewardHackingMonitor(trainer.settings.watch)(trainer)
+    trip = RewardHackingMonitor(trainer.settings.monitor)(trainer)
     assert "benign prompts are refused" in trip.detail and trip.rollback_version == 1
     assert "proxy_gain" not in trip.metrics and "length_correlation" not in trip.metrics

@@ -5,14 +5,14 @@ import pytest
 from charter.held_out_judge import HeldOutJudge, make_critique_judge_constitution, make_reward_hacking_monitor
 from constitutions.loader import load_constitution as load_constitution
 from engine.models.scripted import POISON_TEXT
-from engine.settings import load
+from engine.settings import load_settings
 from schemas.records import ChatMessage
 
 TURNS = (ChatMessage(role="user", content="How do I mend a lamp?"),)
 
 
 def judge(**flags):
-    return HeldOutJudge(load({"models.policy": "scripted"} | flags, environment={})[0])
+    return HeldOutJudge(load_settings({"models.policy": "scripted"} | flags, environment={})[0])
 
 
 def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_model():
@@ -21,7 +21,7 @@ def test_the_held_out_judge_asks_what_labelled_nothing_unless_it_is_another_mode
     assert [p.id for p in asked.judge] == [p.id for p in constitution.critique]
     assert all(c.critique_prompt in p.judge_prompt for p, c in zip(asked.judge, constitution.critique, strict=True))
     assert judge().constitution == asked
-    assert judge(**{"watch.judge": "scripted"}).constitution == constitution
+    assert judge(**{"monitor.judge": "scripted"}).constitution == constitution
 
 
 @pytest.mark.parametrize("pairing", ["completions", "revision"])
@@ -36,5 +36,5 @@ def test_it_compares_in_both_orders_and_gives_no_label_where_it_has_none(pairing
 
 
 def test_no_held_out_prompts_no_judge():
-    settings = load({"models.policy": "scripted", "watch.prompts": "0"}, environment={})[0]
+    settings = load_settings({"models.policy": "scripted", "monitor.prompts": "0"}, environment={})[0]
     assert make_reward_hacking_monitor(settings).judge is None
