@@ -382,7 +382,7 @@ class Trainer:
         number, settings = len(self.read_log()[1]) + 1, self.get_learner_settings(phase)
         chosen, shares = self.sample_rows(phase, trainable_rows), self.get_mixture(phase)
         self.report_mixture(phase, describe_mixture_shortfall(chosen, shares))
-        if replay := settings.get("replay", 0.0):
+        if replay := settings.get("replay_ratio", 0.0):
             wanted, most = round(replay * len(chosen)), self.settings.train.max_rows
             count = min(wanted, most - len(chosen))
             if count < wanted:

@@ -131,7 +131,7 @@ def learn_reward(trainer: Trainer, batch: Batch) -> _TrainOutput:
     from trainer import distributed, reward
 
     manifest, settings = batch.manifest, batch.settings
-    settings.pop("replay", None)  # the rows are there already
+    settings.pop("replay_ratio", None)  # the rows are there already
     version = manifest.base_reward_version
     base = trainer.get_policy_folder(manifest.base_policy_version)
     model, metrics = distributed.call_learner(
