@@ -52,7 +52,7 @@ def doctor(settings: Settings, as_json: bool) -> None:
       charter doctor
       charter doctor --bus kafka://localhost:9092 --json
     """
-    findings = list(_run_checks(settings))
+    findings = list(run_checks(settings))
     if as_json:
         print_rows(
             ["check", "state", "found", "fix"],
@@ -74,7 +74,7 @@ def _print_results(results: list[CheckResult]) -> None:
             click.echo(f"{'':<5} {'':<{longest}}  -> {escape_unprintable(finding.fix)}")
 
 
-def _run_checks(settings: Settings) -> Iterator[CheckResult]:
+def run_checks(settings: Settings) -> Iterator[CheckResult]:
     """Every finding, in the order in which things depend on each other."""
     checks: list[tuple[str, Callable[[Settings], Iterator[CheckResult]]]] = [
         ("python", _check_python),

@@ -108,7 +108,7 @@ def open_store(settings: Settings) -> Store:
     return Store(settings.folder / "charter.duckdb")
 
 
-def _is_endpoint(spec: str) -> bool:
+def is_endpoint(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
@@ -132,7 +132,7 @@ class RoleModels:
         if spec not in self.open_models:
             chosen = self.settings.models
             options: dict[str, Any] = {"threads": chosen.threads, "max_batch_size": chosen.max_batch_size}
-            if _is_endpoint(spec):
+            if is_endpoint(spec):
                 options = {
                     "api_key_env": chosen.api_key_env,
                     "timeout_s": chosen.timeout_s,
@@ -148,8 +148,8 @@ class RoleModels:
         """Local models share the machine and so one lane; each endpoint has its own, and so has what needs no model."""
         if role is None:
             return self.executors.setdefault("", ModelExecutor("no model", 1, 0.0))
-        name = self.get_spec(role) if _is_endpoint(self.get_spec(role)) else "local"
-        threads = _ENDPOINT_THREADS if _is_endpoint(self.get_spec(role)) else 1
+        name = self.get_spec(role) if is_endpoint(self.get_spec(role)) else "local"
+        threads = _ENDPOINT_THREADS if is_endpoint(self.get_spec(role)) else 1
         return self.executors.setdefault(name, ModelExecutor(name, threads, self.settings.worker.downstream_wait_ms / 1000))
 
     def follow_policy(self, bus: Bus) -> PolicyFollower:
@@ -165,7 +165,7 @@ class RoleModels:
             locate_checkpoint(update.uri, self.settings.folder / "checkpoints"), update.content_hash
         ).folder
         first = self.get_model("policy")
-        if _is_endpoint(self.get_spec("policy")):
+        if is_endpoint(self.get_spec("policy")):
             from engine.weight_sync import WeightSync
 
             return WeightSync(first, self.settings.models.weight_sync)(update, folder)  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None)
         kept = (models.open_policy_update(_find_policy_update(bus, pinned_version)), pinned_version)
         return lambda: kept
     first = models.get_model("policy")
-    if pinned_version == 0 or (_is_endpoint(models.get_spec("policy")) and not models.settings.models.weight_sync):
+    if pinned_version == 0 or (is_endpoint(models.get_spec("policy")) and not models.settings.models.weight_sync):
         return lambda: (first, 0)
     return models.follow_policy(bus).get_current_policy
 
@@ -200,7 +200,7 @@ def make_stage(
     role = STAGE_ROLES[name]
     if role not in settings.models.follow or pinned_version is not None:
         return stage
-    if models.get_spec(role) != models.get_spec("policy") or _is_endpoint(models.get_spec("policy")):
+    if models.get_spec(role) != models.get_spec("policy") or is_endpoint(models.get_spec("policy")):
         raise UsageError(
             f"models.follow and models.{role} contradict each other",
             f"{models.get_spec(role)} is not the policy whose versions the trainer makes here",
@@ -360,7 +360,7 @@ def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Seque
     prices = parse_prices(budget.prices)
     for spec in {models.get_spec(STAGE_ROLES[stage]) for stage in stages} if budget.max_cost else ():
         name = spec.partition("#")[2]
-        if _is_endpoint(spec) and name not in prices:
+        if is_endpoint(spec) and name not in prices:
             raise UsageError(
                 f"budget.max_cost cannot bound what {name} costs",
                 "budget.prices has no price for it",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from schemas.records import Incident, PolicyUpdate
 
 PHASES = ("sft", "reward", "ppo", "dpo")
-_LATEST = "latest"
+LATEST_POLICY = "latest"
 _INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's folder, and of no use outside Charter
 
 
@@ -265,7 +265,7 @@ def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, p
 
 
 @policy.command()
-@click.argument("version", default=_LATEST)
+@click.argument("version", default=LATEST_POLICY)
 @click.argument("folder", type=click.Path(path_type=Path))
 @common_options
 def export(settings: Settings, version: str, folder: Path) -> None:
@@ -298,7 +298,7 @@ def parse_policy_version(version: str, updates: Sequence[PolicyUpdate]) -> int:
     from engine.errors import UsageError
     from engine.policy import get_newest_version
 
-    if version == _LATEST:
+    if version == LATEST_POLICY:
         return get_newest_version(updates)
     if not version.isdigit():
         raise UsageError(f"{version} is no policy version", 'it is a number, or "latest"', "type: charter policy list")

@@ -37,7 +37,7 @@ def _replace_non_finite(value: Any) -> Any:
     return [_replace_non_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _get_terminal_width() -> int:
+def get_terminal_width() -> int:
     return shutil.get_terminal_size((100, 40)).columns
 
 
@@ -92,13 +92,13 @@ def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def fits_terminal(text: str) -> bool:
     """Whether a table is no wider than the terminal; the line below its head is as wide as it is."""
-    return len(text.split("\n", 2)[1]) <= _get_terminal_width()
+    return len(text.split("\n", 2)[1]) <= get_terminal_width()
 
 
 def wrap_text(text: str, indent: str) -> str:
     """Paragraphs wrapped to the terminal, each line behind `indent`."""
     lines = escape_unprintable(text).splitlines() or [""]
-    limit = max(40, min(_get_terminal_width(), 110)) - len(indent)
+    limit = max(40, min(get_terminal_width(), 110)) - len(indent)
     return "\n".join(indent + part for line in lines for part in (textwrap.wrap(line, limit) or [""]))
 
 

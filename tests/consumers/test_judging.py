@@ -116,7 +116,7 @@ def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
         p = next(p for question, p in by_question.items() if question in ask.messages[0].content)
         return p if shown_first(ask) else 1 - p
 
-    record = one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighty, k=4), make_response())
+    record = one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighty, num_principles=4), make_response())
     by_id = {p.id: p for p in weighty.judge}
     assert len({vote.principle_id for vote in record.votes}) == 4 and record.principle_id is None
     assert all(vote.p_forward == pytest.approx(by_question[by_id[vote.principle_id].judge_prompt]) for vote in record.votes)
@@ -134,7 +134,7 @@ def test_an_ensemble_labels_when_half_of_it_can_be_read_and_by_those_alone(make_
             return [s if i // 2 >= silent else OptionScores((-9.0, -2.0), 0.135) for i, s in enumerate(scored)]
 
     model = Partly(option_rule=lambda ask: 0.8 if shown_first(ask) else 0.2)
-    record = one(judge("ensemble-k", model, k=4), make_response())
+    record = one(judge("ensemble-k", model, num_principles=4), make_response())
     assert record.outcome is outcome and [vote.outcome for vote in record.votes].count(Outcome.LOW_MASS) == silent
     assert record.p_a == (pytest.approx(0.8) if outcome is Outcome.OK else None)
 

@@ -26,7 +26,7 @@ def test_prices_are_for_a_million_tokens_read_and_written():
     assert parse_prices(["a=0.15/0.60", "o/b=c=1/2"]) == {"a": Price(0.15, 0.6), "o/b=c": Price(1, 2)}
     assert Price(3, 15).compute_cost(2_000_000, 100_000) == pytest.approx(6 + 1.5)
     for bad in ("a", "a=1", "a=1/2/3", "=1/2", "a=-1/2", "a=nan/1", "a=inf/1", "a=x/y"):
-        with pytest.raises(UsageError, match=r"limits\.prices"):
+        with pytest.raises(UsageError, match=r"budget\.prices"):
             parse_prices([bad])
 
 
