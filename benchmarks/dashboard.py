@@ -25,7 +25,8 @@ from pathlib import Path
 import duckdb
 import httpx
 
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from engine.settings import Settings, load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.topics import TOPICS

@@ -33,8 +33,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.learning.language import ToyQuestion, generate_questions
-from charter.options import stop_on_signals
-from charter.pipeline import open_bus_from_settings, open_store, read_sink_offsets
+from charter.connect import open_bus_from_settings, open_store
+from charter.console import stop_on_signals
+from charter.lag import read_sink_offsets
 from engine.bus.read import read_values
 from engine.errors import CharterError, StoreBusy
 from engine.settings import Settings, load_settings
@@ -85,7 +86,9 @@ def _load_settings(folder: Path) -> Settings:
 def _run_stream(folder: Path) -> None:
     """Every stage and the sink, and a producer that keeps questions waiting, until SIGTERM."""
     from benchmarks.learning.programmatic import LANGUAGE_RULE, ProgrammaticCritic, make_judge
-    from charter.pipeline import STAGES, RoleModels, connect_bus, make_stage
+    from charter.connect import connect_bus
+    from charter.models import RoleModels
+    from charter.pipeline import STAGES, make_stage
     from constitutions.loader import load_constitution as load_constitution
     from consumers.sink import Sink
     from engine.host import Host

@@ -19,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from charter.pipeline import RoleModels, make_critique_stage, make_judge_stage, make_respond_stage, make_revise_stage
+from charter.models import RoleModels
+from charter.pipeline import make_critique_stage, make_judge_stage, make_respond_stage, make_revise_stage
 from constitutions.loader import Constitution
 from constitutions.loader import load_constitution as load_constitution
 from consumers.critique import CritiqueStage

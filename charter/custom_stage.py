@@ -10,15 +10,12 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from charter.models import RoleModels
 from engine.errors import UsageError
+from engine.settings import Settings
+from engine.worker import Stage
 from schemas.topics import TOPICS
-
-if TYPE_CHECKING:
-    from charter.pipeline import RoleModels
-    from engine.settings import Settings
-    from engine.worker import Stage
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
-from charter.text import format_table, format_trace
+from charter.connect import connect_bus, open_store
+from charter.console import format_table
+from charter.pipeline import STAGES, make_host
+from charter.text import format_trace
 from engine.bus.port import Bus
 from engine.errors import CharterError, UsageError
 from engine.host import Host
@@ -117,7 +120,6 @@ class DemoProgress:
             self.live_display.update(self.build_table(f"training: {phase}", counts))
 
     def build_table(self, title: str, counts: dict[str, int]) -> Any:
-        from rich.table import Table
 
         rich_table = Table(title=f"{title}  ({time.monotonic() - self.started_at:.0f} s)")
         for name in counts:

@@ -16,7 +16,7 @@ import click
 from pydantic import PositiveInt
 from pydantic.fields import FieldInfo
 
-from charter.cli import SECTIONS, cli
+from charter.cli import SECTIONS, load_command
 from engine.settings import PRESETS, iter_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -119,7 +119,7 @@ def _list_options(command: click.Command) -> list[tuple[str, str]]:
     return [(said, " ".join(meaning.split())) for said, meaning in records if not said.endswith("--help")]
 
 
-_COMMON_OPTIONS = [record for record in _list_options(cli.commands["run"]) if record in _list_options(cli.commands["status"])]
+_COMMON_OPTIONS = [record for record in _list_options(load_command("run")) if record in _list_options(load_command("status"))]
 
 
 def _format_options_table(records: list[tuple[str, str]]) -> str:
@@ -144,7 +144,7 @@ def _format_cli_page() -> str:
     parts = [_CLI_INTRO, _format_options_table(_COMMON_OPTIONS)]
     for title, names in SECTIONS.items():
         parts.append(f"\n## {title}\n")
-        parts += [_format_command(name, command) for verb in names for name, command in iter_commands(cli.commands[verb], verb)]
+        parts += [_format_command(name, command) for verb in names for name, command in iter_commands(load_command(verb), verb)]
     return "".join(parts)
 
 

@@ -7,63 +7,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from charter.options import common_options, json_option, print_rows, stop_on_signals
+from charter.connect import open_store
+from charter.console import stop_on_signals
+from charter.estimate import estimate_costs, format_costs
+from charter.lag import find_oldest_unread, get_stage_inputs, read_sink_offsets
+from charter.pipeline import STAGE_ROLES, STAGES, make_host, make_run_manifest, read_run_manifests
+from constitutions.loader import Constitution, load_constitution
+from engine.bus.port import Bus, Offsets, TopicPartition
+from engine.bus.read import read_topic
+from engine.errors import UsageError
+from engine.host import Host
+from engine.settings import Settings
+from engine.settings import Settings as Tree
+from producers.replay import (
+    EARLIEST,
+    ArchiveSelection,
+    LogSelection,
+    ReplayBound,
+    decode_or_none,
+    is_chain_end,
+    is_chain_start,
+    republish_records,
+)
+from schemas import ids
+from schemas.records import Record, RunManifest
+from schemas.topics import TOPICS
 
-if TYPE_CHECKING:
-    from constitutions.loader import Constitution
-    from engine.bus.port import Bus, Offsets
-    from engine.host import Host
-    from engine.settings import Settings
-    from producers.replay import ArchiveSelection, LogSelection
-    from schemas.records import Record, RunManifest
-
-_STAGES = ("respond", "critique", "revise", "judge")
 _POLL_INTERVAL_S = 0.5
-
-
-@click.command()
-@click.option("--stage", type=click.Choice(_STAGES), required=True, help="Where to begin; what follows from it runs too.")
-@click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
-@click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
-@click.option("--as", "name", metavar="NAME", help="The new run's name; without it one that follows from what is replayed.")
-@click.option("--constitution", help="Another constitution: a shipped one's name or a file.")
-@click.option("--without", metavar="PRINCIPLE", multiple=True, help="Leave this principle out; may be repeated.")
-@click.option("--model", help="Another model for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
-@click.option("--policy", type=int, help="The policy version that answers; without it the one that the source run used.")
-@click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
-@click.option("--only", is_flag=True, help="Run this stage alone, nothing that follows from it.")
-@click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
-@common_options
-def replay(settings: Settings, **how: Any) -> None:
-    """Run earlier records through the stages, as a new run.
-
-    It reads the records of one run (--run, or --from run:NAME), up to the ends that the topics have when it starts, and is
-    over when everything that follows from them has ended. With the same configuration it makes the same record ids and adds
-    nothing to the views; with another it stands beside: select it by its run_id. Killed half way, the same command goes on.
-
-    \b
-    Examples:
-      charter replay --stage judge --constitution red-team --as rejudged
-      charter replay --stage respond --from 2026-11-24T10:00 --dry-run
-      charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
-      charter replay --stage judge --constitution customer-service --without kinder
-    """
-    from charter.pipeline import connect_bus
-
-    bus = connect_bus(settings)
-    try:
-        plan = make_replay_plan(settings, bus, **{key: value for key, value in how.items() if key != "dry_run"})
-        if how["dry_run"]:
-            for line in plan.describe():
-                click.echo(line)
-        else:
-            run_replay(plan, bus)
-    finally:
-        bus.close()
 
 
 @dataclass(frozen=True)
@@ -81,7 +55,6 @@ class ReplayPlan:
 
     def describe(self) -> list[str]:
         """What it would do and cost."""
-        from charter.estimate import estimate_costs, format_costs
 
         records = list({record.record_id: record for record in self.read_records()}.values())
         chars = sum(len(message.content) for record in records for message in getattr(record, "messages", []))
@@ -99,14 +72,8 @@ class ReplayPlan:
 
 def make_replay_plan(settings: Settings, bus: Bus, *, stage: str, start: str, end: str, name: str | None, only: bool, archive: bool,
               constitution: str | None, model: str | None, policy: int | None,
-              without: Sequence[str] = ()) -> ReplayPlan:  # fmt: skip
+              excluded_principles: Sequence[str] = ()) -> ReplayPlan:  # fmt: skip
     """Decide what is replayed; a replay that was begun before keeps the bounds that it began with."""
-    from charter.pipeline import STAGE_ROLES, get_stage_inputs, make_run_manifest, open_store, read_run_manifests
-    from constitutions.loader import load_constitution
-    from engine.bus.port import TopicPartition
-    from engine.errors import UsageError
-    from producers.replay import EARLIEST, ArchiveSelection, LogSelection, ReplayBound, is_chain_end, is_chain_start
-    from schemas import ids
 
     known = read_run_manifests(bus)
     source = start.removeprefix("run:") if start.startswith("run:") else settings.run.id
@@ -125,9 +92,9 @@ def make_replay_plan(settings: Settings, bus: Bus, *, stage: str, start: str, en
         "policy": policy,
         "archive": archive,
     }
-    if without:
-        loaded = loaded.without_principles(without)
-        what["without"] = list(without)
+    if excluded_principles:
+        loaded = loaded.without_principles(excluded_principles)
+        what["without"] = list(excluded_principles)
     fingerprint = ids.compute_fingerprint("replay", selection=what, settings=_dump_settings(chosen), constitution=loaded.hash)
     chosen = _override_settings(chosen, {"run.id": name or f"replay-{stage}-{fingerprint[:8]}"})
     if chosen.run.id == source:
@@ -189,7 +156,6 @@ def _dump_settings(settings: Settings) -> dict[str, Any]:
 
 def _override_settings(settings: Settings, changes: dict[str, Any]) -> Settings:
     """The settings with some of them, by dotted name, changed."""
-    from engine.settings import Settings as Tree
 
     values = settings.model_dump()
     for name, value in changes.items():
@@ -200,20 +166,17 @@ def _override_settings(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 def _get_downstream_stages(stage: str, pairing: str) -> tuple[str, ...]:
     """The stage and every one that reads what it, or one that follows from it, makes."""
-    from charter.pipeline import get_stage_inputs
 
     made = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences"}
     reached, topics = {stage}, {made[stage]}
     while more := {name for name, inputs in get_stage_inputs(pairing).items() if name not in reached and topics & set(inputs)}:
         reached |= more
         topics |= {made[name] for name in more}
-    return tuple(name for name in _STAGES if name in reached)
+    return tuple(name for name in STAGES if name in reached)
 
 
 def _resolve_policy_version(bus: Bus, source: str, policy: int | None, model: str | None) -> int:
     """The policy version that answers: as told, another model's own weights, or the one that answered most in the source."""
-    from engine.bus.read import read_topic
-    from producers.replay import decode_or_none
 
     if policy is not None or model:
         return policy or 0
@@ -228,9 +191,6 @@ def _resolve_policy_version(bus: Bus, source: str, policy: int | None, model: st
 
 def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> bool:
     """Feed the records to the stages, and run these until everything has ended; whether it has, or was stopped before."""
-    from charter.pipeline import find_oldest_unread, get_stage_inputs, make_host, open_store, read_sink_offsets
-    from producers.replay import republish_records
-    from schemas.topics import TOPICS
 
     def archived() -> bool:
         return not find_oldest_unread(
@@ -281,146 +241,3 @@ def _wait_until_finished(host: Host, bus: Bus, topics: Sequence[str], stop: Any)
 
 def _filter_offsets(topics: Sequence[str], end_offsets: Offsets) -> Offsets:
     return {place: end for place, end in end_offsets.items() if place.topic in topics}
-
-
-# Runs
-
-
-@click.group(invoke_without_command=True)
-@json_option
-@common_options
-def runs(settings: Settings, as_json: bool) -> None:
-    """The runs of this database: list or compare them.
-
-    Without a verb: the list.
-
-    \b
-    Examples:
-      charter runs
-      charter runs compare live rejudged
-    """
-    if click.get_current_context().invoked_subcommand is None:
-        _print_runs(settings, as_json)
-
-
-@runs.command("list")
-@json_option
-@common_options
-def list_runs(settings: Settings, as_json: bool) -> None:
-    """Every run: what it is made of, and its records.
-
-    Records that it shares with another run are counted too.
-
-    \b
-    Examples:
-      charter runs list --json
-    """
-    _print_runs(settings, as_json)
-
-
-RUNS_SQL = (
-    """
-WITH counted AS (SELECT run_id, topic, count(*) AS n FROM run_records GROUP BY ALL),
-     named AS (SELECT run_id, min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
-                      arg_max(settings, commit_seq) AS settings FROM raw.runs GROUP BY 1)
-SELECT run_id AS run, started, constitution,
-       coalesce(settings ->> '$.replay.stage', '') AS replays_from, coalesce(settings ->> '$.replay.source', '') AS of_run,
-       settings ->> '$.models.policy' AS policy, """
-    + ", ".join(
-        f"coalesce(sum(n) FILTER (topic = '{topic}'), 0)::BIGINT AS {topic}"
-        for topic in ("prompts", "responses", "critiques", "revisions", "preferences")
-    )
-    + """
-FROM named LEFT JOIN counted USING (run_id) GROUP BY ALL ORDER BY started"""
-)
-
-
-def _print_runs(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import open_store
-
-    found = open_store(settings).query(RUNS_SQL, limit_s=30.0)
-    if as_json or found.rows:
-        print_rows(found.columns, found.rows, as_json)
-    else:
-        click.echo("no run has begun yet")
-
-
-@runs.command()
-@click.argument("first", metavar="RUN")
-@click.argument("second", metavar="RUN")
-@json_option
-@common_options
-def compare(settings: Settings, first: str, second: str, as_json: bool) -> None:
-    """What two runs differ in.
-
-    Settings, records that only one has, and labels of the same pair of answers.
-
-    \b
-    Examples:
-      charter runs compare live rejudged
-    """
-    from charter.pipeline import open_store
-
-    store = open_store(settings)
-    rows: list[tuple[Any, ...]] = [*_diff_settings(store, first, second)]
-    for topic, shared, one, other in store.query(SHARED_RECORDS_SQL, [first, second], limit_s=30.0).rows:
-        rows.append((f"{topic} that both have", shared, shared))
-        rows.append((f"{topic} of its own", one, other))
-    labels = store.query_dicts(SHARED_LABELS_SQL, [first, second], limit_s=30.0)
-    for label in labels:
-        head = f"labels by {label['principle']}"
-        rows.append((f"{head}: pairs that both judged", label["pairs"], label["pairs"]))
-        rows.append((f"{head}: mean p(a)", label["mean_first"], label["mean_second"]))
-        rows.append((f"{head}: another answer is better", "", label["flips"]))
-    print_rows(["what", first, second], rows, as_json)
-
-
-def _diff_settings(store: Any, first: str, second: str) -> list[tuple[str, str, str]]:
-    """(setting, value in the first run, value in the second) where they differ."""
-    from engine.errors import UsageError
-
-    trees = []
-    for run in (first, second):
-        sql = (
-            "SELECT settings, constitution.name || ' ' || constitution.version AS name, constitution.hash AS hash FROM raw.runs"
-        )
-        found = store.query_dicts(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
-        if not found:
-            raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of it", "type: charter runs")
-        tree = flatten_settings(json.loads(found[0]["settings"])) | {
-            "constitution": found[0]["name"],
-            "constitution hash": found[0]["hash"],
-        }
-        trees.append({key: value for key, value in tree.items() if not key.startswith("replay.") and key != "run.id"})
-    return [
-        (key, str(trees[0].get(key, "")), str(trees[1].get(key, "")))
-        for key in sorted({*trees[0], *trees[1]})
-        if trees[0].get(key) != trees[1].get(key)
-    ]
-
-
-def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names."""
-    flattened: dict[str, Any] = {}
-    for key, value in tree.items():
-        flattened |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flattened
-
-
-SHARED_RECORDS_SQL = """
-SELECT topic, count(*) FILTER (one AND other) AS shared, count(*) FILTER (one AND NOT other) AS one_alone,
-       count(*) FILTER (other AND NOT one) AS other_alone
-FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2) AS other FROM run_records
-      WHERE run_id IN ($1, $2) GROUP BY ALL)
-WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
-
-# The same pair of answers, judged in both runs; by the second run's principle, since the constitutions may differ.
-SHARED_LABELS_SQL = """
-WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
-                FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')
-SELECT two.principle_id AS principle, count(*) AS pairs, avg(one.p_a) AS mean_first, avg(two.p_a) AS mean_second,
-       count(*) FILTER ((one.p_a > 0.5) <> (two.p_a > 0.5)) AS flips
-FROM judged one JOIN judged two ON one.response_id = two.response_id AND one.response_a = two.response_a AND one.response_b = two.response_b
-WHERE one.run_id = $1 AND two.run_id = $2 GROUP BY 1 ORDER BY 1"""
-
-VERBS = (replay, runs)

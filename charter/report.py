@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common_options, json_option
+from charter.console import common_options, json_option
 
 if TYPE_CHECKING:
     from engine.settings import Settings
@@ -41,9 +41,9 @@ def report(settings: Settings, origins: dict[str, str], file: Path, samples: int
       charter report --run live --stories 10 live.html
       charter report --json | jq .policies
     """
+    from charter.connect import open_store
     from charter.dashboard.app import error_to_dict
     from charter.dashboard.rendering import to_json_value
-    from charter.pipeline import open_store
     from charter.text import format_json
 
     store = open_store(settings)
@@ -135,6 +135,3 @@ def _render_html(run: str, loaded_sections: dict[str, Any]) -> str:
         troubles={name: error_to_dict(look.error) for name, look in loaded_sections.items() if look.error},
         **{name: to_json_value(look.data) for name, look in loaded_sections.items()},
     )
-
-
-VERBS = (report,)

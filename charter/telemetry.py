@@ -5,20 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from charter.connect import open_bus_from_settings
+from consumers.sink import Sink
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
+from engine.metrics import MetricSample, collect_sink_metrics, collect_worker_metrics, serve_metrics
 from engine.policy import read_policy_updates
+from engine.settings import Settings
+from engine.tracing import Tracing
+from engine.worker import Worker
 from schemas.records import PolicyKind
 from schemas.topics import TOPICS
-
-if TYPE_CHECKING:
-    from consumers.sink import Sink
-    from engine.metrics import MetricSample
-    from engine.settings import Settings
-    from engine.tracing import Tracing
-    from engine.worker import Worker
 
 CloseFunction = Callable[[], None]
 
@@ -44,7 +42,6 @@ def start_metrics_server(settings: Settings, collect: Callable[[Bus], Iterable[M
     """
     if not settings.telemetry.metrics_port:
         return []
-    from engine.metrics import serve_metrics
 
     asking = _MetricsCollector(settings, collect)
     return [serve_metrics(settings.telemetry.metrics_host, settings.telemetry.metrics_port, asking), asking.close]
@@ -59,7 +56,6 @@ class _MetricsCollector:
         self.lock = threading.Lock()
 
     def __call__(self) -> list[MetricSample]:
-        from charter.pipeline import open_bus_from_settings
 
         figures: list[MetricSample] = []
         with self.lock, suppress(BusUnreachable):
@@ -77,7 +73,6 @@ def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) ->
     """What a host's workers and sinks say; the lags, which need the log, come last. `sinks` may still grow."""
 
     def read(bus: Bus) -> Iterator[MetricSample]:
-        from engine.metrics import collect_sink_metrics, collect_worker_metrics
 
         for worker in workers:
             yield from collect_worker_metrics(worker)
@@ -94,7 +89,6 @@ def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) ->
 
 
 def _make_lag_sample(run_id: str, stage: str, next_offsets: Offsets, end_offsets: Offsets) -> MetricSample:
-    from engine.metrics import MetricSample
 
     behind = sum(max(0, end - next_offsets.get(place, 0)) for place, end in end_offsets.items())
     labels = (("run", run_id), ("stage", stage))
@@ -109,7 +103,6 @@ def make_trainer_collector(
     """The newest metrics of each phase in this process, and the versions on the log."""
 
     def read(bus: Bus) -> Iterator[MetricSample]:
-        from engine.metrics import MetricSample
 
         for phase, count in list(step_counts.items()):
             yield MetricSample("charter_train_steps_total", "Optimiser steps of this process.", count, (("phase", phase),))

@@ -1,4 +1,4 @@
-"""Text for people: hostile characters made visible, tables, nested values, and one prompt's story."""
+"""Text for terminals: escaping of unprintable characters, JSON, wrapping, and the trace of one prompt."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any
-
-_MAX_CELL_CHARS = 60
 
 
 def escape_unprintable(text: str) -> str:
@@ -38,61 +34,8 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def get_terminal_width() -> int:
+    """Return the width of the terminal in columns, or 100 without one."""
     return shutil.get_terminal_size((100, 40)).columns
-
-
-def format_cell(value: Any) -> str:
-    """A value on one line, in few characters."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, datetime):
-        return value.isoformat(" ", "seconds")
-    if isinstance(value, list | dict | tuple):
-        value = json.dumps(value, ensure_ascii=False, default=str)
-    return escape_unprintable(str(value)).replace("\n", "\\n")
-
-
-def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Columns side by side; numbers to the right."""
-    rows = [list(row) for row in rows]
-    cells = [[format_cell(value) for value in row] for row in rows]
-    widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
-    right = [bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
-
-    def line(values: Sequence[str]) -> str:
-        fitted = [v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)]
-        return "  ".join(fitted).rstrip()
-
-    return "\n".join([line(columns), line(["-" * w for w in widths]), *(line(row) for row in cells)])
-
-
-def _format_row_blocks(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """One row after the other, a column a paragraph: for rows too wide for a table."""
-    parts = []
-    for number, row in enumerate(rows, 1):
-        parts.append(f"--- row {number}")
-        parts += [f"{name}: {_format_nested(value)}" for name, value in zip(columns, row, strict=True)]
-    return "\n".join(parts)
-
-
-def _format_nested(value: Any) -> str:
-    if isinstance(value, list | dict):
-        return escape_unprintable(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-    return escape_unprintable(value) if isinstance(value, str) else format_cell(value)
-
-
-def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table where it fits the terminal, else one row after the other."""
-    short = all(len(format_cell(value)) <= _MAX_CELL_CHARS for row in rows for value in row)
-    text = format_table(columns, rows)
-    return text if short and fits_terminal(text) else _format_row_blocks(columns, rows)
-
-
-def fits_terminal(text: str) -> bool:
-    """Whether a table is no wider than the terminal; the line below its head is as wide as it is."""
-    return len(text.split("\n", 2)[1]) <= get_terminal_width()
 
 
 def wrap_text(text: str, indent: str) -> str:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.held_out_judge import make_reward_hacking_monitor
-from charter.options import print_progress, stop_on_signals
-from charter.pipeline import connect_bus, open_store
+from charter.connect import connect_bus, open_store
+from charter.console import print_progress, stop_on_signals
+from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
 from engine.models import resolve_model_folder
+from engine.settings import Settings
+from schemas.records import PolicyUpdate
 
 if TYPE_CHECKING:
-    from engine.settings import Settings
-    from schemas.records import PolicyUpdate
     from trainer.loop import Trainer
 
 _TRACKING_LIBRARIES = ("trackio", "wandb")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from charter.pipeline import open_store
+from charter.connect import open_store
 from engine.settings import load_settings
 
 PROMPTS = 2  # then 1 and 1 more, answered by the new policies

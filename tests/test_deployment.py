@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from charter.up import COMPOSE_FILE
 
 from charter.cli import STAGES, cli
-from charter.dashboard.command import TOKEN_VARIABLE
-from charter.up import COMPOSE_FILE
+from charter.commands.dashboard import TOKEN_VARIABLE
 from engine.metrics import serve_metrics
 from engine.settings import Settings, get_environment_name, iter_settings, load_settings
 from tests.support.kafka import find_free_port

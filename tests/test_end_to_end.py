@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from charter.pipeline import STAGES, compute_lags, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.lag import compute_lags
+from charter.pipeline import STAGES, make_host
 from engine.bus.port import ProducerRecord
 from engine.bus.read import read_topic
 from engine.models.scripted import POISON_TEXT

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from charter.cli import TABLES_SQL, cli
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.cli import cli
+from charter.commands.sql import TABLES_SQL
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from engine.worker import to_producer_record

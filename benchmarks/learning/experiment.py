@@ -22,7 +22,9 @@ from typing import Any
 
 from benchmarks.learning.language import ToyQuestion, generate_questions
 from benchmarks.learning.programmatic import PreferenceRule, ProgrammaticCritic, ProgrammaticJudge, compute_win_probability
-from charter.pipeline import STAGES, RoleModels, connect_bus, make_stage, open_store
+from charter.connect import connect_bus, open_store
+from charter.models import RoleModels
+from charter.pipeline import STAGES, make_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers.sink import Sink
 from engine.bus.port import Bus

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.learning.language import is_polite, is_refusal, is_rude
 from benchmarks.learning.programmatic import PreferenceRule
-from charter.agreement import compute_wilson_interval
 from engine.settings import PPOSettings
+from engine.statistics import compute_wilson_interval
 
 _ARM_COLORS = {"judge": "#1b6ca8", "sft": "#c98a00", "shuffled": "#888888", "hacked": "#a83232", "trl112": "#7a4fa3"}
 _ARM_LABELS = {
@@ -56,9 +56,9 @@ class VersionCounts:
     @property
     def target_rate_interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate."""
-        low, high = compute_wilson_interval(self.target, self.answers)
-        assert low is not None and high is not None
-        return low, high
+        interval = compute_wilson_interval(self.target, self.answers)
+        assert interval is not None
+        return interval
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def format_spread(runs: Sequence[RunResult], repeats: Sequence[RunResult]) -> st
 
 
 def _format_share(hits: int, n: int) -> str:
-    low, high = compute_wilson_interval(hits, n)
-    return f"{hits / n:.1%} [{low:.1%}, {high:.1%}]" if n and low is not None else ""
+    interval = compute_wilson_interval(hits, n)
+    return f"{hits / n:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
 
 
 def format_table(runs: Sequence[RunResult]) -> str:
@@ -267,9 +267,9 @@ def _plot_line(
     numbers = sorted({v.version for v in versions if v.arm == arm})
     counts = [_pool_counts(versions, arm, n, *columns) for n in numbers]
     shares = [k / n for k, n in counts]
-    ends = [compute_wilson_interval(k, n) for k, n in counts]
-    below = [share - (low or 0.0) for share, (low, _) in zip(shares, ends, strict=True)]
-    above = [(high or 0.0) - share for share, (_, high) in zip(shares, ends, strict=True)]
+    ends = [compute_wilson_interval(k, n) or (0.0, 0.0) for k, n in counts]
+    below = [share - low for share, (low, _) in zip(shares, ends, strict=True)]
+    above = [high - share for share, (_, high) in zip(shares, ends, strict=True)]
     axes.errorbar([n + shift for n in numbers], shares, yerr=[below, above], color=color, label=label, capsize=3, lw=1.8)
 
 

@@ -86,7 +86,7 @@ class Dashboard:
     """The views of one data folder and one log."""
 
     def __init__(self, settings: Settings) -> None:
-        from charter.pipeline import open_store
+        from charter.connect import open_store
 
         self.settings = settings
         self.query_cache = QueryCache(open_store(settings))
@@ -276,7 +276,7 @@ class Dashboard:
 
 
 def _get_stage_inputs(pairing: str) -> dict[str, list[str]]:
-    from charter.pipeline import get_stage_inputs
+    from charter.lag import get_stage_inputs
 
     return {stage: list(topics) for stage, topics in get_stage_inputs(pairing).items()}
 

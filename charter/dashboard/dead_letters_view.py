@@ -65,8 +65,8 @@ def load_selected(query: QueryFunction, form: Mapping[str, str]) -> dict[str, An
 
 def retry_dead_letters(settings: Settings, letters: list[dict[str, Any]]) -> int:
     """Put letters back on their topics; returns how many were not tried again before."""
+    from charter.connect import connect_bus
     from charter.dead_letters import publish_retries
-    from charter.pipeline import connect_bus
 
     bus = connect_bus(settings)
     try:

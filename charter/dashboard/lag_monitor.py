@@ -75,7 +75,7 @@ class LagMonitor:
 
     def open_bus(self) -> Bus:
         """The log as it is. A look never makes one."""
-        from charter.pipeline import open_bus_from_settings
+        from charter.connect import open_bus_from_settings
         from engine.bus import KAFKA_SCHEME
         from engine.bus.embedded import LOG_FILENAME
         from engine.errors import BusUnreachable
@@ -98,8 +98,7 @@ class LagMonitor:
 
 def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id: str) -> list[dict[str, Any]]:
     """For each reader and topic: messages behind, and the age of the oldest of them in seconds."""
-    from charter.pipeline import get_stage_inputs
-    from charter.topics import compute_lag_rows
+    from charter.lag import compute_lag_rows, get_stage_inputs
     from schemas.topics import TOPICS
 
     there = bus.topic_ids(list(TOPICS))

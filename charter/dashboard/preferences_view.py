@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from charter.dashboard.intervals import compute_share, compute_wilson_interval
+from charter.dashboard.intervals import compute_share
+from engine.statistics import compute_wilson_interval
 from engine.store import QueryFunction
 
 _NUM_BINS = 10

@@ -22,7 +22,7 @@ _PACKAGES = ("duckdb", "fastavro", "kafka-python", "pydantic", "torch", "transfo
 
 def load_runs(query: QueryFunction) -> list[dict[str, Any]]:
     """Every run, newest first, with what it is made of and how many records it has."""
-    from charter.replay import RUNS_SQL
+    from charter.runs import RUNS_SQL
 
     return list(reversed(query(RUNS_SQL, (), 500).to_dicts()))
 
@@ -57,7 +57,7 @@ def load_run(query: QueryFunction, run: str, parameters: Mapping[str, str]) -> d
 
 def _flatten_settings(text: str) -> dict[str, Any]:
     """The settings of a manifest as dotted names, without the logins of URLs."""
-    from charter.replay import flatten_settings
+    from charter.runs import flatten_settings
 
     return {name: _strip_credentials(value) for name, value in flatten_settings(json.loads(text)).items()}
 
@@ -87,7 +87,7 @@ def _diff_settings(before: dict[str, Any], after: dict[str, Any]) -> list[dict[s
 
 def _compare_runs(query: QueryFunction, run: str, other: str) -> dict[str, Any]:
     """What two runs differ in: configuration, records, labels. `found` is False when the other run is not there."""
-    from charter.replay import SHARED_LABELS_SQL, SHARED_RECORDS_SQL
+    from charter.runs import SHARED_LABELS_SQL, SHARED_RECORDS_SQL
 
     rows = query("SELECT * FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC", [other], 1).to_dicts()
     if not rows:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 import uvicorn
 
+from charter.commands.dashboard import TOKEN_VARIABLE
 from charter.dashboard.app import Dashboard
-from charter.dashboard.command import TOKEN_VARIABLE
 from engine.errors import UsageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import engine.bus.embedded
 import engine.checkpoints
 import trainer.loop
-from charter.pipeline import connect_bus, open_store
+from charter.connect import connect_bus, open_store
 from engine.settings import load_settings
 from schemas.records import BatchManifest, Metric, PolicyUpdate, Record
 from trainer.batches import Batch

@@ -59,9 +59,9 @@ def _run_fake_update(trainer: Any, batch: Any) -> Any:
 
 def main() -> None:
     import charter.cli
-    import charter.pipeline
+    import charter.models
 
-    charter.pipeline.open_model = _open_fake_model
+    charter.models.open_model = _open_fake_model
     if "train" in sys.argv:
         import trainer.loop
 

@@ -260,7 +260,7 @@ def _check_lineage(system: SystemUnderTest) -> None:
 
 def _check_offsets(system: SystemUnderTest) -> None:
     """Every group and the sink have passed everything."""
-    from charter.pipeline import compute_lags, find_oldest_unread, read_sink_offsets
+    from charter.lag import compute_lags, find_oldest_unread, read_sink_offsets
     from schemas.topics import TOPICS
 
     with system.connect_bus() as bus:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from charter.api import Charter, load_constitution
-from charter.pipeline import STAGES, connect_bus, make_host
+from charter.connect import connect_bus
+from charter.pipeline import STAGES, make_host
 from engine.bus.read import read_values
 from engine.errors import PermanentRecordError, UsageError
 from engine.models.scripted import POISON_TEXT, ScriptedModel

@@ -6,9 +6,16 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.constitution import open_batch_judge
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
-from charter.rejudge import average_labels, compare_labels, load_frozen_pairs, make_pair_response, run_cases
+from charter.connect import connect_bus, open_store
+from charter.evaluation.rejudge import (
+    average_labels,
+    compare_labels,
+    load_frozen_pairs,
+    make_pair_response,
+    open_batch_judge,
+    run_cases,
+)
+from charter.pipeline import STAGES, make_host
 from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import CONSTITUTIONS_FOLDER, ConstitutionError, load_constitution, parse_constitution
 from engine.errors import UsageError
@@ -244,30 +251,30 @@ def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path)
     over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
-    assert call(settings.folder, "study", "--dry-run").count("without ") == 12
+    assert call(settings.folder, "ablate", "--dry-run").count("without ") == 12
     store, drawn = (
         open_store(settings),
         "SELECT principle_id, count(DISTINCT response_id) FROM raw.{} WHERE run_id = 'live' GROUP BY 1",
     )
     by_critique, by_judging = (dict(store.query(drawn.format(topic)).rows) for topic in ("revisions", "preferences"))
     left_out = [next(iter(by_critique)), next(iter(by_judging))]
-    rows = json.loads(call(settings.folder, "study", *left_out, "--json"))
-    assert [row["without"] for row in rows] == ["(nothing)", left_out[0], "(nothing)", left_out[1]]
+    rows = json.loads(call(settings.folder, "ablate", *left_out, "--json"))
+    assert [row["excluded_principle"] for row in rows] == ["(nothing)", left_out[0], "(nothing)", left_out[1]]
     whole, chains, judged, labels = rows
     # The control: the same configuration makes the same records, and the scripted model the same texts.
     assert (whole["chains"], whole["changed"], whole["similarity"], whole["revised"]) == (PROMPTS, 0, 1.0, 1.0)
     assert (judged["pairs"], judged["flips"], judged["mean_p_change"]) == (PROMPTS, 0, 0.0)
     # Only what a principle was drawn for changes when it is left out.
-    assert chains["changed"] == chains["drawn"] == by_critique[left_out[0]] and chains["similarity"] < 1
-    assert labels["mean_p_change"] > 0 and labels["drawn"] == by_judging[left_out[1]] and labels["pairs"] == PROMPTS
-    assert [row["elsewhere"] for row in rows] == [0, 0, 0, 0] and whole["drawn"] is None
+    assert chains["changed"] == chains["sampled"] == by_critique[left_out[0]] and chains["similarity"] < 1
+    assert labels["mean_p_change"] > 0 and labels["sampled"] == by_judging[left_out[1]] and labels["pairs"] == PROMPTS
+    assert [row["changed_elsewhere"] for row in rows] == [0, 0, 0, 0] and whole["sampled"] is None
     runs = dict(store.query("SELECT run_id, constitution.hash FROM runs").rows)
     assert set(runs) == {"live", *(row["run"] for row in rows)} and len(set(runs.values())) == 3
-    assert json.loads(call(settings.folder, "study", left_out[1], "--json")) == rows[2:]  # it was over
+    assert json.loads(call(settings.folder, "ablate", left_out[1], "--json")) == rows[2:]  # it was over
     with pytest.raises(ConstitutionError, match="did you mean kinder"):
-        call(settings.folder, "study", "kindr")
+        call(settings.folder, "ablate", "kindr")
 
 
-@pytest.mark.parametrize("verb", ["list", "show", "lint", "diff", "test", "study"])
+@pytest.mark.parametrize("verb", ["list", "show", "lint", "diff", "test", "ablate"])
 def test_every_verb_has_examples(verb):
     assert "Examples:" in CliRunner().invoke(cli, ["constitution", verb, "--help"]).output

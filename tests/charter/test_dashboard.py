@@ -13,12 +13,12 @@ import duckdb
 import pytest
 from starlette.testclient import TestClient
 
+from charter.connect import open_store
 from charter.dashboard import charts, training_view
 from charter.dashboard import sql_view as queries
 from charter.dashboard.app import Dashboard
 from charter.dashboard.rendering import diff_words, escape_text, render_diff, to_json_value
 from charter.dashboard.serve import format_address, is_loopback
-from charter.pipeline import open_store
 from engine.access_lock import AccessLock
 from engine.settings import load_settings
 from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts

@@ -14,9 +14,9 @@ import uvicorn
 from click.testing import CliRunner
 
 from charter.cli import cli
+from charter.connect import open_store
 from charter.dashboard.app import Dashboard
 from charter.dashboard.serve import open_socket
-from charter.pipeline import open_store
 from consumers.sink import Sink
 from engine.bus import open_bus
 from producers.files import FileProducer

@@ -10,21 +10,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter.agreement import (
-    HumanPair,
-    compute_agreement,
-    compute_baselines,
-    compute_brier_score,
-    compute_calibration_error,
-    compute_judge_agreement,
-    compute_wilson_interval,
-)
 from charter.cli import cli
-from charter.evaluate import JUDGE_PRESETS, AgreementStudy, apply_judge_preset, read_pairs
-from charter.pipeline import RoleModels
+from charter.evaluation.agreement import HumanPair, compute_agreement, compute_baselines, compute_judge_agreement
+from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, apply_judge_preset, read_pairs
+from charter.models import RoleModels
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import PRESETS, load_settings
+from engine.statistics import compute_brier_score, compute_calibration_error, compute_wilson_interval
 from schemas import ids
 from schemas.records import Outcome, Preference
 
@@ -38,7 +31,7 @@ def test_wilson_against_published_figures():
         (1, 29, 0.0061, 0.1718),
     ]:
         assert compute_wilson_interval(hits, n) == pytest.approx((low, high), abs=5e-5)
-    assert compute_wilson_interval(0, 0) == (None, None)
+    assert compute_wilson_interval(0, 0) is None
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

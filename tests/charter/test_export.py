@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 from click.testing import CliRunner
 
-from charter import dataset
 from charter.cli import cli
-from charter.pipeline import connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.export import dataset
+from charter.pipeline import make_host
 from engine.errors import UsageError
 from engine.settings import load_settings
 from schemas.records import EndReason, ModelRef, Outcome, Split

@@ -2,7 +2,8 @@
 
 import pytest
 
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from engine.bus.read import read_values
 from engine.errors import DependencyUnreachable, UsageError
 from engine.settings import load_settings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from charter.held_out_judge import HeldOutJudge, make_critique_judge_constitution, make_reward_hacking_monitor
+from charter.evaluation.held_out_judge import HeldOutJudge, make_critique_judge_constitution, make_reward_hacking_monitor
 from constitutions.loader import load_constitution as load_constitution
 from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from charter.options import TerminalFormatter, configure_logging
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.console import TerminalFormatter, configure_logging
+from charter.pipeline import STAGES, make_host
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
 from engine.logs import LOG_FORMAT, JsonFormatter

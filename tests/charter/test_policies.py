@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.pipeline import connect_bus, open_store
+from charter.connect import connect_bus, open_store
 from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.errors import CharterError, UsageError

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from constitutions.loader import ConstitutionError, parse_constitution
 from engine.bus import embedded
 from engine.bus.read import read_values
@@ -138,7 +139,7 @@ def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
     streamed(place)
     again = ("replay", "--stage", "judge", "--constitution", "customer-service")
     place.call(*again, "--as", "full")
-    place.call(*again, "--without", "kinder", "--without", "hands-over", "--as", "less")
+    place.call(*again, "--exclude-principle", "kinder", "--exclude-principle", "hands-over", "--as", "less")
     (less,) = place.sql("SELECT constitution, constitution_text FROM runs WHERE run_id = 'less'")
     assert less[0]["name"] == "customer-service-without-kinder-hands-over"
     written = parse_constitution(less[1], "the manifest")
@@ -151,8 +152,8 @@ def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
     )
     assert len(moved) == PROMPTS and all(before != after or same for before, after, same in moved)
     assert {before for before, after, _ in moved if before != after} <= {"kinder", "hands-over"}
-    place.fails(ConstitutionError, "did you mean kinder", *again, "--without", "kidner")
-    place.fails(UsageError, "was begun under another constitution", *again, "--without", "kinder", "--as", "less")
+    place.fails(ConstitutionError, "did you mean kinder", *again, "--exclude-principle", "kidner")
+    place.fails(UsageError, "was begun under another constitution", *again, "--exclude-principle", "kinder", "--as", "less")
 
 
 def read_values_of(place, topic):
@@ -267,7 +268,7 @@ def test_topics_are_created_listed_and_described_and_their_lag_is_told(any_bus):
 def test_a_forgotten_prompt_is_gone_everywhere_and_stays_away(place):
     streamed(place)
     ((prompt,),) = place.sql("SELECT prompt_id::VARCHAR FROM prompts ORDER BY commit_seq LIMIT 1")
-    place.call("forget", prompt[:13], "--reason", "asked by its author", "--yes")
+    place.call("erase", prompt[:13], "--reason", "asked by its author", "--yes")
     place.stream(PROMPTS - 1, sql="SELECT count(*) FROM prompts")
     for table in ("prompts", "responses", "critiques", "revisions", "preferences"):
         assert place.sql(f"SELECT count(*) FROM raw.{table} WHERE prompt_id = '{prompt}'") == [(0,)]

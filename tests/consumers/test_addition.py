@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from charter import custom_stage
 from charter.cli import cli
-from charter.pipeline import connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import make_host
 from engine.errors import UsageError
 from engine.settings import load_settings
 from engine.worker import to_producer_record

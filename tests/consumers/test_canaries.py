@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter.pipeline import RoleModels, make_critique_stage, make_judge_stage
+from charter.models import RoleModels
+from charter.pipeline import make_critique_stage, make_judge_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers import templates
 from consumers.revise import ReviseStage

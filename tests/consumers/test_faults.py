@@ -10,7 +10,8 @@ from collections import Counter
 
 import pytest
 
-from charter.pipeline import RoleModels, make_critique_stage, make_judge_stage, make_stage
+from charter.models import RoleModels
+from charter.pipeline import make_critique_stage, make_judge_stage, make_stage
 from constitutions.loader import load_constitution as load_constitution
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel

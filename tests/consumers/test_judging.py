@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter.pipeline import RoleModels, make_judge_stage
+from charter.models import RoleModels
+from charter.pipeline import make_judge_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers.compare import REFUSAL_PATTERN, parse_letter
 from consumers.templates import CHOICE_QUESTION

@@ -4,7 +4,8 @@ import math
 import threading
 import time
 
-from charter.pipeline import RoleModels, make_stage
+from charter.models import RoleModels
+from charter.pipeline import make_stage
 from constitutions.loader import load_constitution as load_constitution
 from engine.bus.read import read_values
 from engine.host import Host

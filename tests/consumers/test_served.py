@@ -2,7 +2,8 @@
 
 import pytest
 
-from charter.pipeline import RoleModels, make_stage
+from charter.models import RoleModels
+from charter.pipeline import make_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers.judge import JudgeStage
 from engine.models.endpoint import open_endpoint

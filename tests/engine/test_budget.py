@@ -2,7 +2,8 @@
 
 import pytest
 
-from charter.pipeline import STAGES, connect_bus, make_host
+from charter.connect import connect_bus
+from charter.pipeline import STAGES, make_host
 from engine.budget import Budget, Price, parse_prices
 from engine.errors import UsageError
 from engine.settings import load_settings

@@ -13,7 +13,8 @@ import pytest
 from kafka import errors
 
 import engine.bus.read
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from engine.bus import open_bus
 from engine.bus.kafka import capture_connection_errors
 from engine.bus.port import ProducerRecord

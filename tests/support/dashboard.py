@@ -5,7 +5,8 @@ import json
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.pipeline import STAGES, connect_bus, make_host, open_store
+from charter.connect import connect_bus, open_store
+from charter.pipeline import STAGES, make_host
 from engine.bus.port import ProducerRecord
 from engine.settings import load_settings
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from charter.pipeline import RoleModels, make_policy_getter
+from charter.models import RoleModels, make_policy_getter
 from engine.checkpoints import read_checkpoint, write_checkpoint
 from engine.models.endpoint import compute_served_revision
 from engine.models.interface import GenerationRequest

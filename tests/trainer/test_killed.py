@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from charter.pipeline import connect_bus, open_store
+from charter.connect import connect_bus, open_store
 from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.worker import to_producer_record

@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
-from charter.pipeline import STAGES, RoleModels, connect_bus, make_stage, open_store
+from charter.connect import connect_bus, open_store
+from charter.models import RoleModels
+from charter.pipeline import STAGES, make_stage
 from constitutions.loader import load_constitution as load_constitution
 from consumers.sink import Sink
 from engine import checkpoints

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from charter.pipeline import connect_bus, open_store
+from charter.connect import connect_bus, open_store
 from consumers.sink import Sink
 from engine.checkpoints import write_checkpoint
 from engine.models.chat_template import encode_completion, encode_prompt

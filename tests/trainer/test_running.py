@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from charter.pipeline import LatestPolicyProcessor, connect_bus, open_store
+from charter.connect import connect_bus, open_store
+from charter.models import LatestPolicyProcessor
 from charter.training import MetricsReporter
 from consumers.sink import Sink
 from engine.bus.read import read_values

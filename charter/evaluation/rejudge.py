@@ -1,22 +1,45 @@
-"""Asking the judge outside the stream: known failure modes, and a slice of old pairs under two constitutions.
-
-The judge is the stage itself (`consumers.judge`, from the settings), given a constitution with the principle that is asked.
-Nothing is written: what comes back is counted.
-"""
+"""`charter constitution`: the principles as code. List, show, lint and compare them, test them with the judge, study them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from charter.pipeline import RoleModels, make_judge_stage, open_store
+import click
+
+from charter.connect import open_store
+from charter.models import RoleModels
+from charter.pipeline import make_judge_stage
 from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import ALL_PRINCIPLES_ID, Constitution, filter_by_tags
 from engine.settings import Settings
 from schemas import ids
 from schemas.records import ChatMessage, Completion, FinishReason, Preference, Response
+
+
+@contextmanager
+def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
+    """The settings' judge, and a line on a terminal's error stream that counts what it was asked."""
+
+    models, asked = RoleModels(settings), 0
+
+    def count(more: int) -> None:
+        nonlocal asked
+        asked += more
+        if sys.stderr.isatty():
+            click.echo(f"\rpairs judged: {asked}", err=True, nl=False)
+
+    try:
+        yield BatchJudge(settings, models, count)
+    finally:
+        models.close()
+        if asked and sys.stderr.isatty():
+            click.echo(err=True)
+
 
 ALL_PRINCIPLES = ALL_PRINCIPLES_ID
 

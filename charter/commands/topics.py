@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from charter.options import common_options, json_option, print_rows
-
-if TYPE_CHECKING:
-    from engine.bus.port import Bus, Offsets
-    from engine.settings import Settings
+from charter.connect import get_topic_specs, open_bus_from_settings, open_store
+from charter.console import common_options, output_options, print_rows
+from charter.lag import compute_lag_rows, get_stage_inputs, read_sink_offsets
+from charter.lookup import resolve_run_id
+from engine.bus.port import Offsets
+from engine.errors import UsageError
+from engine.settings import Settings
+from schemas.topics import TOPICS
 
 
 @click.group(invoke_without_command=True)
-@json_option
+@output_options
 @common_options
-def topics(settings: Settings, as_json: bool) -> None:
-    """The topics: list, create, describe them, see who lags.
+def topics(settings: Settings, output: str) -> None:
+    """List, create and describe topics, and show consumer lag.
 
     Without a verb: the list.
 
@@ -31,13 +32,13 @@ def topics(settings: Settings, as_json: bool) -> None:
       charter topics lag --bus kafka://localhost:9092 --json
     """
     if click.get_current_context().invoked_subcommand is None:
-        _print_topics(settings, as_json)
+        _print_topics(settings, output)
 
 
 @topics.command("list")
-@json_option
+@output_options
 @common_options
-def list_topics(settings: Settings, as_json: bool) -> None:
+def list_topics(settings: Settings, output: str) -> None:
     """Every topic: its record, partitions and offsets.
 
     A transaction takes an offset too.
@@ -46,12 +47,10 @@ def list_topics(settings: Settings, as_json: bool) -> None:
     Examples:
       charter topics list --json
     """
-    _print_topics(settings, as_json)
+    _print_topics(settings, output)
 
 
-def _print_topics(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import open_bus_from_settings
-    from schemas.topics import TOPICS
+def _print_topics(settings: Settings, output: str) -> None:
 
     bus = open_bus_from_settings(settings)
     there = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
@@ -63,8 +62,8 @@ def _print_topics(settings: Settings, as_json: bool) -> None:
         kept = "compacted" if spec.is_compacted else "all"
         rows.append((spec.name, spec.record_class.__name__, bus.count_partitions(spec.name), kept, messages))
     bus.close()
-    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, as_json)
-    if not as_json and len(there) < len(TOPICS):
+    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, output)
+    if not output and len(there) < len(TOPICS):
         click.echo(f"{len(TOPICS) - len(there)} topics are not there; type: charter topics create", err=True)
 
 
@@ -81,7 +80,6 @@ def create(settings: Settings) -> None:
     Examples:
       charter topics create --bus kafka://localhost:9092 --set bus.partitions=24
     """
-    from charter.pipeline import get_topic_specs, open_bus_from_settings
 
     bus, specs = open_bus_from_settings(settings), get_topic_specs(settings)
     made = set(bus.create_topics(specs))
@@ -95,9 +93,9 @@ def create(settings: Settings) -> None:
 
 @topics.command()
 @click.argument("names", metavar="[TOPIC...]", nargs=-1)
-@json_option
+@output_options
 @common_options
-def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
+def describe(settings: Settings, names: tuple[str, ...], output: str) -> None:
     """How topics are kept.
 
     Partitions (as many copies of a stage can share the work), replicas, settings, offsets.
@@ -106,9 +104,6 @@ def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     Examples:
       charter topics describe responses
     """
-    from charter.pipeline import open_bus_from_settings
-    from engine.errors import UsageError
-    from schemas.topics import TOPICS
 
     bus, wanted = open_bus_from_settings(settings), list(names) or list(TOPICS)
     described = bus.describe_topics(wanted)
@@ -134,7 +129,7 @@ def describe(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
         for d in described
     ]
     columns = ["topic", "id", "partitions", "most_useful_copies", "replicas", "in_sync", "first", "next", "settings"]
-    print_rows(columns, rows, as_json)
+    print_rows(columns, rows, output)
 
 
 def _format_offset_range(topic: str, beginning_offsets: Offsets, end_offsets: Offsets) -> tuple[str, str]:
@@ -144,9 +139,9 @@ def _format_offset_range(topic: str, beginning_offsets: Offsets, end_offsets: Of
 
 
 @topics.command()
-@json_option
+@output_options
 @common_options
-def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
+def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     """How far each stage of a run and the sink are behind.
 
     In messages, and in seconds since the oldest that waits; of the newest run, or --run.
@@ -156,8 +151,6 @@ def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
       charter topics lag
       charter topics lag --run live --bus kafka://localhost:9092
     """
-    from charter.pipeline import get_stage_inputs, open_bus_from_settings, open_store, read_sink_offsets, resolve_run_id
-    from schemas.topics import TOPICS
 
     bus, store = open_bus_from_settings(settings), open_store(settings)
     run_id = resolve_run_id(settings, origins, store)
@@ -167,24 +160,7 @@ def lag(settings: Settings, origins: dict[str, str], as_json: bool) -> None:
     if store.path.exists():
         rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
     bus.close()
-    print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, as_json)
+    print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, output)
 
 
-def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
-    """(reader, topic, committed, end, messages behind, age of the oldest of them in seconds) for each topic."""
-    from charter.pipeline import find_oldest_unread
-
-    begins, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
-    stands = {place: max(committed_offsets.get(place, 0), begin) for place, begin in begins.items()}
-    oldest = find_oldest_unread(bus, stands, ends)
-    rows: list[tuple[Any, ...]] = []
-    for topic in topic_names:
-        places = [place for place in ends if place.topic == topic]
-        behind = sum(ends[place] - stands[place] for place in places if place in oldest)
-        since = min((oldest[place] for place in places if place in oldest), default=None)
-        age = None if since is None else round(time.time() - since / 1000, 1)
-        rows.append((reader, topic, sum(stands[p] for p in places), sum(ends[p] for p in places), behind, age))
-    return rows
-
-
-VERBS = (topics,)
+COMMAND = topics

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, astuple, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from charter.options import common_options, json_option, print_rows
-
-if TYPE_CHECKING:
-    from charter.rejudge import BatchJudge
-    from constitutions.diff import ConstitutionChange
-    from constitutions.lint import LintFinding
-    from constitutions.loader import Constitution
-    from engine.settings import Settings
+from charter.connect import connect_bus, open_store
+from charter.console import common_options, output_options, print_records, print_rows
+from charter.evaluation.ablation import ABLATION_COLUMNS, compute_ablation_rows, plan_ablations, run_ablations, split_by_stage
+from charter.evaluation.rejudge import (
+    COMPARISON_COLUMNS,
+    TALLY_COLUMNS,
+    compare_labels,
+    load_frozen_pairs,
+    open_batch_judge,
+    run_cases,
+)
+from charter.text import wrap_text
+from constitutions.cases import read_cases
+from constitutions.diff import ConstitutionChange, compare_constitutions
+from constitutions.lint import LintFinding, lint_constitution
+from constitutions.loader import Constitution, list_shipped_constitutions, load_constitution, parse_constitution, to_toml_values
+from constitutions.sources import find_key_line
+from engine.errors import UsageError
+from engine.settings import Settings
 
 _RUN_PREFIX = "run:"
 
 
 @click.group()
 def constitution() -> None:
-    """The principles: show, check, compare, test, study them.
+    """List, show, lint, compare, test and ablate constitutions.
 
     List, show, lint and compare constitutions, test them with the judge, study what each principle does.
 
@@ -41,9 +51,6 @@ def constitution() -> None:
 
 def _resolve_constitution(settings: Settings, spec: str) -> Constitution:
     """A shipped constitution, a file, standard input, or what a run of this database used."""
-    from charter.pipeline import open_store
-    from constitutions.loader import load_constitution, parse_constitution
-    from engine.errors import UsageError
 
     if spec == "-":
         return parse_constitution(sys.stdin.buffer.read(), "standard input")
@@ -61,7 +68,6 @@ def _resolve_constitution(settings: Settings, spec: str) -> Constitution:
 
 def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(name, version, hash, a run) of each constitution that a run of this database used."""
-    from charter.pipeline import open_store
 
     store = open_store(settings)
     if not store.path.exists():
@@ -72,16 +78,15 @@ def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, s
 
 
 @constitution.command("list")
-@json_option
+@output_options
 @common_options
-def list_constitutions(settings: Settings, as_json: bool) -> None:
+def list_constitutions(settings: Settings, output: str) -> None:
     """The shipped constitutions, and those of the runs here.
 
     \b
     Examples:
       charter constitution list --json
     """
-    from constitutions.loader import list_shipped_constitutions, load_constitution
 
     found = [(name, load_constitution(name)) for name in list_shipped_constitutions()]
     shipped = {c.hash for _, c in found}
@@ -95,7 +100,7 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
             where,
             c.name,
             c.version,
-            c.hash if as_json else c.hash[:12],
+            c.hash if output else c.hash[:12],
             len(c.critique),
             len(c.judge),
             len(c.prose),
@@ -104,15 +109,15 @@ def list_constitutions(settings: Settings, as_json: bool) -> None:
         for where, c in found
     ]
     columns = ["constitution", "name", "version", "hash", "critique", "judge", "prose", "description"]
-    print_rows(columns if as_json else columns[:-1], rows if as_json else [row[:-1] for row in rows], as_json)
+    print_rows(columns if output else columns[:-1], rows if output else [row[:-1] for row in rows], output)
 
 
 @constitution.command("show")
 @click.argument("wanted", metavar="[CONSTITUTION]", required=False, type=click.Path())
 @click.option("--toml", "as_text", is_flag=True, help="The file itself, as a run's manifest keeps it.")
-@json_option
+@output_options
 @common_options
-def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_json: bool) -> None:
+def show_constitution(settings: Settings, wanted: str | None, as_text: bool, output: str) -> None:
     """A constitution's principles.
 
     Without an argument: those of the settings' constitution.
@@ -122,13 +127,12 @@ def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_
       charter constitution show customer-service
       charter constitution show run:live --toml > live.toml
     """
-    from constitutions.loader import to_toml_values
 
     found = _resolve_constitution(settings, wanted or settings.run.constitution)
     if as_text:
         click.echo(found.text, nl=False)
-    elif as_json:
-        print_rows(["hash", *to_toml_values(found)], [(found.hash, *to_toml_values(found).values())], True)
+    elif output:
+        print_rows(["hash", *to_toml_values(found)], [(found.hash, *to_toml_values(found).values())], output)
     else:
         for line in _format_constitution(found):
             click.echo(line)
@@ -136,7 +140,6 @@ def show_constitution(settings: Settings, wanted: str | None, as_text: bool, as_
 
 def _format_constitution(found: Constitution) -> Iterator[str]:
     """A constitution for reading."""
-    from charter.text import wrap_text
 
     yield f"{found.name} {found.version}  {found.hash}"
     yield wrap_text(found.description, "  ")
@@ -168,9 +171,9 @@ def _format_scope(principle: Any) -> str:
 
 @constitution.command("lint")
 @click.argument("wanted", metavar="[CONSTITUTION...]", nargs=-1, type=click.Path())
-@json_option
+@output_options
 @common_options
-def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: bool) -> None:
+def lint_constitutions(settings: Settings, wanted: tuple[str, ...], output: str) -> None:
     """What a constitution may do wrong.
 
     Duplicates, missing parts, only do's or don'ts, no guard against over-reaction.
@@ -183,26 +186,23 @@ def lint_constitutions(settings: Settings, wanted: tuple[str, ...], as_json: boo
       charter constitution lint default
       charter constitution lint my.toml other.toml --json
     """
-    from constitutions.lint import LintFinding, lint_constitution
 
     found: list[LintFinding] = []
     for one in wanted or [settings.run.constitution]:
         loaded = _resolve_constitution(settings, one)
         found += [*_find_reused_version(settings, loaded, one), *lint_constitution(loaded)]
-    if as_json:
-        print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in found], True)
-    for finding in [] if as_json else found:
+    if output:
+        print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in found], output)
+    for finding in [] if output else found:
         who = f"{finding.principle}: " if finding.principle else ""
         click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {who}{finding.what}\n    {finding.fix}")
-    if not as_json:
+    if not output:
         click.echo(f"{len(found)} finding{'s'[: len(found) > 1]}" if found else "nothing to say")
     sys.exit(1 if found else 0)
 
 
 def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) -> list[LintFinding]:
     """The finding that a run used another content under this name and version."""
-    from constitutions.lint import LintFinding
-    from constitutions.sources import find_key_line
 
     others = [
         run
@@ -220,9 +220,9 @@ def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) ->
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
 @click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under both.")
-@json_option
+@output_options
 @common_options
-def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, as_json: bool) -> None:
+def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, output: str) -> None:
     """What B changes against A.
 
     Principles added, removed, changed; and with --rejudge how many labels flip, by principle.
@@ -234,27 +234,25 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
       charter constitution diff default my.toml
       charter constitution diff run:live my.toml --rejudge 50
     """
-    from charter.text import format_json
-    from constitutions.diff import compare_constitutions
 
     a, b = _resolve_constitution(settings, first), _resolve_constitution(settings, second)
     changes = compare_constitutions(a, b)
     labels = _rejudge_pairs(settings, a, b, rejudge) if rejudge else []
-    if as_json:
-        told = [{"kind": "change"} | asdict(change) for change in changes] + [{"kind": "labels"} | row for row in labels]
-        click.echo(format_json(told))
+    if output:
+        print_records(
+            [{"kind": "change"} | asdict(change) for change in changes] + [{"kind": "labels"} | row for row in labels], output
+        )
         return
     click.echo(f"{a.name} {a.version} ({a.hash[:12]})  ->  {b.name} {b.version} ({b.hash[:12]})")
     for line in map(_format_change, changes) if changes else ["nothing differs"]:
         click.echo(line)
     if labels:
         click.echo()
-        print_rows(list(labels[0]), [tuple(row.values()) for row in labels], False)
+        print_rows(list(labels[0]), [tuple(row.values()) for row in labels], "")
 
 
 def _format_change(change: ConstitutionChange) -> str:
     """A change for reading: what it is about, and under it the words before (-) and after (+)."""
-    from charter.text import wrap_text
 
     head = " ".join(word for word in (change.what, change.part, change.principle, change.field) if word)
     before, after = (
@@ -266,8 +264,6 @@ def _format_change(change: ConstitutionChange) -> str:
 
 def _rejudge_pairs(settings: Settings, a: Constitution, b: Constitution, num_pairs: int) -> list[dict[str, Any]]:
     """The rows of `compare_labels` as objects."""
-    from charter.rejudge import COMPARISON_COLUMNS, compare_labels, load_frozen_pairs
-    from engine.errors import UsageError
 
     pairs = load_frozen_pairs(settings, num_pairs)
     if not pairs:
@@ -277,35 +273,13 @@ def _rejudge_pairs(settings: Settings, a: Constitution, b: Constitution, num_pai
     return [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in rows]
 
 
-@contextmanager
-def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
-    """The settings' judge, and a line on a terminal's error stream that counts what it was asked."""
-    from charter.pipeline import RoleModels
-    from charter.rejudge import BatchJudge
-
-    models, asked = RoleModels(settings), 0
-
-    def count(more: int) -> None:
-        nonlocal asked
-        asked += more
-        if sys.stderr.isatty():
-            click.echo(f"\rpairs judged: {asked}", err=True, nl=False)
-
-    try:
-        yield BatchJudge(settings, models, count)
-    finally:
-        models.close()
-        if asked and sys.stderr.isatty():
-            click.echo(err=True)
-
-
 @constitution.command("test")
 @click.argument("file", metavar="FILE", type=click.Path())
 @click.option("--constitution", "wanted", help="The constitution to test; without it the file's, else the settings' one.")
 @click.option("--at-least", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of hits that is enough.")
-@json_option
+@output_options
 @common_options
-def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, as_json: bool) -> None:
+def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, output: str) -> None:
     """Let the judge decide known failure modes.
 
     Counts each principle's hits and misses.
@@ -318,30 +292,28 @@ def test_constitution(settings: Settings, file: str, wanted: str | None, at_leas
       charter constitution test customer-service
       charter constitution test failures.jsonl --constitution my.toml --at-least 0.9
     """
-    from charter.rejudge import TALLY_COLUMNS, run_cases
-    from constitutions.cases import read_cases
 
     cases = read_cases(file)
     found = _resolve_constitution(settings, wanted or cases.constitution or settings.run.constitution)
     with open_batch_judge(settings) as bench:
         tallies = run_cases(bench, found, cases)
-    print_rows(TALLY_COLUMNS, [tally.to_row() for tally in tallies if tally.to_row()[1]], as_json)
+    print_rows(TALLY_COLUMNS, [tally.to_row() for tally in tallies if tally.to_row()[1]], output)
     hits, asked = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.unlabeled for t in tallies)
-    if not as_json:
+    if not output:
         click.echo(f"{hits} of {asked} labels are hits under {found.name} {found.version}, by {bench.models.get_spec('judge')}")
     sys.exit(0 if hits >= at_least * asked else 1)
 
 
-@constitution.command("study")
+@constitution.command("ablate")
 @click.argument("principles", metavar="[PRINCIPLE...]", nargs=-1)
 @click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
 @click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
 @click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
 @click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
-@json_option
+@output_options
 @common_options
 def ablate_principles(
-    settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, as_json: bool
+    settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, output: str
 ) -> None:
     """What each principle does, by leaving it out.
 
@@ -353,11 +325,9 @@ def ablate_principles(
 
     \b
     Examples:
-      charter constitution study --set run.constitution=customer-service
-      charter constitution study kinder hands-over --set run.constitution=customer-service --json
+      charter constitution ablate --set run.constitution=customer-service
+      charter constitution ablate kinder hands-over --set run.constitution=customer-service --json
     """
-    from charter.ablation import ABLATION_COLUMNS, compute_ablation_rows, plan_ablations, run_ablations, split_by_stage
-    from charter.pipeline import connect_bus, open_store
 
     bus = connect_bus(settings)
     try:
@@ -372,12 +342,12 @@ def ablate_principles(
     finally:
         bus.close()
     rows = compute_ablation_rows(planned, open_store(settings))
-    if as_json:
-        print_rows(list(ABLATION_COLUMNS), rows, True)
+    if output:
+        print_rows(list(ABLATION_COLUMNS), rows, output)
         return
     for columns, part in split_by_stage(rows):
-        print_rows(columns, part, False)
+        print_rows(columns, part, "")
         click.echo()
 
 
-VERBS = (constitution,)
+COMMAND = constitution

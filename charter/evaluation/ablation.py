@@ -1,6 +1,6 @@
 """Which principle does what: a constitution's principles left out one at a time, and what that changes.
 
-For each principle the stages that use it run again without it, as a replay of its own (`charter replay --without`), beside one
+For each principle the stages that use it run again without it, as a replay of its own (`charter replay --exclude-principle`), beside one
 replay under the full constitution. Seeds hang on the answer and draws on the principle's id, so a principle that is left out
 moves only the draws that it had. A text or label that changes although the principle was not drawn for it is noise: a batch of
 other lengths rounds otherwise, and sampling takes another way. Each row counts that too.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from charter.rejudge import ALL_PRINCIPLES, is_flip, mean_or_none
+from charter.evaluation.rejudge import ALL_PRINCIPLES, is_flip, mean_or_none
 from charter.replay import ReplayPlan, make_replay_plan, run_replay
 from constitutions.loader import load_constitution
 from consumers.chain import compute_similarity
@@ -22,8 +22,8 @@ from engine.settings import Settings
 from engine.store import Store
 
 ABLATION_COLUMNS = (
-    *("without", "used_by", "drawn", "chains", "revised", "changed", "similarity"),
-    *("pairs", "no_label", "flips", "mean_p_change", "elsewhere", "run"),
+    *("excluded_principle", "used_by", "sampled", "chains", "revised", "changed", "similarity"),
+    *("pairs", "no_label", "flips", "mean_p_change", "changed_elsewhere", "run"),
 )
 _STAGE_BY_PRINCIPLE_LIST = {"critique": "critique", "judge": "judge"}  # a list of principles -> the stage that begins with it
 
@@ -52,7 +52,7 @@ def plan_ablations(
         for name in ["", *names] if names else []:
             plan = make_replay_plan(
                 settings, bus, stage=stage, start=start, end=end, name=None, only=False, archive=archive,
-                constitution=None, model=None, policy=None, without=[name] if name else (),
+                constitution=None, model=None, policy=None, excluded_principles=[name] if name else (),
             )  # fmt: skip
             yield AblationRun(name, stage, plan)
 
@@ -163,6 +163,6 @@ def split_by_stage(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str],
 def _is_empty_column(column: str, rows: Sequence[tuple[Any, ...]]) -> bool:
     """Whether a column hangs on chains or pairs of which there are none."""
     base = "chains" if column in ("chains", "revised", "changed", "similarity") else "pairs"
-    return column not in ("without", "used_by", "drawn", "elsewhere", "run") and not any(
+    return column not in ("excluded_principle", "used_by", "sampled", "elsewhere", "run") and not any(
         row[ABLATION_COLUMNS.index(base)] for row in rows
     )

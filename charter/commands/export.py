@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common_options
-
-if TYPE_CHECKING:
-    from engine.settings import Settings
+from charter.connect import open_store
+from charter.console import common_options
+from charter.export.dataset import export_dataset as write
+from charter.export.selection import ExportSelection
+from engine.settings import Settings
 
 _FORMAT_NAMES = ("sft", "preference", "kto")
 
@@ -33,7 +33,7 @@ def export(
     limit: int | None,
     force: bool,
 ) -> None:
-    """Write training data to a FOLDER that trainers read.
+    """Write training data to a folder that trainers read.
 
     For TRL, `datasets` and the hub: prompts with final texts (sft), pairs with their soft label (preference), or single answers
     that are wanted or not (kto). Train and eval are files of their own, and a data card says where every row came from. Of all
@@ -45,9 +45,6 @@ def export(
       charter export preference exported/pairs --parquet --run live
       charter export kto exported/kto --source red-team --force
     """
-    from charter.dataset import ExportSelection
-    from charter.dataset import export_dataset as write
-    from charter.pipeline import open_store
 
     store = open_store(settings)
     choice = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources)
@@ -57,4 +54,4 @@ def export(
         click.echo(f"{split}: {counted.num_rows} rows{where}")
 
 
-VERBS = (export,)
+COMMAND = export

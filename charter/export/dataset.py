@@ -12,19 +12,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from charter.dataset_card import EXPORT_TAG, format_dataset_card
+from charter.export.dataset_card import EXPORT_TAG, format_dataset_card
+from charter.export.selection import ExportSelection, SplitStats
 from engine.errors import UsageError
-
-if TYPE_CHECKING:
-    from engine.store import Store
+from engine.store import Store
 
 PAGE_SIZE = 2000
 _QUERY_TIMEOUT_S = 60.0
@@ -170,50 +168,6 @@ EXPORT_FORMATS = {
         "KTOTrainer (unpaired, conversational)",
     ),
 }
-
-
-@dataclass(frozen=True)
-class ExportSelection:
-    """Which records: of one run (those too that another had made before) or all, of some sources or of all, up to a commit."""
-
-    run_id: str | None = None
-    sources: tuple[str, ...] = ()
-    max_commit_seq: int = -1
-
-    @property
-    def where_clause(self) -> str:
-        parts = ["commit_seq <= $upto"]
-        parts += ["record_id IN (SELECT record_id FROM run_records WHERE run_id = $run)"] if self.run_id else []
-        parts += ["list_contains($sources::VARCHAR[], source)"] if self.sources else []
-        return " AND ".join(parts)
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        more: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
-        return {"upto": self.max_commit_seq, **more, **({"sources": list(self.sources)} if self.sources else {})}
-
-
-@dataclass
-class SplitStats:
-    """What went into one file."""
-
-    num_rows: int = 0
-    rows_by_source: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
-    policy_versions: set[int | None] = field(default_factory=set)
-    constitutions: set[tuple[str, str]] = field(default_factory=set)  # (name and version, hash)
-    run_ids: set[str] = field(default_factory=set)
-    first_created_at: datetime | None = None
-    last_created_at: datetime | None = None
-
-    def add_row(self, row: _RowDict) -> None:
-        self.num_rows += 1
-        about = (row["source"], row["label_source"])
-        self.rows_by_source[about] = self.rows_by_source.get(about, 0) + 1
-        self.policy_versions.add(row["policy_version"])
-        self.constitutions |= {(row["constitution"], row["constitution_hash"])} if row["constitution"] else set()
-        self.run_ids.add(row["run_id"])
-        self.first_created_at = min(self.first_created_at or row["created_at"], row["created_at"])
-        self.last_created_at = max(self.last_created_at or row["created_at"], row["created_at"])
 
 
 CommitPages = list[list[int]]

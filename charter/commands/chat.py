@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common_options
-
-if TYPE_CHECKING:
-    from engine.models.interface import Generation, Model
-    from engine.settings import Settings
-    from schemas.records import ChatMessage
+from charter.connect import connect_bus
+from charter.console import common_options
+from charter.models import RoleModels
+from charter.policies import get_verified_folder, parse_policy_version
+from charter.text import escape_unprintable, format_json
+from engine.models import open_model
+from engine.models.interface import Generation, GenerationRequest, Model
+from engine.policy import get_weights_version, read_policy_updates
+from engine.settings import Settings
+from schemas.records import ChatMessage
 
 _NEW_DIALOGUE_COMMAND = "/new"
 
@@ -36,7 +39,7 @@ def chat(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Talk to a policy.
+    """Chat with a policy.
 
     With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
 
@@ -78,20 +81,17 @@ def _read_user_lines() -> Iterator[str]:
 
 
 def _make_message(role: str, content: str) -> ChatMessage:
-    from schemas.records import ChatMessage
 
     return ChatMessage(role=role, content=content)
 
 
 def _generate_reply(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
-    from engine.models.interface import GenerationRequest
 
     ((answer,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
     return answer
 
 
 def _print_reply(version: int, reply: Generation, as_json: bool) -> None:
-    from charter.text import escape_unprintable, format_json
 
     if as_json:
         about = {"policy": version, "answer": reply.text, "finish_reason": reply.finish_reason}
@@ -102,10 +102,6 @@ def _print_reply(version: int, reply: Generation, as_json: bool) -> None:
 
 def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
     """A policy's number and its weights."""
-    from charter.pipeline import RoleModels, connect_bus
-    from charter.policies import get_verified_folder, parse_policy_version
-    from engine.models import open_model
-    from engine.policy import get_weights_version, read_policy_updates
 
     bus = connect_bus(settings)
     known = read_policy_updates(bus)
@@ -117,4 +113,4 @@ def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
     return number, open_model(str(folder), threads=settings.models.threads, max_batch_size=1)
 
 
-VERBS = (chat,)
+COMMAND = chat

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from charter.evaluation.agreement_study import label_pairs
+from charter.evaluation.rejudge import BatchJudge, make_pair_response
+from charter.models import RoleModels
+from constitutions.loader import Constitution, JudgePrinciple, load_constitution
+from engine.settings import Settings
 from schemas.records import ChatMessage, Outcome
 
 if TYPE_CHECKING:
-    from constitutions.loader import Constitution
-    from engine.settings import Settings
     from trainer.monitor import RewardHackingMonitor
+
 
 _CRITIQUE_JUDGE_PROMPT = "A critic is told: {critique}\n\nWhich answer would this critic find less fault with?"
 
@@ -31,7 +35,6 @@ class HeldOutJudge:
     """Compares two answers to each dialogue; its model is in memory only while it is asked."""
 
     def __init__(self, settings: Settings) -> None:
-        from constitutions.loader import load_constitution
 
         constitution = load_constitution(settings.run.constitution)
         judge = settings.judge.model_copy(update={"pairing": "completions"})
@@ -41,9 +44,6 @@ class HeldOutJudge:
 
     def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
         """The probability that the first answer is better, in both orders; None where the judge gave no label."""
-        from charter.evaluate import label_pairs
-        from charter.pipeline import RoleModels
-        from charter.rejudge import BatchJudge, make_pair_response
 
         asked = [make_pair_response(messages, a, b, (), "") for messages, a, b in pairs]
         labels = label_pairs(BatchJudge(self.settings, RoleModels(self.settings)), self.constitution, asked)
@@ -52,7 +52,6 @@ class HeldOutJudge:
 
 def make_critique_judge_constitution(constitution: Constitution) -> Constitution:
     """A constitution that judges by the critique principles."""
-    from constitutions.loader import Constitution, JudgePrinciple
 
     judging = [
         JudgePrinciple(

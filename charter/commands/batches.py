@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.options import common_options, json_option, print_rows
+from charter.connect import connect_bus, open_store
+from charter.console import common_options, format_cell, output_options, print_records, print_rows
+from engine.bus.read import read_values
+from engine.errors import UsageError
+from engine.settings import Settings
+from schemas.codec import decode_record
+from schemas.records import BatchManifest
 
 if TYPE_CHECKING:
-    from engine.settings import Settings
-    from schemas.records import BatchManifest
     from trainer.batches import Batch
+
 
 _BATCHES_SQL = """
     SELECT b.batch_number, b.phase, len(b.record_ids) AS rows, b.mixture, b.base_policy_version AS policy,
@@ -26,10 +31,10 @@ _BATCHES_SQL = """
 
 
 @click.group(invoke_without_command=True)
-@json_option
+@output_options
 @common_options
-def batches(settings: Settings, as_json: bool) -> None:
-    """The batches that training drew: list, show, rebuild.
+def batches(settings: Settings, output: str) -> None:
+    """List, show and rebuild training batches.
 
     Without a verb: the list.
 
@@ -40,31 +45,30 @@ def batches(settings: Settings, as_json: bool) -> None:
       charter batches rebuild 3 --json
     """
     if click.get_current_context().invoked_subcommand is None:
-        _print_batches(settings, as_json)
+        _print_batches(settings, output)
 
 
 @batches.command("list")
-@json_option
+@output_options
 @common_options
-def list_batches(settings: Settings, as_json: bool) -> None:
+def list_batches(settings: Settings, output: str) -> None:
     """Every batch, and what became of it.
 
     \b
     Examples:
       charter batches list --json
     """
-    _print_batches(settings, as_json)
+    _print_batches(settings, output)
 
 
-def _print_batches(settings: Settings, as_json: bool) -> None:
-    from charter.pipeline import open_store
+def _print_batches(settings: Settings, output: str) -> None:
 
     found = open_store(settings).query(_BATCHES_SQL, limit_s=10.0)
-    if as_json:
-        print_rows(found.columns, found.rows, True)
+    if output:
+        print_rows(found.columns, found.rows, output)
     elif found.rows:
         place = found.columns.index("mixture")
-        print_rows(found.columns, [(*row[:place], _format_mixture(row[place]), *row[place + 1 :]) for row in found.rows], False)
+        print_rows(found.columns, [(*row[:place], _format_mixture(row[place]), *row[place + 1 :]) for row in found.rows], "")
     else:
         click.echo("no batch has been drawn yet")
 
@@ -75,9 +79,9 @@ def _format_mixture(mixture: dict[str, int]) -> str:
 
 @batches.command()
 @click.argument("number", type=int)
-@json_option
+@output_options
 @common_options
-def show(settings: Settings, number: int, as_json: bool) -> None:
+def show(settings: Settings, number: int, output: str) -> None:
     """One batch's manifest.
 
     Its rows, mix, hash, range of commits, seed, and the models and settings it trained with.
@@ -86,11 +90,10 @@ def show(settings: Settings, number: int, as_json: bool) -> None:
     Examples:
       charter batches show 3
     """
-    from charter.text import format_cell, format_json
 
     about = _summarize_manifest(_read_manifest(settings, number))
-    if as_json:
-        click.echo(format_json(about))
+    if output:
+        print_records(about, output)
         return
     for name, value in about.items():
         click.echo(f"{name}: {format_cell(value)}")
@@ -98,9 +101,9 @@ def show(settings: Settings, number: int, as_json: bool) -> None:
 
 @batches.command()
 @click.argument("number", type=int)
-@json_option
+@output_options
 @common_options
-def rebuild(settings: Settings, number: int, as_json: bool) -> None:
+def rebuild(settings: Settings, number: int, output: str) -> None:
     """Draw a past batch again, exactly.
 
     From the database, every row in the order of training, checked against its hash.
@@ -112,14 +115,12 @@ def rebuild(settings: Settings, number: int, as_json: bool) -> None:
       charter batches rebuild 3
       charter batches rebuild 3 --json > batch-3.json
     """
-    from charter.pipeline import open_store
-    from charter.text import format_json
     from trainer.batches import rebuild_batch as rebuilt
 
     batch = rebuilt(open_store(settings), _read_manifest(settings, number))
-    if as_json:
+    if output:
         rows: dict[str, Any] = {"rows": batch.rows, "sl_rows": batch.sl_rows}
-        click.echo(format_json(_summarize_manifest(batch.manifest) | rows))
+        print_records(_summarize_manifest(batch.manifest) | rows, output)
     else:
         click.echo(_format_rebuilt_batch(batch))
 
@@ -135,11 +136,6 @@ def _format_rebuilt_batch(batch: Batch) -> str:
 
 def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
     """The manifest of a batch, from the log."""
-    from charter.pipeline import connect_bus
-    from engine.bus.read import read_values
-    from engine.errors import UsageError
-    from schemas.codec import decode_record
-    from schemas.records import BatchManifest
 
     bus = connect_bus(settings)
     found = [decode_record(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
@@ -162,4 +158,4 @@ def _summarize_manifest(manifest: BatchManifest) -> dict[str, Any]:
     return told | {"settings": json.loads(manifest.settings)} | {n: about[n] for n in ("record_ids", "sl_record_ids")}
 
 
-VERBS = (batches,)
+COMMAND = batches

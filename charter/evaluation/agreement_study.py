@@ -1,4 +1,4 @@
-"""`charter eval`: measuring a judge. `agreement` sets its labels beside what people preferred."""
+"""The agreement of judges with human labels: read pairs, label them with each preset, and format the result."""
 
 from __future__ import annotations
 
@@ -11,88 +11,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common_options, json_option
-
-if TYPE_CHECKING:
-    from charter.agreement import AgreementMetrics, HumanPair
-    from charter.pipeline import RoleModels
-    from charter.rejudge import BatchJudge
-    from constitutions.loader import Constitution
-    from engine.settings import Settings
-    from schemas.records import Preference, Response
+from charter.console import format_table
+from charter.evaluation.agreement import AgreementMetrics, HumanPair, compute_baselines, compute_judge_agreement
+from charter.evaluation.rejudge import BatchJudge, make_pair_response
+from charter.models import RoleModels
+from constitutions.loader import Constitution, load_constitution
+from engine.budget import parse_prices
+from engine.errors import PermanentRecordError, UsageError
+from engine.settings import PRESETS, JudgeSettings, Settings
+from producers.parse import PreferenceRow, RowError, parse_preference
+from producers.rows import read_rows
+from schemas.records import Preference, Response
 
 _MAX_PAIR_CHARS = 1_000_000  # characters; a longer row is no dialogue
 JUDGE_PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
-
-
-@click.group("eval")
-def evaluate() -> None:
-    """Measure a judge.
-
-    \b
-    Examples:
-      charter eval agreement --pairs pairs.jsonl
-    """
-
-
-@evaluate.command()
-@click.option(
-    "--pairs",
-    "file",
-    metavar="FILE",
-    type=click.Path(),
-    required=True,
-    help="Human preferences, as for charter produce; - for stdin.",
-)
-@click.option("--preset", "presets", multiple=True, type=click.Choice(JUDGE_PRESETS), help="Only this one; may be repeated.")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
-@click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")
-@click.option("--seed", default=0, show_default=True, help="Draws the pairs, which answer is A, and the random baseline.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with labels.")
-@json_option
-@common_options
-def agreement(
-    settings: Settings,
-    origins: dict[str, str],
-    file: str,
-    presets: tuple[str, ...],
-    limit: int | None,
-    limit_written: int | None,
-    seed: int,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """How far each judging preset agrees with people.
-
-    Beside baselines that look at length or at nothing.
-
-    FILE has `chosen` and `rejected` in each row: answers beside a `prompt`, or whole dialogues as in HH-RLHF, of which the last
-    human message ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to
-    the log or the database. Settings of judge.* that are given count for every preset.
-
-    \b
-    Examples:
-      charter eval agreement --pairs pairs.jsonl --limit 200 --limit-written 50
-      charter eval agreement --pairs pairs.jsonl.gz --preset lee2023 --out agreement.md
-      charter eval agreement --pairs - --json --set "models.judge=http://localhost:8000/v1#MODEL" < pairs.jsonl
-    """
-    from charter.pipeline import RoleModels
-
-    if out and out.suffix not in (".md", ".json"):
-        raise click.UsageError(f"--out {out}: give a name that ends with .md or .json", click.get_current_context())
-    study = AgreementStudy(settings, origins, read_pairs(file, limit, seed), seed)
-    models = RoleModels(settings)
-    try:
-        study.run(models, presets or JUDGE_PRESETS, limit_written)
-    finally:
-        models.close()
-    if out:
-        out.write_text(study.format_markdown() if out.suffix == ".md" else study.to_json(), encoding="utf-8")
-    click.echo(json.dumps([asdict(row) for row in study.rows], indent=2) if as_json else study.format_table())
 
 
 @dataclass(frozen=True)
@@ -109,11 +44,6 @@ class PairDataset:
 
 def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
     """The pairs of a file, or `limit` of them; which answer is A is drawn, so that no order tells the better one."""
-    from charter.agreement import HumanPair
-    from charter.rejudge import make_pair_response
-    from engine.errors import UsageError
-    from producers.parse import PreferenceRow, RowError, parse_preference
-    from producers.rows import read_rows
 
     found: list[PreferenceRow] = []
     digest, count = hashlib.sha256(), 0
@@ -148,7 +78,6 @@ class AgreementStudy:
     """Asks the judge under each preset, and tells what came of it."""
 
     def __init__(self, settings: Settings, origins: dict[str, str], dataset: PairDataset, seed: int) -> None:
-        from constitutions.loader import load_constitution
 
         self.settings, self.origins, self.dataset, self.seed = settings, origins, dataset, seed
         self.constitution: Constitution = load_constitution(settings.run.constitution)
@@ -157,9 +86,6 @@ class AgreementStudy:
         self.model_name = ""
 
     def run(self, models: RoleModels, presets: Sequence[str], limit_written: int | None) -> None:
-        from charter.agreement import compute_baselines, compute_judge_agreement
-        from charter.rejudge import BatchJudge
-        from engine.budget import parse_prices
 
         judge, prices, counts = models.get_model("judge"), parse_prices(self.settings.budget.prices), set()
         self.model_name = f"{judge.id} ({judge.revision})"
@@ -179,7 +105,6 @@ class AgreementStudy:
             self.rows += compute_baselines(self.dataset.human_pairs[:number], self.seed)
 
     def format_table(self) -> str:
-        from charter.text import format_table
 
         columns, rows = _format_rows(self.rows)
         return f"{format_table(columns, rows)}\n\n{self.describe()}"
@@ -227,7 +152,6 @@ class AgreementStudy:
 
 def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
     """The settings with another judging recipe below what somebody set."""
-    from engine.settings import PRESETS, JudgeSettings
 
     recipe = PRESETS["judge"][preset].get("judge", {})
     said = {
@@ -240,7 +164,6 @@ def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str)
 
 def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
     """Each pair's label, None for one that the model cannot be asked (too long for it)."""
-    from engine.errors import PermanentRecordError
 
     labels: list[Preference | None] = []
     rows = judge.settings.models.max_batch_size
@@ -254,7 +177,6 @@ def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[R
 
 
 def _label_pair(judge: BatchJudge, constitution: Constitution, pair: Response) -> Preference | None:
-    from engine.errors import PermanentRecordError
 
     try:
         return judge.label_pairs(constitution, [pair])[0]
@@ -299,6 +221,3 @@ def _format_number(value: float | None, digits: int) -> str | None:
 
 def _format_percent(fraction: float | None) -> str | None:
     return None if fraction is None else f"{100 * fraction:.1f}"
-
-
-VERBS = (evaluate,)

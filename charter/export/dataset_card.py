@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import charter
-
-if TYPE_CHECKING:
-    from charter.dataset import ExportSelection, SplitStats
-    from engine.store import Store
+from charter.export.selection import ExportSelection, SplitStats
+from engine.store import Store
 
 _QUERY_TIMEOUT_S = 60.0
 _HUMAN_DATA_ONLY = "None: people's data alone."

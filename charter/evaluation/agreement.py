@@ -15,10 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.statistics import compute_brier_score, compute_calibration_error, compute_wilson_interval
 from schemas.records import Outcome, Preference
-
-_Z_SCORE_95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
-_NUM_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -68,36 +66,6 @@ class AgreementMetrics:
     cost_per_label: float | None = None
 
 
-def compute_wilson_interval(hits: float, n: int) -> tuple[float | None, float | None]:
-    """The 95 % interval of a share."""
-    if not n:
-        return None, None
-    share, z2 = hits / n, _Z_SCORE_95 * _Z_SCORE_95
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z_SCORE_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def compute_brier_score(probabilities: Sequence[float]) -> float | None:
-    """Mean squared distance of each p(preferred answer) from 1."""
-    return math.fsum((1 - p) ** 2 for p in probabilities) / len(probabilities) if probabilities else None
-
-
-def compute_calibration_error(probabilities: Sequence[float]) -> float | None:
-    """Over ten bins of confidence from 0.5 to 1: the mean gap between confidence and share of right labels, by bin size.
-
-    A label of exactly one half is right half of the time.
-    """
-    if not probabilities:
-        return None
-    bins: dict[int, list[float]] = {}
-    for p in probabilities:
-        confidence = max(p, 1 - p)
-        place = min(_NUM_BINS - 1, int((confidence - 0.5) * 2 * _NUM_BINS))
-        bins.setdefault(place, []).append(confidence - (0.5 if p == 0.5 else float(p > 0.5)))
-    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(probabilities)
-
-
 def _ratio_or_none(hits: int, n: int) -> float | None:
     return hits / n if n else None
 
@@ -112,7 +80,7 @@ def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Seq
     decided = [(pair, p > 0.5) for pair, p in zip(pairs, probabilities, strict=True) if p is not None and p != 0.5]
     agreed = sum(right for _, right in decided)
     unequal = [(pair.a_longer, pair.a_preferred == right) for pair, right in decided if pair.a_longer is not None]
-    low, high = compute_wilson_interval(agreed, len(decided))
+    low, high = compute_wilson_interval(agreed, len(decided)) or (None, None)
     return AgreementMetrics(
         judge=judge,
         pairs=len(pairs),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import click
 
-from charter.options import common_options
-
-if TYPE_CHECKING:
-    from engine.settings import Settings
+from charter.console import common_options
+from engine.settings import Settings
 
 TOKEN_VARIABLE = "CHARTER_DASHBOARD_TOKEN"
 
@@ -43,4 +40,4 @@ def dashboard(settings: Settings, host: str, port: int) -> None:
         serve_dashboard(settings, host, port)
 
 
-VERBS = (dashboard,)
+COMMAND = dashboard

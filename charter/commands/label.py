@@ -10,17 +10,21 @@ import json
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from charter.options import common_options
-
-if TYPE_CHECKING:
-    from engine.bus.port import Bus
-    from engine.settings import Settings
-    from engine.store import Store
-    from schemas.records import Preference
+from charter.connect import connect_bus, open_store
+from charter.console import common_options
+from charter.lookup import make_id_pattern
+from charter.text import escape_unprintable, to_one_line
+from engine.bus.port import Bus
+from engine.errors import CharterError, UsageError
+from engine.settings import Settings
+from engine.store import Store
+from engine.worker import to_producer_record
+from schemas import ids
+from schemas.records import LabelSource, Outcome, Preference
 
 _P_A_BY_CHOICE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _QUERY_TIMEOUT_S = 20.0
@@ -59,7 +63,7 @@ def label(
     seed: int,
     count: int,
 ) -> None:
-    """Say which answer is better.
+    """Label pairs by hand.
 
     Without ID it shows pairs one after the other, of all runs or of one with --run, those first of which the judge was least
     sure, the answers in an order that says nothing of what the judge thought, and asks. A label that ID names is answered with
@@ -73,7 +77,6 @@ def label(
       charter label 3665c7e4 --prefer b
       charter label - < answers.jsonl
     """
-    from charter.pipeline import connect_bus, open_store
 
     if label_id not in (None, "-") and prefer is None:
         raise click.UsageError("say which answer is better: --prefer a, b or tie", click.get_current_context())
@@ -97,8 +100,6 @@ def label(
 
 def find_label(store: Store, identifier: str) -> dict[str, Any]:
     """The judge's label that an id, or its beginning, names."""
-    from charter.pipeline import make_id_pattern
-    from engine.errors import UsageError
 
     rows = store.query_dicts(_LABEL_BY_ID_SQL, {"id": make_id_pattern(identifier)}, limit_s=_QUERY_TIMEOUT_S)
     if len(rows) == 1:
@@ -110,8 +111,6 @@ def find_label(store: Store, identifier: str) -> dict[str, Any]:
 
 def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
     """A person's record on a judge's label."""
-    from schemas import ids
-    from schemas.records import LabelSource, Outcome, Preference
 
     at = datetime.now(UTC)
     parent = str(row["record_id"])
@@ -133,15 +132,12 @@ def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
 
 
 def _publish_label(bus: Bus, record: Preference) -> None:
-    from engine.worker import to_producer_record
 
     bus.publish([to_producer_record(record)])
 
 
 def _label_from_stdin(store: Store, bus: Bus) -> int:
     """Answers from standard input; a bad line is told and passed over, and the exit code is then 1."""
-    from charter.text import to_one_line
-    from engine.errors import CharterError
 
     given = bad = 0
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -189,8 +185,6 @@ def _label_interactively(store: Store, bus: Bus, filters: dict[str, Any], seed: 
 
 def _ask_preference(row: dict[str, Any], number: int, total: int, seed: int) -> float | None:
     """p(a is better) as the person says; -1 to pass over the pair, None to stop."""
-    from charter.text import escape_unprintable
-    from schemas import ids
 
     swapped = ids.compute_seed(str(row["record_id"]), seed) % 2 == 1
     first, second = (row["response_b"], row["response_a"]) if swapped else (row["response_a"], row["response_b"])
@@ -219,7 +213,6 @@ def _ask_preference(row: dict[str, Any], number: int, total: int, seed: int) -> 
 
 def _format_texts(texts: list[tuple[str, str]], max_lines: int | None) -> Iterator[str]:
     """Texts under their names, made harmless for the terminal, each cut after `most` lines."""
-    from charter.text import escape_unprintable
 
     for name, text in texts:
         lines = escape_unprintable(text).splitlines()
@@ -229,4 +222,4 @@ def _format_texts(texts: list[tuple[str, str]], max_lines: int | None) -> Iterat
             yield f"({len(lines) - max_lines} more lines: w)"
 
 
-VERBS = (label,)
+COMMAND = label

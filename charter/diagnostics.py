@@ -1,7 +1,4 @@
-"""`charter doctor`: looks at everything that a run here depends on, and says what to do about what is wrong.
-
-Each check looks, and changes nothing: it creates no folder, log or topic, loads no weights and takes no lock for long.
-"""
+"""The checks of `charter doctor`: installation, data folder, database, log, models, constitution."""
 
 from __future__ import annotations
 
@@ -10,23 +7,28 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import click
+import httpx
+from packaging.requirements import Requirement
 
-from charter.options import common_options, json_option, print_rows
-
-if TYPE_CHECKING:
-    from engine.bus.port import Bus
-    from engine.models.endpoint import ServerCapabilities
-    from engine.settings import Settings
+from charter.connect import open_bus_from_settings, open_store
+from constitutions.loader import ConstitutionError, load_constitution
+from engine.bus import KAFKA_SCHEME
+from engine.bus.port import Bus
+from engine.errors import CharterError
+from engine.models import SCRIPTED_SPEC, resolve_model_folder
+from engine.models.endpoint import ServerCapabilities, get_api_key_variable, open_endpoint
+from engine.settings import Settings
+from engine.tables import FORMAT_VERSION
+from schemas.topics import TOPICS
 
 _RECOMMENDED_FREE_BYTES = 5 * 1024**3  # a run's database, log and a few checkpoints of a small model
 _REQUIRED_FREE_BYTES = 500 * 1024**2
 _REQUEST_TIMEOUT_S = 5.0
 _MODEL_ROLES = ("policy", "critic", "judge")
-_STATE_LABELS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
 
 
 @dataclass(frozen=True)
@@ -37,41 +39,6 @@ class CheckResult:
     state: str
     detail: str
     fix: str = ""
-
-
-@click.command()
-@json_option
-@common_options
-def doctor(settings: Settings, as_json: bool) -> None:
-    """Look for what is missing, and say what to fix.
-
-    Python and packages, disk, database, log, models and constitution. Exit code 1 if one fails.
-
-    \b
-    Examples:
-      charter doctor
-      charter doctor --bus kafka://localhost:9092 --json
-    """
-    findings = list(run_checks(settings))
-    if as_json:
-        print_rows(
-            ["check", "state", "found", "fix"],
-            [(finding.check, finding.state, finding.detail, finding.fix) for finding in findings],
-            True,
-        )
-    else:
-        _print_results(findings)
-    sys.exit(any(finding.state == "fail" for finding in findings))
-
-
-def _print_results(results: list[CheckResult]) -> None:
-    from charter.text import escape_unprintable
-
-    longest = max(len(finding.check) for finding in results)
-    for finding in results:
-        click.echo(f"{_STATE_LABELS[finding.state]:<5} {finding.check:<{longest}}  {escape_unprintable(finding.detail)}")
-        if finding.fix:
-            click.echo(f"{'':<5} {'':<{longest}}  -> {escape_unprintable(finding.fix)}")
 
 
 def run_checks(settings: Settings) -> Iterator[CheckResult]:
@@ -91,8 +58,6 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
 
 def _run_check(name: str, check: Callable[[Settings], Iterator[CheckResult]], settings: Settings) -> Iterator[CheckResult]:
     """The check's findings; an error of ours is a finding too."""
-    from constitutions.loader import ConstitutionError
-    from engine.errors import CharterError
 
     try:
         yield from check(settings)
@@ -108,9 +73,6 @@ def _check_python(settings: Settings) -> Iterator[CheckResult]:
 
 def _check_packages(settings: Settings) -> Iterator[CheckResult]:
     """Each requirement of the installed Charter against what is installed; extras only warn."""
-    from importlib import metadata
-
-    from packaging.requirements import Requirement
 
     wrong: list[str] = []
     extras: list[str] = []
@@ -139,7 +101,6 @@ def _check_packages(settings: Settings) -> Iterator[CheckResult]:
 
 def _describe_device() -> str:
     """What torch computes on, where it is installed."""
-    from importlib.util import find_spec
 
     if find_spec("torch") is None:
         return ""
@@ -166,8 +127,6 @@ def _check_data_folder(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_database(settings: Settings) -> Iterator[CheckResult]:
-    from charter.pipeline import open_store
-    from engine.tables import FORMAT_VERSION
 
     store = open_store(settings)
     if not store.path.exists():
@@ -185,12 +144,10 @@ def _check_database(settings: Settings) -> Iterator[CheckResult]:
 
 def _check_log(settings: Settings) -> Iterator[CheckResult]:
     """Whether the log answers, and has every topic as the settings want it."""
-    from engine.bus import KAFKA_SCHEME
 
     if not settings.bus_address.startswith(KAFKA_SCHEME) and not (Path(settings.bus_address) / "log.sqlite").exists():
         yield CheckResult("log", "ok", f"the embedded log in {settings.bus_address} is not there yet")
         return
-    from charter.pipeline import open_bus_from_settings
 
     bus = open_bus_from_settings(settings)
     try:
@@ -200,7 +157,6 @@ def _check_log(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
-    from schemas.topics import TOPICS
 
     there = bus.topic_ids(list(TOPICS))
     missing = [name for name in TOPICS if name not in there]
@@ -229,7 +185,6 @@ def _check_models(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResult]:
-    from engine.models import SCRIPTED_SPEC, resolve_model_folder
 
     name = f"model {role}"
     if spec.startswith(("http://", "https://")):
@@ -256,9 +211,6 @@ def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResu
 
 def _check_model_server(name: str, spec: str, api_key_env: str) -> CheckResult:
     """Whether an OpenAI-compatible server answers and serves the model, and what it can do; the key is never shown."""
-    import httpx
-
-    from engine.models.endpoint import get_api_key_variable, open_endpoint
 
     asked = open_endpoint(spec, api_key_env=api_key_env)
     url, wanted = asked.url, asked.id
@@ -299,11 +251,7 @@ def _format_capabilities(dialect: ServerCapabilities) -> str:
 
 
 def _check_constitution(settings: Settings) -> Iterator[CheckResult]:
-    from constitutions.loader import load_constitution
 
     found = load_constitution(settings.run.constitution)
     counts = f"{len(found.critique)} principles for critique, {len(found.judge)} for judging"
     yield CheckResult("constitution", "ok", f"{found.name} {found.version}, {counts}")
-
-
-VERBS = (doctor,)

@@ -1,0 +1,40 @@
+"""`charter backup`: copy the data folder while everything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from charter.console import common_options
+from engine import backups
+from engine.bus import KAFKA_SCHEME
+from engine.settings import Settings
+
+
+def _get_log_folder(settings: Settings) -> Path | None:
+    """The folder of the embedded log; None with Kafka."""
+
+    return None if settings.bus_address.startswith(KAFKA_SCHEME) else Path(settings.bus_address)
+
+
+@click.command()
+@click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
+@common_options
+def backup(settings: Settings, target: Path) -> None:
+    """Copy the data folder while everything runs.
+
+    The database, the embedded log and the checkpoints, to a new FOLDER.
+
+    A Kafka log is not in it: Kafka replicates its topics, and the archive in the database has what was read of them.
+
+    \b
+    Examples:
+      charter backup backups/2026-11-24
+    """
+
+    for name, what in backups.create_backup(settings.folder, target, _get_log_folder(settings)).items():
+        click.echo(f"{name}: {', '.join(what) if isinstance(what, list) else what}")
+
+
+COMMAND = backup

@@ -1,0 +1,36 @@
+"""`charter config`: print every setting, its value and its origin."""
+
+from __future__ import annotations
+
+import click
+
+from charter.console import common_options, format_table, output_options, print_rows
+from engine.settings import Settings, format_settings_file, iter_settings
+
+
+@click.command()
+@click.option("--defaults", is_flag=True, help="Print a charter.toml with every key, its default and its meaning.")
+@output_options
+@common_options
+def config(settings: Settings, origins: dict[str, str], defaults: bool, output: str) -> None:
+    """Print every setting, its value and its origin.
+
+    \b
+    Examples:
+      charter config
+      charter config --defaults > charter.toml
+      CHARTER_RESPOND__NUM_COMPLETIONS=4 charter config --json
+    """
+
+    if defaults:
+        click.echo(format_settings_file(), nl=False)
+        return
+    rows = [(f"{s}.{k}", getattr(getattr(settings, s), k), origins[f"{s}.{k}"], f.description) for s, k, f in iter_settings()]
+    columns = ["setting", "value", "from", "meaning"]
+    if output:
+        print_rows(columns, rows, output)
+    else:
+        click.echo(format_table(columns, rows))  # never as blocks: one line for each setting
+
+
+COMMAND = config

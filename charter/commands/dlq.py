@@ -1,0 +1,146 @@
+"""`charter dlq`: list, show and retry dead letters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from charter.connect import connect_bus, open_store
+from charter.console import common_options, output_options, print_rows
+from charter.dead_letters import decode_value, find_dead_letter, publish_retries
+from engine.settings import Settings
+
+_DEAD_LETTER_KINDS = ("DECODE", "PERMANENT", "EXHAUSTED", "TOO_LARGE", "CRASH")
+_IS_RETRIED_SQL = "record_id IN (SELECT dead_letter_id FROM dead_letter_retries)"
+
+
+@click.group(invoke_without_command=True)
+@output_options
+@common_options
+def dlq(settings: Settings, output: str) -> None:
+    """List, show and retry dead letters.
+
+    Messages that a stage or the sink gave up on, untouched, each with its reason.
+
+    \b
+    Examples:
+      charter dlq
+      charter dlq show 3f2a
+      charter dlq retry --kind EXHAUSTED
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        _print_dead_letters(settings, output, None, None, 50)
+
+
+def _add_filter_options(function: Any) -> Any:
+    """The options that select dead letters."""
+    for option in (
+        click.option("--stage", help="Only of this stage (respond, critique, revise, judge, sink)."),
+        click.option("--kind", type=click.Choice(_DEAD_LETTER_KINDS, case_sensitive=False), help="Only of this kind."),
+    ):
+        function = option(function)
+    return function
+
+
+@dlq.command("list")
+@_add_filter_options
+@click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="How many of the newest.")
+@output_options
+@common_options
+def list_dead_letters(settings: Settings, output: str, stage: str | None, kind: str | None, count: int) -> None:
+    """The newest dead letters.
+
+    Where they came from, why, after how many attempts, and whether they were tried again.
+
+    \b
+    Examples:
+      charter dlq list --stage judge -n 5
+      charter dlq list --json
+    """
+    _print_dead_letters(settings, output, stage, kind, count)
+
+
+def _build_where_clause(stage: str | None, kind: str | None) -> tuple[str, list[Any]]:
+    """A WHERE clause and its parameters."""
+    pairs = [("stage = ?", stage), ("kind = ?", kind)]
+    clauses = [clause for clause, value in pairs if value is not None]
+    return " AND ".join(["TRUE", *clauses]), [value for _, value in pairs if value is not None]
+
+
+def _print_dead_letters(settings: Settings, output: str, stage: str | None, kind: str | None, count: int) -> None:
+
+    where, values = _build_where_clause(stage, kind)
+    sql = f"""SELECT record_id AS id, stage, kind, error_class AS error, error_message AS message,
+                     source_topic || '[' || source_partition || ']@' || source_offset AS came_from, attempts, created_at,
+                     CASE WHEN {_IS_RETRIED_SQL} THEN 'tried again' ELSE 'open' END AS state
+              FROM dead_letters WHERE {where} ORDER BY commit_seq DESC LIMIT {int(count)}"""
+    found = open_store(settings).query(sql, values, limit_s=10.0)
+    if output or found.rows:
+        print_rows(found.columns, found.rows, output)
+    else:
+        click.echo("no dead letters")
+
+
+@dlq.command()
+@click.argument("identifier", metavar="ID")
+@output_options
+@common_options
+def show(settings: Settings, identifier: str, output: str) -> None:
+    """One dead letter, whole.
+
+    Its reason, its headers, and its message, decoded where that is possible.
+
+    ID is a dead letter's id, or the beginning of one.
+
+    \b
+    Examples:
+      charter dlq show 3f2a
+    """
+
+    row = find_dead_letter(open_store(settings), identifier)
+    value = bytes(row.pop("value") or b"")
+    row |= {
+        "value_bytes": len(value),
+        "value": decode_value(value),
+        "source_key": bytes(row["source_key"] or b"").decode("utf-8", "replace"),
+    }
+    row["headers"] = {h["key"]: bytes(h["value"]).decode("utf-8", "replace") for h in row["headers"] or []}
+    print_rows(list(row), [tuple(row.values())], output)
+
+
+@dlq.command()
+@click.argument("identifiers", metavar="[ID...]", nargs=-1)
+@_add_filter_options
+@click.option("--all", "everything", is_flag=True, help="Every one that is open.")
+@common_options
+def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, stage: str | None, kind: str | None) -> None:
+    """Put messages back for the stage that gave up on them.
+
+    They go on their topic as they were; no other stage sees them again.
+
+    Each is tried again once: a letter that fails again is a new dead letter.
+
+    \b
+    Examples:
+      charter dlq retry 3f2a
+      charter dlq retry --stage judge --kind EXHAUSTED
+      charter dlq retry --all
+    """
+
+    if not (identifiers or everything or stage or kind):
+        raise click.UsageError("say which: ids, --stage, --kind or --all", click.get_current_context())
+    store = open_store(settings)
+    if identifiers:
+        letters = [find_dead_letter(store, identifier) for identifier in identifiers]
+    else:
+        where, values = _build_where_clause(stage, kind)
+        letters = store.query_dicts(f"SELECT * FROM dead_letters WHERE {where} ORDER BY commit_seq", values, limit_s=60.0)
+    bus = connect_bus(settings)
+    again = publish_retries(bus, letters)
+    bus.close()
+    before = len(letters) - again
+    click.echo(f"{again} messages are on their topics again" + (f"; {before} were tried again before" if before else ""))
+
+
+COMMAND = dlq

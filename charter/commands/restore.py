@@ -1,0 +1,29 @@
+"""`charter restore`: create a data folder from a backup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from charter.console import common_options
+from engine import backups
+from engine.settings import Settings
+
+
+@click.command()
+@click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
+@common_options
+def restore(settings: Settings, source: Path) -> None:
+    """Create a data folder from a backup.
+
+    \b
+    Examples:
+      charter restore backups/2026-11-24 --data restored
+    """
+
+    backups.restore_backup(source, settings.folder, click.echo)
+    click.echo(f"{settings.folder} is whole again; type: charter status --data {settings.folder}")
+
+
+COMMAND = restore

@@ -1,0 +1,45 @@
+"""`charter show`: the trace of one prompt."""
+
+from __future__ import annotations
+
+import click
+
+from charter.connect import open_store
+from charter.console import common_options, output_options, print_records
+from charter.lookup import find_prompt_ids
+from charter.text import format_trace
+from engine.errors import UsageError
+from engine.settings import Settings
+
+
+@click.command()
+@click.argument("identifier", metavar="ID")
+@output_options
+@common_options
+def show(settings: Settings, identifier: str, output: str) -> None:
+    """Show the trace of one prompt.
+
+    ID is a prompt's or any record's id, or the beginning of one.
+
+    \b
+    Examples:
+      charter show 3f2a
+      charter show 3f2a --json
+    """
+
+    store = open_store(settings)
+    found = find_prompt_ids(store, identifier)
+    if len(found) != 1:
+        raise UsageError(
+            f"{identifier!r} is the beginning of {len(found) or 'no'} ids",
+            "it must name one prompt or one record",
+            "type: charter sql 'select prompt_id, prompt from traces limit 10'",
+        )
+    rows = store.query_dicts("SELECT * FROM traces WHERE prompt_id = ?", found)
+    if output:
+        print_records(rows, output)
+    else:
+        click.echo(format_trace(rows[0]))
+
+
+COMMAND = show

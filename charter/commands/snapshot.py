@@ -1,0 +1,32 @@
+"""`charter snapshot`: copy the database while everything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from charter.connect import open_store
+from charter.console import common_options
+from engine import backups
+from engine.settings import Settings
+
+
+@click.command()
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+@common_options
+def snapshot(settings: Settings, target: Path) -> None:
+    """Copy the database to a file while everything runs.
+
+    Consistent; for a notebook, or a colleague.
+
+    \b
+    Examples:
+      charter snapshot monday.duckdb
+    """
+
+    records = backups.create_snapshot(open_store(settings), target)
+    click.echo(f"{target}: {records} records")
+
+
+COMMAND = snapshot

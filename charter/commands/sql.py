@@ -1,0 +1,76 @@
+"""`charter sql`: query the database, read-only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import click
+
+from charter.connect import open_store
+from charter.console import common_options, output_options, print_rows
+from engine.settings import Settings
+from engine.store import QueryResult
+
+_SIGNAL_POLL_INTERVAL_S = 0.2
+
+
+@click.command()
+@click.argument("statement", metavar="[SQL]", required=False)
+@click.option(
+    "--limit-s",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Cut a query that takes longer, in seconds.",
+)
+@click.option("--tables", is_flag=True, help="List the tables and views with their columns.")
+@output_options
+@common_options
+def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool, output: str) -> None:
+    """Query the database, read-only. SQL may be - to read it from standard input.
+
+    \b
+    Examples:
+      charter sql "select * from traces limit 1"
+      charter sql "select policy_version, count(*) from responses group by 1"
+      charter sql --tables
+    """
+
+    if tables:
+        statement = TABLES_SQL
+    elif statement == "-":
+        statement = sys.stdin.read()
+    if not statement:
+        raise click.UsageError('give a query, e.g. "select * from traces limit 1"', click.get_current_context())
+    found = _run_interruptible(lambda: open_store(settings).query(statement, limit_s=limit_s))
+    print_rows(found.columns, found.rows, output)
+
+
+def _run_interruptible(run_query: Callable[[], QueryResult]) -> QueryResult:
+    """What `ask` answers, from a thread of its own: DuckDB does not always hear of a Ctrl-C while it is at work."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"\n")
+        os._exit(130)  # what only reads leaves nothing behind
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        answer = ThreadPoolExecutor(1).submit(run_query)
+        while not wait(
+            [answer], _SIGNAL_POLL_INTERVAL_S
+        ).done:  # a signal that comes just before a wait without end is heard after it
+            pass
+        return answer.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+TABLES_SQL = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ordinal_position) AS columns
+            FROM information_schema.columns WHERE table_schema = 'main' GROUP BY 1 ORDER BY 1"""
+
+
+COMMAND = sql

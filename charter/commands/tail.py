@@ -1,0 +1,36 @@
+"""`charter tail`: print the newest records of a topic."""
+
+from __future__ import annotations
+
+import click
+
+from charter.connect import connect_bus
+from charter.console import common_options, stop_on_signals
+from charter.tail import tail_topic
+from engine.settings import Settings
+
+
+@click.command()
+@click.argument("topic")
+@click.option("-n", "count", type=click.IntRange(0), default=10, show_default=True, help="How many of the newest records.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what arrives, until stopped.")
+@click.option("--raw", is_flag=True, help="Do not decode; show the bytes.")
+@click.option("--json", is_flag=True, expose_value=False, help="As JSON, which it is anyway: an object a line.")
+@common_options
+def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
+    """Print the newest records of a topic as JSON lines.
+
+    \b
+    Examples:
+      charter tail responses -n 1
+      charter tail preferences --follow
+    """
+
+    bus = connect_bus(settings)
+    stop = stop_on_signals() if follow else None
+    for line in tail_topic(bus, topic, count, stop, raw=raw):
+        click.echo(line)
+    bus.close()
+
+
+COMMAND = tail

@@ -1,0 +1,239 @@
+"""What every command shares: its options, its settings, and how it prints.
+
+`charter --help` imports this file, so it imports pydantic and rich only where they are used.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from charter.text import escape_unprintable, format_json, get_terminal_width
+
+_PROGRESS_LOGGER = logging.getLogger("charter.progress")
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
+    options = [
+        click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
+        click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
+        click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
+        click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
+        click.option(
+            "--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.num_completions=4."
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
+        click.option("--log-json", is_flag=True, help="Log as one JSON object a line."),
+        click.option("--traceback", is_flag=True, help="Show where an error came from."),
+    ]
+
+    @wraps(function)
+    def wrapper(
+        data: str | None,
+        bus: str | None,
+        run_id: str | None,
+        config: Path | None,
+        assignments: tuple[str, ...],
+        verbose: bool,
+        log_json: bool,
+        traceback: bool,
+        **rest: Any,
+    ) -> Any:
+        configure_logging(verbose, log_json)
+        flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
+        chosen = {name: value for name, value in flags.items() if value is not None} | _parse_assignments(assignments)
+        preset = _PRESETS_BY_COMMAND.get(function.__name__)
+        return function(**_load_settings(function, chosen, config, preset), **rest)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def configure_logging(verbose: bool, as_json: bool) -> None:
+    """Log to standard error: lines for people, or one JSON object per line."""
+    from engine.logs import JsonFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if as_json else TerminalFormatter())
+    _PROGRESS_LOGGER.setLevel(logging.INFO if as_json else logging.NOTSET)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # The client's own log tells of every retry; our errors say what it comes to.
+    logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
+
+
+def print_progress(text: str, level: int = logging.INFO) -> None:
+    """How it goes, on standard error; with --log-json a line of the log, so that all of it can be parsed."""
+    if _PROGRESS_LOGGER.level == logging.NOTSET:
+        click.echo(text, err=True)
+    else:
+        _PROGRESS_LOGGER.log(level, text)
+
+
+class TerminalFormatter(logging.Formatter):
+    """A log record for a person; what a terminal would obey is shown as escapes."""
+
+    def __init__(self) -> None:
+        from engine.logs import LOG_FORMAT
+
+        super().__init__(LOG_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_unprintable(super().format(record))
+
+
+def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
+    from engine.settings import load_settings
+
+    settings, origins = load_settings(flags, file, preset() if preset else None)
+    named = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
+
+
+def _get_demo_preset() -> dict[str, dict[str, Any]]:
+    from charter.demo import DEMO_PRESET
+
+    return DEMO_PRESET
+
+
+_PRESETS_BY_COMMAND = {"demo": _get_demo_preset}
+
+
+def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in assignments]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise click.UsageError(
+                f"--set {name}: write it as NAME=VALUE, e.g. --set respond.num_completions=4", click.get_current_context()
+            )
+    return {name: value for name, _, value in pairs}
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for other programs.")
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json and --csv; the command gets `output`: "json", "csv", or "" for a table."""
+    json_flag = click.option("--json", "output", flag_value="json", default="", help="Print JSON, for other programs.")
+    csv_flag = click.option("--csv", "output", flag_value="csv", help="Print CSV with a header line.")
+    return json_flag(csv_flag(function))
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], output: str) -> None:
+    """Print rows as a table, as JSON objects or as CSV."""
+    if output == "json":
+        click.echo(format_json([dict(zip(columns, row, strict=True)) for row in rows]))
+    elif output == "csv":
+        click.echo(format_csv(columns, rows), nl=False)
+    elif columns:
+        click.echo(format_rows(columns, rows))
+
+
+def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], output: str) -> None:
+    """Print one JSON object, or a list of them, as JSON or as CSV. Call it only when `output` is not empty."""
+    if output == "json":
+        click.echo(format_json(records))
+        return
+    rows = [records] if isinstance(records, Mapping) else list(records)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    click.echo(format_csv(columns, [[row.get(name) for name in columns] for row in rows]), nl=False)
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set; a second signal kills as usual."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+_MAX_CELL_CHARS = 60
+_MAX_WIDTH = 100_000  # columns; wider than any table, so that nothing is folded outside a terminal
+_BOX = ["    ", "    ", " -  ", "    ", "    ", "    ", "    ", "    "]  # two spaces between columns, a rule under the header
+
+
+def format_cell(value: Any) -> str:
+    """Return a value as one line of text."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "seconds")
+    if isinstance(value, list | dict | tuple):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return escape_unprintable(str(value)).replace("\n", "\\n")
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table with one line for each row; numbers are aligned to the right.
+
+    The text does not depend on the width of a terminal. Wide characters (CJK, emoji) are measured in terminal cells.
+    On a terminal that is too narrow, cells are folded inside their columns.
+    """
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    table = Table(box=Box("\n".join(_BOX) + "\n", ascii=True), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(columns):
+        is_numeric = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
+        table.add_column(Text(name), justify="right" if is_numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(format_cell(value)) for value in row))
+    width = get_terminal_width() if sys.stdout.isatty() else _MAX_WIDTH
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _format_row_blocks(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return one block for each row, with one column per line: for rows with long texts."""
+    parts = []
+    for number, row in enumerate(rows, 1):
+        parts.append(f"--- row {number}")
+        parts += [f"{name}: {_format_nested(value)}" for name, value in zip(columns, row, strict=True)]
+    return "\n".join(parts)
+
+
+def _format_nested(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return escape_unprintable(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    return escape_unprintable(value) if isinstance(value, str) else format_cell(value)
+
+
+def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table, or one block for each row if a cell has more than 60 characters. The width of a terminal plays no part."""
+    is_short = all(len(format_cell(value)) <= _MAX_CELL_CHARS for row in rows for value in row)
+    return format_table(columns, rows) if is_short else _format_row_blocks(columns, rows)
+
+
+def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV (RFC 4180) with a header line. Unknown values are empty; lists and objects are JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([format_json(value, indent=None) if isinstance(value, list | dict | tuple) else value for value in row])
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""Evaluation: agreement with human labels, comparison of constitutions, ablation of principles."""

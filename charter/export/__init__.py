@@ -1,0 +1,1 @@
+"""Export of training data: the files and their dataset card."""
