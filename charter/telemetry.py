@@ -10,7 +10,7 @@ from charter.connect import open_bus_from_settings
 from consumers.sink import Sink
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
-from engine.metrics import MetricSample, collect_sink_metrics, collect_worker_metrics, serve_metrics
+from engine.metrics import MetricSample, collect_worker_metrics, serve_metrics
 from engine.policy import read_policy_updates
 from engine.settings import Settings
 from engine.tracing import Tracing

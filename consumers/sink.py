@@ -28,6 +28,7 @@ from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, O
 from engine.store import Store, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
 from engine.watchdog import CallTracker
+from engine.metrics import MetricSample
 from engine.worker import compute_backoff
 from schemas.codec import RecordError, decode_record
 from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
@@ -283,3 +284,14 @@ def _compute_content_hash(record: Record) -> int:
     """64 bits of a record's content, without what differs each time the same work is done."""
     text = to_json(record, exclude=_VOLATILE_FIELDS)
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def collect_sink_metrics(sink: Sink) -> Iterator[MetricSample]:
+    """The sink's figures."""
+    labels = (("run", "all"), ("stage", "sink"))
+    yield MetricSample(
+        "charter_records_read_total", "Records that the stage has finished and committed.", sink.num_written, labels
+    )
+    yield MetricSample("charter_pauses_total", "Pauses because a dependency was away.", sink.num_pauses, labels)
+    yield MetricSample("charter_batches_total", "Batches that the stage has worked on.", sink.num_flushes, labels)
+    yield MetricSample("charter_batch_seconds_total", "Seconds spent working on batches.", sink.flush_seconds, labels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,9 +17,6 @@ from prometheus_client.registry import Collector
 
 from engine.errors import UsageError
 from engine.worker import Worker
-
-if TYPE_CHECKING:
-    from consumers.sink import Sink
 
 _Labels = tuple[tuple[str, str], ...]
 
@@ -92,14 +89,3 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
     )
     yield MetricSample("charter_queued_records", "Records that wait for the model.", worker.num_queued, labels)
     yield MetricSample("charter_partitions", "Partitions that this copy has.", len(worker.positions), labels)
-
-
-def collect_sink_metrics(sink: Sink) -> Iterator[MetricSample]:
-    """The sink's figures."""
-    labels = (("run", "all"), ("stage", "sink"))
-    yield MetricSample(
-        "charter_records_read_total", "Records that the stage has finished and committed.", sink.num_written, labels
-    )
-    yield MetricSample("charter_pauses_total", "Pauses because a dependency was away.", sink.num_pauses, labels)
-    yield MetricSample("charter_batches_total", "Batches that the stage has worked on.", sink.num_flushes, labels)
-    yield MetricSample("charter_batch_seconds_total", "Seconds spent working on batches.", sink.flush_seconds, labels)
