@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from charter.connect import open_bus_from_settings
-from consumers.sink import Sink
+from consumers.sink import Sink, collect_sink_metrics
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
 from engine.metrics import MetricSample, collect_worker_metrics, serve_metrics

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 import duckdb
@@ -25,10 +25,10 @@ from pydantic_core import to_json
 from engine.bus.port import Bus, ConsumerRecord, Reader, TopicPartition
 from engine.dead_letters import make_dead_letter
 from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost
+from engine.metrics import MetricSample
 from engine.store import Store, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
 from engine.watchdog import CallTracker
-from engine.metrics import MetricSample
 from engine.worker import compute_backoff
 from schemas.codec import RecordError, decode_record
 from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
