@@ -9,9 +9,7 @@ import csv
 import io
 import json
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
@@ -150,19 +148,6 @@ def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], outp
     rows = [records] if isinstance(records, Mapping) else list(records)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     click.echo(format_csv(columns, [[row.get(name) for name in columns] for row in rows]), nl=False)
-
-
-def stop_on_signals() -> threading.Event:
-    """An event that SIGINT and SIGTERM set; a second signal kills as usual."""
-    stop = threading.Event()
-
-    def handle(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
 
 
 _MAX_CELL_CHARS = 60

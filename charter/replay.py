@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from charter.connect import open_store
-from charter.console import stop_on_signals
 from charter.estimate import estimate_costs, format_costs
 from charter.lag import find_oldest_unread, get_stage_inputs, read_sink_offsets
 from charter.pipeline import STAGE_ROLES, STAGES, make_host, make_run_manifest, read_run_manifests
@@ -23,6 +22,7 @@ from engine.errors import UsageError
 from engine.host import Host
 from engine.settings import Settings
 from engine.settings import Settings as Tree
+from engine.stop_signals import stop_on_signals
 from producers.replay import (
     EARLIEST,
     ArchiveSelection,

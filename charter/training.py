@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charter.connect import connect_bus, open_store
-from charter.console import print_progress, stop_on_signals
+from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.errors import UsageError
 from engine.models import resolve_model_folder
 from engine.settings import Settings
+from engine.stop_signals import stop_on_signals
 from schemas.records import PolicyUpdate
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ import click
 
 from charter import custom_stage
 from charter.connect import connect_bus, open_store
-from charter.console import common_options, print_progress, stop_on_signals
+from charter.console import common_options, print_progress
 from charter.lag import is_all_work_done
 from charter.pipeline import STAGE_ROLES, STAGES, make_host
 from engine.host import Host
 from engine.settings import Settings
+from engine.stop_signals import stop_on_signals
 
 _ALL_STAGES = (*STAGES, "sink")
 _REPORT_INTERVAL_POLLS = 25  # looks of 0.2 s

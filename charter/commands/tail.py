@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from charter.connect import connect_bus
-from charter.console import common_options, stop_on_signals
+from charter.console import common_options
 from charter.tail import tail_topic
 from engine.settings import Settings
+from engine.stop_signals import stop_on_signals
 
 
 @click.command()
