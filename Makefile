@@ -1,4 +1,4 @@
-# make demo and make test do all of their own set-up from nothing, and skip what is done.
+# make demo and make test include the whole setup and skip completed steps.
 .PHONY: help set-up demo test lint check format bench clean
 
 export OMP_WAIT_POLICY = PASSIVE
@@ -7,38 +7,38 @@ PYTHON ?= python3
 export PYTHON
 BIN = .venv/bin
 
-help: ## What there is to make
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
-set-up: ## A virtual environment in .venv, the packages, the small model
+set-up: ## Create .venv, install the packages, convert the small model
 	@./setup.sh
 
-demo: set-up ## The whole loop once, with a real small model
+demo: set-up ## Run the whole loop once, with a small real model
 	@$(BIN)/charter demo
 
-test: set-up ## All tests, in three processes (much of it waits for brokers and dying processes)
+test: set-up ## Run all tests, in three processes (many tests wait for brokers and for killed processes)
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
-lint: set-up ## Format, lint, types, schema evolution
+lint: set-up ## Check format, lint, types and schema compatibility
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m schemas.compatibility
 
-check: lint test ## All that a change must pass
+check: lint test ## Run every check that a change must pass
 
-format: set-up ## Format the code, and write the reference pages from it
+format: set-up ## Generate the reference pages and format the code
 	@$(BIN)/python -m charter.reference
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: set-up ## Speed and memory, as ratios
+bench: set-up ## Measure speed and memory, as ratios to peers
 	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.labels
 	@$(BIN)/python -m benchmarks.bus
 	@$(BIN)/python -m benchmarks.sink
 	@$(BIN)/python -m benchmarks.demo
-	@if [ -n "$$KAFKA_HOME" ]; then $(BIN)/python -m benchmarks.hop; else echo "no KAFKA_HOME: benchmarks.hop is left out"; fi
+	@if [ -n "$$KAFKA_HOME" ]; then $(BIN)/python -m benchmarks.hop; else echo "KAFKA_HOME is not set: benchmarks.hop is skipped"; fi
 
-clean: ## Remove what set-up and the demo made here
+clean: ## Remove .venv, the data folder and build outputs
 	rm -rf .venv .charter build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/tutorial.md tells, command by command: bash docs/tutorial.sh NEW_FOLDER, with `charter` on the PATH.
+# Run every command of docs/tutorial.md: bash docs/tutorial.sh NEW_FOLDER, with `charter` on the PATH.
 set -euo pipefail
 mkdir "$1"
 cd "$1"
@@ -52,7 +52,7 @@ cat >cases.jsonl <<'JSON'
 JSON
 
 say charter constitution lint bookshop.toml
-! charter constitution lint bookshop.toml # it has something to say
+! charter constitution lint bookshop.toml # exits with 1: the worked example is missing
 
 cat >>bookshop.toml <<'TOML'
 
@@ -66,7 +66,7 @@ TOML
 try charter constitution lint bookshop.toml
 try charter constitution test cases.jsonl --constitution bookshop.toml --at-least 0
 
-# Settings: short texts, so that two processor cores are enough ----------------------------------------------------------------
+# Settings: short responses, so that two processor cores are enough ----------------------------------------------------------------
 cat >charter.toml <<'TOML'
 [run]
 constitution = "bookshop.toml"
@@ -101,7 +101,7 @@ cat >prompts.jsonl <<'JSON'
 {"prompt": "My daughter is nine. Which book would you give her?"}
 JSON
 
-# `charter run` goes on until it is stopped: here until every prompt's chain has ended and its answers are compared.
+# Start `charter run` and stop it with Ctrl-C (SIGINT) when every prompt has a finished revision chain and a preference.
 DONE="select least((select count(*) from revision_chains), (select count(*) from preferences)) as done"
 stream() {
     say charter run
@@ -120,7 +120,7 @@ try charter produce prompts.jsonl --dry-run
 try charter produce prompts.jsonl
 stream 12
 
-# Look -----------------------------------------------------------------------------------------------------------------------------
+# Inspect -----------------------------------------------------------------------------------------------------------------------------
 try charter status
 try charter sql "select prompt_id, prompt from traces limit 10"
 try charter show "$(charter sql "select prompt_id from traces order by created_at limit 1" --json | tr -dc '0-9a-f-' | tail -c 36)"
@@ -143,7 +143,7 @@ try charter train --phase ppo
 try charter produce prompts.jsonl --epoch 2
 stream 36
 
-# Look again -----------------------------------------------------------------------------------------------------------------------
+# Compare the policies -----------------------------------------------------------------------------------------------------------------------
 try charter policy list
 try charter sql "select kind, version, phase, base_version, batch_number, trained_rows from policy_versions order by commit_seq"
 try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg((finish_reason = 'STOP')::int) as ended from rollouts group by 1 order by 1"
