@@ -106,16 +106,16 @@ def _time_request(client: httpx.Client, address: str) -> float:
 
 def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, float]]:
     """Every view, asked for once; `number` makes the searches new ones."""
-    stories = client.get("/api/stories").json()["data"]["stories"]
+    traces = client.get("/api/traces").json()["data"]["traces"]
     wanted = {
         "pipeline": "/?run=live",
-        "stories": "/stories?run=live",
-        "a story": f"/stories/{stories[round_index]['prompt_id']}",
-        "story search, words in prompts": f"/stories?q=how+{round_index}",
-        "story search, words that are nowhere": f"/stories?q=zebra{round_index}",
-        "story search, words in everything": f"/stories?scope=everything&q=river+{round_index}",
-        "story search, beginning of an id": f"/stories?q={stories[round_index]['prompt_id'][:8]}",
-        "story filter, how its chain ended": f"/stories?end_reason=SATISFIED&q={round_index}",
+        "traces": "/traces?run=live",
+        "a trace": f"/traces/{traces[round_index]['prompt_id']}",
+        "trace search, words in prompts": f"/traces?q=how+{round_index}",
+        "trace search, words that are nowhere": f"/traces?q=zebra{round_index}",
+        "trace search, words in everything": f"/traces?scope=everything&q=river+{round_index}",
+        "trace search, beginning of an id": f"/traces?q={traces[round_index]['prompt_id'][:8]}",
+        "trace filter, how its chain ended": f"/traces?end_reason=SATISFIED&q={round_index}",
         "preferences": "/preferences?run=live",
         "training": "/training?run=live",
         "dead letters": "/dead-letters?run=live",

@@ -30,7 +30,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "train": "Train on the rows that have arrived, once or in a loop.",
     },
     "Inspect": {
-        "dashboard": "Show everything in a browser, live.",
+        "dashboard": "Serve a live dashboard for the browser.",
         "report": "Write a run into one HTML file.",
         "status": "Show record counts, consumer lag and policies.",
         "show": "Show the trace of one prompt.",

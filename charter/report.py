@@ -1,137 +1,91 @@
-"""`charter report`: one run as one HTML file that needs nothing else, for sending to a colleague.
+"""The report of one run: one HTML file without scripts and external files, to send to a colleague.
 
-It shows what the dashboard shows, from the same questions and the same parts, without script or server. Each section asks the
-database in a hold of its own, cut at the read limit; a section that cannot be read says why in its place.
+The report shows the data of the dashboard, with the same queries and templates. Each section runs its queries in a separate read
+session, which ends at the read limit of the store. A section that cannot be read shows its error.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+from markupsafe import Markup
 
-from charter.console import common_options, json_option
+import charter
+from charter.dashboard import pipeline_view, preferences_view, runs_view, training_view
+from charter.dashboard.app import STATIC_FOLDER
+from charter.dashboard.query_cache import QueryCache
+from charter.dashboard.rendering import create_template_environment, error_to_dict, escape_text, to_json_value
+from charter.dashboard.runs_view import load_run_ids
+from charter.dashboard.traces_view import load_trace
+from engine.errors import UsageError
+from engine.store import QueryFunction, Store
 
-if TYPE_CHECKING:
-    from engine.settings import Settings
-    from engine.store import QueryFunction, Store
-
-_DEFAULT_SAMPLES = 5
-_MAX_TEXT_CHARS = 4_000  # characters of one text in the file
-
-
-@click.command()
-@click.argument("file", metavar="[FILE]", type=click.Path(path_type=Path), default=Path("charter-report.html"))
-@click.option(
-    "--stories", "samples", default=_DEFAULT_SAMPLES, show_default=True, type=click.IntRange(0, 100), help="Story samples."
-)
-@json_option
-@common_options
-def report(settings: Settings, origins: dict[str, str], file: Path, samples: int, as_json: bool) -> None:
-    """Write a run into one HTML file.
-
-    It has counts, before and after, principles, curves of reward and KL, story samples, and what the run is made of. It is
-    about the newest run, or --run. FILE is charter-report.html if it is not given; - is standard output.
-
-    \b
-    Examples:
-      charter report
-      charter report --run live --stories 10 live.html
-      charter report --json | jq .policies
-    """
-    from charter.connect import open_store
-    from charter.dashboard.app import error_to_dict
-    from charter.dashboard.rendering import to_json_value
-    from charter.text import format_json
-
-    store = open_store(settings)
-    run = _resolve_run(store, settings.run.id if origins["run.id"] != "default" else "")
-    found = _load_sections(store, run, samples)
-    if as_json:
-        shown = {
-            name: look.data if look.error is None else {"trouble": error_to_dict(look.error)} for name, look in found.items()
-        }
-        click.echo(format_json(to_json_value({"run": run, **shown})))
-        return
-    page = _render_html(run, found)
-    if str(file) == "-":
-        click.echo(page)
-        return
-    file.write_text(page, encoding="utf-8", errors="replace")
-    click.echo(f"run {run}: {file.resolve()} ({len(page) / 1000:,.0f} kB)")
+_MAX_TEXT_CHARS = 4_000  # of one text in the file
 
 
-def _resolve_run(store: Store, run_id: str) -> str:
-    """The run that is asked for, or the newest; raises UsageError when it is not there."""
-    from charter.dashboard.runs_view import load_run_ids
-    from engine.errors import UsageError
+def resolve_run(store: Store, run_id: str) -> str:
+    """Return the requested run, or the newest run if `run_id` is empty. Raise UsageError if there is no such run."""
 
-    with store.open_read_session() as ask:
-        known: list[str] = load_run_ids(ask)["runs"]
-    if not known:
+    with store.open_read_session() as query:
+        run_ids: list[str] = load_run_ids(query)["run_ids"]
+    if not run_ids:
         raise UsageError(
-            f"there is no run in {store.path} yet", "a run begins with its first stage", "type: charter demo    or: charter run"
+            f"there is no run in {store.path}", "the first stage of a run creates it", "type: charter demo    or: charter run"
         )
-    if run_id and run_id not in known:
-        raise UsageError(f"there is no run {run_id}", f"the database has: {', '.join(known)}", "type: charter runs")
-    return run_id or known[0]
+    if run_id and run_id not in run_ids:
+        raise UsageError(f"there is no run {run_id}", f"the database has: {', '.join(run_ids)}", "type: charter runs")
+    return run_id or run_ids[0]
 
 
-def _load_sections(store: Store, run: str, samples: int) -> dict[str, Any]:
-    """Section -> what the database says, or why it does not (a `Look`)."""
-    from charter.dashboard import pipeline_view, preferences_view, runs_view, training_view
-    from charter.dashboard.query_cache import QueryCache
+def load_sections(store: Store, run: str, num_traces: int) -> dict[str, Any]:
+    """Return {section: CachedResult}: the data of each section, or the error that prevented reading it."""
 
-    desk = QueryCache(store)
+    cache = QueryCache(store)
     return {
-        "counts": desk.run_once(lambda ask: pipeline_view.load_pipeline(ask, run)),
-        "policies": desk.run_once(lambda ask: {"policies": training_view.load_policy_stats(ask, run)}),
-        "pairs": desk.run_once(lambda ask: {"pairs": _load_before_after_pairs(ask, run)}),
-        "preferences": desk.run_once(lambda ask: preferences_view.load_preferences(ask, run)),
-        "training": desk.run_once(lambda ask: training_view.load_training(ask, run)),
-        "stories": desk.run_once(lambda ask: {"stories": _sample_traces(ask, run, samples)}),
-        "card": desk.run_once(lambda ask: runs_view.load_run(ask, run, {})),
+        "counts": cache.run_once(lambda query: pipeline_view.load_pipeline(query, run)),
+        "policies": cache.run_once(lambda query: {"policies": training_view.load_policy_stats(query, run)}),
+        "pairs": cache.run_once(lambda query: {"pairs": _load_before_after_pairs(query, run)}),
+        "preferences": cache.run_once(lambda query: preferences_view.load_preferences(query, run)),
+        "training": cache.run_once(lambda query: training_view.load_training(query, run)),
+        "traces": cache.run_once(lambda query: {"traces": _sample_traces(query, run, num_traces)}),
+        "configuration": cache.run_once(lambda query: runs_view.load_run(query, run, {})),
     }
 
 
-def _load_before_after_pairs(ask: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Prompts that the run's first and its newest policy have both answered, with the first answer of each."""
-    sql = """WITH ours AS (SELECT messages, policy_version, completions[1].text AS answer FROM responses WHERE run_id = $run),
-                  ends AS (SELECT min(policy_version) AS first, max(policy_version) AS last FROM ours)
+def _load_before_after_pairs(query: QueryFunction, run: str) -> list[dict[str, Any]]:
+    """Return prompts with responses of both the first and the newest policy, with the first completion of each."""
+    sql = """WITH run_responses AS (SELECT messages, policy_version, completions[1].text AS response FROM responses WHERE run_id = $run),
+                  versions AS (SELECT min(policy_version) AS first, max(policy_version) AS last FROM run_responses)
              SELECT DISTINCT ON (one.messages) one.messages[-1].content AS prompt, one.policy_version AS before_version,
-                    one.answer AS before, two.policy_version AS after_version, two.answer AS after
-             FROM ours one JOIN ours two USING (messages), ends
+                    one.response AS before, two.policy_version AS after_version, two.response AS after
+             FROM run_responses one JOIN run_responses two USING (messages), versions
              WHERE first < last AND one.policy_version = first AND two.policy_version = last ORDER BY hash(one.messages)"""
-    return ask(sql, {"run": run}, 3).to_dicts()
+    return query(sql, {"run": run}, 3).to_dicts()
 
 
-def _sample_traces(ask: QueryFunction, run: str, samples: int) -> list[dict[str, Any]]:
-    """Stories of prompts whose chain has ended and that were judged: as if drawn by lot, the same ones each time."""
-    from charter.dashboard.traces_view import load_trace
+def _sample_traces(query: QueryFunction, run: str, num_traces: int) -> list[dict[str, Any]]:
+    """Return the traces of `num_traces` prompts with a revision chain and a judgment.
+
+    The order is by the hash of the prompt id: it looks random, but it is the same each time.
+    """
 
     sql = """SELECT prompt_id FROM revision_chains WHERE run_id = ? AND prompt_id IN (SELECT prompt_id FROM preferences)
              GROUP BY 1 ORDER BY hash(prompt_id::VARCHAR), 1"""
-    return [load_trace(ask, str(prompt)) for (prompt,) in ask(sql, [run], samples).rows] if samples else []
+    return [load_trace(query, str(prompt_id)) for (prompt_id,) in query(sql, [run], num_traces).rows]
 
 
-def _render_html(run: str, loaded_sections: dict[str, Any]) -> str:
-    """The report as HTML."""
-    from markupsafe import Markup
+def render_html(run: str, sections: dict[str, Any]) -> str:
+    """Return the report as HTML."""
 
-    import charter
-    from charter.dashboard.app import STATIC_FOLDER, error_to_dict
-    from charter.dashboard.rendering import create_template_environment, escape_text, to_json_value
-
-    pages = create_template_environment()
-    pages.filters["inert"] = lambda value, most=_MAX_TEXT_CHARS: escape_text(value, most)
+    environment = create_template_environment()
+    environment.filters["escape_text"] = lambda value, max_length=_MAX_TEXT_CHARS: escape_text(value, max_length)
     style = Markup((STATIC_FOLDER / "charter.css").read_text(encoding="utf-8"))
-    return pages.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         run=run,
-        made=to_json_value(datetime.now(UTC).replace(tzinfo=None)),
+        generated_at=to_json_value(datetime.now(UTC).replace(tzinfo=None)),
         version=charter.__version__,
         style=style,
-        troubles={name: error_to_dict(look.error) for name, look in loaded_sections.items() if look.error},
-        **{name: to_json_value(look.data) for name, look in loaded_sections.items()},
+        errors={name: error_to_dict(result.error) for name, result in sections.items() if result.error},
+        **{name: to_json_value(result.data) for name, result in sections.items()},
     )

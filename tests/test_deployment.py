@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from charter.up import COMPOSE_FILE
 
-from charter.cli import STAGES, cli
-from charter.commands.dashboard import TOKEN_VARIABLE
+from charter.cli import load_command
+from charter.dashboard.serve import TOKEN_VARIABLE
+from charter.pipeline import STAGES
 from engine.metrics import serve_metrics
 from engine.settings import Settings, get_environment_name, iter_settings, load_settings
 from tests.support.kafka import find_free_port
 
 ROOT = Path(__file__).parent.parent
-TEXT = COMPOSE_FILE.read_text(encoding="utf-8")
+TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 SERVICES = yaml.safe_load(TEXT)["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 VARIABLES = {get_environment_name(section, key) for section, key, _ in iter_settings()}
@@ -49,9 +49,9 @@ def health(service):
 
 def test_there_is_a_service_for_every_part():
     commands = [service["command"] for service in OURS.values()]
-    assert sorted(command[2] for command in commands if command[:2] == ["run", "--stage"]) == sorted(STAGES)
+    assert sorted(command[2] for command in commands if command[:2] == ["run", "--stage"]) == sorted([*STAGES, "sink"])
     assert ["train", "--loop"] in commands
-    assert {"kafka", "dashboard", "trainer", *STAGES} <= {
+    assert {"kafka", "dashboard", "trainer", "sink", *STAGES} <= {
         name for name, service in SERVICES.items() if "profiles" not in service
     }
     assert {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service} == {
@@ -64,7 +64,7 @@ def test_there_is_a_service_for_every_part():
 @pytest.mark.parametrize("name", OURS)
 def test_commands_are_understood(name):
     verb, *rest = OURS[name]["command"]
-    cli.commands[verb].make_context(verb, list(rest))
+    load_command(verb).make_context(verb, list(rest))
     assert '"charter"' in dict(FINAL)["ENTRYPOINT"]
 
 
@@ -181,7 +181,7 @@ def test_documented_compose_commands_name_what_is_there(command):
     if words[0] == "run":
         service, verb, *rest = words[words.index("-T") + 1 :]
         assert service in OURS
-        cli.commands[verb].make_context(verb, [word for word in rest if word not in ("<", "prompts.jsonl")])
+        load_command(verb).make_context(verb, [word for word in rest if word not in ("<", "prompts.jsonl")])
     else:
         named = [word.split("=")[0] for word in words[1:] if not word.startswith("-")]
         assert words[0] in ("up", "logs")

@@ -126,7 +126,8 @@ def test_a_poisoned_prompt_is_a_dead_letter_and_the_others_go_on(tmp_path):
 
 RUN = """
     import sys
-    from charter.pipeline import STAGES, connect_bus, make_host
+    from charter.connect import connect_bus
+    from charter.pipeline import STAGES, make_host
     from engine.settings import load_settings
     settings = load_settings({"data.folder": sys.argv[1], "models.policy": "scripted", "run.id": "r", "prompts.eval_fraction": "0"})[0]
     with make_host(settings, connect_bus(settings), STAGES, sink=True) as host:

@@ -1,4 +1,4 @@
-"""`charter dashboard`: the command. Everything that serves is imported when it runs."""
+"""`charter dashboard`: the CLI command. It imports the server only when it runs, to keep the other commands fast."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import click
 from charter.console import common_options
 from engine.settings import Settings
 
-TOKEN_VARIABLE = "CHARTER_DASHBOARD_TOKEN"
-
 
 @click.command()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback a token is asked for."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; an address other than loopback requires a token.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8400, show_default=True, help="Port to listen on; 0 takes a free one."
+    "--port", type=click.IntRange(0, 65535), default=8400, show_default=True, help="Port to listen on; 0 selects a free port."
 )
 @common_options
 def dashboard(settings: Settings, host: str, port: int) -> None:
-    """Show everything in a browser, live.
+    """Serve a live dashboard for the browser.
 
-    Pipeline, stories, preferences, training, dead letters, SQL, runs.
+    Views: pipeline, traces, preferences, training, dead letters, SQL, runs.
 
-    It listens on this machine alone unless --host says otherwise; then every visitor needs the token that is printed (or that
-    the variable CHARTER_DASHBOARD_TOKEN gives).
+    The default address accepts connections from this machine only. With another --host every request needs a token: the value of
+    the variable CHARTER_DASHBOARD_TOKEN, or a generated token that the command prints.
 
     \b
     Examples:
@@ -36,7 +37,7 @@ def dashboard(settings: Settings, host: str, port: int) -> None:
     """
     from charter.dashboard.serve import serve_dashboard
 
-    with suppress(KeyboardInterrupt):  # the way to stop it
+    with suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
         serve_dashboard(settings, host, port)
 
 

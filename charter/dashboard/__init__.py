@@ -1,18 +1,18 @@
-"""`charter dashboard`: one local page that shows what a Charter does, live, and nothing that it is shown can act.
+"""`charter dashboard`: a local web page that shows a running Charter and stays up to date.
 
-    verb.py         the command, its address and its token
-    serve.py        listening: the socket, the token, the server
-    app.py          every view's URL, its JSON twin, and the one thing that changes something: a retry of dead letters
-    guard.py        who may ask: Host, Origin, token, and what a page may do (its content security policy)
-    desk.py         the database, asked by one at a time, briefly remembered, and never twice while its file stays the same
-    log.py          how far the stages are behind on the log, looked up beside the requests
-    pipeline.py, stories.py, preferences.py, training.py, letters.py, sql.py, runs.py
-                    what each view shows: a function from questions to plain data, which is also its JSON twin
-    page.py         that data as HTML; every text is escaped, and what cannot be seen is made visible
-    charts.py, picture.py
-                    SVG: charts with units and intervals, the picture of the pipeline
+    command.py      the CLI command and its options
+    serve.py        the socket, the token and the web server
+    app.py          the URL of each view, its JSON twin under /api, and the only action: retry dead letters
+    security.py     checks of Host, Origin and token; the content security policy of the pages
+    query_cache.py  access to the database: one query at a time, cached for as long as the file does not change
+    lag_monitor.py  the consumer lag of the stages, measured by a background thread
+    pipeline_view.py, traces_view.py, preferences_view.py, training_view.py, dead_letters_view.py, sql_view.py, runs_view.py
+                    the data of each view: functions from query parameters to plain data, which is also the JSON twin
+    rendering.py    that data as HTML: all text is escaped, invisible characters are made visible
+    charts.py, pipeline_diagram.py
+                    SVG: charts with units and confidence intervals, the diagram of the pipeline
     templates/, static/
-                    the pages (`report.html` is `charter report`'s), one style sheet, one small script
+                    the pages (`report.html` belongs to `charter report`), one style sheet, two small scripts
 
-The pages work without the script; with it they stay up to date, and charts tell their figures under the pointer.
+All pages work without the scripts. The scripts refresh the page, switch the theme and show the value of a chart's point on hover.
 """

@@ -1,7 +1,7 @@
 """The dashboard as an ASGI application: every view has a URL, and a JSON twin under /api.
 
-A view that cannot be read now says why in the error's own three lines and is a page all the same. Pages carry an ETag, so that
-asking again costs nothing while nothing has changed.
+A view that cannot be read is still a page: it shows the three lines of the error (what happened, why, what to type). Each
+response has an ETag, so that a repeated request for an unchanged page returns 304 without a body.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -24,6 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from charter.connect import open_store
 from charter.dashboard import (
     dead_letters_view,
     pipeline_view,
@@ -35,18 +36,17 @@ from charter.dashboard import (
 )
 from charter.dashboard.lag_monitor import LagMonitor
 from charter.dashboard.query_cache import CachedResult, QueryCache
-from charter.dashboard.rendering import create_template_environment, to_json_value
+from charter.dashboard.rendering import create_template_environment, error_to_dict, to_json_value
 from charter.dashboard.security import SecurityMiddleware
+from charter.lag import get_stage_inputs
 from engine.errors import CharterError
-
-if TYPE_CHECKING:
-    from engine.settings import Settings
+from engine.settings import Settings
 
 STATIC_FOLDER = Path(__file__).with_name("static")
 _MAX_FORM_BYTES = 16 * 1024
 _NAVIGATION = (
     ("/", "Pipeline"),
-    ("/stories", "Stories"),
+    ("/traces", "Traces"),
     ("/preferences", "Preferences"),
     ("/training", "Training"),
     ("/dead-letters", "Dead letters"),
@@ -57,7 +57,7 @@ _NAVIGATION = (
 
 @dataclass(frozen=True)
 class _View:
-    """What one request shows: `data` of the database (None: it cannot be read, see `trouble`), and what is `beside` it."""
+    """What one request shows: `data` from the database (None if it cannot be read), and `extra` values from elsewhere."""
 
     template: str
     title: str
@@ -67,26 +67,21 @@ class _View:
     status_code: int = 200
 
     def to_dict(self) -> dict[str, Any]:
-        """The view as JSON."""
-        return to_json_value({"view": self.template, "data": self.data, "trouble": error_to_dict(self.error), **self.extra})
+        """Return the view as JSON values."""
+        return to_json_value({"view": self.template, "data": self.data, "error": error_to_dict(self.error), **self.extra})
 
 
-def error_to_dict(error: CharterError | None) -> dict[str, str] | None:
-    return None if error is None else {"what": error.what, "why": error.why, "fix": error.fix}
-
-
-def _make_view(template: str, title: str, result: CachedResult, *, not_found: bool = False, **beside: Any) -> _View:
-    return _View(template, title, result.data, result.error, beside, 404 if not_found else 200)
+def _make_view(template: str, title: str, result: CachedResult, *, not_found: bool = False, **extra: Any) -> _View:
+    return _View(template, title, result.data, result.error, extra, 404 if not_found else 200)
 
 
 _ViewFunction = Callable[[Request], _View]
 
 
 class Dashboard:
-    """The views of one data folder and one log."""
+    """The views of one data folder and one event log."""
 
     def __init__(self, settings: Settings) -> None:
-        from charter.connect import open_store
 
         self.settings = settings
         self.query_cache = QueryCache(open_store(settings))
@@ -94,11 +89,11 @@ class Dashboard:
         self.templates = create_template_environment()
 
     def build_app(self, token: str | None = None) -> ASGIApp:
-        """The guarded application; `token` is what visitors need, None on loopback."""
+        """Return the application behind its security checks. Requests need `token`; None (on loopback) disables that check."""
         views: dict[str, _ViewFunction] = {
             "/": self.show_pipeline,
-            "/stories": self.show_traces,
-            "/stories/{prompt}": self.show_trace,
+            "/traces": self.show_traces,
+            "/traces/{prompt}": self.show_trace,
             "/preferences": self.show_preferences,
             "/training": self.show_training,
             "/dead-letters": self.show_dead_letters,
@@ -106,12 +101,11 @@ class Dashboard:
             "/runs": self.show_runs,
             "/runs/{run:path}": self.show_run,
         }
-        twins = [
-            Route("/api" + ("/pipeline" if path == "/" else path), self.make_json_endpoint(find))
-            for path, find in views.items()
+        json_routes = [
+            Route(_get_json_path(path), self.make_json_endpoint(view_function)) for path, view_function in views.items()
         ]
-        pages = [Route(path, self.make_page_endpoint(find)) for path, find in views.items()]
-        acting = Route("/dead-letters/retry", self.handle_retry_form, methods=["POST"])
+        page_routes = [Route(path, self.make_page_endpoint(view_function)) for path, view_function in views.items()]
+        retry_route = Route("/dead-letters/retry", self.handle_retry_form, methods=["POST"])
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> Any:
@@ -119,7 +113,7 @@ class Dashboard:
             await run_in_threadpool(self.lag_monitor.close)
 
         starlette = Starlette(
-            routes=[acting, *twins, *pages, Mount("/static", StaticFiles(directory=STATIC_FOLDER))],
+            routes=[retry_route, *json_routes, *page_routes, Mount("/static", StaticFiles(directory=STATIC_FOLDER))],
             exception_handlers={HTTPException: self.handle_http_error},
             lifespan=lifespan,
         )
@@ -129,36 +123,39 @@ class Dashboard:
 
     def show_pipeline(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
-        look = self.query_cache.get_or_run(("pipeline", run), lambda ask: pipeline_view.load_pipeline(ask, run))
-        watched = run or next(iter(self.list_run_ids()), self.settings.run.id)
-        found = self.lag_monitor.get_lags(watched)
+        result = self.query_cache.get_or_run(("pipeline", run), lambda query: pipeline_view.load_pipeline(query, run))
+        lag_run = run or next(iter(self.list_run_ids()), self.settings.run.id)
+        lag = self.lag_monitor.get_lags(lag_run)
         return _make_view(
             "pipeline",
             "Pipeline",
-            look,
-            log=found | {"run": watched, "stages": pipeline_view.group_lags_by_stage(found["rows"])},
-            reads=_get_stage_inputs(self.settings.judge.pairing),
+            result,
+            lag=lag | {"run": lag_run, "stages": pipeline_view.group_lags_by_stage(lag["rows"])},
+            stage_inputs=_get_stage_inputs(self.settings.judge.pairing),
         )
 
     def show_traces(self, request: Request) -> _View:
-        wanted = dict(request.query_params)
-        run = wanted.get("run", "")
-        key = ("stories", tuple(sorted(wanted.items())))
-        look = self.query_cache.get_or_run(key, lambda ask: traces_view.search_traces(ask, run, wanted))
-        facets = self.query_cache.get_or_run(("facets", run), lambda ask: traces_view.load_facets(ask, run))
-        return _make_view("stories", "Stories", look, facets=facets.data or {}, wanted=wanted, scopes=traces_view.SEARCH_SCOPES)
+        parameters = dict(request.query_params)
+        run = parameters.get("run", "")
+        key = ("traces", tuple(sorted(parameters.items())))
+        result = self.query_cache.get_or_run(key, lambda query: traces_view.search_traces(query, run, parameters))
+        facets = self.query_cache.get_or_run(("facets", run), lambda query: traces_view.load_facets(query, run))
+        return _make_view(
+            "traces", "Traces", result, facets=facets.data or {}, parameters=parameters, scopes=traces_view.SEARCH_SCOPES
+        )
 
     def show_trace(self, request: Request) -> _View:
-        prompt = request.path_params["prompt"]
-        look = self.query_cache.get_or_run(("story", prompt), lambda ask: traces_view.load_trace(ask, prompt))
-        return _make_view("story", f"Story {prompt[:8]}", look, not_found=look.data is not None and look.data["prompt"] is None)
+        prompt_id = request.path_params["prompt"]
+        result = self.query_cache.get_or_run(("trace", prompt_id), lambda query: traces_view.load_trace(query, prompt_id))
+        is_missing = result.data is not None and result.data["prompt"] is None
+        return _make_view("trace", f"Trace {prompt_id[:8]}", result, not_found=is_missing)
 
     def show_preferences(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
         return _make_view(
             "preferences",
             "Preferences",
-            self.query_cache.get_or_run(("preferences", run), lambda ask: preferences_view.load_preferences(ask, run)),
+            self.query_cache.get_or_run(("preferences", run), lambda query: preferences_view.load_preferences(query, run)),
         )
 
     def show_training(self, request: Request) -> _View:
@@ -166,109 +163,112 @@ class Dashboard:
         return _make_view(
             "training",
             "Training",
-            self.query_cache.get_or_run(("training", run), lambda ask: training_view.load_training(ask, run)),
+            self.query_cache.get_or_run(("training", run), lambda query: training_view.load_training(query, run)),
         )
 
     def show_dead_letters(self, request: Request) -> _View:
-        wanted = dict(request.query_params)
-        run, key = wanted.get("run", ""), ("letters", tuple(sorted(wanted.items())))
-        look = self.query_cache.get_or_run(key, lambda ask: dead_letters_view.load_dead_letters(ask, run, wanted))
-        return _make_view("letters", "Dead letters", look, retried=wanted.get("retried"))
+        parameters = dict(request.query_params)
+        run, key = parameters.get("run", ""), ("dead_letters", tuple(sorted(parameters.items())))
+        result = self.query_cache.get_or_run(key, lambda query: dead_letters_view.load_dead_letters(query, run, parameters))
+        return _make_view("dead_letters", "Dead letters", result, retried=parameters.get("retried"))
 
     def show_sql(self, request: Request) -> _View:
         statement = request.query_params.get("q", "").strip()
         tables = self.query_cache.get_or_run(("tables",), sql_view.load_tables)
-        look = sql_view.run_in_subprocess(self.query_cache.store, statement) if statement else CachedResult(None, tables.error)
+        result = (
+            sql_view.run_in_subprocess(self.query_cache.store, statement) if statement else CachedResult(None, tables.error)
+        )
         return _make_view(
             "sql",
             "SQL",
-            look,
+            result,
             statement=statement,
-            documented=sql_view.load_example_queries(),
+            example_queries=sql_view.load_example_queries(),
             tables=(tables.data or {}).get("tables", []),
         )
 
     def show_runs(self, request: Request) -> _View:
-        look = self.query_cache.get_or_run(("listed",), lambda ask: {"listed": runs_view.load_runs(ask)})
-        return _make_view("runs", "Runs", look, here=runs_view.describe_environment(self.settings))
+        result = self.query_cache.get_or_run(("runs",), lambda query: {"runs": runs_view.load_runs(query)})
+        return _make_view("runs", "Runs", result, environment=runs_view.describe_environment(self.settings))
 
     def show_run(self, request: Request) -> _View:
-        run, wanted = request.path_params["run"], dict(request.query_params)
-        key = ("card", run, wanted.get("with", ""))
-        look = self.query_cache.get_or_run(key, lambda ask: runs_view.load_run(ask, run, wanted))
-        missing = look.data is not None and look.data["manifest"] is None
-        return _make_view("card", f"Run {run}", look, not_found=missing, here=runs_view.describe_environment(self.settings))
+        run, parameters = request.path_params["run"], dict(request.query_params)
+        key = ("run", run, parameters.get("compare_with", ""))
+        result = self.query_cache.get_or_run(key, lambda query: runs_view.load_run(query, run, parameters))
+        is_missing = result.data is not None and result.data["manifest"] is None
+        environment = runs_view.describe_environment(self.settings)
+        return _make_view("run", f"Run {run}", result, not_found=is_missing, environment=environment)
 
     def list_run_ids(self) -> list[str]:
-        found = self.query_cache.get_or_run(("runs",), runs_view.load_run_ids).data
-        return found["runs"] if found else []
+        data = self.query_cache.get_or_run(("run_ids",), runs_view.load_run_ids).data
+        return data["run_ids"] if data else []
 
-    # As pages, as JSON
+    # The endpoints: a page and a JSON twin for each view
 
     def make_page_endpoint(self, view_function: _ViewFunction) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
+        def endpoint(request: Request) -> Response:
             view = view_function(request)
             return _make_response(request, self.render_page(request, view), "text/html", view.status_code)
 
-        return answer
+        return endpoint
 
     def make_json_endpoint(self, view_function: _ViewFunction) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
+        def endpoint(request: Request) -> Response:
             view = view_function(request)
             body = json.dumps(view.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
             status = 503 if view.error and view.data is None and view.error.exit_code == 3 else view.status_code
             return _make_response(request, body, "application/json", status)
 
-        return answer
+        return endpoint
 
     def render_page(self, request: Request, view: _View) -> str:
-        run, names = request.query_params.get("run", ""), self.list_run_ids()
+        run, run_ids = request.query_params.get("run", ""), self.list_run_ids()
         return self.templates.get_template(f"{view.template}.html").render(
             view=view,
             data=to_json_value(view.data),
-            trouble=error_to_dict(view.error),
+            error=error_to_dict(view.error),
             **to_json_value(view.extra),
             path=request.url.path,
             navigation=_NAVIGATION,
             run=run,
-            run_names=names,
-            run_is_missing=bool(run and names and run not in names),
+            run_ids=run_ids,
+            run_is_missing=bool(run and run_ids and run not in run_ids),
             folder=str(self.settings.folder),
-            twin=_build_url(
-                "/api" + ("/pipeline" if request.url.path == "/" else request.url.path), **dict(request.query_params)
-            ),
-            link=_build_url,
-            link_here=lambda target, **more: _build_url(target, run=run, **more),
+            json_url=_build_url(_get_json_path(request.url.path), **dict(request.query_params)),
+            url=_build_url,
+            url_here=lambda target, **more: _build_url(target, run=run, **more),
         )
 
     async def handle_http_error(self, request: Request, error: Exception) -> Response:
-        """An address where nothing is, or a method that it does not take."""
+        """Return a page for an unknown address, a method that an address does not accept, or a form that is too long."""
         assert isinstance(error, HTTPException)
-        trouble = CharterError(f"there is nothing at {request.url.path}", str(error.detail), "choose a page above")
-        view = _View("plain", "Not here", None, trouble, status_code=error.status_code)
+        message = CharterError(
+            f"cannot serve {request.method} {request.url.path}", str(error.detail), "choose a page in the navigation bar"
+        )
+        view = _View("message", "Error", None, message, status_code=error.status_code)
         body = await run_in_threadpool(self.render_page, request, view)
         return _make_response(request, body, "text/html", error.status_code)
 
-    # The one thing that acts
+    # The only action
 
     async def handle_retry_form(self, request: Request) -> Response:
-        """Put the dead letters that a form names back on their topics."""
+        """Publish the dead letters that a form selects to their source topics again."""
         form = dict(parse_qsl((await _read_limited_body(request)).decode("utf-8", "replace"), keep_blank_values=True))
         return await run_in_threadpool(self.retry_dead_letters, request, form)
 
     def retry_dead_letters(self, request: Request, form: dict[str, str]) -> Response:
-        look = self.query_cache.run_once(lambda ask: dead_letters_view.load_selected(ask, form))
+        result = self.query_cache.run_once(lambda query: dead_letters_view.load_selected(query, form))
         try:
-            if look.error or look.data is None:
-                raise look.error or CharterError(
-                    "there are no dead letters", "the database has none of these", "look at the page of dead letters"
+            if result.error or result.data is None:
+                raise result.error or CharterError(
+                    "there are no dead letters to retry", "the selection is empty", "choose dead letters on their page"
                 )
-            count = dead_letters_view.retry_dead_letters(self.settings, look.data["letters"])
+            count = dead_letters_view.retry_dead_letters(self.settings, result.data["dead_letters"])
         except CharterError as error:
             status = 503 if error.exit_code == 3 else 400
             return _make_response(
                 request,
-                self.render_page(request, _View("plain", "Dead letters", None, error, status_code=status)),
+                self.render_page(request, _View("message", "Dead letters", None, error, status_code=status)),
                 "text/html",
                 status,
             )
@@ -276,30 +276,32 @@ class Dashboard:
 
 
 def _get_stage_inputs(pairing: str) -> dict[str, list[str]]:
-    from charter.lag import get_stage_inputs
 
     return {stage: list(topics) for stage, topics in get_stage_inputs(pairing).items()}
 
 
 async def _read_limited_body(request: Request) -> bytes:
     body = b""
-    async for part in request.stream():
-        body += part
+    async for chunk in request.stream():
+        body += chunk
         if len(body) > _MAX_FORM_BYTES:
-            raise HTTPException(413, "the form is too long")
+            raise HTTPException(413, f"the form is longer than {_MAX_FORM_BYTES} bytes")
     return body
 
 
-def _build_url(path: str, /, **parameters: Any) -> str:
-    """An address of this server, without the parameters that are empty."""
-    from urllib.parse import quote
+def _get_json_path(path: str) -> str:
+    """Return the address of the JSON twin of a page."""
+    return "/api" + ("/pipeline" if path == "/" else path)
 
-    given = {name: value for name, value in parameters.items() if value not in (None, "")}
-    return quote(path) + (f"?{urlencode(given)}" if given else "")
+
+def _build_url(path: str, /, **parameters: Any) -> str:
+    """Return an address of this server, without the parameters that are empty."""
+    non_empty = {name: value for name, value in parameters.items() if value not in (None, "")}
+    return quote(path) + (f"?{urlencode(non_empty)}" if non_empty else "")
 
 
 def _make_response(request: Request, body: str, media_type: str, status: int) -> Response:
-    """The body, or word that it is what the browser has already."""
+    """Return the body, or 304 if the browser's ETag shows that it has the same body."""
     content = body.encode("utf-8", "replace")
     tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
     headers = {"etag": tag, "cache-control": "no-store"}

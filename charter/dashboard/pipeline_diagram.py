@@ -1,4 +1,4 @@
-"""The pipeline as a picture: topics, the stages between them, the loop through the trainer, and the sink; wide and tall."""
+"""The diagram of the pipeline: topics, stages, the loop through the trainer, and the sink; a wide and a tall layout."""
 
 from __future__ import annotations
 
@@ -34,62 +34,62 @@ _STAGE_OUTPUTS = {
 
 
 def _list_edges(stage_inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Arrows: from the topics that a stage reads, to the topic that it writes."""
-    found = [(topic, stage) for stage, topics in stage_inputs.items() for topic in topics]
-    return [*found, *_STAGE_OUTPUTS.items(), ("preferences", "train"), ("policies", "respond")]
+    """Return the edges: from each topic to the stages that read it, and from each stage to the topic that it writes."""
+    inputs = [(topic, stage) for stage, topics in stage_inputs.items() for topic in topics]
+    return [*inputs, *_STAGE_OUTPUTS.items(), ("preferences", "train"), ("policies", "respond")]
 
 
 def draw_pipeline(layout: str, stage_inputs: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> Markup:
-    """The picture in one `shape` (wide or tall). `notes` has for each name its two lines, its state, title and address."""
-    places = _WIDE_POSITIONS if layout == "wide" else _TALL_POSITIONS
+    """Draw the pipeline in one `layout` (wide or tall). `notes` has {first, second, state, title, href} for each node."""
+    positions = _WIDE_POSITIONS if layout == "wide" else _TALL_POSITIONS
     width, height = _DIAGRAM_SIZES[layout]
     arrow = make_element("path", d="M0 0 L8 4 L0 8 z")
     marker = make_element(
         "marker", arrow, id=f"arrow-{layout}", viewBox="0 0 8 8", refX=7, refY=4, markerWidth=7, markerHeight=7, orient="auto"
     )
     parts = [make_element("defs", marker)]
-    parts += [_draw_arrow(layout, places, one, other) for one, other in _list_edges(stage_inputs)]
-    parts += [_draw_node(name, place, notes.get(name, {})) for name, place in places.items()]
-    told = "; ".join(f"{name}: {note.get('first', '')} {note.get('second', '')}".strip() for name, note in notes.items())
-    return make_svg(f"The pipeline. {told}", parts, width, height, f"picture {layout}")
+    parts += [_draw_arrow(layout, positions, source, target) for source, target in _list_edges(stage_inputs)]
+    parts += [_draw_node(name, position, notes.get(name, {})) for name, position in positions.items()]
+    description = "; ".join(f"{name}: {note.get('first', '')} {note.get('second', '')}".strip() for name, note in notes.items())
+    return make_svg(f"Pipeline diagram. {description}", parts, width, height, f"pipeline {layout}")
 
 
 def _draw_node(name: str, position: tuple[float, float], note: Mapping[str, str]) -> Markup:
-    topic = name in _STAGE_OUTPUTS.values() or name == "prompts"
-    (wide, high), (x, y) = _BOX_SIZE, position
-    kind = ("topic" if topic else "stage") + (f" {note['state']}" if note.get("state") else "")
-    box = make_element("rect", x=x - wide / 2, y=y - high / 2, width=wide, height=high, rx=30 if topic else 6)
+    is_topic = name in _STAGE_OUTPUTS.values() or name == "prompts"
+    (width, height), (x, y) = _BOX_SIZE, position
+    kind = ("topic" if is_topic else "stage") + (f" {note['state']}" if note.get("state") else "")
+    box = make_element("rect", x=x - width / 2, y=y - height / 2, width=width, height=height, rx=30 if is_topic else 6)
     title = make_element("title", note.get("title") or name)
-    told = [line for line in (note.get("first"), note.get("second")) if line]
-    top = y + 4 - 7.5 * len(told)
+    note_lines = [line for line in (note.get("first"), note.get("second")) if line]
+    top = y + 4 - 7.5 * len(note_lines)
     lines = [make_text(x, top, name, "node-name", "middle")]
-    lines += [make_text(x, top + 16 + 15 * n, line, "node-note", "middle") for n, line in enumerate(told)]
+    lines += [make_text(x, top + 16 + 15 * n, line, "node-note", "middle") for n, line in enumerate(note_lines)]
     return make_element("a", Markup("").join([title, box, *lines]), href=note.get("href") or "/", class_=kind)
 
 
 def _draw_arrow(layout: str, positions: _Positions, source: str, target: str) -> Markup:
-    """A line from node to node: straight along a row, stepped or curved elsewhere."""
+    """Draw an arrow between two nodes: straight within a row, curved or with right angles between rows."""
     (x1, y1), (x2, y2) = positions[source], positions[target]
-    half, tall = _BOX_SIZE[0] / 2, _BOX_SIZE[1] / 2
+    half_width, half_height = _BOX_SIZE[0] / 2, _BOX_SIZE[1] / 2
     if y1 == y2 and abs(x1 - x2) < 200:
         side = 1 if x2 > x1 else -1
-        steps = f"M{x1 + side * half} {y1} H{x2 - side * (half + 3)}"
+        path = f"M{x1 + side * half_width} {y1} H{x2 - side * (half_width + 3)}"
     elif (source, target) == ("policies", "respond") and layout == "wide":
-        steps = f"M{x1} {y1 + tall} v22 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + tall + 3}"
+        path = f"M{x1} {y1 + half_height} v22 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + half_height + 3}"
     elif (source, target) == ("policies", "respond"):
-        steps = f"M{x1 - half} {y1} h-8 q-10 0 -10 -10 V18 q0 -10 10 -10 H{x2 - 10} q10 0 10 10 V{y2 - tall - 3}"
+        path = f"M{x1 - half_width} {y1} h-8 q-10 0 -10 -10 V18 q0 -10 10 -10 H{x2 - 10} q10 0 10 10 V{y2 - half_height - 3}"
     elif (source, target) == ("revisions", "critique") and layout == "wide":
-        steps = f"M{x1} {y1 - tall} C{x1} 2 {x2} 2 {x2} {y2 - tall - 3}"
+        path = f"M{x1} {y1 - half_height} C{x1} 2 {x2} 2 {x2} {y2 - half_height - 3}"
     elif layout == "wide":
-        steps = f"M{x1} {y1 + tall} C{x1} {y2} {x1} {y2} {x2 - half - 3} {y2}"
-    elif abs(y1 - y2) > _TALL_ROW_HEIGHT:  # two rows away: in a lane of its own between the columns
-        down, lane, end = (1, 16, x2 - half - 3) if y2 > y1 else (-1, 32, x2 - half - 3)
-        x = x1 + half + lane
-        steps = f"M{x1 + half} {y1 + down * 12} H{x - 6} Q{x} {y1 + down * 12} {x} {y1 + down * 18} V{y2 - down * 18}"
-        steps += f" Q{x} {y2 - down * 12} {x + 6} {y2 - down * 12} H{end}"
+        path = f"M{x1} {y1 + half_height} C{x1} {y2} {x1} {y2} {x2 - half_width - 3} {y2}"
+    elif abs(y1 - y2) > _TALL_ROW_HEIGHT:  # more than one row apart: the arrow runs between the columns
+        down, gap, end = (1, 16, x2 - half_width - 3) if y2 > y1 else (-1, 32, x2 - half_width - 3)
+        x = x1 + half_width + gap
+        path = f"M{x1 + half_width} {y1 + down * 12} H{x - 6} Q{x} {y1 + down * 12} {x} {y1 + down * 18} V{y2 - down * 18}"
+        path += f" Q{x} {y2 - down * 12} {x + 6} {y2 - down * 12} H{end}"
     else:
-        start, end = x1 - half, x2 + half + 3
-        steps = f"M{start} {y1 + 6} C{start - 50} {y1 + 20} {end + 37} {y2 - 16} {end} {y2 - 6}"
+        start, end = x1 - half_width, x2 + half_width + 3
+        path = f"M{start} {y1 + 6} C{start - 50} {y1 + 20} {end + 37} {y2 - 16} {end} {y2 - 6}"
     return make_element(
-        "path", d=steps, class_="edge loop" if source == "policies" else "edge", marker_end=f"url(#arrow-{layout})"
+        "path", d=path, class_="edge loop" if source == "policies" else "edge", marker_end=f"url(#arrow-{layout})"
     )

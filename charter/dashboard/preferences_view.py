@@ -1,6 +1,7 @@
-"""The preferences view: who wins under which principle, whether the order of the answers decides, and whether labels hold.
+"""The preferences view: win rates by principle, position bias, label distribution, calibration and agreement.
 
-It asks the views of `engine/stats_views.sql`; over several runs their counts are added and the intervals taken anew.
+The data comes from the views in `engine/stats_views.sql`, which have one row per run. Counts of several runs are added, and the
+intervals are computed from the sums.
 """
 
 from __future__ import annotations
@@ -16,24 +17,29 @@ _RUN_FILTER = "($run = '' OR run_id = $run)"
 
 
 def load_preferences(query: QueryFunction, run: str) -> dict[str, Any]:
-    """Everything about the labels; of one run, or of all when `run` is empty."""
-    values = {"run": run}
-    outcomes = f"SELECT outcome, label_source, count(*) AS n FROM preferences WHERE {_RUN_FILTER} GROUP BY ALL ORDER BY n DESC"
+    """Return the statistics of the labels of one run, or of all runs if `run` is empty."""
+    parameters = {"run": run}
+    outcomes = (
+        f"SELECT outcome, label_source, count(*) AS count FROM preferences WHERE {_RUN_FILTER} GROUP BY ALL ORDER BY count DESC"
+    )
     return {
         "run": run,
-        "outcomes": query(outcomes, values).to_dicts(),
-        "principles": _load_principle_stats(query, values),
-        "rounds": _load_round_stats(query, values),
-        "position": _load_position_bias(query, values),
-        "labels": _load_histogram(query, "p_a", f"preference_labels WHERE {_RUN_FILTER}", values),
-        "reward_calibration": _load_reward_calibration(query, values),
-        "human_calibration": _load_human_calibration(query, values),
-        "agreement": _load_agreement(query, values),
+        "outcomes": query(outcomes, parameters).to_dicts(),
+        "principles": _load_principle_stats(query, parameters),
+        "rounds": _load_round_stats(query, parameters),
+        "position_bias": _load_position_bias(query, parameters),
+        "label_histogram": _load_histogram(query, "p_a", f"preference_labels WHERE {_RUN_FILTER}", parameters),
+        "reward_calibration": _load_reward_calibration(query, parameters),
+        "human_calibration": _load_human_calibration(query, parameters),
+        "agreement": _load_agreement(query, parameters),
     }
 
 
 def _load_principle_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each principle as a critic's and as a judge's: how often it fires, and how often its revision (or `a`) wins."""
+    """Return one row per principle and stage (critique, judge): the share of FLAWED verdicts, the win rate and the position flips.
+
+    In the critique stage a win is a revision that the judge prefers; in the judge stage a win is response A.
+    """
     sql = f"""SELECT stage, principle_id AS principle, pairing, sum(asked)::BIGINT AS asked, sum(answered)::BIGINT AS answered,
                      sum(fired)::BIGINT AS fired, sum(compared)::BIGINT AS compared, sum(wins) AS wins,
                      sum(refused)::BIGINT AS refused
@@ -45,8 +51,8 @@ def _load_principle_stats(query: QueryFunction, parameters: dict[str, Any]) -> l
     }
     for row in rows:
         row.update(compute_share("fire", row["fired"], row["answered"]) | compute_share("win", row["wins"], row["compared"]))
-        judged = bias.get(row["principle"]) if row["stage"] == "judge" else None
-        row.update(compute_share("flip", judged["flips"], judged["judged"]) if judged else compute_share("flip", 0, 0))
+        flips = bias.get(row["principle"]) if row["stage"] == "judge" else None
+        row.update(compute_share("flip", flips["flips"], flips["judged"]) if flips else compute_share("flip", 0, 0))
     return rows
 
 
@@ -56,7 +62,7 @@ _POSITION_BIAS_SQL = f"""SELECT {{by}} sum(judged)::BIGINT AS judged, sum(flips)
 
 
 def _load_round_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each round of revision does."""
+    """Return one row per round of revision: counts, similarity, length change, win rate and how chains end."""
     sql = f"""SELECT round, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable,
                      sum(compared)::BIGINT AS compared, sum(wins) AS wins,
                      sum(mean_similarity * revisions) / sum(revisions) AS similarity,
@@ -67,30 +73,30 @@ def _load_round_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[
 
 
 def _load_position_bias(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """How much judges favour the answer that they are shown first: a half is not at all (Zheng et al. 2023, section 3.3)."""
-    found = query(_POSITION_BIAS_SQL.format(by=""), parameters).to_dicts()
-    both = found[0] if found else {"judged": 0, "flips": 0, "first_place": None, "mean_position_gap": None}
-    gaps = _load_histogram(query, "position_gap", f"preferences WHERE {_RUN_FILTER} AND label_source = 'AI'", parameters)
-    return both | compute_share("flip", both["flips"] or 0, both["judged"] or 0) | {"gaps": gaps}
+    """Return the mean probability of the first response (0.5 means no bias) and the position flips (Zheng et al. 2023, sec. 3.3)."""
+    rows = query(_POSITION_BIAS_SQL.format(by=""), parameters).to_dicts()
+    totals = rows[0] if rows else {"judged": 0, "flips": 0, "first_place": None, "mean_position_gap": None}
+    histogram = _load_histogram(query, "position_gap", f"preferences WHERE {_RUN_FILTER} AND label_source = 'AI'", parameters)
+    return totals | compute_share("flip", totals["flips"] or 0, totals["judged"] or 0) | {"gap_histogram": histogram}
 
 
 def _load_histogram(query: QueryFunction, column: str, source: str, parameters: dict[str, Any]) -> list[int]:
-    """How many values of a column fall into each tenth of the span from 0 to 1."""
+    """Return the number of values of a column in each tenth of the range from 0 to 1."""
     sql = f"""SELECT least({_NUM_BINS - 1}, floor({column} * {_NUM_BINS}))::INTEGER AS bin, count(*) AS n
               FROM {source} AND {column} IS NOT NULL AND NOT isnan({column}) GROUP BY 1"""
-    found = [0] * _NUM_BINS
-    for number, n in query(sql, parameters).rows:
-        found[number] = n
-    return found
+    counts = [0] * _NUM_BINS
+    for index, n in query(sql, parameters).rows:
+        counts[index] = n
+    return counts
 
 
 def _load_reward_calibration(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Whether the reward model's margin means what it says: sigmoid(score a - score b) against how often the judge prefers a.
+    """Return the calibration of the reward model: sigmoid(score_a - score_b) against the share of pairs in which the judge prefers A.
 
-    Pairs of which the newest reward model that looked at them has scored both answers.
+    Pairs count if both completions have a score; each completion has the score of its newest reward model.
     """
     sql = f"""WITH newest AS (SELECT response_id, completion_index, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
-              SELECT least({_NUM_BINS - 1}, floor(p * {_NUM_BINS}))::INTEGER AS bin, count(*) AS n, avg(p) AS said,
+              SELECT least({_NUM_BINS - 1}, floor(p * {_NUM_BINS}))::INTEGER AS bin, count(*) AS n, avg(p) AS predicted,
                      count(*) FILTER (p_a > 0.5) AS hits
               FROM (SELECT p_a, 1 / (1 + exp(two.score - one.score)) AS p FROM preferences
                     JOIN newest one ON one.response_id = preferences.response_id AND one.completion_index = completion_index_a
@@ -100,24 +106,24 @@ def _load_reward_calibration(query: QueryFunction, parameters: dict[str, Any]) -
 
 
 def _load_human_calibration(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Whether the judge's probability means what it says, where a person has labelled the same pair."""
-    sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS said,
+    """Return the calibration of the judge's probability on the pairs that have a human label too."""
+    sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS predicted,
                      sum(human_share * pairs) AS hits
               FROM label_calibration_stats WHERE {_RUN_FILTER} GROUP BY 1 ORDER BY 1"""
     return _compute_reliability(query(sql, parameters).to_dicts())
 
 
 def _compute_reliability(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The bins of a reliability diagram, and the expected calibration error (Guo et al. 2017)."""
+    """Return the bins of a reliability diagram and the expected calibration error (Guo et al. 2017)."""
     for row in rows:
-        row["share"], row["interval"] = row["hits"] / row["n"], compute_wilson_interval(row["hits"], row["n"])
+        row["observed"], row["interval"] = row["hits"] / row["n"], compute_wilson_interval(row["hits"], row["n"])
     n = sum(row["n"] for row in rows)
-    error = sum(row["n"] * abs(row["share"] - row["said"]) for row in rows) / n if n else None
-    return {"n": n, "error": error, "bins": rows}
+    error = sum(row["n"] * abs(row["observed"] - row["predicted"]) for row in rows) / n if n else None
+    return {"num_pairs": n, "calibration_error": error, "bins": rows}
 
 
 def _load_agreement(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """How often judge and person prefer the same answer, by judge."""
+    """Return the share of pairs for which the judge and the human label prefer the same response, by judge model."""
     sql = f"""SELECT model, preset, sum(pairs)::BIGINT AS pairs, sum(decided)::BIGINT AS decided, sum(agreed)::BIGINT AS agreed,
                      sum(brier * pairs) / sum(pairs) AS brier
               FROM label_agreement_stats WHERE {_RUN_FILTER} GROUP BY ALL ORDER BY pairs DESC LIMIT 50"""

@@ -1,8 +1,9 @@
-"""The database, for a page that asks often: by one at a time, briefly remembered, and cut at the read limit.
+"""A cache of query results in front of the database, for pages that refresh often.
 
-A view asks all its questions in one hold of the file, which together take at most the store's limit; so a flush of the sink
-is never delayed by more. While the file has not changed its last answer stands. When the database cannot be read now, the
-last answer is shown with the reason.
+* One read session at a time. A view runs all its queries in one session, which the store interrupts at its read limit
+  (`QUERY_LIMIT_S`). So the dashboard delays a flush of the sink by at most that limit.
+* A result stays valid while the database file does not change, for at most `MAX_AGE_S`.
+* If the database cannot be read, the cache returns the last result together with the error.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 from engine.errors import CharterError
 from engine.store import QueryFunction, Store
 
-LOCK_TIMEOUT_S = 3.0  # for the sink to step aside
-MIN_REFRESH_INTERVAL_S = 1.5  # an answer this young is given again whatever has happened
-MAX_AGE_S = 15.0  # an answer about a file that has not changed: rates are of the last minute, and time passes
+LOCK_TIMEOUT_S = 3.0  # to wait while the sink writes
+MIN_REFRESH_INTERVAL_S = 1.5  # a younger result is returned even if the file has changed
+MAX_AGE_S = 15.0  # of a result for an unchanged file: rates cover the last minute, so they change with time
 _MAX_ENTRIES = 64
 
 _FileStamp = tuple[int, ...] | None
@@ -28,7 +29,7 @@ _QueryFunction = Callable[[QueryFunction], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CachedResult:
-    """What a view shows. `trouble` says why there is nothing (`data` is None), or why it is not newer."""
+    """A query result. If `error` is set, `data` is None or an earlier result that could not be refreshed."""
 
     data: dict[str, Any] | None
     error: CharterError | None = None
@@ -37,7 +38,7 @@ class CachedResult:
 
 
 class QueryCache:
-    """Answers views from `store`."""
+    """Runs queries on `store` and caches their results by key."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -45,24 +46,24 @@ class QueryCache:
         self.entries: OrderedDict[Hashable, CachedResult] = OrderedDict()
 
     def get_or_run(self, key: Hashable, load: _QueryFunction) -> CachedResult:
-        """The view `key`: remembered, or gathered now."""
+        """Return the cached result for `key`, or run `load` and cache its result."""
         with self.lock:
-            kept, stamp = self.entries.get(key), self.read_file_stamp()
-            age = time.monotonic() - kept.loaded_at if kept else MAX_AGE_S
-            if kept and (age < MIN_REFRESH_INTERVAL_S or (age < MAX_AGE_S and stamp == kept.file_stamp)):
-                return kept
+            cached, stamp = self.entries.get(key), self.read_file_stamp()
+            age = time.monotonic() - cached.loaded_at if cached else MAX_AGE_S
+            if cached and (age < MIN_REFRESH_INTERVAL_S or (age < MAX_AGE_S and stamp == cached.file_stamp)):
+                return cached
             try:
-                found = CachedResult(self.run_query(load), None, stamp, time.monotonic())
+                result = CachedResult(self.run_query(load), None, stamp, time.monotonic())
             except CharterError as error:
-                return replace(kept, error=error) if kept and stamp else CachedResult(None, error)
-            self.entries[key] = found
+                return replace(cached, error=error) if cached and stamp else CachedResult(None, error)
+            self.entries[key] = result
             self.entries.move_to_end(key)
             while len(self.entries) > _MAX_ENTRIES:
                 self.entries.popitem(last=False)
-            return found
+            return result
 
     def run_once(self, load: _QueryFunction) -> CachedResult:
-        """Gathered now and not remembered: somebody's own query."""
+        """Run `load` without the cache."""
         with self.lock:
             try:
                 return CachedResult(self.run_query(load))
@@ -70,16 +71,16 @@ class QueryCache:
                 return CachedResult(None, error)
 
     def run_query(self, load: _QueryFunction) -> dict[str, Any]:
-        with self.store.open_read_session(lock_timeout_s=LOCK_TIMEOUT_S) as ask:
-            return load(ask)
+        with self.store.open_read_session(lock_timeout_s=LOCK_TIMEOUT_S) as query:
+            return load(query)
 
     def read_file_stamp(self) -> _FileStamp:
-        """Which state of the file this is: times and sizes of the database and its write-ahead log. None: there is none."""
+        """Return inode, modification time and size of the database and its write-ahead log; None if there is no database."""
         parts: list[int] = []
         for path in (self.store.path, self.store.path.with_name(self.store.path.name + ".wal")):
             try:
-                found = path.stat()
+                status = path.stat()
             except FileNotFoundError:
                 continue
-            parts += [found.st_ino, found.st_mtime_ns, found.st_size]
+            parts += [status.st_ino, status.st_mtime_ns, status.st_size]
         return tuple(parts) or None

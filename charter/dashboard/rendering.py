@@ -1,5 +1,8 @@
-"""Plain data as HTML. Every text is escaped; characters that cannot be seen, or that change the direction of others, are shown
-by their numbers; a text of unknown direction is set apart from what surrounds it. `charter report` uses the same pages."""
+"""HTML from plain data, for the dashboard and `charter report`.
+
+All text is escaped. Invisible characters and characters that change the text direction are shown as code points (U+202E).
+The templates isolate each text of unknown direction (`<bdi>`, `dir="auto"`), so that it cannot reorder the text around it.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ from markupsafe import Markup, escape
 
 from charter.dashboard import charts, pipeline_diagram
 from charter.dashboard.training_view import select_main_metrics
+from engine.errors import CharterError
 
-_MAX_TEXT_LENGTH = 20_000  # characters of one text on a page; its JSON twin has all
-_MAX_DIFF_WORDS = 2_000  # words of one text that a comparison looks at
+_MAX_TEXT_LENGTH = 20_000  # characters of one text on a page; the JSON twin has the whole text
+_MAX_DIFF_WORDS = 2_000  # words of each text; difflib needs quadratic time
 _WORD_PATTERN = re.compile(r"\s*\S+\s*")
 
 
 def to_json_value(value: Any) -> Any:
-    """A value of the database as JSON has it: ids and times as text, bytes as their number, no infinities."""
+    """Return a database value as a JSON value: ids and times as strings, bytes as their length, NaN and infinities as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, datetime):
@@ -41,44 +45,49 @@ def to_json_value(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
+def error_to_dict(error: CharterError | None) -> dict[str, str] | None:
+    """Return the three lines of an error as a dictionary: what happened, why, and the fix."""
+    return None if error is None else {"what": error.what, "why": error.why, "fix": error.fix}
+
+
 def escape_text(value: Any, max_length: int = _MAX_TEXT_LENGTH) -> Markup:
-    """A text as it is, except that invisible and direction characters are shown, and that no more than `most` are."""
+    """Return at most `max_length` characters of a text as escaped HTML, with invisible characters made visible."""
     text = value if isinstance(value, str) else str(value)
     parts = [
         escape(text[:max_length]) if text[:max_length].isprintable() else Markup("").join(_escape_invisible(text[:max_length]))
     ]
     if len(text) > max_length:
-        parts.append(Markup('<span class="cut"> … {:,} more characters</span>').format(len(text) - max_length))
+        parts.append(Markup('<span class="truncated"> … {:,} more characters</span>').format(len(text) - max_length))
     return Markup("").join(parts)
 
 
 def _escape_invisible(text: str) -> Iterator[Markup]:
     start = 0
-    for at, character in enumerate(text):
+    for index, character in enumerate(text):
         if not character.isprintable() and character not in "\n\t":
-            yield escape(text[start:at])
+            yield escape(text[start:index])
             name = unicodedata.name(character, "control character")
-            yield Markup('<span class="unseen" title="{}">U+{:04X}</span>').format(name.lower(), ord(character))
-            start = at + 1
+            yield Markup('<span class="invisible" title="{}">U+{:04X}</span>').format(name.lower(), ord(character))
+            start = index + 1
     yield escape(text[start:])
 
 
 def diff_words(before: str, after: str) -> list[tuple[str, str]] | None:
-    """(same | removed | added, text) that lead from one text to the other, word by word; None when they are too long."""
+    """Return the word-level difference as (same | removed | added, text) pairs; None if a text is too long to compare."""
     old, new = _WORD_PATTERN.findall(before), _WORD_PATTERN.findall(after)
     if len(old) > _MAX_DIFF_WORDS or len(new) > _MAX_DIFF_WORDS:
         return None
     matcher = difflib.SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
-    found: list[tuple[str, str]] = []
+    changes: list[tuple[str, str]] = []
     for kind, a, b, c, d in matcher.get_opcodes():
-        found += [("same", "".join(new[c:d]))] if kind == "equal" else []
-        found += [("removed", "".join(old[a:b]))] if kind in ("replace", "delete") else []
-        found += [("added", "".join(new[c:d]))] if kind in ("replace", "insert") else []
-    return found
+        changes += [("same", "".join(new[c:d]))] if kind == "equal" else []
+        changes += [("removed", "".join(old[a:b]))] if kind in ("replace", "delete") else []
+        changes += [("added", "".join(new[c:d]))] if kind in ("replace", "insert") else []
+    return changes
 
 
 def render_diff(before: str, after: str) -> Markup:
-    """The later text with what was added and what was removed marked, word by word."""
+    """Return the word-level difference as HTML with <del> and <ins> elements."""
     changes = diff_words(before[:_MAX_TEXT_LENGTH], after[:_MAX_TEXT_LENGTH])
     if changes is None:
         return Markup('<p class="hint">too long to compare word by word</p>') + escape_text(after)
@@ -87,7 +96,7 @@ def render_diff(before: str, after: str) -> Markup:
 
 
 def _format_number(value: float | int | None, digits: int = 3) -> str:
-    """A figure for people: thousands apart, `digits` significant digits."""
+    """Return a number with thousands separators and `digits` significant digits."""
     if value is None:
         return "–"
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
@@ -102,22 +111,22 @@ def _format_percent(value: float | None, digits: int = 1) -> str:
 
 
 def _format_duration(value: float | None) -> str:
-    """A span of time in its two largest units."""
+    """Return a duration in seconds as text in its two largest units."""
     if value is None:
         return "–"
     if value < 90:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
-    parts, left = [], round(value)
+    parts, remaining = [], round(value)
     for name, size in units:
-        if left >= size:
-            parts.append(f"{left // size} {name}")
-            left %= size
+        if remaining >= size:
+            parts.append(f"{remaining // size} {name}")
+            remaining %= size
     return " ".join(parts[:2])
 
 
 def _format_timestamp(value: str | None) -> Markup:
-    """A time of the database (UTC) to the second."""
+    """Return a database timestamp (UTC) as a <time> element, to the second."""
     if not value:
         return Markup("–")
     return Markup('<time datetime="{}">{} {}</time>').format(value, value[:10], value[11:19])
@@ -128,32 +137,32 @@ def _format_json(value: Any) -> str:
 
 
 def _format_symbol(value: str | None) -> str:
-    """An enum's symbol as words."""
+    """Return an enum symbol as words: `POSITION_FLIP` becomes `position flip`."""
     return (value or "–").lower().replace("_", " ")
 
 
 def create_template_environment() -> Environment:
-    """The pages: everything is escaped, and a name that does not exist is an error."""
-    pages = Environment(
+    """Return the environment of the templates: values are escaped, and an undefined name is an error."""
+    environment = Environment(
         loader=PackageLoader("charter.dashboard"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {
-        "inert": escape_text,
-        "number": _format_number,
-        "percent": _format_percent,
-        "seconds": _format_duration,
-        "moment": _format_timestamp,
-        "symbol": _format_symbol,
-        "pretty": _format_json,
+    environment.filters |= {
+        "escape_text": escape_text,
+        "format_number": _format_number,
+        "format_percent": _format_percent,
+        "format_duration": _format_duration,
+        "format_timestamp": _format_timestamp,
+        "format_symbol": _format_symbol,
+        "format_json": _format_json,
     }
-    pages.globals |= {
-        "compared": render_diff,
+    environment.globals |= {
+        "render_diff": render_diff,
         "charts": charts,
-        "picture": pipeline_diagram,
-        "main_figures": select_main_metrics,
+        "pipeline_diagram": pipeline_diagram,
+        "select_main_metrics": select_main_metrics,
     }
-    return pages
+    return environment

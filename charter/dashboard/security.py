@@ -1,11 +1,11 @@
-"""Who may ask the dashboard, and what its pages may do.
+"""Access control of the dashboard, and the content security policy of its pages.
 
-* A browser on this machine can be sent here by any page that it shows. So the Host header must be this machine's name (against
-  DNS rebinding), requests that another site's page makes are refused (Sec-Fetch-Site; opening a page by a link is no harm), and
-  a POST needs this page's own Origin.
-* Bound elsewhere than to loopback, every request needs the token: once in the address, from then on in a cookie that other
-  sites' requests do not carry, or as a bearer token. The cookie belongs to the name in the address, so the Host may be any.
-* Pages load nothing but this server's own files and run no script but its own file.
+* Any web page that a browser on this machine shows can send requests to the dashboard. So the Host header must be a loopback name
+  (against DNS rebinding), requests from pages of other sites are refused (Sec-Fetch-Site; a link to a page is allowed), and a
+  POST needs the Origin of the dashboard.
+* On an address other than loopback every request needs the token: as a URL parameter once, after that in a SameSite cookie, or as
+  a bearer token. The browser binds the cookie to the host name, so any Host header is allowed there.
+* Pages load only files of this server and run only its scripts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _CONTENT_SECURITY_POLICY = "; ".join(
 _SECURITY_HEADERS = {
     "content-security-policy": _CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # with no-referrer a browser hides the Origin of this page's own form, too
+    "referrer-policy": "same-origin",  # with no-referrer, browsers send "Origin: null" with the page's own form
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
 
 
 class SecurityMiddleware:
-    """Lets requests through to `app`; `token` is None when the server listens on loopback alone."""
+    """Passes allowed requests to `app`. `token` is None if the server listens on loopback only."""
 
     def __init__(self, app: ASGIApp, token: str | None = None) -> None:
         self.app, self.token = app, token
@@ -57,38 +57,36 @@ class SecurityMiddleware:
                 MutableHeaders(scope=message).update(_SECURITY_HEADERS)
             await send(message)
 
-        answer = self.check_request(scope, Headers(scope=scope))
-        await (answer or self.app)(scope, receive, with_headers)
+        refusal = self.check_request(scope, Headers(scope=scope))
+        await (refusal or self.app)(scope, receive, with_headers)
 
     def check_request(self, scope: Scope, headers: Headers) -> Response | None:
-        """The answer to a request that may not pass; None lets it through."""
+        """Return the response that refuses a request; None if the request is allowed."""
         host = headers.get("host", "")
         if self.token is None and _parse_hostname(host) not in _LOOPBACK_HOSTS:
-            return _refuse(
-                f"this dashboard is not called {_parse_hostname(host) or 'nothing'}", "open it as http://localhost:PORT"
-            )
+            return _refuse(f"the Host header is {host!r}, not a name of this machine", "open http://localhost:PORT")
         if not _is_same_site(scope, headers):
-            return _refuse("another site's page has asked for this", "open the dashboard itself")
+            return _refuse("a page of another site sent the request", "open the address of the dashboard")
         if scope["method"] not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
-            return _refuse("only the dashboard's own page may change something", "press the button there")
+            return _refuse("the Origin header is not the dashboard", "use the button on the dashboard page")
         return None if self.token is None else self.check_token(scope, headers, self.token)
 
     def check_token(self, scope: Scope, headers: Headers, token: str) -> Response | None:
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        given = [value for name, value in pairs if name == "token"]
-        if given and _is_same_token(given[0], token):
-            rest = urlencode([(name, value) for name, value in pairs if name != "token"])
-            answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
-            answer.set_cookie(_COOKIE_NAME, token, httponly=True, samesite="strict")
-            return answer
+        tokens = [value for name, value in pairs if name == "token"]
+        if tokens and _is_same_token(tokens[0], token):
+            query = urlencode([(name, value) for name, value in pairs if name != "token"])
+            redirect = RedirectResponse(scope["path"] + (f"?{query}" if query else ""), 303)
+            redirect.set_cookie(_COOKIE_NAME, token, httponly=True, samesite="strict")
+            return redirect
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if _is_same_token(bearer, token) or _is_same_token(_read_token_cookie(headers), token):
             return None
-        return _refuse("this dashboard asks for its token", "open the address that charter dashboard has printed", 401)
+        return _refuse("the token is missing or wrong", "open the address that charter dashboard printed", 401)
 
 
 def _parse_hostname(host: str) -> str:
-    """The name in a Host header, without the port."""
+    """Return the name in a Host header, without the port."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
@@ -96,20 +94,20 @@ def _parse_hostname(host: str) -> str:
 
 
 def _is_same_site(scope: Scope, headers: Headers) -> bool:
-    """Whether the browser says that no other site's page asked, or only by opening a page without a question in it."""
+    """Return whether the request is not from a page of another site, or is a link to a page without query parameters."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return True
-    opened = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
+    is_navigation = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
     token_only = scope["query_string"] == b"" or scope["query_string"].startswith(b"token=")
-    return opened and token_only
+    return is_navigation and token_only
 
 
 def _read_token_cookie(headers: Headers) -> str:
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(_COOKIE_NAME)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE_NAME)
     except CookieError:
         return ""
-    return found.value if found else ""
+    return cookie.value if cookie else ""
 
 
 def _is_same_token(candidate: str, token: str) -> bool:

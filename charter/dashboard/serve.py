@@ -1,4 +1,4 @@
-"""Listening: the socket, the token, and the server."""
+"""The web server of the dashboard: the socket, the token, uvicorn."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import ipaddress
 import os
 import secrets
 import socket
-from typing import TYPE_CHECKING
 
 import click
 import uvicorn
 
-from charter.commands.dashboard import TOKEN_VARIABLE
 from charter.dashboard.app import Dashboard
 from engine.errors import UsageError
+from engine.settings import Settings
 
-if TYPE_CHECKING:
-    from engine.settings import Settings
-
-_MAX_CONCURRENT_REQUESTS = 64  # at once
+TOKEN_VARIABLE = "CHARTER_DASHBOARD_TOKEN"
+_MAX_CONCURRENT_REQUESTS = 64
 
 
 def serve_dashboard(settings: Settings, host: str, port: int) -> None:
-    """Serve the dashboard until stopped."""
+    """Serve the dashboard until Ctrl-C."""
     token = None if is_loopback(host) else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
-    listening = open_socket(host, port)
-    click.echo(f"dashboard of {settings.folder.resolve()}: {format_address(host, listening.getsockname()[1], token)}")
+    server_socket = open_socket(host, port)
+    click.echo(f"dashboard of {settings.folder.resolve()}: {format_address(host, server_socket.getsockname()[1], token)}")
     click.echo("stop with Ctrl-C", err=True)
     config = uvicorn.Config(
         Dashboard(settings).build_app(token),
@@ -35,7 +32,7 @@ def serve_dashboard(settings: Settings, host: str, port: int) -> None:
         limit_concurrency=_MAX_CONCURRENT_REQUESTS,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[server_socket])
 
 
 def is_loopback(host: str) -> bool:
@@ -49,14 +46,16 @@ def is_loopback(host: str) -> bool:
 
 def open_socket(host: str, port: int) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return socket.create_server(found[0][4][:2], family=found[0][0])
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(addresses[0][4][:2], family=addresses[0][0])
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"cannot listen on {host}:{port}", why, "give another: charter dashboard --port 9000") from error
+        raise UsageError(
+            f"cannot listen on {host}:{port}", why, "choose another port: charter dashboard --port 9000"
+        ) from error
 
 
 def format_address(host: str, port: int, token: str | None) -> str:
-    """Where to open the dashboard."""
+    """Return the address to open in a browser."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")

@@ -1,8 +1,9 @@
-"""SQL, read-only: the store's sandbox, with documented queries to begin with.
+"""The SQL view: read-only queries in the store's sandbox, with example queries.
 
-A visitor's query runs in a process of its own (`python -m charter.dashboard.sql_view DATABASE`, the statement on standard input, a
-JSON answer on standard output). DuckDB cannot be interrupted while it builds one value, and `SELECT range(100000000)` builds
-one for 20 s in 7 GB: the operating system ends such a process on time, and the hold of the file and the memory with it.
+A query that a user types runs in a subprocess (`python -m charter.dashboard.sql_view DATABASE`; it reads the statement from
+standard input and writes JSON to standard output). The reason: DuckDB cannot interrupt a query while it builds one value, and
+`SELECT range(100000000)` builds one value for 20 s with 7 GB of memory. The operating system kills the subprocess at the limit,
+which releases the database file and the memory.
 """
 
 from __future__ import annotations
@@ -25,72 +26,76 @@ from engine.store import QUERY_LIMIT_S, QueryFunction, Store
 
 _QUERIES_FILE = Path(__file__).with_name("queries.toml")
 _MAX_ROWS = 200
-_MAX_RESULT_BYTES = 4_000_000  # of an answer
-_KILL_GRACE_S = 0.2  # between DuckDB's interruption and the end of the process
-_QUERY_LOCK = threading.Lock()  # one visitor's query at a time: each may take much memory
+_MAX_RESULT_BYTES = 4_000_000  # as JSON
+_KILL_GRACE_S = 0.2  # DuckDB interrupts the query at QUERY_LIMIT_S; the alarm kills the process this much later
+_QUERY_LOCK = threading.Lock()  # one subprocess at a time: each can use much memory
 
 
 @cache
 def load_example_queries() -> list[dict[str, str]]:
-    """{name, sql}: the queries of the pick list."""
+    """Return the example queries as {name, sql}."""
     queries: list[dict[str, str]] = tomllib.loads(_QUERIES_FILE.read_text(encoding="utf-8"))["query"]
     return queries
 
 
 def load_tables(query: QueryFunction) -> dict[str, Any]:
-    """The tables and views with their columns."""
+    """Return the tables and views with their columns."""
     sql = """SELECT table_name AS name, list(column_name ORDER BY ordinal_position) AS columns
              FROM information_schema.columns WHERE table_schema = 'main' GROUP BY 1 ORDER BY 1"""
     return {"tables": query(sql).to_dicts()}
 
 
 def run_statement(query: QueryFunction, statement: str) -> dict[str, Any]:
-    """The first rows of one statement."""
+    """Run one statement and return its first rows."""
     started = time.monotonic()
-    found = query(statement, (), _MAX_ROWS + 1)
+    result = query(statement, (), _MAX_ROWS + 1)
     return {
-        "columns": found.columns,
-        "rows": found.rows[:_MAX_ROWS],
-        "more": len(found.rows) > _MAX_ROWS,
-        "seconds": time.monotonic() - started,
+        "columns": result.columns,
+        "rows": result.rows[:_MAX_ROWS],
+        "truncated": len(result.rows) > _MAX_ROWS,
+        "duration_s": time.monotonic() - started,
     }
 
 
 def run_in_subprocess(store: Store, statement: str) -> CachedResult:
-    """`run` in a process of its own, which ends with the read limit whatever it does."""
+    """Run a statement in a subprocess that ends at the read limit."""
     command = [sys.executable, "-m", "charter.dashboard.sql_view", str(store.path)]
     with _QUERY_LOCK:
-        done = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
-    if done.returncode == -signal.SIGALRM:
-        why = "a long query would keep the sink waiting"
-        return CachedResult(
-            None, UsageError(f"the query took longer than {QUERY_LIMIT_S:g} s and was ended", why, "ask for less at once")
+        process = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
+    if process.returncode == -signal.SIGALRM:
+        error = UsageError(
+            f"the query took longer than {QUERY_LIMIT_S:g} s and was stopped",
+            "a long query blocks the writes of the sink",
+            "add a LIMIT or a WHERE clause, or type: charter sql '...'",
         )
-    if done.returncode != 0:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
-        return CachedResult(None, UsageError("the query could not be run", last[0][:300], "ask for less at once"))
-    answer = json.loads(done.stdout)
-    if trouble := answer.get("trouble"):
-        kind = DependencyUnreachable if answer["exit_code"] == DependencyUnreachable.exit_code else UsageError
-        return CachedResult(None, kind(*trouble))
-    return CachedResult(answer)
+        return CachedResult(None, error)
+    if process.returncode != 0:
+        last_line = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [
+            f"the process exited with code {process.returncode}"
+        ]
+        return CachedResult(None, UsageError("the query failed", last_line[0][:300], "reduce the size of the result"))
+    output = json.loads(process.stdout)
+    if error_lines := output.get("error"):
+        error_class = DependencyUnreachable if output["exit_code"] == DependencyUnreachable.exit_code else UsageError
+        return CachedResult(None, error_class(*error_lines))
+    return CachedResult(output)
 
 
 def main(path: str) -> None:
-    """Answer the statement on standard input; killed by the alarm `GRACE_S` after the read limit."""
+    """Run the statement from standard input and print JSON. SIGALRM kills the process `_KILL_GRACE_S` after the read limit."""
     statement = sys.stdin.buffer.read().decode("utf-8")
     try:
-        with Store(Path(path)).open_read_session(lock_timeout_s=LOCK_TIMEOUT_S) as ask:
+        with Store(Path(path)).open_read_session(lock_timeout_s=LOCK_TIMEOUT_S) as query:
             signal.setitimer(signal.ITIMER_REAL, QUERY_LIMIT_S + _KILL_GRACE_S)
-            answer = json.dumps(to_json_value(run_statement(ask, statement)), allow_nan=False)
-        if len(answer) > _MAX_RESULT_BYTES:
-            why = f"it has {len(answer) / 1e6:,.0f} MB, and a page takes {_MAX_RESULT_BYTES / 1e6:.0f}"
+            output = json.dumps(to_json_value(run_statement(query, statement)), allow_nan=False)
+        if len(output) > _MAX_RESULT_BYTES:
+            why = f"it has {len(output) / 1e6:,.0f} MB; the limit is {_MAX_RESULT_BYTES / 1e6:.0f} MB"
             raise UsageError(
-                "the answer is too long for a page", why, "choose fewer columns, or type: charter sql --json '...'"
+                "the result is too long for a page", why, "select fewer columns, or type: charter sql --json '...'"
             )
     except CharterError as error:
-        answer = json.dumps({"trouble": [error.what, error.why, error.fix], "exit_code": error.exit_code})
-    sys.stdout.write(answer)
+        output = json.dumps({"error": [error.what, error.why, error.fix], "exit_code": error.exit_code})
+    sys.stdout.write(output)
 
 
 if __name__ == "__main__":

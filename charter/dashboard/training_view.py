@@ -1,4 +1,4 @@
-"""The training view: losses, accuracy, reward against KL, policy versions in time, staleness, incidents, what was dropped."""
+"""The training view: metrics of each phase, reward against KL, policy versions over time, staleness, incidents, dropped rollouts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from charter.dashboard.intervals import compute_share
 from engine.store import QueryFunction
 
-MAX_STEPS = 50_000  # the newest
-MAX_VERSIONS = 500  # the newest
-_MAX_CURVE_POINTS = 300  # of one curve; more steps are averaged
+# Limits keep a page fast after a long training; rows beyond them are the oldest.
+MAX_STEPS = 50_000
+MAX_VERSIONS = 500
+_MAX_CURVE_POINTS = 300  # per curve; longer curves are averaged in groups of steps
 
 # The curves of each phase, in the order in which they are shown: metric -> (title, unit).
 _CURVES = {
@@ -28,81 +29,81 @@ _CURVES = {
         "kl_update": ("KL of the update", "nats per sequence"),
         "approx_kl": ("KL of the update, per token", "nats per token"),
         "entropy": ("Entropy", "nats per token"),
-        "clipfrac": ("Clipped", "share of tokens"),
+        "clipfrac": ("Clip fraction", "share of tokens"),
         "explained_variance": ("Explained variance", "share"),
         "reward_mean": ("Reward", "normalized"),
     },
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
-    "loop": {"wall_s": ("Seconds of an update", "s"), "duckdb_share": ("Spent in DuckDB", "share of an update")},
+    "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }
 _HIDDEN_METRICS = {"epoch", "step", "steps"}
-# Beside the metrics of its curves, what a line about an update shows first.
+# Metrics that the row of an update shows in addition to the metrics of the curves.
 _SUMMARY_METRICS = ("mean_loss", "reward/accuracy", "examples", "rollouts", "wall_s")
 
 
 def select_main_metrics(phase: str, metrics: dict[str, float]) -> dict[str, float]:
-    """The figures of an update that are looked at first; all of them where none is known."""
-    wanted = [name for name in (*_CURVES.get(phase, {}), *_SUMMARY_METRICS) if name in metrics]
-    return {name: metrics[name] for name in wanted} or metrics
+    """Return the main metrics of an update; all metrics if the phase has no main metrics."""
+    names = [name for name in (*_CURVES.get(phase, {}), *_SUMMARY_METRICS) if name in metrics]
+    return {name: metrics[name] for name in names} or metrics
 
 
 def load_training(query: QueryFunction, run: str) -> dict[str, Any]:
-    """Everything about training; of one run, or of all when `run` is empty."""
-    values = {"run": run}
-    of_run = "WHERE ($run = '' OR run_id = $run)"
+    """Return the training data of one run, or of all runs if `run` is empty."""
+    parameters = {"run": run}
+    where = "WHERE ($run = '' OR run_id = $run)"
     updates = query(
         f"""SELECT kind, version, phase, base_version, batch_id, uri, metrics, created_at
-            FROM policies {of_run} ORDER BY commit_seq DESC""",
-        values,
+            FROM policies {where} ORDER BY commit_seq DESC""",
+        parameters,
         MAX_VERSIONS,
     ).to_dicts()[::-1]
-    drawn = _load_batches(query, of_run, values)
-    sql = f"SELECT created_at, phase, title, detail, metrics FROM incidents {of_run} ORDER BY commit_seq DESC"
-    incidents = query(sql, values, 50).to_dicts()
+    batches = _load_batches(query, where, parameters)
+    sql = f"SELECT created_at, phase, title, detail, metrics FROM incidents {where} ORDER BY commit_seq DESC"
+    incidents = query(sql, parameters, 50).to_dicts()
     return {
         "run": run,
-        "phases": _load_phases(query, of_run, values),
+        "phases": _load_phases(query, where, parameters),
         "policies": load_policy_stats(query, run),
-        "watched": _load_monitor_checks(query, of_run, values),
-        "paused": query("SELECT phase, reason, since FROM paused_phases ORDER BY since", (), 20).to_dicts(),
+        "monitor_checks": _load_monitor_checks(query, where, parameters),
+        "paused_phases": query("SELECT phase, reason, since FROM paused_phases ORDER BY since", (), 20).to_dicts(),
         "frontier": _compute_frontier(updates),
         "updates": updates,
-        "batches": drawn,
-        "lanes": _build_lanes(updates, drawn, incidents),
+        "batches": batches,
+        "timeline": _build_timeline(updates, batches, incidents),
         "staleness": _load_staleness(query, run),
         "incidents": incidents,
-        "drops": query(
-            f"SELECT reason, count(*) AS n FROM dropped_rollouts {of_run} GROUP BY 1 ORDER BY n DESC", values, 50
+        "dropped_rollouts": query(
+            f"SELECT reason, count(*) AS count FROM dropped_rollouts {where} GROUP BY 1 ORDER BY count DESC", parameters, 50
         ).to_dicts(),
     }
 
 
-_TimelineLane = tuple[str, list[tuple[Any, str, str]]]
+_TimelineRow = tuple[str, list[tuple[Any, str, str]]]
 
 
-def _build_lanes(
+def _build_timeline(
     updates: list[dict[str, Any]], batches: list[dict[str, Any]], incidents: list[dict[str, Any]]
-) -> list[_TimelineLane]:
-    """What the time axis shows: (lane, [(time, mark, title)])."""
+) -> list[_TimelineRow]:
+    """Return the rows of the timeline: (name, [(time, label, title)])."""
 
-    def of_kind(kind: str) -> list[tuple[Any, str, str]]:
-        chosen = [update for update in updates if update["kind"] == kind]
-        return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in chosen]
+    def list_versions(kind: str) -> list[tuple[Any, str, str]]:
+        selected = [update for update in updates if update["kind"] == kind]
+        return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in selected]
 
-    batches_drawn = [
+    batch_events = [
         (b["created_at"], b["phase"], f"{b['phase']} batch {b['batch_number']}: {b['rows']} rows") for b in reversed(batches)
     ]
-    stops = [(i["created_at"], "", f"{i['phase']}: {i['title']}") for i in reversed(incidents)]
+    incident_events = [(i["created_at"], "", f"{i['phase']}: {i['title']}") for i in reversed(incidents)]
     return [
-        ("policies", of_kind("POLICY")),
-        ("reward models", of_kind("REWARD")),
-        ("batches", batches_drawn),
-        ("incidents", stops),
+        ("policies", list_versions("POLICY")),
+        ("reward models", list_versions("REWARD")),
+        ("batches", batch_events),
+        ("incidents", incident_events),
     ]
 
 
 def _load_phases(query: QueryFunction, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each phase its curves: {metric, title, unit, points: [(step over all updates, value)], updates: [first steps]}."""
+    """Return the curves of each phase: {metric, title, unit, points: [(step over all updates, value)], update_starts}."""
     sql = f"SELECT phase, batch_number, step, metrics FROM metrics {where} AND phase <> 'monitor' ORDER BY commit_seq DESC"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in reversed(query(sql, parameters, MAX_STEPS).to_dicts()):
@@ -114,51 +115,55 @@ def _load_phases(query: QueryFunction, where: str, parameters: dict[str, Any]) -
 def _build_curves(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     starts: list[dict[str, int]] = []
-    for at, row in enumerate(rows):
-        if not starts or starts[-1]["number"] != row["batch_number"]:
-            starts.append({"at": at, "number": row["batch_number"]})
+    for step, row in enumerate(rows):
+        if not starts or starts[-1]["batch_number"] != row["batch_number"]:
+            starts.append({"step": step, "batch_number": row["batch_number"]})
         for name, value in row["metrics"].items():
-            points[name].append((at, value))
-    known = _CURVES.get(phase, {})
-    names = [name for name in known if name in points] + sorted(set(points) - set(known) - _HIDDEN_METRICS)
+            points[name].append((step, value))
+    main_curves = _CURVES.get(phase, {})
+    names = [name for name in main_curves if name in points] + sorted(set(points) - set(main_curves) - _HIDDEN_METRICS)
     curves = [
         {
             "metric": name,
-            "title": known.get(name, (name, ""))[0],
-            "unit": known.get(name, ("", ""))[1],
+            "title": main_curves.get(name, (name, ""))[0],
+            "unit": main_curves.get(name, ("", ""))[1],
             "points": _downsample(points[name]),
         }
         for name in names
     ]
-    return {"steps": len(rows), "updates": starts, "curves": curves, "main": sum(name in points for name in known)}
+    num_main_curves = sum(name in points for name in main_curves)
+    return {"num_steps": len(rows), "update_starts": starts, "curves": curves, "num_main_curves": num_main_curves}
 
 
 def _downsample(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most POINTS points: each the mean of as many neighbours."""
+    """Return at most _MAX_CURVE_POINTS points, each the mean of a group of consecutive points."""
     size = -(-len(points) // _MAX_CURVE_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def _compute_frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each PPO update the reward that it reached and the KL to the reference that it cost (Bai et al. 2022, figure 13)."""
-    found = []
+    """Return the reward and the KL to the reference policy of each PPO update (Bai et al. 2022, figure 13)."""
+    points = []
     for update in updates:
         metrics = update["metrics"] or {}
         kl = next((metrics[name] for name in ("kl_ref", "kl_rollouts") if name in metrics), None)
         if update["kind"] == "POLICY" and kl is not None and "reward_mean" in metrics:
-            found.append({"version": update["version"], "kl": kl, "reward": metrics["reward_mean"]})
-    return found
+            points.append({"version": update["version"], "kl": kl, "reward": metrics["reward_mean"]})
+    return points
 
 
 def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """For the first policy and the newest ones what became of their answers: found flawed, ended satisfied, and scored by the
-    newest reward model."""
-    sql = """WITH answered AS (
+    """Return statistics of the responses of the first policy and of the newest policies.
+
+    Per policy: prompts, tokens per completion, the share of initial responses with a FLAWED verdict, the share of chains that end
+    SATISFIED, and the mean reward by the newest reward model that scored the policy's responses.
+    """
+    sql = """WITH responded AS (
                  SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(completions)) AS tokens
                  FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
-             criticised AS (
-                 SELECT policy_version, count(*) FILTER (round = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS said,
+             criticized AS (
+                 SELECT policy_version, count(*) FILTER (round = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS critiqued,
                         count(*) FILTER (round = 0 AND verdict = 'FLAWED') AS flawed, count(*) FILTER (final) AS ended,
                         count(*) FILTER (final AND end_reason = 'SATISFIED') AS satisfied
                  FROM critiques WHERE $run = '' OR run_id = $run GROUP BY 1),
@@ -167,21 +172,21 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
                         1.96 * stddev_samp(s.normalized_score) / sqrt(count(*)) AS reward_error
                  FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
                  GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
-             SELECT * FROM answered LEFT JOIN criticised USING (policy_version) LEFT JOIN scored USING (policy_version)
+             SELECT * FROM responded LEFT JOIN criticized USING (policy_version) LEFT JOIN scored USING (policy_version)
              WHERE policy_version IS NOT NULL
-             QUALIFY row_number() OVER (ORDER BY policy_version DESC) < $most OR row_number() OVER (ORDER BY policy_version) = 1
+             QUALIFY row_number() OVER (ORDER BY policy_version DESC) < $max_versions OR row_number() OVER (ORDER BY policy_version) = 1
              ORDER BY policy_version"""
     return [
         row
-        | compute_share("flawed", row["flawed"] or 0, row["said"] or 0)
+        | compute_share("flawed", row["flawed"] or 0, row["critiqued"] or 0)
         | compute_share("satisfied", row["satisfied"] or 0, row["ended"] or 0)
-        for row in query(sql, {"run": run, "most": MAX_VERSIONS}).to_dicts()
+        for row in query(sql, {"run": run, "max_versions": MAX_VERSIONS}).to_dicts()
     ]
 
 
 def _load_monitor_checks(query: QueryFunction, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each look at a policy for signs of reward hacking, newest first (docs/training.md)."""
-    sql = f"""SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS tripped,
+    """Return the checks of the reward-hacking monitor, newest first (docs/training.md)."""
+    sql = f"""SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS limits_exceeded,
                      metrics['judge_wins'] AS judge_wins, metrics['judge_low'] AS judge_low,
                      metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
                      metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, created_at
@@ -196,18 +201,18 @@ def _load_batches(query: QueryFunction, where: str, parameters: dict[str, Any]) 
 
 
 def _load_staleness(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """For each PPO batch how old its answers were when it was drawn: in policy versions, and in seconds."""
+    """Return the age of the rollouts of each PPO batch when the batch was sampled, in policy versions and in seconds."""
     return query(
-        """WITH drawn AS (SELECT record_id AS batch, created_at, commit_seq, batch_number, phase, base_policy_version,
+        """WITH sampled AS (SELECT record_id AS batch, created_at, commit_seq, batch_number, phase, base_policy_version,
                                  unnest(record_ids) AS row FROM batches
                           WHERE phase = 'ppo' AND ($run = '' OR run_id = $run))
-           SELECT drawn.batch_number, any_value(drawn.created_at) AS created_at, count(*) AS rows,
-                  avg(base_policy_version - policy_version) AS versions,
-                  max(base_policy_version - policy_version) AS most_versions,
-                  avg(epoch(drawn.created_at - responses.created_at)) AS age_s,
-                  max(epoch(drawn.created_at - responses.created_at)) AS most_age_s
-           FROM drawn JOIN responses ON responses.record_id = drawn.row GROUP BY drawn.batch, drawn.batch_number, drawn.commit_seq
-           ORDER BY drawn.commit_seq DESC""",
+           SELECT sampled.batch_number, any_value(sampled.created_at) AS created_at, count(*) AS rows,
+                  avg(base_policy_version - policy_version) AS mean_versions_behind,
+                  max(base_policy_version - policy_version) AS max_versions_behind,
+                  avg(epoch(sampled.created_at - responses.created_at)) AS mean_age_s,
+                  max(epoch(sampled.created_at - responses.created_at)) AS max_age_s
+           FROM sampled JOIN responses ON responses.record_id = sampled.row GROUP BY sampled.batch, sampled.batch_number, sampled.commit_seq
+           ORDER BY sampled.commit_seq DESC""",
         {"run": run},
         50,
     ).to_dicts()

@@ -1,9 +1,7 @@
 """The verbs of operation on a stream that has run: replay, runs, dlq, topics, snapshot, backup, restore, forget."""
 
 import json
-import os
 import uuid
-from pathlib import Path
 
 import duckdb
 import pytest
@@ -341,20 +339,3 @@ def test_a_token_limit_stops_admission_finishes_what_is_begun_and_loses_nothing(
 
 
 # A broker of one's own
-
-
-@pytest.mark.kafka
-@pytest.mark.skipif(not os.environ.get("KAFKA_HOME"), reason="no Apache Kafka to start: set KAFKA_HOME")
-def test_up_starts_a_kafka_that_down_ends(place):
-    from tests.support.kafka import find_free_port
-
-    port = find_free_port()
-    said = place.call("up", "--port", port)
-    assert f"kafka://localhost:{port}" in said
-    try:
-        place.fails(UsageError, "runs already", "up", "--port", port)
-        assert "created" in place.call("topics", "create", "--bus", f"kafka://localhost:{port}")
-    finally:
-        assert "Kafka is down" in place.call("down")
-    place.fails(UsageError, "no Kafka was started", "down")
-    assert Path(place.folder / "kafka" / "data").is_dir()

@@ -1,172 +1,180 @@
-// Keeps a page up to date without reloading it, switches the theme, and shows a chart's figures under the pointer.
+// Refreshes the page without a reload, switches the theme, and shows the values of a chart in a tooltip.
 //
-// The page is asked for again with its ETag. What has changed is merged into the page that stands: nodes are kept where they
-// are the same, so that what is focused, selected, scrolled, typed or unfolded stays. No text is ever made into markup here: the
-// server escapes it, the parser that reads the answer runs no scripts, and the policy of the page allows none but this file.
+// The script requests the page again with its ETag and merges the changes into the current document. Unchanged nodes stay, so
+// that focus, selection, scroll position, input and open <details> elements survive. The script never turns text into markup: the
+// server escapes all text, DOMParser runs no scripts, and the content security policy allows only the scripts of this server.
 "use strict";
 
-const EVERY_MS = 2000;
-const AWAY_MS = 8000;
-const live = { on: document.body.dataset.live !== "off", tag: "", timer: 0, failed: 0, at: Date.now() };
+const REFRESH_INTERVAL_MS = 2000;
+const RETRY_INTERVAL_MS = 8000; // while the server is unreachable
+const MAX_LOOKAHEAD = 40; // siblings to search for a matching node; the limit keeps a merge linear
+const live = { enabled: document.body.dataset.live !== "off", etag: "", timer: 0, unreachable: false };
 
-// Merging
+// Merge a new document into the current one
 
-function keyOf(node) {
+function getNodeKey(node) {
   return node.nodeType === Node.ELEMENT_NODE ? node.tagName + "|" + (node.id || node.getAttribute("href") || "") : node.nodeType;
 }
 
-function mergeAttributes(old, fresh) {
-  for (const { name } of [...old.attributes]) {
-    if (!fresh.hasAttribute(name) && !(name === "open" && old.tagName === "DETAILS")) old.removeAttribute(name);
+function mergeAttributes(current, updated) {
+  for (const { name } of [...current.attributes]) {
+    if (!updated.hasAttribute(name) && !(name === "open" && current.tagName === "DETAILS")) current.removeAttribute(name);
   }
-  for (const { name, value } of fresh.attributes) {
-    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  for (const { name, value } of updated.attributes) {
+    if (current.getAttribute(name) !== value) current.setAttribute(name, value);
   }
 }
 
-function merge(old, fresh) {
-  if (old.isEqualNode(fresh)) return;
-  if (old.nodeType !== Node.ELEMENT_NODE) {
-    if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
+function merge(current, updated) {
+  if (current.isEqualNode(updated)) return;
+  if (current.nodeType !== Node.ELEMENT_NODE) {
+    if (current.nodeValue !== updated.nodeValue) current.nodeValue = updated.nodeValue;
     return;
   }
-  if (old.tagName === "FORM" && old.contains(document.activeElement)) return;
-  mergeAttributes(old, fresh);
-  const wanted = [...fresh.childNodes];
-  const there = [...old.childNodes];
-  wanted.forEach((child, place) => {
-    const at = there.findIndex((node, n) => n < 40 && keyOf(node) === keyOf(child));
-    if (at < 0) {
-      old.insertBefore(document.importNode(child, true), there[0] || null);
+  if (current.tagName === "FORM" && current.contains(document.activeElement)) return; // the user edits this form
+  mergeAttributes(current, updated);
+  const remaining = [...current.childNodes];
+  for (const child of updated.childNodes) {
+    const index = remaining.findIndex((node, n) => n < MAX_LOOKAHEAD && getNodeKey(node) === getNodeKey(child));
+    if (index < 0) {
+      current.insertBefore(document.importNode(child, true), remaining[0] || null);
     } else {
-      for (const gone of there.splice(0, at)) gone.remove();
-      merge(there.shift(), child);
+      for (const removed of remaining.splice(0, index)) removed.remove();
+      merge(remaining.shift(), child);
     }
-  });
-  for (const gone of there) gone.remove();
+  }
+  for (const removed of remaining) removed.remove();
 }
 
-// Asking again
+// Refresh the page
 
-function selecting() {
-  const chosen = window.getSelection();
-  return chosen && !chosen.isCollapsed && document.getElementById("main").contains(chosen.anchorNode);
+function hasSelection() {
+  const selection = window.getSelection();
+  return selection && !selection.isCollapsed && document.getElementById("main").contains(selection.anchorNode);
 }
 
-async function look() {
-  const headers = live.tag ? { "If-None-Match": live.tag } : {};
-  const answer = await fetch(location.href, { headers, credentials: "same-origin", redirect: "error" });
-  live.failed = 0;
-  live.at = Date.now();
-  if (answer.status === 304) return;
-  if (!(answer.headers.get("Content-Type") || "").startsWith("text/html")) throw new Error("no page");
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+async function fetchPage() {
+  const headers = live.etag ? { "If-None-Match": live.etag } : {};
+  const response = await fetch(location.href, { headers, credentials: "same-origin", redirect: "error" });
+  live.unreachable = false;
+  if (response.status === 304) return;
+  if (!(response.headers.get("Content-Type") || "").startsWith("text/html")) throw new Error("the response is not a page");
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
   const main = page.getElementById("main");
-  if (!main || selecting()) return;
-  live.tag = answer.headers.get("ETag") || "";
+  if (!main || hasSelection()) return; // a merge would clear the user's selection
+  live.etag = response.headers.get("ETag") || "";
   merge(document.getElementById("main"), main);
   merge(document.querySelector(".run-form"), page.querySelector(".run-form"));
 }
 
-function show() {
+function updateLiveButton() {
   const button = document.getElementById("live");
-  const state = !live.on ? "paused" : live.failed ? "away" : "live";
+  const state = !live.enabled ? "paused" : live.unreachable ? "unreachable" : "live";
   button.dataset.state = state;
-  button.setAttribute("aria-pressed", String(live.on));
-  button.title = state === "away" ? "The dashboard does not answer; the page shows what was known last" : "Press to pause or go on";
-  button.querySelector(".state").textContent = state;
+  button.setAttribute("aria-pressed", String(live.enabled));
+  button.title = {
+    live: "The page refreshes every 2 seconds. Press to pause.",
+    paused: "The page does not refresh. Press to resume.",
+    unreachable: "The dashboard is unreachable. The page shows the last data.",
+  }[state];
+  button.querySelector(".state").textContent = { live: "live", paused: "paused", unreachable: "offline" }[state];
 }
 
-async function turn() {
-  if (live.on && !document.hidden) {
+async function refresh() {
+  if (live.enabled && !document.hidden) {
     try {
-      await look();
+      await fetchPage();
     } catch {
-      live.failed += 1; // the server is away: shown on the button, and asked again
+      live.unreachable = true; // the button shows it; the timer tries again
     }
-    show();
+    updateLiveButton();
   }
-  live.timer = setTimeout(turn, live.failed ? AWAY_MS : EVERY_MS);
+  live.timer = setTimeout(refresh, live.unreachable ? RETRY_INTERVAL_MS : REFRESH_INTERVAL_MS);
 }
 
-function goOn() {
+function refreshNow() {
   clearTimeout(live.timer);
-  turn();
+  refresh();
 }
 
-// The theme
+// Theme
 
 const THEMES = ["auto", "light", "dark"];
 
 function showTheme(button) {
   const theme = document.documentElement.dataset.theme || "auto";
-  button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
-  button.title = "Theme: " + theme;
+  button.querySelector(".state").textContent = theme;
+  button.title = "Press to switch the theme: auto, light, dark";
 }
 
-function nextTheme(button) {
+function selectNextTheme(button) {
   const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme || "auto") + 1) % THEMES.length];
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   try {
     localStorage.setItem("charter-theme", theme);
   } catch {
-    // Storage is forbidden here: the choice lasts as long as the page.
+    // Storage is blocked: the theme applies to this page only.
   }
   showTheme(button);
 }
 
-// Figures under the pointer
+// Tooltips of charts
 
-const tip = document.createElement("div");
-tip.className = "tip";
-tip.setAttribute("role", "status");
-tip.hidden = true;
+const tooltip = document.createElement("div");
+tooltip.className = "tooltip";
+tooltip.setAttribute("role", "status");
+tooltip.hidden = true;
 
-function titleOf(mark) {
-  const title = mark.querySelector("title");
+function getTitle(marker) {
+  const title = marker.querySelector("title");
   return title ? title.textContent : "";
 }
 
-function nearest(chart, x, y) {
-  let best = null;
-  let least = 24;
-  for (const mark of chart.querySelectorAll("circle, rect.bar, rect.dot")) {
-    const box = mark.getBoundingClientRect();
-    const across = Math.abs(box.left + box.width / 2 - x);
-    const away = mark.classList.contains("hit") || mark.classList.contains("bar") ? across : Math.hypot(across, box.top + box.height / 2 - y);
-    if (away < least && titleOf(mark)) [best, least] = [mark, away];
+// Return the marker nearest to the pointer within 24 pixels, or null. In bar charts and dense curves only the x distance counts.
+function findNearestMarker(chart, x, y) {
+  let nearest = null;
+  let minDistance = 24;
+  for (const marker of chart.querySelectorAll("circle, rect.bar, rect.dot")) {
+    const box = marker.getBoundingClientRect();
+    const dx = Math.abs(box.left + box.width / 2 - x);
+    const ignoresY = marker.classList.contains("hover-target") || marker.classList.contains("bar");
+    const distance = ignoresY ? dx : Math.hypot(dx, box.top + box.height / 2 - y);
+    if (distance < minDistance && getTitle(marker)) [nearest, minDistance] = [marker, distance];
   }
-  return best;
+  return nearest;
 }
 
-function point(event) {
-  const chart = event.target.closest && event.target.closest("svg.chart, svg.timeline, svg.orders");
-  const mark = chart && nearest(chart, event.clientX, event.clientY);
-  for (const lit of document.querySelectorAll(".lit")) if (lit !== mark) lit.classList.remove("lit");
-  tip.hidden = !mark;
-  if (!mark) return;
-  mark.classList.add("lit");
-  tip.textContent = titleOf(mark);
-  const box = mark.getBoundingClientRect();
-  const half = tip.offsetWidth / 2;
-  tip.style.left = Math.min(Math.max(box.left + box.width / 2, half + 8), window.innerWidth - half - 8) + window.scrollX + "px";
-  tip.style.top = box.top + window.scrollY - 10 + "px";
+function updateTooltip(event) {
+  const chart = event.target.closest && event.target.closest("svg.chart, svg.timeline, svg.order-comparison");
+  const marker = chart && findNearestMarker(chart, event.clientX, event.clientY);
+  for (const other of document.querySelectorAll(".highlighted")) if (other !== marker) other.classList.remove("highlighted");
+  tooltip.hidden = !marker;
+  if (!marker) return;
+  marker.classList.add("highlighted");
+  tooltip.textContent = getTitle(marker);
+  const box = marker.getBoundingClientRect();
+  const halfWidth = tooltip.offsetWidth / 2;
+  const center = Math.min(Math.max(box.left + box.width / 2, halfWidth + 8), window.innerWidth - halfWidth - 8);
+  tooltip.style.left = center + window.scrollX + "px";
+  tooltip.style.top = box.top + window.scrollY - 10 + "px";
 }
 
-// Everything in its place
+// Event handlers
 
-document.addEventListener("visibilitychange", () => !document.hidden && goOn());
-document.addEventListener("pointermove", point, { passive: true });
+document.addEventListener("visibilitychange", () => !document.hidden && refreshNow());
+document.addEventListener("pointermove", updateTooltip, { passive: true });
 document.addEventListener("change", (event) => {
-  const form = event.target.closest("form[data-auto]");
+  const form = event.target.closest("form[data-auto-submit]");
   if (form && event.target.tagName === "SELECT") form.requestSubmit();
 });
+// Leave empty fields out of the address of a search.
 document.addEventListener("submit", (event) => {
   for (const field of event.target.querySelectorAll("input[name], select[name]")) {
     if (event.target.method === "get" && field.value === "") field.disabled = true;
   }
 });
+// The browser can restore the page from its cache, with the fields still disabled.
 window.addEventListener("pageshow", () => {
   for (const field of document.querySelectorAll("form :disabled")) field.disabled = false;
 });
@@ -181,20 +189,20 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-document.body.append(tip);
+document.body.append(tooltip);
 const themeButton = document.getElementById("theme");
 themeButton.hidden = false;
-themeButton.addEventListener("click", () => nextTheme(themeButton));
+themeButton.addEventListener("click", () => selectNextTheme(themeButton));
 showTheme(themeButton);
 const liveButton = document.getElementById("live");
-if (live.on) {
+if (live.enabled) {
   liveButton.hidden = false;
   liveButton.addEventListener("click", () => {
-    live.on = !live.on;
-    show();
-    if (live.on) goOn();
+    live.enabled = !live.enabled;
+    updateLiveButton();
+    if (live.enabled) refreshNow();
   });
-  show();
-  live.timer = setTimeout(turn, EVERY_MS);
+  updateLiveButton();
+  live.timer = setTimeout(refresh, REFRESH_INTERVAL_MS);
 }
 document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });

@@ -1,9 +1,9 @@
-// The chosen theme, before anything is drawn: "light", "dark", or nothing for what the system says.
+// Apply the stored theme ("light" or "dark") before the browser paints the page. Without it the theme of the system applies.
 "use strict";
 try {
   const theme = localStorage.getItem("charter-theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  // Storage is forbidden here: the system's theme it is.
+  // Storage is blocked: use the theme of the system.
 }
 document.documentElement.classList.add("with-script");
