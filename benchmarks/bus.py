@@ -1,4 +1,4 @@
-"""The embedded log against plain SQLite inserts in the same run; Kafka too, where CHARTER_TEST_BOOTSTRAP is set.
+"""Throughput of the embedded log (and of Kafka if CHARTER_TEST_BOOTSTRAP is set), compared with plain SQLite inserts.
 
 python -m benchmarks.bus
 """
@@ -27,7 +27,7 @@ def _measure_sqlite_inserts(folder: Path) -> float:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("CREATE TABLE m (id INTEGER PRIMARY KEY, key BLOB, value BLOB)")
-    started, rows = time.monotonic(), [(n, m.key, m.value) for n, m in enumerate(_make_records())]
+    started, rows = time.monotonic(), [(n, record.key, record.value) for n, record in enumerate(_make_records())]
     for start in range(0, _NUM_RECORDS, _BATCH_SIZE):
         db.execute("BEGIN IMMEDIATE")
         db.executemany("INSERT INTO m VALUES (?, ?, ?)", rows[start : start + _BATCH_SIZE])
@@ -36,45 +36,45 @@ def _measure_sqlite_inserts(folder: Path) -> float:
 
 
 def _measure_publish(bus: Bus) -> float:
-    started, wanted = time.monotonic(), _make_records()
+    started, records = time.monotonic(), _make_records()
     for start in range(0, _NUM_RECORDS, _BATCH_SIZE):
-        bus.publish(wanted[start : start + _BATCH_SIZE])
+        bus.publish(records[start : start + _BATCH_SIZE])
     return _NUM_RECORDS / (time.monotonic() - started)
 
 
 def _measure_hop(bus: Bus) -> float:
-    """Read, write and move the offsets in one transaction: what every stage does."""
+    """Consume, produce and commit the offsets in one transaction, as every stage does; return records per second."""
     consumer, writer = bus.open_consumer("bench", ["prompts"], member="a"), bus.open_writer("bench.a")
-    moved, started = 0, time.monotonic()
-    while moved < _NUM_RECORDS:
-        found = consumer.poll(1.0, _BATCH_SIZE)
+    num_moved, started = 0, time.monotonic()
+    while num_moved < _NUM_RECORDS:
+        records = consumer.poll(1.0, _BATCH_SIZE)
         offsets: Offsets = {}
-        for message in found:
-            offsets[TopicPartition(message.topic, message.partition)] = message.offset + 1
-        if found:
-            outputs = [ProducerRecord("responses", m.key or b"", m.value) for m in found]
+        for record in records:
+            offsets[TopicPartition(record.topic, record.partition)] = record.offset + 1
+        if records:
+            outputs = [ProducerRecord("responses", record.key or b"", record.value) for record in records]
             epochs = consumer.assignment()
-            writer.commit(outputs, offsets, consumer=consumer, epochs={place: epochs[place] for place in offsets})
-        moved += len(found)
-    taken = time.monotonic() - started
+            writer.commit(outputs, offsets, consumer=consumer, epochs={key: epochs[key] for key in offsets})
+        num_moved += len(records)
+    elapsed = time.monotonic() - started
     consumer.close()
     writer.close()
-    return _NUM_RECORDS / taken
+    return _NUM_RECORDS / elapsed
 
 
 def _measure_read(bus: Bus) -> float:
-    reader, found, started = bus.open_reader(bus.beginning_offsets(["prompts"])), 0, time.monotonic()
-    while found < _NUM_RECORDS:
-        found += len(reader.poll(1.0, 1000))
-    taken = time.monotonic() - started
+    reader, num_read, started = bus.open_reader(bus.beginning_offsets(["prompts"])), 0, time.monotonic()
+    while num_read < _NUM_RECORDS:
+        num_read += len(reader.poll(1.0, 1000))
+    elapsed = time.monotonic() - started
     reader.close()
-    return _NUM_RECORDS / taken
+    return _NUM_RECORDS / elapsed
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        floor = _measure_sqlite_inserts(Path(folder))
-        print(f"plain SQLite inserts {floor:9.0f}/s, {_RECORD_BYTES} bytes each, {_BATCH_SIZE} a transaction")
+        sqlite_rate = _measure_sqlite_inserts(Path(folder))
+        print(f"plain SQLite inserts {sqlite_rate:9.0f}/s, {_RECORD_BYTES} bytes each, {_BATCH_SIZE} per transaction")
         addresses = [folder]
         if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
             addresses.append(f"kafka://{bootstrap}")
@@ -82,8 +82,8 @@ def main() -> None:
             bus = open_bus(address, prefix=f"bench{time.time_ns()}.")
             bus.create_topics(list(TOPICS.values()))
             for name, measure in (("publish", _measure_publish), ("hop", _measure_hop), ("read", _measure_read)):
-                speed = measure(bus)
-                print(f"{address.split(':')[0]:10.10} {name:8} {speed:9.0f}/s, {speed / floor:5.2f} of plain inserts")
+                rate = measure(bus)
+                print(f"{address.split(':')[0]:10.10} {name:8} {rate:9.0f}/s, {rate / sqlite_rate:5.2f} of plain inserts")
             bus.close()
 
 

@@ -1,10 +1,10 @@
-"""The dashboard, `charter status` and `charter --help` against their limits, on a database of a million rows.
+"""Latency of the dashboard, `charter status` and `charter --help`, compared with their limits, on a database of a million rows.
 
 python -m benchmarks.dashboard [--rows N] [--rounds N] [--keep FOLDER]
 
-The rows are a run of the scripted model on the shipped prompts, copied with ids and times of their own until they are as many.
-A view's time is from the request to the whole page, with nothing remembered from before; the first view is the first request of
-a new server. The median of the rounds counts.
+The rows come from a run of the scripted model on the shipped prompts, copied with new ids and times until the database has the
+requested number. The latency of a view is the time from the request to the complete page, without cached results. The first
+view is the first request to a new server. The reported value is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -38,36 +38,35 @@ _COPIED_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences
 
 
 def _run_pipeline(settings: Settings) -> None:
-    """A run of the scripted model."""
+    """Run the scripted model on the shipped prompts."""
     bus = connect_bus(settings)
     FileProducer(bus, settings.run.id, eval_fraction=0.1).publish(str(SHIPPED_PROMPTS_PATH), first_row=1, last_row=_NUM_PROMPTS)
-    ended = "SELECT (SELECT count(*) FROM revision_chains), (SELECT count(*) FROM preferences)"
+    sql = "SELECT (SELECT count(*) FROM revision_chains), (SELECT count(*) FROM preferences)"
     with make_host(settings, bus, STAGES, sink=True) as host:
-        while not open_store(settings).path.exists() or open_store(settings).query(ended).rows != [
-            (_NUM_PROMPTS, _NUM_PROMPTS)
-        ]:
+        store, expected = open_store(settings), [(_NUM_PROMPTS, _NUM_PROMPTS)]
+        while not store.path.exists() or store.query(sql).rows != expected:
             host.failure_event.wait(0.1)
             host.raise_if_failed()
     bus.close()
 
 
 def _copy_rows(path: Path, num_rows: int) -> int:
-    """Copy the run until there are `rows` rows, each copy with its own ids and a minute later; returns how many there are."""
+    """Copy the run until the database has `num_rows` rows; each copy has new ids and is a minute later. Return the row count."""
     with duckdb.connect(str(path)) as db:
-        one = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in _COPIED_TABLES)
-        last = db.execute("SELECT next_seq FROM raw.sink_state").fetchall()[0][0]
-        copies = -(-num_rows // one)
+        rows_per_run = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in _COPIED_TABLES)
+        next_seq = db.execute("SELECT next_seq FROM raw.sink_state").fetchall()[0][0]
+        num_copies = -(-num_rows // rows_per_run)  # rounded up
         for table in _COPIED_TABLES:
-            names = {column for column, *_ in db.execute(f"DESCRIBE raw.{table}").fetchall()}
-            other = "md5({0}::VARCHAR || n)::UUID AS {0}"
-            ids = [other.format(name) for name in ("record_id", "prompt_id", "response_id") if name in names]
+            columns = {column for column, *_ in db.execute(f"DESCRIBE raw.{table}").fetchall()}
+            new_id = "md5({0}::VARCHAR || n)::UUID AS {0}"
+            ids = [new_id.format(name) for name in ("record_id", "prompt_id", "response_id") if name in columns]
             ids.append("list_transform(parent_ids, lambda id: md5(id::VARCHAR || n)::UUID) AS parent_ids")
-            moved = [f"commit_seq + n * {last} AS commit_seq", "created_at + to_minutes(n) AS created_at"]
+            shifted = [f"commit_seq + n * {next_seq} AS commit_seq", "created_at + to_minutes(n) AS created_at"]
             db.execute(
-                f"""INSERT INTO raw.{table} SELECT old.* REPLACE ({", ".join([*ids, *moved])})
-                    FROM raw.{table} old, (SELECT range AS n FROM range(1, {copies})) ORDER BY n"""
+                f"""INSERT INTO raw.{table} SELECT old.* REPLACE ({", ".join([*ids, *shifted])})
+                    FROM raw.{table} old, (SELECT range AS n FROM range(1, {num_copies})) ORDER BY n"""
             )
-        db.execute("UPDATE raw.sink_state SET next_seq = ?", [last * copies])
+        db.execute("UPDATE raw.sink_state SET next_seq = ?", [next_seq * num_copies])
         db.execute("CHECKPOINT")
         return int(sum(db.execute(f"SELECT count(*) FROM raw.{spec.table}").fetchall()[0][0] for spec in TOPICS.values()))
 
@@ -83,15 +82,15 @@ def _time_command(arguments: list[str]) -> float:
 
 
 def _find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _start_server(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
-    """A new server that listens, and a client of it."""
+    """Start a dashboard server and wait until it listens; return it and a client."""
     port = _find_free_port()
-    words = _build_command(folder, "dashboard", "--port", str(port))
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = _build_command(folder, "dashboard", "--port", str(port))
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout and str(port) in server.stdout.readline()
     return server, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
@@ -99,71 +98,71 @@ def _start_server(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
 def _time_request(client: httpx.Client, address: str) -> float:
     started = time.monotonic()
     page = client.get(address)
-    taken = time.monotonic() - started
+    elapsed = time.monotonic() - started
     assert page.status_code == 200 and "notice bad" not in page.text, (address, page.text[-2000:])
-    return taken
+    return elapsed
 
 
 def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, float]]:
-    """Every view, asked for once; `number` makes the searches new ones."""
+    """Time one request to each view; `round_index` makes the searches new ones, so that no result is cached."""
     traces = client.get("/api/traces").json()["data"]["traces"]
-    wanted = {
+    views = {
         "pipeline": "/?run=live",
         "traces": "/traces?run=live",
-        "a trace": f"/traces/{traces[round_index]['prompt_id']}",
+        "one trace": f"/traces/{traces[round_index]['prompt_id']}",
         "trace search, words in prompts": f"/traces?q=how+{round_index}",
-        "trace search, words that are nowhere": f"/traces?q=zebra{round_index}",
+        "trace search, words without a match": f"/traces?q=zebra{round_index}",
         "trace search, words in everything": f"/traces?scope=everything&q=river+{round_index}",
-        "trace search, beginning of an id": f"/traces?q={traces[round_index]['prompt_id'][:8]}",
-        "trace filter, how its chain ended": f"/traces?end_reason=SATISFIED&q={round_index}",
+        "trace search, prefix of an id": f"/traces?q={traces[round_index]['prompt_id'][:8]}",
+        "trace filter, end reason": f"/traces?end_reason=SATISFIED&q={round_index}",
         "preferences": "/preferences?run=live",
         "training": "/training?run=live",
         "dead letters": "/dead-letters?run=live",
         "runs": "/runs",
-        "a run": "/runs/live",
+        "one run": "/runs/live",
     }
-    for name, address in wanted.items():
+    for name, address in views.items():
         yield name, _time_request(client, address)
 
 
 def _measure_latencies(folder: Path, num_rounds: int) -> dict[str, list[float]]:
-    """What was measured -> its seconds in each round."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """Return the seconds of each round by name."""
+    latencies: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds):
-        found[_HELP_COMMAND].append(_time_command([sys.executable, "-m", "charter", "--help"]))
-        found["charter status"].append(_time_command(_build_command(folder, "status")))
+        latencies[_HELP_COMMAND].append(_time_command([sys.executable, "-m", "charter", "--help"]))
+        latencies["charter status"].append(_time_command(_build_command(folder, "status")))
         server, client = _start_server(folder)
         try:
-            found["first view"].append(_time_request(client, "/"))
+            latencies["first view"].append(_time_request(client, "/"))
             for name, seconds in _time_views(client, number):
-                found[name].append(seconds)
+                latencies[name].append(seconds)
         finally:
             client.close()
             server.terminate()
             server.wait()
-    return found
+    return latencies
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="Make the database in this folder, or use the one that is there.")
-    wanted = parser.parse_args()
+    parser.add_argument("--keep", type=Path, help="create the database in this folder, or use the existing one")
+    options = parser.parse_args()
     os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
-    folder = wanted.keep or Path(tempfile.mkdtemp())
+    folder = options.keep or Path(tempfile.mkdtemp())
     if not (folder / "charter.duckdb").exists():
         settings = load_settings({"data.folder": str(folder), "models.policy": "scripted"}, environment={})[0]
         _run_pipeline(settings)
-        print(f"{_copy_rows(folder / 'charter.duckdb', wanted.rows):,} rows")
-    kept = True
-    for name, seconds in _measure_latencies(folder, wanted.rounds).items():
-        middle, limit = statistics.median(seconds), _LIMITS_S.get(name, _DEFAULT_LIMIT_S)
-        kept &= middle < limit
-        print(f"{name:40} {middle:6.2f} s of {limit:.1f} s, worst {max(seconds):.2f} s{'' if middle < limit else '  missed'}")
-    if not wanted.keep:
+        print(f"{_copy_rows(folder / 'charter.duckdb', options.rows):,} rows")
+    all_met = True
+    for name, seconds in _measure_latencies(folder, options.rounds).items():
+        median, limit = statistics.median(seconds), _LIMITS_S.get(name, _DEFAULT_LIMIT_S)
+        all_met &= median < limit
+        print(f"{name:40} {median:6.2f} s of {limit:.1f} s, worst {max(seconds):.2f} s{'' if median < limit else '  missed'}")
+    if not options.keep:
         shutil.rmtree(folder)
-    return 0 if kept else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

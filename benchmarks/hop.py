@@ -1,13 +1,13 @@
-"""The exactly-once hop of a stage as ratios, on Apache Kafka and on the embedded log; what copies and waiting records cost.
+"""Throughput of the exactly-once hop of a stage, on Apache Kafka and on the embedded log; scaling with copies; memory.
 
 python -m benchmarks.hop [--records N] [--rounds N] [--waiting N] [--seed N] [--quix-venv DIR] [--profile] [--only WORD]
 
-Needs KAFKA_HOME, a folder with libs/*.jar of Apache Kafka; it starts one broker of its own on loopback. A hop is: consume 1 KB
-records, decode Avro, a stage that costs nothing, encode Avro, produce, with the offsets in the transaction. All contestants
-are processes of their own; how fast they are is what the broker says: it stamps each record when it appends it. After each
-run the outputs are read back, committed ones only, and counted: a contestant that loses or repeats one has not run a race.
+Requires KAFKA_HOME, a folder with libs/*.jar of Apache Kafka; the benchmark starts its own broker on loopback. A hop consumes
+records of 1 KB, decodes Avro, runs a stage that costs nothing, encodes Avro and produces, with the offsets in the transaction.
+Each contestant is a separate process. Its rate comes from the broker's timestamps, which the broker sets when it appends a
+record. After each run the committed outputs are read back and counted: a run that loses or repeats a record is an error.
 
-With --profile it shows instead where the CPU time of Charter's hop goes, thread by thread.
+With --profile the benchmark prints instead where the CPU time of Charter's hop goes, by thread.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tests.support.kafka import Broker as TestBroker
 
 _RUN_ID, _SOURCE_TOPIC, _TARGET_TOPIC = "bench", "prompts", "responses"
 _TEXT_BYTES = 800  # with its lineage such a record has 1 KB
-_MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # a model on another machine: what one batch waits
+_MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # a remote model: its latency per batch
 _MAX_IN_FLIGHT = 1000
 _PROGRESS_TIMEOUT_S, _READ_IDLE_TIMEOUT_S, _CONTESTANT_TIMEOUT_S = 60.0, 10.0, 180.0
 _QUIXSTREAMS_REQUIREMENTS = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
@@ -60,7 +60,7 @@ _GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
 
 
 class _LogAppendTimeBroker(TestBroker):
-    """It stamps records when it appends them, so that one clock, not the contestants', times all of them."""
+    """A broker that sets the timestamp of a record when it appends it, so that one clock measures all contestants."""
 
     def build_properties(self) -> str:
         return super().build_properties() + "\nlog.message.timestamp.type=LogAppendTime"
@@ -68,7 +68,7 @@ class _LogAppendTimeBroker(TestBroker):
 
 @dataclass(frozen=True)
 class _StageJob:
-    """What one process of Charter's stage does."""
+    """The configuration of one process that runs Charter's stage."""
 
     bus_address: str
     prefix: str
@@ -82,7 +82,7 @@ class _StageJob:
 
 @dataclass(frozen=True)
 class _ResultRow:
-    """A line of the table; a goal of None: a figure for its own sake."""
+    """A row of the results table; an empty goal means that the value is informative only."""
 
     name: str
     value: str
@@ -97,18 +97,20 @@ class _ResultRow:
 
 
 def make_prompts(count: int, seed: int) -> Iterator[Prompt]:
-    """Records of 1 KB; random words, so that they compress about as prose does."""
-    chance = random.Random(seed)
-    words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(5000)]
+    """Yield prompts of 1 KB with random words, which compress about as well as prose."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
     for _ in range(count):
-        text = " ".join(chance.choices(words, k=_TEXT_BYTES // 5))[:_TEXT_BYTES]
-        name = str(uuid.UUID(int=chance.getrandbits(128)))
+        text = " ".join(rng.choices(words, k=_TEXT_BYTES // 5))[:_TEXT_BYTES]
+        prompt_id = str(uuid.UUID(int=rng.getrandbits(128)))
         messages = [ChatMessage(role="user", content=text)]
-        yield Prompt(record_id=name, prompt_id=name, run_id=_RUN_ID, stage="produce", messages=messages, source="bench")
+        yield Prompt(
+            record_id=prompt_id, prompt_id=prompt_id, run_id=_RUN_ID, stage="produce", messages=messages, source="bench"
+        )
 
 
 def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
-    """Put prompts on the log; returns how many bytes the first of them has."""
+    """Publish prompts to the log; return the size of the first record in bytes."""
     bus.create_topics(list(TOPICS.values()))
     batch: list[ProducerRecord] = []
     size = 0
@@ -123,23 +125,26 @@ def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
 
 
 def _measure_throughput(bus: Bus, start_offsets: Offsets, count: int) -> float:
-    """Records a second of the `count` outputs beyond `marks`, by the log's own clock; they must be there exactly once."""
-    reader, stamps, keys = bus.open_reader(start_offsets), [], set()
+    """Return the rate of the outputs after `start_offsets`, in records per second by the log's timestamps.
+
+    The outputs must be exactly `count` distinct records.
+    """
+    reader, timestamps, keys = bus.open_reader(start_offsets), [], set()
     deadline = time.monotonic() + _READ_IDLE_TIMEOUT_S
     while time.monotonic() < deadline:
-        messages = reader.poll(0.5, 5000)
-        stamps += [message.timestamp_ms for message in messages]
-        keys |= {message.key for message in messages}
-        if messages:
-            deadline = time.monotonic() + (_READ_IDLE_TIMEOUT_S if len(stamps) < count else 0.5)
+        records = reader.poll(0.5, 5000)
+        timestamps += [record.timestamp_ms for record in records]
+        keys |= {record.key for record in records}
+        if records:
+            deadline = time.monotonic() + (_READ_IDLE_TIMEOUT_S if len(timestamps) < count else 0.5)
     reader.close()
-    if len(stamps) != count or len(keys) != count:
-        raise SystemExit(f"not exactly once: {len(stamps)} outputs with {len(keys)} keys, where {count} records were passed")
-    first = min(stamps)
-    return sum(stamp > first for stamp in stamps) / (max(stamps) - first) * 1000
+    if len(timestamps) != count or len(keys) != count:
+        raise SystemExit(f"not exactly once: {len(timestamps)} outputs with {len(keys)} keys for {count} inputs")
+    first = min(timestamps)
+    return sum(timestamp > first for timestamp in timestamps) / (max(timestamps) - first) * 1000
 
 
-# Charter's stage, in a process of its own
+# Charter's stage, in a separate process
 
 
 def _build_stage(job: _StageJob) -> Stage:
@@ -151,7 +156,7 @@ def _build_stage(job: _StageJob) -> Stage:
     return Stage(job.stage_name, (_SOURCE_TOPIC,), (_TARGET_TOPIC,), priority=1, max_batch_size=job.batch, process=work)
 
 
-def _build_worker(job: _StageJob, bus: Bus, folder: Path, admits: Callable[[], bool] = lambda: True) -> Worker:
+def _build_worker(job: _StageJob, bus: Bus, folder: Path, can_admit: Callable[[], bool] = lambda: True) -> Worker:
     limits, journal = WorkerLimits(max_in_flight=job.in_flight), CrashJournal(folder / "journal", job.instance)
     return Worker(
         bus,
@@ -161,23 +166,24 @@ def _build_worker(job: _StageJob, bus: Bus, folder: Path, admits: Callable[[], b
         instance=job.instance,
         limits=limits,
         journal=journal,
-        can_admit=admits,
+        can_admit=can_admit,
     )
 
 
 def _run_stage(job: _StageJob) -> None:
-    """Join the group, say so, begin when told, and say how far it has come, until the input ends."""
-    go, stop = threading.Event(), threading.Event()
+    """Join the group, start on the first line of standard input, and print the progress until standard input ends."""
+    start, stop = threading.Event(), threading.Event()
 
-    def listen() -> None:
-        go.set() if sys.stdin.readline() else None
+    def read_commands() -> None:
+        if sys.stdin.readline():
+            start.set()
         sys.stdin.read()
         stop.set()
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=read_commands, daemon=True).start()
     bus, process = open_bus(job.bus_address, prefix=job.prefix), psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
-        worker = _build_worker(job, bus, Path(folder), go.is_set)
+        worker = _build_worker(job, bus, Path(folder), start.is_set)
         with Host([worker]) as host:
             while not stop.wait(0.05):
                 host.raise_if_failed()
@@ -186,12 +192,12 @@ def _run_stage(job: _StageJob) -> None:
     _report_state(ready=True, committed=worker.num_committed, rss=process.memory_info().rss)
 
 
-def _report_state(**facts: object) -> None:
-    print(json.dumps(facts), flush=True)
+def _report_state(**state: object) -> None:
+    print(json.dumps(state), flush=True)
 
 
 class _StageProcess:
-    """A process of Charter's stage, seen from outside: `facts` is what it said last."""
+    """A process that runs Charter's stage; `state` is the last state that it printed."""
 
     def __init__(self, job: _StageJob) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--stage", json.dumps(asdict(job))]
@@ -228,18 +234,18 @@ class _StageProcess:
 def _run_copies(
     jobs: Sequence[_StageJob], num_records: int, on_progress: Callable[[int, int], None] = lambda committed, rss: None
 ) -> int:
-    """Run copies of a stage until together they have passed `wanted` records; returns how many they passed in all."""
+    """Run copies of a stage until together they have committed `num_records` records; return the number that they committed."""
     with ExitStack() as stack:
         copies = [stack.enter_context(_StageProcess(job)) for job in jobs]
         _wait_until(lambda: all(copy.state["ready"] for copy in copies), copies, _PROGRESS_TIMEOUT_S)
         for copy in copies:
             copy.start()
-        before, deadline = -1, time.monotonic() + _PROGRESS_TIMEOUT_S
+        previous, deadline = -1, time.monotonic() + _PROGRESS_TIMEOUT_S
         while (committed := sum(copy.state["committed"] for copy in copies)) < num_records:
-            deadline = time.monotonic() + _PROGRESS_TIMEOUT_S if committed > before else deadline
+            deadline = time.monotonic() + _PROGRESS_TIMEOUT_S if committed > previous else deadline
             _wait_until(lambda: True, copies, deadline - time.monotonic())
             on_progress(committed, copies[0].state["rss"])
-            before = committed
+            previous = committed
             time.sleep(0.05)
         for copy in copies:
             copy.stop()
@@ -251,55 +257,55 @@ def _wait_until(condition: Callable[[], bool], copies: Sequence[_StageProcess], 
     deadline = time.monotonic() + timeout_s
     while not condition() or timeout_s <= 0:
         if time.monotonic() > deadline or any(copy.process.poll() is not None for copy in copies):
-            raise SystemExit(f"a stage has ended or stands still: {[copy.state for copy in copies]}")
+            raise SystemExit(f"a stage has ended or makes no progress: {[copy.state for copy in copies]}")
         time.sleep(0.05)
 
 
 def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int = 1, **options: Any) -> float:
-    """Charter's own hop: Worker, Lane, Stage, Host, journal and codec, as `charter run` puts them together."""
+    """Return the rate of Charter's hop with the parts of `charter run`: Host, Worker, ModelExecutor, Stage, journal and codec."""
     name = f"hop{time.time_ns()}"
     bus = open_bus(address, prefix=prefix)
-    marks = bus.end_offsets([_TARGET_TOPIC])
+    start_offsets = bus.end_offsets([_TARGET_TOPIC])
     jobs = [_StageJob(address, prefix, name, instance=str(n), copies=copies, **options) for n in range(copies)]
-    passed = _run_copies(jobs, num_records)
-    found = _measure_throughput(bus, marks, passed)
+    num_committed = _run_copies(jobs, num_records)
+    rate = _measure_throughput(bus, start_offsets, num_committed)
     bus.close()
-    return found
+    return rate
 
 
-# The others
+# Other clients
 
 
 def _run_bare_client(servers: str, source: str, target: str, group: str, count: int) -> None:
-    """What kafka-python does at best: copies bytes, exactly once, in one thread. Every future is looked at here too."""
+    """Copy bytes exactly once with kafka-python in one thread, its upper bound. Like Charter, it checks every future."""
     client: dict[str, Any] = {"bootstrap_servers": servers}
     producer = kafka.KafkaProducer(**client, **make_producer_options(), transactional_id=group)
     producer.init_transactions()
     settings = make_consumer_options() | {"auto_offset_reset": "earliest"}
     consumer = kafka.KafkaConsumer(source, **client, **settings, group_id=group)
-    moved = 0
-    while moved < count:
+    num_moved = 0
+    while num_moved < count:
         polled = consumer.poll(timeout_ms=500, max_records=COMMIT_BATCH_SIZE)
         if not polled:
             continue
         producer.begin_transaction()
-        records = [record for records in polled.values() for record in records]
-        sent = [producer.send(target, key=r.key, value=r.value, headers=r.headers) for r in records]
+        records = [record for partition_records in polled.values() for record in partition_records]
+        futures = [producer.send(target, key=r.key, value=r.value, headers=r.headers) for r in records]
         producer.flush()
-        for future in sent:
+        for future in futures:
             future.get(timeout=0)
-        offsets = {place: OffsetAndMetadata(records[-1].offset + 1, "", -1) for place, records in polled.items()}
+        offsets = {key: OffsetAndMetadata(fetched[-1].offset + 1, "", -1) for key, fetched in polled.items()}
         producer.send_offsets_to_transaction(offsets, consumer.group_metadata())
         producer.commit_transaction()
-        moved += len(records)
+        num_moved += len(records)
     consumer.close()
     producer.close(timeout=5)
 
 
 def _measure_process(command: Sequence[str], address: str, prefix: str, count: int) -> float:
-    """The speed of a contestant that is no stage of ours: a process that is over when it has passed `count` records."""
+    """Return the rate of another client: a process that ends when it has copied `count` records."""
     bus = open_bus(address, prefix=prefix)
-    marks = bus.end_offsets([_TARGET_TOPIC])
+    start_offsets = bus.end_offsets([_TARGET_TOPIC])
     task = {
         "servers": address.removeprefix("kafka://"),
         "source": prefix + _SOURCE_TOPIC,
@@ -308,24 +314,24 @@ def _measure_process(command: Sequence[str], address: str, prefix: str, count: i
         "count": count,
     }
     root = str(Path(__file__).parents[1])
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, json.dumps(task)],
         env=os.environ | {"PYTHONPATH": root},
         cwd=root,
         timeout=_CONTESTANT_TIMEOUT_S,
         check=False,
     )
-    if done.returncode:
-        raise SystemExit(f"{command[-1]} ended with {done.returncode}")
-    found = _measure_throughput(bus, marks, count)
+    if completed.returncode:
+        raise SystemExit(f"{command[-1]} ended with exit code {completed.returncode}")
+    rate = _measure_throughput(bus, start_offsets, count)
     bus.close()
-    return found
+    return rate
 
 
 def _prepare_quixstreams(folder: Path | None) -> Path | None:
-    """The interpreter of a virtual environment with quixstreams, made if need be; None, and a message, if it cannot be."""
+    """Return the interpreter of a virtual environment with quixstreams, created if necessary; print why and return None if not."""
     if folder is None:
-        print("quixstreams is left out: --quix-venv DIR says where it may be installed")
+        print("quixstreams is skipped: give --quix-venv DIR, a folder to install it in")
         return None
     python = folder / "bin" / "python"
     try:
@@ -339,14 +345,14 @@ def _prepare_quixstreams(folder: Path | None) -> Path | None:
                 timeout=600,
             )
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        print(f"quixstreams is left out: it cannot be installed in {folder}: {said[-1] if said else error}")
+        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        print(f"quixstreams is skipped: it cannot be installed in {folder}: {lines[-1] if lines else error}")
         return None
     return python
 
 
 def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
-    """The least that a durable hop in one SQLite file is: copy 500 rows, move the offset, commit (FULL, as ours)."""
+    """Return the rate of a minimal durable hop in one SQLite file: copy 500 rows, move the offset, commit (synchronous FULL)."""
     db = sqlite3.connect(folder / "bare.sqlite", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
@@ -359,23 +365,23 @@ def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
         "INSERT INTO source VALUES (?, ?, ?)", ((n, p.key, encode_record(p)) for n, p in enumerate(make_prompts(count, seed)))
     )
     db.execute("COMMIT")
-    started, at = time.monotonic(), 0
-    while at < count:
+    started, next_id = time.monotonic(), 0
+    while next_id < count:
         rows = db.execute(
-            "SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (at, COMMIT_BATCH_SIZE)
+            "SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (next_id, COMMIT_BATCH_SIZE)
         ).fetchall()
-        at = rows[-1][0] + 1
+        next_id = rows[-1][0] + 1
         db.execute("BEGIN IMMEDIATE")
         db.executemany("INSERT INTO target VALUES (?, ?, ?)", rows)
-        db.execute("UPDATE offsets SET next = ?", (at,))
+        db.execute("UPDATE offsets SET next = ?", (next_id,))
         db.execute("COMMIT")
-    taken = time.monotonic() - started
+    elapsed = time.monotonic() - started
     db.close()
-    return count / taken
+    return count / elapsed
 
 
 def _measure_codec(seed: int) -> float:
-    """Decode, answer and encode in one thread, no log: what no hop with this codec can exceed on one core."""
+    """Return the rate of decode, respond and encode in one thread without a log: the upper bound of a hop on one core."""
     sample = [encode_record(prompt) for prompt in make_prompts(4000, seed)]
     started = time.monotonic()
     for data in sample:
@@ -383,12 +389,12 @@ def _measure_codec(seed: int) -> float:
     return len(sample) / (time.monotonic() - started)
 
 
-# The measurements
+# Measurements
 
 
 @dataclass(frozen=True)
 class _HopBenchmark:
-    """Where to measure, and how much."""
+    """The measurements, and their sizes."""
 
     address: str
     folder: Path
@@ -402,7 +408,7 @@ class _HopBenchmark:
         return statistics.median(measure() for _ in range(self.num_rounds))
 
     def hop(self) -> Iterator[_ResultRow]:
-        """The contestants take turns, so that a machine that slows down meanwhile slows them all."""
+        """Compare the clients. They alternate in each round, so that a machine that slows down affects all of them."""
         contestants = {
             "charter": lambda: _measure_charter(self.address, "hop.", self.num_records),
             "default": lambda: _measure_charter(
@@ -418,68 +424,71 @@ class _HopBenchmark:
                 [str(self.quixstreams_python), script], self.address, "hop.", self.num_records
             )
         rounds = [{name: measure() for name, measure in contestants.items()} for _ in range(self.num_rounds)]
-        speeds = {name: statistics.median(each[name] for each in rounds) for name in contestants}
-        ours = speeds["charter"]
+        rates = {name: statistics.median(round_rates[name] for round_rates in rounds) for name in contestants}
+        charter_rate = rates["charter"]
         yield _ResultRow("the codec alone, one thread, no log", _format_rate(_measure_codec(self.seed)))
-        yield _ResultRow(f"Charter's hop ({_MAX_IN_FLIGHT} in flight)", _format_rate(ours))
+        yield _ResultRow(f"Charter's hop ({_MAX_IN_FLIGHT} in flight)", _format_rate(charter_rate))
         yield _ResultRow(
             "Charter's hop (256 in flight, batches of 64: the defaults)",
-            _format_rate(speeds["default"]),
-            speeds["default"] / ours,
+            _format_rate(rates["default"]),
+            rates["default"] / charter_rate,
         )
         yield _ResultRow(
-            "bare kafka-python, copies bytes; ratio: Charter to it",
-            _format_rate(speeds["bare"]),
-            ours / speeds["bare"],
+            "bare kafka-python, copies bytes; ratio: Charter to this",
+            _format_rate(rates["bare"]),
+            charter_rate / rates["bare"],
             _format_goal("bare"),
         )
-        if "quix" in speeds:
+        if "quix" in rates:
             yield _ResultRow(
-                "quixstreams, exactly once, same codec; ratio: Charter to it",
-                _format_rate(speeds["quix"]),
-                ours / speeds["quix"],
+                "quixstreams, exactly once, same codec; ratio: Charter to this",
+                _format_rate(rates["quix"]),
+                charter_rate / rates["quix"],
                 _format_goal("quix"),
             )
 
     def copies(self) -> Iterator[_ResultRow]:
+        """Compare one and two copies of a stage, with and without model latency."""
         model = {"batch": _MODEL_BATCH_SIZE, "wait_s": _MODEL_LATENCY_S}
-        waits = f"a stage that waits {_MODEL_LATENCY_S * 1000:.0f} ms a batch of {_MODEL_BATCH_SIZE}"
-        for name, wanted, options in (
-            (waits, self.num_records // 4, model),
+        waiting_stage = f"a stage that waits {_MODEL_LATENCY_S * 1000:.0f} ms per batch of {_MODEL_BATCH_SIZE}"
+        for name, num_records, options in (
+            (waiting_stage, self.num_records // 4, model),
             ("a stage that costs nothing", self.num_records * 3 // 4, {}),
         ):
             one, two = (
-                self.measure_median(partial(_measure_charter, self.address, "hop.", wanted, copies=n, **options))
+                self.measure_median(partial(_measure_charter, self.address, "hop.", num_records, copies=n, **options))
                 for n in (1, 2)
             )
             yield _ResultRow(f"one copy of {name}", _format_rate(one))
-            yield _ResultRow("  two copies of it", _format_rate(two), two / one, _format_goal("copies"))
+            yield _ResultRow("  two copies", _format_rate(two), two / one, _format_goal("copies"))
 
     def memory(self) -> Iterator[_ResultRow]:
+        """Measure the resident memory of a stage with a long backlog, early and at the end."""
         bus = open_bus(self.address, prefix="waiting.")
         _publish_prompts(bus, self.num_waiting, self.seed)
         bus.close()
-        seen: list[tuple[int, int]] = []
+        samples: list[tuple[int, int]] = []
         _run_copies(
             [_StageJob(self.address, "waiting.", "memory")],
             self.num_waiting,
-            lambda committed, rss: seen.append((committed, rss)),
+            lambda committed, rss: samples.append((committed, rss)),
         )
-        early = next(rss for committed, rss in seen if committed >= self.num_waiting // 10)
-        late, most = seen[-1][1], max(rss for _, rss in seen)
+        early = next(rss for committed, rss in samples if committed >= self.num_waiting // 10)
+        late, peak = samples[-1][1], max(rss for _, rss in samples)
         yield _ResultRow(f"resident memory after a tenth of {self.num_waiting} waiting records", _format_mib(early))
         yield _ResultRow("  at the end", _format_mib(late), late / early, f"<= {_GOALS['memory']}")
-        yield _ResultRow("  at most", _format_mib(most), most / early)
+        yield _ResultRow("  peak", _format_mib(peak), peak / early)
 
     def embedded(self) -> Iterator[_ResultRow]:
+        """Compare Charter's hop on the embedded log with a minimal SQLite loop."""
         folder = str(self.folder / "embedded")
         bus = open_bus(folder, prefix="hop.")
         _publish_prompts(bus, self.num_records, self.seed)
         bus.close()
-        floor = _measure_sqlite_hop(self.folder, self.num_records, self.seed)
-        ours = _measure_charter(folder, "hop.", self.num_records)
-        yield _ResultRow("Charter's hop on the embedded log", _format_rate(ours), ours / floor)
-        yield _ResultRow("  a bare SQLite loop, copies bytes", _format_rate(floor))
+        sqlite_rate = _measure_sqlite_hop(self.folder, self.num_records, self.seed)
+        charter_rate = _measure_charter(folder, "hop.", self.num_records)
+        yield _ResultRow("Charter's hop on the embedded log", _format_rate(charter_rate), charter_rate / sqlite_rate)
+        yield _ResultRow("  a bare SQLite loop, copies bytes", _format_rate(sqlite_rate))
 
 
 def _format_rate(value: float) -> str:
@@ -494,19 +503,19 @@ def _format_goal(name: str) -> str:
     return f">= {_GOALS[name]}"
 
 
-# Where the time goes
+# Profile
 
 
 def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> None:
-    """CPU time (not waiting) by function, of all threads of a stage that runs as it always does, and of each by itself."""
+    """Print the CPU time (without waiting) by function, of each thread of a stage and of all threads together."""
     profiles: dict[str, cProfile.Profile] = {}
 
-    def enrol(*_: object) -> None:
+    def enable_profile(*_: object) -> None:
         sys.setprofile(None)
-        known = profiles[f"{threading.current_thread().name}-{len(profiles)}"] = cProfile.Profile(time.thread_time)
-        known.enable()
+        profile = profiles[f"{threading.current_thread().name}-{len(profiles)}"] = cProfile.Profile(time.thread_time)
+        profile.enable()
 
-    threading.setprofile(enrol)  # each new thread gets a profile of its own: one sees only its own thread
+    threading.setprofile(enable_profile)  # a profile measures only the thread that enabled it, so each thread gets one
     bus = open_bus(address, prefix="hop.")
     with tempfile.TemporaryDirectory() as folder:
         worker = _build_worker(_StageJob(address, "hop.", f"profile{time.time_ns()}"), bus, Path(folder))
@@ -515,16 +524,16 @@ def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> N
                 host.raise_if_failed()
                 time.sleep(0.05)
     threading.setprofile(None)
-    for each in profiles.values():
-        each.create_stats()
-    for name, each in profiles.items():
-        stats = pstats.Stats(each)
+    for profile in profiles.values():
+        profile.create_stats()
+    for name, profile in profiles.items():
+        stats = pstats.Stats(profile)
         if stats.total_tt > 0.2:
-            print(f"\n== thread {name}: {stats.total_tt / num_records * 1e6:.1f} us of CPU a record, profiled")
+            print(f"\n== thread {name}: {stats.total_tt / num_records * 1e6:.1f} us of CPU per record, profiled")
             stats.strip_dirs().sort_stats("tottime").print_stats(num_functions)
-    together = pstats.Stats(*profiles.values())
+    total = pstats.Stats(*profiles.values())
     print("\n== all threads")
-    together.strip_dirs().sort_stats("tottime").print_stats(num_functions)
+    total.strip_dirs().sort_stats("tottime").print_stats(num_functions)
     bus.close()
 
 
@@ -537,27 +546,27 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quix-venv", type=Path)
     parser.add_argument("--only", choices=("hop", "copies", "memory", "embedded"), action="append")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--stage", help=argparse.SUPPRESS)  # what the processes that this script starts are to do
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the jobs of the processes that this script starts
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
-    wanted = _parse_arguments()
-    if wanted.stage:
-        _run_stage(_StageJob(**json.loads(wanted.stage)))
+    options = _parse_arguments()
+    if options.stage:
+        _run_stage(_StageJob(**json.loads(options.stage)))
         return 0
-    if wanted.bare:
-        _run_bare_client(**json.loads(wanted.bare))
+    if options.bare:
+        _run_bare_client(**json.loads(options.bare))
         return 0
     home = os.environ.get("KAFKA_HOME")
     if not home or not shutil.which("java"):
-        print("set KAFKA_HOME to a folder with libs/*.jar of Apache Kafka, and have a Java runtime on the PATH")
+        print("set KAFKA_HOME to a folder with libs/*.jar of Apache Kafka, and install a Java runtime on the PATH")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "broker").mkdir()
         with _LogAppendTimeBroker(Path(home), Path(folder) / "broker") as broker:
-            _run_benchmarks(wanted, f"kafka://{broker.address}", Path(folder))
+            _run_benchmarks(options, f"kafka://{broker.address}", Path(folder))
     return 0
 
 
@@ -568,14 +577,14 @@ def _run_benchmarks(options: argparse.Namespace, address: str, folder: Path) -> 
     if options.profile:
         _profile_stage(address, options.records)
         return
-    only = options.only or ("hop", "copies", "memory", "embedded")
-    quix = _prepare_quixstreams(options.quix_venv) if "hop" in only else None
+    names = options.only or ("hop", "copies", "memory", "embedded")
+    quix = _prepare_quixstreams(options.quix_venv) if "hop" in names else None
     bench = _HopBenchmark(address, folder, options.records, options.rounds, options.waiting, options.seed, quix)
     print(
-        f"{os.cpu_count()} cores, which the broker and the contestants share; {size} bytes a record; median of {options.rounds}"
+        f"{os.cpu_count()} cores, shared by the broker and the clients; {size} bytes per record; median of {options.rounds} rounds"
     )
-    print(f"{'':62} {'figure':>12} {'ratio':>6}  goal")
-    for name in only:
+    print(f"{'':62} {'value':>12} {'ratio':>6}  goal")
+    for name in names:
         for row in getattr(bench, name)():
             print(row, flush=True)
 

@@ -1,7 +1,7 @@
-"""The stage that `benchmarks.hop` metrics, and the same hop in quixstreams (librdkafka), exactly once, with our codec.
+"""The stage that `benchmarks.hop` measures, and the same hop in quixstreams (librdkafka), exactly once, with Charter's codec.
 
-Run by `benchmarks.hop` in a virtual environment of its own, which has quixstreams and not Kafka's Python client: that is why
-this file imports the schemas alone, and quixstreams only where it is used.
+`benchmarks.hop` runs this file in a separate virtual environment, which has quixstreams but not Kafka's Python client. The file
+therefore imports only the schemas, and quixstreams only where it is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COMMIT_BATCH_SIZE = 500
 
 
 def make_response(prompt: Prompt) -> Response:
-    """A response at no cost, of about its prompt's size: the text comes back as the one candidate."""
+    """Return a response without a model, about as large as its prompt: the prompt's content is the only completion."""
     return Response(
         record_id=prompt.record_id,
         parent_ids=[prompt.record_id],

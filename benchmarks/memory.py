@@ -1,11 +1,11 @@
-"""Peak memory of one optimiser step of each learner on SmolLM2, all weights and LoRA, each in a process of its own.
+"""Peak memory of one optimizer step of each learner on SmolLM2, with full fine-tuning and LoRA, each in a separate process.
 
 python -m benchmarks.memory                the table (ten minutes on two cores)
 python -m benchmarks.memory --rows 8 --prompt 64 --answer 128 --micro-batch-size 4      the defaults
 
-Rows are random tokens of one length, so that nothing depends on a data set: `--rows` texts, pairs or answers make one step.
-Peak is the process's largest resident set, libraries included; its ratio is to the model's fp32 weights. On a GPU it is the
-allocator's peak.
+The rows are random tokens of a fixed length, so that the result does not depend on a data set. One step has `--rows` examples,
+pairs or rollouts. The peak on a CPU is the largest resident set of the process, libraries included. On a GPU it is the
+allocator's peak. The ratio is to the size of the model's weights in fp32.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ def _make_text(rng: random.Random, num_tokens: int) -> str:
 
 
 def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, Any]) -> None:
-    """One step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing` ...)."""
+    """Run one step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing`, ...)."""
     from schemas.records import ChatMessage
     from trainer import dpo, ppo, reward, sft, weights
 
-    phase, how, *more = case.split("/")
-    draw, rows = random.Random(0), sizes["rows"]
-    prompts = [(ChatMessage(role="user", content=_make_text(draw, sizes["prompt"])),) for _ in range(rows)]
+    phase, tuning, *options = case.split("/")
+    rng, rows = random.Random(0), sizes["rows"]
+    prompts = [(ChatMessage(role="user", content=_make_text(rng, sizes["prompt"])),) for _ in range(rows)]
     common: dict[str, Any] = {
-        "lora_rank": _LORA_RANK if how == "lora" else 0,
-        "hardware": weights.Hardware(sizes["micro_batch_size"], "checkpointing" in more),
+        "lora_rank": _LORA_RANK if tuning == "lora" else 0,
+        "hardware": weights.Hardware(sizes["micro_batch_size"], "checkpointing" in options),
     }
     if phase == "sft":
-        texts = [sft.SftExample(messages, _make_text(draw, sizes["answer"]), True, "") for messages in prompts]
-        sft.train(policy, texts, learning_rate=1e-5, batch_size=rows, **common)
+        examples = [sft.SftExample(messages, _make_text(rng, sizes["response"]), True, "") for messages in prompts]
+        sft.train(policy, examples, learning_rate=1e-5, batch_size=rows, **common)
     elif phase in ("reward", "dpo"):
         pairs = [
             reward.PreferenceExample(
-                messages, _make_text(draw, sizes["answer"]), _make_text(draw, sizes["answer"]), 0.8, str(n), True, True
+                messages, _make_text(rng, sizes["response"]), _make_text(rng, sizes["response"]), 0.8, str(n), True, True
             )
             for n, messages in enumerate(prompts)
         ]
@@ -57,26 +57,26 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
         else:
             dpo.train(policy, reference, pairs, learning_rate=1e-6, batch_size=rows, **common)
     else:
-        answers = [
-            ppo.Rollout(*(tuple(draw.randrange(1000, 40000) for _ in range(sizes[key])) for key in ("prompt", "answer")),
-                        (-10.0,) * sizes["answer"], True, 0, str(n))
+        rollouts = [
+            ppo.Rollout(*(tuple(rng.randrange(1000, 40000) for _ in range(sizes[key])) for key in ("prompt", "response")),
+                        (-10.0,) * sizes["response"], True, 0, str(n))
             for n in range(rows)
         ]  # fmt: skip
-        p = ppo.PPOConfig(epochs=1, batch_size=rows)
-        ppo.train(policy, reference, answers, [draw.gauss(0, 1) for _ in answers], p, **common)
+        config = ppo.PPOConfig(epochs=1, batch_size=rows)
+        ppo.train(policy, reference, rollouts, [rng.gauss(0, 1) for _ in rollouts], config, **common)
 
 
 def _measure_peak_bytes() -> int:
-    """The most bytes this process has held: the GPU's allocator where there is one, else the resident set."""
+    """Return the peak memory of this process in bytes: of the GPU's allocator if there is one, otherwise the resident set."""
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS
 
 
 def _make_second_policy(base: Path, folder: Path) -> Path:
-    """What a first PPO update with LoRA leaves: merged weights, and the adapter and value head beside them."""
+    """Write the checkpoint of a first PPO update with LoRA: merged weights, the adapter and the value head."""
     from trainer import ppo, weights
 
     model = weights.add_lora(weights.load_policy(base), _LORA_RANK, "CAUSAL_LM")
@@ -86,7 +86,7 @@ def _make_second_policy(base: Path, folder: Path) -> Path:
 
 
 _CASES = (
-    *(f"{phase}/{how}" for phase in ("sft", "reward", "dpo", "ppo") for how in ("full", "lora")),
+    *(f"{phase}/{tuning}" for phase in ("sft", "reward", "dpo", "ppo") for tuning in ("full", "lora")),
     "ppo/full/checkpointing",
     "ppo/lora/second update",
     "dpo/lora/second update",
@@ -98,16 +98,16 @@ def _print_table(sizes: dict[str, Any], cases: Sequence[str]) -> None:
 
     base = smollm2.get_model_folder()
     weights_bytes = _compute_weight_bytes(base)
-    print(f"weights in fp32: {weights_bytes / _MIB:.0f} MiB\n\n| step | peak MiB | of the weights |\n|---|---|---|")
+    print(f"weights in fp32: {weights_bytes / _MIB:.0f} MiB\n\n| step | peak MiB | ratio to weights |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         second = _make_second_policy(base, Path(folder))
         for case in cases:
             policy = second if "second update" in case else base
-            given = sizes | {"case": case, "policy": str(policy), "reference": str(base)}
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", json.dumps(given)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = int(done.stdout.splitlines()[-1])
-            print(f"| {case.replace('/', ', ')} | {found / _MIB:.0f} | {found / weights_bytes:.1f} |", flush=True)
+            job = sizes | {"case": case, "policy": str(policy), "reference": str(base)}
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", json.dumps(job)]
+            completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peak_bytes = int(completed.stdout.splitlines()[-1])
+            print(f"| {case.replace('/', ', ')} | {peak_bytes / _MIB:.0f} | {peak_bytes / weights_bytes:.1f} |", flush=True)
 
 
 def _compute_weight_bytes(folder: Path) -> int:
@@ -118,20 +118,20 @@ def _compute_weight_bytes(folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 8), ("prompt", 64), ("answer", 128), ("micro-batch-size", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("cases", nargs="*", help="some of the steps, e.g. ppo/lora; all by default")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--answer", dest="response", type=int, default=128, help="tokens of a response")
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("cases", nargs="*", help="the steps to measure, e.g. ppo/lora; all by default")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        about = json.loads(given.child)
-        _train_one_step(about["case"], Path(about["policy"]), Path(about["reference"]), about)
+    options = parser.parse_args()
+    if options.child:
+        job = json.loads(options.child)
+        _train_one_step(job["case"], Path(job["policy"]), Path(job["reference"]), job)
         print(_measure_peak_bytes())
         return 0
-    _print_table(
-        {"rows": given.rows, "prompt": given.prompt, "answer": given.answer, "micro_batch_size": given.micro_batch_size},
-        given.cases or _CASES,
-    )
+    sizes = {name: getattr(options, name) for name in ("rows", "prompt", "response", "micro_batch_size")}
+    _print_table(sizes, options.cases or _CASES)
     return 0
 
 

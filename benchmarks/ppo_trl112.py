@@ -1,6 +1,6 @@
-"""trl 1.12's side of `benchmarks.ppo`: its PPOTrainer on the same task, timed around its own sampling.
+"""The trl 1.12 contestant of `benchmarks.ppo`: its PPOTrainer on the same task, with timers around its sampling.
 
-Run by `benchmarks.ppo` with a path on which trl is 1.12: that is why this file imports nothing of the trainer.
+`benchmarks.ppo` runs this file with a path on which trl is version 1.12. The file therefore does not import the trainer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from schemas.records import ChatMessage
 
 
 class _LetterRewardModel(torch.nn.Module):
-    """A reward model in trl's form whose score is the share of one letter in the answer; padding stands for 0."""
+    """A reward model in trl's form; the score is the fraction of one letter in the response, and padding counts as other."""
 
     base_model_prefix = "trunk"
 
@@ -38,15 +38,15 @@ class _LetterRewardModel(torch.nn.Module):
         self.trunk, self.score = self.compute_hidden_states, torch.nn.Identity()
 
     def compute_hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
-        answer = input_ids[:, self.prompt_length :]
-        counted = (answer == self.letter_token_id).float().cumsum(1) / torch.arange(1, answer.shape[1] + 1)
+        response = input_ids[:, self.prompt_length :]
+        fractions = (response == self.letter_token_id).float().cumsum(1) / torch.arange(1, response.shape[1] + 1)
         states = torch.zeros(input_ids.shape, dtype=torch.float32)
-        states[:, self.prompt_length :] = REWARD_SCALE * counted
+        states[:, self.prompt_length :] = REWARD_SCALE * fractions
         return type("Output", (), {"hidden_states": (states[..., None],)})
 
 
 class _TimedSampler:
-    """trl's sampling, with a clock: when it began, when it ended, and how many tokens it gave."""
+    """Wraps trl's sampling; records start and end times and the number of sampled tokens."""
 
     def __init__(self, sample: Any, eos_token_id: int) -> None:
         self.sample, self.eos_token_id = sample, eos_token_id
@@ -58,9 +58,9 @@ class _TimedSampler:
         self.start_times.append(read_clocks())
         result = self.sample(model, queries, *more)
         self.end_times.append(read_clocks())
-        answers = result[0][:, queries.shape[1] :]
+        responses = result[0][:, queries.shape[1] :]
         self.token_counts.append(
-            sum(row.index(self.eos_token_id) + 1 if self.eos_token_id in row else len(row) for row in answers.tolist())
+            sum(row.index(self.eos_token_id) + 1 if self.eos_token_id in row else len(row) for row in responses.tolist())
         )
         return result
 
@@ -75,15 +75,15 @@ class _RewardCallback(TrainerCallback):
 
 
 def _run_trl(task: PPOTask) -> list[RoundTiming]:
-    """trl's rounds."""
+    """Run trl's rounds."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    # Its accelerator is one of its own, which `bf16=True` does not reach since transformers 5.
+    # trl creates a separate accelerator, which `bf16=True` does not configure since transformers 5.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if task.precision == "bf16" else "no"
     torch.set_num_threads(2)
     torch.manual_seed(task.seed)
     tokenizer = AutoTokenizer.from_pretrained(task.policy, padding_side="left")
-    # Its pad token must be none that answers have: SmolLM2's is the end token, and trl cuts masks at `== pad`.
+    # The pad token must not occur in responses: SmolLM2 pads with the end token, and trl masks every token `== pad`.
     tokenizer.pad_token_id = 0
     policy, reference = (AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32) for _ in range(2))
     policy.generation_config.pad_token_id = 0
@@ -97,8 +97,8 @@ def _run_trl(task: PPOTask) -> list[RoundTiming]:
         reward: Any = AutoModelForSequenceClassification.from_pretrained(task.reward_model, num_labels=1, dtype=torch.float32)
     else:
         reward = _LetterRewardModel(tokenizer.convert_tokens_to_ids(REWARDED_LETTER), len(prompts[0]))
-    rewards, timed = _RewardCallback(), _TimedSampler(ppo_trainer.batch_generation, tokenizer.eos_token_id)
-    ppo_trainer.batch_generation = timed
+    rewards, sampler = _RewardCallback(), _TimedSampler(ppo_trainer.batch_generation, tokenizer.eos_token_id)
+    ppo_trainer.batch_generation = sampler
     with tempfile.TemporaryDirectory() as output:
         config = PPOConfig(
             output_dir=output,
@@ -137,19 +137,21 @@ def _run_trl(task: PPOTask) -> list[RoundTiming]:
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
-        except RuntimeError as error:  # a policy that has run away cannot be sampled from: the rounds before it count
+        except RuntimeError as error:  # sampling from a diverged policy fails; the rounds before it count
             print(
                 f"trl 1.12 ends after {len(rewards.mean_rewards)} of {task.num_rounds} rounds: {error}",
                 file=sys.stderr,
                 flush=True,
             )
-    ends = [*timed.start_times[1:], read_clocks()]
+    # An update ends where the next sampling begins.
+    update_ends = [*sampler.start_times[1:], read_clocks()]
     rounds = []
-    for began, ended, end, tokens, mean in zip(
-        timed.start_times, timed.end_times, ends, timed.token_counts, rewards.mean_rewards, strict=False
+    for started, sampled, updated, num_tokens, mean_reward in zip(
+        sampler.start_times, sampler.end_times, update_ends, sampler.token_counts, rewards.mean_rewards, strict=False
     ):
-        (generate_s, generate_cpu_s), (update_s, update_cpu_s) = compute_elapsed(began, ended), compute_elapsed(ended, end)
-        rounds.append(RoundTiming(generate_s, update_s, generate_cpu_s, update_cpu_s, tokens, mean))
+        generate_s, generate_cpu_s = compute_elapsed(started, sampled)
+        update_s, update_cpu_s = compute_elapsed(sampled, updated)
+        rounds.append(RoundTiming(generate_s, update_s, generate_cpu_s, update_cpu_s, num_tokens, mean_reward))
     return rounds
 
 

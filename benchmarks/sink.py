@@ -1,10 +1,10 @@
-"""The sink against DuckDB's appender alone, at many rows against none, and with busy readers; as ratios in one run.
+"""Throughput of the sink, compared with DuckDB's appender, with a large table, and with busy readers, as ratios in one run.
 
 python -m benchmarks.sink [--records N] [--rows N] [--readers N] [--rounds N] [--profile]
 
-The sink reads records of 1 KB from an embedded log, decodes and checks them, marks duplicates and commits rows and offsets. The
-appender is given the same rows, ready made, in transactions of as many rows, without a look for duplicates. With --profile it
-shows instead where the sink's CPU time goes.
+The sink reads records of 1 KB from an embedded log, decodes and validates them, marks duplicates and commits rows and offsets.
+The appender gets the same rows, already built, in transactions of the same size, and does not check for duplicates. With
+--profile the benchmark prints instead where the sink's CPU time goes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _READER_QUERY = "SELECT stage, count(*), avg(completion_tokens) FROM responses G
 
 
 def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
-    """A log with `count` responses."""
+    """Create a log with `count` responses; return them."""
     bus = open_bus(str(folder / "log"))
     bus.create_topics(list(TOPICS.values()))
     records = [make_response(prompt) for prompt in make_prompts(count, seed)]
@@ -57,26 +57,26 @@ def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
 
 
 def _measure_sink_rate(folder: Path, store: Store, count: int) -> float:
-    """Rows a second of a new sink that finds `count` records waiting. A first step, which opens everything, is not timed."""
+    """Return the rate of a new sink with `count` records in the log, in rows per second. The first step is not timed (setup)."""
     bus = open_bus(str(folder / "log"))
     sink = Sink(bus, store, max_rows=_MAX_ROWS, max_wait_s=0.05)
-    passed = sink.step()
-    started, begun = time.monotonic(), passed
-    while passed < count:
-        passed += sink.step()
-    taken = time.monotonic() - started
+    num_rows = num_untimed = sink.step()
+    started = time.monotonic()
+    while num_rows < count:
+        num_rows += sink.step()
+    elapsed = time.monotonic() - started
     sink.close()
     bus.close()
-    return (count - begun) / taken
+    return (count - num_untimed) / elapsed
 
 
 def _measure_appender_rate(folder: Path, records: list[Response]) -> float:
-    """DuckDB's appender on the same table, with rows that are ready made."""
+    """Return the rate of DuckDB's appender on the same table, with rows that are already built."""
     store = Store(folder / "appended" / "charter.duckdb")
     store.create_schema()
     with duckdb.connect(str(store.path)) as db:
-        names = [name for (name,) in db.execute("SELECT column_name FROM (DESCRIBE raw.responses)").fetchall()]
-        rows = [[_make_row(record, number).get(name) for name in names] for number, record in enumerate(records)]
+        columns = [name for (name,) in db.execute("SELECT column_name FROM (DESCRIBE raw.responses)").fetchall()]
+        rows = [[_make_row(record, number).get(name) for name in columns] for number, record in enumerate(records)]
         gc.freeze()
         started = time.monotonic()
         for first in range(0, len(rows), _MAX_ROWS):
@@ -85,10 +85,10 @@ def _measure_appender_rate(folder: Path, records: list[Response]) -> float:
             appender.append_rows(rows[first : first + _MAX_ROWS])
             appender.flush()
             db.commit()
-        taken = time.monotonic() - started
+        elapsed = time.monotonic() - started
         assert db.execute("SELECT count(*) FROM raw.responses").fetchall() == [(len(rows),)]
     shutil.rmtree(store.path.parent)
-    return len(rows) / taken
+    return len(rows) / elapsed
 
 
 def _make_row(record: Response, offset: int) -> dict[str, Any]:
@@ -98,21 +98,21 @@ def _make_row(record: Response, offset: int) -> dict[str, Any]:
 
 
 def _insert_rows(store: Store, num_rows: int, template: Response) -> None:
-    """Rows with random ids and the rest of one record, so that ids have to be looked for among as many."""
+    """Insert copies of one record with random ids, so that the duplicate check has to search a large table."""
     store.create_schema()
     table = pa.Table.from_pylist([_make_row(template, 0)], get_arrow_schema(Response))
     with duckdb.connect(str(store.path)) as db:
-        db.register("one", table)
+        db.register("template", table)
         db.execute(
             f"""INSERT INTO raw.responses BY NAME
-                SELECT one.* REPLACE (uuid() AS record_id, -1 - range AS commit_seq), false AS is_duplicate, false AS content_mismatch
-                FROM one, range({num_rows})"""
+                SELECT template.* REPLACE (uuid() AS record_id, -1 - range AS commit_seq), false AS is_duplicate, false AS content_mismatch
+                FROM template, range({num_rows})"""
         )
         db.execute("CHECKPOINT")
 
 
 def _query_repeatedly(path: Path, stop: Event, num_queries: Synchronized[int], longest_query_s: Synchronized[float]) -> None:
-    """What a dashboard does, without a pause."""
+    """Query like a dashboard, without pauses."""
     store = Store(path)
     while not stop.is_set():
         started = time.monotonic()
@@ -126,65 +126,72 @@ def _query_repeatedly(path: Path, stop: Event, num_queries: Synchronized[int], l
 
 
 def _measure_with_readers(folder: Path, store: Store, count: int, num_readers: int) -> tuple[float, float, float]:
-    """The sink's rate, the readers' queries a second together, and the longest of them."""
+    """Return the sink's rate, the queries per second of all readers together, and the longest query in seconds."""
     context = multiprocessing.get_context("spawn")
-    stop, done, longest = context.Event(), context.Value("i", 0), context.Value("d", 0.0)
-    processes = [context.Process(target=_query_repeatedly, args=(store.path, stop, done, longest)) for _ in range(num_readers)]
+    stop, num_queries, longest_s = context.Event(), context.Value("i", 0), context.Value("d", 0.0)
+    processes = [
+        context.Process(target=_query_repeatedly, args=(store.path, stop, num_queries, longest_s)) for _ in range(num_readers)
+    ]
     for process in processes:
         process.start()
-    while done.value < num_readers:
+    while num_queries.value < num_readers:
         time.sleep(0.05)
-    before, started = done.value, time.monotonic()
-    found = _measure_sink_rate(folder, store, count)
-    queries = (done.value - before) / (time.monotonic() - started)
+    before, started = num_queries.value, time.monotonic()
+    rate = _measure_sink_rate(folder, store, count)
+    query_rate = (num_queries.value - before) / (time.monotonic() - started)
     stop.set()
     for process in processes:
         process.join()
-    return found, queries, longest.value
+    return rate, query_rate, longest_s.value
 
 
 def _run_benchmarks(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, float | None, str]]:
     records = _publish_responses(folder, options.records, options.seed)
-    gc.freeze()  # the appender's rows are not the sink's to look through when it collects garbage
+    gc.freeze()  # so that the garbage collector does not scan the appender's rows while the sink runs
 
-    def fresh(name: str) -> Store:
+    def make_store(name: str) -> Store:
         shutil.rmtree(folder / name, ignore_errors=True)
         return Store(folder / name / "charter.duckdb")
 
     rounds = [
-        (_measure_sink_rate(folder, fresh("empty"), options.records), _measure_appender_rate(folder, records))
+        (_measure_sink_rate(folder, make_store("empty"), options.records), _measure_appender_rate(folder, records))
         for _ in range(options.rounds)
     ]
-    ours, appender = (statistics.median(each[n] for each in rounds) for n in (0, 1))
-    yield "DuckDB's appender alone, rows ready made", f"{appender:.0f}/s", None, ""
-    yield "the sink, from the log to the rows", f"{ours:.0f}/s", ours / appender, f">= {_GOALS['appender']}"
+    sink_rate, appender_rate = (statistics.median(rates[n] for rates in rounds) for n in (0, 1))
+    yield "DuckDB's appender alone, rows already built", f"{appender_rate:.0f}/s", None, ""
+    yield "the sink, from the log to the rows", f"{sink_rate:.0f}/s", sink_rate / appender_rate, f">= {_GOALS['appender']}"
 
-    many = fresh("many")
-    _insert_rows(many, options.rows, records[0])
-    full = _measure_sink_rate(folder, many, options.records)
-    yield f"the sink at {options.rows} rows; ratio: to the empty table", f"{full:.0f}/s", full / ours, f">= {_GOALS['many']}"
-    shutil.rmtree(many.path.parent)
+    large = make_store("many")
+    _insert_rows(large, options.rows, records[0])
+    large_rate = _measure_sink_rate(folder, large, options.records)
+    yield (
+        f"the sink at {options.rows} rows; ratio: to an empty table",
+        f"{large_rate:.0f}/s",
+        large_rate / sink_rate,
+        f">= {_GOALS['many']}",
+    )
+    shutil.rmtree(large.path.parent)
 
-    read = fresh("read")
-    _insert_rows(read, options.rows // 2, records[0])
-    alone = _measure_sink_rate(folder, read, options.records)
-    read = fresh("read")
-    _insert_rows(read, options.rows // 2, records[0])
-    rate, queries, longest = _measure_with_readers(folder, read, options.records, options.readers)
-    yield f"the sink at {options.rows // 2} rows", f"{alone:.0f}/s", None, ""
-    yield f"  with {options.readers} readers that never pause; ratio: to without", f"{rate:.0f}/s", rate / alone, ""
-    yield "  their queries together", f"{queries:.1f}/s", None, ""
-    yield "  the longest of them, waiting included", f"{longest:.1f} s", None, ""
+    store = make_store("read")
+    _insert_rows(store, options.rows // 2, records[0])
+    rate_alone = _measure_sink_rate(folder, store, options.records)
+    store = make_store("read")
+    _insert_rows(store, options.rows // 2, records[0])
+    rate, query_rate, longest_s = _measure_with_readers(folder, store, options.records, options.readers)
+    yield f"the sink at {options.rows // 2} rows", f"{rate_alone:.0f}/s", None, ""
+    yield f"  with {options.readers} readers that never pause; ratio: to no readers", f"{rate:.0f}/s", rate / rate_alone, ""
+    yield "  queries of all readers", f"{query_rate:.1f}/s", None, ""
+    yield "  the longest query, waiting included", f"{longest_s:.1f} s", None, ""
     yield "resident memory of this process", f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB", None, ""
 
 
 def _profile_sink(folder: Path, options: argparse.Namespace) -> None:
     _publish_responses(folder, options.records, options.seed)
-    found = cProfile.Profile()
-    found.enable()
+    profile = cProfile.Profile()
+    profile.enable()
     _measure_sink_rate(folder, Store(folder / "profile" / "charter.duckdb"), options.records)
-    found.disable()
-    pstats.Stats(found).strip_dirs().sort_stats("tottime").print_stats(25)
+    profile.disable()
+    pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(25)
 
 
 def main() -> None:
@@ -195,14 +202,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if wanted.profile:
-            _profile_sink(Path(folder), wanted)
+        if options.profile:
+            _profile_sink(Path(folder), options)
             return
-        print(f"{'':62} {'figure':>12} {'ratio':>6}  goal")
-        for name, figure, ratio, goal in _run_benchmarks(Path(folder), wanted):
-            print(f"{name:62} {figure:>12} {'' if ratio is None else f'{ratio:.2f}':>6}  {goal}", flush=True)
+        print(f"{'':62} {'value':>12} {'ratio':>6}  goal")
+        for name, value, ratio, goal in _run_benchmarks(Path(folder), options):
+            print(f"{name:62} {value:>12} {'' if ratio is None else f'{ratio:.2f}':>6}  {goal}", flush=True)
 
 
 if __name__ == "__main__":

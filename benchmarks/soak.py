@@ -1,16 +1,16 @@
-"""`charter train --loop` beside a running stream, for an hour or as long as asked, on the embedded log.
+"""Soak test: `charter train --loop` next to a running stream, for an hour or a given time, on the embedded log.
 
     python -m benchmarks.soak --minutes 60 --data /tmp/soak
 
 Two processes run: the stream (every stage and the sink on the small language model of `benchmarks.learning`, with its
-PROGRAMMATIC critic and judge; a producer that keeps some questions waiting), and the trainer, which is `charter train --loop`
-as it is. `--kills` kills the trainer that often with SIGKILL, at moments that it cannot know, and starts it again.
+programmatic critic and judge, and a producer that keeps a number of questions in flight), and the trainer, which is an
+unchanged `charter train --loop`. `--kills` is how often the trainer is killed with SIGKILL at a random moment and restarted.
 
-What is counted comes from the records: batches, policies, rollouts that were staler than the settings allow when they were
-trained on (must be 0), answers that were not of the weights that they name (0), rows that a phase trained on twice (0), batches
-that cannot be rebuilt (0). Beside that: how far the sink and the chains are behind, DuckDB's share of the trainer's time, and
-how the memory of both processes grows. The exit code is 1 when one of those that must be 0 is not. SIGTERM ends it early,
-with the figures so far.
+The results are counted from the records. These must be 0: rollouts that were staler than the settings allow when they were
+trained on, responses that were not sampled from the weights that they name, rows that a phase trained on twice, missing
+versions, and batches that cannot be rebuilt; otherwise the exit code is 1. Further results are the lag of the sink and the
+chains, DuckDB's share of the trainer's time, and the memory growth of both processes. SIGTERM ends the test early and prints
+the results so far.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from typing import Any
 
 from benchmarks.learning.language import ToyQuestion, generate_questions
 from charter.connect import open_bus_from_settings, open_store
-from charter.console import stop_on_signals
 from charter.lag import read_sink_offsets
 from engine.bus.read import read_values
 from engine.errors import CharterError, StoreBusy
 from engine.settings import Settings, load_settings
+from engine.stop_signals import stop_on_signals
 from engine.store import Store
 from schemas.codec import decode_record
 from schemas.records import BatchManifest
@@ -46,21 +46,18 @@ from schemas.topics import TOPICS
 
 _ROOT = Path(__file__).parents[1]
 _BASE_MODEL_STEPS = 300
-_PUBLISH_BATCH_SIZE, _PUBLISH_INTERVAL_S, _MAX_UNFINISHED = (
-    32,
-    4.0,
-    96,
-)  # questions published at once, how often, and how many may be on their way
-_QUESTIONS_PER_EPOCH = 2048  # questions of one epoch
+_PUBLISH_BATCH_SIZE, _PUBLISH_INTERVAL_S = 32, 4.0  # number of questions published at once
+_MAX_UNFINISHED = 96  # questions in flight
+_QUESTIONS_PER_EPOCH = 2048
 _POLL_INTERVAL_S = 5.0
-_STALL_TIMEOUT_S = 120.0  # without a new answer: something is wrong
-_RESUME_DELAY_S = 60.0  # what the watch has paused goes on after that, as if someone had looked
+_STALL_TIMEOUT_S = 120.0  # without a new response, the test fails
+_RESUME_DELAY_S = 60.0  # a phase that the monitor paused is resumed after this time, as an operator would do
 _STOP_TIMEOUT_S = 120.0
 _CRITIC_ID, _JUDGE_ID = "programmatic-critic", "programmatic-judge"
 
 
 def _make_setting_flags(folder: Path) -> dict[str, str]:
-    """The settings: small batches, so that many policies come about, and the staleness bounds as they are by default."""
+    """Return the settings: small batches, so that there are many policies, and the default staleness bounds."""
     return {
         "data.folder": str(folder / "data"), "run.constitution": str(_ROOT / "benchmarks/learning/constitution.toml"),
         "prompts.eval_fraction": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
@@ -69,9 +66,9 @@ def _make_setting_flags(folder: Path) -> dict[str, str]:
         "train.sft_rows": "512", "train.reward_rows": "128", "train.ppo_rows": "64", "train.max_rows": "512",
         "train.micro_batch_size": "32", "train.precision": "fp32", "train.sft_mixture": "[]", "train.reward_mixture": "[]",
         "sft.learning_rate": "1e-4", "sft.batch_size": "16", "reward.learning_rate": "3e-4", "reward.batch_size": "16",
-        "reward.require_above_chance": "false",  # updates are counted here, not what they learn
+        "reward.require_above_chance": "false",  # this test counts updates, not what they learn
         "ppo.learning_rate": "5e-5", "ppo.batch_size": "32", "ppo.epochs": "1",
-        # The programmatic judge lives in the stream's process; the watch's other figures need none.
+        # The programmatic judge runs in the stream's process; the monitor's other metrics do not need a judge.
         "monitor.prompts": "0",
     }  # fmt: skip
 
@@ -84,7 +81,7 @@ def _load_settings(folder: Path) -> Settings:
 
 
 def _run_stream(folder: Path) -> None:
-    """Every stage and the sink, and a producer that keeps questions waiting, until SIGTERM."""
+    """Run every stage, the sink, and a producer that keeps questions in flight, until SIGTERM."""
     from benchmarks.learning.programmatic import LANGUAGE_RULE, ProgrammaticCritic, make_judge
     from charter.connect import connect_bus
     from charter.models import RoleModels
@@ -99,16 +96,15 @@ def _run_stream(folder: Path) -> None:
     models = RoleModels(
         settings, open_models={_CRITIC_ID: ProgrammaticCritic(LANGUAGE_RULE), _JUDGE_ID: make_judge("judge", LANGUAGE_RULE, 0)}
     )
-    lane, constitution = ModelExecutor("local", downstream_wait_s=0.05), load_constitution(settings.run.constitution)
+    executor, constitution = ModelExecutor("local", downstream_wait_s=0.05), load_constitution(settings.run.constitution)
     stages = [make_stage(name, settings, models, constitution, bus) for name in STAGES]
-    workers = [Worker(bus, stage, lane, run_id=settings.run.id, instance="0") for stage in stages]
+    workers = [Worker(bus, stage, executor, run_id=settings.run.id, instance="0") for stage in stages]
     with Host(workers, {"sink": Sink(bus, store).run}, [models.close]) as host:
-        for number, (epoch, asked) in enumerate(_generate_question_batches()):
-            _publish_questions(settings, bus, number, epoch, asked)
+        for number, (epoch, questions) in enumerate(_generate_question_batches()):
+            _publish_questions(settings, bus, number, epoch, questions)
             stop.wait(_PUBLISH_INTERVAL_S)
-            while _count_unfinished(
-                store, (number + 1) * _PUBLISH_BATCH_SIZE
-            ) > _MAX_UNFINISHED - _PUBLISH_BATCH_SIZE and not stop.wait(0.5):
+            num_published, max_unfinished = (number + 1) * _PUBLISH_BATCH_SIZE, _MAX_UNFINISHED - _PUBLISH_BATCH_SIZE
+            while _count_unfinished(store, num_published) > max_unfinished and not stop.wait(0.5):
                 host.raise_if_failed()
             if stop.is_set():
                 break
@@ -116,11 +112,11 @@ def _run_stream(folder: Path) -> None:
 
 
 def _generate_question_batches() -> Iterator[tuple[int, list[ToyQuestion]]]:
-    """Questions without end, and the epoch that they are sampled in: the language has only some thousands of them."""
+    """Yield endless batches of questions with their epoch; epochs repeat the questions, since the language has only thousands."""
     for epoch in range(10**9):
-        asked = generate_questions(epoch)
+        questions = generate_questions(epoch)
         for _ in range(_QUESTIONS_PER_EPOCH // _PUBLISH_BATCH_SIZE):
-            yield epoch, list(islice(asked, _PUBLISH_BATCH_SIZE))
+            yield epoch, list(islice(questions, _PUBLISH_BATCH_SIZE))
 
 
 def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, questions: Sequence[ToyQuestion]) -> None:
@@ -133,30 +129,30 @@ def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, qu
 
 
 def _count_unfinished(store: Store, num_published: int) -> int:
-    """Questions whose chains have not ended or whose answers are not judged yet."""
+    """Return the number of questions whose chain has not ended or whose responses are not judged yet."""
     sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
              AND prompt_id IN (SELECT prompt_id FROM preferences)"""
     return num_published - int(store.query(sql, limit_s=60.0).rows[0][0])
 
 
-# Looking from outside
+# Supervision
 
 
 @dataclass
 class _Snapshot:
-    """What was seen at one moment; sizes in MB."""
+    """The state at one time; memory in MB."""
 
     at_s: float
     stream_mb: float
     trainer_mb: float
-    sink_behind: int
-    answers: int
-    policy: int
+    sink_lag: int
+    num_responses: int
+    policy_version: int
 
 
 @dataclass
 class _SoakTest:
-    """The two processes, and what was seen of them."""
+    """The two processes, and the snapshots of them."""
 
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -170,8 +166,8 @@ class _SoakTest:
         return _load_settings(self.folder)
 
     def build_command(self, *verbs: str) -> list[str]:
-        chosen = [word for name, value in _make_setting_flags(self.folder).items() for word in ("--set", f"{name}={value}")]
-        return [sys.executable, "-m", "charter", *verbs, *chosen]
+        options = [word for name, value in _make_setting_flags(self.folder).items() for word in ("--set", f"{name}={value}")]
+        return [sys.executable, "-m", "charter", *verbs, *options]
 
     def start_process(self, name: str) -> None:
         commands = {
@@ -185,13 +181,13 @@ class _SoakTest:
     def check_progress(self) -> None:
         for name, process in self.processes.items():
             if process.poll() is not None:
-                raise SystemExit(f"{name} has ended with {process.returncode}; see {self.folder / name}.log")
+                raise SystemExit(f"{name} ended with exit code {process.returncode}; see {self.folder / name}.log")
         if self.snapshots and (now := self.snapshots[-1]).at_s - self.find_last_response_time() > _STALL_TIMEOUT_S:
-            raise SystemExit(f"no answer since {self.find_last_response_time():.0f} s, at {now.at_s:.0f} s")
+            raise SystemExit(f"no new response since {self.find_last_response_time():.0f} s, at {now.at_s:.0f} s")
 
     def find_last_response_time(self) -> float:
-        """When the newest answers were first seen."""
-        return next(look.at_s for look in self.snapshots if look.answers == self.snapshots[-1].answers)
+        """Return the time of the first snapshot with the current number of responses."""
+        return next(s.at_s for s in self.snapshots if s.num_responses == self.snapshots[-1].num_responses)
 
     def kill_trainer(self) -> None:
         self.processes["trainer"].kill()
@@ -209,23 +205,23 @@ class _SoakTest:
         store = open_store(self.settings)
         rows = store.query("SELECT count(*), max(policy_version) FROM responses", limit_s=60.0).rows
         bus = open_bus_from_settings(self.settings)
-        sunk = read_sink_offsets(store, bus.cluster_id)
-        behind = sum(max(0, end - sunk.get(place, 0)) for place, end in bus.end_offsets(list(TOPICS)).items())
+        sink_offsets = read_sink_offsets(store, bus.cluster_id)
+        lag = sum(max(0, end - sink_offsets.get(key, 0)) for key, end in bus.end_offsets(list(TOPICS)).items())
         bus.close()
         return _Snapshot(
             time.monotonic() - self.started_at,
             _read_resident_mb(self.processes["stream"].pid),
             _read_resident_mb(self.processes["trainer"].pid),
-            behind,
+            lag,
             rows[0][0],
             rows[0][1] or 0,
         )
 
     def resume_if_paused(self) -> None:
-        """What the watch has paused goes on after a while."""
+        """Resume phases that the monitor paused more than `_RESUME_DELAY_S` ago."""
         sql = "SELECT max(epoch(?::TIMESTAMP - since)) FROM paused_phases"
-        ((for_s,),) = open_store(self.settings).query(sql, [datetime.now(UTC).replace(tzinfo=None)], limit_s=60.0).rows
-        if for_s is not None and for_s > _RESUME_DELAY_S:
+        ((paused_s,),) = open_store(self.settings).query(sql, [datetime.now(UTC).replace(tzinfo=None)], limit_s=60.0).rows
+        if paused_s is not None and paused_s > _RESUME_DELAY_S:
             subprocess.run(self.build_command("policy", "resume"), check=True, stdout=subprocess.DEVNULL)
             self.num_resumed += 1
 
@@ -244,32 +240,32 @@ def _run_soak(folder: Path, minutes: float, num_kills: int) -> dict[str, Any]:
 
         print(f"base model: loss {train_base_model(folder / 'base', steps=_BASE_MODEL_STEPS):.2f}", flush=True)
     soak, stop = _SoakTest(folder), stop_on_signals()
-    ends = soak.started_at + 60 * minutes
-    kill_at = iter(sorted(random.Random(0).uniform(soak.started_at + 60, ends - 60) for _ in range(num_kills)))
-    following = next(kill_at, ends)
+    deadline = soak.started_at + 60 * minutes
+    kill_times = iter(sorted(random.Random(0).uniform(soak.started_at + 60, deadline - 60) for _ in range(num_kills)))
+    next_kill = next(kill_times, deadline)
     soak.start_process("stream")
     _wait_for_database(soak)
     soak.start_process("trainer")
     try:
-        while time.monotonic() < ends and not stop.wait(
-            min(_POLL_INTERVAL_S, max(0.1, min(ends, following) - time.monotonic()))
-        ):
+        while (now := time.monotonic()) < deadline:
+            if stop.wait(min(_POLL_INTERVAL_S, max(0.1, min(deadline, next_kill) - now))):
+                break
             soak.check_progress()
-            if following <= time.monotonic() < ends:
+            if next_kill <= time.monotonic() < deadline:
                 soak.kill_trainer()
-                following = next(kill_at, ends)
+                next_kill = next(kill_times, deadline)
             try:
                 soak.resume_if_paused()
                 soak.snapshots.append(soak.take_snapshot())
             except StoreBusy:
                 continue
             print(f"{soak.snapshots[-1]}", flush=True)
-        codes = soak.stop_processes()
+        exit_codes = soak.stop_processes()
     finally:
         for process in soak.processes.values():
             process.kill()
     _drain_log(soak)
-    return {"exit_codes": codes} | _compute_result(soak)
+    return {"exit_codes": exit_codes} | _compute_result(soak)
 
 
 def _wait_for_database(soak: _SoakTest) -> None:
@@ -279,7 +275,7 @@ def _wait_for_database(soak: _SoakTest) -> None:
 
 
 def _drain_log(soak: _SoakTest) -> None:
-    """Bring what the last moments left on the log into the database."""
+    """Write the remaining records of the log to the database."""
     from consumers.sink import Sink
 
     bus = open_bus_from_settings(soak.settings)
@@ -290,13 +286,13 @@ def _drain_log(soak: _SoakTest) -> None:
     bus.close()
 
 
-# What came of it
+# Results
 
 _INVARIANT_QUERIES = {
     "stale_rollouts": """
         SELECT count(*) FROM trained_rollouts WHERE policies_behind > $1 OR rewards_behind > $2 OR policies_behind < 0
         OR policy_version < reference_policy_version""",
-    "answers_of_other_weights": """
+    "responses_of_other_weights": """
         SELECT count(*) FROM responses r JOIN policy_versions p ON p.kind = 'POLICY' AND p.version = r.policy_version
         JOIN policies w ON w.kind = 'POLICY' AND w.version = p.weights_of WHERE w.model.revision <> r.model.revision
         AND $1 >= 0 AND $2 >= 0""",
@@ -314,40 +310,41 @@ def _compute_result(soak: _SoakTest) -> dict[str, Any]:
     bounds = [train.max_staleness, train.max_reward_staleness]
     zeros = {name: int(store.query(sql, bounds, limit_s=120.0).rows[0][0]) for name, sql in _INVARIANT_QUERIES.items()}
     counts = {
-        "answers": "SELECT count(*) FROM responses",
+        "responses": "SELECT count(*) FROM responses",
         "finished_prompts": "SELECT count(DISTINCT prompt_id) FROM revision_chains",
         "batches": "SELECT count(*) FROM batches",
         "policies": "SELECT count(*) FROM policy_versions WHERE kind = 'POLICY'",
         "reward_models": "SELECT count(*) FROM policy_versions WHERE kind = 'REWARD'",
-        "policies_that_answered": "SELECT count(DISTINCT policy_version) FROM responses",
+        "responding_policies": "SELECT count(DISTINCT policy_version) FROM responses",
         "ppo_rollouts": "SELECT count(*) FROM trained_rollouts WHERE trained",
-        "given_up": "SELECT count(DISTINCT voided_batch_id) FROM incidents WHERE voided_batch_id IS NOT NULL",
-        "trips": "SELECT count(*) FROM pauses WHERE paused",
+        "voided_batches": "SELECT count(DISTINCT voided_batch_id) FROM incidents WHERE voided_batch_id IS NOT NULL",
+        "pauses": "SELECT count(*) FROM pauses WHERE paused",
         "dead_letters": "SELECT count(*) FROM dead_letters",
-        "most_policies_behind": "SELECT max(policies_behind) FROM trained_rollouts",
-        "most_rewards_behind": "SELECT max(rewards_behind) FROM trained_rollouts",
+        "max_policies_behind": "SELECT max(policies_behind) FROM trained_rollouts",
+        "max_rewards_behind": "SELECT max(rewards_behind) FROM trained_rollouts",
     }
-    told = {name: store.query(sql, limit_s=120.0).rows[0][0] for name, sql in counts.items()}
-    drops = dict(store.query("SELECT reason, sum(rollouts)::INT FROM dropped_rollout_stats GROUP BY 1", limit_s=60.0).rows)
+    values = {name: store.query(sql, limit_s=120.0).rows[0][0] for name, sql in counts.items()}
+    dropped = dict(store.query("SELECT reason, sum(rollouts)::INT FROM dropped_rollout_stats GROUP BY 1", limit_s=60.0).rows)
+    lags = [snapshot.sink_lag for snapshot in soak.snapshots]
     return {
         "minutes": round((time.monotonic() - soak.started_at) / 60, 1),
         "kills": soak.num_kills,
         "resumed": soak.num_resumed,
         **zeros,
-        "not_rebuilt": _count_unreproducible_batches(soak),
-        **told,
-        "drops": drops,
+        "unreproducible_batches": _count_unreproducible_batches(soak),
+        **values,
+        "dropped_rollouts": dropped,
         **_compute_duckdb_shares(store),
         **{
-            f"{name}_mb": _summarize_memory([getattr(look, f"{name}_mb") for look in soak.snapshots])
+            f"{name}_mb": _summarize_memory([getattr(snapshot, f"{name}_mb") for snapshot in soak.snapshots])
             for name in ("stream", "trainer")
         },
-        "sink_behind": {"median": median(seen), "most": max(seen)} if (seen := [x.sink_behind for x in soak.snapshots]) else {},
+        "sink_lag": {"median": median(lags), "max": max(lags)} if lags else {},
     }
 
 
 def _count_unreproducible_batches(soak: _SoakTest) -> int:
-    """Batches whose rows the database does not give back exactly."""
+    """Return the number of batches that cannot be rebuilt exactly from the database."""
     from trainer.batches import rebuild_batch
 
     bus, store, failed = open_bus_from_settings(soak.settings), open_store(soak.settings), 0
@@ -362,44 +359,36 @@ def _count_unreproducible_batches(soak: _SoakTest) -> int:
 
 
 def _compute_duckdb_shares(store: Store) -> dict[str, float]:
-    """DuckDB's share of the updates' time, and of all the trainer's time, looking for new rows included."""
+    """Return DuckDB's share of the update time, and of the trainer's total time, which includes polling for new rows."""
     sql = """SELECT sum(metrics['duckdb_s']) / sum(metrics['wall_s']), arg_max(metrics['alive_duckdb_share'], commit_seq)
              FROM metrics WHERE phase = 'loop'"""
-    ((in_updates, alive),) = store.query(sql, limit_s=60.0).rows
-    return {"duckdb_share_of_updates": in_updates, "duckdb_share_of_all_time": alive}
+    ((update_share, total_share),) = store.query(sql, limit_s=60.0).rows
+    return {"duckdb_share_of_updates": update_share, "duckdb_share_of_total": total_share}
 
 
 def _summarize_memory(sizes_mb: Sequence[float]) -> dict[str, float]:
-    """Resident memory after the first quarter, at the end (medians of a tenth of the looks), and at most; in MB."""
-    tenth = max(1, len(sizes_mb) // 10)
-    early, late = list(islice(sizes_mb, len(sizes_mb) // 4, len(sizes_mb) // 4 + tenth)), list(sizes_mb[-tenth:])
-    return {
-        name: round(value, 1)
-        for name, value in zip(("early", "late", "most"), _compute_memory_marks(early, late, sizes_mb), strict=True)
-    }
-
-
-def _compute_memory_marks(early: Sequence[float], late: Sequence[float], sizes_mb: Sequence[float]) -> Iterator[float]:
-    yield median(early or [0.0])
-    yield median(late or [0.0])
-    yield max(sizes_mb, default=0.0)
+    """Return resident memory in MB after the first quarter and at the end (medians of a tenth of the snapshots), and the peak."""
+    tenth, quarter = max(1, len(sizes_mb) // 10), len(sizes_mb) // 4
+    early, late = sizes_mb[quarter : quarter + tenth], sizes_mb[-tenth:]
+    sizes = {"early": median(early or [0.0]), "late": median(late or [0.0]), "max": max(sizes_mb, default=0.0)}
+    return {name: round(size, 1) for name, size in sizes.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--data", type=Path, required=True, help="an empty folder")
-    parser.add_argument("--kills", type=int, default=0, help="how often the trainer is killed")
+    parser.add_argument("--kills", type=int, default=0, help="number of times that the trainer is killed")
     parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.stream:
-        _run_stream(chosen.data)
+    options = parser.parse_args()
+    if options.stream:
+        _run_stream(options.data)
         return
-    found = _run_soak(chosen.data, chosen.minutes, chosen.kills)
-    (chosen.data / "soak.json").write_text(json.dumps(found, indent=2))
-    print(json.dumps(found, indent=2))
-    wrong = [name for name in (*_INVARIANT_QUERIES, "not_rebuilt") if found[name]]
-    sys.exit(f"not 0: {', '.join(wrong)}" if wrong else 0)
+    result = _run_soak(options.data, options.minutes, options.kills)
+    (options.data / "soak.json").write_text(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2))
+    failed = [name for name in (*_INVARIANT_QUERIES, "unreproducible_batches") if result[name]]
+    sys.exit(f"not 0: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

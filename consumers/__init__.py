@@ -1,1 +1,1 @@
-"""The stages of the stream: one file each, from records to records; and the sink."""
+"""The stages of the stream, one file each, and the sink. Each stage maps records to records."""

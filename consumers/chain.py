@@ -1,4 +1,4 @@
-"""What the stages share: the first state of a revision chain, and the similarity of two texts."""
+"""Helpers that the stages share: the fields of a revision chain, and the similarity of two responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from schemas.records import Chain, FinishReason, Response
 
 
 def make_initial_chain_fields(response: Response) -> dict[str, Any]:
-    """The chain fields of a response's candidate 0, where every chain starts."""
-    answer = response.completions[0]
+    """Return the chain fields of a response's first completion, where every chain starts."""
+    completion = response.completions[0]
     return {
         "prompt_id": response.prompt_id,
         "run_id": response.run_id,
@@ -22,17 +22,17 @@ def make_initial_chain_fields(response: Response) -> dict[str, Any]:
         "tags": response.tags,
         "split": response.split,
         "epoch": response.epoch,
-        "initial_response": answer.text,
-        "initial_finish_reason": answer.finish_reason,
+        "initial_response": completion.text,
+        "initial_finish_reason": completion.finish_reason,
         "response_model": response.model,
         "round": 0,
-        "response": answer.text,
-        "finish_reason": answer.finish_reason,
+        "response": completion.text,
+        "finish_reason": completion.finish_reason,
     }
 
 
 def read_finish_reason(generation: Generation) -> FinishReason:
-    """Return how a generated text ended; UNKNOWN when its server gave a reason that Charter does not know."""
+    """Return the finish reason of a generation; UNKNOWN when its server reports one that Charter does not define."""
     return FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN)
 
 
@@ -59,10 +59,10 @@ _CARRIED_FIELDS = (
 
 
 def get_carried_fields(record: Chain) -> dict[str, Any]:
-    """The chain fields that the next record takes over from this one."""
+    """Return the chain fields that the next record copies from this one."""
     return {name: getattr(record, name) for name in _CARRIED_FIELDS}
 
 
 def compute_similarity(a: str, b: str) -> float:
-    """How alike two texts are word by word, from 0 to 1 (Ratcliff-Obershelp)."""
+    """Return the word-level similarity of two strings, from 0 to 1 (Ratcliff-Obershelp)."""
     return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()

@@ -1,13 +1,15 @@
-"""Comparing two texts: what a judge says of them, in both orders and in one of three forms.
+"""Compare two responses with a judge, in both orders and in one of three answer modes.
 
-logprobs    the next-token probabilities of the letters, p = e^lA / (e^lA + e^lB), never a sampled letter (Bai et al. 2022,
-            section 4.1). The mass is how much probability the two letters caught; where it is small the model meant to say
-            something else. A server that shows no probabilities is asked several times, and its replies are counted.
-reasoning   the same after reasoning that the model writes, greedily (Bai et al. 2022, section 4.2).
-letter      a written letter with its explanation, read strictly from the beginning: 1 or 0.
+logprobs    The probability comes from the next-token log-probabilities of the option letters, p = e^lA / (e^lA + e^lB), never
+            from a sampled letter (Bai et al. 2022, section 4.1). The option mass is the probability of the two letters
+            together. If it is small, the model was about to write something else. A server without log-probabilities is
+            sampled several times, and its replies are counted.
+reasoning   The judge first writes its reasoning, greedily. The option probabilities are read after it (section 4.2).
+letter      The judge writes a letter and an explanation. The letter is parsed strictly from the beginning; p is 1 or 0.
 
-Both orders are asked, because judges favour a slot (Lee et al. 2023, section 2.3). What cannot be read in one of them is an
-outcome (REFUSED, UNPARSEABLE, LOW_MASS, TIMEOUT) without a probability that anybody may use; nothing is guessed.
+Both orders are judged because judges prefer one position (Lee et al. 2023, section 2.3). A reply that cannot be read has an
+outcome (REFUSED, UNPARSEABLE, LOW_MASS, TIMEOUT) and no usable probability; no probability is guessed. An unknown probability
+is None, never NaN.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from schemas.records import ChatMessage, Outcome
 
 _Messages = tuple[ChatMessage, ...]
 
-_NAN = float("nan")
-# At the beginning of what a judge wrote: it will not judge. (Answers' refusals are counted by engine/monitor_views.sql.)
+# Log-probabilities and masses are sums of floats, so they may exceed their bound by rounding.
+_ROUNDING_TOLERANCE = 1e-3
+# Matches the beginning of a reply in which the judge refuses. (Refusals in responses are counted by engine/monitor_views.sql.)
 REFUSAL_PATTERN = re.compile(
     r"\W*(?:answer\W+)?(?:(?:i'm|i am|we're|we are)?\s*(?:very |so |truly )?(?:sorry|afraid)\b|(?:my )?apologies|i apologi[sz]e"
     r"|(?:unfortunately\W+)?(?:i|we) (?:can(?:'t|not| not)|won't|will not|must decline|refuse|decline"
@@ -33,18 +36,18 @@ REFUSAL_PATTERN = re.compile(
     r"|as an? (?:ai|artificial|language model)\b)",
     re.IGNORECASE,
 )
-# The letter stands first, closed, and is not one of several.
+# The reply begins with one complete letter, and the letter is not the first of several ("(A) or (B)").
 _LETTER_PATTERN = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)\s*(?:Answer: )?\(?[AB]\b)")
 
 
 @dataclass(frozen=True)
 class SingleOrderComparison:
-    """What a judge says with the texts in one order: the probability that the one shown first is better.
+    """A judge's reply for one order: the probability that the response shown first is better.
 
-    `p` is NaN where there is nothing to read; it counts only with outcome OK. `text` is what the judge wrote.
+    `p_first` is None where the reply cannot be read; it counts only with outcome OK. `explanation` is the judge's reply.
     """
 
-    p_first: float
+    p_first: float | None
     option_mass: float
     outcome: Outcome
     usage: Usage = NO_USAGE
@@ -53,13 +56,14 @@ class SingleOrderComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The probability that the first text is better when shown first (`forward`) and when shown second (`backward`).
+    """The probability that response A is better, when A is shown first (`forward`) and when A is shown second (`backward`).
 
-    Only with outcome OK could it be read in both orders.
+    Outcome OK means that both orders could be read. A probability that could not be read is None; so are the values that
+    are computed from it.
     """
 
-    p_forward: float
-    p_backward: float
+    p_forward: float | None
+    p_backward: float | None
     option_mass_forward: float
     option_mass_backward: float
     usage: Usage = NO_USAGE
@@ -68,7 +72,9 @@ class Comparison:
     explanation_backward: str = ""
 
     @property
-    def p_mean(self) -> float:
+    def p_mean(self) -> float | None:
+        if self.p_forward is None or self.p_backward is None:
+            return None
         return (self.p_forward + self.p_backward) / 2
 
     @property
@@ -76,18 +82,22 @@ class Comparison:
         return min(self.option_mass_forward, self.option_mass_backward)
 
     @property
-    def position_gap(self) -> float:
+    def position_gap(self) -> float | None:
+        if self.p_forward is None or self.p_backward is None:
+            return None
         return abs(self.p_forward - self.p_backward)
 
     @property
     def position_flip(self) -> bool:
-        """Whether the same slot won twice."""
+        """Whether the same position won in both orders."""
+        if self.p_forward is None or self.p_backward is None:
+            return False
         return (self.p_forward - 0.5) * (self.p_backward - 0.5) < 0
 
 
 @dataclass(frozen=True)
 class AnswerMode:
-    """How a judge is asked. `max_tokens` and `timeout_s` (seconds) bound what it writes."""
+    """How a judge replies: the mode's name, and the limits of a written reply (`max_tokens`, `timeout_s` in seconds)."""
 
     name: str = "logprobs"
     min_option_mass: float = 0.5
@@ -107,72 +117,74 @@ class AnswerMode:
         return templates.get_template_hash(name, capabilities)
 
     def judge_questions(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        """What the judge says to each question."""
-        forms = {"logprobs": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
-        return forms[self.name](model, questions) if questions else []
+        """Return the judge's reply to each question, in order."""
+        methods = {"logprobs": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
+        return methods[self.name](model, questions) if questions else []
 
     def judge_by_logprobs(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        scores = model.score_options(
-            [templates.make_choice_request(messages, model.capabilities) for messages in questions], OPTION_LETTERS
-        )
-        return [
-            SingleOrderComparison(compute_p_a(one), one.option_mass, self.classify_scores(one), one.usage) for one in scores
-        ]
+        requests = [templates.make_choice_request(messages, model.capabilities) for messages in questions]
+        comparisons = []
+        for scores in model.score_options(requests, OPTION_LETTERS):
+            option_mass = scores.option_mass if math.isfinite(scores.option_mass) else 0.0
+            comparisons.append(
+                SingleOrderComparison(compute_p_a(scores), option_mass, self.classify_scores(scores), scores.usage)
+            )
+        return comparisons
 
     def judge_by_reasoning(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        thoughts = self.generate_texts(model, [GenerationRequest(messages, timeout_s=self.timeout_s) for messages in questions])
-        outcomes = [_classify_generation(thought) for thought in thoughts]
-        begun = [
-            templates.append_choice_question(messages, thought.text.strip())
-            for messages, thought, outcome in zip(questions, thoughts, outcomes, strict=True)
+        generations = self.generate_texts(
+            model, [GenerationRequest(messages, timeout_s=self.timeout_s) for messages in questions]
+        )
+        outcomes = [_classify_generation(generation) for generation in generations]
+        choice_questions = [
+            templates.append_choice_question(messages, generation.text.strip())
+            for messages, generation, outcome in zip(questions, generations, outcomes, strict=True)
             if outcome is Outcome.OK
         ]
-        scored = iter(self.judge_by_logprobs(model, begun) if begun else [])
-        readings = [
-            next(scored) if outcome is Outcome.OK else SingleOrderComparison(_NAN, 0.0, outcome) for outcome in outcomes
-        ]
-        return [
-            SingleOrderComparison(
-                reading.p_first, reading.option_mass, reading.outcome, thought.usage + reading.usage, thought.text.strip()
+        # The option scores of the questions with usable reasoning, in order.
+        choices = iter(self.judge_by_logprobs(model, choice_questions) if choice_questions else [])
+        comparisons = []
+        for generation, outcome in zip(generations, outcomes, strict=True):
+            choice = next(choices) if outcome is Outcome.OK else SingleOrderComparison(None, 0.0, outcome)
+            usage = generation.usage + choice.usage
+            comparisons.append(
+                SingleOrderComparison(choice.p_first, choice.option_mass, choice.outcome, usage, generation.text.strip())
             )
-            for reading, thought in zip(readings, thoughts, strict=True)
-        ]
+        return comparisons
 
     def judge_by_letter(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
         prefill = templates.ANSWER_PREFILL if model.capabilities.prefill else ""
-        written = self.generate_texts(
-            model, [GenerationRequest(messages, prefill=prefill, timeout_s=self.timeout_s) for messages in questions]
-        )
-        return [parse_letter(answer, prefill) for answer in written]
+        requests = [GenerationRequest(messages, prefill=prefill, timeout_s=self.timeout_s) for messages in questions]
+        return [parse_letter(generation, prefill) for generation in self.generate_texts(model, requests)]
 
     def generate_texts(self, model: Model, requests: Sequence[GenerationRequest]) -> list[Generation]:
         return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
-        """Whether option scores may be read, and if not, why."""
-        if math.isnan(compute_p_a(scores)) or not scores.option_mass <= 1 + 1e-3:
+        """Return OK if the option scores are usable, otherwise the reason why they are not."""
+        if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # a mass of NaN fails too
             return Outcome.UNPARSEABLE
         if scores.option_mass >= self.min_option_mass and scores.option_mass > 0:
             return Outcome.OK
         if not scores.unparsed_replies:
             return Outcome.LOW_MASS
-        refused = sum(bool(REFUSAL_PATTERN.match(reply)) for reply in scores.unparsed_replies)
-        return Outcome.REFUSED if 2 * refused >= len(scores.unparsed_replies) else Outcome.UNPARSEABLE
+        num_refusals = sum(bool(REFUSAL_PATTERN.match(reply)) for reply in scores.unparsed_replies)
+        return Outcome.REFUSED if 2 * num_refusals >= len(scores.unparsed_replies) else Outcome.UNPARSEABLE
 
 
 _LOGPROBS_MODE = AnswerMode()
 
 
-def compute_p_a(scores: OptionScores) -> float:
-    """The probability of option A among A and B; NaN when neither caught anything, or a score is no log-probability."""
+def compute_p_a(scores: OptionScores) -> float | None:
+    """Return the probability of option A among A and B; None if both have probability 0 or a score is not a log-probability."""
     a, b = scores.logprobs
-    if math.isnan(a) or math.isnan(b) or max(a, b) == -math.inf or max(a, b) > 1e-3:
-        return _NAN
-    return 1.0 / (1.0 + math.exp(min(700.0, b - a)))
+    if math.isnan(a) or math.isnan(b) or max(a, b) == -math.inf or max(a, b) > _ROUNDING_TOLERANCE:
+        return None
+    return 1.0 / (1.0 + math.exp(min(700.0, b - a)))  # exp overflows a double above 709
 
 
 def _classify_generation(generation: Generation) -> Outcome:
-    """Why what a judge wrote is nothing to go by; OK where it is."""
+    """Return OK if a written reply is usable, otherwise the reason why it is not."""
     if generation.finish_reason == "timeout":
         return Outcome.TIMEOUT
     if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):
@@ -181,34 +193,32 @@ def _classify_generation(generation: Generation) -> Outcome:
 
 
 def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
-    """The letter that a judge's answer begins with, and all of its words as the explanation."""
-    text, outcome = (prefill + generation.text).strip(), _classify_generation(generation)
-    found = _LETTER_PATTERN.match(prefill + generation.text) if outcome is Outcome.OK else None
-    if not found:
-        return SingleOrderComparison(
-            _NAN, 0.0, Outcome.UNPARSEABLE if outcome is Outcome.OK else outcome, generation.usage, text
-        )
-    return SingleOrderComparison(1.0 if found[1] == "A" else 0.0, 1.0, Outcome.OK, generation.usage, text)
+    """Parse the letter at the beginning of a judge's reply; the whole reply becomes the explanation."""
+    reply, outcome = prefill + generation.text, _classify_generation(generation)
+    match = _LETTER_PATTERN.match(reply) if outcome is Outcome.OK else None
+    if match:
+        return SingleOrderComparison(1.0 if match[1] == "A" else 0.0, 1.0, Outcome.OK, generation.usage, reply.strip())
+    outcome = Outcome.UNPARSEABLE if outcome is Outcome.OK else outcome
+    return SingleOrderComparison(None, 0.0, outcome, generation.usage, reply.strip())
 
 
 def compare_in_both_orders(
     model: Model, pairs: Sequence[tuple[_Messages, _Messages]], answer_mode: AnswerMode = _LOGPROBS_MODE
 ) -> list[Comparison]:
-    """Ask each question in both orders: `pairs` holds the wording with the first text as A, and as B."""
-    readings = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
-    return [_combine_orders(*readings[i : i + 2]) for i in range(0, len(readings), 2)]
+    """Judge each pair of questions; a pair holds the question with the first response as A, and the one with it as B."""
+    replies = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
+    return [_combine_orders(forward, backward) for forward, backward in zip(replies[::2], replies[1::2], strict=True)]
 
 
-def _combine_orders(first: SingleOrderComparison, second: SingleOrderComparison) -> Comparison:
-    """Two readings as one comparison; where both failed, the first of them says why."""
-    failed = [reading.outcome for reading in (first, second) if reading.outcome is not Outcome.OK]
+def _combine_orders(forward: SingleOrderComparison, backward: SingleOrderComparison) -> Comparison:
+    """Combine the two orders; if both failed, the outcome is that of the first."""
     return Comparison(
-        p_forward=first.p_first,
-        p_backward=1.0 - second.p_first,
-        option_mass_forward=first.option_mass,
-        option_mass_backward=second.option_mass,
-        usage=first.usage + second.usage,
-        outcome=failed[0] if failed else Outcome.OK,
-        explanation_forward=first.explanation,
-        explanation_backward=second.explanation,
+        p_forward=forward.p_first,
+        p_backward=None if backward.p_first is None else 1.0 - backward.p_first,
+        option_mass_forward=forward.option_mass,
+        option_mass_backward=backward.option_mass,
+        usage=forward.usage + backward.usage,
+        outcome=forward.outcome if forward.outcome is not Outcome.OK else backward.outcome,
+        explanation_forward=forward.explanation,
+        explanation_backward=backward.explanation,
     )

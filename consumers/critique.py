@@ -1,24 +1,24 @@
-"""Critique: responses and revisions -> critiques. Is the newest text in order, and if not, what is wrong with it?
+"""Critique: responses and revisions -> critiques. Decide whether a chain has ended, and criticize its newest response if not.
 
-For a first answer a principle is drawn (seeded from the chain), and the critic says by next-token probabilities whether the
-text breaks it. Clean: the chain ends here. Else the critique in words goes on to `revise`.
+For an initial response one principle is sampled (seeded by the chain), and the critic gives the probability that the response
+violates it, read from next-token log-probabilities. If the verdict is CLEAN, the chain ends. Otherwise the critic writes a
+critique for `revise`.
 
-For a revision the earlier principles are asked again, and the next one while rounds are left, and the revision is compared
-with its predecessor in both orders:
+For a revision the critic repeats the verdicts of the earlier principles, adds the one of the next principle while rounds
+remain, and compares the revision with its predecessor in both orders:
 
-* it loses (p <= lose): the predecessor is the final text (LOST);
-* all verdicts are clean and it wins (p >= win) or hardly differs: it is the final text (SATISFIED);
-* no rounds are left: it is the final text (LAST_ROUND);
-* else the critique under the next principle.
+* the revision loses (p <= reject_threshold): the predecessor is the final response (LOST);
+* all verdicts are CLEAN, and the revision wins (p >= accept_threshold) or hardly differs: it is the final response (SATISFIED);
+* no rounds remain: it is the final response (LAST_ROUND);
+* otherwise: a critique under the next principle.
 
-That is `early_stop = "verdict"`. With "phrases" no verdict is asked, and a critique that says it finds nothing ends the chain
-(SATISFIED); with "none" every chain goes through all rounds (Bai et al. 2022, section 3.1). Verdicts ask with the options in
-both orders, because small models favour a slot.
+This is `early_stop = "verdict"`. With "phrases" there are no verdicts, and a critique that states that it finds no problem ends
+the chain (SATISFIED). With "none" every chain runs through all rounds (Bai et al. 2022, section 3.1). Each verdict is read with
+its options in both orders, because small models prefer one position.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ from schemas.records import (
 
 _QuestionPair = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
 
-# What a critique says that finds nothing (the course's two phrases, and others for the same), and what takes it back.
+# Phrases of a critique that finds no problem (the course's two phrases and variants of them), and words that qualify them.
 _NO_PROBLEM_PATTERN = re.compile(
     r"\bno (?:\w+ )?(?:issues?|problems?|concerns?)\b"
     r"|\b(?:response|answer) (?:is|seems|appears) (?:\w+ )?(?:appropriate|acceptable|fine|harmless)\b"
@@ -63,13 +63,16 @@ _RETRACTION_PATTERN = re.compile(
 
 
 def _finds_no_problem(critique: str) -> bool:
-    """Whether a critique says, without taking it back, that the answer has no problem."""
+    """Return whether a critique states, without qualification, that the response has no problem."""
     return bool(_NO_PROBLEM_PATTERN.search(critique)) and not _RETRACTION_PATTERN.search(critique.replace("\u2019", "'"))
 
 
 @dataclass(frozen=True)
 class ChainState:
-    """A text that waits for its critique: the chain so far, the principles already used, and the one of the next round."""
+    """A revision chain at its newest response: the chain's fields, the principles used so far, and the one of the next round.
+
+    `usage` sums the tokens of all questions about this response. `p_flawed` is the highest probability over the verdicts.
+    """
 
     parent: Response | Revision
     fields: dict[str, Any]
@@ -92,7 +95,7 @@ class ChainState:
 
 @dataclass(frozen=True)
 class CritiqueStage:
-    """The critique stage."""
+    """The critique stage; `rounds` is the maximum number of revisions, and the thresholds are probabilities."""
 
     model: Model
     constitution: Constitution
@@ -109,35 +112,35 @@ class CritiqueStage:
     selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
-        # An unusable revision has ended its chain; what it says is neither criticised nor trained on.
-        links = [self.make_state(record) for record in records if not _has_ended(record)]
-        if not links:
+        # An unusable revision has already ended its chain: it is neither criticized nor trained on.
+        states = [self.make_state(record) for record in records if not _has_ended(record)]
+        if not states:
             return [[] for _ in records]
         started = time.monotonic()
         if self.early_stop == "verdict":
-            links = self.assess_states(links)
-        links = [replace(link, end_reason=self.decide_end_reason(link)) for link in links]
-        criticised = iter(self.write_critiques([link for link in links if link.end_reason is EndReason.NONE]))
-        links = [next(criticised) if link.end_reason is EndReason.NONE else link for link in links]
-        latency = 1000 * (time.monotonic() - started) / len(links)
-        made = iter([self.make_record(link, latency) for link in links])
-        return [[] if _has_ended(record) else [next(made)] for record in records]
+            states = self.assess_states(states)
+        states = [replace(state, end_reason=self.decide_end_reason(state)) for state in states]
+        criticized = iter(self.write_critiques([state for state in states if state.end_reason is EndReason.NONE]))
+        states = [next(criticized) if state.end_reason is EndReason.NONE else state for state in states]
+        latency_ms = 1000 * (time.monotonic() - started) / len(states)
+        critiques = iter([self.make_record(state, latency_ms) for state in states])
+        return [[] if _has_ended(record) else [next(critiques)] for record in records]
 
-    # Where each chain stands
+    # Chain states
 
     def make_state(self, record: Record) -> ChainState:
-        """The chain up to this record, with the principles it used and the one of the round to come."""
+        """Return the chain up to this record, with the principles it has used and the one of the next round."""
         assert isinstance(record, Response | Revision)
         fields = make_initial_chain_fields(record) if isinstance(record, Response) else get_carried_fields(record)
         by_id = {principle.id: principle for principle in self.constitution.critique}
-        used = tuple(by_id[done.principle_id] for done in fields.get("rounds", []) if done.principle_id in by_id)
-        upcoming = None
+        used_principles = tuple(by_id[r.principle_id] for r in fields.get("rounds", []) if r.principle_id in by_id)
+        next_principle = None
         if fields["round"] < self.rounds:
             seed = ids.compute_stage_seed("principle", fields["response_id"], fields["round"])
-            upcoming = self.constitution.select_critique_principle(
+            next_principle = self.constitution.select_critique_principle(
                 seed, fields["round"], fields["tags"], self.selection_override
             )
-        return ChainState(record, fields, used, upcoming)
+        return ChainState(record, fields, used_principles, next_principle)
 
     @property
     def selection_override(self) -> str:
@@ -149,27 +152,29 @@ class CritiqueStage:
     def is_skipped(self, state: ChainState) -> bool:
         return state.fields["source"] in self.skip_sources
 
-    # What the critic's probabilities say
+    # Verdicts
 
     def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Ask every verdict and every comparison of a batch in one go."""
-        asked = [self.make_questions(link) for link in states]
-        form = AnswerMode(min_option_mass=self.min_option_mass)
-        answers = iter(compare_in_both_orders(self.model, [wordings for of_one in asked for wordings in of_one], form))
+        """Ask the verdicts and comparisons of all states in one batch, and return the states with the results."""
+        questions = [self.make_questions(state) for state in states]
+        answer_mode = AnswerMode(min_option_mass=self.min_option_mass)
+        flat = [pair for question_pairs in questions for pair in question_pairs]
+        comparisons = iter(compare_in_both_orders(self.model, flat, answer_mode))
         return [
-            self.apply_comparisons(link, [next(answers) for _ in of_one]) for link, of_one in zip(states, asked, strict=True)
+            self.apply_comparisons(state, [next(comparisons) for _ in question_pairs])
+            for state, question_pairs in zip(states, questions, strict=True)
         ]
 
     def make_questions(self, state: ChainState) -> list[_QuestionPair]:
-        """One verdict for each principle, and for a revision the comparison with its predecessor first."""
+        """Return one verdict for each principle; for a revision, the comparison with its predecessor comes first."""
         fields = state.fields
         if self.is_skipped(state) or not fields["response"].strip() or _is_withheld(state.parent):
             return []
-        messages, text = fields["messages"], fields["response"]
+        messages, response = fields["messages"], fields["response"]
         verdicts = [
             (
-                templates.make_verdict_messages(messages, text, principle.critique_prompt, "Yes", "No"),
-                templates.make_verdict_messages(messages, text, principle.critique_prompt, "No", "Yes"),
+                templates.make_verdict_messages(messages, response, principle.critique_prompt, "Yes", "No"),
+                templates.make_verdict_messages(messages, response, principle.critique_prompt, "No", "Yes"),
             )
             for principle in state.checked_principles
         ]
@@ -183,37 +188,39 @@ class CritiqueStage:
         previous = fields["previous_response"] or ""
         return [
             (
-                templates.make_comparison_messages(messages, text, previous, question),
-                templates.make_comparison_messages(messages, previous, text, question),
+                templates.make_comparison_messages(messages, response, previous, question),
+                templates.make_comparison_messages(messages, previous, response, question),
             ),
             *verdicts,
         ]
 
     def apply_comparisons(self, state: ChainState, comparisons: list[Comparison]) -> ChainState:
-        """The verdict over all principles asked (the worst one counts), and the comparison with the predecessor."""
+        """Return the state with its verdict (the worst over all principles) and the comparison with the predecessor."""
         if not comparisons:
             return state
-        state = replace(state, usage=sum((answer.usage for answer in comparisons), NO_USAGE))
+        state = replace(state, usage=sum((comparison.usage for comparison in comparisons), NO_USAGE))
         if isinstance(state.parent, Revision):
-            better, *comparisons = comparisons
-            alike = compute_similarity(state.fields["response"], state.fields["previous_response"] or "")
-            state = replace(state, p_better=better.p_mean if better.outcome is Outcome.OK else None, similarity=alike)
+            improvement, *comparisons = comparisons
+            similarity = compute_similarity(state.fields["response"], state.fields["previous_response"] or "")
+            p_better = improvement.p_mean if improvement.outcome is Outcome.OK else None
+            state = replace(state, p_better=p_better, similarity=similarity)
         if not comparisons:
             return state
-        asked = [_make_verdict(p.id, answer) for p, answer in zip(state.checked_principles, comparisons, strict=True)]
-        said = [verdict.verdict for verdict in asked]
-        worst = next((v for v in (Verdict.LOW_MASS, Verdict.FLAWED) if v in said), Verdict.CLEAN)
-        flawed = [verdict.p_flawed for verdict in asked if verdict.p_flawed is not None]
+        verdicts = [
+            _make_verdict(principle.id, comparison)
+            for principle, comparison in zip(state.checked_principles, comparisons, strict=True)
+        ]
+        labels = [verdict.verdict for verdict in verdicts]
         return replace(
             state,
-            verdict=worst,
-            verdicts=tuple(asked),
-            p_flawed=max(flawed, default=None),
-            option_mass=min(answer.option_mass for answer in comparisons),
+            verdict=next((label for label in (Verdict.LOW_MASS, Verdict.FLAWED) if label in labels), Verdict.CLEAN),
+            verdicts=tuple(verdicts),
+            p_flawed=max((verdict.p_flawed for verdict in verdicts if verdict.p_flawed is not None), default=None),
+            option_mass=min(comparison.option_mass for comparison in comparisons),
         )
 
     def decide_end_reason(self, state: ChainState) -> EndReason:
-        """Whether the chain is over, and why."""
+        """Return why the chain ends here; NONE if it continues."""
         if self.is_skipped(state):
             return EndReason.SKIPPED
         if not state.fields["response"].strip() or _is_withheld(state.parent):
@@ -228,41 +235,41 @@ class CritiqueStage:
             return EndReason.SATISFIED
         return EndReason.NONE if state.next_principle else EndReason.LAST_ROUND
 
-    # The critique in words
+    # Critiques
 
     def write_critiques(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """The links with the critique under their upcoming principle; one that finds nothing may end its chain."""
+        """Return the states with the critique under their next principle; a critique without findings may end its chain."""
         examples = self.constitution.examples if self.few_shot else ()
-        asks = [
+        requests = [
             GenerationRequest(
                 templates.make_critique_messages(
-                    link.fields["messages"], link.fields["response"], principle.critique_prompt, examples
+                    state.fields["messages"], state.fields["response"], principle.critique_prompt, examples
                 ),
-                seed=self.compute_seed(link),
+                seed=self.compute_seed(state),
             )
-            for link in states
-            if (principle := link.next_principle)
+            for state in states
+            if (principle := state.next_principle)
         ]
-        if not asks:
+        if not requests:
             return []
-        answers = self.model.generate(
-            asks,
+        generations = self.model.generate(
+            requests,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
         return [
             replace(
-                link,
-                critique=answer.text.strip(),
-                usage=link.usage + answer.usage,
-                end_reason=EndReason.SATISFIED if self.is_satisfied(answer) else EndReason.NONE,
+                state,
+                critique=generation.text.strip(),
+                usage=state.usage + generation.usage,
+                end_reason=EndReason.SATISFIED if self.is_satisfied(generation) else EndReason.NONE,
             )
-            for link, (answer,) in zip(states, answers, strict=True)
+            for state, (generation,) in zip(states, generations, strict=True)
         ]
 
     def is_satisfied(self, generation: Generation) -> bool:
-        """Whether a critique ends its chain by what it says."""
+        """Return whether a written critique ends its chain, because it finds no problem."""
         return self.early_stop == "phrases" and generation.finish_reason != "refused" and _finds_no_problem(generation.text)
 
     def compute_record_id(self, state: ChainState) -> str:
@@ -283,9 +290,9 @@ class CritiqueStage:
         return ids.compute_record_id("critique", [state.parent.record_id], configuration)
 
     def make_record(self, state: ChainState, latency_ms: float) -> Critique:
-        fields, over, usage = state.fields, state.end_reason is not EndReason.NONE, state.usage
-        before = state.end_reason is EndReason.LOST
-        final = ("previous_response", "previous_finish_reason") if before else ("response", "finish_reason")
+        fields, usage = state.fields, state.usage
+        final = state.end_reason is not EndReason.NONE
+        prefix = "previous_" if state.end_reason is EndReason.LOST else ""  # a revision that lost gives way to its predecessor
         principle = state.next_principle or (state.used_principles[-1] if state.used_principles else None)
         return Critique(
             record_id=self.compute_record_id(state),
@@ -309,16 +316,16 @@ class CritiqueStage:
             option_mass=state.option_mass,
             p_better=state.p_better,
             similarity=state.similarity,
-            final=over,
+            final=final,
             end_reason=state.end_reason,
-            final_response=fields[final[0]] if over else None,
-            final_finish_reason=fields[final[1]] if over else FinishReason.UNKNOWN,
+            final_response=fields[f"{prefix}response"] if final else None,
+            final_finish_reason=fields[f"{prefix}finish_reason"] if final else FinishReason.UNKNOWN,
             **fields,
         )
 
 
 def _is_withheld(record: Response | Revision) -> bool:
-    """Whether a server's filter kept the answer that a chain starts from, or the rest of it, back."""
+    """Return whether a server's content filter withheld the initial response or cut it off."""
     return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 
@@ -327,8 +334,8 @@ def _has_ended(record: Record) -> bool:
 
 
 def _make_verdict(principle_id: str, comparison: Comparison) -> PrincipleVerdict:
-    """What the critic says under one principle; what could not be read is LOW_MASS and never CLEAN."""
-    readable = comparison.outcome is Outcome.OK
-    verdict = Verdict.LOW_MASS if not readable else Verdict.FLAWED if comparison.p_mean > 0.5 else Verdict.CLEAN
-    p_flawed = None if math.isnan(comparison.p_mean) else comparison.p_mean
+    """Return the verdict under one principle. A comparison that cannot be read becomes LOW_MASS, never CLEAN."""
+    p_flawed, verdict = comparison.p_mean, Verdict.LOW_MASS
+    if comparison.outcome is Outcome.OK and p_flawed is not None:
+        verdict = Verdict.FLAWED if p_flawed > 0.5 else Verdict.CLEAN
     return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, option_mass=comparison.option_mass)

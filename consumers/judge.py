@@ -1,16 +1,16 @@
-"""Judge: responses (or finished chains) -> preferences. Which of two answers does the constitution prefer?
+"""Judge: responses (or finished chains) -> preferences. Which of two responses does the constitution prefer?
 
-The recipes, by their settings (engine/settings.py RECIPES; `form` as in consumers/compare.py):
+The presets, by their settings (engine/settings.py PRESETS; `answer_mode` as in consumers/compare.py):
 
-lee2023      one drawn principle, logprobs, both orders averaged (Lee et al. 2023)
-bai2022      one drawn principle, logprobs, the label of one order, which the seed picks (Bai et al. 2022, section 4.1)
-bai2022-cot  one drawn principle, logprobs after reasoning, the average clamped to 0.40-0.60 (section 4.2)
-ensemble-k   k different principles, options, their votes averaged by weight (section 4.1, "ensembled over 16 principles")
-course       all principles in one question, a written letter and its explanation, the same one in both orders
+lee2023      one sampled principle, logprobs, mean of both orders (Lee et al. 2023)
+bai2022      one sampled principle, logprobs, the label of one order, which the seed selects (Bai et al. 2022, section 4.1)
+bai2022-cot  one sampled principle, logprobs after reasoning, the mean clamped to 0.40-0.60 (section 4.2)
+ensemble-k   k different principles, logprobs, the mean of their votes by weight (section 4.1, "ensembled over 16 principles")
+course       all principles in one question, a written letter with an explanation, which must be the same in both orders
 
-A judgement that cannot be read is an outcome without a label, never a guess. Votes of principles count where they could be
-read; there is a label when these hold at least half of the weight. POSITION_FLIP (if `reject_position_flips`): the same slot won twice.
-Only OK trains.
+A judgment that cannot be read has an outcome and no label; no label is guessed. The votes of principles count where they can be
+read. There is a label if these hold at least half of the total weight. POSITION_FLIP (if `reject_position_flips`) means that the
+same position won in both orders. Only OK trains.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LABEL_ORDERS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class ResponsePair:
-    """Two answers to one prompt, waiting for a judgement."""
+    """Two responses to one prompt, before they are judged; the response of a chain has no completion index."""
 
     parent: Response | Chain
     response_id: str
@@ -61,17 +61,16 @@ class ResponsePair:
 
     @property
     def seed(self) -> int:
-        """The same for the same pair under every constitution."""
+        """The seed of the pair; it does not depend on the constitution."""
         return ids.compute_stage_seed("judge", self.response_id, self.sample_index)
 
 
 def _make_pairs(record: Record) -> list[ResponsePair]:
-    """The pairs in a record: neighbouring completions of a response; the final text and the first answer of a chain."""
+    """Return the pairs of a record: adjacent completions of a response; the final and the initial response of a chain."""
     if isinstance(record, Response):
-        completions = record.completions
         return [
             ResponsePair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
-            for a, b in pairwise(completions)
+            for a, b in pairwise(record.completions)
         ]
     assert isinstance(record, Chain)
     if not record.final or record.end_reason in (EndReason.UNUSABLE, EndReason.SKIPPED):
@@ -80,22 +79,22 @@ def _make_pairs(record: Record) -> list[ResponsePair]:
         return []
     return [
         ResponsePair(
-            record,
-            record.response_id,
-            record.final_response,
-            record.initial_response,
-            None,
-            0,
-            record.final_finish_reason,
-            record.initial_finish_reason,
-            0,
+            parent=record,
+            response_id=record.response_id,
+            response_a=record.final_response,
+            response_b=record.initial_response,
+            completion_index_a=None,
+            completion_index_b=0,
+            finish_reason_a=record.final_finish_reason,
+            finish_reason_b=record.initial_finish_reason,
+            sample_index=0,
         )
     ]
 
 
 @dataclass(frozen=True)
 class JudgeQuestion:
-    """What a pair is judged by: one principle (or all), and what its vote weighs."""
+    """A question about a pair: its principle (or "all"), the judge prompt, and the weight of the vote."""
 
     principle_id: str
     text: str
@@ -104,30 +103,33 @@ class JudgeQuestion:
 
 @dataclass(frozen=True)
 class PrincipleComparison:
-    """What one question brought."""
+    """The result of one question."""
 
     question: JudgeQuestion
     comparison: Comparison
     outcome: Outcome
 
     def to_vote(self) -> PrincipleVote:
-        said = self.comparison
         return PrincipleVote(
             principle_id=self.question.principle_id,
-            p_forward=said.p_forward,
-            p_backward=said.p_backward,
-            option_mass_forward=said.option_mass_forward,
-            option_mass_backward=said.option_mass_backward,
+            p_forward=self.comparison.p_forward,
+            p_backward=self.comparison.p_backward,
+            option_mass_forward=self.comparison.option_mass_forward,
+            option_mass_backward=self.comparison.option_mass_backward,
             weight=self.question.weight,
             outcome=self.outcome,
-            explanation=said.explanation_forward,
-            explanation_backward=said.explanation_backward,
+            explanation=self.comparison.explanation_forward,
+            explanation_backward=self.comparison.explanation_backward,
         )
 
 
 @dataclass(frozen=True)
 class JudgeStage:
-    """The judging stage."""
+    """The judge stage.
+
+    `clamp` c limits the label to c ... 1 - c. `label_order` is "both" (the mean) or "seeded" (one order, which the pair's seed
+    selects). `max_tokens` and `timeout_s` (seconds) limit a written reply.
+    """
 
     model: Model
     constitution: Constitution
@@ -144,17 +146,17 @@ class JudgeStage:
     timeout_s: float | None = None
 
     def __call__(self, records: Sequence[Record]) -> list[list[Preference]]:
-        pairs = [_make_pairs(record) for record in records]
-        flat = [pair for of_one in pairs for pair in of_one]
-        if not flat:
+        pairs_by_record = [_make_pairs(record) for record in records]
+        pairs = [pair for record_pairs in pairs_by_record for pair in record_pairs]
+        if not pairs:
             return [[] for _ in records]
         started = time.monotonic()
-        ballots = self.compare_pairs(flat)
-        latency = 1000 * (time.monotonic() - started) / len(flat)
-        made = iter([self.make_preference(pair, votes, latency) for pair, votes in zip(flat, ballots, strict=True)])
-        return [[next(made) for _ in of_one] for of_one in pairs]
+        comparisons = self.compare_pairs(pairs)
+        latency_ms = 1000 * (time.monotonic() - started) / len(pairs)
+        preferences = iter([self.make_preference(*item, latency_ms) for item in zip(pairs, comparisons, strict=True)])
+        return [[next(preferences) for _ in record_pairs] for record_pairs in pairs_by_record]
 
-    # Asking
+    # Questions
 
     @property
     def mode(self) -> AnswerMode:
@@ -162,40 +164,44 @@ class JudgeStage:
 
     @property
     def asks_all_principles(self) -> bool:
-        """Whether all principles are in one question."""
+        """Whether one question contains all principles."""
         return self.principles == _ALL_PRINCIPLES or (
             self.principles == "constitution" and self.constitution.judge_with == _ALL_PRINCIPLES
         )
 
     def make_questions(self, pair: ResponsePair) -> list[JudgeQuestion]:
-        """What this pair is judged by: all principles at once, one drawn by weight, or k different ones, drawn evenly.
+        """Return the questions for a pair: one with all principles, one sampled by weight, or k different ones.
 
-        Several principles are drawn evenly because their weights count in the average: both ways of drawing have the same mean.
+        The k principles are sampled uniformly because their weights count in the mean of the votes: both ways of sampling
+        have the same expected label.
         """
         if self.asks_all_principles:
             return [JudgeQuestion(_ALL_PRINCIPLES, self.constitution.combined_judge_prompt)]
-        drawn = self.constitution.sample_judge_principles(pair.seed, pair.parent.tags, self.num_principles)
-        return [JudgeQuestion(p.id, p.judge_prompt, p.weight if self.num_principles > 1 else 1.0) for p in drawn]
+        principles = self.constitution.sample_judge_principles(pair.seed, pair.parent.tags, self.num_principles)
+        return [JudgeQuestion(p.id, p.judge_prompt, p.weight if self.num_principles > 1 else 1.0) for p in principles]
 
     def compare_pairs(self, pairs: Sequence[ResponsePair]) -> list[list[PrincipleComparison]]:
-        """Every question of every pair, asked in one go."""
-        asked, form = [self.make_questions(pair) for pair in pairs], self.mode
-        wordings = [
+        """Ask the questions about all pairs in one batch: [len(pairs)][questions of the pair]."""
+        questions_by_pair, mode = [self.make_questions(pair) for pair in pairs], self.mode
+        question_messages = [
             (
                 templates.make_comparison_messages(
-                    pair.parent.messages, pair.response_a, pair.response_b, question.text, form.template
+                    pair.parent.messages, pair.response_a, pair.response_b, question.text, mode.template
                 ),
                 templates.make_comparison_messages(
-                    pair.parent.messages, pair.response_b, pair.response_a, question.text, form.template
+                    pair.parent.messages, pair.response_b, pair.response_a, question.text, mode.template
                 ),
             )
-            for pair, questions in zip(pairs, asked, strict=True)
+            for pair, questions in zip(pairs, questions_by_pair, strict=True)
             for question in questions
         ]
-        answers = iter(compare_in_both_orders(self.model, wordings, form))
+        comparisons = iter(compare_in_both_orders(self.model, question_messages, mode))
         return [
-            [PrincipleComparison(question, answer := next(answers), self.decide_outcome(answer)) for question in questions]
-            for questions in asked
+            [
+                PrincipleComparison(question, comparison := next(comparisons), self.decide_outcome(comparison))
+                for question in questions
+            ]
+            for questions in questions_by_pair
         ]
 
     def decide_outcome(self, comparison: Comparison) -> Outcome:
@@ -203,19 +209,19 @@ class JudgeStage:
             return Outcome.POSITION_FLIP
         return comparison.outcome
 
-    # Counting
+    # Preferences
 
-    def compute_label(self, order: str, comparison: Comparison) -> float:
-        """The soft label of the answer called a."""
+    def compute_label(self, order: str, comparison: Comparison) -> float | None:
+        """Return the clamped soft label: the probability that response A is better; None if it is unknown."""
         p = {"both": comparison.p_mean, "forward": comparison.p_forward, "backward": comparison.p_backward}[order]
-        return min(max(p, self.clamp), 1 - self.clamp)
+        return None if p is None else min(max(p, self.clamp), 1 - self.clamp)
 
     def make_preference(self, pair: ResponsePair, comparisons: Sequence[PrincipleComparison], latency_ms: float) -> Preference:
-        parent, said = pair.parent, _aggregate_comparisons(comparisons)
-        order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
-        outcome = self.decide_outcome(said)
-        labelled = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
-        written = None if self.answer_mode == "logprobs" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
+        parent, total = pair.parent, _aggregate_comparisons(comparisons)
+        label_order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
+        outcome = self.decide_outcome(total)
+        has_label = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
+        sampling = None if self.answer_mode == "logprobs" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
         return Preference(
             record_id=self.compute_record_id(pair),
             parent_ids=[parent.record_id],
@@ -227,11 +233,11 @@ class JudgeStage:
             model=ModelRef(id=self.model.id, revision=self.model.revision),
             policy_version=parent.policy_version,
             template_hash=self.mode.get_template_hash(self.model.capabilities),
-            sampling=written,
+            sampling=sampling,
             seed=pair.seed,
-            prompt_tokens=said.usage.prompt_tokens,
-            completion_tokens=said.usage.completion_tokens,
-            cached_tokens=said.usage.cached_tokens,
+            prompt_tokens=total.usage.prompt_tokens,
+            completion_tokens=total.usage.completion_tokens,
+            cached_tokens=total.usage.cached_tokens,
             latency_ms=latency_ms,
             response_id=pair.response_id,
             messages=parent.messages,
@@ -246,17 +252,17 @@ class JudgeStage:
             completion_index_b=pair.completion_index_b,
             finish_reason_a=pair.finish_reason_a,
             finish_reason_b=pair.finish_reason_b,
-            p_a=self.compute_label(order, said) if labelled else None,
-            p_forward=_nan_to_none(said.p_forward),
-            p_backward=_nan_to_none(said.p_backward),
-            position_gap=_nan_to_none(said.position_gap),
-            option_mass=said.option_mass,
-            position_flip=said.position_flip,
-            votes=[ballot.to_vote() for ballot in comparisons],
-            explanation=said.explanation_forward,
+            p_a=self.compute_label(label_order, total) if has_label else None,
+            p_forward=total.p_forward,
+            p_backward=total.p_backward,
+            position_gap=total.position_gap,
+            option_mass=total.option_mass,
+            position_flip=total.position_flip,
+            votes=[comparison.to_vote() for comparison in comparisons],
+            explanation=total.explanation_forward,
             outcome=outcome,
             preset=self.preset,
-            label_order=order,
+            label_order=label_order,
         )
 
     def compute_record_id(self, pair: ResponsePair) -> str:
@@ -278,39 +284,41 @@ class JudgeStage:
 
 
 def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Comparison:
-    """All ballots as one comparison: the mean of those that count, by weight.
+    """Combine the votes into one comparison: the mean of the votes that count, by weight.
 
-    Of several outcomes that bar a label the one with the most weight is told. Where no ballot counts the mean is of what could
-    be read, for the record; it is no label.
+    If the votes give no label, the outcome is the one with the most weight among the others, and the values are those of its
+    votes, for the record only.
     """
     weights: dict[Outcome, float] = defaultdict(float)
-    for ballot in comparisons:
-        weights[ballot.outcome] += ballot.question.weight
-    enough = 2 * weights[Outcome.OK] >= math.fsum(weights.values())
-    outcome = Outcome.OK if enough else max((o for o in weights if o is not Outcome.OK), key=weights.__getitem__)
-    counting = [b for b in comparisons if b.outcome is outcome] or comparisons
+    for vote in comparisons:
+        weights[vote.outcome] += vote.question.weight
+    if 2 * weights[Outcome.OK] >= math.fsum(weights.values()):
+        outcome = Outcome.OK
+    else:
+        outcome = max((o for o in weights if o is not Outcome.OK), key=weights.__getitem__)
+    counted = [vote for vote in comparisons if vote.outcome is outcome] or comparisons
+    vote_weights = [vote.question.weight for vote in counted]
     first = comparisons[0].comparison
     return Comparison(
-        p_forward=_weighted_mean(counting, [b.comparison.p_forward for b in counting]),
-        p_backward=_weighted_mean(counting, [b.comparison.p_backward for b in counting]),
-        option_mass_forward=min(b.comparison.option_mass_forward for b in counting),
-        option_mass_backward=min(b.comparison.option_mass_backward for b in counting),
-        usage=sum((b.comparison.usage for b in comparisons), NO_USAGE),
+        p_forward=_compute_weighted_mean([vote.comparison.p_forward for vote in counted], vote_weights),
+        p_backward=_compute_weighted_mean([vote.comparison.p_backward for vote in counted], vote_weights),
+        option_mass_forward=min(vote.comparison.option_mass_forward for vote in counted),
+        option_mass_backward=min(vote.comparison.option_mass_backward for vote in counted),
+        usage=sum((vote.comparison.usage for vote in comparisons), NO_USAGE),
         outcome=outcome,
         explanation_forward=first.explanation_forward if len(comparisons) == 1 else "",
         explanation_backward=first.explanation_backward if len(comparisons) == 1 else "",
     )
 
 
-def _weighted_mean(comparisons: Sequence[PrincipleComparison], values: Sequence[float]) -> float:
-    """The weighted mean; of one value that value itself."""
-    total = math.fsum(b.question.weight for b in comparisons)
-    return math.fsum(b.question.weight * value for b, value in zip(comparisons, values, strict=True)) / total
-
-
-def _nan_to_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _compute_weighted_mean(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Return the weighted mean; None if any value is unknown."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return None
+    return math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True)) / math.fsum(weights)
 
 
 def make_constitution_ref(constitution: Constitution) -> ConstitutionRef:
+    """Return the reference to a constitution that records carry."""
     return ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash)

@@ -1,7 +1,7 @@
-"""Respond: prompts -> responses. The policy answers each prompt k times.
+"""Respond: prompts -> responses. The policy samples `num_completions` completions for each prompt.
 
-One Response carries all completions with their token ids, their log-probabilities under the sampling temperature and the
-version of the policy that sampled them: PPO trains on exactly these and never generates again.
+A Response carries all completions with their token ids, their log-probabilities under the sampling temperature and the version
+of the policy that sampled them. PPO trains on exactly these tokens and never samples again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from schemas.records import Completion, ModelRef, Prompt, Response, Sampling
 
 @dataclass(frozen=True)
 class RespondStage:
-    """The respond stage. `policy` gives the model that answers now and its version."""
+    """The respond stage. `get_policy` returns the current policy and its version."""
 
     get_policy: Callable[[], tuple[Model, int]]
     num_completions: int
@@ -29,27 +29,27 @@ class RespondStage:
         model, version = self.get_policy()
         configuration = self.compute_fingerprint(model, version)
         record_ids = [ids.compute_record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
-        asks = [
+        requests = [
             GenerationRequest(tuple(prompt.messages), seed=ids.compute_seed(record_id))
             for prompt, record_id in zip(prompts, record_ids, strict=True)
         ]
         started = time.monotonic()
-        answers = model.generate(
-            asks,
+        generations_by_prompt = model.generate(
+            requests,
             num_completions=self.num_completions,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
-        latency = 1000 * (time.monotonic() - started) / len(prompts)
+        latency_ms = 1000 * (time.monotonic() - started) / len(prompts)
         lineage = {
             "model": ModelRef(id=model.id, revision=model.revision),
             "policy_version": version,
-            "latency_ms": latency,
+            "latency_ms": latency_ms,
         }
         return [
             [self.make_response(prompt, record_id, generations, lineage)]
-            for prompt, record_id, generations in zip(prompts, record_ids, answers, strict=True)
+            for prompt, record_id, generations in zip(prompts, record_ids, generations_by_prompt, strict=True)
         ]
 
     def compute_fingerprint(self, model: Model, version: int) -> str:

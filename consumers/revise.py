@@ -1,7 +1,7 @@
-"""Revise: critiques -> revisions. The text is written anew in the light of its critique.
+"""Revise: critiques -> revisions. The model rewrites the response according to its critique.
 
-A revision that is empty, that copies the text it should improve, that repeats a worked example, or that a server's filter kept
-back is recorded as such and ends its chain as UNUSABLE: it never trains.
+A revision is rejected if it is empty, copies the response that it should improve, repeats a few-shot example, or was withheld
+by a server's content filter. The record has the rejection reason, and its chain ends as UNUSABLE: it never trains.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from engine.models.interface import Generation, GenerationRequest, Model
 from schemas import ids
 from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
 
-_ECHO_NGRAM_SIZE = 5  # so many words of a worked example in a row are no coincidence
+_ECHO_NGRAM_SIZE = 5  # this many consecutive words of a few-shot example are no coincidence
 
 
 def _extract_ngrams(text: str) -> set[tuple[str, ...]]:
-    """Every run of ECHO_WORDS words of a text, in lower case and without punctuation."""
+    """Return the word n-grams of a response, in lower case and without punctuation."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + _ECHO_NGRAM_SIZE]) for i in range(len(words) - _ECHO_NGRAM_SIZE + 1)}
 
 
 @dataclass(frozen=True)
 class ReviseStage:
-    """The revision stage."""
+    """The revise stage."""
 
     model: Model
     constitution: Constitution
@@ -39,40 +39,48 @@ class ReviseStage:
     preset: str = "charter"
 
     def __call__(self, critiques: Sequence[Critique]) -> list[list[Revision]]:
-        waiting = [critique for critique in critiques if not critique.final]
-        if not waiting:
+        pending = [critique for critique in critiques if not critique.final]
+        if not pending:
             return [[] for _ in critiques]
         started = time.monotonic()
-        answers = self.model.generate(
-            [self.make_request(critique) for critique in waiting],
+        generations = self.model.generate(
+            [self.make_request(critique) for critique in pending],
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
-        latency = 1000 * (time.monotonic() - started) / len(waiting)
-        made = iter([self.make_record(critique, answer, latency) for critique, (answer,) in zip(waiting, answers, strict=True)])
-        return [[] if critique.final else [next(made)] for critique in critiques]
+        latency_ms = 1000 * (time.monotonic() - started) / len(pending)
+        revisions = iter(
+            [
+                self.make_record(critique, generation, latency_ms)
+                for critique, (generation,) in zip(pending, generations, strict=True)
+            ]
+        )
+        return [[] if critique.final else [next(revisions)] for critique in critiques]
 
     def make_request(self, critique: Critique) -> GenerationRequest:
         principle = next((p for p in self.constitution.critique if p.id == critique.principle_id), None)
-        request = principle.revision_prompt if principle else "Rewrite the answer so that the problem is gone."
+        revision_prompt = principle.revision_prompt if principle else "Rewrite the answer so that the problem is gone."
         examples = self.constitution.examples if self.few_shot else ()
-        messages = templates.make_revision_messages(critique.messages, critique.response, critique.critique, request, examples)
+        messages = templates.make_revision_messages(
+            critique.messages, critique.response, critique.critique, revision_prompt, examples
+        )
         return GenerationRequest(messages, seed=ids.compute_stage_seed("revise", critique.response_id, critique.round))
 
     def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
-        after = generation.text
+        """Return why a revision is unusable; NONE if it is usable."""
+        response = generation.text
         if generation.finish_reason == "refused":
             return RejectionReason.REFUSED
-        if not after.strip():
+        if not response.strip():
             return RejectionReason.EMPTY
-        if after.split() == previous_response.split():
+        if response.split() == previous_response.split():
             return RejectionReason.COPY
-        shown = [text for example in self.constitution.examples for text in (example.revision, example.answer)]
-        if self.few_shot and any(
-            _extract_ngrams(text) & _extract_ngrams(after) - _extract_ngrams(previous_response) for text in shown
-        ):
-            return RejectionReason.ECHO
+        if self.few_shot:
+            new_ngrams = _extract_ngrams(response) - _extract_ngrams(previous_response)
+            for example in self.constitution.examples:
+                if new_ngrams & (_extract_ngrams(example.revision) | _extract_ngrams(example.answer)):
+                    return RejectionReason.ECHO
         return RejectionReason.NONE
 
     def compute_record_id(self, critique: Critique) -> str:
@@ -87,19 +95,19 @@ class ReviseStage:
         return ids.compute_record_id("revise", [critique.record_id], configuration)
 
     def make_record(self, critique: Critique, generation: Generation, latency_ms: float) -> Revision:
-        text = generation.text.strip()
-        fault = self.find_rejection_reason(critique.response, generation)
-        unusable = fault is not RejectionReason.NONE
-        done = Round(
+        response = generation.text.strip()
+        rejection_reason = self.find_rejection_reason(critique.response, generation)
+        unusable = rejection_reason is not RejectionReason.NONE
+        finished_round = Round(
             round=critique.round + 1,
             principle_id=critique.principle_id or "",
             critique=critique.critique,
-            revision=text,
+            revision=response,
         )
         chain = get_carried_fields(critique) | {
-            "rounds": [*critique.rounds, done],
+            "rounds": [*critique.rounds, finished_round],
             "round": critique.round + 1,
-            "response": text,
+            "response": response,
             "finish_reason": read_finish_reason(generation),
             "previous_response": critique.response,
             "previous_finish_reason": critique.finish_reason,
@@ -119,8 +127,8 @@ class ReviseStage:
             latency_ms=latency_ms,
             preset=self.preset,
             critique=critique.critique,
-            similarity=compute_similarity(critique.response, text),
-            rejection_reason=fault,
+            similarity=compute_similarity(critique.response, response),
+            rejection_reason=rejection_reason,
             final=unusable,
             end_reason=EndReason.UNUSABLE if unusable else EndReason.NONE,
             final_response=critique.response if unusable else None,

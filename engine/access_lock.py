@@ -1,14 +1,14 @@
-"""The gate of the database file: one writer, many readers, and the writer first.
+"""The access lock of the database file: one writer, many readers, and the writer has priority.
 
-DuckDB locks its file across processes, and two plain readers starve a writer that opens per flush. So Charter's own processes
-pass this gate before they open the file. It is three `flock` locks in one folder:
+DuckDB locks its file across processes, and two readers can starve a writer that opens the file for each flush. So Charter's
+processes acquire this lock before they open the file. It consists of three `flock` locks in one folder:
 
-* `turn`   everyone queues here; a writer keeps it while it waits, so that no new reader gets past it;
-* `file`   shared by readers, exclusive to the writer, for as long as the database is open;
-* `queue`  shared by readers that wait; a writer that yields looks here whether anyone does.
+* `turn`   every process acquires it first; a waiting writer holds it, so that no new reader can overtake;
+* `file`   shared by readers, exclusive to the writer, while the database is open;
+* `queue`  shared by waiting readers; a writer tests it to detect them.
 
-Locks end with their process, so a killed holder never blocks the others. The holder's process id stands in `file`, for
-messages.
+The locks end with their process, so a killed process never blocks the others. `file` contains the process id of the last
+writer, for messages.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _POLL_INTERVAL_S = 0.005
 
 
 class AccessLock:
-    """The gate in `folder`. Each use opens its own file descriptors, so threads of one process exclude each other too."""
+    """The lock in `folder`. Each use opens new file descriptors, so threads of one process exclude each other too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def read_lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold the file for reading; raises StoreBusy when it is not free within `wait_s` seconds."""
+        """Hold the lock for reading. Raise StoreBusy if it is not free within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         with (
             self.open_lock_file_for_reading("queue") as queue,
@@ -49,7 +49,7 @@ class AccessLock:
 
     @contextmanager
     def write_lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold the file for writing, ahead of every reader that is not in yet."""
+        """Hold the lock for writing, before every reader that does not hold it yet. Raise StoreBusy as `read_lock` does."""
         deadline = time.monotonic() + timeout_s
         with self.open_lock_file("turn") as turn, self.open_lock_file("file") as file:
             self.acquire_flock(turn, fcntl.LOCK_EX, deadline)
@@ -60,7 +60,7 @@ class AccessLock:
             yield
 
     def has_waiting_readers(self) -> bool:
-        """Whether a reader is queueing now."""
+        """Return whether a reader is waiting."""
         with self.open_lock_file("queue") as queue:
             with suppress(BlockingIOError):
                 fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +68,7 @@ class AccessLock:
             return True
 
     def get_holder_pid(self) -> str:
-        """The process id of the last writer, for messages."""
+        """Return the process id of the last writer, for messages."""
         try:
             return (self.folder / "file").read_text().strip() or "unknown"
         except FileNotFoundError:
@@ -76,7 +76,7 @@ class AccessLock:
 
     @contextmanager
     def open_lock_file_for_reading(self, name: str) -> Iterator[int]:
-        """As `opened`; who may only read can take a turn too, once a writer has made the gate: a lock asks for no more."""
+        """Open a lock file as `open_lock_file` does, or read-only if it is not writable: flock needs no write permission."""
         if os.access(self.folder / name, os.R_OK) and not os.access(self.folder / name, os.W_OK):
             descriptor = os.open(self.folder / name, os.O_RDONLY)
             try:
@@ -103,8 +103,8 @@ class AccessLock:
                 return
             if time.monotonic() >= deadline:
                 raise StoreBusy(
-                    f"the database beside {self.folder} is busy",
-                    f"process {self.get_holder_pid()} writes to it, or a long query holds it",
-                    "try again, or look with: charter status",
+                    f"the database next to {self.folder} is busy",
+                    f"process {self.get_holder_pid()} is writing to it, or a long query is running",
+                    "try again, or type: charter status",
                 )
             time.sleep(_POLL_INTERVAL_S)

@@ -1,8 +1,7 @@
-"""Consistent copies of a data folder: a snapshot of the database for a notebook, a backup of everything, its restoration.
+"""Consistent copies of a data folder: a snapshot of the database, a backup of the whole folder, and its restoration.
 
-A plain copy of a DuckDB file that someone writes to can silently miss rows. Here the gate is held as a reader for as long as
-the copying takes: the sink has then given the file back, everything that it has committed is in it, and the log keeps what
-comes.
+A plain copy of a DuckDB file that is being written can silently miss rows. So the access lock is held for reading while the
+file is copied: the sink has then closed the file, all its commits are in it, and new records stay in the log.
 """
 
 from __future__ import annotations
@@ -29,20 +28,22 @@ _LOCK_TIMEOUT_S = 60.0
 
 
 def create_snapshot(store: Store, target: Path) -> int:
-    """Copy the database to `target`, which appears complete or not at all; returns how many records it has."""
+    """Copy the database to `target`, which appears complete or not at all. Return the number of records in it."""
     if target.exists():
-        raise UsageError(f"{target} is there already", "a snapshot never overwrites", "give another name, or remove it")
+        raise UsageError(
+            f"{target} already exists", "a snapshot never overwrites a file", "give another name, or remove the file"
+        )
     if not store.path.exists():
-        raise UsageError(f"there is no database at {store.path} yet", "the sink makes it", "type: charter run")
+        raise UsageError(f"there is no database at {store.path} yet", "the sink creates it", "type: charter run")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     with store.access_lock.read_lock(_LOCK_TIMEOUT_S):
-        with open_connection(store.path, read_only=True) as connection:  # no copy of what another program writes, or has made
+        with open_connection(store.path, read_only=True) as connection:  # fails for a file of another program or version
             check_format_version(connection, store.path)
-        for suffix in ("", ".wal"):  # a killed sink leaves its last transactions in the WAL
+        for suffix in ("", ".wal"):  # after a killed sink the last transactions are in the WAL
             if (source := store.path.with_name(store.path.name + suffix)).exists():
                 shutil.copyfile(source, temporary.with_name(temporary.name + suffix))
-    with open_connection(temporary, read_only=False) as connection:  # folds the WAL in, and shows that the copy can be read
+    with open_connection(temporary, read_only=False) as connection:  # checkpoints the WAL and verifies that the copy opens
         check_format_version(connection, temporary)
         ((records,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
     fsync_path(temporary)
@@ -51,37 +52,41 @@ def create_snapshot(store: Store, target: Path) -> int:
 
 
 def create_backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[str, object]:
-    """Copy a data folder (and its embedded log) to the new folder `target`; returns what is in it.
+    """Copy a data folder and its embedded log to the new folder `target`. Return the manifest of the backup.
 
-    The database goes first and the log after it: the log then has everything that the database has, and the sink goes on from
-    there. A Kafka log is not copied; it is replicated by its own means.
+    The database is copied before the log, so that the log contains every record of the database and the sink can continue. A
+    Kafka log is not copied; use Kafka's replication.
     """
     if not (folder / _DATABASE_FILENAME).exists() and not (bus_folder and (bus_folder / embedded.LOG_FILENAME).exists()):
-        raise UsageError(f"there is nothing to back up in {folder}", "it has no database and no log", "name it: --data FOLDER")
+        raise UsageError(
+            f"there is nothing to back up in {folder}", "it has no database and no log", "name the folder: --data FOLDER"
+        )
     if target.exists():
-        raise UsageError(f"{target} is there already", "a backup never overwrites", "give another name, or remove it")
+        raise UsageError(
+            f"{target} already exists", "a backup never overwrites a folder", "give another name, or remove the folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        about: dict[str, object] = {"created_at": datetime.now(UTC).isoformat()}
+        manifest: dict[str, object] = {"created_at": datetime.now(UTC).isoformat()}
         store = Store(folder / _DATABASE_FILENAME)
         if store.path.exists():
-            about["records"] = create_snapshot(store, temporary / _DATABASE_FILENAME)
+            manifest["records"] = create_snapshot(store, temporary / _DATABASE_FILENAME)
         if bus_folder is not None and (bus_folder / embedded.LOG_FILENAME).exists():
-            about["messages"] = _copy_log(bus_folder / embedded.LOG_FILENAME, temporary / embedded.LOG_FILENAME)
-        about["checkpoints"] = _copy_checkpoints(folder / _CHECKPOINTS_FOLDER, temporary / _CHECKPOINTS_FOLDER)
-        (temporary / _MANIFEST_FILENAME).write_text(json.dumps(about, indent=2), encoding="utf-8")
+            manifest["messages"] = _copy_log(bus_folder / embedded.LOG_FILENAME, temporary / embedded.LOG_FILENAME)
+        manifest["checkpoints"] = _copy_checkpoints(folder / _CHECKPOINTS_FOLDER, temporary / _CHECKPOINTS_FOLDER)
+        (temporary / _MANIFEST_FILENAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_path(target.parent)
-    return about
+    return manifest
 
 
 def _copy_log(source: Path, target: Path) -> int:
-    """A consistent copy of the embedded log, also while others write to it."""
+    """Copy the embedded log consistently, also while it is being written. Return the number of messages."""
     with closing(sqlite3.connect(source, timeout=embedded.BUSY_TIMEOUT_S)) as db, closing(sqlite3.connect(target)) as copy:
         db.backup(copy)
         (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
@@ -89,7 +94,7 @@ def _copy_log(source: Path, target: Path) -> int:
 
 
 def _copy_checkpoints(source: Path, target: Path) -> list[str]:
-    """Every complete checkpoint; one that is just being written is hidden, and left out."""
+    """Copy every complete checkpoint and return their names. A checkpoint that is being written has a hidden name."""
     names = sorted(p.name for p in source.iterdir() if not p.name.startswith(".")) if source.exists() else []
     for name in names:
         shutil.copytree(source / name, target / name, copy_function=_link_or_copy)
@@ -97,7 +102,7 @@ def _copy_checkpoints(source: Path, target: Path) -> list[str]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Checkpoints are never written to again, so on one disk a second name for the file is a copy."""
+    """Hard-link a file, or copy it to another disk. A link is a safe copy, because checkpoints are never modified."""
     try:
         os.link(source, target)
     except OSError:
@@ -105,13 +110,13 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def restore_backup(source: Path, folder: Path, report: Callable[[str], None]) -> None:
-    """Fill the new data folder `folder` from a backup."""
+    """Restore a backup into the new data folder `folder`."""
     if not (source / _MANIFEST_FILENAME).is_file():
         raise UsageError(
-            f"{source} is no backup", f"it has no {_MANIFEST_FILENAME}", "give a folder that charter backup has made"
+            f"{source} is not a backup", f"it has no {_MANIFEST_FILENAME}", "give a folder written by charter backup"
         )
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", "a restoration never overwrites", "give a new one: --data FOLDER")
+        raise UsageError(f"{folder} is not empty", "a restoration never overwrites data", "give a new folder: --data FOLDER")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for path in source.iterdir():
@@ -120,7 +125,7 @@ def restore_backup(source: Path, folder: Path, report: Callable[[str], None]) ->
         elif path.name != _MANIFEST_FILENAME:
             shutil.copy2(path, temporary / path.name)
         if path.name != _MANIFEST_FILENAME:
-            report(f"{path.name} is back")
+            report(f"restored {path.name}")
     if folder.exists():
         folder.rmdir()
     temporary.chmod(0o755)

@@ -1,9 +1,9 @@
-"""Limits on what a run may use: tokens, and money for models that have a price.
+"""Limits on the usage of a run: tokens, and cost for models with a price.
 
-At the limit of tokens no new prompts are begun, and what is begun is finished. At the limit of cost every stage pauses: only
-the requests that are under way are still paid for. Nothing is lost by either; with a higher limit the run goes on.
+At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses;
+only requests in progress still cost money. Neither limit loses anything: with a higher limit the run continues.
 
-What a run has used is read from the records themselves, so every copy of every stage sees the same sum, also after a restart.
+The usage is computed from the records, so all instances of all stages have the same total, also after a restart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PRICE_UNIT_TOKENS = 1_000_000
 
 @dataclass(frozen=True)
 class Price:
-    """What a model costs, in whatever currency, for a million tokens that it reads and for a million that it writes."""
+    """The price of a model per million prompt tokens and per million completion tokens, in any currency."""
 
     prompt_per_million: float
     completion_per_million: float
@@ -40,18 +40,18 @@ class Price:
 
 
 def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
-    """Prices by model from texts such as `MODEL=0.15/0.60`."""
+    """Return model -> price from entries such as `MODEL=0.15/0.60`. Raise UsageError for a malformed entry."""
     prices = {}
     for text in texts:
-        model, _, figures = text.rpartition("=")
+        model, _, numbers = text.rpartition("=")
         try:
-            prompt, completion = (float(figure) for figure in figures.split("/"))
+            prompt, completion = (float(number) for number in numbers.split("/"))
         except ValueError:
             prompt = completion = math.nan
         if not model or not (0 <= prompt < math.inf and 0 <= completion < math.inf):
             raise UsageError(
                 f"budget.prices cannot be {text!r}",
-                "a price is a model's name and what a million tokens cost: those it reads, and those it writes",
+                "a price is a model name with the cost of a million prompt tokens and of a million completion tokens",
                 'write it as MODEL=0.15/0.60, e.g. --set "budget.prices=MODEL=0.15/0.60"',
             )
         prices[model] = Price(prompt, completion)
@@ -59,7 +59,7 @@ def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
 
 
 class Budget:
-    """Follows what the run `run_id` uses; a limit of 0 is none. Workers' threads share it."""
+    """The usage of a run and its limits; 0 means no limit. It is thread-safe, and all workers of a process share it."""
 
     def __init__(
         self, bus: Bus, run_id: str, *, max_tokens: int = 0, max_cost: float = 0.0, prices: Mapping[str, Price] | None = None
@@ -72,11 +72,11 @@ class Budget:
         self.next_poll_at = 0.0
         self.warned_limits: set[str] = set()
         self.lock = threading.Lock()
-        while any(self.reader.positions()[place] < end for place, end in ends.items()):
+        while any(self.reader.positions()[tp] < end for tp, end in ends.items()):
             self.read_usage(1.0)
 
     def can_admit(self, stage: str) -> bool:
-        """Whether a stage may begin more, as of at most a second ago."""
+        """Return whether a stage may start new work. The usage is at most one second old."""
         with self.lock:
             if time.monotonic() >= self.next_poll_at:
                 while self.read_usage(0.0):
@@ -87,8 +87,8 @@ class Budget:
     def is_within_token_limit(self) -> bool:
         if not self.max_tokens or self.tokens < self.max_tokens:
             return True
-        used = f"{self.tokens} tokens of budget.max_tokens = {self.max_tokens}"
-        self.warn_once("tokens", f"{used}: it takes no new prompts, and finishes what it has begun")
+        usage = f"{self.tokens} tokens of budget.max_tokens = {self.max_tokens}"
+        self.warn_once("tokens", f"{usage}: it accepts no new prompts and finishes those in progress")
         return False
 
     def is_within_cost_limit(self) -> bool:
@@ -100,20 +100,21 @@ class Budget:
     def warn_once(self, limit: str, usage: str) -> None:
         if limit not in self.warned_limits:
             self.warned_limits.add(limit)
-            logger.warning("run %s has used %s. To go on, raise the limit and start again; nothing is lost", self.run_id, usage)
+            logger.warning("run %s has used %s. To continue, raise the limit and restart; nothing is lost", self.run_id, usage)
 
     def read_usage(self, timeout_s: float) -> int:
-        messages = self.reader.poll(timeout_s, _MAX_POLL_RECORDS)
-        for message in messages:
-            self.add_usage(message)
-        return len(messages)
+        """Add the usage of new records; return the number of records."""
+        records = self.reader.poll(timeout_s, _MAX_POLL_RECORDS)
+        for record in records:
+            self.add_usage(record)
+        return len(records)
 
     def add_usage(self, consumer_record: ConsumerRecord) -> None:
         if self.run_header not in consumer_record.headers:
             return
         try:
             record: Record = decode_any_record(consumer_record.value or b"")
-        except RecordError:  # its reader makes a dead letter of it
+        except RecordError:  # the stage that reads this topic makes it a dead letter
             return
         self.tokens += record.prompt_tokens + record.completion_tokens
         if record.model and (price := self.prices.get(record.model.id)):

@@ -1,7 +1,8 @@
-"""Checkpoints: folders of safetensors with a manifest, written whole or not at all.
+"""Checkpoints: folders of safetensors with a manifest, written atomically.
 
-`write` saves into a temporary folder beside the target, writes the manifest with a hash over every file, flushes all of it to
-disk and renames. `read` verifies the hash, so that what a PolicyUpdate names is what is loaded, and refuses pickled weights.
+`write_checkpoint` saves into a temporary folder next to the target, writes the manifest with a hash over all files, syncs
+everything to disk and renames the folder. `read_checkpoint` verifies the hash, so that exactly the weights of a PolicyUpdate are
+loaded, and rejects pickled weights.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) -> Checkpoint:
-    """Let `save` fill a folder, and make it appear at `folder` complete with its manifest."""
+    """Write a checkpoint at `folder`: its files by `save`, and its manifest. It appears complete or not at all.
+
+    Raise CheckpointsFull if the disk is full.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp's folder is its owner's alone; other workers read checkpoints
+        temporary.chmod(0o755)  # mkdtemp creates it for its owner only, and workers of other users read checkpoints
         save(temporary)
         _reject_pickles(temporary)
         content_hash = hash_files(temporary)
@@ -57,7 +61,7 @@ def write_checkpoint(folder: Path, save: Callable[[Path], None], manifest: dict[
 
 
 def is_disk_full_error(error: BaseException) -> bool:
-    """Whether it is the disk's fault. Writers in Rust and C++ give the system's words, not its number."""
+    """Return whether the cause of an error is a full disk. Libraries in Rust and C++ report the message, not the errno."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS:
         return True
     return any(os.strerror(code) in str(error) for code in _DISK_FULL_ERRNOS)
@@ -65,35 +69,35 @@ def is_disk_full_error(error: BaseException) -> bool:
 
 def make_disk_full_error(checkpoints: Path, why: str) -> CheckpointsFull:
     return CheckpointsFull(
-        f"there is no room for a checkpoint in {checkpoints}",
+        f"there is not enough disk space for a checkpoint in {checkpoints}",
         why.splitlines()[0][:300] if why else "",
-        "make room on that disk (train.save_total_limit says how many are kept); nothing was published, and the batch is tried again",
+        "free disk space (train.save_total_limit limits the kept checkpoints); nothing was published, and the batch is retried",
     )
 
 
 def require_disk_space(checkpoints: Path, model_folder: Path) -> None:
-    """Raise CheckpointsFull when the disk has not room for a folder as large as `model`, before hours are spent on it."""
+    """Raise CheckpointsFull if the disk cannot hold a folder as large as `model_folder`, before hours of training."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     needed, free = _get_folder_size(model_folder), shutil.disk_usage(checkpoints).free
     if free < needed:
-        raise make_disk_full_error(checkpoints, f"it takes about {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+        raise make_disk_full_error(checkpoints, f"it needs about {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
 def _get_folder_size(folder: Path) -> int:
-    """The bytes of a folder's files."""
+    """Return the total size of the files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def remove_incomplete(checkpoints: Path) -> list[Path]:
-    """Remove what killed trainers left half-written; the temporary folders of `write` begin with a dot."""
-    left = [path for path in checkpoints.glob(".*-*") if path.is_dir()] if checkpoints.exists() else []
-    for path in left:
+    """Remove the incomplete checkpoints of killed trainers: temporary folders, whose names start with a dot. Return them."""
+    incomplete = [path for path in checkpoints.glob(".*-*") if path.is_dir()] if checkpoints.exists() else []
+    for path in incomplete:
         shutil.rmtree(path)
-    return left
+    return incomplete
 
 
 def compute_revision(folder: Path) -> str:
-    """The content hash of a model's weights: what every answer of theirs is stamped with."""
+    """Return the content hash of the weights of a model, which its records contain as the model revision."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
@@ -102,34 +106,34 @@ def compute_revision(folder: Path) -> str:
 
 
 def locate_checkpoint(uri: str, checkpoints: Path) -> Path:
-    """Where the checkpoint of an update is: where it was written or, in a folder that was moved or restored, among ours."""
-    written = Path(uri)
-    beside = checkpoints / written.name
-    return beside if not written.exists() and beside.exists() else written
+    """Return the folder of a checkpoint: its URI, or the folder of that name in `checkpoints` if the data folder was moved."""
+    original = Path(uri)
+    moved = checkpoints / original.name
+    return moved if not original.exists() and moved.exists() else original
 
 
 def read_checkpoint(folder: Path, content_hash: str | None = None) -> Checkpoint:
-    """A checkpoint whose files are what its manifest (and `content_hash`, when given) says; raises CharterError."""
+    """Return a checkpoint after verifying its files against `content_hash`, or against its manifest. Raise CharterError."""
     try:
         manifest = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"{folder} is no checkpoint of ours", f"its {MANIFEST_FILENAME} cannot be read: {error}", "type: charter status"
+            f"{folder} is not a Charter checkpoint", f"its {MANIFEST_FILENAME} cannot be read: {error}", "type: charter status"
         ) from error
     _reject_pickles(folder)
-    hashed = hash_files(folder)
-    wanted = content_hash or manifest.get("content_hash")
-    if hashed != wanted:
+    actual = hash_files(folder)
+    expected = content_hash or manifest.get("content_hash")
+    if actual != expected:
         raise CharterError(
             f"the checkpoint {folder} is damaged",
-            f"its files hash to {hashed[:16]}, not to {str(wanted)[:16]}",
-            "restore the folder from a copy; to go on from an earlier policy, type: charter policy rollback",
+            f"the hash of its files is {actual[:16]}, expected {str(expected)[:16]}",
+            "restore the folder from a copy; to continue from an earlier policy, type: charter policy rollback",
         )
-    return Checkpoint(folder, manifest, hashed)
+    return Checkpoint(folder, manifest, actual)
 
 
 def hash_files(folder: Path) -> str:
-    """SHA-256 over the names and contents of every file but the manifest."""
+    """Return the SHA-256 over the names and contents of all files except the manifest."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILENAME):
         with path.open("rb") as stream:
@@ -142,12 +146,12 @@ def _reject_pickles(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.suffix in _PICKLE_SUFFIXES:
             raise UsageError(
-                f"{path} is a pickle", "loading one can run any code", "save the weights as safetensors and try again"
+                f"{path} is a pickle file", "loading it can run arbitrary code", "save the weights as safetensors and try again"
             )
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power cut."""
+    """Sync a file, or the entries of a folder, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

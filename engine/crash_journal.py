@@ -1,11 +1,12 @@
-"""Which records a process was working on, so that its successor knows what may have killed it.
+"""The crash journal: the records that a process was processing, to find a record that crashes processes.
 
-Before a batch goes to the model its coordinates are written to a small file, which is emptied when the batch is finished.
-A process that dies in between leaves them there. Its successor counts a death for each of these records and works them one
-at a time, so that a record that kills the process (it makes the model run out of memory, say) is found: at its third death it
-is a dead letter of kind CRASH. Without this such a record would kill every process that ever reads it.
+Before a batch goes to the model, its coordinates are written to a small file; the file is cleared when the batch is finished.
+A process that crashes in between leaves them in the file. Its restarted process counts a crash for each of these records and
+processes them one at a time. A record that has crashed MAX_CRASHES processes (for example because the model runs out of memory)
+becomes a dead letter of kind CRASH. Without the journal such a record would crash every process that reads it.
 
-The file is not synced: it has to outlive the process, not the machine. Deaths are shared by all copies of a stage on a host.
+The file is not fsynced: it must survive a crash of the process, not of the machine. All instances of a stage on a host share
+the crash counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_CRASHES = 3
 
 
 class CrashJournal:
-    """The journal of one copy of a stage. `folder` is the stage's, `slot` the copy's name."""
+    """The journal of one instance of a stage. `folder` belongs to the stage, `instance` is the name of the instance."""
 
     def __init__(self, folder: Path, instance: str) -> None:
         self.crash_counts_folder = folder / "suspects"
@@ -33,7 +34,7 @@ class CrashJournal:
         self.clear()
 
     def increment_crash_counts(self, names: Iterable[str]) -> None:
-        """Count a death for each of these records."""
+        """Count a crash for each of these records."""
         for name in names:
             path = self.crash_counts_folder / name
             path.write_text(str(self.get_crash_count(name) + 1))
@@ -45,23 +46,23 @@ class CrashJournal:
             return 0
 
     def crash_counts(self) -> dict[str, int]:
-        """Record -> how many processes have died at it, for those at which one has."""
+        """Return record -> number of processes that crashed while processing it, without zeros."""
         return {path.name: self.get_crash_count(path.name) for path in self.crash_counts_folder.iterdir()}
 
     def mark_started(self, consumer_records: Iterable[ConsumerRecord]) -> None:
-        """These records go to the model now."""
+        """Add records whose processing starts."""
         with self.lock:
-            self.in_progress |= {make_coordinates_key(message) for message in consumer_records}
+            self.in_progress |= {make_coordinates_key(record) for record in consumer_records}
             self.write_in_progress()
 
     def mark_finished(self, consumer_records: Iterable[ConsumerRecord]) -> None:
-        """They have come back."""
+        """Remove records whose processing has ended."""
         with self.lock:
-            self.in_progress -= {make_coordinates_key(message) for message in consumer_records}
+            self.in_progress -= {make_coordinates_key(record) for record in consumer_records}
             self.write_in_progress()
 
     def clear(self) -> None:
-        """The process ends for another reason than these records."""
+        """Remove all records: the process ends for another reason."""
         with self.lock:
             self.in_progress = set()
             self.write_in_progress()
@@ -72,13 +73,14 @@ class CrashJournal:
         os.ftruncate(self.descriptor, len(text))
 
     def clear_crash_count(self, consumer_records: Iterable[ConsumerRecord]) -> None:
-        """These records are finished: no process will die at them any more."""
-        for message in consumer_records:
-            (self.crash_counts_folder / make_coordinates_key(message)).unlink(missing_ok=True)
+        """Delete the crash counts of records that are committed."""
+        for record in consumer_records:
+            (self.crash_counts_folder / make_coordinates_key(record)).unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self.descriptor)
 
 
 def make_coordinates_key(consumer_record: ConsumerRecord) -> str:
+    """Return the coordinates of a record in a form that is valid as a file name."""
     return f"{consumer_record.topic}-{consumer_record.partition}-{consumer_record.offset}"

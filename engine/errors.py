@@ -1,31 +1,31 @@
-"""Every error that Charter raises on purpose.
+"""The errors that Charter raises deliberately.
 
     CharterError                    exit code 1
     +-- UsageError                  exit code 2: the command or a setting is wrong
-    +-- DependencyUnreachable       exit code 3: something outside is away; a stage pauses, nothing is lost
+    +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses nothing
     |   +-- BusUnreachable
     |   +-- ModelUnreachable
-    |   +-- RegistryUnreachable
+    |   +-- SchemaRegistryUnreachable
     |   +-- StoreBusy
     |   +-- StoreFull
     |   +-- CheckpointsFull
-    +-- CommitInDoubt               the writer must be thrown away and the committed offsets read again
-    +-- Fenced                      another writer with this transactional id has taken over
+    +-- CommitUncertain             close the writer, open a new one and read the committed offsets again
+    +-- WriterFenced                another writer with the same transactional id has taken over
     +-- PartitionLost               the partition moved to another member before the commit
     +-- OffsetsLost                 the log no longer has the records at the stored offset
-    +-- PermanentRecordError        this one record can never succeed: a dead letter
-    +-- TrainingFailed                 a batch that no policy or reward model can be learned from; nothing was saved
-    +-- DeadLettersInARow           so many records fail alike that it is not their fault
-    +-- DataFolderVersion           the data folder was written by another version
+    +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
+    +-- TrainingFailed              training on this batch failed; nothing was saved
+    +-- TooManyDeadLetters          consecutive records fail in the same way, so the cause is not in the records
+    +-- DataFolderVersionMismatch   the data folder was written by another version of Charter
 
-`str(error)` is three lines: what happened, why, and what to type.
+`str(error)` has three lines: what happened, why, and what to type.
 """
 
 from __future__ import annotations
 
 
 class CharterError(Exception):
-    """An error with a message for a person: what happened, why, and what to type."""
+    """An error with a message for the user: what happened, why, and what to type."""
 
     exit_code = 1
 
@@ -44,25 +44,25 @@ class UsageError(CharterError):
 
 
 class DependencyUnreachable(CharterError):
-    """Something that Charter needs is away for now."""
+    """An external dependency is temporarily unavailable."""
 
     exit_code = 3
 
 
 class BusUnreachable(DependencyUnreachable):
-    """The log (Kafka or the embedded one) does not answer."""
+    """The log (Kafka or embedded) is unreachable."""
 
 
 class ModelUnreachable(DependencyUnreachable):
-    """A model cannot be loaded, or its server does not answer."""
+    """A model cannot be loaded, or its server is unreachable."""
 
 
 class SchemaRegistryUnreachable(DependencyUnreachable):
-    """The schema registry does not answer, or not as one."""
+    """The schema registry is unreachable, or its response is invalid."""
 
 
 class StoreBusy(DependencyUnreachable):
-    """The DuckDB file is held by another process."""
+    """Another process holds the DuckDB file."""
 
 
 class StoreFull(DependencyUnreachable):
@@ -70,11 +70,11 @@ class StoreFull(DependencyUnreachable):
 
 
 class CheckpointsFull(DependencyUnreachable):
-    """There is no room on the disk for another checkpoint."""
+    """The disk has too little free space for another checkpoint."""
 
 
 class CommitUncertain(CharterError):
-    """It is not known whether a transaction was written."""
+    """The outcome of a transaction is unknown."""
 
 
 class WriterFenced(CharterError):
@@ -86,24 +86,23 @@ class PartitionLost(CharterError):
 
 
 class OffsetsLost(CharterError):
-    """The log no longer holds the records that come next."""
+    """The log no longer has the next records."""
 
 
 class PermanentRecordError(CharterError):
-    """This record can never be processed, however often it is tried."""
+    """This record can never be processed, so it is not retried."""
 
 
 class TrainingFailed(CharterError):
-    """A learner cannot train on this batch, or its numbers ran away: nothing was saved, the last good policy stays.
+    """Training on a batch failed or diverged. Nothing was saved, and the last good policy remains current.
 
-    The loop gives the batch up with an incident, and tries the phase again when there are more rows or another model to start
-    from.
+    The training loop voids the batch, records an incident, and retries the phase when it has more rows or a new base model.
     """
 
 
 class TooManyDeadLetters(CharterError):
-    """Many records in a row failed in the same way: the stage stops before it gives up on more."""
+    """Too many consecutive records failed in the same way. The stage stops before it writes more dead letters."""
 
 
 class DataFolderVersionMismatch(CharterError):
-    """A data folder was written by a version of Charter that this one cannot read."""
+    """The data folder was written by a version of Charter that this version cannot read."""

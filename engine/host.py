@@ -1,8 +1,8 @@
-"""One process that hosts stages: a thread for each worker and lane, and whatever else runs beside them (the sink).
+"""One process that runs stages: threads for each worker and model executor, and for other services (the sink).
 
-The first thread that fails stops the others, and its error is the process's error. `close` drains in order and within a bound:
-lanes finish the batch in hand, workers commit what is finished, the rest follows. A watchdog ends the process when a call to
-the log hangs.
+The first thread that fails stops the others, and its error becomes the error of the process. `close` stops them in order and
+within a time limit: executors finish their current batches, workers commit the finished records, then the services stop. A
+watchdog ends the process when a call to the log hangs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from engine.watchdog import CallTracker, Watchdog
 from engine.worker import ModelExecutor, Worker
 
 ThreadTarget = Callable[[threading.Event], None]
-_EXECUTOR_SHUTDOWN_FRACTION = 0.6  # of the time to drain; the rest is for commits
+_EXECUTOR_SHUTDOWN_FRACTION = 0.6  # of shutdown_timeout_s; the rest is for commits
 
 
 class Host:
-    """Runs workers, their lanes and other loops in threads; `failure` is the first error of any of them.
+    """Runs workers, their executors and other services in threads. `failure` is the first error of any thread.
 
-    `shutdown_timeout_s` bounds `close`; what a lane is still working on then is left, and done again by whoever reads it next. `call_timeout_s` is
-    the longest that a call to the log may take.
+    `shutdown_timeout_s` limits `close`. A batch that is not finished by then is abandoned, and its records are processed again
+    after a restart. `call_timeout_s` limits each call to the log.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Host:
         self.workers = list(workers)
         self.executors: list[ModelExecutor] = list({id(worker.executor): worker.executor for worker in workers}.values())
         self.services = services or {}
-        self.cleanup_callbacks = list(cleanup_callbacks)  # what the threads use, given back when they have ended
+        self.cleanup_callbacks = list(cleanup_callbacks)  # they release resources of the threads, after these have ended
         self.shutdown_timeout_s = shutdown_timeout_s
         self.watchdog = Watchdog(
             [*(worker.call_tracker for worker in workers), *watched_calls], call_timeout_s, self.exit_process
@@ -48,20 +48,21 @@ class Host:
         self.failure: BaseException | None = None
         self.failure_event = threading.Event()
         self.thread_groups: list[tuple[threading.Event, list[threading.Thread]]] = []
-        self.abandoned_threads: list[str] = []  # threads that had not ended when the time to drain was over
+        self.abandoned_threads: list[str] = []  # threads that did not end within shutdown_timeout_s
 
     def start(self) -> None:
-        lanes: dict[str, ThreadTarget] = {
-            f"{lane.name}-{n}": lane.run for lane in self.executors for n in range(lane.num_threads)
+        """Start all threads."""
+        executors: dict[str, ThreadTarget] = {
+            f"{executor.name}-{n}": executor.run for executor in self.executors for n in range(executor.num_threads)
         }
         workers: dict[str, ThreadTarget] = {worker.stage.name: worker.run for worker in self.workers}
-        # In the order in which they are stopped.
         watchdog: dict[str, ThreadTarget] = {"watchdog": self.watchdog.run}
-        self.thread_groups = [self.start_threads(group) for group in (lanes, workers, self.services, watchdog)]
+        # `close` stops the groups in this order.
+        self.thread_groups = [self.start_threads(group) for group in (executors, workers, self.services, watchdog)]
 
     def start_threads(self, targets: dict[str, ThreadTarget]) -> tuple[threading.Event, list[threading.Thread]]:
         stop = threading.Event()
-        # Daemons: a generation that outlasts the time to drain must not keep the process.
+        # Daemon threads: a generation that exceeds the shutdown timeout must not keep the process alive.
         threads = [
             threading.Thread(target=self.run_guarded, args=(run, stop), name=name, daemon=True) for name, run in targets.items()
         ]
@@ -72,7 +73,7 @@ class Host:
     def run_guarded(self, target: ThreadTarget, stop: threading.Event) -> None:
         try:
             target(stop)
-        except BaseException as error:  # carried to the main thread, which raises it
+        except BaseException as error:  # the main thread raises it
             if self.failure is None:
                 self.failure = error
             self.failure_event.set()
@@ -83,7 +84,7 @@ class Host:
             raise self.failure
 
     def close(self) -> None:
-        """Stop everything in order, waiting for it as long as there is time."""
+        """Stop the thread groups in order, each within the remaining time."""
         started = time.monotonic()
         for number, (stop, threads) in enumerate(self.thread_groups):
             deadline = started + self.shutdown_timeout_s * (_EXECUTOR_SHUTDOWN_FRACTION if number == 0 else 1.0)
@@ -100,7 +101,7 @@ class Host:
             self.cleanup_callbacks.pop(0)()
 
     def clear_journals(self) -> None:
-        """The records in work are not what ends this process."""
+        """Clear the crash journals: the records in progress are not the reason why the process ends."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.clear()

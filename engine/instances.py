@@ -1,8 +1,8 @@
-"""Slots: small numbers that processes on one host lease, so that a restarted one gets the name of the one that died.
+"""Instance names: numbers that the processes of one host lease, so that a restarted process gets the name of the dead one.
 
-A worker's group membership and transactional id carry its slot. The successor of a killed worker, under the same name, ends its
-open transaction and takes its partitions at once, instead of waiting until they time out. A lease is a file lock: it ends with
-its process.
+The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name aborts
+the open transaction of its predecessor and takes over its partitions at once, without waiting for a timeout. A lease is a file
+lock, so it ends with its process.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 class FileLock:
-    """A file lock that one process at a time holds; it ends with the process."""
+    """A file lock that one process at a time can hold. It is released when the process ends."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def try_acquire(self) -> bool:
-        """Whether it is ours now."""
+        """Try to acquire the lock without waiting. Return whether it is held."""
         with suppress(BlockingIOError):
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.descriptor, 0)
@@ -39,7 +39,7 @@ class FileLock:
 
 
 class InstanceLease:
-    """The lowest free slot of this host, held until `close` or the end of the process."""
+    """The lowest free instance number of this host, held until `close` or the end of the process."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

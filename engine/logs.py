@@ -1,7 +1,7 @@
-"""What a process logs: lines for a person, or one JSON object a line for a machine (`--log-json`).
+"""Log formats: text lines, or one JSON object per line (`--log-json`).
 
-An object has the time (UTC), the level, the logger and the message, the traceback where there is one, and what the line is
-about: the run and stage, and of a record its topic, partition, offset and prompt id.
+A JSON object has the time (UTC), level, logger, message and, if there is one, the traceback. It also has the fields that the
+message refers to: run and stage, and for a record its topic, partition, offset and prompt id.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 
 
 def format_coordinates(consumer_record: ConsumerRecord) -> str:
-    """Where a message is, as people write it."""
+    """Return the coordinates of a record in the form topic[partition]@offset."""
     return f"{consumer_record.topic}[{consumer_record.partition}]@{consumer_record.offset}"
 
 
 def get_coordinates(consumer_record: ConsumerRecord) -> dict[str, object]:
-    """What identifies a message, for `extra`; the key of a record is its prompt's id."""
+    """Return the coordinates of a record for `extra` of a logging call. The key of a record is its prompt id."""
     prompt = (consumer_record.key or b"").decode("utf-8", "replace")
     return {
         "topic": consumer_record.topic,
@@ -33,16 +33,16 @@ def get_coordinates(consumer_record: ConsumerRecord) -> dict[str, object]:
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON."""
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said: dict[str, object] = {
+        fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        said |= {name: getattr(record, name) for name in _EXTRA_FIELDS if hasattr(record, name)}
+        fields |= {name: getattr(record, name) for name in _EXTRA_FIELDS if hasattr(record, name)}
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=True, default=str)
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=True, default=str)

@@ -1,8 +1,8 @@
-"""Which policy answers now, which ones there were, and how to go back to an earlier one.
+"""The current policy, its history, and rollbacks to an earlier version.
 
-Everything here is read from the topics `policies` and `pauses`. Going back is going forward: a new PolicyUpdate with the next
-version points at the older weights and names what it restored_version, so that versions only rise and every stamp stays true. The
-weights change between batches, never within one, and every record carries the version of the weights that made it.
+All state is read from the topics `policies` and `pauses`. A rollback is a new PolicyUpdate with the next version, which refers
+to the older weights and has their version in `restored_version`. So versions only increase, and the versions in records stay
+valid. The weights change between batches, never within one, and every record has the version of the weights that produced it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _NIL_UUID = str(UUID(int=0))
 RESTORE_PHASE = "restore"
 
 
-# Versions. `known` are the updates in the order of the log.
+# Versions. `updates` are always in the order of the log.
 
 
 def read_policy_updates(bus: Bus) -> list[PolicyUpdate]:
-    """Every policy and reward update so far, in order; of two with one version the first."""
+    """Return all policy and reward-model updates in order. If two have the same version, the first one counts."""
     return deduplicate_updates([decode_record(value, PolicyUpdate) for value in read_values(bus, _POLICY_TOPIC)])
 
 
 def deduplicate_updates(updates: Iterable[PolicyUpdate]) -> list[PolicyUpdate]:
+    """Keep the first update of each kind and version."""
     kept: dict[tuple[PolicyKind, int], PolicyUpdate] = {}
     for update in updates:
         kept.setdefault((update.kind, update.version), update)
@@ -44,16 +45,17 @@ def deduplicate_updates(updates: Iterable[PolicyUpdate]) -> list[PolicyUpdate]:
 
 
 def index_policies(updates: Iterable[PolicyUpdate]) -> dict[int, PolicyUpdate]:
-    """The policies by version; version 0 is the first model and has no update."""
+    """Return version -> policy update. Version 0 is the base model and has no update."""
     return {update.version: update for update in updates if update.kind is PolicyKind.POLICY}
 
 
 def get_newest_version(updates: Iterable[PolicyUpdate], kind: PolicyKind = PolicyKind.POLICY) -> int:
+    """Return the newest version of a kind; 0 without updates."""
     return max((update.version for update in updates if update.kind is kind), default=0)
 
 
 def get_weights_version(updates: Sequence[PolicyUpdate], version: int) -> int:
-    """The version whose training made the weights that `version` answers with."""
+    """Return the version whose training produced the weights of `version`. The two differ after a rollback."""
     by_version = index_policies(updates)
     while version in by_version and by_version[version].restored_version is not None:
         version = by_version[version].restored_version or 0
@@ -61,58 +63,61 @@ def get_weights_version(updates: Sequence[PolicyUpdate], version: int) -> int:
 
 
 def get_policy_ancestry(updates: Sequence[PolicyUpdate], version: int) -> list[int]:
-    """`version` and the versions that it comes from, back to the one that the last supervised phase made (0: the first model).
+    """Return `version` and its ancestors, back to the result of the last SFT phase (or to 0, the base model).
 
-    Its last entry is the reference of the RL phase; answers of all of these versions belong to that phase.
+    The last entry is the reference policy of the RL phase. Completions of all these versions belong to that phase.
     """
-    by_version, found = index_policies(updates), [version]
-    while (update := by_version.get(found[-1])) is not None:
+    by_version, ancestry = index_policies(updates), [version]
+    while (update := by_version.get(ancestry[-1])) is not None:
         if update.restored_version is not None:
-            found.append(update.restored_version)
+            ancestry.append(update.restored_version)
         elif update.phase == "sft":
             break
         else:
-            found.append(update.base_version)
-    return found
+            ancestry.append(update.base_version)
+    return ancestry
 
 
 def get_parent_version(updates: Sequence[PolicyUpdate], version: int) -> int:
-    """The version that the weights of `version` were trained from: where a rollback leads to."""
+    """Return the version that the weights of `version` were trained from, which is the target of a rollback."""
     update = index_policies(updates).get(get_weights_version(updates, version))
     if update is None:
         raise UsageError(
-            "there is no earlier policy to go back to",
-            f"policy {version} has the weights of the first model",
+            "there is no earlier policy for a rollback",
+            f"policy {version} has the weights of the base model",
             "type: charter policy list",
         )
     return update.base_version
 
 
 def make_restore_update(updates: Sequence[PolicyUpdate], version: int, *, run_id: str, base_model: str) -> PolicyUpdate:
-    """The update that makes the weights of `version` the newest policy; `first` names the first model, which is version 0."""
+    """Return the update that makes the weights of `version` the newest policy. `base_model` is the model of version 0.
+
+    Raise UsageError if there is no such version.
+    """
     source = get_weights_version(updates, version)
     update = index_policies(updates).get(source)
     if update is None and version:
         raise UsageError(
-            f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+            f"there is no policy {version} on the log", "training has not produced this version", "type: charter policy list"
         )
-    present = get_newest_version(updates)
+    newest = get_newest_version(updates)
     batch_id = update.batch_id if update else _NIL_UUID
     return PolicyUpdate(
         record_id=ids.compute_record_id(
-            "restore", [batch_id], ids.compute_fingerprint("policy_restore", version=present + 1, restored_version=source)
+            "restore", [batch_id], ids.compute_fingerprint("policy_restore", version=newest + 1, restored_version=source)
         ),
         parent_ids=[update.record_id] if update else [],
         run_id=run_id,
         stage="policy",
         model=update.model if update else ModelRef(id=base_model, revision=""),
-        policy_version=present + 1,
+        policy_version=newest + 1,
         kind=PolicyKind.POLICY,
-        version=present + 1,
+        version=newest + 1,
         phase=RESTORE_PHASE,
         uri=update.uri if update else base_model,
         content_hash=update.content_hash if update else "",
-        base_version=present,
+        base_version=newest,
         batch_id=batch_id,
         restored_version=source,
     )
@@ -122,30 +127,31 @@ def make_restore_update(updates: Sequence[PolicyUpdate], version: int, *, run_id
 
 
 def get_paused_phases(pauses: Iterable[Pause]) -> dict[str, str]:
-    """The phases that are paused now, and why."""
+    """Return phase -> reason for the phases whose newest record is a pause."""
     newest = {record.phase: record for record in pauses}
     return {phase: record.reason for phase, record in newest.items() if record.paused}
 
 
 def read_paused_phases(bus: Bus) -> dict[str, str]:
+    """Read the paused phases and their reasons from the log."""
     return get_paused_phases(decode_record(value, Pause) for value in read_values(bus, Pause.topic))
 
 
 def make_pause(phase: str, reason: str, *, run_id: str, paused: bool = True) -> Pause:
-    """The record that pauses a phase, or lets it go on (`on` false)."""
-    made = Pause(record_id=_NIL_UUID, run_id=run_id, stage="policy", phase=phase, paused=paused, reason=reason)
-    stamp = ids.compute_fingerprint("pause", phase=phase, paused=paused, reason=reason, at=made.created_at.isoformat())
-    return made.model_copy(update={"record_id": ids.compute_record_id("pause", [], stamp)})
+    """Return the record that pauses a training phase, or resumes it (`paused` false)."""
+    pause = Pause(record_id=_NIL_UUID, run_id=run_id, stage="policy", phase=phase, paused=paused, reason=reason)
+    fingerprint = ids.compute_fingerprint("pause", phase=phase, paused=paused, reason=reason, at=pause.created_at.isoformat())
+    return pause.model_copy(update={"record_id": ids.compute_record_id("pause", [], fingerprint)})
 
 
-# Following
+# Following the newest policy
 
 
 class PolicyFollower:
-    """Follows `policies`; `open_update` loads the weights of an update. `first` is policy version 0.
+    """Follows the topic `policies`. `open_update` loads the weights of an update; `base_model` is policy version 0.
 
-    Weights that cannot be read (a damaged folder, storage that is away) are tried again later; until then the policy that was
-    there goes on answering, under its own version.
+    If the weights cannot be read (a damaged folder, unavailable storage), loading is retried later. Until then the previous
+    policy stays in use, under its own version.
     """
 
     def __init__(self, bus: Bus, base_model: Model, open_update: Callable[[PolicyUpdate], Model]) -> None:
@@ -158,7 +164,7 @@ class PolicyFollower:
         self.retry_at = 0.0
 
     def get_current_policy(self) -> tuple[Model, int]:
-        """The policy to answer with now, and its version. Loading a new one takes as long as it takes to read its weights."""
+        """Return the current policy and its version. A call blocks while it loads the weights of a new policy."""
         self.refresh()
         if self.pending_update is not None and time.monotonic() >= self.retry_at:
             self.switch_to(self.pending_update)
@@ -168,18 +174,18 @@ class PolicyFollower:
         try:
             self.model = self.base_model if update.restored_version == 0 else self.open_update(update)
         except (CharterError, OSError) as error:
-            logger.error("policy %d cannot be loaded, policy %d goes on answering: %s", update.version, self.version, error)
+            logger.error("policy %d cannot be loaded, policy %d stays in use: %s", update.version, self.version, error)
             self.retry_at = time.monotonic() + _LOAD_RETRY_INTERVAL_S
             return
         self.version, self.pending_update = update.version, None
-        logger.info("answering with policy %d from now on", update.version)
+        logger.info("policy %d is in use", update.version)
 
     def refresh(self) -> None:
-        """Note the newest policy among the updates that have arrived since the last look."""
+        """Read new updates and remember the newest policy as the pending one."""
         ends = self.get_end_offsets([_POLICY_TOPIC])
-        while any(self.reader.positions().get(place, 0) < end for place, end in ends.items()):
-            for message in self.reader.poll(1.0, _MAX_POLL_RECORDS):
-                update = decode_record(message.value or b"", PolicyUpdate)
+        while any(self.reader.positions().get(tp, 0) < end for tp, end in ends.items()):
+            for consumer_record in self.reader.poll(1.0, _MAX_POLL_RECORDS):
+                update = decode_record(consumer_record.value or b"", PolicyUpdate)
                 newest = max(self.version, self.pending_update.version if self.pending_update else 0)
                 if update.kind is PolicyKind.POLICY and update.version > newest:
                     self.pending_update, self.retry_at = update, 0.0

@@ -19,7 +19,7 @@ WITH judged AS (
 votes AS (
     SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
            CASE WHEN vote.outcome IS NULL OR vote.outcome = 'UNKNOWN' THEN outcome ELSE vote.outcome END AS outcome,
-           nullif(vote.p_forward, 'NaN'::DOUBLE) AS p_forward, nullif(vote.p_backward, 'NaN'::DOUBLE) AS p_backward
+           vote.p_forward AS p_forward, vote.p_backward AS p_backward
     FROM (SELECT *, unnest(votes) AS vote FROM judged)
     UNION ALL BY NAME
     SELECT * EXCLUDE (votes) FROM judged WHERE len(votes) = 0 OR votes IS NULL)

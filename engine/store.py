@@ -1,7 +1,7 @@
-"""The DuckDB file: written by the sink alone, read by everyone, always through the gate.
+"""The DuckDB file: written only by the sink, read by all processes, always with the access lock held.
 
-Readers hold the file for one query and give it back; a query that runs longer than its limit is cut, so that the sink is
-never kept waiting for long. Read connections are read-only, cannot reach files or the network, and cannot change that.
+A reader holds the lock for one query. A query that exceeds its time limit is interrupted, so that the sink never waits for long.
+Read connections are read-only and have no access to files or the network; SQL cannot change that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOCK_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class QueryResult:
-    """The answer to a query."""
+    """The columns and rows of a query."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
@@ -41,13 +41,13 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 
 
 class QueryFunction(Protocol):
-    """Runs one statement of a `reading`, and takes at most `most` of its rows."""
+    """Runs one statement in a read session and returns at most `most` rows; None: all rows."""
 
     def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
 
 
 class Store:
-    """The database at `path` (its gate lies beside it)."""
+    """The database at `path`. Its access lock is a folder next to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,49 +58,49 @@ class Store:
     ) -> QueryResult:
         """Run one read-only statement.
 
-        Raises UsageError for a statement that is wrong, not a read, or longer than `limit_s` seconds, and StoreBusy when the
-        file is not free within `lock_timeout_s` seconds.
+        Raise UsageError for a statement that is invalid, writes, or runs longer than `limit_s`, and StoreBusy if the lock is
+        not free within `lock_timeout_s`.
         """
-        with self.open_read_session(limit_s=limit_s, lock_timeout_s=lock_timeout_s) as ask:
-            return ask(sql, parameters)
+        with self.open_read_session(limit_s=limit_s, lock_timeout_s=lock_timeout_s) as query:
+            return query(sql, parameters)
 
     @contextmanager
     def open_read_session(
         self, *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
     ) -> Iterator[QueryFunction]:
-        """One hold of the file for several read-only statements, which are cut after `limit_s` seconds together.
+        """Hold the lock for several read-only statements; `limit_s` limits their total time.
 
-        Raises what `query` does; a statement that fails leaves the others to be asked.
+        Raise the errors of `query`. After a failed statement the session can still be used.
         """
         if not self.path.exists():
             raise UsageError(
                 f"there is no database at {self.path} yet",
-                "the sink makes it when the first records arrive",
+                "the sink creates it when the first records arrive",
                 "type: charter demo    or: charter produce FILE, then charter run",
             )
         with self.access_lock.read_lock(lock_timeout_s), open_connection(self.path, read_only=True) as connection:
             check_format_version(connection, self.path)
             _disable_external_access(connection)
-            ends = time.monotonic() + limit_s
+            deadline = time.monotonic() + limit_s
 
-            def ask(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
-                return _run_query(connection, sql, parameters, limit_s, ends, most)
+            def query(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
+                return _run_query(connection, sql, parameters, limit_s, deadline, most)
 
-            yield ask
+            yield query
 
     def query_dicts(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
-        """`query`, as a list of dictionaries."""
+        """Run `query` and return its rows as dictionaries."""
         return self.query(sql, parameters, **limits).to_dicts()
 
     @contextmanager
     def open_write_session(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[duckdb.DuckDBPyConnection]:
-        """The sink's connection; the database is created when it is not there."""
+        """Open the connection of the sink, with the write lock held. Create the database if it does not exist."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.access_lock.write_lock(lock_timeout_s), open_connection(self.path, read_only=False) as connection:
             yield connection
 
     def create_schema(self) -> None:
-        """Create what is missing in the database; raises DataFolderVersion when another version made it."""
+        """Create the missing tables and views. Raise DataFolderVersionMismatch if another version created the database."""
         with self.open_write_session() as connection:
             check_format_version(connection, self.path)
             connection.begin()
@@ -113,7 +113,7 @@ class Store:
 
 @contextmanager
 def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to the file; raises StoreBusy, naming the holder, when another program has it open."""
+    """Open a connection to the file. Raise StoreBusy, with the holder's name, if another program has it open."""
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
     except (duckdb.IOException, duckdb.ConnectionException) as error:
@@ -122,10 +122,10 @@ def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyC
             raise DataFolderVersionMismatch(
                 f"{path} cannot be opened",
                 str(error).splitlines()[0][:300],
-                "move the file away to start a new one: the log still has its records",
+                "move the file away to create a new one: the log still has the records",
             ) from error
         raise StoreBusy(
-            f"another program has {path} open", _parse_lock_holder(str(error)), "close it there, then try again"
+            f"another program has {path} open", _parse_lock_holder(str(error)), "close it in that program and try again"
         ) from error
     try:
         yield connection
@@ -134,23 +134,23 @@ def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyC
 
 
 def raise_if_disk_full(error: BaseException, path: Path) -> None:
-    """Raise StoreFull when DuckDB's error is the disk's."""
+    """Raise StoreFull if the cause of DuckDB's error is a full disk."""
     if isinstance(error, duckdb.Error) and any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         raise StoreFull(
             f"the disk of {path} is full",
             str(error).splitlines()[0][:300],
-            "make room; the sink then goes on by itself, and the log has kept what came",
+            "free disk space; the sink then continues automatically, and the log has kept the new records",
         ) from error
 
 
 def _parse_lock_holder(error_message: str) -> str:
-    """DuckDB's own words on who holds the lock, without its advice."""
+    """Return the part of DuckDB's message that names the holder of the lock."""
     start = error_message.find("Conflicting lock")
     return error_message[start:].split(". See also")[0] if start >= 0 else error_message.splitlines()[0]
 
 
 def read_format_version(connection: duckdb.DuckDBPyConnection) -> int | None:
-    """The format of a database of ours; None if it is none."""
+    """Return the format version of a Charter database; None for any other database."""
     tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
     rows = connection.execute("SELECT version FROM raw.sink_state").fetchall() if ("raw.sink_state",) in tables else []
     return int(rows[0][0]) if rows else None
@@ -161,18 +161,19 @@ def _is_empty_database(connection: duckdb.DuckDBPyConnection) -> bool:
 
 
 def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    found = read_format_version(connection)
-    if found == FORMAT_VERSION or (found is None and _is_empty_database(connection)):
+    """Raise DataFolderVersionMismatch if the database is neither empty nor of the current format."""
+    version = read_format_version(connection)
+    if version == FORMAT_VERSION or (version is None and _is_empty_database(connection)):
         return
     raise DataFolderVersionMismatch(
-        f"{path} was made by another version of Charter (its format: {found or 'unknown'}, ours: {FORMAT_VERSION})",
+        f"{path} was created by another version of Charter (format {version or 'unknown'}, expected {FORMAT_VERSION})",
         "reading or writing it could damage it",
-        "use another folder: --data FOLDER, or the version of Charter that made it",
+        "use another folder: --data FOLDER, or the version of Charter that created it",
     )
 
 
 def _disable_external_access(connection: duckdb.DuckDBPyConnection) -> None:
-    """Tables and views only: no files, no network, no extensions, and no way to allow them again."""
+    """Forbid access to files, the network and extensions, and lock this configuration."""
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
@@ -185,7 +186,7 @@ def _run_query(
     deadline: float,
     max_rows: int | None,
 ) -> QueryResult:
-    """Run one statement, cut at the time `ends` (of the monotonic clock), and take `most` of its rows, None for all."""
+    """Run one statement and return at most `max_rows` rows; None: all. Interrupt it at `deadline` (monotonic clock)."""
     started = time.monotonic()
     timer = threading.Timer(max(0.0, deadline - started), connection.interrupt)
     timer.start()
@@ -196,16 +197,16 @@ def _run_query(
         return QueryResult(columns, rows)
     except duckdb.InterruptException as error:
         raise UsageError(
-            f"the query took longer than {limit_s:g} s and was cut",
-            f"after {time.monotonic() - started:.1f} s; a long query would keep the sink waiting",
-            "narrow it, or allow more: charter sql --limit-s 60 '...'",
+            f"the query took longer than {limit_s:g} s and was interrupted",
+            f"it ran for {time.monotonic() - started:.1f} s; the sink must wait during a query",
+            "restrict the query, or raise the limit: charter sql --limit-s 60 '...'",
         ) from error
-    except RuntimeError as error:  # DuckDB's own word for a Ctrl-C
+    except RuntimeError as error:  # DuckDB raises this for Ctrl-C
         if "interrupted" in str(error):
             raise KeyboardInterrupt from error
         raise
     except duckdb.Error as error:
-        why = str(error).rstrip("\n ^")  # without the mark below the place, which is nowhere in one line
-        raise UsageError("the query does not work", why, "type: charter sql --tables    (tables and columns)") from error
+        why = str(error).rstrip("\n ^")  # without the caret below the error position, which is meaningless in one line
+        raise UsageError("the query failed", why, "type: charter sql --tables    (lists tables and columns)") from error
     finally:
         timer.cancel()

@@ -1,10 +1,17 @@
 """DuckDB tables and Arrow schemas derived from the records.
 
-Raw tables live in the schema `raw`, are append-only and have no primary key; beside a record's fields each row has where it
-came from (`_partition`, `_offset`), `commit_seq` (its place in the order of all rows of this database), `content_hash`,
-`is_duplicate` (an earlier row has the same id) and `content_mismatch` (and other content). A view of the same name in `main` shows
-the rows that are no duplicates; `views.sql` builds the rest on these, `stats_views.sql` counts, `monitor_views.sql` shows what the
-trainer watches, and `training_views.sql` how training goes.
+Raw tables are in the schema `raw`. They are append-only and have no primary key. In addition to the fields of its record, each
+row has
+
+* `_partition`, `_offset`: the position of the record in the log;
+* `commit_seq`: the position of the row in the insertion order of all rows of this database;
+* `content_hash`;
+* `is_duplicate`: an earlier row has the same record id;
+* `content_mismatch`: the row is a duplicate with different content.
+
+A view of the same name in `main` selects the rows that are not duplicates. All other views build on these: `views.sql`
+(training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking) and `training_views.sql`
+(training progress).
 """
 
 from __future__ import annotations
@@ -45,15 +52,15 @@ _DUPLICATE_FLAGS = (("is_duplicate", "BOOLEAN"), ("content_mismatch", "BOOLEAN")
 
 
 def _get_column_type(annotation: Any) -> tuple[str, pa.DataType]:
-    """The DuckDB and the Arrow type of a record field."""
+    """Return the DuckDB type and the Arrow type of a record field."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in _PRIMITIVE_TYPES:
         return _PRIMITIVE_TYPES[annotation]
     if origin is typing.Annotated:
         if any(isinstance(extra, Identifier) for extra in arguments[1:]):
             return "UUID", pa.string()
-        marked = any(isinstance(extra, Float32) for extra in arguments[1:])
-        return ("FLOAT", pa.float32()) if marked else _get_column_type(arguments[0])
+        is_float32 = any(isinstance(extra, Float32) for extra in arguments[1:])
+        return ("FLOAT", pa.float32()) if is_float32 else _get_column_type(arguments[0])
     if origin in (Union, types.UnionType):
         return _get_column_type(next(a for a in arguments if a is not types.NoneType))
     if origin is list:
@@ -64,14 +71,14 @@ def _get_column_type(annotation: Any) -> tuple[str, pa.DataType]:
         return f"MAP(VARCHAR, {sql})", pa.map_(pa.string(), arrow)
     if issubclass(annotation, StrEnum):
         return _PRIMITIVE_TYPES[str]
-    parts = _get_columns(annotation)
-    sql = ", ".join(f'"{name}" {kind}' for name, (kind, _) in parts.items())
-    return f"STRUCT({sql})", pa.struct([(name, arrow) for name, (_, arrow) in parts.items()])
+    fields = _get_columns(annotation)
+    sql = ", ".join(f'"{name}" {sql_type}' for name, (sql_type, _) in fields.items())
+    return f"STRUCT({sql})", pa.struct([(name, arrow) for name, (_, arrow) in fields.items()])
 
 
 @cache
 def _get_columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
-    """Field -> (DuckDB type, Arrow type)."""
+    """Return field -> (DuckDB type, Arrow type)."""
     return {
         name: _get_column_type(typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
         for name, info in model.model_fields.items()
@@ -80,11 +87,12 @@ def _get_columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
 
 @cache
 def get_arrow_schema(model: type[Record]) -> pa.Schema:
+    """Return the Arrow schema of the rows that the sink inserts for a record class."""
     return pa.schema([(name, arrow) for name, (_, arrow) in (_get_columns(model) | _SINK_COLUMNS).items()])
 
 
 def build_create_statements() -> list[str]:
-    """Everything that a new database needs."""
+    """Return the statements that create all tables and views of a database."""
     statements = [
         "CREATE SCHEMA IF NOT EXISTS raw",
         "CREATE TABLE IF NOT EXISTS raw.sink_offsets"
@@ -97,7 +105,7 @@ def build_create_statements() -> list[str]:
 
 
 def list_columns(spec: TopicSpec) -> list[tuple[str, str]]:
-    """(name, DuckDB type) of every column of a raw table."""
+    """Return (name, DuckDB type) of every column of a raw table."""
     return [*((name, sql) for name, (sql, _) in (_get_columns(spec.record_class) | _SINK_COLUMNS).items()), *_DUPLICATE_FLAGS]
 
 
@@ -107,12 +115,15 @@ def _build_create_table(spec: TopicSpec) -> str:
 
 
 def _build_deduplication_query(spec: TopicSpec) -> str:
-    ours = "_partition, _offset, content_hash, is_duplicate, content_mismatch"
-    return f"SELECT * EXCLUDE ({ours}) FROM raw.{spec.table} WHERE NOT is_duplicate"
+    sink_columns = "_partition, _offset, content_hash, is_duplicate, content_mismatch"
+    return f"SELECT * EXCLUDE ({sink_columns}) FROM raw.{spec.table} WHERE NOT is_duplicate"
 
 
 def build_insert_statement(spec: TopicSpec) -> str:
-    """Insert the Arrow table `batch`, marking each row whose id is in the table, or earlier in the batch, already."""
+    """Return the statement that inserts the Arrow table `batch` and marks duplicates.
+
+    A row is a duplicate if its record id is already in the table or earlier in the batch.
+    """
     return f"""
         INSERT INTO raw.{spec.table} BY NAME
         WITH incoming AS (
@@ -132,21 +143,21 @@ def build_insert_statement(spec: TopicSpec) -> str:
 
 @cache
 def build_erasure_statements() -> list[str]:
-    """Delete everything of the prompts in the list that is the parameter."""
-    made = [spec for spec in TOPICS.values() if spec.record_class not in (Erasure, DeadLetter)]
-    by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in made]
+    """Return the statements that delete all rows of some prompts. Each takes the list of prompt ids as its parameter."""
+    specs = [spec for spec in TOPICS.values() if spec.record_class not in (Erasure, DeadLetter)]
+    by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in specs]
     return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
 
 
 def _build_run_view() -> str:
-    """`run_records`: which run has which record, those too that another run had made before."""
-    made = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
-    parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in made]
+    """Return the view `run_records`: the records of each run, including those that an earlier run wrote first."""
+    topics = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
+    parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in topics]
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 
 
 def _build_status_view() -> str:
-    """`pipeline_status`: for every topic its rows, duplicates, duplicates with other content, and newest row."""
+    """Return the view `pipeline_status`: the records, duplicates, content mismatches and newest row of every topic."""
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
         " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"

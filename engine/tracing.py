@@ -1,8 +1,8 @@
-"""OpenTelemetry's trace context in record headers, as an option: one prompt's way through all stages is one trace.
+"""Optional OpenTelemetry trace context in record headers: the path of a prompt through all stages is one trace.
 
-A message that comes with a W3C `traceparent` header goes on with its trace; one without (a prompt) begins one. Each stage makes
-a span for each record that it works on, and what it writes carries that span's context. Where spans go is said by
-OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and the others); the headers are there also when nobody listens.
+A record with a W3C `traceparent` header continues its trace; a record without one (a prompt) starts a trace. Each stage creates
+a span for each record that it processes, and puts the context of the span into its outputs. The destination of spans is set by
+OpenTelemetry's environment variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and others). The headers do not depend on a collector.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """The spans of one process. `close` hands over what has not been sent yet."""
+    """The tracer provider of one process. `close` exports the remaining spans."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         self.provider = TracerProvider(resource=Resource.create({"service.name": "charter"}))
@@ -38,25 +38,25 @@ class Tracing:
 
 
 class StageTracer:
-    """Makes a span of the work on one message, and puts its context into what is written (a `Trace` of the worker)."""
+    """Creates a span for the processing of one record, and adds its context to the outputs (a `TraceFunction`)."""
 
     def __init__(self, tracer: trace.Tracer, stage: str, run_id: str) -> None:
         self.tracer, self.stage, self.run_id = tracer, stage, run_id
 
     def __call__(self, consumer_record: ConsumerRecord, outputs: list[ProducerRecord], started_ns: int) -> list[ProducerRecord]:
-        came = {name: value.decode("ascii", "replace") for name, value in consumer_record.headers if name in _TRACE_HEADERS}
-        about = {f"charter.{name}": str(value) for name, value in get_coordinates(consumer_record).items()}
+        incoming = {name: value.decode("ascii", "replace") for name, value in consumer_record.headers if name in _TRACE_HEADERS}
+        attributes = {f"charter.{name}": str(value) for name, value in get_coordinates(consumer_record).items()}
         span = self.tracer.start_span(
             f"charter.{self.stage}",
-            context=_PROPAGATOR.extract(came),
+            context=_PROPAGATOR.extract(incoming),
             kind=trace.SpanKind.CONSUMER,
             start_time=started_ns,
-            attributes=about | {"charter.run": self.run_id, "messaging.system": "kafka"},
+            attributes=attributes | {"charter.run": self.run_id, "messaging.system": "kafka"},
         )
-        carried: dict[str, str] = {}
-        _PROPAGATOR.inject(carried, trace.set_span_in_context(span))
+        outgoing: dict[str, str] = {}
+        _PROPAGATOR.inject(outgoing, trace.set_span_in_context(span))
         span.end()
-        headers = tuple((name, value.encode("ascii")) for name, value in carried.items())
+        headers = tuple((name, value.encode("ascii")) for name, value in outgoing.items())
         return [replace(output, headers=(*output.headers, *headers)) for output in outputs]
 
 

@@ -1,8 +1,8 @@
-"""A watchdog: it ends the process when a call to the log hangs.
+"""The watchdog: it ends the process when a call to the log hangs.
 
 Some calls of the Kafka client can block without a timeout (`commit_transaction`, `init_transactions`). A worker that hangs in
-one still heartbeats, so the group keeps its partitions with it and nothing moves. Ended, its successor settles the open
-transaction and goes on; nothing is lost.
+such a call still sends heartbeats, so it keeps its partitions and makes no progress. After the watchdog has ended the process,
+a restarted process aborts the open transaction and continues; nothing is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXIT_CODE = 3  # a dependency is unreachable
 
 
 class CallTracker:
-    """The call to the log that a thread is in, if it is in one."""
+    """Records the call to the log that a thread is executing, and its start time."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
@@ -37,7 +37,7 @@ class CallTracker:
 
 
 class Watchdog:
-    """Looks at `watched` every second; a call longer than `limit_s` ends the process by `end`."""
+    """Checks `trackers` at least every second. After a call longer than `call_timeout_s`, it calls `exit_process`."""
 
     def __init__(
         self, trackers: Sequence[CallTracker], call_timeout_s: float, exit_process: Callable[[int], object] = os._exit
@@ -46,11 +46,11 @@ class Watchdog:
 
     def run(self, stop: threading.Event) -> None:
         while not stop.wait(min(_POLL_INTERVAL_S, self.call_timeout_s / 2)):
-            for calls in self.trackers:
-                if (current := calls.current_call) and time.monotonic() - current[1] > self.call_timeout_s:
+            for tracker in self.trackers:
+                if (current := tracker.current_call) and time.monotonic() - current[1] > self.call_timeout_s:
                     logger.critical(
-                        "%s has hung in %s for more than %.0f s: this process ends, and its successor goes on; nothing is lost",
-                        calls.owner,
+                        "%s has hung in %s for more than %.0f s: the process ends; restart it to continue, nothing is lost",
+                        tracker.owner,
                         current[0],
                         self.call_timeout_s,
                     )

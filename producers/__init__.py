@@ -1,1 +1,1 @@
-"""What puts prompts on topics: files, standard input, and the shipped set."""
+"""Producers: publish prompts from files, standard input and the shipped set, and replay records of earlier runs."""

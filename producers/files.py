@@ -1,13 +1,13 @@
-"""Prompts, and people's comparisons and demonstrations, from files and standard input onto the log.
+"""Publish prompts, and people's comparisons and demonstrations, from files and standard input to the log.
 
-`producers.rows` says what files there can be, `producers.parse` what their rows mean. A row that means nothing is reported with
-its number and reason; what was good before and after it is published, unless `strict` stops at the first.
+`producers.rows` reads the file formats, `producers.parse` the content of a row. An invalid row is reported with its number and
+the reason. The valid rows before and after it are published, unless `strict` stops at the first invalid row.
 
-Records and the place reached in the file go to the log in one transaction, so a producer that is killed goes on where it
-stopped and publishes nothing twice. Standard input has no place to go back to: it is published at least once.
+The records and the offset in the file go to the log in one transaction. A producer that is killed continues where it stopped
+and publishes no record twice. Standard input cannot be resumed, so it is published at least once.
 
-People's data goes to `preferences` and `demonstrations`, where no stage reads: its prompts are answered only when `answer` says
-so. Ids follow from the content, so that a file that has grown adds what is new in it.
+People's data goes to the topics `preferences` and `demonstrations`, which no stage consumes. Its prompts get responses only
+with `publish_prompts` (`--answer`). Ids are derived from the content, so a file that has grown adds only its new rows.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _ROW_NOUNS: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", 
 
 @dataclass
 class ProduceReport:
-    """What became of an input: rows published now, rows that the run had already, the bad ones, and those that an earlier call
-    has read."""
+    """The result for one input: the number of rows published now, of rows that the run already has, and of rows that an
+    earlier call read; and the invalid rows, each with its number and the reason."""
 
     num_published: int = 0
     num_duplicates: int = 0
@@ -57,20 +57,20 @@ class ProduceReport:
 
 
 def assign_split(messages: Sequence[ChatMessage], eval_fraction: float) -> Split:
-    """TRAIN or EVAL by a hash of the dialogue: on the same side in every file, run and epoch."""
-    share = int(ids.compute_prompt_id(messages)[:8], 16) / 2**32
-    return Split.EVAL if share < eval_fraction else Split.TRAIN
+    """Return TRAIN or EVAL by a hash of the dialogue: the same in every file, run and epoch."""
+    position = int(ids.compute_prompt_id(messages)[:8], 16) / 2**32  # uniform in [0, 1)
+    return Split.EVAL if position < eval_fraction else Split.TRAIN
 
 
 def _with_label_header(record: Record) -> ProducerRecord:
-    """A person's record as a message; a header has its id, so that the next producer knows it without decoding."""
-    message = to_producer_record(record)
-    return ProducerRecord(message.topic, message.key, message.value, (*message.headers, ("label", record.record_id.encode())))
+    """Return a person's record with its id in a header, so that the next producer can read the id without decoding."""
+    plain = to_producer_record(record)
+    return ProducerRecord(plain.topic, plain.key, plain.value, (*plain.headers, ("label", record.record_id.encode())))
 
 
 @dataclass(frozen=True)
 class FileProducer:
-    """Publishes what the rows of files say, for one run, as records of one kind."""
+    """Publishes the rows of files, for one run, as records of one kind."""
 
     bus: Bus
     run_id: str
@@ -79,55 +79,59 @@ class FileProducer:
     max_chars: int = 32_000
     eval_fraction: float = 0.05
     strict: bool = False
-    on_bad_row: Callable[[int, str], None] = lambda number, why: None
+    on_bad_row: Callable[[int, str], None] = lambda row_number, reason: None
     kind: InputKind = "prompts"
     publish_prompts: bool = False
 
     def publish(self, path: str, *, first_row: int = 1, last_row: int | None = None) -> ProduceReport:
-        """Publish rows `first` to `last` of a path (or "-"); goes on after what an earlier call published."""
+        """Publish rows `first_row` to `last_row` of a path (or "-"); continue after the rows that an earlier call read."""
         report = ProduceReport()
-        place = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
-        # One writer per input: two producers of the same file fence each other instead of doubling it. So it comes first: once
-        # an earlier producer is fenced, where it stood is where it stays.
-        writer = self.bus.open_writer(f"produce.{place.record_id if place else 'stdin'}")
-        place = self.load_latest_offset(place) if place else None
-        start = place.next_line if place else first_row
+        offset = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
+        # One writer per input: two producers of the same file fence each other instead of publishing it twice. The writer is
+        # opened before the offset is read: an earlier producer is fenced by then and cannot move the offset.
+        writer = self.bus.open_writer(f"produce.{offset.record_id if offset else 'stdin'}")
+        offset = self.load_latest_offset(offset) if offset else None
+        start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row
-        prompts, labels = self.read_published_ids()
+        prompt_ids, label_ids = self.read_published_ids()
         batch: list[ProducerRecord] = []
-        done, new = start - 1, 0
+        last_read, num_new_rows = start - 1, 0
         try:
             for number, row in read_rows(path, start, last_row):
                 parsed = self.parse_row(row, number, path, report)
-                done = number
+                last_read = number
                 if parsed is None:
                     continue
-                messages = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompts, labels)
-                report.num_duplicates += not messages
-                new += bool(messages)
-                batch += messages
+                records = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompt_ids, label_ids)
+                report.num_duplicates += not records
+                num_new_rows += bool(records)
+                batch += records
                 if len(batch) >= _BATCH_SIZE:
-                    self.commit(writer, batch, new, place, done, report)
-                    batch, new = [], 0
+                    self.commit(writer, batch, num_new_rows, offset, last_read, report)
+                    batch, num_new_rows = [], 0
         finally:
-            # Also when a strict run stops: what was good before the bad row is kept.
-            self.commit(writer, batch, new, place, done, report)
+            # A strict run that stops keeps the valid rows before the invalid one.
+            self.commit(writer, batch, num_new_rows, offset, last_read, report)
             writer.close()
         return report
 
     def read_published_ids(self) -> tuple[set[str], set[str]]:
-        """The ids of this run's prompts and of its people's records on the log: each is published once in a run, whichever
-        file it comes from."""
-        run = ("run", self.run_id.encode())
-        prompts, labels = set[str](), set[str]()
+        """Return the ids of this run's prompts and of its people's records on the log.
+
+        Each is published once per run, even if several files contain it.
+        """
+        run_header = ("run", self.run_id.encode())
+        prompt_ids, label_ids = set[str](), set[str]()
         if self.kind == "prompts" or self.publish_prompts:
-            prompts = {(m.key or b"").decode() for m in read_topic(self.bus, Prompt.topic) if run in m.headers}
+            prompt_ids = {(r.key or b"").decode() for r in read_topic(self.bus, Prompt.topic) if run_header in r.headers}
         if self.kind != "prompts":
-            headers = (m.headers for m in read_topic(self.bus, self.kind) if run in m.headers)
-            labels = {value.decode() for of_one in headers for name, value in of_one if name == "label"}
-        return prompts, labels
+            for record in read_topic(self.bus, self.kind):
+                if run_header in record.headers:
+                    label_ids |= {value.decode() for name, value in record.headers if name == "label"}
+        return prompt_ids, label_ids
 
     def parse_row(self, row: RawRow, number: int, path: str, report: ProduceReport) -> PromptRow | None:
+        """Parse a row; report an invalid one and return None, or raise UsageError if `strict`."""
         try:
             return ROW_PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCES[self.kind], max_chars=self.max_chars)
         except RowError as error:
@@ -135,38 +139,41 @@ class FileProducer:
             self.on_bad_row(number, str(error))
             if self.strict:
                 raise UsageError(
-                    f"{path} line {number} is no {_ROW_NOUNS[self.kind]}",
+                    f"{path} line {number} is not a {_ROW_NOUNS[self.kind]}",
                     str(error),
-                    "mend the line, or leave --strict out to skip it",
+                    "fix the line, or omit --strict to skip it",
                 ) from error
             return None
 
     def make_producer_records(
         self, parsed: PromptRow, origin: str, known_prompt_ids: set[str], known_label_ids: set[str]
     ) -> list[ProducerRecord]:
-        """What is new in a row, which is then remembered: a prompt, or a person's record and, with `answer`, its prompt."""
-        made: list[ProducerRecord] = []
-        about = make_row_metadata(parsed, self.run_id, epoch=self.epoch, eval_fraction=self.eval_fraction, origin=origin)
+        """Return the new records of a row, and add their ids to the known ones.
+
+        These are a prompt, or a person's record and, with `publish_prompts`, its prompt.
+        """
+        new_records: list[ProducerRecord] = []
+        metadata = make_row_metadata(parsed, self.run_id, epoch=self.epoch, eval_fraction=self.eval_fraction, origin=origin)
         if self.kind == "prompts" or self.publish_prompts:
-            prompt = make_prompt_record(about)
+            prompt = make_prompt_record(metadata)
             if prompt.prompt_id not in known_prompt_ids:
-                known_prompt_ids.add(about["prompt_id"])
-                made.append(to_producer_record(prompt))
+                known_prompt_ids.add(metadata["prompt_id"])
+                new_records.append(to_producer_record(prompt))
         record: Preference | Demonstration | None = None
         if isinstance(parsed, PreferenceRow):
-            record = _make_preference(parsed, about)
+            record = _make_preference(parsed, metadata)
         elif isinstance(parsed, DemonstrationRow):
-            record = _make_demonstration(parsed, about)
+            record = _make_demonstration(parsed, metadata)
         if record is not None and record.record_id not in known_label_ids:
             known_label_ids.add(record.record_id)
-            made.append(_with_label_header(record))
-        return made
+            new_records.append(_with_label_header(record))
+        return new_records
 
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
-        """Where this run begins in this content (whatever the file is called)."""
-        more = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
+        """Return the start offset of this run in this content; the file name does not matter."""
+        kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
         configuration = ids.compute_fingerprint(
-            "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **more
+            "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **kind_keys
         )
         return ProducerOffset(
             record_id=ids.compute_record_id("source", [], configuration),
@@ -179,9 +186,10 @@ class FileProducer:
         )
 
     def load_latest_offset(self, start_offset: ProducerOffset) -> ProducerOffset:
-        """Where earlier calls came to."""
-        known = [decode_record(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
-        return max([start_offset, *(s for s in known if s.record_id == start_offset.record_id)], key=lambda s: s.next_line)
+        """Return the offset that earlier calls reached; `start_offset` without an earlier call."""
+        offsets = [decode_record(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
+        offsets = [offset for offset in offsets if offset.record_id == start_offset.record_id]
+        return max([start_offset, *offsets], key=lambda offset: offset.next_line)
 
     def commit(
         self,
@@ -192,20 +200,20 @@ class FileProducer:
         row_number: int,
         report: ProduceReport,
     ) -> None:
-        """Records of `new` rows and the place after them, in one transaction."""
-        messages = list(batch)
+        """Publish the records of `num_new_rows` rows and the offset after row `row_number`, in one transaction."""
+        records = list(batch)
         report.num_published += num_new_rows
         if offset is not None and row_number >= offset.next_line:
             published = offset.published + report.num_published
-            messages.append(to_producer_record(offset.model_copy(update={"next_line": row_number + 1, "published": published})))
-        if messages:
-            writer.commit(messages)
+            records.append(to_producer_record(offset.model_copy(update={"next_line": row_number + 1, "published": published})))
+        if records:
+            writer.commit(records)
 
 
 def make_row_metadata(
     parsed: PromptRow, run_id: str, *, epoch: int = 0, eval_fraction: float, origin: str = ""
 ) -> dict[str, Any]:
-    """What a prompt, a comparison and a demonstration have in common."""
+    """Return the record fields that prompts, comparisons and demonstrations share."""
     return {
         "prompt_id": ids.compute_prompt_id(parsed.messages, epoch),
         "run_id": run_id,
@@ -220,13 +228,17 @@ def make_row_metadata(
 
 
 def make_prompt_record(metadata: dict[str, Any]) -> Prompt:
+    """Return the record of a prompt from the fields of `make_row_metadata`."""
     return Prompt(
         record_id=ids.compute_record_id("produce", [metadata["prompt_id"]], ids.compute_fingerprint("prompt")), **metadata
     )
 
 
 def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Preference:
-    """A person's comparison. Which answer of chosen and rejected is `a` is drawn from the id: no place must always win."""
+    """Return a person's comparison.
+
+    The id decides whether the chosen or the rejected response becomes A. Otherwise the same position would always win.
+    """
     configuration = ids.compute_fingerprint(
         "human_preference", response_a=parsed.response_a, response_b=parsed.response_b, p_a=parsed.p_a, source=LabelSource.HUMAN
     )
@@ -256,16 +268,16 @@ def _make_demonstration(parsed: DemonstrationRow, metadata: dict[str, Any]) -> D
 
 
 def count_shipped_prompts() -> int:
-    """How many prompts the shipped file has."""
+    """Return the number of prompts in the shipped file."""
     return sum(1 for _ in read_rows(str(SHIPPED_PROMPTS_PATH)))
 
 
 def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts") -> Iterable[str]:
-    """What to tell the person who typed `produce`."""
+    """Return the lines that `charter produce` prints about an input."""
     yield (
         f"{report.num_published} {kind} published from {path}"
-        + (f", {report.num_duplicates} were there already" if report.num_duplicates else "")
-        + (f"; its first {report.num_already_read} rows were read before" if report.num_already_read else "")
+        + (f", {report.num_duplicates} duplicates skipped" if report.num_duplicates else "")
+        + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
     )
     if report.bad_rows:
-        yield f"{len(report.bad_rows)} lines are no {kind} (see above); the others are published"
+        yield f"{len(report.bad_rows)} lines are not {kind} (see above); the others are published"

@@ -1,16 +1,16 @@
-r"""Rows to what they say: a prompt, a comparison of two answers, or a demonstration. Anything else is a BadRow with a reason.
+"""Parse rows into prompts, comparisons of two responses, or demonstrations. An invalid row raises RowError with the reason.
 
-A dialogue is written in one of these forms:
+A dialogue has one of these forms:
 
 * `prompt`: a string, or a list of messages {role, content}; `messages`: such a list;
 * a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862): a string in which "Human:" and "Assistant:" begin paragraphs.
-  Only there do they mark a message; ": " and the two words inside a sentence are text. The last human message ends the prompt.
-  Turns of one role in a row are joined as paragraphs.
+  Only at the beginning of a paragraph do they start a message; inside a sentence they are content. The last human message ends
+  the prompt. Consecutive messages of one role are joined as paragraphs.
 
-A comparison has `chosen` and `rejected` (answers beside a dialogue, or whole transcripts or lists of messages with the same
-prompt) and optionally `p_chosen`; or `a`, `b` and `p_a`, the probability that `a` is better. A demonstration has a dialogue and
-a `completion`, or one dialogue that ends with the assistant; of a comparison's row it is the chosen answer. `source` and `tags`
-are optional everywhere.
+A comparison has `chosen` and `rejected` (responses next to a dialogue, or whole transcripts or lists of messages with the same
+prompt) and optionally `p_chosen`; or `response_a`, `response_b` and `p_a`, the probability that A is better. A demonstration
+has a dialogue and a `completion`, or one dialogue that ends with the assistant; in the row of a comparison it is the chosen
+response. `source` and `tags` are optional everywhere.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ROW_COLUMNS = frozenset(
         "finish_reason",
     )
 )
-SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")  # linear, however many blank lines there are
+SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")  # linear in the number of blank lines
 _ROLES_BY_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 
 
 class RowError(ValueError):
-    """A row that is not what it should be, and why."""
+    """An invalid row; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PreferenceRow(PromptRow):
-    """Two answers to a prompt; `p_a` is the probability that `a` is better. `ordered`: the row itself said which is `a`."""
+    """Two responses to a prompt; `p_a` is the probability that A is better. `has_fixed_order`: the row itself defines which is A."""
 
     response_a: str
     response_b: str
@@ -71,14 +71,14 @@ class PreferenceRow(PromptRow):
 
 @dataclass(frozen=True)
 class DemonstrationRow(PromptRow):
-    """A prompt with an answer to learn; `stopped`: the answer ended by itself."""
+    """A prompt with a completion to learn; `is_complete`: the completion ended with the end token and was not cut off."""
 
     completion: str
     is_complete: bool
 
 
 def _extract_fields(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
-    """The fields of a row that are there: null is the same as absent, as columns have it."""
+    """Return the fields of a row. Null is the same as absent, because columnar formats write null for absent fields."""
     if isinstance(row, RowError):
         raise row
     value = _parse_json(row) if isinstance(row, bytes) else row
@@ -103,48 +103,48 @@ def _parse_json(line: bytes) -> Any:
 
 
 def parse_prompt(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PromptRow:
-    """The prompt in a row; raises BadRow."""
+    """Parse the prompt of a row, which may also be a comparison; raises RowError."""
     fields = _extract_fields(row)
     if not any(name in fields for name in _DIALOGUE_COLUMNS) and "chosen" in fields:
         messages, _ = _split_dialogue(_parse_dialogue(fields["chosen"]))
     else:
         messages = _get_prompt(fields)
-    named, tags = _parse_metadata(fields, source, messages, max_chars)
-    return PromptRow(messages, named, tags)
+    row_source, tags = _parse_metadata(fields, source, messages, max_chars)
+    return PromptRow(messages, row_source, tags)
 
 
 def parse_preference(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PreferenceRow:
-    """Two answers to one prompt, and which is better; raises BadRow."""
+    """Parse two responses to one prompt and the label; raises RowError."""
     fields = _extract_fields(row)
-    ordered = "response_a" in fields
-    first, second, p = ("response_a", "response_b", "p_a") if ordered else ("chosen", "rejected", "p_chosen")
-    if first not in fields or second not in fields or (ordered and p not in fields):
-        raise RowError('neither "chosen" and "rejected" nor "response_a", "response_b" and "p_a" in it')
+    has_fixed_order = "response_a" in fields
+    first, second, p = ("response_a", "response_b", "p_a") if has_fixed_order else ("chosen", "rejected", "p_chosen")
+    if first not in fields or second not in fields or (has_fixed_order and p not in fields):
+        raise RowError('needs "chosen" and "rejected", or "response_a", "response_b" and "p_a"')
     messages, a, b = _get_responses(fields, first, second)
     if a == b:
-        raise RowError("both answers are the same")
-    named, tags = _parse_metadata(fields, source, messages, max_chars, a, b)
-    return PreferenceRow(messages, named, tags, a, b, _parse_probability(fields.get(p, 1.0), p), ordered)
+        raise RowError("both responses are the same")
+    row_source, tags = _parse_metadata(fields, source, messages, max_chars, a, b)
+    return PreferenceRow(messages, row_source, tags, a, b, _parse_probability(fields.get(p, 1.0), p), has_fixed_order)
 
 
 def parse_demonstration(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> DemonstrationRow:
-    """A prompt and its answer; raises BadRow."""
+    """Parse a prompt and its completion; raises RowError."""
     fields = _extract_fields(row)
-    given = next((name for name in ("completion", "chosen") if name in fields), None)
-    there = any(name in fields for name in _DIALOGUE_COLUMNS)
-    if given and there:
+    column = next((name for name in ("completion", "chosen") if name in fields), None)
+    has_dialogue = any(name in fields for name in _DIALOGUE_COLUMNS)
+    if column and has_dialogue:
         messages = _get_prompt(fields)
-        completion = _parse_response(fields[given], given, messages)
-    elif given or there:
-        messages, last = _split_dialogue(_parse_dialogue(fields[given]) if given else _get_dialogue(fields))
+        completion = _parse_response(fields[column], column, messages)
+    elif column or has_dialogue:
+        messages, last = _split_dialogue(_parse_dialogue(fields[column]) if column else _get_dialogue(fields))
         completion = _parse_response(last, "the dialogue", messages)
     else:
-        raise RowError('no dialogue ("prompt", "messages") and "completion" in it')
-    reason = fields.get("finish_reason", "stop")
-    if reason not in ("stop", "length"):
+        raise RowError('no dialogue ("prompt" or "messages") and no "completion"')
+    finish_reason = fields.get("finish_reason", "stop")
+    if finish_reason not in ("stop", "length"):
         raise RowError('"finish_reason" is neither "stop" nor "length"')
-    named, tags = _parse_metadata(fields, source, messages, max_chars, completion)
-    return DemonstrationRow(messages, named, tags, completion, reason == "stop")
+    row_source, tags = _parse_metadata(fields, source, messages, max_chars, completion)
+    return DemonstrationRow(messages, row_source, tags, completion, finish_reason == "stop")
 
 
 ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demonstrations": parse_demonstration}
@@ -154,12 +154,12 @@ ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demons
 
 
 def _get_dialogue(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
-    """The dialogue under one of its names."""
+    """Return the dialogue from the first of its columns."""
     return _parse_dialogue(next((fields[name] for name in ("messages", "prompt") if name in fields), None))
 
 
 def _parse_dialogue(value: Any) -> tuple[ChatMessage, ...]:
-    """A transcript, or a list of messages."""
+    """Parse a transcript or a list of messages."""
     if isinstance(value, str):
         return _parse_transcript(value)
     if not isinstance(value, list) or not value:
@@ -168,20 +168,18 @@ def _parse_dialogue(value: Any) -> tuple[ChatMessage, ...]:
 
 
 def _parse_transcript(text: str) -> tuple[ChatMessage, ...]:
-    """The messages of a text in which paragraphs begin with who speaks; all of it is the user's when none does."""
-    before, *marked = SPEAKER_PATTERN.split(text)
-    if not marked:
+    """Parse a transcript whose paragraphs begin with the speaker; without speakers it is one user message."""
+    preamble, *parts = SPEAKER_PATTERN.split(text)  # the parts alternate: speaker, content
+    if not parts:
         return (_parse_message({"role": "user", "content": text}),)
-    if before.strip():
+    if preamble.strip():
         raise RowError("text before the first Human: or Assistant:")
-    spoken = [(_ROLES_BY_SPEAKER[who], said.strip()) for who, said in zip(marked[::2], marked[1::2], strict=True)]
-    joined = [
-        (role, "\n\n".join(said for _, said in messages))
-        for role, messages in groupby([message for message in spoken if message[1]], key=lambda message: message[0])
-    ]
+    messages = [(_ROLES_BY_SPEAKER[who], content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True)]
+    groups = groupby([message for message in messages if message[1]], key=lambda message: message[0])
+    joined = [(role, "\n\n".join(content for _, content in group)) for role, group in groups]
     if not joined:
         raise RowError("an empty prompt")
-    return tuple(_parse_message({"role": role, "content": said}) for role, said in joined)
+    return tuple(_parse_message({"role": role, "content": content}) for role, content in joined)
 
 
 def _parse_message(value: Any) -> ChatMessage:
@@ -194,61 +192,62 @@ def _parse_message(value: Any) -> ChatMessage:
 
 def _reject_surrogates(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RowError("a lone surrogate, which no text can hold")
+        raise RowError("a lone surrogate, which UTF-8 cannot encode")
     return text
 
 
 def _split_dialogue(messages: Sequence[ChatMessage]) -> tuple[tuple[ChatMessage, ...], str]:
-    """The prompt, which ends with the last message of the user, and what the assistant said after it."""
-    asked = max((place for place, message in enumerate(messages) if message.role == "user"), default=None)
-    if asked is None:
-        raise RowError("no message of the user")
-    return tuple(messages[: asked + 1]), "\n\n".join(message.content for message in messages[asked + 1 :])
+    """Split a dialogue after its last user message: the prompt, and the assistant's messages after it as one string."""
+    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=None)
+    if last_user is None:
+        raise RowError("no user message")
+    return tuple(messages[: last_user + 1]), "\n\n".join(message.content for message in messages[last_user + 1 :])
 
 
 def _get_prompt(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
-    """The dialogue beside an answer, or alone."""
+    """Return the prompt of a row: a dialogue that ends with the user."""
     if not any(name in fields for name in _DIALOGUE_COLUMNS):
-        raise RowError('no "prompt" or "messages" in it')
+        raise RowError('no "prompt" and no "messages"')
     if "messages" in fields or isinstance(fields["prompt"], list):
         messages = _get_dialogue(fields)
     else:
-        # A prompt is a transcript only if it begins as one does in HH-RLHF: "Human: ..." alone may be what someone asks.
+        # A string is a transcript only if it begins as in HH-RLHF: a plain prompt may itself begin with "Human: ...".
         text = fields["prompt"]
-        spoken = isinstance(text, str) and text.startswith("\n\nHuman:")
-        messages = _parse_transcript(text) if spoken else (_parse_message({"role": "user", "content": text}),)
+        is_transcript = isinstance(text, str) and text.startswith("\n\nHuman:")
+        messages = _parse_transcript(text) if is_transcript else (_parse_message({"role": "user", "content": text}),)
     if messages[-1].role != "user":
-        raise RowError("the last message is not the user's")
+        raise RowError("the last message is not from the user")
     return messages
 
 
-# Answers
+# Responses
 
 
 def _get_responses(fields: dict[str, Any], first: str, second: str) -> tuple[tuple[ChatMessage, ...], str, str]:
-    """The prompt and both answers: beside each other, or two dialogues that begin with the same prompt."""
+    """Return the prompt and both responses, from separate columns or from two dialogues with the same prompt."""
     if any(name in fields for name in _DIALOGUE_COLUMNS):
         messages = _get_prompt(fields)
         return messages, _parse_response(fields[first], first, messages), _parse_response(fields[second], second, messages)
-    (messages, a), (other, b) = (_split_dialogue(_parse_dialogue(fields[name])) for name in (first, second))
-    if messages != other:
-        raise RowError(f"{first} and {second} do not answer the same prompt")
+    (messages, a), (other_messages, b) = (_split_dialogue(_parse_dialogue(fields[name])) for name in (first, second))
+    if messages != other_messages:
+        raise RowError(f"{first} and {second} have different prompts")
     return messages, _parse_response(a, first, messages), _parse_response(b, second, messages)
 
 
 def _parse_response(value: Any, name: str, prompt_messages: tuple[ChatMessage, ...]) -> str:
-    """An answer: a string, or a list of messages that has the prompt before it or only the assistant's own."""
+    """Parse a response: a string, or a list of messages that begins with the prompt or has only an assistant message."""
     if isinstance(value, list):
         messages = _parse_dialogue(value)
-        before, value = (
-            _split_dialogue(messages) if messages[0].role != "assistant" else (prompt_messages, messages[-1].content)
-        )
-        if before != prompt_messages or (messages[0].role == "assistant" and len(messages) > 1):
-            raise RowError(f"{name} answers another prompt")
+        if messages[0].role == "assistant":
+            row_prompt, value = prompt_messages if len(messages) == 1 else (), messages[-1].content
+        else:
+            row_prompt, value = _split_dialogue(messages)
+        if row_prompt != prompt_messages:
+            raise RowError(f"{name} has another prompt")
     if not isinstance(value, str):
         raise RowError(f"{name} is neither a string nor a list of messages")
     if not value.strip():
-        raise RowError(f"{name} has an empty answer")
+        raise RowError(f"{name} has an empty response")
     return _reject_surrogates(value)
 
 
@@ -259,16 +258,16 @@ def _parse_probability(value: Any, name: str) -> float:
 
 
 def _parse_metadata(
-    fields: dict[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *texts: str
+    fields: dict[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *responses: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Source and tags, of a row that is not too long."""
-    length = sum(len(message.content) for message in messages) + sum(map(len, texts))
+    """Return source and tags; raise RowError if the row is longer than `max_chars`."""
+    length = sum(len(message.content) for message in messages) + sum(map(len, responses))
     if length > max_chars:
         raise RowError(f"{length} characters, more than prompts.max_chars = {max_chars}")
     tags = fields.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise RowError('"tags" is not a list of strings')
-    named = fields.get("source", source)
-    if not isinstance(named, str) or not named:
-        raise RowError('"source" is not a string')
-    return _reject_surrogates(named), tuple(_reject_surrogates(tag) for tag in tags)
+    row_source = fields.get("source", source)
+    if not isinstance(row_source, str) or not row_source:
+        raise RowError('"source" is not a non-empty string')
+    return _reject_surrogates(row_source), tuple(_reject_surrogates(tag) for tag in tags)

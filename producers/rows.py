@@ -1,8 +1,8 @@
-"""Files to numbered rows: JSON lines (also gzipped), Parquet, Arrow, data sets that `datasets` saved to disk, standard input.
+"""Read files as numbered rows: JSON lines (also gzipped), Parquet, Arrow, data sets saved by `datasets`, and standard input.
 
-What a file is follows from its first bytes, not from its name. A row is a line's bytes or a dictionary of the columns that
-`producers.parse` knows; what cannot be read is a BadRow in its place. Rows stream: nothing is read whole, and a line longer
-than MAX_LINE_BYTES is skipped, not kept.
+The format is detected from the first bytes, not from the file name. A row is the bytes of a line, or a dictionary of the columns
+in `producers.parse.ROW_COLUMNS`. A row that cannot be read is returned as a RowError. Rows are streamed: no file is read into
+memory as a whole, and a line longer than MAX_LINE_BYTES is skipped without being stored.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ RawRow = bytes | dict[str, Any] | RowError
 
 
 class LineReader(Protocol):
-    """What lines are read from: a file, a gzip stream, standard input."""
+    """A source of lines: a file, a gzip stream or standard input."""
 
     def readline(self, size: int = ..., /) -> bytes: ...
 
 
 def read_rows(path: str, first_row: int = 1, last_row: int | None = None) -> Iterator[tuple[int, RawRow]]:
-    """(number from 1, row) of a file, a folder or standard input ("-"); blank lines are passed over but counted."""
+    """Yield (number from 1, row) of a file, a folder or standard input ("-"); blank lines are counted but not returned."""
     for number, row in enumerate(_read_all_rows(path), 1):
         if last_row is not None and number > last_row:
             return
@@ -63,7 +63,7 @@ def _read_all_rows(path: str) -> Iterator[RawRow]:
 
 
 def _read_lines(stream: LineReader) -> Iterator[RawRow]:
-    """Lines without their ends and the first one's byte order mark; a damaged gzip stream ends with a BadRow."""
+    """Yield lines without line ends and byte order mark; a damaged gzip stream ends with a RowError."""
     mark = codecs.BOM_UTF8
     try:
         while line := stream.readline(MAX_LINE_BYTES):
@@ -85,7 +85,12 @@ def _read_parquet_rows(stream: IO[bytes]) -> Iterator[RawRow]:
     try:
         file = parquet.ParquetFile(stream)
         yield from _read_batch_rows(file.iter_batches(_BATCH_SIZE, columns=_filter_known_columns(file.schema_arrow.names)))
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:  # a damaged length field may request any amount of memory
         yield _make_unreadable_row("Parquet", error)
 
 
@@ -98,21 +103,26 @@ def _read_arrow_rows(stream: IO[bytes], start: bytes) -> Iterator[RawRow]:
             yield from _read_batch_rows(file.get_batch(number) for number in range(file.num_record_batches))
         else:
             yield from _read_batch_rows(pa.ipc.open_stream(stream))
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length may ask for any amount
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:  # a damaged length field may request any amount of memory
         yield _make_unreadable_row("Arrow", error)
 
 
 def _read_batch_rows(batches: Any) -> Iterator[RawRow]:
-    """The rows of Arrow record batches; a value that has no Python form (such as text that is not UTF-8) is a BadRow."""
+    """Yield the rows of Arrow record batches; a value that Python cannot represent (such as invalid UTF-8) gives a RowError."""
     import pyarrow as pa
 
     for batch in batches:
-        batch.validate(full=True)  # offsets of a damaged file may point outside of their buffers
+        batch.validate(full=True)  # the offsets of a damaged file may point outside their buffers
         names = _filter_known_columns(batch.schema.names)
         columns = [batch.column(name) for name in names]
-        for number in range(batch.num_rows):
+        for index in range(batch.num_rows):
             try:
-                yield {name: column[number].as_py() for name, column in zip(names, columns, strict=True)}
+                yield {name: column[index].as_py() for name, column in zip(names, columns, strict=True)}
             except (pa.ArrowException, ValueError, OverflowError) as error:
                 yield RowError(f"a value cannot be read: {error}")
 
@@ -126,7 +136,7 @@ def _make_unreadable_row(kind: str, error: Exception) -> RowError:
 
 
 def _list_data_files(path: Path) -> list[Path]:
-    """The data files of a path, in order; raises UsageError for a folder that holds no data set, or several splits."""
+    """Return the data files of a path, in order; raise UsageError for a folder without data or with several splits."""
     if not path.is_dir():
         return [path]
     if (path / "dataset_dict.json").exists():
@@ -136,15 +146,19 @@ def _list_data_files(path: Path) -> list[Path]:
     if (path / "state.json").exists():
         state = _read_json_object(path / "state.json")
         if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise UsageError(f"{path} is a selection of rows", "its order is kept apart from its data", "save it flattened")
+            raise UsageError(
+                f"{path} is a selection of rows",
+                "the order of its rows is stored in a separate index file",
+                "save it again after flatten_indices()",
+            )
         return [path / Path(file["filename"]).name for file in state.get("_data_files", [])]
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(_DATA_SUFFIXES))
-    if not found:
-        raise UsageError(f"there is no data in {path}", f"no file there ends in {', '.join(_DATA_SUFFIXES)}", "give a file")
-    splits = {file.name.split("-")[0] for file in found if "-of-" in file.name}
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(_DATA_SUFFIXES))
+    if not files:
+        raise UsageError(f"there is no data in {path}", f"no file in it ends in {', '.join(_DATA_SUFFIXES)}", "give a file")
+    splits = {file.name.split("-")[0] for file in files if "-of-" in file.name}
     if len(splits) > 1:
-        raise _make_several_splits_error(path, [f"{found[0].parent / name}-*" for name in sorted(splits)])
-    return found
+        raise _make_several_splits_error(path, [f"{files[0].parent / name}-*" for name in sorted(splits)])
+    return files
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -158,13 +172,13 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 def _make_several_splits_error(path: Path, names: Sequence[str]) -> UsageError:
     return UsageError(
         f"{path} holds several splits: {', '.join(Path(name).name.removesuffix('-*') for name in names)}",
-        "which of them are prompts is yours to say",
+        "only one split can be published at a time",
         f"type: charter produce {names[0] if names else path}",
     )
 
 
 def compute_content_hash(path: str) -> str:
-    """The hash of a file's, or of a folder's files', content; raises UsageError when it cannot be read or is no UTF-8."""
+    """Return the SHA-256 of a file's or folder's content; raise UsageError if it cannot be read or has a wrong encoding."""
     digests = [_compute_file_hash(file) for file in _list_data_files(Path(path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -179,19 +193,19 @@ def _compute_file_hash(path: Path) -> str:
         raise UsageError(
             f"cannot read {path}",
             error.strerror or str(error),
-            "give a file of JSON lines, Parquet or Arrow, a saved data set's folder, or - for standard input",
+            "give a file of JSON lines, Parquet or Arrow, the folder of a saved data set, or - for standard input",
         ) from error
     if start.startswith(b"["):
         raise UsageError(
             f"{path} is one JSON array, not JSON lines",
-            "a row is a line: a string or an object",
+            "each line must be one row: a string or an object",
             f"type: jq -c '.[]' {path} > rows.jsonl",
         )
     if start in _UTF16_MARKS:
-        kind = _UTF16_MARKS[start]
+        encoding = _UTF16_MARKS[start]
         raise UsageError(
-            f"{path} is {kind}, not UTF-8",
-            "JSON lines are UTF-8",
-            f"type: iconv -f {kind} -t UTF-8 {path} > prompts.jsonl",
+            f"{path} is {encoding}, not UTF-8",
+            "JSON lines must be UTF-8",
+            f"type: iconv -f {encoding} -t UTF-8 {path} > prompts.jsonl",
         )
     return digest

@@ -1,8 +1,8 @@
 """Avro schemas derived from the pydantic records.
 
-`python -m schemas.avro` writes `schemas/<topic>.avsc` for every record, and adds each schema that is not there yet to
-`schemas/released/<Record>/<fingerprint>.avsc`, where every version that was ever released stays. A test fails when the
-committed files and the classes disagree.
+`python -m schemas.avro` writes `schemas/<topic>.avsc` for every record, and adds new schema versions to
+`schemas/released/<Record>/<fingerprint>.avsc`, which keeps every released version. A test fails if the committed files differ
+from the classes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ _PRIMITIVE_TYPES: dict[Any, Any] = {
 
 
 def _to_avro_type(annotation: Any, seen_names: set[str]) -> Any:
-    """The Avro type of a Python annotation; a named type is spelled out once and referred to by name after that."""
+    """Return the Avro type of a Python annotation. A named type is defined at its first use and referenced by name later."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in _PRIMITIVE_TYPES:
         return _PRIMITIVE_TYPES[annotation]
     if origin is typing.Annotated:
-        return (
-            "float" if any(isinstance(extra, Float32) for extra in arguments[1:]) else _to_avro_type(arguments[0], seen_names)
-        )
+        is_float32 = any(isinstance(extra, Float32) for extra in arguments[1:])
+        return "float" if is_float32 else _to_avro_type(arguments[0], seen_names)
     if origin in (Union, types.UnionType):
         return ["null", *(_to_avro_type(a, seen_names) for a in arguments if a is not types.NoneType)]
     if origin is list:
@@ -60,7 +59,7 @@ def _to_avro_type(annotation: Any, seen_names: set[str]) -> Any:
 
 
 def _to_avro_record(model: type[BaseModel], seen_names: set[str]) -> dict[str, Any]:
-    """The Avro record of a pydantic class."""
+    """Return the Avro record type of a pydantic class."""
     fields = [_to_avro_field(name, info, seen_names) for name, info in model.model_fields.items()]
     schema = {"type": "record", "name": model.__name__, "namespace": NAMESPACE, "fields": fields}
     if model.__doc__:
@@ -75,27 +74,27 @@ def _to_avro_field(name: str, info: FieldInfo, seen_names: set[str]) -> dict[str
         field["default"] = info.default
     elif info.default_factory in (list, dict):
         field["default"] = info.default_factory()
-    elif info.default_factory is not None:  # created_at: an old writer always wrote it
+    elif info.default_factory is not None:  # created_at: every version of the schema has it
         field["default"] = 0
     return field
 
 
 @cache
 def get_schema(model: type[Record]) -> dict[str, Any]:
-    """The Avro schema of a record class, as plain JSON."""
+    """Return the Avro schema of a record class as plain JSON."""
     schema = _to_avro_record(model, {model.__name__})
     return typing.cast(dict[str, Any], json.loads(json.dumps(schema)))
 
 
 def compute_schema_fingerprint(schema: dict[str, Any]) -> bytes:
-    """CRC-64-AVRO of the parsing canonical form: 8 bytes, little-endian (Avro specification, "Schema Fingerprints")."""
+    """Return the CRC-64-AVRO of the parsing canonical form: 8 bytes, little-endian (Avro specification, "Schema Fingerprints")."""
     canonical = fastavro.schema.to_parsing_canonical_form(schema)
-    # fastavro prints the 8 bytes in the order in which single-object encoding wants them.
+    # fastavro prints the 8 bytes in the byte order of single-object encoding.
     return bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
 
 
 def load_released_schemas() -> dict[str, list[dict[str, Any]]]:
-    """Every schema version that was ever released, by record name."""
+    """Return every released schema version, by record name."""
     versions: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RELEASED_FOLDER.glob("*/*.avsc")):
         versions.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
@@ -103,7 +102,7 @@ def load_released_schemas() -> dict[str, list[dict[str, Any]]]:
 
 
 def _write_schema_files() -> None:
-    """Write the `.avsc` of every record, and its released version when it is new."""
+    """Write the `.avsc` file of every record, and its released version."""
     for model in RECORDS:
         schema = get_schema(model)
         text = json.dumps(schema, indent=2) + "\n"

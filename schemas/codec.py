@@ -1,21 +1,21 @@
-"""Records to bytes and back: Avro single-object encoding, or the Confluent wire format.
+"""Encode and decode records: Avro single-object encoding, or the Confluent wire format.
 
-A message is C3 01, the 8-byte CRC-64-AVRO fingerprint of the writer's schema, and the Avro body. A reader resolves every
-schema version ever released to its own. Whatever is wrong with the bytes is one of the named errors below, never a crash.
-Source: Avro specification 1.12, "Single-object encoding".
+An encoded record is C3 01, the 8-byte CRC-64-AVRO fingerprint of the writer's schema, and the Avro body. A reader can read all
+released schema versions. Invalid bytes raise one of the errors below. Source: Avro specification 1.12, "Single-object encoding".
 
-The other framing is Confluent's (a zero byte, a 4-byte schema id, the body), for that ecosystem's tools; `use` chooses it once
-for the process. Single-object messages are always read; Confluent's whenever there is a registry to ask for their schemas. A
-registry that is away is no RecordError, which would bury good records: see `schemas.confluent`.
+The other framing is the Confluent wire format (a zero byte, a 4-byte schema id, the body), for tools of that ecosystem.
+`configure_framing` selects the framing of a process. Single-object records can always be read, Confluent records only with a
+schema registry. An unreachable registry is not a RecordError, because that would make valid records dead letters: see
+`schemas.confluent`.
 
     RecordError
-    +-- NotARecord          neither framing's first bytes
-    +-- UnknownFingerprint  written with a schema that this version has never seen
-    +-- UnknownSchemaId     the registry has no schema of this id
-    +-- ForeignSchema       the registry's schema of this id is none of a record of ours
-    +-- Truncated           the body ends too early, or bytes are left over
-    +-- Malformed           the body is no value of its schema
-    +-- WrongRecord         a good record of another type than expected
+    +-- NotARecord          the first bytes belong to neither framing
+    +-- UnknownFingerprint  written with a schema that this version does not have
+    +-- UnknownSchemaId     the registry has no schema with this id
+    +-- ForeignSchema       the schema with this id is not the schema of a Charter record
+    +-- Truncated           the body is too short or too long
+    +-- Malformed           the body does not match its schema
+    +-- WrongRecord         a valid record of another type than expected
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from schemas.records import RECORDS, Record
 
 SINGLE_OBJECT_MARKER = b"\xc3\x01"
 _HEADER_BYTES = len(SINGLE_OBJECT_MARKER) + 8
-CONFLUENT_MAGIC = b"\x00"  # Confluent's first byte
+CONFLUENT_MAGIC = b"\x00"  # the first byte of the Confluent wire format
 _CONFLUENT_HEADER_BYTES = len(CONFLUENT_MAGIC) + 4
 FRAMINGS = ("single-object", "confluent")
-_DECODING_ERRORS = (  # what fastavro and pydantic raise of a body, or of a writer's schema, that does not fit
+_DECODING_ERRORS = (  # errors of fastavro and pydantic for an invalid body or an incompatible writer's schema
     ValidationError,
     SchemaParseException,
     SchemaResolutionError,
@@ -51,7 +51,7 @@ R = TypeVar("R", bound=Record)
 
 
 class RecordError(ValueError):
-    """Bytes that are no record of ours: what, why, and what to do."""
+    """Bytes that cannot be decoded to a Charter record: what happened, why, and what to do."""
 
     def __init__(self, what: str, why: str, fix: str = "") -> None:
         super().__init__(what, why, fix)
@@ -91,20 +91,21 @@ class WrongRecord(RecordError):
 
 @cache
 def load_writer_schemas() -> dict[bytes, tuple[type[Record], Any]]:
-    """Fingerprint -> (record class, parsed schema) of every version that can be read."""
+    """Return fingerprint -> (record class, parsed schema) for every schema version."""
     by_name = {model.__name__: model for model in RECORDS}
-    known = {}
+    schemas = {}
     for name, versions in load_released_schemas().items():
         for schema in versions:
-            known[compute_schema_fingerprint(schema)] = (by_name[name], parse_schema(schema, {}))
-    # The current classes come last: fingerprints ignore defaults, so an older file may share one.
+            schemas[compute_schema_fingerprint(schema)] = (by_name[name], parse_schema(schema, {}))
+    # The current classes come last: fingerprints ignore defaults, so an older version can have the same fingerprint.
     for model in RECORDS:
-        known[compute_schema_fingerprint(get_schema(model))] = (model, get_parsed_schema(model))
-    return known
+        schemas[compute_schema_fingerprint(get_schema(model))] = (model, get_parsed_schema(model))
+    return schemas
 
 
 @cache
 def get_parsed_schema(model: type[Record]) -> Any:
+    """Return the schema of a record class in the form that fastavro reads and writes with."""
     return parse_schema(get_schema(model), {})
 
 
@@ -114,19 +115,19 @@ def _make_single_object_header(model: type[Record]) -> bytes:
 
 
 class SchemaRegistry(Protocol):
-    """Who gives Confluent's schema ids their meaning (`schemas.confluent`)."""
+    """Maps Confluent schema ids to schemas (`schemas.confluent`)."""
 
     def get_header(self, model: type[Record]) -> bytes:
-        """The first five bytes of a message with this record; registers its schema when first asked."""
+        """Return the first five bytes of an encoded record of this class. The first call registers its schema."""
         ...
 
     def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:
-        """The record class and the writer's parsed schema of an id; UnknownSchemaId or ForeignSchema if there is none."""
+        """Return the record class and the parsed writer's schema of an id. Raise UnknownSchemaId or ForeignSchema."""
         ...
 
 
 class _FramingState:
-    """How this process frames what it writes, and whom it asks about Confluent's ids."""
+    """The framing that this process writes, and the schema registry for Confluent records."""
 
     def __init__(self) -> None:
         self.make_header: Callable[[type[Record]], bytes] = _make_single_object_header
@@ -137,25 +138,25 @@ _FRAMING = _FramingState()
 
 
 def configure_framing(framing: str = "single-object", registry: SchemaRegistry | None = None) -> None:
-    """Choose the framing of this process, once, at its start.
+    """Set the framing of this process; call it once, at the start.
 
-    With "confluent" all schemas are registered here, so that an absent or unwilling registry is met before any work is done
-    and `encode` never waits for one.
+    With "confluent" all schemas are registered here. So a registry that is unreachable or rejects a schema is detected before any
+    work starts, and `encode_record` never waits for it.
     """
     if framing not in FRAMINGS:
-        raise ValueError(f"framing {framing!r} is none of {', '.join(FRAMINGS)}")
+        raise ValueError(f"framing {framing!r} is not one of {', '.join(FRAMINGS)}")
     if framing == "single-object":
         _FRAMING.make_header, _FRAMING.registry = _make_single_object_header, registry
         return
     if registry is None:
-        raise ValueError("the framing confluent needs a schema registry")
+        raise ValueError("the framing confluent requires a schema registry")
     for model in RECORDS:
         registry.get_header(model)
     _FRAMING.make_header, _FRAMING.registry = registry.get_header, registry
 
 
 def encode_record(record: Record) -> bytes:
-    """A record as one self-describing message."""
+    """Encode a record, with the reference to its schema."""
     buffer = io.BytesIO()
     buffer.write(_FRAMING.make_header(type(record)))
     fastavro.schemaless_writer(buffer, get_parsed_schema(type(record)), record.model_dump())
@@ -163,47 +164,45 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes, expected: type[R]) -> R:
-    """The record in a message; raises a RecordError when it is not one of type `expected`."""
+    """Decode a record. Raise a RecordError if it is not of the class `expected`."""
     record = decode_any_record(data)
     if not isinstance(record, expected):
         raise WrongRecord(
             f"expected a {expected.__name__}, found a {type(record).__name__}",
-            "the message is a good record of another type: it was published to the wrong topic",
+            "the record is valid and was published to the wrong topic",
         )
     return record
 
 
 def decode_any_record(data: bytes) -> Record:
-    """The record in a message, of whatever type."""
+    """Decode a record of any class."""
     if data[:2] != SINGLE_OBJECT_MARKER:
         return _decode_confluent(data)
     if len(data) < _HEADER_BYTES:
-        raise Truncated("the message is cut in its header", f"{len(data)} bytes where the header alone has {_HEADER_BYTES}")
-    known = load_writer_schemas().get(data[2:_HEADER_BYTES])
-    if known is None:
+        raise Truncated("the header is truncated", f"it has {len(data)} bytes instead of {_HEADER_BYTES}")
+    entry = load_writer_schemas().get(data[2:_HEADER_BYTES])
+    if entry is None:
         raise UnknownFingerprint(
             f"unknown schema fingerprint {data[2:_HEADER_BYTES].hex()}",
-            "the message was written by a newer version of Charter, or by another program",
-            "upgrade this process, or look at the message with `charter tail --raw`",
+            "the record was written by a newer version of Charter, or by another program",
+            "upgrade this process, or inspect the record with `charter tail --raw`",
         )
-    model, schema = known
+    model, schema = entry
     return _decode_body(memoryview(data)[_HEADER_BYTES:], model, schema)
 
 
 def _decode_confluent(data: bytes) -> Record:
-    """The record in a message of Confluent's framing, if it has that framing and there is a registry to ask."""
+    """Decode a record in the Confluent wire format, with its schema from the registry."""
     if data[:1] != CONFLUENT_MAGIC:
-        raise NotARecord("the message is not a Charter record", f"it starts with {data[:2].hex() or 'nothing'}, not c301")
+        raise NotARecord("the bytes are not a Charter record", f"they start with {data[:2].hex() or 'nothing'}, not c301")
     if len(data) < _CONFLUENT_HEADER_BYTES:
-        raise Truncated(
-            "the message is cut in its header", f"{len(data)} bytes where Confluent's has {_CONFLUENT_HEADER_BYTES}"
-        )
+        raise Truncated("the header is truncated", f"it has {len(data)} bytes instead of {_CONFLUENT_HEADER_BYTES}")
     schema_id = int.from_bytes(data[1:_CONFLUENT_HEADER_BYTES], "big")
     if _FRAMING.registry is None:
         raise NotARecord(
-            "the message is not a Charter record as this process reads them",
-            f"it starts with 00, like Confluent's wire format (then with schema id {schema_id}), not with c301",
-            "if it is one: set bus.schema_registry to the registry's URL (bus.framing is about writing only)",
+            "the bytes are not a Charter record that this process can read",
+            f"they start with 00, as in the Confluent wire format (schema id {schema_id}), not with c301",
+            "to read Confluent records, set bus.schema_registry to the URL of the registry (bus.framing affects only writing)",
         )
     model, schema = _FRAMING.registry.get_writer_schema(schema_id)
     return _decode_body(memoryview(data)[_CONFLUENT_HEADER_BYTES:], model, schema)
@@ -214,15 +213,15 @@ def _decode_body(body: memoryview, model: type[R], schema: Any) -> R:
     name = model.__name__
     try:
         values = fastavro.schemaless_reader(buffer, schema, get_parsed_schema(model))
-        left_over = len(body) - buffer.tell()
-        if left_over:
-            raise Truncated(f"{left_over} bytes are left over after a {name}", "the message is damaged")
+        num_extra_bytes = len(body) - buffer.tell()
+        if num_extra_bytes:
+            raise Truncated(f"{num_extra_bytes} extra bytes follow the {name}", "the record is damaged")
         return model.model_validate(values)
     except (EOFError, IndexError, struct.error) as error:
-        raise Truncated(f"the {name} is cut short", f"its body ends after {len(body)} bytes") from error
+        raise Truncated(f"the {name} is truncated", f"its body ends after {len(body)} bytes") from error
     except _DECODING_ERRORS as error:
         if isinstance(error, RecordError):
             raise
         raise Malformed(f"the body is not a {name}", f"{type(error).__name__}: {str(error)[:200]}") from error
     except MemoryError as error:
-        raise Malformed(f"the body is not a {name}", "a length in it is larger than memory") from error
+        raise Malformed(f"the body is not a {name}", "it contains a length that exceeds the memory") from error

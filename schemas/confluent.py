@@ -1,13 +1,13 @@
-"""The Confluent wire format: a zero byte, a 4-byte big-endian schema id, the Avro body; and the registry that knows the ids.
+"""The Confluent wire format (a zero byte, a 4-byte big-endian schema id, the Avro body) and a client of the schema registry.
 
-`Registry` is a small client of a Confluent-compatible Schema Registry. It registers the schema of a record under the subject
-`<topic>-value` and asks for the schema of an id; both are remembered, for an id never changes its meaning. Ids come from
-messages and schemas from another program, so neither is trusted: a schema is read only if it is one of a record of ours by
-its full name, and could not make a few bytes stand for endless work.
+`SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of a record under the
+subject `<topic>-value` and fetches the schema of an id. Both are cached, because the schema of an id never changes. Ids and
+schemas come from other programs and are not trusted: a schema is used only if it has the full name of a Charter record, and if
+a few bytes of data cannot cause unlimited work.
 
-    RecordError (schemas.codec)    the record's fault: UnknownSchemaId, ForeignSchema
-    RegistryUnreachable            the registry is away, refuses our login or answers nonsense: try again later
-    SchemaRefused                  the registry will not have a schema of ours: a person must look at its subject
+    RecordError (schemas.codec)    UnknownSchemaId, ForeignSchema: the record cannot be decoded
+    RegistryUnreachable            the registry is unreachable, rejects the credentials or sends invalid responses: retry later
+    SchemaRejected                 the registry rejects a schema of Charter: its subject must be checked
 
 Source: Confluent documentation, "Wire format" and "Schema Registry API Reference".
 """
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 _CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 _TIMEOUT_S = 10.0
-MAX_RESPONSE_BYTES = 1024 * 1024  # our largest schema has about 10,000
+MAX_RESPONSE_BYTES = 1024 * 1024  # the largest schema of Charter has about 10,000 bytes
 _SCHEMA_NOT_FOUND_CODE = 40403
-_REJECTED_STATUSES = (409, 422)  # incompatible with the subject's versions; no valid schema, or a registry that is read-only
+_REJECTED_STATUSES = (409, 422)  # incompatible with the versions of the subject; invalid schema, or a read-only registry
 _REJECTION_CACHE_TTL_S = 60.0
 REJECTION_CACHE_SIZE = 1000
 _MIN_BYTES_BY_TYPE = {
@@ -48,12 +48,12 @@ _MIN_BYTES_BY_TYPE = {
     "double": 8,
     "bytes": 1,
     "string": 1,
-}  # bytes of a value
+}  # minimum number of bytes of a value
 _RECORDS_BY_NAME = {f"{NAMESPACE}.{model.__name__}": model for model in RECORDS}
 
 
 class RegistryError(Exception):
-    """Something about the registry: what, why, and what to do."""
+    """An error of the schema registry: what happened, why, and what to do."""
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         super().__init__(what, why, fix)
@@ -64,18 +64,18 @@ class RegistryError(Exception):
 
 
 class RegistryUnreachable(RegistryError):
-    """The registry does not answer, or not as one: no fault of a record's, and it may pass."""
+    """The registry is unreachable or its response is invalid. A retry may succeed; no record is at fault."""
 
 
 class SchemaRejected(RegistryError):
-    """The registry will not take a schema of ours."""
+    """The registry rejects a schema of Charter."""
 
 
 class SchemaRegistryClient:
-    """A client of the registry at `url`, usable by many threads.
+    """A thread-safe client of the registry at `url`.
 
-    `login` is USER:PASSWORD, the value of an environment variable, and appears in no error. `prefix` is the bus's, for the
-    subjects are those of the topics' real names. `away` makes the error of a registry that cannot be asked.
+    `credentials` are USER:PASSWORD and appear in no error. `prefix` is the topic prefix of the bus, which subjects also have.
+    `make_unreachable_error` creates the error for an unreachable registry.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class SchemaRegistryClient:
     # Writing
 
     def get_header(self, model: type[Record]) -> bytes:
-        """The first five bytes of a message with this record; its schema is registered when first asked for."""
-        found = self._headers.get(model)
-        return self._get_or_register(model) if found is None else found
+        """Return the first five bytes of an encoded record of this class. The first call registers its schema."""
+        header = self._headers.get(model)
+        return self._get_or_register(model) if header is None else header
 
     def _get_or_register(self, model: type[Record]) -> bytes:
         with self._lock:
@@ -120,83 +120,83 @@ class SchemaRegistryClient:
     def _register_schema(self, model: type[Record]) -> int:
         subject = f"{self.prefix}{model.topic}-value"
         path = f"/subjects/{quote(subject, safe='')}/versions"
-        status, answer = self._request_json("POST", path, {"schema": json.dumps(get_schema(model))})
+        status, response = self._request_json("POST", path, {"schema": json.dumps(get_schema(model))})
         if status in _REJECTED_STATUSES:
             raise SchemaRejected(
-                f"the schema registry {self.url} refuses the schema of {model.__name__} ({status})",
-                _format_message(answer),
-                f"look at the versions and the compatibility of its subject {subject}",
+                f"the schema registry {self.url} rejects the schema of {model.__name__} (status {status})",
+                _format_message(response),
+                f"check the versions and the compatibility setting of the subject {subject}",
             )
-        schema_id = answer.get("id")
+        schema_id = response.get("id")
         if status not in (200, 201) or type(schema_id) is not int or not 0 <= schema_id < 2**32:
-            raise self._make_bad_response_error(f"{status} and no schema id to a schema of {model.__name__}")
+            raise self._make_bad_response_error(f"status {status} without a schema id for the schema of {model.__name__}")
         if self._writer_schemas.get(schema_id, (model,))[0] is not model:
-            raise self._make_bad_response_error(f"the id {schema_id} to schemas of two records")
+            raise self._make_bad_response_error(f"the id {schema_id} for the schemas of two record classes")
         return schema_id
 
     # Reading
 
     def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:
-        """The record class and the writer's parsed schema of an id, from memory or from the registry."""
-        found = self._writer_schemas.get(schema_id)
-        return self._get_or_fetch(schema_id) if found is None else found
+        """Return the record class and the parsed writer's schema of an id, from the cache or from the registry."""
+        entry = self._writer_schemas.get(schema_id)
+        return self._get_or_fetch(schema_id) if entry is None else entry
 
     def _get_or_fetch(self, schema_id: int) -> tuple[type[Record], Any]:
-        """Ask for an id. A refusal is remembered for a minute, lest a topic full of them is as many requests."""
-        until, refusal = self._rejections.get(schema_id, (0.0, None))
-        if refusal is not None and time.monotonic() < until:
-            raise refusal()
+        """Fetch the schema of an id. Errors are cached for a minute, so that a topic of such records causes few requests."""
+        expires_at, make_error = self._rejections.get(schema_id, (0.0, None))
+        if make_error is not None and time.monotonic() < expires_at:
+            raise make_error()
         try:
-            found = self._fetch_schema(schema_id)
+            entry = self._fetch_schema(schema_id)
         except RecordError as error:
             if len(self._rejections) >= REJECTION_CACHE_SIZE:
                 self._rejections.clear()
             self._rejections[schema_id] = (time.monotonic() + _REJECTION_CACHE_TTL_S, partial(type(error), *error.args))
             raise
-        return self._writer_schemas.setdefault(schema_id, found)
+        return self._writer_schemas.setdefault(schema_id, entry)
 
     def _fetch_schema(self, schema_id: int) -> tuple[type[Record], Any]:
-        status, answer = self._request_json("GET", f"/schemas/ids/{schema_id}")
-        if status == 404 and answer.get("error_code") == _SCHEMA_NOT_FOUND_CODE:
+        status, response = self._request_json("GET", f"/schemas/ids/{schema_id}")
+        if status == 404 and response.get("error_code") == _SCHEMA_NOT_FOUND_CODE:
             raise UnknownSchemaId(
                 f"the schema registry has no schema {schema_id}",
-                f"the message was written with another registry than {self.url}, or by another program",
-                "look at the message with `charter tail --raw`",
+                f"the record was written with another registry than {self.url}, or by another program",
+                "inspect the record with `charter tail --raw`",
             )
-        if status != 200 or not isinstance(answer.get("schema"), str):
-            raise self._make_bad_response_error(f"{status} and no schema to the id {schema_id}")
-        return _parse_writer_schema(schema_id, answer)
+        if status != 200 or not isinstance(response.get("schema"), str):
+            raise self._make_bad_response_error(f"status {status} without a schema for the id {schema_id}")
+        return _parse_writer_schema(schema_id, response)
 
     # Requests
 
     def _request_json(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON object of an answer; whatever else comes is the registry's fault."""
+        """Send a request; return the status and the JSON object of the response. Any other response is an error."""
         import httpx
 
         try:
             status, data = self._send_request(method, path, body)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise self.make_unreachable_error(
-                f"the schema registry {self.url} does not answer",
+                f"the schema registry {self.url} is unreachable",
                 type(error).__name__,
-                "look at the registry and at bus.schema_registry; work goes on when it is back",
-            ) from None  # the request inside has the login among its headers
+                "check the registry and bus.schema_registry; work continues when the registry is available again",
+            ) from None  # the request in the original error contains the credentials in its headers
         if status in (401, 403):
             raise self.make_unreachable_error(
-                f"the schema registry {self.url} refuses the login ({status})",
+                f"the schema registry {self.url} rejects the credentials (status {status})",
                 "",
-                "check the variable that bus.schema_registry_auth_env names, and what its user may do",
+                "check the variable named by bus.schema_registry_auth_env, and the permissions of the user",
             )
         try:
-            answer = json.loads(data)
+            response = json.loads(data)
         except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise self._make_bad_response_error(f"{status} and no JSON object")
-        return status, answer
+            response = None
+        if not isinstance(response, dict):
+            raise self._make_bad_response_error(f"status {status} without a JSON object")
+        return status, response
 
     def _send_request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        """One request. Its timeout bounds each step of it, so the whole has one too; so has the answer's size."""
+        """Send a request, with limits on the total time and the size. (The client's timeout limits only each step.)"""
         deadline, data = time.monotonic() + self.timeout_s, b""
         with self._client.stream(method, self.url + path, json=body) as response:
             for chunk in response.iter_raw():
@@ -207,60 +207,63 @@ class SchemaRegistryClient:
                     raise TimeoutError
             return response.status_code, data
 
-    def _make_bad_response_error(self, found: str) -> Exception:
+    def _make_bad_response_error(self, description: str) -> Exception:
         return self.make_unreachable_error(
-            f"{self.url} does not answer like a schema registry",
-            f"it gave {found}",
+            f"{self.url} does not respond like a schema registry",
+            f"the response was {description}",
             "check bus.schema_registry: the URL of a Confluent-compatible registry, with its path if it has one",
         )
 
 
 def _check_url(url: str) -> str:
-    """The registry's address. One with a login inside is refused: settings are shown and recorded."""
+    """Return the URL without a trailing slash. Reject one with credentials: settings are printed and recorded."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        good = False
-    if not good:
-        raise ValueError("the schema registry's URL must be http://HOST:PORT or https://HOST:PORT")
+        is_valid = False
+    if not is_valid:
+        raise ValueError("the URL of the schema registry must be http://HOST:PORT or https://HOST:PORT")
     if "@" in parts.netloc:
-        raise ValueError("the schema registry's URL must have no login in it: put USER:PASSWORD into the variable for it")
+        raise ValueError(
+            "the URL of the schema registry must not contain credentials: put USER:PASSWORD into the environment variable"
+        )
     if parts.query or parts.fragment:
-        raise ValueError("the schema registry's URL must end with its path")
+        raise ValueError("the URL of the schema registry must not have a query or a fragment")
     return url.rstrip("/")
 
 
 def _create_client(credentials: str, timeout_s: float) -> httpx.Client:
-    """An HTTP client that follows no redirect (it would carry the login along) and takes nothing compressed."""
+    """Create an HTTP client without redirects (they would forward the credentials) and without compressed responses."""
     import httpx
 
     user, colon, password = credentials.partition(":")
-    if credentials and not (colon and credentials.isprintable()):  # an unprintable one would fail inside, and be quoted
-        raise ValueError("the schema registry's login must be USER:PASSWORD")
+    # httpx would fail on unprintable characters, with an error message that quotes the credentials.
+    if credentials and not (colon and credentials.isprintable()):
+        raise ValueError("the credentials of the schema registry must be USER:PASSWORD")
     headers = {"Accept": f"{_CONTENT_TYPE}, application/json", "Accept-Encoding": "identity", "Content-Type": _CONTENT_TYPE}
     return httpx.Client(
         auth=(user, password) if credentials else None, headers=headers, timeout=timeout_s, follow_redirects=False
     )
 
 
-def _format_message(answer: dict[str, Any]) -> str:
-    """The registry's words, short and on one line."""
-    return "".join(c if c.isprintable() else " " for c in str(answer.get("message", ""))[:300])
+def _format_message(response: dict[str, Any]) -> str:
+    """Return the registry's error message, shortened and on one line."""
+    return "".join(c if c.isprintable() else " " for c in str(response.get("message", ""))[:300])
 
 
 # Schemas of other programs
 
 
-def _parse_writer_schema(schema_id: int, answer: dict[str, Any]) -> tuple[type[Record], Any]:
-    """The record class and parsed schema in the registry's answer; ForeignSchema if it is none that we can read."""
-    if (answer.get("schemaType") or "AVRO") != "AVRO":  # Avro's goes without saying
-        raise _make_foreign_schema_error(schema_id, f"it is of the type {str(answer['schemaType'])[:50]!r}, not Avro")
-    if answer.get("references"):
-        raise _make_foreign_schema_error(schema_id, "it refers to other schemas of the registry; ours are whole")
+def _parse_writer_schema(schema_id: int, response: dict[str, Any]) -> tuple[type[Record], Any]:
+    """Return the record class and the parsed schema in a response. Raise ForeignSchema if it is not a readable schema."""
+    if (response.get("schemaType") or "AVRO") != "AVRO":  # the type is omitted for Avro
+        raise _make_foreign_schema_error(schema_id, f"it is of the type {str(response['schemaType'])[:50]!r}, not Avro")
+    if response.get("references"):
+        raise _make_foreign_schema_error(schema_id, "it refers to other schemas, and Charter's schemas do not")
     named: dict[str, Any] = {}
     try:
-        schema = parse_schema(_load_record_schema(answer["schema"]), named)
+        schema = parse_schema(_load_record_schema(response["schema"]), named)
         _compute_min_bytes(schema, named, {})
         model = _RECORDS_BY_NAME.get(schema["name"])
     except _SCHEMA_ERRORS as error:
@@ -271,30 +274,30 @@ def _parse_writer_schema(schema_id: int, answer: dict[str, Any]) -> tuple[type[R
 
 
 def _load_record_schema(text: str) -> dict[str, Any]:
-    """A record's schema as JSON, without the mark by which fastavro takes one as parsed already."""
+    """Return the schema of a record as JSON. Reject fastavro's marker of a parsed schema, because it skips validation."""
     schema = json.loads(text)
     if not isinstance(schema, dict) or schema.get("type") != "record" or any(name.startswith("__") for name in schema):
         raise TypeError("it is not the schema of a record")
     return schema
 
 
-# What json and fastavro raise of a schema that is none.
+# The errors of json and fastavro for an invalid schema.
 _SCHEMA_ERRORS = (SchemaParseException, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def _make_foreign_schema_error(schema_id: int, reason: str) -> ForeignSchema:
     return ForeignSchema(
-        f"the registry's schema {schema_id} is none of a Charter record",
+        f"the schema {schema_id} of the registry is not the schema of a Charter record",
         reason,
-        "another program writes to this topic, or a newer version of Charter: upgrade, or look with `charter tail --raw`",
+        "another program or a newer version of Charter writes to this topic: upgrade, or inspect it with `charter tail --raw`",
     )
 
 
 def _compute_min_bytes(schema: Any, named_schemas: dict[str, Any], min_bytes_by_record: dict[str, int | None]) -> int:
-    """The fewest bytes that a value of a parsed schema takes.
+    """Return the minimum number of bytes of a value of a parsed schema.
 
-    Refuses, with a TypeError, a record inside itself (fastavro would follow it down until the stack is gone) and items of no
-    bytes (eight bytes could announce 2**60 of them). `known` holds the records seen, None for those still open.
+    Raise TypeError for a recursive record (fastavro would recurse until the stack overflows) and for items without bytes (eight
+    bytes could specify 2**60 of them). `min_bytes_by_record` has the records visited so far, None for those in progress.
     """
     if isinstance(schema, list):
         for branch in schema:
@@ -310,7 +313,7 @@ def _compute_min_bytes(schema: Any, named_schemas: dict[str, Any], min_bytes_by_
     if kind == "fixed":
         return max(0, int(schema["size"]))
     if kind == "array" and _compute_min_bytes(schema["items"], named_schemas, min_bytes_by_record) == 0:
-        raise TypeError("it has an array of items that take no bytes")
+        raise TypeError("it has an array of items without bytes")
     if kind == "map":
         _compute_min_bytes(schema["values"], named_schemas, min_bytes_by_record)
     return 1
@@ -323,7 +326,7 @@ def _compute_min_record_bytes(schema: Any, named_schemas: dict[str, Any], min_by
         min_bytes_by_record[name] = sum(
             _compute_min_bytes(field["type"], named_schemas, min_bytes_by_record) for field in schema["fields"]
         )
-    least = min_bytes_by_record[name]
-    if not least:
-        raise TypeError(f"the record {str(name)[:100]} " + ("is inside itself" if least is None else "takes no bytes"))
-    return least
+    min_bytes = min_bytes_by_record[name]
+    if not min_bytes:
+        raise TypeError(f"the record {str(name)[:100]} " + ("contains itself" if min_bytes is None else "has no bytes"))
+    return min_bytes

@@ -1,14 +1,14 @@
-"""Deterministic ids: the same work always has the same id, changed configuration has another.
+"""Deterministic ids: repeated work has the same id, and a changed configuration gives another id.
 
 * `prompt_id` = hash(messages, epoch).
 * `record_id` = hash(stage, parent ids, configuration fingerprint, sample index).
-* A fingerprint has what changes a result (model revision, policy version, template, sampling, constitution hash) and not
-  what only changes where or how fast it is made (run, device, batch size, address, timeouts).
+* A fingerprint contains what changes a result (model revision, policy version, template, sampling, constitution hash), and not
+  what only changes where or how fast it is computed (run, device, batch size, address, timeouts).
 
-Ids must stay what they are while names in the code change: `FINGERPRINT_KEYS` and `SEED_PURPOSES` list everything that is
-hashed under the name that it is hashed with, and tests/schemas/test_frozen_ids.py pins the results.
+Ids must not change when names in the code change. `FINGERPRINT_KEYS` and `SEED_PURPOSES` therefore map all hashed values to
+the names in the hash, and tests/schemas/test_frozen_ids.py pins the results.
 
-Ids are the first 16 bytes of BLAKE2b, written as UUIDs: 16 bytes in DuckDB, text everywhere else.
+Ids are 16 bytes of BLAKE2b, written as UUIDs: 16 bytes in DuckDB, text elsewhere.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from schemas.records import ChatMessage
 
 
 def compute_id(*parts: object) -> str:
-    """The id of some JSON values. Canonical JSON keeps ("a", "bc") and ("ab", "c") apart."""
+    """Return the id of some JSON values. Canonical JSON distinguishes ("a", "bc") from ("ab", "c")."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    # "surrogatepass": a lone surrogate from a JSON escape must get an id too, not crash the producer.
+    # "surrogatepass": text with a lone surrogate from a JSON escape must get an id too, not crash the producer.
     return str(uuid.UUID(bytes=hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()))
 
 
 def compute_prompt_id(messages: Sequence[ChatMessage], epoch: int = 0) -> str:
-    """The id of a prompt: of its dialogue and its epoch."""
+    """Return the id of a prompt, from its dialogue and its epoch."""
     return compute_id("prompt", [[message.role, message.content] for message in messages], epoch)
 
 
 def compute_record_id(stage: str, parent_ids: Sequence[str], fingerprint: str, sample_index: int = 0) -> str:
-    """The id of what a stage makes of its parents under one configuration."""
+    """Return the id of the record that a stage produces from its parents under one configuration."""
     return compute_id("record", stage, list(parent_ids), fingerprint, sample_index)
 
 

@@ -1,39 +1,56 @@
-"""The records that flow through Charter: one class, one topic and one table each.
+"""The records of Charter. Each record class has one topic and one table.
 
-A record is event-carried state: it holds what the next stage needs, so that no stage has to join. Every record carries its
-lineage (who made it, from what, under which constitution and policy) in its own body. `schemas.avro` derives the Avro schema
-of each class; the committed `.avsc` files are that derivation, and a test holds the two together.
+A record is event-carried state: it contains everything that the next stage needs, so no stage has to join. Every record also
+contains its lineage: the stage and model that produced it, its parents, the constitution and the policy version.
 
-Every enum has UNKNOWN as its default, so that an old reader survives a new symbol; UNKNOWN never trains.
+`schemas.avro` derives the Avro schema of each class. A test checks that the committed `.avsc` files match the classes. The
+order of fields in a schema is: `Record`, then the groups of shared fields, then the fields of the class.
+
+Every enum has the default UNKNOWN, so that an old reader can read a new symbol. UNKNOWN is never used for training.
+
+An unknown number is null, never NaN: aggregates over NaN are NaN.
 """
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def utc_now() -> datetime:
-    """The current time in UTC, as Avro keeps it: to the microsecond."""
+    """Return the current time in UTC, with microseconds, as Avro stores it."""
     return datetime.now(UTC)
 
 
 class Float32:
-    """Marks a float field that Avro and DuckDB keep in 32 bits (token log-probabilities)."""
+    """Marks a float field that Avro and DuckDB store in 32 bits (token log-probabilities)."""
 
 
 class Identifier:
-    """Marks an id of `schemas.ids`: 16 bytes in DuckDB, a UUID's text everywhere else."""
+    """Marks an id of `schemas.ids`: a UUID of 16 bytes in DuckDB, its text form elsewhere."""
 
 
+def _nan_to_none(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _drop_non_finite(metrics: object) -> object:
+    if not isinstance(metrics, dict):
+        return metrics
+    return {name: value for name, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+OptionalFloat = Annotated[float | None, BeforeValidator(_nan_to_none)]  # NaN becomes null
+Metrics = Annotated[dict[str, float], BeforeValidator(_drop_non_finite)]  # metrics without a finite value are omitted
 Id = Annotated[str, Identifier(), Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 
 
 class AvroEnum(StrEnum):
-    """An Avro enum: symbols are names, an unknown symbol reads as UNKNOWN."""
+    """An Avro enum. A reader that lacks a symbol reads it as UNKNOWN."""
 
 
 class Split(AvroEnum):
@@ -43,7 +60,7 @@ class Split(AvroEnum):
 
 
 class FinishReason(AvroEnum):
-    """How a text ended. REFUSED: a server's filter kept it, or the rest of it, back; it never trains SFT."""
+    """Why generation ended. REFUSED: a filter of the server withheld the completion or its end; never used for SFT."""
 
     UNKNOWN = "UNKNOWN"
     STOP = "STOP"
@@ -52,7 +69,7 @@ class FinishReason(AvroEnum):
 
 
 class Verdict(AvroEnum):
-    """What the critic's next-token probabilities say of a text under one principle."""
+    """The critic's verdict on a response under one principle, from next-token probabilities. LOW_MASS: no clear verdict."""
 
     UNKNOWN = "UNKNOWN"
     CLEAN = "CLEAN"
@@ -62,9 +79,10 @@ class Verdict(AvroEnum):
 
 
 class EndReason(AvroEnum):
-    """Why a critique-revision chain is over. NONE: it goes on. SKIPPED: its source is never revised.
+    """Why a critique-revision chain ended.
 
-    LOST: the newest revision lost against its predecessor, which is then the final text.
+    NONE: it has not ended. SATISFIED: the verdict is clean. UNUSABLE: a revision is unusable. SKIPPED: its source is not revised.
+    LOST: the last revision lost against its predecessor, which is the final response.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -77,7 +95,7 @@ class EndReason(AvroEnum):
 
 
 class RejectionReason(AvroEnum):
-    """Why a revision is not trained on. REFUSED: a server's filter kept it, or the rest of it, back."""
+    """Why a revision is unusable for training. REFUSED: a filter of the server withheld it or its end."""
 
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
@@ -88,7 +106,7 @@ class RejectionReason(AvroEnum):
 
 
 class Outcome(AvroEnum):
-    """How a judgement ended. Only OK trains."""
+    """The outcome of a judgment. Only OK is used for training."""
 
     UNKNOWN = "UNKNOWN"
     OK = "OK"
@@ -100,18 +118,24 @@ class Outcome(AvroEnum):
 
 
 class LabelSource(AvroEnum):
+    """Who gave a label or wrote a response: a model or a person."""
+
     UNKNOWN = "UNKNOWN"
     AI = "AI"
     HUMAN = "HUMAN"
 
 
 class PolicyKind(AvroEnum):
+    """What an update contains: a policy or a reward model."""
+
     UNKNOWN = "UNKNOWN"
     POLICY = "POLICY"
     REWARD = "REWARD"
 
 
 class DeadLetterKind(AvroEnum):
+    """Why a record could not be processed. CRASH: it crashed several processes. EXHAUSTED: all its attempts failed."""
+
     UNKNOWN = "UNKNOWN"
     DECODE = "DECODE"
     PERMANENT = "PERMANENT"
@@ -121,9 +145,9 @@ class DeadLetterKind(AvroEnum):
 
 
 class AvroModel(BaseModel):
-    """The base of everything inside a record: immutable, and strict about its keys."""
+    """The base class of records and their parts: immutable, without unknown fields, and without NaN or infinity."""
 
-    model_config = ConfigDict(ser_json_bytes="base64", frozen=True, extra="forbid")
+    model_config = ConfigDict(ser_json_bytes="base64", frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ChatMessage(AvroModel):
@@ -134,26 +158,33 @@ class ChatMessage(AvroModel):
 
 
 class ConstitutionRef(AvroModel):
+    """The constitution under which a record was produced."""
+
     name: str
     version: str
     hash: str
 
 
 class ModelRef(AvroModel):
-    """Which weights answered: the model's id and the content hash (or the server's word) for its revision."""
+    """A model: its id, and as revision the content hash of its weights (for a served model, a hash of address and name)."""
 
     id: str
     revision: str
 
 
 class Sampling(AvroModel):
+    """The sampling parameters of a completion."""
+
     temperature: float
     top_p: float
     max_tokens: int
 
 
 class Completion(AvroModel):
-    """One sampled answer. `logprobs` are of `token_ids`, under the sampling temperature, by the weights that sampled them."""
+    """One sampled completion.
+
+    `logprobs` are the log-probabilities of `token_ids` at the sampling temperature, from the weights that sampled them.
+    """
 
     index: int
     text: str
@@ -165,7 +196,7 @@ class Completion(AvroModel):
 
 
 class Round(AvroModel):
-    """One finished round of critique and revision, as the later rounds of a chain carry it."""
+    """One finished round of critique and revision, as the records of later rounds contain it."""
 
     round: int
     principle_id: str
@@ -174,24 +205,27 @@ class Round(AvroModel):
 
 
 class PrincipleVerdict(AvroModel):
-    """What the critic says of a text under one principle: p(flawed), and the mass that the two options caught."""
+    """The critic's verdict on a response under one principle.
 
-    principle_id: str
-    verdict: Verdict = Verdict.UNKNOWN
-    p_flawed: float | None = None
-    option_mass: float | None = None
-
-
-class PrincipleVote(AvroModel):
-    """What one principle says of a pair: the probability that A is better, in both orders, and the mass the options caught.
-
-    Only votes with `outcome` OK count, each by its `weight`. Where nothing could be read the probability is NaN and the mass
-    0. The explanations are what the judge wrote with A shown first (forward) and with B shown first (backward).
+    `p_flawed` is the probability of the option FLAWED among the two options, `option_mass` their total probability.
     """
 
     principle_id: str
-    p_forward: float
-    p_backward: float
+    verdict: Verdict = Verdict.UNKNOWN
+    p_flawed: OptionalFloat = None
+    option_mass: OptionalFloat = None
+
+
+class PrincipleVote(AvroModel):
+    """The vote of one principle on a pair, in both orders: A shown first (forward) and B shown first (backward).
+
+    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The option mass
+    is then 0. The explanations are the text that the judge wrote. Only votes with `outcome` OK count, weighted by `weight`.
+    """
+
+    principle_id: str
+    p_forward: OptionalFloat
+    p_backward: OptionalFloat
     option_mass_forward: float
     option_mass_backward: float
     weight: float = 1.0
@@ -201,10 +235,10 @@ class PrincipleVote(AvroModel):
 
 
 class Record(AvroModel):
-    """What every record carries: its id and its lineage.
+    """The fields of every record: its id and its lineage.
 
-    `record_id` is deterministic (see `schemas.ids`): work done twice has the same id. `model` is who made this record;
-    `policy_version` is the version of the policy whose answer it is, or is about.
+    `record_id` is deterministic (see `schemas.ids`): repeated work has the same id. `model` produced this record.
+    `policy_version` is the version of the policy that sampled the response in it.
     """
 
     topic: ClassVar[str]
@@ -228,48 +262,71 @@ class Record(AvroModel):
 
     @property
     def key(self) -> bytes:
-        """The message key: the prompt's id, so that one prompt's records stay in order."""
+        """The key in the log: the prompt id, so that the records of a prompt stay in order."""
         return (self.prompt_id or self.record_id).encode()
 
 
-class Prompt(Record):
-    topic: ClassVar[str] = "prompts"
+# Groups of fields that several records share. A record class lists a group before `Record`.
+
+
+class PromptFields(AvroModel):
+    """The prompt: its dialogue, and what sampling and the split into training and evaluation need."""
 
     messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
+
+
+class ResponseIdField(AvroModel):
+    """The `record_id` of the Response that a record is about."""
+
+    response_id: Id
+
+
+class OptionalResponseIdField(AvroModel):
+    """The `record_id` of the Response that a record is about; null for data from a file."""
+
+    response_id: Id | None = None
+
+
+class PhaseField(AvroModel):
+    """A training phase: sft, reward, ppo or dpo."""
+
+    phase: str
+
+
+class BatchFields(PhaseField):
+    """A batch of a training phase."""
+
+    batch_number: int
+
+
+class Prompt(PromptFields, Record):
+    """A prompt that enters the pipeline. `origin` is the file and row that it comes from."""
+
+    topic: ClassVar[str] = "prompts"
+
     origin: str = ""
 
 
-class Response(Record):
-    """All k completions of one prompt."""
+class Response(PromptFields, Record):
+    """All completions of one prompt."""
 
     topic: ClassVar[str] = "responses"
 
-    messages: list[ChatMessage]
-    source: str
-    tags: list[str] = Field(default_factory=list)
-    split: Split = Split.TRAIN
-    epoch: int = 0
     prompt_token_ids: list[int] = Field(default_factory=list)
     completions: list[Completion]
 
 
-class Chain(Record):
-    """What critique and revision share: the state of one chain, which starts from candidate 0 of a response.
+class Chain(PromptFields, ResponseIdField, Record):
+    """The state of a critique-revision chain, which critiques and revisions share. It starts with completion 0 of a response.
 
-    `response` is the text this record is about: the one criticised, or the revision. When `end_reason` is not NONE the chain is over
-    and `final_response` is its result. `finish_reason` says how it ended.
+    `response` is the response that was critiqued, or the revision; `finish_reason` is why its generation ended. If `end_reason`
+    is not NONE, the chain has ended and `final_response` is its result.
     """
 
-    response_id: Id
-    messages: list[ChatMessage]
-    source: str
-    tags: list[str] = Field(default_factory=list)
-    split: Split = Split.TRAIN
-    epoch: int = 0
     initial_response: str
     initial_finish_reason: FinishReason
     response_model: ModelRef | None = None
@@ -288,26 +345,26 @@ class Chain(Record):
 
 
 class Critique(Chain):
-    """A verdict on `text` under a principle and, while the chain goes on, the critique in words.
+    """A verdict on `response` and, unless the chain ends, the written critique.
 
-    `verdicts` has every principle that was asked; `p_flawed` is the worst of them, the probability of the flawed option among
-    the two, and `mass` the least that both caught. `p_better` compares a revision with its predecessor (both orders averaged),
-    absent for a first answer.
+    `verdicts` has one verdict for each principle that was checked. `p_flawed` is the maximum of their probabilities and
+    `option_mass` the minimum of their option masses. `p_better` is the probability that a revision is better than its
+    predecessor, averaged over both orders; null for an initial response.
     """
 
     topic: ClassVar[str] = "critiques"
 
     critique: str = ""
     verdict: Verdict = Verdict.UNKNOWN
-    p_flawed: float | None = None
-    option_mass: float | None = None
-    p_better: float | None = None
-    similarity: float | None = None
+    p_flawed: OptionalFloat = None
+    option_mass: OptionalFloat = None
+    p_better: OptionalFloat = None
+    similarity: OptionalFloat = None
     verdicts: list[PrincipleVerdict] = Field(default_factory=list)
 
 
 class Revision(Chain):
-    """The text rewritten after a critique."""
+    """The response, rewritten according to a critique. `similarity` to the previous response is between 0 and 1."""
 
     topic: ClassVar[str] = "revisions"
 
@@ -316,24 +373,19 @@ class Revision(Chain):
     rejection_reason: RejectionReason = RejectionReason.NONE
 
 
-class Preference(Record):
-    """A judgement of two answers: `p_a` is the soft label, the probability that A is better.
+class Preference(PromptFields, OptionalResponseIdField, Record):
+    """A preference pair with its judgment. The soft label `p_a` is the probability that A is better.
 
-    `p_a` is null unless `outcome` is OK or POSITION_FLIP: no label is ever invented. `label_order` is "both" (averaged), or the one
-    that the label was read from, "forward" (A shown first) or "backward". `cached_tokens` are those of `prompt_tokens` that
-    were not computed again because another question began with them.
-    A person's override of a label is a record of its own with `label_source` HUMAN, and `parent_ids` names the label that it
-    stands for; a person's comparison that came from a file (`origin`) has no parents.
+    `p_a` is null unless `outcome` is OK or POSITION_FLIP. `label_order` is "both" (the average of both orders), "forward" (A
+    shown first) or "backward". `cached_tokens` is the number of `prompt_tokens` that were not computed again, because they are
+    shared with another judge prompt.
+
+    A person's override of a label is a separate record with `label_source` HUMAN; its `parent_ids` contain the overridden label.
+    A person's comparison from a file has no parents; `origin` is the file and row that it comes from.
     """
 
     topic: ClassVar[str] = "preferences"
 
-    response_id: Id | None = None
-    messages: list[ChatMessage]
-    source: str
-    tags: list[str] = Field(default_factory=list)
-    split: Split = Split.TRAIN
-    epoch: int = 0
     pairing: str
     response_a: str
     response_b: str
@@ -341,11 +393,11 @@ class Preference(Record):
     completion_index_b: int | None = None
     finish_reason_a: FinishReason = FinishReason.UNKNOWN
     finish_reason_b: FinishReason = FinishReason.UNKNOWN
-    p_a: float | None = None
-    p_forward: float | None = None
-    p_backward: float | None = None
-    position_gap: float | None = None
-    option_mass: float | None = None
+    p_a: OptionalFloat = None
+    p_forward: OptionalFloat = None
+    p_backward: OptionalFloat = None
+    position_gap: OptionalFloat = None
+    option_mass: OptionalFloat = None
     position_flip: bool = False
     votes: list[PrincipleVote] = Field(default_factory=list)
     explanation: str = ""
@@ -357,38 +409,28 @@ class Preference(Record):
     origin: str = ""
 
 
-class Demonstration(Record):
-    """An answer that a person gave or chose: the part of the SFT mix that no model of ours made.
-
-    `origin` is where it came from: a file's name and a row's number.
-    """
+class Demonstration(PromptFields, Record):
+    """A response that a person wrote or selected, for supervised fine-tuning. `origin` is the file and row it comes from."""
 
     topic: ClassVar[str] = "demonstrations"
 
-    messages: list[ChatMessage]
-    source: str
-    tags: list[str] = Field(default_factory=list)
-    split: Split = Split.TRAIN
-    epoch: int = 0
     completion: str
     finish_reason: FinishReason = FinishReason.STOP
     label_source: LabelSource = LabelSource.HUMAN
     origin: str = ""
 
 
-class BatchManifest(Record):
-    """Exactly what one training phase will train on, written before it steps.
+class BatchManifest(BatchFields, Record):
+    """The exact rows of one training batch. It is written before training starts.
 
-    `record_ids` stand in the order of training. `sl_record_ids` are the finished chains of the supervised half of a combined
-    objective. `replayed_record_ids` are those of `record_ids` that an earlier batch of this phase has trained on. `mixture` counts
-    the rows of each source, `target_mixture` holds the shares that were asked for. `cursors` says for each source up to which commit
-    this phase has drawn (none: `commit_seq_to`, for all of them).
+    `record_ids` are in the order of training. `sl_record_ids` are the finished chains for the supervised part of a combined
+    objective. `replayed_record_ids` are the `record_ids` that an earlier batch of this phase has trained on. `mixture` is the
+    number of rows of each source, `target_mixture` the configured shares. `cursors` is, for each source, the commit up to which
+    this phase has used its rows; empty: `commit_seq_to` for all sources.
     """
 
     topic: ClassVar[str] = "batches"
 
-    phase: str
-    batch_number: int
     record_ids: list[Id]
     sl_record_ids: list[Id] = Field(default_factory=list)
     content_hash: str
@@ -405,10 +447,10 @@ class BatchManifest(Record):
 
 
 class PolicyUpdate(Record):
-    """A new policy or reward model that every worker can load. Only kind POLICY raises the policy version.
+    """A new version of the policy (kind POLICY) or of the reward model (kind REWARD), which every worker can load.
 
-    With `restored_version` it is a new version with the weights of an earlier one; `batch_id` is then the batch that made those weights
-    (the nil UUID: the first model, which no batch made). Of two updates with one version the first on the log counts.
+    With `restored_version` it is a new version with the weights of an earlier one. `batch_id` is then the batch that produced
+    those weights; the nil UUID for the base model. If two updates have the same version, the first one in the log counts.
     """
 
     topic: ClassVar[str] = "policies"
@@ -420,17 +462,17 @@ class PolicyUpdate(Record):
     content_hash: str
     base_version: int
     batch_id: Id
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     restored_version: int | None = None
 
     @property
     def key(self) -> bytes:
-        # Its own id, so that compaction keeps both of two updates with one version: the first one counts.
+        # The record id, so that compaction keeps two updates with the same version: the first one counts.
         return self.record_id.encode()
 
 
 class RunManifest(Record):
-    """What a run is made of: its settings and the full text of its constitution, which workers load by hash."""
+    """The settings of a run and the full text of its constitution."""
 
     topic: ClassVar[str] = "runs"
 
@@ -444,47 +486,42 @@ class RunManifest(Record):
         return self.run_id.encode()
 
 
-class Score(Record):
-    """A reward model's score of one candidate."""
+class Score(ResponseIdField, Record):
+    """The score of one completion by a reward model. `normalized_score` is (score - mean) / standard deviation."""
 
     topic: ClassVar[str] = "scores"
 
-    response_id: Id
     completion_index: int
     reward_version: int
     score: float
     normalized_score: float
 
 
-class Metric(Record):
-    """One named number at one step of a phase."""
+class Metric(BatchFields, Record):
+    """The metrics of one training step."""
 
     topic: ClassVar[str] = "metrics"
 
-    phase: str
-    batch_number: int
     step: int
-    metrics: dict[str, float]
+    metrics: Metrics
 
 
-class Incident(Record):
-    """What stopped or paused training, in words and numbers. `voided_batch_id` is a batch that is given up: its rows are free."""
+class Incident(PhaseField, Record):
+    """An event that stopped or paused training. `voided_batch_id` is a voided batch: later batches may use its rows."""
 
     topic: ClassVar[str] = "incidents"
 
-    phase: str
     title: str
     detail: str
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     voided_batch_id: Id | None = None
 
 
-class Pause(Record):
-    """A training phase is paused, or goes on again. The newest record of a phase counts."""
+class Pause(PhaseField, Record):
+    """A training phase is paused or resumed. The newest record of a phase counts."""
 
     topic: ClassVar[str] = "pauses"
 
-    phase: str
     paused: bool
     reason: str = ""
 
@@ -494,7 +531,7 @@ class Pause(Record):
 
 
 class DroppedRollout(Record):
-    """A record that was left out of a batch, and why."""
+    """A rollout that was excluded from training, and the reason."""
 
     topic: ClassVar[str] = "dropped-rollouts"
 
@@ -503,7 +540,7 @@ class DroppedRollout(Record):
 
 
 class ProducerOffset(Record):
-    """Where a producer stands in one input: the next line to read."""
+    """The position of a producer in one input file: the next line to read."""
 
     topic: ClassVar[str] = "producer-offsets"
 
@@ -518,7 +555,7 @@ class ProducerOffset(Record):
 
 
 class DeadLetterRetry(Record):
-    """A dead letter was published again, for the stage that gave up on it. `parent_ids` names the dead letter."""
+    """A dead letter was published again, for the stage that failed to process it. `parent_ids` contain the dead letter."""
 
     topic: ClassVar[str] = "dead-letter-retries"
 
@@ -527,7 +564,7 @@ class DeadLetterRetry(Record):
 
 
 class Erasure(Record):
-    """Everything that was made of the prompt `prompt_id` is to be deleted from every database, and never written again."""
+    """A request to delete all rows of the prompt `prompt_id` from every database, and never to insert them again."""
 
     topic: ClassVar[str] = "erasures"
 
@@ -535,12 +572,14 @@ class Erasure(Record):
 
 
 class Header(AvroModel):
+    """A header of a record in the log."""
+
     key: str
     value: bytes
 
 
 class DeadLetter(Record):
-    """A message that could not be processed: its bytes and headers untouched, where it was, and why."""
+    """A record that could not be processed: its bytes and headers unchanged, its coordinates, and the error."""
 
     topic: ClassVar[str] = "dead-letters"
 

@@ -1,7 +1,7 @@
-"""The topic table: which record flows where, and how each topic is kept.
+"""The topics: the record class, partitions and retention of each.
 
-The same word names topic, record class and table. Partitions are fixed when a topic is created; they bound how many copies
-of a stage can share the work.
+A topic, its record class and its table have the same name. The number of partitions is set when a topic is created; it is the
+maximum number of instances of a stage that can share the work.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from schemas.records import RECORDS, DeadLetter, PolicyUpdate, ProducerOffset, R
 DEFAULT_PARTITIONS = 12
 _RETAIN_FOREVER = -1
 MAX_RECORD_BYTES = 4 * 1024 * 1024
-DEAD_LETTER_OVERHEAD_BYTES = 64 * 1024  # what a dead letter adds around the original bytes
+DEAD_LETTER_OVERHEAD_BYTES = 64 * 1024  # maximum size of the fields that a dead letter adds to the original bytes
 
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """One topic: its record, partitions, retention in milliseconds (-1: for ever) and largest message in bytes."""
+    """A topic: its record class, partitions, retention in milliseconds (-1: forever) and maximum record size in bytes."""
 
     name: str
     record_class: type[Record]
@@ -30,11 +30,11 @@ class TopicSpec:
 
     @property
     def table(self) -> str:
-        """The DuckDB table: the topic's name with underscores."""
+        """The name of the DuckDB table: the name of the topic with underscores."""
         return self.name.replace("-", "_")
 
 
-# Topics whose order matters as a whole have one partition; they carry few records.
+# Topics with few records whose total order matters have one partition.
 _SINGLE_PARTITION_TOPICS = {
     "batches",
     "policies",
@@ -53,7 +53,7 @@ _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 def make_topic_table(
     num_partitions: int = DEFAULT_PARTITIONS, retention_ms: int = _RETAIN_FOREVER, replication_factor: int = -1
 ) -> dict[str, TopicSpec]:
-    """Every topic of Charter by name."""
+    """Return all topics of Charter by name."""
     specs = {}
     for record in RECORDS:
         extra = DEAD_LETTER_OVERHEAD_BYTES if record is DeadLetter else 0

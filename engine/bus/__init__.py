@@ -1,4 +1,4 @@
-"""The log that everything flows through: Apache Kafka, or one SQLite file on a laptop."""
+"""The log: Apache Kafka, or one SQLite file for use on one machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ KAFKA_SCHEME = "kafka://"
 
 
 def open_bus(address: str, *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False) -> Bus:
-    """The log at `kafka://HOST:PORT[,HOST:PORT]`, or the embedded one in a folder.
+    """Open the log at `kafka://HOST:PORT[,HOST:PORT]`, or the embedded log in a folder.
 
     `prefix` is put before topics, groups and transactional ids. `options` are kafka-python client settings (security).
-    With `static_members` Kafka keeps a stopped member's partitions for it until its session ends (the embedded log always
-    gives them back at once).
+    With `static_members` Kafka keeps the partitions of a stopped member until its session times out. The embedded log always
+    releases them at once.
     """
     if address.startswith(KAFKA_SCHEME):
         from engine.bus.kafka import KafkaBus, parse_address

@@ -1,9 +1,11 @@
-"""The embedded log: one SQLite file for a laptop, a demo and a test.
+"""The embedded log: one SQLite file, for laptops, the demo and tests.
 
-Durable (WAL, synchronous FULL: what was acknowledged survives a killed process and a power cut), shared by several processes
-on one machine, with the topics, partitions, offsets and transactions of Kafka. A lease with an epoch per partition stands for
-Kafka's group protocol: members renew theirs while they poll, share the partitions evenly, and a member that dies is replaced
-when its lease ends. Every write is one `BEGIN IMMEDIATE` transaction, which is all the locking there is.
+It has the topics, partitions, offsets and transactions of Kafka, and several processes on one machine can share it. It is
+durable: with WAL and synchronous FULL, acknowledged records survive a killed process and a power failure.
+
+Leases replace Kafka's group protocol. A lease on a partition has an epoch. Members renew their membership while they poll and
+share the partitions evenly; the partitions of a dead member are reassigned when its membership expires. Every write is one
+`BEGIN IMMEDIATE` transaction; there is no other locking between processes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ CREATE TABLE leases (grp TEXT, topic INTEGER, partition INTEGER, member TEXT, ep
 
 
 def _murmur2(key: bytes) -> int:
-    """Kafka's hash of a key, so that both buses place keys alike (Austin Appleby's MurmurHash2, seed 0x9747b28c)."""
+    """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
+
+    With the same hash, both buses put a key into the same partition.
+    """
     mask, m = 0xFFFFFFFF, 0x5BD1E995
     h = (0x9747B28C ^ len(key)) & mask
     whole = len(key) - len(key) % 4
@@ -58,36 +63,37 @@ def _murmur2(key: bytes) -> int:
 
 
 def choose_partition(key: bytes, partitions: int) -> int:
+    """Return the partition of a key, as Kafka's default partitioner does."""
     return (_murmur2(key) & 0x7FFFFFFF) % partitions
 
 
-# Mistakes of this file, not the disk's.
+# Bugs in this module, not failures of the disk.
 _PROGRAMMING_ERRORS = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.NotSupportedError)
 
 
 @contextmanager
 def translate_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors in our words."""
+    """Raise BusUnreachable instead of SQLite's errors."""
     try:
         yield
     except _PROGRAMMING_ERRORS:
         raise
     except sqlite3.DatabaseError as error:
-        raise BusUnreachable(f"the embedded log {path} does not answer", str(error), _suggest_fix(error)) from error
+        raise BusUnreachable(f"the embedded log {path} is unreachable", str(error), _suggest_fix(error)) from error
 
 
 def _suggest_fix(error: sqlite3.DatabaseError) -> str:
     if "locked" in str(error):
-        return f"another process has been writing to it for {BUSY_TIMEOUT_S:.0f} s: is one stopped or stuck?"
+        return f"another process has held the write lock for {BUSY_TIMEOUT_S:.0f} s: check for a stopped or stuck process"
     if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return "it is damaged, or another program's: move it away, or take a backup: charter restore"
+        return "the file is damaged or belongs to another program: move it away, or restore a backup: charter restore"
     if "readonly" in str(error):
-        return "you may not write there: mend its permissions, or ask its owner for a copy (charter backup)"
-    return "look at the disk and its free space: df -h"
+        return "the file is not writable: fix its permissions, or ask its owner for a copy (charter backup)"
+    return "check the disk and its free space: df -h"
 
 
 class LogConnection:
-    """A connection to the file; `write` is one transaction, whole or not at all."""
+    """A connection to the SQLite file. `transaction` is atomic."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,7 +108,7 @@ class LogConnection:
             try:
                 yield self.db
             except BaseException:
-                if self.db.in_transaction:  # a full disk has rolled it back already
+                if self.db.in_transaction:  # on a full disk SQLite has already rolled back
                     self.db.execute("ROLLBACK")
                 raise
             self.commit()
@@ -114,7 +120,7 @@ class LogConnection:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise  # nothing was written, and it can be tried again
+                raise  # nothing was written, so a retry is safe
             raise CommitUncertain("a commit to the embedded log failed", str(error)) from error
 
     def fetch_rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple]:
@@ -126,7 +132,7 @@ class LogConnection:
 
 
 class EmbeddedBus:
-    """The log in `folder`. `lease_s` is how long a silent group member keeps its partitions."""
+    """The log in `folder`. A group member that does not poll for `lease_timeout_s` loses its partitions."""
 
     def __init__(self, folder: Path, *, prefix: str = "", lease_timeout_s: float = _LEASE_TIMEOUT_S) -> None:
         self.folder, self.prefix, self.lease_timeout_s = folder, prefix, lease_timeout_s
@@ -143,7 +149,7 @@ class EmbeddedBus:
         self.topic_cache: dict[str, tuple[int, int]] = {}
 
     def create_schema(self) -> str:
-        """Create the tables of a new file, or check that ours made them; returns the log's id."""
+        """Create the tables of a new file, or check the format of an existing one. Return the cluster id."""
         db = self.connection.db
         self.enable_wal()
         with self.connection.transaction():
@@ -155,14 +161,14 @@ class EmbeddedBus:
                 db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
             elif version != FORMAT_VERSION:
                 raise DataFolderVersionMismatch(
-                    f"{self.path} was made by another version of Charter (its format: {version}, ours: {FORMAT_VERSION})",
+                    f"{self.path} was created by another version of Charter (format {version}, expected {FORMAT_VERSION})",
                     "reading or writing it could damage it",
-                    "use another folder: --data FOLDER, or the version of Charter that made it",
+                    "use another folder: --data FOLDER, or the version of Charter that created it",
                 )
         return str(self.connection.fetch_rows("SELECT cluster_id FROM meta")[0][0])
 
     def enable_wal(self) -> None:
-        """Let readers and a writer work at once (write-ahead log). Whoever does this second meanwhile must try again."""
+        """Enable the write-ahead log, so that readers do not block the writer. Retry while another process enables it."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         while True:
             try:
@@ -187,21 +193,21 @@ class EmbeddedBus:
         return created
 
     def get_topic(self, name: str) -> tuple[int, int]:
-        """(id in the file, partitions) of a topic."""
+        """Return (id in the file, number of partitions) of a topic."""
         if name not in self.topic_cache:
             with self.lock:
                 rows = self.connection.fetch_rows("SELECT id, partitions FROM topics WHERE name = ?", [self.prefix + name])
             if not rows:
                 raise UsageError(
-                    f"there is no topic {name} in {self.path}", "nobody has created it yet", "type: charter topics create"
+                    f"there is no topic {name} in {self.path}", "it has not been created yet", "type: charter topics create"
                 )
             self.topic_cache[name] = rows[0]
         return self.topic_cache[name]
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
         with self.lock:
-            known = dict(self.connection.fetch_rows("SELECT name, uuid FROM topics"))
-        return {topic: known[self.prefix + topic] for topic in topics if self.prefix + topic in known}
+            ids = dict(self.connection.fetch_rows("SELECT name, uuid FROM topics"))
+        return {topic: ids[self.prefix + topic] for topic in topics if self.prefix + topic in ids}
 
     def count_partitions(self, topic: str) -> int:
         return self.get_topic(topic)[1]
@@ -213,24 +219,22 @@ class EmbeddedBus:
         return dict.fromkeys(self.list_partitions(topics), 0)
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets:
-        places = self.list_partitions(topics)
+        partitions = self.list_partitions(topics)
         with self.lock:
-            return {p: _read_end_offset(self.connection, self.topic_cache[p.topic][0], p.partition) for p in places}
+            return {tp: _read_end_offset(self.connection, self.topic_cache[tp.topic][0], tp.partition) for tp in partitions}
 
     def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
-        found = self.end_offsets(topics)
+        offsets = self.end_offsets(topics)
         sql = "SELECT min(offset) FROM messages WHERE topic = ? AND partition = ? AND timestamp_ms >= ?"
         with self.lock:
-            for place in found:
-                (offset,) = self.connection.fetch_rows(sql, [self.topic_cache[place.topic][0], place.partition, timestamp_ms])[
-                    0
-                ]
-                found[place] = found[place] if offset is None else offset
-        return found
+            for tp, end in offsets.items():
+                rows = self.connection.fetch_rows(sql, [self.topic_cache[tp.topic][0], tp.partition, timestamp_ms])
+                offsets[tp] = end if rows[0][0] is None else rows[0][0]
+        return offsets
 
     def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
-        known = self.topic_ids(topics)
-        return [TopicDescription(name, known[name], self.count_partitions(name), 1, 1, {}) for name in topics if name in known]
+        ids = self.topic_ids(topics)
+        return [TopicDescription(name, ids[name], self.count_partitions(name), 1, 1, {}) for name in topics if name in ids]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
         names = {self.get_topic(topic)[0]: topic for topic in topics}
@@ -241,24 +245,24 @@ class EmbeddedBus:
         return {TopicPartition(names[topic], partition): offset for topic, partition, offset in rows if topic in names}
 
     def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        rows = [(self.prefix + group, self.get_topic(place.topic)[0], place.partition, o) for place, o in offsets.items()]
+        rows = [(self.prefix + group, self.get_topic(tp.topic)[0], tp.partition, offset) for tp, offset in offsets.items()]
         with self.lock, self.connection.transaction() as db:
             db.executemany("INSERT OR IGNORE INTO offsets VALUES (?, ?, ?, ?)", rows)
 
     # Writing and reading
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
-        placed = self.group_by_partition(records)
+        records_by_partition = self.group_by_partition(records)
         with self.lock, self.connection.transaction() as db:
-            _append_records(db, placed)
+            _append_records(db, records_by_partition)
 
     def group_by_partition(self, records: Sequence[ProducerRecord]) -> dict[tuple[int, int], list[ProducerRecord]]:
-        """Messages by (topic id, partition)."""
-        placed: dict[tuple[int, int], list[ProducerRecord]] = {}
-        for message in records:
-            topic, partitions = self.get_topic(message.topic)
-            placed.setdefault((topic, choose_partition(message.key, partitions)), []).append(message)
-        return placed
+        """Group records by (topic id, partition)."""
+        groups: dict[tuple[int, int], list[ProducerRecord]] = {}
+        for record in records:
+            topic, partitions = self.get_topic(record.topic)
+            groups.setdefault((topic, choose_partition(record.key, partitions)), []).append(record)
+        return groups
 
     def open_writer(self, transactional_id: str) -> EmbeddedWriter:
         return EmbeddedWriter(self, self.prefix + transactional_id)
@@ -279,16 +283,16 @@ def _read_end_offset(connection: LogConnection, topic: int, partition: int) -> i
 
 
 def _append_records(db: sqlite3.Connection, records_by_partition: Mapping[tuple[int, int], Sequence[ProducerRecord]]) -> None:
-    """Append messages inside a transaction, at contiguous offsets."""
-    now = int(time.time() * 1000)
-    for (topic, partition), messages in records_by_partition.items():
+    """Append records at contiguous offsets, inside a transaction."""
+    now_ms = int(time.time() * 1000)
+    for (topic, partition), records in records_by_partition.items():
         sql = "SELECT coalesce(max(offset) + 1, 0) FROM messages WHERE topic = ? AND partition = ?"
         (first,) = db.execute(sql, [topic, partition]).fetchone()
         db.executemany(
             "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
-                (topic, partition, first + i, message.key, message.value, _encode_headers(message.headers), now)
-                for i, message in enumerate(messages)
+                (topic, partition, first + i, record.key, record.value, _encode_headers(record.headers), now_ms)
+                for i, record in enumerate(records)
             ],
         )
 
@@ -297,13 +301,13 @@ def _encode_headers(headers: Headers) -> str | None:
     return json.dumps([[key, value.decode("latin-1")] for key, value in headers]) if headers else None
 
 
-@lru_cache(maxsize=256)  # nearly all messages have one of a few
+@lru_cache(maxsize=256)  # almost all records share a few distinct headers
 def _decode_headers(text: str | None) -> Headers:
     return tuple((key, value.encode("latin-1")) for key, value in json.loads(text)) if text else ()
 
 
 class EmbeddedWriter:
-    """Transactions under one id. Opening it fences the writer that had the id before."""
+    """Transactions under one transactional id. A new writer fences an earlier writer with the same id."""
 
     def __init__(self, bus: EmbeddedBus, transactional_id: str) -> None:
         self.bus, self.transactional_id = bus, transactional_id
@@ -320,36 +324,36 @@ class EmbeddedWriter:
         consumer: object = None,
         epochs: Mapping[TopicPartition, int] | None = None,
     ) -> None:
-        placed = self.bus.group_by_partition(outputs)
+        records_by_partition = self.bus.group_by_partition(outputs)
         with self.connection.transaction() as db:
             self.check_fence(db)
             if offsets:
-                assert isinstance(consumer, EmbeddedConsumer), "offsets are a consumer group's"
-                self.check_leases(db, consumer, {place: consumer.epochs.get(place) for place in offsets} | dict(epochs or {}))
+                assert isinstance(consumer, EmbeddedConsumer), "offsets need the consumer of their group"
+                self.check_leases(db, consumer, {tp: consumer.epochs.get(tp) for tp in offsets} | dict(epochs or {}))
                 self.store_offsets(db, consumer.group, offsets)
-            _append_records(db, placed)
+            _append_records(db, records_by_partition)
 
     def check_fence(self, db: sqlite3.Connection) -> None:
         (epoch,) = db.execute("SELECT epoch FROM writers WHERE id = ?", [self.transactional_id]).fetchone()
         if epoch != self.epoch:
             raise WriterFenced(
                 f"another process has taken over as {self.transactional_id}",
-                "two processes ran in the same slot",
-                "stop one of them, or give each its own: --slot NAME",
+                "two processes run under the same instance name",
+                "stop one of them, or give each its own name: --slot NAME",
             )
 
     def check_leases(
         self, db: sqlite3.Connection, consumer: EmbeddedConsumer, epochs: Mapping[TopicPartition, int | None]
     ) -> None:
-        for place, epoch in epochs.items():
-            topic, _ = self.bus.get_topic(place.topic)
+        for tp, epoch in epochs.items():
+            topic, _ = self.bus.get_topic(tp.topic)
             sql = "SELECT member, epoch FROM leases WHERE grp = ? AND topic = ? AND partition = ?"
-            if db.execute(sql, [consumer.group, topic, place.partition]).fetchone() != (consumer.member, epoch):
-                consumer.next_renewal_at = 0.0  # its next poll looks at what it still holds
-                raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
+            if db.execute(sql, [consumer.group, topic, tp.partition]).fetchone() != (consumer.member, epoch):
+                consumer.next_renewal_at = 0.0  # so that its next poll reads its leases again
+                raise PartitionLost(f"{tp.topic}[{tp.partition}] has moved to another member")
 
     def store_offsets(self, db: sqlite3.Connection, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        rows = [(group, self.bus.get_topic(place.topic)[0], place.partition, offset) for place, offset in offsets.items()]
+        rows = [(group, self.bus.get_topic(tp.topic)[0], tp.partition, offset) for tp, offset in offsets.items()]
         db.executemany("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?, ?)", rows)
 
     def close(self) -> None:
@@ -357,7 +361,7 @@ class EmbeddedWriter:
 
 
 class EmbeddedReader:
-    """Reads given partitions from given offsets."""
+    """Reads given partitions from given offsets, without a consumer group."""
 
     def __init__(self, bus: EmbeddedBus, positions: Mapping[TopicPartition, int]) -> None:
         self.bus = bus
@@ -375,18 +379,18 @@ class EmbeddedReader:
         return _wait_for_records(self.connection, timeout_s, lambda: self.fetch_records(list(self.next_offsets), max_records))
 
     def fetch_records(self, partitions: Sequence[TopicPartition], max_records: int) -> list[ConsumerRecord]:
-        """What is there now, each call beginning with another partition so that none is starved."""
+        """Return the available records. Each call starts with another partition, so that no partition starves."""
         self.round_robin_index += 1
-        found: list[ConsumerRecord] = []
+        records: list[ConsumerRecord] = []
         for i in range(len(partitions)):
-            place = partitions[(self.round_robin_index + i) % len(partitions)]
-            messages = self.fetch_partition(place, max_records - len(found))
-            if messages:
-                self.next_offsets[place] = messages[-1].offset + 1
-                found += messages
-            if len(found) >= max_records:
+            tp = partitions[(self.round_robin_index + i) % len(partitions)]
+            fetched = self.fetch_partition(tp, max_records - len(records))
+            if fetched:
+                self.next_offsets[tp] = fetched[-1].offset + 1
+                records += fetched
+            if len(records) >= max_records:
                 break
-        return found
+        return records
 
     def fetch_partition(self, partition: TopicPartition, limit: int) -> list[ConsumerRecord]:
         topic, _ = self.bus.get_topic(partition.topic)
@@ -405,22 +409,25 @@ class EmbeddedReader:
 
 
 def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> list[ConsumerRecord]:  # type: ignore[no-untyped-def]
-    """`fetch()` until it finds something or time is up, looking again only when someone else has written."""
+    """Call `fetch` until it returns records or the timeout expires.
+
+    `PRAGMA data_version` changes when another connection writes; `fetch` runs again only after that, because it costs more.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
-        seen = connection.fetch_rows("PRAGMA data_version")
-        messages: list[ConsumerRecord] = fetch()
-        if messages:
-            return messages
-        while connection.fetch_rows("PRAGMA data_version") == seen:
-            left = deadline - time.monotonic()
-            if left <= 0:
+        data_version = connection.fetch_rows("PRAGMA data_version")
+        records: list[ConsumerRecord] = fetch()
+        if records:
+            return records
+        while connection.fetch_rows("PRAGMA data_version") == data_version:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 return []
-            time.sleep(min(_POLL_INTERVAL_S, left))
+            time.sleep(min(_POLL_INTERVAL_S, remaining_s))
 
 
 class EmbeddedConsumer(EmbeddedReader):
-    """A group member: a reader whose partitions are leased."""
+    """A member of a consumer group: a reader of the partitions that it has leased."""
 
     def __init__(self, bus: EmbeddedBus, group: str, topics: Sequence[str], member: str) -> None:
         super().__init__(bus, {})
@@ -429,7 +436,7 @@ class EmbeddedConsumer(EmbeddedReader):
         self.paused_partitions: set[TopicPartition] = set()
         self.generation = -1
         self.next_renewal_at = 0.0
-        bus.list_partitions(self.topics)  # an unknown topic is an error now, not at the first poll
+        bus.list_partitions(self.topics)  # report an unknown topic now, not at the first poll
 
     def assignment(self) -> Offsets:
         return dict(self.epochs)
@@ -438,16 +445,16 @@ class EmbeddedConsumer(EmbeddedReader):
         deadline = time.monotonic() + timeout_s
         while True:
             self.renew_membership()
-            left = max(0.0, min(deadline, self.next_renewal_at) - time.monotonic())
-            messages = _wait_for_records(self.connection, left, lambda: self.fetch_assigned(max_records))
-            if messages or time.monotonic() >= deadline:
-                return messages
+            wait_s = max(0.0, min(deadline, self.next_renewal_at) - time.monotonic())
+            records = _wait_for_records(self.connection, wait_s, lambda: self.fetch_assigned(max_records))
+            if records or time.monotonic() >= deadline:
+                return records
 
     def fetch_assigned(self, max_records: int) -> list[ConsumerRecord]:
         if self.read_generation() != self.generation:
             self.rebalance()
-        places = [place for place in self.epochs if place not in self.paused_partitions]
-        return self.fetch_records(places, max_records) if places else []
+        active = [tp for tp in self.epochs if tp not in self.paused_partitions]
+        return self.fetch_records(active, max_records) if active else []
 
     def renew_membership(self) -> None:
         if time.monotonic() >= self.next_renewal_at or self.read_generation() != self.generation:
@@ -458,55 +465,55 @@ class EmbeddedConsumer(EmbeddedReader):
         return int(rows[0][0]) if rows else 0
 
     def rebalance(self) -> None:
-        """Renew the membership, bury the dead, give away what is not ours to hold and take what is free."""
+        """Renew the membership, remove expired members, release partitions beyond our share and take free ones of it."""
         with self.connection.transaction() as db:
             now = time.time()
-            joined = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
+            is_new = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
             db.execute(
                 "INSERT OR REPLACE INTO members VALUES (?, ?, ?)", [self.group, self.member, now + self.bus.lease_timeout_s]
             )
-            dead = db.execute("DELETE FROM members WHERE grp = ? AND expires < ?", [self.group, now]).rowcount
-            released, taken = self.assign_leases(db)
-            if joined or dead or released:
+            num_expired = db.execute("DELETE FROM members WHERE grp = ? AND expires < ?", [self.group, now]).rowcount
+            num_released, leases = self.assign_leases(db)
+            if is_new or num_expired or num_released:
                 _increment_generation(db, self.group)
             (self.generation,) = db.execute("SELECT generation FROM groups WHERE name = ?", [self.group]).fetchone()
-        self.adopt_leases(taken)
+        self.adopt_leases(leases)
         self.next_renewal_at = time.monotonic() + self.bus.lease_timeout_s / 3
 
     def assign_leases(self, db: sqlite3.Connection) -> tuple[int, Offsets]:
-        """Release and take leases in the file; returns how many were released, and all that we hold with their epochs."""
+        """Release and take leases in the file. Return the number released, and all held partitions with their epochs."""
         members = [m for (m,) in db.execute("SELECT member FROM members WHERE grp = ? ORDER BY member", [self.group])]
-        held = {
+        leases = {
             (topic, partition): (member, epoch)
             for topic, partition, member, epoch in db.execute(
                 "SELECT topic, partition, member, epoch FROM leases WHERE grp = ?", [self.group]
             )
         }
-        released, ours = 0, {}
-        for place in self.bus.list_partitions(self.topics):
-            topic, _ = self.bus.get_topic(place.topic)
-            member, epoch = held.get((topic, place.partition), (None, 0))
-            fair = members[place.partition % len(members)] == self.member
-            if member == self.member and self.epochs.get(place) == epoch and fair:
-                ours[place] = epoch
-            elif fair and (member not in members or member == self.member):
-                # A lease in our name that we do not remember is another life's: it gets a new epoch.
-                self.write_lease(db, topic, place.partition, self.member, epoch + 1)
-                ours[place] = epoch + 1
+        num_released, held = 0, {}
+        for tp in self.bus.list_partitions(self.topics):
+            topic, _ = self.bus.get_topic(tp.topic)
+            member, epoch = leases.get((topic, tp.partition), (None, 0))
+            in_our_share = members[tp.partition % len(members)] == self.member
+            if member == self.member and self.epochs.get(tp) == epoch and in_our_share:
+                held[tp] = epoch
+            elif in_our_share and (member not in members or member == self.member):
+                # A lease in our name with another epoch belongs to an earlier process with this name, so it gets a new epoch.
+                self.write_lease(db, topic, tp.partition, self.member, epoch + 1)
+                held[tp] = epoch + 1
             elif member == self.member:
-                self.write_lease(db, topic, place.partition, None, epoch)
-                released += 1
-        return released, ours
+                self.write_lease(db, topic, tp.partition, None, epoch)
+                num_released += 1
+        return num_released, held
 
     def write_lease(self, db: sqlite3.Connection, topic: int, partition: int, member: str | None, epoch: int) -> None:
         row = (self.group, topic, partition, member, epoch)
         db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)", row)
 
     def adopt_leases(self, leases: Offsets) -> None:
-        """Go on at the committed offsets of partitions that are newly ours; forget those that are not."""
-        new = {place for place, epoch in leases.items() if self.epochs.get(place) != epoch}
+        """Start newly assigned partitions at their committed offsets, and forget partitions that are no longer held."""
+        new = {tp for tp, epoch in leases.items() if self.epochs.get(tp) != epoch}
         committed = self.committed() if new else {}
-        self.next_offsets = {place: committed.get(place, 0) if place in new else self.next_offsets[place] for place in leases}
+        self.next_offsets = {tp: committed.get(tp, 0) if tp in new else self.next_offsets[tp] for tp in leases}
         self.paused_partitions &= set(leases) - new
         self.epochs = leases
 
@@ -527,7 +534,7 @@ class EmbeddedConsumer(EmbeddedReader):
         self.next_offsets[partition] = offset
 
     def close(self) -> None:
-        """Leave the group at once, so that the others need not wait for the lease to end."""
+        """Leave the group at once, so that the other members need not wait until the lease expires."""
         with self.connection.transaction() as db:
             db.execute("DELETE FROM members WHERE grp = ? AND member = ?", [self.group, self.member])
             db.execute("UPDATE leases SET member = NULL WHERE grp = ? AND member = ?", [self.group, self.member])
@@ -536,6 +543,6 @@ class EmbeddedConsumer(EmbeddedReader):
 
 
 def _increment_generation(db: sqlite3.Connection, group: str) -> None:
-    """Tell every member to look at its share again."""
+    """Start a new generation: every member then reads its assignment again."""
     sql = "INSERT INTO groups VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET generation = generation + 1"
     db.execute(sql, [group])

@@ -1,18 +1,18 @@
-"""Apache Kafka through kafka-python, behind the bus port.
+"""The bus port on Apache Kafka, through kafka-python.
 
-What the client does by itself is not enough for exactly-once, so here:
+The defaults of the client do not give exactly-once delivery. This module therefore departs from them:
 
-* `commit_transaction` of this client can return normally although nothing was written (its batches outlived the delivery
-  timeout). Every send's future is looked at before offsets are sent and the transaction is committed; after any doubt the
-  producer is thrown away, and a new one under the same transactional id settles what the old one left open.
-* offsets that a broker refused stay in this client's producer and would ride along in its next transaction: after a refusal
-  the producer is thrown away too.
-* offsets go into the transaction with the membership under which the present assignment was learnt, so the broker fences
-  members of an older generation. The client's own idea of it runs ahead: it joins in the background, and once a heartbeat has
-  learnt that it was put out of the group it names no member at all, which a broker takes without checking anything. A member
-  that lost one partition in a cooperative rebalance could still commit it, hence the check of assignment epochs.
-* consumers read bytes, only committed records, never commit on their own, and never reset their offsets silently.
-* rebalance listeners run on the client's thread: they only note epochs.
+1. `commit_transaction` of the client can return normally although nothing was written (its batches exceeded the delivery
+   timeout). So the future of every send is checked before the offsets are sent and the transaction is committed. After an
+   uncertain commit the producer is closed; a new one with the same transactional id completes or aborts the old transaction.
+2. Offsets that a broker rejected stay in the client's producer and would be sent with its next transaction. So the producer is
+   replaced after a rejection too.
+3. Offsets are sent with the group membership under which the current assignment was received, so that the broker fences members
+   of an older generation. The client's own membership data is unsuitable: the client rejoins in the background, and after a
+   heartbeat reports that it was removed from the group it sends no member id, and then the broker checks nothing. A member that
+   lost one partition in a cooperative rebalance could still commit it; the check of assignment epochs prevents this.
+4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
+5. Rebalance listeners run on the client's thread, so they only record epochs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from kafka import errors
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
-from kafka.structs import TopicPartition as Place
+from kafka.structs import TopicPartition as KafkaTopicPartition
 
 from engine.bus.port import ConsumerRecord, Offsets, ProducerRecord, TopicDescription, TopicPartition
 from engine.errors import BusUnreachable, CommitUncertain, OffsetsLost, PartitionLost, UsageError, WriterFenced
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
 
 logger = logging.getLogger("charter.bus")
-_CONNECT_LOCK = threading.Lock()  # `connecting` listens to a log that all buses of a process share
+_CONNECT_LOCK = threading.Lock()  # capture_connection_errors changes a logger that all buses of a process share
 
-_TRANSACTION_TIMEOUT_MS = 10_000  # a killed worker's open transaction holds readers up for at most this long
+_TRANSACTION_TIMEOUT_MS = 10_000  # longest time that the open transaction of a killed worker blocks readers
 _FLUSH_TIMEOUT_S = 30.0
 _BATCH_BYTES = 256 * 1024
 _LINGER_MS = 100
@@ -47,21 +47,21 @@ BOOTSTRAP_TIMEOUT_MS = 15_000
 _CLOSE_TIMEOUT_MS = 5_000
 _CONNECT_TIMEOUT_S = 5.0
 _REQUEST_TIMEOUT_MS = 30_000
-_METADATA_MAX_AGE_MS = 60_000  # how soon added partitions are noticed
-_HEARTBEAT_INTERVAL_MS = 1_000  # within this the members learn that the group is sharing out anew
+_METADATA_MAX_AGE_MS = 60_000  # added partitions are detected within this time
+_HEARTBEAT_INTERVAL_MS = 1_000  # members detect a rebalance within this time
 _JOIN_TIMEOUT_S = 2.0
 _JOIN_POLL_TIMEOUT_MS = 200
 _SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
 _RETRY_INTERVAL_S = 0.2
-# Who would answer is being chosen anew.
+# The coordinator is being elected.
 _COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
 _CONNECTION_ERRORS = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
-# The group has moved on without this member.
+# The group has rebalanced without this member.
 _MEMBERSHIP_ERRORS = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
@@ -69,7 +69,7 @@ _MEMBERSHIP_ERRORS = (
     errors.RebalanceInProgressError,
     errors.FencedInstanceIdError,
 )
-# The broker is there and says no: waiting does not help, somebody has to change something.
+# The broker rejects the request: a retry does not help, the configuration must change.
 _REJECTION_ERRORS = (
     errors.AuthorizationError,
     errors.KafkaConfigurationError,
@@ -77,31 +77,33 @@ _REJECTION_ERRORS = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
 )
-# kafka-python's words for it.
+# The text in kafka-python's error when the broker closes a connection.
 _DISCONNECT_MESSAGE = "socket disconnected"
-# Wrong use of the client, which is a mistake of this file.
+# Wrong use of the client: bugs in this module.
 _PROGRAMMING_ERRORS = (errors.IllegalStateError, errors.IllegalArgumentError)
 
 
 def parse_address(address: str) -> list[str]:
-    """The bootstrap servers of kafka://HOST:PORT[,HOST:PORT]."""
-    if "@" in address:  # and what stands before it may be a password: it is not repeated
+    """Return the bootstrap servers of kafka://HOST:PORT[,HOST:PORT]. Raise UsageError for any other form."""
+    if "@" in address:  # the part before it may be a password, so the message does not repeat the address
         raise UsageError(
-            "a Kafka address holds no user and no password",
-            "they are client settings (sasl_plain_username, sasl_plain_password)",
+            "a Kafka address must not contain a user or a password",
+            "they are settings: bus.sasl_username, bus.sasl_password_env, bus.sasl_password_file",
             "type: kafka://HOST:PORT",
         )
     servers = [server.strip() for server in address.removeprefix("kafka://").rstrip("/").split(",")]
     for server in servers:
         host, _, port = server.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UsageError(f"{address!r} is no Kafka address", f"{server!r} is not HOST:PORT", "type: kafka://localhost:9092")
+            raise UsageError(
+                f"{address!r} is not a Kafka address", f"{server!r} is not HOST:PORT", "type: kafka://localhost:9092"
+            )
     return servers
 
 
 @contextmanager
 def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
-    """The client's errors in our words: the broker is away, or it is there and refuses."""
+    """Raise UsageError (the broker rejects a request) or BusUnreachable instead of the client's errors."""
     try:
         yield
     except _PROGRAMMING_ERRORS:
@@ -110,22 +112,22 @@ def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
         raise _make_rejected_error(error) from error
     except (errors.KafkaError, OSError) as error:
         raise BusUnreachable(
-            f"Kafka at {','.join(servers)} does not answer",
+            f"Kafka at {','.join(servers)} is unreachable",
             _explain_failure(servers, error),
-            "look at the broker, at bus.address, and at the user, password and protocol that it wants",
+            "check the broker, bus.address, and the user, password and security protocol",
         ) from error
 
 
 def _make_rejected_error(error: Exception) -> UsageError:
     return UsageError(
-        "Kafka refuses what it was asked",
+        "Kafka rejected the request",
         f"{error}",
-        "look at the client's settings, the rights of its user, and the topic's max.message.bytes",
+        "check the bus settings, the permissions of the Kafka user, and max.message.bytes of the topic",
     )
 
 
 def _check_reachable(servers: Sequence[str]) -> None:
-    """Raise OSError at once when nobody listens on any of the servers: the client would try for its whole timeout."""
+    """Raise OSError at once when no server accepts connections; the client would retry until its timeout."""
     failures = []
     for server in servers:
         host, _, port = server.rpartition(":")
@@ -138,16 +140,16 @@ def _check_reachable(servers: Sequence[str]) -> None:
 
 
 def _explain_failure(servers: Sequence[str], error: Exception) -> str:
-    """Tell a broker that is not there from one that does not let us in (the client says the same of both)."""
+    """Distinguish an unreachable broker from one that rejects the connection; the client's error is the same for both."""
     try:
         _check_reachable(servers)
     except OSError as unreachable:
         return str(unreachable)
-    return f"it accepts connections, but then: {error}"
+    return f"it accepts connections, and then fails: {error}"
 
 
 class _ConnectionErrorCapture(logging.Handler):
-    """What the client's log says of its attempts to connect: its error says only that they took too long."""
+    """Collects the errors that the client logs while it connects; its own exception only reports a timeout."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -158,49 +160,46 @@ class _ConnectionErrorCapture(logging.Handler):
         self.failures += [argument for argument in arguments if isinstance(argument, Exception)]
 
     def get_most_specific(self, error: Exception) -> Exception:
-        """Brokers also just hang up, and the client gives up, on the same occasion."""
-        vague = (_DISCONNECT_MESSAGE, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
-        telling = [failure for failure in self.failures if not any(word in repr(failure) for word in vague)]
-        return (telling or self.failures or [error])[0]
+        """Return the first logged error that is not a disconnect or a timeout, since these often follow the real cause."""
+        generic = (_DISCONNECT_MESSAGE, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
+        specific = [failure for failure in self.failures if not any(text in repr(failure) for text in generic)]
+        return (specific or self.failures or [error])[0]
 
 
 @contextmanager
 def capture_connection_errors(protocol: str) -> Iterator[None]:
-    """Raise what kept the client from connecting in place of its timeout."""
-    logger, overheard = logging.getLogger("kafka.net.manager"), _ConnectionErrorCapture()
-    level, propagate, shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
-    logger.addHandler(overheard)
+    """Replace the client's timeout error while connecting by a ConnectionError with the logged cause."""
+    logger, capture = logging.getLogger("kafka.net.manager"), _ConnectionErrorCapture()
+    level, propagate, is_shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
+    logger.addHandler(capture)
     logger.setLevel(logging.WARNING)
-    logger.propagate = propagate and shown  # heard here, and no louder elsewhere than it was
+    logger.propagate = propagate and is_shown  # captured here, without adding lines to other handlers
     try:
         yield
     except errors.KafkaTimeoutError as error:
-        words = f"{overheard.get_most_specific(error)}"
-        # A slow client reads the broker's refusal together with the end of the connection, and drops it.
-        hint = (
-            " (so a broker ends a failed authentication too)"
-            if _DISCONNECT_MESSAGE in words and protocol.startswith("SASL")
-            else ""
-        )
-        raise ConnectionError(words + hint) from error
+        cause = f"{capture.get_most_specific(error)}"
+        # A slow client may read the broker's rejection together with the end of the connection, and then drops it.
+        is_ambiguous = _DISCONNECT_MESSAGE in cause and protocol.startswith("SASL")
+        hint = " (brokers also disconnect after a failed authentication)" if is_ambiguous else ""
+        raise ConnectionError(cause + hint) from error
     finally:
-        logger.removeHandler(overheard)
+        logger.removeHandler(capture)
         logger.setLevel(level)
         logger.propagate = propagate
 
 
 class KafkaBus:
-    """The brokers at `servers`. `options` are kafka-python settings (security); they are never printed."""
+    """The log on the brokers at `servers`. `options` are kafka-python settings (security); they are never printed."""
 
     def __init__(
         self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False
     ) -> None:
         self.servers, self.prefix, self.static_members = servers, prefix, static_members
         protocol = (options or {}).get("security_protocol", "PLAINTEXT")
-        if protocol not in _SECURITY_PROTOCOLS:  # the client would take it for PLAINTEXT
+        if protocol not in _SECURITY_PROTOCOLS:  # the client would silently use PLAINTEXT
             raise UsageError(
-                f"there is no security_protocol {protocol!r}",
-                f"it is one of {', '.join(_SECURITY_PROTOCOLS)}",
+                f"unknown security protocol {protocol!r}",
+                f"it must be one of {', '.join(_SECURITY_PROTOCOLS)}",
                 "set bus.security_protocol",
             )
         self.client_options = {
@@ -219,14 +218,14 @@ class KafkaBus:
         self.producer: kafka.KafkaProducer | None = None
 
     def call_with_retry(self, call: Callable[[], Any]) -> Any:
-        """Ask again while whoever has to answer is only just being chosen: of a fresh broker, or after one has gone away."""
+        """Call and retry while a coordinator or controller is being elected: on a new cluster, or after a broker failed."""
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while True:
             try:
                 with self.lock:
                     return call()
             except (*_COORDINATOR_ERRORS, *_CONNECTION_ERRORS):
-                _check_reachable(self.servers)  # with nobody there at all it is over at once
+                _check_reachable(self.servers)  # fail at once when no broker is reachable
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_RETRY_INTERVAL_S)
@@ -234,39 +233,39 @@ class KafkaBus:
     def add_prefix(self, topic: str) -> str:
         return self.prefix + topic
 
-    def to_kafka_partition(self, topic_partition: TopicPartition) -> Place:
-        return Place(self.add_prefix(topic_partition.topic), topic_partition.partition)
+    def to_kafka_partition(self, topic_partition: TopicPartition) -> KafkaTopicPartition:
+        return KafkaTopicPartition(self.add_prefix(topic_partition.topic), topic_partition.partition)
 
-    def from_kafka_partition(self, kafka_partition: Place) -> TopicPartition:
+    def from_kafka_partition(self, kafka_partition: KafkaTopicPartition) -> TopicPartition:
         return TopicPartition(kafka_partition.topic.removeprefix(self.prefix), kafka_partition.partition)
 
     # Topics
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
         with _translate_errors(self.servers):
-            there = set(self.call_with_retry(self.admin.list_topics))
+            existing = set(self.call_with_retry(self.admin.list_topics))
             missing = {
                 self.add_prefix(spec.name): _make_topic_options(spec)
                 for spec in specs
-                if self.add_prefix(spec.name) not in there
+                if self.add_prefix(spec.name) not in existing
             }
             if not missing:
                 return []
-            answers = self.call_with_retry(lambda: self.admin.create_topics(missing, raise_errors=False))["topics"]
-            for answer in answers:
-                error = errors.for_code(answer["error_code"])
-                # Another process may have created them at the same moment.
+            results = self.call_with_retry(lambda: self.admin.create_topics(missing, raise_errors=False))["topics"]
+            for result in results:
+                error = errors.for_code(result["error_code"])
+                # Another process may have created a topic at the same time.
                 if error not in (errors.NoError, errors.TopicAlreadyExistsError):
-                    raise error(f"{answer['name']}: {answer['error_message']}")
+                    raise error(f"{result['name']}: {result['error_message']}")
             self.call_with_retry(lambda: self.admin.wait_for_topics(list(missing)))
-        return [answer["name"].removeprefix(self.prefix) for answer in answers if not answer["error_code"]]
+        return [result["name"].removeprefix(self.prefix) for result in results if not result["error_code"]]
 
     def fetch_topic_metadata(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """What the cluster says now of those of these topics that there are."""
+        """Return the metadata of each existing topic, by its name without the prefix."""
         names = [self.add_prefix(topic) for topic in topics]
         with _translate_errors(self.servers):
-            found = self.call_with_retry(lambda: self.admin.describe_topics(names))
-        return {topic["name"].removeprefix(self.prefix): topic for topic in found if not topic["error_code"]}
+            descriptions = self.call_with_retry(lambda: self.admin.describe_topics(names))
+        return {topic["name"].removeprefix(self.prefix): topic for topic in descriptions if not topic["error_code"]}
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
         return {name: str(topic["topic_id"]) for name, topic in self.fetch_topic_metadata(topics).items()}
@@ -274,51 +273,54 @@ class KafkaBus:
     def count_partitions(self, topic: str) -> int:
         return len(self.list_partitions([topic]))
 
-    def list_partitions(self, topics: Iterable[str]) -> list[Place]:
-        """Every partition that these topics have now; they may have been given more since the last time."""
-        wanted = list(topics)
-        described = self.fetch_topic_metadata(wanted)
-        for topic in wanted:
-            if topic not in described:
-                where = f"{self.add_prefix(topic)} at {','.join(self.servers)}"
-                raise UsageError(f"there is no topic {where}", "nobody has created it yet", "type: charter topics create")
-        self.known_topics |= set(wanted)
+    def list_partitions(self, topics: Iterable[str]) -> list[KafkaTopicPartition]:
+        """Return the current partitions of these topics, always from the cluster: partitions may have been added."""
+        names = list(topics)
+        metadata = self.fetch_topic_metadata(names)
+        for topic in names:
+            if topic not in metadata:
+                raise UsageError(
+                    f"there is no topic {self.add_prefix(topic)} at {','.join(self.servers)}",
+                    "it has not been created yet",
+                    "type: charter topics create",
+                )
+        self.known_topics |= set(names)
         return [
-            Place(self.add_prefix(topic), number) for topic in wanted for number in range(len(described[topic]["partitions"]))
+            KafkaTopicPartition(self.add_prefix(topic), number)
+            for topic in names
+            for number in range(len(metadata[topic]["partitions"]))
         ]
 
     def check_topics(self, records: Iterable[ProducerRecord]) -> None:
-        """Raise UsageError for a topic that there is not: the client would wait a minute for it to appear."""
-        if unknown := {message.topic for message in records} - self.known_topics:
+        """Raise UsageError for a topic that does not exist; the client would wait a minute for it to appear."""
+        if unknown := {record.topic for record in records} - self.known_topics:
             self.list_partitions(unknown)
 
     def beginning_offsets(self, topics: Sequence[str]) -> Offsets:
         return self.list_offsets(topics, OffsetSpec.EARLIEST)
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets:
-        """Ends as written, not as committed.
+        """Return the ends of the partitions, uncommitted records included.
 
-        A transaction's markers come a moment after its commit has returned, and whoever reads up to these ends must not
-        miss what it has just written itself.
+        The markers of a transaction are written shortly after its commit returns. With the ends of committed records, a
+        process that reads up to them could miss records that it has just written itself.
         """
         return self.list_offsets(topics, OffsetSpec.LATEST)
 
     def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
         return self.end_offsets(topics) | {
-            place: offset for place, offset in self.list_offsets(topics, timestamp_ms).items() if offset >= 0
+            tp: offset for tp, offset in self.list_offsets(topics, timestamp_ms).items() if offset >= 0
         }
 
     def list_offsets(self, topics: Sequence[str], offset_spec: Any) -> Offsets:
-        places = self.list_partitions(topics)
+        specs = dict.fromkeys(self.list_partitions(topics), offset_spec)
         with _translate_errors(self.servers):
-            found = self.call_with_retry(
-                lambda: self.admin.list_partition_offsets(dict.fromkeys(places, offset_spec), timeout_ms=_REQUEST_TIMEOUT_MS)
-            )
-        return {self.from_kafka_partition(place): entry.offset for place, entry in found.items()}
+            offsets = self.call_with_retry(lambda: self.admin.list_partition_offsets(specs, timeout_ms=_REQUEST_TIMEOUT_MS))
+        return {self.from_kafka_partition(tp): entry.offset for tp, entry in offsets.items()}
 
     def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
-        described = self.fetch_topic_metadata(topics)
-        resources = [ConfigResource(ConfigResourceType.TOPIC, self.add_prefix(topic)) for topic in described]
+        metadata = self.fetch_topic_metadata(topics)
+        resources = [ConfigResource(ConfigResourceType.TOPIC, self.add_prefix(topic)) for topic in metadata]
         with _translate_errors(self.servers):
             configs = self.call_with_retry(lambda: self.admin.describe_configs(resources))["topic"] if resources else {}
         return [
@@ -330,29 +332,29 @@ class KafkaBus:
                 in_sync_replicas=min(len(p["isr_nodes"]) for p in topic["partitions"]),
                 configs={key: str(config["value"]) for key, config in configs.get(self.add_prefix(name), {}).items()},
             )
-            for name, topic in described.items()
+            for name, topic in metadata.items()
         ]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        name, places = self.prefix + group, self.list_partitions(topics)
+        name, partitions = self.prefix + group, self.list_partitions(topics)
         with _translate_errors(self.servers):
-            found = self.call_with_retry(lambda: self.admin.list_group_offsets({name: places})).get(name, {})
-        return {self.from_kafka_partition(place): entry.offset for place, entry in found.items() if entry.offset >= 0}
+            offsets = self.call_with_retry(lambda: self.admin.list_group_offsets({name: partitions})).get(name, {})
+        return {self.from_kafka_partition(tp): entry.offset for tp, entry in offsets.items() if entry.offset >= 0}
 
     def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        known = self.committed(group, sorted({place.topic for place in offsets}))
-        wanted = {
-            self.to_kafka_partition(place): OffsetAndMetadata(offset, "", -1)
-            for place, offset in offsets.items()
-            if place not in known
+        committed = self.committed(group, sorted({tp.topic for tp in offsets}))
+        initial = {
+            self.to_kafka_partition(tp): OffsetAndMetadata(offset, "", -1)
+            for tp, offset in offsets.items()
+            if tp not in committed
         }
-        if not wanted:
+        if not initial:
             return
         with _translate_errors(self.servers):
-            answers = self.call_with_retry(
-                lambda: _raise_partition_errors(self.admin.alter_group_offsets(self.prefix + group, wanted))
+            results = self.call_with_retry(
+                lambda: _raise_partition_errors(self.admin.alter_group_offsets(self.prefix + group, initial))
             )
-        assert set(answers) == set(wanted)
+        assert set(results) == set(initial)
 
     # Writing and reading
 
@@ -362,11 +364,10 @@ class KafkaBus:
             if self.producer is None:
                 self.producer = kafka.KafkaProducer(**self.client_options, **make_producer_options())
             try:
-                require_delivered(
-                    self.producer, [_send_record(self.producer, self.add_prefix(message.topic), message) for message in records]
-                )
+                futures = [_send_record(self.producer, self.add_prefix(record.topic), record) for record in records]
+                require_delivered(self.producer, futures)
             except errors.KafkaError:
-                # It may be broken for good, and may hold messages that the caller publishes again.
+                # The producer may be permanently broken, and may still hold records that the caller will publish again.
                 _close_producer(self.producer, 0)
                 self.producer = None
                 raise
@@ -375,7 +376,7 @@ class KafkaBus:
         return KafkaWriter(self, self.prefix + transactional_id)
 
     def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> KafkaConsumer:
-        self.list_partitions(topics)  # an unknown topic is an error now, not at the first poll
+        self.list_partitions(topics)  # report an unknown topic now, not at the first poll
         return KafkaConsumer(self, self.prefix + group, topics, member)
 
     def open_reader(self, positions: Mapping[TopicPartition, int]) -> KafkaReader:
@@ -387,15 +388,19 @@ class KafkaBus:
         self.admin.close()
 
 
-def _raise_partition_errors(answers: Mapping[Place, type[errors.KafkaError]]) -> Mapping[Place, type[errors.KafkaError]]:
-    """Raise the first error of a per-partition answer."""
-    for place, error in answers.items():
+_PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]
+
+
+def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:
+    """Raise the first error among the results of a request per partition, or return the results."""
+    for tp, error in results.items():
         if error is not errors.NoError:
-            raise error(f"{place.topic}[{place.partition}]")
-    return answers
+            raise error(f"{tp.topic}[{tp.partition}]")
+    return results
 
 
 def make_consumer_options() -> dict[str, Any]:
+    """Return the options of every consumer: committed records only, no auto-commit, no automatic offset reset."""
     return {
         "metrics_enabled": False,
         "enable_auto_commit": False,
@@ -407,9 +412,10 @@ def make_consumer_options() -> dict[str, Any]:
 
 
 def make_producer_options() -> dict[str, Any]:
-    """Whoever sends here flushes at once, so a long linger costs nothing.
+    """Return the options of every producer.
 
-    Without it the client sends each record by itself while the next is being added: more requests, and a wakeup for each.
+    Every caller flushes right after it sends, so a long linger causes no delay. With a short one the client would send each
+    record in its own request while the next one is added.
     """
     return {
         "acks": "all",
@@ -418,7 +424,7 @@ def make_producer_options() -> dict[str, Any]:
         "compression_type": "lz4",
         "linger_ms": _LINGER_MS,
         "max_request_size": _MAX_REQUEST_BYTES,
-        "metrics_enabled": False,  # nobody reads them, and they cost a tenth of the client's time
+        "metrics_enabled": False,  # unused, and they take a tenth of the client's time
     }
 
 
@@ -436,23 +442,23 @@ def _send_record(producer: kafka.KafkaProducer, topic: str, record: ProducerReco
 
 
 def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
-    """Raise unless every send has succeeded; a commit that returns is not enough (see the module's docstring)."""
+    """Raise unless every send has succeeded. A commit that returns does not prove this (see the module docstring)."""
     producer.flush(timeout=_FLUSH_TIMEOUT_S)
     for future in futures:
         future.get(timeout=0)
 
 
 def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIMEOUT_MS / 1000) -> None:
-    """Close a producer without hanging or failing. What it still holds then is not sent: its successor settles that."""
+    """Close a producer without blocking or raising. Unsent records are dropped; a new producer resolves its transaction."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
         logger.info("a producer is closed by force: %s", error)
-        producer._sender.force_close()  # what `close` would go on to do, had it not raised
+        producer._sender.force_close()  # the step of `close` after the one that raised
 
 
 class KafkaWriter:
-    """Transactions under one transactional id; opening it settles and fences what the id's earlier writer left."""
+    """Transactions under one transactional id. A new writer resolves open transactions of the id and fences older writers."""
 
     def __init__(self, bus: KafkaBus, transactional_id: str) -> None:
         self.bus, self.transactional_id = bus, transactional_id
@@ -483,73 +489,82 @@ class KafkaWriter:
         epochs: Mapping[TopicPartition, int] | None = None,
     ) -> None:
         if not self.is_usable:
-            raise CommitUncertain("this writer's last commit is in doubt", "it can settle that only by being made anew")
+            raise CommitUncertain(
+                "the outcome of the last commit of this writer is unknown", "only a new writer can resolve the transaction"
+            )
         self.bus.check_topics(outputs)
         membership = None
         if offsets:
-            assert isinstance(consumer, KafkaConsumer), "offsets are a consumer group's"
+            assert isinstance(consumer, KafkaConsumer), "offsets need the consumer of their group"
             membership = consumer.require_ownership(offsets, epochs or {})
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             self.write_transaction(outputs, offsets or {}, membership)
         except _MEMBERSHIP_ERRORS as error:
             self.replace_producer()
-            raise PartitionLost("the group has moved on without this member", type(error).__name__) from error
+            raise PartitionLost("the group has rebalanced without this member", type(error).__name__) from error
         except _REJECTION_ERRORS as error:
             self.replace_producer()
             raise _make_rejected_error(error) from error
-        except (errors.KafkaError, RuntimeError) as error:  # its I/O thread reports some of its own mistakes as RuntimeError
+        except (errors.KafkaError, RuntimeError) as error:  # the client's I/O thread reports some errors as RuntimeError
             self.is_usable = False
-            raise self.classify_failure(error, time.monotonic() - began) from error
+            raise self.classify_failure(error, time.monotonic() - started) from error
 
     def write_transaction(
         self, outputs: Sequence[ProducerRecord], offsets: Mapping[TopicPartition, int], membership: ConsumerGroupMetadata | None
     ) -> None:
         self.producer.begin_transaction()
-        require_delivered(
-            self.producer, [_send_record(self.producer, self.bus.add_prefix(message.topic), message) for message in outputs]
-        )
+        futures = [_send_record(self.producer, self.bus.add_prefix(record.topic), record) for record in outputs]
+        require_delivered(self.producer, futures)
         if offsets:
-            wire = {self.bus.to_kafka_partition(place): OffsetAndMetadata(offset, "", -1) for place, offset in offsets.items()}
-            self.producer.send_offsets_to_transaction(wire, membership)
+            kafka_offsets = {
+                self.bus.to_kafka_partition(tp): OffsetAndMetadata(offset, "", -1) for tp, offset in offsets.items()
+            }
+            self.producer.send_offsets_to_transaction(kafka_offsets, membership)
         self.producer.commit_transaction()
 
-    def classify_failure(self, error: Exception, after_s: float) -> WriterFenced | CommitUncertain:
-        """What a failed commit means. A broker fences a transaction that it timed out, too: that is doubt, not a rival."""
-        if errors.ProducerFencedError.__name__ in f"{error!r}" and after_s * 1000 < _TRANSACTION_TIMEOUT_MS:
+    def classify_failure(self, error: Exception, elapsed_s: float) -> WriterFenced | CommitUncertain:
+        """Return the error for a failed commit.
+
+        A broker also fences a producer whose transaction timed out. Then the outcome is uncertain, and no other writer exists.
+        """
+        if errors.ProducerFencedError.__name__ in f"{error!r}" and elapsed_s * 1000 < _TRANSACTION_TIMEOUT_MS:
             return WriterFenced(
                 f"another process has taken over as {self.transactional_id}",
-                "two processes ran in the same slot",
-                "stop one of them, or give each its own: --slot NAME",
+                "two processes run under the same instance name",
+                "stop one of them, or give each its own name: --slot NAME",
             )
-        return CommitUncertain("it is not known whether a transaction was written", f"{type(error).__name__}: {error}")
+        return CommitUncertain("the outcome of a transaction is unknown", f"{type(error).__name__}: {error}")
 
     def replace_producer(self) -> None:
-        """Nothing was written; a new producer ends the old one's transaction and forgets what the old one would repeat."""
+        """Replace the producer after a rejected transaction.
+
+        The new producer aborts the old transaction, and does not have the offsets that the old one would send again.
+        """
         _close_producer(self.producer, 0)
         try:
             self.producer = self.open_producer()
         except BusUnreachable as error:
             self.is_usable = False
-            raise CommitUncertain("a transaction could not be ended", error.why) from error
+            raise CommitUncertain("a transaction could not be aborted", error.why) from error
 
     def close(self) -> None:
         _close_producer(self.producer, _CLOSE_TIMEOUT_MS / 1000 if self.is_usable else 0)
 
 
-def _to_consumer_records(bus: KafkaBus, polled: Mapping[Place, Sequence[Any]]) -> list[ConsumerRecord]:
-    messages = []
-    for place, records in polled.items():
-        topic, partition = bus.from_kafka_partition(place)
-        messages += [
+def _to_consumer_records(bus: KafkaBus, polled: Mapping[KafkaTopicPartition, Sequence[Any]]) -> list[ConsumerRecord]:
+    consumer_records = []
+    for tp, records in polled.items():
+        topic, partition = bus.from_kafka_partition(tp)
+        consumer_records += [
             ConsumerRecord(topic, partition, r.offset, r.key, r.value, tuple(map(tuple, r.headers or ())), r.timestamp)
             for r in records
         ]
-    return messages
+    return consumer_records
 
 
 class KafkaReader:
-    """Reads given partitions, without a group."""
+    """Reads given partitions from given offsets, without a consumer group."""
 
     def __init__(self, bus: KafkaBus, positions: Mapping[TopicPartition, int]) -> None:
         self.bus = bus
@@ -559,11 +574,11 @@ class KafkaReader:
         self.add_partitions(positions)
 
     def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
-        kept = self.positions()
-        self.partitions = list({**kept, **positions})
-        self.client.assign([self.bus.to_kafka_partition(place) for place in self.partitions])
-        for place, offset in {**kept, **positions}.items():
-            self.client.seek(self.bus.to_kafka_partition(place), offset)
+        all_positions = {**self.positions(), **positions}
+        self.partitions = list(all_positions)
+        self.client.assign([self.bus.to_kafka_partition(tp) for tp in self.partitions])
+        for tp, offset in all_positions.items():
+            self.client.seek(self.bus.to_kafka_partition(tp), offset)
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
         with _translate_offset_errors(self.bus):
@@ -572,8 +587,8 @@ class KafkaReader:
     def positions(self) -> Offsets:
         with _translate_errors(self.bus.servers):
             return {
-                place: self.client.position(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
-                for place in self.partitions
+                tp: self.client.position(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for tp in self.partitions
             }
 
     def close(self) -> None:
@@ -586,44 +601,42 @@ def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
-            raise _make_offsets_lost_error(bus, error.args[0], "its retention was faster than this reader") from error
+            raise _make_offsets_lost_error(bus, error.args[0], "retention deleted them before they were read") from error
         except errors.LogTruncationError as error:
-            why = "a broker that lacked them has become its leader (unclean leader election)"
+            why = "a broker without them has become the leader (unclean leader election)"
             raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
 
 
-def _make_offsets_lost_error(bus: KafkaBus, places: Mapping[Place, object], why: str) -> OffsetsLost:
-    names = ", ".join(
-        f"{bus.from_kafka_partition(place).topic}[{place.partition}]@{offset}" for place, offset in places.items()
-    )
+def _make_offsets_lost_error(bus: KafkaBus, offsets: Mapping[KafkaTopicPartition, object], why: str) -> OffsetsLost:
+    names = ", ".join(f"{bus.from_kafka_partition(tp).topic}[{tp.partition}]@{offset}" for tp, offset in offsets.items())
     return OffsetsLost(
-        f"the log no longer holds what comes next: {names}",
+        f"the log no longer has the next records: {names}",
         why,
-        "raise bus.retention_ms; to go on without them, start a new run: --run NAME",
+        "raise bus.retention_ms; to continue without these records, start a new run: --run NAME",
     )
 
 
 class _AssignmentEpochs(kafka.ConsumerRebalanceListener):
-    """Notes which partitions are ours, each with the number of the assignment that gave it to us."""
+    """Records the assigned partitions, each with an epoch: the number of the assignment that contained it."""
 
     def __init__(self, bus: KafkaBus) -> None:
         self.bus, self.latest_epoch = bus, 0
         self.by_partition: Offsets = {}
 
-    def on_partitions_assigned(self, assigned: Iterable[Place]) -> None:
+    def on_partitions_assigned(self, assigned: Iterable[KafkaTopicPartition]) -> None:
         self.latest_epoch += 1
-        new = {self.bus.from_kafka_partition(place): self.latest_epoch for place in assigned}
-        self.by_partition = {**new, **{place: epoch for place, epoch in self.by_partition.items() if place not in new}}
+        new = {self.bus.from_kafka_partition(tp): self.latest_epoch for tp in assigned}
+        self.by_partition = {**new, **{tp: epoch for tp, epoch in self.by_partition.items() if tp not in new}}
 
-    def on_partitions_revoked(self, revoked: Iterable[Place]) -> None:
-        gone = {self.bus.from_kafka_partition(place) for place in revoked}
-        self.by_partition = {place: epoch for place, epoch in self.by_partition.items() if place not in gone}
+    def on_partitions_revoked(self, revoked: Iterable[KafkaTopicPartition]) -> None:
+        removed = {self.bus.from_kafka_partition(tp) for tp in revoked}
+        self.by_partition = {tp: epoch for tp, epoch in self.by_partition.items() if tp not in removed}
 
-    def on_partitions_lost(self, lost: Iterable[Place]) -> None:
+    def on_partitions_lost(self, lost: Iterable[KafkaTopicPartition]) -> None:
         self.on_partitions_revoked(lost)
 
     def renew_all(self) -> None:
-        """Every partition is ours anew."""
+        """Give every assigned partition a new epoch."""
         self.latest_epoch += 1
         self.by_partition = dict.fromkeys(self.by_partition, self.latest_epoch)
 
@@ -653,13 +666,13 @@ class KafkaConsumer:
     def wait_for_metadata(self, names: Sequence[str]) -> None:
         """Wait for the metadata of these topics.
 
-        The member that leads the group shares out the partitions that it knows of: of a topic that is only just there it
-        may know none, and would give nobody anything until its metadata ages.
+        The leader of the group assigns the partitions in its own metadata. Without the metadata of a new topic it would
+        assign no partitions until its metadata expires.
         """
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while not all(self.client.partitions_for_topic(name) for name in names):
             if time.monotonic() > deadline:
-                raise errors.KafkaTimeoutError(f"no metadata of {', '.join(names)}")
+                raise errors.KafkaTimeoutError(f"no metadata for {', '.join(names)}")
 
     def assignment(self) -> Offsets:
         return dict(self.epochs.by_partition)
@@ -670,59 +683,59 @@ class KafkaConsumer:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)
             except errors.NoOffsetForPartitionError as error:
-                # The group has never committed here: an explicit beginning, and only of these partitions.
+                # The group has no committed offset for these partitions: start explicitly at their beginning.
                 self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=_REQUEST_TIMEOUT_MS))
                 polled = {}
             if self.detect_rejoin():
                 return []
         return _to_consumer_records(self.bus, polled)
 
-    def finish_join(self, max_records: int) -> Mapping[Place, Sequence[Any]]:
-        """Poll on for a while if a join is under way.
+    def finish_join(self, max_records: int) -> Mapping[KafkaTopicPartition, Sequence[Any]]:
+        """Continue polling for up to _JOIN_TIMEOUT_S while a join is in progress.
 
-        The client throws away a join that completes between two polls and begins another, for which all members must join
-        again: members that often do something else between short polls would hardly ever all come through.
+        The client discards a join that completes between two polls and starts another one, for which all members must rejoin.
+        With short polls and other work between them, the members would rarely complete a join together.
         """
-        polled: Mapping[Place, Sequence[Any]] = {}
+        polled: Mapping[KafkaTopicPartition, Sequence[Any]] = {}
         deadline = time.monotonic() + _JOIN_TIMEOUT_S
         while not polled and self.client.group_metadata().state == MemberState.REBALANCING and time.monotonic() < deadline:
             polled = self.client.poll(timeout_ms=_JOIN_POLL_TIMEOUT_MS, max_records=max_records)
         return polled
 
     def detect_rejoin(self) -> bool:
-        """Note the membership that the present assignment belongs to.
+        """Record the membership of the current assignment. Return whether this member was removed and has rejoined.
 
-        If it is another one than before, we were out of the group meanwhile and others may have moved on from where we
-        stood, although the client (when it happens in the middle of a join) keeps its positions and calls no listener. So
-        all partitions are ours anew, from their committed offsets.
+        A new member id means that it was out of the group for a time, and other members may have committed beyond its
+        positions. When this happens during a join, the client keeps its positions and calls no listener. So all partitions
+        get a new epoch and continue at their committed offsets.
         """
-        present = self.client.group_metadata()
-        if present.state != MemberState.STABLE:
+        current = self.client.group_metadata()
+        if current.state != MemberState.STABLE:
             return False
-        anew = self.membership is not None and present.member_id != self.membership.member_id
-        if anew:
+        has_rejoined = self.membership is not None and current.member_id != self.membership.member_id
+        if has_rejoined:
             self.epochs.renew_all()
-            places = [self.bus.to_kafka_partition(place) for place in self.epochs.by_partition]
-            committed = {self.bus.to_kafka_partition(place): offset for place, offset in self.committed().items()}
-            self.seek_all(self.client.beginning_offsets(places, timeout_ms=_REQUEST_TIMEOUT_MS) | committed)
-        self.membership = present
-        return anew
+            partitions = [self.bus.to_kafka_partition(tp) for tp in self.epochs.by_partition]
+            committed = {self.bus.to_kafka_partition(tp): offset for tp, offset in self.committed().items()}
+            self.seek_all(self.client.beginning_offsets(partitions, timeout_ms=_REQUEST_TIMEOUT_MS) | committed)
+        self.membership = current
+        return has_rejoined
 
-    def seek_all(self, offsets: Mapping[Place, int]) -> None:
-        for place, offset in offsets.items():
-            self.client.seek(place, offset)
+    def seek_all(self, offsets: Mapping[KafkaTopicPartition, int]) -> None:
+        for tp, offset in offsets.items():
+            self.client.seek(tp, offset)
 
     def require_ownership(
         self, partitions: Iterable[TopicPartition], epochs: Mapping[TopicPartition, int]
     ) -> ConsumerGroupMetadata:
-        """The membership under which these partitions are ours in these epochs; raises PartitionLost."""
-        present = self.assignment()
-        for place in {*partitions, *epochs}:
-            if place not in present or epochs.get(place, present[place]) != present[place]:
-                raise PartitionLost(f"{place.topic}[{place.partition}] has moved to another member")
-        now = self.client.group_metadata()
-        if self.membership is None or now[:3] != self.membership[:3]:  # the broker would say so too, after more work
-            raise PartitionLost("the group is sharing out its partitions anew")
+        """Return the membership under which this member owns the partitions in these epochs. Raise PartitionLost if not."""
+        assignment = self.assignment()
+        for tp in {*partitions, *epochs}:
+            if tp not in assignment or epochs.get(tp, assignment[tp]) != assignment[tp]:
+                raise PartitionLost(f"{tp.topic}[{tp.partition}] has moved to another member")
+        current = self.client.group_metadata()
+        if self.membership is None or current[:3] != self.membership[:3]:  # the broker would reject it too, but later
+            raise PartitionLost("the group is rebalancing")
         return self.membership
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
@@ -731,8 +744,8 @@ class KafkaConsumer:
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
         self.client.resume(*self.filter_owned(partitions))
 
-    def filter_owned(self, partitions: Iterable[TopicPartition]) -> list[Place]:
-        return [self.bus.to_kafka_partition(place) for place in partitions if place in self.epochs.by_partition]
+    def filter_owned(self, partitions: Iterable[TopicPartition]) -> list[KafkaTopicPartition]:
+        return [self.bus.to_kafka_partition(tp) for tp in partitions if tp in self.epochs.by_partition]
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         if partition not in self.epochs.by_partition:
@@ -742,17 +755,17 @@ class KafkaConsumer:
     def positions(self) -> Offsets:
         with _translate_errors(self.bus.servers):
             return {
-                place: self.client.position(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
-                for place in self.epochs.by_partition
+                tp: self.client.position(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for tp in self.epochs.by_partition
             }
 
     def committed(self) -> Offsets:
         with _translate_errors(self.bus.servers):
-            found = {
-                place: self.client.committed(self.bus.to_kafka_partition(place), timeout_ms=_REQUEST_TIMEOUT_MS)
-                for place in self.epochs.by_partition
+            offsets = {
+                tp: self.client.committed(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
+                for tp in self.epochs.by_partition
             }
-        return {place: offset for place, offset in found.items() if offset is not None}
+        return {tp: offset for tp, offset in offsets.items() if offset is not None}
 
     def close(self) -> None:
         self.client.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)

@@ -1,8 +1,12 @@
 """The bus port: a durable, partitioned log with consumer groups and transactions.
 
-Two implementations pass one contract suite: `engine.bus.embedded` (one SQLite file) and `engine.bus.kafka` (Apache Kafka).
-What is guaranteed by both: a key always goes to the same partition, order within a partition, a transaction is written whole
-or not at all, and the offsets of a consumer group move only together with the outputs made from the records below them.
+Two implementations pass the same contract tests: `engine.bus.embedded` (one SQLite file) and `engine.bus.kafka` (Apache Kafka).
+Both guarantee:
+
+* a key always goes to the same partition;
+* records of a partition are read in the order of writing;
+* transactions are atomic;
+* the offsets of a consumer group are committed only together with the outputs of the records below them.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ class TopicPartition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ConsumerRecord:
-    """A message as it was read."""
+    """A record that was read from a topic."""
 
     topic: str
     partition: int
@@ -38,7 +42,7 @@ class ConsumerRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProducerRecord:
-    """A message to be written."""
+    """A record to be written to a topic."""
 
     topic: str
     key: bytes
@@ -51,7 +55,7 @@ Offsets = dict[TopicPartition, int]
 
 @dataclass(frozen=True, slots=True)
 class TopicDescription:
-    """A topic as the log has it. `in_sync` is the smallest number of replicas in step that a partition has."""
+    """The configuration of an existing topic. `in_sync_replicas` is the minimum over its partitions."""
 
     name: str
     topic_id: str
@@ -62,51 +66,56 @@ class TopicDescription:
 
 
 class Consumer(Protocol):
-    """A member of a consumer group, used by one thread. The first start of a group is at the beginning of its topics."""
+    """A member of a consumer group, used by one thread. A new group starts at the beginning of its topics."""
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        """What has arrived, waiting up to `timeout_s` for the first (longer while the group shares out its partitions).
+        """Return new records; wait up to `timeout_s` for the first one (longer during a rebalance).
 
-        It also keeps the membership alive: poll every second or so.
+        Polling also keeps the membership alive: call it about every second.
         """
         ...
 
     def assignment(self) -> Offsets:
-        """Partition -> epoch. A partition that was lost and came back has another epoch."""
+        """Return partition -> epoch. A partition that was lost and assigned again has a new epoch."""
         ...
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        """Read nothing of these partitions until they are resumed. It lasts as long as their epoch."""
+        """Read nothing from these partitions until `resume`. A new epoch of a partition also ends its pause."""
         ...
 
-    def resume(self, partitions: Iterable[TopicPartition]) -> None: ...
+    def resume(self, partitions: Iterable[TopicPartition]) -> None:
+        """Read from these partitions again."""
+        ...
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
-        """Read on from this offset; raises PartitionLost if the partition is not assigned."""
+        """Continue reading at this offset. Raise PartitionLost if the partition is not assigned."""
         ...
 
     def positions(self) -> Offsets:
-        """The next offset of each assigned partition; comparable with `end_offsets` (transaction markers take offsets too)."""
+        """Return the next offset of each assigned partition.
+
+        Positions can be compared with `Bus.end_offsets`: both count transaction markers, which also take offsets.
+        """
         ...
 
     def committed(self) -> Offsets:
-        """The group's committed offsets, as the log has them now."""
+        """Return the committed offsets of the group, read from the log."""
         ...
 
     def close(self) -> None: ...
 
 
 class Reader(Protocol):
-    """Reads given partitions without a group, committed records only."""
+    """Reads the committed records of given partitions, without a consumer group."""
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]: ...
 
     def positions(self) -> Offsets:
-        """The next offset of each partition; comparable with `end_offsets` (transaction markers take offsets too)."""
+        """Return the next offset of each partition. Positions can be compared with `Bus.end_offsets`."""
         ...
 
     def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
-        """Read these partitions too."""
+        """Also read these partitions, from these offsets."""
         ...
 
     def close(self) -> None: ...
@@ -123,13 +132,15 @@ class Writer(Protocol):
         consumer: Consumer | None = None,
         epochs: Mapping[TopicPartition, int] | None = None,
     ) -> None:
-        """Write the outputs and the group's next offsets in one short transaction.
+        """Write the outputs and the next offsets of the group in one transaction.
 
-        `epochs` are the assignment epochs under which the inputs were read. Raises PartitionLost (nothing was written) when
-        one is no longer current or the group is sharing its partitions out anew: then poll, and what is still assigned in
-        the same epoch can be committed. Raises Fenced when another writer took over, UsageError (nothing was written) when
-        the log refuses a message, and CommitInDoubt when the outcome is not known: then close this writer, make a new one
-        with the same id, and ask `committed` how far the group came.
+        `epochs` are the assignment epochs under which the inputs were read. Errors:
+
+        * PartitionLost: an epoch is no longer current, or the group is rebalancing; nothing was written. Poll, then commit
+          the partitions that are still assigned in the same epoch.
+        * WriterFenced: another writer with this id has taken over.
+        * UsageError: the log rejected a record; nothing was written.
+        * CommitUncertain: the outcome is unknown. Close this writer, open a new one with the same id, and read `committed`.
         """
         ...
 
@@ -137,16 +148,16 @@ class Writer(Protocol):
 
 
 class Bus(Protocol):
-    """The log. `cluster_id` stays for the life of the log."""
+    """The log. `cluster_id` never changes during the life of the log."""
 
     cluster_id: str
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
-        """Create the topics that are missing; returns their names."""
+        """Create the missing topics and return their names."""
         ...
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        """Ids that change when a topic is deleted and created anew."""
+        """Return topic -> id. The id changes when a topic is deleted and created again. Unknown topics are omitted."""
         ...
 
     def count_partitions(self, topic: str) -> int: ...
@@ -156,23 +167,23 @@ class Bus(Protocol):
     def end_offsets(self, topics: Sequence[str]) -> Offsets: ...
 
     def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
-        """For each partition the offset of the first message at or after a time (milliseconds since 1970); its end if none."""
+        """Return the offset of each partition's first record at or after a time (milliseconds since 1970), or its end."""
         ...
 
     def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
-        """What the log keeps of each topic, and how."""
+        """Return the configuration of each topic. Unknown topics are omitted."""
         ...
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        """The committed offsets of a group; partitions without one are left out."""
+        """Return the committed offsets of a group. Partitions without one are omitted."""
         ...
 
     def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        """Say where a group begins, where it has not committed yet. The group must have no members."""
+        """Set the start offsets of partitions that the group has not committed yet. The group must have no members."""
         ...
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
-        """Write messages, all of them or an error; they are durable when it returns."""
+        """Write records without a transaction. On return all of them are durable; otherwise an error is raised."""
         ...
 
     def open_writer(self, transactional_id: str) -> Writer: ...

@@ -1,6 +1,6 @@
-"""The settings that let kafka-python into a secured cluster.
+"""Client options of kafka-python for a secured cluster.
 
-Secrets come from the environment or from a file, never from the settings, which are shown and recorded.
+Secrets come from the environment or from a file, never from the settings, because settings are printed and recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SSL_FILE_OPTIONS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
 
 
 def make_client_options(bus: BusSettings, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """kafka-python's security settings; empty for a plain listener. Holds the password: never print it."""
+    """Return the security options of kafka-python; empty for PLAINTEXT. They contain the password: never print them."""
     options: dict[str, Any] = {}
     if bus.security_protocol != "PLAINTEXT":
         options["security_protocol"] = bus.security_protocol
@@ -36,23 +36,27 @@ def make_client_options(bus: BusSettings, environment: Mapping[str, str] | None 
 def _check_file(name: str, path: str) -> str:
     if not Path(path).is_file():
         raise UsageError(
-            f"bus.{name}: there is no file {path}", "the setting names one", f"give its path: --set bus.{name}=FILE"
+            f"bus.{name}: there is no file {path}", "the setting must name an existing file", f"type: --set bus.{name}=FILE"
         )
     return path
 
 
 def _require_username(bus: BusSettings) -> str:
     if not bus.sasl_username:
-        raise UsageError("Kafka wants a user", f"bus.security_protocol is {bus.security_protocol}", "set bus.sasl_username")
+        raise UsageError(
+            "there is no Kafka user name",
+            f"bus.security_protocol = {bus.security_protocol} requires one",
+            "set bus.sasl_username",
+        )
     return bus.sasl_username
 
 
 def _read_password(bus: BusSettings, environment: Mapping[str, str]) -> str:
-    """The password, without the end of line that editors put after it."""
+    """Return the password, without the trailing newline that editors add to a file."""
     if bus.sasl_password_file:
         return Path(_check_file("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")
-    if found := environment.get(bus.sasl_password_env):
-        return found
+    if password := environment.get(bus.sasl_password_env):
+        return password
     raise UsageError(
         f"there is no password for the Kafka user {bus.sasl_username}",
         f"the environment variable {bus.sasl_password_env} is not set, and bus.sasl_password_file is empty",

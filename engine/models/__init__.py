@@ -1,4 +1,4 @@
-"""Models behind one small port: local weights, an OpenAI-compatible server, and a scripted one for tests."""
+"""Models behind one interface: local weights, an OpenAI-compatible server, and a scripted model for tests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCRIPTED_SPEC = "scripted"
 
 
 def open_model(spec: str, **options: Any) -> Model:
-    """The model that a setting names.
+    """Open the model that a setting specifies.
 
-    `smollm2` is the packaged small model; `http://HOST:PORT/v1#NAME` an OpenAI-compatible server; anything else a folder with
-    safetensors or a hub id. Raises UsageError or ModelUnreachable when there is no such model.
+    `smollm2` is the packaged small model; `http://HOST:PORT/v1#NAME` a model on an OpenAI-compatible server; any other value a
+    folder with safetensors or a hub id. Raise UsageError or ModelUnreachable if there is no such model.
     """
     if spec == SCRIPTED_SPEC:
         return _open_scripted()
@@ -30,7 +30,7 @@ def open_model(spec: str, **options: Any) -> Model:
 
 
 def resolve_model_folder(spec: str) -> Path:
-    """The folder of a local model's files: the packaged model, an existing folder, or a hub id that is downloaded once."""
+    """Return the folder of a local model: the packaged model, an existing folder, or a hub id, which is downloaded once."""
     if spec == "smollm2":
         from engine.models import smollm2
 
@@ -40,9 +40,9 @@ def resolve_model_folder(spec: str) -> Path:
         return folder
     if spec == SCRIPTED_SPEC or spec.startswith(("http://", "https://")):
         raise UsageError(
-            f"{spec} has no weights here to train",
+            f"{spec} has no local weights",
             "the trainer needs a local model as models.policy",
-            "set models.policy to smollm2, a folder or a hub id; models.critic and models.judge may be servers",
+            "set models.policy to smollm2, a folder or a hub id; models.critic and models.judge can be servers",
         )
     if folder.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
         raise ModelUnreachable(
@@ -54,16 +54,16 @@ def resolve_model_folder(spec: str) -> Path:
 
 
 def _download_model(hub_id: str) -> Path:
-    """A hub model's files in the local cache: safetensors, tokenizer and configuration, nothing that can run."""
+    """Download a hub model into the local cache: safetensors, tokenizer and configuration, and no executable code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnreachable(
-            f"there is no model {hub_id!r}: no folder of that name, and the hub does not give it",
+            f"there is no model {hub_id!r}: the folder does not exist, and the download from the hub failed",
             f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
             "set models.policy to smollm2 (packaged, needs no hub), an existing folder, or a hub id that you can reach",
         ) from error
@@ -73,8 +73,8 @@ def _open_scripted() -> Model:
     if os.environ.get("CHARTER_ALLOW_SCRIPTED") != "1":
         raise UsageError(
             "the scripted model is a fake for tests",
-            "it answers by hashing the prompt; nothing it says means anything",
-            "set models.policy to smollm2, a folder, a hub id or a server's address",
+            "it generates words from a hash of the prompt, without any meaning",
+            "set models.policy to smollm2, a folder, a hub id or the address of a server",
         )
     from engine.models.scripted import ScriptedModel
 

@@ -1,13 +1,14 @@
-"""From a dialogue to token ids: one way for generation and for training, so that both mean the same text.
+"""Convert a dialogue to token ids, in the same way for generation and for training.
 
-A tokenizer with a chat template is used as its template says. One without (a base model) gets the plain format
+A tokenizer with a chat template uses its template. A tokenizer without one (a base model) uses the plain format
 
     Human: <content>\n\nAssistant: <content>\n\nHuman: ...\n\nAssistant:
 
-and its answer is over where it begins a turn itself, since a base model goes on with the dialogue.
+A base model continues the dialogue, so its response ends where it starts the next message.
 
-A control token's text inside a message (`<|im_end|>`) is data that someone wrote; it is broken up so that it never becomes the
-control token and ends the message. In the plain format a paragraph that begins like a message loses the empty line before it.
+The text of a special token inside a message (`<|im_end|>`) is content. It is broken up, so that it is never encoded as the
+special token and never ends the message. In the plain format, the empty line before a paragraph that looks like the start of a
+message is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DIALOGUE_MARKER = re.compile(r"\n[ \t\r]*\n[ \t\r]*(?=(?:Human|Assistant):)")
 
 
 def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
-    """The text with every control token in it broken up by a space after its first character."""
+    """Break up every special token in the text with a space after its first character."""
     for token in special_tokens:
         if token and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -33,13 +34,13 @@ def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
 
 
 def escape_dialogue_markers(text: str) -> str:
-    """The text with no paragraph that begins like a message of the plain format."""
+    """Join paragraphs that look like the start of a message of the plain format to the paragraph before them."""
     *before, last = _DIALOGUE_MARKER_LINE.split(text)
     return "\n".join([*(part.rstrip() for part in before), last])
 
 
 def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    """The dialogue as the chat template writes it; raises PermanentRecordError where the template takes no such dialogue."""
+    """Return the dialogue in the format of the chat template. Raise PermanentRecordError if the template rejects it."""
     from jinja2.exceptions import TemplateError
 
     try:
@@ -47,16 +48,18 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> 
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise PermanentRecordError(
-            f"the model's chat template takes no dialogue of the messages {roles}",
+            f"the chat template of the model rejects a dialogue with the roles {roles}",
             str(error),
-            "put a system message's text into the first user message, or take a model whose template has such messages",
+            "put the system message into the first user message, or use a model whose template supports these roles",
         ) from error
 
 
 def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
-    """The prompt up to where the assistant goes on."""
-    control = tokenizer.all_special_tokens
-    contents = [{"role": message.role, "content": escape_special_tokens(message.content, control)} for message in messages]
+    """Return the prompt, up to the point where the assistant message starts or, with a prefill, continues."""
+    special_tokens = tokenizer.all_special_tokens
+    contents = [
+        {"role": message.role, "content": escape_special_tokens(message.content, special_tokens)} for message in messages
+    ]
     if tokenizer.chat_template:
         return _apply_chat_template(tokenizer, contents) + prefill
     parts = [
@@ -66,15 +69,16 @@ def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str 
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> list[int]:
-    """The prompt's token ids."""
-    # A template writes the special tokens that it wants; the plain format leaves them to the tokenizer.
-    special = not tokenizer.chat_template
-    return list(tokenizer(format_prompt(tokenizer, messages, prefill), add_special_tokens=special)["input_ids"])
+    """Return the token ids of the prompt."""
+    # A chat template contains its special tokens; in the plain format the tokenizer adds them.
+    add_special_tokens = not tokenizer.chat_template
+    prompt = format_prompt(tokenizer, messages, prefill)
+    return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 def encode_completion(tokenizer: Any, text: str, *, ends_with_eos: bool) -> list[int]:
-    """A completion's token ids; the end token is appended when the text ended by itself."""
+    """Return the token ids of a completion; `ends_with_eos` appends the end token."""
     if not tokenizer.chat_template:
-        text = escape_dialogue_markers(text if text[:1].isspace() else f" {text}")  # after "Assistant:" comes a space
+        text = escape_dialogue_markers(text if text[:1].isspace() else f" {text}")  # a space follows "Assistant:"
     ids = list(tokenizer(escape_special_tokens(text, tokenizer.all_special_tokens), add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id] if ends_with_eos else ids

@@ -1,4 +1,4 @@
-"""The model port: generate text, and read the probabilities of options. Nothing else is asked of a model."""
+"""The model interface: generate completions, and score options. Charter uses no other function of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from schemas.records import ChatMessage
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A dialogue to continue. `prefill` is text that the assistant's message is already begun with.
+    """A dialogue to continue. `prefill` is the start of the assistant message; the completion continues it.
 
-    `timeout_s` is how long a text may take to be written once the model has begun on it, in seconds; what is not finished by
-    then comes back as far as it is, with the finish reason "timeout". A model that is away is no timeout: it raises.
+    `timeout_s` limits the generation time of a completion in seconds, counted from the start of generation. An unfinished
+    completion is returned as far as it is generated, with the finish reason "timeout". An unreachable model raises an error instead.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -25,9 +25,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that were read and written for something, as whoever bills them counts: failed tries that used some included.
+    """Prompt tokens and completion tokens as billed, failed attempts included.
 
-    `cached` are those of `prompt` that were not computed again, because another prompt begins with them.
+    `cached_tokens` is the number of prompt tokens that were not computed again, because they are shared with another prompt.
     """
 
     prompt_tokens: int = 0
@@ -47,12 +47,12 @@ NO_USAGE = Usage()
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled text (without the prefill).
+    """One sampled completion, without the prefill.
 
-    `finish_reason` is "stop", "length", "timeout" (see Ask) or "refused" (a server's filter kept the text back, or the model
-    said so in the field that servers have for it). `token_ids` include the end token when it is "stop"; `logprobs` are theirs,
-    under the sampling temperature over the whole vocabulary. A server that gives no tokens leaves the tuples empty. `counted`
-    is a server's own count.
+    `finish_reason` is "stop", "length", "timeout" (see GenerationRequest), "refused" (a filter of the server withheld the
+    completion, or the response has a refusal) or "unknown". `token_ids` include the end token if the reason is "stop".
+    `logprobs` are the log-probabilities of these tokens at the sampling temperature, over the whole vocabulary. The tuples are
+    empty if the server reports no tokens. `reported_usage` is the usage that the server reports.
     """
 
     text: str
@@ -68,18 +68,21 @@ class Generation:
 
 
 def sum_usage(generations: Sequence[Generation]) -> Usage:
-    """What several samples of one prompt used: a local model reads the prompt once, a server bills it for each."""
-    read = sum(g.usage.prompt_tokens for g in generations if g.reported_usage) or max(
-        g.usage.prompt_tokens for g in generations
-    )
-    return Usage(read, sum(g.usage.completion_tokens for g in generations))
+    """Return the usage of several completions of one prompt.
+
+    A local model processes the prompt once; a server bills it for each completion.
+    """
+    billed = sum(g.usage.prompt_tokens for g in generations if g.reported_usage)
+    prompt_tokens = billed or max(g.usage.prompt_tokens for g in generations)
+    return Usage(prompt_tokens, sum(g.usage.completion_tokens for g in generations))
 
 
 @dataclass(frozen=True)
 class OptionScores:
-    """For each option the log of the next-token probability summed over its surface variants; `mass` is the sum of them.
+    """For each option, the log of its next-token probability, summed over the token variants of the option.
 
-    Of a model without log-probabilities these are shares of sampled replies; `replies` are those that named no option.
+    `option_mass` is the total probability of all options. For a model without log-probabilities the probabilities are shares of
+    sampled replies, and `unparsed_replies` are the replies that are not an option.
     """
 
     logprobs: tuple[float, ...]
@@ -90,11 +93,12 @@ class OptionScores:
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """What a model can do. What it cannot do changes the wording of a question, and so the template hash of the record.
+    """The capabilities of a model. Without some of them other prompt templates are used, and records get another template hash.
 
-    prefill: it goes on with a prefilled assistant message; else `Ask.prefill` is an error, and a question must say how to begin.
-    logprobs: options are scored by next-token probabilities; else by votes, the shares of `votes` sampled replies.
-    token_ids: generations carry their exact token ids; exact_logprobs: and their log-probabilities at temperature 1.
+    prefill: the model continues a prefilled assistant message. Without it, a `GenerationRequest.prefill` is an error.
+    logprobs: options are scored by next-token probabilities. Without it, by the shares of `num_votes` sampled replies.
+    token_ids: generations have their exact token ids.
+    exact_logprobs: generations have the exact log-probabilities of their tokens.
     """
 
     prefill: bool = True
@@ -108,14 +112,14 @@ LOCAL_CAPABILITIES = ModelCapabilities()
 
 
 class Model(Protocol):
-    """A language model. `revision` says which weights: a content hash, or what the server says."""
+    """A language model. `revision` identifies the weights: a content hash, or a hash of the server's address and model name."""
 
     id: str
     revision: str
 
     @property
     def capabilities(self) -> ModelCapabilities:
-        """What it can do; a server is asked once, at the first use."""
+        """The capabilities of the model; a server is probed once, at the first use."""
         ...
 
     def generate(
@@ -127,9 +131,9 @@ class Model(Protocol):
         top_p: float = 1.0,
         max_tokens: int = 256,
     ) -> list[list[Generation]]:
-        """`samples` texts for each ask: [len(batch)][samples]."""
+        """Sample `num_completions` completions for each request: [len(batch)][num_completions]."""
         ...
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        """The options' next-token log-probabilities after each ask: [len(batch)]."""
+        """Score the options as the next token of each request: [len(batch)]."""
         ...

@@ -1,9 +1,9 @@
-"""Prompts that begin alike, laid out as one sequence in which what they share stands once.
+"""Prompts with common prefixes, as one sequence that contains each shared prefix once.
 
-The prompts of one pair (both orders, several principles) are a tree: the head and the dialogue once, then a branch for each
-order, then one for each question. Its tokens are put one after the other, each with the position that it has in its prompt, and
-each sees only its own ancestors. One forward pass over that computes for every prompt what a pass of its own would (tree
-attention: Cai et al. 2024, Medusa, section 3.1).
+The judge prompts of one pair (both orders, several principles) form a tree: the system prompt and the dialogue once, then a
+branch for each order, then one for each question. The sequence lists the tokens of the tree. Each token has its position id of
+the original prompt and attends only to its ancestors. One forward pass over the sequence gives the same results as a separate
+pass for each prompt (tree attention: Cai et al. 2024, Medusa, section 3.1).
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Some prompts as one sequence of N tokens. `parents` are places in it, ROOT for a first token; parents come first.
+    """Prompts as one sequence of N tokens.
 
-    `prompts` are places in the batch, `ends` says where in the sequence the last token of each stands, `shared` how many tokens
-    of each were there already when it was added.
+    token_ids, position_ids: for each token, its id and its position in the original prompt.
+    parent_indices: for each token, the index of its parent in the sequence, which is smaller than its own; ROOT for a first token.
+    prompt_indices: for each prompt, its index in the batch.
+    end_indices: for each prompt, the index of its last token in the sequence.
+    num_shared_tokens: for each prompt, the number of its tokens that earlier prompts already contributed.
     """
 
     token_ids: tuple[int, ...]
@@ -33,64 +36,64 @@ class PrefixTree:
     num_shared_tokens: tuple[int, ...]
 
     def get_branches(self) -> list[tuple[slice, list[int]]]:
-        """The runs of tokens of which each is the child of the one before, and the places that the last one of each sees."""
-        forks = [place for place, parent in enumerate(self.parent_indices) if parent != place - 1]
+        """Return the branches: each a run of consecutive parent-child tokens, with the indices visible to its last token."""
+        forks = [index for index, parent in enumerate(self.parent_indices) if parent != index - 1]
         return [
             (slice(start, stop), [*self.get_ancestors(start), *range(start, stop)])
             for start, stop in pairwise((0, *forks, len(self.token_ids)))
         ]
 
     def get_ancestors(self, index: int) -> list[int]:
-        """The places on the way from the root to a token, without its own."""
-        found = []
+        """Return the indices on the path from the root to a token, without the token itself."""
+        ancestors = []
         while (index := self.parent_indices[index]) != ROOT:
-            found.append(index)
-        return found[::-1]
+            ancestors.append(index)
+        return ancestors[::-1]
 
     def make_visibility_mask(self) -> torch.Tensor:
-        """(N, N): whether the token of a row sees that of a column, which is an ancestor or itself."""
-        allowed = torch.eye(len(self.token_ids), dtype=torch.bool)
-        for place, parent in enumerate(self.parent_indices):
+        """Return the mask (N, N): True where the token of the column is the token of the row or one of its ancestors."""
+        visible = torch.eye(len(self.token_ids), dtype=torch.bool)
+        for index, parent in enumerate(self.parent_indices):
             if parent != ROOT:
-                allowed[place] |= allowed[parent]
-        return allowed
+                visible[index] |= visible[parent]
+        return visible
 
 
 def build_prefix_trees(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[PrefixTree]:
-    """All prompts in trees of at most `most` tokens (a longer prompt has a tree of its own); no prompt may be empty.
+    """Build trees of at most `max_tokens` tokens from all prompts. A longer prompt gets its own tree; no prompt may be empty.
 
-    In the order of their tokens each prompt shares with its neighbour whatever it shares with any.
+    The prompts are sorted by their tokens: each then shares its longest common prefix with the prompt before it.
     """
-    made: list[PrefixTree] = []
-    group = _PrefixTreeBuilder()
+    trees: list[PrefixTree] = []
+    builder = _PrefixTreeBuilder()
     for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
-        if group.ends and len(group.nodes) + len(prompts[i]) - group.count_shared_tokens(prompts[i]) > max_tokens:
-            made.append(group.build())
-            group = _PrefixTreeBuilder()
-        group.add_prompt(i, prompts[i])
-    return [*made, group.build()] if group.ends else made
+        if builder.ends and len(builder.nodes) + len(prompts[i]) - builder.count_shared_tokens(prompts[i]) > max_tokens:
+            trees.append(builder.build())
+            builder = _PrefixTreeBuilder()
+        builder.add_prompt(i, prompts[i])
+    return [*trees, builder.build()] if builder.ends else trees
 
 
 class _PrefixTreeBuilder:
-    """A tree to which prompts are added in the order of their tokens."""
+    """Builds a tree from prompts that are added in the sorted order of their tokens."""
 
     def __init__(self) -> None:
         self.nodes: list[tuple[int, int, int]] = []  # token, position, parent
-        self.ends: list[tuple[int, int, int]] = []  # a prompt, the place of its last token, how many tokens it shares
-        self.path: list[int] = []  # the nodes of the newest prompt
+        self.ends: list[tuple[int, int, int]] = []  # prompt index, index of its last token, number of shared tokens
+        self.path: list[int] = []  # node indices of the latest prompt
 
     def count_shared_tokens(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt stand in the tree."""
-        alike = takewhile(lambda both: self.nodes[both[0]][0] == both[1], zip(self.path, prompt, strict=False))
-        return sum(1 for _ in alike)
+        """Return the number of tokens that a prompt shares with the latest prompt."""
+        shared = takewhile(lambda pair: self.nodes[pair[0]][0] == pair[1], zip(self.path, prompt, strict=False))
+        return sum(1 for _ in shared)
 
     def add_prompt(self, prompt_index: int, prompt: Sequence[int]) -> None:
-        known = self.count_shared_tokens(prompt)
-        self.path = self.path[:known]
-        for position in range(known, len(prompt)):
+        num_shared = self.count_shared_tokens(prompt)
+        self.path = self.path[:num_shared]
+        for position in range(num_shared, len(prompt)):
             self.nodes.append((prompt[position], position, self.path[-1] if self.path else ROOT))
             self.path.append(len(self.nodes) - 1)
-        self.ends.append((prompt_index, self.path[-1], known))
+        self.ends.append((prompt_index, self.path[-1], num_shared))
 
     def build(self) -> PrefixTree:
         return PrefixTree(*zip(*self.nodes, strict=True), *zip(*self.ends, strict=True))

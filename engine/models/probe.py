@@ -1,17 +1,17 @@
-"""Asking a server what it can do, once, with a handful of requests of a few tokens.
+"""Probe the capabilities of a server, once, with a few short requests.
 
-Names and versions of servers say little (a proxy answers for several), so each thing is tried and the answer looked at:
+Names and versions of servers are unreliable (a proxy can serve several), so each capability is tested with a request:
 
-1. a plain request, which must work (`max_tokens`, or `max_completion_tokens` where that is the name; with a seed, or without);
-2. thinking switched off (`chat_template_kwargs`), and the server's own hidden sampling defaults (`top_k` and such) neutralised;
-3. a prefilled assistant message, cut in the middle of a word: only a server that goes on with it ends the word. First with vLLM's two
-   fields, then without (llama.cpp and several hosted models go on with a last assistant message as it is);
-4. log-probabilities: how many top tokens, and whether they change with the temperature (processed) or not (raw);
-5. token ids of the sampled text: `return_token_ids`, else `return_tokens_as_token_ids`;
-6. whether it samples at all: some servers answer greedily whatever temperature is asked for.
+1. a plain request, which must work (with `max_tokens` or `max_completion_tokens`; with a seed or without);
+2. fields that turn thinking off (`chat_template_kwargs`) and that neutralize hidden sampling defaults (`top_k` and others);
+3. a prefilled assistant message that ends in the middle of a word: only a server that continues the message completes the
+   word. First with vLLM's two fields, then without them (llama.cpp and several hosted models continue a last assistant message);
+4. log-probabilities: the number of top tokens, and whether they depend on the temperature (processed) or not (raw);
+5. token ids of the completion: `return_token_ids`, otherwise `return_tokens_as_token_ids`;
+6. sampling: some servers decode greedily at every temperature.
 
-A request that is refused with 4xx, or answered three times with 500, means that the server cannot do it. Anything else that
-goes wrong is the server being away, and nothing is concluded from it.
+A capability is missing if the server rejects its request with 4xx, or fails with 500 three times. After any other failure the
+server counts as unreachable, and the probe has no result.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _SAMPLING_MESSAGE = {
     "role": "user",
     "content": "Invent a name for a new ship, and tell me where it sails to. Be as original as you can.",
 }
-_SAMPLING_MAX_TOKENS = 12  # tokens in which two samples are hardly ever the same
+_SAMPLING_MAX_TOKENS = 12  # long enough that two samples almost never match
 _PROBE_MAX_TOKENS = 4
 _TOP_LOGPROBS_COUNTS = (20, 5)
 _MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
-_LOGPROB_TOLERANCE = 1e-3  # log-probabilities that differ by less are the same
+_LOGPROB_TOLERANCE = 1e-3  # smaller differences between log-probabilities are rounding
 NO_THINKING_BODY: JsonObject = {"chat_template_kwargs": {"enable_thinking": False}}
 UNMODIFIED_SAMPLING_BODY: JsonObject = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
@@ -59,7 +59,7 @@ _MAX_SERVER_ERRORS = 3
 
 
 class _ServerProbe:
-    """One server being asked. `base` is a request that works."""
+    """The probe of one server. `base_request` is a request that the server accepts; other requests extend it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -68,130 +68,139 @@ class _ServerProbe:
         self.find_base_request()
 
     def find_base_request(self) -> None:
-        words = ""
+        """Find the field names of a plain request. Raise ModelUnreachable if the server rejects all variants."""
+        first_error = ""
         for seed in ({"seed": 1}, {}):
             for limit in _MAX_TOKENS_FIELDS:
                 request = self.base_request | seed | {limit: _PROBE_MAX_TOKENS}
                 try:
-                    answer = self.send_request(request)
+                    response = self.send_request(request)
                 except RequestRejected as error:
-                    words = words or str(error)
+                    first_error = first_error or str(error)
                     continue
                 self.max_tokens_field, self.supports_seed, self.reports_usage, self.base_request = (
                     limit,
                     bool(seed),
-                    parse_usage(answer) is not None,
+                    parse_usage(response) is not None,
                     request,
                 )
                 return
         raise ModelUnreachable(
-            f"{self.endpoint.url} refuses a plain request for {self.endpoint.id}", words, "check models.* and the server"
+            f"{self.endpoint.url} rejected a plain request for {self.endpoint.id}",
+            first_error,
+            "check models.* and the server",
         )
 
     def send_request(self, request: JsonObject) -> JsonObject:
-        answer, used = self.endpoint.post_with_retries(
-            request, should_give_up=lambda error, tries: _is_server_error(error) and tries >= _MAX_SERVER_ERRORS
+        response, usage = self.endpoint.post_with_retries(
+            request, should_give_up=lambda error, attempts: _is_server_error(error) and attempts >= _MAX_SERVER_ERRORS
         )
-        self.endpoint.add_unbilled(used)
-        return answer
+        self.endpoint.add_unbilled(usage)
+        return response
 
     def try_fields(self, fields: JsonObject) -> JsonObject | None:
-        """The answer to the plain request with `more` in it; None when it is refused."""
+        """Return the response to the base request with additional fields; None if the server rejects it."""
         try:
             return self.send_request(self.base_request | fields)
         except RequestRejected:
             return None
 
     def adopt_fields_if_accepted(self, fields: JsonObject) -> bool:
-        """Whether these fields are taken; if so every request has them from now on."""
+        """Add fields to the base request if the server accepts them. Return whether it does."""
         if self.try_fields(fields) is None:
             return False
         self.base_request = self.base_request | fields
         return True
 
     def is_thinking(self) -> bool:
-        """Whether answers still begin with a thought."""
+        """Return whether completions still start with reasoning."""
         message = (self.try_fields({}) or {"choices": [{"message": {"content": ""}}]})["choices"][0]["message"]
-        thought = message.get("reasoning_content") or message.get("reasoning")
-        return bool(thought) or message["content"].lstrip().startswith("<think>")
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        return bool(reasoning) or message["content"].lstrip().startswith("<think>")
 
     def is_sampling(self) -> bool:
-        """Whether two seeds give two texts at temperature 1."""
-        wanted = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: _SAMPLING_MAX_TOKENS}
-        answers = [self.try_fields(wanted | ({"seed": seed} if self.supports_seed else {})) for seed in (1, 2)]
-        texts = [answer["choices"][0]["message"]["content"] for answer in answers if answer]
-        return len(set(texts)) == len(answers)
+        """Return whether two seeds give two different completions at temperature 1."""
+        fields = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: _SAMPLING_MAX_TOKENS}
+        responses = [self.try_fields(fields | ({"seed": seed} if self.supports_seed else {})) for seed in (1, 2)]
+        completions = [response["choices"][0]["message"]["content"] for response in responses if response]
+        return len(set(completions)) == len(responses)
 
     def find_prefill_body(self) -> JsonObject | None:
+        """Return the fields with which the server continues a prefilled message; None if it does not."""
         for fields in PREFILL_BODIES:
-            answer = self.try_fields(fields | {"messages": [_COUNTING_MESSAGE, _PREFILL_MESSAGE]})
-            if answer and answer["choices"][0]["message"]["content"].startswith(_EXPECTED_CONTINUATION):
+            response = self.try_fields(fields | {"messages": [_COUNTING_MESSAGE, _PREFILL_MESSAGE]})
+            if response and response["choices"][0]["message"]["content"].startswith(_EXPECTED_CONTINUATION):
                 return fields
         return None
 
     def fetch_top_logprobs(self, count: int, temperature: float = 1.0) -> dict[str, float]:
-        wanted = {"temperature": temperature, self.max_tokens_field: 1, "logprobs": True, "top_logprobs": count}
-        answer = self.try_fields(wanted)
-        return dict(parse_top_logprobs(answer)) if answer else {}
+        """Return the log-probabilities of the top tokens at the first position; empty if the server has none."""
+        fields = {"temperature": temperature, self.max_tokens_field: 1, "logprobs": True, "top_logprobs": count}
+        response = self.try_fields(fields)
+        return dict(parse_top_logprobs(response)) if response else {}
 
     def count_top_logprobs(self) -> int:
+        """Return the number of top log-probabilities that the server provides."""
         for count in _TOP_LOGPROBS_COUNTS:
-            if found := self.fetch_top_logprobs(count):
-                return min(count, len(found))
+            if top_logprobs := self.fetch_top_logprobs(count):
+                return min(count, len(top_logprobs))
         return 0
 
     def has_processed_logprobs(self, max_top_logprobs: int) -> bool:
-        """Whether halving the temperature changes the log-probabilities."""
-        warm, cool = self.fetch_top_logprobs(max_top_logprobs), self.fetch_top_logprobs(max_top_logprobs, temperature=0.5)
-        both = warm.keys() & cool.keys()
-        return bool(both) and max(abs(warm[token] - cool[token]) for token in both) > _LOGPROB_TOLERANCE
+        """Return whether the log-probabilities change when the temperature is halved."""
+        full, half = self.fetch_top_logprobs(max_top_logprobs), self.fetch_top_logprobs(max_top_logprobs, temperature=0.5)
+        common = full.keys() & half.keys()
+        return bool(common) and max(abs(full[token] - half[token]) for token in common) > _LOGPROB_TOLERANCE
 
     def find_token_ids_body(self, max_top_logprobs: int) -> JsonObject | None:
+        """Return the fields with which the server reports token ids; None if it cannot."""
         for fields in TOKEN_IDS_BODIES:
-            more: dict[str, Any] = {"logprobs": True, "top_logprobs": 0} if max_top_logprobs else {}
-            answer = self.try_fields(fields | more)
-            if answer and parse_generation(answer, NO_USAGE).token_ids:
+            logprob_fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 0} if max_top_logprobs else {}
+            response = self.try_fields(fields | logprob_fields)
+            if response and parse_generation(response, NO_USAGE).token_ids:
                 return fields
         return None
 
 
 def _is_server_error(error: TransientError) -> bool:
-    """A server that answers 500 to one kind of request cannot do it; other trouble passes."""
+    """Return whether the status is 500: if it repeats, the server does not support the request. Other errors are transient."""
     return error.status_code == 500
 
 
 def probe_server(endpoint: Endpoint) -> ServerCapabilities:
-    """What a server can do. Raises ModelUnreachable while it is away."""
-    asked = _ServerProbe(endpoint)
-    thinking_off = asked.adopt_fields_if_accepted(NO_THINKING_BODY)
-    unmodified = asked.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
-    shown = asked.count_top_logprobs()
-    dialect = ServerCapabilities(
-        max_tokens_field=asked.max_tokens_field,
+    """Return the capabilities of a server. Raise ModelUnreachable if it is unreachable."""
+    probe = _ServerProbe(endpoint)
+    thinking_off = probe.adopt_fields_if_accepted(NO_THINKING_BODY)
+    unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
+    max_top_logprobs = probe.count_top_logprobs()
+    capabilities = ServerCapabilities(
+        max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
-        prefill_body=asked.find_prefill_body(),
-        max_top_logprobs=shown,
-        processed_logprobs=shown > 0 and asked.has_processed_logprobs(shown),
-        token_ids_body=asked.find_token_ids_body(shown),
+        prefill_body=probe.find_prefill_body(),
+        max_top_logprobs=max_top_logprobs,
+        processed_logprobs=max_top_logprobs > 0 and probe.has_processed_logprobs(max_top_logprobs),
+        token_ids_body=probe.find_token_ids_body(max_top_logprobs),
         unmodified_sampling=unmodified,
-        supports_seed=asked.supports_seed,
-        reports_usage=asked.reports_usage,
+        supports_seed=probe.supports_seed,
+        reports_usage=probe.reports_usage,
     )
-    _log_missing_capabilities(endpoint, dialect)
-    if not asked.is_sampling():
+    _log_missing_capabilities(endpoint, capabilities)
+    if not probe.is_sampling():
         logger.warning(
-            "%s answers alike whatever the seed: it does not sample, so completions and votes are all the same", endpoint.url
+            "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", endpoint.url
         )
-    if asked.is_thinking():
-        logger.warning("%s goes on thinking: what it thinks is cut off its answers, and its options catch little", endpoint.url)
-    return dialect
+    if probe.is_thinking():
+        logger.warning(
+            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", endpoint.url
+        )
+    return capabilities
 
 
-def _log_missing_capabilities(endpoint: Endpoint, dialect: ServerCapabilities) -> None:
-    """Say once what this server cannot do and what is done instead."""
-    if dialect.prefill_body is None:
-        logger.warning("%s does not go on with a prefilled assistant message: options are asked for in words", endpoint.url)
-    if not dialect.max_top_logprobs:
-        logger.warning("%s gives no log-probabilities: options are scored by votes, which cost more", endpoint.url)
-    if not dialect.reports_usage:
-        logger.warning("%s does not count tokens: four characters are taken for one", endpoint.url)
+def _log_missing_capabilities(endpoint: Endpoint, capabilities: ServerCapabilities) -> None:
+    """Log the missing capabilities of a server and their replacements."""
+    if capabilities.prefill_body is None:
+        logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", endpoint.url)
+    if not capabilities.max_top_logprobs:
+        logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", endpoint.url)
+    if not capabilities.reports_usage:
+        logger.warning("%s reports no usage: tokens are estimated as one per four characters", endpoint.url)

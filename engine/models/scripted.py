@@ -1,7 +1,7 @@
-"""A FAKE model for tests: it answers by hashing what it is asked. Nothing that it says means anything.
+"""A FAKE model for tests: its completions are words selected by a hash of the request. They have no meaning.
 
-Deterministic, instant, and without torch, so that the whole stream can be tested for what it delivers. It fails on request:
-`faults` is a list of errors raised by the next calls, and a text that contains POISON can never be processed.
+It is deterministic, instant and needs no torch, so that tests can run the whole pipeline. It can fail on demand: the next calls
+raise `queued_errors`, and a message that contains POISON_TEXT always raises PermanentRecordError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def _hash_request(request: GenerationRequest, *more: object) -> bytes:
 
 @dataclass
 class ScriptedModel:
-    """A fake for tests. `option_rule` gives the probability of the first of two options; `mass` what both catch."""
+    """A fake model for tests.
+
+    `option_rule` returns the probability of the first of two options, relative to `option_mass`, the probability of both.
+    """
 
     id: str = "scripted"
     revision: str = "fake"
@@ -48,18 +51,18 @@ class ScriptedModel:
     ) -> list[list[Generation]]:
         self.raise_queued_error(batch)
         self.num_generated += len(batch) * num_completions
-        return [[self.generate_one(ask, n, temperature, max_tokens) for n in range(num_completions)] for ask in batch]
+        return [[self.generate_one(request, n, temperature, max_tokens) for n in range(num_completions)] for request in batch]
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
         self.raise_queued_error(batch)
         self.num_scored += len(batch)
-        return [self.score_one(ask, options) for ask in batch]
+        return [self.score_one(request, options) for request in batch]
 
     def raise_queued_error(self, batch: Sequence[GenerationRequest]) -> None:
         if self.queued_errors:
             raise self.queued_errors.pop(0)
-        if any(POISON_TEXT in message.content for ask in batch for message in ask.messages):
-            raise PermanentRecordError("a poisoned prompt", "the test put it there", "")
+        if any(POISON_TEXT in message.content for request in batch for message in request.messages):
+            raise PermanentRecordError("a poisoned prompt", "it contains the text for failing tests", "")
 
     def generate_one(self, request: GenerationRequest, sample_index: int, temperature: float, max_tokens: int) -> Generation:
         noise = _hash_request(request, request.seed, sample_index, temperature)

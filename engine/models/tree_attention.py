@@ -1,7 +1,7 @@
-"""Attention over a tree of prompts, branch by branch: nothing is computed for what a token does not see.
+"""Attention over a tree of prompts, one branch at a time, so that no masked attention scores are computed.
 
-With a mask over the whole tree a kernel computes every pair of tokens and throws most of it away, which for a tree of some
-thousand tokens costs more than all else that the model does. A branch looks at its ancestors and at itself alone.
+With one mask over the whole tree, a kernel computes the score of every pair of tokens and discards most of them. For a tree of
+some thousand tokens that costs more than the rest of the model. A branch attends only to its ancestors and to itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ _ATTN_IMPLEMENTATION = "charter_tree"
 
 
 class TreeBranch(NamedTuple):
-    """The places of a branch, those that its last token sees (S), and the mask (1, 1, B, S) that keeps others from its end."""
+    """A branch of B tokens.
+
+    `query_slice` are its indices in the sequence, `key_indices` (S) the indices that its last token attends to, and `mask`
+    (1, 1, B, S) hides later tokens from earlier ones; None for a single token.
+    """
 
     query_slice: slice
     key_indices: torch.Tensor
@@ -29,13 +33,14 @@ class TreeBranch(NamedTuple):
 
 
 def build_branches(tree: PrefixTree, mask: torch.Tensor) -> list[TreeBranch]:
-    """The tree's branches, with their parts of its mask (1, 1, N, N)."""
-    made = []
-    for place, seen in tree.get_branches():
-        index = torch.tensor(seen)
-        one = place.stop - place.start == 1  # it sees all that there is to see
-        made.append(TreeBranch(place, index, None if one else mask[:, :, place].index_select(3, index)))
-    return made
+    """Return the branches of a tree, each with its part of the mask of the tree (1, 1, N, N)."""
+    branches = []
+    for query_slice, visible in tree.get_branches():
+        key_indices = torch.tensor(visible)
+        is_single = query_slice.stop - query_slice.start == 1  # a single token attends to all keys: no mask needed
+        branch_mask = None if is_single else mask[:, :, query_slice].index_select(3, key_indices)
+        branches.append(TreeBranch(query_slice, key_indices, branch_mask))
+    return branches
 
 
 def _tree_attention_forward(
@@ -48,14 +53,16 @@ def _tree_attention_forward(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of queries (1, H, N, D) over keys and values (1, G, N, D): (1, N, H, D). Without branches, that of `sdpa`."""
+    """Compute attention of queries (1, H, N, D) over keys and values (1, G, N, D): (1, N, H, D). Without branches, use sdpa."""
     if not branches:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     groups = query.shape[1] // key.shape[1]
     attended = query.new_empty(1, query.shape[1], query.shape[2], value.shape[3])
-    for place, seen, mask in branches:
-        keys, values = (repeat_kv(part.index_select(2, seen), groups) for part in (key, value))
-        attended[:, :, place] = scaled_dot_product_attention(query[:, :, place], keys, values, attn_mask=mask, scale=scaling)
+    for query_slice, key_indices, mask in branches:
+        keys, values = (repeat_kv(states.index_select(2, key_indices), groups) for states in (key, value))
+        attended[:, :, query_slice] = scaled_dot_product_attention(
+            query[:, :, query_slice], keys, values, attn_mask=mask, scale=scaling
+        )
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -63,16 +70,16 @@ AttentionInterface.register(_ATTN_IMPLEMENTATION, _tree_attention_forward)
 
 
 def supports_tree_attention(model: Any) -> bool:
-    """Whether a model asks transformers for its attention, so that ours can take its place."""
+    """Return whether the attention implementation of a model can be replaced through transformers."""
     return bool(model._can_set_attn_implementation())
 
 
 @contextmanager
 def use_tree_attention(model: Any, enabled: bool) -> Iterator[None]:
-    """Give a model this attention for a pass that brings `branches`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTN_IMPLEMENTATION if enabled else before)
+    """Use tree attention in a model within the context, for forward passes with the argument `branches`."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(_ATTN_IMPLEMENTATION if enabled else previous)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(previous)

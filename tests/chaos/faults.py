@@ -250,7 +250,9 @@ def run_full_log_disk(folder: Path, *, prompts: int = 400, seed: int = 0) -> Ite
         for name, *arguments in _PROCESS_COMMANDS:
             world.start_process(name, *arguments)
         log = folder / "world" / "respond.log"
-        wait_until(lambda: "does not answer" in log.read_text() or "in doubt" in log.read_text(), "the disk is full")
+        wait_until(
+            lambda: "is unreachable" in log.read_text() or "committed offsets again" in log.read_text(), "the disk is full"
+        )
         yield f"the log's disk is full at {world.count_finished_prompts()} of {prompts} prompts"
         resize(200)
         wait_until(lambda: world.revive_process("produce"), "the producer goes on")

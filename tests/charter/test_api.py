@@ -139,7 +139,7 @@ def test_prompts_in_every_form_and_what_is_none():
             charter.respond(wrong)
     with pytest.raises(UsageError, match="one answer is no pair"):
         Charter(model=ScriptedModel(), settings={"respond.num_completions": 1}).generate_preference_pair("hello")
-    with pytest.raises(UsageError, match=r"nearest one is respond\.num_completions"):
+    with pytest.raises(UsageError, match=r"nearest name is respond\.num_completions"):
         Charter(settings={"respond.num_completion": 1})
     with pytest.raises(PermanentRecordError):
         charter.respond(POISON_TEXT)

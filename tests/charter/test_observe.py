@@ -76,7 +76,7 @@ def test_a_port_that_is_taken_is_said(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         settings = settings_in(tmp_path, telemetry__metrics_port=str(taken.getsockname()[1]))
-        with pytest.raises(UsageError, match="something else listens"):
+        with pytest.raises(UsageError, match="port is in use"):
             start_metrics_server(settings, lambda bus: [])
 
 
@@ -96,10 +96,12 @@ def test_log_lines_are_json_with_the_coordinates_of_a_record(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "charter"):
         for _ in stream(settings_in(tmp_path), ["one", "two", f"{POISON_TEXT} three"], JUDGED):
             lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
-    given_up = next(line for line in lines if "gives up on" in line["message"])
-    assert given_up["level"] == "WARNING" and given_up["logger"] == "charter.worker"
-    assert given_up["topic"] == "prompts" and given_up["stage"] == "respond" and given_up["run"] == "live"
-    assert f"[{given_up['partition']}]" in given_up["message"] and len(given_up["prompt_id"]) == 36
+    dead_letter_line = next(line for line in lines if "to the dead letters" in line["message"])
+    assert dead_letter_line["level"] == "WARNING" and dead_letter_line["logger"] == "charter.worker"
+    assert (
+        dead_letter_line["topic"] == "prompts" and dead_letter_line["stage"] == "respond" and dead_letter_line["run"] == "live"
+    )
+    assert f"[{dead_letter_line['partition']}]" in dead_letter_line["message"] and len(dead_letter_line["prompt_id"]) == 36
     finished = [line for line in lines if "has finished" in line["message"] and line.get("stage") == "judge"]
     assert len({line["prompt_id"] for line in finished}) == 2
 

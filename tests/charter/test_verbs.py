@@ -195,7 +195,7 @@ def test_bounds_of_a_replay(place):
     assert "would replay 0 records" in place.call("replay", "--stage", "respond", "--from", "2999-01-01", "--dry-run")
     assert f"would replay {PROMPTS} records" in place.call("replay", "--stage", "respond", "--to", "2999-01-01", "--dry-run")
     assert "would replay 0 records" in place.call("replay", "--stage", "respond", "--from", "1000000", "--dry-run")
-    place.fails(UsageError, "neither where nor when", "replay", "--stage", "respond", "--from", "yesterday-ish", "--dry-run")
+    place.fails(UsageError, "is not a replay bound", "replay", "--stage", "respond", "--from", "yesterday-ish", "--dry-run")
     place.fails(UsageError, "there is no run nowhere", "replay", "--stage", "judge", "--from", "run:nowhere")
     place.fails(UsageError, "a replay is a run of its own", "replay", "--stage", "judge", "--as", "live")
 
@@ -289,14 +289,14 @@ def test_a_snapshot_is_whole_and_readable_while_the_sink_writes(place):
     bus.close()
     with duckdb.connect(str(target), read_only=True) as copy:
         assert copy.execute("SELECT count(*) FROM traces").fetchall() == [(PROMPTS,)]
-    place.fails(UsageError, "is there already", "snapshot", target)
+    place.fails(UsageError, "already exists", "snapshot", target)
 
 
 def test_a_snapshot_of_what_is_no_database_of_ours_leaves_nothing(tmp_path):
     (tmp_path / "d").mkdir()
     duckdb.connect(str(tmp_path / "d" / "charter.duckdb")).execute("CREATE TABLE t (i INT)").close()
     Place(tmp_path / "d").fails(
-        DataFolderVersionMismatch, "d/charter.duckdb was made by", "snapshot", tmp_path / "copies" / "c.duckdb"
+        DataFolderVersionMismatch, "d/charter.duckdb was created by", "snapshot", tmp_path / "copies" / "c.duckdb"
     )
     assert list((tmp_path / "copies").iterdir()) == []
 

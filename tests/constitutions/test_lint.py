@@ -1,4 +1,4 @@
-"""Each rule of the linter finds what it is for; the shipped constitutions are clean, and their versions say what they hold."""
+"""The rules of the linter, and that the shipped constitutions have no findings and fixed content per version."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ EASY = (
 )
 
 
-def made(*principles, head=HEAD, tail=EXAMPLE):
+def make_constitution(*principles, head=HEAD, tail=EXAMPLE):
     text = head
     for id, critique, revision, _ in principles:
         text += f'[[critique]]\nid = "{id}"\nname = "{id}"\ncritique_prompt = "{critique}"\nrevision_prompt = "{revision}"\n'
@@ -39,12 +39,12 @@ def made(*principles, head=HEAD, tail=EXAMPLE):
     return parse_constitution(text + tail, "my.toml")
 
 
-def rules(constitution):
+def list_findings(constitution):
     return [(finding.rule, finding.line, finding.principle) for finding in lint_constitution(constitution)]
 
 
-def test_a_balanced_constitution_has_no_findings():
-    assert rules(made(KIND, SAFE, EASY)) == []
+def test_balanced_constitution_has_no_findings():
+    assert list_findings(make_constitution(KIND, SAFE, EASY)) == []
 
 
 @pytest.mark.parametrize("name", list_shipped_constitutions())
@@ -52,54 +52,56 @@ def test_shipped_constitutions_have_no_findings(name):
     assert lint_constitution(load_constitution(name)) == []
 
 
-def test_missing_parts_are_found():
-    found = lint_constitution(made(KIND, SAFE, EASY, head=HEAD.replace('"d"', '" "'), tail=""))
-    assert [finding.rule for finding in found] == ["missing-part"] * 2
-    assert "description" in found[0].what and "worked example" in found[1].what
-    tagged = made(KIND, SAFE, EASY).text.replace('\nname = "', '\ntags = ["x"]\nname = "')
+def test_lint_reports_missing_parts():
+    findings = lint_constitution(make_constitution(KIND, SAFE, EASY, head=HEAD.replace('"d"', '" "'), tail=""))
+    assert [finding.rule for finding in findings] == ["missing-part"] * 2
+    assert "description" in findings[0].what and "worked example" in findings[1].what
+    tagged = make_constitution(KIND, SAFE, EASY).text.replace('\nname = "', '\ntags = ["x"]\nname = "')
     assert [finding.rule for finding in lint_constitution(parse_constitution(tagged, "x"))] == ["missing-part"] * 2
-    mute = (*EASY[:3], "The answer refuses less and helps more.")
-    assert rules(made(KIND, SAFE, mute)) == [("missing-part", 28, "easy")]
+    without_question = (*EASY[:3], "The answer refuses less and helps more.")
+    assert list_findings(make_constitution(KIND, SAFE, without_question)) == [("missing-part", 28, "easy")]
 
 
-def test_duplicates_are_found_by_name_and_by_words():
-    again = ("warm", "Say whether the answer is cold!", "Rewrite the answer warmly.", "Which of them is clearer?")
-    assert rules(made(KIND, SAFE, EASY, again)) == [("duplicate", 20, "warm")]
-    twin = made(KIND, SAFE, EASY, ("other", "Say what is wrong with it.", "Make it right.", "Which is right?"))
-    renamed = parse_constitution(twin.text.replace('name = "other"', 'name = "Kind"', 1), "x")
-    assert rules(renamed) == [("duplicate", 20, "other")]
+def test_lint_reports_duplicates_by_name_and_by_words():
+    duplicate = ("warm", "Say whether the answer is cold!", "Rewrite the answer warmly.", "Which of them is clearer?")
+    assert list_findings(make_constitution(KIND, SAFE, EASY, duplicate)) == [("duplicate", 20, "warm")]
+    constitution = make_constitution(
+        KIND, SAFE, EASY, ("other", "Say what is wrong with it.", "Make it right.", "Which is right?")
+    )
+    renamed = parse_constitution(constitution.text.replace('name = "other"', 'name = "Kind"', 1), "x")
+    assert list_findings(renamed) == [("duplicate", 20, "other")]
 
 
-def test_lists_of_only_dos_and_only_donts_are_found():
+def test_lint_reports_lists_of_only_dos_or_only_donts():
     clear = ("clear", "Say whether it wanders off.", "Make it short and to the point.", "Which of them is easier to follow?")
-    assert rules(made(KIND, clear)) == [("only-dos", 5, "kind"), ("only-dos", 15, "kind")]
+    assert list_findings(make_constitution(KIND, clear)) == [("only-dos", 5, "kind"), ("only-dos", 15, "kind")]
     donts = [
         ("a", "Say whether it preaches.", "Rewrite it without preaching.", "Which answer preaches less?"),
         ("b", "Say whether it is offensive.", "Rewrite it without insults.", "Which answer has fewer insults?"),
     ]
-    assert rules(made(*donts)) == [("only-donts", 5, "a"), ("only-donts", 15, "a")]
+    assert list_findings(make_constitution(*donts)) == [("only-donts", 5, "a"), ("only-donts", 15, "a")]
 
 
-def test_principles_without_a_guard_against_over_reaction_are_found_with_their_lines():
-    assert rules(made(KIND, SAFE)) == [("over-reaction", 10, "safe"), ("over-reaction", 19, "safe")]
+def test_lint_reports_principles_without_a_guard_against_over_reaction():
+    assert list_findings(make_constitution(KIND, SAFE)) == [("over-reaction", 10, "safe"), ("over-reaction", 19, "safe")]
     revision = "Rewrite the answer without harm, and keep what is useful."
-    kept = ("safe", SAFE[1], revision, "Which answer is less harmful, and still helps?")
-    assert rules(made(KIND, kept)) == []
+    guarded = ("safe", SAFE[1], revision, "Which answer is less harmful, and still helps?")
+    assert list_findings(make_constitution(KIND, guarded)) == []
 
 
-def test_prose_is_linted_too_and_included_files_have_their_own_lines(tmp_path):
+def test_finding_in_included_prose_has_the_line_of_its_file(tmp_path):
     (tmp_path / "base.toml").write_text(
         '\n[[prose]]\nid = "safe"\nname = "Safe"\npriority = 1\ntext = "Never help with harm."\n'
     )
     mine = tmp_path / "mine.toml"
     mine.write_text(HEAD + 'include = ["base.toml"]\n' + EXAMPLE)
-    (found,) = lint_constitution(load_constitution(mine))
-    assert (found.rule, Path(found.file).name, found.line) == ("over-reaction", "base.toml", 3)
+    (finding,) = lint_constitution(load_constitution(mine))
+    assert (finding.rule, Path(finding.file).name, finding.line) == ("over-reaction", "base.toml", 3)
 
 
 # Versions
 
-# A shipped constitution's content changes only together with its version.
+# The content of a shipped constitution changes only together with its version.
 RELEASED = {
     ("course", "1.1.0"): "1d0bbea6af8f11695a10a9a95ea5d2f27f7cd362fb742e6d21671c54450f2eb7",
     ("customer-service", "1.1.0"): "ed8a3e8e6b0740c7ea9ed9d2657bcc2820fcf4d14c1a7d1da639e61c50ed56be",
@@ -108,32 +110,32 @@ RELEASED = {
 }
 
 
-def test_a_shipped_version_never_changes_its_content():
+def test_content_of_a_shipped_version_does_not_change():
     assert {(c.name, c.version): c.hash for c in map(load_constitution, list_shipped_constitutions())} == RELEASED
 
 
-def test_diff_says_what_changed_and_that_the_version_did_not():
-    before = made(KIND, SAFE)
+def test_diff_lists_the_changes_and_an_unchanged_version():
+    before = make_constitution(KIND, SAFE)
     cold = (*KIND[:3], "Which answer is less cold?")
-    after = made(EASY, cold)
-    found = {(c.what, c.part, c.principle, c.field) for c in compare_constitutions(before, after)}
-    assert found == {
+    after = make_constitution(EASY, cold)
+    changes = {(c.what, c.part, c.principle, c.field) for c in compare_constitutions(before, after)}
+    assert changes == {
         ("removed", "critique", "safe", ""), ("removed", "judge", "safe", ""), ("added", "critique", "easy", ""),
         ("added", "judge", "easy", ""), ("changed", "judge", "kind", "judge_prompt"), (VERSION_NOT_RAISED, "", "", "version"),
     }  # fmt: skip
-    assert compare_constitutions(before, made(KIND, SAFE)) == []
-    raised = made(EASY, cold, head=HEAD.replace("1.0.0", "1.0.1"))
+    assert compare_constitutions(before, make_constitution(KIND, SAFE)) == []
+    raised = make_constitution(EASY, cold, head=HEAD.replace("1.0.0", "1.0.1"))
     assert VERSION_NOT_RAISED not in {c.what for c in compare_constitutions(before, raised)}
-    assert [(c.what, c.field) for c in compare_constitutions(before, made(SAFE, KIND))] == [("moved", "order")] * 2 + [
-        (VERSION_NOT_RAISED, "version")
-    ]
+    assert [(c.what, c.field) for c in compare_constitutions(before, make_constitution(SAFE, KIND))] == [
+        ("moved", "order")
+    ] * 2 + [(VERSION_NOT_RAISED, "version")]
 
 
 # Cases
 
 
 @pytest.mark.parametrize("name", list_shipped_constitutions())
-def test_shipped_cases_are_about_principles_that_are_there(name):
+def test_shipped_cases_name_existing_principles(name):
     cases, constitution = read_cases(name), load_constitution(name)
     assert cases.constitution == name and len(cases.cases) >= 4
     cases.check_principles(name, [principle.id for principle in constitution.judge])
@@ -150,14 +152,14 @@ def test_shipped_cases_are_about_principles_that_are_there(name):
         ("c.toml", '[[critique]]\nid = "a"\n', ["is a constitution", "--constitution"]),
     ],
 )
-def test_what_is_wrong_with_a_case_is_said_with_its_line(tmp_path, file, text, words):
+def test_error_for_an_invalid_case_names_its_line(tmp_path, file, text, words):
     (tmp_path / file).write_text(text)
     with pytest.raises(ConstitutionError) as caught:
         read_cases(str(tmp_path / file))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_case_about_an_unknown_principle_names_the_nearest(tmp_path):
+def test_error_for_an_unknown_principle_suggests_the_nearest(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"prompt": "p", "wins": "w", "loses": "l", "principles": ["kindr"]}))
     with pytest.raises(ConstitutionError, match="did you mean kinder"):
@@ -168,11 +170,11 @@ def test_a_case_about_an_unknown_principle_names_the_nearest(tmp_path):
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_linting_never_fails_on_what_loads(data):
+def test_lint_never_fails_on_a_valid_constitution(data):
     text = list((CONSTITUTIONS_FOLDER / "course.toml").read_text())
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(text) - 1))
-        text[at : at + data.draw(st.integers(0, 30))] = data.draw(st.text(max_size=6))
+        start = data.draw(st.integers(0, len(text) - 1))
+        text[start : start + data.draw(st.integers(0, 30))] = data.draw(st.text(max_size=6))
     try:
         loaded = parse_constitution("".join(text), "x")
     except ConstitutionError:

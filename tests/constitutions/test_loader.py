@@ -1,4 +1,4 @@
-"""Constitutions: the shipped ones are whole, a bad one is explained with its place, draws are stable."""
+"""Loading constitutions: the shipped ones, errors with their location, and stable sampling of principles."""
 
 from collections import Counter
 
@@ -15,28 +15,30 @@ from constitutions.loader import (
     parse_constitution,
 )
 
-GOOD = (CONSTITUTIONS_FOLDER / "course.toml").read_text()
+VALID = (CONSTITUTIONS_FOLDER / "course.toml").read_text()
 
 
-@pytest.mark.parametrize(("name", "critique", "judging"), [("default", 16, 16), ("customer-service", 5, 5), ("course", 3, 3)])
-def test_shipped_constitutions_have_their_numbers(name, critique, judging):
+@pytest.mark.parametrize(
+    ("name", "num_critique", "num_judge"), [("default", 16, 16), ("customer-service", 5, 5), ("course", 3, 3)]
+)
+def test_shipped_constitution_has_its_number_of_principles(name, num_critique, num_judge):
     constitution = load_constitution(name)
-    assert (len(constitution.critique), len(constitution.judge)) == (critique, judging)
+    assert (len(constitution.critique), len(constitution.judge)) == (num_critique, num_judge)
 
 
-def test_all_shipped_constitutions_load_under_their_names():
+def test_shipped_constitutions_load_by_name():
     assert list_shipped_constitutions() == ["course", "customer-service", "default", "red-team"]
     assert [load_constitution(name).name for name in list_shipped_constitutions()] == list_shipped_constitutions()
     assert load_constitution("course").judge_with == "all"
 
 
-def test_comments_and_layout_do_not_change_the_hash_but_words_do():
-    base = parse_constitution(GOOD, "x")
-    assert parse_constitution("# a comment\n\n" + GOOD, "x").hash == base.hash
-    assert parse_constitution(GOOD.replace("useful", "handy"), "x").hash != base.hash
+def test_hash_depends_on_content_and_not_on_comments():
+    base = parse_constitution(VALID, "x")
+    assert parse_constitution("# a comment\n\n" + VALID, "x").hash == base.hash
+    assert parse_constitution(VALID.replace("useful", "handy"), "x").hash != base.hash
 
 
-def test_the_hash_survives_the_journey_through_a_topic():
+def test_hash_of_the_rendered_text_is_the_same():
     base = load_constitution("default")
     assert parse_constitution(base.text, "a topic").hash == base.hash
 
@@ -54,46 +56,46 @@ def test_the_hash_survives_the_journey_through_a_topic():
         (lambda t: t.replace("[[critique]]", 'weigth = 1\n[[critique]]', 1), ["weigth", "unknown"]),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_its_place(damage, words):
+def test_error_names_the_line_and_the_key(damage, words):
     with pytest.raises(ConstitutionError) as caught:
-        parse_constitution(damage(GOOD), "my.toml")
+        parse_constitution(damage(VALID), "my.toml")
     assert "my.toml" in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_typo_in_a_name_is_recognised(tmp_path):
+def test_load_constitution_suggests_a_name_and_rejects_a_wrong_encoding(tmp_path):
     with pytest.raises(ConstitutionError, match="did you mean default"):
         load_constitution("defualt")
-    bad = tmp_path / "latin.toml"
-    bad.write_bytes('name = "é"'.encode("latin-1"))
+    path = tmp_path / "latin.toml"
+    path.write_bytes('name = "é"'.encode("latin-1"))
     with pytest.raises(ConstitutionError, match="not UTF-8"):
-        load_constitution(bad)
+        load_constitution(path)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_mutation_loads_or_is_explained(data):
-    text = list(GOOD)
+def test_mutated_constitution_loads_or_raises_constitution_error(data):
+    text = list(VALID)
     for _ in range(data.draw(st.integers(1, 6))):
-        at = data.draw(st.integers(0, len(text) - 1))
-        text[at : at + data.draw(st.integers(0, 12))] = data.draw(st.text(max_size=6))
+        start = data.draw(st.integers(0, len(text) - 1))
+        text[start : start + data.draw(st.integers(0, 12))] = data.draw(st.text(max_size=6))
     try:
         assert isinstance(parse_constitution("".join(text), "x"), Constitution)
     except ConstitutionError as error:
         assert error.what
 
 
-def test_draws_are_uniform_stable_and_independent_of_the_process():
+def test_sampling_of_principles_is_uniform_and_reproducible():
     constitution = load_constitution("default")
-    drawn = Counter(constitution.sample_judge_principle(seed).id for seed in range(8000))
-    assert len(drawn) == 16 and min(drawn.values()) > 400 and max(drawn.values()) < 600
+    counts = Counter(constitution.sample_judge_principle(seed).id for seed in range(8000))
+    assert len(counts) == 16 and min(counts.values()) > 400 and max(counts.values()) < 600
     assert constitution.sample_judge_principle(7).id == load_constitution("default").sample_judge_principle(7).id
 
 
-def test_weights_and_tags_and_rotation():
-    text = GOOD.replace('selection = "rotate"', "").replace('id = "honesty"\nname', 'id = "honesty"\nweight = 8.0\nname', 1)
-    drawn = Counter(parse_constitution(text, "x").select_critique_principle(seed, 0).id for seed in range(2000))
-    assert 0.75 < drawn["honesty"] / 2000 < 0.85
-    tagged = parse_constitution(GOOD.replace('id = "honesty"\nname', 'id = "honesty"\ntags = ["facts"]\nname'), "x")
+def test_selection_follows_weights_tags_and_rotation():
+    text = VALID.replace('selection = "rotate"', "").replace('id = "honesty"\nname', 'id = "honesty"\nweight = 8.0\nname', 1)
+    counts = Counter(parse_constitution(text, "x").select_critique_principle(seed, 0).id for seed in range(2000))
+    assert 0.75 < counts["honesty"] / 2000 < 0.85
+    tagged = parse_constitution(VALID.replace('id = "honesty"\nname', 'id = "honesty"\ntags = ["facts"]\nname'), "x")
     assert [tagged.select_critique_principle(0, n, []).id for n in range(3)] == ["harmlessness", "helpfulness", "harmlessness"]
     assert [tagged.select_critique_principle(0, n, ["facts"]).id for n in range(3)][2] == "honesty"

@@ -1,4 +1,4 @@
-"""Files of a constitution: includes, terms, prose, encodings; any bytes are a constitution or explained."""
+"""Constitution files: includes, terms, prose and encodings; arbitrary bytes load or raise ConstitutionError."""
 
 import re
 
@@ -44,21 +44,21 @@ text = "The assistant hurts nobody."
 )
 
 
-def entry(template, id):
+def make_entry(template, id):
     return template.replace("{id}", id)
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(name, text):
+    def write_file(name, text):
         (tmp_path / name).write_text(text, encoding="utf-8")
         return tmp_path / name
 
-    return write
+    return write_file
 
 
-def fails(text_or_path, *words):
-    """The error of loading a file, or of parsing a text, has three lines and these words."""
+def assert_error(text_or_path, *words):
+    """Assert that loading the file, or parsing the text, fails with an error of three lines that contains these words."""
     with pytest.raises(ConstitutionError) as caught:
         load_constitution(text_or_path) if hasattr(text_or_path, "read_bytes") else parse_constitution(text_or_path, "my.toml")
     assert len(str(caught.value).splitlines()) == 3, str(caught.value)
@@ -68,31 +68,33 @@ def fails(text_or_path, *words):
 # Includes
 
 
-def test_included_entries_come_first_and_only_once(write):
-    write("base.toml", entry(CRITIQUE, "one") + entry(JUDGING, "j"))
-    write("more.toml", 'include = ["base.toml"]\n' + entry(CRITIQUE, "two"))
-    mine = load_constitution(write("mine.toml", HEAD + 'include = ["more.toml", "base.toml"]\n' + entry(CRITIQUE, "three")))
+def test_included_entries_come_first_and_appear_once(write):
+    write("base.toml", make_entry(CRITIQUE, "one") + make_entry(JUDGING, "j"))
+    write("more.toml", 'include = ["base.toml"]\n' + make_entry(CRITIQUE, "two"))
+    mine = load_constitution(
+        write("mine.toml", HEAD + 'include = ["more.toml", "base.toml"]\n' + make_entry(CRITIQUE, "three"))
+    )
     assert [p.id for p in mine.critique] == ["one", "two", "three"] and [p.id for p in mine.judge] == ["j"]
-    place = mine.find_location("critique", "two")
-    assert place.origin.endswith("more.toml") and place.find_line() == 2 and place.find_line("revision_prompt") == 6
+    location = mine.find_location("critique", "two")
+    assert location.origin.endswith("more.toml") and location.find_line() == 2 and location.find_line("revision_prompt") == 6
 
 
-def test_a_shipped_constitution_is_included_by_name_and_the_text_needs_no_other_file(write):
-    mine = load_constitution(write("mine.toml", HEAD + 'include = ["customer-service"]\n' + entry(CRITIQUE, "mine")))
+def test_include_of_a_shipped_constitution_gives_a_self_contained_text(write):
+    mine = load_constitution(write("mine.toml", HEAD + 'include = ["customer-service"]\n' + make_entry(CRITIQUE, "mine")))
     assert len(mine.critique) == 6 and "include" not in mine.text
     assert parse_constitution(mine.text, "a topic").hash == mine.hash
 
 
-def test_an_include_that_goes_round_in_a_circle_is_an_error(write):
+def test_circular_include_is_an_error(write):
     write("b.toml", '\ninclude = ["a.toml"]\n')
-    fails(write("a.toml", HEAD + 'include = ["b.toml"]\n'), "b.toml, line 2", "a.toml -> b.toml -> a.toml")
-    fails(write("self.toml", HEAD + 'include = ["self.toml"]\n'), "line 3", "self.toml -> self.toml")
+    assert_error(write("a.toml", HEAD + 'include = ["b.toml"]\n'), "b.toml, line 2", "a.toml -> b.toml -> a.toml")
+    assert_error(write("self.toml", HEAD + 'include = ["self.toml"]\n'), "line 3", "self.toml -> self.toml")
 
 
-def test_includes_that_nest_too_deep_are_an_error(write):
+def test_deeply_nested_include_is_an_error(write):
     for number in range(30):
         write(f"{number}.toml", f'include = ["{number + 1}.toml"]\n')
-    fails(write("30.toml", HEAD + 'include = ["0.toml"]\n'), "more than 16 files")
+    assert_error(write("30.toml", HEAD + 'include = ["0.toml"]\n'), "more than 16 files")
 
 
 @pytest.mark.parametrize(
@@ -105,52 +107,54 @@ def test_includes_that_nest_too_deep_are_an_error(write):
         ('include = ["course", "customer-service", "course.toml"]', ["course.toml"]),
     ],
 )
-def test_what_is_wrong_with_an_include_is_said(text, words):
-    fails(HEAD + text + "\n", "my.toml, line", *words)
+def test_error_for_an_invalid_include_names_the_line(text, words):
+    assert_error(HEAD + text + "\n", "my.toml, line", *words)
 
 
-def test_a_duplicate_id_names_both_places(write):
-    write("base.toml", entry(CRITIQUE, "one") + entry(JUDGING, "j"))
-    mine = write("mine.toml", HEAD + 'include = ["base.toml"]\n' + entry(CRITIQUE, "one"))
-    fails(mine, "mine.toml, line 5", "base.toml, line 2", "one")
+def test_error_for_a_duplicate_id_names_both_locations(write):
+    write("base.toml", make_entry(CRITIQUE, "one") + make_entry(JUDGING, "j"))
+    mine = write("mine.toml", HEAD + 'include = ["base.toml"]\n' + make_entry(CRITIQUE, "one"))
+    assert_error(mine, "mine.toml, line 5", "base.toml, line 2", "one")
 
 
-def test_an_unknown_key_of_an_included_file_is_found_in_its_place(write):
-    write("base.toml", entry(CRITIQUE, "one") + "weigth = 2\n" + entry(JUDGING, "j"))
-    fails(write("mine.toml", HEAD + 'include = ["base.toml"]\n'), "base.toml, line 6", "did you mean weight?")
+def test_error_for_an_unknown_key_names_the_line_of_the_included_file(write):
+    write("base.toml", make_entry(CRITIQUE, "one") + "weigth = 2\n" + make_entry(JUDGING, "j"))
+    assert_error(write("mine.toml", HEAD + 'include = ["base.toml"]\n'), "base.toml, line 6", "did you mean weight?")
     write("base.toml", "wat = 1\n")
-    fails(write("mine.toml", HEAD + 'include = ["base.toml"]\n'), "base.toml, line 1: wat")
+    assert_error(write("mine.toml", HEAD + 'include = ["base.toml"]\n'), "base.toml, line 1: wat")
 
 
 # Terms
 
 
-TERMS = HEAD + '[terms]\ncompany = "Acme"\n' + entry(CRITIQUE, "c") + entry(JUDGING, "j")
+TERMS = HEAD + '[terms]\ncompany = "Acme"\n' + make_entry(CRITIQUE, "c") + make_entry(JUDGING, "j")
 
 
-def test_placeholders_stand_for_terms_and_doubled_braces_for_themselves():
+def test_placeholders_are_replaced_by_terms_and_doubled_braces_are_kept():
     mine = parse_constitution(TERMS.replace("rude.", "rude to {company}, {{x}} or {1}."), "x")
     assert mine.critique[0].critique_prompt == "Say whether it is rude to Acme, {x} or {1}."
     assert parse_constitution(render_toml(to_toml_values(mine)), "x").critique == mine.critique
 
 
-def test_the_including_file_says_what_a_term_means(write):
+def test_including_file_overrides_a_term(write):
     write("base.toml", TERMS.replace(HEAD, "").replace("rude.", "rude to {company}."))
     mine = load_constitution(write("mine.toml", HEAD + 'include = ["base.toml"]\n[terms]\ncompany = "Bolt"\n'))
     assert mine.critique[0].critique_prompt.endswith("rude to Bolt.")
 
 
-def test_an_unknown_placeholder_is_an_error_with_its_line_and_the_nearest():
-    fails(TERMS.replace("Rewrite it.", "Rewrite it for {compny}."), "line 9", "{compny}", "did you mean company?", "{{compny}}")
-    fails(TERMS.replace("rude.", "rude to {who}."), "line 8", "{who}", 'who = "..."')
-    fails(TERMS.replace('"Acme"', "3"), "line 4", "company")
-    fails(HEAD + "terms = 3\n", "line 3", "no table")
+def test_error_for_an_unknown_placeholder_names_the_line_and_the_nearest_term():
+    assert_error(
+        TERMS.replace("Rewrite it.", "Rewrite it for {compny}."), "line 9", "{compny}", "did you mean company?", "{{compny}}"
+    )
+    assert_error(TERMS.replace("rude.", "rude to {who}."), "line 8", "{who}", 'who = "..."')
+    assert_error(TERMS.replace('"Acme"', "3"), "line 4", "company")
+    assert_error(HEAD + "terms = 3\n", "line 3", "no table")
 
 
 # Prose
 
 
-def test_prose_is_read_in_the_order_of_its_priorities():
+def test_prose_is_ordered_by_priority():
     mine = parse_constitution(PROSE, "x")
     assert [p.id for p in mine.critique] == [p.id for p in mine.judge] == ["safe", "helpful"] and mine.judge_with == "all"
     assert "comes first" not in mine.critique[0].revision_prompt
@@ -160,7 +164,7 @@ def test_prose_is_read_in_the_order_of_its_priorities():
     assert mine.find_location("prose", "safe").find_line() == 13
 
 
-def test_a_priority_changes_the_hash_and_the_other_way_of_judging_too():
+def test_priority_and_judge_with_change_the_hash():
     mine = parse_constitution(PROSE, "x")
     assert parse_constitution(PROSE.replace("priority = 2", "priority = 3"), "x").hash != mine.hash
     assert parse_constitution(HEAD + 'judge_with = "one"\n' + PROSE.removeprefix(HEAD), "x").hash != mine.hash
@@ -172,36 +176,42 @@ def test_a_priority_changes_the_hash_and_the_other_way_of_judging_too():
         (PROSE.replace("priority = 2\n", ""), ["line 4: prose.0.priority", "missing"]),
         (PROSE.replace("priority = 2\n", "priority = 0\n"), ["line 7"]),
         (PROSE.replace('"safe"', '"helpful"'), ["line 14", "helpful", "line 5"]),
-        (PROSE + entry(JUDGING, "j"), ["line 18", "prose and a judge list"]),
+        (PROSE + make_entry(JUDGING, "j"), ["line 18", "prose and a judge list"]),
         (HEAD + "prose = []\n", ["line 3", "empty list"]),
         (HEAD + "critique = []\njudge = []\n", ["line 3", "empty list", "[[critique]]"]),
         (HEAD + "critique = 7\n", ["line 3", "no list"]),
-        (HEAD + entry(CRITIQUE, "all") + entry(JUDGING, "j"), ["line 4: critique.0.id cannot be 'all'", "records say `all`"]),
-        (HEAD + entry(CRITIQUE, "c") + 'tags = "angry"\n' + entry(JUDGING, "j"), ["line 8", "'angry'", "must be a list"]),
-        (HEAD + 'text = "x"\n' + entry(CRITIQUE, "c") + entry(JUDGING, "j"), ["line 3", "text", "unknown"]),
-        (HEAD + "critique = [1]\n" + entry(JUDGING, "j"), ["line 3"]),
+        (
+            HEAD + make_entry(CRITIQUE, "all") + make_entry(JUDGING, "j"),
+            ["line 4: critique.0.id cannot be 'all'", "records say `all`"],
+        ),
+        (
+            HEAD + make_entry(CRITIQUE, "c") + 'tags = "angry"\n' + make_entry(JUDGING, "j"),
+            ["line 8", "'angry'", "must be a list"],
+        ),
+        (HEAD + 'text = "x"\n' + make_entry(CRITIQUE, "c") + make_entry(JUDGING, "j"), ["line 3", "text", "unknown"]),
+        (HEAD + "critique = [1]\n" + make_entry(JUDGING, "j"), ["line 3"]),
     ],
 )
-def test_what_is_wrong_with_prose_and_lists_is_said(text, words):
-    fails(text, *words)
+def test_error_for_invalid_prose_or_lists_names_the_line(text, words):
+    assert_error(text, *words)
 
 
-# Encodings and any bytes
+# Encodings and arbitrary bytes
 
 
-def test_a_wrong_encoding_is_said_with_its_line_and_a_byte_order_mark_is_no_harm(tmp_path):
+def test_wrong_encoding_is_an_error_and_a_byte_order_mark_is_accepted(tmp_path):
     path = tmp_path / "latin.toml"
     path.write_bytes((HEAD + 'description = "caf\u00e9"').encode("latin-1"))
-    fails(path, "line 3", "0xe9", "iconv -f LATIN1")
+    assert_error(path, "line 3", "0xe9", "iconv -f LATIN1")
     path.write_bytes((CONSTITUTIONS_FOLDER / "course.toml").read_text().encode("utf-16"))
-    fails(path, "UTF-16")
+    assert_error(path, "UTF-16")
     path.write_bytes(b"\xef\xbb\xbf" + (CONSTITUTIONS_FOLDER / "course.toml").read_bytes())
     assert load_constitution(path).hash == load_constitution("course").hash
     path.write_bytes(b"#" * (1 << 20) + b"#")
-    fails(path, "longer than")
+    assert_error(path, "longer than")
 
 
-def constitution_or_error(data):
+def parse_or_expect_error(data):
     try:
         assert isinstance(parse_constitution(data, "x"), Constitution)
     except ConstitutionError as error:
@@ -210,8 +220,8 @@ def constitution_or_error(data):
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.binary(max_size=300), st.text(st.characters(), max_size=200)))
-def test_any_bytes_are_a_constitution_or_explained(data):
-    constitution_or_error(data)
+def test_arbitrary_bytes_load_or_raise_constitution_error(data):
+    parse_or_expect_error(data)
 
 
 KEYS = [
@@ -242,12 +252,12 @@ VALUES = st.recursive(
 )
 
 
-def inline(value):
-    """Any value as TOML, tables inline."""
+def to_inline_toml(value):
+    """Render a value as TOML with inline tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {to_inline_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return f"[{', '.join(map(inline, value))}]"
+        return f"[{', '.join(map(to_inline_toml, value))}]"
     if isinstance(value, str):
         return '"' + value.replace("\n", "\\n") + '"'
     return str(value).lower()
@@ -255,17 +265,17 @@ def inline(value):
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8))
-def test_any_values_are_a_constitution_or_explained(values):
-    constitution_or_error("".join(f"{key} = {inline(value)}\n" for key, value in values.items()))
+def test_arbitrary_values_load_or_raise_constitution_error(values):
+    parse_or_expect_error("".join(f"{key} = {to_inline_toml(value)}\n" for key, value in values.items()))
 
 
-def test_a_number_of_thousands_of_digits_and_deep_nesting_are_explained():
-    fails(f"weight = {'9' * 5000}", "is not TOML")
+def test_huge_number_and_deep_nesting_raise_constitution_error():
+    assert_error(f"weight = {'9' * 5000}", "is not TOML")
     with pytest.raises(ConstitutionError, match="not TOML"):
         parse_constitution("a = " + "[" * 5000, "x")
 
 
-# Writing
+# Rendering
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
@@ -273,7 +283,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS, st.floats(0.01, 100)), min_size=1, max_size=3))
-def test_what_is_written_reads_as_the_same(texts):
+def test_rendered_constitution_parses_to_the_same_content(texts):
     values = {
         "name": "mine",
         "version": "1.0.0",
@@ -290,24 +300,21 @@ def test_what_is_written_reads_as_the_same(texts):
 
 
 @pytest.mark.parametrize("name", list_shipped_constitutions())
-def test_shipped_constitutions_survive_being_written(name):
+def test_rendered_shipped_constitution_has_the_same_hash(name):
     constitution = load_constitution(name)
     assert parse_constitution(render_toml(to_toml_values(constitution)), "x").hash == constitution.hash
 
 
-# Leaving out
+# Excluding principles
 
 
-def test_leaving_out_takes_a_principle_from_both_lists_and_is_a_constitution_of_its_own():
+def test_without_principles_removes_them_from_both_lists_and_renames_the_constitution():
     course = load_constitution("course")
-    less = course.without_principles(["honesty"])
-    assert [p.id for p in less.critique] == [p.id for p in less.judge] == ["harmlessness", "helpfulness"]
-    assert (
-        less.name == "course-without-honesty"
-        and less.hash != course.hash
-        and "honesty" not in re.findall(r'id = "(.*)"', less.text)
-    )
-    assert parse_constitution(less.text, "a topic").hash == less.hash
+    reduced = course.without_principles(["honesty"])
+    assert [p.id for p in reduced.critique] == [p.id for p in reduced.judge] == ["harmlessness", "helpfulness"]
+    assert reduced.name == "course-without-honesty" and reduced.hash != course.hash
+    assert "honesty" not in re.findall(r'id = "(.*)"', reduced.text)
+    assert parse_constitution(reduced.text, "a topic").hash == reduced.hash
     with pytest.raises(ConstitutionError, match="did you mean honesty"):
         course.without_principles(["honestly"])
     with pytest.raises(ConstitutionError, match="no critique principle left"):
@@ -315,11 +322,11 @@ def test_leaving_out_takes_a_principle_from_both_lists_and_is_a_constitution_of_
     assert [p.id for p in parse_constitution(PROSE, "x").without_principles(["safe"]).judge] == ["helpful"]
 
 
-def test_leaving_out_moves_no_draw_but_its_own():
-    whole = load_constitution("default")
-    less = whole.without_principles(["more-truth", "privacy"])
+def test_without_principles_changes_only_samples_of_the_excluded_ones():
+    complete = load_constitution("default")
+    reduced = complete.without_principles(["more-truth", "privacy"])
     for seed in range(300):
-        before, after = whole.sample_judge_principle(seed).id, less.sample_judge_principle(seed).id
+        before, after = complete.sample_judge_principle(seed).id, reduced.sample_judge_principle(seed).id
         assert after == before or before == "more-truth"
-        before, after = whole.select_critique_principle(seed, 0).id, less.select_critique_principle(seed, 0).id
+        before, after = complete.select_critique_principle(seed, 0).id, reduced.select_critique_principle(seed, 0).id
         assert after == before or before == "privacy"

@@ -1,4 +1,4 @@
-"""Records to feed the stages with."""
+"""Factories for input records of the stages."""
 
 import pytest
 
@@ -10,9 +10,9 @@ from schemas.records import ChatMessage, Completion, FinishReason, ModelRef, Pro
 def make_prompt():
     def make(text="How do magnets work?", source="test", **more):
         messages = [ChatMessage(role="user", content=text)]
-        key = ids.compute_prompt_id(messages)
+        prompt_id = ids.compute_prompt_id(messages)
         return Prompt(
-            record_id=ids.compute_record_id("produce", [key], ""), prompt_id=key, run_id="r", stage="produce", messages=messages,
+            record_id=ids.compute_record_id("produce", [prompt_id], ""), prompt_id=prompt_id, run_id="r", stage="produce", messages=messages,
             source=source, **more
         )  # fmt: skip
 
@@ -21,9 +21,9 @@ def make_prompt():
 
 @pytest.fixture(scope="session")
 def make_response(make_prompt):
-    def make(answers=("first answer", "second answer"), **more):
+    def make(responses=("first answer", "second answer"), **more):
         prompt = make_prompt(**more)
-        completions = [Completion(index=i, text=t, finish_reason=FinishReason.STOP) for i, t in enumerate(answers)]
+        completions = [Completion(index=i, text=t, finish_reason=FinishReason.STOP) for i, t in enumerate(responses)]
         return Response(
             record_id=ids.compute_record_id("respond", [prompt.record_id], "f"), prompt_id=prompt.prompt_id, run_id="r",
             stage="respond", messages=prompt.messages, source=prompt.source, completions=completions, policy_version=3,

@@ -1,4 +1,4 @@
-"""The judging recipes against hand-computed labels, what a judge's own words may and may not mean, and reasons for no label."""
+"""Judge presets against hand-computed labels, the parsing of written replies, and the outcomes without a label."""
 
 import itertools
 import math
@@ -22,43 +22,56 @@ DEFAULT = load_constitution("default")
 SPEC = "judge"
 
 
-def judge(preset, model, constitution=DEFAULT, **more):
-    """The stage as the settings make it."""
-    flags = {"models.judge": SPEC, "judge.preset": preset} | {f"judge.{name}": str(value) for name, value in more.items()}
+def judge(preset, model, constitution=DEFAULT, **overrides):
+    """Return the judge stage that the settings describe."""
+    flags = {"models.judge": SPEC, "judge.preset": preset} | {f"judge.{name}": str(value) for name, value in overrides.items()}
     settings, _ = load_settings(flags, environment={})
     return make_judge_stage(settings, RoleModels(settings, {SPEC: model}), constitution)
 
 
-def shown_first(ask):
-    """Whether the answer called a is the one shown first."""
-    return "Answer (A):\n> first answer" in ask.messages[0].content
+def is_a_shown_first(request):
+    """Return whether response A is shown first."""
+    return "Answer (A):\n> first answer" in request.messages[0].content
 
 
-def leaning(p_forward, p_backward):
-    """A judge that gives the answer called a these probabilities when it is shown first and second."""
+def make_leaning_judge(p_forward, p_backward):
+    """Return a judge that gives response A these probabilities when it is shown first and second."""
     return ScriptedModel(
-        option_rule=lambda ask: p_forward if shown_first(ask) else 1 - p_backward,
-        text_rule=lambda ask, n: "The one is kinder than the other.",
+        option_rule=lambda request: p_forward if is_a_shown_first(request) else 1 - p_backward,
+        text_rule=lambda request, n: "The one is kinder than the other.",
     )
 
 
-def writes(forward, backward=None):
-    """A judge that writes these texts."""
-    other = forward if backward is None else backward
-    return ScriptedModel(text_rule=lambda ask, n: forward if shown_first(ask) else other)
+def make_writing_judge(forward, backward=None):
+    """Return a judge that writes these replies in the two orders."""
+    backward = forward if backward is None else backward
+    return ScriptedModel(text_rule=lambda request, n: forward if is_a_shown_first(request) else backward)
 
 
-def one(stage, response):
+def find_floats(value):
+    """Yield every float in a record's nested values."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from find_floats(item)
+
+
+def assert_no_nan(record):
+    assert all(math.isfinite(value) for value in find_floats(record.model_dump()))
+
+
+def judge_one(stage, response):
     ((record,),) = stage([response])
     assert decode_record(encode_record(record), Preference).model_dump_json() == record.model_dump_json()
     return record
 
 
-# The recipes
+# Presets
 
 
 def test_lee2023_averages_both_orders(make_response):
-    record = one(judge("lee2023", leaning(0.9, 0.4)), make_response())
+    record = judge_one(judge("lee2023", make_leaning_judge(0.9, 0.4)), make_response())
     assert record.p_a == pytest.approx(0.65) and record.label_order == "both" and record.outcome is Outcome.OK
     assert (record.p_forward, record.p_backward, record.position_gap) == (
         pytest.approx(0.9),
@@ -71,14 +84,14 @@ def test_lee2023_averages_both_orders(make_response):
     assert (record.preset, record.sampling, record.explanation) == ("lee2023", None, "")
 
 
-def test_bai2022_labels_by_one_order_that_the_seed_picks_and_keeps_both(make_response):
-    stage = judge("bai2022", leaning(0.9, 0.4))
-    records = [one(stage, make_response(text=f"prompt {n}")) for n in range(16)]
+def test_bai2022_takes_its_label_from_the_order_that_the_seed_selects(make_response):
+    stage = judge("bai2022", make_leaning_judge(0.9, 0.4))
+    records = [judge_one(stage, make_response(text=f"prompt {n}")) for n in range(16)]
     assert {record.label_order for record in records} == {"forward", "backward"}
     for record in records:
         assert record.p_a == pytest.approx(0.9 if record.label_order == "forward" else 0.4)
         assert (record.p_forward, record.p_backward) == (pytest.approx(0.9), pytest.approx(0.4))
-    assert [one(stage, make_response(text=f"prompt {n}")).label_order for n in range(16)] == [
+    assert [judge_one(stage, make_response(text=f"prompt {n}")).label_order for n in range(16)] == [
         record.label_order for record in records
     ]
 
@@ -87,38 +100,45 @@ def test_bai2022_labels_by_one_order_that_the_seed_picks_and_keeps_both(make_res
     ("orders", "p"), [((0.95, 0.25), 0.6), ((0.95, 0.15), 0.55), ((0.95, 0.85), 0.6), ((0.1, 0.2), 0.4), ((0.5, 0.45), 0.475)]
 )
 def test_bai2022_cot_clamps_after_averaging(make_response, orders, p):
-    model = leaning(*orders)
-    record = one(judge("bai2022-cot", model), make_response())
-    assert record.p_a == pytest.approx(p)  # clamped before, 0.95 and 0.15 would give a half
+    model = make_leaning_judge(*orders)
+    record = judge_one(judge("bai2022-cot", model), make_response())
+    assert record.p_a == pytest.approx(p)  # if each order were clamped first, 0.95 and 0.15 would give 0.5
     assert (record.p_forward, record.p_backward) == pytest.approx(orders)
     assert record.explanation == record.votes[0].explanation_backward == "The one is kinder than the other."
     assert record.sampling.temperature == 0 and model.num_generated == model.num_scored == 2
 
 
-def test_reasoning_stays_the_judges_own_turn(make_response):
-    asked = []
-    model = leaning(0.7, 0.7)
+def test_reasoning_is_an_assistant_message(make_response):
+    requests = []
+    model = make_leaning_judge(0.7, 0.7)
     rule = model.option_rule
-    model.option_rule = lambda ask: asked.append(ask) or rule(ask)
-    one(judge("bai2022-cot", model), make_response())
-    for ask in asked:
-        assert [message.role for message in ask.messages] == ["user", "assistant", "user"] and ask.prefill == "Answer: ("
-        assert ask.messages[1].content == "The one is kinder than the other." and ask.messages[2].content == CHOICE_QUESTION
+    model.option_rule = lambda request: requests.append(request) or rule(request)
+    judge_one(judge("bai2022-cot", model), make_response())
+    for request in requests:
+        assert [message.role for message in request.messages] == [
+            "user",
+            "assistant",
+            "user",
+        ] and request.prefill == "Answer: ("
+        assert (
+            request.messages[1].content == "The one is kinder than the other."
+            and request.messages[2].content == CHOICE_QUESTION
+        )
 
 
-def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
-    weighty = DEFAULT.model_copy(
+def test_ensemble_asks_k_principles_and_weights_their_votes(make_response):
+    weighted = DEFAULT.model_copy(
         update={"judge": tuple(p.model_copy(update={"weight": 1.0 + i}) for i, p in enumerate(DEFAULT.judge))}
     )
-    chances = itertools.cycle([0.9, 0.5, 0.2, 0.6, 0.7])
-    by_question = {p.judge_prompt: next(chances) for p in weighty.judge}
+    probabilities = itertools.cycle([0.9, 0.5, 0.2, 0.6, 0.7])
+    by_question = {p.judge_prompt: next(probabilities) for p in weighted.judge}
 
-    def rule(ask):
-        p = next(p for question, p in by_question.items() if question in ask.messages[0].content)
-        return p if shown_first(ask) else 1 - p
+    def rule(request):
+        p = next(p for question, p in by_question.items() if question in request.messages[0].content)
+        return p if is_a_shown_first(request) else 1 - p
 
-    record = one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighty, num_principles=4), make_response())
-    by_id = {p.id: p for p in weighty.judge}
+    record = judge_one(judge("ensemble-k", ScriptedModel(option_rule=rule), weighted, num_principles=4), make_response())
+    by_id = {p.id: p for p in weighted.judge}
     assert len({vote.principle_id for vote in record.votes}) == 4 and record.principle_id is None
     assert all(vote.p_forward == pytest.approx(by_question[by_id[vote.principle_id].judge_prompt]) for vote in record.votes)
     total = sum(by_id[vote.principle_id].weight for vote in record.votes)
@@ -126,53 +146,64 @@ def test_an_ensemble_asks_k_principles_and_weighs_their_votes(make_response):
 
 
 @pytest.mark.parametrize(
-    ("silent", "outcome"), [(1, Outcome.OK), (2, Outcome.OK), (3, Outcome.LOW_MASS), (4, Outcome.LOW_MASS)]
+    ("num_unreadable", "outcome"), [(1, Outcome.OK), (2, Outcome.OK), (3, Outcome.LOW_MASS), (4, Outcome.LOW_MASS)]
 )
-def test_an_ensemble_labels_when_half_of_it_can_be_read_and_by_those_alone(make_response, silent, outcome):
-    class Partly(ScriptedModel):
+def test_ensemble_gives_a_label_if_half_of_its_votes_can_be_read(make_response, num_unreadable, outcome):
+    class PartlyUnreadableModel(ScriptedModel):
         def score_options(self, batch, options):
             scored = super().score_options(batch, options)
-            return [s if i // 2 >= silent else OptionScores((-9.0, -2.0), 0.135) for i, s in enumerate(scored)]
+            return [s if i // 2 >= num_unreadable else OptionScores((-9.0, -2.0), 0.135) for i, s in enumerate(scored)]
 
-    model = Partly(option_rule=lambda ask: 0.8 if shown_first(ask) else 0.2)
-    record = one(judge("ensemble-k", model, num_principles=4), make_response())
-    assert record.outcome is outcome and [vote.outcome for vote in record.votes].count(Outcome.LOW_MASS) == silent
+    model = PartlyUnreadableModel(option_rule=lambda request: 0.8 if is_a_shown_first(request) else 0.2)
+    record = judge_one(judge("ensemble-k", model, num_principles=4), make_response())
+    assert record.outcome is outcome and [vote.outcome for vote in record.votes].count(Outcome.LOW_MASS) == num_unreadable
     assert record.p_a == (pytest.approx(0.8) if outcome is Outcome.OK else None)
 
 
-def test_the_course_reads_a_letter_with_its_explanation_and_wants_it_twice(make_response):
-    sure = one(judge("course", writes("A) It is kinder.", "B) It is kinder.")), make_response())
-    assert (sure.p_a, sure.outcome, sure.principle_id, sure.label_order) == (1.0, Outcome.OK, "all", "both")
-    assert sure.explanation == "Answer: (A) It is kinder." and sure.votes[0].explanation_backward == "Answer: (B) It is kinder."
-    torn = one(judge("course", writes("A) It stands first.")), make_response())
-    assert (torn.p_forward, torn.p_backward, torn.outcome, torn.position_flip) == (1.0, 0.0, Outcome.POSITION_FLIP, True)
+def test_course_parses_a_letter_with_explanation_and_requires_it_in_both_orders(make_response):
+    consistent = judge_one(judge("course", make_writing_judge("A) It is kinder.", "B) It is kinder.")), make_response())
+    assert (consistent.p_a, consistent.outcome, consistent.principle_id, consistent.label_order) == (
+        1.0,
+        Outcome.OK,
+        "all",
+        "both",
+    )
+    assert consistent.explanation == "Answer: (A) It is kinder."
+    assert consistent.votes[0].explanation_backward == "Answer: (B) It is kinder."
+    flipped = judge_one(judge("course", make_writing_judge("A) It is first.")), make_response())
+    assert (flipped.p_forward, flipped.p_backward, flipped.outcome, flipped.position_flip) == (
+        1.0,
+        0.0,
+        Outcome.POSITION_FLIP,
+        True,
+    )
 
 
-def test_a_constitution_asked_whole_is_asked_whole_by_lee2023_alone(make_response):
+def test_only_lee2023_follows_a_constitution_that_judges_with_all_principles(make_response):
     course = load_constitution("course")
-    assert one(judge("lee2023", ScriptedModel(), course), make_response()).principle_id == "all"
-    drawn = one(judge("bai2022", ScriptedModel(), course), make_response()).principle_id
-    assert drawn in {principle.id for principle in course.judge}
+    assert judge_one(judge("lee2023", ScriptedModel(), course), make_response()).principle_id == "all"
+    principle_id = judge_one(judge("bai2022", ScriptedModel(), course), make_response()).principle_id
+    assert principle_id in {principle.id for principle in course.judge}
 
 
-def test_each_recipe_has_records_and_a_template_of_its_own(make_response):
-    asked = {
+def test_each_preset_has_separate_record_ids_and_each_answer_mode_a_separate_template(make_response):
+    answer_modes = {
         "lee2023": "logprobs",
         "bai2022": "logprobs",
         "ensemble-k": "logprobs",
         "bai2022-cot": "reasoning",
         "course": "letter",
     }
-    records = {name: one(judge(name, leaning(0.7, 0.6)), make_response()) for name in PRESETS["judge"]}
-    assert len({record.record_id for record in records.values()}) == len(PRESETS["judge"]) == len(asked)
-    assert len({(asked[name], record.template_hash) for name, record in records.items()}) == 3
+    records = {name: judge_one(judge(name, make_leaning_judge(0.7, 0.6)), make_response()) for name in PRESETS["judge"]}
+    assert len({record.record_id for record in records.values()}) == len(PRESETS["judge"]) == len(answer_modes)
+    assert len({(answer_modes[name], record.template_hash) for name, record in records.items()}) == 3
 
 
-# What a judge's words mean
+# Written replies
 
 
-def written(text, finish="stop"):
-    return Generation(text, finish)
+def make_generation(text, finish_reason="stop"):
+    return Generation(text, finish_reason)
 
 
 @pytest.mark.parametrize(
@@ -193,22 +224,20 @@ def written(text, finish="stop"):
         ("", None),
     ],
 )
-def test_a_letter_is_read_from_the_beginning_or_not_at_all(text, p):
-    reading = parse_letter(written(text), "")
-    if p is None:
-        assert math.isnan(reading.p_first) and reading.outcome is Outcome.UNPARSEABLE and reading.option_mass == 0
-    else:
-        assert (reading.p_first, reading.outcome, reading.option_mass) == (p, Outcome.OK, 1.0)
+def test_parse_letter_reads_only_the_beginning(text, p):
+    comparison = parse_letter(make_generation(text), "")
+    expected = (None, Outcome.UNPARSEABLE, 0.0) if p is None else (p, Outcome.OK, 1.0)
+    assert (comparison.p_first, comparison.outcome, comparison.option_mass) == expected
 
 
 @given(st.text())
-def test_no_other_text_is_a_letter(text):
-    begins = text.lstrip().startswith(("Answer: (A)", "Answer: (B)"))
-    assert (parse_letter(written(text), "").outcome is Outcome.OK) <= begins
+def test_parse_letter_accepts_no_other_text(text):
+    has_letter = text.lstrip().startswith(("Answer: (A)", "Answer: (B)"))
+    assert (parse_letter(make_generation(text), "").outcome is Outcome.OK) <= has_letter
 
 
 @pytest.mark.parametrize(
-    ("text", "refuses"),
+    ("text", "is_refusal"),
     [
         ("I'm sorry, but I can't compare these.", True),
         ("I cannot help with that.", True),
@@ -220,29 +249,30 @@ def test_no_other_text_is_a_letter(text):
         ("I can see that the first is better.", False),
     ],
 )
-def test_a_refusal_is_told_from_a_judgement_about_one(text, refuses):
-    assert bool(REFUSAL_PATTERN.match(text)) == refuses
+def test_refusal_pattern_matches_refusals_only(text, is_refusal):
+    assert bool(REFUSAL_PATTERN.match(text)) == is_refusal
 
 
 @pytest.mark.parametrize("preset", ["bai2022-cot", "course"])
 @pytest.mark.parametrize(
-    ("answer", "outcome"),
+    ("generation", "outcome"),
     [
-        (written("I\u2019m sorry, I can\u2019t do that."), Outcome.REFUSED),
-        (written("", "refused"), Outcome.REFUSED),
-        (written("A) It is", "timeout"), Outcome.TIMEOUT),
-        (written("  "), Outcome.UNPARSEABLE),
+        (make_generation("I\u2019m sorry, I can\u2019t do that."), Outcome.REFUSED),
+        (make_generation("", "refused"), Outcome.REFUSED),
+        (make_generation("A) It is", "timeout"), Outcome.TIMEOUT),
+        (make_generation("  "), Outcome.UNPARSEABLE),
     ],
 )
-def test_what_a_judge_does_not_say_has_a_reason_and_no_label(make_response, preset, answer, outcome):
-    class Silent(ScriptedModel):
+def test_unusable_written_reply_has_an_outcome_and_no_label(make_response, preset, generation, outcome):
+    class FixedReplyModel(ScriptedModel):
         def generate(self, batch, **sampling):
-            assert all(ask.timeout_s == 300 for ask in batch)
-            return [[answer] for _ in batch]
+            assert all(request.timeout_s == 300 for request in batch)
+            return [[generation] for _ in batch]
 
-    record = one(judge(preset, Silent()), make_response())
+    record = judge_one(judge(preset, FixedReplyModel()), make_response())
     assert (record.outcome, record.p_a, record.p_forward, record.p_backward) == (outcome, None, None, None)
-    assert record.votes[0].outcome is outcome
+    assert record.votes[0].outcome is outcome and record.votes[0].p_forward is None
+    assert_no_nan(record)
 
 
 @pytest.mark.parametrize(
@@ -265,26 +295,43 @@ def test_what_a_judge_does_not_say_has_a_reason_and_no_label(make_response, pres
     ],
 )
 @pytest.mark.parametrize("order", [0, 1])
-def test_scores_that_say_nothing_in_one_order_give_no_label(make_response, scores, outcome, order):
-    class Odd(ScriptedModel):
+def test_unusable_scores_in_one_order_give_no_label(make_response, scores, outcome, order):
+    class FixedScoresModel(ScriptedModel):
         def score_options(self, batch, options):
             scored = super().score_options(batch, options)
-            return [scores if i % 2 == order else one for i, one in enumerate(scored)]
+            return [scores if i % 2 == order else valid for i, valid in enumerate(scored)]
 
-    record = one(judge("lee2023", Odd()), make_response())
+    record = judge_one(judge("lee2023", FixedScoresModel()), make_response())
     assert (record.outcome, record.p_a) == (outcome, None)
+    assert_no_nan(record)
 
 
-def test_votes_of_a_server_without_log_probabilities_are_counted(make_response):
-    """The endpoint's own counting is tested with it; here that a share of replies is a soft label like any other."""
+@pytest.mark.parametrize("preset", PRESETS["judge"])
+def test_record_of_an_unreadable_reply_holds_null_and_no_nan(make_response, preset):
+    class UnreadableModel(ScriptedModel):
+        def generate(self, batch, **sampling):
+            return [[make_generation("Both are good.")] for _ in batch]
+
+        def score_options(self, batch, options):
+            return [OptionScores((math.nan, math.nan), math.nan) for _ in batch]
+
+    record = judge_one(judge(preset, UnreadableModel()), make_response())
+    assert (record.outcome, record.option_mass) == (Outcome.UNPARSEABLE, 0.0)
+    assert record.p_a is record.p_forward is record.p_backward is record.position_gap is None
+    assert all(vote.p_forward is vote.p_backward is None for vote in record.votes)
+    assert_no_nan(record)
+
+
+def test_sampled_votes_give_a_soft_label(make_response):
+    """The fraction of the replies is the soft label. (The endpoint's tests cover the counting.)"""
     capabilities = ModelCapabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, num_votes=8)
 
-    class Voting(ScriptedModel):
+    class VotingModel(ScriptedModel):
         def score_options(self, batch, options):
-            assert all(ask.prefill == "" for ask in batch)
-            shares = [(6, 2) if shown_first(ask) else (4, 4) for ask in batch]
-            return [OptionScores((math.log(a / 8), math.log(b / 8)), 1.0) for a, b in shares]
+            assert all(request.prefill == "" for request in batch)
+            counts = [(6, 2) if is_a_shown_first(request) else (4, 4) for request in batch]
+            return [OptionScores((math.log(a / 8), math.log(b / 8)), 1.0) for a, b in counts]
 
-    record = one(judge("lee2023", Voting(capabilities=capabilities)), make_response())
+    record = judge_one(judge("lee2023", VotingModel(capabilities=capabilities)), make_response())
     assert record.p_a == pytest.approx((0.75 + 0.5) / 2) and record.option_mass == 1.0
-    assert record.template_hash != one(judge("lee2023", ScriptedModel()), make_response()).template_hash
+    assert record.template_hash != judge_one(judge("lee2023", ScriptedModel()), make_response()).template_hash

@@ -1,4 +1,4 @@
-"""The judging stage on a server that misbehaves in every way: each pair is judged once, nothing is invented, all is counted."""
+"""The judge stage on a faulty server: each pair is judged once, no label is invented, and all tokens are counted."""
 
 import math
 import threading
@@ -18,18 +18,19 @@ from schemas.records import Outcome, Preference
 from tests.support.chat_server import CUT_CONNECTION, FakeChatServer, make_chat_completion
 
 PAIRS = 24
-WITHIN_S = 30
+TIMEOUT_S = 30
 TOP = [("A", math.log(0.6)), ("B", math.log(0.3))]
 
 
-class Misbehaviour:
-    """Every third request meets trouble, and for a while all do; what the server bills is summed. It prefers what is good."""
+class FaultyServerScript:
+    """Fail every third request, and all of them for a while; sum the billed tokens. It prefers "the good one"."""
 
     def __init__(self):
-        self.over, self.lock, self.billed = threading.Event(), threading.Lock(), 0
-        self.troubles = [
+        self.finished, self.lock, self.billed = threading.Event(), threading.Lock(), 0
+        self.faults = [
             lambda: (429, b"slow down"), lambda: (500, b"oh"), lambda: CUT_CONNECTION, lambda: (200, b"{no json"),
-            lambda: (200, make_chat_completion("?") | {"choices": []}), lambda: self.over.wait(2) and (200, make_chat_completion("late", token_counts=None)),
+            lambda: (200, make_chat_completion("?") | {"choices": []}), 
+            lambda: self.finished.wait(2) and (200, make_chat_completion("late", token_counts=None)),
         ]  # fmt: skip
 
     def __call__(self, number, request):
@@ -37,17 +38,17 @@ class Misbehaviour:
             return 503, b"restarting"
         text = " ".join(message["content"] for message in request["messages"])
         top = TOP if text.index("good one") < text.index("bad one") else [("B", TOP[0][1]), ("A", TOP[1][1])]
-        answer = self.troubles[number // 3 % len(self.troubles)]() if number % 3 == 0 else None
-        answer = answer or (200, make_chat_completion("A", top_logprobs=None if "silent" in text else top))
-        if answer and answer[0] == 200 and isinstance(answer[1], dict):
+        reply = self.faults[number // 3 % len(self.faults)]() if number % 3 == 0 else None
+        reply = reply or (200, make_chat_completion("A", top_logprobs=None if "silent" in text else top))
+        if reply and reply[0] == 200 and isinstance(reply[1], dict):
             with self.lock:
-                self.billed += answer[1].get("usage", {"prompt_tokens": 0})["prompt_tokens"]
-        return answer
+                self.billed += reply[1].get("usage", {"prompt_tokens": 0})["prompt_tokens"]
+        return reply
 
 
-def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, monkeypatch):
+def test_judge_on_a_faulty_server_judges_each_pair_once_and_invents_no_label(bus, make_response, monkeypatch):
     monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
-    server, script = FakeChatServer(), Misbehaviour()
+    server, script = FakeChatServer(), FaultyServerScript()
     server.script = script
     model = Endpoint(
         server.url, "m", timeout_s=0.2, concurrency=4, retry_timeout_s=0.3, backoff_range_s=(0.01, 0.02),
@@ -59,18 +60,18 @@ def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, m
     )
     judge = make_stage("judge", settings, RoleModels(settings, {spec: model}), load_constitution("default"), bus)
     bus.publish([
-        to_producer_record(make_response(("the good one", "the bad one"), text=f"{'silent' if n % 4 == 0 else 'telling'} {n}"))
+        to_producer_record(make_response(("the good one", "the bad one"), text=f"{'silent' if n % 4 == 0 else 'normal'} {n}"))
         for n in range(PAIRS)
     ])  # fmt: skip
     try:
         with Host([Worker(bus, judge, ModelExecutor("judge", downstream_wait_s=0.0), run_id="r", instance="0")]) as host:
-            deadline = time.monotonic() + WITHIN_S
+            deadline = time.monotonic() + TIMEOUT_S
             while sum(bus.committed("r.judge", ["responses"]).values()) < PAIRS:
                 host.raise_if_failed()
                 assert time.monotonic() < deadline, "not every pair was judged in time"
                 host.failure_event.wait(0.01)
     finally:
-        script.over.set()
+        script.finished.set()
         server.close()
     labels = [decode_record(value, Preference) for value in read_values(bus, "preferences")]
     assert len(labels) == len({label.record_id for label in labels}) == PAIRS
@@ -81,4 +82,4 @@ def test_each_pair_is_judged_once_and_no_label_is_invented(bus, make_response, m
         else:
             assert label.outcome is Outcome.OK and math.isclose(label.p_a, 2 / 3) and not label.position_flip
     assert sum(label.prompt_tokens for label in labels) + model.unbilled_usage.prompt_tokens == script.billed > 0
-    assert len(server.requests) > 2 * PAIRS  # there was trouble
+    assert len(server.requests) > 2 * PAIRS  # requests were repeated

@@ -1,4 +1,4 @@
-"""The embedded log across processes: kills, crowds, expiry, versions."""
+"""The embedded log with several processes: killed publishers, concurrent writers, expired leases, and versions."""
 
 import os
 import signal
@@ -19,9 +19,9 @@ from engine.errors import BusUnreachable, DataFolderVersionMismatch, UsageError
 from schemas.topics import TOPICS
 
 
-def process(code, *arguments, **more):
+def start_process(code, *arguments, **options):
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd(), **more)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd(), **options)
 
 
 PUBLISH = """
@@ -35,8 +35,8 @@ PUBLISH = """
 """
 
 
-def test_killing_a_publisher_loses_nothing_that_was_acknowledged_and_tears_no_batch(bus, tmp_path):
-    publisher = process(PUBLISH, tmp_path / "data", "k", 100_000)
+def test_killed_publisher_loses_no_acknowledged_batch_and_writes_no_partial_batch(bus, tmp_path):
+    publisher = start_process(PUBLISH, tmp_path / "data", "k", 100_000)
     acknowledged = 0
     while acknowledged < 30:
         acknowledged = int(publisher.stdout.readline()) + 1
@@ -50,42 +50,42 @@ def test_killing_a_publisher_loses_nothing_that_was_acknowledged_and_tears_no_ba
     assert [m.offset for m in messages] == list(range(len(messages)))
 
 
-def test_many_processes_write_at_once(bus, tmp_path):
-    crowd = [process(PUBLISH, tmp_path / "data", name, 20) for name in "abcd"]
-    for one in crowd:
-        one.communicate()
-        assert one.returncode == 0
-    found = read_values(bus, "prompts")
-    assert len(found) == len(set(found)) == 4 * 20 * 10
+def test_many_processes_publish_concurrently(bus, tmp_path):
+    publishers = [start_process(PUBLISH, tmp_path / "data", name, 20) for name in "abcd"]
+    for publisher in publishers:
+        publisher.communicate()
+        assert publisher.returncode == 0
+    values = read_values(bus, "prompts")
+    assert len(values) == len(set(values)) == 4 * 20 * 10
 
 
-def test_a_dead_members_partitions_go_to_the_living_when_its_lease_ends(tmp_path):
+def test_partitions_of_a_dead_member_are_reassigned_after_its_lease(tmp_path):
     bus = EmbeddedBus(tmp_path, lease_timeout_s=0.5)
     bus.create_topics(list(TOPICS.values()))
-    dead = bus.open_consumer("g", ["prompts"], member="dead")
-    living = bus.open_consumer("g", ["prompts"], member="living")
-    dead.poll(0.01, 1)
-    while len(living.assignment()) < 12:  # it takes its half at once, and the rest once the other is silent for its lease
-        living.poll(0.1, 1)
-    living.close()
+    silent = bus.open_consumer("g", ["prompts"], member="silent")
+    active = bus.open_consumer("g", ["prompts"], member="active")
+    silent.poll(0.01, 1)
+    while len(active.assignment()) < 12:  # it gets half of them at once, and the rest when the lease of the other expires
+        active.poll(0.1, 1)
+    active.close()
     bus.close()
 
 
-def test_a_log_of_another_version_is_left_alone(tmp_path):
+def test_log_of_another_version_is_rejected(tmp_path):
     open_bus(str(tmp_path)).close()
     with sqlite3.connect(tmp_path / "log.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(DataFolderVersionMismatch, match=r"99.*ours: 1"):
+    with pytest.raises(DataFolderVersionMismatch, match=r"99.*expected 1"):
         open_bus(str(tmp_path))
 
 
-def test_a_file_that_is_no_log_is_an_error(tmp_path):
+def test_file_that_is_not_a_log_is_rejected(tmp_path):
     (tmp_path / "log.sqlite").write_bytes(b"not a database, but long enough to have a header" * 20)
     with pytest.raises(BusUnreachable, match="not a database"):
         open_bus(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_is_an_error(tmp_path):
+def test_impossible_data_folder_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="data folder"):
         open_bus(str(tmp_path / "file" / "folder"))
@@ -97,13 +97,13 @@ def test_publishing_to_an_unknown_topic_writes_nothing(bus):
     assert read_values(bus, "prompts") == []
 
 
-def test_kafka_addresses():
+def test_parse_address_accepts_a_list_of_hosts_with_ports():
     assert parse_address("kafka://a:1,b:2") == ["a:1", "b:2"]
-    for bad in ("kafka://", "kafka://host", "kafka://host:port", "kafka://a:1,b"):
+    for address in ("kafka://", "kafka://host", "kafka://host:port", "kafka://a:1,b"):
         with pytest.raises(UsageError, match="HOST:PORT"):
-            parse_address(bad)
+            parse_address(address)
 
 
-def test_no_broker_is_an_error_that_says_so():
+def test_missing_broker_raises_bus_unreachable():
     with pytest.raises(BusUnreachable, match=r"127\.0\.0\.1:9: .*refused"):
         open_bus("kafka://127.0.0.1:9", options={"bootstrap_timeout_ms": 500})

@@ -1,4 +1,4 @@
-"""What is Kafka's alone: transactions that hang, and secured listeners."""
+"""Kafka only: open transactions and secured listeners."""
 
 import json
 import logging
@@ -31,23 +31,25 @@ pytestmark = pytest.mark.kafka
 
 @pytest.fixture
 def bus(kafka_address):
-    opened = open_bus(kafka_address, prefix=f"k{uuid.uuid4().hex[:8]}.")
-    opened.create_topics([TopicSpec("in", Prompt, num_partitions=1)])
-    yield opened
-    opened.close()
+    bus = open_bus(kafka_address, prefix=f"k{uuid.uuid4().hex[:8]}.")
+    bus.create_topics([TopicSpec("in", Prompt, num_partitions=1)])
+    yield bus
+    bus.close()
 
 
-def test_a_transaction_that_stands_open_is_said_and_not_waited_for_endlessly(bus, monkeypatch):
+def test_open_transaction_of_another_producer_raises_bus_unreachable(bus, monkeypatch):
     monkeypatch.setattr(engine.bus.read, "STALL_TIMEOUT_S", 3.0)
     bus.publish([ProducerRecord("in", b"k", b"1")])
-    stranger = kafka.KafkaProducer(bootstrap_servers=bus.servers, transactional_id=bus.prefix, transaction_timeout_ms=600_000)
-    stranger.init_transactions()
-    stranger.begin_transaction()
-    stranger.send(bus.add_prefix("in"), value=b"2").get(timeout=10)
-    with pytest.raises(BusUnreachable, match=r"in\[0\] cannot be read beyond 1, and goes on to 2"):
+    other_producer = kafka.KafkaProducer(
+        bootstrap_servers=bus.servers, transactional_id=bus.prefix, transaction_timeout_ms=600_000
+    )
+    other_producer.init_transactions()
+    other_producer.begin_transaction()
+    other_producer.send(bus.add_prefix("in"), value=b"2").get(timeout=10)
+    with pytest.raises(BusUnreachable, match=r"in\[0\] cannot be read beyond 1; it ends at 2"):
         read_values(bus, "in")
-    stranger.abort_transaction()
-    stranger.close(timeout=5)
+    other_producer.abort_transaction()
+    other_producer.close(timeout=5)
     assert read_values(bus, "in") == [b"1"]
 
 
@@ -60,75 +62,75 @@ def secure(tmp_path_factory):
         yield broker
 
 
-def flags(broker, folder, **changes):
+def make_flags(broker, folder, **changes):
     return {
         "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": broker.USER,
         "bus.ssl_cafile": str(broker.ca_file), "data.folder": str(folder), "models.policy": "scripted",
     } | {key.replace("__", "."): value for key, value in changes.items() if key != "password"}  # fmt: skip
 
 
-def charter(broker, folder, *arguments, password=SecureBroker.PASSWORD, **changes):
-    """The command line against the secured broker; the password is in the environment alone."""
-    words = [word for key, value in flags(broker, folder, **changes).items() for word in ("--set", f"{key}={value}")]
+def run_charter(broker, folder, *arguments, password=SecureBroker.PASSWORD, **changes):
+    """Run the command line with the secured broker; the password is only in the environment."""
+    options = [word for key, value in make_flags(broker, folder, **changes).items() for word in ("--set", f"{key}={value}")]
     environment = os.environ | {"CHARTER_KAFKA_PASSWORD": password}
-    command = [sys.executable, "-m", "charter", *arguments, *words]
+    command = [sys.executable, "-m", "charter", *arguments, *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"])
-def test_a_secured_listener_lets_in_who_may(secure, tmp_path, mechanism):
+def test_secured_listener_accepts_valid_credentials(secure, tmp_path, mechanism):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(f'"a question for {mechanism}"\n')
-    done = charter(secure, tmp_path / "d", "produce", str(prompts), "-v", bus__sasl_mechanism=mechanism)
-    assert done.returncode == 0 and "1 prompts published" in done.stdout, done.stderr
-    assert secure.PASSWORD not in done.stdout + done.stderr
-    done = charter(secure, tmp_path / "d", "topics", "lag", "--json", bus__sasl_mechanism=mechanism)
-    assert done.returncode == 0 and json.loads(done.stdout)[0]["behind"] > 0
+    completed = run_charter(secure, tmp_path / "d", "produce", str(prompts), "-v", bus__sasl_mechanism=mechanism)
+    assert completed.returncode == 0 and "1 prompts published" in completed.stdout, completed.stderr
+    assert secure.PASSWORD not in completed.stdout + completed.stderr
+    completed = run_charter(secure, tmp_path / "d", "topics", "lag", "--json", bus__sasl_mechanism=mechanism)
+    assert completed.returncode == 0 and json.loads(completed.stdout)[0]["behind"] > 0
 
 
-def test_a_whole_stream_on_a_secured_listener_keeps_the_password_to_itself(secure, tmp_path, monkeypatch):
+def test_pipeline_on_a_secured_listener_never_stores_the_password(secure, tmp_path, monkeypatch):
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", SecureBroker.PASSWORD)
-    settings, _ = load_settings(flags(secure, tmp_path, bus__prefix="s."), environment={})
-    opened = connect_bus(settings)
-    FileProducer(opened, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=2)
-    with make_host(settings, opened, STAGES, sink=True) as host:
+    settings, _ = load_settings(make_flags(secure, tmp_path, bus__prefix="s."), environment={})
+    bus = connect_bus(settings)
+    FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=2)
+    with make_host(settings, bus, STAGES, sink=True) as host:
         store = open_store(settings)
         while store.query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL").rows != [
             (2,)
         ]:
             host.failure_event.wait(0.05)
             host.raise_if_failed()
-    kept = b"".join(value for topic in TOPICS for value in read_values(opened, topic))
-    opened.close()
-    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"live" in kept and SecureBroker.PASSWORD.encode() not in kept + files
+    log_bytes = b"".join(value for topic in TOPICS for value in read_values(bus, topic))
+    bus.close()
+    file_bytes = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"live" in log_bytes and SecureBroker.PASSWORD.encode() not in log_bytes + file_bytes
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"password": "wrong-one"}, ["does not answer", "uthentication"]),
-        ({"bus__ssl_cafile": ""}, ["does not answer", "certificate"]),
-        ({"bus__security_protocol": "PLAINTEXT"}, ["does not answer", "accepts connections"]),
-        ({"bus__sasl_username": ""}, ["wants a user"]),
+        ({"password": "wrong-one"}, ["is unreachable", "uthentication"]),
+        ({"bus__ssl_cafile": ""}, ["is unreachable", "certificate"]),
+        ({"bus__security_protocol": "PLAINTEXT"}, ["is unreachable", "accepts connections"]),
+        ({"bus__sasl_username": ""}, ["no Kafka user name"]),
         ({"password": ""}, ["no password"]),
     ],
 )
-def test_who_may_not_is_told_why_and_no_secret(secure, tmp_path, monkeypatch, changes, words):
+def test_error_for_rejected_credentials_names_the_reason_and_no_secret(secure, tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr("engine.bus.kafka.BOOTSTRAP_TIMEOUT_MS", 4000)
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", changes.get("password", secure.PASSWORD))
-    settings, _ = load_settings(flags(secure, tmp_path, **changes), environment={})
-    with pytest.raises(CharterError) as refused:
+    settings, _ = load_settings(make_flags(secure, tmp_path, **changes), environment={})
+    with pytest.raises(CharterError) as caught:
         connect_bus(settings)
-    assert refused.value.exit_code in (2, 3) and all(word in str(refused.value) for word in words), str(refused.value)
-    assert "wrong-one" not in str(refused.value) and secure.PASSWORD not in str(refused.value)
+    assert caught.value.exit_code in (2, 3) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert "wrong-one" not in str(caught.value) and secure.PASSWORD not in str(caught.value)
 
 
-@pytest.mark.parametrize(("protocol", "hints"), [("SASL_SSL", True), ("PLAINTEXT", False)])
-def test_a_broker_that_hangs_up_may_have_refused_the_user(protocol, hints):
-    with pytest.raises(ConnectionError, match="socket disconnected") as hung_up, capture_connection_errors(protocol):
+@pytest.mark.parametrize(("protocol", "has_hint"), [("SASL_SSL", True), ("PLAINTEXT", False)])
+def test_closed_connection_hints_at_failed_authentication(protocol, has_hint):
+    with pytest.raises(ConnectionError, match="socket disconnected") as caught, capture_connection_errors(protocol):
         logging.getLogger("kafka.net.manager").error(
             "Connection failed: %s", errors.KafkaConnectionError("socket disconnected")
         )
         raise errors.KafkaTimeoutError("Unable to bootstrap")
-    assert ("failed authentication" in str(hung_up.value)) is hints
+    assert ("failed authentication" in str(caught.value)) is has_hint

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, are what they say, and are no pickles."""
+"""Checkpoints are written atomically, verified by their hash, and never contain pickles."""
 
 import pytest
 
@@ -10,14 +10,14 @@ def save(folder):
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
 
 
-def test_written_is_what_is_read(tmp_path):
-    made = write_checkpoint(tmp_path / "policy-000001", save, {"phase": "sft"})
-    found = read_checkpoint(made.folder, made.content_hash)
-    assert found.manifest["phase"] == "sft" and found.content_hash == made.content_hash
+def test_checkpoint_round_trips(tmp_path):
+    written = write_checkpoint(tmp_path / "policy-000001", save, {"phase": "sft"})
+    checkpoint = read_checkpoint(written.folder, written.content_hash)
+    assert checkpoint.manifest["phase"] == "sft" and checkpoint.content_hash == written.content_hash
     assert [path.name for path in tmp_path.iterdir()] == ["policy-000001"]
 
 
-def test_a_failed_save_leaves_nothing(tmp_path):
+def test_failed_save_leaves_no_files(tmp_path):
     def fail(folder):
         save(folder)
         raise RuntimeError("no space")
@@ -28,22 +28,22 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda f: (f / "model.safetensors").write_bytes(b"x"), lambda f: (f / "more").touch()])
-def test_a_changed_checkpoint_is_not_loaded(tmp_path, damage):
-    made = write_checkpoint(tmp_path / "policy-000001", save, {})
-    damage(made.folder)
+def test_changed_checkpoint_is_rejected(tmp_path, damage):
+    written = write_checkpoint(tmp_path / "policy-000001", save, {})
+    damage(written.folder)
     with pytest.raises(CharterError, match="damaged"):
-        read_checkpoint(made.folder, made.content_hash)
+        read_checkpoint(written.folder, written.content_hash)
 
 
-def test_pickles_are_refused(tmp_path):
+def test_pickle_files_are_rejected(tmp_path):
     with pytest.raises(UsageError, match="pickle"):
         write_checkpoint(tmp_path / "a", lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), {})
-    made = write_checkpoint(tmp_path / "b", save, {})
-    (made.folder / "optimizer.pt").write_bytes(b"")
+    written = write_checkpoint(tmp_path / "b", save, {})
+    (written.folder / "optimizer.pt").write_bytes(b"")
     with pytest.raises(UsageError, match="pickle"):
-        read_checkpoint(made.folder)
+        read_checkpoint(written.folder)
 
 
-def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
+def test_folder_without_a_checkpoint_is_rejected(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint"):
         read_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Shared prefixes: one pass over a tree of prompts gives what a pass for each prompt gives, and computes shared tokens once."""
+"""Shared prefixes: one pass over a tree of prompts gives the same scores as one pass per prompt, with fewer tokens."""
 
 import math
 
@@ -15,32 +15,34 @@ from schemas.records import ChatMessage
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=12)
 
 
-def read_back(tree, end):
-    """The tokens on the way from the root to a node, and their positions."""
-    found = []
+def read_path(tree, end):
+    """Return the tokens on the path from the root to a node, with their positions."""
+    path = []
     while end != ROOT:
-        found.append((tree.token_ids[end], tree.position_ids[end]))
+        path.append((tree.token_ids[end], tree.position_ids[end]))
         end = tree.parent_indices[end]
-    return found[::-1]
+    return path[::-1]
 
 
 @given(PROMPTS, st.integers(1, 40))
-def test_every_prompt_can_be_read_back_and_nothing_that_is_shared_stands_twice(prompts, most):
-    made = build_prefix_trees(prompts, most)
-    assert sorted(place for tree in made for place in tree.prompt_indices) == list(range(len(prompts)))
-    for tree in made:
-        for place, end in zip(tree.prompt_indices, tree.end_indices, strict=True):
-            assert read_back(tree, end) == [(token, i) for i, token in enumerate(prompts[place])]
-        prefixes = {tuple(prompts[place][:n]) for place in tree.prompt_indices for n in range(1, len(prompts[place]) + 1)}
-        assert len(tree.token_ids) == len(prefixes) <= max(most, *map(len, prompts))
-        assert sum(len(prompts[place]) for place in tree.prompt_indices) - sum(tree.num_shared_tokens) == len(tree.token_ids)
-        for place, seen in tree.get_branches():
-            assert [tree.token_ids[i] for i in seen] == [t for t, _ in read_back(tree, place.stop - 1)]
-        for place, sees in enumerate(tree.make_visibility_mask().tolist()):
-            assert [t for t, seen in zip(tree.token_ids, sees, strict=True) if seen] == [t for t, _ in read_back(tree, place)]
+def test_trees_contain_every_prompt_and_each_shared_prefix_once(prompts, max_tokens):
+    trees = build_prefix_trees(prompts, max_tokens)
+    assert sorted(index for tree in trees for index in tree.prompt_indices) == list(range(len(prompts)))
+    for tree in trees:
+        for index, end in zip(tree.prompt_indices, tree.end_indices, strict=True):
+            assert read_path(tree, end) == [(token, i) for i, token in enumerate(prompts[index])]
+        prefixes = {tuple(prompts[index][:n]) for index in tree.prompt_indices for n in range(1, len(prompts[index]) + 1)}
+        assert len(tree.token_ids) == len(prefixes) <= max(max_tokens, *map(len, prompts))
+        assert sum(len(prompts[index]) for index in tree.prompt_indices) - sum(tree.num_shared_tokens) == len(tree.token_ids)
+        for index, visible in tree.get_branches():
+            assert [tree.token_ids[i] for i in visible] == [t for t, _ in read_path(tree, index.stop - 1)]
+        for index, mask in enumerate(tree.make_visibility_mask().tolist()):
+            assert [t for t, is_visible in zip(tree.token_ids, mask, strict=True) if is_visible] == [
+                t for t, _ in read_path(tree, index)
+            ]
 
 
-def asks():
+def make_requests():
     heads = ["a short head, ", "quite another beginning of a prompt, "]
     middles = ["then one answer. and the other", "then the other. and one answer"]
     ends = ["which is more honest", "which is less harmful", "b"]
@@ -57,44 +59,44 @@ def model(tiny):
     return LocalModel(tiny, dtype=torch.float32)
 
 
-def test_one_pass_over_a_tree_gives_what_a_pass_for_each_prompt_gives(model):
-    together = model.score_options(asks(), ("A", "B"))
-    for ask, scores in zip(asks(), together, strict=True):
-        logits = model.model(torch.tensor([model.encode_request(ask, 1)])).logits[0, -1]
+def test_tree_pass_gives_the_same_scores_as_one_pass_per_prompt(model):
+    all_scores = model.score_options(make_requests(), ("A", "B"))
+    for request, scores in zip(make_requests(), all_scores, strict=True):
+        logits = model.model(torch.tensor([model.encode_request(request, 1)])).logits[0, -1]
         p = torch.softmax(logits, -1)
-        wanted = [p[model.tokenizer.convert_tokens_to_ids(letter)].item() for letter in "AB"]
-        assert [math.exp(x) for x in scores.logprobs] == pytest.approx(wanted, rel=1e-4)
-    encoded = [model.encode_request(ask, 1) for ask in asks()]
+        expected = [p[model.tokenizer.convert_tokens_to_ids(letter)].item() for letter in "AB"]
+        assert [math.exp(x) for x in scores.logprobs] == pytest.approx(expected, rel=1e-4)
+    encoded = [model.encode_request(request, 1) for request in make_requests()]
     distinct = len({tuple(ids[:n]) for ids in encoded for n in range(1, len(ids) + 1)})
-    assert sum(s.usage.prompt_tokens - s.usage.cached_tokens for s in together) == distinct < sum(map(len, encoded)) / 2
+    assert sum(s.usage.prompt_tokens - s.usage.cached_tokens for s in all_scores) == distinct < sum(map(len, encoded)) / 2
 
 
-def test_branch_by_branch_is_what_a_mask_over_the_whole_tree_gives(model, monkeypatch):
+def test_branch_attention_gives_the_same_logits_as_a_tree_mask(model, monkeypatch):
     assert model.uses_tree_attention
     before = model.model.config._attn_implementation
-    (tree,) = model.build_trees([model.encode_request(ask, 1) for ask in asks()])
+    (tree,) = model.build_trees([model.encode_request(request, 1) for request in make_requests()])
     with torch.inference_mode():
         branches = model.compute_end_logits(tree)
         monkeypatch.setattr(LocalModel, "uses_tree_attention", False)
         masked = model.compute_end_logits(tree)
-    assert len(tree.get_branches()) > 1 and branches.shape == (len(asks()), model.model.config.vocab_size)
+    assert len(tree.get_branches()) > 1 and branches.shape == (len(make_requests()), model.model.config.vocab_size)
     torch.testing.assert_close(branches, masked, rtol=1e-4, atol=1e-5)
     assert model.model.config._attn_implementation == before
 
 
-def test_a_model_with_windows_of_its_own_is_asked_prompt_by_prompt(tiny):
+def test_model_with_sliding_window_attention_does_not_share_prefixes(tiny):
     windowed = LocalModel(tiny, dtype=torch.float32)
-    expected = windowed.score_options(asks(), ("A", "B"))
+    expected = windowed.score_options(make_requests(), ("A", "B"))
     windowed.model.config.layer_types = ["sliding_attention", "full_attention"]
-    found = windowed.score_options(asks(), ("A", "B"))
-    assert sum(s.usage.cached_tokens for s in found) == 0
-    assert [s.logprobs for s in found] == [pytest.approx(s.logprobs, rel=1e-4) for s in expected]
+    scores = windowed.score_options(make_requests(), ("A", "B"))
+    assert sum(s.usage.cached_tokens for s in scores) == 0
+    assert [s.logprobs for s in scores] == [pytest.approx(s.logprobs, rel=1e-4) for s in expected]
 
 
-def test_a_text_that_takes_too_long_comes_back_as_far_as_it_is(model):
+def test_completion_that_times_out_is_returned_incomplete(model):
     messages = (ChatMessage(role="user", content="q"),)
-    late, free = model.generate(
+    late, complete = model.generate(
         [GenerationRequest(messages, timeout_s=0.0), GenerationRequest(messages)], max_tokens=20, temperature=0
     )
     assert late[0].finish_reason == "timeout" and len(late[0].token_ids) == 1 == len(late[0].logprobs)
-    assert free[0].finish_reason != "timeout" and free[0].token_ids[:1] == late[0].token_ids
+    assert complete[0].finish_reason != "timeout" and complete[0].token_ids[:1] == late[0].token_ids

@@ -1,4 +1,4 @@
-"""Endpoints against a real server: the OpenAI-compatible one that transformers ships, serving SmolLM2 on the loopback."""
+"""Endpoints with a real server: the OpenAI-compatible server of transformers with SmolLM2 on loopback."""
 
 import logging
 
@@ -12,7 +12,7 @@ from schemas.records import ChatMessage
 pytestmark = pytest.mark.model
 
 
-def ask(text, seed=0):
+def make_request(text, seed=0):
     return GenerationRequest((ChatMessage(role="user", content=text),), seed=seed)
 
 
@@ -21,30 +21,30 @@ def model(served):
     return open_endpoint(served, timeout_s=60, concurrency=2)
 
 
-def test_what_it_can_do_is_found_out(model):
-    # Unknown fields are refused with 422, logprobs ignored, and a last assistant message is closed before the next begins.
+def test_probe_finds_the_capabilities_of_the_server(model):
+    # The server rejects unknown fields with 422, ignores logprobs, and closes a last assistant message.
     assert model.server_capabilities == ServerCapabilities(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     assert (model.capabilities.prefill, model.capabilities.logprobs) == (False, False)
 
 
-def test_it_answers_and_counts(model):
+def test_server_generates_and_reports_usage(model):
     model.take_unbilled()
-    ((one,),) = model.generate([ask("What is the capital of France?")], temperature=0.0, max_tokens=24)
+    ((one,),) = model.generate([make_request("What is the capital of France?")], temperature=0.0, max_tokens=24)
     assert "Paris" in one.text and one.finish_reason == "stop" and one.token_ids == ()
     assert one.usage.prompt_tokens == 37 and 4 < one.usage.completion_tokens <= 24
-    (cut,) = model.generate([ask("Count to one hundred.")], max_tokens=2)[0]
-    assert cut.finish_reason == "length" and cut.usage.completion_tokens == 2
+    (truncated,) = model.generate([make_request("Count to one hundred.")], max_tokens=2)[0]
+    assert truncated.finish_reason == "length" and truncated.usage.completion_tokens == 2
 
 
-def test_it_votes_on_options(model):
+def test_options_are_scored_by_votes(model):
     question = "Which letter comes first in the alphabet? Reply with one letter, A or B. Write that letter alone."
-    (one,) = model.score_options([ask(question, seed=3)], ("A", "B"))
+    (one,) = model.score_options([make_request(question, seed=3)], ("A", "B"))
     assert 0 <= one.option_mass <= 1 and one.usage.prompt_tokens > 8 * 30 and one.usage.completion_tokens >= 8
     assert one.usage != Usage()
 
 
-def test_it_samples_where_the_models_configuration_says_so(model, caplog):
+def test_probe_detects_that_the_server_samples(model, caplog):
     with caplog.at_level(logging.WARNING, "charter.endpoint"):
         assert probe_server(model) == model.server_capabilities
-    told = " ".join(caplog.messages)
-    assert "prefilled assistant message" in told and "votes" in told and "does not sample" not in told
+    log_text = " ".join(caplog.messages)
+    assert "prefilled assistant message" in log_text and "votes" in log_text and "does not sample" not in log_text

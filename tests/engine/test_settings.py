@@ -1,4 +1,4 @@
-"""Settings: precedence, origins, and errors that name the nearest one."""
+"""Settings: precedence, origins, and errors that suggest the nearest name."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from engine.errors import UsageError
 from engine.settings import PRESETS, format_settings_file, iter_settings, load_settings
 
 
-def test_defaults_are_those_of_the_recipe():
+def test_defaults_have_the_expected_values():
     settings, origins = load_settings(environment={})
     assert (settings.ppo.clip, settings.ppo.beta, settings.critique.rounds, settings.respond.num_completions) == (
         0.2,
@@ -19,27 +19,32 @@ def test_defaults_are_those_of_the_recipe():
     assert origins["ppo.clip"] == "default"
 
 
-def test_a_flag_beats_the_environment_beats_the_file_beats_a_preset(tmp_path):
+def test_precedence_is_flag_environment_file_preset(tmp_path):
     file = tmp_path / "charter.toml"
     file.write_text("[respond]\nnum_completions = 3\nmax_tokens = 33\ntop_p = 0.3\n")
     preset = {"respond": {"num_completions": 2, "max_tokens": 22, "top_p": 0.2, "temperature": 0.22}}
     environment = {"CHARTER_RESPOND__NUM_COMPLETIONS": "4", "CHARTER_RESPOND__MAX_TOKENS": "44"}
     settings, origins = load_settings({"respond.num_completions": "5"}, file, preset, environment)
-    wanted = settings.respond
-    assert (wanted.num_completions, wanted.max_tokens, wanted.top_p, wanted.temperature) == (5, 44, 0.3, 0.22)
+    respond = settings.respond
+    assert (respond.num_completions, respond.max_tokens, respond.top_p, respond.temperature) == (5, 44, 0.3, 0.22)
     names = [origins[f"respond.{key}"] for key in ("num_completions", "max_tokens", "top_p", "temperature")]
     assert names == ["flag", "CHARTER_RESPOND__MAX_TOKENS", str(file), "preset"]
 
 
-def test_a_recipe_fills_in_what_nobody_has_set(tmp_path):
+def test_preset_sets_only_values_that_are_not_set_elsewhere(tmp_path):
     file = tmp_path / "charter.toml"
     file.write_text('[critique]\npreset = "bai2022"\nrounds = 2\n[judge]\npreset = "course"\n')
     preset = {"critique": {"rounds": 1, "temperature": 0.9, "max_tokens": 9}}
     environment = {"CHARTER_JUDGE__REJECT_POSITION_FLIPS": "false", "CHARTER_JUDGE__PRESET": "bai2022-cot"}
     settings, origins = load_settings({"critique.preset": "course"}, file, preset, environment)
-    made, judge = settings.critique, settings.judge
-    assert (made.preset, made.selection, made.early_stop, made.few_shot) == ("course", "rotate", "phrases", False)
-    assert (made.rounds, made.temperature, made.max_tokens) == (2, 0.9, 9)
+    critique, judge = settings.critique, settings.judge
+    assert (critique.preset, critique.selection, critique.early_stop, critique.few_shot) == (
+        "course",
+        "rotate",
+        "phrases",
+        False,
+    )
+    assert (critique.rounds, critique.temperature, critique.max_tokens) == (2, 0.9, 9)
     assert (judge.preset, judge.answer_mode, judge.clamp, judge.principles, judge.reject_position_flips) == (
         "bai2022-cot", "reasoning", 0.4, "sample", False
     )  # fmt: skip
@@ -62,7 +67,7 @@ def test_a_recipe_fills_in_what_nobody_has_set(tmp_path):
         ({}, {}, "num_completions = 1\n", "num_completions"),
     ],
 )
-def test_an_unknown_setting_names_the_nearest(tmp_path, flags, environment, text, nearest):
+def test_error_for_an_unknown_setting_suggests_the_nearest(tmp_path, flags, environment, text, nearest):
     file = tmp_path / "charter.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match="unknown setting") as caught:
@@ -74,31 +79,31 @@ def test_an_unknown_setting_names_the_nearest(tmp_path, flags, environment, text
     ("name", "value"),
     [("respond.num_completions", "0"), ("judge.pairing", "pairs"), ("ppo.clip", "-1"), ("critique.early_stop", "perhaps")],
 )
-def test_a_value_out_of_range_says_which_setting_and_why(name, value):
+def test_error_for_an_invalid_value_names_the_setting_and_the_value(name, value):
     with pytest.raises(UsageError) as caught:
         load_settings({name: value}, environment={})
     assert name in str(caught.value) and value.strip("-") in str(caught.value)
 
 
-def test_a_broken_file_names_the_line(tmp_path):
+def test_error_for_an_invalid_file_names_the_line(tmp_path):
     file = tmp_path / "charter.toml"
     file.write_text("[respond]\nnum_completions = = 3\n")
     with pytest.raises(UsageError, match="line 2"):
         load_settings({}, file, environment={})
 
 
-def test_lists_come_as_commas_or_json():
+def test_lists_are_parsed_from_commas_or_json():
     for text in ("helpful,benign", '["helpful", "benign"]'):
         settings, _ = load_settings({"critique.skip_sources": text}, environment={})
         assert settings.critique.skip_sources == ["helpful", "benign"]
     settings, _ = load_settings({"models.follow": "critic", "sft.rounds": "[1, 2]"}, environment={})
     assert (settings.models.follow, settings.sft.rounds) == (["critic"], [1, 2])
-    for bad in ("[1", "0", "x"):
+    for value in ("[1", "0", "x"):
         with pytest.raises(UsageError, match=r"sft.rounds cannot be"):
-            load_settings({"sft.rounds": bad}, environment={})
+            load_settings({"sft.rounds": value}, environment={})
 
 
-def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):
+def test_generated_settings_file_has_every_key_and_the_default_values(tmp_path):
     file = tmp_path / "charter.toml"
     file.write_text(format_settings_file())
     settings, origins = load_settings({}, file, environment={})
@@ -107,7 +112,7 @@ def test_the_settings_file_has_every_key_and_changes_nothing(tmp_path):
     assert all(any(line.startswith(f"# {key} = ") for line in lines) for _, key, _ in iter_settings())
 
 
-def test_the_committed_settings_file_is_the_generated_one():
+def test_committed_settings_file_is_up_to_date():
     assert Path("charter.toml").read_text(encoding="utf-8") == format_settings_file(), (
         "run: charter config --defaults > charter.toml"
     )

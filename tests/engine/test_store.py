@@ -1,4 +1,4 @@
-"""The store and its gate: reads are only reads, a busy file is said to be busy, the writer goes first."""
+"""The store and its access lock: queries cannot write, a busy file raises StoreBusy, and a waiting writer goes first."""
 
 import subprocess
 import sys
@@ -18,17 +18,17 @@ from schemas.topics import TOPICS
 
 @pytest.fixture
 def store(tmp_path):
-    made = Store(tmp_path / "charter.duckdb")
-    made.create_schema()
-    return made
+    store = Store(tmp_path / "charter.duckdb")
+    store.create_schema()
+    return store
 
 
-def test_a_new_database_has_every_table_and_view(store):
+def test_new_database_has_every_table_and_view(store):
     status = store.query("SELECT topic, records FROM pipeline_status").rows
     assert status == [(topic, 0) for topic in TOPICS]
     for view in ("sft_examples", "preference_pairs", "traces", "revision_chains", "rollouts"):
         assert store.query(f"SELECT * FROM {view}").rows == []
-    store.create_schema()  # again: nothing happens
+    store.create_schema()  # the second call has no effect
 
 
 READER = """
@@ -36,28 +36,28 @@ import os, sys
 from pathlib import Path
 from engine.store import Store
 store = Store(Path(sys.argv[1], "charter.duckdb"))
-if os.getuid() == 0:  # nothing is forbidden to root
+if os.getuid() == 0:  # root can write everywhere
     os.setuid(65534)
 try:
     Path(sys.argv[1], "charter.gate", "turn").open("a")
-    sys.exit("this user may write there")
+    sys.exit("this user can write to the folder")
 except PermissionError:
     print(store.query("SELECT count(*) FROM traces").rows)
 """
 
 
-def test_who_may_only_read_the_folder_can_ask():
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+def test_user_with_read_access_only_can_query():
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are not readable by other users
         folder = Path(name)
         Store(folder / "charter.duckdb").create_schema()
-        Store(folder / "charter.duckdb").query("SELECT 1")  # now the gate is whole
+        Store(folder / "charter.duckdb").query("SELECT 1")  # creates the files of the access lock
         paths = (folder, *folder.rglob("*"))
         for path in paths:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        done = subprocess.run([sys.executable, "-c", READER, name], capture_output=True, text=True, check=False)
+        completed = subprocess.run([sys.executable, "-c", READER, name], capture_output=True, text=True, check=False)
         for path in paths:
             path.chmod(0o755)
-    assert done.stdout.strip() == "[(0,)]", done.stderr
+    assert completed.stdout.strip() == "[(0,)]", completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -74,31 +74,31 @@ def test_who_may_only_read_the_folder_can_ask():
     ],
 )
 def test_queries_can_only_read_the_tables(store, statement):
-    with pytest.raises(UsageError, match="does not work"):
+    with pytest.raises(UsageError, match="failed"):
         store.query(statement)
 
 
-def test_a_long_query_is_cut(store):
+def test_long_query_is_interrupted(store):
     started = time.monotonic()
     with pytest.raises(UsageError, match=r"longer than 0\.3 s"):
         store.query("SELECT count(*) FROM range(100000000) a, range(100000) b WHERE a.range % 7 = b.range % 11", limit_s=0.3)
     assert time.monotonic() - started < 10
 
 
-def test_an_absent_database_says_how_to_make_one(tmp_path):
+def test_error_for_a_missing_database_names_a_command(tmp_path):
     with pytest.raises(UsageError, match="charter demo"):
         Store(tmp_path / "none.duckdb").query("SELECT 1")
 
 
-def test_a_database_of_another_version_is_left_alone(store):
+def test_database_of_another_version_is_rejected(store):
     with store.open_write_session() as connection:
         connection.execute("UPDATE raw.sink_state SET version = 99")
-    for use in (store.create_schema, lambda: store.query("SELECT 1")):
-        with pytest.raises(DataFolderVersionMismatch, match=rf"99, ours: {FORMAT_VERSION}"):
-            use()
+    for function in (store.create_schema, lambda: store.query("SELECT 1")):
+        with pytest.raises(DataFolderVersionMismatch, match=rf"99, expected {FORMAT_VERSION}"):
+            function()
 
 
-def test_a_foreign_database_is_left_alone(tmp_path):
+def test_foreign_database_is_rejected(tmp_path):
     path = tmp_path / "charter.duckdb"
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE TABLE mine (a INTEGER)")
@@ -106,7 +106,7 @@ def test_a_foreign_database_is_left_alone(tmp_path):
         Store(path).create_schema()
 
 
-def test_a_file_that_is_no_database_is_an_error(tmp_path):
+def test_file_that_is_not_a_database_is_rejected(tmp_path):
     path = tmp_path / "charter.duckdb"
     path.write_bytes(b"something else" * 1000)
     with pytest.raises(DataFolderVersionMismatch, match="cannot be opened"):
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_database_is_an_error(tmp_path):
 HOLD = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 
 
-def test_a_file_held_by_another_program_says_by_whom(store):
+def test_error_for_a_locked_file_names_the_process(store):
     command = [sys.executable, "-c", HOLD, str(store.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -126,18 +126,18 @@ def test_a_file_held_by_another_program_says_by_whom(store):
     assert store.query("SELECT 1").rows == [(1,)]
 
 
-def test_a_busy_gate_is_busy_after_the_wait(store):
+def test_busy_access_lock_raises_store_busy_after_the_timeout(store):
     with store.access_lock.write_lock(1), pytest.raises(StoreBusy, match="busy"):
         store.query("SELECT 1", lock_timeout_s=0.1)
 
 
-def test_a_waiting_writer_goes_before_readers_that_come_later(store):
-    order, reading, go = [], threading.Event(), threading.Event()
+def test_waiting_writer_goes_before_later_readers(store):
+    order, reading, release = [], threading.Event(), threading.Event()
 
     def first_reader():
         with store.access_lock.read_lock(10):
             reading.set()
-            go.wait(10)
+            release.wait(10)
 
     def writer():
         with store.access_lock.write_lock(10):
@@ -151,18 +151,18 @@ def test_a_waiting_writer_goes_before_readers_that_come_later(store):
     threads[0].start()
     assert reading.wait(10)
     threads[1].start()
-    while not turn_is_taken(store):  # the writer has the turn and waits for the first reader
+    while not is_write_lock_requested(store):  # the writer has requested the lock and waits for the first reader
         pass
     threads[2].start()
     while not store.access_lock.has_waiting_readers():
         pass
-    go.set()
+    release.set()
     for thread in threads:
         thread.join()
     assert order == ["writer", "reader"]
 
 
-def turn_is_taken(store):
+def is_write_lock_requested(store):
     try:
         with store.access_lock.read_lock(0):
             return False

@@ -1,4 +1,4 @@
-"""Producers: every kind of bad line is said with its number, and nothing that was fine is lost or doubled."""
+"""File producer: each kind of invalid line is reported with its number; no valid line is lost or published twice."""
 
 import io
 import json
@@ -16,26 +16,26 @@ from schemas.codec import decode_record
 from schemas.records import ChatMessage, Prompt, Split
 
 
-def published(bus):
+def read_prompts(bus):
     return [decode_record(value, Prompt) for value in read_values(bus, "prompts")]
 
 
-def texts(bus):
-    return sorted(p.messages[-1].content for p in published(bus))
+def read_contents(bus):
+    return sorted(p.messages[-1].content for p in read_prompts(bus))
 
 
-def line(value):
+def to_line(value):
     return (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n"
 
 
-GOOD = [
+VALID = [
     "a plain string",
     {"prompt": "an object"},
     {
         "messages": [
             {"role": "user", "content": "hi"},
             {"role": "assistant", "content": "yes?"},
-            {"role": "user", "content": "turns"},
+            {"role": "user", "content": "several"},
         ]
     },
     {
@@ -44,7 +44,7 @@ GOOD = [
         "tags": ["t"],
     },
 ]
-BAD = [
+INVALID = [
     (b"{not json", "not JSON"),
     (b'"caf\xe9"', "not UTF-8"),
     ({"prompt": ""}, "empty prompt"),
@@ -63,125 +63,129 @@ BAD = [
 ]
 
 
-def test_every_good_form_is_taken(bus, tmp_path):
+def test_file_producer_accepts_every_valid_form(bus, tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + b"".join(line(g) for g in GOOD) + b"\n\n")
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(to_line(value) for value in VALID) + b"\n\n")
     assert FileProducer(bus, "r").publish(str(file)).num_published == 4
-    found = {p.messages[-1].content: p for p in published(bus)}
-    assert set(found) == {"a plain string", "an object", "turns", "messages"}
-    assert len(found["turns"].messages) == 3 and found["messages"].tags == ["t"] and found["messages"].source == "s"
-    assert found["an object"].origin == "p.jsonl:2"
+    prompts = {p.messages[-1].content: p for p in read_prompts(bus)}
+    assert set(prompts) == {"a plain string", "an object", "several", "messages"}
+    assert len(prompts["several"].messages) == 3 and prompts["messages"].tags == ["t"] and prompts["messages"].source == "s"
+    assert prompts["an object"].origin == "p.jsonl:2"
 
 
-@pytest.mark.parametrize(("bad", "why"), BAD, ids=[why for _, why in BAD])
-def test_a_bad_line_is_said_and_its_neighbours_are_kept(bus, tmp_path, bad, why):
+@pytest.mark.parametrize(("invalid", "reason"), INVALID, ids=[reason for _, reason in INVALID])
+def test_file_producer_reports_an_invalid_line_and_publishes_the_others(bus, tmp_path, invalid, reason):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(line("before") + line(bad) + line("after"))
+    file.write_bytes(to_line("before") + to_line(invalid) + to_line("after"))
     report = FileProducer(bus, "r", max_chars=100).publish(str(file))
-    assert [number for number, _ in report.bad_rows] == [2] and why in report.bad_rows[0][1]
-    assert texts(bus) == ["after", "before"]
+    assert [number for number, _ in report.bad_rows] == [2] and reason in report.bad_rows[0][1]
+    assert read_contents(bus) == ["after", "before"]
 
 
-def test_strict_stops_at_the_first_and_keeps_what_was_before(bus, tmp_path):
+def test_strict_producer_stops_at_the_first_invalid_line_and_keeps_the_lines_before_it(bus, tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(line("one") + line("two") + line(b"{") + line("four"))
-    for _ in range(2):  # and again: it does not slip past the bad line the second time
+    file.write_bytes(to_line("one") + to_line("two") + to_line(b"{") + to_line("four"))
+    for _ in range(2):  # the second call does not skip the invalid line
         with pytest.raises(UsageError, match="line 3"):
             FileProducer(bus, "r", strict=True).publish(str(file))
-    assert texts(bus) == ["one", "two"]
-    file.write_bytes(line("one") + line("two") + line("three") + line("four"))
+    assert read_contents(bus) == ["one", "two"]
+    file.write_bytes(to_line("one") + to_line("two") + to_line("three") + to_line("four"))
     report = FileProducer(bus, "r", strict=True).publish(str(file))
-    assert (report.num_published, report.num_duplicates) == (2, 2) and texts(bus) == ["four", "one", "three", "two"]
+    assert (report.num_published, report.num_duplicates) == (2, 2) and read_contents(bus) == ["four", "one", "three", "two"]
 
 
-def test_a_utf16_file_says_how_to_convert_it(bus, tmp_path):
+def test_error_for_a_utf16_file_names_the_conversion_command(bus, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('"x"\n', encoding="utf-16")
     with pytest.raises(UsageError, match="iconv"):
         FileProducer(bus, "r").publish(str(file))
 
 
-def test_a_json_array_says_how_to_convert_it(bus, tmp_path):
+def test_error_for_a_json_array_names_the_conversion_command(bus, tmp_path):
     file = tmp_path / "p.json"
     file.write_text('[{"prompt": "x"}]')
     with pytest.raises(UsageError, match="jq -c"):
         FileProducer(bus, "r").publish(str(file))
 
 
-def test_a_file_that_was_read_before_says_so(bus, tmp_path):
+def test_report_counts_the_rows_that_an_earlier_call_read(bus, tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(line("one") + line(b"{"))
+    file.write_bytes(to_line("one") + to_line(b"{"))
     assert "; its first" not in "".join(format_report(FileProducer(bus, "r").publish(str(file)), str(file)))
-    assert "its first 2 rows were read before" in "".join(format_report(FileProducer(bus, "r").publish(str(file)), str(file)))
+    assert "its first 2 rows were read by an earlier call" in "".join(
+        format_report(FileProducer(bus, "r").publish(str(file)), str(file))
+    )
 
 
-def test_an_absent_file_says_so(bus):
+def test_producer_rejects_a_missing_file(bus):
     with pytest.raises(UsageError, match="cannot read"):
         FileProducer(bus, "r").publish("/nowhere/p.jsonl")
 
 
-def test_the_same_file_twice_publishes_once_and_a_grown_one_what_is_new(bus, tmp_path):
+def test_producer_publishes_a_file_once_and_only_the_new_rows_of_a_grown_file(bus, tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b"".join(line(f"p{n}") for n in range(1200)))
+    file.write_bytes(b"".join(to_line(f"p{n}") for n in range(1200)))
     assert FileProducer(bus, "r").publish(str(file)).num_published == 1200
     assert FileProducer(bus, "r").publish(str(file)).num_published == 0
-    with file.open("ab") as more:
-        more.write(line("new"))
+    with file.open("ab") as stream:
+        stream.write(to_line("new"))
     report = FileProducer(bus, "r").publish(str(file))
     assert (report.num_published, report.num_duplicates) == (1, 1200)
     assert FileProducer(bus, "r", epoch=1).publish(str(file)).num_published == 1201
     assert FileProducer(bus, "another run").publish(str(file)).num_published == 1201
 
 
-def test_a_producer_that_fails_half_way_goes_on_where_it_stopped(bus, tmp_path, monkeypatch):
+def test_interrupted_producer_continues_after_the_last_commit(bus, tmp_path, monkeypatch):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b"".join(line(f"p{n:04}") for n in range(1500)))
-    real, left = FileProducer.commit, [2]
+    file.write_bytes(b"".join(to_line(f"p{n:04}") for n in range(1500)))
+    real_commit, remaining = FileProducer.commit, [2]
 
     def commit(self, *arguments):
-        if not left[0]:
+        if not remaining[0]:
             raise KeyboardInterrupt
-        left[0] -= 1
-        return real(self, *arguments)
+        remaining[0] -= 1
+        return real_commit(self, *arguments)
 
     monkeypatch.setattr(FileProducer, "commit", commit)
     with pytest.raises(KeyboardInterrupt):
         FileProducer(bus, "r").publish(str(file))
-    assert len(published(bus)) == 1000
-    monkeypatch.setattr(FileProducer, "commit", real)
+    assert len(read_prompts(bus)) == 1000
+    monkeypatch.setattr(FileProducer, "commit", real_commit)
     assert FileProducer(bus, "r").publish(str(file)).num_published == 500
-    assert texts(bus) == [f"p{n:04}" for n in range(1500)]
+    assert read_contents(bus) == [f"p{n:04}" for n in range(1500)]
 
 
-def test_standard_input(bus, monkeypatch):
-    stdin = io.TextIOWrapper(io.BytesIO(line("from stdin") + line("from stdin") + line(b"{")))
+def test_producer_reads_standard_input(bus, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(to_line("from stdin") + to_line("from stdin") + to_line(b"{")))
     monkeypatch.setattr(sys, "stdin", stdin)
     report = FileProducer(bus, "r").publish("-")
-    assert (report.num_published, report.num_duplicates, len(report.bad_rows)) == (1, 1, 1) and texts(bus) == ["from stdin"]
+    assert (report.num_published, report.num_duplicates, len(report.bad_rows)) == (1, 1, 1) and read_contents(bus) == [
+        "from stdin"
+    ]
 
 
 @given(st.binary(max_size=100))
-def test_any_line_is_a_prompt_or_a_bad_line(data):
+def test_every_line_parses_to_a_prompt_or_raises_row_error(data):
     try:
         assert parse_prompt(data, source="s", max_chars=50).messages
     except RowError as error:
         assert str(error)
 
 
-def test_the_split_is_the_same_everywhere_and_about_right(bus, tmp_path):
+def test_split_is_stable_and_has_the_eval_fraction(bus, tmp_path):
     dialogues = [[ChatMessage(role="user", content=f"p{n}")] for n in range(5000)]
     splits = [assign_split(messages, 0.1) for messages in dialogues]
     assert 0.08 < splits.count(Split.EVAL) / 5000 < 0.12
     assert assign_split(dialogues[1], 0.0) is Split.TRAIN
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b"".join(line(f"p{n}") for n in range(50)))
+    file.write_bytes(b"".join(to_line(f"p{n}") for n in range(50)))
     for run, epoch in (("r", 0), ("r", 1), ("another run", 2)):
         FileProducer(bus, run, epoch=epoch, eval_fraction=0.5).publish(str(file))
-    sides = {(p.messages[0].content, p.split) for p in published(bus)}
-    assert len(published(bus)) == 150 and len(sides) == 50 and len({split for _, split in sides}) == 2
+    splits_by_prompt = {(p.messages[0].content, p.split) for p in read_prompts(bus)}
+    assert len(read_prompts(bus)) == 150 and len(splits_by_prompt) == 50 and len({split for _, split in splits_by_prompt}) == 2
 
 
-def test_the_shipped_prompts_are_enough_different_and_half_and_half():
+def test_shipped_prompts_are_distinct_and_half_of_them_are_red_team():
     lines = SHIPPED_PROMPTS_PATH.read_bytes().splitlines()
     parsed = [parse_prompt(text, source="", max_chars=1000) for text in lines]
     assert len(parsed) == count_shipped_prompts() >= 64

@@ -1,4 +1,4 @@
-"""Confluent's framing: its bytes by hand, a registry on the loopback, and whatever may be wrong with either."""
+"""Confluent framing: hand-written bytes, a registry on loopback, and the faults of both."""
 
 import contextlib
 import io
@@ -26,20 +26,20 @@ from tests.support.schema_registry import FIRST_SCHEMA_ID, REGISTRY_CONTENT_TYPE
 
 ID = compute_id("x")
 LOGIN = "charter:s3cret"
-# The examples of one property share a registry, which remembers; that is what a process's registry does too.
-one_registry = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The examples of one property share a registry with its cache, as the records of one process do.
+shared_registry = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
 def server():
-    found = FakeSchemaRegistry()
-    yield found
-    found.close()
+    server = FakeSchemaRegistry()
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def registry(server):
-    """A registry that the codec reads with; what it writes is still single-object."""
+    """Configure the codec to read with a registry; it still writes single-object encoding."""
     client = SchemaRegistryClient(server.url, timeout_s=5)
     codec.configure_framing("single-object", client)
     yield client
@@ -53,7 +53,7 @@ def confluent(registry):
     return registry
 
 
-def prompt(content="hello", **more):
+def make_prompt(content="hello", **more):
     return Prompt(
         record_id=ID,
         prompt_id=ID,
@@ -65,17 +65,17 @@ def prompt(content="hello", **more):
     )
 
 
-def response():
-    candidate = Completion(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5])
-    return Response(record_id=ID, run_id="r", stage="respond", messages=[], source="x", completions=[candidate])
+def make_response():
+    completion = Completion(index=0, text="hi", token_ids=[1, 2], logprobs=[-0.5, -1.5])
+    return Response(record_id=ID, run_id="r", stage="respond", messages=[], source="x", completions=[completion])
 
 
-def framed(schema_id, record):
-    """A message in Confluent's framing, written by hand: the body is that of single-object encoding."""
-    return b"\x00" + schema_id.to_bytes(4, "big") + body_of(record)
+def frame_record(schema_id, record):
+    """Frame a record by hand in Confluent's format; the body is the same as in single-object encoding."""
+    return b"\x00" + schema_id.to_bytes(4, "big") + encode_body(record)
 
 
-def body_of(record):
+def encode_body(record):
     buffer = io.BytesIO()
     fastavro.schemaless_writer(buffer, parse_schema(avro.get_schema(type(record)), {}), record.model_dump())
     return buffer.getvalue()
@@ -84,26 +84,26 @@ def body_of(record):
 # The format
 
 
-def test_the_wire_bytes_are_confluents(server, confluent):
-    record = response()
-    place = RECORDS.index(Response)
-    assert codec.encode_record(record) == bytes([0, 0, 0, 1, 2 + place]) + body_of(record)  # 258 is 01 02
-    assert json.loads(server.schemas[FIRST_SCHEMA_ID + place]) == avro.get_schema(Response)
+def test_encoded_bytes_have_the_confluent_framing(server, confluent):
+    record = make_response()
+    index = RECORDS.index(Response)
+    assert codec.encode_record(record) == bytes([0, 0, 0, 1, 2 + index]) + encode_body(record)  # 258 is 01 02
+    assert json.loads(server.schemas[FIRST_SCHEMA_ID + index]) == avro.get_schema(Response)
 
 
-@one_registry
+@shared_registry
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])), epoch=st.integers(0, 2**31))
 def test_any_prompt_round_trips(confluent, text, epoch):
-    record = prompt(text, epoch=epoch)
+    record = make_prompt(text, epoch=epoch)
     assert codec.decode_record(codec.encode_record(record), Prompt) == record
 
 
-def test_schemas_are_registered_once_under_the_topics_real_name(server):
+def test_schemas_are_registered_once_under_the_topic_name_with_prefix(server):
     client = SchemaRegistryClient(server.url + "/", prefix="team/a.")
     codec.configure_framing("confluent", client)
     try:
         for _ in range(3):
-            codec.decode_record(codec.encode_record(prompt()), Prompt)
+            codec.decode_record(codec.encode_record(make_prompt()), Prompt)
     finally:
         codec.configure_framing()
     assert [(method, path) for method, path, _ in server.requests] == [
@@ -112,14 +112,14 @@ def test_schemas_are_registered_once_under_the_topics_real_name(server):
     assert server.content_type == REGISTRY_CONTENT_TYPE
 
 
-def test_an_id_is_asked_for_once(server, registry):
+def test_schema_id_is_requested_once(server, registry):
     schema_id = server.register_schema(avro.get_schema(Prompt))
     for _ in range(3):
-        assert codec.decode_record(framed(schema_id, prompt()), Prompt).source == "x"
+        assert codec.decode_record(frame_record(schema_id, make_prompt()), Prompt).source == "x"
     assert [path for _, path, _ in server.requests] == [f"/schemas/ids/{schema_id}"]
 
 
-def test_threads_that_meet_at_a_new_schema_register_it_once(server, registry):
+def test_concurrent_threads_register_a_new_schema_once(server, registry):
     threads = [threading.Thread(target=registry.get_header, args=(Prompt,)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -128,58 +128,57 @@ def test_threads_that_meet_at_a_new_schema_register_it_once(server, registry):
     assert len(server.requests) == 1
 
 
-def test_single_object_messages_are_read_in_either_framing(confluent):
-    confluents = codec.encode_record(prompt())
+def test_codec_reads_both_framings_in_either_configuration(confluent):
+    confluent_data = codec.encode_record(make_prompt())
     codec.configure_framing("single-object", confluent)
-    ours = codec.encode_record(prompt())
-    assert ours[:2] == b"\xc3\x01" and confluents[:1] == b"\x00"
+    single_object_data = codec.encode_record(make_prompt())
+    assert single_object_data[:2] == b"\xc3\x01" and confluent_data[:1] == b"\x00"
     for framing in codec.FRAMINGS:
         codec.configure_framing(framing, confluent)
-        assert (
-            codec.decode_record(ours, Prompt).messages == codec.decode_record(confluents, Prompt).messages == prompt().messages
-        )
+        for data in (single_object_data, confluent_data):
+            assert codec.decode_record(data, Prompt).messages == make_prompt().messages
 
 
-# Other versions of a schema, by the name of their record
+# Other versions of a schema, identified by the record name
 
 
-def version(model, change):
+def change_schema(model, change):
     schema = json.loads(json.dumps(avro.get_schema(model)))
     change(schema["fields"])
     return schema
 
 
-def test_an_older_and_a_newer_version_are_read_as_the_record_of_their_name(server, registry):
-    older = version(Prompt, lambda fields: fields.remove(next(f for f in fields if f["name"] == "origin")))
-    newer = version(Prompt, lambda fields: fields.insert(0, {"name": "new", "type": "string", "default": ""}))
-    for schema, more in ((older, {}), (newer, {"new": "n"})):
+def test_older_and_newer_schema_versions_decode_to_the_record_class(server, registry):
+    older = change_schema(Prompt, lambda fields: fields.remove(next(f for f in fields if f["name"] == "origin")))
+    newer = change_schema(Prompt, lambda fields: fields.insert(0, {"name": "new", "type": "string", "default": ""}))
+    for schema, new_fields in ((older, {}), (newer, {"new": "n"})):
         buffer = io.BytesIO()
-        fastavro.schemaless_writer(buffer, parse_schema(schema, {}), prompt("hej").model_dump() | more)
+        fastavro.schemaless_writer(buffer, parse_schema(schema, {}), make_prompt("hej").model_dump() | new_fields)
         data = b"\x00" + server.register_schema(schema).to_bytes(4, "big") + buffer.getvalue()
-        read = codec.decode_record(data, Prompt)
-        assert (read.messages[0].content, read.origin) == ("hej", "")
+        record = codec.decode_record(data, Prompt)
+        assert (record.messages[0].content, record.origin) == ("hej", "")
 
 
-def test_a_good_record_of_another_type_is_a_wrong_record(confluent):
+def test_valid_record_of_another_type_raises_wrong_record(confluent):
     with pytest.raises(codec.WrongRecord, match="expected a Preference, found a Prompt"):
-        codec.decode_record(codec.encode_record(prompt()), Preference)
+        codec.decode_record(codec.encode_record(make_prompt()), Preference)
 
 
-# The record's fault
+# Faults of the record
 
 
-def test_an_unknown_id_is_named_and_asked_for_once_a_minute(server, registry, monkeypatch):
+def test_unknown_schema_id_is_requested_once_per_minute(server, registry, monkeypatch):
     for _ in range(3):
         with pytest.raises(codec.UnknownSchemaId, match="no schema 4294967295"):
-            codec.decode_record(b"\x00\xff\xff\xff\xff" + body_of(prompt()), Prompt)
+            codec.decode_record(b"\x00\xff\xff\xff\xff" + encode_body(make_prompt()), Prompt)
     assert len(server.requests) == 1
     later = time.monotonic() + 61
     monkeypatch.setattr("schemas.confluent.time.monotonic", lambda: later)
     server.put_schema(2**32 - 1, json.dumps(avro.get_schema(Prompt)))
-    assert codec.decode_record(framed(2**32 - 1, prompt()), Prompt).messages == prompt().messages
+    assert codec.decode_record(frame_record(2**32 - 1, make_prompt()), Prompt).messages == make_prompt().messages
 
 
-def test_what_is_remembered_of_unknown_ids_is_bounded(server, registry, monkeypatch):
+def test_cache_of_unknown_schema_ids_is_bounded(server, registry, monkeypatch):
     monkeypatch.setattr("schemas.confluent.REJECTION_CACHE_SIZE", 3)
     for schema_id in range(10):
         with pytest.raises(codec.UnknownSchemaId):
@@ -187,19 +186,19 @@ def test_what_is_remembered_of_unknown_ids_is_bounded(server, registry, monkeypa
     assert len(registry._rejections) <= 3
 
 
-def test_without_a_registry_the_error_says_what_to_set():
+def test_error_without_a_registry_names_the_setting():
     with pytest.raises(codec.NotARecord, match=r"schema id 258") as caught:
-        codec.decode_record(framed(258, prompt()), Prompt)
+        codec.decode_record(frame_record(258, make_prompt()), Prompt)
     assert "bus.schema_registry" in caught.value.fix
 
 
-@pytest.mark.parametrize("cut", [1, 2, 4, 5, 20, -1])
-def test_a_cut_message_is_truncated(confluent, cut):
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 20, -1])
+def test_truncated_message_raises_truncated_or_malformed(confluent, length):
     with pytest.raises((codec.Truncated, codec.Malformed)):
-        codec.decode_record(codec.encode_record(prompt())[:cut], Prompt)
+        codec.decode_record(codec.encode_record(make_prompt())[:length], Prompt)
 
 
-def record(*types, name="charter.Prompt"):
+def make_record_schema(*types, name="charter.Prompt"):
     fields = [{"name": f"f{n}", "type": json.loads(t) if t[0] in "[{" else t} for n, t in enumerate(types)]
     return json.dumps({"type": "record", "name": name, "fields": fields})
 
@@ -215,104 +214,106 @@ HOSTILE = {
     "a list": '["null"]',
     "null": "null",
     "an enum": '{"type":"enum","name":"charter.Prompt","symbols":["A"]}',
-    "another program's": record("string", name="acme.Order"),
-    "our name in no namespace": record("string", name="Prompt"),
-    "no fields": record(),
+    "another program's": make_record_schema("string", name="acme.Order"),
+    "our name in no namespace": make_record_schema("string", name="Prompt"),
+    "no fields": make_record_schema(),
     "fields that are a number": '{"type":"record","name":"charter.Prompt","fields":5}',
     "a name that is a list": '{"type":"record","name":["charter.Prompt"],"fields":[]}',
     "a name that is a number": '{"type":"record","name":5,"fields":[]}',
     "no name": '{"type":"record","fields":[{"name":"a","type":"int"}]}',
-    "an unknown type": record("flowt"),
-    "a type that is a number": record('{"type": 5}'),
+    "an unknown type": make_record_schema("flowt"),
+    "a type that is a number": make_record_schema('{"type": 5}'),
     "said to be parsed": json.dumps(avro.get_schema(Prompt) | PARSED),
-    "itself inside": record("charter.Prompt"),
-    "itself inside, or null": record('["null","charter.Prompt"]'),
-    "an array of nothing": record('{"type":"array","items":"null"}'),
-    "an array of empty records": record(f'{{"type":"array","items":{EMPTY}}}'),
-    "an array of a fixed of no bytes": record(f'{{"type":"array","items":{NOTHING}}}'),
-    "a map of empty records": record(f'{{"type":"map","values":{EMPTY}}}'),
-    "a record that is called null": record(NULL, '{"type":"array","items":"null"}'),
-    "a record of nothing": record(EMPTY, "int"),
+    "itself inside": make_record_schema("charter.Prompt"),
+    "itself inside, or null": make_record_schema('["null","charter.Prompt"]'),
+    "an array of nothing": make_record_schema('{"type":"array","items":"null"}'),
+    "an array of empty records": make_record_schema(f'{{"type":"array","items":{EMPTY}}}'),
+    "an array of a fixed of no bytes": make_record_schema(f'{{"type":"array","items":{NOTHING}}}'),
+    "a map of empty records": make_record_schema(f'{{"type":"map","values":{EMPTY}}}'),
+    "a record that is called null": make_record_schema(NULL, '{"type":"array","items":"null"}'),
+    "a record of nothing": make_record_schema(EMPTY, "int"),
     "too deep": '{"type":"record","name":"charter.Prompt","fields":' + DEEP + "}",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_schema_that_is_none_of_ours_is_foreign(server, registry, text):
+def test_schema_of_another_program_raises_foreign_schema(server, registry, text):
     server.put_schema(7, text)
-    for _ in range(2):  # from the registry, and from memory
+    for _ in range(2):  # first from the registry, then from the cache
         with pytest.raises(codec.ForeignSchema, match="schema 7"):
             codec.decode_record(b"\x00\x00\x00\x00\x07" + bytes(100), Prompt)
     assert len(server.requests) == 1
 
 
-def test_another_type_of_schema_and_one_with_references_are_foreign(server, registry):
-    good = json.dumps(avro.get_schema(Prompt))
-    server.answer = (200, {"schema": good, "schemaType": None, "references": []})
+def test_schema_with_another_type_or_with_references_raises_foreign_schema(server, registry):
+    schema_text = json.dumps(avro.get_schema(Prompt))
+    server.answer = (200, {"schema": schema_text, "schemaType": None, "references": []})
     assert registry.get_writer_schema(0)[0] is Prompt
-    for schema_id, more in ((1, {"schemaType": "PROTOBUF"}), (2, {"references": [{"name": "x"}]}), (3, {"schemaType": 5})):
-        server.answer = (200, {"schema": good} | more)
+    for schema_id, extra in ((1, {"schemaType": "PROTOBUF"}), (2, {"references": [{"name": "x"}]}), (3, {"schemaType": 5})):
+        server.answer = (200, {"schema": schema_text} | extra)
         with pytest.raises(codec.ForeignSchema):
             registry.get_writer_schema(schema_id)
 
 
-def first_field(kind):
-    """Our schema of a prompt, its record_id of another type."""
-    return json.dumps(version(Prompt, lambda fields: fields[0].update(type=kind)))
+def change_first_field(kind):
+    """Return the schema of Prompt with another type of record_id."""
+    return json.dumps(change_schema(Prompt, lambda fields: fields[0].update(type=kind)))
 
 
 @pytest.mark.parametrize("text", [
-    record("int"),  # nothing that our fields could be read from
-    first_field({"type": "bytes", "logicalType": "decimal", "precision": 10**30, "scale": 10**30}),
-    first_field({"type": "int", "logicalType": "date"}),
-    first_field("long"),
-    first_field(["null", "string"]),
+    make_record_schema("int"),  # has none of the required fields
+    change_first_field({"type": "bytes", "logicalType": "decimal", "precision": 10**30, "scale": 10**30}),
+    change_first_field({"type": "int", "logicalType": "date"}),
+    change_first_field("long"),
+    change_first_field(["null", "string"]),
     json.dumps(avro.get_schema(Preference) | {"name": "Prompt"}),
 ], ids=["other fields", "decimal", "date", "long", "union", "another's fields"])  # fmt: skip
-@pytest.mark.parametrize("body", [b"", bytes(300), b"\xff" * 300, body_of(prompt())], ids=["empty", "00", "ff", "a prompt"])
-def test_a_schema_of_our_name_that_we_cannot_resolve_is_malformed(server, registry, text, body):
+@pytest.mark.parametrize(
+    "body", [b"", bytes(300), b"\xff" * 300, encode_body(make_prompt())], ids=["empty", "00", "ff", "a prompt"]
+)
+def test_schema_that_cannot_be_resolved_raises_malformed(server, registry, text, body):
     server.put_schema(7, text)
     with pytest.raises((codec.Malformed, codec.Truncated)):
         codec.decode_record(b"\x00\x00\x00\x00\x07" + body, Prompt)
 
 
-# The registry's fault: never a RecordError, which would make a dead letter of an outage
+# Faults of the registry: never a RecordError, because an outage must not cause dead letters
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def find_free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def test_a_registry_that_is_away_is_no_record_error():
-    client = SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", timeout_s=1)
+def test_unreachable_registry_does_not_raise_record_error():
+    client = SchemaRegistryClient(f"http://127.0.0.1:{find_free_port()}", timeout_s=1)
     codec.configure_framing("single-object", client)
     try:
         with pytest.raises(RegistryUnreachable, match="does not answer") as caught:
-            codec.decode_record(framed(1, prompt()), Prompt)
+            codec.decode_record(frame_record(1, make_prompt()), Prompt)
         assert not isinstance(caught.value, codec.RecordError | ValueError)
         with pytest.raises(RegistryUnreachable):
             codec.configure_framing("confluent", client)
-        assert codec.encode_record(prompt())[:2] == codec.SINGLE_OBJECT_MARKER  # the choice was not made
+        assert codec.encode_record(make_prompt())[:2] == codec.SINGLE_OBJECT_MARKER  # the framing is unchanged
     finally:
         codec.configure_framing()
 
 
-def test_what_was_learnt_outlives_the_registry_and_the_rest_comes_back_with_it(server, confluent):
-    data = codec.encode_record(prompt())
+def test_cached_schemas_work_during_a_registry_outage(server, confluent):
+    data = codec.encode_record(make_prompt())
     schema_id = server.register_schema(
-        version(Prompt, lambda fields: fields.append({"name": "n", "type": "int", "default": 0}))
+        change_schema(Prompt, lambda fields: fields.append({"name": "n", "type": "int", "default": 0}))
     )
     server.answer = (503, {"error_code": 50003})
-    assert codec.decode_record(data, Prompt).source == "x" and codec.encode_record(prompt("more"))
+    assert codec.decode_record(data, Prompt).source == "x" and codec.encode_record(make_prompt("more"))
     with pytest.raises(RegistryUnreachable, match="503"):
-        codec.decode_record(framed(schema_id, prompt()) + b"\x00", Prompt)
+        codec.decode_record(frame_record(schema_id, make_prompt()) + b"\x00", Prompt)
     server.answer = None
-    assert codec.decode_record(framed(schema_id, prompt()) + b"\x00", Prompt).source == "x"
+    assert codec.decode_record(frame_record(schema_id, make_prompt()) + b"\x00", Prompt).source == "x"
 
 
-ANSWERS = {
+INVALID_REPLIES = {
     "no JSON": (200, b"<html>hello</html>"),
     "nothing": (200, b""),
     "not UTF-8": (200, b"\xff\xfe\xff"),
@@ -334,19 +335,19 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_an_answer_that_is_no_registrys_is_no_record_error(server, registry, answer):
-    server.answer = answer
+@pytest.mark.parametrize("reply", INVALID_REPLIES.values(), ids=INVALID_REPLIES)
+def test_invalid_registry_reply_raises_registry_unreachable(server, registry, reply):
+    server.answer = reply
     with pytest.raises(RegistryUnreachable):
-        codec.decode_record(framed(1, prompt()), Prompt)
+        codec.decode_record(frame_record(1, make_prompt()), Prompt)
     with pytest.raises(RegistryUnreachable):
         codec.configure_framing("confluent", registry)
     server.answer = None
     server.put_schema(1, json.dumps(avro.get_schema(Prompt)))
-    assert codec.decode_record(framed(1, prompt()), Prompt).source == "x"
+    assert codec.decode_record(frame_record(1, make_prompt()), Prompt).source == "x"
 
 
-def test_one_id_for_two_schemas_is_no_registrys_answer(server, registry):
+def test_one_id_for_two_schemas_raises_registry_unreachable(server, registry):
     server.answer = (200, {"id": 1})
     with pytest.raises(RegistryUnreachable, match="two records"):
         codec.configure_framing("confluent", registry)
@@ -362,21 +363,21 @@ def serve_slowly(listener, stop):
                 connection.sendall(b" ")
 
 
-def test_an_answer_that_drips_in_ends_at_the_timeout():
+def test_slow_registry_reply_ends_at_the_timeout():
     stop, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve_slowly, args=(listener, stop), daemon=True).start()
-    began = time.monotonic()
+    started = time.monotonic()
     try:
         with pytest.raises(RegistryUnreachable, match="TimeoutError"):
             SchemaRegistryClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5).get_writer_schema(1)
     finally:
         stop.set()
         listener.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started < 5
 
 
-def test_an_endless_answer_is_cut(server):
-    sent = Counter()
+def test_endless_registry_reply_is_aborted(server):
+    num_sent = Counter()
 
     def serve(listener):
         connection, _ = listener.accept()
@@ -384,35 +385,37 @@ def test_an_endless_answer_is_cut(server):
             connection.recv(65536)
             connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             while True:
-                sent["bytes"] += 65536
+                num_sent["bytes"] += 65536
                 connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         with pytest.raises(RegistryUnreachable, match="more than"):
             SchemaRegistryClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=30).get_writer_schema(1)
-    assert sent["bytes"] < 100 * MAX_RESPONSE_BYTES
+    assert num_sent["bytes"] < 100 * MAX_RESPONSE_BYTES
 
 
-def test_a_refused_schema_names_its_subject_and_the_registrys_reason(server, registry):
+def test_error_for_a_rejected_schema_has_the_subject_and_the_reason(server, registry):
     server.answer = (409, {"error_code": 409, "message": "incompatible\x1b[2J with version 3"})
     with pytest.raises(SchemaRejected, match=r"incompatible \[2J with version 3") as caught:
         codec.configure_framing("confluent", registry)
     assert "prompts-value" in caught.value.fix and "\x1b" not in str(caught.value)
 
 
-def test_the_caller_may_name_the_error_of_an_absent_registry():
-    class Away(Exception):
+def test_caller_can_set_the_error_class_for_an_unreachable_registry():
+    class CustomUnreachable(Exception):
         pass
 
-    with pytest.raises(Away):
-        SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", make_unreachable_error=Away).get_writer_schema(1)
+    with pytest.raises(CustomUnreachable):
+        SchemaRegistryClient(
+            f"http://127.0.0.1:{find_free_port()}", make_unreachable_error=CustomUnreachable
+        ).get_writer_schema(1)
 
 
-# The login
+# Credentials
 
 
-def test_the_login_is_sent_and_appears_nowhere(server, caplog):
+def test_credentials_are_sent_but_never_logged_or_shown(server, caplog):
     caplog.set_level(logging.DEBUG)
     client = SchemaRegistryClient(server.url, credentials=LOGIN)
     client.get_header(Prompt)
@@ -420,16 +423,16 @@ def test_the_login_is_sent_and_appears_nowhere(server, caplog):
     server.answer = (401, {"message": server.authorization})
     with pytest.raises(RegistryUnreachable, match="refuses the login") as caught:
         client.get_header(Response)
-    away = SchemaRegistryClient(f"http://127.0.0.1:{free_port()}", credentials=LOGIN)
-    with pytest.raises(RegistryUnreachable) as caught_away:
-        away.get_writer_schema(1)
-    assert caught_away.value.__cause__ is None  # httpx's error holds the request, and that the login
-    told = caplog.text + str(caught.value) + repr(client) + repr(vars(client)) + repr(caught_away.value)
-    assert "s3cret" not in told and "Y2hhcnRlcjpzM2NyZXQ=" not in told
+    unreachable = SchemaRegistryClient(f"http://127.0.0.1:{find_free_port()}", credentials=LOGIN)
+    with pytest.raises(RegistryUnreachable) as caught_unreachable:
+        unreachable.get_writer_schema(1)
+    assert caught_unreachable.value.__cause__ is None  # httpx's error contains the request and thus the credentials
+    output = caplog.text + str(caught.value) + repr(client) + repr(vars(client)) + repr(caught_unreachable.value)
+    assert "s3cret" not in output and "Y2hhcnRlcjpzM2NyZXQ=" not in output
 
 
 @pytest.mark.parametrize("login", ["nocolon", "user:\udcff", "user:pass\nword"])
-def test_a_login_of_another_form_is_refused_without_saying_it(login):
+def test_error_for_invalid_credentials_does_not_contain_them(login):
     with pytest.raises(ValueError, match="must be USER:PASSWORD") as caught:
         SchemaRegistryClient("http://registry", credentials=login)
     assert login not in str(caught.value)
@@ -438,20 +441,20 @@ def test_a_login_of_another_form_is_refused_without_saying_it(login):
 @pytest.mark.parametrize("url", [
     "", "registry:8081", "ftp://registry", "http://", "http://u:s3cret@registry", "http://[::1", "http://x:99999", "http://x?q=1",
 ])  # fmt: skip
-def test_an_address_of_another_form_is_refused_without_its_login(url):
+def test_error_for_an_invalid_url_does_not_contain_its_credentials(url):
     with pytest.raises(ValueError, match="URL must") as caught:
         SchemaRegistryClient(url)
     assert "s3cret" not in str(caught.value)
 
 
-def test_the_choice_is_checked(registry):
+def test_configure_framing_rejects_invalid_arguments(registry):
     with pytest.raises(ValueError, match="none of single-object, confluent"):
         codec.configure_framing("protobuf", registry)
     with pytest.raises(ValueError, match="needs a schema registry"):
         codec.configure_framing("confluent")
 
 
-def test_httpx_is_imported_only_by_who_asks_a_registry():
+def test_codec_does_not_import_httpx():
     code = "import sys, schemas.codec, schemas.confluent; sys.exit('httpx' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(avro.SCHEMA_FOLDER).parent)
 
@@ -459,21 +462,21 @@ def test_httpx_is_imported_only_by_who_asks_a_registry():
 # Fuzz
 
 
-@settings(one_registry, max_examples=300)
+@settings(shared_registry, max_examples=300)
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x00", b"\x00\x00\x00\x01", b"\x00\x00\x00\x01\x03"]))
-def test_arbitrary_bytes_are_a_record_error(confluent, data, start):
+def test_arbitrary_bytes_raise_a_record_error(confluent, data, start):
     with pytest.raises(codec.RecordError):
         codec.decode_record(start + data, Prompt)
 
 
-@settings(one_registry, max_examples=300)
+@settings(shared_registry, max_examples=300)
 @given(st.data())
-def test_damaged_records_decode_or_are_a_record_error(confluent, data):
-    good = bytearray(codec.encode_record(response()))
+def test_damaged_record_decodes_or_raises_a_record_error(confluent, data):
+    encoded = bytearray(codec.encode_record(make_response()))
     for _ in range(data.draw(st.integers(1, 4))):
-        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+        encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(codec.RecordError):
-        codec.decode_any_record(bytes(good))
+        codec.decode_any_record(bytes(encoded))
 
 
 TYPES = ["record", "array", "map", "enum", "fixed", "string", "null", "long", "bytes", "charter.Prompt", "charter.ChatMessage"]
@@ -485,38 +488,40 @@ json_values = st.recursive(
 )
 
 
-def paths(value, path=()):
-    """Every place inside a JSON value."""
+def list_paths(value, path=()):
+    """Yield the path of every part of a JSON value."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
-        yield from paths(part, (*path, key))
+        yield from list_paths(part, (*path, key))
 
 
-PLACES = [path for path in paths(avro.get_schema(Response)) if path]
+SCHEMA_PATHS = [path for path in list_paths(avro.get_schema(Response)) if path]
 
 
-@settings(one_registry, max_examples=400)
-@given(st.sampled_from(PLACES), json_values, st.binary(max_size=60), st.booleans())
-def test_a_damaged_schema_reads_or_is_a_record_error(server, confluent, path, value, junk, whole):
-    """A registry's schema of our name with anything in any one place, and a body for it or none."""
+@settings(shared_registry, max_examples=400)
+@given(st.sampled_from(SCHEMA_PATHS), json_values, st.binary(max_size=60), st.booleans())
+def test_damaged_schema_decodes_or_raises_a_record_error(server, confluent, path, value, junk, has_valid_body):
+    """The registry's schema has an arbitrary value at one path; the body is valid or arbitrary."""
     schema = json.loads(json.dumps(avro.get_schema(Response)))
-    inside = schema
+    parent = schema
     for key in path[:-1]:
-        inside = inside[key]
-    inside[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     schema_id = server.register_schema(schema)
     with contextlib.suppress(codec.RecordError):
-        codec.decode_any_record(b"\x00" + schema_id.to_bytes(4, "big") + (body_of(response()) if whole else junk))
+        codec.decode_any_record(
+            b"\x00" + schema_id.to_bytes(4, "big") + (encode_body(make_response()) if has_valid_body else junk)
+        )
 
 
-@settings(one_registry, max_examples=300)
+@settings(shared_registry, max_examples=300)
 @given(st.binary(max_size=300) | json_values.map(lambda value: json.dumps({"schema": json.dumps(value)}).encode()),
        st.sampled_from([200, 201, 204, 404, 422, 500]), st.integers(10**6, 2**32 - 1))  # fmt: skip
-def test_any_answer_is_a_record_error_or_an_unreachable_registry(server, confluent, answer, status, schema_id):
-    server.answer = (status, b"" if status == 204 else answer)
+def test_any_registry_reply_raises_record_error_or_registry_unreachable(server, confluent, reply, status, schema_id):
+    server.answer = (status, b"" if status == 204 else reply)
     try:
         with pytest.raises((codec.RecordError, RegistryUnreachable)):
-            codec.decode_any_record(b"\x00" + schema_id.to_bytes(4, "big") + body_of(prompt()))
+            codec.decode_any_record(b"\x00" + schema_id.to_bytes(4, "big") + encode_body(make_prompt()))
     finally:
         server.answer = None

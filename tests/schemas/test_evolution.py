@@ -1,8 +1,8 @@
-"""Old and new versions of every record on one topic: each is read by old and by new code, in any order of upgrading.
+"""Schema evolution: old and new versions of every record on one topic are read by old and new code, in any upgrade order.
 
-The first half derives older and newer schemas of each record and reads across them in this process. The second half runs old
-and new code for real: copies of `schemas/`, edited and released as a person would, each in a process of its own, writing to
-and reading from one embedded log.
+The first half derives older and newer schemas of each record and reads across versions in this process. The second half runs
+old and new code: copies of `schemas/`, edited and released like a real change, each in a separate process, which write to and
+read from one embedded log.
 """
 
 import copy
@@ -28,41 +28,41 @@ WHEN = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NEW_SYMBOL = "LATER"
 PLAIN = {"string": ID, "long": 7, "float": 0.5, "double": 0.25, "boolean": True, "bytes": b"\x00~"}
-MODELS = pytest.mark.parametrize("model", RECORDS, ids=lambda model: model.__name__)
+EACH_MODEL = pytest.mark.parametrize("model", RECORDS, ids=lambda model: model.__name__)
 
 
-# Schemas of other times, and values of them
+# Schemas of other versions, and values for them
 
 
-def optional_fields(model):
+def list_optional_fields(model):
     return [field["name"] for field in avro.get_schema(model)["fields"] if "default" in field]
 
 
-def older(model, *names):
-    """The schema before these fields were there, each type still spelled out where it comes first."""
+def remove_fields(model, *names):
+    """Return the schema without these fields; each named type is still defined at its first use."""
     schema = copy.deepcopy(avro.get_schema(model))
     named, seen = compatibility.collect_named_types(schema), set()
     schema["fields"] = [field for field in schema["fields"] if field["name"] not in names]
 
-    def spell(kind):
+    def expand(kind):
         kind = named.get(kind, kind) if isinstance(kind, str) else kind
         if isinstance(kind, list):
-            return [spell(branch) for branch in kind]
+            return [expand(branch) for branch in kind]
         if not isinstance(kind, dict):
             return kind
         if "name" in kind:
             if kind["name"] in seen:
                 return f"{avro.NAMESPACE}.{kind['name']}"
             seen.add(kind["name"])
-        inner = {key: spell(kind[key]) for key in ("items", "values") if key in kind}
-        fields = [field | {"type": spell(field["type"])} for field in kind.get("fields", [])]
+        inner = {key: expand(kind[key]) for key in ("items", "values") if key in kind}
+        fields = [field | {"type": expand(field["type"])} for field in kind.get("fields", [])]
         return kind | inner | ({"fields": fields} if fields else {})
 
-    return spell(schema)
+    return expand(schema)
 
 
-def newer(model):
-    """The schema with one more field in every record inside, and one more symbol in every enum."""
+def extend_schema(model):
+    """Return the schema with one more field in every nested record and one more symbol in every enum."""
     schema = copy.deepcopy(avro.get_schema(model))
     for kind in compatibility.collect_named_types(schema).values():
         if kind["type"] == "enum":
@@ -72,8 +72,8 @@ def newer(model):
     return schema
 
 
-def value_of(schema):
-    """A value of a schema with everything filled in: of an enum the newest symbol, of a text one that may be an id."""
+def make_value(schema):
+    """Return a value with all fields set: the newest symbol of each enum, and strings that are valid ids."""
     named = compatibility.collect_named_types(schema)
 
     def sample(kind):
@@ -93,10 +93,11 @@ def value_of(schema):
     return sample(schema)
 
 
-def resolved(value, reader):
-    """What Avro's rules make of a written value, from the specification's words and not from fastavro.
+def resolve_value(value, reader):
+    """Resolve a written value for a reader schema, by the rules of the Avro specification and without fastavro.
 
-    A field that the reader lacks is gone, one of its own is its default, a symbol that it does not know is UNKNOWN.
+    A field that the reader does not have is dropped, a field that only the reader has gets its default, and an unknown symbol
+    becomes UNKNOWN.
     """
     named = compatibility.collect_named_types(reader)
 
@@ -118,57 +119,59 @@ def resolved(value, reader):
     return resolve(value, reader)
 
 
-def body(schema, value):
+def encode_body(schema, value):
     buffer = io.BytesIO()
     fastavro.schemaless_writer(buffer, parse_schema(schema, {}), value)
     return buffer.getvalue()
 
 
-def message(schema, value):
-    return codec.SINGLE_OBJECT_MARKER + avro.compute_schema_fingerprint(schema) + body(schema, value)
+def encode_message(schema, value):
+    return codec.SINGLE_OBJECT_MARKER + avro.compute_schema_fingerprint(schema) + encode_body(schema, value)
 
 
-def read(writer, reader, value):
-    """A value written with one schema and read with another, by fastavro alone."""
-    return fastavro.schemaless_reader(io.BytesIO(body(writer, value)), parse_schema(writer, {}), parse_schema(reader, {}))
+def read_with(writer, reader, value):
+    """Write a value with one schema and read it with another, with fastavro only."""
+    return fastavro.schemaless_reader(
+        io.BytesIO(encode_body(writer, value)), parse_schema(writer, {}), parse_schema(reader, {})
+    )
 
 
-def check_both_ways(one, other):
+def check_both_directions(one, other):
     assert compatibility.find_incompatibilities(one, other) == compatibility.find_incompatibilities(other, one) == []
     for writer, reader in ((one, other), (other, one)):
-        value = value_of(writer)
-        assert read(writer, reader, value) == resolved(value, reader)
+        value = make_value(writer)
+        assert read_with(writer, reader, value) == resolve_value(value, reader)
 
 
-@MODELS
-def test_a_newer_version_reads_and_is_read(model):
-    assert avro.compute_schema_fingerprint(newer(model)) != avro.compute_schema_fingerprint(avro.get_schema(model))
-    check_both_ways(newer(model), avro.get_schema(model))
+@EACH_MODEL
+def test_newer_version_is_compatible_in_both_directions(model):
+    assert avro.compute_schema_fingerprint(extend_schema(model)) != avro.compute_schema_fingerprint(avro.get_schema(model))
+    check_both_directions(extend_schema(model), avro.get_schema(model))
 
 
-@MODELS
-def test_any_field_with_a_default_may_once_not_have_been_there(model):
-    assert optional_fields(model)
-    for name in optional_fields(model):
-        check_both_ways(older(model, name), avro.get_schema(model))
+@EACH_MODEL
+def test_version_without_an_optional_field_is_compatible_in_both_directions(model):
+    assert list_optional_fields(model)
+    for name in list_optional_fields(model):
+        check_both_directions(remove_fields(model, name), avro.get_schema(model))
 
 
-@MODELS
-def test_versions_many_releases_apart_read_each_other(model):
-    """Not only neighbours: FULL_TRANSITIVE."""
+@EACH_MODEL
+def test_all_versions_are_compatible_with_each_other(model):
+    """Not only consecutive versions: FULL_TRANSITIVE."""
     released = avro.load_released_schemas()[model.__name__]
-    versions = [older(model, *optional_fields(model)), avro.get_schema(model), newer(model), *released]
+    versions = [remove_fields(model, *list_optional_fields(model)), avro.get_schema(model), extend_schema(model), *released]
     for one in versions:
         for other in versions:
-            check_both_ways(one, other)
+            check_both_directions(one, other)
 
 
-# Our codec as the reader
+# The codec as the reader
 
 
 @pytest.fixture
 def release(monkeypatch):
-    """Puts one more version among the released ones."""
+    """Return a function that adds a version to the released ones."""
     shipped = avro.load_released_schemas()
 
     def add(model, schema):
@@ -181,41 +184,41 @@ def release(monkeypatch):
     codec.load_writer_schemas.cache_clear()
 
 
-@MODELS
-def test_our_codec_fills_in_what_an_older_version_lacked(model, release):
-    gone = optional_fields(model)
-    schema = older(model, *gone)
+@EACH_MODEL
+def test_codec_sets_defaults_for_fields_that_an_older_version_lacks(model, release):
+    names = list_optional_fields(model)
+    schema = remove_fields(model, *names)
     release(model, schema)
-    record = codec.decode_record(message(schema, value_of(schema)), model)
+    record = codec.decode_record(encode_message(schema, make_value(schema)), model)
     assert record.record_id == ID
-    for name in gone:
-        # Who wrote no time wrote before all who did, and not when it is read.
+    for name in names:
+        # A record without a time is older than all records with one, so its time is not that of reading.
         default = EPOCH if name == "created_at" else model.model_fields[name].get_default(call_default_factory=True)
         assert getattr(record, name) == default, name
 
 
-@MODELS
-def test_our_codec_reads_a_newer_version_once_it_has_its_schema(model, release):
-    schema = newer(model)
-    data = message(schema, value_of(schema))
+@EACH_MODEL
+def test_codec_reads_a_newer_version_after_its_schema_is_released(model, release):
+    schema = extend_schema(model)
+    data = encode_message(schema, make_value(schema))
     with pytest.raises(codec.UnknownFingerprint, match="newer version of Charter"):
         codec.decode_record(data, model)
     release(model, schema)
-    assert codec.decode_record(data, model) == model.model_validate(resolved(value_of(schema), avro.get_schema(model)))
+    assert codec.decode_record(data, model) == model.model_validate(resolve_value(make_value(schema), avro.get_schema(model)))
     assert NEW_SYMBOL not in codec.decode_record(data, model).model_dump_json()
 
 
-def test_a_symbol_of_the_future_is_unknown(release):
-    schema = newer(Prompt)
+def test_new_enum_symbol_decodes_as_unknown(release):
+    schema = extend_schema(Prompt)
     release(Prompt, schema)
-    assert value_of(schema)["split"] == NEW_SYMBOL
-    assert codec.decode_record(message(schema, value_of(schema)), Prompt).split is Split.UNKNOWN
+    assert make_value(schema)["split"] == NEW_SYMBOL
+    assert codec.decode_record(encode_message(schema, make_value(schema)), Prompt).split is Split.UNKNOWN
 
 
 # Old and new code, each in its own process, on one log
 
 CHILD = '''
-"""Old or new code, as the schemas first on the path are: writes one record to each topic, or reads all there are."""
+"""Run old or new code, depending on the first `schemas` on the path: write one record to each topic, or read all records."""
 import json, os, sys
 import schemas
 from engine.bus import open_bus
@@ -237,15 +240,15 @@ if values:
     bus.publish([ProducerRecord(record.topic, record.key, codec.encode_record(record)) for record in records])
 else:
     for model in RECORDS:
-        for message in read_topic(bus, model.topic):
+        for record in read_topic(bus, model.topic):
             try:
-                found = codec.decode_record(message.value, model).model_dump(mode="json")
+                values = codec.decode_record(record.value, model).model_dump(mode="json")
             except codec.RecordError as error:
-                found = {"error": str(error)}
-            print(json.dumps([model.__name__, found]))
+                values = {"error": str(error)}
+            print(json.dumps([model.__name__, values]))
 bus.close()
 '''
-# What a later version of Charter might change: fields of every record, a field of a part, a symbol.
+# Changes of a later version: fields of every record, a field of a nested record, an enum symbol.
 CHANGES = [
     (
         "    latency_ms: float = 0.0\n",
@@ -256,8 +259,8 @@ CHANGES = [
 ]
 
 
-class Code:
-    """A copy of our schemas, and processes that run it."""
+class SchemasCopy:
+    """A copy of `schemas/`, and processes that run it."""
 
     def __init__(self, folder, source):
         self.folder = folder
@@ -265,7 +268,7 @@ class Code:
 
     def run(self, *arguments):
         environment = os.environ | {"PYTHONPATH": f"{self.folder}{os.pathsep}{avro.SCHEMA_FOLDER.parent}"}
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, *arguments],
             check=False,
             cwd=self.folder,
@@ -274,34 +277,34 @@ class Code:
             text=True,
             timeout=120,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
     def write(self, log, values, registry=""):
         self.run("-c", CHILD, str(log), registry, json.dumps(values))
 
     def read(self, log, registry=""):
-        """Record name -> what was found on its topic, in order."""
-        found = {}
+        """Return the values on each topic in order, by record name."""
+        values_by_name = {}
         for line in self.run("-c", CHILD, str(log), registry, "").splitlines():
             name, values = json.loads(line)
-            found.setdefault(name, []).append(values)
-        return found
+            values_by_name.setdefault(name, []).append(values)
+        return values_by_name
 
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    return Code(tmp_path_factory.mktemp("old"), avro.SCHEMA_FOLDER)
+    return SchemasCopy(tmp_path_factory.mktemp("old"), avro.SCHEMA_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
-    """The code after `CHANGES`, released and checked by the same commands as every release."""
-    code = Code(tmp_path_factory.mktemp("new"), avro.SCHEMA_FOLDER)
+    """Apply `CHANGES` to a copy, and release and check it with the same commands as every release."""
+    code = SchemasCopy(tmp_path_factory.mktemp("new"), avro.SCHEMA_FOLDER)
     records = code.folder / "schemas" / "records.py"
     text = records.read_text()
     for before, after in CHANGES:
-        assert text.count(before) == 1, f"records.py has changed: mend CHANGES ({before!r})"
+        assert text.count(before) == 1, f"records.py has changed: update CHANGES ({before!r})"
         text = text.replace(before, after)
     records.write_text(text)
     code.run("-m", "schemas.avro")
@@ -311,8 +314,8 @@ def new(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(old, new, tmp_path_factory):
-    """Old code that was given the new version's released schemas, and nothing else, before new code was started."""
-    code = Code(tmp_path_factory.mktemp("prepared"), old.folder / "schemas")
+    """Return old code with the released schemas of the new version, installed before new code starts."""
+    code = SchemasCopy(tmp_path_factory.mktemp("prepared"), old.folder / "schemas")
     shutil.copytree(new.folder / "schemas" / "released", code.folder / "schemas" / "released", dirs_exist_ok=True)
     return code
 
@@ -321,87 +324,87 @@ def jsonable(value):
     return json.loads(json.dumps(value, default=lambda part: part.decode() if isinstance(part, bytes) else part.isoformat()))
 
 
-OLD_VALUES = {model.__name__: jsonable(value_of(avro.get_schema(model))) for model in RECORDS}
+OLD_VALUES = {model.__name__: jsonable(make_value(avro.get_schema(model))) for model in RECORDS}
 OLD_READ = {model.__name__: model.model_validate(OLD_VALUES[model.__name__]).model_dump(mode="json") for model in RECORDS}
 
 
-def of_the_future(values):
-    """The same record as new code writes it, with all that is new."""
+def to_new_values(values):
+    """Return the record as new code writes it, with all new fields and symbols."""
     message = {"role": "user", "content": "later", "tone": "loud"}
-    future = values | {"mood": "glad", "notes": [message]}
-    future |= {"messages": [message]} if "messages" in values else {}
-    return future | ({"split": NEW_SYMBOL} if "split" in values else {})
+    new_values = values | {"mood": "glad", "notes": [message]}
+    new_values |= {"messages": [message]} if "messages" in values else {}
+    return new_values | ({"split": NEW_SYMBOL} if "split" in values else {})
 
 
-def as_old_code_sees_it(values):
-    seen = values | ({"messages": [{"role": "user", "content": "later"}]} if "messages" in values else {})
-    return seen | ({"split": "UNKNOWN"} if "split" in values else {})
+def to_old_view(values):
+    view = values | ({"messages": [{"role": "user", "content": "later"}]} if "messages" in values else {})
+    return view | ({"split": "UNKNOWN"} if "split" in values else {})
 
 
-def as_new_code_sees_it(values):
-    seen = values | {"mood": "calm", "notes": []}
-    return seen | (
+def to_new_view(values):
+    view = values | {"mood": "calm", "notes": []}
+    return view | (
         {"messages": [message | {"tone": "plain"} for message in values["messages"]]} if "messages" in values else {}
     )
 
 
-NEW_VALUES = {name: of_the_future(values) for name, values in OLD_VALUES.items()}
-NEW_READ = {name: of_the_future(values) for name, values in OLD_READ.items()}
+NEW_VALUES = {name: to_new_values(values) for name, values in OLD_VALUES.items()}
+NEW_READ = {name: to_new_values(values) for name, values in OLD_READ.items()}
 
 
 @pytest.fixture(scope="module")
 def log(old, new, tmp_path_factory):
-    """One log on which old and new code took turns."""
+    """Return a log to which old and new code wrote alternately."""
     folder = tmp_path_factory.mktemp("log")
     for code, values in ((old, OLD_VALUES), (new, NEW_VALUES), (old, OLD_VALUES)):
         code.write(folder, values)
     return folder
 
 
-def test_new_code_reads_what_old_code_wrote_and_its_own(new, log):
-    found = new.read(log)
+def test_new_code_reads_records_of_old_and_new_code(new, log):
+    values_by_name = new.read(log)
     for name, values in OLD_READ.items():
-        assert found[name] == [as_new_code_sees_it(values), NEW_READ[name], as_new_code_sees_it(values)]
+        assert values_by_name[name] == [to_new_view(values), NEW_READ[name], to_new_view(values)]
 
 
-def test_old_code_names_what_it_cannot_read_and_reads_the_rest(old, log):
-    found = old.read(log)
+def test_old_code_reports_unknown_schemas_and_reads_the_other_records(old, log):
+    values_by_name = old.read(log)
     for name, values in OLD_READ.items():
-        first, second, third = found[name]
+        first, second, third = values_by_name[name]
         assert first == third == values
         assert "unknown schema fingerprint" in second["error"] and "upgrade this process" in second["error"]
 
 
-def test_old_code_that_was_given_the_new_schemas_reads_everything(prepared, log):
-    found = prepared.read(log)
+def test_old_code_with_the_new_schemas_reads_all_records(prepared, log):
+    values_by_name = prepared.read(log)
     for name, values in OLD_READ.items():
-        assert found[name] == [values, as_old_code_sees_it(values), values]
+        assert values_by_name[name] == [values, to_old_view(values), values]
 
 
-def test_with_a_registry_old_and_new_code_read_everything(old, new, tmp_path):
-    """The registry hands old code the schemas of the future: nothing needs to be given to it first."""
+def test_old_and_new_code_with_a_registry_read_all_records(old, new, tmp_path):
+    """Old code gets the new schemas from the registry, so nothing has to be installed first."""
     server = FakeSchemaRegistry()
     try:
         for code, values in ((old, OLD_VALUES), (new, NEW_VALUES)):
             code.write(tmp_path, values, server.url)
-        olds, news = old.read(tmp_path, server.url), new.read(tmp_path, server.url)
+        old_views, new_views = old.read(tmp_path, server.url), new.read(tmp_path, server.url)
     finally:
         server.close()
     assert len(server.schemas) == 2 * len(RECORDS)
     for name, values in OLD_READ.items():
-        assert olds[name] == [values, as_old_code_sees_it(values)]
-        assert news[name] == [as_new_code_sees_it(values), NEW_READ[name]]
+        assert old_views[name] == [values, to_old_view(values)]
+        assert new_views[name] == [to_new_view(values), NEW_READ[name]]
 
 
-def test_a_log_of_both_framings_is_read_by_both(old, prepared, new, tmp_path):
-    """A change of bus.framing needs no flag day either."""
+def test_log_with_both_framings_is_read_by_old_and_new_code(old, prepared, new, tmp_path):
+    """A change of bus.framing does not require upgrading all processes at once."""
     server = FakeSchemaRegistry()
     try:
         old.write(tmp_path, OLD_VALUES)
         new.write(tmp_path, NEW_VALUES, server.url)
-        news, olds = new.read(tmp_path, server.url), prepared.read(tmp_path, server.url)
+        new_views, old_views = new.read(tmp_path, server.url), prepared.read(tmp_path, server.url)
     finally:
         server.close()
     for name, values in OLD_READ.items():
-        assert news[name] == [as_new_code_sees_it(values), NEW_READ[name]]
-        assert olds[name] == [values, as_old_code_sees_it(values)]
+        assert new_views[name] == [to_new_view(values), NEW_READ[name]]
+        assert old_views[name] == [values, to_old_view(values)]

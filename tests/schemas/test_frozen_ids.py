@@ -1,6 +1,6 @@
-"""Ids and seeds do not change between versions: every number here was written once and may not be edited.
+"""Ids and seeds do not change between versions: the values here must never be edited.
 
-A change would make a replay of the same work new work, and records that point at each other would no longer match.
+With other ids a replay would repeat finished work, and records that refer to each other would no longer match.
 """
 
 import hashlib
@@ -94,15 +94,15 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("subject", list(ids.FINGERPRINT_KEYS))
-def test_a_fingerprint_hashes_the_names_that_it_always_hashed(subject):
+def test_fingerprint_of_each_subject_does_not_change(subject):
     keys = ids.FINGERPRINT_KEYS[subject]
     assert ids.compute_fingerprint(subject, **keys) == FINGERPRINTS[subject]
     assert len(set(keys.values())) == len(keys)
 
 
-def test_a_name_outside_the_table_is_refused():
+def test_unknown_subject_key_or_purpose_raises_key_error():
     with pytest.raises(KeyError):
-        ids.compute_fingerprint("respond", colour="red")
+        ids.compute_fingerprint("respond", color="red")
     with pytest.raises(KeyError):
         ids.compute_fingerprint("new stage")
     with pytest.raises(KeyError):
@@ -122,15 +122,15 @@ def test_stage_seeds_do_not_change():
 
 
 @pytest.mark.parametrize(("settings", "expected"), RECORDS)
-def test_records_of_the_same_work_keep_their_ids_and_seeds(settings, expected):
+def test_record_ids_and_seeds_do_not_change(settings, expected):
     api = Charter(settings={"models.policy": "scripted", **settings})
-    found = {}
+    seeds_by_stage = {}
     for pair in api.generate_preference_pairs([f"prompt number {n}" for n in range(6)]):
         chain = pair.chain or api.self_critique_loop(pair.response)
         for record in (*chain.records, *pair.records):
-            found.setdefault(record.stage, {})[record.record_id] = record.seed
+            seeds_by_stage.setdefault(record.stage, {})[record.record_id] = record.seed
     hashes = {
         stage: (len(seeds), hashlib.sha256(json.dumps(sorted(map(list, seeds.items()))).encode()).hexdigest()[:16])
-        for stage, seeds in found.items()
+        for stage, seeds in seeds_by_stage.items()
     }
     assert hashes == expected

@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_and_leaves_no_checkpoint(tiny, tmp_path, file):
         (folder / file).symlink_to("/dev/full")
         save(folder)
 
-    with pytest.raises(CheckpointsFull, match="there is no room for a checkpoint") as error:
+    with pytest.raises(CheckpointsFull, match="not enough disk space for a checkpoint") as error:
         checkpoints.write_checkpoint(tmp_path / "policy-000001", full, {})
     assert three_lines(error) and list(tmp_path.iterdir()) == []
 
