@@ -1,7 +1,7 @@
 """Peak memory of one optimizer step of each learner on SmolLM2, with full fine-tuning and LoRA, each in a separate process.
 
 python -m benchmarks.memory                the table (ten minutes on two cores)
-python -m benchmarks.memory --rows 8 --prompt 64 --answer 128 --micro-batch-size 4      the defaults
+python -m benchmarks.memory --rows 8 --prompt 64 --response 128 --micro-batch-size 4      the defaults
 
 The rows are random tokens of a fixed length, so that the result does not depend on a data set. One step has `--rows` examples,
 pairs or rollouts. The peak on a CPU is the largest resident set of the process, libraries included. On a GPU it is the
@@ -120,7 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--answer", dest="response", type=int, default=128, help="tokens of a response")
+    parser.add_argument("--response", type=int, default=128, help="tokens of a response")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("cases", nargs="*", help="the steps to measure, e.g. ppo/lora; all by default")
     parser.add_argument("--child", help=argparse.SUPPRESS)

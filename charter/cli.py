@@ -1,8 +1,10 @@
-"""The command line: one grammar for every verb, fast to start, clear when something is wrong.
+"""The command line: load the command of a verb, list the verbs by section, and print every error in the same form.
 
-Exit codes: 0 ok, 1 failed, 2 wrong use, 3 a dependency is unreachable. Errors are three lines: what happened, why, what to type.
-The verbs live in `charter/commands/`, one file each. Only the file of the verb that is called is imported, so `charter --help`
-loads no torch, DuckDB or Kafka client.
+Exit codes: 0 ok, 1 failed, 2 usage error, 3 a dependency is unreachable, 130 stopped with Ctrl-C.
+An error is three lines on standard error: what happened, why, what to type.
+
+`charter/commands/` has one file for each verb. `charter` imports only the file of the verb that is called, so `charter --help`
+does not load torch, DuckDB or the Kafka client.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import charter
 from charter.console import print_progress
 from charter.text import to_one_line
 
-# Section -> verb -> one line of help. A test compares the lines with those of the commands.
+# Section -> verb -> first sentence of its help. The text is repeated here because reading it from a command imports the command.
+# A test compares both.
 SECTIONS: dict[str, dict[str, str]] = {
     "Start": {
         "demo": "Run the whole loop once with a small real model.",
@@ -71,13 +74,13 @@ VERBS = tuple(verb for verbs in SECTIONS.values() for verb in verbs)
 
 
 def load_command(verb: str) -> click.Command:
-    """Import the file of a verb and return its command."""
+    """Import the file of a verb and return its click command."""
     command: click.Command = importlib.import_module(f"charter.commands.{verb}").COMMAND
     return command
 
 
 class _LazyGroup(click.Group):
-    """A group that imports a verb's file only when that verb is called, and lists the verbs by section."""
+    """A group that imports the file of a verb only when the verb is called, and lists the verbs by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -102,7 +105,7 @@ class _LazyGroup(click.Group):
 def cli(context: click.Context) -> None:
     """Stream prompts through responses, critiques, revisions and preference labels into DuckDB, and train on them.
 
-    Without a verb: print the status of the run in this folder, or how to start one.
+    Without a verb, print the status of the run in this folder, or the commands that start one.
 
     \b
     First steps:
@@ -119,10 +122,10 @@ _TRAINING_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accel
 
 
 def main() -> None:
-    """Run the command line. Every error is three lines and an exit code."""
-    # Before torch is loaded: threads that spin while they wait make a busy machine slower by an order of magnitude.
+    """Run the command line. Print each error as three lines, and exit with its code."""
+    # Set before torch is loaded. Waiting OpenMP threads that spin slow down a busy machine by an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows unsupported characters as escapes
+    for stream in (sys.stdout, sys.stderr):  # without UTF-8, print unsupported characters as escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -132,7 +135,7 @@ def main() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # e.g. `| head`: the final flush of standard output must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -144,27 +147,27 @@ def main() -> None:
 
 
 def describe_error(error: Exception) -> tuple[str, str, str]:
-    """Return what happened, why, and what to type."""
+    """Return the three lines of an error: what happened, why, and what to type."""
     if hasattr(error, "what"):
         return error.what, getattr(error, "why", ""), getattr(error, "fix", "")
     if isinstance(error, click.ClickException):
         return _describe_usage_error(error)
     if isinstance(error, ModuleNotFoundError) and error.name in _TRAINING_PACKAGES:
-        why = "local models and training are an extra, so that other workers stay small"
+        why = "local models and training are an optional extra, which keeps other installations small"
         return f"this command needs {error.name}, which is not installed", why, "type: pip install -e '.[train]'"
     if isinstance(error, OSError):
         return (
-            f"{error.filename or 'the output, or a file,'} cannot be used",
+            f"cannot use {error.filename or 'a file or the output'}",
             str(error.strerror),
             "use another file or folder, free disk space, or change its permissions",
         )
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    why = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-    return "this is a bug in Charter", why, "type the same command with --traceback to see where the error was raised"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    why = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return "this is a bug in Charter", why, "type the same command with --traceback to see the traceback"
 
 
 def _describe_usage_error(error: click.ClickException) -> tuple[str, str, str]:
-    """Describe an unknown verb, option or value, with the usage that is accepted."""
+    """Return the three lines for an unknown verb, option or value, with the usage of the command."""
     context = getattr(error, "ctx", None) or click.Context(cli, info_name="charter")
     usage = context.command.get_usage(context).removeprefix("Usage: ")
     return error.format_message(), f"usage: {usage}", f"type: {context.command_path} --help"

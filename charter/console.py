@@ -1,6 +1,6 @@
-"""What every command shares: its options, its settings, and how it prints.
+"""Code that all commands share: common options, loading of settings, logging, and printing of tables, JSON and CSV.
 
-`charter --help` imports this file, so it imports pydantic and rich only where they are used.
+`charter --help` imports this file, so functions import pydantic and rich only when they need them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PROGRESS_LOGGER = logging.getLogger("charter.progress")
 
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every verb has; the verb gets `settings` (and `origins`, if it names it)."""
+    """Add the options that every verb has. The command gets `settings`, and `origins` if it has a parameter of that name."""
     options = [
         click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
         click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
-        click.option("--run", "run_id", metavar="ID", help="The run that records belong to."),
+        click.option("--run", "run_id", metavar="ID", help="ID of the run to read or write."),
         click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
         click.option(
-            "--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Any setting, e.g. respond.num_completions=4."
+            "--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Set any setting, e.g. respond.num_completions=4."
         ),
-        click.option("-v", "--verbose", is_flag=True, help="Log what happens."),
-        click.option("--log-json", is_flag=True, help="Log as one JSON object a line."),
-        click.option("--traceback", is_flag=True, help="Show where an error came from."),
+        click.option("-v", "--verbose", is_flag=True, help="Log at level INFO."),
+        click.option("--log-json", is_flag=True, help="Log one JSON object per line."),
+        click.option("--traceback", is_flag=True, help="Print the Python traceback of an error."),
     ]
 
     @wraps(function)
@@ -52,9 +52,9 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         configure_logging(verbose, log_json)
         flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
-        chosen = {name: value for name, value in flags.items() if value is not None} | _parse_assignments(assignments)
+        overrides = {name: value for name, value in flags.items() if value is not None} | _parse_assignments(assignments)
         preset = _PRESETS_BY_COMMAND.get(function.__name__)
-        return function(**_load_settings(function, chosen, config, preset), **rest)
+        return function(**_load_settings(function, overrides, config, preset), **rest)
 
     for option in reversed(options):
         wrapper = option(wrapper)
@@ -62,27 +62,27 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def configure_logging(verbose: bool, as_json: bool) -> None:
-    """Log to standard error: lines for people, or one JSON object per line."""
+    """Log to standard error, as plain lines or as one JSON object per line."""
     from engine.logs import JsonFormatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else TerminalFormatter())
     _PROGRESS_LOGGER.setLevel(logging.INFO if as_json else logging.NOTSET)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # The client's own log tells of every retry; our errors say what it comes to.
+    # The Kafka client logs every retry. Charter's own errors report the result, so the client is silent unless --verbose.
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
 
 
-def print_progress(text: str, level: int = logging.INFO) -> None:
-    """How it goes, on standard error; with --log-json a line of the log, so that all of it can be parsed."""
+def print_progress(message: str, level: int = logging.INFO) -> None:
+    """Print a progress message to standard error. With --log-json, log it, so that standard error has only JSON lines."""
     if _PROGRESS_LOGGER.level == logging.NOTSET:
-        click.echo(text, err=True)
+        click.echo(message, err=True)
     else:
-        _PROGRESS_LOGGER.log(level, text)
+        _PROGRESS_LOGGER.log(level, message)
 
 
 class TerminalFormatter(logging.Formatter):
-    """A log record for a person; what a terminal would obey is shown as escapes."""
+    """Format a log record as a plain line. Control characters are printed as escapes, so a terminal does not execute them."""
 
     def __init__(self) -> None:
         from engine.logs import LOG_FORMAT
@@ -94,11 +94,12 @@ class TerminalFormatter(logging.Formatter):
 
 
 def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
+    """Return the arguments `settings` and, if `function` has that parameter, `origins`."""
     from engine.settings import load_settings
 
     settings, origins = load_settings(flags, file, preset() if preset else None)
-    named = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return {"settings": settings} | ({"origins": origins} if "origins" in named else {})
+    parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return {"settings": settings} | ({"origins": origins} if "origins" in parameters else {})
 
 
 def _get_demo_preset() -> dict[str, dict[str, Any]]:
@@ -111,7 +112,7 @@ _PRESETS_BY_COMMAND = {"demo": _get_demo_preset}
 
 
 def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in assignments]
+    pairs = [assignment.partition("=") for assignment in assignments]
     for name, equals, _ in pairs:
         if not equals:
             raise click.UsageError(
@@ -120,18 +121,18 @@ def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for other programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json and --csv; the command gets `output`: "json", "csv", or "" for a table."""
-    json_flag = click.option("--json", "output", flag_value="json", default="", help="Print JSON, for other programs.")
-    csv_flag = click.option("--csv", "output", flag_value="csv", help="Print CSV with a header line.")
+    """Add --json and --csv. The command gets `output`: "json", "csv", or "" for a table."""
+    json_flag = click.option("--json", "output", flag_value="json", default="", help="Print JSON.")
+    csv_flag = click.option("--csv", "output", flag_value="csv", help="Print CSV with a header row.")
     return json_flag(csv_flag(function))
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], output: str) -> None:
-    """Print rows as a table, as JSON objects or as CSV."""
+    """Print rows as a table, as a JSON list of objects, or as CSV."""
     if output == "json":
         click.echo(format_json([dict(zip(columns, row, strict=True)) for row in rows]))
     elif output == "csv":
@@ -141,7 +142,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], output: st
 
 
 def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], output: str) -> None:
-    """Print one JSON object, or a list of them, as JSON or as CSV. Call it only when `output` is not empty."""
+    """Print one object, or a list of objects, as JSON or as CSV. `output` must not be empty."""
     if output == "json":
         click.echo(format_json(records))
         return
@@ -151,7 +152,7 @@ def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], outp
 
 
 _MAX_CELL_CHARS = 60
-_MAX_WIDTH = 100_000  # columns; wider than any table, so that nothing is folded outside a terminal
+_MAX_WIDTH = 100_000  # columns; wider than any table, so that files and pipes get unfolded lines
 _BOX = ["    ", "    ", " -  ", "    ", "    ", "    ", "    ", "    "]  # two spaces between columns, a rule under the header
 
 
@@ -169,10 +170,10 @@ def format_cell(value: Any) -> str:
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table with one line for each row; numbers are aligned to the right.
+    """Return a table with one line per row. Numbers are aligned to the right.
 
-    The text does not depend on the width of a terminal. Wide characters (CJK, emoji) are measured in terminal cells.
-    On a terminal that is too narrow, cells are folded inside their columns.
+    Wide characters (CJK, emoji) are measured in terminal cells. On a terminal that is too narrow, cells are folded inside their
+    columns. In a file or a pipe, the result does not depend on the terminal width.
     """
     from rich.box import Box
     from rich.console import Console
@@ -194,7 +195,7 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _format_row_blocks(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return one block for each row, with one column per line: for rows with long texts."""
+    """Return one block per row, with one line per column. Used for rows with long cells."""
     parts = []
     for number, row in enumerate(rows, 1):
         parts.append(f"--- row {number}")
@@ -209,16 +210,16 @@ def _format_nested(value: Any) -> str:
 
 
 def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table, or one block for each row if a cell has more than 60 characters. The width of a terminal plays no part."""
+    """Return a table, or one block per row if a cell has more than 60 characters. The choice ignores the terminal width."""
     is_short = all(len(format_cell(value)) <= _MAX_CELL_CHARS for row in rows for value in row)
     return format_table(columns, rows) if is_short else _format_row_blocks(columns, rows)
 
 
 def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows as CSV (RFC 4180) with a header line. Unknown values are empty; lists and objects are JSON."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    """Return rows as CSV (RFC 4180) with a header row. Null is an empty field. Lists and objects are JSON."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow([format_json(value, indent=None) if isinstance(value, list | dict | tuple) else value for value in row])
-    return text.getvalue()
+    return buffer.getvalue()

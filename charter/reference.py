@@ -1,6 +1,6 @@
-"""The reference pages, written from the code: `python -m charter.reference` makes docs/configuration.md and docs/cli.md.
+"""Generate docs/configuration.md and docs/cli.md from the code: `python -m charter.reference`.
 
-A test compares them, so that a setting or a verb cannot come without its line in the documents.
+A test compares the pages with the code, so each new setting or verb must be in the documents.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 _CONFIGURATION_INTRO = """# Settings
 
-Every setting, from `engine/settings.py` (written by `python -m charter.reference`). A file sets them by table and key
-(`charter.toml` in the working folder, or `--config FILE`); the environment beats it (`respond.num_completions` is
-`CHARTER_RESPOND__NUM_COMPLETIONS`), and the command line beats both (`--set respond.num_completions=4`). Lists are JSON or separated by commas
-in the last two. An unknown name is an error that names the nearest one.
+This page lists every setting. `python -m charter.reference` generates it from `engine/settings.py`.
+
+Charter reads settings from three sources. A later one overrides an earlier one:
+
+1. a TOML file: `charter.toml` in the working folder, or `--config FILE`;
+2. environment variables: `respond.num_completions` is `CHARTER_RESPOND__NUM_COMPLETIONS`;
+3. the command line: `--set respond.num_completions=4`.
+
+In an environment variable and on the command line, a list is JSON or comma-separated values. An unknown name is an error, and the
+error suggests the nearest name.
 
 ```
 charter config
@@ -34,38 +40,38 @@ charter config --defaults > charter.toml
 charter config --json
 ```
 
-The first shows every value in this folder and where it came from. A recipe chosen by name (`critique.preset`, `judge.preset`)
-fills in the keys that nobody set: see [recipes](#recipes).
+`charter config` prints each value and its origin. `charter config --defaults` prints a complete file with comments. A preset
+(`critique.preset`, `judge.preset`) sets the keys that no other source sets: see [Presets](#presets).
 """
 
-_CLI_INTRO = """# Verbs
+_CLI_INTRO = """# Command line
 
-Every verb of `charter`, from its own help (written by `python -m charter.reference`).
+This page lists every verb of `charter`. `python -m charter.reference` generates it from the help of the commands.
 
-Verbs that read have `--json`: JSON on standard output. A file named `-` is standard input. `charter completion bash`, `zsh` or
-`fish` prints what completes verbs and options in that shell.
+Verbs that read have `--json` and `--csv`, which print to standard output. A file named `-` is standard input.
+`eval "$(_CHARTER_COMPLETE=bash_source charter)"` enables completion in bash; use `zsh_source` or `fish_source` in the other shells.
 
 | exit code | meaning |
 |---|---|
-| 0 | done |
-| 1 | it ran, and something is not as it should be: rows refused, a check that failed, a stage that stopped |
-| 2 | the command or a setting is wrong; nothing was done |
-| 3 | something outside is away (broker, database held, model server); the same command works once it is back |
-| 130 | stopped with Ctrl-C before it was done |
+| 0 | success |
+| 1 | the command ran and reports a problem: rejected rows, a failed check, a stopped stage |
+| 2 | the command or a setting is wrong; nothing was changed |
+| 3 | a dependency (broker, database, model server) is unreachable or busy; run the same command again when it is available |
+| 130 | stopped with Ctrl-C |
 
-An error is three lines: what, why, what to type. Verbs that work on a run share these options:
+An error is three lines: what happened, why, what to type. All verbs have these options:
 
 """
 
 
 def _format_field_type(field: FieldInfo) -> str:
-    """The type in words, with the values or the range that are allowed."""
-    of = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
-    if get_origin(of) is Literal:
-        choices = ", ".join(f"`{json.dumps(value)}`" for value in get_args(of))
-        return choices if of is field.annotation else f"list of {choices}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    names |= {list[str]: "list of texts", list[PositiveInt]: "list of whole numbers above 0"}
+    """Return the type of a setting, with the allowed values or range."""
+    item_type = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
+    if get_origin(item_type) is Literal:
+        choices = ", ".join(f"`{json.dumps(value)}`" for value in get_args(item_type))
+        return choices if item_type is field.annotation else f"list of {choices}"
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    names |= {list[str]: "list of strings", list[PositiveInt]: "list of integers > 0"}
     limits = [limit for limit in map(_format_bound, field.metadata) if limit]
     return " ".join([names[field.annotation], *([", ".join(limits)] if limits else [])])  # type: ignore[index]
 
@@ -86,61 +92,62 @@ def _format_bound(bound: Any) -> str:
 
 
 def _format_configuration_page() -> str:
-    """docs/configuration.md: a table for each section, and what the recipes set."""
+    """Return docs/configuration.md: one table per section, and the values of the presets."""
     parts = [_CONFIGURATION_INTRO]
-    last = ""
+    previous_section = ""
     for section, key, field in iter_settings():
-        if section != last:
+        if section != previous_section:
             parts.append(f"\n## [{section}]\n\n| key | default | values | meaning |\n|---|---|---|---|\n")
-            last = section
+            previous_section = section
         default = json.dumps(field.default)
         parts.append(f"| `{key}` | `{default}` | {_format_field_type(field)} | {field.description} |\n".replace("||", "| |"))
-    parts.append("\n## Recipes\n\n| recipe | sets |\n|---|---|\n")
-    for section, recipes in PRESETS.items():
-        for name, layer in recipes.items():
-            values = [f"`{s}.{key} = {json.dumps(value)}`" for s, of_one in layer.items() for key, value in of_one.items()]
+    parts.append("\n## Presets\n\n| preset | sets |\n|---|---|\n")
+    for section, presets in PRESETS.items():
+        for name, layer in presets.items():
+            values = [f"`{table}.{key} = {json.dumps(value)}`" for table, keys in layer.items() for key, value in keys.items()]
             parts.append(f"| `{section}.preset = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n")
     return "".join(parts)
 
 
 def iter_commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """A verb, or the verbs below it."""
+    """Yield a verb, or the subcommands of a group, each with its full name."""
     if not isinstance(command, click.Group):
         yield name, command
         return
-    for below in command.list_commands(click.Context(command)):
-        yield from iter_commands(command.commands[below], f"{name} {below}")
+    for subcommand in command.list_commands(click.Context(command)):
+        yield from iter_commands(command.commands[subcommand], f"{name} {subcommand}")
 
 
 def _list_options(command: click.Command) -> list[tuple[str, str]]:
-    """What each option and argument is called, and its help."""
+    """Return the declaration and the help of each option."""
     context = click.Context(command)
     records = [record for param in command.get_params(context) if (record := param.get_help_record(context))]
-    return [(said, " ".join(meaning.split())) for said, meaning in records if not said.endswith("--help")]
+    return [(option, " ".join(meaning.split())) for option, meaning in records if not option.endswith("--help")]
 
 
+# The options that two unrelated verbs share are those of `common_options`.
 _COMMON_OPTIONS = [record for record in _list_options(load_command("run")) if record in _list_options(load_command("status"))]
 
 
 def _format_options_table(records: list[tuple[str, str]]) -> str:
-    rows = [f"| `{said}` | {meaning} |".replace("|  |", "| |") for said, meaning in records]
-    return "\n".join(["| option | |", "|---|---|", *rows]) + "\n"
+    rows = [f"| `{option}` | {meaning} |".replace("|  |", "| |") for option, meaning in records]
+    return "\n".join(["| option | meaning |", "|---|---|", *rows]) + "\n"
 
 
 def _format_command(name: str, command: click.Command) -> str:
-    """A verb's page: usage, what it does, examples, its options."""
+    """Return the section of a verb: usage, description, examples and options."""
     usage = command.get_usage(click.Context(command, info_name=f"charter {name}", max_content_width=200))
-    text, _, examples = inspect.cleandoc(command.help or "").partition("\b\nExamples:\n")
-    parts = [f"### {name}", f"    {usage.removeprefix('Usage: ')}", text.replace("\b\n", "").strip()]
+    description, _, examples = inspect.cleandoc(command.help or "").partition("\b\nExamples:\n")
+    parts = [f"### {name}", f"    {usage.removeprefix('Usage: ')}", description.replace("\b\n", "").strip()]
     if examples:
         parts.append("```\n" + inspect.cleandoc(examples).strip() + "\n```")
-    if own := [record for record in _list_options(command) if record not in _COMMON_OPTIONS]:
-        parts.append(_format_options_table(own).strip())
+    if options := [record for record in _list_options(command) if record not in _COMMON_OPTIONS]:
+        parts.append(_format_options_table(options).strip())
     return "\n" + "\n\n".join(parts) + "\n"
 
 
 def _format_cli_page() -> str:
-    """docs/cli.md: every verb by section."""
+    """Return docs/cli.md: all verbs by section."""
     parts = [_CLI_INTRO, _format_options_table(_COMMON_OPTIONS)]
     for title, names in SECTIONS.items():
         parts.append(f"\n## {title}\n")
@@ -152,8 +159,9 @@ PAGES = {"configuration.md": _format_configuration_page, "cli.md": _format_cli_p
 
 
 def main() -> None:
-    for name, written in PAGES.items():
-        (DOCS / name).write_text(written(), encoding="utf-8")
+    """Write both pages to docs/."""
+    for name, format_page in PAGES.items():
+        (DOCS / name).write_text(format_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

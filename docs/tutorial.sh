@@ -64,7 +64,7 @@ revision = "I am sorry, that is bad timing. Send me the order number: I will ask
 TOML
 
 try charter constitution lint bookshop.toml
-try charter constitution test cases.jsonl --constitution bookshop.toml --at-least 0
+try charter constitution test cases.jsonl --constitution bookshop.toml --min-accuracy 0
 
 # Settings: short responses, so that two processor cores are enough ----------------------------------------------------------------
 cat >charter.toml <<'TOML'

@@ -199,7 +199,7 @@ def _run_query(
         raise UsageError(
             f"the query took longer than {limit_s:g} s and was interrupted",
             f"it ran for {time.monotonic() - started:.1f} s; the sink must wait during a query",
-            "restrict the query, or raise the limit: charter sql --limit-s 60 '...'",
+            "restrict the query, or raise the limit: charter sql --timeout-s 60 '...'",
         ) from error
     except RuntimeError as error:  # DuckDB raises this for Ctrl-C
         if "interrupted" in str(error):

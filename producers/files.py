@@ -7,7 +7,7 @@ The records and the offset in the file go to the log in one transaction. A produ
 and publishes no record twice. Standard input cannot be resumed, so it is published at least once.
 
 People's data goes to the topics `preferences` and `demonstrations`, which no stage consumes. Its prompts get responses only
-with `publish_prompts` (`--answer`). Ids are derived from the content, so a file that has grown adds only its new rows.
+with `publish_prompts` (`--publish-prompts`). Ids are derived from the content, so a file that has grown adds only its new rows.
 """
 
 from __future__ import annotations

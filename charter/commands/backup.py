@@ -13,8 +13,7 @@ from engine.settings import Settings
 
 
 def _get_log_folder(settings: Settings) -> Path | None:
-    """The folder of the embedded log; None with Kafka."""
-
+    """Return the folder of the embedded log, or None with Kafka."""
     return None if settings.bus_address.startswith(KAFKA_SCHEME) else Path(settings.bus_address)
 
 
@@ -24,17 +23,15 @@ def _get_log_folder(settings: Settings) -> Path | None:
 def backup(settings: Settings, target: Path) -> None:
     """Copy the data folder while everything runs.
 
-    The database, the embedded log and the checkpoints, to a new FOLDER.
-
-    A Kafka log is not in it: Kafka replicates its topics, and the archive in the database has what was read of them.
+    FOLDER must not exist. The backup contains the database, the embedded log and all complete checkpoints. It does not contain a
+    Kafka log: Kafka replicates its topics, and the database has every record that the sink has read from them.
 
     \b
     Examples:
       charter backup backups/2026-11-24
     """
-
-    for name, what in backups.create_backup(settings.folder, target, _get_log_folder(settings)).items():
-        click.echo(f"{name}: {', '.join(what) if isinstance(what, list) else what}")
+    for name, value in backups.create_backup(settings.folder, target, _get_log_folder(settings)).items():
+        click.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 COMMAND = backup

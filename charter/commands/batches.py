@@ -1,4 +1,4 @@
-"""`charter batches`: what each training phase trained on, shown and rebuilt from its manifest."""
+"""`charter batches`: list the training batches, and show and rebuild a batch from its manifest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _BATCHES_SQL = """
     SELECT b.batch_number, b.phase, len(b.record_ids) AS rows, b.mixture, b.base_policy_version AS policy,
            b.base_reward_version AS reward_model, b.created_at,
-           CASE WHEN p.version IS NOT NULL THEN 'made ' || lower(p.kind) || ' ' || p.version
-                WHEN i.voided_batch_id IS NOT NULL THEN 'given up: ' || i.title ELSE 'unfinished' END AS outcome
+           CASE WHEN p.version IS NOT NULL THEN 'published ' || lower(p.kind) || ' ' || p.version
+                WHEN i.voided_batch_id IS NOT NULL THEN 'voided: ' || i.title ELSE 'unfinished' END AS outcome
     FROM batches b
     LEFT JOIN policies p ON p.batch_id = b.record_id AND p.restored_version IS NULL
     LEFT JOIN (SELECT voided_batch_id, any_value(title) AS title FROM incidents GROUP BY 1) i ON i.voided_batch_id = b.record_id
@@ -36,7 +36,7 @@ _BATCHES_SQL = """
 def batches(settings: Settings, output: str) -> None:
     """List, show and rebuild training batches.
 
-    Without a verb: the list.
+    Without a verb, print the list.
 
     \b
     Examples:
@@ -52,7 +52,7 @@ def batches(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def list_batches(settings: Settings, output: str) -> None:
-    """Every batch, and what became of it.
+    """List all batches with their phase, size, models and outcome.
 
     \b
     Examples:
@@ -62,15 +62,14 @@ def list_batches(settings: Settings, output: str) -> None:
 
 
 def _print_batches(settings: Settings, output: str) -> None:
-
-    found = open_store(settings).query(_BATCHES_SQL, limit_s=10.0)
+    result = open_store(settings).query(_BATCHES_SQL, limit_s=10.0)
     if output:
-        print_rows(found.columns, found.rows, output)
-    elif found.rows:
-        place = found.columns.index("mixture")
-        print_rows(found.columns, [(*row[:place], _format_mixture(row[place]), *row[place + 1 :]) for row in found.rows], "")
+        print_rows(result.columns, result.rows, output)
+    elif result.rows:
+        i = result.columns.index("mixture")
+        print_rows(result.columns, [(*row[:i], _format_mixture(row[i]), *row[i + 1 :]) for row in result.rows], "")
     else:
-        click.echo("no batch has been drawn yet")
+        click.echo("there are no batches yet")
 
 
 def _format_mixture(mixture: dict[str, int]) -> str:
@@ -82,20 +81,20 @@ def _format_mixture(mixture: dict[str, int]) -> str:
 @output_options
 @common_options
 def show(settings: Settings, number: int, output: str) -> None:
-    """One batch's manifest.
+    """Show the manifest of one batch.
 
-    Its rows, mix, hash, range of commits, seed, and the models and settings it trained with.
+    The manifest has the rows, mixture, content hash, commit range and seed of the batch, and the models and settings that it was
+    trained with. The command reads it from the log.
 
     \b
     Examples:
       charter batches show 3
     """
-
-    about = _summarize_manifest(_read_manifest(settings, number))
+    summary = _summarize_manifest(_read_manifest(settings, number))
     if output:
-        print_records(about, output)
+        print_records(summary, output)
         return
-    for name, value in about.items():
+    for name, value in summary.items():
         click.echo(f"{name}: {format_cell(value)}")
 
 
@@ -104,20 +103,19 @@ def show(settings: Settings, number: int, output: str) -> None:
 @output_options
 @common_options
 def rebuild(settings: Settings, number: int, output: str) -> None:
-    """Draw a past batch again, exactly.
+    """Rebuild a batch from the database, and verify its content hash.
 
-    From the database, every row in the order of training, checked against its hash.
-
-    With --json the rows themselves, as training saw them. What cannot be rebuilt exactly is an error.
+    The rows are in training order. With --json, print the rows that training read. A batch that cannot be rebuilt exactly is an
+    error.
 
     \b
     Examples:
       charter batches rebuild 3
       charter batches rebuild 3 --json > batch-3.json
     """
-    from trainer.batches import rebuild_batch as rebuilt
+    from trainer.batches import rebuild_batch
 
-    batch = rebuilt(open_store(settings), _read_manifest(settings, number))
+    batch = rebuild_batch(open_store(settings), _read_manifest(settings, number))
     if output:
         rows: dict[str, Any] = {"rows": batch.rows, "sl_rows": batch.sl_rows}
         print_records(_summarize_manifest(batch.manifest) | rows, output)
@@ -127,35 +125,37 @@ def rebuild(settings: Settings, number: int, output: str) -> None:
 
 def _format_rebuilt_batch(batch: Batch) -> str:
     manifest = batch.manifest
-    named = len(manifest.record_ids) + len(manifest.sl_record_ids)
+    num_records = len(manifest.record_ids) + len(manifest.sl_record_ids)
     return (
-        f"batch {manifest.batch_number} ({manifest.phase}) is rebuilt exactly: all {named} records it names,"
+        f"batch {manifest.batch_number} ({manifest.phase}) is rebuilt exactly: {num_records} records,"
         f" content hash {manifest.content_hash}"
     )
 
 
 def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
-    """The manifest of a batch, from the log."""
-
+    """Return the manifest of a batch from the log."""
     bus = connect_bus(settings)
-    found = [decode_record(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
+    manifests = [decode_record(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
     bus.close()
-    for manifest in found:
+    for manifest in manifests:
         if manifest.batch_number == batch_number:
             return manifest
     raise UsageError(
         f"there is no batch {batch_number}",
-        f"{len(found)} batches have been drawn so far",
-        "type: charter batches    (their numbers)",
+        f"the log has {len(manifests)} batches",
+        "type: charter batches    (lists the batch numbers)",
     )
 
 
 def _summarize_manifest(manifest: BatchManifest) -> dict[str, Any]:
-    about = manifest.model_dump(mode="json")
-    wanted = ("batch_number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
+    """Return the fields of a manifest in reading order; the long lists of ids are last."""
+    fields = manifest.model_dump(mode="json")
+    general = ("batch_number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
     models = ("base_policy_version", "base_reward_version", "reference_policy_version")
-    told = {name: about[name] for name in (*wanted, *models, "mixture", "target_mixture", "cursors")}
-    return told | {"settings": json.loads(manifest.settings)} | {n: about[n] for n in ("record_ids", "sl_record_ids")}
+    summary = {name: fields[name] for name in (*general, *models, "mixture", "target_mixture", "cursors")}
+    return (
+        summary | {"settings": json.loads(manifest.settings)} | {name: fields[name] for name in ("record_ids", "sl_record_ids")}
+    )
 
 
 COMMAND = batches

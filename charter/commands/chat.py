@@ -1,4 +1,4 @@
-"""`charter chat`: talk to a policy, or ask it one thing from a script."""
+"""`charter chat`: chat with a policy on the terminal, or send it one prompt from a script."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NEW_DIALOGUE_COMMAND = "/new"
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--policy", "version", default="latest", show_default=True, help="Which version answers; 0 is the first model.")
-@click.option("--temperature", type=click.FloatRange(0.0), help="Sampling temperature; as respond.temperature.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer in tokens; as respond.max_tokens.")
-@click.option("--seed", type=int, help="The same seed gives the same answer; else it is drawn.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each answer.")
+@click.option("--policy", "version", default="latest", show_default=True, help="Policy version; 0 is the base model.")
+@click.option("--temperature", type=click.FloatRange(0.0), help="Sampling temperature [default: respond.temperature].")
+@click.option("--max-tokens", type=click.IntRange(1), help="Maximum tokens of a response [default: respond.max_tokens].")
+@click.option("--seed", type=int, help="Seed of the sampling [default: random].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per response.")
 @common_options
 def chat(
     settings: Settings,
@@ -41,7 +41,8 @@ def chat(
 ) -> None:
     """Chat with a policy.
 
-    With PROMPT (- for standard input) it is asked once. Nothing of it is recorded. /new begins a new dialogue, Ctrl-D ends it.
+    With PROMPT (- for standard input), print one response and exit. Without it, read user messages line by line: /new starts a
+    new dialogue, Ctrl-D ends the chat. Nothing is written to the log or the database.
 
     \b
     Examples:
@@ -58,19 +59,21 @@ def chat(
     seeds = random.Random(seed)
     messages: list[ChatMessage] = []
     if prompt is None and not as_json:
-        click.echo(f"policy {number} ({model.id}); {_NEW_DIALOGUE_COMMAND} begins a new dialogue, Ctrl-D ends", err=True)
+        click.echo(
+            f"policy {number} ({model.id}); {_NEW_DIALOGUE_COMMAND} starts a new dialogue, Ctrl-D ends the chat", err=True
+        )
     for text in [sys.stdin.read() if prompt == "-" else prompt] if prompt is not None else _read_user_lines():
         if text.strip() == _NEW_DIALOGUE_COMMAND:
             messages = []
             continue
         messages = [*messages, _make_message("user", text.strip())]
-        answer = _generate_reply(model, messages, seeds.getrandbits(32), sampling)
-        messages = [*messages, _make_message("assistant", answer.text)]
-        _print_reply(number, answer, as_json)
+        generation = _generate_response(model, messages, seeds.getrandbits(32), sampling)
+        messages = [*messages, _make_message("assistant", generation.text)]
+        _print_response(number, generation, as_json)
 
 
 def _read_user_lines() -> Iterator[str]:
-    """What is typed, line by line; empty lines are passed over."""
+    """Yield the lines of standard input, without empty lines."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -81,35 +84,31 @@ def _read_user_lines() -> Iterator[str]:
 
 
 def _make_message(role: str, content: str) -> ChatMessage:
-
     return ChatMessage(role=role, content=content)
 
 
-def _generate_reply(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
+def _generate_response(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
+    ((generation,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
+    return generation
 
-    ((answer,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
-    return answer
 
-
-def _print_reply(version: int, reply: Generation, as_json: bool) -> None:
-
+def _print_response(version: int, generation: Generation, as_json: bool) -> None:
     if as_json:
-        about = {"policy": version, "answer": reply.text, "finish_reason": reply.finish_reason}
-        click.echo(format_json(about, indent=None))
+        row = {"policy": version, "response": generation.text, "finish_reason": generation.finish_reason}
+        click.echo(format_json(row, indent=None))
     else:
-        click.echo(escape_unprintable(reply.text))
+        click.echo(escape_unprintable(generation.text))
 
 
 def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
-    """A policy's number and its weights."""
-
+    """Return the number of a policy version and its model."""
     bus = connect_bus(settings)
-    known = read_policy_updates(bus)
+    updates = read_policy_updates(bus)
     bus.close()
-    number = parse_policy_version(version, known)
-    if get_weights_version(known, number) == 0:
+    number = parse_policy_version(version, updates)
+    if get_weights_version(updates, number) == 0:
         return number, RoleModels(settings).get_model("policy")
-    folder = get_verified_folder(settings, known, number)
+    folder = get_verified_folder(settings, updates, number)
     return number, open_model(str(folder), threads=settings.models.threads, max_batch_size=1)
 
 

@@ -15,22 +15,23 @@ from engine.settings import Settings, format_settings_file, iter_settings
 def config(settings: Settings, origins: dict[str, str], defaults: bool, output: str) -> None:
     """Print every setting, its value and its origin.
 
+    The origin is "default", a preset, the settings file, an environment variable or the command line.
+
     \b
     Examples:
       charter config
       charter config --defaults > charter.toml
       CHARTER_RESPOND__NUM_COMPLETIONS=4 charter config --json
     """
-
     if defaults:
         click.echo(format_settings_file(), nl=False)
         return
     rows = [(f"{s}.{k}", getattr(getattr(settings, s), k), origins[f"{s}.{k}"], f.description) for s, k, f in iter_settings()]
-    columns = ["setting", "value", "from", "meaning"]
+    columns = ["setting", "value", "origin", "meaning"]
     if output:
         print_rows(columns, rows, output)
     else:
-        click.echo(format_table(columns, rows))  # never as blocks: one line for each setting
+        click.echo(format_table(columns, rows))  # not `print_rows`: long values must not change the table into blocks
 
 
 COMMAND = config

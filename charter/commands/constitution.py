@@ -1,4 +1,4 @@
-"""`charter constitution`: the principles as code. List, show, lint and compare them, test them with the judge, study them."""
+"""`charter constitution`: list, show, lint and compare constitutions, test them with the judge, and ablate principles."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ _RUN_PREFIX = "run:"
 def constitution() -> None:
     """List, show, lint, compare, test and ablate constitutions.
 
-    List, show, lint and compare constitutions, test them with the judge, study what each principle does.
-
-    A constitution is a shipped one's name, a file, - for standard input, or run:NAME for the one that a run used.
+    CONSTITUTION is the name of a shipped constitution, a file, - for standard input, or run:ID for the constitution of a run.
 
     \b
     Examples:
@@ -50,25 +48,22 @@ def constitution() -> None:
 
 
 def _resolve_constitution(settings: Settings, spec: str) -> Constitution:
-    """A shipped constitution, a file, standard input, or what a run of this database used."""
-
+    """Load a shipped constitution, a file, standard input (-), or the constitution of a run in the database (run:ID)."""
     if spec == "-":
         return parse_constitution(sys.stdin.buffer.read(), "standard input")
     if not spec.startswith(_RUN_PREFIX):
         return load_constitution(spec)
+    run_id = spec.removeprefix(_RUN_PREFIX)
     sql = "SELECT constitution_text FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1"
     store = open_store(settings)
-    found = store.query(sql, [spec.removeprefix(_RUN_PREFIX)]).rows
-    if not found:
-        raise UsageError(
-            f"there is no run {spec.removeprefix(_RUN_PREFIX)}", f"{store.path} has no manifest of it", "type: charter runs"
-        )
-    return parse_constitution(found[0][0], spec)
+    rows = store.query(sql, [run_id]).rows
+    if not rows:
+        raise UsageError(f"there is no run {run_id}", f"{store.path} has no manifest of this run", "type: charter runs")
+    return parse_constitution(rows[0][0], spec)
 
 
 def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """(name, version, hash, a run) of each constitution that a run of this database used."""
-
+    """Return (name, version, hash, ID of the first run) of each constitution that a run in the database used."""
     store = open_store(settings)
     if not store.path.exists():
         return []
@@ -81,23 +76,24 @@ def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, s
 @output_options
 @common_options
 def list_constitutions(settings: Settings, output: str) -> None:
-    """The shipped constitutions, and those of the runs here.
+    """List the shipped constitutions and those of past runs.
+
+    The columns critique, judge and prose are the number of principles or paragraphs of each kind.
 
     \b
     Examples:
       charter constitution list --json
     """
-
-    found = [(name, load_constitution(name)) for name in list_shipped_constitutions()]
-    shipped = {c.hash for _, c in found}
-    found += [
+    constitutions = [(name, load_constitution(name)) for name in list_shipped_constitutions()]
+    shipped_hashes = {c.hash for _, c in constitutions}
+    constitutions += [
         (f"{_RUN_PREFIX}{run}", _resolve_constitution(settings, f"{_RUN_PREFIX}{run}"))
-        for _, _, known, run in _query_used_constitutions(settings)
-        if known not in shipped
+        for _, _, content_hash, run in _query_used_constitutions(settings)
+        if content_hash not in shipped_hashes
     ]
     rows = [
         (
-            where,
+            spec,
             c.name,
             c.version,
             c.hash if output else c.hash[:12],
@@ -106,135 +102,128 @@ def list_constitutions(settings: Settings, output: str) -> None:
             len(c.prose),
             c.description,
         )
-        for where, c in found
+        for spec, c in constitutions
     ]
     columns = ["constitution", "name", "version", "hash", "critique", "judge", "prose", "description"]
     print_rows(columns if output else columns[:-1], rows if output else [row[:-1] for row in rows], output)
 
 
 @constitution.command("show")
-@click.argument("wanted", metavar="[CONSTITUTION]", required=False, type=click.Path())
-@click.option("--toml", "as_text", is_flag=True, help="The file itself, as a run's manifest keeps it.")
+@click.argument("spec", metavar="[CONSTITUTION]", required=False, type=click.Path())
+@click.option("--toml", "as_text", is_flag=True, help="Print the TOML source.")
 @output_options
 @common_options
-def show_constitution(settings: Settings, wanted: str | None, as_text: bool, output: str) -> None:
-    """A constitution's principles.
+def show_constitution(settings: Settings, spec: str | None, as_text: bool, output: str) -> None:
+    """Show the principles of a constitution.
 
-    Without an argument: those of the settings' constitution.
+    CONSTITUTION defaults to run.constitution.
 
     \b
     Examples:
       charter constitution show customer-service
       charter constitution show run:live --toml > live.toml
     """
-
-    found = _resolve_constitution(settings, wanted or settings.run.constitution)
+    loaded = _resolve_constitution(settings, spec or settings.run.constitution)
     if as_text:
-        click.echo(found.text, nl=False)
+        click.echo(loaded.text, nl=False)
     elif output:
-        print_rows(["hash", *to_toml_values(found)], [(found.hash, *to_toml_values(found).values())], output)
+        print_rows(["hash", *to_toml_values(loaded)], [(loaded.hash, *to_toml_values(loaded).values())], output)
     else:
-        for line in _format_constitution(found):
+        for line in _format_constitution(loaded):
             click.echo(line)
 
 
-def _format_constitution(found: Constitution) -> Iterator[str]:
-    """A constitution for reading."""
-
-    yield f"{found.name} {found.version}  {found.hash}"
-    yield wrap_text(found.description, "  ")
-    drawn = "drawn at random, by weight" if found.selection == "sample" else "taken in turn"
-    asked = "all in one question" if found.judge_with == "all" else "one drawn for each pair, by weight"
-    if found.prose:
-        yield f"\nprose: {len(found.prose)} paragraphs; critique: {drawn}; judging: {asked}"
-        for paragraph in found.prose:
+def _format_constitution(loaded: Constitution) -> Iterator[str]:
+    """Yield the lines of a constitution in readable form."""
+    yield f"{loaded.name} {loaded.version}  {loaded.hash}"
+    yield wrap_text(loaded.description, "  ")
+    selection = "sampled by weight" if loaded.selection == "sample" else "in rotation"
+    judging = "all in one prompt" if loaded.judge_with == "all" else "one sampled by weight for each pair"
+    if loaded.prose:
+        yield f"\nprose: {len(loaded.prose)} paragraphs; critique: {selection}; judge: {judging}"
+        for paragraph in loaded.prose:
             yield f"\n{paragraph.priority}. {paragraph.id}: {paragraph.name}{_format_scope(paragraph)}"
             yield wrap_text(paragraph.text, "   ")
         return
-    yield f"\ncritique and revision: {len(found.critique)}, {drawn}"
-    for principle in found.critique:
+    yield f"\ncritique and revision: {len(loaded.critique)} principles, {selection}"
+    for principle in loaded.critique:
         yield f"\n  {principle.id}: {principle.name}{_format_scope(principle)}"
         yield f"{wrap_text(principle.critique_prompt, '    ')}\n{wrap_text(principle.revision_prompt, '    ')}"
-    yield f"\njudging: {len(found.judge)}, {asked}"
-    for judging in found.judge:
-        yield f"\n  {judging.id}: {judging.name}{_format_scope(judging)}"
-        yield wrap_text(judging.judge_prompt, "    ")
+    yield f"\njudge: {len(loaded.judge)} principles, {judging}"
+    for judge_principle in loaded.judge:
+        yield f"\n  {judge_principle.id}: {judge_principle.name}{_format_scope(judge_principle)}"
+        yield wrap_text(judge_principle.judge_prompt, "    ")
 
 
 def _format_scope(principle: Any) -> str:
-    """Weight and tags, where they are not the usual ones."""
+    """Return the weight and the tags of a principle, if they differ from the defaults."""
     weight = f"weight {principle.weight:g}" if principle.weight != 1 else ""
     tags = f"only for {', '.join(principle.tags)}" if principle.tags else ""
-    told = "; ".join(part for part in (weight, tags) if part)
-    return f"  ({told})" if told else ""
+    scope = "; ".join(part for part in (weight, tags) if part)
+    return f"  ({scope})" if scope else ""
 
 
 @constitution.command("lint")
-@click.argument("wanted", metavar="[CONSTITUTION...]", nargs=-1, type=click.Path())
+@click.argument("specs", metavar="[CONSTITUTION...]", nargs=-1, type=click.Path())
 @output_options
 @common_options
-def lint_constitutions(settings: Settings, wanted: tuple[str, ...], output: str) -> None:
-    """What a constitution may do wrong.
+def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) -> None:
+    """Report likely mistakes in constitutions.
 
-    Duplicates, missing parts, only do's or don'ts, no guard against over-reaction.
-
-    With a database also whether its runs know another content under the same name and version. The exit code is 1 when there
-    is anything to say.
+    The rules find duplicates, missing parts, constitutions that only require or only forbid, and a missing guard against
+    over-reaction. If there is a database, a rule also finds a run that used other content under the same name and version.
+    The exit code is 1 if there are findings. CONSTITUTION defaults to run.constitution.
 
     \b
     Examples:
       charter constitution lint default
       charter constitution lint my.toml other.toml --json
     """
-
-    found: list[LintFinding] = []
-    for one in wanted or [settings.run.constitution]:
-        loaded = _resolve_constitution(settings, one)
-        found += [*_find_reused_version(settings, loaded, one), *lint_constitution(loaded)]
+    findings: list[LintFinding] = []
+    for spec in specs or [settings.run.constitution]:
+        loaded = _resolve_constitution(settings, spec)
+        findings += [*_find_reused_version(settings, loaded, spec), *lint_constitution(loaded)]
     if output:
-        print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in found], output)
-    for finding in [] if output else found:
-        who = f"{finding.principle}: " if finding.principle else ""
-        click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {who}{finding.what}\n    {finding.fix}")
+        print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in findings], output)
+    for finding in [] if output else findings:
+        principle = f"{finding.principle}: " if finding.principle else ""
+        click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {principle}{finding.what}\n    {finding.fix}")
     if not output:
-        click.echo(f"{len(found)} finding{'s'[: len(found) > 1]}" if found else "nothing to say")
-    sys.exit(1 if found else 0)
+        click.echo(f"{len(findings)} finding{'s'[: len(findings) > 1]}" if findings else "no findings")
+    sys.exit(1 if findings else 0)
 
 
 def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) -> list[LintFinding]:
-    """The finding that a run used another content under this name and version."""
-
-    others = [
+    """Return a finding if a run used other content under the same name and version."""
+    conflicting_runs = [
         run
-        for name, version, known, run in _query_used_constitutions(settings)
-        if (name, version) == (loaded.name, loaded.version) and known != loaded.hash
+        for name, version, content_hash, run in _query_used_constitutions(settings)
+        if (name, version) == (loaded.name, loaded.version) and content_hash != loaded.hash
     ]
-    if not others:
+    if not conflicting_runs:
         return []
-    what = f"run {others[0]} used another content as {loaded.name} {loaded.version}"
+    what = f"run {conflicting_runs[0]} used other content as {loaded.name} {loaded.version}"
     line = find_key_line(loaded.text, ("version",))
-    return [LintFinding("version", spec, line, "", what, "raise the version; see: charter constitution diff run:NAME FILE")]
+    return [LintFinding("version", spec, line, "", what, "raise the version; see: charter constitution diff run:ID FILE")]
 
 
 @constitution.command("diff")
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
-@click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under both.")
+@click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under A and under B.")
 @output_options
 @common_options
 def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, output: str) -> None:
-    """What B changes against A.
+    """Show what changes from constitution A to constitution B.
 
-    Principles added, removed, changed; and with --rejudge how many labels flip, by principle.
-
-    The pairs are a slice by a hash of their ids, the same one each time; the judge is the settings' one.
+    Print the principles that are added, removed or changed. With --rejudge, also print how many labels flip, by principle. The
+    pairs are selected by a hash of their ids, so each call judges the same pairs. The judge is models.judge.
 
     \b
     Examples:
       charter constitution diff default my.toml
       charter constitution diff run:live my.toml --rejudge 50
     """
-
     a, b = _resolve_constitution(settings, first), _resolve_constitution(settings, second)
     changes = compare_constitutions(a, b)
     labels = _rejudge_pairs(settings, a, b, rejudge) if rejudge else []
@@ -244,7 +233,7 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
         )
         return
     click.echo(f"{a.name} {a.version} ({a.hash[:12]})  ->  {b.name} {b.version} ({b.hash[:12]})")
-    for line in map(_format_change, changes) if changes else ["nothing differs"]:
+    for line in map(_format_change, changes) if changes else ["no differences"]:
         click.echo(line)
     if labels:
         click.echo()
@@ -252,101 +241,97 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
 
 
 def _format_change(change: ConstitutionChange) -> str:
-    """A change for reading: what it is about, and under it the words before (-) and after (+)."""
-
-    head = " ".join(word for word in (change.what, change.part, change.principle, change.field) if word)
+    """Return a change as lines: a header, the old text (-) and the new text (+)."""
+    header = " ".join(part for part in (change.what, change.part, change.principle, change.field) if part)
     before, after = (
         [f"  {sign} " + wrap_text(text, "    ")[4:]] if text else []
         for sign, text in (("-", change.before), ("+", change.after))
     )
-    return "\n".join([head, *before, *after])
+    return "\n".join([header, *before, *after])
 
 
 def _rejudge_pairs(settings: Settings, a: Constitution, b: Constitution, num_pairs: int) -> list[dict[str, Any]]:
-    """The rows of `compare_labels` as objects."""
-
+    """Return the rows of `compare_labels` as dictionaries."""
     pairs = load_frozen_pairs(settings, num_pairs)
     if not pairs:
-        raise UsageError("there are no pairs to judge again", "the database has no preferences yet", "type: charter run")
-    with open_batch_judge(settings) as bench:
-        rows = compare_labels(bench, a, b, pairs)
+        raise UsageError("there are no pairs to judge", "the database has no preferences yet", "type: charter run")
+    with open_batch_judge(settings) as judge:
+        rows = compare_labels(judge, a, b, pairs)
     return [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in rows]
 
 
 @constitution.command("test")
 @click.argument("file", metavar="FILE", type=click.Path())
-@click.option("--constitution", "wanted", help="The constitution to test; without it the file's, else the settings' one.")
-@click.option("--at-least", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of hits that is enough.")
+@click.option("--constitution", "spec", help="Constitution to test [default: the one in FILE, else run.constitution].")
+@click.option(
+    "--min-accuracy", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Fraction of labels that must be hits."
+)
 @output_options
 @common_options
-def test_constitution(settings: Settings, file: str, wanted: str | None, at_least: float, output: str) -> None:
-    """Let the judge decide known failure modes.
+def test_constitution(settings: Settings, file: str, spec: str | None, min_accuracy: float, output: str) -> None:
+    """Test a constitution with the judge on known failure cases.
 
-    Counts each principle's hits and misses.
-
-    FILE is JSONL or TOML with a prompt, an answer that must win and one that must lose in each case, or the name of a shipped
-    constitution, which has a few cases of its own. The exit code is 1 when fewer than --at-least of the labels are hits.
+    FILE is JSON lines or TOML; each case has a prompt, a response that must win and a response that must lose. FILE can also be
+    the name of a shipped constitution, which has its own cases. Print the hits and misses of each principle. The exit code is 1
+    if the fraction of hits is below --min-accuracy.
 
     \b
     Examples:
       charter constitution test customer-service
-      charter constitution test failures.jsonl --constitution my.toml --at-least 0.9
+      charter constitution test failures.jsonl --constitution my.toml --min-accuracy 0.9
     """
-
     cases = read_cases(file)
-    found = _resolve_constitution(settings, wanted or cases.constitution or settings.run.constitution)
-    with open_batch_judge(settings) as bench:
-        tallies = run_cases(bench, found, cases)
+    loaded = _resolve_constitution(settings, spec or cases.constitution or settings.run.constitution)
+    with open_batch_judge(settings) as judge:
+        tallies = run_cases(judge, loaded, cases)
     print_rows(TALLY_COLUMNS, [tally.to_row() for tally in tallies if tally.to_row()[1]], output)
-    hits, asked = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.unlabeled for t in tallies)
+    hits, total = sum(t.hits for t in tallies), sum(t.hits + t.misses + t.unlabeled for t in tallies)
     if not output:
-        click.echo(f"{hits} of {asked} labels are hits under {found.name} {found.version}, by {bench.models.get_spec('judge')}")
-    sys.exit(0 if hits >= at_least * asked else 1)
+        judge_spec = judge.models.get_spec("judge")
+        click.echo(f"{hits} of {total} labels are hits under {loaded.name} {loaded.version}, judged by {judge_spec}")
+    sys.exit(0 if hits >= min_accuracy * total else 1)
 
 
 @constitution.command("ablate")
 @click.argument("principles", metavar="[PRINCIPLE...]", nargs=-1)
-@click.option("--from", "start", default="earliest", show_default=True, help="earliest, an offset, a time, or run:NAME.")
-@click.option("--to", "end", default="latest", show_default=True, help="latest (now), an offset, or a time; not included.")
-@click.option("--archive", is_flag=True, help="Read from the database, which has what the log keeps no more.")
-@click.option("--dry-run", is_flag=True, help="Say what it would do and cost, and do nothing.")
+@click.option("--from", "start", default="earliest", show_default=True, help="Start: earliest, an offset, a time, or run:ID.")
+@click.option("--to", "end", default="latest", show_default=True, help="End (exclusive): latest, an offset, or a time.")
+@click.option("--archive", is_flag=True, help="Read records from the database, also those that the log no longer has.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the cost, and run nothing.")
 @output_options
 @common_options
 def ablate_principles(
     settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, output: str
 ) -> None:
-    """What each principle does, by leaving it out.
+    """Measure the effect of each principle by leaving it out.
 
-    A replay without each in turn (or those named), and how answers and labels change.
-
-    The chains of the run (--run) go again without each critique principle, its pairs without each judging principle, and both
-    once under the full constitution of the settings, with which the others are compared. Killed half way, the same command
-    goes on.
+    Replay a run (--run) once under run.constitution and once without each principle, or without each PRINCIPLE given. Replays
+    without a critique principle regenerate the chains; replays without a judge principle relabel the pairs. Print how responses
+    and labels differ from the replay under the full constitution. After an interruption, the same command continues.
 
     \b
     Examples:
       charter constitution ablate --set run.constitution=customer-service
       charter constitution ablate kinder hands-over --set run.constitution=customer-service --json
     """
-
     bus = connect_bus(settings)
     try:
-        planned = list(plan_ablations(settings, bus, principles, start=start, end=end, archive=archive))
+        ablations = list(plan_ablations(settings, bus, principles, start=start, end=end, archive=archive))
         if dry_run:
-            for trial in planned:
-                click.echo(f"without {trial.excluded_principle or 'nothing'}:")
-                for line in trial.plan.describe():
+            for ablation in ablations:
+                click.echo(f"without {ablation.excluded_principle}:" if ablation.excluded_principle else "full constitution:")
+                for line in ablation.plan.describe():
                     click.echo(f"  {line}")
             return
-        run_ablations(planned, bus)
+        run_ablations(ablations, bus)
     finally:
         bus.close()
-    rows = compute_ablation_rows(planned, open_store(settings))
+    rows = compute_ablation_rows(ablations, open_store(settings))
     if output:
         print_rows(list(ABLATION_COLUMNS), rows, output)
         return
-    for columns, part in split_by_stage(rows):
-        print_rows(columns, part, "")
+    for columns, stage_rows in split_by_stage(rows):
+        print_rows(columns, stage_rows, "")
         click.echo()
 
 

@@ -1,4 +1,4 @@
-"""`charter demo`: the whole loop once, with a small real model."""
+"""`charter demo`: run the whole loop once with a small real model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from engine.settings import Settings
     type=click.IntRange(1),
     default=24,
     show_default=True,
-    help="Prompts of the first act; the later ones have 2/3 and 1/3.",
+    help="Number of prompts in the first iteration; the next two use 2/3 and 1/3 of it.",
 )
 @common_options
 def demo(settings: Settings, prompts: int) -> None:
     """Run the whole loop once with a small real model.
 
-    Real prompts, every stage, SFT, reward model, PPO, new policies.
-
-    Killed half way, it goes on where it was when started again.
+    Shipped prompts go through every stage, then SFT, the reward model and PPO train new policies. After an interruption, the same
+    command continues.
 
     \b
     Examples:

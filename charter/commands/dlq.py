@@ -21,7 +21,8 @@ _IS_RETRIED_SQL = "record_id IN (SELECT dead_letter_id FROM dead_letter_retries)
 def dlq(settings: Settings, output: str) -> None:
     """List, show and retry dead letters.
 
-    Messages that a stage or the sink gave up on, untouched, each with its reason.
+    A dead letter is a record that a stage or the sink could not process, unchanged, with the error. Without a verb, print the
+    list.
 
     \b
     Examples:
@@ -34,10 +35,12 @@ def dlq(settings: Settings, output: str) -> None:
 
 
 def _add_filter_options(function: Any) -> Any:
-    """The options that select dead letters."""
+    """Add the options that select dead letters."""
     for option in (
-        click.option("--stage", help="Only of this stage (respond, critique, revise, judge, sink)."),
-        click.option("--kind", type=click.Choice(_DEAD_LETTER_KINDS, case_sensitive=False), help="Only of this kind."),
+        click.option("--stage", help="Only dead letters of this stage (respond, critique, revise, judge, sink)."),
+        click.option(
+            "--kind", type=click.Choice(_DEAD_LETTER_KINDS, case_sensitive=False), help="Only dead letters of this kind."
+        ),
     ):
         function = option(function)
     return function
@@ -45,13 +48,13 @@ def _add_filter_options(function: Any) -> Any:
 
 @dlq.command("list")
 @_add_filter_options
-@click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="How many of the newest.")
+@click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="Number of dead letters.")
 @output_options
 @common_options
 def list_dead_letters(settings: Settings, output: str, stage: str | None, kind: str | None, count: int) -> None:
-    """The newest dead letters.
+    """List the newest dead letters.
 
-    Where they came from, why, after how many attempts, and whether they were tried again.
+    Print the source offset, the error, the number of attempts, and whether the record was retried.
 
     \b
     Examples:
@@ -62,22 +65,21 @@ def list_dead_letters(settings: Settings, output: str, stage: str | None, kind: 
 
 
 def _build_where_clause(stage: str | None, kind: str | None) -> tuple[str, list[Any]]:
-    """A WHERE clause and its parameters."""
+    """Return an SQL condition and its parameters."""
     pairs = [("stage = ?", stage), ("kind = ?", kind)]
     clauses = [clause for clause, value in pairs if value is not None]
     return " AND ".join(["TRUE", *clauses]), [value for _, value in pairs if value is not None]
 
 
 def _print_dead_letters(settings: Settings, output: str, stage: str | None, kind: str | None, count: int) -> None:
-
     where, values = _build_where_clause(stage, kind)
     sql = f"""SELECT record_id AS id, stage, kind, error_class AS error, error_message AS message,
                      source_topic || '[' || source_partition || ']@' || source_offset AS came_from, attempts, created_at,
-                     CASE WHEN {_IS_RETRIED_SQL} THEN 'tried again' ELSE 'open' END AS state
+                     CASE WHEN {_IS_RETRIED_SQL} THEN 'retried' ELSE 'open' END AS state
               FROM dead_letters WHERE {where} ORDER BY commit_seq DESC LIMIT {int(count)}"""
-    found = open_store(settings).query(sql, values, limit_s=10.0)
-    if output or found.rows:
-        print_rows(found.columns, found.rows, output)
+    result = open_store(settings).query(sql, values, limit_s=10.0)
+    if output or result.rows:
+        print_rows(result.columns, result.rows, output)
     else:
         click.echo("no dead letters")
 
@@ -87,17 +89,14 @@ def _print_dead_letters(settings: Settings, output: str, stage: str | None, kind
 @output_options
 @common_options
 def show(settings: Settings, identifier: str, output: str) -> None:
-    """One dead letter, whole.
+    """Show one dead letter with its error, headers and value.
 
-    Its reason, its headers, and its message, decoded where that is possible.
-
-    ID is a dead letter's id, or the beginning of one.
+    The value is decoded if possible, else printed as hexadecimal bytes. ID is the id of a dead letter or a unique prefix of it.
 
     \b
     Examples:
       charter dlq show 3f2a
     """
-
     row = find_dead_letter(open_store(settings), identifier)
     value = bytes(row.pop("value") or b"")
     row |= {
@@ -112,14 +111,13 @@ def show(settings: Settings, identifier: str, output: str) -> None:
 @dlq.command()
 @click.argument("identifiers", metavar="[ID...]", nargs=-1)
 @_add_filter_options
-@click.option("--all", "everything", is_flag=True, help="Every one that is open.")
+@click.option("--all", "everything", is_flag=True, help="Retry all dead letters.")
 @common_options
 def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, stage: str | None, kind: str | None) -> None:
-    """Put messages back for the stage that gave up on them.
+    """Publish records of dead letters again to their topics.
 
-    They go on their topic as they were; no other stage sees them again.
-
-    Each is tried again once: a letter that fails again is a new dead letter.
+    The record is unchanged and has a header that names the failed stage; other stages skip it. Each dead letter is retried once.
+    A record that fails again becomes a new dead letter.
 
     \b
     Examples:
@@ -127,20 +125,20 @@ def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, st
       charter dlq retry --stage judge --kind EXHAUSTED
       charter dlq retry --all
     """
-
     if not (identifiers or everything or stage or kind):
-        raise click.UsageError("say which: ids, --stage, --kind or --all", click.get_current_context())
+        raise click.UsageError("select dead letters: give IDs, --stage, --kind or --all", click.get_current_context())
     store = open_store(settings)
     if identifiers:
-        letters = [find_dead_letter(store, identifier) for identifier in identifiers]
+        dead_letters = [find_dead_letter(store, identifier) for identifier in identifiers]
     else:
         where, values = _build_where_clause(stage, kind)
-        letters = store.query_dicts(f"SELECT * FROM dead_letters WHERE {where} ORDER BY commit_seq", values, limit_s=60.0)
+        sql = f"SELECT * FROM dead_letters WHERE {where} ORDER BY commit_seq"
+        dead_letters = store.query_dicts(sql, values, limit_s=60.0)
     bus = connect_bus(settings)
-    again = publish_retries(bus, letters)
+    num_published = publish_retries(bus, dead_letters)
     bus.close()
-    before = len(letters) - again
-    click.echo(f"{again} messages are on their topics again" + (f"; {before} were tried again before" if before else ""))
+    num_skipped = len(dead_letters) - num_published
+    click.echo(f"published again: {num_published}" + (f"; already retried: {num_skipped}" if num_skipped else ""))
 
 
 COMMAND = dlq

@@ -11,7 +11,7 @@ from charter.diagnostics import CheckResult, run_checks
 from charter.text import escape_unprintable
 from engine.settings import Settings
 
-_STATE_LABELS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
+_STATE_LABELS = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
 
 
 @click.command()
@@ -20,32 +20,29 @@ _STATE_LABELS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
 def doctor(settings: Settings, output: str) -> None:
     """Check the installation and print what to fix.
 
-    Python and packages, disk, database, log, models and constitution. Exit code 1 if one fails.
+    The checks cover Python and its packages, disk space, the database, the log, the models and the constitution. The exit code is
+    1 if a check fails.
 
     \b
     Examples:
       charter doctor
       charter doctor --bus kafka://localhost:9092 --json
     """
-    findings = list(run_checks(settings))
+    results = list(run_checks(settings))
     if output:
-        print_rows(
-            ["check", "state", "found", "fix"],
-            [(finding.check, finding.state, finding.detail, finding.fix) for finding in findings],
-            output,
-        )
+        rows = [(result.check, result.state, result.detail, result.fix) for result in results]
+        print_rows(["check", "state", "detail", "fix"], rows, output)
     else:
-        _print_results(findings)
-    sys.exit(any(finding.state == "fail" for finding in findings))
+        _print_results(results)
+    sys.exit(any(result.state == "fail" for result in results))
 
 
 def _print_results(results: list[CheckResult]) -> None:
-
-    longest = max(len(finding.check) for finding in results)
-    for finding in results:
-        click.echo(f"{_STATE_LABELS[finding.state]:<5} {finding.check:<{longest}}  {escape_unprintable(finding.detail)}")
-        if finding.fix:
-            click.echo(f"{'':<5} {'':<{longest}}  -> {escape_unprintable(finding.fix)}")
+    longest = max(len(result.check) for result in results)
+    for result in results:
+        click.echo(f"{_STATE_LABELS[result.state]:<5} {result.check:<{longest}}  {escape_unprintable(result.detail)}")
+        if result.fix:
+            click.echo(f"{'':<5} {'':<{longest}}  -> {escape_unprintable(result.fix)}")
 
 
 COMMAND = doctor

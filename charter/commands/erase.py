@@ -16,56 +16,55 @@ from schemas.records import Erasure
 
 @click.command()
 @click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
-@click.option("--reason", default="", help="Why; it is kept.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--reason", default="", help="Reason, stored in the erasure record.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @common_options
 def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
     """Delete everything that was made from a prompt.
 
-    From every database that is fed from this log.
+    The command publishes an erasure record. Each sink of this log deletes the prompt and all records made from it, and drops any
+    that arrive later. Later batches and replays skip them.
 
-    The deletion is a record on the log: each sink carries it out, future batches and replays respect it, and what still comes
-    of the prompt is not written. The log itself keeps its messages for as long as the topics are kept (bus.retention_ms), and
-    models that were trained on them stay as they are.
+    The log keeps its records until they expire (bus.retention_ms). Models that were trained on the records do not change.
 
     \b
     Examples:
       charter erase 3f2a1c04-... --reason "asked by its author"
     """
-
-    prompts = []
+    prompt_ids = []
     for identifier in identifiers:
-        found = find_prompt_ids(open_store(settings), identifier)
-        if len(found) != 1:
+        matches = find_prompt_ids(open_store(settings), identifier)
+        if len(matches) != 1:
             raise UsageError(
-                f"{identifier!r} is the beginning of {len(found) or 'no'} prompts",
-                "it must name one prompt, for what is forgotten is gone",
-                "type: charter sql 'select prompt_id, prompt from traces'    and give a whole prompt_id",
+                f"{identifier!r} matches {len(matches) or 'no'} prompts",
+                "an erasure cannot be undone, so each id must match exactly one prompt",
+                "type: charter sql 'select prompt_id, prompt from traces'    and give a complete prompt_id",
             )
-        prompts += found
+        prompt_ids += matches
     if not yes:
-        click.confirm(f"delete everything of {_format_prompt_count(len(prompts))} from the databases, for good?", abort=True)
+        question = f"permanently delete all records of {_format_prompt_count(len(prompt_ids))} from the databases?"
+        click.confirm(question, abort=True)
     bus = connect_bus(settings)
     bus.publish(
         [
             to_producer_record(
                 Erasure(
-                    record_id=ids.compute_record_id("forget", [prompt], ""),
-                    prompt_id=prompt,
+                    record_id=ids.compute_record_id("forget", [prompt_id], ""),
+                    prompt_id=prompt_id,
                     run_id=settings.run.id,
                     stage="erase",
                     reason=reason,
                 )
             )
-            for prompt in prompts
+            for prompt_id in prompt_ids
         ]
     )
     bus.close()
-    click.echo(f"to be forgotten as soon as the sink reads it (charter run): {_format_prompt_count(len(prompts))}")
+    click.echo(f"erasure of {_format_prompt_count(len(prompt_ids))} published; the sink deletes the records (charter run)")
 
 
-def _format_prompt_count(prompts: int) -> str:
-    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
+def _format_prompt_count(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count} prompts"
 
 
 COMMAND = erase

@@ -1,4 +1,4 @@
-"""`charter eval`: measure how well a judge agrees with human labels."""
+"""`charter eval`: measure the agreement of a judge with human labels."""
 
 from __future__ import annotations
 
@@ -30,13 +30,22 @@ def evaluate() -> None:
     metavar="FILE",
     type=click.Path(),
     required=True,
-    help="Human preferences, as for charter produce; - for stdin.",
+    help="File with human preferences, as for charter produce; - for standard input.",
 )
-@click.option("--preset", "presets", multiple=True, type=click.Choice(JUDGE_PRESETS), help="Only this one; may be repeated.")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N of the pairs, drawn by --seed.")
-@click.option("--limit-written", metavar="N", type=click.IntRange(min=1), help="The first N of those where a judge writes.")
-@click.option("--seed", default=0, show_default=True, help="Draws the pairs, which answer is A, and the random baseline.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with labels.")
+@click.option(
+    "--preset", "presets", multiple=True, type=click.Choice(JUDGE_PRESETS), help="Only this judge preset; may be repeated."
+)
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N pairs, sampled with --seed.")
+@click.option(
+    "--limit-generative",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Judge only the first N pairs with presets that generate text.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the pairs, the A/B order and the random baseline.")
+@click.option(
+    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with all labels."
+)
 @output_options
 @common_options
 def agreement(
@@ -45,32 +54,30 @@ def agreement(
     file: str,
     presets: tuple[str, ...],
     limit: int | None,
-    limit_written: int | None,
+    limit_generative: int | None,
     seed: int,
     out: Path | None,
     output: str,
 ) -> None:
-    """How far each judging preset agrees with people.
+    """Measure the agreement of judge presets with human labels.
 
-    Beside baselines that look at length or at nothing.
-
-    FILE has `chosen` and `rejected` in each row: answers beside a `prompt`, or whole dialogues as in HH-RLHF, of which the last
-    human message ends the prompt. The judge is models.judge, the principles are those of run.constitution; nothing is written to
-    the log or the database. Settings of judge.* that are given count for every preset.
+    Each row of FILE has `chosen` and `rejected`: two responses to `prompt`, or two whole dialogues as in HH-RLHF, whose prompt
+    ends with the last human message. The judge is models.judge, the principles are those of run.constitution. A judge.* setting
+    that is set explicitly overrides the value of every preset. The table also has three baselines: longer, shorter and random.
+    Nothing is written to the log or the database.
 
     \b
     Examples:
-      charter eval agreement --pairs pairs.jsonl --limit 200 --limit-written 50
+      charter eval agreement --pairs pairs.jsonl --limit 200 --limit-generative 50
       charter eval agreement --pairs pairs.jsonl.gz --preset lee2023 --out agreement.md
       charter eval agreement --pairs - --json --set "models.judge=http://localhost:8000/v1#MODEL" < pairs.jsonl
     """
-
     if out and out.suffix not in (".md", ".json"):
-        raise click.UsageError(f"--out {out}: give a name that ends with .md or .json", click.get_current_context())
+        raise click.UsageError(f"--out {out}: the name must end with .md or .json", click.get_current_context())
     study = AgreementStudy(settings, origins, read_pairs(file, limit, seed), seed)
     models = RoleModels(settings)
     try:
-        study.run(models, presets or JUDGE_PRESETS, limit_written)
+        study.run(models, presets or JUDGE_PRESETS, limit_generative)
     finally:
         models.close()
     if out:

@@ -30,7 +30,7 @@ from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import Incident, PolicyUpdate
 
-_INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's folder, and of no use outside Charter
+_INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # parts of a checkpoint that only Charter reads
 
 
 @click.group(invoke_without_command=True)
@@ -39,7 +39,7 @@ _INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # in a checkpoint's fold
 def policy(settings: Settings, output: str) -> None:
     """List, restore, pause and export policies.
 
-    Also pausing training; without a verb: the list.
+    Without a verb, print the list.
 
     \b
     Examples:
@@ -57,9 +57,10 @@ def policy(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def list_policies(settings: Settings, output: str) -> None:
-    """Every version, and where its weights are.
+    """List all policy and reward model versions.
 
-    What made it, from which one, and whose weights it has.
+    Print the phase that trained each version, its base version, the version whose weights it has, and where the weights are. The
+    role is "current" for the policy that generates responses and "reference" for the reference policy of the RL phase.
 
     \b
     Examples:
@@ -70,112 +71,106 @@ def list_policies(settings: Settings, output: str) -> None:
 
 
 def _print_policies(settings: Settings, output: str) -> None:
-
     bus = connect_bus(settings)
-    known, held = read_policy_updates(bus), read_paused_phases(bus)
+    updates, paused_phases = read_policy_updates(bus), read_paused_phases(bus)
     bus.close()
-    newest = get_newest_version(known)
-    reference = get_policy_ancestry(known, newest)[-1]
+    newest = get_newest_version(updates)
+    reference = get_policy_ancestry(updates, newest)[-1]
     rows: list[tuple[Any, ...]] = [
         ("policy", 0, "", None, 0, None, settings.models.policy, _format_roles(0, newest, reference))
     ]
-    for update in known:
+    for update in updates:
         kind = update.kind.value.lower()
-        source = update.version if update.restored_version is None else update.restored_version
-        where = _get_weights_location(settings, update)
-        used = _format_roles(update.version, newest, reference) if kind == "policy" else ""
-        rows.append((kind, update.version, update.phase, update.base_version, source, update.created_at, where, used))
-    if not output:  # what fits a terminal
+        weights_of = update.version if update.restored_version is None else update.restored_version
+        location = _get_weights_location(settings, update)
+        roles = _format_roles(update.version, newest, reference) if kind == "policy" else ""
+        rows.append((kind, update.version, update.phase, update.base_version, weights_of, update.created_at, location, roles))
+    if not output:  # shorten times and paths, so that the table fits a terminal
         rows = [(*row[:5], f"{row[5]:%Y-%m-%d %H:%M:%S}" if row[5] else None, Path(row[6]).name, row[7]) for row in rows]
-    print_rows(["kind", "version", "made_by", "from", "weights_of", "created_at", "weights", "role"], rows, output)
-    for phase, reason in () if output else held.items():
-        click.echo(f"{phase} is paused: {reason or 'no reason given'}; type: charter policy resume {phase}", err=True)
+    print_rows(["kind", "version", "phase", "base_version", "weights_of", "created_at", "weights", "role"], rows, output)
+    for phase, reason in () if output else paused_phases.items():
+        click.echo(f"{phase} is paused ({reason or 'no reason given'}); to resume: charter policy resume {phase}", err=True)
 
 
 def _format_roles(version: int, newest: int, reference: int) -> str:
-    names = [name for name, of in (("answers", newest), ("reference", reference)) if of == version]
-    return ", ".join(names)
+    return ", ".join(role for role, holder in (("current", newest), ("reference", reference)) if holder == version)
 
 
 def _get_weights_location(settings: Settings, update: PolicyUpdate) -> str:
-    """Where an update's weights are, or that they were removed (train.save_total_limit)."""
-
+    """Return the folder of the weights, or "removed" if train.save_total_limit deleted them."""
     if update.restored_version == 0:
         return settings.models.policy
     folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
     return str(folder) if folder.exists() else "removed"
 
 
-# Going back
+# Restoring earlier weights
 
 
 @policy.command()
 @click.argument("version", type=int)
-@click.option("--reason", default="", help="Why, for the record.")
+@click.option("--reason", default="", help="Reason, stored on the log.")
 @common_options
 def use(settings: Settings, version: int, reason: str) -> None:
-    """Answer with VERSION's weights, and train on from them.
+    """Restore the weights of policy VERSION.
 
-    They get the next version's number.
-
-    Nothing is taken back: versions only rise, and every record keeps the version that made it.
+    The weights get a new version number. That version generates responses from now on, and training continues from it. Version
+    numbers only increase, and earlier records keep the version that made them. Version 0 is the base model.
 
     \b
     Examples:
       charter policy use 3
-      charter policy use 0 --reason "start again from the first model"
+      charter policy use 0 --reason "restart from the base model"
     """
-
     bus = connect_bus(settings)
     click.echo(_restore_policy(settings, bus, version, reason))
     bus.close()
 
 
 @policy.command()
-@click.option("--reason", default="", help="Why, for the record.")
-@click.option("--pause", "pausing", is_flag=True, help="Pause the phase that learns from labels, too.")
+@click.option("--reason", default="", help="Reason, stored on the log.")
+@click.option("--pause", is_flag=True, help="Also pause the RL phase (train.rl_method).")
 @common_options
-def rollback(settings: Settings, reason: str, pausing: bool) -> None:
-    """Go back to the policy that the present one was trained from.
+def rollback(settings: Settings, reason: str, pause: bool) -> None:
+    """Restore the policy that the current one was trained from.
 
     \b
     Examples:
       charter policy rollback
-      charter policy rollback --pause --reason "it flatters"
+      charter policy rollback --pause --reason "the responses flatter the user"
     """
-
     bus = connect_bus(settings)
-    if pausing:
+    if pause:
         phase = settings.train.rl_method
         bus.publish([to_producer_record(make_pause(phase, reason or "rolled back", run_id=settings.run.id))])
-        click.echo(f"{phase} is paused; to go on: charter policy resume {phase}")
-    known = read_policy_updates(bus)
-    click.echo(_restore_policy(settings, bus, get_parent_version(known, get_newest_version(known)), reason))
+        click.echo(f"{phase} is paused; to resume: charter policy resume {phase}")
+    updates = read_policy_updates(bus)
+    click.echo(_restore_policy(settings, bus, get_parent_version(updates, get_newest_version(updates)), reason))
     bus.close()
 
 
 def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> str:
-    """Publish the version that has the weights of an earlier one; says what was done."""
-
-    known = read_policy_updates(bus)
-    if version and (present := get_weights_version(known, get_newest_version(known))) == get_weights_version(known, version):
-        return f"policy {get_newest_version(known)} has the weights of policy {present} already"
-    update = make_restore_update(known, version, run_id=settings.run.id, base_model=settings.models.policy)
+    """Publish a new version with the weights of an earlier one. Return a message for the user."""
+    updates = read_policy_updates(bus)
+    newest = get_newest_version(updates)
+    if version and (weights := get_weights_version(updates, newest)) == get_weights_version(updates, version):
+        return f"policy {newest} already has the weights of policy {weights}"
+    update = make_restore_update(updates, version, run_id=settings.run.id, base_model=settings.models.policy)
     if update.restored_version:
-        get_verified_folder(settings, known, version)
+        get_verified_folder(settings, updates, version)
     bus.publish([to_producer_record(update), to_producer_record(_make_restore_incident(update, reason))])
-    if update.record_id not in {one.record_id for one in read_policy_updates(bus)}:
+    # Two processes can publish the same version number. The first one on the log counts, so check which one that is.
+    if update.record_id not in {published.record_id for published in read_policy_updates(bus)}:
         raise CharterError(
-            f"policy {update.version} was published by someone else meanwhile",
-            "the trainer or another person was faster",
-            "look, then try again: charter policy list",
+            f"another process published policy {update.version} at the same time",
+            "the trainer or another user was faster",
+            "check the versions, then repeat the command: charter policy list",
         )
-    return f"policy {update.version} answers from now on, with the weights of policy {update.restored_version}"
+    return f"policy {update.version} is now the current policy, with the weights of policy {update.restored_version}"
 
 
 def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
-    """Why someone went back, beside what stopped training by itself."""
-
+    """Return the incident that records the reason of a manual restore, next to the incidents of the trainer."""
     return Incident(
         record_id=ids.compute_record_id(
             "incident", [update.record_id], ids.compute_fingerprint("rollback_incident", reason=reason)
@@ -185,35 +180,37 @@ def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
         stage="policy",
         policy_version=update.version,
         phase=update.phase,
-        title=f"someone went back to policy {update.restored_version}",
+        title=f"policy {update.restored_version} was restored manually",
         detail=reason,
     )
 
 
-# Pausing
+# Pausing and resuming training
 
 
 @policy.command("pause")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
-@click.option("--reason", default="", help="Why, for the record.")
+@click.option("--reason", default="", help="Reason, stored on the log.")
 @common_options
 def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
-    """Pause training: every phase, or those named. The stream flows on; what is being trained on is finished.
+    """Pause training: all phases, or the given ones.
+
+    The stages continue. A batch that is already in training is finished.
 
     \b
     Examples:
       charter policy pause
-      charter policy pause ppo --reason "looking at the rewards"
+      charter policy pause ppo --reason "checking the rewards"
     """
     _publish_pauses(settings, phases or PHASES, reason, paused=True)
 
 
 @policy.command("resume")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
-@click.option("--reason", default="", help="Why, for the record.")
+@click.option("--reason", default="", help="Reason, stored on the log.")
 @common_options
 def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
-    """Let training go on: every phase that is paused, or those named.
+    """Resume training: all paused phases, or the given ones.
 
     \b
     Examples:
@@ -223,17 +220,18 @@ def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> N
 
 
 def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, paused: bool) -> None:
-
     bus = connect_bus(settings)
-    held = read_paused_phases(bus)
-    changed = [phase for phase in phases if (phase in held) != paused]
+    paused_phases = read_paused_phases(bus)
+    changed = [phase for phase in phases if (phase in paused_phases) != paused]
     bus.publish([to_producer_record(make_pause(phase, reason, run_id=settings.run.id, paused=paused)) for phase in changed])
     bus.close()
-    state = "paused" if paused else "no longer paused"
-    click.echo(f"{', '.join(changed)}: {state}" if changed else f"nothing to do: {', '.join(phases)} is {state} already")
+    if changed:
+        click.echo(f"{', '.join(changed)}: {'paused' if paused else 'resumed'}")
+    else:
+        click.echo(f"nothing to do: {', '.join(phases)}: {'already' if paused else 'not'} paused")
 
 
-# Taking one out
+# Exporting weights
 
 
 @policy.command()
@@ -241,23 +239,22 @@ def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, p
 @click.argument("folder", type=click.Path(path_type=Path))
 @common_options
 def export(settings: Settings, version: str, folder: Path) -> None:
-    """Copy a policy's weights into a new FOLDER.
+    """Copy the weights of a policy to a new FOLDER.
 
-    VERSION is a number, or "latest"; transformers, vLLM and others load the folder.
+    VERSION is a number or "latest". The folder is a Hugging Face model folder that transformers and vLLM can load.
 
     \b
     Examples:
       charter policy export latest my-model
       charter policy export 3 my-model
     """
-
     if folder.exists():
-        raise UsageError(f"{folder} is there already", "an export never overwrites", "name a new folder")
+        raise UsageError(f"{folder} already exists", "an export never overwrites a folder", "give the name of a new folder")
     bus = connect_bus(settings)
-    known = read_policy_updates(bus)
+    updates = read_policy_updates(bus)
     bus.close()
-    number = parse_policy_version(version, known)
-    source = get_verified_folder(settings, known, number)
+    number = parse_policy_version(version, updates)
+    source = get_verified_folder(settings, updates, number)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_INTERNAL_FILES))
     click.echo(f"policy {number}: {folder}")
 

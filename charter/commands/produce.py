@@ -22,13 +22,13 @@ _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
 
 @click.command()
 @click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
-@click.option("--as", "kind", type=click.Choice(_INPUT_KINDS), default="prompts", show_default=True, help="What the rows are.")
-@click.option("--source", metavar="NAME", default="", help='The source of rows that name none [default: prompts or "human"].')
-@click.option("--epoch", default=0, show_default=True, help="Another number samples the same prompts anew.")
-@click.option("--strict", is_flag=True, help="Stop at the first bad line.")
-@click.option("--answer", is_flag=True, help="Let the stages answer the prompts of comparisons and demonstrations too.")
-@click.option("--shipped", is_flag=True, help="Publish the prompts that come with Charter.")
-@click.option("--dry-run", is_flag=True, help="Say what it would publish and cost, and publish nothing.")
+@click.option("--as", "kind", type=click.Choice(_INPUT_KINDS), default="prompts", show_default=True, help="Type of the rows.")
+@click.option("--source", metavar="NAME", default="", help='Source of rows without "source" [default: prompts or human].')
+@click.option("--epoch", default=0, show_default=True, help="A new number generates new responses to the same prompts.")
+@click.option("--strict", is_flag=True, help="Stop at the first invalid row.")
+@click.option("--publish-prompts", is_flag=True, help="Also publish the prompts of preferences and demonstrations.")
+@click.option("--shipped", is_flag=True, help="Publish the prompts shipped with Charter.")
+@click.option("--dry-run", is_flag=True, help="Print the number of rows and the cost, and publish nothing.")
 @common_options
 def produce(
     settings: Settings,
@@ -37,18 +37,20 @@ def produce(
     source: str,
     epoch: int,
     strict: bool,
-    answer: bool,
+    publish_prompts: bool,
     shipped: bool,
     dry_run: bool,
 ) -> None:
     """Publish prompts or labeled data.
 
-    Prompts, or people's comparisons and demonstrations, from files or from standard input (-).
+    Read prompts, human preferences or human demonstrations from files or standard input (-). A file is JSON lines (plain or
+    gzip), Parquet, Arrow, or a folder of datasets.save_to_disk.
 
-    Files are JSON lines (also gzipped), Parquet, Arrow, or the folder of a data set saved to disk. A row is a JSON string, or
-    has "prompt" or "messages" ([{"role": "user", "content": "..."}]), with "source" and "tags" if you like; a comparison has
-    "chosen" and "rejected" too (or "response_a", "response_b" and "p_a"), a demonstration "completion". HH-RLHF's dialogues are understood.
-    Bad rows are reported and skipped; the exit code is then 1.
+    A prompt is a JSON string or an object with "prompt" or "messages" ([{"role": "user", "content": "..."}]), and optionally
+    "source" and "tags". A preference also has "chosen" and "rejected", or "response_a", "response_b" and "p_a". A demonstration
+    also has "completion". Rows in the format of HH-RLHF are accepted.
+
+    Invalid rows are reported and skipped; the exit code is then 1. Rows that were published before add nothing.
 
     \b
     Examples:
@@ -58,16 +60,15 @@ def produce(
       charter produce --as demonstrations --source helpful helpful.parquet
       charter produce --as preferences harmless.jsonl.gz
     """
-
     paths, context = [*files, *([str(SHIPPED_PROMPTS_PATH)] if shipped else [])], click.get_current_context()
     if not paths:
-        raise click.UsageError("give a file, - for standard input, or --shipped", context)
+        raise click.UsageError("give FILE, - for standard input, or --shipped", context)
     if shipped and kind != "prompts":
-        raise click.UsageError(f"--shipped are prompts, not {kind}", context)
+        raise click.UsageError(f"--shipped publishes prompts, so it cannot be used with --as {kind}", context)
     if dry_run:
-        _print_dry_run(settings, paths, kind, answer)
+        _print_dry_run(settings, paths, kind, publish_prompts)
         return
-    bus, bad = connect_bus(settings), 0
+    bus, num_invalid = connect_bus(settings), 0
     for path in paths:
         producer = FileProducer(
             bus,
@@ -79,41 +80,39 @@ def produce(
             strict=strict,
             on_bad_row=partial(_report_bad_row, path),
             kind=kind,
-            publish_prompts=answer,
+            publish_prompts=publish_prompts,
         )
         report = producer.publish(path)
-        bad += len(report.bad_rows)
+        num_invalid += len(report.bad_rows)
         for line in format_report(report, path, kind):
             click.echo(line)
     bus.close()
-    sys.exit(1 if bad else 0)
+    sys.exit(1 if num_invalid else 0)
 
 
-def _print_dry_run(settings: Settings, paths: list[str], kind: InputKind, answer: bool) -> None:
-    """How many rows these inputs have, and what the answers, chains and judgements of their prompts cost at most."""
-
-    prompts, chars, bad = 0, 0, 0
+def _print_dry_run(settings: Settings, paths: list[str], kind: InputKind, publish_prompts: bool) -> None:
+    """Print the number of valid rows, and the maximum cost of the stages for their prompts."""
+    num_rows, num_chars, num_invalid = 0, 0, 0
     for path in paths:
         if path != "-":
-            compute_content_hash(path)  # says what is wrong with a file that cannot be read
+            compute_content_hash(path)  # raises the error that `publish` raises for a file that cannot be read
         for number, row in read_rows(path):
             try:
                 parsed = ROW_PARSERS[kind](row, source=kind, max_chars=settings.prompts.max_chars)
             except RowError as error:
                 _report_bad_row(path, number, str(error))
-                bad += 1
+                num_invalid += 1
             else:
-                prompts += 1
-                chars += sum(len(message.content) for message in parsed.messages)
-    click.echo(f"would publish {prompts} {kind}" + (f"; {bad} lines are no {kind}" if bad else ""))
-    if kind != "prompts" and not answer:
+                num_rows += 1
+                num_chars += sum(len(message.content) for message in parsed.messages)
+    click.echo(f"would publish {num_rows} {kind}" + (f"; {num_invalid} rows are invalid" if num_invalid else ""))
+    if kind != "prompts" and not publish_prompts:
         return
-    for text in format_costs(estimate_costs(settings, STAGES, prompts, chars)):
-        click.echo(text)
+    for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
+        click.echo(line)
 
 
 def _report_bad_row(path: str, line_number: int, reason: str) -> None:
-
     click.echo(to_one_line(f"{path} line {line_number}: {reason}"), err=True)
 
 

@@ -17,13 +17,14 @@ from engine.settings import Settings
 def restore(settings: Settings, source: Path) -> None:
     """Create a data folder from a backup.
 
+    FOLDER is a folder of charter backup. The data folder (--data) must be empty or absent.
+
     \b
     Examples:
       charter restore backups/2026-11-24 --data restored
     """
-
     backups.restore_backup(source, settings.folder, click.echo)
-    click.echo(f"{settings.folder} is whole again; type: charter status --data {settings.folder}")
+    click.echo(f"restored {settings.folder}; next: charter status --data {settings.folder}")
 
 
 COMMAND = restore

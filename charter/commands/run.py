@@ -17,12 +17,13 @@ from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 
 _ALL_STAGES = (*STAGES, "sink")
-_REPORT_INTERVAL_POLLS = 25  # looks of 0.2 s
-_DONE_CHECK_INTERVAL_POLLS = 5
+_POLL_INTERVAL_S = 0.2
+_REPORT_INTERVAL_POLLS = 25
+_DONE_CHECK_INTERVAL_POLLS = 5  # the check reads the log, so it does not run at every poll
 
 
 class _StageParamType(click.Choice[str]):
-    """A stage of Charter's, or the file of one's own."""
+    """The name of a built-in stage, or a Python file with a custom stage."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return value if value.endswith(".py") else super().convert(value, param, ctx)
@@ -30,15 +31,22 @@ class _StageParamType(click.Choice[str]):
 
 @click.command()
 @click.option(
-    "--stage", "stages", multiple=True, type=_StageParamType(_ALL_STAGES), help="Only this one, or a FILE.py; repeatable."
+    "--stage",
+    "stages",
+    multiple=True,
+    type=_StageParamType(_ALL_STAGES),
+    help="Only this stage, or a custom stage in FILE.py; may be repeated.",
 )
-@click.option("--slot", metavar="NAME", help="This copy's fixed name, e.g. a pod's ordinal.")
-@click.option("--until-done", is_flag=True, help="Stop when nothing on the log is left to do for them.")
+@click.option("--instance", metavar="NAME", help="Fixed name of this worker instance, e.g. the ordinal of a pod.")
+@click.option("--until-done", is_flag=True, help="Exit when the stages have processed all records on the log.")
 @common_options
-def run(settings: Settings, stages: tuple[str, ...], slot: str | None, until_done: bool) -> None:
+def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until_done: bool) -> None:
     """Run the stages and the sink until stopped.
 
-    All of them in one process, or those that --stage names: also one of your own in a Python file (docs/extending.md).
+    All stages and the sink run in one process, or only those of --stage. FILE.py is a custom stage (docs/extending.md).
+
+    On Ctrl-C or SIGTERM, stop reading, finish the records in flight and exit. The exit code is 1 or 3 if a stage stops with an
+    error.
 
     \b
     Examples:
@@ -47,35 +55,36 @@ def run(settings: Settings, stages: tuple[str, ...], slot: str | None, until_don
       charter run --bus kafka://localhost:9092 --stage respond
       charter run --bus kafka://localhost:9092 --stage sink
     """
-
-    chosen = stages or _ALL_STAGES
-    named = [name for name in chosen if name in _ALL_STAGES]
-    own = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in chosen if name not in _ALL_STAGES]
+    selected = stages or _ALL_STAGES
+    builtin = [name for name in selected if name in STAGES]
+    custom = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in selected if name not in _ALL_STAGES]
+    has_sink = "sink" in selected
     bus, stop = connect_bus(settings), stop_on_signals()
-    host = make_host(settings, bus, [n for n in named if n != "sink"], sink="sink" in named, custom_stages=own, instance=slot)
-    end = "until nothing is left to do" if until_done else "stop with Ctrl-C"
-    print_progress(f"running {', '.join(chosen)} for run {settings.run.id}; {end}")
-    written = open_store(settings) if "sink" in named else None
-    last, looks = "", 0
+    host = make_host(settings, bus, builtin, sink=has_sink, custom_stages=custom, instance=instance)
+    end = "until all work is done" if until_done else "stop with Ctrl-C"
+    print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
+    store = open_store(settings) if has_sink else None
+    last_line, polls = "", 0
     with host:
-        while not stop.wait(0.2) and not host.failure_event.is_set():
-            looks += 1
-            if looks % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last:
+        while not stop.wait(_POLL_INTERVAL_S) and not host.failure_event.is_set():
+            polls += 1
+            if polls % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last_line:
                 print_progress(line)
-                last = line
-            if until_done and looks % _DONE_CHECK_INTERVAL_POLLS == 0 and is_all_work_done(bus, host.workers, written):
-                print_progress(f"nothing is left to do; finished now: {_format_committed(host)}")
+                last_line = line
+            if until_done and polls % _DONE_CHECK_INTERVAL_POLLS == 0 and is_all_work_done(bus, host.workers, store):
+                print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
                 break
     if host.abandoned_threads:
-        print_progress(f"stopped without waiting longer for {', '.join(host.abandoned_threads)}; its work is done again")
+        print_progress(f"stopped before {', '.join(host.abandoned_threads)} finished; uncommitted records are processed again")
         sys.stderr.flush()
-        os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))  # a thread is still at work
+        # `sys.exit` would wait for the threads that did not finish.
+        os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))
     bus.close()
     host.raise_if_failed()
 
 
 def _format_committed(host: Host) -> str:
-    """How many records each stage has finished since the start."""
+    """Return the number of records that each stage has committed since the start."""
     return " ".join(f"{worker.stage.name}={worker.num_committed}" for worker in host.workers)
 
 

@@ -13,8 +13,6 @@ from charter.runs import RUNS_SQL, SHARED_LABELS_SQL, SHARED_RECORDS_SQL, flatte
 from engine.errors import UsageError
 from engine.settings import Settings
 
-# Runs
-
 
 @click.group(invoke_without_command=True)
 @output_options
@@ -22,7 +20,7 @@ from engine.settings import Settings
 def runs(settings: Settings, output: str) -> None:
     """List and compare runs.
 
-    Without a verb: the list.
+    Without a verb, print the list.
 
     \b
     Examples:
@@ -37,9 +35,9 @@ def runs(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def list_runs(settings: Settings, output: str) -> None:
-    """Every run: what it is made of, and its records.
+    """List all runs with their constitution, models and record counts.
 
-    Records that it shares with another run are counted too.
+    A record that two runs share is counted in both.
 
     \b
     Examples:
@@ -49,12 +47,11 @@ def list_runs(settings: Settings, output: str) -> None:
 
 
 def _print_runs(settings: Settings, output: str) -> None:
-
-    found = open_store(settings).query(RUNS_SQL, limit_s=30.0)
-    if output or found.rows:
-        print_rows(found.columns, found.rows, output)
+    result = open_store(settings).query(RUNS_SQL, limit_s=30.0)
+    if output or result.rows:
+        print_rows(result.columns, result.rows, output)
     else:
-        click.echo("no run has begun yet")
+        click.echo("there are no runs yet")
 
 
 @runs.command()
@@ -63,50 +60,46 @@ def _print_runs(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def compare(settings: Settings, first: str, second: str, output: str) -> None:
-    """What two runs differ in.
+    """Compare two runs.
 
-    Settings, records that only one has, and labels of the same pair of answers.
+    Print the settings that differ, the number of records that both or only one of the runs have, and how the labels of the same
+    pairs differ.
 
     \b
     Examples:
       charter runs compare live rejudged
     """
-
     store = open_store(settings)
     rows: list[tuple[Any, ...]] = [*_diff_settings(store, first, second)]
-    for topic, shared, one, other in store.query(SHARED_RECORDS_SQL, [first, second], limit_s=30.0).rows:
-        rows.append((f"{topic} that both have", shared, shared))
-        rows.append((f"{topic} of its own", one, other))
+    for topic, shared, only_first, only_second in store.query(SHARED_RECORDS_SQL, [first, second], limit_s=30.0).rows:
+        rows.append((f"{topic} in both runs", shared, shared))
+        rows.append((f"{topic} only in this run", only_first, only_second))
     labels = store.query_dicts(SHARED_LABELS_SQL, [first, second], limit_s=30.0)
     for label in labels:
-        head = f"labels by {label['principle']}"
-        rows.append((f"{head}: pairs that both judged", label["pairs"], label["pairs"]))
-        rows.append((f"{head}: mean p(a)", label["mean_first"], label["mean_second"]))
-        rows.append((f"{head}: another answer is better", "", label["flips"]))
-    print_rows(["what", first, second], rows, output)
+        prefix = f"labels by {label['principle']}"
+        rows.append((f"{prefix}: pairs in both runs", label["pairs"], label["pairs"]))
+        rows.append((f"{prefix}: mean p_a", label["mean_first"], label["mean_second"]))
+        rows.append((f"{prefix}: flips", "", label["flips"]))
+    print_rows(["item", first, second], rows, output)
 
 
 def _diff_settings(store: Any, first: str, second: str) -> list[tuple[str, str, str]]:
-    """(setting, value in the first run, value in the second) where they differ."""
-
-    trees = []
+    """Return (setting, value in the first run, value in the second run) for each setting that differs."""
+    run_settings = []
     for run in (first, second):
         sql = (
             "SELECT settings, constitution.name || ' ' || constitution.version AS name, constitution.hash AS hash FROM raw.runs"
         )
-        found = store.query_dicts(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
-        if not found:
-            raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of it", "type: charter runs")
-        tree = flatten_settings(json.loads(found[0]["settings"])) | {
-            "constitution": found[0]["name"],
-            "constitution hash": found[0]["hash"],
+        rows = store.query_dicts(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
+        if not rows:
+            raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of this run", "type: charter runs")
+        values = flatten_settings(json.loads(rows[0]["settings"])) | {
+            "constitution": rows[0]["name"],
+            "constitution hash": rows[0]["hash"],
         }
-        trees.append({key: value for key, value in tree.items() if not key.startswith("replay.") and key != "run.id"})
-    return [
-        (key, str(trees[0].get(key, "")), str(trees[1].get(key, "")))
-        for key in sorted({*trees[0], *trees[1]})
-        if trees[0].get(key) != trees[1].get(key)
-    ]
+        run_settings.append({key: value for key, value in values.items() if not key.startswith("replay.") and key != "run.id"})
+    a, b = run_settings
+    return [(key, str(a.get(key, "")), str(b.get(key, ""))) for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 COMMAND = runs

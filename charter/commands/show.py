@@ -1,4 +1,4 @@
-"""`charter show`: the trace of one prompt."""
+"""`charter show`: show the trace of one prompt."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from engine.settings import Settings
 def show(settings: Settings, identifier: str, output: str) -> None:
     """Show the trace of one prompt.
 
-    ID is a prompt's or any record's id, or the beginning of one.
+    The trace has the responses, critiques, revisions and labels of the prompt. ID is the id of the prompt or of any of these
+    records, or a unique prefix of it.
 
     \b
     Examples:
       charter show 3f2a
       charter show 3f2a --json
     """
-
     store = open_store(settings)
-    found = find_prompt_ids(store, identifier)
-    if len(found) != 1:
+    prompt_ids = find_prompt_ids(store, identifier)
+    if len(prompt_ids) != 1:
         raise UsageError(
-            f"{identifier!r} is the beginning of {len(found) or 'no'} ids",
-            "it must name one prompt or one record",
+            f"{identifier!r} matches {len(prompt_ids) or 'no'} prompts",
+            "an id, or a prefix of it, must match the records of exactly one prompt",
             "type: charter sql 'select prompt_id, prompt from traces limit 10'",
         )
-    rows = store.query_dicts("SELECT * FROM traces WHERE prompt_id = ?", found)
+    rows = store.query_dicts("SELECT * FROM traces WHERE prompt_id = ?", prompt_ids)
     if output:
         print_records(rows, output)
     else:

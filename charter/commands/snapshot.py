@@ -1,4 +1,4 @@
-"""`charter snapshot`: copy the database while everything runs."""
+"""`charter snapshot`: copy the database to a file while the sink writes to it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from engine.settings import Settings
 def snapshot(settings: Settings, target: Path) -> None:
     """Copy the database to a file while everything runs.
 
-    Consistent; for a notebook, or a colleague.
+    The copy is consistent. FILE must not exist. Use a copy for notebooks: an open notebook would block the sink.
 
     \b
     Examples:
       charter snapshot monday.duckdb
     """
-
-    records = backups.create_snapshot(open_store(settings), target)
-    click.echo(f"{target}: {records} records")
+    num_records = backups.create_snapshot(open_store(settings), target)
+    click.echo(f"{target}: {num_records} records")
 
 
 COMMAND = snapshot

@@ -21,17 +21,19 @@ _SIGNAL_POLL_INTERVAL_S = 0.2
 @click.command()
 @click.argument("statement", metavar="[SQL]", required=False)
 @click.option(
-    "--limit-s",
+    "--timeout-s",
     type=click.FloatRange(0, min_open=True),
     default=10.0,
     show_default=True,
-    help="Cut a query that takes longer, in seconds.",
+    help="Stop the query after this time, in seconds.",
 )
 @click.option("--tables", is_flag=True, help="List the tables and views with their columns.")
 @output_options
 @common_options
-def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool, output: str) -> None:
-    """Query the database, read-only. SQL may be - to read it from standard input.
+def sql(settings: Settings, statement: str | None, timeout_s: float, tables: bool, output: str) -> None:
+    """Query the database, read-only.
+
+    SQL is one DuckDB statement, or - to read it from standard input.
 
     \b
     Examples:
@@ -39,34 +41,32 @@ def sql(settings: Settings, statement: str | None, limit_s: float, tables: bool,
       charter sql "select policy_version, count(*) from responses group by 1"
       charter sql --tables
     """
-
     if tables:
         statement = TABLES_SQL
     elif statement == "-":
         statement = sys.stdin.read()
     if not statement:
-        raise click.UsageError('give a query, e.g. "select * from traces limit 1"', click.get_current_context())
-    found = _run_interruptible(lambda: open_store(settings).query(statement, limit_s=limit_s))
-    print_rows(found.columns, found.rows, output)
+        raise click.UsageError('give a query, e.g. charter sql "select * from traces limit 1"', click.get_current_context())
+    result = _run_interruptible(lambda: open_store(settings).query(statement, limit_s=timeout_s))
+    print_rows(result.columns, result.rows, output)
 
 
 def _run_interruptible(run_query: Callable[[], QueryResult]) -> QueryResult:
-    """What `ask` answers, from a thread of its own: DuckDB does not always hear of a Ctrl-C while it is at work."""
+    """Run the query in a separate thread, so that Ctrl-C ends the process: a running DuckDB query can ignore SIGINT."""
 
     def stop(*_: object) -> None:
         os.write(2, b"\n")
-        os._exit(130)  # what only reads leaves nothing behind
+        os._exit(130)  # a read-only query has nothing to clean up
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous_handler = signal.signal(signal.SIGINT, stop)
     try:
-        answer = ThreadPoolExecutor(1).submit(run_query)
-        while not wait(
-            [answer], _SIGNAL_POLL_INTERVAL_S
-        ).done:  # a signal that comes just before a wait without end is heard after it
+        future = ThreadPoolExecutor(1).submit(run_query)
+        # Poll: Python runs signal handlers in this thread only between waits, so a wait without a timeout could delay Ctrl-C.
+        while not wait([future], _SIGNAL_POLL_INTERVAL_S).done:
             pass
-        return answer.result()
+        return future.result()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
 TABLES_SQL = """SELECT table_name AS name, string_agg(column_name, ', ' ORDER BY ordinal_position) AS columns

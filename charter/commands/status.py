@@ -1,4 +1,4 @@
-"""`charter status`: the number of records, the lag of each stage and the policies."""
+"""`charter status`: show record counts, consumer lag and policies."""
 
 from __future__ import annotations
 
@@ -28,34 +28,35 @@ charter --help lists all commands; charter doctor checks the installation."""
 def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     """Show record counts, consumer lag and policies.
 
-    What is in the database, what waits at the stages of a run (the newest, or --run), and which policies there are.
+    Print the number of records of each topic in the database, the lag of the stages of a run on each topic, and the newest
+    policies. The run is the newest one, or --run.
 
     \b
     Examples:
       charter status
       charter status --json
     """
-
     store = open_store(settings)
-    found = store.query("SELECT * FROM pipeline_status")
+    counts = store.query("SELECT * FROM pipeline_status")
     run_id = resolve_run_id(settings, origins, store)
     bus = connect_bus(settings)
-    waiting = compute_lags(bus, run_id, settings.judge.pairing)
+    lags = compute_lags(bus, run_id, settings.judge.pairing)
     bus.close()
-    print_rows([*found.columns, "waiting"], [(*row, waiting.get(row[0])) for row in found.rows], output)
+    print_rows([*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows], output)
     if output:
         return
-    click.echo(escape_unprintable(f"(waiting: what the stages of run {run_id} have not done yet; - where none of them reads)"))
-    newest = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
-    if newest.rows:
+    note = f"(lag: records that the stages of run {run_id} have not processed yet; - if no stage reads the topic)"
+    click.echo(escape_unprintable(note))
+    policies = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
+    if policies.rows:
         click.echo()
-        rows = [(kind.lower(), *row, Path(uri).name) for kind, *row, uri in newest.rows]
-        print_rows([*newest.columns[:-1], "weights"], rows, "")
+        rows = [(kind.lower(), *row, Path(uri).name) for kind, *row, uri in policies.rows]
+        print_rows([*policies.columns[:-1], "weights"], rows, "")
 
 
 @click.pass_context
 def status_or_first_steps(context: click.Context) -> None:
-    """Print the status of the run in this folder, or the first commands to type if there is none."""
+    """Print the status of the run in this folder or, if there is no database, the commands that start a run."""
     if open_store(load_settings()[0]).path.exists():
         context.invoke(status)
     else:

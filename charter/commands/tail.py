@@ -1,4 +1,4 @@
-"""`charter tail`: print the newest records of a topic."""
+"""`charter tail`: print the newest records of a topic as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from engine.stop_signals import stop_on_signals
 
 @click.command()
 @click.argument("topic")
-@click.option("-n", "count", type=click.IntRange(0), default=10, show_default=True, help="How many of the newest records.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what arrives, until stopped.")
-@click.option("--raw", is_flag=True, help="Do not decode; show the bytes.")
-@click.option("--json", is_flag=True, expose_value=False, help="As JSON, which it is anyway: an object a line.")
+@click.option("-n", "count", type=click.IntRange(0), default=10, show_default=True, help="Number of records.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new records until stopped.")
+@click.option("--raw", is_flag=True, help="Print the bytes in hexadecimal instead of the decoded record.")
+@click.option("--json", is_flag=True, expose_value=False, help="No effect: the output is always JSON lines.")
 @common_options
 def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
     """Print the newest records of a topic as JSON lines.
+
+    Each object has the topic, partition and offset of the record. TOPIC is without bus.prefix.
 
     \b
     Examples:
       charter tail responses -n 1
       charter tail preferences --follow
     """
-
     bus = connect_bus(settings)
     stop = stop_on_signals() if follow else None
     for line in tail_topic(bus, topic, count, stop, raw=raw):

@@ -1,4 +1,4 @@
-"""`charter topics`: what is on the log, how it is kept, and how far everyone has read."""
+"""`charter topics`: list, create and describe topics, and show consumer lag."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from schemas.topics import TOPICS
 def topics(settings: Settings, output: str) -> None:
     """List, create and describe topics, and show consumer lag.
 
-    Without a verb: the list.
+    Without a verb, print the list.
 
     \b
     Examples:
@@ -39,9 +39,10 @@ def topics(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def list_topics(settings: Settings, output: str) -> None:
-    """Every topic: its record, partitions and offsets.
+    """List all topics with record type, partitions and offsets.
 
-    A transaction takes an offset too.
+    The column offsets is the difference between end and beginning offsets. On Kafka it also counts transaction markers, so it can
+    be larger than the number of records.
 
     \b
     Examples:
@@ -51,44 +52,39 @@ def list_topics(settings: Settings, output: str) -> None:
 
 
 def _print_topics(settings: Settings, output: str) -> None:
-
     bus = open_bus_from_settings(settings)
-    there = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
-    names = [spec.name for spec in there]
-    begins, ends = bus.beginning_offsets(names), bus.end_offsets(names)
+    specs = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
+    names = [spec.name for spec in specs]
+    beginning_offsets, end_offsets = bus.beginning_offsets(names), bus.end_offsets(names)
     rows: list[tuple[Any, ...]] = []
-    for spec in there:
-        messages = sum(end - begins[place] for place, end in ends.items() if place.topic == spec.name)
-        kept = "compacted" if spec.is_compacted else "all"
-        rows.append((spec.name, spec.record_class.__name__, bus.count_partitions(spec.name), kept, messages))
+    for spec in specs:
+        num_offsets = sum(end - beginning_offsets[tp] for tp, end in end_offsets.items() if tp.topic == spec.name)
+        cleanup_policy = "compact" if spec.is_compacted else "delete"
+        rows.append((spec.name, spec.record_class.__name__, bus.count_partitions(spec.name), cleanup_policy, num_offsets))
     bus.close()
-    print_rows(["topic", "record", "partitions", "kept", "offsets"], rows, output)
-    if not output and len(there) < len(TOPICS):
-        click.echo(f"{len(TOPICS) - len(there)} topics are not there; type: charter topics create", err=True)
+    print_rows(["topic", "record", "partitions", "cleanup_policy", "offsets"], rows, output)
+    if not output and len(specs) < len(TOPICS):
+        click.echo(f"{len(TOPICS) - len(specs)} topics are missing; type: charter topics create", err=True)
 
 
 @topics.command()
 @common_options
 def create(settings: Settings) -> None:
-    """Create the topics that are missing.
+    """Create the missing topics.
 
-    As bus.partitions, bus.replication, bus.retention_ms and bus.prefix say.
-
-    The number of partitions stays as it is then; it bounds the useful copies of a stage.
+    The settings are bus.partitions, bus.replication, bus.retention_ms and bus.prefix. Existing topics do not change. The number
+    of partitions is fixed at creation; it is the maximum number of instances of a stage that get records.
 
     \b
     Examples:
       charter topics create --bus kafka://localhost:9092 --set bus.partitions=24
     """
-
     bus, specs = open_bus_from_settings(settings), get_topic_specs(settings)
-    made = set(bus.create_topics(specs))
+    created = set(bus.create_topics(specs))
     bus.close()
     for spec in specs:
-        state = "created" if spec.name in made else "was there"
-        click.echo(
-            f"{settings.bus.prefix}{spec.name}: {state}" + (f", {spec.num_partitions} partitions" if state == "created" else "")
-        )
+        state = f"created, {spec.num_partitions} partitions" if spec.name in created else "exists"
+        click.echo(f"{settings.bus.prefix}{spec.name}: {state}")
 
 
 @topics.command()
@@ -96,24 +92,24 @@ def create(settings: Settings) -> None:
 @output_options
 @common_options
 def describe(settings: Settings, names: tuple[str, ...], output: str) -> None:
-    """How topics are kept.
+    """Show partitions, replicas, offsets and configuration of topics.
 
-    Partitions (as many copies of a stage can share the work), replicas, settings, offsets.
+    The column max_instances is the number of instances of a stage that can read the topic in parallel. Offsets are in the order
+    of the partitions.
 
     \b
     Examples:
       charter topics describe responses
     """
-
-    bus, wanted = open_bus_from_settings(settings), list(names) or list(TOPICS)
-    described = bus.describe_topics(wanted)
-    if absent := sorted(set(wanted) - {d.name for d in described}):
+    bus, requested = open_bus_from_settings(settings), list(names) or list(TOPICS)
+    descriptions = bus.describe_topics(requested)
+    if missing := sorted(set(requested) - {d.name for d in descriptions}):
         raise UsageError(
-            f"there is no topic {absent[0]}",
-            f"those here are {', '.join(bus.topic_ids(list(TOPICS))) or 'none'}",
+            f"there is no topic {missing[0]}",
+            f"existing topics: {', '.join(bus.topic_ids(list(TOPICS))) or 'none'}",
             "type: charter topics",
         )
-    begins, ends = bus.beginning_offsets(wanted), bus.end_offsets(wanted)
+    beginning_offsets, end_offsets = bus.beginning_offsets(requested), bus.end_offsets(requested)
     bus.close()
     rows = [
         (
@@ -123,35 +119,37 @@ def describe(settings: Settings, names: tuple[str, ...], output: str) -> None:
             d.partitions,
             d.replicas,
             d.in_sync_replicas,
-            *_format_offset_range(d.name, begins, ends),
+            *_format_offset_range(d.name, beginning_offsets, end_offsets),
             dict(d.configs),
         )
-        for d in described
+        for d in descriptions
     ]
-    columns = ["topic", "id", "partitions", "most_useful_copies", "replicas", "in_sync", "first", "next", "settings"]
+    columns = [
+        *("topic", "topic_id", "partitions", "max_instances", "replicas", "in_sync_replicas"),
+        *("beginning_offsets", "end_offsets", "configs"),
+    ]
     print_rows(columns, rows, output)
 
 
 def _format_offset_range(topic: str, beginning_offsets: Offsets, end_offsets: Offsets) -> tuple[str, str]:
-    """First and next offsets, partition by partition."""
-    places = sorted(place for place in end_offsets if place.topic == topic)
-    return " ".join(str(beginning_offsets[place]) for place in places), " ".join(str(end_offsets[place]) for place in places)
+    """Return the beginning and end offsets of a topic, in partition order."""
+    partitions = sorted(tp for tp in end_offsets if tp.topic == topic)
+    return " ".join(str(beginning_offsets[tp]) for tp in partitions), " ".join(str(end_offsets[tp]) for tp in partitions)
 
 
 @topics.command()
 @output_options
 @common_options
 def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
-    """How far each stage of a run and the sink are behind.
+    """Show the lag of each stage of a run and of the sink.
 
-    In messages, and in seconds since the oldest that waits; of the newest run, or --run.
+    The lag is in records and in seconds since the oldest unread record. The run is the newest one, or --run.
 
     \b
     Examples:
       charter topics lag
       charter topics lag --run live --bus kafka://localhost:9092
     """
-
     bus, store = open_bus_from_settings(settings), open_store(settings)
     run_id = resolve_run_id(settings, origins, store)
     rows: list[tuple[Any, ...]] = []
@@ -160,7 +158,7 @@ def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     if store.path.exists():
         rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
     bus.close()
-    print_rows(["reader", "topic", "committed", "end", "behind", "seconds"], rows, output)
+    print_rows(["consumer", "topic", "committed", "end", "lag", "lag_seconds"], rows, output)
 
 
 COMMAND = topics

@@ -1,4 +1,4 @@
-"""`charter train`: update the policy or the reward model, once or in a loop."""
+"""`charter train`: train the policy or the reward model, once or in a loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from engine.settings import Settings
 
 
 @click.command()
-@click.option("--phase", type=click.Choice(PHASES), help="Update this now, with whatever rows are new.")
-@click.option("--loop", is_flag=True, help="Keep updating whenever there are enough new rows, until stopped.")
+@click.option("--phase", type=click.Choice(PHASES), help="Train this phase now, without waiting for more rows.")
+@click.option("--loop", is_flag=True, help="Train each phase when it has enough new rows, until stopped.")
 @common_options
 def train(settings: Settings, phase: str | None, loop: bool) -> None:
     """Train on the rows that have arrived, once or in a loop.
 
-    The phase that is due, one named phase, or with --loop one after the other.
+    Without options, train the next phase that has enough new rows (train.*_rows), if there is one. The result is a new version
+    of the policy or the reward model: a checkpoint in the data folder and a record on the log.
+
+    Processes that accelerate launch starts train together.
 
     \b
     Examples:
@@ -34,8 +37,8 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
         return
     from trainer import distributed
 
-    with distributed.join_processes() as first:
-        if first:
+    with distributed.join_processes() as is_main_process:
+        if is_main_process:
             run_training(settings, phase, loop)
 
 

@@ -339,7 +339,7 @@ class EmbeddedWriter:
             raise WriterFenced(
                 f"another process has taken over as {self.transactional_id}",
                 "two processes run under the same instance name",
-                "stop one of them, or give each its own name: --slot NAME",
+                "stop one of them, or give each its own name: --instance NAME",
             )
 
     def check_leases(

@@ -532,7 +532,7 @@ class KafkaWriter:
             return WriterFenced(
                 f"another process has taken over as {self.transactional_id}",
                 "two processes run under the same instance name",
-                "stop one of them, or give each its own name: --slot NAME",
+                "stop one of them, or give each its own name: --instance NAME",
             )
         return CommitUncertain("the outcome of a transaction is unknown", f"{type(error).__name__}: {error}")
 

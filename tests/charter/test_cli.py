@@ -74,7 +74,9 @@ def test_without_a_verb_it_says_how_to_start_or_how_things_are(tmp_path, data):
     assert done.returncode == 0 and "charter demo" in done.stdout and "charter run" in done.stdout
     done = charter(CHARTER_DATA__FOLDER=str(data))
     assert (
-        done.returncode == 0 and "preferences" in done.stdout and "what the stages of run live have not done yet" in done.stdout
+        done.returncode == 0
+        and "preferences" in done.stdout
+        and "records that the stages of run live have not processed yet" in done.stdout
     )
 
 
@@ -133,7 +135,7 @@ def test_show_takes_the_beginning_of_any_id(data):
     )
     for identifier in (rows[0]["prompt_id"], rows[0]["j"], rows[0]["prompt_id"][:8]):
         done = charter("show", identifier, "--data", data)
-        assert done.returncode == 0 and "answer 1 by policy 0" in done.stdout and "judged by" in done.stdout
+        assert done.returncode == 0 and "completion 1 by policy 0" in done.stdout and "judged by" in done.stdout
     assert charter("show", "ffffffff", "--data", data).returncode == 2
 
 
@@ -218,7 +220,7 @@ def test_what_nobody_foresaw_is_told_in_three_lines_too():
     except StopIteration as error:
         what, why, fix = describe_error(error)
     assert "bug" in what and "StopIteration" in why and "test_cli.py" in why and "--traceback" in fix
-    assert describe_error(PermissionError(13, "Permission denied", "/x"))[:2] == ("/x cannot be used", "Permission denied")
+    assert describe_error(PermissionError(13, "Permission denied", "/x"))[:2] == ("cannot use /x", "Permission denied")
 
 
 @given(st.text(st.characters(codec="utf-8")))
@@ -241,7 +243,7 @@ def test_ids_are_matched_by_what_an_id_can_begin_with(data):
 
 def test_ctrl_c_ends_a_long_query_at_once(data):
     long = "select count(*) from range(1000000000000)"
-    command = [sys.executable, "-m", "charter", "sql", long, "--limit-s", "300", "--data", str(data)]
+    command = [sys.executable, "-m", "charter", "sql", long, "--timeout-s", "300", "--data", str(data)]
     asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with (data / "charter.gate" / "file").open() as file:
         while asking.poll() is None:

@@ -91,7 +91,7 @@ def test_show_takes_names_files_runs_and_standard_input(folder, tmp_path):
 
 
 def test_lint_has_an_exit_code_lines_and_json(folder, tmp_path):
-    assert "nothing to say" in call(folder, "lint", "default", "course")
+    assert "no findings" in call(folder, "lint", "default", "course")
     bad = tmp_path / "bad.toml"
     bad.write_text(COURSE.replace('name = "Honesty"', 'name = "Helpfulness"'))
     assert f"{bad}:27: duplicate: honesty: it has the name of helpfulness" in call(folder, "lint", bad, code=1)
@@ -104,12 +104,12 @@ def test_a_content_that_changed_without_its_version_is_seen(folder, tmp_path):
     mine.write_text(
         (CONSTITUTIONS_FOLDER / "customer-service.toml").read_text().replace("stays friendly and short", "stays friendly")
     )
-    assert "mine.toml:3: version: run live used another content" in call(folder, "lint", mine, code=1)
+    assert "mine.toml:3: version: run live used other content" in call(folder, "lint", mine, code=1)
     rows = json.loads(call(folder, "diff", "run:live", mine, "--json"))
     assert [row["what"] for row in rows] == ["changed", "version not raised"]
     said = call(folder, "diff", "run:live", mine)
     assert "changed critique stay-kind revision" in said and "version not raised" in said
-    assert "nothing differs" in call(folder, "diff", "run:live", "customer-service")
+    assert "no differences" in call(folder, "diff", "run:live", "customer-service")
 
 
 def test_diff_judges_a_frozen_slice_under_both(folder, tmp_path):
@@ -231,14 +231,14 @@ def test_a_mean_label_weighs_principles_and_leaves_out_what_has_no_label():
 
 
 def test_test_ends_with_1_below_the_wanted_share(folder, tmp_path):
-    said = call(folder, "test", "customer-service", "--at-least", "0")
-    assert "of 5 labels are hits under customer-service 1.1.0, by scripted" in said
+    said = call(folder, "test", "customer-service", "--min-accuracy", "0")
+    assert "of 5 labels are hits under customer-service 1.1.0, judged by scripted" in said
     path = tmp_path / "cases.jsonl"
     lines = [{"prompt": str(n), "wins": "a", "loses": "b"} for n in range(6)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = json.loads(call(folder, "test", path, "--json", code=1))  # a judge that hashes is not always right
     assert sum(row["hits"] + row["misses"] for row in rows) == 30
-    assert call(folder, "test", "-", "--at-least", "0", stdin=path.read_text()).count("\n") == 8
+    assert call(folder, "test", "-", "--min-accuracy", "0", stdin=path.read_text()).count("\n") == 8
 
 
 # Leaving out
@@ -251,7 +251,7 @@ def test_study_leaves_out_each_principle_in_turn_and_says_what_changes(tmp_path)
     over = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
     stream(settings, bus, over)
     bus.close()
-    assert call(settings.folder, "ablate", "--dry-run").count("without ") == 12
+    assert call(settings.folder, "ablate", "--dry-run").count("without ") == 10
     store, drawn = (
         open_store(settings),
         "SELECT principle_id, count(DISTINCT response_id) FROM raw.{} WHERE run_id = 'live' GROUP BY 1",

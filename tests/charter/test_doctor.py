@@ -29,7 +29,7 @@ def doctor(tmp_path):
 def test_a_fresh_folder_is_well_and_stays_untouched(tmp_path, doctor):
     code, found = doctor()
     assert code == 0 and {row["state"] for row in found.values()} <= {"ok", "warn"}
-    assert "not there yet" in found["database"]["found"] and "not there yet" in found["log"]["found"]
+    assert "not there yet" in found["database"]["detail"] and "not there yet" in found["log"]["detail"]
     assert not (tmp_path / "data").exists()
 
 
@@ -40,9 +40,9 @@ def test_what_is_there_is_described(tmp_path, doctor, smollm2):
     Store(tmp_path / "data" / "charter.duckdb").create_schema()
     code, found = doctor(models__judge="smollm2", models__policy=str(smollm2))
     assert code == 0
-    assert "0 records" in found["database"]["found"] and found["dead letters"]["found"] == "none"
-    assert found["log"]["state"] == "warn" and "scores" in found["log"]["found"] and "topics create" in found["log"]["fix"]
-    assert "ready in the cache" in found["model judge"]["found"] and "1 safetensors" in found["model policy"]["found"]
+    assert "0 records" in found["database"]["detail"] and found["dead letters"]["detail"] == "none"
+    assert found["log"]["state"] == "warn" and "scores" in found["log"]["detail"] and "topics create" in found["log"]["fix"]
+    assert "ready in the cache" in found["model judge"]["detail"] and "1 safetensors" in found["model policy"]["detail"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_there_is_described(tmp_path, doctor, smollm2):
 def test_what_is_wrong_is_said_with_what_to_do(doctor, settings, check, words):
     code, found = doctor(**settings)
     assert code == 1
-    assert found[check]["state"] == "fail" and words in found[check]["found"] and found[check]["fix"]
+    assert found[check]["state"] == "fail" and words in found[check]["detail"] and found[check]["fix"]
     assert [name for name, row in found.items() if row["state"] == "fail"] == [check]
 
 
@@ -67,7 +67,7 @@ def test_a_database_of_another_version_or_held_by_another_is_found(tmp_path, doc
     with duckdb.connect(str(store.path)) as connection:
         connection.execute("UPDATE raw.sink_state SET version = 99")
     code, found = doctor()
-    assert code == 1 and "another version" in found["database"]["found"]
+    assert code == 1 and "another version" in found["database"]["detail"]
 
 
 def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, tests_models_server, monkeypatch):
@@ -75,11 +75,11 @@ def test_a_model_server_is_asked_what_it_serves_and_no_key_is_shown(doctor, test
     url, seen = tests_models_server
     code, found = doctor(models__judge=f"{url}/v1#big", models__critic=f"{url}/v1#other")
     assert code == 1 and found["model judge"]["state"] == "ok"
-    assert "serves big: no prefills, 3 top log-probabilities, no token ids" in found["model judge"]["found"]
-    assert "serves big, not other" in found["model critic"]["found"] and "models.critic" in found["model critic"]["fix"]
+    assert "serves big: no prefills, 3 top log-probabilities, no token ids" in found["model judge"]["detail"]
+    assert "serves big, not other" in found["model critic"]["detail"] and "models.critic" in found["model critic"]["fix"]
     assert set(seen) == {"Bearer sk-secret"} and "sk-secret" not in json.dumps(found)
     code, found = doctor(models__judge="http://host:port/v1#big", models__critic=url)
-    assert code == 1 and "is invalid" in found["model judge"]["found"] and "names no model" in found["model critic"]["found"]
+    assert code == 1 and "is invalid" in found["model judge"]["detail"] and "names no model" in found["model critic"]["detail"]
 
 
 @pytest.fixture

@@ -156,14 +156,14 @@ def test_the_study_finds_what_the_judge_does(pairs):
 
 def test_every_preset_is_in_the_report(tmp_path, pairs):
     out = tmp_path / "report.md"
-    said = run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--out", out)
+    said = run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-generative", 2, "--out", out)
     assert [row["judge"] for row in json.loads(run(tmp_path, "--pairs", pairs, "--limit", 2, "--json"))][:5] == list(
         JUDGE_PRESETS
     )
     for name in (*JUDGE_PRESETS, "longer wins", "shorter wins", "random", "judge: scripted"):
         assert name in said and name in out.read_text()
     assert set(JUDGE_PRESETS) == set(PRESETS["judge"])
-    rows = json.loads(run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-written", 2, "--json"))
+    rows = json.loads(run(tmp_path, "--pairs", pairs, "--limit", 6, "--limit-generative", 2, "--json"))
     assert [row["pairs"] for row in rows if row["judge"] == "random"] == [6, 2]  # baselines on the pairs of each judge
 
 

@@ -209,12 +209,12 @@ def judged(tmp_path):
 
 
 def test_a_persons_word_is_a_new_record_that_stands(judged, tmp_path):
-    assert "1 label given" in call(tmp_path, "label", judged["sure"][:13], "--prefer", "b")
+    assert "1 label published" in call(tmp_path, "label", judged["sure"][:13], "--prefer", "b")
     answers = [{"record_id": judged["no"], "prefer": "a"}, {"record_id": judged["unsure"], "prefer": "tie"}, {"prefer": "a"}]
     said = call(
         tmp_path, "label", "-", stdin="".join(json.dumps(line) + "\n" for line in answers).encode() + b"caf\xe9\n", code=1
     )
-    assert "line 3" in said and "line 4" in said and "2 labels given, 2 lines were none" in said
+    assert "line 3" in said and "line 4" in said and "2 labels published; 2 lines are invalid" in said
     store = given(tmp_path, 3)
     standing = "FROM preferences SEMI JOIN preference_pairs USING (record_id)"
     stands = dict(store.query(f"SELECT parent_ids[1]::VARCHAR, p_a {standing}").rows)
@@ -228,23 +228,23 @@ def test_a_persons_word_is_a_new_record_that_stands(judged, tmp_path):
 def test_the_interview_asks_for_the_least_certain_first_and_hides_the_order(judged, tmp_path):
     said = call(tmp_path, "label", "--count", "2", stdin="1\nw\n2\n")
     assert said.index("no a") < said.index("unsure a") and "sure a" not in said.replace("unsure a", "")
-    assert "2 labels given" in said
+    assert "2 labels published" in said
     store = given(tmp_path, 2)
     rows = store.query("SELECT response_a, p_a FROM preferences WHERE label_source = 'HUMAN' ORDER BY response_a").rows
     shown = {name: said.index(f"{name} a") < said.index(f"{name} b") for name in ("no", "unsure")}
     assert dict(rows) == {"no a": float(shown["no"]), "unsure a": float(not shown["unsure"])}
-    assert "0 labels given" in call(tmp_path, "label", stdin="s\n")
-    assert "0 labels given" in call(tmp_path, "label", stdin="q\n")
+    assert "0 labels published" in call(tmp_path, "label", stdin="s\n")
+    assert "0 labels published" in call(tmp_path, "label", stdin="q\n")
 
 
 def test_an_interview_that_is_broken_off_keeps_what_was_given(judged, tmp_path):
     """The end of the input, as Ctrl-D types it; Ctrl-C comes as the same exception."""
-    assert "1 label given" in call(tmp_path, "label", stdin="1\n")
+    assert "1 label published" in call(tmp_path, "label", stdin="1\n")
     assert given(tmp_path, 1).query("SELECT count(*) FROM preferences WHERE label_source = 'HUMAN'").rows == [(1,)]
 
 
 def test_only_pairs_of_a_run_are_asked_for(judged, tmp_path):
-    assert "nobody has answered" in call(tmp_path, "label", "--run", "absent")
+    assert "no pairs without a human label" in call(tmp_path, "label", "--run", "absent")
     assert "pair 1 of 3" in call(tmp_path, "label", "--run", "r", stdin="q\n")
 
 
@@ -259,7 +259,7 @@ def test_an_id_names_one_label(tmp_path):
     labels = [make_preference(f"p{number}", "x", 0.5) for number in range(17)]  # two of them begin with the same digit
     RecordDatabase(tmp_path / "data" / "charter.duckdb").add(make_prompt("x"), *labels)
     common = Counter(label.record_id[0] for label in labels).most_common(1)[0][0]
-    for named, match in (("zzz", "names no label"), ("", "names no label"), (common, "more than one")):
+    for named, match in (("zzz", "matches no label"), ("", "matches no label"), (common, "more than one")):
         with pytest.raises(UsageError, match=match):
             call(tmp_path, "label", named, "--prefer", "a")
 

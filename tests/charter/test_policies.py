@@ -70,25 +70,27 @@ def listed(charter):
 
 def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
     before = listed(charter)
-    assert [(row["kind"], row["version"], row["made_by"]) for row in before] == [
+    assert [(row["kind"], row["version"], row["phase"]) for row in before] == [
         ("policy", 0, ""), ("policy", 1, "sft"), ("policy", 2, "sft"), ("reward", 1, "reward"),
     ]  # fmt: skip
-    assert before[1]["weights"] == "removed" and before[2]["role"] == "answers, reference"
+    assert before[1]["weights"] == "removed" and before[2]["role"] == "current, reference"
     with pytest.raises(UsageError, match="weights of policy 1 are gone"):
         charter("policy", "use", "1")
     with pytest.raises(UsageError, match="no policy 9"):
         charter("policy", "use", "9")
-    assert "policy 3 answers from now on, with the weights of policy 0" in charter("policy", "use", "0", "--reason", "worse")
+    assert "policy 3 is now the current policy, with the weights of policy 0" in charter(
+        "policy", "use", "0", "--reason", "worse"
+    )
     after = listed(charter)
     assert [(row["version"], row["weights_of"], row["role"]) for row in after if row["kind"] == "policy"][-1] == (
-        3, 0, "answers",
+        3, 0, "current",
     )  # fmt: skip
-    assert "policy 4 answers from now on, with the weights of policy 2" in charter("policy", "use", "2")
-    assert "has the weights of policy 2 already" in charter("policy", "use", "4")
+    assert "policy 4 is now the current policy, with the weights of policy 2" in charter("policy", "use", "2")
+    assert "already has the weights of policy 2" in charter("policy", "use", "4")
     bus = connect_bus(make_settings(trained))
     assert [update.version for update in read_policy_updates(bus) if update.restored_version is not None] == [3, 4]
     incidents = [decode_record(value, Incident) for value in read_values(bus, "incidents")]
-    assert (incidents[0].title, incidents[0].detail) == ("someone went back to policy 0", "worse")
+    assert (incidents[0].title, incidents[0].detail) == ("policy 0 was restored manually", "worse")
     bus.close()
 
 
@@ -99,7 +101,7 @@ def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
     bus = connect_bus(settings)
     trainer = Trainer(bus, open_store(settings), settings, trained / "base", learners=FAKE_LEARNERS)
     assert trainer.get_paused_phases() == {"ppo": "look"} == read_paused_phases(bus)
-    assert charter("policy", "resume") == "ppo: no longer paused\n"
+    assert charter("policy", "resume") == "ppo: resumed\n"
     assert trainer.get_paused_phases() == {} == read_paused_phases(bus)
     trainer.close()
     bus.close()
@@ -108,7 +110,7 @@ def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
 def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
     assert charter("policy", "export", "2", str(tmp_path / "out")) == f"policy 2: {tmp_path / 'out'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["fake.safetensors"]
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         charter("policy", "export", "2", str(tmp_path / "out"))
     with pytest.raises(UsageError, match="no policy version"):
         charter("policy", "export", "newest", str(tmp_path / "other"))
@@ -117,11 +119,11 @@ def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
 def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
     rows = json.loads(charter("batches", "--json"))
     assert [(row["batch_number"], row["phase"], row["rows"], row["outcome"]) for row in rows] == [
-        (1, "sft", 4, "made policy 1"), (2, "sft", 4, "made policy 2"), (3, "reward", 8, "made reward 1"),
+        (1, "sft", 4, "published policy 1"), (2, "sft", 4, "published policy 2"), (3, "reward", 8, "published reward 1"),
     ]  # fmt: skip
     shown = json.loads(charter("batches", "show", "3", "--json"))
     assert shown["mixture"] == {"test": 8} and len(shown["record_ids"]) == 8
-    assert "rebuilt exactly: all 8 records" in charter("batches", "rebuild", "3")
+    assert "rebuilt exactly: 8 records" in charter("batches", "rebuild", "3")
     again = json.loads(charter("batches", "rebuild", "3", "--json"))
     assert [row["record_id"] for row in again["rows"]] == shown["record_ids"] and again["content_hash"] == shown["content_hash"]
     with pytest.raises(UsageError, match="there is no batch 9"):
@@ -152,8 +154,8 @@ def test_chat_answers_once_for_a_script_and_turn_by_turn_for_a_person(trained):
 
     once = ask("--seed", "1", "--json", "-", text="Why is\nthe sky blue?")
     about = json.loads(once.stdout)
-    assert (about["policy"], about["finish_reason"]) == (0, "stop") and about["answer"]
-    assert ask("--seed", "1", "Why is\nthe sky blue?").stdout == about["answer"] + "\n"
+    assert (about["policy"], about["finish_reason"]) == (0, "stop") and about["response"]
+    assert ask("--seed", "1", "Why is\nthe sky blue?").stdout == about["response"] + "\n"
     talk = ask("--seed", "1", text="one\n\n/new\ntwo\n").stdout.splitlines()
     assert len([line for line in talk if line]) == 2
     with pytest.raises(UsageError, match="no policy 9"):

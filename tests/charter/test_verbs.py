@@ -103,7 +103,7 @@ def test_a_run_until_done_ends_when_all_is_finished_and_written(any_bus):
     any_bus.call("run", "--until-done")
     finished = "SELECT count(*), count(end_reason), count(preferences) FROM traces"
     assert any_bus.sql(finished) == [(3, 3, 3)]
-    assert {row["waiting"] for row in any_bus.rows("status")} <= {0, None}
+    assert {row["lag"] for row in any_bus.rows("status")} <= {0, None}
     before = dict(any_bus.sql(COUNTS))
     any_bus.call("run", "--until-done")
     assert dict(any_bus.sql(COUNTS)) == before
@@ -125,8 +125,11 @@ def test_judging_again_under_another_constitution_stands_beside_and_generates_no
     runs = {row["run"]: row for row in place.rows("runs")}
     assert runs["again"]["of_run"] == "live" and runs["again"]["constitution"] == "red-team"
     assert (runs["again"]["preferences"], runs["live"]["preferences"]) == (before["preferences"], before["preferences"])
-    compared = {row["what"]: row for row in place.rows("runs", "compare", "live", "again")}
-    assert compared["constitution"]["again"].startswith("red-team") and compared["preferences of its own"]["again"] == PROMPTS
+    compared = {row["item"]: row for row in place.rows("runs", "compare", "live", "again")}
+    assert (
+        compared["constitution"]["again"].startswith("red-team")
+        and compared["preferences only in this run"]["again"] == PROMPTS
+    )
     assert place.sql("SELECT count(*) FROM dead_letters") == [(0,)]
     assert place.rows("status") and not read_values_of(place, "dead-letters")
     again = place.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again")
@@ -228,11 +231,11 @@ def test_dead_letters_are_listed_shown_and_tried_again_once(any_bus):
     assert "poisoned" in letter["message"] and letter["came_from"].startswith("prompts[")
     (shown,) = place.rows("dlq", "show", letter["id"][:13])
     assert shown["value"]["messages"][0]["content"].endswith(POISON_TEXT) and shown["headers"]["run"] == "live"
-    assert "1 messages are on their topics again" in place.call("dlq", "retry", "--kind", "permanent")
+    assert "published again: 1" in place.call("dlq", "retry", "--kind", "permanent")
     place.stream(2, sql="SELECT count(*) FROM dead_letters WHERE stage = 'respond'")  # the model has not changed
     states = [row["state"] for row in place.rows("dlq", "list", "--stage", "respond")]
-    assert sorted(states) == ["open", "tried again"]
-    assert "0 messages are on their topics again; 1 were tried again before" in place.call("dlq", "retry", letter["id"])
+    assert sorted(states) == ["open", "retried"]
+    assert "published again: 0; already retried: 1" in place.call("dlq", "retry", letter["id"])
     letters = [decode_record(value, DeadLetter) for value in read_values_of(place, "dead-letters")]
     assert len(letters) == 2 and {decode_record(letter.value, Prompt).record_id for letter in letters} == {
         shown["value"]["record_id"]
@@ -246,16 +249,16 @@ def test_dead_letters_are_listed_shown_and_tried_again_once(any_bus):
 def test_topics_are_created_listed_and_described_and_their_lag_is_told(any_bus):
     place = any_bus
     said = place.call("topics", "create", "--set", "bus.partitions=3")
-    assert "prompts: created, 3 partitions" in said and "was there" in place.call("topics", "create")
+    assert "prompts: created, 3 partitions" in said and "exists" in place.call("topics", "create")
     place.publish("one", "two")
     assert {row["topic"]: row["offsets"] > 0 for row in place.rows("topics")}["prompts"]
     (described,) = place.rows("topics", "describe", "prompts")
-    assert (described["partitions"], described["most_useful_copies"], described["replicas"]) == (3, 3, 1)
-    lag = {(row["reader"], row["topic"]): row for row in place.rows("topics", "lag")}
-    behind = lag["respond", "prompts"]["behind"]  # on Kafka with the marker of the transaction in each partition
-    assert behind in ((2,) if not place.flags.get("bus.prefix") else (3, 4)) and lag["respond", "prompts"]["seconds"] >= 0
+    assert (described["partitions"], described["max_instances"], described["replicas"]) == (3, 3, 1)
+    lag = {(row["consumer"], row["topic"]): row for row in place.rows("topics", "lag")}
+    behind = lag["respond", "prompts"]["lag"]  # on Kafka with the marker of the transaction in each partition
+    assert behind in ((2,) if not place.flags.get("bus.prefix") else (3, 4)) and lag["respond", "prompts"]["lag_seconds"] >= 0
     place.stream(2)
-    lag = {(row["reader"], row["topic"]): row["behind"] for row in place.rows("topics", "lag")}
+    lag = {(row["consumer"], row["topic"]): row["lag"] for row in place.rows("topics", "lag")}
     assert lag["sink", "preferences"] == 0 and not any(lag.values())
     place.fails(UsageError, "there is no topic promts", "topics", "describe", "promts")
 

@@ -85,7 +85,7 @@ def test_secured_listener_accepts_valid_credentials(secure, tmp_path, mechanism)
     assert completed.returncode == 0 and "1 prompts published" in completed.stdout, completed.stderr
     assert secure.PASSWORD not in completed.stdout + completed.stderr
     completed = run_charter(secure, tmp_path / "d", "topics", "lag", "--json", bus__sasl_mechanism=mechanism)
-    assert completed.returncode == 0 and json.loads(completed.stdout)[0]["behind"] > 0
+    assert completed.returncode == 0 and json.loads(completed.stdout)[0]["lag"] > 0
 
 
 def test_pipeline_on_a_secured_listener_never_stores_the_password(secure, tmp_path, monkeypatch):
