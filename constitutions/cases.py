@@ -1,7 +1,7 @@
-"""Known failure modes: a prompt, an answer that must lose, and one that must win, for testing a constitution with a judge.
+"""Test cases for a constitution and a judge: a prompt, a response that must win and a response that must lose.
 
-TOML with a [[case]] for each, or JSONL with one object a line. `principles` names the judging principles that a case is about
-(none: all that fit its tags); a TOML file may say which `constitution` it is for.
+A case file is TOML with one [[case]] table per case, or JSONL with one object per line. `principles` lists the judge principles
+that a case tests (empty: all principles that match its tags). A TOML file can name its `constitution`.
 
     [[case]]
     prompt = "My parcel is late!"
@@ -36,6 +36,8 @@ from constitutions.sources import (
 
 
 class ConstitutionCase(StrictModel):
+    """One test case: the judge must prefer `wins` to `loses`."""
+
     prompt: NonEmptyStr
     wins: NonEmptyStr
     loses: NonEmptyStr
@@ -45,27 +47,27 @@ class ConstitutionCase(StrictModel):
 
 @dataclass(frozen=True)
 class CaseFile:
-    """The cases of a file, where each stands, and the constitution that the file is for (empty: any)."""
+    """The cases of a file, the location of each case, and the constitution that the file is for (empty: any)."""
 
     cases: tuple[ConstitutionCase, ...]
     locations: tuple[str, ...]
     constitution: str
 
     def check_principles(self, constitution: str, principle_ids: Sequence[str]) -> None:
-        """Raise a ConstitutionError unless the constitution has every principle that a case is about."""
-        for case, place in zip(self.cases, self.locations, strict=True):
-            for wanted in case.principles:
-                if wanted not in principle_ids:
+        """Raise ConstitutionError unless the constitution has every principle that the cases name."""
+        for case, location in zip(self.cases, self.locations, strict=True):
+            for principle_id in case.principles:
+                if principle_id not in principle_ids:
                     raise ConstitutionError(
-                        f"{place}: {constitution} has no judging principle {wanted}",
+                        f"{location}: {constitution} has no judge principle {principle_id}",
                         f"it has {', '.join(principle_ids)}",
-                        suggest_nearest(wanted, principle_ids)
+                        suggest_nearest(principle_id, principle_ids)
                         or "name one of them, or test another constitution: --constitution NAME",
                     )
 
 
 def read_cases(name_or_path: str) -> CaseFile:
-    """The shipped cases of a constitution by its name, a file (.jsonl, else TOML), or JSONL from standard input (-)."""
+    """Read the shipped cases of a constitution by its name, a file (.jsonl or TOML), or JSONL from standard input (-)."""
     if name_or_path == "-":
         return _parse_jsonl_cases(sys.stdin.buffer.read(), "standard input")
     path = (
@@ -77,8 +79,8 @@ def read_cases(name_or_path: str) -> CaseFile:
     if data is None:
         raise ConstitutionError(
             f"there is no file {name_or_path}",
-            f"and no shipped cases of that name: {', '.join(list_shipped_constitutions())}",
-            "give a file or a name",
+            f"there are no shipped cases with that name either: {', '.join(list_shipped_constitutions())}",
+            "give a file or one of these names",
         )
     return _parse_jsonl_cases(data, str(path)) if path.suffix == ".jsonl" else _parse_toml_cases(parse_toml(data, str(path)))
 
@@ -86,8 +88,8 @@ def read_cases(name_or_path: str) -> CaseFile:
 def _parse_toml_cases(file: ConstitutionFile) -> CaseFile:
     if "critique" in file.values or "judge" in file.values or "prose" in file.values:
         raise ConstitutionError(
-            f"{file.origin} is a constitution, not a file of cases",
-            "a test needs prompts with an answer that must win and one that must lose",
+            f"{file.origin} is a constitution, not a case file",
+            "a test needs prompts with a response that must win and a response that must lose",
             f"type: charter constitution test CASES --constitution {file.origin}",
         )
     for key in file.values:
@@ -96,35 +98,35 @@ def _parse_toml_cases(file: ConstitutionFile) -> CaseFile:
     entries = file.values.get("case", [])
     if not isinstance(entries, list):
         entries = []
-    places = [f"{file.origin}, line {file.find_line('case', i)}" for i in range(len(entries))]
-    return _validate_cases(entries, places, file.origin, str(file.values.get("constitution", "")))
+    locations = [f"{file.origin}, line {file.find_line('case', i)}" for i in range(len(entries))]
+    return _validate_cases(entries, locations, file.origin, str(file.values.get("constitution", "")))
 
 
 def _parse_jsonl_cases(data: bytes, origin: str) -> CaseFile:
-    entries, places = [], []
+    entries, locations = [], []
     for number, line in enumerate(decode_utf8(data, origin).split("\n"), 1):
         if line.strip():
-            places.append(f"{origin}, line {number}")
+            locations.append(f"{origin}, line {number}")
             try:
                 entries.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise ConstitutionError(f"{places[-1]} is not JSON", str(error), "write one object a line") from error
-    return _validate_cases(entries, places, origin, "")
+                raise ConstitutionError(f"{locations[-1]} is not JSON", str(error), "write one object per line") from error
+    return _validate_cases(entries, locations, origin, "")
 
 
 def _validate_cases(entries: Sequence[Any], locations: Sequence[str], origin: str, constitution: str) -> CaseFile:
     cases = []
-    for entry, place in zip(entries, locations, strict=True):
+    for entry, location in zip(entries, locations, strict=True):
         try:
             cases.append(ConstitutionCase.model_validate(entry))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             raise ConstitutionError(
-                f"{place}: {key or 'the case'} cannot be used",
+                f"{location}: {key or 'the case'} cannot be used",
                 first["msg"],
-                "write prompt, wins (the better answer) and loses (the worse one); principles and tags are optional",
+                "write prompt, wins (the better response) and loses (the worse one); principles and tags are optional",
             ) from error
     if not cases:
-        raise ConstitutionError(f"{origin} has no case", "there is nothing to test", "write [[case]] with prompt, wins, loses")
+        raise ConstitutionError(f"{origin} has no case", "there is nothing to test", "add [[case]] with prompt, wins and loses")
     return CaseFile(tuple(cases), tuple(locations), constitution)

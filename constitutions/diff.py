@@ -1,4 +1,4 @@
-"""What two constitutions, or two versions of one, differ in: principles added, removed, changed, and what the version says."""
+"""The differences between two constitutions, or two versions of one: added, removed, changed and moved principles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSION_NOT_RAISED = "version not raised"
 
 @dataclass(frozen=True)
 class ConstitutionChange:
-    """One difference. `what` is added, removed, changed, moved, or `version not raised`; `part` the list, or empty."""
+    """One difference. `what` is added, removed, changed, moved or VERSION_NOT_RAISED; `part` is the list, or empty."""
 
     what: str
     part: str
@@ -27,7 +27,7 @@ class ConstitutionChange:
 
 
 def compare_constitutions(a: Constitution, b: Constitution) -> list[ConstitutionChange]:
-    """Everything in which `b` differs from `a`; empty when their hashes are equal."""
+    """Return all differences from `a` to `b`; empty if their hashes are equal."""
     parts = ("prose",) if a.prose and b.prose else PRINCIPLE_LISTS
     changes = [
         ConstitutionChange("changed", "", "", field, getattr(a, field), getattr(b, field))
@@ -47,7 +47,7 @@ def compare_constitutions(a: Constitution, b: Constitution) -> list[Constitution
 
 
 def _has_reused_version(a: Constitution, b: Constitution) -> bool:
-    """Whether two contents go by one name and version, so that records cannot be told apart by these."""
+    """Return whether two different contents have the same name and version, so that these do not identify the content."""
     return (a.name, a.version) == (b.name, b.version) and a.hash != b.hash
 
 
@@ -68,7 +68,7 @@ def _compare_entries(part: str, a: Mapping[str, BaseModel], b: Mapping[str, Base
 
 
 def _format_entry(entry: BaseModel) -> str:
-    """What a principle or an example asks."""
+    """Return the prompts of a principle or the contents of an example in one line."""
     texts: dict[str, Any] = entry.model_dump(mode="json")
     return " / ".join(
         texts[key]

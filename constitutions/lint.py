@@ -1,7 +1,7 @@
-"""What a constitution that loads may still do wrong: duplicates, missing parts, one-sidedness, no guard against over-reaction.
+"""Lint rules for valid constitutions: duplicates, missing parts, one-sided lists, no principle against over-reaction.
 
-The rules look at words, in English, and so can err in both directions: a finding is a question to the author. What each rule
-looks for and why is in `docs/constitutions.md`.
+The rules match English words, so they have false positives and false negatives; the author decides about each finding.
+`docs/constitutions.md` describes the rules and their reasons.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from difflib import SequenceMatcher
 
 from constitutions.loader import BasePrinciple, Constitution, CritiquePrinciple, JudgePrinciple, ProseParagraph
 
-_DUPLICATE_SIMILARITY = 0.75  # share of the telling words that two texts have in common
+_DUPLICATE_SIMILARITY = 0.75  # minimum similarity of the distinctive words of two duplicates
 _NEGATION_PATTERN = re.compile(
     r"\b(no|not|never|nobody|nothing|none|nor|without|less|fewer|avoid\w*|refus\w*|declin\w*|forbid\w*|hold\w* back|cannot"
     r"|\w+n't)\b"
 )
-# Where a text pushes towards holding back, and what pulls the other way.
+# Words about harm, about over-reaction, and words that balance a request for restraint.
 _HARM_PATTERN = re.compile(
     r"\b(harm|hurt\w*|danger\w*|crim\w*|illegal\w*|weapon\w*|attack\w*|violen\w*|abus\w*|unsafe|toxic\w*|offen[cs]\w*|private|privacy)\b"
 )
@@ -34,7 +34,7 @@ _BALANCE_PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class LintFinding:
-    """One thing that a rule found: in which file and line, about which principle, and what to do."""
+    """A finding of a rule: its file and line, the principle, the problem (`what`) and the fix."""
 
     rule: str
     file: str
@@ -46,7 +46,7 @@ class LintFinding:
 
 @dataclass(frozen=True)
 class _PrincipleText:
-    """A principle as the rules read it: what it looks for, and what it asks to do (of a question and of prose the same)."""
+    """The text of a principle for the rules: the problem that it describes and its request (the same for judge and prose)."""
 
     part: str
     principle: BasePrinciple
@@ -68,95 +68,110 @@ def _extract_text(principle: BasePrinciple) -> _PrincipleText:
 
 
 def lint_constitution(constitution: Constitution) -> list[LintFinding]:
-    """Everything that the rules find, in the order of the file's lines."""
+    """Return the findings of all rules, in the order of files and lines."""
     lists: Sequence[Sequence[BasePrinciple]] = (
         (constitution.prose,) if constitution.prose else (constitution.critique, constitution.judge)
     )
-    found = list(_find_missing_parts(constitution))
+    findings = list(_find_missing_parts(constitution))
     for principles in lists:
         texts = [_extract_text(principle) for principle in principles]
         for rule in (_find_duplicates, _find_one_sided, _find_unguarded):
-            found += [_make_finding(constitution, rule_name, words, what, fix) for rule_name, words, what, fix in rule(texts)]
-    return sorted(found, key=lambda finding: (finding.file, finding.line, finding.rule))
+            findings += [_make_finding(constitution, name, text, what, fix) for name, text, what, fix in rule(texts)]
+    return sorted(findings, key=lambda finding: (finding.file, finding.line, finding.rule))
 
 
 _RuleMatches = Iterator[tuple[str, _PrincipleText, str, str]]
 
 
 def _make_finding(constitution: Constitution, rule: str, principle_text: _PrincipleText, what: str, fix: str) -> LintFinding:
-    place = constitution.find_location(principle_text.part, principle_text.principle.id)
-    file, line = (place.origin, place.find_line("id")) if place else (constitution.name, 1)
+    location = constitution.find_location(principle_text.part, principle_text.principle.id)
+    file, line = (location.origin, location.find_line("id")) if location else (constitution.name, 1)
     return LintFinding(rule, file, line, principle_text.principle.id, what, fix)
 
 
 def _find_missing_parts(constitution: Constitution) -> Iterator[LintFinding]:
+    """Find missing descriptions, examples, principles without tags, and questions."""
     first = constitution.find_location("prose" if constitution.prose else "critique", constitution.critique[0].id)
     file = first.origin if first else constitution.name
 
-    def missing(what: str, fix: str, principle: str = "") -> LintFinding:
+    def make_finding(what: str, fix: str, principle: str = "") -> LintFinding:
         return LintFinding("missing-part", file, 1, principle, what, fix)
 
     if not constitution.description.strip():
-        yield missing("there is no description", "say in one line what it is for: description = ...")
+        yield make_finding("there is no description", "describe its purpose in one line: description = ...")
     if not constitution.examples:
-        yield missing("there is no worked example, which small critics need", "add an [[examples]] table")
+        yield make_finding("there is no worked example, which small critics need", "add an [[examples]] table")
     for part, principles in (("critique", constitution.critique), ("judge", constitution.judge)):
         if all(principle.tags for principle in principles):
-            yield missing(
-                f"every {part} principle has tags, so that a prompt without one of them is taken to match all",
+            yield make_finding(
+                f"every {part} principle has tags, so a prompt without a matching tag gets all principles",
                 "add a principle without tags",
             )
     if constitution.prose or constitution.judge_with == "all":
         return
     for principle in constitution.judge:
         if "?" not in principle.judge_prompt:
-            words = _extract_text(principle)
+            text = _extract_text(principle)
             yield _make_finding(
-                constitution, "missing-part", words, "the question asks nothing", "ask which answer is better, and at what"
+                constitution,
+                "missing-part",
+                text,
+                "the judge_prompt has no question",
+                "ask which answer is better, and by which criterion",
             )
 
 
 def _find_duplicates(texts: Sequence[_PrincipleText]) -> _RuleMatches:
-    """Two principles with one name, or with nearly the same telling words."""
-    usual = _find_common_words([words.full_text for words in texts])
-    for i, words in enumerate(texts):
+    """Find two principles with the same name, or with almost the same distinctive words."""
+    common_words = _find_common_words([text.full_text for text in texts])
+    for i, text in enumerate(texts):
         for earlier in texts[:i]:
             other = earlier.principle.id
-            if words.principle.name.lower() == earlier.principle.name.lower():
-                yield "duplicate", words, f"it has the name of {other}", "give one of them another name"
-            elif _compute_similarity(words.full_text, earlier.full_text, usual) >= _DUPLICATE_SIMILARITY:
-                yield "duplicate", words, f"it says nearly the same as {other}", "leave one out, or say what sets them apart"
+            if text.principle.name.lower() == earlier.principle.name.lower():
+                yield "duplicate", text, f"it has the name of {other}", "give one of them another name"
+            elif _compute_similarity(text.full_text, earlier.full_text, common_words) >= _DUPLICATE_SIMILARITY:
+                yield "duplicate", text, f"it is almost the same as {other}", "remove one of them, or make the difference clear"
 
 
 def _find_one_sided(texts: Sequence[_PrincipleText]) -> _RuleMatches:
-    """A list of two or more that only forbids, or only asks for."""
+    """Find a list of two or more principles that all forbid something, or all request something."""
     if len(texts) < 2:
         return
-    if not any(_has_positive_request(words.request) for words in texts):
-        fix = "add a principle that says what a good answer does"
-        yield "only-donts", texts[0], f"every {texts[0].part} principle forbids, none asks for something", fix
-    if not any(_NEGATION_PATTERN.search(words.full_text) for words in texts):
-        fix = "add a principle that says what an answer must not do"
-        yield "only-dos", texts[0], f"every {texts[0].part} principle asks for something, none forbids", fix
+    if not any(_has_positive_request(text.request) for text in texts):
+        fix = "add a principle that describes what a good answer does"
+        yield (
+            "only-donts",
+            texts[0],
+            f"every {texts[0].part} principle forbids something, and no principle requests something",
+            fix,
+        )
+    if not any(_NEGATION_PATTERN.search(text.full_text) for text in texts):
+        fix = "add a principle that describes what an answer must not do"
+        yield (
+            "only-dos",
+            texts[0],
+            f"every {texts[0].part} principle requests something, and no principle forbids something",
+            fix,
+        )
 
 
 def _find_unguarded(texts: Sequence[_PrincipleText]) -> _RuleMatches:
-    """Principles that push towards holding back, in a list where nothing speaks against preaching or needless refusal."""
-    if any(_OVER_REACTION_PATTERN.search(words.problem) for words in texts):
+    """Find principles that reward restraint, in a list without a principle against preaching or needless refusal."""
+    if any(_OVER_REACTION_PATTERN.search(text.problem) for text in texts):
         return
-    for words in texts:
-        pushes = _HARM_PATTERN.search(words.problem) or not _has_positive_request(words.request)
-        if pushes and not _BALANCE_PATTERN.search(words.full_text):
+    for text in texts:
+        rewards_restraint = _HARM_PATTERN.search(text.problem) or not _has_positive_request(text.request)
+        if rewards_restraint and not _BALANCE_PATTERN.search(text.full_text):
             yield (
                 "over-reaction",
-                words,
-                f"it rewards holding back, and no {words.part} principle speaks against preaching or needless refusal",
-                "say what a good answer keeps (... and keep what is useful), or add a principle against over-reaction",
+                text,
+                f"it rewards restraint, and no {text.part} principle forbids preaching or needless refusal",
+                "state what a good answer keeps (... and keep what is useful), or add a principle against over-reaction",
             )
 
 
 def _has_positive_request(request: str) -> bool:
-    """Whether a part of the sentence asks for something, beside what it forbids."""
+    """Return whether a clause of the text requests something instead of forbidding it."""
     clauses = re.split(r"[,;:.?!]|\b(?:and|but|while)\b", request)
     return any(len(clause.split()) > 1 and not _NEGATION_PATTERN.search(clause) for clause in clauses)
 
@@ -166,12 +181,12 @@ def _split_words(text: str) -> list[str]:
 
 
 def _find_common_words(texts: Sequence[str]) -> set[str]:
-    """The words that most principles of a list have: they say nothing about any of them."""
+    """Return the words that most principles of a list have: these do not distinguish principles."""
     counts = Counter(word for text in texts for word in set(_split_words(text)))
     return {word for word, count in counts.items() if len(texts) > 3 and count > len(texts) / 2}
 
 
 def _compute_similarity(a: str, b: str, common_words: set[str]) -> float:
-    """How alike two texts are in their telling words, from 0 to 1."""
-    one, other = ([word for word in _split_words(text) if word not in common_words] for text in (a, b))
-    return SequenceMatcher(None, one, other, autojunk=False).ratio() if one and other else float(a == b)
+    """Return the similarity of the distinctive words of two texts, from 0 to 1."""
+    words_a, words_b = ([word for word in _split_words(text) if word not in common_words] for text in (a, b))
+    return SequenceMatcher(None, words_a, words_b, autojunk=False).ratio() if words_a and words_b else float(a == b)

@@ -1,8 +1,7 @@
-"""The files of a constitution: bytes to TOML values, includes and terms filled in, and where each entry stands.
+"""The files of a constitution: parse TOML, resolve includes and terms, and record the location of each entry.
 
-`gather` makes of a file and of those that it includes one table of values, as if everything stood in one file; the model in
-`constitutions.loader` checks it. Everything that can be wrong with a file is a `ConstitutionError`: what and where, why, and
-what to do.
+`merge_includes` merges a file and its included files into one table of values, as if they were one file. The models in
+`constitutions.loader` validate it. Every error in a file is a `ConstitutionError`: what happened and where, why, and what to do.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from typing import Any
 CONSTITUTIONS_FOLDER = Path(__file__).parent
 _SECTIONS = ("critique", "judge", "prose", "examples")
 _MAX_FILE_BYTES = 1 << 20
-_MAX_INCLUDE_DEPTH = 16  # files, from one that includes to one that is included
+_MAX_INCLUDE_DEPTH = 16  # files in a chain of includes
 
-# {{word}} is the word in braces; {word} is a placeholder.
+# {word} is a placeholder; {{word}} is the literal text {word}.
 _PLACEHOLDER_PATTERN = re.compile(r"\{\{([A-Za-z_][A-Za-z0-9_-]*)\}\}|\{([A-Za-z_][A-Za-z0-9_-]*)\}")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
 class ConstitutionError(ValueError):
-    """What is wrong with a constitution, where, and what to do."""
+    """An error in a constitution: what happened and where, why, and what to do."""
 
     exit_code = 2
 
@@ -40,20 +39,21 @@ class ConstitutionError(ValueError):
 
 @dataclass(frozen=True)
 class ConstitutionFile:
-    """A file that has been read. `origin` is what messages call it; `path` is None for a text that came another way."""
+    """A parsed file. `origin` is its name in messages; `path` is None if the text was not read from a file."""
 
     origin: str
     text: str
     values: Mapping[str, Any]
     path: Path | None = None
 
-    def find_line(self, *place: str | int) -> int:
-        return find_key_line(self.text, place)
+    def find_line(self, *key_path: str | int) -> int:
+        """Return the line of a key; see `find_key_line`."""
+        return find_key_line(self.text, key_path)
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where an entry of a part stands: in which file, and as the how-manieth entry of that part there."""
+    """The location of an entry: its file, its part, and its index in that part of the file."""
 
     file: ConstitutionFile
     part: str
@@ -64,38 +64,39 @@ class SourceLocation:
         return self.file.origin
 
     def find_line(self, *keys: str | int) -> int:
+        """Return the line of a key in the entry."""
         return self.file.find_line(self.part, self.index, *keys)
 
 
 @dataclass(frozen=True)
 class MergedConstitution:
-    """The values of a file with its includes, and where each entry of each part came from."""
+    """The values of a file with its includes, and the location of each entry of each part."""
 
     main_file: ConstitutionFile
     values: dict[str, Any]
     locations: dict[tuple[str, int], SourceLocation] = field(default_factory=dict)
 
     def locate(self, key_path: Sequence[str | int]) -> tuple[str, tuple[str | int, ...], int]:
-        """(file, place within that file, line) of a place in the values."""
-        found = (
-            self.locations.get((str(key_path[0]), key_path[1])) if len(key_path) > 1 and isinstance(key_path[1], int) else None
-        )
-        file, inside = (
-            (self.main_file, tuple(key_path)) if not found else (found.file, (found.part, found.index, *key_path[2:]))
-        )
-        return file.origin, inside, file.find_line(*inside)
+        """Return (file name, key path in that file, line) of a key path in the merged values."""
+        is_entry = len(key_path) > 1 and isinstance(key_path[1], int)
+        location = self.locations.get((str(key_path[0]), int(key_path[1]))) if is_entry else None
+        if location is None:
+            file, path_in_file = self.main_file, tuple(key_path)
+        else:
+            file, path_in_file = location.file, (location.part, location.index, *key_path[2:])
+        return file.origin, path_in_file, file.find_line(*path_in_file)
 
 
 # Reading
 
 
 def list_shipped_constitutions() -> list[str]:
-    """The shipped constitutions."""
+    """Return the names of the shipped constitutions."""
     return sorted(path.stem for path in CONSTITUTIONS_FOLDER.glob("*.toml"))
 
 
 def read_constitution_file(name_or_path: str, base_folder: Path | None = None) -> ConstitutionFile:
-    """A shipped constitution by name, or a file by path (relative to `beside`, the folder of the file that includes it)."""
+    """Read a shipped constitution by name, or a file by path, relative to `base_folder`. Raise ConstitutionError."""
     path = (
         CONSTITUTIONS_FOLDER / f"{name_or_path}.toml"
         if name_or_path in list_shipped_constitutions()
@@ -105,7 +106,7 @@ def read_constitution_file(name_or_path: str, base_folder: Path | None = None) -
     if data is None:
         raise ConstitutionError(
             f"there is no constitution {name_or_path!r}",
-            f"neither a file nor one of the shipped ones: {', '.join(list_shipped_constitutions())}",
+            f"it is not a file, and the shipped constitutions are: {', '.join(list_shipped_constitutions())}",
             suggest_nearest(name_or_path, list_shipped_constitutions())
             or "give the path of a TOML file, or one of these names",
         )
@@ -113,7 +114,7 @@ def read_constitution_file(name_or_path: str, base_folder: Path | None = None) -
 
 
 def read_file_bytes(path: Path) -> bytes | None:
-    """What is in a file, up to a little more than may be; None when there is no file to read (a pipe is none)."""
+    """Return the content of a regular file, up to one byte above the size limit; None if it cannot be read."""
     try:
         if not path.is_file():
             return None
@@ -124,37 +125,37 @@ def read_file_bytes(path: Path) -> bytes | None:
 
 
 def suggest_nearest(name: str, known_names: Iterable[str]) -> str:
-    """A question that names the nearest of the known names; empty when none is near."""
-    near = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.4)
-    return f"did you mean {near[0]}?" if near else ""
+    """Return a question that suggests the nearest known name; empty if no name is similar."""
+    matches = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.4)
+    return f"did you mean {matches[0]}?" if matches else ""
 
 
 def parse_toml(data: str | bytes, origin: str, path: Path | None = None) -> ConstitutionFile:
-    """The TOML values in a text or in its bytes."""
+    """Parse TOML text or bytes. Raise ConstitutionError if it is too long, not UTF-8, or not TOML."""
     if len(data) > _MAX_FILE_BYTES:
         raise ConstitutionError(
             f"{origin} is longer than {_MAX_FILE_BYTES} bytes",
-            "every run's manifest carries its constitution in full",
-            "is it the right file?",
+            "the manifest of every run contains its whole constitution",
+            "check that this is the right file",
         )
     text = decode_utf8(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"), origin)
     try:
         return ConstitutionFile(origin, text, tomllib.loads(text), path)
-    except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
-        raise ConstitutionError(f"{origin} is not TOML", str(error) or "nested too deeply", "mend that line") from error
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: an integer of thousands of digits
+        raise ConstitutionError(f"{origin} is not valid TOML", str(error) or "nested too deeply", "fix that line") from error
 
 
 def decode_utf8(data: bytes, origin: str) -> str:
-    """UTF-8, with or without a byte order mark."""
+    """Decode UTF-8, with or without a byte order mark. Raise ConstitutionError for other encodings."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        looks = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "LATIN1")
+        encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "LATIN1")
         raise ConstitutionError(
             f"{origin}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8",
-            f"a constitution is UTF-8; this file may be {looks}",
-            f"save it as UTF-8, or type: iconv -f {looks} -t UTF-8 OLD > NEW",
+            f"a constitution must be UTF-8; this file may be {encoding}",
+            f"save it as UTF-8, or type: iconv -f {encoding} -t UTF-8 OLD > NEW",
         ) from error
 
 
@@ -162,69 +163,69 @@ def decode_utf8(data: bytes, origin: str) -> str:
 
 
 def merge_includes(main: ConstitutionFile) -> MergedConstitution:
-    """The entries of the included files, each file once and before the one that includes it, then the file's own."""
+    """Merge the entries of a file and its includes. An included file comes once, before the file that includes it."""
     values = {key: value for key, value in main.values.items() if key not in (*_SECTIONS, "include", "terms")}
-    gathered = MergedConstitution(main, values)
+    merged = MergedConstitution(main, values)
     for file, terms in _iterate_files(main, {}, (), set()):
         for part in _SECTIONS:
             if part not in file.values:
                 continue
-            there = gathered.values.setdefault(part, [])
+            entries = merged.values.setdefault(part, [])
             for index, entry in enumerate(_get_entries(file, part)):
-                place = SourceLocation(file, part, index)
-                gathered.locations[part, len(there)] = place
-                there.append(_fill_entry(entry, terms, place))
-    return gathered
+                location = SourceLocation(file, part, index)
+                merged.locations[part, len(entries)] = location
+                entries.append(_fill_entry(entry, terms, location))
+    return merged
 
 
 def _get_entries(file: ConstitutionFile, part: str) -> list[Any]:
-    found = file.values[part]
-    if isinstance(found, list):
-        return found
+    entries = file.values[part]
+    if isinstance(entries, list):
+        return entries
     raise ConstitutionError(
-        f"{file.origin}, line {file.find_line(part)}: {part} is no list", "it holds entries, each a table", f"write [[{part}]]"
+        f"{file.origin}, line {file.find_line(part)}: {part} is not a list",
+        "it must be a list of tables",
+        f"write [[{part}]]",
     )
 
 
 def _iterate_files(
     file: ConstitutionFile, outer_terms: Mapping[str, str], include_path: tuple[Path, ...], seen_paths: set[Path]
 ) -> Iterator[tuple[ConstitutionFile, Mapping[str, str]]]:
-    """A file's includes, then the file, each with its terms; terms of the file that includes (`given`) come before its own."""
+    """Yield the includes of a file, then the file, each with its terms. Terms of an including file have precedence."""
     terms = {**_get_terms(file), **outer_terms}
     if file.path:
         include_path = (*include_path, file.path)
         seen_paths.add(file.path)
-    for number, wanted in enumerate(_get_includes(file)):
-        at = f"{file.origin}, line {_find_line_containing(file, wanted)}"
+    for number, name in enumerate(_get_includes(file)):
+        location = f"{file.origin}, line {_find_line_containing(file, name)}"
         try:
-            found = read_constitution_file(wanted, file.path.parent if file.path else None)
+            included = read_constitution_file(name, file.path.parent if file.path else None)
         except ConstitutionError as error:
-            raise ConstitutionError(f"{at}: include {number + 1}: {error.what}", error.why, error.fix) from error
-        assert found.path
-        if found.path in include_path:
-            circle = " -> ".join(path.name for path in (*include_path[include_path.index(found.path) :], found.path))
-            raise ConstitutionError(
-                f"{at}: include goes round in a circle", circle, f"take {wanted!r} out of one of these files"
-            )
+            raise ConstitutionError(f"{location}: include {number + 1}: {error.what}", error.why, error.fix) from error
+        assert included.path
+        if included.path in include_path:
+            cycle = " -> ".join(path.name for path in (*include_path[include_path.index(included.path) :], included.path))
+            raise ConstitutionError(f"{location}: circular include", cycle, f"remove {name!r} from one of these files")
         if len(include_path) >= _MAX_INCLUDE_DEPTH:
             raise ConstitutionError(
-                f"{at}: more than {_MAX_INCLUDE_DEPTH} files include each other",
-                "more than anybody can follow",
-                "let one file include the others side by side",
+                f"{location}: the chain of includes is longer than {_MAX_INCLUDE_DEPTH} files",
+                "each of these files includes the next one",
+                "include the files directly from one file",
             )
-        if found.path not in seen_paths:
-            _check_included_file(found)
-            yield from _iterate_files(found, terms, include_path, seen_paths)
+        if included.path not in seen_paths:
+            _check_included_file(included)
+            yield from _iterate_files(included, terms, include_path, seen_paths)
     yield file, terms
 
 
 def _get_includes(file: ConstitutionFile) -> list[str]:
-    wanted = file.values.get("include", [])
-    if isinstance(wanted, list) and all(isinstance(one, str) and one for one in wanted):
-        return wanted
+    names = file.values.get("include", [])
+    if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
+        return names
     raise ConstitutionError(
-        f"{file.origin}, line {file.find_line('include')}: include is no list of names",
-        "it names shipped constitutions, or files relative to this one",
+        f"{file.origin}, line {file.find_line('include')}: include is not a list of names",
+        "it must contain names of shipped constitutions, or paths relative to this file",
         'write: include = ["default", "more.toml"]',
     )
 
@@ -233,16 +234,16 @@ def _get_terms(file: ConstitutionFile) -> dict[str, str]:
     terms = file.values.get("terms", {})
     if not isinstance(terms, dict):
         raise ConstitutionError(
-            f"{file.origin}, line {file.find_line('terms')}: terms is no table",
-            "it names words for placeholders",
-            "write [terms], and NAME = 'WORDS' below it",
+            f"{file.origin}, line {file.find_line('terms')}: terms is not a table",
+            "it must map placeholder names to text",
+            "write [terms], and NAME = 'TEXT' below it",
         )
-    for name, words in terms.items():
-        if not isinstance(words, str) or not _PLACEHOLDER_PATTERN.fullmatch(f"{{{name}}}"):
+    for name, replacement in terms.items():
+        if not isinstance(replacement, str) or not _PLACEHOLDER_PATTERN.fullmatch(f"{{{name}}}"):
             raise ConstitutionError(
                 f"{file.origin}, line {_find_line_containing(file, name, file.find_line('terms'))}: the term {name} cannot be used",
-                "a term is a name (letters, digits, _ and -) and the words that stand for {name} in the principles",
-                'write: NAME = "WORDS"',
+                "a term is a name (letters, digits, _ and -) and the text that replaces {name} in the principles",
+                'write: NAME = "TEXT"',
             )
     return terms
 
@@ -251,7 +252,7 @@ _TOP_LEVEL_KEYS = ("name", "version", "description", "selection", "judge_with", 
 
 
 def _check_included_file(file: ConstitutionFile) -> None:
-    """An included file needs no name of its own, but what it says must be known: it is part of this constitution."""
+    """Raise ConstitutionError for an unknown key. An included file needs no name, but its keys must be valid."""
     for key in file.values:
         if key not in _TOP_LEVEL_KEYS:
             raise make_unknown_key_error(f"{file.origin}, line {file.find_line(key)}: {key}", key, _TOP_LEVEL_KEYS)
@@ -263,7 +264,7 @@ def make_unknown_key_error(where: str, key: str, allowed_keys: Sequence[str]) ->
 
 
 def _fill_entry(entry: Any, terms: Mapping[str, str], location: SourceLocation) -> Any:
-    """An entry with the placeholders in its texts replaced."""
+    """Replace the placeholders in the strings of an entry."""
     if not isinstance(entry, dict):
         return entry
     return {
@@ -273,7 +274,7 @@ def _fill_entry(entry: Any, terms: Mapping[str, str], location: SourceLocation) 
 
 
 def _fill_placeholders(text: str, terms: Mapping[str, str], location: SourceLocation, key: str) -> str:
-    def words(match: re.Match[str]) -> str:
+    def replace(match: re.Match[str]) -> str:
         literal, name = match.groups()
         if literal:
             return f"{{{literal}}}"
@@ -284,15 +285,15 @@ def _fill_placeholders(text: str, terms: Mapping[str, str], location: SourceLoca
         raise ConstitutionError(
             f"{location.origin}, line {_find_line_containing(location.file, match[0], location.find_line(key))}:"
             f" {key} has the unknown placeholder {{{name}}}",
-            f"a placeholder stands for one of the file's [terms]; here these are: {known}",
-            f"{fix} For the word in braces itself write {{{{{name}}}}}",
+            f"a placeholder must be one of the [terms] of the file, which are: {known}",
+            f"{fix} To write the word with braces, use {{{{{name}}}}}",
         )
 
-    return _PLACEHOLDER_PATTERN.sub(words, text)
+    return _PLACEHOLDER_PATTERN.sub(replace, text)
 
 
 def escape_braces(text: str) -> str:
-    """A text whose braces mean themselves: what `fill` makes the text of again."""
+    """Escape braces, so that `_fill_placeholders` returns the original text."""
     return re.sub(_PLACEHOLDER_PATTERN.pattern.partition("|")[2], r"{{\1}}", text)
 
 
@@ -300,41 +301,44 @@ def escape_braces(text: str) -> str:
 
 
 def _iterate_code_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that do not begin inside a string of several lines."""
-    open_with = ""
+    """Yield (number, text) of the lines that do not start inside a multi-line string."""
+    open_quotes = ""
     for number, line in enumerate(text.split("\n"), 1):
-        if not open_with:
+        if not open_quotes:
             yield number, line
         for quotes in re.findall(r'"""|\'\'\'', line):
-            open_with = "" if open_with == quotes else open_with or quotes
+            open_quotes = "" if open_quotes == quotes else open_quotes or quotes
 
 
 def find_key_line(text: str, key_path: Sequence[str | int]) -> int:
-    """The line of a key: of the n-th [[table]], and in it of the key, as far as the file has them."""
+    """Return the line of a key path such as ("judge", 2, "id"): the key in the third [[judge]] table.
+
+    If the file does not have the key, return the line of the table, or the first line.
+    """
     lines = list(_iterate_code_lines(text))
     name = next((str(part) for part in reversed(key_path) if isinstance(part, str)), "")
-    key, header = (re.compile(rf"\s*{lead}\s*[\"']?{re.escape(name)}\b") for lead in ("", r"\[+"))
-    start, inside = 0, False
+    key, header = (re.compile(rf"\s*{prefix}\s*[\"']?{re.escape(name)}\b") for prefix in ("", r"\[+"))
+    start, is_in_table = 0, False
     if len(key_path) > 1 and isinstance(key_path[1], int):
         table = re.compile(rf"\s*\[\[\s*{re.escape(str(key_path[0]))}\s*\]\]")
         tables = [i for i, (_, line) in enumerate(lines) if table.match(line)]
-        inside = key_path[1] < len(tables)
-        start = tables[key_path[1]] if inside else 0
-    within = True  # the entry's own lines, or those before the first table
+        is_in_table = key_path[1] < len(tables)
+        start = tables[key_path[1]] if is_in_table else 0
+    is_relevant = True  # a line of the entry or, without an entry, before the first table
     for i in range(start, len(lines)):
         number, line = lines[i]
         if line.lstrip().startswith("["):
-            within = i == start and inside
-            if inside and i > start:
+            is_relevant = i == start and is_in_table
+            if is_in_table and i > start:
                 break
             if header.match(line):
                 return number
-        elif within and key.match(line):
+        elif is_relevant and key.match(line):
             return number
     return lines[start][0] if lines else 1
 
 
-def _find_line_containing(file: ConstitutionFile, words: str, start: int = 1) -> int:
-    """The first line from `start` on that has these words."""
+def _find_line_containing(file: ConstitutionFile, text: str, start: int = 1) -> int:
+    """Return the first line at or after `start` that contains the text."""
     lines = file.text.split("\n")
-    return next((n for n in range(start, len(lines) + 1) if words in lines[n - 1]), start)
+    return next((n for n in range(start, len(lines) + 1) if text in lines[n - 1]), start)

@@ -1,17 +1,17 @@
--- Figures of runs, in the field's terms; docs/sql.md asks them. Shares come with Wilson's 95 % interval (Wilson 1927), columns
--- *_low and *_high; a share of nothing is null. Every view has run_id: a run's figures are those of the records that it was the
--- first to make. Lengths are in characters.
+-- Statistics of runs; docs/sql.md shows queries. Shares have Wilson's 95% interval (Wilson 1927) in the columns *_low and *_high;
+-- a share of zero rows is null. Every view has run_id: a record that several runs produced counts for the first of them. Lengths
+-- are in characters.
 
 CREATE OR REPLACE MACRO share(hits, n) AS CASE WHEN n > 0 THEN hits / n END;
--- Numbers: z = 1.959963984540054, z*z/2, z*z/4 and z*z.
+-- Constants: z = 1.959963984540054, z*z/2, z*z/4 and z*z.
 CREATE OR REPLACE MACRO wilson_low(hits, n) AS CASE WHEN hits = 0 AND n > 0 THEN 0.0 WHEN n > 0 THEN
     (hits + 1.920729410347062 - 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
 CREATE OR REPLACE MACRO wilson_high(hits, n) AS CASE WHEN hits = n AND n > 0 THEN 1.0 WHEN n > 0 THEN
     (hits + 1.920729410347062 + 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
--- 1 for a probability above a half, 0 below, and half of each at a half.
+-- 1 for a probability above 0.5, 0 below, and 0.5 for a tie.
 CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 
--- What one principle said of one pair, in both orders. A judgement without votes is one row, with the outcome that it has.
+-- The votes of single principles on pairs, in both orders. A judgment without votes is one row, with its own outcome.
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
     SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
@@ -29,14 +29,16 @@ SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
                ELSE (p_forward + p_backward) / 2 END AS p_a
 FROM votes;
 
--- Each principle, as a critic's (stage critique) and as a judge's (stage judge).
---   asked      verdicts asked of texts; judgements of pairs
---   fired      of the verdicts that could be read (answered), those that say FLAWED: fire_rate
---   compared   revisions made under the principle and compared with their predecessors; pairs with a label
---   wins       of those, the revisions that are better; the pairs whose response_a is better (with pairing 'revision' that is the
---              revision, else the answer sampled first). A tie is half a win.
---   refused    judgements with outcome REFUSED
---   length_correlation   of p(flawed) with the text's length; of p(A is better) with how much longer response_a is than response_b
+-- Statistics of each principle, for critiques (stage critique) and for judging (stage judge).
+--   asked      critique: verdicts requested; judge: judgments
+--   answered   critique: verdicts that are CLEAN or FLAWED
+--   fired      critique: verdicts that are FLAWED; fire_rate is their share of the answered ones
+--   compared   critique: revisions under the principle that were compared with their predecessors; judge: pairs with a label
+--   wins       of the compared ones: revisions that are better; pairs whose response_a is better (with pairing 'revision'
+--              response_a is the revision, otherwise the completion sampled first). A tie is half a win.
+--   refused    judge: judgments with outcome REFUSED
+--   length_correlation   critique: of p(flawed) with the length of the response; judge: of p(A is better) with the length of
+--              response_a minus the length of response_b
 CREATE OR REPLACE VIEW principle_stats AS
 WITH verdicts AS (
     SELECT run_id, constitution.name AS constitution, verdict.principle_id AS principle_id, verdict.verdict AS verdict,
@@ -75,8 +77,8 @@ SELECT run_id, stage, constitution, principle_id, pairing, asked,
        CASE WHEN NOT isnan(length_correlation) THEN length_correlation END AS length_correlation
 FROM summed;
 
--- What each round of revision does: how many revisions there are, how many cannot be used (empty, a copy, an echo), how often
--- and how surely they win against their predecessors, how alike and how much longer they are, and how many chains end there.
+-- Statistics of each round of revision: the number of revisions and of unusable ones (empty, a copy, an echo), their win rate and
+-- mean probability against their predecessors, their similarity and change in length, and the chains that end in the round.
 CREATE OR REPLACE VIEW revision_stats AS
 WITH made AS (
     SELECT run_id, round, count(*) AS revisions, count(*) FILTER (rejection_reason NOT IN ('NONE', 'UNKNOWN')) AS unusable,
@@ -93,10 +95,9 @@ SELECT run_id, round, revisions, unusable, coalesce(compared, 0) AS compared, me
        coalesce(last_round, 0) AS last_round
 FROM made LEFT JOIN weighed USING (run_id, round);
 
--- Whether a judge looks at the place more than at the answer. `judged`: what could be read in both orders; an abstention for
--- another reason than a flip says nothing of the place. `flips`: the same place won in both orders. p_forward is p(a is
--- better) with response_a shown first, p_backward with response_b shown first; `first_place` is the probability that the answer shown first
--- gets, a half without bias.
+-- The position bias of a judge. `judged`: votes that are readable in both orders; abstentions for other reasons than a position
+-- flip are excluded. `flips`: the same position won in both orders. p_forward is p(A is better) with response_a shown first,
+-- p_backward with response_b shown first. `first_place` is the mean probability of the response shown first; 0.5 without bias.
 CREATE OR REPLACE VIEW position_bias_stats AS
 WITH counted AS (
     SELECT run_id, preset, model.id AS model, principle_id, count(*) AS judged,
@@ -108,8 +109,9 @@ SELECT run_id, preset, model, principle_id, judged, flips, share(flips, judged) 
        (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_position_gap
 FROM counted;
 
--- Pairs that a judge and a person have labelled: a person's override of a judge's label, or a comparison from a file of the same
--- two answers to the same prompt, in either order. p_ai and p_human are p(A is better) of the judge's response_a.
+-- Pairs that a judge and a person have labeled: a person's override of the judge's label, or a person's comparison from a file of
+-- the same two responses to the same prompt, in either order. p_ai and p_human are the probability that the judge's response_a
+-- is better.
 CREATE OR REPLACE VIEW ai_human_labels AS
 WITH people AS (
     SELECT p.record_id, p.prompt_id, p.parent_ids, p.response_a, p.response_b, p.p_a

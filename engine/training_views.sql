@@ -1,7 +1,8 @@
--- How training goes: what each batch trained on, how old that was, what was left out and why, and which versions there are.
+-- Training progress: the rows of each batch and their age, the excluded rows with the reasons, and the versions.
 
--- Every version on the log, once (of two updates with one version the first counts). `weights_of` is the version whose weights it
--- has: its own, or the one that someone went back to. The seconds are those of the update, DuckDB's share of them included.
+-- Every version on the log, once (if two updates have the same version, the first one counts). `weights_of` is the version whose
+-- weights it has: its own or, after a rollback, an earlier one. wall_s is the duration of the update in seconds; duckdb_share is
+-- the share of it that was spent in DuckDB.
 CREATE OR REPLACE VIEW policy_versions AS
 SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restored_version, p.version) AS weights_of, b.batch_number,
        len(b.record_ids) AS trained_rows, b.base_reward_version AS reward_version, b.mixture, p.metrics['wall_s'] AS wall_s,
@@ -9,8 +10,8 @@ SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restored_version, 
 FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restored_version IS NULL
 QUALIFY row_number() OVER (PARTITION BY p.kind, p.version ORDER BY p.commit_seq) = 1;
 
--- The rows of every batch, in the order of training; `trained` once its update is on the log, `given_up` if it was voided.
--- `replayed`: an earlier batch of the phase has trained on the row already.
+-- The rows of every batch, in the order of training. `trained`: the update of the batch is on the log. `given_up`: the batch was
+-- voided. `replayed`: an earlier batch of the phase has already trained on the row.
 CREATE OR REPLACE VIEW batch_rows AS
 WITH placed AS (
     SELECT b.record_id AS batch_id, b.phase, b.batch_number, unnest(b.record_ids) AS row_id,
@@ -21,8 +22,8 @@ WITH placed AS (
 again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
 SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);
 
--- How stale each rollout of a PPO batch was when it was drawn: in policy versions, in reward models published since its policy,
--- and in seconds.
+-- The staleness of each rollout of a PPO batch when it was sampled: in policy versions, in reward models published since its
+-- policy, and in seconds.
 CREATE OR REPLACE VIEW trained_rollouts AS
 WITH sampled AS (
     SELECT p.version AS policy_version, count(r.version) AS rewards_then
@@ -35,19 +36,19 @@ SELECT b.batch_id, b.batch_number, b.row_id AS response_id, r.policy_version, b.
 FROM batch_rows b JOIN responses r ON r.record_id = b.row_id LEFT JOIN sampled s ON s.policy_version = r.policy_version
 WHERE b.phase = 'ppo';
 
--- What PPO may not train on any more, by reason; each one is a row of `dropped_rollouts`.
+-- The number of rollouts that PPO can no longer train on, by reason. Each rollout is a row of `dropped_rollouts`.
 CREATE OR REPLACE VIEW dropped_rollout_stats AS
 SELECT reason, policy_version, count(*) AS rollouts, min(created_at) AS first_at, max(created_at) AS last_at
 FROM dropped_rollouts GROUP BY ALL;
 
--- The training phases that are paused now, since when, and why.
+-- The training phases that are paused now, with the reason and the start of the pause.
 CREATE OR REPLACE VIEW paused_phases AS
 SELECT phase, reason, created_at AS since
 FROM (SELECT *, row_number() OVER (PARTITION BY phase ORDER BY commit_seq DESC) AS nth FROM pauses) WHERE nth = 1 AND paused;
 
--- The numbers of every training step, one row for each number: policy_loss, value_loss, entropy, approx_kl, clipfrac,
--- explained_variance and so on; and those of each whole update, where step is null: reward/accuracy of held-out labels,
--- reward_mean, kl_rollouts. Phase "loop" are the trainer's own seconds, after each update.
+-- The metrics of every training step, one row per metric: policy_loss, value_loss, entropy, approx_kl, clipfrac,
+-- explained_variance and others. Rows with a null step are metrics of a whole update: reward/accuracy on held-out labels,
+-- reward_mean, kl_rollouts. Rows with phase "loop" are durations of the training loop in seconds, after each update.
 CREATE OR REPLACE VIEW training_steps AS
 WITH steps AS (
     SELECT phase, batch_number, step, policy_version, unnest(map_keys(metrics)) AS metric,

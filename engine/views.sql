@@ -1,8 +1,8 @@
--- The views that people and the trainer read. Built on the deduplicated views of tables.py; no window over record ids.
+-- The main views, for users and the trainer. They build on the deduplicated views of tables.py, without windows over record ids.
 
--- The prompts that no training view shows, and since which commit. A prompt is held out when its record says so, whichever run
--- or epoch that is of: sampled again in another epoch, or produced with another prompts.eval_fraction, it stays held out. What was
--- committed before that mark stays as it was, so that the batches that were drawn from it can be rebuilt.
+-- The prompts that are held out from training, and the commit from which on. A prompt is held out if any of its records has split
+-- EVAL, in any run or epoch: it stays held out when it is sampled again in another epoch, or produced with another
+-- prompts.eval_fraction. Rows committed before that are unchanged, so that batches with these rows can be rebuilt.
 CREATE OR REPLACE VIEW held_out_prompts AS
 SELECT prompt_id, min(commit_seq) AS commit_seq
 FROM (
@@ -17,7 +17,7 @@ FROM (
     WHERE later.epoch > 0 AND first.split = 'EVAL')
 GROUP BY prompt_id;
 
--- The one record that ends each critique-revision chain.
+-- The last record of each critique-revision chain.
 CREATE OR REPLACE VIEW revision_chains AS
 SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id, model,
        response_model, policy_version, initial_response, initial_finish_reason, rounds, round, end_reason, final_response, final_finish_reason,
@@ -29,9 +29,9 @@ SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split,
        'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
--- Every text that is fit to be learned from: the final text of each usable chain (label_source AI), clean unrevised answers
--- included, and people's demonstrations (label_source HUMAN, end_reason and constitution null). Helpful answers of the policy's own
--- are those with end_reason = 'SKIPPED'.
+-- All responses that are suitable for training: the final response of each usable chain (label_source AI), including clean
+-- responses without a revision, and demonstrations by people (label_source HUMAN; end_reason and constitution are null). The
+-- policy's responses to helpful prompts have end_reason = 'SKIPPED'.
 CREATE OR REPLACE VIEW trainable_responses AS
 SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
        round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
@@ -40,13 +40,13 @@ UNION ALL BY NAME
 SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source, split, created_at, commit_seq
 FROM demonstrations WHERE length(trim(completion)) > 0;
 
--- What supervised fine-tuning trains on. A mixture is sampled by `source`, e.g. helpful.
+-- The training data of supervised fine-tuning. A mixture is sampled by `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
 SELECT e.* EXCLUDE (split)
 FROM trainable_responses e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
 WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
 
--- The prompts that a training view may have shown, under their own id or, sampled again in another epoch, under that epoch's.
+-- The prompts that a training view may have contained, with their own id or with the id of another epoch of the same prompt.
 CREATE OR REPLACE VIEW trained_prompts AS
 SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
 UNION
@@ -58,12 +58,12 @@ SELECT later.prompt_id
 FROM raw.prompts later JOIN raw.prompts first ON later.messages = first.messages
 WHERE later.epoch > 0 AND first.split = 'TRAIN';
 
--- The same for measuring: texts to prompts that no training view has ever shown.
+-- The same for evaluation: responses to prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_examples AS
 SELECT e.* EXCLUDE (split) FROM trainable_responses e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
 
--- The labels that a person's override has taken the place of, and the record that stands for each. Of several overrides of one
--- label the newest stands.
+-- The labels that a person has overridden, and the record that replaces each of them. If a label has several overrides, the
+-- newest one counts.
 CREATE OR REPLACE VIEW overridden_labels AS
 WITH overrides AS (
     SELECT parent_ids[1] AS label_id, record_id, commit_seq
@@ -77,8 +77,8 @@ FROM (
     SELECT record_id, overridden_by FROM overrides JOIN newest USING (label_id) WHERE record_id <> overridden_by)
 GROUP BY record_id;
 
--- Every label that a judge or a person really gave, held-out ones and those that a person has overridden (overridden_by)
--- included: a batch that was drawn before an override is rebuilt from here. p_a is the probability that response_a is better.
+-- All labels by judges and people, including held-out labels and overridden labels (overridden_by), so that a batch from before an
+-- override can be rebuilt. p_a is the probability that response_a is better.
 CREATE OR REPLACE VIEW preference_labels AS
 SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
        p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
@@ -86,21 +86,21 @@ SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 
--- What the reward model trains on: each label that stands, once. A person's override has its own place in the commit sequence,
--- and takes the place of the label that it names. A mixture is sampled by `source`; people's labels have label_source HUMAN.
+-- The training data of the reward model: each valid label once. A person's override replaces the label that it refers to, and has
+-- its own position in the commit sequence. A mixture is sampled by `source`; labels by people have label_source HUMAN.
 CREATE OR REPLACE VIEW preference_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
 WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND (h.commit_seq IS NULL OR h.commit_seq > l.commit_seq);
 
--- What a reward model is measured on: labels that stand, of prompts that no training view has ever shown.
+-- The evaluation data of the reward model: valid labels of prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by)
 FROM preference_labels l
 ANTI JOIN trained_prompts USING (prompt_id)
 WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
 
--- Every sampled answer, and why PPO may not train on it (null: it may, as far as the record alone tells).
+-- All sampled completions, and the reason in the record why PPO cannot train on them (null: it can).
 CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
@@ -118,7 +118,7 @@ SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, m
 FROM (SELECT *, unnest(completions) AS completion FROM responses) r
 LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
 
--- Every prompt of the stream, and every other one that people's data is about: no stage answers those.
+-- All prompts: those of the pipeline, and those that occur only in data from people, which get no response.
 CREATE OR REPLACE VIEW all_prompts AS
 SELECT prompt_id, messages, source, tags, split, epoch, created_at FROM prompts
 UNION ALL
@@ -132,7 +132,7 @@ FROM (
 ANTI JOIN prompts USING (prompt_id)
 GROUP BY prompt_id;
 
--- A prompt with everything that was made of it.
+-- Each prompt with all records that were produced from it.
 CREATE OR REPLACE VIEW traces AS
 SELECT p.prompt_id, p.messages[-1].content AS prompt, p.source, p.tags, p.split, p.epoch, p.messages, p.created_at,
        r.responses, c.critiques, v.revisions, e.end_reason, e.final_response, j.preferences, d.demonstrations

@@ -78,7 +78,7 @@ def _find_field_read_errors(writer: Any, reader: Any, writers: dict[str, Any], r
 
 
 def find_incompatibilities(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the incompatibilities of two versions of a record, in both directions; an empty list if there are none."""
+    """Return the incompatibilities of two versions of a record, in both directions; an empty list if they are compatible."""
     old_types, new_types = collect_named_types(old), collect_named_types(new)
     backward = _find_read_errors(old, new, old_types, new_types, new["name"])
     forward = _find_read_errors(new, old, new_types, old_types, new["name"])

@@ -34,8 +34,8 @@ class Identifier:
     """Marks an id of `schemas.ids`: a UUID of 16 bytes in DuckDB, its text form elsewhere."""
 
 
-def _nan_to_none(value: object) -> object:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _non_finite_to_none(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_non_finite(metrics: object) -> object:
@@ -44,7 +44,7 @@ def _drop_non_finite(metrics: object) -> object:
     return {name: value for name, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
-OptionalFloat = Annotated[float | None, BeforeValidator(_nan_to_none)]  # NaN becomes null
+OptionalFloat = Annotated[float | None, BeforeValidator(_non_finite_to_none)]  # NaN and infinity become null
 Metrics = Annotated[dict[str, float], BeforeValidator(_drop_non_finite)]  # metrics without a finite value are omitted
 Id = Annotated[str, Identifier(), Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 
@@ -219,15 +219,15 @@ class PrincipleVerdict(AvroModel):
 class PrincipleVote(AvroModel):
     """The vote of one principle on a pair, in both orders: A shown first (forward) and B shown first (backward).
 
-    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The option mass
-    is then 0. The explanations are the text that the judge wrote. Only votes with `outcome` OK count, weighted by `weight`.
+    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The
+    option mass is then 0, or null if the model's numbers are invalid. The explanations are the text that the judge wrote. Only votes with `outcome` OK count, weighted by `weight`.
     """
 
     principle_id: str
     p_forward: OptionalFloat
     p_backward: OptionalFloat
-    option_mass_forward: float
-    option_mass_backward: float
+    option_mass_forward: OptionalFloat
+    option_mass_backward: OptionalFloat
     weight: float = 1.0
     outcome: Outcome = Outcome.UNKNOWN
     explanation: str = ""

@@ -82,7 +82,7 @@ def test_truncated_bytes_raise_a_record_error(length):
 
 
 def test_left_over_bytes_raise_truncated():
-    with pytest.raises(codec.Truncated, match="left over"):
+    with pytest.raises(codec.Truncated, match="extra bytes"):
         codec.decode_record(codec.encode_record(make_prompt()) + b"x", Prompt)
 
 
