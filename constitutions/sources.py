@@ -1,7 +1,8 @@
 """The files of a constitution: parse TOML, resolve includes and terms, and record the location of each entry.
 
 `merge_includes` merges a file and its included files into one table of values, as if they were one file. The models in
-`constitutions.loader` validate it. Every error in a file is a `ConstitutionError`: what happened and where, why, and what to do.
+`constitutions.loader` validate it. Every error in a file is a `ConstitutionError`: what happened and where, why, and the
+fix.
 """
 
 from __future__ import annotations

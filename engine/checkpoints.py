@@ -1,8 +1,8 @@
 """Checkpoints: folders of safetensors with a manifest, written atomically.
 
 `write_checkpoint` saves into a temporary folder next to the target, writes the manifest with a hash over all files, syncs
-everything to disk and renames the folder. `read_checkpoint` verifies the hash, so that exactly the weights of a PolicyUpdate are
-loaded, and rejects pickled weights.
+everything to disk and renames the folder. `read_checkpoint` verifies the hash, so that exactly the weights of a PolicyUpdate
+are loaded, and rejects pickled weights.
 """
 
 from __future__ import annotations

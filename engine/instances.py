@@ -1,8 +1,8 @@
 """Instance names: numbers that the processes of one host lease, so that a restarted process gets the name of the dead one.
 
-The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name aborts
-the open transaction of its predecessor and takes over its partitions at once, without waiting for a timeout. A lease is a file
-lock, so it ends with its process.
+The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name
+aborts the open transaction of its predecessor and takes over its partitions at once, without waiting for a timeout. A lease is
+a file lock, so it ends with its process.
 """
 
 from __future__ import annotations

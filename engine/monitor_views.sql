@@ -30,7 +30,8 @@ SELECT *, share(refusals, answers) AS refusal_rate, wilson_low(refusals, answers
 FROM counted;
 
 -- distinct-n (Li et al. 2016, section 5.2): the number of distinct n-grams divided by the number of n-grams, in the first 1,000
--- words, and the mean length in words. distinct-n falls with the number of words, so compare only versions with the same number.
+-- words, and the mean length in words. distinct-n falls with the number of words, so compare only versions with the same
+-- number.
 CREATE OR REPLACE VIEW monitor_diversity AS
 WITH lengths AS (
     SELECT policy_version, count(*) AS answers, avg(len(words)) AS mean_words FROM monitored_responses GROUP BY ALL),

@@ -1,6 +1,6 @@
--- Statistics of runs; docs/sql.md shows queries. Shares have Wilson's 95% interval (Wilson 1927) in the columns *_low and *_high;
--- a share of zero rows is null. Every view has run_id: a record that several runs produced counts for the first of them. Lengths
--- are in characters.
+-- Statistics of runs; docs/sql.md shows queries. Shares have Wilson's 95% interval (Wilson 1927) in the columns *_low and
+-- *_high; a share of zero rows is null. Every view has run_id: a record that several runs produced counts for the first of
+-- them. Lengths are in characters.
 
 CREATE OR REPLACE MACRO share(hits, n) AS CASE WHEN n > 0 THEN hits / n END;
 -- Constants: z = 1.959963984540054, z*z/2, z*z/4 and z*z.

@@ -1,7 +1,7 @@
 """The DuckDB file: written only by the sink, read by all processes, always with the access lock held.
 
-A reader holds the lock for one query. A query that exceeds its time limit is interrupted, so that the sink never waits for long.
-Read connections are read-only and have no access to files or the network; SQL cannot change that.
+A reader holds the lock for one query. A query that exceeds its time limit is interrupted, so that the sink never waits for
+long. Read connections are read-only and have no access to files or the network; SQL cannot change that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Encode and decode records: Avro single-object encoding, or the Confluent wire format.
 
 An encoded record is C3 01, the 8-byte CRC-64-AVRO fingerprint of the writer's schema, and the Avro body. A reader can read all
-released schema versions. Invalid bytes raise one of the errors below. Source: Avro specification 1.12, "Single-object encoding".
+released schema versions. Invalid bytes raise one of the errors below.
+Source: Avro specification 1.12, "Single-object encoding".
 
 The other framing is the Confluent wire format (a zero byte, a 4-byte schema id, the body), for tools of that ecosystem.
 `configure_framing` selects the framing of a process. Single-object records can always be read, Confluent records only with a

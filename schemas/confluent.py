@@ -1,7 +1,7 @@
 """The Confluent wire format (a zero byte, a 4-byte big-endian schema id, the Avro body) and a client of the schema registry.
 
-`SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of a record under the
-subject `<topic>-value` and fetches the schema of an id. Both are cached, because the schema of an id never changes. Ids and
+`SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of a record under
+the subject `<topic>-value` and fetches the schema of an id. Both are cached, because the schema of an id never changes. Ids and
 schemas come from other programs and are not trusted: a schema is used only if it has the full name of a Charter record, and if
 a few bytes of data cannot cause unlimited work.
 

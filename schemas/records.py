@@ -81,8 +81,8 @@ class Verdict(AvroEnum):
 class EndReason(AvroEnum):
     """Why a critique-revision chain ended.
 
-    NONE: it has not ended. SATISFIED: the verdict is clean. UNUSABLE: a revision is unusable. SKIPPED: its source is not revised.
-    LOST: the last revision lost against its predecessor, which is the final response.
+    NONE: it has not ended. SATISFIED: the verdict is clean. UNUSABLE: a revision is unusable. SKIPPED: its source is not
+    revised. LOST: the last revision lost against its predecessor, which is the final response.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -219,8 +219,9 @@ class PrincipleVerdict(AvroModel):
 class PrincipleVote(AvroModel):
     """The vote of one principle on a pair, in both orders: A shown first (forward) and B shown first (backward).
 
-    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The
-    option mass is then 0, or null if the model's numbers are invalid. The explanations are the text that the judge wrote. Only votes with `outcome` OK count, weighted by `weight`.
+    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The option mass
+    is then 0, or null if the model's numbers are invalid. The explanations are the text that the judge wrote. Only votes with
+    `outcome` OK count, weighted by `weight`.
     """
 
     principle_id: str
@@ -380,8 +381,8 @@ class Preference(PromptFields, OptionalResponseIdField, Record):
     shown first) or "backward". `cached_tokens` is the number of `prompt_tokens` that were not computed again, because they are
     shared with another judge prompt.
 
-    A person's override of a label is a separate record with `label_source` HUMAN; its `parent_ids` contain the overridden label.
-    A person's comparison from a file has no parents; `origin` is the file and row that it comes from.
+    A person's override of a label is a separate record with `label_source` HUMAN; its `parent_ids` contain the overridden
+    label. A person's comparison from a file has no parents; `origin` is the file and row that it comes from.
     """
 
     topic: ClassVar[str] = "preferences"

@@ -50,7 +50,7 @@ _REQUEST_ERROR_STATUSES = (400, 413, 422)
 _CONFIG_ERROR_STATUSES = (401, 402, 403, 404)
 _NUM_VOTES = 8
 _MAX_VOTE_TOKENS = 8
-# Characters around a letter in a token: parentheses, and spaces, also as byte-level BPE (Ġ) and SentencePiece (▁) write them.
+# Characters around a letter in a token: parentheses and spaces. Byte-level BPE writes a space as Ġ, SentencePiece as ▁.
 _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 _THINKING_PATTERN = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)

@@ -325,7 +325,8 @@ class LocalModel:
     def get_option_token_ids(self, option: str, prefill: str) -> list[int]:
         """Return the ids of the single-token variants of an option.
 
-        After a prefill that ends with `(` these are the letter, with or without `)`; otherwise also with a space or `(` before it.
+        After a prefill that ends with `(` these are the letter, with or without `)`; otherwise also with a space or `(` before
+        it.
         """
         prefixes = ("",) if prefill.endswith("(") else ("", " ", "(", " (")
         variants = {

@@ -22,7 +22,7 @@ class PrefixTree:
     """Prompts as one sequence of N tokens.
 
     token_ids, position_ids: for each token, its id and its position in the original prompt.
-    parent_indices: for each token, the index of its parent in the sequence, which is smaller than its own; ROOT for a first token.
+    parent_indices: for each token, the index of its parent in the sequence (smaller than its own); ROOT for a first token.
     prompt_indices: for each prompt, its index in the batch.
     end_indices: for each prompt, the index of its last token in the sequence.
     num_shared_tokens: for each prompt, the number of its tokens that earlier prompts already contributed.

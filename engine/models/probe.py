@@ -5,7 +5,8 @@ Names and versions of servers are unreliable (a proxy can serve several), so eac
 1. a plain request, which must work (with `max_tokens` or `max_completion_tokens`; with a seed or without);
 2. fields that turn thinking off (`chat_template_kwargs`) and that neutralize hidden sampling defaults (`top_k` and others);
 3. a prefilled assistant message that ends in the middle of a word: only a server that continues the message completes the
-   word. First with vLLM's two fields, then without them (llama.cpp and several hosted models continue a last assistant message);
+   word. First with vLLM's two fields, then without them (llama.cpp and several hosted models continue a last assistant
+   message);
 4. log-probabilities: the number of top tokens, and whether they depend on the temperature (processed) or not (raw);
 5. token ids of the completion: `return_token_ids`, otherwise `return_tokens_as_token_ids`;
 6. sampling: some servers decode greedily at every temperature.

@@ -83,7 +83,7 @@ def test_readers_with_a_registry_take_both_framings_and_wait_while_it_is_away(tm
 
 
 def test_a_registry_that_is_away_or_missing_is_said_at_the_start(tmp_path, server):
-    with pytest.raises(UsageError, match="needs a schema registry"):
+    with pytest.raises(UsageError, match="requires a schema registry"):
         connect_bus(framed(tmp_path, **{"bus.framing": "confluent"}))
     with pytest.raises(UsageError, match="must not contain credentials"):
         connect_bus(framed(tmp_path, **{"bus.schema_registry": "http://user:secret@127.0.0.1:1"}))

@@ -51,7 +51,7 @@ def test_hash_of_the_rendered_text_is_the_same():
         (lambda t: t.replace('critique_prompt = "Say', 'critque = "Say', 1), ["critque is unknown", "line 17"]),
         (lambda t: t.replace('id = "honesty"', 'id = "harmlessness"'), ["two critique principles", "harmlessness"]),
         (lambda t: t.replace('id = "honesty"', 'id = "Not A Slug"'), ["critique.2.id", "line 27", "words with hyphens"]),
-        (lambda t: t + "\nnonsense", ["is not TOML", "line"]),
+        (lambda t: t + "\nnonsense", ["is not valid TOML", "line"]),
         (lambda t: t.split("[[judge]]")[0], ["judge", "missing", "[[judge]]"]),
         (lambda t: t.replace("[[critique]]", 'weigth = 1\n[[critique]]', 1), ["weigth", "unknown"]),
     ],

@@ -45,5 +45,5 @@ def test_pickle_files_are_rejected(tmp_path):
 
 
 def test_folder_without_a_checkpoint_is_rejected(tmp_path):
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="not a Charter checkpoint"):
         read_checkpoint(tmp_path)

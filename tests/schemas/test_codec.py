@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from schemas import codec
 from schemas.ids import compute_id
@@ -17,9 +18,12 @@ from schemas.records import (
     DeadLetter,
     DeadLetterKind,
     FinishReason,
+    Metric,
     Preference,
+    PrincipleVote,
     Prompt,
     Response,
+    Score,
 )
 
 ID = compute_id("x")
@@ -122,3 +126,38 @@ def test_damaged_record_decodes_or_raises_a_record_error(data):
 
 def test_every_record_has_a_separate_topic():
     assert len({model.topic for model in RECORDS}) == len(RECORDS)
+
+
+@pytest.mark.parametrize("invalid", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_without_a_finite_value_becomes_null_in_a_vote(invalid):
+    vote = PrincipleVote(
+        principle_id="p", p_forward=invalid, p_backward=0.5, option_mass_forward=invalid, option_mass_backward=0.0
+    )
+    assert (vote.p_forward, vote.p_backward, vote.option_mass_forward) == (None, 0.5, None)
+
+
+def test_a_metric_without_a_finite_value_is_omitted():
+    metric = Metric(
+        record_id=ID,
+        run_id="r",
+        stage="s",
+        phase="ppo",
+        batch_number=1,
+        step=0,
+        metrics={"loss": 0.5, "kl": float("nan"), "reward": float("inf")},
+    )
+    assert codec.decode_record(codec.encode_record(metric), Metric).metrics == {"loss": 0.5}
+
+
+def test_a_required_number_rejects_nan():
+    with pytest.raises(ValidationError, match="finite number"):
+        Score(
+            record_id=ID,
+            run_id="r",
+            stage="s",
+            response_id=ID,
+            completion_index=0,
+            reward_version=1,
+            score=float("nan"),
+            normalized_score=0.0,
+        )

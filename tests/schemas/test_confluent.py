@@ -349,7 +349,7 @@ def test_invalid_registry_reply_raises_registry_unreachable(server, registry, re
 
 def test_one_id_for_two_schemas_raises_registry_unreachable(server, registry):
     server.answer = (200, {"id": 1})
-    with pytest.raises(RegistryUnreachable, match="two records"):
+    with pytest.raises(RegistryUnreachable, match="two record classes"):
         codec.configure_framing("confluent", registry)
 
 
@@ -442,15 +442,15 @@ def test_error_for_invalid_credentials_does_not_contain_them(login):
     "", "registry:8081", "ftp://registry", "http://", "http://u:s3cret@registry", "http://[::1", "http://x:99999", "http://x?q=1",
 ])  # fmt: skip
 def test_error_for_an_invalid_url_does_not_contain_its_credentials(url):
-    with pytest.raises(ValueError, match="URL must") as caught:
+    with pytest.raises(ValueError, match="URL of the schema registry must") as caught:
         SchemaRegistryClient(url)
     assert "s3cret" not in str(caught.value)
 
 
 def test_configure_framing_rejects_invalid_arguments(registry):
-    with pytest.raises(ValueError, match="none of single-object, confluent"):
+    with pytest.raises(ValueError, match="not one of single-object, confluent"):
         codec.configure_framing("protobuf", registry)
-    with pytest.raises(ValueError, match="needs a schema registry"):
+    with pytest.raises(ValueError, match="requires a schema registry"):
         codec.configure_framing("confluent")
 
 
