@@ -179,7 +179,7 @@ def test_produce_reports_bad_lines_and_keeps_the_good_ones(tmp_path):
         (["topics", "--bus", "kafka://127.0.0.1:9"], 3, ["refused"]),
         (["produce", "/nowhere.jsonl"], 2, ["cannot read"]),
         (["demo", "--prompts", "1"], 2, ["--prompts"]),
-        (["train", "--phase", "sft", "--set", "models.policy=scripted"], 2, ["no weights"]),
+        (["train", "--phase", "sft", "--set", "models.policy=scripted"], 2, ["no local weights"]),
     ],
 )
 def test_errors_say_what_why_and_what_to_type(tmp_path, arguments, code, words):
