@@ -1,4 +1,4 @@
-"""Constitutional AI from Python, without a bus: the stages of the stream, called one after the other.
+"""The Python API: run the stages of the pipeline directly, without a bus.
 
     from charter.api import Charter
 
@@ -6,9 +6,8 @@
     charter.self_critique_loop("How do magnets work?").final_response
     charter.generate_preference_pair("How do magnets work?").chosen
 
-What comes back are the records that the stream would write, made by the same code and with the same ids: a seed hangs on the
-record that it is for, so a loop here and one in the stream draw alike. Nothing is stored; `docs/api.md` shows how to do that.
-No model is loaded before it is asked.
+The methods return the same records, with the same ids, as the pipeline would publish: the same code makes them, and a sampling
+seed depends only on the record. Nothing is stored; `docs/api.md` shows how to store records. Models are loaded on first use.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PromptLike = str | Sequence[ChatMessage | Mapping[str, str]] | Prompt | Response
 
 @dataclass(frozen=True)
 class RevisionChain:
-    """One chain of critique and revision: the first answers, and every critique and revision in order."""
+    """A revision chain: the response that it starts from, and its critiques and revisions in order."""
 
     response: Response
     steps: tuple[Critique | Revision, ...]
@@ -62,16 +61,16 @@ class RevisionChain:
 
     @property
     def final_response(self) -> str | None:
-        """The text to learn from; None where the chain has none (`end_reason` is UNUSABLE)."""
+        """The response to train on; None if the chain has none (`end_reason` is UNUSABLE)."""
         return None if self.end_reason is EndReason.UNUSABLE else self.last_step.final_response
 
     @property
     def critiques(self) -> list[Critique]:
-        return [link for link in self.steps if isinstance(link, Critique)]
+        return [step for step in self.steps if isinstance(step, Critique)]
 
     @property
     def revisions(self) -> list[Revision]:
-        return [link for link in self.steps if isinstance(link, Revision)]
+        return [step for step in self.steps if isinstance(step, Revision)]
 
     @property
     def records(self) -> list[Record]:
@@ -80,8 +79,11 @@ class RevisionChain:
 
 @dataclass(frozen=True)
 class JudgedResponse:
-    """A prompt's answers and what the judge says of them: one preference for each neighbouring two of them, or with
-    judge.pairing "revision" one of the final text and the first answer, or none where there is nothing to compare."""
+    """A response and the judge's preferences over its completions.
+
+    There is one preference for each two consecutive completions. With judge.pairing "revision" there is one preference, between
+    the final and the initial response of the chain, or none if the chain has no usable revision.
+    """
 
     response: Response
     preferences: tuple[Preference, ...]
@@ -93,23 +95,25 @@ class JudgedResponse:
 
     @property
     def p_a(self) -> float | None:
-        """The soft label: the probability that `a` is better. None where there is no label to train on."""
+        """The soft label: the probability that response A is better. None if there is no usable label."""
         first = self.preference
         return first.p_a if first and first.outcome is Outcome.OK else None
 
     @property
     def chosen(self) -> str | None:
-        """The better answer; None without a label, and at a tie."""
-        return self.pick_response(1)
+        """The preferred response; None without a label and for a tie."""
+        return self._get_response(preferred=True)
 
     @property
     def rejected(self) -> str | None:
-        return self.pick_response(-1)
+        """The other response of the pair; None without a label and for a tie."""
+        return self._get_response(preferred=False)
 
-    def pick_response(self, sign: int) -> str | None:
+    def _get_response(self, *, preferred: bool) -> str | None:
         if self.preference is None or self.p_a is None or self.p_a == 0.5:
             return None
-        return self.preference.response_a if (self.p_a - 0.5) * sign > 0 else self.preference.response_b
+        a_is_preferred = self.p_a > 0.5
+        return self.preference.response_a if a_is_preferred == preferred else self.preference.response_b
 
     @property
     def records(self) -> list[Record]:
@@ -117,13 +121,15 @@ class JudgedResponse:
 
 
 class Charter:
-    """A constitution and the models that work by it.
+    """A constitution, and the models that respond, criticize, revise and judge under it.
 
-    `constitution` is a shipped one's name, a path, or a Constitution; `model` answers, and criticises and judges too unless
-    `critic` or `judge` do: a Model (anything with the methods of engine.models.interface.Model), or what a setting names: smollm2, a
-    folder, a hub id, a server's http://HOST:PORT/v1#NAME. Everything else is a setting, by its dotted name in `settings`, else
-    as for the commands from the environment, ./charter.toml (or `config`) and the defaults. Raises UsageError for a setting or
-    a prompt that cannot be, ConstitutionError for such a constitution; a model that is away raises ModelUnreachable when asked.
+    `constitution` is the name of a shipped constitution, a path, or a Constitution. `model` is the policy; it is also the critic
+    and the judge unless these are given. A model is a Model (any object with the methods of engine.models.interface.Model), or
+    a model setting: smollm2, a folder, a hub id, or http://HOST:PORT/v1#NAME. `settings` maps dotted names to values; other
+    settings come from the environment, ./charter.toml (or `config`) and the defaults, as for the command line.
+
+    Raises UsageError for an invalid setting or prompt, and ConstitutionError for an invalid constitution. A model that cannot be
+    loaded or reached raises ModelUnreachable on first use.
     """
 
     def __init__(
@@ -136,77 +142,86 @@ class Charter:
         settings: Mapping[str, Any] | None = None,
         config: Path | None = None,
     ) -> None:
-        given: dict[str, Model] = {}
+        open_models: dict[str, Model] = {}
         roles = {"policy": model, "critic": critic, "judge": judge}
-        flags = {f"models.{role}": _register_model(chosen, given) for role, chosen in roles.items() if chosen is not None}
-        self.settings: Settings = load_settings({**(settings or {}), **flags}, config)[0]
-        self.models = RoleModels(self.settings, open_models=given)
+        specs = {f"models.{role}": _register_model(value, open_models) for role, value in roles.items() if value is not None}
+        self.settings: Settings = load_settings({**(settings or {}), **specs}, config)[0]
+        self.models = RoleModels(self.settings, open_models=open_models)
         if not isinstance(constitution, Constitution):
             constitution = load_constitution(constitution or self.settings.run.constitution)
         self.constitution = constitution
 
-    # The stages, on one prompt or on many
-
     def respond(self, prompt: PromptLike) -> Response:
-        """The policy's answers to a prompt (`respond.num_completions` of them)."""
+        """Sample the policy's response to a prompt: a record with `respond.num_completions` completions."""
         (response,) = self.generate_responses([prompt])
         return response
 
     def self_critique_loop(self, prompt: PromptLike) -> RevisionChain:
-        """Answer a prompt, and criticise and revise the first answer until its chain ends (Bai et al. 2022, section 3.1)."""
+        """Respond to a prompt, then critique and revise until the chain ends (Bai et al. 2022, section 3.1)."""
         (chain,) = self.self_critique_loops([prompt])
         return chain
 
     def generate_preference_pair(self, prompt: PromptLike) -> JudgedResponse:
-        """Answer a prompt and judge its answers under the constitution (Bai et al. 2022, section 4.1)."""
+        """Respond to a prompt and judge the completions under the constitution (Bai et al. 2022, section 4.1)."""
         (judged,) = self.generate_preference_pairs([prompt])
         return judged
 
     def self_critique_loops(self, prompts: Iterable[PromptLike]) -> list[RevisionChain]:
-        """The same for many prompts at once, which models answer faster than one by one."""
+        """Run `self_critique_loop` for many prompts in batches, which is faster than one prompt at a time."""
         responses = self.generate_responses(prompts)
-        links: dict[int, list[Critique | Revision]] = {i: [] for i in range(len(responses))}
-        waiting: dict[int, Response | Revision] = dict(enumerate(responses))
-        while waiting:
-            critiques = dict(zip(waiting, self.critique_stage(list(waiting.values())), strict=True))
-            revisions = dict(zip(critiques, self.revise_stage([one for (one,) in critiques.values()]), strict=True))
-            for i, made in critiques.items():
-                links[i] += [*made, *revisions[i]]
-            waiting = {i: one for i, made in revisions.items() for one in made if not one.final}
-        return [RevisionChain(response, tuple(links[i])) for i, response in enumerate(responses)]
+        steps: dict[int, list[Critique | Revision]] = {i: [] for i in range(len(responses))}
+        unfinished: dict[int, Response | Revision] = dict(enumerate(responses))
+        while unfinished:
+            critiques = dict(zip(unfinished, self.critique_stage(list(unfinished.values())), strict=True))
+            revisions = dict(zip(critiques, self.revise_stage([critique for (critique,) in critiques.values()]), strict=True))
+            for i in critiques:
+                steps[i] += [*critiques[i], *revisions[i]]
+            unfinished = {i: revision for i, outputs in revisions.items() for revision in outputs if not revision.final}
+        return [RevisionChain(response, tuple(steps[i])) for i, response in enumerate(responses)]
 
     def generate_preference_pairs(self, prompts: Iterable[PromptLike]) -> list[JudgedResponse]:
+        """Run `generate_preference_pair` for many prompts in batches.
+
+        Raises UsageError for a response with one completion, unless judge.pairing is "revision".
+        """
         if self.settings.judge.pairing == "revision":
             chains = self.self_critique_loops(prompts)
-            labels = self.judge_stage([chain.last_step for chain in chains])
-            return [JudgedResponse(chain.response, tuple(made), chain) for chain, made in zip(chains, labels, strict=True)]
+            preferences = self.judge_stage([chain.last_step for chain in chains])
+            return [JudgedResponse(c.response, tuple(labels), c) for c, labels in zip(chains, preferences, strict=True)]
         responses = self.generate_responses(prompts)
         for response in responses:
             if len(response.completions) < 2:
-                fix = "set respond.num_completions to 2, or judge.pairing to revision, which compares with the revised text"
-                raise UsageError("one answer is no pair", f"the response has {len(response.completions)} completions", fix)
-        return [JudgedResponse(r, tuple(made)) for r, made in zip(responses, self.judge_stage(responses), strict=True)]
+                raise UsageError(
+                    f"a response with {len(response.completions)} completions cannot be judged",
+                    "a preference compares two completions",
+                    "set respond.num_completions to 2 or more, or judge.pairing to revision",
+                )
+        preferences = self.judge_stage(responses)
+        return [JudgedResponse(r, tuple(labels)) for r, labels in zip(responses, preferences, strict=True)]
 
     def generate_responses(self, prompts: Iterable[PromptLike]) -> list[Response]:
-        """A response to each; one that is a response already stays as it is."""
-        asked = [one if isinstance(one, Response) else self.to_prompt(one) for one in prompts]
-        prompted = [one for one in asked if isinstance(one, Prompt)]
-        answered = iter(self.respond_stage(prompted) if prompted else [])
-        return [one if isinstance(one, Response) else next(answered)[0] for one in asked]
+        """Return a response for each item, in order. Items that are Response records already are returned unchanged."""
+        items = [item if isinstance(item, Response) else self.to_prompt(item) for item in prompts]
+        new_prompts = [item for item in items if isinstance(item, Prompt)]
+        outputs = iter(self.respond_stage(new_prompts) if new_prompts else [])
+        return [item if isinstance(item, Response) else next(outputs)[0] for item in items]
 
     def to_prompt(self, value: str | Sequence[ChatMessage | Mapping[str, str]] | Prompt) -> Prompt:
-        """A prompt's record; read as `charter produce` reads a row, a text or a list of messages {role, content}."""
+        """Return the Prompt record for a string or a list of messages, parsed as `charter produce` parses a row.
+
+        Raises UsageError for an invalid prompt.
+        """
         if isinstance(value, Prompt):
             return value
         limits = self.settings.prompts
-        # What is neither a text nor a list of messages stays as it is: the parser says what is wrong with it.
-        listed = isinstance(value, Sequence) and not isinstance(value, str)
-        row = {"prompt": [_message_to_dict(message) for message in value] if listed else value}
+        # Any other type is passed to the parser, whose error describes what is wrong with it.
+        is_messages = isinstance(value, Sequence) and not isinstance(value, str)
+        row = {"prompt": [_message_to_dict(message) for message in value] if is_messages else value}
         try:
             parsed = parse_prompt(row, source=DEFAULT_SOURCES["prompts"], max_chars=limits.max_chars)
         except RowError as error:
-            fix = 'give a text, or messages such as [{"role": "user", "content": "..."}] that end with the user'
-            raise UsageError("this is no prompt", str(error), fix) from error
+            fix = 'pass a string, or messages such as [{"role": "user", "content": "..."}] whose last message is from the user'
+            raise UsageError("the prompt is invalid", str(error), fix) from error
         return make_prompt_record(make_row_metadata(parsed, self.settings.run.id, eval_fraction=limits.eval_fraction))
 
     @cached_property
@@ -228,14 +243,14 @@ class Charter:
 
 
 def _message_to_dict(message: object) -> object:
-    """A message as a dictionary; what is no message stays as it is."""
+    """Return a message as a dictionary; a value that is not a message is returned unchanged, for the parser to reject."""
     if isinstance(message, ChatMessage):
         return message.model_dump()
     return dict(message) if isinstance(message, Mapping) else message
 
 
 def _register_model(model: str | Model, opened_models: dict[str, Model]) -> str:
-    """What the settings call a model; one that is there already is put under that name into `given`."""
+    """Return the setting for a model. A Model object is added to `opened_models` under a name made from its id and revision."""
     if isinstance(model, str):
         return model
     name = f"{model.id} {model.revision}"

@@ -1,4 +1,4 @@
-"""Open the bus and the store that the settings name."""
+"""Open the bus and the store from the settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from engine.bus import KAFKA_SCHEME, open_bus
 from engine.bus.port import Bus
 from engine.bus.security import make_client_options
 from engine.errors import SchemaRegistryUnreachable, UsageError
-from engine.settings import BusSettings as BusSettings
-from engine.settings import Settings
+from engine.settings import BusSettings, Settings
 from engine.store import Store
 from schemas import codec
 from schemas.confluent import SchemaRegistryClient, SchemaRejected
@@ -19,14 +18,14 @@ _REGISTRY_TIMEOUT_S = 5.0
 
 
 def connect_bus(settings: Settings) -> Bus:
-    """The bus of the settings, with every topic there."""
+    """Open the bus and create the topics that are missing."""
     bus = open_bus_from_settings(settings)
     bus.create_topics(get_topic_specs(settings))
     return bus
 
 
 def open_bus_from_settings(settings: Settings) -> Bus:
-    """The bus of the settings, as it is; from here on this process frames records as the settings say."""
+    """Open the bus without creating topics. This also sets the record framing of the whole process."""
     _configure_framing(settings.bus)
     options = make_client_options(settings.bus) if settings.bus_address.startswith(KAFKA_SCHEME) else {}
     return open_bus(
@@ -35,7 +34,10 @@ def open_bus_from_settings(settings: Settings) -> Bus:
 
 
 def _configure_framing(bus_settings: BusSettings) -> None:
-    """Single-object framing, or Confluent's with its registry; with a registry both are read."""
+    """Set the framing of written records: Avro single-object, or Confluent's, which needs a schema registry.
+
+    With a registry, records in both framings can be read.
+    """
     try:
         codec.configure_framing(
             bus_settings.framing, _make_schema_registry(bus_settings) if bus_settings.schema_registry else None
@@ -43,15 +45,14 @@ def _configure_framing(bus_settings: BusSettings) -> None:
     except SchemaRejected as error:
         raise UsageError(error.what, error.why, error.fix) from None
     except ValueError as error:
-        fix = "set bus.schema_registry to the registry's URL, or leave bus.framing as it is"
-        raise UsageError("bus.framing and bus.schema_registry cannot be used", str(error), fix) from None
+        fix = "set bus.schema_registry to the URL of the registry, or do not set bus.framing"
+        raise UsageError("bus.framing and bus.schema_registry do not match", str(error), fix) from None
 
 
 def _make_schema_registry(bus_settings: BusSettings) -> SchemaRegistryClient:
-    login = os.environ.get(bus_settings.schema_registry_auth_env, "")
     return SchemaRegistryClient(
         bus_settings.schema_registry,
-        credentials=login,
+        credentials=os.environ.get(bus_settings.schema_registry_auth_env, ""),
         prefix=bus_settings.prefix,
         timeout_s=_REGISTRY_TIMEOUT_S,
         make_unreachable_error=SchemaRegistryUnreachable,
@@ -59,8 +60,8 @@ def _make_schema_registry(bus_settings: BusSettings) -> SchemaRegistryClient:
 
 
 def get_topic_specs(settings: Settings) -> list[TopicSpec]:
-    wanted = settings.bus
-    return list(make_topic_table(wanted.partitions, wanted.retention_ms, wanted.replication).values())
+    options = settings.bus
+    return list(make_topic_table(options.partitions, options.retention_ms, options.replication).values())
 
 
 def open_store(settings: Settings) -> Store:

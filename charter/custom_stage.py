@@ -1,7 +1,7 @@
-"""A stage of one's own, in one file: `charter run --stage FILE.py` (docs/extending.md).
+"""Custom stages: load a stage from a Python file for `charter run --stage FILE.py` (docs/extending.md).
 
-The file has a function `stage(settings, models) -> Stage`. With `ROLE = "policy"`, `"critic"` or `"judge"` it shares that
-role's model and waits for its turn at it; without, it has a thread of its own.
+The file defines a function `stage(settings, models) -> Stage`. With `ROLE = "policy"`, `"critic"` or `"judge"` the stage runs
+in the executor of that role's model; without a ROLE it runs in a separate thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from schemas.topics import TOPICS
 
 @dataclass(frozen=True)
 class CustomStage:
-    """What a file says: how to make its stage, and whose model that uses."""
+    """The contents of a stage file: the function that makes the stage, and the role of the model that it uses."""
 
     path: Path
     make_stage: Callable[[Settings, RoleModels], Stage]
@@ -28,29 +28,33 @@ class CustomStage:
 
 
 def load_custom_stage(path: str, roles: tuple[str, ...]) -> CustomStage:
-    """The stage of a file; a UsageError says what the file lacks."""
-    there = Path(path)
-    if not there.is_file():
+    """Import a stage file. Raises UsageError if the file, its function or its role is missing or invalid."""
+    file = Path(path)
+    if not file.is_file():
         raise UsageError(f"there is no file {path}", "a stage is a name or a Python file", "type: charter run --help")
-    spec = importlib.util.spec_from_file_location(f"charter_stage_{there.stem}", there)
+    spec = importlib.util.spec_from_file_location(f"charter_stage_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    make, role = getattr(module, "stage", None), getattr(module, "ROLE", None)
-    if not callable(make):
+    make_stage, role = getattr(module, "stage", None), getattr(module, "ROLE", None)
+    if not callable(make_stage):
         raise UsageError(f"{path} has no stage", "it needs a function stage(settings, models)", "see docs/extending.md")
     if role not in (None, *roles):
-        known = ", ".join(dict.fromkeys(roles))
-        raise UsageError(f"{path}: ROLE cannot be {role!r}", f"the roles are {known}", "or leave ROLE out")
-    return CustomStage(there, make, role)
+        valid_roles = ", ".join(dict.fromkeys(roles))
+        raise UsageError(f"{path}: ROLE cannot be {role!r}", f"the roles are {valid_roles}", "use one of them, or remove ROLE")
+    return CustomStage(file, make_stage, role)
 
 
 def validate_custom_stage(stage: Stage, path: Path, reserved_names: tuple[str, ...]) -> Stage:
-    """The stage, if its name is free and its topics exist."""
+    """Return the stage unchanged. Raises UsageError if its name is reserved or one of its topics does not exist."""
     if stage.name in reserved_names:
         raise UsageError(
-            f"{path}: the name {stage.name} is taken", f"Charter's stages are {', '.join(reserved_names)}", "rename it"
+            f"{path}: the name {stage.name} is taken",
+            f"the built-in stages are {', '.join(reserved_names)}",
+            "rename the stage",
         )
     if unknown := [topic for topic in (*stage.inputs, *stage.outputs) if topic not in TOPICS]:
-        raise UsageError(f"{path}: there is no topic {unknown[0]}", f"the topics are {', '.join(TOPICS)}", "mend the file")
+        raise UsageError(
+            f"{path}: there is no topic {unknown[0]}", f"the topics are {', '.join(TOPICS)}", "correct the topic name"
+        )
     return stage

@@ -19,8 +19,7 @@ _BATCH_SIZE = 200
 
 
 def decode_value(value: bytes) -> Any:
-    """A message as its record or, where it is none, as hexadecimal digits."""
-
+    """Return the decoded record, or the first 2,000 bytes in hexadecimal if the value cannot be decoded."""
     try:
         return decode_any_record(value).model_dump(mode="json")
     except RecordError:
@@ -28,53 +27,52 @@ def decode_value(value: bytes) -> Any:
 
 
 def find_dead_letter(store: Store, identifier: str) -> dict[str, Any]:
-
-    found = store.query_dicts(
+    """Return the row of the dead letter with this id or id prefix. Raises UsageError unless exactly one matches."""
+    rows = store.query_dicts(
         "SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?", [make_id_pattern(identifier)], limit_s=10.0
     )
-    if len(found) != 1:
+    if len(rows) != 1:
         raise UsageError(
-            f"{identifier!r} is the beginning of {len(found) or 'no'} dead letters",
-            "it must name one",
-            "type: charter dlq list",
+            f"{identifier!r} matches {len(rows) or 'no'} dead letters", "it must match exactly one", "type: charter dlq list"
         )
-    return found[0]
+    return rows[0]
 
 
-def publish_retries(bus: Bus, letters: Sequence[dict[str, Any]]) -> int:
-    """Publish those that were not tried again yet, each with the record that says so, in transactions."""
+def publish_retries(bus: Bus, dead_letters: Sequence[dict[str, Any]]) -> int:
+    """Publish the original messages of dead letters again; return how many were published.
 
-    writer = bus.open_writer("dlq.retry")  # two of these at once fence each other instead of doubling
+    A message and its DeadLetterRetry record are in one transaction. Dead letters that already have such a record are skipped.
+    """
+    writer = bus.open_writer("dlq.retry")  # a second process with this transactional id fences the first, so nothing is doubled
     try:
-        done = {decode_record(value, DeadLetterRetry).dead_letter_id for value in read_values(bus, DeadLetterRetry.topic)}
-        fresh = [letter for letter in letters if str(letter["record_id"]) not in done]
-        for start in range(0, len(fresh), _BATCH_SIZE):
-            writer.commit(
-                [message for letter in fresh[start : start + _BATCH_SIZE] for message in _to_producer_records(letter)]
-            )
+        retried = {decode_record(value, DeadLetterRetry).dead_letter_id for value in read_values(bus, DeadLetterRetry.topic)}
+        pending = [dead_letter for dead_letter in dead_letters if str(dead_letter["record_id"]) not in retried]
+        for start in range(0, len(pending), _BATCH_SIZE):
+            batch = pending[start : start + _BATCH_SIZE]
+            writer.commit([message for dead_letter in batch for message in _to_producer_records(dead_letter)])
     finally:
         writer.close()
-    return len(fresh)
+    return len(pending)
 
 
-def _to_producer_records(letter: dict[str, Any]) -> list[ProducerRecord]:
-    """The original message, meant for the stage that gave up on it alone, and the record of the retry."""
+def _to_producer_records(dead_letter: dict[str, Any]) -> list[ProducerRecord]:
+    """Return the original message, addressed to the stage that failed on it, and the DeadLetterRetry record."""
+    headers = tuple((h["key"], bytes(h["value"])) for h in dead_letter["headers"] or [] if h["key"] != TARGET_STAGE_HEADER)
+    key = bytes(dead_letter["source_key"]) if dead_letter["source_key"] is not None else b""
+    value = bytes(dead_letter["value"]) if dead_letter["value"] is not None else None
+    message = ProducerRecord(
+        dead_letter["source_topic"], key, value, (*headers, (TARGET_STAGE_HEADER, dead_letter["stage"].encode()))
+    )
+    return [message, to_producer_record(_make_retry_record(dead_letter))]
 
-    headers = tuple((h["key"], bytes(h["value"])) for h in letter["headers"] or [] if h["key"] != TARGET_STAGE_HEADER)
-    key = bytes(letter["source_key"]) if letter["source_key"] is not None else b""
-    value = bytes(letter["value"]) if letter["value"] is not None else None
-    message = ProducerRecord(letter["source_topic"], key, value, (*headers, (TARGET_STAGE_HEADER, letter["stage"].encode())))
-    return [message, to_producer_record(_make_retry_record(letter))]
 
-
-def _make_retry_record(letter: dict[str, Any]) -> Record:
-
-    letter_id = str(letter["record_id"])
+def _make_retry_record(dead_letter: dict[str, Any]) -> Record:
+    dead_letter_id = str(dead_letter["record_id"])
     return DeadLetterRetry(
-        record_id=ids.compute_record_id("retry", [letter_id], ""),
-        parent_ids=[letter_id],
-        run_id=letter["run_id"],
+        record_id=ids.compute_record_id("retry", [dead_letter_id], ""),
+        parent_ids=[dead_letter_id],
+        run_id=dead_letter["run_id"],
         stage="retry",
-        dead_letter_id=letter_id,
-        source_topic=letter["source_topic"],
+        dead_letter_id=dead_letter_id,
+        source_topic=dead_letter["source_topic"],
     )

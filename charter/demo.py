@@ -1,11 +1,12 @@
-"""The whole loop once, on one machine: `charter demo`.
+"""`charter demo`: run the whole training loop once on one machine, with a small real model.
 
-Shipped prompts go through every stage with a real small model and land in DuckDB; SFT makes policy 1, which answers new
-prompts; the reward model learns the judge's labels; PPO trains policy 1 on its own answers into
-policy 2, which answers more prompts.
+1. Policy 0 responds to shipped prompts; the responses are critiqued, revised and judged, and written to DuckDB.
+2. SFT trains policy 1 on the final responses. The reward model is trained on the judge's labels.
+3. Policy 1 responds to new prompts, and PPO trains it into policy 2.
+4. Policy 2 responds to more prompts.
 
-Nothing of this is kept in memory: what is still to do is read from the log and the database, so a demo that was killed goes
-on where it was, and one that is finished only shows its summary.
+The remaining work is read from the log and the database. A demo that was killed continues from there when it is started again,
+and a finished demo only prints its summary.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.live import Live
 from rich.table import Table
 
 from charter.connect import connect_bus, open_store
 from charter.console import format_table
-from charter.pipeline import STAGES, make_host
+from charter.pipeline import make_host
+from charter.stages import STAGES
 from charter.text import format_trace
 from engine.bus.port import Bus
 from engine.errors import CharterError, UsageError
@@ -37,8 +42,12 @@ from producers.files import SHIPPED_PROMPTS_PATH, FileProducer, count_shipped_pr
 from producers.parse import parse_prompt
 from producers.rows import read_rows
 from schemas import ids
+from schemas.records import PolicyKind
 
-# Small answers and one round, so that two cores need a few minutes; a real run keeps the defaults.
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+# Short completions and one revision round, so that two cores need only a few minutes. A real run uses the defaults.
 DEMO_PRESET: dict[str, dict[str, Any]] = {
     "run": {"id": "demo"},
     "prompts": {"eval_fraction": 0.0},
@@ -48,12 +57,19 @@ DEMO_PRESET: dict[str, dict[str, Any]] = {
     "ppo": {"epochs": 1},
 }
 _POLL_INTERVAL_S = 1.0
+_STATUS_INTERVAL_S = 10.0  # without a terminal, the longest time without a line of output
 _COUNTED_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "dead letters")
+_UPDATE_KINDS = {PolicyKind.POLICY: "policy", PolicyKind.REWARD: "reward model"}
+_PHASE_TITLES = {
+    "sft": "sft (policy 1 from the final responses of the revision chains)",
+    "reward": "reward (a reward model from the judge's preference labels)",
+    "ppo": "ppo (policy 2 from policy 1 and the reward model)",
+}
 
 
 @dataclass(frozen=True)
 class DemoIteration:
-    """Some lines of the shipped prompts, answered by one policy; then training that makes the next one."""
+    """One iteration of the loop: a policy responds to a range of the shipped prompts, then training makes the next policy."""
 
     title: str
     first_line: int
@@ -63,18 +79,20 @@ class DemoIteration:
 
 
 def _plan_iterations(num_prompts: int) -> list[DemoIteration]:
-    """Three acts: `prompts` prompts, then two thirds and one third as many new ones."""
+    """Return three iterations: `num_prompts` prompts, then two thirds and one third as many new prompts."""
     second, third = max(1, 2 * num_prompts // 3), max(1, num_prompts // 3)
     if num_prompts < 2 or num_prompts + second + third > count_shipped_prompts():
         raise UsageError(
-            f"--prompts {num_prompts} does not work",
-            f"the demo needs 2 prompts or more, and all three acts at most {count_shipped_prompts()}",
+            f"--prompts cannot be {num_prompts}",
+            f"the minimum is 2; the three iterations use twice the number, of {count_shipped_prompts()} shipped prompts",
             "type: charter demo --prompts 24",
         )
     return [
-        DemoIteration(f"{num_prompts} prompts through every stage", 1, num_prompts, 0, ("sft", "reward")),
-        DemoIteration(f"policy 1 answers {second} new prompts", num_prompts + 1, num_prompts + second, 1, ("ppo",)),
-        DemoIteration(f"policy 2 answers {third} new prompts", num_prompts + second + 1, num_prompts + second + third, 2, ()),
+        DemoIteration(f"policy 0 responds to {num_prompts} prompts", 1, num_prompts, 0, ("sft", "reward")),
+        DemoIteration(f"policy 1 responds to {second} new prompts", num_prompts + 1, num_prompts + second, 1, ("ppo",)),
+        DemoIteration(
+            f"policy 2 responds to {third} new prompts", num_prompts + second + 1, num_prompts + second + third, 2, ()
+        ),
     ]
 
 
@@ -84,62 +102,74 @@ def _compute_prompt_ids(iteration: DemoIteration) -> list[str]:
 
 
 class DemoProgress:
-    """What is going on: a live table on a terminal, plain key=value lines elsewhere."""
+    """Progress output: a live table on a terminal; elsewhere a line for each change, and at least one every 10 seconds."""
 
     def __init__(self, started_at: float) -> None:
-        self.started_at = started_at
-        self.live_display: Any = None
-        self.last_line = ""
+        self.started_at = self.printed_at = started_at
+        self.title, self.status = "starting", "starting"
+        self.counts: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.stop_event = threading.Event()
+        self.live_display: Live | None = None
         if sys.stdout.isatty():
-            from rich.live import Live
-
-            self.live_display = Live(refresh_per_second=4, transient=True)
+            self.live_display = Live(get_renderable=self.build_table, refresh_per_second=4, transient=True)
             self.live_display.start()
+        else:
+            threading.Thread(target=self.repeat_status, name="progress", daemon=True).start()
 
     def print_line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line with the elapsed time. On a terminal it scrolls above the live table."""
         line = f"[{time.monotonic() - self.started_at:5.0f} s] {text}"
         if self.live_display:
             self.live_display.console.print(line, highlight=False, markup=False)
-        else:
-            click.echo(line)
-
-    def show_counts(self, title: str, counts: dict[str, int], done: int, total: int) -> None:
-        """The state of the stream; outside a terminal only when it changed."""
-        if self.live_display:
-            self.live_display.update(self.build_table(f"{title}: {done} of {total} finished", counts))
             return
-        line = " ".join(f"{name.replace(' ', '_')}={count}" for name, count in counts.items())
-        if line != self.last_line:
-            click.echo(f"elapsed_s={time.monotonic() - self.started_at:.0f} finished={done}/{total} {line}")
-            self.last_line = line
+        with self.lock:
+            click.echo(line)
+            self.printed_at = time.monotonic()
+
+    def show_counts(self, title: str, counts: dict[str, int], done: int, total: int, running_stages: Sequence[str]) -> None:
+        """Show the number of finished prompts, the records by table, and the stages that run a batch now."""
+        self.title = f"{title}: {done} of {total} finished"
+        fields = " ".join(f"{name.replace(' ', '_')}={count}" for name, count in counts.items())
+        self.status = f"finished={done}/{total} {fields} running={','.join(running_stages) or 'none'}"
+        if counts != self.counts:
+            self.counts = counts
+            if not self.live_display:
+                self.print_line(self.status)
 
     def show_training(self, phase: str, counts: dict[str, int]) -> None:
-        """The live table's title while the stream waits; the steps themselves are lines that stay."""
-        if self.live_display:
-            self.live_display.update(self.build_table(f"training: {phase}", counts))
+        """Show the training phase; `print_step` prints its steps."""
+        self.title, self.counts, self.status = f"training: {phase}", counts, f"training: {phase} in progress"
+        self.print_line(f"training: {_PHASE_TITLES[phase]}")
 
-    def build_table(self, title: str, counts: dict[str, int]) -> Any:
+    def repeat_status(self) -> None:
+        """Print the status again when nothing was printed for 10 seconds, so that a slow batch does not look like a hang."""
+        while not self.stop_event.wait(_POLL_INTERVAL_S):
+            if time.monotonic() - self.printed_at >= _STATUS_INTERVAL_S:
+                with suppress(BrokenPipeError):  # the main thread reports it
+                    self.print_line(self.status)
 
-        rich_table = Table(title=f"{title}  ({time.monotonic() - self.started_at:.0f} s)")
-        for name in counts:
-            rich_table.add_column(name, justify="right")
-        rich_table.add_row(*(str(count) for count in counts.values()))
-        return rich_table
+    def build_table(self) -> Table:
+        table = Table(title=f"{self.title}  ({time.monotonic() - self.started_at:.0f} s)")
+        for name in self.counts:
+            table.add_column(name, justify="right")
+        table.add_row(*(str(count) for count in self.counts.values()))
+        return table
 
     def print_step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
-        """One line for each training step."""
-        wanted = ("loss", "accuracy", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "grad_norm")
-        figures = " ".join(f"{name}={metrics[name]:.4g}" for name in wanted if name in metrics)
-        self.print_line(f"{phase} step {step}: {figures}")
+        """Print one line for a training step."""
+        names = ("loss", "accuracy", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "grad_norm")
+        values = " ".join(f"{name}={metrics[name]:.4g}" for name in names if name in metrics)
+        self.print_line(f"{phase} step {step}: {values}")
 
     def close(self) -> None:
+        self.stop_event.set()
         if self.live_display:
             self.live_display.stop()
 
 
 class Demo:
-    """The demo in the data folder of the settings."""
+    """The demo in the data folder of the settings, with `prompts` prompts in its first iteration."""
 
     def __init__(self, settings: Settings, prompts: int) -> None:
         self.settings, self.iterations = settings, _plan_iterations(prompts)
@@ -151,7 +181,7 @@ class Demo:
         bus = connect_bus(self.settings)
         progress = DemoProgress(self.started_at)
         try:
-            progress.print_line(f"model {self.settings.models.policy}, data in {self.settings.folder.resolve()}")
+            progress.print_line(f"model {self.settings.models.policy}, data folder {self.settings.folder.resolve()}")
             with make_host(self.settings, bus, STAGES, sink=True) as host:
                 self.run_iterations(bus, host, progress)
         finally:
@@ -160,46 +190,44 @@ class Demo:
         click.echo("\n".join(self.format_summary()))
 
     def run_iterations(self, bus: Bus, host: Host, progress: DemoProgress) -> None:
-        """Every act that is not over yet, and its training."""
+        """Run the iterations, each with its training phases; finished ones are skipped."""
         from trainer.loop import Trainer
 
         trainer = Trainer(bus, self.store, self.settings, self.base_folder, progress.print_step)
         try:
-            for act in self.iterations:
-                self.run_iteration(act, bus, host, progress)
-                for phase in act.training_phases:
-                    self.train_phase(trainer, act, phase, host, progress)
+            for iteration in self.iterations:
+                self.run_iteration(iteration, bus, host, progress)
+                for phase in iteration.training_phases:
+                    self.train_phase(trainer, phase, host, progress)
         finally:
             trainer.close()
 
     def run_iteration(self, iteration: DemoIteration, bus: Bus, host: Host, progress: DemoProgress) -> None:
-        """Publish an act's prompts (those that are not yet) and wait until each has gone all the way."""
-        wanted = _compute_prompt_ids(iteration)
-        if self.count_finished(wanted) < len(wanted):
-            progress.print_line(iteration.title)
+        """Publish the prompts of an iteration, without those that are already on the log, and wait until all are finished."""
+        prompt_ids = _compute_prompt_ids(iteration)
+        if self.count_finished(prompt_ids) < len(prompt_ids):
+            number = self.iterations.index(iteration) + 1
+            progress.print_line(f"iteration {number} of {len(self.iterations)}: {iteration.title}")
         producer = FileProducer(bus, self.settings.run.id, eval_fraction=self.settings.prompts.eval_fraction)
         producer.publish(str(SHIPPED_PROMPTS_PATH), first_row=iteration.first_line, last_row=iteration.last_line)
 
-        def over() -> bool:
-            done = self.count_finished(wanted)
-            progress.show_counts(iteration.title, self.query_record_counts(), done, len(wanted))
-            return done >= len(wanted)
+        def is_finished() -> bool:
+            done, counts = self.count_finished(prompt_ids), self.query_record_counts()
+            progress.show_counts(iteration.title, counts, done, len(prompt_ids), _get_running_stages(host))
+            return done >= len(prompt_ids)
 
-        _wait_until(over, host)
+        _wait_until(is_finished, host)
 
-    def train_phase(self, trainer: Any, iteration: DemoIteration, phase: str, host: Host, progress: DemoProgress) -> None:
-        """One update, unless an earlier start of the demo has made it or left it half done."""
-        resumed = trainer.resume()
+    def train_phase(self, trainer: Trainer, phase: str, host: Host, progress: DemoProgress) -> None:
+        """Train one update of a phase. An update that an earlier start began is finished; a finished one is skipped."""
+        update = trainer.resume()
         if phase not in {manifest.phase for manifest in trainer.read_log()[1]}:
-            progress.print_line(f"training: {phase}")
             progress.show_training(phase, self.query_record_counts())
-            resumed = trainer.update(phase)
-        if resumed:
-            progress.print_line(f"{resumed.kind.value.lower()} {resumed.version} published by {resumed.phase}")
-        # The update is on the log; the summary reads it from the database.
+            update = trainer.update(phase)
+        if update:
+            progress.print_line(f"{update.phase}: published {_UPDATE_KINDS[update.kind]} {update.version}")
+        # The update is on the log. The summary reads it from the database, so wait for the sink.
         _wait_until(lambda: self.query_count(f"SELECT count(*) FROM policies WHERE phase = '{phase}'") > 0, host)
-
-    # What the database says
 
     def query_count(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         return int(self.store.query(sql, parameters, limit_s=10.0).rows[0][0])
@@ -210,59 +238,68 @@ class Demo:
         return dict(zip(_COUNTED_TABLES, row, strict=True))
 
     def count_finished(self, prompt_ids: Sequence[str]) -> int:
-        """How many of these prompts have ended: a finished chain and a judgement, or a dead letter."""
+        """Return the number of these prompts that have a finished chain and a preference, or a dead letter."""
         sql = """SELECT count(*) FROM (SELECT unnest(?::UUID[]) AS prompt_id) p
                  WHERE (prompt_id IN (SELECT prompt_id FROM revision_chains) AND prompt_id IN (SELECT prompt_id FROM preferences))
                     OR prompt_id::VARCHAR IN (SELECT decode(source_key) FROM dead_letters)"""
         return self.query_count(sql, [list(prompt_ids)])
 
-    # The end
-
     def format_summary(self) -> list[str]:
-        """One story, the counts, the figures, where everything is, and what to type next."""
-        counts = [(name, count) for name, count in self.query_record_counts().items()]
+        """Return the closing summary: one trace, record counts, metrics of the updates, file locations and next commands."""
+        counts = list(self.query_record_counts().items())
         versions = self.store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
         seconds = time.monotonic() - self.started_at
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux reports kilobytes
         data = "" if self.settings.data.folder == ".charter" else f" --data {self.settings.data.folder}"
         program, example = _get_program_path(), self.find_example_trace()
+        title = "Trace of one prompt"
         return [
             "",
-            "One prompt's story",
-            "------------------",
+            title,
+            "-" * len(title),
             format_trace(example),
             "",
             format_table(["records", "count"], counts),
             "",
             format_table(["policy version", "responses"], versions),
             "",
-            format_table(["update", "from", "figures"], self.query_update_metrics()),
+            format_table(["update", "phase", "metrics"], self.query_update_metrics()),
             "",
-            f"{seconds:.0f} s in this start, {memory:.1f} GB at most in memory",
+            f"time         {seconds:.0f} s since this start",
+            f"peak memory  {memory_gb:.1f} GB",
             f"database     {self.settings.folder / 'charter.duckdb'}",
             f"log          {self.settings.bus_address}",
             f"checkpoints  {self.settings.folder / 'checkpoints'}",
             "",
-            "SmolLM2-135M shows the mechanics; its judgements are near chance, so read no quality into them.",
-            "Next:",
-            f"  {program} show{data} {str(example['prompt_id'])[:8]}",
-            f'  {program} sql{data} "select policy_version, count(*) from responses group by 1"',
-            f"  {program} status{data}",
-            f"  {program} produce{data} YOUR_PROMPTS.jsonl && {program} run{data}",
+            "The demo shows how the pipeline works, not good results: the judgments of a model this small are close to chance.",
+            "",
+            "Next steps",
+            "  Show the trace of this prompt:",
+            f"    {program} show{data} {str(example['prompt_id'])[:8]}",
+            "  Query the database:",
+            f'    {program} sql{data} "select policy_version, count(*) from responses group by 1"',
+            "  Show the progress of each stage:",
+            f"    {program} status{data}",
+            "  Run your own prompts:",
+            f"    {program} produce{data} YOUR_PROMPTS.jsonl && {program} run{data}",
         ]
 
     def find_example_trace(self) -> dict[str, Any]:
-        """A red-team prompt with a revision, or whatever there is."""
+        """Return the trace with the most revisions, red-team prompts first.
+
+        Raises CharterError if no prompt has a response.
+        """
         order = "len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
         rows = self.store.query_dicts(f"SELECT * FROM traces WHERE responses IS NOT NULL ORDER BY {order} LIMIT 1")
         if not rows:
             raise CharterError(
-                "no prompt of the demo was answered", "the stages gave up on all of them", "to see why, type: charter dlq"
+                "no prompt of the demo has a response", "all of them became dead letters", "type: charter dlq list"
             )
         return rows[0]
 
     def query_update_metrics(self) -> list[tuple[str, str, str]]:
-        wanted = {
+        """Return (update, phase, metrics) for each policy and reward model, oldest first."""
+        names = {
             "sft": ("mean_loss", "examples"),
             "reward": ("mean_loss", "reward/accuracy", "reward/deviation"),
             "ppo": ("policy_loss", "value_loss", "kl_ref", "reward_mean"),
@@ -270,21 +307,30 @@ class Demo:
         rows = self.store.query("SELECT kind, version, phase, metrics FROM policies ORDER BY commit_seq").rows
         return [
             (
-                f"{kind.lower()} {version}",
+                f"{_UPDATE_KINDS[PolicyKind(kind)]} {version}",
                 phase,
-                "  ".join(f"{name} {metrics[name]:.4g}" for name in wanted.get(phase, ()) if name in metrics),
+                "  ".join(f"{name} {metrics[name]:.4g}" for name in names.get(phase, ()) if name in metrics),
             )
             for kind, version, phase, metrics in rows
         ]
 
 
+def _get_running_stages(host: Host) -> list[str]:
+    """Return the stages that have records in a batch now, not only in a queue."""
+    return [
+        worker.stage.name
+        for worker in host.workers
+        if sum(len(records) for records in list(worker.in_flight_records.values())) > worker.num_queued
+    ]
+
+
 def _get_program_path() -> str:
-    """How to call this program from here: after `make demo` it is in .venv and not on the path."""
+    """Return the command to type for `charter`. After `make demo` it is in .venv, which is not on the PATH."""
     return "charter" if shutil.which("charter") else os.path.relpath(Path(sys.executable).with_name("charter"))
 
 
 def _wait_until(condition: Callable[[], bool], host: Host) -> None:
-    """Look every second; a failure of any thread ends the wait with its error."""
+    """Check the condition every second. Raises the error of the first host thread that fails."""
     while not condition():
         host.failure_event.wait(_POLL_INTERVAL_S)
         host.raise_if_failed()

@@ -1,4 +1,4 @@
-"""The checks of `charter doctor`: installation, data folder, database, log, models, constitution."""
+"""The checks of `charter doctor`: Python, packages, data folder, database, log, models, constitution."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from constitutions.loader import ConstitutionError, load_constitution
 from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
 from engine.errors import CharterError
-from engine.models import SCRIPTED_SPEC, resolve_model_folder
+from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
 from engine.models.endpoint import ServerCapabilities, get_api_key_variable, open_endpoint
 from engine.settings import Settings
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
 
-_RECOMMENDED_FREE_BYTES = 5 * 1024**3  # a run's database, log and a few checkpoints of a small model
+_RECOMMENDED_FREE_BYTES = 5 * 1024**3  # database, log and a few checkpoints of a small model
 _REQUIRED_FREE_BYTES = 500 * 1024**2
 _REQUEST_TIMEOUT_S = 5.0
 _MODEL_ROLES = ("policy", "critic", "judge")
@@ -33,7 +33,7 @@ _MODEL_ROLES = ("policy", "critic", "judge")
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found: `state` is ok, warn or fail; `fix` says what to type."""
+    """The result of one check: `state` is ok, warn or fail; `fix` is what the user should do."""
 
     check: str
     state: str
@@ -42,7 +42,7 @@ class CheckResult:
 
 
 def run_checks(settings: Settings) -> Iterator[CheckResult]:
-    """Every finding, in the order in which things depend on each other."""
+    """Yield the results of all checks. A check comes after the checks that it depends on."""
     checks: list[tuple[str, Callable[[Settings], Iterator[CheckResult]]]] = [
         ("python", _check_python),
         ("packages", _check_packages),
@@ -57,8 +57,7 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _run_check(name: str, check: Callable[[Settings], Iterator[CheckResult]], settings: Settings) -> Iterator[CheckResult]:
-    """The check's findings; an error of ours is a finding too."""
-
+    """Yield the results of one check. An error that Charter raises becomes a failed result."""
     try:
         yield from check(settings)
     except (CharterError, ConstitutionError) as error:
@@ -66,16 +65,15 @@ def _run_check(name: str, check: Callable[[Settings], Iterator[CheckResult]], se
 
 
 def _check_python(settings: Settings) -> Iterator[CheckResult]:
-    found = f"{sys.version.split()[0]} at {sys.executable}"
-    good = sys.version_info >= (3, 11)
-    yield CheckResult("python", "ok" if good else "fail", found, "" if good else "use Python 3.11 or newer")
+    is_supported = sys.version_info >= (3, 11)
+    fix = "" if is_supported else "use Python 3.11 or newer"
+    yield CheckResult("python", "ok" if is_supported else "fail", f"{sys.version.split()[0]} at {sys.executable}", fix)
 
 
 def _check_packages(settings: Settings) -> Iterator[CheckResult]:
-    """Each requirement of the installed Charter against what is installed; extras only warn."""
-
-    wrong: list[str] = []
-    extras: list[str] = []
+    """Compare the requirements of Charter with the installed packages. A missing optional package is only a warning."""
+    problems: list[str] = []
+    missing_extras: list[str] = []
     count = 0
     for text in metadata.requires("charter") or []:
         requirement = Requirement(text)
@@ -86,69 +84,65 @@ def _check_packages(settings: Settings) -> Iterator[CheckResult]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            (extras if extra else wrong).append(f"{requirement.name} is missing")
+            (missing_extras if extra else problems).append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
-    if wrong:
-        yield CheckResult("packages", "fail", ", ".join(wrong), "type: pip install -e '.[train]'")
-    elif extras:
-        fix = "for local models and training type: pip install -e '.[train]'"
-        yield CheckResult("packages", "warn", f"no local models, no training: {', '.join(extras)}", fix)
+            problems.append(f"{requirement.name} {version} does not match {requirement.specifier}")
+    if problems:
+        yield CheckResult("packages", "fail", ", ".join(problems), "type: pip install -e '.[train]'")
+    elif missing_extras:
+        fix = "for local models and training, type: pip install -e '.[train]'"
+        yield CheckResult("packages", "warn", f"no local models and no training: {', '.join(missing_extras)}", fix)
     else:
-        yield CheckResult("packages", "ok", f"{count} packages in their ranges{_describe_device()}")
+        yield CheckResult("packages", "ok", f"{count} packages with supported versions{_describe_device()}")
 
 
 def _describe_device() -> str:
-    """What torch computes on, where it is installed."""
-
+    """Return the device that torch computes on; an empty string without torch."""
     if find_spec("torch") is None:
         return ""
     import torch
 
-    on = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} processor cores, no GPU"
-    return f"; torch {torch.__version__} on {on}"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, no GPU"
+    return f"; torch {torch.__version__} on {device}"
 
 
 def _check_data_folder(settings: Settings) -> Iterator[CheckResult]:
-    """Whether the data folder can be written, and has room."""
+    """Check that the data folder is writable and its disk has enough free space."""
     path = settings.folder.resolve()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        found = f"{there} cannot be written" if there.is_dir() else f"{there} is no folder"
-        yield CheckResult("data folder", "fail", found, "give another: --data FOLDER, or mend its permissions")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        detail = f"{existing} is not writable" if existing.is_dir() else f"{existing} is not a folder"
+        yield CheckResult("data folder", "fail", detail, "use another folder: --data FOLDER, or change its permissions")
         return
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     state = "ok" if free > _RECOMMENDED_FREE_BYTES else "warn" if free > _REQUIRED_FREE_BYTES else "fail"
-    fix = "" if state == "ok" else "make room, or use a larger disk: --data FOLDER"
-    yield CheckResult(
-        "data folder", state, f"{path}, {free / 1024**3:.1f} GB free" + ("" if there == path else " (not there yet)"), fix
-    )
+    fix = "" if state == "ok" else "free some space, or use a larger disk: --data FOLDER"
+    suffix = "" if existing == path else " (does not exist yet)"
+    yield CheckResult("data folder", state, f"{path}, {free / 1024**3:.1f} GB free{suffix}", fix)
 
 
 def _check_database(settings: Settings) -> Iterator[CheckResult]:
-
+    """Check that the database opens with the current format, and count its dead letters without a retry."""
     store = open_store(settings)
     if not store.path.exists():
-        yield CheckResult("database", "ok", f"{store.path} is not there yet; the sink makes it")
+        yield CheckResult("database", "ok", f"{store.path} does not exist yet; the sink creates it")
         return
     rows = store.query("SELECT coalesce(sum(records), 0) FROM pipeline_status", lock_timeout_s=_REQUEST_TIMEOUT_S).rows
     size = store.path.stat().st_size / 1024**2
     yield CheckResult("database", "ok", f"{store.path}, format {FORMAT_VERSION}, {rows[0][0]:,} records, {size:,.0f} MB")
-    open_letters = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)"
-    ((count,),) = store.query(open_letters, lock_timeout_s=_REQUEST_TIMEOUT_S).rows
+    pending = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)"
+    ((count,),) = store.query(pending, lock_timeout_s=_REQUEST_TIMEOUT_S).rows
     yield CheckResult(
-        "dead letters", "warn" if count else "ok", f"{count}" if count else "none", "type: charter dlq" if count else ""
+        "dead letters", "warn" if count else "ok", f"{count}" if count else "none", "type: charter dlq list" if count else ""
     )
 
 
 def _check_log(settings: Settings) -> Iterator[CheckResult]:
-    """Whether the log answers, and has every topic as the settings want it."""
-
+    """Check that the log is reachable, has all topics, and has its replicas in sync."""
     if not settings.bus_address.startswith(KAFKA_SCHEME) and not (Path(settings.bus_address) / "log.sqlite").exists():
-        yield CheckResult("log", "ok", f"the embedded log in {settings.bus_address} is not there yet")
+        yield CheckResult("log", "ok", f"the embedded log in {settings.bus_address} does not exist yet")
         return
-
     bus = open_bus_from_settings(settings)
     try:
         yield from _check_topics(bus, settings)
@@ -157,101 +151,87 @@ def _check_log(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
-
-    there = bus.topic_ids(list(TOPICS))
-    missing = [name for name in TOPICS if name not in there]
-    where = f"{settings.bus_address} answers, cluster {bus.cluster_id}"
+    topic_ids = bus.topic_ids(list(TOPICS))
+    missing = [name for name in TOPICS if name not in topic_ids]
+    log = f"{settings.bus_address} is reachable, cluster {bus.cluster_id}"
     if missing:
         yield CheckResult(
-            "log", "warn", f"{where}; {len(missing)} topics are missing: {', '.join(missing)}", "type: charter topics create"
+            "log", "warn", f"{log}; {len(missing)} topics are missing: {', '.join(missing)}", "type: charter topics create"
         )
         return
-    yield CheckResult("log", "ok", f"{where}, {len(there)} topics")
-    behind = [d.name for d in bus.describe_topics(list(TOPICS)) if d.in_sync_replicas < d.replicas]
-    if behind:
-        yield CheckResult(
-            "replicas", "warn", f"not in step: {', '.join(behind)}", "look at the brokers: a lost one, or a slow one"
-        )
+    yield CheckResult("log", "ok", f"{log}, {len(topic_ids)} topics")
+    out_of_sync = [d.name for d in bus.describe_topics(list(TOPICS)) if d.in_sync_replicas < d.replicas]
+    if out_of_sync:
+        fix = "check the brokers: one may be down or slow"
+        yield CheckResult("replicas", "warn", f"out of sync: {', '.join(out_of_sync)}", fix)
 
 
 def _check_models(settings: Settings) -> Iterator[CheckResult]:
-    """Each role's model: a folder with weights, a model in the cache, or a server that answers."""
-    seen: set[str] = set()
+    """Check the model of each role: a folder with weights, a model in the cache, or a reachable server. Each model once."""
+    checked: set[str] = set()
     for role in _MODEL_ROLES:
         spec = getattr(settings.models, role) or settings.models.policy
-        if spec not in seen:
-            seen.add(spec)
+        if spec not in checked:
+            checked.add(spec)
             yield from _run_check(f"model {role}", lambda _, spec=spec, role=role: _check_model(spec, role, settings), settings)  # type: ignore[misc]
 
 
 def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResult]:
-
     name = f"model {role}"
     if spec.startswith(("http://", "https://")):
         yield _check_model_server(name, spec, settings.models.api_key_env)
         return
     if spec == SCRIPTED_SPEC:
-        yield CheckResult(name, "warn", "the scripted model is a fake for tests", "set models.policy to a real model")
+        yield CheckResult(name, "warn", "the scripted model is a fake model for tests", "set models.policy to a real model")
         return
     if spec == "smollm2":
-        from engine.models import smollm2
-
-        ready = (smollm2.get_cache_folder() / "models" / smollm2.MODEL_NAME.lower() / "config.json").exists()
-        found = (
-            "smollm2, ready in the cache" if ready else f"smollm2, to be converted once from {smollm2.find_gguf_file().name}"
-        )
-        yield CheckResult(name, "ok", found)
+        is_cached = (smollm2.get_cache_folder() / "models" / smollm2.MODEL_NAME.lower() / "config.json").exists()
+        source = "ready in the cache" if is_cached else f"converted on first use from {smollm2.find_gguf_file().name}"
+        yield CheckResult(name, "ok", f"smollm2, {source}")
         return
-    place = resolve_model_folder(spec)
-    weights = sorted(place.glob("*.safetensors"))
+    folder = resolve_model_folder(spec)
+    weights = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights) / 1024**2
-    fix = "" if weights else "save the model as safetensors; pickled weights are never loaded"
-    yield CheckResult(name, "ok" if weights else "fail", f"{place}, {len(weights)} safetensors files, {size:,.0f} MB", fix)
+    fix = "" if weights else "save the model as safetensors; pickled weights are not loaded, because they can run code"
+    yield CheckResult(name, "ok" if weights else "fail", f"{folder}, {len(weights)} safetensors files, {size:,.0f} MB", fix)
 
 
 def _check_model_server(name: str, spec: str, api_key_env: str) -> CheckResult:
-    """Whether an OpenAI-compatible server answers and serves the model, and what it can do; the key is never shown."""
+    """Check that an OpenAI-compatible server is reachable and serves the model, and report its capabilities.
 
-    asked = open_endpoint(spec, api_key_env=api_key_env)
-    url, wanted = asked.url, asked.id
+    The API key is never printed.
+    """
+    endpoint = open_endpoint(spec, api_key_env=api_key_env)
+    url, model = endpoint.url, endpoint.id
     try:
-        answer = asked.client.get(f"{url}/models", timeout=_REQUEST_TIMEOUT_S)
-        answer.raise_for_status()
-        served = [str(entry["id"]) for entry in answer.json()["data"]]
+        response = endpoint.client.get(f"{url}/models", timeout=_REQUEST_TIMEOUT_S)
+        response.raise_for_status()
+        served = [str(entry["id"]) for entry in response.json()["data"]]
     except httpx.HTTPStatusError as error:
-        refused = error.response.status_code in (401, 403)
+        status = error.response.status_code
         variable = get_api_key_variable(url, api_key_env) or "that models.api_key_env names"
-        fix = f"put the key into the variable {variable}" if refused else "look at the server's log"
-        return CheckResult(name, "fail", f"{url} answers with status {error.response.status_code}", fix)
+        fix = f"put the API key in the environment variable {variable}" if status in (401, 403) else "check the server's log"
+        return CheckResult(name, "fail", f"{url} returned status {status}", fix)
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        return CheckResult(
-            name,
-            "fail",
-            f"{url} does not answer as a model server: {type(error).__name__}",
-            "start the server, or mend models.*",
-        )
-    if wanted not in served:
-        return CheckResult(
-            name,
-            "fail",
-            f"{url} serves {', '.join(served) or 'nothing'}, not {wanted}",
-            f"write models.{name.split()[-1]} as {url}#NAME",
-        )
-    asked.retry_timeout_s = _REQUEST_TIMEOUT_S
-    return CheckResult(name, "ok", f"{url} serves {wanted}: {_format_capabilities(asked.server_capabilities)}")
+        detail = f"{url} is not a reachable model server: {type(error).__name__}"
+        return CheckResult(name, "fail", detail, f"start the server, or correct models.{name.split()[-1]}")
+    if model not in served:
+        detail = f"{url} serves {', '.join(served) or 'nothing'}, not {model}"
+        return CheckResult(name, "fail", detail, f"set models.{name.split()[-1]} to {url}#NAME with a name that it serves")
+    endpoint.retry_timeout_s = _REQUEST_TIMEOUT_S
+    return CheckResult(name, "ok", f"{url} serves {model}: {_format_capabilities(endpoint.server_capabilities)}")
 
 
-def _format_capabilities(dialect: ServerCapabilities) -> str:
-    """What a server was found to do, in the words of docs/models.md."""
+def _format_capabilities(capabilities: ServerCapabilities) -> str:
+    """Return the capabilities of a server in the terms of docs/models.md."""
     return ", ".join([
-        "prefills" if dialect.prefill_body is not None else "no prefills",
-        f"{dialect.max_top_logprobs} top log-probabilities" if dialect.max_top_logprobs else "options by votes",
-        "token ids" if dialect.token_ids_body is not None else "no token ids",
+        "prefills" if capabilities.prefill_body is not None else "no prefills",
+        f"{capabilities.max_top_logprobs} top log-probabilities" if capabilities.max_top_logprobs else "options by votes",
+        "token ids" if capabilities.token_ids_body is not None else "no token ids",
     ])  # fmt: skip
 
 
 def _check_constitution(settings: Settings) -> Iterator[CheckResult]:
-
-    found = load_constitution(settings.run.constitution)
-    counts = f"{len(found.critique)} principles for critique, {len(found.judge)} for judging"
-    yield CheckResult("constitution", "ok", f"{found.name} {found.version}, {counts}")
+    constitution = load_constitution(settings.run.constitution)
+    counts = f"{len(constitution.critique)} critique principles, {len(constitution.judge)} judge principles"
+    yield CheckResult("constitution", "ok", f"{constitution.name} {constitution.version}, {counts}")

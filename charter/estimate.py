@@ -1,7 +1,7 @@
-"""What work will cost, before it is begun: tokens by stage, at most.
+"""Estimate the cost of a run before it starts: an upper bound on the tokens of each stage.
 
-A text is taken to have a token for every four characters. What is generated is counted at its limit, a chain at all its
-rounds; the real figures are below that, and stand in the records.
+Assumptions: one token for every four characters; every completion has its maximum length; every chain has all its rounds.
+The records of the run have the real token counts, which are lower.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from engine.settings import JudgeSettings, Settings
 
 _CHARS_PER_TOKEN = 4
 _FEW_SHOT_TOKENS = 150
-PRINCIPLE_PROMPT_TOKENS = 120  # a principle and the frame around it
+PRINCIPLE_PROMPT_TOKENS = 120  # a principle and the prompt template around it
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Tokens that a stage reads and, at most, writes."""
+    """The prompt tokens of a stage, and the maximum number of its completion tokens."""
 
     stage: str
     num_records: int
@@ -27,45 +27,51 @@ class StageCost:
 
 
 def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, num_chars: int) -> list[StageCost]:
-    """The cost of `prompts` prompts that have `chars` characters in all, for each of `stages`."""
-    asked = num_chars // _CHARS_PER_TOKEN
-    answer, samples, rounds = settings.respond.max_tokens, settings.respond.num_completions, settings.critique.rounds
-    shots = _FEW_SHOT_TOKENS if settings.critique.few_shot else 0
-    shown = asked + num_prompts * (answer + PRINCIPLE_PROMPT_TOKENS)
+    """Return the cost of each stage for `num_prompts` prompts with `num_chars` characters in total."""
+    prompt_tokens = num_chars // _CHARS_PER_TOKEN
+    response_tokens, rounds = settings.respond.max_tokens, settings.critique.rounds
+    num_completions = settings.respond.num_completions
+    few_shot_tokens = num_prompts * (_FEW_SHOT_TOKENS if settings.critique.few_shot else 0)
+    # One prompt about a response: the dialogue, the response and the principle.
+    dialogue_tokens = prompt_tokens + num_prompts * (response_tokens + PRINCIPLE_PROMPT_TOKENS)
     costs = {
-        "respond": StageCost("respond", num_prompts, asked, num_prompts * samples * answer),
-        # A verdict and a text in each round, both orders of a comparison after it, and the last verdict.
+        "respond": StageCost("respond", num_prompts, prompt_tokens, num_prompts * num_completions * response_tokens),
+        # Each round has a verdict and a critique, and compares the revision in both orders; one more verdict ends the chain.
         "critique": StageCost(
             "critique",
             num_prompts,
-            (rounds + 1) * (2 * shown + num_prompts * shots),
+            (rounds + 1) * (2 * dialogue_tokens + few_shot_tokens),
             num_prompts * rounds * settings.critique.max_tokens,
         ),
         "revise": StageCost(
-            "revise", num_prompts, rounds * (shown + num_prompts * shots), num_prompts * rounds * settings.revise.max_tokens
+            "revise",
+            num_prompts,
+            rounds * (dialogue_tokens + few_shot_tokens),
+            num_prompts * rounds * settings.revise.max_tokens,
         ),
-        "judge": _estimate_judge_cost(settings.judge, num_prompts, shown + num_prompts * answer, max(1, samples - 1)),
+        "judge": _estimate_judge_cost(
+            settings.judge, num_prompts, dialogue_tokens + num_prompts * response_tokens, max(1, num_completions - 1)
+        ),
     }
     return [costs[stage] for stage in stages]
 
 
 def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
-    """What judging costs where all prompts' questions, one of each, have `shown` tokens: both orders, for each principle."""
-    questions = (
-        2 * (num_pairs if judge.pairing == "completions" else 1) * (1 if judge.principles == "all" else judge.num_principles)
-    )
-    written = 0 if judge.answer_mode == "logprobs" else questions * num_prompts * judge.max_tokens
-    again = (
-        questions * prompt_tokens + written if judge.answer_mode == "reasoning" else 0
-    )  # the letters are scored after the reasoning
-    return StageCost("judge", num_prompts, questions * prompt_tokens + again, written)
+    """Return the cost of the judge. `prompt_tokens` is the total of one judge prompt for each of the `num_prompts` prompts."""
+    num_principles = 1 if judge.principles == "all" else judge.num_principles
+    num_questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * num_principles  # each pair in both orders
+    completion_tokens = 0 if judge.answer_mode == "logprobs" else num_questions * num_prompts * judge.max_tokens
+    # After the reasoning, a second request scores the letters, with the reasoning in its prompt.
+    scoring_tokens = num_questions * prompt_tokens + completion_tokens if judge.answer_mode == "reasoning" else 0
+    return StageCost("judge", num_prompts, num_questions * prompt_tokens + scoring_tokens, completion_tokens)
 
 
 def format_costs(costs: Sequence[StageCost]) -> list[str]:
-    """The costs as text."""
-    told = [
-        f"  {c.stage:<9} reads about {c.prompt_tokens:>12,} tokens, writes at most {c.max_completion_tokens:>12,}"
+    """Return the costs as lines of text."""
+    lines = [
+        f"  {c.stage:<9} about {c.prompt_tokens:>12,} prompt tokens, at most {c.max_completion_tokens:>12,} completion tokens"
         for c in costs
     ]
     total = sum(c.prompt_tokens + c.max_completion_tokens for c in costs)
-    return [*told, f"  at most about {total:,} tokens in all (every text at its limit, {_CHARS_PER_TOKEN} characters a token)"]
+    assumptions = f"every completion at its maximum length, {_CHARS_PER_TOKEN} characters per token"
+    return [*lines, f"  at most about {total:,} tokens in total ({assumptions})"]

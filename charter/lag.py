@@ -1,4 +1,4 @@
-"""Consumer lag: what the stages and the sink have not processed yet."""
+"""Consumer lag: the records that the stages and the sink have not processed yet."""
 
 from __future__ import annotations
 
@@ -6,95 +6,93 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from charter.stages import get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
-from engine.settings import BusSettings as BusSettings
 from engine.store import Store
 from engine.worker import Worker
 from schemas.topics import TOPICS
 
+_SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, also with a slow broker
+
 
 def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
-    """(reader, topic, committed, end, messages behind, age of the oldest of them in seconds) for each topic."""
+    """Return a row for each topic: reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds.
 
-    begins, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
-    stands = {place: max(committed_offsets.get(place, 0), begin) for place, begin in begins.items()}
-    oldest = find_oldest_unread(bus, stands, ends)
+    Offsets and lag are sums over the partitions. The age is None without unread records.
+    """
+    beginnings, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
+    # Retention may have removed records below a committed offset that is older than the beginning.
+    next_offsets = {partition: max(committed_offsets.get(partition, 0), start) for partition, start in beginnings.items()}
+    oldest = find_oldest_unread(bus, next_offsets, ends)
     rows: list[tuple[Any, ...]] = []
     for topic in topic_names:
-        places = [place for place in ends if place.topic == topic]
-        behind = sum(ends[place] - stands[place] for place in places if place in oldest)
-        since = min((oldest[place] for place in places if place in oldest), default=None)
-        age = None if since is None else round(time.time() - since / 1000, 1)
-        rows.append((reader, topic, sum(stands[p] for p in places), sum(ends[p] for p in places), behind, age))
+        partitions = [partition for partition in ends if partition.topic == topic]
+        unread = [partition for partition in partitions if partition in oldest]
+        lag = sum(ends[partition] - next_offsets[partition] for partition in unread)
+        age = round(time.time() - min(oldest[partition] for partition in unread) / 1000, 1) if unread else None
+        committed, end = (sum(offsets[partition] for partition in partitions) for offsets in (next_offsets, ends))
+        rows.append((reader, topic, committed, end, lag, age))
     return rows
 
 
-_SCAN_TIMEOUT_S = 2.0
-
-
-def get_stage_inputs(pairing: str) -> dict[str, tuple[str, ...]]:
-    """Stage -> the topics that it reads."""
-    judged = ("responses",) if pairing == "completions" else ("critiques", "revisions")
-    return {"respond": ("prompts",), "critique": ("revisions", "responses"), "revise": ("critiques",), "judge": judged}
-
-
 def find_oldest_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> dict[TopicPartition, int]:
-    """Where a reader that stands there has a message before it, and that message's time (milliseconds since 1970).
+    """Return, for each partition with an unread record, the timestamp of its first unread record (ms since 1970).
 
-    Offsets alone do not tell: on Kafka the marker of a transaction takes one too, and nobody has to read it.
+    The records are read, because offsets alone are not enough: on Kafka, transaction markers take offsets too.
+    The scan ends after 2 seconds; partitions that were not reached by then are missing from the result.
     """
-    found: dict[TopicPartition, int] = {}
-    left = {place: at for place, at in next_offsets.items() if at < end_offsets[place]}
-    reader, deadline = bus.open_reader(left), time.monotonic() + _SCAN_TIMEOUT_S
+    timestamps: dict[TopicPartition, int] = {}
+    pending = {partition: offset for partition, offset in next_offsets.items() if offset < end_offsets[partition]}
+    reader, deadline = bus.open_reader(pending), time.monotonic() + _SCAN_TIMEOUT_S
     try:
-        while len(found) < len(left) and time.monotonic() < deadline:
+        while len(timestamps) < len(pending) and time.monotonic() < deadline:
             for message in reader.poll(0.1, 1000):
-                found.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
-            if all(at >= end_offsets[place] for place, at in reader.positions().items() if place not in found):
+                timestamps.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
+            positions = reader.positions()
+            if all(offset >= end_offsets[partition] for partition, offset in positions.items() if partition not in timestamps):
                 break
     finally:
         reader.close()
-    return found
+    return timestamps
 
 
 def is_all_work_done(bus: Bus, workers: Sequence[Worker], store: Store | None) -> bool:
-    """Whether these stages have finished all that is on the log, and the sink of `store`, if it is given, has written it.
+    """Return whether the workers have processed every record on the log, and the sink of `store` (if given) has written it.
 
-    A stage commits what it has read together with what came of it, so what nobody has to read leaves nothing under way.
+    A stage commits its input offsets together with its outputs, so no unread input means that no work is in progress.
     """
     for worker in workers:
         topics = worker.stage.inputs
-        stands = bus.beginning_offsets(topics) | bus.committed(worker.group, topics)
-        if find_oldest_unread(bus, stands, bus.end_offsets(topics)):
+        next_offsets = bus.beginning_offsets(topics) | bus.committed(worker.group, topics)
+        if find_oldest_unread(bus, next_offsets, bus.end_offsets(topics)):
             return False
     if store is None:
         return True
     if not store.path.exists():
-        return False  # the sink has yet to make it
-    everything = list(TOPICS)
-    return not find_oldest_unread(
-        bus, bus.beginning_offsets(everything) | read_sink_offsets(store, bus.cluster_id), bus.end_offsets(everything)
-    )
+        return False  # the sink has not created it yet
+    all_topics = list(TOPICS)
+    next_offsets = bus.beginning_offsets(all_topics) | read_sink_offsets(store, bus.cluster_id)
+    return not find_oldest_unread(bus, next_offsets, bus.end_offsets(all_topics))
 
 
 def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
-    """For each topic how many of its messages wait at the stage that is furthest behind on it (other runs' included)."""
-    furthest: dict[str, int] = {}
-    stages = get_stage_inputs(pairing)
-    committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in stages.items()}
-    begun = [stage for stage in stages if committed[stage]] or list(stages)  # a replay has not all of them
-    for stage in begun:
-        topics = stages[stage]
-        begins, ends = bus.beginning_offsets(topics), bus.end_offsets(topics)
-        stands = begins | committed[stage]
-        there = find_oldest_unread(bus, stands, ends)
+    """Return the lag of each topic in records: the maximum over the stages that read it. Records of other runs count too."""
+    lags: dict[str, int] = {}
+    inputs = get_stage_inputs(pairing)
+    committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in inputs.items()}
+    started = [stage for stage in inputs if committed[stage]] or list(inputs)  # a replay may run only some of the stages
+    for stage in started:
+        topics = inputs[stage]
+        ends = bus.end_offsets(topics)
+        next_offsets = bus.beginning_offsets(topics) | committed[stage]
+        unread = find_oldest_unread(bus, next_offsets, ends)
         for topic in topics:
-            behind = sum(ends[place] - stands[place] for place in there if place.topic == topic)
-            furthest[topic] = max(furthest.get(topic, 0), behind)
-    return furthest
+            lag = sum(ends[partition] - next_offsets[partition] for partition in unread if partition.topic == topic)
+            lags[topic] = max(lags.get(topic, 0), lag)
+    return lags
 
 
 def read_sink_offsets(store: Store, cluster_id: str) -> Offsets:
-    """How far the sink of this database has come with this log."""
+    """Return the next offset to write for each partition of this log, as the database has it."""
     sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
-    return {TopicPartition(topic, number): offset for topic, number, offset in store.query(sql, [cluster_id]).rows}
+    return {TopicPartition(topic, partition): offset for topic, partition, offset in store.query(sql, [cluster_id]).rows}

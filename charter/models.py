@@ -1,4 +1,4 @@
-"""The models of each role (policy, critic, judge) and the executors that run them."""
+"""Models by role (policy, critic, judge), and the executors that run them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from engine.errors import UsageError
 from engine.models import open_model
 from engine.models.interface import Model
 from engine.policy import PolicyFollower, read_policy_updates
-from engine.settings import BusSettings as BusSettings
 from engine.settings import Settings
+from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import PolicyKind, PolicyUpdate, Record
 
-_ENDPOINT_THREADS = 4
+_ENDPOINT_THREADS = 4  # batches in flight at one endpoint; models.concurrency limits the number of requests
 
 
 def is_endpoint(spec: str) -> bool:
+    """Return whether a model setting names a server instead of a local model."""
     return spec.startswith(("http://", "https://"))
 
 
 @dataclass
 class RoleModels:
-    """The models by role. Roles with the same setting share one model; critic and judge default to policy version 0."""
+    """The models of all roles, opened on first use.
+
+    Roles with the same model setting share one model. A critic or judge without a setting uses the policy's model at version 0.
+    """
 
     settings: Settings
     open_models: dict[str, Model] = field(default_factory=dict)
@@ -38,17 +42,18 @@ class RoleModels:
             self.policy_follower.close()
 
     def get_spec(self, role: str) -> str:
+        """Return the setting that names the role's model: a name, a folder, a hub id, or http://HOST:PORT/v1#MODEL."""
         return getattr(self.settings.models, role) or self.settings.models.policy
 
     def get_model_by_spec(self, spec: str) -> Model:
         if spec not in self.open_models:
-            chosen = self.settings.models
-            options: dict[str, Any] = {"threads": chosen.threads, "max_batch_size": chosen.max_batch_size}
+            settings = self.settings.models
+            options: dict[str, Any] = {"threads": settings.threads, "max_batch_size": settings.max_batch_size}
             if is_endpoint(spec):
                 options = {
-                    "api_key_env": chosen.api_key_env,
-                    "timeout_s": chosen.timeout_s,
-                    "concurrency": chosen.concurrency,
+                    "api_key_env": settings.api_key_env,
+                    "timeout_s": settings.timeout_s,
+                    "concurrency": settings.concurrency,
                 }
             self.open_models[spec] = open_model(spec, **options)
         return self.open_models[spec]
@@ -57,41 +62,44 @@ class RoleModels:
         return self.get_model_by_spec(self.get_spec(role))
 
     def get_executor(self, role: str | None) -> ModelExecutor:
-        """Local models share the machine and so one lane; each endpoint has its own, and so has what needs no model."""
+        """Return the executor of a role; `role` is None for a stage without a model.
+
+        All local models share one executor, because they share the machine. Each endpoint has a separate executor.
+        """
         if role is None:
             return self.executors.setdefault("", ModelExecutor("no model", 1, 0.0))
-        name = self.get_spec(role) if is_endpoint(self.get_spec(role)) else "local"
-        threads = _ENDPOINT_THREADS if is_endpoint(self.get_spec(role)) else 1
+        spec = self.get_spec(role)
+        name, threads = (spec, _ENDPOINT_THREADS) if is_endpoint(spec) else ("local", 1)
         return self.executors.setdefault(name, ModelExecutor(name, threads, self.settings.worker.downstream_wait_ms / 1000))
 
     def follow_policy(self, bus: Bus) -> PolicyFollower:
-        """What follows the log's policies; the roles that do so share it, and its weights."""
+        """Return the follower of the newest policy on the log. All roles that follow it share its weights."""
         self.policy_follower = self.policy_follower or PolicyFollower(bus, self.get_model("policy"), self.open_policy_update)
         return self.policy_follower
 
     def open_policy_update(self, update: PolicyUpdate) -> Model:
-        """The weights of a policy update, verified against its hash."""
+        """Verify the checkpoint of a policy update and load its weights, or send them to the server of an endpoint."""
         if update.restored_version == 0:
             return self.get_model("policy")
-        folder = read_checkpoint(
-            locate_checkpoint(update.uri, self.settings.folder / "checkpoints"), update.content_hash
-        ).folder
-        first = self.get_model("policy")
+        path = locate_checkpoint(update.uri, self.settings.folder / "checkpoints")
+        folder = read_checkpoint(path, update.content_hash).folder
         if is_endpoint(self.get_spec("policy")):
-            from engine.weight_sync import WeightSync
-
-            return WeightSync(first, self.settings.models.weight_sync)(update, folder)  # type: ignore[arg-type]
+            return WeightSync(self.get_model("policy"), self.settings.models.weight_sync)(update, folder)  # type: ignore[arg-type]
         return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_batch_size)
 
 
 def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None) -> Callable[[], tuple[Model, int]]:
-    """What answers now. A server's weights are its own: it stays at version 0 until it is given others."""
+    """Return a function that gives the policy model to sample from now, and its version.
+
+    The version is `pinned_version`, or the newest one if it is None. An endpoint without models.weight_sync stays at version 0,
+    because its weights cannot be replaced.
+    """
     if pinned_version:
-        kept = (models.open_policy_update(_find_policy_update(bus, pinned_version)), pinned_version)
-        return lambda: kept
-    first = models.get_model("policy")
+        pinned_model = models.open_policy_update(_find_policy_update(bus, pinned_version))
+        return lambda: (pinned_model, pinned_version)
+    base_model = models.get_model("policy")
     if pinned_version == 0 or (is_endpoint(models.get_spec("policy")) and not models.settings.models.weight_sync):
-        return lambda: (first, 0)
+        return lambda: (base_model, 0)
     return models.follow_policy(bus).get_current_policy
 
 
@@ -100,17 +108,18 @@ def _find_policy_update(bus: Bus, version: int) -> PolicyUpdate:
         if update.kind is PolicyKind.POLICY and update.version == version:
             return update
     raise UsageError(
-        f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+        f"there is no policy {version} on the log", "no training run has published it", "type: charter policy list"
     )
 
 
 @dataclass(frozen=True)
 class LatestPolicyProcessor:
-    """A stage's work by the newest policy: the weights change between batches, never within one."""
+    """The process function of a stage whose model is the newest policy. The weights change between batches, not within one."""
 
     process: Any
     get_current_policy: Callable[[], tuple[Model, int]]
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Sequence[Record]]:
-        result: Sequence[Sequence[Record]] = replace(self.process, model=self.get_current_policy()[0])(records)
-        return result
+        model, _ = self.get_current_policy()
+        outputs: Sequence[Sequence[Record]] = replace(self.process, model=model)(records)
+        return outputs

@@ -1,4 +1,4 @@
-"""The folder and the number of a policy version."""
+"""Resolve policy versions: from the command line to a number, and from a number to the folder with its weights."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ LATEST_POLICY = "latest"
 
 
 def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], version: int) -> Path:
-    """The verified folder with the weights of a version."""
+    """Return the folder with the weights of a policy version, after verifying its hash.
 
-    source = get_weights_version(updates, version)
-    if source == 0:
+    Raises UsageError if the version does not exist, or if its checkpoint was deleted.
+    """
+    # A version made by `charter policy use` has the weights of an earlier version.
+    weights_version = get_weights_version(updates, version)
+    if weights_version == 0:
         return resolve_model_folder(settings.train.base_model or settings.models.policy)
-    update = index_policies(updates).get(source)
+    update = index_policies(updates).get(weights_version)
     if update is None:
         raise UsageError(
-            f"there is no policy {version} on the log", "training has made no such version", "type: charter policy list"
+            f"there is no policy {version} on the log", "no training run has published it", "type: charter policy list"
         )
     folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
     if not folder.exists():
         raise UsageError(
-            f"the weights of policy {version} are gone",
-            f"{folder} is not there: train.save_total_limit says how many checkpoints are kept",
-            "type: charter policy list    (which weights there are)",
+            f"the weights of policy {version} are missing",
+            f"{folder} does not exist; train.save_total_limit limits how many checkpoints are kept",
+            "type: charter policy list    (it lists the weights that exist)",
         )
     return read_checkpoint(folder, update.content_hash).folder
 
 
 def parse_policy_version(version: str, updates: Sequence[PolicyUpdate]) -> int:
-    """The policy version that a word of the command line means."""
-
+    """Return the policy version for a command-line argument: a number or "latest"."""
     if version == LATEST_POLICY:
         return get_newest_version(updates)
     if not version.isdigit():
-        raise UsageError(f"{version} is no policy version", 'it is a number, or "latest"', "type: charter policy list")
+        raise UsageError(f"{version} is not a policy version", 'a version is a number or "latest"', "type: charter policy list")
     return int(version)

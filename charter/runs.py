@@ -1,4 +1,4 @@
-"""SQL about runs, and the flat form of their settings."""
+"""SQL queries that list and compare runs, and a helper that flattens their settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FROM named LEFT JOIN counted USING (run_id) GROUP BY ALL ORDER BY started"""
 
 
 def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names."""
+    """Return nested settings as one dictionary with dotted names as keys."""
     flattened: dict[str, Any] = {}
     for key, value in tree.items():
         flattened |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -36,7 +36,7 @@ FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2)
       WHERE run_id IN ($1, $2) GROUP BY ALL)
 WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
 
-# The same pair of answers, judged in both runs; by the second run's principle, since the constitutions may differ.
+# Pairs of responses that both runs judged, grouped by the principle of the second run: the constitutions may differ.
 SHARED_LABELS_SQL = """
 WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
                 FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')

@@ -10,7 +10,7 @@ import click
 from charter.connect import connect_bus
 from charter.console import common_options
 from charter.estimate import estimate_costs, format_costs
-from charter.pipeline import STAGES
+from charter.stages import STAGES
 from charter.text import to_one_line
 from engine.settings import Settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer, InputKind, format_report

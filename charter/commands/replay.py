@@ -8,8 +8,8 @@ import click
 
 from charter.connect import connect_bus
 from charter.console import common_options
-from charter.pipeline import STAGES
-from charter.replay import make_replay_plan, run_replay
+from charter.replay import ReplayRequest, make_replay_plan, run_replay
+from charter.stages import STAGES
 from engine.settings import Settings
 
 
@@ -50,7 +50,7 @@ def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
     """
     bus = connect_bus(settings)
     try:
-        plan = make_replay_plan(settings, bus, **options)
+        plan = make_replay_plan(settings, bus, ReplayRequest(**options))
         if dry_run:
             for line in plan.describe():
                 click.echo(line)

@@ -11,7 +11,8 @@ from charter import custom_stage
 from charter.connect import connect_bus, open_store
 from charter.console import common_options, print_progress
 from charter.lag import is_all_work_done
-from charter.pipeline import STAGE_ROLES, STAGES, make_host
+from charter.pipeline import make_host
+from charter.stages import STAGE_ROLES, STAGES
 from engine.host import Host
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals

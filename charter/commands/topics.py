@@ -8,8 +8,9 @@ import click
 
 from charter.connect import get_topic_specs, open_bus_from_settings, open_store
 from charter.console import common_options, output_options, print_rows
-from charter.lag import compute_lag_rows, get_stage_inputs, read_sink_offsets
+from charter.lag import compute_lag_rows, read_sink_offsets
 from charter.lookup import resolve_run_id
+from charter.stages import get_stage_inputs
 from engine.bus.port import Offsets
 from engine.errors import UsageError
 from engine.settings import Settings

@@ -38,7 +38,7 @@ from charter.dashboard.lag_monitor import LagMonitor
 from charter.dashboard.query_cache import CachedResult, QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, to_json_value
 from charter.dashboard.security import SecurityMiddleware
-from charter.lag import get_stage_inputs
+from charter.stages import get_stage_inputs
 from engine.errors import CharterError
 from engine.settings import Settings
 

@@ -15,7 +15,8 @@ from typing import Any
 from charter.connect import open_bus_from_settings
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import error_to_dict
-from charter.lag import compute_lag_rows, get_stage_inputs
+from charter.lag import compute_lag_rows
+from charter.stages import get_stage_inputs
 from engine.bus import KAFKA_SCHEME
 from engine.bus.embedded import LOG_FILENAME
 from engine.bus.port import Bus, Offsets, TopicPartition

@@ -1,10 +1,10 @@
-"""How far a judge agrees with people: the figures of an agreement study, from labels and what people preferred.
+"""Agreement of a judge with human labels: the metrics of an agreement study.
 
-Everything is counted on pairs of which a person preferred one answer. `p` is the judge's probability of the answer that the
-person preferred, None where it gave no label: an abstention is never counted as right or wrong, and always shown.
+All metrics are computed on pairs with one response that a person preferred. `p` is the judge's probability of that response;
+None means that the judge gave no label. An abstention counts neither as correct nor as wrong, and is reported separately.
 
-Wilson's interval: Wilson 1927. Expected calibration error: Naeini et al. 2015, with ten bins of the confidence max(p, 1 - p),
-so that it does not depend on which answer is called A. Brier score: Brier 1950.
+Wilson interval: Wilson 1927. Expected calibration error: Naeini et al. 2015, with ten bins of the confidence max(p, 1 - p), so
+that it does not depend on which response is called A. Brier score: Brier 1950.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from schemas.records import Outcome, Preference
 
 @dataclass(frozen=True)
 class HumanPair:
-    """Two answers, of which a person preferred `a` or not."""
+    """Two responses, and whether a person preferred response A."""
 
     response_a: str
     response_b: str
@@ -29,18 +29,20 @@ class HumanPair:
 
     @property
     def a_longer(self) -> bool | None:
-        """None where both have as many characters."""
+        """Whether response A has more characters; None for equal lengths."""
         return None if len(self.response_a) == len(self.response_b) else len(self.response_a) > len(self.response_b)
 
 
 @dataclass
 class AgreementMetrics:
-    """One judge's figures. Shares are of what their names say, intervals are for 95 %, and what cannot be told is None.
+    """The agreement metrics of one judge; a metric that cannot be computed is None.
 
-    accuracy: of the labels that prefer an answer (`decided`), those that prefer the person's. brier, ece: of the soft labels.
-    swap_inconsistency: of the judgements that could be read in both orders, those in which the same place won twice.
-    prefers_longer: of the decided labels on answers of unequal length. tokens_*, seconds: per pair. *_per_label: what all pairs
-    together cost, for each label that came of it; an abstention costs as much as a label.
+    labelled: the number of labels. decided: the labels that are not ties. agreed: the decided labels that match the person's.
+    accuracy: agreed / decided; accuracy_low and accuracy_high: its 95 % interval. brier, ece: of the soft labels.
+    swap_inconsistency: of the judgments that are readable in both orders, the fraction that prefers the same position twice.
+    mass: the mean option mass. prefers_longer: of the decided labels on responses of unequal length, the fraction that prefers
+    the longer one. tokens_read, tokens_cached, tokens_written: prompt, cached prompt and completion tokens per pair.
+    seconds: per pair. *_per_label: the total of all pairs, abstentions included, divided by the number of labels.
     """
 
     judge: str
@@ -66,8 +68,8 @@ class AgreementMetrics:
     cost_per_label: float | None = None
 
 
-def _ratio_or_none(hits: int, n: int) -> float | None:
-    return hits / n if n else None
+def _ratio_or_none(count: int, total: int) -> float | None:
+    return count / total if total else None
 
 
 def _mean_or_none(values: Sequence[float]) -> float | None:
@@ -75,60 +77,65 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
 
 
 def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Sequence[float | None]) -> AgreementMetrics:
-    """What can be told of any judge that gives probabilities of the preferred answers."""
-    given = [p for p in probabilities if p is not None]
+    """Return the metrics that need only the probability of the preferred response for each pair; None is no label."""
+    labels = [p for p in probabilities if p is not None]
     decided = [(pair, p > 0.5) for pair, p in zip(pairs, probabilities, strict=True) if p is not None and p != 0.5]
-    agreed = sum(right for _, right in decided)
-    unequal = [(pair.a_longer, pair.a_preferred == right) for pair, right in decided if pair.a_longer is not None]
+    agreed = sum(correct for _, correct in decided)
+    # For responses of unequal length: whether A is longer, and whether the judge preferred A.
+    unequal = [(pair.a_longer, pair.a_preferred == correct) for pair, correct in decided if pair.a_longer is not None]
     low, high = compute_wilson_interval(agreed, len(decided)) or (None, None)
     return AgreementMetrics(
         judge=judge,
         pairs=len(pairs),
-        labelled=len(given),
+        labelled=len(labels),
         decided=len(decided),
         agreed=agreed,
         accuracy=_ratio_or_none(agreed, len(decided)),
         accuracy_low=low,
         accuracy_high=high,
-        brier=compute_brier_score(given),
-        ece=compute_calibration_error(given),
-        prefers_longer=_ratio_or_none(sum(longer == says_a for longer, says_a in unequal), len(unequal)),
+        brier=compute_brier_score(labels),
+        ece=compute_calibration_error(labels),
+        prefers_longer=_ratio_or_none(sum(a_longer == judge_prefers_a for a_longer, judge_prefers_a in unequal), len(unequal)),
     )
 
 
 def compute_judge_agreement(
     judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
 ) -> AgreementMetrics:
-    """The figures of a judge's labels; None is a pair that it could not be asked about. What they cost is of all pairs."""
-    ps = [_get_preferred_probability(pair, label) for pair, label in zip(pairs, labels, strict=True)]
-    row, known = compute_agreement(judge, pairs, ps), [label for label in labels if label]
-    readable = [label for label in known if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
+    """Return the metrics of a judge's labels; a label is None if the pair does not fit into the model's context.
+
+    `seconds` and `cost` are totals over all pairs; a `cost` of None is an unknown price.
+    """
+    probabilities = [_get_preferred_probability(pair, label) for pair, label in zip(pairs, labels, strict=True)]
+    row = compute_agreement(judge, pairs, probabilities)
+    judged = [label for label in labels if label]
+    readable = [label for label in judged if label.outcome in (Outcome.OK, Outcome.POSITION_FLIP)]
     row.swap_inconsistency = _ratio_or_none(sum(label.position_flip for label in readable), len(readable))
     row.mass = _mean_or_none(
-        [label.option_mass for label in known if label.option_mass is not None and not math.isnan(label.option_mass)]
+        [label.option_mass for label in judged if label.option_mass is not None and not math.isnan(label.option_mass)]
     )
-    abstained = Counter(label.outcome.value if label else "NOT_ASKED" for label in labels)
-    row.abstentions = {name: count for name, count in sorted(abstained.items()) if name != Outcome.OK.value}
-    row.tokens_read = _mean_or_none([float(label.prompt_tokens) for label in known])
-    row.tokens_cached = _mean_or_none([float(label.cached_tokens) for label in known])
-    row.tokens_written = _mean_or_none([float(label.completion_tokens) for label in known])
+    outcomes = Counter(label.outcome.value if label else "NOT_ASKED" for label in labels)
+    row.abstentions = {name: count for name, count in sorted(outcomes.items()) if name != Outcome.OK.value}
+    row.tokens_read = _mean_or_none([float(label.prompt_tokens) for label in judged])
+    row.tokens_cached = _mean_or_none([float(label.cached_tokens) for label in judged])
+    row.tokens_written = _mean_or_none([float(label.completion_tokens) for label in judged])
     row.seconds = seconds / len(pairs) if pairs else None
     if row.labelled:
-        row.tokens_per_label = sum(label.prompt_tokens + label.completion_tokens for label in known) / row.labelled
+        row.tokens_per_label = sum(label.prompt_tokens + label.completion_tokens for label in judged) / row.labelled
         row.seconds_per_label = seconds / row.labelled
         row.cost_per_label = None if cost is None else cost / row.labelled
     return row
 
 
 def _get_preferred_probability(pair: HumanPair, label: Preference | None) -> float | None:
-    """The probability of the preferred answer, where there is a label that trains."""
+    """Return the judge's probability of the response that the person preferred; None without a usable label."""
     if label is None or label.outcome is not Outcome.OK or label.p_a is None:
         return None
     return label.p_a if pair.a_preferred else 1 - label.p_a
 
 
 def compute_baselines(pairs: Sequence[HumanPair], seed: int) -> list[AgreementMetrics]:
-    """What needs no model: the longer answer wins, the shorter answer wins, and probabilities that are drawn."""
+    """Return the metrics of three baselines: the longer response wins, the shorter one wins, and random probabilities."""
     rng = random.Random(f"baseline/{seed}")
     longer = [None if pair.a_longer is None else float(pair.a_longer == pair.a_preferred) for pair in pairs]
     rows = [
@@ -136,5 +143,5 @@ def compute_baselines(pairs: Sequence[HumanPair], seed: int) -> list[AgreementMe
         compute_agreement("shorter wins", pairs, [None if p is None else 1 - p for p in longer]),
     ]
     for row in rows:
-        row.brier = row.ece = None  # they are no probabilities
+        row.brier = row.ece = None  # these baselines give decisions, not probabilities
     return [*rows, compute_agreement("random", pairs, [rng.random() for _ in pairs])]

@@ -1,4 +1,4 @@
-"""The agreement of judges with human labels: read pairs, label them with each preset, and format the result."""
+"""`charter eval agreement`: read human-labeled pairs, label them with each judge preset, and format the metrics."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
 from schemas.records import Preference, Response
 
-_MAX_PAIR_CHARS = 1_000_000  # characters; a longer row is no dialogue
+_MAX_PAIR_CHARS = 1_000_000  # a longer row is not a dialogue
 JUDGE_PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
 
 
 @dataclass(frozen=True)
 class PairDataset:
-    """The pairs of a study: as people judged them, as the judge is asked them, and where they come from."""
+    """The pairs of a study with their human labels, the same pairs as judge inputs, and the file that they come from.
+
+    `content_hash` is of the whole file; `num_invalid` counts the rows that are not pairs, and ties.
+    """
 
     human_pairs: list[HumanPair]
     judge_inputs: list[Response]
@@ -43,42 +46,44 @@ class PairDataset:
 
 
 def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
-    """The pairs of a file, or `limit` of them; which answer is A is drawn, so that no order tells the better one."""
+    """Read the pairs of a file, or a sample of `limit` of them, in random order.
 
-    found: list[PreferenceRow] = []
-    digest, count = hashlib.sha256(), 0
+    Which response is A is random too, so that the order does not reveal the preferred one. Raises UsageError without pairs.
+    """
+    pairs: list[PreferenceRow] = []
+    digest, num_rows = hashlib.sha256(), 0
     for _, row in read_rows(file):
-        count += 1
+        num_rows += 1
         digest.update(row if isinstance(row, bytes) else repr(row).encode())
         try:
-            found.append(parse_preference(row, source="pairs", max_chars=_MAX_PAIR_CHARS))
+            pairs.append(parse_preference(row, source="pairs", max_chars=_MAX_PAIR_CHARS))
         except RowError:
             continue
-    found = [pair for pair in found if pair.p_a != 0.5]
-    if not found:
+    pairs = [pair for pair in pairs if pair.p_a != 0.5]
+    if not pairs:
         raise UsageError(
-            f"{file} has no pair that a person decided",
-            f"it has {count} rows, and none with chosen and rejected answers to one prompt",
-            'write each as {"prompt": "...", "chosen": "...", "rejected": "..."}, or as two dialogues',
+            f"{file} has no pair with a preferred response",
+            f"none of its {num_rows} rows has a chosen and a rejected response to one prompt",
+            'write each row as {"prompt": "...", "chosen": "...", "rejected": "..."}, or as two dialogues',
         )
     rng = random.Random(f"pairs/{seed}")
-    places = sorted(rng.sample(range(len(found)), min(limit or len(found), len(found))))
-    rng.shuffle(places)  # the first of them are a sample too
-    human, asked = [], []
-    for place in places:
-        one, swap = found[place], rng.random() < 0.5
-        chosen, rejected = (one.response_a, one.response_b) if one.p_a > 0.5 else (one.response_b, one.response_a)
+    indices = sorted(rng.sample(range(len(pairs)), min(limit or len(pairs), len(pairs))))
+    rng.shuffle(indices)  # so that the first N pairs are a random sample too (--limit-written)
+    human_pairs, judge_inputs = [], []
+    for index in indices:
+        pair, swap = pairs[index], rng.random() < 0.5
+        chosen, rejected = (pair.response_a, pair.response_b) if pair.p_a > 0.5 else (pair.response_b, pair.response_a)
         a, b = (rejected, chosen) if swap else (chosen, rejected)
-        human.append(HumanPair(a, b, not swap))
-        asked.append(make_pair_response(one.messages, a, b, (), "pairs"))
-    return PairDataset(human, asked, Path(file).name, digest.hexdigest()[:16], count, count - len(found))
+        human_pairs.append(HumanPair(a, b, not swap))
+        judge_inputs.append(make_pair_response(pair.messages, a, b, (), "pairs"))
+    content_hash = digest.hexdigest()[:16]
+    return PairDataset(human_pairs, judge_inputs, Path(file).name, content_hash, num_rows, num_rows - len(pairs))
 
 
 class AgreementStudy:
-    """Asks the judge under each preset, and tells what came of it."""
+    """Labels the pairs with each judge preset, and formats the metrics."""
 
     def __init__(self, settings: Settings, origins: dict[str, str], dataset: PairDataset, seed: int) -> None:
-
         self.settings, self.origins, self.dataset, self.seed = settings, origins, dataset, seed
         self.constitution: Constitution = load_constitution(settings.run.constitution)
         self.rows: list[AgreementMetrics] = []
@@ -86,48 +91,53 @@ class AgreementStudy:
         self.model_name = ""
 
     def run(self, models: RoleModels, presets: Sequence[str], limit_written: int | None) -> None:
+        """Label the pairs with each preset, and add the baselines on the same pairs.
 
-        judge, prices, counts = models.get_model("judge"), parse_prices(self.settings.budget.prices), set()
+        `limit_written` limits the pairs of presets whose judge writes text, which is much slower than scoring options.
+        """
+        judge, counts = models.get_model("judge"), set()
+        price = parse_prices(self.settings.budget.prices).get(judge.id)
         self.model_name = f"{judge.id} ({judge.revision})"
         for preset in presets:
             settings = apply_judge_preset(self.settings, self.origins, preset)
             count = len(self.dataset.judge_inputs) if settings.judge.answer_mode == "logprobs" else limit_written
-            asked, human = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
-            counts.add(len(asked))
-            _print_status(f"{preset}: {len(asked)} pairs")
+            judge_inputs, human_pairs = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
+            counts.add(len(judge_inputs))
+            _print_status(f"{preset}: {len(judge_inputs)} pairs")
             started = time.monotonic()
-            labels = label_pairs(BatchJudge(settings, models), self.constitution, asked)
-            seconds, price = time.monotonic() - started, prices.get(judge.id)
+            labels = label_pairs(BatchJudge(settings, models), self.constitution, judge_inputs)
+            seconds = time.monotonic() - started
             cost = sum(price.compute_cost(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
             self.labels[preset] = labels
-            self.rows.append(compute_judge_agreement(preset, human, labels, seconds, cost))
-        for number in sorted(counts, reverse=True):  # beside each judge those of the same pairs
-            self.rows += compute_baselines(self.dataset.human_pairs[:number], self.seed)
+            self.rows.append(compute_judge_agreement(preset, human_pairs, labels, seconds, cost))
+        # Baselines on each number of pairs, so that every judge has baselines on its own pairs.
+        for num_pairs in sorted(counts, reverse=True):
+            self.rows += compute_baselines(self.dataset.human_pairs[:num_pairs], self.seed)
 
     def format_table(self) -> str:
-
         columns, rows = _format_rows(self.rows)
         return f"{format_table(columns, rows)}\n\n{self.describe()}"
 
     def describe(self) -> str:
-        drawn, c = self.dataset, self.constitution
-        bad = f"; {drawn.num_invalid} rows are no decided pairs" if drawn.num_invalid else ""
+        """Return one line with the judge, the constitution and the origin of the pairs."""
+        data, c = self.dataset, self.constitution
+        invalid = f"; {data.num_invalid} rows are ties or not pairs" if data.num_invalid else ""
         return (
-            f"judge: {self.model_name}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(drawn.human_pairs)} of the"
-            f" {drawn.num_rows} rows of {drawn.name} ({drawn.content_hash}), drawn with seed {self.seed}{bad}"
+            f"judge: {self.model_name}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(data.human_pairs)} of the"
+            f" {data.num_rows} rows of {data.name} ({data.content_hash}), sampled with seed {self.seed}{invalid}"
         )
 
     def format_markdown(self) -> str:
-        """The table as Markdown, with the command that made it."""
+        """Return the table as Markdown, with the command that made it."""
         columns, rows = _format_rows(self.rows)
         lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(cell or '' for cell in row)} |" for row in rows]
         command = shlex.join(["charter", *sys.argv[1:]])
-        return "\n".join(["# Agreement with people", "", "```", command, "```", "", *lines, "", self.describe(), ""])
+        return "\n".join(["# Agreement with human labels", "", "```", command, "```", "", *lines, "", self.describe(), ""])
 
     def to_json(self) -> str:
-        """Everything, with each pair's label."""
-        kept = (
+        """Return the metrics, and the human and the judge's label of each pair, as JSON."""
+        label_fields = (
             "p_a",
             "p_forward",
             "p_backward",
@@ -138,46 +148,45 @@ class AgreementStudy:
             "completion_tokens",
         )
         labels = {
-            preset: [{"outcome": x.outcome.value} | {name: getattr(x, name) for name in kept} if x else None for x in of_one]
-            for preset, of_one in self.labels.items()
+            preset: [
+                {"outcome": x.outcome.value} | {name: getattr(x, name) for name in label_fields} if x else None for x in row
+            ]
+            for preset, row in self.labels.items()
         }
-        told = {
+        report = {
             "about": self.describe(),
             "rows": [asdict(row) for row in self.rows],
             "a_preferred": [pair.a_preferred for pair in self.dataset.human_pairs],
             "labels": labels,
         }
-        return json.dumps(told, indent=1)
+        return json.dumps(report, indent=1)
 
 
 def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
-    """The settings with another judging recipe below what somebody set."""
-
-    recipe = PRESETS["judge"][preset].get("judge", {})
-    said = {
+    """Return the settings with another judge preset. Settings of judge.* that the user set have priority over the preset."""
+    preset_values = PRESETS["judge"][preset].get("judge", {})
+    user_values = {
         key: getattr(settings.judge, key)
         for key in JudgeSettings.model_fields
         if origins[f"judge.{key}"] != "default" and not origins[f"judge.{key}"].startswith("judge.preset=")
     }
-    return settings.model_copy(update={"judge": JudgeSettings(**recipe | said | {"preset": preset})})
+    return settings.model_copy(update={"judge": JudgeSettings(**preset_values | user_values | {"preset": preset})})
 
 
 def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
-    """Each pair's label, None for one that the model cannot be asked (too long for it)."""
-
+    """Return the label of each pair; None if the pair does not fit into the model's context."""
     labels: list[Preference | None] = []
-    rows = judge.settings.models.max_batch_size
-    for start in range(0, len(pairs), rows):
-        batch = pairs[start : start + rows]
+    batch_size = judge.settings.models.max_batch_size
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
         try:
             labels += judge.label_pairs(constitution, batch)
-        except PermanentRecordError:
+        except PermanentRecordError:  # one pair failed the whole batch
             labels += [_label_pair(judge, constitution, pair) for pair in batch]
     return labels
 
 
 def _label_pair(judge: BatchJudge, constitution: Constitution, pair: Response) -> Preference | None:
-
     try:
         return judge.label_pairs(constitution, [pair])[0]
     except PermanentRecordError:
@@ -190,27 +199,27 @@ def _print_status(text: str) -> None:
 
 
 def _format_rows(rows: Sequence[AgreementMetrics]) -> tuple[list[str], list[list[str | None]]]:
-    """The figures for reading: shares in per cent with their intervals."""
+    """Return column names and cells for people: fractions in percent with their intervals."""
     columns = [
-        "judge", "pairs", "labelled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
-        "tokens/pair read (cached) + written", "s/pair", "tokens/label", "s/label",
+        "judge", "pairs", "labeled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
+        "tokens/pair: prompt (cached) + completion", "s/pair", "tokens/label", "s/label",
     ]  # fmt: skip
-    costs = any(row.cost_per_label is not None for row in rows)
-    return [*columns, *(["cost/label"] if costs else [])], [_format_row(row, costs) for row in rows]
+    with_cost = any(row.cost_per_label is not None for row in rows)
+    return [*columns, *(["cost/label"] if with_cost else [])], [_format_row(row, with_cost) for row in rows]
 
 
 def _format_row(row: AgreementMetrics, with_cost: bool) -> list[str | None]:
     interval = (
         "" if row.accuracy_low is None else f" ({_format_percent(row.accuracy_low)}-{_format_percent(row.accuracy_high)})"
     )
-    abstained = ", ".join(f"{count} {name.lower().replace('_', ' ')}" for name, count in row.abstentions.items())
+    abstentions = ", ".join(f"{count} {name.lower().replace('_', ' ')}" for name, count in row.abstentions.items())
     tokens = None
     if row.tokens_read is not None:
         tokens = f"{row.tokens_read:.0f} ({row.tokens_cached:.0f}) + {row.tokens_written:.0f}"
     cells = [
         row.judge, str(row.pairs), str(row.labelled), f"{_format_percent(row.accuracy) or '-'}{interval}", _format_number(row.brier, 3),
         _format_number(row.ece, 3), _format_percent(row.swap_inconsistency), _format_number(row.mass, 2), _format_percent(row.prefers_longer),
-        abstained or None, tokens, _format_number(row.seconds, 2), _format_number(row.tokens_per_label, 0), _format_number(row.seconds_per_label, 2),
+        abstentions or None, tokens, _format_number(row.seconds, 2), _format_number(row.tokens_per_label, 0), _format_number(row.seconds_per_label, 2),
     ]  # fmt: skip
     return [*cells, _format_number(row.cost_per_label, 6)] if with_cost else cells
 

@@ -1,8 +1,8 @@
-"""The watch of `charter train --loop` from the settings: its limits, and the held-out judge that it asks.
+"""The held-out judge of the reward hacking monitor (`charter train --loop`).
 
-The held-out judge must not be what taught the reward model. Another model (`monitor.judge`) is asked under the constitution's
-judging principles. Without one the judge's own model is asked under the critique principles, which labelled nothing: what it
-says is weaker evidence, for it may share the judge's faults.
+The held-out judge must differ from the judge that labeled the training data of the reward model. It is another model
+(`monitor.judge`) with the judge principles of the constitution. Without that setting it is the judge's model with the critique
+principles, which labeled no training data. This is weaker evidence, because both may share the errors of the model.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ _CRITIQUE_JUDGE_PROMPT = "A critic is told: {critique}\n\nWhich answer would thi
 
 
 def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
-    """The watch that looks at every policy of the RL phase."""
+    """Return the monitor that checks every policy of the RL phase; without monitor.prompts it has no judge."""
     from trainer.monitor import RewardHackingMonitor
 
     return RewardHackingMonitor(settings.monitor, HeldOutJudge(settings) if settings.monitor.prompts else None)
 
 
 class HeldOutJudge:
-    """Compares two answers to each dialogue; its model is in memory only while it is asked."""
+    """Compares two responses to each dialogue. The model is loaded for each call only, so that training has the memory."""
 
     def __init__(self, settings: Settings) -> None:
-
         constitution = load_constitution(settings.run.constitution)
         judge = settings.judge.model_copy(update={"pairing": "completions"})
         models = settings.models.model_copy(update={"judge": settings.monitor.judge or settings.models.judge})
@@ -43,17 +42,15 @@ class HeldOutJudge:
         self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)
 
     def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
-        """The probability that the first answer is better, in both orders; None where the judge gave no label."""
-
-        asked = [make_pair_response(messages, a, b, (), "") for messages, a, b in pairs]
-        labels = label_pairs(BatchJudge(self.settings, RoleModels(self.settings)), self.constitution, asked)
+        """Return for each pair the probability that the first response is better, over both orders; None without a label."""
+        responses = [make_pair_response(messages, a, b, (), "") for messages, a, b in pairs]
+        labels = label_pairs(BatchJudge(self.settings, RoleModels(self.settings)), self.constitution, responses)
         return [label.p_a if label is not None and label.outcome is Outcome.OK else None for label in labels]
 
 
 def make_critique_judge_constitution(constitution: Constitution) -> Constitution:
-    """A constitution that judges by the critique principles."""
-
-    judging = [
+    """Return the constitution with judge principles made from its critique principles."""
+    judge_principles = [
         JudgePrinciple(
             id=p.id,
             name=p.name,
@@ -63,4 +60,4 @@ def make_critique_judge_constitution(constitution: Constitution) -> Constitution
         )
         for p in constitution.critique
     ]
-    return Constitution(**constitution.model_dump() | {"judge": judging, "judge_with": "one", "prose": ()})
+    return Constitution(**constitution.model_dump() | {"judge": judge_principles, "judge_with": "one", "prose": ()})

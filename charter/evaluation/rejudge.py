@@ -1,4 +1,7 @@
-"""`charter constitution`: the principles as code. List, show, lint and compare them, test them with the judge, study them."""
+"""Run the judge outside the pipeline: on test cases of a constitution, and on stored pairs under two constitutions.
+
+`charter constitution test` uses `run_cases`; `charter constitution diff --rejudge` uses `compare_labels`.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,20 @@ from schemas.records import ChatMessage, Completion, FinishReason, Preference, R
 
 @contextmanager
 def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
-    """The settings' judge, and a line on a terminal's error stream that counts what it was asked."""
+    """Yield the judge of the settings. On a terminal, standard error shows the number of judged pairs."""
+    models, num_judged = RoleModels(settings), 0
 
-    models, asked = RoleModels(settings), 0
-
-    def count(more: int) -> None:
-        nonlocal asked
-        asked += more
+    def show_progress(batch_size: int) -> None:
+        nonlocal num_judged
+        num_judged += batch_size
         if sys.stderr.isatty():
-            click.echo(f"\rpairs judged: {asked}", err=True, nl=False)
+            click.echo(f"\rpairs judged: {num_judged}", err=True, nl=False)
 
     try:
-        yield BatchJudge(settings, models, count)
+        yield BatchJudge(settings, models, show_progress)
     finally:
         models.close()
-        if asked and sys.stderr.isatty():
+        if num_judged and sys.stderr.isatty():
             click.echo(err=True)
 
 
@@ -46,27 +48,27 @@ ALL_PRINCIPLES = ALL_PRINCIPLES_ID
 
 @dataclass(frozen=True)
 class BatchJudge:
-    """A judge to ask: the settings' one, for any constitution, a batch at a time."""
+    """The judge of the settings, for any constitution. `on_progress` gets the size of each finished batch."""
 
     settings: Settings
     models: RoleModels
     on_progress: Callable[[int], None] = lambda count: None
 
     def label_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference]:
-        """What the judge says of each pair."""
-        judge, rows = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
-        made: list[Preference] = []
-        for start in range(0, len(pairs), rows):
-            batch = pairs[start : start + rows]
-            made += [preference for (preference,) in judge(batch)]
+        """Return the preference for each pair; a pair is a Response with two completions."""
+        judge, batch_size = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
+        preferences: list[Preference] = []
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            preferences += [preference for (preference,) in judge(batch)]
             self.on_progress(len(batch))
-        return made
+        return preferences
 
 
 def make_pair_response(
     messages: Sequence[ChatMessage], response_a: str, response_b: str, tags: Sequence[str], source: str
 ) -> Response:
-    """Two texts as the completions of an answer, which is what the judge compares."""
+    """Return two responses as the completions of one Response record, which is the input of the judge stage."""
     prompt_id = ids.compute_prompt_id(messages)
     return Response(
         record_id=ids.compute_record_id("pair", [prompt_id], ids.compute_fingerprint("imported_pair", response_a=response_a, response_b=response_b)),
@@ -83,18 +85,22 @@ def make_pair_response(
 
 
 def _split_by_principle(constitution: Constitution) -> dict[str, Constitution]:
-    """For each principle a constitution that asks it alone; one for all where all are asked in one question."""
+    """Return a constitution with only one judge principle, for each of them.
+
+    If the constitution asks all principles in one question (`judge_with` is "all"), return it under ALL_PRINCIPLES.
+    """
     if constitution.judge_with == "all":
         return {ALL_PRINCIPLES: constitution}
     return {principle.id: constitution.with_single_judge_principle(principle.id) for principle in constitution.judge}
 
 
-# Known failure modes
-
-
 @dataclass
 class PrincipleTally:
-    """How one principle fared on its cases; `p` are the probabilities of the answer that must win."""
+    """The results of one principle on its cases.
+
+    A hit is a label that prefers the response that must win. `win_probabilities` are the judge's probabilities of that response;
+    `hits_shown_first` and `hits_shown_second` count each order separately.
+    """
 
     principle_id: str
     hits: int = 0
@@ -115,9 +121,10 @@ class PrincipleTally:
         self.misses += label.p_a <= 0.5
 
     def to_row(self) -> tuple[Any, ...]:
-        cases = self.hits + self.misses + self.unlabeled
+        """Return the values of TALLY_COLUMNS."""
+        num_cases = self.hits + self.misses + self.unlabeled
         return (
-            self.principle_id, cases, self.hits, self.misses, self.hits_shown_first, self.hits_shown_second, self.unlabeled,
+            self.principle_id, num_cases, self.hits, self.misses, self.hits_shown_first, self.hits_shown_second, self.unlabeled,
             mean_or_none(self.win_probabilities),
         )  # fmt: skip
 
@@ -126,51 +133,49 @@ TALLY_COLUMNS = ["principle", "cases", "hits", "misses", "right_when_first", "ri
 
 
 def run_cases(judge: BatchJudge, constitution: Constitution, cases: CaseFile) -> list[PrincipleTally]:
-    """Each principle's hits and misses on the cases that are about it.
+    """Judge the cases and return the tally of each principle on the cases that test it.
 
-    Where all principles are asked in one question a case is asked once, and counted for each principle that it is about.
+    If the constitution asks all principles in one question, each case is judged once and counted for each principle it tests.
     """
-    named = [principle.id for principle in constitution.judge]
-    cases.check_principles(constitution.name, named)
-    about = [_get_case_principles(case, constitution) for case in cases.cases]
+    principle_ids = [principle.id for principle in constitution.judge]
+    cases.check_principles(constitution.name, principle_ids)
+    principles_by_case = [_get_case_principles(case, constitution) for case in cases.cases]
     pairs = [
         make_pair_response([ChatMessage(role="user", content=case.prompt)], case.wins, case.loses, case.tags, "cases")
         for case in cases.cases
     ]
-    whole = judge.label_pairs(constitution, pairs) if constitution.judge_with == ALL_PRINCIPLES else None
+    shared_labels = judge.label_pairs(constitution, pairs) if constitution.judge_with == ALL_PRINCIPLES else None
     tallies = []
-    for name in named:
-        concern = [i for i, names in enumerate(about) if name in names]
-        tally = PrincipleTally(name)
-        found = (
-            [whole[i] for i in concern]
-            if whole
-            else judge.label_pairs(constitution.with_single_judge_principle(name), [pairs[i] for i in concern])
-        )
-        for label in found:
+    for principle_id in principle_ids:
+        indices = [i for i, ids_of_case in enumerate(principles_by_case) if principle_id in ids_of_case]
+        if shared_labels:
+            labels = [shared_labels[i] for i in indices]
+        else:
+            single = constitution.with_single_judge_principle(principle_id)
+            labels = judge.label_pairs(single, [pairs[i] for i in indices])
+        tally = PrincipleTally(principle_id)
+        for label in labels:
             tally.add_label(label)
         tallies.append(tally)
     return tallies
 
 
 def _get_case_principles(case: ConstitutionCase, constitution: Constitution) -> Sequence[str]:
-    """The principles that a case is about: those it names, else all that fit its tags."""
+    """Return the principles that a case tests: those that it names, otherwise all that match its tags."""
     return case.principles or [principle.id for principle in filter_by_tags(constitution.judge, case.tags)]
 
-
-# A frozen slice under two constitutions
 
 _FROZEN_PAIRS_SQL = """
 SELECT messages, tags, source, response_a, response_b FROM (
     SELECT DISTINCT ON (response_id, response_a, response_b) messages, tags, source, response_a, response_b,
-           md5(coalesce(response_id, record_id)::VARCHAR || md5(response_a) || md5(response_b)) AS place
+           md5(coalesce(response_id, record_id)::VARCHAR || md5(response_a) || md5(response_b)) AS sort_key
     FROM preferences WHERE length(trim(response_a)) > 0 AND length(trim(response_b)) > 0 AND response_a <> response_b
     ORDER BY response_id, response_a, response_b, commit_seq
-) ORDER BY place LIMIT ?"""
+) ORDER BY sort_key LIMIT ?"""
 
 
 def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
-    """The same `count` pairs of answers from the same database each time, chosen by a hash of their ids."""
+    """Return `count` pairs of responses from the database, selected by a hash of their ids: the same pairs each time."""
     rows = open_store(settings).query_dicts(_FROZEN_PAIRS_SQL, [count], limit_s=30.0)
     return [
         make_pair_response(
@@ -180,9 +185,8 @@ def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
     ]
 
 
-PairLabels = dict[
-    int, float | None
-]  # pair -> p(a); None where there is no label; pairs that the principle is not for are absent
+# Index of the pair -> p(A); None without a label. Pairs that the principle's tags do not match are absent.
+PairLabels = dict[int, float | None]
 COMPARISON_COLUMNS = [
     "principle",
     "change",
@@ -197,31 +201,31 @@ COMPARISON_COLUMNS = [
 
 
 def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: Sequence[Response]) -> list[tuple[Any, ...]]:
-    """For each principle how the labels of the pairs differ (columns FLIPPED).
+    """Return a row with COMPARISON_COLUMNS for each principle: how its labels of the pairs differ between two constitutions.
 
-    A principle that only one version has is set against the mean label of all principles of the other; the last row sets
-    both means, which are what a pair is labelled on average, against each other. What both ask in the same words is asked once.
+    A principle that only one constitution has is compared with the mean label of all principles of the other. The last row
+    compares the two means. A prompt that both constitutions have is judged only once.
     """
-    known: dict[tuple[str, tuple[str, ...]], PairLabels] = {}
+    cache: dict[tuple[str, tuple[str, ...]], PairLabels] = {}
 
-    def ask(constitution: Constitution) -> PairLabels:
-        whole = constitution.judge_with == ALL_PRINCIPLES
-        words = constitution.combined_judge_prompt if whole else constitution.judge[0].judge_prompt
-        tags = () if whole else constitution.judge[0].tags
-        if (words, tags) not in known:
-            fitting = [i for i, pair in enumerate(pairs) if not tags or set(tags) & set(pair.tags)]
-            found = judge.label_pairs(constitution, [pairs[i] for i in fitting])
-            known[words, tags] = {i: label.p_a for i, label in zip(fitting, found, strict=True)}
-        return known[words, tags]
+    def label_once(constitution: Constitution) -> PairLabels:
+        asks_all = constitution.judge_with == ALL_PRINCIPLES
+        prompt = constitution.combined_judge_prompt if asks_all else constitution.judge[0].judge_prompt
+        tags = () if asks_all else constitution.judge[0].tags
+        if (prompt, tags) not in cache:
+            indices = [i for i, pair in enumerate(pairs) if not tags or set(tags) & set(pair.tags)]
+            preferences = judge.label_pairs(constitution, [pairs[i] for i in indices])
+            cache[prompt, tags] = {i: preference.p_a for i, preference in zip(indices, preferences, strict=True)}
+        return cache[prompt, tags]
 
-    sides = [{name: ask(alone) for name, alone in _split_by_principle(side).items()} for side in (a, b)]
-    means = [average_labels(side, found) for side, found in zip((a, b), sides, strict=True)]
+    labels = [{name: label_once(part) for name, part in _split_by_principle(c).items()} for c in (a, b)]
+    means = [average_labels(c, labels_by_principle) for c, labels_by_principle in zip((a, b), labels, strict=True)]
     rows = []
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        before, after = (side.get(name) for side in sides)
+    for name in dict.fromkeys([*labels[0], *labels[1]]):
+        before, after = (labels_by_principle.get(name) for labels_by_principle in labels)
         if before is not None and after is not None:
-            same = before is after
-            rows.append(_make_comparison_row(name, "same" if same else "changed", before, after, "its words before"))
+            change = "same" if before is after else "changed"  # the same prompt gives the same cached object
+            rows.append(_make_comparison_row(name, change, before, after, "its earlier prompt"))
         elif before is not None:
             rows.append(_make_comparison_row(name, "removed", before, means[1], f"the mean of {b.name} {b.version}"))
         elif after is not None:
@@ -231,26 +235,26 @@ def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: S
 
 
 def average_labels(constitution: Constitution, labels_by_principle: dict[str, PairLabels]) -> PairLabels:
-    """Each pair's label averaged over the principles that have one, by their weights: what a draw gives on average."""
+    """Return each pair's label averaged over its principles by weight: the expected label under sampling."""
     weights = {principle.id: principle.weight for principle in constitution.judge} | {ALL_PRINCIPLES: 1.0}
     means: PairLabels = {}
     for pair in sorted({pair for labels in labels_by_principle.values() for pair in labels}):
-        given = [(weights[name], p) for name, labels in labels_by_principle.items() if (p := labels.get(pair)) is not None]
-        means[pair] = math.fsum(w * p for w, p in given) / math.fsum(w for w, _ in given) if given else None
+        terms = [(weights[name], p) for name, labels in labels_by_principle.items() if (p := labels.get(pair)) is not None]
+        means[pair] = math.fsum(w * p for w, p in terms) / math.fsum(w for w, _ in terms) if terms else None
     return means
 
 
 def _make_comparison_row(name: str, change: str, before: PairLabels, after: PairLabels, against: str) -> tuple[Any, ...]:
     shared = [pair for pair in before if pair in after]
-    both = [(p, q) for pair in shared if (p := before[pair]) is not None and (q := after[pair]) is not None]
+    labeled = [(p, q) for pair in shared if (p := before[pair]) is not None and (q := after[pair]) is not None]
     return (
-        name, change, len(both), len(shared) - len(both), mean_or_none([p for p, _ in both]), mean_or_none([q for _, q in both]),
-        mean_or_none([abs(p - q) for p, q in both]), sum(is_flip(p, q) for p, q in both), against,
+        name, change, len(labeled), len(shared) - len(labeled), mean_or_none([p for p, _ in labeled]), mean_or_none([q for _, q in labeled]),
+        mean_or_none([abs(p - q) for p, q in labeled]), sum(is_flip(p, q) for p, q in labeled), against,
     )  # fmt: skip
 
 
 def is_flip(p: float, q: float) -> bool:
-    """Whether two labels name different answers the better one."""
+    """Return whether two labels prefer different responses; a tie is not a flip."""
     return (p - 0.5) * (q - 0.5) < 0
 
 

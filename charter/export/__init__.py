@@ -1,1 +1,1 @@
-"""Export of training data: the files and their dataset card."""
+"""Export of training data: the data files and their dataset card."""

@@ -1,8 +1,11 @@
-"""Training data in the forms that TRL and `datasets` read (`charter export`).
+"""`charter export`: write training data in the formats that TRL and `datasets` read.
 
-A folder with JSON lines or Parquet for each split and a README.md, as the Hugging Face hub lays data sets out. Which rows are
-in it is settled in one hold of the database, as their places in the commit order; then they are read page by page, from what
-never changes. So the stream may go on meanwhile, time grows with the rows, and memory by forty bytes for each of them.
+An export is a folder in the layout of a Hugging Face dataset: JSON lines or Parquet for each split, and a README.md.
+
+1. One read session of the database selects the rows, as commit sequence numbers in pages.
+2. The rows are read and written page by page. Committed rows do not change, so the pipeline can continue to write meanwhile.
+
+Time grows linearly with the number of rows; memory grows by about 40 bytes per row.
 """
 
 from __future__ import annotations
@@ -43,19 +46,20 @@ _LINEAGE_COLUMNS = {
 }
 
 
-def _to_assistant_messages(text: str) -> list[_RowDict]:
-    return [{"role": "assistant", "content": text}]
+def _to_assistant_messages(content: str) -> list[_RowDict]:
+    return [{"role": "assistant", "content": content}]
 
 
 def _extract_lineage(row: _RowDict) -> _RowDict:
+    """Return the columns that name the record and its origin."""
     constitution = row["constitution"]
-    known = row | {
+    values = row | {
         "record_id": str(row["record_id"]),
         "prompt_id": str(row["prompt_id"]),
         "constitution": f"{constitution['name']} {constitution['version']}" if constitution else None,
         "constitution_hash": constitution["hash"] if constitution else None,
     }
-    return {key: known[key] for key in _LINEAGE_COLUMNS}
+    return {name: values[name] for name in _LINEAGE_COLUMNS}
 
 
 def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
@@ -70,25 +74,33 @@ def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
 
 
 def _to_preference_rows(row: _RowDict) -> list[_RowDict]:
-    """The better answer first; `p_chosen` is the soft label, above one half: of a tie there is no chosen answer.
+    """Return one row with the preferred response as `chosen`; no row for a tie.
 
-    `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's in each order; null where it was not asked.
+    `p_chosen` is the soft label, greater than 0.5. `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's
+    probabilities with the chosen response shown first and second; null if the judge was not asked in that order.
     """
     if row["p_a"] == 0.5:
         return []
-    first = row["p_a"] > 0.5
+    a_is_chosen = row["p_a"] > 0.5
+    # p_forward and p_backward are probabilities of response A: it is shown first in the forward order, second in the backward.
     forward, backward = row["p_forward"], row["p_backward"]
-    orders = (forward, backward) if first else (_complement_probability(backward), _complement_probability(forward))
-    chosen, rejected = (row["response_a"], row["response_b"]) if first else (row["response_b"], row["response_a"])
-    p_chosen = row["p_a"] if first else 1 - row["p_a"]
-    more = {"p_chosen": p_chosen, "p_chosen_shown_first": orders[0], "p_chosen_shown_second": orders[1]}
-    more |= {"position_gap": row["position_gap"], "option_mass": row["option_mass"], "position_flip": row["position_flip"]}
+    if a_is_chosen:
+        chosen, rejected, p_chosen = row["response_a"], row["response_b"], row["p_a"]
+        shown_first, shown_second = forward, backward
+    else:
+        chosen, rejected, p_chosen = row["response_b"], row["response_a"], 1 - row["p_a"]
+        shown_first, shown_second = _complement_probability(backward), _complement_probability(forward)
     return [
         {
             "prompt": row["messages"],
             "chosen": _to_assistant_messages(chosen),
             "rejected": _to_assistant_messages(rejected),
-            **more,
+            "p_chosen": p_chosen,
+            "p_chosen_shown_first": shown_first,
+            "p_chosen_shown_second": shown_second,
+            "position_gap": row["position_gap"],
+            "option_mass": row["option_mass"],
+            "position_flip": row["position_flip"],
             **_extract_lineage(row),
         }
     ]
@@ -99,26 +111,30 @@ def _complement_probability(p: float | None) -> float | None:
 
 
 def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
-    """Both answers by themselves, each wanted or not. A pair without a winner says nothing about either."""
+    """Return one row for each response of the pair, labeled true if it is preferred; no rows for a tie."""
     if row["p_a"] == 0.5:
         return []
-    answers = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
+    responses = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
     return [
         {
             "prompt": row["messages"],
-            "completion": _to_assistant_messages(text),
+            "completion": _to_assistant_messages(response),
             "label": p > 0.5,
             "p_better": p,
             **_extract_lineage(row),
         }
-        for text, p in answers
+        for response, p in responses
     ]
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One form of training data: the view that says what is in each split, the one that has the rows whatever came after them,
-    its columns, and what a row becomes."""
+    """A format of training data.
+
+    `split_views` are the views that select the rows of each split. The rows are read from `source_view`, which has them also
+    after a later record removed them from the split. `to_rows` converts a database row to rows with `columns`. `trainer` is the
+    TRL trainer that reads the format.
+    """
 
     split_views: dict[str, str]
     source_view: str
@@ -170,31 +186,31 @@ EXPORT_FORMATS = {
 }
 
 
-CommitPages = list[list[int]]
+CommitPages = list[list[int]]  # commit sequence numbers, at most PAGE_SIZE in a page
 
 
 def select_commits(
     store: Store, export_format: ExportFormat, selection: ExportSelection, limit: int | None
 ) -> tuple[ExportSelection, dict[str, CommitPages]]:
-    """The choice up to the newest commit, and for each split the places of its rows, a page at a time.
+    """Return the selection up to the newest commit, and for each split the commit sequence numbers of its rows.
 
-    All in one hold of the database: an override that comes later takes no label away from what is being written.
+    One read session is used for all queries, so that an override that is committed later does not remove a selected label.
     """
-    with store.open_read_session(limit_s=_QUERY_TIMEOUT_S) as ask:
-        selection = replace(selection, max_commit_seq=ask("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
-        most = f" ORDER BY commit_seq LIMIT {limit}" if limit else ""
+    with store.open_read_session(limit_s=_QUERY_TIMEOUT_S) as query:
+        selection = replace(selection, max_commit_seq=query("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
+        limit_clause = f" ORDER BY commit_seq LIMIT {limit}" if limit else ""
         pages = {}
         for split, view in export_format.split_views.items():
             sql = f"""SELECT list(commit_seq ORDER BY commit_seq)
                       FROM (SELECT commit_seq, (row_number() OVER (ORDER BY commit_seq) - 1) // {PAGE_SIZE} AS page
-                            FROM (SELECT commit_seq FROM {view} WHERE {selection.where_clause}{most}))
+                            FROM (SELECT commit_seq FROM {view} WHERE {selection.where_clause}{limit_clause}))
                       GROUP BY page ORDER BY page"""
-            pages[split] = [page for (page,) in ask(sql, selection.parameters).rows]
+            pages[split] = [page for (page,) in query(sql, selection.parameters).rows]
     return selection, pages
 
 
 def read_rows(store: Store, view: str, pages: CommitPages) -> Iterator[_RowDict]:
-    """The rows of a view at these places, in their order."""
+    """Yield the rows of a view with these commit sequence numbers, in commit order."""
     sql = f"""SELECT * FROM {view} WHERE commit_seq BETWEEN $first AND $last
               AND commit_seq IN (SELECT unnest($page::BIGINT[])) ORDER BY commit_seq"""
     for page in pages:
@@ -202,7 +218,7 @@ def read_rows(store: Store, view: str, pages: CommitPages) -> Iterator[_RowDict]
 
 
 class _JsonLinesWriter:
-    """JSON lines."""
+    """Writes rows as JSON lines."""
 
     suffix = "jsonl"
 
@@ -217,7 +233,7 @@ class _JsonLinesWriter:
 
 
 class _ParquetWriter:
-    """Parquet."""
+    """Writes rows as Parquet with zstd compression, one row group per call."""
 
     suffix = "parquet"
 
@@ -238,63 +254,72 @@ _WRITERS = {writer.suffix: writer for writer in (_JsonLinesWriter, _ParquetWrite
 def _write_split(
     path: Path, writer: type[_JsonLinesWriter | _ParquetWriter], export_format: ExportFormat, source_rows: Iterator[_RowDict]
 ) -> SplitStats:
-    """Write one file; what is in it."""
-    counted, page, file = SplitStats(), [], writer(path, export_format.columns)
+    """Write the file of one split and return its statistics."""
+    stats, page, file = SplitStats(), [], writer(path, export_format.columns)
     try:
         for row in source_rows:
-            for made in export_format.to_rows(row):
-                counted.add_row(made)
-                page.append(made)
+            for exported_row in export_format.to_rows(row):
+                stats.add_row(exported_row)
+                page.append(exported_row)
             if len(page) >= PAGE_SIZE:
                 file.write(page)
                 page = []
         file.write(page)
     finally:
         file.close()
-    return counted
+    return stats
 
 
 def _is_export_folder(folder: Path) -> bool:
-    """Whether `charter export` has written a folder: its card has our tag."""
+    """Return whether `charter export` wrote the folder: the front matter of its README.md has the export tag."""
     path = folder / "README.md"
     return path.is_file() and EXPORT_TAG in path.read_text(encoding="utf-8", errors="replace").partition("configs:")[0]
 
 
 @contextmanager
 def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A folder beside the target that takes its place when all went well."""
+    """Yield a temporary folder next to the target, and rename it to the target if the block succeeds.
+
+    Raises UsageError if the target exists, unless `force` is true and `charter export` wrote it.
+    """
     if target.exists() and not (force and _is_export_folder(target)):
-        why = "it is replaced only with --force" if not force else "it is no folder that charter export wrote"
-        raise UsageError(f"{target} is there already", why, "name another folder" + ("" if force else ", or add --force"))
-    making = target.with_name(f".{target.name}.{os.getpid()}")
+        why = "charter export did not write it" if force else "an existing folder is replaced only with --force"
+        raise UsageError(f"{target} already exists", why, "use another folder" + ("" if force else ", or add --force"))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        (making / "data").mkdir(parents=True)
-        yield making
+        (temporary / "data").mkdir(parents=True)
+        yield temporary
         if target.exists():
             shutil.rmtree(target)
-        making.rename(target)
+        temporary.rename(target)
     except OSError as error:
-        raise UsageError(f"{target} cannot be written", str(error), "name a folder that can") from error
+        raise UsageError(f"{target} cannot be written", str(error), "use a folder that is writable") from error
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_dataset(
     store: Store, target: Path, format_name: str, selection: ExportSelection, suffix: str, limit: int | None, force: bool
 ) -> dict[str, SplitStats]:
-    """Write a form's splits and the card to a new folder; what is in each split."""
-    form, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]
+    """Write the splits of a format and the dataset card to the folder `target`; return the statistics of each split.
+
+    `suffix` is jsonl or parquet; `limit` is the maximum number of database rows per split. A split without rows gets no file.
+    Raises UsageError if the folder exists (see `force`) or no row matches.
+    """
+    export_format, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]
     with _replace_folder(target, force) as folder:
-        selection, pages = select_commits(store, form, selection, limit)
-        counts = {}
-        for split in form.split_views:
+        selection, pages = select_commits(store, export_format, selection, limit)
+        split_stats = {}
+        for split, commit_pages in pages.items():
             path = folder / "data" / f"{split}.{suffix}"
-            counts[split] = _write_split(path, writer, form, read_rows(store, form.source_view, pages[split]))
-            if not counts[split].num_rows:
+            rows = read_rows(store, export_format.source_view, commit_pages)
+            split_stats[split] = _write_split(path, writer, export_format, rows)
+            if not split_stats[split].num_rows:
                 path.unlink()
-        if not any(counted.num_rows for counted in counts.values()):
-            fix = "type: charter status    (what there is), or leave --run and --source out"
-            raise UsageError("there is nothing to export", f"no row of {' and '.join(form.split_views.values())} fits", fix)
-        text = format_dataset_card(store, format_name, form.trainer, selection, counts, suffix)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    return counts
+        if not any(stats.num_rows for stats in split_stats.values()):
+            views = " and ".join(export_format.split_views.values())
+            fix = "type: charter status    (to see the record counts), or remove --run and --source"
+            raise UsageError("there is nothing to export", f"no row of {views} matches", fix)
+        card = format_dataset_card(store, format_name, export_format.trainer, selection, split_stats, suffix)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return split_stats

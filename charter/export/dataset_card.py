@@ -1,4 +1,4 @@
-"""The data card of an export: what is in it, what is not, and where every row came from."""
+"""The dataset card of an export: its rows, the excluded records, and the origin of the rows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from charter.export.selection import ExportSelection, SplitStats
 from engine.store import Store
 
 _QUERY_TIMEOUT_S = 60.0
-_HUMAN_DATA_ONLY = "None: people's data alone."
-EXPORT_TAG = "charter-export"  # a tag of the card: --force replaces no folder without it
+_HUMAN_DATA_ONLY = "None: all rows are human data."
+EXPORT_TAG = "charter-export"  # --force replaces only a folder whose card has this tag
 
-# Why a chain or a label that was made is in no training view.
+# The reasons why a chain or a label is not in a training view.
 _EXCLUDED_SQL = {
     "sft": """
         SELECT 'chain ended ' || end_reason AS reason, count(*) AS records FROM revision_chains
         WHERE end_reason NOT IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND {where} GROUP BY 1
         UNION ALL
-        SELECT 'prompt is both trained on and held out', count(*) FROM trainable_responses u
+        SELECT 'prompt is in both splits', count(*) FROM trainable_responses u
         WHERE {where} AND record_id NOT IN (SELECT record_id FROM sft_examples)
           AND record_id NOT IN (SELECT record_id FROM held_out_examples)
         ORDER BY 2 DESC""",
@@ -27,17 +27,17 @@ _EXCLUDED_SQL = {
         SELECT 'judge gave no label: ' || outcome AS reason, count(*) AS records FROM preferences
         WHERE (outcome <> 'OK' OR p_a IS NULL) AND {where} GROUP BY 1
         UNION ALL
-        SELECT 'no answer is preferred', count(*) FROM preference_labels WHERE p_a = 0.5 AND overridden_by IS NULL AND {where}
+        SELECT 'tie: no response is preferred', count(*) FROM preference_labels WHERE p_a = 0.5 AND overridden_by IS NULL AND {where}
         UNION ALL
-        SELECT 'a person''s label stands instead', count(*) FROM preference_labels WHERE overridden_by IS NOT NULL AND {where}
+        SELECT 'replaced by a human label', count(*) FROM preference_labels WHERE overridden_by IS NOT NULL AND {where}
         UNION ALL
-        SELECT 'prompt is both trained on and held out', count(*) FROM preference_labels
+        SELECT 'prompt is in both splits', count(*) FROM preference_labels
         WHERE overridden_by IS NULL AND {where} AND record_id NOT IN (SELECT record_id FROM preference_pairs)
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
 }
-# The models that the rows came from: those of each chain, or of the answers that were compared and of what became of them.
-# A run that judges old answers anew has no answers of its own.
+# The models that made the rows. Responses are selected by id, not by run: a replay of the judge stage labels the responses of
+# another run.
 _CHAINS_SQL = {
     "sft": "SELECT response_id, run_id FROM revision_chains WHERE {where}",
     "preference": """SELECT response_id, run_id FROM revision_chains
@@ -54,11 +54,11 @@ _MODELS_SQL = """
     WITH chains AS ({chains})
     SELECT stage, model.id || CASE WHEN model.revision = '' THEN '' ELSE ' (' || model.revision || ')' END AS model, records
     FROM (
-        SELECT stage, model, count(*) AS records, 1 AS place FROM responses WHERE record_id IN ({answers}) GROUP BY ALL
+        SELECT stage, model, count(*) AS records, 1 AS stage_order FROM responses WHERE record_id IN ({responses}) GROUP BY ALL
         UNION ALL SELECT stage, model, count(*), 2 FROM critiques WHERE (response_id, run_id) IN (FROM chains) GROUP BY ALL
         UNION ALL SELECT stage, model, count(*), 3 FROM revisions WHERE (response_id, run_id) IN (FROM chains) GROUP BY ALL
         {judges})
-    WHERE model IS NOT NULL ORDER BY place, 2"""
+    WHERE model IS NOT NULL ORDER BY stage_order, 2"""
 _PRESETS_SQL = """
     SELECT preset, outcome, count(*) AS labels FROM preferences WHERE label_source = 'AI' AND {where}
     GROUP BY ALL ORDER BY ALL"""
@@ -70,93 +70,91 @@ def _format_markdown_table(columns: list[str], rows: list[Any]) -> str:
 
 
 def _escape_cell(value: object) -> str:
-    """A value that stays in its cell: what a name says is data, not markup."""
+    """Return a value as one line with Markdown characters escaped: names come from data files."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "|\\`*_[]<>" else c for c in text)
 
 
 def _format_front_matter(format_name: str, files: dict[str, str]) -> str:
-    """What the hub and `datasets` read: which file is which split."""
+    """Return the YAML front matter, from which the Hugging Face hub and `datasets` read the file of each split."""
     names = {"train": "train", "eval": "test"}
     lines = [f"  - split: {names[split]}\n    path: {json.dumps(path)}" for split, path in files.items()]
-    head = [
+    header = [
         "---",
         f"pretty_name: Charter {format_name} data",
         f"tags: [constitutional-ai, synthetic, {EXPORT_TAG}]",
         "configs:",
         "- config_name: default",
     ]
-    return "\n".join([*head, "  data_files:", *lines, "---"])
+    return "\n".join([*header, "  data_files:", *lines, "---"])
 
 
 def format_dataset_card(
     store: Store, format_name: str, trainer: str, selection: ExportSelection, split_stats: dict[str, SplitStats], suffix: str
 ) -> str:
-    """README.md of an export."""
-    files = {split: f"data/{split}.{suffix}" for split, counted in split_stats.items() if counted.num_rows}
-    by = sorted(
-        (split, *about, rows) for split, counted in split_stats.items() for about, rows in counted.rows_by_source.items()
+    """Return the contents of the README.md of an export."""
+    files = {split: f"data/{split}.{suffix}" for split, stats in split_stats.items() if stats.num_rows}
+    all_stats = split_stats.values()
+    row_counts = sorted(
+        (split, *source, count) for split, stats in split_stats.items() for source, count in stats.rows_by_source.items()
     )
-    constitutions = sorted({about for counted in split_stats.values() for about in counted.constitutions})
-    versions = sorted({v for counted in split_stats.values() for v in counted.policy_versions if v is not None})
-    runs = sorted({run for counted in split_stats.values() for run in counted.run_ids})
-    times = [time for counted in split_stats.values() for time in (counted.first_created_at, counted.last_created_at) if time]
+    constitutions = sorted({constitution for stats in all_stats for constitution in stats.constitutions})
+    versions = sorted({version for stats in all_stats for version in stats.policy_versions if version is not None})
+    runs = sorted({run for stats in all_stats for run in stats.run_ids})
+    times = [time for stats in all_stats for time in (stats.first_created_at, stats.last_created_at) if time]
     parts = [
         _format_front_matter(format_name, files),
         f"# {format_name.upper() if format_name != 'preference' else 'Preference'} data of Charter {charter.__version__}",
-        f"For TRL's {trainer}. Made by a stream of Constitutional AI: {_describe_format(format_name)}",
-        f"Rows made from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
+        f"For TRL's {trainer}. Made by a Constitutional AI pipeline: {_describe_format(format_name)}",
+        f"Rows created from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
         f" to commit {selection.max_commit_seq} of the database; policy versions {', '.join(map(str, versions)) or 'none'}.",
-        "## Rows\n\n" + _format_markdown_table(["split", "source of the prompt", "label from", "rows"], by),
-        "Prompts are held out by the hash of their text before anything is made of them; no prompt is in both splits.",
+        "## Rows\n\n" + _format_markdown_table(["split", "prompt source", "label source", "rows"], row_counts),
+        "A hash of the prompt decides whether it is held out, before any stage processes it; no prompt is in both splits.",
         "## Constitutions\n\n"
         + (_format_markdown_table(["constitution", "hash"], constitutions) if constitutions else _HUMAN_DATA_ONLY),
         "## Models\n\n" + _format_models(store, format_name, selection),
-        "## Left out\n\n" + _format_excluded(store, format_name, selection),
+        "## Excluded records\n\n" + _format_excluded(store, format_name, selection),
     ]
     if format_name != "sft":
         parts.append(
-            "## Judging\n\n"
+            "## Judge outcomes\n\n"
             + _format_markdown_table(["preset", "outcome", "labels"], _query_selection(store, _PRESETS_SQL, selection))
         )
     parts.append(
-        "Prompts may be offensive on purpose, and answers wrong: they are a model's, not a person's, unless the label source"
-        " says HUMAN. Each row names its record (`record_id`); `charter show ID` tells its story."
+        "Prompts may be offensive on purpose, and responses may be wrong. Responses and labels come from models unless the label"
+        " source is HUMAN. `charter show RECORD_ID` shows the trace of a row's prompt."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def _query_selection(store: Store, sql: str, selection: ExportSelection) -> list[tuple[Any, ...]]:
-    wanted = {name: value for name, value in selection.parameters.items() if "{where}" in sql}
-    return store.query(sql.replace("{where}", f"({selection.where_clause})"), wanted, limit_s=_QUERY_TIMEOUT_S).rows
+    parameters = selection.parameters if "{where}" in sql else {}
+    return store.query(sql.replace("{where}", f"({selection.where_clause})"), parameters, limit_s=_QUERY_TIMEOUT_S).rows
 
 
 def _format_models(store: Store, format_name: str, selection: ExportSelection) -> str:
     kind = "sft" if format_name == "sft" else "preference"
     parts = {
         "chains": _CHAINS_SQL[kind],
-        "answers": _RESPONSES_SQL[kind],
+        "responses": _RESPONSES_SQL[kind],
         "judges": "" if format_name == "sft" else _JUDGES_SQL,
     }
     sql = _MODELS_SQL
     for name, part in parts.items():
         sql = sql.replace(f"{{{name}}}", part)
-    found = _query_selection(store, sql, selection)
-    return _format_markdown_table(["stage", "model", "records"], found) if found else _HUMAN_DATA_ONLY
+    rows = _query_selection(store, sql, selection)
+    return _format_markdown_table(["stage", "model", "records"], rows) if rows else _HUMAN_DATA_ONLY
 
 
 def _format_excluded(store: Store, format_name: str, selection: ExportSelection) -> str:
-    found = [
-        row
-        for row in _query_selection(store, _EXCLUDED_SQL["sft" if format_name == "sft" else "preference"], selection)
-        if row[1]
-    ]
-    return _format_markdown_table(["why", "records"], found) if found else "Nothing."
+    sql = _EXCLUDED_SQL["sft" if format_name == "sft" else "preference"]
+    rows = [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
+    return _format_markdown_table(["reason", "records"], rows) if rows else "None."
 
 
 def _describe_format(format_name: str) -> str:
     return {
-        "sft": "the final text of each chain of critique and revision, and people's demonstrations.",
-        "preference": "pairs of answers under principles; `p_chosen` is the probability that the chosen answer is better.",
-        "kto": "answers that won or lost their comparison; `p_better` is the probability that the answer is the better one.",
+        "sft": "the final response of each revision chain, and human demonstrations.",
+        "preference": "pairs of responses judged by principles; `p_chosen` is the probability that the chosen response is better.",
+        "kto": "responses that were preferred or not; `p_better` is the probability that the response is the better one of its pair.",
     }[format_name]

@@ -1,4 +1,4 @@
-"""What an export selects, and the numbers about what it wrote."""
+"""The records that an export selects, and statistics about the files that it writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportSelection:
-    """Which records: of one run (those too that another had made before) or all, of some sources or of all, up to a commit."""
+    """A filter on records: one run or all runs, some prompt sources or all, up to a commit sequence number.
+
+    The records of a run include those that an earlier run had already made with the same id.
+    """
 
     run_id: str | None = None
     sources: tuple[str, ...] = ()
@@ -24,13 +27,17 @@ class ExportSelection:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        more: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
-        return {"upto": self.max_commit_seq, **more, **({"sources": list(self.sources)} if self.sources else {})}
+        parameters: dict[str, Any] = {"upto": self.max_commit_seq}
+        if self.run_id:
+            parameters["run"] = self.run_id
+        if self.sources:
+            parameters["sources"] = list(self.sources)
+        return parameters
 
 
 @dataclass
 class SplitStats:
-    """What went into one file."""
+    """Statistics about the rows of one file."""
 
     num_rows: int = 0
     rows_by_source: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
@@ -42,8 +49,8 @@ class SplitStats:
 
     def add_row(self, row: dict[str, Any]) -> None:
         self.num_rows += 1
-        about = (row["source"], row["label_source"])
-        self.rows_by_source[about] = self.rows_by_source.get(about, 0) + 1
+        source = (row["source"], row["label_source"])
+        self.rows_by_source[source] = self.rows_by_source.get(source, 0) + 1
         self.policy_versions.add(row["policy_version"])
         self.constitutions |= {(row["constitution"], row["constitution_hash"])} if row["constitution"] else set()
         self.run_ids.add(row["run_id"])

@@ -135,9 +135,9 @@ def test_prompts_in_every_form_and_what_is_none():
     )
     assert charter.generate_responses([text, "other"])[0] is text and isinstance(charter.to_prompt("hello"), Prompt)
     for wrong in ("", [], [{"role": "assistant", "content": "hello"}], [{"role": "user"}], ["hello"], 7, None):
-        with pytest.raises(UsageError, match="this is no prompt"):
+        with pytest.raises(UsageError, match="the prompt is invalid"):
             charter.respond(wrong)
-    with pytest.raises(UsageError, match="one answer is no pair"):
+    with pytest.raises(UsageError, match="a response with 1 completions cannot be judged"):
         Charter(model=ScriptedModel(), settings={"respond.num_completions": 1}).generate_preference_pair("hello")
     with pytest.raises(UsageError, match=r"nearest name is respond\.num_completions"):
         Charter(settings={"respond.num_completion": 1})

@@ -29,7 +29,7 @@ def doctor(tmp_path):
 def test_a_fresh_folder_is_well_and_stays_untouched(tmp_path, doctor):
     code, found = doctor()
     assert code == 0 and {row["state"] for row in found.values()} <= {"ok", "warn"}
-    assert "not there yet" in found["database"]["detail"] and "not there yet" in found["log"]["detail"]
+    assert "does not exist yet" in found["database"]["detail"] and "does not exist yet" in found["log"]["detail"]
     assert not (tmp_path / "data").exists()
 
 
@@ -49,7 +49,7 @@ def test_what_is_there_is_described(tmp_path, doctor, smollm2):
     ("settings", "check", "words"),
     [
         ({"models__policy": "/nowhere/model"}, "model policy", "there is no model"),
-        ({"models__judge": "http://127.0.0.1:9/v1#judge"}, "model judge", "does not answer"),
+        ({"models__judge": "http://127.0.0.1:9/v1#judge"}, "model judge", "not a reachable model server"),
         ({"run__constitution": "defualt"}, "constitution", "no constitution"),
         ({"bus__address": "kafka://127.0.0.1:9"}, "log", "refused"),
     ],

@@ -149,9 +149,9 @@ def test_the_study_finds_what_the_judge_does(pairs):
     assert judge["swap_inconsistency"] == 0 and judge["tokens_read"] > 0 and judge["mass"] == pytest.approx(0.9)
     assert (longer["accuracy"], shorter["accuracy"], drawn["pairs"]) == (0, 1, 12)
     assert judge["cost_per_label"] == judge["tokens_read"] and judge["cost_per_label"] > 0
-    told = json.loads(study.to_json())
-    assert "12 of the 13 rows" in told["about"] and "1 rows are no decided pairs" in told["about"]
-    assert len(told["labels"]["lee2023"]) == 12 and 0 < sum(told["a_preferred"]) < 12
+    report = json.loads(study.to_json())
+    assert "12 of the 13 rows" in report["about"] and "1 rows are ties or not pairs" in report["about"]
+    assert len(report["labels"]["lee2023"]) == 12 and 0 < sum(report["a_preferred"]) < 12
 
 
 def test_every_preset_is_in_the_report(tmp_path, pairs):

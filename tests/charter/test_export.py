@@ -116,8 +116,8 @@ def test_the_card_says_where_it_came_from_and_what_is_left_out(world, tmp_path):
     call(tmp_path, "export", "preference", tmp_path / "pairs")
     card = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
     assert "| train | test | HUMAN | 1 |" in card and "| train | test | AI | 1 |" in card and "| eval | test | AI | 1 |" in card
-    assert "| no answer is preferred | 1 |" in card
-    assert "| a person's label stands instead | 1 |" in card and re.search(r"gave no label: LOW\\_MASS \| 1 \|", card)
+    assert "| tie: no response is preferred | 1 |" in card
+    assert "| replaced by a human label | 1 |" in card and re.search(r"gave no label: LOW\\_MASS \| 1 \|", card)
     call(tmp_path, "export", "sft", tmp_path / "sft")
     assert "| chain ended UNUSABLE | 1 |" in (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
 
@@ -172,7 +172,7 @@ def test_what_is_there_is_kept(world, tmp_path):
     assert "label" in lines(tmp_path / "out/data/train.jsonl")[0]
     (tmp_path / "mine" / "data").mkdir(parents=True)
     (tmp_path / "mine" / "README.md").write_text("somebody's own data set")
-    with pytest.raises(UsageError, match="no folder that charter export wrote"):
+    with pytest.raises(UsageError, match="charter export did not write it"):
         call(tmp_path, "export", "sft", tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "README.md").read_text() == "somebody's own data set"
     with pytest.raises(UsageError, match="nothing to export"):

@@ -74,7 +74,7 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
         ("policy", 0, ""), ("policy", 1, "sft"), ("policy", 2, "sft"), ("reward", 1, "reward"),
     ]  # fmt: skip
     assert before[1]["weights"] == "removed" and before[2]["role"] == "current, reference"
-    with pytest.raises(UsageError, match="weights of policy 1 are gone"):
+    with pytest.raises(UsageError, match="weights of policy 1 are missing"):
         charter("policy", "use", "1")
     with pytest.raises(UsageError, match="no policy 9"):
         charter("policy", "use", "9")
@@ -112,7 +112,7 @@ def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["fake.safetensors"]
     with pytest.raises(UsageError, match="already exists"):
         charter("policy", "export", "2", str(tmp_path / "out"))
-    with pytest.raises(UsageError, match="no policy version"):
+    with pytest.raises(UsageError, match="is not a policy version"):
         charter("policy", "export", "newest", str(tmp_path / "other"))
 
 

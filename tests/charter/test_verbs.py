@@ -154,7 +154,7 @@ def test_a_replay_without_a_principle_has_a_constitution_of_its_own(place):
     assert len(moved) == PROMPTS and all(before != after or same for before, after, same in moved)
     assert {before for before, after, _ in moved if before != after} <= {"kinder", "hands-over"}
     place.fails(ConstitutionError, "did you mean kinder", *again, "--exclude-principle", "kidner")
-    place.fails(UsageError, "was begun under another constitution", *again, "--exclude-principle", "kinder", "--as", "less")
+    place.fails(UsageError, "started with another constitution", *again, "--exclude-principle", "kinder", "--as", "less")
 
 
 def read_values_of(place, topic):
@@ -189,7 +189,7 @@ def test_a_replay_reads_what_the_log_keeps_no_more_from_the_archive(place):
     assert "would replay 0 records" in place.call(*again, "--to", "2000-01-01", "--dry-run")
     place.call(*again)
     from_log = [word for word in again if word != "--archive"]
-    place.fails(UsageError, "again was begun from the archive", *from_log)
+    place.fails(UsageError, "replay again started from the archive", *from_log)
     assert dict(place.sql(COUNTS))["preferences"] == 2 * before["preferences"]
 
 
@@ -200,7 +200,7 @@ def test_bounds_of_a_replay(place):
     assert "would replay 0 records" in place.call("replay", "--stage", "respond", "--from", "1000000", "--dry-run")
     place.fails(UsageError, "is not a replay bound", "replay", "--stage", "respond", "--from", "yesterday-ish", "--dry-run")
     place.fails(UsageError, "there is no run nowhere", "replay", "--stage", "judge", "--from", "run:nowhere")
-    place.fails(UsageError, "a replay is a run of its own", "replay", "--stage", "judge", "--as", "live")
+    place.fails(UsageError, "the replay of run live cannot have the same name", "replay", "--stage", "judge", "--as", "live")
 
 
 def test_two_runs_at_once_share_one_database(tmp_path):
