@@ -23,8 +23,13 @@ from charter.text import escape_unprintable, format_json, get_terminal_width
 _PROGRESS_LOGGER = logging.getLogger("charter.progress")
 
 
-def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has. The command gets `settings`, and `origins` if it has a parameter of that name."""
+def common_options(
+    function: Callable[..., Any], *, get_preset: Callable[[], dict[str, dict[str, Any]]] | None = None
+) -> Callable[..., Any]:
+    """Add the options that every verb has. The command gets `settings`, and `origins` if it has a parameter of that name.
+
+    `get_preset` returns defaults of this command, which every other source of settings overrides.
+    """
     options = [
         click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
         click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
@@ -53,8 +58,7 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         configure_logging(verbose, log_json)
         flags = {"data.folder": data, "bus.address": bus, "run.id": run_id}
         overrides = {name: value for name, value in flags.items() if value is not None} | _parse_assignments(assignments)
-        preset = _PRESETS_BY_COMMAND.get(function.__name__)
-        return function(**_load_settings(function, overrides, config, preset), **rest)
+        return function(**_load_settings(function, overrides, config, get_preset() if get_preset else None), **rest)
 
     for option in reversed(options):
         wrapper = option(wrapper)
@@ -97,18 +101,9 @@ def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Pa
     """Return the arguments `settings` and, if `function` has that parameter, `origins`."""
     from engine.settings import load_settings
 
-    settings, origins = load_settings(flags, file, preset() if preset else None)
+    settings, origins = load_settings(flags, file, preset)
     parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
     return {"settings": settings} | ({"origins": origins} if "origins" in parameters else {})
-
-
-def _get_demo_preset() -> dict[str, dict[str, Any]]:
-    from charter.demo import DEMO_PRESET
-
-    return DEMO_PRESET
-
-
-_PRESETS_BY_COMMAND = {"demo": _get_demo_preset}
 
 
 def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:

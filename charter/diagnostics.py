@@ -20,7 +20,8 @@ from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
 from engine.errors import CharterError
 from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
-from engine.models.endpoint import ServerCapabilities, get_api_key_variable, open_endpoint
+from engine.models.chat_api import ServerCapabilities
+from engine.models.endpoint import get_api_key_variable, open_endpoint
 from engine.settings import Settings
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS

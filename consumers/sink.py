@@ -12,6 +12,7 @@ it to let waiting readers in.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import threading
 import time
@@ -23,6 +24,7 @@ import duckdb
 import pyarrow as pa
 from pydantic_core import to_json
 
+from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Reader, TopicPartition
 from engine.dead_letters import make_dead_letter
 from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost
@@ -30,7 +32,6 @@ from engine.metrics import MetricSample
 from engine.store import Store, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
 from engine.watchdog import CallTracker
-from engine.worker import compute_backoff
 from schemas.codec import RecordError, decode_record
 from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
 from schemas.topics import TOPICS
@@ -40,7 +41,7 @@ logger = logging.getLogger("charter.sink")
 _READER_YIELD_INTERVAL_S = 1.0
 _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
-_BACKOFF_RANGE_S = (0.05, 2.0)  # shortest and longest wait while another process holds the file
+_BACKOFF_RANGE_S = (0.05, 2.0)  # upper limits of the first and the longest wait while another process holds the file
 # These fields differ each time the same work is done, so they are not part of the content hash.
 _VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
@@ -101,8 +102,7 @@ class Sink:
 
         Return False if the sink is stopped first. No record is lost in the meantime: the log keeps them, and the lag grows.
         """
-        wait_s = _BACKOFF_RANGE_S[0]
-        while True:
+        for failures in itertools.count():
             try:
                 self.write_batch(consumer_records)
                 return True
@@ -110,9 +110,9 @@ class Sink:
                 self.release_connection()
                 self.num_pauses += 1
                 logger.warning("the sink waits: %s: %s", error.what, error.why)
-                if self.stop_event.wait(wait_s):
-                    return False
-                wait_s = min(_BACKOFF_RANGE_S[1], 2 * wait_s)
+                if self.stop_event.wait(compute_backoff(failures, _BACKOFF_RANGE_S)):
+                    break
+        return False
 
     def close(self) -> None:
         self.release_connection()

@@ -20,7 +20,6 @@ commit them.
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
 from engine.crash_journal import MAX_CRASHES, CrashJournal, make_coordinates_key
 from engine.dead_letters import make_dead_letter
@@ -52,7 +52,6 @@ _IDLE_POLL_TIMEOUT_S = 0.5
 _BUSY_POLL_TIMEOUT_S = 0.02
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
-BACKOFF_S = (0.5, 30.0)  # first and maximum pause after a dependency failed
 TARGET_STAGE_HEADER = "only-stage"  # header of a record that only one stage may process (a retried dead letter)
 
 
@@ -114,12 +113,6 @@ def skip_tracing(consumer_record: ConsumerRecord, outputs: list[ProducerRecord],
 def to_producer_record(record: Record) -> ProducerRecord:
     """Return the record for the producer: key, encoded value, and the run id in a header."""
     return ProducerRecord(record.topic, record.key, encode_record(record), (("run", record.run_id.encode()),))
-
-
-def compute_backoff(failures: int) -> float:
-    """Return a pause in seconds: exponential backoff with full jitter."""
-    first, longest = BACKOFF_S
-    return random.uniform(0, min(longest, first * 2**failures))
 
 
 @dataclass

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.bus.read import TopicTail
 from engine.checkpoints import (
@@ -57,7 +58,7 @@ from engine.policy import (
 from engine.settings import Settings, parse_mixture
 from engine.store import Parameters, QueryFunction, QueryResult, Store
 from engine.weight_sync import get_served_model_name
-from engine.worker import compute_backoff, to_producer_record
+from engine.worker import to_producer_record
 from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import (

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import click
 
 from charter.console import common_options
 from engine.settings import Settings
+
+
+def _get_preset() -> dict[str, dict[str, Any]]:
+    from charter.demo import DEMO_PRESET
+
+    return DEMO_PRESET
 
 
 @click.command()
@@ -16,7 +25,7 @@ from engine.settings import Settings
     show_default=True,
     help="Number of prompts in the first iteration; the next two use 2/3 and 1/3 of it.",
 )
-@common_options
+@partial(common_options, get_preset=_get_preset)
 def demo(settings: Settings, prompts: int) -> None:
     """Run the whole loop once with a small real model.
 

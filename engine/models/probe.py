@@ -18,10 +18,11 @@ server counts as unreachable, and the probe has no result.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import ModelUnreachable
-from engine.models.endpoint import (
+from engine.models.chat_api import (
+    ChatServer,
     JsonObject,
     RequestRejected,
     ServerCapabilities,
@@ -31,9 +32,6 @@ from engine.models.endpoint import (
     parse_usage,
 )
 from engine.models.interface import NO_USAGE
-
-if TYPE_CHECKING:
-    from engine.models.endpoint import Endpoint
 
 logger = logging.getLogger("charter.endpoint")
 
@@ -62,10 +60,10 @@ _MAX_SERVER_ERRORS = 3
 class _ServerProbe:
     """The probe of one server. `base_request` is a request that the server accepts; other requests extend it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, server: ChatServer) -> None:
+        self.server = server
         self.max_tokens_field, self.supports_seed, self.reports_usage = "max_tokens", True, True
-        self.base_request: JsonObject = {"model": endpoint.id, "messages": [_COUNTING_MESSAGE], "temperature": 0.0}
+        self.base_request: JsonObject = {"model": server.id, "messages": [_COUNTING_MESSAGE], "temperature": 0.0}
         self.find_base_request()
 
     def find_base_request(self) -> None:
@@ -87,16 +85,16 @@ class _ServerProbe:
                 )
                 return
         raise ModelUnreachable(
-            f"{self.endpoint.url} rejected a plain request for {self.endpoint.id}",
+            f"{self.server.url} rejected a plain request for {self.server.id}",
             first_error,
             "check models.* and the server",
         )
 
     def send_request(self, request: JsonObject) -> JsonObject:
-        response, usage = self.endpoint.post_with_retries(
+        response, usage = self.server.post_with_retries(
             request, should_give_up=lambda error, attempts: _is_server_error(error) and attempts >= _MAX_SERVER_ERRORS
         )
-        self.endpoint.add_unbilled(usage)
+        self.server.add_unbilled(usage)
         return response
 
     def try_fields(self, fields: JsonObject) -> JsonObject | None:
@@ -168,9 +166,9 @@ def _is_server_error(error: TransientError) -> bool:
     return error.status_code == 500
 
 
-def probe_server(endpoint: Endpoint) -> ServerCapabilities:
+def probe_server(server: ChatServer) -> ServerCapabilities:
     """Return the capabilities of a server. Raise ModelUnreachable if it is unreachable."""
-    probe = _ServerProbe(endpoint)
+    probe = _ServerProbe(server)
     thinking_off = probe.adopt_fields_if_accepted(NO_THINKING_BODY)
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
     max_top_logprobs = probe.count_top_logprobs()
@@ -185,23 +183,23 @@ def probe_server(endpoint: Endpoint) -> ServerCapabilities:
         supports_seed=probe.supports_seed,
         reports_usage=probe.reports_usage,
     )
-    _log_missing_capabilities(endpoint, capabilities)
+    _log_missing_capabilities(server, capabilities)
     if not probe.is_sampling():
         logger.warning(
-            "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", endpoint.url
+            "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", server.url
         )
     if probe.is_thinking():
         logger.warning(
-            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", endpoint.url
+            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", server.url
         )
     return capabilities
 
 
-def _log_missing_capabilities(endpoint: Endpoint, capabilities: ServerCapabilities) -> None:
+def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabilities) -> None:
     """Log the missing capabilities of a server and their replacements."""
     if capabilities.prefill_body is None:
-        logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", endpoint.url)
+        logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", server.url)
     if not capabilities.max_top_logprobs:
-        logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", endpoint.url)
+        logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
     if not capabilities.reports_usage:
-        logger.warning("%s reports no usage: tokens are estimated as one per four characters", endpoint.url)
+        logger.warning("%s reports no usage: tokens are estimated as one per four characters", server.url)

@@ -94,7 +94,7 @@ def test_circular_include_is_an_error(write):
 def test_deeply_nested_include_is_an_error(write):
     for number in range(30):
         write(f"{number}.toml", f'include = ["{number + 1}.toml"]\n')
-    assert_error(write("30.toml", HEAD + 'include = ["0.toml"]\n'), "more than 16 files")
+    assert_error(write("30.toml", HEAD + 'include = ["0.toml"]\n'), "longer than 16 files")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_priority_and_judge_with_change_the_hash():
         (HEAD + "critique = 7\n", ["line 3", "no list"]),
         (
             HEAD + make_entry(CRITIQUE, "all") + make_entry(JUDGING, "j"),
-            ["line 4: critique.0.id cannot be 'all'", "records say `all`"],
+            ["line 4: critique.0.id cannot be 'all'", "is reserved"],
         ),
         (
             HEAD + make_entry(CRITIQUE, "c") + 'tags = "angry"\n' + make_entry(JUDGING, "j"),
@@ -270,7 +270,7 @@ def test_arbitrary_values_load_or_raise_constitution_error(values):
 
 
 def test_huge_number_and_deep_nesting_raise_constitution_error():
-    assert_error(f"weight = {'9' * 5000}", "is not TOML")
+    assert_error(f"weight = {'9' * 5000}", "is not valid TOML")
     with pytest.raises(ConstitutionError, match="not valid TOML"):
         parse_constitution("a = " + "[" * 5000, "x")
 

@@ -9,7 +9,8 @@ from charter.pipeline import make_stage
 from constitutions.loader import load_constitution as load_constitution
 from engine.bus.read import read_values
 from engine.host import Host
-from engine.models.endpoint import Endpoint, ServerCapabilities
+from engine.models.chat_api import ServerCapabilities
+from engine.models.endpoint import Endpoint
 from engine.models.probe import PREFILL_BODIES
 from engine.settings import load_settings
 from engine.worker import ModelExecutor, Worker, to_producer_record
@@ -47,7 +48,7 @@ class FaultyServerScript:
 
 
 def test_judge_on_a_faulty_server_judges_each_pair_once_and_invents_no_label(bus, make_response, monkeypatch):
-    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.05))
     server, script = FakeChatServer(), FaultyServerScript()
     server.script = script
     model = Endpoint(

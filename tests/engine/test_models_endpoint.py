@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
 from engine.models import open_model
-from engine.models.endpoint import (
-    Endpoint,
+from engine.models.chat_api import (
     ServerCapabilities,
     TransientError,
     count_votes,
-    get_api_key_variable,
     parse_chat_completion,
     parse_generation,
     parse_option_scores,
@@ -26,6 +24,7 @@ from engine.models.endpoint import (
     parse_vote,
     replace_surrogates,
 )
+from engine.models.endpoint import Endpoint, get_api_key_variable
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Usage
 from engine.models.probe import NO_THINKING_BODY, PREFILL_BODIES, TOKEN_IDS_BODIES, UNMODIFIED_SAMPLING_BODY
 from schemas.records import ChatMessage

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from engine.models.endpoint import ServerCapabilities, open_endpoint
+from engine.models.chat_api import ServerCapabilities
+from engine.models.endpoint import open_endpoint
 from engine.models.interface import GenerationRequest, Usage
 from engine.models.probe import probe_server
 from schemas.records import ChatMessage

@@ -101,7 +101,7 @@ def test_permanent_error_makes_a_dead_letter_of_one_record_only(bus):
 
 
 def test_unexpected_error_is_retried_before_a_dead_letter(bus, monkeypatch):
-    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.05))
     attempts = []
 
     def work(records):
@@ -123,7 +123,7 @@ def test_undecodable_record_becomes_a_dead_letter_with_its_bytes(bus):
 
 
 def test_unreachable_model_causes_retries_and_no_dead_letter(bus, monkeypatch):
-    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.05))
     remaining_failures = [3]
 
     def work(records):

@@ -235,7 +235,7 @@ def test_checkpoints_are_named_by_version_and_hold_no_pickles(settings, bus, sto
 
 def test_the_loop_waits_for_a_log_that_is_away_and_settles_a_commit_in_doubt(settings, bus, store, tiny, monkeypatch):
     """The update's publication is in doubt although it landed: it is not published again, nor is its batch trained again."""
-    monkeypatch.setattr("engine.worker.BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.02))
     stream(settings, bus, store, 1, 4)
     trained = []
 
