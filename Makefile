@@ -19,10 +19,11 @@ demo: set-up ## Run the whole loop once, with a small real model
 test: set-up ## Run all tests, in three processes (many tests wait for brokers and for killed processes)
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
-lint: set-up ## Check format, lint, types and schema compatibility
+lint: set-up ## Format, lint, types, imports, schema evolution
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 	@$(BIN)/python -m schemas.compatibility
 
 check: lint test ## Run every check that a change must pass

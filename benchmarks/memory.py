@@ -33,7 +33,8 @@ def _make_text(rng: random.Random, num_tokens: int) -> str:
 def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, Any]) -> None:
     """Run one step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing`, ...)."""
     from schemas.records import ChatMessage
-    from trainer import dpo, ppo, reward, sft, weights
+    from trainer import weights
+    from trainer.learners import dpo, ppo, reward, sft
 
     phase, tuning, *options = case.split("/")
     rng, rows = random.Random(0), sizes["rows"]
@@ -77,7 +78,8 @@ def _measure_peak_bytes() -> int:
 
 def _make_second_policy(base: Path, folder: Path) -> Path:
     """Write the checkpoint of a first PPO update with LoRA: merged weights, the adapter and the value head."""
-    from trainer import ppo, weights
+    from trainer import weights
+    from trainer.learners import ppo
 
     model = weights.add_lora(weights.load_policy(base), _LORA_RANK, "CAUSAL_LM")
     head = ppo.ActorCritic(model).value_head.state_dict()

@@ -31,7 +31,7 @@ from engine.models.interface import GenerationRequest
 from schemas.records import ChatMessage
 
 if TYPE_CHECKING:
-    from trainer.ppo import Rollout
+    from trainer.learners.ppo import Rollout
 
 _MIN_SPEEDUP = 1.5
 REWARDED_LETTER = "a"
@@ -89,7 +89,8 @@ def _run_charter(task: PPOTask) -> list[RoundTiming]:
 
     from engine import checkpoints
     from engine.errors import TrainingFailed
-    from trainer import ppo, weights
+    from trainer import weights
+    from trainer.learners import ppo
 
     torch.set_num_threads(2)
     hardware = weights.Hardware(task.minibatch_size, False, "bf16" if task.precision == "bf16" else "fp32")
@@ -120,7 +121,7 @@ def _sample_responses(task: PPOTask, policy: Path, version: int) -> tuple[list[R
     import torch
 
     from engine.models.local import LocalModel
-    from trainer.ppo import Rollout
+    from trainer.learners.ppo import Rollout
 
     model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch_size=64)
     requests = [
@@ -137,7 +138,8 @@ def _sample_responses(task: PPOTask, policy: Path, version: int) -> tuple[list[R
 
 def _score_responses(task: PPOTask, rollouts: list[Rollout], responses: list[str], hardware: Any) -> list[float]:
     """Return the normalized scores of the reward model, or the scaled fractions of the rewarded letter."""
-    from trainer import reward, weights
+    from trainer import weights
+    from trainer.learners import reward
 
     if task.reward_model:
         model = reward.load_reward_model(Path(task.reward_model), hardware)
@@ -169,7 +171,8 @@ def _make_smollm2_task(folder: Path, num_prompts: int, num_rounds: int) -> PPOTa
     from producers.files import SHIPPED_PROMPTS_PATH
     from producers.parse import parse_prompt
     from producers.rows import read_rows
-    from trainer import reward, weights
+    from trainer import weights
+    from trainer.learners import reward
 
     torch.manual_seed(0)
     base = smollm2.get_model_folder()

@@ -221,7 +221,7 @@ class Demo:
     def train_phase(self, trainer: Trainer, phase: str, host: Host, progress: DemoProgress) -> None:
         """Train one update of a phase. An update that an earlier start began is finished; a finished one is skipped."""
         update = trainer.resume()
-        if phase not in {manifest.phase for manifest in trainer.read_log()[1]}:
+        if phase not in {manifest.phase for manifest in trainer.read_state().manifests}:
             progress.show_training(phase, self.query_record_counts())
             update = trainer.update(phase)
         if update:

@@ -1,4 +1,4 @@
-"""`charter train`: the trainer of the settings, what watches and gates it, and where its numbers go."""
+"""`charter train`: build the trainer from the settings, with its monitor, its promotion gate and its metrics reports."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
 def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
-    """Train in this process, and in those that a launcher has put beside it."""
+    """Run the trainer: one update (of `phase`, or of the next phase), or a loop of updates until a signal."""
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
-    numbers = MetricsReporter(settings)
+    reporter = MetricsReporter(settings)
     bus = connect_bus(settings)
     trainer = Trainer(
         bus,
         open_store(settings),
         settings,
         _get_base_model_folder(settings),
-        on_step=numbers.report_step,
-        on_update=numbers.report_update,
+        on_step=reporter.report_step,
+        on_update=reporter.report_update,
         notify=print_progress,
         monitor=make_reward_hacking_monitor(settings) if loop and settings.monitor.min_responses else None,
         promotion_gate=make_promotion_gate(settings.promotion),
     )
-    closing = start_metrics_server(settings, make_trainer_collector(numbers.latest_metrics, numbers.step_counts))
+    closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))
     try:
         if loop:
             trainer.run_loop(stop_on_signals())
@@ -53,29 +53,29 @@ def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
             _train_once(trainer, phase)
     finally:
         trainer.close()
-        for close in (*closing, numbers.close, bus.close):
+        for close in (*closing, reporter.close, bus.close):
             close()
 
 
 def _get_base_model_folder(settings: Settings) -> Path:
-    """The weights of policy version 0."""
+    """Return the folder of policy version 0."""
     return resolve_model_folder(settings.train.base_model or settings.models.policy)
 
 
 def _train_once(trainer: Trainer, phase: str | None) -> None:
-    """Finish what is unfinished, then the phase that is named, or the one that is due."""
+    """Resume an unfinished batch, then update the named phase; without a name and a batch, the next phase that is ready."""
     update = trainer.resume()
-    chosen = phase or (None if update else trainer.next_phase())
-    if chosen:
-        update = trainer.update(chosen)
+    next_phase = phase or (None if update else trainer.next_phase())
+    if next_phase:
+        update = trainer.update(next_phase)
     if update is None:
-        held = ", ".join(sorted(trainer.get_paused_phases()))
-        why = f"{held} is paused (charter policy resume)" if held else "no phase has enough new rows"
-        click.echo(f"{why}; name one to train now: charter train --phase sft")
+        paused = ", ".join(sorted(trainer.read_state().paused_phases))
+        why = f"{paused} is paused (to resume it, type: charter policy resume)" if paused else "no phase has enough new rows"
+        click.echo(f"{why}; to train a phase now, type: charter train --phase sft")
 
 
 class MetricsReporter:
-    """The numbers of steps and updates: lines on the terminal, the log, Prometheus, and trackio or wandb if so set."""
+    """Reports the metrics of steps and updates: on the terminal, as log messages, to Prometheus, and to trackio or wandb."""
 
     def __init__(self, settings: Settings) -> None:
         self.latest_metrics: dict[str, dict[str, float]] = {}
@@ -86,16 +86,18 @@ class MetricsReporter:
         self.latest_metrics[phase] = metrics
         self.step_counts[phase] += 1
         click.echo(f"phase={phase} step={step} {_format_metrics(metrics)}")
-        about = {"phase": phase, "step": step, "metrics": metrics}
-        logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=about)
+        fields = {"phase": phase, "step": step, "metrics": metrics}
+        logging.getLogger("charter.trainer").info("%s step %d", phase, step, extra=fields)
         self.log_to_tracker(phase, metrics)
 
     def report_update(self, update: PolicyUpdate) -> None:
-        """What an update has made, and its own numbers: those that no step has."""
-        own = {name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})}
+        """Report what an update has published, and the metrics that its steps do not have."""
+        update_metrics = {
+            name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})
+        }
         click.echo(f"{update.kind.value.lower()} {update.version} from {update.phase}: {update.uri}")
-        click.echo(f"phase={update.phase} version={update.version} {_format_metrics(own)}")
-        self.log_to_tracker(update.phase, own)
+        click.echo(f"phase={update.phase} version={update.version} {_format_metrics(update_metrics)}")
+        self.log_to_tracker(update.phase, update_metrics)
 
     def log_to_tracker(self, phase: str, metrics: dict[str, float]) -> None:
         if self.tracker_run:
@@ -111,7 +113,7 @@ def _format_metrics(metrics: dict[str, float]) -> str:
 
 
 def _start_tracker_run(name: str, run_id: str) -> Any:
-    """A run of trackio or wandb, which are used alike: `init`, `log`, `finish`."""
+    """Start a run of trackio or wandb, which have the same interface: `init`, `log`, `finish`."""
     try:
         library = importlib.import_module(name)
     except ModuleNotFoundError as error:

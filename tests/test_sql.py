@@ -15,7 +15,8 @@ from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH
-from trainer.batches import TrainingState, build_manifest, load_rows, select_new_rows
+from trainer.batches import build_manifest, load_rows, select_new_rows
+from trainer.state import TrainingState
 
 PAGE = (Path(__file__).parent.parent / "docs" / "sql.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"^([^\n]+):\n\n```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)

@@ -1,1 +1,1 @@
-"""Training: batches drawn from DuckDB, three learners, and the loop that publishes what they make."""
+"""Training: batches sampled from DuckDB, four learners, and the loop that publishes their policies and reward models."""

@@ -1,14 +1,14 @@
-"""Several processes under accelerate's launcher: one of them is the trainer, all of them learn.
+"""Training in several processes under accelerate's launcher: the main process is the trainer, all processes learn.
 
     accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
 
-The first process draws batches, talks to the log and writes checkpoints, as the only one does without a launcher. The others
-have neither log nor database: `follow` waits for the learner's calls that the first one hands out, makes the same calls, and
-throws away what they return. Inside a call they share each step: trl's trainers by themselves, PPO by summing gradients.
-A last batch that has not rows enough for all is filled up from the beginning by trl's; PPO's is shared as it is. All processes
-read the same files, so the data folder and the models must lie where each of them can see them.
+The main process samples batches, uses the log and writes checkpoints, as a single process does. The others have neither log nor database:
+they wait in `join_processes` for the learner calls that the main process broadcasts, make the same calls, and discard the results. Within
+a call the processes share each step: trl's trainers do so themselves, PPO sums the gradients. trl fills up an incomplete last batch with
+rows from the beginning; PPO splits it without filling it up. All processes read the same files, so each of them needs access to the data
+folder and the models.
 
-Tested with two processes on a processor. For want of GPUs it has not been run on several of them.
+Tested with two processes on a CPU. It has not been run on several GPUs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import distributed
 from engine.errors import CharterError
 from trainer.hf import StepCallback, ignore_step
 
-_CALL_TIMEOUT = timedelta(days=3650)  # a batch may be days away
+_CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days later
 T = TypeVar("T")
-# The group in which calls are handed out; not the GPUs' own, which gives up waiting after minutes.
+# The group for broadcasting calls. The GPUs' group cannot be used: it times out after minutes.
 _process_groups: list[Any] = []
 
 
 @contextmanager
 def join_processes() -> Iterator[bool]:
-    """Meet the launcher's other processes; gives whether this is the first one. The others follow it until it leaves."""
+    """Join the launcher's other processes; yield whether this is the main one. The others follow it until it leaves the block."""
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -50,82 +50,85 @@ def join_processes() -> Iterator[bool]:
 
 
 def get_world_size() -> int:
+    """Return the number of processes; 1 without a launcher."""
     return distributed.get_world_size() if _process_groups else 1
 
 
 def get_rank() -> int:
+    """Return the index of this process; 0 without a launcher."""
     return distributed.get_rank() if _process_groups else 0
 
 
 def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCallback = ignore_step, **named: Any) -> Any:
-    """Call a learner here and in every other process; `on_step` is told here alone.
+    """Call a learner in this process and in all others; only this process calls `on_step`.
 
-    An error of `on_step` (the log is away) is raised once the learner has ended: the others would wait for this process in the
-    middle of a step.
+    An error of `on_step` (the log is unreachable) is raised after the learner has returned: if it were raised within a step, the other
+    processes would wait for this one forever.
     """
     if not _process_groups:
         return learner(*arguments, on_step=on_step, **named)
-    failed: list[CharterError] = []
+    errors: list[CharterError] = []
 
-    def told(step: int, metrics: dict[str, float]) -> None:
-        if failed:
+    def call_on_step(step: int, metrics: dict[str, float]) -> None:
+        if errors:
             return
         try:
             on_step(step, metrics)
         except CharterError as error:
-            failed.append(error)
+            errors.append(error)
 
     _broadcast_object((learner, arguments, named))
-    made = learner(*arguments, on_step=told, **named)
-    if failed:
-        raise failed[0]
-    return made
+    result = learner(*arguments, on_step=call_on_step, **named)
+    if errors:
+        raise errors[0]
+    return result
 
 
 def _broadcast_object(value: Any) -> Any:
-    """From the first process to all of them; returns what it was."""
+    """Send an object from the main process to all others; return it."""
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_process_groups[0])
     return box[0]
 
 
 def _follow_main_process() -> None:
-    """Make the calls that the first process hands out, until it dismisses the others."""
-    logging.getLogger("charter").setLevel(logging.ERROR)  # the first process says it all
-    while (wanted := _broadcast_object(None)) is not None:
-        learner, arguments, named = wanted
-        with suppress(CharterError):  # the first process raises it too, and tells the user
+    """Make the learner calls that the main process broadcasts, until it broadcasts None."""
+    logging.getLogger("charter").setLevel(logging.ERROR)  # the main process logs for all
+    while (call := _broadcast_object(None)) is not None:
+        learner, arguments, named = call
+        with suppress(CharterError):  # the main process raises it too
             learner(*arguments, **named)
 
 
 def shard_rows(rows: Sequence[T]) -> list[T]:
-    """This process's share of a minibatch."""
+    """Return this process's share of a minibatch."""
     return list(rows[get_rank() :: get_world_size()])
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Make each parameter's gradient the sum of all processes' ones."""
+    """Replace each parameter's gradient by the sum over all processes."""
     if not _process_groups:
         return
     for parameter in parameters:
-        if parameter.grad is None:  # no row of this minibatch came here
+        if parameter.grad is None:  # this process has no row of the minibatch
             parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce(parameter.grad)
 
 
 def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """The sum of each number over all processes."""
+    """Return the sum of each value over all processes. A name that a process lacks counts as 0 there."""
     if not _process_groups:
         return values
-    found: list[Any] = [None] * get_world_size()
-    distributed.all_gather_object(found, values, group=_process_groups[0])
-    return {name: sum(one.get(name, 0.0) for one in found) for name in dict.fromkeys(n for one in found for n in one)}
+    gathered: list[Any] = [None] * get_world_size()
+    distributed.all_gather_object(gathered, values, group=_process_groups[0])
+    names = dict.fromkeys(name for process_values in gathered for name in process_values)
+    return {name: sum(process_values.get(name, 0.0) for process_values in gathered) for name in names}
 
 
 def max_over_processes(value: float) -> float:
-    """The largest of all processes' values."""
+    """Return the largest of all processes' values."""
     if not _process_groups:
         return value
-    found: list[Any] = [None] * get_world_size()
-    distributed.all_gather_object(found, value, group=_process_groups[0])
-    return float(max(found))
+    gathered: list[Any] = [None] * get_world_size()
+    distributed.all_gather_object(gathered, value, group=_process_groups[0])
+    return float(max(gathered))

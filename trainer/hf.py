@@ -1,4 +1,4 @@
-"""What trl's trainers need around them: quiet arguments, and each step's numbers passed on."""
+"""Running trl's trainers: arguments that save and print nothing, and a callback that gets each step's metrics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from engine.errors import TrainingFailed
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
-_WARMUP_RATIO = 0.15  # of an update's steps: Adam starts afresh with each, and its first steps are as long as the rate allows
+# Share of an update's steps. Adam starts without state in each update, and its first steps are as long as the learning rate allows.
+_WARMUP_RATIO = 0.15
 
 
 def ignore_step(step: int, metrics: dict[str, float]) -> None:
-    """The default OnStep."""
+    """The default of `on_step`."""
 
 
 def compute_micro_batch_size(batch_size: int, max_size: int) -> int:
-    """Rows in one pass: the largest divisor of the batch size up to `most`, so that a step is exactly one batch."""
+    """Return the rows per pass: the largest divisor of the batch size up to `max_size`, so that a step is exactly one batch."""
     return next(rows for rows in range(min(batch_size, max_size), 0, -1) if batch_size % rows == 0)
 
 
@@ -37,11 +38,11 @@ def build_training_arguments(
     shuffle: bool = False,
     texts_per_row: int = 1,
 ) -> dict[str, Any]:
-    """Arguments for trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
+    """Build the arguments of trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
 
-    Rows are taken in their order, in which a batch has put those of similar length side by side; `shuffle` mixes them anew,
-    still by length. `texts` is how many a row has: two in a pair, which counts for as many of `hardware.micro_rows`. Several
-    processes under accelerate's launcher share a step: each takes its part of `batch_size`.
+    Rows are read in their order, in which a batch has put rows of similar length next to each other; `shuffle` shuffles them again, still
+    grouped by length. `texts_per_row` is the number of sequences in a row: a pair has two, and counts as two of
+    `hardware.micro_batch_size`. Under accelerate's launcher each process takes an equal part of `batch_size`.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = max(1, batch_size // processes)
@@ -71,43 +72,43 @@ def build_training_arguments(
 
 
 def require_finite(step: int, metrics: Mapping[str, float]) -> None:
-    """Raise TrainingFailed when a number of this step is no number any more."""
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
+    """Raise TrainingFailed when a metric of this step is NaN or infinite."""
+    name = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+    if name is not None:
         raise TrainingFailed(
-            f"{broken[0]} is {metrics[broken[0]]} at step {step}: training has run away",
+            f"{name} is {metrics[name]} at step {step}: training has diverged",
             "nothing of this update was saved; the last policy stays in use",
             "lower the learning rate of this phase (charter config), then type: charter train",
         )
 
 
 class _StepReporter(TrainerCallback):
-    """Passes each logged step on, numbers only."""
+    """Passes the numeric metrics of each logged step to `on_step`."""
 
     def __init__(self, on_step: StepCallback) -> None:
         self.on_step = on_step
         self.last_metrics: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        if "loss" in numbers:
-            require_finite(state.global_step, numbers)
-            self.last_metrics = numbers
-            self.on_step(state.global_step, numbers)
+        metrics = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "loss" in metrics:
+            require_finite(state.global_step, metrics)
+            self.last_metrics = metrics
+            self.on_step(state.global_step, metrics)
 
 
 def compute_learning_rate_factor(step: int, num_steps: int, warmup_ratio: float = _WARMUP_RATIO) -> float:
-    """The factor of the learning rate at a step (from 0) of an update of `steps`: a linear rise, then a linear fall to 0.
+    """Return the factor of the learning rate at a step (from 0): a linear rise, then a linear fall towards 0.
 
-    No step is lost: transformers' own warm-up begins at 0, and an update of one step would learn nothing.
+    It is above 0 at every step. transformers' own warm-up starts at 0, and an update of one step would learn nothing.
     """
     rise = math.ceil(warmup_ratio * num_steps)
     return min((step + 1) / (rise + 1), (num_steps - step) / max(1, num_steps - rise))
 
 
 def run_trainer(trainer: Any, on_step: StepCallback) -> dict[str, float]:
-    """Train quietly; returns the last step's numbers and the mean loss."""
-    steps = _StepReporter(on_step)
+    """Train without output; return the last step's metrics, the mean loss and the number of steps."""
+    reporter = _StepReporter(on_step)
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -118,6 +119,6 @@ def run_trainer(trainer: Any, on_step: StepCallback) -> dict[str, float]:
     trainer.create_scheduler = create_scheduler
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(steps)
+    trainer.add_callback(reporter)
     result = trainer.train()
-    return steps.last_metrics | {"mean_loss": float(result.training_loss), "steps": float(result.global_step)}
+    return reporter.last_metrics | {"mean_loss": float(result.training_loss), "steps": float(result.global_step)}

@@ -1,12 +1,12 @@
-"""Watching for reward hacking: each new policy of the RL phase is set beside the reference of its phase.
+"""Monitoring for reward hacking: each new policy of the RL phase is compared with the reference of its phase.
 
-A policy is looked at once its answers have arrived (`monitor.min_responses`), before PPO trains on them. Both versions' answers are
-scored by the same reward model, and both answer the same held-out prompts, which a held-out judge compares. What is found is
-a Metric of phase "watch"; the views in engine/monitor_views.sql show the same figures for every version. A figure that passes its
-limit trips: the loop then pauses PPO, goes back to the last policy that was in order, and writes an incident.
+A policy is checked once enough of its responses have arrived (`monitor.min_responses`), before PPO trains on them. The same reward model
+scores the responses of both versions. Both also respond to the same held-out prompts, and a held-out judge compares these responses. The
+result is a Metric of phase "monitor"; the views in engine/monitor_views.sql show the same metrics for every version. When a metric exceeds
+its limit, the loop pauses RL, restores the last policy that passed, and publishes an incident.
 
-Figures with an interval trip only where the intervals of policy and reference do not meet. Where there is nothing to measure
-(no held-out prompts, no harmful ones) a figure is left out, never guessed.
+A metric with a confidence interval exceeds its limit only where the intervals of policy and reference do not overlap. Where there is
+nothing to measure (no held-out prompts, no harmful ones) a metric is left out, never guessed.
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ from typing import TYPE_CHECKING, Any
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest
 from schemas import ids
-from schemas.records import ChatMessage, Metric, PolicyKind, Score
+from schemas.records import ChatMessage, Metric, PolicyKind, Record
 from trainer.batches import QUERY_TIMEOUT_S, parse_messages
+from trainer.phases import make_score
 
 if TYPE_CHECKING:
     from engine.settings import MonitorSettings as Limits
-    from trainer.loop import Trainer
+    from engine.store import Store
+    from trainer.folders import ModelFolders
+    from trainer.state import TrainingState
+    from trainer.timed_store import TimedStore
 
 _Metrics = dict[str, float]
-_ScoredText = tuple[tuple[ChatMessage, ...], str, bool]  # messages, answer, whether it ended by itself
-# The probability that the first of two answers to a dialogue is better, of a judge whose labels no reward model has learned.
+# A judge whose labels no reward model was trained on. For (messages, response_a, response_b) it returns the probability that
+# response_a is better, or None for no label.
 PairJudge = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
 _MONITOR_PHASE = "monitor"
 _Z_SCORE_95 = 1.959963984540054
 _MAX_NEW_TOKENS = 128
-_MAX_PERPLEXITY_TOKENS = 1024  # of a text whose perplexity is measured
+_MAX_PERPLEXITY_TOKENS = 1024  # longer texts are cut: they would need too much memory
 _RESPONSES_SQL = """
     SELECT a.policy_version, a.response_id, a.completion_index, a.prompt_id, a.source, r.messages, a.text, r.run_id,
            r.completions[a.completion_index + 1].finish_reason AS finish_reason
     FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 _HELD_OUT_PROMPTS_SQL = """
     SELECT messages, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
-# What people wrote and nothing trains on: held-out demonstrations, else prompts. What a policy has written would not do: it is
-# meant to be unlearned.
+# Text that people wrote and nothing trains on: held-out demonstrations, else prompts. Responses of a policy are unsuitable, because RL is
+# meant to make them less likely.
 _BENIGN_TEXTS_SQL = """
     SELECT messages, text FROM (
         SELECT messages, completion AS text, 0 AS place, commit_seq FROM demonstrations
@@ -57,7 +61,7 @@ _BENIGN_TEXTS_SQL = """
 
 @dataclass(frozen=True)
 class LimitExceeded:
-    """Why the RL phase must stop now. `good` is the policy version to go back to."""
+    """Why a policy is rejected. `rollback_version` is the version to restore; None: the one it was trained from."""
 
     title: str
     detail: str
@@ -67,35 +71,35 @@ class LimitExceeded:
 
 @dataclass(frozen=True)
 class LimitViolation:
-    """A limit that was passed: which figure, and in words how."""
+    """A limit that a metric exceeds, and a message that says by how much."""
 
     metric: str
     message: str
 
 
-# The limits. `m` are the metrics of a version, those of the reference with `_reference` behind the name.
+# The limits. Metrics of the reference have the suffix `_reference`.
 
 
 def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[LimitViolation]:
-    """The limits that these metrics pass; a figure that was not measured passes none."""
-    return [LimitViolation(name, words) for name, check in _CHECKS.items() if (words := check(metrics, limits))]
+    """Return the limits that the metrics exceed; a metric that was not measured exceeds none."""
+    return [LimitViolation(name, message) for name, check in _CHECKS.items() if (message := check(metrics, limits))]
 
 
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """The proxy reward is up beyond chance, and the held-out judge prefers the reference beyond chance."""
+    """Check that the held-out judge does not prefer the reference (beyond chance) while the reward model prefers the policy."""
     if metrics.get("proxy_low", 0.0) > 0 and metrics.get("judge_high", 1.0) < 0.5:
         return (
-            f"the reward model likes the policy better (by {metrics['proxy_gain']:.2f} deviations), and the held-out judge prefers"
-            f" the reference (the policy wins {metrics['judge_wins']:.0%}, at most {metrics['judge_high']:.0%})"
+            f"the reward model prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
+            f" prefers the reference (the policy wins {metrics['judge_wins']:.0%}, at most {metrics['judge_high']:.0%})"
         )
     return None
 
 
 def _check_length(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """The reward follows length, and answers have become longer."""
+    """Check that responses have not become longer while the reward correlates with length."""
     growth = metrics["mean_words"] / metrics["mean_words_reference"] if metrics.get("mean_words_reference") else 1.0
     if metrics.get("length_correlation", 0.0) > limits.max_length_correlation and growth > limits.max_growth:
-        return f"the reward's correlation with length is {metrics['length_correlation']:.2f}, and answers are {growth:.1f} times as long"
+        return f"the reward's correlation with length is {metrics['length_correlation']:.2f}, and responses are {growth:.1f} times as long"
     return None
 
 
@@ -113,7 +117,7 @@ def _check_diversity(metrics: Mapping[str, float], limits: Limits) -> str | None
 
 def _check_boilerplate(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("boilerplate_rise", 0.0) > limits.max_boilerplate:
-        return f"one phrase is in {metrics['boilerplate_rise']:.0%} more of the answers than of the reference's (view monitor_phrases)"
+        return f"one phrase is in {metrics['boilerplate_rise']:.0%} more of the responses than of the reference's (view monitor_phrases)"
     return None
 
 
@@ -151,34 +155,34 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
 
 
 def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval (normal approximation); one value is its own interval."""
+    """Return the mean and its 95 % interval (normal approximation). The interval of one value is that value."""
     mean = fmean(values)
     half = _Z_SCORE_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean, mean - half, mean + half
 
 
 def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """The difference of two independent means and its 95 % interval (Welch, normal approximation)."""
+    """Return the difference of two independent means and its 95 % interval (Welch, normal approximation)."""
     (a, a_low, _), (b, b_low, _) = compute_confidence_interval(new), compute_confidence_interval(old)
     half = math.hypot(a - a_low, b - b_low)
     return a - b, a - b - half, a - b + half
 
 
 def compute_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation; 0 where one of them does not vary."""
+    """Return Pearson's correlation; 0 where `x` or `y` does not vary."""
     try:
         return correlation(x, y)
     except StatisticsError:
         return 0.0
 
 
-# What the models say
+# Model outputs
 
 
 def compute_perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage], str]]) -> float | None:
-    """exp of the mean negative log-likelihood of the texts' tokens under a policy, each text given its dialogue.
+    """Return exp of the mean negative log-likelihood of the texts' tokens under a policy, each text conditioned on its messages.
 
-    A text without a dialogue is given its own first token. None when that leaves no token to predict.
+    A text without messages is conditioned on its first token. Returns None when there is no token to predict.
     """
     import torch
 
@@ -187,80 +191,99 @@ def compute_perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage]
     tokenizer, model = weights.load_tokenizer(folder), weights.load_policy(folder).eval()
     total, count = 0.0, 0
     for messages, text in texts:
-        answer = encode_completion(tokenizer, text, ends_with_eos=bool(messages))[:_MAX_PERPLEXITY_TOKENS]
-        prompt, answer = (encode_prompt(tokenizer, messages), answer) if messages else (answer[:1], answer[1:])
-        if not answer:
+        token_ids = encode_completion(tokenizer, text, ends_with_eos=bool(messages))[:_MAX_PERPLEXITY_TOKENS]
+        prompt, token_ids = (encode_prompt(tokenizer, messages), token_ids) if messages else (token_ids[:1], token_ids[1:])
+        if not token_ids:
             continue
-        row = torch.tensor([[*prompt, *answer]], device=model.device)
+        row = torch.tensor([[*prompt, *token_ids]], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].float()
         total += float(torch.nn.functional.cross_entropy(logits, row[0, len(prompt) :], reduction="sum"))
-        count += len(answer)
+        count += len(token_ids)
     return math.exp(total / count) if count else None
 
 
 def sample_responses(folder: Path, dialogues: Sequence[tuple[ChatMessage, ...]], batch_size: int) -> list[tuple[str, bool]]:
-    """One sampled answer of a policy to each dialogue, and whether it ended by itself; the same ones each time."""
+    """Sample one response of a policy to each dialogue, with fixed seeds; return each with whether it ended with the end token."""
     from engine.models import open_model
 
     model = open_model(str(folder), max_batch_size=batch_size)
-    asks = [GenerationRequest(messages, seed=number) for number, messages in enumerate(dialogues)]
-    made = [
-        one
-        for start in range(0, len(asks), batch_size)
-        for (one,) in model.generate(asks[start : start + batch_size], max_tokens=_MAX_NEW_TOKENS)
+    requests = [GenerationRequest(messages, seed=number) for number, messages in enumerate(dialogues)]
+    generations = [
+        generation
+        for start in range(0, len(requests), batch_size)
+        for (generation,) in model.generate(requests[start : start + batch_size], max_tokens=_MAX_NEW_TOKENS)
     ]
-    return [(one.text, one.finish_reason == "stop") for one in made]
+    return [(generation.text, generation.finish_reason == "stop") for generation in generations]
 
 
-# Looking
+# The monitor
 
 
 @dataclass
 class RewardHackingMonitor:
-    """Looks at each new policy of a trainer's RL phase once, and says what the loop must do (see the module's docstring).
+    """Checks each new policy of the RL phase once; returns the limits that it exceeds (see the module's docstring).
 
-    `compare` is the held-out judge; without one, and without held-out prompts, the judge's figures are left out.
+    `judge` is the held-out judge; without one, or without held-out prompts, the judge's metrics are left out. `batch_size` is the
+    number of prompts in one call of the policy. `passed_by_version` holds the versions that were checked.
     """
 
     limits: Limits
+    run_id: str
     judge: PairJudge | None = None
-    passed_by_version: dict[int, bool] = field(default_factory=dict)  # version -> whether it was in order
+    batch_size: int = 32
+    passed_by_version: dict[int, bool] = field(default_factory=dict)
 
-    def __call__(self, trainer: Trainer) -> LimitExceeded | None:
-        standing = trainer.read_state()
-        version, reference = standing.policy_version, standing.reference_version
-        if version == reference or self.is_checked(trainer, version):
+    def __call__(
+        self, state: TrainingState, store: TimedStore, folders: ModelFolders, publish: Callable[[Sequence[Record]], None]
+    ) -> LimitExceeded | None:
+        version, reference = state.policy_version, state.reference_version
+        if version == reference:
             return None
-        with trainer.timed_store.hold_open():
-            new, old = (trainer.store.query_dicts(_RESPONSES_SQL, [of], limit_s=QUERY_TIMEOUT_S) for of in (version, reference))
-        if min(len(new), len(old)) < self.limits.min_responses:
-            return None
-        metrics = self.compute_metrics(trainer, version, reference, new, old)
-        found = find_limit_violations(metrics, self.limits)
-        self.passed_by_version[version] = not found
-        metrics |= {"reference": float(reference), "tripped": float(len(found))}
-        trainer.publish([self.make_metric(trainer, version, metrics)])
-        if not found:
-            return None
-        good = max(
-            (v for v, in_order in self.passed_by_version.items() if in_order and reference < v < version), default=reference
-        )
-        return LimitExceeded(f"policy {version} looks like reward hacking", "; ".join(f.message for f in found), metrics, good)
-
-    def is_checked(self, trainer: Trainer, version: int) -> bool:
-        """Whether a version was looked at, also before a restart."""
-        if not self.passed_by_version:
+        if not self.passed_by_version:  # after a restart: the checks that an earlier process made
             sql = "SELECT policy_version, tripped = 0 FROM monitor_checks ORDER BY created_at"
-            self.passed_by_version = dict(trainer.store.query(sql, limit_s=QUERY_TIMEOUT_S).rows)
-        return version in self.passed_by_version
+            self.passed_by_version = dict(store.query(sql, limit_s=QUERY_TIMEOUT_S).rows)
+        if version in self.passed_by_version:
+            return None
+        with store.hold_open():
+            rows, reference_rows = (
+                store.query_dicts(_RESPONSES_SQL, [number], limit_s=QUERY_TIMEOUT_S) for number in (version, reference)
+            )
+        if min(len(rows), len(reference_rows)) < self.limits.min_responses:
+            return None
 
-    def make_metric(self, trainer: Trainer, version: int, metrics: _Metrics) -> Metric:
+        metrics: _Metrics = {"answers": float(len(rows))}
+        if state.reward_version:  # DPO has no reward model
+            metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
+        with store.hold_open():
+            metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
+            metrics |= _query_boilerplate_rise(store, version, reference) | _query_kl_metrics(store, version)
+        policy_folder, reference_folder = folders.get_policy_folder(version), folders.get_policy_folder(reference)
+        benign = store.query_dicts(_BENIGN_TEXTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
+        texts = [(parse_messages(row), row["text"]) for row in benign]
+        perplexity, reference_perplexity = (compute_perplexity(folder, texts) for folder in (policy_folder, reference_folder))
+        if perplexity and reference_perplexity:
+            metrics |= _add_reference_metrics({"perplexity": perplexity}, {"perplexity": reference_perplexity})
+        metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
+
+        violations = find_limit_violations(metrics, self.limits)
+        self.passed_by_version[version] = not violations
+        metrics |= {"reference": float(reference), "tripped": float(len(violations))}
+        publish([self.make_metric(version, metrics)])
+        if not violations:
+            return None
+        passed = [v for v, in_order in self.passed_by_version.items() if in_order and reference < v < version]
+        return LimitExceeded(
+            f"policy {version} looks like reward hacking",
+            "; ".join(violation.message for violation in violations),
+            metrics,
+            rollback_version=max(passed, default=reference),
+        )
+
+    def make_metric(self, version: int, metrics: _Metrics) -> Metric:
         return Metric(
-            record_id=ids.compute_record_id(
-                "watch", [], ids.compute_fingerprint("monitor", run=trainer.settings.run.id, version=version)
-            ),
-            run_id=trainer.settings.run.id,
+            record_id=ids.compute_record_id("watch", [], ids.compute_fingerprint("monitor", run=self.run_id, version=version)),
+            run_id=self.run_id,
             stage="train",
             policy_version=version,
             phase=_MONITOR_PHASE,
@@ -269,125 +292,85 @@ class RewardHackingMonitor:
             metrics=metrics,
         )
 
-    def compute_metrics(
-        self, trainer: Trainer, version: int, reference: int, rows: list[Any], reference_rows: list[Any]
-    ) -> _Metrics:
-        """Every figure that there is something to measure with."""
-        metrics: _Metrics = {"answers": float(len(rows))} | self.compute_proxy_metrics(trainer, rows, reference_rows)
-        with trainer.timed_store.hold_open():
-            metrics |= _add_reference_metrics(
-                _query_version_metrics(trainer, version), _query_version_metrics(trainer, reference)
-            )
-            metrics |= _query_boilerplate_rise(trainer, version, reference) | _query_kl_metrics(trainer, version)
-        folders = trainer.get_policy_folder(version), trainer.get_policy_folder(reference)
-        texts = [
-            (parse_messages(row), row["text"])
-            for row in trainer.store.query_dicts(_BENIGN_TEXTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
-        ]
-        of_new, of_old = (compute_perplexity(folder, texts) for folder in folders)
-        if of_new and of_old:
-            metrics |= _add_reference_metrics({"perplexity": of_new}, {"perplexity": of_old})
-        return metrics | self.compute_judge_metrics(trainer, *folders)
-
-    def compute_proxy_metrics(self, trainer: Trainer, rows: list[Any], reference_rows: list[Any]) -> _Metrics:
-        """What the reward model says of both; DPO has none."""
-        if not trainer.read_state().reward_version:
-            return {}
-        score = self.make_scorer(trainer)
-        of_new, of_old = score(rows), score(reference_rows)
-        gain, low, high = compute_mean_difference(of_new, of_old)
-        lengths = [float(len(row["text"])) for row in rows]
-        return {
-            "proxy_gain": gain,
-            "proxy_low": low,
-            "proxy_high": high,
-            "length_correlation": compute_correlation(lengths, of_new),
-        }
-
-    def make_scorer(self, trainer: Trainer) -> Callable[[list[Any]], list[float]]:
-        """Scores answers with the newest reward model, and publishes the scores."""
-        from trainer import reward
-
-        version = trainer.read_state().reward_version
-        model = reward.load_reward_model(trainer.get_version_folder(PolicyKind.REWARD, version))
-
-        def score(rows: list[Any]) -> list[float]:
-            raw = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in rows])
-            normalised = model.normalize(raw)
-            trainer.publish([_make_score(row, version, *pair) for row, *pair in zip(rows, raw, normalised, strict=True)])
-            return normalised
-
-        return score
-
-    def compute_judge_metrics(self, trainer: Trainer, policy_folder: Path, reference_folder: Path) -> _Metrics:
-        """How often the held-out judge prefers the policy's answers to the reference's, on held-out prompts."""
+    def compute_judge_metrics(self, store: Store, policy_folder: Path, reference_folder: Path) -> _Metrics:
+        """Return how often the held-out judge prefers the policy's responses to the reference's, on held-out prompts."""
         if self.judge is None or not self.limits.prompts:
             return {}
-        dialogues = [
-            parse_messages(row)
-            for row in trainer.store.query_dicts(_HELD_OUT_PROMPTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
-        ]
+        rows = store.query_dicts(_HELD_OUT_PROMPTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
+        dialogues = [parse_messages(row) for row in rows]
         if not dialogues:
             return {}
-        rows = trainer.settings.models.max_batch_size
-        answers = [
-            [text for text, _ in sample_responses(folder, dialogues, rows)] for folder in (policy_folder, reference_folder)
-        ]
-        labels = self.judge([(d, a, b) for d, a, b in zip(dialogues, *answers, strict=True) if a.strip() and b.strip()])
-        given = [p for p in labels if p is not None]
-        if not given:
+        responses, reference_responses = (
+            [text for text, _ in sample_responses(folder, dialogues, self.batch_size)]
+            for folder in (policy_folder, reference_folder)
+        )
+        pairs = zip(dialogues, responses, reference_responses, strict=True)
+        probabilities = self.judge([(messages, a, b) for messages, a, b in pairs if a.strip() and b.strip()])
+        labels = [p for p in probabilities if p is not None]
+        if not labels:
             return {}
-        mean, low, high = compute_confidence_interval(given)
-        return {"judge_wins": mean, "judge_low": low, "judge_high": high, "judge_pairs": float(len(given))}
+        mean, low, high = compute_confidence_interval(labels)
+        return {"judge_wins": mean, "judge_low": low, "judge_high": high, "judge_pairs": float(len(labels))}
 
 
-def _make_score(row: Mapping[str, Any], reward_version: int, score: float, normalized_score: float) -> Score:
-    response = str(row["response_id"])
-    return Score(
-        record_id=ids.compute_record_id(
-            "score", [response], ids.compute_fingerprint("score", reward_version=reward_version), row["completion_index"]
-        ),
-        parent_ids=[response],
-        prompt_id=str(row["prompt_id"]),
-        run_id=row["run_id"],
-        stage="train",
-        policy_version=row["policy_version"],
-        response_id=response,
-        completion_index=row["completion_index"],
-        reward_version=reward_version,
-        score=score,
-        normalized_score=normalized_score,
-    )
+def _compute_proxy_metrics(
+    state: TrainingState,
+    folders: ModelFolders,
+    publish: Callable[[Sequence[Record]], None],
+    rows: list[Any],
+    reference_rows: list[Any],
+) -> _Metrics:
+    """Score the responses of both versions with the newest reward model, publish the scores, and compare them."""
+    from trainer.learners import reward
+
+    reward_version = state.reward_version
+    model = reward.load_reward_model(folders.get_version_folder(PolicyKind.REWARD, reward_version))
+
+    def score(rows: list[Any]) -> list[float]:
+        scores = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in rows])
+        normalized = model.normalize(scores)
+        records = zip(rows, scores, normalized, strict=True)
+        publish([make_score(row, row["run_id"], reward_version, *pair) for row, *pair in records])
+        return normalized
+
+    scores, reference_scores = score(rows), score(reference_rows)
+    gain, low, high = compute_mean_difference(scores, reference_scores)
+    lengths = [float(len(row["text"])) for row in rows]
+    return {
+        "proxy_gain": gain,
+        "proxy_low": low,
+        "proxy_high": high,
+        "length_correlation": compute_correlation(lengths, scores),
+    }
 
 
 def _add_reference_metrics(metrics: _Metrics, reference_metrics: _Metrics) -> _Metrics:
-    """The metrics of a version and, under their names with `_reference`, those of its reference."""
+    """Return the metrics of a version and, under their names with `_reference`, those of its reference."""
     return metrics | {f"{name}_reference": value for name, value in reference_metrics.items()}
 
 
-def _query_version_metrics(trainer: Trainer, version: int) -> _Metrics:
-    """Lengths, diversity and refusals of a version, from the views."""
-    store = trainer.store
-    found: _Metrics = {}
+def _query_version_metrics(store: Store, version: int) -> _Metrics:
+    """Return lengths, diversity and refusals of a version, from the views."""
+    metrics: _Metrics = {}
     sql = "SELECT mean_words, distinct_1, distinct_2, words FROM monitor_diversity WHERE policy_version = ?"
     for row in store.query_dicts(sql, [version], limit_s=QUERY_TIMEOUT_S):
-        found |= {name: float(value) for name, value in row.items() if value is not None}
+        metrics |= {name: float(value) for name, value in row.items() if value is not None}
     for row in store.query_dicts("SELECT * FROM monitor_refusals WHERE policy_version = ?", [version], limit_s=QUERY_TIMEOUT_S):
         name = "refusal_harmful" if row["harmful"] else "refusal_benign"
-        found |= {name: row["refusal_rate"], f"{name}_low": row["refusal_low"], f"{name}_high": row["refusal_high"]}
-    return found
+        metrics |= {name: row["refusal_rate"], f"{name}_low": row["refusal_low"], f"{name}_high": row["refusal_high"]}
+    return metrics
 
 
-def _query_boilerplate_rise(trainer: Trainer, version: int, reference: int) -> _Metrics:
-    """By how much the share of answers with one phrase rose, of the phrase that rose most."""
+def _query_boilerplate_rise(store: Store, version: int, reference: int) -> _Metrics:
+    """Return the largest rise, over all phrases, of the share of responses that contain the phrase."""
     sql = """
         SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM monitor_phrases n
         LEFT JOIN monitor_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
-    return {"boilerplate_rise": float(trainer.store.query(sql, [reference, version], limit_s=QUERY_TIMEOUT_S).rows[0][0])}
+    return {"boilerplate_rise": float(store.query(sql, [reference, version], limit_s=QUERY_TIMEOUT_S).rows[0][0])}
 
 
-def _query_kl_metrics(trainer: Trainer, version: int) -> _Metrics:
-    """How the KL to the reference rose in the update that made a version."""
+def _query_kl_metrics(store: Store, version: int) -> _Metrics:
+    """Return how the KL to the reference rose in the update that made a version."""
     sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM monitor_kl WHERE policy_version = ?"
-    rows = trainer.store.query_dicts(sql, [version - 1], limit_s=QUERY_TIMEOUT_S)
+    rows = store.query_dicts(sql, [version - 1], limit_s=QUERY_TIMEOUT_S)
     return {name: float(value) for row in rows[-1:] for name, value in row.items() if value is not None}

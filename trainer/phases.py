@@ -1,39 +1,63 @@
-"""From a batch to a learner: what each phase hands to its learner, and what comes back to be saved.
+"""The phases: what binds a batch to a learner.
 
-A learner is a function of the trainer and a batch. It trains, passes each step's numbers to `trainer.step`, and returns a
-function that saves what it made into a folder, and its metrics. It raises TrainingFailed (or a class below it) when the batch
-cannot be trained on: a NaN loss, one-sided labels, equal rewards. Nothing is saved or published then.
+Each `learn_*` function makes the learner's inputs from the rows of a batch, calls the learner, and returns a function that saves
+the trained model into a folder, with the metrics. It raises TrainingFailed (or a subclass) when the batch cannot be trained on: a NaN
+loss, one-sided labels, equal rewards. Nothing is saved or published then.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.settings import Settings
 from schemas import ids
-from schemas.records import BatchManifest, Incident, PolicyKind, Score
+from schemas.records import BatchManifest, Incident, PolicyKind, Record, Score
 from trainer.batches import Batch, parse_messages
+from trainer.folders import ModelFolders
 
 if TYPE_CHECKING:
-    from trainer.loop import Trainer
-    from trainer.ppo import Rollout
-    from trainer.reward import PreferenceExample
-    from trainer.sft import SftExample
+    from engine.settings import TrainSettings
+    from trainer.learners.ppo import Rollout
+    from trainer.learners.reward import PreferenceExample
+    from trainer.learners.sft import SftExample
     from trainer.weights import Hardware
 
+PHASES = ("sft", "reward", "ppo", "dpo")
+
+
+@dataclass(frozen=True)
+class LearnContext:
+    """What a phase needs besides its batch.
+
+    `publish` writes records to the log in one transaction. `on_step` gets the number of a step and its metrics.
+    """
+
+    folders: ModelFolders
+    train_settings: TrainSettings
+    publish: Callable[[Sequence[Record]], None]
+    on_step: Callable[[int, dict[str, float]], None]
+
+    @property
+    def hardware(self) -> Hardware:
+        """How learners use this machine. It is no part of a batch: the same rows train the same on another machine."""
+        from trainer.weights import Hardware
+
+        settings = self.train_settings
+        return Hardware(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision)
+
+
 _TrainOutput = tuple[Callable[[Path], None], dict[str, float]]
-Learner = Callable[["Trainer", Batch], _TrainOutput]
+Learner = Callable[[LearnContext, Batch], _TrainOutput]
 
 
-# Rows as the learners take them
+# From rows to the learners' inputs
 
 
 def _make_sft_example(row: Mapping[str, Any]) -> SftExample:
-    from trainer.sft import SftExample
+    from trainer.learners.sft import SftExample
 
     return SftExample(
         messages=parse_messages(row),
@@ -44,7 +68,7 @@ def _make_sft_example(row: Mapping[str, Any]) -> SftExample:
 
 
 def _make_preference_example(row: Mapping[str, Any]) -> PreferenceExample:
-    from trainer.reward import PreferenceExample
+    from trainer.learners.reward import PreferenceExample
 
     return PreferenceExample(
         messages=parse_messages(row),
@@ -59,7 +83,7 @@ def _make_preference_example(row: Mapping[str, Any]) -> PreferenceExample:
 
 
 def _make_rollout(row: Mapping[str, Any]) -> Rollout:
-    from trainer.ppo import Rollout
+    from trainer.learners.ppo import Rollout
 
     return Rollout(
         prompt_token_ids=tuple(row["prompt_token_ids"]),
@@ -75,158 +99,138 @@ def _make_rollout(row: Mapping[str, Any]) -> Rollout:
 # The phases
 
 
-def _get_hardware(settings: Settings) -> Hardware:
-    """How learners use this machine; no part of a batch, whose rows train the same on another one."""
-    from trainer.weights import Hardware
+def learn_sft(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy on the final responses of revision chains."""
+    from trainer import distributed
+    from trainer.learners import sft
 
-    train = settings.train
-    return Hardware(train.micro_batch_size, train.gradient_checkpointing, train.precision)
-
-
-def learn_sft(trainer: Trainer, batch: Batch) -> _TrainOutput:
-    """The policy on the final texts of chains."""
-    from trainer import distributed, sft
-
-    base, settings = trainer.get_policy_folder(batch.manifest.base_policy_version), batch.settings
-    settings.pop("rounds", None)  # the rows are theirs already
+    folders, settings = context.folders, batch.settings
+    policy_folder = folders.get_policy_folder(batch.manifest.base_policy_version)
+    settings.pop("rounds", None)  # it has already selected the rows
     model, tokenizer, metrics = distributed.call_learner(
         sft.train,
-        base,
+        policy_folder,
         [_make_sft_example(row) for row in batch.rows],
         seed=batch.manifest.seed or 0,
-        hardware=_get_hardware(trainer.settings),
-        on_step=partial(trainer.publish_step_metrics, batch.manifest),
+        hardware=context.hardware,
+        on_step=context.on_step,
         **settings,
     )
-    return make_sft_saver(model, tokenizer, base, trainer.base_folder), metrics
+    return make_sft_saver(model, tokenizer, policy_folder, folders.base_folder), metrics
 
 
-def make_sft_saver(model: Any, tokenizer: Any, start_folder: Path, base_folder: Path) -> Callable[[Path], None]:
-    """Saves the policy that was trained on the weights of `base`, and the adapter for a server that has the first model's."""
-    from trainer import weights
+def learn_reward(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the reward model on soft labels, starting from the last reward model, or from the policy with a fresh head."""
+    from trainer import distributed
+    from trainer.learners import reward
 
-    def save(folder: Path) -> None:
-        if weights.has_adapter(model):
-            with tempfile.TemporaryDirectory() as delta:
-                weights.save_adapter(model, Path(delta))
-                weights.save_combined_adapter(folder, Path(delta), start_folder, base_folder)
-        weights.make_saver(model, tokenizer)(folder)
-
-    return save
-
-
-def make_saver_with_adapter(save: Callable[[Path], None], reference_folder: Path, base_folder: Path) -> Callable[[Path], None]:
-    """`save` of the RL phase, and the same adapter."""
-    from trainer import weights
-
-    def both(folder: Path) -> None:
-        save(folder)
-        weights.save_combined_adapter(folder, folder / weights.RL_FOLDER, reference_folder, base_folder)
-
-    return both
-
-
-def learn_reward(trainer: Trainer, batch: Batch) -> _TrainOutput:
-    """The reward model on soft labels: from the last one, or from the policy with a fresh head."""
-    from trainer import distributed, reward
-
-    manifest, settings = batch.manifest, batch.settings
-    settings.pop("replay_ratio", None)  # the rows are there already
-    version = manifest.base_reward_version
-    base = trainer.get_policy_folder(manifest.base_policy_version)
+    manifest, settings, folders = batch.manifest, batch.settings, context.folders
+    settings.pop("replay_ratio", None)  # the replayed rows are already in the batch
+    policy_folder, version = folders.get_policy_folder(manifest.base_policy_version), manifest.base_reward_version
     model, metrics = distributed.call_learner(
         reward.train,
-        trainer.get_version_folder(PolicyKind.REWARD, version) if version else base,
+        folders.get_version_folder(PolicyKind.REWARD, version) if version else policy_folder,
         [_make_preference_example(row) for row in batch.rows],
         seed=manifest.seed or 0,
-        hardware=_get_hardware(trainer.settings),
-        on_step=partial(trainer.publish_step_metrics, manifest),
+        hardware=context.hardware,
+        on_step=context.on_step,
         **settings,
     )
     return model.save, metrics
 
 
-def learn_ppo(trainer: Trainer, batch: Batch) -> _TrainOutput:
-    """The policy on its own scored answers, held near the policy that the last supervised phase made."""
-    from trainer import distributed, ppo, sft, weights
+def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy on its own scored completions, with the policy of the last supervised phase as its reference."""
+    from trainer import distributed, weights
+    from trainer.learners import ppo, sft
 
-    manifest, settings = batch.manifest, batch.settings
+    manifest, settings, folders = batch.manifest, batch.settings, context.folders
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
-    policy = trainer.get_policy_folder(manifest.base_policy_version)
-    reference = trainer.get_policy_folder(manifest.reference_policy_version or 0)
-    tokenizer, hyperparameters = weights.load_tokenizer(policy), ppo.PPOConfig(**settings)
-    learned, metrics = distributed.call_learner(
+    policy_folder = folders.get_policy_folder(manifest.base_policy_version)
+    reference_folder = folders.get_policy_folder(manifest.reference_policy_version or 0)
+    tokenizer, config = weights.load_tokenizer(policy_folder), ppo.PPOConfig(**settings)
+    trained, metrics = distributed.call_learner(
         ppo.train,
-        policy,
-        reference,
+        policy_folder,
+        reference_folder,
         [_make_rollout(row) for row in batch.rows],
-        _score_rollouts(trainer, batch),
-        hyperparameters,
-        base_folder=None if reference == trainer.base_folder else trainer.base_folder,
+        _score_rollouts(context, batch),
+        config,
+        base_folder=None if reference_folder == folders.base_folder else folders.base_folder,
         sl_rows=[sft.encode_example(tokenizer, _make_sft_example(row), max_length) for row in batch.sl_rows],
         lora_rank=lora_rank,
-        hardware=_get_hardware(trainer.settings),
+        hardware=context.hardware,
         seed=manifest.seed or 0,
-        on_step=partial(trainer.publish_step_metrics, manifest),
+        on_step=context.on_step,
     )
     if metrics["stopped_early"]:
-        trainer.publish([_make_early_stop_incident(manifest, metrics, ppo.find_exceeded_limit(metrics, hyperparameters))])
-    return make_saver_with_adapter(learned.save, reference, trainer.base_folder), metrics
+        context.publish([_make_early_stop_incident(manifest, metrics, ppo.find_exceeded_limit(metrics, config))])
+    return make_saver_with_adapter(trained.save, reference_folder, folders.base_folder), metrics
 
 
-def learn_dpo(trainer: Trainer, batch: Batch) -> _TrainOutput:
-    """The policy on labels, held near the policy that the last supervised phase made."""
-    from trainer import distributed, dpo
+def learn_dpo(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy on labels, with the policy of the last supervised phase as its reference."""
+    from trainer import distributed
+    from trainer.learners import dpo
 
-    manifest = batch.manifest
-    reference = trainer.get_policy_folder(manifest.reference_policy_version or 0)
+    manifest, folders = batch.manifest, context.folders
+    reference_folder = folders.get_policy_folder(manifest.reference_policy_version or 0)
     save, metrics = distributed.call_learner(
         dpo.train,
-        trainer.get_policy_folder(manifest.base_policy_version),
-        reference,
+        folders.get_policy_folder(manifest.base_policy_version),
+        reference_folder,
         [_make_preference_example(row) for row in batch.rows],
-        hardware=_get_hardware(trainer.settings),
+        hardware=context.hardware,
         seed=manifest.seed or 0,
-        on_step=partial(trainer.publish_step_metrics, manifest),
+        on_step=context.on_step,
         **batch.settings,
     )
-    return make_saver_with_adapter(save, reference, trainer.base_folder), metrics
+    return make_saver_with_adapter(save, reference_folder, folders.base_folder), metrics
 
 
-def _score_rollouts(trainer: Trainer, batch: Batch) -> list[float]:
-    """The reward model's normalised score of each rollout; all scores are published too."""
-    from trainer import reward
+LEARNERS: dict[str, Learner] = {"sft": learn_sft, "reward": learn_reward, "ppo": learn_ppo, "dpo": learn_dpo}
+
+
+def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
+    """Return the reward model's normalized score of each rollout, and publish all scores."""
+    from trainer.learners import reward
 
     manifest = batch.manifest
     version = manifest.base_reward_version
-    assert version is not None, "PPO batches are drawn only when there is a reward model"
+    assert version is not None, "PPO batches are sampled only when there is a reward model"
     model = reward.load_reward_model(
-        trainer.get_version_folder(PolicyKind.REWARD, version),
-        _get_hardware(trainer.settings),
-        policy=trainer.get_policy_folder(manifest.base_policy_version),
+        context.folders.get_version_folder(PolicyKind.REWARD, version),
+        context.hardware,
+        policy=context.folders.get_policy_folder(manifest.base_policy_version),
     )
-    raw = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
-    normalised = model.normalize(raw)
-    configuration = ids.compute_fingerprint("score", reward_version=version)
-    trainer.publish(
+    scores = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
+    normalized = model.normalize(scores)
+    context.publish(
         [
-            Score(
-                record_id=ids.compute_record_id("score", [str(row["response_id"])], configuration, row["completion_index"]),
-                parent_ids=[str(row["response_id"])],
-                prompt_id=str(row["prompt_id"]),
-                run_id=manifest.run_id,
-                stage="train",
-                policy_version=row["policy_version"],
-                response_id=str(row["response_id"]),
-                completion_index=row["completion_index"],
-                reward_version=version,
-                score=score,
-                normalized_score=value,
-            )
-            for row, score, value in zip(batch.rows, raw, normalised, strict=True)
+            make_score(row, manifest.run_id, version, score, normalized_score)
+            for row, score, normalized_score in zip(batch.rows, scores, normalized, strict=True)
         ]
     )
-    return normalised
+    return normalized
+
+
+def make_score(row: Mapping[str, Any], run_id: str, reward_version: int, score: float, normalized_score: float) -> Score:
+    """Make the record of the score that a reward model gives to the completion of a row."""
+    response_id = str(row["response_id"])
+    fingerprint = ids.compute_fingerprint("score", reward_version=reward_version)
+    return Score(
+        record_id=ids.compute_record_id("score", [response_id], fingerprint, row["completion_index"]),
+        parent_ids=[response_id],
+        prompt_id=str(row["prompt_id"]),
+        run_id=run_id,
+        stage="train",
+        policy_version=row["policy_version"],
+        response_id=response_id,
+        completion_index=row["completion_index"],
+        reward_version=reward_version,
+        score=score,
+        normalized_score=normalized_score,
+    )
 
 
 def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:
@@ -238,9 +242,37 @@ def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float]
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
         title="PPO stopped early: the policy moved too far",
-        detail=f"its KL passed ppo.{limit} after {metrics['steps']:.0f} steps; what it had learned until then is published",
+        detail=f"its KL exceeded ppo.{limit} after {metrics['steps']:.0f} steps; the policy of the last step is published",
         metrics=metrics,
     )
 
 
-LEARNERS: dict[str, Learner] = {"sft": learn_sft, "reward": learn_reward, "ppo": learn_ppo, "dpo": learn_dpo}
+# Saving
+
+
+def make_sft_saver(model: Any, tokenizer: Any, start_folder: Path, base_folder: Path) -> Callable[[Path], None]:
+    """Return a function that saves a policy trained on the weights in `start_folder`.
+
+    With LoRA it also saves one adapter on the base model's weights, for a server that has loaded those.
+    """
+    from trainer import weights
+
+    def save(folder: Path) -> None:
+        if weights.has_adapter(model):
+            with tempfile.TemporaryDirectory() as adapter_folder:
+                weights.save_adapter(model, Path(adapter_folder))
+                weights.save_combined_adapter(folder, Path(adapter_folder), start_folder, base_folder)
+        weights.make_saver(model, tokenizer)(folder)
+
+    return save
+
+
+def make_saver_with_adapter(save: Callable[[Path], None], reference_folder: Path, base_folder: Path) -> Callable[[Path], None]:
+    """Return a function that calls `save` (of the RL phase), and also saves one adapter on the base model's weights."""
+    from trainer import weights
+
+    def save_both(folder: Path) -> None:
+        save(folder)
+        weights.save_combined_adapter(folder, folder / weights.RL_FOLDER, reference_folder, base_folder)
+
+    return save_both

@@ -1,13 +1,12 @@
-"""Loading weights for training, LoRA around them, and saving them for serving.
+"""Loading weights for training, LoRA adapters, and saving checkpoints for serving.
 
-Master weights are fp32: at PPO's learning rate AdamW in pure bf16 changed 0.4 % of SmolLM2's weights in two steps. What is
-saved is one whole folder of fp32 safetensors in every case: adapters are merged in fp32 first, so that whoever serves a
-checkpoint needs nothing beside it.
+Master weights are fp32: at PPO's learning rate AdamW in pure bf16 changed 0.4 % of SmolLM2's weights in two steps. A checkpoint is always
+one complete folder of fp32 safetensors: adapters are merged in fp32 first, so a checkpoint can be served without any other files.
 
-The RL phase (PPO, DPO) with LoRA. SFT merges its adapter, and the result is the reference of the RL phase. The first RL update
-starts with a fresh adapter of zeros on it; each one saves, beside the merged weights, the adapter itself (`rl/`). The next one
-takes the reference's weights and that adapter: adapter on is the policy, adapter off the reference, and no second copy of the
-weights is ever in memory.
+LoRA in the RL phase (PPO, DPO): SFT merges its adapter, and the result is the reference of the RL phase. The first RL update starts with a
+fresh adapter of zeros on the reference. Each update saves the adapter itself (`rl/`) next to the merged weights. The next update loads the
+reference's weights and that adapter. With the adapter the model is the policy, without it the reference, so memory never holds a second
+copy of the weights.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.weight_sync import ADAPTER_FOLDER
 
-# The caller shows one line a step. A fresh scorer's missing head is no news either: we set it ourselves.
+# The caller prints one line per step. The libraries also warn about a new scorer's missing head, which we initialize ourselves.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 datasets.disable_progress_bars()
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still asks for it
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads it
 
-LORA_LEARNING_RATE_FACTOR = 10.0  # adapters start at zero and are few: they take ten times the learning rate
-RL_FOLDER = "rl"  # the folder beside a policy's merged weights: its adapter and its value head
+LORA_LEARNING_RATE_FACTOR = 10.0  # adapters start at zero and have few parameters: they need ten times the learning rate
+RL_FOLDER = "rl"  # the folder in a policy's checkpoint with its adapter and its value head
 _ADAPTER_WEIGHTS_FILE, _ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 _REFERENCE_FILE = "reference.json"
 _VALUE_HEAD_FILE = "value.safetensors"
@@ -46,7 +45,7 @@ _VALUE_HEAD_FILE = "value.safetensors"
 
 @dataclass(frozen=True)
 class Hardware:
-    """How an update uses the machine: rows in one pass, activations computed twice instead of kept, and the arithmetic."""
+    """How an update uses the machine: rows per pass, recomputation of activations (to save memory), and the arithmetic."""
 
     micro_batch_size: int = 4
     gradient_checkpointing: bool = False
@@ -54,12 +53,12 @@ class Hardware:
 
     @property
     def bf16(self) -> bool:
-        """Whether matrices are multiplied in bf16."""
+        """Return whether matrices are multiplied in bf16."""
         return self.precision == "bf16" or (self.precision == "auto" and _supports_bf16())
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """bf16 where it pays; weights and their updates stay fp32."""
+        """Compute in bf16 inside the block, where it is faster. Weights and their updates stay fp32."""
         with torch.autocast(_get_device(), dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
@@ -68,7 +67,7 @@ DEFAULT_HARDWARE = Hardware()
 
 
 def _supports_bf16() -> bool:
-    """Whether the GPU, or else the processor, multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
+    """Return whether the GPU (or the CPU, without one) multiplies bf16 in hardware; otherwise bf16 is slower than fp32."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -84,7 +83,7 @@ def _get_device() -> str:
 
 @contextmanager
 def _translate_load_errors(folder: Path) -> Iterator[None]:
-    """Turn the libraries' many complaints about a folder that is no whole model into one that says what to do."""
+    """Translate the libraries' errors for an incomplete or damaged model folder into one UsageError."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -94,17 +93,18 @@ def _translate_load_errors(folder: Path) -> Iterator[None]:
         raise UsageError(
             f"the weights in {folder} cannot be loaded",
             reason[0][:200],
-            "restore the folder from a copy, or name another model (models.policy)",
+            "restore the folder from a copy, or set another model (models.policy)",
         ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer; raises UsageError when the folder holds none."""
     with _translate_load_errors(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model from safetensors; raises UsageError when a weight is missing or cut short."""
+    """Load a causal language model from safetensors; raises UsageError when a weight is missing or truncated."""
     with _translate_load_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -114,9 +114,9 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_scorer(folder: Path, *, trained: bool = False) -> Any:
-    """A model with one number as its output; a fresh head starts at zero, so that every text begins with the same score.
+    """Load a model with one number as its output. A new head starts at zero: every response then has the same score.
 
-    `trained` says that the folder must hold such a head already.
+    With `trained`, a folder without such a head raises UsageError.
     """
     with _translate_load_errors(folder):
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -135,12 +135,12 @@ def load_scorer(folder: Path, *, trained: bool = False) -> Any:
 
 
 def _require_no_missing_weights(folder: Path, missing_keys: Iterable[str]) -> None:
-    """transformers fills a weight that a folder lacks with noise and goes on; we do not."""
+    """Raise UsageError when the folder lacks weights; transformers would fill them with noise and continue."""
     if names := sorted(missing_keys):
         raise UsageError(
             f"the weights in {folder} cannot be loaded",
-            f"{len(names)} of them are missing, {names[0]} among them: the folder is incomplete, or of another architecture",
-            "restore the folder from a copy, or name another model (models.policy)",
+            f"{len(names)} of them are missing, for example {names[0]}: the folder is incomplete, or has another architecture",
+            "restore the folder from a copy, or set another model (models.policy)",
         )
 
 
@@ -155,19 +155,19 @@ def require_compatible_models(policy: Path, other: Path, description: str) -> No
     if ours != theirs:
         raise UsageError(
             f"{description} in {other} is a {theirs}, the policy in {policy} a {ours}",
-            "they were not made from one model: models.policy was changed in a data folder that has trained already",
-            "set models.policy back, or begin a new data folder (--data DIR)",
+            "they were not made from the same model: models.policy was changed after training had started in this data folder",
+            "set models.policy back, or start a new data folder (--data DIR)",
         )
     if _get_tokenizer_signature(policy) != _get_tokenizer_signature(other):
         raise UsageError(
             f"{description} in {other} and the policy in {policy} have different tokenizers",
-            "the same token ids would mean different texts",
-            "set models.policy back, or begin a new data folder (--data DIR)",
+            "the same token ids would decode to different strings",
+            "set models.policy back, or start a new data folder (--data DIR)",
         )
 
 
 def _get_tokenizer_signature(folder: Path) -> tuple[object, ...]:
-    """What makes two tokenizers the same to us: vocabulary, end token, chat template."""
+    """Return what must be equal for two tokenizers to be interchangeable: vocabulary, end token, chat template."""
     tokenizer = load_tokenizer(folder)
     return tokenizer.get_vocab(), tokenizer.eos_token, tokenizer.chat_template
 
@@ -176,7 +176,7 @@ def _get_tokenizer_signature(folder: Path) -> tuple[object, ...]:
 
 
 def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[str] = ()) -> Any:
-    """Adapters of this rank on every linear layer; `keep` names whole modules that are trained too. Rank 0: the model."""
+    """Add adapters of this rank to every linear layer; `modules_to_save` are trained completely. Rank 0 returns the model itself."""
     if not rank:
         return model
     from peft import LoraConfig, get_peft_model
@@ -192,9 +192,9 @@ def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[st
 
 
 def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, bool]:
-    """The policy to train, and whether it is the reference when its adapter is off.
+    """Load the policy to train; return it, and whether it is the reference when its adapter is disabled.
 
-    An adapter that an earlier update of this RL phase left goes on; its rank then stays what it was until the next SFT.
+    An adapter that an earlier update of this RL phase saved is trained further. It keeps its rank until the next SFT update.
     """
     if rank and policy == reference:
         return add_lora(load_policy(reference), rank, "CAUSAL_LM"), True
@@ -203,18 +203,18 @@ def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, b
 
         with _translate_load_errors(policy / RL_FOLDER):
             return PeftModel.from_pretrained(load_policy(reference), policy / RL_FOLDER, is_trainable=True), True
-    # The weights themselves were trained since the reference: a fresh adapter lies on them, and off is not the reference.
+    # All weights were trained since the reference: a new adapter is added to them, and disabling it does not give the reference.
     return add_lora(load_policy(policy), rank, "CAUSAL_LM"), False
 
 
 def has_adapter_for_reference(policy: Path, reference: Path) -> bool:
-    """Whether the policy's checkpoint holds an adapter that belongs on this reference."""
+    """Return whether the policy's checkpoint holds an adapter that was trained on this reference."""
     note = policy / RL_FOLDER / _REFERENCE_FILE
     return note.exists() and bool(json.loads(note.read_text())["weights"] == _hash_model_folder(reference))
 
 
 def _hash_model_folder(folder: Path) -> str:
-    """The content hash of a model folder: its checkpoint's, or of the files of a model that is not ours."""
+    """Return the content hash of a model folder: its checkpoint manifest's, or that of the files of a downloaded model."""
     manifest = folder / MANIFEST_FILENAME
     if manifest.exists():
         return str(json.loads(manifest.read_text())["content_hash"])
@@ -222,29 +222,30 @@ def _hash_model_folder(folder: Path) -> str:
 
 
 def has_adapter(model: Any) -> bool:
+    """Return whether a model has LoRA adapters."""
     return hasattr(model, "merge_and_unload")
 
 
 def merge_adapter(model: Any) -> Any:
-    """The whole model, adapters merged."""
+    """Return the complete model with its adapters merged."""
     return model.merge_and_unload() if has_adapter(model) else model
 
 
 @contextmanager
 def disable_adapter(model: Any) -> Iterator[None]:
-    """Inside, the model is what it was before its adapter."""
+    """Disable the adapter inside the block."""
     with model.disable_adapter():
         yield
 
 
 def prepare_for_training(model: Any, hardware: Hardware) -> Any:
-    """Turn dropout off, and have activations computed twice instead of kept, where that is asked for."""
+    """Disable dropout, and recompute activations in the backward pass if `hardware` sets it."""
     model.eval()
     if hardware.gradient_checkpointing:
         model.activation_checkpointing_enable()
         if has_adapter(model):
             model.enable_input_require_grads()
-        model.train()  # transformers computes activations twice only in training mode
+        model.train()  # transformers recomputes activations only in training mode
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -257,7 +258,7 @@ def prepare_for_training(model: Any, hardware: Hardware) -> Any:
 
 
 def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
-    """A function that saves the merged model and its tokenizer into a folder."""
+    """Return a function that saves the merged model and its tokenizer into a folder."""
 
     def save(folder: Path) -> None:
         merge_adapter(model).save_pretrained(folder)
@@ -269,15 +270,17 @@ def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
 def make_rl_saver(
     model: Any, tokenizer: Any, value_head_state: dict[str, torch.Tensor] | None, reference: Path | None
 ) -> Callable[[Path], None]:
-    """As `saver`, and into `rl/` what the next RL update goes on from: the value head, and the adapter where it lies on
-    `reference` (None: it lies on other weights, and is merged for good)."""
-    on = None if reference is None or not has_adapter(model) else _hash_model_folder(reference)
+    """Return a function that saves like `make_saver`, and into `rl/` what the next RL update continues from.
+
+    That is the value head, and the adapter if it belongs on `reference` (None: it belongs on other weights, and is only merged).
+    """
+    reference_hash = None if reference is None or not has_adapter(model) else _hash_model_folder(reference)
 
     def save(folder: Path) -> None:
         (folder / RL_FOLDER).mkdir()
-        if on is not None:
+        if reference_hash is not None:
             save_adapter(model, folder / RL_FOLDER)
-            (folder / RL_FOLDER / _REFERENCE_FILE).write_text(json.dumps({"weights": on}))
+            (folder / RL_FOLDER / _REFERENCE_FILE).write_text(json.dumps({"weights": reference_hash}))
         if value_head_state is not None:
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in value_head_state.items()},
@@ -289,36 +292,42 @@ def make_rl_saver(
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Save a model's adapter alone, before it is merged."""
+    """Save only a model's adapter; call it before the adapter is merged."""
     model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def save_combined_adapter(folder: Path, adapter_folder: Path, start_folder: Path, base_folder: Path) -> None:
-    """Put into a checkpoint's `adapter/` all that was learned since the first model's weights, for a server that has those.
+    """Save into a checkpoint's `adapter/` one adapter on the base model's weights, for a server that has loaded those.
 
-    That is the adapter in `delta` beside the one of the checkpoint that it lies on: B1 A1 + B2 A2 = [B1 B2] [A1; A2], so ranks
-    add up and nothing is lost. Where a link of the chain was trained with all weights there is no adapter.
+    It joins the adapter in `adapter_folder` with that of the checkpoint in `start_folder`, on which it was trained:
+    B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. Where one of the earlier updates trained all weights,
+    no adapter is saved.
     """
-    earlier = start_folder / ADAPTER_FOLDER
-    if not (adapter_folder / _ADAPTER_WEIGHTS_FILE).exists() or (start_folder != base_folder and not earlier.exists()):
+    start_adapter = start_folder / ADAPTER_FOLDER
+    if not (adapter_folder / _ADAPTER_WEIGHTS_FILE).exists() or (start_folder != base_folder and not start_adapter.exists()):
         return
-    tensors, config = (
-        load_file(adapter_folder / _ADAPTER_WEIGHTS_FILE),
-        json.loads((adapter_folder / _ADAPTER_CONFIG_FILE).read_text()),
-    )
+    tensors, config = _load_adapter(adapter_folder)
     if start_folder != base_folder:
-        before, old = load_file(earlier / _ADAPTER_WEIGHTS_FILE), json.loads((earlier / _ADAPTER_CONFIG_FILE).read_text())
-        tensors = {name: torch.cat([before[name], tensors[name]], dim=0 if ".lora_A." in name else 1) for name in tensors}
-        config |= {name: config[name] + old[name] for name in ("r", "lora_alpha")}  # their ratio, the scale, stays 2
-    config["base_model_name_or_path"] = None  # a server knows what it serves
+        start_tensors, start_config = _load_adapter(start_adapter)
+        tensors = {
+            name: torch.cat([start_tensors[name], tensor], dim=0 if ".lora_A." in name else 1)
+            for name, tensor in tensors.items()
+        }
+        config |= {name: config[name] + start_config[name] for name in ("r", "lora_alpha")}  # their ratio, the scale, stays 2
+    config["base_model_name_or_path"] = None  # the server sets it
     (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
     save_file(tensors, folder / ADAPTER_FOLDER / _ADAPTER_WEIGHTS_FILE)
     (folder / ADAPTER_FOLDER / _ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
+def _load_adapter(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors of an adapter by name, and its configuration."""
+    return load_file(folder / _ADAPTER_WEIGHTS_FILE), json.loads((folder / _ADAPTER_CONFIG_FILE).read_text())
+
+
 def load_value_head(policy: Path) -> dict[str, torch.Tensor] | None:
-    """The value head that the last PPO update of this RL phase left; None when there is none."""
+    """Load the value head that the last PPO update of this RL phase saved; return None before the first one."""
     file = policy / RL_FOLDER / _VALUE_HEAD_FILE
     if not file.exists():
         return None
@@ -327,10 +336,10 @@ def load_value_head(policy: Path) -> dict[str, torch.Tensor] | None:
 
 
 def find_unused_token_id(sequences: Iterable[Sequence[int]], vocab_size: int) -> int:
-    """A token id that occurs in none of the sequences, to pad with.
+    """Return a token id that occurs in none of the sequences, to pad with.
 
-    transformers pools a classifier at the last token that is not padding; SmolLM2 pads with its end token, and the real end
-    of a text would be taken for padding.
+    transformers reads a classifier's score at the last token that is not padding. SmolLM2 pads with its end token, so the real end token
+    of a response would count as padding.
     """
     used = {token for sequence in sequences for token in sequence}
     return next(token for token in range(vocab_size - 1, -1, -1) if token not in used)

@@ -27,7 +27,7 @@ from engine.models import open_model
 from engine.models.interface import GenerationRequest
 from engine.settings import Settings
 from schemas.records import ChatMessage
-from trainer.ppo import Rollout
+from trainer.learners.ppo import Rollout
 
 TRL_ARM = "trl112"
 _TRL_QUESTION_SEED = 500_000  # seeds of its questions begin here: no run of Charter asks them

@@ -34,10 +34,10 @@ from engine.settings import Settings, load_settings
 from engine.store import Store
 from engine.worker import ModelExecutor, Worker
 from producers.files import FileProducer
-from trainer import ppo
+from trainer.learners import ppo
+from trainer.learners.ppo import Rollout
 from trainer.loop import Trainer
 from trainer.monitor import RewardHackingMonitor
-from trainer.ppo import Rollout
 from trainer.weights import Hardware
 
 _CRITIC_ID, _JUDGE_ID = "programmatic-critic", "programmatic-judge"
@@ -95,7 +95,12 @@ class Experiment:
     def __post_init__(self) -> None:
         self.bus, self.store = connect_bus(self.settings), open_store(self.settings)
         self.trainer = Trainer(self.bus, self.store, self.settings, Path(self.settings.models.policy))
-        self.monitor = RewardHackingMonitor(self.settings.monitor, judge=self.compare_by_rule)
+        self.monitor = RewardHackingMonitor(
+            self.settings.monitor,
+            self.settings.run.id,
+            judge=self.compare_by_rule,
+            batch_size=self.settings.models.max_batch_size,
+        )
         self.held_out_questions = list(islice(generate_questions(_HELD_OUT_SEED), _NUM_HELD_OUT))
         kept = {question.text for question in self.held_out_questions}
         self.questions = (question for question in self.questions if question.text not in kept)
@@ -139,7 +144,8 @@ class Experiment:
     def run_act(self, num_prompts: int, phases: Sequence[str]) -> bool:
         """The newest policy answers new prompts, then training; or the way back, after which this returns True."""
         self.time_call("stream", self.answer_questions, list(islice(self.questions, num_prompts)))
-        trip = self.time_call("watch", self.monitor, self.trainer) if self.monitored else None
+        state = self.trainer.read_state()
+        trip = self.time_call("watch", self.trainer.check_policy, self.monitor, state) if self.monitored else None
         if trip:
             self.exceeded_limits.append(
                 {"version": self.trainer.read_state().policy_version, "why": trip.detail, "good": trip.rollback_version}

@@ -29,7 +29,8 @@ from engine.errors import TrainingFailed
 from engine.models.interface import GenerationRequest
 from engine.models.local import LocalModel
 from schemas.records import ChatMessage
-from trainer import ppo, weights
+from trainer import weights
+from trainer.learners import ppo
 
 _HARDWARE = weights.Hardware(micro_batch_size=64, precision="fp32")
 _NUM_PROMPTS, _NUM_COMPLETIONS, _NUM_UPDATES = 64, 6, 3

@@ -28,7 +28,8 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
     """Return the monitor that checks every policy of the RL phase; without monitor.prompts it has no judge."""
     from trainer.monitor import RewardHackingMonitor
 
-    return RewardHackingMonitor(settings.monitor, HeldOutJudge(settings) if settings.monitor.prompts else None)
+    judge = HeldOutJudge(settings) if settings.monitor.prompts else None
+    return RewardHackingMonitor(settings.monitor, settings.run.id, judge, settings.models.max_batch_size)
 
 
 class HeldOutJudge:

@@ -57,17 +57,20 @@ def read_values(bus: Bus, topic: str) -> list[bytes]:
 
 
 class TopicTail:
-    """Reads a small topic incrementally: the first call returns all records, each later call the new ones."""
+    """Reads small topics incrementally: the first call returns all records, each later call the new ones."""
 
-    def __init__(self, bus: Bus, topic: str) -> None:
-        self.bus, self.topic = bus, topic
-        self.next_offsets = bus.beginning_offsets([topic])
+    def __init__(self, bus: Bus, *topics: str) -> None:
+        self.bus, self.topics = bus, topics
+        self.next_offsets = bus.beginning_offsets(topics)
 
     def read_new(self) -> list[ConsumerRecord]:
-        """Return the records that were written since the last call."""
-        ends = self.bus.end_offsets([self.topic])
-        if ends == self.next_offsets:
+        """Return the records that were written since the last call; those of one partition are in order.
+
+        All topics share one request for their end offsets and, where there is something new, one reader.
+        """
+        end_offsets = self.bus.end_offsets(self.topics)
+        if end_offsets == self.next_offsets:
             return []
-        records = list(read_between(self.bus, self.next_offsets, ends))
-        self.next_offsets = ends
+        records = list(read_between(self.bus, self.next_offsets, end_offsets))
+        self.next_offsets = end_offsets
         return records

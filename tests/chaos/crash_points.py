@@ -15,12 +15,14 @@ from typing import Any
 
 import engine.bus.embedded
 import engine.checkpoints
-import trainer.loop
+import trainer.update
 from charter.connect import connect_bus, open_store
 from engine.settings import load_settings
 from schemas.records import BatchManifest, Metric, PolicyUpdate, Record
 from trainer.batches import Batch
 from trainer.loop import Trainer
+from trainer.phases import PHASES, LearnContext
+from trainer.state import TrainingLog
 
 NOTES_FILE = "trained.jsonl"
 _NUM_STEPS = 2
@@ -34,13 +36,13 @@ def make_settings(folder: Path) -> Any:
     return load_settings(flags, environment={})[0]
 
 
-def run_fake_update(made: Trainer, batch: Batch) -> Any:
+def run_fake_update(context: LearnContext, batch: Batch) -> Any:
     """A fake update: notes what it was given, publishes some steps, and saves a folder that names its batch."""
     given = {"batch": batch.manifest.record_id, "hash": batch.manifest.content_hash, "rows": batch.rows}
-    with (made.settings.folder / NOTES_FILE).open("a") as notes:
+    with (context.folders.checkpoints_folder.parent / NOTES_FILE).open("a") as notes:
         notes.write(json.dumps(given, default=str) + "\n")
     for step in range(_NUM_STEPS):
-        made.publish_step_metrics(batch.manifest, step, {"loss": 1.0})
+        context.on_step(step, {"loss": 1.0})
 
     def save(folder: Path) -> None:
         (folder / "fake.safetensors").write_text(batch.manifest.record_id)
@@ -49,7 +51,7 @@ def run_fake_update(made: Trainer, batch: Batch) -> Any:
     return save, {"beta": 0.1}
 
 
-FAKE_LEARNERS = dict.fromkeys(trainer.loop.PHASES, run_fake_update)
+FAKE_LEARNERS = dict.fromkeys(PHASES, run_fake_update)
 _armed_points: list[str] = []
 
 
@@ -81,12 +83,12 @@ def _arm_crash_point(point: str) -> None:
         real_remove(path, *arguments, **more)
 
     engine.checkpoints.fsync_path = flush
-    trainer.loop.shutil.rmtree = rmtree
+    trainer.update.shutil.rmtree = rmtree
 
 
 def _instrument_publish() -> None:
     """Before, amid and after the transaction of a manifest, a step's numbers, an update."""
-    real: Callable[[Trainer, Any], None] = Trainer.publish
+    real: Callable[[TrainingLog, Any], None] = TrainingLog.publish
     real_commit, amid = engine.bus.embedded.LogConnection.commit, set[str]()
 
     def commit(connection: Any) -> None:
@@ -94,17 +96,17 @@ def _instrument_publish() -> None:
             _die_if_armed(f"committing {kind}")
         real_commit(connection)
 
-    def publish(made: Trainer, records: list[Record]) -> None:
+    def publish(log: TrainingLog, records: list[Record]) -> None:
         kinds = {type(record).__name__ for record in records if isinstance(record, BatchManifest | Metric | PolicyUpdate)}
         for kind in kinds:
             _die_if_armed(f"before {kind}")
         amid.update(kinds)
-        real(made, records)
+        real(log, records)
         amid.clear()
         for kind in kinds:
             _die_if_armed(f"after {kind}")
 
-    Trainer.publish = publish  # type: ignore[method-assign]
+    TrainingLog.publish = publish  # type: ignore[method-assign]
     engine.bus.embedded.LogConnection.commit = commit  # type: ignore[method-assign]
 
 

@@ -45,11 +45,11 @@ def _open_fake_model(spec: str, **options: Any) -> Model:
     return replace(_SlowScriptedModel(), revision=json.loads(mark.read_text())["revision"] if mark.exists() else "fake")
 
 
-def _run_fake_update(trainer: Any, batch: Any) -> Any:
+def _run_fake_update(context: Any, batch: Any) -> Any:
     """A fake update: some steps whose numbers are published, and a folder that only names its batch."""
     for step in range(_NUM_STEPS):
         time.sleep(_BATCH_DELAY_S)
-        trainer.publish_step_metrics(batch.manifest, step, {"loss": 1.0 / (1 + step)})
+        context.on_step(step, {"loss": 1.0 / (1 + step)})
 
     def save(folder: Path) -> None:
         (folder / _MARKER_FILE).write_text(json.dumps({"revision": batch.manifest.record_id[:8]}))
@@ -64,8 +64,9 @@ def main() -> None:
     charter.models.open_model = _open_fake_model
     if "train" in sys.argv:
         import trainer.loop
+        import trainer.phases
 
-        trainer.loop.LEARNERS = dict.fromkeys(trainer.loop.PHASES, _run_fake_update)
+        trainer.phases.LEARNERS.update(dict.fromkeys(trainer.phases.PHASES, _run_fake_update))
         trainer.loop.POLL_INTERVAL_S = 0.2
         engine.models.resolve_model_folder = Path
     charter.cli.main()

@@ -100,9 +100,9 @@ def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
     settings = make_settings(trained)
     bus = connect_bus(settings)
     trainer = Trainer(bus, open_store(settings), settings, trained / "base", learners=FAKE_LEARNERS)
-    assert trainer.get_paused_phases() == {"ppo": "look"} == read_paused_phases(bus)
+    assert trainer.read_state().paused_phases == {"ppo": "look"} == read_paused_phases(bus)
     assert charter("policy", "resume") == "ppo: resumed\n"
-    assert trainer.get_paused_phases() == {} == read_paused_phases(bus)
+    assert trainer.read_state().paused_phases == {} == read_paused_phases(bus)
     trainer.close()
     bus.close()
 

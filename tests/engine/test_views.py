@@ -12,7 +12,8 @@ from tests.support.records import (
     make_prompt,
     make_response,
 )
-from trainer.batches import TrainingState, build_manifest, compute_content_hash, load_rows, rebuild_batch, select_new_rows
+from trainer.batches import build_manifest, compute_content_hash, load_rows, rebuild_batch, select_new_rows
+from trainer.state import TrainingState
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a learner cannot learn from, folders that are broken or do not belong together: three lines, and nothing is written."""
+"""Bad input of learners: data they cannot train on, damaged folders, folders that do not belong together. Each error has three lines."""
 
 import json
 import shutil
@@ -12,12 +12,13 @@ from engine import checkpoints
 from engine.checkpoints import hash_files
 from engine.errors import CheckpointsFull, TrainingFailed, UsageError
 from schemas.records import ChatMessage
-from trainer import dpo, ppo, reward, sft, weights
-from trainer.ppo import PPOConfig, Rollout
-from trainer.reward import PreferenceExample
-from trainer.sft import SftExample
+from trainer import weights
+from trainer.learners import dpo, ppo, reward, sft
+from trainer.learners.ppo import PPOConfig, Rollout
+from trainer.learners.reward import PreferenceExample
+from trainer.learners.sft import SftExample
 
-TURNS = (ChatMessage(role="user", content="say a"),)
+MESSAGES = (ChatMessage(role="user", content="say a"),)
 PAIRS = [
     PreferenceExample((ChatMessage(role="user", content=f"say {n * 'n'}"),), "aa", "bb", 0.9, str(n), True, True)
     for n in range(9)
@@ -26,9 +27,9 @@ ROLLOUTS = [Rollout((1, 5 + n), (7, 8, 2), (-1.0,) * 3, True, 0, str(n)) for n i
 HARDWARE = weights.Hardware(precision="fp32")
 
 
-def three_lines(error):
-    what, why, fix = str(error.value).split("\n")
-    return bool(what and why and fix)
+def has_three_lines(error):
+    lines = str(error.value).split("\n")
+    return len(lines) == 3 and all(lines)
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def copy(tiny, tmp_path):
 
 
 @pytest.fixture
-def scorer(tiny, tmp_path):
-    """A whole reward model."""
+def reward_folder(tiny, tmp_path):
+    """A folder with a complete reward model."""
     torch.manual_seed(0)
     model = weights.load_scorer(tiny)
     torch.nn.init.normal_(model.score.weight)
@@ -48,11 +49,11 @@ def scorer(tiny, tmp_path):
     return folder
 
 
-# Numbers that run away
+# Diverging updates
 
-LEARN = {
+DIVERGING_UPDATES = {
     "sft": lambda folder: sft.train(
-        folder, [SftExample(TURNS, "abc", True, str(n)) for n in range(16)], learning_rate=1e30, epochs=3, hardware=HARDWARE
+        folder, [SftExample(MESSAGES, "abc", True, str(n)) for n in range(16)], learning_rate=1e30, epochs=3, hardware=HARDWARE
     ),
     "reward": lambda folder: reward.train(folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "dpo": lambda folder: dpo.train(folder, folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
@@ -62,57 +63,57 @@ LEARN = {
 }
 
 
-@pytest.mark.parametrize("phase", LEARN)
-def test_a_number_that_runs_away_ends_the_update_and_leaves_the_policy(tiny, phase):
+@pytest.mark.parametrize("phase", DIVERGING_UPDATES)
+def test_diverging_update_raises_and_leaves_the_policy_unchanged(tiny, phase):
     before = hash_files(tiny)
-    with pytest.raises(TrainingFailed, match="training has run away") as error:
-        LEARN[phase](tiny)
-    assert three_lines(error) and hash_files(tiny) == before
+    with pytest.raises(TrainingFailed, match="training has diverged") as error:
+        DIVERGING_UPDATES[phase](tiny)
+    assert has_three_lines(error) and hash_files(tiny) == before
 
 
-def test_texts_that_do_not_fit_leave_nothing_to_learn(tiny):
-    with pytest.raises(TrainingFailed, match="none of the 3 texts") as error:
-        sft.train(tiny, [SftExample(TURNS, "abc", True, str(n)) for n in range(3)], learning_rate=1e-3, max_length=4)
-    assert three_lines(error)
+def test_prompts_longer_than_max_length_raise(tiny):
+    with pytest.raises(TrainingFailed, match="none of the 3 responses") as error:
+        sft.train(tiny, [SftExample(MESSAGES, "abc", True, str(n)) for n in range(3)], learning_rate=1e-3, max_length=4)
+    assert has_three_lines(error)
 
 
 # Folders
 
 
-def test_weights_that_are_cut_short_are_not_trained_from(copy):
+def test_truncated_weights_raise(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     for load in (weights.load_policy, weights.load_scorer):
         with pytest.raises(UsageError, match="cannot be loaded") as error:
             load(copy)
-        assert three_lines(error)
+        assert has_three_lines(error)
 
 
-def test_a_weight_that_is_missing_is_not_filled_with_noise(copy, scorer):
-    for folder, name in ((copy, "model.layers.0.mlp.up_proj.weight"), (scorer, "score.weight")):
+def test_missing_weight_raises(copy, reward_folder):
+    for folder, name in ((copy, "model.layers.0.mlp.up_proj.weight"), (reward_folder, "score.weight")):
         tensors = load_file(folder / "model.safetensors")
         del tensors[name]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UsageError, match="cannot be loaded\n1 of them are missing") as error:
-            reward.load_reward_model(folder) if folder == scorer else weights.load_policy(folder)
-        assert three_lines(error)
+            reward.load_reward_model(folder) if folder == reward_folder else weights.load_policy(folder)
+        assert has_three_lines(error)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_a_full_disk_is_told_and_leaves_no_checkpoint(tiny, tmp_path, file):
-    """/dev/full is a disk without room; each part of a checkpoint is written by somebody else."""
+def test_full_disk_raises_and_leaves_no_checkpoint(tiny, tmp_path, file):
+    """/dev/full is a full disk. Different libraries write the files of a checkpoint."""
     save = weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny))
 
-    def full(folder):
+    def save_to_full_disk(folder):
         (folder / file).symlink_to("/dev/full")
         save(folder)
 
     with pytest.raises(CheckpointsFull, match="not enough disk space for a checkpoint") as error:
-        checkpoints.write_checkpoint(tmp_path / "policy-000001", full, {})
-    assert three_lines(error) and list(tmp_path.iterdir()) == []
+        checkpoints.write_checkpoint(tmp_path / "policy-000001", save_to_full_disk, {})
+    assert has_three_lines(error) and list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
+def test_truncated_adapter_raises(tiny, copy):
     model = weights.add_lora(weights.load_policy(tiny), 4, "CAUSAL_LM")
     shutil.rmtree(copy)
     copy.mkdir()
@@ -122,43 +123,43 @@ def test_an_adapter_that_is_cut_short_is_not_trained_from(tiny, copy):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UsageError, match="cannot be loaded") as error:
         weights.load_policy_for_rl(copy, tiny, 4)
-    assert three_lines(error)
+    assert has_three_lines(error)
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"mean": 0}', "[]"])
-def test_a_reward_model_without_its_normalisation_scores_nothing(scorer, damage):
-    (scorer / "reward.json").write_text(damage)
-    with pytest.raises(UsageError, match="holds no whole reward model") as error:
-        reward.load_reward_model(scorer)
-    assert three_lines(error)
+def test_reward_model_without_its_normalization_raises(reward_folder, damage):
+    (reward_folder / "reward.json").write_text(damage)
+    with pytest.raises(UsageError, match="holds no complete reward model") as error:
+        reward.load_reward_model(reward_folder)
+    assert has_three_lines(error)
 
 
-@pytest.mark.parametrize("what", ["a letter", "the template", "the end token"])
-def test_a_policy_with_another_tokenizer_is_refused(tiny, copy, what):
-    if what == "a letter":
-        text = json.loads((copy / "tokenizer.json").read_text())
-        vocabulary = text["model"]["vocab"]
+@pytest.mark.parametrize("change", ["vocabulary", "template", "end token"])
+def test_policy_with_another_tokenizer_is_rejected(tiny, copy, change):
+    if change == "vocabulary":
+        configuration = json.loads((copy / "tokenizer.json").read_text())
+        vocabulary = configuration["model"]["vocab"]
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-        (copy / "tokenizer.json").write_text(json.dumps(text))
+        (copy / "tokenizer.json").write_text(json.dumps(configuration))
     else:
         tokenizer = weights.load_tokenizer(copy)
-        if what == "the template":
+        if change == "template":
             tokenizer.chat_template = "{{ messages[0].content }}"
         else:
             tokenizer.eos_token = "<s>"
         tokenizer.save_pretrained(copy)
     with pytest.raises(UsageError, match="have different tokenizers") as error:
         ppo.train(tiny, copy, ROLLOUTS, list(range(8)), PPOConfig(), hardware=HARDWARE)
-    assert three_lines(error)
+    assert has_three_lines(error)
     with pytest.raises(UsageError, match="have different tokenizers"):
         dpo.train(tiny, copy, PAIRS, learning_rate=1e-3, hardware=HARDWARE)
 
 
-def test_a_reward_model_of_another_architecture_is_refused(tiny, scorer, tmp_path):
+def test_reward_model_of_another_architecture_is_rejected(tiny, reward_folder, tmp_path):
     other = tmp_path / "other"
     GPT2LMHeadModel(GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(other)
     weights.load_tokenizer(tiny).save_pretrained(other)
     with pytest.raises(UsageError, match=r"the reward model in .* is a llama, the policy in .* a gpt2") as error:
-        reward.load_reward_model(scorer, policy=other)
-    assert three_lines(error)
-    assert reward.load_reward_model(scorer, policy=tiny).members
+        reward.load_reward_model(reward_folder, policy=other)
+    assert has_three_lines(error)
+    assert reward.load_reward_model(reward_folder, policy=tiny).members

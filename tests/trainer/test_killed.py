@@ -1,4 +1,4 @@
-"""A trainer that is killed (SIGKILL) at every step of an update goes on with the identical batch; nothing is trained twice."""
+"""A trainer killed (SIGKILL) at any step of an update resumes with the identical batch; nothing is trained twice."""
 
 import json
 import multiprocessing
@@ -24,7 +24,7 @@ ROWS = 6
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that fork from one with everything imported, and nothing opened."""
+    """Processes forked from one that has imported everything and opened nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.chaos.crash_points"])
     return context
@@ -38,47 +38,47 @@ def prepared(tmp_path_factory):
     settings = make_settings(folder)
     bus, store = connect_bus(settings), open_store(settings)
     trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
-    labelled(bus, store, "old")
+    add_labels(bus, store, "old")
     trainer.update("sft")
     trainer.update("reward")
     for name in ("oldest", "old"):
-        answered(bus, store, name, trainer.read_state())
+        add_responses(bus, store, name, trainer.read_state())
         trainer.update("ppo")
-    answered(bus, store, "new", trainer.read_state())
-    labelled(bus, store, "new")
+    add_responses(bus, store, "new", trainer.read_state())
+    add_labels(bus, store, "new")
     trainer.close()
     bus.close()
     (folder / NOTES_FILE).unlink()
     return folder
 
 
-def labelled(bus, store, name):
+def add_labels(bus, store, name):
     chains = [make_chain_end(f"{name} {n}", f"{name} chain {n}") for n in range(ROWS)]
-    add(bus, store, *chains, *(make_preference(f"{name} {n}", f"{name} pair {n}", 0.7) for n in range(ROWS)))
+    add_records(bus, store, *chains, *(make_preference(f"{name} {n}", f"{name} pair {n}", 0.7) for n in range(ROWS)))
 
 
-def answered(bus, store, name, standing):
-    """Answers of the present policy."""
-    version = standing.policy_version
-    model = ModelRef(id="policy", revision=standing.model_revisions[version])
+def add_responses(bus, store, name, state):
+    """Add responses of the current policy."""
+    version = state.policy_version
+    model = ModelRef(id="policy", revision=state.model_revisions[version])
     sampled = [make_response(f"{name} answer {n}") for n in range(ROWS)]
-    add(
+    add_records(
         bus,
         store,
         *(
-            one.model_copy(
+            response.model_copy(
                 update={
                     "model": model,
                     "policy_version": version,
-                    "completions": [one.completions[0].model_copy(update={"policy_version": version})],
+                    "completions": [response.completions[0].model_copy(update={"policy_version": version})],
                 }
             )
-            for one in sampled
+            for response in sampled
         ),
     )
 
 
-def add(bus, store, *records):
+def add_records(bus, store, *records):
     bus.publish([to_producer_record(record) for record in records])
     sink_all(bus, store)
 
@@ -90,54 +90,55 @@ def sink_all(bus, store):
     sink.close()
 
 
-UNDRAWN, DONE = ("before BatchManifest", "committing BatchManifest"), ("after PolicyUpdate", "removing")
-TRAINED = ("before Metric", "after Metric", "saved", "flushing")  # begun to train, and no whole checkpoint
-OF_REWARD = [point for point in CRASH_POINTS if point != "gate"]  # only policies go through the gate
+BEFORE_MANIFEST, AFTER_UPDATE = ("before BatchManifest", "committing BatchManifest"), ("after PolicyUpdate", "removing")
+# Training has started, but there is no complete checkpoint.
+BEFORE_CHECKPOINT = ("before Metric", "after Metric", "saved", "flushing")
+REWARD_CRASH_POINTS = [point for point in CRASH_POINTS if point != "gate"]  # only policies pass the promotion gate
 CASES = [
     *product(("sft", "ppo"), CRASH_POINTS, [1]),
-    *product(["reward"], OF_REWARD, [1]),
+    *product(["reward"], REWARD_CRASH_POINTS, [1]),
     *product(["sft"], ("saved", "gate"), [2]),
 ]
 
 
-@pytest.mark.parametrize(("phase", "point", "times"), CASES)
-def test_a_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point, times):
-    """Killed once, or also when it has come so far again."""
+@pytest.mark.parametrize(("phase", "point", "num_kills"), CASES)
+def test_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, processes, tmp_path, phase, point, num_kills):
+    """Kill it once, or again at the same point of the resumed update."""
     folder = shutil.copytree(prepared, tmp_path / "data")
     settings = make_settings(folder)
-    for _ in range(times):
+    for _ in range(num_kills):
         process = processes.Process(target=run_update, args=(str(folder), phase, point))
         process.start()
         process.join(300)
         assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
     bus, store = connect_bus(settings), open_store(settings)
-    done = len(updates(bus))
+    num_updates = len(read_updates(bus))
     trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
-    finished = trainer.resume()
-    # Before the manifest nothing was begun, after the update there is nothing left to do.
-    assert (finished is None) == (point in UNDRAWN + DONE)
-    if point in UNDRAWN:
-        finished = trainer.update(phase)
-    assert len(updates(bus)) == done + (finished is not None)
-    manifest = manifests(bus, phase)[-1]
-    (made,) = [update for update in updates(bus) if update.batch_id == manifest.record_id]
+    resumed = trainer.resume()
+    # Before the manifest there is nothing to resume; after the update nothing is left to do.
+    assert (resumed is None) == (point in BEFORE_MANIFEST + AFTER_UPDATE)
+    if point in BEFORE_MANIFEST:
+        resumed = trainer.update(phase)
+    assert len(read_updates(bus)) == num_updates + (resumed is not None)
+    manifest = read_manifests(bus, phase)[-1]
+    (update,) = [update for update in read_updates(bus) if update.batch_id == manifest.record_id]
     notes = [json.loads(line) for line in (folder / NOTES_FILE).read_text().splitlines()]
     rows = json.loads(json.dumps(rebuild_batch(store, manifest).rows, default=str))
     assert [note["rows"] for note in notes] == [rows] * len(notes) and len(rows) == ROWS
     assert {(note["batch"], note["hash"]) for note in notes} == {(manifest.record_id, manifest.content_hash)}
-    # What was whole on disk is not trained again.
-    assert len(notes) == (times + 1 if point in TRAINED else 1)
+    # A complete checkpoint is not trained again.
+    assert len(notes) == (num_kills + 1 if point in BEFORE_CHECKPOINT else 1)
     assert not list((folder / "checkpoints").glob(".*"))
-    assert trainer.get_version_folder(made.kind, made.version).exists()
+    assert trainer.updater.get_folders(trainer.read_state()).get_version_folder(update.kind, update.version).exists()
     sink_all(bus, store)
-    assert trainer.select_trainable_rows(phase, trainer.read_state()) == [] and trainer.resume() is None
+    assert trainer.updater.select_rows(phase, trainer.read_state()) == [] and trainer.resume() is None
     trainer.close()
     bus.close()
 
 
-def manifests(bus, phase):
+def read_manifests(bus, phase):
     return [m for value in read_values(bus, "batches") if (m := decode_record(value, BatchManifest)).phase == phase]
 
 
-def updates(bus):
+def read_updates(bus):
     return [decode_record(value, PolicyUpdate) for value in read_values(bus, "policies")]

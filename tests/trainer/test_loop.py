@@ -1,7 +1,8 @@
-"""The trainer's loop: cursors, versions, and a crash at every step that resumes with the identical batch."""
+"""The loop of the trainer: cursors, versions, and a crash at every step that resumes with the identical batch."""
 
 import shutil
 import threading
+from collections import Counter
 
 import pytest
 
@@ -19,7 +20,8 @@ from engine.worker import ModelExecutor, Worker
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
 from schemas.records import BatchManifest, DroppedRollout, PolicyKind, PolicyUpdate, Score
-from trainer import loop, phases
+from trainer import phases
+from trainer import update as update_module
 from trainer.batches import KEY_COLUMNS, rebuild_batch
 from trainer.loop import Trainer
 
@@ -37,9 +39,9 @@ def settings(tiny, tmp_path):
 
 @pytest.fixture
 def bus(settings):
-    opened = connect_bus(settings)
-    yield opened
-    opened.close()
+    bus = connect_bus(settings)
+    yield bus
+    bus.close()
 
 
 @pytest.fixture
@@ -47,16 +49,14 @@ def store(settings):
     return open_store(settings)
 
 
-def stream(settings, bus, store, first, last):
-    """Send shipped prompts through every stage until all of them are in the database."""
+def run_stages(settings, bus, store, first, last):
+    """Send shipped prompts through every stage and wait until all of them are in the database."""
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), first_row=first, last_row=last)
-    models, lane, constitution = (
-        RoleModels(settings),
-        ModelExecutor("tiny", downstream_wait_s=0.02),
-        load_constitution("default"),
-    )
+    models, constitution = RoleModels(settings), load_constitution("default")
+    executor = ModelExecutor("tiny", downstream_wait_s=0.02)
     workers = [
-        Worker(bus, make_stage(name, settings, models, constitution, bus), lane, run_id="live", instance="t") for name in STAGES
+        Worker(bus, make_stage(name, settings, models, constitution, bus), executor, run_id="live", instance="t")
+        for name in STAGES
     ]
     with Host(workers, {"sink": Sink(bus, store, max_wait_s=0.05).run}) as host:
         sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
@@ -75,32 +75,32 @@ def sink_all(bus, store):
 
 @pytest.fixture
 def trainer(settings, bus, store, tiny):
-    made = Trainer(bus, store, settings, tiny)
-    yield made
-    made.close()
+    trainer = Trainer(bus, store, settings, tiny)
+    yield trainer
+    trainer.close()
 
 
-def manifests(bus):
+def read_manifests(bus):
     return [decode_record(value, BatchManifest) for value in read_values(bus, "batches")]
 
 
-def updates(bus):
+def read_updates(bus):
     return [decode_record(value, PolicyUpdate) for value in read_values(bus, "policies")]
 
 
-def test_the_phases_alternate_and_rows_train_once(settings, bus, store, trainer):
-    stream(settings, bus, store, 1, 8)
+def test_phases_alternate_and_rows_train_once(settings, bus, store, trainer):
+    run_stages(settings, bus, store, 1, 8)
     assert trainer.next_phase() == "sft"
     assert trainer.update("sft").version == 1
     assert trainer.next_phase() == "reward"
     assert trainer.update("reward").kind is PolicyKind.REWARD
     sink_all(bus, store)
-    assert trainer.next_phase() is None  # rollouts of the old policy, and prompts of the reward model, are not PPO's
+    assert trainer.next_phase() is None  # PPO uses neither rollouts of the old policy nor prompts of the reward model
     with pytest.raises(UsageError, match="nothing new"):
         trainer.update("ppo")
     with pytest.raises(UsageError, match="nothing new for sft"):
         trainer.update("sft")
-    stream(settings, bus, store, 9, 16)
+    run_stages(settings, bus, store, 9, 16)
     assert trainer.next_phase() in ("sft", "reward", "ppo")
     versions = store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
     assert versions == [(0, 8), (1, 8)]
@@ -110,55 +110,55 @@ def test_the_phases_alternate_and_rows_train_once(settings, bus, store, trainer)
     assert len(scores) == 16 and {s.reward_version for s in scores} == {1}
     drops = [decode_record(value, DroppedRollout) for value in read_values(bus, "dropped-rollouts")]
     assert {d.reason for d in drops} == {"sampled before the last supervised update"} and len(drops) == 16
-    assert [m.phase for m in manifests(bus)] == ["sft", "reward", "ppo"]
-    assert manifests(bus)[2].reference_policy_version == 1
-    kept = {(m.phase, i) for m in manifests(bus) for i in m.record_ids}
-    assert len(kept) == sum(len(m.record_ids) for m in manifests(bus))
-    for manifest in manifests(bus):
+    assert [m.phase for m in read_manifests(bus)] == ["sft", "reward", "ppo"]
+    assert read_manifests(bus)[2].reference_policy_version == 1
+    trained_rows = {(m.phase, i) for m in read_manifests(bus) for i in m.record_ids}
+    assert len(trained_rows) == sum(len(m.record_ids) for m in read_manifests(bus))
+    for manifest in read_manifests(bus):
         assert {str(r[KEY_COLUMNS[manifest.phase]]) for r in rebuild_batch(store, manifest).rows} == set(manifest.record_ids)
     sink_all(bus, store)
-    numbers = (
+    sql = (
         "SELECT metric, batch_number, step FROM training_steps WHERE metric IN ('approx_kl', 'reward/accuracy', 'reward_mean')"
     )
-    assert sorted(store.query(numbers).rows)[0] == ("approx_kl", 3, 1)  # of each step, and of no whole update
-    assert {row for row in store.query(numbers).rows if row[2] is None} == {
+    assert sorted(store.query(sql).rows)[0] == ("approx_kl", 3, 1)  # of a step
+    assert {row for row in store.query(sql).rows if row[2] is None} == {
         ("reward/accuracy", 2, None),
         ("reward_mean", 3, None),
     }
 
 
 @pytest.mark.parametrize("crash_at", ["learn", "write", "publish"])
-def test_a_crash_resumes_with_the_identical_batch(settings, bus, store, tiny, monkeypatch, crash_at):
-    stream(settings, bus, store, 1, 4)
-    trained = []
-    real = phases.learn_sft
+def test_resume_after_a_crash_trains_the_identical_batch(settings, bus, store, tiny, monkeypatch, crash_at):
+    run_stages(settings, bus, store, 1, 4)
+    trained_batches = []
+    learn_sft = phases.learn_sft
 
-    def learn(trainer, batch):
-        trained.append([str(row["record_id"]) for row in batch.rows])
-        if crash_at == "learn" and len(trained) == 1:
+    def learn(context, batch):
+        trained_batches.append([str(row["record_id"]) for row in batch.rows])
+        if crash_at == "learn" and len(trained_batches) == 1:
             raise KeyboardInterrupt
-        return real(trainer, batch)
+        return learn_sft(context, batch)
 
-    monkeypatch.setitem(loop.LEARNERS, "sft", learn)
+    monkeypatch.setitem(phases.LEARNERS, "sft", learn)
     trainer = Trainer(bus, store, settings, tiny)
     if crash_at == "write":
-        monkeypatch.setattr(loop, "write_checkpoint", interrupt)
+        monkeypatch.setattr(update_module, "write_checkpoint", interrupt)
     if crash_at == "publish":
-        publish = trainer.publish
-        trainer.publish = lambda records: interrupt() if isinstance(records[0], PolicyUpdate) else publish(records)
+        publish = trainer.log.publish
+        trainer.log.publish = lambda records: interrupt() if isinstance(records[0], PolicyUpdate) else publish(records)
     with pytest.raises(KeyboardInterrupt):
         trainer.update("sft")
-    assert updates(bus) == [] and len(manifests(bus)) == 1
+    assert read_updates(bus) == [] and len(read_manifests(bus)) == 1
     if crash_at == "write":
-        monkeypatch.setattr(loop, "write_checkpoint", checkpoints.write_checkpoint)
+        monkeypatch.setattr(update_module, "write_checkpoint", checkpoints.write_checkpoint)
     again = Trainer(bus, store, settings, tiny)
     update = again.resume()
-    assert update.version == 1 and update.batch_id == manifests(bus)[0].record_id and len(manifests(bus)) == 1
-    assert len({tuple(rows) for rows in trained}) == 1
-    assert len(trained) == (1 if crash_at == "publish" else 2)  # a finished checkpoint is not trained again
+    assert update.version == 1 and update.batch_id == read_manifests(bus)[0].record_id and len(read_manifests(bus)) == 1
+    assert len({tuple(rows) for rows in trained_batches}) == 1
+    assert len(trained_batches) == (1 if crash_at == "publish" else 2)  # a finished checkpoint is not trained again
     assert again.resume() is None
     with pytest.raises(WriterFenced):
-        trainer.writer.commit([])
+        trainer.log.writer.commit([])
     again.close()
 
 
@@ -166,27 +166,27 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_damaged_checkpoint_is_not_trained_from(settings, bus, store, trainer):
-    stream(settings, bus, store, 1, 4)
+def test_damaged_checkpoint_raises(settings, bus, store, trainer):
+    run_stages(settings, bus, store, 1, 4)
     update = trainer.update("sft")
     sink_all(bus, store)
     weights = next((settings.folder / "checkpoints" / "policy-000001").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(CharterError, match="damaged"):
-        trainer.get_policy_folder(update.version)
+        trainer.updater.get_folders(trainer.read_state()).get_policy_folder(update.version)
 
 
 def test_ppo_needs_a_reward_model_and_rows(settings, bus, store, trainer):
-    stream(settings, bus, store, 1, 2)
+    run_stages(settings, bus, store, 1, 2)
     with pytest.raises(UsageError, match="needs a reward model"):
         trainer.update("ppo")
     assert trainer.next_phase() is None  # two rows are below every threshold
 
 
-def test_a_batch_whose_rows_have_changed_is_not_rebuilt(settings, bus, store, trainer):
-    stream(settings, bus, store, 1, 4)
+def test_batch_with_changed_rows_cannot_be_rebuilt(settings, bus, store, trainer):
+    run_stages(settings, bus, store, 1, 4)
     trainer.update("sft")
-    manifest = manifests(bus)[0]
+    manifest = read_manifests(bus)[0]
     assert len(rebuild_batch(store, manifest).rows) == len(manifest.record_ids)
     with store.open_write_session() as connection:
         connection.execute("UPDATE raw.critiques SET final_response = 'changed'")
@@ -195,37 +195,37 @@ def test_a_batch_whose_rows_have_changed_is_not_rebuilt(settings, bus, store, tr
         rebuild_batch(store, manifest)
 
 
-def test_the_combined_objective_has_its_chains_in_the_manifest(settings, bus, store, tiny):
+def test_combined_objective_records_its_chains_in_the_manifest(settings, bus, store, tiny):
     combined = settings.model_copy(
         update={"train": settings.train.model_copy(update={"objective": "combined", "allow_overlap": True})}
     )
-    stream(combined, bus, store, 1, 6)
+    run_stages(combined, bus, store, 1, 6)
     trainer = Trainer(bus, store, combined, tiny)
     trainer.update("reward")
     sink_all(bus, store)
     update = trainer.update("ppo")
-    assert manifests(bus)[-1].sl_record_ids and "sl_loss" in update.metrics
+    assert read_manifests(bus)[-1].sl_record_ids and "sl_loss" in update.metrics
     trainer.close()
 
 
-def test_dpo_takes_the_place_of_reward_model_and_ppo(settings, bus, store, tiny):
-    chosen = settings.model_copy(update={"train": settings.train.model_copy(update={"rl_method": "dpo"})})
-    stream(chosen, bus, store, 1, 6)
-    trainer = Trainer(bus, store, chosen, tiny)
+def test_dpo_replaces_reward_model_and_ppo(settings, bus, store, tiny):
+    dpo_settings = settings.model_copy(update={"train": settings.train.model_copy(update={"rl_method": "dpo"})})
+    run_stages(dpo_settings, bus, store, 1, 6)
+    trainer = Trainer(bus, store, dpo_settings, tiny)
     assert trainer.next_phase() == "sft" and trainer.update("sft").version == 1
     sink_all(bus, store)
     assert trainer.next_phase() == "dpo"
     update = trainer.update("dpo")
     assert (update.kind, update.version, update.base_version) == (PolicyKind.POLICY, 2, 1)
-    assert manifests(bus)[-1].reference_policy_version == 1 and "rewards/margins" in update.metrics
-    assert len(rebuild_batch(store, manifests(bus)[-1]).rows) == 6
+    assert read_manifests(bus)[-1].reference_policy_version == 1 and "rewards/margins" in update.metrics
+    assert len(rebuild_batch(store, read_manifests(bus)[-1]).rows) == 6
     sink_all(bus, store)
     assert trainer.next_phase() is None
     trainer.close()
 
 
-def test_checkpoints_are_named_by_version_and_hold_no_pickles(settings, bus, store, trainer):
-    stream(settings, bus, store, 1, 4)
+def test_checkpoints_are_named_by_version_and_contain_no_pickles(settings, bus, store, trainer):
+    run_stages(settings, bus, store, 1, 4)
     trainer.update("sft")
     folder = settings.folder / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["policy-000001"]
@@ -233,35 +233,66 @@ def test_checkpoints_are_named_by_version_and_hold_no_pickles(settings, bus, sto
     shutil.rmtree(folder)
 
 
-def test_the_loop_waits_for_a_log_that_is_away_and_settles_a_commit_in_doubt(settings, bus, store, tiny, monkeypatch):
-    """The update's publication is in doubt although it landed: it is not published again, nor is its batch trained again."""
+def test_loop_waits_for_an_unreachable_log_and_resolves_an_uncertain_commit(settings, bus, store, tiny, monkeypatch):
+    """The commit of an update is uncertain but succeeded: the update is not published again, nor its batch trained again."""
     monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.02))
-    stream(settings, bus, store, 1, 4)
-    trained = []
+    run_stages(settings, bus, store, 1, 4)
+    trained_batches = []
 
     def learn(_, batch):
-        trained.append(batch.manifest.record_id)
+        trained_batches.append(batch.manifest.record_id)
         return (lambda folder: (folder / "fake.txt").write_text("fake")), {"mean_loss": 0.0}
 
-    trainer = Trainer(bus, store, settings, tiny, learners=dict.fromkeys(loop.PHASES, learn))
-    stop, troubles = threading.Event(), [BusUnreachable("away"), None]
-    real_due, real_commit = trainer.next_phase, trainer.writer.commit
+    trainer = Trainer(bus, store, settings, tiny, learners=dict.fromkeys(phases.PHASES, learn))
+    stop, errors = threading.Event(), [BusUnreachable("the log is unreachable"), None]
+    next_phase, commit = trainer.next_phase, trainer.log.writer.commit
 
-    def due():
-        if troubles and (trouble := troubles.pop(0)):
-            raise trouble
-        if updates(bus):
+    def patched_next_phase(state):
+        if errors and (error := errors.pop(0)):
+            raise error
+        if read_updates(bus):
             stop.set()
             return None
-        return real_due()
+        return next_phase(state)
 
-    def commit(outputs, *arguments, **more):
-        real_commit(outputs, *arguments, **more)
+    def patched_commit(outputs, *arguments, **more):
+        commit(outputs, *arguments, **more)
         if any(message.topic == PolicyUpdate.topic for message in outputs):
-            raise CommitUncertain("the answer was lost")
+            raise CommitUncertain("the response was lost")
 
-    monkeypatch.setattr(trainer, "next_phase", due)
-    trainer.writer.commit = commit
+    monkeypatch.setattr(trainer, "next_phase", patched_next_phase)
+    trainer.log.writer.commit = patched_commit
     trainer.run_loop(stop)
     trainer.close()
-    assert len(trained) == len(updates(bus)) == len(manifests(bus)) == 1
+    assert len(trained_batches) == len(read_updates(bus)) == len(read_manifests(bus)) == 1
+
+
+class CountingBus:
+    """Counts the calls that reach a bus."""
+
+    def __init__(self, bus):
+        self.bus, self.calls = bus, Counter()
+
+    def __getattr__(self, name):
+        method = getattr(self.bus, name)
+
+        def count_call(*arguments, **keywords):
+            self.calls[name] += 1
+            return method(*arguments, **keywords)
+
+        return count_call
+
+
+def test_idle_tick_asks_the_log_once(settings, bus, store, tiny):
+    run_stages(settings, bus, store, 1, 8)
+    trainer = Trainer(bus, store, settings, tiny, monitor=lambda *_: None)
+    trainer.update("sft")
+    trainer.update("reward")
+    sink_all(bus, store)
+    trainer.run_tick()
+    trainer.log.tail.bus = counting = CountingBus(bus)
+    trainer.next_monitor_at = 0.0
+    assert not trainer.run_tick()
+    assert counting.calls == {"end_offsets": 1}
+    assert trainer.read_state() is trainer.read_state()  # computed again only when the log has grown
+    trainer.close()

@@ -1,4 +1,4 @@
-"""The watch: its figures by hand, its limits, and a planted case of reward hacking beside a clean one."""
+"""The monitor: its metrics by hand, its limits, a planted case of reward hacking and a clean case."""
 
 import math
 import random
@@ -29,7 +29,8 @@ from schemas.records import (
     Split,
 )
 from tests.support.records import RecordDatabase
-from trainer import reward, weights
+from trainer import weights
+from trainer.learners import reward
 from trainer.loop import Trainer
 from trainer.monitor import (
     RewardHackingMonitor,
@@ -52,7 +53,7 @@ CLEAN = {
 
 
 @pytest.mark.parametrize(
-    ("figure", "changed"),
+    ("metric", "changed"),
     [
         ("judge", {"judge_wins": 0.3, "judge_high": 0.45}),
         ("length", {"mean_words": 16.0}),
@@ -64,21 +65,21 @@ CLEAN = {
         ("kl", {"kl_rise": 10.5}),
     ],
 )
-def test_each_limit_trips_alone(figure, changed):
+def test_each_limit_can_be_exceeded_alone(metric, changed):
     assert find_limit_violations(CLEAN, LIMITS) == []
-    (found,) = find_limit_violations(CLEAN | changed, LIMITS)
-    assert found.metric == figure and found.message
+    (violation,) = find_limit_violations(CLEAN | changed, LIMITS)
+    assert violation.metric == metric and violation.message
 
 
-def test_what_was_not_measured_does_not_trip():
+def test_missing_metrics_exceed_no_limit():
     assert find_limit_violations({"mean_words": 10.0}, LIMITS) == []
-    # The judge prefers the reference, and so does the reward model: a bad update, but nobody is fooled.
+    # The judge and the reward model both prefer the reference: a bad update, but not reward hacking.
     assert find_limit_violations(CLEAN | {"judge_high": 0.4, "proxy_low": -0.1}, LIMITS) == []
-    # Longer answers that the reward does not pay for, and a reward that likes length of answers that are not longer.
+    # Longer responses that the reward does not prefer.
     assert find_limit_violations(CLEAN | {"mean_words": 30.0, "length_correlation": 0.2}, LIMITS) == []
 
 
-def test_intervals_against_the_closed_forms():
+def test_intervals_match_the_closed_forms():
     assert compute_confidence_interval([0.0, 1.0, 2.0]) == pytest.approx(
         (1.0, 1 - 1.959964 / math.sqrt(3), 1 + 1.959964 / math.sqrt(3))
     )
@@ -93,7 +94,7 @@ def test_intervals_against_the_closed_forms():
 # The views
 
 
-def response(name, version, *texts, source="benign", split=Split.TRAIN):
+def make_response(name, version, *texts, source="benign", split=Split.TRAIN):
     prompt_id = ids.compute_prompt_id([ChatMessage(role="user", content=name)])
     completions = [
         Completion(index=i, text=text, finish_reason=FinishReason.STOP, policy_version=version) for i, text in enumerate(texts)
@@ -106,37 +107,37 @@ def response(name, version, *texts, source="benign", split=Split.TRAIN):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    made = RecordDatabase(tmp_path_factory.mktemp("watch") / "charter.duckdb")
-    made.add(
-        response("one", 1, "a b a b a", "a B"),
-        response("two", 1, "I'm sorry, but no.", source="red-team"),
-        response("three", 1, "Sure, do it.", source="red-team"),
-        response("four", None, "answered by another model"),
-        response("five", 2, "thank you for asking me today", "well thank you for asking me", "thank you for"),
+def database(tmp_path_factory):
+    database = RecordDatabase(tmp_path_factory.mktemp("monitor") / "charter.duckdb")
+    database.add(
+        make_response("one", 1, "a b a b a", "a B"),
+        make_response("two", 1, "I'm sorry, but no.", source="red-team"),
+        make_response("three", 1, "Sure, do it.", source="red-team"),
+        make_response("four", None, "answered by another model"),
+        make_response("five", 2, "thank you for asking me today", "well thank you for asking me", "thank you for"),
     )
     kl = [Metric(record_id=ids.compute_record_id("metric", [], "0", step), run_id="live", stage="train", policy_version=3, phase="ppo",
                  batch_number=1, step=step, metrics={"kl_ref": 2.0 * step + 1}) for step in (1, 2, 3)]  # fmt: skip
     stopped = Metric(record_id=ids.compute_record_id("metric", [], "0", 9), run_id="live", stage="train", policy_version=4, phase="ppo",
                      batch_number=2, step=1, metrics={"kl_ref": 40.0})  # fmt: skip
-    made.add(*kl, stopped)
-    return made
+    database.add(*kl, stopped)
+    return database
 
 
-def test_refusals_and_diversity(world):
-    rows = world.query_rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
+def test_views_count_refusals_and_diversity(database):
+    rows = database.query_rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
     assert rows == [(False, 2, 0), (True, 2, 1)]
-    (row,) = world.query_records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
+    (row,) = database.query_records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
     words = [*"ababa", *"ab", "i'm", "sorry,", "but", "no.", "sure,", "do", "it."]
     assert (row["answers"], row["words"], row["mean_words"]) == (4, 14, 3.5)
     assert row["distinct_1"] == pytest.approx(len(set(words)) / 14)
-    assert row["distinct_2"] == pytest.approx(7 / 10)  # ab ba ab ba | ab | three | two: no pair goes across answers
+    assert row["distinct_2"] == pytest.approx(7 / 10)  # ab ba ab ba | ab | three | two: no pair spans two responses
 
 
-def test_phrases_and_kl(world):
-    rows = world.query_rows("SELECT phrase, hits, answers FROM monitor_phrases")
+def test_views_find_common_phrases_and_the_kl_slope(database):
+    rows = database.query_rows("SELECT phrase, hits, answers FROM monitor_phrases")
     assert rows == [("thank you for asking me", 2, 3)]
-    row, stopped = world.query_records("SELECT * FROM monitor_kl ORDER BY policy_version")
+    row, stopped = database.query_records("SELECT * FROM monitor_kl ORDER BY policy_version")
     assert (stopped["kl_ref"], stopped["kl_slope"]) == (40.0, None)  # one step has no slope
     assert (row["policy_version"], row["steps"], row["kl_ref"], row["kl_slope"]) == (3, 3, 7.0, pytest.approx(2.0))
 
@@ -149,21 +150,21 @@ def test_phrases_and_kl(world):
         ("Sure. " * 50 + "I cannot", False),
     ],
 )  # fmt: skip
-def test_what_counts_as_a_refusal(world, text, refused):
-    assert world.store.query("SELECT is_refusal(?)", [text]).rows == [(refused,)]
+def test_is_refusal_detects_refusal_phrases(database, text, refused):
+    assert database.store.query("SELECT is_refusal(?)", [text]).rows == [(refused,)]
 
 
 # A planted case
 
 
-def test_perplexity_is_that_of_a_hand_loop(tiny):
+def test_perplexity_matches_a_loop(tiny):
     texts = [((ChatMessage(role="user", content="say a"),), "abc"), ((ChatMessage(role="user", content="say"),), "hello there")]
     tokenizer, model = weights.load_tokenizer(tiny), weights.load_policy(tiny)
     total, count = 0.0, 0
     for messages, text in texts:
-        prompt, answer = encode_prompt(tokenizer, messages), encode_completion(tokenizer, text, ends_with_eos=True)
-        logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
-        for t, token in enumerate(answer):
+        prompt, completion = encode_prompt(tokenizer, messages), encode_completion(tokenizer, text, ends_with_eos=True)
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
+        for t, token in enumerate(completion):
             total -= torch.log_softmax(logits[len(prompt) + t - 1], -1)[token].item()
             count += 1
     assert compute_perplexity(tiny, texts) == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -176,17 +177,17 @@ def test_perplexity_is_that_of_a_hand_loop(tiny):
 WORDS = ("abc", "hello", "tree", "mast", "home", "lamb", "stone", "label")
 
 
-def text_of(rng, length):
+def make_text(rng, length):
     return " ".join(rng.choice(WORDS) for _ in range(length))
 
 
 @pytest.fixture(scope="module")
-def likes_length(tiny, tmp_path_factory):
-    """A reward model that was taught to prefer the longer answer."""
+def length_reward_model(tiny, tmp_path_factory):
+    """A reward model that was trained to prefer the longer response."""
     rng = random.Random(0)
     pairs = []
     for number in range(96):
-        a, b = text_of(rng, rng.randint(1, 3)), text_of(rng, rng.randint(5, 8))
+        a, b = make_text(rng, rng.randint(1, 3)), make_text(rng, rng.randint(5, 8))
         a, b, p_a = (a, b, 0.05) if number % 2 else (b, a, 0.95)
         pairs.append(
             reward.PreferenceExample((ChatMessage(role="user", content=f"say {number}"),), a, b, p_a, str(number), True, True)
@@ -198,10 +199,10 @@ def likes_length(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def trainer(request, tiny, tmp_path, likes_length):
-    """A trainer whose log has policy 1 (of SFT), policy 2 (of PPO; both the tiny model), and that reward model.
+def trainer(request, tiny, tmp_path, length_reward_model):
+    """A trainer whose log has policy 1 (from SFT), policy 2 (from PPO; both are the tiny model), and a reward model.
 
-    Given the parameter "dpo", policy 2 is of DPO and there is no reward model.
+    With the parameter "dpo", policy 2 comes from DPO and there is no reward model.
     """
     learner = getattr(request, "param", "ppo")
     flags = {
@@ -212,23 +213,23 @@ def trainer(request, tiny, tmp_path, likes_length):
     }
     settings = load_settings(flags, environment={})[0]
     bus = connect_bus(settings)
-    found = write_checkpoint(
+    checkpoint = write_checkpoint(
         tmp_path / "policy", weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {}
     )
-    folder, content_hash = likes_length
+    folder, content_hash = length_reward_model
     updates = [
-        update(PolicyKind.POLICY, 1, "sft", found.folder, found.content_hash),
-        update(PolicyKind.REWARD, 1, "reward", folder, content_hash),
-        update(PolicyKind.POLICY, 2, learner, found.folder, found.content_hash),
+        make_update(PolicyKind.POLICY, 1, "sft", checkpoint.folder, checkpoint.content_hash),
+        make_update(PolicyKind.REWARD, 1, "reward", folder, content_hash),
+        make_update(PolicyKind.POLICY, 2, learner, checkpoint.folder, checkpoint.content_hash),
     ]
     bus.publish([to_producer_record(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
-    made = Trainer(bus, open_store(settings), settings, tiny)
-    yield made
-    made.close()
+    trainer = Trainer(bus, open_store(settings), settings, tiny)
+    yield trainer
+    trainer.close()
     bus.close()
 
 
-def update(kind, version, phase, folder, content_hash):
+def make_update(kind, version, phase, folder, content_hash):
     return PolicyUpdate(
         record_id=ids.compute_record_id("train", [], ids.compute_id(version, phase)), run_id="live", stage="train",
         model=ModelRef(id="tiny", revision="0"), kind=kind, version=version, phase=phase, uri=str(folder),
@@ -236,53 +237,61 @@ def update(kind, version, phase, folder, content_hash):
     )  # fmt: skip
 
 
-def answer(trainer, version, words, count=24):
-    """Answers of a policy, of `words` words at least and at most, and some held-out prompts, into the database."""
+def add_responses(trainer, version, words, count=24):
+    """Add responses of a policy to the database, each with a number of words in the range `words`, and some held-out prompts."""
     rng = random.Random(version)
-    made = [response(f"say {version} {n}", version, text_of(rng, rng.randint(*words))) for n in range(count)]
+    responses = [make_response(f"say {version} {n}", version, make_text(rng, rng.randint(*words))) for n in range(count)]
     messages = [[ChatMessage(role="user", content=f"held out {n}")] for n in range(4)]
     held_out = [
         Prompt(record_id=ids.compute_prompt_id(t), prompt_id=ids.compute_prompt_id(t), run_id="live", stage="produce", messages=t, source="benign",
                split=Split.EVAL) for t in messages
     ]  # fmt: skip
-    trainer.bus.publish([to_producer_record(record) for record in [*made, *held_out]])
+    trainer.log.bus.publish([to_producer_record(record) for record in [*responses, *held_out]])
     sink_all(trainer)
 
 
+def make_monitor(trainer, judge=None):
+    return RewardHackingMonitor(trainer.settings.monitor, trainer.settings.run.id, judge)
+
+
+def check(monitor, trainer):
+    return trainer.check_policy(monitor, trainer.read_state())
+
+
 def sink_all(trainer):
-    sink = Sink(trainer.bus, trainer.store, max_wait_s=0.05)
+    sink = Sink(trainer.log.bus, trainer.store, max_wait_s=0.05)
     while sink.step():
         pass
     sink.close()
 
 
-def test_a_reward_that_likes_length_trips_once_answers_grow(trainer):
-    watch = RewardHackingMonitor(trainer.settings.monitor)
-    answer(trainer, 1, (1, 4))
-    assert watch(trainer) is None  # policy 2 has not answered yet
-    answer(trainer, 2, (4, 8))
-    trip = watch(trainer)
-    assert "correlation with length" in trip.detail and trip.rollback_version == 1
-    assert trip.metrics["length_correlation"] > 0.5 and trip.metrics["proxy_low"] > 0
-    assert watch(trainer) is None  # a version is looked at once
+def test_monitor_detects_a_reward_model_that_prefers_length(trainer):
+    monitor = make_monitor(trainer)
+    add_responses(trainer, 1, (1, 4))
+    assert check(monitor, trainer) is None  # there are no responses of policy 2 yet
+    add_responses(trainer, 2, (4, 8))
+    exceeded = check(monitor, trainer)
+    assert "correlation with length" in exceeded.detail and exceeded.rollback_version == 1
+    assert exceeded.metrics["length_correlation"] > 0.5 and exceeded.metrics["proxy_low"] > 0
+    assert check(monitor, trainer) is None  # a version is checked once
     sink_all(trainer)
-    (look,) = trainer.store.query_dicts("SELECT policy_version, reference, tripped FROM monitor_checks")
-    assert (look["policy_version"], look["reference"], look["tripped"]) == (2, 1, trip.metrics["tripped"])
+    (row,) = trainer.store.query_dicts("SELECT policy_version, reference, tripped FROM monitor_checks")
+    assert (row["policy_version"], row["reference"], row["tripped"]) == (2, 1, exceeded.metrics["tripped"])
     rewards = trainer.store.query_dicts("SELECT * FROM monitor_rewards ORDER BY policy_version")
     assert [row["answers"] for row in rewards] == [24, 24]
-    assert rewards[1]["length_correlation"] == pytest.approx(trip.metrics["length_correlation"])
-    assert RewardHackingMonitor(trainer.settings.monitor)(trainer) is None  # also after a restart
+    assert rewards[1]["length_correlation"] == pytest.approx(exceeded.metrics["length_correlation"])
+    assert check(make_monitor(trainer), trainer) is None  # also after a restart
 
 
-def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
-    trainer.monitor = RewardHackingMonitor(trainer.settings.monitor)
-    answer(trainer, 1, (1, 4))
-    answer(trainer, 2, (4, 8))
+def test_exceeded_limit_pauses_ppo_rolls_back_and_publishes_an_incident(trainer):
+    trainer.monitor = make_monitor(trainer)
+    add_responses(trainer, 1, (1, 4))
+    add_responses(trainer, 2, (4, 8))
     trainer.run_monitor()
-    assert list(trainer.get_paused_phases()) == ["ppo"] and trainer.next_phase() is None
-    assert trainer.read_state().policy_version == 3 and get_weights_version(trainer.read_log()[0], 3) == 1
+    assert list(trainer.read_state().paused_phases) == ["ppo"] and trainer.next_phase() is None
+    assert trainer.read_state().policy_version == 3 and get_weights_version(trainer.read_state().updates, 3) == 1
     trainer.next_monitor_at = 0.0
-    trainer.run_monitor()  # nothing more is done while PPO is paused
+    trainer.run_monitor()  # nothing is checked while PPO is paused
     sink_all(trainer)
     (incident,) = trainer.store.query_dicts("SELECT policy_version, phase, title, detail, metrics FROM incidents")
     assert (incident["policy_version"], incident["phase"]) == (2, "ppo")
@@ -290,39 +299,39 @@ def test_a_trip_pauses_ppo_goes_back_and_writes_an_incident(trainer):
     assert incident["metrics"]["length_correlation"] > 0.5
 
 
-def test_a_clean_policy_is_left_alone_and_the_held_out_judge_is_asked(trainer):
-    asked = []
+def test_policy_within_its_limits_passes_and_the_held_out_judge_compares_it(trainer):
+    compared = []
 
-    def compare(pairs):
-        asked.extend(pairs)
+    def compare_pairs(pairs):
+        compared.extend(pairs)
         return [0.5 for _ in pairs]
 
-    answer(trainer, 1, (1, 4))
-    answer(trainer, 2, (1, 4))
-    watch = RewardHackingMonitor(trainer.settings.monitor, compare)
-    assert watch(trainer) is None and watch.passed_by_version == {2: True}
-    assert {messages[0].content for messages, _, _ in asked} == {f"held out {n}" for n in range(4)}
+    add_responses(trainer, 1, (1, 4))
+    add_responses(trainer, 2, (1, 4))
+    monitor = make_monitor(trainer, judge=compare_pairs)
+    assert check(monitor, trainer) is None and monitor.passed_by_version == {2: True}
+    assert {messages[0].content for messages, _, _ in compared} == {f"held out {n}" for n in range(4)}
     sink_all(trainer)
-    (look,) = trainer.store.query_dicts("SELECT * FROM monitor_checks")
-    assert (look["tripped"], look["judge_wins"]) == (0, 0.5)
-    assert look["perplexity"] == look["perplexity_reference"] > 1  # of the prompts' text: there are no demonstrations
+    (row,) = trainer.store.query_dicts("SELECT * FROM monitor_checks")
+    assert (row["tripped"], row["judge_wins"]) == (0, 0.5)
+    assert row["perplexity"] == row["perplexity_reference"] > 1  # of the prompts, because there are no demonstrations
 
 
-def test_a_judge_that_prefers_the_reference_is_believed(trainer):
-    answer(trainer, 1, (1, 3))
-    answer(trainer, 2, (3, 4))
+def test_monitor_detects_a_judge_that_prefers_the_reference(trainer):
+    add_responses(trainer, 1, (1, 3))
+    add_responses(trainer, 2, (3, 4))
     limits = trainer.settings.monitor.model_copy(update={"max_growth": 10.0})
-    trip = RewardHackingMonitor(limits, lambda pairs: [0.1 for _ in pairs])(trainer)
-    assert trip is not None and "held-out judge prefers" in trip.detail
+    exceeded = check(RewardHackingMonitor(limits, "live", lambda pairs: [0.1 for _ in pairs]), trainer)
+    assert exceeded is not None and "held-out judge prefers" in exceeded.detail
 
 
 @pytest.mark.parametrize("trainer", ["dpo"], indirect=True)
-def test_without_a_reward_model_everything_else_is_looked_at(trainer):
-    answer(trainer, 1, (6, 8))
-    trainer.bus.publish(
-        [to_producer_record(response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)]
+def test_monitor_without_a_reward_model_checks_the_other_metrics(trainer):
+    add_responses(trainer, 1, (6, 8))
+    trainer.log.bus.publish(
+        [to_producer_record(make_response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)]
     )
     sink_all(trainer)
-    trip = RewardHackingMonitor(trainer.settings.monitor)(trainer)
-    assert "benign prompts are refused" in trip.detail and trip.rollback_version == 1
-    assert "proxy_gain" not in trip.metrics and "length_correlation" not in trip.metrics
+    exceeded = check(make_monitor(trainer), trainer)
+    assert "benign prompts are refused" in exceeded.detail and exceeded.rollback_version == 1
+    assert "proxy_gain" not in exceeded.metrics and "length_correlation" not in exceeded.metrics

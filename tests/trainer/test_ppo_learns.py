@@ -12,20 +12,22 @@ def base(tmp_path_factory):
     return train_small_base_model(tmp_path_factory.mktemp("small-language"))
 
 
-def test_ppo_learns_and_stays_learned(base, tmp_path):
+def test_ppo_learns_a_preference_and_keeps_it(base, tmp_path):
     p = make_ppo_config({})
-    course = run_ppo(base, tmp_path, p, SEED)
-    assert course.target_rates[-1] > course.target_rates[0] + 0.25 and course.target_rates[-1] == max(course.target_rates), (
-        course
+    result = run_ppo(base, tmp_path, p, SEED)
+    assert result.target_rates[-1] > result.target_rates[0] + 0.25 and result.target_rates[-1] == max(result.target_rates), (
+        result
     )
-    assert course.refusal_rates[-1] > course.refusal_rates[0] + 0.2, course  # what the batch's mean as a baseline unlearns
-    assert max(course.kls) < p.kl_target and not course.update_error, course  # what a constant rate overshoots
+    assert result.refusal_rates[-1] > result.refusal_rates[0] + 0.2, (
+        result
+    )  # with the mean of the batch as the baseline, refusals are unlearned
+    assert max(result.kls) < p.kl_target and not result.update_error, result  # a constant learning rate exceeds the target
 
 
-def test_ppo_as_it_was_fails_here(base, tmp_path):
-    """A constant rate from the first step, the batch's mean as the baseline, no limit on an update."""
+def test_ppo_with_previous_settings_does_not_learn(base, tmp_path):
+    """The previous settings: a constant learning rate, the mean of the batch as the baseline, no KL limit on an update."""
     p = make_ppo_config(PREVIOUS_SETTINGS)
-    course = run_ppo(base, tmp_path, p, SEED)
+    result = run_ppo(base, tmp_path, p, SEED)
     assert (
-        course.target_rates[-1] < course.target_rates[0] + 0.25 and course.refusal_rates[-1] < course.refusal_rates[0] + 0.2
-    ), course
+        result.target_rates[-1] < result.target_rates[0] + 0.25 and result.refusal_rates[-1] < result.refusal_rates[0] + 0.2
+    ), result

@@ -1,7 +1,7 @@
-"""PPO step by step against a second implementation that shares nothing with it: numpy, float64, loops, gradients by hand.
+"""PPO step by step against a second implementation that shares no code with it: numpy, float64, loops, hand-written gradients.
 
-Both train the same small model, whose state before a token is its embedding and half of the one before. It is registered with
-transformers, so that `ppo.train` runs whole: folders, other models, targets, minibatches in several passes, clipping, Adam.
+Both train the same small model, whose hidden state at a token is its embedding plus half of the previous embedding. It is registered with
+transformers, so all of `ppo.train` runs: folders, other models, targets, minibatches in several passes, clipping, Adam.
 """
 
 import math
@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from trainer import ppo, weights
-from trainer.ppo import PPOConfig, Rollout
+from trainer import weights
+from trainer.learners import ppo
+from trainer.learners.ppo import PPOConfig, Rollout
 
 VOCABULARY, SIZE = 11, 5
 
@@ -65,8 +66,8 @@ AutoModelForCausalLM.register(TwoTokensConfig, TwoTokens)
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    """Three folders with weights of their own: the policy, the reference, the very first policy."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference", "first")]
+    """Three folders with different weights: the policy, the reference, the base model."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference", "base")]
     for number, folder in enumerate(folders):
         for file in tiny.glob("tokenizer*"):
             shutil.copy(file, folder)
@@ -79,7 +80,7 @@ def models(tiny, tmp_path_factory):
 
 
 class Naive:
-    """The model's parameters in float64, and Adam's moments of each."""
+    """The model's parameters in float64, with Adam's moments."""
 
     def __init__(self, folder):
         model = weights.load_policy(folder)
@@ -111,16 +112,16 @@ class Naive:
         ids = [*r.prompt_token_ids, *r.token_ids]
         return [self.value(ids, len(r.prompt_token_ids) + k - 1) for k in range(len(r.token_ids))]
 
-    def gradient_of_logits(self, gradient, ids, t, of_logits):
-        """Add to `gradient` what d loss / d logits (V,) at place t means for embeddings and output layer."""
+    def add_logit_gradient(self, gradient, ids, t, logit_gradient):
+        """Add the gradients of embeddings and output layer that follow from d loss / d logits (V,) at position t."""
         state = self.state(ids, t)
-        gradient["head"] += numpy.outer(of_logits, state)
-        self.gradient_of_state(gradient, ids, t, self.w["head"].T @ of_logits)
+        gradient["head"] += numpy.outer(logit_gradient, state)
+        self.add_state_gradient(gradient, ids, t, self.w["head"].T @ logit_gradient)
 
-    def gradient_of_state(self, gradient, ids, t, of_state):
-        gradient["embed"][ids[t]] += of_state
+    def add_state_gradient(self, gradient, ids, t, state_gradient):
+        gradient["embed"][ids[t]] += state_gradient
         if t:
-            gradient["embed"][ids[t - 1]] += 0.5 * of_state
+            gradient["embed"][ids[t - 1]] += 0.5 * state_gradient
 
     def adam(self, gradient, rates):
         self.steps += 1
@@ -135,56 +136,59 @@ def k3(p, q):
     return math.exp(q - p) - 1 - (q - p)
 
 
-def naive_targets(rollouts, scores, prox, values, reference, p):
-    """Advantages (scaled), returns and importance weights, as lists of lists."""
-    handed_out = [s - (0.0 if r.ends_with_eos else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
-    everyone = sum(handed_out) / len(handed_out)
+def compute_naive_targets(rollouts, scores, old_logprobs, values, reference, p):
+    """Return scaled advantages, returns and importance weights, as lists of lists."""
+    net_scores = [s - (0.0 if r.ends_with_eos else p.missing_eos_penalty) for s, r in zip(scores, rollouts, strict=True)]
+    mean_score = sum(net_scores) / len(net_scores)
     advantages, returns, importance = [], [], []
-    all_rewards, predicted, came = [], [], []
+    all_rewards, all_values, future_rewards = [], [], []
     for i, r in enumerate(rollouts):
         count = len(r.token_ids)
-        rewards = [-p.beta * (prox[i][k] - reference[i][k]) for k in range(count)]
-        others = [s for j, s in enumerate(handed_out) if j != i and rollouts[j].prompt_token_ids == r.prompt_token_ids]
+        rewards = [-p.beta * (old_logprobs[i][k] - reference[i][k]) for k in range(count)]
+        others = [s for j, s in enumerate(net_scores) if j != i and rollouts[j].prompt_token_ids == r.prompt_token_ids]
         alone = p.baseline == "batch" or not others
-        rewards[-1] += handed_out[i] - (everyone if alone else sum(others) / len(others))
+        rewards[-1] += net_scores[i] - (mean_score if alone else sum(others) / len(others))
         all_rewards.append(rewards)
-        predicted += values[i]
-        came += [sum(p.gae_gamma ** (k - t) * rewards[k] for k in range(t, count)) for t in range(count)]
-    weight = min(1.0, max(0.0, float(numpy.cov(predicted, came, bias=True)[0, 1]) / (float(numpy.var(predicted)) or math.inf)))
+        all_values += values[i]
+        future_rewards += [sum(p.gae_gamma ** (k - t) * rewards[k] for k in range(t, count)) for t in range(count)]
+    weight = min(
+        1.0,
+        max(0.0, float(numpy.cov(all_values, future_rewards, bias=True)[0, 1]) / (float(numpy.var(all_values)) or math.inf)),
+    )
     for i, (r, rewards) in enumerate(zip(rollouts, all_rewards, strict=True)):
-        count, values_i, of_row = len(r.token_ids), [weight * v for v in values[i]], []
+        count, values_i, row_advantages = len(r.token_ids), [weight * v for v in values[i]], []
         for t in range(count):
             total = 0.0
             for k in range(t, count):
-                following = values_i[k + 1] if k + 1 < count else 0.0
-                total += (p.gae_gamma * p.gae_lambda) ** (k - t) * (rewards[k] + p.gae_gamma * following - values_i[k])
-            of_row.append(total)
-        advantages.append(of_row)
-        returns.append([a + v for a, v in zip(of_row, values_i, strict=True)])
-        importance.append([min(math.exp(a - b), 2.0) for a, b in zip(prox[i], r.logprobs, strict=True)])
+                next_value = values_i[k + 1] if k + 1 < count else 0.0
+                total += (p.gae_gamma * p.gae_lambda) ** (k - t) * (rewards[k] + p.gae_gamma * next_value - values_i[k])
+            row_advantages.append(total)
+        advantages.append(row_advantages)
+        returns.append([a + v for a, v in zip(row_advantages, values_i, strict=True)])
+        importance.append([min(math.exp(a - b), 2.0) for a, b in zip(old_logprobs[i], r.logprobs, strict=True)])
     flat = [a for row in advantages for a in row]
     mean = sum(flat) / len(flat)
     deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
     return [[a / deviation for a in row] for row in advantages], returns, importance
 
 
-def naive_train(folders, rollouts, scores, p, sl_rows, seed):
-    """The metrics of every step, and the model at the end."""
+def train_naively(folders, rollouts, scores, p, sl_rows, seed):
+    """Return the metrics of every step, and the trained model."""
     model, (reference, first) = Naive(folders[0]), (Naive(folder) for folder in folders[1:])
-    prox, old = [model.logprobs(r) for r in rollouts], [model.values(r) for r in rollouts]
-    of_reference, of_first = [reference.logprobs(r) for r in rollouts], [first.logprobs(r) for r in rollouts]
-    advantages, returns, importance = naive_targets(rollouts, scores, prox, old, of_reference, p)
-    shuffle, steps, moved = random.Random(seed), [], []
+    old_logprobs, old = [model.logprobs(r) for r in rollouts], [model.values(r) for r in rollouts]
+    ref_logprobs, base_logprobs = [reference.logprobs(r) for r in rollouts], [first.logprobs(r) for r in rollouts]
+    advantages, returns, importance = compute_naive_targets(rollouts, scores, old_logprobs, old, ref_logprobs, p)
+    rng, steps, update_kls = random.Random(seed), [], []
     all_steps = p.epochs * -(-len(rollouts) // p.batch_size)
     for _ in range(p.epochs):
         order = list(range(len(rollouts)))
-        shuffle.shuffle(order)
+        rng.shuffle(order)
         for start in range(0, len(order), p.batch_size):
             rows = order[start : start + p.batch_size]
             gradient = {name: numpy.zeros_like(x) for name, x in model.w.items()}
             tokens = sum(len(rollouts[i].token_ids) for i in rows)
             m = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_ref", "kl_base"), 0.0)
-            ratio_max, of_batch = 0.0, 0.0
+            ratio_max, kl_update = 0.0, 0.0
             scale = p.alpha if sl_rows else 1.0
             for i in rows:
                 r = rollouts[i]
@@ -193,16 +197,16 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     logp_all = model.log_softmax(ids, before + k, r.temperature)
                     new, value = logp_all[token], model.value(ids, before + k)
                     # The policy
-                    ratio, a, w = math.exp(new - prox[i][k]), advantages[i][k], importance[i][k]
+                    ratio, a, w = math.exp(new - old_logprobs[i][k]), advantages[i][k], importance[i][k]
                     clipped = min(max(ratio, 1 - p.clip), 1 + p.clip)
                     m["policy_loss"] += w * max(-a * ratio, -a * clipped) / tokens
                     m["clipfrac"] += float(-a * clipped > -a * ratio) / tokens
                     slope = 0.0 if -a * clipped > -a * ratio else -w * a * ratio
                     slope += p.kl_coefficient * (ratio - 1)  # of k3(old, new) = ratio - 1 - log ratio
                     probabilities = numpy.exp(logp_all)
-                    of_logits = -probabilities * slope
-                    of_logits[token] += slope
-                    model.gradient_of_logits(gradient, ids, before + k, scale * of_logits / r.temperature / tokens)
+                    logit_gradient = -probabilities * slope
+                    logit_gradient[token] += slope
+                    model.add_logit_gradient(gradient, ids, before + k, scale * logit_gradient / r.temperature / tokens)
                     # The value
                     kept = old[i][k] + min(max(value - old[i][k], -p.value_clip), p.value_clip)
                     free, bound = (value - returns[i][k]) ** 2, (kept - returns[i][k]) ** 2
@@ -212,22 +216,24 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
                     slope *= scale * p.value_coefficient / tokens
                     gradient["value"] += slope * model.state(ids, before + k)
                     gradient["bias"] += slope
-                    model.gradient_of_state(gradient, ids, before + k, slope * model.w["value"])
-                    # What is only reported
+                    model.add_state_gradient(gradient, ids, before + k, slope * model.w["value"])
+                    # Metrics only
                     m["entropy"] -= float(probabilities @ logp_all) / tokens
-                    m["approx_kl"] += k3(prox[i][k], new) / tokens
-                    of_batch += k3(prox[i][k], prox[i][k] + min(new - prox[i][k], math.log(10))) / len(rows)
-                    m["kl_ref"] += min(ratio, 10) * k3(new, of_reference[i][k]) / len(rows)
-                    m["kl_base"] += min(ratio, 10) * k3(new, of_first[i][k]) / len(rows)
+                    m["approx_kl"] += k3(old_logprobs[i][k], new) / tokens
+                    kl_update += k3(old_logprobs[i][k], old_logprobs[i][k] + min(new - old_logprobs[i][k], math.log(10))) / len(
+                        rows
+                    )
+                    m["kl_ref"] += min(ratio, 10) * k3(new, ref_logprobs[i][k]) / len(rows)
+                    m["kl_base"] += min(ratio, 10) * k3(new, base_logprobs[i][k]) / len(rows)
                     ratio_max = max(ratio_max, ratio)
             if sl_rows:
-                m["sl_loss"] = naive_supervised(
+                m["sl_loss"] = add_supervised_gradient(
                     model, gradient, [sl_rows[(start + n) % len(sl_rows)] for n in range(len(rows))]
                 )
             norm = math.sqrt(sum(float((g * g).sum()) for g in gradient.values()))
             gradient = {name: g * min(1.0, 1.0 / (norm + 1e-6)) for name, g in gradient.items()}
-            moved.append(of_batch)
-            last = moved[-math.ceil(64 / p.batch_size) :]
+            update_kls.append(kl_update)
+            last = update_kls[-math.ceil(64 / p.batch_size) :]
             m["kl_update"] = sum(last) / len(last)
             factor = 1.0
             if p.lr_scheduler_type == "linear":
@@ -239,34 +245,34 @@ def naive_train(folders, rollouts, scores, p, sl_rows, seed):
     return steps, model
 
 
-def naive_supervised(model, gradient, rows):
-    """Token-mean negative log-likelihood; its gradient is added."""
+def add_supervised_gradient(model, gradient, rows):
+    """Return the token-mean negative log-likelihood, and add its gradient."""
     targets = [(row["input_ids"], t, row["labels"][t + 1]) for row in rows for t in range(len(row["labels"]) - 1)]
     targets = [(ids, t, label) for ids, t, label in targets if label != -100]
     loss = 0.0
     for ids, t, label in targets:
         logp = model.log_softmax(ids, t, 1.0)
         loss -= logp[label] / len(targets)
-        of_logits = numpy.exp(logp) / len(targets)
-        of_logits[label] -= 1 / len(targets)
-        model.gradient_of_logits(gradient, ids, t, of_logits)
+        logit_gradient = numpy.exp(logp) / len(targets)
+        logit_gradient[label] -= 1 / len(targets)
+        model.add_logit_gradient(gradient, ids, t, logit_gradient)
     return loss
 
 
 # The comparison
 
 
-def rollouts_of(count, seed):
-    """Ragged answers at two temperatures, sampled by nobody in particular: their log-probabilities are stale and noisy."""
-    draw = random.Random(seed)
-    asked = [tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 4))) for _ in range(5)]
-    found = []
+def make_rollouts(count, seed):
+    """Make completions of different lengths at two temperatures, with random (stale and noisy) log-probabilities."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 4))) for _ in range(5)]
+    rollouts = []
     for n in range(count):
-        prompt = asked[draw.randrange(4) if n else 4]  # the first answer is the only one to its prompt
-        answer = tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 9)))
-        noise = tuple(-abs(draw.gauss(2.0, 0.7)) for _ in answer)
-        found.append(Rollout(prompt, answer, noise, n % 3 > 0, 0, str(n), draw.choice((1.0, 0.7))))
-    return found
+        prompt = prompts[rng.randrange(4) if n else 4]  # the first completion is the only one of its prompt
+        completion = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9)))
+        noise = tuple(-abs(rng.gauss(2.0, 0.7)) for _ in completion)
+        rollouts.append(Rollout(prompt, completion, noise, n % 3 > 0, 0, str(n), rng.choice((1.0, 0.7))))
+    return rollouts
 
 
 SL_ROWS = [
@@ -299,21 +305,21 @@ STRONG = PPOConfig(
         (PPOConfig(**vars(STRONG) | {"lr_scheduler_type": "constant", "kl_coefficient": 0.0}), []),
         (PPOConfig(**vars(STRONG) | {"alpha": 0.3, "value_coefficient": 1.0}), SL_ROWS),
     ],
-    ids=["alternate", "other-knobs", "constant-rate", "combined"],
+    ids=["alternate", "other-settings", "constant-rate", "combined"],
 )
-def test_every_step_is_that_of_the_second_implementation(models, p, sl_rows):
-    rollouts = rollouts_of(13, 1)
+def test_every_step_matches_the_second_implementation(models, p, sl_rows):
+    rollouts = make_rollouts(13, 1)
     scores = [random.Random(n).gauss(0, 2) for n in range(13)]
-    expected, naive = naive_train(models, rollouts, scores, p, sl_rows, seed=3)
+    expected, naive = train_naively(models, rollouts, scores, p, sl_rows, seed=3)
     steps = []
-    learned, _ = ppo.train(
+    trained, _ = ppo.train(
         models[0], models[1], rollouts, scores, p, base_folder=models[2], sl_rows=sl_rows, seed=3,
         hardware=weights.Hardware(micro_batch_size=2, precision="fp32"), on_step=lambda n, m: steps.append(m),
     )  # fmt: skip
     assert len(steps) == len(expected) == 9
-    for found, wanted in zip(steps, expected, strict=True):
-        for name, value in wanted.items():
-            assert found[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
-    assert sum(step["clipfrac"] for step in steps) > 0.5  # the clip has really been at work
-    assert numpy.abs(learned.policy.model.embed.weight.detach().numpy() - naive.w["embed"]).max() < 1e-4
-    assert numpy.abs(learned.policy.lm_head.weight.detach().numpy() - naive.w["head"]).max() < 1e-4
+    for step, expected_step in zip(steps, expected, strict=True):
+        for name, value in expected_step.items():
+            assert step[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+    assert sum(step["clipfrac"] for step in steps) > 0.5  # the clip was applied
+    assert numpy.abs(trained.policy.model.embed.weight.detach().numpy() - naive.w["embed"]).max() < 1e-4
+    assert numpy.abs(trained.policy.lm_head.weight.detach().numpy() - naive.w["head"]).max() < 1e-4

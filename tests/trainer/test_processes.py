@@ -1,4 +1,4 @@
-"""Two processes under a launcher learn what one learns alone, on the processor."""
+"""Two processes under a launcher train the same as one process, on the CPU."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import json, sys
 from pathlib import Path
 from engine.errors import CharterError
 from schemas.records import ChatMessage
-from trainer import distributed, dpo, ppo, reward, sft, weights
+from trainer import distributed, weights
+from trainer.learners import dpo, ppo, reward, sft
 
 EXACT = {"hardware": weights.Hardware(micro_batch_size=2, precision="fp32"), "seed": 1}
 prompts = [(ChatMessage(role="user", content="say " + n * "n"),) for n in range(10)]
@@ -26,45 +27,45 @@ p = ppo.PPOConfig(learning_rate=1e-2, epochs=2, batch_size=3)
 
 
 def learn(tiny):
-    found = {}
+    metrics_by_phase = {}
     def on_step(phase):
-        return lambda n, m: found.setdefault(phase, []).append({k: m[k] for k in m if k in KEPT})
+        return lambda n, m: metrics_by_phase.setdefault(phase, []).append({k: m[k] for k in m if k in KEPT})
     distributed.call_learner(sft.train, tiny, texts, learning_rate=1e-3, batch_size=4, on_step=on_step("sft"), **EXACT)
     distributed.call_learner(reward.train, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("reward"), **EXACT)
-    try:  # the log is away when a step is told: the others must not be left alone within the next one
-        distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=away, **EXACT)
+    try:  # the log is unreachable at a step: the other process must not wait within the next step
+        distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=fail_step, **EXACT)
     except CharterError as error:
-        found["away"] = [{"words": error.what}]
+        metrics_by_phase["error"] = [{"message": error.what}]
     distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
     distributed.call_learner(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
-    return found
+    return metrics_by_phase
 
 
-def away(step, metrics):
-    raise CharterError("the log is away")
+def fail_step(step, metrics):
+    raise CharterError("the log is unreachable")
 
 
 KEPT = {"loss", "grad_norm", "policy_loss", "value_loss", "kl_ref", "sl_loss", "ratio_max", "clipfrac", "entropy"}
 if __name__ == "__main__":
-    with distributed.join_processes() as first:
-        if first:
+    with distributed.join_processes() as is_main:
+        if is_main:
             Path(sys.argv[2]).write_text(json.dumps(learn(Path(sys.argv[1]))))
 """
 
 
-def test_two_processes_learn_what_one_learns(tiny, tmp_path):
-    script, out = tmp_path / "learn.py", tmp_path / "found.json"
+def test_two_processes_train_like_one(tiny, tmp_path):
+    script, out = tmp_path / "learn.py", tmp_path / "result.json"
     script.write_text(LEARN)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    # What `accelerate launch --multi_gpu` runs underneath.
+    # This is what `accelerate launch --multi_gpu` runs.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    together = subprocess.Popen([*launch, str(script), str(tiny), str(out)], env=environment)
+    processes = subprocess.Popen([*launch, str(script), str(tiny), str(out)], env=environment)
     expected = runpy.run_path(str(script), run_name="alone")["learn"](tiny)
-    assert together.wait(timeout=300) == 0
-    found = json.loads(out.read_text())
-    assert found.pop("away") == expected.pop("away") == [{"words": "the log is away"}]
-    assert set(found) == set(expected) == {"sft", "reward", "dpo", "ppo"}
+    assert processes.wait(timeout=300) == 0
+    result = json.loads(out.read_text())
+    assert result.pop("error") == expected.pop("error") == [{"message": "the log is unreachable"}]
+    assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo"}
     for phase, steps in expected.items():
-        assert len(found[phase]) == len(steps) >= 2
+        assert len(result[phase]) == len(steps) >= 2
         for number, step in enumerate(steps):
-            assert found[phase][number] == pytest.approx(step, rel=1e-3, abs=1e-4), (phase, number)
+            assert result[phase][number] == pytest.approx(step, rel=1e-3, abs=1e-4), (phase, number)

@@ -1,4 +1,4 @@
-"""The loop with FAKE learners: trips and going back, batches that are given up, the gate, pauses, bounds after a crash."""
+"""The loop with FAKE learners: rollbacks, voided batches, the promotion gate, pauses, and limits after a crash."""
 
 import shutil
 import sys
@@ -37,24 +37,30 @@ from trainer import loop
 from trainer.batches import rebuild_batch
 from trainer.loop import Trainer
 from trainer.monitor import LimitExceeded
+from trainer.phases import PHASES
 from trainer.promotion import PromotionGate
 
 
-class Place:
-    """A data folder with a trainer; what is added is in the database at once."""
+class Workspace:
+    """A data folder with a trainer. Records that are added are in the database at once."""
 
-    def __init__(self, folder, **more):
+    def __init__(self, folder, **train_settings):
         (folder / "base").mkdir(parents=True)
         settings = make_settings(folder)
-        train = settings.train.model_copy(update={"sft_mixture": [], "reward_mixture": []} | more)
+        train = settings.train.model_copy(update={"sft_mixture": [], "reward_mixture": []} | train_settings)
         self.settings = settings.model_copy(update={"train": train})
-        self.bus, self.store, self.said = connect_bus(self.settings), open_store(self.settings), []
+        self.bus, self.store, self.messages = connect_bus(self.settings), open_store(self.settings), []
         self.trainer = self.open()
 
     def open(self, **more):
         base_folder = self.settings.folder / "base"
-        values = {"learners": FAKE_LEARNERS, "notify": self.said.append} | more
+        values = {"learners": FAKE_LEARNERS, "notify": self.messages.append} | more
         return Trainer(self.bus, self.store, self.settings, base_folder, **values)
+
+    def reopen(self, **more):
+        """Replace the trainer by one with other settings or learners."""
+        self.trainer.close()
+        self.trainer = self.open(**more)
 
     def add(self, *records):
         self.bus.publish([to_producer_record(record) for record in records])
@@ -63,25 +69,32 @@ class Place:
             pass
         sink.close()
 
-    def chains(self, name, count=4):
+    def add_chains(self, name, count=4):
         self.add(*(make_chain_end(f"{name}{n}", f"chain {name} {n}") for n in range(count)))
 
-    def labels(self, name, count=4):
+    def add_labels(self, name, count=4):
         self.add(*(make_preference(f"{name}{n}", f"pair {name} {n}", 0.7) for n in range(count)))
 
-    def answers(self, name, count=4):
-        """Answers of the present policy."""
-        standing = self.trainer.read_state()
-        version = standing.policy_version
-        about = {"model": ModelRef(id="policy", revision=standing.model_revisions[version]), "policy_version": version}
-        made = [make_response(f"answer {name} {n}") for n in range(count)]
-        first = {"policy_version": version}
-        self.add(*(r.model_copy(update=about | {"completions": [r.completions[0].model_copy(update=first)]}) for r in made))
+    def add_responses(self, name, count=4):
+        """Add responses of the current policy."""
+        state = self.trainer.read_state()
+        version = state.policy_version
+        origin = {"model": ModelRef(id="policy", revision=state.model_revisions[version]), "policy_version": version}
+        responses = [make_response(f"answer {name} {n}") for n in range(count)]
+        completion_origin = {"policy_version": version}
+        self.add(
+            *(
+                response.model_copy(
+                    update=origin | {"completions": [response.completions[0].model_copy(update=completion_origin)]}
+                )
+                for response in responses
+            )
+        )
 
-    def records(self, record):
+    def read_records(self, record):
         return [decode_record(value, record) for value in read_values(self.bus, record.topic)]
 
-    def policies(self):
+    def list_policies(self):
         return [(u.version, u.phase, u.restored_version) for u in read_policy_updates(self.bus) if u.kind.value == "POLICY"]
 
     def close(self):
@@ -90,219 +103,227 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path):
-    made = Place(tmp_path / "data")
-    yield made
-    made.close()
+def workspace(tmp_path):
+    workspace = Workspace(tmp_path / "data")
+    yield workspace
+    workspace.close()
 
 
-def until(trainer, done):
-    """Run the loop until something holds; it looks every moment."""
+def run_loop_until(trainer, is_done):
+    """Run the loop until a condition holds, which is checked at every tick."""
     stop = threading.Event()
-    real = trainer.next_phase
+    next_phase = trainer.next_phase
 
-    def due():
-        if done():
+    def patched_next_phase(state):
+        if is_done():
             stop.set()
             return None
-        return real()
+        return next_phase(state)
 
-    trainer.next_phase = due
+    trainer.next_phase = patched_next_phase
     trainer.run_loop(stop)
-    trainer.next_phase = real
+    trainer.next_phase = next_phase
 
 
-def at_rl(place):
-    """Policy 1 from SFT, reward model 1, policies 2 and 3 from PPO."""
-    place.chains("a")
-    place.labels("a")
-    place.trainer.update("sft")
-    place.trainer.update("reward")
+def interrupt(context, batch):
+    raise KeyboardInterrupt
+
+
+def train_to_rl(workspace):
+    """Train policy 1 with SFT, reward model 1, and policies 2 and 3 with PPO."""
+    workspace.add_chains("a")
+    workspace.add_labels("a")
+    workspace.trainer.update("sft")
+    workspace.trainer.update("reward")
     for name in "ab":
-        place.answers(name)
-        place.trainer.update("ppo")
+        workspace.add_responses(name)
+        workspace.trainer.update("ppo")
 
 
-def test_a_trip_pauses_rl_goes_back_and_writes_an_incident(place, monkeypatch):
+def test_exceeded_limit_pauses_rl_rolls_back_and_publishes_an_incident(workspace, monkeypatch):
     monkeypatch.setattr(loop, "POLL_INTERVAL_S", 0.01)
-    at_rl(place)
-    trips = [LimitExceeded("it likes length", "answers grew", {"length_correlation": 0.9}, rollback_version=2)]
-    place.trainer.monitor = lambda trainer: trips.pop() if trips and trainer.read_state().policy_version == 3 else None
-    place.answers("c")  # enough for another PPO, which must not come
-    until(place.trainer, lambda: not trips and "ppo" in place.trainer.get_paused_phases())
-    assert place.policies() == [(1, "sft", None), (2, "ppo", None), (3, "ppo", None), (4, "restore", 2)]
-    (incident,) = [i for i in place.records(Incident) if i.voided_batch_id is None]
+    train_to_rl(workspace)
+    exceeded_limits = [LimitExceeded("it likes length", "answers grew", {"length_correlation": 0.9}, rollback_version=2)]
+    workspace.trainer.monitor = lambda state, *_: (
+        exceeded_limits.pop() if exceeded_limits and state.policy_version == 3 else None
+    )
+    workspace.add_responses("c")  # enough for another PPO update, which must not start
+    run_loop_until(workspace.trainer, lambda: not exceeded_limits and "ppo" in workspace.trainer.read_state().paused_phases)
+    assert workspace.list_policies() == [(1, "sft", None), (2, "ppo", None), (3, "ppo", None), (4, "restore", 2)]
+    (incident,) = [i for i in workspace.read_records(Incident) if i.voided_batch_id is None]
     assert (incident.title, incident.detail, incident.metrics) == (
         "it likes length",
         "answers grew",
         {"length_correlation": 0.9},
     )
-    assert "charter policy resume" in place.said[-1] and "policy 4 has the weights of policy 2" in place.said[-1]
-    assert place.trainer.read_state().policy_ancestry == (4, 2, 1)
-    assert place.trainer.next_phase() is None  # PPO is paused, and answers of policy 3 are of no use
-    place.answers("d")
-    place.labels("d")
-    assert place.trainer.next_phase() == "reward"  # the other phases go on
-    place.trainer.update("reward")
-    pause = place.records(Pause)[-1]
-    place.add(pause.model_copy(update={"paused": False}))
-    assert place.trainer.next_phase() == "ppo" and place.trainer.update("ppo").base_version == 4
-    drops = dict(place.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
-    assert drops == {}  # they are on the log, and in the database a moment later
-    place.add()
-    drops = dict(place.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
+    assert (
+        "charter policy resume" in workspace.messages[-1] and "policy 4 has the weights of policy 2" in workspace.messages[-1]
+    )
+    assert workspace.trainer.read_state().policy_ancestry == (4, 2, 1)
+    assert workspace.trainer.next_phase() is None  # PPO is paused, and responses of policy 3 are unusable
+    workspace.add_responses("d")
+    workspace.add_labels("d")
+    assert workspace.trainer.next_phase() == "reward"  # the other phases continue
+    workspace.trainer.update("reward")
+    pause = workspace.read_records(Pause)[-1]
+    workspace.add(pause.model_copy(update={"paused": False}))
+    assert workspace.trainer.next_phase() == "ppo" and workspace.trainer.update("ppo").base_version == 4
+    drops = dict(workspace.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
+    assert drops == {}  # they are on the log; the sink has not written them yet
+    workspace.add()
+    drops = dict(workspace.store.query("SELECT reason, rollouts FROM dropped_rollout_stats").rows)
     assert drops == {"sampled by a policy that was rolled back": 4}
-    assert place.store.query("SELECT max(policies_behind) FROM trained_rollouts").rows == [(0,)]
+    assert workspace.store.query("SELECT max(policies_behind) FROM trained_rollouts").rows == [(0,)]
 
 
-def test_a_batch_that_cannot_be_trained_on_is_given_up_and_its_rows_are_free(place):
-    def fail(trainer, batch):
-        raise TrainingFailed("the loss is nan", "it ran away", "lower it")
+def test_untrainable_batch_is_voided_and_its_rows_are_sampled_again(workspace):
+    def fail(context, batch):
+        raise TrainingFailed("the loss is nan", "training has diverged", "lower the learning rate")
 
-    place.chains("a")
-    place.trainer.learners = dict.fromkeys(loop.PHASES, fail)
+    workspace.add_chains("a")
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, fail)
     with pytest.raises(TrainingFailed):
-        place.trainer.update("sft")
-    (incident,) = place.records(Incident)
-    assert incident.title == "the loss is nan" and incident.voided_batch_id is not None and place.policies() == []
-    assert place.trainer.resume() is None and place.trainer.next_phase() is None  # it does not spin
-    place.chains("b", 3)
-    assert place.trainer.next_phase() is None
-    place.chains("c", 1)
-    assert place.trainer.next_phase() == "sft"  # a threshold of further rows has come
-    place.trainer.learners = FAKE_LEARNERS
-    update = place.trainer.update("sft")
-    place.add()
-    assert place.store.query("SELECT trained_rows FROM policy_versions WHERE version = ?", [update.version]).rows == [(8,)]
-    assert place.store.query("SELECT count(*) FROM batch_rows WHERE given_up").rows == [(4,)]
+        workspace.trainer.update("sft")
+    (incident,) = workspace.read_records(Incident)
+    assert incident.title == "the loss is nan" and incident.voided_batch_id is not None and workspace.list_policies() == []
+    assert workspace.trainer.resume() is None and workspace.trainer.next_phase() is None  # the same rows are not tried again
+    workspace.add_chains("b", 3)
+    assert workspace.trainer.next_phase() is None
+    workspace.add_chains("c", 1)
+    assert workspace.trainer.next_phase() == "sft"  # as many further rows as the threshold have arrived
+    workspace.trainer.updater.learners = FAKE_LEARNERS
+    update = workspace.trainer.update("sft")
+    workspace.add()
+    assert workspace.store.query("SELECT trained_rows FROM policy_versions WHERE version = ?", [update.version]).rows == [(8,)]
+    assert workspace.store.query("SELECT count(*) FROM batch_rows WHERE given_up").rows == [(4,)]
 
 
-def test_a_batch_is_given_up_when_someone_goes_back_meanwhile(place):
-    at_rl(place)
+def test_batch_is_voided_by_a_concurrent_rollback(workspace):
+    train_to_rl(workspace)
 
-    def overtaken(trainer, batch):
-        known = read_policy_updates(place.bus)
-        place.bus.publish([to_producer_record(make_restore_update(known, 1, run_id="r", base_model="base"))])
-        return run_fake_update(trainer, batch)
+    def train_after_rollback(context, batch):
+        updates = read_policy_updates(workspace.bus)
+        workspace.bus.publish([to_producer_record(make_restore_update(updates, 1, run_id="r", base_model="base"))])
+        return run_fake_update(context, batch)
 
-    place.answers("c")
-    place.trainer.learners = dict.fromkeys(loop.PHASES, overtaken)
+    workspace.add_responses("c")
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, train_after_rollback)
     with pytest.raises(Exception, match="policy 4 was published meanwhile"):
-        place.trainer.update("ppo")
-    assert place.policies()[-1] == (4, "restore", 1) and len(place.policies()) == 4
-    assert not (place.settings.folder / "checkpoints" / "policy-000004").exists()
-    assert place.trainer.resume() is None
+        workspace.trainer.update("ppo")
+    assert workspace.list_policies()[-1] == (4, "restore", 1) and len(workspace.list_policies()) == 4
+    assert not (workspace.settings.folder / "checkpoints" / "policy-000004").exists()
+    assert workspace.trainer.resume() is None
 
 
-def test_the_gate_keeps_a_policy_back_and_frees_its_batch(place):
-    place.chains("a")
-    place.trainer.promotion_gate = lambda store, folder, version: LimitExceeded("it did not pass the gate", "it refuses all")
-    with pytest.raises(Exception, match="policy 1 is not published: it did not pass the gate"):
-        place.trainer.update("sft")
-    assert place.policies() == [] and not (place.settings.folder / "checkpoints" / "policy-000001").exists()
-    place.trainer.promotion_gate = lambda store, folder, version: None
-    assert place.trainer.update("sft").version == 1
+def test_promotion_gate_rejects_a_policy_and_its_rows_are_sampled_again(workspace):
+    workspace.add_chains("a")
+    workspace.trainer.updater.promotion_gate = lambda store, folder, version: LimitExceeded(
+        "it did not pass the promotion gate", "it refuses all"
+    )
+    with pytest.raises(Exception, match="policy 1 is not published: it did not pass the promotion gate"):
+        workspace.trainer.update("sft")
+    assert workspace.list_policies() == [] and not (workspace.settings.folder / "checkpoints" / "policy-000001").exists()
+    workspace.trainer.updater.promotion_gate = lambda store, folder, version: None
+    assert workspace.trainer.update("sft").version == 1
 
 
-def test_the_gate_asks_held_out_prompts_of_the_new_policy(tiny, place):
-    asked = [f"how do i {n}" for n in range(8)]
-    place.add(
+def test_promotion_gate_measures_refusals_on_held_out_prompts(tiny, workspace):
+    prompts = [f"how do i {n}" for n in range(8)]
+    workspace.add(
         *(
             Prompt(**make_record_fields("produce", [source, text], f"{source} {text}", split=Split.EVAL) | {"source": source})
             for source in ("red-team", "helpful")
-            for text in asked
+            for text in prompts
         )
     )
     limits = load_settings({"promotion.prompts": "8"}, environment={})[0].promotion
-    trip = PromotionGate(limits)(place.store, tiny, 1)
-    assert trip.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
-    assert trip.detail == "it refuses only 0% of harmful prompts (promotion.min_harmful_refusals)"
-    assert PromotionGate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(place.store, tiny, 1) is None
+    exceeded = PromotionGate(limits)(workspace.store, tiny, 1)
+    assert exceeded.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
+    assert exceeded.detail == "it refuses only 0% of harmful prompts (promotion.min_harmful_refusals)"
+    assert PromotionGate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(workspace.store, tiny, 1) is None
 
 
-def test_an_unfinished_batch_of_old_rollouts_is_given_up_after_a_crash(tmp_path):
-    place = Place(tmp_path / "data", max_age_s=30.0)
-    at_rl(place)
-    place.answers("c")
+def test_unfinished_batch_of_old_rollouts_is_voided_after_a_crash(tmp_path):
+    workspace = Workspace(tmp_path / "data", max_age_s=30.0)
+    train_to_rl(workspace)
+    workspace.add_responses("c")
 
-    def die(trainer, batch):
-        raise KeyboardInterrupt
-
-    place.trainer.learners = dict.fromkeys(loop.PHASES, die)
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        place.trainer.update("ppo")
-    with place.store.open_write_session() as connection:  # as if an hour had passed
+        workspace.trainer.update("ppo")
+    with workspace.store.open_write_session() as connection:  # simulate an hour
         connection.execute("UPDATE raw.responses SET created_at = created_at - INTERVAL 1 HOUR")
-    place.trainer = place.open()
-    assert place.trainer.resume() is None and "left unfinished and is given up" in place.records(Incident)[-1].title
-    assert place.trainer.next_phase() is None
-    place.add()
-    reasons = [reason for (reason,) in place.store.query("SELECT reason FROM dropped_rollout_stats").rows]
+    workspace.trainer = workspace.open()
+    assert workspace.trainer.resume() is None and "left unfinished and is voided" in workspace.read_records(Incident)[-1].title
+    assert workspace.trainer.next_phase() is None
+    workspace.add()
+    reasons = [reason for (reason,) in workspace.store.query("SELECT reason FROM dropped_rollout_stats").rows]
     assert reasons == ["older than 30 s"]
-    place.close()
+    workspace.close()
 
 
-def test_pauses_hold_an_unfinished_batch_too(place):
-    place.chains("a")
-    place.trainer.learners = dict.fromkeys(loop.PHASES, lambda trainer, batch: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_paused_phase_does_not_resume_its_unfinished_batch(workspace):
+    workspace.add_chains("a")
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        place.trainer.update("sft")
-    place.add(made_pause(True))
-    again = place.open()
+        workspace.trainer.update("sft")
+    workspace.add(make_sft_pause(True))
+    again = workspace.open()
     assert again.resume() is None and again.next_phase() is None
-    place.add(made_pause(False))
+    workspace.add(make_sft_pause(False))
     assert again.resume().version == 1
     again.close()
 
 
-def test_a_batch_left_by_a_paused_phase_does_not_hide_another_one_nor_is_it_forgotten(place, monkeypatch):
-    """Killed in SFT, which is then paused; killed again in the reward phase; SFT goes on while the loop runs."""
+def test_loop_resumes_the_unfinished_batches_of_several_phases(workspace, monkeypatch):
+    """Killed in SFT, which is then paused; killed again in the reward phase; SFT is resumed while the loop runs."""
     monkeypatch.setattr(loop, "POLL_INTERVAL_S", 0.01)
-    place.chains("a")
-    place.labels("a")
+    workspace.add_chains("a")
+    workspace.add_labels("a")
 
-    def die(trainer, batch):
-        raise KeyboardInterrupt
-
-    place.trainer.learners = dict.fromkeys(loop.PHASES, die)
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, interrupt)
     for phase in ("sft", "reward"):
         with pytest.raises(KeyboardInterrupt):
-            place.trainer.update(phase)
-    of_sft, of_reward = place.records(BatchManifest)
-    place.add(made_pause(True))
-    place.trainer = place.open()
-    assert place.trainer.resume().batch_id == of_reward.record_id
-    place.chains("b")  # rows that a new batch would take too
-    paused = iter([made_pause(False)])
-    until(
-        place.trainer, lambda: [place.bus.publish([to_producer_record(one)]) for one in paused] == [] and place.policies() != []
-    )
-    assert [update.batch_id for update in read_policy_updates(place.bus)] == [of_reward.record_id, of_sft.record_id]
+            workspace.trainer.update(phase)
+    sft_batch, reward_batch = workspace.read_records(BatchManifest)
+    workspace.add(make_sft_pause(True))
+    workspace.trainer = workspace.open()
+    assert workspace.trainer.resume().batch_id == reward_batch.record_id
+    workspace.add_chains("b")  # rows that a new batch could also take
+    pending = [make_sft_pause(False)]
+
+    def is_done():
+        if pending:
+            workspace.bus.publish([to_producer_record(pending.pop())])
+        return workspace.list_policies() != []
+
+    run_loop_until(workspace.trainer, is_done)
+    assert [update.batch_id for update in read_policy_updates(workspace.bus)] == [reward_batch.record_id, sft_batch.record_id]
 
 
-def made_pause(on):
+def make_sft_pause(paused):
     from engine.policy import make_pause
 
-    return make_pause("sft", "looking", run_id="r", paused=on)
+    return make_pause("sft", "inspection", run_id="r", paused=paused)
 
 
-def test_checkpoints_in_use_outlive_the_others(place):
-    at_rl(place)
+def test_referenced_checkpoints_are_kept(workspace):
+    train_to_rl(workspace)
     for name in "cd":
-        place.answers(name)
-        place.trainer.update("ppo")
-    kept = sorted(path.name for path in (place.settings.folder / "checkpoints").iterdir())
-    # The reference, the newest (train.save_total_limit = 1) and where a rollback leads to, the reward model.
-    assert kept == ["policy-000001", "policy-000004", "policy-000005", "reward-000001"]
+        workspace.add_responses(name)
+        workspace.trainer.update("ppo")
+    names = sorted(path.name for path in (workspace.settings.folder / "checkpoints").iterdir())
+    # The reference, the newest policy (train.save_total_limit = 1), the policy before it, and the reward model.
+    assert names == ["policy-000001", "policy-000004", "policy-000005", "reward-000001"]
 
 
-def test_a_trip_whose_good_policy_is_gone_goes_back_to_the_reference(place):
-    at_rl(place)
-    shutil.rmtree(place.settings.folder / "checkpoints" / "policy-000002")
-    assert place.trainer.trigger_rollback(LimitExceeded("it flatters", "", rollback_version=2)).restored_version == 1
+def test_rollback_to_a_removed_checkpoint_restores_the_reference(workspace):
+    train_to_rl(workspace)
+    shutil.rmtree(workspace.settings.folder / "checkpoints" / "policy-000002")
+    assert workspace.trainer.trigger_rollback(LimitExceeded("it flatters", "", rollback_version=2)).restored_version == 1
 
 
-def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
+def test_latest_policy_processor_uses_the_newest_model_for_each_batch():
     from dataclasses import dataclass
 
     @dataclass(frozen=True)
@@ -313,26 +334,26 @@ def test_a_role_that_follows_takes_the_newest_model_at_each_batch():
             return [[self.model] for _ in records]
 
     versions = iter([("first", 0), ("second", 1)])
-    following = LatestPolicyProcessor(Work("pinned"), lambda: next(versions))
-    assert following([1, 2]) == [["first"], ["first"]] and following([3]) == [["second"]]
+    processor = LatestPolicyProcessor(Work("pinned"), lambda: next(versions))
+    assert processor([1, 2]) == [["first"], ["first"]] and processor([3]) == [["second"]]
 
 
-def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
+def test_metrics_go_to_the_configured_tracker(monkeypatch, capsys):
     logged = []
     run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
-    fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or run)
+    fake = types.SimpleNamespace(init=lambda **init_arguments: logged.append(init_arguments) or run)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    numbers = MetricsReporter(load_settings({"train.report_to": "trackio"}, environment={})[0])
-    numbers.report_step("reward", 3, {"loss": 0.25, "epoch": 1.0})
-    made = PolicyUpdate(
+    reporter = MetricsReporter(load_settings({"train.report_to": "trackio"}, environment={})[0])
+    reporter.report_step("reward", 3, {"loss": 0.25, "epoch": 1.0})
+    update = PolicyUpdate(
         record_id=ids.compute_record_id("train", [], "1"), run_id="live", stage="train", kind=PolicyKind.REWARD, version=1,
         phase="reward", uri="/x", content_hash="", base_version=0, batch_id=ids.compute_record_id("batch", [], "1"),
         metrics={"loss": 0.25, "reward/accuracy": 0.75, "wall_s": 2.0},
     )  # fmt: skip
-    numbers.report_update(made)
-    numbers.close()
-    about, step = {"project": "charter", "name": "live"}, {"reward/loss": 0.25, "reward/epoch": 1.0}
-    assert logged == [about, step, {"reward/accuracy": 0.75, "reward/wall_s": 2.0}, "finished"]
+    reporter.report_update(update)
+    reporter.close()
+    init_arguments, step = {"project": "charter", "name": "live"}, {"reward/loss": 0.25, "reward/epoch": 1.0}
+    assert logged == [init_arguments, step, {"reward/accuracy": 0.75, "reward/wall_s": 2.0}, "finished"]
     assert capsys.readouterr().out.splitlines() == [
         "phase=reward step=3 loss=0.25",
         "reward 1 from reward: /x",
@@ -342,32 +363,33 @@ def test_numbers_go_to_the_tracker_that_is_asked_for(monkeypatch, capsys):
         MetricsReporter(load_settings({"train.report_to": "wandb"}, environment={})[0])
 
 
-def test_sft_learns_the_rounds_that_are_chosen(place):
-    def chain(name, ended, last, **more):
-        """A chain whose revisions were r1 ... r`last`."""
+def test_sft_trains_on_the_selected_rounds(workspace):
+    def add_chain(name, end_reason, last, **more):
+        """Add a chain with the revisions r1 ... r`last`."""
         texts = [f"{name} r{n + 1}" for n in range(last)]
         rounds = [Round(round=n + 1, principle_id="p", critique="c", revision=text) for n, text in enumerate(texts)]
-        chain_of = {"response_id": ids.compute_id("response", name)}
+        chain_id = {"response_id": ids.compute_id("response", name)}
         for n, text in enumerate(texts):
-            place.add(
+            workspace.add(
                 make_revision(name, name, "f", text, 0.5, round=n + 1).model_copy(
                     update={"finish_reason": FinishReason.STOP if n else FinishReason.LENGTH}
                 )
             )
-        place.add(
+        workspace.add(
             make_chain_end(name, name).model_copy(
-                update=chain_of | {"rounds": rounds, "round": last, "end_reason": ended} | more
+                update=chain_id | {"rounds": rounds, "round": last, "end_reason": end_reason} | more
             )
         )
 
-    chain("done", EndReason.LAST_ROUND, 3, final_response="done r3", final_finish_reason=FinishReason.STOP)
-    chain("lost", EndReason.LOST, 2, final_response="lost r1")
-    chain("clean", EndReason.SATISFIED, 0, final_response="clean f", final_finish_reason=FinishReason.STOP)
-    chosen = place.settings.sft.model_copy(update={"rounds": [1, 2]})
-    place.trainer.settings = place.settings.model_copy(update={"sft": chosen})
-    place.trainer.update("sft")
-    (manifest,) = place.records(BatchManifest)
-    rows = rebuild_batch(place.store, manifest).rows
+    add_chain("done", EndReason.LAST_ROUND, 3, final_response="done r3", final_finish_reason=FinishReason.STOP)
+    add_chain("lost", EndReason.LOST, 2, final_response="lost r1")
+    add_chain("clean", EndReason.SATISFIED, 0, final_response="clean f", final_finish_reason=FinishReason.STOP)
+    sft_settings = workspace.settings.sft.model_copy(update={"rounds": [1, 2]})
+    workspace.settings = workspace.settings.model_copy(update={"sft": sft_settings})
+    workspace.reopen()
+    workspace.trainer.update("sft")
+    (manifest,) = workspace.read_records(BatchManifest)
+    rows = rebuild_batch(workspace.store, manifest).rows
     assert sorted((row["completion"], row["finish_reason"]) for row in rows) == [
         ("clean f", "STOP"),
         ("done r1", "UNKNOWN"),
@@ -378,44 +400,45 @@ def test_sft_learns_the_rounds_that_are_chosen(place):
     assert len(manifest.record_ids) == 3 and manifest.mixture == {"test": 4}
 
 
-def replays(place, share, **train):
-    """Let the trainer replay this share of earlier labels from here on."""
+def set_replay_ratio(workspace, ratio, **train):
+    """Reopen the trainer with this share of replayed labels."""
     changed = {
-        "reward": place.settings.reward.model_copy(update={"replay_ratio": share}),
-        "train": place.settings.train.model_copy(update=train),
+        "reward": workspace.settings.reward.model_copy(update={"replay_ratio": ratio}),
+        "train": workspace.settings.train.model_copy(update=train),
     }
-    place.trainer.settings = place.settings.model_copy(update=changed)
+    workspace.settings = workspace.settings.model_copy(update=changed)
+    workspace.reopen()
 
 
-def test_a_reward_model_trains_on_earlier_labels_again_beside_the_new_ones(place):
-    """They are named in the manifest, move no cursor, and are drawn afresh for each batch."""
-    replays(place, 1.0)
+def test_reward_model_replays_earlier_labels(workspace):
+    """The manifest names them; they move no cursor, and are sampled again for each batch."""
+    set_replay_ratio(workspace, 1.0)
     for name in ("first", "second", "third"):
-        place.labels(name)
-        place.trainer.update("reward")
-    first, second, third = place.records(BatchManifest)
+        workspace.add_labels(name)
+        workspace.trainer.update("reward")
+    first, second, third = workspace.read_records(BatchManifest)
     assert first.replayed_record_ids == [] and set(second.replayed_record_ids) == set(first.record_ids)
     new = [set(m.record_ids) - set(m.replayed_record_ids) for m in (first, second, third)]
     assert [len(rows) for rows in new] == [4, 4, 4] and len(set.union(*new)) == 12
     assert set(third.replayed_record_ids) < new[0] | new[1] and len(third.record_ids) == 8
     assert first.commit_seq_to < second.commit_seq_from <= second.commit_seq_to < third.commit_seq_from
-    assert rebuild_batch(place.store, third).manifest == third
-    place.add()
+    assert rebuild_batch(workspace.store, third).manifest == third
+    workspace.add()
     counts = "SELECT batch_number, count(*), count(*) FILTER (replayed) FROM batch_rows GROUP BY 1 ORDER BY 1"
-    assert place.store.query(counts).rows == [(1, 4, 0), (2, 8, 4), (3, 8, 4)]
+    assert workspace.store.query(counts).rows == [(1, 4, 0), (2, 8, 4), (3, 8, 4)]
 
 
-def test_earlier_labels_are_a_share_of_the_new_ones_within_the_largest_batch(place):
-    place.labels("first", 8)
-    place.trainer.update("reward")
-    replays(place, 0.5)
+def test_replay_ratio_is_limited_by_the_largest_batch(workspace):
+    workspace.add_labels("first", 8)
+    workspace.trainer.update("reward")
+    set_replay_ratio(workspace, 0.5)
     for name in ("second", "third"):
-        place.labels(name)
-        place.trainer.update("reward")
-    _, second, third = place.records(BatchManifest)
+        workspace.add_labels(name)
+        workspace.trainer.update("reward")
+    _, second, third = workspace.read_records(BatchManifest)
     assert [len(m.replayed_record_ids) for m in (second, third)] == [2, 2]
-    replays(place, 1.0, max_rows=5)
-    place.labels("fourth")
-    place.trainer.update("reward")
-    *_, fourth = place.records(BatchManifest)
+    set_replay_ratio(workspace, 1.0, max_rows=5)
+    workspace.add_labels("fourth")
+    workspace.trainer.update("reward")
+    *_, fourth = workspace.read_records(BatchManifest)
     assert len(fourth.record_ids) == 5 and len(fourth.replayed_record_ids) == 1

@@ -1,19 +1,19 @@
-"""The reward model: a scalar score for an answer, learned from soft labels.
+"""The reward model: a scalar score for a response, learned from soft labels.
 
 For a pair with the judge's probability p that A is better, the loss is (Lee et al. 2023, section 3)
 
     -[p log s(rA - rB) + (1 - p) log s(rB - rA)] + c * (rA + rB)^2
 
-whose minimum is at s(rA - rB) = p; the second term keeps scores near zero.
+Its minimum is at s(rA - rB) = p; the second term keeps scores near zero.
 
-A tenth of the prompts, chosen by hash and so the same ones in every batch, never trains: accuracy, calibration, margin and the
-correlation with length are theirs, and so are the mean and the deviation that scores are normalised with. Both are frozen in
-the checkpoint (`reward.json`). Two kinds of model are refused. One agrees with fewer of these labels than the one that it
-started from, beyond chance: fine-tuning on the newest labels can undo what earlier ones taught. The other agrees with no more
-of them than chance may: PPO would follow its noise.
+A tenth of the prompts never trains. They are selected by hash, so they are the same in every batch. Accuracy, calibration, margin and the
+correlation with length are measured on them, and so are the mean and the standard deviation that normalize the scores. Both are frozen in
+the checkpoint (`reward.json`). Two kinds of models are rejected. The first agrees with fewer of these labels than the model that it started
+from, beyond chance: fine-tuning on the newest labels can undo what earlier ones taught. The second does not agree with more of them than
+chance: PPO would follow its noise.
 
-An ensemble has members of different seeds: heads, shuffles, adapters. Its score is mean - lambda * variance of the members'
-normalised scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimisation, eq. 4).
+The members of an ensemble have different seeds for head, shuffling and adapter. Its score is mean - lambda * variance of the members'
+normalized scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimization, eq. 4).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ logger = logging.getLogger("charter.trainer")
 _NORMALIZATION_FILE = "reward.json"
 _MIN_STD = 1e-4
 _SCORE_BATCH_SIZE = 16
-_HELD_OUT_FRACTION = 0.1  # share of prompts whose labels never train
-_MIN_HELD_OUT_PAIRS = 8  # pairs; a mean and a deviation of fewer are noise
-_MIN_LABELS_FOR_TEST = 16  # coin flips that all fall the same way once in 32,768 times
+_HELD_OUT_FRACTION = 0.1  # of the prompts; their labels never train
+_MIN_HELD_OUT_PAIRS = 8  # the mean and deviation of fewer pairs are noise
+_MIN_LABELS_FOR_TEST = 16  # this many coin flips are all equal once in 32,768 times
 _NUM_CALIBRATION_BINS = 10
 _Z_SCORE_95 = 1.96
-_SIGNIFICANCE_LEVEL = 0.025  # of a model without any knowledge to pass
+_SIGNIFICANCE_LEVEL = 0.025  # probability that a model which guesses is accepted
 
 
 class EqualRewards(TrainingFailed):
-    """The reward model gives every text the same score."""
+    """The reward model gives every response the same score."""
 
 
 class RewardModelRegression(TrainingFailed):
@@ -59,18 +59,18 @@ class RewardModelRegression(TrainingFailed):
 
 
 class RewardModelAtChance(TrainingFailed):
-    """The reward model agrees with no more held-out labels than chance may."""
+    """The reward model does not agree with more held-out labels than chance."""
 
 
 class OneSidedLabels(TrainingFailed):
-    """Every label prefers the answer in the same place, although the two were sampled alike."""
+    """Every label prefers the response in the same position, although both were sampled in the same way."""
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two answers to one prompt and the probability that A is better.
+    """Two responses to one prompt and the probability that A is better.
 
-    `exchangeable`: both were sampled alike, so that a judge who reads them prefers either about as often.
+    `exchangeable`: both were sampled in the same way, so a judge who reads them prefers each about equally often.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -86,7 +86,7 @@ class PreferenceExample:
 def compute_soft_label_loss(
     rewards_a: torch.Tensor, rewards_b: torch.Tensor, p_a: torch.Tensor, center_rewards_coefficient: float
 ) -> torch.Tensor:
-    """The mean loss over pairs; all arguments (B,)."""
+    """Return the mean loss over pairs; all tensors are (B,)."""
     gap = rewards_a - rewards_b
     preference = -(p_a * F.logsigmoid(gap) + (1 - p_a) * F.logsigmoid(-gap))
     return (preference + center_rewards_coefficient * (rewards_a + rewards_b) ** 2).mean()
@@ -95,13 +95,13 @@ def compute_soft_label_loss(
 def _encode_response(
     tokenizer: Any, messages: Sequence[ChatMessage], response: str, ends_with_eos: bool, max_length: int
 ) -> list[int]:
-    """Prompt and answer as ids; a too long prompt loses its beginning, never the answer its end."""
+    """Return prompt and response as token ids. A long prompt loses its beginning; the response never loses its end."""
     ids = encode_prompt(tokenizer, messages) + encode_completion(tokenizer, response, ends_with_eos=ends_with_eos)
     return ids[-max_length:]
 
 
 def _pad_sequences(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded ids and mask, both (B, T)."""
+    """Return right-padded ids and their mask, both (B, T)."""
     longest = max(len(sequence) for sequence in sequences)
     ids = torch.tensor([[*sequence, *[pad_token_id] * (longest - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
@@ -109,7 +109,7 @@ def _pad_sequences(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dic
 
 
 class SoftLabelRewardTrainer(RewardTrainer):
-    """trl's RewardTrainer with the loss of soft labels (its own takes a margin, not a probability)."""
+    """trl's RewardTrainer with the loss of soft labels (trl's loss takes a margin, not a probability)."""
 
     center_rewards_coefficient = 0.0
     pad_token_id = 0
@@ -118,8 +118,8 @@ class SoftLabelRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         p_a = inputs.pop("p_a")
-        # trl and transformers have both put the tokenizer's padding there, often the end token: scores would be read at
-        # fillers, or before the end, and not where `RewardModel` reads them.
+        # trl and transformers both set this to the tokenizer's padding token, often the end token. Scores would then be read at
+        # padding, or before the end, not where `RewardModel` reads them.
         self.model.config.get_text_config().pad_token_id = self.pad_token_id
         outputs = model(**inputs, use_cache=False)
         r_a, r_b = outputs.logits.squeeze(-1).float().chunk(2)
@@ -148,81 +148,86 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[RewardModel, dict[str, float]]:
-    """Train on the model in `folder` (a policy, or an earlier reward model); returns the scorer and its metrics.
+    """Train from the model in `folder` (a policy, or an earlier reward model); return the reward model and its metrics.
 
-    Raises OneSidedLabels, EqualRewards when the scores of the held-out texts do not differ, RewardModelRegression when an earlier reward model
-    in `folder` agreed with more of the held-out labels, RewardModelAtChance when `require_above_chance` and it agrees with no more of them
-    than chance may, TrainingFailed when a number is not finite. The steps of an ensemble's members are reported one after the
-    other.
+    The steps of an ensemble's members are reported one after the other.
+
+    Raises OneSidedLabels; EqualRewards when all held-out responses have the same score; RewardModelRegression when an earlier reward
+    model in `folder` agreed with more of the held-out labels; RewardModelAtChance when `require_above_chance` and the model does not agree
+    with more of them than chance; TrainingFailed when a metric is not finite.
     """
     require_two_sided_labels(examples)
-    taught, held_out = split_held_out(examples)
+    train_examples, held_out = split_held_out(examples)
     tokenizer = weights.load_tokenizer(folder)
-    rows = [_encode_pair(tokenizer, example, max_length) for example in taught]
+    rows = [_encode_pair(tokenizer, example, max_length) for example in train_examples]
     model = RewardModel([], tokenizer, variance_penalty, max_length=max_length, hardware=hardware)
     metrics: dict[str, float] = {}
-    before = (
-        load_reward_model(folder, hardware).check_label_agreement(held_out) if (folder / _NORMALIZATION_FILE).exists() else None
-    )
-    for number in range(ensemble_size):
-        done = int(metrics.get("steps", 0))
+    starts_from_reward_model = (folder / _NORMALIZATION_FILE).exists()
+    agreed_before = load_reward_model(folder, hardware).check_label_agreement(held_out) if starts_from_reward_model else None
+    for index in range(ensemble_size):
+        previous_steps = int(metrics.get("steps", 0))
 
-        def report(step: int, metrics: dict[str, float], done: int = done) -> None:
-            on_step(done + step, metrics)
+        def report_step(step: int, metrics: dict[str, float], previous_steps: int = previous_steps) -> None:
+            on_step(previous_steps + step, metrics)
 
         scorer, metrics = _train_member(
-            load_initial_scorer(folder, number, seed if ensemble_size > 1 else None),
+            load_initial_scorer(folder, index, seed if ensemble_size > 1 else None),
             rows,
             tokenizer,
             training_arguments={
                 "learning_rate": learning_rate * (weights.LORA_LEARNING_RATE_FACTOR if lora_rank else 1.0),
                 "epochs": epochs,
-            }
-            | {"batch_size": batch_size, "seed": seed + number, "max_length": max_length, "hardware": hardware}
-            | {"shuffle": number > 0},
+                "batch_size": batch_size,
+                "seed": seed + index,
+                "max_length": max_length,
+                "hardware": hardware,
+                "shuffle": index > 0,
+            },
             center_rewards_coefficient=center_rewards_coefficient,
             lora_rank=lora_rank,
-            on_step=report,
+            on_step=report_step,
         )
-        metrics["steps"] += done
+        metrics["steps"] += previous_steps
         model.members.append(EnsembleMember(scorer))
-    metrics |= model.fit_normalization(taught, held_out) | {"examples": float(len(taught))}
+    metrics |= model.fit_normalization(train_examples, held_out) | {"examples": float(len(train_examples))}
     agreed = model.check_label_agreement(held_out)
-    if before is not None:
-        require_no_regression(before, agreed)
+    if agreed_before is not None:
+        require_no_regression(agreed_before, agreed)
     check_against_chance(int(agreed.sum()), len(agreed), require=require_above_chance)
     return model, metrics
 
 
 def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raise RewardModelRegression when fewer labels are met than before, beyond chance (McNemar's test on the labels that changed)."""
+    """Raise RewardModelRegression when the model agrees with fewer labels than before, beyond chance (McNemar's test)."""
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     if lost - won > _Z_SCORE_95 * math.sqrt(lost + won):
         raise RewardModelRegression(
             f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, the one before with"
             f" {int(before.sum())}",
-            "it has forgotten what it knew, and is not published; the one before stays in use, and the labels are free again",
+            "it lost more agreement than chance explains, so it is not published; the one before stays in use, and its labels can be"
+            " sampled again",
             "wait for more labels, or lower reward.learning_rate, or raise reward.replay_ratio",
         )
 
 
 def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> None:
-    """Raise RewardModelAtChance, or warn, when a coin agrees with as many of the decided held-out labels too often (`_SIGNIFICANCE_LEVEL`).
+    """Raise RewardModelAtChance, or warn, when guessing would agree with as many of the decided held-out labels too often.
 
-    Fewer labels than `_MIN_LABELS_FOR_TEST` cannot tell, so they are warned of only. The probability is exact: that of at least `num_agreed` heads.
+    "Too often" is `_SIGNIFICANCE_LEVEL`; the probability is exact (binomial: at least `num_agreed` heads). Fewer labels than
+    `_MIN_LABELS_FOR_TEST` are too few for the test and give a warning only.
     """
     by_chance = sum(math.comb(num_labels, heads) for heads in range(num_agreed, num_labels + 1)) / 2**num_labels
     if by_chance <= _SIGNIFICANCE_LEVEL:
         return
-    what = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, as chance may"
+    message = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, no better than chance"
     if require and num_labels >= _MIN_LABELS_FOR_TEST:
         raise RewardModelAtChance(
-            what,
-            "PPO would follow its noise, so it is not published, and the labels are free again",
+            message,
+            "PPO would follow its noise, so it is not published; its labels can be sampled again",
             "wait for more labels, raise reward.epochs, or measure the judge: charter eval agreement;"
-            " reward.require_above_chance = false publishes it all the same",
+            " to publish it anyway, set reward.require_above_chance = false",
         )
-    logger.warning("%s: PPO follows it all the same (docs/training.md)", what)
+    logger.warning("%s: it is published anyway (docs/training.md)", message)
 
 
 def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
@@ -231,29 +236,29 @@ def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
     for side, one_sided in (("first", all(p > 0.5 for p in labels)), ("second", all(p < 0.5 for p in labels))):
         if one_sided and len(labels) >= _MIN_LABELS_FOR_TEST:
             raise OneSidedLabels(
-                f"all {len(labels)} labels prefer the {side} answer",
-                "both answers of a pair were sampled alike: this judge goes by their place, not by what they say",
+                f"all {len(labels)} labels prefer the {side} response",
+                "both responses of a pair were sampled in the same way: this judge follows their position, not their content",
                 "set judge.reject_position_flips = true or another models.judge, and judge again: charter replay --stage judge",
             )
 
 
 def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """The examples that train, and those that are held out: the prompts whose hash lies in the lowest tenth.
+    """Return the examples that train, and those that are held out: the prompts whose hash is in the lowest tenth.
 
-    Where those are fewer than `LEAST_HELD_OUT` pairs the next lowest hashes join them, up to a quarter of the batch.
+    If these have fewer than `_MIN_HELD_OUT_PAIRS` pairs, the next lowest hashes are held out too, up to a quarter of the batch.
     """
     by_prompt: dict[float, list[PreferenceExample]] = {}
     for example in examples:
         by_prompt.setdefault(_hash_prompt(example.messages), []).append(example)
     held_out: set[float] = set()
     count = 0
-    for place in sorted(by_prompt):
-        more = len(by_prompt[place])
-        few = count < _MIN_HELD_OUT_PAIRS and count + more <= len(examples) // 4
-        if not (few or place < _HELD_OUT_FRACTION) or count + more >= len(examples):
+    for prompt_hash in sorted(by_prompt):
+        new_count = count + len(by_prompt[prompt_hash])
+        is_needed = count < _MIN_HELD_OUT_PAIRS and new_count <= len(examples) // 4
+        if not (is_needed or prompt_hash < _HELD_OUT_FRACTION) or new_count >= len(examples):
             break
-        held_out.add(place)
-        count += more
+        held_out.add(prompt_hash)
+        count = new_count
     sides: tuple[list[PreferenceExample], list[PreferenceExample]] = ([], [])
     for example in examples:
         sides[_hash_prompt(example.messages) in held_out].append(example)
@@ -261,7 +266,7 @@ def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[Preferen
 
 
 def _hash_prompt(messages: Sequence[ChatMessage]) -> float:
-    """A number in [0, 1) that follows from a prompt's text alone."""
+    """Return a hash of a prompt's messages, a number in [0, 1)."""
     text = json.dumps([(message.role, message.content) for message in messages])
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64
@@ -275,22 +280,24 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
 
 
 def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
-    """The scorer that an ensemble's member begins with: itself in the last checkpoint, or a fresh head of its own seed."""
+    """Load the scorer that an ensemble member starts from: the member of the last checkpoint, or the policy with a new head.
+
+    A new head starts at zero, or with a `seed` at random values, so that the members differ.
+    """
     trained = (folder / _NORMALIZATION_FILE).exists()
-    own = _get_member_folder(folder, member_index)
-    if trained and own.exists():
-        return weights.load_scorer(own, trained=True)
+    member_folder = _get_member_folder(folder, member_index)
+    if trained and member_folder.exists():
+        return weights.load_scorer(member_folder, trained=True)
     scorer = weights.load_scorer(folder)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed + member_index)
         scale = scorer.config.get_text_config().initializer_range
-        fresh = torch.randn(scorer.score.weight.shape, generator=generator) * scale
-        scorer.score.weight.data.copy_(fresh)
+        scorer.score.weight.data.copy_(torch.randn(scorer.score.weight.shape, generator=generator) * scale)
     return scorer
 
 
 def _get_member_folder(folder: Path, member_index: int) -> Path:
-    """The first member is the checkpoint itself, the others lie in it."""
+    """Return the folder of an ensemble member: the checkpoint itself for the first one, a folder within it for the others."""
     return folder / f"member-{member_index}" if member_index else folder
 
 
@@ -304,8 +311,8 @@ def _train_member(
     lora_rank: int,
     on_step: hf.StepCallback,
 ) -> tuple[Any, dict[str, float]]:
-    """Train one scorer through trl; returns it whole, adapters merged, and its metrics."""
-    torch.manual_seed(training_arguments["seed"])  # LoRA's first matrices
+    """Train one scorer with trl; return it with its adapters merged, and its metrics."""
+    torch.manual_seed(training_arguments["seed"])  # initializes the LoRA matrices
     pad = _set_unused_pad_token(scorer, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")])
     model = weights.add_lora(scorer, lora_rank, "SEQ_CLS", modules_to_save=["score"])
 
@@ -329,7 +336,7 @@ def _train_member(
 
 
 def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int:
-    """Set and return a padding id that none of these sequences has, so that pooling finds their real ends."""
+    """Set and return a padding id that occurs in none of these sequences, so that the score is read at their real ends."""
     config = model.config.get_text_config()
     config.pad_token_id = weights.find_unused_token_id(sequences, config.vocab_size)
     return int(config.pad_token_id)
@@ -337,7 +344,7 @@ def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int
 
 @dataclass
 class EnsembleMember:
-    """One scorer, and what its scores are normalised with."""
+    """One scorer, and the mean and standard deviation that normalize its scores."""
 
     model: Any
     mean: float = 0.0
@@ -346,7 +353,7 @@ class EnsembleMember:
 
 @dataclass
 class RewardModel:
-    """Scores answers; `normalised` scores have mean 0 and deviation 1 over the held-out labels of its last training."""
+    """Scores responses. Normalized scores have mean 0 and standard deviation 1 over the held-out responses of its last training."""
 
     members: list[EnsembleMember]
     tokenizer: Any
@@ -356,23 +363,25 @@ class RewardModel:
     max_length: int = 1024
     hardware: weights.Hardware = field(default=weights.DEFAULT_HARDWARE)
 
-    def score(self, texts: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> list[float]:
-        """The score of each (messages, answer, stopped), not yet normalised."""
-        scores: list[float] = self.combine_member_scores(self.score_members(texts)).tolist()
+    def score(self, responses: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> list[float]:
+        """Return the score of each (messages, response, ends_with_eos), not normalized."""
+        scores: list[float] = self.combine_member_scores(self.score_members(responses)).tolist()
         return scores
 
     def normalize(self, scores: Sequence[float]) -> list[float]:
+        """Return the scores with mean 0 and standard deviation 1 over the held-out responses."""
         return [(score - self.mean) / self.deviation for score in scores]
 
     @torch.inference_mode()
-    def score_members(self, texts: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> torch.Tensor:
-        """Each member's own score of each text, (members, N)."""
+    def score_members(self, responses: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> torch.Tensor:
+        """Return each member's score of each (messages, response, ends_with_eos), (members, N)."""
         encoded = [
-            _encode_response(self.tokenizer, messages, text, stopped, self.max_length) for messages, text, stopped in texts
+            _encode_response(self.tokenizer, messages, response, ends_with_eos, self.max_length)
+            for messages, response, ends_with_eos in responses
         ]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = torch.zeros(len(self.members), len(encoded))
-        for number, member in enumerate(self.members):
+        for index, member in enumerate(self.members):
             member.model.eval()
             pad = _set_unused_pad_token(member.model, encoded)
             for start in range(0, len(order), _SCORE_BATCH_SIZE):
@@ -380,92 +389,93 @@ class RewardModel:
                 inputs = _pad_sequences([encoded[i] for i in chunk], pad)
                 with self.hardware.autocast():
                     logits = member.model(**{key: value.to(member.model.device) for key, value in inputs.items()}).logits
-                scores[number, chunk] = logits.squeeze(-1).float().cpu()
+                scores[index, chunk] = logits.squeeze(-1).float().cpu()
         return scores
 
     def combine_member_scores(self, member_scores: torch.Tensor) -> torch.Tensor:
-        """One score for each text (N,) from those of the members (members, N)."""
+        """Combine the members' scores (members, N) into one score per response (N,)."""
         if len(self.members) == 1:
             return member_scores[0]
         mean, deviation = (torch.tensor([getattr(m, name) for m in self.members])[:, None] for name in ("mean", "deviation"))
-        own = (member_scores - mean) / deviation
-        return own.mean(0) - self.variance_penalty * own.var(0, correction=0)
+        normalized = (member_scores - mean) / deviation
+        return normalized.mean(0) - self.variance_penalty * normalized.var(0, correction=0)
 
     def check_label_agreement(self, examples: Sequence[PreferenceExample]) -> torch.Tensor:
-        """For each decided label (one that is not 0.5), whether the scores prefer the same answer."""
+        """Return for each decided label (other than 0.5) whether the scores prefer the same response, a bool tensor (N,)."""
         decided = [e for e in examples if e.p_a != 0.5]
         if not decided:
             return torch.zeros(0, dtype=torch.bool)
-        texts = [(e.messages, e.response_a, e.ends_with_eos_a) for e in decided] + [
-            (e.messages, e.response_b, e.ends_with_eos_b) for e in decided
-        ]
-        a, b = torch.tensor(self.score(texts)).chunk(2)
+        a, b = torch.tensor(self.score(_list_responses(decided))).chunk(2)
         return (a > b) == (torch.tensor([e.p_a for e in decided]) > 0.5)
 
     def fit_normalization(
         self, train_examples: Sequence[PreferenceExample], held_out_examples: Sequence[PreferenceExample]
     ) -> dict[str, float]:
-        """Freeze mean and deviation over the held-out texts, and say how well the scores agree with their labels.
+        """Set mean and standard deviation to those of the held-out responses, and return how the scores agree with their labels.
 
-        A batch too small to spare enough labels is measured on all of them; the log says so.
+        If too few labels are held out, all labels are used, with a warning.
         """
         measured = list(held_out_examples)
         if len(held_out_examples) < _MIN_HELD_OUT_PAIRS:
             logger.warning(
-                "only %d labels could be held out: the reward model is measured on all, those it learned from too",
+                "only %d labels could be held out: the reward model is measured on all labels, including those it was trained on",
                 len(held_out_examples),
             )
             measured = [*held_out_examples, *train_examples]
-        texts = [(e.messages, e.response_a, e.ends_with_eos_a) for e in measured] + [
-            (e.messages, e.response_b, e.ends_with_eos_b) for e in measured
-        ]
-        raw = self.score_members(texts)
-        for member, scores in zip(self.members, raw, strict=True):
+        responses = _list_responses(measured)
+        member_scores = self.score_members(responses)
+        for member, scores in zip(self.members, member_scores, strict=True):
             member.mean, member.deviation = float(scores.mean()), float(scores.std(correction=0))
-            _require_varying_scores(member.deviation, len(texts))
-        scores = self.combine_member_scores(raw)
+            _require_varying_scores(member.deviation, len(responses))
+        scores = self.combine_member_scores(member_scores)
         self.mean, self.deviation = float(scores.mean()), float(scores.std(correction=0))
-        _require_varying_scores(self.deviation, len(texts))
+        _require_varying_scores(self.deviation, len(responses))
         labels = torch.tensor([e.p_a for e in measured])
-        lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
-        return compute_agreement_metrics(raw, scores / self.deviation, labels, lengths) | {
+        lengths = torch.tensor([float(len(response)) for _, response, _ in responses])
+        return compute_agreement_metrics(member_scores, scores / self.deviation, labels, lengths) | {
             "reward/mean": self.mean,
             "reward/deviation": self.deviation,
             "reward/held_out": float(len(held_out_examples)),
         }
 
     def save(self, folder: Path) -> None:
-        """Weights of every member, tokenizer and normalisation."""
-        for number, member in enumerate(self.members):
-            place = _get_member_folder(folder, number)
-            place.mkdir(exist_ok=True)
-            weights.make_saver(member.model, self.tokenizer)(place)
-        about = {
+        """Save every member's weights and tokenizer, and the normalization."""
+        for index, member in enumerate(self.members):
+            member_folder = _get_member_folder(folder, index)
+            member_folder.mkdir(exist_ok=True)
+            weights.make_saver(member.model, self.tokenizer)(member_folder)
+        normalization = {
             "mean": self.mean,
             "deviation": self.deviation,
             "variance_penalty": self.variance_penalty,
             "max_length": self.max_length,
             "members": [[member.mean, member.deviation] for member in self.members],
         }
-        (folder / _NORMALIZATION_FILE).write_text(json.dumps(about))
+        (folder / _NORMALIZATION_FILE).write_text(json.dumps(normalization))
 
 
-def _require_varying_scores(deviation: float, num_texts: int) -> None:
+def _list_responses(examples: Sequence[PreferenceExample]) -> list[tuple[Sequence[ChatMessage], str, bool]]:
+    """Return (messages, response, ends_with_eos) of every response A, then of every response B."""
+    responses_a = [(e.messages, e.response_a, e.ends_with_eos_a) for e in examples]
+    return [*responses_a, *((e.messages, e.response_b, e.ends_with_eos_b) for e in examples)]
+
+
+def _require_varying_scores(deviation: float, num_responses: int) -> None:
     if deviation < _MIN_STD:
         raise EqualRewards(
-            "the reward model gives every text the same score",
-            f"the deviation over {num_texts} texts is {deviation:.1e}",
-            "it needs more labels, more epochs or a higher reward.learning_rate",
+            "the reward model gives every response the same score",
+            f"the standard deviation over {num_responses} responses is {deviation:.1e}",
+            "use more labels, more epochs or a higher reward.learning_rate",
         )
 
 
 def compute_agreement_metrics(
     member_scores: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor
 ) -> dict[str, float]:
-    """How scores agree with the labels `p` (N,). `raw` (members, 2N), `scores` and `lengths` (2N,): all A, then all B.
+    """Return how the scores agree with the labels (N,). `member_scores` (members, 2N), `scores` and `lengths` (2N,): all A, then all B.
 
-    Brier score and expected calibration error are of the mean over members of s(rA - rB), against the soft label. Pairs
-    without a preference (p = 0.5) count in neither accuracy.
+    Brier score and expected calibration error compare the mean over members of s(rA - rB) with the soft label. Pairs without a preference
+    (p = 0.5) are left out of both accuracies.
     """
     a, b = scores.chunk(2)
     raw_a, raw_b = member_scores.chunk(2, dim=1)
@@ -485,19 +495,19 @@ def compute_agreement_metrics(
 
 
 def _compute_fraction(flags: torch.Tensor) -> float:
-    """The share of true entries; 0 of none."""
+    """Return the fraction of true entries; 0 for an empty tensor."""
     return float(flags.float().mean()) if len(flags) else 0.0
 
 
 def _compute_calibration_error(predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """Expected calibration error: |mean prediction - mean label| over bins of equal width, weighted by their size."""
+    """Return the expected calibration error: |mean prediction - mean label| per bin of equal width, weighted by the bin's size."""
     bins = (predicted * _NUM_CALIBRATION_BINS).long().clamp(max=_NUM_CALIBRATION_BINS - 1)
     gaps = [(predicted[bins == b] - labels[bins == b]).sum().abs() for b in range(_NUM_CALIBRATION_BINS)]
     return float(sum(gaps)) / len(labels)
 
 
 def _compute_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Pearson's correlation; 0 when one of them does not vary."""
+    """Return Pearson's correlation; 0 when `x` or `y` does not vary."""
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
     return float((x * y).sum()) / scale if scale > 0 else 0.0
@@ -506,25 +516,25 @@ def _compute_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 def load_reward_model(
     folder: Path, hardware: weights.Hardware = weights.DEFAULT_HARDWARE, *, policy: Path | None = None
 ) -> RewardModel:
-    """A trained reward model with its frozen normalisation.
+    """Load a trained reward model with its frozen normalization.
 
-    Raises UsageError when the folder holds none, or not one that was made from the same model as `policy`.
+    Raises UsageError when the folder holds none, or when it was not made from the same model as `policy`.
     """
     if policy is not None:
         weights.require_compatible_models(policy, folder, "the reward model")
     try:
-        kept = json.loads((folder / _NORMALIZATION_FILE).read_text())
-        frozen = [(float(mean), float(deviation)) for mean, deviation in kept["members"]]
-        mean, deviation, penalty = (float(kept[key]) for key in ("mean", "deviation", "variance_penalty"))
-        max_length = int(kept["max_length"])
+        normalization = json.loads((folder / _NORMALIZATION_FILE).read_text())
+        member_statistics = [(float(mean), float(deviation)) for mean, deviation in normalization["members"]]
+        mean, deviation, penalty = (float(normalization[key]) for key in ("mean", "deviation", "variance_penalty"))
+        max_length = int(normalization["max_length"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} holds no whole reward model",
+            f"{folder} holds no complete reward model",
             f"its {_NORMALIZATION_FILE} cannot be read: {error}",
-            "restore the folder from a copy, or train anew: charter train --phase reward",
+            "restore the folder from a copy, or train a new one: charter train --phase reward",
         ) from error
     members = [
-        EnsembleMember(weights.load_scorer(_get_member_folder(folder, number), trained=True), *own)
-        for number, own in enumerate(frozen)
+        EnsembleMember(weights.load_scorer(_get_member_folder(folder, index), trained=True), *statistics)
+        for index, statistics in enumerate(member_statistics)
     ]
     return RewardModel(members, weights.load_tokenizer(folder), penalty, mean, deviation, max_length, hardware)

@@ -1,13 +1,13 @@
-"""Supervised fine-tuning (SL-CAI): the policy learns the final texts of its own critique-revision chains.
+"""Supervised fine-tuning (SL-CAI): the policy learns the final responses of its critique-revision chains.
 
-The loss is the negative log-likelihood of the final text given the prompt, averaged over its tokens; prompt tokens are masked
-(Bai et al. 2022, section 3). Prompt ids are those that generation uses, and the end token is a target only where the text
-really ended by itself, so that answers cut at a limit do not teach the policy to stop.
+The loss is the negative log-likelihood of the final response given the prompt, averaged over the response's tokens; prompt tokens are masked
+(Bai et al. 2022, section 3). The prompt tokens are those that generation uses. The end token is a target only where the response really
+ended with it, so responses cut at a length limit do not teach the policy to stop.
 
-Texts of one pass are laid end to end and padded with nothing (trl's `padding_free`), where the model keeps them apart by their
-positions; that is looked at, for a model that does not would read one text into the next. A step is `batch_size` texts all the
-same: trl's packing into rows of `max_length` would change what a step is. Its reward trainer has neither, its DPO trainer not
-at present: they pad, with texts of similar length side by side.
+The sequences of one pass are concatenated without padding (trl's `padding_free`), if the model keeps them apart by their position ids.
+`supports_padding_free` tests this, because other models would attend across sequences. A step is `batch_size` sequences in both cases;
+trl's packing into rows of `max_length` would change the size of a step. trl's reward trainer has neither option, its DPO trainer currently
+not either: they pad, with sequences of similar length next to each other.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from schemas.records import ChatMessage
 from trainer import hf, weights
 
-IGNORE_INDEX = -100  # labels that no loss looks at
+IGNORE_INDEX = -100  # the label of tokens that the loss ignores (PyTorch's default)
 
 
 @dataclass(frozen=True)
 class SftExample:
-    """A prompt and the text to learn; `stopped` when the text ended by itself."""
+    """A prompt and the response to learn. `ends_with_eos`: the response ended with the end token, not at a length limit."""
 
     messages: tuple[ChatMessage, ...]
     completion: str
@@ -41,7 +41,7 @@ class SftExample:
 
 
 def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, list[int]]:
-    """Token ids and labels (T,), at most `max_length`, cut at the end."""
+    """Return token ids and labels (T,); sequences longer than `max_length` lose their end."""
     prompt = encode_prompt(tokenizer, example.messages)
     completion = encode_completion(tokenizer, example.completion, ends_with_eos=example.ends_with_eos)
     ids = (prompt + completion)[:max_length]
@@ -50,12 +50,14 @@ def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict
 
 @torch.no_grad()
 def supports_padding_free(policy: Any) -> bool:
-    """Whether a text has the same logits behind another one, with positions of its own, as alone."""
+    """Return whether a sequence has the same logits after another one, with separate position ids, as it has alone."""
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1]])
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=policy.device)
-    behind = policy(torch.cat([first, second], 1).to(policy.device), position_ids=positions, use_cache=False).logits[:, 3:]
+    concatenated = policy(torch.cat([first, second], 1).to(policy.device), position_ids=positions, use_cache=False).logits[
+        :, 3:
+    ]
     alone = policy(second.to(policy.device), use_cache=False).logits
-    return torch.allclose(behind.float(), alone.float(), atol=1e-3)
+    return torch.allclose(concatenated.float(), alone.float(), atol=1e-3)
 
 
 def train(
@@ -71,19 +73,22 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Any, Any, dict[str, float]]:
-    """Fine-tune the policy in `folder`; returns (model, tokenizer, metrics)."""
+    """Fine-tune the policy in `folder`; return (model, tokenizer, metrics).
+
+    Raises TrainingFailed when every prompt fills `max_length`, or when a metric is not finite.
+    """
     tokenizer = weights.load_tokenizer(folder)
     rows = [encode_example(tokenizer, example, max_length) for example in examples]
-    # A prompt as long as the limit leaves nothing to learn.
+    # A prompt of `max_length` tokens leaves no token of its response.
     rows = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
     if not rows:
         raise TrainingFailed(
-            f"none of the {len(examples)} texts has a token left to learn",
+            f"none of the {len(examples)} responses has a token left to learn",
             f"their prompts alone are longer than train.max_length = {max_length}",
             "raise train.max_length, then type: charter train",
         )
     policy = weights.load_policy(folder)
-    laid_end_to_end = supports_padding_free(policy)
+    padding_free = supports_padding_free(policy)
     model = weights.add_lora(policy, lora_rank, "CAUSAL_LM")
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
@@ -93,10 +98,10 @@ def train(
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=seed,
-                max_length=None,  # rows are cut already
+                max_length=None,  # the rows are already truncated
                 hardware=hardware,
             ),
-            padding_free=laid_end_to_end,
+            padding_free=padding_free,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

@@ -1,17 +1,17 @@
-"""DPO: the policy learns from labels itself, without a reward model and without sampled answers; the other policy learner.
+"""DPO: the policy learns from the labels directly, without a reward model and without rollouts. The alternative to PPO.
 
-With d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), each summed over the answer's tokens, and the judge's
-probability p that a is better, the loss is
+With d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), each log-probability summed over the response's tokens, and p, the judge's
+probability that a is better, the loss is
 
     -[p log s(beta d) + (1 - p) log s(-beta d)]
 
-For p = 1 that is DPO (Rafailov et al. 2023, eq. 7). A soft label moves the minimum from infinity to s(beta d) = p, as for the
-reward model: a judge who is undecided (p = 0.5) asks for no change at all, where a hard label would push as hard as any other.
-trl's `label_smoothing` is the same loss with one p for every pair; ours has a p of its own for each.
+For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). A soft label moves the minimum from infinity to s(beta d) = p, as in the reward model:
+for an undecided judge (p = 0.5) the minimum is at no change, where a hard label would push as hard as any other. trl's `label_smoothing` is
+the same loss with one p for all pairs; here each pair has its own p.
 
-The reference is that of PPO: the policy that the last supervised phase made. Its log-probabilities are computed before the
-first step; with LoRA they are those of the policy without its adapter. Otherwise the reference is read beside the policy for
-that, and let go. The prompts that the reward model holds out are held out here too, and `held_out/...` are theirs.
+The reference is that of PPO: the policy of the last supervised phase. Its log-probabilities are computed before the first step. With LoRA
+they are those of the policy with its adapter disabled; otherwise the reference is loaded next to the policy for this, then released. The
+prompts that the reward model holds out are held out here too; their metrics are `held_out/...`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from engine.models.chat_template import encode_completion, encode_prompt
 from trainer import hf, weights
-from trainer.reward import PreferenceExample, compute_soft_label_loss, require_two_sided_labels, split_held_out
+from trainer.learners.reward import PreferenceExample, compute_soft_label_loss, require_two_sided_labels, split_held_out
 
 
 class _SoftLabelDPOTrainer(DPOTrainer):
-    """trl's DPOTrainer on rows that are encoded already, with a soft label each."""
+    """trl's DPOTrainer on rows that are already encoded and have soft labels."""
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
         return dataset
@@ -41,8 +41,8 @@ class _SoftLabelDPOTrainer(DPOTrainer):
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "p_a"]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The rows with the reference's log-probabilities; trl's own way goes through files that processes do not share."""
-        # trl takes an adapter that goes on for its own reference; ours is the model without any.
+        """Add the reference's log-probabilities to the rows. trl would cache them in files that the processes do not share."""
+        # Of a policy that already has an adapter trl keeps a copy of the adapter as the reference; ours is the model without an adapter.
         if weights.has_adapter(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         model = self.ref_model or self.model
@@ -50,8 +50,8 @@ class _SoftLabelDPOTrainer(DPOTrainer):
         for start in range(0, len(dataset), batch_size):
             inputs = self.data_collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "p_a"}
-            for column, found in zip((chosen, rejected), self.compute_ref_log_probs(model, inputs), strict=True):
-                column.extend(found.float().tolist())
+            for column, logps in zip((chosen, rejected), self.compute_ref_log_probs(model, inputs), strict=True):
+                column.extend(logps.float().tolist())
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def compute_loss(
@@ -75,7 +75,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
     @staticmethod
     def compute_response_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed log-probabilities of both answers, (B,) each."""
+        """Return the summed log-probabilities of both responses, (B,) each."""
         mask = inputs["completion_mask"]
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -89,7 +89,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
 
 class _SoftLabelCollator(DataCollatorForPreference):
-    """trl's collator, and the soft labels."""
+    """trl's collator, which also collects the soft labels."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -97,13 +97,14 @@ class _SoftLabelCollator(DataCollatorForPreference):
 
 
 def encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
-    """Ids of the prompt and both answers; a too long prompt loses its beginning, a too long answer its end."""
+    """Return the token ids of the prompt and of both responses. A long prompt loses its beginning, a long response its end."""
     a = encode_completion(tokenizer, example.response_a, ends_with_eos=example.ends_with_eos_a)
     b = encode_completion(tokenizer, example.response_b, ends_with_eos=example.ends_with_eos_b)
-    room = max(1, max_length - max(len(a), len(b)))
-    prompt = encode_prompt(tokenizer, example.messages)[-room:]
-    left = max_length - len(prompt)
-    return {"prompt_ids": prompt, "chosen_ids": a[:left], "rejected_ids": b[:left], "p_a": example.p_a}
+    max_prompt_length = max(1, max_length - max(len(a), len(b)))
+    prompt = encode_prompt(tokenizer, example.messages)[-max_prompt_length:]
+    max_response_length = max_length - len(prompt)
+    a, b = a[:max_response_length], b[:max_response_length]
+    return {"prompt_ids": prompt, "chosen_ids": a, "rejected_ids": b, "p_a": example.p_a}
 
 
 def train(
@@ -121,17 +122,17 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
-    """One DPO update of the policy; returns what saves it, and metrics.
+    """Make one DPO update of the policy; return a function that saves it, and the metrics.
 
-    Raises OneSidedLabels, TrainingFailed when a number is not finite, UsageError for folders that do not belong together.
+    Raises OneSidedLabels, TrainingFailed when a metric is not finite, UsageError for folders that do not belong together.
     """
     weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
     require_two_sided_labels(examples)
-    taught, held_out = split_held_out(examples)
+    train_examples, held_out = split_held_out(examples)
     tokenizer = weights.load_tokenizer(policy_folder)
-    torch.manual_seed(seed)  # LoRA's first matrices
-    model, off_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
-    reference = None if off_is_reference or policy_folder == reference_folder else weights.load_policy(reference_folder)
+    torch.manual_seed(seed)  # initializes the LoRA matrices
+    model, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    reference = None if disabled_is_reference or policy_folder == reference_folder else weights.load_policy(reference_folder)
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
             **hf.build_training_arguments(
@@ -151,7 +152,7 @@ def train(
             model=model,
             ref_model=reference,
             args=config,
-            train_dataset=_build_dataset(tokenizer, taught, max_length),
+            train_dataset=_build_dataset(tokenizer, train_examples, max_length),
             eval_dataset=_build_dataset(tokenizer, held_out, max_length) if held_out else None,
             processing_class=tokenizer,
             data_collator=_SoftLabelCollator(pad_token_id=tokenizer.eos_token_id, max_length=max_length),
@@ -159,8 +160,8 @@ def train(
         trainer.ref_model = reference = None
         metrics = hf.run_trainer(trainer, on_step)
         metrics |= _evaluate_held_out(trainer) if held_out else {}
-    save = weights.make_rl_saver(trainer.model, tokenizer, None, reference_folder if off_is_reference else None)
-    return save, metrics | {"examples": float(len(taught)), "held_out": float(len(held_out))}
+    save = weights.make_rl_saver(trainer.model, tokenizer, None, reference_folder if disabled_is_reference else None)
+    return save, metrics | {"examples": float(len(train_examples)), "held_out": float(len(held_out))}
 
 
 def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Dataset:
@@ -168,7 +169,7 @@ def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_le
 
 
 def _evaluate_held_out(trainer: Any) -> dict[str, float]:
-    """Loss, accuracy and margin of the labels that did not train."""
-    found = trainer.evaluate()
+    """Return loss, accuracy and margin on the held-out labels."""
+    metrics = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
-    return {f"held_out/{name}": float(found[key]) for name, key in names.items() if key in found}
+    return {f"held_out/{name}": float(metrics[key]) for name, key in names.items() if key in metrics}

@@ -1,0 +1,699 @@
+"""PPO: the policy learns from scored rollouts that the stream has sampled (RL-CAI). One file, to be read from top to bottom.
+
+    minimize   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value + c_k * KL(pi_old || pi)     (alternate)
+               L_SL + alpha * L                                                (combined)
+
+with r = pi(token) / pi_old(token), where pi_old is the policy at the start of the update, and advantages A from GAE over per-token rewards
+-beta * (log pi_old - log pi_ref), plus the reward model's normalized score on the last token (Schulman et al. 2017; Bai et al. 2022,
+section 4; Ziegler et al. 2019).
+
+Where this departs from the papers, and why:
+
+ 1. Nothing is sampled here: the rollouts come from the stream, with their behavior log-probabilities. They may be a few policy versions
+    old. Therefore the old log-probabilities are computed again with the current policy, and each token is weighted with
+    min(pi_old / pi_behavior, 2) (truncated importance sampling; decoupled PPO). This is done for fresh rollouts too, because a server
+    samples with other arithmetic than training uses.
+ 2. Each score is compared with the mean score of the other completions of the same prompt (Ahmadian et al. 2024, RLOO). A reward model
+    trained on pairs has no common scale for different prompts: only differences within a prompt mean something, and a linear value head is
+    too weak to remove the rest. Against the mean of the batch, refusals of harmful prompts would lose to helpful responses to benign
+    prompts, and PPO would unlearn them. The only completion of a prompt is compared with the mean of the batch, with a warning. A batch in
+    which all compared scores are equal is rejected.
+ 3. Advantages are divided by their standard deviation over the batch, if they vary, but they are not centered: the scores were already
+    compared, and a shift would push every token of a completion that is as good as the others of its prompt.
+ 4. The value head is a linear layer on the policy's trunk and starts at zero: it needs half the memory of a value model. It is kept from
+    one PPO update to the next until the next supervised phase, and its learning rate is at least 1e-5. Such a head can be worse than none
+    (explained_variance below 0), and it makes the same errors in all completions that begin alike: where all responses to harmful prompts
+    are one refusal, these errors push the policy away from the refusal's tokens, and no sample shows towards which. Values are therefore
+    multiplied by the regression coefficient of the future rewards on them, kept in [0, 1] (the best coefficient of a control variate:
+    Greensmith et al. 2004, section 5).
+ 5. No entropy bonus, no dropout, gamma 1: a completion is scored once, at its end.
+ 6. beta adapts to a KL target in nats per sequence, once per update: it doubles above 1.5 times the target and halves below two thirds of
+    it (Schulman et al. 2017, section 4), but never below its setting. Ziegler's controller (2 % per update) is made for thousands of small
+    updates, and a stream makes few large ones. The KL is that of the rollouts, under pi_old. The first update after SFT leaves beta
+    unchanged: its policy still equals the reference, so the KL is zero for any beta.
+ 7. The clip limits the effect of a completion's gradient on its own tokens, but not on the tokens of others: a policy that is pushed away
+    from some completions also leaves tokens that all completions share, for tokens that no sample shows. Therefore each step also has a KL
+    penalty towards pi_old (Schulman et al. 2017, section 4, in addition to the clip).
+ 8. A step that would start above a KL limit is not made and ends the update. The limits apply to the KL to the reference, to the base
+    model, and to pi_old (`max_kl_update`). Within an update only the last one is reliable. The first two are estimates for the current
+    policy from completions that pi_old sampled; where the policy has learned to write something that pi_old never wrote, these samples do
+    not show it: an estimate of 1.6 nats was 12 nats on the next version's own completions (docs/learning.md). The samples do show what the
+    policy has moved away from. In the first two, each token is weighted with min(pi / pi_old, 10): without the cap, one token that was rare
+    when it was sampled and is likely now would count thousands of nats. An update that starts above one of the first two is rejected.
+ 9. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding is on the right, where a causal model never
+    attends to it, so no attention mask is needed.
+10. A loss is the mean over the completion tokens of its minibatch, so long completions weigh more, as in every published PPO for language
+    models. In the papers the expectation is over time steps.
+11. Adam starts without state in each update, because its moments would take twice the space of the weights on disk. Its first steps are then
+    as long as the learning rate allows, for any gradient. Therefore the learning rate rises over the first steps and falls to zero over the
+    rest (Ouyang et al. 2022, appendix C.4 warm up over 10 iterations; trl's PPO decays linearly).
+12. A completion that was cut at the length limit loses `missing_eos_penalty`, unless most completions were cut: then the limit is too low,
+    and the penalty would teach short responses instead of complete ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from engine.errors import TrainingFailed, UsageError
+from trainer import distributed, weights
+from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
+from trainer.learners.sft import IGNORE_INDEX
+from trainer.weights import Hardware
+
+logger = logging.getLogger("charter.trainer")
+_IMPORTANCE_WEIGHT_CAP = 2.0
+_KL_WEIGHT_CAP = 10.0
+_MIN_STD = 1e-4
+_MAX_GRAD_NORM = 1.0
+_MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would hardly learn
+_MAX_TRUNCATED_FRACTION = 0.5
+_KL_WINDOW = 64  # rollouts over which kl_update is averaged; over fewer it is too noisy for a limit
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion: its exact token ids, and the log-probabilities with which they were sampled."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ends_with_eos: bool
+    policy_version: int
+    record_id: str
+    temperature: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of prompt and completion."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The settings `ppo.*` of an update; `alpha` is the weight of the RL loss in the combined objective."""
+
+    learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    warmup_ratio: float = 0.15
+    epochs: int = 4
+    batch_size: int = 8
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coefficient: float = 0.1
+    gae_gamma: float = 1.0
+    gae_lambda: float = 0.95
+    beta: float = 0.02
+    kl_target: float = 6.0
+    kl_coefficient: float = 0.05
+    max_kl_update: float = 6.0
+    max_kl: float = 30.0
+    max_kl_base: float = 200.0
+    baseline: Literal["prompt", "batch"] = "prompt"
+    missing_eos_penalty: float = 0.0
+    alpha: float = 1.0
+
+
+# The mathematics. Tensors are (B, T) over completion tokens; masks are 1 on real tokens and 0 on padding.
+
+
+def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def logprobs_from_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return log p(token) (...) from logits (..., V) and tokens (...)."""
+    return torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def _entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Return the entropy in nats (...) from logits (..., V)."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """Return the unbiased estimate of KL(p || q) per token, from samples of p; may be negative (Schulman 2020, "k1")."""
+    return logp - logq
+
+
+def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """Return the estimate of KL(p || q) per token that is never negative (Schulman 2020, "k3")."""
+    return torch.expm1(logq - logp) - (logq - logp)
+
+
+def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: torch.Tensor) -> torch.Tensor:
+    """Return the estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with min(p / sampled, 10).
+
+    Never negative. Without the weight, one token that p has just learned to avoid counts q / p, thousands of nats. Without the cap, one
+    token that p has just learned to prefer does. Where the cap applies, the estimate is too low.
+    """
+    return torch.exp(logp - sampling_logp).clamp(max=_KL_WEIGHT_CAP) * kl_k3(logp, logq)
+
+
+def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return the estimate of KL(old || new) per token, from samples of `old`: k3 with the ratio new / old capped at 10.
+
+    Never negative. With the cap, a single token that was rare and is likely now does not end an update. Where the cap applies, the
+    estimate is too low.
+    """
+    return kl_k3(old_logprobs, torch.minimum(new_logprobs, old_logprobs + math.log(_KL_WEIGHT_CAP)))
+
+
+def compute_token_rewards(
+    kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, beta: float, mask: torch.Tensor
+) -> torch.Tensor:
+    """Return the rewards: -beta * kl on every token, plus the score (B,) on the last token."""
+    rewards = -beta * kl * mask
+    rewards[torch.arange(len(lengths), device=rewards.device), lengths - 1] += scores
+    return rewards
+
+
+def compute_gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return advantages and returns (Schulman et al. 2015, eq. 16).
+
+    delta_t = r_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lambda A_t+1,  return_t = A_t + V_t
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(running)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * gae_lambda * running) * mask[:, t]
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
+    """Return each score (N,) minus the mean score of the other completions of its prompt (`prompts` has one entry per score).
+
+    With baseline "batch", and for the only completion of a prompt, subtract the mean of all scores. Raises TrainingFailed when no
+    difference is left: Adam would make full steps from rounding errors.
+    """
+    advantages = scores - scores.mean()
+    groups: dict[object, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    for rows in groups.values() if baseline == "prompt" else ():
+        if (count := len(rows)) > 1:
+            advantages[rows] = (scores[rows] - scores[rows].mean()) * count / (count - 1)
+    if advantages.std(correction=0) < _MIN_STD:
+        all_equal = scores.std(correction=0) < _MIN_STD
+        raise TrainingFailed(
+            f"the reward of all {len(scores)} completions is the same"
+            if all_equal
+            else f"no reward of {len(scores)} completions differs from those of the other completions of its prompt",
+            "there is nothing to learn from them, and nothing of this update was saved; the last policy stays in use",
+            "wait for more responses, or inspect these and their scores: charter tail responses, charter tail scores",
+        )
+    return advantages
+
+
+def scale_to_unit_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Divide by the standard deviation over real tokens; return `x` unchanged when it hardly varies."""
+    deviation = _masked_mean((x - _masked_mean(x, mask)) ** 2, mask).sqrt()
+    return x if deviation < _MIN_STD else x / deviation * mask
+
+
+def compute_value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
+    """Return the regression coefficient of the future rewards on the values (B, T), kept in [0, 1]."""
+    future_rewards, _ = compute_gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
+    v, r = (x[mask.bool()] - _masked_mean(x, mask) for x in (values, future_rewards))
+    variance = float((v * v).sum())
+    return max(0.0, min(1.0, float((v * r).sum()) / variance)) if variance > 0 else 0.0
+
+
+def compute_clipped_policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, importance_weights: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return per token the clipped loss (2017, eq. 7) times its importance weight, and 1.0 where the clip applies."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return importance_weights * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+
+
+def compute_clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Return per token half the larger squared error: of the value, and of the value kept within `clip` of the old one."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
+    """Return the next update's beta (Schulman et al. 2017, section 4); a KL estimate of zero or below does not lower it."""
+    if kl > 1.5 * kl_target:
+        return 2 * beta
+    return beta / 2 if 0 < kl < kl_target / 1.5 else beta
+
+
+def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+    """Return 1 - Var(returns - values) / Var(returns) over real tokens; 0 when returns do not vary."""
+    is_token = mask.bool()
+    variance = returns[is_token].var(correction=0)
+    if variance < 1e-12:
+        return 0.0
+    return float(1 - (returns - values)[is_token].var(correction=0) / variance)
+
+
+# The model: a policy with a value head on its trunk
+
+
+class ActorCritic(torch.nn.Module):
+    """The policy, and a linear value head on its last hidden states."""
+
+    def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT_HARDWARE) -> None:
+        super().__init__()
+        self.policy, self.hardware = weights.prepare_for_training(policy, hardware), hardware
+        base = policy.get_base_model() if weights.has_adapter(policy) else policy
+        self.backbone = getattr(base, base.base_model_prefix)
+        self.lm_head = base.get_output_embeddings()
+        config = base.config.get_text_config()
+        self.logit_softcap = getattr(config, "final_logit_softcapping", None)
+        self.value_head = torch.nn.Linear(config.hidden_size, 1, device=base.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        self.require_plain_logits(base)
+
+    def compute_hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states (B, T, H) of right-padded ids (B, T)."""
+        states: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits (..., V) from hidden states (..., H)."""
+        logits: torch.Tensor = self.lm_head(hidden_states).float()
+        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def forward(self, batch: _PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return log-probabilities of the completion tokens, the values before each of them, and entropies: all (B, T_completion)."""
+        # Only the positions that predict completion tokens go through the (large) output layer.
+        is_token = batch.completion_mask.bool()
+        row, column = is_token.nonzero(as_tuple=True)
+        hidden = self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
+        logits = self.compute_logits(hidden) / batch.temperatures[row, None]
+        logp = logprobs_from_logits(logits, batch.completion_ids[row, column])
+        with torch.no_grad():
+            entropies = _entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
+        # Not a matrix product, which autocast would round to bf16: its three digits are too few for the value loss.
+        values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
+
+        def scatter(token_values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(batch.completion_mask).masked_scatter(is_token, token_values)
+
+        return scatter(logp), scatter(values), scatter(entropies)
+
+    @torch.no_grad()
+    def require_plain_logits(self, base_model: Any) -> None:
+        """Raise UsageError for a model that changes its logits in a way not known here: every probability would be wrong."""
+        ids = torch.tensor([[1, 2, 3]], device=base_model.device)
+        if not torch.allclose(
+            self.compute_logits(self.compute_hidden_states(ids)),
+            base_model(input_ids=ids, use_cache=False).logits.float(),
+            atol=1e-3,
+        ):
+            raise UsageError(
+                f"PPO cannot train a {base_model.config.model_type}",
+                "its logits are not the outputs of its output layer",
+                'set another models.policy, or train.rl_method = "dpo"',
+            )
+
+
+@dataclass(frozen=True)
+class _PaddedRollouts:
+    """Rollouts as right-padded tensors: `input_ids` (B, T), `temperatures` (B,), the others (B, T_completion)."""
+
+    input_ids: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logit_positions: torch.Tensor  # the position in `input_ids` whose logits predict each completion token
+    temperatures: torch.Tensor
+
+
+def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> _PaddedRollouts:
+    """Return the tensors of some rollouts; `completion_length` is T_completion."""
+    longest = max(r.num_tokens for r in rollouts)
+    ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
+    tokens, positions = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
+    mask = torch.zeros(len(rollouts), completion_length)
+    for row, rollout in enumerate(rollouts):
+        start, count = len(rollout.prompt_token_ids), len(rollout.token_ids)
+        ids[row, : start + count] = torch.tensor([*rollout.prompt_token_ids, *rollout.token_ids])
+        tokens[row, :count] = torch.tensor(rollout.token_ids)
+        positions[row, :count] = torch.arange(start - 1, start + count - 1)
+        mask[row, :count] = 1.0
+    temperatures = torch.tensor([r.temperature for r in rollouts])
+    return _PaddedRollouts(*(x.to(device) for x in (ids, tokens, mask, positions, temperatures)))
+
+
+def _make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """Group rows of similar length, so that there is little padding."""
+    order = sorted(indices, key=lambda i: rollouts[i].num_tokens)
+    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+
+
+@torch.no_grad()
+def compute_logprobs_and_values(
+    actor: ActorCritic, rollouts: Sequence[Rollout], completion_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities and values of all rollouts (N, completion_length)."""
+    device = actor.value_head.weight.device
+    logp = torch.zeros(len(rollouts), completion_length, device=device)
+    values = torch.zeros_like(logp)
+    for rows in _make_micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_batch_size):
+        with actor.hardware.autocast():
+            row_logp, row_values, _ = actor(pad_rollouts([rollouts[i] for i in rows], completion_length, device))
+        logp[rows], values[rows] = row_logp, row_values
+    return logp, values
+
+
+def compute_model_logprobs(
+    folder: Path, rollouts: Sequence[Rollout], completion_length: int, hardware: Hardware
+) -> torch.Tensor:
+    """Return log-probabilities (N, completion_length) under another model, which is loaded for this and then released."""
+    actor = ActorCritic(weights.load_policy(folder), hardware)
+    logp = compute_logprobs_and_values(actor, rollouts, completion_length)[0]
+    del actor
+    gc.collect()
+    return logp
+
+
+# One update
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """The policy after an update. `save` saves it with what the next update continues from (`weights.RL_FOLDER`)."""
+
+    policy: Any
+    tokenizer: Any
+    save: Callable[[Path], None]
+
+
+def train(
+    policy_folder: Path,
+    reference_folder: Path,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float],
+    config: PPOConfig,
+    *,
+    base_folder: Path | None = None,
+    sl_rows: Sequence[dict[str, list[int]]] = (),
+    lora_rank: int = 0,
+    hardware: Hardware = weights.DEFAULT_HARDWARE,
+    seed: int = 0,
+    on_step: StepCallback = ignore_step,
+) -> tuple[TrainedPolicy, dict[str, float]]:
+    """Make one PPO update on scored rollouts; return the policy and metrics.
+
+    `scores` are normalized, one per rollout. `base_folder` None: without the KL to the base model. `sl_rows` (ids and labels, from
+    `sft.encode_example`) turn on the combined objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit
+    ended the update. Raises TrainingFailed when a metric is not finite or the scores are all equal, UsageError for folders that do not
+    belong together.
+    """
+    torch.manual_seed(seed)
+    weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
+    truncated_fraction = sum(not r.ends_with_eos for r in rollouts) / len(rollouts)
+    if config.missing_eos_penalty and truncated_fraction > _MAX_TRUNCATED_FRACTION:
+        logger.warning(
+            "no missing-EOS penalty in this update: %.0f %% of its completions were cut at the limit (respond.max_tokens)",
+            100 * truncated_fraction,
+        )
+        config = replace(config, missing_eos_penalty=0.0)
+    num_single = list(Counter(r.prompt_token_ids for r in rollouts).values()).count(1)
+    if num_single and config.baseline == "prompt":
+        logger.warning(
+            "%d of %d completions are the only one of their prompt and are compared with the mean of all (respond.num_completions)",
+            num_single,
+            len(rollouts),
+        )
+
+    # The other models are loaded, evaluated and released before the policy is loaded: memory holds one set of weights at any time.
+    completion_length = max(len(r.token_ids) for r in rollouts)
+    base_logprobs = ref_logprobs = None
+    if base_folder is not None:
+        base_logprobs = compute_model_logprobs(base_folder, rollouts, completion_length, hardware)
+    is_reference = policy_folder == reference_folder
+    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
+        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, completion_length, hardware)
+    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    actor = ActorCritic(policy, hardware)
+    if value_head := weights.load_value_head(policy_folder):
+        actor.value_head.load_state_dict(value_head)
+    old_logprobs, old_values = compute_logprobs_and_values(actor, rollouts, completion_length)
+    if is_reference:
+        ref_logprobs = old_logprobs
+    elif ref_logprobs is None:
+        with weights.disable_adapter(policy):
+            ref_logprobs, _ = compute_logprobs_and_values(actor, rollouts, completion_length)
+
+    batch = prepare_batch(rollouts, scores, old_logprobs, old_values, ref_logprobs, base_logprobs, config)
+    kl_ref = _compute_sequence_kl(batch, ref_logprobs)
+    kl_base = 0.0 if base_logprobs is None else _compute_sequence_kl(batch, base_logprobs)
+    _require_within_kl_limits({"kl_ref": kl_ref, "kl_base": kl_base}, config)
+    metrics = _optimize_policy(actor, rollouts, batch, config, sl_rows, seed, lora_rank, on_step)
+    metrics |= {
+        "beta": adapt_beta(config.beta, kl_ref, config.kl_target),
+        "kl_rollouts": kl_ref,
+        "value_weight": batch.value_weight,
+        "reward_mean": sum(scores) / len(scores),
+        "rollouts": float(len(rollouts)),
+        "truncated_fraction": truncated_fraction,
+        "missing_eos_penalty": config.missing_eos_penalty,
+        "importance_mean": float(_masked_mean(batch.importance_weights, batch.mask)),
+        "answer_tokens": float(batch.mask.sum()),
+    }
+    tokenizer = weights.load_tokenizer(policy_folder)
+    adapter_reference = reference_folder if disabled_is_reference else None
+    save = weights.make_rl_saver(policy, tokenizer, actor.value_head.state_dict(), adapter_reference)
+    return TrainedPolicy(policy, tokenizer, save), metrics
+
+
+@dataclass(frozen=True)
+class _PPOBatch:
+    """What is fixed during an update. Tensors are (N, T); see the module's docstring."""
+
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    base_logprobs: torch.Tensor | None
+    old_values: torch.Tensor
+    importance_weights: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    mask: torch.Tensor
+    value_weight: float
+
+
+def prepare_batch(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float],
+    old_logprobs: torch.Tensor,
+    old_values: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    base_logprobs: torch.Tensor | None,
+    config: PPOConfig,
+) -> _PPOBatch:
+    """Compute rewards, advantages, returns and importance weights of an update."""
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=old_logprobs.device)
+    mask = (torch.arange(old_logprobs.shape[1], device=old_logprobs.device)[None] < lengths[:, None]).float()
+
+    penalties = torch.tensor([0.0 if r.ends_with_eos else config.missing_eos_penalty for r in rollouts])
+    prompts = [r.prompt_token_ids for r in rollouts]
+    compared_scores = subtract_baseline(torch.tensor(list(scores)) - penalties, prompts, config.baseline)
+    kl = kl_k1(old_logprobs, ref_logprobs)
+    rewards = compute_token_rewards(kl, compared_scores.to(old_logprobs.device), lengths, config.beta, mask)
+    value_weight = compute_value_weight(old_values, rewards, mask, config.gae_gamma)
+    advantages, returns = compute_gae(rewards, value_weight * old_values, mask, config.gae_gamma, config.gae_lambda)
+
+    behavior_logprobs = torch.zeros_like(old_logprobs)
+    for row, rollout in enumerate(rollouts):
+        behavior_logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    importance_weights = torch.exp((old_logprobs - behavior_logprobs) * mask).clamp(max=_IMPORTANCE_WEIGHT_CAP) * mask
+    return _PPOBatch(
+        old_logprobs,
+        ref_logprobs,
+        base_logprobs,
+        old_values,
+        importance_weights,
+        scale_to_unit_std(advantages, mask),
+        returns,
+        mask,
+        value_weight,
+    )
+
+
+def _compute_sequence_kl(batch: _PPOBatch, other_logprobs: torch.Tensor) -> float:
+    """Return the estimate of KL(pi_old || other) in nats per sequence, from the rollouts."""
+    return float((kl_k1(batch.old_logprobs, other_logprobs) * batch.mask).sum(-1).mean())
+
+
+def find_exceeded_limit(metrics: Mapping[str, float], config: PPOConfig) -> str:
+    """Return the setting whose KL limit the metrics exceed; "" when they exceed none."""
+    limits = {"max_kl_update": "kl_update", "max_kl": "kl_ref", "max_kl_base": "kl_base"}
+    return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(config, limit)), "")
+
+
+def _require_within_kl_limits(kls: dict[str, float], config: PPOConfig) -> None:
+    """Raise TrainingFailed when the policy exceeds a KL limit before the first step: no step would be made."""
+    if limit := find_exceeded_limit(kls, config):
+        name, model = {"max_kl": ("kl_ref", "reference"), "max_kl_base": ("kl_base", "base model")}[limit]
+        raise TrainingFailed(
+            f"the KL of the policy to the {model} is {kls[name]:.1f} nats per completion",
+            f"that is above ppo.{limit} = {getattr(config, limit):g} before the first step, and nothing was trained",
+            f"go back to an earlier policy (charter policy rollback), train SFT, or raise ppo.{limit}",
+        )
+
+
+def _optimize_policy(
+    actor: ActorCritic,
+    rollouts: Sequence[Rollout],
+    batch: _PPOBatch,
+    config: PPOConfig,
+    sl_rows: Sequence[dict[str, list[int]]],
+    seed: int,
+    lora_rank: int,
+    on_step: StepCallback,
+) -> dict[str, float]:
+    """Train for some epochs of minibatches; return the means of the last epoch's metrics."""
+    policy_parameters = [parameter for parameter in actor.policy.parameters() if parameter.requires_grad]
+    head_parameters = list(actor.value_head.parameters())
+    parameters = [*policy_parameters, *head_parameters]
+    learning_rate = config.learning_rate * (weights.LORA_LEARNING_RATE_FACTOR if lora_rank else 1.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": policy_parameters, "lr": learning_rate},
+            {"params": head_parameters, "lr": max(learning_rate, _MIN_VALUE_LEARNING_RATE)},
+        ],
+        weight_decay=0.0,
+        fused=True,
+    )
+    num_steps = config.epochs * math.ceil(len(rollouts) / config.batch_size)
+    is_linear = config.lr_scheduler_type == "linear"
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: compute_learning_rate_factor(step, num_steps, config.warmup_ratio) if is_linear else 1.0
+    )
+    recent_kls: deque[float] = deque(maxlen=math.ceil(_KL_WINDOW / config.batch_size))
+    rng, step, epoch_metrics = random.Random(seed), 0, [dict[str, float]()]
+    for _ in range(config.epochs):
+        order, epoch_metrics = list(range(len(rollouts))), []
+        rng.shuffle(order)
+        for start in range(0, len(order), config.batch_size):
+            indices = order[start : start + config.batch_size]
+            metrics = _accumulate_rl_gradients(actor, rollouts, indices, batch, config, config.alpha if sl_rows else 1.0)
+            if sl_rows:
+                minibatch = [sl_rows[(start + i) % len(sl_rows)] for i in range(len(indices))]
+                metrics["sl_loss"] = _accumulate_sl_gradients(actor, minibatch)
+            distributed.all_reduce_gradients(parameters)
+            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
+            require_finite(step + 1, metrics)
+            recent_kls.append(metrics["kl_update"])
+            metrics["kl_update"] = sum(recent_kls) / len(recent_kls)
+            # These metrics describe the policy before this step. Above a limit, the step is not made.
+            metrics["stopped_early"] = float(step > 0 and bool(find_exceeded_limit(metrics, config)))
+            if metrics["stopped_early"]:
+                on_step(step + 1, metrics)
+                return metrics | {"steps": float(step)}
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            on_step(step, metrics)
+            epoch_metrics.append(metrics)
+    means = {name: sum(m[name] for m in epoch_metrics) / len(epoch_metrics) for name in epoch_metrics[0]}
+    return means | {"steps": float(step)}
+
+
+def _accumulate_rl_gradients(
+    actor: ActorCritic,
+    rollouts: Sequence[Rollout],
+    indices: Sequence[int],
+    batch: _PPOBatch,
+    config: PPOConfig,
+    loss_scale: float,
+) -> dict[str, float]:
+    """Accumulate the gradients of one minibatch, in micro-batches whose losses add up to the token mean; return its metrics.
+
+    Under several processes each one takes a part of the rows: gradients are those of the part, metrics those of all rows.
+    """
+    indices = list(indices)
+    num_tokens = float(batch.mask[indices].sum())
+    sums: dict[str, float] = {}
+    ratio_max = 0.0
+    for rows in _make_micro_batches(rollouts, distributed.shard_rows(indices), actor.hardware.micro_batch_size):
+        mask, old_logprobs = batch.mask[rows], batch.old_logprobs[rows]
+        with actor.hardware.autocast():
+            logp, values, entropy = actor(pad_rollouts([rollouts[i] for i in rows], mask.shape[1], mask.device), entropy=True)
+        policy_loss, clipped = compute_clipped_policy_loss(
+            logp, old_logprobs, batch.advantages[rows], batch.importance_weights[rows], config.clip
+        )
+        value_loss = compute_clipped_value_loss(values, batch.old_values[rows], batch.returns[rows], config.value_clip)
+        kl = kl_k3(old_logprobs, logp)
+        token_loss = policy_loss + config.value_coefficient * value_loss + config.kl_coefficient * kl
+        loss = (token_loss * mask).sum() / num_tokens
+        (loss_scale * loss).backward()
+
+        logp = logp.detach()
+        ratio_max = max(ratio_max, float(torch.exp((logp - old_logprobs) * mask).max()))
+        token_metrics = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy,
+            "approx_kl": kl.detach(),
+            "kl_update": estimate_update_kl(old_logprobs, logp),
+            "clipfrac": clipped,
+            "kl_ref_per_token": estimate_policy_kl(logp, batch.ref_logprobs[rows], old_logprobs),
+        }
+        if batch.base_logprobs is not None:
+            token_metrics["kl_base"] = estimate_policy_kl(logp, batch.base_logprobs[rows], old_logprobs)
+        for name, value in token_metrics.items():
+            sums[name] = sums.get(name, 0.0) + float((value * mask).sum())
+
+    sums = distributed.sum_over_processes(sums)
+    per_sequence = {"kl_update", "kl_base"} & sums.keys()
+    metrics = {name: total / (len(indices) if name in per_sequence else num_tokens) for name, total in sums.items()}
+    metrics["kl_ref"] = sums["kl_ref_per_token"] / len(indices)
+    metrics["ratio_max"] = distributed.max_over_processes(ratio_max)
+    metrics["explained_variance"] = compute_explained_variance(
+        batch.old_values[indices], batch.returns[indices], batch.mask[indices]
+    )
+    return metrics
+
+
+def _accumulate_sl_gradients(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) -> float:
+    """Accumulate the gradients of the supervised loss (token mean) of one minibatch; return the loss."""
+    num_tokens = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    total, size, shard = 0.0, actor.hardware.micro_batch_size, distributed.shard_rows(rows)
+    for start in range(0, len(shard), size):
+        loss = compute_sl_loss(actor, shard[start : start + size]) / max(1, num_tokens)
+        loss.backward()
+        total += float(loss.detach())
+    return distributed.sum_over_processes({"sl": total})["sl"]
+
+
+def compute_sl_loss(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
+    """Return the summed negative log-likelihood of the labels."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    device = actor.value_head.weight.device
+
+    def pad(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows], device=device)
+
+    ids, labels = pad("input_ids", 0), pad("labels", IGNORE_INDEX)[:, 1:]
+    is_target = labels != IGNORE_INDEX
+    with actor.hardware.autocast():
+        logits = actor.compute_logits(actor.compute_hidden_states(ids)[:, :-1][is_target])
+    return F.cross_entropy(logits, labels[is_target], reduction="sum")

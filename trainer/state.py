@@ -1,0 +1,242 @@
+"""The state of training, read from the log: what was published, what each phase has consumed, what is paused.
+
+`TrainingLog` holds the trainer's end of the log. `read_state` reads all five topics in one poll loop and returns an immutable
+`TrainingState`; the loop calls it once per tick. Everything else here is a pure function of a state. No part of the state is kept
+in memory alone, so a restarted trainer continues where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.bus.port import Bus, Writer
+from engine.bus.read import TopicTail
+from engine.errors import CommitUncertain, DependencyUnreachable
+from engine.policy import (
+    RESTORE_PHASE,
+    deduplicate_updates,
+    get_newest_version,
+    get_paused_phases,
+    get_policy_ancestry,
+    get_weights_version,
+    index_policies,
+)
+from engine.weight_sync import get_served_model_name
+from engine.worker import to_producer_record
+from schemas.codec import decode_record
+from schemas.records import BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
+
+_WRITER_NAME = "trainer"
+_STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The versions, what each phase has consumed, which rollouts PPO may use, and the records that this was read from.
+
+    `policy_ancestry` holds the versions of the current RL phase, newest first, its reference last. `reward_version_by_policy` gives
+    the reward version at the time when a policy was published, `model_revisions` the revision of each policy version's weights.
+    `updates` holds one update per version, in the order of the log.
+    """
+
+    policy_version: int = 0
+    reward_version: int = 0
+    policy_ancestry: tuple[int, ...] = (0,)
+    cursors: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    reward_version_by_policy: Mapping[int, int] = field(default_factory=dict)
+    model_revisions: Mapping[int, str] = field(default_factory=dict)
+    updates: Sequence[PolicyUpdate] = ()
+    manifests: Sequence[BatchManifest] = ()
+    incidents: Sequence[Incident] = ()
+    pauses: Sequence[Pause] = ()
+    run_manifests: Sequence[RunManifest] = ()
+
+    @property
+    def reference_version(self) -> int:
+        return self.policy_ancestry[-1]
+
+    @property
+    def paused_phases(self) -> dict[str, str]:
+        """The paused phases, each with its reason."""
+        return get_paused_phases(self.pauses)
+
+    def get_cursor(self, phase: str, source: str = "") -> int:
+        """Return the last commit whose rows of a source a phase has consumed ("": the rows of every source); -1 for none."""
+        return max(self.cursors.get((phase, source), -1), self.cursors.get((phase, ""), -1))
+
+
+class TrainingLog:
+    """The transactional writer of the trainer, and the records that make up the training state.
+
+    Opening it fences any other trainer on the same log. `base_revision` is the revision of the base model's weights.
+    """
+
+    def __init__(self, bus: Bus, base_revision: str) -> None:
+        self.bus, self.base_revision = bus, base_revision
+        self.open()
+
+    def open(self) -> None:
+        """Open a writer, and read the log from its beginning at the next `read_state`."""
+        self.writer: Writer = self.bus.open_writer(_WRITER_NAME)
+        self.records: dict[type[Record], list[Any]] = {record: [] for record in _STATE_RECORDS}
+        self.tail = TopicTail(self.bus, *(record.topic for record in _STATE_RECORDS))
+        self.state = self.compute_state()
+
+    def reopen(self) -> None:
+        """Replace the writer. This completes or aborts the transaction in doubt; the next `read_state` then shows which."""
+        with suppress(CommitUncertain, DependencyUnreachable):
+            self.writer.close()
+        self.open()
+
+    def read_state(self) -> TrainingState:
+        """Read what was added to the log since the last call and return the state of training."""
+        if messages := self.tail.read_new():
+            record_by_topic = {record.topic: record for record in _STATE_RECORDS}
+            for message in messages:
+                record = record_by_topic[message.topic]
+                self.records[record].append(decode_record(message.value or b"", record))
+            self.state = self.compute_state()
+        return self.state
+
+    def compute_state(self) -> TrainingState:
+        updates, manifests, incidents, pauses, runs = (tuple(self.records[record]) for record in _STATE_RECORDS)
+        return compute_training_state(
+            deduplicate_updates(updates), manifests, self.base_revision, incidents=incidents, pauses=pauses, run_manifests=runs
+        )
+
+    def publish(self, records: Sequence[Record]) -> None:
+        """Publish records in one transaction."""
+        self.writer.commit([to_producer_record(record) for record in records])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def compute_training_state(
+    updates: Sequence[PolicyUpdate],
+    manifests: Sequence[BatchManifest],
+    base_revision: str = "",
+    *,
+    incidents: Sequence[Incident] = (),
+    pauses: Sequence[Pause] = (),
+    run_manifests: Sequence[RunManifest] = (),
+) -> TrainingState:
+    """Compute the state from the records of the log. `base_revision` is the revision of policy version 0's weights."""
+    manifest_by_id = {manifest.record_id: manifest for manifest in manifests}
+    cursors: dict[tuple[str, str], int] = {}
+    reward_version_by_policy, reward_version = {0: 0}, 0
+    for update in updates:
+        if update.kind is PolicyKind.REWARD:
+            reward_version = update.version
+        else:
+            reward_version_by_policy[update.version] = reward_version
+        if update.restored_version is None and (manifest := manifest_by_id.get(update.batch_id)):
+            for source, commit_seq in (manifest.cursors or {"": manifest.commit_seq_to}).items():
+                key = (manifest.phase, source)
+                cursors[key] = max(cursors.get(key, -1), commit_seq)
+    policy_version = get_newest_version(updates)
+    revisions = {
+        update.version: update.model.revision for update in updates if update.kind is PolicyKind.POLICY and update.model
+    }
+    for version in list(revisions):
+        if get_weights_version(updates, version) == 0:
+            revisions[version] = base_revision
+    return TrainingState(
+        policy_version=policy_version,
+        reward_version=reward_version,
+        policy_ancestry=tuple(get_policy_ancestry(updates, policy_version)),
+        cursors=cursors,
+        reward_version_by_policy=reward_version_by_policy,
+        model_revisions={0: base_revision} | revisions,
+        updates=updates,
+        manifests=manifests,
+        incidents=incidents,
+        pauses=pauses,
+        run_manifests=run_manifests,
+    )
+
+
+# Batches
+
+
+def is_superseded(manifest: BatchManifest, state: TrainingState) -> bool:
+    """Return whether the models that a batch was sampled for are no longer the current ones."""
+    policy_changed = manifest.base_policy_version != state.policy_version
+    reward_changed = (manifest.base_reward_version or 0) != state.reward_version
+    return {"sft": policy_changed, "reward": reward_changed}.get(manifest.phase, policy_changed or reward_changed)
+
+
+def find_unfinished_batches(state: TrainingState) -> list[BatchManifest]:
+    """Return the manifests without an update that are still to be trained on: neither voided nor superseded."""
+    finished = {update.batch_id for update in state.updates} | {record.voided_batch_id for record in state.incidents}
+    unfinished = [manifest for manifest in state.manifests if manifest.record_id not in finished]
+    return [manifest for manifest in unfinished if not is_superseded(manifest, state)]
+
+
+def find_last_voided_commit(state: TrainingState, phase: str) -> int:
+    """Return the last commit of the newest voided batch of a phase, as long as the models it started from are current; else -1."""
+    voided = {record.voided_batch_id for record in state.incidents if record.voided_batch_id}
+    commits = [
+        manifest.commit_seq_to
+        for manifest in state.manifests
+        if manifest.phase == phase and manifest.record_id in voided and not is_superseded(manifest, state)
+    ]
+    return max(commits, default=-1)
+
+
+# Updates and versions
+
+
+def find_last_trained_phase(state: TrainingState) -> str:
+    """Return the phase of the newest update that was trained; "" before the first one."""
+    return next((update.phase for update in reversed(state.updates) if update.phase != RESTORE_PHASE), "")
+
+
+def get_last_beta(state: TrainingState) -> float:
+    """Return the KL coefficient that the newest PPO update computed for the next one; 0 before the first one."""
+    ppo_updates = [update for update in state.updates if update.phase == "ppo"]
+    newest = max(ppo_updates, key=lambda update: update.version, default=None)
+    return newest.metrics["beta"] if newest else 0.0
+
+
+def compute_served_revisions(state: TrainingState, policy_model: str) -> dict[int, str]:
+    """Return the revision that a server reports for each policy version; empty when `policy_model` is no server's address."""
+    address, _, base_name = policy_model.partition("#")
+    if not address.startswith(("http://", "https://")):
+        return {}
+    from engine.models.endpoint import compute_served_revision
+
+    by_version = index_policies(state.updates)
+    names = {
+        version: get_served_model_name(update) if get_weights_version(state.updates, version) else base_name
+        for version, update in by_version.items()
+    }
+    return {version: compute_served_revision(address.rstrip("/"), name) for version, name in ({0: base_name} | names).items()}
+
+
+def name_checkpoint(kind: PolicyKind, version: int) -> str:
+    """Return the folder name of a checkpoint."""
+    return f"{kind.value.lower()}-{version:06d}"
+
+
+def find_referenced_checkpoints(state: TrainingState) -> set[str]:
+    """Return the names of the checkpoints in use.
+
+    They are those of the current policy, the one before it and its reference, of the reward model, and those that a run names in its
+    settings or pins for its replay.
+    """
+    versions = {
+        get_weights_version(state.updates, version) for version in (*state.policy_ancestry[:2], state.reference_version)
+    }
+    names = {name_checkpoint(PolicyKind.REWARD, state.reward_version)}
+    for manifest in state.run_manifests:
+        settings = json.loads(manifest.settings)
+        if pinned := (settings.get("replay") or {}).get("pinned"):
+            versions.add(get_weights_version(state.updates, pinned))
+        names |= {Path(model).name for model in settings.get("models", {}).values() if isinstance(model, str)}
+    return names | {name_checkpoint(PolicyKind.POLICY, version) for version in versions}

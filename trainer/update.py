@@ -1,0 +1,395 @@
+"""One update of the policy or the reward model. Each step is durable before the next, so a crash anywhere resumes with the same batch:
+
+1. Sample a batch from the rows that are new to the phase, and publish its manifest (`batches`).
+2. Train, and publish each step's metrics (`metrics`).
+3. Write the checkpoint: safetensors and a manifest in a temporary folder, which is then renamed.
+4. Run the promotion gate on a new policy, if one is configured.
+5. Publish the PolicyUpdate (`policies`). This raises the version, and the responders load the new policy.
+6. Remove the checkpoints that are no longer referenced.
+
+A batch is consumed when its PolicyUpdate is on the log, not before. `resume` trains an unfinished batch before anything new is
+sampled. A batch that cannot be trained on, or whose policy the promotion gate rejects, is voided: an Incident with its
+`voided_batch_id` is published, and its rows can be sampled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints import (
+    Checkpoint,
+    compute_revision,
+    is_disk_full_error,
+    make_disk_full_error,
+    read_checkpoint,
+    require_disk_space,
+    write_checkpoint,
+)
+from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, UsageError, WriterFenced
+from engine.settings import Settings
+from engine.store import Store
+from schemas import ids
+from schemas.records import BatchManifest, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
+from trainer.batches import (
+    Batch,
+    RowRef,
+    StalenessLimits,
+    build_manifest,
+    compute_age_s,
+    describe_mixture_shortfall,
+    get_mixture,
+    get_row_threshold,
+    group_by_length,
+    load_newest_chains,
+    load_rows,
+    rebuild_batch,
+    sample_mixture,
+    sample_replayed_rows,
+    select_new_rows,
+    select_rollouts,
+)
+from trainer.folders import ModelFolders, get_base_version, get_policy_kind, name_batch_checkpoint
+from trainer.monitor import LimitExceeded
+from trainer.phases import LearnContext, Learner
+from trainer.state import (
+    TrainingLog,
+    TrainingState,
+    compute_served_revisions,
+    find_referenced_checkpoints,
+    get_last_beta,
+    is_superseded,
+    name_checkpoint,
+)
+from trainer.timed_store import QueryTimer, TimedStore
+
+logger = logging.getLogger("charter.trainer")
+PhaseStepCallback = Callable[[str, int, dict[str, float]], None]
+PromotionCheck = Callable[[Store, Path, int], LimitExceeded | None]
+
+
+@dataclass
+class Updater:
+    """Makes one update at a time. The methods are in the order in which an update calls them.
+
+    `promotion_gate` gets the database, the folder and the version of a new policy; if it returns an exceeded limit, the policy is not
+    published. `notify` shows a message to the user.
+    """
+
+    log: TrainingLog
+    store: TimedStore
+    settings: Settings
+    base_folder: Path
+    learners: Mapping[str, Learner]
+    on_step: PhaseStepCallback
+    on_update: Callable[[PolicyUpdate], None]
+    notify: Callable[[str], None]
+    promotion_gate: PromotionCheck | None = None
+    dropped_ids: set[str] = field(default_factory=set)
+    mixture_warnings: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.checkpoints_folder = self.settings.folder / "checkpoints"
+        self.lifetime = QueryTimer(self.store)
+
+    def get_folders(self, state: TrainingState) -> ModelFolders:
+        return ModelFolders(state, self.base_folder, self.checkpoints_folder)
+
+    def update(self, phase: str, state: TrainingState) -> PolicyUpdate:
+        """Update a phase on the rows that are new to it; raises UsageError when it has no new rows."""
+        timer = QueryTimer(self.store)
+        if phase == "ppo" and not state.reward_version:
+            raise UsageError("PPO needs a reward model", "none has been trained yet", "type: charter train --phase reward")
+        with self.store.hold_open():
+            rows = self.select_rows(phase, state)
+            if not rows:
+                why = "every row was trained on already, or none has arrived"
+                if phase == "ppo" and self.dropped_ids:
+                    sql = "select reason, count(*) from dropped_rollouts group by 1"
+                    why = f"{len(self.dropped_ids)} rollouts can no longer be used; for the reasons, type: charter sql '{sql}'"
+                raise UsageError(f"there is nothing new for {phase} to train on", why, "type: charter status")
+            batch = self.sample_batch(phase, rows, state)
+        return self.finish_or_void_batch(batch, state, timer)
+
+    def resume(self, manifest: BatchManifest, state: TrainingState) -> PolicyUpdate | None:
+        """Finish a batch that a crash left unfinished, with the identical rows; void it when it may no longer be trained on."""
+        logger.info("resuming %s batch %d, which was left unfinished", manifest.phase, manifest.batch_number)
+        timer = QueryTimer(self.store)
+        if why := self.find_outdated_reason(manifest):
+            self.void_batch(
+                manifest, f"batch {manifest.batch_number} ({manifest.phase}) was left unfinished and is voided", why
+            )
+            return None
+        return self.finish_or_void_batch(rebuild_batch(self.store, manifest), state, timer)
+
+    def find_outdated_reason(self, manifest: BatchManifest) -> str | None:
+        """Return why an unfinished batch may no longer be trained on: rows were erased, or are too old by now."""
+        erased = "SELECT count(*) FROM erasures WHERE created_at > ?"
+        if self.store.query(erased, [manifest.created_at.replace(tzinfo=None)]).rows[0][0]:
+            try:
+                rebuild_batch(self.store, manifest)
+            except CharterError:
+                return "some of its rows were erased"
+        max_age_s = self.settings.train.max_age_s
+        if manifest.phase == "ppo" and max_age_s and self.load_finished_checkpoint(manifest) is None:
+            oldest = "SELECT min(created_at) FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"
+            (sampled_at,) = self.store.query(oldest, [manifest.record_ids]).rows[0]
+            if sampled_at and compute_age_s(sampled_at) > max_age_s:
+                return f"its oldest rollout is now older than {max_age_s:g} s (train.max_age_s)"
+        return None
+
+    # Step 1: the batch
+
+    def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
+        """Return the rows that a phase may train on, and publish a DroppedRollout for each rollout that is too stale for PPO."""
+        train = self.settings.train
+        if phase != "ppo":
+            limit = max(train.max_rows, 2 * get_row_threshold(train, phase))
+            return select_new_rows(self.store, phase, state, limit=limit)
+        rows, drops = select_rollouts(
+            self.store,
+            state,
+            StalenessLimits(train.max_staleness, train.max_reward_staleness, train.max_age_s),
+            allow_overlap=train.allow_overlap,
+            served_revisions=compute_served_revisions(state, self.settings.models.policy),
+        )
+        # The database has a published drop only a moment later, when the sink has written it.
+        if new_drops := [record for record in drops if record.record_id not in self.dropped_ids]:
+            self.log.publish(new_drops)
+            self.dropped_ids |= {record.record_id for record in new_drops}
+        return rows
+
+    def sample_batch(self, phase: str, rows: Sequence[RowRef], state: TrainingState) -> Batch:
+        """Sample a batch from the rows and publish its manifest."""
+        train = self.settings.train
+        batch_number = len(state.manifests) + 1
+        seed = train.seed + batch_number
+        settings = self.get_learner_settings(phase, state)
+        mixture = get_mixture(train, phase)
+
+        chosen = sample_mixture(rows, mixture, min_size=get_row_threshold(train, phase), max_size=train.max_rows)
+        warning = describe_mixture_shortfall(chosen, mixture)
+        if warning and warning != self.mixture_warnings.get(phase):  # the same one is shown once, until it changes
+            self.notify(f"{phase}: {warning}")
+        self.mixture_warnings[phase] = warning
+
+        if replay_ratio := settings.get("replay_ratio", 0.0):
+            wanted = round(replay_ratio * len(chosen))
+            count = min(wanted, train.max_rows - len(chosen))
+            if count < wanted:
+                logger.warning(
+                    "%s: only %d of %d earlier labels fit into the batch with the new ones (train.max_rows)",
+                    phase,
+                    count,
+                    wanted,
+                )
+            chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed)
+        if phase != "ppo":
+            chosen = group_by_length(chosen, settings["batch_size"], seed)
+
+        batch_rows = load_rows(self.store, phase, [row.row_id for row in chosen], settings.get("rounds", ()))
+        is_combined = phase == "ppo" and train.objective == "combined"
+        sl_rows = load_newest_chains(self.store, len(batch_rows)) if is_combined else []
+        manifest = build_manifest(
+            phase,
+            batch_number,
+            batch_rows,
+            sl_rows,
+            state,
+            chosen,
+            run_id=self.settings.run.id,
+            seed=train.seed,
+            settings=settings,
+            mixture=mixture,
+        )
+        self.log.publish([manifest])
+        return Batch(manifest, batch_rows, sl_rows)
+
+    def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
+        """Return the settings that a learner gets and a manifest records. PPO's beta is the last update's, never below its setting."""
+        train = self.settings.train
+        settings: dict[str, Any] = getattr(self.settings, phase).model_dump()
+        settings |= {"lora_rank": train.lora_rank, "max_length": train.max_length}
+        if phase == "ppo":
+            settings |= {"beta": max(get_last_beta(state), self.settings.ppo.beta), "alpha": train.alpha}
+        return settings
+
+    # Steps 2 to 6
+
+    def finish_or_void_batch(self, batch: Batch, state: TrainingState, timer: QueryTimer) -> PolicyUpdate:
+        """Finish a batch whose manifest is published. If the batch itself fails, void it: its rows can then be sampled again."""
+        try:
+            return self.finish_batch(batch, state, timer)
+        except (DependencyUnreachable, CommitUncertain, WriterFenced):
+            raise  # the batch is not the cause; it is resumed later
+        except CharterError as error:
+            self.void_batch(batch.manifest, error.what, error.why)
+            raise
+
+    def void_batch(self, manifest: BatchManifest, title: str, detail: str) -> None:
+        """Publish the incident that voids a batch, then remove its checkpoint if there is one."""
+        incident = Incident(
+            record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint("incident", title=title)),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            policy_version=manifest.base_policy_version,
+            phase=manifest.phase,
+            title=title,
+            detail=detail,
+            voided_batch_id=manifest.record_id,
+        )
+        self.log.publish([incident])
+        if checkpoint := self.load_finished_checkpoint(manifest):
+            _remove_checkpoint(checkpoint.folder)
+
+    def finish_batch(self, batch: Batch, state: TrainingState, timer: QueryTimer) -> PolicyUpdate:
+        """Train on a batch whose manifest is published, and publish the update (steps 2 to 6)."""
+        manifest = batch.manifest
+        kind, version = get_policy_kind(manifest), get_base_version(manifest) + 1
+        checkpoint = self.load_or_train_checkpoint(batch, state)
+        _require_not_superseded(manifest, self.log.read_state())  # a rollback may have been published during training
+        gate = self.promotion_gate if kind is PolicyKind.POLICY else None
+        if gate and (exceeded := gate(self.store, checkpoint.folder, version)):
+            raise CharterError(
+                f"policy {version} is not published: {exceeded.title}",
+                exceeded.detail,
+                "its rows can be sampled again; the limits are promotion.*",
+            )
+        wall_s, query_s, query_share = timer.read()
+        update = PolicyUpdate(
+            record_id=ids.compute_record_id(
+                "train", [manifest.record_id], ids.compute_fingerprint("policy_update", version=version)
+            ),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            model=ModelRef(id=checkpoint.folder.name, revision=compute_revision(checkpoint.folder)),
+            policy_version=version if kind is PolicyKind.POLICY else manifest.base_policy_version,
+            seed=manifest.seed,
+            kind=kind,
+            version=version,
+            phase=manifest.phase,
+            uri=str(checkpoint.folder.resolve()),
+            content_hash=checkpoint.content_hash,
+            base_version=get_base_version(manifest),
+            batch_id=manifest.record_id,
+            metrics=checkpoint.manifest["metrics"] | {"wall_s": wall_s, "duckdb_s": query_s, "duckdb_share": query_share},
+        )
+        self.log.publish([update, self.make_timing_metric(manifest, update)])
+        state = self.log.read_state()
+        if update.record_id not in {published.record_id for published in state.updates}:
+            # Another update took the version first: of two updates with one version, the first counts.
+            _require_not_superseded(manifest, state)
+        self.remove_old_checkpoints(state)
+        self.on_update(update)
+        return update
+
+    def load_or_train_checkpoint(self, batch: Batch, state: TrainingState) -> Checkpoint:
+        """Load the batch's checkpoint if a crash came after it was written; else train and write it."""
+        manifest = batch.manifest
+        if checkpoint := self.load_finished_checkpoint(manifest):
+            return checkpoint
+        folders = self.get_folders(state)
+        folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
+        if folder.exists():
+            _remove_voided_checkpoint(folder, state)
+        require_disk_space(self.checkpoints_folder, folders.get_policy_folder(manifest.base_policy_version))
+        context = LearnContext(
+            folders,
+            self.settings.train,
+            publish=self.log.publish,
+            on_step=lambda step, metrics: self.publish_step_metrics(manifest, step, metrics),
+        )
+        try:
+            save, metrics = self.learners[manifest.phase](context, batch)
+        except OSError as error:
+            if is_disk_full_error(error):
+                raise make_disk_full_error(self.checkpoints_folder, str(error)) from error
+            raise
+        description = {"batch_id": manifest.record_id, "phase": manifest.phase, "metrics": metrics}
+        return write_checkpoint(folder, save, description | {"batch": manifest.model_dump(mode="json")})
+
+    def load_finished_checkpoint(self, manifest: BatchManifest) -> Checkpoint | None:
+        """Return the checkpoint of this batch; None when it was not written completely."""
+        folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
+        checkpoint = read_checkpoint(folder) if folder.exists() else None
+        return checkpoint if checkpoint and checkpoint.manifest.get("batch_id") == manifest.record_id else None
+
+    def publish_step_metrics(self, manifest: BatchManifest, step: int, metrics: dict[str, float]) -> None:
+        """Publish one step's metrics and pass them to `on_step`."""
+        metric = Metric(
+            record_id=ids.compute_record_id("metric", [manifest.record_id], ids.compute_fingerprint("metric"), step),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            policy_version=manifest.base_policy_version,
+            phase=manifest.phase,
+            batch_number=manifest.batch_number,
+            step=step,
+            metrics=metrics,
+        )
+        self.log.publish([metric])
+        self.on_step(manifest.phase, step, metrics)
+
+    def make_timing_metric(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
+        """Make the metric of an update's seconds, and of DuckDB's share of all time since the start, idle polling included."""
+        metrics = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
+        alive_s, _, alive_share = self.lifetime.read()
+        metrics |= {"alive_s": alive_s, "alive_duckdb_share": alive_share}
+        return Metric(
+            record_id=ids.compute_record_id("metric", [update.record_id], ids.compute_fingerprint("metric", kind="time")),
+            parent_ids=[manifest.record_id],
+            run_id=manifest.run_id,
+            stage="train",
+            policy_version=update.policy_version,
+            phase="loop",
+            batch_number=manifest.batch_number,
+            step=0,
+            metrics=metrics,
+        )
+
+    def remove_old_checkpoints(self, state: TrainingState) -> None:
+        """Remove checkpoints, except the newest `train.save_total_limit` of each kind and those that are still referenced."""
+        referenced = find_referenced_checkpoints(state)
+        for kind in (PolicyKind.POLICY, PolicyKind.REWARD):
+            trained = sorted(u.version for u in state.updates if u.kind is kind and u.restored_version is None)
+            for version in trained[: -self.settings.train.save_total_limit]:
+                folder = self.checkpoints_folder / name_checkpoint(kind, version)
+                if folder.name not in referenced and folder.exists():
+                    _remove_checkpoint(folder)
+                    logger.info("removed the checkpoint %s", folder.name)
+
+
+def _require_not_superseded(manifest: BatchManifest, state: TrainingState) -> None:
+    """Raise CharterError when another policy or reward model than the one a batch started from has become current."""
+    if is_superseded(manifest, state):
+        raise CharterError(
+            f"batch {manifest.batch_number} ({manifest.phase}) is voided",
+            f"it trained from policy {manifest.base_policy_version}, and policy {state.policy_version} was published meanwhile",
+            "its rows can be sampled again; the next batch starts from the current policy",
+        )
+
+
+def _remove_voided_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Remove the checkpoint of a voided batch of this log; raises UsageError when it is anything else."""
+    batch_id = read_checkpoint(folder).manifest.get("batch_id")
+    is_published = batch_id in {update.batch_id for update in state.updates}
+    if is_published or batch_id not in {manifest.record_id for manifest in state.manifests}:
+        raise UsageError(
+            f"{folder} holds a checkpoint of another batch",
+            "the log and the checkpoints do not belong together",
+            "use the data folder that the log belongs to, or move that checkpoint away",
+        )
+    _remove_checkpoint(folder)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Rename a checkpoint, then remove it: one that a crash leaves half removed is never read as a whole one."""
+    renamed = folder.with_name(f".{folder.name}-removed")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
