@@ -1,9 +1,10 @@
-"""Statistics that several packages share: the interval of a fraction, and the calibration of probabilities."""
+"""Statistics that several packages share: the interval of a fraction, the calibration of probabilities, and correlation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import StatisticsError, correlation
 
 Z_SCORE_95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 _NUM_BINS = 10
@@ -27,17 +28,36 @@ def compute_brier_score(probabilities: Sequence[float]) -> float | None:
     return math.fsum((1 - p) ** 2 for p in probabilities) / len(probabilities) if probabilities else None
 
 
-def compute_calibration_error(probabilities: Sequence[float]) -> float | None:
-    """Return the expected calibration error of p(preferred response), or None for an empty sequence.
+def compute_calibration_error(predicted: Sequence[float], labels: Sequence[float], *, lowest: float = 0.0) -> float | None:
+    """Return the expected calibration error, or None for empty sequences.
 
-    Ten bins of confidence from 0.5 to 1: the mean distance between confidence and the fraction of correct labels, weighted by
-    the size of the bins (Naeini et al. 2015). A label of exactly one half is half correct.
+    The mean over ten bins of `predicted`, of equal width from `lowest` to 1, of |mean prediction - mean label|, weighted by the
+    size of the bins (Naeini et al. 2015). Labels may be soft.
     """
-    if not probabilities:
+    if not predicted:
         return None
     bins: dict[int, list[float]] = {}
-    for p in probabilities:
-        confidence = max(p, 1 - p)
-        index = min(_NUM_BINS - 1, int((confidence - 0.5) * 2 * _NUM_BINS))
-        bins.setdefault(index, []).append(confidence - (0.5 if p == 0.5 else float(p > 0.5)))
-    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(probabilities)
+    for p, label in zip(predicted, labels, strict=True):
+        index = min(_NUM_BINS - 1, int((p - lowest) / (1 - lowest) * _NUM_BINS))
+        bins.setdefault(index, []).append(p - label)
+    return math.fsum(abs(math.fsum(gaps)) for gaps in bins.values()) / len(predicted)
+
+
+def compute_confidence_error(probabilities: Sequence[float]) -> float | None:
+    """Return the calibration error of the confidence of p(preferred response), or None for an empty sequence.
+
+    The confidence is max(p, 1 - p), from 0.5 to 1, and its label is whether p prefers the right response; exactly 0.5 is half right.
+    """
+    return compute_calibration_error(
+        [max(p, 1 - p) for p in probabilities],
+        [0.5 if p == 0.5 else float(p > 0.5) for p in probabilities],
+        lowest=0.5,
+    )
+
+
+def compute_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Pearson's correlation, or 0 where `x` or `y` does not vary."""
+    try:
+        return correlation(x, y)
+    except StatisticsError:
+        return 0.0

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import StatisticsError, correlation, fmean, stdev
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest
+from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, PolicyKind, Record
 from trainer.batches import QUERY_TIMEOUT_S, parse_messages
@@ -38,7 +39,6 @@ _Metrics = dict[str, float]
 PairJudge = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
 _MONITOR_PHASE = "monitor"
-_Z_SCORE_95 = 1.959963984540054
 _MAX_NEW_TOKENS = 128
 _MAX_PERPLEXITY_TOKENS = 1024  # longer texts are cut: they would need too much memory
 _RESPONSES_SQL = """
@@ -157,7 +157,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
 def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean and its 95 % interval (normal approximation). The interval of one value is that value."""
     mean = fmean(values)
-    half = _Z_SCORE_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    half = Z_SCORE_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean, mean - half, mean + half
 
 
@@ -166,14 +166,6 @@ def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple
     (a, a_low, _), (b, b_low, _) = compute_confidence_interval(new), compute_confidence_interval(old)
     half = math.hypot(a - a_low, b - b_low)
     return a - b, a - b - half, a - b + half
-
-
-def compute_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return Pearson's correlation; 0 where `x` or `y` does not vary."""
-    try:
-        return correlation(x, y)
-    except StatisticsError:
-        return 0.0
 
 
 # Model outputs

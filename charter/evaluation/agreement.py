@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.statistics import compute_brier_score, compute_calibration_error, compute_wilson_interval
+from engine.statistics import compute_brier_score, compute_confidence_error, compute_wilson_interval
 from schemas.records import Outcome, Preference
 
 
@@ -94,7 +94,7 @@ def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Seq
         accuracy_low=low,
         accuracy_high=high,
         brier=compute_brier_score(labels),
-        ece=compute_calibration_error(labels),
+        ece=compute_confidence_error(labels),
         prefers_longer=_ratio_or_none(sum(a_longer == judge_prefers_a for a_longer, judge_prefers_a in unequal), len(unequal)),
     )
 

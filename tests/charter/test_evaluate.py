@@ -17,7 +17,7 @@ from charter.models import RoleModels
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import PRESETS, load_settings
-from engine.statistics import compute_brier_score, compute_calibration_error, compute_wilson_interval
+from engine.statistics import compute_brier_score, compute_confidence_error, compute_wilson_interval
 from schemas import ids
 from schemas.records import Outcome, Preference
 
@@ -44,9 +44,9 @@ def test_an_interval_holds_its_share(case):
 def test_brier_and_calibration_by_hand():
     assert compute_brier_score([1.0, 0.8, 0.5, 0.1]) == pytest.approx((0 + 0.04 + 0.25 + 0.81) / 4)
     # Confidence 0.9 three times, right twice: gap |0.9 - 2/3|. Confidence 0.6 once, right: gap 0.4.
-    assert compute_calibration_error([0.9, 0.9, 0.1, 0.6]) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.4) / 4)
-    assert compute_calibration_error([0.5] * 7) == 0 and compute_calibration_error([1.0, 0.0]) == pytest.approx(0.5)
-    assert compute_brier_score([]) is None and compute_calibration_error([]) is None
+    assert compute_confidence_error([0.9, 0.9, 0.1, 0.6]) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.4) / 4)
+    assert compute_confidence_error([0.5] * 7) == 0 and compute_confidence_error([1.0, 0.0]) == pytest.approx(0.5)
+    assert compute_brier_score([]) is None and compute_confidence_error([]) is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1))
@@ -57,7 +57,7 @@ def test_calibration_does_not_depend_on_which_answer_is_called_a(ps):
         confidence, right = max(p, 1 - p), (0.5 if p == 0.5 else float(p > 0.5))
         bins.setdefault(min(9, int((confidence - 0.5) * 20)), []).append((confidence, right))
     expected = sum(len(b) / len(ps) * abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) for b in bins.values())
-    assert compute_calibration_error(ps) == pytest.approx(expected, abs=1e-12) and 0 <= compute_calibration_error(ps) <= 1
+    assert compute_confidence_error(ps) == pytest.approx(expected, abs=1e-12) and 0 <= compute_confidence_error(ps) <= 1
 
 
 PAIRS = [HumanPair("long answer", "short", True), HumanPair("x", "longer", True), HumanPair("same", "size", False)]

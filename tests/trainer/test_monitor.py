@@ -13,6 +13,7 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from engine.policy import get_weights_version
 from engine.settings import MonitorSettings as Limits
 from engine.settings import load_settings
+from engine.statistics import compute_correlation
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import (
@@ -35,7 +36,6 @@ from trainer.loop import Trainer
 from trainer.monitor import (
     RewardHackingMonitor,
     compute_confidence_interval,
-    compute_correlation,
     compute_mean_difference,
     compute_perplexity,
     find_limit_violations,

@@ -35,6 +35,7 @@ from trl import RewardConfig, RewardTrainer
 
 from engine.errors import TrainingFailed, UsageError
 from engine.models.chat_template import encode_completion, encode_prompt
+from engine.statistics import Z_SCORE_95, compute_calibration_error, compute_correlation
 from schemas.records import ChatMessage
 from trainer import hf, weights
 
@@ -45,8 +46,6 @@ _SCORE_BATCH_SIZE = 16
 _HELD_OUT_FRACTION = 0.1  # of the prompts; their labels never train
 _MIN_HELD_OUT_PAIRS = 8  # the mean and deviation of fewer pairs are noise
 _MIN_LABELS_FOR_TEST = 16  # this many coin flips are all equal once in 32,768 times
-_NUM_CALIBRATION_BINS = 10
-_Z_SCORE_95 = 1.96
 _SIGNIFICANCE_LEVEL = 0.025  # probability that a model which guesses is accepted
 
 
@@ -200,7 +199,7 @@ def train(
 def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
     """Raise RewardModelRegression when the model agrees with fewer labels than before, beyond chance (McNemar's test)."""
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
-    if lost - won > _Z_SCORE_95 * math.sqrt(lost + won):
+    if lost - won > Z_SCORE_95 * math.sqrt(lost + won):
         raise RewardModelRegression(
             f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, the one before with"
             f" {int(before.sum())}",
@@ -488,8 +487,8 @@ def compute_agreement_metrics(
         "reward/length_accuracy": _compute_fraction((longer * preferred > 0)[decided]),
         "reward/margin": float(((a - b) * preferred).mean()),
         "reward/brier": float(((predicted - labels) ** 2).mean()),
-        "reward/ece": _compute_calibration_error(predicted, labels),
-        "reward/length_correlation": _compute_correlation(scores, lengths),
+        "reward/ece": compute_calibration_error(predicted.tolist(), labels.tolist()) or 0.0,
+        "reward/length_correlation": compute_correlation(scores.tolist(), lengths.tolist()),
         "reward/disagreement": float(member_scores.std(0, correction=0).mean()),
     }
 
@@ -497,20 +496,6 @@ def compute_agreement_metrics(
 def _compute_fraction(flags: torch.Tensor) -> float:
     """Return the fraction of true entries; 0 for an empty tensor."""
     return float(flags.float().mean()) if len(flags) else 0.0
-
-
-def _compute_calibration_error(predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the expected calibration error: |mean prediction - mean label| per bin of equal width, weighted by the bin's size."""
-    bins = (predicted * _NUM_CALIBRATION_BINS).long().clamp(max=_NUM_CALIBRATION_BINS - 1)
-    gaps = [(predicted[bins == b] - labels[bins == b]).sum().abs() for b in range(_NUM_CALIBRATION_BINS)]
-    return float(sum(gaps)) / len(labels)
-
-
-def _compute_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return Pearson's correlation; 0 when `x` or `y` does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
-    return float((x * y).sum()) / scale if scale > 0 else 0.0
 
 
 def load_reward_model(
