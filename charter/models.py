@@ -70,7 +70,7 @@ class RoleModels:
             return self.executors.setdefault("", ModelExecutor("no model", 1, 0.0))
         spec = self.get_spec(role)
         name, threads = (spec, _ENDPOINT_THREADS) if is_endpoint(spec) else ("local", 1)
-        return self.executors.setdefault(name, ModelExecutor(name, threads, self.settings.worker.downstream_wait_ms / 1000))
+        return self.executors.setdefault(name, ModelExecutor(name, threads))
 
     def follow_policy(self, bus: Bus) -> PolicyFollower:
         """Return the follower of the newest policy on the log. All roles that follow it share its weights."""

@@ -257,7 +257,7 @@ class _SinkService:
     def open_sink(self) -> None:
         options = self.settings.sink
         store = open_store(self.settings)
-        self.sinks.append(Sink(self.bus, store, max_rows=options.max_rows, max_wait_s=options.max_wait_s))
+        self.sinks.append(Sink(self.bus, store, max_rows=options.max_rows))
 
     def run(self, stop: threading.Event) -> None:
         while not self.sinks:

@@ -231,11 +231,6 @@ class WorkerSettings(_Section):
         256, ge=1, description="Maximum number of records of one stage that are read but not yet committed."
     )
     max_bytes: int = Field(64 * 1024 * 1024, ge=1, description="Maximum total size of these records in bytes.")
-    downstream_wait_ms: int = Field(
-        150,
-        ge=0,
-        description="How long a model waits for records of later stages before it starts a batch of an earlier stage, in milliseconds.",
-    )
     max_attempts: int = Field(3, ge=1, description="Attempts before a failing record becomes a dead letter.")
     retry_timeout_s: float = Field(
         600.0, gt=0, description="Maximum time from the first failure of a record to its dead letter, in seconds."
@@ -253,7 +248,6 @@ class WorkerSettings(_Section):
 
 class SinkSettings(_Section):
     max_rows: int = Field(2000, ge=1, description="Maximum number of rows in one DuckDB transaction.")
-    max_wait_s: float = Field(0.5, gt=0, description="Maximum time that rows wait before they are written, in seconds.")
 
 
 class TelemetrySettings(_Section):
