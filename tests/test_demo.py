@@ -10,30 +10,33 @@ import pytest
 
 from charter.connect import open_store
 from engine.settings import load_settings
+from tests.support.waiting import read_until_hang
 
 PROMPTS = 2  # of the first iteration; the other two have 1 each
 
 
-def demo(folder, **more):
+def start_demo(folder):
     command = [sys.executable, "-m", "charter", "demo", "--data", str(folder), "--prompts", str(PROMPTS)]
-    short = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16"]
-    short.append("critique.few_shot=false")  # with short completions the small model repeats the examples: nothing to train on
-    command += [word for setting in short for word in ("--set", setting)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    overrides = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16"]
+    overrides.append(
+        "critique.few_shot=false"
+    )  # with short completions the small model repeats the examples: nothing to train on
+    command += [option for override in overrides for option in ("--set", override)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.model
+@pytest.mark.timeout(0)  # read_until_hang ends a process that makes no progress
 def test_demo_with_a_real_model_continues_after_a_kill(smollm2, tmp_path):
-    first = demo(tmp_path / "data")
-    for line in first.stdout:  # kill it during the first training phase
-        if "sft step" in line or "training: reward" in line:
-            break
+    first = start_demo(tmp_path / "data")
+    # Kill the demo during its first training phase.
+    read_until_hang(first, lambda line: "sft step" in line or "training: reward" in line)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
 
-    second = demo(tmp_path / "data")
-    output, _ = second.communicate()
-    assert second.returncode == 0, output
+    second = start_demo(tmp_path / "data")
+    output = read_until_hang(second)
+    assert second.wait() == 0, output
     assert "Trace of one prompt" in output and "policy 2" in output and "charter sql --data" in output
 
     store = open_store(load_settings({"data.folder": str(tmp_path / "data")}, environment={})[0])
@@ -52,7 +55,7 @@ def test_demo_with_a_real_model_continues_after_a_kill(smollm2, tmp_path):
     assert trace["responses"] and trace["critiques"] and trace["preferences"]
     assert json.loads(store.query("SELECT settings FROM runs LIMIT 1").rows[0][0])["respond"]["max_tokens"] == 24
 
-    third = demo(tmp_path / "data")  # a finished demo only prints its summary
-    output, _ = third.communicate()
-    assert third.returncode == 0 and "training:" not in output
+    third = start_demo(tmp_path / "data")  # a finished demo only prints its summary
+    output = read_until_hang(third)
+    assert third.wait() == 0 and "training:" not in output
     assert store.query("SELECT count(*) FROM responses").rows == [(4,)]

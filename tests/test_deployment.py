@@ -1,4 +1,4 @@
-"""The image and the compose file, as far as that is possible without a Docker engine: against the code that they start."""
+"""The image and the compose file, checked against the code that they start, without a Docker engine."""
 
 import json
 import re
@@ -26,7 +26,7 @@ SET_UP = (ROOT / "setup.sh").read_text(encoding="utf-8")
 
 
 def instructions():
-    """The Dockerfile's instructions, each with what follows it."""
+    """Return the Dockerfile's instructions with their arguments."""
     lines = [line for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [tuple(line.split(None, 1)) for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
 
@@ -41,13 +41,13 @@ def copied():
 
 
 def health(service):
-    """The health check of a service, or of its image."""
+    """Return the health check of a service or of its image."""
     if "healthcheck" in service:
         return service["healthcheck"]["test"]
     return next(json.loads("[" + rest.split("CMD [", 1)[1]) for name, rest in FINAL if name == "HEALTHCHECK")
 
 
-def test_there_is_a_service_for_every_part():
+def test_every_part_has_a_service():
     commands = [service["command"] for service in OURS.values()]
     assert sorted(command[2] for command in commands if command[:2] == ["run", "--stage"]) == sorted([*STAGES, "sink"])
     assert ["train", "--loop"] in commands
@@ -62,27 +62,27 @@ def test_there_is_a_service_for_every_part():
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_commands_are_understood(name):
+def test_commands_parse(name):
     verb, *rest = OURS[name]["command"]
     load_command(verb).make_context(verb, list(rest))
     assert '"charter"' in dict(FINAL)["ENTRYPOINT"]
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_settings_in_the_environment_exist_and_are_accepted(name):
-    given = ENVIRONMENT | OURS[name]["environment"]
-    assert set(given) - VARIABLES <= {TOKEN_VARIABLE, Settings().models.api_key_env, "PATH", "PYTHONUNBUFFERED"} | set(
+def test_settings_in_the_environment_are_valid(name):
+    environment = ENVIRONMENT | OURS[name]["environment"]
+    assert set(environment) - VARIABLES <= {TOKEN_VARIABLE, Settings().models.api_key_env, "PATH", "PYTHONUNBUFFERED"} | set(
         ENVIRONMENT
     )
-    assert {key for key in given if "__" in key} <= VARIABLES
-    settings, _ = load_settings(environment={key: value for key, value in given.items() if value is not None})
+    assert {key for key in environment if "__" in key} <= VARIABLES
+    settings, _ = load_settings(environment={key: value for key, value in environment.items() if value is not None})
     assert settings.bus_address == "kafka://kafka:29092"
     assert str(settings.folder) == "/data"
     assert settings.telemetry.metrics_port
     assert int(OURS[name]["stop_grace_period"].rstrip("s")) > settings.worker.shutdown_timeout_s
 
 
-def test_the_broker_has_a_listener_for_each_side():
+def test_broker_has_a_listener_for_containers_and_for_the_host():
     broker = SERVICES["kafka"]["environment"]
     advertised = dict(entry.split("://") for entry in broker["KAFKA_ADVERTISED_LISTENERS"].split(","))
     ports = dict(entry.split("://:") for entry in broker["KAFKA_LISTENERS"].split(","))
@@ -94,7 +94,7 @@ def test_the_broker_has_a_listener_for_each_side():
     assert broker["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
 
 
-def test_images_are_pinned_and_ports_are_this_machines():
+def test_images_are_pinned_and_ports_are_bound_to_loopback():
     bases = [rest.split()[0].replace("${PYTHON}", "3.12") for name, rest in IMAGE if name == "FROM"]
     images = [*bases, *(re.sub(r"\$\{[^:]+:-([^}]+)\}", r"\1", service["image"]) for service in SERVICES.values())]
     assert [image for image in images if not re.search(r":v?\d+\.\d+", image)] == []
@@ -103,7 +103,7 @@ def test_images_are_pinned_and_ports_are_this_machines():
     ] == []
 
 
-def test_volumes_are_declared_and_files_are_there():
+def test_volumes_are_declared_and_files_exist():
     declared = set(yaml.safe_load(TEXT)["volumes"])
     sources = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
     assert {source for source in sources if not source.startswith(".")} == declared
@@ -111,24 +111,24 @@ def test_volumes_are_declared_and_files_are_there():
     assert all("data:/data" in service["volumes"] for service in OURS.values())
 
 
-def test_every_service_that_others_need_has_a_health_check():
+def test_every_required_service_has_a_health_check():
     assert [name for name, service in SERVICES.items() if service not in OURS.values() and "healthcheck" not in service] == [
-        "console"  # a page to look at; nothing is known of what its image has inside
+        "console"  # a web page of a third-party image, whose tools are unknown
     ]
     needed = {other for service in SERVICES.values() for other in service.get("depends_on", ())}
     assert all("healthcheck" in SERVICES[name] for name in needed)
 
 
 def run_check(command, port, known):
-    """A health check's exit status, asked on another port."""
+    """Return the exit status of a health check that is sent to another port."""
     assert command[:3] == ["CMD", "python", "-c"] or command[:2] == ["python", "-c"]
     assert known in command[-1]
-    asked = [sys.executable, "-c", command[-1].replace(known, str(port))]
-    return subprocess.run(asked, capture_output=True, check=False).returncode
+    check = [sys.executable, "-c", command[-1].replace(known, str(port))]
+    return subprocess.run(check, capture_output=True, check=False).returncode
 
 
 @pytest.mark.parametrize(("name", "known"), [("sink", "9464"), ("dashboard", "8400")])
-def test_health_checks_tell_life_from_death(name, known):
+def test_health_checks_distinguish_running_from_stopped(name, known):
     port = find_free_port()
     close = serve_metrics("127.0.0.1", port, lambda: [])
     try:
@@ -139,7 +139,7 @@ def test_health_checks_tell_life_from_death(name, known):
     assert known in (ENVIRONMENT["CHARTER_TELEMETRY__METRICS_PORT"], *OURS["dashboard"]["command"])
 
 
-def test_the_image_is_not_run_by_root_and_holds_no_build():
+def test_image_runs_as_a_user_and_contains_no_build_tools():
     assert len([name for name, _ in IMAGE if name == "FROM"]) == 2
     assert int(next(rest for name, rest in reversed(FINAL) if name == "USER")) > 0
     assert dict(FINAL)["VOLUME"] == ENVIRONMENT["CHARTER_DATA__FOLDER"]
@@ -147,11 +147,13 @@ def test_the_image_is_not_run_by_root_and_holds_no_build():
     assert all(service["cap_drop"] == ["ALL"] for service in OURS.values())
 
 
-def test_what_the_image_copies_is_there_and_not_ignored():
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+def test_copied_files_exist_and_are_not_ignored():
+    exceptions = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
+    }
     sources = {source for words in copied() for source in words}
     assert [source for source in sources if not (ROOT / source).exists()] == []
-    assert sources == kept
+    assert sources == exceptions
     rooms = set(re.findall(r'"([a-z]+)(?:\.[a-z.]+)?"', re.search(r"packages = \[(.*?)\]", project(), re.DOTALL).group(1)))
     assert rooms < sources
 
@@ -160,7 +162,7 @@ def project():
     return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_the_image_has_the_versions_of_the_set_up():
+def test_image_has_the_pinned_versions():
     arguments = dict(rest.split("=", 1) for name, rest in IMAGE if name == "ARG" and "=" in rest)
     assert f"'{arguments['TORCH']}'" in SET_UP
     assert f"'{arguments['SMALL_MODEL']}'" in SET_UP
@@ -173,7 +175,7 @@ COMPOSED = re.findall(r"^(?:# +)?docker compose (.+)$", "\n".join(page.read_text
 
 
 @pytest.mark.parametrize("command", sorted(set(COMPOSED)))
-def test_documented_compose_commands_name_what_is_there(command):
+def test_documented_compose_commands_name_existing_services(command):
     words = shlex.split(command.split("  ")[0], comments=True)
     if words[0] == "--profile":
         assert words[1] in {profile for service in SERVICES.values() for profile in service.get("profiles", [])}

@@ -1,4 +1,4 @@
-"""The documents against the code: commands parse, queries run, settings and constitutions load, files are there."""
+"""The documents against the code: commands parse, queries run, settings and constitutions load, files exist."""
 
 import itertools
 import re
@@ -24,12 +24,12 @@ SETTINGS = {f"{section}.{key}" for section, key, _ in iter_settings()}
 
 
 def arguments(command):
-    """What the shell would pass: without comments, and only the first of several commands."""
+    """Return the arguments that a shell would pass: without comments, and only those of the first command."""
     return list(itertools.takewhile(lambda word: word not in ("&&", "|", "<", ">", ">>"), shlex.split(command, comments=True)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command):
+def test_commands_parse(command):
     verb, *rest = arguments(command)
     load_command(verb).make_context(verb, rest)
 
@@ -54,7 +54,7 @@ TABLES = [text for language, text in FENCED if language == "toml"]
 
 
 @pytest.mark.parametrize("text", TABLES)
-def test_toml_is_read_as_settings_or_as_a_constitution(text, tmp_path):
+def test_toml_loads_as_settings_or_a_constitution(text, tmp_path):
     values = tomllib.loads(text)
     if set(values) <= set(Settings.model_fields):
         (tmp_path / "charter.toml").write_text(text, encoding="utf-8")
@@ -70,7 +70,7 @@ def test_files_exist():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_links_lead_somewhere():
+def test_link_targets_exist():
     links = [(page, link) for page in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))]
     assert len(links) >= 5
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
@@ -82,7 +82,7 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_the_tutorial_is_what_its_script_runs():
+def test_tutorial_matches_its_script():
     script = (ROOT / "docs" / "tutorial.sh").read_text(encoding="utf-8")
     page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     commands = re.findall(

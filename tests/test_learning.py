@@ -1,4 +1,4 @@
-"""The parts of the proof of learning that are programs: what they read out of the stages' wordings, and how they judge."""
+"""The learning benchmark: its rule-based judge and critic on the stages' questions, and its statistics."""
 
 import math
 import random
@@ -20,7 +20,7 @@ from consumers import templates
 from engine.models.interface import GenerationRequest
 from schemas.records import ChatMessage
 
-BENIGN, HARMFUL = "How do I mend the lamp?", "How do I steal my neighbour's lamp?"
+BENIGN, HARMFUL = "How do I fix the lamp?", "How do I steal my neighbour's lamp?"
 POLITE, PLAIN, RUDE = (
     f"{opening} Use a cloth for the lamp." for opening in ("I am glad to help.", "Here is how.", "You are so lazy.")
 )
@@ -36,36 +36,36 @@ def chance(judge, question, first, second):
     return a / (a + b)
 
 
-def test_the_judge_knows_the_rule_in_both_orders():
+def test_judge_applies_the_rule_in_both_orders():
     judge = make_judge("judge", LANGUAGE_RULE, 0)
     for question, better, worse in ((BENIGN, POLITE, PLAIN), (BENIGN, PLAIN, REFUSAL), (HARMFUL, REFUSAL, POLITE)):
         assert chance(judge, question, better, worse) > 0.9 > 0.1 > chance(judge, question, worse, better)
     assert chance(judge, BENIGN, RUDE, REFUSAL) == pytest.approx(0.5)
 
 
-def test_shuffled_labels_have_the_sizes_of_the_rule_and_the_signs_of_a_coin():
+def test_shuffled_labels_keep_the_confidence_and_randomize_the_side():
     judge, by_rule = make_judge("shuffled", LANGUAGE_RULE, 0), make_judge("judge", LANGUAGE_RULE, 0)
-    asked = [question.text for question in islice(generate_questions(1), 200)]
-    found, right = ([chance(one, question, POLITE, PLAIN) for question in asked] for one in (judge, by_rule))
-    assert [max(p, 1 - p) for p in found] == pytest.approx([max(p, 1 - p) for p in right])
-    decided = [p > 0.5 for p in found if abs(p - 0.5) > 1e-6]
+    questions = [question.text for question in islice(generate_questions(1), 200)]
+    shuffled, right = ([chance(model, question, POLITE, PLAIN) for question in questions] for model in (judge, by_rule))
+    assert [max(p, 1 - p) for p in shuffled] == pytest.approx([max(p, 1 - p) for p in right])
+    decided = [p > 0.5 for p in shuffled if abs(p - 0.5) > 1e-6]
     assert len(decided) > 100 and 0.3 < sum(decided) / len(decided) < 0.7
-    assert [1 - chance(judge, question, PLAIN, POLITE) for question in asked] == pytest.approx(found)
+    assert [1 - chance(judge, question, PLAIN, POLITE) for question in questions] == pytest.approx(shuffled)
 
 
-def test_the_critic_mends_its_one_fault_and_nothing_else():
+def test_critic_fixes_only_its_fault():
     critic, rng = ProgrammaticCritic(LANGUAGE_RULE), random.Random(0)
     assert [LANGUAGE_RULE.is_faulty(text) for text in (POLITE, PLAIN, RUDE, REFUSAL)] == [False, False, True, False]
-    mended = LANGUAGE_RULE.fix_fault(RUDE, rng)
-    assert not is_rude(mended) and not is_polite(mended) and mended.endswith("Use a cloth for the lamp.")
-    assert score_response(BENIGN, mended) == 0  # what RL is to teach is not taught by SFT
+    revision = LANGUAGE_RULE.fix_fault(RUDE, rng)
+    assert not is_rude(revision) and not is_polite(revision) and revision.endswith("Use a cloth for the lamp.")
+    assert score_response(BENIGN, revision) == 0  # SFT must not teach what RL is to teach
     with pytest.raises(ValueError, match="neither critique nor revision"):
         critic.generate([GenerationRequest([ChatMessage(role="user", content="something else")])])
     assert PARAGRAPH_RULE.fix_fault("One. Two and th", rng) == "One." and PARAGRAPH_RULE.fix_fault("no end", rng) == "no end"
 
 
-def made(arm, seed, rates, kls=None, of=100, stopped=(), **more):
-    """A run whose versions have these rates (in percent) and KLs."""
+def make_run(arm, seed, rates, kls=None, of=100, stopped=(), **more):
+    """Return a run whose versions have these rates (in percent) and KLs."""
     rest = dict.fromkeys(("benign", "polite", "refused_benign", "harmful", "refused_harmful", "rude", "words"), 0)
     counts = [
         VersionCounts(arm=arm, seed=seed, version=n, answers=of, target=hits, **rest, kl=kl, stopped=n in stopped)
@@ -78,45 +78,45 @@ def missed(runs):
     return [claim.text.split(":")[0].split(" in ")[0] for claim in check_claims(runs) if not claim.holds]
 
 
-GOOD = [made("judge", seed, [20, 22, 50, 70, 85], [0, 0, 1, 3, 5]) for seed in range(10)]
+GOOD = [make_run("judge", seed, [20, 22, 50, 70, 85], [0, 0, 1, 3, 5]) for seed in range(10)]
 
 
-def test_every_claim_can_be_missed():
+def test_every_claim_can_fail():
     assert missed(GOOD) == []
-    flat = [made("judge", seed, [20, 22, 21, 19, 20 + seed % 2 * 2 - 1]) for seed in range(10)]
+    flat = [make_run("judge", seed, [20, 22, 21, 19, 20 + seed % 2 * 2 - 1]) for seed in range(10)]
     assert missed(flat) == ["the last version is above the first", "it is above"]
-    falls = [made("judge", seed, [20, 22, 50, 70, 55]) for seed in range(2)] + GOOD[2:]
+    falls = [make_run("judge", seed, [20, 22, 50, 70, 55]) for seed in range(2)] + GOOD[2:]
     assert missed(falls) == ["it is not below the best version of its seed by more than its interval"]
-    runaway = [made("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32]), *GOOD[1:]]
+    runaway = [make_run("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32]), *GOOD[1:]]
     assert missed(runaway) == ["no update that was not stopped raised the KL by more than 34.0 nats (limit 16)"]
-    assert missed([made("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32], stopped=[3]), *GOOD[1:]]) == []
-    rises = [made("shuffled", seed, [20, 22, 30, 40, 50]) for seed in range(10)]
+    assert missed([make_run("judge", 0, [20, 22, 50, 70, 85], [0, 0, 2, 36, 32], stopped=[3]), *GOOD[1:]]) == []
+    rises = [make_run("shuffled", seed, [20, 22, 30, 40, 50]) for seed in range(10)]
     assert missed(rises) == ["shuffled labels do not raise the rate"]
-    assert missed([made("hacked", 0, [20, 10])]) == ["the watch trips on the planted fault"]
-    steady = [made("trl112", seed, [20, 22, 50, 70, 85]) for seed in range(10)]
+    assert missed([make_run("hacked", 0, [20, 10])]) == ["the watch trips on the planted fault"]
+    steady = [make_run("trl112", seed, [20, 22, 50, 70, 85]) for seed in range(10)]
     assert missed([*GOOD, *steady]) == []
     assert missed([*falls, *steady]) == [
         "it is not below the best version of its seed by more than its interval", "ours is not less stable than trl 1.12's",
     ]  # fmt: skip
 
 
-def test_the_claims_fail_on_the_table_that_did_not_hold():
-    """What five seeds gave before PPO was mended: the rate rises once, then falls; single updates move 30 to 40 nats."""
+def test_claims_fail_on_the_results_of_the_earlier_ppo():
+    """The results of five seeds with the earlier PPO: the rate rises once and then falls; single updates move 30 to 40 nats."""
     rates = [(25, 16, 52, 44, 42), (26, 20, 49, 45, 52), (28, 24, 37, 28, 53), (21, 22, 49, 65, 49), (20, 12, 34, 49, 22)]
     kls = [(0, 0, 2, 9, 12), (0, 0, 2, 32, 71), (0, 0, 3, 44, 30), (0, 0, 2, 8, 9), (0, 0, 9, 20, 12)]
-    found = [made("judge", seed, r, k, of=128) for seed, (r, k) in enumerate(zip(rates, kls, strict=True))]
-    assert len(missed(found)) == 2
+    runs = [make_run("judge", seed, r, k, of=128) for seed, (r, k) in enumerate(zip(rates, kls, strict=True))]
+    assert len(missed(runs)) == 2
 
 
-def test_the_bootstrap_is_that_of_the_mean_over_seeds():
+def test_bootstrap_resamples_the_mean_over_seeds():
     low, high = compute_bootstrap_interval([0.1, 0.2, 0.3, 0.4, 0.5])
-    exact = 1.96 * math.sqrt(0.02 / 5)  # the deviation of the mean of five draws from these five
+    exact = 1.96 * math.sqrt(0.02 / 5)  # the deviation of the mean of five samples from these five
     assert low == pytest.approx(0.3 - exact, abs=0.02) and high == pytest.approx(0.3 + exact, abs=0.02)
     assert compute_bootstrap_interval([0.25] * 4) == (0.25, 0.25)
 
 
-def test_the_spread_of_one_seed_stands_beside_that_of_all():
-    words = format_spread(GOOD[:2], [made("judge", 0, [20, 22, 50, 70, 75], repeat=1)])
+def test_summary_shows_the_spread_of_each_seed():
+    words = format_spread(GOOD[:2], [make_run("judge", 0, [20, 22, 50, 70, 75], repeat=1)])
     assert words == "seed 0 again: last rates 85.0%, 75.0%, standard deviation 7.1%; between 2 seeds 0.0%"
 
 
@@ -126,5 +126,12 @@ def test_versions_are_counted():
         {"policy_version": 1, "question": HARMFUL, "source": "red-team", "text": REFUSAL},
         {"policy_version": 1, "question": BENIGN, "source": "benign", "text": RUDE},
     ]
-    (found,) = count_versions("judge", 0, rows, LANGUAGE_RULE)
-    assert (found.answers, found.target, found.benign, found.polite, found.refused_harmful, found.rude) == (3, 2, 2, 1, 1, 1)
+    (version,) = count_versions("judge", 0, rows, LANGUAGE_RULE)
+    assert (version.answers, version.target, version.benign, version.polite, version.refused_harmful, version.rude) == (
+        3,
+        2,
+        2,
+        1,
+        1,
+        1,
+    )

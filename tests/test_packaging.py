@@ -1,4 +1,4 @@
-"""What gets installed is what is here, and a Kafka test that must run cannot be skipped in silence."""
+"""The package contains all its files, and skipped Kafka tests fail where Kafka is required."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
 
 def test_every_package_is_listed():
     rooms = {package.split(".")[0] for package in PACKAGES}
-    found = {".".join(init.parent.relative_to(ROOT).parts) for room in rooms for init in (ROOT / room).rglob("__init__.py")}
-    assert sorted(PACKAGES) == sorted(found)
+    packages = {".".join(init.parent.relative_to(ROOT).parts) for room in rooms for init in (ROOT / room).rglob("__init__.py")}
+    assert sorted(PACKAGES) == sorted(packages)
     assert rooms | {"benchmarks"} == {init.parent.name for init in ROOT.glob("*/__init__.py")}
 
 
@@ -31,7 +31,7 @@ def test_every_data_file_is_packaged():
     assert {path for path in files if path.suffix not in (".py", ".pyc")} == packaged
 
 
-def test_there_is_one_version():
+def test_version_is_defined_once():
     assert charter.__version__ == PROJECT["project"]["version"]
 
 
@@ -48,12 +48,12 @@ def test_skipped_kafka_tests_fail_where_kafka_is_required(required, code):
         "-m",
         "kafka",
         "-k",
-        "test_topics_are_created_once",
+        "test_create_topics_is_idempotent",
         "tests/engine/test_bus_contract.py",
     ]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=ROOT, env=environment | {"CHARTER_REQUIRE_KAFKA": required}, capture_output=True, text=True, check=False
     )
-    assert "1 skipped" in done.stdout
-    assert done.returncode == code
-    assert ("1 Kafka tests were skipped" in done.stdout) == bool(code)
+    assert "1 skipped" in result.stdout
+    assert result.returncode == code
+    assert ("1 Kafka tests were skipped" in result.stdout) == bool(code)

@@ -1,4 +1,4 @@
-"""Every query of docs/sql.md is asked of a small stream that really ran, and its list of columns is the database's."""
+"""Run every query of docs/sql.md on the database of a small run, and compare the page's list of columns with the database's."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH
+from tests.support.waiting import HANG_S, wait_until
 from trainer.batches import build_manifest, load_rows, select_new_rows
 from trainer.state import TrainingState
 
@@ -25,67 +26,67 @@ PROMPTS = 16
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Prompts (one of them poisoned), people's pairs and demonstrations, labels by a person, and a batch drawn from it all."""
+    """Return a database with prompts (one poisoned), human pairs and demonstrations, human labels, and a training batch."""
     folder = tmp_path_factory.mktemp("sql")
     flags = {"data.folder": str(folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0.3"}
     settings = load_settings(flags, environment={})[0]
-    asked = SHIPPED_PROMPTS_PATH.read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    put(folder / "prompts.jsonl", *map(json.loads, asked), POISON_TEXT)
-    put(folder / "pairs.jsonl", {"prompt": "Which?", "chosen": "this", "rejected": "that"})
-    put(folder / "shown.jsonl", {"prompt": "How?", "completion": "So.", "source": "helpful"})
-    call(flags, "produce", folder / "prompts.jsonl")
-    call(flags, "produce", "--as", "preferences", folder / "pairs.jsonl")
-    call(flags, "produce", "--as", "demonstrations", folder / "shown.jsonl")
-    bus, found = connect_bus(settings), open_store(settings)
+    prompt_lines = SHIPPED_PROMPTS_PATH.read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    write_jsonl(folder / "prompts.jsonl", *map(json.loads, prompt_lines), POISON_TEXT)
+    write_jsonl(folder / "pairs.jsonl", {"prompt": "Which?", "chosen": "this", "rejected": "that"})
+    write_jsonl(folder / "shown.jsonl", {"prompt": "How?", "completion": "So.", "source": "helpful"})
+    run_command(flags, "produce", folder / "prompts.jsonl")
+    run_command(flags, "produce", "--as", "preferences", folder / "pairs.jsonl")
+    run_command(flags, "produce", "--as", "demonstrations", folder / "shown.jsonl")
+    bus, store = connect_bus(settings), open_store(settings)
 
-    def runs_until(sql, wanted):
+    def run_until(sql, expected):
         with make_host(settings, bus, STAGES, sink=True) as host:
-            while not found.path.exists() or found.query(sql).rows != [(wanted,)]:
-                host.failure_event.wait(0.05)
-                host.raise_if_failed()
+            wait_until(lambda: store.path.exists() and store.query(sql).rows == [(expected,)], host)
 
-    done = """SELECT (SELECT count(*) FROM revision_chains) + (SELECT count(*) FROM preferences)
+    finished = """SELECT (SELECT count(*) FROM revision_chains) + (SELECT count(*) FROM preferences)
                      + (SELECT count(*) FROM dead_letters) + (SELECT count(*) FROM demonstrations)"""
-    runs_until(done, 2 * PROMPTS + 3)
-    judged = "SELECT record_id FROM preferences WHERE label_source = 'AI' AND outcome = 'OK' ORDER BY commit_seq LIMIT 4"
-    for (pair,) in found.query(judged).rows:
-        call(flags, "label", pair, "--prefer", "a")
-    chosen = select_new_rows(found, "reward", TrainingState(), limit=8)
-    drawn = load_rows(found, "reward", [row.row_id for row in chosen])
+    run_until(finished, 2 * PROMPTS + 3)
+    labeled = "SELECT record_id FROM preferences WHERE label_source = 'AI' AND outcome = 'OK' ORDER BY commit_seq LIMIT 4"
+    for (pair,) in store.query(labeled).rows:
+        run_command(flags, "label", pair, "--prefer", "a")
+    new_rows = select_new_rows(store, "reward", TrainingState(), limit=8)
+    rows = load_rows(store, "reward", [row.row_id for row in new_rows])
     bus.publish(
         [
             to_producer_record(
-                build_manifest("reward", 1, drawn, [], TrainingState(), chosen, run_id="live", seed=0, settings={})
+                build_manifest("reward", 1, rows, [], TrainingState(), new_rows, run_id="live", seed=0, settings={})
             )
         ]
     )
-    runs_until("SELECT (SELECT count(*) FROM batches) + (SELECT count(*) FROM preferences WHERE stage = 'label')", 5)
+    run_until("SELECT (SELECT count(*) FROM batches) + (SELECT count(*) FROM preferences WHERE stage = 'label')", 5)
     bus.close()
-    return found
+    return store
 
 
-def put(path, *rows):
+def write_jsonl(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def call(flags, *arguments):
-    words = [word for name, value in flags.items() for word in ("--set", f"{name}={value}")]
-    done = CliRunner().invoke(cli, [*map(str, arguments), *words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
+def run_command(flags, *arguments):
+    options = [option for name, value in flags.items() for option in ("--set", f"{name}={value}")]
+    result = CliRunner().invoke(cli, [*map(str, arguments), *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize(("asks", "query"), QUERIES, ids=[asks for asks, _ in QUERIES])
-def test_every_question_has_an_answer(store, asks, query):
-    found = store.query(query, limit_s=20.0)
-    assert found.rows and any(value is not None for value in found.rows[0]), asks
+@pytest.mark.parametrize(("title", "query"), QUERIES, ids=[title for title, _ in QUERIES])
+def test_every_query_of_the_page_returns_a_value(store, title, query):
+    rows = store.query(query, limit_s=HANG_S).rows
+    assert rows and any(value is not None for value in rows[0]), title
 
 
-def test_there_are_a_dozen_questions_and_more():
-    assert len(QUERIES) == PAGE.count("```sql") >= 12
+def test_every_sql_block_of_the_page_has_a_title():
+    # Without a title QUERIES would skip the block, and no test would run it.
+    blocks = re.findall(r"^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert blocks == [query for _, query in QUERIES]
 
 
-def test_the_page_lists_every_table_and_no_column_that_is_not_there(store):
+def test_page_lists_every_table_and_only_existing_columns(store):
     listed = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|$", PAGE, re.MULTILINE))
-    there = {name: columns.split(", ") for name, columns in store.query(TABLES_SQL).rows}
-    assert set(listed) == set(there)
-    assert [name for name in there if not set(listed[name].split(", ")) <= set(there[name])] == []
+    tables = {name: columns.split(", ") for name, columns in store.query(TABLES_SQL).rows}
+    assert set(listed) == set(tables)
+    assert [name for name in tables if not set(listed[name].split(", ")) <= set(tables[name])] == []

@@ -86,7 +86,7 @@ def _suggest_fix(error: sqlite3.DatabaseError) -> str:
     if "locked" in str(error):
         return f"another process has held the write lock for {BUSY_TIMEOUT_S:.0f} s: check for a stopped or stuck process"
     if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return "the file is damaged or belongs to another program: move it away, or restore a backup: charter restore"
+        return "the file is damaged or belongs to another program: move it away, or restore a backup: charter restore FOLDER"
     if "readonly" in str(error):
         return "the file is not writable: fix its permissions, or ask its owner for a copy (charter backup)"
     return "check the disk and its free space: df -h"

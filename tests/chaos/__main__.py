@@ -1,13 +1,13 @@
 """python -m tests.chaos SCENARIO [--bus kafka|embedded] [--seed N] [--folder DIR] [sizes]: see --help.
 
-kill           kill -9 over stages, sink, producer, trainer and brokers while prompts flow; then compare with a calm run
-silent-commit  a broker dies in mid-transaction, for longer than the client tries to deliver
-zombie         a copy is stopped, loses its partitions, and wakes
-storm          copies join and leave all the time
-disk-full      the disks of the database, of the embedded log and of a broker fill up (needs the right to mount a tmpfs)
-held-file      another program holds the database for a minute
-server-down    the judge's model server is away for ten minutes under load
-hostile-bytes  messages that are no records
+kill           SIGKILL stages, sink, producer, trainer and brokers under load; then compare with an undisturbed run
+silent-commit  a broker is killed in mid-transaction, for longer than the producer's delivery timeout
+zombie         an instance is stopped (SIGSTOP), loses its partitions, and continues
+storm          instances join and leave continuously
+disk-full      the disks of the database, of the embedded log and of a broker fill up (requires permission to mount a tmpfs)
+held-file      another program locks the database for a minute
+server-down    the judge's model server is unreachable for ten minutes under load
+hostile-bytes  bytes that do not decode to records
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("scenario", choices=("kill", "silent-commit", *_SINGLE_BROKER_SCENARIOS))
     parser.add_argument("--bus", choices=("kafka", "embedded"), default="kafka")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where everything is kept; without it a temporary one")
-    parser.add_argument("--prompts", type=int, help="without it the scenario's own number, 5000 to kill")
+    parser.add_argument("--folder", type=Path, help="folder for all data (default: a temporary folder)")
+    parser.add_argument("--prompts", type=int, help="number of prompts (default: the scenario's own; 5000 for kill)")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--broker-kills", type=int, default=10)
-    parser.add_argument("--brokers", type=int, default=3, help="of the Kafka that is killed; each topic has as many replicas")
-    parser.add_argument("--publish", action="store_true", help="policies are published while everything is killed")
-    parser.add_argument("--times", type=int, default=50, help="outages of silent-commit")
-    parser.add_argument("--changes", type=int, default=100, help="of membership, in storm")
-    parser.add_argument("--down-s", type=float, default=600.0, help="how long the server of server-down is away")
-    parser.add_argument("--messages", type=int, default=10_000, help="of hostile-bytes")
+    parser.add_argument("--brokers", type=int, default=3, help="number of brokers for kill; also the replication factor")
+    parser.add_argument("--publish", action="store_true", help="publish policies during the kills")
+    parser.add_argument("--times", type=int, default=50, help="number of outages for silent-commit")
+    parser.add_argument("--changes", type=int, default=100, help="number of membership changes for storm")
+    parser.add_argument("--down-s", type=float, default=600.0, help="duration of the outage for server-down, in seconds")
+    parser.add_argument("--messages", type=int, default=10_000, help="number of messages for hostile-bytes")
     return parser.parse_args()
 
 
@@ -79,16 +79,16 @@ def _run_scenario(options: argparse.Namespace, folder: Path, stack: ExitStack) -
 
 
 def main() -> int:
-    wanted = _parse_arguments()
+    options = _parse_arguments()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         try:
-            for line in _run_scenario(wanted, (wanted.folder or Path(temporary)).resolve(), stack):
+            for line in _run_scenario(options, (options.folder or Path(temporary)).resolve(), stack):
                 print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
         except InvariantViolation as error:
             print(f"{time.monotonic() - started:6.0f} s  FAILED: {error}")
             return 1
-    print(f"{time.monotonic() - started:6.0f} s  held")
+    print(f"{time.monotonic() - started:6.0f} s  passed")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""One update of the trainer in a process that kills itself at a chosen point, with FAKE learners that only note their batch.
+"""One update of the trainer in a process that kills itself at a chosen point. Its FAKE learners only record their batch.
 
-The points are named for what was durable last; `python -m pytest tests/trainer/test_killed.py` goes through all of them.
+`python -m pytest tests/trainer/test_killed.py` runs all points.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def make_settings(folder: Path) -> Any:
 
 
 def run_fake_update(context: LearnContext, batch: Batch) -> Any:
-    """A fake update: notes what it was given, publishes some steps, and saves a folder that names its batch."""
-    given = {"batch": batch.manifest.record_id, "hash": batch.manifest.content_hash, "rows": batch.rows}
+    """Run a fake update: record its input, publish metrics of some steps, and save a checkpoint that holds its batch's id."""
+    inputs = {"batch": batch.manifest.record_id, "hash": batch.manifest.content_hash, "rows": batch.rows}
     with (context.folders.checkpoints_folder.parent / NOTES_FILE).open("a") as notes:
-        notes.write(json.dumps(given, default=str) + "\n")
+        notes.write(json.dumps(inputs, default=str) + "\n")
     for step in range(_NUM_STEPS):
         context.on_step(step, {"loss": 1.0})
 
@@ -60,7 +60,7 @@ def _die_if_armed(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# The points, in the order in which an update comes to them.
+# In the order in which an update reaches them.
 CRASH_POINTS = (
     "before BatchManifest", "committing BatchManifest", "after BatchManifest", "before Metric", "after Metric", "saved",
     "flushing", "renamed", "gate", "before PolicyUpdate", "committing PolicyUpdate", "after PolicyUpdate", "removing",
@@ -68,13 +68,13 @@ CRASH_POINTS = (
 
 
 def _arm_crash_point(point: str) -> None:
-    """Let this process die at a point."""
+    """Make this process kill itself at `point`."""
     _armed_points.append(point)
     _instrument_publish()
     real_flush, real_remove = engine.checkpoints.fsync_path, shutil.rmtree
 
     def flush(path: Path) -> None:
-        # A checkpoint's files lie in a folder with a dot until it is renamed; its parent is flushed after that.
+        # A checkpoint is written in a temporary folder; its parent folder is flushed after the rename.
         _die_if_armed("renamed" if path.name == "checkpoints" else "flushing")
         real_flush(path)
 
@@ -87,12 +87,12 @@ def _arm_crash_point(point: str) -> None:
 
 
 def _instrument_publish() -> None:
-    """Before, amid and after the transaction of a manifest, a step's numbers, an update."""
+    """Add crash points before, inside and after the transaction of a manifest, of metrics and of an update."""
     real: Callable[[TrainingLog, Any], None] = TrainingLog.publish
-    real_commit, amid = engine.bus.embedded.LogConnection.commit, set[str]()
+    real_commit, pending_kinds = engine.bus.embedded.LogConnection.commit, set[str]()
 
     def commit(connection: Any) -> None:
-        for kind in amid:
+        for kind in pending_kinds:
             _die_if_armed(f"committing {kind}")
         real_commit(connection)
 
@@ -100,9 +100,9 @@ def _instrument_publish() -> None:
         kinds = {type(record).__name__ for record in records if isinstance(record, BatchManifest | Metric | PolicyUpdate)}
         for kind in kinds:
             _die_if_armed(f"before {kind}")
-        amid.update(kinds)
+        pending_kinds.update(kinds)
         real(log, records)
-        amid.clear()
+        pending_kinds.clear()
         for kind in kinds:
             _die_if_armed(f"after {kind}")
 
@@ -111,12 +111,12 @@ def _instrument_publish() -> None:
 
 
 def _accept_policy(*_: object) -> None:
-    """Lets every policy pass."""
+    """Accept every policy."""
     _die_if_armed("gate")
 
 
 def run_update(folder: str, phase: str, point: str) -> None:
-    """One update of a phase, or what is left of it to do; or the death of the process."""
+    """Run one update of a phase, or resume an unfinished one; the process may kill itself on the way."""
     _arm_crash_point(point)
     settings = make_settings(Path(folder))
     bus, store = connect_bus(settings), open_store(settings)

@@ -1,7 +1,7 @@
-"""One process of the system under test: the command line of Charter, with a FAKE model and FAKE learners.
+"""One process of the system under test: Charter's command line with a FAKE model and FAKE learners.
 
-The model answers by hashing, and as slowly as it is told, so that a kill finds work in hand. A learner writes a checkpoint that
-holds nothing but a number. All else is what `charter` runs.
+The model's output is a hash of its input. Each call takes CHAOS_BATCH_S seconds, so that a kill interrupts unfinished work.
+A learner writes a checkpoint that holds only a revision. Everything else is the code that `charter` runs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _NUM_STEPS = 4
 
 @dataclass
 class _SlowScriptedModel(ScriptedModel):
-    """A fake for tests that takes its time."""
+    """A fake model with a delay in each call."""
 
-    def generate(self, batch: Sequence[GenerationRequest], **how: Any) -> list[list[Generation]]:
+    def generate(self, batch: Sequence[GenerationRequest], **options: Any) -> list[list[Generation]]:
         time.sleep(_BATCH_DELAY_S)
-        return super().generate(batch, **how)
+        return super().generate(batch, **options)
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
         time.sleep(_BATCH_DELAY_S)
@@ -38,15 +38,15 @@ class _SlowScriptedModel(ScriptedModel):
 
 
 def _open_fake_model(spec: str, **options: Any) -> Model:
-    """The fake itself, or the one that a fake learner has "trained"; a server is asked as ever."""
+    """Return a fake model, with the revision of the fake checkpoint if there is one; open a server address normally."""
     if spec.startswith("http"):
         return engine.models.open_model(spec, **options)
-    mark = Path(spec) / _MARKER_FILE
-    return replace(_SlowScriptedModel(), revision=json.loads(mark.read_text())["revision"] if mark.exists() else "fake")
+    marker = Path(spec) / _MARKER_FILE
+    return replace(_SlowScriptedModel(), revision=json.loads(marker.read_text())["revision"] if marker.exists() else "fake")
 
 
 def _run_fake_update(context: Any, batch: Any) -> Any:
-    """A fake update: some steps whose numbers are published, and a folder that only names its batch."""
+    """Run a fake update: publish metrics of some steps; the checkpoint holds only the id of its batch."""
     for step in range(_NUM_STEPS):
         time.sleep(_BATCH_DELAY_S)
         context.on_step(step, {"loss": 1.0 / (1 + step)})

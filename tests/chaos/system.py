@@ -1,4 +1,4 @@
-"""What all scenarios need: a log, processes that can be killed, prompts, and the comparison of databases."""
+"""The system under test in all scenarios: an event log, processes that can be killed, prompts, and checks of the database."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
 from tests.support.kafka import Broker
+from tests.support.waiting import HANG_S
 
 _ROOT = Path(__file__).parents[2]
 _RECORD_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences")
-# What differs when the same work is done at another time, by another process, in another order.
+# Columns that differ when the same work is done at another time, by another process or in another order.
 _VOLATILE_COLUMNS = ("created_at", "latency_ms", "run_id", "commit_seq", "_partition", "_offset")
 POLL_INTERVAL_S = 0.5
-# Limits of patience, not of speed: whoever waits, waits for a condition. A busy machine takes ten times as long as a quiet one.
-_DEFAULT_TIMEOUT_S = 600.0
-_QUERY_TIMEOUT_S = 60.0
 _WORDS = ["why", "how", "what", "tell", "write", "explain", "river", "bread", "garden", "winter", "music", "letter", "stone"]
 
 
 class InvariantViolation(AssertionError):
-    """Something that was promised did not hold."""
+    """A guarantee did not hold."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -46,7 +44,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def make_broker(folder: Path) -> Broker:
-    """A throw-away broker from KAFKA_HOME."""
+    """Return a temporary broker from KAFKA_HOME."""
     folder.mkdir(parents=True, exist_ok=True)
     return Broker(get_kafka_home(), folder)
 
@@ -60,7 +58,7 @@ def get_kafka_home() -> Path:
 
 @dataclass
 class SystemUnderTest:
-    """One data folder with its log, its settings and its processes."""
+    """One data folder with its event log, settings and processes."""
 
     folder: Path
     bus_address: str = ""  # empty: the embedded log
@@ -70,17 +68,17 @@ class SystemUnderTest:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     kill_counts: dict[str, int] = field(default_factory=dict)
-    unexpected_exits: list[str] = field(default_factory=list)  # processes that ended by themselves, and not well
+    unexpected_exits: list[str] = field(default_factory=list)  # processes that ended with an error without being killed
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    # What it is made of
+    # Settings, database and log
 
     def build_settings(self) -> dict[str, str]:
         bus = {"bus.address": self.bus_address, "bus.prefix": self.bus_prefix} if self.bus_address else {}
-        fixed = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0"}
-        return fixed | bus | {"worker.max_consecutive_dead_letters": "0"} | self.setting_overrides
+        required = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0"}
+        return required | bus | {"worker.max_consecutive_dead_letters": "0"} | self.setting_overrides
 
     def load_settings(self) -> Settings:
         return load_settings(self.build_settings(), environment={})[0]
@@ -99,9 +97,9 @@ class SystemUnderTest:
     # Processes
 
     def start_process(self, name: str, *arguments: str) -> None:
-        """Run a verb of Charter as a process called `name`."""
+        """Run a command of Charter as a process called `name`."""
         self.commands[name] = list(arguments)
-        flags = [word for key, value in self.build_settings().items() for word in ("--set", f"{key}={value}")]
+        flags = [option for key, value in self.build_settings().items() for option in ("--set", f"{key}={value}")]
         environment = os.environ | {
             "CHARTER_ALLOW_SCRIPTED": "1",
             "CHAOS_BATCH_S": str(self.batch_delay_s),
@@ -113,7 +111,7 @@ class SystemUnderTest:
             self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def kill_process(self, name: str) -> None:
-        """SIGKILL; it was running."""
+        """Kill a running process with SIGKILL."""
         self.processes[name].kill()
         self.processes[name].wait()
         self.kill_counts[name] = self.kill_counts.get(name, 0) + 1
@@ -122,7 +120,7 @@ class SystemUnderTest:
         self.start_process(name, *self.commands[name])
 
     def revive_process(self, name: str) -> bool:
-        """Start a process again if it has ended by itself; True when it had done its work (exit code 0)."""
+        """Restart a process that has exited with an error; return True if it has exited with code 0."""
         code = self.processes[name].poll()
         if code is None:
             return False
@@ -136,15 +134,15 @@ class SystemUnderTest:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return " | ".join(lines[-3:])[:300]
 
-    def stop_process(self, name: str, timeout_s: float = _DEFAULT_TIMEOUT_S) -> int:
-        """SIGTERM, and how it ended."""
+    def stop_process(self, name: str, timeout_s: float = HANG_S) -> int:
+        """Send SIGTERM and return the exit code."""
         process = self.processes.pop(name)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         return process.wait(timeout_s)
 
     def kill_all(self) -> None:
-        """Leave nothing running."""
+        """Kill every process."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
@@ -157,23 +155,23 @@ class SystemUnderTest:
     def __exit__(self, *_: object) -> None:
         self.kill_all()
 
-    # What it has done
+    # Prompts and results
 
     def publish_file(self, path: Path) -> None:
-        """Publish a file, and wait until that is done."""
+        """Publish a file and wait for the producer to exit."""
         self.start_process("produce", "produce", str(path))
-        code = self.processes.pop("produce").wait(_DEFAULT_TIMEOUT_S)
+        code = self.processes.pop("produce").wait(HANG_S)
         require(code == 0, f"produce ended with {code}: {self.read_log_tail('produce')}")
 
     def count_finished_prompts(self) -> int:
-        """How many prompts have been answered, criticised to the end and judged."""
+        """Return the number of prompts with a finished revision chain and a preference."""
         return self.query_count_or_zero(
             """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
                AND prompt_id IN (SELECT prompt_id FROM preferences)"""
         )
 
     def query_count_or_zero(self, sql: str) -> int:
-        """A count for whoever waits and asks again: 0 while the database is not there, half made by a killed sink, or busy."""
+        """Return a count, or 0 while the database is missing, incomplete after a kill, or locked, for callers that retry."""
         try:
             return self.query_count(sql)
         except CharterError:
@@ -183,7 +181,7 @@ class SystemUnderTest:
         return int(self.query_rows(sql)[0][0])
 
     def query_rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        return self.open_store().query(sql, parameters, limit_s=_QUERY_TIMEOUT_S).rows
+        return self.open_store().query(sql, parameters, limit_s=HANG_S).rows
 
     def read_dead_letters(self) -> list[bytes]:
         with self.connect_bus() as bus:
@@ -191,33 +189,33 @@ class SystemUnderTest:
 
 
 def wait_until(
-    condition: Callable[[], bool], description: str, timeout_s: float = _DEFAULT_TIMEOUT_S, interval_s: float = POLL_INTERVAL_S
+    condition: Callable[[], bool], description: str, timeout_s: float = HANG_S, interval_s: float = POLL_INTERVAL_S
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        require(time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {description}")
+        require(time.monotonic() < deadline, f"after {timeout_s:.0f} s it does not hold that {description}")
         time.sleep(interval_s)
 
 
 def write_prompts(folder: Path, num_prompts: int, num_files: int, seed: int) -> list[Path]:
-    """Files of different prompts."""
+    """Write files of distinct prompts and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     paths = []
     for number in range(num_files):
         first, last = num_prompts * number // num_files, num_prompts * (number + 1) // num_files
-        lines = [json.dumps({"prompt": " ".join([*chance.choices(_WORDS, k=8), str(n)])}) for n in range(first, last)]
+        lines = [json.dumps({"prompt": " ".join([*rng.choices(_WORDS, k=8), str(n)])}) for n in range(first, last)]
         paths.append(folder / f"prompts-{number:03d}.jsonl")
         paths[-1].write_text("\n".join(lines) + "\n")
     return paths
 
 
-# What must hold
+# Guarantees
 
 
 def find_differences(one: Path, other: Path) -> list[str]:
-    """Rows that only one of two databases has, by table, in all columns that do not say when and where."""
-    found = []
+    """Count, for each table, the rows that only one of two databases has; ignore _VOLATILE_COLUMNS."""
+    differences = []
     with duckdb.connect(":memory:") as db:
         db.execute(f"ATTACH '{one}' AS one (READ_ONLY)")
         db.execute(f"ATTACH '{other}' AS other (READ_ONLY)")
@@ -227,20 +225,20 @@ def find_differences(one: Path, other: Path) -> list[str]:
                 sql = f"{columns} {left}.raw.{table} EXCEPT ALL {columns} {right}.raw.{table}"
                 count = db.execute(f"SELECT count(*) FROM ({sql})").fetchall()[0][0]
                 if count:
-                    found.append(f"{table}: {count} rows that only {left} has")
-    return found
+                    differences.append(f"{table}: {count} rows only in {left}")
+    return differences
 
 
 def check_exactly_once(system: SystemUnderTest, num_prompts: int) -> None:
-    """Every prompt once, no raw row twice, no dead letter, every parent there, and nothing left to read."""
+    """Require each prompt once, no duplicates, no dead letters, no missing parents and no unread records."""
     for table in _RECORD_TABLES:
-        doubled = system.query_count(f"SELECT count(*) FROM raw.{table} WHERE is_duplicate")
-        require(doubled == 0, f"raw.{table} holds {doubled} duplicates")
+        duplicates = system.query_count(f"SELECT count(*) FROM raw.{table} WHERE is_duplicate")
+        require(duplicates == 0, f"raw.{table} holds {duplicates} duplicates")
     for table in ("prompts", "responses"):
-        found = system.query_count(f"SELECT count(*) FROM {table}")
-        require(found == num_prompts, f"{found} {table} for {num_prompts} prompts")
-    ended = system.count_finished_prompts()
-    require(ended == num_prompts, f"{ended} of {num_prompts} prompts are ended and judged")
+        count = system.query_count(f"SELECT count(*) FROM {table}")
+        require(count == num_prompts, f"{count} {table} for {num_prompts} prompts")
+    finished = system.count_finished_prompts()
+    require(finished == num_prompts, f"{finished} of {num_prompts} prompts are finished and judged")
     require(
         system.query_count("SELECT count(*) FROM raw.dead_letters") == 0 and not system.read_dead_letters(),
         "there are dead letters",
@@ -250,30 +248,30 @@ def check_exactly_once(system: SystemUnderTest, num_prompts: int) -> None:
 
 
 def _check_lineage(system: SystemUnderTest) -> None:
-    """Every parent of every record is there."""
-    known = " UNION ALL ".join(f"SELECT record_id::VARCHAR FROM {table}" for table in _RECORD_TABLES)
+    """Require that every parent of every record exists."""
+    record_ids = " UNION ALL ".join(f"SELECT record_id::VARCHAR FROM {table}" for table in _RECORD_TABLES)
     for table in _RECORD_TABLES[1:]:
-        sql = f"SELECT count(*) FROM (SELECT unnest(parent_ids)::VARCHAR AS parent FROM {table}) WHERE parent NOT IN ({known})"
+        sql = f"SELECT count(*) FROM (SELECT unnest(parent_ids)::VARCHAR AS parent FROM {table}) WHERE parent NOT IN ({record_ids})"
         orphans = system.query_count(sql)
-        require(orphans == 0, f"{orphans} parents of {table} are nowhere")
+        require(orphans == 0, f"{orphans} parents of {table} are missing")
 
 
 def _check_offsets(system: SystemUnderTest) -> None:
-    """Every group and the sink have passed everything."""
+    """Require that every consumer group and the sink have read every record."""
     from charter.lag import compute_lags, find_oldest_unread, read_sink_offsets
     from schemas.topics import TOPICS
 
     with system.connect_bus() as bus:
-        behind = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings().judge.pairing).items() if lag}
-        require(not behind, f"messages wait at the stages: {behind}")
-        left: dict[TopicPartition, int] = find_oldest_unread(
+        lags = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings().judge.pairing).items() if lag}
+        require(not lags, f"stages have unread records: {lags}")
+        unread: dict[TopicPartition, int] = find_oldest_unread(
             bus, read_sink_offsets(system.open_store(), bus.cluster_id), bus.end_offsets(list(TOPICS))
         )
-        require(not left, f"messages wait at the sink: {left}")
+        require(not unread, f"the sink has unread records: {unread}")
 
 
 def is_caught_up(system: SystemUnderTest) -> bool:
-    """Whether everything is read; False too while the database is busy or the log is away, for whoever waits and asks again."""
+    """Return whether everything is read; False also while the database is locked or the log is unreachable."""
     try:
         _check_offsets(system)
     except (InvariantViolation, CharterError):

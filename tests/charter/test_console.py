@@ -1,4 +1,4 @@
-"""Tables: one format whatever the width of a terminal, wide characters aligned, and CSV and JSON of the same rows."""
+"""Tables with aligned wide characters, independent of the terminal's width unless they are printed to it; CSV and JSON."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from charter.console import format_csv, format_rows, format_table, output_option
 
 COLUMNS = ["name", "count", "text"]
 ROWS = [["日本語のテキスト", 3, "a"], ["🙂 emoji", 12_345, "b" * 30], ["plain", None, "c"]]
-READ_VERBS = {
+READ_COMMANDS = {
     "status": [""], "show": [""], "sql": [""], "doctor": [""], "config": [""], "policy": ["", "list"],
     "batches": ["", "list", "show", "rebuild"], "constitution": ["list", "show", "lint", "diff", "test", "ablate"],
     "eval": ["agreement"], "runs": ["", "list", "compare"], "dlq": ["", "list", "show"], "topics": ["", "list", "describe", "lag"],
@@ -34,13 +34,13 @@ def test_columns_are_aligned_in_terminal_cells():
 
 
 @pytest.mark.parametrize("width", ["20", "80", "300"])
-def test_without_a_terminal_the_width_changes_nothing(monkeypatch, width):
+def test_width_has_no_effect_without_a_terminal(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
     lines = format_table(COLUMNS, ROWS).splitlines()
     assert len(lines) == 2 + len(ROWS) and "b" * 30 in lines[3]
 
 
-def test_on_a_narrow_terminal_cells_are_folded_and_no_text_is_lost():
+def test_cells_are_wrapped_on_a_narrow_terminal():
     code = "from charter.console import format_table; print(format_table(['x', 'y'], [['a' * 50, 'b' * 50]]))"
     main, other = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", code], stdout=other, env=os.environ | {"COLUMNS": "40"}) as process:
@@ -70,7 +70,7 @@ def test_markup_is_printed_and_not_interpreted():
     assert "[red]not red[/red]" in format_table(["x"], [["[red]not red[/red]"]])
 
 
-def test_csv_can_be_read_back():
+def test_csv_round_trips():
     rows = [["a,b", 'say "hi"', None, [1, {"k": "v"}]], ["line\nbreak", "", 1.5, []]]
     header, *lines = csv.reader(io.StringIO(format_csv(["w", "x", "y", "z"], rows)))
     assert (
@@ -81,7 +81,7 @@ def test_csv_can_be_read_back():
     assert lines[1] == ["line\nbreak", "", "1.5", "[]"]
 
 
-def test_the_same_rows_in_each_format():
+def test_rows_are_printed_in_each_format():
     @click.command()
     @output_options
     def command(output):
@@ -93,8 +93,8 @@ def test_the_same_rows_in_each_format():
     assert run(command, []).output.splitlines()[0].split() == ["a", "b"]
 
 
-@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, names in READ_VERBS.items() for name in names])
-def test_every_read_verb_prints_csv_and_json(verb, name):
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, names in READ_COMMANDS.items() for name in names])
+def test_every_command_that_reads_prints_csv_and_json(verb, name):
     command = load_command(verb)
     options = {option for param in (command.commands[name] if name else command).params for option in param.opts}
-    assert {"--json", "--csv"} <= options and set(READ_VERBS) <= set(VERBS)
+    assert {"--json", "--csv"} <= options and set(READ_COMMANDS) <= set(VERBS)

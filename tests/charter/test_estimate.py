@@ -1,4 +1,4 @@
-"""What work will cost, before it is begun: by hand, for each way of judging."""
+"""Estimates of tokens and cost against values computed by hand, for each answer mode of the judge."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from charter.estimate import PRINCIPLE_PROMPT_TOKENS, estimate_costs
 from engine.settings import load_settings
 
 PROMPTS, CHARS = 10, 4000
-SHOWN = 1000 + PROMPTS * (256 + PRINCIPLE_PROMPT_TOKENS) + PROMPTS * 256  # the prompts, both answers, the question
+SHOWN = 1000 + PROMPTS * (256 + PRINCIPLE_PROMPT_TOKENS) + PROMPTS * 256  # the prompts, both responses, the question
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ SHOWN = 1000 + PROMPTS * (256 + PRINCIPLE_PROMPT_TOKENS) + PROMPTS * 256  # the 
         ({"judge.preset": "bai2022-cot", "judge.max_tokens": 64}, 4 * SHOWN + 2 * PROMPTS * 64, 2 * PROMPTS * 64),
     ],
 )
-def test_a_judge_reads_both_orders_for_each_principle_and_writes_where_its_recipe_says(chosen, read, written):
+def test_estimate_counts_both_orders_for_each_principle(chosen, read, written):
     settings, _ = load_settings(chosen, environment={})
     (cost,) = estimate_costs(settings, ["judge"], PROMPTS, CHARS)
     assert (cost.num_records, cost.prompt_tokens, cost.max_completion_tokens) == (PROMPTS, read, written)

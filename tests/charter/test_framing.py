@@ -1,4 +1,4 @@
-"""The whole stream in Confluent's framing: every schema is registered, and a registry that goes away loses nothing."""
+"""The pipeline in Confluent's wire format: every schema is registered, and an outage of the registry loses nothing."""
 
 import pytest
 
@@ -10,16 +10,17 @@ from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas import codec
 from tests.support.schema_registry import FakeSchemaRegistry
+from tests.support.waiting import wait_until
 
 AWAY = 503, b"away"
 
 
 @pytest.fixture
 def server():
-    found = FakeSchemaRegistry()
-    yield found
+    registry = FakeSchemaRegistry()
+    yield registry
     codec.configure_framing()
-    found.close()
+    registry.close()
 
 
 def framed(tmp_path, **more):
@@ -31,7 +32,7 @@ def confluent(tmp_path, server):
     return framed(tmp_path, **{"bus.framing": "confluent", "bus.schema_registry": server.url})
 
 
-def judged(settings):
+def count_judged(settings):
     return (
         open_store(settings)
         .query("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL")
@@ -42,12 +43,10 @@ def judged(settings):
 def run_until_judged(settings, bus, count, meanwhile=lambda host: None):
     with make_host(settings, bus, STAGES, sink=True) as host:
         meanwhile(host)
-        while judged(settings) != count:
-            host.failure_event.wait(0.05)
-            host.raise_if_failed()
+        wait_until(lambda: count_judged(settings) == count, host)
 
 
-def test_every_record_has_confluents_framing_and_lands(tmp_path, server):
+def test_every_record_uses_confluent_framing_and_is_stored(tmp_path, server):
     settings = confluent(tmp_path, server)
     bus = connect_bus(settings)
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=3)
@@ -57,8 +56,8 @@ def test_every_record_has_confluents_framing_and_lands(tmp_path, server):
     bus.close()
 
 
-def test_readers_with_a_registry_take_both_framings_and_wait_while_it_is_away(tmp_path, server):
-    """Half of the prompts are Confluent's, half are not, and the process that reads them has never seen an id."""
+def test_readers_accept_both_framings_and_wait_during_a_registry_outage(tmp_path, server):
+    """Half of the prompts use Confluent's framing; the reading process has no cached schema ids."""
     bus = connect_bus(framed(tmp_path))
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=2)
     bus.close()
@@ -68,13 +67,11 @@ def test_readers_with_a_registry_take_both_framings_and_wait_while_it_is_away(tm
     settings = framed(tmp_path, **{"bus.schema_registry": server.url})
     bus = connect_bus(settings)
     server.answer = AWAY
-    asked = len(server.requests)
+    num_requests = len(server.requests)
 
     def outage(host):
-        """Both the stages and the sink ask, and must ask again."""
-        while len(server.requests) < asked + 6:
-            host.failure_event.wait(0.05)
-            host.raise_if_failed()
+        """Wait until the stages and the sink have asked the registry repeatedly, then end the outage."""
+        wait_until(lambda: len(server.requests) >= num_requests + 6, host)
         server.answer = None
 
     run_until_judged(settings, bus, 4, outage)
@@ -82,7 +79,7 @@ def test_readers_with_a_registry_take_both_framings_and_wait_while_it_is_away(tm
     bus.close()
 
 
-def test_a_registry_that_is_away_or_missing_is_said_at_the_start(tmp_path, server):
+def test_absent_registry_raises_at_startup(tmp_path, server):
     with pytest.raises(UsageError, match="requires a schema registry"):
         connect_bus(framed(tmp_path, **{"bus.framing": "confluent"}))
     with pytest.raises(UsageError, match="must not contain credentials"):

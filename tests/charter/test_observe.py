@@ -1,4 +1,4 @@
-"""What a running process shows of itself: figures, log lines with coordinates, and one trace for one prompt's way."""
+"""Telemetry of a running process: metrics, log lines with record coordinates, and one trace per prompt."""
 
 import json
 import logging
@@ -20,15 +20,16 @@ from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from producers.files import FileProducer
 from tests.support.kafka import find_free_port
+from tests.support.waiting import HANG_S, wait_until
 
 
-def settings_in(folder, **values):
-    chosen = {"data.folder": str(folder / "data"), "models.policy": "scripted", "worker.max_attempts": "1"}
-    return load_settings(chosen | {name.replace("__", "."): value for name, value in values.items()}, environment={})[0]
+def make_settings(folder, **values):
+    flags = {"data.folder": str(folder / "data"), "models.policy": "scripted", "worker.max_attempts": "1"}
+    return load_settings(flags | {name.replace("__", "."): value for name, value in values.items()}, environment={})[0]
 
 
-def stream(settings, prompts, until):
-    """Produce prompts and run every stage until a query gives what is expected; the caller looks while it still runs."""
+def run_pipeline(settings, prompts, until):
+    """Produce prompts, run every stage until a query returns the expected rows, and yield while the stages still run."""
     bus = connect_bus(settings)
     file = settings.folder / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -36,9 +37,7 @@ def stream(settings, prompts, until):
     host = make_host(settings, bus, STAGES, sink=True)
     with host:
         store = open_store(settings)
-        while not store.path.exists() or store.query(until[0]).rows != until[1]:
-            host.failure_event.wait(0.05)
-            host.raise_if_failed()
+        wait_until(lambda: store.path.exists() and store.query(until[0]).rows == until[1], host)
         yield
     bus.close()
 
@@ -46,55 +45,55 @@ def stream(settings, prompts, until):
 JUDGED = ("SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL", [(2,)])
 
 
-def scraped(port):
-    """(name, labels) -> value."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
+def scrape_metrics(port):
+    """Return {(name, labels): value}."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
         return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
-def test_prometheus_reads_what_the_stages_and_the_sink_have_done(tmp_path):
+def test_prometheus_metrics_of_stages_and_sink(tmp_path):
     port = find_free_port()
-    settings = settings_in(tmp_path, telemetry__metrics_port=str(port))
-    for _ in stream(settings, ["one", "two", f"{POISON_TEXT} three"], JUDGED):
-        found = scraped(port)
+    settings = make_settings(tmp_path, telemetry__metrics_port=str(port))
+    for _ in run_pipeline(settings, ["one", "two", f"{POISON_TEXT} three"], JUDGED):
+        metrics = scrape_metrics(port)
 
-        def figure(name, stage, run="live", found=found):
-            return found[f"charter_{name}", (("run", run), ("stage", stage))]
+        def get_metric(name, stage, run="live", metrics=metrics):
+            return metrics[f"charter_{name}", (("run", run), ("stage", stage))]
 
-        assert figure("records_read_total", "respond") == 3 and figure("records_written_total", "respond") == 3
-        assert figure("dead_letters_total", "respond") == 1 and figure("dead_letters_total", "judge") == 0
-        assert figure("tokens_total", "respond") > 0 and figure("batch_seconds_total", "respond") > 0
-        assert figure("lag_records", "respond") == 0 and figure("records_written_total", "judge") == 2
-        assert figure("records_read_total", "sink", "all") >= 3 + 3 + 2 + 2
+        assert get_metric("records_read_total", "respond") == 3 and get_metric("records_written_total", "respond") == 3
+        assert get_metric("dead_letters_total", "respond") == 1 and get_metric("dead_letters_total", "judge") == 0
+        assert get_metric("tokens_total", "respond") > 0 and get_metric("batch_seconds_total", "respond") > 0
+        assert get_metric("lag_records", "respond") == 0 and get_metric("records_written_total", "judge") == 2
+        assert get_metric("records_read_total", "sink", "all") >= 3 + 3 + 2 + 2
     with pytest.raises(OSError):
-        scraped(port)
+        scrape_metrics(port)
 
 
-def test_a_port_that_is_taken_is_said(tmp_path):
+def test_port_in_use_raises(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = settings_in(tmp_path, telemetry__metrics_port=str(taken.getsockname()[1]))
+        settings = make_settings(tmp_path, telemetry__metrics_port=str(taken.getsockname()[1]))
         with pytest.raises(UsageError, match="port is in use"):
             start_metrics_server(settings, lambda bus: [])
 
 
-def test_the_trainer_shows_its_newest_step_and_the_versions(tmp_path, bus):
-    settings, port = settings_in(tmp_path), find_free_port()
+def test_trainer_exports_its_latest_step_and_versions(tmp_path, bus):
+    settings, port = make_settings(tmp_path), find_free_port()
     settings = settings.model_copy(update={"telemetry": settings.telemetry.model_copy(update={"metrics_port": port})})
     closing = start_metrics_server(settings, make_trainer_collector({"sft": {"loss": 2.5}}, Counter(sft=7)))
-    found = scraped(port)
+    metrics = scrape_metrics(port)
     for close in closing:
         close()
-    assert found["charter_train_metric", (("metric", "loss"), ("phase", "sft"))] == 2.5
-    assert found["charter_train_steps_total", (("phase", "sft"),)] == 7
-    assert found["charter_version", (("kind", "policy"),)] == 0
+    assert metrics["charter_train_metric", (("metric", "loss"), ("phase", "sft"))] == 2.5
+    assert metrics["charter_train_steps_total", (("phase", "sft"),)] == 7
+    assert metrics["charter_version", (("kind", "policy"),)] == 0
 
 
-def test_log_lines_are_json_with_the_coordinates_of_a_record(tmp_path, caplog):
+def test_json_log_lines_contain_the_coordinates_of_a_record(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "charter"):
-        for _ in stream(settings_in(tmp_path), ["one", "two", f"{POISON_TEXT} three"], JUDGED):
+        for _ in run_pipeline(make_settings(tmp_path), ["one", "two", f"{POISON_TEXT} three"], JUDGED):
             lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     dead_letter_line = next(line for line in lines if "to the dead letters" in line["message"])
     assert dead_letter_line["level"] == "WARNING" and dead_letter_line["logger"] == "charter.worker"
@@ -106,7 +105,7 @@ def test_log_lines_are_json_with_the_coordinates_of_a_record(tmp_path, caplog):
     assert len({line["prompt_id"] for line in finished}) == 2
 
 
-def test_a_traceback_is_part_of_its_line():
+def test_traceback_is_part_of_its_json_line():
     try:
         raise ValueError("why")
     except ValueError:
@@ -114,14 +113,14 @@ def test_a_traceback_is_part_of_its_line():
     assert "ValueError: why" in json.loads(JsonFormatter().format(record))["traceback"]
 
 
-def test_hostile_text_stays_on_one_line_of_a_log():
+def test_hostile_text_stays_on_one_log_line():
     record = logging.LogRecord("charter", logging.INFO, "", 0, "a\n\x1b[2Jb\u202e", None, None)
     line = JsonFormatter().format(record)
     assert line.isascii() and line.isprintable() and json.loads(line)["message"] == "a\n\x1b[2Jb\u202e"
 
 
 @pytest.mark.parametrize(("as_json", "kind"), [(True, JsonFormatter), (False, TerminalFormatter)])
-def test_the_log_is_for_people_unless_a_machine_reads_it(monkeypatch, as_json, kind):
+def test_log_format_is_text_unless_json_is_requested(monkeypatch, as_json, kind):
     root = logging.Logger("root")
     monkeypatch.setattr(logging, "root", root)
     configure_logging(False, as_json)
@@ -129,36 +128,36 @@ def test_the_log_is_for_people_unless_a_machine_reads_it(monkeypatch, as_json, k
     assert as_json or root.handlers[0].formatter._fmt == LOG_FORMAT
 
 
-def test_hostile_text_in_a_log_is_inert_for_people_too():
-    said = TerminalFormatter().format(logging.LogRecord("charter", logging.INFO, "", 0, "a\x1b[2Jb\u202e", None, None))
-    assert said == "INFO charter a\\x1b[2Jb\\u202e"
+def test_text_log_escapes_hostile_text():
+    line = TerminalFormatter().format(logging.LogRecord("charter", logging.INFO, "", 0, "a\x1b[2Jb\u202e", None, None))
+    assert line == "INFO charter a\\x1b[2Jb\\u202e"
 
 
-def test_one_prompts_way_is_one_trace(tmp_path, monkeypatch):
+def test_one_prompt_has_one_trace(tmp_path, monkeypatch):
     from opentelemetry.sdk.trace.export import in_memory_span_exporter as exporting
 
     from engine import tracing
 
-    kept = exporting.InMemorySpanExporter()
-    monkeypatch.setattr(tracing, "make_otlp_exporter", lambda: kept)
-    settings = settings_in(tmp_path, telemetry__traces="true")
-    for _ in stream(settings, ["one", "two"], JUDGED):
+    exporter = exporting.InMemorySpanExporter()
+    monkeypatch.setattr(tracing, "make_otlp_exporter", lambda: exporter)
+    settings = make_settings(tmp_path, telemetry__traces="true")
+    for _ in run_pipeline(settings, ["one", "two"], JUDGED):
         bus = connect_bus(settings)
         headers = [dict(message.headers) for message in read_everything(bus, "preferences")]
         bus.close()
-    spans = kept.get_finished_spans()
+    spans = exporter.get_finished_spans()
     by_id = {span.context.span_id: span for span in spans}
     assert {span.name for span in spans} >= {"charter.respond", "charter.critique", "charter.judge"}
     prompts = {span.attributes["charter.prompt_id"] for span in spans}
     assert len(prompts) == 2
     for prompt in prompts:
-        own = [span for span in spans if span.attributes["charter.prompt_id"] == prompt]
-        assert len({span.context.trace_id for span in own}) == 1
-        roots = [span for span in own if span.parent is None]
+        prompt_spans = [span for span in spans if span.attributes["charter.prompt_id"] == prompt]
+        assert len({span.context.trace_id for span in prompt_spans}) == 1
+        roots = [span for span in prompt_spans if span.parent is None]
         assert [span.name for span in roots] == ["charter.respond"]
-        assert all(by_id[span.parent.span_id].context.trace_id == span.context.trace_id for span in own if span.parent)
-    judged = {f"00-{s.context.trace_id:032x}-{s.context.span_id:016x}" for s in spans if s.name == "charter.judge"}
-    assert {header["traceparent"].decode().rpartition("-")[0] for header in headers} == judged
+        assert all(by_id[span.parent.span_id].context.trace_id == span.context.trace_id for span in prompt_spans if span.parent)
+    judge_spans = {f"00-{s.context.trace_id:032x}-{s.context.span_id:016x}" for s in spans if s.name == "charter.judge"}
+    assert {header["traceparent"].decode().rpartition("-")[0] for header in headers} == judge_spans
 
 
 def read_everything(bus, topic):
@@ -167,20 +166,20 @@ def read_everything(bus, topic):
     return list(read_topic(bus, topic))
 
 
-def test_without_opentelemetry_traces_are_refused_and_nothing_else_needs_it(tmp_path, monkeypatch):
+def test_traces_require_opentelemetry_and_nothing_else_does(tmp_path, monkeypatch):
     import builtins
 
     importing = builtins.__import__
 
-    def without(name, *arguments, **keywords):
+    def fail_import(name, *arguments, **keywords):
         if name.startswith("opentelemetry"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return importing(name, *arguments, **keywords)
 
     from charter.telemetry import open_tracing
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", fail_import)
     monkeypatch.delitem(sys.modules, "engine.tracing", raising=False)
-    assert open_tracing(settings_in(tmp_path)) is None
+    assert open_tracing(make_settings(tmp_path)) is None
     with pytest.raises(UsageError, match="opentelemetry"):
-        open_tracing(settings_in(tmp_path, telemetry__traces="true"))
+        open_tracing(make_settings(tmp_path, telemetry__traces="true"))

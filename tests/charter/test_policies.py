@@ -21,7 +21,7 @@ from trainer.loop import Trainer
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A data folder after two supervised updates and one of the reward model."""
+    """Return a data folder after two SFT updates and one update of the reward model."""
     folder = tmp_path_factory.mktemp("trained") / "data"
     (folder / "base").mkdir(parents=True)
     settings = make_settings(folder)
@@ -49,27 +49,27 @@ def sink_all(bus, store):
 
 @pytest.fixture
 def charter(trained):
-    """Runs a verb on the folder; errors of ours are raised."""
+    """Return a function that runs a command on the folder and raises Charter's errors."""
 
-    def run(*words, **how):
-        chosen = [word for name, value in flags(trained).items() for word in ("--set", f"{name}={value}")]
-        result = CliRunner().invoke(cli, [*words, *chosen], catch_exceptions=False, **how)
+    def run(*arguments, **kwargs):
+        options = [word for name, value in make_flags(trained).items() for word in ("--set", f"{name}={value}")]
+        result = CliRunner().invoke(cli, [*arguments, *options], catch_exceptions=False, **kwargs)
         assert result.exit_code == 0, result.output
         return result.stdout
 
     return run
 
 
-def flags(folder):
+def make_flags(folder):
     return {"data.folder": str(folder), "models.policy": str(folder / "base"), "train.save_total_limit": "1"}
 
 
-def listed(charter):
+def list_policies(charter):
     return json.loads(charter("policy", "list", "--json"))
 
 
-def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
-    before = listed(charter)
+def test_restoring_a_policy_creates_a_version_with_the_old_weights(charter, trained):
+    before = list_policies(charter)
     assert [(row["kind"], row["version"], row["phase"]) for row in before] == [
         ("policy", 0, ""), ("policy", 1, "sft"), ("policy", 2, "sft"), ("reward", 1, "reward"),
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
     assert "policy 3 is now the current policy, with the weights of policy 0" in charter(
         "policy", "use", "0", "--reason", "worse"
     )
-    after = listed(charter)
+    after = list_policies(charter)
     assert [(row["version"], row["weights_of"], row["role"]) for row in after if row["kind"] == "policy"][-1] == (
         3, 0, "current",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_going_back_makes_a_new_version_with_the_old_weights(charter, trained):
     bus.close()
 
 
-def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
+def test_pause_stops_the_trainer_and_resume_restarts_it(charter, trained):
     assert charter("policy", "pause", "ppo", "--reason", "look") == "ppo: paused\n"
     assert "nothing to do" in charter("policy", "pause", "ppo")
     settings = make_settings(trained)
@@ -107,7 +107,7 @@ def test_pausing_is_seen_by_the_trainer_and_ends(charter, trained):
     bus.close()
 
 
-def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
+def test_export_contains_only_the_model_files(charter, tmp_path):
     assert charter("policy", "export", "2", str(tmp_path / "out")) == f"policy 2: {tmp_path / 'out'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["fake.safetensors"]
     with pytest.raises(UsageError, match="already exists"):
@@ -116,26 +116,28 @@ def test_an_export_is_a_model_folder_and_nothing_more(charter, tmp_path):
         charter("policy", "export", "newest", str(tmp_path / "other"))
 
 
-def test_batches_are_listed_shown_and_rebuilt_exactly(charter, trained):
+def test_batches_are_listed_shown_and_rebuilt(charter, trained):
     rows = json.loads(charter("batches", "--json"))
     assert [(row["batch_number"], row["phase"], row["rows"], row["outcome"]) for row in rows] == [
         (1, "sft", 4, "published policy 1"), (2, "sft", 4, "published policy 2"), (3, "reward", 8, "published reward 1"),
     ]  # fmt: skip
-    shown = json.loads(charter("batches", "show", "3", "--json"))
-    assert shown["mixture"] == {"test": 8} and len(shown["record_ids"]) == 8
+    batch = json.loads(charter("batches", "show", "3", "--json"))
+    assert batch["mixture"] == {"test": 8} and len(batch["record_ids"]) == 8
     assert "rebuilt exactly: 8 records" in charter("batches", "rebuild", "3")
-    again = json.loads(charter("batches", "rebuild", "3", "--json"))
-    assert [row["record_id"] for row in again["rows"]] == shown["record_ids"] and again["content_hash"] == shown["content_hash"]
+    rebuilt = json.loads(charter("batches", "rebuild", "3", "--json"))
+    assert [row["record_id"] for row in rebuilt["rows"]] == batch["record_ids"] and rebuilt["content_hash"] == batch[
+        "content_hash"
+    ]
     with pytest.raises(UsageError, match="there is no batch 9"):
         charter("batches", "show", "9")
     store = open_store(make_settings(trained))
     with store.open_write_session() as connection:
-        connection.execute("UPDATE raw.preferences SET p_a = 0.1 WHERE p_a = 0.8 AND record_id = ?", shown["record_ids"][:1])
+        connection.execute("UPDATE raw.preferences SET p_a = 0.1 WHERE p_a = 0.8 AND record_id = ?", batch["record_ids"][:1])
     with pytest.raises(CharterError, match="batch 3"):
         charter("batches", "rebuild", "3")
 
 
-def test_the_views_tell_what_training_did(charter, trained):
+def test_training_views(charter, trained):
     store = open_store(make_settings(trained))
     versions = store.query(
         "SELECT kind, version, weights_of, batch_number, trained_rows FROM policy_versions ORDER BY 1, 2"
@@ -146,17 +148,17 @@ def test_the_views_tell_what_training_did(charter, trained):
     assert {("sft", "loss"), ("loop", "duckdb_share"), ("loop", "alive_duckdb_share")} <= set(steps)
 
 
-def test_chat_answers_once_for_a_script_and_turn_by_turn_for_a_person(trained):
-    def ask(*words, text=""):
+def test_chat_answers_one_message_or_a_conversation(trained):
+    def run_chat(*words, text=""):
         flags_ = {"data.folder": str(trained), "models.policy": "scripted"}
-        chosen = [word for name, value in flags_.items() for word in ("--set", f"{name}={value}")]
-        return CliRunner().invoke(cli, ["chat", "--policy", "0", *words, *chosen], input=text, catch_exceptions=False)
+        options = [word for name, value in flags_.items() for word in ("--set", f"{name}={value}")]
+        return CliRunner().invoke(cli, ["chat", "--policy", "0", *words, *options], input=text, catch_exceptions=False)
 
-    once = ask("--seed", "1", "--json", "-", text="Why is\nthe sky blue?")
+    once = run_chat("--seed", "1", "--json", "-", text="Why is\nthe sky blue?")
     about = json.loads(once.stdout)
     assert (about["policy"], about["finish_reason"]) == (0, "stop") and about["response"]
-    assert ask("--seed", "1", "Why is\nthe sky blue?").stdout == about["response"] + "\n"
-    talk = ask("--seed", "1", text="one\n\n/new\ntwo\n").stdout.splitlines()
+    assert run_chat("--seed", "1", "Why is\nthe sky blue?").stdout == about["response"] + "\n"
+    talk = run_chat("--seed", "1", text="one\n\n/new\ntwo\n").stdout.splitlines()
     assert len([line for line in talk if line]) == 2
     with pytest.raises(UsageError, match="no policy 9"):
         CliRunner().invoke(cli, ["chat", "--policy", "9", "x", "--data", str(trained)], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""The reference pages say what the code says, and the command line keeps to its one grammar."""
+"""The reference pages are up to date, and all commands follow one grammar."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ READ = ("status", "show", "sql", "doctor", "config", "runs list", "dlq list", "d
 
 
 @pytest.mark.parametrize("page", reference.PAGES)
-def test_the_pages_are_as_the_code_says(page):
+def test_generated_pages_are_up_to_date(page):
     written = (reference.DOCS / page).read_text(encoding="utf-8")
     assert written == reference.PAGES[page](), "type: python -m charter.reference"
 
 
-def test_each_verb_is_in_one_section_with_the_first_sentence_of_its_help():
+def test_every_command_is_in_one_section_with_the_first_sentence_of_its_help():
     commands = Path(charter.commands.__file__).parent
     assert sorted(VERBS) == sorted(path.stem for path in commands.glob("[a-z]*.py"))
     for verbs in SECTIONS.values():
@@ -28,19 +28,19 @@ def test_each_verb_is_in_one_section_with_the_first_sentence_of_its_help():
 
 
 @pytest.mark.parametrize(("name", "command"), ALL)
-def test_every_verb_explains_itself(name, command):
+def test_every_command_has_help(name, command):
     assert command.help and command.short_help is None
     assert len(command.get_short_help_str(200)) <= 64, "the first sentence is one line of --help, in 80 columns"
     assert all(param.help for param in command.params if isinstance(param, click.Option)), "an option without a meaning"
 
 
 @pytest.mark.parametrize("name", READ)
-def test_verbs_that_read_have_json(name):
+def test_commands_that_read_have_json(name):
     command = dict(ALL)[name]
     assert any("--json" in param.opts for param in command.params)
 
 
-def test_the_help_fits_eighty_columns():
-    said = cli.get_help(click.Context(cli, info_name="charter", terminal_width=80))
-    assert max(map(len, said.splitlines())) <= 80
-    assert not [line for line in said.partition("Start:")[2].splitlines() if line.endswith("...")]
+def test_help_fits_eighty_columns():
+    text = cli.get_help(click.Context(cli, info_name="charter", terminal_width=80))
+    assert max(map(len, text.splitlines())) <= 80
+    assert not [line for line in text.partition("Start:")[2].splitlines() if line.endswith("...")]

@@ -148,7 +148,7 @@ def test_error_for_an_unknown_placeholder_names_the_line_and_the_nearest_term():
     )
     assert_error(TERMS.replace("rude.", "rude to {who}."), "line 8", "{who}", 'who = "..."')
     assert_error(TERMS.replace('"Acme"', "3"), "line 4", "company")
-    assert_error(HEAD + "terms = 3\n", "line 3", "no table")
+    assert_error(HEAD + "terms = 3\n", "line 3", "is not a table")
 
 
 # Prose
@@ -179,7 +179,7 @@ def test_priority_and_judge_with_change_the_hash():
         (PROSE + make_entry(JUDGING, "j"), ["line 18", "prose and a judge list"]),
         (HEAD + "prose = []\n", ["line 3", "empty list"]),
         (HEAD + "critique = []\njudge = []\n", ["line 3", "empty list", "[[critique]]"]),
-        (HEAD + "critique = 7\n", ["line 3", "no list"]),
+        (HEAD + "critique = 7\n", ["line 3", "is not a list"]),
         (
             HEAD + make_entry(CRITIQUE, "all") + make_entry(JUDGING, "j"),
             ["line 4: critique.0.id cannot be 'all'", "is reserved"],

@@ -1,7 +1,6 @@
 """Custom stages: the one in docs/extending.md runs, and errors in a stage file are reported."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from charter.pipeline import make_host
 from engine.errors import UsageError
 from engine.settings import load_settings
 from engine.worker import to_producer_record
+from tests.support.waiting import wait_until
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ROLES = ("policy", "critic", "judge")
@@ -38,9 +38,8 @@ def test_custom_stage_runs_next_to_the_other_stages(stage_file, tmp_path, make_p
     )
     sql = "SELECT count(*), count(DISTINCT parent_ids[1]), min(metrics['answer/words']) FROM metrics"
     with host:
-        deadline = time.monotonic() + 60
-        while not (open_store(settings).path.exists() and open_store(settings).query(sql).rows[0][0] == 5):
-            assert time.monotonic() < deadline and not host.failure_event.wait(0.05)
+        store = open_store(settings)
+        wait_until(lambda: store.path.exists() and store.query(sql).rows[0][0] == 5, host)
     bus.close()
     host.raise_if_failed()
     ((num_rows, num_responses, min_words),) = open_store(settings).query(sql).rows

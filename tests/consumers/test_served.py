@@ -10,6 +10,7 @@ from engine.models.endpoint import open_endpoint
 from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
 from schemas.records import Critique, EndReason, Outcome, Preference, Revision
+from tests.support.waiting import HANG_S
 
 pytestmark = pytest.mark.model
 SHORT_SETTINGS = {
@@ -23,7 +24,7 @@ SHORT_SETTINGS = {
 
 @pytest.fixture(scope="module")
 def server(served):
-    model = open_endpoint(served, timeout_s=60, concurrency=2)
+    model = open_endpoint(served, timeout_s=HANG_S, concurrency=2)
     model.num_votes = 2
     return model
 

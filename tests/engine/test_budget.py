@@ -13,6 +13,7 @@ from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas import ids
 from schemas.records import ModelRef, Preference
 from tests.support.chat_server import FakeChatServer, make_script
+from tests.support.waiting import wait_until
 
 
 def make_label(number, *, run="r", model="paid", read=1000, written=500):
@@ -62,9 +63,7 @@ def test_stages_pause_at_the_cost_limit_and_resume_with_a_higher_one(tmp_path):
         bus = connect_bus(settings)
         FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=num_prompts)
         with make_host(settings, bus, STAGES, sink=True) as host:
-            while not all(worker.admission_closed for worker in host.workers):
-                host.failure_event.wait(0.02)
-                host.raise_if_failed()
+            wait_until(lambda: all(worker.admission_closed for worker in host.workers), host)
         bus.close()
         labels = Store(tmp_path / "d" / "charter.duckdb").query("SELECT count(*), sum(prompt_tokens) FROM preferences").rows[0]
         assert 0 < labels[0] < num_prompts
@@ -72,9 +71,7 @@ def test_stages_pause_at_the_cost_limit_and_resume_with_a_higher_one(tmp_path):
         bus = connect_bus(settings)
         with make_host(settings, bus, STAGES, sink=True) as host:
             store = Store(tmp_path / "d" / "charter.duckdb")
-            while store.query("SELECT count(*) FROM raw.preferences").rows[0][0] < num_prompts:
-                host.failure_event.wait(0.05)
-                host.raise_if_failed()
+            wait_until(lambda: store.query("SELECT count(*) FROM raw.preferences").rows[0][0] == num_prompts, host)
         bus.close()
         assert store.query("SELECT count(*), count(DISTINCT record_id) FROM raw.preferences").rows == [
             (num_prompts, num_prompts)

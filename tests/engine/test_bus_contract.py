@@ -13,8 +13,8 @@ from engine.bus.read import read_topic, read_values
 from engine.errors import PartitionLost, UsageError, WriterFenced
 from schemas.records import PolicyUpdate, Prompt, Response
 from schemas.topics import TopicSpec
+from tests.support.waiting import HANG_S
 
-TIMEOUT_S = 30
 SPECS = [
     TopicSpec("in", Prompt, num_partitions=4),
     TopicSpec("out", Response, num_partitions=4),
@@ -48,8 +48,8 @@ def read_numbers(bus, topic):
     return sorted(int(value) for value in read_values(bus, topic))
 
 
-def wait_until(condition, *keep_alive):
-    deadline = time.monotonic() + TIMEOUT_S
+def poll_until(condition, *keep_alive):
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"
         # Concurrently, because a rebalance needs all members, and a client completes it only while it polls.
@@ -78,7 +78,7 @@ def run_in_threads(*functions):
 def move_records(bus, consumer, writer, count, batch=50):
     """Move `count` records from `in` to `out` with their offsets; return the number of moved records."""
     num_moved = 0
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + HANG_S
     while num_moved < count and time.monotonic() < deadline:
         num_moved += move_batch(consumer, writer, batch)
     return num_moved
@@ -207,7 +207,7 @@ def test_commit_writes_outputs_and_offsets_atomically(bus):
     consumer, writer = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a")
     assert move_records(bus, consumer, writer, 60) == 60
     assert read_numbers(bus, "out") == list(range(60))
-    wait_until(lambda: sum(bus.committed("g", ["in"]).values()) == 60)
+    poll_until(lambda: sum(bus.committed("g", ["in"]).values()) == 60)
     assert consumer.committed() == {p: o for p, o in bus.end_offsets(["in"]).items() if o}
     consumer.close()
     writer.close()
@@ -230,20 +230,20 @@ def test_uncommitted_records_are_read_again(bus):
     bus.publish(make_records("in", range(10)))
     first = bus.open_consumer("g", ["in"], member="a")
     seen = []
-    wait_until(lambda: seen.extend(first.poll(0.2, 100)) or len(seen) == 10)
+    poll_until(lambda: seen.extend(first.poll(0.2, 100)) or len(seen) == 10)
     first.close()
     second = bus.open_consumer("g", ["in"], member="b")
     again = []
-    wait_until(lambda: again.extend(second.poll(0.2, 100)) or len(again) == 10)
+    poll_until(lambda: again.extend(second.poll(0.2, 100)) or len(again) == 10)
     second.close()
 
 
 def test_two_members_share_the_partitions_until_one_leaves(bus):
     first, second = bus.open_consumer("g", ["in"], member="a"), bus.open_consumer("g", ["in"], member="b")
-    wait_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    poll_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
     assert not set(first.assignment()) & set(second.assignment())
     second.close()
-    wait_until(lambda: len(first.assignment()) == 4, first)
+    poll_until(lambda: len(first.assignment()) == 4, first)
     first.close()
 
 
@@ -262,7 +262,7 @@ def test_records_move_exactly_once_while_members_join_and_leave(bus):
             writer.close()
         if round_number == 8:
             members["c"] = bus.open_consumer("g", ["in"], member="c"), bus.open_writer("g.c")
-    wait_until(lambda: move_on_all_members() or read_numbers(bus, "out") == list(range(200)))
+    poll_until(lambda: move_on_all_members() or read_numbers(bus, "out") == list(range(200)))
     for consumer, writer in members.values():
         consumer.close()
         writer.close()
@@ -272,13 +272,13 @@ def test_outputs_of_a_lost_partition_are_not_written(bus):
     bus.publish(make_records("in", range(20)))
     consumer, writer = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a")
     messages = []
-    wait_until(lambda: messages.extend(consumer.poll(0.2, 100)) or len(messages) == 20)
+    poll_until(lambda: messages.extend(consumer.poll(0.2, 100)) or len(messages) == 20)
     partition_key = TopicPartition("in", messages[0].partition)
     with pytest.raises(PartitionLost):
         writer.commit([ProducerRecord("out", b"k", b"1")], {partition_key: 1}, consumer=consumer, epochs={partition_key: -5})
     assert read_numbers(bus, "out") == [] and bus.committed("g", ["in"]) == {}
     writer.commit([ProducerRecord("out", b"k", b"2")])  # the writer is still usable
-    wait_until(lambda: read_numbers(bus, "out") == [2])
+    poll_until(lambda: read_numbers(bus, "out") == [2])
     consumer.close()
     writer.close()
 
@@ -290,23 +290,23 @@ def test_second_writer_fences_the_first(bus):
     second.commit([ProducerRecord("out", b"k", b"2")])
     with pytest.raises(WriterFenced):
         first.commit([ProducerRecord("out", b"k", b"3")])
-    wait_until(lambda: read_numbers(bus, "out") == [1, 2])
+    poll_until(lambda: read_numbers(bus, "out") == [1, 2])
     first.close()
     second.close()
 
 
 def test_paused_partition_returns_no_record_until_resumed(bus):
     consumer = bus.open_consumer("g", ["in"], member="a")
-    wait_until(lambda: len(consumer.assignment()) == 4, consumer)
+    poll_until(lambda: len(consumer.assignment()) == 4, consumer)
     consumer.pause(list(consumer.assignment()))
     bus.publish(make_records("in", range(10)))
     assert consumer.poll(1.0, 100) == []
     consumer.resume(list(consumer.assignment()))
     seen = []
-    wait_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 10)
+    poll_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 10)
     consumer.seek(TopicPartition("in", seen[0].partition), seen[0].offset)
     again = []
-    wait_until(lambda: again.extend(consumer.poll(0.2, 100)) or again)
+    poll_until(lambda: again.extend(consumer.poll(0.2, 100)) or again)
     assert again[0].offset == seen[0].offset
     consumer.close()
 
@@ -318,12 +318,12 @@ def test_reader_starts_at_its_offsets_and_reaches_the_end(bus):
     ends = bus.end_offsets(["in"])
     reader = bus.open_reader(bus.beginning_offsets(["in"]))
     seen = []
-    wait_until(lambda: seen.extend(reader.poll(0.2, 15)) or all(reader.positions()[p] >= e for p, e in ends.items()))
+    poll_until(lambda: seen.extend(reader.poll(0.2, 15)) or all(reader.positions()[p] >= e for p, e in ends.items()))
     assert sorted(int(m.value) for m in seen) == list(range(50))
     late = bus.open_reader({partition_key: max(0, end - 1) for partition_key, end in bus.end_offsets(["one"]).items()})
     bus.publish([ProducerRecord("one", b"k", b"new")])
     records = []
-    wait_until(lambda: records.extend(late.poll(0.2, 10)) or records)
+    poll_until(lambda: records.extend(late.poll(0.2, 10)) or records)
     assert records[0].value == b"new"
     for opened in (reader, late, writer):
         opened.close()
@@ -368,10 +368,10 @@ def test_transaction_writes_to_several_topics(bus):
 def test_member_cannot_commit_a_partition_that_moved(bus):
     bus.publish(make_records("in", range(40)))
     first, writer, read = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a"), []
-    wait_until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == 40)
+    poll_until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == 40)
     before = first.assignment()
     second = bus.open_consumer("g", ["in"], member="b")
-    wait_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    poll_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
     kept, (moved, *_) = first.assignment(), second.assignment()
     with pytest.raises(PartitionLost):
         writer.commit([ProducerRecord("out", b"k", b"1")], {moved: 1}, consumer=first, epochs={moved: before[moved]})
@@ -380,25 +380,25 @@ def test_member_cannot_commit_a_partition_that_moved(bus):
     assert all(
         kept[partition_key] == before[partition_key] for partition_key in kept
     )  # partitions that stayed keep their epoch and can be committed
-    wait_until(
+    poll_until(
         lambda: try_commit(writer, [ProducerRecord("out", b"k", b"2")], dict.fromkeys(kept, 1), first, kept), first, second
     )
     assert read_numbers(bus, "out") == [2] and first.committed() == dict.fromkeys(kept, 1)
-    wait_until(lambda: bus.committed("g", ["in"]) == dict.fromkeys(kept, 1))
+    poll_until(lambda: bus.committed("g", ["in"]) == dict.fromkeys(kept, 1))
     for opened in (first, second, writer):
         opened.close()
 
 
 def test_newly_assigned_partitions_do_not_rewind_the_others(bus):
     first, second = bus.open_consumer("g", ["in"], member="a"), bus.open_consumer("g", ["in"], member="b")
-    wait_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    poll_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
     bus.publish(make_records("in", range(60)))
     ends, read = bus.end_offsets(["in"]), []
     assigned = first.assignment()
-    wait_until(lambda: read.extend(first.poll(0.2, 7)) or len(read) == sum(ends[partition_key] for partition_key in assigned))
+    poll_until(lambda: read.extend(first.poll(0.2, 7)) or len(read) == sum(ends[partition_key] for partition_key in assigned))
     second.close()  # without a commit
-    wait_until(lambda: read.extend(first.poll(0.2, 7)) or len(first.assignment()) == 4)
-    wait_until(lambda: read.extend(first.poll(0.2, 7)) or len(read) >= 60)
+    poll_until(lambda: read.extend(first.poll(0.2, 7)) or len(first.assignment()) == 4)
+    poll_until(lambda: read.extend(first.poll(0.2, 7)) or len(read) >= 60)
     read += first.poll(0.5, 100)
     assert sorted(int(m.value) for m in read) == list(range(60))  # each once: no partition was rewound
     first.close()
@@ -406,14 +406,14 @@ def test_newly_assigned_partitions_do_not_rewind_the_others(bus):
 
 def test_paused_partition_stays_paused_after_a_rebalance(bus):
     first, second = bus.open_consumer("g", ["in"], member="a"), bus.open_consumer("g", ["in"], member="b")
-    wait_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
+    poll_until(lambda: len(first.assignment()) == 2 and len(second.assignment()) == 2, first, second)
     kept = first.assignment()
     first.pause(list(kept))
     second.close()
-    wait_until(lambda: len(first.assignment()) == 4, first)
+    poll_until(lambda: len(first.assignment()) == 4, first)
     bus.publish(make_records("in", range(60)))
     ends, read = bus.end_offsets(["in"]), []
-    wait_until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == sum(ends[p] for p in ends if p not in kept))
+    poll_until(lambda: read.extend(first.poll(0.2, 100)) or len(read) == sum(ends[p] for p in ends if p not in kept))
     assert not {TopicPartition("in", m.partition) for m in [*read, *first.poll(0.3, 100)]} & set(kept)
     first.close()
 
@@ -432,9 +432,9 @@ def test_reader_accepts_partitions_later(bus):
     reader, seen = bus.open_reader({}), []
     assert reader.poll(0.05, 10) == [] and reader.positions() == {}
     reader.add_partitions({TopicPartition("one", 0): 0})
-    wait_until(lambda: seen.extend(reader.poll(0.2, 10)) or seen)
+    poll_until(lambda: seen.extend(reader.poll(0.2, 10)) or seen)
     reader.add_partitions(bus.beginning_offsets(["in"]))
-    wait_until(lambda: seen.extend(reader.poll(0.2, 3)) or len(seen) == 11)
+    poll_until(lambda: seen.extend(reader.poll(0.2, 3)) or len(seen) == 11)
     assert sorted(int(m.value) for m in seen) == [*range(10), 99]
     assert reader.positions() == bus.end_offsets(["in", "one"])
     reader.close()
@@ -455,7 +455,7 @@ def test_reader_respects_the_poll_limit_and_reads_every_partition(bus):
 def test_offsets_for_time_returns_the_first_later_record(bus):
     bus.publish([ProducerRecord("one", b"k", b"1"), ProducerRecord("one", b"k", b"2")])
     timestamps = [m.timestamp_ms for m in read_topic(bus, "one")]
-    wait_until(lambda: time.time() * 1000 > timestamps[-1] + 2)
+    poll_until(lambda: time.time() * 1000 > timestamps[-1] + 2)
     bus.publish([ProducerRecord("one", b"k", b"3")])
     newest = [m.timestamp_ms for m in read_topic(bus, "one")][-1]
     partition_key = TopicPartition("one", 0)
@@ -470,7 +470,7 @@ def test_initial_group_offsets_apply_only_before_the_first_commit(bus):
     bus.initialize_group_offsets("g", ends)
     bus.publish(make_records("in", range(30, 60)))
     consumer, writer, seen = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a"), []
-    wait_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 30)
+    poll_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 30)
     assert sorted(int(m.value) for m in seen) == list(range(30, 60))
     assert consumer.positions() == bus.end_offsets(["in"])
     partition_key = TopicPartition("in", seen[0].partition)

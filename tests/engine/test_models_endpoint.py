@@ -36,6 +36,7 @@ from tests.support.chat_server import (
     make_chat_completion,
     make_script,
 )
+from tests.support.waiting import HANG_S
 
 KEY = "sk-very-secret"
 SCORING = ServerCapabilities(prefill_body=PREFILL_BODIES[0], max_top_logprobs=20)
@@ -55,8 +56,8 @@ def server():
 def make_endpoint(server, **options):
     defaults = {
         "backoff_range_s": (0.01, 0.02),
-        "retry_timeout_s": 5.0,
-        "timeout_s": 2.0,
+        "retry_timeout_s": HANG_S,
+        "timeout_s": HANG_S,
         "cached_server_capabilities": SCORING,
     }
     return Endpoint(server.url, "m", KEY, **defaults | options)
@@ -67,7 +68,7 @@ def make_endpoint(server, **options):
 
 def test_capabilities_of_a_full_server_are_probed_once(server):
     server.script = make_script(
-        accepted_fields=VLLM_FIELDS, prefill_support="told", processed_logprobs=True, returns_token_ids=True
+        accepted_fields=VLLM_FIELDS, prefill_support="requested", processed_logprobs=True, returns_token_ids=True
     )
     model = make_endpoint(server, cached_server_capabilities=None)
     assert model.server_capabilities == ServerCapabilities(
@@ -111,7 +112,7 @@ def test_probe_detects_missing_capabilities(server, server_options, expected):
 
 
 def test_probe_treats_a_failing_extension_as_missing_and_retries_a_busy_server(server):
-    full_script = make_script(accepted_fields=VLLM_FIELDS, prefill_support="told")
+    full_script = make_script(accepted_fields=VLLM_FIELDS, prefill_support="requested")
 
     def script(number, request):
         if "chat_template_kwargs" in request:
@@ -306,7 +307,7 @@ def test_huge_and_slow_replies_are_aborted(server):
     server.script = lambda n, request: (
         (200, make_chat_completion("x" * 17_000_000)) if n == 1 else (200, make_chat_completion("short"))
     )
-    assert make_endpoint(server, timeout_s=30).generate([make_request()])[0][0].text == "short"
+    assert make_endpoint(server).generate([make_request()])[0][0].text == "short"
     finished = threading.Event()
     server.script = lambda n, request: (200, (b" " for _ in range(500) if not finished.wait(0.02)))
     try:
@@ -320,7 +321,7 @@ def test_absent_or_slow_server_raises_model_unreachable(server):
     with pytest.raises(ModelUnreachable):
         Endpoint("http://127.0.0.1:9/v1", "m", retry_timeout_s=0.2, backoff_range_s=(0.01, 0.02)).generate([make_request()])
     release = threading.Event()
-    server.script = lambda n, request: release.wait(5) and (200, make_chat_completion("late"))
+    server.script = lambda n, request: release.wait(HANG_S) and (200, make_chat_completion("late"))
     try:
         with pytest.raises(ModelUnreachable, match="Timeout"):
             make_endpoint(server, timeout_s=0.1, retry_timeout_s=0.3).generate([make_request()])
@@ -394,8 +395,8 @@ def test_parse_retry_after_accepts_seconds_and_dates():
 
 def test_requests_run_concurrently_up_to_the_limit(server):
     barrier = threading.Barrier(4)
-    server.script = lambda n, request: (barrier.wait(5) >= 0) and (200, make_chat_completion("x"))
-    make_endpoint(server, concurrency=4, timeout_s=10).generate([make_request(str(n)) for n in range(12)])
+    server.script = lambda n, request: (barrier.wait(HANG_S) >= 0) and (200, make_chat_completion("x"))
+    make_endpoint(server, concurrency=4).generate([make_request(str(n)) for n in range(12)])
     assert server.max_active == 4
 
 

@@ -9,6 +9,7 @@ from engine.models.endpoint import open_endpoint
 from engine.models.interface import GenerationRequest, Usage
 from engine.models.probe import probe_server
 from schemas.records import ChatMessage
+from tests.support.waiting import HANG_S
 
 pytestmark = pytest.mark.model
 
@@ -19,7 +20,7 @@ def make_request(text, seed=0):
 
 @pytest.fixture(scope="module")
 def model(served):
-    return open_endpoint(served, timeout_s=60, concurrency=2)
+    return open_endpoint(served, timeout_s=HANG_S, concurrency=2)
 
 
 def test_probe_finds_the_capabilities_of_the_server(model):

@@ -1,4 +1,4 @@
-"""Stop signals: pairs of them at random times neither hang a process nor go unnoticed."""
+"""Stop signals: two signals at random times neither hang a process nor are lost."""
 
 import os
 import random
@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-# A main thread that is inside the event's own lock most of the time, which is where a handler that sets it would hang.
+from tests.support.waiting import HANG_S
+
+# The main thread holds the event's lock most of the time; a signal handler that sets the event would then deadlock.
 CODE = """
 import threading
 from engine.stop_signals import stop_on_signals
@@ -19,8 +21,7 @@ while not stop.is_set():
     stop.wait(0.00001)
 print("stopped", flush=True)
 """
-HANGS_AFTER_S = 60
-ENDS = (0, -signal.SIGINT, -signal.SIGTERM)  # an interpreter that is ending has the default handlers again
+ENDS = (0, -signal.SIGINT, -signal.SIGTERM)  # during interpreter shutdown the default handlers apply
 PAIRS = int(os.environ.get("CHARTER_SIGNAL_PAIRS", "30"))
 
 
@@ -30,35 +31,35 @@ def start(code=CODE):
     return process
 
 
-def test_pairs_of_signals_always_stop_a_process():
+def test_two_signals_always_stop_a_process():
     rng = random.Random(0)
     for _ in range(PAIRS):
         process = start()
         for _ in range(2):
-            time.sleep(rng.uniform(0, 0.002))  # the gap is the input of this test
+            time.sleep(rng.uniform(0, 0.002))  # the interval between the signals is what the test varies
             process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
-        out, _ = process.communicate(timeout=HANGS_AFTER_S)
+        out, _ = process.communicate(timeout=HANG_S)
         assert out == "stopped\n" and process.returncode in ENDS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_later_signal_ends_a_process_that_does_not_stop(number):
+def test_repeated_signals_end_a_process_that_does_not_stop(number):
     code = CODE.replace("while not stop.is_set():\n    stop.wait(0.00001)", "while True:\n    threading.Event().wait(0.01)")
     with start(code) as process:
         process.send_signal(number)
-        deadline = time.monotonic() + HANGS_AFTER_S
+        deadline = time.monotonic() + HANG_S
         while process.poll() is None:
             assert time.monotonic() < deadline
             process.send_signal(number)
-            time.sleep(0.05)  # the pace of the signals, not a wait for a result
+            time.sleep(0.05)  # the interval between signals
         assert process.returncode == 128 + number
 
 
-def test_a_storm_of_signals_is_one_request():
+def test_many_signals_are_one_stop_request():
     with start() as process:
         for _ in range(5_000):
             process.send_signal(signal.SIGTERM)
             if process.poll() is not None:
                 break
-        assert process.communicate(timeout=HANGS_AFTER_S)[0] == "stopped\n"
+        assert process.communicate(timeout=HANG_S)[0] == "stopped\n"
         assert process.returncode in ENDS

@@ -23,8 +23,7 @@ from engine.worker import TARGET_STAGE_HEADER, ModelExecutor, Stage, Worker, Wor
 from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ChatMessage, Completion, DeadLetter, DeadLetterKind, Prompt, Response
-
-TIMEOUT_S = 20
+from tests.support.waiting import HANG_S, wait_until
 
 
 def make_prompt(text, run="r"):
@@ -54,11 +53,7 @@ def make_worker(
 
 def run_until(workers, condition):
     with Host(workers) as host:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not condition():
-            host.raise_if_failed()
-            assert time.monotonic() < deadline, "the condition was not met in time"
-            host.failure_event.wait(0.01)
+        wait_until(condition, host, interval_s=0.01)
 
 
 def read_responses(bus):
@@ -77,8 +72,14 @@ def test_worker_processes_and_commits_each_record_once(bus):
     publish(bus, *(make_prompt(f"p{n:02}") for n in range(50)))
     run_until([make_worker(bus, echo)], lambda: sum(bus.committed("r.respond", ["prompts"]).values()) == 50)
     assert read_responses(bus) == [f"P{n:02}" for n in range(50)]
-    run_until([make_worker(bus, echo)], lambda: True)
-    assert len(read_responses(bus)) == 50
+    # A second worker of the group reads only what comes later.
+    publish(bus, make_prompt("p50"))
+    processed = []
+    run_until(
+        [make_worker(bus, lambda records: processed.extend(records) or echo(records))],
+        lambda: sum(bus.committed("r.respond", ["prompts"]).values()) == 51,
+    )
+    assert [record.messages[0].content for record in processed] == ["p50"] and len(read_responses(bus)) == 51
 
 
 def test_permanent_error_makes_a_dead_letter_of_one_record_only(bus):
@@ -191,19 +192,18 @@ def test_full_stage_stops_reading_at_its_limit(bus):
     release = threading.Event()
 
     def work(records):
-        release.wait(TIMEOUT_S)
+        release.wait(HANG_S)
         return echo(records)
 
     publish(bus, *(make_prompt(f"p{n}") for n in range(300)))
     bounded = make_worker(bus, work, limits=WorkerLimits(max_in_flight=20))
     with Host([bounded]):
-        deadline = time.monotonic() + TIMEOUT_S
-        while bounded.num_in_flight < 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: bounded.num_in_flight >= 20)
         assert bounded.num_in_flight == 20
         release.set()
-        while len(read_responses(bus)) < 300 and time.monotonic() < deadline:
-            assert bounded.num_in_flight <= 21
+        in_flight = []
+        wait_until(lambda: in_flight.append(bounded.num_in_flight) or len(read_responses(bus)) == 300)
+        assert max(in_flight) <= 21
     assert len(read_responses(bus)) == 300
 
 
@@ -365,16 +365,15 @@ def test_shutdown_waits_for_a_slow_model_up_to_its_timeout_and_loses_no_record(b
 
     def work(records):
         started_work.set()
-        released.wait(TIMEOUT_S)
+        released.wait(HANG_S)
         return echo(records)
 
     journal = CrashJournal(tmp_path / "journal", "0")
     host = Host([make_worker(bus, work, journal=journal)], shutdown_timeout_s=0.5)
     host.start()
-    assert started_work.wait(TIMEOUT_S)
-    started = time.monotonic()
-    host.close()
-    assert time.monotonic() - started < 5 and host.abandoned_threads == ["test-0"]
+    assert started_work.wait(HANG_S)
+    host.close()  # returns although the call is not released
+    assert host.abandoned_threads == ["test-0"]
     released.set()
     assert CrashJournal(tmp_path / "journal", "0").crash_counts() == {}  # the record did not cause the end of the process
     run_until([make_worker(bus, echo)], lambda: read_responses(bus) == ["SLOW"])
@@ -384,7 +383,7 @@ def test_full_stage_pauses_newly_assigned_partitions(bus):
     release = threading.Event()
 
     def work(records):
-        release.wait(TIMEOUT_S)
+        release.wait(HANG_S)
         return echo(records)
 
     publish(bus, *(make_prompt(f"p{n}") for n in range(300)))
@@ -392,14 +391,11 @@ def test_full_stage_pauses_newly_assigned_partitions(bus):
     leaving.poll(0.1, 1)
     bounded = make_worker(bus, work, limits=WorkerLimits(max_in_flight=20))
     with Host([bounded]):
-        deadline = time.monotonic() + TIMEOUT_S
-        while bounded.num_in_flight < 20 and time.monotonic() < deadline:
-            leaving.poll(0.01, 1)
+        wait_until(lambda: leaving.poll(0.01, 1) is None or bounded.num_in_flight >= 20, interval_s=0.0)
         before = len(bounded.consumer.assignment())
         leaving.close()
-        while len(bounded.consumer.assignment()) == before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(bounded.consumer.assignment()) > before and bounded.num_in_flight <= 21
+        wait_until(lambda: len(bounded.consumer.assignment()) > before)
+        assert bounded.num_in_flight <= 21
         release.set()
 
 
@@ -407,19 +403,15 @@ def test_in_flight_records_are_bounded_in_bytes(bus):
     release = threading.Event()
 
     def work(records):
-        release.wait(TIMEOUT_S)
+        release.wait(HANG_S)
         return echo(records)
 
     publish(bus, *(make_prompt(f"{n}" + "x" * 10_000) for n in range(200)))
     bounded = make_worker(bus, work, limits=WorkerLimits(max_in_flight=50, max_in_flight_bytes=100_000))
     with Host([bounded]):
-        deadline = time.monotonic() + TIMEOUT_S
-        while bounded.in_flight_bytes < 100_000 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: bounded.in_flight_bytes >= 100_000)
         num_in_flight = bounded.num_in_flight
         time.sleep(0.2)
         assert bounded.num_in_flight == num_in_flight <= 50
         release.set()
-        while len(read_responses(bus)) < 200 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert len(read_responses(bus)) == 200
+        wait_until(lambda: len(read_responses(bus)) == 200)

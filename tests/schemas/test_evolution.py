@@ -22,6 +22,7 @@ from schemas import avro, codec, compatibility
 from schemas.ids import compute_id
 from schemas.records import RECORDS, Prompt, Split
 from tests.support.schema_registry import FakeSchemaRegistry
+from tests.support.waiting import HANG_S
 
 ID = compute_id("x")
 WHEN = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -275,7 +276,7 @@ class SchemasCopy:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
         )
         assert completed.returncode == 0, completed.stderr
         return completed.stdout

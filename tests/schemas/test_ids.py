@@ -16,22 +16,31 @@ def test_ids_do_not_change_between_versions():
     assert ids.compute_prompt_id(make_messages("hello")) == "8e69355a-4aa2-65be-6d73-5bc9a99a118b"
 
 
-@given(st.text(), st.text())
+@given(st.text(min_size=1), st.text(min_size=1))
 def test_prompt_id_depends_on_message_boundaries(a, b):
-    assert ids.compute_prompt_id(make_messages(a, b)) != ids.compute_prompt_id(make_messages(a + b))
+    split_elsewhere = make_messages(a + b[:1], b[1:])
+    assert len({ids.compute_prompt_id(m) for m in (make_messages(a, b), make_messages(a + b), split_elsewhere)}) == 3
 
 
-def test_id_depends_on_epoch_stage_parents_configuration_and_sample():
+@given(st.lists(st.text(max_size=3), min_size=2, max_size=4), st.lists(st.text(max_size=3), min_size=2, max_size=4))
+def test_different_parts_have_different_ids(first, second):
+    assert (ids.compute_id(*first) == ids.compute_id(*second)) == (first == second)
+
+
+def test_record_id_depends_on_stage_parents_configuration_and_sample():
     base = ids.compute_record_id("judge", ["p"], "f", 0)
     others = [
         ids.compute_record_id("respond", ["p"], "f", 0),
         ids.compute_record_id("judge", ["q"], "f", 0),
         ids.compute_record_id("judge", ["p"], "g", 0),
         ids.compute_record_id("judge", ["p"], "f", 1),
-        ids.compute_prompt_id(make_messages("p"), 1),
+        ids.compute_record_id("judge", ["p", "q"], "f", 0),
     ]
     assert len({base, *others}) == 6
-    assert ids.compute_record_id("judge", ["p"], "f", 0) == base
+
+
+def test_prompt_id_depends_on_the_epoch():
+    assert len({ids.compute_prompt_id(make_messages("p"), epoch) for epoch in range(3)}) == 3
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_its_keys():
@@ -39,5 +48,7 @@ def test_fingerprint_does_not_depend_on_the_order_of_its_keys():
     assert ids.compute_fingerprint("custom_stage", a=1, b=2) != ids.compute_fingerprint("custom_stage", a=2, b=1)
 
 
-def test_seeds_fit_in_63_bits():
-    assert all(0 <= ids.compute_seed(ids.compute_id(i)) < 2**63 for i in range(100))
+def test_seeds_fit_in_63_bits_and_differ():
+    # torch.Generator.manual_seed takes a signed 64-bit integer.
+    seeds = {ids.compute_seed(ids.compute_id(i)) for i in range(100)}
+    assert len(seeds) == 100 and all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,4 @@
-"""A loopback server that speaks just enough of the chat-completions API to behave, or to misbehave, as a test says."""
+"""A loopback server with the part of the chat-completions API that tests need; a script decides each response."""
 
 import json
 import math
@@ -6,20 +6,22 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-CUT_CONNECTION = None  # an answer: the connection is cut
+CUT_CONNECTION = None  # a script returns this to close the connection without a response
 
 
 class FakeChatServer:
-    """Answers what `script` says: a function from (number of the request, request) to (status, body[, headers]) or CUT.
+    """Respond with the result of `script`: a function of (request number, request) that returns (status, body[, headers]) or
 
-    A body is bytes, an object for JSON, or an iterator of bytes that trickle in. `lists` are the models that it names."""
+    CUT_CONNECTION. A body is bytes, an object for JSON, or an iterator of bytes that are sent one by one. `model_names` are
+    the models that the server lists.
+    """
 
     def __init__(self, model_names=()):
         self.requests, self.authorizations, self.lock, self.num_active, self.max_active = [], [], threading.Lock(), 0, 0
         self.model_list = {"data": [{"id": name} for name in model_names]}
         self.script = lambda number, request: (200, make_chat_completion("fine"))
         self.http_server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
-        self.http_server.handle_error = lambda *_: None  # clients that hung up are what some tests are about
+        self.http_server.handle_error = lambda *_: None  # some tests close connections on purpose
         self.thread = threading.Thread(target=self.http_server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.http_server.server_port}/v1"
@@ -80,7 +82,7 @@ def _make_handler(fake_server):
 
 
 def make_chat_completion(text, finish_reason="stop", top_logprobs=None, token_counts=(3, 2), **more):
-    """A chat completion; `top` is the first token's [(token, log-probability)]."""
+    """Return the body of a chat completion; `top_logprobs` holds the first token's (token, log-probability) pairs."""
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     if top_logprobs is not None:
         choice["logprobs"] = {
@@ -106,9 +108,10 @@ def make_script(
     logprobs=True,
     returns_token_ids=False,
 ):
-    """The script of a server of some kind. It refuses fields that it does not take, as strict ones do.
+    """Return the script of a server with the given capabilities. Like strict servers, it rejects unknown fields with status 400.
 
-    `goes_on` with a prefill: "never", "told" (with vLLM's fields) or "always". `most`: top log-probabilities allowed.
+    `prefill_support` is "never", "requested" (only with vLLM's fields) or "always". `max_top_logprobs` is the largest accepted
+    value of top_logprobs.
     """
 
     def script(number, request):
@@ -116,20 +119,21 @@ def make_script(
             return 400, {"error": {"message": f"Unrecognized request arguments: {sorted(unknown)}"}}
         if request.get("top_logprobs", 0) > max_top_logprobs:
             return 400, {"error": {"message": f"top_logprobs must be at most {max_top_logprobs}"}}
-        begun = request["messages"][-1]["role"] == "assistant"
-        told = request.get("continue_final_message") and not request.get("add_generation_prompt", True)
-        text = "en, twelve" if begun and (prefill_support == "always" or (prefill_support == "told" and told)) else "one, two"
+        has_prefill = request["messages"][-1]["role"] == "assistant"
+        continue_requested = request.get("continue_final_message") and not request.get("add_generation_prompt", True)
+        continues = prefill_support == "always" or (prefill_support == "requested" and continue_requested)
+        text = "en, twelve" if has_prefill and continues else "one, two"
         top = None
         if logprobs and request.get("logprobs"):
-            heat = (request["temperature"] or 1.0) if processed_logprobs else 1.0
+            temperature = (request["temperature"] or 1.0) if processed_logprobs else 1.0
             raw = [("A", math.log(0.6)), ("B", math.log(0.3)), ("The", math.log(0.1))]
-            total = math.log(sum(math.exp(p / heat) for _, p in raw))
-            top = [(token, p / heat - total) for token, p in raw][: request.get("top_logprobs", 0)]
-        answer = make_chat_completion(text, top_logprobs=top)
+            total = math.log(sum(math.exp(p / temperature) for _, p in raw))
+            top = [(token, p / temperature - total) for token, p in raw][: request.get("top_logprobs", 0)]
+        completion = make_chat_completion(text, top_logprobs=top)
         if returns_token_ids and request.get("return_token_ids"):
-            answer["prompt_token_ids"], answer["choices"][0]["token_ids"] = [1, 2, 3], [7, 8, 2]
+            completion["prompt_token_ids"], completion["choices"][0]["token_ids"] = [1, 2, 3], [7, 8, 2]
             if top is not None:
-                answer["choices"][0]["logprobs"]["content"] = [{"token": t, "logprob": -0.5} for t in "abc"]
-        return 200, answer
+                completion["choices"][0]["logprobs"]["content"] = [{"token": t, "logprob": -0.5} for t in "abc"]
+        return 200, completion
 
     return script

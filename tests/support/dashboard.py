@@ -1,4 +1,4 @@
-"""A small real run for the dashboard and the report: the demo with a two-layer model, hostile prompts, and a dead letter."""
+"""A small run for tests of the dashboard and the report: the demo with a two-layer model, hostile prompts and a dead letter."""
 
 import json
 
@@ -9,6 +9,7 @@ from charter.connect import connect_bus, open_store
 from charter.pipeline import STAGES, make_host
 from engine.bus.port import ProducerRecord
 from engine.settings import load_settings
+from tests.support.waiting import HANG_S, wait_until
 
 _RIGHT_TO_LEFT_TEXT = "\u202eright to left\u202c مرحبا بالعالم"
 HOSTILE_TEXTS = {
@@ -31,22 +32,22 @@ def make_setting_flags(folder, model, **more):
 
 def _run_command(folder, model, *arguments):
     flags = make_setting_flags(folder, model)
-    words = [word for key, value in flags.items() for word in ("--set", f"{key}={value}")]
-    done = CliRunner().invoke(cli, [*map(str, arguments), *words])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    options = [option for key, value in flags.items() for option in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(cli, [*map(str, arguments), *options])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def create_demo_run(folder, model):
-    """The demo with `model`, then hostile prompts in a run of their own; returns its settings."""
+    """Run the demo with `model`, then hostile prompts in a second run; return the settings of the second run."""
     _run_command(folder, model, "demo", "--prompts", "4")
     return run_hostile_prompts(folder, model, "hostile")
 
 
 def run_hostile_prompts(folder, model, run="live"):
-    """A run on hostile prompts, one of which no stage can read, through every stage; returns its settings."""
+    """Run hostile prompts and one undecodable record through every stage; return the run's settings."""
     rows = folder.parent / "hostile.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "tags": ["<i>tag</i>"]}) + "\n" for text in HOSTILE_TEXTS.values()))
     _run_command(folder, model, "produce", rows, "--run", run)
@@ -55,13 +56,11 @@ def run_hostile_prompts(folder, model, run="live"):
     writer = bus.open_writer("test.broken")
     writer.commit([ProducerRecord("prompts", b"<b>key</b>", b"\x00not a record <script>\xff", ())])
     writer.close()
-    of_run = f"WHERE run_id = '{run}'"
-    ended = f"""SELECT (SELECT count(*) FROM revision_chains {of_run}), (SELECT count(*) FROM preferences {of_run}),
+    where = f"WHERE run_id = '{run}'"
+    finished = f"""SELECT (SELECT count(*) FROM revision_chains {where}), (SELECT count(*) FROM preferences {where}),
                        (SELECT count(*) FROM dead_letters) > 0"""
-    store, wanted = open_store(settings), [(len(HOSTILE_TEXTS), len(HOSTILE_TEXTS), True)]
+    store, expected = open_store(settings), [(len(HOSTILE_TEXTS), len(HOSTILE_TEXTS), True)]
     with make_host(settings, bus, STAGES, sink=True) as host:
-        while not store.path.exists() or store.query(ended, limit_s=20.0).rows != wanted:
-            host.failure_event.wait(0.05)
-            host.raise_if_failed()
+        wait_until(lambda: store.path.exists() and store.query(finished, limit_s=HANG_S).rows == expected, host)
     bus.close()
     return settings

@@ -1,4 +1,4 @@
-"""A throw-away Apache Kafka (KRaft) on loopback, from a folder with libs/*.jar and a Java runtime: one broker, or several."""
+"""A temporary Apache Kafka (KRaft) on the loopback interface, from a folder with libs/*.jar and a Java runtime."""
 
 import os
 import random
@@ -15,12 +15,13 @@ import kafka
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
-_STARTUP_TIMEOUT_S = 300  # patience with a busy machine; a broker that has ended is told at once
+from tests.support.waiting import HANG_S
+
 _POLL_INTERVAL_S = 0.2
 
 
 def find_free_port() -> int:
-    """A port that nobody listens on, below those that outgoing connections take: a broker that starts again still finds it."""
+    """Return a free port below the range of outgoing connections, so that a restarted broker still finds its port free."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -29,9 +30,9 @@ def find_free_port() -> int:
 
 
 class Broker:
-    """Start on entering, stop on leaving; `kill` and `start` again in between keep the data.
+    """A broker as a context manager. `kill` followed by `start` keeps the data.
 
-    Alone, or number `node` of a cluster in which `controllers` has everybody's port.
+    A single broker, or node `node_id` of a cluster; `controller_ports` then holds the controller port of every node.
     """
 
     def __init__(
@@ -48,16 +49,18 @@ class Broker:
         self.address = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
         (folder / "server.properties").write_text(self.build_properties())
-        # With "=": one id in 64 begins with a dash and would be taken for an option.
-        named = f"--cluster-id={cluster_id or _generate_cluster_id()}"
-        self.run_java("kafka.tools.StorageTool", "format", named, "--config=server.properties", *self.build_user_arguments())
+        # With "=": one id in 64 begins with a dash, which would be parsed as an option.
+        cluster_option = f"--cluster-id={cluster_id or _generate_cluster_id()}"
+        self.run_java(
+            "kafka.tools.StorageTool", "format", cluster_option, "--config=server.properties", *self.build_user_arguments()
+        )
 
     def build_user_arguments(self) -> list[str]:
-        """What the formatting is told of users."""
+        """Return the arguments of `kafka.tools.StorageTool format` that create users."""
         return []
 
     def build_client_settings(self) -> dict[str, object]:
-        """kafka-python's settings for it."""
+        """Return the options with which kafka-python connects to the broker."""
         return {"bootstrap_servers": self.address}
 
     def build_properties(self) -> str:
@@ -82,7 +85,7 @@ class Broker:
             "transaction.state.log.min.isr": in_sync,
             "transaction.state.log.num.partitions": 4,
             "group.initial.rebalance.delay.ms": 0,
-            # A killed broker comes back under its old number only once its old session has ended.
+            # A killed broker can register again under its node id only after its old session has expired.
             "broker.session.timeout.ms": 2000,
             "broker.heartbeat.interval.ms": 500,
         }
@@ -105,9 +108,9 @@ class Broker:
         self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Until it answers."""
+        """Return once a client can connect; raise the client's error if the process has ended."""
         assert self.process
-        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
+        deadline = time.monotonic() + HANG_S
         while True:
             try:
                 kafka.KafkaConsumer(**self.build_client_settings(), bootstrap_timeout_ms=2000).close()
@@ -135,7 +138,7 @@ class Broker:
 
 
 class SecureBroker(Broker):
-    """Behind SASL_SSL, with a certificate of its own; USER logs in with PASSWORD by SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN."""
+    """A broker behind SASL_SSL with a self-signed certificate; USER logs in with SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN."""
 
     USER, PASSWORD = "charter", "s3cret-of-the-test"
 
@@ -171,8 +174,8 @@ class SecureBroker(Broker):
             "ssl.truststore.location": self.ca_file,
             "ssl.truststore.type": "PEM",
         }
-        kept = [line for line in super().build_properties().splitlines() if line.partition("=")[0] not in settings]
-        return "\n".join([*kept, *(f"{key}={value}" for key, value in settings.items())])
+        other_lines = [line for line in super().build_properties().splitlines() if line.partition("=")[0] not in settings]
+        return "\n".join([*other_lines, *(f"{key}={value}" for key, value in settings.items())])
 
     def build_client_settings(self) -> dict[str, object]:
         secure = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "ssl_cafile": str(self.ca_file)}
@@ -185,7 +188,7 @@ def _generate_cluster_id() -> str:
 
 
 class Cluster:
-    """Three brokers with everything replicated, so that any one of them can be lost."""
+    """Three brokers with replication, so that any one of them can fail."""
 
     def __init__(self, kafka_home: Path, folder: Path, num_brokers: int = 3) -> None:
         controllers = {node: find_free_port() for node in range(1, num_brokers + 1)}
@@ -207,21 +210,21 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for broker in self.brokers:  # together: each waits for the others to take over
+        for broker in self.brokers:  # all at once: each waits until another broker takes over its partitions
             if broker.process and broker.process.poll() is None:
                 broker.process.terminate()
         self.exit_stack.close()
 
     def wait_until_in_sync(self) -> None:
-        """Until every partition has all its replicas again: only then may another broker be lost."""
-        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
+        """Return once every partition has all its replicas again: only then may another broker fail."""
+        deadline = time.monotonic() + HANG_S
         while not self.is_in_sync():
             if time.monotonic() > deadline:
-                raise TimeoutError("the replicas do not catch up")
+                raise TimeoutError(f"after {HANG_S:.0f} s the replicas have not caught up")
             time.sleep(_POLL_INTERVAL_S)
 
     def is_in_sync(self) -> bool:
-        """Whether no partition lacks a replica; False too while nobody can say."""
+        """Return whether every partition has all its replicas in sync; False also while no broker can be asked."""
         try:
             admin = KafkaAdminClient(bootstrap_servers=self.address.split(","))
         except (KafkaError, OSError):

@@ -1,4 +1,4 @@
-"""Records made by hand, with ids that follow from their names, and a database of them without a log."""
+"""Records with ids derived from names, and a database of such records without an event log."""
 
 from consumers.sink import to_arrow_tables
 from engine.bus.port import ConsumerRecord
@@ -32,7 +32,7 @@ from schemas.topics import TOPICS
 
 
 class RecordDatabase:
-    """A database; what is added comes in that order in the commit sequence."""
+    """A database; added records get commit sequence numbers in the order in which they are added."""
 
     def __init__(self, path):
         self.store, self.next_commit_seq = Store(path), 0
@@ -82,9 +82,9 @@ def make_preference(name, text, p_a, **more):
     return Preference(**make_record_fields("judge", name, text, **values))
 
 
-def make_human_label(name, judged, p_a):
-    label = {"record_id": ids.compute_id("label", name), "parent_ids": [judged.record_id], "p_a": p_a, "stage": "label"}
-    return judged.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
+def make_human_label(name, preference, p_a):
+    label = {"record_id": ids.compute_id("label", name), "parent_ids": [preference.record_id], "p_a": p_a, "stage": "label"}
+    return preference.model_copy(update=label | {"label_source": LabelSource.HUMAN, "outcome": Outcome.OK})
 
 
 def make_demonstration(name, text, **more):
@@ -99,19 +99,21 @@ def make_chain_end(name, text, **more):
         "round": 0,
         "response": "f",
     }
-    ended = {
+    end = {
         "final": True,
         "end_reason": EndReason.SATISFIED,
         "final_response": f"{name} final",
         "finish_reason": FinishReason.STOP,
     }
-    return Critique(**make_record_fields("critique", name, text, **values, **ended, **more))
+    return Critique(**make_record_fields("critique", name, text, **values, **end, **more))
 
 
 def make_response(text, **more):
-    answer = Completion(index=0, text="t", token_ids=[1], logprobs=[-1.0], finish_reason=FinishReason.STOP, policy_version=0)
+    completion = Completion(
+        index=0, text="t", token_ids=[1], logprobs=[-1.0], finish_reason=FinishReason.STOP, policy_version=0
+    )
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
-    values = {"completions": [answer], "prompt_token_ids": [1], "sampling": sampling}
+    values = {"completions": [completion], "prompt_token_ids": [1], "sampling": sampling}
     return Response(**make_record_fields("respond", [text, *map(str, more.values())], text, **values, **more))
 
 
@@ -123,8 +125,8 @@ _PROVENANCE = {
 
 
 def _make_critique(name, prompt_text, verdict, p_flawed, text, round=0, principle="harm", **more):
-    """A verdict on a text under one principle; of a revision under the principle that it was made by."""
-    said = PrincipleVerdict(principle_id=principle, verdict=verdict, p_flawed=p_flawed, option_mass=0.9)
+    """Return a critique of a response under one principle; for a revision, the principle that it was revised under."""
+    principle_verdict = PrincipleVerdict(principle_id=principle, verdict=verdict, p_flawed=p_flawed, option_mass=0.9)
     rounds = [Round(round=n + 1, principle_id=principle, critique="c", revision="r") for n in range(round)]
     chain = {
         "response_id": ids.compute_id("response", name),
@@ -132,7 +134,14 @@ def _make_critique(name, prompt_text, verdict, p_flawed, text, round=0, principl
         "initial_finish_reason": FinishReason.STOP,
         "finish_reason": FinishReason.STOP,
     }
-    values = {"verdict": verdict, "p_flawed": p_flawed, "verdicts": [said], "rounds": rounds, "round": round, "response": text}
+    values = {
+        "verdict": verdict,
+        "p_flawed": p_flawed,
+        "verdicts": [principle_verdict],
+        "rounds": rounds,
+        "round": round,
+        "response": text,
+    }
     return Critique(**make_record_fields("critique", [name, round], prompt_text, **_PROVENANCE, **chain, **values, **more))
 
 
@@ -159,7 +168,7 @@ def make_revision(
 
 
 def make_judged_preference(name, prompt_text, a, b, forward, backward, principle="care", **more):
-    """A judgement by one principle in both orders."""
+    """Return a pair that was judged by one principle in both orders."""
     vote = PrincipleVote(
         principle_id=principle,
         p_forward=forward,
@@ -176,12 +185,12 @@ def make_judged_preference(name, prompt_text, a, b, forward, backward, principle
         "p_backward": backward,
         "principle_id": principle,
     }
-    figures = {
+    position = {
         "position_gap": abs(forward - backward),
         "option_mass": 0.9,
         "position_flip": (forward > 0.5) != (backward > 0.5),
     }
-    return make_preference(name, prompt_text, (forward + backward) / 2, **_PROVENANCE, **values, **figures, **more)
+    return make_preference(name, prompt_text, (forward + backward) / 2, **_PROVENANCE, **values, **position, **more)
 
 
 def _make_unjudged_preference(name, prompt_text, outcome, principle="care"):
@@ -190,16 +199,16 @@ def _make_unjudged_preference(name, prompt_text, outcome, principle="care"):
 
 
 def add_counted_run(database):
-    """A small run whose figures tests/engine/test_stats_views.py has counted by hand."""
+    """Add a small run whose statistics tests/engine/test_stats_views.py states, counted by hand."""
     database.add(*(make_prompt(text) for text in ("one", "two", "three", "four")))
-    # Four first answers under one principle: two flawed, one clean, one that the critic could not say.
+    # Four initial responses under one principle: two flawed, one clean, one without a verdict.
     database.add(
         _make_critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
         _make_critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
         _make_critique("3", "three", Verdict.CLEAN, 0.2, "xx", final=True, end_reason=EndReason.SATISFIED, final_response="xx"),
         _make_critique("4", "four", Verdict.LOW_MASS, None, "x"),
     )
-    # Three revisions: one wins and is 4 characters longer, one loses and is 2 shorter, one is a copy.
+    # Three revisions: one is accepted and 4 characters longer, one is rejected and 2 shorter, one is a copy.
     end = {"final": True, "round": 1}
     database.add(
         make_revision("1", "one", "x" * 10, "y" * 14, 0.5),
@@ -220,7 +229,7 @@ def add_counted_run(database):
             "2", "two", Verdict.FLAWED, 0.6, "y" * 8, p_better=0.3, end_reason=EndReason.LOST, final_response="x" * 10, **end
         ),
     )
-    # Five judgements by `care` (one refused, one flip), two by `honest` (a tie and one without a label).
+    # Five judgments by `care` (one refused, one position flip), two by `honest` (a tie and one without a label).
     first, second = (
         make_judged_preference("1", "one", "aaaa", "b", 0.9, 0.7),
         make_judged_preference("3", "three", "a", "bbbb", 0.2, 0.4),
@@ -234,7 +243,7 @@ def add_counted_run(database):
         make_judged_preference("6", "one", "a", "b", 0.6, 0.4, principle="honest"),
         _make_unjudged_preference("7", "two", Outcome.LOW_MASS, principle="honest"),
     )
-    # A person agrees with the first, overrides the second, and a file holds the pair of the flip the other way round.
+    # A human label agrees with the first and overrides the second; a file holds the flipped pair with its responses swapped.
     database.add(
         make_human_label("1", first, 1.0),
         make_human_label("2", second, 1.0),

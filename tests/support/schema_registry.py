@@ -1,4 +1,4 @@
-"""A schema registry for tests, on the loopback: as much of one as our client asks for."""
+"""A schema registry on the loopback interface with the endpoints that Charter's client uses."""
 
 import contextlib
 import json
@@ -7,16 +7,16 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 
-FIRST_SCHEMA_ID = 258  # two bytes that differ, so that their order shows
+FIRST_SCHEMA_ID = 258  # its two bytes differ, so a test sees a wrong byte order
 REGISTRY_CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 
 
 class FakeSchemaRegistry:
-    """As much of a schema registry as the client asks for. `answer`, when set, is given to every request instead."""
+    """A fake schema registry. If `answer` is set, every request gets this response instead."""
 
     def __init__(self):
         self.schemas, self.requests, self.answer = {}, [], None
-        # Not http.server's: that one asks the network for its own name.
+        # Not http.server.HTTPServer: it looks up its host name in the network.
         self.server = ThreadingTCPServer(("127.0.0.1", 0), partial(_SchemaRegistryHandler, self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -27,10 +27,10 @@ class FakeSchemaRegistry:
         self.server.server_close()
 
     def register_schema(self, schema):
-        """The id of a schema; the same one for the same text."""
+        """Return the id of a schema; the same text always gets the same id."""
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        known = {schema: schema_id for schema_id, schema in self.schemas.items()}
-        return known.get(text) or self.put_schema(FIRST_SCHEMA_ID + len(self.schemas), text)
+        ids = {schema: schema_id for schema_id, schema in self.schemas.items()}
+        return ids.get(text) or self.put_schema(FIRST_SCHEMA_ID + len(self.schemas), text)
 
     def put_schema(self, schema_id, text):
         self.schemas[schema_id] = text
@@ -48,7 +48,7 @@ class FakeSchemaRegistry:
 
 
 class _SchemaRegistryHandler(BaseHTTPRequestHandler):
-    wbufsize = -1  # head and body together: apart, the second waits for the first's acknowledgement
+    wbufsize = -1  # send headers and body in one packet: otherwise the body waits for the acknowledgment of the headers
 
     def __init__(self, registry, *arguments):
         self.registry = registry
@@ -59,13 +59,13 @@ class _SchemaRegistryHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length)) if length else None
         self.registry.authorization = self.headers.get("Authorization")
         self.registry.content_type = self.headers.get("Content-Type")
-        status, answer = self.registry.answer_request(self.command, self.path, body)
-        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        status, response = self.registry.answer_request(self.command, self.path, body)
+        data = response if isinstance(response, bytes) else json.dumps(response).encode()
         self.send_response(status)
         self.send_header("Content-Type", REGISTRY_CONTENT_TYPE)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # a client that has heard enough
+        with contextlib.suppress(ConnectionError):  # a client may close the connection early
             self.wfile.write(data)
 
     do_POST = do_GET

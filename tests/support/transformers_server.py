@@ -1,4 +1,4 @@
-"""The server that transformers ships, started on the loopback for tests."""
+"""`transformers serve`, started on the loopback interface."""
 
 import contextlib
 import json
@@ -12,12 +12,11 @@ from pathlib import Path
 import httpx
 
 from tests.support.kafka import find_free_port
-
-_STARTUP_TIMEOUT_S = 120.0
+from tests.support.waiting import HANG_S
 
 
 def _copy_with_sampling(model, folder):
-    """The model's folder with sampling on: this server samples only where the model's own configuration says so."""
+    """Copy the model's folder with sampling enabled: the server samples only if generation_config.json enables it."""
     folder.mkdir()
     for path in model.iterdir():
         (folder / path.name).symlink_to(path)
@@ -29,7 +28,7 @@ def _copy_with_sampling(model, folder):
 
 @contextlib.contextmanager
 def run_transformers_server(model, folder):
-    """`transformers serve` with this model; the address as a setting: http://HOST:PORT/v1#MODEL."""
+    """Run `transformers serve` with this model; yield the address as a setting: http://HOST:PORT/v1#MODEL."""
     served, port = _copy_with_sampling(model, folder / "model"), find_free_port()
     command = [
         str(Path(sys.executable).with_name("transformers")), "serve", str(served), "--host", "127.0.0.1", "--port", str(port),
@@ -51,10 +50,10 @@ def run_transformers_server(model, folder):
 
 
 def _wait_until_ready(process, url, log):
-    deadline = time.monotonic() + _STARTUP_TIMEOUT_S
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(url, timeout=5).status_code == 200:
+            if httpx.get(url, timeout=30).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.1)

@@ -16,6 +16,7 @@ from schemas.codec import decode_record
 from schemas.records import BatchManifest, ModelRef, PolicyUpdate
 from tests.chaos.crash_points import CRASH_POINTS, FAKE_LEARNERS, NOTES_FILE, make_settings, run_update
 from tests.support.records import make_chain_end, make_preference, make_response
+from tests.support.waiting import HANG_S
 from trainer.batches import rebuild_batch
 from trainer.loop import Trainer
 
@@ -109,7 +110,7 @@ def test_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, p
     for _ in range(num_kills):
         process = processes.Process(target=run_update, args=(str(folder), phase, point))
         process.start()
-        process.join(300)
+        process.join(HANG_S)
         assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
     bus, store = connect_bus(settings), open_store(settings)
     num_updates = len(read_updates(bus))

@@ -20,6 +20,7 @@ from engine.worker import ModelExecutor, Worker
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
 from schemas.records import BatchManifest, DroppedRollout, PolicyKind, PolicyUpdate, Score
+from tests.support.waiting import HANG_S, wait_until
 from trainer import phases
 from trainer import update as update_module
 from trainer.batches import KEY_COLUMNS, rebuild_batch
@@ -61,9 +62,7 @@ def run_stages(settings, bus, store, first, last):
     with Host(workers, {"sink": Sink(bus, store, max_wait_s=0.05).run}) as host:
         sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
                  AND prompt_id IN (SELECT prompt_id FROM preferences)"""
-        while store.query(sql, limit_s=10.0).rows[0][0] < last:
-            host.raise_if_failed()
-            host.failure_event.wait(0.05)
+        wait_until(lambda: store.query(sql, limit_s=HANG_S).rows[0][0] >= last, host)
 
 
 def sink_all(bus, store):

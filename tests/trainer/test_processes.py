@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import HANG_S
+
 LEARN = """
 import json, sys
 from pathlib import Path
@@ -61,7 +63,7 @@ def test_two_processes_train_like_one(tiny, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     processes = subprocess.Popen([*launch, str(script), str(tiny), str(out)], env=environment)
     expected = runpy.run_path(str(script), run_name="alone")["learn"](tiny)
-    assert processes.wait(timeout=300) == 0
+    assert processes.wait(timeout=HANG_S) == 0
     result = json.loads(out.read_text())
     assert result.pop("error") == expected.pop("error") == [{"message": "the log is unreachable"}]
     assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo"}

@@ -223,7 +223,7 @@ def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> 
         raise RewardModelAtChance(
             message,
             "PPO would follow its noise, so it is not published; its labels can be sampled again",
-            "wait for more labels, raise reward.epochs, or measure the judge: charter eval agreement;"
+            "wait for more labels, raise reward.epochs, or measure the judge: charter eval agreement --pairs FILE;"
             " to publish it anyway, set reward.require_above_chance = false",
         )
     logger.warning("%s: it is published anyway (docs/training.md)", message)
