@@ -151,7 +151,7 @@ def test_copied_files_exist_and_are_not_ignored():
     exceptions = {
         line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
     }
-    sources = {source for words in copied() for source in words}
+    sources = {source for sources_of_one in copied() for source in sources_of_one}
     assert [source for source in sources if not (ROOT / source).exists()] == []
     assert sources == exceptions
     rooms = set(re.findall(r'"([a-z]+)(?:\.[a-z.]+)?"', re.search(r"packages = \[(.*?)\]", project(), re.DOTALL).group(1)))
@@ -185,6 +185,6 @@ def test_documented_compose_commands_name_existing_services(command):
         assert service in OURS
         load_command(verb).make_context(verb, [word for word in rest if word not in ("<", "prompts.jsonl")])
     else:
-        named = [word.split("=")[0] for word in words[1:] if not word.startswith("-")]
+        named = [argument.split("=")[0] for argument in words[1:] if not argument.startswith("-")]
         assert words[0] in ("up", "logs")
         assert set(named) <= set(SERVICES)

@@ -14,7 +14,7 @@ class GenerationRequest:
     """A dialogue to continue. `prefill` is the start of the assistant message; the completion continues it.
 
     `timeout_s` limits the generation time of a completion in seconds, counted from the start of generation. An unfinished
-    completion is returned as far as it is generated, with the finish reason "timeout". An unreachable model raises an error
+    completion is returned with what was generated and the finish reason "timeout". An unreachable model raises an error
     instead.
     """
 

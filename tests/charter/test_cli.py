@@ -159,7 +159,7 @@ def test_produce_reports_invalid_lines_and_publishes_the_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "expected"),
     [
         (["rnu"], 2, ["rnu", "charter --help"]),
         (["show"], 2, ["'ID'", "charter show --help"]),
@@ -185,10 +185,10 @@ def test_produce_reports_invalid_lines_and_publishes_the_others(tmp_path):
         (["train", "--phase", "sft", "--set", "models.policy=scripted"], 2, ["no local weights"]),
     ],
 )
-def test_errors_have_three_lines(tmp_path, arguments, code, words):
+def test_errors_have_three_lines(tmp_path, arguments, code, expected):
     result = run_charter(*arguments, CHARTER_DATA__FOLDER=str(tmp_path / "d"))
     assert result.returncode == code, result.stderr
-    assert all(word in result.stderr for word in words) and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in expected) and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 3, result.stderr
 
 

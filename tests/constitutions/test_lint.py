@@ -142,7 +142,7 @@ def test_shipped_cases_name_existing_principles(name):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "words"),
+    ("file", "text", "expected"),
     [
         ("c.jsonl", '{"prompt": "p", "wins": "w", "loses": "l"}\n{bad\n', ["c.jsonl, line 2", "not JSON"]),
         ("c.jsonl", '\n{"prompt": "p", "wins": "w"}\n', ["line 2", "loses"]),
@@ -152,11 +152,11 @@ def test_shipped_cases_name_existing_principles(name):
         ("c.toml", '[[critique]]\nid = "a"\n', ["is a constitution", "--constitution"]),
     ],
 )
-def test_error_for_an_invalid_case_names_its_line(tmp_path, file, text, words):
+def test_error_for_an_invalid_case_names_its_line(tmp_path, file, text, expected):
     (tmp_path / file).write_text(text)
     with pytest.raises(ConstitutionError) as caught:
         read_cases(str(tmp_path / file))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in expected), str(caught.value)
 
 
 def test_error_for_an_unknown_principle_suggests_the_nearest(tmp_path):

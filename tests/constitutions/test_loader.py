@@ -44,7 +44,7 @@ def test_hash_of_the_rendered_text_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "expected"),
     [
         (lambda t: t.replace('version = "1.1.0"', 'version = "one"'), ["line 3", "version", "three numbers"]),
         (lambda t: t.replace('version = "1.1.0"', ""), ["version", "missing"]),
@@ -56,11 +56,11 @@ def test_hash_of_the_rendered_text_is_the_same():
         (lambda t: t.replace("[[critique]]", 'weigth = 1\n[[critique]]', 1), ["weigth", "unknown"]),
     ],
 )  # fmt: skip
-def test_error_names_the_line_and_the_key(damage, words):
+def test_error_names_the_line_and_the_key(damage, expected):
     with pytest.raises(ConstitutionError) as caught:
         parse_constitution(damage(VALID), "my.toml")
     assert "my.toml" in str(caught.value)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in expected), str(caught.value)
 
 
 def test_load_constitution_suggests_a_name_and_rejects_a_wrong_encoding(tmp_path):

@@ -57,12 +57,12 @@ def write(tmp_path):
     return write_file
 
 
-def assert_error(text_or_path, *words):
+def assert_error(text_or_path, *expected):
     """Assert that loading the file, or parsing the text, fails with an error of three lines that contains these words."""
     with pytest.raises(ConstitutionError) as caught:
         load_constitution(text_or_path) if hasattr(text_or_path, "read_bytes") else parse_constitution(text_or_path, "my.toml")
     assert len(str(caught.value).splitlines()) == 3, str(caught.value)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in expected), str(caught.value)
 
 
 # Includes
@@ -98,7 +98,7 @@ def test_deeply_nested_include_is_an_error(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ('include = ["nowhere.toml"]', ["line 3", "nowhere.toml"]),
         ('include = ["red-taem"]', ["did you mean red-team?"]),
@@ -107,8 +107,8 @@ def test_deeply_nested_include_is_an_error(write):
         ('include = ["course", "customer-service", "course.toml"]', ["course.toml"]),
     ],
 )
-def test_error_for_an_invalid_include_names_the_line(text, words):
-    assert_error(HEAD + text + "\n", "my.toml, line", *words)
+def test_error_for_an_invalid_include_names_the_line(text, expected):
+    assert_error(HEAD + text + "\n", "my.toml, line", *expected)
 
 
 def test_error_for_a_duplicate_id_names_both_locations(write):
@@ -171,7 +171,7 @@ def test_priority_and_judge_with_change_the_hash():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         (PROSE.replace("priority = 2\n", ""), ["line 4: prose.0.priority", "missing"]),
         (PROSE.replace("priority = 2\n", "priority = 0\n"), ["line 7"]),
@@ -192,8 +192,8 @@ def test_priority_and_judge_with_change_the_hash():
         (HEAD + "critique = [1]\n" + make_entry(JUDGING, "j"), ["line 3"]),
     ],
 )
-def test_error_for_invalid_prose_or_lists_names_the_line(text, words):
-    assert_error(text, *words)
+def test_error_for_invalid_prose_or_lists_names_the_line(text, expected):
+    assert_error(text, *expected)
 
 
 # Encodings and arbitrary bytes

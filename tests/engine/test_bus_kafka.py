@@ -105,7 +105,7 @@ def test_pipeline_on_a_secured_listener_never_stores_the_password(secure, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "expected"),
     [
         ({"password": "wrong-one"}, ["is unreachable", "uthentication"]),
         ({"bus__ssl_cafile": ""}, ["is unreachable", "certificate"]),
@@ -114,13 +114,13 @@ def test_pipeline_on_a_secured_listener_never_stores_the_password(secure, tmp_pa
         ({"password": ""}, ["no password"]),
     ],
 )
-def test_error_for_rejected_credentials_names_the_reason_and_no_secret(secure, tmp_path, monkeypatch, changes, words):
+def test_error_for_rejected_credentials_names_the_reason_and_no_secret(secure, tmp_path, monkeypatch, changes, expected):
     monkeypatch.setattr("engine.bus.kafka.BOOTSTRAP_TIMEOUT_MS", 4000)
     monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", changes.get("password", secure.PASSWORD))
     settings, _ = load_settings(make_flags(secure, tmp_path, **changes), environment={})
     with pytest.raises(CharterError) as caught:
         connect_bus(settings)
-    assert caught.value.exit_code in (2, 3) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert caught.value.exit_code in (2, 3) and all(word in str(caught.value) for word in expected), str(caught.value)
     assert "wrong-one" not in str(caught.value) and secure.PASSWORD not in str(caught.value)
 
 
