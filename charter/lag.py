@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from charter.stages import get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.store import Store
-from engine.worker import Worker
 from schemas.topics import TOPICS
 
 _SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, also with a slow broker
@@ -41,38 +41,75 @@ def find_oldest_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) ->
     The records are read, because offsets alone are not enough: on Kafka, transaction markers take offsets too.
     The scan ends after 2 seconds; partitions that were not reached by then are missing from the result.
     """
+    return _scan_unread(bus, next_offsets, end_offsets)[0]
+
+
+def _scan_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> tuple[dict[TopicPartition, int], bool]:
+    """Return the timestamps of `find_oldest_unread`, and whether every partition was read as far as its first record."""
     timestamps: dict[TopicPartition, int] = {}
     pending = {partition: offset for partition, offset in next_offsets.items() if offset < end_offsets[partition]}
+    if not pending:
+        return {}, True
     reader, deadline = bus.open_reader(pending), time.monotonic() + _SCAN_TIMEOUT_S
     try:
-        while len(timestamps) < len(pending) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             for message in reader.poll(0.1, 1000):
                 timestamps.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
             positions = reader.positions()
             if all(offset >= end_offsets[partition] for partition, offset in positions.items() if partition not in timestamps):
-                break
+                return timestamps, True
     finally:
         reader.close()
-    return timestamps
+    return timestamps, False
 
 
-def is_all_work_done(bus: Bus, workers: Sequence[Worker], store: Store | None) -> bool:
-    """Return whether the workers have processed every record on the log, and the sink of `store` (if given) has written it.
+def has_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> bool:
+    """Return whether a record lies between the offsets. A scan that does not end in time counts as an unread record."""
+    timestamps, is_complete = _scan_unread(bus, next_offsets, end_offsets)
+    return bool(timestamps) or not is_complete
 
-    A stage commits its input offsets together with its outputs, so no unread input means that no work is in progress.
+
+@dataclass
+class CompletionCheck:
+    """Decides whether consumer groups, and the sink of `store` if it is given, have processed every record on their topics.
+
+    The log decides, and not the state of this process: a worker that has no partitions yet, because its group is still
+    rebalancing, has processed nothing. `inputs` maps a group to its topics. `start_offsets` is where a group starts that has
+    committed nothing; without an entry that is the beginning of the partition.
     """
-    for worker in workers:
-        topics = worker.stage.inputs
-        next_offsets = bus.beginning_offsets(topics) | bus.committed(worker.group, topics)
-        if find_oldest_unread(bus, next_offsets, bus.end_offsets(topics)):
-            return False
-    if store is None:
-        return True
-    if not store.path.exists():
-        return False  # the sink has not created it yet
-    all_topics = list(TOPICS)
-    next_offsets = bus.beginning_offsets(all_topics) | read_sink_offsets(store, bus.cluster_id)
-    return not find_oldest_unread(bus, next_offsets, bus.end_offsets(all_topics))
+
+    bus: Bus
+    inputs: Mapping[str, Sequence[str]]
+    store: Store | None = None
+    start_offsets: Mapping[TopicPartition, int] | None = None
+    previous: tuple[Offsets, dict[str, Offsets]] | None = None
+
+    def is_done(self) -> bool:
+        """Return whether two calls in a row found the same offsets, both times without an unread record.
+
+        One observation is not enough: a stage may publish a record for a stage that was observed before it. A stage commits
+        its input offsets together with its outputs, so equal offsets mean that nothing was written in between.
+        """
+        topics = sorted({topic for names in self.inputs.values() for topic in names})
+        ends = self.bus.end_offsets(topics)
+        starts = self.bus.beginning_offsets(topics) | dict(self.start_offsets or {})
+        committed = {group: self.bus.committed(group, names) for group, names in self.inputs.items()}
+        for group, names in self.inputs.items():
+            next_offsets = {tp: offset for tp, offset in starts.items() if tp.topic in names} | committed[group]
+            if has_unread(self.bus, next_offsets, ends):
+                self.previous = None
+                return False
+        is_repeated = self.previous == (ends, committed)
+        self.previous = (ends, committed)
+        return is_repeated and (self.store is None or self.is_archived(self.store))
+
+    def is_archived(self, store: Store) -> bool:
+        """Return whether the sink has written every record on the log to the database."""
+        if not store.path.exists():
+            return False  # the sink has not created it yet
+        all_topics = list(TOPICS)
+        next_offsets = self.bus.beginning_offsets(all_topics) | read_sink_offsets(store, self.bus.cluster_id)
+        return not has_unread(self.bus, next_offsets, self.bus.end_offsets(all_topics))
 
 
 def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:

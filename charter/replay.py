@@ -9,7 +9,6 @@ A replay can be stopped and started again: the manifest of the new run keeps the
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ import click
 
 from charter.connect import open_store
 from charter.estimate import estimate_costs, format_costs
-from charter.lag import find_oldest_unread, read_sink_offsets
+from charter.lag import CompletionCheck
 from charter.manifests import make_run_manifest, read_run_manifests
 from charter.pipeline import make_host
-from charter.stages import STAGE_ROLES, get_downstream_stages, get_stage_inputs
+from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, get_downstream_stages, get_stage_inputs
 from constitutions.loader import Constitution, load_constitution
 from engine.bus.port import Bus, Offsets, TopicPartition
-from engine.bus.read import read_topic
+from engine.bus.read import read_between, read_topic
 from engine.errors import UsageError
-from engine.host import Host
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from producers.replay import (
@@ -43,7 +41,8 @@ from producers.replay import (
     republish_records,
 )
 from schemas import ids
-from schemas.records import Record, RunManifest
+from schemas.codec import RecordError, decode_record
+from schemas.records import DeadLetter, Record, RunManifest
 from schemas.topics import TOPICS
 
 _POLL_INTERVAL_S = 0.5
@@ -100,11 +99,13 @@ class ReplayPlan:
     settings: Settings
     constitution: Constitution
     selection: LogSelection | ArchiveSelection
+    first_stage: str
     stages: tuple[str, ...]
     pinned_version: int | None
     from_archive: bool
     manifest: RunManifest
     read_records: Callable[[], Iterator[Record]]
+    starts: Offsets  # the end of each topic at the first start: everything of the new run lies at or above it
 
     def describe(self) -> list[str]:
         """Return lines about the records, the stages and the estimated token counts."""
@@ -134,19 +135,22 @@ def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> Re
     new_settings = _make_replay_settings(settings, request, request_fields, constitution)
     earlier_fields = _find_earlier_start(new_settings.run.id, source_run_id, request, constitution, manifests)
     selection, read_records, bounds = _select_records(new_settings, bus, request, source_run_id, earlier_fields)
+    fields = earlier_fields or request_fields | bounds | {"starts": _offsets_to_lists(bus.end_offsets(list(TOPICS)))}
     stages = (request.stage,) if request.only else get_downstream_stages(request.stage, new_settings.judge.pairing)
     pinned_version = _resolve_policy_version(bus, source_run_id, request) if "respond" in stages else None
     return ReplayPlan(
         settings=new_settings,
         constitution=constitution,
         selection=selection,
+        first_stage=request.stage,
         stages=stages,
         pinned_version=pinned_version,
         from_archive=request.archive,
         manifest=make_run_manifest(
-            new_settings, constitution, earlier_fields or request_fields | bounds | {"pinned": pinned_version}
+            new_settings, constitution, fields if earlier_fields else fields | {"pinned": pinned_version}
         ),
         read_records=read_records,
+        starts=_lists_to_offsets(fields["starts"]),
     )
 
 
@@ -257,16 +261,39 @@ def _resolve_policy_version(bus: Bus, source_run_id: str, request: ReplayRequest
     return versions.most_common(1)[0][0] if versions else 0
 
 
-def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> bool:
-    """Publish the records and run the stages until everything is processed; return False if a signal stopped it before.
+@dataclass(frozen=True)
+class ReplayResult:
+    """What became of the selected records: done, skipped (the first stage makes nothing of them), or dead letters.
+
+    `num_dead_letters` counts those of all stages; `written` is the number of records that each stage wrote,
+    in all starts of the replay together.
+    """
+
+    is_finished: bool
+    num_selected: int
+    num_done: int
+    num_skipped: int
+    num_dead: int
+    num_dead_letters: int
+    written: dict[str, int]
+    written_in_this_start: dict[str, int]
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.is_finished and not self.num_dead_letters else 1
+
+
+def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResult:
+    """Publish the records and run the stages until everything is processed or a signal stops the replay.
 
     `quiet` prints the last line on standard error, so that standard output has only the caller's result.
     """
     run_id, stop = plan.settings.run.id, stop_on_signals()
     inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
-    for stage, topics in inputs.items():
-        # Records that are already on these topics belong to other runs.
-        bus.initialize_group_offsets(f"{run_id}.{stage}", bus.end_offsets(topics))
+    groups = {f"{run_id}.{stage}": topics for stage, topics in inputs.items()}
+    for group, topics in groups.items():
+        # Records that were on these topics before the first start belong to other runs.
+        bus.initialize_group_offsets(group, _filter_offsets(plan.starts, topics))
     host = make_host(
         plan.settings,
         bus,
@@ -276,45 +303,94 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> bool:
         manifest=plan.manifest,
         constitution=plan.constitution,
     )
-    num_published, num_earlier = republish_records(bus, plan.read_records(), run_id)
+    selected_ids: set[str] = set()
+    num_published, num_earlier = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
     click.echo(
         f"run {run_id}: replaying {num_published + num_earlier} records of run {plan.selection.run_id}"
         f" ({num_earlier} published by an earlier start) through {', '.join(plan.stages)}",
         err=True,
     )
+    check = CompletionCheck(bus, groups, open_store(plan.settings), plan.starts)
+    is_finished = False
     with host:
-        input_topics = sorted({topic for topics in inputs.values() for topic in topics})
-        finished = _wait_until_finished(host, bus, input_topics, stop)
-        while finished and not _is_archived(plan, bus) and not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
-            pass
+        while not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
+            if check.is_done():
+                is_finished = True
+                break
     host.raise_if_failed()
-    written = ", ".join(f"{worker.stage.name} {worker.num_written}" for worker in host.workers)
-    state = "finished" if finished else "stopped; run the same command to continue"
-    click.echo(f"run {run_id}: {state}; records written: {written}", err=quiet)
-    return finished
+    result = _count_results(
+        bus, plan, selected_ids, is_finished, {worker.stage.name: worker.num_written for worker in host.workers}
+    )
+    click.echo(_format_result(run_id, result), err=quiet)
+    return result
 
 
-def _is_archived(plan: ReplayPlan, bus: Bus) -> bool:
-    """Return whether the sink has written everything on the log to the database."""
-    next_offsets = read_sink_offsets(open_store(plan.settings), bus.cluster_id)
-    return not find_oldest_unread(bus, next_offsets, bus.end_offsets(list(TOPICS)))
+def _count_results(
+    bus: Bus, plan: ReplayPlan, selected_ids: set[str], is_finished: bool, written_in_this_start: dict[str, int]
+) -> ReplayResult:
+    """Count what the log holds of the new run, also from earlier starts of the same replay."""
+    written: dict[str, int] = {}
+    parent_ids: set[str] = set()
+    for stage in plan.stages:
+        output_ids: set[str] = set()
+        for record in _read_run_records(bus, plan, STAGE_OUTPUTS[stage]):
+            if record.stage == stage:
+                output_ids.add(record.record_id)
+                parent_ids |= set(record.parent_ids) if stage == plan.first_stage else set()
+        written[stage] = len(output_ids)
+    dead_ids: set[str] = set()
+    num_dead_letters = 0
+    for letter in _read_run_records(bus, plan, DeadLetter.topic):
+        assert isinstance(letter, DeadLetter)
+        num_dead_letters += 1
+        if letter.stage == plan.first_stage and (record_id := _get_source_record_id(letter)):
+            dead_ids.add(record_id)
+    done, dead = selected_ids & parent_ids, (selected_ids & dead_ids) - parent_ids
+    return ReplayResult(
+        is_finished=is_finished,
+        num_selected=len(selected_ids),
+        num_done=len(done),
+        num_skipped=len(selected_ids - done - dead) if is_finished else 0,
+        num_dead=len(dead),
+        num_dead_letters=num_dead_letters,
+        written=written,
+        written_in_this_start=written_in_this_start,
+    )
 
 
-def _wait_until_finished(host: Host, bus: Bus, topics: Sequence[str], stop: threading.Event) -> bool:
-    """Wait until all workers are caught up in two polls in a row without a new record between them; return False if stopped.
-
-    One poll is not enough: a worker may publish a record for a worker that was checked before it.
-    """
-    previous_count = None
-    while not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
-        end_offsets = bus.end_offsets(topics)
-        count = sum(worker.num_written for worker in host.workers)
-        idle = all(worker.is_caught_up(_filter_offsets(worker.stage.inputs, end_offsets)) for worker in host.workers)
-        if idle and count == previous_count:
-            return True
-        previous_count = count if idle else None
-    return False
+def _read_run_records(bus: Bus, plan: ReplayPlan, topic: str) -> Iterator[Record]:
+    """Read the new run's records of a topic. A record that cannot be decoded is left out: the sink counts it."""
+    run_header = ("run", plan.settings.run.id.encode())
+    for raw in read_between(bus, _filter_offsets(plan.starts, [topic]), bus.end_offsets([topic])):
+        if run_header in raw.headers and (record := decode_or_none(raw)) is not None:
+            yield record
 
 
-def _filter_offsets(topics: Sequence[str], end_offsets: Offsets) -> Offsets:
-    return {partition: end for partition, end in end_offsets.items() if partition.topic in topics}
+def _get_source_record_id(letter: DeadLetter) -> str | None:
+    """Return the id of the record in a dead letter, or None if it cannot be decoded."""
+    try:
+        return decode_record(letter.value or b"", TOPICS[letter.source_topic].record_class).record_id
+    except RecordError:
+        return None
+
+
+def _collect_ids(records: Iterator[Record], record_ids: set[str]) -> Iterator[Record]:
+    """Yield the records, and add their ids to a set: the records themselves may not fit in memory."""
+    for record in records:
+        record_ids.add(record.record_id)
+        yield record
+
+
+def _filter_offsets(offsets: Offsets, topics: Sequence[str]) -> Offsets:
+    return {tp: offset for tp, offset in offsets.items() if tp.topic in topics}
+
+
+def _format_result(run_id: str, result: ReplayResult) -> str:
+    state = "finished" if result.is_finished else "stopped; run the same command to continue"
+    written = ", ".join(
+        f"{stage} {count} ({result.written_in_this_start[stage]} in this start)" for stage, count in result.written.items()
+    )
+    return (
+        f"run {run_id}: {state}; selected {result.num_selected}, done {result.num_done}, skipped {result.num_skipped},"
+        f" dead letters {result.num_dead_letters}; records written: {written}"
+    )

@@ -194,6 +194,8 @@ class Worker:
         self.num_written = 0  # output records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
         self.batch_seconds = 0.0
+        self.idle_positions: Offsets = {}  # the positions of the last poll, if nothing was in flight then
+        self.idle_committed: Offsets = {}  # the positions that were committed last while idle
         self.positions: Offsets = {}  # next offsets to read, as of the last poll
         self.consumer = bus.open_consumer(self.group, stage.inputs, member=instance)
         self.writer = bus.open_writer(f"{self.group}.{instance}")
@@ -207,6 +209,7 @@ class Worker:
                 try:
                     self.poll()
                     self.commit()
+                    self.commit_idle_positions()
                     bus_failures = 0
                 except (DependencyUnreachable, CommitUncertain) as error:  # from the log or the schema registry
                     self.commit_uncertain |= isinstance(error, CommitUncertain)
@@ -253,6 +256,8 @@ class Worker:
             self.executor.condition.notify_all()
         if not consumer_records:
             self.positions = self.consumer.positions()
+        # With nothing in flight, everything below a position of the current assignment is finished.
+        self.idle_positions = self.positions if not consumer_records and not self.num_in_flight else {}
 
     def decode_records(
         self, consumer_records: Sequence[ConsumerRecord], epochs: Mapping[TopicPartition, int]
@@ -266,10 +271,6 @@ class Worker:
                     tp = TopicPartition(consumer_record.topic, consumer_record.partition)
                     self.consumer.seek(tp, consumer_record.offset)
             raise
-
-    def is_caught_up(self, ends: Offsets) -> bool:
-        """Return whether the worker has finished everything below `ends` in its assigned partitions."""
-        return self.num_in_flight == 0 and all(position >= ends.get(tp, 0) for tp, position in self.positions.items())
 
     def apply_backpressure(self) -> None:
         """Pause all partitions, newly assigned ones too, while the stage is full or the budget allows no new work."""
@@ -533,6 +534,27 @@ class Worker:
             self.drop_committed(offsets)
             self.num_committed += len(committed)
             self.num_written += len(outputs)
+
+    def commit_idle_positions(self) -> None:
+        """Commit the positions of a stage that has nothing in flight, if they have changed.
+
+        On Kafka the markers of transactions take offsets too, so the offset after the last record can stay below the end of a
+        partition. The positions are beyond the markers: then the committed offsets of an idle stage equal the end offsets.
+        """
+        offsets = {tp: offset for tp, offset in self.idle_positions.items() if offset != self.idle_committed.get(tp)}
+        self.idle_positions = {}
+        if not offsets:
+            return
+        assigned = self.consumer.assignment()
+        try:
+            with self.call_tracker.track("commit"):
+                self.writer.commit([], offsets, consumer=self.consumer, epochs={tp: assigned[tp] for tp in offsets})
+        except CommitUncertain:
+            self.commit_uncertain = True  # `commit` resolves it
+        except PartitionLost:
+            logger.info("%s lost a partition before it committed its position", self.stage.name)
+        else:
+            self.idle_committed |= offsets
 
     def clear_crash_count(self, items: Iterable[InFlightRecord]) -> None:
         """Clear the crash counts of committed records."""

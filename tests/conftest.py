@@ -112,3 +112,13 @@ def served(smollm2, tmp_path_factory):
 
     with run_transformers_server(smollm2, tmp_path_factory.mktemp("served")) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def default_kafka_address(tmp_path_factory):
+    """Start an Apache Kafka whose groups wait three seconds for more members, as every broker does by default."""
+    home = os.environ.get("KAFKA_HOME")
+    if not home:
+        pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar")
+    with Broker(Path(home), tmp_path_factory.mktemp("kafka"), settings={"group.initial.rebalance.delay.ms": 3000}) as broker:
+        yield f"kafka://{broker.address}"

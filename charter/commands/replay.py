@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -48,16 +49,17 @@ def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
       charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
       charter replay --stage judge --constitution customer-service --exclude-principle kinder
     """
-    bus = connect_bus(settings)
+    bus, exit_code = connect_bus(settings), 0
     try:
         plan = make_replay_plan(settings, bus, ReplayRequest(**options))
         if dry_run:
             for line in plan.describe():
                 click.echo(line)
         else:
-            run_replay(plan, bus)
+            exit_code = run_replay(plan, bus).exit_code
     finally:
         bus.close()
+    sys.exit(exit_code)
 
 
 COMMAND = replay

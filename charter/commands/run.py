@@ -10,7 +10,7 @@ import click
 from charter import custom_stage
 from charter.connect import connect_bus, open_store
 from charter.console import common_options, print_progress
-from charter.lag import is_all_work_done
+from charter.lag import CompletionCheck
 from charter.pipeline import make_host
 from charter.stages import STAGE_ROLES, STAGES
 from engine.host import Host
@@ -65,6 +65,7 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
     end = "until all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
     store = open_store(settings) if has_sink else None
+    check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store)
     last_line, polls = "", 0
     with host:
         while not stop.wait(_POLL_INTERVAL_S) and not host.failure_event.is_set():
@@ -72,7 +73,7 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
             if polls % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last_line:
                 print_progress(line)
                 last_line = line
-            if until_done and polls % _DONE_CHECK_INTERVAL_POLLS == 0 and is_all_work_done(bus, host.workers, store):
+            if until_done and polls % _DONE_CHECK_INTERVAL_POLLS == 0 and check.is_done():
                 print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
                 break
     if host.abandoned_threads:

@@ -64,7 +64,7 @@ def plan_ablations(
 def run_ablations(ablations: Sequence[AblationRun], bus: Bus) -> None:
     """Run the replays one after the other. A replay that is already finished ends at once. Raises UsageError if stopped."""
     for number, ablation in enumerate(ablations):
-        if not run_replay(ablation.plan, bus, quiet=True):
+        if not run_replay(ablation.plan, bus, quiet=True).is_finished:
             progress = f"{number} of {len(ablations)} runs are finished"
             raise UsageError("the ablation was stopped", progress, "run the same command to continue")
 

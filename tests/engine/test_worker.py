@@ -208,7 +208,7 @@ def test_full_stage_stops_reading_at_its_limit(bus):
 
 
 def test_executor_serves_the_later_stage_first(bus):
-    order, executor = [], ModelExecutor("test", downstream_wait_s=0.5)
+    order, executor = [], ModelExecutor("test", downstream_wait_s=60.0)  # a slow machine needs more than the default
 
     def early(records):
         order.append("early")

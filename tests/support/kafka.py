@@ -33,6 +33,7 @@ class Broker:
     """A broker as a context manager. `kill` followed by `start` keeps the data.
 
     A single broker, or node `node_id` of a cluster; `controller_ports` then holds the controller port of every node.
+    `settings` override the broker settings below.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Broker:
         node_id: int = 1,
         controller_ports: dict[int, int] | None = None,
         cluster_id: str = "",
+        settings: dict[str, object] | None = None,
     ) -> None:
+        self.settings = settings or {}
         self.kafka_home, self.folder, self.node_id = kafka_home, folder, node_id
         self.port = find_free_port()
         self.controller_ports = controller_ports or {node_id: find_free_port()}
@@ -89,7 +92,7 @@ class Broker:
             "broker.session.timeout.ms": 2000,
             "broker.heartbeat.interval.ms": 500,
         }
-        return "\n".join(f"{key}={value}" for key, value in settings.items())
+        return "\n".join(f"{key}={value}" for key, value in (settings | self.settings).items())
 
     def build_java_command(self, *arguments: str) -> list[str]:
         return ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{self.kafka_home}/libs/*", *arguments]
