@@ -42,7 +42,7 @@ def iter_literals(node):
 def find_commands(text):
     """Yield (words after `charter`, is_complete) for each command in a text.
 
-    A command after a colon or at the start of a line is complete: a reader types exactly this text. Elsewhere a text may
+    A command after a colon or on a new line is complete: a reader types exactly this text. Elsewhere a text may
     only mention a command (`charter backup`), without its required parameters.
     """
     for match in re.finditer(r"(?:(?<=^)|(?<=: )|(?<=[\s`(]))charter(?= [a-z-])", text, re.MULTILINE):
@@ -51,7 +51,7 @@ def find_commands(text):
             words.append(re.sub(r"\.+$", "", token[1]))
             position = token.end()
         before = text[: match.start()]
-        yield words, bool(re.search(r"(^|\n|: )\s*$", before))
+        yield words, bool(re.search(r"(\n|: )\s*$", before))
 
 
 def check_command(words, is_complete):
@@ -150,7 +150,7 @@ def test_commands_that_do_not_parse_are_found(text, problem):
     "text",
     [
         "type: charter replay --stage judge",
-        "narrow it, or allow more: charter sql --limit-s 60 '...'",
+        "narrow it, or allow more: charter sql --timeout-s 60 '...'",
         "a folder that charter backup has written",
         "type: charter produce FILE    (a JSONL file)",
         f"type: charter policy resume {'VALUE'}",
