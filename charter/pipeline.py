@@ -152,9 +152,10 @@ def make_host(
     names this copy of the stages; None leases the lowest free name of this machine.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
-    publish_run_manifest(bus, manifest or make_run_manifest(settings, constitution))
+    if stages or custom_stages:  # a process with the sink alone serves every run, and must not create one
+        publish_run_manifest(bus, manifest or make_run_manifest(settings, constitution))
     models = RoleModels(settings)
-    lease = None if instance else InstanceLease(settings.folder / "slots")
+    lease = None if instance else InstanceLease(settings.folder / "instances")
     budget = _make_budget(settings, models, bus, stages)
     tracing = open_tracing(settings)
     stages_and_roles: list[tuple[Stage, str | None]] = [

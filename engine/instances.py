@@ -8,6 +8,7 @@ a file lock, so it ends with its process.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 from contextlib import suppress
@@ -39,15 +40,17 @@ class FileLock:
 
 
 class InstanceLease:
-    """The lowest free instance number of this host, held until `close` or the end of the process."""
+    """The lowest free instance number of a data folder on this host, held until `close` or the end of the process."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        # Two data folders of one host count from 0 independently, and may use one Kafka: their names must differ.
+        folder_id = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=3).hexdigest()
         for number in count():
             self.descriptor = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o644)
             with suppress(BlockingIOError):
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.name = f"{socket.gethostname()}-{number}"
+                self.name = f"{socket.gethostname()}-{folder_id}-{number}"
                 return
             os.close(self.descriptor)
 

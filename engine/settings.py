@@ -108,11 +108,24 @@ class BusSettings(_Section):
         return address
 
 
+_RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
 class RunSettings(_Section):
     id: str = Field(
         "live", min_length=1, description="Id of the run that new records belong to; stages skip the records of other runs."
     )
     constitution: str = Field("default", description="Name of a shipped constitution, or path of a TOML file.")
+
+    @field_validator("id")
+    @classmethod
+    def _require_safe_id(cls, run_id: str) -> str:
+        """Reject an id that could not be part of a file name, a group or a transactional id."""
+        if not _RUN_ID_PATTERN.fullmatch(run_id):
+            raise ValueError(
+                "a run id has 1 to 100 letters, digits, dots, underscores and hyphens, and does not start with a dot"
+            )
+        return run_id
 
 
 class ModelsSettings(_Section):

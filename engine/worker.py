@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,6 +91,7 @@ class InFlightRecord:
     record: Record | None = None
     outputs: list[ProducerRecord] | None = None
     attempts: int = 0
+    other_run_id: str = ""  # the run of a record that this worker passes over
     is_isolated: bool = False  # its batch failed: process it alone, to find the record that fails
     is_dropped: bool = False  # its partition was lost, or it is committed
     first_failed_at: float = 0.0  # on the monotonic clock; 0: it has not failed
@@ -190,6 +191,7 @@ class Worker:
         self.partitions_paused = False
         self.admission_closed = False  # the budget allows no new work
         self.commit_uncertain = False
+        self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which it passed over
         self.num_committed = 0  # input records
         self.num_written = 0  # output records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
@@ -299,7 +301,7 @@ class Worker:
             self.send_to_dead_letter(item, DeadLetterKind.DECODE, error)
             return item
         if item.record.run_id != self.run_id:
-            item.outputs = []
+            item.other_run_id, item.outputs = item.record.run_id, []
         elif self.poison_candidates:
             self.check_poison_candidate(item)
         return item
@@ -533,6 +535,7 @@ class Worker:
             self.clear_crash_count(committed)
             self.drop_committed(offsets)
             self.num_committed += len(committed)
+            self.num_of_other_runs.update(item.other_run_id for item in committed if item.other_run_id)
             self.num_written += len(outputs)
 
     def commit_idle_positions(self) -> None:

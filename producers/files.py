@@ -89,7 +89,7 @@ class FileProducer:
         offset = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
         # One writer per input: two producers of the same file fence each other instead of publishing it twice. The writer is
         # opened before the offset is read: an earlier producer is fenced by then and cannot move the offset.
-        writer = self.bus.open_writer(f"produce.{offset.record_id if offset else 'stdin'}")
+        writer = self.bus.open_writer(f"produce.{offset.record_id if offset else f'{self.run_id}.stdin'}")
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row
@@ -109,9 +109,12 @@ class FileProducer:
                 if len(batch) >= _BATCH_SIZE:
                     self.commit(writer, batch, num_new_rows, offset, last_read, report)
                     batch, num_new_rows = [], 0
-        finally:
+            self.commit(writer, batch, num_new_rows, offset, last_read, report)
+        except UsageError:
             # A strict run that stops keeps the valid rows before the invalid one.
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
+            raise
+        finally:
             writer.close()
         return report
 

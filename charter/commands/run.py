@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 
 import click
 
@@ -86,8 +87,14 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
 
 
 def _format_committed(host: Host) -> str:
-    """Return the number of records that each stage has committed since the start."""
-    return " ".join(f"{worker.stage.name}={worker.num_committed}" for worker in host.workers)
+    """Return the number of records that each stage has processed since the start, and the runs of those it passed over."""
+    counts = " ".join(
+        f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total()}" for worker in host.workers
+    )
+    others = Counter[str]()
+    for worker in host.workers:
+        others |= worker.num_of_other_runs  # the same records, seen by several stages: the largest number counts
+    return counts + "".join(f"; {count} records belong to run {run_id}" for run_id, count in sorted(others.items()))
 
 
 COMMAND = run

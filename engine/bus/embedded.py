@@ -24,7 +24,7 @@ from engine.bus.port import ConsumerRecord, Headers, Offsets, ProducerRecord, To
 from engine.errors import BusUnreachable, CommitUncertain, DataFolderVersionMismatch, PartitionLost, UsageError, WriterFenced
 from schemas.topics import TopicSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOG_FILENAME = "log.sqlite"
 _LEASE_TIMEOUT_S = 10.0
 BUSY_TIMEOUT_S = 30.0
@@ -39,10 +39,25 @@ CREATE TABLE offsets (grp TEXT, topic INTEGER, partition INTEGER, next_offset IN
                       PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
 CREATE TABLE writers (id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE groups (name TEXT PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE members (grp TEXT, member TEXT, expires REAL NOT NULL, PRIMARY KEY (grp, member)) WITHOUT ROWID;
+CREATE TABLE members (grp TEXT, member TEXT, boot TEXT NOT NULL, expires REAL NOT NULL, PRIMARY KEY (grp, member)) WITHOUT ROWID;
 CREATE TABLE leases (grp TEXT, topic INTEGER, partition INTEGER, member TEXT, epoch INTEGER NOT NULL,
                      PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
 """
+
+
+def read_boot_clock() -> float:
+    """Return the seconds since the machine started, also while it was suspended.
+
+    Leases use this clock, because the wall clock can be set back: a lease would then seem valid for hours after its owner died.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+@lru_cache(maxsize=1)
+def read_boot_id() -> str:
+    """Return an id that changes when the machine starts again, or "" where the system has none."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="ascii").strip() if path.exists() else ""
 
 
 def _murmur2(key: bytes) -> int:
@@ -467,12 +482,13 @@ class EmbeddedConsumer(EmbeddedReader):
     def rebalance(self) -> None:
         """Renew the membership, remove expired members, release partitions beyond our share and take free ones of it."""
         with self.connection.transaction() as db:
-            now = time.time()
+            now, boot = read_boot_clock(), read_boot_id()
             is_new = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
-            db.execute(
-                "INSERT OR REPLACE INTO members VALUES (?, ?, ?)", [self.group, self.member, now + self.bus.lease_timeout_s]
-            )
-            num_expired = db.execute("DELETE FROM members WHERE grp = ? AND expires < ?", [self.group, now]).rowcount
+            row = [self.group, self.member, boot, now + self.bus.lease_timeout_s]
+            db.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)", row)
+            # A member of an earlier boot is dead, and its times are those of another clock.
+            expired = "DELETE FROM members WHERE grp = ? AND (boot <> ? OR expires < ?)"
+            num_expired = db.execute(expired, [self.group, boot, now]).rowcount
             num_released, leases = self.assign_leases(db)
             if is_new or num_expired or num_released:
                 _increment_generation(db, self.group)

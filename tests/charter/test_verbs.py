@@ -291,3 +291,32 @@ def test_token_limit_stops_admission_and_finishes_started_prompts(deployment):
 
 
 # A local broker
+
+
+# Runs
+
+
+@pytest.mark.parametrize("run_id", ["../../outside", ".hidden", "a b", "", "x" * 101, "a/b", "naïve"])
+def test_unsafe_run_id_is_rejected(deployment, run_id):
+    deployment.fails(UsageError, r"setting run\.id cannot be", "status", "--run", run_id)
+
+
+def test_run_names_the_run_of_the_records_that_it_passes_over(deployment):
+    deployment.publish("One?", "Two?", "Three?")
+    output = deployment.call("run", "--run", "other", "--until-done", stream="stderr")
+    assert "respond=0 critique=0 revise=0 judge=0; 3 records belong to run live" in output
+
+
+def test_sink_alone_creates_no_run(deployment):
+    deployment.publish("One?")
+    deployment.call("run", "--run", "maintenance", "--stage", "sink", "--until-done")
+    assert deployment.rows("runs") == [] and deployment.sql("SELECT count(*) FROM prompts") == [(1,)]
+
+
+def test_producers_of_two_runs_read_standard_input_at_the_same_time(deployment):
+    bus = connect_bus(deployment.settings())
+    first = bus.open_writer("produce.live.stdin")
+    deployment.call("produce", "-", "--run", "second", stdin='"From the second run"\n')
+    first.commit([])  # the producer of the other run has not fenced this one
+    first.close()
+    bus.close()

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from engine.bus.port import ProducerRecord
 from engine.bus.read import read_topic, read_values
 from engine.errors import BusUnreachable, DataFolderVersionMismatch, UsageError
 from schemas.topics import TOPICS
+from tests.support.waiting import HANG_S
 
 
 def start_process(code, *arguments, **options):
@@ -71,11 +73,33 @@ def test_partitions_of_a_dead_member_are_reassigned_after_its_lease(tmp_path):
     bus.close()
 
 
+@pytest.mark.parametrize("change", ["the wall clock is set back", "the machine was started again"])
+def test_leases_do_not_depend_on_the_wall_clock(tmp_path, monkeypatch, change):
+    bus = EmbeddedBus(tmp_path, lease_timeout_s=0.5)
+    bus.create_topics(list(TOPICS.values()))
+    silent = bus.open_consumer("g", ["prompts"], member="silent")
+    silent.poll(0.01, 1)
+    if change == "the wall clock is set back":
+        monkeypatch.setattr("time.time", lambda wall=time.time: wall() - 7200)
+    else:  # the times in the file are far in the future of the new boot's clock
+        bus.lease_timeout_s = 1e9
+        silent.rebalance()
+        bus.lease_timeout_s = 0.5
+        monkeypatch.setattr("engine.bus.embedded.read_boot_id", lambda: "another boot")
+    active = bus.open_consumer("g", ["prompts"], member="active")
+    deadline = time.monotonic() + HANG_S
+    while len(active.assignment()) < 12:
+        active.poll(0.1, 1)
+        assert time.monotonic() < deadline
+    active.close()
+    bus.close()
+
+
 def test_log_of_another_version_is_rejected(tmp_path):
     open_bus(str(tmp_path)).close()
     with sqlite3.connect(tmp_path / "log.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(DataFolderVersionMismatch, match=r"99.*expected 1"):
+    with pytest.raises(DataFolderVersionMismatch, match=r"99.*expected 2"):
         open_bus(str(tmp_path))
 
 

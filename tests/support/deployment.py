@@ -33,13 +33,13 @@ class Deployment:
     def settings(self, **more):
         return load_settings(self.flags | {key.replace("__", "."): value for key, value in more.items()}, environment={})[0]
 
-    def call(self, *arguments, code=0):
+    def call(self, *arguments, code=0, stream="stdout", stdin=""):
         words = [word for key, value in self.flags.items() for word in ("--set", f"{key}={value}")]
-        result = CliRunner().invoke(cli, [*map(str, arguments), *words])
+        result = CliRunner().invoke(cli, [*map(str, arguments), *words], input=stdin)
         if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output
-        return result.stdout
+        return getattr(result, stream)
 
     def fails(self, error, match, *arguments):
         with pytest.raises(error, match=match):
