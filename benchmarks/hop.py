@@ -157,7 +157,10 @@ def _build_stage(job: _StageJob) -> Stage:
 
 
 def _build_worker(job: _StageJob, bus: Bus, folder: Path, can_admit: Callable[[], bool] = lambda: True) -> Worker:
-    limits, journal = WorkerLimits(max_in_flight=job.in_flight), CrashJournal(folder / "journal", job.instance)
+    limits, journal = (
+        WorkerLimits(max_in_flight=job.in_flight),
+        CrashJournal(folder / "journal", job.instance, topic_ids=bus.topic_ids([_SOURCE_TOPIC])),
+    )
     return Worker(
         bus,
         _build_stage(job),

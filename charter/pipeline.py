@@ -26,7 +26,7 @@ from consumers.revise import ReviseStage
 from consumers.sink import Sink
 from engine.budget import Budget, parse_prices
 from engine.bus.port import Bus
-from engine.crash_journal import CrashJournal
+from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import UsageError
 from engine.host import Host
 from engine.instances import FileLock, InstanceLease
@@ -165,8 +165,10 @@ def make_host(
         stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
         stages_and_roles.append((stage, custom.role))
     instance_name = instance or (lease.name if lease else "")
+    fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
     workers = [
-        _make_worker(settings, bus, models, stage, role, instance_name, budget, tracing) for stage, role in stages_and_roles
+        _make_worker(settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault)
+        for stage, role in stages_and_roles
     ]
     sink_service = _SinkService(settings, bus) if sink else None
     sinks = sink_service.sinks if sink_service else []
@@ -174,7 +176,7 @@ def make_host(
     cleanup_callbacks = start_metrics_server(settings, make_pipeline_collector(workers, sinks))
     cleanup_callbacks += [tracing.close] if tracing else []
     cleanup_callbacks += [models.close, *(worker.journal.close for worker in workers if worker.journal)]
-    cleanup_callbacks += [resource.close for resource in (lease, budget, sink_service) if resource]
+    cleanup_callbacks += [resource.close for resource in (lease, budget, sink_service, fault_log) if resource]
     return Host(
         workers,
         {"sink": sink_service.run} if sink_service else {},
@@ -194,6 +196,7 @@ def _make_worker(
     instance: str,
     budget: Budget | None,
     tracing: Tracing | None,
+    had_fault: bool,
 ) -> Worker:
     run_id, options = settings.run.id, settings.worker
     return Worker(
@@ -209,7 +212,12 @@ def _make_worker(
             options.retry_timeout_s,
             options.max_consecutive_dead_letters,
         ),
-        journal=CrashJournal(settings.folder / "journal" / f"{run_id}.{stage.name}", instance),
+        journal=CrashJournal(
+            settings.folder / "journal" / f"{run_id}.{stage.name}",
+            instance,
+            topic_ids=bus.topic_ids(stage.inputs),
+            had_fault=had_fault,
+        ),
         can_admit=partial(budget.can_admit, stage.name) if budget else lambda: True,
         trace=tracing.make_stage_tracer(stage.name, run_id) if tracing else skip_tracing,
     )

@@ -288,7 +288,7 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
 
     `quiet` prints the last line on standard error, so that standard output has only the caller's result.
     """
-    run_id, stop = plan.settings.run.id, stop_on_signals()
+    run_id = plan.settings.run.id
     inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
     groups = {f"{run_id}.{stage}": topics for stage, topics in inputs.items()}
     for group, topics in groups.items():
@@ -303,6 +303,7 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
         manifest=plan.manifest,
         constitution=plan.constitution,
     )
+    stop = stop_on_signals(host.note_stop)
     selected_ids: set[str] = set()
     num_published, num_earlier = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
     click.echo(

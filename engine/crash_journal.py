@@ -1,64 +1,167 @@
 """The crash journal: the records that a process was processing, to find a record that crashes processes.
 
-Before a batch goes to the model, its coordinates are written to a small file; the file is cleared when the batch is finished.
-A process that crashes in between leaves them in the file. Its restarted process counts a crash for each of these records and
-processes them one at a time. A record that has crashed MAX_CRASHES processes (for example because the model runs out of memory)
-becomes a dead letter of kind CRASH. Without the journal such a record would crash every process that reads it.
+Before a batch goes to the model, its coordinates are written to a small file. The file is cleared when the batch is finished. A
+process that ends in between leaves them in the file. The restarted process then processes each of these records alone, after a
+pause.
 
-The file is not fsynced: it must survive a crash of the process, not of the machine. All instances of a stage on a host share
-the crash counts.
+A process can also end for a reason that no record caused: the machine is preempted, or a user kills it. So not every end counts:
+
+* The end counts for a record only if the file names this record and no other one.
+* The end does not count if a stop signal came first.
+* The end does not count while another process holds the file: its owner is alive.
+
+A record becomes a dead letter of kind CRASH after MAX_CRASHES counted ends with evidence that the record caused them, or after
+MAX_ENDS counted ends without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or a
+process of the same cgroup that the kernel killed for memory.
+
+The files are not fsynced: they must survive the end of the process, not of the machine. All instances of a stage on a host
+share the counts. The coordinates contain the id of the topic: a topic that was deleted and created again has other records.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
+import json
 import os
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.bus.port import ConsumerRecord
+from engine.bus.port import ConsumerRecord, Offsets, TopicPartition
 
 MAX_CRASHES = 3
+MAX_ENDS = 6
+_CGROUP_FOLDER = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class CrashCount:
+    """How many processes ended while they processed one record alone, and how many of these ends have evidence of a crash."""
+
+    ends: int = 0
+    crashes: int = 0
+
+    @property
+    def is_conclusive(self) -> bool:
+        return self.crashes >= MAX_CRASHES or self.ends >= MAX_ENDS
+
+    def describe(self) -> str:
+        if self.crashes:
+            return f"{self.ends} processes ended while processing it, {self.crashes} of them with a fault or without memory"
+        return f"{self.ends} processes ended while processing it, without a stop signal and without a recorded fault"
+
+
+class FaultLog:
+    """The file into which the interpreter writes a fatal error (segmentation fault, abort) before the process dies.
+
+    `had_fault` reports whether the previous process with this file died of one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.had_fault = path.exists() and path.stat().st_size > 0
+        self.was_enabled = faulthandler.is_enabled()
+        self.file = path.open("wb", buffering=0)
+        faulthandler.enable(self.file)
+
+    def close(self) -> None:
+        """Write faults to standard error again, if that was so before."""
+        faulthandler.disable()
+        if self.was_enabled:
+            with suppress(OSError, ValueError):  # standard error may be closed
+                faulthandler.enable(sys.__stderr__ or sys.stderr)
+        self.file.close()
+
+
+def read_oom_kills() -> int:
+    """Return how many processes of this cgroup the kernel has killed for memory; 0 where that is not known."""
+    with suppress(OSError, ValueError, IndexError):
+        relative = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip().lstrip("/")
+        for folder in (_CGROUP_FOLDER / relative, _CGROUP_FOLDER):
+            events = folder / "memory.events"
+            if events.exists():
+                lines = dict(line.split() for line in events.read_text(encoding="ascii").splitlines())
+                return int(lines["oom_kill"])
+    return 0
 
 
 class CrashJournal:
-    """The journal of one instance of a stage. `folder` belongs to the stage, `instance` is the name of the instance."""
+    """The journal of one instance of a stage. `folder` belongs to the stage, `instance` is the name of the instance.
 
-    def __init__(self, folder: Path, instance: str) -> None:
-        self.crash_counts_folder = folder / "suspects"
-        self.crash_counts_folder.mkdir(parents=True, exist_ok=True)
+    `topic_ids` maps the input topics to their ids. `had_fault` reports that the previous process of this instance died of a
+    fault (see `FaultLog`).
+    """
+
+    def __init__(self, folder: Path, instance: str, *, topic_ids: Mapping[str, str], had_fault: bool = False) -> None:
+        self.counts_folder = folder / "suspects"
+        self.counts_folder.mkdir(parents=True, exist_ok=True)
+        self.topic_ids = dict(topic_ids)
         self.descriptor = os.open(folder / f"{instance}.working", os.O_RDWR | os.O_CREAT, 0o644)
         self.in_progress: set[str] = set()
+        self.is_stopping = False
         self.lock = threading.Lock()
-        self.increment_crash_counts(os.read(self.descriptor, 1 << 20).decode().split())
-        self.clear()
+        self.is_owner = False
+        with suppress(BlockingIOError):
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.is_owner = True
+        if self.is_owner:
+            self.count_last_end(had_fault)
+            self.oom_kills = read_oom_kills()
+            self.clear()
 
-    def increment_crash_counts(self, names: Iterable[str]) -> None:
-        """Count a crash for each of these records."""
-        for name in names:
-            path = self.crash_counts_folder / name
-            path.write_text(str(self.get_crash_count(name) + 1))
-
-    def get_crash_count(self, name: str) -> int:
+    def count_last_end(self, had_fault: bool) -> None:
+        """Count the end of the previous process, if it was processing records when it ended."""
+        text = os.pread(self.descriptor, 1 << 24, 0)
+        if not text:
+            return
         try:
-            return int((self.crash_counts_folder / name).read_text() or 0)
-        except FileNotFoundError:
-            return 0
+            entry = json.loads(text)
+        except ValueError:
+            return  # the process ended while it wrote the file, so not while it was processing
+        names = entry["records"]
+        counts = len(names) == 1 and not entry["is_stopping"]
+        is_crash = had_fault or read_oom_kills() > entry["oom_kills"]
+        for name in names:
+            count = self.get_crash_count(name)
+            self.write_crash_count(name, CrashCount(count.ends + counts, count.crashes + (counts and is_crash)))
 
-    def crash_counts(self) -> dict[str, int]:
-        """Return record -> number of processes that crashed while processing it, without zeros."""
-        return {path.name: self.get_crash_count(path.name) for path in self.crash_counts_folder.iterdir()}
+    def get_crash_count(self, name: str) -> CrashCount:
+        """Return the count of a record, by its coordinates key."""
+        try:
+            return CrashCount(*json.loads((self.counts_folder / name).read_text(encoding="ascii")))
+        except FileNotFoundError:
+            return CrashCount()
+
+    def write_crash_count(self, name: str, count: CrashCount) -> None:
+        temporary = self.counts_folder / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps([count.ends, count.crashes]), encoding="ascii")
+        temporary.rename(self.counts_folder / name)
+
+    def crash_counts(self) -> dict[str, CrashCount]:
+        """Return the records to process alone, by their coordinates key, with their counts."""
+        names = [path.name for path in self.counts_folder.iterdir() if not path.name.startswith(".")]
+        return {name: self.get_crash_count(name) for name in names}
 
     def mark_started(self, consumer_records: Iterable[ConsumerRecord]) -> None:
         """Add records whose processing starts."""
         with self.lock:
-            self.in_progress |= {make_coordinates_key(record) for record in consumer_records}
+            self.in_progress |= {self.make_key(record) for record in consumer_records}
             self.write_in_progress()
 
     def mark_finished(self, consumer_records: Iterable[ConsumerRecord]) -> None:
         """Remove records whose processing has ended."""
         with self.lock:
-            self.in_progress -= {make_coordinates_key(record) for record in consumer_records}
+            self.in_progress -= {self.make_key(record) for record in consumer_records}
+            self.write_in_progress()
+
+    def note_stop(self) -> None:
+        """Note that the process was asked to stop: its end is not the fault of a record."""
+        with self.lock:
+            self.is_stopping = True
             self.write_in_progress()
 
     def clear(self) -> None:
@@ -68,19 +171,33 @@ class CrashJournal:
             self.write_in_progress()
 
     def write_in_progress(self) -> None:
-        text = " ".join(sorted(self.in_progress)).encode()
+        if not self.is_owner:
+            return
+        entry = {"records": sorted(self.in_progress), "is_stopping": self.is_stopping, "oom_kills": self.oom_kills}
+        text = json.dumps(entry).encode() if self.in_progress else b""
         os.pwrite(self.descriptor, text, 0)
         os.ftruncate(self.descriptor, len(text))
 
     def clear_crash_count(self, consumer_records: Iterable[ConsumerRecord]) -> None:
-        """Delete the crash counts of records that are committed."""
+        """Delete the counts of records that are committed."""
         for record in consumer_records:
-            (self.crash_counts_folder / make_coordinates_key(record)).unlink(missing_ok=True)
+            (self.counts_folder / self.make_key(record)).unlink(missing_ok=True)
+
+    def clear_committed(self, committed_offsets: Offsets) -> None:
+        """Delete the counts of records below the committed offsets: another instance has finished them."""
+        for name in self.crash_counts():
+            topic_and_id, partition, offset = name.rsplit("-", 2)
+            topic = next((topic for topic in self.topic_ids if self.make_topic_key(topic) == topic_and_id), None)
+            committed = committed_offsets.get(TopicPartition(topic, int(partition)), 0) if topic else 0
+            if topic is None or int(offset) < committed:  # without a topic: it was deleted, or is no input any more
+                (self.counts_folder / name).unlink(missing_ok=True)
+
+    def make_topic_key(self, topic: str) -> str:
+        return f"{topic}-{self.topic_ids[topic]}"
+
+    def make_key(self, consumer_record: ConsumerRecord) -> str:
+        """Return the coordinates of a record in a form that is valid as a file name."""
+        return f"{self.make_topic_key(consumer_record.topic)}-{consumer_record.partition}-{consumer_record.offset}"
 
     def close(self) -> None:
         os.close(self.descriptor)
-
-
-def make_coordinates_key(consumer_record: ConsumerRecord) -> str:
-    """Return the coordinates of a record in a form that is valid as a file name."""
-    return f"{consumer_record.topic}-{consumer_record.partition}-{consumer_record.offset}"

@@ -50,6 +50,12 @@ class Host:
         self.thread_groups: list[tuple[threading.Event, list[threading.Thread]]] = []
         self.abandoned_threads: list[str] = []  # threads that did not end within shutdown_timeout_s
 
+    def note_stop(self) -> None:
+        """Note in the crash journals that a stop signal came: the end of this process is not the fault of a record."""
+        for worker in self.workers:
+            if worker.journal:
+                worker.journal.note_stop()
+
     def start(self) -> None:
         """Start all threads."""
         executors: dict[str, ThreadTarget] = {

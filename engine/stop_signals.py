@@ -11,14 +11,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 FORCE_INTERVAL_S = 1.0  # `timeout` and some supervisors signal a process and its group: two signals at once are one request
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def stop_on_signals() -> threading.Event:
+def stop_on_signals(on_stop: Callable[[], None] = lambda: None) -> threading.Event:
     """Return an event that SIGINT and SIGTERM set. A signal more than one second after the first ends the process at once.
+
+    `on_stop` is called in another thread before the event is set.
 
     Call it in the main thread. The exit code of a forced end is 128 plus the number of the signal, as a shell reports it.
     """
@@ -36,7 +39,10 @@ def stop_on_signals() -> threading.Event:
             now = time.monotonic()
             if not first_at:
                 first_at = now
-                stop.set()
+                try:
+                    on_stop()
+                finally:
+                    stop.set()
             elif now - first_at > FORCE_INTERVAL_S:
                 os._exit(128 + received[0])
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
-from engine.crash_journal import MAX_CRASHES, CrashJournal, make_coordinates_key
+from engine.crash_journal import CrashCount, CrashJournal
 from engine.dead_letters import make_dead_letter
 from engine.errors import (
     CharterError,
@@ -92,6 +92,7 @@ class InFlightRecord:
     outputs: list[ProducerRecord] | None = None
     attempts: int = 0
     other_run_id: str = ""  # the run of a record that this worker passes over
+    crash_count: CrashCount | None = None  # processes ended while they processed this record
     is_isolated: bool = False  # its batch failed: process it alone, to find the record that fails
     is_dropped: bool = False  # its partition was lost, or it is committed
     first_failed_at: float = 0.0  # on the monotonic clock; 0: it has not failed
@@ -181,7 +182,11 @@ class Worker:
         self.in_flight_records: dict[TopicPartition, deque[InFlightRecord]] = {}
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
         self.retry_queue: list[InFlightRecord] = []  # records that wait for their next attempt
+        if journal:
+            journal.clear_committed(bus.committed(self.group, stage.inputs))
         self.poison_candidates = journal.crash_counts() if journal else {}
+        self.num_processing = 0  # records that the executor has taken
+        self.is_processing_candidate = False
         # The newest dead letters of one error class, with no success between them.
         self.consecutive_failures: list[InFlightRecord] = []
         self.consecutive_failure_class = ""
@@ -253,7 +258,9 @@ class Worker:
         with self.executor.condition:
             for item in items:
                 self.in_flight_records.setdefault(item.topic_partition, deque()).append(item)
-                if item.outputs is None:
+                if item.outputs is None and item.retry_at:
+                    self.retry_queue.append(item)
+                elif item.outputs is None:
                     self.queues[item.consumer_record.topic].append(item)
             self.executor.condition.notify_all()
         if not consumer_records:
@@ -307,12 +314,23 @@ class Worker:
         return item
 
     def check_poison_candidate(self, item: InFlightRecord) -> None:
-        """Isolate a record that has crashed processes; after MAX_CRASHES crashes make it a dead letter."""
-        item.attempts = self.poison_candidates.get(make_coordinates_key(item.consumer_record), 0)
-        item.is_isolated = item.attempts > 0
-        if item.attempts >= MAX_CRASHES:
-            self.send_to_dead_letter(
-                item, DeadLetterKind.CRASH, PoisonRecordError(f"{item.attempts} processes crashed while processing it")
+        """Process alone, after a pause, a record at which processes ended; make it a dead letter if it caused their end."""
+        assert self.journal is not None, "candidates come from the journal"
+        count = self.poison_candidates.get(self.journal.make_key(item.consumer_record))
+        if count is None:
+            return
+        item.is_isolated, item.crash_count, item.attempts = True, count, count.ends
+        if count.is_conclusive:
+            self.send_to_dead_letter(item, DeadLetterKind.CRASH, PoisonRecordError(count.describe()))
+        elif count.ends:
+            pause_s = compute_backoff(count.ends)
+            item.retry_at = time.monotonic() + pause_s
+            logger.warning(
+                "%s processes %s alone in %.1f s: %s",
+                self.stage.name,
+                format_coordinates(item.consumer_record),
+                pause_s,
+                count.describe(),
             )
 
     def drop_lost_partitions(self, epochs: Mapping[TopicPartition, int]) -> None:
@@ -333,17 +351,22 @@ class Worker:
     def take_batch(self) -> list[InFlightRecord]:
         """Return the next batch, from the first topic that has one; empty during a pause. The caller holds the condition."""
         now = time.monotonic()
-        if now < self.paused_until or self.fatal_error or self.admission_closed:
+        if now < self.paused_until or self.fatal_error or self.admission_closed or self.is_processing_candidate:
             return []
         self.requeue_retries(now)
         for topic in self.stage.inputs:
             queue = self.queues[topic]
             if queue and queue[0].is_isolated:
+                if queue[0].crash_count and self.num_processing:
+                    continue  # a candidate is processed alone: an end of the process must name only this record
+                self.is_processing_candidate = queue[0].crash_count is not None
+                self.num_processing += 1
                 return [queue.popleft()]
             items: list[InFlightRecord] = []
             while queue and not queue[0].is_isolated and len(items) < self.stage.max_batch_size:
                 items.append(queue.popleft())
             if items:
+                self.num_processing += len(items)
                 return items
         return []
 
@@ -356,6 +379,14 @@ class Worker:
 
     def process_batch(self, items: list[InFlightRecord]) -> None:
         """Run the stage on a batch, with its coordinates in the crash journal while it runs."""
+        try:
+            self.process_with_journal(items)
+        finally:
+            with self.executor.condition:
+                self.num_processing -= len(items)
+                self.is_processing_candidate = False
+
+    def process_with_journal(self, items: list[InFlightRecord]) -> None:
         if self.journal is None:
             self.run_stage(items)
             return
@@ -563,12 +594,10 @@ class Worker:
         """Clear the crash counts of committed records."""
         if not self.journal or not self.poison_candidates:
             return
-        candidates = [
-            item.consumer_record for item in items if make_coordinates_key(item.consumer_record) in self.poison_candidates
-        ]
+        candidates = [item.consumer_record for item in items if item.crash_count is not None]
         self.journal.clear_crash_count(candidates)
         for consumer_record in candidates:
-            del self.poison_candidates[make_coordinates_key(consumer_record)]
+            self.poison_candidates.pop(self.journal.make_key(consumer_record), None)
 
     def drop_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Drop the records below these committed offsets."""

@@ -61,8 +61,9 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
     builtin = [name for name in selected if name in STAGES]
     custom = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in selected if name not in _ALL_STAGES]
     has_sink = "sink" in selected
-    bus, stop = connect_bus(settings), stop_on_signals()
+    bus = connect_bus(settings)
     host = make_host(settings, bus, builtin, sink=has_sink, custom_stages=custom, instance=instance)
+    stop = stop_on_signals(host.note_stop)
     end = "until all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
     store = open_store(settings) if has_sink else None

@@ -305,13 +305,16 @@ def test_record_for_one_stage_is_skipped_by_the_others(bus):
     run_until([make_worker(bus, echo)], lambda: read_responses(bus) == ["AGAIN"])
 
 
-def test_record_that_crashes_processes_is_retried_alone_and_then_a_dead_letter(bus, tmp_path):
-    """Three processes crash on the record; a crash is simulated by a journal whose last entry is not finished."""
-    publish(bus, *(make_prompt(f"p{n}") for n in range(6)))
-    batches = []
+class Crash(BaseException):
+    pass
 
-    class Crash(BaseException):
-        pass
+
+@pytest.mark.parametrize(("had_fault", "ends"), [(True, 3), (False, 6)])
+def test_record_that_ends_processes_is_retried_alone_and_then_a_dead_letter(bus, tmp_path, monkeypatch, had_fault, ends):
+    """Processes end at the record; an end is simulated by a journal whose last entry is not finished."""
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.02))
+    publish(bus, *(make_prompt(f"p{n}") for n in range(6)))
+    batches, topic_ids = [], bus.topic_ids(["prompts"])
 
     def work(records):
         batches.append(sorted(record.messages[0].content for record in records))
@@ -319,16 +322,45 @@ def test_record_that_crashes_processes_is_retried_alone_and_then_a_dead_letter(b
             raise Crash
         return echo(records)
 
-    for _ in range(3):
-        crashing = make_worker(bus, work, journal=CrashingJournal(tmp_path / "journal", "0"))
+    # The first process ends at a batch of several records, which counts for none of them.
+    for _ in range(1 + ends):
+        journal = CrashingJournal(tmp_path / "journal", "0", topic_ids=topic_ids, had_fault=had_fault)
+        crashing = make_worker(bus, work, journal=journal)
         with pytest.raises(Crash):
             run_until([crashing], lambda: False)
+        crashing.journal.close()
     assert len(batches[0]) > 1 and batches[-1] == ["p3"]
-    last = make_worker(bus, work, journal=CrashJournal(tmp_path / "journal", "0"))
+    journal = CrashJournal(tmp_path / "journal", "0", topic_ids=topic_ids, had_fault=had_fault)
+    last = make_worker(bus, work, journal=journal)
     run_until([last], lambda: len(read_responses(bus)) == 5 and len(read_dead_letters(bus)) == 1)
+    last.journal.close()
     (dead_letter,) = read_dead_letters(bus)
-    assert (dead_letter.kind, dead_letter.attempts) == (DeadLetterKind.CRASH, 3)
-    assert CrashJournal(tmp_path / "journal", "0").crash_counts() == {}
+    assert (dead_letter.kind, dead_letter.attempts) == (DeadLetterKind.CRASH, ends)
+    assert f"{ends} processes ended while processing it" in dead_letter.error_message
+    assert CrashJournal(tmp_path / "journal", "0", topic_ids=bus.topic_ids(["prompts"])).crash_counts() == {}
+
+
+@pytest.mark.parametrize("reason", ["a stop signal came first", "its process is alive", "another instance finished the record"])
+def test_end_of_a_process_is_not_the_fault_of_a_record(bus, tmp_path, reason):
+    publish(bus, make_prompt("p0"))
+
+    def work(records):
+        if reason == "a stop signal came first":
+            journal.note_stop()
+        raise Crash
+
+    journal = CrashingJournal(tmp_path / "journal", "0", topic_ids=bus.topic_ids(["prompts"]))
+    worker = make_worker(bus, work, journal=journal)
+    with pytest.raises(Crash):
+        run_until([worker], lambda: False)
+    if reason != "its process is alive":
+        journal.close()
+    if reason == "another instance finished the record":
+        run_until([make_worker(bus, echo)], lambda: read_responses(bus) == ["P0"])
+    restarted = make_worker(bus, echo, journal=CrashJournal(tmp_path / "journal", "0", topic_ids=bus.topic_ids(["prompts"])))
+    assert not any(count.ends for count in restarted.poison_candidates.values())
+    assert restarted.poison_candidates == {} or reason == "a stop signal came first"
+    restarted.consumer.close()
 
 
 class CrashingJournal(CrashJournal):
@@ -368,14 +400,16 @@ def test_shutdown_waits_for_a_slow_model_up_to_its_timeout_and_loses_no_record(b
         released.wait(HANG_S)
         return echo(records)
 
-    journal = CrashJournal(tmp_path / "journal", "0")
+    journal = CrashJournal(tmp_path / "journal", "0", topic_ids=bus.topic_ids(["prompts"]))
     host = Host([make_worker(bus, work, journal=journal)], shutdown_timeout_s=0.5)
     host.start()
     assert started_work.wait(HANG_S)
     host.close()  # returns although the call is not released
     assert host.abandoned_threads == ["test-0"]
     released.set()
-    assert CrashJournal(tmp_path / "journal", "0").crash_counts() == {}  # the record did not cause the end of the process
+    assert (
+        CrashJournal(tmp_path / "journal", "0", topic_ids=bus.topic_ids(["prompts"])).crash_counts() == {}
+    )  # the record did not cause the end of the process
     run_until([make_worker(bus, echo)], lambda: read_responses(bus) == ["SLOW"])
 
 
