@@ -8,7 +8,7 @@ from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from schemas.records import ChatMessage
 
-MESSAGES = (ChatMessage(role="user", content="How do I mend a lamp?"),)
+MESSAGES = (ChatMessage(role="user", content="How do I fix a lamp?"),)
 
 
 def judge(**flags):

@@ -86,7 +86,7 @@ def test_permanent_error_makes_a_dead_letter_of_one_record_only(bus):
     def work(records):
         for record in records:
             if record.messages[0].content == "p05":
-                raise PermanentRecordError("cannot be done", "the test says so", "")
+                raise PermanentRecordError("cannot be done", "raised by the test", "")
         return echo(records)
 
     publish(bus, *(make_prompt(f"p{n:02}") for n in range(10)))
@@ -261,7 +261,7 @@ def fail_for(predicate, error=PermanentRecordError):
     def work(records):
         for record in records:
             if predicate(record.messages[0].content):
-                raise error("cannot be done", "the test says so", "")
+                raise error("cannot be done", "raised by the test", "")
         return echo(records)
 
     return work
