@@ -146,8 +146,8 @@ stream 36
 # Compare the policies -----------------------------------------------------------------------------------------------------------------------
 try charter policy list
 try charter sql "select kind, version, phase, base_version, batch_number, trained_rows from policy_versions order by commit_seq"
-try charter sql "select policy_version, count(*) as answers, avg(len(string_split(text, ' '))) as words, avg((finish_reason = 'STOP')::int) as ended from rollouts group by 1 order by 1"
-try charter sql "select answer.policy_version, count(*) as judged, avg(c.p_flawed) as flawed from critiques c join responses answer on answer.record_id = c.response_id where c.round = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
+try charter sql "select policy_version, count(*) as completions, avg(len(string_split(text, ' '))) as words, avg((finish_reason = 'STOP')::int) as ended from rollouts group by 1 order by 1"
+try charter sql "select r.policy_version, count(*) as critiques, avg(c.p_flawed) as p_flawed from critiques c join responses r on r.record_id = c.response_id where c.round = 0 and c.verdict in ('CLEAN', 'FLAWED') group by 1 order by 1"
 try charter sql "select phase, step, metric, value from training_steps where metric in ('loss', 'accuracy', 'kl_ref', 'reward_mean') order by commit_seq"
 try charter report report.html
 try charter export preference exported/pairs

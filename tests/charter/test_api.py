@@ -165,7 +165,7 @@ def test_documented_examples_run(tmp_path, monkeypatch, capsys):
     assert len(blocks) >= 7
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)
-    assert "preferences {" in capsys.readouterr().out and names["counting"].asked == 1 + 2
+    assert "preferences {" in capsys.readouterr().out and names["counting"].num_requests == 1 + 2
 
 
 def test_import_does_not_load_heavy_libraries():

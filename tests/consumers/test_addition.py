@@ -36,7 +36,7 @@ def test_custom_stage_runs_next_to_the_other_stages(stage_file, tmp_path, make_p
     host = make_host(
         settings, bus, ["respond"], sink=True, custom_stages=[custom_stage.load_custom_stage(str(stage_file), ROLES)]
     )
-    sql = "SELECT count(*), count(DISTINCT parent_ids[1]), min(metrics['answer/words']) FROM metrics"
+    sql = "SELECT count(*), count(DISTINCT parent_ids[1]), min(metrics['completion/words']) FROM metrics"
     with host:
         store = open_store(settings)
         wait_until(lambda: store.path.exists() and store.query(sql).rows[0][0] == 5, host)
