@@ -305,10 +305,10 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
     )
     stop = stop_on_signals(host.note_stop)
     selected_ids: set[str] = set()
-    num_published, num_earlier = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
+    counts = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
     click.echo(
-        f"run {run_id}: replaying {num_published + num_earlier} records of run {plan.selection.run_id}"
-        f" ({num_earlier} published by an earlier start) through {', '.join(plan.stages)}",
+        f"run {run_id}: replaying {counts.published + counts.from_earlier_start} records of run {plan.selection.run_id}"
+        f" ({counts.from_earlier_start} published by an earlier start, {counts.erased} erased) through {', '.join(plan.stages)}",
         err=True,
     )
     check = CompletionCheck(bus, groups, open_store(plan.settings), plan.starts)

@@ -146,30 +146,43 @@ def _read_erased_prompt_ids(bus: Bus) -> set[str]:
     return {(erasure.key or b"").decode() for erasure in read_between(bus, beginnings, ends)}
 
 
-def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> tuple[int, int]:
-    """Publish records under the run `run_id`; return the numbers of published and of skipped records."""
+@dataclass
+class RepublishCounts:
+    """How many records were published, were on the log already from an earlier start, or belong to an erased prompt."""
+
+    published: int = 0
+    from_earlier_start: int = 0
+    erased: int = 0
+
+
+def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> RepublishCounts:
+    """Publish records under the run `run_id`, each once."""
     # The writer is opened first: it fences an earlier replay of this run, which then cannot publish after the ids are read.
     writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
-    num_published, num_skipped, batch = 0, 0, []
+    counts, batch = RepublishCounts(), list[Record]()
     ids_by_topic: dict[str, set[str]] = {}
     try:
         for record in records:
             if record.topic not in ids_by_topic:
                 ids_by_topic[record.topic] = _read_record_ids(bus, record.topic, run_id)
             record_ids = ids_by_topic[record.topic]
-            if record.record_id in record_ids or record.prompt_id in erased_prompt_ids:
-                num_skipped += 1
+            if record.prompt_id in erased_prompt_ids:
+                counts.erased += 1
+                continue
+            if record.record_id in record_ids:
+                counts.from_earlier_start += 1
                 continue
             record_ids.add(record.record_id)
             batch.append(record.model_copy(update={"run_id": run_id}))
             if len(batch) >= _BATCH_SIZE:
                 writer.commit([to_producer_record(copy) for copy in batch])
-                num_published, batch = num_published + len(batch), []
+                counts.published, batch = counts.published + len(batch), []
         if batch:
             writer.commit([to_producer_record(copy) for copy in batch])
     finally:
         writer.close()
-    return num_published + len(batch), num_skipped
+    counts.published += len(batch)
+    return counts
 
 
 def _read_record_ids(bus: Bus, topic: str, run_id: str) -> set[str]:

@@ -475,7 +475,7 @@ def train(
         "truncated_fraction": truncated_fraction,
         "missing_eos_penalty": config.missing_eos_penalty,
         "importance_mean": float(_masked_mean(batch.importance_weights, batch.mask)),
-        "answer_tokens": float(batch.mask.sum()),
+        "completion_tokens": float(batch.mask.sum()),
     }
     tokenizer = weights.load_tokenizer(policy_folder)
     adapter_reference = reference_folder if disabled_is_reference else None
