@@ -1,1 +1,1 @@
-"""What every Charter process shares: settings, errors, the bus, the store, the models and the worker loop."""
+"""The modules that all Charter processes use: settings, errors, the bus, the store, the models and the worker loop."""

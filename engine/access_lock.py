@@ -1,14 +1,15 @@
-"""The access lock of the database file: one writer, many readers, and the writer has priority.
+"""Provide the access lock of the database file. It allows one writer or many readers, and the writer has priority.
 
-DuckDB locks its file across processes, and two readers can starve a writer that opens the file for each flush. So Charter's
-processes acquire this lock before they open the file. It consists of three `flock` locks in one folder:
+DuckDB locks its file, and the sink opens the file for each flush. Two alternating readers could keep the file locked all the
+time, and the sink could never open it. So Charter's processes acquire this access lock before they open the file. It consists
+of three `flock` locks in one folder:
 
-* `turn`   every process acquires it first; a waiting writer holds it, so that no new reader can overtake;
-* `file`   shared by readers, exclusive to the writer, while the database is open;
-* `queue`  shared by waiting readers; a writer tests it to detect them.
+* `turn`   Every process acquires this lock before `file`. A waiting writer holds it, so new readers must wait.
+* `file`   Readers hold it shared and the writer holds it exclusively while the database is open.
+* `queue`  Waiting readers hold it shared. A writer tests it to detect waiting readers.
 
-The locks end with their process, so a killed process never blocks the others. `file` contains the process id of the last
-writer, for messages.
+The operating system releases the locks when a process ends, so a killed process never blocks other processes. `file` contains
+the process id of the last writer, for error messages.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _POLL_INTERVAL_S = 0.005
 
 
 class AccessLock:
-    """The lock in `folder`. Each use opens new file descriptors, so threads of one process exclude each other too."""
+    """The access lock in `folder`. Each use opens new file descriptors, so it also works between the threads of a process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def read_lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold the lock for reading. Raise StoreBusy if it is not free within `timeout_s`."""
+        """Hold the lock for reading. Raise StoreBusy if it cannot be acquired within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         with (
             self.open_lock_file_for_reading("queue") as queue,
@@ -49,7 +50,10 @@ class AccessLock:
 
     @contextmanager
     def write_lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold the lock for writing, before every reader that does not hold it yet. Raise StoreBusy as `read_lock` does."""
+        """Hold the lock for writing. Readers that do not hold it yet must wait.
+
+        Raise StoreBusy if the lock cannot be acquired within `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         with self.open_lock_file("turn") as turn, self.open_lock_file("file") as file:
             self.acquire_flock(turn, fcntl.LOCK_EX, deadline)
@@ -68,7 +72,7 @@ class AccessLock:
             return True
 
     def get_holder_pid(self) -> str:
-        """Return the process id of the last writer, for messages."""
+        """Return the process id of the last writer, for error messages."""
         try:
             return (self.folder / "file").read_text().strip() or "unknown"
         except FileNotFoundError:
@@ -76,7 +80,7 @@ class AccessLock:
 
     @contextmanager
     def open_lock_file_for_reading(self, name: str) -> Iterator[int]:
-        """Open a lock file as `open_lock_file` does, or read-only if it is not writable: flock needs no write permission."""
+        """Open a lock file, read-only if it is not writable. `flock` does not need write permission."""
         if os.access(self.folder / name, os.R_OK) and not os.access(self.folder / name, os.W_OK):
             descriptor = os.open(self.folder / name, os.O_RDONLY)
             try:

@@ -1,7 +1,7 @@
-"""Consistent copies of a data folder: a snapshot of the database, a backup of the whole folder, and its restoration.
+"""Create a snapshot of the database or a backup of the data folder, and restore a backup.
 
-A plain copy of a DuckDB file that is being written can silently miss rows. So the access lock is held for reading while the
-file is copied: the sink has then closed the file, all its commits are in it, and new records stay in the log.
+If a DuckDB file is copied while it is being written, the copy can miss rows. So the file is copied while the access lock is
+held for reading. At that time the sink has closed the file, and the file contains all its commits. New records stay in the log.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ _LOCK_TIMEOUT_S = 60.0
 
 
 def create_snapshot(store: Store, target: Path) -> int:
-    """Copy the database to `target`, which appears complete or not at all. Return the number of records in it."""
+    """Copy the database to `target`. The file appears at `target` only when it is complete. Return its number of records."""
     if target.exists():
         raise UsageError(
             f"{target} already exists", "a snapshot never overwrites a file", "give another name, or remove the file"
         )
     if not store.path.exists():
-        raise UsageError(f"there is no database at {store.path} yet", "the sink creates it", "type: charter run")
+        raise UsageError(f"there is no database at {store.path} yet", "the sink creates the database", "type: charter run")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     with store.access_lock.read_lock(_LOCK_TIMEOUT_S):
-        with open_connection(store.path, read_only=True) as connection:  # fails for a file of another program or version
+        with open_connection(
+            store.path, read_only=True
+        ) as connection:  # raises an error if another program or version created the file
             check_format_version(connection, store.path)
-        for suffix in ("", ".wal"):  # after a killed sink the last transactions are in the WAL
+        for suffix in ("", ".wal"):  # if the sink was killed, the last transactions are in the WAL
             if (source := store.path.with_name(store.path.name + suffix)).exists():
                 shutil.copyfile(source, temporary.with_name(temporary.name + suffix))
-    with open_connection(temporary, read_only=False) as connection:  # checkpoints the WAL and verifies that the copy opens
+    with open_connection(temporary, read_only=False) as connection:  # opening the copy verifies it and merges the WAL into it
         check_format_version(connection, temporary)
         ((records,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
     fsync_path(temporary)
@@ -54,12 +56,14 @@ def create_snapshot(store: Store, target: Path) -> int:
 def create_backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[str, object]:
     """Copy a data folder and its embedded log to the new folder `target`. Return the manifest of the backup.
 
-    The database is copied before the log, so that the log contains every record of the database and the sink can continue. A
-    Kafka log is not copied; use Kafka's replication.
+    The database is copied before the log. So the log contains every record of the database, and the sink can continue after a
+    restore. A log on Kafka is not copied; use Kafka's replication.
     """
     if not (folder / _DATABASE_FILENAME).exists() and not (bus_folder and (bus_folder / embedded.LOG_FILENAME).exists()):
         raise UsageError(
-            f"there is nothing to back up in {folder}", "it has no database and no log", "name the folder: --data FOLDER"
+            f"there is nothing to back up in {folder}",
+            "the folder has no database and no log",
+            "give the data folder: --data FOLDER",
         )
     if target.exists():
         raise UsageError(
@@ -86,7 +90,7 @@ def create_backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[s
 
 
 def _copy_log(source: Path, target: Path) -> int:
-    """Copy the embedded log consistently, also while it is being written. Return the number of messages."""
+    """Copy the embedded log. The copy is consistent even if other processes write to the log. Return the number of messages."""
     with closing(sqlite3.connect(source, timeout=embedded.BUSY_TIMEOUT_S)) as db, closing(sqlite3.connect(target)) as copy:
         db.backup(copy)
         (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
@@ -94,7 +98,7 @@ def _copy_log(source: Path, target: Path) -> int:
 
 
 def _copy_checkpoints(source: Path, target: Path) -> list[str]:
-    """Copy every complete checkpoint and return their names. A checkpoint that is being written has a hidden name."""
+    """Copy every complete checkpoint. Return their names. The name of an incomplete checkpoint starts with a dot."""
     names = sorted(p.name for p in source.iterdir() if not p.name.startswith(".")) if source.exists() else []
     for name in names:
         shutil.copytree(source / name, target / name, copy_function=_link_or_copy)
@@ -102,7 +106,7 @@ def _copy_checkpoints(source: Path, target: Path) -> list[str]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Hard-link a file, or copy it to another disk. A link is a safe copy, because checkpoints are never modified."""
+    """Create a hard link to a file, or copy it if this fails. A link is safe, because checkpoints are never modified."""
     try:
         os.link(source, target)
     except OSError:
@@ -113,10 +117,10 @@ def restore_backup(source: Path, folder: Path, report: Callable[[str], None]) ->
     """Restore a backup into the new data folder `folder`."""
     if not (source / _MANIFEST_FILENAME).is_file():
         raise UsageError(
-            f"{source} is not a backup", f"it has no {_MANIFEST_FILENAME}", "give a folder written by charter backup"
+            f"{source} is not a backup", f"the folder has no {_MANIFEST_FILENAME}", "give a folder written by charter backup"
         )
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", "a restoration never overwrites data", "give a new folder: --data FOLDER")
+        raise UsageError(f"{folder} is not empty", "a restore never overwrites data", "give a new folder: --data FOLDER")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for path in source.iterdir():

@@ -1,9 +1,9 @@
-"""Limits on the usage of a run: tokens, and cost for models with a price.
+"""Limit the tokens of a run, and its cost for models with a price.
 
-At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses;
-only requests in progress still cost money. Neither limit loses anything: with a higher limit the run continues.
+At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses,
+and only requests in progress still cost money. No record is lost. After a limit is raised, the run continues.
 
-The usage is computed from the records, so all instances of all stages have the same total, also after a restart.
+The usage is computed from the records. So all instances of all stages compute the same total, even after a restart.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Price:
 
 
 def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
-    """Return model -> price from entries such as `MODEL=0.15/0.60`. Raise UsageError for a malformed entry."""
+    """Return the price of each model from entries such as `MODEL=0.15/0.60`. Raise UsageError for a malformed entry."""
     prices = {}
     for text in texts:
         model, _, numbers = text.rpartition("=")
@@ -59,7 +59,7 @@ def parse_prices(texts: Iterable[str]) -> dict[str, Price]:
 
 
 class Budget:
-    """The usage of a run and its limits; 0 means no limit. It is thread-safe, and all workers of a process share it."""
+    """The usage of a run and its limits. A limit of 0 means no limit. All workers of a process share one thread-safe object."""
 
     def __init__(
         self, bus: Bus, run_id: str, *, max_tokens: int = 0, max_cost: float = 0.0, prices: Mapping[str, Price] | None = None
@@ -76,7 +76,7 @@ class Budget:
             self.read_usage(1.0)
 
     def can_admit(self, stage: str) -> bool:
-        """Return whether a stage may start new work. The usage is at most one second old."""
+        """Return whether a stage may start new work. The usage can be one second old."""
         with self.lock:
             if time.monotonic() >= self.next_poll_at:
                 while self.read_usage(0.0):
@@ -103,7 +103,7 @@ class Budget:
             logger.warning("run %s has used %s. To continue, raise the limit and restart; nothing is lost", self.run_id, usage)
 
     def read_usage(self, timeout_s: float) -> int:
-        """Add the usage of new records; return the number of records."""
+        """Add the usage of new records. Return the number of records."""
         records = self.reader.poll(timeout_s, _MAX_POLL_RECORDS)
         for record in records:
             self.add_usage(record)
@@ -114,7 +114,7 @@ class Budget:
             return
         try:
             record: Record = decode_any_record(consumer_record.value or b"")
-        except RecordError:  # the stage that reads this topic makes it a dead letter
+        except RecordError:  # the stage that reads this topic makes a dead letter of the record
             return
         self.tokens += record.prompt_tokens + record.completion_tokens
         if record.model and (price := self.prices.get(record.model.id)):

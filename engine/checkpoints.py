@@ -1,8 +1,8 @@
-"""Checkpoints: folders of safetensors with a manifest, written atomically.
+"""Write and read checkpoints. A checkpoint is a folder with safetensors and a manifest.
 
-`write_checkpoint` saves into a temporary folder next to the target, writes the manifest with a hash over all files, syncs
-everything to disk and renames the folder. `read_checkpoint` verifies the hash, so that exactly the weights of a PolicyUpdate
-are loaded, and rejects pickled weights.
+`write_checkpoint` saves the files in a temporary folder next to the target, writes the manifest with a hash over all files,
+syncs everything to disk and renames the folder. `read_checkpoint` verifies this hash, so only the weights of the PolicyUpdate
+are loaded. Pickled weights are rejected.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, save: Callable[[Path], None], manifest: dict[str, Any]) -> Checkpoint:
-    """Write a checkpoint at `folder`: its files by `save`, and its manifest. It appears complete or not at all.
+    """Write a checkpoint at `folder`. The function `save` writes the files. The folder appears only when it is complete.
 
     Raise CheckpointsFull if the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp creates it for its owner only, and workers of other users read checkpoints
+        temporary.chmod(0o755)  # mkdtemp allows only the owner to read, but workers of other users read checkpoints
         save(temporary)
         _reject_pickles(temporary)
         content_hash = hash_files(temporary)
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, save: Callable[[Path], None], manifest: dict[
 
 
 def is_disk_full_error(error: BaseException) -> bool:
-    """Return whether the cause of an error is a full disk. Libraries in Rust and C++ report the message, not the errno."""
+    """Return whether the cause of an error is a full disk. Libraries in Rust and C++ report only the message, no errno."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS:
         return True
     return any(os.strerror(code) in str(error) for code in _DISK_FULL_ERRNOS)
@@ -76,11 +76,13 @@ def make_disk_full_error(checkpoints: Path, why: str) -> CheckpointsFull:
 
 
 def require_disk_space(checkpoints: Path, model_folder: Path) -> None:
-    """Raise CheckpointsFull if the disk cannot hold a folder as large as `model_folder`, before hours of training."""
+    """Raise CheckpointsFull if the free disk space is smaller than `model_folder`. Call this before training starts."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     needed, free = _get_folder_size(model_folder), shutil.disk_usage(checkpoints).free
     if free < needed:
-        raise make_disk_full_error(checkpoints, f"it needs about {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+        raise make_disk_full_error(
+            checkpoints, f"the checkpoint needs about {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+        )
 
 
 def _get_folder_size(folder: Path) -> int:
@@ -89,7 +91,7 @@ def _get_folder_size(folder: Path) -> int:
 
 
 def remove_incomplete(checkpoints: Path) -> list[Path]:
-    """Remove the incomplete checkpoints of killed trainers: temporary folders, whose names start with a dot. Return them."""
+    """Remove and return incomplete checkpoints of killed trainers. Their folder names start with a dot."""
     incomplete = [path for path in checkpoints.glob(".*-*") if path.is_dir()] if checkpoints.exists() else []
     for path in incomplete:
         shutil.rmtree(path)
@@ -97,7 +99,7 @@ def remove_incomplete(checkpoints: Path) -> list[Path]:
 
 
 def compute_revision(folder: Path) -> str:
-    """Return the content hash of the weights of a model, which its records contain as the model revision."""
+    """Return the content hash of the weights of a model. Records contain it as the revision of the model."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
@@ -106,19 +108,24 @@ def compute_revision(folder: Path) -> str:
 
 
 def locate_checkpoint(uri: str, checkpoints: Path) -> Path:
-    """Return the folder of a checkpoint: its URI, or the folder of that name in `checkpoints` if the data folder was moved."""
+    """Return the folder of a checkpoint. It is the URI or, if the data folder was moved, a folder in `checkpoints`."""
     original = Path(uri)
     moved = checkpoints / original.name
     return moved if not original.exists() and moved.exists() else original
 
 
 def read_checkpoint(folder: Path, content_hash: str | None = None) -> Checkpoint:
-    """Return a checkpoint after verifying its files against `content_hash`, or against its manifest. Raise CharterError."""
+    """Verify and return a checkpoint. The hash of its files must be `content_hash`, or the hash in the manifest if it is None.
+
+    Raise CharterError if the hashes differ, and UsageError if the folder is not a checkpoint.
+    """
     try:
         manifest = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"{folder} is not a Charter checkpoint", f"its {MANIFEST_FILENAME} cannot be read: {error}", "type: charter status"
+            f"{folder} is not a Charter checkpoint",
+            f"the file {MANIFEST_FILENAME} cannot be read: {error}",
+            "type: charter status",
         ) from error
     _reject_pickles(folder)
     actual = hash_files(folder)
@@ -146,12 +153,14 @@ def _reject_pickles(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.suffix in _PICKLE_SUFFIXES:
             raise UsageError(
-                f"{path} is a pickle file", "loading it can run arbitrary code", "save the weights as safetensors and try again"
+                f"{path} is a pickle file",
+                "a pickle file can run arbitrary code when it is loaded",
+                "save the weights as safetensors and try again",
             )
 
 
 def fsync_path(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to disk, so that they survive a power failure."""
+    """Sync a file, or the entries of a folder, to disk. They then survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

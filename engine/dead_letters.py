@@ -1,4 +1,4 @@
-"""Dead letters: records that could not be processed, unchanged, with the reason."""
+"""Make dead letters. A dead letter contains a record that could not be processed, unchanged, and the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from schemas.records import DeadLetter, DeadLetterKind, Header
 def make_dead_letter(
     consumer_record: ConsumerRecord, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
 ) -> DeadLetter:
-    """Return the dead letter of a record: its bytes and headers unchanged, its coordinates, and the error."""
+    """Return the dead letter of a record. It contains the unchanged bytes and headers, the coordinates, and the error."""
     return DeadLetter(
         record_id=ids.compute_record_id(f"dead-letter/{stage}", [], format_coordinates(consumer_record)),
         run_id=run_id,

@@ -1,21 +1,21 @@
-"""The errors that Charter raises deliberately.
+"""Define the errors that Charter raises deliberately.
 
     CharterError                    exit code 1
-    +-- UsageError                  exit code 2: the command or a setting is wrong
-    +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses nothing
+    +-- UsageError                  exit code 2: the command, a setting or an input is wrong
+    +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses no records
     |   +-- BusUnreachable
     |   +-- ModelUnreachable
     |   +-- SchemaRegistryUnreachable
     |   +-- StoreBusy
     |   +-- StoreFull
     |   +-- CheckpointsFull
-    +-- CommitUncertain             close the writer, open a new one and read the committed offsets again
-    +-- WriterFenced                another writer with the same transactional id has taken over
-    +-- PartitionLost               the partition moved to another member before the commit
-    +-- OffsetsLost                 the log no longer has the records at the stored offset
+    +-- CommitUncertain             the outcome of a transaction is unknown
+    +-- WriterFenced                another writer with the same transactional id was opened
+    +-- PartitionLost               the partition was assigned to another member before the commit
+    +-- OffsetsLost                 the log no longer contains the records at the stored offset
     +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
     +-- TrainingFailed              training on this batch failed; nothing was saved
-    +-- TooManyDeadLetters          consecutive records fail in the same way, so the cause is not in the records
+    +-- TooManyDeadLetters          too many consecutive records failed in the same way
     +-- DataFolderVersionMismatch   the data folder was written by another version of Charter
 
 `str(error)` has three lines: what happened, why, and what to type.
@@ -74,19 +74,19 @@ class CheckpointsFull(DependencyUnreachable):
 
 
 class CommitUncertain(CharterError):
-    """The outcome of a transaction is unknown."""
+    """The outcome of a transaction is unknown. Close the writer, open a new writer and read the committed offsets again."""
 
 
 class WriterFenced(CharterError):
-    """Another writer with the same transactional id has taken over."""
+    """Another writer with the same transactional id was opened, so this writer can no longer commit."""
 
 
 class PartitionLost(CharterError):
-    """A partition moved to another member before its results were committed."""
+    """A partition was assigned to another member before the results of its records were committed."""
 
 
 class OffsetsLost(CharterError):
-    """The log no longer has the next records."""
+    """The log no longer contains the records at the next offset to read."""
 
 
 class PermanentRecordError(CharterError):
@@ -96,7 +96,7 @@ class PermanentRecordError(CharterError):
 class TrainingFailed(CharterError):
     """Training on a batch failed or diverged. Nothing was saved, and the last good policy remains current.
 
-    The training loop voids the batch, records an incident, and retries the phase when it has more rows or a new base model.
+    The training loop voids the batch and writes an incident. It retries the phase when more rows or a new base model exist.
     """
 
 
@@ -105,4 +105,4 @@ class TooManyDeadLetters(CharterError):
 
 
 class DataFolderVersionMismatch(CharterError):
-    """The data folder was written by a version of Charter that this version cannot read."""
+    """The data folder was written by another version of Charter, and this version cannot read it."""

@@ -1,8 +1,8 @@
-"""One process that runs stages: threads for each worker and model executor, and for other services (the sink).
+"""Run stages in one process, with threads for each worker, each model executor and other services (the sink).
 
-The first thread that fails stops the others, and its error becomes the error of the process. `close` stops them in order and
-within a time limit: executors finish their current batches, workers commit the finished records, then the services stop. A
-watchdog ends the process when a call to the log hangs.
+If a thread fails, the process stops all threads and raises the error of the first thread that failed. `close` stops the threads
+in order and within a time limit. First the executors finish their current batches. Then the workers commit the finished
+records. Then the services stop. A watchdog ends the process if a call to the log hangs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from engine.watchdog import CallTracker, Watchdog
 from engine.worker import ModelExecutor, Worker
 
 ThreadTarget = Callable[[threading.Event], None]
-_EXECUTOR_SHUTDOWN_FRACTION = 0.6  # of shutdown_timeout_s; the rest is for commits
+_EXECUTOR_SHUTDOWN_FRACTION = 0.6  # fraction of `shutdown_timeout_s`; the remaining time is for commits
 
 
 class Host:
-    """Runs workers, their executors and other services in threads. `failure` is the first error of any thread.
+    """Runs workers, their executors and other services in threads. `failure` is the error of the first thread that failed.
 
-    `shutdown_timeout_s` limits `close`. A batch that is not finished by then is abandoned, and its records are processed again
-    after a restart. `call_timeout_s` limits each call to the log.
+    `shutdown_timeout_s` limits the duration of `close`. A batch that is not finished by then is abandoned, and its records are
+    processed again after a restart. `call_timeout_s` limits the duration of each call to the log.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Host:
         self.workers = list(workers)
         self.executors: list[ModelExecutor] = list({id(worker.executor): worker.executor for worker in workers}.values())
         self.services = services or {}
-        self.cleanup_callbacks = list(cleanup_callbacks)  # they release resources of the threads, after these have ended
+        self.cleanup_callbacks = list(cleanup_callbacks)  # called after the threads have ended, to release their resources
         self.shutdown_timeout_s = shutdown_timeout_s
         self.watchdog = Watchdog(
             [*(worker.call_tracker for worker in workers), *watched_calls], call_timeout_s, self.exit_process
@@ -68,7 +68,7 @@ class Host:
 
     def start_threads(self, targets: dict[str, ThreadTarget]) -> tuple[threading.Event, list[threading.Thread]]:
         stop = threading.Event()
-        # Daemon threads: a generation that exceeds the shutdown timeout must not keep the process alive.
+        # Daemon threads are used because a generation that exceeds the shutdown timeout must not keep the process alive.
         threads = [
             threading.Thread(target=self.run_guarded, args=(run, stop), name=name, daemon=True) for name, run in targets.items()
         ]
@@ -79,13 +79,13 @@ class Host:
     def run_guarded(self, target: ThreadTarget, stop: threading.Event) -> None:
         try:
             target(stop)
-        except BaseException as error:  # the main thread raises it
+        except BaseException as error:  # the main thread raises this error
             if self.failure is None:
                 self.failure = error
             self.failure_event.set()
 
     def raise_if_failed(self) -> None:
-        """Raise the first error of any thread."""
+        """Raise the error of the first thread that failed, if there is one."""
         if self.failure is not None:
             raise self.failure
 
@@ -107,7 +107,7 @@ class Host:
             self.cleanup_callbacks.pop(0)()
 
     def clear_journals(self) -> None:
-        """Clear the crash journals: the records in progress are not the reason why the process ends."""
+        """Clear the crash journals, because the records in progress are not the reason why the process ends."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.clear()

@@ -1,8 +1,8 @@
-"""Instance names: numbers that the processes of one host lease, so that a restarted process gets the name of the dead one.
+"""Lease instance names to the processes of one host. A restarted process gets the name of the process that it replaces.
 
 The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name
-aborts the open transaction of its predecessor and takes over its partitions at once, without waiting for a timeout. A lease is
-a file lock, so it ends with its process.
+aborts the open transaction of the previous worker and gets its partitions at once, before a timeout. A lease is a file lock,
+so it ends when its process ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FileLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def try_acquire(self) -> bool:
-        """Try to acquire the lock without waiting. Return whether it is held."""
+        """Try to acquire the lock without waiting. Return whether this process has acquired it."""
         with suppress(BlockingIOError):
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.descriptor, 0)

@@ -1,7 +1,8 @@
-"""Log formats: text lines, or one JSON object per line (`--log-json`).
+"""Format the messages of Python's logging as JSON, with one object per line (`--log-json`).
 
-A JSON object has the time (UTC), level, logger, message and, if there is one, the traceback. It also has the fields that the
-message refers to: run and stage, and for a record its topic, partition, offset and prompt id.
+A JSON object has the time (UTC), the level, the logger and the message. If there is a traceback, the object contains it.
+Messages of a stage also have the fields run and stage. Messages about a record also have its topic, partition, offset and
+prompt id.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def get_coordinates(consumer_record: ConsumerRecord) -> dict[str, object]:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a log record as one line of JSON."""
+    """Formats a message as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {

@@ -1,7 +1,7 @@
-"""Prometheus metrics: an endpoint that reads the state of this process on each request, without cost in between.
+"""Serve Prometheus metrics. The endpoint reads the state of this process only when it gets a request.
 
-Every metric of a stage has the labels `run` and `stage`. Names end in their unit, names of counters in `_total`. The lag of a
-stage is counted in offsets from its last commit (on Kafka a transaction marker takes an offset too).
+Every metric of a stage has the labels `run` and `stage`. The name of a metric ends in its unit. The name of a counter ends in
+`_total`. The lag of a stage is the number of offsets after its last commit. On Kafka this includes transaction markers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Labels = tuple[tuple[str, str], ...]
 
 
 class MetricSample(NamedTuple):
-    """The current value of a metric. A name that ends in `_total` is a counter, any other a gauge."""
+    """The current value of a metric. The metric is a counter if its name ends in `_total`. Otherwise it is a gauge."""
 
     name: str
     documentation: str
@@ -51,7 +51,7 @@ class _MetricsRegistry(Collector):
 
 
 def serve_metrics(host: str, port: int, read_samples: _ReadSamples) -> Callable[[], None]:
-    """Serve metrics at http://HOST:PORT/metrics in a separate thread; return a function that stops it.
+    """Serve metrics at http://HOST:PORT/metrics in a separate thread. Return a function that stops the server.
 
     Raise UsageError if the port is in use.
     """
@@ -85,10 +85,13 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
     yield MetricSample("charter_batches_total", "Batches that the stage has processed.", worker.num_batches, labels)
     yield MetricSample("charter_batch_seconds_total", "Seconds spent processing batches.", worker.batch_seconds, labels)
     yield MetricSample(
-        "charter_tokens_total", "Prompt and completion tokens of the records written.", worker.num_tokens, labels
+        "charter_tokens_total",
+        "Prompt and completion tokens of the records that the stage has written.",
+        worker.num_tokens,
+        labels,
     )
     yield MetricSample(
-        "charter_in_flight_records", "Records that are read and not yet committed.", worker.num_in_flight, labels
+        "charter_in_flight_records", "Records that the stage has read but not yet committed.", worker.num_in_flight, labels
     )
     yield MetricSample("charter_queued_records", "Records that wait for the model.", worker.num_queued, labels)
     yield MetricSample("charter_partitions", "Partitions assigned to this instance.", len(worker.positions), labels)

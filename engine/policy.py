@@ -1,8 +1,8 @@
-"""The current policy, its history, and rollbacks to an earlier version.
+"""Find the current policy and its history, and roll back to an earlier version.
 
-All state is read from the topics `policies` and `pauses`. A rollback is a new PolicyUpdate with the next version, which refers
-to the older weights and has their version in `restored_version`. So versions only increase, and the versions in records stay
-valid. The weights change between batches, never within one, and every record has the version of the weights that produced it.
+All state is read from the topics `policies` and `pauses`. A rollback is a new PolicyUpdate with the next version. It refers to
+the older weights and has their version in `restored_version`. So version numbers only increase, and the versions in records
+stay valid. The weights change only between batches. Every record contains the version of the weights that produced it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _NIL_UUID = str(UUID(int=0))
 RESTORE_PHASE = "restore"
 
 
-# Versions. `updates` are always in the order of the log.
+# Versions: the functions below expect `updates` in the order of the log.
 
 
 def read_policy_updates(bus: Bus) -> list[PolicyUpdate]:
-    """Return all policy and reward-model updates in order. If two have the same version, the first one counts."""
+    """Return all policy and reward-model updates in order. If two updates have the same version, the first counts."""
     return deduplicate_updates([decode_record(value, PolicyUpdate) for value in read_values(bus, _POLICY_TOPIC)])
 
 
@@ -45,17 +45,17 @@ def deduplicate_updates(updates: Iterable[PolicyUpdate]) -> list[PolicyUpdate]:
 
 
 def index_policies(updates: Iterable[PolicyUpdate]) -> dict[int, PolicyUpdate]:
-    """Return version -> policy update. Version 0 is the base model and has no update."""
+    """Return a mapping of version to policy update. Version 0 is the base model and has no update."""
     return {update.version: update for update in updates if update.kind is PolicyKind.POLICY}
 
 
 def get_newest_version(updates: Iterable[PolicyUpdate], kind: PolicyKind = PolicyKind.POLICY) -> int:
-    """Return the newest version of a kind; 0 without updates."""
+    """Return the newest version of a kind, or 0 if there are no updates."""
     return max((update.version for update in updates if update.kind is kind), default=0)
 
 
 def get_weights_version(updates: Sequence[PolicyUpdate], version: int) -> int:
-    """Return the version whose training produced the weights of `version`. The two differ after a rollback."""
+    """Return the version whose training produced the weights of `version`. The two versions differ after a rollback."""
     by_version = index_policies(updates)
     while version in by_version and by_version[version].restored_version is not None:
         version = by_version[version].restored_version or 0
@@ -65,7 +65,7 @@ def get_weights_version(updates: Sequence[PolicyUpdate], version: int) -> int:
 def get_policy_ancestry(updates: Sequence[PolicyUpdate], version: int) -> list[int]:
     """Return `version` and its ancestors, back to the result of the last SFT phase (or to 0, the base model).
 
-    The last entry is the reference policy of the RL phase. Completions of all these versions belong to that phase.
+    The last entry is the reference policy of the RL phase. The completions of all these versions belong to this phase.
     """
     by_version, ancestry = index_policies(updates), [version]
     while (update := by_version.get(ancestry[-1])) is not None:
@@ -79,7 +79,7 @@ def get_policy_ancestry(updates: Sequence[PolicyUpdate], version: int) -> list[i
 
 
 def get_parent_version(updates: Sequence[PolicyUpdate], version: int) -> int:
-    """Return the version that the weights of `version` were trained from, which is the target of a rollback."""
+    """Return the version from which the weights of `version` were trained. It is the target of a rollback."""
     update = index_policies(updates).get(get_weights_version(updates, version))
     if update is None:
         raise UsageError(
@@ -127,7 +127,7 @@ def make_restore_update(updates: Sequence[PolicyUpdate], version: int, *, run_id
 
 
 def get_paused_phases(pauses: Iterable[Pause]) -> dict[str, str]:
-    """Return phase -> reason for the phases whose newest record is a pause."""
+    """Return the paused phases with their reasons. A phase is paused if its newest record is a pause."""
     newest = {record.phase: record for record in pauses}
     return {phase: record.reason for phase, record in newest.items() if record.paused}
 
@@ -138,20 +138,20 @@ def read_paused_phases(bus: Bus) -> dict[str, str]:
 
 
 def make_pause(phase: str, reason: str, *, run_id: str, paused: bool = True) -> Pause:
-    """Return the record that pauses a training phase, or resumes it (`paused` false)."""
+    """Return the record that pauses a training phase, or resumes it if `paused` is false."""
     pause = Pause(record_id=_NIL_UUID, run_id=run_id, stage="policy", phase=phase, paused=paused, reason=reason)
     fingerprint = ids.compute_fingerprint("pause", phase=phase, paused=paused, reason=reason, at=pause.created_at.isoformat())
     return pause.model_copy(update={"record_id": ids.compute_record_id("pause", [], fingerprint)})
 
 
-# Following the newest policy
+# The newest policy
 
 
 class PolicyFollower:
-    """Follows the topic `policies`. `open_update` loads the weights of an update; `base_model` is policy version 0.
+    """Reads new policies from the topic `policies`. `open_update` loads the weights of an update. `base_model` is version 0.
 
     If the weights cannot be read (a damaged folder, unavailable storage), loading is retried later. Until then the previous
-    policy stays in use, under its own version.
+    policy stays in use, and records have the previous version.
     """
 
     def __init__(self, bus: Bus, base_model: Model, open_update: Callable[[PolicyUpdate], Model]) -> None:
@@ -164,7 +164,7 @@ class PolicyFollower:
         self.retry_at = 0.0
 
     def get_current_policy(self) -> tuple[Model, int]:
-        """Return the current policy and its version. A call blocks while it loads the weights of a new policy."""
+        """Return the current policy and its version. If there is a new policy, load its weights first."""
         self.refresh()
         if self.pending_update is not None and time.monotonic() >= self.retry_at:
             self.switch_to(self.pending_update)
@@ -181,7 +181,7 @@ class PolicyFollower:
         logger.info("policy %d is in use", update.version)
 
     def refresh(self) -> None:
-        """Read new updates and remember the newest policy as the pending one."""
+        """Read new updates and set the newest policy as the pending update."""
         ends = self.get_end_offsets([_POLICY_TOPIC])
         while any(self.reader.positions().get(tp, 0) < end for tp, end in ends.items()):
             for consumer_record in self.reader.poll(1.0, _MAX_POLL_RECORDS):

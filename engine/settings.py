@@ -5,13 +5,13 @@ Precedence, highest first:
 1. a command-line flag;
 2. the environment variable `CHARTER_<SECTION>__<KEY>`;
 3. the settings file;
-4. values that a command sets itself (the demo does);
+4. values that a command sets itself (for example, the demo);
 5. the recipe selected by `critique.preset` or `judge.preset` (PRESETS below);
 6. the default below.
 
-A recipe fills in only the keys that are not set otherwise: `critique.preset = "course"` with `critique.rounds = 2` is the
-course recipe with two rounds. `load_settings` resolves the values and returns the origin of each. An unknown name is an error
-that suggests the nearest one. Functions in other modules take plain arguments, not this tree.
+A recipe sets only the keys that no other source sets. For example, `critique.preset = "course"` with `critique.rounds = 2`
+gives the course recipe with two rounds. `load_settings` returns the settings and the origin of each value. For an unknown
+name it raises an error that suggests the nearest name. Functions in other modules take plain arguments, not `Settings`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Section(BaseModel):
 
 
 def parse_mixture(entries: list[str]) -> dict[str, float]:
-    """Return source -> share from entries like `helpful=0.27`. Raise ValueError when an entry is malformed."""
+    """Return the share of each source from entries such as `helpful=0.27`. Raise ValueError when an entry is malformed."""
     shares: dict[str, float] = {}
     for entry in entries:
         source, _, share = entry.rpartition("=")
@@ -57,52 +57,67 @@ def parse_mixture(entries: list[str]) -> dict[str, float]:
 
 
 class DataSettings(_Section):
-    folder: str = Field(".charter", description="Folder of the database, the embedded log and the checkpoints.")
+    folder: str = Field(".charter", description="Folder that contains the database, the embedded log and the checkpoints.")
 
 
 class BusSettings(_Section):
     address: str = Field(
         "",
-        description="kafka://HOST:PORT[,HOST:PORT], or the folder of an embedded log; empty: an embedded log in data.folder.",
+        description="Address of the log: kafka://HOST:PORT[,HOST:PORT], or the folder of an embedded log. If empty, the embedded log in data.folder is used.",
     )
-    prefix: str = Field("", description="Prefix of topic names, consumer groups and transactional ids, for a shared cluster.")
+    prefix: str = Field(
+        "",
+        description="Prefix of all topic names, consumer groups and transactional ids. Use it on a Kafka cluster with other users.",
+    )
     partitions: int = Field(
         12,
         ge=1,
-        description="Partitions of a new topic; the largest number of instances of one stage that can work in parallel.",
+        description="Number of partitions of a new topic. At most this number of instances of one stage can work in parallel.",
     )
-    replication: int = Field(-1, ge=-1, description="Replication factor of a new topic on Kafka; -1: the broker's default.")
+    replication: int = Field(
+        -1, ge=-1, description="Replication factor of a new topic on Kafka. -1 selects the default of the broker."
+    )
     retention_ms: int = Field(
-        -1, ge=-1, description="Retention of new topics in milliseconds; -1: forever. Prompts are always kept."
+        -1, ge=-1, description="Retention time of new topics in milliseconds. -1 means no limit. Prompts are always kept."
     )
     static_members: bool = Field(
-        False, description="Use Kafka static membership: a stopped instance keeps its partitions until its session times out."
+        False,
+        description="Use static membership on Kafka. A stopped instance then keeps its partitions until its session times out.",
     )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", description="Kafka security protocol."
+        "PLAINTEXT", description="Security protocol of the connection to Kafka."
     )
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
-        "SCRAM-SHA-512", description="SASL mechanism; used only with a SASL security protocol."
+        "SCRAM-SHA-512", description="SASL mechanism. It is used only if the security protocol is SASL_PLAINTEXT or SASL_SSL."
     )
     sasl_username: str = Field("", description="SASL user name.")
-    sasl_password_env: str = Field("CHARTER_KAFKA_PASSWORD", description="Environment variable that holds the SASL password.")
-    sasl_password_file: str = Field("", description="File that holds the SASL password; overrides sasl_password_env.")
-    ssl_cafile: str = Field("", description="CA certificates to trust (PEM file); empty: those of the system.")
-    ssl_certfile: str = Field("", description="Client certificate (PEM file), for brokers that require one.")
-    ssl_keyfile: str = Field("", description="Private key of the client certificate (PEM file).")
-    ssl_check_hostname: bool = Field(True, description="Check that the broker's certificate matches its host name.")
-    framing: Literal["single-object", "confluent"] = Field(
-        "single-object", description="Framing of Avro records; confluent requires bus.schema_registry."
+    sasl_password_env: str = Field(
+        "CHARTER_KAFKA_PASSWORD", description="Name of the environment variable that contains the SASL password."
     )
-    schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry.")
+    sasl_password_file: str = Field("", description="File that contains the SASL password. It overrides sasl_password_env.")
+    ssl_cafile: str = Field(
+        "", description="PEM file with the CA certificates to trust. If empty, the CA certificates of the system are used."
+    )
+    ssl_certfile: str = Field(
+        "", description="PEM file with the client certificate, for brokers that require a client certificate."
+    )
+    ssl_keyfile: str = Field("", description="PEM file with the private key of the client certificate.")
+    ssl_check_hostname: bool = Field(
+        True, description="Check that the certificate of the broker matches the host name of the broker."
+    )
+    framing: Literal["single-object", "confluent"] = Field(
+        "single-object", description="Framing of Avro records. The value confluent also requires bus.schema_registry."
+    )
+    schema_registry: str = Field("", description="URL of a schema registry that is compatible with Confluent's.")
     schema_registry_auth_env: str = Field(
-        "CHARTER_REGISTRY_AUTH", description="Environment variable that holds USER:PASSWORD for the schema registry."
+        "CHARTER_REGISTRY_AUTH",
+        description="Name of the environment variable that contains USER:PASSWORD for the schema registry.",
     )
 
     @field_validator("address")
     @classmethod
     def _require_kafka_or_folder(cls, address: str) -> str:
-        """Reject HOST:PORT and other protocols, which would otherwise silently become folder names of an embedded log."""
+        """Reject HOST:PORT and other protocols. Without this check they would be used as the folder of an embedded log."""
         if _ADDRESS_PATTERN.match(address) and not address.startswith("kafka://"):
             raise ValueError("the address of a broker has the form kafka://HOST:PORT; any other value is a folder")
         return address
@@ -113,9 +128,11 @@ _RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 class RunSettings(_Section):
     id: str = Field(
-        "live", min_length=1, description="Id of the run that new records belong to; stages skip the records of other runs."
+        "live",
+        min_length=1,
+        description="Id of the current run. New records get this id, and stages skip the records of other runs.",
     )
-    constitution: str = Field("default", description="Name of a shipped constitution, or path of a TOML file.")
+    constitution: str = Field("default", description="Name of a constitution that Charter includes, or path of a TOML file.")
 
     @field_validator("id")
     @classmethod
@@ -130,73 +147,83 @@ class RunSettings(_Section):
 
 class ModelsSettings(_Section):
     policy: str = Field(
-        "smollm2", description="Policy: smollm2, a model folder, a Hugging Face Hub id, or http://HOST:PORT/v1#MODEL."
+        "smollm2", description="Policy model: smollm2, a model folder, a Hugging Face Hub id, or http://HOST:PORT/v1#MODEL."
     )
-    critic: str = Field("", description="Model that critiques and revises; empty: version 0 of the policy, pinned.")
-    judge: str = Field("", description="Model that labels preference pairs; empty: version 0 of the policy, pinned.")
+    critic: str = Field("", description="Model that writes critiques and revisions. If empty, version 0 of the policy is used.")
+    judge: str = Field("", description="Model that labels preference pairs. If empty, version 0 of the policy is used.")
     follow: list[Literal["critic", "judge"]] = Field(
-        [], description="Roles that use the newest policy, as responders do, instead of a pinned model."
+        [], description="Roles (critic, judge) that use the newest policy instead of a fixed model."
     )
     weight_sync: str = Field(
         "",
-        description="How a new policy is loaded into a server: vllm (LoRA adapters), or a command run as COMMAND FOLDER NAME; empty: never.",
+        description="How a server loads a new policy: as a LoRA adapter (vllm), or by a command that is run as COMMAND FOLDER NAME. If empty, never.",
     )
-    threads: int = Field(2, ge=1, description="CPU threads of a local model.")
+    threads: int = Field(2, ge=1, description="Number of CPU threads that a local model uses.")
     max_batch_size: int = Field(32, ge=1, description="Maximum number of sequences in one batch of a local model.")
     timeout_s: float = Field(120.0, gt=0, description="Timeout of one request to an endpoint, in seconds.")
     concurrency: int = Field(16, ge=1, description="Maximum number of concurrent requests to an endpoint.")
     api_key_env: str = Field(
         "OPENAI_API_KEY",
-        description="Environment variable that holds the API key of endpoints, or a comma-separated list of HOST=VARIABLE.",
+        description="Name of the environment variable that contains the API key of endpoints, or a comma-separated list of HOST=VARIABLE.",
     )
 
 
 class PromptsSettings(_Section):
-    max_chars: int = Field(32_000, ge=1, description="Maximum length of a prompt that `produce` accepts, in characters.")
+    max_chars: int = Field(
+        32_000, ge=1, description="Maximum length of a prompt in characters. The command `produce` rejects longer prompts."
+    )
     eval_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Fraction of prompts held out from training, selected by a hash of the prompt."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Fraction of prompts that are held out from training. A hash of the prompt decides whether it is held out.",
     )
 
 
 class RespondSettings(_Section):
-    num_completions: int = Field(2, ge=1, description="Completions sampled for each prompt.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; PPO requires a value above 0.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold; PPO requires 1.0.")
+    num_completions: int = Field(2, ge=1, description="Number of completions that are sampled for each prompt.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of completions. PPO requires a value above 0.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Threshold of nucleus sampling. PPO requires 1.0.")
     max_tokens: int = Field(256, ge=1, description="Maximum length of a completion in tokens.")
 
 
 class CritiqueSettings(_Section):
     preset: Literal["charter", "bai2022", "course"] = Field(
-        "charter", description="Recipe that fills in the keys of this section that are not set: charter, bai2022 or course."
+        "charter",
+        description="Recipe that sets the other keys of this section, unless they are set elsewhere: charter, bai2022 or course.",
     )
     selection: Literal["constitution", "sample", "rotate"] = Field(
         "constitution",
-        description="How the principle of a round is selected: as the constitution specifies, sampled, or rotated in file order.",
+        description="How a principle is selected in each round: as the constitution specifies, by random sampling, or in the order of the file.",
     )
     rounds: int = Field(4, ge=1, description="Maximum number of revisions of one response.")
     early_stop: Literal["verdict", "phrases", "none"] = Field(
         "verdict",
-        description="End a chain early at a clean verdict (from probabilities), at a critique that finds no flaw (phrases), or never.",
+        description="When a chain ends early: at a verdict without a flaw (verdict), at a critique that finds no flaw (phrases), or never (none).",
     )
-    few_shot: bool = Field(
-        True, description="Put the worked examples of the constitution before critique and revision requests."
-    )
+    few_shot: bool = Field(True, description="Add the examples of the constitution to critique prompts and revision prompts.")
     max_tokens: int = Field(128, ge=1, description="Maximum length of a critique in tokens.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of critiques and revisions.")
     min_option_mass: float = Field(
-        0.5, ge=0, le=1, description="Minimum total probability of the options of a verdict; below it the verdict is discarded."
+        0.5,
+        ge=0,
+        le=1,
+        description="Minimum total probability of the options of a verdict. A verdict below this minimum is discarded.",
     )
     accept_threshold: float = Field(
-        0.6, ge=0.5, le=1, description="A revision preferred with at least this probability may end the chain."
+        0.6,
+        ge=0.5,
+        le=1,
+        description="A chain may end at a revision if the revision is preferred with at least this probability.",
     )
     reject_threshold: float = Field(
-        0.4, ge=0, le=0.5, description="A revision preferred with at most this probability is discarded."
+        0.4, ge=0, le=0.5, description="A revision is discarded if it is preferred with at most this probability."
     )
     similarity_threshold: float = Field(
-        0.97, ge=0, le=1, description="Responses with a higher similarity than this count as identical."
+        0.97, ge=0, le=1, description="Two responses count as identical if their similarity is above this threshold."
     )
     skip_sources: list[str] = Field(
-        ["helpful"], description="Sources whose prompts get a response but no critique and no revision."
+        ["helpful"], description="Sources whose prompts get a response, but no critique and no revision."
     )
 
 
@@ -207,55 +234,70 @@ class ReviseSettings(_Section):
 class JudgeSettings(_Section):
     pairing: Literal["completions", "revision"] = Field(
         "completions",
-        description="What is compared: sampled completions with each other, or the final revision with the initial response.",
+        description="Which responses are compared: two sampled completions (completions), or the final revision and the initial response (revision).",
     )
     preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
         "lee2023",
-        description="Recipe that fills in the keys of this section that are not set: lee2023, bai2022, bai2022-cot, ensemble-k or course.",
+        description="Recipe that sets the other keys of this section, unless they are set elsewhere: lee2023, bai2022, bai2022-cot, ensemble-k or course.",
     )
     answer_mode: Literal["logprobs", "reasoning", "letter"] = Field(
         "logprobs",
-        description="How the judge answers: option probabilities (logprobs), the same after written reasoning, or one written letter.",
+        description="How the judge decides: by option probabilities, directly (logprobs) or after written reasoning (reasoning), or by a letter (letter).",
     )
     principles: Literal["constitution", "sample", "all"] = Field(
         "constitution",
-        description="Principles per pair: as the constitution specifies, a sample for each pair, or all in one question.",
+        description="Principles for each pair: as specified by the constitution (constitution), a random sample (sample), or all in one question (all).",
     )
-    num_principles: int = Field(1, ge=1, description="Number of sampled principles that judge each pair.")
+    num_principles: int = Field(1, ge=1, description="Number of principles that are sampled to judge each pair.")
     label_order: Literal["both", "seeded"] = Field(
         "both",
-        description="Order of the responses behind the label: the average of both, or one selected by the seed. Both are stored.",
+        description="Order of the responses for the label: the average of both orders (both), or one order that the seed selects (seeded).",
     )
-    clamp: float = Field(0.0, ge=0, le=0.5, description="Clamp labels to the range [clamp, 1 - clamp]; 0: no clamping.")
+    clamp: float = Field(0.0, ge=0, le=0.5, description="Clamp labels to the range [clamp, 1 - clamp]. 0 means no clamping.")
     min_option_mass: float = Field(
-        0.5, ge=0, le=1, description="Minimum total probability of the options A and B; below it there is no label."
+        0.5,
+        ge=0,
+        le=1,
+        description="Minimum total probability of the options A and B. A pair below this minimum gets no label.",
     )
     reject_position_flips: bool = Field(
-        False, description="Exclude labels from training that change with the order of the responses."
+        False, description="Exclude a label from training if the preferred response changes with the order of the responses."
     )
-    max_tokens: int = Field(256, ge=1, description="Maximum length of reasoning or explanation in tokens.")
+    max_tokens: int = Field(256, ge=1, description="Maximum length of the judge's reasoning or explanation in tokens.")
     timeout_s: float = Field(
-        300.0, gt=0, description="Timeout of one judgment in seconds; after it the pair gets no label (outcome TIMEOUT)."
+        300.0,
+        gt=0,
+        description="Timeout of one judgment in seconds. After a timeout the pair gets no label and the outcome TIMEOUT.",
     )
 
 
 class WorkerSettings(_Section):
     max_in_flight: int = Field(
-        256, ge=1, description="Maximum number of records of one stage that are read but not yet committed."
+        256, ge=1, description="Maximum number of records that one stage has read but not yet committed."
     )
-    max_bytes: int = Field(64 * 1024 * 1024, ge=1, description="Maximum total size of these records in bytes.")
-    max_attempts: int = Field(3, ge=1, description="Attempts before a failing record becomes a dead letter.")
+    max_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1,
+        description="Maximum total size in bytes of the records that one stage has read but not yet committed.",
+    )
+    max_attempts: int = Field(3, ge=1, description="Number of failed attempts after which a record becomes a dead letter.")
     retry_timeout_s: float = Field(
-        600.0, gt=0, description="Maximum time from the first failure of a record to its dead letter, in seconds."
+        600.0,
+        gt=0,
+        description="Maximum time in seconds during which a failing record is retried. After this time the record becomes a dead letter.",
     )
     max_consecutive_dead_letters: int = Field(
-        10, ge=0, description="Consecutive dead letters with the same error class that stop the stage; 0: never."
+        10,
+        ge=0,
+        description="Number of consecutive dead letters with the same error class after which the stage stops. 0 means no limit.",
     )
     shutdown_timeout_s: float = Field(
-        25.0, gt=0, description="Maximum time from a stop signal to the end of the process, in seconds."
+        25.0, gt=0, description="Maximum time in seconds from a stop signal to the end of the process."
     )
     call_timeout_s: float = Field(
-        120.0, gt=0, description="Maximum duration of one call to the log, in seconds; after it the watchdog ends the process."
+        120.0,
+        gt=0,
+        description="Maximum duration of one call to the log in seconds. The watchdog ends the process if a call takes longer.",
     )
 
 
@@ -264,68 +306,85 @@ class SinkSettings(_Section):
 
 
 class TelemetrySettings(_Section):
-    metrics_port: int = Field(0, ge=0, le=65535, description="Port of the Prometheus endpoint of this process; 0: no endpoint.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of the Prometheus endpoint of this process. 0 means no endpoint."
+    )
     metrics_host: str = Field("127.0.0.1", description="Address on which the Prometheus endpoint listens.")
-    traces: bool = Field(False, description="Write the OpenTelemetry trace context into record headers (extra: otel).")
+    traces: bool = Field(
+        False, description="Write the OpenTelemetry trace context into record headers. This requires the extra `otel`."
+    )
 
 
 class BudgetSettings(_Section):
-    max_tokens: int = Field(0, ge=0, description="Tokens after which a run accepts no new prompts; 0: no limit.")
+    max_tokens: int = Field(0, ge=0, description="Number of tokens after which a run accepts no new prompts. 0 means no limit.")
     max_cost: float = Field(
-        0.0, ge=0, description="Cost, computed from budget.prices, after which all stages of a run pause; 0: no limit."
+        0.0,
+        ge=0,
+        description="Cost after which all stages of a run pause. It is computed from budget.prices. 0 means no limit.",
     )
     prices: list[str] = Field(
-        [], description="Prices of endpoint models per million prompt tokens and completion tokens, e.g. MODEL=0.15/0.60."
+        [],
+        description="Prices of endpoint models for one million prompt tokens and one million completion tokens, e.g. MODEL=0.15/0.60.",
     )
 
 
 class TrainSettings(_Section):
-    sft_rows: int = Field(512, ge=1, description="New finished chains that start supervised fine-tuning.")
+    sft_rows: int = Field(512, ge=1, description="Number of new finished chains that start supervised fine-tuning.")
     reward_rows: int = Field(
-        512, ge=2, description="New labeled pairs that start a reward-model update (rl_method ppo) or a DPO update."
+        512,
+        ge=2,
+        description="Number of new labeled pairs that start an update of the reward model (rl_method ppo) or a DPO update (rl_method dpo).",
     )
-    ppo_rows: int = Field(256, ge=1, description="New rollouts of the current policy that start a PPO update.")
+    ppo_rows: int = Field(256, ge=1, description="Number of new rollouts of the current policy that start a PPO update.")
     max_rows: int = Field(4096, ge=1, description="Maximum number of rows in one training batch.")
-    lora_rank: int = Field(0, ge=0, description="Rank of the LoRA adapters; 0: train all weights.")
+    lora_rank: int = Field(0, ge=0, description="Rank of the LoRA adapters. 0 means that all weights are trained.")
     max_length: int = Field(1024, ge=8, description="Maximum length of a training sequence in tokens.")
     micro_batch_size: int = Field(
         4,
         ge=1,
-        description="Sequences in one forward and backward pass; gradients accumulate to a full step. Lower it to save memory.",
+        description="Number of sequences in one forward and backward pass. A lower value needs less memory. Gradients are accumulated over one optimizer step.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, about a third slower."
+        False, description="Recompute activations in the backward pass. This needs less memory and is about a third slower."
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Precision of matrix products; auto: bf16 where the hardware supports it. Weights stay fp32."
+        "auto",
+        description="Precision of matrix products. auto selects bf16 if the hardware supports it. Weights are always fp32.",
     )
     rl_method: Literal["ppo", "dpo"] = Field(
-        "ppo", description="How the policy learns from labels: PPO with a reward model, or DPO on the preference pairs."
+        "ppo", description="Training method: PPO with a reward model (ppo), or DPO on the preference pairs (dpo)."
     )
     objective: Literal["alternate", "combined"] = Field(
-        "alternate", description="Loss of a PPO step: the RL loss alone, or L_SL + alpha * L_RL."
+        "alternate", description="Loss of a PPO step: the RL loss (alternate), or L_SL + alpha * L_RL (combined)."
     )
     alpha: float = Field(1.0, ge=0, description="Weight of the RL loss in the combined objective.")
     sft_mixture: list[str] = Field(
         ["*=0.73", "helpful=0.27"],
-        description="Shares of prompt sources in an SFT batch; *: all other sources; []: no fixed shares.",
+        description="Share of each prompt source in an SFT batch. The entry * is the share of all other sources. An empty list means no fixed shares.",
     )
     reward_mixture: list[str] = Field(
-        ["helpful=0.43", "*=0.57"], description="Shares of prompt sources in a reward-model batch, as in sft_mixture."
+        ["helpful=0.43", "*=0.57"],
+        description="Share of each prompt source in a batch of the reward model. The format is the same as in sft_mixture.",
     )
-    max_staleness: int = Field(4, ge=0, description="Maximum age of PPO rollouts, in policy versions.")
+    max_staleness: int = Field(4, ge=0, description="Maximum age of a PPO rollout, in policy versions.")
     max_reward_staleness: int = Field(
-        4, ge=0, description="Maximum age of PPO rollouts, in reward-model versions published since sampling."
+        4,
+        ge=0,
+        description="Maximum age of a PPO rollout: the number of reward-model versions that were published after sampling.",
     )
-    max_age_s: float = Field(0.0, ge=0, description="Maximum age of PPO rollouts in seconds; 0: no limit.")
-    allow_overlap: bool = Field(False, description="Let PPO train on prompts that the reward model was trained on.")
-    seed: int = Field(0, description="Random seed for shuffling and for initial heads.")
-    base_model: str = Field("", description="Model whose weights training starts from; empty: models.policy.")
+    max_age_s: float = Field(0.0, ge=0, description="Maximum age of a PPO rollout in seconds. 0 means no limit.")
+    allow_overlap: bool = Field(False, description="Allow PPO to train on prompts that the reward model was also trained on.")
+    seed: int = Field(0, description="Random seed for shuffling and for the initial weights of new heads.")
+    base_model: str = Field(
+        "", description="Model that provides the initial weights for training. If empty, models.policy is used."
+    )
     save_total_limit: int = Field(
-        3, ge=1, description="Newest checkpoints of each kind that are kept, in addition to those in use."
+        3,
+        ge=1,
+        description="Number of newest checkpoints of each kind that are kept. Checkpoints that are in use are also kept.",
     )
     report_to: Literal["", "trackio", "wandb"] = Field(
-        "", description="Experiment tracker that also receives the metrics of each step; empty: none."
+        "", description="Experiment tracker that also receives the metrics of each step. If empty, no tracker is used."
     )
 
     @field_validator("sft_mixture", "reward_mixture")
@@ -336,95 +395,128 @@ class TrainSettings(_Section):
 
 
 class SFTSettings(_Section):
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; multiplied by 10 with LoRA.")
-    epochs: int = Field(1, ge=1, description="Passes over the batch.")
-    batch_size: int = Field(8, ge=1, description="Examples in one optimizer step.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
+    epochs: int = Field(1, ge=1, description="Number of passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Number of examples in one optimizer step.")
     rounds: list[PositiveInt] = Field(
-        [], description="Rounds of each chain whose revisions are training targets; []: the final response only."
+        [],
+        description="Numbers of the rounds whose revisions are training targets. An empty list selects only the final response of each chain.",
     )
 
 
 class RewardSettings(_Section):
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate; multiplied by 10 with LoRA.")
-    epochs: int = Field(1, ge=1, description="Passes over the batch.")
-    batch_size: int = Field(8, ge=1, description="Pairs in one optimizer step.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
+    epochs: int = Field(1, ge=1, description="Number of passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Number of pairs in one optimizer step.")
     replay_ratio: float = Field(
-        1.0, ge=0, description="Earlier labels in a batch for each new label, within train.max_rows; 0: none."
+        1.0,
+        ge=0,
+        description="Number of earlier labels that are added to a batch for each new label, within train.max_rows. 0 means none.",
     )
     require_above_chance: bool = Field(
-        True, description="Reject a reward model whose agreement with held-out labels is not above chance (97.5% confidence)."
+        True, description="Reject a reward model if its agreement with held-out labels is not above chance (97.5% confidence)."
     )
     center_rewards_coefficient: float = Field(
         0.01, ge=0, description="Weight of the penalty on the squared sum of the two rewards of a pair."
     )
     ensemble_size: int = Field(
-        1, ge=1, description="Reward models in the ensemble; 3 to 5 reduce over-optimization, 1 is the cheapest."
+        1,
+        ge=1,
+        description="Number of reward models in the ensemble. 3 to 5 models reduce over-optimization; 1 model is the cheapest.",
     )
     variance_penalty: float = Field(
-        0.1, ge=0, description="Score of an ensemble: mean - variance_penalty * variance over its members."
+        0.1,
+        ge=0,
+        description="Penalty on disagreement in the ensemble. The score is mean - variance_penalty * variance over the reward models.",
     )
 
 
 class DPOSettings(_Section):
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; multiplied by 10 with LoRA.")
-    epochs: int = Field(1, ge=1, description="Passes over the batch.")
-    batch_size: int = Field(8, ge=1, description="Pairs in one optimizer step.")
-    beta: float = Field(0.1, gt=0, description="DPO beta; a higher value keeps the policy closer to the reference policy.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
+    epochs: int = Field(1, ge=1, description="Number of passes over the batch.")
+    batch_size: int = Field(8, ge=1, description="Number of pairs in one optimizer step.")
+    beta: float = Field(0.1, gt=0, description="Beta of DPO. A higher value keeps the policy closer to the reference policy.")
 
 
 class PPOSettings(_Section):
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; multiplied by 10 with LoRA.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
     lr_scheduler_type: Literal["linear", "constant"] = Field(
         "linear",
-        description="Learning rate within an update: warm-up and then linear decay to 0 (linear), or constant without warm-up.",
+        description="Schedule of the learning rate within an update: warm-up and then linear decay to 0 (linear), or no warm-up and no decay (constant).",
     )
     warmup_ratio: float = Field(
-        0.15, ge=0, le=1, description="Fraction of the steps of an update that are warm-up; used only with the linear schedule."
+        0.15,
+        ge=0,
+        le=1,
+        description="Fraction of the steps of an update that are warm-up steps. It is used only with the linear schedule.",
     )
-    epochs: int = Field(4, ge=1, description="Passes over the rollouts.")
-    batch_size: int = Field(8, ge=1, description="Rollouts in one optimizer step.")
-    clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio.")
-    value_clip: float = Field(0.2, gt=0, description="Clipping range of the value.")
+    epochs: int = Field(4, ge=1, description="Number of passes over the rollouts.")
+    batch_size: int = Field(8, ge=1, description="Number of rollouts in one optimizer step.")
+    clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio between the new and the old policy.")
+    value_clip: float = Field(0.2, gt=0, description="Clipping range of the predicted value.")
     value_coefficient: float = Field(0.1, ge=0, description="Weight of the value loss.")
     gae_gamma: float = Field(1.0, gt=0, le=1, description="Discount factor of generalized advantage estimation.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalized advantage estimation.")
     beta: float = Field(
-        0.02, ge=0, description="Minimum weight of the KL penalty in the reward; the adaptive controller does not go below it."
+        0.02,
+        ge=0,
+        description="Initial and minimum weight of the KL penalty in the reward. The adaptive controller can raise the weight.",
     )
     kl_target: float = Field(
-        6.0, gt=0, description="KL to the reference policy that the adaptive beta aims for, in nats per sequence."
+        6.0,
+        gt=0,
+        description="Target KL to the reference policy, in nats per sequence. The adaptive controller of beta uses it.",
     )
     kl_coefficient: float = Field(
-        0.05, ge=0, description="Weight in the loss of the per-token KL to the policy at the start of the update."
+        0.05, ge=0, description="Weight of an additional loss term: the per-token KL to the policy at the start of the update."
     )
     max_kl_update: float = Field(
-        6.0, gt=0, description="KL to the policy at the start of the update that ends the update, in nats per sequence."
+        6.0,
+        gt=0,
+        description="Maximum KL to the policy at the start of the update, in nats per sequence. A higher KL ends the update.",
     )
-    max_kl: float = Field(30.0, gt=0, description="KL to the reference policy that ends the update, in nats per sequence.")
+    max_kl: float = Field(
+        30.0, gt=0, description="Maximum KL to the reference policy, in nats per sequence. A higher KL ends the update."
+    )
     max_kl_base: float = Field(
-        200.0, gt=0, description="KL to the base model (policy version 0) that ends the update, in nats per sequence."
+        200.0,
+        gt=0,
+        description="Maximum KL to the base model (policy version 0), in nats per sequence. A higher KL ends the update.",
     )
     baseline: Literal["prompt", "batch"] = Field(
         "prompt",
-        description="Baseline of a score: the mean score of the same prompt's other completions, or the mean of the batch.",
+        description="Baseline of a score: the mean score of the other completions of the same prompt (prompt), or of the batch (batch).",
     )
     missing_eos_penalty: float = Field(
-        0.0, ge=0, description="Subtracted from the score of a completion that reached the token limit."
+        0.0, ge=0, description="Penalty that is subtracted from the score of a completion that reached the token limit."
     )
 
 
 class MonitorSettings(_Section):
     min_responses: int = Field(
-        64, ge=2, description="Completions required of a policy and of its reference before they are compared."
+        64,
+        ge=2,
+        description="Minimum number of completions of a policy and of its reference. The monitor does not compare them before that.",
     )
-    prompts: int = Field(32, ge=0, description="Held-out prompts for the comparison by the held-out judge; 0: no comparison.")
-    judge: str = Field("", description="Held-out judge; empty: models.judge with the critique principles.")
-    max_growth: float = Field(1.5, gt=1, description="Maximum factor by which length, perplexity or repetition may grow.")
+    prompts: int = Field(
+        32,
+        ge=0,
+        description="Number of held-out prompts for the comparison by the held-out judge. 0 means no comparison.",
+    )
+    judge: str = Field(
+        "", description="Model of the held-out judge. If empty, models.judge is used with the critique principles."
+    )
+    max_growth: float = Field(
+        1.5, gt=1, description="Maximum factor by which length, perplexity or repetition may exceed the reference."
+    )
     max_length_correlation: float = Field(
-        0.5, gt=0, le=1, description="Maximum correlation of reward and length when length also exceeds max_growth."
+        0.5,
+        gt=0,
+        le=1,
+        description="Maximum correlation of reward and length. It applies only if the length also exceeds max_growth.",
     )
     max_boilerplate: float = Field(
-        0.5, gt=0, le=1, description="Maximum increase in the share of responses that contain one common phrase."
+        0.5, gt=0, le=1, description="Maximum increase in the share of responses that contain the same phrase."
     )
     max_kl_rise: float = Field(
         10.0, gt=0, description="Maximum increase of the KL to the reference policy in one PPO update, in nats per sequence."
@@ -435,7 +527,7 @@ class PromotionSettings(_Section):
     prompts: int = Field(
         0,
         ge=0,
-        description="Held-out benign and harmful prompts (this many of each) that a new policy is tested on; 0: no promotion gate.",
+        description="Number of held-out benign prompts, and of held-out harmful prompts, that test a new policy. 0 means no promotion gate.",
     )
     max_benign_refusals: float = Field(
         0.2, ge=0, le=1, description="Maximum share of benign prompts that a new policy may refuse."
@@ -486,7 +578,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load_settings` has merged all sources. Reading the environment here again would override the flags.
+        # `load_settings` has merged all sources. If the environment were read here again, it would override the flags.
         return (init_settings,)
 
     @property
@@ -500,7 +592,7 @@ class Settings(BaseSettings):
 
 _Layer = dict[str, dict[str, Any]]
 
-# The values of each recipe, by section and preset name. The defaults above are the recipes charter and lee2023.
+# The values of each recipe, by section and preset name. The recipes charter and lee2023 are empty: they use the defaults above.
 PRESETS: dict[str, dict[str, _Layer]] = {
     "critique": {
         "charter": {},
@@ -542,8 +634,8 @@ def load_settings(
 ) -> tuple[Settings, dict[str, str]]:
     """Return the settings and, for each `section.key`, the origin of its value.
 
-    `flags` maps dotted names to values. Without `file`, ./charter.toml is read if it exists. Raise UsageError for an unknown
-    name or an invalid value.
+    `flags` maps names such as `critique.rounds` to values. If `file` is None, ./charter.toml is read if it exists. Raise
+    UsageError for an unknown name or an invalid value.
     """
     environment = os.environ if environment is None else environment
     path = file or (Path(SETTINGS_FILE) if Path(SETTINGS_FILE).exists() else None)
@@ -568,7 +660,10 @@ def load_settings(
 
 
 def _get_preset_layers(layers: Iterable[_Layer]) -> list[tuple[str, _Layer]]:
-    """Return the layers of the recipes that `layers` select; later layers win. pydantic reports unknown preset names."""
+    """Return the layers of the recipes that `layers` select. A later layer overrides an earlier one.
+
+    Ignore unknown preset names: pydantic reports them later.
+    """
     selected: dict[str, Any] = {}
     for layer in layers:
         selected |= {section: layer[section]["preset"] for section in PRESETS if "preset" in layer.get(section, {})}
@@ -592,7 +687,7 @@ def _read_file(path: Path) -> _Layer:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            f"there is no settings file {path}", "--config names this file", f"omit --config, or create {path}"
+            f"there is no settings file {path}", "the option --config names this file", f"omit --config, or create {path}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a valid TOML file", str(error), "fix the line named above") from error
@@ -636,13 +731,13 @@ def _parse_value(section: str, key: str, text: str) -> Any:
     if get_origin(annotation.model_fields[key].annotation) is list:
         if not text.startswith("["):
             return [item for item in text.split(",") if item]
-        with suppress(json.JSONDecodeError):  # pydantic rejects the unparsed text
+        with suppress(json.JSONDecodeError):  # return the text unchanged: pydantic then rejects it
             return json.loads(text)
     return text
 
 
 def _require_known(section: str, key: str, where: str) -> None:
-    """Raise a UsageError that suggests the nearest name unless `section.key` exists. An empty key checks only the section."""
+    """Raise a UsageError that suggests the nearest name if `section.key` does not exist. If `key` is empty, check the section."""
     name = f"{section}.{key}" if key else section
     names = [f"{s}.{k}" for s, k, _ in iter_settings()] if key else list(Settings.model_fields)
     if name in names:
@@ -663,9 +758,9 @@ def get_environment_name(section: str, key: str) -> str:
 
 
 def format_settings_file() -> str:
-    """Return the text of a settings file: each key below its description, commented out, with its default."""
+    """Return the text of a settings file. Each key is commented out and has its description above it and its default value."""
     lines = [
-        "# Settings of Charter. Every key is listed with its default; remove the # to change it.",
+        "# Settings of Charter. Every key is listed with its default; remove the # to change a value.",
         "# Precedence: a flag (--set respond.num_completions=4), the environment (CHARTER_RESPOND__NUM_COMPLETIONS=4), this file.",
     ]
     last = ""

@@ -1,4 +1,4 @@
-"""Statistics that several packages share: the interval of a fraction, the calibration of probabilities, and correlation."""
+"""Compute statistics for several packages: intervals of fractions, calibration of probabilities, and correlation."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def compute_wilson_interval(hits: float, total: int) -> tuple[float, float] | No
 
 
 def compute_brier_score(probabilities: Sequence[float]) -> float | None:
-    """Return the mean squared distance of each p(preferred response) from 1, or None for an empty sequence."""
+    """Return the mean of (1 - p)^2 over the probabilities of the preferred responses, or None for an empty sequence."""
     return math.fsum((1 - p) ** 2 for p in probabilities) / len(probabilities) if probabilities else None
 
 
 def compute_calibration_error(predicted: Sequence[float], labels: Sequence[float], *, lowest: float = 0.0) -> float | None:
     """Return the expected calibration error, or None for empty sequences.
 
-    The mean over ten bins of `predicted`, of equal width from `lowest` to 1, of |mean prediction - mean label|, weighted by the
-    size of the bins (Naeini et al. 2015). Labels may be soft.
+    The predictions are divided into ten bins of equal width from `lowest` to 1. The error is the mean over the bins of
+    |mean prediction - mean label|, weighted by the size of the bins (Naeini et al. 2015). Labels may be soft.
     """
     if not predicted:
         return None
@@ -44,9 +44,10 @@ def compute_calibration_error(predicted: Sequence[float], labels: Sequence[float
 
 
 def compute_confidence_error(probabilities: Sequence[float]) -> float | None:
-    """Return the calibration error of the confidence of p(preferred response), or None for an empty sequence.
+    """Return the calibration error of the confidence in a comparison, or None for an empty sequence.
 
-    The confidence is max(p, 1 - p), from 0.5 to 1, and its label is whether p prefers the right response; exactly 0.5 is half right.
+    `probabilities` are the probabilities of the preferred responses. The confidence is max(p, 1 - p), from 0.5 to 1. Its label
+    is 1 if p is above 0.5, 0 if p is below 0.5, and 0.5 if p is 0.5.
     """
     return compute_calibration_error(
         [max(p, 1 - p) for p in probabilities],
@@ -56,7 +57,7 @@ def compute_confidence_error(probabilities: Sequence[float]) -> float | None:
 
 
 def compute_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return Pearson's correlation, or 0 where `x` or `y` does not vary."""
+    """Return Pearson's correlation, or 0 if `x` or `y` is constant."""
     try:
         return correlation(x, y)
     except StatisticsError:

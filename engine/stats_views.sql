@@ -1,17 +1,18 @@
--- Statistics of runs; docs/sql.md shows queries. Shares have Wilson's 95% interval (Wilson 1927) in the columns *_low and
--- *_high; a share of zero rows is null. Every view has run_id: a record that several runs produced counts for the first of
--- them. Lengths are in characters.
+-- Statistics of runs. docs/sql.md shows queries. The columns *_low and *_high contain Wilson's 95% interval of a share (Wilson
+-- 1927). A share of zero rows is null. Every view has the column run_id. If several runs produced the same record, it has the
+-- run_id of the first run. Lengths are in characters.
 
 CREATE OR REPLACE MACRO share(hits, n) AS CASE WHEN n > 0 THEN hits / n END;
--- Constants: z = 1.959963984540054, z*z/2, z*z/4 and z*z.
+-- The constants below are z = 1.959963984540054, z*z/2, z*z/4 and z*z.
 CREATE OR REPLACE MACRO wilson_low(hits, n) AS CASE WHEN hits = 0 AND n > 0 THEN 0.0 WHEN n > 0 THEN
     (hits + 1.920729410347062 - 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
 CREATE OR REPLACE MACRO wilson_high(hits, n) AS CASE WHEN hits = n AND n > 0 THEN 1.0 WHEN n > 0 THEN
     (hits + 1.920729410347062 + 1.959963984540054 * sqrt(hits * (n - hits) / n + 0.960364705173531)) / (n + 3.841458820694124) END;
--- 1 for a probability above 0.5, 0 below, and 0.5 for a tie.
+-- Return 1 for a probability above 0.5, 0 for a probability below 0.5, and 0.5 for a tie.
 CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 
--- The votes of single principles on pairs, in both orders. A judgment without votes is one row, with its own outcome.
+-- The votes on pairs, one row for each principle, with the results of both orders. A judgment without votes is one row with the
+-- outcome of the judgment.
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
     SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
@@ -29,16 +30,21 @@ SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
                ELSE (p_forward + p_backward) / 2 END AS p_a
 FROM votes;
 
--- Statistics of each principle, for critiques (stage critique) and for judging (stage judge).
---   asked      critique: verdicts requested; judge: judgments
---   answered   critique: verdicts that are CLEAN or FLAWED
---   fired      critique: verdicts that are FLAWED; fire_rate is their share of the answered ones
---   compared   critique: revisions under the principle that were compared with their predecessors; judge: pairs with a label
---   wins       of the compared ones: revisions that are better; pairs whose response_a is better (with pairing 'revision'
---              response_a is the revision, otherwise the completion sampled first). A tie is half a win.
---   refused    judge: judgments with outcome REFUSED
---   length_correlation   critique: of p(flawed) with the length of the response; judge: of p(A is better) with the length of
---              response_a minus the length of response_b
+-- Statistics of each principle. Rows with stage 'critique' are about critiques, rows with stage 'judge' about judgments.
+-- Columns of stage 'critique':
+--   asked      the number of verdicts that were requested
+--   answered   the number of verdicts that are CLEAN or FLAWED
+--   fired      the number of verdicts that are FLAWED; fire_rate is fired / answered
+--   compared   the number of revisions that were compared with the previous response
+--   wins       the number of compared revisions that are better than the previous response; a tie counts as half a win
+--   length_correlation   the correlation of p(flawed) with the length of the response
+-- Columns of stage 'judge':
+--   asked      the number of judgments
+--   compared   the number of pairs with a label
+--   wins       the number of pairs whose response_a is better; a tie counts as half a win. With pairing 'revision', response_a
+--              is the revision. Otherwise it is the completion that was sampled first.
+--   refused    the number of judgments with outcome REFUSED
+--   length_correlation   the correlation of p(A is better) with the length of response_a minus the length of response_b
 CREATE OR REPLACE VIEW principle_stats AS
 WITH verdicts AS (
     SELECT run_id, constitution.name AS constitution, verdict.principle_id AS principle_id, verdict.verdict AS verdict,
@@ -77,8 +83,9 @@ SELECT run_id, stage, constitution, principle_id, pairing, asked,
        CASE WHEN NOT isnan(length_correlation) THEN length_correlation END AS length_correlation
 FROM summed;
 
--- Statistics of each round of revision: the number of revisions and of unusable ones (empty, a copy, an echo), their win rate and
--- mean probability against their predecessors, their similarity and change in length, and the chains that end in the round.
+-- Statistics of each round of revision. `unusable` is the number of revisions that are empty, a copy or an echo. win_rate and
+-- mean_p_better compare revisions with the previous responses. mean_similarity and mean_length_change also refer to the
+-- previous responses. `satisfied`, `lost` and `last_round` count the chains that end in this round, by end_reason.
 CREATE OR REPLACE VIEW revision_stats AS
 WITH made AS (
     SELECT run_id, round, count(*) AS revisions, count(*) FILTER (rejection_reason NOT IN ('NONE', 'UNKNOWN')) AS unusable,
@@ -95,9 +102,10 @@ SELECT run_id, round, revisions, unusable, coalesce(compared, 0) AS compared, me
        coalesce(last_round, 0) AS last_round
 FROM made LEFT JOIN weighed USING (run_id, round);
 
--- The position bias of a judge. `judged`: votes that are readable in both orders; abstentions for other reasons than a position
--- flip are excluded. `flips`: the same position won in both orders. p_forward is p(A is better) with response_a shown first,
--- p_backward with response_b shown first. `first_place` is the mean probability of the response shown first; 0.5 without bias.
+-- The position bias of a judge. `judged` is the number of votes that have a result in both orders and the outcome OK or
+-- POSITION_FLIP. `flips` is the number of votes in which the same position won in both orders. p_forward is p(A is better) when
+-- response_a is shown first. p_backward is p(A is better) when response_b is shown first. first_place is the mean probability
+-- of the response that is shown first. It is 0.5 if there is no bias.
 CREATE OR REPLACE VIEW position_bias_stats AS
 WITH counted AS (
     SELECT run_id, preset, model.id AS model, principle_id, count(*) AS judged,
@@ -109,9 +117,9 @@ SELECT run_id, preset, model, principle_id, judged, flips, share(flips, judged) 
        (mean_p_forward + 1 - mean_p_backward) / 2 AS first_place, mean_position_gap
 FROM counted;
 
--- Pairs that a judge and a person have labeled: a person's override of the judge's label, or a person's comparison from a file of
--- the same two responses to the same prompt, in either order. p_ai and p_human are the probability that the judge's response_a
--- is better.
+-- Pairs that have a label by a judge and a label by a person. A person can override the label of a judge. A file of comparisons
+-- by people can also contain the same two responses to the same prompt, in either order. p_ai and p_human are the probabilities
+-- that the response_a of the judge's record is better.
 CREATE OR REPLACE VIEW ai_human_labels AS
 WITH people AS (
     SELECT p.record_id, p.prompt_id, p.parent_ids, p.response_a, p.response_b, p.p_a
@@ -132,7 +140,7 @@ SELECT ai.record_id, human_id, ai.prompt_id, ai.run_id, ai.preset, ai.model.id A
 FROM pairs JOIN preferences ai ON ai.record_id = ai_id
 WHERE ai.label_source = 'AI' AND ai.outcome = 'OK' AND ai.p_a IS NOT NULL;
 
--- How often judge and person prefer the same answer (ties on either side left out), and the judge's Brier score.
+-- The share of pairs for which judge and person prefer the same response, without ties, and the Brier score of the judge.
 CREATE OR REPLACE VIEW label_agreement_stats AS
 WITH counted AS (
     SELECT run_id, preset, model, principle_id, count(*) AS pairs, count(agree) AS decided, count(*) FILTER (agree) AS agreed,
@@ -142,8 +150,9 @@ SELECT run_id, preset, model, principle_id, pairs, decided, agreed, share(agreed
        wilson_low(agreed, decided) AS agreement_low, wilson_high(agreed, decided) AS agreement_high, brier
 FROM counted;
 
--- What people say of the pairs to which a judge gives p(A is better) from p_from to below p_from + 0.1. A calibrated judge has
--- mean_p_ai near human_share in every bin.
+-- The calibration of a judge. Each row is one bin: the pairs for which the judge's p(A is better) is between p_from and
+-- p_from + 0.1. human_share is the mean label of people for these pairs. For a calibrated judge, mean_p_ai is close to
+-- human_share in every bin.
 CREATE OR REPLACE VIEW label_calibration_stats AS
 WITH counted AS (
     SELECT run_id, preset, model, least(floor(p_ai * 10), 9) / 10 AS p_from, count(*) AS pairs, avg(p_ai) AS mean_p_ai,

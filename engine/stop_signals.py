@@ -1,8 +1,8 @@
 """Stop on SIGINT and SIGTERM without taking a lock inside a signal handler.
 
-A handler may run between any two bytecodes of the main thread, also while that thread holds the lock of a `threading.Event`.
-A handler that calls `Event.set` would then wait for itself forever. So the handler only writes one byte to a pipe, and one
-daemon thread reads the pipe and sets the event.
+A handler can run between any two bytecodes of the main thread, even while the main thread holds the lock of a
+`threading.Event`. If the handler then called `Event.set`, it would wait for this lock forever. So the handler only writes one
+byte to a pipe. A daemon thread reads the pipe and sets the event.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-FORCE_INTERVAL_S = 1.0  # `timeout` and some supervisors signal a process and its group: two signals at once are one request
+FORCE_INTERVAL_S = 1.0  # within this time, several signals count as one: `timeout` signals the process and its group
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stop_on_signals(on_stop: Callable[[], None] = lambda: None) -> threading.Event:
-    """Return an event that SIGINT and SIGTERM set. A signal more than one second after the first ends the process at once.
+    """Return an event that SIGINT and SIGTERM set. Call this function in the main thread.
 
-    `on_stop` is called in another thread before the event is set.
-
-    Call it in the main thread. The exit code of a forced end is 128 plus the number of the signal, as a shell reports it.
+    `on_stop` is called in another thread before the event is set. A second signal more than FORCE_INTERVAL_S after the first
+    ends the process at once. The exit code is then 128 plus the number of the signal, as in a shell.
     """
     stop = threading.Event()
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
 
     def write_signal_number(number: int, _: object) -> None:
-        with suppress(BlockingIOError):  # the pipe holds thousands of signals that are not read yet: one more changes nothing
+        with suppress(BlockingIOError):  # the pipe is full of unread signals, so another signal has no effect
             os.write(write_end, bytes([number]))
 
     def set_event_when_signaled() -> None:

@@ -1,7 +1,7 @@
-"""The DuckDB file: written only by the sink, read by all processes, always with the access lock held.
+"""Open and query the DuckDB file. Only the sink writes it. All access requires the access lock.
 
-A reader holds the lock for one query. A query that exceeds its time limit is interrupted, so that the sink never waits for
-long. Read connections are read-only and have no access to files or the network; SQL cannot change that.
+A reader holds the lock for one query or one session. A query that exceeds its time limit is interrupted, so that the sink does
+not wait long. Read connections are read-only and have no access to files or the network. SQL statements cannot change this.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 
 
 class QueryFunction(Protocol):
-    """Runs one statement in a read session and returns at most `most` rows; None: all rows."""
+    """Runs one statement in a read session. It returns at most `most` rows, or all rows if `most` is None."""
 
     def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
 
@@ -58,8 +58,8 @@ class Store:
     ) -> QueryResult:
         """Run one read-only statement.
 
-        Raise UsageError for a statement that is invalid, writes, or runs longer than `limit_s`, and StoreBusy if the lock is
-        not free within `lock_timeout_s`.
+        Raise UsageError if the statement is invalid, if it writes, or if it runs longer than `limit_s`. Raise StoreBusy if the
+        lock cannot be acquired within `lock_timeout_s`.
         """
         with self.open_read_session(limit_s=limit_s, lock_timeout_s=lock_timeout_s) as query:
             return query(sql, parameters)
@@ -68,14 +68,14 @@ class Store:
     def open_read_session(
         self, *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
     ) -> Iterator[QueryFunction]:
-        """Hold the lock for several read-only statements; `limit_s` limits their total time.
+        """Hold the lock for several read-only statements. `limit_s` limits their total time.
 
-        Raise the errors of `query`. After a failed statement the session can still be used.
+        Raise the same errors as `query`. After a failed statement the session can still be used.
         """
         if not self.path.exists():
             raise UsageError(
                 f"there is no database at {self.path} yet",
-                "the sink creates it when the first records arrive",
+                "the sink creates the database when the first records arrive",
                 "type: charter demo    or: charter produce FILE, then charter run",
             )
         with self.access_lock.read_lock(lock_timeout_s), open_connection(self.path, read_only=True) as connection:
@@ -94,7 +94,7 @@ class Store:
 
     @contextmanager
     def open_write_session(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Open the connection of the sink, with the write lock held. Create the database if it does not exist."""
+        """Hold the write lock and open a writable connection. Create the database if it does not exist."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.access_lock.write_lock(lock_timeout_s), open_connection(self.path, read_only=False) as connection:
             yield connection
@@ -113,7 +113,7 @@ class Store:
 
 @contextmanager
 def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a connection to the file. Raise StoreBusy, with the holder's name, if another program has it open."""
+    """Open a connection to the file. If another program has opened it, raise StoreBusy with the name of this program."""
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
     except (duckdb.IOException, duckdb.ConnectionException) as error:
@@ -122,10 +122,10 @@ def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyC
             raise DataFolderVersionMismatch(
                 f"{path} cannot be opened",
                 str(error).splitlines()[0][:300],
-                "move the file away to create a new one: the log still has the records",
+                "move the file away; a new file is then created from the records in the log",
             ) from error
         raise StoreBusy(
-            f"another program has {path} open", _parse_lock_holder(str(error)), "close it in that program and try again"
+            f"another program has {path} open", _parse_lock_holder(str(error)), "close the file in that program and try again"
         ) from error
     try:
         yield connection
@@ -139,7 +139,7 @@ def raise_if_disk_full(error: BaseException, path: Path) -> None:
         raise StoreFull(
             f"the disk of {path} is full",
             str(error).splitlines()[0][:300],
-            "free disk space; the sink then continues automatically, and the log has kept the new records",
+            "free disk space; the sink then continues automatically, and new records stay in the log until then",
         ) from error
 
 
@@ -150,7 +150,7 @@ def _parse_lock_holder(error_message: str) -> str:
 
 
 def read_format_version(connection: duckdb.DuckDBPyConnection) -> int | None:
-    """Return the format version of a Charter database; None for any other database."""
+    """Return the format version of a Charter database, or None if another program created the database."""
     tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
     rows = connection.execute("SELECT version FROM raw.sink_state").fetchall() if ("raw.sink_state",) in tables else []
     return int(rows[0][0]) if rows else None
@@ -161,19 +161,19 @@ def _is_empty_database(connection: duckdb.DuckDBPyConnection) -> bool:
 
 
 def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Raise DataFolderVersionMismatch if the database is neither empty nor of the current format."""
+    """Raise DataFolderVersionMismatch if the database is not empty and has another format than the current format."""
     version = read_format_version(connection)
     if version == FORMAT_VERSION or (version is None and _is_empty_database(connection)):
         return
     raise DataFolderVersionMismatch(
         f"{path} was created by another version of Charter (format {version or 'unknown'}, expected {FORMAT_VERSION})",
-        "reading or writing it could damage it",
+        "this version could damage the file",
         "use another folder: --data FOLDER, or the version of Charter that created it",
     )
 
 
 def _disable_external_access(connection: duckdb.DuckDBPyConnection) -> None:
-    """Forbid access to files, the network and extensions, and lock this configuration."""
+    """Disable access to files, the network and extensions. Lock the configuration, so that SQL cannot enable them again."""
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
@@ -186,7 +186,10 @@ def _run_query(
     deadline: float,
     max_rows: int | None,
 ) -> QueryResult:
-    """Run one statement and return at most `max_rows` rows; None: all. Interrupt it at `deadline` (monotonic clock)."""
+    """Run one statement. Return at most `max_rows` rows, or all rows if `max_rows` is None.
+
+    Interrupt the statement at `deadline` (on the monotonic clock).
+    """
     started = time.monotonic()
     timer = threading.Timer(max(0.0, deadline - started), connection.interrupt)
     timer.start()
@@ -198,7 +201,7 @@ def _run_query(
     except duckdb.InterruptException as error:
         raise UsageError(
             f"the query took longer than {limit_s:g} s and was interrupted",
-            f"it ran for {time.monotonic() - started:.1f} s; the sink must wait during a query",
+            f"the query ran for {time.monotonic() - started:.1f} s; the sink must wait during a query",
             "restrict the query, or raise the limit: charter sql --timeout-s 60 '...'",
         ) from error
     except RuntimeError as error:  # DuckDB raises this for Ctrl-C
@@ -206,7 +209,7 @@ def _run_query(
             raise KeyboardInterrupt from error
         raise
     except duckdb.Error as error:
-        why = str(error).rstrip("\n ^")  # without the caret below the error position, which is meaningless in one line
+        why = str(error).rstrip("\n ^")  # remove the caret that marks the position of the error
         raise UsageError("the query failed", why, "type: charter sql --tables    (lists tables and columns)") from error
     finally:
         timer.cancel()

@@ -1,17 +1,17 @@
-"""DuckDB tables and Arrow schemas derived from the records.
+"""Derive DuckDB tables and Arrow schemas from the record classes.
 
-Raw tables are in the schema `raw`. They are append-only and have no primary key. In addition to the fields of its record, each
-row has
+Raw tables are in the schema `raw`. They are append-only and have no primary key. In addition to the fields of the record, each
+row has these columns:
 
 * `_partition`, `_offset`: the position of the record in the log;
 * `commit_seq`: the position of the row in the insertion order of all rows of this database;
-* `content_hash`;
-* `is_duplicate`: an earlier row has the same record id;
-* `content_mismatch`: the row is a duplicate with different content.
+* `content_hash`: a hash of the content of the record;
+* `is_duplicate`: true if an earlier row has the same record id;
+* `content_mismatch`: true if the row is a duplicate with different content.
 
-A view of the same name in `main` selects the rows that are not duplicates. All other views build on these: `views.sql`
-(training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking) and `training_views.sql`
-(training progress).
+For each raw table, a view of the same name in `main` selects the rows that are not duplicates. All other views use these views.
+They are defined in `views.sql` (training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking)
+and `training_views.sql` (training progress).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _get_column_type(annotation: Any) -> tuple[str, pa.DataType]:
 
 @cache
 def _get_columns(model: type[BaseModel]) -> dict[str, tuple[str, pa.DataType]]:
-    """Return field -> (DuckDB type, Arrow type)."""
+    """Return a mapping of each field to its DuckDB type and Arrow type."""
     return {
         name: _get_column_type(typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
         for name, info in model.model_fields.items()
@@ -105,7 +105,7 @@ def build_create_statements() -> list[str]:
 
 
 def list_columns(spec: TopicSpec) -> list[tuple[str, str]]:
-    """Return (name, DuckDB type) of every column of a raw table."""
+    """Return the name and the DuckDB type of every column of a raw table."""
     return [*((name, sql) for name, (sql, _) in (_get_columns(spec.record_class) | _SINK_COLUMNS).items()), *_DUPLICATE_FLAGS]
 
 
@@ -143,21 +143,23 @@ def build_insert_statement(spec: TopicSpec) -> str:
 
 @cache
 def build_erasure_statements() -> list[str]:
-    """Return the statements that delete all rows of some prompts. Each takes the list of prompt ids as its parameter."""
+    """Return the statements that delete all rows of given prompts. Each statement has the list of prompt ids as a parameter."""
     specs = [spec for spec in TOPICS.values() if spec.record_class not in (Erasure, DeadLetter)]
     by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in specs]
     return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
 
 
 def _build_run_view() -> str:
-    """Return the view `run_records`: the records of each run, including those that an earlier run wrote first."""
+    """Return the view `run_records`. It lists the records of each run, including records that an earlier run also wrote."""
     topics = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in topics]
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 
 
 def _build_status_view() -> str:
-    """Return the view `pipeline_status`: the records, duplicates, content mismatches and newest row of every topic."""
+    """Return the view `pipeline_status`. For each topic it has the number of records, duplicates and content mismatches, and
+    the time of the newest row.
+    """
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
         " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"

@@ -1,8 +1,9 @@
-"""Optional OpenTelemetry trace context in record headers: the path of a prompt through all stages is one trace.
+"""Write OpenTelemetry trace context into record headers (optional). All records of a prompt belong to one trace.
 
-A record with a W3C `traceparent` header continues its trace; a record without one (a prompt) starts a trace. Each stage creates
-a span for each record that it processes, and puts the context of the span into its outputs. The destination of spans is set by
-OpenTelemetry's environment variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and others). The headers do not depend on a collector.
+A record with a W3C `traceparent` header continues the trace of this header. A record without the header (a prompt) starts a
+trace. Each stage creates a span for each record that it processes, and writes the context of the span into the headers of its
+outputs. OpenTelemetry's environment variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and others) set the destination of spans. The
+headers are also written if no collector is running.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Tracing:
 
 
 class StageTracer:
-    """Creates a span for the processing of one record, and adds its context to the outputs (a `TraceFunction`)."""
+    """Creates a span for each processed record, and adds the context of the span to the outputs (a `TraceFunction`)."""
 
     def __init__(self, tracer: trace.Tracer, stage: str, run_id: str) -> None:
         self.tracer, self.stage, self.run_id = tracer, stage, run_id

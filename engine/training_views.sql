@@ -1,8 +1,8 @@
--- Training progress: the rows of each batch and their age, the excluded rows with the reasons, and the versions.
+-- Views of training progress: versions, the rows of each batch and their age, excluded rows, pauses and metrics.
 
--- Every version on the log, once (if two updates have the same version, the first one counts). `weights_of` is the version whose
--- weights it has: its own or, after a rollback, an earlier one. wall_s is the duration of the update in seconds; duckdb_share is
--- the share of it that was spent in DuckDB.
+-- Every version on the log. If two updates have the same version, the first update counts. `weights_of` is the version that was
+-- trained with these weights. After a rollback it is an earlier version. wall_s is the duration of the update in seconds.
+-- duckdb_share is the share of this duration that was spent in DuckDB.
 CREATE OR REPLACE VIEW policy_versions AS
 SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restored_version, p.version) AS weights_of, b.batch_number,
        len(b.record_ids) AS trained_rows, b.base_reward_version AS reward_version, b.mixture, p.metrics['wall_s'] AS wall_s,
@@ -10,8 +10,9 @@ SELECT p.kind, p.version, p.phase, p.base_version, coalesce(p.restored_version, 
 FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restored_version IS NULL
 QUALIFY row_number() OVER (PARTITION BY p.kind, p.version ORDER BY p.commit_seq) = 1;
 
--- The rows of every batch, in the order of training. `trained`: the update of the batch is on the log. `given_up`: the batch was
--- voided. `replayed`: an earlier batch of the phase has already trained on the row.
+-- The rows of every batch. `place` is the position of a row in the order of training. `trained` is true if the update of the
+-- batch is on the log. `given_up` is true if the batch was voided. `replayed` is true if an earlier batch of the phase has
+-- already trained on the row.
 CREATE OR REPLACE VIEW batch_rows AS
 WITH placed AS (
     SELECT b.record_id AS batch_id, b.phase, b.batch_number, unnest(b.record_ids) AS row_id,
@@ -22,8 +23,8 @@ WITH placed AS (
 again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
 SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);
 
--- The staleness of each rollout of a PPO batch when it was sampled: in policy versions, in reward models published since its
--- policy, and in seconds.
+-- The staleness of each rollout of a PPO batch. policies_behind is measured in policy versions. rewards_behind is the number of
+-- reward models that were published after the policy of the rollout. age_s is the time from sampling to the batch in seconds.
 CREATE OR REPLACE VIEW trained_rollouts AS
 WITH sampled AS (
     SELECT p.version AS policy_version, count(r.version) AS rewards_then
@@ -47,8 +48,9 @@ SELECT phase, reason, created_at AS since
 FROM (SELECT *, row_number() OVER (PARTITION BY phase ORDER BY commit_seq DESC) AS nth FROM pauses) WHERE nth = 1 AND paused;
 
 -- The metrics of every training step, one row per metric: policy_loss, value_loss, entropy, approx_kl, clipfrac,
--- explained_variance and others. Rows with a null step are metrics of a whole update: reward/accuracy on held-out labels,
--- reward_mean, kl_rollouts. Rows with phase "loop" are durations of the training loop in seconds, after each update.
+-- explained_variance and others. Rows with a null step are metrics of a whole update, for example reward/accuracy on held-out
+-- labels, reward_mean and kl_rollouts. Rows with phase "loop" are durations of the training loop in seconds, one set per
+-- update.
 CREATE OR REPLACE VIEW training_steps AS
 WITH steps AS (
     SELECT phase, batch_number, step, policy_version, unnest(map_keys(metrics)) AS metric,

@@ -1,8 +1,10 @@
--- The main views, for users and the trainer. They build on the deduplicated views of tables.py, without windows over record ids.
+-- The main views for users and the trainer. They use the deduplicated views of tables.py, so they need no window functions over
+-- record ids.
 
--- The prompts that are held out from training, and the commit from which on. A prompt is held out if any of its records has split
--- EVAL, in any run or epoch: it stays held out when it is sampled again in another epoch, or produced with another
--- prompts.eval_fraction. Rows committed before that are unchanged, so that batches with these rows can be rebuilt.
+-- The prompts that are held out from training. commit_seq is the first commit with split EVAL. A prompt is held out if any of
+-- its records has split EVAL, in any run or epoch. So a prompt stays held out if it is sampled again in another epoch, or
+-- produced with another prompts.eval_fraction. Rows that were committed earlier stay in the training views, so that batches
+-- with these rows can be rebuilt.
 CREATE OR REPLACE VIEW held_out_prompts AS
 SELECT prompt_id, min(commit_seq) AS commit_seq
 FROM (
@@ -29,9 +31,9 @@ SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split,
        'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
--- All responses that are suitable for training: the final response of each usable chain (label_source AI), including clean
--- responses without a revision, and demonstrations by people (label_source HUMAN; end_reason and constitution are null). The
--- policy's responses to helpful prompts have end_reason = 'SKIPPED'.
+-- All responses that are suitable for training. Rows with label_source AI are the final responses of usable chains, including
+-- clean responses without a revision. Responses of the policy to helpful prompts have end_reason = 'SKIPPED'. Rows with
+-- label_source HUMAN are demonstrations by people. Their end_reason and constitution are null.
 CREATE OR REPLACE VIEW trainable_responses AS
 SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
        round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
@@ -40,13 +42,13 @@ UNION ALL BY NAME
 SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source, split, created_at, commit_seq
 FROM demonstrations WHERE length(trim(completion)) > 0;
 
--- The training data of supervised fine-tuning. A mixture is sampled by `source`, e.g. helpful.
+-- The training data of supervised fine-tuning. The shares of a mixture refer to the column `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
 SELECT e.* EXCLUDE (split)
 FROM trainable_responses e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
 WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
 
--- The prompts that a training view may have contained, with their own id or with the id of another epoch of the same prompt.
+-- The prompts that a training view may have contained, in this epoch or in another epoch of the same prompt.
 CREATE OR REPLACE VIEW trained_prompts AS
 SELECT prompt_id FROM raw.prompts WHERE split = 'TRAIN'
 UNION
@@ -58,12 +60,12 @@ SELECT later.prompt_id
 FROM raw.prompts later JOIN raw.prompts first ON later.messages = first.messages
 WHERE later.epoch > 0 AND first.split = 'TRAIN';
 
--- The same for evaluation: responses to prompts that no training view has ever contained.
+-- The evaluation data of supervised fine-tuning: responses to prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_examples AS
 SELECT e.* EXCLUDE (split) FROM trainable_responses e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
 
--- The labels that a person has overridden, and the record that replaces each of them. If a label has several overrides, the
--- newest one counts.
+-- The labels that a person has overridden, and the record that replaces each label. If a label has several overrides, the
+-- newest override counts.
 CREATE OR REPLACE VIEW overridden_labels AS
 WITH overrides AS (
     SELECT parent_ids[1] AS label_id, record_id, commit_seq
@@ -77,8 +79,8 @@ FROM (
     SELECT record_id, overridden_by FROM overrides JOIN newest USING (label_id) WHERE record_id <> overridden_by)
 GROUP BY record_id;
 
--- All labels by judges and people, including held-out labels and overridden labels (overridden_by), so that a batch from before an
--- override can be rebuilt. p_a is the probability that response_a is better.
+-- All labels by judges and people. This includes held-out labels and overridden labels (see overridden_by), so that a batch
+-- from the time before an override can be rebuilt. p_a is the probability that response_a is better.
 CREATE OR REPLACE VIEW preference_labels AS
 SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
        p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
@@ -86,8 +88,8 @@ SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 
--- The training data of the reward model: each valid label once. A person's override replaces the label that it refers to, and has
--- its own position in the commit sequence. A mixture is sampled by `source`; labels by people have label_source HUMAN.
+-- The training data of the reward model. Each valid label occurs once. An override by a person replaces the label and has its
+-- own commit_seq. The shares of a mixture refer to the column `source`. Labels by people have label_source HUMAN.
 CREATE OR REPLACE VIEW preference_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
@@ -100,7 +102,7 @@ FROM preference_labels l
 ANTI JOIN trained_prompts USING (prompt_id)
 WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
 
--- All sampled completions, and the reason in the record why PPO cannot train on them (null: it can).
+-- All sampled completions. exclusion_reason is the reason why PPO cannot train on a completion, or null if it can.
 CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
@@ -118,7 +120,7 @@ SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, m
 FROM (SELECT *, unnest(completions) AS completion FROM responses) r
 LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
 
--- All prompts: those of the pipeline, and those that occur only in data from people, which get no response.
+-- All prompts. Prompts that occur only in data from people are included, although the pipeline generates no responses to them.
 CREATE OR REPLACE VIEW all_prompts AS
 SELECT prompt_id, messages, source, tags, split, epoch, created_at FROM prompts
 UNION ALL

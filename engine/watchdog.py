@@ -1,8 +1,8 @@
-"""The watchdog: it ends the process when a call to the log hangs.
+"""End the process when a call to the log hangs.
 
-Some calls of the Kafka client can block without a timeout (`commit_transaction`, `init_transactions`). A worker that hangs in
-such a call still sends heartbeats, so it keeps its partitions and makes no progress. After the watchdog has ended the process,
-a restarted process aborts the open transaction and continues; nothing is lost.
+Some calls of the Kafka client can block without a timeout (`commit_transaction`, `init_transactions`). A worker in such a call
+still sends heartbeats, so it keeps its partitions but does not process records. After the watchdog has ended the process, a
+restarted process aborts the open transaction and continues. No record is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXIT_CODE = 3  # a dependency is unreachable
 
 
 class CallTracker:
-    """Records the call to the log that a thread is executing, and its start time."""
+    """Stores the current call of a thread to the log, and the start time of the call."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
@@ -37,7 +37,7 @@ class CallTracker:
 
 
 class Watchdog:
-    """Checks `trackers` at least every second. After a call longer than `call_timeout_s`, it calls `exit_process`."""
+    """Checks `trackers` at least every second. If a call takes longer than `call_timeout_s`, it calls `exit_process`."""
 
     def __init__(
         self, trackers: Sequence[CallTracker], call_timeout_s: float, exit_process: Callable[[int], object] = os._exit

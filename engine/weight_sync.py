@@ -1,8 +1,8 @@
 """Load a new policy into the inference server, and check that the server uses it.
 
-The method `vllm` loads the LoRA adapter of the checkpoint (POST /v1/load_lora_adapter). Any other value is a command, which is
-run with the folder of the checkpoint and the name of the policy. After that the server must generate a token for this name.
-Until it does, stages continue with the previous policy, and records have the version of that policy.
+The method `vllm` loads the LoRA adapter of the checkpoint (POST /v1/load_lora_adapter). Any other value is a command. It is run
+with two arguments: the folder of the checkpoint and the name of the policy. After that the server must generate a token for
+this name. Until then, stages continue with the previous policy, and records contain the version of the previous policy.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from schemas.records import PolicyUpdate
 
 _VLLM = "vllm"
-ADAPTER_FOLDER = "adapter"  # in the folder of a checkpoint: the difference to the weights of the base model
+ADAPTER_FOLDER = "adapter"  # subfolder of a checkpoint that contains the LoRA adapter
 _COMMAND_TIMEOUT_S = 3600.0  # a command may restart a server
 
 
 def get_served_model_name(update: PolicyUpdate) -> str:
     """Return the name under which a server serves a policy: its version and the hash of its checkpoint.
 
-    The hash distinguishes it from a policy with the same version of another data folder, which the server may still serve.
+    The server may also serve policies of other data folders with the same version. The hash distinguishes them.
     """
     return f"policy-{update.version:06d}-{update.content_hash[:8]}"
 
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Loads policies into the server of `endpoint`, whose own model is policy version 0."""
+    """Loads policies into the server of `endpoint`. The model of `endpoint` is policy version 0."""
 
     endpoint: Endpoint
     method: str

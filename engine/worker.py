@@ -1,20 +1,21 @@
-"""The worker loop: a stage reads its topics, processes batches, and commits its outputs together with its offsets.
+"""Run the worker loop. A stage reads its topics, processes batches, and commits its outputs together with its offsets.
 
 One thread per stage runs `Worker.run`:
 
 1. poll at least once a second, even while the model is busy, and decode the records;
-2. queue valid records for the stage's `ModelExecutor`; a record that cannot be decoded becomes a dead letter at once;
+2. queue valid records for the stage's `ModelExecutor`, and make a dead letter of each record that cannot be decoded;
 3. take the contiguous prefix of finished records of each partition;
-4. write one short transaction: their outputs, their dead letters, and the next offsets (`Writer.commit`).
+4. write the outputs of these records, their dead letters and the next offsets in one short transaction (`Writer.commit`).
 
-Model calls never run inside a transaction. They run in a `ModelExecutor`, the threads of one model. It serves the stage that
-is furthest downstream first, so that chains in progress finish before new ones start. A stage never commits results of a
-partition that it has lost. After an uncertain commit it opens a new writer and reads the committed offsets from the log.
+Model calls never run inside a transaction. They run in the threads of a `ModelExecutor`. Each model has one executor. The
+executor serves the stage that is furthest downstream first, so that chains in progress finish before new chains start. A stage
+never commits results of a partition that it has lost. After an uncertain commit the stage opens a new writer and reads the
+committed offsets from the log.
 
-A record that fails `max_attempts` times when it is processed alone becomes a dead letter. So does a record that crashes several
-processes (`engine.crash_journal`). A failed dependency (an unreachable server, no memory) pauses the stage and does not count
-as an attempt. Too many consecutive dead letters of one error class indicate a common cause: the stage stops and does not
-commit them.
+A record becomes a dead letter if it fails `max_attempts` times when it is processed alone. A record that crashes several
+processes also becomes a dead letter (`engine.crash_journal`). If a dependency fails (an unreachable server, no memory), the
+stage pauses, and the attempt is not counted. Many consecutive dead letters of one error class indicate a common cause. The
+stage then stops and does not commit these dead letters.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ _IDLE_POLL_TIMEOUT_S = 0.5
 _BUSY_POLL_TIMEOUT_S = 0.02
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
-TARGET_STAGE_HEADER = "only-stage"  # header of a record that only one stage may process (a retried dead letter)
+TARGET_STAGE_HEADER = "only-stage"  # a record with this header is processed only by the named stage (a retried dead letter)
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage: its topics, and a function that maps a batch of records to the outputs of each record.
 
-    Topics in `inputs` are served in their order. An executor serves stages with a higher `priority` first (a stage further
-    downstream has a higher one). `process` gets at most `max_batch_size` records.
+    Topics are served in the order of `inputs`. An executor serves stages with a higher `priority` first. A stage that is
+    further downstream has a higher priority. `process` gets at most `max_batch_size` records.
     """
 
     name: str
@@ -78,24 +79,24 @@ class WorkerLimits:
     max_in_flight: int = 256  # records that are read but not yet committed
     max_in_flight_bytes: int = 64 * 1024 * 1024
     max_attempts: int = 3
-    retry_timeout_s: float = 600.0  # from the first failure of a record to its dead letter, even with attempts left
-    max_consecutive_dead_letters: int = 10  # 0: no limit
+    retry_timeout_s: float = 600.0  # time from the first failure of a record to its dead letter, even if attempts remain
+    max_consecutive_dead_letters: int = 10  # 0 means no limit
 
 
 @dataclass(eq=False)
 class InFlightRecord:
-    """A record that a stage has read and not yet committed; `outputs` is None until it is finished."""
+    """A record that a stage has read but not yet committed. `outputs` is None until the record is finished."""
 
     consumer_record: ConsumerRecord
     epoch: int
     record: Record | None = None
     outputs: list[ProducerRecord] | None = None
     attempts: int = 0
-    other_run_id: str = ""  # the run of a record that this worker passes over
-    crash_count: CrashCount | None = None  # processes ended while they processed this record
-    is_isolated: bool = False  # its batch failed: process it alone, to find the record that fails
-    is_dropped: bool = False  # its partition was lost, or it is committed
-    first_failed_at: float = 0.0  # on the monotonic clock; 0: it has not failed
+    other_run_id: str = ""  # the run of a record that this worker does not process
+    crash_count: CrashCount | None = None  # set if processes ended while they processed this record
+    is_isolated: bool = False  # process this record alone, because its batch failed and the failing record must be found
+    is_dropped: bool = False  # the partition was lost, or the record is committed
+    first_failed_at: float = 0.0  # on the monotonic clock; 0 means that the record has not failed
     retry_at: float = 0.0
 
     @property
@@ -103,17 +104,18 @@ class InFlightRecord:
         return TopicPartition(self.consumer_record.topic, self.consumer_record.partition)
 
 
-# (input record, its outputs, start of processing in nanoseconds since 1970) -> the outputs with trace headers.
+# Arguments: the input record, its outputs, and the start of processing in nanoseconds since 1970. Result: the outputs with
+# trace headers.
 TraceFunction = Callable[[ConsumerRecord, list[ProducerRecord], int], list[ProducerRecord]]
 
 
 def skip_tracing(consumer_record: ConsumerRecord, outputs: list[ProducerRecord], started_ns: int) -> list[ProducerRecord]:
-    """Return the outputs unchanged: the trace function when tracing is off."""
+    """Return the outputs unchanged. This is the trace function when tracing is off."""
     return outputs
 
 
 def to_producer_record(record: Record) -> ProducerRecord:
-    """Return the record for the producer: key, encoded value, and the run id in a header."""
+    """Return a record as the producer sends it: the key, the encoded value, and the run id in a header."""
     return ProducerRecord(record.topic, record.key, encode_record(record), (("run", record.run_id.encode()),))
 
 
@@ -128,7 +130,7 @@ class ModelExecutor:
     condition: threading.Condition = field(default_factory=threading.Condition)
 
     def run(self, stop: threading.Event) -> None:
-        """Run one thread of the executor: process the ready batch that is furthest downstream, until `stop`."""
+        """Process batches in one thread until `stop`. The batch that is furthest downstream is processed first."""
         while not stop.is_set():
             with self.condition:
                 selected = self.select_batch()
@@ -146,7 +148,10 @@ class ModelExecutor:
         return None
 
     def wait_for_downstream(self, stage: Stage, stop: threading.Event) -> None:
-        """Wait until a downstream stage has read the new outputs, before an earlier stage occupies the model for seconds."""
+        """Wait for a short time until a downstream stage has read the new outputs.
+
+        Without the wait, an earlier stage would often occupy the model first, for seconds.
+        """
         readers = [w for w in self.workers if set(w.stage.inputs) & set(stage.outputs)]
         deadline = time.monotonic() + self.downstream_wait_s
         with self.condition:
@@ -157,9 +162,10 @@ class ModelExecutor:
 
 
 class Worker:
-    """One instance of a stage. Its own thread runs `run`.
+    """One instance of a stage.
 
-    The threads of the executor call `take_batch` (they hold `executor.condition`) and `process_batch`.
+    A separate thread runs `run`. The threads of the executor call `take_batch` and `process_batch`; they hold
+    `executor.condition` when they call `take_batch`.
     """
 
     def __init__(
@@ -187,29 +193,29 @@ class Worker:
         self.poison_candidates = journal.crash_counts() if journal else {}
         self.num_processing = 0  # records that the executor has taken
         self.is_processing_candidate = False
-        # The newest dead letters of one error class, with no success between them.
+        # The most recent dead letters, if they have the same error class and no batch succeeded between them.
         self.consecutive_failures: list[InFlightRecord] = []
         self.consecutive_failure_class = ""
         self.fatal_error: CharterError | None = None
         self.num_consecutive_pauses = 0
         self.paused_until = 0.0
         self.partitions_paused = False
-        self.admission_closed = False  # the budget allows no new work
+        self.admission_closed = False  # true while the budget allows no new work
         self.commit_uncertain = False
         self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which it passed over
         self.num_committed = 0  # input records
         self.num_written = 0  # output records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
         self.batch_seconds = 0.0
-        self.idle_positions: Offsets = {}  # the positions of the last poll, if nothing was in flight then
-        self.idle_committed: Offsets = {}  # the positions that were committed last while idle
-        self.positions: Offsets = {}  # next offsets to read, as of the last poll
+        self.idle_positions: Offsets = {}  # the positions at the last poll, if no record was in flight
+        self.idle_committed: Offsets = {}  # the positions of the last commit without records in flight
+        self.positions: Offsets = {}  # the next offsets to read, at the time of the last poll
         self.consumer = bus.open_consumer(self.group, stage.inputs, member=instance)
         self.writer = bus.open_writer(f"{self.group}.{instance}")
         executor.workers.append(self)
 
     def run(self, stop: threading.Event) -> None:
-        """Poll and commit until `stop`, then commit the records that are finished."""
+        """Poll and commit until `stop`. Then commit the finished records."""
         bus_failures = 0
         try:
             while not stop.is_set() and not self.fatal_error:
@@ -246,7 +252,11 @@ class Worker:
         return sum(len(queue) for queue in self.queues.values())
 
     def poll(self) -> None:
-        """Read new records and queue them. A full stage keeps polling, to stay in the group, with its partitions paused."""
+        """Read new records and queue them.
+
+        If the stage is full, its partitions are paused. It continues to poll, because a member that does not poll is removed
+        from the group.
+        """
         self.apply_backpressure()
         max_records = max(1, self.limits.max_in_flight - self.num_in_flight)
         timeout_s = _BUSY_POLL_TIMEOUT_S if self.num_in_flight else _IDLE_POLL_TIMEOUT_S
@@ -265,13 +275,13 @@ class Worker:
             self.executor.condition.notify_all()
         if not consumer_records:
             self.positions = self.consumer.positions()
-        # With nothing in flight, everything below a position of the current assignment is finished.
+        # If no record is in flight, all records below the current positions are finished.
         self.idle_positions = self.positions if not consumer_records and not self.num_in_flight else {}
 
     def decode_records(
         self, consumer_records: Sequence[ConsumerRecord], epochs: Mapping[TopicPartition, int]
     ) -> list[InFlightRecord]:
-        """Decode records. If decoding needs an unreachable dependency, seek back so that they are read again later."""
+        """Decode records. If decoding needs an unreachable dependency, seek back, so that the records are read again later."""
         try:
             return [self.decode_record(consumer_record, epochs) for consumer_record in consumer_records]
         except DependencyUnreachable:
@@ -282,7 +292,7 @@ class Worker:
             raise
 
     def apply_backpressure(self) -> None:
-        """Pause all partitions, newly assigned ones too, while the stage is full or the budget allows no new work."""
+        """Pause all assigned partitions while the stage is full or the budget allows no new work."""
         share = 0.5 if self.partitions_paused else 1.0  # hysteresis: resume at half the limit
         limits = self.limits
         is_full = (
@@ -297,7 +307,7 @@ class Worker:
             self.partitions_paused = False
 
     def decode_record(self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int]) -> InFlightRecord:
-        """Decode a record. One of another run or stage gets no outputs; one that cannot be decoded becomes a dead letter."""
+        """Decode a record. If it cannot be decoded, make a dead letter. A record for another run or stage gets no outputs."""
         item = InFlightRecord(consumer_record, epochs.get(TopicPartition(consumer_record.topic, consumer_record.partition), -1))
         if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage.name.encode()) != self.stage.name.encode():
             item.outputs = []
@@ -334,7 +344,7 @@ class Worker:
             )
 
     def drop_lost_partitions(self, epochs: Mapping[TopicPartition, int]) -> None:
-        """Drop the records of partitions that are lost, or that were lost and assigned again."""
+        """Drop the records of lost partitions. This includes partitions that were lost and then assigned again."""
         with self.executor.condition:
             for tp, items in self.in_flight_records.items():
                 for item in items:
@@ -349,7 +359,10 @@ class Worker:
     # Called by the executor's threads: process batches
 
     def take_batch(self) -> list[InFlightRecord]:
-        """Return the next batch, from the first topic that has one; empty during a pause. The caller holds the condition."""
+        """Return the next batch, from the first topic that has queued records. Return an empty list during a pause.
+
+        The caller must hold `executor.condition`.
+        """
         now = time.monotonic()
         if now < self.paused_until or self.fatal_error or self.admission_closed or self.is_processing_candidate:
             return []
@@ -371,14 +384,14 @@ class Worker:
         return []
 
     def requeue_retries(self, now: float) -> None:
-        """Put the records whose retry time has come at the head of their queues."""
+        """Move the records whose retry time has passed to the head of their queues."""
         for item in self.retry_queue:
             if item.retry_at <= now:
                 self.queues[item.consumer_record.topic].appendleft(item)
         self.retry_queue = [item for item in self.retry_queue if item.retry_at > now]
 
     def process_batch(self, items: list[InFlightRecord]) -> None:
-        """Run the stage on a batch, with its coordinates in the crash journal while it runs."""
+        """Run the stage on a batch. While it runs, the crash journal contains the coordinates of the batch."""
         try:
             self.process_with_journal(items)
         finally:
@@ -393,7 +406,7 @@ class Worker:
         consumer_records = [item.consumer_record for item in items]
         try:
             self.journal.mark_started(consumer_records)
-        except OSError as error:  # the disk is full: not caused by the records
+        except OSError as error:  # for example, the disk is full: the records are not the cause
             self.pause_stage(items, error)
             return
         try:
@@ -402,7 +415,10 @@ class Worker:
             self.journal.mark_finished(consumer_records)
 
     def run_stage(self, items: list[InFlightRecord]) -> None:
-        """Process a batch and finish its records, or pause the stage, or retry or dead-letter them, depending on the error."""
+        """Process a batch and finish its records.
+
+        After an error, pause the stage, retry the records, or make them dead letters. The class of the error decides.
+        """
         records = [item.record for item in items if item.record is not None]
         started_ns = time.time_ns()
         try:
@@ -413,8 +429,8 @@ class Worker:
         except (DependencyUnreachable, MemoryError) as error:
             self.pause_stage(items, error)
         except UsageError:
-            raise  # a setting is wrong and would fail for every record: the stage stops, and the batch is not committed
-        except Exception as error:  # any other error counts as a failure of the record, or as a bug that it triggers
+            raise  # a setting is wrong, so every record would fail: stop the stage and do not commit the batch
+        except Exception as error:  # any other error is treated as a failure of the record
             self.handle_failure(items, error)
         else:
             self.num_consecutive_pauses = 0
@@ -429,18 +445,18 @@ class Worker:
                 self.finish_record(item, self.trace(item.consumer_record, item_outputs, started_ns))
 
     def finish_record(self, item: InFlightRecord, outputs: list[ProducerRecord]) -> None:
-        """Set the outputs of a record. If an output exceeds MAX_RECORD_BYTES, make a dead letter instead."""
+        """Set the outputs of a record. If an output is larger than MAX_RECORD_BYTES, make a dead letter instead."""
         for output in outputs:
             size = len(output.value or b"")
             if size > MAX_RECORD_BYTES:
-                error = ValueError(f"its {output.topic} record has {size} bytes")
+                error = ValueError(f"the output record for {output.topic} has {size} bytes")
                 self.send_to_dead_letter(item, DeadLetterKind.TOO_LARGE, error)
                 return
         with self.executor.condition:
             item.outputs = outputs
 
     def pause_stage(self, items: list[InFlightRecord], error: Exception) -> None:
-        """Requeue a batch and pause the stage, longer each time, because a dependency is unavailable."""
+        """Requeue a batch and pause the stage, because a dependency is unavailable. Each consecutive pause is longer."""
         wait = compute_backoff(self.num_consecutive_pauses)
         self.num_consecutive_pauses += 1
         self.num_pauses += 1
@@ -449,7 +465,10 @@ class Worker:
         self.paused_until = time.monotonic() + wait
 
     def handle_failure(self, items: list[InFlightRecord], error: Exception) -> None:
-        """Handle a failed batch: isolate its records; retry a record that fails alone, or make it a dead letter."""
+        """Handle a failed batch.
+
+        If the batch has several records, process them one by one. If it has one record, retry it or make it a dead letter.
+        """
         if len(items) > 1:
             logger.info("%s: a batch of %d failed (%s); processing its records one by one", self.stage.name, len(items), error)
             for item in items:
@@ -487,7 +506,7 @@ class Worker:
                     self.queues[item.consumer_record.topic].appendleft(item)
 
     def send_to_dead_letter(self, item: InFlightRecord, kind: DeadLetterKind, error: Exception) -> None:
-        """Finish a record as a dead letter. With too many consecutive ones of its class, set the stage's fatal error."""
+        """Finish a record as a dead letter. After too many consecutive dead letters of one class, set `fatal_error`."""
         dead_letter = make_dead_letter(
             item.consumer_record, kind, error, stage=self.stage.name, run_id=self.run_id, attempts=max(1, item.attempts)
         )
@@ -515,8 +534,8 @@ class Worker:
     def get_finished_prefixes(self) -> dict[TopicPartition, list[InFlightRecord]]:
         """Return the contiguous finished prefix of each partition, up to the limits of one transaction.
 
-        Consecutive dead letters are held back while other records are in progress: these may show that the cause is not in
-        the records.
+        Consecutive dead letters are not returned while other records are in progress. The results of these records may show
+        that the dead letters have a common cause.
         """
         remaining_records, remaining_bytes, prefixes = _MAX_COMMIT_RECORDS, _MAX_COMMIT_BYTES, {}
         with self.executor.condition:
@@ -570,10 +589,11 @@ class Worker:
             self.num_written += len(outputs)
 
     def commit_idle_positions(self) -> None:
-        """Commit the positions of a stage that has nothing in flight, if they have changed.
+        """Commit the positions of a stage that has no records in flight, if the positions have changed.
 
-        On Kafka the markers of transactions take offsets too, so the offset after the last record can stay below the end of a
-        partition. The positions are beyond the markers: then the committed offsets of an idle stage equal the end offsets.
+        On Kafka, transaction markers also take offsets. So the end offset of a partition can be higher than the offset after
+        its last record. The positions include the markers. After this commit, the committed offsets of an idle stage are
+        equal to the end offsets.
         """
         offsets = {tp: offset for tp, offset in self.idle_positions.items() if offset != self.idle_committed.get(tp)}
         self.idle_positions = {}
@@ -608,9 +628,10 @@ class Worker:
                     items.popleft().is_dropped = True
 
     def resolve_uncertain_commit(self) -> None:
-        """Open a new writer, which completes or aborts the old transaction, and drop the records that are committed.
+        """Open a new writer, and drop the records that are committed.
 
-        Results above the committed offsets remain valid and are kept, so no model call and no seek is repeated.
+        The new writer completes or aborts the old transaction. Results above the committed offsets remain valid and are kept.
+        So no model call is repeated, and no seek is needed.
         """
         with self.call_tracker.track("resolving an uncertain commit"):
             with suppress(CommitUncertain):
@@ -621,7 +642,7 @@ class Worker:
 
 
 class PoisonRecordError(Exception):
-    """Several processes crashed while they processed the same record."""
+    """The same record crashed several processes."""
 
 
 def _make_too_many_dead_letters_error(stage: str, dead_letter: DeadLetter, count: int) -> TooManyDeadLetters:

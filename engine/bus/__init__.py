@@ -1,4 +1,4 @@
-"""The log: Apache Kafka, or one SQLite file for use on one machine."""
+"""Open the log: Apache Kafka, or an embedded log in one SQLite file for use on one machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ KAFKA_SCHEME = "kafka://"
 def open_bus(address: str, *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False) -> Bus:
     """Open the log at `kafka://HOST:PORT[,HOST:PORT]`, or the embedded log in a folder.
 
-    `prefix` is put before topics, groups and transactional ids. `options` are kafka-python client settings (security).
-    With `static_members` Kafka keeps the partitions of a stopped member until its session times out. The embedded log always
-    releases them at once.
+    `prefix` is added to the names of topics and groups and to transactional ids. `options` are security options of the
+    kafka-python client. If `static_members` is true, Kafka keeps the partitions of a stopped member until its session times
+    out. The embedded log always releases them at once.
     """
     if address.startswith(KAFKA_SCHEME):
         from engine.bus.kafka import KafkaBus, parse_address

@@ -1,11 +1,11 @@
-"""The embedded log: one SQLite file, for laptops, the demo and tests.
+"""Implement the bus as an embedded log in one SQLite file, for laptops, the demo and tests.
 
-It has the topics, partitions, offsets and transactions of Kafka, and several processes on one machine can share it. It is
-durable: with WAL and synchronous FULL, acknowledged records survive a killed process and a power failure.
+The embedded log has topics, partitions, offsets and transactions, as Kafka has. Several processes on one machine can share it.
+It uses WAL and `synchronous = FULL`, so acknowledged records survive a killed process and a power failure.
 
-Leases replace Kafka's group protocol. A lease on a partition has an epoch. Members renew their membership while they poll and
-share the partitions evenly; the partitions of a dead member are reassigned when its membership expires. Every write is one
-`BEGIN IMMEDIATE` transaction; there is no other locking between processes.
+Leases replace Kafka's group protocol. Each lease on a partition has an epoch. Members share the partitions evenly and renew
+their membership while they poll. If a process dies, its membership expires, and its partitions are reassigned. Every write is
+one `BEGIN IMMEDIATE` transaction. There is no other locking between processes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_boot_id() -> str:
 def _murmur2(key: bytes) -> int:
     """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
 
-    With the same hash, both buses put a key into the same partition.
+    Both buses use the same hash, so a key has the same partition on both.
     """
     mask, m = 0xFFFFFFFF, 0x5BD1E995
     h = (0x9747B28C ^ len(key)) & mask
@@ -82,7 +82,7 @@ def choose_partition(key: bytes, partitions: int) -> int:
     return (_murmur2(key) & 0x7FFFFFFF) % partitions
 
 
-# Bugs in this module, not failures of the disk.
+# These errors indicate bugs in this module, not failures of the disk.
 _PROGRAMMING_ERRORS = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.NotSupportedError)
 
 
@@ -123,7 +123,7 @@ class LogConnection:
             try:
                 yield self.db
             except BaseException:
-                if self.db.in_transaction:  # on a full disk SQLite has already rolled back
+                if self.db.in_transaction:  # after a disk-full error SQLite has already rolled back
                     self.db.execute("ROLLBACK")
                 raise
             self.commit()
@@ -147,7 +147,7 @@ class LogConnection:
 
 
 class EmbeddedBus:
-    """The log in `folder`. A group member that does not poll for `lease_timeout_s` loses its partitions."""
+    """The embedded log in `folder`. A group member that does not poll for `lease_timeout_s` seconds loses its partitions."""
 
     def __init__(self, folder: Path, *, prefix: str = "", lease_timeout_s: float = _LEASE_TIMEOUT_S) -> None:
         self.folder, self.prefix, self.lease_timeout_s = folder, prefix, lease_timeout_s
@@ -156,7 +156,7 @@ class EmbeddedBus:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"cannot use {folder} as a data folder", error.strerror or str(error), "give another: --data FOLDER"
+                f"cannot use {folder} as a data folder", error.strerror or str(error), "use another folder: --data FOLDER"
             ) from error
         self.lock = threading.Lock()
         self.connection = LogConnection(self.path)
@@ -177,13 +177,13 @@ class EmbeddedBus:
             elif version != FORMAT_VERSION:
                 raise DataFolderVersionMismatch(
                     f"{self.path} was created by another version of Charter (format {version}, expected {FORMAT_VERSION})",
-                    "reading or writing it could damage it",
+                    "this version could damage the file",
                     "use another folder: --data FOLDER, or the version of Charter that created it",
                 )
         return str(self.connection.fetch_rows("SELECT cluster_id FROM meta")[0][0])
 
     def enable_wal(self) -> None:
-        """Enable the write-ahead log, so that readers do not block the writer. Retry while another process enables it."""
+        """Enable the write-ahead log, so that readers do not block the writer. Retry if another process enables it now."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         while True:
             try:
@@ -208,13 +208,15 @@ class EmbeddedBus:
         return created
 
     def get_topic(self, name: str) -> tuple[int, int]:
-        """Return (id in the file, number of partitions) of a topic."""
+        """Return the id of a topic in the file, and its number of partitions."""
         if name not in self.topic_cache:
             with self.lock:
                 rows = self.connection.fetch_rows("SELECT id, partitions FROM topics WHERE name = ?", [self.prefix + name])
             if not rows:
                 raise UsageError(
-                    f"there is no topic {name} in {self.path}", "it has not been created yet", "type: charter topics create"
+                    f"there is no topic {name} in {self.path}",
+                    "the topic has not been created yet",
+                    "type: charter topics create",
                 )
             self.topic_cache[name] = rows[0]
         return self.topic_cache[name]
@@ -298,7 +300,7 @@ def _read_end_offset(connection: LogConnection, topic: int, partition: int) -> i
 
 
 def _append_records(db: sqlite3.Connection, records_by_partition: Mapping[tuple[int, int], Sequence[ProducerRecord]]) -> None:
-    """Append records at contiguous offsets, inside a transaction."""
+    """Append records at contiguous offsets. The caller must have started a transaction."""
     now_ms = int(time.time() * 1000)
     for (topic, partition), records in records_by_partition.items():
         sql = "SELECT coalesce(max(offset) + 1, 0) FROM messages WHERE topic = ? AND partition = ?"
@@ -316,13 +318,13 @@ def _encode_headers(headers: Headers) -> str | None:
     return json.dumps([[key, value.decode("latin-1")] for key, value in headers]) if headers else None
 
 
-@lru_cache(maxsize=256)  # almost all records share a few distinct headers
+@lru_cache(maxsize=256)  # almost all records have one of a few distinct header values
 def _decode_headers(text: str | None) -> Headers:
     return tuple((key, value.encode("latin-1")) for key, value in json.loads(text)) if text else ()
 
 
 class EmbeddedWriter:
-    """Transactions under one transactional id. A new writer fences an earlier writer with the same id."""
+    """Writes transactions under one transactional id. A new writer fences earlier writers with the same id."""
 
     def __init__(self, bus: EmbeddedBus, transactional_id: str) -> None:
         self.bus, self.transactional_id = bus, transactional_id
@@ -352,9 +354,9 @@ class EmbeddedWriter:
         (epoch,) = db.execute("SELECT epoch FROM writers WHERE id = ?", [self.transactional_id]).fetchone()
         if epoch != self.epoch:
             raise WriterFenced(
-                f"another process has taken over as {self.transactional_id}",
-                "two processes run under the same instance name",
-                "stop one of them, or give each its own name: --instance NAME",
+                f"another process has opened a writer with the transactional id {self.transactional_id}",
+                "two processes have the same instance name",
+                "stop one of the processes, or give each process a different name: --instance NAME",
             )
 
     def check_leases(
@@ -364,7 +366,7 @@ class EmbeddedWriter:
             topic, _ = self.bus.get_topic(tp.topic)
             sql = "SELECT member, epoch FROM leases WHERE grp = ? AND topic = ? AND partition = ?"
             if db.execute(sql, [consumer.group, topic, tp.partition]).fetchone() != (consumer.member, epoch):
-                consumer.next_renewal_at = 0.0  # so that its next poll reads its leases again
+                consumer.next_renewal_at = 0.0  # so that the next poll reads the leases again
                 raise PartitionLost(f"{tp.topic}[{tp.partition}] has moved to another member")
 
     def store_offsets(self, db: sqlite3.Connection, group: str, offsets: Mapping[TopicPartition, int]) -> None:
@@ -394,7 +396,7 @@ class EmbeddedReader:
         return _wait_for_records(self.connection, timeout_s, lambda: self.fetch_records(list(self.next_offsets), max_records))
 
     def fetch_records(self, partitions: Sequence[TopicPartition], max_records: int) -> list[ConsumerRecord]:
-        """Return the available records. Each call starts with another partition, so that no partition starves."""
+        """Return the available records. Each call starts with a different partition, so that every partition is read."""
         self.round_robin_index += 1
         records: list[ConsumerRecord] = []
         for i in range(len(partitions)):
@@ -426,7 +428,8 @@ class EmbeddedReader:
 def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> list[ConsumerRecord]:  # type: ignore[no-untyped-def]
     """Call `fetch` until it returns records or the timeout expires.
 
-    `PRAGMA data_version` changes when another connection writes; `fetch` runs again only after that, because it costs more.
+    `PRAGMA data_version` changes when another connection writes. It is faster than `fetch`, so `fetch` is called again only
+    after a change.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -442,7 +445,7 @@ def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> lis
 
 
 class EmbeddedConsumer(EmbeddedReader):
-    """A member of a consumer group: a reader of the partitions that it has leased."""
+    """A member of a consumer group. It reads the partitions that it has leased."""
 
     def __init__(self, bus: EmbeddedBus, group: str, topics: Sequence[str], member: str) -> None:
         super().__init__(bus, {})
@@ -451,7 +454,7 @@ class EmbeddedConsumer(EmbeddedReader):
         self.paused_partitions: set[TopicPartition] = set()
         self.generation = -1
         self.next_renewal_at = 0.0
-        bus.list_partitions(self.topics)  # report an unknown topic now, not at the first poll
+        bus.list_partitions(self.topics)  # raise the error for an unknown topic now, not at the first poll
 
     def assignment(self) -> Offsets:
         return dict(self.epochs)
@@ -480,7 +483,7 @@ class EmbeddedConsumer(EmbeddedReader):
         return int(rows[0][0]) if rows else 0
 
     def rebalance(self) -> None:
-        """Renew the membership, remove expired members, release partitions beyond our share and take free ones of it."""
+        """Renew the membership, remove expired members, and update the leases to this member's share of the partitions."""
         with self.connection.transaction() as db:
             now, boot = read_boot_clock(), read_boot_id()
             is_new = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
@@ -497,7 +500,10 @@ class EmbeddedConsumer(EmbeddedReader):
         self.next_renewal_at = time.monotonic() + self.bus.lease_timeout_s / 3
 
     def assign_leases(self, db: sqlite3.Connection) -> tuple[int, Offsets]:
-        """Release and take leases in the file. Return the number released, and all held partitions with their epochs."""
+        """Release and take leases in the file.
+
+        Return the number of released leases, and the epoch of each partition that this member holds.
+        """
         members = [m for (m,) in db.execute("SELECT member FROM members WHERE grp = ? ORDER BY member", [self.group])]
         leases = {
             (topic, partition): (member, epoch)
@@ -513,7 +519,7 @@ class EmbeddedConsumer(EmbeddedReader):
             if member == self.member and self.epochs.get(tp) == epoch and in_our_share:
                 held[tp] = epoch
             elif in_our_share and (member not in members or member == self.member):
-                # A lease in our name with another epoch belongs to an earlier process with this name, so it gets a new epoch.
+                # An earlier process of the same name took a lease with another epoch. The lease gets a new epoch.
                 self.write_lease(db, topic, tp.partition, self.member, epoch + 1)
                 held[tp] = epoch + 1
             elif member == self.member:
@@ -526,7 +532,7 @@ class EmbeddedConsumer(EmbeddedReader):
         db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)", row)
 
     def adopt_leases(self, leases: Offsets) -> None:
-        """Start newly assigned partitions at their committed offsets, and forget partitions that are no longer held."""
+        """Start newly assigned partitions at their committed offsets, and remove partitions that are no longer held."""
         new = {tp for tp, epoch in leases.items() if self.epochs.get(tp) != epoch}
         committed = self.committed() if new else {}
         self.next_offsets = {tp: committed.get(tp, 0) if tp in new else self.next_offsets[tp] for tp in leases}
@@ -550,7 +556,7 @@ class EmbeddedConsumer(EmbeddedReader):
         self.next_offsets[partition] = offset
 
     def close(self) -> None:
-        """Leave the group at once, so that the other members need not wait until the lease expires."""
+        """Leave the group. The other members then get the partitions at once, before the lease expires."""
         with self.connection.transaction() as db:
             db.execute("DELETE FROM members WHERE grp = ? AND member = ?", [self.group, self.member])
             db.execute("UPDATE leases SET member = NULL WHERE grp = ? AND member = ?", [self.group, self.member])
@@ -559,6 +565,6 @@ class EmbeddedConsumer(EmbeddedReader):
 
 
 def _increment_generation(db: sqlite3.Connection, group: str) -> None:
-    """Start a new generation: every member then reads its assignment again."""
+    """Start a new generation of the group. Every member then reads its assignment again."""
     sql = "INSERT INTO groups VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET generation = generation + 1"
     db.execute(sql, [group])

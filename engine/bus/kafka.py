@@ -1,16 +1,17 @@
-"""The bus port on Apache Kafka, through kafka-python.
+"""Implement the bus on Apache Kafka with the client kafka-python.
 
-The defaults of the client do not give exactly-once delivery. This module therefore departs from them:
+The defaults of the client do not give exactly-once delivery. This module uses the client differently:
 
-1. `commit_transaction` of the client can return normally although nothing was written (its batches exceeded the delivery
-   timeout). So the future of every send is checked before the offsets are sent and the transaction is committed. After an
-   uncertain commit the producer is closed; a new one with the same transactional id completes or aborts the old transaction.
-2. Offsets that a broker rejected stay in the client's producer and would be sent with its next transaction. So the producer is
-   replaced after a rejection too.
-3. Offsets are sent with the group membership under which the current assignment was received, so that the broker fences members
-   of an older generation. The client's own membership data is unsuitable: the client rejoins in the background, and after a
-   heartbeat reports that it was removed from the group it sends no member id, and then the broker checks nothing. A member that
-   lost one partition in a cooperative rebalance could still commit it; the check of assignment epochs prevents this.
+1. `commit_transaction` of the client can return normally although nothing was written, because the batches exceeded the
+   delivery timeout. So the result of every send is checked before the transaction is committed. After an uncertain commit the
+   producer is closed. A new producer with the same transactional id completes or aborts the old transaction.
+2. If a broker rejects offsets, they stay in the client's producer, and the producer sends them again with its next
+   transaction. So the producer is also replaced after a rejection.
+3. Offsets are sent with the group membership at the time of the current assignment. So the broker fences members of an older
+   generation. The current membership of the client is unsuitable, because the client rejoins in the background. When a
+   heartbeat reports that the client was removed from the group, the client sends no member id, and the broker then checks
+   nothing. In a cooperative rebalance, a member can lose a partition and could still commit it. The check of assignment epochs
+   prevents this.
 4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
 5. Rebalance listeners run on the client's thread, so they only record epochs.
 """
@@ -37,9 +38,9 @@ from engine.errors import BusUnreachable, CommitUncertain, OffsetsLost, Partitio
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
 
 logger = logging.getLogger("charter.bus")
-_CONNECT_LOCK = threading.Lock()  # capture_connection_errors changes a logger that all buses of a process share
+_CONNECT_LOCK = threading.Lock()  # all buses of a process share the logger that `capture_connection_errors` changes
 
-_TRANSACTION_TIMEOUT_MS = 10_000  # longest time that the open transaction of a killed worker blocks readers
+_TRANSACTION_TIMEOUT_MS = 10_000  # the open transaction of a killed worker blocks readers for at most this time
 _FLUSH_TIMEOUT_S = 30.0
 _BATCH_BYTES = 256 * 1024
 _LINGER_MS = 100
@@ -47,21 +48,21 @@ BOOTSTRAP_TIMEOUT_MS = 15_000
 _CLOSE_TIMEOUT_MS = 5_000
 _CONNECT_TIMEOUT_S = 5.0
 _REQUEST_TIMEOUT_MS = 30_000
-_METADATA_MAX_AGE_MS = 60_000  # added partitions are detected within this time
+_METADATA_MAX_AGE_MS = 60_000  # new partitions are detected within this time
 _HEARTBEAT_INTERVAL_MS = 1_000  # members detect a rebalance within this time
 _JOIN_TIMEOUT_S = 2.0
 _JOIN_POLL_TIMEOUT_MS = 200
 _SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
 _RETRY_INTERVAL_S = 0.2
-# The coordinator is being elected.
+# These errors occur while a coordinator is being elected.
 _COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
 _CONNECTION_ERRORS = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
-# The group has rebalanced without this member.
+# These errors occur if the group has rebalanced without this member.
 _MEMBERSHIP_ERRORS = (
     errors.CommitFailedError,
     errors.IllegalGenerationError,
@@ -69,7 +70,7 @@ _MEMBERSHIP_ERRORS = (
     errors.RebalanceInProgressError,
     errors.FencedInstanceIdError,
 )
-# The broker rejects the request: a retry does not help, the configuration must change.
+# The broker rejected the request. A retry does not help: the configuration must be changed.
 _REJECTION_ERRORS = (
     errors.AuthorizationError,
     errors.KafkaConfigurationError,
@@ -77,18 +78,18 @@ _REJECTION_ERRORS = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
 )
-# The text in kafka-python's error when the broker closes a connection.
+# kafka-python's error contains this text if the broker closed the connection.
 _DISCONNECT_MESSAGE = "socket disconnected"
-# Wrong use of the client: bugs in this module.
+# These errors indicate bugs in this module: it used the client incorrectly.
 _PROGRAMMING_ERRORS = (errors.IllegalStateError, errors.IllegalArgumentError)
 
 
 def parse_address(address: str) -> list[str]:
     """Return the bootstrap servers of kafka://HOST:PORT[,HOST:PORT]. Raise UsageError for any other form."""
-    if "@" in address:  # the part before it may be a password, so the message does not repeat the address
+    if "@" in address:  # the part before @ may contain a password, so the message does not contain the address
         raise UsageError(
             "a Kafka address must not contain a user or a password",
-            "they are settings: bus.sasl_username, bus.sasl_password_env, bus.sasl_password_file",
+            "the user and the password are settings: bus.sasl_username, bus.sasl_password_env, bus.sasl_password_file",
             "type: kafka://HOST:PORT",
         )
     servers = [server.strip() for server in address.removeprefix("kafka://").rstrip("/").split(",")]
@@ -103,7 +104,7 @@ def parse_address(address: str) -> list[str]:
 
 @contextmanager
 def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
-    """Raise UsageError (the broker rejects a request) or BusUnreachable instead of the client's errors."""
+    """Raise UsageError if the broker rejects a request, and BusUnreachable instead of all other errors of the client."""
     try:
         yield
     except _PROGRAMMING_ERRORS:
@@ -127,7 +128,7 @@ def _make_rejected_error(error: Exception) -> UsageError:
 
 
 def _check_reachable(servers: Sequence[str]) -> None:
-    """Raise OSError at once when no server accepts connections; the client would retry until its timeout."""
+    """Raise OSError at once if no server accepts connections. Without this check the client retries until its timeout."""
     failures = []
     for server in servers:
         host, _, port = server.rpartition(":")
@@ -140,16 +141,16 @@ def _check_reachable(servers: Sequence[str]) -> None:
 
 
 def _explain_failure(servers: Sequence[str], error: Exception) -> str:
-    """Distinguish an unreachable broker from one that rejects the connection; the client's error is the same for both."""
+    """Return the reason of a failure: the broker is unreachable, or it rejects connections. The client's error is the same."""
     try:
         _check_reachable(servers)
     except OSError as unreachable:
         return str(unreachable)
-    return f"it accepts connections, and then fails: {error}"
+    return f"the broker accepts connections, but then fails: {error}"
 
 
 class _ConnectionErrorCapture(logging.Handler):
-    """Collects the errors that the client logs while it connects; its own exception only reports a timeout."""
+    """Collects the errors that the client logs while it connects. The exception of the client only reports a timeout."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -160,7 +161,7 @@ class _ConnectionErrorCapture(logging.Handler):
         self.failures += [argument for argument in arguments if isinstance(argument, Exception)]
 
     def get_most_specific(self, error: Exception) -> Exception:
-        """Return the first logged error that is not a disconnect or a timeout, since these often follow the real cause."""
+        """Return the first logged error that is not a disconnect or a timeout, because these often follow the actual cause."""
         generic = (_DISCONNECT_MESSAGE, errors.RequestTimedOutError.__name__, errors.KafkaTimeoutError.__name__)
         specific = [failure for failure in self.failures if not any(text in repr(failure) for text in generic)]
         return (specific or self.failures or [error])[0]
@@ -168,17 +169,19 @@ class _ConnectionErrorCapture(logging.Handler):
 
 @contextmanager
 def capture_connection_errors(protocol: str) -> Iterator[None]:
-    """Replace the client's timeout error while connecting by a ConnectionError with the logged cause."""
+    """If the client times out while it connects, raise a ConnectionError with the logged cause instead."""
     logger, capture = logging.getLogger("kafka.net.manager"), _ConnectionErrorCapture()
     level, propagate, is_shown = logger.level, logger.propagate, logger.isEnabledFor(logging.WARNING)
     logger.addHandler(capture)
     logger.setLevel(logging.WARNING)
-    logger.propagate = propagate and is_shown  # captured here, without adding lines to other handlers
+    logger.propagate = (
+        propagate and is_shown
+    )  # do not pass messages to other handlers that they would not have received otherwise
     try:
         yield
     except errors.KafkaTimeoutError as error:
         cause = f"{capture.get_most_specific(error)}"
-        # A slow client may read the broker's rejection together with the end of the connection, and then drops it.
+        # If a slow client reads the rejection and the end of the connection together, it discards the rejection.
         is_ambiguous = _DISCONNECT_MESSAGE in cause and protocol.startswith("SASL")
         hint = " (brokers also disconnect after a failed authentication)" if is_ambiguous else ""
         raise ConnectionError(cause + hint) from error
@@ -189,17 +192,17 @@ def capture_connection_errors(protocol: str) -> Iterator[None]:
 
 
 class KafkaBus:
-    """The log on the brokers at `servers`. `options` are kafka-python settings (security); they are never printed."""
+    """The log on the Kafka brokers at `servers`. `options` are security options of kafka-python. They are never printed."""
 
     def __init__(
         self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False
     ) -> None:
         self.servers, self.prefix, self.static_members = servers, prefix, static_members
         protocol = (options or {}).get("security_protocol", "PLAINTEXT")
-        if protocol not in _SECURITY_PROTOCOLS:  # the client would silently use PLAINTEXT
+        if protocol not in _SECURITY_PROTOCOLS:  # with an unknown protocol the client uses PLAINTEXT without an error
             raise UsageError(
                 f"unknown security protocol {protocol!r}",
-                f"it must be one of {', '.join(_SECURITY_PROTOCOLS)}",
+                f"the security protocol must be one of {', '.join(_SECURITY_PROTOCOLS)}",
                 "set bus.security_protocol",
             )
         self.client_options = {
@@ -218,7 +221,7 @@ class KafkaBus:
         self.producer: kafka.KafkaProducer | None = None
 
     def call_with_retry(self, call: Callable[[], Any]) -> Any:
-        """Call and retry while a coordinator or controller is being elected: on a new cluster, or after a broker failed."""
+        """Call a function. Retry while a coordinator or controller is being elected (on a new cluster, or after a failure)."""
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while True:
             try:
@@ -261,7 +264,7 @@ class KafkaBus:
         return [result["name"].removeprefix(self.prefix) for result in results if not result["error_code"]]
 
     def fetch_topic_metadata(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the metadata of each existing topic, by its name without the prefix."""
+        """Return the metadata of each existing topic. The keys are topic names without the prefix."""
         names = [self.add_prefix(topic) for topic in topics]
         with _translate_errors(self.servers):
             descriptions = self.call_with_retry(lambda: self.admin.describe_topics(names))
@@ -274,14 +277,14 @@ class KafkaBus:
         return len(self.list_partitions([topic]))
 
     def list_partitions(self, topics: Iterable[str]) -> list[KafkaTopicPartition]:
-        """Return the current partitions of these topics, always from the cluster: partitions may have been added."""
+        """Return the current partitions of these topics. Always ask the cluster, because partitions may have been added."""
         names = list(topics)
         metadata = self.fetch_topic_metadata(names)
         for topic in names:
             if topic not in metadata:
                 raise UsageError(
                     f"there is no topic {self.add_prefix(topic)} at {','.join(self.servers)}",
-                    "it has not been created yet",
+                    "the topic has not been created yet",
                     "type: charter topics create",
                 )
         self.known_topics |= set(names)
@@ -292,7 +295,7 @@ class KafkaBus:
         ]
 
     def check_topics(self, records: Iterable[ProducerRecord]) -> None:
-        """Raise UsageError for a topic that does not exist; the client would wait a minute for it to appear."""
+        """Raise UsageError if a topic does not exist. Without this check the client waits for the topic for a minute."""
         if unknown := {record.topic for record in records} - self.known_topics:
             self.list_partitions(unknown)
 
@@ -300,10 +303,10 @@ class KafkaBus:
         return self.list_offsets(topics, OffsetSpec.EARLIEST)
 
     def end_offsets(self, topics: Sequence[str]) -> Offsets:
-        """Return the ends of the partitions, uncommitted records included.
+        """Return the ends of the partitions, including uncommitted records.
 
-        The markers of a transaction are written shortly after its commit returns. With the ends of committed records, a
-        process that reads up to them could miss records that it has just written itself.
+        The markers of a transaction are written shortly after the commit returns. Until then, its records do not count as
+        committed. If these offsets excluded them, a process could miss records that it has just written.
         """
         return self.list_offsets(topics, OffsetSpec.LATEST)
 
@@ -367,7 +370,7 @@ class KafkaBus:
                 futures = [_send_record(self.producer, self.add_prefix(record.topic), record) for record in records]
                 require_delivered(self.producer, futures)
             except errors.KafkaError:
-                # The producer may be permanently broken, and may still hold records that the caller will publish again.
+                # The producer may be unusable, and may still contain records that the caller will publish again.
                 _close_producer(self.producer, 0)
                 self.producer = None
                 raise
@@ -376,7 +379,7 @@ class KafkaBus:
         return KafkaWriter(self, self.prefix + transactional_id)
 
     def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> KafkaConsumer:
-        self.list_partitions(topics)  # report an unknown topic now, not at the first poll
+        self.list_partitions(topics)  # raise the error for an unknown topic now, not at the first poll
         return KafkaConsumer(self, self.prefix + group, topics, member)
 
     def open_reader(self, positions: Mapping[TopicPartition, int]) -> KafkaReader:
@@ -392,7 +395,7 @@ _PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]
 
 
 def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:
-    """Raise the first error among the results of a request per partition, or return the results."""
+    """Return the results of a request that has one result for each partition. Raise the first error among them."""
     for tp, error in results.items():
         if error is not errors.NoError:
             raise error(f"{tp.topic}[{tp.partition}]")
@@ -400,7 +403,10 @@ def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:
 
 
 def make_consumer_options() -> dict[str, Any]:
-    """Return the options of every consumer: committed records only, no auto-commit, no automatic offset reset."""
+    """Return the options of every consumer.
+
+    A consumer reads only committed records. It does not commit or reset offsets automatically.
+    """
     return {
         "metrics_enabled": False,
         "enable_auto_commit": False,
@@ -414,8 +420,8 @@ def make_consumer_options() -> dict[str, Any]:
 def make_producer_options() -> dict[str, Any]:
     """Return the options of every producer.
 
-    Every caller flushes right after it sends, so a long linger causes no delay. With a short one the client would send each
-    record in its own request while the next one is added.
+    Every caller flushes right after it sends, so a long `linger_ms` causes no delay. With a short `linger_ms` the client would
+    send each record in a separate request.
     """
     return {
         "acks": "all",
@@ -424,7 +430,7 @@ def make_producer_options() -> dict[str, Any]:
         "compression_type": "lz4",
         "linger_ms": _LINGER_MS,
         "max_request_size": _MAX_REQUEST_BYTES,
-        "metrics_enabled": False,  # unused, and they take a tenth of the client's time
+        "metrics_enabled": False,  # not used, and they would take a tenth of the client's time
     }
 
 
@@ -442,14 +448,14 @@ def _send_record(producer: kafka.KafkaProducer, topic: str, record: ProducerReco
 
 
 def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
-    """Raise unless every send has succeeded. A commit that returns does not prove this (see the module docstring)."""
+    """Raise an error unless every send succeeded. A successful commit does not guarantee this (see the module docstring)."""
     producer.flush(timeout=_FLUSH_TIMEOUT_S)
     for future in futures:
         future.get(timeout=0)
 
 
 def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIMEOUT_MS / 1000) -> None:
-    """Close a producer without blocking or raising. Unsent records are dropped; a new producer resolves its transaction."""
+    """Close a producer and ignore errors. Unsent records are dropped. A new producer then resolves the open transaction."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
@@ -458,7 +464,7 @@ def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIM
 
 
 class KafkaWriter:
-    """Transactions under one transactional id. A new writer resolves open transactions of the id and fences older writers."""
+    """Writes transactions under one transactional id. A new writer resolves the open transaction and fences older writers."""
 
     def __init__(self, bus: KafkaBus, transactional_id: str) -> None:
         self.bus, self.transactional_id = bus, transactional_id
@@ -526,20 +532,21 @@ class KafkaWriter:
     def classify_failure(self, error: Exception, elapsed_s: float) -> WriterFenced | CommitUncertain:
         """Return the error for a failed commit.
 
-        A broker also fences a producer whose transaction timed out. Then the outcome is uncertain, and no other writer exists.
+        A broker also fences a producer if its transaction timed out. In that case no other writer exists, and the outcome of
+        the transaction is unknown.
         """
         if errors.ProducerFencedError.__name__ in f"{error!r}" and elapsed_s * 1000 < _TRANSACTION_TIMEOUT_MS:
             return WriterFenced(
-                f"another process has taken over as {self.transactional_id}",
-                "two processes run under the same instance name",
-                "stop one of them, or give each its own name: --instance NAME",
+                f"another process has opened a writer with the transactional id {self.transactional_id}",
+                "two processes have the same instance name",
+                "stop one of the processes, or give each process a different name: --instance NAME",
             )
         return CommitUncertain("the outcome of a transaction is unknown", f"{type(error).__name__}: {error}")
 
     def replace_producer(self) -> None:
         """Replace the producer after a rejected transaction.
 
-        The new producer aborts the old transaction, and does not have the offsets that the old one would send again.
+        The new producer aborts the old transaction. It does not contain the offsets that the old producer would send again.
         """
         _close_producer(self.producer, 0)
         try:
@@ -601,9 +608,9 @@ def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
-            raise _make_offsets_lost_error(bus, error.args[0], "retention deleted them before they were read") from error
+            raise _make_offsets_lost_error(bus, error.args[0], "retention deleted the records before they were read") from error
         except errors.LogTruncationError as error:
-            why = "a broker without them has become the leader (unclean leader election)"
+            why = "a broker without these records has become the leader (unclean leader election)"
             raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
 
 
@@ -617,7 +624,7 @@ def _make_offsets_lost_error(bus: KafkaBus, offsets: Mapping[KafkaTopicPartition
 
 
 class _AssignmentEpochs(kafka.ConsumerRebalanceListener):
-    """Records the assigned partitions, each with an epoch: the number of the assignment that contained it."""
+    """Records the assigned partitions and their epochs. The epoch is the number of the assignment that added the partition."""
 
     def __init__(self, bus: KafkaBus) -> None:
         self.bus, self.latest_epoch = bus, 0
@@ -666,8 +673,8 @@ class KafkaConsumer:
     def wait_for_metadata(self, names: Sequence[str]) -> None:
         """Wait for the metadata of these topics.
 
-        The leader of the group assigns the partitions in its own metadata. Without the metadata of a new topic it would
-        assign no partitions until its metadata expires.
+        The leader of the group assigns only the partitions in its metadata. If the metadata of a new topic were missing, the
+        leader would not assign its partitions until the metadata expires.
         """
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while not all(self.client.partitions_for_topic(name) for name in names):
@@ -683,7 +690,7 @@ class KafkaConsumer:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)
             except errors.NoOffsetForPartitionError as error:
-                # The group has no committed offset for these partitions: start explicitly at their beginning.
+                # The group has no committed offsets for these partitions, so it starts at their beginning.
                 self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=_REQUEST_TIMEOUT_MS))
                 polled = {}
             if self.detect_rejoin():
@@ -693,8 +700,8 @@ class KafkaConsumer:
     def finish_join(self, max_records: int) -> Mapping[KafkaTopicPartition, Sequence[Any]]:
         """Continue polling for up to _JOIN_TIMEOUT_S while a join is in progress.
 
-        The client discards a join that completes between two polls and starts another one, for which all members must rejoin.
-        With short polls and other work between them, the members would rarely complete a join together.
+        If a join completes between two polls, the client discards it and starts a new join for all members. With short polls
+        and other work between them, the members would rarely complete a join.
         """
         polled: Mapping[KafkaTopicPartition, Sequence[Any]] = {}
         deadline = time.monotonic() + _JOIN_TIMEOUT_S
@@ -705,9 +712,9 @@ class KafkaConsumer:
     def detect_rejoin(self) -> bool:
         """Record the membership of the current assignment. Return whether this member was removed and has rejoined.
 
-        A new member id means that it was out of the group for a time, and other members may have committed beyond its
-        positions. When this happens during a join, the client keeps its positions and calls no listener. So all partitions
-        get a new epoch and continue at their committed offsets.
+        If the member id has changed, this member was outside the group for some time. Other members may then have committed
+        higher offsets than its positions. During a join the client keeps its positions and does not call the listener. So this
+        method gives all partitions a new epoch and continues at their committed offsets.
         """
         current = self.client.group_metadata()
         if current.state != MemberState.STABLE:
@@ -728,13 +735,13 @@ class KafkaConsumer:
     def require_ownership(
         self, partitions: Iterable[TopicPartition], epochs: Mapping[TopicPartition, int]
     ) -> ConsumerGroupMetadata:
-        """Return the membership under which this member owns the partitions in these epochs. Raise PartitionLost if not."""
+        """Return the current membership. Raise PartitionLost if this member does not own the partitions in these epochs."""
         assignment = self.assignment()
         for tp in {*partitions, *epochs}:
             if tp not in assignment or epochs.get(tp, assignment[tp]) != assignment[tp]:
                 raise PartitionLost(f"{tp.topic}[{tp.partition}] has moved to another member")
         current = self.client.group_metadata()
-        if self.membership is None or current[:3] != self.membership[:3]:  # the broker would reject it too, but later
+        if self.membership is None or current[:3] != self.membership[:3]:  # the broker would also reject the commit, but later
             raise PartitionLost("the group is rebalancing")
         return self.membership
 

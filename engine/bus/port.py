@@ -3,8 +3,8 @@
 Two implementations pass the same contract tests: `engine.bus.embedded` (one SQLite file) and `engine.bus.kafka` (Apache Kafka).
 Both guarantee:
 
-* a key always goes to the same partition;
-* records of a partition are read in the order of writing;
+* records with the same key are always written to the same partition;
+* records of a partition are read in the order in which they were written;
 * transactions are atomic;
 * the offsets of a consumer group are committed only together with the outputs of the records below them.
 """
@@ -69,18 +69,18 @@ class Consumer(Protocol):
     """A member of a consumer group, used by one thread. A new group starts at the beginning of its topics."""
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        """Return new records; wait up to `timeout_s` for the first one (longer during a rebalance).
+        """Return new records. Wait up to `timeout_s` for the first record, or longer during a rebalance.
 
-        Polling also keeps the membership alive: call it about every second.
+        Polling also renews the membership in the group, so call this method about once a second.
         """
         ...
 
     def assignment(self) -> Offsets:
-        """Return partition -> epoch. A partition that was lost and assigned again has a new epoch."""
+        """Return the epoch of each assigned partition. A partition that was lost and assigned again has a new epoch."""
         ...
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        """Read nothing from these partitions until `resume`. A new epoch of a partition also ends its pause."""
+        """Do not read from these partitions until `resume`. A pause also ends when the partition gets a new epoch."""
         ...
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
@@ -94,7 +94,7 @@ class Consumer(Protocol):
     def positions(self) -> Offsets:
         """Return the next offset of each assigned partition.
 
-        Positions can be compared with `Bus.end_offsets`: both count transaction markers, which also take offsets.
+        Positions can be compared with `Bus.end_offsets`, because both include the offsets of transaction markers.
         """
         ...
 
@@ -122,7 +122,7 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Writes transactions under one transactional id; a second writer with the same id fences the first."""
+    """Writes transactions under one transactional id. A second writer with the same id fences the first writer."""
 
     def commit(
         self,
@@ -134,13 +134,14 @@ class Writer(Protocol):
     ) -> None:
         """Write the outputs and the next offsets of the group in one transaction.
 
-        `epochs` are the assignment epochs under which the inputs were read. Errors:
+        `epochs` are the assignment epochs of the partitions when the inputs were read. Errors:
 
-        * PartitionLost: an epoch is no longer current, or the group is rebalancing; nothing was written. Poll, then commit
-          the partitions that are still assigned in the same epoch.
-        * WriterFenced: another writer with this id has taken over.
-        * UsageError: the log rejected a record; nothing was written.
-        * CommitUncertain: the outcome is unknown. Close this writer, open a new one with the same id, and read `committed`.
+        * PartitionLost is raised if an epoch is no longer current, or if the group is rebalancing. Nothing was written. Poll,
+          then commit the partitions that are still assigned in the same epoch.
+        * WriterFenced is raised if another writer with this id was opened.
+        * UsageError is raised if the log rejected a record. Nothing was written.
+        * CommitUncertain is raised if the outcome is unknown. Close this writer, open a new writer with the same id, and read
+          `committed`.
         """
         ...
 
@@ -148,7 +149,7 @@ class Writer(Protocol):
 
 
 class Bus(Protocol):
-    """The log. `cluster_id` never changes during the life of the log."""
+    """The log. `cluster_id` identifies the log and never changes."""
 
     cluster_id: str
 
@@ -157,7 +158,7 @@ class Bus(Protocol):
         ...
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        """Return topic -> id. The id changes when a topic is deleted and created again. Unknown topics are omitted."""
+        """Return the id of each existing topic. If a topic is deleted and created again, its id changes."""
         ...
 
     def count_partitions(self, topic: str) -> int: ...
@@ -167,7 +168,10 @@ class Bus(Protocol):
     def end_offsets(self, topics: Sequence[str]) -> Offsets: ...
 
     def offsets_for_time(self, topics: Sequence[str], timestamp_ms: int) -> Offsets:
-        """Return the offset of each partition's first record at or after a time (milliseconds since 1970), or its end."""
+        """Return, for each partition, the offset of the first record at or after a time in milliseconds since 1970.
+
+        If a partition has no such record, return its end offset.
+        """
         ...
 
     def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
@@ -175,7 +179,7 @@ class Bus(Protocol):
         ...
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        """Return the committed offsets of a group. Partitions without one are omitted."""
+        """Return the committed offsets of a group. Partitions without a committed offset are omitted."""
         ...
 
     def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
@@ -183,7 +187,7 @@ class Bus(Protocol):
         ...
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
-        """Write records without a transaction. On return all of them are durable; otherwise an error is raised."""
+        """Write records without a transaction. Raise an error unless all records are durable."""
         ...
 
     def open_writer(self, transactional_id: str) -> Writer: ...

@@ -1,4 +1,4 @@
-"""Read a whole topic up to its current end, on any bus."""
+"""Read whole topics up to their current end, from any implementation of the bus."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.errors import BusUnreachable
 
 _MAX_POLL_RECORDS = 500
 _POLL_TIMEOUT_S = 1.0
-STALL_TIMEOUT_S = 60.0  # well above the 10 s after which the broker aborts our own open transactions
+STALL_TIMEOUT_S = 60.0  # much longer than 10 s, after which the broker aborts an open transaction of Charter
 
 
 def read_between(bus: Bus, start_offsets: Offsets, end_offsets: Offsets) -> Iterator[ConsumerRecord]:
-    """Yield every record from `start_offsets` up to `end_offsets`, which must not exceed the end of the log.
+    """Yield every record from `start_offsets` up to `end_offsets`. The end offsets must not be higher than the end of the log.
 
-    Raise BusUnreachable when there is no progress for STALL_TIMEOUT_S.
+    Raise BusUnreachable if the positions do not change for STALL_TIMEOUT_S.
     """
     start_offsets = {tp: start for tp, start in start_offsets.items() if start < end_offsets.get(tp, 0)}
     reader = bus.open_reader(start_offsets)
@@ -40,7 +40,7 @@ def read_between(bus: Bus, start_offsets: Offsets, end_offsets: Offsets) -> Iter
 
 def _make_stalled_error(tp: TopicPartition, position: int, end: int) -> BusUnreachable:
     return BusUnreachable(
-        f"{tp.topic}[{tp.partition}] cannot be read beyond offset {position}; it ends at {end}",
+        f"{tp.topic}[{tp.partition}] cannot be read beyond offset {position}; the end offset is {end}",
         f"a transaction has been open for more than {STALL_TIMEOUT_S:.0f} s, or the broker of the partition is unreachable",
         "find the transaction: kafka-transactions.sh find-hanging (see docs/guarantees.md)",
     )
@@ -57,16 +57,16 @@ def read_values(bus: Bus, topic: str) -> list[bytes]:
 
 
 class TopicTail:
-    """Reads small topics incrementally: the first call returns all records, each later call the new ones."""
+    """Reads small topics incrementally. The first call returns all records, and each later call returns the new records."""
 
     def __init__(self, bus: Bus, *topics: str) -> None:
         self.bus, self.topics = bus, topics
         self.next_offsets = bus.beginning_offsets(topics)
 
     def read_new(self) -> list[ConsumerRecord]:
-        """Return the records that were written since the last call; those of one partition are in order.
+        """Return the records that were written since the last call. The records of one partition are in order.
 
-        All topics share one request for their end offsets and, where there is something new, one reader.
+        One request reads the end offsets of all topics. If there are new records, one reader reads them from all topics.
         """
         end_offsets = self.bus.end_offsets(self.topics)
         if end_offsets == self.next_offsets:

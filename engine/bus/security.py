@@ -1,6 +1,6 @@
-"""Client options of kafka-python for a secured cluster.
+"""Build the kafka-python options for a secured cluster.
 
-Secrets come from the environment or from a file, never from the settings, because settings are printed and recorded.
+Secrets are read from the environment or from a file. They are not settings, because settings are printed and recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SSL_FILE_OPTIONS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
 
 
 def make_client_options(bus: BusSettings, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the security options of kafka-python; empty for PLAINTEXT. They contain the password: never print them."""
+    """Return the security options of kafka-python, empty for PLAINTEXT. Never print them, because they contain the password."""
     options: dict[str, Any] = {}
     if bus.security_protocol != "PLAINTEXT":
         options["security_protocol"] = bus.security_protocol
@@ -45,14 +45,14 @@ def _require_username(bus: BusSettings) -> str:
     if not bus.sasl_username:
         raise UsageError(
             "there is no Kafka user name",
-            f"bus.security_protocol = {bus.security_protocol} requires one",
+            f"bus.security_protocol = {bus.security_protocol} requires a user name",
             "set bus.sasl_username",
         )
     return bus.sasl_username
 
 
 def _read_password(bus: BusSettings, environment: Mapping[str, str]) -> str:
-    """Return the password, without the trailing newline that editors add to a file."""
+    """Return the password. Remove the newline that editors add at the end of a file."""
     if bus.sasl_password_file:
         return Path(_check_file("sasl_password_file", bus.sasl_password_file)).read_text(encoding="utf-8").rstrip("\r\n")
     if password := environment.get(bus.sasl_password_env):

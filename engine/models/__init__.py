@@ -1,4 +1,4 @@
-"""Models behind one interface: local weights, an OpenAI-compatible server, and a scripted model for tests."""
+"""Open models: a local model, a model on an OpenAI-compatible server, or the scripted model for tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SCRIPTED_SPEC = "scripted"
 def open_model(spec: str, **options: Any) -> Model:
     """Open the model that a setting specifies.
 
-    `smollm2` is the packaged small model; `http://HOST:PORT/v1#NAME` a model on an OpenAI-compatible server; any other value a
-    folder with safetensors or a hub id. Raise UsageError or ModelUnreachable if there is no such model.
+    `smollm2` is the packaged small model. `http://HOST:PORT/v1#NAME` is a model on an OpenAI-compatible server. Any other value
+    is a folder with safetensors or a hub id. Raise UsageError or ModelUnreachable if there is no such model.
     """
     if spec == SCRIPTED_SPEC:
         return _open_scripted()
@@ -30,7 +30,7 @@ def open_model(spec: str, **options: Any) -> Model:
 
 
 def resolve_model_folder(spec: str) -> Path:
-    """Return the folder of a local model: the packaged model, an existing folder, or a hub id, which is downloaded once."""
+    """Return the folder of a local model. `spec` is smollm2, a folder, or a hub id. A hub model is downloaded once."""
     if spec == "smollm2":
         from engine.models import smollm2
 
@@ -54,7 +54,7 @@ def resolve_model_folder(spec: str) -> Path:
 
 
 def _download_model(hub_id: str) -> Path:
-    """Download a hub model into the local cache: safetensors, tokenizer and configuration, and no executable code."""
+    """Download a hub model into the local cache. Only weights, tokenizer and configuration are downloaded, no code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -73,7 +73,7 @@ def _open_scripted() -> Model:
     if os.environ.get("CHARTER_ALLOW_SCRIPTED") != "1":
         raise UsageError(
             "the scripted model is a fake for tests",
-            "it generates words from a hash of the prompt, without any meaning",
+            "its completions are words without meaning, selected by a hash of the prompt",
             "set models.policy to smollm2, a folder, a hub id or the address of a server",
         )
     from engine.models.scripted import ScriptedModel

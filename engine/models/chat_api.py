@@ -1,4 +1,4 @@
-"""OpenAI's chat API as Charter uses it: what a server supports, its errors, and the parsing of its responses."""
+"""Define the capabilities and errors of a server with OpenAI's chat API, and parse its responses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
 
-_CHARS_PER_TOKEN = 4  # estimate for a server that reports no usage
-# Characters around a letter in a token: parentheses and spaces. Byte-level BPE writes a space as Ġ, SentencePiece as ▁.
+_CHARS_PER_TOKEN = 4  # used to estimate the usage if a server reports none
+# A token can contain these characters around a letter. Byte-level BPE writes a space as Ġ, SentencePiece writes it as ▁.
 _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 _THINKING_PATTERN = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
@@ -24,7 +24,10 @@ JsonObject = dict[str, Any]
 
 
 class TransientError(Exception):
-    """An attempt failed, and a retry may succeed. `status_code` is 0 without a response; `usage` was billed nevertheless."""
+    """An attempt failed, and a retry may succeed.
+
+    `status_code` is 0 if there was no response. `usage` contains the tokens that the server billed for the attempt.
+    """
 
     def __init__(self, reason: str, status_code: int = 0, usage: Usage = NO_USAGE) -> None:
         super().__init__(reason)
@@ -32,11 +35,11 @@ class TransientError(Exception):
 
 
 class RequestTimeout(TransientError):
-    """The server accepted a request and did not complete the response in time."""
+    """The server accepted a request, but the response was not complete within the timeout."""
 
 
 class RequestRejected(Exception):
-    """The server rejected a request as invalid. The message is the server's, without the API key."""
+    """The server rejected a request as invalid. The message is the server's message; the API key is removed."""
 
 
 class ChatServer(Protocol):
@@ -58,16 +61,16 @@ class ChatServer(Protocol):
 
 @dataclass(frozen=True)
 class ServerCapabilities:
-    """The result of probing a server. A `*_body` field holds the extra request fields for a feature; None: not supported.
+    """The capabilities of a server. A `*_body` field contains the request fields of a feature, or None if it is not supported.
 
-    max_tokens_field: the name of the request field that limits new tokens.
-    extra_body: fields of every request (thinking off, hidden sampling defaults off).
-    prefill_body: fields of a request with a prefilled assistant message.
-    max_top_logprobs: the largest supported `top_logprobs`; 0: no log-probabilities.
-    processed_logprobs: log-probabilities are those at the sampling temperature, not at temperature 1.
-    token_ids_body: fields of a request whose response must contain exact token ids.
-    unmodified_sampling: the server samples exactly as the request specifies, without its own defaults.
-    supports_seed, reports_usage: the server accepts seeds, and reports the number of tokens used.
+    `max_tokens_field` is the name of the request field that limits the number of new tokens.
+    `extra_body` contains fields that are added to every request. They turn off thinking and hidden sampling defaults.
+    `prefill_body` contains the fields of a request with a prefilled assistant message.
+    `max_top_logprobs` is the largest supported `top_logprobs`. 0 means that there are no log-probabilities.
+    `processed_logprobs` is true if log-probabilities are computed at the sampling temperature instead of temperature 1.
+    `token_ids_body` contains the fields of a request whose response must contain exact token ids.
+    `unmodified_sampling` is true if the server samples exactly as the request specifies, without its own defaults.
+    `supports_seed` is true if the server accepts seeds. `reports_usage` is true if it reports the number of tokens.
     """
 
     max_tokens_field: str = "max_tokens"
@@ -91,7 +94,7 @@ class ServerCapabilities:
 
 
 def parse_retry_after(retry_after: str) -> float:
-    """Return the delay of a Retry-After header (seconds or a date) in seconds; 0 if it is invalid or in the past."""
+    """Return the delay in seconds of a Retry-After header, which contains seconds or a date. Return 0 if it is invalid."""
     if re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
         return float(retry_after)
     try:
@@ -104,31 +107,31 @@ def parse_retry_after(retry_after: str) -> float:
 
 
 def parse_chat_completion(text: bytes) -> JsonObject:
-    """Parse a chat completion. Raise TransientError for anything else, with the usage if that can be parsed."""
+    """Parse a chat completion. If the response is invalid, raise TransientError with the reported usage."""
     try:
         response = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TransientError("a response that is not JSON") from error
+        raise TransientError("the response is not JSON") from error
     if not isinstance(response, dict):
-        raise TransientError("a response that is not a chat completion")
+        raise TransientError("the response is not a chat completion")
     try:
         message = response["choices"][0]["message"]
         content = message["content"]
     except (KeyError, IndexError, TypeError) as error:
-        raise TransientError("a response that is not a chat completion", usage=parse_usage(response) or NO_USAGE) from error
+        raise TransientError("the response is not a chat completion", usage=parse_usage(response) or NO_USAGE) from error
     if not isinstance(content, str | None):
-        raise TransientError("a response whose content is not a string", usage=parse_usage(response) or NO_USAGE)
+        raise TransientError("the content of the response is not a string", usage=parse_usage(response) or NO_USAGE)
     message["content"] = replace_surrogates(content or "")
     return response
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which are valid in JSON and cannot be encoded as UTF-8."""
+    """Replace lone surrogates. They are valid in JSON but cannot be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def parse_usage(response: JsonObject) -> Usage | None:
-    """Return the usage that the server reports, or None."""
+    """Return the usage that the server reports, or None if it reports none."""
     usage = response.get("usage")
     if not isinstance(usage, dict):
         return None
@@ -144,7 +147,7 @@ def estimate_usage(request: JsonObject, response: JsonObject) -> Usage:
 
 
 def parse_generation(response: JsonObject, usage: Usage) -> Generation:
-    """Return the sampled completion, with its token ids and log-probabilities if the response has them for every token."""
+    """Return the sampled completion. Add token ids and log-probabilities if the response has them for every token."""
     choice = response["choices"][0]
     content = choice["message"]["content"]
     refusal = choice["message"].get("refusal")
@@ -154,13 +157,13 @@ def parse_generation(response: JsonObject, usage: Usage) -> Generation:
         text, finish = text or replace_surrogates(refusal), "refused"
     token_ids, logprobs = _parse_sampled_tokens(choice)
     if text != content:
-        token_ids, logprobs = (), ()  # they include the tokens of the removed reasoning
+        token_ids, logprobs = (), ()  # the lists also contain the tokens of the removed reasoning
     prompt = _parse_non_negative_ints(response.get("prompt_token_ids") or choice.get("prompt_token_ids"))
     return Generation(text, finish, token_ids, logprobs, prompt, usage)
 
 
 def _parse_sampled_tokens(choice: JsonObject) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the ids of the sampled tokens and, if there is one for each token, their log-probabilities."""
+    """Return the ids of the sampled tokens and their log-probabilities. If one is missing, return no log-probabilities."""
     entries = [entry for entry in (choice.get("logprobs") or {}).get("content") or [] if isinstance(entry, dict)]
     tokens = [str(entry.get("token")) for entry in entries]
     token_ids = _parse_non_negative_ints(choice.get("token_ids"))
@@ -176,7 +179,7 @@ def _parse_non_negative_ints(value: Any) -> tuple[int, ...]:
 
 
 def _parse_logprob(entry: Any) -> float | None:
-    """Return a finite log-probability, clamped to at most 0 (rounding can exceed it), or None."""
+    """Return a log-probability, or None if it is not finite. Values above 0 (rounding errors) become 0."""
     value = entry.get("logprob") if isinstance(entry, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return None
@@ -192,11 +195,11 @@ def parse_top_logprobs(response: JsonObject) -> list[tuple[str, float]]:
 
 
 def parse_option_scores(response: JsonObject, usage: Usage, *, options: Sequence[str]) -> OptionScores:
-    """Return the score of each option: the probability summed over the top tokens that mean it (`A`, ` A`, `(A`, `A)`).
+    """Return the score of each option: the total probability of its variants among the top tokens (`A`, ` A`, `(A`, `A)`).
 
-    The probability of an option that is not among the top tokens is at most the smallest top probability, and all missing
-    options together have at most the probability that the top tokens leave. A missing option gets this bound as its
-    probability. The bound counts in the option mass only if another option is among the top tokens; if none is, the mass is 0.
+    An option that is not among the top tokens has at most the smallest top probability. All missing options together have at
+    most 1 minus the total top probability. The smaller of these two bounds is used as the probability of a missing option. If
+    all options are missing, the option mass is 0.
     """
     top = [(token.strip(_OPTION_STRIP_CHARS), value) for token, value in parse_top_logprobs(response)]
     sums = [math.fsum(math.exp(value) for token, value in top if token == option) for option in options]
@@ -213,7 +216,7 @@ def parse_option_scores(response: JsonObject, usage: Usage, *, options: Sequence
 
 
 def count_votes(replies: Sequence[Generation], options: Sequence[str]) -> OptionScores:
-    """Return the share of each option among the replies. A reply that is not just an option counts for none."""
+    """Return the share of each option among the replies. A reply that is not exactly one option is not counted."""
     votes = [parse_vote(reply.text, options) for reply in replies]
     shares = [votes.count(option) / len(replies) for option in options]
     return OptionScores(
@@ -225,6 +228,6 @@ def count_votes(replies: Sequence[Generation], options: Sequence[str]) -> Option
 
 
 def parse_vote(text: str, options: Sequence[str]) -> str | None:
-    """Return the option in a reply such as `A`, `(A)`, `Answer: A.` or `**A**`, or None (for `A better one`, for example)."""
+    """Return the option in a reply such as `A`, `(A)`, `Answer: A.` or `**A**`, or None for another reply (`A better one`)."""
     match = _OPTION_REPLY_PATTERN.match(text)
     return match[1] if match and match[1] in options else None

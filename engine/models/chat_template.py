@@ -1,14 +1,14 @@
-"""Convert a dialogue to token ids, in the same way for generation and for training.
+"""Convert a dialogue to token ids. Generation and training use the same conversion.
 
-A tokenizer with a chat template uses its template. A tokenizer without one (a base model) uses the plain format
+If the tokenizer has a chat template, the template is used. Otherwise (a base model) the dialogue has this plain format:
 
     Human: <content>\n\nAssistant: <content>\n\nHuman: ...\n\nAssistant:
 
-A base model continues the dialogue, so its response ends where it starts the next message.
+A base model continues the dialogue. So its response ends at the point where the model starts the next message.
 
-The text of a special token inside a message (`<|im_end|>`) is content. It is broken up, so that it is never encoded as the
-special token and never ends the message. In the plain format, the empty line before a paragraph that looks like the start of a
-message is removed.
+A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into them, so that they are not
+encoded as the special token and do not end the message. In the plain format, a paragraph can look like the start of a message.
+The empty line before such a paragraph is removed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DIALOGUE_MARKER = re.compile(r"\n[ \t\r]*\n[ \t\r]*(?=(?:Human|Assistant):)")
 
 
 def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
-    """Break up every special token in the text with a space after its first character."""
+    """Insert a space after the first character of every special token in a text."""
     for token in special_tokens:
         if token and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -34,7 +34,7 @@ def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
 
 
 def escape_dialogue_markers(text: str) -> str:
-    """Join paragraphs that look like the start of a message of the plain format to the paragraph before them."""
+    """Remove the empty line before each paragraph that looks like the start of a message in the plain format."""
     *before, last = _DIALOGUE_MARKER_LINE.split(text)
     return "\n".join([*(part.rstrip() for part in before), last])
 
@@ -55,7 +55,7 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> 
 
 
 def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
-    """Return the prompt, up to the point where the assistant message starts or, with a prefill, continues."""
+    """Return the formatted prompt. It ends where the assistant message starts, or with the prefill."""
     special_tokens = tokenizer.all_special_tokens
     contents = [
         {"role": message.role, "content": escape_special_tokens(message.content, special_tokens)} for message in messages
@@ -70,14 +70,14 @@ def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> list[int]:
     """Return the token ids of the prompt."""
-    # A chat template contains its special tokens; in the plain format the tokenizer adds them.
+    # A chat template already contains the special tokens. In the plain format the tokenizer adds them.
     add_special_tokens = not tokenizer.chat_template
     prompt = format_prompt(tokenizer, messages, prefill)
     return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 def encode_completion(tokenizer: Any, text: str, *, ends_with_eos: bool) -> list[int]:
-    """Return the token ids of a completion; `ends_with_eos` appends the end token."""
+    """Return the token ids of a completion. If `ends_with_eos` is true, append the end token."""
     if not tokenizer.chat_template:
         text = escape_dialogue_markers(text if text[:1].isspace() else f" {text}")  # a space follows "Assistant:"
     ids = list(tokenizer(escape_special_tokens(text, tokenizer.all_special_tokens), add_special_tokens=False)["input_ids"])

@@ -1,18 +1,18 @@
-"""Models on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, hosted APIs).
+"""Use models on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, hosted APIs).
 
-Capabilities: a server is probed once, at its first use (`engine.models.probe`). `capabilities` reports what it lacks; the
-stages then use other prompt templates, with another template hash.
+A server is probed once, at its first use (`engine.models.probe`). If a capability is missing, the stages use other prompt
+templates, which have another template hash.
 
-Requests: they run concurrently up to a limit, each with a timeout. 429, 5xx, broken connections and responses that are not JSON
-are retried with exponential backoff and full jitter, never before the time of a `Retry-After` header, until the deadline of the
-call. After that the server counts as unreachable (ModelUnreachable) and the stage pauses without losing anything. A request
-that the server rejects as invalid makes its record a dead letter (PermanentRecordError).
+Requests run concurrently up to a limit. Each request has a timeout. After status 429 or 5xx, a broken connection, or a response
+that is not JSON, the request is retried with exponential backoff and full jitter. A `Retry-After` header delays the retry. If
+the deadline of the call passes, ModelUnreachable is raised, and the stage pauses without losing records. If the server rejects
+a request as invalid, PermanentRecordError is raised, and the record becomes a dead letter.
 
-Options: they are scored from the `top_logprobs` of the first token, or by the share of sampled replies if the server has none.
+Options are scored with the `top_logprobs` of the first token. If the server has none, the shares of sampled replies are used.
 
-Usage: tokens are counted as the server bills them. The usage of a failed attempt is added to the next successful response.
+Tokens are counted as the server bills them. The usage of a failed attempt is added to the next successful response.
 
-The API key comes from an environment variable, which can be set per server, and appears in no message.
+The API key is read from an environment variable, which can differ between servers. No message contains the API key.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request body and the timeout of its response in seconds; None: the endpoint's timeout, with retries."""
+    """A request body, and the timeout of the response in seconds.
+
+    If `timeout_s` is None, the timeout of the endpoint is used, and the request is retried after a timeout.
+    """
 
     body: JsonObject
     timeout_s: float | None = None
 
 
 def compute_served_revision(url: str, model: str) -> str:
-    """Return the revision of a served model in records: a hash of its address and name, since its weights are unknown."""
+    """Return the revision of a served model: a hash of its address and name, because its weights are unknown."""
     return compute_fingerprint("served_model", url=url, model=model)[:16]
 
 
@@ -101,8 +104,8 @@ def open_endpoint(
 def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
     """Return the environment variable that holds the API key of a server.
 
-    An entry `HOST=VARIABLE` or `HOST:PORT=VARIABLE` for this server has precedence over an entry without a host. A server
-    must not receive the key of another one: if all entries name other hosts, the result is empty.
+    An entry `HOST=VARIABLE` or `HOST:PORT=VARIABLE` for this server has precedence over an entry without a host. If all entries
+    name other hosts, return an empty string, because a server must not receive the API key of another server.
     """
     url, default = httpx.URL(address), ""
     for entry in api_key_env.split(","):
@@ -117,8 +120,8 @@ def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
 class Endpoint:
     """One model of one server.
 
-    `timeout_s` limits one attempt of a request, `retry_timeout_s` all its attempts. `num_votes` is the number of replies that
-    are sampled to score options on a server without log-probabilities.
+    `timeout_s` limits one attempt of a request, and `retry_timeout_s` limits all attempts together. If the server has no
+    log-probabilities, `num_votes` replies are sampled to score options.
     """
 
     url: str
@@ -139,14 +142,14 @@ class Endpoint:
         self.revision = compute_served_revision(self.url, self.id)
         self.lock = threading.Lock()
         self.probe_lock = threading.Lock()
-        self.unbilled_usage = NO_USAGE  # usage of failed attempts, not yet added to a response
-        self.retry_at = 0.0  # on the monotonic clock: no request before this time (Retry-After)
+        self.unbilled_usage = NO_USAGE  # usage of failed attempts that is not yet added to a response
+        self.retry_at = 0.0  # on the monotonic clock; no request is sent before this time (Retry-After)
 
-    # The port
+    # The Model interface
 
     @property
     def server_capabilities(self) -> ServerCapabilities:
-        """The capabilities of the server; it is probed at the first use."""
+        """The capabilities of the server. The server is probed at the first use of this property."""
         with self.probe_lock:
             if self.cached_server_capabilities is None:
                 self.cached_server_capabilities = probe_server(self)
@@ -172,7 +175,7 @@ class Endpoint:
         if server_capabilities.token_ids_body is not None:
             sampling |= server_capabilities.token_ids_body
             sampling |= {"logprobs": True, "top_logprobs": 0} if exact and self.capabilities.exact_logprobs else {}
-        # One completion per request: not every server supports n > 1, and each completion has its own seed.
+        # One request for each completion, because some servers do not support n > 1, and each completion has a different seed.
         requests = [
             ChatRequest(self.make_request_body(request) | sampling | self.make_seed_body(request.seed + n), request.timeout_s)
             for request in batch
@@ -206,7 +209,7 @@ class Endpoint:
         return {"seed": seed % 2**31} if self.server_capabilities.supports_seed else {}
 
     def make_request_body(self, request: GenerationRequest) -> JsonObject:
-        """Return the body of a chat request. A prefill becomes a last assistant message, which the server must continue."""
+        """Return the body of a chat request. The prefill is sent as a last assistant message that the server must continue."""
         server_capabilities = self.server_capabilities
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
         body = {"model": self.id, "messages": messages} | server_capabilities.extra_body
@@ -215,7 +218,7 @@ class Endpoint:
         if server_capabilities.prefill_body is None:
             raise UsageError(
                 f"{self.url} does not support a prefilled assistant message",
-                "the probe of the server showed that it starts a new message instead",
+                "the probe showed that the server starts a new message instead",
                 "use a prompt without a prefill when capabilities.prefill is false",
             )
         return (
@@ -229,7 +232,7 @@ class Endpoint:
     def send_requests(self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]) -> list[T]:
         """Send requests concurrently and return their parsed responses.
 
-        When a request fails, wait for all of them, add the usage of the others to the unbilled usage, and raise.
+        If a request fails, wait for all requests, add the usage of the successful requests to `unbilled_usage`, and raise.
         """
         futures = [self.executor.submit(self.send_request, request, parse) for request in requests]
         wait(futures)
@@ -242,7 +245,7 @@ class Endpoint:
         raise next((error for error in errors if isinstance(error, DependencyUnreachable)), errors[0])
 
     def send_request(self, request: ChatRequest, parse: Callable[[JsonObject, Usage], T]) -> tuple[T, Usage]:
-        """Send a request with retries; return the parsed response and the tokens used."""
+        """Send a request with retries. Return the parsed response and its usage."""
         try:
             response, usage = self.post_with_retries(request.body, timeout_s=request.timeout_s)
         except RequestRejected as error:
@@ -257,11 +260,11 @@ class Endpoint:
         timeout_s: float | None = None,
         should_give_up: Callable[[TransientError, int], bool] = lambda error, attempts: False,
     ) -> tuple[JsonObject, Usage]:
-        """Send a request until it succeeds; return the response and its usage.
+        """Send a request until it succeeds. Return the response and its usage.
 
-        `should_give_up(error, attempts)` can end the attempts early; RequestRejected is raised then. A response that takes
-        longer than `timeout_s` gets the finish reason "timeout" if the server responds to another request; otherwise the
-        server counts as unreachable.
+        If `should_give_up(error, attempts)` returns true, raise RequestRejected. If a response takes longer than `timeout_s`,
+        send another request. If the server responds to it, return an empty response with the finish reason "timeout".
+        Otherwise treat the timeout as a failed attempt.
         """
         deadline, attempts = time.monotonic() + self.retry_timeout_s, 0
         while True:
@@ -300,7 +303,7 @@ class Endpoint:
         except TransientError:
             return False
         except RequestRejected:
-            pass  # a rejection is a response too
+            pass  # a rejection is also a response
         return True
 
     def post_once(self, request: JsonObject, timeout_s: float) -> tuple[JsonObject, Usage]:
@@ -328,14 +331,14 @@ class Endpoint:
     # Other models of the same server
 
     def with_model(self, model: str) -> Endpoint:
-        """Return an endpoint for another model of the same server, with the same connections."""
+        """Return an endpoint for another model of the same server. Both endpoints share the same connections."""
         capabilities, other = self.server_capabilities, copy.copy(self)
         other.cached_server_capabilities = capabilities
         other.id, other.revision = model, compute_served_revision(self.url, model)
         return other
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make vLLM load an adapter under a name. An adapter that is already loaded is not an error; see `require_served`."""
+        """Load an adapter into vLLM under a name. If an adapter with this name is already loaded, do not raise an error."""
         try:
             response = self.client.post(f"{self.url}/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
         except httpx.HTTPError as error:
@@ -363,7 +366,7 @@ class Endpoint:
             raise self.make_unreachable_error(f"the response to a request for {self.id} is from {str(response['model'])[:100]}")
 
     def fetch_response(self, request: JsonObject, timeout_s: float) -> tuple[int, httpx.Headers, bytes]:
-        """Return status, headers and body. Abort a response that is too large or not complete within the timeout."""
+        """Return status, headers and body. Abort the response if it is too large or not complete within the timeout."""
         deadline = time.monotonic() + timeout_s
         parts, size, url = [], 0, f"{self.url}/chat/completions"
         with self.client.stream("POST", url, json=request, timeout=httpx.Timeout(self.timeout_s, read=timeout_s)) as response:
@@ -371,21 +374,23 @@ class Endpoint:
                 parts.append(part)
                 size += len(part)
                 if size > _MAX_RESPONSE_BYTES:
-                    raise TransientError(f"a response of more than {_MAX_RESPONSE_BYTES} bytes")
+                    raise TransientError(f"the response has more than {_MAX_RESPONSE_BYTES} bytes")
                 if time.monotonic() > deadline:
-                    raise RequestTimeout(f"a response that is not complete after {timeout_s:g} s")
+                    raise RequestTimeout(f"the response is not complete after {timeout_s:g} s")
             return response.status_code, response.headers, b"".join(parts)
 
     def apply_retry_after(self, retry_after: str) -> None:
-        """Delay all requests by the time in a Retry-After header."""
+        """Delay all requests until the time that a Retry-After header specifies."""
         with self.lock:
             self.retry_at = max(self.retry_at, time.monotonic() + parse_retry_after(retry_after))
 
     def wait_for_retry_after(self, deadline: float) -> None:
-        """Wait until the server accepts requests again. Raise ModelUnreachable if that is after the deadline."""
+        """Wait until the time of the last Retry-After header. Raise ModelUnreachable if this time is after the deadline."""
         while (remaining_s := self.retry_at - time.monotonic()) > 0:
             if self.retry_at >= deadline:
-                raise self.make_unreachable_error(f"it accepts no requests for another {remaining_s:.0f} s (Retry-After)")
+                raise self.make_unreachable_error(
+                    f"the server accepts no requests for another {remaining_s:.0f} s (Retry-After)"
+                )
             time.sleep(remaining_s)
 
     def add_unbilled(self, usage: Usage) -> None:
@@ -399,6 +404,6 @@ class Endpoint:
             return usage
 
     def sanitize_error_text(self, text: bytes) -> str:
-        """Return the start of the server's error message, with the API key masked in case the server repeats it."""
+        """Return the start of the server's error message. If the message contains the API key, mask the key."""
         message = text[:100_000].decode("utf-8", "replace")
         return (message.replace(self.api_key, "***") if self.api_key else message)[:300]

@@ -1,4 +1,4 @@
-"""The model interface: generate completions, and score options. Charter uses no other function of a model."""
+"""Define the model interface: generate completions, and score options. Charter uses no other functions of a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from schemas.records import ChatMessage
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A dialogue to continue. `prefill` is the start of the assistant message; the completion continues it.
+    """A dialogue to continue. `prefill` is the start of the assistant message, which the completion continues.
 
-    `timeout_s` limits the generation time of a completion in seconds, counted from the start of generation. An unfinished
-    completion is returned with what was generated and the finish reason "timeout". An unreachable model raises an error
-    instead.
+    `timeout_s` limits the generation time of a completion in seconds. After a timeout, the tokens generated so far are returned
+    with the finish reason "timeout". If the model is unreachable, an error is raised instead.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -26,9 +25,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Prompt tokens and completion tokens as billed, failed attempts included.
+    """The number of prompt tokens and completion tokens that are billed, including failed attempts.
 
-    `cached_tokens` is the number of prompt tokens that were not computed again, because they are shared with another prompt.
+    `cached_tokens` is the number of prompt tokens that were computed only once because several prompts share them.
     """
 
     prompt_tokens: int = 0
@@ -50,10 +49,10 @@ NO_USAGE = Usage()
 class Generation:
     """One sampled completion, without the prefill.
 
-    `finish_reason` is "stop", "length", "timeout" (see GenerationRequest), "refused" (a filter of the server withheld the
-    completion, or the response has a refusal) or "unknown". `token_ids` include the end token if the reason is "stop".
-    `logprobs` are the log-probabilities of these tokens at the sampling temperature, over the whole vocabulary. The tuples are
-    empty if the server reports no tokens. `reported_usage` is the usage that the server reports.
+    `finish_reason` is "stop", "length", "timeout" (see GenerationRequest), "refused" or "unknown". It is "refused" if a filter
+    of the server removed the completion, or if the response contains a refusal. `token_ids` include the end token if the reason
+    is "stop". `logprobs` are the log-probabilities of these tokens at the sampling temperature, over the whole vocabulary. All
+    tuples are empty if the server reports no tokens. `reported_usage` is the usage that the server reports.
     """
 
     text: str
@@ -71,7 +70,7 @@ class Generation:
 def sum_usage(generations: Sequence[Generation]) -> Usage:
     """Return the usage of several completions of one prompt.
 
-    A local model processes the prompt once; a server bills it for each completion.
+    A local model processes the prompt once for all completions. A server bills the prompt for each completion.
     """
     billed = sum(g.usage.prompt_tokens for g in generations if g.reported_usage)
     prompt_tokens = billed or max(g.usage.prompt_tokens for g in generations)
@@ -80,10 +79,11 @@ def sum_usage(generations: Sequence[Generation]) -> Usage:
 
 @dataclass(frozen=True)
 class OptionScores:
-    """For each option, the log of its next-token probability, summed over the token variants of the option.
+    """The scores of the options as the next token.
 
-    `option_mass` is the total probability of all options. For a model without log-probabilities the probabilities are shares of
-    sampled replies, and `unparsed_replies` are the replies that are not an option.
+    `logprobs` contains, for each option, the log of the total probability of its token variants. `option_mass` is the total
+    probability of all options. If the model has no log-probabilities, the probabilities are shares of sampled replies, and
+    `unparsed_replies` contains the replies that are not an option.
     """
 
     logprobs: tuple[float, ...]
@@ -94,12 +94,14 @@ class OptionScores:
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """The capabilities of a model. Without some of them other prompt templates are used, and records get another template hash.
+    """The capabilities of a model. If some are missing, other prompt templates are used, and records get another template hash.
 
-    prefill: the model continues a prefilled assistant message. Without it, a `GenerationRequest.prefill` is an error.
-    logprobs: options are scored by next-token probabilities. Without it, by the shares of `num_votes` sampled replies.
-    token_ids: generations have their exact token ids.
-    exact_logprobs: generations have the exact log-probabilities of their tokens.
+    `prefill` means that the model continues a prefilled assistant message. If it is false, `GenerationRequest.prefill` must be
+    empty.
+    `logprobs` means that options are scored by next-token probabilities. If it is false, `num_votes` replies are sampled, and
+    the shares of the options are used.
+    `token_ids` means that generations have exact token ids.
+    `exact_logprobs` means that generations have the exact log-probabilities of their tokens.
     """
 
     prefill: bool = True
@@ -113,14 +115,14 @@ LOCAL_CAPABILITIES = ModelCapabilities()
 
 
 class Model(Protocol):
-    """A language model. `revision` identifies the weights: a content hash, or a hash of the server's address and model name."""
+    """A language model. `revision` identifies the weights. It is a content hash, or a hash of server address and model name."""
 
     id: str
     revision: str
 
     @property
     def capabilities(self) -> ModelCapabilities:
-        """The capabilities of the model; a server is probed once, at the first use."""
+        """The capabilities of the model. A server is probed once, at the first use."""
         ...
 
     def generate(
@@ -132,9 +134,9 @@ class Model(Protocol):
         top_p: float = 1.0,
         max_tokens: int = 256,
     ) -> list[list[Generation]]:
-        """Sample `num_completions` completions for each request: [len(batch)][num_completions]."""
+        """Sample `num_completions` completions for each request. The result has the shape [len(batch)][num_completions]."""
         ...
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        """Score the options as the next token of each request: [len(batch)]."""
+        """Score the options as the next token of each request. The result has one entry for each request."""
         ...

@@ -1,14 +1,14 @@
-"""Local models through transformers: batched sampling, and option scores in one forward pass over shared prefixes.
+"""Run local models with transformers: sample in batches, and score options in one forward pass over shared prefixes.
 
-Weights are loaded from safetensors (or from the packaged GGUF file, converted once), never from pickles and never with remote
-code. Batches are sorted by length and limited in rows. The keys and values of a prompt are computed once for all its
-completions. Finished rows are removed from the batch.
+Weights are loaded from safetensors, or from the installed GGUF file, which is converted once. Pickle files and remote code are
+never loaded. Prompts are sorted by length, and the number of rows in a batch is limited. The keys and values of a prompt are
+computed once for all its completions. Finished rows are removed from the batch.
 
-The decode loop replaces `model.generate`, which keeps the logits of every step to return log-probabilities: (steps, rows,
-vocabulary) floats.
+This module has its own decode loop. `model.generate` would keep the logits of every step to return log-probabilities, and they
+have the size (steps, rows, vocabulary).
 
-Each row has its own random generator. At each step it samples one uniform number and takes the token at that point of the
-cumulative distribution. So the completion of a row does not depend on the other rows of the batch, up to rounding.
+Each row has a separate random generator. At each step it samples one uniform number, which selects a token from the cumulative
+distribution. So the completion of a row does not depend on the other rows of the batch, except for rounding.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRe
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 
-# Charter prints its own progress; the progress bars of transformers would interrupt it.
+# Charter prints its own progress, and the progress bars of transformers would disturb this output.
 transformers.utils.logging.disable_progress_bar()
 
-_MAX_PREFILL_TOKENS = 16_384  # rows times length of a batch: limits its memory
-_MAX_TREE_TOKENS = 4096  # tokens of one prefix tree: larger trees share more and need more memory
-_MAX_MASKED_TREE_TOKENS = 1024  # the same on a CPU without tree attention, where masked scores are computed too
-_MAX_MARKER_TOKENS = 16  # enough tokens for a dialogue marker of the plain format, with any tokenizer
-_COMPACTION_FRACTION = 0.25  # remove finished rows once they are this fraction of the batch
+_MAX_PREFILL_TOKENS = 16_384  # limit of rows times length of a batch, which limits its memory
+_MAX_TREE_TOKENS = 4096  # limit of the tokens of one prefix tree; larger trees share more tokens but need more memory
+_MAX_MASKED_TREE_TOKENS = 1024  # the same limit on a CPU without tree attention, which also computes masked scores
+_MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
+_COMPACTION_FRACTION = 0.25  # finished rows are removed when they are this fraction of the batch
 
 
 def open_local(spec: str, *, threads: int = 2, max_batch_size: int = 32) -> LocalModel:
@@ -51,9 +51,11 @@ def open_local(spec: str, *, threads: int = 2, max_batch_size: int = 32) -> Loca
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise UsageError for a folder without a model configuration or without safetensors."""
+    """Raise UsageError if a folder has no model configuration or no safetensors."""
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        raise UsageError(f"{folder} is not a model folder", "it has no config.json", "give a folder written by save_pretrained")
+        raise UsageError(
+            f"{folder} is not a model folder", "the folder has no config.json", "give a folder written by save_pretrained"
+        )
     if not list(folder.glob("*.safetensors")):
         raise UsageError(
             f"{folder} has no safetensors",
@@ -67,7 +69,10 @@ def _choose_device() -> str:
 
 
 def _load_weights(folder: Path, device: str) -> Any:
-    """Load a model in bf16, with a LoRA adapter merged. On tested hardware bf16 decodes faster than fp32 in half the memory."""
+    """Load a model in bf16 and merge its LoRA adapter, if it has one.
+
+    On tested hardware, bf16 decodes faster than fp32 and needs half the memory.
+    """
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
@@ -147,7 +152,10 @@ class LocalModel:
         return [result for result in results if result is not None]
 
     def build_trees(self, prompts: Sequence[Sequence[int]]) -> list[PrefixTree]:
-        """Build the prefix trees of the prompts, one per forward pass. Without custom masks each prompt has its own tree."""
+        """Build the prefix trees of the prompts. Each tree is one forward pass.
+
+        If the model does not support custom masks, each prompt has a separate tree.
+        """
         if not self.supports_custom_mask:
             return [tree for i, prompt in enumerate(prompts) for tree in _build_single_tree(i, prompt)]
         is_fast = self.uses_tree_attention or self.device == "cuda"
@@ -156,7 +164,7 @@ class LocalModel:
 
     @property
     def supports_custom_mask(self) -> bool:
-        """Whether a custom mask can replace the model's own. It cannot with sliding windows or layers with recurrent state."""
+        """Whether a custom mask can replace the mask of the model. Sliding windows and recurrent layers do not support this."""
         config = self.model.config.get_text_config()
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         uses_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -165,13 +173,13 @@ class LocalModel:
 
     @property
     def uses_tree_attention(self) -> bool:
-        """Whether to compute attention per branch. On a GPU one kernel over the whole tree is faster than many small ones."""
+        """Whether to compute attention per branch. On a GPU, one kernel over the whole tree is faster."""
         return self.device == "cpu" and self.model.config._attn_implementation == "sdpa" and supports_tree_attention(self.model)
 
     def compute_end_logits(self, tree: PrefixTree) -> torch.Tensor:
         """Return the logits at the end of each prompt of a tree (P, V)."""
         options: dict[str, Any] = {}
-        if len(tree.prompt_indices) > 1:  # a single prompt keeps the model's own mask, which some models need
+        if len(tree.prompt_indices) > 1:  # for a single prompt, use the mask of the model, because some models require it
             options["attention_mask"] = self.make_attention_mask(tree.make_visibility_mask())
         if options and self.uses_tree_attention:
             options["branches"] = build_branches(tree, options["attention_mask"])
@@ -186,7 +194,7 @@ class LocalModel:
         return out.logits[0]
 
     def make_attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Return the additive attention mask (1, 1, N, N): 0 where visible, the smallest finite number elsewhere."""
+        """Return the additive attention mask (1, 1, N, N): 0 for visible tokens, the smallest finite number for others."""
         mask = torch.zeros(1, 1, *visible.shape, dtype=self.model.dtype)
         mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
         return mask.to(self.device)
@@ -207,7 +215,10 @@ class LocalModel:
     def batch_by_length(
         self, prompts: Sequence[Sequence[int]], *, rows_per_prompt: int, max_new_tokens: int
     ) -> list[list[int]]:
-        """Return batches of prompt indices with similar lengths, longest first (so that a lack of memory shows at once)."""
+        """Return batches of prompt indices. The prompts of a batch have similar lengths.
+
+        The longest prompts are in the first batch, so that an out-of-memory error occurs early.
+        """
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         chunks: list[list[int]] = []
         for i in order:
@@ -219,7 +230,7 @@ class LocalModel:
         return chunks
 
     def run_prefill(self, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill the cache; return the logits at the end of each prompt (B, V) and the mask (B, T) of the left-padded batch."""
+        """Fill the cache. Return the logits at the end of each prompt (B, V) and the mask of the left-padded batch (B, T)."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -280,7 +291,7 @@ class LocalModel:
     def sample_next_tokens(
         self, logits: torch.Tensor, rows: Sequence[SampledSequence], temperature: float, top_p: float
     ) -> torch.Tensor:
-        """Sample the next token of each row (R,), and append it with its log-probability to unfinished rows."""
+        """Sample and return the next token of each row (R,). Append the token and its log-probability to unfinished rows."""
         logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
         if temperature == 0:
             tokens = logprobs.argmax(-1)
@@ -316,7 +327,10 @@ class LocalModel:
     # Options
 
     def compute_option_scores(self, logprobs: torch.Tensor, options: Sequence[str], prefill: str) -> OptionScores:
-        """Sum each option's probability over its single-token variants; `logprobs` is (V,)."""
+        """Return the scores of the options. The probability of an option is the sum over its single-token variants.
+
+        `logprobs` has the shape (V,).
+        """
         sums = [
             float(torch.logsumexp(logprobs[torch.tensor(self.get_option_token_ids(option, prefill))], 0)) for option in options
         ]
@@ -325,8 +339,8 @@ class LocalModel:
     def get_option_token_ids(self, option: str, prefill: str) -> list[int]:
         """Return the ids of the single-token variants of an option.
 
-        After a prefill that ends with `(` these are the letter, with or without `)`; otherwise also with a space or `(` before
-        it.
+        If the prefill ends with `(`, the variants are the option with and without `)`. Otherwise they also include the option
+        with a space or `(` before it.
         """
         prefixes = ("",) if prefill.endswith("(") else ("", " ", "(", " (")
         variants = {
@@ -338,7 +352,7 @@ class LocalModel:
         if not single_token_ids:
             raise UsageError(
                 f"the option {option!r} is not a single token of {self.id}",
-                "its probability cannot be read at one position",
+                "the probability of an option is read at one token position",
                 "use one letter for each option",
             )
         return single_token_ids
@@ -349,7 +363,7 @@ def _build_single_tree(prompt_index: int, prompt: Sequence[int]) -> list[PrefixT
 
 
 def _stop_timed_out(rows: Sequence[SampledSequence], batch: Sequence[GenerationRequest], elapsed_s: float) -> None:
-    """Finish the rows whose timeout has expired."""
+    """Mark the rows whose timeout has expired as finished."""
     for row in rows:
         limit = batch[row.request_index].timeout_s
         if not row.is_finished and limit is not None and elapsed_s > limit:
@@ -358,7 +372,7 @@ def _stop_timed_out(rows: Sequence[SampledSequence], batch: Sequence[GenerationR
 
 @contextmanager
 def _use_fp32_lm_head(model: Any) -> Iterator[None]:
-    """Compute logits in fp32: bf16 logits near 16 are 0.125 apart, too coarse for a soft label."""
+    """Compute logits in fp32. In bf16, logits near 16 have a resolution of 0.125, which is too coarse for a soft label."""
 
     def compute_fp32_logits(head: torch.nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
@@ -372,7 +386,10 @@ def _use_fp32_lm_head(model: Any) -> Iterator[None]:
 
 
 def apply_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set the probability of tokens outside the nucleus to 0: the smallest set that reaches `top_p` (R, V)."""
+    """Set the probability of tokens outside the nucleus to 0 (R, V).
+
+    The nucleus is the smallest set of tokens whose total probability is at least `top_p`.
+    """
     if top_p >= 1:
         return probabilities
     ordered, index = probabilities.sort(-1, descending=True)
@@ -381,8 +398,8 @@ def apply_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def sample_inverse_cdf(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Sample a token of each row (R,) by inverse transform sampling: `uniforms` are one number in [0, 1) per row."""
-    # In fp64: the rounding error of 50,000 additions in fp32 exceeds the probability of the rarest tokens.
+    """Sample one token for each row (R,) by inverse transform sampling. `uniforms` has one number in [0, 1) for each row."""
+    # fp64 is needed: in fp32 the rounding error of 50,000 additions is larger than the probability of rare tokens.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     points = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
@@ -391,7 +408,7 @@ def sample_inverse_cdf(probabilities: torch.Tensor, uniforms: Sequence[float]) -
 def _drop_finished_rows(
     cache: DynamicCache, rows: list[SampledSequence], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
 ) -> tuple[list[SampledSequence], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Remove finished rows from the batch, once they are numerous enough to justify the copy."""
+    """Remove finished rows from the batch if there are enough of them to justify the copy."""
     num_finished = sum(row.is_finished for row in rows)
     if num_finished < max(1, _COMPACTION_FRACTION * len(rows)):
         return rows, tokens, mask, positions

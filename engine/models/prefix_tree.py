@@ -1,9 +1,9 @@
-"""Prompts with common prefixes, as one sequence that contains each shared prefix once.
+"""Combine prompts with common prefixes into one sequence that contains each shared prefix once.
 
-The judge prompts of one pair (both orders, several principles) form a tree: the system prompt and the dialogue once, then a
-branch for each order, then one for each question. The sequence lists the tokens of the tree. Each token has its position id of
-the original prompt and attends only to its ancestors. One forward pass over the sequence gives the same results as a separate
-pass for each prompt (tree attention: Cai et al. 2024, Medusa, section 3.1).
+The judge prompts of one pair (both orders, several principles) form a tree. The root is the system prompt and the dialogue. It
+has a branch for each order, and each order has a branch for each question. The sequence contains the tokens of the tree. Each
+token keeps its position id from the original prompt and attends only to itself and its ancestors. One forward pass over the
+sequence gives the same results as a separate pass for each prompt (tree attention: Cai et al. 2024, Medusa, section 3.1).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Prompts as one sequence of N tokens.
+    """Several prompts as one sequence of N tokens.
 
-    token_ids, position_ids: for each token, its id and its position in the original prompt.
-    parent_indices: for each token, the index of its parent in the sequence (smaller than its own); ROOT for a first token.
-    prompt_indices: for each prompt, its index in the batch.
-    end_indices: for each prompt, the index of its last token in the sequence.
-    num_shared_tokens: for each prompt, the number of its tokens that earlier prompts already contributed.
+    `token_ids` and `position_ids` contain the id of each token and its position in the original prompt.
+    `parent_indices` contains the index of each token's parent in the sequence, or ROOT for the first token of a prompt.
+    A parent is always before its children.
+    `prompt_indices` contains the index of each prompt in the batch.
+    `end_indices` contains the index of each prompt's last token in the sequence.
+    `num_shared_tokens` contains the number of tokens that each prompt shares with earlier prompts.
     """
 
     token_ids: tuple[int, ...]
@@ -36,7 +37,10 @@ class PrefixTree:
     num_shared_tokens: tuple[int, ...]
 
     def get_branches(self) -> list[tuple[slice, list[int]]]:
-        """Return the branches: each a run of consecutive parent-child tokens, with the indices visible to its last token."""
+        """Return the branches of the tree, each with the indices that its last token attends to.
+
+        In a branch, the parent of each token is the token before it.
+        """
         forks = [index for index, parent in enumerate(self.parent_indices) if parent != index - 1]
         return [
             (slice(start, stop), [*self.get_ancestors(start), *range(start, stop)])
@@ -51,7 +55,7 @@ class PrefixTree:
         return ancestors[::-1]
 
     def make_visibility_mask(self) -> torch.Tensor:
-        """Return the mask (N, N): True where the token of the column is the token of the row or one of its ancestors."""
+        """Return the mask (N, N). An entry is True if the column is the token of the row or an ancestor of this token."""
         visible = torch.eye(len(self.token_ids), dtype=torch.bool)
         for index, parent in enumerate(self.parent_indices):
             if parent != ROOT:
@@ -60,9 +64,9 @@ class PrefixTree:
 
 
 def build_prefix_trees(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[PrefixTree]:
-    """Build trees of at most `max_tokens` tokens from all prompts. A longer prompt gets its own tree; no prompt may be empty.
+    """Build trees of at most `max_tokens` tokens from non-empty prompts. A longer prompt gets a separate tree.
 
-    The prompts are sorted by their tokens: each then shares its longest common prefix with the prompt before it.
+    The prompts are sorted by their tokens. Each prompt then has its longest common prefix with the prompt before it.
     """
     trees: list[PrefixTree] = []
     builder = _PrefixTreeBuilder()

@@ -1,18 +1,18 @@
-"""Probe the capabilities of a server, once, with a few short requests.
+"""Probe the capabilities of a server once, with a few short requests.
 
-Names and versions of servers are unreliable (a proxy can serve several), so each capability is tested with a request:
+The name and version of a server are unreliable, because a proxy can serve several servers. So requests test each capability:
 
-1. a plain request, which must work (with `max_tokens` or `max_completion_tokens`; with a seed or without);
-2. fields that turn thinking off (`chat_template_kwargs`) and that neutralize hidden sampling defaults (`top_k` and others);
-3. a prefilled assistant message that ends in the middle of a word: only a server that continues the message completes the
-   word. First with vLLM's two fields, then without them (llama.cpp and several hosted models continue a last assistant
-   message);
-4. log-probabilities: the number of top tokens, and whether they depend on the temperature (processed) or not (raw);
-5. token ids of the completion: `return_token_ids`, otherwise `return_tokens_as_token_ids`;
-6. sampling: some servers decode greedily at every temperature.
+1. A plain request must work, with `max_tokens` or `max_completion_tokens`, and with or without a seed.
+2. Requests with additional fields turn off thinking (`chat_template_kwargs`) and hidden sampling defaults (`top_k` and others).
+3. A prefilled assistant message ends in the middle of a word. Only a server that continues the message completes the word. The
+   first request has two fields of vLLM. The second has no extra fields: llama.cpp and several hosted models continue a last
+   assistant message without them.
+4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
+5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
+6. Two completions are sampled, because some servers decode greedily at every temperature.
 
-A capability is missing if the server rejects its request with 4xx, or fails with 500 three times. After any other failure the
-server counts as unreachable, and the probe has no result.
+A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
+failure the server counts as unreachable, and ModelUnreachable is raised.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _SAMPLING_MESSAGE = {
     "role": "user",
     "content": "Invent a name for a new ship, and tell me where it sails to. Be as original as you can.",
 }
-_SAMPLING_MAX_TOKENS = 12  # long enough that two samples almost never match
+_SAMPLING_MAX_TOKENS = 12  # long enough that two samples are almost never identical
 _PROBE_MAX_TOKENS = 4
 _TOP_LOGPROBS_COUNTS = (20, 5)
 _MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
-_LOGPROB_TOLERANCE = 1e-3  # smaller differences between log-probabilities are rounding
+_LOGPROB_TOLERANCE = 1e-3  # smaller differences between log-probabilities are treated as rounding errors
 NO_THINKING_BODY: JsonObject = {"chat_template_kwargs": {"enable_thinking": False}}
 UNMODIFIED_SAMPLING_BODY: JsonObject = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
@@ -58,7 +58,7 @@ _MAX_SERVER_ERRORS = 3
 
 
 class _ServerProbe:
-    """The probe of one server. `base_request` is a request that the server accepts; other requests extend it."""
+    """The probe of one server. `base_request` is a request that the server accepts. All other requests add fields to it."""
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
@@ -67,7 +67,7 @@ class _ServerProbe:
         self.find_base_request()
 
     def find_base_request(self) -> None:
-        """Find the field names of a plain request. Raise ModelUnreachable if the server rejects all variants."""
+        """Find the fields of a plain request that the server accepts. If it rejects all variants, raise ModelUnreachable."""
         first_error = ""
         for seed in ({"seed": 1}, {}):
             for limit in _MAX_TOKENS_FIELDS:
@@ -98,7 +98,7 @@ class _ServerProbe:
         return response
 
     def try_fields(self, fields: JsonObject) -> JsonObject | None:
-        """Return the response to the base request with additional fields; None if the server rejects it."""
+        """Send the base request with additional fields and return the response, or None if the server rejects the request."""
         try:
             return self.send_request(self.base_request | fields)
         except RequestRejected:
@@ -112,7 +112,7 @@ class _ServerProbe:
         return True
 
     def is_thinking(self) -> bool:
-        """Return whether completions still start with reasoning."""
+        """Return whether a completion contains reasoning with the current base request."""
         message = (self.try_fields({}) or {"choices": [{"message": {"content": ""}}]})["choices"][0]["message"]
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         return bool(reasoning) or message["content"].lstrip().startswith("<think>")
@@ -125,7 +125,7 @@ class _ServerProbe:
         return len(set(completions)) == len(responses)
 
     def find_prefill_body(self) -> JsonObject | None:
-        """Return the fields with which the server continues a prefilled message; None if it does not."""
+        """Return the request fields that let the server continue a prefilled message, or None if it does not continue it."""
         for fields in PREFILL_BODIES:
             response = self.try_fields(fields | {"messages": [_COUNTING_MESSAGE, _PREFILL_MESSAGE]})
             if response and response["choices"][0]["message"]["content"].startswith(_EXPECTED_CONTINUATION):
@@ -133,7 +133,7 @@ class _ServerProbe:
         return None
 
     def fetch_top_logprobs(self, count: int, temperature: float = 1.0) -> dict[str, float]:
-        """Return the log-probabilities of the top tokens at the first position; empty if the server has none."""
+        """Return the log-probabilities of the top tokens at the first position. Return an empty dict if the server has none."""
         fields = {"temperature": temperature, self.max_tokens_field: 1, "logprobs": True, "top_logprobs": count}
         response = self.try_fields(fields)
         return dict(parse_top_logprobs(response)) if response else {}
@@ -152,7 +152,7 @@ class _ServerProbe:
         return bool(common) and max(abs(full[token] - half[token]) for token in common) > _LOGPROB_TOLERANCE
 
     def find_token_ids_body(self, max_top_logprobs: int) -> JsonObject | None:
-        """Return the fields with which the server reports token ids; None if it cannot."""
+        """Return the request fields that let the server report token ids, or None if it does not support this."""
         for fields in TOKEN_IDS_BODIES:
             logprob_fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 0} if max_top_logprobs else {}
             response = self.try_fields(fields | logprob_fields)
@@ -162,7 +162,7 @@ class _ServerProbe:
 
 
 def _is_server_error(error: TransientError) -> bool:
-    """Return whether the status is 500: if it repeats, the server does not support the request. Other errors are transient."""
+    """Return whether the status is 500. Several responses with status 500 mean that the server does not support a request."""
     return error.status_code == 500
 
 
@@ -196,7 +196,7 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
 
 
 def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabilities) -> None:
-    """Log the missing capabilities of a server and their replacements."""
+    """Log the missing capabilities of a server, and what Charter uses instead."""
     if capabilities.prefill_body is None:
         logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", server.url)
     if not capabilities.max_top_logprobs:

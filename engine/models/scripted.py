@@ -1,7 +1,7 @@
-"""A FAKE model for tests: its completions are words selected by a hash of the request. They have no meaning.
+"""Provide a FAKE model for tests. A hash of the request selects the words of a completion. They have no meaning.
 
-It is deterministic, instant and needs no torch, so that tests can run the whole pipeline. It can fail on demand: the next calls
-raise `queued_errors`, and a message that contains POISON_TEXT always raises PermanentRecordError.
+The model is deterministic and fast, and it does not need torch. So tests can run the whole pipeline. Tests can also make it
+fail: each call raises the next error of `queued_errors`, and POISON_TEXT in a message raises PermanentRecordError.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _hash_request(request: GenerationRequest, *more: object) -> bytes:
 class ScriptedModel:
     """A fake model for tests.
 
-    `option_rule` returns the probability of the first of two options, relative to `option_mass`, the probability of both.
+    `option_mass` is the total probability of the options. `option_rule` returns the share of the first of two options in it.
     """
 
     id: str = "scripted"

