@@ -1,4 +1,4 @@
-"""`charter train`: build the trainer from the settings, with its monitor, its promotion gate and its metrics reports."""
+"""Build and run the trainer of `charter train`, with its monitor, its promotion gate and its metrics reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
 def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
-    """Run the trainer: one update (of `phase`, or of the next phase), or a loop of updates until a signal."""
+    """Run the trainer. If `loop` is true, make updates until a signal arrives.
+
+    Otherwise make one update, of `phase` or of the next phase that is ready.
+    """
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
@@ -63,7 +66,10 @@ def _get_base_model_folder(settings: Settings) -> Path:
 
 
 def _train_once(trainer: Trainer, phase: str | None) -> None:
-    """Resume an unfinished batch, then update the named phase; without a name and a batch, the next phase that is ready."""
+    """Resume an unfinished batch, then update `phase`.
+
+    If `phase` is None and there was no unfinished batch, update the next phase that is ready.
+    """
     update = trainer.resume()
     next_phase = phase or (None if update else trainer.next_phase())
     if next_phase:
@@ -71,11 +77,11 @@ def _train_once(trainer: Trainer, phase: str | None) -> None:
     if update is None:
         paused = ", ".join(sorted(trainer.read_state().paused_phases))
         why = f"{paused} is paused (to resume it, type: charter policy resume)" if paused else "no phase has enough new rows"
-        click.echo(f"{why}; to train a phase now, type: charter train --phase sft")
+        click.echo(f"{why}. To train a phase now, type: charter train --phase sft")
 
 
 class MetricsReporter:
-    """Reports the metrics of steps and updates: on the terminal, as log messages, to Prometheus, and to trackio or wandb."""
+    """This reporter sends metrics of steps and updates to the terminal, log messages, Prometheus, and trackio or wandb."""
 
     def __init__(self, settings: Settings) -> None:
         self.latest_metrics: dict[str, dict[str, float]] = {}
@@ -83,6 +89,7 @@ class MetricsReporter:
         self.tracker_run = _start_tracker_run(settings.train.report_to, settings.run.id) if settings.train.report_to else None
 
     def report_step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        """Report the metrics of one step."""
         self.latest_metrics[phase] = metrics
         self.step_counts[phase] += 1
         click.echo(f"phase={phase} step={step} {_format_metrics(metrics)}")
@@ -91,7 +98,7 @@ class MetricsReporter:
         self.log_to_tracker(phase, metrics)
 
     def report_update(self, update: PolicyUpdate) -> None:
-        """Report what an update has published, and the metrics that its steps do not have."""
+        """Report the published version, and the metrics of the update that its steps do not have."""
         update_metrics = {
             name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})
         }
@@ -113,7 +120,7 @@ def _format_metrics(metrics: dict[str, float]) -> str:
 
 
 def _start_tracker_run(name: str, run_id: str) -> Any:
-    """Start a run of trackio or wandb, which have the same interface: `init`, `log`, `finish`."""
+    """Start a run of trackio or wandb. Both libraries have the same interface (`init`, `log`, `finish`)."""
     try:
         library = importlib.import_module(name)
     except ModuleNotFoundError as error:

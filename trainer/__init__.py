@@ -1,1 +1,1 @@
-"""Training: batches sampled from DuckDB, four learners, and the loop that publishes their policies and reward models."""
+"""This package samples batches from DuckDB, trains with four learners, and publishes new policies and reward models."""

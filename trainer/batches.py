@@ -1,18 +1,20 @@
-"""Batches: the rows that one phase trains on, selected from DuckDB by commit sequence and recorded in a manifest before training.
+"""Select the rows of a batch from DuckDB by commit sequence, and record them in a manifest before training.
 
-Each row trains a phase once. A phase has one cursor per source of rows (`prompts.source`): the commit up to which the rows of that
-source were sampled. A cursor moves when the batch's update is on the log, never before, so a voided batch leaves its rows available.
-Rows that a mixture skips stay after the cursor of their source, and the next batch takes them first. A row that arrives late has a later
-commit and is sampled then. A human label that replaces another label is a new row.
+Each row trains a phase once. A phase has one cursor per source of rows (`prompts.source`). The cursor is the commit up to which
+the rows of the source were sampled. It moves when the update of a batch is on the log, and not earlier. The rows of a voided
+batch therefore stay available. Rows that a mixture skips stay after the cursor of their source, and the next batch takes them
+first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces another label is
+a new row.
 
-A reward model's batch also replays labels of earlier batches (`reward.replay_ratio`), sampled again for each batch. A reward model that
-learns only from the newest policy's responses forgets how to score responses that this policy no longer gives, and PPO then returns to
-them. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of all policies so far; Rolnick et al. 2019 mix new and replayed
-experience half and half.) The manifest names the replayed rows.
+A batch of the reward model also replays labels of earlier batches (`reward.replay_ratio`). They are sampled again for each
+batch. A reward model that learns only from the responses of the newest policy forgets how to score responses that this policy
+no longer gives. PPO then returns to such responses. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of all
+policies so far. Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest lists the replayed rows.
 
-A manifest names the rows in the order of training, holds a hash of everything that training reads of them, and records the seed and the
-settings. A crash therefore resumes with the identical batch, and an old batch can be rebuilt. Staleness is decided here and nowhere else,
-from the records alone: a rollout that PPO may no longer use is dropped with a reason, on the topic `dropped-rollouts`.
+A manifest lists the rows in the order of training. It holds a hash of all columns that training reads, the seed, and the
+settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this module
+decides whether a rollout is too stale, and it uses only the records for this. A rollout that PPO can no longer use is dropped.
+The reason is published on the topic `dropped-rollouts`.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
 from trainer.state import TrainingState
 
-QUERY_TIMEOUT_S = 60.0  # longer than for a screen: a batch may scan large tables
+QUERY_TIMEOUT_S = 60.0  # longer than the default of the store, because a batch may scan large tables
 SFT_PHASE, _RL_PHASES = "sft", ("ppo", "dpo")
 _NEW_ROW_VIEWS = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
-# The views that a manifest's rows are read from. A label that a person has overridden is no longer in `preference_pairs`, but a batch
-# that trained on it must still be rebuilt.
+# The views from which the rows of a manifest are loaded. If a person overrides a label, the old label is no longer in `preference_pairs`.
+# A batch that trained on the old label can still be rebuilt from `preference_labels`.
 _MANIFEST_VIEWS = _NEW_ROW_VIEWS | {"reward": "preference_labels", "dpo": "preference_labels"}
 KEY_COLUMNS = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
 _PAIR_COLUMNS = "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing, label_source, policy_version"
-# The columns that training reads and that a manifest's hash covers. A view may have more.
+# The columns that training reads. The hash in a manifest covers the same columns. A view may have more columns.
 _TRAINING_COLUMNS = {
     "sft": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
     "reward": _PAIR_COLUMNS,
@@ -54,9 +56,9 @@ _LENGTH_EXPRESSIONS = {
     "reward": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
     "dpo": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
 }
-# The revisions of the selected rounds instead of a chain's final response. A chain without any of these rounds (the critic was satisfied,
-# the chain was skipped, or a person wrote it) keeps its final response. A revision that lost against its predecessor is left out. Where
-# the finish reason of a revision is not known, training does not append the end token.
+# This query replaces the final response of a chain with the chain's revisions of the selected rounds. A chain without a revision in these
+# rounds keeps its final response. (The critic accepted the response, the chain was skipped, or a person wrote the response.) A revision
+# that lost against its predecessor is omitted. If the finish reason of a revision is unknown, training does not append the end token.
 _SELECTED_ROUNDS_SQL = """
     WITH rounds AS (
         SELECT record_id, response_id, end_reason, round AS last, unnest(rounds) AS round
@@ -72,13 +74,17 @@ _SELECTED_ROUNDS_SQL = """
         SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.finish_reason, e.finish_reason) AS finish_reason), c.round
         FROM sft_examples e LEFT JOIN chosen c USING (record_id)
         WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY round"""
-_OTHER_SOURCES = "*"  # in a mixture: every source that it does not name
-_STEPS_PER_LENGTH_GROUP = 16  # the rows of this many steps are sorted by length together: little padding, but still a shuffle
+_OTHER_SOURCES = "*"  # the part of a mixture that holds all sources that the mixture does not name
+# Rows are sorted by length within groups of this number of steps. This needs little padding, and the order is still random.
+_STEPS_PER_LENGTH_GROUP = 16
 
 
 @dataclass(frozen=True)
 class StalenessLimits:
-    """How stale a rollout may be: in policy versions, in reward-model versions, and in seconds (0: no limit)."""
+    """These limits define how stale a rollout may be, in policy versions, in reward-model versions and in seconds.
+
+    If `max_age_s` is 0, the age in seconds is not limited.
+    """
 
     max_staleness: int = 4
     max_reward_staleness: int = 4
@@ -87,7 +93,10 @@ class StalenessLimits:
 
 @dataclass(frozen=True)
 class Batch:
-    """A manifest and its rows, in the order of training. Rows of similar length are next to each other."""
+    """A batch has a manifest and rows. The rows are in the order of training.
+
+    Rows of similar length are next to each other.
+    """
 
     manifest: BatchManifest
     rows: list[dict[str, Any]]
@@ -95,14 +104,14 @@ class Batch:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The learner's settings at the time of the manifest. A resumed batch trains with these."""
+        """Return the learner's settings that the manifest records. A resumed batch trains with these settings."""
         settings: dict[str, Any] = json.loads(self.manifest.settings)
         return settings
 
 
 @dataclass(frozen=True)
 class RowRef:
-    """A reference to a row that may be sampled. `length` is in characters (of a rollout: 0)."""
+    """This object refers to a row that may be sampled. `length` is in characters. For a rollout, `length` is 0."""
 
     row_id: str
     source: str
@@ -116,17 +125,20 @@ class RowRef:
 
 
 def get_row_threshold(train: TrainSettings, phase: str) -> int:
-    """Return how many new rows start an update of a phase."""
+    """Return the number of new rows that a phase needs before an update starts."""
     return {"sft": train.sft_rows, "ppo": train.ppo_rows}.get(phase, train.reward_rows)
 
 
 def get_mixture(train: TrainSettings, phase: str) -> dict[str, float]:
-    """Return the share of each source in a batch of a phase; empty for PPO, which takes rollouts as they come."""
+    """Return the configured share of each source in a batch of a phase. Return an empty dict for PPO, which has no mixture."""
     return parse_mixture({"sft": train.sft_mixture, "ppo": []}.get(phase, train.reward_mixture))
 
 
 def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int) -> list[RowRef]:
-    """Return the first `limit` rows of each source that a phase has not trained on, in commit order. For phases other than PPO."""
+    """Return the first `limit` rows of each source that a phase has not trained on, in commit order.
+
+    PPO uses `select_rollouts` instead.
+    """
     sql = f"""
         {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
         WHERE v.commit_seq > greatest(coalesce(c.at, -1), $3)
@@ -136,7 +148,10 @@ def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: in
 
 
 def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, count: int, seed: int) -> list[RowRef]:
-    """Return `count` rows of earlier batches of a phase, selected by a hash of their ids and the seed, in commit order."""
+    """Return `count` rows of earlier batches of a phase, in commit order.
+
+    The rows are selected by a hash of their ids and the seed.
+    """
     sql = f"""
         {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
         WHERE v.commit_seq <= greatest(coalesce(c.at, -1), $3)
@@ -152,7 +167,7 @@ _ROW_REF_SQL = """
 
 
 def _get_cursor_parameters(phase: str, state: TrainingState) -> list[Any]:
-    """Return the sources with a separate cursor in a phase, these cursors, and the cursor of all other sources."""
+    """Return the sources that have a separate cursor in a phase, their cursors, and the cursor of all other sources."""
     cursors = {source: commit_seq for (owner, source), commit_seq in state.cursors.items() if owner == phase}
     return [list(cursors), list(cursors.values()), state.get_cursor(phase)]
 
@@ -172,10 +187,11 @@ def select_rollouts(
     allow_overlap: bool,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[RowRef], list[DroppedRollout]]:
-    """Return the responses that PPO may train on, and a DroppedRollout for each that it may no longer use.
+    """Return the responses that PPO may train on, and a DroppedRollout for each response that it can no longer use.
 
-    A response that PPO could never use is skipped; the view gives the reason (`exclusion_reason`). `served_revisions` holds the revision
-    that a server reports for each policy version, because the weights themselves cannot be compared there.
+    A response that PPO could never use is skipped. The column `exclusion_reason` of the view gives the reason.
+    `served_revisions` maps each policy version to the revision that a server reports, because the weights on a server cannot be
+    compared directly.
     """
     sql = """
         SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
@@ -193,14 +209,14 @@ def select_rollouts(
             reason = "its prompt trained the reward model"
         if reason is not None:
             drops.append(_make_dropped_rollout(row, reason))
-        else:  # one reference per response, although each completion is a row
+        else:  # each completion is a row, but a response gets only one `RowRef`
             response_id = str(row["response_id"])
             usable.setdefault(response_id, RowRef(response_id, row["source"], row["commit_seq"], 0, row["policy_version"]))
     return list(usable.values()), drops
 
 
 def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: StalenessLimits) -> str | None:
-    """Return why a rollout is too old for the current policy; None when it is not."""
+    """Return why a rollout is too stale for the current policy. Return None if it is not too stale."""
     version = row["policy_version"]
     if version < state.reference_version:
         return "sampled before the last supervised update"
@@ -216,12 +232,15 @@ def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: 
 
 
 def compute_age_s(created_at: datetime) -> float:
-    """Return the seconds since a time in UTC without a time zone, as DuckDB returns it."""
+    """Return the seconds since `created_at`, which is in UTC without a time zone, as DuckDB returns it."""
     return (datetime.now(UTC).replace(tzinfo=None) - created_at).total_seconds()
 
 
 def find_revision_mismatch(row: Mapping[str, Any], state: TrainingState, served_revisions: Mapping[int, str]) -> str | None:
-    """Return why a response was not sampled from the weights of its policy version; None when it was."""
+    """Return a reason if a response was not sampled from the weights of its policy version.
+
+    Return None if the weights match.
+    """
     expected = state.model_revisions.get(row["policy_version"])
     if expected is None or row["revision"] in (expected, served_revisions.get(row["policy_version"])):
         return None
@@ -245,7 +264,7 @@ def _make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout
 
 
 def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: Sequence[str]) -> set[str]:
-    """Return which of the prompts the reward model was trained on, in any batch so far."""
+    """Return the subset of `prompt_ids` that the reward model was trained on, in all batches so far."""
     sql = """
         WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
@@ -260,14 +279,14 @@ def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: S
 def sample_mixture(rows: Sequence[RowRef], mixture: Mapping[str, float], *, min_size: int, max_size: int) -> list[RowRef]:
     """Return the largest batch that has the shares of a mixture, in commit order.
 
-    Each part takes its oldest rows. A part without rows is left out, and the other shares grow. Where a scarce part would make the batch
-    smaller than `min_size`, rows of the other parts fill it.
+    The oldest rows of each part are used. A part without rows is omitted, and the shares of the other parts grow. If a scarce
+    part makes the batch smaller than `min_size`, rows of the other parts fill it.
     """
     parts = _group_by_mixture_part(rows, mixture)
     total_share = sum(mixture.get(part, 1.0) for part in parts)
     size = min(max_size, len(rows), max(compute_exact_mixture_size(rows, mixture), min_size))
     counts = {part: min(len(available), int(size * mixture.get(part, 1.0) / total_share)) for part, available in parts.items()}
-    # Rounding down and scarce parts leave gaps: the part with the most rows left fills them first.
+    # Because of rounding and scarce parts, rows are still missing. Add rows first from the part that has the most rows left.
     for part in sorted(parts, key=lambda part: counts[part] - len(parts[part])):
         counts[part] += min(len(parts[part]) - counts[part], size - sum(counts.values()))
     chosen = [row for part, available in parts.items() for row in available[: counts[part]]]
@@ -275,7 +294,7 @@ def sample_mixture(rows: Sequence[RowRef], mixture: Mapping[str, float], *, min_
 
 
 def compute_exact_mixture_size(rows: Sequence[RowRef], mixture: Mapping[str, float]) -> int:
-    """Return the size of the largest batch that has exactly the shares of those parts that have rows."""
+    """Return the size of the largest batch with exactly the configured shares. Ignore parts that have no rows."""
     parts = _group_by_mixture_part(rows, mixture)
     total_share = sum(mixture.get(part, 1.0) for part in parts)
     sizes = (int(len(available) * total_share / mixture.get(part, 1.0) + 1e-6) for part, available in parts.items())
@@ -283,7 +302,7 @@ def compute_exact_mixture_size(rows: Sequence[RowRef], mixture: Mapping[str, flo
 
 
 def _group_by_mixture_part(rows: Sequence[RowRef], mixture: Mapping[str, float]) -> dict[str, list[RowRef]]:
-    """Return the rows by the part of the mixture that their source belongs to; without a mixture there is one part."""
+    """Group the rows by the part of the mixture that contains their source. An empty mixture has one part for all rows."""
     parts: dict[str, list[RowRef]] = {}
     for row in rows:
         parts.setdefault(row.source if row.source in mixture else _OTHER_SOURCES, []).append(row)
@@ -291,7 +310,10 @@ def _group_by_mixture_part(rows: Sequence[RowRef], mixture: Mapping[str, float])
 
 
 def describe_mixture_shortfall(rows: Sequence[RowRef], mixture: Mapping[str, float]) -> str | None:
-    """Return a warning when the shares of a batch differ from the configured mixture by more than 1.5 rows; else None."""
+    """Return a warning if the shares of a batch differ from the configured mixture by more than 1.5 rows.
+
+    Otherwise return None.
+    """
     parts = _group_by_mixture_part(rows, mixture)
     counts = {part: len(parts.get(part, [])) for part in mixture}
     total_share = sum(mixture.values())
@@ -306,14 +328,14 @@ def describe_mixture_shortfall(rows: Sequence[RowRef], mixture: Mapping[str, flo
 
 
 def group_by_length(rows: Sequence[RowRef], batch_size: int, seed: int) -> list[RowRef]:
-    """Return the rows shuffled, with rows of similar length in each step (the order of a length-grouped sampler)."""
+    """Shuffle the rows so that each step has rows of similar length (the order of a length-grouped sampler)."""
     rng, order = random.Random(seed), list(rows)
     rng.shuffle(order)
     group_size = batch_size * _STEPS_PER_LENGTH_GROUP
     groups = [order[start : start + group_size] for start in range(0, len(order), group_size)]
     order = [row for group in groups for row in sorted(group, key=lambda row: -row.length)]
     steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    last = [steps.pop()] if len(order) % batch_size else []  # an incomplete step stays the last one
+    last = [steps.pop()] if len(order) % batch_size else []  # an incomplete step stays at the end
     rng.shuffle(steps)
     return [row for step in [*steps, *last] for row in step]
 
@@ -334,7 +356,10 @@ def build_manifest(
     settings: object,
     mixture: Mapping[str, float] | None = None,
 ) -> BatchManifest:
-    """Build the manifest of a batch. Its id is a hash of its content and of what it trains: it is the same after a crash."""
+    """Build the manifest of a batch.
+
+    Its id is a hash of the rows, the seed, the settings and the current versions. The id is therefore the same after a crash.
+    """
     record_ids = [row.row_id for row in row_refs]
     content_hash = compute_content_hash([*rows, *sl_rows])
     settings_json = json.dumps(settings, sort_keys=True)
@@ -347,7 +372,7 @@ def build_manifest(
         policy=state.policy_version,
         reward=state.reward_version,
     )
-    new_rows = [row for row in row_refs if not row.replayed]  # replayed rows move no cursor
+    new_rows = [row for row in row_refs if not row.replayed]  # replayed rows do not move a cursor
     cursors: dict[str, int] = {}
     for row in new_rows:
         cursors[row.source] = max(cursors.get(row.source, -1), row.commit_seq)
@@ -376,7 +401,7 @@ def build_manifest(
 
 
 def compute_content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the SHA-256 of the rows, in their order."""
+    """Return the SHA-256 of the rows in the given order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
@@ -384,7 +409,10 @@ def compute_content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Load the rows with these ids, in the order of the ids; the completions of a response and the rounds of a chain in theirs."""
+    """Load the rows with these ids, in the order of the ids.
+
+    The completions of a response are sorted by their index, and the rounds of a chain by their number.
+    """
     usable = " AND exclusion_reason IS NULL" if phase == "ppo" else ""
     sql = f"SELECT {_TRAINING_COLUMNS[phase]} FROM {_MANIFEST_VIEWS[phase]} WHERE {KEY_COLUMNS[phase]} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]
@@ -396,7 +424,7 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
 
 
 def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
-    """Load the rows that a manifest names; raises CharterError when they are missing or have changed."""
+    """Load the rows that a manifest lists. Raise CharterError when rows are missing or have changed."""
     rows = load_rows(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
     sl_rows = load_rows(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
     row_ids = {str(row[KEY_COLUMNS[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
@@ -407,13 +435,13 @@ def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
             f"{len(missing)} of its {len(manifest.record_ids)} rows are not in {store.path}"
             if missing
             else f"its rows in {store.path} have changed since it was sampled",
-            "use the database that the batch was sampled from; erased rows cannot be restored",
+            "use the database that the batch was sampled from. Erased rows cannot be restored",
         )
     return Batch(manifest, rows, sl_rows)
 
 
 def load_newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
-    """Load the newest finished chains, for the supervised half of a combined objective."""
+    """Load the newest finished revision chains, for the supervised part of the combined objective."""
     rows = store.query_dicts(
         "SELECT record_id FROM sft_examples ORDER BY commit_seq DESC LIMIT ?", [count], limit_s=QUERY_TIMEOUT_S
     )
@@ -421,4 +449,5 @@ def load_newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
 
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[ChatMessage, ...]:
+    """Return the chat messages of a row."""
     return tuple(ChatMessage(**message) for message in row["messages"])

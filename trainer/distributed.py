@@ -1,14 +1,14 @@
-"""Training in several processes under accelerate's launcher: the main process is the trainer, all processes learn.
+"""Train in several processes under accelerate's launcher. The main process is the trainer, and all processes run the learners.
 
     accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
 
-The main process samples batches, uses the log and writes checkpoints, as a single process does. The others have neither log nor database:
-they wait in `join_processes` for the learner calls that the main process broadcasts, make the same calls, and discard the results. Within
-a call the processes share each step: trl's trainers do so themselves, PPO sums the gradients. trl fills up an incomplete last batch with
-rows from the beginning; PPO splits it without filling it up. All processes read the same files, so each of them needs access to the data
-folder and the models.
+The main process samples batches, uses the log and writes checkpoints, as a single process does. The other processes do not use
+the log or the database. They wait in `join_processes` for the learner calls that the main process broadcasts, make the same
+calls, and discard the results. Within a call, the processes share each step. trl's trainers do this themselves, and PPO sums
+the gradients. trl fills an incomplete last batch with rows from the beginning. PPO splits the incomplete batch without filling
+it. All processes read the same files, so each process needs access to the data folder and to the models.
 
-Tested with two processes on a CPU. It has not been run on several GPUs.
+This module was tested with two processes on a CPU. It has not been run on several GPUs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from trainer.hf import StepCallback, ignore_step
 
 _CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days later
 T = TypeVar("T")
-# The group for broadcasting calls. The GPUs' group cannot be used: it times out after minutes.
+# The process group that broadcasts calls. The group of the GPUs is not suitable, because it times out after minutes.
 _process_groups: list[Any] = []
 
 
 @contextmanager
 def join_processes() -> Iterator[bool]:
-    """Join the launcher's other processes; yield whether this is the main one. The others follow it until it leaves the block."""
+    """Join the other processes of the launcher. Yield whether this process is the main process.
+
+    The other processes follow the main process until it leaves the block.
+    """
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -50,20 +53,20 @@ def join_processes() -> Iterator[bool]:
 
 
 def get_world_size() -> int:
-    """Return the number of processes; 1 without a launcher."""
+    """Return the number of processes. Return 1 without a launcher."""
     return distributed.get_world_size() if _process_groups else 1
 
 
 def get_rank() -> int:
-    """Return the index of this process; 0 without a launcher."""
+    """Return the index of this process. Return 0 without a launcher."""
     return distributed.get_rank() if _process_groups else 0
 
 
 def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCallback = ignore_step, **named: Any) -> Any:
-    """Call a learner in this process and in all others; only this process calls `on_step`.
+    """Call a learner in this process and in all other processes. Only this process calls `on_step`.
 
-    An error of `on_step` (the log is unreachable) is raised after the learner has returned: if it were raised within a step, the other
-    processes would wait for this one forever.
+    `on_step` can raise an error, for example when the log is unreachable. This error is raised only after the learner has
+    returned. If it were raised within a step, the other processes would wait for this process forever.
     """
     if not _process_groups:
         return learner(*arguments, on_step=on_step, **named)
@@ -85,7 +88,7 @@ def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCall
 
 
 def _broadcast_object(value: Any) -> Any:
-    """Send an object from the main process to all others; return it."""
+    """Broadcast an object from the main process to all other processes. Return the object."""
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_process_groups[0])
     return box[0]
@@ -93,10 +96,10 @@ def _broadcast_object(value: Any) -> Any:
 
 def _follow_main_process() -> None:
     """Make the learner calls that the main process broadcasts, until it broadcasts None."""
-    logging.getLogger("charter").setLevel(logging.ERROR)  # the main process logs for all
+    logging.getLogger("charter").setLevel(logging.ERROR)  # only the main process logs messages
     while (call := _broadcast_object(None)) is not None:
         learner, arguments, named = call
-        with suppress(CharterError):  # the main process raises it too
+        with suppress(CharterError):  # the main process raises the same error
             learner(*arguments, **named)
 
 
@@ -106,7 +109,7 @@ def shard_rows(rows: Sequence[T]) -> list[T]:
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace each parameter's gradient by the sum over all processes."""
+    """Replace the gradient of each parameter with its sum over all processes."""
     if not _process_groups:
         return
     for parameter in parameters:
@@ -116,7 +119,7 @@ def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Return the sum of each value over all processes. A name that a process lacks counts as 0 there."""
+    """Return the sum of each value over all processes. A name that is missing in a process counts as 0."""
     if not _process_groups:
         return values
     gathered: list[Any] = [None] * get_world_size()
@@ -126,7 +129,7 @@ def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
 
 
 def max_over_processes(value: float) -> float:
-    """Return the largest of all processes' values."""
+    """Return the largest value of all processes."""
     if not _process_groups:
         return value
     gathered: list[Any] = [None] * get_world_size()

@@ -1,4 +1,4 @@
-"""The folders of the models that training reads and writes: the base model, and one checkpoint for each trained version."""
+"""Locate the model folders of training, which are the base model and one checkpoint for each trained version."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from trainer.state import TrainingState, name_checkpoint
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """The folders as of a state. `base_folder` holds policy version 0."""
+    """This object locates the model folders for one training state. `base_folder` holds policy version 0."""
 
     state: TrainingState
     base_folder: Path
     checkpoints_folder: Path
 
     def get_policy_folder(self, version: int) -> Path:
-        """Return the verified folder of the weights of a policy version."""
+        """Return the folder with the weights of a policy version. Verify the content hash of a checkpoint."""
         source = get_weights_version(self.state.updates, version)
         return self.get_version_folder(PolicyKind.POLICY, source) if source else self.base_folder
 
     def get_version_folder(self, kind: PolicyKind, version: int) -> Path:
-        """Return the verified folder of a trained version."""
+        """Return the checkpoint folder of a trained version, and verify its content hash."""
         update = next(update for update in self.state.updates if update.kind is kind and update.version == version)
         return read_checkpoint(locate_checkpoint(update.uri, self.checkpoints_folder), update.content_hash).folder
 
@@ -36,17 +36,17 @@ class ModelFolders:
 
 
 def get_policy_kind(manifest: BatchManifest) -> PolicyKind:
-    """Return what a batch trains: a policy or a reward model."""
+    """Return whether a batch trains a policy or a reward model."""
     return PolicyKind.REWARD if manifest.phase == "reward" else PolicyKind.POLICY
 
 
 def get_base_version(manifest: BatchManifest) -> int:
-    """Return the version that a batch's update starts from (of the reward model: 0 for none)."""
+    """Return the version that a batch's update starts from. For the first reward model, return 0."""
     if get_policy_kind(manifest) is PolicyKind.REWARD:
         return manifest.base_reward_version or 0
     return manifest.base_policy_version
 
 
 def name_batch_checkpoint(manifest: BatchManifest) -> str:
-    """Return the folder name of the checkpoint that a batch makes."""
+    """Return the folder name of the checkpoint that a batch's update writes."""
     return name_checkpoint(get_policy_kind(manifest), get_base_version(manifest) + 1)

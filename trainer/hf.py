@@ -1,4 +1,4 @@
-"""Running trl's trainers: arguments that save and print nothing, and a callback that gets each step's metrics."""
+"""Run trl's trainers without saving or printing, and pass the metrics of each step to a callback."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from engine.errors import TrainingFailed
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
-# Share of an update's steps. Adam starts without state in each update, and its first steps are as long as the learning rate allows.
+# The learning rate rises during this share of an update's steps. Adam starts without state in each update, so its first steps have the
+# full length of the learning rate.
 _WARMUP_RATIO = 0.15
 
 
 def ignore_step(step: int, metrics: dict[str, float]) -> None:
-    """The default of `on_step`."""
+    """Do nothing. This is the default of `on_step`."""
 
 
 def compute_micro_batch_size(batch_size: int, max_size: int) -> int:
-    """Return the rows per pass: the largest divisor of the batch size up to `max_size`, so that a step is exactly one batch."""
+    """Return the number of rows per pass, which is the largest divisor of `batch_size` up to `max_size`.
+
+    A step is then exactly one batch.
+    """
     return next(rows for rows in range(min(batch_size, max_size), 0, -1) if batch_size % rows == 0)
 
 
@@ -38,11 +42,12 @@ def build_training_arguments(
     shuffle: bool = False,
     texts_per_row: int = 1,
 ) -> dict[str, Any]:
-    """Build the arguments of trl's configurations: nothing is saved, uploaded or printed; weights stay fp32 under autocast.
+    """Build the arguments of trl's configurations. trl then saves, uploads and prints nothing.
 
-    Rows are read in their order, in which a batch has put rows of similar length next to each other; `shuffle` shuffles them again, still
-    grouped by length. `texts_per_row` is the number of sequences in a row: a pair has two, and counts as two of
-    `hardware.micro_batch_size`. Under accelerate's launcher each process takes an equal part of `batch_size`.
+    Weights stay in fp32 under autocast. Rows are read in the given order, in which rows of similar length are next to each
+    other. If `shuffle` is true, the rows are shuffled again and stay grouped by length. `texts_per_row` is the number of
+    sequences in a row. A pair has two sequences and counts as two rows of `hardware.micro_batch_size`. Under accelerate's
+    launcher, each process takes an equal part of `batch_size`.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = max(1, batch_size // processes)
@@ -77,13 +82,13 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
     if name is not None:
         raise TrainingFailed(
             f"{name} is {metrics[name]} at step {step}: training has diverged",
-            "nothing of this update was saved; the last policy stays in use",
+            "this update was not saved, and the last policy stays in use",
             "lower the learning rate of this phase (charter config), then type: charter train",
         )
 
 
 class _StepReporter(TrainerCallback):
-    """Passes the numeric metrics of each logged step to `on_step`."""
+    """This callback passes the numeric metrics of each logged step to `on_step`."""
 
     def __init__(self, on_step: StepCallback) -> None:
         self.on_step = on_step
@@ -98,16 +103,17 @@ class _StepReporter(TrainerCallback):
 
 
 def compute_learning_rate_factor(step: int, num_steps: int, warmup_ratio: float = _WARMUP_RATIO) -> float:
-    """Return the factor of the learning rate at a step (from 0): a linear rise, then a linear fall towards 0.
+    """Return the factor of the learning rate at a step. Steps are counted from 0.
 
-    It is above 0 at every step. transformers' own warm-up starts at 0, and an update of one step would learn nothing.
+    The factor rises linearly, then falls linearly towards 0. It is above 0 at every step. The warm-up of transformers starts at
+    0, so an update of one step would learn nothing.
     """
     rise = math.ceil(warmup_ratio * num_steps)
     return min((step + 1) / (rise + 1), (num_steps - step) / max(1, num_steps - rise))
 
 
 def run_trainer(trainer: Any, on_step: StepCallback) -> dict[str, float]:
-    """Train without output; return the last step's metrics, the mean loss and the number of steps."""
+    """Train without output. Return the metrics of the last step, the mean loss and the number of steps."""
     reporter = _StepReporter(on_step)
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:

@@ -1,13 +1,15 @@
-"""The loop of the trainer: when to resume, when to update which phase, and when to roll back.
+"""Decide when to resume a batch, when to update which phase, and when to roll back.
 
-Each tick reads the state of training from the log once (`trainer.state`) and does the first thing that is due:
+Each tick reads the state of training from the log once (`trainer.state`). It then does the first of these actions that is
+needed:
 
-1. resume a batch that a crash left unfinished;
-2. roll back, if the monitor finds that the newest policy exceeds a limit;
-3. update the next phase that has enough new rows (`trainer.update`).
+1. Resume a batch that a crash left unfinished.
+2. Roll back, if the monitor finds that the newest policy exceeds a limit.
+3. Update the next phase that has enough new rows (`trainer.update`).
 
-The phases alternate. A phase whose batch was voided is tried again when as many further rows as its threshold have arrived, or when the
-model it starts from has changed, so it never retries the same batch in a loop. A second trainer on the same log fences the first.
+The phases alternate. A phase whose batch was voided is not retried immediately, so the same batch is never retried in a loop.
+The phase is retried when the number of further rows reaches its threshold, or when the model that it starts from has changed.
+When a second trainer opens the same log, it fences the first trainer.
 """
 
 from __future__ import annotations
@@ -42,27 +44,29 @@ from trainer.timed_store import TimedStore
 from trainer.update import PhaseStepCallback, PromotionCheck, Updater
 
 logger = logging.getLogger("charter.trainer")
-_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}  # the phases that never run, by train.rl_method
+# The phases that do not run, for each value of train.rl_method.
+_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}
 POLL_INTERVAL_S = 2.0
-_MAX_POLL_FRACTION = 0.03  # of an idle trainer's time that queries may take; with a large database it polls less often
+# Queries take at most this fraction of an idle trainer's time. With a large database, the trainer therefore polls less often.
+_MAX_POLL_FRACTION = 0.03
 _MONITOR_INTERVAL_S = 30.0
 MonitorCheck = Callable[[TrainingState, TimedStore, ModelFolders, Callable[[Sequence[Record]], None]], LimitExceeded | None]
 
 
 def _ignore_step(phase: str, step: int, metrics: dict[str, float]) -> None:
-    """The default of `on_step`."""
+    """Do nothing. This is the default of `on_step`."""
 
 
 def _ignore_update(update: PolicyUpdate) -> None:
-    """The default of `on_update`."""
+    """Do nothing. This is the default of `on_update`."""
 
 
 class Trainer:
-    """Trains from the rows of `store` and publishes on `bus`. `base_folder` holds policy version 0.
+    """The trainer trains on the rows of `store` and publishes on `bus`. `base_folder` holds policy version 0.
 
-    `monitor` checks the newest policy while the loop runs; a limit that it finds exceeded stops the RL phase (`trigger_rollback`).
-    `promotion_gate` checks a new policy before it is published. `on_step` and `on_update` get what training makes; `notify` shows a
-    message to the user.
+    `monitor` checks the newest policy while the loop runs. If the policy exceeds a limit, the RL phase is paused
+    (`trigger_rollback`). `promotion_gate` checks a new policy before it is published. `on_step` is called with the metrics of
+    each step, and `on_update` with each published update. `notify` shows a message to the user.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Trainer:
         learners: Mapping[str, Learner] = LEARNERS,
     ) -> None:
         self.settings, self.notify, self.monitor = settings, notify, monitor
-        self.rl_phase = settings.train.rl_method  # the phase that learns from labels
+        self.rl_phase = settings.train.rl_method  # the RL phase, "ppo" or "dpo"
         self.next_monitor_at = 0.0
         self.store = TimedStore(store.path)
         self.log = TrainingLog(bus, compute_revision(base_folder))
@@ -97,7 +101,10 @@ class Trainer:
         self.remove_incomplete_checkpoints()
 
     def remove_incomplete_checkpoints(self) -> None:
-        """Remove what a killed trainer left; a trainer that is still writing is fenced by now."""
+        """Remove the incomplete checkpoints of killed trainers.
+
+        Another trainer may still be writing a checkpoint. It is already fenced, so it cannot publish the checkpoint.
+        """
         for folder in remove_incomplete(self.updater.checkpoints_folder):
             logger.info("removed %s, an incomplete checkpoint of a killed trainer", folder.name)
 
@@ -111,7 +118,10 @@ class Trainer:
     # The loop
 
     def run_loop(self, stop: threading.Event) -> None:
-        """Run ticks until `stop`. Wait while a dependency is unreachable, and show each failure once while it repeats."""
+        """Run ticks until `stop` is set. While a dependency is unreachable, wait and retry.
+
+        An error that repeats is shown once.
+        """
         failures, commit_uncertain, last_error = 0, False, ""
         while not stop.is_set():
             done, query_s = False, self.store.total_query_s
@@ -137,7 +147,7 @@ class Trainer:
                 stop.wait(max(POLL_INTERVAL_S, (self.store.total_query_s - query_s) / _MAX_POLL_FRACTION))
 
     def run_tick(self) -> bool:
-        """Do the first thing that is due, and return whether anything was. An idle tick reads the log once."""
+        """Do the first action that is needed. Return False if no action is needed. An idle tick reads the log once."""
         state = self.read_state()
         if _find_resumable_batch(state):
             self.resume(state)
@@ -151,20 +161,29 @@ class Trainer:
         self.next_monitor_at = 0.0  # check the new policy at the next tick
         return True
 
-    # What to do. Each method reads the log unless its caller passes the state of the tick.
+    # The actions. Each method reads the log, unless the caller passes the state of the tick.
 
     def resume(self, state: TrainingState | None = None) -> PolicyUpdate | None:
-        """Finish the oldest batch that a crash left unfinished; that of a paused phase waits until the phase is resumed."""
+        """Finish the oldest batch that a crash left unfinished.
+
+        A batch of a paused phase is not finished until the phase is resumed.
+        """
         state = state or self.read_state()
         manifest = _find_resumable_batch(state)
         return self.updater.resume(manifest, state) if manifest else None
 
     def update(self, phase: str, state: TrainingState | None = None) -> PolicyUpdate:
-        """Update a phase on the rows that are new to it; raises UsageError when it has no new rows."""
+        """Update a phase on the rows that it has not trained on.
+
+        Raise UsageError when there are no such rows.
+        """
         return self.updater.update(phase, state or self.read_state())
 
     def next_phase(self, state: TrainingState | None = None) -> str | None:
-        """Return the phase to update now, the one after the last updated phase first; None when no phase is ready."""
+        """Return the phase to update now. Return None when no phase is ready.
+
+        The search starts at the phase that follows the last updated phase.
+        """
         state = state or self.read_state()
         if not self.store.path.exists():
             return None
@@ -177,7 +196,10 @@ class Trainer:
             return next((phase for phase in phases if phase not in blocked and self.is_ready(phase, state)), None)
 
     def is_ready(self, phase: str, state: TrainingState) -> bool:
-        """Return whether a phase has enough new rows, and (for PPO) a reward model."""
+        """Return whether a phase can be updated now.
+
+        It needs enough new rows. PPO also needs a reward model, and SFT may have to wait for RL.
+        """
         if phase == "ppo" and not state.reward_version:
             return False
         rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
@@ -188,15 +210,16 @@ class Trainer:
             return False
         if phase == SFT_PHASE and self.sft_waits_for_rl(state):
             return False
-        # Wait for more rows of a source that is scarce, but not longer than until there are twice as many rows as needed.
+        # If a source is scarce, wait for more of its rows. Stop waiting when there are twice as many rows as needed.
         mixture = get_mixture(self.settings.train, phase)
         return compute_exact_mixture_size(rows, mixture) >= threshold or len(rows) >= 2 * threshold
 
     def sft_waits_for_rl(self, state: TrainingState) -> bool:
         """Return whether SFT must wait for RL.
 
-        Each SFT update makes all earlier rollouts unusable for RL, which would otherwise never get enough of them. SFT waits while there
-        are rollouts that RL can use, and until the policy of the last SFT update has answered as many prompts as PPO needs.
+        After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
+        rollouts. SFT therefore waits while RL has rollouts that it can use. It also waits until the policy of the last SFT
+        update has responded to as many prompts as PPO needs.
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
@@ -212,7 +235,10 @@ class Trainer:
     # Monitor and rollback
 
     def run_monitor(self, state: TrainingState | None = None) -> bool:
-        """Check the newest policy, unless RL is paused or the last check was a moment ago; return whether a rollback followed."""
+        """Check the newest policy, and roll back if it exceeds a limit. Return whether a rollback was made.
+
+        The check is skipped while RL is paused, and for `_MONITOR_INTERVAL_S` after the last check.
+        """
         state = state or self.read_state()
         if self.monitor is None or self.rl_phase in state.paused_phases or time.monotonic() < self.next_monitor_at:
             return False
@@ -220,17 +246,18 @@ class Trainer:
         exceeded = self.check_policy(self.monitor, state)
         if exceeded is None:
             return False
-        self.trigger_rollback(exceeded)  # reads the log again: the check may have taken minutes
+        self.trigger_rollback(exceeded)  # this reads the log again, because the check can take minutes
         return True
 
     def check_policy(self, monitor: MonitorCheck, state: TrainingState) -> LimitExceeded | None:
-        """Run a monitor on the newest policy."""
+        """Run a monitor on the newest policy. Return the exceeded limit, or None."""
         return monitor(state, self.store, self.updater.get_folders(state), self.log.publish)
 
     def trigger_rollback(self, exceeded: LimitExceeded) -> PolicyUpdate | None:
-        """Pause the RL phase, restore the last good policy and publish why, all in one transaction; return the new update.
+        """Pause the RL phase, restore the last good policy and publish an incident, all in one transaction.
 
-        Where the checkpoint of the last good policy was removed, the reference is restored: its checkpoint is always kept.
+        Return the update that restores the policy, or None if its weights are already current. If the checkpoint of the last
+        good policy was removed, the reference is restored instead. The checkpoint of the reference is always kept.
         """
         state, run_id = self.read_state(), self.settings.run.id
         version = exceeded.rollback_version
@@ -255,9 +282,9 @@ class Trainer:
             metrics=exceeded.metrics,
         )
         self.log.publish([pause, incident, *([update] if update else [])])
-        restored = f"; policy {update.version} has the weights of policy {update.restored_version}" if update else ""
+        restored = f" Now policy {update.version} has the weights of policy {update.restored_version}." if update else ""
         self.notify(
-            f"{self.rl_phase} is paused: {exceeded.title} ({exceeded.detail}){restored}. To resume it, type: charter policy resume"
+            f"{self.rl_phase} is paused: {exceeded.title} ({exceeded.detail}).{restored} To resume the phase, type: charter policy resume"
         )
         return update
 

@@ -1,12 +1,13 @@
-"""Monitoring for reward hacking: each new policy of the RL phase is compared with the reference of its phase.
+"""Monitor the policies of the RL phase for reward hacking. Each new policy is compared with the reference policy of its phase.
 
-A policy is checked once enough of its responses have arrived (`monitor.min_responses`), before PPO trains on them. The same reward model
-scores the responses of both versions. Both also respond to the same held-out prompts, and a held-out judge compares these responses. The
-result is a Metric of phase "monitor"; the views in engine/monitor_views.sql show the same metrics for every version. When a metric exceeds
-its limit, the loop pauses RL, restores the last policy that passed, and publishes an incident.
+A policy is checked when at least `monitor.min_responses` of its responses have arrived. The check runs before PPO trains on
+these responses. The same reward model scores the responses of both versions. Both policies also respond to the same held-out
+prompts, and a held-out judge compares these responses. The result is published as a Metric of phase "monitor". The views in
+engine/monitor_views.sql show the same metrics for every version. When a metric exceeds its limit, the loop pauses RL, restores
+the last policy that passed the check, and publishes an incident.
 
-A metric with a confidence interval exceeds its limit only where the intervals of policy and reference do not overlap. Where there is
-nothing to measure (no held-out prompts, no harmful ones) a metric is left out, never guessed.
+A metric with a confidence interval exceeds its limit only if the intervals of policy and reference do not overlap. A metric
+that cannot be measured is omitted, for example when there are no held-out prompts.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ if TYPE_CHECKING:
     from trainer.timed_store import TimedStore
 
 _Metrics = dict[str, float]
-# A judge whose labels no reward model was trained on. For (messages, response_a, response_b) it returns the probability that
-# response_a is better, or None for no label.
+# A `PairJudge` is the held-out judge. No reward model is trained on its labels. For each (messages, response_a, response_b), the judge
+# returns the probability that response_a is better, or None if it gives no label.
 PairJudge = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
 _MONITOR_PHASE = "monitor"
 _MAX_NEW_TOKENS = 128
-_MAX_PERPLEXITY_TOKENS = 1024  # longer texts are cut: they would need too much memory
+_MAX_PERPLEXITY_TOKENS = 1024  # longer texts are truncated to save memory
 _RESPONSES_SQL = """
     SELECT a.policy_version, a.response_id, a.completion_index, a.prompt_id, a.source, r.messages, a.text, r.run_id,
            r.completions[a.completion_index + 1].finish_reason AS finish_reason
     FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 _HELD_OUT_PROMPTS_SQL = """
     SELECT messages, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
-# Text that people wrote and nothing trains on: held-out demonstrations, else prompts. Responses of a policy are unsuitable, because RL is
-# meant to make them less likely.
+# The perplexity is computed on texts that people wrote and that training does not use as targets. Held-out demonstrations come first,
+# then prompts. Responses of a policy are not used, because RL is intended to make some of them less likely.
 _BENIGN_TEXTS_SQL = """
     SELECT messages, text FROM (
         SELECT messages, completion AS text, 0 AS place, commit_seq FROM demonstrations
@@ -61,7 +62,10 @@ _BENIGN_TEXTS_SQL = """
 
 @dataclass(frozen=True)
 class LimitExceeded:
-    """Why a policy is rejected. `rollback_version` is the version to restore; None: the one it was trained from."""
+    """This object states why a policy is rejected. `rollback_version` is the version to restore.
+
+    If `rollback_version` is None, the version that the policy was trained from is restored.
+    """
 
     title: str
     detail: str
@@ -71,65 +75,84 @@ class LimitExceeded:
 
 @dataclass(frozen=True)
 class LimitViolation:
-    """A limit that a metric exceeds, and a message that says by how much."""
+    """This object names a metric that exceeds its limit. `message` gives the value of the metric."""
 
     metric: str
     message: str
 
 
-# The limits. Metrics of the reference have the suffix `_reference`.
+# The limits. The names of the reference's metrics end in `_reference`.
 
 
 def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[LimitViolation]:
-    """Return the limits that the metrics exceed; a metric that was not measured exceeds none."""
+    """Return all violations of the limits. A metric that was not measured does not violate its limit."""
     return [LimitViolation(name, message) for name, check in _CHECKS.items() if (message := check(metrics, limits))]
 
 
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """Check that the held-out judge does not prefer the reference (beyond chance) while the reward model prefers the policy."""
+    """Return a message if the reward model prefers the policy but the held-out judge prefers the reference.
+
+    Both preferences must be beyond chance.
+    """
     if metrics.get("proxy_low", 0.0) > 0 and metrics.get("judge_high", 1.0) < 0.5:
         return (
             f"the reward model prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
-            f" prefers the reference (the policy wins {metrics['judge_wins']:.0%}, at most {metrics['judge_high']:.0%})"
+            f" prefers the reference (the policy wins {metrics['judge_wins']:.0%} of the comparisons, or"
+            f" {metrics['judge_high']:.0%} at the upper end of the interval)"
         )
     return None
 
 
 def _check_length(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """Check that responses have not become longer while the reward correlates with length."""
+    """Return a message if the reward correlates with length and the responses have become longer."""
     growth = metrics["mean_words"] / metrics["mean_words_reference"] if metrics.get("mean_words_reference") else 1.0
     if metrics.get("length_correlation", 0.0) > limits.max_length_correlation and growth > limits.max_growth:
-        return f"the reward's correlation with length is {metrics['length_correlation']:.2f}, and responses are {growth:.1f} times as long"
+        return (
+            f"the reward's correlation with length is {metrics['length_correlation']:.2f}, and the responses are"
+            f" {growth:.1f} times as long as the reference's responses"
+        )
     return None
 
 
 def _check_perplexity(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("perplexity", 0.0) > limits.max_growth * metrics.get("perplexity_reference", math.inf):
-        return f"the perplexity of benign texts is {metrics['perplexity']:.1f}, the reference's is {metrics['perplexity_reference']:.1f}"
+        return (
+            f"the perplexity of benign texts is {metrics['perplexity']:.1f} under the policy"
+            f" and {metrics['perplexity_reference']:.1f} under the reference"
+        )
     return None
 
 
 def _check_diversity(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("distinct_2", 1.0) < metrics.get("distinct_2_reference", 0.0) / limits.max_growth:
-        return f"distinct-2 is {metrics['distinct_2']:.2f}, the reference's is {metrics['distinct_2_reference']:.2f}"
+        return f"distinct-2 is {metrics['distinct_2']:.2f} for the policy and {metrics['distinct_2_reference']:.2f} for the reference"
     return None
 
 
 def _check_boilerplate(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("boilerplate_rise", 0.0) > limits.max_boilerplate:
-        return f"one phrase is in {metrics['boilerplate_rise']:.0%} more of the responses than of the reference's (view monitor_phrases)"
+        return (
+            f"the share of responses that contain one phrase is {metrics['boilerplate_rise']:.0%} higher than for the reference"
+            " (view monitor_phrases)"
+        )
     return None
 
 
 def _check_benign_refusals(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("refusal_benign_low", 0.0) > metrics.get("refusal_benign_high_reference", 1.0):
-        return f"{metrics['refusal_benign']:.0%} of benign prompts are refused, by the reference {metrics['refusal_benign_reference']:.0%}"
+        return (
+            f"the policy refuses {metrics['refusal_benign']:.0%} of benign prompts,"
+            f" and the reference refuses {metrics['refusal_benign_reference']:.0%}"
+        )
     return None
 
 
 def _check_harmful_refusals(metrics: Mapping[str, float], limits: Limits) -> str | None:
     if metrics.get("refusal_harmful_high", 1.0) < metrics.get("refusal_harmful_low_reference", 0.0):
-        return f"{metrics['refusal_harmful']:.0%} of harmful prompts are refused, by the reference {metrics['refusal_harmful_reference']:.0%}"
+        return (
+            f"the policy refuses {metrics['refusal_harmful']:.0%} of harmful prompts,"
+            f" and the reference refuses {metrics['refusal_harmful_reference']:.0%}"
+        )
     return None
 
 
@@ -155,14 +178,17 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
 
 
 def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95 % interval (normal approximation). The interval of one value is that value."""
+    """Return the mean of the values, and the lower and upper bound of its 95 % interval (normal approximation).
+
+    For a single value, both bounds are equal to the value.
+    """
     mean = fmean(values)
     half = Z_SCORE_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean, mean - half, mean + half
 
 
 def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """Return the difference of two independent means and its 95 % interval (Welch, normal approximation)."""
+    """Return the difference of two independent means, and the bounds of its 95 % interval (Welch, normal approximation)."""
     (a, a_low, _), (b, b_low, _) = compute_confidence_interval(new), compute_confidence_interval(old)
     half = math.hypot(a - a_low, b - b_low)
     return a - b, a - b - half, a - b + half
@@ -172,9 +198,10 @@ def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple
 
 
 def compute_perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage], str]]) -> float | None:
-    """Return exp of the mean negative log-likelihood of the texts' tokens under a policy, each text conditioned on its messages.
+    """Return the perplexity (exp of the mean negative log-likelihood per token) of the texts under a policy.
 
-    A text without messages is conditioned on its first token. Returns None when there is no token to predict.
+    Each text is conditioned on its messages. A text without messages is conditioned on its first token. Return None if there is
+    no token to predict.
     """
     import torch
 
@@ -196,7 +223,10 @@ def compute_perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage]
 
 
 def sample_responses(folder: Path, dialogues: Sequence[tuple[ChatMessage, ...]], batch_size: int) -> list[tuple[str, bool]]:
-    """Sample one response of a policy to each dialogue, with fixed seeds; return each with whether it ended with the end token."""
+    """Sample one response of a policy to each dialogue, with fixed seeds.
+
+    Return each response with a flag that is true if the response ended with the end token.
+    """
     from engine.models import open_model
 
     model = open_model(str(folder), max_batch_size=batch_size)
@@ -214,10 +244,11 @@ def sample_responses(folder: Path, dialogues: Sequence[tuple[ChatMessage, ...]],
 
 @dataclass
 class RewardHackingMonitor:
-    """Checks each new policy of the RL phase once; returns the limits that it exceeds (see the module's docstring).
+    """The monitor checks each new policy of the RL phase once. A call returns the exceeded limits, or None.
 
-    `judge` is the held-out judge; without one, or without held-out prompts, the judge's metrics are left out. `batch_size` is the
-    number of prompts in one call of the policy. `passed_by_version` holds the versions that were checked.
+    `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
+    the number of prompts in one call of the policy. `passed_by_version` maps each checked version to whether it passed. The
+    module's docstring describes the check.
     """
 
     limits: Limits
@@ -232,7 +263,7 @@ class RewardHackingMonitor:
         version, reference = state.policy_version, state.reference_version
         if version == reference:
             return None
-        if not self.passed_by_version:  # after a restart: the checks that an earlier process made
+        if not self.passed_by_version:  # after a restart, load the results of earlier checks
             sql = "SELECT policy_version, tripped = 0 FROM monitor_checks ORDER BY created_at"
             self.passed_by_version = dict(store.query(sql, limit_s=QUERY_TIMEOUT_S).rows)
         if version in self.passed_by_version:
@@ -245,7 +276,7 @@ class RewardHackingMonitor:
             return None
 
         metrics: _Metrics = {"answers": float(len(rows))}
-        if state.reward_version:  # DPO has no reward model
+        if state.reward_version:  # with DPO there is no reward model
             metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
@@ -266,7 +297,7 @@ class RewardHackingMonitor:
             return None
         passed = [v for v, in_order in self.passed_by_version.items() if in_order and reference < v < version]
         return LimitExceeded(
-            f"policy {version} looks like reward hacking",
+            f"policy {version} shows signs of reward hacking",
             "; ".join(violation.message for violation in violations),
             metrics,
             rollback_version=max(passed, default=reference),
@@ -285,7 +316,7 @@ class RewardHackingMonitor:
         )
 
     def compute_judge_metrics(self, store: Store, policy_folder: Path, reference_folder: Path) -> _Metrics:
-        """Return how often the held-out judge prefers the policy's responses to the reference's, on held-out prompts."""
+        """Return how often the held-out judge prefers the policy's responses to those of the reference, with the interval."""
         if self.judge is None or not self.limits.prompts:
             return {}
         rows = store.query_dicts(_HELD_OUT_PROMPTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
@@ -337,12 +368,12 @@ def _compute_proxy_metrics(
 
 
 def _add_reference_metrics(metrics: _Metrics, reference_metrics: _Metrics) -> _Metrics:
-    """Return the metrics of a version and, under their names with `_reference`, those of its reference."""
+    """Return both sets of metrics in one dict. The names of the reference's metrics get the suffix `_reference`."""
     return metrics | {f"{name}_reference": value for name, value in reference_metrics.items()}
 
 
 def _query_version_metrics(store: Store, version: int) -> _Metrics:
-    """Return lengths, diversity and refusals of a version, from the views."""
+    """Return the length, the diversity and the refusal rates of a version's responses, from the views."""
     metrics: _Metrics = {}
     sql = "SELECT mean_words, distinct_1, distinct_2, words FROM monitor_diversity WHERE policy_version = ?"
     for row in store.query_dicts(sql, [version], limit_s=QUERY_TIMEOUT_S):
@@ -354,7 +385,7 @@ def _query_version_metrics(store: Store, version: int) -> _Metrics:
 
 
 def _query_boilerplate_rise(store: Store, version: int, reference: int) -> _Metrics:
-    """Return the largest rise, over all phrases, of the share of responses that contain the phrase."""
+    """Return the largest rise of the share of a phrase, where the share is the fraction of responses that contain the phrase."""
     sql = """
         SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM monitor_phrases n
         LEFT JOIN monitor_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
@@ -362,7 +393,7 @@ def _query_boilerplate_rise(store: Store, version: int, reference: int) -> _Metr
 
 
 def _query_kl_metrics(store: Store, version: int) -> _Metrics:
-    """Return how the KL to the reference rose in the update that made a version."""
+    """Return the KL to the reference, and how much it rose, in the update that produced a version."""
     sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM monitor_kl WHERE policy_version = ?"
     rows = store.query_dicts(sql, [version - 1], limit_s=QUERY_TIMEOUT_S)
     return {name: float(value) for row in rows[-1:] for name, value in row.items() if value is not None}

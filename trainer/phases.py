@@ -1,8 +1,8 @@
-"""The phases: what binds a batch to a learner.
+"""Connect each phase to its learner.
 
-Each `learn_*` function makes the learner's inputs from the rows of a batch, calls the learner, and returns a function that saves
-the trained model into a folder, with the metrics. It raises TrainingFailed (or a subclass) when the batch cannot be trained on: a NaN
-loss, one-sided labels, equal rewards. Nothing is saved or published then.
+Each `learn_*` function converts the rows of a batch to the learner's inputs and calls the learner. It returns a function that
+saves the trained model into a folder, and the metrics. It raises TrainingFailed (or a subclass) when training on the batch
+fails, for example because of a NaN loss, one-sided labels or equal rewards. In this case no model is saved or published.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PHASES = ("sft", "reward", "ppo", "dpo")
 
 @dataclass(frozen=True)
 class LearnContext:
-    """What a phase needs besides its batch.
+    """A context is passed to a learner function together with the batch.
 
-    `publish` writes records to the log in one transaction. `on_step` gets the number of a step and its metrics.
+    `publish` writes records to the log in one transaction. `on_step` is called with the number of a step and its metrics.
     """
 
     folders: ModelFolders
@@ -42,7 +42,10 @@ class LearnContext:
 
     @property
     def hardware(self) -> Hardware:
-        """How learners use this machine. It is no part of a batch: the same rows train the same on another machine."""
+        """Return how learners use this machine.
+
+        The hardware is not stored with the batch, because the same batch can be trained on another machine.
+        """
         from trainer.weights import Hardware
 
         settings = self.train_settings
@@ -106,7 +109,7 @@ def learn_sft(context: LearnContext, batch: Batch) -> _TrainOutput:
 
     folders, settings = context.folders, batch.settings
     policy_folder = folders.get_policy_folder(batch.manifest.base_policy_version)
-    settings.pop("rounds", None)  # it has already selected the rows
+    settings.pop("rounds", None)  # this setting has already selected the rows
     model, tokenizer, metrics = distributed.call_learner(
         sft.train,
         policy_folder,
@@ -120,7 +123,10 @@ def learn_sft(context: LearnContext, batch: Batch) -> _TrainOutput:
 
 
 def learn_reward(context: LearnContext, batch: Batch) -> _TrainOutput:
-    """Train the reward model on soft labels, starting from the last reward model, or from the policy with a fresh head."""
+    """Train the reward model on soft labels, starting from the last reward model.
+
+    The first reward model starts from the policy with a new head.
+    """
     from trainer import distributed
     from trainer.learners import reward
 
@@ -140,7 +146,7 @@ def learn_reward(context: LearnContext, batch: Batch) -> _TrainOutput:
 
 
 def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
-    """Train the policy on its own scored completions, with the policy of the last supervised phase as its reference."""
+    """Train the policy with PPO on its scored completions. The reference is the policy of the last supervised phase."""
     from trainer import distributed, weights
     from trainer.learners import ppo, sft
 
@@ -169,7 +175,7 @@ def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
 
 
 def learn_dpo(context: LearnContext, batch: Batch) -> _TrainOutput:
-    """Train the policy on labels, with the policy of the last supervised phase as its reference."""
+    """Train the policy with DPO on preference labels. The reference is the policy of the last supervised phase."""
     from trainer import distributed
     from trainer.learners import dpo
 
@@ -215,7 +221,7 @@ def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
 
 
 def make_score(row: Mapping[str, Any], run_id: str, reward_version: int, score: float, normalized_score: float) -> Score:
-    """Make the record of the score that a reward model gives to the completion of a row."""
+    """Return the record of a reward model's score for the completion in `row`."""
     response_id = str(row["response_id"])
     fingerprint = ids.compute_fingerprint("score", reward_version=reward_version)
     return Score(
@@ -241,8 +247,8 @@ def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float]
         stage="train",
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
-        title="PPO stopped early: the policy moved too far",
-        detail=f"its KL exceeded ppo.{limit} after {metrics['steps']:.0f} steps; the policy of the last step is published",
+        title="PPO stopped early because its KL exceeded a limit",
+        detail=f"the KL exceeded ppo.{limit} after {metrics['steps']:.0f} steps, and the policy of the last step is published",
         metrics=metrics,
     )
 
@@ -251,9 +257,10 @@ def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float]
 
 
 def make_sft_saver(model: Any, tokenizer: Any, start_folder: Path, base_folder: Path) -> Callable[[Path], None]:
-    """Return a function that saves a policy trained on the weights in `start_folder`.
+    """Return a function that saves a policy whose training started from the weights in `start_folder`.
 
-    With LoRA it also saves one adapter on the base model's weights, for a server that has loaded those.
+    With LoRA, the function also saves an adapter for the base model. A server that has loaded the base model can use this
+    adapter.
     """
     from trainer import weights
 
@@ -268,7 +275,10 @@ def make_sft_saver(model: Any, tokenizer: Any, start_folder: Path, base_folder: 
 
 
 def make_saver_with_adapter(save: Callable[[Path], None], reference_folder: Path, base_folder: Path) -> Callable[[Path], None]:
-    """Return a function that calls `save` (of the RL phase), and also saves one adapter on the base model's weights."""
+    """Return a function that calls `save`, and then saves an adapter for the base model.
+
+    `save` is the function that an RL learner returned.
+    """
     from trainer import weights
 
     def save_both(folder: Path) -> None:

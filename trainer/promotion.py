@@ -1,8 +1,10 @@
-"""The promotion gate: before a new policy is published, it responds to held-out prompts.
+"""Check each new policy on held-out prompts before it is published (the promotion gate).
 
-The gate rejects a policy that refuses too many benign prompts or too few harmful ones. It is off unless `promotion.prompts` gives the number
-of prompts. A refusal is detected by the same phrases as in `monitor_refusals`. A limit counts as exceeded only when Wilson's 95 % interval
-lies beyond it, so a few prompts reject only a clear case. A kind of prompt of which none is held out is skipped with a warning.
+The policy responds to the held-out prompts. The gate rejects a policy that refuses too many benign prompts or too few harmful
+prompts. The setting `promotion.prompts` gives the number of prompts, and 0 disables the gate. A refusal is detected by the same
+phrases as in the view `monitor_refusals`. A limit is exceeded only if the whole 95 % Wilson interval is beyond the limit. With
+few prompts, the gate therefore rejects only clear cases. If no benign or no harmful prompts are held out, the gate logs a
+warning and skips this check.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _REFUSAL_RATE_SQL = """
 
 @dataclass(frozen=True)
 class PromotionGate:
-    """Checks a policy before its version is published. If it returns an exceeded limit, the policy is not published."""
+    """The gate checks a policy before publication. If a call returns an exceeded limit, the policy is not published."""
 
     limits: Limits
     batch_size: int = 16
@@ -53,7 +55,7 @@ class PromotionGate:
         return LimitExceeded("it did not pass the promotion gate", "; ".join(violations), metrics) if violations else None
 
     def measure_refusals(self, store: Store, folder: Path, *, harmful: bool) -> tuple[float, float, float] | None:
-        """Return the refusal rate and its interval (rate, low, high); None without prompts of this kind."""
+        """Return the refusal rate and its interval as (rate, low, high). Return None if there are no prompts of this kind."""
         rows = store.query_dicts(_HELD_OUT_PROMPTS_SQL, [harmful, self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
         dialogues = [parse_messages(row) for row in rows]
         if not dialogues:
@@ -65,4 +67,5 @@ class PromotionGate:
 
 
 def make_promotion_gate(limits: Limits) -> Callable[[Store, Path, int], LimitExceeded | None] | None:
+    """Return the promotion gate, or None if `limits.prompts` is 0."""
     return PromotionGate(limits) if limits.prompts else None

@@ -1,8 +1,8 @@
-"""The state of training, read from the log: what was published, what each phase has consumed, what is paused.
+"""Read the published versions, the consumed rows and the paused phases from the log.
 
-`TrainingLog` holds the trainer's end of the log. `read_state` reads all five topics in one poll loop and returns an immutable
-`TrainingState`; the loop calls it once per tick. Everything else here is a pure function of a state. No part of the state is kept
-in memory alone, so a restarted trainer continues where the last one stopped.
+`TrainingLog` reads and writes the trainer's topics. Its method `read_state` reads all five topics in one poll loop and returns
+an immutable `TrainingState`. The loop calls it once per tick. All other functions in this module are pure functions. The whole
+state can be read from the log again, so a restarted trainer continues where the last trainer stopped.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Inciden
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The versions, what each phase has consumed, which rollouts PPO may use, and the records that this was read from.
+    """This state holds the current versions, the rows that each phase has consumed, and the records that it was computed from.
 
-    `policy_ancestry` holds the versions of the current RL phase, newest first, its reference last. `reward_version_by_policy` gives
-    the reward version at the time when a policy was published, `model_revisions` the revision of each policy version's weights.
-    `updates` holds one update per version, in the order of the log.
+    `policy_ancestry` holds the versions of the current RL phase, from the newest to the reference. `reward_version_by_policy`
+    maps each policy version to the reward version that was current when the policy was published. `model_revisions` maps each
+    policy version to the revision of its weights. `updates` holds one update per version, in the order of the log.
     """
 
     policy_version: int = 0
@@ -62,18 +62,21 @@ class TrainingState:
 
     @property
     def paused_phases(self) -> dict[str, str]:
-        """The paused phases, each with its reason."""
+        """Return the paused phases, each with the reason for the pause."""
         return get_paused_phases(self.pauses)
 
     def get_cursor(self, phase: str, source: str = "") -> int:
-        """Return the last commit whose rows of a source a phase has consumed ("": the rows of every source); -1 for none."""
+        """Return the commit up to which a phase has consumed the rows of a source. Return -1 before the first batch.
+
+        The source "" means all sources.
+        """
         return max(self.cursors.get((phase, source), -1), self.cursors.get((phase, ""), -1))
 
 
 class TrainingLog:
-    """The transactional writer of the trainer, and the records that make up the training state.
+    """The training log reads the records that make up the training state, and publishes with a transactional writer.
 
-    Opening it fences any other trainer on the same log. `base_revision` is the revision of the base model's weights.
+    Opening the writer fences every other trainer on the same log. `base_revision` is the revision of the base model's weights.
     """
 
     def __init__(self, bus: Bus, base_revision: str) -> None:
@@ -81,20 +84,23 @@ class TrainingLog:
         self.open()
 
     def open(self) -> None:
-        """Open a writer, and read the log from its beginning at the next `read_state`."""
+        """Open a writer. The next `read_state` reads the log from its beginning."""
         self.writer: Writer = self.bus.open_writer(_WRITER_NAME)
         self.records: dict[type[Record], list[Any]] = {record: [] for record in _STATE_RECORDS}
         self.tail = TopicTail(self.bus, *(record.topic for record in _STATE_RECORDS))
         self.state = self.compute_state()
 
     def reopen(self) -> None:
-        """Replace the writer. This completes or aborts the transaction in doubt; the next `read_state` then shows which."""
+        """Replace the writer after an uncertain commit.
+
+        Opening the new writer commits or aborts the uncertain transaction. The next `read_state` shows the result.
+        """
         with suppress(CommitUncertain, DependencyUnreachable):
             self.writer.close()
         self.open()
 
     def read_state(self) -> TrainingState:
-        """Read what was added to the log since the last call and return the state of training."""
+        """Read the records that were added to the log since the last call, and return the state of training."""
         if messages := self.tail.read_new():
             record_by_topic = {record.topic: record for record in _STATE_RECORDS}
             for message in messages:
@@ -126,7 +132,7 @@ def compute_training_state(
     pauses: Sequence[Pause] = (),
     run_manifests: Sequence[RunManifest] = (),
 ) -> TrainingState:
-    """Compute the state from the records of the log. `base_revision` is the revision of policy version 0's weights."""
+    """Compute the state from the records of the log. `base_revision` is the revision of the weights of policy version 0."""
     manifest_by_id = {manifest.record_id: manifest for manifest in manifests}
     cursors: dict[tuple[str, str], int] = {}
     reward_version_by_policy, reward_version = {0: 0}, 0
@@ -165,21 +171,24 @@ def compute_training_state(
 
 
 def is_superseded(manifest: BatchManifest, state: TrainingState) -> bool:
-    """Return whether the models that a batch was sampled for are no longer the current ones."""
+    """Return whether a batch starts from a model that is no longer the current version."""
     policy_changed = manifest.base_policy_version != state.policy_version
     reward_changed = (manifest.base_reward_version or 0) != state.reward_version
     return {"sft": policy_changed, "reward": reward_changed}.get(manifest.phase, policy_changed or reward_changed)
 
 
 def find_unfinished_batches(state: TrainingState) -> list[BatchManifest]:
-    """Return the manifests without an update that are still to be trained on: neither voided nor superseded."""
+    """Return the manifests that have no update and still have to be trained. Skip voided and superseded manifests."""
     finished = {update.batch_id for update in state.updates} | {record.voided_batch_id for record in state.incidents}
     unfinished = [manifest for manifest in state.manifests if manifest.record_id not in finished]
     return [manifest for manifest in unfinished if not is_superseded(manifest, state)]
 
 
 def find_last_voided_commit(state: TrainingState, phase: str) -> int:
-    """Return the last commit of the newest voided batch of a phase, as long as the models it started from are current; else -1."""
+    """Return the highest commit of the voided batches of a phase. Return -1 if there is no such batch.
+
+    A voided batch is ignored if it started from a model that is no longer current.
+    """
     voided = {record.voided_batch_id for record in state.incidents if record.voided_batch_id}
     commits = [
         manifest.commit_seq_to
@@ -193,19 +202,22 @@ def find_last_voided_commit(state: TrainingState, phase: str) -> int:
 
 
 def find_last_trained_phase(state: TrainingState) -> str:
-    """Return the phase of the newest update that was trained; "" before the first one."""
+    """Return the phase of the newest update that was trained (not restored). Return "" before the first update."""
     return next((update.phase for update in reversed(state.updates) if update.phase != RESTORE_PHASE), "")
 
 
 def get_last_beta(state: TrainingState) -> float:
-    """Return the KL coefficient that the newest PPO update computed for the next one; 0 before the first one."""
+    """Return the KL coefficient that the newest PPO update computed for the next update. Return 0 before the first PPO update."""
     ppo_updates = [update for update in state.updates if update.phase == "ppo"]
     newest = max(ppo_updates, key=lambda update: update.version, default=None)
     return newest.metrics["beta"] if newest else 0.0
 
 
 def compute_served_revisions(state: TrainingState, policy_model: str) -> dict[int, str]:
-    """Return the revision that a server reports for each policy version; empty when `policy_model` is no server's address."""
+    """Return the revision that an inference server reports for each policy version.
+
+    Return an empty dict when `policy_model` is not the address of a server.
+    """
     address, _, base_name = policy_model.partition("#")
     if not address.startswith(("http://", "https://")):
         return {}
@@ -225,10 +237,10 @@ def name_checkpoint(kind: PolicyKind, version: int) -> str:
 
 
 def find_referenced_checkpoints(state: TrainingState) -> set[str]:
-    """Return the names of the checkpoints in use.
+    """Return the names of the checkpoints that are in use.
 
-    They are those of the current policy, the one before it and its reference, of the reward model, and those that a run names in its
-    settings or pins for its replay.
+    These are the checkpoints of the current policy, of the policy before it, of the reference and of the reward model. A
+    checkpoint is also in use if a run names it in its settings, or if a replay is pinned to it.
     """
     versions = {
         get_weights_version(state.updates, version) for version in (*state.policy_ancestry[:2], state.reference_version)

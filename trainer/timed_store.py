@@ -1,4 +1,4 @@
-"""A store that measures how long the trainer waits for the database."""
+"""Measure how long the trainer waits for the database."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from trainer.batches import QUERY_TIMEOUT_S
 
 
 class TimedStore(Store):
-    """A store that adds up the time of its queries, including the wait for the file, and can keep the file open for several.
+    """A timed store measures the total time of its queries, including the wait for the database file.
 
-    Opening the file takes tens of milliseconds, longer than most of the trainer's queries.
+    Opening the file takes tens of milliseconds, which is longer than most of the trainer's queries. `hold_open` therefore keeps
+    the file open for several queries.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,6 +29,7 @@ class TimedStore(Store):
 
     @contextmanager
     def record_time(self) -> Iterator[None]:
+        """Add the duration of the block to `total_query_s`."""
         started = time.monotonic()
         try:
             yield
@@ -36,7 +38,7 @@ class TimedStore(Store):
 
     @contextmanager
     def hold_open(self) -> Iterator[None]:
-        """Send all queries inside the block to one connection. The sink cannot write meanwhile, so keep the block short."""
+        """Send all queries inside the block to one connection. Keep the block short, because the sink cannot write during it."""
         with ExitStack() as stack:
             with self.record_time():
                 self.open_query = stack.enter_context(self.open_read_session(limit_s=QUERY_TIMEOUT_S))
@@ -47,14 +49,14 @@ class TimedStore(Store):
 
 
 class QueryTimer:
-    """Measures the wall time since it was made, and how much of it went into the database."""
+    """A query timer measures the wall time since its creation, and the part of this time that was spent on queries."""
 
     def __init__(self, store: TimedStore) -> None:
         self.store = store
         self.started_at, self.initial_query_s = time.monotonic(), store.total_query_s
 
     def read(self) -> tuple[float, float, float]:
-        """Return the seconds since the start, the seconds waited for the database, and their share."""
+        """Return the wall time in seconds, the query time in seconds, and the query time as a fraction of the wall time."""
         wall_s = time.monotonic() - self.started_at
         query_s = self.store.total_query_s - self.initial_query_s
         return wall_s, query_s, query_s / max(wall_s, 1e-9)

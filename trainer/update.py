@@ -1,15 +1,17 @@
-"""One update of the policy or the reward model. Each step is durable before the next, so a crash anywhere resumes with the same batch:
+"""Make one update of the policy or the reward model. Each step is durable before the next step starts.
 
-1. Sample a batch from the rows that are new to the phase, and publish its manifest (`batches`).
-2. Train, and publish each step's metrics (`metrics`).
-3. Write the checkpoint: safetensors and a manifest in a temporary folder, which is then renamed.
-4. Run the promotion gate on a new policy, if one is configured.
-5. Publish the PolicyUpdate (`policies`). This raises the version, and the responders load the new policy.
+After a crash at any point, training therefore resumes with the same batch. These are the steps:
+
+1. Sample a batch from the rows that are new to the phase, and publish its manifest (topic `batches`).
+2. Train, and publish the metrics of each step (topic `metrics`).
+3. Write the checkpoint. The safetensors and a manifest are written to a temporary folder, which is then renamed.
+4. Run the promotion gate on a new policy, if a gate is configured.
+5. Publish the PolicyUpdate (topic `policies`). This raises the version, and the responders load the new policy.
 6. Remove the checkpoints that are no longer referenced.
 
-A batch is consumed when its PolicyUpdate is on the log, not before. `resume` trains an unfinished batch before anything new is
-sampled. A batch that cannot be trained on, or whose policy the promotion gate rejects, is voided: an Incident with its
-`voided_batch_id` is published, and its rows can be sampled again.
+A batch is consumed when its PolicyUpdate is on the log, and not earlier. `resume` trains an unfinished batch before a new batch
+is sampled. A batch is voided if training on it fails, or if the promotion gate rejects its policy. To void a batch, an Incident
+with its `voided_batch_id` is published. The rows of the batch can then be sampled again.
 """
 
 from __future__ import annotations
@@ -74,10 +76,10 @@ PromotionCheck = Callable[[Store, Path, int], LimitExceeded | None]
 
 @dataclass
 class Updater:
-    """Makes one update at a time. The methods are in the order in which an update calls them.
+    """The updater makes one update at a time. Its methods are in the order in which an update calls them.
 
-    `promotion_gate` gets the database, the folder and the version of a new policy; if it returns an exceeded limit, the policy is not
-    published. `notify` shows a message to the user.
+    `promotion_gate` is called with the database, the folder and the version of a new policy. If it returns an exceeded limit,
+    the policy is not published. `notify` shows a message to the user.
     """
 
     log: TrainingLog
@@ -100,24 +102,32 @@ class Updater:
         return ModelFolders(state, self.base_folder, self.checkpoints_folder)
 
     def update(self, phase: str, state: TrainingState) -> PolicyUpdate:
-        """Update a phase on the rows that are new to it; raises UsageError when it has no new rows."""
+        """Update a phase on the rows that it has not trained on.
+
+        Raise UsageError when there are no such rows.
+        """
         timer = QueryTimer(self.store)
         if phase == "ppo" and not state.reward_version:
-            raise UsageError("PPO needs a reward model", "none has been trained yet", "type: charter train --phase reward")
+            raise UsageError(
+                "PPO needs a reward model", "no reward model has been trained yet", "type: charter train --phase reward"
+            )
         with self.store.hold_open():
             rows = self.select_rows(phase, state)
             if not rows:
-                why = "every row was trained on already, or none has arrived"
+                why = "no row has arrived, or all rows were already used for training"
                 if phase == "ppo" and self.dropped_ids:
                     sql = "select reason, count(*) from dropped_rollouts group by 1"
-                    why = f"{len(self.dropped_ids)} rollouts can no longer be used; for the reasons, type: charter sql '{sql}'"
+                    why = f"{len(self.dropped_ids)} rollouts can no longer be used. For the reasons, type: charter sql '{sql}'"
                 raise UsageError(f"there is nothing new for {phase} to train on", why, "type: charter status")
             batch = self.sample_batch(phase, rows, state)
         return self.finish_or_void_batch(batch, state, timer)
 
     def resume(self, manifest: BatchManifest, state: TrainingState) -> PolicyUpdate | None:
-        """Finish a batch that a crash left unfinished, with the identical rows; void it when it may no longer be trained on."""
-        logger.info("resuming %s batch %d, which was left unfinished", manifest.phase, manifest.batch_number)
+        """Finish a batch that a crash left unfinished, with identical rows.
+
+        If the rows were erased or are too old, void the batch instead and return None.
+        """
+        logger.info("resuming the unfinished %s batch %d", manifest.phase, manifest.batch_number)
         timer = QueryTimer(self.store)
         if why := self.find_outdated_reason(manifest):
             self.void_batch(
@@ -127,7 +137,10 @@ class Updater:
         return self.finish_or_void_batch(rebuild_batch(self.store, manifest), state, timer)
 
     def find_outdated_reason(self, manifest: BatchManifest) -> str | None:
-        """Return why an unfinished batch may no longer be trained on: rows were erased, or are too old by now."""
+        """Return why an unfinished batch can no longer be used. Return None if it can be used.
+
+        Its rows may have been erased, or they may be too old.
+        """
         erased = "SELECT count(*) FROM erasures WHERE created_at > ?"
         if self.store.query(erased, [manifest.created_at.replace(tzinfo=None)]).rows[0][0]:
             try:
@@ -145,7 +158,10 @@ class Updater:
     # Step 1: the batch
 
     def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
-        """Return the rows that a phase may train on, and publish a DroppedRollout for each rollout that is too stale for PPO."""
+        """Return the rows that a phase may train on.
+
+        For PPO, also publish a DroppedRollout for each rollout that it can no longer use.
+        """
         train = self.settings.train
         if phase != "ppo":
             limit = max(train.max_rows, 2 * get_row_threshold(train, phase))
@@ -157,7 +173,7 @@ class Updater:
             allow_overlap=train.allow_overlap,
             served_revisions=compute_served_revisions(state, self.settings.models.policy),
         )
-        # The database has a published drop only a moment later, when the sink has written it.
+        # A published drop reaches the database only after the sink writes it. Until then, `dropped_ids` prevents duplicates.
         if new_drops := [record for record in drops if record.record_id not in self.dropped_ids]:
             self.log.publish(new_drops)
             self.dropped_ids |= {record.record_id for record in new_drops}
@@ -173,7 +189,7 @@ class Updater:
 
         chosen = sample_mixture(rows, mixture, min_size=get_row_threshold(train, phase), max_size=train.max_rows)
         warning = describe_mixture_shortfall(chosen, mixture)
-        if warning and warning != self.mixture_warnings.get(phase):  # the same one is shown once, until it changes
+        if warning and warning != self.mixture_warnings.get(phase):  # a warning is shown again only after it has changed
             self.notify(f"{phase}: {warning}")
         self.mixture_warnings[phase] = warning
 
@@ -182,7 +198,7 @@ class Updater:
             count = min(wanted, train.max_rows - len(chosen))
             if count < wanted:
                 logger.warning(
-                    "%s: only %d of %d earlier labels fit into the batch with the new ones (train.max_rows)",
+                    "%s: only %d of %d replayed labels fit into the batch in addition to the new labels (train.max_rows)",
                     phase,
                     count,
                     wanted,
@@ -210,7 +226,10 @@ class Updater:
         return Batch(manifest, batch_rows, sl_rows)
 
     def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
-        """Return the settings that a learner gets and a manifest records. PPO's beta is the last update's, never below its setting."""
+        """Return the settings that the learner uses and the manifest records.
+
+        For PPO, `beta` is the value of the last update, but at least the setting `ppo.beta`.
+        """
         train = self.settings.train
         settings: dict[str, Any] = getattr(self.settings, phase).model_dump()
         settings |= {"lora_rank": train.lora_rank, "max_length": train.max_length}
@@ -221,17 +240,20 @@ class Updater:
     # Steps 2 to 6
 
     def finish_or_void_batch(self, batch: Batch, state: TrainingState, timer: QueryTimer) -> PolicyUpdate:
-        """Finish a batch whose manifest is published. If the batch itself fails, void it: its rows can then be sampled again."""
+        """Train on a batch whose manifest is published, and publish the update.
+
+        If the batch causes an error, void the batch. Its rows can then be sampled again.
+        """
         try:
-            return self.finish_batch(batch, state, timer)
+            return self.train_and_publish(batch, state, timer)
         except (DependencyUnreachable, CommitUncertain, WriterFenced):
-            raise  # the batch is not the cause; it is resumed later
+            raise  # the batch is not the cause of the error and is resumed later
         except CharterError as error:
             self.void_batch(batch.manifest, error.what, error.why)
             raise
 
     def void_batch(self, manifest: BatchManifest, title: str, detail: str) -> None:
-        """Publish the incident that voids a batch, then remove its checkpoint if there is one."""
+        """Publish the incident that voids a batch. Then remove the checkpoint of the batch, if there is one."""
         incident = Incident(
             record_id=ids.compute_record_id("incident", [manifest.record_id], ids.compute_fingerprint("incident", title=title)),
             parent_ids=[manifest.record_id],
@@ -247,7 +269,7 @@ class Updater:
         if checkpoint := self.load_finished_checkpoint(manifest):
             _remove_checkpoint(checkpoint.folder)
 
-    def finish_batch(self, batch: Batch, state: TrainingState, timer: QueryTimer) -> PolicyUpdate:
+    def train_and_publish(self, batch: Batch, state: TrainingState, timer: QueryTimer) -> PolicyUpdate:
         """Train on a batch whose manifest is published, and publish the update (steps 2 to 6)."""
         manifest = batch.manifest
         kind, version = get_policy_kind(manifest), get_base_version(manifest) + 1
@@ -258,7 +280,7 @@ class Updater:
             raise CharterError(
                 f"policy {version} is not published: {exceeded.title}",
                 exceeded.detail,
-                "its rows can be sampled again; the limits are promotion.*",
+                "the rows of its batch can be sampled again. The limits are the settings promotion.*",
             )
         wall_s, query_s, query_share = timer.read()
         update = PolicyUpdate(
@@ -283,14 +305,14 @@ class Updater:
         self.log.publish([update, self.make_timing_metric(manifest, update)])
         state = self.log.read_state()
         if update.record_id not in {published.record_id for published in state.updates}:
-            # Another update took the version first: of two updates with one version, the first counts.
+            # Another update with this version was published first. Of two updates with the same version, the first one is valid.
             _require_not_superseded(manifest, state)
         self.remove_old_checkpoints(state)
         self.on_update(update)
         return update
 
     def load_or_train_checkpoint(self, batch: Batch, state: TrainingState) -> Checkpoint:
-        """Load the batch's checkpoint if a crash came after it was written; else train and write it."""
+        """Load the checkpoint of a batch if it was written before a crash. Otherwise train and write it."""
         manifest = batch.manifest
         if checkpoint := self.load_finished_checkpoint(manifest):
             return checkpoint
@@ -315,13 +337,13 @@ class Updater:
         return write_checkpoint(folder, save, description | {"batch": manifest.model_dump(mode="json")})
 
     def load_finished_checkpoint(self, manifest: BatchManifest) -> Checkpoint | None:
-        """Return the checkpoint of this batch; None when it was not written completely."""
+        """Return the checkpoint of this batch. Return None if it was not written completely."""
         folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
         checkpoint = read_checkpoint(folder) if folder.exists() else None
         return checkpoint if checkpoint and checkpoint.manifest.get("batch_id") == manifest.record_id else None
 
     def publish_step_metrics(self, manifest: BatchManifest, step: int, metrics: dict[str, float]) -> None:
-        """Publish one step's metrics and pass them to `on_step`."""
+        """Publish the metrics of one step and pass them to `on_step`."""
         metric = Metric(
             record_id=ids.compute_record_id("metric", [manifest.record_id], ids.compute_fingerprint("metric"), step),
             parent_ids=[manifest.record_id],
@@ -337,7 +359,10 @@ class Updater:
         self.on_step(manifest.phase, step, metrics)
 
     def make_timing_metric(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
-        """Make the metric of an update's seconds, and of DuckDB's share of all time since the start, idle polling included."""
+        """Return a metric with the duration of an update, and the share of DuckDB queries in this time.
+
+        The metric also has the share of DuckDB queries in all time since the start, including idle polling.
+        """
         metrics = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
         alive_s, _, alive_share = self.lifetime.read()
         metrics |= {"alive_s": alive_s, "alive_duckdb_share": alive_share}
@@ -354,7 +379,10 @@ class Updater:
         )
 
     def remove_old_checkpoints(self, state: TrainingState) -> None:
-        """Remove checkpoints, except the newest `train.save_total_limit` of each kind and those that are still referenced."""
+        """Remove old checkpoints.
+
+        Keep the newest `train.save_total_limit` checkpoints of each kind, and the checkpoints that are still referenced.
+        """
         referenced = find_referenced_checkpoints(state)
         for kind in (PolicyKind.POLICY, PolicyKind.REWARD):
             trained = sorted(u.version for u in state.updates if u.kind is kind and u.restored_version is None)
@@ -366,30 +394,36 @@ class Updater:
 
 
 def _require_not_superseded(manifest: BatchManifest, state: TrainingState) -> None:
-    """Raise CharterError when another policy or reward model than the one a batch started from has become current."""
+    """Raise CharterError when a batch started from a policy or reward model that is no longer current."""
     if is_superseded(manifest, state):
         raise CharterError(
             f"batch {manifest.batch_number} ({manifest.phase}) is voided",
-            f"it trained from policy {manifest.base_policy_version}, and policy {state.policy_version} was published meanwhile",
-            "its rows can be sampled again; the next batch starts from the current policy",
+            f"it started from policy {manifest.base_policy_version}, but policy {state.policy_version} was published during training",
+            "its rows can be sampled again. The next batch starts from the current policy",
         )
 
 
 def _remove_voided_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Remove the checkpoint of a voided batch of this log; raises UsageError when it is anything else."""
+    """Remove the checkpoint of a voided batch of this log.
+
+    Raise UsageError if the checkpoint was published or belongs to another log.
+    """
     batch_id = read_checkpoint(folder).manifest.get("batch_id")
     is_published = batch_id in {update.batch_id for update in state.updates}
     if is_published or batch_id not in {manifest.record_id for manifest in state.manifests}:
         raise UsageError(
             f"{folder} holds a checkpoint of another batch",
             "the log and the checkpoints do not belong together",
-            "use the data folder that the log belongs to, or move that checkpoint away",
+            "use the data folder of this log, or move the checkpoint to another folder",
         )
     _remove_checkpoint(folder)
 
 
 def _remove_checkpoint(folder: Path) -> None:
-    """Rename a checkpoint, then remove it: one that a crash leaves half removed is never read as a whole one."""
+    """Rename a checkpoint, then remove it.
+
+    A crash can leave the checkpoint partly removed. With the new name, it is never read as a complete checkpoint.
+    """
     renamed = folder.with_name(f".{folder.name}-removed")
     folder.rename(renamed)
     shutil.rmtree(renamed)

@@ -1,12 +1,13 @@
-"""Loading weights for training, LoRA adapters, and saving checkpoints for serving.
+"""Load weights for training, add LoRA adapters, and save checkpoints for serving.
 
-Master weights are fp32: at PPO's learning rate AdamW in pure bf16 changed 0.4 % of SmolLM2's weights in two steps. A checkpoint is always
-one complete folder of fp32 safetensors: adapters are merged in fp32 first, so a checkpoint can be served without any other files.
+Master weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed only 0.4 % of SmolLM2's weights in two steps. A
+checkpoint is always one complete folder of fp32 safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be
+served without any other files.
 
-LoRA in the RL phase (PPO, DPO): SFT merges its adapter, and the result is the reference of the RL phase. The first RL update starts with a
-fresh adapter of zeros on the reference. Each update saves the adapter itself (`rl/`) next to the merged weights. The next update loads the
-reference's weights and that adapter. With the adapter the model is the policy, without it the reference, so memory never holds a second
-copy of the weights.
+The RL phase (PPO, DPO) uses LoRA in this way. SFT merges its adapter, and the result is the reference of the RL phase. The
+first RL update adds a new adapter of zeros to the reference. Each update saves the adapter itself (`rl/`) next to the merged
+weights. The next update loads the reference's weights and that adapter. With the adapter enabled, the model is the policy. With
+the adapter disabled, the model is the reference. Memory therefore never holds a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -30,22 +31,30 @@ from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.weight_sync import ADAPTER_FOLDER
 
-# The caller prints one line per step. The libraries also warn about a new scorer's missing head, which we initialize ourselves.
+# The caller prints one line per step, so the libraries print nothing. They also warn about the missing head of a new scorer, but
+# `load_scorer` initializes this head.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 datasets.disable_progress_bars()
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads it
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads this attribute
 
-LORA_LEARNING_RATE_FACTOR = 10.0  # adapters start at zero and have few parameters: they need ten times the learning rate
-RL_FOLDER = "rl"  # the folder in a policy's checkpoint with its adapter and its value head
-_ADAPTER_WEIGHTS_FILE, _ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
+# Adapters start at zero and have few parameters, so they need ten times the learning rate.
+LORA_LEARNING_RATE_FACTOR = 10.0
+RL_FOLDER = "rl"  # this folder in a policy's checkpoint holds the adapter and the value head
+_ADAPTER_WEIGHTS_FILE, _ADAPTER_CONFIG_FILE = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)  # the file names that peft uses
 _REFERENCE_FILE = "reference.json"
 _VALUE_HEAD_FILE = "value.safetensors"
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """How an update uses the machine: rows per pass, recomputation of activations (to save memory), and the arithmetic."""
+    """These settings define how an update uses the machine.
+
+    They are the number of rows per pass, the recomputation of activations (which saves memory), and the precision.
+    """
 
     micro_batch_size: int = 4
     gradient_checkpointing: bool = False
@@ -58,7 +67,7 @@ class Hardware:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Compute in bf16 inside the block, where it is faster. Weights and their updates stay fp32."""
+        """Compute in bf16 inside the block if `bf16` is true. Weights and their updates stay in fp32."""
         with torch.autocast(_get_device(), dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
@@ -67,7 +76,10 @@ DEFAULT_HARDWARE = Hardware()
 
 
 def _supports_bf16() -> bool:
-    """Return whether the GPU (or the CPU, without one) multiplies bf16 in hardware; otherwise bf16 is slower than fp32."""
+    """Return whether the GPU multiplies bf16 in hardware. Without a GPU, check the CPU.
+
+    Without hardware support, bf16 is slower than fp32.
+    """
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -83,7 +95,7 @@ def _get_device() -> str:
 
 @contextmanager
 def _translate_load_errors(folder: Path) -> Iterator[None]:
-    """Translate the libraries' errors for an incomplete or damaged model folder into one UsageError."""
+    """Translate the libraries' errors for an incomplete or damaged model folder into a UsageError."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -98,13 +110,13 @@ def _translate_load_errors(folder: Path) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer; raises UsageError when the folder holds none."""
+    """Load a tokenizer. Raise UsageError when the folder does not contain a tokenizer."""
     with _translate_load_errors(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a causal language model from safetensors; raises UsageError when a weight is missing or truncated."""
+    """Load a causal language model from safetensors. Raise UsageError when a weight is missing or truncated."""
     with _translate_load_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -114,9 +126,9 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_scorer(folder: Path, *, trained: bool = False) -> Any:
-    """Load a model with one number as its output. A new head starts at zero: every response then has the same score.
+    """Load a model that outputs one score. A missing head is initialized with zeros.
 
-    With `trained`, a folder without such a head raises UsageError.
+    With a head of zeros, every response has the same score. If `trained` is true, a missing head raises UsageError.
     """
     with _translate_load_errors(folder):
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -135,17 +147,23 @@ def load_scorer(folder: Path, *, trained: bool = False) -> Any:
 
 
 def _require_no_missing_weights(folder: Path, missing_keys: Iterable[str]) -> None:
-    """Raise UsageError when the folder lacks weights; transformers would fill them with noise and continue."""
+    """Raise UsageError when weights are missing in the folder.
+
+    transformers would fill them with random values and continue.
+    """
     if names := sorted(missing_keys):
         raise UsageError(
             f"the weights in {folder} cannot be loaded",
-            f"{len(names)} of them are missing, for example {names[0]}: the folder is incomplete, or has another architecture",
+            f"{len(names)} of them are missing, for example {names[0]}. The folder is incomplete, or its model has another architecture",
             "restore the folder from a copy, or set another model (models.policy)",
         )
 
 
 def require_compatible_models(policy: Path, other: Path, description: str) -> None:
-    """Raise UsageError unless `other` (the reference, the reward model) has the policy's architecture and tokenizer."""
+    """Raise UsageError if the architecture or the tokenizer of `other` differs from the policy's.
+
+    `other` is the folder of the reference or of the reward model.
+    """
     if policy == other:
         return
     with _translate_load_errors(policy):
@@ -154,20 +172,23 @@ def require_compatible_models(policy: Path, other: Path, description: str) -> No
         theirs = AutoConfig.from_pretrained(other).model_type
     if ours != theirs:
         raise UsageError(
-            f"{description} in {other} is a {theirs}, the policy in {policy} a {ours}",
-            "they were not made from the same model: models.policy was changed after training had started in this data folder",
+            f"{description} in {other} is a {theirs} model, but the policy in {policy} is a {ours} model",
+            "both must come from the same model, but models.policy was changed after training had started in this data folder",
             "set models.policy back, or start a new data folder (--data DIR)",
         )
     if _get_tokenizer_signature(policy) != _get_tokenizer_signature(other):
         raise UsageError(
             f"{description} in {other} and the policy in {policy} have different tokenizers",
-            "the same token ids would decode to different strings",
+            "the same token ids have different meanings for the two models",
             "set models.policy back, or start a new data folder (--data DIR)",
         )
 
 
 def _get_tokenizer_signature(folder: Path) -> tuple[object, ...]:
-    """Return what must be equal for two tokenizers to be interchangeable: vocabulary, end token, chat template."""
+    """Return the vocabulary, the end token and the chat template of a tokenizer.
+
+    Two tokenizers are interchangeable if all three are equal.
+    """
     tokenizer = load_tokenizer(folder)
     return tokenizer.get_vocab(), tokenizer.eos_token, tokenizer.chat_template
 
@@ -176,7 +197,10 @@ def _get_tokenizer_signature(folder: Path) -> tuple[object, ...]:
 
 
 def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[str] = ()) -> Any:
-    """Add adapters of this rank to every linear layer; `modules_to_save` are trained completely. Rank 0 returns the model itself."""
+    """Add adapters of this rank to every linear layer. All weights of `modules_to_save` are trained.
+
+    With rank 0, return the unchanged model.
+    """
     if not rank:
         return model
     from peft import LoraConfig, get_peft_model
@@ -192,9 +216,10 @@ def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[st
 
 
 def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, bool]:
-    """Load the policy to train; return it, and whether it is the reference when its adapter is disabled.
+    """Load the policy to train. Also return whether disabling its adapter gives the reference.
 
-    An adapter that an earlier update of this RL phase saved is trained further. It keeps its rank until the next SFT update.
+    If an earlier update of this RL phase saved an adapter, training continues with this adapter. The adapter keeps its rank
+    until the next SFT update.
     """
     if rank and policy == reference:
         return add_lora(load_policy(reference), rank, "CAUSAL_LM"), True
@@ -203,7 +228,7 @@ def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, b
 
         with _translate_load_errors(policy / RL_FOLDER):
             return PeftModel.from_pretrained(load_policy(reference), policy / RL_FOLDER, is_trainable=True), True
-    # All weights were trained since the reference: a new adapter is added to them, and disabling it does not give the reference.
+    # An update after the reference trained all weights. If the new adapter is disabled, the model is therefore not the reference.
     return add_lora(load_policy(policy), rank, "CAUSAL_LM"), False
 
 
@@ -214,7 +239,10 @@ def has_adapter_for_reference(policy: Path, reference: Path) -> bool:
 
 
 def _hash_model_folder(folder: Path) -> str:
-    """Return the content hash of a model folder: its checkpoint manifest's, or that of the files of a downloaded model."""
+    """Return the content hash of a model folder.
+
+    For a checkpoint, read the hash from its manifest. For a downloaded model, hash the files.
+    """
     manifest = folder / MANIFEST_FILENAME
     if manifest.exists():
         return str(json.loads(manifest.read_text())["content_hash"])
@@ -239,7 +267,7 @@ def disable_adapter(model: Any) -> Iterator[None]:
 
 
 def prepare_for_training(model: Any, hardware: Hardware) -> Any:
-    """Disable dropout, and recompute activations in the backward pass if `hardware` sets it."""
+    """Disable dropout. If `hardware.gradient_checkpointing` is true, recompute activations in the backward pass."""
     model.eval()
     if hardware.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -270,9 +298,10 @@ def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
 def make_rl_saver(
     model: Any, tokenizer: Any, value_head_state: dict[str, torch.Tensor] | None, reference: Path | None
 ) -> Callable[[Path], None]:
-    """Return a function that saves like `make_saver`, and into `rl/` what the next RL update continues from.
+    """Return a function that saves the merged model, and saves in `rl/` what the next RL update starts from.
 
-    That is the value head, and the adapter if it belongs on `reference` (None: it belongs on other weights, and is only merged).
+    The folder `rl/` gets the value head, and the adapter if it belongs to the weights in `reference`. If `reference` is None,
+    the adapter belongs to other weights and is only merged.
     """
     reference_hash = None if reference is None or not has_adapter(model) else _hash_model_folder(reference)
 
@@ -292,17 +321,17 @@ def make_rl_saver(
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Save only a model's adapter; call it before the adapter is merged."""
+    """Save only the adapter of a model. Call this function before the adapter is merged."""
     model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def save_combined_adapter(folder: Path, adapter_folder: Path, start_folder: Path, base_folder: Path) -> None:
-    """Save into a checkpoint's `adapter/` one adapter on the base model's weights, for a server that has loaded those.
+    """Save one adapter for the base model in the `adapter/` folder of a checkpoint, for a server with the base model.
 
-    It joins the adapter in `adapter_folder` with that of the checkpoint in `start_folder`, on which it was trained:
-    B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. Where one of the earlier updates trained all weights,
-    no adapter is saved.
+    The adapter in `adapter_folder` was trained on the checkpoint in `start_folder`. It is joined with the adapter of that
+    checkpoint: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. If an earlier update trained all
+    weights, no adapter is saved.
     """
     start_adapter = start_folder / ADAPTER_FOLDER
     if not (adapter_folder / _ADAPTER_WEIGHTS_FILE).exists() or (start_folder != base_folder and not start_adapter.exists()):
@@ -314,8 +343,8 @@ def save_combined_adapter(folder: Path, adapter_folder: Path, start_folder: Path
             name: torch.cat([start_tensors[name], tensor], dim=0 if ".lora_A." in name else 1)
             for name, tensor in tensors.items()
         }
-        config |= {name: config[name] + start_config[name] for name in ("r", "lora_alpha")}  # their ratio, the scale, stays 2
-    config["base_model_name_or_path"] = None  # the server sets it
+        config |= {name: config[name] + start_config[name] for name in ("r", "lora_alpha")}  # the scale lora_alpha / r stays 2
+    config["base_model_name_or_path"] = None  # the server sets the path
     (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
     save_file(tensors, folder / ADAPTER_FOLDER / _ADAPTER_WEIGHTS_FILE)
     (folder / ADAPTER_FOLDER / _ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2))
@@ -327,7 +356,10 @@ def _load_adapter(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
 
 def load_value_head(policy: Path) -> dict[str, torch.Tensor] | None:
-    """Load the value head that the last PPO update of this RL phase saved; return None before the first one."""
+    """Load the value head that the last PPO update of this RL phase saved.
+
+    Return None before the first PPO update.
+    """
     file = policy / RL_FOLDER / _VALUE_HEAD_FILE
     if not file.exists():
         return None
@@ -336,10 +368,10 @@ def load_value_head(policy: Path) -> dict[str, torch.Tensor] | None:
 
 
 def find_unused_token_id(sequences: Iterable[Sequence[int]], vocab_size: int) -> int:
-    """Return a token id that occurs in none of the sequences, to pad with.
+    """Return a token id that is not in the sequences and can be used for padding.
 
-    transformers reads a classifier's score at the last token that is not padding. SmolLM2 pads with its end token, so the real end token
-    of a response would count as padding.
+    transformers reads a classifier's score at the last token that is not padding. SmolLM2 pads with its end token. The real end
+    token of a response would therefore count as padding.
     """
     used = {token for sequence in sequences for token in sequence}
     return next(token for token in range(vocab_size - 1, -1, -1) if token not in used)

@@ -72,7 +72,7 @@ def test_diverging_update_raises_and_leaves_the_policy_unchanged(tiny, phase):
 
 
 def test_prompts_longer_than_max_length_raise(tiny):
-    with pytest.raises(TrainingFailed, match="none of the 3 responses") as error:
+    with pytest.raises(TrainingFailed, match="the 3 responses have no tokens to learn") as error:
         sft.train(tiny, [SftExample(MESSAGES, "abc", True, str(n)) for n in range(3)], learning_rate=1e-3, max_length=4)
     assert has_three_lines(error)
 
@@ -129,7 +129,7 @@ def test_truncated_adapter_raises(tiny, copy):
 @pytest.mark.parametrize("damage", ["", "{", '{"mean": 0}', "[]"])
 def test_reward_model_without_its_normalization_raises(reward_folder, damage):
     (reward_folder / "reward.json").write_text(damage)
-    with pytest.raises(UsageError, match="holds no complete reward model") as error:
+    with pytest.raises(UsageError, match="does not contain a complete reward model") as error:
         reward.load_reward_model(reward_folder)
     assert has_three_lines(error)
 
@@ -159,7 +159,9 @@ def test_reward_model_of_another_architecture_is_rejected(tiny, reward_folder, t
     other = tmp_path / "other"
     GPT2LMHeadModel(GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(other)
     weights.load_tokenizer(tiny).save_pretrained(other)
-    with pytest.raises(UsageError, match=r"the reward model in .* is a llama, the policy in .* a gpt2") as error:
+    with pytest.raises(
+        UsageError, match=r"the reward model in .* is a llama model, but the policy in .* is a gpt2 model"
+    ) as error:
         reward.load_reward_model(reward_folder, policy=other)
     assert has_three_lines(error)
     assert reward.load_reward_model(reward_folder, policy=tiny).members

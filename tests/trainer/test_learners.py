@@ -369,7 +369,7 @@ def test_reward_model_that_regresses_is_rejected(tiny, tmp_path):
     assert model.check_label_agreement(held_out).all()
     opposite = [pair if pair in held_out else replace(pair, p_a=0.1) for pair in make_pairs(100)]
     with pytest.raises(
-        RewardModelRegression, match=f"agrees with [01] of {len(held_out)} held-out labels, the one before with"
+        RewardModelRegression, match=f"agrees with [01] of {len(held_out)} held-out labels, and the previous model"
     ) as error:
         reward.train(folder, opposite, **settings)
     assert str(error.value).count("\n") == 2

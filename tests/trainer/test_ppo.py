@@ -183,7 +183,7 @@ def test_baseline_removes_an_offset_per_prompt():
     scores, prompts = tensor([0.0, 1.0, 3.0, 2.0]), ["benign", "benign", "harmful", "harmful"]
     shifted = ppo.subtract_baseline(scores - tensor([0.0, 0.0, 9.0, 9.0]), prompts, "prompt")
     assert torch.equal(shifted, ppo.subtract_baseline(scores, prompts, "prompt"))
-    with pytest.raises(TrainingFailed, match="no reward of 4 completions differs from those of the other completions"):
+    with pytest.raises(TrainingFailed, match="each of 4 completions has the same reward as the other completions"):
         ppo.subtract_baseline(tensor([0.0, 0.0, 1.0, 1.0]), prompts, "prompt")
 
 
@@ -423,7 +423,7 @@ def test_missing_eos_penalty_is_off_when_most_completions_are_truncated(tiny, ca
     mostly_cut = [replace(r, ends_with_eos=n < 2) for n, r in enumerate(rollouts)]
     with pytest.raises(TrainingFailed, match="the reward of all 8"):
         train(tiny, tiny, mostly_cut, [1.0] * 8, config)
-    assert "no missing-EOS penalty in this update: 75 %" in caplog.text
+    assert "no missing-EOS penalty, because 75 %" in caplog.text
     mostly_ended = [replace(r, ends_with_eos=n > 2) for n, r in enumerate(rollouts)]
     _, metrics = train(tiny, tiny, mostly_ended, [1.0] * 8, config)
     assert metrics["missing_eos_penalty"] == 3.0 and metrics["grad_norm"] > 0

@@ -208,7 +208,7 @@ def test_batch_is_voided_by_a_concurrent_rollback(workspace):
 
     workspace.add_responses("c")
     workspace.trainer.updater.learners = dict.fromkeys(PHASES, train_after_rollback)
-    with pytest.raises(Exception, match="policy 4 was published meanwhile"):
+    with pytest.raises(Exception, match="policy 4 was published during training"):
         workspace.trainer.update("ppo")
     assert workspace.list_policies()[-1] == (4, "restore", 1) and len(workspace.list_policies()) == 4
     assert not (workspace.settings.folder / "checkpoints" / "policy-000004").exists()

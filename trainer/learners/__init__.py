@@ -1,1 +1,1 @@
-"""The learners, one file each: SFT, the reward model, PPO and DPO. They need neither the log nor the database."""
+"""The learners are SFT, the reward model, PPO and DPO, with one file each. They do not use the log or the database."""

@@ -1,17 +1,19 @@
-"""DPO: the policy learns from the labels directly, without a reward model and without rollouts. The alternative to PPO.
+"""Train the policy with DPO on the labels directly, without a reward model and without rollouts. DPO is the alternative to PPO.
 
-With d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), each log-probability summed over the response's tokens, and p, the judge's
-probability that a is better, the loss is
+Let d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), where each log-probability is summed over the response's tokens.
+Let p be the judge's probability that a is better. The loss is
 
     -[p log s(beta d) + (1 - p) log s(-beta d)]
 
-For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). A soft label moves the minimum from infinity to s(beta d) = p, as in the reward model:
-for an undecided judge (p = 0.5) the minimum is at no change, where a hard label would push as hard as any other. trl's `label_smoothing` is
-the same loss with one p for all pairs; here each pair has its own p.
+For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). With a soft label, the minimum is not at infinity but at s(beta d) = p, as
+in the reward model. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. A hard label
+would change the policy as much as a label of a certain judge. trl's `label_smoothing` is the same loss with one p for all pairs. Here each
+pair has a separate p.
 
-The reference is that of PPO: the policy of the last supervised phase. Its log-probabilities are computed before the first step. With LoRA
-they are those of the policy with its adapter disabled; otherwise the reference is loaded next to the policy for this, then released. The
-prompts that the reward model holds out are held out here too; their metrics are `held_out/...`.
+The reference is the policy of the last supervised phase, as in PPO. Its log-probabilities are computed before the first step.
+With LoRA, they are computed by the policy with its adapter disabled. Otherwise the reference is loaded next to the policy for
+this computation, then released. The prompts that the reward model holds out are held out here too. Their metrics are
+`held_out/...`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from trainer.learners.reward import PreferenceExample, compute_soft_label_loss, 
 
 
 class _SoftLabelDPOTrainer(DPOTrainer):
-    """trl's DPOTrainer on rows that are already encoded and have soft labels."""
+    """This class is trl's DPOTrainer for rows that are already encoded and have soft labels."""
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
         return dataset
@@ -41,8 +43,12 @@ class _SoftLabelDPOTrainer(DPOTrainer):
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "p_a"]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Add the reference's log-probabilities to the rows. trl would cache them in files that the processes do not share."""
-        # Of a policy that already has an adapter trl keeps a copy of the adapter as the reference; ours is the model without an adapter.
+        """Add the log-probabilities of the reference to the rows.
+
+        This method replaces trl's method, which caches them in files that the processes do not share.
+        """
+        # If the policy already has an adapter, trl uses a copy of the adapter as the reference. Here the reference is the model without
+        # an adapter, so the copy is deleted.
         if weights.has_adapter(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         model = self.ref_model or self.model
@@ -89,7 +95,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
 
 class _SoftLabelCollator(DataCollatorForPreference):
-    """trl's collator, which also collects the soft labels."""
+    """This class is trl's collator, extended to collect the soft labels."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -97,7 +103,10 @@ class _SoftLabelCollator(DataCollatorForPreference):
 
 
 def encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
-    """Return the token ids of the prompt and of both responses. A long prompt loses its beginning, a long response its end."""
+    """Return the token ids of the prompt and of both responses.
+
+    A long prompt is truncated at the beginning, and a long response at the end.
+    """
     a = encode_completion(tokenizer, example.response_a, ends_with_eos=example.ends_with_eos_a)
     b = encode_completion(tokenizer, example.response_b, ends_with_eos=example.ends_with_eos_b)
     max_prompt_length = max(1, max_length - max(len(a), len(b)))
@@ -122,9 +131,10 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
-    """Make one DPO update of the policy; return a function that saves it, and the metrics.
+    """Make one DPO update of the policy. Return a function that saves the policy, and the metrics.
 
-    Raises OneSidedLabels, TrainingFailed when a metric is not finite, UsageError for folders that do not belong together.
+    Raise OneSidedLabels when all labels prefer the same position, TrainingFailed when a metric is not finite, and UsageError
+    when policy and reference do not have the same architecture and tokenizer.
     """
     weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
     require_two_sided_labels(examples)
@@ -169,7 +179,7 @@ def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_le
 
 
 def _evaluate_held_out(trainer: Any) -> dict[str, float]:
-    """Return loss, accuracy and margin on the held-out labels."""
+    """Return the loss, the accuracy and the margin on the held-out labels."""
     metrics = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     return {f"held_out/{name}": float(metrics[key]) for name, key in names.items() if key in metrics}

@@ -1,54 +1,61 @@
-"""PPO: the policy learns from scored rollouts that the stream has sampled (RL-CAI). One file, to be read from top to bottom.
+"""Train the policy with PPO on scored rollouts that the stream has sampled (RL-CAI). Read this file from top to bottom.
 
     minimize   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value + c_k * KL(pi_old || pi)     (alternate)
                L_SL + alpha * L                                                (combined)
 
-with r = pi(token) / pi_old(token), where pi_old is the policy at the start of the update, and advantages A from GAE over per-token rewards
--beta * (log pi_old - log pi_ref), plus the reward model's normalized score on the last token (Schulman et al. 2017; Bai et al. 2022,
-section 4; Ziegler et al. 2019).
+Here r = pi(token) / pi_old(token), and pi_old is the policy at the start of the update. The advantages A are computed with GAE
+from per-token rewards. The reward of a token is -beta * (log pi_old - log pi_ref). The last token also gets the reward model's
+normalized score (Schulman et al. 2017; Bai et al. 2022, section 4; Ziegler et al. 2019).
 
-Where this departs from the papers, and why:
+The implementation differs from the papers in the following points, for these reasons:
 
- 1. Nothing is sampled here: the rollouts come from the stream, with their behavior log-probabilities. They may be a few policy versions
-    old. Therefore the old log-probabilities are computed again with the current policy, and each token is weighted with
-    min(pi_old / pi_behavior, 2) (truncated importance sampling; decoupled PPO). This is done for fresh rollouts too, because a server
-    samples with other arithmetic than training uses.
- 2. Each score is compared with the mean score of the other completions of the same prompt (Ahmadian et al. 2024, RLOO). A reward model
-    trained on pairs has no common scale for different prompts: only differences within a prompt mean something, and a linear value head is
-    too weak to remove the rest. Against the mean of the batch, refusals of harmful prompts would lose to helpful responses to benign
-    prompts, and PPO would unlearn them. The only completion of a prompt is compared with the mean of the batch, with a warning. A batch in
-    which all compared scores are equal is rejected.
- 3. Advantages are divided by their standard deviation over the batch, if they vary, but they are not centered: the scores were already
-    compared, and a shift would push every token of a completion that is as good as the others of its prompt.
- 4. The value head is a linear layer on the policy's trunk and starts at zero: it needs half the memory of a value model. It is kept from
-    one PPO update to the next until the next supervised phase, and its learning rate is at least 1e-5. Such a head can be worse than none
-    (explained_variance below 0), and it makes the same errors in all completions that begin alike: where all responses to harmful prompts
-    are one refusal, these errors push the policy away from the refusal's tokens, and no sample shows towards which. Values are therefore
-    multiplied by the regression coefficient of the future rewards on them, kept in [0, 1] (the best coefficient of a control variate:
-    Greensmith et al. 2004, section 5).
- 5. No entropy bonus, no dropout, gamma 1: a completion is scored once, at its end.
- 6. beta adapts to a KL target in nats per sequence, once per update: it doubles above 1.5 times the target and halves below two thirds of
-    it (Schulman et al. 2017, section 4), but never below its setting. Ziegler's controller (2 % per update) is made for thousands of small
-    updates, and a stream makes few large ones. The KL is that of the rollouts, under pi_old. The first update after SFT leaves beta
-    unchanged: its policy still equals the reference, so the KL is zero for any beta.
- 7. The clip limits the effect of a completion's gradient on its own tokens, but not on the tokens of others: a policy that is pushed away
-    from some completions also leaves tokens that all completions share, for tokens that no sample shows. Therefore each step also has a KL
-    penalty towards pi_old (Schulman et al. 2017, section 4, in addition to the clip).
- 8. A step that would start above a KL limit is not made and ends the update. The limits apply to the KL to the reference, to the base
-    model, and to pi_old (`max_kl_update`). Within an update only the last one is reliable. The first two are estimates for the current
-    policy from completions that pi_old sampled; where the policy has learned to write something that pi_old never wrote, these samples do
-    not show it: an estimate of 1.6 nats was 12 nats on the next version's own completions (docs/learning.md). The samples do show what the
-    policy has moved away from. In the first two, each token is weighted with min(pi / pi_old, 10): without the cap, one token that was rare
-    when it was sampled and is likely now would count thousands of nats. An update that starts above one of the first two is rejected.
- 9. Masks come from lengths and never from `!= pad`: SmolLM2 pads with its end token. Padding is on the right, where a causal model never
-    attends to it, so no attention mask is needed.
-10. A loss is the mean over the completion tokens of its minibatch, so long completions weigh more, as in every published PPO for language
-    models. In the papers the expectation is over time steps.
-11. Adam starts without state in each update, because its moments would take twice the space of the weights on disk. Its first steps are then
-    as long as the learning rate allows, for any gradient. Therefore the learning rate rises over the first steps and falls to zero over the
-    rest (Ouyang et al. 2022, appendix C.4 warm up over 10 iterations; trl's PPO decays linearly).
-12. A completion that was cut at the length limit loses `missing_eos_penalty`, unless most completions were cut: then the limit is too low,
-    and the penalty would teach short responses instead of complete ones.
+ 1. This file does not sample. The rollouts come from the stream, with their behavior log-probabilities. They may be a few
+    policy versions old. Therefore the old log-probabilities are computed again with the current policy, and each token is
+    weighted with min(pi_old / pi_behavior, 2) (truncated importance sampling; decoupled PPO). Fresh rollouts are weighted too,
+    because the arithmetic of a server differs from the arithmetic of training.
+ 2. Each score is compared with the mean score of the other completions of the same prompt (Ahmadian et al. 2024, RLOO). A
+    reward model trained on pairs has no common scale for different prompts. Only differences within a prompt are meaningful,
+    and a linear value head is too weak to remove the other differences. If scores were compared with the mean of the batch,
+    refusals of harmful prompts would score below helpful responses to benign prompts, and PPO would unlearn the refusals. If a
+    prompt has only one completion, its score is compared with the mean of the batch, and a warning is logged. A batch in which
+    all compared scores are equal is rejected.
+ 3. Advantages are divided by their standard deviation over the batch, if they vary. They are not centered, because the scores
+    were already compared. Centering would also train every token of a completion that is exactly as good as the others of its
+    prompt.
+ 4. The value head is a linear layer on the policy's trunk and starts at zero. It needs half the memory of a value model. It is
+    kept from one PPO update to the next until the next supervised phase, and its learning rate is at least 1e-5. Such a head
+    can be worse than no head (explained_variance below 0). It makes the same errors in all completions that begin alike. If all
+    responses to harmful prompts are the same refusal, these errors make the tokens of the refusal less likely, and no sample
+    shows which tokens should replace them. Values are therefore multiplied by the regression coefficient of the future rewards
+    on the values, limited to [0, 1] (the best coefficient of a control variate: Greensmith et al. 2004, section 5).
+ 5. There is no entropy bonus and no dropout, and gamma is 1. A completion is scored once, at its end.
+ 6. beta adapts to a KL target in nats per sequence, once per update. It doubles if the KL is above 1.5 times the target, and
+    halves if the KL is below two thirds of the target (Schulman et al. 2017, section 4). It never falls below its setting.
+    Ziegler's controller (2 % per update) is made for thousands of small updates, but a stream makes few large updates. The KL
+    is estimated from the rollouts, under pi_old. The first update after SFT does not change beta. Its policy is still equal to
+    the reference, so the KL is zero for any beta.
+ 7. The clip limits the effect of a completion's gradient on its own tokens, but not on the tokens of other completions. When
+    training makes some completions less likely, it can also make tokens less likely that all completions share. Tokens that no
+    sample shows then become more likely. Therefore each step also has a KL penalty towards pi_old (Schulman et al. 2017,
+    section 4, in addition to the clip).
+ 8. If a KL is above its limit before a step, the step is not made and the update ends. There are limits for the KL to the
+    reference, to the base model, and to pi_old (`max_kl_update`). Within an update only the last KL is reliable. The first two
+    are estimated for the current policy, from completions that pi_old sampled. If the policy has learned to write something
+    that pi_old never wrote, these samples do not show it. In one case an estimate of 1.6 nats was 12 nats on the completions of
+    the next version (docs/learning.md). The samples do show what the policy now writes less often. In the first two estimates,
+    each token is weighted with min(pi / pi_old, 10). Without the cap, one token that was rare when it was sampled and is likely
+    now would count thousands of nats. If one of the first two is above its limit at the start, the update is rejected.
+ 9. Masks are computed from lengths and never from `!= pad`, because SmolLM2 pads with its end token. Padding is on the right,
+    where a causal model never attends to it. Therefore no attention mask is needed.
+10. A loss is the mean over the completion tokens of its minibatch, so long completions have more weight. Every published PPO
+    for language models does this. In the papers the expectation is over time steps.
+11. Adam starts without state in each update, because its moments would take twice the space of the weights on disk. Its first
+    steps then have the full length of the learning rate, for any gradient. Therefore the learning rate rises over the first
+    steps and falls to zero over the rest (Ouyang et al. 2022, appendix C.4, warm up over 10 iterations; trl's PPO decays
+    linearly).
+12. The score of a completion that was truncated at the length limit is reduced by `missing_eos_penalty`. If most completions
+    were truncated, the penalty is not applied. In that case the limit is too low, and the penalty would teach short responses
+    instead of complete responses.
 """
 
 from __future__ import annotations
@@ -77,14 +84,17 @@ _IMPORTANCE_WEIGHT_CAP = 2.0
 _KL_WEIGHT_CAP = 10.0
 _MIN_STD = 1e-4
 _MAX_GRAD_NORM = 1.0
-_MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6 a linear head that starts at zero would hardly learn
+_MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6, a linear head that starts at zero hardly learns
 _MAX_TRUNCATED_FRACTION = 0.5
-_KL_WINDOW = 64  # rollouts over which kl_update is averaged; over fewer it is too noisy for a limit
+_KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because it is too noisy over fewer
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled completion: its exact token ids, and the log-probabilities with which they were sampled."""
+    """A rollout is one sampled completion.
+
+    It has the exact token ids and the log-probabilities with which they were sampled.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -96,13 +106,13 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
-        """The length of prompt and completion."""
+        """Return the number of tokens of prompt and completion."""
         return len(self.prompt_token_ids) + len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """The settings `ppo.*` of an update; `alpha` is the weight of the RL loss in the combined objective."""
+    """These are the settings `ppo.*` of an update. `alpha` is the weight of the RL loss in the combined objective."""
 
     learning_rate: float = 1e-6
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
@@ -125,7 +135,7 @@ class PPOConfig:
     alpha: float = 1.0
 
 
-# The mathematics. Tensors are (B, T) over completion tokens; masks are 1 on real tokens and 0 on padding.
+# The mathematics. Tensors have shape (B, T) over completion tokens. Masks are 1 on real tokens and 0 on padding.
 
 
 def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -133,40 +143,41 @@ def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def logprobs_from_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return log p(token) (...) from logits (..., V) and tokens (...)."""
+    """Return log p(token) with shape (...), from logits (..., V) and tokens (...)."""
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def _entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats (...) from logits (..., V)."""
+    """Return the entropy in nats with shape (...), from logits (..., V)."""
     logp = torch.log_softmax(logits, dim=-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the unbiased estimate of KL(p || q) per token, from samples of p; may be negative (Schulman 2020, "k1")."""
+    """Return the unbiased estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k1"). It may be negative."""
     return logp - logq
 
 
 def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token that is never negative (Schulman 2020, "k3")."""
+    """Return the estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k3"). It is never negative."""
     return torch.expm1(logq - logp) - (logq - logp)
 
 
 def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token from samples of a third distribution: k3 weighted with min(p / sampled, 10).
+    """Return the estimate of KL(p || q) per token, from samples of a third distribution.
 
-    Never negative. Without the weight, one token that p has just learned to avoid counts q / p, thousands of nats. Without the cap, one
-    token that p has just learned to prefer does. Where the cap applies, the estimate is too low.
+    The estimate is k3 weighted with min(p / sampled, 10), and is never negative. Without the weight, one token that p has just
+    learned to avoid would count q / p, which can be thousands of nats. Without the cap, one token that p has just learned to
+    prefer would count as much. Where the cap applies, the estimate is too low.
     """
     return torch.exp(logp - sampling_logp).clamp(max=_KL_WEIGHT_CAP) * kl_k3(logp, logq)
 
 
 def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(old || new) per token, from samples of `old`: k3 with the ratio new / old capped at 10.
+    """Return the estimate of KL(old || new) per token, from samples of `old`.
 
-    Never negative. With the cap, a single token that was rare and is likely now does not end an update. Where the cap applies, the
-    estimate is too low.
+    The estimate is k3 with the ratio new / old capped at 10, and is never negative. Because of the cap, a single token that was
+    rare and is likely now does not end an update. Where the cap applies, the estimate is too low.
     """
     return kl_k3(old_logprobs, torch.minimum(new_logprobs, old_logprobs + math.log(_KL_WEIGHT_CAP)))
 
@@ -174,7 +185,7 @@ def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -
 def compute_token_rewards(
     kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, beta: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Return the rewards: -beta * kl on every token, plus the score (B,) on the last token."""
+    """Return the reward of each token, which is -beta * kl. The last token also gets the score (B,)."""
     rewards = -beta * kl * mask
     rewards[torch.arange(len(lengths), device=rewards.device), lengths - 1] += scores
     return rewards
@@ -199,10 +210,10 @@ def compute_gae(
 
 
 def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline: str) -> torch.Tensor:
-    """Return each score (N,) minus the mean score of the other completions of its prompt (`prompts` has one entry per score).
+    """Return each score (N,) minus the mean score of the other completions of its prompt.
 
-    With baseline "batch", and for the only completion of a prompt, subtract the mean of all scores. Raises TrainingFailed when no
-    difference is left: Adam would make full steps from rounding errors.
+    `prompts` has one entry per score. If `baseline` is "batch", or if a prompt has only one completion, subtract the mean of
+    all scores. Raise TrainingFailed when the results are all equal, because Adam would make full steps from rounding errors.
     """
     advantages = scores - scores.mean()
     groups: dict[object, list[int]] = {}
@@ -216,21 +227,21 @@ def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline:
         raise TrainingFailed(
             f"the reward of all {len(scores)} completions is the same"
             if all_equal
-            else f"no reward of {len(scores)} completions differs from those of the other completions of its prompt",
-            "there is nothing to learn from them, and nothing of this update was saved; the last policy stays in use",
-            "wait for more responses, or inspect these and their scores: charter tail responses, charter tail scores",
+            else f"each of {len(scores)} completions has the same reward as the other completions of its prompt",
+            "PPO cannot learn from equal rewards. This update was not saved, and the last policy stays in use",
+            "wait for more responses, or inspect the responses and their scores: charter tail responses, charter tail scores",
         )
     return advantages
 
 
 def scale_to_unit_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Divide by the standard deviation over real tokens; return `x` unchanged when it hardly varies."""
+    """Divide `x` by its standard deviation over real tokens. Return `x` unchanged when it hardly varies."""
     deviation = _masked_mean((x - _masked_mean(x, mask)) ** 2, mask).sqrt()
     return x if deviation < _MIN_STD else x / deviation * mask
 
 
 def compute_value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
-    """Return the regression coefficient of the future rewards on the values (B, T), kept in [0, 1]."""
+    """Return the regression coefficient of the future rewards on the values (B, T), limited to [0, 1]."""
     future_rewards, _ = compute_gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
     v, r = (x[mask.bool()] - _masked_mean(x, mask) for x in (values, future_rewards))
     variance = float((v * v).sum())
@@ -240,7 +251,10 @@ def compute_value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torc
 def compute_clipped_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, importance_weights: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return per token the clipped loss (2017, eq. 7) times its importance weight, and 1.0 where the clip applies."""
+    """Return the clipped loss per token (Schulman et al. 2017, eq. 7) times its importance weight.
+
+    Also return a tensor that is 1.0 where the clip applies.
+    """
     ratio = torch.exp(logprobs - old_logprobs)
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return importance_weights * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
@@ -249,20 +263,23 @@ def compute_clipped_policy_loss(
 def compute_clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """Return per token half the larger squared error: of the value, and of the value kept within `clip` of the old one."""
+    """Return half the squared error per token, of the value or of the clipped value, whichever error is larger.
+
+    The clipped value differs from the old value by at most `clip`.
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """Return the next update's beta (Schulman et al. 2017, section 4); a KL estimate of zero or below does not lower it."""
+    """Return beta for the next update (Schulman et al. 2017, section 4). A KL estimate of zero or below does not lower beta."""
     if kl > 1.5 * kl_target:
         return 2 * beta
     return beta / 2 if 0 < kl < kl_target / 1.5 else beta
 
 
 def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns) over real tokens; 0 when returns do not vary."""
+    """Return 1 - Var(returns - values) / Var(returns) over real tokens. Return 0 when the returns do not vary."""
     is_token = mask.bool()
     variance = returns[is_token].var(correction=0)
     if variance < 1e-12:
@@ -274,7 +291,7 @@ def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask
 
 
 class ActorCritic(torch.nn.Module):
-    """The policy, and a linear value head on its last hidden states."""
+    """This module has the policy and a linear value head on the policy's last hidden states."""
 
     def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT_HARDWARE) -> None:
         super().__init__()
@@ -300,8 +317,11 @@ class ActorCritic(torch.nn.Module):
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     def forward(self, batch: _PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log-probabilities of the completion tokens, the values before each of them, and entropies: all (B, T_completion)."""
-        # Only the positions that predict completion tokens go through the (large) output layer.
+        """Return the log-probability of each completion token, the value before it, and the entropy.
+
+        All three have shape (B, T_completion).
+        """
+        # The output layer is large, so it is computed only for the positions that predict completion tokens.
         is_token = batch.completion_mask.bool()
         row, column = is_token.nonzero(as_tuple=True)
         hidden = self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
@@ -309,7 +329,7 @@ class ActorCritic(torch.nn.Module):
         logp = logprobs_from_logits(logits, batch.completion_ids[row, column])
         with torch.no_grad():
             entropies = _entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
-        # Not a matrix product, which autocast would round to bf16: its three digits are too few for the value loss.
+        # Autocast would round a matrix product to bf16. Its three digits are too few for the value loss, so multiply and sum instead.
         values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
 
         def scatter(token_values: torch.Tensor) -> torch.Tensor:
@@ -319,7 +339,10 @@ class ActorCritic(torch.nn.Module):
 
     @torch.no_grad()
     def require_plain_logits(self, base_model: Any) -> None:
-        """Raise UsageError for a model that changes its logits in a way not known here: every probability would be wrong."""
+        """Raise UsageError if `compute_logits` does not return the model's logits.
+
+        All probabilities would be wrong for such a model.
+        """
         ids = torch.tensor([[1, 2, 3]], device=base_model.device)
         if not torch.allclose(
             self.compute_logits(self.compute_hidden_states(ids)),
@@ -335,7 +358,10 @@ class ActorCritic(torch.nn.Module):
 
 @dataclass(frozen=True)
 class _PaddedRollouts:
-    """Rollouts as right-padded tensors: `input_ids` (B, T), `temperatures` (B,), the others (B, T_completion)."""
+    """These are rollouts as right-padded tensors.
+
+    `input_ids` has shape (B, T), `temperatures` has shape (B,), and the others have shape (B, T_completion).
+    """
 
     input_ids: torch.Tensor
     completion_ids: torch.Tensor
@@ -345,7 +371,7 @@ class _PaddedRollouts:
 
 
 def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> _PaddedRollouts:
-    """Return the tensors of some rollouts; `completion_length` is T_completion."""
+    """Convert rollouts to padded tensors. `completion_length` is T_completion."""
     longest = max(r.num_tokens for r in rollouts)
     ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
     tokens, positions = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
@@ -361,7 +387,7 @@ def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: to
 
 
 def _make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
-    """Group rows of similar length, so that there is little padding."""
+    """Split rows into micro-batches of similar length, so that little padding is needed."""
     order = sorted(indices, key=lambda i: rollouts[i].num_tokens)
     return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
 
@@ -370,7 +396,7 @@ def _make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], mic
 def compute_logprobs_and_values(
     actor: ActorCritic, rollouts: Sequence[Rollout], completion_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities and values of all rollouts (N, completion_length)."""
+    """Return log-probabilities and values of all rollouts. Both have shape (N, completion_length)."""
     device = actor.value_head.weight.device
     logp = torch.zeros(len(rollouts), completion_length, device=device)
     values = torch.zeros_like(logp)
@@ -384,7 +410,10 @@ def compute_logprobs_and_values(
 def compute_model_logprobs(
     folder: Path, rollouts: Sequence[Rollout], completion_length: int, hardware: Hardware
 ) -> torch.Tensor:
-    """Return log-probabilities (N, completion_length) under another model, which is loaded for this and then released."""
+    """Return the log-probabilities (N, completion_length) of another model.
+
+    The model is loaded for this computation, then released.
+    """
     actor = ActorCritic(weights.load_policy(folder), hardware)
     logp = compute_logprobs_and_values(actor, rollouts, completion_length)[0]
     del actor
@@ -397,7 +426,10 @@ def compute_model_logprobs(
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """The policy after an update. `save` saves it with what the next update continues from (`weights.RL_FOLDER`)."""
+    """This is the policy after an update.
+
+    `save` writes the policy. It also writes to `weights.RL_FOLDER` the state that the next update starts from.
+    """
 
     policy: Any
     tokenizer: Any
@@ -418,31 +450,33 @@ def train(
     seed: int = 0,
     on_step: StepCallback = ignore_step,
 ) -> tuple[TrainedPolicy, dict[str, float]]:
-    """Make one PPO update on scored rollouts; return the policy and metrics.
+    """Make one PPO update on scored rollouts. Return the policy and the metrics.
 
-    `scores` are normalized, one per rollout. `base_folder` None: without the KL to the base model. `sl_rows` (ids and labels, from
-    `sft.encode_example`) turn on the combined objective. The metrics are means over the last epoch; `stopped_early` = 1 when a KL limit
-    ended the update. Raises TrainingFailed when a metric is not finite or the scores are all equal, UsageError for folders that do not
-    belong together.
+    `scores` are normalized, one per rollout. If `base_folder` is None, the KL to the base model is not computed. If `sl_rows`
+    (ids and labels, from `sft.encode_example`) are given, the combined objective is used. The metrics are means over the last
+    epoch. `stopped_early` is 1 if a KL limit ended the update. Raise TrainingFailed when a metric is not finite, when all
+    scores are equal, or when a KL limit is exceeded at the start. Raise UsageError when the models do not have the same
+    architecture and tokenizer.
     """
     torch.manual_seed(seed)
     weights.require_compatible_models(policy_folder, reference_folder, "the reference policy")
     truncated_fraction = sum(not r.ends_with_eos for r in rollouts) / len(rollouts)
     if config.missing_eos_penalty and truncated_fraction > _MAX_TRUNCATED_FRACTION:
         logger.warning(
-            "no missing-EOS penalty in this update: %.0f %% of its completions were cut at the limit (respond.max_tokens)",
+            "this update has no missing-EOS penalty, because %.0f %% of its completions were truncated (respond.max_tokens)",
             100 * truncated_fraction,
         )
         config = replace(config, missing_eos_penalty=0.0)
     num_single = list(Counter(r.prompt_token_ids for r in rollouts).values()).count(1)
     if num_single and config.baseline == "prompt":
         logger.warning(
-            "%d of %d completions are the only one of their prompt and are compared with the mean of all (respond.num_completions)",
+            "%d of %d completions are the only completion of their prompt. Their scores are compared with the mean of all scores"
+            " (respond.num_completions)",
             num_single,
             len(rollouts),
         )
 
-    # The other models are loaded, evaluated and released before the policy is loaded: memory holds one set of weights at any time.
+    # The other models are loaded, evaluated and released before the policy is loaded. Memory therefore holds one set of weights.
     completion_length = max(len(r.token_ids) for r in rollouts)
     base_logprobs = ref_logprobs = None
     if base_folder is not None:
@@ -485,7 +519,7 @@ def train(
 
 @dataclass(frozen=True)
 class _PPOBatch:
-    """What is fixed during an update. Tensors are (N, T); see the module's docstring."""
+    """These values are fixed during an update. Tensors have shape (N, T). The module's docstring explains the values."""
 
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
@@ -542,19 +576,19 @@ def _compute_sequence_kl(batch: _PPOBatch, other_logprobs: torch.Tensor) -> floa
 
 
 def find_exceeded_limit(metrics: Mapping[str, float], config: PPOConfig) -> str:
-    """Return the setting whose KL limit the metrics exceed; "" when they exceed none."""
+    """Return the first setting whose KL limit the metrics exceed. Return "" when no limit is exceeded."""
     limits = {"max_kl_update": "kl_update", "max_kl": "kl_ref", "max_kl_base": "kl_base"}
     return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(config, limit)), "")
 
 
 def _require_within_kl_limits(kls: dict[str, float], config: PPOConfig) -> None:
-    """Raise TrainingFailed when the policy exceeds a KL limit before the first step: no step would be made."""
+    """Raise TrainingFailed when the policy exceeds a KL limit before the first step."""
     if limit := find_exceeded_limit(kls, config):
         name, model = {"max_kl": ("kl_ref", "reference"), "max_kl_base": ("kl_base", "base model")}[limit]
         raise TrainingFailed(
             f"the KL of the policy to the {model} is {kls[name]:.1f} nats per completion",
-            f"that is above ppo.{limit} = {getattr(config, limit):g} before the first step, and nothing was trained",
-            f"go back to an earlier policy (charter policy rollback), train SFT, or raise ppo.{limit}",
+            f"this is above ppo.{limit} = {getattr(config, limit):g} before the first step, so no step was made",
+            f"restore an earlier policy (charter policy rollback), train SFT, or raise ppo.{limit}",
         )
 
 
@@ -568,7 +602,7 @@ def _optimize_policy(
     lora_rank: int,
     on_step: StepCallback,
 ) -> dict[str, float]:
-    """Train for some epochs of minibatches; return the means of the last epoch's metrics."""
+    """Train for `config.epochs` epochs of minibatches. Return the mean metrics of the last epoch."""
     policy_parameters = [parameter for parameter in actor.policy.parameters() if parameter.requires_grad]
     head_parameters = list(actor.value_head.parameters())
     parameters = [*policy_parameters, *head_parameters]
@@ -602,7 +636,7 @@ def _optimize_policy(
             require_finite(step + 1, metrics)
             recent_kls.append(metrics["kl_update"])
             metrics["kl_update"] = sum(recent_kls) / len(recent_kls)
-            # These metrics describe the policy before this step. Above a limit, the step is not made.
+            # These metrics describe the policy before this step. If a KL is above its limit, the step is not made.
             metrics["stopped_early"] = float(step > 0 and bool(find_exceeded_limit(metrics, config)))
             if metrics["stopped_early"]:
                 on_step(step + 1, metrics)
@@ -625,9 +659,10 @@ def _accumulate_rl_gradients(
     config: PPOConfig,
     loss_scale: float,
 ) -> dict[str, float]:
-    """Accumulate the gradients of one minibatch, in micro-batches whose losses add up to the token mean; return its metrics.
+    """Accumulate the gradients of one minibatch and return its metrics.
 
-    Under several processes each one takes a part of the rows: gradients are those of the part, metrics those of all rows.
+    The losses of its micro-batches add up to the token mean. With several processes, each process takes a part of the rows. Its
+    gradients come from this part, and the metrics from all rows.
     """
     indices = list(indices)
     num_tokens = float(batch.mask[indices].sum())
@@ -674,7 +709,7 @@ def _accumulate_rl_gradients(
 
 
 def _accumulate_sl_gradients(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) -> float:
-    """Accumulate the gradients of the supervised loss (token mean) of one minibatch; return the loss."""
+    """Accumulate the gradients of the supervised loss (token mean) of one minibatch. Return the loss."""
     num_tokens = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
     total, size, shard = 0.0, actor.hardware.micro_batch_size, distributed.shard_rows(rows)
     for start in range(0, len(shard), size):

@@ -1,19 +1,23 @@
-"""The reward model: a scalar score for a response, learned from soft labels.
+"""Train the reward model on soft labels. The reward model gives each response a scalar score.
 
 For a pair with the judge's probability p that A is better, the loss is (Lee et al. 2023, section 3)
 
     -[p log s(rA - rB) + (1 - p) log s(rB - rA)] + c * (rA + rB)^2
 
-Its minimum is at s(rA - rB) = p; the second term keeps scores near zero.
+Its minimum is at s(rA - rB) = p. The second term keeps scores near zero.
 
-A tenth of the prompts never trains. They are selected by hash, so they are the same in every batch. Accuracy, calibration, margin and the
-correlation with length are measured on them, and so are the mean and the standard deviation that normalize the scores. Both are frozen in
-the checkpoint (`reward.json`). Two kinds of models are rejected. The first agrees with fewer of these labels than the model that it started
-from, beyond chance: fine-tuning on the newest labels can undo what earlier ones taught. The second does not agree with more of them than
-chance: PPO would follow its noise.
+A tenth of the prompts is never used for training. These prompts are selected by hash, so they are the same in every batch.
+Accuracy, calibration, margin and the correlation with length are measured on them. The mean and the standard deviation that
+normalize the scores are also measured on them. Both values are saved in the checkpoint (`reward.json`) and do not change. Two
+kinds of models are rejected:
 
-The members of an ensemble have different seeds for head, shuffling and adapter. Its score is mean - lambda * variance of the members'
-normalized scores, which is low where they disagree (Coste et al. 2023, uncertainty-weighted optimization, eq. 4).
+- A model that agrees with fewer of these labels than the model that it started from, beyond chance. Fine-tuning on the newest
+  labels can reverse what earlier labels taught.
+- A model that does not agree with more of these labels than chance. PPO would learn from noise.
+
+The members of an ensemble have different seeds for the head, the shuffling and the adapter. The score of the ensemble is mean -
+lambda * variance of the members' normalized scores. This score is low where the members disagree (Coste et al. 2023,
+uncertainty-weighted optimization, eq. 4).
 """
 
 from __future__ import annotations
@@ -43,10 +47,10 @@ logger = logging.getLogger("charter.trainer")
 _NORMALIZATION_FILE = "reward.json"
 _MIN_STD = 1e-4
 _SCORE_BATCH_SIZE = 16
-_HELD_OUT_FRACTION = 0.1  # of the prompts; their labels never train
-_MIN_HELD_OUT_PAIRS = 8  # the mean and deviation of fewer pairs are noise
-_MIN_LABELS_FOR_TEST = 16  # this many coin flips are all equal once in 32,768 times
-_SIGNIFICANCE_LEVEL = 0.025  # probability that a model which guesses is accepted
+_HELD_OUT_FRACTION = 0.1  # the fraction of prompts whose labels are never used for training
+_MIN_HELD_OUT_PAIRS = 8  # with fewer pairs, the mean and the deviation are too noisy
+_MIN_LABELS_FOR_TEST = 16  # the probability that 16 coin flips are all equal is 1 / 32,768
+_SIGNIFICANCE_LEVEL = 0.025  # the probability that a guessing model is accepted
 
 
 class EqualRewards(TrainingFailed):
@@ -54,22 +58,23 @@ class EqualRewards(TrainingFailed):
 
 
 class RewardModelRegression(TrainingFailed):
-    """The reward model agrees with fewer held-out labels than the one that it started from, beyond chance."""
+    """The reward model agrees with fewer held-out labels than the model that it started from, beyond chance."""
 
 
 class RewardModelAtChance(TrainingFailed):
-    """The reward model does not agree with more held-out labels than chance."""
+    """The reward model's agreement with the held-out labels is not better than chance."""
 
 
 class OneSidedLabels(TrainingFailed):
-    """Every label prefers the response in the same position, although both were sampled in the same way."""
+    """Every label prefers the response in the same position, although both responses were sampled in the same way."""
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """Two responses to one prompt and the probability that A is better.
+    """An example has two responses to one prompt, and the probability that response A is better.
 
-    `exchangeable`: both were sampled in the same way, so a judge who reads them prefers each about equally often.
+    `exchangeable` is true if both responses were sampled in the same way. A judge who reads the responses then prefers each
+    position about equally often.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -85,7 +90,7 @@ class PreferenceExample:
 def compute_soft_label_loss(
     rewards_a: torch.Tensor, rewards_b: torch.Tensor, p_a: torch.Tensor, center_rewards_coefficient: float
 ) -> torch.Tensor:
-    """Return the mean loss over pairs; all tensors are (B,)."""
+    """Return the mean loss over pairs. All tensors have shape (B,)."""
     gap = rewards_a - rewards_b
     preference = -(p_a * F.logsigmoid(gap) + (1 - p_a) * F.logsigmoid(-gap))
     return (preference + center_rewards_coefficient * (rewards_a + rewards_b) ** 2).mean()
@@ -94,13 +99,16 @@ def compute_soft_label_loss(
 def _encode_response(
     tokenizer: Any, messages: Sequence[ChatMessage], response: str, ends_with_eos: bool, max_length: int
 ) -> list[int]:
-    """Return prompt and response as token ids. A long prompt loses its beginning; the response never loses its end."""
+    """Return prompt and response as token ids.
+
+    A long sequence is truncated at the beginning, so the end of the response is always kept.
+    """
     ids = encode_prompt(tokenizer, messages) + encode_completion(tokenizer, response, ends_with_eos=ends_with_eos)
     return ids[-max_length:]
 
 
 def _pad_sequences(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Return right-padded ids and their mask, both (B, T)."""
+    """Return right-padded ids and their mask. Both have shape (B, T)."""
     longest = max(len(sequence) for sequence in sequences)
     ids = torch.tensor([[*sequence, *[pad_token_id] * (longest - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
@@ -108,7 +116,7 @@ def _pad_sequences(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dic
 
 
 class SoftLabelRewardTrainer(RewardTrainer):
-    """trl's RewardTrainer with the loss of soft labels (trl's loss takes a margin, not a probability)."""
+    """This class is trl's RewardTrainer with a loss for soft labels. trl's loss uses a margin instead of a probability."""
 
     center_rewards_coefficient = 0.0
     pad_token_id = 0
@@ -117,8 +125,8 @@ class SoftLabelRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         p_a = inputs.pop("p_a")
-        # trl and transformers both set this to the tokenizer's padding token, often the end token. Scores would then be read at
-        # padding, or before the end, not where `RewardModel` reads them.
+        # trl and transformers set this to the tokenizer's padding token, which is often the end token. The score would then be read at
+        # padding or before the end. `RewardModel` reads it at the real end.
         self.model.config.get_text_config().pad_token_id = self.pad_token_id
         outputs = model(**inputs, use_cache=False)
         r_a, r_b = outputs.logits.squeeze(-1).float().chunk(2)
@@ -147,13 +155,14 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[RewardModel, dict[str, float]]:
-    """Train from the model in `folder` (a policy, or an earlier reward model); return the reward model and its metrics.
+    """Train from the model in `folder` (a policy, or an earlier reward model). Return the reward model and its metrics.
 
     The steps of an ensemble's members are reported one after the other.
 
-    Raises OneSidedLabels; EqualRewards when all held-out responses have the same score; RewardModelRegression when an earlier reward
-    model in `folder` agreed with more of the held-out labels; RewardModelAtChance when `require_above_chance` and the model does not agree
-    with more of them than chance; TrainingFailed when a metric is not finite.
+    Raise OneSidedLabels when all labels prefer the same position. Raise EqualRewards when all held-out responses have the same
+    score. Raise RewardModelRegression when an earlier reward model in `folder` agreed with more of the held-out labels. Raise
+    RewardModelAtChance when `require_above_chance` is true and the agreement is not better than chance. Raise TrainingFailed
+    when a metric is not finite.
     """
     require_two_sided_labels(examples)
     train_examples, held_out = split_held_out(examples)
@@ -201,50 +210,55 @@ def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     if lost - won > Z_SCORE_95 * math.sqrt(lost + won):
         raise RewardModelRegression(
-            f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, the one before with"
-            f" {int(before.sum())}",
-            "it lost more agreement than chance explains, so it is not published; the one before stays in use, and its labels can be"
-            " sampled again",
+            f"the new reward model agrees with {int(after.sum())} of {len(after)} held-out labels, and the previous model"
+            f" agreed with {int(before.sum())}",
+            "chance does not explain this loss, so the new model is not published. The previous model stays in use, and the labels of"
+            " this batch can be sampled again",
             "wait for more labels, or lower reward.learning_rate, or raise reward.replay_ratio",
         )
 
 
 def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> None:
-    """Raise RewardModelAtChance, or warn, when guessing would agree with as many of the decided held-out labels too often.
+    """Raise RewardModelAtChance, or log a warning, when the agreement with the held-out labels is not better than chance.
 
-    "Too often" is `_SIGNIFICANCE_LEVEL`; the probability is exact (binomial: at least `num_agreed` heads). Fewer labels than
-    `_MIN_LABELS_FOR_TEST` are too few for the test and give a warning only.
+    A model that guesses agrees with at least `num_agreed` labels with a probability that is computed exactly (binomial). The
+    agreement is better than chance if this probability is at most `_SIGNIFICANCE_LEVEL`. With fewer labels than
+    `_MIN_LABELS_FOR_TEST`, or if `require` is false, only a warning is logged.
     """
     by_chance = sum(math.comb(num_labels, heads) for heads in range(num_agreed, num_labels + 1)) / 2**num_labels
     if by_chance <= _SIGNIFICANCE_LEVEL:
         return
-    message = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, no better than chance"
+    message = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, which is not better than chance"
     if require and num_labels >= _MIN_LABELS_FOR_TEST:
         raise RewardModelAtChance(
             message,
-            "PPO would follow its noise, so it is not published; its labels can be sampled again",
-            "wait for more labels, raise reward.epochs, or measure the judge: charter eval agreement --pairs FILE;"
-            " to publish it anyway, set reward.require_above_chance = false",
+            "PPO would learn from noise, so the model is not published. The labels of this batch can be sampled again",
+            "wait for more labels, or raise reward.epochs. To publish the model anyway, set reward.require_above_chance = false."
+            " To measure the judge, type: charter eval agreement --pairs FILE",
         )
-    logger.warning("%s: it is published anyway (docs/training.md)", message)
+    logger.warning("%s. The model is published anyway (docs/training.md)", message)
 
 
 def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
-    """Raise OneSidedLabels when every one of many exchangeable pairs prefers the same side."""
+    """Raise OneSidedLabels when all exchangeable pairs prefer the same position.
+
+    Batches with fewer than `_MIN_LABELS_FOR_TEST` such pairs are not checked.
+    """
     labels = [example.p_a for example in examples if example.exchangeable]
     for side, one_sided in (("first", all(p > 0.5 for p in labels)), ("second", all(p < 0.5 for p in labels))):
         if one_sided and len(labels) >= _MIN_LABELS_FOR_TEST:
             raise OneSidedLabels(
                 f"all {len(labels)} labels prefer the {side} response",
-                "both responses of a pair were sampled in the same way: this judge follows their position, not their content",
+                "both responses of a pair were sampled in the same way, so the judge prefers a position and ignores the content",
                 "set judge.reject_position_flips = true or another models.judge, and judge again: charter replay --stage judge",
             )
 
 
 def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """Return the examples that train, and those that are held out: the prompts whose hash is in the lowest tenth.
+    """Split the examples into training examples and held-out examples.
 
-    If these have fewer than `_MIN_HELD_OUT_PAIRS` pairs, the next lowest hashes are held out too, up to a quarter of the batch.
+    A prompt is held out if its hash is below `_HELD_OUT_FRACTION`. If fewer than `_MIN_HELD_OUT_PAIRS` pairs are held out, the
+    prompts with the next lowest hashes are held out too, up to a quarter of the batch.
     """
     by_prompt: dict[float, list[PreferenceExample]] = {}
     for example in examples:
@@ -265,7 +279,7 @@ def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[Preferen
 
 
 def _hash_prompt(messages: Sequence[ChatMessage]) -> float:
-    """Return a hash of a prompt's messages, a number in [0, 1)."""
+    """Return a hash of a prompt's messages as a number in [0, 1)."""
     text = json.dumps([(message.role, message.content) for message in messages])
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64
@@ -279,9 +293,10 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
 
 
 def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
-    """Load the scorer that an ensemble member starts from: the member of the last checkpoint, or the policy with a new head.
+    """Load the scorer that an ensemble member starts from.
 
-    A new head starts at zero, or with a `seed` at random values, so that the members differ.
+    This is the same member of the last checkpoint, or otherwise the policy with a new head. A new head starts at zero. If
+    `seed` is given, the head starts at random values, so that the members differ.
     """
     trained = (folder / _NORMALIZATION_FILE).exists()
     member_folder = _get_member_folder(folder, member_index)
@@ -296,7 +311,10 @@ def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> An
 
 
 def _get_member_folder(folder: Path, member_index: int) -> Path:
-    """Return the folder of an ensemble member: the checkpoint itself for the first one, a folder within it for the others."""
+    """Return the folder of an ensemble member.
+
+    The first member uses the checkpoint folder itself, and the others use subfolders.
+    """
     return folder / f"member-{member_index}" if member_index else folder
 
 
@@ -310,7 +328,7 @@ def _train_member(
     lora_rank: int,
     on_step: hf.StepCallback,
 ) -> tuple[Any, dict[str, float]]:
-    """Train one scorer with trl; return it with its adapters merged, and its metrics."""
+    """Train one scorer with trl. Return the scorer with its adapters merged, and its metrics."""
     torch.manual_seed(training_arguments["seed"])  # initializes the LoRA matrices
     pad = _set_unused_pad_token(scorer, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")])
     model = weights.add_lora(scorer, lora_rank, "SEQ_CLS", modules_to_save=["score"])
@@ -335,7 +353,10 @@ def _train_member(
 
 
 def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int:
-    """Set and return a padding id that occurs in none of these sequences, so that the score is read at their real ends."""
+    """Set and return a padding id that is not in these sequences.
+
+    The score is then read at the real end of each sequence.
+    """
     config = model.config.get_text_config()
     config.pad_token_id = weights.find_unused_token_id(sequences, config.vocab_size)
     return int(config.pad_token_id)
@@ -343,7 +364,7 @@ def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int
 
 @dataclass
 class EnsembleMember:
-    """One scorer, and the mean and standard deviation that normalize its scores."""
+    """A member has one scorer, and the mean and standard deviation that normalize its scores."""
 
     model: Any
     mean: float = 0.0
@@ -352,7 +373,10 @@ class EnsembleMember:
 
 @dataclass
 class RewardModel:
-    """Scores responses. Normalized scores have mean 0 and standard deviation 1 over the held-out responses of its last training."""
+    """The reward model scores responses.
+
+    Normalized scores have mean 0 and standard deviation 1 over the held-out responses of the last training.
+    """
 
     members: list[EnsembleMember]
     tokenizer: Any
@@ -363,17 +387,17 @@ class RewardModel:
     hardware: weights.Hardware = field(default=weights.DEFAULT_HARDWARE)
 
     def score(self, responses: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> list[float]:
-        """Return the score of each (messages, response, ends_with_eos), not normalized."""
+        """Return the score of each (messages, response, ends_with_eos). The scores are not normalized."""
         scores: list[float] = self.combine_member_scores(self.score_members(responses)).tolist()
         return scores
 
     def normalize(self, scores: Sequence[float]) -> list[float]:
-        """Return the scores with mean 0 and standard deviation 1 over the held-out responses."""
+        """Normalize the scores. Over the held-out responses, normalized scores have mean 0 and standard deviation 1."""
         return [(score - self.mean) / self.deviation for score in scores]
 
     @torch.inference_mode()
     def score_members(self, responses: Sequence[tuple[Sequence[ChatMessage], str, bool]]) -> torch.Tensor:
-        """Return each member's score of each (messages, response, ends_with_eos), (members, N)."""
+        """Return the scores (members, N) that each member gives to each (messages, response, ends_with_eos)."""
         encoded = [
             _encode_response(self.tokenizer, messages, response, ends_with_eos, self.max_length)
             for messages, response, ends_with_eos in responses
@@ -400,7 +424,10 @@ class RewardModel:
         return normalized.mean(0) - self.variance_penalty * normalized.var(0, correction=0)
 
     def check_label_agreement(self, examples: Sequence[PreferenceExample]) -> torch.Tensor:
-        """Return for each decided label (other than 0.5) whether the scores prefer the same response, a bool tensor (N,)."""
+        """Return whether the scores and the label prefer the same response, as a bool tensor (N,).
+
+        Only decided labels (other than 0.5) are included.
+        """
         decided = [e for e in examples if e.p_a != 0.5]
         if not decided:
             return torch.zeros(0, dtype=torch.bool)
@@ -410,14 +437,15 @@ class RewardModel:
     def fit_normalization(
         self, train_examples: Sequence[PreferenceExample], held_out_examples: Sequence[PreferenceExample]
     ) -> dict[str, float]:
-        """Set mean and standard deviation to those of the held-out responses, and return how the scores agree with their labels.
+        """Set the mean and the standard deviation from the held-out responses.
 
-        If too few labels are held out, all labels are used, with a warning.
+        Return metrics of the agreement between the scores and the labels. If too few labels are held out, all labels are used
+        and a warning is logged.
         """
         measured = list(held_out_examples)
         if len(held_out_examples) < _MIN_HELD_OUT_PAIRS:
             logger.warning(
-                "only %d labels could be held out: the reward model is measured on all labels, including those it was trained on",
+                "only %d labels could be held out. The reward model is measured on all labels, including its training labels",
                 len(held_out_examples),
             )
             measured = [*held_out_examples, *train_examples]
@@ -438,7 +466,7 @@ class RewardModel:
         }
 
     def save(self, folder: Path) -> None:
-        """Save every member's weights and tokenizer, and the normalization."""
+        """Save the weights and the tokenizer of every member, and the normalization."""
         for index, member in enumerate(self.members):
             member_folder = _get_member_folder(folder, index)
             member_folder.mkdir(exist_ok=True)
@@ -471,10 +499,11 @@ def _require_varying_scores(deviation: float, num_responses: int) -> None:
 def compute_agreement_metrics(
     member_scores: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor
 ) -> dict[str, float]:
-    """Return how the scores agree with the labels (N,). `member_scores` (members, 2N), `scores` and `lengths` (2N,): all A, then all B.
+    """Return metrics of the agreement between the scores and the labels (N,).
 
-    Brier score and expected calibration error compare the mean over members of s(rA - rB) with the soft label. Pairs without a preference
-    (p = 0.5) are left out of both accuracies.
+    `member_scores` has shape (members, 2N). `scores` and `lengths` have shape (2N,). All responses A come first, then all
+    responses B. Brier score and expected calibration error compare the soft label with s(rA - rB), averaged over the members.
+    Pairs without a preference (p = 0.5) are excluded from both accuracies.
     """
     a, b = scores.chunk(2)
     raw_a, raw_b = member_scores.chunk(2, dim=1)
@@ -494,16 +523,17 @@ def compute_agreement_metrics(
 
 
 def _compute_fraction(flags: torch.Tensor) -> float:
-    """Return the fraction of true entries; 0 for an empty tensor."""
+    """Return the fraction of true entries. Return 0 for an empty tensor."""
     return float(flags.float().mean()) if len(flags) else 0.0
 
 
 def load_reward_model(
     folder: Path, hardware: weights.Hardware = weights.DEFAULT_HARDWARE, *, policy: Path | None = None
 ) -> RewardModel:
-    """Load a trained reward model with its frozen normalization.
+    """Load a trained reward model with its saved normalization.
 
-    Raises UsageError when the folder holds none, or when it was not made from the same model as `policy`.
+    Raise UsageError when the folder does not contain a reward model, or when its architecture or tokenizer differs from that of
+    `policy`.
     """
     if policy is not None:
         weights.require_compatible_models(policy, folder, "the reward model")
@@ -514,9 +544,9 @@ def load_reward_model(
         max_length = int(normalization["max_length"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} holds no complete reward model",
+            f"{folder} does not contain a complete reward model",
             f"its {_NORMALIZATION_FILE} cannot be read: {error}",
-            "restore the folder from a copy, or train a new one: charter train --phase reward",
+            "restore the folder from a copy, or train a new reward model: charter train --phase reward",
         ) from error
     members = [
         EnsembleMember(weights.load_scorer(_get_member_folder(folder, index), trained=True), *statistics)

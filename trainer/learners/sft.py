@@ -1,13 +1,13 @@
-"""Supervised fine-tuning (SL-CAI): the policy learns the final responses of its critique-revision chains.
+"""Train the policy on the final responses of critique-revision chains (supervised fine-tuning, SL-CAI).
 
-The loss is the negative log-likelihood of the final response given the prompt, averaged over the response's tokens; prompt tokens are masked
-(Bai et al. 2022, section 3). The prompt tokens are those that generation uses. The end token is a target only where the response really
-ended with it, so responses cut at a length limit do not teach the policy to stop.
+The loss is the negative log-likelihood of the final response given the prompt, averaged over the response's tokens. Prompt
+tokens are masked (Bai et al. 2022, section 3). The prompt tokens are the same as in generation. The end token is a target only
+if the response really ended with it. Responses that were truncated at a length limit therefore do not teach the policy to stop.
 
-The sequences of one pass are concatenated without padding (trl's `padding_free`), if the model keeps them apart by their position ids.
-`supports_padding_free` tests this, because other models would attend across sequences. A step is `batch_size` sequences in both cases;
-trl's packing into rows of `max_length` would change the size of a step. trl's reward trainer has neither option, its DPO trainer currently
-not either: they pad, with sequences of similar length next to each other.
+The sequences of one pass are concatenated without padding (trl's `padding_free`), if the model separates them by their position
+ids. `supports_padding_free` tests this, because other models would attend across sequences. A step is `batch_size` sequences in
+both cases. trl can also pack sequences into rows of `max_length`, but this would change the size of a step. trl's reward
+trainer and (currently) its DPO trainer support only padding. There, sequences of similar length are next to each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ IGNORE_INDEX = -100  # the label of tokens that the loss ignores (PyTorch's defa
 
 @dataclass(frozen=True)
 class SftExample:
-    """A prompt and the response to learn. `ends_with_eos`: the response ended with the end token, not at a length limit."""
+    """An example has a prompt and the response to learn.
+
+    `ends_with_eos` is true if the response ended with the end token. It is false if the response was truncated.
+    """
 
     messages: tuple[ChatMessage, ...]
     completion: str
@@ -41,7 +44,7 @@ class SftExample:
 
 
 def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict[str, list[int]]:
-    """Return token ids and labels (T,); sequences longer than `max_length` lose their end."""
+    """Return token ids and labels (T,). Sequences longer than `max_length` are truncated at the end."""
     prompt = encode_prompt(tokenizer, example.messages)
     completion = encode_completion(tokenizer, example.completion, ends_with_eos=example.ends_with_eos)
     ids = (prompt + completion)[:max_length]
@@ -50,7 +53,10 @@ def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict
 
 @torch.no_grad()
 def supports_padding_free(policy: Any) -> bool:
-    """Return whether a sequence has the same logits after another one, with separate position ids, as it has alone."""
+    """Return whether a sequence can follow another sequence without padding and keep its logits.
+
+    The position ids start again at 0 for the second sequence.
+    """
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1]])
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=policy.device)
     concatenated = policy(torch.cat([first, second], 1).to(policy.device), position_ids=positions, use_cache=False).logits[
@@ -73,18 +79,18 @@ def train(
     seed: int = 0,
     on_step: hf.StepCallback = hf.ignore_step,
 ) -> tuple[Any, Any, dict[str, float]]:
-    """Fine-tune the policy in `folder`; return (model, tokenizer, metrics).
+    """Fine-tune the policy in `folder`. Return (model, tokenizer, metrics).
 
-    Raises TrainingFailed when every prompt fills `max_length`, or when a metric is not finite.
+    Raise TrainingFailed when every prompt has at least `max_length` tokens, or when a metric is not finite.
     """
     tokenizer = weights.load_tokenizer(folder)
     rows = [encode_example(tokenizer, example, max_length) for example in examples]
-    # A prompt of `max_length` tokens leaves no token of its response.
+    # Remove rows whose prompt has `max_length` tokens or more, because no token of the response is left.
     rows = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
     if not rows:
         raise TrainingFailed(
-            f"none of the {len(examples)} responses has a token left to learn",
-            f"their prompts alone are longer than train.max_length = {max_length}",
+            f"the {len(examples)} responses have no tokens to learn",
+            f"each prompt alone fills train.max_length = {max_length} tokens",
             "raise train.max_length, then type: charter train",
         )
     policy = weights.load_policy(folder)
