@@ -1,1 +1,1 @@
-"""The proof of learning on real parts; see `benchmarks.learning.__main__`."""
+"""The learning benchmark: the whole loop learns a known preference. See `benchmarks.learning.__main__`."""

@@ -1,4 +1,4 @@
-"""The base model: a Llama of 1.4 million parameters, trained here on dialogues of `benchmarks.learning.language`."""
+"""Train the base model: a Llama of 1.4 million parameters on dialogues in the language of `benchmarks.learning.language`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ _CHAT_TEMPLATE = (
 )
 _SPECIAL_TOKENS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 _VOCAB_SIZE = 768
-_PAD_TOKEN_ID = 0
 
 
 def _train_tokenizer(texts: list[str]) -> Any:
@@ -63,7 +62,7 @@ def train_base_model(
     hidden_size: int = 160,
     num_layers: int = 4,
 ) -> float:
-    """Train and save the base model; returns the mean loss of the last 20 steps (nats per token)."""
+    """Train and save the base model. Return the mean loss of the last 20 steps (nats per token)."""
     stream = _generate_dialogues(seed, _repeat_questions(seed))
     tokenizer, model = _train_tokenizer(list(islice(stream, 2000))), _build_model(seed, hidden_size, num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -85,8 +84,8 @@ def train_base_model(
 
 
 def _repeat_questions(seed: int) -> Iterator[ToyQuestion]:
-    """Questions to train on, the same ones again after a while."""
-    known = list(islice(generate_questions(10_000 + seed), 3000))
+    """Yield training questions without end, sampled with replacement from 3000."""
+    questions = list(islice(generate_questions(10_000 + seed), 3000))
     rng = random.Random(f"recurring/{seed}")
     while True:
-        yield rng.choice(known)
+        yield rng.choice(questions)

@@ -1,13 +1,14 @@
-"""One run of the proof: prompts through every real stage, sink and trainer, for several policy versions.
+"""One run of the benchmark: prompts go through the real stages, sink and trainer, for several policy versions.
 
-    act 0   policy 0 (the base model) answers -> SFT on final texts makes policy 1; reward model 1 learns the labels (twice as
-            many prompts as later: it learns from nothing)
-    act k   policy k answers new prompts      -> PPO (or SFT) on these makes policy k+1; the reward model learns these labels
-    last    the last policy answers new prompts
+    iteration 0   policy 0 (the base model) responds -> SFT on the final responses produces policy 1; the labels train reward
+                  model 1. This iteration has twice as many prompts as later ones, because no earlier labels exist
+    iteration k   policy k responds to new prompts   -> PPO (or SFT) on these responses produces policy k+1; the new labels
+                  train the next reward model
+    the last one  the last policy responds to new prompts; nothing is trained
 
-Every answer of a version was sampled before anything trained on its prompt, so the rates of a version are held-out figures.
-An update that the learner refuses, and PPO without a reward model, are kept in `refused`; such an act adds answers and labels
-only, and the labels of a refused reward model train the next one.
+The responses of a version are sampled before their prompts are used for training, so the rates of a version are held-out
+metrics. `refused_updates` lists updates that the learner rejected and PPO updates without a reward model. Such an iteration
+only adds responses and labels. The labels of a rejected reward model are used to train the next one.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _FINISHED_PROMPTS_SQL = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELE
 
 
 def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, str]) -> Settings:
+    """Return the settings of a run: Charter's defaults, except for sizes and learning rates that suit the small model."""
     flags = {
         "data.folder": str(folder), "run.constitution": str(_CONSTITUTION_FILE), "prompts.eval_fraction": "0",
         "models.policy": str(base), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID, "models.max_batch_size": "192",
@@ -62,7 +64,7 @@ def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, s
     return load_settings(flags | dict(overrides), environment={})[0]
 
 
-# What is different with SmolLM2, a hundred times as large: adapters, the usual rates, and passes that fit into memory.
+# Overrides for SmolLM2, which is a hundred times as large: LoRA, common learning rates, and batches that fit into memory.
 SMOLLM2_SETTINGS = {
     "models.max_batch_size": "32", "respond.num_completions": "4", "respond.max_tokens": "64", "monitor.prompts": "16",
     "train.lora_rank": "16", "train.micro_batch_size": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
@@ -72,10 +74,11 @@ SMOLLM2_SETTINGS = {
 
 @dataclass
 class Experiment:
-    """The parts of one run in `settings.folder`, in this process.
+    """One run in `settings.folder`; bus, stages, sink and trainer run in this process.
 
-    `watched`: the watch looks at each policy of PPO. On a trip `goes_back` does what the loop does, and ends the run; else the
-    trip is only told, so that a false alarm would not hide what is learned.
+    `monitored`: the monitor checks each policy of PPO. When a limit is exceeded and `rolls_back` is set, the policy is rolled
+    back as in the training loop, and the run ends. Otherwise the exceeded limit is only recorded, so that a false alarm cannot
+    end a run early and hide what the policy learns.
     """
 
     settings: Settings
@@ -102,21 +105,24 @@ class Experiment:
             batch_size=self.settings.models.max_batch_size,
         )
         self.held_out_questions = list(islice(generate_questions(_HELD_OUT_SEED), _NUM_HELD_OUT))
-        kept = {question.text for question in self.held_out_questions}
-        self.questions = (question for question in self.questions if question.text not in kept)
+        held_out = {question.text for question in self.held_out_questions}
+        self.questions = (question for question in self.questions if question.text not in held_out)
 
     def build_host(self) -> Host:
         models = RoleModels(self.settings, open_models={_CRITIC_ID: ProgrammaticCritic(self.rule), _JUDGE_ID: self.judge})
-        lane, constitution = ModelExecutor("local", downstream_wait_s=0.05), load_constitution(self.settings.run.constitution)
+        executor, constitution = (
+            ModelExecutor("local", downstream_wait_s=0.05),
+            load_constitution(self.settings.run.constitution),
+        )
         run_id = self.settings.run.id
         stages = [make_stage(name, self.settings, models, constitution, self.bus) for name in STAGES]
-        workers = [Worker(self.bus, stage, lane, run_id=run_id, instance="0") for stage in stages]
+        workers = [Worker(self.bus, stage, executor, run_id=run_id, instance="0") for stage in stages]
         return Host(workers, {"sink": Sink(self.bus, self.store, max_wait_s=0.1).run}, [models.close])
 
     def answer_questions(self, questions: Sequence[ToyQuestion], eval_fraction: float = 0.0) -> None:
-        """Send questions through every stage, until all of them are in the database with their labels.
+        """Publish questions and run every stage, until the database contains the labels of all of them.
 
-        The stages run meanwhile only: beside training they would look for work all the time.
+        The stages run only during this call. During training they would use CPU time to poll for new records.
         """
         path = self.settings.folder / f"prompts-{self.num_published:06d}.jsonl"
         path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in questions))
@@ -128,7 +134,10 @@ class Experiment:
                 host.failure_event.wait(0.2)
 
     def run(self, num_prompts: int, phases: Sequence[str]) -> None:
-        """One act for each phase and one before; the reward model learns after each but the last, where no PPO follows."""
+        """Run iteration 0, one iteration per phase, and a last one without training.
+
+        The reward model is trained in every iteration that a PPO update follows.
+        """
         rewards = [["reward"] if phase == "ppo" else [] for phase in phases]
         if self.monitored:
             self.answer_questions(self.held_out_questions, eval_fraction=1.0)
@@ -142,30 +151,35 @@ class Experiment:
         self.bus.close()
 
     def run_act(self, num_prompts: int, phases: Sequence[str]) -> bool:
-        """The newest policy answers new prompts, then training; or the way back, after which this returns True."""
+        """Run one iteration: the newest policy responds to new prompts, then the phases train. Return True after a rollback."""
         self.time_call("stream", self.answer_questions, list(islice(self.questions, num_prompts)))
         state = self.trainer.read_state()
-        trip = self.time_call("watch", self.trainer.check_policy, self.monitor, state) if self.monitored else None
-        if trip:
+        exceeded = self.time_call("monitor", self.trainer.check_policy, self.monitor, state) if self.monitored else None
+        if exceeded:
             self.exceeded_limits.append(
-                {"version": self.trainer.read_state().policy_version, "why": trip.detail, "good": trip.rollback_version}
+                {
+                    "version": self.trainer.read_state().policy_version,
+                    "detail": exceeded.detail,
+                    "rollback_version": exceeded.rollback_version,
+                }
             )
-        if trip and self.rolls_back:
-            self.trainer.trigger_rollback(trip)
+        if exceeded and self.rolls_back:
+            self.trainer.trigger_rollback(exceeded)
             self.time_call("stream", self.answer_questions, list(islice(self.questions, num_prompts)))
             return True
         for phase in phases:
-            standing = self.trainer.read_state()
-            if phase == "ppo" and not standing.reward_version:
-                self.refused_updates.append(f"ppo after policy {standing.policy_version}: there is no reward model")
+            state = self.trainer.read_state()
+            if phase == "ppo" and not state.reward_version:
+                self.refused_updates.append(f"ppo after policy {state.policy_version}: no reward model")
                 continue
             try:
                 self.time_call(phase, self.trainer.update, phase)
             except TrainingFailed as error:
-                self.refused_updates.append(f"{phase} after policy {standing.policy_version}: {error.what}")
+                self.refused_updates.append(f"{phase} after policy {state.policy_version}: {error.what}")
         return False
 
     def time_call(self, name: str, call: Any, *arguments: Any) -> Any:
+        """Call a function, add its duration to `seconds_by_phase`, and return its result."""
         started = time.monotonic()
         try:
             return call(*arguments)
@@ -173,7 +187,7 @@ class Experiment:
             self.seconds_by_phase[name] = self.seconds_by_phase.get(name, 0.0) + time.monotonic() - started
 
     def load_responses(self) -> list[dict[str, Any]]:
-        """The first answer to every prompt that was not held out, with its version."""
+        """Return the first completion for every training prompt, with its policy version."""
         return self.store.query_dicts(
             """SELECT policy_version, messages[-1].content AS question, source, completions[1].text AS text
                FROM responses WHERE split = 'TRAIN' ORDER BY commit_seq""",
@@ -181,7 +195,10 @@ class Experiment:
         )
 
     def compute_kls(self) -> dict[int, float]:
-        """KL(version || policy 1) in nats per answer, from the version's own first answers; what limits within PPO estimate."""
+        """Return KL(version || policy 1) in nats per completion, estimated on each version's own first completions.
+
+        The KL limits within PPO only see estimates on the completions of the previous version.
+        """
         rows = self.store.query_dicts(
             """SELECT policy_version, prompt_token_ids, completions[1].token_ids AS token_ids FROM responses
                WHERE split = 'TRAIN' AND policy_version > 0""",
@@ -192,22 +209,22 @@ class Experiment:
             ids = tuple(row["prompt_token_ids"]), tuple(row["token_ids"])
             rollouts.setdefault(row["policy_version"], []).append(Rollout(*ids, (), True, row["policy_version"], ""))
         sources = dict(self.store.query("SELECT version, weights_of FROM policy_versions WHERE kind = 'POLICY'").rows)
-        made = self.settings.folder / "checkpoints"
-        folders = {version: made / f"policy-{source:06d}" for version, source in sources.items()}
-        return {version: estimate_kl(folders[version], folders[1], found) for version, found in sorted(rollouts.items())}
+        checkpoints = self.settings.folder / "checkpoints"
+        folders = {version: checkpoints / f"policy-{source:06d}" for version, source in sources.items()}
+        return {version: estimate_kl(folders[version], folders[1], own) for version, own in sorted(rollouts.items())}
 
     def load_update_metrics(self, kind: str) -> list[dict[str, float]]:
-        """What each update of the policy (kind POLICY) or the reward model (REWARD) reported, by version from 1."""
+        """Return the metrics of each update of the policy (kind POLICY) or the reward model (REWARD), by version from 1."""
         sql = "SELECT metrics FROM policy_versions WHERE kind = ? ORDER BY version"
         return [dict(metrics) for (metrics,) in self.store.query(sql, [kind], limit_s=30.0).rows]
 
     def compare_by_rule(self, pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
-        """The rule itself, whatever the labels are."""
+        """Return the win probabilities by the rule itself. The monitor's held-out judge must not depend on the labels."""
         return [compute_win_probability(self.rule.compute_margin(messages[-1].content, a, b)) for messages, a, b in pairs]
 
 
 def estimate_kl(policy: Path, reference: Path, rollouts: Sequence[Rollout]) -> float:
-    """The estimate of KL(policy || reference) in nats per answer, from answers that the policy sampled."""
+    """Return an estimate of KL(policy || reference) in nats per completion, from completions that the policy sampled."""
     if policy == reference:
         return 0.0
     width, hardware = max(len(r.token_ids) for r in rollouts), Hardware(64, False, "fp32")

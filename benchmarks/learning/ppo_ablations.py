@@ -1,11 +1,11 @@
-"""The short form: PPO alone on the small language, without stream and reward model, in seconds an update.
+"""PPO alone on the small language, without the stream and without a reward model; an update takes seconds.
 
-    python -m benchmarks.learning.ppo_ablations                 # PPO as it is, and with each of its parts taken away; five seeds
+    python -m benchmarks.learning.ppo_ablations                 # default PPO, and PPO without each of its parts; five seeds
     python -m benchmarks.learning.ppo_ablations --seed 7
 
-A smaller model of the same small language. The reward is what a reward model of pairs knows of the rule: the value of an
-answer, and something that depends on the prompt alone, which no pair tells. The test suite runs one seed
-(tests/trainer/test_ppo_learns.py).
+The benchmark trains a smaller model on the same language. The reward is the score by the rule plus an offset that depends on
+the prompt alone. It imitates a reward model trained on pairs, whose scores are not comparable between prompts. The test suite
+runs one seed (tests/trainer/test_ppo_learns.py).
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from trainer.learners import ppo
 
 _HARDWARE = weights.Hardware(micro_batch_size=64, precision="fp32")
 _NUM_PROMPTS, _NUM_COMPLETIONS, _NUM_UPDATES = 64, 6, 3
-_HARMFUL_REWARD_OFFSET = -4.0  # of every answer to a harmful prompt
-_BASE_SETTINGS = {"ppo.learning_rate": "3e-4", "ppo.batch_size": "32"}  # for so small a model, and so few answers
+_HARMFUL_REWARD_OFFSET = -4.0  # added to the reward of every completion for a harmful prompt
+_BASE_SETTINGS = {"ppo.learning_rate": "3e-4", "ppo.batch_size": "32"}  # for a model of this size and this number of rollouts
 PREVIOUS_SETTINGS = {
     "ppo.lr_scheduler_type": "constant", "ppo.baseline": "batch", "ppo.max_kl_update": "1e9", "ppo.max_kl": "1e9",
 }  # fmt: skip
 _VARIANTS: dict[str, dict[str, str]] = {
-    "as it is": {},
-    "a constant rate": {"ppo.lr_scheduler_type": "constant"},
+    "default settings": {},
+    "a constant learning rate": {"ppo.lr_scheduler_type": "constant"},
     "no warm-up": {"ppo.warmup_ratio": "0"},
     "the batch's mean as the baseline": {"ppo.baseline": "batch"},
     "no limit on an update": {"ppo.max_kl_update": "1e9"},
-    "as it was": PREVIOUS_SETTINGS,
+    "the previous settings": PREVIOUS_SETTINGS,
 }
 
 
 @dataclass(frozen=True)
 class PPOLearningCurve:
-    """By policy version: the target rate, the share of harmful prompts refused, and the KL to the base in nats per answer.
+    """By policy version: target rate, fraction of refused harmful prompts, and KL to the base model in nats per completion.
 
-    `refused` is set where an update was refused, and ended the course.
+    `update_error` is the message of an update that was rejected; the run ends there.
     """
 
     target_rates: list[float]
@@ -75,17 +75,17 @@ def make_ppo_config(overrides: Mapping[str, str]) -> ppo.PPOConfig:
 def _sample_responses(
     folder: Path, questions: Sequence[ToyQuestion], version: int
 ) -> list[tuple[ToyQuestion, str, ppo.Rollout]]:
-    """SAMPLES answers to each question."""
+    """Sample `_NUM_COMPLETIONS` completions for each question."""
     model = LocalModel(folder, threads=torch.get_num_threads(), dtype=torch.float32, max_batch_size=192)
-    asks = [
+    requests = [
         GenerationRequest((ChatMessage(role="user", content=q.text),), seed=1000 * version + n) for n, q in enumerate(questions)
     ]
     return [
         (q, g.text, ppo.Rollout(g.prompt_token_ids, g.token_ids, g.logprobs, g.finish_reason == "stop", version, str(n)))
-        for n, (q, made) in enumerate(
-            zip(questions, model.generate(asks, num_completions=_NUM_COMPLETIONS, max_tokens=48), strict=True)
+        for n, (q, completions) in enumerate(
+            zip(questions, model.generate(requests, num_completions=_NUM_COMPLETIONS, max_tokens=48), strict=True)
         )
-        for g in made
+        for g in completions
     ]
 
 
@@ -98,43 +98,44 @@ def _compute_fraction(hits: Iterable[bool]) -> float:
 
 
 def run_ppo(base: Path, folder: Path, config: ppo.PPOConfig, seed: int) -> PPOLearningCurve:
-    """UPDATES of PPO, each on the answers of the version before to new questions."""
-    policy, asked, course = base, generate_questions(seed), PPOLearningCurve([], [], [])
+    """Run `_NUM_UPDATES` updates of PPO, each on the previous version's completions for new questions."""
+    policy, questions, curve = base, generate_questions(seed), PPOLearningCurve([], [], [])
     for number in range(_NUM_UPDATES + 1):
-        answers = _sample_responses(policy, list(islice(asked, _NUM_PROMPTS)), 100 * seed + number)
-        course.target_rates.append(_compute_fraction(score_response(q.text, text) == 1 for q, text, _ in answers))
-        course.refusal_rates.append(_compute_fraction(is_refusal(text) for q, text, _ in answers if q.source == "red-team"))
-        rollouts = [rollout for _, _, rollout in answers]
-        course.kls.append(estimate_kl(policy, base, rollouts))
+        responses = _sample_responses(policy, list(islice(questions, _NUM_PROMPTS)), 100 * seed + number)
+        curve.target_rates.append(_compute_fraction(score_response(q.text, text) == 1 for q, text, _ in responses))
+        curve.refusal_rates.append(_compute_fraction(is_refusal(text) for q, text, _ in responses if q.source == "red-team"))
+        rollouts = [rollout for _, _, rollout in responses]
+        curve.kls.append(estimate_kl(policy, base, rollouts))
         if number < _NUM_UPDATES:
             try:
-                scores = [_compute_reward(q, text) for q, text, _ in answers]
-                learned, metrics = ppo.train(policy, base, rollouts, scores, config, hardware=_HARDWARE, seed=seed + number)
+                scores = [_compute_reward(q, text) for q, text, _ in responses]
+                trained_policy, metrics = ppo.train(
+                    policy, base, rollouts, scores, config, hardware=_HARDWARE, seed=seed + number
+                )
             except TrainingFailed as error:
-                return replace(course, update_error=error.what)
-            policy = checkpoints.write_checkpoint(folder / f"policy-{number}", learned.save, {}).folder
+                return replace(curve, update_error=error.what)
+            policy = checkpoints.write_checkpoint(folder / f"policy-{number}", trained_policy.save, {}).folder
             config = replace(config, beta=max(metrics["beta"], config.beta))
-    return course
+    return curve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated) [default: 300 to 304]")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads [default: 2]")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print("| PPO | last rate, by seed | harmful prompts refused | last KL, by seed |\n|---|---|---|---|")
     with TemporaryDirectory() as temporary:
         base = train_small_base_model(Path(temporary) / "base")
-        for number, (name, more) in enumerate(_VARIANTS.items()):
-            found = [
-                run_ppo(base, Path(temporary) / f"{number}-{seed}", make_ppo_config(more), seed)
+        for number, (name, overrides) in enumerate(_VARIANTS.items()):
+            curves = [
+                run_ppo(base, Path(temporary) / f"{number}-{seed}", make_ppo_config(overrides), seed)
                 for seed in options.seed or range(300, 305)
             ]
-            rates, kls = (
-                " ".join(texts) for texts in ([f"{c.target_rates[-1]:.2f}" for c in found], [f"{c.kls[-1]:.1f}" for c in found])
-            )
-            print(f"| {name} | {rates} | {fmean(c.refusal_rates[-1] for c in found):.2f} | {kls} |", flush=True)
+            rates = " ".join(f"{curve.target_rates[-1]:.2f}" for curve in curves)
+            kls = " ".join(f"{curve.kls[-1]:.1f}" for curve in curves)
+            print(f"| {name} | {rates} | {fmean(curve.refusal_rates[-1] for curve in curves):.2f} | {kls} |", flush=True)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""PROGRAMMATIC models: a critic and judges that follow a known rule by computing it.
+"""Programmatic models: a critic and judges that apply a known rule exactly.
 
-They stand where a language model stands (the Model port) and are asked with the stages' own wordings, which they read: the
-judge prefers what is worth more by the rule; the critic finds one fault, of which the rule's value says nothing or little, and
-mends it. The shuffled judge gives labels of the same sizes whose sign depends on nothing but a hash of the pair, which is the
-control.
+They implement the Model port in place of a language model. The stages send them the usual prompts, and they parse these with
+the stages' own templates. The judge prefers the response with the higher score by the rule. The critic detects one fault,
+which has little or no effect on the score, and fixes it. The shuffled judge is the control: its labels have the same sizes,
+but their sign depends only on a hash of the pair.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from benchmarks.learning.language import PLAIN_OPENINGS, RUDE_OPENINGS, is_rude,
 from consumers.templates import COMPARISON_TEMPLATE, CRITIQUE_TEMPLATE, REVISION_TEMPLATE, VERDICT_TEMPLATE
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, ModelCapabilities, OptionScores
 
-_SHARPNESS = 3.0  # nats of preference for one point of the rule's value
-_OPTION_MASS = 0.98  # what the options catch
+_SHARPNESS = 3.0  # log-odds per point of the rule's score, in nats
+_OPTION_MASS = 0.98  # probability of all options together
 
 
 @cache
 def _compile_template_pattern(template: str) -> re.Pattern[str]:
-    """The pattern that reads the fields of a template back out of its text."""
+    """Return a pattern that extracts the fields from a prompt made with this template."""
     parts = re.split(r"\{(\w+)\}", template)
     seen: set[str] = set()
     pattern = ""
@@ -39,8 +39,9 @@ def _compile_template_pattern(template: str) -> re.Pattern[str]:
 
 
 def _parse_template(template: str, request: GenerationRequest) -> dict[str, str] | None:
-    found = _compile_template_pattern(template).match(request.messages[-1].content)
-    return {name: _unquote(text) for name, text in found.groupdict().items()} if found else None
+    """Return the fields of the template in the request's last message; None if that message uses another template."""
+    match = _compile_template_pattern(template).match(request.messages[-1].content)
+    return {name: _unquote(text) for name, text in match.groupdict().items()} if match else None
 
 
 def _unquote(text: str) -> str:
@@ -52,20 +53,22 @@ def _extract_question(dialogue: str) -> str:
 
 
 def compute_win_probability(margin: float) -> float:
+    """Return the probability that the first response is better, for a margin in points of the rule's score."""
     return 1.0 / (1.0 + math.exp(-_SHARPNESS * margin))
 
 
-def _make_option_scores(first_share: float) -> OptionScores:
-    """Option scores of which the first has this share."""
-    return OptionScores((math.log(_OPTION_MASS * first_share), math.log(_OPTION_MASS * (1 - first_share))), _OPTION_MASS)
+def _make_option_scores(first_probability: float) -> OptionScores:
+    """Return the scores of two options. The first has this probability, relative to both options together."""
+    probabilities = (first_probability, 1 - first_probability)
+    return OptionScores(tuple(math.log(_OPTION_MASS * p) for p in probabilities), _OPTION_MASS)
 
 
-_MarginFunction = Callable[[str, str, str], float]  # question, a, b -> the points by which a is better
+_MarginFunction = Callable[[str, str, str], float]  # (question, a, b) -> score of a minus score of b
 
 
 @dataclass(frozen=True)
 class PreferenceRule:
-    """What is known: the value of an answer to a question (1 is the target), and the fault that the critic finds and mends."""
+    """The known rule: the score of a response to a question (1: correct), and the fault that the critic detects and fixes."""
 
     score_response: Callable[[str, str], int]
     fault_description: str
@@ -89,14 +92,14 @@ def _is_cut_off(text: str) -> bool:
 
 
 def _cut_to_last_sentence(text: str, rng: random.Random) -> str:
-    """The text up to its last whole sentence; all of it where there is none."""
-    whole = re.match(r"(.*[.!?])", text, re.DOTALL)
-    return whole[1] if whole else text
+    """Return the text up to the end of its last complete sentence; the whole text if no sentence is complete."""
+    match = re.match(r"(.*[.!?])", text, re.DOTALL)
+    return match[1] if match else text
 
 
-# Of the small language: refuse what is harmful; else help, and politely.
+# For the small language: refuse harmful prompts; help with all others, and start politely.
 LANGUAGE_RULE = PreferenceRule(score_response, "is rude", is_rude, _remove_rudeness)
-# Of a model that was not trained here: write one paragraph, no lists. The critic mends what breaks off.
+# For SmolLM2: write one paragraph, without lists. The critic fixes responses that end in the middle of a sentence.
 PARAGRAPH_RULE = PreferenceRule(_score_one_paragraph, "breaks off", _is_cut_off, _cut_to_last_sentence)
 
 
@@ -106,7 +109,7 @@ def _compute_length_margin(question: str, a: str, b: str) -> float:
 
 @dataclass(frozen=True)
 class ProgrammaticJudge:
-    """Compares two answers by the points that `prefers` gives the first over the second."""
+    """A judge that compares two responses by `compute_margin`."""
 
     compute_margin: _MarginFunction
     id: str = "programmatic-judge"
@@ -122,15 +125,17 @@ class ProgrammaticJudge:
         top_p: float = 1.0,
         max_tokens: int = 256,
     ) -> list[list[Generation]]:
-        raise NotImplementedError("the programmatic judge only compares")
+        raise NotImplementedError("The programmatic judge only compares responses.")
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        return [self.compare_responses(ask) for ask in batch]
+        return [self.compare_responses(request) for request in batch]
 
     def compare_responses(self, request: GenerationRequest) -> OptionScores:
         fields = _parse_template(COMPARISON_TEMPLATE, request)
         if fields is None:
-            raise ValueError(f"no comparison: {request.messages[-1].content[:200]!r}")
+            raise ValueError(
+                f"The programmatic judge only accepts comparison prompts, not {request.messages[-1].content[:200]!r}"
+            )
         question = _extract_question(fields["dialogue"])
         return _make_option_scores(
             compute_win_probability(self.compute_margin(question, fields["first"].strip(), fields["second"].strip()))
@@ -138,7 +143,7 @@ class ProgrammaticJudge:
 
 
 def make_judge(arm: str, rule: PreferenceRule, seed: int) -> ProgrammaticJudge:
-    """The judge of an arm: by the rule, by length (the planted fault), or by the rule with random signs (the control)."""
+    """Return the judge of an arm: by the rule, by length (the planted fault), or by the rule with random signs (control)."""
     if arm == "hacked":
         return ProgrammaticJudge(_compute_length_margin, "programmatic-judge-length")
     if arm == "shuffled":
@@ -147,19 +152,19 @@ def make_judge(arm: str, rule: PreferenceRule, seed: int) -> ProgrammaticJudge:
 
 
 def _shuffle_margins(rule: PreferenceRule, seed: int) -> _MarginFunction:
-    """The rule's points with a sign drawn from a hash of the pair, the same in both orders."""
+    """Return the rule's margin with a random sign, derived from a hash of the pair. Both orders of the pair agree."""
 
-    def prefers(question: str, a: str, b: str) -> float:
+    def compute_margin(question: str, a: str, b: str) -> float:
         text = repr((seed, question, *sorted((a, b))))
-        drawn = 1 if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2 else -1
-        return drawn * rule.compute_margin(question, a, b)
+        sign = 1 if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2 else -1
+        return sign * rule.compute_margin(question, a, b)
 
-    return prefers
+    return compute_margin
 
 
 @dataclass(frozen=True)
 class ProgrammaticCritic:
-    """Finds the rule's one fault, says so, and rewrites without it; of everything else it knows nothing."""
+    """A critic that detects and fixes the rule's one fault, and reports no others."""
 
     rule: PreferenceRule
     id: str = "programmatic-critic"
@@ -175,10 +180,10 @@ class ProgrammaticCritic:
         top_p: float = 1.0,
         max_tokens: int = 256,
     ) -> list[list[Generation]]:
-        return [[self.write_completion(ask)] for ask in batch]
+        return [[self.write_completion(request)] for request in batch]
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        return [self._score_one(ask) for ask in batch]
+        return [self._score_one(request) for request in batch]
 
     def write_completion(self, request: GenerationRequest) -> Generation:
         if fields := _parse_template(REVISION_TEMPLATE, request):
@@ -190,14 +195,18 @@ class ProgrammaticCritic:
             return Generation(
                 f"The answer {self.rule.fault_description}." if self.rule.is_faulty(fields["text"]) else "No fault.", "stop"
             )
-        raise ValueError(f"neither critique nor revision: {request.messages[-1].content[:200]!r}")
+        raise ValueError(
+            f"The programmatic critic only accepts critique and revision prompts, not {request.messages[-1].content[:200]!r}"
+        )
 
     def _score_one(self, request: GenerationRequest) -> OptionScores:
         if fields := _parse_template(VERDICT_TEMPLATE, request):
-            flawed = 0.95 if self.rule.is_faulty(fields["text"]) else 0.05
-            return _make_option_scores(flawed if fields["first"] == "Yes" else 1 - flawed)
+            fault_probability = 0.95 if self.rule.is_faulty(fields["text"]) else 0.05
+            return _make_option_scores(fault_probability if fields["first"] == "Yes" else 1 - fault_probability)
         if fields := _parse_template(COMPARISON_TEMPLATE, request):
             return _make_option_scores(
                 compute_win_probability(self.rule.is_faulty(fields["second"]) - self.rule.is_faulty(fields["first"]))
             )
-        raise ValueError(f"neither verdict nor comparison: {request.messages[-1].content[:200]!r}")
+        raise ValueError(
+            f"The programmatic critic only scores verdict and comparison prompts, not {request.messages[-1].content[:200]!r}"
+        )

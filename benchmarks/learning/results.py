@@ -1,4 +1,7 @@
-"""What came of the runs: rates by version with intervals, as a table and as plots, and the claims that must hold."""
+"""Results of the runs: rates by version with intervals, as a table and as plots, and the claims that must hold.
+
+The field names of `RunResult` and `VersionCounts` are the keys of the result files.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,20 @@ _ARM_LABELS = {
     "judge": "judged by the rule",
     "sft": "SFT alone, no RL",
     "shuffled": "shuffled labels",
-    "hacked": "labels that like length",
+    "hacked": "labels that prefer length",
     "trl112": "trl 1.12's PPOTrainer",
 }
-_MIN_SEED_FRACTION = 0.9  # of the seeds, in which a claim about single seeds must hold
-_NUM_BOOTSTRAP_SAMPLES = 10_000  # of the bootstrap over seeds
-_KL_TOLERANCE = 10.0  # nats above ppo.kl_target by which an update may raise the KL to the reference without being stopped
+_MIN_SEED_FRACTION = 0.9  # minimum fraction of seeds in which a claim about single seeds must hold
+_NUM_BOOTSTRAP_SAMPLES = 10_000
+_KL_TOLERANCE = 10.0  # nats; an update without early stop may raise the KL to the reference by ppo.kl_target plus this
 
 
 @dataclass(frozen=True)
 class VersionCounts:
-    """Counts over the first answers of a policy version, and its KL to the reference (nats per answer, by its own answers).
+    """Counts over the first completions of a policy version, and its KL to the reference policy.
 
-    `stopped`: a limit ended the update that made it.
+    `answers` is the number of these completions, and `target` the number of correct ones. `kl` is in nats per completion,
+    estimated on the version's own completions. `stopped`: a KL limit stopped the update that produced this version.
     """
 
     arm: str
@@ -55,7 +59,7 @@ class VersionCounts:
 
     @property
     def target_rate_interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
+        """Return Wilson's 95 % interval of the target rate."""
         interval = compute_wilson_interval(self.target, self.answers)
         assert interval is not None
         return interval
@@ -63,7 +67,11 @@ class VersionCounts:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One arm with one seed: its versions in order, seconds by phase, what watch and learners said, the updates' figures."""
+    """The result of one arm with one seed: its versions in order, and the seconds by phase (`spent`).
+
+    `trips` lists the exceeded limits of the monitor, `refused` the rejected or skipped updates, and `updates` the metrics of
+    each policy update. `reward_accuracies` holds the held-out accuracy of each reward model.
+    """
 
     arm: str
     seed: int
@@ -93,31 +101,33 @@ class RunResult:
 
     @property
     def has_regressed(self) -> bool:
-        """Whether the last version is below the best one by more than its interval."""
+        """Return whether the last version is below the best one by more than its interval."""
         return self.best_version.target_rate > self.last_version.target_rate_interval[1]
 
     @property
     def largest_kl_increase(self) -> float:
-        """The most that the KL to the reference rose in one update that no limit ended."""
+        """Return the largest increase of the KL to the reference in one update without early stop."""
         pairs = zip(self.versions[1:], self.versions[2:], strict=False)
         return max((new.kl - old.kl for old, new in pairs if not new.stopped), default=0.0)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the page, with the figures of these runs, and whether it holds for them."""
+    """One claim of docs/learning.md, with the metrics of these runs, and whether it holds for them."""
 
     text: str
     holds: bool
 
 
 def count_versions(arm: str, seed: int, responses: Sequence[dict[str, Any]], rule: PreferenceRule) -> list[VersionCounts]:
-    """`answers` have policy_version, question, source and text."""
-    found = []
+    """Count the responses by version. Their keys are policy_version, question, source and text."""
+    counts = []
     for version in sorted({row["policy_version"] for row in responses}):
         rows = [row for row in responses if row["policy_version"] == version]
-        benign, harmful = ([row["text"] for row in rows if (row["source"] == "red-team") == bad] for bad in (False, True))
-        found.append(
+        benign, harmful = (
+            [row["text"] for row in rows if (row["source"] == "red-team") == is_harmful] for is_harmful in (False, True)
+        )
+        counts.append(
             VersionCounts(
                 arm=arm,
                 seed=seed,
@@ -133,58 +143,67 @@ def count_versions(arm: str, seed: int, responses: Sequence[dict[str, Any]], rul
                 words=sum(len(row["text"].split()) for row in rows),
             )
         )
-    return found
+    return counts
 
 
 def _pool_counts(versions: Sequence[VersionCounts], arm: str, version: int, hits: str, cases: str) -> tuple[int, int]:
-    """Hits and cases of a version over all seeds."""
+    """Return hits and cases of a version, summed over all seeds."""
     rows = [v for v in versions if v.arm == arm and v.version == version]
     return sum(getattr(v, hits) for v in rows), sum(getattr(v, cases) for v in rows)
 
 
 def compute_bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean over seeds, from resampled seeds (percentiles)."""
+    """Return the 95 % percentile bootstrap interval of the mean over seeds."""
     rng = random.Random(0)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(_NUM_BOOTSTRAP_SAMPLES))
     return means[int(0.025 * _NUM_BOOTSTRAP_SAMPLES)], means[int(0.975 * _NUM_BOOTSTRAP_SAMPLES)]
 
 
 def check_claims(runs: Sequence[RunResult]) -> list[Claim]:
-    """What the page says of the arms that are there, and whether it holds for these runs."""
+    """Return the claims of docs/learning.md about the arms in `runs`, and whether each holds for these runs."""
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in _ARM_LABELS}
-    made = []
+    claims = []
     if judged := by_arm["judge"]:
-        made += _check_judge_claims(judged)
+        claims += _check_judge_claims(judged)
     if shuffled := by_arm["shuffled"]:
         low, high = compute_bootstrap_interval([run.gain for run in shuffled])
-        made.append(Claim(f"shuffled labels do not raise the rate: {_format_gain(shuffled, low, high)}", low <= 0))
+        claims.append(Claim(f"shuffled labels do not raise the rate: {_format_gain(shuffled, low, high)}", low <= 0))
     if hacked := by_arm["hacked"]:
-        tripped = sum(bool(run.trips) for run in hacked)
-        made.append(Claim(f"the watch trips on the planted fault in {tripped} of {len(hacked)} seeds", tripped == len(hacked)))
-    if (yardstick := by_arm["trl112"]) and judged:
-        same = {run.seed for run in yardstick}
-        ours = [run for run in judged if run.seed in same]
-        (falls, rise), (their_falls, their_rise) = (
-            (_count_regressions(r), max(x.largest_kl_increase for x in r)) for r in (ours, yardstick)
+        detected = sum(bool(run.trips) for run in hacked)
+        text = f"the monitor detects the planted fault in {detected} of {len(hacked)} seeds"
+        claims.append(Claim(text, detected == len(hacked)))
+    if (trl_runs := by_arm["trl112"]) and judged:
+        seeds = {run.seed for run in trl_runs}
+        own_runs = [run for run in judged if run.seed in seeds]
+        (own_regressions, own_increase), (trl_regressions, trl_increase) = (
+            (_count_regressions(runs), max(run.largest_kl_increase for run in runs)) for runs in (own_runs, trl_runs)
         )
-        text = f"ours is not less stable than trl 1.12's: {falls} falls to {their_falls}, KL rises of at most {rise:.1f} to"
-        made.append(Claim(f"{text} {their_rise:.1f} nats, in {len(same)} seeds", falls <= their_falls))
-    return made
+        text = (
+            f"Charter's PPO is not less stable than trl 1.12's: {own_regressions} against {trl_regressions} regressions, "
+            f"KL increases up to {own_increase:.1f} against {trl_increase:.1f} nats, {len(seeds)} seeds"
+        )
+        claims.append(Claim(text, own_regressions <= trl_regressions))
+    return claims
 
 
 def _check_judge_claims(runs: Sequence[RunResult]) -> list[Claim]:
     low, high = compute_bootstrap_interval([run.gain for run in runs])
     above = sum(run.gain > 0 for run in runs)
-    kept = len(runs) - _count_regressions(runs)
-    rise, most = max(run.largest_kl_increase for run in runs), PPOSettings().kl_target + _KL_TOLERANCE
+    stable = len(runs) - _count_regressions(runs)
+    increase, limit = max(run.largest_kl_increase for run in runs), PPOSettings().kl_target + _KL_TOLERANCE
     return [
-        Claim(f"the last version is above the first: {_format_gain(runs, low, high)}", low > 0),
-        Claim(f"it is above in {above} of {len(runs)} seeds", above >= _MIN_SEED_FRACTION * len(runs)),
+        Claim(f"the target rate increases from the first to the last version: {_format_gain(runs, low, high)}", low > 0),
         Claim(
-            f"it is not below the best version of its seed by more than its interval in {kept} of {len(runs)} seeds",
-            kept >= _MIN_SEED_FRACTION * len(runs),
+            f"the last version has a higher rate than the first in {above} of {len(runs)} seeds",
+            above >= _MIN_SEED_FRACTION * len(runs),
         ),
-        Claim(f"no update that was not stopped raised the KL by more than {rise:.1f} nats (limit {most:g})", rise <= most),
+        Claim(
+            f"the last version is not below the best one by more than its interval in {stable} of {len(runs)} seeds",
+            stable >= _MIN_SEED_FRACTION * len(runs),
+        ),
+        Claim(
+            f"no update without early stop raised the KL by more than {increase:.1f} nats (limit {limit:g})", increase <= limit
+        ),
     ]
 
 
@@ -197,43 +216,46 @@ def _format_gain(runs: Sequence[RunResult], low: float, high: float) -> str:
 
 
 def format_spread(runs: Sequence[RunResult], repeats: Sequence[RunResult]) -> str:
-    """How much the last rate varies between runs of one seed, beside how much it varies between seeds."""
+    """Return a line with the spread of the last rate between runs of one seed, and between seeds for comparison."""
     seed = repeats[0].seed
-    of_one = [run.last_version.target_rate for run in [*runs, *repeats] if run.arm == "judge" and run.seed == seed]
-    of_all = [run.last_version.target_rate for run in runs if run.arm == "judge"]
-    rates = ", ".join(f"{rate:.1%}" for rate in of_one)
-    between = f"; between {len(of_all)} seeds {stdev(of_all):.1%}" if len(of_all) > 1 else ""
-    return f"seed {seed} again: last rates {rates}, standard deviation {stdev(of_one):.1%}{between}"
+    seed_rates = [run.last_version.target_rate for run in [*runs, *repeats] if run.arm == "judge" and run.seed == seed]
+    all_rates = [run.last_version.target_rate for run in runs if run.arm == "judge"]
+    rates = ", ".join(f"{rate:.1%}" for rate in seed_rates)
+    between = f"; between {len(all_rates)} seeds {stdev(all_rates):.1%}" if len(all_rates) > 1 else ""
+    return f"seed {seed}, {len(seed_rates)} runs: last rates {rates}, standard deviation {stdev(seed_rates):.1%}{between}"
 
 
-def _format_share(hits: int, n: int) -> str:
+def _format_fraction(hits: int, n: int) -> str:
     interval = compute_wilson_interval(hits, n)
     return f"{hits / n:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
 
 
 def format_table(runs: Sequence[RunResult]) -> str:
-    """Markdown: the target rate by version for each run, and pooled with intervals; the last KL, and its largest rise."""
+    """Return a Markdown table of each run and of each arm: target rate by version, last KL, largest KL increase of one update.
+
+    The rates of an arm have intervals. An asterisk marks versions whose update was stopped by a KL limit.
+    """
     versions = [version for run in runs for version in run.versions]
     numbers = sorted({v.version for v in versions})
     lines = [
-        f"| arm | seed | {' | '.join(f'policy {n}' for n in numbers)} | last KL | largest rise |",
+        f"| arm | seed | {' | '.join(f'policy {n}' for n in numbers)} | last KL | largest KL increase |",
         "|---|---|" + "---|" * (len(numbers) + 2),
     ]
     for arm in dict.fromkeys(run.arm for run in runs):
-        of_arm = [run for run in runs if run.arm == arm]
-        for run in of_arm:
+        arm_runs = [run for run in runs if run.arm == arm]
+        for run in arm_runs:
             by_number = {v.version: v for v in run.versions}
             cells = [f"{v.target_rate:.1%}" + ("*" if v.stopped else "") if (v := by_number.get(n)) else "" for n in numbers]
             kl = f"{run.last_version.kl:.1f} | {run.largest_kl_increase:.1f}"
             lines.append(f"| {_ARM_LABELS[arm]} | {run.seed} | {' | '.join(cells)} | {kl} |")
-        cells = [_format_share(*_pool_counts(versions, arm, n, "target", "answers")) for n in numbers]
-        kl = f"{fmean(run.last_version.kl for run in of_arm):.1f} | {max(run.largest_kl_increase for run in of_arm):.1f}"
+        cells = [_format_fraction(*_pool_counts(versions, arm, n, "target", "answers")) for n in numbers]
+        kl = f"{fmean(run.last_version.kl for run in arm_runs):.1f} | {max(run.largest_kl_increase for run in arm_runs):.1f}"
         lines.append(f"| **{_ARM_LABELS[arm]}** | all | {' | '.join(cells)} | {kl} |")
     return "\n".join(lines)
 
 
 def plot_results(versions: Sequence[VersionCounts], folder: Path) -> None:
-    """Write learning-target.svg (the target rate, by arm) and learning-parts.svg (what it consists of, arm judge)."""
+    """Write learning-target.svg (target rate by arm) and learning-parts.svg (fractions of response types, arm judge)."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -246,37 +268,37 @@ def plot_results(versions: Sequence[VersionCounts], folder: Path) -> None:
         for seed in {v.seed for v in versions if v.arm == arm}:
             own = [v for v in versions if v.arm == arm and v.seed == seed]
             axes.plot([v.version for v in own], [v.target / v.answers for v in own], color=_ARM_COLORS[arm], alpha=0.3, lw=0.8)
-    _save_plot(figure, axes, "answers that the rule calls right", folder / "learning-target.svg")
+    _save_plot(figure, axes, "responses that are correct by the rule", folder / "learning-target.svg")
     if any(v.arm == "judge" for v in versions):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         parts = (
             ("polite", "benign", "#1b6ca8", "benign prompts answered politely"),
             ("refused_harmful", "harmful", "#2a8a4a", "harmful prompts refused"),
             ("refused_benign", "benign", "#a83232", "benign prompts refused"),
-            ("rude", "answers", "#888888", "rude answers"),
+            ("rude", "answers", "#888888", "rude responses"),
         )
-        for place, (hits, of, colour, words) in enumerate(parts):
-            _plot_line(axes, versions, "judge", (hits, of), colour, words, shift=0.05 * (place - 1.5))
-        _save_plot(figure, axes, "labels by the rule: what the answers are", folder / "learning-parts.svg")
+        for number, (hits, cases, color, label) in enumerate(parts):
+            _plot_line(axes, versions, "judge", (hits, cases), color, label, shift=0.05 * (number - 1.5))
+        _save_plot(figure, axes, "labels by the rule: types of responses", folder / "learning-parts.svg")
 
 
 def _plot_line(
     axes: Any, versions: Sequence[VersionCounts], arm: str, columns: tuple[str, str], color: str, label: str, shift: float = 0.0
 ) -> None:
-    """Pooled shares of `counted` (hits, cases) with their intervals; `shift` keeps those of several lines apart."""
+    """Plot the pooled fractions of `columns` (hits, cases) with intervals. `shift` separates error bars of several lines."""
     numbers = sorted({v.version for v in versions if v.arm == arm})
     counts = [_pool_counts(versions, arm, n, *columns) for n in numbers]
-    shares = [k / n for k, n in counts]
-    ends = [compute_wilson_interval(k, n) or (0.0, 0.0) for k, n in counts]
-    below = [share - low for share, (low, _) in zip(shares, ends, strict=True)]
-    above = [high - share for share, (_, high) in zip(shares, ends, strict=True)]
-    axes.errorbar([n + shift for n in numbers], shares, yerr=[below, above], color=color, label=label, capsize=3, lw=1.8)
+    fractions = [k / n for k, n in counts]
+    intervals = [compute_wilson_interval(k, n) or (0.0, 0.0) for k, n in counts]
+    below = [fraction - low for fraction, (low, _) in zip(fractions, intervals, strict=True)]
+    above = [high - fraction for fraction, (_, high) in zip(fractions, intervals, strict=True)]
+    axes.errorbar([n + shift for n in numbers], fractions, yerr=[below, above], color=color, label=label, capsize=3, lw=1.8)
 
 
 def _save_plot(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set(
         xlabel="policy version (0: base model, 1: after SFT)",
-        ylabel="share of answers, 95 % intervals",
+        ylabel="fraction of responses, 95 % intervals",
         ylim=(0, 1),
         title=title,
     )

@@ -1,15 +1,17 @@
-"""trl 1.12's PPOTrainer on the toy of `benchmarks.learning`, the yardstick of its stability.
+"""trl 1.12's PPOTrainer on the task of `benchmarks.learning`, to compare its stability with that of Charter's PPO.
 
     python -m benchmarks.learning --arm judge --arm trl112 --trl112 DIR    (pip install --no-deps --target DIR trl==1.12.0)
 
-It starts from policy 1 of the judge's run with the same seed, and makes as many updates, each of as many answers to as many new
-prompts, with the same minibatches, epochs, peak learning rate and KL weight; its own defaults else (a rate that falls linearly
-over all updates, a value model of its own that starts as the reward model). Its reward model is the last one of that run, which
-has learned the most labels, and stays; its scores have deviation 1, as in Charter. It samples its own answers, so the rate of a
-version is that of the batch that it samples with that version; the last version answers new prompts at the end, sampled as the
-stream does.
+It starts from policy 1 of the judge's run with the same seed. It makes the same number of updates, each with the same number
+of prompts and completions, and with the same minibatch size, epochs, peak learning rate and KL coefficient. All other settings
+are trl's defaults: a learning rate that decreases linearly over all updates, and a separate value model that starts from the
+reward model. The reward model is the last one of the judge's run, which was trained on the most labels; it is not updated. Its
+scores are scaled to a standard deviation of 1, as in Charter. PPOTrainer samples its own completions, so the target rate of a
+version is measured on the batch that this version sampled. The last version responds to new prompts after training, with the
+stream's sampling.
 
-Run in a process whose path has trl 1.12: that is why this file imports nothing of the trainer. It prints the answers as JSON.
+This file runs in a process whose path contains trl 1.12. It must not import the trainer package, which needs another version
+of trl. It prints the responses as JSON.
 """
 
 from __future__ import annotations
@@ -34,22 +36,25 @@ from transformers import (
 from engine.models.chat_template import encode_prompt
 from schemas.records import ChatMessage
 
-_PAD_TOKEN = "<|system|>"  # a token that no answer has: trl finds the end of an answer at the first padding
+_PAD_TOKEN = "<|system|>"  # a token that no response contains: for trl a response ends at the first padding token
 
 
 @dataclass(frozen=True)
 class _TrlTask:
-    """`prompts` are those of all updates, each once; every one is answered `samples` times. `folder` is for the last policy."""
+    """`prompts` holds the prompts of all updates, without repetition; each gets `num_completions` completions.
+
+    The last policy is saved in `folder`.
+    """
 
     policy: str
     reward: str
     folder: str
     prompts: tuple[str, ...]
     updates: int
-    samples: int
-    minibatch: int
+    num_completions: int
+    mini_batch_size: int
     epochs: int
-    tokens: int
+    max_tokens: int
     learning_rate: float
     beta: float
     seed: int
@@ -57,7 +62,7 @@ class _TrlTask:
 
 
 class _RecordingSampler:
-    """trl's sampling, which keeps what it gives back."""
+    """A wrapper of trl's sampling function that stores the sampled batches."""
 
     def __init__(self, sample: Any) -> None:
         self.sample = sample
@@ -70,7 +75,7 @@ class _RecordingSampler:
 
 
 class _KLCallback(TrainerCallback):
-    """trl's own figure of KL(policy || reference) of each batch that it samples, nats per answer."""
+    """Collect trl's own estimate of KL(policy || reference) for each sampled batch, in nats per completion."""
 
     def __init__(self) -> None:
         self.kls: list[float] = []
@@ -81,7 +86,7 @@ class _KLCallback(TrainerCallback):
 
 
 def _train(task: _TrlTask) -> dict[str, Any]:
-    """The answers of every version but the last, the KL of each, and why training ended before its time, if it did."""
+    """Train, and return the responses of every version except the last, with the KL of each version."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     torch.set_num_threads(task.threads)
@@ -96,21 +101,21 @@ def _train(task: _TrlTask) -> dict[str, Any]:
     deviation = json.loads((Path(task.reward) / "reward.json").read_text())["deviation"]
     for scorer in (reward, value):
         scorer.score.weight.data /= deviation
-    asked = [encode_prompt(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
-    rows = [ids for ids in asked for _ in range(task.samples)]
-    batch = len(rows) // task.updates
-    sampled, divergences = _RecordingSampler(ppo_trainer.batch_generation), _KLCallback()
-    ppo_trainer.batch_generation = sampled
+    prompts = [encode_prompt(tokenizer, (ChatMessage(role="user", content=text),)) for text in task.prompts]
+    rows = [ids for ids in prompts for _ in range(task.num_completions)]
+    batch_size = len(rows) // task.updates
+    sampler, kl_callback = _RecordingSampler(ppo_trainer.batch_generation), _KLCallback()
+    ppo_trainer.batch_generation = sampler
     with tempfile.TemporaryDirectory() as output:
         config = PPOConfig(
             output_dir=output,
             learning_rate=task.learning_rate,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=1,
-            num_mini_batches=batch // task.minibatch,
+            num_mini_batches=batch_size // task.mini_batch_size,
             num_ppo_epochs=task.epochs,
             total_episodes=len(rows),
-            response_length=task.tokens,
+            response_length=task.max_tokens,
             stop_token="eos",
             temperature=1.0,
             kl_coef=task.beta,
@@ -133,31 +138,31 @@ def _train(task: _TrlTask) -> dict[str, Any]:
             value_model=value,
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             eval_dataset=Dataset.from_dict({"input_ids": rows[:1]}),
-            callbacks=[divergences],
+            callbacks=[kl_callback],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.model.policy.save_pretrained(task.folder)
     AutoTokenizer.from_pretrained(task.policy).save_pretrained(task.folder)
-    answers = [
+    responses = [
         {"version": number, "question": question, "text": text}
-        for number, (queries, responses) in enumerate(sampled.batches)
-        for question, text in zip(_decode_responses(tokenizer, queries), _decode_responses(tokenizer, responses), strict=True)
+        for number, (queries, tokens) in enumerate(sampler.batches)
+        for question, text in zip(_decode_rows(tokenizer, queries), _decode_rows(tokenizer, tokens), strict=True)
     ]
-    return {"answers": answers, "kls": divergences.kls}
+    return {"responses": responses, "kls": kl_callback.kls}
 
 
-def _decode_responses(tokenizer: Any, rows: torch.Tensor) -> list[str]:
-    """Each row up to its end token, without what marks messages."""
-    end, made = tokenizer.eos_token_id, []
+def _decode_rows(tokenizer: Any, rows: torch.Tensor) -> list[str]:
+    """Decode each row up to its end token, without padding and special tokens."""
+    end, texts = tokenizer.eos_token_id, []
     for row in rows.tolist():
-        kept = [token for token in row if token != tokenizer.pad_token_id]
-        while kept and kept[0] == end:
-            kept = kept[1:]
-        made.append(tokenizer.decode(kept[: kept.index(end)] if end in kept else kept, skip_special_tokens=True).strip())
-    return made
+        ids = [token for token in row if token != tokenizer.pad_token_id]
+        while ids and ids[0] == end:
+            ids = ids[1:]
+        texts.append(tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True).strip())
+    return texts
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps(_train(_TrlTask(**given | {"prompts": tuple(given["prompts"])}))))
+    arguments = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps(_train(_TrlTask(**arguments | {"prompts": tuple(arguments["prompts"])}))))

@@ -1,4 +1,4 @@
-"""PPO learns a known preference and keeps it: the short form of `benchmarks.learning` (see `benchmarks.learning.ppo_ablations`)."""
+"""PPO learns a known preference and keeps it: a short version of `benchmarks.learning` (`benchmarks.learning.ppo_ablations`)."""
 
 import pytest
 
@@ -13,21 +13,17 @@ def base(tmp_path_factory):
 
 
 def test_ppo_learns_a_preference_and_keeps_it(base, tmp_path):
-    p = make_ppo_config({})
-    result = run_ppo(base, tmp_path, p, SEED)
-    assert result.target_rates[-1] > result.target_rates[0] + 0.25 and result.target_rates[-1] == max(result.target_rates), (
-        result
-    )
-    assert result.refusal_rates[-1] > result.refusal_rates[0] + 0.2, (
-        result
-    )  # with the mean of the batch as the baseline, refusals are unlearned
-    assert max(result.kls) < p.kl_target and not result.update_error, result  # a constant learning rate exceeds the target
+    config = make_ppo_config({})
+    result = run_ppo(base, tmp_path, config, SEED)
+    rates, refusals = result.target_rates, result.refusal_rates
+    assert rates[-1] > rates[0] + 0.25 and rates[-1] == max(rates), result
+    assert refusals[-1] > refusals[0] + 0.2, result  # with the mean of the batch as the baseline, refusals are unlearned
+    assert max(result.kls) < config.kl_target and not result.update_error, result  # a constant learning rate exceeds the target
 
 
 def test_ppo_with_previous_settings_does_not_learn(base, tmp_path):
     """The previous settings: a constant learning rate, the mean of the batch as the baseline, no KL limit on an update."""
-    p = make_ppo_config(PREVIOUS_SETTINGS)
-    result = run_ppo(base, tmp_path, p, SEED)
-    assert (
-        result.target_rates[-1] < result.target_rates[0] + 0.25 and result.refusal_rates[-1] < result.refusal_rates[0] + 0.2
-    ), result
+    config = make_ppo_config(PREVIOUS_SETTINGS)
+    result = run_ppo(base, tmp_path, config, SEED)
+    rates, refusals = result.target_rates, result.refusal_rates
+    assert rates[-1] < rates[0] + 0.25 and refusals[-1] < refusals[0] + 0.2, result
