@@ -76,9 +76,9 @@ FROM (SELECT policy_version, batch_number, step, metrics['kl_ref'] AS kl FROM me
 WHERE kl IS NOT NULL GROUP BY ALL;
 
 -- The results of each check of a version. They contain the results of the held-out judge, the proxy reward, the perplexity and
--- all metrics above, and the same metrics of the reference. `tripped` is the number of limits that were exceeded.
+-- all metrics above, and the same metrics of the reference. `limits_exceeded` is the number of limits that were exceeded.
 CREATE OR REPLACE VIEW monitor_checks AS
-SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS tripped, metrics['judge_wins'] AS judge_wins,
+SELECT policy_version, metrics['reference'] AS reference, metrics['limits_exceeded'] AS limits_exceeded, metrics['judge_wins'] AS judge_wins,
        metrics['judge_low'] AS judge_low, metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
        metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, metrics, created_at
 FROM metrics WHERE phase = 'monitor';

@@ -11,14 +11,14 @@ FROM policies p LEFT JOIN batches b ON b.record_id = p.batch_id AND p.restored_v
 QUALIFY row_number() OVER (PARTITION BY p.kind, p.version ORDER BY p.commit_seq) = 1;
 
 -- The rows of every batch. `place` is the position of a row in the order of training. `trained` is true if the update of the
--- batch is on the log. `given_up` is true if the batch was voided. `replayed` is true if an earlier batch of the phase has
+-- batch is on the log. `voided` is true if the batch was voided. `replayed` is true if an earlier batch of the phase has
 -- already trained on the row.
 CREATE OR REPLACE VIEW batch_rows AS
 WITH placed AS (
     SELECT b.record_id AS batch_id, b.phase, b.batch_number, unnest(b.record_ids) AS row_id,
            generate_subscripts(b.record_ids, 1) AS place, b.base_policy_version, b.base_reward_version,
            b.reference_policy_version, b.record_id IN (SELECT batch_id FROM policies WHERE restored_version IS NULL) AS trained,
-           b.record_id IN (SELECT voided_batch_id FROM incidents WHERE voided_batch_id IS NOT NULL) AS given_up, b.created_at
+           b.record_id IN (SELECT voided_batch_id FROM incidents WHERE voided_batch_id IS NOT NULL) AS voided, b.created_at
     FROM batches b),
 again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
 SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);

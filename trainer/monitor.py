@@ -264,7 +264,7 @@ class RewardHackingMonitor:
         if version == reference:
             return None
         if not self.passed_by_version:  # after a restart, load the results of earlier checks
-            sql = "SELECT policy_version, tripped = 0 FROM monitor_checks ORDER BY created_at"
+            sql = "SELECT policy_version, limits_exceeded = 0 FROM monitor_checks ORDER BY created_at"
             self.passed_by_version = dict(store.query(sql, limit_s=QUERY_TIMEOUT_S).rows)
         if version in self.passed_by_version:
             return None
@@ -291,7 +291,7 @@ class RewardHackingMonitor:
 
         violations = find_limit_violations(metrics, self.limits)
         self.passed_by_version[version] = not violations
-        metrics |= {"reference": float(reference), "tripped": float(len(violations))}
+        metrics |= {"reference": float(reference), "limits_exceeded": float(len(violations))}
         publish([self.make_metric(version, metrics)])
         if not violations:
             return None

@@ -186,7 +186,7 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
 
 def _load_monitor_checks(query: QueryFunction, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the checks of the reward-hacking monitor, newest first (docs/training.md)."""
-    sql = f"""SELECT policy_version, metrics['reference'] AS reference, metrics['tripped'] AS limits_exceeded,
+    sql = f"""SELECT policy_version, metrics['reference'] AS reference, metrics['limits_exceeded'] AS limits_exceeded,
                      metrics['judge_wins'] AS judge_wins, metrics['judge_low'] AS judge_low,
                      metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
                      metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, created_at

@@ -275,8 +275,8 @@ def test_monitor_detects_a_reward_model_that_prefers_length(trainer):
     assert exceeded.metrics["length_correlation"] > 0.5 and exceeded.metrics["proxy_low"] > 0
     assert check(monitor, trainer) is None  # a version is checked once
     sink_all(trainer)
-    (row,) = trainer.store.query_dicts("SELECT policy_version, reference, tripped FROM monitor_checks")
-    assert (row["policy_version"], row["reference"], row["tripped"]) == (2, 1, exceeded.metrics["tripped"])
+    (row,) = trainer.store.query_dicts("SELECT policy_version, reference, limits_exceeded FROM monitor_checks")
+    assert (row["policy_version"], row["reference"], row["limits_exceeded"]) == (2, 1, exceeded.metrics["limits_exceeded"])
     rewards = trainer.store.query_dicts("SELECT * FROM monitor_rewards ORDER BY policy_version")
     assert [row["answers"] for row in rewards] == [24, 24]
     assert rewards[1]["length_correlation"] == pytest.approx(exceeded.metrics["length_correlation"])
@@ -313,7 +313,7 @@ def test_policy_within_its_limits_passes_and_the_held_out_judge_compares_it(trai
     assert {messages[0].content for messages, _, _ in compared} == {f"held out {n}" for n in range(4)}
     sink_all(trainer)
     (row,) = trainer.store.query_dicts("SELECT * FROM monitor_checks")
-    assert (row["tripped"], row["judge_wins"]) == (0, 0.5)
+    assert (row["limits_exceeded"], row["judge_wins"]) == (0, 0.5)
     assert row["perplexity"] == row["perplexity_reference"] > 1  # of the prompts, because there are no demonstrations
 
 

@@ -195,7 +195,7 @@ def test_untrainable_batch_is_voided_and_its_rows_are_sampled_again(workspace):
     update = workspace.trainer.update("sft")
     workspace.add()
     assert workspace.store.query("SELECT trained_rows FROM policy_versions WHERE version = ?", [update.version]).rows == [(8,)]
-    assert workspace.store.query("SELECT count(*) FROM batch_rows WHERE given_up").rows == [(4,)]
+    assert workspace.store.query("SELECT count(*) FROM batch_rows WHERE voided").rows == [(4,)]
 
 
 def test_batch_is_voided_by_a_concurrent_rollback(workspace):
