@@ -1,4 +1,6 @@
-"""Throughput of the embedded log (and of Kafka if CHARTER_TEST_BOOTSTRAP is set), compared with plain SQLite inserts.
+"""Measure the throughput of the embedded log, and compare it with plain SQLite inserts.
+
+If the environment variable CHARTER_TEST_BOOTSTRAP is set, the throughput of that Kafka broker is also measured.
 
 python -m benchmarks.bus
 """
@@ -43,7 +45,7 @@ def _measure_publish(bus: Bus) -> float:
 
 
 def _measure_hop(bus: Bus) -> float:
-    """Consume, produce and commit the offsets in one transaction, as every stage does; return records per second."""
+    """Consume, produce and commit the offsets in one transaction, as every stage does. Return records per second."""
     consumer, writer = bus.open_consumer("bench", ["prompts"], member="a"), bus.open_writer("bench.a")
     num_moved, started = 0, time.monotonic()
     while num_moved < _NUM_RECORDS:

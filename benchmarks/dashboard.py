@@ -1,10 +1,11 @@
-"""Latency of the dashboard, `charter status` and `charter --help`, compared with their limits, on a database of a million rows.
+"""Measure the latency of the dashboard, `charter status` and `charter --help` on a database with a million rows.
 
 python -m benchmarks.dashboard [--rows N] [--rounds N] [--keep FOLDER]
 
-The rows come from a run of the scripted model on the shipped prompts, copied with new ids and times until the database has the
-requested number. The latency of a view is the time from the request to the complete page, without cached results. The first
-view is the first request to a new server. The reported value is the median of the rounds.
+The rows come from a run of the scripted model on the shipped prompts. They are copied with new ids and times until the database
+has the requested number of rows. The latency of a view is the time from the request to the complete page, without cached
+results. The first view is the first request to a new server. The reported value is the median of the rounds, and each value has
+a limit.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def _run_pipeline(settings: Settings) -> None:
 
 
 def _copy_rows(path: Path, num_rows: int) -> int:
-    """Copy the run until the database has `num_rows` rows; each copy has new ids and is a minute later. Return the row count."""
+    """Copy the rows of the run until the database has `num_rows` rows. Return the number of rows.
+
+    Each copy has new ids, and its times are one minute later than in the copy before.
+    """
     with duckdb.connect(str(path)) as db:
         rows_per_run = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in _COPIED_TABLES)
         next_seq = db.execute("SELECT next_seq FROM raw.sink_state").fetchall()[0][0]
@@ -87,7 +91,7 @@ def _find_free_port() -> int:
 
 
 def _start_server(folder: Path) -> tuple[subprocess.Popen[str], httpx.Client]:
-    """Start a dashboard server and wait until it listens; return it and a client."""
+    """Start a dashboard server and wait until it accepts requests. Return the server process and a client."""
     port = _find_free_port()
     command = _build_command(folder, "dashboard", "--port", str(port))
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -104,7 +108,7 @@ def _time_request(client: httpx.Client, address: str) -> float:
 
 
 def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, float]]:
-    """Time one request to each view; `round_index` makes the searches new ones, so that no result is cached."""
+    """Yield the name and the latency of each view. Search terms contain `round_index`, so that no result is cached."""
     traces = client.get("/api/traces").json()["data"]["traces"]
     views = {
         "pipeline": "/?run=live",
@@ -126,7 +130,7 @@ def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, f
 
 
 def _measure_latencies(folder: Path, num_rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each round by name."""
+    """Return the latency in seconds in each round, by name."""
     latencies: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds):
         latencies[_HELP_COMMAND].append(_time_command([sys.executable, "-m", "charter", "--help"]))
@@ -147,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="create the database in this folder, or use the existing one")
+    parser.add_argument("--keep", type=Path, help="keep the database in this folder, and use an existing database in it")
     options = parser.parse_args()
     os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
     folder = options.keep or Path(tempfile.mkdtemp())

@@ -1,4 +1,4 @@
-"""Time and memory of the demo, compared with its limits on two cores: 6 minutes, 6 GB, and the first preference within 60 s.
+"""Measure the time and memory of the demo. The limits on two cores are 6 minutes, 6 GB, and 60 s until the first preference.
 
 python -m benchmarks.demo
 """

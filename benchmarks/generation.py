@@ -1,4 +1,4 @@
-"""Speedup of batched local generation over one prompt at a time, with the same model in the same run; the goal is 10.
+"""Measure the speedup of batched local generation over one prompt at a time, with the same model. The goal is a factor of 10.
 
 python -m benchmarks.generation
 """

@@ -1,13 +1,13 @@
-"""Throughput of the exactly-once hop of a stage, on Apache Kafka and on the embedded log; scaling with copies; memory.
+"""Measure the exactly-once hop of a stage on Apache Kafka and on the embedded log: throughput, scaling with copies, and memory.
 
 python -m benchmarks.hop [--records N] [--rounds N] [--waiting N] [--seed N] [--quix-venv DIR] [--profile] [--only WORD]
 
-Requires KAFKA_HOME, a folder with libs/*.jar of Apache Kafka; the benchmark starts its own broker on loopback. A hop consumes
-records of 1 KB, decodes Avro, runs a stage that costs nothing, encodes Avro and produces, with the offsets in the transaction.
-Each contestant is a separate process. Its rate comes from the broker's timestamps, which the broker sets when it appends a
-record. After each run the committed outputs are read back and counted: a run that loses or repeats a record is an error.
+The environment variable KAFKA_HOME must be a folder with libs/*.jar of Apache Kafka. The benchmark starts a broker on loopback.
+A hop consumes records of 1 KB, decodes them, runs a stage without computation, encodes the results, and publishes the results
+and the offsets in one transaction. Each client runs in a separate process. Its rate is computed from the timestamps that the
+broker sets when it appends a record. After each run, the committed outputs are counted. A lost or repeated record is an error.
 
-With --profile the benchmark prints instead where the CPU time of Charter's hop goes, by thread.
+With --profile, the benchmark only prints the CPU time of Charter's hop, by function and thread.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from schemas.topics import DEFAULT_PARTITIONS, TOPICS
 from tests.support.kafka import Broker as TestBroker
 
 _RUN_ID, _SOURCE_TOPIC, _TARGET_TOPIC = "bench", "prompts", "responses"
-_TEXT_BYTES = 800  # with its lineage such a record has 1 KB
-_MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # a remote model: its latency per batch
+_TEXT_BYTES = 800  # a record with a prompt of this size has 1 KB
+_MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # the batch size and the latency per batch of a simulated remote model
 _MAX_IN_FLIGHT = 1000
 _PROGRESS_TIMEOUT_S, _READ_IDLE_TIMEOUT_S, _CONTESTANT_TIMEOUT_S = 60.0, 10.0, 180.0
 _QUIXSTREAMS_REQUIREMENTS = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
@@ -82,7 +82,7 @@ class _StageJob:
 
 @dataclass(frozen=True)
 class _ResultRow:
-    """A row of the results table; an empty goal means that the value is informative only."""
+    """A row of the results table. If the goal is empty, the value is only informative."""
 
     name: str
     value: str
@@ -97,7 +97,7 @@ class _ResultRow:
 
 
 def make_prompts(count: int, seed: int) -> Iterator[Prompt]:
-    """Yield prompts of 1 KB with random words, which compress about as well as prose."""
+    """Yield prompts of 1 KB with random words. They compress about as well as prose."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
     for _ in range(count):
@@ -110,7 +110,7 @@ def make_prompts(count: int, seed: int) -> Iterator[Prompt]:
 
 
 def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
-    """Publish prompts to the log; return the size of the first record in bytes."""
+    """Publish prompts to the log. Return the size of the first record in bytes."""
     bus.create_topics(list(TOPICS.values()))
     batch: list[ProducerRecord] = []
     size = 0
@@ -125,9 +125,9 @@ def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
 
 
 def _measure_throughput(bus: Bus, start_offsets: Offsets, count: int) -> float:
-    """Return the rate of the outputs after `start_offsets`, in records per second by the log's timestamps.
+    """Return the rate of the outputs after `start_offsets` in records per second, from the log's timestamps.
 
-    The outputs must be exactly `count` distinct records.
+    Exit with an error if the outputs are not exactly `count` distinct records.
     """
     reader, timestamps, keys = bus.open_reader(start_offsets), [], set()
     deadline = time.monotonic() + _READ_IDLE_TIMEOUT_S
@@ -174,7 +174,7 @@ def _build_worker(job: _StageJob, bus: Bus, folder: Path, can_admit: Callable[[]
 
 
 def _run_stage(job: _StageJob) -> None:
-    """Join the group, start on the first line of standard input, and print the progress until standard input ends."""
+    """Join the group, start when a line arrives on standard input, and print the progress until standard input ends."""
     start, stop = threading.Event(), threading.Event()
 
     def read_commands() -> None:
@@ -200,7 +200,7 @@ def _report_state(**state: object) -> None:
 
 
 class _StageProcess:
-    """A process that runs Charter's stage; `state` is the last state that it printed."""
+    """A process that runs Charter's stage. `state` is the last state that the process printed."""
 
     def __init__(self, job: _StageJob) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--stage", json.dumps(asdict(job))]
@@ -237,7 +237,7 @@ class _StageProcess:
 def _run_copies(
     jobs: Sequence[_StageJob], num_records: int, on_progress: Callable[[int, int], None] = lambda committed, rss: None
 ) -> int:
-    """Run copies of a stage until together they have committed `num_records` records; return the number that they committed."""
+    """Run copies of a stage until they have committed `num_records` records in total. Return the number of their records."""
     with ExitStack() as stack:
         copies = [stack.enter_context(_StageProcess(job)) for job in jobs]
         _wait_until(lambda: all(copy.state["ready"] for copy in copies), copies, _PROGRESS_TIMEOUT_S)
@@ -265,7 +265,7 @@ def _wait_until(condition: Callable[[], bool], copies: Sequence[_StageProcess], 
 
 
 def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int = 1, **options: Any) -> float:
-    """Return the rate of Charter's hop with the parts of `charter run`: Host, Worker, ModelExecutor, Stage, journal and codec."""
+    """Return the rate of Charter's hop, with the same Host, Worker, ModelExecutor, journal and codec as in `charter run`."""
     name = f"hop{time.time_ns()}"
     bus = open_bus(address, prefix=prefix)
     start_offsets = bus.end_offsets([_TARGET_TOPIC])
@@ -280,7 +280,10 @@ def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int
 
 
 def _run_bare_client(servers: str, source: str, target: str, group: str, count: int) -> None:
-    """Copy bytes exactly once with kafka-python in one thread, its upper bound. Like Charter, it checks every future."""
+    """Copy bytes exactly once with kafka-python in one thread. Check every future, as Charter does.
+
+    The rate of this function is an upper bound for clients that use kafka-python in one thread.
+    """
     client: dict[str, Any] = {"bootstrap_servers": servers}
     producer = kafka.KafkaProducer(**client, **make_producer_options(), transactional_id=group)
     producer.init_transactions()
@@ -306,7 +309,7 @@ def _run_bare_client(servers: str, source: str, target: str, group: str, count: 
 
 
 def _measure_process(command: Sequence[str], address: str, prefix: str, count: int) -> float:
-    """Return the rate of another client: a process that ends when it has copied `count` records."""
+    """Return the rate of another client. The process of the client must end after it has copied `count` records."""
     bus = open_bus(address, prefix=prefix)
     start_offsets = bus.end_offsets([_TARGET_TOPIC])
     task = {
@@ -332,7 +335,10 @@ def _measure_process(command: Sequence[str], address: str, prefix: str, count: i
 
 
 def _prepare_quixstreams(folder: Path | None) -> Path | None:
-    """Return the interpreter of a virtual environment with quixstreams, created if necessary; print why and return None if not."""
+    """Return the Python interpreter of a virtual environment with quixstreams. Create the environment if necessary.
+
+    If quixstreams cannot be installed, print the reason and return None.
+    """
     if folder is None:
         print("quixstreams is skipped: give --quix-venv DIR, a folder to install it in")
         return None
@@ -355,7 +361,10 @@ def _prepare_quixstreams(folder: Path | None) -> Path | None:
 
 
 def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
-    """Return the rate of a minimal durable hop in one SQLite file: copy 500 rows, move the offset, commit (synchronous FULL)."""
+    """Return the rate of a minimal durable hop in one SQLite file.
+
+    Each transaction copies 500 rows and updates the offset. The database is in the mode "synchronous FULL".
+    """
     db = sqlite3.connect(folder / "bare.sqlite", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
@@ -384,7 +393,7 @@ def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
 
 
 def _measure_codec(seed: int) -> float:
-    """Return the rate of decode, respond and encode in one thread without a log: the upper bound of a hop on one core."""
+    """Return the rate of decoding and encoding in one thread without a log. It is the upper bound of a hop on one core."""
     sample = [encode_record(prompt) for prompt in make_prompts(4000, seed)]
     started = time.monotonic()
     for data in sample:
@@ -397,7 +406,7 @@ def _measure_codec(seed: int) -> float:
 
 @dataclass(frozen=True)
 class _HopBenchmark:
-    """The measurements, and their sizes."""
+    """The measurements and their settings."""
 
     address: str
     folder: Path
@@ -411,7 +420,7 @@ class _HopBenchmark:
         return statistics.median(measure() for _ in range(self.num_rounds))
 
     def hop(self) -> Iterator[_ResultRow]:
-        """Compare the clients. They alternate in each round, so that a machine that slows down affects all of them."""
+        """Compare the clients. Each round measures all clients, so that a temporarily slower machine affects all of them."""
         contestants = {
             "charter": lambda: _measure_charter(self.address, "hop.", self.num_records),
             "default": lambda: _measure_charter(
@@ -437,14 +446,14 @@ class _HopBenchmark:
             rates["default"] / charter_rate,
         )
         yield _ResultRow(
-            "bare kafka-python, copies bytes; ratio: Charter to this",
+            "bare kafka-python, copies bytes (ratio: Charter / this)",
             _format_rate(rates["bare"]),
             charter_rate / rates["bare"],
             _format_goal("bare"),
         )
         if "quix" in rates:
             yield _ResultRow(
-                "quixstreams, exactly once, same codec; ratio: Charter to this",
+                "quixstreams, exactly once, same codec (ratio: Charter / this)",
                 _format_rate(rates["quix"]),
                 charter_rate / rates["quix"],
                 _format_goal("quix"),
@@ -456,7 +465,7 @@ class _HopBenchmark:
         waiting_stage = f"a stage that waits {_MODEL_LATENCY_S * 1000:.0f} ms per batch of {_MODEL_BATCH_SIZE}"
         for name, num_records, options in (
             (waiting_stage, self.num_records // 4, model),
-            ("a stage that costs nothing", self.num_records * 3 // 4, {}),
+            ("a stage without computation", self.num_records * 3 // 4, {}),
         ):
             one, two = (
                 self.measure_median(partial(_measure_charter, self.address, "hop.", num_records, copies=n, **options))
@@ -510,7 +519,7 @@ def _format_goal(name: str) -> str:
 
 
 def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> None:
-    """Print the CPU time (without waiting) by function, of each thread of a stage and of all threads together."""
+    """Print the CPU time by function, without waiting time, for each thread of a stage and for all threads together."""
     profiles: dict[str, cProfile.Profile] = {}
 
     def enable_profile(*_: object) -> None:
@@ -518,7 +527,7 @@ def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> N
         profile = profiles[f"{threading.current_thread().name}-{len(profiles)}"] = cProfile.Profile(time.thread_time)
         profile.enable()
 
-    threading.setprofile(enable_profile)  # a profile measures only the thread that enabled it, so each thread gets one
+    threading.setprofile(enable_profile)  # a profile measures only the thread that enabled it
     bus = open_bus(address, prefix="hop.")
     with tempfile.TemporaryDirectory() as folder:
         worker = _build_worker(_StageJob(address, "hop.", f"profile{time.time_ns()}"), bus, Path(folder))
@@ -549,7 +558,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quix-venv", type=Path)
     parser.add_argument("--only", choices=("hop", "copies", "memory", "embedded"), action="append")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the jobs of the processes that this script starts
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # this script starts processes with these two options
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,7 +1,8 @@
-"""The stage that `benchmarks.hop` measures, and the same hop in quixstreams (librdkafka), exactly once, with Charter's codec.
+"""The stage that `benchmarks.hop` measures, and an exactly-once hop with this stage in quixstreams (librdkafka).
 
-`benchmarks.hop` runs this file in a separate virtual environment, which has quixstreams but not Kafka's Python client. The file
-therefore imports only the schemas, and quixstreams only where it is used.
+`benchmarks.hop` runs this file in a separate virtual environment, which has quixstreams but not kafka-python. The file
+therefore imports only `schemas` from Charter. It imports quixstreams inside `main`, because Charter's own environment does not
+have it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ COMMIT_BATCH_SIZE = 500
 
 
 def make_response(prompt: Prompt) -> Response:
-    """Return a response without a model, about as large as its prompt: the prompt's content is the only completion."""
+    """Return a response whose only completion is the prompt's content. It is about as large as the prompt."""
     return Response(
         record_id=prompt.record_id,
         parent_ids=[prompt.record_id],

@@ -1,18 +1,18 @@
-"""Rate of labels and verdicts read from log-probabilities, compared with written ones; the goal is a factor of 20 on a CPU.
+"""Compare the rate of labels and verdicts that are read from log-probabilities with the rate of written labels and critiques.
 
 python -m benchmarks.labels [--pairs 16] [--peer 4] [--chains 8]
 
-All rates are measured with the same model in the same run, on shipped prompts and on completions that the model samples (their
-lengths are printed).
+All rates are measured with the same model in the same run, on shipped prompts and on completions that the model samples. The
+goal is a factor of 20 on a CPU.
 
-label     Charter: the default preset (lee2023), one principle, both orders averaged, prefixes shared.
-          Peer: the course's judge, one question with both responses and all principles, in one order, up to 256 tokens written
-          by transformers' `generate`, one pair at a time; and the same in batches by Charter's generation. The ratio in
-          brackets counts both orders on both sides, which are two questions for the peer.
-verdict   Charter: does the response violate the principle, with the options in both orders. Peer: the course's critique of up
-          to 256 tokens, in the same two ways.
-chain     The tokens that the whole chain of a prompt computes (responses, verdicts, critiques, revisions, label), compared with
-          the tokens of the same questions without shared prefixes.
+label     Charter uses the default preset (lee2023): one principle, the mean of both orders, and shared prefixes. The peer is
+          the course's judge. It asks one question with both responses and all principles, in one order, and writes up to 256
+          tokens. The peer is measured twice: one pair at a time with `generate` of transformers, and in batches with Charter's
+          generation. The ratio in brackets assumes that the peer also asks in both orders, which takes two questions.
+verdict   Charter asks whether the response violates the principle, with the options in both orders. The peer writes the
+          course's critique of up to 256 tokens. It is also measured one by one and in batches.
+chain     The number of tokens that all steps of a prompt compute (responses, verdicts, critiques, revisions and label) is
+          compared with the number of tokens of the same questions without shared prefixes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ _Messages = tuple[ChatMessage, ...]
 
 
 def _measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
-    """Return the rate of `work` per second: of CPU time on a CPU, so that other load does not count, of wall time on a GPU."""
+    """Return the rate of `work` per second of CPU time on a CPU, or per second of wall time on a GPU.
+
+    CPU time does not depend on other load on the machine.
+    """
     clock = time.process_time if model.device == "cpu" else time.monotonic
     started = clock()
     work()
@@ -72,9 +75,9 @@ def _generate_in_batches(model: LocalModel, questions: Sequence[_Messages]) -> l
 def _compare_with_peers(
     name: str, model: LocalModel, charter_rate: float, questions: Sequence[_Messages], num_sequential: int, num_orders: int = 1
 ) -> float:
-    """Print Charter's rate next to both peers; return its ratio to the sequential peer.
+    """Print the rates of Charter and of both peers. Return Charter's rate divided by the rate of the sequential peer.
 
-    Charter asks `num_orders` orders, the peers only one.
+    Charter asks in `num_orders` orders. The peers ask in only one order.
     """
     lengths: list[int] = []
 
@@ -124,7 +127,7 @@ def _compare_verdicts(model: LocalModel, charter: Charter, responses: Sequence[R
 
 
 def _print_chain_tokens(chains: Sequence[RevisionChain], preferences: Sequence[Preference], num_completions: int) -> None:
-    """Print by stage the computed tokens, and the tokens of the same questions without shared prefixes."""
+    """Print the number of computed tokens of each stage, and the number of tokens without shared prefixes."""
     records: list[Record] = [record for chain in chains for record in chain.records]
     print(f"tokens of {len(chains)} chains: computed, without sharing, saved")
     total = [0, 0]

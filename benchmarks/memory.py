@@ -1,11 +1,11 @@
-"""Peak memory of one optimizer step of each learner on SmolLM2, with full fine-tuning and LoRA, each in a separate process.
+"""Measure the peak memory of one optimizer step of each learner on SmolLM2, with full fine-tuning and with LoRA.
 
-python -m benchmarks.memory                the table (ten minutes on two cores)
-python -m benchmarks.memory --rows 8 --prompt 64 --response 128 --micro-batch-size 4      the defaults
+python -m benchmarks.memory                print the table (ten minutes on two cores)
+python -m benchmarks.memory --rows 8 --prompt 64 --response 128 --micro-batch-size 4      the same with explicit sizes
 
-The rows are random tokens of a fixed length, so that the result does not depend on a data set. One step has `--rows` examples,
-pairs or rollouts. The peak on a CPU is the largest resident set of the process, libraries included. On a GPU it is the
-allocator's peak. The ratio is to the size of the model's weights in fp32.
+Each step runs in a separate process. The rows are random tokens of a fixed length, so that the result does not depend on a data
+set. One step has `--rows` examples, pairs or rollouts. On a CPU, the peak is the largest resident set of the process, including
+libraries. On a GPU, it is the allocator's peak. The table also has the ratio of the peak to the size of the weights in fp32.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
 
 
 def _measure_peak_bytes() -> int:
-    """Return the peak memory of this process in bytes: of the GPU's allocator if there is one, otherwise the resident set."""
+    """Return the peak memory of this process in bytes: the allocator's peak on a GPU, or the largest resident set on a CPU."""
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
 def _make_second_policy(base: Path, folder: Path) -> Path:
@@ -124,7 +125,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="tokens of a response")
     parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("cases", nargs="*", help="the steps to measure, e.g. ppo/lora; all by default")
+    parser.add_argument("cases", nargs="*", help="steps to measure, such as ppo/lora (default: all)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

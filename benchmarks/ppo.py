@@ -1,15 +1,16 @@
-"""Charter's PPO compared with the last PPOTrainer of trl: same task, model, batch and machine, in separate processes.
+"""Compare Charter's PPO with the last PPOTrainer of trl, with the same task, model, batch and machine, in separate processes.
 
-trl removed its PPOTrainer in 1.13. Version 1.12 is imported from a folder that contains nothing else:
+trl removed its PPOTrainer in version 1.13. Version 1.12 is imported from a separate folder:
 
     pip install --no-deps --target DIR trl==1.12.0
     python -m benchmarks.ppo --trl112 DIR                    speed with SmolLM2 (20 minutes on two cores)
     python -m benchmarks.ppo --trl112 DIR --curve FILE.svg   the reward curve of a small model, three seeds (minutes)
 
-A round is the work from one batch of prompts to the next policy. Charter loads the policy as a responder does, samples, scores,
-makes one PPO update and writes the checkpoint, which the next round loads. trl samples, scores and updates in one process that
-keeps everything in memory. Both sample completions of the full length from the same prompts, score them with the same reward
-model, and train the same number of epochs with the same minibatch size, with Adam, a constant learning rate and no dropout.
+A round begins with a batch of prompts and ends with the next policy. Charter loads the policy as the respond stage does,
+samples responses, scores them, makes one PPO update and writes a checkpoint. The next round loads this checkpoint. trl samples,
+scores and updates in one process and keeps all models in memory. Both sample completions of the full length from the same
+prompts, score them with the same reward model, and train the same number of epochs with the same minibatch size. Both use Adam,
+a constant learning rate and no dropout.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ REWARD_SCALE = 10.0  # scales the fraction of a letter, so that rewards vary by 
 
 @dataclass(frozen=True)
 class PPOTask:
-    """The task of both contestants. `reward_model` is a folder; if empty, the reward is the fraction of letters `a`."""
+    """The task of both contestants. `reward_model` is a folder. If it is empty, the reward is the fraction of letters `a`."""
 
     policy: str
     prompts: tuple[str, ...]
@@ -60,7 +61,7 @@ class PPOTask:
 
 @dataclass(frozen=True)
 class RoundTiming:
-    """One round: wall and CPU time in seconds, the number of sampled tokens, and the mean reward."""
+    """The measurements of a round: wall and CPU time in seconds, the number of sampled tokens, and the mean reward."""
 
     generate_s: float
     update_s: float
@@ -105,7 +106,7 @@ def _run_charter(task: PPOTask) -> list[RoundTiming]:
             config = ppo.PPOConfig(
                 learning_rate=task.learning_rate, epochs=task.num_epochs, batch_size=task.minibatch_size, beta=beta, max_kl=1e9
             )
-            with suppress(TrainingFailed):  # all rewards are equal: the policy stays unchanged
+            with suppress(TrainingFailed):  # if all rewards are equal, training fails and the policy stays unchanged
                 trained, metrics = ppo.train(policy, base, rollouts, scores, config, hardware=hardware, seed=task.seed + number)
                 policy = checkpoints.write_checkpoint(Path(folder) / f"policy-{number}", trained.save, {}).folder
                 beta = metrics["beta"]
@@ -117,7 +118,7 @@ def _run_charter(task: PPOTask) -> list[RoundTiming]:
 
 
 def _sample_responses(task: PPOTask, policy: Path, version: int) -> tuple[list[Rollout], list[str]]:
-    """Sample a response to each prompt as the respond stage does; return the rollouts and the responses."""
+    """Sample a response to each prompt as the respond stage does. Return the rollouts and the responses."""
     import torch
 
     from engine.models.local import LocalModel
@@ -187,7 +188,7 @@ _CONTESTANTS = (("charter", "fp32"), ("charter", "bf16"), ("trl 1.12", "fp32"), 
 
 
 def _compare_speed(trl112: Path, num_prompts: int, num_rounds: int, contestant_index: int | None) -> int:
-    """Print the tokens per second of each contestant; return 1 if the best of Charter is below 1.5 times the best of trl."""
+    """Print the tokens per second of each contestant. Return 1 if Charter's best rate is below 1.5 times trl's best rate."""
     best: dict[str, float] = {}
     print("| sampled tokens per second | total | update only | total, per CPU second | update only, per CPU second |")
     print("|---|---|---|---|---|")
@@ -196,7 +197,7 @@ def _compare_speed(trl112: Path, num_prompts: int, num_rounds: int, contestant_i
         for name, precision in _CONTESTANTS if contestant_index is None else [_CONTESTANTS[contestant_index]]:
             measured = _run_contestant(name, replace(task, precision=precision), trl112)[
                 1:
-            ]  # without the first round, which warms up
+            ]  # the first round is only a warm-up
             num_tokens = sum(r.num_tokens for r in measured)
             durations_s = (
                 sum(r.generate_s + r.update_s for r in measured),
@@ -217,7 +218,7 @@ def _compare_speed(trl112: Path, num_prompts: int, num_rounds: int, contestant_i
 
 
 def _create_small_model(folder: Path, seed: int) -> None:
-    """Create a four-layer Llama over single letters with random weights, which samples them about uniformly."""
+    """Create a four-layer Llama with one token per letter and random weights. It samples all letters about equally often."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -238,9 +239,9 @@ def _create_small_model(folder: Path, seed: int) -> None:
 
 
 def _compare_curves(trl112: Path, plot_file: Path, num_seeds: int, num_rounds: int) -> int:
-    """Plot the mean reward by round at two learning rates; return 1 if Charter's best ends below trl's best.
+    """Plot the mean reward by round at two learning rates. Return 1 if Charter's best final reward is below trl's.
 
-    A JSON file next to the plot keeps the measurements; a run that it contains is not repeated.
+    A JSON file next to the plot contains the measurements. A run that is already in this file is not repeated.
     """
     cache_file = plot_file.with_suffix(".json")
     cache: dict[str, list[float]] = json.loads(cache_file.read_text()) if cache_file.exists() else {}
@@ -292,7 +293,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", type=int, help="only this row of the speed table, counted from 0")
+    parser.add_argument("--only", type=int, help="measure only this row of the speed table (the first row is 0)")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:

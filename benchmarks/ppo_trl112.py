@@ -1,6 +1,7 @@
-"""The trl 1.12 contestant of `benchmarks.ppo`: its PPOTrainer on the same task, with timers around its sampling.
+"""Run the PPOTrainer of trl 1.12 on the task of `benchmarks.ppo`, and measure the time of its sampling and of its updates.
 
-`benchmarks.ppo` runs this file with a path on which trl is version 1.12. The file therefore does not import the trainer.
+`benchmarks.ppo` runs this file with trl 1.12 on the Python path. Charter's trainer requires a newer version of trl, so this
+file does not import it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from schemas.records import ChatMessage
 
 
 class _LetterRewardModel(torch.nn.Module):
-    """A reward model in trl's form; the score is the fraction of one letter in the response, and padding counts as other."""
+    """A reward model with the interface that trl expects. The score is the fraction of one letter in the response.
+
+    Padding counts as another letter.
+    """
 
     base_model_prefix = "trunk"
 
@@ -46,7 +50,7 @@ class _LetterRewardModel(torch.nn.Module):
 
 
 class _TimedSampler:
-    """Wraps trl's sampling; records start and end times and the number of sampled tokens."""
+    """A wrapper of trl's sampling function. It records start times, end times and the number of sampled tokens."""
 
     def __init__(self, sample: Any, eos_token_id: int) -> None:
         self.sample, self.eos_token_id = sample, eos_token_id
@@ -83,7 +87,8 @@ def _run_trl(task: PPOTask) -> list[RoundTiming]:
     torch.set_num_threads(2)
     torch.manual_seed(task.seed)
     tokenizer = AutoTokenizer.from_pretrained(task.policy, padding_side="left")
-    # The pad token must not occur in responses: SmolLM2 pads with the end token, and trl masks every token `== pad`.
+    # trl masks every token that is equal to the pad token, so the pad token must not occur in responses. The pad token of
+    # SmolLM2 is its end token, so another token is used.
     tokenizer.pad_token_id = 0
     policy, reference = (AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32) for _ in range(2))
     policy.generation_config.pad_token_id = 0
@@ -137,13 +142,13 @@ def _run_trl(task: PPOTask) -> list[RoundTiming]:
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
-        except RuntimeError as error:  # sampling from a diverged policy fails; the rounds before it count
+        except RuntimeError as error:  # if the policy has diverged, sampling fails; the earlier rounds are still used
             print(
                 f"trl 1.12 ends after {len(rewards.mean_rewards)} of {task.num_rounds} rounds: {error}",
                 file=sys.stderr,
                 flush=True,
             )
-    # An update ends where the next sampling begins.
+    # An update ends when the next sampling begins.
     update_ends = [*sampler.start_times[1:], read_clocks()]
     rounds = []
     for started, sampled, updated, num_tokens, mean_reward in zip(

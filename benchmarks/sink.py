@@ -1,10 +1,10 @@
-"""Throughput of the sink, compared with DuckDB's appender, with a large table, and with busy readers, as ratios in one run.
+"""Measure the throughput of the sink: compared with DuckDB's appender, with a large table, and with busy readers.
 
 python -m benchmarks.sink [--records N] [--rows N] [--readers N] [--rounds N] [--profile]
 
-The sink reads records of 1 KB from an embedded log, decodes and validates them, marks duplicates and commits rows and offsets.
-The appender gets the same rows, already built, in transactions of the same size, and does not check for duplicates. With
---profile the benchmark prints instead where the sink's CPU time goes.
+The sink reads records of 1 KB from an embedded log, decodes and validates them, marks duplicates, and commits rows and offsets.
+The appender inserts the same rows in transactions of the same size. Its rows are built before the measurement, and it does not
+check for duplicates. With --profile, the benchmark only prints the CPU time of the sink, by function.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _READER_QUERY = "SELECT stage, count(*), avg(completion_tokens) FROM responses G
 
 
 def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
-    """Create a log with `count` responses; return them."""
+    """Create a log with `count` responses. Return the responses."""
     bus = open_bus(str(folder / "log"))
     bus.create_topics(list(TOPICS.values()))
     records = [make_response(prompt) for prompt in make_prompts(count, seed)]
@@ -57,7 +57,7 @@ def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
 
 
 def _measure_sink_rate(folder: Path, store: Store, count: int) -> float:
-    """Return the rate of a new sink with `count` records in the log, in rows per second. The first step is not timed (setup)."""
+    """Return the rows per second of a new sink with `count` records in the log. The first step (the setup) is not timed."""
     bus = open_bus(str(folder / "log"))
     sink = Sink(bus, store, max_rows=_MAX_ROWS, max_wait_s=0.05)
     num_rows = num_untimed = sink.step()
@@ -71,7 +71,7 @@ def _measure_sink_rate(folder: Path, store: Store, count: int) -> float:
 
 
 def _measure_appender_rate(folder: Path, records: list[Response]) -> float:
-    """Return the rate of DuckDB's appender on the same table, with rows that are already built."""
+    """Return the rate of DuckDB's appender on the same table. The rows are built before the measurement."""
     store = Store(folder / "appended" / "charter.duckdb")
     store.create_schema()
     with duckdb.connect(str(store.path)) as db:
@@ -112,7 +112,7 @@ def _insert_rows(store: Store, num_rows: int, template: Response) -> None:
 
 
 def _query_repeatedly(path: Path, stop: Event, num_queries: Synchronized[int], longest_query_s: Synchronized[float]) -> None:
-    """Query like a dashboard, without pauses."""
+    """Repeat a query of the dashboard without pauses until `stop` is set."""
     store = Store(path)
     while not stop.is_set():
         started = time.monotonic()
@@ -126,7 +126,7 @@ def _query_repeatedly(path: Path, stop: Event, num_queries: Synchronized[int], l
 
 
 def _measure_with_readers(folder: Path, store: Store, count: int, num_readers: int) -> tuple[float, float, float]:
-    """Return the sink's rate, the queries per second of all readers together, and the longest query in seconds."""
+    """Return the sink's rate, the total queries per second of all readers, and the duration of the longest query in seconds."""
     context = multiprocessing.get_context("spawn")
     stop, num_queries, longest_s = context.Event(), context.Value("i", 0), context.Value("d", 0.0)
     processes = [
@@ -165,7 +165,7 @@ def _run_benchmarks(folder: Path, options: argparse.Namespace) -> Iterator[tuple
     _insert_rows(large, options.rows, records[0])
     large_rate = _measure_sink_rate(folder, large, options.records)
     yield (
-        f"the sink at {options.rows} rows; ratio: to an empty table",
+        f"the sink at {options.rows} rows (ratio: this / empty table)",
         f"{large_rate:.0f}/s",
         large_rate / sink_rate,
         f">= {_GOALS['many']}",
@@ -179,9 +179,9 @@ def _run_benchmarks(folder: Path, options: argparse.Namespace) -> Iterator[tuple
     _insert_rows(store, options.rows // 2, records[0])
     rate, query_rate, longest_s = _measure_with_readers(folder, store, options.records, options.readers)
     yield f"the sink at {options.rows // 2} rows", f"{rate_alone:.0f}/s", None, ""
-    yield f"  with {options.readers} readers that never pause; ratio: to no readers", f"{rate:.0f}/s", rate / rate_alone, ""
+    yield f"  with {options.readers} readers without pauses (ratio: this / no readers)", f"{rate:.0f}/s", rate / rate_alone, ""
     yield "  queries of all readers", f"{query_rate:.1f}/s", None, ""
-    yield "  the longest query, waiting included", f"{longest_s:.1f} s", None, ""
+    yield "  the longest query, including waiting time", f"{longest_s:.1f} s", None, ""
     yield "resident memory of this process", f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB", None, ""
 
 

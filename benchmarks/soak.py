@@ -1,16 +1,22 @@
-"""Soak test: `charter train --loop` next to a running stream, for an hour or a given time, on the embedded log.
+"""Soak test: run the stages and `charter train --loop` together on the embedded log, for an hour or for `--minutes`.
 
     python -m benchmarks.soak --minutes 60 --data /tmp/soak
 
-Two processes run: the stream (every stage and the sink on the small language model of `benchmarks.learning`, with its
-programmatic critic and judge, and a producer that keeps a number of questions in flight), and the trainer, which is an
-unchanged `charter train --loop`. `--kills` is how often the trainer is killed with SIGKILL at a random moment and restarted.
+There are two processes. The stream process runs every stage, the sink, and a producer that keeps a constant number of questions
+in flight. Its policy is the small language model of `benchmarks.learning`, and its critic and judge are programs. The trainer
+process runs an unchanged `charter train --loop`. `--kills` is the number of times that the test kills the trainer with SIGKILL
+at a random time and restarts it.
 
-The results are counted from the records. These must be 0: rollouts that were staler than the settings allow when they were
-trained on, responses that were not sampled from the weights that they name, rows that a phase trained on twice, missing
-versions, and batches that cannot be rebuilt; otherwise the exit code is 1. Further results are the lag of the sink and the
-chains, DuckDB's share of the trainer's time, and the memory growth of both processes. SIGTERM ends the test early and prints
-the results so far.
+The results are counted from the records. The exit code is 1 unless each of these numbers is 0:
+
+* rollouts that were older than the settings allow when they were used for training
+* responses that were not sampled with the weights of their policy version
+* rows that a phase used twice for training
+* missing versions
+* batches that cannot be rebuilt
+
+Other results are the lag of the sink, the number of finished chains, DuckDB's share of the trainer's time, and the memory
+growth of both processes. SIGTERM ends the test early and prints the results so far.
 """
 
 from __future__ import annotations
@@ -50,14 +56,14 @@ _PUBLISH_BATCH_SIZE, _PUBLISH_INTERVAL_S = 32, 4.0  # number of questions publis
 _MAX_UNFINISHED = 96  # questions in flight
 _QUESTIONS_PER_EPOCH = 2048
 _POLL_INTERVAL_S = 5.0
-_STALL_TIMEOUT_S = 120.0  # without a new response, the test fails
+_STALL_TIMEOUT_S = 120.0  # the test fails if there is no new response for this time
 _RESUME_DELAY_S = 60.0  # a phase that the monitor paused is resumed after this time, as an operator would do
 _STOP_TIMEOUT_S = 120.0
 _CRITIC_ID, _JUDGE_ID = "programmatic-critic", "programmatic-judge"
 
 
 def _make_setting_flags(folder: Path) -> dict[str, str]:
-    """Return the settings: small batches, so that there are many policies, and the default staleness bounds."""
+    """Return the settings. Batches are small, so that there are many policies. The limits of staleness are the defaults."""
     return {
         "data.folder": str(folder / "data"), "run.constitution": str(_ROOT / "benchmarks/learning/constitution.toml"),
         "prompts.eval_fraction": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
@@ -66,7 +72,7 @@ def _make_setting_flags(folder: Path) -> dict[str, str]:
         "train.sft_rows": "512", "train.reward_rows": "128", "train.ppo_rows": "64", "train.max_rows": "512",
         "train.micro_batch_size": "32", "train.precision": "fp32", "train.sft_mixture": "[]", "train.reward_mixture": "[]",
         "sft.learning_rate": "1e-4", "sft.batch_size": "16", "reward.learning_rate": "3e-4", "reward.batch_size": "16",
-        "reward.require_above_chance": "false",  # this test counts updates, not what they learn
+        "reward.require_above_chance": "false",  # this test does not measure what the updates learn
         "ppo.learning_rate": "5e-5", "ppo.batch_size": "32", "ppo.epochs": "1",
         # The programmatic judge runs in the stream's process; the monitor's other metrics do not need a judge.
         "monitor.prompts": "0",
@@ -112,7 +118,10 @@ def _run_stream(folder: Path) -> None:
 
 
 def _generate_question_batches() -> Iterator[tuple[int, list[ToyQuestion]]]:
-    """Yield endless batches of questions with their epoch; epochs repeat the questions, since the language has only thousands."""
+    """Yield an endless sequence of batches of questions with their epoch.
+
+    The language has only thousands of questions, so later epochs repeat them.
+    """
     for epoch in range(10**9):
         questions = generate_questions(epoch)
         for _ in range(_QUESTIONS_PER_EPOCH // _PUBLISH_BATCH_SIZE):
@@ -140,7 +149,7 @@ def _count_unfinished(store: Store, num_published: int) -> int:
 
 @dataclass
 class _Snapshot:
-    """The state at one time; memory in MB."""
+    """The state of the test at one time. Memory is in MB."""
 
     at_s: float
     stream_mb: float
@@ -152,7 +161,7 @@ class _Snapshot:
 
 @dataclass
 class _SoakTest:
-    """The two processes, and the snapshots of them."""
+    """The two processes of the test, and the snapshots of their state."""
 
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -183,7 +192,9 @@ class _SoakTest:
             if process.poll() is not None:
                 raise SystemExit(f"{name} ended with exit code {process.returncode}; see {self.folder / name}.log")
         if self.snapshots and (now := self.snapshots[-1]).at_s - self.find_last_response_time() > _STALL_TIMEOUT_S:
-            raise SystemExit(f"no new response since {self.find_last_response_time():.0f} s, at {now.at_s:.0f} s")
+            raise SystemExit(
+                f"there is no new response from {self.find_last_response_time():.0f} s to {now.at_s:.0f} s of the test"
+            )
 
     def find_last_response_time(self) -> float:
         """Return the time of the first snapshot with the current number of responses."""
@@ -367,7 +378,10 @@ def _compute_duckdb_shares(store: Store) -> dict[str, float]:
 
 
 def _summarize_memory(sizes_mb: Sequence[float]) -> dict[str, float]:
-    """Return resident memory in MB after the first quarter and at the end (medians of a tenth of the snapshots), and the peak."""
+    """Return the resident memory in MB after the first quarter, at the end, and at the peak.
+
+    The first two numbers are medians over a tenth of the snapshots.
+    """
     tenth, quarter = max(1, len(sizes_mb) // 10), len(sizes_mb) // 4
     early, late = sizes_mb[quarter : quarter + tenth], sizes_mb[-tenth:]
     sizes = {"early": median(early or [0.0]), "late": median(late or [0.0]), "max": max(sizes_mb, default=0.0)}
@@ -388,7 +402,7 @@ def main() -> None:
     (options.data / "soak.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))
     failed = [name for name in (*_INVARIANT_QUERIES, "unreproducible_batches") if result[name]]
-    sys.exit(f"not 0: {', '.join(failed)}" if failed else 0)
+    sys.exit(f"these results must be 0, but are not: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

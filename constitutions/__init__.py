@@ -1,1 +1,1 @@
-"""Constitutions: written principles as versioned TOML files, and their loader."""
+"""Constitutions: lists of written principles in versioned TOML files, and the code that loads them."""

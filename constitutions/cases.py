@@ -1,7 +1,8 @@
-"""Test cases for a constitution and a judge: a prompt, a response that must win and a response that must lose.
+"""Test cases for a constitution and a judge. A case has a prompt, a response that must win and a response that must lose.
 
 A case file is TOML with one [[case]] table per case, or JSONL with one object per line. `principles` lists the judge principles
-that a case tests (empty: all principles that match its tags). A TOML file can name its `constitution`.
+that a case tests. If it is empty, the case tests all principles that match its tags. In a TOML file, the key `constitution` can
+name the constitution of the cases.
 
     [[case]]
     prompt = "My parcel is late!"
@@ -47,27 +48,27 @@ class ConstitutionCase(StrictModel):
 
 @dataclass(frozen=True)
 class CaseFile:
-    """The cases of a file, the location of each case, and the constitution that the file is for (empty: any)."""
+    """The cases of a file, and the location of each case. If `constitution` is empty, the file is for any constitution."""
 
     cases: tuple[ConstitutionCase, ...]
     locations: tuple[str, ...]
     constitution: str
 
     def check_principles(self, constitution: str, principle_ids: Sequence[str]) -> None:
-        """Raise ConstitutionError unless the constitution has every principle that the cases name."""
+        """Raise ConstitutionError if a case names a principle that the constitution does not have."""
         for case, location in zip(self.cases, self.locations, strict=True):
             for principle_id in case.principles:
                 if principle_id not in principle_ids:
                     raise ConstitutionError(
                         f"{location}: {constitution} has no judge principle {principle_id}",
-                        f"it has {', '.join(principle_ids)}",
+                        f"its judge principles are {', '.join(principle_ids)}",
                         suggest_nearest(principle_id, principle_ids)
                         or "name one of them, or test another constitution: --constitution NAME",
                     )
 
 
 def read_cases(name_or_path: str) -> CaseFile:
-    """Read the shipped cases of a constitution by its name, a file (.jsonl or TOML), or JSONL from standard input (-)."""
+    """Read test cases. `name_or_path` is a shipped constitution, a TOML or .jsonl file, or - for JSONL from standard input."""
     if name_or_path == "-":
         return _parse_jsonl_cases(sys.stdin.buffer.read(), "standard input")
     path = (
@@ -79,7 +80,7 @@ def read_cases(name_or_path: str) -> CaseFile:
     if data is None:
         raise ConstitutionError(
             f"there is no file {name_or_path}",
-            f"there are no shipped cases with that name either: {', '.join(list_shipped_constitutions())}",
+            f"shipped cases exist only for: {', '.join(list_shipped_constitutions())}",
             "give a file or one of these names",
         )
     return _parse_jsonl_cases(data, str(path)) if path.suffix == ".jsonl" else _parse_toml_cases(parse_toml(data, str(path)))
@@ -125,7 +126,7 @@ def _validate_cases(entries: Sequence[Any], locations: Sequence[str], origin: st
             raise ConstitutionError(
                 f"{location}: {key or 'the case'} cannot be used",
                 first["msg"],
-                "write prompt, wins (the better response) and loses (the worse one); principles and tags are optional",
+                "write prompt, wins (the better response) and loses (the worse response); principles and tags are optional",
             ) from error
     if not cases:
         raise ConstitutionError(f"{origin} has no case", "there is nothing to test", "add [[case]] with prompt, wins and loses")

@@ -1,4 +1,7 @@
-"""The differences between two constitutions, or two versions of one: added, removed, changed and moved principles."""
+"""Find the differences between two constitutions or two versions of a constitution.
+
+The differences are added, removed, changed and moved principles, and changed fields.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ VERSION_NOT_RAISED = "version not raised"
 
 @dataclass(frozen=True)
 class ConstitutionChange:
-    """One difference. `what` is added, removed, changed, moved or VERSION_NOT_RAISED; `part` is the list, or empty."""
+    """One difference. `what` is added, removed, changed, moved or VERSION_NOT_RAISED.
+
+    `part` is the list that contains the principle. For a field of the constitution itself, `part` is empty.
+    """
 
     what: str
     part: str
@@ -27,7 +33,7 @@ class ConstitutionChange:
 
 
 def compare_constitutions(a: Constitution, b: Constitution) -> list[ConstitutionChange]:
-    """Return all differences from `a` to `b`; empty if their hashes are equal."""
+    """Return all differences from `a` to `b`. The list is empty if the hashes are equal."""
     parts = ("prose",) if a.prose and b.prose else PRINCIPLE_LISTS
     changes = [
         ConstitutionChange("changed", "", "", field, getattr(a, field), getattr(b, field))
@@ -47,7 +53,7 @@ def compare_constitutions(a: Constitution, b: Constitution) -> list[Constitution
 
 
 def _has_reused_version(a: Constitution, b: Constitution) -> bool:
-    """Return whether two different contents have the same name and version, so that these do not identify the content."""
+    """Return whether two constitutions have the same name and version but different contents."""
     return (a.name, a.version) == (b.name, b.version) and a.hash != b.hash
 
 
@@ -68,7 +74,7 @@ def _compare_entries(part: str, a: Mapping[str, BaseModel], b: Mapping[str, Base
 
 
 def _format_entry(entry: BaseModel) -> str:
-    """Return the prompts of a principle or the contents of an example in one line."""
+    """Return the prompts of a principle, or the critique and revision of an example, separated by slashes."""
     texts: dict[str, Any] = entry.model_dump(mode="json")
     return " / ".join(
         texts[key]

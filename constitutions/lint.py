@@ -1,6 +1,7 @@
-"""Lint rules for valid constitutions: duplicates, missing parts, one-sided lists, no principle against over-reaction.
+"""Lint rules for valid constitutions.
 
-The rules match English words, so they have false positives and false negatives; the author decides about each finding.
+The rules find duplicates, missing parts, one-sided lists, and lists without a principle against over-reaction. They match
+English words, so a finding can be wrong and a problem can be missed. The author decides about each finding.
 `docs/constitutions.md` describes the rules and their reasons.
 """
 
@@ -14,12 +15,12 @@ from difflib import SequenceMatcher
 
 from constitutions.loader import BasePrinciple, Constitution, CritiquePrinciple, JudgePrinciple, ProseParagraph
 
-_DUPLICATE_SIMILARITY = 0.75  # minimum similarity of the distinctive words of two duplicates
+_DUPLICATE_SIMILARITY = 0.75  # two principles are duplicates if their distinctive words have at least this similarity
 _NEGATION_PATTERN = re.compile(
     r"\b(no|not|never|nobody|nothing|none|nor|without|less|fewer|avoid\w*|refus\w*|declin\w*|forbid\w*|hold\w* back|cannot"
     r"|\w+n't)\b"
 )
-# Words about harm, about over-reaction, and words that balance a request for restraint.
+# These patterns match words about harm, words about over-reaction, and words that balance a request for restraint.
 _HARM_PATTERN = re.compile(
     r"\b(harm|hurt\w*|danger\w*|crim\w*|illegal\w*|weapon\w*|attack\w*|violen\w*|abus\w*|unsafe|toxic\w*|offen[cs]\w*|private|privacy)\b"
 )
@@ -46,7 +47,10 @@ class LintFinding:
 
 @dataclass(frozen=True)
 class _PrincipleText:
-    """The text of a principle for the rules: the problem that it describes and its request (the same for judge and prose)."""
+    """The text of a principle: the problem that it describes, and what it requests.
+
+    For judge principles and prose, `problem` and `request` are the same text.
+    """
 
     part: str
     principle: BasePrinciple
@@ -68,7 +72,7 @@ def _extract_text(principle: BasePrinciple) -> _PrincipleText:
 
 
 def lint_constitution(constitution: Constitution) -> list[LintFinding]:
-    """Return the findings of all rules, in the order of files and lines."""
+    """Return the findings of all rules, sorted by file and line."""
     lists: Sequence[Sequence[BasePrinciple]] = (
         (constitution.prose,) if constitution.prose else (constitution.critique, constitution.judge)
     )
@@ -90,7 +94,7 @@ def _make_finding(constitution: Constitution, rule: str, principle_text: _Princi
 
 
 def _find_missing_parts(constitution: Constitution) -> Iterator[LintFinding]:
-    """Find missing descriptions, examples, principles without tags, and questions."""
+    """Find a missing description, missing examples, lists in which all principles have tags, and judge prompts without "?"."""
     first = constitution.find_location("prose" if constitution.prose else "critique", constitution.critique[0].id)
     file = first.origin if first else constitution.name
 
@@ -100,7 +104,7 @@ def _find_missing_parts(constitution: Constitution) -> Iterator[LintFinding]:
     if not constitution.description.strip():
         yield make_finding("there is no description", "describe its purpose in one line: description = ...")
     if not constitution.examples:
-        yield make_finding("there is no worked example, which small critics need", "add an [[examples]] table")
+        yield make_finding("there is no worked example, but small critics need examples", "add an [[examples]] table")
     for part, principles in (("critique", constitution.critique), ("judge", constitution.judge)):
         if all(principle.tags for principle in principles):
             yield make_finding(
@@ -128,7 +132,7 @@ def _find_duplicates(texts: Sequence[_PrincipleText]) -> _RuleMatches:
         for earlier in texts[:i]:
             other = earlier.principle.id
             if text.principle.name.lower() == earlier.principle.name.lower():
-                yield "duplicate", text, f"it has the name of {other}", "give one of them another name"
+                yield "duplicate", text, f"it has the same name as {other}", "give one of them another name"
             elif _compute_similarity(text.full_text, earlier.full_text, common_words) >= _DUPLICATE_SIMILARITY:
                 yield "duplicate", text, f"it is almost the same as {other}", "remove one of them, or make the difference clear"
 
@@ -166,7 +170,7 @@ def _find_unguarded(texts: Sequence[_PrincipleText]) -> _RuleMatches:
                 "over-reaction",
                 text,
                 f"it rewards restraint, and no {text.part} principle forbids preaching or needless refusal",
-                "state what a good answer keeps (... and keep what is useful), or add a principle against over-reaction",
+                'state what a good answer keeps, as in "and keep what is useful", or add a principle against over-reaction',
             )
 
 
@@ -181,7 +185,7 @@ def _split_words(text: str) -> list[str]:
 
 
 def _find_common_words(texts: Sequence[str]) -> set[str]:
-    """Return the words that most principles of a list have: these do not distinguish principles."""
+    """Return the words that occur in most of the texts. These words do not distinguish principles."""
     counts = Counter(word for text in texts for word in set(_split_words(text)))
     return {word for word, count in counts.items() if len(texts) > 3 and count > len(texts) / 2}
 

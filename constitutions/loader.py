@@ -1,7 +1,8 @@
-"""Load a constitution: a TOML file with two lists of principles (critique and revision; judging), or with prose.
+"""Load a constitution from a TOML file. The file has two lists of principles (critique and judge) or paragraphs of prose.
 
-A constitution has a name, a semantic version and a content hash. The hash covers everything that can change a label, and not
-comments or layout. Principles have stable ids. An error in a file is a `ConstitutionError` with its location.
+A constitution has a name, a semantic version and a content hash. The hash covers everything that can change a label. It does
+not cover comments and layout. Principles have stable ids. An error in a file raises a `ConstitutionError` with the file and
+line.
 
     name = "example"                 [[critique]]                     [[judge]]
     version = "1.0.0"                id = "no-harm"                   id = "less-harm"
@@ -11,7 +12,7 @@ comments or layout. Principles have stable ids. An error in a file is a `Constit
 
 A prose constitution has [[prose]] paragraphs (id, name, priority, text) instead of the lists. The critic gets one paragraph at
 a time, with the names of the paragraphs that have precedence. The judge gets all paragraphs in the order of their priorities.
-`include` adds the entries of other files. [terms] defines the text of {placeholders}. See `docs/constitutions.md`.
+`include` adds the entries of other files. [terms] defines the texts that replace {placeholders}. See `docs/constitutions.md`.
 """
 
 from __future__ import annotations
@@ -54,23 +55,26 @@ NonEmptyStr = Annotated[str, StringConstraints(strip_whitespace=True, min_length
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 _SEMVER_PATTERN = r"^\d+\.\d+\.\d+$"
 PRINCIPLE_LISTS = ("critique", "judge")
-ALL_PRINCIPLES_ID = "all"  # the principle_id in records of a question with all principles
+ALL_PRINCIPLES_ID = "all"  # the principle_id of a record whose question contains all principles
 
 
 class StrictModel(BaseModel):
-    """The base class of all entries: immutable, without unknown keys."""
+    """The base class of all entries. Entries are immutable and reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _require_not_reserved(principle_id: str) -> str:
     if principle_id == ALL_PRINCIPLES_ID:
-        raise ValueError("the id `all` is reserved: records use it for a question with all principles")
+        raise ValueError("the id `all` is reserved, because records use it for a question with all principles")
     return principle_id
 
 
 class BasePrinciple(StrictModel):
-    """The fields of every principle: sampling needs its weight, and the tags of the prompts it applies to (empty: all)."""
+    """The fields of every principle. A higher `weight` increases the probability that the principle is sampled.
+
+    The principle applies only to prompts with one of its `tags`. Without tags, it applies to all prompts.
+    """
 
     id: Annotated[Slug, AfterValidator(_require_not_reserved)]
     name: NonEmptyStr
@@ -92,7 +96,7 @@ class JudgePrinciple(BasePrinciple):
 
 
 class ProseParagraph(BasePrinciple):
-    """A principle in prose. If two paragraphs conflict, the one with the lower `priority` number counts."""
+    """A principle in prose. If two paragraphs conflict, the paragraph with the lower `priority` number has precedence."""
 
     priority: int = Field(ge=1, le=1000)
     text: NonEmptyStr
@@ -124,9 +128,10 @@ D = TypeVar("D", bound=BasePrinciple)
 
 
 class Constitution(StrictModel):
-    """A valid constitution. With `judge_with` "all" one question contains all judge principles.
+    """A valid constitution. If `judge_with` is "all", one question contains all judge principles.
 
-    `text` is its TOML, with includes resolved. In a prose constitution, `critique` and `judge` are derived from the paragraphs.
+    `text` is the TOML text after the includes are resolved. In a prose constitution, `critique` and `judge` are derived from
+    the paragraphs.
     """
 
     name: Slug
@@ -154,7 +159,7 @@ class Constitution(StrictModel):
 
     @property
     def combined_judge_prompt(self) -> str:
-        """The question with all judge principles; paragraphs of prose in the order of their priorities."""
+        """The question that contains all judge principles. Paragraphs of prose are in the order of their priorities."""
         if self.prose:
             lines = "\n".join(f"{number}. {p.name}: {p.text}" for number, p in enumerate(self.prose, 1))
             return PRIORITIZED_PRINCIPLES_TEMPLATE.format(lines=lines)
@@ -163,18 +168,18 @@ class Constitution(StrictModel):
     def select_critique_principle(
         self, seed: int, round_index: int, tags: Sequence[str] = (), selection: str = ""
     ) -> CritiquePrinciple:
-        """Select the principle of a round (from 0) of a chain. `selection` overrides the one of the constitution."""
+        """Select the critique principle of a round. The first round is 0. `selection` overrides the constitution's setting."""
         if (selection or self.selection) == "rotate":
             matching = filter_by_tags(self.critique, tags)
             return matching[round_index % len(matching)]
         return _sample_principle(self.critique, seed, tags)
 
     def sample_judge_principle(self, seed: int, tags: Sequence[str] = ()) -> JudgePrinciple:
-        """Sample the principle that judges a pair, by weight."""
+        """Sample one judge principle for a pair, with a probability proportional to its weight."""
         return _sample_principle(self.judge, seed, tags)
 
     def sample_judge_principles(self, seed: int, tags: Sequence[str] = (), num_principles: int = 1) -> Sequence[JudgePrinciple]:
-        """Sample the principles that judge a pair: one by weight, or up to `num_principles` different ones uniformly."""
+        """Sample judge principles for a pair. One principle is sampled by weight; several different principles uniformly."""
         if num_principles == 1:
             return [self.sample_judge_principle(seed, tags)]
         return sorted(filter_by_tags(self.judge, tags), key=lambda p: _draw_exponential(seed, p))[:num_principles]
@@ -190,9 +195,9 @@ class Constitution(StrictModel):
         return self._locations.get((part, principle_id))
 
     def without_principles(self, principle_ids: Sequence[str]) -> Constitution:
-        """Return this constitution without some principles, with a name that lists them.
+        """Return this constitution without some principles. The new name contains the ids of the removed principles.
 
-        Raise ConstitutionError for an unknown principle, or if a list would be empty.
+        Raise ConstitutionError if a principle is unknown or if no principle remains in a list.
         """
         known_ids = list(dict.fromkeys(p.id for p in (*self.critique, *self.judge)))
         for principle_id in principle_ids:
@@ -215,13 +220,13 @@ class Constitution(StrictModel):
 # Sampling
 
 
-# The field names in the hash. They must not change with the code, because record ids contain the hash.
+# Field name in the code -> field name in the hash. The names in the hash must never change, because record ids depend on it.
 _HASHED_NAMES = {"judge": "judging", "critique_prompt": "critique", "revision_prompt": "revision", "judge_prompt": "question"}
 _HASHED_SELECTIONS = {"sample": "random", "rotate": "rotation"}
 
 
 def _rename_for_hash(values: Any) -> Any:
-    """Return the dumped fields under the names that the hash is computed from."""
+    """Rename fields and selections to the names that the hash uses."""
     if isinstance(values, dict):
         renamed = {_HASHED_NAMES.get(name, name): _rename_for_hash(value) for name, value in values.items()}
         if "selection" in renamed:
@@ -231,7 +236,7 @@ def _rename_for_hash(values: Any) -> Any:
 
 
 def filter_by_tags(principles: Sequence[D], tags: Sequence[str]) -> Sequence[D]:
-    """Return the principles for a prompt with these tags; all principles if no principle matches."""
+    """Return the principles that apply to a prompt with these tags. If no principle applies, return all principles."""
     matching = [p for p in principles if not p.tags or set(p.tags) & set(tags)]
     return matching or principles
 
@@ -239,15 +244,16 @@ def filter_by_tags(principles: Sequence[D], tags: Sequence[str]) -> Sequence[D]:
 def _sample_principle(principles: Sequence[D], seed: int, tags: Sequence[str]) -> D:
     """Sample a principle by weight. The result depends only on the seed, the ids and the weights, not on the process.
 
-    Each principle gets an exponential random number, with its weight as the rate, from a hash of seed and id; the smallest
-    number wins. So adding or removing a principle changes only the samples that select it, and two versions of a constitution
-    can be compared record by record (rendezvous hashing: Thaler and Ravishankar 1998).
+    Each principle has a pseudorandom number from the exponential distribution whose rate is the weight. The number is computed
+    from a hash of the seed and the id. The principle with the smallest number is selected. If a principle is added or removed,
+    only the samples that select this principle change. Two versions of a constitution can therefore be compared record by
+    record. Source: rendezvous hashing (Thaler and Ravishankar 1998).
     """
     return min(filter_by_tags(principles, tags), key=lambda p: _draw_exponential(seed, p) / p.weight)
 
 
 def _draw_exponential(seed: int, principle: BasePrinciple) -> float:
-    """Return a sample from the exponential distribution with rate 1 that depends only on the seed and the principle id."""
+    """Return a sample from the exponential distribution with rate 1. It depends only on the seed and the principle id."""
     digest = hashlib.blake2b(f"{seed}/{principle.id}".encode(), digest_size=8).digest()
     return -math.log((int.from_bytes(digest, "big") + 0.5) / 2**64)
 
@@ -269,7 +275,7 @@ def _build_constitution(file: ConstitutionFile) -> Constitution:
     merged = merge_includes(file)
     values = dict(merged.values)
     try:
-        if "text" in values:  # a field of the model, not a key of the file
+        if "text" in values:  # `text` is a field of the class, but not a key of the file
             raise make_unknown_key_error(f"{file.origin}, line {file.find_line('text')}: text", "text", _list_allowed_keys([]))
         if "prose" in values:
             values = _expand_prose(values, merged)
@@ -291,12 +297,12 @@ class _ProseSection(StrictModel):
 
 
 def _expand_prose(values: Mapping[str, Any], merged: MergedConstitution) -> dict[str, Any]:
-    """Add the two lists to the values of a prose constitution, derived from its paragraphs in the order of priority."""
+    """Return the values of a prose constitution with both lists, which are derived from the paragraphs in order of priority."""
     for part in PRINCIPLE_LISTS:
         if part in values:
             origin, _, line = merged.locate([part, 0])
             raise ConstitutionError(
-                f"{origin}, line {line}: prose and a {part} list in one constitution",
+                f"{origin}, line {line}: a constitution with prose cannot have a {part} list",
                 "both lists are derived from the prose",
                 f"use either [[prose]] or [[{part}]], or two files",
             )
@@ -318,7 +324,7 @@ def _expand_prose(values: Mapping[str, Any], merged: MergedConstitution) -> dict
 
 
 def _check_unique_ids(part: str, ids: Sequence[str], merged: MergedConstitution) -> None:
-    """Raise ConstitutionError for a duplicate id. `ids` are in the order of the files."""
+    """Raise ConstitutionError if two entries have the same id. `ids` are in the order of the entries."""
     for i, name in enumerate(ids):
         if name in ids[:i]:
             origin, _, line = merged.locate([part, i, "id"])
@@ -331,12 +337,12 @@ def _check_unique_ids(part: str, ids: Sequence[str], merged: MergedConstitution)
 
 
 def _explain_error(error: Exception, merged: MergedConstitution) -> ConstitutionError:
-    """Return the error for the first problem, with its line, its principle and the nearest valid name."""
+    """Return a ConstitutionError for the first problem, with its location and a fix."""
     if not isinstance(error, ValidationError):
         return ConstitutionError(
             f"{merged.main_file.origin} is not a constitution", str(error), "see constitutions/default.toml"
         )
-    # Report a misspelled key before the key that is missing because of it.
+    # A misspelled key can also cause the error that a key is missing. Report the misspelled key.
     first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
     why = _PYDANTIC_MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     origin, key_path, line = merged.locate(first["loc"])
@@ -389,18 +395,18 @@ def _list_allowed_keys(key_path: Sequence[Any]) -> list[str]:
 
 
 def to_toml_values(constitution: Constitution) -> dict[str, Any]:
-    """Return the values of a file with the same content: prose or lists, without defaults."""
+    """Return the values of a TOML file with the content of this constitution. Default values are omitted."""
     parts = ("prose", "examples") if constitution.prose else (*PRINCIPLE_LISTS, "examples")
     head = ("name", "version", "description", "selection", "judge_with")
     dumped = constitution.model_dump(mode="json", exclude_defaults=True)
     values = {key: dumped[key] for key in (*head, *parts) if key in dumped}
     if constitution.prose:
-        values["judge_with"] = constitution.judge_with  # its default is different with prose
+        values["judge_with"] = constitution.judge_with  # the default is different for prose, so the value must be in the file
     return values
 
 
 def render_toml(values: Mapping[str, Any]) -> str:
-    """Return values as TOML text. Parsed again, it is the same constitution with the same hash."""
+    """Return values as TOML text. If this text is loaded, the constitution and its hash are the same."""
     head = [f"{key} = {_format_toml_value(value)}" for key, value in values.items() if not isinstance(value, list)]
     tables = [
         "\n".join([f"\n[[{part}]]", *(f"{key} = {_format_toml_value(_escape_value(value))}" for key, value in entry.items())])
@@ -416,6 +422,6 @@ def _escape_value(value: Any) -> Any:
 
 
 def _format_toml_value(value: Any) -> str:
-    if isinstance(value, str):  # a JSON string is a TOML basic string, except that TOML also escapes U+007F
+    if isinstance(value, str):  # a JSON string is a valid TOML string, except that TOML requires an escape for U+007F
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return f"[{', '.join(_format_toml_value(item) for item in value)}]" if isinstance(value, list) else repr(value)

@@ -1,8 +1,7 @@
-"""The files of a constitution: parse TOML, resolve includes and terms, and record the location of each entry.
+"""Read the files of a constitution: parse TOML, resolve includes and terms, and record the location of each entry.
 
-`merge_includes` merges a file and its included files into one table of values, as if they were one file. The models in
-`constitutions.loader` validate it. Every error in a file is a `ConstitutionError`: what happened and where, why, and the
-fix.
+`merge_includes` merges a file and its included files into one dictionary. The classes in `constitutions.loader` validate this
+dictionary. Every error in a file raises a `ConstitutionError` with the location, the reason and the fix.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 CONSTITUTIONS_FOLDER = Path(__file__).parent
 _SECTIONS = ("critique", "judge", "prose", "examples")
 _MAX_FILE_BYTES = 1 << 20
-_MAX_INCLUDE_DEPTH = 16  # files in a chain of includes
+_MAX_INCLUDE_DEPTH = 16  # maximum number of files in a chain of includes
 
 # {word} is a placeholder; {{word}} is the literal text {word}.
 _PLACEHOLDER_PATTERN = re.compile(r"\{\{([A-Za-z_][A-Za-z0-9_-]*)\}\}|\{([A-Za-z_][A-Za-z0-9_-]*)\}")
@@ -26,7 +25,7 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xf
 
 
 class ConstitutionError(ValueError):
-    """An error in a constitution: what happened and where, why, and what to do."""
+    """An error in a constitution. It has three lines: what happened and where, why, and what to do."""
 
     exit_code = 2
 
@@ -40,7 +39,7 @@ class ConstitutionError(ValueError):
 
 @dataclass(frozen=True)
 class ConstitutionFile:
-    """A parsed file. `origin` is its name in messages; `path` is None if the text was not read from a file."""
+    """A parsed file. `origin` is its name in error messages. `path` is None if the text was not read from a file."""
 
     origin: str
     text: str
@@ -48,13 +47,13 @@ class ConstitutionFile:
     path: Path | None = None
 
     def find_line(self, *key_path: str | int) -> int:
-        """Return the line of a key; see `find_key_line`."""
+        """Return the line number of a key (see `find_key_line`)."""
         return find_key_line(self.text, key_path)
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """The location of an entry: its file, its part, and its index in that part of the file."""
+    """The location of an entry: the file, the part of the file (such as `judge`), and the index of the entry in this part."""
 
     file: ConstitutionFile
     part: str
@@ -65,20 +64,20 @@ class SourceLocation:
         return self.file.origin
 
     def find_line(self, *keys: str | int) -> int:
-        """Return the line of a key in the entry."""
+        """Return the line number of a key of the entry."""
         return self.file.find_line(self.part, self.index, *keys)
 
 
 @dataclass(frozen=True)
 class MergedConstitution:
-    """The values of a file with its includes, and the location of each entry of each part."""
+    """The merged values of a file and its included files, and the location of each entry."""
 
     main_file: ConstitutionFile
     values: dict[str, Any]
     locations: dict[tuple[str, int], SourceLocation] = field(default_factory=dict)
 
     def locate(self, key_path: Sequence[str | int]) -> tuple[str, tuple[str | int, ...], int]:
-        """Return (file name, key path in that file, line) of a key path in the merged values."""
+        """Return the file name, the key path in this file, and the line number for a key path in the merged values."""
         is_entry = len(key_path) > 1 and isinstance(key_path[1], int)
         location = self.locations.get((str(key_path[0]), int(key_path[1]))) if is_entry else None
         if location is None:
@@ -97,7 +96,7 @@ def list_shipped_constitutions() -> list[str]:
 
 
 def read_constitution_file(name_or_path: str, base_folder: Path | None = None) -> ConstitutionFile:
-    """Read a shipped constitution by name, or a file by path, relative to `base_folder`. Raise ConstitutionError."""
+    """Read a shipped constitution by name, or a file by its path relative to `base_folder`. Raise ConstitutionError."""
     path = (
         CONSTITUTIONS_FOLDER / f"{name_or_path}.toml"
         if name_or_path in list_shipped_constitutions()
@@ -115,7 +114,7 @@ def read_constitution_file(name_or_path: str, base_folder: Path | None = None) -
 
 
 def read_file_bytes(path: Path) -> bytes | None:
-    """Return the content of a regular file, up to one byte above the size limit; None if it cannot be read."""
+    """Return the content of a regular file, or None if the file cannot be read. Read at most one byte above the size limit."""
     try:
         if not path.is_file():
             return None
@@ -126,13 +125,13 @@ def read_file_bytes(path: Path) -> bytes | None:
 
 
 def suggest_nearest(name: str, known_names: Iterable[str]) -> str:
-    """Return a question that suggests the nearest known name; empty if no name is similar."""
+    """Return "did you mean NAME?" with the most similar known name, or an empty string if no name is similar."""
     matches = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.4)
     return f"did you mean {matches[0]}?" if matches else ""
 
 
 def parse_toml(data: str | bytes, origin: str, path: Path | None = None) -> ConstitutionFile:
-    """Parse TOML text or bytes. Raise ConstitutionError if it is too long, not UTF-8, or not TOML."""
+    """Parse TOML text or bytes. Raise ConstitutionError if the text is too long, not UTF-8 or not TOML."""
     if len(data) > _MAX_FILE_BYTES:
         raise ConstitutionError(
             f"{origin} is longer than {_MAX_FILE_BYTES} bytes",
@@ -142,7 +141,7 @@ def parse_toml(data: str | bytes, origin: str, path: Path | None = None) -> Cons
     text = decode_utf8(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"), origin)
     try:
         return ConstitutionFile(origin, text, tomllib.loads(text), path)
-    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # an integer with thousands of digits raises a plain ValueError
         raise ConstitutionError(f"{origin} is not valid TOML", str(error) or "nested too deeply", "fix that line") from error
 
 
@@ -164,7 +163,7 @@ def decode_utf8(data: bytes, origin: str) -> str:
 
 
 def merge_includes(main: ConstitutionFile) -> MergedConstitution:
-    """Merge the entries of a file and its includes. An included file comes once, before the file that includes it."""
+    """Merge the entries of a file and its included files. An included file is merged once, before the file that includes it."""
     values = {key: value for key, value in main.values.items() if key not in (*_SECTIONS, "include", "terms")}
     merged = MergedConstitution(main, values)
     for file, terms in _iterate_files(main, {}, (), set()):
@@ -193,7 +192,10 @@ def _get_entries(file: ConstitutionFile, part: str) -> list[Any]:
 def _iterate_files(
     file: ConstitutionFile, outer_terms: Mapping[str, str], include_path: tuple[Path, ...], seen_paths: set[Path]
 ) -> Iterator[tuple[ConstitutionFile, Mapping[str, str]]]:
-    """Yield the includes of a file, then the file, each with its terms. Terms of an including file have precedence."""
+    """Yield the included files and then the file itself, each with its terms.
+
+    If a file and an included file define the same term, the definition in the file that includes the other is used.
+    """
     terms = {**_get_terms(file), **outer_terms}
     if file.path:
         include_path = (*include_path, file.path)
@@ -253,7 +255,7 @@ _TOP_LEVEL_KEYS = ("name", "version", "description", "selection", "judge_with", 
 
 
 def _check_included_file(file: ConstitutionFile) -> None:
-    """Raise ConstitutionError for an unknown key. An included file needs no name, but its keys must be valid."""
+    """Raise ConstitutionError if an included file has an unknown key. The file does not need a name."""
     for key in file.values:
         if key not in _TOP_LEVEL_KEYS:
             raise make_unknown_key_error(f"{file.origin}, line {file.find_line(key)}: {key}", key, _TOP_LEVEL_KEYS)
@@ -286,7 +288,7 @@ def _fill_placeholders(text: str, terms: Mapping[str, str], location: SourceLoca
         raise ConstitutionError(
             f"{location.origin}, line {_find_line_containing(location.file, match[0], location.find_line(key))}:"
             f" {key} has the unknown placeholder {{{name}}}",
-            f"a placeholder must be one of the [terms] of the file, which are: {known}",
+            f"a placeholder must be one of the [terms] of the file; the terms are: {known}",
             f"{fix} To write the word with braces, use {{{{{name}}}}}",
         )
 
@@ -302,7 +304,7 @@ def escape_braces(text: str) -> str:
 
 
 def _iterate_code_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of the lines that do not start inside a multi-line string."""
+    """Yield the number and the text of each line that does not start inside a multi-line string."""
     open_quotes = ""
     for number, line in enumerate(text.split("\n"), 1):
         if not open_quotes:
@@ -312,9 +314,9 @@ def _iterate_code_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def find_key_line(text: str, key_path: Sequence[str | int]) -> int:
-    """Return the line of a key path such as ("judge", 2, "id"): the key in the third [[judge]] table.
+    """Return the line number of a key path. For example, ("judge", 2, "id") is the key `id` in the third [[judge]] table.
 
-    If the file does not have the key, return the line of the table, or the first line.
+    If the file does not have the key, return the line of the table. If the file does not have the table, return the first line.
     """
     lines = list(_iterate_code_lines(text))
     name = next((str(part) for part in reversed(key_path) if isinstance(part, str)), "")
@@ -325,7 +327,7 @@ def find_key_line(text: str, key_path: Sequence[str | int]) -> int:
         tables = [i for i, (_, line) in enumerate(lines) if table.match(line)]
         is_in_table = key_path[1] < len(tables)
         start = tables[key_path[1]] if is_in_table else 0
-    is_relevant = True  # a line of the entry or, without an entry, before the first table
+    is_relevant = True  # whether the line is in the entry; if the entry was not found, whether it is before the first table
     for i in range(start, len(lines)):
         number, line = lines[i]
         if line.lstrip().startswith("["):
@@ -340,6 +342,6 @@ def find_key_line(text: str, key_path: Sequence[str | int]) -> int:
 
 
 def _find_line_containing(file: ConstitutionFile, text: str, start: int = 1) -> int:
-    """Return the first line at or after `start` that contains the text."""
+    """Return the number of the first line that contains the text, at or after the line `start`."""
     lines = file.text.split("\n")
     return next((n for n in range(start, len(lines) + 1) if text in lines[n - 1]), start)

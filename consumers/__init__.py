@@ -1,1 +1,1 @@
-"""The stages of the stream, one file each, and the sink. Each stage maps records to records."""
+"""The stages of the pipeline, one in each file, and the sink. A stage reads records and returns new records."""

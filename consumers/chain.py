@@ -10,7 +10,7 @@ from schemas.records import Chain, FinishReason, Response
 
 
 def make_initial_chain_fields(response: Response) -> dict[str, Any]:
-    """Return the chain fields of a response's first completion, where every chain starts."""
+    """Return the chain fields for a response. Every chain starts with the first completion of a response."""
     completion = response.completions[0]
     return {
         "prompt_id": response.prompt_id,
@@ -32,7 +32,7 @@ def make_initial_chain_fields(response: Response) -> dict[str, Any]:
 
 
 def read_finish_reason(generation: Generation) -> FinishReason:
-    """Return the finish reason of a generation; UNKNOWN when its server reports one that Charter does not define."""
+    """Return the finish reason of a generation, or UNKNOWN if Charter does not define the server's finish reason."""
     return FinishReason.__members__.get(generation.finish_reason.upper(), FinishReason.UNKNOWN)
 
 
@@ -59,7 +59,7 @@ _CARRIED_FIELDS = (
 
 
 def get_carried_fields(record: Chain) -> dict[str, Any]:
-    """Return the chain fields that the next record copies from this one."""
+    """Return the fields of a record that the next record of the chain copies."""
     return {name: getattr(record, name) for name in _CARRIED_FIELDS}
 
 

@@ -1,15 +1,15 @@
 """Compare two responses with a judge, in both orders and in one of three answer modes.
 
-logprobs    The probability comes from the next-token log-probabilities of the option letters, p = e^lA / (e^lA + e^lB), never
-            from a sampled letter (Bai et al. 2022, section 4.1). The option mass is the probability of the two letters
-            together. If it is small, the model was about to write something else. A server without log-probabilities is
-            sampled several times, and its replies are counted.
-reasoning   The judge first writes its reasoning, greedily. The option probabilities are read after it (section 4.2).
-letter      The judge writes a letter and an explanation. The letter is parsed strictly from the beginning; p is 1 or 0.
+logprobs    The probability is computed from the next-token log-probabilities of the option letters: p = e^lA / (e^lA + e^lB).
+            No letter is sampled (Bai et al. 2022, section 4.1). The option mass is the total probability of the two letters. A
+            small option mass means that the model would probably write something else. If a server does not return
+            log-probabilities, it samples several replies, and the letters in these replies are counted instead.
+reasoning   The judge first writes its reasoning with greedy decoding. Then the option probabilities are read (section 4.2).
+letter      The judge writes a letter and an explanation. The letter must be at the beginning of the reply. p is 1 or 0.
 
-Both orders are judged because judges prefer one position (Lee et al. 2023, section 2.3). A reply that cannot be read has an
-outcome (REFUSED, UNPARSEABLE, LOW_MASS, TIMEOUT) and no usable probability; no probability is guessed. An unknown probability
-is None, never NaN.
+Both orders are judged, because judges prefer one position (Lee et al. 2023, section 2.3). A reply that cannot be read has the
+outcome REFUSED, UNPARSEABLE, LOW_MASS or TIMEOUT. It has no usable probability, and no probability is guessed. An unknown
+probability is None, never NaN.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from schemas.records import ChatMessage, Outcome
 
 _Messages = tuple[ChatMessage, ...]
 
-# Log-probabilities and masses are sums of floats, so they may exceed their bound by rounding.
+# Log-probabilities and option masses are sums of floats. Rounding can make them slightly larger than their upper limit.
 _ROUNDING_TOLERANCE = 1e-3
 # Matches the beginning of a reply in which the judge refuses. (Refusals in responses are counted by engine/monitor_views.sql.)
 REFUSAL_PATTERN = re.compile(
@@ -36,15 +36,16 @@ REFUSAL_PATTERN = re.compile(
     r"|as an? (?:ai|artificial|language model)\b)",
     re.IGNORECASE,
 )
-# The reply begins with one complete letter, and the letter is not the first of several ("(A) or (B)").
+# Matches a reply that begins with one complete letter. A reply that begins with several letters ("(A) or (B)") does not match.
 _LETTER_PATTERN = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)\s*(?:Answer: )?\(?[AB]\b)")
 
 
 @dataclass(frozen=True)
 class SingleOrderComparison:
-    """A judge's reply for one order: the probability that the response shown first is better.
+    """A judge's reply for one order of a pair.
 
-    `p_first` is None where the reply cannot be read; it counts only with outcome OK. `explanation` is the judge's reply.
+    `p_first` is the probability that the response shown first is better, or None if the reply cannot be read. It is used only
+    if `outcome` is OK. `explanation` is the judge's reply.
     """
 
     p_first: float | None
@@ -56,10 +57,10 @@ class SingleOrderComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The probability that response A is better, when A is shown first (`forward`) and when A is shown second (`backward`).
+    """A judge's replies for both orders of a pair. Forward means that A is shown first, backward that B is shown first.
 
-    Outcome OK means that both orders could be read. A probability that could not be read is None; so are the values that
-    are computed from it.
+    `p_forward` and `p_backward` are the probability that A is better, or None if the reply cannot be read. Values that are
+    computed from None are also None. The outcome OK means that both replies could be read.
     """
 
     p_forward: float | None
@@ -89,7 +90,7 @@ class Comparison:
 
     @property
     def position_flip(self) -> bool:
-        """Whether the same position won in both orders."""
+        """True if the judge prefers the same position in both orders."""
         if self.p_forward is None or self.p_backward is None:
             return False
         return (self.p_forward - 0.5) * (self.p_backward - 0.5) < 0
@@ -97,7 +98,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class AnswerMode:
-    """How a judge replies: the mode's name, and the limits of a written reply (`max_tokens`, `timeout_s` in seconds)."""
+    """The answer mode of a judge. `max_tokens` and `timeout_s` (in seconds) limit a written reply."""
 
     name: str = "logprobs"
     min_option_mass: float = 0.5
@@ -161,8 +162,8 @@ class AnswerMode:
         return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
-        """Return OK if the option scores are usable, otherwise the reason why they are not."""
-        if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # a mass of NaN fails too
+        """Return OK if the option scores are usable. Otherwise return the outcome that explains why not."""
+        if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # this is also true for NaN
             return Outcome.UNPARSEABLE
         if scores.option_mass >= self.min_option_mass and scores.option_mass > 0:
             return Outcome.OK
@@ -176,7 +177,10 @@ _LOGPROBS_MODE = AnswerMode()
 
 
 def compute_p_a(scores: OptionScores) -> float | None:
-    """Return the probability of option A among A and B; None if both have probability 0 or a score is not a log-probability."""
+    """Return the probability of option A divided by the probability of both options.
+
+    Return None if both options have probability 0, or if a score is not a log-probability.
+    """
     a, b = scores.logprobs
     if math.isnan(a) or math.isnan(b) or max(a, b) == -math.inf or max(a, b) > _ROUNDING_TOLERANCE:
         return None
@@ -184,7 +188,7 @@ def compute_p_a(scores: OptionScores) -> float | None:
 
 
 def _classify_generation(generation: Generation) -> Outcome:
-    """Return OK if a written reply is usable, otherwise the reason why it is not."""
+    """Return OK if a written reply is usable. Otherwise return the outcome that explains why not."""
     if generation.finish_reason == "timeout":
         return Outcome.TIMEOUT
     if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):
@@ -193,7 +197,7 @@ def _classify_generation(generation: Generation) -> Outcome:
 
 
 def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
-    """Parse the letter at the beginning of a judge's reply; the whole reply becomes the explanation."""
+    """Parse the letter at the beginning of a judge's reply. The explanation is the whole reply."""
     reply, outcome = prefill + generation.text, _classify_generation(generation)
     match = _LETTER_PATTERN.match(reply) if outcome is Outcome.OK else None
     if match:
@@ -205,13 +209,16 @@ def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
 def compare_in_both_orders(
     model: Model, pairs: Sequence[tuple[_Messages, _Messages]], answer_mode: AnswerMode = _LOGPROBS_MODE
 ) -> list[Comparison]:
-    """Judge each pair of questions; a pair holds the question with the first response as A, and the one with it as B."""
+    """Judge pairs of responses in both orders.
+
+    An item of `pairs` has two questions. The first question shows the first response as A, the second question shows it as B.
+    """
     replies = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
     return [_combine_orders(forward, backward) for forward, backward in zip(replies[::2], replies[1::2], strict=True)]
 
 
 def _combine_orders(forward: SingleOrderComparison, backward: SingleOrderComparison) -> Comparison:
-    """Combine the two orders; if both failed, the outcome is that of the first."""
+    """Combine the replies for both orders. If both replies are unusable, use the outcome of the forward order."""
     return Comparison(
         p_forward=forward.p_first,
         p_backward=None if backward.p_first is None else 1.0 - backward.p_first,

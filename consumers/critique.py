@@ -1,20 +1,23 @@
-"""Critique: responses and revisions -> critiques. Decide whether a chain has ended, and criticize its newest response if not.
+"""The critique stage: responses and revisions -> critiques.
 
-For an initial response one principle is sampled (seeded by the chain), and the critic gives the probability that the response
-violates it, read from next-token log-probabilities. If the verdict is CLEAN, the chain ends. Otherwise the critic writes a
-critique for `revise`.
+The stage decides whether a chain has ended. If the chain continues, the stage criticizes the newest response.
 
-For a revision the critic repeats the verdicts of the earlier principles, adds the one of the next principle while rounds
-remain, and compares the revision with its predecessor in both orders:
+For an initial response, one principle is sampled with a seed that depends on the chain. The probability that the response
+violates the principle is computed from the critic's next-token log-probabilities. If the verdict is CLEAN, the chain ends.
+Otherwise the critic writes a critique for `revise`.
 
-* the revision loses (p <= reject_threshold): the predecessor is the final response (LOST);
-* all verdicts are CLEAN, and the revision wins (p >= accept_threshold) or hardly differs: it is the final response (SATISFIED);
-* no rounds remain: it is the final response (LAST_ROUND);
-* otherwise: a critique under the next principle.
+For a revision, the critic gives a new verdict under each earlier principle and, if rounds remain, under the next principle. It
+also compares the revision with the previous response in both orders. The first of these rules that applies decides:
 
-This is `early_stop = "verdict"`. With "phrases" there are no verdicts, and a critique that states that it finds no problem ends
-the chain (SATISFIED). With "none" every chain runs through all rounds (Bai et al. 2022, section 3.1). Each verdict is read with
-its options in both orders, because small models prefer one position.
+* If the revision loses (p <= reject_threshold), the previous response is the final response (LOST).
+* If all verdicts are CLEAN and the revision wins (p >= accept_threshold) or is very similar to the previous response, the
+  revision is the final response (SATISFIED).
+* If no rounds remain, the revision is the final response (LAST_ROUND).
+* Otherwise the critic writes a critique under the next principle.
+
+These rules apply if `early_stop` is "verdict". With "phrases" there are no verdicts, and the chain ends (SATISFIED) if a
+critique states that it finds no problem. With "none" every chain has all rounds (Bai et al. 2022, section 3.1). Each verdict
+question is asked with its two options in both orders, because small models prefer one position.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ from schemas.records import (
 
 _QuestionPair = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
 
-# Phrases of a critique that finds no problem (the course's two phrases and variants of them), and words that qualify them.
+# The first pattern matches statements that there is no problem: the course's two phrases and variants of them. The second
+# pattern matches words that qualify or retract such a statement.
 _NO_PROBLEM_PATTERN = re.compile(
     r"\bno (?:\w+ )?(?:issues?|problems?|concerns?)\b"
     r"|\b(?:response|answer) (?:is|seems|appears) (?:\w+ )?(?:appropriate|acceptable|fine|harmless)\b"
@@ -69,9 +73,10 @@ def _finds_no_problem(critique: str) -> bool:
 
 @dataclass(frozen=True)
 class ChainState:
-    """A revision chain at its newest response: the chain's fields, the principles used so far, and the one of the next round.
+    """The state of a revision chain at its newest response.
 
-    `usage` sums the tokens of all questions about this response. `p_flawed` is the highest probability over the verdicts.
+    `used_principles` are the principles of the finished rounds. `next_principle` is the principle of the next round. `usage` is
+    the number of tokens of all questions about this response. `p_flawed` is the highest probability of all verdicts.
     """
 
     parent: Response | Revision
@@ -95,7 +100,7 @@ class ChainState:
 
 @dataclass(frozen=True)
 class CritiqueStage:
-    """The critique stage; `rounds` is the maximum number of revisions, and the thresholds are probabilities."""
+    """The critique stage. `rounds` is the maximum number of revisions. The accept and reject thresholds are probabilities."""
 
     model: Model
     constitution: Constitution
@@ -112,7 +117,7 @@ class CritiqueStage:
     selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
-        # An unusable revision has already ended its chain: it is neither criticized nor trained on.
+        # The chain of an unusable revision has already ended, so the revision is not criticized.
         states = [self.make_state(record) for record in records if not _has_ended(record)]
         if not states:
             return [[] for _ in records]
@@ -129,7 +134,7 @@ class CritiqueStage:
     # Chain states
 
     def make_state(self, record: Record) -> ChainState:
-        """Return the chain up to this record, with the principles it has used and the one of the next round."""
+        """Return the state of the record's chain, with its used principles and the principle of the next round."""
         assert isinstance(record, Response | Revision)
         fields = make_initial_chain_fields(record) if isinstance(record, Response) else get_carried_fields(record)
         by_id = {principle.id: principle for principle in self.constitution.critique}
@@ -155,7 +160,7 @@ class CritiqueStage:
     # Verdicts
 
     def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Ask the verdicts and comparisons of all states in one batch, and return the states with the results."""
+        """Ask the questions about all states in one batch. Return the states with their verdicts and comparisons."""
         questions = [self.make_questions(state) for state in states]
         answer_mode = AnswerMode(min_option_mass=self.min_option_mass)
         flat = [pair for question_pairs in questions for pair in question_pairs]
@@ -166,7 +171,10 @@ class CritiqueStage:
         ]
 
     def make_questions(self, state: ChainState) -> list[_QuestionPair]:
-        """Return one verdict for each principle; for a revision, the comparison with its predecessor comes first."""
+        """Return the verdict question of each principle, in both orders.
+
+        For a revision, the first question is the comparison with the previous response.
+        """
         fields = state.fields
         if self.is_skipped(state) or not fields["response"].strip() or _is_withheld(state.parent):
             return []
@@ -195,7 +203,10 @@ class CritiqueStage:
         ]
 
     def apply_comparisons(self, state: ChainState, comparisons: list[Comparison]) -> ChainState:
-        """Return the state with its verdict (the worst over all principles) and the comparison with the predecessor."""
+        """Return the state with its verdicts and with the comparison to the previous response.
+
+        The verdict of the state is the worst verdict under any principle.
+        """
         if not comparisons:
             return state
         state = replace(state, usage=sum((comparison.usage for comparison in comparisons), NO_USAGE))
@@ -220,7 +231,7 @@ class CritiqueStage:
         )
 
     def decide_end_reason(self, state: ChainState) -> EndReason:
-        """Return why the chain ends here; NONE if it continues."""
+        """Return the reason why the chain ends with this response, or NONE if the chain continues."""
         if self.is_skipped(state):
             return EndReason.SKIPPED
         if not state.fields["response"].strip() or _is_withheld(state.parent):
@@ -238,7 +249,7 @@ class CritiqueStage:
     # Critiques
 
     def write_critiques(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Return the states with the critique under their next principle; a critique without findings may end its chain."""
+        """Write a critique under the next principle of each state. Return the states with their critiques."""
         examples = self.constitution.examples if self.few_shot else ()
         requests = [
             GenerationRequest(
@@ -269,7 +280,7 @@ class CritiqueStage:
         ]
 
     def is_satisfied(self, generation: Generation) -> bool:
-        """Return whether a written critique ends its chain, because it finds no problem."""
+        """Return whether a written critique ends the chain, because it states that there is no problem."""
         return self.early_stop == "phrases" and generation.finish_reason != "refused" and _finds_no_problem(generation.text)
 
     def compute_record_id(self, state: ChainState) -> str:
@@ -292,7 +303,7 @@ class CritiqueStage:
     def make_record(self, state: ChainState, latency_ms: float) -> Critique:
         fields, usage = state.fields, state.usage
         final = state.end_reason is not EndReason.NONE
-        prefix = "previous_" if state.end_reason is EndReason.LOST else ""  # a revision that lost gives way to its predecessor
+        prefix = "previous_" if state.end_reason is EndReason.LOST else ""  # the final response is not the revision that lost
         principle = state.next_principle or (state.used_principles[-1] if state.used_principles else None)
         return Critique(
             record_id=self.compute_record_id(state),
@@ -325,7 +336,7 @@ class CritiqueStage:
 
 
 def _is_withheld(record: Response | Revision) -> bool:
-    """Return whether a server's content filter withheld the initial response or cut it off."""
+    """Return whether a server's content filter withheld the initial response or its end."""
     return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 
@@ -334,7 +345,7 @@ def _has_ended(record: Record) -> bool:
 
 
 def _make_verdict(principle_id: str, comparison: Comparison) -> PrincipleVerdict:
-    """Return the verdict under one principle. A comparison that cannot be read becomes LOW_MASS, never CLEAN."""
+    """Return the verdict under one principle. If the critic's replies cannot be read, the verdict is LOW_MASS."""
     p_flawed, verdict = comparison.p_mean, Verdict.LOW_MASS
     if comparison.outcome is Outcome.OK and p_flawed is not None:
         verdict = Verdict.FLAWED if p_flawed > 0.5 else Verdict.CLEAN

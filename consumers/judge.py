@@ -1,16 +1,18 @@
-"""Judge: responses (or finished chains) -> preferences. Which of two responses does the constitution prefer?
+"""The judge stage: responses or finished chains -> preferences.
 
-The presets, by their settings (engine/settings.py PRESETS; `answer_mode` as in consumers/compare.py):
+The judge decides which of two responses the constitution prefers. engine/settings.py defines the presets (PRESETS).
+consumers/compare.py describes the answer modes.
 
 lee2023      one sampled principle, logprobs, mean of both orders (Lee et al. 2023)
-bai2022      one sampled principle, logprobs, the label of one order, which the seed selects (Bai et al. 2022, section 4.1)
+bai2022      one sampled principle, logprobs, the label of one order that the seed selects (Bai et al. 2022, section 4.1)
 bai2022-cot  one sampled principle, logprobs after reasoning, the mean clamped to 0.40-0.60 (section 4.2)
-ensemble-k   k different principles, logprobs, the mean of their votes by weight (section 4.1, "ensembled over 16 principles")
-course       all principles in one question, a written letter with an explanation, which must be the same in both orders
+ensemble-k   k different principles, logprobs, the weighted mean of their votes (section 4.1, "ensembled over 16 principles")
+course       all principles in one question, a written letter and explanation; both orders must prefer the same response
 
-A judgment that cannot be read has an outcome and no label; no label is guessed. The votes of principles count where they can be
-read. There is a label if these hold at least half of the total weight. POSITION_FLIP (if `reject_position_flips`) means that the
-same position won in both orders. Only OK trains.
+A judgment that cannot be read has no label, and `outcome` contains the reason. No label is guessed. If a pair has several
+principles, only the votes that can be read count. The pair has a label if these votes have at least half of the total weight.
+If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders. Only preferences
+with the outcome OK are used for training.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _LABEL_ORDERS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class ResponsePair:
-    """Two responses to one prompt, before they are judged; the response of a chain has no completion index."""
+    """Two responses to one prompt, before they are judged. The final response of a chain has no completion index."""
 
     parent: Response | Chain
     response_id: str
@@ -61,12 +63,15 @@ class ResponsePair:
 
     @property
     def seed(self) -> int:
-        """The seed of the pair; it does not depend on the constitution."""
+        """The seed of the pair. The seed does not depend on the constitution."""
         return ids.compute_stage_seed("judge", self.response_id, self.sample_index)
 
 
 def _make_pairs(record: Record) -> list[ResponsePair]:
-    """Return the pairs of a record: adjacent completions of a response; the final and the initial response of a chain."""
+    """Return the pairs of a record.
+
+    The pairs of a response are its adjacent completions. The pair of a finished chain is its final and its initial response.
+    """
     if isinstance(record, Response):
         return [
             ResponsePair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
@@ -94,7 +99,7 @@ def _make_pairs(record: Record) -> list[ResponsePair]:
 
 @dataclass(frozen=True)
 class JudgeQuestion:
-    """A question about a pair: its principle (or "all"), the judge prompt, and the weight of the vote."""
+    """A question about a pair: the id of its principle (or "all"), the judge prompt, and the weight of the vote."""
 
     principle_id: str
     text: str
@@ -127,8 +132,9 @@ class PrincipleComparison:
 class JudgeStage:
     """The judge stage.
 
-    `clamp` c limits the label to c ... 1 - c. `label_order` is "both" (the mean) or "seeded" (one order, which the pair's seed
-    selects). `max_tokens` and `timeout_s` (seconds) limit a written reply.
+    The label is limited to the range from `clamp` to 1 - `clamp`. If `label_order` is "both", the label is the mean of both
+    orders. If it is "seeded", the label is from one order, and the pair's seed selects this order. `max_tokens` and `timeout_s`
+    (in seconds) limit a written reply.
     """
 
     model: Model
@@ -164,16 +170,17 @@ class JudgeStage:
 
     @property
     def asks_all_principles(self) -> bool:
-        """Whether one question contains all principles."""
+        """True if one question contains all principles."""
         return self.principles == _ALL_PRINCIPLES or (
             self.principles == "constitution" and self.constitution.judge_with == _ALL_PRINCIPLES
         )
 
     def make_questions(self, pair: ResponsePair) -> list[JudgeQuestion]:
-        """Return the questions for a pair: one with all principles, one sampled by weight, or k different ones.
+        """Return the questions for a pair.
 
-        The k principles are sampled uniformly because their weights count in the mean of the votes: both ways of sampling
-        have the same expected label.
+        These are one question with all principles, one question with a principle that is sampled by weight, or one question for
+        each of k different principles. The k principles are sampled uniformly, because the mean of their votes is weighted.
+        Sampling by weight with an unweighted mean has the same expected label.
         """
         if self.asks_all_principles:
             return [JudgeQuestion(_ALL_PRINCIPLES, self.constitution.combined_judge_prompt)]
@@ -181,7 +188,7 @@ class JudgeStage:
         return [JudgeQuestion(p.id, p.judge_prompt, p.weight if self.num_principles > 1 else 1.0) for p in principles]
 
     def compare_pairs(self, pairs: Sequence[ResponsePair]) -> list[list[PrincipleComparison]]:
-        """Ask the questions about all pairs in one batch: [len(pairs)][questions of the pair]."""
+        """Ask the questions about all pairs in one batch. Return the comparisons of each pair, one for each question."""
         questions_by_pair, mode = [self.make_questions(pair) for pair in pairs], self.mode
         question_messages = [
             (
@@ -212,7 +219,7 @@ class JudgeStage:
     # Preferences
 
     def compute_label(self, order: str, comparison: Comparison) -> float | None:
-        """Return the clamped soft label: the probability that response A is better; None if it is unknown."""
+        """Return the clamped soft label, which is the probability that response A is better. Return None if it is unknown."""
         p = {"both": comparison.p_mean, "forward": comparison.p_forward, "backward": comparison.p_backward}[order]
         return None if p is None else min(max(p, self.clamp), 1 - self.clamp)
 
@@ -284,10 +291,10 @@ class JudgeStage:
 
 
 def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Comparison:
-    """Combine the votes into one comparison: the mean of the votes that count, by weight.
+    """Combine the votes into one comparison: the weighted mean of the votes with the outcome OK.
 
-    If the votes give no label, the outcome is the one with the most weight among the others, and the values are those of its
-    votes, for the record only.
+    If these votes have less than half of the total weight, the result has the other outcome with the most weight. Its values
+    are then the weighted means of the votes with that outcome. They are recorded, but they are not a label.
     """
     weights: dict[Outcome, float] = defaultdict(float)
     for vote in comparisons:
@@ -312,7 +319,7 @@ def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Compar
 
 
 def _compute_weighted_mean(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """Return the weighted mean; None if any value is unknown."""
+    """Return the weighted mean, or None if any value is unknown."""
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return None
@@ -320,5 +327,5 @@ def _compute_weighted_mean(values: Sequence[float | None], weights: Sequence[flo
 
 
 def make_constitution_ref(constitution: Constitution) -> ConstitutionRef:
-    """Return the reference to a constitution that records carry."""
+    """Return the reference to a constitution that records contain."""
     return ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash)

@@ -1,7 +1,7 @@
-"""Respond: prompts -> responses. The policy samples `num_completions` completions for each prompt.
+"""The respond stage: prompts -> responses. The policy samples `num_completions` completions for each prompt.
 
-A Response carries all completions with their token ids, their log-probabilities under the sampling temperature and the version
-of the policy that sampled them. PPO trains on exactly these tokens and never samples again.
+A Response contains all completions of a prompt. Each completion has its token ids, their log-probabilities at the sampling
+temperature, and the version of the policy that sampled it. PPO trains on exactly these tokens and does not sample again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Revise: critiques -> revisions. The model rewrites the response according to its critique.
+"""The revise stage: critiques -> revisions. The model rewrites the response according to its critique.
 
 A revision is rejected if it is empty, copies the response that it should improve, repeats a few-shot example, or was withheld
-by a server's content filter. The record has the rejection reason, and its chain ends as UNUSABLE: it never trains.
+by a server's content filter. The record then has a rejection reason, and its chain ends with UNUSABLE. A rejected revision is
+never used for training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from engine.models.interface import Generation, GenerationRequest, Model
 from schemas import ids
 from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
 
-_ECHO_NGRAM_SIZE = 5  # this many consecutive words of a few-shot example are no coincidence
+_ECHO_NGRAM_SIZE = 5  # a revision with this number of consecutive words from a few-shot example is rejected as an echo
 
 
 def _extract_ngrams(text: str) -> set[tuple[str, ...]]:
@@ -68,7 +69,7 @@ class ReviseStage:
         return GenerationRequest(messages, seed=ids.compute_stage_seed("revise", critique.response_id, critique.round))
 
     def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
-        """Return why a revision is unusable; NONE if it is usable."""
+        """Return the reason why a revision is unusable, or NONE if it is usable."""
         response = generation.text
         if generation.finish_reason == "refused":
             return RejectionReason.REFUSED

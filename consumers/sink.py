@@ -1,12 +1,14 @@
-"""The sink: write every topic into DuckDB, exactly once.
+"""The sink writes the records of every topic to DuckDB, exactly once.
 
-One DuckDB transaction holds the rows, the offsets up to which they were read, and the commit sequence. A crash at any moment
-therefore loses no record and duplicates none: at the start the sink continues from the offsets in the database. Each offset
-update is conditional (`WHERE next_offset = :old` must change exactly one row), so two sinks can never both write. Offsets are
-stored by cluster id, topic id and partition, so that a recreated topic is a new topic. A record that cannot be decoded becomes
-a row of `dead_letters` in the same transaction. An Erasure deletes all rows of its prompt in the same transaction, and later
-records of this prompt are not written. While there is a backlog, the database file stays open; once per second the sink closes
-it to let waiting readers in.
+Each DuckDB transaction contains the rows, the next offset of each partition, and the commit sequence number. When the sink
+starts, it continues from the offsets in the database. A crash therefore neither loses nor duplicates a record. Each offset
+update checks the old offset (`WHERE next_offset = :old` must change exactly one row), so two sinks cannot both write to one
+database. Offsets are stored by cluster id, topic id and partition, so a topic that was deleted and created again is read from
+its beginning.
+
+A record that cannot be decoded becomes a row of `dead_letters` in the same transaction. An Erasure deletes all rows of its
+prompt in the same transaction, and later records of this prompt are not written. While there is a backlog, the sink keeps the
+database file open. Once per second, it closes the file if readers are waiting.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ logger = logging.getLogger("charter.sink")
 _READER_YIELD_INTERVAL_S = 1.0
 _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
-_BACKOFF_RANGE_S = (0.05, 2.0)  # upper limits of the first and the longest wait while another process holds the file
-# These fields differ each time the same work is done, so they are not part of the content hash.
+_BACKOFF_RANGE_S = (0.05, 2.0)  # maximum duration of the first and of the longest wait between two attempts to write
+# The content hash does not cover these fields, because repeated work produces other values.
 _VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
 
 
 class Sink:
-    """The only writer of `store`. `step` reads and writes one batch; `run` repeats this until it is stopped."""
+    """The only writer of the database. `step` reads and writes one batch. `run` repeats `step` until it is stopped."""
 
     def __init__(self, bus: Bus, store: Store, *, max_rows: int = 2000, max_wait_s: float = 0.5) -> None:
         self.bus, self.store = bus, store
@@ -68,7 +70,7 @@ class Sink:
         self.stop_event = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Run until `stop` is set; a batch that was read before is still written."""
+        """Read and write batches until `stop` is set. A batch that was already read is still written."""
         self.stop_event = stop
         failures = 0
         try:
@@ -85,7 +87,7 @@ class Sink:
             self.close()
 
     def step(self) -> int:
-        """Read a batch, write it, and return the number of records; wait at most `max_wait_s` seconds for the first."""
+        """Read and write a batch. Return the number of records. Wait at most `max_wait_s` seconds for the first record."""
         self.discover_partitions()
         with self.call_tracker.track("poll"):
             consumer_records = self.reader.poll(self.max_wait_s, self.max_rows)
@@ -98,9 +100,9 @@ class Sink:
         return len(consumer_records)
 
     def write_with_retry(self, consumer_records: Sequence[ConsumerRecord]) -> bool:
-        """Write a batch; retry while the file is locked, the disk is full or the schema registry is unreachable.
+        """Write a batch. Retry while the file is locked, the disk is full or the schema registry is unreachable.
 
-        Return False if the sink is stopped first. No record is lost in the meantime: the log keeps them, and the lag grows.
+        Return False if the sink is stopped before the batch is written. No record is lost, because the log keeps the records.
         """
         for failures in itertools.count():
             try:
@@ -118,7 +120,7 @@ class Sink:
         self.release_connection()
         self.reader.close()
 
-    # Database connection: open while there are rows to write, closed otherwise.
+    # Database connection. It is open only while there are rows to write.
 
     def acquire_connection(self) -> duckdb.DuckDBPyConnection:
         if self.connection is None:
@@ -131,18 +133,18 @@ class Sink:
         self.connection_stack.close()
 
     def yield_to_readers(self) -> None:
-        """Let the readers that wait now use the file; a reader that arrives later waits for the sink."""
+        """Close the database file so that waiting readers can open it. Wait at most one second for these readers."""
         if self.store.access_lock.has_waiting_readers():
             self.release_connection()
             deadline = time.monotonic() + _READER_YIELD_INTERVAL_S
             while self.store.access_lock.has_waiting_readers() and time.monotonic() < deadline:
-                time.sleep(0.001)  # the lock admits readers one by one, each within microseconds
+                time.sleep(0.001)  # the lock admits one reader at a time, within microseconds
         self.opened_at = time.monotonic()
 
     # Offsets
 
     def load_offsets(self) -> dict[TopicPartition, int]:
-        """Return the next offset of each partition from the database; a partition without one starts at its beginning."""
+        """Return the next offset of each partition from the database. A new partition starts at its beginning."""
         sql = "SELECT topic_id, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
         with self.store.open_write_session() as connection:
             rows = connection.execute(sql, [self.bus.cluster_id]).fetchall()
@@ -166,7 +168,7 @@ class Sink:
             return {str(prompt_id) for (prompt_id,) in connection.execute("SELECT prompt_id FROM raw.erasures").fetchall()}
 
     def discover_partitions(self) -> None:
-        """Check for new partitions once a minute, and read them from their beginning."""
+        """Check for new partitions once a minute. Read new partitions from their beginning."""
         if time.monotonic() - self.partitions_checked_at < _PARTITION_POLL_INTERVAL_S:
             return
         self.partitions_checked_at = time.monotonic()
@@ -234,7 +236,7 @@ class Sink:
 
 def _make_offsets_lost_error(topic_partition: TopicPartition, offset: int, beginning_offset: int) -> OffsetsLost:
     return OffsetsLost(
-        f"{topic_partition.topic}[{topic_partition.partition}]@{offset} no longer exists: the topic now begins at {beginning_offset}",
+        f"{topic_partition.topic}[{topic_partition.partition}]@{offset} no longer exists: the log begins at {beginning_offset}",
         f"retention deleted {beginning_offset - offset} records that the sink had not read",
         "raise bus.retention_ms; to continue without these records, use a new data folder",
     )
@@ -249,7 +251,7 @@ def _compute_next_offsets(consumer_records: Iterable[ConsumerRecord]) -> dict[To
 
 
 def _decode_row(consumer_record: ConsumerRecord) -> _ConsumedRow:
-    """Decode a record; return a dead letter with the error if this fails."""
+    """Decode a record. If this fails, return a dead letter with the error."""
     try:
         return decode_record(consumer_record.value or b"", TOPICS[consumer_record.topic].record_class), consumer_record
     except RecordError as error:
@@ -257,7 +259,7 @@ def _decode_row(consumer_record: ConsumerRecord) -> _ConsumedRow:
 
 
 def _get_prompt_id(row: _ConsumedRow) -> str | None:
-    """Return the id of the prompt that a row belongs to; for a dead letter this is the key of its source record."""
+    """Return the prompt id of a row. The prompt id of a dead letter is the key of its source record."""
     record, _ = row
     if isinstance(record, DeadLetter):
         return (record.source_key or b"").decode("utf-8", "replace")
@@ -265,7 +267,7 @@ def _get_prompt_id(row: _ConsumedRow) -> str | None:
 
 
 def to_arrow_tables(rows: Sequence[_ConsumedRow], seq: int) -> dict[str, pa.Table]:
-    """Return the rows as Arrow tables by topic; the commit sequence numbers follow the order of arrival, from `seq`."""
+    """Return the rows as Arrow tables, by topic. Commit sequence numbers start at `seq` and follow the order of the rows."""
     rows_by_topic: dict[str, list[dict[str, object]]] = defaultdict(list)
     for index, (record, consumer_record) in enumerate(rows):
         values = record.model_dump()

@@ -1,1 +1,1 @@
-"""Producers: publish prompts from files, standard input and the shipped set, and replay records of earlier runs."""
+"""Producers publish prompts from files, standard input and the shipped file, and replay records of earlier runs."""

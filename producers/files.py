@@ -1,13 +1,15 @@
-"""Publish prompts, and people's comparisons and demonstrations, from files and standard input to the log.
+"""Publish prompts, human comparisons and human demonstrations from files and standard input to the log.
 
-`producers.rows` reads the file formats, `producers.parse` the content of a row. An invalid row is reported with its number and
-the reason. The valid rows before and after it are published, unless `strict` stops at the first invalid row.
+`producers.rows` reads the file formats, and `producers.parse` parses the rows. An invalid row is reported with its number and
+the reason, and all other rows are published. With `strict`, the producer stops at the first invalid row.
 
-The records and the offset in the file go to the log in one transaction. A producer that is killed continues where it stopped
-and publishes no record twice. Standard input cannot be resumed, so it is published at least once.
+The producer publishes the records and its offset in the file in one transaction. If it is killed and started again, it
+continues after the last published row and publishes no record twice. It cannot resume standard input, so it publishes the rows
+of standard input at least once.
 
-People's data goes to the topics `preferences` and `demonstrations`, which no stage consumes. Its prompts get responses only
-with `publish_prompts` (`--publish-prompts`). Ids are derived from the content, so a file that has grown adds only its new rows.
+Human data goes to the topics `preferences` and `demonstrations`, which no stage consumes. The policy responds to the prompts of
+human data only with `publish_prompts` (`--publish-prompts`). Ids are computed from the content. If rows were added to a file,
+only the new rows are published.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ _ROW_NOUNS: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", 
 
 @dataclass
 class ProduceReport:
-    """The result for one input: the number of rows published now, of rows that the run already has, and of rows that an
-    earlier call read; and the invalid rows, each with its number and the reason."""
+    """The result for one input.
+
+    `num_duplicates` is the number of rows that the run already has. `num_already_read` is the number of rows that an earlier
+    call read. `bad_rows` contains the number of each invalid row and the reason.
+    """
 
     num_published: int = 0
     num_duplicates: int = 0
@@ -57,20 +62,20 @@ class ProduceReport:
 
 
 def assign_split(messages: Sequence[ChatMessage], eval_fraction: float) -> Split:
-    """Return TRAIN or EVAL by a hash of the dialogue: the same in every file, run and epoch."""
+    """Return TRAIN or EVAL, depending on a hash of the dialogue. The split is the same in every file, run and epoch."""
     position = int(ids.compute_prompt_id(messages)[:8], 16) / 2**32  # uniform in [0, 1)
     return Split.EVAL if position < eval_fraction else Split.TRAIN
 
 
 def _with_label_header(record: Record) -> ProducerRecord:
-    """Return a person's record with its id in a header, so that the next producer can read the id without decoding."""
+    """Return a human record with its id in a header, so that a later producer can read the id without decoding the record."""
     plain = to_producer_record(record)
     return ProducerRecord(plain.topic, plain.key, plain.value, (*plain.headers, ("label", record.record_id.encode())))
 
 
 @dataclass(frozen=True)
 class FileProducer:
-    """Publishes the rows of files, for one run, as records of one kind."""
+    """A producer that publishes the rows of files as records of one kind for one run."""
 
     bus: Bus
     run_id: str
@@ -84,11 +89,11 @@ class FileProducer:
     publish_prompts: bool = False
 
     def publish(self, path: str, *, first_row: int = 1, last_row: int | None = None) -> ProduceReport:
-        """Publish rows `first_row` to `last_row` of a path (or "-"); continue after the rows that an earlier call read."""
+        """Publish rows `first_row` to `last_row` of a path or of standard input ("-"). Skip rows that an earlier call read."""
         report = ProduceReport()
         offset = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
-        # One writer per input: two producers of the same file fence each other instead of publishing it twice. The writer is
-        # opened before the offset is read: an earlier producer is fenced by then and cannot move the offset.
+        # Each input has one writer. A second producer of the same file fences the first one, so no row is published twice. Open
+        # the writer before the offset is read. This fences an earlier producer, so that it cannot change the offset any more.
         writer = self.bus.open_writer(f"produce.{offset.record_id if offset else f'{self.run_id}.stdin'}")
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
@@ -111,7 +116,7 @@ class FileProducer:
                     batch, num_new_rows = [], 0
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
         except UsageError:
-            # A strict run that stops keeps the valid rows before the invalid one.
+            # If `strict` stops at an invalid row, the valid rows before it are still published.
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
             raise
         finally:
@@ -119,9 +124,9 @@ class FileProducer:
         return report
 
     def read_published_ids(self) -> tuple[set[str], set[str]]:
-        """Return the ids of this run's prompts and of its people's records on the log.
+        """Return the ids of the prompts and of the human records of this run in the log.
 
-        Each is published once per run, even if several files contain it.
+        A prompt or a human record is published only once per run, even if several files contain it.
         """
         run_header = ("run", self.run_id.encode())
         prompt_ids, label_ids = set[str](), set[str]()
@@ -134,7 +139,7 @@ class FileProducer:
         return prompt_ids, label_ids
 
     def parse_row(self, row: RawRow, number: int, path: str, report: ProduceReport) -> PromptRow | None:
-        """Parse a row; report an invalid one and return None, or raise UsageError if `strict`."""
+        """Parse a row. If the row is invalid, report it and return None, or raise UsageError if `strict` is true."""
         try:
             return ROW_PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCES[self.kind], max_chars=self.max_chars)
         except RowError as error:
@@ -151,9 +156,9 @@ class FileProducer:
     def make_producer_records(
         self, parsed: PromptRow, origin: str, known_prompt_ids: set[str], known_label_ids: set[str]
     ) -> list[ProducerRecord]:
-        """Return the new records of a row, and add their ids to the known ones.
+        """Return the new records of a row, and add their ids to the known ids.
 
-        These are a prompt, or a person's record and, with `publish_prompts`, its prompt.
+        A row becomes a prompt or a human record. With `publish_prompts`, a human record also has a prompt.
         """
         new_records: list[ProducerRecord] = []
         metadata = make_row_metadata(parsed, self.run_id, epoch=self.epoch, eval_fraction=self.eval_fraction, origin=origin)
@@ -173,7 +178,7 @@ class FileProducer:
         return new_records
 
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
-        """Return the start offset of this run in this content; the file name does not matter."""
+        """Return the initial offset of this run in a file. Its id depends on the file's content, not on the file's name."""
         kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
         configuration = ids.compute_fingerprint(
             "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **kind_keys
@@ -189,7 +194,7 @@ class FileProducer:
         )
 
     def load_latest_offset(self, start_offset: ProducerOffset) -> ProducerOffset:
-        """Return the offset that earlier calls reached; `start_offset` without an earlier call."""
+        """Return the latest offset that an earlier call published, or `start_offset` if there was no earlier call."""
         offsets = [decode_record(value, ProducerOffset) for value in read_values(self.bus, ProducerOffset.topic)]
         offsets = [offset for offset in offsets if offset.record_id == start_offset.record_id]
         return max([start_offset, *offsets], key=lambda offset: offset.next_line)
@@ -216,7 +221,7 @@ class FileProducer:
 def make_row_metadata(
     parsed: PromptRow, run_id: str, *, epoch: int = 0, eval_fraction: float, origin: str = ""
 ) -> dict[str, Any]:
-    """Return the record fields that prompts, comparisons and demonstrations share."""
+    """Return the fields that the records of prompts, comparisons and demonstrations share."""
     return {
         "prompt_id": ids.compute_prompt_id(parsed.messages, epoch),
         "run_id": run_id,
@@ -238,9 +243,9 @@ def make_prompt_record(metadata: dict[str, Any]) -> Prompt:
 
 
 def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Preference:
-    """Return a person's comparison.
+    """Return the record of a human comparison.
 
-    The id decides whether the chosen or the rejected response becomes A. Otherwise the same position would always win.
+    The record id decides whether the chosen or the rejected response becomes A, so that A is not always the better response.
     """
     configuration = ids.compute_fingerprint(
         "human_preference", response_a=parsed.response_a, response_b=parsed.response_b, p_a=parsed.p_a, source=LabelSource.HUMAN

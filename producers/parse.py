@@ -2,15 +2,17 @@
 
 A dialogue has one of these forms:
 
-* `prompt`: a string, or a list of messages {role, content}; `messages`: such a list;
-* a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862): a string in which "Human:" and "Assistant:" begin paragraphs.
-  Only at the beginning of a paragraph do they start a message; inside a sentence they are content. The last human message ends
-  the prompt. Consecutive messages of one role are joined as paragraphs.
+* The column `prompt` is a string or a list of messages {role, content}, or the column `messages` is a list of messages.
+* The column is a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). A transcript is a string. In it, "Human:" or
+  "Assistant:" at the beginning of a paragraph starts a message. Elsewhere these words are content. The prompt ends with the
+  last human message. Consecutive messages of one role are joined as paragraphs.
 
-A comparison has `chosen` and `rejected` (responses next to a dialogue, or whole transcripts or lists of messages with the same
-prompt) and optionally `p_chosen`; or `response_a`, `response_b` and `p_a`, the probability that A is better. A demonstration
-has a dialogue and a `completion`, or one dialogue that ends with the assistant; in the row of a comparison it is the chosen
-response. `source` and `tags` are optional everywhere.
+A comparison has the columns `chosen` and `rejected`, and optionally `p_chosen`. Alternatively, it has the columns `response_a`,
+`response_b` and `p_a`, the probability that A is better. The two columns contain only the responses if the row has a dialogue.
+Otherwise each of them contains a whole dialogue, and both dialogues have the same prompt.
+
+A demonstration has a dialogue and a `completion`, or one dialogue that ends with an assistant message. If the row is a
+comparison, the demonstration is the chosen response. The columns `source` and `tags` are optional in every row.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ ROW_COLUMNS = frozenset(
         "finish_reason",
     )
 )
-SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")  # linear in the number of blank lines
+# The matching time of this pattern is linear in the number of blank lines.
+SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")
 _ROLES_BY_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -61,7 +64,10 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PreferenceRow(PromptRow):
-    """Two responses to a prompt; `p_a` is the probability that A is better. `has_fixed_order`: the row itself defines which is A."""
+    """Two responses to a prompt. `p_a` is the probability that A is better.
+
+    If `has_fixed_order` is true, the row itself defines which response is A.
+    """
 
     response_a: str
     response_b: str
@@ -71,14 +77,14 @@ class PreferenceRow(PromptRow):
 
 @dataclass(frozen=True)
 class DemonstrationRow(PromptRow):
-    """A prompt with a completion to learn; `is_complete`: the completion ended with the end token and was not cut off."""
+    """A prompt with a completion to learn. If `is_complete` is true, the completion ended with the end token."""
 
     completion: str
     is_complete: bool
 
 
 def _extract_fields(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
-    """Return the fields of a row. Null is the same as absent, because columnar formats write null for absent fields."""
+    """Return the fields of a row without null fields. Columnar formats write null for an absent field."""
     if isinstance(row, RowError):
         raise row
     value = _parse_json(row) if isinstance(row, bytes) else row
@@ -103,7 +109,7 @@ def _parse_json(line: bytes) -> Any:
 
 
 def parse_prompt(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PromptRow:
-    """Parse the prompt of a row, which may also be a comparison; raises RowError."""
+    """Parse the prompt of a row. The row may also be a comparison. Raise RowError if the row is invalid."""
     fields = _extract_fields(row)
     if not any(name in fields for name in _DIALOGUE_COLUMNS) and "chosen" in fields:
         messages, _ = _split_dialogue(_parse_dialogue(fields["chosen"]))
@@ -114,7 +120,7 @@ def parse_prompt(row: bytes | dict[str, Any] | RowError, *, source: str, max_cha
 
 
 def parse_preference(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PreferenceRow:
-    """Parse two responses to one prompt and the label; raises RowError."""
+    """Parse two responses to one prompt and their label. Raise RowError if the row is invalid."""
     fields = _extract_fields(row)
     has_fixed_order = "response_a" in fields
     first, second, p = ("response_a", "response_b", "p_a") if has_fixed_order else ("chosen", "rejected", "p_chosen")
@@ -128,7 +134,7 @@ def parse_preference(row: bytes | dict[str, Any] | RowError, *, source: str, max
 
 
 def parse_demonstration(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> DemonstrationRow:
-    """Parse a prompt and its completion; raises RowError."""
+    """Parse a prompt and its completion. Raise RowError if the row is invalid."""
     fields = _extract_fields(row)
     column = next((name for name in ("completion", "chosen") if name in fields), None)
     has_dialogue = any(name in fields for name in _DIALOGUE_COLUMNS)
@@ -154,7 +160,7 @@ ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demons
 
 
 def _get_dialogue(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
-    """Return the dialogue from the first of its columns."""
+    """Return the dialogue from the column `messages` or, if the row does not have it, from the column `prompt`."""
     return _parse_dialogue(next((fields[name] for name in ("messages", "prompt") if name in fields), None))
 
 
@@ -168,8 +174,8 @@ def _parse_dialogue(value: Any) -> tuple[ChatMessage, ...]:
 
 
 def _parse_transcript(text: str) -> tuple[ChatMessage, ...]:
-    """Parse a transcript whose paragraphs begin with the speaker; without speakers it is one user message."""
-    preamble, *parts = SPEAKER_PATTERN.split(text)  # the parts alternate: speaker, content
+    """Parse a transcript. A text without "Human:" and "Assistant:" is one user message."""
+    preamble, *parts = SPEAKER_PATTERN.split(text)  # the parts are: speaker, content, speaker, content, ...
     if not parts:
         return (_parse_message({"role": "user", "content": text}),)
     if preamble.strip():
@@ -197,7 +203,7 @@ def _reject_surrogates(text: str) -> str:
 
 
 def _split_dialogue(messages: Sequence[ChatMessage]) -> tuple[tuple[ChatMessage, ...], str]:
-    """Split a dialogue after its last user message: the prompt, and the assistant's messages after it as one string."""
+    """Split a dialogue after its last user message. Return the prompt, and the assistant's messages after it as one string."""
     last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=None)
     if last_user is None:
         raise RowError("no user message")
@@ -211,7 +217,7 @@ def _get_prompt(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
     if "messages" in fields or isinstance(fields["prompt"], list):
         messages = _get_dialogue(fields)
     else:
-        # A string is a transcript only if it begins as in HH-RLHF: a plain prompt may itself begin with "Human: ...".
+        # A string is a transcript only if it begins with two line ends, as in HH-RLHF. A plain prompt may begin with "Human:".
         text = fields["prompt"]
         is_transcript = isinstance(text, str) and text.startswith("\n\nHuman:")
         messages = _parse_transcript(text) if is_transcript else (_parse_message({"role": "user", "content": text}),)
@@ -260,7 +266,7 @@ def _parse_probability(value: Any, name: str) -> float:
 def _parse_metadata(
     fields: dict[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *responses: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Return source and tags; raise RowError if the row is longer than `max_chars`."""
+    """Return the source and the tags of a row. Raise RowError if the row has more than `max_chars` characters."""
     length = sum(len(message.content) for message in messages) + sum(map(len, responses))
     if length > max_chars:
         raise RowError(f"{length} characters, more than prompts.max_chars = {max_chars}")

@@ -1,8 +1,8 @@
-"""Replay: publish records of an earlier run again, under the run id of a new one.
+"""Replay: publish the records of an earlier run again, with the run id of a new run.
 
-The stages of the new run then process them like other records, and write records of the new run. The end offsets of the topics
-when the replay first started bound what is read; the replay's manifest stores them, so that a replay that is started again reads
-the same records. Each record is copied exactly once: records of the new run that the topic already has are skipped.
+The stages of the new run process these records like all other records. When a replay starts for the first time, its manifest
+stores the end offsets of the topics, and the replay does not read records after these offsets. If the replay is started again,
+it therefore reads the same records. Each record is copied exactly once: a record that the new run already has is skipped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _parse_timestamp_ms(text: str) -> int:
 
 @dataclass(frozen=True)
 class LogSelection:
-    """The input of a replay: the records of `run_id` between two offsets of each partition for which `predicate` is true."""
+    """The records of the log that a replay publishes: records of `run_id` between two offsets that satisfy `predicate`."""
 
     run_id: str
     topics: tuple[str, ...]
@@ -69,7 +69,7 @@ class LogSelection:
     predicate: Callable[[Record], bool]
 
     def read_records(self, bus: Bus) -> Iterator[Record]:
-        """Yield the records; one that cannot be decoded is skipped, because it is a dead letter already."""
+        """Yield the records. Skip records that cannot be decoded, because they are already dead letters."""
         run_header = ("run", self.run_id.encode())
         for topic in self.topics:
             starts = {key: offset for key, offset in self.start_offsets.items() if key.topic == topic}
@@ -81,9 +81,9 @@ class LogSelection:
 
 @dataclass(frozen=True)
 class ArchiveSelection:
-    """The same from the database, which also has records that the log no longer keeps.
+    """The records of the database that a replay publishes. The database also has records that the log has deleted.
 
-    `start` and `end` are bounds as the user typed them; `before_seq` is the commit sequence at which the replay began.
+    `start` and `end` are bounds as the user typed them. `before_seq` is the commit sequence number at the start of the replay.
     """
 
     run_id: str
@@ -117,7 +117,7 @@ def _build_bound_condition(operator: str, bound: str) -> str:
 
 
 def _to_record_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert a database row to record values: records have ids as strings and times with a zone."""
+    """Convert a database row to record values. Ids become strings, and times get the time zone UTC."""
     values: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(row, mode="json")
     return values | {"created_at": row["created_at"].replace(tzinfo=UTC)}
 
@@ -131,7 +131,7 @@ def decode_or_none(consumer_record: ConsumerRecord) -> Record | None:
 
 
 def is_chain_start(record: Record) -> bool:
-    """Return whether the stages can continue from this record: they cannot from a chain that has ended."""
+    """Return whether the stages can continue from this record. They cannot continue a chain that has ended."""
     return not isinstance(record, Chain) or not record.final
 
 
@@ -148,7 +148,7 @@ def _read_erased_prompt_ids(bus: Bus) -> set[str]:
 
 @dataclass
 class RepublishCounts:
-    """How many records were published, were on the log already from an earlier start, or belong to an erased prompt."""
+    """The number of records that were published, that an earlier start had published, and that belong to erased prompts."""
 
     published: int = 0
     from_earlier_start: int = 0
@@ -156,8 +156,8 @@ class RepublishCounts:
 
 
 def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> RepublishCounts:
-    """Publish records under the run `run_id`, each once."""
-    # The writer is opened first: it fences an earlier replay of this run, which then cannot publish after the ids are read.
+    """Publish records with the run id `run_id`, each once."""
+    # Open the writer first. This fences an earlier replay of this run, which then cannot publish after the ids are read.
     writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
     counts, batch = RepublishCounts(), list[Record]()
     ids_by_topic: dict[str, set[str]] = {}
@@ -186,7 +186,7 @@ def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> Repub
 
 
 def _read_record_ids(bus: Bus, topic: str, run_id: str) -> set[str]:
-    """Return the ids of a run's records on a topic."""
+    """Return the ids of a run's records in a topic."""
     run_header = ("run", run_id.encode())
     raw_records = read_between(bus, bus.beginning_offsets([topic]), bus.end_offsets([topic]))
     return {record.record_id for raw in raw_records if run_header in raw.headers and (record := decode_or_none(raw))}

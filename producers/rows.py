@@ -1,8 +1,8 @@
-"""Read files as numbered rows: JSON lines (also gzipped), Parquet, Arrow, data sets saved by `datasets`, and standard input.
+"""Read numbered rows from JSON lines (also gzipped), Parquet, Arrow, data sets saved by `datasets`, and standard input.
 
-The format is detected from the first bytes, not from the file name. A row is the bytes of a line, or a dictionary of the columns
-in `producers.parse.ROW_COLUMNS`. A row that cannot be read is returned as a RowError. Rows are streamed: no file is read into
-memory as a whole, and a line longer than MAX_LINE_BYTES is skipped without being stored.
+The format is detected from the first bytes, not from the file name. A row is the bytes of a line, or a dictionary of the
+columns in `producers.parse.ROW_COLUMNS`. A row that cannot be read is returned as a RowError. Rows are streamed, so a file is
+never read into memory as a whole. A line longer than MAX_LINE_BYTES is skipped without being stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class LineReader(Protocol):
 
 
 def read_rows(path: str, first_row: int = 1, last_row: int | None = None) -> Iterator[tuple[int, RawRow]]:
-    """Yield (number from 1, row) of a file, a folder or standard input ("-"); blank lines are counted but not returned."""
+    """Yield the number and the content of each row of a file, a folder or standard input ("-").
+
+    Numbers start at 1. Blank lines are counted, but they are not returned.
+    """
     for number, row in enumerate(_read_all_rows(path), 1):
         if last_row is not None and number > last_row:
             return
@@ -63,7 +66,7 @@ def _read_all_rows(path: str) -> Iterator[RawRow]:
 
 
 def _read_lines(stream: LineReader) -> Iterator[RawRow]:
-    """Yield lines without line ends and byte order mark; a damaged gzip stream ends with a RowError."""
+    """Yield lines without line ends and byte order mark. If a gzip stream is damaged, the last row is a RowError."""
     mark = codecs.BOM_UTF8
     try:
         while line := stream.readline(MAX_LINE_BYTES):
@@ -113,7 +116,7 @@ def _read_arrow_rows(stream: IO[bytes], start: bytes) -> Iterator[RawRow]:
 
 
 def _read_batch_rows(batches: Any) -> Iterator[RawRow]:
-    """Yield the rows of Arrow record batches; a value that Python cannot represent (such as invalid UTF-8) gives a RowError."""
+    """Yield the rows of Arrow record batches. If Python cannot represent a value (such as invalid UTF-8), yield a RowError."""
     import pyarrow as pa
 
     for batch in batches:
@@ -136,7 +139,7 @@ def _make_unreadable_row(kind: str, error: Exception) -> RowError:
 
 
 def _list_data_files(path: Path) -> list[Path]:
-    """Return the data files of a path, in order; raise UsageError for a folder without data or with several splits."""
+    """Return the data files of a path, in order. Raise UsageError if a folder has no data or several splits."""
     if not path.is_dir():
         return [path]
     if (path / "dataset_dict.json").exists():
@@ -171,14 +174,14 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 def _make_several_splits_error(path: Path, names: Sequence[str]) -> UsageError:
     return UsageError(
-        f"{path} holds several splits: {', '.join(Path(name).name.removesuffix('-*') for name in names)}",
+        f"{path} contains several splits: {', '.join(Path(name).name.removesuffix('-*') for name in names)}",
         "only one split can be published at a time",
         f"type: charter produce {names[0] if names else path}",
     )
 
 
 def compute_content_hash(path: str) -> str:
-    """Return the SHA-256 of a file's or folder's content; raise UsageError if it cannot be read or has a wrong encoding."""
+    """Return the SHA-256 of the content of a file or folder. Raise UsageError if it cannot be read or has a wrong encoding."""
     digests = [_compute_file_hash(file) for file in _list_data_files(Path(path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

@@ -1,8 +1,8 @@
 """Avro schemas derived from the pydantic records.
 
-`python -m schemas.avro` writes `schemas/<topic>.avsc` for every record, and adds new schema versions to
-`schemas/released/<Record>/<fingerprint>.avsc`, which keeps every released version. A test fails if the committed files differ
-from the classes.
+`python -m schemas.avro` writes the schema of every record to `schemas/<topic>.avsc`. It also writes each new version of a
+schema to `schemas/released/<Record>/<fingerprint>.avsc`, and keeps the files of earlier versions. A test fails if the committed
+files do not match the classes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PRIMITIVE_TYPES: dict[Any, Any] = {
 
 
 def _to_avro_type(annotation: Any, seen_names: set[str]) -> Any:
-    """Return the Avro type of a Python annotation. A named type is defined at its first use and referenced by name later."""
+    """Return the Avro type of a Python annotation. Define a record or an enum at its first use, and then refer to its name."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in _PRIMITIVE_TYPES:
         return _PRIMITIVE_TYPES[annotation]
@@ -74,7 +74,7 @@ def _to_avro_field(name: str, info: FieldInfo, seen_names: set[str]) -> dict[str
         field["default"] = info.default
     elif info.default_factory in (list, dict):
         field["default"] = info.default_factory()
-    elif info.default_factory is not None:  # created_at: every version of the schema has it
+    elif info.default_factory is not None:  # the field `created_at`: every schema version has it, so no reader uses the default
         field["default"] = 0
     return field
 
@@ -87,14 +87,14 @@ def get_schema(model: type[Record]) -> dict[str, Any]:
 
 
 def compute_schema_fingerprint(schema: dict[str, Any]) -> bytes:
-    """Return the CRC-64-AVRO of the parsing canonical form: 8 bytes, little-endian (Avro specification, "Schema Fingerprints")."""
+    """Return the CRC-64-AVRO fingerprint of a schema as 8 little-endian bytes (Avro specification, "Schema Fingerprints")."""
     canonical = fastavro.schema.to_parsing_canonical_form(schema)
-    # fastavro prints the 8 bytes in the byte order of single-object encoding.
+    # fastavro returns a hexadecimal string, in the byte order that single-object encoding uses.
     return bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
 
 
 def load_released_schemas() -> dict[str, list[dict[str, Any]]]:
-    """Return every released schema version, by record name."""
+    """Return all released schema versions of each record, by record name."""
     versions: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RELEASED_FOLDER.glob("*/*.avsc")):
         versions.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
@@ -102,7 +102,7 @@ def load_released_schemas() -> dict[str, list[dict[str, Any]]]:
 
 
 def _write_schema_files() -> None:
-    """Write the `.avsc` file of every record, and its released version."""
+    """Write the `.avsc` file of every record to `schemas/` and to `schemas/released/`."""
     for model in RECORDS:
         schema = get_schema(model)
         text = json.dumps(schema, indent=2) + "\n"

@@ -1,16 +1,16 @@
 """Encode and decode records: Avro single-object encoding, or the Confluent wire format.
 
-An encoded record is C3 01, the 8-byte CRC-64-AVRO fingerprint of the writer's schema, and the Avro body. A reader can read all
-released schema versions. Invalid bytes raise one of the errors below.
+In single-object encoding, a record consists of the bytes C3 01, the 8-byte CRC-64-AVRO fingerprint of the writer's schema, and
+the Avro body. A reader can read all released schema versions. Invalid bytes raise one of the errors below.
 Source: Avro specification 1.12, "Single-object encoding".
 
-The other framing is the Confluent wire format (a zero byte, a 4-byte schema id, the body), for tools of that ecosystem.
-`configure_framing` selects the framing of a process. Single-object records can always be read, Confluent records only with a
-schema registry. An unreachable registry is not a RecordError, because that would make valid records dead letters: see
-`schemas.confluent`.
+In the Confluent wire format, a record consists of a zero byte, a 4-byte schema id, and the Avro body. Tools of the Confluent
+ecosystem use this format. `configure_framing` selects the framing that a process writes. A process can always read
+single-object records. It can read Confluent records only with a schema registry. An unreachable registry does not raise a
+RecordError, because a RecordError turns the record into a dead letter (see `schemas.confluent`).
 
     RecordError
-    +-- NotARecord          the first bytes belong to neither framing
+    +-- NotARecord          the first bytes match neither framing
     +-- UnknownFingerprint  written with a schema that this version does not have
     +-- UnknownSchemaId     the registry has no schema with this id
     +-- ForeignSchema       the schema with this id is not the schema of a Charter record
@@ -40,7 +40,7 @@ _HEADER_BYTES = len(SINGLE_OBJECT_MARKER) + 8
 CONFLUENT_MAGIC = b"\x00"  # the first byte of the Confluent wire format
 _CONFLUENT_HEADER_BYTES = len(CONFLUENT_MAGIC) + 4
 FRAMINGS = ("single-object", "confluent")
-_DECODING_ERRORS = (  # errors of fastavro and pydantic for an invalid body or an incompatible writer's schema
+_DECODING_ERRORS = (  # fastavro and pydantic raise these for an invalid body or an incompatible writer's schema
     ValidationError,
     SchemaParseException,
     SchemaResolutionError,
@@ -52,7 +52,7 @@ R = TypeVar("R", bound=Record)
 
 
 class RecordError(ValueError):
-    """Bytes that cannot be decoded to a Charter record: what happened, why, and what to do."""
+    """The error for bytes that are not a valid Charter record. It has three lines: what happened, why, and what to do."""
 
     def __init__(self, what: str, why: str, fix: str = "") -> None:
         super().__init__(what, why, fix)
@@ -92,13 +92,14 @@ class WrongRecord(RecordError):
 
 @cache
 def load_writer_schemas() -> dict[bytes, tuple[type[Record], Any]]:
-    """Return fingerprint -> (record class, parsed schema) for every schema version."""
+    """Return a dictionary from the fingerprint of each schema version to its record class and its parsed schema."""
     by_name = {model.__name__: model for model in RECORDS}
     schemas = {}
     for name, versions in load_released_schemas().items():
         for schema in versions:
             schemas[compute_schema_fingerprint(schema)] = (by_name[name], parse_schema(schema, {}))
-    # The current classes come last: fingerprints ignore defaults, so an older version can have the same fingerprint.
+    # Add the current classes last, so that they replace a released version with the same fingerprint. (Fingerprints ignore
+    # defaults, so two versions can have the same fingerprint.)
     for model in RECORDS:
         schemas[compute_schema_fingerprint(get_schema(model))] = (model, get_parsed_schema(model))
     return schemas
@@ -106,7 +107,7 @@ def load_writer_schemas() -> dict[bytes, tuple[type[Record], Any]]:
 
 @cache
 def get_parsed_schema(model: type[Record]) -> Any:
-    """Return the schema of a record class in the form that fastavro reads and writes with."""
+    """Return the schema of a record class, parsed by fastavro."""
     return parse_schema(get_schema(model), {})
 
 
@@ -116,19 +117,19 @@ def _make_single_object_header(model: type[Record]) -> bytes:
 
 
 class SchemaRegistry(Protocol):
-    """Maps Confluent schema ids to schemas (`schemas.confluent`)."""
+    """A schema registry maps Confluent schema ids to schemas. `schemas.confluent` implements this protocol."""
 
     def get_header(self, model: type[Record]) -> bytes:
-        """Return the first five bytes of an encoded record of this class. The first call registers its schema."""
+        """Return the first five bytes of every encoded record of a class. The first call for a class registers its schema."""
         ...
 
     def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:
-        """Return the record class and the parsed writer's schema of an id. Raise UnknownSchemaId or ForeignSchema."""
+        """Return the record class and the parsed schema of a schema id. Raise UnknownSchemaId or ForeignSchema."""
         ...
 
 
 class _FramingState:
-    """The framing that this process writes, and the schema registry for Confluent records."""
+    """The framing that this process writes, and the schema registry that it uses for Confluent records."""
 
     def __init__(self) -> None:
         self.make_header: Callable[[type[Record]], bytes] = _make_single_object_header
@@ -139,10 +140,10 @@ _FRAMING = _FramingState()
 
 
 def configure_framing(framing: str = "single-object", registry: SchemaRegistry | None = None) -> None:
-    """Set the framing of this process; call it once, at the start.
+    """Set the framing that this process writes. Call this function once, at the start of the process.
 
-    With "confluent" all schemas are registered here. So a registry that is unreachable or rejects a schema is detected before any
-    work starts, and `encode_record` never waits for it.
+    With "confluent", the function registers the schemas of all records. It therefore raises an error at the start if the
+    registry is unreachable or rejects a schema. Later calls of `encode_record` send no request to the registry.
     """
     if framing not in FRAMINGS:
         raise ValueError(f"framing {framing!r} is not one of {', '.join(FRAMINGS)}")
@@ -157,7 +158,7 @@ def configure_framing(framing: str = "single-object", registry: SchemaRegistry |
 
 
 def encode_record(record: Record) -> bytes:
-    """Encode a record, with the reference to its schema."""
+    """Encode a record. The first bytes identify the schema."""
     buffer = io.BytesIO()
     buffer.write(_FRAMING.make_header(type(record)))
     fastavro.schemaless_writer(buffer, get_parsed_schema(type(record)), record.model_dump())
@@ -165,18 +166,18 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes, expected: type[R]) -> R:
-    """Decode a record. Raise a RecordError if it is not of the class `expected`."""
+    """Decode a record of the class `expected`. Raise a RecordError if the bytes are invalid or contain another record."""
     record = decode_any_record(data)
     if not isinstance(record, expected):
         raise WrongRecord(
             f"expected a {expected.__name__}, found a {type(record).__name__}",
-            "the record is valid and was published to the wrong topic",
+            "the record is valid, but it was published to the wrong topic",
         )
     return record
 
 
 def decode_any_record(data: bytes) -> Record:
-    """Decode a record of any class."""
+    """Decode a record of any class. Raise a RecordError if the bytes are invalid."""
     if data[:2] != SINGLE_OBJECT_MARKER:
         return _decode_confluent(data)
     if len(data) < _HEADER_BYTES:
@@ -225,4 +226,4 @@ def _decode_body(body: memoryview, model: type[R], schema: Any) -> R:
             raise
         raise Malformed(f"the body is not a {name}", f"{type(error).__name__}: {str(error)[:200]}") from error
     except MemoryError as error:
-        raise Malformed(f"the body is not a {name}", "it contains a length that exceeds the memory") from error
+        raise Malformed(f"the body is not a {name}", "it contains a length that is larger than the memory") from error

@@ -1,8 +1,8 @@
-"""Schema compatibility: every schema version of a record can read every other version (FULL_TRANSITIVE).
+"""Check that every schema version of a record can read data of every other version (FULL_TRANSITIVE compatibility).
 
-`find_incompatibilities(old, new)` compares two versions in both directions by the rules of the Avro specification ("Schema
-Resolution"), for the constructs that the records use. `python -m schemas.compatibility` checks the classes against all released
-versions.
+`find_incompatibilities(old, new)` checks in both directions whether one version can read data of the other. It applies the
+rules of the Avro specification ("Schema Resolution") to the constructs that the records use. `python -m schemas.compatibility`
+compares the record classes with all released versions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROMOTIONS = {
 
 
 def collect_named_types(schema: Any, named_types: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return every named type in a schema by its full name."""
+    """Return a dictionary from full name to definition for every record and enum in a schema."""
     named_types = {} if named_types is None else named_types
     if isinstance(schema, list):
         for branch in schema:
@@ -39,7 +39,7 @@ def collect_named_types(schema: Any, named_types: dict[str, Any] | None = None) 
 
 
 def _find_read_errors(writer: Any, reader: Any, writers: dict[str, Any], readers: dict[str, Any], path: str) -> list[str]:
-    """Return the reasons why `reader` cannot read data of `writer`; an empty list if it can."""
+    """Return the reasons why the schema `reader` cannot read data of the schema `writer`. The list is empty if it can."""
     writer, reader = (
         (writers.get(writer, writer) if isinstance(writer, str) else writer),
         (readers.get(reader, reader) if isinstance(reader, str) else reader),
@@ -78,11 +78,13 @@ def _find_field_read_errors(writer: Any, reader: Any, writers: dict[str, Any], r
 
 
 def find_incompatibilities(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the incompatibilities of two versions of a record, in both directions; an empty list if they are compatible."""
+    """Return the incompatibilities of two versions of a record in both directions. The list is empty if they are compatible."""
     old_types, new_types = collect_named_types(old), collect_named_types(new)
     backward = _find_read_errors(old, new, old_types, new_types, new["name"])
     forward = _find_read_errors(new, old, new_types, old_types, new["name"])
-    return [f"new code, old record: {error}" for error in backward] + [f"old code, new record: {error}" for error in forward]
+    return [f"new code cannot read old records: {error}" for error in backward] + [
+        f"old code cannot read new records: {error}" for error in forward
+    ]
 
 
 def check_released_schemas() -> list[str]:

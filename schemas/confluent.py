@@ -1,13 +1,13 @@
 """The Confluent wire format (a zero byte, a 4-byte big-endian schema id, the Avro body) and a client of the schema registry.
 
-`SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of a record under
-the subject `<topic>-value` and fetches the schema of an id. Both are cached, because the schema of an id never changes. Ids and
-schemas come from other programs and are not trusted: a schema is used only if it has the full name of a Charter record, and if
-a few bytes of data cannot cause unlimited work.
+`SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of each record under
+the subject `<topic>-value`, and fetches schemas by their id. It caches ids and schemas, because the schema of an id never
+changes. Other programs also write ids and schemas, so they are not trusted. A schema is used only if it has the full name of a
+Charter record. It is rejected if a few bytes of data with this schema could cause unlimited work.
 
-    RecordError (schemas.codec)    UnknownSchemaId, ForeignSchema: the record cannot be decoded
-    RegistryUnreachable            the registry is unreachable, rejects the credentials or sends invalid responses: retry later
-    SchemaRejected                 the registry rejects a schema of Charter: its subject must be checked
+    RecordError (schemas.codec)    the record cannot be decoded (UnknownSchemaId or ForeignSchema)
+    RegistryUnreachable            the registry is unreachable, rejects the credentials or sends invalid responses; retry later
+    SchemaRejected                 the registry rejects a schema of Charter; check the subject in the registry
 
 Source: Confluent documentation, "Wire format" and "Schema Registry API Reference".
 """
@@ -36,7 +36,8 @@ _CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 _TIMEOUT_S = 10.0
 MAX_RESPONSE_BYTES = 1024 * 1024  # the largest schema of Charter has about 10,000 bytes
 _SCHEMA_NOT_FOUND_CODE = 40403
-_REJECTED_STATUSES = (409, 422)  # incompatible with the versions of the subject; invalid schema, or a read-only registry
+# 409 means that the schema is incompatible with earlier versions. 422 means an invalid schema or a read-only registry.
+_REJECTED_STATUSES = (409, 422)
 _REJECTION_CACHE_TTL_S = 60.0
 REJECTION_CACHE_SIZE = 1000
 _MIN_BYTES_BY_TYPE = {
@@ -53,7 +54,7 @@ _RECORDS_BY_NAME = {f"{NAMESPACE}.{model.__name__}": model for model in RECORDS}
 
 
 class RegistryError(Exception):
-    """An error of the schema registry: what happened, why, and what to do."""
+    """An error of the schema registry. It has three lines: what happened, why, and what to do."""
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         super().__init__(what, why, fix)
@@ -64,7 +65,7 @@ class RegistryError(Exception):
 
 
 class RegistryUnreachable(RegistryError):
-    """The registry is unreachable or its response is invalid. A retry may succeed; no record is at fault."""
+    """The registry is unreachable or its response is invalid. A later request may succeed, and no record is invalid."""
 
 
 class SchemaRejected(RegistryError):
@@ -74,8 +75,8 @@ class SchemaRejected(RegistryError):
 class SchemaRegistryClient:
     """A thread-safe client of the registry at `url`.
 
-    `credentials` are USER:PASSWORD and appear in no error. `prefix` is the topic prefix of the bus, which subjects also have.
-    `make_unreachable_error` creates the error for an unreachable registry.
+    `credentials` has the form USER:PASSWORD. Error messages do not contain it. `prefix` is the topic prefix of the bus; the
+    subjects in the registry have the same prefix. `make_unreachable_error` creates the error for an unreachable registry.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class SchemaRegistryClient:
     # Writing
 
     def get_header(self, model: type[Record]) -> bytes:
-        """Return the first five bytes of an encoded record of this class. The first call registers its schema."""
+        """Return the first five bytes of every encoded record of a class. The first call for a class registers its schema."""
         header = self._headers.get(model)
         return self._get_or_register(model) if header is None else header
 
@@ -137,12 +138,15 @@ class SchemaRegistryClient:
     # Reading
 
     def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:
-        """Return the record class and the parsed writer's schema of an id, from the cache or from the registry."""
+        """Return the record class and the parsed schema of a schema id, from the cache or from the registry."""
         entry = self._writer_schemas.get(schema_id)
         return self._get_or_fetch(schema_id) if entry is None else entry
 
     def _get_or_fetch(self, schema_id: int) -> tuple[type[Record], Any]:
-        """Fetch the schema of an id. Errors are cached for a minute, so that a topic of such records causes few requests."""
+        """Return the record class and the schema of an id that is not in the cache.
+
+        A RecordError is cached for a minute. Many records with the same invalid id therefore cause only one request per minute.
+        """
         expires_at, make_error = self._rejections.get(schema_id, (0.0, None))
         if make_error is not None and time.monotonic() < expires_at:
             raise make_error()
@@ -170,7 +174,7 @@ class SchemaRegistryClient:
     # Requests
 
     def _request_json(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-        """Send a request; return the status and the JSON object of the response. Any other response is an error."""
+        """Send a request and return the status and the JSON object of the response. Raise an error for any other response."""
         import httpx
 
         try:
@@ -180,7 +184,7 @@ class SchemaRegistryClient:
                 f"the schema registry {self.url} is unreachable",
                 type(error).__name__,
                 "check the registry and bus.schema_registry; work continues when the registry is available again",
-            ) from None  # the request in the original error contains the credentials in its headers
+            ) from None  # the original error contains the request, and its headers contain the credentials
         if status in (401, 403):
             raise self.make_unreachable_error(
                 f"the schema registry {self.url} rejects the credentials (status {status})",
@@ -196,7 +200,7 @@ class SchemaRegistryClient:
         return status, response
 
     def _send_request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        """Send a request, with limits on the total time and the size. (The client's timeout limits only each step.)"""
+        """Send a request. Limit the total time and the size of the response. (The client's timeout limits only each step.)"""
         deadline, data = time.monotonic() + self.timeout_s, b""
         with self._client.stream(method, self.url + path, json=body) as response:
             for chunk in response.iter_raw():
@@ -211,12 +215,12 @@ class SchemaRegistryClient:
         return self.make_unreachable_error(
             f"{self.url} does not respond like a schema registry",
             f"the response was {description}",
-            "check bus.schema_registry: the URL of a Confluent-compatible registry, with its path if it has one",
+            "set bus.schema_registry to the URL of a Confluent-compatible registry, including its path",
         )
 
 
 def _check_url(url: str) -> str:
-    """Return the URL without a trailing slash. Reject one with credentials: settings are printed and recorded."""
+    """Return the URL without a trailing slash. Reject a URL with credentials, because settings are printed and recorded."""
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -226,7 +230,7 @@ def _check_url(url: str) -> str:
         raise ValueError("the URL of the schema registry must be http://HOST:PORT or https://HOST:PORT")
     if "@" in parts.netloc:
         raise ValueError(
-            "the URL of the schema registry must not contain credentials: put USER:PASSWORD into the environment variable"
+            "the URL of the schema registry must not contain credentials: put USER:PASSWORD into an environment variable"
         )
     if parts.query or parts.fragment:
         raise ValueError("the URL of the schema registry must not have a query or a fragment")
@@ -234,11 +238,11 @@ def _check_url(url: str) -> str:
 
 
 def _create_client(credentials: str, timeout_s: float) -> httpx.Client:
-    """Create an HTTP client without redirects (they would forward the credentials) and without compressed responses."""
+    """Create an HTTP client without compressed responses and without redirects. A redirect would forward the credentials."""
     import httpx
 
     user, colon, password = credentials.partition(":")
-    # httpx would fail on unprintable characters, with an error message that quotes the credentials.
+    # If the credentials have unprintable characters, httpx raises an error whose message contains the credentials.
     if credentials and not (colon and credentials.isprintable()):
         raise ValueError("the credentials of the schema registry must be USER:PASSWORD")
     headers = {"Accept": f"{_CONTENT_TYPE}, application/json", "Accept-Encoding": "identity", "Content-Type": _CONTENT_TYPE}
@@ -256,11 +260,11 @@ def _format_message(response: dict[str, Any]) -> str:
 
 
 def _parse_writer_schema(schema_id: int, response: dict[str, Any]) -> tuple[type[Record], Any]:
-    """Return the record class and the parsed schema in a response. Raise ForeignSchema if it is not a readable schema."""
+    """Return the record class and the parsed schema in a response. Raise ForeignSchema if the schema cannot be used."""
     if (response.get("schemaType") or "AVRO") != "AVRO":  # the type is omitted for Avro
         raise _make_foreign_schema_error(schema_id, f"it is of the type {str(response['schemaType'])[:50]!r}, not Avro")
     if response.get("references"):
-        raise _make_foreign_schema_error(schema_id, "it refers to other schemas, and Charter's schemas do not")
+        raise _make_foreign_schema_error(schema_id, "it refers to other schemas, but Charter's schemas do not")
     named: dict[str, Any] = {}
     try:
         schema = parse_schema(_load_record_schema(response["schema"]), named)
@@ -274,14 +278,14 @@ def _parse_writer_schema(schema_id: int, response: dict[str, Any]) -> tuple[type
 
 
 def _load_record_schema(text: str) -> dict[str, Any]:
-    """Return the schema of a record as JSON. Reject fastavro's marker of a parsed schema, because it skips validation."""
+    """Parse the JSON text of a record schema. Reject keys that begin with `__`, because fastavro then skips the validation."""
     schema = json.loads(text)
     if not isinstance(schema, dict) or schema.get("type") != "record" or any(name.startswith("__") for name in schema):
         raise TypeError("it is not the schema of a record")
     return schema
 
 
-# The errors of json and fastavro for an invalid schema.
+# json and fastavro raise these errors for an invalid schema.
 _SCHEMA_ERRORS = (SchemaParseException, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
@@ -296,8 +300,9 @@ def _make_foreign_schema_error(schema_id: int, reason: str) -> ForeignSchema:
 def _compute_min_bytes(schema: Any, named_schemas: dict[str, Any], min_bytes_by_record: dict[str, int | None]) -> int:
     """Return the minimum number of bytes of a value of a parsed schema.
 
-    Raise TypeError for a recursive record (fastavro would recurse until the stack overflows) and for items without bytes (eight
-    bytes could specify 2**60 of them). `min_bytes_by_record` has the records visited so far, None for those in progress.
+    Raise TypeError for a recursive record, because fastavro recurses until the stack overflows. Raise TypeError for an array
+    whose items have no bytes, because eight bytes of data could then specify 2**60 items. `min_bytes_by_record` contains the
+    records visited so far. While a record is visited, its value is None.
     """
     if isinstance(schema, list):
         for branch in schema:

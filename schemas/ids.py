@@ -1,14 +1,14 @@
-"""Deterministic ids: repeated work has the same id, and a changed configuration gives another id.
+"""Deterministic ids. The same work always has the same id, and work with a changed configuration has another id.
 
 * `prompt_id` = hash(messages, epoch).
 * `record_id` = hash(stage, parent ids, configuration fingerprint, sample index).
-* A fingerprint contains what changes a result (model revision, policy version, template, sampling, constitution hash), and not
-  what only changes where or how fast it is computed (run, device, batch size, address, timeouts).
+* A fingerprint covers the configuration that can change a result: model revision, policy version, template, sampling and
+  constitution hash. It does not cover run, device, batch size, address and timeouts, because these do not change a result.
 
-Ids must not change when names in the code change. `FINGERPRINT_KEYS` and `SEED_PURPOSES` therefore map all hashed values to
-the names in the hash, and tests/schemas/test_frozen_ids.py pins the results.
+An id must not change when a name in the code changes. `FINGERPRINT_KEYS` therefore maps the names in the code to the names in
+the hash, and the names in `SEED_PURPOSES` are part of seeds. tests/schemas/test_frozen_ids.py checks that ids do not change.
 
-Ids are 16 bytes of BLAKE2b, written as UUIDs: 16 bytes in DuckDB, text elsewhere.
+An id is a BLAKE2b hash of 16 bytes in the form of a UUID. DuckDB stores the 16 bytes; everywhere else an id is text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from schemas.records import ChatMessage
 
 
 def compute_id(*parts: object) -> str:
-    """Return the id of some JSON values. Canonical JSON distinguishes ("a", "bc") from ("ab", "c")."""
+    """Return the id of JSON values. The hash of their canonical JSON differs for ("a", "bc") and ("ab", "c")."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    # "surrogatepass": text with a lone surrogate from a JSON escape must get an id too, not crash the producer.
+    # A JSON escape can contain a lone surrogate. With "surrogatepass", such a text has an id instead of raising an error.
     return str(uuid.UUID(bytes=hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()))
 
 
@@ -41,8 +41,9 @@ def compute_record_id(stage: str, parent_ids: Sequence[str], fingerprint: str, s
 def compute_fingerprint(subject: str, /, **configuration: object) -> str:
     """Return the hash of the configuration that changes a result.
 
-    `subject` is a row of `FINGERPRINT_KEYS`; the keywords are names in that row, and their values must be JSON.
-    A custom stage uses the subject "custom_stage" with any keywords. Raise KeyError for a keyword that the row lacks.
+    `subject` is a key of `FINGERPRINT_KEYS`. The keywords must be names that this dictionary lists for the subject, and their
+    values must be JSON values. The subject "custom_stage" accepts any keywords. Raise KeyError for any other subject or
+    keyword.
     """
     keys = {name: name for name in configuration} if subject == "custom_stage" else FINGERPRINT_KEYS[subject]
     hashed = {keys[name]: _FROZEN_VALUES.get((subject, name, str(value)), value) for name, value in configuration.items()}
@@ -50,15 +51,15 @@ def compute_fingerprint(subject: str, /, **configuration: object) -> str:
 
 
 def compute_seed(record_id: str, sample_index: int = 0) -> int:
-    """Return a 63-bit seed that depends on an id: the same record always samples the same principle and the same noise."""
+    """Return a 63-bit seed that depends only on an id and an index, so that repeated work uses the same random numbers."""
     return uuid.UUID(compute_id("seed", record_id, sample_index)).int >> 65
 
 
 def compute_stage_seed(purpose: str, response_id: str, index: int) -> int:
-    """Return the seed of a stage's work on a response in one round (or for one pair), both called `index`.
+    """Return the seed of a stage's work on a response. `index` is the number of the round or of the pair.
 
-    `purpose` is one of `SEED_PURPOSES`. The seed depends on the response and not on the constitution: the same response under
-    two constitutions samples with the same noise, so that a difference between two runs comes from the principles.
+    `purpose` is one of `SEED_PURPOSES`. The seed depends on the response and not on the constitution. Two runs with different
+    constitutions therefore use the same random numbers, and a difference between their results comes from the principles.
     """
     if purpose not in SEED_PURPOSES:
         raise KeyError(purpose)
@@ -69,7 +70,7 @@ def _make_keys(names: str, **renamed: str) -> dict[str, str]:
     return {name: name for name in names.split()} | renamed
 
 
-# Subject -> name in the code -> name in the hash. A rename changes only the names in the code.
+# Subject -> name in the code -> name in the hash. The names in the hash must never change.
 FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "prompt": {},
     "source": _make_keys("content run epoch kind", rows="lines", publish_prompts="answer"),

@@ -1,14 +1,15 @@
 """The records of Charter. Each record class has one topic and one table.
 
-A record is event-carried state: it contains everything that the next stage needs, so no stage has to join. Every record also
-contains its lineage: the stage and model that produced it, its parents, the constitution and the policy version.
+A record contains everything that the next stage needs, so that a stage never has to join records. Every record also contains
+its lineage: the stage and the model that produced it, its parents, the constitution and the policy version.
 
 `schemas.avro` derives the Avro schema of each class. A test checks that the committed `.avsc` files match the classes. The
 order of fields in a schema is: `Record`, then the groups of shared fields, then the fields of the class.
 
-Every enum has the default UNKNOWN, so that an old reader can read a new symbol. UNKNOWN is never used for training.
+Every enum has the default UNKNOWN. A reader with an older schema reads a new symbol as UNKNOWN. UNKNOWN is never used for
+training.
 
-An unknown number is null, never NaN: aggregates over NaN are NaN.
+An unknown number is null, never NaN, because the sum and the mean of a column that contains NaN are NaN.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def utc_now() -> datetime:
-    """Return the current time in UTC, with microseconds, as Avro stores it."""
+    """Return the current time in UTC with a precision of microseconds, which is the precision in Avro."""
     return datetime.now(UTC)
 
 
 class Float32:
-    """Marks a float field that Avro and DuckDB store in 32 bits (token log-probabilities)."""
+    """A marker for a float field that Avro and DuckDB store in 32 bits, such as token log-probabilities."""
 
 
 class Identifier:
-    """Marks an id of `schemas.ids`: a UUID of 16 bytes in DuckDB, its text form elsewhere."""
+    """A marker for an id field (see `schemas.ids`). DuckDB stores the id as a UUID of 16 bytes; everywhere else it is text."""
 
 
 def _non_finite_to_none(value: object) -> object:
@@ -50,7 +51,7 @@ Id = Annotated[str, Identifier(), Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a
 
 
 class AvroEnum(StrEnum):
-    """An Avro enum. A reader that lacks a symbol reads it as UNKNOWN."""
+    """An Avro enum. If a reader's schema does not have a symbol, the reader reads the symbol as UNKNOWN."""
 
 
 class Split(AvroEnum):
@@ -60,7 +61,10 @@ class Split(AvroEnum):
 
 
 class FinishReason(AvroEnum):
-    """Why generation ended. REFUSED: a filter of the server withheld the completion or its end; never used for SFT."""
+    """The reason why generation ended.
+
+    REFUSED means that a filter of the server withheld the completion or its end. Such a completion is never used for SFT.
+    """
 
     UNKNOWN = "UNKNOWN"
     STOP = "STOP"
@@ -69,7 +73,10 @@ class FinishReason(AvroEnum):
 
 
 class Verdict(AvroEnum):
-    """The critic's verdict on a response under one principle, from next-token probabilities. LOW_MASS: no clear verdict."""
+    """The critic's verdict on a response under one principle, from next-token probabilities.
+
+    LOW_MASS means that the probabilities give no clear verdict. NOT_ASKED means that the critic was not asked.
+    """
 
     UNKNOWN = "UNKNOWN"
     CLEAN = "CLEAN"
@@ -79,10 +86,11 @@ class Verdict(AvroEnum):
 
 
 class EndReason(AvroEnum):
-    """Why a critique-revision chain ended.
+    """The reason why a critique-revision chain ended.
 
-    NONE: it has not ended. SATISFIED: the verdict is clean. UNUSABLE: a revision is unusable. SKIPPED: its source is not
-    revised. LOST: the last revision lost against its predecessor, which is the final response.
+    NONE means that the chain has not ended. SATISFIED means that the critic finds no problem. LAST_ROUND means that no rounds
+    remain. UNUSABLE means that a response is unusable. SKIPPED means that responses to prompts of this source are not revised.
+    LOST means that the last revision is worse than the previous response, so the previous response is the final response.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -95,7 +103,7 @@ class EndReason(AvroEnum):
 
 
 class RejectionReason(AvroEnum):
-    """Why a revision is unusable for training. REFUSED: a filter of the server withheld it or its end."""
+    """The reason why a revision is unusable. REFUSED means that a filter of the server withheld the revision or its end."""
 
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
@@ -118,7 +126,7 @@ class Outcome(AvroEnum):
 
 
 class LabelSource(AvroEnum):
-    """Who gave a label or wrote a response: a model or a person."""
+    """The source of a label or a response: a model (AI) or a person (HUMAN)."""
 
     UNKNOWN = "UNKNOWN"
     AI = "AI"
@@ -126,7 +134,7 @@ class LabelSource(AvroEnum):
 
 
 class PolicyKind(AvroEnum):
-    """What an update contains: a policy or a reward model."""
+    """The model that an update contains: a policy or a reward model."""
 
     UNKNOWN = "UNKNOWN"
     POLICY = "POLICY"
@@ -134,7 +142,10 @@ class PolicyKind(AvroEnum):
 
 
 class DeadLetterKind(AvroEnum):
-    """Why a record could not be processed. CRASH: it crashed several processes. EXHAUSTED: all its attempts failed."""
+    """The reason why a record could not be processed.
+
+    CRASH means that the record crashed several processes. EXHAUSTED means that all attempts to process the record failed.
+    """
 
     UNKNOWN = "UNKNOWN"
     DECODE = "DECODE"
@@ -145,7 +156,7 @@ class DeadLetterKind(AvroEnum):
 
 
 class AvroModel(BaseModel):
-    """The base class of records and their parts: immutable, without unknown fields, and without NaN or infinity."""
+    """The base class of records and their parts. Instances are immutable and reject unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(ser_json_bytes="base64", frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -166,7 +177,10 @@ class ConstitutionRef(AvroModel):
 
 
 class ModelRef(AvroModel):
-    """A model: its id, and as revision the content hash of its weights (for a served model, a hash of address and name)."""
+    """The id and the revision of a model.
+
+    The revision is the content hash of the model's weights. For a served model, it is a hash of the address and the name.
+    """
 
     id: str
     revision: str
@@ -196,7 +210,7 @@ class Completion(AvroModel):
 
 
 class Round(AvroModel):
-    """One finished round of critique and revision, as the records of later rounds contain it."""
+    """One finished round of critique and revision. The records of later rounds contain it."""
 
     round: int
     principle_id: str
@@ -207,7 +221,8 @@ class Round(AvroModel):
 class PrincipleVerdict(AvroModel):
     """The critic's verdict on a response under one principle.
 
-    `p_flawed` is the probability of the option FLAWED among the two options, `option_mass` their total probability.
+    `option_mass` is the total probability of the two options, CLEAN and FLAWED. `p_flawed` is the probability of FLAWED divided
+    by this total.
     """
 
     principle_id: str
@@ -217,11 +232,11 @@ class PrincipleVerdict(AvroModel):
 
 
 class PrincipleVote(AvroModel):
-    """The vote of one principle on a pair, in both orders: A shown first (forward) and B shown first (backward).
+    """The vote of one principle on a pair. Forward means that A is shown first, backward that B is shown first.
 
-    `p_forward` and `p_backward` are the probability that A is better; null if the judge's answer is unreadable. The option mass
-    is then 0, or null if the model's numbers are invalid. The explanations are the text that the judge wrote. Only votes with
-    `outcome` OK count, weighted by `weight`.
+    `p_forward` and `p_backward` are the probability that A is better, or null if the judge's reply cannot be read. In this case
+    the option mass is 0, or null if the model returned invalid numbers. `explanation` and `explanation_backward` are what the
+    judge wrote in the two orders. Only votes with the outcome OK count, and `weight` is the weight of the vote.
     """
 
     principle_id: str
@@ -238,8 +253,8 @@ class PrincipleVote(AvroModel):
 class Record(AvroModel):
     """The fields of every record: its id and its lineage.
 
-    `record_id` is deterministic (see `schemas.ids`): repeated work has the same id. `model` produced this record.
-    `policy_version` is the version of the policy that sampled the response in it.
+    `record_id` is deterministic, so repeated work has the same id (see `schemas.ids`). `model` is the model that produced the
+    record. `policy_version` is the version of the policy that sampled the record's response.
     """
 
     topic: ClassVar[str]
@@ -263,15 +278,15 @@ class Record(AvroModel):
 
     @property
     def key(self) -> bytes:
-        """The key in the log: the prompt id, so that the records of a prompt stay in order."""
+        """The key of the record in the log. The key is the prompt id, so that the log keeps the order of a prompt's records."""
         return (self.prompt_id or self.record_id).encode()
 
 
-# Groups of fields that several records share. A record class lists a group before `Record`.
+# The next classes are groups of fields that several records share. In the bases of a record class, they come before `Record`.
 
 
 class PromptFields(AvroModel):
-    """The prompt: its dialogue, and what sampling and the split into training and evaluation need."""
+    """The fields of a prompt: its dialogue, source, tags, split (training or evaluation) and epoch."""
 
     messages: list[ChatMessage]
     source: str
@@ -293,19 +308,19 @@ class OptionalResponseIdField(AvroModel):
 
 
 class PhaseField(AvroModel):
-    """A training phase: sft, reward, ppo or dpo."""
+    """The name of a training phase: sft, reward, ppo or dpo."""
 
     phase: str
 
 
 class BatchFields(PhaseField):
-    """A batch of a training phase."""
+    """The phase and the number of a training batch."""
 
     batch_number: int
 
 
 class Prompt(PromptFields, Record):
-    """A prompt that enters the pipeline. `origin` is the file and row that it comes from."""
+    """A prompt that enters the pipeline. `origin` is the file and the row of the prompt."""
 
     topic: ClassVar[str] = "prompts"
 
@@ -322,10 +337,10 @@ class Response(PromptFields, Record):
 
 
 class Chain(PromptFields, ResponseIdField, Record):
-    """The state of a critique-revision chain, which critiques and revisions share. It starts with completion 0 of a response.
+    """The state of a critique-revision chain. A chain starts with completion 0 of a response.
 
-    `response` is the response that was critiqued, or the revision; `finish_reason` is why its generation ended. If `end_reason`
-    is not NONE, the chain has ended and `final_response` is its result.
+    Critique and Revision have these fields. `response` is the newest response of the chain, and `finish_reason` is the reason
+    why its generation ended. If `end_reason` is not NONE, the chain has ended, and `final_response` is its result.
     """
 
     initial_response: str
@@ -346,11 +361,11 @@ class Chain(PromptFields, ResponseIdField, Record):
 
 
 class Critique(Chain):
-    """A verdict on `response` and, unless the chain ends, the written critique.
+    """The verdict on `response`. If the chain continues, the record also contains the written critique.
 
-    `verdicts` has one verdict for each principle that was checked. `p_flawed` is the maximum of their probabilities and
-    `option_mass` the minimum of their option masses. `p_better` is the probability that a revision is better than its
-    predecessor, averaged over both orders; null for an initial response.
+    `verdicts` has one verdict for each checked principle. `p_flawed` is the maximum of the verdicts' `p_flawed`, and
+    `option_mass` is the minimum of their `option_mass`. `p_better` is the probability that a revision is better than the
+    previous response, averaged over both orders. For an initial response, `p_better` is null.
     """
 
     topic: ClassVar[str] = "critiques"
@@ -365,7 +380,10 @@ class Critique(Chain):
 
 
 class Revision(Chain):
-    """The response, rewritten according to a critique. `similarity` to the previous response is between 0 and 1."""
+    """A response that was rewritten according to a critique.
+
+    `similarity` is the similarity to the previous response, from 0 to 1.
+    """
 
     topic: ClassVar[str] = "revisions"
 
@@ -377,12 +395,12 @@ class Revision(Chain):
 class Preference(PromptFields, OptionalResponseIdField, Record):
     """A preference pair with its judgment. The soft label `p_a` is the probability that A is better.
 
-    `p_a` is null unless `outcome` is OK or POSITION_FLIP. `label_order` is "both" (the average of both orders), "forward" (A
-    shown first) or "backward". `cached_tokens` is the number of `prompt_tokens` that were not computed again, because they are
-    shared with another judge prompt.
+    If `outcome` is neither OK nor POSITION_FLIP, `p_a` is null. `label_order` is "both" (the mean of both orders), "forward" (A
+    is shown first) or "backward" (B is shown first). `cached_tokens` is the number of `prompt_tokens` that were not computed
+    again, because another judge prompt has the same prefix.
 
-    A person's override of a label is a separate record with `label_source` HUMAN; its `parent_ids` contain the overridden
-    label. A person's comparison from a file has no parents; `origin` is the file and row that it comes from.
+    When a person overrides a label, the new label is a separate record with `label_source` HUMAN. Its `parent_ids` contain the
+    id of the overridden record. A human comparison from a file has no parents, and `origin` is its file and row.
     """
 
     topic: ClassVar[str] = "preferences"
@@ -411,7 +429,7 @@ class Preference(PromptFields, OptionalResponseIdField, Record):
 
 
 class Demonstration(PromptFields, Record):
-    """A response that a person wrote or selected, for supervised fine-tuning. `origin` is the file and row it comes from."""
+    """A response that a person wrote or selected, for supervised fine-tuning. `origin` is its file and row."""
 
     topic: ClassVar[str] = "demonstrations"
 
@@ -422,12 +440,12 @@ class Demonstration(PromptFields, Record):
 
 
 class BatchManifest(BatchFields, Record):
-    """The exact rows of one training batch. It is written before training starts.
+    """The exact rows of one training batch. The manifest is written before the training on the batch starts.
 
     `record_ids` are in the order of training. `sl_record_ids` are the finished chains for the supervised part of a combined
-    objective. `replayed_record_ids` are the `record_ids` that an earlier batch of this phase has trained on. `mixture` is the
-    number of rows of each source, `target_mixture` the configured shares. `cursors` is, for each source, the commit up to which
-    this phase has used its rows; empty: `commit_seq_to` for all sources.
+    objective. `replayed_record_ids` are the records that an earlier batch of this phase already used. `mixture` is the number
+    of rows of each source, and `target_mixture` is the configured share of each source. `cursors` is the last commit sequence
+    number of each source that this phase has used. If `cursors` is empty, this number is `commit_seq_to` for all sources.
     """
 
     topic: ClassVar[str] = "batches"
@@ -448,10 +466,11 @@ class BatchManifest(BatchFields, Record):
 
 
 class PolicyUpdate(Record):
-    """A new version of the policy (kind POLICY) or of the reward model (kind REWARD), which every worker can load.
+    """A new version of the policy (kind POLICY) or of the reward model (kind REWARD). Every worker can load it.
 
-    With `restored_version` it is a new version with the weights of an earlier one. `batch_id` is then the batch that produced
-    those weights; the nil UUID for the base model. If two updates have the same version, the first one in the log counts.
+    If `restored_version` is set, the new version has the weights of that earlier version. `batch_id` is then the batch that
+    produced these weights, or the nil UUID for the weights of the base model. If two updates have the same version, the first
+    update in the log counts.
     """
 
     topic: ClassVar[str] = "policies"
@@ -468,7 +487,7 @@ class PolicyUpdate(Record):
 
     @property
     def key(self) -> bytes:
-        # The record id, so that compaction keeps two updates with the same version: the first one counts.
+        # The key is the record id, so that compaction keeps both of two updates with the same version. The first one counts.
         return self.record_id.encode()
 
 
@@ -508,7 +527,7 @@ class Metric(BatchFields, Record):
 
 
 class Incident(PhaseField, Record):
-    """An event that stopped or paused training. `voided_batch_id` is a voided batch: later batches may use its rows."""
+    """An event that stopped or paused training. Later batches may use the rows of the voided batch `voided_batch_id`."""
 
     topic: ClassVar[str] = "incidents"
 
@@ -519,7 +538,7 @@ class Incident(PhaseField, Record):
 
 
 class Pause(PhaseField, Record):
-    """A training phase is paused or resumed. The newest record of a phase counts."""
+    """The pause or the resumption of a training phase. The newest record of a phase counts."""
 
     topic: ClassVar[str] = "pauses"
 
@@ -556,7 +575,7 @@ class ProducerOffset(Record):
 
 
 class DeadLetterRetry(Record):
-    """A dead letter was published again, for the stage that failed to process it. `parent_ids` contain the dead letter."""
+    """A dead letter that was published again, for the stage that failed to process it. `parent_ids` contains its id."""
 
     topic: ClassVar[str] = "dead-letter-retries"
 
@@ -580,7 +599,7 @@ class Header(AvroModel):
 
 
 class DeadLetter(Record):
-    """A record that could not be processed: its bytes and headers unchanged, its coordinates, and the error."""
+    """A record that could not be processed: its unchanged bytes and headers, its topic, partition and offset, and the error."""
 
     topic: ClassVar[str] = "dead-letters"
 

@@ -1,7 +1,7 @@
-"""The topics: the record class, partitions and retention of each.
+"""The topics of Charter, with the record class, the number of partitions and the retention of each topic.
 
-A topic, its record class and its table have the same name. The number of partitions is set when a topic is created; it is the
-maximum number of instances of a stage that can share the work.
+Each topic has one record class and one table. The number of partitions is set when a topic is created. A stage can
+have at most this number of instances that share the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEAD_LETTER_OVERHEAD_BYTES = 64 * 1024  # maximum size of the fields that a dead
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """A topic: its record class, partitions, retention in milliseconds (-1: forever) and maximum record size in bytes."""
+    """The configuration of a topic. A retention of -1 means that records are kept forever."""
 
     name: str
     record_class: type[Record]
@@ -26,7 +26,7 @@ class TopicSpec:
     num_partitions: int = DEFAULT_PARTITIONS
     retention_ms: int = _RETAIN_FOREVER
     max_message_bytes: int = MAX_RECORD_BYTES
-    replication_factor: int = -1  # on Kafka; -1: the broker's default
+    replication_factor: int = -1  # used only on Kafka; -1 selects the broker's default
 
     @property
     def table(self) -> str:
@@ -34,7 +34,7 @@ class TopicSpec:
         return self.name.replace("-", "_")
 
 
-# Topics with few records whose total order matters have one partition.
+# These topics have one partition, because they have few records and the order of all their records matters.
 _SINGLE_PARTITION_TOPICS = {
     "batches",
     "policies",
@@ -53,7 +53,7 @@ _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 def make_topic_table(
     num_partitions: int = DEFAULT_PARTITIONS, retention_ms: int = _RETAIN_FOREVER, replication_factor: int = -1
 ) -> dict[str, TopicSpec]:
-    """Return all topics of Charter by name."""
+    """Return the configuration of all topics, by name."""
     specs = {}
     for record in RECORDS:
         extra = DEAD_LETTER_OVERHEAD_BYTES if record is DeadLetter else 0

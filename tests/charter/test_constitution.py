@@ -96,7 +96,7 @@ def test_lint_has_an_exit_code_text_and_json(folder, tmp_path):
     assert "no findings" in run_command(folder, "lint", "default", "course")
     bad = tmp_path / "bad.toml"
     bad.write_text(COURSE.replace('name = "Honesty"', 'name = "Helpfulness"'))
-    assert f"{bad}:27: duplicate: honesty: it has the name of helpfulness" in run_command(folder, "lint", bad, code=1)
+    assert f"{bad}:27: duplicate: honesty: it has the same name as helpfulness" in run_command(folder, "lint", bad, code=1)
     rows = json.loads(run_command(folder, "lint", bad, "--json", code=1))
     assert [row["line"] for row in rows] == [27, 43] and rows[0]["rule"] == "duplicate"
 

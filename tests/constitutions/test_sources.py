@@ -176,7 +176,7 @@ def test_priority_and_judge_with_change_the_hash():
         (PROSE.replace("priority = 2\n", ""), ["line 4: prose.0.priority", "missing"]),
         (PROSE.replace("priority = 2\n", "priority = 0\n"), ["line 7"]),
         (PROSE.replace('"safe"', '"helpful"'), ["line 14", "helpful", "line 5"]),
-        (PROSE + make_entry(JUDGING, "j"), ["line 18", "prose and a judge list"]),
+        (PROSE + make_entry(JUDGING, "j"), ["line 18", "with prose cannot have a judge list"]),
         (HEAD + "prose = []\n", ["line 3", "empty list"]),
         (HEAD + "critique = []\njudge = []\n", ["line 3", "empty list", "[[critique]]"]),
         (HEAD + "critique = 7\n", ["line 3", "is not a list"]),
