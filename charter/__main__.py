@@ -1,4 +1,4 @@
-"""`charter` and `python -m charter`."""
+"""Start the command line for `charter` and `python -m charter`."""
 
 from charter.cli import main
 

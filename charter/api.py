@@ -1,4 +1,4 @@
-"""The Python API: run the stages of the pipeline directly, without a bus.
+"""Run the stages of the pipeline directly from Python, without a bus.
 
     from charter.api import Charter
 
@@ -6,8 +6,8 @@
     charter.self_critique_loop("How do magnets work?").final_response
     charter.generate_preference_pair("How do magnets work?").chosen
 
-The methods return the same records, with the same ids, as the pipeline would publish: the same code makes them, and a sampling
-seed depends only on the record. Nothing is stored; `docs/api.md` shows how to store records. Models are loaded on first use.
+The methods return the same records with the same ids as the pipeline, because both run the same code and a sampling seed depends
+only on the record. The methods do not store records; `docs/api.md` shows how to store them. Models are loaded on first use.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ PromptLike = str | Sequence[ChatMessage | Mapping[str, str]] | Prompt | Response
 
 @dataclass(frozen=True)
 class RevisionChain:
-    """A revision chain: the response that it starts from, and its critiques and revisions in order."""
+    """Holds the response at the start of a revision chain, and the critiques and revisions of the chain in order."""
 
     response: Response
     steps: tuple[Critique | Revision, ...]
 
     @property
     def last_step(self) -> Critique | Revision:
-        """The record that ends the chain."""
+        """Return the record that ends the chain."""
         return self.steps[-1]
 
     @property
@@ -61,7 +61,7 @@ class RevisionChain:
 
     @property
     def final_response(self) -> str | None:
-        """The response to train on; None if the chain has none (`end_reason` is UNUSABLE)."""
+        """Return the response to train on. Return None if the chain has no usable response (`end_reason` is UNUSABLE)."""
         return None if self.end_reason is EndReason.UNUSABLE else self.last_step.final_response
 
     @property
@@ -79,10 +79,10 @@ class RevisionChain:
 
 @dataclass(frozen=True)
 class JudgedResponse:
-    """A response and the judge's preferences over its completions.
+    """Holds a response and the judge's preferences over its completions.
 
-    There is one preference for each two consecutive completions. With judge.pairing "revision" there is one preference, between
-    the final and the initial response of the chain, or none if the chain has no usable revision.
+    Each pair of consecutive completions has one preference. With judge.pairing "revision", one preference compares the final
+    response of the chain with its initial response. `preferences` is empty if the chain has no usable revision.
     """
 
     response: Response
@@ -95,18 +95,18 @@ class JudgedResponse:
 
     @property
     def p_a(self) -> float | None:
-        """The soft label: the probability that response A is better. None if there is no usable label."""
+        """Return the soft label, which is the probability that response A is better. Return None without a usable label."""
         first = self.preference
         return first.p_a if first and first.outcome is Outcome.OK else None
 
     @property
     def chosen(self) -> str | None:
-        """The preferred response; None without a label and for a tie."""
+        """Return the preferred response. Return None for a tie or if there is no label."""
         return self._get_response(preferred=True)
 
     @property
     def rejected(self) -> str | None:
-        """The other response of the pair; None without a label and for a tie."""
+        """Return the other response of the pair. Return None for a tie or if there is no label."""
         return self._get_response(preferred=False)
 
     def _get_response(self, *, preferred: bool) -> str | None:
@@ -121,15 +121,16 @@ class JudgedResponse:
 
 
 class Charter:
-    """A constitution, and the models that respond, criticize, revise and judge under it.
+    """Responds to prompts, and criticizes, revises and judges the responses under a constitution.
 
-    `constitution` is the name of a shipped constitution, a path, or a Constitution. `model` is the policy; it is also the critic
-    and the judge unless these are given. A model is a Model (any object with the methods of engine.models.interface.Model), or
-    a model setting: smollm2, a folder, a hub id, or http://HOST:PORT/v1#NAME. `settings` maps dotted names to values; other
-    settings come from the environment, ./charter.toml (or `config`) and the defaults, as for the command line.
+    `constitution` is the name of a shipped constitution, a path, or a Constitution. `model` is the policy. The critic and the
+    judge use the same model unless `critic` or `judge` is given. A model is a Model (any object with the methods of
+    engine.models.interface.Model), or a model setting: smollm2, a folder, a hub id, or http://HOST:PORT/v1#NAME. `settings` maps
+    dotted names to values. All other settings come from the environment, ./charter.toml (or `config`) and the defaults, as for
+    the command line.
 
-    Raises UsageError for an invalid setting or prompt, and ConstitutionError for an invalid constitution. A model that cannot be
-    loaded or reached raises ModelUnreachable on first use.
+    Raises UsageError for an invalid setting or prompt, and ConstitutionError for an invalid constitution. Raises ModelUnreachable
+    on first use of a model that cannot be loaded or reached.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Charter:
         self.constitution = constitution
 
     def respond(self, prompt: PromptLike) -> Response:
-        """Sample the policy's response to a prompt: a record with `respond.num_completions` completions."""
+        """Sample the policy's response to a prompt. The record has `respond.num_completions` completions."""
         (response,) = self.generate_responses([prompt])
         return response
 
@@ -167,7 +168,7 @@ class Charter:
         return judged
 
     def self_critique_loops(self, prompts: Iterable[PromptLike]) -> list[RevisionChain]:
-        """Run `self_critique_loop` for many prompts in batches, which is faster than one prompt at a time."""
+        """Run `self_critique_loop` for many prompts. The prompts run in batches, which is faster than one prompt at a time."""
         responses = self.generate_responses(prompts)
         steps: dict[int, list[Critique | Revision]] = {i: [] for i in range(len(responses))}
         unfinished: dict[int, Response | Revision] = dict(enumerate(responses))
@@ -200,14 +201,14 @@ class Charter:
         return [JudgedResponse(r, tuple(labels)) for r, labels in zip(responses, preferences, strict=True)]
 
     def generate_responses(self, prompts: Iterable[PromptLike]) -> list[Response]:
-        """Return a response for each item, in order. Items that are Response records already are returned unchanged."""
+        """Return a response for each item, in order. An item that is already a Response record is returned unchanged."""
         items = [item if isinstance(item, Response) else self.to_prompt(item) for item in prompts]
         new_prompts = [item for item in items if isinstance(item, Prompt)]
         outputs = iter(self.respond_stage(new_prompts) if new_prompts else [])
         return [item if isinstance(item, Response) else next(outputs)[0] for item in items]
 
     def to_prompt(self, value: str | Sequence[ChatMessage | Mapping[str, str]] | Prompt) -> Prompt:
-        """Return the Prompt record for a string or a list of messages, parsed as `charter produce` parses a row.
+        """Convert a string or a list of messages to a Prompt record, with the same rules as `charter produce`.
 
         Raises UsageError for an invalid prompt.
         """
@@ -243,14 +244,14 @@ class Charter:
 
 
 def _message_to_dict(message: object) -> object:
-    """Return a message as a dictionary; a value that is not a message is returned unchanged, for the parser to reject."""
+    """Convert a message to a dictionary. Return any other value unchanged, because the parser reports the error."""
     if isinstance(message, ChatMessage):
         return message.model_dump()
     return dict(message) if isinstance(message, Mapping) else message
 
 
 def _register_model(model: str | Model, opened_models: dict[str, Model]) -> str:
-    """Return the setting for a model. A Model object is added to `opened_models` under a name made from its id and revision."""
+    """Return the model setting. Add a Model object to `opened_models` under a name that consists of its id and revision."""
     if isinstance(model, str):
         return model
     name = f"{model.id} {model.revision}"

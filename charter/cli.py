@@ -1,7 +1,7 @@
-"""The command line: load the command of a verb, list the verbs by section, and print every error in the same form.
+"""Run the command of a verb, list the verbs by section, and print all errors in the same form.
 
 Exit codes: 0 ok, 1 failed, 2 usage error, 3 a dependency is unreachable, 130 stopped with Ctrl-C.
-An error is three lines on standard error: what happened, why, what to type.
+An error has three lines on standard error: what happened, why, and what to type.
 
 `charter/commands/` has one file for each verb. `charter` imports only the file of the verb that is called, so `charter --help`
 does not load torch, DuckDB or the Kafka client.
@@ -23,18 +23,18 @@ import charter
 from charter.console import print_progress
 from charter.text import to_one_line
 
-# Section -> verb -> first sentence of its help. The text is repeated here because reading it from a command imports the command.
-# A test compares both.
+# Maps each section to its verbs, and each verb to the first sentence of its help. The sentences are copied here because reading
+# them from the commands would import all commands. A test compares the copies with the commands.
 SECTIONS: dict[str, dict[str, str]] = {
     "Start": {
-        "demo": "Run the whole loop once with a small real model.",
+        "demo": "Run the whole training loop once with a small real model.",
         "produce": "Publish prompts or labeled data.",
         "run": "Run the stages and the sink until stopped.",
-        "train": "Train on the rows that have arrived, once or in a loop.",
+        "train": "Train on the available rows, once or in a loop.",
     },
     "Inspect": {
         "dashboard": "Serve a live dashboard for the browser.",
-        "report": "Write a run into one HTML file.",
+        "report": "Write a report of a run to one HTML file.",
         "status": "Show record counts, consumer lag and policies.",
         "show": "Show the trace of one prompt.",
         "sql": "Query the database, read-only.",
@@ -53,7 +53,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Labels": {
         "label": "Label pairs by hand.",
-        "export": "Write training data to a folder that trainers read.",
+        "export": "Write training data to a folder in the formats of TRL.",
     },
     "Replay": {
         "replay": "Run earlier records through the stages again, as a new run.",
@@ -62,10 +62,10 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Maintenance": {
         "topics": "List, create and describe topics, and show consumer lag.",
-        "snapshot": "Copy the database to a file while everything runs.",
-        "backup": "Copy the data folder while everything runs.",
+        "snapshot": "Copy the database to a file while the pipeline runs.",
+        "backup": "Copy the data folder while the pipeline runs.",
         "restore": "Create a data folder from a backup.",
-        "erase": "Delete everything that was made from a prompt.",
+        "erase": "Delete a prompt and all records made from it.",
     },
 }
 
@@ -80,7 +80,7 @@ def load_command(verb: str) -> click.Command:
 
 
 class _LazyGroup(click.Group):
-    """A group that imports the file of a verb only when the verb is called, and lists the verbs by section."""
+    """Imports the file of a verb only when the verb is called, and lists the verbs by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -105,11 +105,11 @@ class _LazyGroup(click.Group):
 def cli(context: click.Context) -> None:
     """Stream prompts through responses, critiques, revisions and preference labels into DuckDB, and train on them.
 
-    Without a verb, print the status of the run in this folder, or the commands that start one.
+    Without a verb, print the status of the newest run in this folder. If there is no run, print the commands that start a run.
 
     \b
     First steps:
-      charter demo                 run the whole loop once with a small real model
+      charter demo    run the whole training loop once with a small real model
       charter sql "select * from traces limit 1"
       charter produce prompts.jsonl && charter run
     """
@@ -122,10 +122,11 @@ _TRAINING_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accel
 
 
 def main() -> None:
-    """Run the command line. Print each error as three lines, and exit with its code."""
-    # Set before torch is loaded. Waiting OpenMP threads that spin slow down a busy machine by an order of magnitude.
+    """Run the command line. On an error, print three lines and exit with the exit code of the error."""
+    # OpenMP reads this variable when torch is loaded. By default, waiting OpenMP threads spin, which slows down a busy machine by
+    # an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # without UTF-8, print unsupported characters as escapes
+    for stream in (sys.stdout, sys.stderr):  # print characters as escapes if the output does not support them
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -135,7 +136,7 @@ def main() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # e.g. `| head`: the final flush of standard output must not raise again
+    except BrokenPipeError:  # e.g. with `| head`; the flush at exit must not raise the error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -153,7 +154,7 @@ def describe_error(error: Exception) -> tuple[str, str, str]:
     if isinstance(error, click.ClickException):
         return _describe_usage_error(error)
     if isinstance(error, ModuleNotFoundError) and error.name in _TRAINING_PACKAGES:
-        why = "local models and training are an optional extra, which keeps other installations small"
+        why = "local models and training need the packages of an optional extra"
         return f"this command needs {error.name}, which is not installed", why, "type: pip install -e '.[train]'"
     if isinstance(error, OSError):
         return (
@@ -167,7 +168,7 @@ def describe_error(error: Exception) -> tuple[str, str, str]:
 
 
 def _describe_usage_error(error: click.ClickException) -> tuple[str, str, str]:
-    """Return the three lines for an unknown verb, option or value, with the usage of the command."""
+    """Return the three error lines for an unknown verb, option or value. The second line is the usage of the command."""
     context = getattr(error, "ctx", None) or click.Context(cli, info_name="charter")
     usage = context.command.get_usage(context).removeprefix("Usage: ")
     return error.format_message(), f"usage: {usage}", f"type: {context.command_path} --help"

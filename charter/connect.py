@@ -25,7 +25,7 @@ def connect_bus(settings: Settings) -> Bus:
 
 
 def open_bus_from_settings(settings: Settings) -> Bus:
-    """Open the bus without creating topics. This also sets the record framing of the whole process."""
+    """Open the bus without creating topics. Also set the record framing for the whole process."""
     _configure_framing(settings.bus)
     options = make_client_options(settings.bus) if settings.bus_address.startswith(KAFKA_SCHEME) else {}
     return open_bus(
@@ -34,9 +34,9 @@ def open_bus_from_settings(settings: Settings) -> Bus:
 
 
 def _configure_framing(bus_settings: BusSettings) -> None:
-    """Set the framing of written records: Avro single-object, or Confluent's, which needs a schema registry.
+    """Set the framing of written records. The Confluent framing needs a schema registry; the Avro single-object framing does not.
 
-    With a registry, records in both framings can be read.
+    If a registry is configured, the process can read records in both framings.
     """
     try:
         codec.configure_framing(

@@ -1,4 +1,4 @@
-"""Code that all commands share: common options, loading of settings, logging, and printing of tables, JSON and CSV.
+"""Provide what all commands share: common options, loading of settings, logging, and printing of tables, JSON and CSV.
 
 `charter --help` imports this file, so functions import pydantic and rich only when they need them.
 """
@@ -26,12 +26,17 @@ _PROGRESS_LOGGER = logging.getLogger("charter.progress")
 def common_options(
     function: Callable[..., Any], *, get_preset: Callable[[], dict[str, dict[str, Any]]] | None = None
 ) -> Callable[..., Any]:
-    """Add the options that every verb has. The command gets `settings`, and `origins` if it has a parameter of that name.
+    """Add the options that every verb has. Pass `settings` to the command, and `origins` if the command has this parameter.
 
-    `get_preset` returns defaults of this command, which every other source of settings overrides.
+    `get_preset` returns default settings of this command. All other sources of settings override them.
     """
     options = [
-        click.option("--data", metavar="FOLDER", type=click.Path(), help="Data folder: database, embedded log, checkpoints."),
+        click.option(
+            "--data",
+            metavar="FOLDER",
+            type=click.Path(),
+            help="Data folder for the database, the embedded log and the checkpoints.",
+        ),
         click.option("--bus", metavar="ADDRESS", help="kafka://HOST:PORT or a folder with an embedded log."),
         click.option("--run", "run_id", metavar="ID", help="ID of the run to read or write."),
         click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings file."),
@@ -73,12 +78,12 @@ def configure_logging(verbose: bool, as_json: bool) -> None:
     handler.setFormatter(JsonFormatter() if as_json else TerminalFormatter())
     _PROGRESS_LOGGER.setLevel(logging.INFO if as_json else logging.NOTSET)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # The Kafka client logs every retry. Charter's own errors report the result, so the client is silent unless --verbose.
+    # The Kafka client logs every retry. Charter reports the final error, so these messages are hidden without --verbose.
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
 
 
 def print_progress(message: str, level: int = logging.INFO) -> None:
-    """Print a progress message to standard error. With --log-json, log it, so that standard error has only JSON lines."""
+    """Print a progress message to standard error. With --log-json, log the message as JSON instead."""
     if _PROGRESS_LOGGER.level == logging.NOTSET:
         click.echo(message, err=True)
     else:
@@ -86,7 +91,7 @@ def print_progress(message: str, level: int = logging.INFO) -> None:
 
 
 class TerminalFormatter(logging.Formatter):
-    """Format a log record as a plain line. Control characters are printed as escapes, so a terminal does not execute them."""
+    """Formats a log record as a plain line. Control characters become escapes, so that a terminal does not execute them."""
 
     def __init__(self) -> None:
         from engine.logs import LOG_FORMAT
@@ -98,7 +103,7 @@ class TerminalFormatter(logging.Formatter):
 
 
 def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
-    """Return the arguments `settings` and, if `function` has that parameter, `origins`."""
+    """Return the argument `settings`. Also return `origins` if `function` has a parameter of this name."""
     from engine.settings import load_settings
 
     settings, origins = load_settings(flags, file, preset)
@@ -111,7 +116,8 @@ def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     for name, equals, _ in pairs:
         if not equals:
             raise click.UsageError(
-                f"--set {name}: write it as NAME=VALUE, e.g. --set respond.num_completions=4", click.get_current_context()
+                f"--set {name}: the setting must have the form NAME=VALUE, e.g. --set respond.num_completions=4",
+                click.get_current_context(),
             )
     return {name: value for name, _, value in pairs}
 
@@ -147,7 +153,7 @@ def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], outp
 
 
 _MAX_CELL_CHARS = 60
-_MAX_WIDTH = 100_000  # columns; wider than any table, so that files and pipes get unfolded lines
+_MAX_WIDTH = 100_000  # in columns; no table is wider, so lines in files and pipes are not folded
 _BOX = ["    ", "    ", " -  ", "    ", "    ", "    ", "    ", "    "]  # two spaces between columns, a rule under the header
 
 
@@ -190,7 +196,7 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _format_row_blocks(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return one block per row, with one line per column. Used for rows with long cells."""
+    """Return one block per row, with one line per column. This format is for rows with long cells."""
     parts = []
     for number, row in enumerate(rows, 1):
         parts.append(f"--- row {number}")
@@ -205,7 +211,7 @@ def _format_nested(value: Any) -> str:
 
 
 def format_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table, or one block per row if a cell has more than 60 characters. The choice ignores the terminal width."""
+    """Return a table, or one block per row if a cell has more than 60 characters. The choice does not depend on the terminal width."""
     is_short = all(len(format_cell(value)) <= _MAX_CELL_CHARS for row in rows for value in row)
     return format_table(columns, rows) if is_short else _format_row_blocks(columns, rows)
 

@@ -1,7 +1,7 @@
-"""Custom stages: load a stage from a Python file for `charter run --stage FILE.py` (docs/extending.md).
+"""Load a custom stage from a Python file for `charter run --stage FILE.py` (docs/extending.md).
 
-The file defines a function `stage(settings, models) -> Stage`. With `ROLE = "policy"`, `"critic"` or `"judge"` the stage runs
-in the executor of that role's model; without a ROLE it runs in a separate thread.
+The file defines a function `stage(settings, models) -> Stage`. If the file sets `ROLE` to `"policy"`, `"critic"` or `"judge"`,
+the stage runs in the executor of the model of that role. Without `ROLE`, the stage runs in a separate thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from schemas.topics import TOPICS
 
 @dataclass(frozen=True)
 class CustomStage:
-    """The contents of a stage file: the function that makes the stage, and the role of the model that it uses."""
+    """Holds the function of a stage file that makes the stage, and the role of the model that the stage uses."""
 
     path: Path
     make_stage: Callable[[Settings, RoleModels], Stage]
@@ -31,14 +31,18 @@ def load_custom_stage(path: str, roles: tuple[str, ...]) -> CustomStage:
     """Import a stage file. Raises UsageError if the file, its function or its role is missing or invalid."""
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"there is no file {path}", "a stage is a name or a Python file", "type: charter run --help")
+        raise UsageError(
+            f"there is no file {path}", "--stage must be the name of a stage or a Python file", "type: charter run --help"
+        )
     spec = importlib.util.spec_from_file_location(f"charter_stage_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     make_stage, role = getattr(module, "stage", None), getattr(module, "ROLE", None)
     if not callable(make_stage):
-        raise UsageError(f"{path} has no stage", "it needs a function stage(settings, models)", "see docs/extending.md")
+        raise UsageError(
+            f"{path} has no stage", "the file must define a function stage(settings, models)", "see docs/extending.md"
+        )
     if role not in (None, *roles):
         valid_roles = ", ".join(dict.fromkeys(roles))
         raise UsageError(f"{path}: ROLE cannot be {role!r}", f"the roles are {valid_roles}", "use one of them, or remove ROLE")

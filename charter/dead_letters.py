@@ -33,17 +33,21 @@ def find_dead_letter(store: Store, identifier: str) -> dict[str, Any]:
     )
     if len(rows) != 1:
         raise UsageError(
-            f"{identifier!r} matches {len(rows) or 'no'} dead letters", "it must match exactly one", "type: charter dlq list"
+            f"{identifier!r} matches {len(rows) or 'no'} dead letters",
+            "the ID must match exactly one dead letter",
+            "type: charter dlq list",
         )
     return rows[0]
 
 
 def publish_retries(bus: Bus, dead_letters: Sequence[dict[str, Any]]) -> int:
-    """Publish the original messages of dead letters again; return how many were published.
+    """Publish the original messages of dead letters again. Return the number of published messages.
 
-    A message and its DeadLetterRetry record are in one transaction. Dead letters that already have such a record are skipped.
+    One transaction contains a message and its DeadLetterRetry record. Dead letters that already have such a record are skipped.
     """
-    writer = bus.open_writer("dlq.retry")  # a second process with this transactional id fences the first, so nothing is doubled
+    # If two processes retry at the same time, the second process fences the first, because the transactional id is the same.
+    # Therefore no message is published twice.
+    writer = bus.open_writer("dlq.retry")
     try:
         retried = {decode_record(value, DeadLetterRetry).dead_letter_id for value in read_values(bus, DeadLetterRetry.topic)}
         pending = [dead_letter for dead_letter in dead_letters if str(dead_letter["record_id"]) not in retried]
@@ -56,7 +60,7 @@ def publish_retries(bus: Bus, dead_letters: Sequence[dict[str, Any]]) -> int:
 
 
 def _to_producer_records(dead_letter: dict[str, Any]) -> list[ProducerRecord]:
-    """Return the original message, addressed to the stage that failed on it, and the DeadLetterRetry record."""
+    """Return the original message with a header that names the failed stage, and the DeadLetterRetry record."""
     headers = tuple((h["key"], bytes(h["value"])) for h in dead_letter["headers"] or [] if h["key"] != TARGET_STAGE_HEADER)
     key = bytes(dead_letter["source_key"]) if dead_letter["source_key"] is not None else b""
     value = bytes(dead_letter["value"]) if dead_letter["value"] is not None else None

@@ -5,8 +5,8 @@
 3. Policy 1 responds to new prompts, and PPO trains it into policy 2.
 4. Policy 2 responds to more prompts.
 
-The remaining work is read from the log and the database. A demo that was killed continues from there when it is started again,
-and a finished demo only prints its summary.
+The demo reads the log and the database to find the remaining work. If the demo was killed, the next start continues it. If the
+demo is already finished, it only prints its summary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from schemas.records import PolicyKind
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
-# Short completions and one revision round, so that two cores need only a few minutes. A real run uses the defaults.
+# The completions are short and there is only one revision round, so two cores need a few minutes. A real run uses the defaults.
 DEMO_PRESET: dict[str, dict[str, Any]] = {
     "run": {"id": "demo"},
     "prompts": {"eval_fraction": 0.0},
@@ -57,7 +57,7 @@ DEMO_PRESET: dict[str, dict[str, Any]] = {
     "ppo": {"epochs": 1},
 }
 _POLL_INTERVAL_S = 1.0
-_STATUS_INTERVAL_S = 10.0  # without a terminal, the longest time without a line of output
+_STATUS_INTERVAL_S = 10.0  # maximum time between two lines of output without a terminal
 _COUNTED_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "dead letters")
 _UPDATE_KINDS = {PolicyKind.POLICY: "policy", PolicyKind.REWARD: "reward model"}
 _PHASE_TITLES = {
@@ -69,7 +69,7 @@ _PHASE_TITLES = {
 
 @dataclass(frozen=True)
 class DemoIteration:
-    """One iteration of the loop: a policy responds to a range of the shipped prompts, then training makes the next policy."""
+    """Describes one iteration. A policy responds to a range of the shipped prompts, then training makes the next policy."""
 
     title: str
     first_line: int
@@ -79,12 +79,12 @@ class DemoIteration:
 
 
 def _plan_iterations(num_prompts: int) -> list[DemoIteration]:
-    """Return three iterations: `num_prompts` prompts, then two thirds and one third as many new prompts."""
+    """Return three iterations with new prompts: `num_prompts`, two thirds of this number, and one third of this number."""
     second, third = max(1, 2 * num_prompts // 3), max(1, num_prompts // 3)
     if num_prompts < 2 or num_prompts + second + third > count_shipped_prompts():
         raise UsageError(
             f"--prompts cannot be {num_prompts}",
-            f"the minimum is 2; the three iterations use twice the number, of {count_shipped_prompts()} shipped prompts",
+            f"the minimum is 2, and the three iterations need twice this number of the {count_shipped_prompts()} shipped prompts",
             "type: charter demo --prompts 24",
         )
     return [
@@ -102,7 +102,7 @@ def _compute_prompt_ids(iteration: DemoIteration) -> list[str]:
 
 
 class DemoProgress:
-    """Progress output: a live table on a terminal; elsewhere a line for each change, and at least one every 10 seconds."""
+    """Shows the progress as a live table on a terminal. Otherwise prints a line for each change, and at least every 10 seconds."""
 
     def __init__(self, started_at: float) -> None:
         self.started_at = self.printed_at = started_at
@@ -118,7 +118,7 @@ class DemoProgress:
             threading.Thread(target=self.repeat_status, name="progress", daemon=True).start()
 
     def print_line(self, text: str) -> None:
-        """Print a line with the elapsed time. On a terminal it scrolls above the live table."""
+        """Print a line with the elapsed time. On a terminal, the line appears above the live table."""
         line = f"[{time.monotonic() - self.started_at:5.0f} s] {text}"
         if self.live_display:
             self.live_display.console.print(line, highlight=False, markup=False)
@@ -128,7 +128,7 @@ class DemoProgress:
             self.printed_at = time.monotonic()
 
     def show_counts(self, title: str, counts: dict[str, int], done: int, total: int, running_stages: Sequence[str]) -> None:
-        """Show the number of finished prompts, the records by table, and the stages that run a batch now."""
+        """Show the number of finished prompts, the number of records in each table, and the stages that run a batch now."""
         self.title = f"{title}: {done} of {total} finished"
         fields = " ".join(f"{name.replace(' ', '_')}={count}" for name, count in counts.items())
         self.status = f"finished={done}/{total} {fields} running={','.join(running_stages) or 'none'}"
@@ -143,10 +143,10 @@ class DemoProgress:
         self.print_line(f"training: {_PHASE_TITLES[phase]}")
 
     def repeat_status(self) -> None:
-        """Print the status again when nothing was printed for 10 seconds, so that a slow batch does not look like a hang."""
+        """Print the status again after 10 seconds without output, so that the user sees that a slow batch still runs."""
         while not self.stop_event.wait(_POLL_INTERVAL_S):
             if time.monotonic() - self.printed_at >= _STATUS_INTERVAL_S:
-                with suppress(BrokenPipeError):  # the main thread reports it
+                with suppress(BrokenPipeError):  # the main thread reports this error
                     self.print_line(self.status)
 
     def build_table(self) -> Table:
@@ -169,7 +169,7 @@ class DemoProgress:
 
 
 class Demo:
-    """The demo in the data folder of the settings, with `prompts` prompts in its first iteration."""
+    """Runs the demo in the data folder of the settings. The first iteration uses `prompts` prompts."""
 
     def __init__(self, settings: Settings, prompts: int) -> None:
         self.settings, self.iterations = settings, _plan_iterations(prompts)
@@ -190,7 +190,7 @@ class Demo:
         click.echo("\n".join(self.format_summary()))
 
     def run_iterations(self, bus: Bus, host: Host, progress: DemoProgress) -> None:
-        """Run the iterations, each with its training phases; finished ones are skipped."""
+        """Run the iterations and their training phases. Skip iterations and phases that are already finished."""
         from trainer.loop import Trainer
 
         trainer = Trainer(bus, self.store, self.settings, self.base_folder, progress.print_step)
@@ -203,7 +203,7 @@ class Demo:
             trainer.close()
 
     def run_iteration(self, iteration: DemoIteration, bus: Bus, host: Host, progress: DemoProgress) -> None:
-        """Publish the prompts of an iteration, without those that are already on the log, and wait until all are finished."""
+        """Publish the prompts of an iteration that are not on the log yet. Wait until all prompts of the iteration are finished."""
         prompt_ids = _compute_prompt_ids(iteration)
         if self.count_finished(prompt_ids) < len(prompt_ids):
             number = self.iterations.index(iteration) + 1
@@ -219,7 +219,7 @@ class Demo:
         _wait_until(is_finished, host)
 
     def train_phase(self, trainer: Trainer, phase: str, host: Host, progress: DemoProgress) -> None:
-        """Train one update of a phase. An update that an earlier start began is finished; a finished one is skipped."""
+        """Train one update of a phase. Continue an update that an earlier start began. Skip a finished update."""
         update = trainer.resume()
         if phase not in {manifest.phase for manifest in trainer.read_state().manifests}:
             progress.show_training(phase, self.query_record_counts())
@@ -271,7 +271,7 @@ class Demo:
             f"log          {self.settings.bus_address}",
             f"checkpoints  {self.settings.folder / 'checkpoints'}",
             "",
-            "The demo shows how the pipeline works, not good results: the judgments of a model this small are close to chance.",
+            "The demo only shows how the pipeline works. The results are poor, because such a small model judges almost at random.",
             "",
             "Next steps",
             "  Show the trace of this prompt:",
@@ -285,7 +285,7 @@ class Demo:
         ]
 
     def find_example_trace(self) -> dict[str, Any]:
-        """Return the trace with the most revisions, red-team prompts first.
+        """Return the trace with the most revisions. If several traces have this number, prefer a red-team prompt.
 
         Raises CharterError if no prompt has a response.
         """
@@ -316,7 +316,7 @@ class Demo:
 
 
 def _get_running_stages(host: Host) -> list[str]:
-    """Return the stages that have records in a batch now, not only in a queue."""
+    """Return the stages that process a batch now. Stages that only have records in a queue are omitted."""
     return [
         worker.stage.name
         for worker in host.workers
@@ -330,7 +330,7 @@ def _get_program_path() -> str:
 
 
 def _wait_until(condition: Callable[[], bool], host: Host) -> None:
-    """Check the condition every second. Raises the error of the first host thread that fails."""
+    """Wait until the condition is true. Raises the error of the first host thread that fails."""
     while not condition():
         host.failure_event.wait(_POLL_INTERVAL_S)
         host.raise_if_failed()

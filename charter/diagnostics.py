@@ -1,4 +1,4 @@
-"""The checks of `charter doctor`: Python, packages, data folder, database, log, models, constitution."""
+"""Run the checks of `charter doctor`: Python, packages, data folder, database, log, models, constitution."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from engine.settings import Settings
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
 
-_RECOMMENDED_FREE_BYTES = 5 * 1024**3  # database, log and a few checkpoints of a small model
+_RECOMMENDED_FREE_BYTES = 5 * 1024**3  # enough for the database, the log and a few checkpoints of a small model
 _REQUIRED_FREE_BYTES = 500 * 1024**2
 _REQUEST_TIMEOUT_S = 5.0
 _MODEL_ROLES = ("policy", "critic", "judge")
@@ -34,7 +34,7 @@ _MODEL_ROLES = ("policy", "critic", "judge")
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check: `state` is ok, warn or fail; `fix` is what the user should do."""
+    """Holds the result of one check. `state` is ok, warn or fail. `fix` is the action that the user should take."""
 
     check: str
     state: str
@@ -43,7 +43,7 @@ class CheckResult:
 
 
 def run_checks(settings: Settings) -> Iterator[CheckResult]:
-    """Yield the results of all checks. A check comes after the checks that it depends on."""
+    """Yield the results of all checks. Each check runs after the checks that it depends on."""
     checks: list[tuple[str, Callable[[Settings], Iterator[CheckResult]]]] = [
         ("python", _check_python),
         ("packages", _check_packages),
@@ -58,7 +58,7 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _run_check(name: str, check: Callable[[Settings], Iterator[CheckResult]], settings: Settings) -> Iterator[CheckResult]:
-    """Yield the results of one check. An error that Charter raises becomes a failed result."""
+    """Yield the results of one check. If the check raises a CharterError, yield a failed result."""
     try:
         yield from check(settings)
     except (CharterError, ConstitutionError) as error:
@@ -99,7 +99,7 @@ def _check_packages(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _describe_device() -> str:
-    """Return the device that torch computes on; an empty string without torch."""
+    """Return the device that torch uses. Return an empty string if torch is not installed."""
     if find_spec("torch") is None:
         return ""
     import torch
@@ -124,7 +124,7 @@ def _check_data_folder(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_database(settings: Settings) -> Iterator[CheckResult]:
-    """Check that the database opens with the current format, and count its dead letters without a retry."""
+    """Check that the database opens and has the current format. Count the dead letters that were not retried."""
     store = open_store(settings)
     if not store.path.exists():
         yield CheckResult("database", "ok", f"{store.path} does not exist yet; the sink creates it")
@@ -140,7 +140,7 @@ def _check_database(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_log(settings: Settings) -> Iterator[CheckResult]:
-    """Check that the log is reachable, has all topics, and has its replicas in sync."""
+    """Check that the log is reachable, that all topics exist, and that all replicas are in sync."""
     if not settings.bus_address.startswith(KAFKA_SCHEME) and not (Path(settings.bus_address) / "log.sqlite").exists():
         yield CheckResult("log", "ok", f"the embedded log in {settings.bus_address} does not exist yet")
         return
@@ -168,7 +168,7 @@ def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_models(settings: Settings) -> Iterator[CheckResult]:
-    """Check the model of each role: a folder with weights, a model in the cache, or a reachable server. Each model once."""
+    """Check each model once. It must be a folder with weights, a model in the cache, or a model on a reachable server."""
     checked: set[str] = set()
     for role in _MODEL_ROLES:
         spec = getattr(settings.models, role) or settings.models.policy
@@ -198,7 +198,7 @@ def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResu
 
 
 def _check_model_server(name: str, spec: str, api_key_env: str) -> CheckResult:
-    """Check that an OpenAI-compatible server is reachable and serves the model, and report its capabilities.
+    """Check that an OpenAI-compatible server is reachable and serves the model. Report the capabilities of the server.
 
     The API key is never printed.
     """
@@ -224,7 +224,7 @@ def _check_model_server(name: str, spec: str, api_key_env: str) -> CheckResult:
 
 
 def _format_capabilities(capabilities: ServerCapabilities) -> str:
-    """Return the capabilities of a server in the terms of docs/models.md."""
+    """Return the capabilities of a server, with the terms that docs/models.md defines."""
     return ", ".join([
         "prefills" if capabilities.prefill_body is not None else "no prefills",
         f"{capabilities.max_top_logprobs} top log-probabilities" if capabilities.max_top_logprobs else "options by votes",

@@ -1,7 +1,7 @@
-"""Estimate the cost of a run before it starts: an upper bound on the tokens of each stage.
+"""Estimate the cost of a run before it starts, as an upper bound on the tokens of each stage.
 
-Assumptions: one token for every four characters; every completion has its maximum length; every chain has all its rounds.
-The records of the run have the real token counts, which are lower.
+The estimate assumes one token for every four characters, completions of the maximum length, and chains with all rounds.
+The real token counts are lower. They are in the records of the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PRINCIPLE_PROMPT_TOKENS = 120  # a principle and the prompt template around it
 
 @dataclass(frozen=True)
 class StageCost:
-    """The prompt tokens of a stage, and the maximum number of its completion tokens."""
+    """Holds the estimated number of prompt tokens of a stage, and the maximum number of its completion tokens."""
 
     stage: str
     num_records: int
@@ -32,11 +32,11 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     response_tokens, rounds = settings.respond.max_tokens, settings.critique.rounds
     num_completions = settings.respond.num_completions
     few_shot_tokens = num_prompts * (_FEW_SHOT_TOKENS if settings.critique.few_shot else 0)
-    # One prompt about a response: the dialogue, the response and the principle.
+    # A prompt about a response contains the dialogue, the response and the principle.
     dialogue_tokens = prompt_tokens + num_prompts * (response_tokens + PRINCIPLE_PROMPT_TOKENS)
     costs = {
         "respond": StageCost("respond", num_prompts, prompt_tokens, num_prompts * num_completions * response_tokens),
-        # Each round has a verdict and a critique, and compares the revision in both orders; one more verdict ends the chain.
+        # Each round has a verdict and a critique, and compares the revision in both orders. One more verdict ends the chain.
         "critique": StageCost(
             "critique",
             num_prompts,
@@ -57,11 +57,11 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
 
 
 def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
-    """Return the cost of the judge. `prompt_tokens` is the total of one judge prompt for each of the `num_prompts` prompts."""
+    """Return the cost of the judge. `prompt_tokens` is the total number of tokens of `num_prompts` judge prompts."""
     num_principles = 1 if judge.principles == "all" else judge.num_principles
     num_questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * num_principles  # each pair in both orders
     completion_tokens = 0 if judge.answer_mode == "logprobs" else num_questions * num_prompts * judge.max_tokens
-    # After the reasoning, a second request scores the letters, with the reasoning in its prompt.
+    # After the reasoning, a second request scores the option letters. Its prompt contains the reasoning.
     scoring_tokens = num_questions * prompt_tokens + completion_tokens if judge.answer_mode == "reasoning" else 0
     return StageCost("judge", num_prompts, num_questions * prompt_tokens + scoring_tokens, completion_tokens)
 

@@ -1,4 +1,4 @@
-"""Consumer lag: the records that the stages and the sink have not processed yet."""
+"""Compute the consumer lag, which is the number of records that the stages and the sink have not processed yet."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.store import Store
 from schemas.topics import TOPICS
 
-_SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, also with a slow broker
+_SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, even if a broker is slow
 
 
 def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
-    """Return a row for each topic: reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds.
+    """Return (reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds) for each topic.
 
-    Offsets and lag are sums over the partitions. The age is None without unread records.
+    Offsets and lag are sums over the partitions. The age is that of the oldest unread record. It is None without unread records.
     """
     beginnings, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
     # Retention may have removed records below a committed offset that is older than the beginning.
@@ -38,14 +38,14 @@ def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committe
 def find_oldest_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> dict[TopicPartition, int]:
     """Return, for each partition with an unread record, the timestamp of its first unread record (ms since 1970).
 
-    The records are read, because offsets alone are not enough: on Kafka, transaction markers take offsets too.
-    The scan ends after 2 seconds; partitions that were not reached by then are missing from the result.
+    The scan must read the records, because on Kafka some offsets are transaction markers and not records. The scan ends after
+    2 seconds. The result omits partitions that the scan has not reached.
     """
     return _scan_unread(bus, next_offsets, end_offsets)[0]
 
 
 def _scan_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> tuple[dict[TopicPartition, int], bool]:
-    """Return the timestamps of `find_oldest_unread`, and whether every partition was read as far as its first record."""
+    """Return the timestamps of `find_oldest_unread`, and whether the scan of all partitions was completed."""
     timestamps: dict[TopicPartition, int] = {}
     pending = {partition: offset for partition, offset in next_offsets.items() if offset < end_offsets[partition]}
     if not pending:
@@ -64,18 +64,18 @@ def _scan_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> tuple
 
 
 def has_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> bool:
-    """Return whether a record lies between the offsets. A scan that does not end in time counts as an unread record."""
+    """Return whether there is a record between the offsets. If the scan is not completed in time, return True."""
     timestamps, is_complete = _scan_unread(bus, next_offsets, end_offsets)
     return bool(timestamps) or not is_complete
 
 
 @dataclass
 class CompletionCheck:
-    """Decides whether consumer groups, and the sink of `store` if it is given, have processed every record on their topics.
+    """Checks whether consumer groups have processed every record on their topics. With `store`, also checks the sink.
 
-    The log decides, and not the state of this process: a worker that has no partitions yet, because its group is still
-    rebalancing, has processed nothing. `inputs` maps a group to its topics. `start_offsets` is where a group starts that has
-    committed nothing; without an entry that is the beginning of the partition.
+    The check reads the committed offsets from the log. The state of the workers is not sufficient: during a rebalance, a worker
+    has no partitions and is idle, but records are unread. `inputs` maps a group to its topics. A group without committed offsets
+    starts at `start_offsets`. A partition without an entry in `start_offsets` starts at its beginning.
     """
 
     bus: Bus
@@ -85,10 +85,10 @@ class CompletionCheck:
     previous: tuple[Offsets, dict[str, Offsets]] | None = None
 
     def is_done(self) -> bool:
-        """Return whether two calls in a row found the same offsets, both times without an unread record.
+        """Return whether this call and the previous call found the same offsets and no unread records.
 
-        One observation is not enough: a stage may publish a record for a stage that was observed before it. A stage commits
-        its input offsets together with its outputs, so equal offsets mean that nothing was written in between.
+        One call is not sufficient, because a stage can publish a record to a topic that the call has already checked. A stage
+        commits its input offsets together with its outputs. Therefore equal offsets mean that nothing was written between the calls.
         """
         topics = sorted({topic for names in self.inputs.values() for topic in names})
         ends = self.bus.end_offsets(topics)
@@ -106,14 +106,14 @@ class CompletionCheck:
     def is_archived(self, store: Store) -> bool:
         """Return whether the sink has written every record on the log to the database."""
         if not store.path.exists():
-            return False  # the sink has not created it yet
+            return False  # the sink has not created the database yet
         all_topics = list(TOPICS)
         next_offsets = self.bus.beginning_offsets(all_topics) | read_sink_offsets(store, self.bus.cluster_id)
         return not has_unread(self.bus, next_offsets, self.bus.end_offsets(all_topics))
 
 
 def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
-    """Return the lag of each topic in records: the maximum over the stages that read it. Records of other runs count too."""
+    """Return the lag of each topic in records, as the maximum over the stages that read it. Include records of other runs."""
     lags: dict[str, int] = {}
     inputs = get_stage_inputs(pairing)
     committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in inputs.items()}
@@ -130,6 +130,6 @@ def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
 
 
 def read_sink_offsets(store: Store, cluster_id: str) -> Offsets:
-    """Return the next offset to write for each partition of this log, as the database has it."""
+    """Return the next offset of each partition that the sink will read from this log. The database has these offsets."""
     sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
     return {TopicPartition(topic, partition): offset for topic, partition, offset in store.query(sql, [cluster_id]).rows}

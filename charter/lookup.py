@@ -1,4 +1,4 @@
-"""Resolve the run id and the record ids that a command names."""
+"""Find the run id and the record ids for the arguments of a command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.store import Store
 
 
 def resolve_run_id(settings: Settings, origins: Mapping[str, str], store: Store) -> str:
-    """Return the run to show: the run that the user set, otherwise the newest run of the database."""
+    """Return the run that the user set. If the user set no run, return the newest run of the database."""
     if origins["run.id"] != "default" or not store.path.exists():
         return settings.run.id
     newest = store.query("SELECT run_id FROM runs ORDER BY commit_seq DESC LIMIT 1").rows
@@ -17,13 +17,13 @@ def resolve_run_id(settings: Settings, origins: Mapping[str, str], store: Store)
 
 
 def make_id_pattern(identifier: str) -> str:
-    """Return the LIKE pattern for ids with this prefix; an invalid prefix gives a pattern that matches no id."""
+    """Return the LIKE pattern for ids with this prefix. For an invalid prefix, return a pattern that does not match any id."""
     prefix = identifier.strip().lower()
     return f"{prefix}%" if prefix and set(prefix) <= set("0123456789abcdef-") else ""
 
 
 def find_prompt_ids(store: Store, identifier: str) -> list[str]:
-    """Return the ids of the prompts that match an id or its prefix: the id of a prompt, or of a record made from it."""
+    """Return the ids of the prompts for an id or id prefix, which can belong to a prompt or to a record made from a prompt."""
     tables = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
     parts = [f"SELECT prompt_id FROM {name} WHERE record_id::VARCHAR LIKE $1 OR prompt_id::VARCHAR LIKE $1" for name in tables]
     rows = store.query(" UNION ".join(parts), [make_id_pattern(identifier)], limit_s=10.0).rows

@@ -1,4 +1,4 @@
-"""Run manifests: the configuration of each run, as a record on the log."""
+"""Read and publish run manifests. A run manifest is a record with the configuration of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from schemas.records import ConstitutionRef, RunManifest
 
 
 def make_run_manifest(settings: Settings, constitution: Constitution, replay: dict[str, Any] | None = None) -> RunManifest:
-    """Return the manifest of a run; `replay` is the selection that a replay reads, and is stored with the settings."""
+    """Return the manifest of a run. `replay` describes the records that a replay reads. It is stored with the settings."""
     values = settings.model_dump(mode="json", exclude={"data", "bus"}) | ({"replay": replay} if replay else {})
     settings_json = json.dumps(values, ensure_ascii=False)
     configuration = ids.compute_fingerprint(
@@ -37,11 +37,11 @@ def make_run_manifest(settings: Settings, constitution: Constitution, replay: di
 
 
 def read_run_manifests(bus: Bus) -> list[RunManifest]:
-    """Return the manifests of all runs, oldest first. A run has one manifest for each configuration that it ran with."""
+    """Return the manifests of all runs, oldest first. A run has one manifest for each configuration that it used."""
     return [decode_record(value, RunManifest) for value in read_values(bus, RunManifest.topic)]
 
 
 def publish_run_manifest(bus: Bus, manifest: RunManifest) -> None:
-    """Publish a manifest unless it is already on the log."""
+    """Publish a manifest if it is not on the log yet."""
     if manifest.record_id not in {published.record_id for published in read_run_manifests(bus)}:
         bus.publish([to_producer_record(manifest)])

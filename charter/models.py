@@ -1,4 +1,4 @@
-"""Models by role (policy, critic, judge), and the executors that run them."""
+"""Open the models of the roles (policy, critic, judge), and the executors that run them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import PolicyKind, PolicyUpdate, Record
 
-_ENDPOINT_THREADS = 4  # batches in flight at one endpoint; models.concurrency limits the number of requests
+_ENDPOINT_THREADS = 4  # number of batches in flight at one endpoint; models.concurrency limits the number of requests
 
 
 def is_endpoint(spec: str) -> bool:
@@ -27,7 +27,7 @@ def is_endpoint(spec: str) -> bool:
 
 @dataclass
 class RoleModels:
-    """The models of all roles, opened on first use.
+    """Opens the model of each role on first use.
 
     Roles with the same model setting share one model. A critic or judge without a setting uses the policy's model at version 0.
     """
@@ -89,10 +89,10 @@ class RoleModels:
 
 
 def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None) -> Callable[[], tuple[Model, int]]:
-    """Return a function that gives the policy model to sample from now, and its version.
+    """Return a function that returns the current policy model and its version.
 
-    The version is `pinned_version`, or the newest one if it is None. An endpoint without models.weight_sync stays at version 0,
-    because its weights cannot be replaced.
+    The version is `pinned_version`. If `pinned_version` is None, the version is the newest version on the log. An endpoint
+    without models.weight_sync stays at version 0, because its weights cannot be replaced.
     """
     if pinned_version:
         pinned_model = models.open_policy_update(_find_policy_update(bus, pinned_version))
@@ -114,7 +114,7 @@ def _find_policy_update(bus: Bus, version: int) -> PolicyUpdate:
 
 @dataclass(frozen=True)
 class LatestPolicyProcessor:
-    """The process function of a stage whose model is the newest policy. The weights change between batches, not within one."""
+    """Runs the process function of a stage with the newest policy as its model. The weights change only between batches."""
 
     process: Any
     get_current_policy: Callable[[], tuple[Model, int]]

@@ -1,6 +1,6 @@
 """Build the pipeline from the settings: the stages, and the host that runs their workers and the sink.
 
-One process can run all stages with one shared model (`charter run`), or one copy of one stage (`charter run --stage NAME`).
+One process can run all stages with one shared model (`charter run`), or only some stages (`charter run --stage NAME`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STANDBY_POLL_INTERVAL_S = 1.0
 def make_stage(
     name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None = None
 ) -> Stage:
-    """Return a stage of the pipeline. `pinned_version` is the policy version to use; None means the newest, also later ones.
+    """Return a stage of the pipeline. The stage uses policy `pinned_version`. If it is None, the stage follows the newest policy.
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
@@ -67,12 +67,12 @@ def make_stage(
 def _make_base_stage(
     name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None
 ) -> Stage:
-    """Return a stage whose critic and judge keep the same weights."""
+    """Return a stage whose critic and judge keep the same weights when the policy changes."""
     batch_size = settings.models.max_batch_size
     process: Any
     if name == "respond":
         process = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version))
-        batch_size = max(1, batch_size // settings.respond.num_completions)  # each prompt takes a row per completion
+        batch_size = max(1, batch_size // settings.respond.num_completions)  # each completion needs one row of the batch
     elif name == "critique":
         process = make_critique_stage(settings, models, constitution)
     elif name == "revise":
@@ -146,10 +146,10 @@ def make_host(
     manifest: RunManifest | None = None,
     constitution: Constitution | None = None,
 ) -> Host:
-    """Publish the run manifest and return a host of these stages, and of the sink if `sink` is true.
+    """Publish the run manifest. Return a host that runs these stages, and also the sink if `sink` is true.
 
-    A replay gives its own manifest, policy version and constitution; the default for each comes from the settings. `instance`
-    names this copy of the stages; None leases the lowest free name of this machine.
+    A replay passes a manifest, a policy version and a constitution. By default, they come from the settings. `instance` is the
+    name of this worker instance. If it is None, the host leases the lowest free name on this machine.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
     if stages or custom_stages:  # a process with the sink alone serves every run, and must not create one
@@ -172,7 +172,7 @@ def make_host(
     ]
     sink_service = _SinkService(settings, bus) if sink else None
     sinks = sink_service.sinks if sink_service else []
-    # Closed in this order: the metrics server first, because it reads the workers.
+    # The host closes these resources in this order. The metrics server is the first, because it reads the workers.
     cleanup_callbacks = start_metrics_server(settings, make_pipeline_collector(workers, sinks))
     cleanup_callbacks += [tracing.close] if tracing else []
     cleanup_callbacks += [models.close, *(worker.journal.close for worker in workers if worker.journal)]
@@ -224,9 +224,9 @@ def _make_worker(
 
 
 def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Sequence[str]) -> Budget | None:
-    """Return the token and cost limit of these stages, or None without a limit.
+    """Return the token and cost limit of these stages. Return None if there is no limit.
 
-    Raises UsageError if there is a cost limit and an endpoint without a price.
+    Raises UsageError if there is a cost limit but the price of an endpoint is missing.
     """
     budget = settings.budget
     prices = parse_prices(budget.prices)
@@ -239,16 +239,16 @@ def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Seque
                 "budget.prices has no price for this model",
                 f'add its prices per million tokens (prompt/completion): --set "budget.prices={model_name}=0.15/0.60"',
             )
-    # The token limit stops only new prompts, so it concerns only the respond stage.
+    # The token limit stops only new prompts, so only the respond stage needs this limit.
     if not budget.max_cost and not (budget.max_tokens and "respond" in stages):
         return None
     return Budget(bus, settings.run.id, max_tokens=budget.max_tokens, max_cost=budget.max_cost, prices=prices)
 
 
 class _SinkService:
-    """The sink of a host. While another process writes to the same database, it waits and takes over when that process ends.
+    """Runs the sink of a host. If another process writes to the same database, waits until that process ends.
 
-    `sinks` is empty while it waits.
+    `sinks` is empty during this wait.
     """
 
     def __init__(self, settings: Settings, bus: Bus) -> None:

@@ -1,4 +1,4 @@
-"""Resolve policy versions: from the command line to a number, and from a number to the folder with its weights."""
+"""Convert a command-line argument to a policy version, and find the folder with the weights of a version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATEST_POLICY = "latest"
 
 
 def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], version: int) -> Path:
-    """Return the folder with the weights of a policy version, after verifying its hash.
+    """Find the folder with the weights of a policy version. Verify the hash of the checkpoint, then return the folder.
 
     Raises UsageError if the version does not exist, or if its checkpoint was deleted.
     """
@@ -34,7 +34,7 @@ def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], ver
     if not folder.exists():
         raise UsageError(
             f"the weights of policy {version} are missing",
-            f"{folder} does not exist; train.save_total_limit limits how many checkpoints are kept",
+            f"{folder} does not exist; train.save_total_limit limits the number of stored checkpoints",
             "type: charter policy list    (it lists the weights that exist)",
         )
     return read_checkpoint(folder, update.content_hash).folder

@@ -1,6 +1,6 @@
 """Generate docs/configuration.md and docs/cli.md from the code: `python -m charter.reference`.
 
-A test compares the pages with the code, so each new setting or verb must be in the documents.
+A test compares the pages with the code. After a new setting or verb is added, the pages must be generated again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONFIGURATION_INTRO = """# Settings
 
 This page lists every setting. `python -m charter.reference` generates it from `engine/settings.py`.
 
-Charter reads settings from three sources. A later one overrides an earlier one:
+Charter reads settings from three sources. A later source overrides an earlier source:
 
 1. a TOML file: `charter.toml` in the working folder, or `--config FILE`;
 2. environment variables: `respond.num_completions` is `CHARTER_RESPOND__NUM_COMPLETIONS`;
@@ -110,7 +110,7 @@ def _format_configuration_page() -> str:
 
 
 def iter_commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """Yield a verb, or the subcommands of a group, each with its full name."""
+    """Yield (full name, command) for a verb. For a group, yield each subcommand."""
     if not isinstance(command, click.Group):
         yield name, command
         return
@@ -125,7 +125,7 @@ def _list_options(command: click.Command) -> list[tuple[str, str]]:
     return [(option, " ".join(meaning.split())) for option, meaning in records if not option.endswith("--help")]
 
 
-# The options that two unrelated verbs share are those of `common_options`.
+# Two unrelated verbs share only the options of `common_options`.
 _COMMON_OPTIONS = [record for record in _list_options(load_command("run")) if record in _list_options(load_command("status"))]
 
 

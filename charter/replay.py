@@ -1,9 +1,9 @@
 """`charter replay`: run earlier records through the stages again, as a new run.
 
-1. `make_replay_plan` resolves the source run, the settings and constitution of the new run, the records to read and the stages.
-2. `run_replay` publishes copies of the records under the new run id, and runs the stages until they have processed everything.
+1. `make_replay_plan` finds the source run, the settings and constitution of the new run, the records to read and the stages.
+2. `run_replay` publishes copies of the records with the new run id, and runs the stages until they have processed all records.
 
-A replay can be stopped and started again: the manifest of the new run keeps the bounds of the first start.
+A stopped replay can be started again. The manifest of the new run stores the range of records of the first start.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _RUN_PREFIX = "run:"
 
 @dataclass(frozen=True)
 class ReplayRequest:
-    """The options of `charter replay`, as the user typed them.
+    """Holds the options of `charter replay`, as the user typed them.
 
-    `start` is earliest, an offset, a time, or run:NAME; `end` is latest, an offset or a time. Without `name`, the run id is
+    `start` is earliest, an offset, a time, or run:NAME. `end` is latest, an offset or a time. Without `name`, the run id is
     derived from a hash of the request. `policy` is the version to sample responses from.
     """
 
@@ -70,7 +70,7 @@ class ReplayRequest:
 
     @property
     def source_run_id(self) -> str | None:
-        """The run that --from names; None means the run of the settings."""
+        """Return the run id in --from run:ID. Return None if --from has no run id; the source is then the run of the settings."""
         return self.start.removeprefix(_RUN_PREFIX) if self.start.startswith(_RUN_PREFIX) else None
 
     @property
@@ -78,7 +78,7 @@ class ReplayRequest:
         return EARLIEST if self.source_run_id is not None else self.start
 
     def to_manifest_fields(self, source_run_id: str) -> dict[str, Any]:
-        """Return the fields that identify the replay: they are hashed for the run id and stored in the manifest."""
+        """Return the fields that identify the replay. The run id depends on their hash, and the manifest stores them."""
         fields: dict[str, Any] = {
             "stage": self.stage,
             "source": source_run_id,
@@ -88,13 +88,13 @@ class ReplayRequest:
             "policy": self.policy,
             "archive": self.archive,
         }
-        # Added only if given, so that the run ids of other replays do not depend on this option.
+        # The field is added only if principles are excluded. The run ids of other replays therefore stay the same.
         return fields | ({"without": list(self.excluded_principles)} if self.excluded_principles else {})
 
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """A resolved replay: the new run's settings and constitution, the records to read, the stages and the policy version."""
+    """Holds the settings and constitution of the new run, the records to read, the stages and the policy version."""
 
     settings: Settings
     constitution: Constitution
@@ -105,7 +105,7 @@ class ReplayPlan:
     from_archive: bool
     manifest: RunManifest
     read_records: Callable[[], Iterator[Record]]
-    starts: Offsets  # the end of each topic at the first start: everything of the new run lies at or above it
+    starts: Offsets  # end offsets at the first start; records of the new run do not have lower offsets
 
     def describe(self) -> list[str]:
         """Return lines about the records, the stages and the estimated token counts."""
@@ -124,9 +124,9 @@ class ReplayPlan:
 
 
 def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> ReplayPlan:
-    """Resolve a request against the log, and against the database for --archive.
+    """Find the source run and the records of a request on the log. With --archive, find the records in the database.
 
-    Raises UsageError if the source run does not exist, or if the new run's id belongs to something other than this replay.
+    Raises UsageError if the source run does not exist, or if another run already has the id of the new run.
     """
     manifests = read_run_manifests(bus)
     source_run_id = _resolve_source_run(settings, request, manifests)
@@ -172,7 +172,7 @@ def _load_replay_constitution(settings: Settings, request: ReplayRequest) -> Con
 def _make_replay_settings(
     settings: Settings, request: ReplayRequest, request_fields: dict[str, Any], constitution: Constitution
 ) -> Settings:
-    """Return the settings of the new run. Its default id depends on everything that changes what the replay writes."""
+    """Return the settings of the new run. The default run id depends on all options that change the records of the replay."""
     overrides = {"run.constitution": request.constitution, f"models.{STAGE_ROLES[request.stage]}": request.model}
     settings = _override_settings(settings, {name: value for name, value in overrides.items() if value})
     hashed_settings = settings.model_dump(mode="json", exclude={"data", "bus", "run"})
@@ -183,7 +183,7 @@ def _make_replay_settings(
 
 
 def _override_settings(settings: Settings, overrides: dict[str, Any]) -> Settings:
-    """Return validated settings with some values, by dotted name, replaced."""
+    """Replace some settings and validate the result. `overrides` maps dotted names to new values."""
     values = settings.model_dump()
     for name, value in overrides.items():
         section, _, key = name.partition(".")
@@ -194,7 +194,7 @@ def _override_settings(settings: Settings, overrides: dict[str, Any]) -> Setting
 def _find_earlier_start(
     run_id: str, source_run_id: str, request: ReplayRequest, constitution: Constitution, manifests: Sequence[RunManifest]
 ) -> dict[str, Any] | None:
-    """Return the manifest fields of this replay's first start, or None if it starts now.
+    """Return the manifest fields of the first start of this replay. Return None if this is the first start.
 
     Raises UsageError if the run id belongs to the source run, to a run that is not a replay, or to a different replay.
     """
@@ -220,8 +220,8 @@ def _find_earlier_start(
 def _select_records(
     settings: Settings, bus: Bus, request: ReplayRequest, source_run_id: str, earlier_fields: dict[str, Any] | None
 ) -> tuple[LogSelection | ArchiveSelection, Callable[[], Iterator[Record]], dict[str, Any]]:
-    """Return what to read, a function that reads it, and the bounds for the manifest."""
-    # The critique stage also reads revisions, but the replay makes new ones.
+    """Return the selection of records, a function that reads the records, and the bounds for the manifest."""
+    # The critique stage also reads revisions, but the replay makes new revisions.
     topics = ("responses",) if request.stage == "critique" else get_stage_inputs(settings.judge.pairing)[request.stage]
     judges_chains = request.stage == "judge" and settings.judge.pairing == "revision"
     predicate = is_chain_end if judges_chains else is_chain_start
@@ -249,7 +249,7 @@ def _lists_to_offsets(lists: Sequence[Sequence[Any]]) -> Offsets:
 
 
 def _resolve_policy_version(bus: Bus, source_run_id: str, request: ReplayRequest) -> int:
-    """Return the requested version, 0 for another model's weights, or the most frequent version of the source run."""
+    """Return the requested policy version. By default, return 0 for another model, or the main version of the source run."""
     if request.policy is not None or request.model:
         return request.policy or 0
     run_header = ("run", source_run_id.encode())
@@ -263,10 +263,10 @@ def _resolve_policy_version(bus: Bus, source_run_id: str, request: ReplayRequest
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What became of the selected records: done, skipped (the first stage makes nothing of them), or dead letters.
+    """Counts the selected records that are done, skipped (the first stage has no output for them), or dead letters.
 
-    `num_dead_letters` counts those of all stages; `written` is the number of records that each stage wrote,
-    in all starts of the replay together.
+    `num_dead_letters` is the number of dead letters of all stages. `written` is the number of records that each stage wrote in
+    all starts of the replay.
     """
 
     is_finished: bool
@@ -286,7 +286,7 @@ class ReplayResult:
 def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResult:
     """Publish the records and run the stages until everything is processed or a signal stops the replay.
 
-    `quiet` prints the last line on standard error, so that standard output has only the caller's result.
+    If `quiet` is true, print the last line to standard error, because the caller prints its result to standard output.
     """
     run_id = plan.settings.run.id
     inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
@@ -329,7 +329,7 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
 def _count_results(
     bus: Bus, plan: ReplayPlan, selected_ids: set[str], is_finished: bool, written_in_this_start: dict[str, int]
 ) -> ReplayResult:
-    """Count what the log holds of the new run, also from earlier starts of the same replay."""
+    """Count the records of the new run on the log. Include the records from earlier starts of the same replay."""
     written: dict[str, int] = {}
     parent_ids: set[str] = set()
     for stage in plan.stages:
@@ -360,7 +360,7 @@ def _count_results(
 
 
 def _read_run_records(bus: Bus, plan: ReplayPlan, topic: str) -> Iterator[Record]:
-    """Read the new run's records of a topic. A record that cannot be decoded is left out: the sink counts it."""
+    """Yield the records of the new run on a topic. Skip records that cannot be decoded, because the sink counts them."""
     run_header = ("run", plan.settings.run.id.encode())
     for raw in read_between(bus, _filter_offsets(plan.starts, [topic]), bus.end_offsets([topic])):
         if run_header in raw.headers and (record := decode_or_none(raw)) is not None:
@@ -368,7 +368,7 @@ def _read_run_records(bus: Bus, plan: ReplayPlan, topic: str) -> Iterator[Record
 
 
 def _get_source_record_id(letter: DeadLetter) -> str | None:
-    """Return the id of the record in a dead letter, or None if it cannot be decoded."""
+    """Return the id of the record in a dead letter. Return None if the record cannot be decoded."""
     try:
         return decode_record(letter.value or b"", TOPICS[letter.source_topic].record_class).record_id
     except RecordError:
@@ -376,7 +376,7 @@ def _get_source_record_id(letter: DeadLetter) -> str | None:
 
 
 def _collect_ids(records: Iterator[Record], record_ids: set[str]) -> Iterator[Record]:
-    """Yield the records, and add their ids to a set: the records themselves may not fit in memory."""
+    """Yield the records, and add their ids to `record_ids`. Only the ids are stored, because the records may not fit in memory."""
     for record in records:
         record_ids.add(record.record_id)
         yield record

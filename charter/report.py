@@ -1,4 +1,4 @@
-"""The report of one run: one HTML file without scripts and external files, to send to a colleague.
+"""Write the report of one run as one HTML file. It needs no scripts or other files, so it can be sent by mail.
 
 The report shows the data of the dashboard, with the same queries and templates. Each section runs its queries in a separate read
 session, which ends at the read limit of the store. A section that cannot be read shows its error.
@@ -21,7 +21,7 @@ from charter.dashboard.traces_view import load_trace
 from engine.errors import UsageError
 from engine.store import QueryFunction, Store
 
-_MAX_TEXT_CHARS = 4_000  # of one text in the file
+_MAX_TEXT_CHARS = 4_000  # maximum length of one text in the report
 
 
 def resolve_run(store: Store, run_id: str) -> str:
@@ -31,7 +31,9 @@ def resolve_run(store: Store, run_id: str) -> str:
         run_ids: list[str] = load_run_ids(query)["run_ids"]
     if not run_ids:
         raise UsageError(
-            f"there is no run in {store.path}", "the first stage of a run creates it", "type: charter demo    or: charter run"
+            f"there is no run in {store.path}",
+            "the first stage that starts creates a run",
+            "type: charter demo    or: charter run",
         )
     if run_id and run_id not in run_ids:
         raise UsageError(f"there is no run {run_id}", f"the database has: {', '.join(run_ids)}", "type: charter runs")
@@ -39,7 +41,7 @@ def resolve_run(store: Store, run_id: str) -> str:
 
 
 def load_sections(store: Store, run: str, num_traces: int) -> dict[str, Any]:
-    """Return {section: CachedResult}: the data of each section, or the error that prevented reading it."""
+    """Return {section: CachedResult}. A result has the data of the section, or the error if the data cannot be read."""
 
     cache = QueryCache(store)
     return {
@@ -54,7 +56,7 @@ def load_sections(store: Store, run: str, num_traces: int) -> dict[str, Any]:
 
 
 def _load_before_after_pairs(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return prompts with responses of both the first and the newest policy, with the first completion of each."""
+    """Return the prompts that the first and the newest policy responded to, with the first completion of each policy."""
     sql = """WITH run_responses AS (SELECT messages, policy_version, completions[1].text AS response FROM responses WHERE run_id = $run),
                   versions AS (SELECT min(policy_version) AS first, max(policy_version) AS last FROM run_responses)
              SELECT DISTINCT ON (one.messages) one.messages[-1].content AS prompt, one.policy_version AS before_version,
@@ -67,7 +69,7 @@ def _load_before_after_pairs(query: QueryFunction, run: str) -> list[dict[str, A
 def _sample_traces(query: QueryFunction, run: str, num_traces: int) -> list[dict[str, Any]]:
     """Return the traces of `num_traces` prompts with a revision chain and a judgment.
 
-    The order is by the hash of the prompt id: it looks random, but it is the same each time.
+    The prompts are sorted by the hash of the prompt id. The order looks random, but it is the same in each call.
     """
 
     sql = """SELECT prompt_id FROM revision_chains WHERE run_id = ? AND prompt_id IN (SELECT prompt_id FROM preferences)

@@ -1,4 +1,4 @@
-"""SQL queries that list and compare runs, and a helper that flattens their settings."""
+"""Define the SQL queries that list and compare runs, and a function that flattens settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2)
       WHERE run_id IN ($1, $2) GROUP BY ALL)
 WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
 
-# Pairs of responses that both runs judged, grouped by the principle of the second run: the constitutions may differ.
+# Compares the labels of the pairs that both runs judged. The rows are grouped by the principle of the second run, because the
+# constitutions of the runs may differ.
 SHARED_LABELS_SQL = """
 WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
                 FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')

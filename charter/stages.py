@@ -1,4 +1,4 @@
-"""The built-in stages: their names, the model role of each, and the topics that they read and write."""
+"""Define the built-in stages: their names, their model roles, and the topics that they read and write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ STAGE_OUTPUTS = {"respond": "responses", "critique": "critiques", "revise": "rev
 
 
 def get_stage_inputs(pairing: str) -> dict[str, tuple[str, ...]]:
-    """Return the input topics of each stage; `pairing` is the setting judge.pairing."""
+    """Return the input topics of each stage. `pairing` is the value of the setting judge.pairing."""
     judge_inputs = ("responses",) if pairing == "completions" else ("critiques", "revisions")
     return {
         "respond": ("prompts",),
@@ -19,7 +19,7 @@ def get_stage_inputs(pairing: str) -> dict[str, tuple[str, ...]]:
 
 
 def get_downstream_stages(stage: str, pairing: str) -> tuple[str, ...]:
-    """Return a stage and all stages that read its output directly or through other stages, in the order of STAGES."""
+    """Return a stage and all stages that depend on its output, directly or indirectly, in the order of STAGES."""
     inputs = get_stage_inputs(pairing)
     reached, topics = {stage}, {STAGE_OUTPUTS[stage]}
     while readers := {name for name in STAGES if name not in reached and topics & set(inputs[name])}:

@@ -1,4 +1,4 @@
-"""The newest records of a topic as JSON lines."""
+"""Read the newest records of a topic, and format them as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from schemas.topics import TOPICS
 
 
 def tail_topic(bus: Bus, topic: str, count: int, stop: threading.Event | None, *, raw: bool) -> Iterator[str]:
-    """Yield the last `count` records ordered by timestamp, then, if `stop` is given, new records until it is set.
+    """Yield the last `count` records in the order of their timestamps. If `stop` is given, then yield new records until it is set.
 
-    `raw` yields the bytes in hexadecimal instead of decoding them.
+    If `raw` is true, yield the bytes in hexadecimal instead of the decoded record.
     """
     if topic not in TOPICS:
         raise UsageError(f"there is no topic {topic}", f"the topics are {', '.join(TOPICS)}", "type: charter topics")

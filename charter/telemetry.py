@@ -1,4 +1,4 @@
-"""Telemetry of a process: metrics for Prometheus and OpenTelemetry traces, as far as the settings enable them."""
+"""Export the metrics of a process to Prometheus and its traces to OpenTelemetry, if the settings enable this."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CloseFunction = Callable[[], None]
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """Return the tracing of this process, or None if telemetry.traces is off. Raises UsageError without OpenTelemetry."""
+    """Return the tracing of this process, or None if telemetry.traces is off. Raises UsageError if OpenTelemetry is missing."""
     if not settings.telemetry.traces:
         return None
     try:
@@ -38,10 +38,10 @@ def open_tracing(settings: Settings) -> Tracing | None:
 
 
 def start_metrics_server(settings: Settings, collect: Callable[[Bus], Iterable[MetricSample]]) -> list[CloseFunction]:
-    """Serve the samples of `collect` for Prometheus if the settings name a port; return the functions that stop it.
+    """Serve the samples of `collect` for Prometheus if the settings have a port. Return the functions that stop the server.
 
-    The server uses a separate connection to the log, opened at the first scrape, so that a scrape never waits for a worker.
-    While the log is unreachable, the metrics that are read from it are omitted.
+    The server opens a separate connection to the log at the first scrape. Therefore a scrape does not wait for a worker. If the
+    log is unreachable, the metrics that need the log are omitted.
     """
     if not settings.telemetry.metrics_port:
         return []
@@ -63,7 +63,7 @@ class _MetricsCollector:
         samples: list[MetricSample] = []
         with self.lock, suppress(BusUnreachable):
             self.bus = self.bus or open_bus_from_settings(self.settings)
-            for sample in self.collect(self.bus):  # not extend(): samples before a BusUnreachable are kept
+            for sample in self.collect(self.bus):  # extend() would lose the samples before a BusUnreachable
                 samples.append(sample)
         return samples
 
@@ -75,8 +75,8 @@ class _MetricsCollector:
 def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) -> Callable[[Bus], Iterator[MetricSample]]:
     """Return a function that yields the samples of a host's workers and sinks.
 
-    `sinks` is read at each scrape, because a standby sink is added later. Lags are last, because they need the log, which may
-    be unreachable.
+    Each scrape reads `sinks`, because a standby sink is added later. The lag samples are last, because the log may be
+    unreachable.
     """
 
     def read(bus: Bus) -> Iterator[MetricSample]:
@@ -107,7 +107,7 @@ def _make_lag_sample(run_id: str, stage: str, next_offsets: Offsets, end_offsets
 def make_trainer_collector(
     latest_metrics: Mapping[str, Mapping[str, float]], step_counts: Mapping[str, int]
 ) -> Callable[[Bus], Iterator[MetricSample]]:
-    """Return a function that yields the newest metrics of each training phase in this process, and the versions on the log."""
+    """Return a function that yields the newest metrics of each phase in this process, and the newest versions on the log."""
 
     def read(bus: Bus) -> Iterator[MetricSample]:
 

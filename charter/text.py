@@ -1,4 +1,4 @@
-"""Text for terminals: escaping of unprintable characters, JSON, wrapping, and the trace of one prompt."""
+"""Format text for terminals: escape unprintable characters, write JSON, wrap paragraphs, and show the trace of one prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def escape_unprintable(text: str) -> str:
-    """Return the text with control, format and direction characters as escapes, so that a terminal does not execute them."""
+    """Replace control, format and direction characters by escapes, so that a terminal does not execute them."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -46,7 +46,7 @@ def wrap_text(text: str, indent: str) -> str:
 
 
 def format_trace(row: dict[str, Any]) -> str:
-    """Return the trace of one prompt (a row of the view `traces`): its records in pipeline order."""
+    """Format the trace of one prompt, with its records in pipeline order. `row` is a row of the view `traces`."""
     parts = [
         f"prompt {row['prompt_id']}  ({row['source']}, {row['split'].lower()})",
         wrap_text(row["prompt"], "  "),
@@ -97,7 +97,7 @@ def _format_preference(preference: dict[str, Any]) -> list[str]:
 
 
 def _format_human_label(preference: dict[str, Any]) -> list[str]:
-    """Return a human label. A pair from a file is printed with its responses, because no other record of the trace has them."""
+    """Format a human label. For a pair from a file, include both responses, because the other records do not contain them."""
     head = f"labeled by a person: p(A is better) {preference['p_a']:.3f}"
     explanation = [wrap_text(preference["explanation"], "  ")] if preference["explanation"] else []
     if preference["parent_ids"]:

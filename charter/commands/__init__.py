@@ -1,1 +1,1 @@
-"""The commands: one file for each verb, with its options and its output. `charter/cli.py` loads the one that is called."""
+"""Define the commands. Each file has the options and the output of one verb. `charter/cli.py` imports only the file it needs."""

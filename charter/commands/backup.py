@@ -1,4 +1,4 @@
-"""`charter backup`: copy the data folder while everything runs."""
+"""`charter backup`: copy the data folder while the pipeline runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.settings import Settings
 
 
 def _get_log_folder(settings: Settings) -> Path | None:
-    """Return the folder of the embedded log, or None with Kafka."""
+    """Return the folder of the embedded log. Return None if the log is on Kafka."""
     return None if settings.bus_address.startswith(KAFKA_SCHEME) else Path(settings.bus_address)
 
 
@@ -21,10 +21,10 @@ def _get_log_folder(settings: Settings) -> Path | None:
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
 @common_options
 def backup(settings: Settings, target: Path) -> None:
-    """Copy the data folder while everything runs.
+    """Copy the data folder while the pipeline runs.
 
-    FOLDER must not exist. The backup contains the database, the embedded log and all complete checkpoints. It does not contain a
-    Kafka log: Kafka replicates its topics, and the database has every record that the sink has read from them.
+    FOLDER must not exist. The backup contains the database, the embedded log and all complete checkpoints. The backup does not
+    contain the topics of a Kafka cluster. Kafka replicates its topics, and the database has all records that the sink has read.
 
     \b
     Examples:

@@ -83,8 +83,8 @@ def _format_mixture(mixture: dict[str, int]) -> str:
 def show(settings: Settings, number: int, output: str) -> None:
     """Show the manifest of one batch.
 
-    The manifest has the rows, mixture, content hash, commit range and seed of the batch, and the models and settings that it was
-    trained with. The command reads it from the log.
+    The command reads the manifest from the log. The manifest has the rows, mixture, content hash, commit range and seed of the
+    batch, and the models and settings of the training.
 
     \b
     Examples:
@@ -105,8 +105,7 @@ def show(settings: Settings, number: int, output: str) -> None:
 def rebuild(settings: Settings, number: int, output: str) -> None:
     """Rebuild a batch from the database, and verify its content hash.
 
-    The rows are in training order. With --json, print the rows that training read. A batch that cannot be rebuilt exactly is an
-    error.
+    With --json, print the rows that training read, in the same order. If the batch cannot be rebuilt exactly, the command fails.
 
     \b
     Examples:
@@ -148,7 +147,7 @@ def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
 
 
 def _summarize_manifest(manifest: BatchManifest) -> dict[str, Any]:
-    """Return the fields of a manifest in reading order; the long lists of ids are last."""
+    """Return the fields of a manifest for printing, with the long lists of ids at the end."""
     fields = manifest.model_dump(mode="json")
     general = ("batch_number", "phase", "record_id", "created_at", "seed", "content_hash", "commit_seq_from", "commit_seq_to")
     models = ("base_policy_version", "base_reward_version", "reference_policy_version")

@@ -26,8 +26,10 @@ _NEW_DIALOGUE_COMMAND = "/new"
 @click.argument("prompt", required=False)
 @click.option("--policy", "version", default="latest", show_default=True, help="Policy version; 0 is the base model.")
 @click.option("--temperature", type=click.FloatRange(0.0), help="Sampling temperature [default: respond.temperature].")
-@click.option("--max-tokens", type=click.IntRange(1), help="Maximum tokens of a response [default: respond.max_tokens].")
-@click.option("--seed", type=int, help="Seed of the sampling [default: random].")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Maximum number of tokens in a response [default: respond.max_tokens]."
+)
+@click.option("--seed", type=int, help="Sampling seed [default: random].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per response.")
 @common_options
 def chat(
@@ -41,8 +43,8 @@ def chat(
 ) -> None:
     """Chat with a policy.
 
-    With PROMPT (- for standard input), print one response and exit. Without it, read user messages line by line: /new starts a
-    new dialogue, Ctrl-D ends the chat. Nothing is written to the log or the database.
+    With PROMPT (- reads it from standard input), print one response and exit. Without PROMPT, each line of input is a user
+    message. Type /new to start a new dialogue, and Ctrl-D to end the chat. The command does not write to the log or the database.
 
     \b
     Examples:
@@ -73,7 +75,7 @@ def chat(
 
 
 def _read_user_lines() -> Iterator[str]:
-    """Yield the lines of standard input, without empty lines."""
+    """Yield the lines of standard input. Skip empty lines."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -101,7 +103,7 @@ def _print_response(version: int, generation: Generation, as_json: bool) -> None
 
 
 def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
-    """Return the number of a policy version and its model."""
+    """Load a policy. Return its version number and its model."""
     bus = connect_bus(settings)
     updates = read_policy_updates(bus)
     bus.close()

@@ -31,7 +31,7 @@ def config(settings: Settings, origins: dict[str, str], defaults: bool, output: 
     if output:
         print_rows(columns, rows, output)
     else:
-        click.echo(format_table(columns, rows))  # not `print_rows`: long values must not change the table into blocks
+        click.echo(format_table(columns, rows))  # `print_rows` would print blocks, because some values are long
 
 
 COMMAND = config

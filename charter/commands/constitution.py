@@ -63,7 +63,7 @@ def _resolve_constitution(settings: Settings, spec: str) -> Constitution:
 
 
 def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """Return (name, version, hash, ID of the first run) of each constitution that a run in the database used."""
+    """Return (name, version, hash, id of the first run) for each constitution of the runs in the database."""
     store = open_store(settings)
     if not store.path.exists():
         return []
@@ -76,9 +76,9 @@ def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, s
 @output_options
 @common_options
 def list_constitutions(settings: Settings, output: str) -> None:
-    """List the shipped constitutions and those of past runs.
+    """List the shipped constitutions and those of earlier runs.
 
-    The columns critique, judge and prose are the number of principles or paragraphs of each kind.
+    The columns critique and judge are numbers of principles. The column prose is the number of paragraphs.
 
     \b
     Examples:
@@ -134,7 +134,7 @@ def show_constitution(settings: Settings, spec: str | None, as_text: bool, outpu
 
 
 def _format_constitution(loaded: Constitution) -> Iterator[str]:
-    """Yield the lines of a constitution in readable form."""
+    """Yield the lines that describe a constitution."""
     yield f"{loaded.name} {loaded.version}  {loaded.hash}"
     yield wrap_text(loaded.description, "  ")
     selection = "sampled by weight" if loaded.selection == "sample" else "in rotation"
@@ -156,7 +156,7 @@ def _format_constitution(loaded: Constitution) -> Iterator[str]:
 
 
 def _format_scope(principle: Any) -> str:
-    """Return the weight and the tags of a principle, if they differ from the defaults."""
+    """Return the weight and the tags of a principle. Omit values that are equal to the default."""
     weight = f"weight {principle.weight:g}" if principle.weight != 1 else ""
     tags = f"only for {', '.join(principle.tags)}" if principle.tags else ""
     scope = "; ".join(part for part in (weight, tags) if part)
@@ -170,9 +170,9 @@ def _format_scope(principle: Any) -> str:
 def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) -> None:
     """Report likely mistakes in constitutions.
 
-    The rules find duplicates, missing parts, constitutions that only require or only forbid, and a missing guard against
-    over-reaction. If there is a database, a rule also finds a run that used other content under the same name and version.
-    The exit code is 1 if there are findings. CONSTITUTION defaults to run.constitution.
+    The rules find duplicates, missing parts, constitutions that only require or only forbid behavior, and constitutions without a
+    principle against over-reaction. If there is a database, one rule also finds runs that used other content with the same name
+    and version. The exit code is 1 if there are findings. CONSTITUTION defaults to run.constitution.
 
     \b
     Examples:
@@ -194,7 +194,7 @@ def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) 
 
 
 def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) -> list[LintFinding]:
-    """Return a finding if a run used other content under the same name and version."""
+    """Return a finding if a run used a constitution with the same name and version but other content."""
     conflicting_runs = [
         run
         for name, version, content_hash, run in _query_used_constitutions(settings)
@@ -204,20 +204,29 @@ def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) ->
         return []
     what = f"run {conflicting_runs[0]} used other content as {loaded.name} {loaded.version}"
     line = find_key_line(loaded.text, ("version",))
-    return [LintFinding("version", spec, line, "", what, "raise the version; see: charter constitution diff run:ID FILE")]
+    return [
+        LintFinding(
+            "version",
+            spec,
+            line,
+            "",
+            what,
+            "increase the version; to see the changes, type: charter constitution diff run:ID FILE",
+        )
+    ]
 
 
 @constitution.command("diff")
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
-@click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs of the database under A and under B.")
+@click.option("--rejudge", metavar="N", type=click.IntRange(min=1), help="Judge N pairs from the database under A and under B.")
 @output_options
 @common_options
 def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int | None, output: str) -> None:
     """Show what changes from constitution A to constitution B.
 
-    Print the principles that are added, removed or changed. With --rejudge, also print how many labels flip, by principle. The
-    pairs are selected by a hash of their ids, so each call judges the same pairs. The judge is models.judge.
+    Print the principles that are added, removed or changed. With --rejudge, also print the number of labels that flip for each
+    principle. A hash of the ids selects the pairs, so each call judges the same pairs. The judge is models.judge.
 
     \b
     Examples:
@@ -241,7 +250,7 @@ def diff_constitutions(settings: Settings, first: str, second: str, rejudge: int
 
 
 def _format_change(change: ConstitutionChange) -> str:
-    """Return a change as lines: a header, the old text (-) and the new text (+)."""
+    """Format a change as a header, the old text (-) and the new text (+)."""
     header = " ".join(part for part in (change.what, change.part, change.principle, change.field) if part)
     before, after = (
         [f"  {sign} " + wrap_text(text, "    ")[4:]] if text else []
@@ -262,18 +271,22 @@ def _rejudge_pairs(settings: Settings, a: Constitution, b: Constitution, num_pai
 
 @constitution.command("test")
 @click.argument("file", metavar="FILE", type=click.Path())
-@click.option("--constitution", "spec", help="Constitution to test [default: the one in FILE, else run.constitution].")
+@click.option("--constitution", "spec", help="Constitution to test [default: the constitution in FILE, or run.constitution].")
 @click.option(
-    "--min-accuracy", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Fraction of labels that must be hits."
+    "--min-accuracy",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Minimum fraction of labels that are hits.",
 )
 @output_options
 @common_options
 def test_constitution(settings: Settings, file: str, spec: str | None, min_accuracy: float, output: str) -> None:
-    """Test a constitution with the judge on known failure cases.
+    """Judge known failure cases under a constitution.
 
-    FILE is JSON lines or TOML; each case has a prompt, a response that must win and a response that must lose. FILE can also be
-    the name of a shipped constitution, which has its own cases. Print the hits and misses of each principle. The exit code is 1
-    if the fraction of hits is below --min-accuracy.
+    FILE is JSON lines or TOML. Each case has a prompt, a response that must win and a response that must lose. FILE can also be
+    the name of a shipped constitution; it then selects the cases of this constitution. A hit is a label that prefers the correct
+    response. Print the hits and misses of each principle. The exit code is 1 if the fraction of hits is below --min-accuracy.
 
     \b
     Examples:
@@ -294,20 +307,31 @@ def test_constitution(settings: Settings, file: str, spec: str | None, min_accur
 
 @constitution.command("ablate")
 @click.argument("principles", metavar="[PRINCIPLE...]", nargs=-1)
-@click.option("--from", "start", default="earliest", show_default=True, help="Start: earliest, an offset, a time, or run:ID.")
-@click.option("--to", "end", default="latest", show_default=True, help="End (exclusive): latest, an offset, or a time.")
-@click.option("--archive", is_flag=True, help="Read records from the database, also those that the log no longer has.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the cost, and run nothing.")
+@click.option(
+    "--from",
+    "start",
+    default="earliest",
+    show_default=True,
+    help="First record to read: earliest, an offset, a time, or run:ID.",
+)
+@click.option(
+    "--to", "end", default="latest", show_default=True, help="End of the records (exclusive): latest, an offset, or a time."
+)
+@click.option(
+    "--archive", is_flag=True, help="Read the records from the database, which also has records that the log has deleted."
+)
+@click.option("--dry-run", is_flag=True, help="Only print the plan and the cost.")
 @output_options
 @common_options
 def ablate_principles(
     settings: Settings, principles: tuple[str, ...], start: str, end: str, archive: bool, dry_run: bool, output: str
 ) -> None:
-    """Measure the effect of each principle by leaving it out.
+    """Measure the effect of each principle: replay a run without it.
 
-    Replay a run (--run) once under run.constitution and once without each principle, or without each PRINCIPLE given. Replays
-    without a critique principle regenerate the chains; replays without a judge principle relabel the pairs. Print how responses
-    and labels differ from the replay under the full constitution. After an interruption, the same command continues.
+    Replay a run (--run) under run.constitution, and again for each principle of that constitution without this principle. With
+    PRINCIPLE, exclude only the given principles. A replay without a critique principle generates new chains. A replay without a
+    judge principle generates new labels. Print how responses and labels differ from the replay under the full constitution. To
+    continue after an interruption, run the same command.
 
     \b
     Examples:

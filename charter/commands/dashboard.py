@@ -1,4 +1,4 @@
-"""`charter dashboard`: the CLI command. It imports the server only when it runs, to keep the other commands fast."""
+"""`charter dashboard`: serve a live dashboard. The web server is imported only when it starts, so other commands stay fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.settings import Settings
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; an address other than loopback requires a token.",
+    help="Address to listen on. All addresses except loopback require a token.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8400, show_default=True, help="Port to listen on; 0 selects a free port."
@@ -24,10 +24,10 @@ from engine.settings import Settings
 def dashboard(settings: Settings, host: str, port: int) -> None:
     """Serve a live dashboard for the browser.
 
-    Views: pipeline, traces, preferences, training, dead letters, SQL, runs.
+    The views are pipeline, traces, preferences, training, dead letters, SQL and runs.
 
-    The default address accepts connections from this machine only. With another --host every request needs a token: the value of
-    the variable CHARTER_DASHBOARD_TOKEN, or a generated token that the command prints.
+    The default address accepts connections from this machine only. With another --host, every request needs a token. The token is
+    the value of the environment variable CHARTER_DASHBOARD_TOKEN. If it is not set, the command generates and prints a token.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`charter demo`: run the whole loop once with a small real model."""
+"""`charter demo`: run the whole training loop once with a small real model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _get_preset() -> dict[str, dict[str, Any]]:
     type=click.IntRange(1),
     default=24,
     show_default=True,
-    help="Number of prompts in the first iteration; the next two use 2/3 and 1/3 of it.",
+    help="Number of prompts in the first iteration. The next two iterations use 2/3 and 1/3 of this number.",
 )
 @partial(common_options, get_preset=_get_preset)
 def demo(settings: Settings, prompts: int) -> None:
-    """Run the whole loop once with a small real model.
+    """Run the whole training loop once with a small real model.
 
-    Shipped prompts go through every stage, then SFT, the reward model and PPO train new policies. After an interruption, the same
-    command continues.
+    The stages process prompts that are shipped with Charter. Then SFT trains a policy, a reward model is trained, and PPO trains
+    the next policy. To continue after an interruption, run the same command.
 
     \b
     Examples:

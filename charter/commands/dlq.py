@@ -21,8 +21,8 @@ _IS_RETRIED_SQL = "record_id IN (SELECT dead_letter_id FROM dead_letter_retries)
 def dlq(settings: Settings, output: str) -> None:
     """List, show and retry dead letters.
 
-    A dead letter is a record that a stage or the sink could not process, unchanged, with the error. Without a verb, print the
-    list.
+    A dead letter contains a record that a stage or the sink could not process, and the error. The bytes of the record are
+    unchanged. Without a verb, print the list.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def _print_dead_letters(settings: Settings, output: str, stage: str | None, kind
 def show(settings: Settings, identifier: str, output: str) -> None:
     """Show one dead letter with its error, headers and value.
 
-    The value is decoded if possible, else printed as hexadecimal bytes. ID is the id of a dead letter or a unique prefix of it.
+    A value that cannot be decoded is printed in hexadecimal. ID is the id of a dead letter or a unique prefix of the id.
 
     \b
     Examples:
@@ -114,10 +114,10 @@ def show(settings: Settings, identifier: str, output: str) -> None:
 @click.option("--all", "everything", is_flag=True, help="Retry all dead letters.")
 @common_options
 def retry(settings: Settings, identifiers: tuple[str, ...], everything: bool, stage: str | None, kind: str | None) -> None:
-    """Publish records of dead letters again to their topics.
+    """Publish the records of dead letters to their topics again.
 
-    The record is unchanged and has a header that names the failed stage; other stages skip it. Each dead letter is retried once.
-    A record that fails again becomes a new dead letter.
+    Each record is published unchanged, with a header that names the failed stage. Other stages skip this record. A dead letter can
+    be retried only once. If the record fails again, it becomes a new dead letter.
 
     \b
     Examples:

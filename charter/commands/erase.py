@@ -1,4 +1,4 @@
-"""`charter erase`: delete everything that was made from a prompt."""
+"""`charter erase`: delete a prompt and all records made from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from schemas.records import Erasure
 
 @click.command()
 @click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
-@click.option("--reason", default="", help="Reason, stored in the erasure record.")
+@click.option("--reason", default="", help="Reason to store in the erasure record.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @common_options
 def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
-    """Delete everything that was made from a prompt.
+    """Delete a prompt and all records made from it.
 
-    The command publishes an erasure record. Each sink of this log deletes the prompt and all records made from it, and drops any
-    that arrive later. Later batches and replays skip them.
+    The command publishes an erasure record. Each sink that reads this log deletes the prompt and the records made from it. The
+    sink also drops such records if they arrive later. Later batches and replays skip these records.
 
     The log keeps its records until they expire (bus.retention_ms). Models that were trained on the records do not change.
 
@@ -60,7 +60,9 @@ def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bo
         ]
     )
     bus.close()
-    click.echo(f"erasure of {_format_prompt_count(len(prompt_ids))} published; the sink deletes the records (charter run)")
+    click.echo(
+        f"erasure of {_format_prompt_count(len(prompt_ids))} published; the sink deletes the records while charter run is active"
+    )
 
 
 def _format_prompt_count(count: int) -> str:

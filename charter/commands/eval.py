@@ -30,10 +30,14 @@ def evaluate() -> None:
     metavar="FILE",
     type=click.Path(),
     required=True,
-    help="File with human preferences, as for charter produce; - for standard input.",
+    help="File with human preferences in a format of charter produce, or - for standard input.",
 )
 @click.option(
-    "--preset", "presets", multiple=True, type=click.Choice(JUDGE_PRESETS), help="Only this judge preset; may be repeated."
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice(JUDGE_PRESETS),
+    help="Evaluate only this judge preset; may be repeated.",
 )
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Judge N pairs, sampled with --seed.")
 @click.option(
@@ -42,9 +46,14 @@ def evaluate() -> None:
     type=click.IntRange(min=1),
     help="Judge only the first N pairs with presets that generate text.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the pairs, the A/B order and the random baseline.")
 @click.option(
-    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write a report: .md, or .json with all labels."
+    "--seed", default=0, show_default=True, help="Seed for sampling the pairs, for the A/B order and for the random baseline."
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write a report to FILE (.md, or .json with all labels).",
 )
 @output_options
 @common_options
@@ -61,10 +70,10 @@ def agreement(
 ) -> None:
     """Measure the agreement of judge presets with human labels.
 
-    Each row of FILE has `chosen` and `rejected`: two responses to `prompt`, or two whole dialogues as in HH-RLHF, whose prompt
-    ends with the last human message. The judge is models.judge, the principles are those of run.constitution. A judge.* setting
-    that is set explicitly overrides the value of every preset. The table also has three baselines: longer, shorter and random.
-    Nothing is written to the log or the database.
+    Each row of FILE has `chosen` and `rejected`. They are two responses to `prompt`, or two complete dialogues as in HH-RLHF. The
+    prompt of a dialogue ends with the last human message. The judge is models.judge, and the principles are those of
+    run.constitution. A judge.* setting that the user sets overrides the value in every preset. The table also has three baselines:
+    longer, shorter and random. The command does not write to the log or the database.
 
     \b
     Examples:

@@ -19,8 +19,16 @@ _FORMAT_NAMES = ("sft", "preference", "kto")
 @click.argument("dataset_format", type=click.Choice(_FORMAT_NAMES))
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.option("--parquet", "as_parquet", is_flag=True, help="Write Parquet instead of JSON lines.")
-@click.option("--source", "sources", metavar="NAME", multiple=True, help="Only prompts of this source; may be repeated.")
-@click.option("--limit", type=click.IntRange(1), help="Maximum records per split, oldest first.")
+@click.option(
+    "--source",
+    "sources",
+    metavar="NAME",
+    multiple=True,
+    help="Export only records whose prompt has this source; may be repeated.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="Maximum number of records per split. The oldest records are exported first."
+)
 @click.option("--force", is_flag=True, help="Overwrite an earlier export.")
 @common_options
 def export(
@@ -33,10 +41,10 @@ def export(
     limit: int | None,
     force: bool,
 ) -> None:
-    """Write training data to a folder that trainers read.
+    """Write training data to a folder in the formats of TRL.
 
-    The formats are those of TRL: prompts with final responses (sft), pairs with a soft label (preference), or single responses
-    with a boolean label (kto). Train and eval splits are separate files. A dataset card (README.md) describes the sources. Without
+    The formats are prompts with final responses (sft), pairs with a soft label (preference), and single responses with a boolean
+    label (kto). Train and eval splits are separate files. A dataset card (README.md) describes the sources. Without
     --run, export the records of all runs.
 
     \b

@@ -1,7 +1,8 @@
 """`charter label`: label by hand the pairs that a judge labeled or failed to label.
 
-A human label is a new preference record with `label_source` HUMAN; its parent is the record of the judge, which does not change.
-In the view `preference_pairs` the newest human label replaces the label of the judge. `label_agreement_stats` compares both.
+A human label is a new preference record with `label_source` HUMAN. Its parent is the record of the judge, which does not change.
+In the view `preference_pairs`, the newest human label replaces the label of the judge. The view `label_agreement_stats` compares
+human labels with labels of the judge.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from schemas.records import LabelSource, Outcome, Preference
 
 _P_A_BY_CHOICE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _QUERY_TIMEOUT_S = 20.0
-_MAX_LINES = 40  # lines of the prompt and of each response that are printed at first
+_MAX_LINES = 40  # maximum lines of the prompt and of each response; the user can type w to see all lines
 _LABEL_COLUMNS = """record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id,
     policy_version, pairing, response_a, response_b, completion_index_a, completion_index_b, finish_reason_a, finish_reason_b"""
 
-# Labels of the judge without a human label, least certain first: no label at all, then p_a near one half.
+# Selects records of the judge without a human label. Records without a usable label come first, then labels with p_a near 0.5.
 _OPEN_LABELS_SQL = f"""
     SELECT {_LABEL_COLUMNS} FROM preferences p
     WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $position_flips OR position_flip)
@@ -45,12 +46,10 @@ _LABEL_BY_ID_SQL = f"SELECT {_LABEL_COLUMNS} FROM preferences WHERE label_source
 
 @click.command()
 @click.argument("label_id", metavar="[ID|-]", required=False)
-@click.option(
-    "--prefer", type=click.Choice(list(_P_A_BY_CHOICE)), help="The better response of the pair ID: response_a or response_b."
-)
-@click.option("--principle", metavar="ID", help="Only pairs judged by this principle.")
-@click.option("--position-flips", is_flag=True, help="Only pairs whose label changed when the two responses swapped positions.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the order in which two responses are shown.")
+@click.option("--prefer", type=click.Choice(list(_P_A_BY_CHOICE)), help="The better response of the pair ID: a, b or tie.")
+@click.option("--principle", metavar="ID", help="Show only pairs that were judged by this principle.")
+@click.option("--position-flips", is_flag=True, help="Show only pairs whose label changed when the responses were swapped.")
+@click.option("--seed", default=0, show_default=True, help="Seed for the random order of the two responses.")
 @click.option("--count", type=click.IntRange(1), default=20, show_default=True, help="Maximum number of pairs.")
 @common_options
 def label(
@@ -65,12 +64,11 @@ def label(
 ) -> None:
     """Label pairs by hand.
 
-    Without ID, show pairs one by one and ask which response is better. Pairs about which the judge was least certain come first.
-    The order of the two responses is random, so it does not show the label of the judge. Without --run, show the pairs of all
-    runs.
+    Without ID, show pairs one by one and ask which response is better. The pairs with the least certain labels come first. The
+    order of the two responses is random, so it does not reveal the label of the judge. Without --run, show the pairs of all runs.
 
-    With ID and --prefer, label one pair; ID is the id of a preference record or a unique prefix of it. With -, read JSON lines
-    from standard input, e.g. {"record_id": "...", "prefer": "a"}; the exit code is 1 if a line is invalid.
+    With ID and --prefer, label one pair. ID is the id of a preference record or a unique prefix of the id. With -, read labels as
+    JSON lines from standard input, e.g. {"record_id": "...", "prefer": "a"}. The exit code is 1 if a line is invalid.
 
     Each label is published as a new record. The record of the judge does not change.
 
@@ -103,20 +101,20 @@ def label(
 
 
 def find_label(store: Store, identifier: str) -> dict[str, Any]:
-    """Return the label of a judge by its id or a unique prefix of it. Raise UsageError if no label or more than one match."""
+    """Return the judge's label with this id or id prefix. Raise UsageError unless exactly one label matches."""
     rows = store.query_dicts(_LABEL_BY_ID_SQL, {"id": make_id_pattern(identifier)}, limit_s=_QUERY_TIMEOUT_S)
     if len(rows) == 1:
         return rows[0]
     what = f"{identifier!r} matches {'more than one' if rows else 'no'} label of a judge"
     fix = "type: charter sql \"select record_id, p_a from preferences where label_source = 'AI'\""
-    raise UsageError(what, "it must be the record_id of one row of the table preferences, or a unique prefix of it", fix)
+    raise UsageError(what, "the ID must be the record_id of one row of the table preferences, or a unique prefix", fix)
 
 
 def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
-    """Return the record of a human label on the pair of a judge's label. `p_a` is 1, 0 or 0.5 (tie)."""
+    """Return a human label for the pair of `row`, which is a label of the judge. `p_a` is 1, 0 or 0.5 (tie)."""
     created_at = datetime.now(UTC)
     parent_id = str(row["record_id"])
-    # The time is part of the id: a person who labels a pair A, B and A again makes three records, and the newest one counts.
+    # The id depends on the time. If a person labels one pair A, then B, then A, there are three records; the newest record is used.
     fingerprint = ids.compute_fingerprint("human_label", p_a=p_a, at=created_at.isoformat())
     copied = {key: value for key, value in row.items() if key not in ("record_id", "prompt_id", "response_id")}
     return Preference(
@@ -138,7 +136,7 @@ def _publish_label(bus: Bus, record: Preference) -> None:
 
 
 def _label_from_stdin(store: Store, bus: Bus) -> int:
-    """Publish the labels of standard input. Report and skip invalid lines; exit with code 1 if there are any."""
+    """Publish the labels from standard input. Report and skip invalid lines. Exit with code 1 if any line is invalid."""
     num_labels = num_invalid = 0
     for number, line in enumerate(sys.stdin.buffer, 1):
         if not line.strip():
@@ -165,7 +163,7 @@ def _label_from_stdin(store: Store, bus: Bus) -> int:
 
 
 def _label_interactively(store: Store, bus: Bus, filters: dict[str, Any], seed: int) -> int:
-    """Ask about each pair until the list ends or the user quits. Return the number of labels."""
+    """Ask for a label of each pair until the list ends or the user quits. Return the number of labels."""
     pairs = store.query_dicts(_OPEN_LABELS_SQL, filters, limit_s=_QUERY_TIMEOUT_S)
     if not pairs:
         click.echo("there are no pairs without a human label")
@@ -185,7 +183,7 @@ def _label_interactively(store: Store, bus: Bus, filters: dict[str, Any], seed: 
 
 
 def _ask_preference(row: dict[str, Any], number: int, total: int, seed: int) -> float | None:
-    """Ask about one pair. Return p(A is better), -1 to skip the pair, or None to quit."""
+    """Ask for the label of one pair. Return p(A is better), -1 to skip the pair, or None to quit."""
     swapped = ids.compute_seed(str(row["record_id"]), seed) % 2 == 1
     first, second = (row["response_b"], row["response_a"]) if swapped else (row["response_a"], row["response_b"])
     prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])
@@ -209,13 +207,13 @@ def _ask_preference(row: dict[str, Any], number: int, total: int, seed: int) -> 
 
 
 def _format_sections(sections: list[tuple[str, str]], max_lines: int | None) -> Iterator[str]:
-    """Yield each text under its name, with unprintable characters escaped, truncated to `max_lines` lines."""
+    """Yield the name and the text of each section. Escape unprintable characters, and truncate each text to `max_lines` lines."""
     for name, text in sections:
         lines = escape_unprintable(text).splitlines()
         yield f"--- {name}"
         yield from lines[:max_lines]
         if max_lines is not None and len(lines) > max_lines:
-            yield f"({len(lines) - max_lines} more lines: w)"
+            yield f"({len(lines) - max_lines} more lines; type w to show them)"
 
 
 COMMAND = label

@@ -59,8 +59,8 @@ def policy(settings: Settings, output: str) -> None:
 def list_policies(settings: Settings, output: str) -> None:
     """List all policy and reward model versions.
 
-    Print the phase that trained each version, its base version, the version whose weights it has, and where the weights are. The
-    role is "current" for the policy that generates responses and "reference" for the reference policy of the RL phase.
+    For each version, print the training phase, the base version, the version that the weights come from, and the folder of the
+    weights. The role is "current" for the policy that generates responses and "reference" for the reference policy of the RL phase.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def _print_policies(settings: Settings, output: str) -> None:
         location = _get_weights_location(settings, update)
         roles = _format_roles(update.version, newest, reference) if kind == "policy" else ""
         rows.append((kind, update.version, update.phase, update.base_version, weights_of, update.created_at, location, roles))
-    if not output:  # shorten times and paths, so that the table fits a terminal
+    if not output:  # shorten times and paths, so that the table is narrow enough for a terminal
         rows = [(*row[:5], f"{row[5]:%Y-%m-%d %H:%M:%S}" if row[5] else None, Path(row[6]).name, row[7]) for row in rows]
     print_rows(["kind", "version", "phase", "base_version", "weights_of", "created_at", "weights", "role"], rows, output)
     for phase, reason in () if output else paused_phases.items():
@@ -109,13 +109,13 @@ def _get_weights_location(settings: Settings, update: PolicyUpdate) -> str:
 
 @policy.command()
 @click.argument("version", type=int)
-@click.option("--reason", default="", help="Reason, stored on the log.")
+@click.option("--reason", default="", help="Reason to store on the log.")
 @common_options
 def use(settings: Settings, version: int, reason: str) -> None:
     """Restore the weights of policy VERSION.
 
-    The weights get a new version number. That version generates responses from now on, and training continues from it. Version
-    numbers only increase, and earlier records keep the version that made them. Version 0 is the base model.
+    The command publishes these weights as a new version. The new version generates all later responses, and training continues
+    from it. Version numbers only increase. Earlier records keep their version number. Version 0 is the base model.
 
     \b
     Examples:
@@ -128,11 +128,11 @@ def use(settings: Settings, version: int, reason: str) -> None:
 
 
 @policy.command()
-@click.option("--reason", default="", help="Reason, stored on the log.")
+@click.option("--reason", default="", help="Reason to store on the log.")
 @click.option("--pause", is_flag=True, help="Also pause the RL phase (train.rl_method).")
 @common_options
 def rollback(settings: Settings, reason: str, pause: bool) -> None:
-    """Restore the policy that the current one was trained from.
+    """Restore the policy that the current policy was trained from.
 
     \b
     Examples:
@@ -150,7 +150,7 @@ def rollback(settings: Settings, reason: str, pause: bool) -> None:
 
 
 def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> str:
-    """Publish a new version with the weights of an earlier one. Return a message for the user."""
+    """Publish a new version with the weights of an earlier version. Return a message for the user."""
     updates = read_policy_updates(bus)
     newest = get_newest_version(updates)
     if version and (weights := get_weights_version(updates, newest)) == get_weights_version(updates, version):
@@ -159,18 +159,18 @@ def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> 
     if update.restored_version:
         get_verified_folder(settings, updates, version)
     bus.publish([to_producer_record(update), to_producer_record(_make_restore_incident(update, reason))])
-    # Two processes can publish the same version number. The first one on the log counts, so check which one that is.
+    # Two processes can publish the same version number. Only the first record on the log is valid, so check that it is this one.
     if update.record_id not in {published.record_id for published in read_policy_updates(bus)}:
         raise CharterError(
             f"another process published policy {update.version} at the same time",
-            "the trainer or another user was faster",
-            "check the versions, then repeat the command: charter policy list",
+            "the trainer or another user published its version first, and only the first version is valid",
+            "type: charter policy list    (to check the versions), then repeat this command",
         )
     return f"policy {update.version} is now the current policy, with the weights of policy {update.restored_version}"
 
 
 def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
-    """Return the incident that records the reason of a manual restore, next to the incidents of the trainer."""
+    """Return an incident record with the reason for a manual restore."""
     return Incident(
         record_id=ids.compute_record_id(
             "incident", [update.record_id], ids.compute_fingerprint("rollback_incident", reason=reason)
@@ -190,12 +190,12 @@ def _make_restore_incident(update: PolicyUpdate, reason: str) -> Incident:
 
 @policy.command("pause")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
-@click.option("--reason", default="", help="Reason, stored on the log.")
+@click.option("--reason", default="", help="Reason to store on the log.")
 @common_options
 def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
-    """Pause training: all phases, or the given ones.
+    """Pause all training phases, or only the given phases.
 
-    The stages continue. A batch that is already in training is finished.
+    The stages continue. The trainer finishes the batch that it is training.
 
     \b
     Examples:
@@ -207,10 +207,10 @@ def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> No
 
 @policy.command("resume")
 @click.argument("phases", nargs=-1, type=click.Choice(PHASES))
-@click.option("--reason", default="", help="Reason, stored on the log.")
+@click.option("--reason", default="", help="Reason to store on the log.")
 @common_options
 def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> None:
-    """Resume training: all paused phases, or the given ones.
+    """Resume all paused training phases, or only the given phases.
 
     \b
     Examples:
@@ -228,7 +228,7 @@ def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, p
     if changed:
         click.echo(f"{', '.join(changed)}: {'paused' if paused else 'resumed'}")
     else:
-        click.echo(f"nothing to do: {', '.join(phases)}: {'already' if paused else 'not'} paused")
+        click.echo(f"nothing to do, because these phases are {'already' if paused else 'not'} paused: {', '.join(phases)}")
 
 
 # Exporting weights

@@ -24,11 +24,13 @@ _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
 @click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
 @click.option("--as", "kind", type=click.Choice(_INPUT_KINDS), default="prompts", show_default=True, help="Type of the rows.")
 @click.option("--source", metavar="NAME", default="", help='Source of rows without "source" [default: prompts or human].')
-@click.option("--epoch", default=0, show_default=True, help="A new number generates new responses to the same prompts.")
+@click.option(
+    "--epoch", default=0, show_default=True, help="Epoch number. A new number generates new responses to the same prompts."
+)
 @click.option("--strict", is_flag=True, help="Stop at the first invalid row.")
 @click.option("--publish-prompts", is_flag=True, help="Also publish the prompts of preferences and demonstrations.")
 @click.option("--shipped", is_flag=True, help="Publish the prompts shipped with Charter.")
-@click.option("--dry-run", is_flag=True, help="Print the number of rows and the cost, and publish nothing.")
+@click.option("--dry-run", is_flag=True, help="Only print the number of rows and the cost.")
 @common_options
 def produce(
     settings: Settings,
@@ -44,13 +46,13 @@ def produce(
     """Publish prompts or labeled data.
 
     Read prompts, human preferences or human demonstrations from files or standard input (-). A file is JSON lines (plain or
-    gzip), Parquet, Arrow, or a folder of datasets.save_to_disk.
+    gzip), Parquet, Arrow, or a folder written by datasets.save_to_disk.
 
     A prompt is a JSON string or an object with "prompt" or "messages" ([{"role": "user", "content": "..."}]), and optionally
     "source" and "tags". A preference also has "chosen" and "rejected", or "response_a", "response_b" and "p_a". A demonstration
     also has "completion". Rows in the format of HH-RLHF are accepted.
 
-    Invalid rows are reported and skipped; the exit code is then 1. Rows that were published before add nothing.
+    Invalid rows are reported and skipped, and the exit code is then 1. Rows that were published earlier are not added again.
 
     \b
     Examples:
@@ -91,11 +93,11 @@ def produce(
 
 
 def _print_dry_run(settings: Settings, paths: list[str], kind: InputKind, publish_prompts: bool) -> None:
-    """Print the number of valid rows, and the maximum cost of the stages for their prompts."""
+    """Print the number of valid rows, and the maximum cost of processing their prompts."""
     num_rows, num_chars, num_invalid = 0, 0, 0
     for path in paths:
         if path != "-":
-            compute_content_hash(path)  # raises the error that `publish` raises for a file that cannot be read
+            compute_content_hash(path)  # for an unreadable file, raises the same error as `publish`
         for number, row in read_rows(path):
             try:
                 parsed = ROW_PARSERS[kind](row, source=kind, max_chars=settings.prompts.max_chars)

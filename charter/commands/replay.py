@@ -15,32 +15,42 @@ from engine.settings import Settings
 
 
 @click.command()
-@click.option("--stage", type=click.Choice(STAGES), required=True, help="First stage; the stages after it also run.")
-@click.option("--from", "start", default="earliest", show_default=True, help="Start: earliest, an offset, a time, or run:ID.")
-@click.option("--to", "end", default="latest", show_default=True, help="End (exclusive): latest, an offset, or a time.")
+@click.option("--stage", type=click.Choice(STAGES), required=True, help="First stage to run. The later stages also run.")
+@click.option(
+    "--from",
+    "start",
+    default="earliest",
+    show_default=True,
+    help="First record to read: earliest, an offset, a time, or run:ID.",
+)
+@click.option(
+    "--to", "end", default="latest", show_default=True, help="End of the records (exclusive): latest, an offset, or a time."
+)
 @click.option("--as", "name", metavar="ID", help="ID of the new run [default: derived from the options].")
-@click.option("--constitution", help="Another constitution: a shipped name or a file.")
+@click.option("--constitution", help="Constitution to use instead: a shipped name or a file.")
 @click.option(
     "--exclude-principle",
     "excluded_principles",
     metavar="PRINCIPLE",
     multiple=True,
-    help="Leave this principle out; may be repeated.",
+    help="Exclude this principle from the constitution; may be repeated.",
 )
-@click.option("--model", help="Another model for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
-@click.option("--policy", type=int, help="Policy version for respond [default: that of the source run].")
-@click.option("--archive", is_flag=True, help="Read records from the database, also those that the log no longer has.")
-@click.option("--only", is_flag=True, help="Run only --stage, not the stages after it.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the cost, and run nothing.")
+@click.option("--model", help="Model to use instead for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
+@click.option("--policy", type=int, help="Policy version for the respond stage [default: the version of the source run].")
+@click.option(
+    "--archive", is_flag=True, help="Read the records from the database, which also has records that the log has deleted."
+)
+@click.option("--only", is_flag=True, help="Do not run the stages after --stage.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan and the cost.")
 @common_options
 def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
     """Run earlier records through the stages again, as a new run.
 
-    Read the records of one run (--run, or --from run:ID) up to the end offsets at the start of the replay, run the stages on
-    them, and exit when all resulting records are finished and in the database.
+    Read the records of one run (--run, or --from run:ID) that exist when the replay starts. Run the stages on these records. Exit
+    when the stages have processed all resulting records and the sink has written them to the database.
 
-    The same configuration gives the same record ids, so the views do not change. Another configuration gives new records under
-    the run_id of the new run. After an interruption, the same command continues.
+    With the same configuration, the records get the same ids, so the views do not change. With another configuration, the replay
+    generates new records with the run_id of the new run. To continue after an interruption, run the same command.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`charter report`: write one run into one HTML file."""
+"""`charter report`: write a report of a run to one HTML file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _DEFAULT_NUM_TRACES = 5
 @json_option
 @common_options
 def report(settings: Settings, origins: dict[str, str], file: Path, num_traces: int, as_json: bool) -> None:
-    """Write a run into one HTML file.
+    """Write a report of a run to one HTML file.
 
     The report has record counts, a comparison of the policies, the statistics of the principles, the curves of reward and KL,
-    sampled traces, and the configuration of the run. The default is the newest run; choose another with --run. FILE defaults to
+    sampled traces, and the configuration of the run. Without --run, the report shows the newest run. FILE defaults to
     charter-report.html; - is standard output.
 
     \b

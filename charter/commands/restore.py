@@ -17,7 +17,7 @@ from engine.settings import Settings
 def restore(settings: Settings, source: Path) -> None:
     """Create a data folder from a backup.
 
-    FOLDER is a folder of charter backup. The data folder (--data) must be empty or absent.
+    FOLDER is a backup that charter backup wrote. The data folder (--data) must be empty or must not exist.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ _DONE_CHECK_INTERVAL_POLLS = 5  # the check reads the log, so it does not run at
 
 
 class _StageParamType(click.Choice[str]):
-    """The name of a built-in stage, or a Python file with a custom stage."""
+    """Accepts the name of a built-in stage, or a Python file with a custom stage."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return value if value.endswith(".py") else super().convert(value, param, ctx)
@@ -37,7 +37,7 @@ class _StageParamType(click.Choice[str]):
     "stages",
     multiple=True,
     type=_StageParamType(_ALL_STAGES),
-    help="Only this stage, or a custom stage in FILE.py; may be repeated.",
+    help="Run only this stage. FILE.py runs a custom stage. May be repeated.",
 )
 @click.option("--instance", metavar="NAME", help="Fixed name of this worker instance, e.g. the ordinal of a pod.")
 @click.option("--until-done", is_flag=True, help="Exit when the stages have processed all records on the log.")
@@ -45,7 +45,8 @@ class _StageParamType(click.Choice[str]):
 def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until_done: bool) -> None:
     """Run the stages and the sink until stopped.
 
-    All stages and the sink run in one process, or only those of --stage. FILE.py is a custom stage (docs/extending.md).
+    One process runs all stages and the sink. With --stage, it runs only the given stages. FILE.py is a custom stage
+    (docs/extending.md).
 
     On Ctrl-C or SIGTERM, stop reading, finish the records in flight and exit. The exit code is 1 or 3 if a stage stops with an
     error.
@@ -64,7 +65,7 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
     bus = connect_bus(settings)
     host = make_host(settings, bus, builtin, sink=has_sink, custom_stages=custom, instance=instance)
     stop = stop_on_signals(host.note_stop)
-    end = "until all work is done" if until_done else "stop with Ctrl-C"
+    end = "exits when all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
     store = open_store(settings) if has_sink else None
     check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store)
@@ -79,9 +80,11 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
                 print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
                 break
     if host.abandoned_threads:
-        print_progress(f"stopped before {', '.join(host.abandoned_threads)} finished; uncommitted records are processed again")
+        print_progress(
+            f"stopped before {', '.join(host.abandoned_threads)} finished; the next start processes the uncommitted records again"
+        )
         sys.stderr.flush()
-        # `sys.exit` would wait for the threads that did not finish.
+        # `sys.exit` would wait for the unfinished threads.
         os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))
     bus.close()
     host.raise_if_failed()

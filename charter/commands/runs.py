@@ -37,7 +37,7 @@ def runs(settings: Settings, output: str) -> None:
 def list_runs(settings: Settings, output: str) -> None:
     """List all runs with their constitution, models and record counts.
 
-    A record that two runs share is counted in both.
+    If two runs have the same record, it is counted for both runs.
 
     \b
     Examples:
@@ -62,8 +62,8 @@ def _print_runs(settings: Settings, output: str) -> None:
 def compare(settings: Settings, first: str, second: str, output: str) -> None:
     """Compare two runs.
 
-    Print the settings that differ, the number of records that both or only one of the runs have, and how the labels of the same
-    pairs differ.
+    Print the settings that differ, the number of records in both runs and in only one run, and how the labels of the same pairs
+    differ.
 
     \b
     Examples:

@@ -19,8 +19,8 @@ from engine.settings import Settings
 def show(settings: Settings, identifier: str, output: str) -> None:
     """Show the trace of one prompt.
 
-    The trace has the responses, critiques, revisions and labels of the prompt. ID is the id of the prompt or of any of these
-    records, or a unique prefix of it.
+    The trace has the responses, critiques, revisions and labels of the prompt. ID is the id of the prompt or of one of these
+    records. A unique prefix of the id is sufficient.
 
     \b
     Examples:
@@ -32,7 +32,7 @@ def show(settings: Settings, identifier: str, output: str) -> None:
     if len(prompt_ids) != 1:
         raise UsageError(
             f"{identifier!r} matches {len(prompt_ids) or 'no'} prompts",
-            "an id, or a prefix of it, must match the records of exactly one prompt",
+            "an id or id prefix must match the records of exactly one prompt",
             "type: charter sql 'select prompt_id, prompt from traces limit 10'",
         )
     rows = store.query_dicts("SELECT * FROM traces WHERE prompt_id = ?", prompt_ids)

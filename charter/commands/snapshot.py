@@ -16,9 +16,10 @@ from engine.settings import Settings
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
 @common_options
 def snapshot(settings: Settings, target: Path) -> None:
-    """Copy the database to a file while everything runs.
+    """Copy the database to a file while the pipeline runs.
 
-    The copy is consistent. FILE must not exist. Use a copy for notebooks: an open notebook would block the sink.
+    The copy is consistent. FILE must not exist. Use a copy for notebooks, because a notebook that opens the database blocks the
+    sink.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ _SIGNAL_POLL_INTERVAL_S = 0.2
     type=click.FloatRange(0, min_open=True),
     default=10.0,
     show_default=True,
-    help="Stop the query after this time, in seconds.",
+    help="Stop the query after this number of seconds.",
 )
 @click.option("--tables", is_flag=True, help="List the tables and views with their columns.")
 @output_options
@@ -52,7 +52,7 @@ def sql(settings: Settings, statement: str | None, timeout_s: float, tables: boo
 
 
 def _run_interruptible(run_query: Callable[[], QueryResult]) -> QueryResult:
-    """Run the query in a separate thread, so that Ctrl-C ends the process: a running DuckDB query can ignore SIGINT."""
+    """Run the query in a separate thread. Then Ctrl-C ends the process even if DuckDB ignores SIGINT during the query."""
 
     def stop(*_: object) -> None:
         os.write(2, b"\n")
@@ -61,7 +61,7 @@ def _run_interruptible(run_query: Callable[[], QueryResult]) -> QueryResult:
     previous_handler = signal.signal(signal.SIGINT, stop)
     try:
         future = ThreadPoolExecutor(1).submit(run_query)
-        # Poll: Python runs signal handlers in this thread only between waits, so a wait without a timeout could delay Ctrl-C.
+        # Python runs signal handlers in this thread only between waits. A wait without a timeout could delay Ctrl-C.
         while not wait([future], _SIGNAL_POLL_INTERVAL_S).done:
             pass
         return future.result()

@@ -15,9 +15,9 @@ from engine.settings import Settings, load_settings
 
 _FIRST_STEPS = """There is no run in this folder yet. To start one:
 
-  charter demo                      run the whole loop once with a small real model
+  charter demo                      run the whole training loop once with a small real model
   charter produce prompts.jsonl     publish your own prompts, one JSON string or object per line
-  charter run --until-done          run every stage and the sink until no work is left
+  charter run --until-done          run every stage and the sink until all work is done
 
 charter --help lists all commands; charter doctor checks the installation."""
 
@@ -28,8 +28,8 @@ charter --help lists all commands; charter doctor checks the installation."""
 def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     """Show record counts, consumer lag and policies.
 
-    Print the number of records of each topic in the database, the lag of the stages of a run on each topic, and the newest
-    policies. The run is the newest one, or --run.
+    For each topic, print the number of records in the database and the lag of the stages of one run. Also print the newest
+    policies. Without --run, print the lag of the newest run.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     print_rows([*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows], output)
     if output:
         return
-    note = f"(lag: records that the stages of run {run_id} have not processed yet; - if no stage reads the topic)"
+    note = f"(lag is the number of records that the stages of run {run_id} have not processed yet; - means that no stage reads the topic)"
     click.echo(escape_unprintable(note))
     policies = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
     if policies.rows:

@@ -14,14 +14,14 @@ from engine.stop_signals import stop_on_signals
 @click.command()
 @click.argument("topic")
 @click.option("-n", "count", type=click.IntRange(0), default=10, show_default=True, help="Number of records.")
-@click.option("-f", "--follow", is_flag=True, help="Continue with new records until stopped.")
+@click.option("-f", "--follow", is_flag=True, help="Then print new records until stopped.")
 @click.option("--raw", is_flag=True, help="Print the bytes in hexadecimal instead of the decoded record.")
 @click.option("--json", is_flag=True, expose_value=False, help="No effect: the output is always JSON lines.")
 @common_options
 def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
     """Print the newest records of a topic as JSON lines.
 
-    Each object has the topic, partition and offset of the record. TOPIC is without bus.prefix.
+    Each object has the topic, partition and offset of the record. TOPIC is the name of a topic without bus.prefix.
 
     \b
     Examples:

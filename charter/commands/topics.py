@@ -42,8 +42,8 @@ def topics(settings: Settings, output: str) -> None:
 def list_topics(settings: Settings, output: str) -> None:
     """List all topics with record type, partitions and offsets.
 
-    The column offsets is the difference between end and beginning offsets. On Kafka it also counts transaction markers, so it can
-    be larger than the number of records.
+    The column offsets is the difference between end and beginning offsets. On Kafka, this number can be larger than the number of
+    records, because it also counts transaction markers.
 
     \b
     Examples:
@@ -74,7 +74,7 @@ def create(settings: Settings) -> None:
     """Create the missing topics.
 
     The settings are bus.partitions, bus.replication, bus.retention_ms and bus.prefix. Existing topics do not change. The number
-    of partitions is fixed at creation; it is the maximum number of instances of a stage that get records.
+    of partitions cannot be changed later. It is the maximum number of instances of a stage that can read a topic in parallel.
 
     \b
     Examples:
@@ -95,8 +95,8 @@ def create(settings: Settings) -> None:
 def describe(settings: Settings, names: tuple[str, ...], output: str) -> None:
     """Show partitions, replicas, offsets and configuration of topics.
 
-    The column max_instances is the number of instances of a stage that can read the topic in parallel. Offsets are in the order
-    of the partitions.
+    The column max_instances is the number of instances of a stage that can read the topic in parallel. Offsets are listed in the
+    order of the partitions.
 
     \b
     Examples:
@@ -144,7 +144,8 @@ def _format_offset_range(topic: str, beginning_offsets: Offsets, end_offsets: Of
 def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     """Show the lag of each stage of a run and of the sink.
 
-    The lag is in records and in seconds since the oldest unread record. The run is the newest one, or --run.
+    Print the number of unread records, and the age of the oldest unread record in seconds. Without --run, print the lag of the
+    newest run.
 
     \b
     Examples:

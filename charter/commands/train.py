@@ -16,12 +16,13 @@ from engine.settings import Settings
 @click.option("--loop", is_flag=True, help="Train each phase when it has enough new rows, until stopped.")
 @common_options
 def train(settings: Settings, phase: str | None, loop: bool) -> None:
-    """Train on the rows that have arrived, once or in a loop.
+    """Train on the available rows, once or in a loop.
 
-    Without options, train the next phase that has enough new rows (train.*_rows), if there is one. The result is a new version
-    of the policy or the reward model: a checkpoint in the data folder and a record on the log.
+    Without options, train the next phase that has enough new rows (train.*_rows). If no phase has enough rows, nothing is
+    trained. The result is a new version of the policy or the reward model. The checkpoint is written to the data folder, and a
+    record is published to the log.
 
-    Processes that accelerate launch starts train together.
+    With accelerate launch, all started processes train one model together.
 
     \b
     Examples:

@@ -1,18 +1,18 @@
-"""`charter dashboard`: a local web page that shows a running Charter and stays up to date.
+"""`charter dashboard`: serve local web pages that show the state of a running Charter.
 
-    command.py      the CLI command and its options
-    serve.py        the socket, the token and the web server
-    app.py          the URL of each view, its JSON twin under /api, and the only action: retry dead letters
-    security.py     checks of Host, Origin and token; the content security policy of the pages
-    query_cache.py  access to the database: one query at a time, cached for as long as the file does not change
-    lag_monitor.py  the consumer lag of the stages, measured by a background thread
+    serve.py        opens the socket, chooses the token and runs the web server
+    app.py          maps each URL to a view, with a JSON version under /api; handles the only action, a retry of dead letters
+    security.py     checks Host, Origin and token; sets the content security policy of the pages
+    query_cache.py  queries the database, one query at a time; caches each result while the database file does not change
+    lag_monitor.py  measures the consumer lag of the stages in a background thread
     pipeline_view.py, traces_view.py, preferences_view.py, training_view.py, dead_letters_view.py, sql_view.py, runs_view.py
-                    the data of each view: functions from query parameters to plain data, which is also the JSON twin
-    rendering.py    that data as HTML: all text is escaped, invisible characters are made visible
+                    load the data of each view: functions convert query parameters to plain data, which is also the JSON version
+    rendering.py    converts this data to HTML; escapes all text and makes invisible characters visible
     charts.py, pipeline_diagram.py
-                    SVG: charts with units and confidence intervals, the diagram of the pipeline
+                    draw SVG: charts with units and confidence intervals, and the diagram of the pipeline
     templates/, static/
-                    the pages (`report.html` belongs to `charter report`), one style sheet, two small scripts
+                    contain the pages (`report.html` is the page of `charter report`), one style sheet and two small scripts
 
-All pages work without the scripts. The scripts refresh the page, switch the theme and show the value of a chart's point on hover.
+All pages work without the scripts. The scripts refresh the page, switch the theme, and show the value of a chart point when the
+mouse is over the point.
 """

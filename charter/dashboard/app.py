@@ -1,7 +1,7 @@
-"""The dashboard as an ASGI application: every view has a URL, and a JSON twin under /api.
+"""Define the ASGI application of the dashboard. Each view has a page, and a JSON version under /api.
 
-A view that cannot be read is still a page: it shows the three lines of the error (what happened, why, what to type). Each
-response has an ETag, so that a repeated request for an unchanged page returns 304 without a body.
+If the data of a view cannot be read, the page shows the three lines of the error (what happened, why, what to type). Each
+response has an ETag. If a browser requests an unchanged page again, the response is 304 without a body.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _NAVIGATION = (
 
 @dataclass(frozen=True)
 class _View:
-    """What one request shows: `data` from the database (None if it cannot be read), and `extra` values from elsewhere."""
+    """Holds the content of one page. `data` comes from the database, or is None if the database cannot be read."""
 
     template: str
     title: str
@@ -79,7 +79,7 @@ _ViewFunction = Callable[[Request], _View]
 
 
 class Dashboard:
-    """The views of one data folder and one event log."""
+    """Serves the views of one data folder and one event log."""
 
     def __init__(self, settings: Settings) -> None:
 
@@ -89,7 +89,7 @@ class Dashboard:
         self.templates = create_template_environment()
 
     def build_app(self, token: str | None = None) -> ASGIApp:
-        """Return the application behind its security checks. Requests need `token`; None (on loopback) disables that check."""
+        """Return the application with its security checks. If `token` is None (on loopback), requests do not need a token."""
         views: dict[str, _ViewFunction] = {
             "/": self.show_pipeline,
             "/traces": self.show_traces,
@@ -203,7 +203,7 @@ class Dashboard:
         data = self.query_cache.get_or_run(("run_ids",), runs_view.load_run_ids).data
         return data["run_ids"] if data else []
 
-    # The endpoints: a page and a JSON twin for each view
+    # Endpoints: each view has a page and a JSON version
 
     def make_page_endpoint(self, view_function: _ViewFunction) -> Callable[[Request], Response]:
         def endpoint(request: Request) -> Response:
@@ -240,7 +240,7 @@ class Dashboard:
         )
 
     async def handle_http_error(self, request: Request, error: Exception) -> Response:
-        """Return a page for an unknown address, a method that an address does not accept, or a form that is too long."""
+        """Return an error page for an unknown address, an unsupported method, or a form that is too long."""
         assert isinstance(error, HTTPException)
         message = CharterError(
             f"cannot serve {request.method} {request.url.path}", str(error.detail), "choose a page in the navigation bar"
@@ -249,10 +249,10 @@ class Dashboard:
         body = await run_in_threadpool(self.render_page, request, view)
         return _make_response(request, body, "text/html", error.status_code)
 
-    # The only action
+    # The retry of dead letters, the only action of the dashboard
 
     async def handle_retry_form(self, request: Request) -> Response:
-        """Publish the dead letters that a form selects to their source topics again."""
+        """Publish the records of the selected dead letters to their source topics again."""
         form = dict(parse_qsl((await _read_limited_body(request)).decode("utf-8", "replace"), keep_blank_values=True))
         return await run_in_threadpool(self.retry_dead_letters, request, form)
 
@@ -290,18 +290,18 @@ async def _read_limited_body(request: Request) -> bytes:
 
 
 def _get_json_path(path: str) -> str:
-    """Return the address of the JSON twin of a page."""
+    """Return the address of the JSON version of a page."""
     return "/api" + ("/pipeline" if path == "/" else path)
 
 
 def _build_url(path: str, /, **parameters: Any) -> str:
-    """Return an address of this server, without the parameters that are empty."""
+    """Return an address of this server. Omit empty parameters."""
     non_empty = {name: value for name, value in parameters.items() if value not in (None, "")}
     return quote(path) + (f"?{urlencode(non_empty)}" if non_empty else "")
 
 
 def _make_response(request: Request, body: str, media_type: str, status: int) -> Response:
-    """Return the body, or 304 if the browser's ETag shows that it has the same body."""
+    """Return the body. Return 304 instead if the ETag of the request shows that the browser already has this body."""
     content = body.encode("utf-8", "replace")
     tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
     headers = {"etag": tag, "cache-control": "no-store"}

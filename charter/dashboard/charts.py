@@ -1,8 +1,8 @@
-"""Charts as SVG. They are rendered on the server, so that the report needs no script.
+"""Draw charts as SVG on the server, so that the report needs no script.
 
-The colors are the palette of Okabe and Ito, which is safe for color blindness. Where color separates two series, the shape of the
-marker differs too. Each marker has its values as a `<title>`; each chart has a label for screen readers. Sizes are in SVG units,
-about one pixel.
+The colors are the palette of Okabe and Ito, which is safe for color blindness. Two series in one chart also have markers of
+different shapes. The `<title>` of a marker has its values. Each chart has a label for screen readers. One SVG unit is about one
+pixel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _format_ticks(values: Sequence[float]) -> list[str]:
 
 
 def _compute_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
-    """Return at most about `max_ticks` round values between `low` and `high`."""
+    """Return round values between `low` and `high`. The number of values is at most about `max_ticks`."""
     if high <= low:
         return [low]
     min_step = (high - low) / max_ticks
@@ -87,7 +87,7 @@ def _compute_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
 
 
 def _pad_range(values: Sequence[float]) -> _Point:
-    """Return the range of values with a margin; the range is never empty."""
+    """Return the range of values with a margin. The range is never empty."""
     low, high = min(values), max(values)
     if high - low < 1e-12:
         margin = abs(low) * 0.1 or 0.5
@@ -97,7 +97,7 @@ def _pad_range(values: Sequence[float]) -> _Point:
 
 
 class _ChartAxes:
-    """The axes of a chart: they map data to SVG units and draw ticks and axis labels."""
+    """Maps the data of a chart to SVG units, and draws the ticks and labels of the axes."""
 
     def __init__(
         self, x_range: _Point, y_range: _Point, x_label: str, y_label: str, width: float = _WIDTH, height: float = _HEIGHT
@@ -139,7 +139,7 @@ def _make_path(axes: _ChartAxes, points: Sequence[_Point], css_class: str) -> Ma
 def draw_curve(
     points: Sequence[Sequence[float]], label: str, x_label: str, y_label: str, update_starts: Sequence[dict[str, int]] = ()
 ) -> Markup:
-    """Draw one metric over steps. `update_starts` ({step}) become vertical lines between updates."""
+    """Draw one metric over steps. Draw a vertical line at each step in `update_starts`, where a new update begins."""
     data = [(float(x), float(y)) for x, y in points if y is not None]
     if not data:
         return Markup("")
@@ -167,7 +167,7 @@ def draw_by_version(
 ) -> Markup:
     """Draw a value with its 95 % interval for each policy version.
 
-    The interval is in `interval_column`; without that column its half-width is in the column `<value_column>_error`.
+    The interval is in `interval_column`. If it is None, the column `<value_column>_error` has the half-width of the interval.
     """
     data = [row for row in rows if row[value_column] is not None]
     if not data:
@@ -200,7 +200,7 @@ def draw_by_version(
 
 
 def draw_frontier(points: Sequence[dict[str, Any]], label: str) -> Markup:
-    """Draw reward against KL: one point per policy, connected in the order of the versions."""
+    """Draw reward against KL with one point per policy. A line connects the points in the order of the versions."""
     data = [(p["kl"], p["reward"], p["version"]) for p in points if p["kl"] is not None and p["reward"] is not None]
     if not data:
         return Markup("")
@@ -243,7 +243,7 @@ def draw_histogram(counts: Sequence[int], label: str, x_label: str, y_label: str
 
 
 def draw_reliability_diagram(bins: Sequence[dict[str, Any]], label: str, x_label: str, y_label: str) -> Markup:
-    """Draw observed shares against predicted probabilities, with 95 % intervals. A calibrated model is on the diagonal."""
+    """Draw observed shares against predicted probabilities, with 95 % intervals. On the diagonal, both are equal."""
     axes = _ChartAxes((0.0, 1.0), (0.0, 1.0), x_label, y_label, height=260)
     parts = [*axes.draw(), _make_line(axes.scale_x(0), axes.scale_y(0), axes.scale_x(1), axes.scale_y(1), "diagonal")]
     for row in bins:
@@ -326,7 +326,7 @@ def draw_sparkline(counts: Sequence[int] | None, label: str) -> Markup:
 
 
 def draw_timeline(rows: Sequence[tuple[str, Sequence[tuple[str, str, str]]]], label: str, width: float = 720) -> Markup:
-    """Draw rows of events over time: (name, [(ISO time, label, title)]). Labels that would overlap are omitted, events never."""
+    """Draw all events over time. A row is (name, [(ISO time, label, title)]). Labels that would overlap are omitted."""
     times = [_parse_timestamp(timestamp) for _, events in rows for timestamp, _, _ in events]
     if not times:
         return Markup("")
@@ -353,5 +353,5 @@ def draw_timeline(rows: Sequence[tuple[str, Sequence[tuple[str, str, str]]]], la
 
 
 def _parse_timestamp(timestamp: str) -> float:
-    """Return a UTC time as a position in seconds. The local time zone cancels out: `fromtimestamp` converts the axis ends back."""
+    """Return a UTC timestamp as seconds, as if it were local time. `fromtimestamp` reverses this for the ends of the axis."""
     return datetime.fromisoformat(timestamp.removesuffix("Z")).timestamp()

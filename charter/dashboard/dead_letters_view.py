@@ -1,4 +1,4 @@
-"""The dead letters view: dead letters grouped by stage, kind and error; the content of a group; retries."""
+"""Load the data of the dead letters view, and retry dead letters. The view groups dead letters by stage, kind and error."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _load_newest(query: QueryFunction, run: str, filters: Mapping[str, str]) -> 
 
 
 def load_selected(query: QueryFunction, form: Mapping[str, str]) -> dict[str, Any]:
-    """Return the open dead letters that a form selects: one by its id, or a group."""
+    """Return the open dead letters that a form selects. A form selects one dead letter by its id, or a group."""
     if form.get("id"):
         where, values = "record_id = TRY_CAST($id AS UUID)", {"id": form["id"]}
     elif all(form.get(name) for name in _GROUP_COLUMNS):
@@ -60,14 +60,16 @@ def load_selected(query: QueryFunction, form: Mapping[str, str]) -> dict[str, An
             where, values = f"{where} AND run_id = $run", values | {"run": form["run"]}
     else:
         raise UsageError(
-            "the form selects no dead letters", "it has no id and no complete group", "press Retry on the page of dead letters"
+            "the form selects no dead letters",
+            "the form must have an id, or a stage, a kind and an error",
+            "press Retry on the page of dead letters",
         )
     result = query(f"SELECT * FROM dead_letters WHERE {where} AND {_OPEN_CONDITION} ORDER BY commit_seq", values, _MAX_RETRIES)
     return {"dead_letters": result.to_dicts()}
 
 
 def retry_dead_letters(settings: Settings, dead_letters: list[dict[str, Any]]) -> int:
-    """Publish dead letters to their source topics; return the number that had not been retried before."""
+    """Publish the records of dead letters to their source topics. Skip retried dead letters. Return the number of records."""
 
     bus = connect_bus(settings)
     try:

@@ -1,7 +1,7 @@
-"""The consumer lag of the stages and the sink.
+"""Measure the consumer lag of the stages and the sink in the background.
 
-The event log can be slow or unreachable, and no page waits for it. A background thread measures the lag every two seconds while
-pages are open; a page shows the last result.
+The event log can be slow or unreachable, so pages do not read it. While pages are open, a background thread measures the lag
+every two seconds. A page shows the last result.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from engine.settings import Settings
 from schemas.topics import TOPICS
 
 _POLL_INTERVAL_S = 2.0
-_IDLE_TIMEOUT_S = 15.0  # after the last request
-_FIRST_RESULT_TIMEOUT_S = 0.25  # a first page waits this long before it shows no lag yet
+_IDLE_TIMEOUT_S = 15.0  # the measurements stop this long after the last request
+_FIRST_RESULT_TIMEOUT_S = 0.25  # the first page waits at most this long for a result
 
 
 @dataclass
 class LagMonitor:
-    """Measures the consumer lag of one run at a time: the run of the last request."""
+    """Measures the consumer lag of one run, which is the run of the last request."""
 
     settings: Settings
     query_cache: QueryCache
@@ -79,13 +79,13 @@ class LagMonitor:
             bus.close()
 
     def open_bus(self) -> Bus:
-        """Open the event log. Raise BusUnreachable if there is no embedded log: the dashboard must not create one."""
+        """Open the event log. Raise BusUnreachable if there is no embedded log, because the dashboard must not create a log."""
 
         address = self.settings.bus_address
         if not address.startswith(KAFKA_SCHEME) and not (Path(address) / LOG_FILENAME).exists():
             raise BusUnreachable(
                 f"there is no event log in {address}",
-                "the first producer or stage creates it",
+                "the first producer or stage creates the log",
                 "type: charter produce FILE, then charter run",
             )
         return open_bus_from_settings(self.settings)
@@ -98,7 +98,7 @@ class LagMonitor:
 
 
 def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id: str) -> list[dict[str, Any]]:
-    """Return one row per reader and topic: offsets, the lag in records, and the age of the oldest unread record in seconds."""
+    """Return one row per reader and topic, with offsets, lag in records, and age of the oldest unread record in seconds."""
 
     existing = bus.topic_ids(list(TOPICS))
     rows: list[tuple[Any, ...]] = []
@@ -113,7 +113,7 @@ def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id
 
 
 def _load_sink_offsets(query_cache: QueryCache, cluster_id: str) -> Offsets | None:
-    """Return the offsets that the sink of this database has reached in this log; None if the database cannot be read."""
+    """Return the next offsets of this log that the sink will read. Return None if the database cannot be read."""
 
     sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
     data = query_cache.get_or_run(("sink", cluster_id), lambda query: {"rows": query(sql, [cluster_id]).rows}).data

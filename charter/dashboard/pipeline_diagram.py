@@ -1,4 +1,4 @@
-"""The diagram of the pipeline: topics, stages, the loop through the trainer, and the sink; a wide and a tall layout."""
+"""Draw the diagram of the pipeline with its topics and stages, the trainer and the sink, in a wide or a tall layout."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _STAGE_OUTPUTS = {
 
 
 def _list_edges(stage_inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the edges: from each topic to the stages that read it, and from each stage to the topic that it writes."""
+    """Return the edges of the diagram. Each stage has edges from the topics that it reads, and an edge to its output topic."""
     inputs = [(topic, stage) for stage, topics in stage_inputs.items() for topic in topics]
     return [*inputs, *_STAGE_OUTPUTS.items(), ("preferences", "train"), ("policies", "respond")]
 
 
 def draw_pipeline(layout: str, stage_inputs: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> Markup:
-    """Draw the pipeline in one `layout` (wide or tall). `notes` has {first, second, state, title, href} for each node."""
+    """Draw the pipeline in one `layout` (wide or tall). `notes` maps each node to {first, second, state, title, href}."""
     positions = _WIDE_POSITIONS if layout == "wide" else _TALL_POSITIONS
     width, height = _DIAGRAM_SIZES[layout]
     arrow = make_element("path", d="M0 0 L8 4 L0 8 z")
@@ -68,7 +68,7 @@ def _draw_node(name: str, position: tuple[float, float], note: Mapping[str, str]
 
 
 def _draw_arrow(layout: str, positions: _Positions, source: str, target: str) -> Markup:
-    """Draw an arrow between two nodes: straight within a row, curved or with right angles between rows."""
+    """Draw an arrow between two nodes. It is straight within a row, and curved or right-angled between rows."""
     (x1, y1), (x2, y2) = positions[source], positions[target]
     half_width, half_height = _BOX_SIZE[0] / 2, _BOX_SIZE[1] / 2
     if y1 == y2 and abs(x1 - x2) < 200:

@@ -1,4 +1,4 @@
-"""The pipeline view: record counts and rates of each topic. The consumer lag comes from `lag_monitor.py`."""
+"""Load the record counts and rates of each topic for the pipeline view. `lag_monitor.py` measures the consumer lag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STREAM_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences
 
 
 def load_pipeline(query: QueryFunction, run: str) -> dict[str, Any]:
-    """Return counts, rates and history of every topic, for one run, or for all runs if `run` is empty."""
+    """Return counts, rates and history of every topic for one run. If `run` is empty, include all runs."""
     now = datetime.now(UTC).replace(tzinfo=None)
     topics = _count_records(query, run, now - timedelta(seconds=_RATE_WINDOW_S))
     non_empty = [topic for topic in topics if topic["oldest"] is not None and topic["topic"] in _STREAM_TOPICS]
@@ -34,7 +34,7 @@ def load_pipeline(query: QueryFunction, run: str) -> dict[str, Any]:
 
 
 def _count_records(query: QueryFunction, run: str, since: datetime) -> list[dict[str, Any]]:
-    """Return one row per topic. Records that another run had produced before count for both runs."""
+    """Return one row per topic. A record that two runs produced is counted for both runs."""
     records = "count(DISTINCT record_id)" if run else "count(*) FILTER (NOT is_duplicate)"
     parts = [
         f"""SELECT '{name}' AS topic, {records} AS records, count(*) FILTER (is_duplicate) AS duplicates,
@@ -62,7 +62,7 @@ def _load_history(query: QueryFunction, run: str, start: datetime, bucket_s: flo
 
 
 def _count_dead_letters(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return the number of dead letters of each stage: all, and open (not retried)."""
+    """Return the number of all dead letters and of open (not retried) dead letters for each stage."""
     return query(
         """SELECT stage, count(*) AS count, count(*) FILTER (record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)) AS open
            FROM dead_letters WHERE $run = '' OR run_id = $run GROUP BY 1 ORDER BY 1""",
@@ -77,7 +77,7 @@ def _load_newest_policy(query: QueryFunction, run: str) -> int | None:
 
 
 def group_lags_by_stage(rows: list[dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    """Return the consumer lag of each reader over all its topics: records, and the age of the oldest unread record in seconds."""
+    """Return the total consumer lag of each reader in records, and the age of its oldest unread record in seconds."""
     stages: dict[str, dict[str, Any]] = {}
     for row in rows or []:
         stage = stages.setdefault(row["reader"], {"behind": 0, "seconds": None, "topics": []})

@@ -1,7 +1,7 @@
-"""The preferences view: win rates by principle, position bias, label distribution, calibration and agreement.
+"""Load win rates by principle, position bias, label distribution, calibration and agreement for the preferences view.
 
-The data comes from the views in `engine/stats_views.sql`, which have one row per run. Counts of several runs are added, and the
-intervals are computed from the sums.
+The views in `engine/stats_views.sql` have separate rows for each run. This module adds the counts of several runs, and computes
+the intervals from the sums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _RUN_FILTER = "($run = '' OR run_id = $run)"
 
 
 def load_preferences(query: QueryFunction, run: str) -> dict[str, Any]:
-    """Return the statistics of the labels of one run, or of all runs if `run` is empty."""
+    """Return the statistics of the labels of one run. If `run` is empty, include all runs."""
     parameters = {"run": run}
     outcomes = (
         f"SELECT outcome, label_source, count(*) AS count FROM preferences WHERE {_RUN_FILTER} GROUP BY ALL ORDER BY count DESC"
@@ -36,9 +36,9 @@ def load_preferences(query: QueryFunction, run: str) -> dict[str, Any]:
 
 
 def _load_principle_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per principle and stage (critique, judge): the share of FLAWED verdicts, the win rate and the position flips.
+    """Return the share of FLAWED verdicts, the win rate and the position flips for each principle and stage (critique, judge).
 
-    In the critique stage a win is a revision that the judge prefers; in the judge stage a win is response A.
+    In the critique stage, a win means that the revision is preferred. In the judge stage, a win means that response A is preferred.
     """
     sql = f"""SELECT stage, principle_id AS principle, pairing, sum(asked)::BIGINT AS asked, sum(answered)::BIGINT AS answered,
                      sum(fired)::BIGINT AS fired, sum(compared)::BIGINT AS compared, sum(wins) AS wins,
@@ -62,7 +62,7 @@ _POSITION_BIAS_SQL = f"""SELECT {{by}} sum(judged)::BIGINT AS judged, sum(flips)
 
 
 def _load_round_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per round of revision: counts, similarity, length change, win rate and how chains end."""
+    """Return counts, similarity, length change, win rate and end reasons of chains for each revision round."""
     sql = f"""SELECT round, sum(revisions)::BIGINT AS revisions, sum(unusable)::BIGINT AS unusable,
                      sum(compared)::BIGINT AS compared, sum(wins) AS wins,
                      sum(mean_similarity * revisions) / sum(revisions) AS similarity,
@@ -73,7 +73,7 @@ def _load_round_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[
 
 
 def _load_position_bias(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the mean probability of the first response (0.5 means no bias) and the position flips (Zheng et al. 2023, sec. 3.3)."""
+    """Return the mean probability of the response shown first (0.5: no bias), and position flips (Zheng et al. 2023, sec. 3.3)."""
     rows = query(_POSITION_BIAS_SQL.format(by=""), parameters).to_dicts()
     totals = rows[0] if rows else {"judged": 0, "flips": 0, "first_place": None, "mean_position_gap": None}
     histogram = _load_histogram(query, "position_gap", f"preferences WHERE {_RUN_FILTER} AND label_source = 'AI'", parameters)
@@ -91,9 +91,9 @@ def _load_histogram(query: QueryFunction, column: str, source: str, parameters: 
 
 
 def _load_reward_calibration(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the calibration of the reward model: sigmoid(score_a - score_b) against the share of pairs in which the judge prefers A.
+    """Compare sigmoid(score_a - score_b) of the reward model with the share of pairs in which the judge prefers A.
 
-    Pairs count if both completions have a score; each completion has the score of its newest reward model.
+    Only pairs with scores for both completions are used. If several reward models scored a completion, the newest score is used.
     """
     sql = f"""WITH newest AS (SELECT response_id, completion_index, arg_max(score, reward_version) AS score FROM scores GROUP BY ALL)
               SELECT least({_NUM_BINS - 1}, floor(p * {_NUM_BINS}))::INTEGER AS bin, count(*) AS n, avg(p) AS predicted,
@@ -106,7 +106,7 @@ def _load_reward_calibration(query: QueryFunction, parameters: dict[str, Any]) -
 
 
 def _load_human_calibration(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the calibration of the judge's probability on the pairs that have a human label too."""
+    """Return the calibration of the judge's probability on the pairs that also have a human label."""
     sql = f"""SELECT p_from, sum(pairs)::BIGINT AS n, sum(mean_p_ai * pairs) / sum(pairs) AS predicted,
                      sum(human_share * pairs) AS hits
               FROM label_calibration_stats WHERE {_RUN_FILTER} GROUP BY 1 ORDER BY 1"""
@@ -123,7 +123,7 @@ def _compute_reliability(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _load_agreement(query: QueryFunction, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the share of pairs for which the judge and the human label prefer the same response, by judge model."""
+    """Return, for each judge model, the share of pairs for which the judge and the human label prefer the same response."""
     sql = f"""SELECT model, preset, sum(pairs)::BIGINT AS pairs, sum(decided)::BIGINT AS decided, sum(agreed)::BIGINT AS agreed,
                      sum(brier * pairs) / sum(pairs) AS brier
               FROM label_agreement_stats WHERE {_RUN_FILTER} GROUP BY ALL ORDER BY pairs DESC LIMIT 50"""

@@ -1,9 +1,9 @@
-"""A cache of query results in front of the database, for pages that refresh often.
+"""Cache the results of database queries, because pages refresh often.
 
-* One read session at a time. A view runs all its queries in one session, which the store interrupts at its read limit
-  (`QUERY_LIMIT_S`). So the dashboard delays a flush of the sink by at most that limit.
-* A result stays valid while the database file does not change, for at most `MAX_AGE_S`.
-* If the database cannot be read, the cache returns the last result together with the error.
+* Only one read session is open at a time. A view runs all its queries in one session. The store interrupts a session at its read
+  limit (`QUERY_LIMIT_S`), so the dashboard delays a flush of the sink by at most that limit.
+* A result is valid while the database file does not change, but for at most `MAX_AGE_S`.
+* If the database cannot be read, the cache returns the last result and the error.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from engine.errors import CharterError
 from engine.store import QueryFunction, Store
 
-LOCK_TIMEOUT_S = 3.0  # to wait while the sink writes
-MIN_REFRESH_INTERVAL_S = 1.5  # a younger result is returned even if the file has changed
-MAX_AGE_S = 15.0  # of a result for an unchanged file: rates cover the last minute, so they change with time
+LOCK_TIMEOUT_S = 3.0  # maximum wait while the sink writes
+MIN_REFRESH_INTERVAL_S = 1.5  # a result that is newer than this is used even if the file has changed
+MAX_AGE_S = 15.0  # applies also if the file is unchanged, because rates over the last minute change with time
 _MAX_ENTRIES = 64
 
 _FileStamp = tuple[int, ...] | None
@@ -29,7 +29,7 @@ _QueryFunction = Callable[[QueryFunction], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CachedResult:
-    """A query result. If `error` is set, `data` is None or an earlier result that could not be refreshed."""
+    """Holds a query result. If `error` is set, `data` is the last earlier result, or None if there is no earlier result."""
 
     data: dict[str, Any] | None
     error: CharterError | None = None
@@ -63,7 +63,7 @@ class QueryCache:
             return result
 
     def run_once(self, load: _QueryFunction) -> CachedResult:
-        """Run `load` without the cache."""
+        """Run `load`. Do not read or write the cache."""
         with self.lock:
             try:
                 return CachedResult(self.run_query(load))
@@ -75,7 +75,7 @@ class QueryCache:
             return load(query)
 
     def read_file_stamp(self) -> _FileStamp:
-        """Return inode, modification time and size of the database and its write-ahead log; None if there is no database."""
+        """Return inode, modification time and size of the database and its write-ahead log. Return None without a database."""
         parts: list[int] = []
         for path in (self.store.path, self.store.path.with_name(self.store.path.name + ".wal")):
             try:

@@ -1,4 +1,4 @@
-"""HTML from plain data, for the dashboard and `charter report`.
+"""Convert plain data to HTML for the dashboard and `charter report`.
 
 All text is escaped. Invisible characters and characters that change the text direction are shown as code points (U+202E).
 The templates isolate each text of unknown direction (`<bdi>`, `dir="auto"`), so that it cannot reorder the text around it.
@@ -23,13 +23,13 @@ from charter.dashboard import charts, pipeline_diagram
 from charter.dashboard.training_view import select_main_metrics
 from engine.errors import CharterError
 
-_MAX_TEXT_LENGTH = 20_000  # characters of one text on a page; the JSON twin has the whole text
-_MAX_DIFF_WORDS = 2_000  # words of each text; difflib needs quadratic time
+_MAX_TEXT_LENGTH = 20_000  # characters of one text on a page; the JSON version has the whole text
+_MAX_DIFF_WORDS = 2_000  # words of each text, because the run time of difflib is quadratic
 _WORD_PATTERN = re.compile(r"\s*\S+\s*")
 
 
 def to_json_value(value: Any) -> Any:
-    """Return a database value as a JSON value: ids and times as strings, bytes as their length, NaN and infinities as None."""
+    """Convert a database value to JSON. Ids and times become strings, bytes become their length, NaN and infinities become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, datetime):
@@ -46,7 +46,7 @@ def to_json_value(value: Any) -> Any:
 
 
 def error_to_dict(error: CharterError | None) -> dict[str, str] | None:
-    """Return the three lines of an error as a dictionary: what happened, why, and the fix."""
+    """Return a dictionary with the three lines of an error: what happened, why, and the fix."""
     return None if error is None else {"what": error.what, "why": error.why, "fix": error.fix}
 
 
@@ -73,7 +73,7 @@ def _escape_invisible(text: str) -> Iterator[Markup]:
 
 
 def diff_words(before: str, after: str) -> list[tuple[str, str]] | None:
-    """Return the word-level difference as (same | removed | added, text) pairs; None if a text is too long to compare."""
+    """Return the word-level difference as (same | removed | added, text) pairs. Return None if a text is too long to compare."""
     old, new = _WORD_PATTERN.findall(before), _WORD_PATTERN.findall(after)
     if len(old) > _MAX_DIFF_WORDS or len(new) > _MAX_DIFF_WORDS:
         return None
@@ -111,7 +111,7 @@ def _format_percent(value: float | None, digits: int = 1) -> str:
 
 
 def _format_duration(value: float | None) -> str:
-    """Return a duration in seconds as text in its two largest units."""
+    """Format a duration in seconds with its two largest units, e.g. hours and minutes."""
     if value is None:
         return "–"
     if value < 90:
@@ -126,7 +126,7 @@ def _format_duration(value: float | None) -> str:
 
 
 def _format_timestamp(value: str | None) -> Markup:
-    """Return a database timestamp (UTC) as a <time> element, to the second."""
+    """Return a database timestamp (UTC) as a <time> element without fractions of a second."""
     if not value:
         return Markup("–")
     return Markup('<time datetime="{}">{} {}</time>').format(value, value[:10], value[11:19])
@@ -142,7 +142,7 @@ def _format_symbol(value: str | None) -> str:
 
 
 def create_template_environment() -> Environment:
-    """Return the environment of the templates: values are escaped, and an undefined name is an error."""
+    """Return the template environment. It escapes all values and raises an error for an undefined name."""
     environment = Environment(
         loader=PackageLoader("charter.dashboard"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The runs views: the list of runs; the configuration, models and paths of one run; its differences from another run."""
+"""Load the list of runs, the configuration and models of one run, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from charter.runs import RUNS_SQL, SHARED_LABELS_SQL, SHARED_RECORDS_SQL, flatte
 from engine.settings import Settings
 from engine.store import QueryFunction
 
-_URL_CREDENTIALS_PATTERN = re.compile(r"(?<=//)[^/@\s]*@")  # user:password@ of a URL; a page never shows it
+_URL_CREDENTIALS_PATTERN = re.compile(r"(?<=//)[^/@\s]*@")  # matches user:password@ in a URL, which a page must not show
 _PACKAGES = ("duckdb", "fastavro", "kafka-python", "pydantic", "torch", "transformers", "trl")
 
 
@@ -32,7 +32,7 @@ def load_run_ids(query: QueryFunction) -> dict[str, Any]:
 
 
 def load_run(query: QueryFunction, run: str, parameters: Mapping[str, str]) -> dict[str, Any]:
-    """Return the manifest, settings, models and changes of one run. `manifest` is None if the database has no such run."""
+    """Return the manifest, settings, models and changes of one run. `manifest` is None if the run is not in the database."""
     sql = "SELECT * FROM raw.runs WHERE run_id = ? AND NOT is_duplicate ORDER BY commit_seq DESC"
     manifests = query(sql, [run], 20).to_dicts()
     if not manifests:
@@ -64,7 +64,7 @@ def _strip_credentials(value: Any) -> Any:
 
 
 def _list_changes(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the changed settings between consecutive manifests of a run, newest first."""
+    """Return the settings that changed between consecutive manifests of a run, newest first."""
     changes = []
     for newer, older in pairwise(manifests):
         after, before = _flatten_settings(newer["settings"]), _flatten_settings(older["settings"])
@@ -83,7 +83,7 @@ def _diff_settings(before: dict[str, Any], after: dict[str, Any]) -> list[dict[s
 
 
 def _compare_runs(query: QueryFunction, run: str, other: str) -> dict[str, Any]:
-    """Return the differences between two runs in settings, records and labels. `exists` is False if there is no other run."""
+    """Return the differences between two runs in settings, records and labels. `exists` is False if `other` does not exist."""
 
     rows = query("SELECT * FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC", [other], 1).to_dicts()
     if not rows:

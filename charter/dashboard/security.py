@@ -1,10 +1,10 @@
-"""Access control of the dashboard, and the content security policy of its pages.
+"""Control access to the dashboard, and set the content security policy of its pages.
 
-* Any web page that a browser on this machine shows can send requests to the dashboard. So the Host header must be a loopback name
-  (against DNS rebinding), requests from pages of other sites are refused (Sec-Fetch-Site; a link to a page is allowed), and a
-  POST needs the Origin of the dashboard.
-* On an address other than loopback every request needs the token: as a URL parameter once, after that in a SameSite cookie, or as
-  a bearer token. The browser binds the cookie to the host name, so any Host header is allowed there.
+* A web page of another site can send requests to the dashboard if a browser on this machine shows the page. Therefore the Host
+  header must be a loopback name (against DNS rebinding). Requests from pages of other sites are refused (Sec-Fetch-Site), except
+  links to a page. A POST needs the Origin of the dashboard.
+* On all other addresses, every request needs the token. A browser sends the token once as a URL parameter and then in a SameSite
+  cookie. Other clients can send a bearer token. The browser binds the cookie to the host name, so every Host header is allowed.
 * Pages load only files of this server and run only its scripts.
 """
 
@@ -35,7 +35,7 @@ _CONTENT_SECURITY_POLICY = "; ".join(
 _SECURITY_HEADERS = {
     "content-security-policy": _CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # with no-referrer, browsers send "Origin: null" with the page's own form
+    "referrer-policy": "same-origin",  # with no-referrer, browsers send "Origin: null" with the form of the page
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -61,14 +61,14 @@ class SecurityMiddleware:
         await (refusal or self.app)(scope, receive, with_headers)
 
     def check_request(self, scope: Scope, headers: Headers) -> Response | None:
-        """Return the response that refuses a request; None if the request is allowed."""
+        """Return an error response for a request that must be refused. Return None if the request is allowed."""
         host = headers.get("host", "")
         if self.token is None and _parse_hostname(host) not in _LOOPBACK_HOSTS:
             return _refuse(f"the Host header is {host!r}, not a name of this machine", "open http://localhost:PORT")
         if not _is_same_site(scope, headers):
             return _refuse("a page of another site sent the request", "open the address of the dashboard")
         if scope["method"] not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
-            return _refuse("the Origin header is not the dashboard", "use the button on the dashboard page")
+            return _refuse("the Origin header is not the address of the dashboard", "use the button on the dashboard page")
         return None if self.token is None else self.check_token(scope, headers, self.token)
 
     def check_token(self, scope: Scope, headers: Headers, token: str) -> Response | None:
@@ -94,7 +94,7 @@ def _parse_hostname(host: str) -> str:
 
 
 def _is_same_site(scope: Scope, headers: Headers) -> bool:
-    """Return whether the request is not from a page of another site, or is a link to a page without query parameters."""
+    """Return whether the request comes from this site, from the address bar, or from a link without parameters except token."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return True
     is_navigation = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"

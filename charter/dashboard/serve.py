@@ -1,4 +1,4 @@
-"""The web server of the dashboard: the socket, the token, uvicorn."""
+"""Run the web server of the dashboard (uvicorn): open the socket, choose the token, and serve the pages."""
 
 from __future__ import annotations
 

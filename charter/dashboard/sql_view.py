@@ -1,9 +1,9 @@
-"""The SQL view: read-only queries in the store's sandbox, with example queries.
+"""Run read-only queries for the SQL view, in the sandbox of the store. The view also offers example queries.
 
-A query that a user types runs in a subprocess (`python -m charter.dashboard.sql_view DATABASE`; it reads the statement from
-standard input and writes JSON to standard output). The reason: DuckDB cannot interrupt a query while it builds one value, and
-`SELECT range(100000000)` builds one value for 20 s with 7 GB of memory. The operating system kills the subprocess at the limit,
-which releases the database file and the memory.
+A query of a user runs in a subprocess (`python -m charter.dashboard.sql_view DATABASE`). The subprocess reads the statement from
+standard input and writes JSON to standard output. A subprocess is necessary because DuckDB cannot interrupt a query while it
+builds one value: `SELECT range(100000000)` takes 20 s and 7 GB of memory for one value. The operating system kills the subprocess
+at the limit, which releases the database file and the memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from engine.store import QUERY_LIMIT_S, QueryFunction, Store
 _QUERIES_FILE = Path(__file__).with_name("queries.toml")
 _MAX_ROWS = 200
 _MAX_RESULT_BYTES = 4_000_000  # as JSON
-_KILL_GRACE_S = 0.2  # DuckDB interrupts the query at QUERY_LIMIT_S; the alarm kills the process this much later
-_QUERY_LOCK = threading.Lock()  # one subprocess at a time: each can use much memory
+_KILL_GRACE_S = 0.2  # DuckDB interrupts a query at QUERY_LIMIT_S; after this additional time, the alarm kills it
+_QUERY_LOCK = threading.Lock()  # only one subprocess at a time, because a query can use much memory
 
 
 @cache
@@ -58,7 +58,7 @@ def run_statement(query: QueryFunction, statement: str) -> dict[str, Any]:
 
 
 def run_in_subprocess(store: Store, statement: str) -> CachedResult:
-    """Run a statement in a subprocess that ends at the read limit."""
+    """Run a statement in a subprocess. The subprocess is killed at the read limit."""
     command = [sys.executable, "-m", "charter.dashboard.sql_view", str(store.path)]
     with _QUERY_LOCK:
         process = subprocess.run(command, input=statement.encode("utf-8", "replace"), capture_output=True, check=False)
@@ -82,7 +82,7 @@ def run_in_subprocess(store: Store, statement: str) -> CachedResult:
 
 
 def main(path: str) -> None:
-    """Run the statement from standard input and print JSON. SIGALRM kills the process `_KILL_GRACE_S` after the read limit."""
+    """Run the statement from standard input and print JSON. SIGALRM kills the process at the read limit plus `_KILL_GRACE_S`."""
     statement = sys.stdin.buffer.read().decode("utf-8")
     try:
         with Store(Path(path)).open_read_session(lock_timeout_s=LOCK_TIMEOUT_S) as query:

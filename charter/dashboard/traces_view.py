@@ -1,4 +1,4 @@
-"""The traces view: a search over prompts, and all records of one prompt."""
+"""Search prompts, and load all records of one prompt, for the traces view."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ID_PREFIX_PATTERN = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f-]*)?")
 SEARCH_SCOPES = {"prompts": "prompts", "everything": "all text"}
 _TRACE_TABLES = ("responses", "critiques", "revisions", "preferences")
 
-# The condition of each filter of the list; `$name` is the value of the filter.
+# The SQL condition of each filter. The parameter `$source` is the value of the filter `source`, and so on.
 _FILTER_CONDITIONS = {
     "source": "source = $source",
     "split": "split = $split",
@@ -38,10 +38,10 @@ _COMPLETIONS_TEXT_SQL = "array_to_string(list_transform(completions, lambda comp
 def search_traces(query: QueryFunction, run: str, filters: Mapping[str, str]) -> dict[str, Any]:
     """Return one page of the matching prompts, newest first, each with a summary of its records.
 
-    `filters["before"]` is the commit sequence number that the page starts below; `next_before` is the value for the next page.
+    The page has only prompts whose commit sequence number is below `filters["before"]`. For the next page, pass `next_before`.
     """
     conditions, values = _build_conditions(filters)
-    # `prompts` names only the first run that produced a prompt; raw.prompts has every run.
+    # `prompts` has only the first run that produced a prompt. `raw.prompts` has all runs.
     table = "raw.prompts" if run else "prompts"
     if run:
         conditions.append("run_id = $run")
@@ -79,7 +79,7 @@ def _build_conditions(filters: Mapping[str, str]) -> tuple[list[str], dict[str, 
 
 
 def _build_text_condition(term: str, scope: str) -> str:
-    """Return the condition for prompts that contain a term. Scope `everything` includes responses, critiques and revisions."""
+    """Return the SQL condition for prompts with a term. Scope `everything` also searches responses, critiques and revisions."""
     in_prompts = f"contains(lower({_MESSAGES_TEXT_SQL}), {term})"
     if scope != "everything":
         return in_prompts
@@ -90,7 +90,7 @@ def _build_text_condition(term: str, scope: str) -> str:
 
 
 def _compute_id_range(term: str) -> tuple[str, str] | None:
-    """Return the smallest and the largest id that begin with `term`; None if `term` cannot be the beginning of an id."""
+    """Return the smallest and the largest id that begin with `term`. Return None if ids cannot begin with `term`."""
     digits = term.replace("-", "")
     if not _ID_PREFIX_PATTERN.fullmatch(term) or len(digits) > 32:
         return None
@@ -124,7 +124,7 @@ def _add_summaries(query: QueryFunction, traces: list[dict[str, Any]]) -> None:
 
 
 def load_facets(query: QueryFunction, run: str) -> dict[str, list[Any]]:
-    """Return the values that each filter offers."""
+    """Return the values that the user can select in each filter."""
     queries = {
         "source": "SELECT DISTINCT source FROM prompts",
         "tag": "SELECT DISTINCT unnest(tags) FROM prompts",
@@ -141,7 +141,7 @@ def load_facets(query: QueryFunction, run: str) -> dict[str, list[Any]]:
 
 # One trace
 
-# A prompt of the stream, or a prompt that only imported human data refers to.
+# Selects a prompt from the topic prompts, or a prompt that exists only in imported human data.
 _PROMPT_SQL = """SELECT a.*, p.run_id FROM all_prompts a LEFT JOIN prompts p USING (prompt_id)
          WHERE a.prompt_id = TRY_CAST(? AS UUID) AND (p.prompt_id IS NULL OR p.prompt_id = TRY_CAST(? AS UUID)) LIMIT 1"""
 
@@ -169,9 +169,9 @@ def load_trace(query: QueryFunction, prompt_id: str) -> dict[str, Any]:
 
 
 def _attach_scores(responses: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the responses with the newest reward model's score of each completion, without token ids and logprobs.
+    """Add the score of the newest reward model to each completion, and remove the token ids and logprobs.
 
-    The number of tokens and the mean logprob replace them: the page does not need the arrays.
+    The page needs only the number of tokens and the mean logprob, so they replace the arrays.
     """
     newest = {(str(s["response_id"]), s["completion_index"]): s for s in sorted(scores, key=lambda s: s["reward_version"])}
     for response in responses:
@@ -186,7 +186,7 @@ def _attach_scores(responses: list[dict[str, Any]], scores: list[dict[str, Any]]
 
 
 def _group_chains(critiques: list[dict[str, Any]], revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group critiques and revisions into chains: a step joins the chain of its parent, or begins a chain if it has no parent."""
+    """Group critiques and revisions into chains. A step belongs to the chain of its parent. Without a parent, it starts a chain."""
     steps = [row | {"step": "critique"} for row in critiques] + [row | {"step": "revision"} for row in revisions]
     chains: dict[str, dict[str, Any]] = {}
     chain_ids: dict[str, str] = {}  # record id -> chain id
@@ -203,7 +203,7 @@ def _group_chains(critiques: list[dict[str, Any]], revisions: list[dict[str, Any
 
 
 def _load_principles(query: QueryFunction, constitutions: list[dict[str, Any] | None]) -> dict[str, dict[str, str]]:
-    """Return {principle id: {name, text}} from the constitutions that the manifests of the runs contain."""
+    """Return {principle id: {name, text}} from the constitutions in the run manifests."""
 
     hashes = sorted({constitution["hash"] for constitution in constitutions if constitution})
     sql = """SELECT DISTINCT ON (constitution.hash) constitution_text FROM raw.runs
@@ -213,7 +213,7 @@ def _load_principles(query: QueryFunction, constitutions: list[dict[str, Any] | 
         try:
             constitution = parse_constitution(text, "the run's constitution")
         except ConstitutionError:
-            continue  # written by another version of Charter: the page shows the ids of its principles
+            continue  # another version of Charter wrote this manifest; the page shows only principle ids
         principles |= {p.id: {"name": p.name, "text": p.critique_prompt} for p in constitution.critique}
         principles |= {p.id: {"name": p.name, "text": p.judge_prompt} for p in constitution.judge}
     return principles

@@ -1,4 +1,4 @@
-"""The training view: metrics of each phase, reward against KL, policy versions over time, staleness, incidents, dropped rollouts."""
+"""Load metrics, reward against KL, policy versions, staleness, incidents and dropped rollouts for the training view."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from charter.dashboard.intervals import compute_share
 from engine.store import QueryFunction
 
-# Limits keep a page fast after a long training; rows beyond them are the oldest.
+# Limits keep the page fast after a long training. The oldest rows are omitted.
 MAX_STEPS = 50_000
 MAX_VERSIONS = 500
 _MAX_CURVE_POINTS = 300  # per curve; longer curves are averaged in groups of steps
 
-# The curves of each phase, in the order in which they are shown: metric -> (title, unit).
+# Maps each phase to its curves, and each metric to (title, unit). The page shows the curves in this order.
 _CURVES = {
     "sft": {
         "loss": ("Loss", "nats per token"),
@@ -37,18 +37,18 @@ _CURVES = {
     "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }
 _HIDDEN_METRICS = {"epoch", "step", "steps"}
-# Metrics that the row of an update shows in addition to the metrics of the curves.
+# Additional metrics that the table of updates shows. It also shows the metrics of the curves.
 _SUMMARY_METRICS = ("mean_loss", "reward/accuracy", "examples", "rollouts", "wall_s")
 
 
 def select_main_metrics(phase: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Return the main metrics of an update; all metrics if the phase has no main metrics."""
+    """Return the main metrics of an update. Return all metrics if the phase has no main metrics."""
     names = [name for name in (*_CURVES.get(phase, {}), *_SUMMARY_METRICS) if name in metrics]
     return {name: metrics[name] for name in names} or metrics
 
 
 def load_training(query: QueryFunction, run: str) -> dict[str, Any]:
-    """Return the training data of one run, or of all runs if `run` is empty."""
+    """Return the data of the training view for one run. If `run` is empty, include all runs."""
     parameters = {"run": run}
     where = "WHERE ($run = '' OR run_id = $run)"
     updates = query(
@@ -84,7 +84,7 @@ _TimelineRow = tuple[str, list[tuple[Any, str, str]]]
 def _build_timeline(
     updates: list[dict[str, Any]], batches: list[dict[str, Any]], incidents: list[dict[str, Any]]
 ) -> list[_TimelineRow]:
-    """Return the rows of the timeline: (name, [(time, label, title)])."""
+    """Return the rows of the timeline as (name, [(time, label, title)])."""
 
     def list_versions(kind: str) -> list[tuple[Any, str, str]]:
         selected = [update for update in updates if update["kind"] == kind]
@@ -103,7 +103,7 @@ def _build_timeline(
 
 
 def _load_phases(query: QueryFunction, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the curves of each phase: {metric, title, unit, points: [(step over all updates, value)], update_starts}."""
+    """Return the curves of each phase as {metric, title, unit, points: [(step over all updates, value)], update_starts}."""
     sql = f"SELECT phase, batch_number, step, metrics FROM metrics {where} AND phase <> 'monitor' ORDER BY commit_seq DESC"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in reversed(query(sql, parameters, MAX_STEPS).to_dicts()):
@@ -136,7 +136,7 @@ def _build_curves(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _downsample(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Return at most _MAX_CURVE_POINTS points, each the mean of a group of consecutive points."""
+    """Return at most _MAX_CURVE_POINTS points. Each point is the mean of a group of consecutive points."""
     size = -(-len(points) // _MAX_CURVE_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -156,8 +156,8 @@ def _compute_frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
     """Return statistics of the responses of the first policy and of the newest policies.
 
-    Per policy: prompts, tokens per completion, the share of initial responses with a FLAWED verdict, the share of chains that end
-    SATISFIED, and the mean reward by the newest reward model that scored the policy's responses.
+    The statistics of a policy are the number of prompts, the tokens per completion, the share of initial responses with a FLAWED
+    verdict, the share of chains that end SATISFIED, and the mean reward by the newest reward model that scored its responses.
     """
     sql = """WITH responded AS (
                  SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(completions)) AS tokens
@@ -201,7 +201,7 @@ def _load_batches(query: QueryFunction, where: str, parameters: dict[str, Any]) 
 
 
 def _load_staleness(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return the age of the rollouts of each PPO batch when the batch was sampled, in policy versions and in seconds."""
+    """Return how old the rollouts of each PPO batch were when the batch was sampled, in policy versions and in seconds."""
     return query(
         """WITH sampled AS (SELECT record_id AS batch, created_at, commit_seq, batch_number, phase, base_policy_version,
                                  unnest(record_ids) AS row FROM batches

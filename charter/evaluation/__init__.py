@@ -1,1 +1,1 @@
-"""Evaluation: agreement with human labels, comparison of constitutions, ablation of principles."""
+"""Evaluate judges and constitutions: agreement with human labels, comparison of constitutions, ablation of principles."""

@@ -1,11 +1,11 @@
-"""Ablation of principles (`charter constitution ablate`): the effect of leaving out each principle of a constitution.
+"""Measure the effect of each principle of a constitution by excluding it (`charter constitution ablate`).
 
-For each principle, the stages that use it run again without it, as a replay (`charter replay --exclude-principle`). One more
-replay with the full constitution is the control.
+For each principle, one replay (`charter replay --exclude-principle`) runs the stages that use the principle. The constitution of
+this replay excludes the principle. One more replay with the full constitution is the control.
 
-Seeds depend on the response, and the sampling of principles on their ids. So excluding a principle changes only the chains and
-labels that it was sampled for. A change in any other chain or label is noise: another batch composition changes the rounding,
-and this can change a sampled token. Each row counts these changes too (`changed_elsewhere`).
+A seed depends only on the response, and the sampling of a principle depends on its id. Therefore an excluded principle should
+change only the chains and labels that the principle was sampled for. Changes in other chains and labels are noise: a different
+batch composition changes the rounding, and this can change a sampled token. The column `changed_elsewhere` counts these changes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ ABLATION_COLUMNS = (
     *("excluded_principle", "used_by", "sampled", "chains", "revised", "changed", "similarity"),
     *("pairs", "no_label", "flips", "mean_p_change", "changed_elsewhere", "run"),
 )
-_STAGE_BY_PRINCIPLE_LIST = {"critique": "critique", "judge": "judge"}  # list of principles -> the first stage that uses it
+_STAGE_BY_PRINCIPLE_LIST = {
+    "critique": "critique",
+    "judge": "judge",
+}  # maps a list of principles to the first stage that uses it
 
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One replay: the excluded principle (empty for the control), the first stage that uses it, and the plan."""
+    """Describes one replay. `excluded_principle` is empty for the control. `stage` is the first stage that uses the principle."""
 
     excluded_principle: str
     stage: str
@@ -46,7 +49,7 @@ class AblationRun:
 def plan_ablations(
     settings: Settings, bus: Bus, principles: Sequence[str], *, start: str, end: str, archive: bool
 ) -> Iterator[AblationRun]:
-    """Yield for each stage the control first, then one replay for each of its principles, or for those in `principles`.
+    """Yield the control of each stage, then one replay for each principle. If `principles` is given, ablate only these.
 
     Raises ConstitutionError for an unknown principle.
     """
@@ -62,14 +65,14 @@ def plan_ablations(
 
 
 def run_ablations(ablations: Sequence[AblationRun], bus: Bus) -> None:
-    """Run the replays one after the other. A replay that is already finished ends at once. Raises UsageError if stopped."""
+    """Run the replays one after the other. Finished replays return immediately. Raises UsageError if the user stops a replay."""
     for number, ablation in enumerate(ablations):
         if not run_replay(ablation.plan, bus, quiet=True).is_finished:
             progress = f"{number} of {len(ablations)} runs are finished"
             raise UsageError("the ablation was stopped", progress, "run the same command to continue")
 
 
-# The last record of each chain in a run, and the principles that the chain was criticized with.
+# Selects the last record of each chain in a run, and the principles of the critiques of the chain.
 _CHAIN_ENDS_SQL = """
 WITH sampled AS (SELECT response_id, list(DISTINCT principle_id) AS principles FROM raw.critiques WHERE run_id = $1 GROUP BY 1)
 SELECT DISTINCT ON (response_id) response_id::VARCHAR AS response, record_id::VARCHAR AS record, initial_response, final_response,
@@ -99,9 +102,9 @@ def _load_labels(store: Store, run: str) -> RowsByKey:
 
 
 def compute_ablation_rows(ablations: Sequence[AblationRun], store: Store) -> list[tuple[Any, ...]]:
-    """Return a row with ABLATION_COLUMNS for each ablation, compared with the control of its stage.
+    """Compare each ablation with the control of its stage. Return a row with ABLATION_COLUMNS for each ablation.
 
-    A control is compared with the source run, on the records that both have: differences there are noise.
+    Compare each control with the source run, on the records that both runs have. These differences are noise.
     """
     rows = []
     controls = {ablation.stage: ablation.run_id for ablation in ablations if not ablation.excluded_principle}
@@ -132,7 +135,7 @@ def _count_sampled_and_elsewhere(
 
 
 def _select_shared_records(before: RowsByKey, after: RowsByKey) -> tuple[RowsByKey, RowsByKey]:
-    """Return the rows before that have the same record id after, and all rows after."""
+    """Return the rows of `before` that have the same record id in `after`, and all rows of `after`."""
     shared = {key: row for key, row in before.items() if key in after and after[key]["record"] == row["record"]}
     return shared, after
 
@@ -140,7 +143,7 @@ def _select_shared_records(before: RowsByKey, after: RowsByKey) -> tuple[RowsByK
 def _compute_chain_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]:
     """Return the number of chains, the fraction revised, the number with a changed final response, and their mean similarity.
 
-    The last two are over the chains that both runs have; None without any.
+    The last two values use only the chains that both runs have. They are None if there are no such chains.
     """
     pairs = [(before[key]["final_response"] or "", row["final_response"] or "") for key, row in after.items() if key in before]
     revised = [float(row["final_response"] != row["initial_response"]) for row in after.values()]
@@ -150,7 +153,7 @@ def _compute_chain_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]
 
 
 def _compute_label_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]:
-    """Return the numbers of shared pairs, of those without a label in a run, and of flips, and the mean change of p(A)."""
+    """Return the number of shared pairs, of shared pairs without a label in a run, and of flips, and the mean change of p(A)."""
     shared = [(before[key]["p"], row["p"]) for key, row in after.items() if key in before]
     labeled = [(p, q) for p, q in shared if p is not None and q is not None]
     change = mean_or_none([abs(p - q) for p, q in labeled])
@@ -158,7 +161,7 @@ def _compute_label_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]
 
 
 def split_by_stage(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str], list[tuple[Any, ...]]]]:
-    """Yield (columns, rows) for each stage, without the columns of chains or pairs if the stage has none."""
+    """Yield (columns, rows) for each stage. If a stage has no chains or no pairs, omit the columns that describe them."""
     for stage in _STAGE_BY_PRINCIPLE_LIST.values():
         stage_rows = [row for row in rows if row[ABLATION_COLUMNS.index("used_by")] == stage]
         kept = [
@@ -171,7 +174,7 @@ def split_by_stage(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str],
 
 
 def _is_empty_column(column: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-    """Return whether a column is about chains or pairs, and no row has any of them."""
+    """Return whether a column describes chains although no row has chains, or pairs although no row has pairs."""
     base = "chains" if column in ("chains", "revised", "changed", "similarity") else "pairs"
     return column not in ("excluded_principle", "used_by", "sampled", "changed_elsewhere", "run") and not any(
         row[ABLATION_COLUMNS.index(base)] for row in rows

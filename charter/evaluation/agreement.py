@@ -1,10 +1,10 @@
-"""Agreement of a judge with human labels: the metrics of an agreement study.
+"""Compute the agreement of a judge with human labels.
 
-All metrics are computed on pairs with one response that a person preferred. `p` is the judge's probability of that response;
-None means that the judge gave no label. An abstention counts neither as correct nor as wrong, and is reported separately.
+All metrics use only pairs in which a person preferred one response. `p` is the judge's probability of this response. If the judge
+gave no label (an abstention), `p` is None. The metrics report abstentions separately and do not count them as correct or wrong.
 
-Wilson interval: Wilson 1927. Expected calibration error: Naeini et al. 2015, with ten bins of the confidence max(p, 1 - p), so
-that it does not depend on which response is called A. Brier score: Brier 1950.
+The sources are Wilson 1927 for the Wilson interval, Naeini et al. 2015 for the expected calibration error, and Brier 1950 for the
+Brier score. The calibration error has ten bins of the confidence max(p, 1 - p), so it does not change if A and B are swapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from schemas.records import Outcome, Preference
 
 @dataclass(frozen=True)
 class HumanPair:
-    """Two responses, and whether a person preferred response A."""
+    """Holds two responses, and whether a person preferred response A."""
 
     response_a: str
     response_b: str
@@ -29,20 +29,21 @@ class HumanPair:
 
     @property
     def a_longer(self) -> bool | None:
-        """Whether response A has more characters; None for equal lengths."""
+        """Return whether response A has more characters than response B. Return None for equal lengths."""
         return None if len(self.response_a) == len(self.response_b) else len(self.response_a) > len(self.response_b)
 
 
 @dataclass
 class AgreementMetrics:
-    """The agreement metrics of one judge; a metric that cannot be computed is None.
+    """Holds the agreement metrics of one judge. A metric that cannot be computed is None.
 
-    labelled: the number of labels. decided: the labels that are not ties. agreed: the decided labels that match the person's.
-    accuracy: agreed / decided; accuracy_low and accuracy_high: its 95 % interval. brier, ece: of the soft labels.
-    swap_inconsistency: of the judgments that are readable in both orders, the fraction that prefers the same position twice.
-    mass: the mean option mass. prefers_longer: of the decided labels on responses of unequal length, the fraction that prefers
-    the longer one. tokens_read, tokens_cached, tokens_written: prompt, cached prompt and completion tokens per pair.
-    seconds: per pair. *_per_label: the total of all pairs, abstentions included, divided by the number of labels.
+    `labelled` is the number of labels, `decided` the number of labels that are not ties, and `agreed` the number of decided
+    labels that match the human label. `accuracy` is agreed / decided, with the 95 % interval `accuracy_low` to `accuracy_high`.
+    `brier` and `ece` are computed from the soft labels. `swap_inconsistency` is the fraction of judgments that prefer the same
+    position in both orders, if both are readable. `mass` is the mean option mass. `prefers_longer` is the fraction of decided
+    labels that prefer the longer response, if the lengths differ. `tokens_read`, `tokens_cached` and `tokens_written` are prompt,
+    cached prompt and completion tokens per pair. `seconds` is the time per pair. The `*_per_label` metrics divide the total of
+    all pairs, including abstentions, by the number of labels.
     """
 
     judge: str
@@ -77,11 +78,11 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
 
 
 def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Sequence[float | None]) -> AgreementMetrics:
-    """Return the metrics that need only the probability of the preferred response for each pair; None is no label."""
+    """Return the metrics that need only the judge's probability of the preferred response. None means that there is no label."""
     labels = [p for p in probabilities if p is not None]
     decided = [(pair, p > 0.5) for pair, p in zip(pairs, probabilities, strict=True) if p is not None and p != 0.5]
     agreed = sum(correct for _, correct in decided)
-    # For responses of unequal length: whether A is longer, and whether the judge preferred A.
+    # Pairs of unequal length, each as (A is longer, the judge preferred A).
     unequal = [(pair.a_longer, pair.a_preferred == correct) for pair, correct in decided if pair.a_longer is not None]
     low, high = compute_wilson_interval(agreed, len(decided)) or (None, None)
     return AgreementMetrics(
@@ -102,9 +103,9 @@ def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Seq
 def compute_judge_agreement(
     judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
 ) -> AgreementMetrics:
-    """Return the metrics of a judge's labels; a label is None if the pair does not fit into the model's context.
+    """Return the metrics of a judge's labels. A label is None if the pair does not fit into the context of the model.
 
-    `seconds` and `cost` are totals over all pairs; a `cost` of None is an unknown price.
+    `seconds` and `cost` are totals over all pairs. A `cost` of None means that the price is unknown.
     """
     probabilities = [_get_preferred_probability(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     row = compute_agreement(judge, pairs, probabilities)
@@ -128,14 +129,14 @@ def compute_judge_agreement(
 
 
 def _get_preferred_probability(pair: HumanPair, label: Preference | None) -> float | None:
-    """Return the judge's probability of the response that the person preferred; None without a usable label."""
+    """Return the judge's probability of the response that the person preferred. Return None without a usable label."""
     if label is None or label.outcome is not Outcome.OK or label.p_a is None:
         return None
     return label.p_a if pair.a_preferred else 1 - label.p_a
 
 
 def compute_baselines(pairs: Sequence[HumanPair], seed: int) -> list[AgreementMetrics]:
-    """Return the metrics of three baselines: the longer response wins, the shorter one wins, and random probabilities."""
+    """Return the metrics of three baselines: the longer response wins, the shorter response wins, and random probabilities."""
     rng = random.Random(f"baseline/{seed}")
     longer = [None if pair.a_longer is None else float(pair.a_longer == pair.a_preferred) for pair in pairs]
     rows = [

@@ -26,15 +26,15 @@ from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
 from schemas.records import Preference, Response
 
-_MAX_PAIR_CHARS = 1_000_000  # a longer row is not a dialogue
+_MAX_PAIR_CHARS = 1_000_000  # rows longer than this are invalid, because they are not dialogues
 JUDGE_PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
 
 
 @dataclass(frozen=True)
 class PairDataset:
-    """The pairs of a study with their human labels, the same pairs as judge inputs, and the file that they come from.
+    """Holds the pairs of a study with their human labels. `judge_inputs` has the same pairs in the form that a judge reads.
 
-    `content_hash` is of the whole file; `num_invalid` counts the rows that are not pairs, and ties.
+    `content_hash` is the hash of the whole file. `num_invalid` is the number of rows that are ties or are not pairs.
     """
 
     human_pairs: list[HumanPair]
@@ -46,9 +46,10 @@ class PairDataset:
 
 
 def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
-    """Read the pairs of a file, or a sample of `limit` of them, in random order.
+    """Read all pairs of a file, or a sample of `limit` pairs, in random order.
 
-    Which response is A is random too, so that the order does not reveal the preferred one. Raises UsageError without pairs.
+    The A/B order of the responses is also random, so that it does not reveal the preferred response. Raises UsageError if the
+    file has no pairs.
     """
     pairs: list[PreferenceRow] = []
     digest, num_rows = hashlib.sha256(), 0
@@ -63,12 +64,12 @@ def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
     if not pairs:
         raise UsageError(
             f"{file} has no pair with a preferred response",
-            f"none of its {num_rows} rows has a chosen and a rejected response to one prompt",
+            f"the {num_rows} rows of the file do not have a chosen and a rejected response to one prompt",
             'write each row as {"prompt": "...", "chosen": "...", "rejected": "..."}, or as two dialogues',
         )
     rng = random.Random(f"pairs/{seed}")
     indices = sorted(rng.sample(range(len(pairs)), min(limit or len(pairs), len(pairs))))
-    rng.shuffle(indices)  # so that the first N pairs are a random sample too (--limit-written)
+    rng.shuffle(indices)  # then the first N pairs are also a random sample (--limit-generative)
     human_pairs, judge_inputs = [], []
     for index in indices:
         pair, swap = pairs[index], rng.random() < 0.5
@@ -91,9 +92,10 @@ class AgreementStudy:
         self.model_name = ""
 
     def run(self, models: RoleModels, presets: Sequence[str], limit_written: int | None) -> None:
-        """Label the pairs with each preset, and add the baselines on the same pairs.
+        """Label the pairs with each preset, and add the baselines for the same pairs.
 
-        `limit_written` limits the pairs of presets whose judge writes text, which is much slower than scoring options.
+        `limit_written` is the maximum number of pairs for presets that generate text, because they are much slower than presets
+        that score options.
         """
         judge, counts = models.get_model("judge"), set()
         price = parse_prices(self.settings.budget.prices).get(judge.id)
@@ -110,7 +112,7 @@ class AgreementStudy:
             cost = sum(price.compute_cost(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
             self.labels[preset] = labels
             self.rows.append(compute_judge_agreement(preset, human_pairs, labels, seconds, cost))
-        # Baselines on each number of pairs, so that every judge has baselines on its own pairs.
+        # Presets can have different numbers of pairs. Add baselines for each number, so that they use the same pairs as the preset.
         for num_pairs in sorted(counts, reverse=True):
             self.rows += compute_baselines(self.dataset.human_pairs[:num_pairs], self.seed)
 
@@ -119,7 +121,7 @@ class AgreementStudy:
         return f"{format_table(columns, rows)}\n\n{self.describe()}"
 
     def describe(self) -> str:
-        """Return one line with the judge, the constitution and the origin of the pairs."""
+        """Return one line that names the judge, the constitution and the origin of the pairs."""
         data, c = self.dataset, self.constitution
         invalid = f"; {data.num_invalid} rows are ties or not pairs" if data.num_invalid else ""
         return (
@@ -128,7 +130,7 @@ class AgreementStudy:
         )
 
     def format_markdown(self) -> str:
-        """Return the table as Markdown, with the command that made it."""
+        """Return the table as Markdown, with the command that produced it."""
         columns, rows = _format_rows(self.rows)
         lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(cell or '' for cell in row)} |" for row in rows]
@@ -136,7 +138,7 @@ class AgreementStudy:
         return "\n".join(["# Agreement with human labels", "", "```", command, "```", "", *lines, "", self.describe(), ""])
 
     def to_json(self) -> str:
-        """Return the metrics, and the human and the judge's label of each pair, as JSON."""
+        """Return JSON with the metrics, and with the human label and the judge's label of each pair."""
         label_fields = (
             "p_a",
             "p_forward",
@@ -163,7 +165,7 @@ class AgreementStudy:
 
 
 def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str) -> Settings:
-    """Return the settings with another judge preset. Settings of judge.* that the user set have priority over the preset."""
+    """Return the settings with another judge preset. The judge.* settings that the user set override the preset."""
     preset_values = PRESETS["judge"][preset].get("judge", {})
     user_values = {
         key: getattr(settings.judge, key)
@@ -174,14 +176,14 @@ def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str)
 
 
 def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
-    """Return the label of each pair; None if the pair does not fit into the model's context."""
+    """Return the label of each pair. A label is None if the pair does not fit into the context of the model."""
     labels: list[Preference | None] = []
     batch_size = judge.settings.models.max_batch_size
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         try:
             labels += judge.label_pairs(constitution, batch)
-        except PermanentRecordError:  # one pair failed the whole batch
+        except PermanentRecordError:  # one pair caused an error of the whole batch, so label each pair separately
             labels += [_label_pair(judge, constitution, pair) for pair in batch]
     return labels
 
@@ -199,7 +201,7 @@ def _print_status(text: str) -> None:
 
 
 def _format_rows(rows: Sequence[AgreementMetrics]) -> tuple[list[str], list[list[str | None]]]:
-    """Return column names and cells for people: fractions in percent with their intervals."""
+    """Return column names and formatted cells. Fractions are in percent and have their intervals."""
     columns = [
         "judge", "pairs", "labeled", "accuracy % (95 %)", "Brier", "ECE", "flips %", "mass", "longer %", "abstentions",
         "tokens/pair: prompt (cached) + completion", "s/pair", "tokens/label", "s/label",

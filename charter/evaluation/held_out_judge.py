@@ -1,8 +1,9 @@
-"""The held-out judge of the reward hacking monitor (`charter train --loop`).
+"""Provide the held-out judge of the reward hacking monitor (`charter train --loop`).
 
-The held-out judge must differ from the judge that labeled the training data of the reward model. It is another model
-(`monitor.judge`) with the judge principles of the constitution. Without that setting it is the judge's model with the critique
-principles, which labeled no training data. This is weaker evidence, because both may share the errors of the model.
+The held-out judge must differ from the judge that labeled the training data of the reward model. If `monitor.judge` is set, the
+held-out judge is this other model with the judge principles of the constitution. Otherwise it is the model of the judge with the
+critique principles, which are not used for labels of training data. The second case is weaker evidence, because the same model
+may make the same errors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CRITIQUE_JUDGE_PROMPT = "A critic is told: {critique}\n\nWhich answer would thi
 
 
 def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
-    """Return the monitor that checks every policy of the RL phase; without monitor.prompts it has no judge."""
+    """Return the monitor that checks every policy of the RL phase. If monitor.prompts is not set, the monitor has no judge."""
     from trainer.monitor import RewardHackingMonitor
 
     judge = HeldOutJudge(settings) if settings.monitor.prompts else None
@@ -33,7 +34,7 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
 
 
 class HeldOutJudge:
-    """Compares two responses to each dialogue. The model is loaded for each call only, so that training has the memory."""
+    """Compares two responses to each dialogue. Each call loads the model and then frees its memory for training."""
 
     def __init__(self, settings: Settings) -> None:
         constitution = load_constitution(settings.run.constitution)
@@ -43,14 +44,14 @@ class HeldOutJudge:
         self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)
 
     def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
-        """Return for each pair the probability that the first response is better, over both orders; None without a label."""
+        """Return the probability, over both orders, that the first response of each pair is better. Return None without a label."""
         responses = [make_pair_response(messages, a, b, (), "") for messages, a, b in pairs]
         labels = label_pairs(BatchJudge(self.settings, RoleModels(self.settings)), self.constitution, responses)
         return [label.p_a if label is not None and label.outcome is Outcome.OK else None for label in labels]
 
 
 def make_critique_judge_constitution(constitution: Constitution) -> Constitution:
-    """Return the constitution with judge principles made from its critique principles."""
+    """Return the constitution with new judge principles, which are made from its critique principles."""
     judge_principles = [
         JudgePrinciple(
             id=p.id,

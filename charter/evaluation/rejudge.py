@@ -26,7 +26,7 @@ from schemas.records import ChatMessage, Completion, FinishReason, Preference, R
 
 @contextmanager
 def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
-    """Yield the judge of the settings. On a terminal, standard error shows the number of judged pairs."""
+    """Yield the judge of the settings. On a terminal, print the number of judged pairs to standard error."""
     models, num_judged = RoleModels(settings), 0
 
     def show_progress(batch_size: int) -> None:
@@ -48,14 +48,14 @@ ALL_PRINCIPLES = ALL_PRINCIPLES_ID
 
 @dataclass(frozen=True)
 class BatchJudge:
-    """The judge of the settings, for any constitution. `on_progress` gets the size of each finished batch."""
+    """Labels pairs under any constitution, with the judge of the settings. Calls `on_progress` with the size of each batch."""
 
     settings: Settings
     models: RoleModels
     on_progress: Callable[[int], None] = lambda count: None
 
     def label_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference]:
-        """Return the preference for each pair; a pair is a Response with two completions."""
+        """Return the preference for each pair. A pair is a Response with two completions."""
         judge, batch_size = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
         preferences: list[Preference] = []
         for start in range(0, len(pairs), batch_size):
@@ -68,7 +68,7 @@ class BatchJudge:
 def make_pair_response(
     messages: Sequence[ChatMessage], response_a: str, response_b: str, tags: Sequence[str], source: str
 ) -> Response:
-    """Return two responses as the completions of one Response record, which is the input of the judge stage."""
+    """Return a Response record whose two completions are the given responses. This is the input of the judge stage."""
     prompt_id = ids.compute_prompt_id(messages)
     return Response(
         record_id=ids.compute_record_id("pair", [prompt_id], ids.compute_fingerprint("imported_pair", response_a=response_a, response_b=response_b)),
@@ -85,9 +85,9 @@ def make_pair_response(
 
 
 def _split_by_principle(constitution: Constitution) -> dict[str, Constitution]:
-    """Return a constitution with only one judge principle, for each of them.
+    """Return {principle id: constitution}. Each of these constitutions has only one judge principle.
 
-    If the constitution asks all principles in one question (`judge_with` is "all"), return it under ALL_PRINCIPLES.
+    If the constitution asks all principles in one question (`judge_with` is "all"), return {ALL_PRINCIPLES: constitution}.
     """
     if constitution.judge_with == "all":
         return {ALL_PRINCIPLES: constitution}
@@ -96,10 +96,10 @@ def _split_by_principle(constitution: Constitution) -> dict[str, Constitution]:
 
 @dataclass
 class PrincipleTally:
-    """The results of one principle on its cases.
+    """Counts the results of one principle on its cases.
 
-    A hit is a label that prefers the response that must win. `win_probabilities` are the judge's probabilities of that response;
-    `hits_shown_first` and `hits_shown_second` count each order separately.
+    A hit is a label that prefers the response that must win. `win_probabilities` are the judge's probabilities of this response.
+    `hits_shown_first` and `hits_shown_second` count the hits when this response is shown first and second.
     """
 
     principle_id: str
@@ -133,9 +133,9 @@ TALLY_COLUMNS = ["principle", "cases", "hits", "misses", "right_when_first", "ri
 
 
 def run_cases(judge: BatchJudge, constitution: Constitution, cases: CaseFile) -> list[PrincipleTally]:
-    """Judge the cases and return the tally of each principle on the cases that test it.
+    """Judge the cases. Return the tally of each principle over the cases that test this principle.
 
-    If the constitution asks all principles in one question, each case is judged once and counted for each principle it tests.
+    If the constitution asks all principles in one question, a case is judged once and counted for each principle that it tests.
     """
     principle_ids = [principle.id for principle in constitution.judge]
     cases.check_principles(constitution.name, principle_ids)
@@ -161,7 +161,7 @@ def run_cases(judge: BatchJudge, constitution: Constitution, cases: CaseFile) ->
 
 
 def _get_case_principles(case: ConstitutionCase, constitution: Constitution) -> Sequence[str]:
-    """Return the principles that a case tests: those that it names, otherwise all that match its tags."""
+    """Return the principles that a case names. If it names no principles, return all principles that match its tags."""
     return case.principles or [principle.id for principle in filter_by_tags(constitution.judge, case.tags)]
 
 
@@ -175,7 +175,7 @@ SELECT messages, tags, source, response_a, response_b FROM (
 
 
 def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
-    """Return `count` pairs of responses from the database, selected by a hash of their ids: the same pairs each time."""
+    """Return `count` pairs of responses from the database. A hash of the ids selects the pairs, so each call returns the same."""
     rows = open_store(settings).query_dicts(_FROZEN_PAIRS_SQL, [count], limit_s=30.0)
     return [
         make_pair_response(
@@ -185,7 +185,7 @@ def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
     ]
 
 
-# Index of the pair -> p(A); None without a label. Pairs that the principle's tags do not match are absent.
+# Maps the index of a pair to p(A), or to None without a label. Pairs that do not match the tags of the principle are omitted.
 PairLabels = dict[int, float | None]
 COMPARISON_COLUMNS = [
     "principle",
@@ -201,10 +201,10 @@ COMPARISON_COLUMNS = [
 
 
 def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: Sequence[Response]) -> list[tuple[Any, ...]]:
-    """Return a row with COMPARISON_COLUMNS for each principle: how its labels of the pairs differ between two constitutions.
+    """Compare the labels of each principle under two constitutions. Return a row with COMPARISON_COLUMNS for each principle.
 
-    A principle that only one constitution has is compared with the mean label of all principles of the other. The last row
-    compares the two means. A prompt that both constitutions have is judged only once.
+    If only one constitution has a principle, its labels are compared with the mean labels over all principles of the other
+    constitution. The last row compares the mean labels of both. A judge prompt that both constitutions have is judged only once.
     """
     cache: dict[tuple[str, tuple[str, ...]], PairLabels] = {}
 
@@ -224,7 +224,7 @@ def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: S
     for name in dict.fromkeys([*labels[0], *labels[1]]):
         before, after = (labels_by_principle.get(name) for labels_by_principle in labels)
         if before is not None and after is not None:
-            change = "same" if before is after else "changed"  # the same prompt gives the same cached object
+            change = "same" if before is after else "changed"  # for an unchanged prompt, both are the same cached object
             rows.append(_make_comparison_row(name, change, before, after, "its earlier prompt"))
         elif before is not None:
             rows.append(_make_comparison_row(name, "removed", before, means[1], f"the mean of {b.name} {b.version}"))
@@ -235,7 +235,7 @@ def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: S
 
 
 def average_labels(constitution: Constitution, labels_by_principle: dict[str, PairLabels]) -> PairLabels:
-    """Return each pair's label averaged over its principles by weight: the expected label under sampling."""
+    """Return the weighted mean label of each pair over its principles. It is the expected label if a principle is sampled."""
     weights = {principle.id: principle.weight for principle in constitution.judge} | {ALL_PRINCIPLES: 1.0}
     means: PairLabels = {}
     for pair in sorted({pair for labels in labels_by_principle.values() for pair in labels}):
@@ -254,7 +254,7 @@ def _make_comparison_row(name: str, change: str, before: PairLabels, after: Pair
 
 
 def is_flip(p: float, q: float) -> bool:
-    """Return whether two labels prefer different responses; a tie is not a flip."""
+    """Return whether two labels prefer different responses. If a label is a tie, return False."""
     return (p - 0.5) * (q - 0.5) < 0
 
 

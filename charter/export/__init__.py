@@ -1,1 +1,1 @@
-"""Export of training data: the data files and their dataset card."""
+"""Export training data: write the data files and their dataset card."""

@@ -2,10 +2,10 @@
 
 An export is a folder in the layout of a Hugging Face dataset: JSON lines or Parquet for each split, and a README.md.
 
-1. One read session of the database selects the rows, as commit sequence numbers in pages.
-2. The rows are read and written page by page. Committed rows do not change, so the pipeline can continue to write meanwhile.
+1. One read session of the database selects the commit sequence numbers of the rows, in pages.
+2. The rows are read and written page by page. Committed rows do not change, so the pipeline can continue to write.
 
-Time grows linearly with the number of rows; memory grows by about 40 bytes per row.
+The time is linear in the number of rows. The memory grows by about 40 bytes per row.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
 
 
 def _to_preference_rows(row: _RowDict) -> list[_RowDict]:
-    """Return one row with the preferred response as `chosen`; no row for a tie.
+    """Return one row with the preferred response as `chosen`. Return no row for a tie.
 
     `p_chosen` is the soft label, greater than 0.5. `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's
-    probabilities with the chosen response shown first and second; null if the judge was not asked in that order.
+    probabilities with the chosen response shown first and second. They are null if the judge did not see this order.
     """
     if row["p_a"] == 0.5:
         return []
     a_is_chosen = row["p_a"] > 0.5
-    # p_forward and p_backward are probabilities of response A: it is shown first in the forward order, second in the backward.
+    # p_forward and p_backward are probabilities of response A. The forward order shows A first, the backward order shows B first.
     forward, backward = row["p_forward"], row["p_backward"]
     if a_is_chosen:
         chosen, rejected, p_chosen = row["response_a"], row["response_b"], row["p_a"]
@@ -111,7 +111,7 @@ def _complement_probability(p: float | None) -> float | None:
 
 
 def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
-    """Return one row for each response of the pair, labeled true if it is preferred; no rows for a tie."""
+    """Return one row for each response of the pair, with the label true if it is preferred. Return no rows for a tie."""
     if row["p_a"] == 0.5:
         return []
     responses = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
@@ -129,11 +129,11 @@ def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A format of training data.
+    """Describes a format of training data.
 
-    `split_views` are the views that select the rows of each split. The rows are read from `source_view`, which has them also
-    after a later record removed them from the split. `to_rows` converts a database row to rows with `columns`. `trainer` is the
-    TRL trainer that reads the format.
+    `split_views` are the views that select the rows of each split. `source_view` has the contents of these rows, even if a later
+    record removes a row from its split. `to_rows` converts a database row to rows with `columns`. `trainer` is the TRL trainer
+    that reads the format.
     """
 
     split_views: dict[str, str]
@@ -192,9 +192,9 @@ CommitPages = list[list[int]]  # commit sequence numbers, at most PAGE_SIZE in a
 def select_commits(
     store: Store, export_format: ExportFormat, selection: ExportSelection, limit: int | None
 ) -> tuple[ExportSelection, dict[str, CommitPages]]:
-    """Return the selection up to the newest commit, and for each split the commit sequence numbers of its rows.
+    """Limit the selection to the newest commit. Return it with the commit sequence numbers of the rows of each split.
 
-    One read session is used for all queries, so that an override that is committed later does not remove a selected label.
+    All queries use one read session. Therefore a human label that is committed later does not remove a selected label.
     """
     with store.open_read_session(limit_s=_QUERY_TIMEOUT_S) as query:
         selection = replace(selection, max_commit_seq=query("SELECT next_seq - 1 FROM raw.sink_state").rows[0][0])
@@ -271,7 +271,7 @@ def _write_split(
 
 
 def _is_export_folder(folder: Path) -> bool:
-    """Return whether `charter export` wrote the folder: the front matter of its README.md has the export tag."""
+    """Return whether `charter export` wrote the folder. If so, the front matter of its README.md has the export tag."""
     path = folder / "README.md"
     return path.is_file() and EXPORT_TAG in path.read_text(encoding="utf-8", errors="replace").partition("configs:")[0]
 
@@ -283,7 +283,7 @@ def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
     Raises UsageError if the target exists, unless `force` is true and `charter export` wrote it.
     """
     if target.exists() and not (force and _is_export_folder(target)):
-        why = "charter export did not write it" if force else "an existing folder is replaced only with --force"
+        why = "an export did not write this folder" if force else "an existing folder is replaced only with --force"
         raise UsageError(f"{target} already exists", why, "use another folder" + ("" if force else ", or add --force"))
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -301,9 +301,9 @@ def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
 def export_dataset(
     store: Store, target: Path, format_name: str, selection: ExportSelection, suffix: str, limit: int | None, force: bool
 ) -> dict[str, SplitStats]:
-    """Write the splits of a format and the dataset card to the folder `target`; return the statistics of each split.
+    """Write the splits of a format and the dataset card to the folder `target`. Return the statistics of each split.
 
-    `suffix` is jsonl or parquet; `limit` is the maximum number of database rows per split. A split without rows gets no file.
+    `suffix` is jsonl or parquet. `limit` is the maximum number of database rows per split. A split without rows has no file.
     Raises UsageError if the folder exists (see `force`) or no row matches.
     """
     export_format, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]

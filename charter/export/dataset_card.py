@@ -1,4 +1,4 @@
-"""The dataset card of an export: its rows, the excluded records, and the origin of the rows."""
+"""Write the dataset card of an export. It describes the rows, the excluded records and the origin of the rows."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _EXCLUDED_SQL = {
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
 }
-# The models that made the rows. Responses are selected by id, not by run: a replay of the judge stage labels the responses of
-# another run.
+# Selects the models that made the rows. Responses are selected by id and not by run, because a replay of the judge stage labels
+# the responses of another run.
 _CHAINS_SQL = {
     "sft": "SELECT response_id, run_id FROM revision_chains WHERE {where}",
     "preference": """SELECT response_id, run_id FROM revision_chains
@@ -70,13 +70,13 @@ def _format_markdown_table(columns: list[str], rows: list[Any]) -> str:
 
 
 def _escape_cell(value: object) -> str:
-    """Return a value as one line with Markdown characters escaped: names come from data files."""
+    """Return a value as one line. Escape Markdown characters, because names come from data files and can contain them."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "|\\`*_[]<>" else c for c in text)
 
 
 def _format_front_matter(format_name: str, files: dict[str, str]) -> str:
-    """Return the YAML front matter, from which the Hugging Face hub and `datasets` read the file of each split."""
+    """Return the YAML front matter. The Hugging Face hub and `datasets` read the file of each split from it."""
     names = {"train": "train", "eval": "test"}
     lines = [f"  - split: {names[split]}\n    path: {json.dumps(path)}" for split, path in files.items()]
     header = [
@@ -109,7 +109,7 @@ def format_dataset_card(
         f"Rows created from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
         f" to commit {selection.max_commit_seq} of the database; policy versions {', '.join(map(str, versions)) or 'none'}.",
         "## Rows\n\n" + _format_markdown_table(["split", "prompt source", "label source", "rows"], row_counts),
-        "A hash of the prompt decides whether it is held out, before any stage processes it; no prompt is in both splits.",
+        "A hash of the prompt decides, before all stages, whether the prompt is held out. No prompt is in both splits.",
         "## Constitutions\n\n"
         + (_format_markdown_table(["constitution", "hash"], constitutions) if constitutions else _HUMAN_DATA_ONLY),
         "## Models\n\n" + _format_models(store, format_name, selection),

@@ -1,4 +1,4 @@
-"""The records that an export selects, and statistics about the files that it writes."""
+"""Define which records an export selects, and collect statistics about the files that it writes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportSelection:
-    """A filter on records: one run or all runs, some prompt sources or all, up to a commit sequence number.
+    """Selects the records of one run or all runs, of some prompt sources or all, up to a commit sequence number.
 
-    The records of a run include those that an earlier run had already made with the same id.
+    If an earlier run made a record with the same id, the record belongs to both runs.
     """
 
     run_id: str | None = None
@@ -37,10 +37,12 @@ class ExportSelection:
 
 @dataclass
 class SplitStats:
-    """Statistics about the rows of one file."""
+    """Collects statistics about the rows of one file."""
 
     num_rows: int = 0
-    rows_by_source: dict[tuple[str, str], int] = field(default_factory=dict)  # (source, label_source) -> rows
+    rows_by_source: dict[tuple[str, str], int] = field(
+        default_factory=dict
+    )  # maps (source, label_source) to the number of rows
     policy_versions: set[int | None] = field(default_factory=set)
     constitutions: set[tuple[str, str]] = field(default_factory=set)  # (name and version, hash)
     run_ids: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""The dashboard without a browser: access control, the views and their JSON twins, and missing dependencies."""
+"""The dashboard without a browser: access control, the views and their JSON versions, and missing dependencies."""
 
 import re
 import shutil
@@ -66,7 +66,7 @@ def run_copy(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_each_view_has_a_page_and_a_json_twin(client, path):
+def test_each_view_has_a_page_and_a_json_version(client, path):
     page, response = client.get(path), client.get(get_json_path(path))
     assert (page.status_code, response.status_code) == (200, 200)
     assert page.headers["content-type"] == "text/html; charset=utf-8"

@@ -173,7 +173,7 @@ def test_existing_files_are_not_overwritten(database, tmp_path):
     assert "label" in lines(tmp_path / "out/data/train.jsonl")[0]
     (tmp_path / "mine" / "data").mkdir(parents=True)
     (tmp_path / "mine" / "README.md").write_text("somebody's own data set")
-    with pytest.raises(UsageError, match="charter export did not write it"):
+    with pytest.raises(UsageError, match="an export did not write this folder"):
         run_command(tmp_path, "export", "sft", tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "README.md").read_text() == "somebody's own data set"
     with pytest.raises(UsageError, match="nothing to export"):
@@ -256,7 +256,7 @@ def test_hostile_text_is_escaped_and_long_text_truncated(tmp_path):
         make_prompt("x"), make_preference("p", "x", 0.5, response_a=HOSTILE, response_b="\n".join(map(str, range(100))))
     )
     output = run_command(tmp_path, "label", stdin="q\n")
-    assert "\x1b" not in output and "\u202e" not in output and "(60 more lines: w)" in output
+    assert "\x1b" not in output and "\u202e" not in output and "(60 more lines; type w to show them)" in output
 
 
 def test_id_prefix_must_match_one_label(tmp_path):
