@@ -22,7 +22,7 @@ revision_prompt = "Rewrite the answer so that the customer knows the next step, 
 id = "no-false-promise"
 name = "No false promise"
 critique_prompt = "Say whether the assistant's last answer promises a day, a price or a refund that the shop has not confirmed."
-revision_prompt = "Rewrite the answer without unconfirmed promises, and say who can confirm them."
+revision_prompt = "Rewrite the answer without unconfirmed promises, and name who can confirm them."
 
 [[critique]]
 id = "not-cold"
@@ -95,7 +95,7 @@ cat >prompts.jsonl <<'JSON'
 {"prompt": "Will the signed edition be here before Friday?"}
 {"prompt": "I forgot my password for your shop."}
 {"prompt": "Why is the paperback dearer than last week?"}
-{"prompt": "Nobody answers my letters. Are you still there?"}
+{"prompt": "My letters get no answer. Are you still there?"}
 {"prompt": "Please cancel my order, it is too late for the birthday."}
 {"prompt": "Do you send books to islands?"}
 {"prompt": "My daughter is nine. Which book would you give her?"}

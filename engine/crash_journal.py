@@ -4,11 +4,11 @@ Before a batch goes to the model, its coordinates are written to a small file. T
 process that ends in between leaves them in the file. The restarted process then processes each of these records alone, after a
 pause.
 
-A process can also end for a reason that no record caused: the machine is preempted, or a user kills it. So not every end counts:
+A process can also end for other reasons: the machine is preempted, or a user kills the process. So not every end is counted:
 
-* The end counts for a record only if the file names this record and no other one.
-* The end does not count if a stop signal came first.
-* The end does not count while another process holds the file: its owner is alive.
+* The end of a process is counted against a record only if the file names this record and no other record.
+* The end is not counted if the process received a stop signal before.
+* The end is not counted if another process holds the lock of the file, because then the owner of the file is alive.
 
 A record becomes a dead letter of kind CRASH after MAX_CRASHES counted ends with evidence that the record caused them, or after
 MAX_ENDS counted ends without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or a

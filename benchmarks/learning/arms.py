@@ -31,7 +31,8 @@ from trainer.learners.ppo import Rollout
 
 TRL_ARM = "trl112"
 _TRL_QUESTION_SEED = 500_000  # offset of the seeds of its questions, so that they differ from those of every other run
-_HACKED_UPDATES_FACTOR = 4  # the arm hacked makes this many times more updates; the monitor must detect the fault in them
+# The arm `hacked` makes 4 times as many updates, and the monitor must detect its fault in these updates.
+_HACKED_UPDATES_FACTOR = 4
 _REPORTED_METRICS = ("steps", "stopped_early", "kl_update", "kl_rollouts", "beta")
 
 

@@ -460,7 +460,7 @@ def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIM
         producer.close(timeout=timeout_s)
     except errors.KafkaError as error:
         logger.info("a producer is closed by force: %s", error)
-        producer._sender.force_close()  # the step of `close` after the one that raised
+        producer._sender.force_close()  # `close` raised an error before this step, so do the step here
 
 
 class KafkaWriter:

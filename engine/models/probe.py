@@ -1,6 +1,6 @@
 """Probe the capabilities of a server once, with a few short requests.
 
-The name and version of a server are unreliable, because a proxy can serve several servers. So requests test each capability:
+The name and version of a server are unreliable, because a proxy can serve several servers. Therefore each capability is tested with a request:
 
 1. A plain request must work, with `max_tokens` or `max_completion_tokens`, and with or without a seed.
 2. Requests with additional fields turn off thinking (`chat_template_kwargs`) and hidden sampling defaults (`top_k` and others).

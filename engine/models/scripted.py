@@ -27,7 +27,7 @@ def _hash_request(request: GenerationRequest, *more: object) -> bytes:
 class ScriptedModel:
     """A fake model for tests.
 
-    `option_mass` is the total probability of the options. `option_rule` returns the share of the first of two options in it.
+    `option_mass` is the total probability of the options. `option_rule` returns the share of `option_mass` that the first of two options gets.
     """
 
     id: str = "scripted"

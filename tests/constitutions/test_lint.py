@@ -65,9 +65,7 @@ def test_lint_reports_missing_parts():
 def test_lint_reports_duplicates_by_name_and_by_words():
     duplicate = ("warm", "Say whether the answer is cold!", "Rewrite the answer warmly.", "Which of them is clearer?")
     assert list_findings(make_constitution(KIND, SAFE, EASY, duplicate)) == [("duplicate", 20, "warm")]
-    constitution = make_constitution(
-        KIND, SAFE, EASY, ("other", "Say what is wrong with it.", "Make it right.", "Which is right?")
-    )
+    constitution = make_constitution(KIND, SAFE, EASY, ("other", "Name the fault.", "Make it right.", "Which is right?"))
     renamed = parse_constitution(constitution.text.replace('name = "other"', 'name = "Kind"', 1), "x")
     assert list_findings(renamed) == [("duplicate", 20, "other")]
 

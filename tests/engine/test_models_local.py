@@ -193,7 +193,7 @@ def test_open_model_rejects_folders_without_a_model(tiny, tmp_path):
         with pytest.raises(ModelUnreachable, match="no model"):
             open_model(absent)
     with pytest.raises(ModelUnreachable, match="hub"):
-        open_model("nobody/nothing")
+        open_model("missing/nothing")
 
 
 def test_revision_depends_on_the_weights(tiny, tmp_path):

@@ -53,7 +53,7 @@ def encode_example(tokenizer: Any, example: SftExample, max_length: int) -> dict
 
 @torch.no_grad()
 def supports_padding_free(policy: Any) -> bool:
-    """Return whether a sequence can follow another sequence without padding and keep its logits.
+    """Return whether the logits of a sequence stay the same when it follows another sequence without padding.
 
     The position ids start again at 0 for the second sequence.
     """
