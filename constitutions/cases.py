@@ -1,8 +1,8 @@
 """Test cases for a constitution and a judge. A case has a prompt, a response that must win and a response that must lose.
 
 A case file is TOML with one [[case]] table per case, or JSONL with one object per line. `principles` lists the judge principles
-that a case tests. If it is empty, the case tests all principles that match its tags. In a TOML file, the key `constitution` can
-name the constitution of the cases.
+that a case tests. If this list is empty, the case tests all principles that match its tags. In a TOML file, the key
+`constitution` can name the constitution of the cases.
 
     [[case]]
     prompt = "My parcel is late!"

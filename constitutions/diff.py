@@ -1,6 +1,6 @@
 """Find the differences between two constitutions or two versions of a constitution.
 
-The differences are added, removed, changed and moved principles, and changed fields.
+A difference is a changed field, or a principle that was added, removed, changed or moved.
 """
 
 from __future__ import annotations

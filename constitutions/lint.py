@@ -1,8 +1,8 @@
 """Lint rules for valid constitutions.
 
-The rules find duplicates, missing parts, one-sided lists, and lists without a principle against over-reaction. They match
-English words, so a finding can be wrong and a problem can be missed. The author decides about each finding.
-`docs/constitutions.md` describes the rules and their reasons.
+The rules find duplicates and missing parts. They also find one-sided lists, and lists without a principle against
+over-reaction. The rules match English words. A finding can therefore be wrong, and the rules can miss a problem. The author
+decides about each finding. `docs/constitutions.md` describes the rules and their reasons.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NEGATION_PATTERN = re.compile(
     r"\b(no|not|never|nobody|nothing|none|nor|without|less|fewer|avoid\w*|refus\w*|declin\w*|forbid\w*|hold\w* back|cannot"
     r"|\w+n't)\b"
 )
-# These patterns match words about harm, words about over-reaction, and words that balance a request for restraint.
+# These patterns match three groups of words: about harm, about over-reaction, and for balancing a request for restraint.
 _HARM_PATTERN = re.compile(
     r"\b(harm|hurt\w*|danger\w*|crim\w*|illegal\w*|weapon\w*|attack\w*|violen\w*|abus\w*|unsafe|toxic\w*|offen[cs]\w*|private|privacy)\b"
 )

@@ -1,7 +1,7 @@
 """Load a constitution from a TOML file. The file has two lists of principles (critique and judge) or paragraphs of prose.
 
-A constitution has a name, a semantic version and a content hash. The hash covers everything that can change a label. It does
-not cover comments and layout. Principles have stable ids. An error in a file raises a `ConstitutionError` with the file and
+A constitution has a name, a semantic version and a content hash. The hash covers everything that can change a label. Comments
+and layout do not change the hash. Principles have stable ids. An error in a file raises a `ConstitutionError` with the file and
 line.
 
     name = "example"                 [[critique]]                     [[judge]]
@@ -73,7 +73,7 @@ def _require_not_reserved(principle_id: str) -> str:
 class BasePrinciple(StrictModel):
     """The fields of every principle. A higher `weight` increases the probability that the principle is sampled.
 
-    The principle applies only to prompts with one of its `tags`. Without tags, it applies to all prompts.
+    The principle applies only to prompts with one of its `tags`. A principle without tags applies to all prompts.
     """
 
     id: Annotated[Slug, AfterValidator(_require_not_reserved)]
@@ -103,7 +103,7 @@ class ProseParagraph(BasePrinciple):
 
 
 class FewShotExample(StrictModel):
-    """A worked example for the prompts of critique and revision."""
+    """An example that is shown in the prompts for critiques and revisions."""
 
     prompt: NonEmptyStr
     answer: NonEmptyStr
@@ -179,7 +179,7 @@ class Constitution(StrictModel):
         return _sample_principle(self.judge, seed, tags)
 
     def sample_judge_principles(self, seed: int, tags: Sequence[str] = (), num_principles: int = 1) -> Sequence[JudgePrinciple]:
-        """Sample judge principles for a pair. One principle is sampled by weight; several different principles uniformly."""
+        """Sample judge principles for a pair. One is sampled by weight. Several are sampled uniformly."""
         if num_principles == 1:
             return [self.sample_judge_principle(seed, tags)]
         return sorted(filter_by_tags(self.judge, tags), key=lambda p: _draw_exponential(seed, p))[:num_principles]
@@ -342,7 +342,7 @@ def _explain_error(error: Exception, merged: MergedConstitution) -> Constitution
         return ConstitutionError(
             f"{merged.main_file.origin} is not a constitution", str(error), "see constitutions/default.toml"
         )
-    # A misspelled key can also cause the error that a key is missing. Report the misspelled key.
+    # A misspelled key can also cause an error about a missing key. Report the misspelled key.
     first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
     why = _PYDANTIC_MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     origin, key_path, line = merged.locate(first["loc"])

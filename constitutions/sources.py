@@ -25,7 +25,7 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xf
 
 
 class ConstitutionError(ValueError):
-    """An error in a constitution. It has three lines: what happened and where, why, and what to do."""
+    """An error in a constitution. Its three lines state what happened (with the location), why, and what to do."""
 
     exit_code = 2
 
@@ -163,7 +163,7 @@ def decode_utf8(data: bytes, origin: str) -> str:
 
 
 def merge_includes(main: ConstitutionFile) -> MergedConstitution:
-    """Merge the entries of a file and its included files. An included file is merged once, before the file that includes it."""
+    """Merge the entries of a file and its included files. Each included file is merged once, before the including file."""
     values = {key: value for key, value in main.values.items() if key not in (*_SECTIONS, "include", "terms")}
     merged = MergedConstitution(main, values)
     for file, terms in _iterate_files(main, {}, (), set()):
@@ -192,9 +192,9 @@ def _get_entries(file: ConstitutionFile, part: str) -> list[Any]:
 def _iterate_files(
     file: ConstitutionFile, outer_terms: Mapping[str, str], include_path: tuple[Path, ...], seen_paths: set[Path]
 ) -> Iterator[tuple[ConstitutionFile, Mapping[str, str]]]:
-    """Yield the included files and then the file itself, each with its terms.
+    """Yield the included files, and then the file itself. Yield each file together with its terms.
 
-    If a file and an included file define the same term, the definition in the file that includes the other is used.
+    If a file and an included file define the same term, the definition in the including file is used.
     """
     terms = {**_get_terms(file), **outer_terms}
     if file.path:
@@ -316,7 +316,7 @@ def _iterate_code_lines(text: str) -> Iterator[tuple[int, str]]:
 def find_key_line(text: str, key_path: Sequence[str | int]) -> int:
     """Return the line number of a key path. For example, ("judge", 2, "id") is the key `id` in the third [[judge]] table.
 
-    If the file does not have the key, return the line of the table. If the file does not have the table, return the first line.
+    If the key is missing, return the line of the table. If the table is missing, return the first line of the file.
     """
     lines = list(_iterate_code_lines(text))
     name = next((str(part) for part in reversed(key_path) if isinstance(part, str)), "")

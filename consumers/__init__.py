@@ -1,1 +1,1 @@
-"""The stages of the pipeline, one in each file, and the sink. A stage reads records and returns new records."""
+"""The stages of the pipeline, and the sink. Every stage has its own file. A stage reads records and returns new records."""

@@ -1,4 +1,4 @@
-"""Compare two responses with a judge, in both orders and in one of three answer modes.
+"""Compare two responses with a judge. The judge sees both orders of the responses. There are three answer modes.
 
 logprobs    The probability is computed from the next-token log-probabilities of the option letters: p = e^lA / (e^lA + e^lB).
             No letter is sampled (Bai et al. 2022, section 4.1). The option mass is the total probability of the two letters. A
@@ -8,8 +8,8 @@ reasoning   The judge first writes its reasoning with greedy decoding. Then the 
 letter      The judge writes a letter and an explanation. The letter must be at the beginning of the reply. p is 1 or 0.
 
 Both orders are judged, because judges prefer one position (Lee et al. 2023, section 2.3). A reply that cannot be read has the
-outcome REFUSED, UNPARSEABLE, LOW_MASS or TIMEOUT. It has no usable probability, and no probability is guessed. An unknown
-probability is None, never NaN.
+outcome REFUSED, UNPARSEABLE, LOW_MASS or TIMEOUT. Its probability is not usable and is not guessed. An unknown probability is
+None, never NaN.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _LETTER_PATTERN = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)
 class SingleOrderComparison:
     """A judge's reply for one order of a pair.
 
-    `p_first` is the probability that the response shown first is better, or None if the reply cannot be read. It is used only
-    if `outcome` is OK. `explanation` is the judge's reply.
+    `p_first` is the probability that the response shown first is better, or None if the reply cannot be read. This probability
+    is used only if `outcome` is OK. `explanation` is the judge's reply.
     """
 
     p_first: float | None
@@ -57,10 +57,11 @@ class SingleOrderComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A judge's replies for both orders of a pair. Forward means that A is shown first, backward that B is shown first.
+    """A judge's replies for both orders of a pair. Forward: A is shown first. Backward: B is shown first.
 
-    `p_forward` and `p_backward` are the probability that A is better, or None if the reply cannot be read. Values that are
-    computed from None are also None. The outcome OK means that both replies could be read.
+    `p_forward` and `p_backward` are the probabilities that A is better, in the forward and the backward order. A value is None
+    if the reply cannot be read. Values that are computed from None are also None. The outcome OK means that both replies could
+    be read.
     """
 
     p_forward: float | None
@@ -211,7 +212,8 @@ def compare_in_both_orders(
 ) -> list[Comparison]:
     """Judge pairs of responses in both orders.
 
-    An item of `pairs` has two questions. The first question shows the first response as A, the second question shows it as B.
+    An item of `pairs` has two questions. In the first question, the first response is option A. In the second question, the
+    first response is option B.
     """
     replies = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
     return [_combine_orders(forward, backward) for forward, backward in zip(replies[::2], replies[1::2], strict=True)]

@@ -7,7 +7,8 @@ violates the principle is computed from the critic's next-token log-probabilitie
 Otherwise the critic writes a critique for `revise`.
 
 For a revision, the critic gives a new verdict under each earlier principle and, if rounds remain, under the next principle. It
-also compares the revision with the previous response in both orders. The first of these rules that applies decides:
+also compares the revision with the previous response in both orders. The rules are checked in this order, and the first rule
+that applies decides:
 
 * If the revision loses (p <= reject_threshold), the previous response is the final response (LOST).
 * If all verdicts are CLEAN and the revision wins (p >= accept_threshold) or is very similar to the previous response, the
@@ -15,9 +16,9 @@ also compares the revision with the previous response in both orders. The first 
 * If no rounds remain, the revision is the final response (LAST_ROUND).
 * Otherwise the critic writes a critique under the next principle.
 
-These rules apply if `early_stop` is "verdict". With "phrases" there are no verdicts, and the chain ends (SATISFIED) if a
-critique states that it finds no problem. With "none" every chain has all rounds (Bai et al. 2022, section 3.1). Each verdict
-question is asked with its two options in both orders, because small models prefer one position.
+These rules apply if `early_stop` is "verdict". With "phrases", the critic gives no verdicts. The chain ends (SATISFIED) if a
+critique states that the response has no problem. With "none" every chain has all rounds (Bai et al. 2022, section 3.1). Each
+verdict question is asked with its two options in both orders, because small models prefer one position.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class ChainState:
 
 @dataclass(frozen=True)
 class CritiqueStage:
-    """The critique stage. `rounds` is the maximum number of revisions. The accept and reject thresholds are probabilities."""
+    """The critique stage. `rounds` is the maximum number of revisions. The two thresholds are probabilities."""
 
     model: Model
     constitution: Constitution
@@ -160,7 +161,7 @@ class CritiqueStage:
     # Verdicts
 
     def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Ask the questions about all states in one batch. Return the states with their verdicts and comparisons."""
+        """Ask the questions about all states in one batch. Return the states, which then have verdicts and comparisons."""
         questions = [self.make_questions(state) for state in states]
         answer_mode = AnswerMode(min_option_mass=self.min_option_mass)
         flat = [pair for question_pairs in questions for pair in question_pairs]
@@ -336,7 +337,7 @@ class CritiqueStage:
 
 
 def _is_withheld(record: Response | Revision) -> bool:
-    """Return whether a server's content filter withheld the initial response or its end."""
+    """Return whether a server's content filter withheld all of the initial response, or the last part of it."""
     return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 

@@ -10,9 +10,9 @@ ensemble-k   k different principles, logprobs, the weighted mean of their votes 
 course       all principles in one question, a written letter and explanation; both orders must prefer the same response
 
 A judgment that cannot be read has no label, and `outcome` contains the reason. No label is guessed. If a pair has several
-principles, only the votes that can be read count. The pair has a label if these votes have at least half of the total weight.
-If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders. Only preferences
-with the outcome OK are used for training.
+principles, only the votes that can be read count. The pair gets a label if the votes that can be read have at least half of the
+total weight. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
+Only preferences with the outcome OK are used for training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LABEL_ORDERS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class ResponsePair:
-    """Two responses to one prompt, before they are judged. The final response of a chain has no completion index."""
+    """Two responses to one prompt, before a judge compares them. The final response of a chain has no completion index."""
 
     parent: Response | Chain
     response_id: str
@@ -70,7 +70,8 @@ class ResponsePair:
 def _make_pairs(record: Record) -> list[ResponsePair]:
     """Return the pairs of a record.
 
-    The pairs of a response are its adjacent completions. The pair of a finished chain is its final and its initial response.
+    The pairs of a response are its adjacent completions. A finished chain has one pair, which consists of the final and the
+    initial response.
     """
     if isinstance(record, Response):
         return [
@@ -219,7 +220,7 @@ class JudgeStage:
     # Preferences
 
     def compute_label(self, order: str, comparison: Comparison) -> float | None:
-        """Return the clamped soft label, which is the probability that response A is better. Return None if it is unknown."""
+        """Return the clamped soft label: the probability that A is better. Return None if this probability is unknown."""
         p = {"both": comparison.p_mean, "forward": comparison.p_forward, "backward": comparison.p_backward}[order]
         return None if p is None else min(max(p, self.clamp), 1 - self.clamp)
 
@@ -291,10 +292,10 @@ class JudgeStage:
 
 
 def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Comparison:
-    """Combine the votes into one comparison: the weighted mean of the votes with the outcome OK.
+    """Combine the votes into one comparison. Its values are the weighted means of the votes with the outcome OK.
 
     If these votes have less than half of the total weight, the result has the other outcome with the most weight. Its values
-    are then the weighted means of the votes with that outcome. They are recorded, but they are not a label.
+    are then the weighted means of the votes with this other outcome. These values are recorded, but they are not a label.
     """
     weights: dict[Outcome, float] = defaultdict(float)
     for vote in comparisons:

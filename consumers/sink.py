@@ -2,9 +2,9 @@
 
 Each DuckDB transaction contains the rows, the next offset of each partition, and the commit sequence number. When the sink
 starts, it continues from the offsets in the database. A crash therefore neither loses nor duplicates a record. Each offset
-update checks the old offset (`WHERE next_offset = :old` must change exactly one row), so two sinks cannot both write to one
-database. Offsets are stored by cluster id, topic id and partition, so a topic that was deleted and created again is read from
-its beginning.
+update checks the old offset (`WHERE next_offset = :old` must change exactly one row), so only one sink can write to a database.
+Offsets are stored by cluster id, topic id and partition, so a topic that was deleted and created again is read from its
+beginning.
 
 A record that cannot be decoded becomes a row of `dead_letters` in the same transaction. An Erasure deletes all rows of its
 prompt in the same transaction, and later records of this prompt are not written. While there is a backlog, the sink keeps the
@@ -43,7 +43,7 @@ logger = logging.getLogger("charter.sink")
 _READER_YIELD_INTERVAL_S = 1.0
 _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
-_BACKOFF_RANGE_S = (0.05, 2.0)  # maximum duration of the first and of the longest wait between two attempts to write
+_BACKOFF_RANGE_S = (0.05, 2.0)  # upper limits of the first wait, and of every wait, between two attempts to write
 # The content hash does not cover these fields, because repeated work produces other values.
 _VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
@@ -133,7 +133,7 @@ class Sink:
         self.connection_stack.close()
 
     def yield_to_readers(self) -> None:
-        """Close the database file so that waiting readers can open it. Wait at most one second for these readers."""
+        """Close the database file so that waiting readers can open it. Wait for the readers for at most one second."""
         if self.store.access_lock.has_waiting_readers():
             self.release_connection()
             deadline = time.monotonic() + _READER_YIELD_INTERVAL_S

@@ -2,9 +2,9 @@
 
 The dialogue is quoted inside one user message, so that a chat model assesses the dialogue and does not continue it. If an
 option is read from next-token probabilities, the assistant's message begins with the prefill `Answer: (`. With this prefill,
-SmolLM2 gives the two letters a total probability of 0.90. Without the prefill, it is 0.07 (measured on 64 human pairs). If a
-server cannot continue a prefill, the question ends with an instruction to write only the letter. This is a different template
-with another hash.
+SmolLM2 gives the two letters a total probability of 0.90. Without the prefill, the total probability is 0.07 (measured on 64
+human pairs). If a server cannot continue a prefill, the question ends with an instruction to write only the letter. This is a
+different template with another hash.
 
 The content of a prompt or a response cannot change the structure of a question. Every line that a person or a model wrote
 begins with `> `, as in a quoted e-mail. No line of a template begins with `> `. If a response contains `Answer (B):`, `Reply
@@ -131,7 +131,7 @@ CHAT_TEMPLATE_HASH = compute_fingerprint("template", template="the model's own c
 
 
 def get_template_hash(name: str, capabilities: ModelCapabilities) -> str:
-    """Return the hash of a template for a model. It also covers the prefill, or the instruction that replaces the prefill."""
+    """Return the hash of a template for a model. The hash also covers the prefill or the instruction that replaces it."""
     if capabilities.prefill and capabilities.logprobs:
         return TEMPLATE_HASHES[name]
     return compute_fingerprint(
@@ -144,7 +144,7 @@ def _get_answer_opening(capabilities: ModelCapabilities) -> str:
 
 
 def make_choice_request(messages: Sequence[ChatMessage], capabilities: ModelCapabilities) -> GenerationRequest:
-    """Return the request for a one-letter reply. It has a prefill if the model supports prefills, otherwise an instruction."""
+    """Return the request for a one-letter reply. Add a prefill if the model supports it, or an instruction if not."""
     if capabilities.prefill:
         return GenerationRequest(tuple(messages), prefill=ANSWER_PREFILL)
     *earlier_messages, last = messages

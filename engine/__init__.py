@@ -1,1 +1,1 @@
-"""The modules that all Charter processes use: settings, errors, the bus, the store, the models and the worker loop."""
+"""The modules that all Charter processes use. They define settings, errors, the bus, the store, models and the worker loop."""

@@ -1,8 +1,8 @@
 """Provide the access lock of the database file. It allows one writer or many readers, and the writer has priority.
 
 DuckDB locks its file, and the sink opens the file for each flush. Two alternating readers could keep the file locked all the
-time, and the sink could never open it. So Charter's processes acquire this access lock before they open the file. It consists
-of three `flock` locks in one folder:
+time, and the sink could never open it. So Charter's processes acquire this access lock before they open the file. The access
+lock consists of three `flock` locks in one folder:
 
 * `turn`   Every process acquires this lock before `file`. A waiting writer holds it, so new readers must wait.
 * `file`   Readers hold it shared and the writer holds it exclusively while the database is open.
@@ -27,7 +27,7 @@ _POLL_INTERVAL_S = 0.005
 
 
 class AccessLock:
-    """The access lock in `folder`. Each use opens new file descriptors, so it also works between the threads of a process."""
+    """The access lock in `folder`. Each use opens new file descriptors, so the lock also works between threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class AccessLock:
 
     @contextmanager
     def open_lock_file_for_reading(self, name: str) -> Iterator[int]:
-        """Open a lock file, read-only if it is not writable. `flock` does not need write permission."""
+        """Open a lock file. If it is not writable, open it read-only. `flock` does not need write permission."""
         if os.access(self.folder / name, os.R_OK) and not os.access(self.folder / name, os.W_OK):
             descriptor = os.open(self.folder / name, os.O_RDONLY)
             try:

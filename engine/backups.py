@@ -28,7 +28,7 @@ _LOCK_TIMEOUT_S = 60.0
 
 
 def create_snapshot(store: Store, target: Path) -> int:
-    """Copy the database to `target`. The file appears at `target` only when it is complete. Return its number of records."""
+    """Copy the database to `target`. The file appears at `target` only when it is complete. Return the number of records."""
     if target.exists():
         raise UsageError(
             f"{target} already exists", "a snapshot never overwrites a file", "give another name, or remove the file"

@@ -1,7 +1,7 @@
-"""Limit the tokens of a run, and its cost for models with a price.
+"""Limit the number of tokens of a run. If the models have prices, also limit the cost of the run.
 
-At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses,
-and only requests in progress still cost money. No record is lost. After a limit is raised, the run continues.
+At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses.
+Requests that are already in progress still cost money. No record is lost. After a limit is raised, the run continues.
 
 The usage is computed from the records. So all instances of all stages compute the same total, even after a restart.
 """

@@ -1,8 +1,8 @@
 """Write and read checkpoints. A checkpoint is a folder with safetensors and a manifest.
 
 `write_checkpoint` saves the files in a temporary folder next to the target, writes the manifest with a hash over all files,
-syncs everything to disk and renames the folder. `read_checkpoint` verifies this hash, so only the weights of the PolicyUpdate
-are loaded. Pickled weights are rejected.
+syncs everything to disk and renames the folder. `read_checkpoint` verifies this hash, so only the weights that the PolicyUpdate
+names are loaded. Pickled weights are rejected.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, save: Callable[[Path], None], manifest: dict[
 
 
 def is_disk_full_error(error: BaseException) -> bool:
-    """Return whether the cause of an error is a full disk. Libraries in Rust and C++ report only the message, no errno."""
+    """Return whether the cause of an error is a full disk. Libraries in Rust and C++ report only a message, not an errno."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS:
         return True
     return any(os.strerror(code) in str(error) for code in _DISK_FULL_ERRNOS)
@@ -115,7 +115,7 @@ def locate_checkpoint(uri: str, checkpoints: Path) -> Path:
 
 
 def read_checkpoint(folder: Path, content_hash: str | None = None) -> Checkpoint:
-    """Verify and return a checkpoint. The hash of its files must be `content_hash`, or the hash in the manifest if it is None.
+    """Verify and return a checkpoint. Its hash must be `content_hash`. If `content_hash` is None, use the hash in the manifest.
 
     Raise CharterError if the hashes differ, and UsageError if the folder is not a checkpoint.
     """
@@ -160,7 +160,7 @@ def _reject_pickles(folder: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to disk. They then survive a power failure."""
+    """Sync a file, or the entries of a folder, to disk. Synced data survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

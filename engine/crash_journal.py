@@ -1,8 +1,8 @@
-"""The crash journal: the records that a process was processing, to find a record that crashes processes.
+"""The crash journal contains the records that a process is processing. It helps to find a record that crashes processes.
 
-Before a batch goes to the model, its coordinates are written to a small file. The file is cleared when the batch is finished. A
-process that ends in between leaves them in the file. The restarted process then processes each of these records alone, after a
-pause.
+Before a batch goes to the model, its coordinates are written to a small file. The file is cleared when the batch is finished.
+If the process ends before the batch is finished, the coordinates remain in the file. The restarted process pauses, and then
+processes each of these records alone.
 
 A process can also end for other reasons: the machine is preempted, or a user kills the process. So not every end is counted:
 
@@ -11,11 +11,12 @@ A process can also end for other reasons: the machine is preempted, or a user ki
 * The end is not counted if another process holds the lock of the file, because then the owner of the file is alive.
 
 A record becomes a dead letter of kind CRASH after MAX_CRASHES counted ends with evidence that the record caused them, or after
-MAX_ENDS counted ends without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or a
-process of the same cgroup that the kernel killed for memory.
+MAX_ENDS counted ends without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or the
+fact that the kernel killed a process of the same cgroup to free memory.
 
-The files are not fsynced: they must survive the end of the process, not of the machine. All instances of a stage on a host
-share the counts. The coordinates contain the id of the topic: a topic that was deleted and created again has other records.
+The files are not fsynced, because they must survive only the end of the process, not a crash of the machine. All instances of a
+stage on a host share the counts. The coordinates contain the id of the topic, because a topic that was deleted and created
+again has other records.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class CrashCount:
-    """How many processes ended while they processed one record alone, and how many of these ends have evidence of a crash."""
+    """The number of processes that ended while they processed one record alone, and the number of these ends with evidence."""
 
     ends: int = 0
     crashes: int = 0
@@ -58,7 +59,7 @@ class CrashCount:
 class FaultLog:
     """The file into which the interpreter writes a fatal error (segmentation fault, abort) before the process dies.
 
-    `had_fault` reports whether the previous process with this file died of one.
+    `had_fault` reports whether the previous process with this file died of a fatal error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +70,7 @@ class FaultLog:
         faulthandler.enable(self.file)
 
     def close(self) -> None:
-        """Write faults to standard error again, if that was so before."""
+        """Write faults to standard error again, if they were written there before."""
         faulthandler.disable()
         if self.was_enabled:
             with suppress(OSError, ValueError):  # standard error may be closed
@@ -78,7 +79,7 @@ class FaultLog:
 
 
 def read_oom_kills() -> int:
-    """Return how many processes of this cgroup the kernel has killed for memory; 0 where that is not known."""
+    """Return the number of processes of this cgroup that the kernel has killed to free memory, or 0 if it is unknown."""
     with suppress(OSError, ValueError, IndexError):
         relative = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip().lstrip("/")
         for folder in (_CGROUP_FOLDER / relative, _CGROUP_FOLDER):
@@ -90,10 +91,10 @@ def read_oom_kills() -> int:
 
 
 class CrashJournal:
-    """The journal of one instance of a stage. `folder` belongs to the stage, `instance` is the name of the instance.
+    """The journal of one instance of a stage. `folder` is the folder of the stage, and `instance` is the name of the instance.
 
-    `topic_ids` maps the input topics to their ids. `had_fault` reports that the previous process of this instance died of a
-    fault (see `FaultLog`).
+    `topic_ids` maps the input topics to their ids. `had_fault` means that the previous process of this instance died of a fault
+    (see `FaultLog`).
     """
 
     def __init__(self, folder: Path, instance: str, *, topic_ids: Mapping[str, str], had_fault: bool = False) -> None:
@@ -121,7 +122,7 @@ class CrashJournal:
         try:
             entry = json.loads(text)
         except ValueError:
-            return  # the process ended while it wrote the file, so not while it was processing
+            return  # the process ended while it wrote the file, so it was not processing records
         names = entry["records"]
         counts = len(names) == 1 and not entry["is_stopping"]
         is_crash = had_fault or read_oom_kills() > entry["oom_kills"]
@@ -130,7 +131,7 @@ class CrashJournal:
             self.write_crash_count(name, CrashCount(count.ends + counts, count.crashes + (counts and is_crash)))
 
     def get_crash_count(self, name: str) -> CrashCount:
-        """Return the count of a record, by its coordinates key."""
+        """Return the count of the record whose coordinates have this key."""
         try:
             return CrashCount(*json.loads((self.counts_folder / name).read_text(encoding="ascii")))
         except FileNotFoundError:
@@ -142,7 +143,7 @@ class CrashJournal:
         temporary.rename(self.counts_folder / name)
 
     def crash_counts(self) -> dict[str, CrashCount]:
-        """Return the records to process alone, by their coordinates key, with their counts."""
+        """Return the counts of the records that must be processed alone. The keys are the coordinates of the records."""
         names = [path.name for path in self.counts_folder.iterdir() if not path.name.startswith(".")]
         return {name: self.get_crash_count(name) for name in names}
 
@@ -159,13 +160,13 @@ class CrashJournal:
             self.write_in_progress()
 
     def note_stop(self) -> None:
-        """Note that the process was asked to stop: its end is not the fault of a record."""
+        """Record that the process was asked to stop, so a record is not the cause of its end."""
         with self.lock:
             self.is_stopping = True
             self.write_in_progress()
 
     def clear(self) -> None:
-        """Remove all records: the process ends for another reason."""
+        """Remove all records, because the process ends for another reason."""
         with self.lock:
             self.in_progress = set()
             self.write_in_progress()
@@ -184,12 +185,12 @@ class CrashJournal:
             (self.counts_folder / self.make_key(record)).unlink(missing_ok=True)
 
     def clear_committed(self, committed_offsets: Offsets) -> None:
-        """Delete the counts of records below the committed offsets: another instance has finished them."""
+        """Delete the counts of records below the committed offsets, because another instance has finished these records."""
         for name in self.crash_counts():
             topic_and_id, partition, offset = name.rsplit("-", 2)
             topic = next((topic for topic in self.topic_ids if self.make_topic_key(topic) == topic_and_id), None)
             committed = committed_offsets.get(TopicPartition(topic, int(partition)), 0) if topic else 0
-            if topic is None or int(offset) < committed:  # without a topic: it was deleted, or is no input any more
+            if topic is None or int(offset) < committed:  # if `topic` is None, it was deleted or is no longer an input
                 (self.counts_folder / name).unlink(missing_ok=True)
 
     def make_topic_key(self, topic: str) -> str:

@@ -1,4 +1,4 @@
-"""Make dead letters. A dead letter contains a record that could not be processed, unchanged, and the reason."""
+"""Make dead letters. A dead letter contains the unchanged bytes of a record that could not be processed, and the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from schemas.records import DeadLetter, DeadLetterKind, Header
 def make_dead_letter(
     consumer_record: ConsumerRecord, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
 ) -> DeadLetter:
-    """Return the dead letter of a record. It contains the unchanged bytes and headers, the coordinates, and the error."""
+    """Return the dead letter of a record. It contains the bytes and headers of the record, the coordinates, and the error."""
     return DeadLetter(
         record_id=ids.compute_record_id(f"dead-letter/{stage}", [], format_coordinates(consumer_record)),
         run_id=run_id,

@@ -1,4 +1,4 @@
-"""Run stages in one process, with threads for each worker, each model executor and other services (the sink).
+"""Run stages in one process. Workers, model executors and other services (the sink) run in separate threads.
 
 If a thread fails, the process stops all threads and raises the error of the first thread that failed. `close` stops the threads
 in order and within a time limit. First the executors finish their current batches. Then the workers commit the finished
@@ -51,7 +51,7 @@ class Host:
         self.abandoned_threads: list[str] = []  # threads that did not end within shutdown_timeout_s
 
     def note_stop(self) -> None:
-        """Note in the crash journals that a stop signal came: the end of this process is not the fault of a record."""
+        """Record a stop signal in the crash journals, so that the end of this process is not counted against a record."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.note_stop()
@@ -107,7 +107,7 @@ class Host:
             self.cleanup_callbacks.pop(0)()
 
     def clear_journals(self) -> None:
-        """Clear the crash journals, because the records in progress are not the reason why the process ends."""
+        """Clear the crash journals, because the process does not end because of the records in progress."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.clear()

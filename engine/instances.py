@@ -1,8 +1,8 @@
 """Lease instance names to the processes of one host. A restarted process gets the name of the process that it replaces.
 
 The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name
-aborts the open transaction of the previous worker and gets its partitions at once, before a timeout. A lease is a file lock,
-so it ends when its process ends.
+aborts the open transaction of the previous worker. It gets the partitions of the previous worker at once, without waiting for a
+timeout. A lease is a file lock, so it ends when its process ends.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class InstanceLease:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Two data folders of one host count from 0 independently, and may use one Kafka: their names must differ.
+        # Each data folder of a host counts from 0. Several data folders may use one Kafka, so the names must differ.
         folder_id = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=3).hexdigest()
         for number in count():
             self.descriptor = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -79,7 +79,7 @@ def get_policy_ancestry(updates: Sequence[PolicyUpdate], version: int) -> list[i
 
 
 def get_parent_version(updates: Sequence[PolicyUpdate], version: int) -> int:
-    """Return the version from which the weights of `version` were trained. It is the target of a rollback."""
+    """Return the version from which the weights of `version` were trained. A rollback restores this version."""
     update = index_policies(updates).get(get_weights_version(updates, version))
     if update is None:
         raise UsageError(

@@ -1,6 +1,6 @@
-"""The settings: one tree, one file `charter.toml`, one order of precedence.
+"""Define the settings. One tree contains all settings. The settings file is `charter.toml`.
 
-Precedence, highest first:
+A setting can have several sources. The first of these sources that sets it has precedence:
 
 1. a command-line flag;
 2. the environment variable `CHARTER_<SECTION>__<KEY>`;

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-FORCE_INTERVAL_S = 1.0  # within this time, several signals count as one: `timeout` signals the process and its group
+FORCE_INTERVAL_S = 1.0  # signals within this time count as one signal, because `timeout` signals the process and also its group
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

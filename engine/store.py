@@ -1,4 +1,4 @@
-"""Open and query the DuckDB file. Only the sink writes it. All access requires the access lock.
+"""Open and query the DuckDB file. Only the sink writes the file. All access requires the access lock.
 
 A reader holds the lock for one query or one session. A query that exceeds its time limit is interrupted, so that the sink does
 not wait long. Read connections are read-only and have no access to files or the network. SQL statements cannot change this.
@@ -161,7 +161,7 @@ def _is_empty_database(connection: duckdb.DuckDBPyConnection) -> bool:
 
 
 def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Raise DataFolderVersionMismatch if the database is not empty and has another format than the current format."""
+    """Raise DataFolderVersionMismatch if the database is not empty and its format is not the current format."""
     version = read_format_version(connection)
     if version == FORMAT_VERSION or (version is None and _is_empty_database(connection)):
         return

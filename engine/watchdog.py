@@ -21,7 +21,7 @@ _EXIT_CODE = 3  # a dependency is unreachable
 
 
 class CallTracker:
-    """Stores the current call of a thread to the log, and the start time of the call."""
+    """Stores which call to the log a thread is in, and when the call started."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner

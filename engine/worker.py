@@ -4,7 +4,7 @@ One thread per stage runs `Worker.run`:
 
 1. poll at least once a second, even while the model is busy, and decode the records;
 2. queue valid records for the stage's `ModelExecutor`, and make a dead letter of each record that cannot be decoded;
-3. take the contiguous prefix of finished records of each partition;
+3. find, in each partition, the finished records before the first unfinished record;
 4. write the outputs of these records, their dead letters and the next offsets in one short transaction (`Writer.commit`).
 
 Model calls never run inside a transaction. They run in the threads of a `ModelExecutor`. Each model has one executor. The
@@ -79,7 +79,7 @@ class WorkerLimits:
     max_in_flight: int = 256  # records that are read but not yet committed
     max_in_flight_bytes: int = 64 * 1024 * 1024
     max_attempts: int = 3
-    retry_timeout_s: float = 600.0  # time from the first failure of a record to its dead letter, even if attempts remain
+    retry_timeout_s: float = 600.0  # a record that still fails after this time becomes a dead letter
     max_consecutive_dead_letters: int = 10  # 0 means no limit
 
 
@@ -202,7 +202,7 @@ class Worker:
         self.partitions_paused = False
         self.admission_closed = False  # true while the budget allows no new work
         self.commit_uncertain = False
-        self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which it passed over
+        self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which this worker did not process
         self.num_committed = 0  # input records
         self.num_written = 0  # output records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
@@ -293,7 +293,7 @@ class Worker:
 
     def apply_backpressure(self) -> None:
         """Pause all assigned partitions while the stage is full or the budget allows no new work."""
-        share = 0.5 if self.partitions_paused else 1.0  # hysteresis: resume at half the limit
+        share = 0.5 if self.partitions_paused else 1.0  # a lower limit for resuming avoids frequent switching
         limits = self.limits
         is_full = (
             self.num_in_flight >= limits.max_in_flight * share or self.in_flight_bytes >= limits.max_in_flight_bytes * share
@@ -324,7 +324,7 @@ class Worker:
         return item
 
     def check_poison_candidate(self, item: InFlightRecord) -> None:
-        """Process alone, after a pause, a record at which processes ended; make it a dead letter if it caused their end."""
+        """If processes ended during this record, pause and process it alone. If it caused these ends, make it a dead letter."""
         assert self.journal is not None, "candidates come from the journal"
         count = self.poison_candidates.get(self.journal.make_key(item.consumer_record))
         if count is None:
@@ -371,7 +371,7 @@ class Worker:
             queue = self.queues[topic]
             if queue and queue[0].is_isolated:
                 if queue[0].crash_count and self.num_processing:
-                    continue  # a candidate is processed alone: an end of the process must name only this record
+                    continue  # a candidate is processed alone, so that the crash journal names only this record
                 self.is_processing_candidate = queue[0].crash_count is not None
                 self.num_processing += 1
                 return [queue.popleft()]
@@ -417,7 +417,7 @@ class Worker:
     def run_stage(self, items: list[InFlightRecord]) -> None:
         """Process a batch and finish its records.
 
-        After an error, pause the stage, retry the records, or make them dead letters. The class of the error decides.
+        The class of an error decides whether to pause the stage, retry the records, or make them dead letters.
         """
         records = [item.record for item in items if item.record is not None]
         started_ns = time.time_ns()
@@ -532,7 +532,7 @@ class Worker:
     # 3 and 4: commit
 
     def get_finished_prefixes(self) -> dict[TopicPartition, list[InFlightRecord]]:
-        """Return the contiguous finished prefix of each partition, up to the limits of one transaction.
+        """Return the finished records before the first unfinished record of each partition, within one transaction's limits.
 
         Consecutive dead letters are not returned while other records are in progress. The results of these records may show
         that the dead letters have a common cause.
@@ -604,7 +604,7 @@ class Worker:
             with self.call_tracker.track("commit"):
                 self.writer.commit([], offsets, consumer=self.consumer, epochs={tp: assigned[tp] for tp in offsets})
         except CommitUncertain:
-            self.commit_uncertain = True  # `commit` resolves it
+            self.commit_uncertain = True  # `commit` finds out the outcome
         except PartitionLost:
             logger.info("%s lost a partition before it committed its position", self.stage.name)
         else:

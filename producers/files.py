@@ -124,7 +124,7 @@ class FileProducer:
         return report
 
     def read_published_ids(self) -> tuple[set[str], set[str]]:
-        """Return the ids of the prompts and of the human records of this run in the log.
+        """Return two sets of ids from the log: the prompts of this run and the human records of this run.
 
         A prompt or a human record is published only once per run, even if several files contain it.
         """
@@ -178,7 +178,7 @@ class FileProducer:
         return new_records
 
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
-        """Return the initial offset of this run in a file. Its id depends on the file's content, not on the file's name."""
+        """Return the initial offset of this run in a file. Its id depends on the file's content, but not on the file name."""
         kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
         configuration = ids.compute_fingerprint(
             "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **kind_keys

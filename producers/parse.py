@@ -3,13 +3,13 @@
 A dialogue has one of these forms:
 
 * The column `prompt` is a string or a list of messages {role, content}, or the column `messages` is a list of messages.
-* The column is a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). A transcript is a string. In it, "Human:" or
-  "Assistant:" at the beginning of a paragraph starts a message. Elsewhere these words are content. The prompt ends with the
-  last human message. Consecutive messages of one role are joined as paragraphs.
+* The column of the dialogue is a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). A transcript is a string. In it,
+  "Human:" or "Assistant:" at the beginning of a paragraph starts a message. Elsewhere these words are content. The prompt ends
+  with the last human message. Consecutive messages of one role are joined as paragraphs.
 
 A comparison has the columns `chosen` and `rejected`, and optionally `p_chosen`. Alternatively, it has the columns `response_a`,
-`response_b` and `p_a`, the probability that A is better. The two columns contain only the responses if the row has a dialogue.
-Otherwise each of them contains a whole dialogue, and both dialogues have the same prompt.
+`response_b` and `p_a`, the probability that A is better. If the row has a dialogue, the two columns contain only the responses.
+Otherwise each column contains a whole dialogue, and both dialogues have the same prompt.
 
 A demonstration has a dialogue and a `completion`, or one dialogue that ends with an assistant message. If the row is a
 comparison, the demonstration is the chosen response. The columns `source` and `tags` are optional in every row.
@@ -104,7 +104,7 @@ def _parse_json(line: bytes) -> Any:
         raise RowError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise RowError("not a prompt: nested too deeply") from error
-    except ValueError as error:  # a number with more digits than Python converts
+    except ValueError as error:  # the number has more digits than Python can convert
         raise RowError(f"not JSON that can be read: {error}") from error
 
 

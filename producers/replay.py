@@ -30,7 +30,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class ReplayBound:
-    """One bound of a replay as the user typed it: `earliest`, `latest`, an offset (in every partition) or a time."""
+    """One bound of a replay, as the user typed it. It is `earliest`, `latest`, an offset (in every partition) or a time."""
 
     text: str
 
@@ -148,7 +148,7 @@ def _read_erased_prompt_ids(bus: Bus) -> set[str]:
 
 @dataclass
 class RepublishCounts:
-    """The number of records that were published, that an earlier start had published, and that belong to erased prompts."""
+    """Three counts of records: published now, already published by an earlier start, and skipped because of an erasure."""
 
     published: int = 0
     from_earlier_start: int = 0
@@ -156,7 +156,7 @@ class RepublishCounts:
 
 
 def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> RepublishCounts:
-    """Publish records with the run id `run_id`, each once."""
+    """Publish each record once, with the run id `run_id`."""
     # Open the writer first. This fences an earlier replay of this run, which then cannot publish after the ids are read.
     writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
     counts, batch = RepublishCounts(), list[Record]()

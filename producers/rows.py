@@ -181,7 +181,7 @@ def _make_several_splits_error(path: Path, names: Sequence[str]) -> UsageError:
 
 
 def compute_content_hash(path: str) -> str:
-    """Return the SHA-256 of the content of a file or folder. Raise UsageError if it cannot be read or has a wrong encoding."""
+    """Return the SHA-256 of a file or folder. Raise UsageError if the content cannot be read or has a wrong encoding."""
     digests = [_compute_file_hash(file) for file in _list_data_files(Path(path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

@@ -120,7 +120,7 @@ class SchemaRegistry(Protocol):
     """A schema registry maps Confluent schema ids to schemas. `schemas.confluent` implements this protocol."""
 
     def get_header(self, model: type[Record]) -> bytes:
-        """Return the first five bytes of every encoded record of a class. The first call for a class registers its schema."""
+        """Return the first five bytes of every encoded record of a class. The first call for a class registers the schema."""
         ...
 
     def get_writer_schema(self, schema_id: int) -> tuple[type[Record], Any]:

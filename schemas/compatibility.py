@@ -39,7 +39,7 @@ def collect_named_types(schema: Any, named_types: dict[str, Any] | None = None) 
 
 
 def _find_read_errors(writer: Any, reader: Any, writers: dict[str, Any], readers: dict[str, Any], path: str) -> list[str]:
-    """Return the reasons why the schema `reader` cannot read data of the schema `writer`. The list is empty if it can."""
+    """Return the reasons why the schema `reader` cannot read data of `writer`. If it can read them, return an empty list."""
     writer, reader = (
         (writers.get(writer, writer) if isinstance(writer, str) else writer),
         (readers.get(reader, reader) if isinstance(reader, str) else reader),

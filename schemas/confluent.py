@@ -2,8 +2,8 @@
 
 `SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of each record under
 the subject `<topic>-value`, and fetches schemas by their id. It caches ids and schemas, because the schema of an id never
-changes. Other programs also write ids and schemas, so they are not trusted. A schema is used only if it has the full name of a
-Charter record. It is rejected if a few bytes of data with this schema could cause unlimited work.
+changes. Ids and schemas from the registry are not trusted, because other programs can also write there. A schema is used only
+if it has the full name of a Charter record. A schema is rejected if a few bytes of data with it could cause unlimited work.
 
     RecordError (schemas.codec)    the record cannot be decoded (UnknownSchemaId or ForeignSchema)
     RegistryUnreachable            the registry is unreachable, rejects the credentials or sends invalid responses; retry later
@@ -65,7 +65,7 @@ class RegistryError(Exception):
 
 
 class RegistryUnreachable(RegistryError):
-    """The registry is unreachable or its response is invalid. A later request may succeed, and no record is invalid."""
+    """The registry is unreachable or its response is invalid. A later request may succeed. Records remain valid."""
 
 
 class SchemaRejected(RegistryError):

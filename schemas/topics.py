@@ -1,7 +1,7 @@
 """The topics of Charter, with the record class, the number of partitions and the retention of each topic.
 
-Each topic has one record class and one table. The number of partitions is set when a topic is created. A stage can
-have at most this number of instances that share the work.
+Each topic has one record class and one table. The number of partitions is set when a topic is created. At most this number of
+instances of a stage can share the work.
 """
 
 from __future__ import annotations

@@ -46,16 +46,16 @@ CREATE TABLE leases (grp TEXT, topic INTEGER, partition INTEGER, member TEXT, ep
 
 
 def read_boot_clock() -> float:
-    """Return the seconds since the machine started, also while it was suspended.
+    """Return the seconds since the machine started. Time during which the machine was suspended is included.
 
-    Leases use this clock, because the wall clock can be set back: a lease would then seem valid for hours after its owner died.
+    Leases do not use the wall clock, because it can be set back. A lease would then seem valid for hours after its owner died.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @lru_cache(maxsize=1)
 def read_boot_id() -> str:
-    """Return an id that changes when the machine starts again, or "" where the system has none."""
+    """Return an id that changes when the machine starts again, or "" if the system has no such id."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text(encoding="ascii").strip() if path.exists() else ""
 
@@ -63,7 +63,7 @@ def read_boot_id() -> str:
 def _murmur2(key: bytes) -> int:
     """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
 
-    Both buses use the same hash, so a key has the same partition on both.
+    The embedded log and Kafka use the same hash, so a key has the same partition in both logs.
     """
     mask, m = 0xFFFFFFFF, 0x5BD1E995
     h = (0x9747B28C ^ len(key)) & mask
@@ -428,8 +428,8 @@ class EmbeddedReader:
 def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> list[ConsumerRecord]:  # type: ignore[no-untyped-def]
     """Call `fetch` until it returns records or the timeout expires.
 
-    `PRAGMA data_version` changes when another connection writes. It is faster than `fetch`, so `fetch` is called again only
-    after a change.
+    `PRAGMA data_version` changes when another connection writes. Reading this value is faster than `fetch`, so `fetch` is
+    called again only after a change.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -489,7 +489,7 @@ class EmbeddedConsumer(EmbeddedReader):
             is_new = not db.execute("SELECT 1 FROM members WHERE grp = ? AND member = ?", [self.group, self.member]).fetchone()
             row = [self.group, self.member, boot, now + self.bus.lease_timeout_s]
             db.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)", row)
-            # A member of an earlier boot is dead, and its times are those of another clock.
+            # Members from an earlier boot are dead, and their times are from another clock.
             expired = "DELETE FROM members WHERE grp = ? AND (boot <> ? OR expires < ?)"
             num_expired = db.execute(expired, [self.group, boot, now]).rowcount
             num_released, leases = self.assign_leases(db)
@@ -556,7 +556,7 @@ class EmbeddedConsumer(EmbeddedReader):
         self.next_offsets[partition] = offset
 
     def close(self) -> None:
-        """Leave the group. The other members then get the partitions at once, before the lease expires."""
+        """Leave the group. The other members get its partitions at once and do not wait until the lease expires."""
         with self.connection.transaction() as db:
             db.execute("DELETE FROM members WHERE grp = ? AND member = ?", [self.group, self.member])
             db.execute("UPDATE leases SET member = NULL WHERE grp = ? AND member = ?", [self.group, self.member])

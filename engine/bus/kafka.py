@@ -5,13 +5,13 @@ The defaults of the client do not give exactly-once delivery. This module uses t
 1. `commit_transaction` of the client can return normally although nothing was written, because the batches exceeded the
    delivery timeout. So the result of every send is checked before the transaction is committed. After an uncertain commit the
    producer is closed. A new producer with the same transactional id completes or aborts the old transaction.
-2. If a broker rejects offsets, they stay in the client's producer, and the producer sends them again with its next
-   transaction. So the producer is also replaced after a rejection.
+2. If a broker rejects offsets, the client's producer keeps the offsets and sends them again with its next transaction. So the
+   producer is also replaced after a rejection.
 3. Offsets are sent with the group membership at the time of the current assignment. So the broker fences members of an older
    generation. The current membership of the client is unsuitable, because the client rejoins in the background. When a
-   heartbeat reports that the client was removed from the group, the client sends no member id, and the broker then checks
-   nothing. In a cooperative rebalance, a member can lose a partition and could still commit it. The check of assignment epochs
-   prevents this.
+   heartbeat reports that the client was removed from the group, the client does not send a member id. In this case the broker
+   does not check the membership. After a cooperative rebalance, a member could still commit offsets of a partition that it has
+   lost. The check of assignment epochs prevents this.
 4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
 5. Rebalance listeners run on the client's thread, so they only record epochs.
 """
@@ -141,7 +141,7 @@ def _check_reachable(servers: Sequence[str]) -> None:
 
 
 def _explain_failure(servers: Sequence[str], error: Exception) -> str:
-    """Return the reason of a failure: the broker is unreachable, or it rejects connections. The client's error is the same."""
+    """Return the reason of a failure. The client's error is the same if a broker is unreachable or rejects connections."""
     try:
         _check_reachable(servers)
     except OSError as unreachable:
@@ -420,8 +420,8 @@ def make_consumer_options() -> dict[str, Any]:
 def make_producer_options() -> dict[str, Any]:
     """Return the options of every producer.
 
-    Every caller flushes right after it sends, so a long `linger_ms` causes no delay. With a short `linger_ms` the client would
-    send each record in a separate request.
+    Every caller flushes right after it sends, so a long `linger_ms` does not cause a delay. With a short `linger_ms` the client
+    would send each record in a separate request.
     """
     return {
         "acks": "all",
@@ -430,7 +430,7 @@ def make_producer_options() -> dict[str, Any]:
         "compression_type": "lz4",
         "linger_ms": _LINGER_MS,
         "max_request_size": _MAX_REQUEST_BYTES,
-        "metrics_enabled": False,  # not used, and they would take a tenth of the client's time
+        "metrics_enabled": False,  # the metrics are not used, and they would take a tenth of the client's time
     }
 
 

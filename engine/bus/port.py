@@ -6,7 +6,7 @@ Both guarantee:
 * records with the same key are always written to the same partition;
 * records of a partition are read in the order in which they were written;
 * transactions are atomic;
-* the offsets of a consumer group are committed only together with the outputs of the records below them.
+* the offsets of a consumer group are committed only together with the outputs of all records before these offsets.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Offsets = dict[TopicPartition, int]
 
 @dataclass(frozen=True, slots=True)
 class TopicDescription:
-    """The configuration of an existing topic. `in_sync_replicas` is the minimum over its partitions."""
+    """The configuration of an existing topic. `in_sync_replicas` is the smallest number in any partition."""
 
     name: str
     topic_id: str
@@ -80,7 +80,7 @@ class Consumer(Protocol):
         ...
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
-        """Do not read from these partitions until `resume`. A pause also ends when the partition gets a new epoch."""
+        """Do not read from these partitions until `resume` is called. A pause also ends when the partition gets a new epoch."""
         ...
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:

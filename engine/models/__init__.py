@@ -16,7 +16,7 @@ def open_model(spec: str, **options: Any) -> Model:
     """Open the model that a setting specifies.
 
     `smollm2` is the packaged small model. `http://HOST:PORT/v1#NAME` is a model on an OpenAI-compatible server. Any other value
-    is a folder with safetensors or a hub id. Raise UsageError or ModelUnreachable if there is no such model.
+    is a folder with safetensors or a hub id. Raise UsageError or ModelUnreachable if the model does not exist.
     """
     if spec == SCRIPTED_SPEC:
         return _open_scripted()
@@ -54,7 +54,7 @@ def resolve_model_folder(spec: str) -> Path:
 
 
 def _download_model(hub_id: str) -> Path:
-    """Download a hub model into the local cache. Only weights, tokenizer and configuration are downloaded, no code."""
+    """Download a hub model into the local cache. Only weights, tokenizer and configuration are downloaded, not code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -64,9 +64,9 @@ class ServerCapabilities:
     """The capabilities of a server. A `*_body` field contains the request fields of a feature, or None if it is not supported.
 
     `max_tokens_field` is the name of the request field that limits the number of new tokens.
-    `extra_body` contains fields that are added to every request. They turn off thinking and hidden sampling defaults.
+    `extra_body` contains fields that are added to every request. They turn off thinking and the server's own sampling defaults.
     `prefill_body` contains the fields of a request with a prefilled assistant message.
-    `max_top_logprobs` is the largest supported `top_logprobs`. 0 means that there are no log-probabilities.
+    `max_top_logprobs` is the largest supported `top_logprobs`. 0 means that log-probabilities are not supported.
     `processed_logprobs` is true if log-probabilities are computed at the sampling temperature instead of temperature 1.
     `token_ids_body` contains the fields of a request whose response must contain exact token ids.
     `unmodified_sampling` is true if the server samples exactly as the request specifies, without its own defaults.
@@ -197,9 +197,9 @@ def parse_top_logprobs(response: JsonObject) -> list[tuple[str, float]]:
 def parse_option_scores(response: JsonObject, usage: Usage, *, options: Sequence[str]) -> OptionScores:
     """Return the score of each option: the total probability of its variants among the top tokens (`A`, ` A`, `(A`, `A)`).
 
-    An option that is not among the top tokens has at most the smallest top probability. All missing options together have at
-    most 1 minus the total top probability. The smaller of these two bounds is used as the probability of a missing option. If
-    all options are missing, the option mass is 0.
+    An option that is not among the top tokens has at most the smallest top probability. The total probability of all
+    missing options is at most 1 minus the total probability of the top tokens. The smaller of these two bounds is used as the
+    probability of a missing option. If all options are missing, the option mass is 0.
     """
     top = [(token.strip(_OPTION_STRIP_CHARS), value) for token, value in parse_top_logprobs(response)]
     sums = [math.fsum(math.exp(value) for token, value in top if token == option) for option in options]

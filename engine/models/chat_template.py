@@ -6,9 +6,9 @@ If the tokenizer has a chat template, the template is used. Otherwise (a base mo
 
 A base model continues the dialogue. So its response ends at the point where the model starts the next message.
 
-A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into them, so that they are not
-encoded as the special token and do not end the message. In the plain format, a paragraph can look like the start of a message.
-The empty line before such a paragraph is removed.
+A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into these characters. They are then
+not encoded as the special token, and they do not end the message. In the plain format, a paragraph can look like the start of a
+message. The empty line before such a paragraph is removed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> list[int]:
     """Return the token ids of the prompt."""
-    # A chat template already contains the special tokens. In the plain format the tokenizer adds them.
+    # A chat template already contains the special tokens. In the plain format, the tokenizer adds the special tokens.
     add_special_tokens = not tokenizer.chat_template
     prompt = format_prompt(tokenizer, messages, prefill)
     return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])

@@ -8,7 +8,8 @@ that is not JSON, the request is retried with exponential backoff and full jitte
 the deadline of the call passes, ModelUnreachable is raised, and the stage pauses without losing records. If the server rejects
 a request as invalid, PermanentRecordError is raised, and the record becomes a dead letter.
 
-Options are scored with the `top_logprobs` of the first token. If the server has none, the shares of sampled replies are used.
+Options are scored with the `top_logprobs` of the first token. If the server has no log-probabilities, the shares of sampled
+replies are used.
 
 Tokens are counted as the server bills them. The usage of a failed attempt is added to the next successful response.
 
@@ -263,8 +264,8 @@ class Endpoint:
         """Send a request until it succeeds. Return the response and its usage.
 
         If `should_give_up(error, attempts)` returns true, raise RequestRejected. If a response takes longer than `timeout_s`,
-        send another request. If the server responds to it, return an empty response with the finish reason "timeout".
-        Otherwise treat the timeout as a failed attempt.
+        send a second request. If the server responds to this second request, return an empty response with the finish reason
+        "timeout". Otherwise treat the timeout as a failed attempt.
         """
         deadline, attempts = time.monotonic() + self.retry_timeout_s, 0
         while True:
@@ -398,7 +399,7 @@ class Endpoint:
             self.unbilled_usage += usage
 
     def take_unbilled(self) -> Usage:
-        """Return the usage of failed attempts and reset it."""
+        """Return the usage of failed attempts, and set the stored usage to zero."""
         with self.lock:
             usage, self.unbilled_usage = self.unbilled_usage, NO_USAGE
             return usage

@@ -25,7 +25,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """The number of prompt tokens and completion tokens that are billed, including failed attempts.
+    """The numbers of billed prompt tokens and billed completion tokens, including the tokens of failed attempts.
 
     `cached_tokens` is the number of prompt tokens that were computed only once because several prompts share them.
     """
@@ -52,7 +52,7 @@ class Generation:
     `finish_reason` is "stop", "length", "timeout" (see GenerationRequest), "refused" or "unknown". It is "refused" if a filter
     of the server removed the completion, or if the response contains a refusal. `token_ids` include the end token if the reason
     is "stop". `logprobs` are the log-probabilities of these tokens at the sampling temperature, over the whole vocabulary. All
-    tuples are empty if the server reports no tokens. `reported_usage` is the usage that the server reports.
+    tuples are empty if the server does not report tokens. `reported_usage` is the usage that the server reports.
     """
 
     text: str

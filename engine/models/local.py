@@ -4,8 +4,8 @@ Weights are loaded from safetensors, or from the installed GGUF file, which is c
 never loaded. Prompts are sorted by length, and the number of rows in a batch is limited. The keys and values of a prompt are
 computed once for all its completions. Finished rows are removed from the batch.
 
-This module has its own decode loop. `model.generate` would keep the logits of every step to return log-probabilities, and they
-have the size (steps, rows, vocabulary).
+This module has its own decode loop. To return log-probabilities, `model.generate` would keep the logits of every step. These
+logits have the size (steps, rows, vocabulary).
 
 Each row has a separate random generator. At each step it samples one uniform number, which selects a token from the cumulative
 distribution. So the completion of a row does not depend on the other rows of the batch, except for rounding.
@@ -33,12 +33,12 @@ from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRe
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 
-# Charter prints its own progress, and the progress bars of transformers would disturb this output.
+# Charter prints its own progress. The progress bars of transformers would disturb this output.
 transformers.utils.logging.disable_progress_bar()
 
-_MAX_PREFILL_TOKENS = 16_384  # limit of rows times length of a batch, which limits its memory
+_MAX_PREFILL_TOKENS = 16_384  # limit of the number of rows times the length of a batch; this limits the memory
 _MAX_TREE_TOKENS = 4096  # limit of the tokens of one prefix tree; larger trees share more tokens but need more memory
-_MAX_MASKED_TREE_TOKENS = 1024  # the same limit on a CPU without tree attention, which also computes masked scores
+_MAX_MASKED_TREE_TOKENS = 1024  # the limit if a CPU does not use tree attention and also computes masked scores
 _MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
 _COMPACTION_FRACTION = 0.25  # finished rows are removed when they are this fraction of the batch
 
@@ -173,7 +173,7 @@ class LocalModel:
 
     @property
     def uses_tree_attention(self) -> bool:
-        """Whether to compute attention per branch. On a GPU, one kernel over the whole tree is faster."""
+        """Whether to compute attention per branch. On a GPU this is false, because one kernel over the whole tree is faster."""
         return self.device == "cpu" and self.model.config._attn_implementation == "sdpa" and supports_tree_attention(self.model)
 
     def compute_end_logits(self, tree: PrefixTree) -> torch.Tensor:

@@ -37,7 +37,7 @@ class PrefixTree:
     num_shared_tokens: tuple[int, ...]
 
     def get_branches(self) -> list[tuple[slice, list[int]]]:
-        """Return the branches of the tree, each with the indices that its last token attends to.
+        """Return the branches of the tree. With each branch, return the indices that its last token attends to.
 
         In a branch, the parent of each token is the token before it.
         """

@@ -1,12 +1,12 @@
 """Probe the capabilities of a server once, with a few short requests.
 
-The name and version of a server are unreliable, because a proxy can serve several servers. Therefore each capability is tested with a request:
+The name and version of a server are unreliable, because a proxy can forward to several servers. So each capability is tested:
 
 1. A plain request must work, with `max_tokens` or `max_completion_tokens`, and with or without a seed.
 2. Requests with additional fields turn off thinking (`chat_template_kwargs`) and hidden sampling defaults (`top_k` and others).
 3. A prefilled assistant message ends in the middle of a word. Only a server that continues the message completes the word. The
-   first request has two fields of vLLM. The second has no extra fields: llama.cpp and several hosted models continue a last
-   assistant message without them.
+   first request has two fields of vLLM. The second request has no extra fields, because llama.cpp and several hosted models do
+   not need them.
 4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
 6. Two completions are sampled, because some servers decode greedily at every temperature.
@@ -105,7 +105,7 @@ class _ServerProbe:
             return None
 
     def adopt_fields_if_accepted(self, fields: JsonObject) -> bool:
-        """Add fields to the base request if the server accepts them. Return whether it does."""
+        """Add fields to the base request if the server accepts them. Return whether they were added."""
         if self.try_fields(fields) is None:
             return False
         self.base_request = self.base_request | fields

@@ -1,4 +1,4 @@
-"""Provide a FAKE model for tests. A hash of the request selects the words of a completion. They have no meaning.
+"""Provide a FAKE model for tests. A hash of the request selects the words of a completion. The words have no meaning.
 
 The model is deterministic and fast, and it does not need torch. So tests can run the whole pipeline. Tests can also make it
 fail: each call raises the next error of `queued_errors`, and POISON_TEXT in a message raises PermanentRecordError.
@@ -27,7 +27,8 @@ def _hash_request(request: GenerationRequest, *more: object) -> bytes:
 class ScriptedModel:
     """A fake model for tests.
 
-    `option_mass` is the total probability of the options. `option_rule` returns the share of `option_mass` that the first of two options gets.
+    `option_mass` is the total probability of the options. `option_rule` returns the share of `option_mass` that belongs to the
+    first of two options.
     """
 
     id: str = "scripted"

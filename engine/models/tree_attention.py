@@ -1,4 +1,4 @@
-"""Compute attention over a tree of prompts, one branch at a time. Masked attention scores are then not computed.
+"""Compute attention over a tree of prompts, one branch at a time. In this way, masked attention scores are not computed.
 
 With one mask over the whole tree, a kernel computes the score of every pair of tokens and discards most scores. For a tree of
 several thousand tokens, this costs more than the rest of the model. A branch attends only to its ancestors and to itself.
