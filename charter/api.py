@@ -215,7 +215,7 @@ class Charter:
         if isinstance(value, Prompt):
             return value
         limits = self.settings.prompts
-        # Any other type is passed to the parser, whose error describes what is wrong with it.
+        # Pass any other type to the parser. The error of the parser describes the invalid value.
         is_messages = isinstance(value, Sequence) and not isinstance(value, str)
         row = {"prompt": [_message_to_dict(message) for message in value] if is_messages else value}
         try:
@@ -251,7 +251,10 @@ def _message_to_dict(message: object) -> object:
 
 
 def _register_model(model: str | Model, opened_models: dict[str, Model]) -> str:
-    """Return the model setting. Add a Model object to `opened_models` under a name that consists of its id and revision."""
+    """Return the model setting. For a Model object, add the object to `opened_models` and return its name there.
+
+    The name consists of the id and the revision of the model.
+    """
     if isinstance(model, str):
         return model
     name = f"{model.id} {model.revision}"

@@ -136,7 +136,8 @@ def main() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # e.g. with `| head`; the flush at exit must not raise the error again
+    except BrokenPipeError:
+        # The reader has closed the pipe, e.g. `| head`. The flush at exit must not raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

@@ -34,7 +34,9 @@ def open_bus_from_settings(settings: Settings) -> Bus:
 
 
 def _configure_framing(bus_settings: BusSettings) -> None:
-    """Set the framing of written records. The Confluent framing needs a schema registry; the Avro single-object framing does not.
+    """Set the framing of written records. The Confluent framing needs a schema registry.
+
+    The Avro single-object framing works without a schema registry.
 
     If a registry is configured, the process can read records in both framings.
     """

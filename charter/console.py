@@ -26,7 +26,9 @@ _PROGRESS_LOGGER = logging.getLogger("charter.progress")
 def common_options(
     function: Callable[..., Any], *, get_preset: Callable[[], dict[str, dict[str, Any]]] | None = None
 ) -> Callable[..., Any]:
-    """Add the options that every verb has. Pass `settings` to the command, and `origins` if the command has this parameter.
+    """Add the options that every verb has. Pass `settings` to the command.
+
+    Also pass `origins` if the command has a parameter of this name.
 
     `get_preset` returns default settings of this command. All other sources of settings override them.
     """
@@ -153,8 +155,8 @@ def print_records(records: Mapping[str, Any] | Sequence[Mapping[str, Any]], outp
 
 
 _MAX_CELL_CHARS = 60
-_MAX_WIDTH = 100_000  # in columns; no table is wider, so lines in files and pipes are not folded
-_BOX = ["    ", "    ", " -  ", "    ", "    ", "    ", "    ", "    "]  # two spaces between columns, a rule under the header
+_MAX_WIDTH = 100_000  # in columns; tables are narrower, so lines in files and pipes are not folded
+_BOX = ["    ", "    ", " -  ", "    ", "    ", "    ", "    ", "    "]  # two spaces between columns, a line under the header
 
 
 def format_cell(value: Any) -> str:

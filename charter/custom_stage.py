@@ -20,7 +20,7 @@ from schemas.topics import TOPICS
 
 @dataclass(frozen=True)
 class CustomStage:
-    """Holds the function of a stage file that makes the stage, and the role of the model that the stage uses."""
+    """Holds two values of a stage file: the function that makes the stage, and the role of the model that the stage uses."""
 
     path: Path
     make_stage: Callable[[Settings, RoleModels], Stage]
@@ -28,7 +28,7 @@ class CustomStage:
 
 
 def load_custom_stage(path: str, roles: tuple[str, ...]) -> CustomStage:
-    """Import a stage file. Raises UsageError if the file, its function or its role is missing or invalid."""
+    """Import a stage file. Raises UsageError if the file or its function is missing, or if its role is invalid."""
     file = Path(path)
     if not file.is_file():
         raise UsageError(

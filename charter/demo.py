@@ -2,7 +2,7 @@
 
 1. Policy 0 responds to shipped prompts; the responses are critiqued, revised and judged, and written to DuckDB.
 2. SFT trains policy 1 on the final responses. The reward model is trained on the judge's labels.
-3. Policy 1 responds to new prompts, and PPO trains it into policy 2.
+3. Policy 1 responds to new prompts. PPO trains policy 1 on these responses. The result is policy 2.
 4. Policy 2 responds to more prompts.
 
 The demo reads the log and the database to find the remaining work. If the demo was killed, the next start continues it. If the
@@ -79,7 +79,10 @@ class DemoIteration:
 
 
 def _plan_iterations(num_prompts: int) -> list[DemoIteration]:
-    """Return three iterations with new prompts: `num_prompts`, two thirds of this number, and one third of this number."""
+    """Return three iterations with new prompts.
+
+    Their numbers of prompts are `num_prompts`, two thirds of `num_prompts`, and one third of `num_prompts`.
+    """
     second, third = max(1, 2 * num_prompts // 3), max(1, num_prompts // 3)
     if num_prompts < 2 or num_prompts + second + third > count_shipped_prompts():
         raise UsageError(

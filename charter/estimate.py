@@ -13,7 +13,7 @@ from engine.settings import JudgeSettings, Settings
 
 _CHARS_PER_TOKEN = 4
 _FEW_SHOT_TOKENS = 150
-PRINCIPLE_PROMPT_TOKENS = 120  # a principle and the prompt template around it
+PRINCIPLE_PROMPT_TOKENS = 120  # tokens of a principle and of the prompt template around it
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ _SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, even if a broker 
 def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
     """Return (reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds) for each topic.
 
-    Offsets and lag are sums over the partitions. The age is that of the oldest unread record. It is None without unread records.
+    Offsets and lag are sums over the partitions. The age is the age of the oldest unread record. If all records are read,
+    the age is None.
     """
     beginnings, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
     # Retention may have removed records below a committed offset that is older than the beginning.
@@ -113,7 +114,10 @@ class CompletionCheck:
 
 
 def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
-    """Return the lag of each topic in records, as the maximum over the stages that read it. Include records of other runs."""
+    """Return the lag of each topic in records, as the maximum over the stages that read the topic.
+
+    Include records of other runs.
+    """
     lags: dict[str, int] = {}
     inputs = get_stage_inputs(pairing)
     committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in inputs.items()}
@@ -130,6 +134,6 @@ def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
 
 
 def read_sink_offsets(store: Store, cluster_id: str) -> Offsets:
-    """Return the next offset of each partition that the sink will read from this log. The database has these offsets."""
+    """Return the next offset of each partition that the sink will read from this log. The database stores these offsets."""
     sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
     return {TopicPartition(topic, partition): offset for topic, partition, offset in store.query(sql, [cluster_id]).rows}

@@ -78,7 +78,7 @@ class RoleModels:
         return self.policy_follower
 
     def open_policy_update(self, update: PolicyUpdate) -> Model:
-        """Verify the checkpoint of a policy update and load its weights, or send them to the server of an endpoint."""
+        """Verify the checkpoint of a policy update. Load the weights, or send the weights to the server of an endpoint."""
         if update.restored_version == 0:
             return self.get_model("policy")
         path = locate_checkpoint(update.uri, self.settings.folder / "checkpoints")

@@ -47,7 +47,9 @@ _STANDBY_POLL_INTERVAL_S = 1.0
 def make_stage(
     name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None = None
 ) -> Stage:
-    """Return a stage of the pipeline. The stage uses policy `pinned_version`. If it is None, the stage follows the newest policy.
+    """Return a stage of the pipeline.
+
+    The stage uses policy `pinned_version`. If `pinned_version` is None, the stage follows the newest policy.
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
@@ -149,10 +151,10 @@ def make_host(
     """Publish the run manifest. Return a host that runs these stages, and also the sink if `sink` is true.
 
     A replay passes a manifest, a policy version and a constitution. By default, they come from the settings. `instance` is the
-    name of this worker instance. If it is None, the host leases the lowest free name on this machine.
+    name of this worker instance. If `instance` is None, the host leases the lowest free name on this machine.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
-    if stages or custom_stages:  # a process with the sink alone serves every run, and must not create one
+    if stages or custom_stages:  # a process that runs only the sink serves all runs, so it must not create a run
         publish_run_manifest(bus, manifest or make_run_manifest(settings, constitution))
     models = RoleModels(settings)
     lease = None if instance else InstanceLease(settings.folder / "instances")

@@ -54,7 +54,7 @@ class ReplayRequest:
     """Holds the options of `charter replay`, as the user typed them.
 
     `start` is earliest, an offset, a time, or run:NAME. `end` is latest, an offset or a time. Without `name`, the run id is
-    derived from a hash of the request. `policy` is the version to sample responses from.
+    derived from a hash of the request. `policy` is the policy version that samples the responses.
     """
 
     stage: str
@@ -70,7 +70,10 @@ class ReplayRequest:
 
     @property
     def source_run_id(self) -> str | None:
-        """Return the run id in --from run:ID. Return None if --from has no run id; the source is then the run of the settings."""
+        """Return the run id in --from run:ID. Return None if --from has no run id.
+
+        Without a run id, the source is the run of the settings.
+        """
         return self.start.removeprefix(_RUN_PREFIX) if self.start.startswith(_RUN_PREFIX) else None
 
     @property
@@ -78,7 +81,7 @@ class ReplayRequest:
         return EARLIEST if self.source_run_id is not None else self.start
 
     def to_manifest_fields(self, source_run_id: str) -> dict[str, Any]:
-        """Return the fields that identify the replay. The run id depends on their hash, and the manifest stores them."""
+        """Return the fields that identify the replay. The run id depends on their hash. The manifest stores them."""
         fields: dict[str, Any] = {
             "stage": self.stage,
             "source": source_run_id,
@@ -249,7 +252,10 @@ def _lists_to_offsets(lists: Sequence[Sequence[Any]]) -> Offsets:
 
 
 def _resolve_policy_version(bus: Bus, source_run_id: str, request: ReplayRequest) -> int:
-    """Return the requested policy version. By default, return 0 for another model, or the main version of the source run."""
+    """Return the requested policy version.
+
+    By default, return 0 if the request names another model. Otherwise return the most frequent version of the source run.
+    """
     if request.policy is not None or request.model:
         return request.policy or 0
     run_header = ("run", source_run_id.encode())

@@ -1,4 +1,4 @@
-"""Write the report of one run as one HTML file. It needs no scripts or other files, so it can be sent by mail.
+"""Write the report of one run as one HTML file. The file works without scripts or other files, so it can be sent by mail.
 
 The report shows the data of the dashboard, with the same queries and templates. Each section runs its queries in a separate read
 session, which ends at the read limit of the store. A section that cannot be read shows its error.

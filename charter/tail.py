@@ -14,7 +14,7 @@ from schemas.topics import TOPICS
 
 
 def tail_topic(bus: Bus, topic: str, count: int, stop: threading.Event | None, *, raw: bool) -> Iterator[str]:
-    """Yield the last `count` records in the order of their timestamps. If `stop` is given, then yield new records until it is set.
+    """Yield the last `count` records in the order of their timestamps. If `stop` is given, continue until `stop` is set.
 
     If `raw` is true, yield the bytes in hexadecimal instead of the decoded record.
     """

@@ -63,7 +63,7 @@ class _MetricsCollector:
         samples: list[MetricSample] = []
         with self.lock, suppress(BusUnreachable):
             self.bus = self.bus or open_bus_from_settings(self.settings)
-            for sample in self.collect(self.bus):  # extend() would lose the samples before a BusUnreachable
+            for sample in self.collect(self.bus):  # extend() would lose the samples that precede a BusUnreachable
                 samples.append(sample)
         return samples
 

@@ -81,7 +81,7 @@ def _train_once(trainer: Trainer, phase: str | None) -> None:
 
 
 class MetricsReporter:
-    """This reporter sends metrics of steps and updates to the terminal, log messages, Prometheus, and trackio or wandb."""
+    """Sends the metrics of steps and of updates to the terminal, log messages, Prometheus, and trackio or wandb."""
 
     def __init__(self, settings: Settings) -> None:
         self.latest_metrics: dict[str, dict[str, float]] = {}
@@ -98,7 +98,7 @@ class MetricsReporter:
         self.log_to_tracker(phase, metrics)
 
     def report_update(self, update: PolicyUpdate) -> None:
-        """Report the published version, and the metrics of the update that its steps do not have."""
+        """Report the published version. Also report the metrics of the update that no step has reported."""
         update_metrics = {
             name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})
         }

@@ -1,4 +1,4 @@
-"""`charter batches`: list the training batches, and show and rebuild a batch from its manifest."""
+"""`charter batches`: list the training batches, show a batch, or rebuild a batch from its manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`charter chat`: chat with a policy on the terminal, or send it one prompt from a script."""
+"""`charter chat`: chat with a policy on the terminal, or send one prompt to a policy from a script."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) 
 
 
 def _find_reused_version(settings: Settings, loaded: Constitution, spec: str) -> list[LintFinding]:
-    """Return a finding if a run used a constitution with the same name and version but other content."""
+    """Return a finding if a run used a constitution with the same name and version but different content."""
     conflicting_runs = [
         run
         for name, version, content_hash, run in _query_used_constitutions(settings)

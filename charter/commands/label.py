@@ -1,6 +1,7 @@
-"""`charter label`: label by hand the pairs that a judge labeled or failed to label.
+"""`charter label`: add human labels to pairs. The judge has labeled these pairs, or has failed to label them.
 
-A human label is a new preference record with `label_source` HUMAN. Its parent is the record of the judge, which does not change.
+A human label is a new preference record with `label_source` HUMAN. Its parent is the judge's record. The judge's record
+does not change.
 In the view `preference_pairs`, the newest human label replaces the label of the judge. The view `label_agreement_stats` compares
 human labels with labels of the judge.
 """
@@ -114,7 +115,8 @@ def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
     """Return a human label for the pair of `row`, which is a label of the judge. `p_a` is 1, 0 or 0.5 (tie)."""
     created_at = datetime.now(UTC)
     parent_id = str(row["record_id"])
-    # The id depends on the time. If a person labels one pair A, then B, then A, there are three records; the newest record is used.
+    # The id depends on the time, so each label is a new record. For example, if a person labels one pair A, B and A again,
+    # there are three records, and Charter uses the newest record.
     fingerprint = ids.compute_fingerprint("human_label", p_a=p_a, at=created_at.isoformat())
     copied = {key: value for key, value in row.items() if key not in ("record_id", "prompt_id", "response_id")}
     return Preference(

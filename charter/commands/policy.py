@@ -159,7 +159,8 @@ def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> 
     if update.restored_version:
         get_verified_folder(settings, updates, version)
     bus.publish([to_producer_record(update), to_producer_record(_make_restore_incident(update, reason))])
-    # Two processes can publish the same version number. Only the first record on the log is valid, so check that it is this one.
+    # Two processes can publish the same version number. Only the first record on the log is valid, so check that the first
+    # record is `update`.
     if update.record_id not in {published.record_id for published in read_policy_updates(bus)}:
         raise CharterError(
             f"another process published policy {update.version} at the same time",

@@ -97,7 +97,7 @@ def _print_dry_run(settings: Settings, paths: list[str], kind: InputKind, publis
     num_rows, num_chars, num_invalid = 0, 0, 0
     for path in paths:
         if path != "-":
-            compute_content_hash(path)  # for an unreadable file, raises the same error as `publish`
+            compute_content_hash(path)  # if the file is unreadable, this call raises the same error as `publish`
         for number, row in read_rows(path):
             try:
                 parsed = ROW_PARSERS[kind](row, source=kind, max_chars=settings.prompts.max_chars)

@@ -91,13 +91,17 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
 
 
 def _format_committed(host: Host) -> str:
-    """Return the number of records that each stage has processed since the start, and the runs of those it passed over."""
+    """Return the number of records that each stage has processed since the start.
+
+    Also return the number of records that the stages skipped because the records belong to other runs.
+    """
     counts = " ".join(
         f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total()}" for worker in host.workers
     )
     others = Counter[str]()
     for worker in host.workers:
-        others |= worker.num_of_other_runs  # the same records, seen by several stages: the largest number counts
+        # Several stages can skip the same records, so use the largest number and not the sum.
+        others |= worker.num_of_other_runs
     return counts + "".join(f"; {count} records belong to run {run_id}" for run_id, count in sorted(others.items()))
 
 

@@ -1,4 +1,4 @@
-"""`charter sql`: query the database, read-only."""
+"""`charter sql`: run a read-only query on the database."""
 
 from __future__ import annotations
 

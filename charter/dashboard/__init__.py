@@ -6,7 +6,7 @@
     query_cache.py  queries the database, one query at a time; caches each result while the database file does not change
     lag_monitor.py  measures the consumer lag of the stages in a background thread
     pipeline_view.py, traces_view.py, preferences_view.py, training_view.py, dead_letters_view.py, sql_view.py, runs_view.py
-                    load the data of each view: functions convert query parameters to plain data, which is also the JSON version
+                    load the data of each view as plain data; the JSON version contains the same data
     rendering.py    converts this data to HTML; escapes all text and makes invisible characters visible
     charts.py, pipeline_diagram.py
                     draw SVG: charts with units and confidence intervals, and the diagram of the pipeline

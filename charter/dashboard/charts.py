@@ -1,8 +1,8 @@
 """Draw charts as SVG on the server, so that the report needs no script.
 
-The colors are the palette of Okabe and Ito, which is safe for color blindness. Two series in one chart also have markers of
-different shapes. The `<title>` of a marker has its values. Each chart has a label for screen readers. One SVG unit is about one
-pixel.
+The colors are the palette of Okabe and Ito, which is safe for color blindness. If a chart has two series, the shapes
+of their markers differ. The `<title>` of a marker contains the values of the marker. Each chart has a label for screen readers.
+One SVG unit is about one pixel.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 360, 200
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 52, 12, 26, 38
-_MAX_POINT_LABELS = 8  # per chart
-_MAX_BOUNDARIES = 24  # more lines would hide the curve
+_MAX_POINT_LABELS = 8  # in one chart
+_MAX_BOUNDARIES = 24  # more vertical lines would hide the curve
 _Point = tuple[float, float]
 
 
@@ -167,7 +167,8 @@ def draw_by_version(
 ) -> Markup:
     """Draw a value with its 95 % interval for each policy version.
 
-    The interval is in `interval_column`. If it is None, the column `<value_column>_error` has the half-width of the interval.
+    The interval is in `interval_column`. If `interval_column` is None, the column `<value_column>_error` has the half-width of
+    the interval.
     """
     data = [row for row in rows if row[value_column] is not None]
     if not data:
@@ -243,7 +244,10 @@ def draw_histogram(counts: Sequence[int], label: str, x_label: str, y_label: str
 
 
 def draw_reliability_diagram(bins: Sequence[dict[str, Any]], label: str, x_label: str, y_label: str) -> Markup:
-    """Draw observed shares against predicted probabilities, with 95 % intervals. On the diagonal, both are equal."""
+    """Draw observed shares against predicted probabilities, with 95 % intervals.
+
+    On the diagonal, share and probability are equal.
+    """
     axes = _ChartAxes((0.0, 1.0), (0.0, 1.0), x_label, y_label, height=260)
     parts = [*axes.draw(), _make_line(axes.scale_x(0), axes.scale_y(0), axes.scale_x(1), axes.scale_y(1), "diagonal")]
     for row in bins:

@@ -68,7 +68,7 @@ def _draw_node(name: str, position: tuple[float, float], note: Mapping[str, str]
 
 
 def _draw_arrow(layout: str, positions: _Positions, source: str, target: str) -> Markup:
-    """Draw an arrow between two nodes. It is straight within a row, and curved or right-angled between rows."""
+    """Draw an arrow between two nodes. The arrow is straight within a row, and curved or right-angled between rows."""
     (x1, y1), (x2, y2) = positions[source], positions[target]
     half_width, half_height = _BOX_SIZE[0] / 2, _BOX_SIZE[1] / 2
     if y1 == y2 and abs(x1 - x2) < 200:

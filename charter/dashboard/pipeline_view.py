@@ -62,7 +62,7 @@ def _load_history(query: QueryFunction, run: str, start: datetime, bucket_s: flo
 
 
 def _count_dead_letters(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return the number of all dead letters and of open (not retried) dead letters for each stage."""
+    """Return two numbers for each stage: all dead letters, and open (not retried) dead letters."""
     return query(
         """SELECT stage, count(*) AS count, count(*) FILTER (record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)) AS open
            FROM dead_letters WHERE $run = '' OR run_id = $run GROUP BY 1 ORDER BY 1""",

@@ -73,7 +73,10 @@ def _load_round_stats(query: QueryFunction, parameters: dict[str, Any]) -> list[
 
 
 def _load_position_bias(query: QueryFunction, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the mean probability of the response shown first (0.5: no bias), and position flips (Zheng et al. 2023, sec. 3.3)."""
+    """Return the mean probability of the response shown first, and the position flips (Zheng et al. 2023, sec. 3.3).
+
+    A mean probability of 0.5 means that there is no position bias.
+    """
     rows = query(_POSITION_BIAS_SQL.format(by=""), parameters).to_dicts()
     totals = rows[0] if rows else {"judged": 0, "flips": 0, "first_place": None, "mean_position_gap": None}
     histogram = _load_histogram(query, "position_gap", f"preferences WHERE {_RUN_FILTER} AND label_source = 'AI'", parameters)

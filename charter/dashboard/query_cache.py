@@ -1,7 +1,7 @@
 """Cache the results of database queries, because pages refresh often.
 
 * Only one read session is open at a time. A view runs all its queries in one session. The store interrupts a session at its read
-  limit (`QUERY_LIMIT_S`), so the dashboard delays a flush of the sink by at most that limit.
+  limit (`QUERY_LIMIT_S`), so the dashboard delays a flush of the sink by at most `QUERY_LIMIT_S`.
 * A result is valid while the database file does not change, but for at most `MAX_AGE_S`.
 * If the database cannot be read, the cache returns the last result and the error.
 """
@@ -19,8 +19,8 @@ from engine.errors import CharterError
 from engine.store import QueryFunction, Store
 
 LOCK_TIMEOUT_S = 3.0  # maximum wait while the sink writes
-MIN_REFRESH_INTERVAL_S = 1.5  # a result that is newer than this is used even if the file has changed
-MAX_AGE_S = 15.0  # applies also if the file is unchanged, because rates over the last minute change with time
+MIN_REFRESH_INTERVAL_S = 1.5  # the cache uses a result newer than this even if the file has changed
+MAX_AGE_S = 15.0  # also for an unchanged file, because rates over the last minute change with time
 _MAX_ENTRIES = 64
 
 _FileStamp = tuple[int, ...] | None

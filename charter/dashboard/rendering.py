@@ -23,8 +23,8 @@ from charter.dashboard import charts, pipeline_diagram
 from charter.dashboard.training_view import select_main_metrics
 from engine.errors import CharterError
 
-_MAX_TEXT_LENGTH = 20_000  # characters of one text on a page; the JSON version has the whole text
-_MAX_DIFF_WORDS = 2_000  # words of each text, because the run time of difflib is quadratic
+_MAX_TEXT_LENGTH = 20_000  # maximum characters of one text on a page; the JSON version has the whole text
+_MAX_DIFF_WORDS = 2_000  # maximum words of each text; the run time of difflib is quadratic
 _WORD_PATTERN = re.compile(r"\s*\S+\s*")
 
 

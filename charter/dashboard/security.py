@@ -3,8 +3,9 @@
 * A web page of another site can send requests to the dashboard if a browser on this machine shows the page. Therefore the Host
   header must be a loopback name (against DNS rebinding). Requests from pages of other sites are refused (Sec-Fetch-Site), except
   links to a page. A POST needs the Origin of the dashboard.
-* On all other addresses, every request needs the token. A browser sends the token once as a URL parameter and then in a SameSite
-  cookie. Other clients can send a bearer token. The browser binds the cookie to the host name, so every Host header is allowed.
+* On all other addresses, every request needs the token. The first request of a browser has the token as a URL parameter. Later
+  requests have the token in a SameSite cookie. Other clients can send a bearer token. The browser binds the cookie to the host
+  name, so every Host header is allowed.
 * Pages load only files of this server and run only its scripts.
 """
 

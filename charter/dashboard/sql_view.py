@@ -2,8 +2,8 @@
 
 A query of a user runs in a subprocess (`python -m charter.dashboard.sql_view DATABASE`). The subprocess reads the statement from
 standard input and writes JSON to standard output. A subprocess is necessary because DuckDB cannot interrupt a query while it
-builds one value: `SELECT range(100000000)` takes 20 s and 7 GB of memory for one value. The operating system kills the subprocess
-at the limit, which releases the database file and the memory.
+builds one value: `SELECT range(100000000)` takes 20 s and 7 GB of memory for one value. At the limit, the operating system
+kills the subprocess. This releases the database file and the memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from engine.store import QUERY_LIMIT_S, QueryFunction, Store
 
 _QUERIES_FILE = Path(__file__).with_name("queries.toml")
 _MAX_ROWS = 200
-_MAX_RESULT_BYTES = 4_000_000  # as JSON
-_KILL_GRACE_S = 0.2  # DuckDB interrupts a query at QUERY_LIMIT_S; after this additional time, the alarm kills it
+_MAX_RESULT_BYTES = 4_000_000  # maximum size of the JSON output
+_KILL_GRACE_S = 0.2  # DuckDB interrupts a query at QUERY_LIMIT_S; after this additional time, the alarm kills the process
 _QUERY_LOCK = threading.Lock()  # only one subprocess at a time, because a query can use much memory
 
 

@@ -16,7 +16,7 @@ _ID_PREFIX_PATTERN = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f-]*)?")
 SEARCH_SCOPES = {"prompts": "prompts", "everything": "all text"}
 _TRACE_TABLES = ("responses", "critiques", "revisions", "preferences")
 
-# The SQL condition of each filter. The parameter `$source` is the value of the filter `source`, and so on.
+# The SQL condition of each filter. For example, the parameter `$source` is the value of the filter `source`.
 _FILTER_CONDITIONS = {
     "source": "source = $source",
     "split": "split = $split",
@@ -186,7 +186,10 @@ def _attach_scores(responses: list[dict[str, Any]], scores: list[dict[str, Any]]
 
 
 def _group_chains(critiques: list[dict[str, Any]], revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group critiques and revisions into chains. A step belongs to the chain of its parent. Without a parent, it starts a chain."""
+    """Group critiques and revisions into chains.
+
+    A step belongs to the chain of its parent. A step without a parent starts a chain.
+    """
     steps = [row | {"step": "critique"} for row in critiques] + [row | {"step": "revision"} for row in revisions]
     chains: dict[str, dict[str, Any]] = {}
     chain_ids: dict[str, str] = {}  # record id -> chain id

@@ -11,7 +11,7 @@ from engine.store import QueryFunction
 # Limits keep the page fast after a long training. The oldest rows are omitted.
 MAX_STEPS = 50_000
 MAX_VERSIONS = 500
-_MAX_CURVE_POINTS = 300  # per curve; longer curves are averaged in groups of steps
+_MAX_CURVE_POINTS = 300  # for one curve; longer curves are averaged in groups of steps
 
 # Maps each phase to its curves, and each metric to (title, unit). The page shows the curves in this order.
 _CURVES = {
@@ -37,7 +37,7 @@ _CURVES = {
     "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }
 _HIDDEN_METRICS = {"epoch", "step", "steps"}
-# Additional metrics that the table of updates shows. It also shows the metrics of the curves.
+# The table of updates shows these metrics in addition to the metrics of the curves.
 _SUMMARY_METRICS = ("mean_loss", "reward/accuracy", "examples", "rollouts", "wall_s")
 
 

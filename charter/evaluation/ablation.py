@@ -141,9 +141,11 @@ def _select_shared_records(before: RowsByKey, after: RowsByKey) -> tuple[RowsByK
 
 
 def _compute_chain_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]:
-    """Return the number of chains, the fraction revised, the number with a changed final response, and their mean similarity.
+    """Return statistics of the chains.
 
-    The last two values use only the chains that both runs have. They are None if there are no such chains.
+    The first two values are the number of chains and the fraction of revised chains. The last two values compare the final
+    responses of the two runs: the number of changed final responses, and the mean similarity. They use only the chains that
+    both runs have, and are None if there are no such chains.
     """
     pairs = [(before[key]["final_response"] or "", row["final_response"] or "") for key, row in after.items() if key in before]
     revised = [float(row["final_response"] != row["initial_response"]) for row in after.values()]
@@ -153,7 +155,11 @@ def _compute_chain_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]
 
 
 def _compute_label_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]:
-    """Return the number of shared pairs, of shared pairs without a label in a run, and of flips, and the mean change of p(A)."""
+    """Return statistics of the pairs that both runs have.
+
+    The values are the number of pairs, the number of pairs without a label in at least one run, the number of flips, and the
+    mean change of p(A).
+    """
     shared = [(before[key]["p"], row["p"]) for key, row in after.items() if key in before]
     labeled = [(p, q) for p, q in shared if p is not None and q is not None]
     change = mean_or_none([abs(p - q) for p, q in labeled])
@@ -174,7 +180,10 @@ def split_by_stage(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[list[str],
 
 
 def _is_empty_column(column: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-    """Return whether a column describes chains although no row has chains, or pairs although no row has pairs."""
+    """Return whether a column is empty.
+
+    A chain column is empty if no row has chains. A pair column is empty if no row has pairs.
+    """
     base = "chains" if column in ("chains", "revised", "changed", "similarity") else "pairs"
     return column not in ("excluded_principle", "used_by", "sampled", "changed_elsewhere", "run") and not any(
         row[ABLATION_COLUMNS.index(base)] for row in rows

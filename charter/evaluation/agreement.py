@@ -39,11 +39,12 @@ class AgreementMetrics:
 
     `labelled` is the number of labels, `decided` the number of labels that are not ties, and `agreed` the number of decided
     labels that match the human label. `accuracy` is agreed / decided, with the 95 % interval `accuracy_low` to `accuracy_high`.
-    `brier` and `ece` are computed from the soft labels. `swap_inconsistency` is the fraction of judgments that prefer the same
-    position in both orders, if both are readable. `mass` is the mean option mass. `prefers_longer` is the fraction of decided
-    labels that prefer the longer response, if the lengths differ. `tokens_read`, `tokens_cached` and `tokens_written` are prompt,
-    cached prompt and completion tokens per pair. `seconds` is the time per pair. The `*_per_label` metrics divide the total of
-    all pairs, including abstentions, by the number of labels.
+    `brier` and `ece` are computed from the soft labels. Of the judgments that are readable in both orders,
+    `swap_inconsistency` is the fraction that prefer the same position in both orders. `mass` is the mean option mass. Of the
+    decided labels of pairs with different lengths, `prefers_longer` is the fraction that prefer the longer response.
+    `tokens_read`, `tokens_cached` and `tokens_written` are the prompt tokens, the cached prompt tokens and the completion
+    tokens per pair. `seconds` is the time per pair. The `*_per_label` metrics divide the total of all pairs, including
+    abstentions, by the number of labels.
     """
 
     judge: str

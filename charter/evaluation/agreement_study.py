@@ -48,8 +48,8 @@ class PairDataset:
 def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
     """Read all pairs of a file, or a sample of `limit` pairs, in random order.
 
-    The A/B order of the responses is also random, so that it does not reveal the preferred response. Raises UsageError if the
-    file has no pairs.
+    The A/B order of the responses is also random, so that the order does not reveal the preferred response. Raises UsageError
+    if the file has no pairs.
     """
     pairs: list[PreferenceRow] = []
     digest, num_rows = hashlib.sha256(), 0
@@ -69,7 +69,7 @@ def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
         )
     rng = random.Random(f"pairs/{seed}")
     indices = sorted(rng.sample(range(len(pairs)), min(limit or len(pairs), len(pairs))))
-    rng.shuffle(indices)  # then the first N pairs are also a random sample (--limit-generative)
+    rng.shuffle(indices)  # makes the first N pairs a random sample (--limit-generative)
     human_pairs, judge_inputs = [], []
     for index in indices:
         pair, swap = pairs[index], rng.random() < 0.5

@@ -175,7 +175,10 @@ SELECT messages, tags, source, response_a, response_b FROM (
 
 
 def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
-    """Return `count` pairs of responses from the database. A hash of the ids selects the pairs, so each call returns the same."""
+    """Return `count` pairs of responses from the database.
+
+    A hash of the ids selects the pairs, so each call returns the same pairs.
+    """
     rows = open_store(settings).query_dicts(_FROZEN_PAIRS_SQL, [count], limit_s=30.0)
     return [
         make_pair_response(
@@ -203,8 +206,9 @@ COMPARISON_COLUMNS = [
 def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: Sequence[Response]) -> list[tuple[Any, ...]]:
     """Compare the labels of each principle under two constitutions. Return a row with COMPARISON_COLUMNS for each principle.
 
-    If only one constitution has a principle, its labels are compared with the mean labels over all principles of the other
-    constitution. The last row compares the mean labels of both. A judge prompt that both constitutions have is judged only once.
+    If only one constitution has a principle, the labels of the principle are compared with the mean labels over all principles
+    of the other constitution. The last row compares the mean labels of the two constitutions. A judge prompt that both
+    constitutions have is judged only once.
     """
     cache: dict[tuple[str, tuple[str, ...]], PairLabels] = {}
 
@@ -224,7 +228,7 @@ def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: S
     for name in dict.fromkeys([*labels[0], *labels[1]]):
         before, after = (labels_by_principle.get(name) for labels_by_principle in labels)
         if before is not None and after is not None:
-            change = "same" if before is after else "changed"  # for an unchanged prompt, both are the same cached object
+            change = "same" if before is after else "changed"  # the cache returns the same object if the prompt is unchanged
             rows.append(_make_comparison_row(name, change, before, after, "its earlier prompt"))
         elif before is not None:
             rows.append(_make_comparison_row(name, "removed", before, means[1], f"the mean of {b.name} {b.version}"))
@@ -235,7 +239,10 @@ def compare_labels(judge: BatchJudge, a: Constitution, b: Constitution, pairs: S
 
 
 def average_labels(constitution: Constitution, labels_by_principle: dict[str, PairLabels]) -> PairLabels:
-    """Return the weighted mean label of each pair over its principles. It is the expected label if a principle is sampled."""
+    """Return the weighted mean label of each pair over its principles.
+
+    The mean is the expected label if one principle is sampled.
+    """
     weights = {principle.id: principle.weight for principle in constitution.judge} | {ALL_PRINCIPLES: 1.0}
     means: PairLabels = {}
     for pair in sorted({pair for labels in labels_by_principle.values() for pair in labels}):

@@ -74,7 +74,7 @@ def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
 
 
 def _to_preference_rows(row: _RowDict) -> list[_RowDict]:
-    """Return one row with the preferred response as `chosen`. Return no row for a tie.
+    """Return one row with the preferred response as `chosen`. A tie has no row.
 
     `p_chosen` is the soft label, greater than 0.5. `p_chosen_shown_first` and `p_chosen_shown_second` are the judge's
     probabilities with the chosen response shown first and second. They are null if the judge did not see this order.
@@ -111,7 +111,7 @@ def _complement_probability(p: float | None) -> float | None:
 
 
 def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
-    """Return one row for each response of the pair, with the label true if it is preferred. Return no rows for a tie."""
+    """Return one row for each response of the pair. The label is true for the preferred response. A tie has no rows."""
     if row["p_a"] == 0.5:
         return []
     responses = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
@@ -192,7 +192,9 @@ CommitPages = list[list[int]]  # commit sequence numbers, at most PAGE_SIZE in a
 def select_commits(
     store: Store, export_format: ExportFormat, selection: ExportSelection, limit: int | None
 ) -> tuple[ExportSelection, dict[str, CommitPages]]:
-    """Limit the selection to the newest commit. Return it with the commit sequence numbers of the rows of each split.
+    """Limit the selection to the newest commit. Return the limited selection, and the row numbers of each split.
+
+    The row numbers are commit sequence numbers.
 
     All queries use one read session. Therefore a human label that is committed later does not remove a selected label.
     """

@@ -76,7 +76,7 @@ def _escape_cell(value: object) -> str:
 
 
 def _format_front_matter(format_name: str, files: dict[str, str]) -> str:
-    """Return the YAML front matter. The Hugging Face hub and `datasets` read the file of each split from it."""
+    """Return the YAML front matter. The Hugging Face hub and `datasets` find the file of each split in the front matter."""
     names = {"train": "train", "eval": "test"}
     lines = [f"  - split: {names[split]}\n    path: {json.dumps(path)}" for split, path in files.items()]
     header = [

@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportSelection:
-    """Selects the records of one run or all runs, of some prompt sources or all, up to a commit sequence number.
+    """Selects records up to a commit sequence number.
 
+    `run_id` limits the selection to one run. `sources` limits the selection to some prompt sources.
     If an earlier run made a record with the same id, the record belongs to both runs.
     """
 
