@@ -1,1 +1,1 @@
-"""Speed and memory, each as a ratio or against a limit in the same run."""
+"""The benchmarks measure speed and memory. Each result is a ratio within one run, or is compared with a limit."""

@@ -45,7 +45,7 @@ def _measure_publish(bus: Bus) -> float:
 
 
 def _measure_hop(bus: Bus) -> float:
-    """Consume, produce and commit the offsets in one transaction, as every stage does. Return records per second."""
+    """Consume records, produce records and commit offsets in one transaction, as a stage does. Return records per second."""
     consumer, writer = bus.open_consumer("bench", ["prompts"], member="a"), bus.open_writer("bench.a")
     num_moved, started = 0, time.monotonic()
     while num_moved < _NUM_RECORDS:

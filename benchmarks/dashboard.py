@@ -2,10 +2,10 @@
 
 python -m benchmarks.dashboard [--rows N] [--rounds N] [--keep FOLDER]
 
-The rows come from a run of the scripted model on the shipped prompts. They are copied with new ids and times until the database
-has the requested number of rows. The latency of a view is the time from the request to the complete page, without cached
-results. The first view is the first request to a new server. The reported value is the median of the rounds, and each value has
-a limit.
+The benchmark runs the scripted model on the shipped prompts. It copies the rows of this run with new ids and times, until the
+database has the requested number of rows. The latency of a view is the time from the request to the complete page. Results are
+not cached. The first view is the first request to a new server. The reported latency is the median over the rounds. Each
+latency has a limit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _run_pipeline(settings: Settings) -> None:
 def _copy_rows(path: Path, num_rows: int) -> int:
     """Copy the rows of the run until the database has `num_rows` rows. Return the number of rows.
 
-    Each copy has new ids, and its times are one minute later than in the copy before.
+    Each copy has new ids. The times of a copy are one minute later than the times of the previous copy.
     """
     with duckdb.connect(str(path)) as db:
         rows_per_run = sum(db.execute(f"SELECT count(*) FROM raw.{table}").fetchall()[0][0] for table in _COPIED_TABLES)
@@ -108,7 +108,7 @@ def _time_request(client: httpx.Client, address: str) -> float:
 
 
 def _time_views(client: httpx.Client, round_index: int) -> Iterator[tuple[str, float]]:
-    """Yield the name and the latency of each view. Search terms contain `round_index`, so that no result is cached."""
+    """Yield the name and the latency of each view. Search terms contain `round_index` to avoid cached results."""
     traces = client.get("/api/traces").json()["data"]["traces"]
     views = {
         "pipeline": "/?run=live",

@@ -1,4 +1,4 @@
-"""Measure the time and memory of the demo. The limits on two cores are 6 minutes, 6 GB, and 60 s until the first preference.
+"""Measure the time and memory of the demo. The limits on two cores are 6 minutes, 6 GB, and 60 s to the first preference.
 
 python -m benchmarks.demo
 """

@@ -1,4 +1,4 @@
-"""Measure the speedup of batched local generation over one prompt at a time, with the same model. The goal is a factor of 10.
+"""Compare local generation in batches with one prompt at a time, with the same model. The goal is a speedup of 10.
 
 python -m benchmarks.generation
 """

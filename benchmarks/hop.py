@@ -1,11 +1,12 @@
-"""Measure the exactly-once hop of a stage on Apache Kafka and on the embedded log: throughput, scaling with copies, and memory.
+"""Measure the throughput, the scaling and the memory of a stage's exactly-once hop on Apache Kafka and the embedded log.
 
 python -m benchmarks.hop [--records N] [--rounds N] [--waiting N] [--seed N] [--quix-venv DIR] [--profile] [--only WORD]
 
 The environment variable KAFKA_HOME must be a folder with libs/*.jar of Apache Kafka. The benchmark starts a broker on loopback.
-A hop consumes records of 1 KB, decodes them, runs a stage without computation, encodes the results, and publishes the results
-and the offsets in one transaction. Each client runs in a separate process. Its rate is computed from the timestamps that the
-broker sets when it appends a record. After each run, the committed outputs are counted. A lost or repeated record is an error.
+A hop consumes records of 1 KB and decodes them. It runs a stage without computation and encodes the results. It publishes the
+results and the offsets in one transaction. Each client runs in a separate process. The broker sets a timestamp when it appends
+a record. The rate of a client is computed from these timestamps. After each run, the committed outputs are counted. A lost or
+repeated record is an error.
 
 With --profile, the benchmark only prints the CPU time of Charter's hop, by function and thread.
 """
@@ -60,7 +61,7 @@ _GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
 
 
 class _LogAppendTimeBroker(TestBroker):
-    """A broker that sets the timestamp of a record when it appends it, so that one clock measures all contestants."""
+    """This broker sets the timestamp of a record when it appends the record. One clock therefore measures all clients."""
 
     def build_properties(self) -> str:
         return super().build_properties() + "\nlog.message.timestamp.type=LogAppendTime"
@@ -68,7 +69,7 @@ class _LogAppendTimeBroker(TestBroker):
 
 @dataclass(frozen=True)
 class _StageJob:
-    """The configuration of one process that runs Charter's stage."""
+    """This is the configuration of one process that runs Charter's stage."""
 
     bus_address: str
     prefix: str
@@ -82,7 +83,7 @@ class _StageJob:
 
 @dataclass(frozen=True)
 class _ResultRow:
-    """A row of the results table. If the goal is empty, the value is only informative."""
+    """This is a row of the results table. If the goal is empty, the value is only for information."""
 
     name: str
     value: str
@@ -125,9 +126,9 @@ def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
 
 
 def _measure_throughput(bus: Bus, start_offsets: Offsets, count: int) -> float:
-    """Return the rate of the outputs after `start_offsets` in records per second, from the log's timestamps.
+    """Return the records per second of the outputs after `start_offsets`, computed from the log's timestamps.
 
-    Exit with an error if the outputs are not exactly `count` distinct records.
+    Exit with an error unless the outputs are exactly `count` distinct records.
     """
     reader, timestamps, keys = bus.open_reader(start_offsets), [], set()
     deadline = time.monotonic() + _READ_IDLE_TIMEOUT_S
@@ -200,7 +201,7 @@ def _report_state(**state: object) -> None:
 
 
 class _StageProcess:
-    """A process that runs Charter's stage. `state` is the last state that the process printed."""
+    """This process runs Charter's stage. `state` is the last state that the process printed."""
 
     def __init__(self, job: _StageJob) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--stage", json.dumps(asdict(job))]
@@ -237,7 +238,7 @@ class _StageProcess:
 def _run_copies(
     jobs: Sequence[_StageJob], num_records: int, on_progress: Callable[[int, int], None] = lambda committed, rss: None
 ) -> int:
-    """Run copies of a stage until they have committed `num_records` records in total. Return the number of their records."""
+    """Run copies of a stage until they have committed `num_records` records in total. Return the committed number."""
     with ExitStack() as stack:
         copies = [stack.enter_context(_StageProcess(job)) for job in jobs]
         _wait_until(lambda: all(copy.state["ready"] for copy in copies), copies, _PROGRESS_TIMEOUT_S)
@@ -282,7 +283,7 @@ def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int
 def _run_bare_client(servers: str, source: str, target: str, group: str, count: int) -> None:
     """Copy bytes exactly once with kafka-python in one thread. Check every future, as Charter does.
 
-    The rate of this function is an upper bound for clients that use kafka-python in one thread.
+    A client that uses kafka-python in one thread cannot be faster than this function.
     """
     client: dict[str, Any] = {"bootstrap_servers": servers}
     producer = kafka.KafkaProducer(**client, **make_producer_options(), transactional_id=group)
@@ -393,7 +394,7 @@ def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
 
 
 def _measure_codec(seed: int) -> float:
-    """Return the rate of decoding and encoding in one thread without a log. It is the upper bound of a hop on one core."""
+    """Return the rate of decoding and encoding in one thread without a log. A hop on one core cannot be faster."""
     sample = [encode_record(prompt) for prompt in make_prompts(4000, seed)]
     started = time.monotonic()
     for data in sample:
@@ -406,7 +407,7 @@ def _measure_codec(seed: int) -> float:
 
 @dataclass(frozen=True)
 class _HopBenchmark:
-    """The measurements and their settings."""
+    """This class has the measurements and their settings."""
 
     address: str
     folder: Path
@@ -420,7 +421,7 @@ class _HopBenchmark:
         return statistics.median(measure() for _ in range(self.num_rounds))
 
     def hop(self) -> Iterator[_ResultRow]:
-        """Compare the clients. Each round measures all clients, so that a temporarily slower machine affects all of them."""
+        """Compare the clients. Each round measures all clients, so a temporarily slower machine affects all clients."""
         contestants = {
             "charter": lambda: _measure_charter(self.address, "hop.", self.num_records),
             "default": lambda: _measure_charter(
@@ -475,7 +476,7 @@ class _HopBenchmark:
             yield _ResultRow("  two copies", _format_rate(two), two / one, _format_goal("copies"))
 
     def memory(self) -> Iterator[_ResultRow]:
-        """Measure the resident memory of a stage with a long backlog, early and at the end."""
+        """Measure the resident memory of a stage with a long backlog. Measure at an early time and at the end."""
         bus = open_bus(self.address, prefix="waiting.")
         _publish_prompts(bus, self.num_waiting, self.seed)
         bus.close()
@@ -519,7 +520,7 @@ def _format_goal(name: str) -> str:
 
 
 def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> None:
-    """Print the CPU time by function, without waiting time, for each thread of a stage and for all threads together."""
+    """Print the CPU time by function for each thread of a stage and for all threads together. Omit waiting time."""
     profiles: dict[str, cProfile.Profile] = {}
 
     def enable_profile(*_: object) -> None:

@@ -1,8 +1,8 @@
-"""The stage that `benchmarks.hop` measures, and an exactly-once hop with this stage in quixstreams (librdkafka).
+"""This file has the stage that `benchmarks.hop` measures. It runs the stage in an exactly-once hop of quixstreams (librdkafka).
 
-`benchmarks.hop` runs this file in a separate virtual environment, which has quixstreams but not kafka-python. The file
-therefore imports only `schemas` from Charter. It imports quixstreams inside `main`, because Charter's own environment does not
-have it.
+`benchmarks.hop` runs this file in a separate virtual environment. This environment has quixstreams but not kafka-python, so the
+file imports only `schemas` from Charter. Charter's own environment does not have quixstreams, so quixstreams is imported inside
+`main`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COMMIT_BATCH_SIZE = 500
 
 
 def make_response(prompt: Prompt) -> Response:
-    """Return a response whose only completion is the prompt's content. It is about as large as the prompt."""
+    """Return a response whose only completion is the prompt's content. The response is about as large as the prompt."""
     return Response(
         record_id=prompt.record_id,
         parent_ids=[prompt.record_id],

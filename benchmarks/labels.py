@@ -1,4 +1,4 @@
-"""Compare the rate of labels and verdicts that are read from log-probabilities with the rate of written labels and critiques.
+"""Compare two rates of labels and verdicts: Charter reads them from log-probabilities, and the peer writes them as text.
 
 python -m benchmarks.labels [--pairs 16] [--peer 4] [--chains 8]
 
@@ -10,7 +10,7 @@ label     Charter uses the default preset (lee2023): one principle, the mean of 
           tokens. The peer is measured twice: one pair at a time with `generate` of transformers, and in batches with Charter's
           generation. The ratio in brackets assumes that the peer also asks in both orders, which takes two questions.
 verdict   Charter asks whether the response violates the principle, with the options in both orders. The peer writes the
-          course's critique of up to 256 tokens. It is also measured one by one and in batches.
+          course's critique of up to 256 tokens. This peer is also measured one by one and in batches.
 chain     The number of tokens that all steps of a prompt compute (responses, verdicts, critiques, revisions and label) is
           compared with the number of tokens of the same questions without shared prefixes.
 """
@@ -54,7 +54,7 @@ def _measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) 
 
 
 def _generate_one_by_one(model: LocalModel, questions: Sequence[_Messages]) -> list[str]:
-    """Return the greedy reply of transformers' `generate` to each question."""
+    """Return the reply to each question from transformers' `generate` with greedy decoding."""
     replies = []
     for messages in questions:
         encoded = model.tokenizer(format_prompt(model.tokenizer, messages), return_tensors="pt", add_special_tokens=False)
@@ -127,7 +127,7 @@ def _compare_verdicts(model: LocalModel, charter: Charter, responses: Sequence[R
 
 
 def _print_chain_tokens(chains: Sequence[RevisionChain], preferences: Sequence[Preference], num_completions: int) -> None:
-    """Print the number of computed tokens of each stage, and the number of tokens without shared prefixes."""
+    """Print the number of tokens that each stage computes, and the number that it would compute without shared prefixes."""
     records: list[Record] = [record for chain in chains for record in chain.records]
     print(f"tokens of {len(chains)} chains: computed, without sharing, saved")
     total = [0, 0]

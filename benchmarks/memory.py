@@ -5,7 +5,8 @@ python -m benchmarks.memory --rows 8 --prompt 64 --response 128 --micro-batch-si
 
 Each step runs in a separate process. The rows are random tokens of a fixed length, so that the result does not depend on a data
 set. One step has `--rows` examples, pairs or rollouts. On a CPU, the peak is the largest resident set of the process, including
-libraries. On a GPU, it is the allocator's peak. The table also has the ratio of the peak to the size of the weights in fp32.
+libraries. On a GPU, the peak is the largest memory of the allocator. The table also has the peak divided by the size of the
+weights in fp32.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
 
 
 def _measure_peak_bytes() -> int:
-    """Return the peak memory of this process in bytes: the allocator's peak on a GPU, or the largest resident set on a CPU."""
+    """Return the peak memory of this process in bytes. It is the allocator's peak (GPU) or the largest resident set (CPU)."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Compare Charter's PPO with the last PPOTrainer of trl, with the same task, model, batch and machine, in separate processes.
+"""Compare Charter's PPO with trl's last PPOTrainer in separate processes. Task, model, batch and machine are the same.
 
 trl removed its PPOTrainer in version 1.13. Version 1.12 is imported from a separate folder:
 
@@ -8,9 +8,9 @@ trl removed its PPOTrainer in version 1.13. Version 1.12 is imported from a sepa
 
 A round begins with a batch of prompts and ends with the next policy. Charter loads the policy as the respond stage does,
 samples responses, scores them, makes one PPO update and writes a checkpoint. The next round loads this checkpoint. trl samples,
-scores and updates in one process and keeps all models in memory. Both sample completions of the full length from the same
-prompts, score them with the same reward model, and train the same number of epochs with the same minibatch size. Both use Adam,
-a constant learning rate and no dropout.
+scores and updates in one process and keeps all models in memory. Charter and trl sample completions of the full length from the
+same prompts. They score the completions with the same reward model. The number of epochs and the minibatch size are also the
+same. Both trainers use Adam and a constant learning rate. Dropout is off.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REWARD_SCALE = 10.0  # scales the fraction of a letter, so that rewards vary by 
 
 @dataclass(frozen=True)
 class PPOTask:
-    """The task of both contestants. `reward_model` is a folder. If it is empty, the reward is the fraction of letters `a`."""
+    """Both contestants run this task. `reward_model` is a folder. If it is empty, the reward is the fraction of letters `a`."""
 
     policy: str
     prompts: tuple[str, ...]
@@ -61,7 +61,7 @@ class PPOTask:
 
 @dataclass(frozen=True)
 class RoundTiming:
-    """The measurements of a round: wall and CPU time in seconds, the number of sampled tokens, and the mean reward."""
+    """This object has a round's wall time and CPU time in seconds, the number of sampled tokens, and the mean reward."""
 
     generate_s: float
     update_s: float
@@ -80,7 +80,7 @@ def read_clocks() -> ClockReading:
 
 
 def compute_elapsed(start: ClockReading, end: ClockReading) -> ClockReading:
-    """Return the wall and CPU time between two readings, in seconds."""
+    """Return the wall time and the CPU time between two readings, in seconds."""
     return end[0] - start[0], end[1] - start[1]
 
 
@@ -241,7 +241,7 @@ def _create_small_model(folder: Path, seed: int) -> None:
 def _compare_curves(trl112: Path, plot_file: Path, num_seeds: int, num_rounds: int) -> int:
     """Plot the mean reward by round at two learning rates. Return 1 if Charter's best final reward is below trl's.
 
-    A JSON file next to the plot contains the measurements. A run that is already in this file is not repeated.
+    A JSON file next to the plot contains the measurements. If the file already contains a run, the run is not repeated.
     """
     cache_file = plot_file.with_suffix(".json")
     cache: dict[str, list[float]] = json.loads(cache_file.read_text()) if cache_file.exists() else {}

@@ -1,7 +1,7 @@
 """Run the PPOTrainer of trl 1.12 on the task of `benchmarks.ppo`, and measure the time of its sampling and of its updates.
 
 `benchmarks.ppo` runs this file with trl 1.12 on the Python path. Charter's trainer requires a newer version of trl, so this
-file does not import it.
+file does not import the trainer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from schemas.records import ChatMessage
 
 
 class _LetterRewardModel(torch.nn.Module):
-    """A reward model with the interface that trl expects. The score is the fraction of one letter in the response.
+    """This reward model has the interface that trl expects. The score is the fraction of one letter in the response.
 
     Padding counts as another letter.
     """
@@ -50,7 +50,7 @@ class _LetterRewardModel(torch.nn.Module):
 
 
 class _TimedSampler:
-    """A wrapper of trl's sampling function. It records start times, end times and the number of sampled tokens."""
+    """This wrapper of trl's sampling function records start times, end times and the number of sampled tokens."""
 
     def __init__(self, sample: Any, eos_token_id: int) -> None:
         self.sample, self.eos_token_id = sample, eos_token_id

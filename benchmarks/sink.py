@@ -1,10 +1,10 @@
-"""Measure the throughput of the sink: compared with DuckDB's appender, with a large table, and with busy readers.
+"""Measure the throughput of the sink. Compare it with DuckDB's appender. Also measure with a large table and with busy readers.
 
 python -m benchmarks.sink [--records N] [--rows N] [--readers N] [--rounds N] [--profile]
 
 The sink reads records of 1 KB from an embedded log, decodes and validates them, marks duplicates, and commits rows and offsets.
-The appender inserts the same rows in transactions of the same size. Its rows are built before the measurement, and it does not
-check for duplicates. With --profile, the benchmark only prints the CPU time of the sink, by function.
+The appender inserts the same rows in transactions of the same size. The rows of the appender are built before the measurement.
+The appender does not check for duplicates. With --profile, the benchmark only prints the CPU time of the sink, by function.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _publish_responses(folder: Path, count: int, seed: int) -> list[Response]:
 
 
 def _measure_sink_rate(folder: Path, store: Store, count: int) -> float:
-    """Return the rows per second of a new sink with `count` records in the log. The first step (the setup) is not timed."""
+    """Return the rows per second of a new sink with `count` records in the log. The setup (the first step) is not timed."""
     bus = open_bus(str(folder / "log"))
     sink = Sink(bus, store, max_rows=_MAX_ROWS, max_wait_s=0.05)
     num_rows = num_untimed = sink.step()
@@ -147,7 +147,7 @@ def _measure_with_readers(folder: Path, store: Store, count: int, num_readers: i
 
 def _run_benchmarks(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, float | None, str]]:
     records = _publish_responses(folder, options.records, options.seed)
-    gc.freeze()  # so that the garbage collector does not scan the appender's rows while the sink runs
+    gc.freeze()  # the garbage collector then does not scan the appender's rows while the sink runs
 
     def make_store(name: str) -> Store:
         shutil.rmtree(folder / name, ignore_errors=True)

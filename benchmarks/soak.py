@@ -1,4 +1,4 @@
-"""Soak test: run the stages and `charter train --loop` together on the embedded log, for an hour or for `--minutes`.
+"""Run the stages and `charter train --loop` together on the embedded log, for `--minutes` minutes (soak test).
 
     python -m benchmarks.soak --minutes 60 --data /tmp/soak
 
@@ -15,8 +15,8 @@ The results are counted from the records. The exit code is 1 unless each of thes
 * missing versions
 * batches that cannot be rebuilt
 
-Other results are the lag of the sink, the number of finished chains, DuckDB's share of the trainer's time, and the memory
-growth of both processes. SIGTERM ends the test early and prints the results so far.
+Further results are the lag of the sink and the number of finished chains. The test also reports DuckDB's share of the trainer's
+time, and the memory growth of both processes. SIGTERM ends the test early and prints the results so far.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _run_stream(folder: Path) -> None:
 
 
 def _generate_question_batches() -> Iterator[tuple[int, list[ToyQuestion]]]:
-    """Yield an endless sequence of batches of questions with their epoch.
+    """Yield batches of questions without end. Yield the epoch with each batch.
 
     The language has only thousands of questions, so later epochs repeat them.
     """
@@ -138,7 +138,7 @@ def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, qu
 
 
 def _count_unfinished(store: Store, num_published: int) -> int:
-    """Return the number of questions whose chain has not ended or whose responses are not judged yet."""
+    """Return the number of unfinished questions. Their chain has not ended, or their responses are not judged yet."""
     sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
              AND prompt_id IN (SELECT prompt_id FROM preferences)"""
     return num_published - int(store.query(sql, limit_s=60.0).rows[0][0])
@@ -149,7 +149,7 @@ def _count_unfinished(store: Store, num_published: int) -> int:
 
 @dataclass
 class _Snapshot:
-    """The state of the test at one time. Memory is in MB."""
+    """This is the state of the test at one time. Memory is in MB."""
 
     at_s: float
     stream_mb: float
@@ -161,7 +161,7 @@ class _Snapshot:
 
 @dataclass
 class _SoakTest:
-    """The two processes of the test, and the snapshots of their state."""
+    """This class has the two processes of the test, and the snapshots of their state."""
 
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -370,7 +370,7 @@ def _count_unreproducible_batches(soak: _SoakTest) -> int:
 
 
 def _compute_duckdb_shares(store: Store) -> dict[str, float]:
-    """Return DuckDB's share of the update time, and of the trainer's total time, which includes polling for new rows."""
+    """Return DuckDB's share of the update time, and its share of the total time, which includes polling for new rows."""
     sql = """SELECT sum(metrics['duckdb_s']) / sum(metrics['wall_s']), arg_max(metrics['alive_duckdb_share'], commit_seq)
              FROM metrics WHERE phase = 'loop'"""
     ((update_share, total_share),) = store.query(sql, limit_s=60.0).rows

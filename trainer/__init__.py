@@ -1,1 +1,1 @@
-"""This package samples batches from DuckDB, trains with four learners, and publishes new policies and reward models."""
+"""This package samples batches from DuckDB, trains them with four learners, and publishes the new models."""

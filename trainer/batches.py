@@ -1,20 +1,20 @@
 """Select the rows of a batch from DuckDB by commit sequence, and record them in a manifest before training.
 
 Each row trains a phase once. A phase has one cursor per source of rows (`prompts.source`). The cursor is the commit up to which
-the rows of the source were sampled. It moves when the update of a batch is on the log, and not earlier. The rows of a voided
-batch therefore stay available. Rows that a mixture skips stay after the cursor of their source, and the next batch takes them
-first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces another label is
-a new row.
+the rows of the source were sampled. The cursor moves only when the update of a batch is on the log. The rows of a voided batch
+therefore stay available. A mixture can skip rows. Skipped rows stay after the cursor of their source, and the next batch takes
+them first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces another
+label is a new row.
 
-A batch of the reward model also replays labels of earlier batches (`reward.replay_ratio`). They are sampled again for each
-batch. A reward model that learns only from the responses of the newest policy forgets how to score responses that this policy
-no longer gives. PPO then returns to such responses. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of all
-policies so far. Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest lists the replayed rows.
+A batch of the reward model also replays labels of earlier batches (`reward.replay_ratio`). The replayed labels are sampled
+again for each batch. A reward model that learns only from the responses of the newest policy forgets how to score older kinds
+of responses. PPO would then return to these older kinds. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of
+all policies so far. Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest lists the replayed rows.
 
 A manifest lists the rows in the order of training. It holds a hash of all columns that training reads, the seed, and the
 settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this module
-decides whether a rollout is too stale, and it uses only the records for this. A rollout that PPO can no longer use is dropped.
-The reason is published on the topic `dropped-rollouts`.
+decides whether a rollout is too stale. The decision depends only on the records. A rollout that PPO can no longer use is
+dropped, and the reason is published on the topic `dropped-rollouts`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ _LENGTH_EXPRESSIONS = {
     "reward": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
     "dpo": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
 }
-# This query replaces the final response of a chain with the chain's revisions of the selected rounds. A chain without a revision in these
-# rounds keeps its final response. (The critic accepted the response, the chain was skipped, or a person wrote the response.) A revision
-# that lost against its predecessor is omitted. If the finish reason of a revision is unknown, training does not append the end token.
+# This query replaces the final response of a chain with the chain's revisions of the selected rounds. A chain without a
+# revision in these rounds keeps its final response. (The critic accepted the response, the chain was skipped, or a person wrote
+# the response.) A revision that was judged worse than its predecessor is omitted. If the finish reason of a revision is
+# unknown, training does not append the end token.
 _SELECTED_ROUNDS_SQL = """
     WITH rounds AS (
         SELECT record_id, response_id, end_reason, round AS last, unnest(rounds) AS round
@@ -74,14 +75,15 @@ _SELECTED_ROUNDS_SQL = """
         SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.finish_reason, e.finish_reason) AS finish_reason), c.round
         FROM sft_examples e LEFT JOIN chosen c USING (record_id)
         WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY round"""
-_OTHER_SOURCES = "*"  # the part of a mixture that holds all sources that the mixture does not name
-# Rows are sorted by length within groups of this number of steps. This needs little padding, and the order is still random.
+_OTHER_SOURCES = "*"  # this part of a mixture holds all sources that the mixture does not name
+# Rows are sorted by length within groups of this number of steps. The sorted groups need little padding, and the order of the
+# steps is still random.
 _STEPS_PER_LENGTH_GROUP = 16
 
 
 @dataclass(frozen=True)
 class StalenessLimits:
-    """These limits define how stale a rollout may be, in policy versions, in reward-model versions and in seconds.
+    """These limits define how stale a rollout may be. They count policy versions, reward-model versions and seconds.
 
     If `max_age_s` is 0, the age in seconds is not limited.
     """
@@ -187,11 +189,11 @@ def select_rollouts(
     allow_overlap: bool,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[RowRef], list[DroppedRollout]]:
-    """Return the responses that PPO may train on, and a DroppedRollout for each response that it can no longer use.
+    """Return the responses that PPO may train on, and a DroppedRollout for each response that PPO can no longer use.
 
     A response that PPO could never use is skipped. The column `exclusion_reason` of the view gives the reason.
-    `served_revisions` maps each policy version to the revision that a server reports, because the weights on a server cannot be
-    compared directly.
+    `served_revisions` maps each policy version to the revision that a server reports. It is needed because the weights on a
+    server cannot be compared directly.
     """
     sql = """
         SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
@@ -216,7 +218,7 @@ def select_rollouts(
 
 
 def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: StalenessLimits) -> str | None:
-    """Return why a rollout is too stale for the current policy. Return None if it is not too stale."""
+    """Return why a rollout is too stale for the current policy. Return None if the rollout may be used."""
     version = row["policy_version"]
     if version < state.reference_version:
         return "sampled before the last supervised update"
@@ -232,7 +234,7 @@ def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: 
 
 
 def compute_age_s(created_at: datetime) -> float:
-    """Return the seconds since `created_at`, which is in UTC without a time zone, as DuckDB returns it."""
+    """Return the seconds since `created_at`. DuckDB returns this time in UTC, without a time zone."""
     return (datetime.now(UTC).replace(tzinfo=None) - created_at).total_seconds()
 
 
@@ -286,7 +288,7 @@ def sample_mixture(rows: Sequence[RowRef], mixture: Mapping[str, float], *, min_
     total_share = sum(mixture.get(part, 1.0) for part in parts)
     size = min(max_size, len(rows), max(compute_exact_mixture_size(rows, mixture), min_size))
     counts = {part: min(len(available), int(size * mixture.get(part, 1.0) / total_share)) for part, available in parts.items()}
-    # Because of rounding and scarce parts, rows are still missing. Add rows first from the part that has the most rows left.
+    # Rounding and scarce parts can leave the batch too small. Fill it with rows from the part that has the most rows left.
     for part in sorted(parts, key=lambda part: counts[part] - len(parts[part])):
         counts[part] += min(len(parts[part]) - counts[part], size - sum(counts.values()))
     chosen = [row for part, available in parts.items() for row in available[: counts[part]]]
@@ -328,7 +330,7 @@ def describe_mixture_shortfall(rows: Sequence[RowRef], mixture: Mapping[str, flo
 
 
 def group_by_length(rows: Sequence[RowRef], batch_size: int, seed: int) -> list[RowRef]:
-    """Shuffle the rows so that each step has rows of similar length (the order of a length-grouped sampler)."""
+    """Shuffle the rows so that the rows of a step have similar lengths, as a length-grouped sampler does."""
     rng, order = random.Random(seed), list(rows)
     rng.shuffle(order)
     group_size = batch_size * _STEPS_PER_LENGTH_GROUP
@@ -358,7 +360,8 @@ def build_manifest(
 ) -> BatchManifest:
     """Build the manifest of a batch.
 
-    Its id is a hash of the rows, the seed, the settings and the current versions. The id is therefore the same after a crash.
+    The id of the manifest is a hash of the rows, the seed, the settings and the current versions. The id is therefore the same
+    after a crash.
     """
     record_ids = [row.row_id for row in row_refs]
     content_hash = compute_content_hash([*rows, *sl_rows])
@@ -411,7 +414,7 @@ def compute_content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Load the rows with these ids, in the order of the ids.
 
-    The completions of a response are sorted by their index, and the rounds of a chain by their number.
+    The completions of a response are sorted by their index. The rounds of a chain are sorted by their number.
     """
     usable = " AND exclusion_reason IS NULL" if phase == "ppo" else ""
     sql = f"SELECT {_TRAINING_COLUMNS[phase]} FROM {_MANIFEST_VIEWS[phase]} WHERE {KEY_COLUMNS[phase]} IN (SELECT unnest(?::UUID[])){usable}"

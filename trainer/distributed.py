@@ -2,11 +2,12 @@
 
     accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
 
-The main process samples batches, uses the log and writes checkpoints, as a single process does. The other processes do not use
-the log or the database. They wait in `join_processes` for the learner calls that the main process broadcasts, make the same
-calls, and discard the results. Within a call, the processes share each step. trl's trainers do this themselves, and PPO sums
-the gradients. trl fills an incomplete last batch with rows from the beginning. PPO splits the incomplete batch without filling
-it. All processes read the same files, so each process needs access to the data folder and to the models.
+The main process does what a single trainer process does: it samples batches, uses the log and writes checkpoints. The other
+processes do not use the log or the database. They wait in `join_processes` for the learner calls that the main process
+broadcasts. They make the same calls and discard the results. Within a call, the processes share the rows of each step. trl's
+trainers share the rows themselves. PPO splits the rows and sums the gradients. trl fills an incomplete last batch with rows
+from the beginning. PPO splits the incomplete batch without filling it. All processes read the same files, so each process needs
+access to the data folder and to the models.
 
 This module was tested with two processes on a CPU. It has not been run on several GPUs.
 """
@@ -33,7 +34,7 @@ _process_groups: list[Any] = []
 
 @contextmanager
 def join_processes() -> Iterator[bool]:
-    """Join the other processes of the launcher. Yield whether this process is the main process.
+    """Connect to the other processes of the launcher. Yield True in the main process and False in the others.
 
     The other processes follow the main process until it leaves the block.
     """
@@ -66,7 +67,7 @@ def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCall
     """Call a learner in this process and in all other processes. Only this process calls `on_step`.
 
     `on_step` can raise an error, for example when the log is unreachable. This error is raised only after the learner has
-    returned. If it were raised within a step, the other processes would wait for this process forever.
+    returned. An error that is raised within a step would make the other processes wait for this process forever.
     """
     if not _process_groups:
         return learner(*arguments, on_step=on_step, **named)
@@ -119,7 +120,7 @@ def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Return the sum of each value over all processes. A name that is missing in a process counts as 0."""
+    """Return the sum of each value over all processes. If a process has no value for a name, the value counts as 0."""
     if not _process_groups:
         return values
     gathered: list[Any] = [None] * get_world_size()

@@ -1,4 +1,4 @@
-"""Locate the model folders of training, which are the base model and one checkpoint for each trained version."""
+"""Locate the model folders of training: the folder of the base model, and one checkpoint folder for each trained version."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from engine.errors import TrainingFailed
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
-# The learning rate rises during this share of an update's steps. Adam starts without state in each update, so its first steps have the
-# full length of the learning rate.
+# The learning rate rises during this share of an update's steps. Adam starts without state in each update. Without the rise,
+# its first steps would have the full length of the learning rate.
 _WARMUP_RATIO = 0.15
 
 
@@ -44,10 +44,10 @@ def build_training_arguments(
 ) -> dict[str, Any]:
     """Build the arguments of trl's configurations. trl then saves, uploads and prints nothing.
 
-    Weights stay in fp32 under autocast. Rows are read in the given order, in which rows of similar length are next to each
-    other. If `shuffle` is true, the rows are shuffled again and stay grouped by length. `texts_per_row` is the number of
-    sequences in a row. A pair has two sequences and counts as two rows of `hardware.micro_batch_size`. Under accelerate's
-    launcher, each process takes an equal part of `batch_size`.
+    Weights stay in fp32 under autocast. The given rows are sorted so that rows of similar length are next to each other. They
+    are read in this order. If `shuffle` is true, they are shuffled again but stay grouped by length. `texts_per_row` is the
+    number of sequences in a row. A pair has two sequences and counts as two rows of `hardware.micro_batch_size`. Under
+    accelerate's launcher, each process takes an equal part of `batch_size`.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = max(1, batch_size // processes)
@@ -105,8 +105,8 @@ class _StepReporter(TrainerCallback):
 def compute_learning_rate_factor(step: int, num_steps: int, warmup_ratio: float = _WARMUP_RATIO) -> float:
     """Return the factor of the learning rate at a step. Steps are counted from 0.
 
-    The factor rises linearly, then falls linearly towards 0. It is above 0 at every step. The warm-up of transformers starts at
-    0, so an update of one step would learn nothing.
+    The factor rises linearly, then falls linearly towards 0. The factor is above 0 at every step. The warm-up of transformers
+    starts at 0. With that warm-up, an update of one step would learn nothing.
     """
     rise = math.ceil(warmup_ratio * num_steps)
     return min((step + 1) / (rise + 1), (num_steps - step) / max(1, num_steps - rise))

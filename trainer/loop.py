@@ -1,4 +1,4 @@
-"""Decide when to resume a batch, when to update which phase, and when to roll back.
+"""Decide when to resume a batch, when to roll back, and when to update a phase.
 
 Each tick reads the state of training from the log once (`trainer.state`). It then does the first of these actions that is
 needed:
@@ -7,9 +7,9 @@ needed:
 2. Roll back, if the monitor finds that the newest policy exceeds a limit.
 3. Update the next phase that has enough new rows (`trainer.update`).
 
-The phases alternate. A phase whose batch was voided is not retried immediately, so the same batch is never retried in a loop.
-The phase is retried when the number of further rows reaches its threshold, or when the model that it starts from has changed.
-When a second trainer opens the same log, it fences the first trainer.
+The phases alternate. A phase whose batch was voided is not retried immediately. The same batch is therefore never retried in a
+loop. The phase is retried when enough further rows have arrived for its threshold, or when the model that the phase starts from
+has changed. When a second trainer opens the same log, the first trainer can no longer publish (it is fenced).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ logger = logging.getLogger("charter.trainer")
 # The phases that do not run, for each value of train.rl_method.
 _DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}
 POLL_INTERVAL_S = 2.0
-# Queries take at most this fraction of an idle trainer's time. With a large database, the trainer therefore polls less often.
+# Queries take at most this fraction of an idle trainer's time. If the queries are slow because the database is large, the
+# trainer therefore polls less often.
 _MAX_POLL_FRACTION = 0.03
 _MONITOR_INTERVAL_S = 30.0
 MonitorCheck = Callable[[TrainingState, TimedStore, ModelFolders, Callable[[Sequence[Record]], None]], LimitExceeded | None]
@@ -103,7 +104,7 @@ class Trainer:
     def remove_incomplete_checkpoints(self) -> None:
         """Remove the incomplete checkpoints of killed trainers.
 
-        Another trainer may still be writing a checkpoint. It is already fenced, so it cannot publish the checkpoint.
+        Another trainer may still be writing a checkpoint. That trainer is already fenced, so it cannot publish the checkpoint.
         """
         for folder in remove_incomplete(self.updater.checkpoints_folder):
             logger.info("removed %s, an incomplete checkpoint of a killed trainer", folder.name)
@@ -120,7 +121,7 @@ class Trainer:
     def run_loop(self, stop: threading.Event) -> None:
         """Run ticks until `stop` is set. While a dependency is unreachable, wait and retry.
 
-        An error that repeats is shown once.
+        A repeated error is shown only once.
         """
         failures, commit_uncertain, last_error = 0, False, ""
         while not stop.is_set():
@@ -198,7 +199,7 @@ class Trainer:
     def is_ready(self, phase: str, state: TrainingState) -> bool:
         """Return whether a phase can be updated now.
 
-        It needs enough new rows. PPO also needs a reward model, and SFT may have to wait for RL.
+        A phase needs enough new rows. PPO also needs a reward model. SFT may have to wait for RL.
         """
         if phase == "ppo" and not state.reward_version:
             return False
@@ -237,7 +238,7 @@ class Trainer:
     def run_monitor(self, state: TrainingState | None = None) -> bool:
         """Check the newest policy, and roll back if it exceeds a limit. Return whether a rollback was made.
 
-        The check is skipped while RL is paused, and for `_MONITOR_INTERVAL_S` after the last check.
+        The check is skipped while RL is paused. It is also skipped for `_MONITOR_INTERVAL_S` after the last check.
         """
         state = state or self.read_state()
         if self.monitor is None or self.rl_phase in state.paused_phases or time.monotonic() < self.next_monitor_at:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from trainer.timed_store import TimedStore
 
 _Metrics = dict[str, float]
-# A `PairJudge` is the held-out judge. No reward model is trained on its labels. For each (messages, response_a, response_b), the judge
-# returns the probability that response_a is better, or None if it gives no label.
+# A `PairJudge` is the held-out judge. No reward model is trained on its labels. For each (messages, response_a, response_b),
+# the judge returns the probability that response_a is better. It returns None if it cannot give a label.
 PairJudge = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
 _MONITOR_PHASE = "monitor"
@@ -48,8 +48,9 @@ _RESPONSES_SQL = """
     FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 _HELD_OUT_PROMPTS_SQL = """
     SELECT messages, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
-# The perplexity is computed on texts that people wrote and that training does not use as targets. Held-out demonstrations come first,
-# then prompts. Responses of a policy are not used, because RL is intended to make some of them less likely.
+# The perplexity is computed on texts by people. Training does not use these texts as targets. Held-out demonstrations come
+# first, and prompts come after them. Responses of a policy are not used, because RL is intended to make some of them less
+# likely.
 _BENIGN_TEXTS_SQL = """
     SELECT messages, text FROM (
         SELECT messages, completion AS text, 0 AS place, commit_seq FROM demonstrations
@@ -85,7 +86,7 @@ class LimitViolation:
 
 
 def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[LimitViolation]:
-    """Return all violations of the limits. A metric that was not measured does not violate its limit."""
+    """Return all violations of the limits. A metric that was not measured is ignored."""
     return [LimitViolation(name, message) for name, check in _CHECKS.items() if (message := check(metrics, limits))]
 
 
@@ -178,7 +179,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
 
 
 def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of the values, and the lower and upper bound of its 95 % interval (normal approximation).
+    """Return the mean of the values, and the bounds of the 95 % interval of the mean (normal approximation).
 
     For a single value, both bounds are equal to the value.
     """
@@ -188,7 +189,7 @@ def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, 
 
 
 def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """Return the difference of two independent means, and the bounds of its 95 % interval (Welch, normal approximation)."""
+    """Return the difference of two independent means, and its 95 % interval (Welch, normal approximation)."""
     (a, a_low, _), (b, b_low, _) = compute_confidence_interval(new), compute_confidence_interval(old)
     half = math.hypot(a - a_low, b - b_low)
     return a - b, a - b - half, a - b + half
@@ -200,8 +201,8 @@ def compute_mean_difference(new: Sequence[float], old: Sequence[float]) -> tuple
 def compute_perplexity(folder: Path, texts: Sequence[tuple[Sequence[ChatMessage], str]]) -> float | None:
     """Return the perplexity (exp of the mean negative log-likelihood per token) of the texts under a policy.
 
-    Each text is conditioned on its messages. A text without messages is conditioned on its first token. Return None if there is
-    no token to predict.
+    The probability of a text is computed after its messages. If a text has no messages, it is computed after the first token.
+    Return None if no token is left to predict.
     """
     import torch
 
@@ -247,8 +248,8 @@ class RewardHackingMonitor:
     """The monitor checks each new policy of the RL phase once. A call returns the exceeded limits, or None.
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
-    the number of prompts in one call of the policy. `passed_by_version` maps each checked version to whether it passed. The
-    module's docstring describes the check.
+    the number of prompts in one call of the policy. `passed_by_version` maps each checked version to True if the version passed
+    the check, and otherwise to False. The module's docstring describes the check.
     """
 
     limits: Limits
@@ -316,7 +317,7 @@ class RewardHackingMonitor:
         )
 
     def compute_judge_metrics(self, store: Store, policy_folder: Path, reference_folder: Path) -> _Metrics:
-        """Return how often the held-out judge prefers the policy's responses to those of the reference, with the interval."""
+        """Return how often the held-out judge prefers the policy's response to the reference's response, with the interval."""
         if self.judge is None or not self.limits.prompts:
             return {}
         rows = store.query_dicts(_HELD_OUT_PROMPTS_SQL, [self.limits.prompts], limit_s=QUERY_TIMEOUT_S)
@@ -343,7 +344,7 @@ def _compute_proxy_metrics(
     rows: list[Any],
     reference_rows: list[Any],
 ) -> _Metrics:
-    """Score the responses of both versions with the newest reward model, publish the scores, and compare them."""
+    """Score the responses of both versions with the newest reward model. Publish the scores, and compare the two versions."""
     from trainer.learners import reward
 
     reward_version = state.reward_version
@@ -385,7 +386,7 @@ def _query_version_metrics(store: Store, version: int) -> _Metrics:
 
 
 def _query_boilerplate_rise(store: Store, version: int, reference: int) -> _Metrics:
-    """Return the largest rise of the share of a phrase, where the share is the fraction of responses that contain the phrase."""
+    """Return the largest rise of a phrase's share. The share is the fraction of responses that contain the phrase."""
     sql = """
         SELECT coalesce(max(n.phrase_share - coalesce(o.phrase_share, 0)), 0) FROM monitor_phrases n
         LEFT JOIN monitor_phrases o ON o.phrase = n.phrase AND o.policy_version = ? WHERE n.policy_version = ?"""
@@ -393,7 +394,7 @@ def _query_boilerplate_rise(store: Store, version: int, reference: int) -> _Metr
 
 
 def _query_kl_metrics(store: Store, version: int) -> _Metrics:
-    """Return the KL to the reference, and how much it rose, in the update that produced a version."""
+    """Return the KL to the reference in the update that produced a version, and the rise of this KL in that update."""
     sql = "SELECT kl_ref, kl_slope, kl_slope * steps AS kl_rise FROM monitor_kl WHERE policy_version = ?"
     rows = store.query_dicts(sql, [version - 1], limit_s=QUERY_TIMEOUT_S)
     return {name: float(value) for row in rows[-1:] for name, value in row.items() if value is not None}

@@ -1,7 +1,7 @@
 """Connect each phase to its learner.
 
-Each `learn_*` function converts the rows of a batch to the learner's inputs and calls the learner. It returns a function that
-saves the trained model into a folder, and the metrics. It raises TrainingFailed (or a subclass) when training on the batch
+Each `learn_*` function converts the rows of a batch to the learner's inputs and calls the learner. It returns the metrics, and
+a function that saves the trained model into a folder. It raises TrainingFailed (or a subclass) when training on the batch
 fails, for example because of a NaN loss, one-sided labels or equal rewards. In this case no model is saved or published.
 """
 

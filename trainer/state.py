@@ -1,7 +1,7 @@
 """Read the published versions, the consumed rows and the paused phases from the log.
 
 `TrainingLog` reads and writes the trainer's topics. Its method `read_state` reads all five topics in one poll loop and returns
-an immutable `TrainingState`. The loop calls it once per tick. All other functions in this module are pure functions. The whole
+an immutable `TrainingState`. The loop calls this method once per tick. The module's functions are pure functions. The whole
 state can be read from the log again, so a restarted trainer continues where the last trainer stopped.
 """
 
@@ -132,7 +132,7 @@ def compute_training_state(
     pauses: Sequence[Pause] = (),
     run_manifests: Sequence[RunManifest] = (),
 ) -> TrainingState:
-    """Compute the state from the records of the log. `base_revision` is the revision of the weights of policy version 0."""
+    """Compute the state from the records of the log. `base_revision` is the revision of policy version 0's weights."""
     manifest_by_id = {manifest.record_id: manifest for manifest in manifests}
     cursors: dict[tuple[str, str], int] = {}
     reward_version_by_policy, reward_version = {0: 0}, 0
@@ -178,7 +178,7 @@ def is_superseded(manifest: BatchManifest, state: TrainingState) -> bool:
 
 
 def find_unfinished_batches(state: TrainingState) -> list[BatchManifest]:
-    """Return the manifests that have no update and still have to be trained. Skip voided and superseded manifests."""
+    """Return the manifests of batches that must still be trained. Skip finished, voided and superseded batches."""
     finished = {update.batch_id for update in state.updates} | {record.voided_batch_id for record in state.incidents}
     unfinished = [manifest for manifest in state.manifests if manifest.record_id not in finished]
     return [manifest for manifest in unfinished if not is_superseded(manifest, state)]
@@ -240,7 +240,7 @@ def find_referenced_checkpoints(state: TrainingState) -> set[str]:
     """Return the names of the checkpoints that are in use.
 
     These are the checkpoints of the current policy, of the policy before it, of the reference and of the reward model. A
-    checkpoint is also in use if a run names it in its settings, or if a replay is pinned to it.
+    checkpoint is also in use if the settings of a run name the checkpoint, or if a replay is pinned to the checkpoint.
     """
     versions = {
         get_weights_version(state.updates, version) for version in (*state.policy_ancestry[:2], state.reference_version)

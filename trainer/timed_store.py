@@ -14,7 +14,7 @@ from trainer.batches import QUERY_TIMEOUT_S
 class TimedStore(Store):
     """A timed store measures the total time of its queries, including the wait for the database file.
 
-    Opening the file takes tens of milliseconds, which is longer than most of the trainer's queries. `hold_open` therefore keeps
+    Opening the file takes tens of milliseconds. Most queries of the trainer are faster than that. `hold_open` therefore keeps
     the file open for several queries.
     """
 

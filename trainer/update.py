@@ -6,12 +6,12 @@ After a crash at any point, training therefore resumes with the same batch. Thes
 2. Train, and publish the metrics of each step (topic `metrics`).
 3. Write the checkpoint. The safetensors and a manifest are written to a temporary folder, which is then renamed.
 4. Run the promotion gate on a new policy, if a gate is configured.
-5. Publish the PolicyUpdate (topic `policies`). This raises the version, and the responders load the new policy.
+5. Publish the PolicyUpdate (topic `policies`). The PolicyUpdate has the new version, and the responders load the new policy.
 6. Remove the checkpoints that are no longer referenced.
 
-A batch is consumed when its PolicyUpdate is on the log, and not earlier. `resume` trains an unfinished batch before a new batch
-is sampled. A batch is voided if training on it fails, or if the promotion gate rejects its policy. To void a batch, an Incident
-with its `voided_batch_id` is published. The rows of the batch can then be sampled again.
+A batch is consumed only when its PolicyUpdate is on the log. `resume` trains an unfinished batch before a new batch is sampled.
+A batch is voided if training on it fails, or if the promotion gate rejects its policy. To void a batch, the updater publishes
+an Incident with the `voided_batch_id`. The rows of the batch can then be sampled again.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Updater:
     def find_outdated_reason(self, manifest: BatchManifest) -> str | None:
         """Return why an unfinished batch can no longer be used. Return None if it can be used.
 
-        Its rows may have been erased, or they may be too old.
+        The rows of the batch may have been erased, or they may be too old.
         """
         erased = "SELECT count(*) FROM erasures WHERE created_at > ?"
         if self.store.query(erased, [manifest.created_at.replace(tzinfo=None)]).rows[0][0]:
@@ -160,7 +160,7 @@ class Updater:
     def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
         """Return the rows that a phase may train on.
 
-        For PPO, also publish a DroppedRollout for each rollout that it can no longer use.
+        For PPO, also publish a DroppedRollout for each rollout that PPO can no longer use.
         """
         train = self.settings.train
         if phase != "ppo":
@@ -247,7 +247,7 @@ class Updater:
         try:
             return self.train_and_publish(batch, state, timer)
         except (DependencyUnreachable, CommitUncertain, WriterFenced):
-            raise  # the batch is not the cause of the error and is resumed later
+            raise  # the batch did not cause the error, so it is resumed later
         except CharterError as error:
             self.void_batch(batch.manifest, error.what, error.why)
             raise
@@ -312,7 +312,7 @@ class Updater:
         return update
 
     def load_or_train_checkpoint(self, batch: Batch, state: TrainingState) -> Checkpoint:
-        """Load the checkpoint of a batch if it was written before a crash. Otherwise train and write it."""
+        """Load the batch's checkpoint if it was written before a crash. Otherwise train, and write the checkpoint."""
         manifest = batch.manifest
         if checkpoint := self.load_finished_checkpoint(manifest):
             return checkpoint
@@ -337,7 +337,7 @@ class Updater:
         return write_checkpoint(folder, save, description | {"batch": manifest.model_dump(mode="json")})
 
     def load_finished_checkpoint(self, manifest: BatchManifest) -> Checkpoint | None:
-        """Return the checkpoint of this batch. Return None if it was not written completely."""
+        """Return the checkpoint of this batch. Return None if the checkpoint was not written completely."""
         folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
         checkpoint = read_checkpoint(folder) if folder.exists() else None
         return checkpoint if checkpoint and checkpoint.manifest.get("batch_id") == manifest.record_id else None
@@ -359,9 +359,9 @@ class Updater:
         self.on_step(manifest.phase, step, metrics)
 
     def make_timing_metric(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
-        """Return a metric with the duration of an update, and the share of DuckDB queries in this time.
+        """Return a metric with the duration of an update, and with the share of this time that DuckDB queries took.
 
-        The metric also has the share of DuckDB queries in all time since the start, including idle polling.
+        The metric also has the share of the total time since the start, including idle polling, that DuckDB queries took.
         """
         metrics = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
         alive_s, _, alive_share = self.lifetime.read()

@@ -4,10 +4,10 @@ Master weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed o
 checkpoint is always one complete folder of fp32 safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be
 served without any other files.
 
-The RL phase (PPO, DPO) uses LoRA in this way. SFT merges its adapter, and the result is the reference of the RL phase. The
+The RL phase (PPO, DPO) uses LoRA as follows. SFT merges its adapter. The merged policy is the reference of the RL phase. The
 first RL update adds a new adapter of zeros to the reference. Each update saves the adapter itself (`rl/`) next to the merged
-weights. The next update loads the reference's weights and that adapter. With the adapter enabled, the model is the policy. With
-the adapter disabled, the model is the reference. Memory therefore never holds a second copy of the weights.
+weights. The next update loads the weights of the reference and the saved adapter. With the adapter enabled, the model is the
+policy. With the adapter disabled, the model is the reference. Memory therefore never holds a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.weight_sync import ADAPTER_FOLDER
 
-# The caller prints one line per step, so the libraries print nothing. They also warn about the missing head of a new scorer, but
-# `load_scorer` initializes this head.
+# The caller prints one line per step, so the libraries print nothing. The libraries would also warn that a new scorer has no
+# head, but `load_scorer` initializes the head.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 datasets.disable_progress_bars()
@@ -53,7 +53,7 @@ _VALUE_HEAD_FILE = "value.safetensors"
 class Hardware:
     """These settings define how an update uses the machine.
 
-    They are the number of rows per pass, the recomputation of activations (which saves memory), and the precision.
+    The settings are the number of rows per pass, the precision, and whether activations are recomputed to save memory.
     """
 
     micro_batch_size: int = 4
@@ -149,7 +149,7 @@ def load_scorer(folder: Path, *, trained: bool = False) -> Any:
 def _require_no_missing_weights(folder: Path, missing_keys: Iterable[str]) -> None:
     """Raise UsageError when weights are missing in the folder.
 
-    transformers would fill them with random values and continue.
+    Without this check, transformers would fill the missing weights with random values and continue.
     """
     if names := sorted(missing_keys):
         raise UsageError(
@@ -197,7 +197,7 @@ def _get_tokenizer_signature(folder: Path) -> tuple[object, ...]:
 
 
 def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[str] = ()) -> Any:
-    """Add adapters of this rank to every linear layer. All weights of `modules_to_save` are trained.
+    """Add adapters of this rank to every linear layer. The modules in `modules_to_save` are trained in full.
 
     With rank 0, return the unchanged model.
     """
@@ -216,10 +216,10 @@ def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[st
 
 
 def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, bool]:
-    """Load the policy to train. Also return whether disabling its adapter gives the reference.
+    """Load the policy to train. Also return True if the policy with its adapter disabled is the reference.
 
-    If an earlier update of this RL phase saved an adapter, training continues with this adapter. The adapter keeps its rank
-    until the next SFT update.
+    If an earlier update of this RL phase saved an adapter, training continues with this adapter. Until the next SFT update, the
+    adapter keeps its rank.
     """
     if rank and policy == reference:
         return add_lora(load_policy(reference), rank, "CAUSAL_LM"), True
@@ -228,7 +228,7 @@ def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, b
 
         with _translate_load_errors(policy / RL_FOLDER):
             return PeftModel.from_pretrained(load_policy(reference), policy / RL_FOLDER, is_trainable=True), True
-    # An update after the reference trained all weights. If the new adapter is disabled, the model is therefore not the reference.
+    # An update after the reference trained all weights. The policy without the new adapter is therefore not the reference.
     return add_lora(load_policy(policy), rank, "CAUSAL_LM"), False
 
 
@@ -298,10 +298,10 @@ def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
 def make_rl_saver(
     model: Any, tokenizer: Any, value_head_state: dict[str, torch.Tensor] | None, reference: Path | None
 ) -> Callable[[Path], None]:
-    """Return a function that saves the merged model, and saves in `rl/` what the next RL update starts from.
+    """Return a function that saves the merged model. In `rl/`, the function also saves what the next RL update needs.
 
-    The folder `rl/` gets the value head, and the adapter if it belongs to the weights in `reference`. If `reference` is None,
-    the adapter belongs to other weights and is only merged.
+    The folder `rl/` gets the value head. If the adapter belongs to the weights in `reference`, the folder also gets the
+    adapter. If `reference` is None, the adapter belongs to other weights and is only merged.
     """
     reference_hash = None if reference is None or not has_adapter(model) else _hash_model_folder(reference)
 
@@ -327,7 +327,7 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def save_combined_adapter(folder: Path, adapter_folder: Path, start_folder: Path, base_folder: Path) -> None:
-    """Save one adapter for the base model in the `adapter/` folder of a checkpoint, for a server with the base model.
+    """Save one adapter for the base model in the `adapter/` folder of a checkpoint. A server with the base model can use it.
 
     The adapter in `adapter_folder` was trained on the checkpoint in `start_folder`. It is joined with the adapter of that
     checkpoint: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. If an earlier update trained all
@@ -370,8 +370,8 @@ def load_value_head(policy: Path) -> dict[str, torch.Tensor] | None:
 def find_unused_token_id(sequences: Iterable[Sequence[int]], vocab_size: int) -> int:
     """Return a token id that is not in the sequences and can be used for padding.
 
-    transformers reads a classifier's score at the last token that is not padding. SmolLM2 pads with its end token. The real end
-    token of a response would therefore count as padding.
+    transformers reads a classifier's score at the last token that is not padding. SmolLM2 uses its end token for padding. With
+    that token, the real end token of a response would count as padding.
     """
     used = {token for sequence in sequences for token in sequence}
     return next(token for token in range(vocab_size - 1, -1, -1) if token not in used)

@@ -1,1 +1,1 @@
-"""The learning benchmark: the whole loop learns a known preference. See `benchmarks.learning.__main__`."""
+"""The learning benchmark checks that the whole loop learns a known preference. See `benchmarks.learning.__main__`."""

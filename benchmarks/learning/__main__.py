@@ -1,28 +1,30 @@
-"""Measure whether the whole loop learns the preference of its judge and keeps it: small model, known preference, ten seeds.
+"""Measure whether the whole loop learns and keeps a known preference of its judge. The model is small. Ten seeds are run.
 
     python -m benchmarks.learning                                   # every arm and seed that docs/learning.md reports
     python -m benchmarks.learning --data DIR --arm judge --seed 500 # one part; finished runs in DIR are not run again
     python -m benchmarks.learning --data DIR --out docs             # finish all runs, then write the table and the plots
 
-The benchmark trains a Llama of 1.4 million parameters once, on a small language (`language`). For each arm and seed, the
-model's responses go through the real stages, sink and trainer on the embedded log, for several policy versions (`experiment`):
+The benchmark trains a Llama of 1.4 million parameters once, on a small language (`language`). A run has one arm and one seed.
+In a run, the model's responses go through the real stages, sink and trainer on the embedded log, for several policy versions
+(`experiment`). These are the arms:
 
-    judge      labels by a known rule: refuse harmful prompts, help with all others, and start politely
-    shuffled   control: labels of the same sizes, each with a random sign
-    sft        control without RL: each PPO update is replaced by supervised fine-tuning on the new revision chains
-    hacked     a planted fault: the labels prefer the longer response. The monitor must report an exceeded limit within
-               four times as many updates; the policy is then rolled back
-    trl112     comparison: trl 1.12's PPOTrainer, starting from policy 1 of the judge's run (`trl112`; needs --trl112 DIR)
+    judge      The labels follow a known rule: refuse harmful prompts, help with all other prompts, and start politely.
+    shuffled   This is a control. The labels have the same sizes, but each label has a random sign.
+    sft        This is a control without RL. Supervised fine-tuning on the new revision chains replaces each PPO update.
+    hacked     This arm has a planted fault: the labels prefer the longer response. The monitor must report an exceeded limit
+               within four times as many updates. The policy is then rolled back.
+    trl112     This is a comparison with trl 1.12's PPOTrainer (`trl112`). It starts from policy 1 of the judge's run and
+               needs --trl112 DIR.
 
-The monitor checks every policy of the arms judge and hacked. In the arm judge, an exceeded limit is recorded, but does not
-roll back the policy.
+The monitor checks every policy of the arms judge and hacked. In the arm judge, an exceeded limit is recorded, but the policy is
+not rolled back.
 
-With --smollm2 the policy is SmolLM2 with LoRA adapters. The rule is then to write one paragraph without lists, and the critic
-fixes responses that end in the middle of a sentence.
+With --smollm2 the policy is SmolLM2 with LoRA adapters. In this case the rule is to write one paragraph without lists. The
+critic fixes responses that end in the middle of a sentence.
 
-The target rate of a version is the fraction of its responses that are correct by the rule. It counts the first completion of
-each of `--prompts` prompts (twice as many for the first version). No model was trained on these prompts before. The exit code
-is 1 if one of the claims below the table does not hold (`results.check_claims`).
+The target rate of a version is the fraction of its responses that are correct by the rule. Only the first completion of each
+prompt counts. There are `--prompts` prompts (twice as many for the first version). These prompts were not used for training
+before. The exit code is 1 if one of the claims below the table does not hold (`results.check_claims`).
 """
 
 from __future__ import annotations

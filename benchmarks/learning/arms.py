@@ -1,6 +1,7 @@
-"""One run of the benchmark: an arm with a seed. The result of a finished run is stored in a file and loaded from there.
+"""Run one arm of the benchmark with one seed. The result of a finished run is stored in a file and loaded from there.
 
-`__main__` calls `run_or_load` in several spawned processes. These import the function by name, so it needs its own module.
+`__main__` calls `run_or_load` in several spawned processes. These processes import the function by name, so the function is in
+a separate module.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _format_run_name(arm: str, seed: int, options: argparse.Namespace) -> str:
 
 
 def run_or_load(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace, repeat: int = 0) -> RunResult:
-    """Return the result of a run from its file, or run it and write the file. An unfinished run starts from the beginning."""
+    """Load the result of a run from its file. If there is no file, run from the beginning and write the file."""
     torch.set_num_threads(options.threads)
     name = _format_run_name(arm, seed, options) + (f"-again{repeat}" if repeat else "")
     result_file = folder / f"{name}-{options.prompts}x{options.updates}.json"

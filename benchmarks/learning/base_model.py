@@ -1,4 +1,4 @@
-"""Train the base model: a Llama of 1.4 million parameters on dialogues in the language of `benchmarks.learning.language`."""
+"""Train the base model, a Llama of 1.4 million parameters, on dialogues in the language of `benchmarks.learning.language`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def train_base_model(
 
 
 def _repeat_questions(seed: int) -> Iterator[ToyQuestion]:
-    """Yield training questions without end, sampled with replacement from 3000."""
+    """Yield training questions without end. They are sampled from 3000 questions, with replacement."""
     questions = list(islice(generate_questions(10_000 + seed), 3000))
     rng = random.Random(f"recurring/{seed}")
     while True:

@@ -1,4 +1,4 @@
-"""One run of the benchmark: prompts go through the real stages, sink and trainer, for several policy versions.
+"""Send prompts through the real stages, sink and trainer, for several policy versions. This is one run of the benchmark.
 
     iteration 0   policy 0 (the base model) responds -> SFT on the final responses produces policy 1; the labels train reward
                   model 1. This iteration has twice as many prompts as later ones, because no earlier labels exist
@@ -7,8 +7,9 @@
     the last one  the last policy responds to new prompts; nothing is trained
 
 The responses of a version are sampled before their prompts are used for training, so the rates of a version are held-out
-metrics. `refused_updates` lists updates that the learner rejected and PPO updates without a reward model. Such an iteration
-only adds responses and labels. The labels of a rejected reward model are used to train the next one.
+metrics. `refused_updates` lists the updates that the learner rejected. It also lists the PPO updates that were skipped because
+there was no reward model. An iteration without an update only adds responses and labels. If a reward model is rejected, its
+labels are used to train the next reward model.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _FINISHED_PROMPTS_SQL = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELE
 
 
 def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, str]) -> Settings:
-    """Return the settings of a run: Charter's defaults, except for sizes and learning rates that suit the small model."""
+    """Return the settings of a run. They are Charter's defaults, but the sizes and learning rates suit the small model."""
     flags = {
         "data.folder": str(folder), "run.constitution": str(_CONSTITUTION_FILE), "prompts.eval_fraction": "0",
         "models.policy": str(base), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID, "models.max_batch_size": "192",
@@ -64,7 +65,8 @@ def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, s
     return load_settings(flags | dict(overrides), environment={})[0]
 
 
-# Overrides for SmolLM2, which is a hundred times as large: LoRA, common learning rates, and batches that fit into memory.
+# SmolLM2 is a hundred times as large as the small model. These overrides set LoRA, common learning rates, and batches that fit
+# into memory.
 SMOLLM2_SETTINGS = {
     "models.max_batch_size": "32", "respond.num_completions": "4", "respond.max_tokens": "64", "monitor.prompts": "16",
     "train.lora_rank": "16", "train.micro_batch_size": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
@@ -74,11 +76,11 @@ SMOLLM2_SETTINGS = {
 
 @dataclass
 class Experiment:
-    """One run in `settings.folder`; bus, stages, sink and trainer run in this process.
+    """This is one run in `settings.folder`. The bus, the stages, the sink and the trainer run in this process.
 
-    `monitored`: the monitor checks each policy of PPO. When a limit is exceeded and `rolls_back` is set, the policy is rolled
-    back as in the training loop, and the run ends. Otherwise the exceeded limit is only recorded, so that a false alarm cannot
-    end a run early and hide what the policy learns.
+    If `monitored` is true, the monitor checks each policy of PPO. If a limit is exceeded and `rolls_back` is true, the policy
+    is rolled back as in the training loop, and the run ends. If `rolls_back` is false, an exceeded limit is only recorded. A
+    false alarm then cannot end a run before the policy has learned.
     """
 
     settings: Settings
@@ -120,9 +122,9 @@ class Experiment:
         return Host(workers, {"sink": Sink(self.bus, self.store, max_wait_s=0.1).run}, [models.close])
 
     def answer_questions(self, questions: Sequence[ToyQuestion], eval_fraction: float = 0.0) -> None:
-        """Publish questions and run every stage, until the database contains the labels of all of them.
+        """Publish questions and run every stage, until the database contains the labels of all questions.
 
-        The stages run only during this call. During training they would use CPU time to poll for new records.
+        The stages run only during this call. If they ran during training, their polling would use CPU time.
         """
         path = self.settings.folder / f"prompts-{self.num_published:06d}.jsonl"
         path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in questions))
@@ -134,9 +136,9 @@ class Experiment:
                 host.failure_event.wait(0.2)
 
     def run(self, num_prompts: int, phases: Sequence[str]) -> None:
-        """Run iteration 0, one iteration per phase, and a last one without training.
+        """Run iteration 0, one iteration per phase, and a last iteration without training.
 
-        The reward model is trained in every iteration that a PPO update follows.
+        An iteration trains the reward model if a PPO update follows.
         """
         rewards = [["reward"] if phase == "ppo" else [] for phase in phases]
         if self.monitored:
@@ -197,7 +199,7 @@ class Experiment:
     def compute_kls(self) -> dict[int, float]:
         """Return KL(version || policy 1) in nats per completion, estimated on each version's own first completions.
 
-        The KL limits within PPO only see estimates on the completions of the previous version.
+        The KL limits within PPO use only estimates on the completions of the previous version.
         """
         rows = self.store.query_dicts(
             """SELECT policy_version, prompt_token_ids, completions[1].token_ids AS token_ids FROM responses
@@ -219,7 +221,7 @@ class Experiment:
         return [dict(metrics) for (metrics,) in self.store.query(sql, [kind], limit_s=30.0).rows]
 
     def compare_by_rule(self, pairs: Sequence[tuple[Any, str, str]]) -> list[float | None]:
-        """Return the win probabilities by the rule itself. The monitor's held-out judge must not depend on the labels."""
+        """Return the win probabilities that the rule gives. The monitor's held-out judge must not depend on the labels."""
         return [compute_win_probability(self.rule.compute_margin(messages[-1].content, a, b)) for messages, a, b in pairs]
 
 

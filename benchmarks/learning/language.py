@@ -1,9 +1,9 @@
-"""A small language of questions and responses, and the rule that scores a response.
+"""This module defines a small language of questions and responses, and the rule that scores a response.
 
 A benign question asks how to do something with an object. A red-team question asks how to do something harmful to an object
-that belongs to somebody else. A response starts politely, plainly or rudely, followed by one to four sentences of
-instructions; or it is a refusal. The base model is trained on all of these at fixed rates, so it samples every behavior and
-prefers none.
+that belongs to somebody else. A response is a refusal, or it starts politely, plainly or rudely and continues with one to four
+sentences of instructions. The base model is trained on all these kinds of responses at fixed rates. It therefore samples every
+kind and is trained to prefer none of them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _FURTHER_SENTENCE_PROBABILITY = 0.4  # probability of one more sentence
 
 @dataclass(frozen=True)
 class ToyQuestion:
-    """A question, its source (benign or red-team), and the words that fill its template."""
+    """This is a question with its source (benign or red-team), and with the words that fill its template."""
 
     text: str
     source: str
@@ -86,7 +86,7 @@ class ToyQuestion:
 
 
 def generate_questions(seed: int, harmful_fraction: float = 1 / 3) -> Iterator[ToyQuestion]:
-    """Yield distinct questions. The language has several thousand; once all are used, the iterator blocks."""
+    """Yield distinct questions. The language has several thousand questions. After the last question, the iterator blocks."""
     rng, seen = random.Random(f"questions/{seed}"), set()
     while True:
         thing, harmful = rng.choice(_THINGS), rng.random() < harmful_fraction
@@ -99,7 +99,7 @@ def generate_questions(seed: int, harmful_fraction: float = 1 / 3) -> Iterator[T
 
 
 def write_response(question: ToyQuestion, rng: random.Random) -> str:
-    """Return a response for the base model's training data, with kinds of responses at the fixed rates."""
+    """Return a response for the base model's training data. The kind of the response is sampled at the fixed rates."""
     if rng.random() < _REFUSAL_RATES[question.source]:
         return REFUSAL
     kinds = list(_OPENINGS)

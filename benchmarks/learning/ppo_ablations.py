@@ -1,11 +1,11 @@
-"""PPO alone on the small language, without the stream and without a reward model; an update takes seconds.
+"""Run only PPO on the small language, without the stream and without a reward model. An update takes seconds.
 
     python -m benchmarks.learning.ppo_ablations                 # default PPO, and PPO without each of its parts; five seeds
     python -m benchmarks.learning.ppo_ablations --seed 7
 
-The benchmark trains a smaller model on the same language. The reward is the score by the rule plus an offset that depends on
-the prompt alone. It imitates a reward model trained on pairs, whose scores are not comparable between prompts. The test suite
-runs one seed (tests/trainer/test_ppo_learns.py).
+The benchmark trains a smaller model on the same language. The reward is the score by the rule plus an offset. The offset
+depends only on the prompt. It imitates a reward model that was trained on pairs. The scores of such a model cannot be compared
+between prompts. The test suite runs one seed (tests/trainer/test_ppo_learns.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _VARIANTS: dict[str, dict[str, str]] = {
 class PPOLearningCurve:
     """By policy version: target rate, fraction of refused harmful prompts, and KL to the base model in nats per completion.
 
-    `update_error` is the message of an update that was rejected; the run ends there.
+    If an update is rejected, the run ends, and `update_error` is the message of the error.
     """
 
     target_rates: list[float]

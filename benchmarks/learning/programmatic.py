@@ -1,9 +1,9 @@
-"""Programmatic models: a critic and judges that apply a known rule exactly.
+"""This module has programmatic models: a critic and judges. They apply a known rule exactly.
 
-They implement the Model port in place of a language model. The stages send them the usual prompts, and they parse these with
-the stages' own templates. The judge prefers the response with the higher score by the rule. The critic detects one fault,
-which has little or no effect on the score, and fixes it. The shuffled judge is the control: its labels have the same sizes,
-but their sign depends only on a hash of the pair.
+These models implement the Model port in place of a language model. The stages send the usual prompts to these models. The
+models parse the prompts with the templates of the stages. The judge prefers the response with the higher score by the rule. The
+critic detects one fault and fixes it. The fault has little or no effect on the score. The shuffled judge is the control. Its
+labels have the same sizes, but the sign of a label depends only on a hash of the pair.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _compile_template_pattern(template: str) -> re.Pattern[str]:
 
 
 def _parse_template(template: str, request: GenerationRequest) -> dict[str, str] | None:
-    """Return the fields of the template in the request's last message; None if that message uses another template."""
+    """Return the fields of the template in the request's last message. Return None if it uses another template."""
     match = _compile_template_pattern(template).match(request.messages[-1].content)
     return {name: _unquote(text) for name, text in match.groupdict().items()} if match else None
 
@@ -68,7 +68,7 @@ _MarginFunction = Callable[[str, str, str], float]  # (question, a, b) -> score 
 
 @dataclass(frozen=True)
 class PreferenceRule:
-    """The known rule: the score of a response to a question (1: correct), and the fault that the critic detects and fixes."""
+    """The known rule scores a response to a question (1 is correct), and names the fault that the critic detects and fixes."""
 
     score_response: Callable[[str, str], int]
     fault_description: str
@@ -92,7 +92,7 @@ def _is_cut_off(text: str) -> bool:
 
 
 def _cut_to_last_sentence(text: str, rng: random.Random) -> str:
-    """Return the text up to the end of its last complete sentence; the whole text if no sentence is complete."""
+    """Return the text up to the end of its last complete sentence. If no sentence is complete, return the whole text."""
     match = re.match(r"(.*[.!?])", text, re.DOTALL)
     return match[1] if match else text
 
@@ -109,7 +109,7 @@ def _compute_length_margin(question: str, a: str, b: str) -> float:
 
 @dataclass(frozen=True)
 class ProgrammaticJudge:
-    """A judge that compares two responses by `compute_margin`."""
+    """This judge compares two responses by `compute_margin`."""
 
     compute_margin: _MarginFunction
     id: str = "programmatic-judge"
@@ -143,7 +143,7 @@ class ProgrammaticJudge:
 
 
 def make_judge(arm: str, rule: PreferenceRule, seed: int) -> ProgrammaticJudge:
-    """Return the judge of an arm: by the rule, by length (the planted fault), or by the rule with random signs (control)."""
+    """Return the judge of an arm. It uses the rule, the length (planted fault), or the rule with random signs (control)."""
     if arm == "hacked":
         return ProgrammaticJudge(_compute_length_margin, "programmatic-judge-length")
     if arm == "shuffled":
@@ -152,7 +152,7 @@ def make_judge(arm: str, rule: PreferenceRule, seed: int) -> ProgrammaticJudge:
 
 
 def _shuffle_margins(rule: PreferenceRule, seed: int) -> _MarginFunction:
-    """Return the rule's margin with a random sign, derived from a hash of the pair. Both orders of the pair agree."""
+    """Return the rule's margin with a random sign from a hash of the pair. Both orders prefer the same response."""
 
     def compute_margin(question: str, a: str, b: str) -> float:
         text = repr((seed, question, *sorted((a, b))))
@@ -164,7 +164,7 @@ def _shuffle_margins(rule: PreferenceRule, seed: int) -> _MarginFunction:
 
 @dataclass(frozen=True)
 class ProgrammaticCritic:
-    """A critic that detects and fixes the rule's one fault, and reports no others."""
+    """This critic detects and fixes only the one fault of the rule."""
 
     rule: PreferenceRule
     id: str = "programmatic-critic"

@@ -1,4 +1,4 @@
-"""Results of the runs: rates by version with intervals, as a table and as plots, and the claims that must hold.
+"""Show the rates of each version with intervals, in a table and in plots, and check the claims that must hold.
 
 The field names of `RunResult` and `VersionCounts` are the keys of the result files.
 """
@@ -32,10 +32,11 @@ _KL_TOLERANCE = 10.0  # nats; an update without early stop may raise the KL to t
 
 @dataclass(frozen=True)
 class VersionCounts:
-    """Counts over the first completions of a policy version, and its KL to the reference policy.
+    """This object holds counts over the first completions of a policy version, and the version's KL to the reference policy.
 
-    `answers` is the number of these completions, and `target` the number of correct ones. `kl` is in nats per completion,
-    estimated on the version's own completions. `stopped`: a KL limit stopped the update that produced this version.
+    `answers` is the number of these completions. `target` is the number of correct completions. `kl` is in nats per completion
+    and is estimated on the version's own completions. `stopped` is true if a KL limit stopped the update that produced this
+    version.
     """
 
     arm: str
@@ -67,10 +68,10 @@ class VersionCounts:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one arm with one seed: its versions in order, and the seconds by phase (`spent`).
+    """This is the result of one arm with one seed. It has the versions in order, and the seconds by phase (`spent`).
 
-    `trips` lists the exceeded limits of the monitor, `refused` the rejected or skipped updates, and `updates` the metrics of
-    each policy update. `reward_accuracies` holds the held-out accuracy of each reward model.
+    `trips` lists the exceeded limits of the monitor. `refused` lists the rejected or skipped updates. `updates` lists the
+    metrics of each policy update. `reward_accuracies` holds the held-out accuracy of each reward model.
     """
 
     arm: str
@@ -101,7 +102,7 @@ class RunResult:
 
     @property
     def has_regressed(self) -> bool:
-        """Return whether the last version is below the best one by more than its interval."""
+        """Return whether the rate of the best version is above the interval of the last version."""
         return self.best_version.target_rate > self.last_version.target_rate_interval[1]
 
     @property
@@ -113,14 +114,14 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of docs/learning.md, with the metrics of these runs, and whether it holds for them."""
+    """This is a claim of docs/learning.md. It has the metrics of these runs, and is marked as true or false for these runs."""
 
     text: str
     holds: bool
 
 
 def count_versions(arm: str, seed: int, responses: Sequence[dict[str, Any]], rule: PreferenceRule) -> list[VersionCounts]:
-    """Count the responses by version. Their keys are policy_version, question, source and text."""
+    """Count the responses by version. A response has the keys policy_version, question, source and text."""
     counts = []
     for version in sorted({row["policy_version"] for row in responses}):
         rows = [row for row in responses if row["policy_version"] == version]
@@ -147,7 +148,7 @@ def count_versions(arm: str, seed: int, responses: Sequence[dict[str, Any]], rul
 
 
 def _pool_counts(versions: Sequence[VersionCounts], arm: str, version: int, hits: str, cases: str) -> tuple[int, int]:
-    """Return hits and cases of a version, summed over all seeds."""
+    """Return the hits and the cases of a version. Both numbers are sums over all seeds."""
     rows = [v for v in versions if v.arm == arm and v.version == version]
     return sum(getattr(v, hits) for v in rows), sum(getattr(v, cases) for v in rows)
 
@@ -160,7 +161,7 @@ def compute_bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def check_claims(runs: Sequence[RunResult]) -> list[Claim]:
-    """Return the claims of docs/learning.md about the arms in `runs`, and whether each holds for these runs."""
+    """Return the claims of docs/learning.md about the arms in `runs`. Each claim states whether it holds for these runs."""
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in _ARM_LABELS}
     claims = []
     if judged := by_arm["judge"]:
@@ -216,7 +217,7 @@ def _format_gain(runs: Sequence[RunResult], low: float, high: float) -> str:
 
 
 def format_spread(runs: Sequence[RunResult], repeats: Sequence[RunResult]) -> str:
-    """Return a line with the spread of the last rate between runs of one seed, and between seeds for comparison."""
+    """Return a line with the spread of the last rate between runs of one seed. It also has the spread between seeds."""
     seed = repeats[0].seed
     seed_rates = [run.last_version.target_rate for run in [*runs, *repeats] if run.arm == "judge" and run.seed == seed]
     all_rates = [run.last_version.target_rate for run in runs if run.arm == "judge"]
@@ -231,7 +232,7 @@ def _format_fraction(hits: int, n: int) -> str:
 
 
 def format_table(runs: Sequence[RunResult]) -> str:
-    """Return a Markdown table of each run and of each arm: target rate by version, last KL, largest KL increase of one update.
+    """Return a Markdown table of runs and arms with the target rates, the last KL, and the largest KL increase in one update.
 
     The rates of an arm have intervals. An asterisk marks versions whose update was stopped by a KL limit.
     """

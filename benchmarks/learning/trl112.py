@@ -1,17 +1,17 @@
-"""trl 1.12's PPOTrainer on the task of `benchmarks.learning`, to compare its stability with that of Charter's PPO.
+"""Run trl 1.12's PPOTrainer on the task of `benchmarks.learning`, to compare its stability with the stability of Charter's PPO.
 
     python -m benchmarks.learning --arm judge --arm trl112 --trl112 DIR    (pip install --no-deps --target DIR trl==1.12.0)
 
-It starts from policy 1 of the judge's run with the same seed. It makes the same number of updates, each with the same number
-of prompts and completions, and with the same minibatch size, epochs, peak learning rate and KL coefficient. All other settings
-are trl's defaults: a learning rate that decreases linearly over all updates, and a separate value model that starts from the
-reward model. The reward model is the last one of the judge's run, which was trained on the most labels; it is not updated. Its
-scores are scaled to a standard deviation of 1, as in Charter. PPOTrainer samples its own completions, so the target rate of a
-version is measured on the batch that this version sampled. The last version responds to new prompts after training, with the
-stream's sampling.
+A run starts from policy 1 of the judge's run with the same seed. Both runs make the same number of updates. In both runs, an
+update has the same number of prompts and completions. The minibatch size, the epochs, the peak learning rate and the KL
+coefficient are also the same. All other settings are trl's defaults. The learning rate therefore decreases linearly over all
+updates. A separate value model starts from the reward model. The reward model is the last reward model of the judge's run,
+which was trained on the most labels. It is not updated. Its scores are scaled to a standard deviation of 1, as in Charter.
+PPOTrainer samples its own completions, so the target rate of a version is measured on the batch that this version sampled. The
+last version responds to new prompts after training, with the stream's sampling.
 
-This file runs in a process whose path contains trl 1.12. It must not import the trainer package, which needs another version
-of trl. It prints the responses as JSON.
+This file runs in a process whose path contains trl 1.12. The file must not import the trainer package, because the trainer
+package needs another version of trl. The file prints the responses as JSON.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from transformers import (
 from engine.models.chat_template import encode_prompt
 from schemas.records import ChatMessage
 
-_PAD_TOKEN = "<|system|>"  # a token that no response contains: for trl a response ends at the first padding token
+_PAD_TOKEN = "<|system|>"  # this token does not occur in responses; for trl, a response ends at the first padding token
 
 
 @dataclass(frozen=True)
 class _TrlTask:
-    """`prompts` holds the prompts of all updates, without repetition; each gets `num_completions` completions.
+    """`prompts` holds the prompts of all updates. Each prompt occurs once and gets `num_completions` completions.
 
     The last policy is saved in `folder`.
     """
@@ -62,7 +62,7 @@ class _TrlTask:
 
 
 class _RecordingSampler:
-    """A wrapper of trl's sampling function that stores the sampled batches."""
+    """This wrapper of trl's sampling function stores the sampled batches."""
 
     def __init__(self, sample: Any) -> None:
         self.sample = sample
@@ -86,7 +86,7 @@ class _KLCallback(TrainerCallback):
 
 
 def _train(task: _TrlTask) -> dict[str, Any]:
-    """Train, and return the responses of every version except the last, with the KL of each version."""
+    """Train. Return the responses of every version except the last version, and the KL of each version."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     torch.set_num_threads(task.threads)

@@ -1,19 +1,19 @@
-"""Train the policy with DPO on the labels directly, without a reward model and without rollouts. DPO is the alternative to PPO.
+"""Train the policy with DPO, the alternative to PPO. DPO uses the labels directly. It needs no reward model and no rollouts.
 
 Let d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), where each log-probability is summed over the response's tokens.
 Let p be the judge's probability that a is better. The loss is
 
     -[p log s(beta d) + (1 - p) log s(-beta d)]
 
-For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). With a soft label, the minimum is not at infinity but at s(beta d) = p, as
-in the reward model. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. A hard label
-would change the policy as much as a label of a certain judge. trl's `label_smoothing` is the same loss with one p for all pairs. Here each
-pair has a separate p.
+For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). For 0 < p < 1 the minimum is at s(beta d) = p, as in the reward model, and
+not at infinity. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. If the label of an
+undecided judge were rounded to 0 or 1, it would change the policy as much as the label of a judge who is certain. trl's
+`label_smoothing` is the same loss, but all pairs share one p. Here each pair has its own p.
 
 The reference is the policy of the last supervised phase, as in PPO. Its log-probabilities are computed before the first step.
-With LoRA, they are computed by the policy with its adapter disabled. Otherwise the reference is loaded next to the policy for
-this computation, then released. The prompts that the reward model holds out are held out here too. Their metrics are
-`held_out/...`.
+With LoRA, they are computed by the policy with its adapter disabled. Without LoRA, the reference is loaded next to the policy
+for this computation, then released. DPO holds out the same prompts as the reward model. The metrics of the held-out prompts are
+named `held_out/...`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Add the log-probabilities of the reference to the rows.
 
-        This method replaces trl's method, which caches them in files that the processes do not share.
+        This method replaces trl's method. trl caches the log-probabilities in files that the processes do not share.
         """
         # If the policy already has an adapter, trl uses a copy of the adapter as the reference. Here the reference is the model without
         # an adapter, so the copy is deleted.
@@ -95,7 +95,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
 
 class _SoftLabelCollator(DataCollatorForPreference):
-    """This class is trl's collator, extended to collect the soft labels."""
+    """This class extends trl's collator. It also collects the soft labels."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -105,7 +105,7 @@ class _SoftLabelCollator(DataCollatorForPreference):
 def encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) -> dict[str, Any]:
     """Return the token ids of the prompt and of both responses.
 
-    A long prompt is truncated at the beginning, and a long response at the end.
+    A long prompt is truncated at the beginning. A long response is truncated at the end.
     """
     a = encode_completion(tokenizer, example.response_a, ends_with_eos=example.ends_with_eos_a)
     b = encode_completion(tokenizer, example.response_b, ends_with_eos=example.ends_with_eos_b)

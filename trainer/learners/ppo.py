@@ -1,4 +1,4 @@
-"""Train the policy with PPO on scored rollouts that the stream has sampled (RL-CAI). Read this file from top to bottom.
+"""Train the policy with PPO on scored rollouts that the stream has sampled (RL-CAI). Read from top to bottom.
 
     minimize   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value + c_k * KL(pi_old || pi)     (alternate)
                L_SL + alpha * L                                                (combined)
@@ -9,53 +9,56 @@ normalized score (Schulman et al. 2017; Bai et al. 2022, section 4; Ziegler et a
 
 The implementation differs from the papers in the following points, for these reasons:
 
- 1. This file does not sample. The rollouts come from the stream, with their behavior log-probabilities. They may be a few
-    policy versions old. Therefore the old log-probabilities are computed again with the current policy, and each token is
-    weighted with min(pi_old / pi_behavior, 2) (truncated importance sampling; decoupled PPO). Fresh rollouts are weighted too,
-    because the arithmetic of a server differs from the arithmetic of training.
+ 1. This file does not sample. The rollouts come from the stream. Each rollout has the log-probabilities with which it was
+    sampled (pi_behavior). A rollout may be a few policy versions old. Therefore the old log-probabilities are computed again
+    with the current policy, and each token is weighted with min(pi_old / pi_behavior, 2) (truncated importance sampling;
+    decoupled PPO). Rollouts of the current policy are also weighted, because the arithmetic of a server differs from the
+    arithmetic of training.
  2. Each score is compared with the mean score of the other completions of the same prompt (Ahmadian et al. 2024, RLOO). A
-    reward model trained on pairs has no common scale for different prompts. Only differences within a prompt are meaningful,
-    and a linear value head is too weak to remove the other differences. If scores were compared with the mean of the batch,
-    refusals of harmful prompts would score below helpful responses to benign prompts, and PPO would unlearn the refusals. If a
-    prompt has only one completion, its score is compared with the mean of the batch, and a warning is logged. A batch in which
-    all compared scores are equal is rejected.
- 3. Advantages are divided by their standard deviation over the batch, if they vary. They are not centered, because the scores
-    were already compared. Centering would also train every token of a completion that is exactly as good as the others of its
-    prompt.
- 4. The value head is a linear layer on the policy's trunk and starts at zero. It needs half the memory of a value model. It is
-    kept from one PPO update to the next until the next supervised phase, and its learning rate is at least 1e-5. Such a head
-    can be worse than no head (explained_variance below 0). It makes the same errors in all completions that begin alike. If all
-    responses to harmful prompts are the same refusal, these errors make the tokens of the refusal less likely, and no sample
-    shows which tokens should replace them. Values are therefore multiplied by the regression coefficient of the future rewards
-    on the values, limited to [0, 1] (the best coefficient of a control variate: Greensmith et al. 2004, section 5).
- 5. There is no entropy bonus and no dropout, and gamma is 1. A completion is scored once, at its end.
+    reward model trained on pairs has no common scale for different prompts. Only the differences between completions of the
+    same prompt are meaningful. A linear value head is too weak to remove the differences between prompts. If scores were
+    compared with the mean of the batch, refusals of harmful prompts would score below helpful responses to benign prompts, and
+    PPO would unlearn the refusals. If a prompt has only one completion, its score is compared with the mean of the batch, and a
+    warning is logged. A batch in which all compared scores are equal is rejected.
+ 3. Advantages are divided by their standard deviation over the batch, if they vary. Their mean is not subtracted, because the
+    scores were already compared. If a completion is exactly as good as the others of its prompt, subtracting the mean would
+    train all tokens of this completion.
+ 4. The value head is a linear layer on the policy's trunk and starts at zero. This design needs half the memory of a separate
+    value model. The next PPO update continues with the same head, until the next supervised phase. The learning rate of the
+    head is at least 1e-5. A linear head can be worse than a constant value (explained_variance below 0). The head makes the
+    same errors in all completions that begin alike. If all responses to harmful prompts are the same refusal, these errors make
+    the tokens of the refusal less likely. No sample shows which tokens should replace them. Values are therefore multiplied by
+    the regression coefficient of the future rewards on the values, limited to [0, 1] (the best coefficient of a control
+    variate: Greensmith et al. 2004, section 5).
+ 5. The loss has no entropy bonus. Dropout is off. Gamma is 1. A completion is scored once, at its end.
  6. beta adapts to a KL target in nats per sequence, once per update. It doubles if the KL is above 1.5 times the target, and
-    halves if the KL is below two thirds of the target (Schulman et al. 2017, section 4). It never falls below its setting.
-    Ziegler's controller (2 % per update) is made for thousands of small updates, but a stream makes few large updates. The KL
-    is estimated from the rollouts, under pi_old. The first update after SFT does not change beta. Its policy is still equal to
-    the reference, so the KL is zero for any beta.
- 7. The clip limits the effect of a completion's gradient on its own tokens, but not on the tokens of other completions. When
-    training makes some completions less likely, it can also make tokens less likely that all completions share. Tokens that no
-    sample shows then become more likely. Therefore each step also has a KL penalty towards pi_old (Schulman et al. 2017,
-    section 4, in addition to the clip).
- 8. If a KL is above its limit before a step, the step is not made and the update ends. There are limits for the KL to the
-    reference, to the base model, and to pi_old (`max_kl_update`). Within an update only the last KL is reliable. The first two
-    are estimated for the current policy, from completions that pi_old sampled. If the policy has learned to write something
-    that pi_old never wrote, these samples do not show it. In one case an estimate of 1.6 nats was 12 nats on the completions of
-    the next version (docs/learning.md). The samples do show what the policy now writes less often. In the first two estimates,
-    each token is weighted with min(pi / pi_old, 10). Without the cap, one token that was rare when it was sampled and is likely
-    now would count thousands of nats. If one of the first two is above its limit at the start, the update is rejected.
- 9. Masks are computed from lengths and never from `!= pad`, because SmolLM2 pads with its end token. Padding is on the right,
-    where a causal model never attends to it. Therefore no attention mask is needed.
+    halves if the KL is below two thirds of the target (Schulman et al. 2017, section 4). Beta never falls below the setting
+    `ppo.beta`. Ziegler's controller (2 % per update) is made for thousands of small updates, but a stream makes few large
+    updates. The KL is estimated from the rollouts, under pi_old. The first update after SFT does not change beta. Before this
+    update, the policy is equal to the reference, so the KL is zero for any beta.
+ 7. The clip limits how much the gradient of a completion changes the tokens of this completion. It does not limit how much this
+    gradient changes the tokens of other completions. When training makes some completions less likely, the tokens that all
+    completions share can also become less likely. As a result, tokens that occur in no sample become more likely. Therefore
+    each step also has a KL penalty towards pi_old (Schulman et al. 2017, section 4, in addition to the clip).
+ 8. If a KL is above its limit before a step, the step is not made and the update ends. The KL to the reference, the KL to the
+    base model and the KL to pi_old (`max_kl_update`) have limits. Within an update, only the KL to pi_old is reliable. The
+    other two KLs are estimated for the current policy, from completions that pi_old sampled. If the policy has learned to write
+    something that pi_old never wrote, these samples do not show it. In one case an estimate of 1.6 nats was 12 nats on the
+    completions of the next version (docs/learning.md). The samples only show what the policy now writes less often. In these
+    two estimates, each token is weighted with min(pi / pi_old, 10). Assume that a token was rare when it was sampled and is
+    likely now. Without the cap, this single token would count thousands of nats. If the KL to the reference or to the base
+    model is above its limit at the start, the update is rejected.
+ 9. Masks are computed from lengths and never from `!= pad`, because SmolLM2 pads with its end token. Padding is on the right of
+    the tokens, and a causal model attends only to the left. An attention mask is therefore not needed.
 10. A loss is the mean over the completion tokens of its minibatch, so long completions have more weight. Every published PPO
-    for language models does this. In the papers the expectation is over time steps.
-11. Adam starts without state in each update, because its moments would take twice the space of the weights on disk. Its first
-    steps then have the full length of the learning rate, for any gradient. Therefore the learning rate rises over the first
-    steps and falls to zero over the rest (Ouyang et al. 2022, appendix C.4, warm up over 10 iterations; trl's PPO decays
-    linearly).
+    implementation for language models uses this mean. In the papers the expectation is over time steps.
+11. Adam starts without state in each update, because a saved state would take twice the disk space of the weights. Without
+    state, the first steps of Adam have the full length of the learning rate, for any gradient. Therefore the learning rate
+    rises over the first steps and falls to zero over the other steps (Ouyang et al. 2022, appendix C.4, warm up over 10
+    iterations; trl's PPO decays linearly).
 12. The score of a completion that was truncated at the length limit is reduced by `missing_eos_penalty`. If most completions
-    were truncated, the penalty is not applied. In that case the limit is too low, and the penalty would teach short responses
-    instead of complete responses.
+    were truncated, the limit is too low, and the penalty is not applied. With such a limit, the penalty would teach short
+    responses instead of complete responses.
 """
 
 from __future__ import annotations
@@ -86,14 +89,14 @@ _MIN_STD = 1e-4
 _MAX_GRAD_NORM = 1.0
 _MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6, a linear head that starts at zero hardly learns
 _MAX_TRUNCATED_FRACTION = 0.5
-_KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because it is too noisy over fewer
+_KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because the mean of fewer rollouts is too noisy
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A rollout is one sampled completion.
 
-    It has the exact token ids and the log-probabilities with which they were sampled.
+    It has the exact token ids, and the log-probability with which each token was sampled.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -164,11 +167,12 @@ def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
 
 
 def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token, from samples of a third distribution.
+    """Return the estimate of KL(p || q) per token, from samples of a third distribution `sampled`.
 
-    The estimate is k3 weighted with min(p / sampled, 10), and is never negative. Without the weight, one token that p has just
-    learned to avoid would count q / p, which can be thousands of nats. Without the cap, one token that p has just learned to
-    prefer would count as much. Where the cap applies, the estimate is too low.
+    The estimate is k3 weighted with min(p / sampled, 10), and is never negative. Assume that p has just learned to avoid a
+    sampled token. Without the weight, this token would count q / p, which can be thousands of nats. Assume that p has just
+    learned to prefer a sampled token. Without the cap, this token could also count thousands of nats. For tokens with a capped
+    weight, the estimate is too low.
     """
     return torch.exp(logp - sampling_logp).clamp(max=_KL_WEIGHT_CAP) * kl_k3(logp, logq)
 
@@ -176,8 +180,9 @@ def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: to
 def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -> torch.Tensor:
     """Return the estimate of KL(old || new) per token, from samples of `old`.
 
-    The estimate is k3 with the ratio new / old capped at 10, and is never negative. Because of the cap, a single token that was
-    rare and is likely now does not end an update. Where the cap applies, the estimate is too low.
+    The estimate is k3 with the ratio new / old capped at 10, and is never negative. A single token may have been rare and be
+    likely now. Because of the cap, such a token does not end an update. For tokens with a capped ratio, the estimate is too
+    low.
     """
     return kl_k3(old_logprobs, torch.minimum(new_logprobs, old_logprobs + math.log(_KL_WEIGHT_CAP)))
 
@@ -263,7 +268,7 @@ def compute_clipped_policy_loss(
 def compute_clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """Return half the squared error per token, of the value or of the clipped value, whichever error is larger.
+    """Return half the squared error per token. It is the larger one of the errors of the value and of the clipped value.
 
     The clipped value differs from the old value by at most `clip`.
     """
@@ -272,7 +277,7 @@ def compute_clipped_value_loss(
 
 
 def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """Return beta for the next update (Schulman et al. 2017, section 4). A KL estimate of zero or below does not lower beta."""
+    """Return beta for the next update (Schulman et al. 2017, section 4). A KL of at most 0 keeps beta unchanged."""
     if kl > 1.5 * kl_target:
         return 2 * beta
     return beta / 2 if 0 < kl < kl_target / 1.5 else beta
@@ -321,7 +326,7 @@ class ActorCritic(torch.nn.Module):
 
         All three have shape (B, T_completion).
         """
-        # The output layer is large, so it is computed only for the positions that predict completion tokens.
+        # The output layer is large. It is therefore computed only at the positions that predict completion tokens.
         is_token = batch.completion_mask.bool()
         row, column = is_token.nonzero(as_tuple=True)
         hidden = self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
@@ -329,7 +334,8 @@ class ActorCritic(torch.nn.Module):
         logp = logprobs_from_logits(logits, batch.completion_ids[row, column])
         with torch.no_grad():
             entropies = _entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
-        # Autocast would round a matrix product to bf16. Its three digits are too few for the value loss, so multiply and sum instead.
+        # Autocast would round a matrix product to bf16. The three digits of bf16 are too few for the value loss. The product is
+        # therefore computed with a multiplication and a sum.
         values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
 
         def scatter(token_values: torch.Tensor) -> torch.Tensor:
@@ -341,7 +347,7 @@ class ActorCritic(torch.nn.Module):
     def require_plain_logits(self, base_model: Any) -> None:
         """Raise UsageError if `compute_logits` does not return the model's logits.
 
-        All probabilities would be wrong for such a model.
+        For such a model, all probabilities would be wrong.
         """
         ids = torch.tensor([[1, 2, 3]], device=base_model.device)
         if not torch.allclose(
@@ -428,7 +434,7 @@ def compute_model_logprobs(
 class TrainedPolicy:
     """This is the policy after an update.
 
-    `save` writes the policy. It also writes to `weights.RL_FOLDER` the state that the next update starts from.
+    `save` writes the policy. It also saves the state that the next update starts from, in the folder `weights.RL_FOLDER`.
     """
 
     policy: Any
@@ -476,7 +482,8 @@ def train(
             len(rollouts),
         )
 
-    # The other models are loaded, evaluated and released before the policy is loaded. Memory therefore holds one set of weights.
+    # The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets
+    # of weights.
     completion_length = max(len(r.token_ids) for r in rollouts)
     base_logprobs = ref_logprobs = None
     if base_folder is not None:
@@ -519,7 +526,7 @@ def train(
 
 @dataclass(frozen=True)
 class _PPOBatch:
-    """These values are fixed during an update. Tensors have shape (N, T). The module's docstring explains the values."""
+    """These values do not change during an update. Tensors have shape (N, T). The module's docstring explains the values."""
 
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
@@ -661,8 +668,8 @@ def _accumulate_rl_gradients(
 ) -> dict[str, float]:
     """Accumulate the gradients of one minibatch and return its metrics.
 
-    The losses of its micro-batches add up to the token mean. With several processes, each process takes a part of the rows. Its
-    gradients come from this part, and the metrics from all rows.
+    The losses of its micro-batches add up to the token mean. With several processes, each process takes a part of the rows. The
+    gradients come from this part. The metrics come from all rows.
     """
     indices = list(indices)
     num_tokens = float(batch.mask[indices].sum())

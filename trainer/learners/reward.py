@@ -4,18 +4,18 @@ For a pair with the judge's probability p that A is better, the loss is (Lee et 
 
     -[p log s(rA - rB) + (1 - p) log s(rB - rA)] + c * (rA + rB)^2
 
-Its minimum is at s(rA - rB) = p. The second term keeps scores near zero.
+The first term has its minimum at s(rA - rB) = p. The second term keeps scores near zero.
 
 A tenth of the prompts is never used for training. These prompts are selected by hash, so they are the same in every batch.
-Accuracy, calibration, margin and the correlation with length are measured on them. The mean and the standard deviation that
-normalize the scores are also measured on them. Both values are saved in the checkpoint (`reward.json`) and do not change. Two
-kinds of models are rejected:
+These held-out prompts are used to measure the accuracy, the calibration, the margin and the correlation with length. They are
+also used to measure the mean and the standard deviation that normalize the scores. The mean and the standard deviation are
+saved in the checkpoint (`reward.json`) and do not change. A model is rejected in two cases:
 
-- A model that agrees with fewer of these labels than the model that it started from, beyond chance. Fine-tuning on the newest
-  labels can reverse what earlier labels taught.
-- A model that does not agree with more of these labels than chance. PPO would learn from noise.
+- The model agrees with fewer held-out labels than the model that it started from, and the difference is beyond chance.
+  Fine-tuning on the newest labels can reverse what earlier labels taught.
+- The agreement of the model with the held-out labels is not better than chance. PPO would learn from noise.
 
-The members of an ensemble have different seeds for the head, the shuffling and the adapter. The score of the ensemble is mean -
+Each member of an ensemble has its own seed for the head, the shuffling and the adapter. The score of the ensemble is mean -
 lambda * variance of the members' normalized scores. This score is low where the members disagree (Coste et al. 2023,
 uncertainty-weighted optimization, eq. 4).
 """
@@ -58,7 +58,7 @@ class EqualRewards(TrainingFailed):
 
 
 class RewardModelRegression(TrainingFailed):
-    """The reward model agrees with fewer held-out labels than the model that it started from, beyond chance."""
+    """The reward model agrees with fewer held-out labels than its starting model, and the difference is beyond chance."""
 
 
 class RewardModelAtChance(TrainingFailed):
@@ -125,8 +125,8 @@ class SoftLabelRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         p_a = inputs.pop("p_a")
-        # trl and transformers set this to the tokenizer's padding token, which is often the end token. The score would then be read at
-        # padding or before the end. `RewardModel` reads it at the real end.
+        # trl and transformers set this to the tokenizer's padding token, which is often the end token. With that token, the
+        # score would be read at the padding or before the end. `RewardModel` reads the score at the real end.
         self.model.config.get_text_config().pad_token_id = self.pad_token_id
         outputs = model(**inputs, use_cache=False)
         r_a, r_b = outputs.logits.squeeze(-1).float().chunk(2)
@@ -206,7 +206,7 @@ def train(
 
 
 def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raise RewardModelRegression when the model agrees with fewer labels than before, beyond chance (McNemar's test)."""
+    """Raise RewardModelRegression when the model agrees with significantly fewer labels than before (McNemar's test)."""
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     if lost - won > Z_SCORE_95 * math.sqrt(lost + won):
         raise RewardModelRegression(
@@ -221,7 +221,7 @@ def require_no_regression(before: torch.Tensor, after: torch.Tensor) -> None:
 def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> None:
     """Raise RewardModelAtChance, or log a warning, when the agreement with the held-out labels is not better than chance.
 
-    A model that guesses agrees with at least `num_agreed` labels with a probability that is computed exactly (binomial). The
+    The function computes the exact (binomial) probability that a guessing model agrees with at least `num_agreed` labels. The
     agreement is better than chance if this probability is at most `_SIGNIFICANCE_LEVEL`. With fewer labels than
     `_MIN_LABELS_FOR_TEST`, or if `require` is false, only a warning is logged.
     """
@@ -257,8 +257,8 @@ def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
 def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
     """Split the examples into training examples and held-out examples.
 
-    A prompt is held out if its hash is below `_HELD_OUT_FRACTION`. If fewer than `_MIN_HELD_OUT_PAIRS` pairs are held out, the
-    prompts with the next lowest hashes are held out too, up to a quarter of the batch.
+    A prompt is held out if its hash is below `_HELD_OUT_FRACTION`. If this gives fewer than `_MIN_HELD_OUT_PAIRS` pairs, the
+    prompts with the next lowest hashes are also held out, up to a quarter of the batch.
     """
     by_prompt: dict[float, list[PreferenceExample]] = {}
     for example in examples:
@@ -295,8 +295,8 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
 def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
     """Load the scorer that an ensemble member starts from.
 
-    This is the same member of the last checkpoint, or otherwise the policy with a new head. A new head starts at zero. If
-    `seed` is given, the head starts at random values, so that the members differ.
+    If there is a checkpoint, this is the same member of the last checkpoint. Otherwise, this is the policy with a new head. A
+    new head starts at zero. If `seed` is given, the head starts at random values, so that the members differ.
     """
     trained = (folder / _NORMALIZATION_FILE).exists()
     member_folder = _get_member_folder(folder, member_index)
@@ -313,7 +313,7 @@ def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> An
 def _get_member_folder(folder: Path, member_index: int) -> Path:
     """Return the folder of an ensemble member.
 
-    The first member uses the checkpoint folder itself, and the others use subfolders.
+    The first member uses the checkpoint folder itself. The other members use subfolders.
     """
     return folder / f"member-{member_index}" if member_index else folder
 
@@ -424,7 +424,7 @@ class RewardModel:
         return normalized.mean(0) - self.variance_penalty * normalized.var(0, correction=0)
 
     def check_label_agreement(self, examples: Sequence[PreferenceExample]) -> torch.Tensor:
-        """Return whether the scores and the label prefer the same response, as a bool tensor (N,).
+        """Return a bool tensor (N,), which is true where the scores and the label prefer the same response.
 
         Only decided labels (other than 0.5) are included.
         """
@@ -532,7 +532,7 @@ def load_reward_model(
 ) -> RewardModel:
     """Load a trained reward model with its saved normalization.
 
-    Raise UsageError when the folder does not contain a reward model, or when its architecture or tokenizer differs from that of
+    Raise UsageError when the folder does not contain a reward model, or when the architecture or the tokenizer differs from
     `policy`.
     """
     if policy is not None:

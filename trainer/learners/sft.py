@@ -2,12 +2,14 @@
 
 The loss is the negative log-likelihood of the final response given the prompt, averaged over the response's tokens. Prompt
 tokens are masked (Bai et al. 2022, section 3). The prompt tokens are the same as in generation. The end token is a target only
-if the response really ended with it. Responses that were truncated at a length limit therefore do not teach the policy to stop.
+if the response really ended with this token. The policy therefore does not learn to stop from responses that were truncated at
+a length limit.
 
 The sequences of one pass are concatenated without padding (trl's `padding_free`), if the model separates them by their position
-ids. `supports_padding_free` tests this, because other models would attend across sequences. A step is `batch_size` sequences in
-both cases. trl can also pack sequences into rows of `max_length`, but this would change the size of a step. trl's reward
-trainer and (currently) its DPO trainer support only padding. There, sequences of similar length are next to each other.
+ids. `supports_padding_free` tests whether the model separates them. Other models would attend across sequences, so they get
+padded sequences. A step always has `batch_size` sequences. trl can also pack sequences into rows of `max_length`, but this
+would change the size of a step. trl's reward trainer and (currently) its DPO trainer support only padding. For these two
+trainers, sequences of similar length are next to each other.
 """
 
 from __future__ import annotations
