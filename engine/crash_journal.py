@@ -10,8 +10,8 @@ A process can also end for other reasons: the machine is preempted, or a user ki
 * The end is not counted if the process received a stop signal before.
 * The end is not counted if another process holds the lock of the file, because then the owner of the file is alive.
 
-A record becomes a dead letter of kind CRASH after MAX_CRASHES counted ends with evidence that the record caused them, or after
-MAX_ENDS counted ends without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or the
+A record becomes a dead letter of kind CRASH if processes ended MAX_CRASHES times with evidence against the record, or MAX_ENDS
+times without evidence. Evidence is a fault that the interpreter wrote down before it died (`FaultLog`), or the
 fact that the kernel killed a process of the same cgroup to free memory.
 
 The files are not fsynced, because they must survive only the end of the process, not a crash of the machine. All instances of a

@@ -44,7 +44,7 @@ class InstanceLease:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Each data folder of a host counts from 0. Several data folders may use one Kafka, so the names must differ.
+        # The instance numbers of each data folder start at 0. Several data folders may use one Kafka, so the names must differ.
         folder_id = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=3).hexdigest()
         for number in count():
             self.descriptor = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -25,7 +25,7 @@ _ARM_LABELS = {
     "hacked": "labels that prefer length",
     "trl112": "trl 1.12's PPOTrainer",
 }
-_MIN_SEED_FRACTION = 0.9  # minimum fraction of seeds in which a claim about single seeds must hold
+_MIN_SEED_FRACTION = 0.9  # a claim about single seeds must hold for at least this fraction of the seeds
 _NUM_BOOTSTRAP_SAMPLES = 10_000
 _KL_TOLERANCE = 10.0  # nats; an update without early stop may raise the KL to the reference by ppo.kl_target plus this
 
