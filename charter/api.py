@@ -95,7 +95,8 @@ class JudgedResponse:
 
     @property
     def p_a(self) -> float | None:
-        """Return the soft label, which is the probability that response A is better. Return None without a usable label."""
+        """Return the soft label, which is the probability that response A is better. Return None if there is no usable
+        label."""
         first = self.preference
         return first.p_a if first and first.outcome is Outcome.OK else None
 

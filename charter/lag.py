@@ -74,9 +74,10 @@ def has_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> bool:
 class CompletionCheck:
     """Checks whether consumer groups have processed every record on their topics. With `store`, also checks the sink.
 
-    The check reads the committed offsets from the log. The state of the workers is not sufficient: during a rebalance, a worker
-    has no partitions and is idle, but records are unread. `inputs` maps a group to its topics. A group without committed offsets
-    starts at `start_offsets`. A partition without an entry in `start_offsets` starts at its beginning.
+    The check reads the committed offsets from the log. The state of the workers is not sufficient: during a rebalance,
+    a worker has no partitions, so it is idle even if there are unread records. `inputs` maps a group to its topics. A
+    group without committed offsets starts at `start_offsets`. A partition without an entry in `start_offsets` starts at
+    its beginning.
     """
 
     bus: Bus

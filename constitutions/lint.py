@@ -20,7 +20,7 @@ _NEGATION_PATTERN = re.compile(
     r"\b(no|not|never|nobody|nothing|none|nor|without|less|fewer|avoid\w*|refus\w*|declin\w*|forbid\w*|hold\w* back|cannot"
     r"|\w+n't)\b"
 )
-# These patterns match three groups of words: about harm, about over-reaction, and for balancing a request for restraint.
+# These patterns match words about harm, words about over-reaction, and words that balance a request for restraint.
 _HARM_PATTERN = re.compile(
     r"\b(harm|hurt\w*|danger\w*|crim\w*|illegal\w*|weapon\w*|attack\w*|violen\w*|abus\w*|unsafe|toxic\w*|offen[cs]\w*|private|privacy)\b"
 )

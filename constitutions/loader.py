@@ -179,7 +179,8 @@ class Constitution(StrictModel):
         return _sample_principle(self.judge, seed, tags)
 
     def sample_judge_principles(self, seed: int, tags: Sequence[str] = (), num_principles: int = 1) -> Sequence[JudgePrinciple]:
-        """Sample judge principles for a pair. One is sampled by weight. Several are sampled uniformly."""
+        """Sample judge principles for a pair. A single principle is sampled by weight. Two or more principles are
+        sampled uniformly."""
         if num_principles == 1:
             return [self.sample_judge_principle(seed, tags)]
         return sorted(filter_by_tags(self.judge, tags), key=lambda p: _draw_exponential(seed, p))[:num_principles]

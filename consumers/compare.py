@@ -163,7 +163,7 @@ class AnswerMode:
         return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
-        """Return OK if the option scores are usable. Otherwise return the outcome that explains why not."""
+        """Return OK if the option scores are usable. Otherwise return the outcome that states the reason."""
         if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # this is also true for NaN
             return Outcome.UNPARSEABLE
         if scores.option_mass >= self.min_option_mass and scores.option_mass > 0:
@@ -189,7 +189,7 @@ def compute_p_a(scores: OptionScores) -> float | None:
 
 
 def _classify_generation(generation: Generation) -> Outcome:
-    """Return OK if a written reply is usable. Otherwise return the outcome that explains why not."""
+    """Return OK if a written reply is usable. Otherwise return the outcome that states the reason."""
     if generation.finish_reason == "timeout":
         return Outcome.TIMEOUT
     if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):

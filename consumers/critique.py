@@ -161,7 +161,7 @@ class CritiqueStage:
     # Verdicts
 
     def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Ask the questions about all states in one batch. Return the states, which then have verdicts and comparisons."""
+        """Ask the questions about all states in one batch. Return the states with their verdicts and comparisons."""
         questions = [self.make_questions(state) for state in states]
         answer_mode = AnswerMode(min_option_mass=self.min_option_mass)
         flat = [pair for question_pairs in questions for pair in question_pairs]
@@ -206,7 +206,7 @@ class CritiqueStage:
     def apply_comparisons(self, state: ChainState, comparisons: list[Comparison]) -> ChainState:
         """Return the state with its verdicts and with the comparison to the previous response.
 
-        The verdict of the state is the worst verdict under any principle.
+        The verdict of the state is the worst of its verdicts.
         """
         if not comparisons:
             return state

@@ -294,8 +294,9 @@ class JudgeStage:
 def _aggregate_comparisons(comparisons: Sequence[PrincipleComparison]) -> Comparison:
     """Combine the votes into one comparison. Its values are the weighted means of the votes with the outcome OK.
 
-    If these votes have less than half of the total weight, the result has the other outcome with the most weight. Its values
-    are then the weighted means of the votes with this other outcome. These values are recorded, but they are not a label.
+    If these votes have less than half of the total weight, the result has the outcome with the largest weight among all
+    outcomes except OK. Its values are then the weighted means of the votes with this outcome. These values are
+    recorded, but they are not a label.
     """
     weights: dict[Outcome, float] = defaultdict(float)
     for vote in comparisons:

@@ -43,7 +43,8 @@ logger = logging.getLogger("charter.sink")
 _READER_YIELD_INTERVAL_S = 1.0
 _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
-_BACKOFF_RANGE_S = (0.05, 2.0)  # upper limits of the first wait, and of every wait, between two attempts to write
+# The first number is the upper limit of the first wait between two attempts to write. The second is the limit of every wait.
+_BACKOFF_RANGE_S = (0.05, 2.0)
 # The content hash does not cover these fields, because repeated work produces other values.
 _VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
@@ -203,7 +204,7 @@ class Sink:
                 self.advance_offset(connection, topic_partition, offset)
             connection.commit()
         except BaseException as error:
-            with suppress(duckdb.TransactionException):  # a failed commit has already rolled back
+            with suppress(duckdb.TransactionException):  # a failed commit has already been rolled back
                 connection.rollback()
             self.release_connection()
             raise_if_disk_full(error, self.store.path)

@@ -76,7 +76,8 @@ def make_disk_full_error(checkpoints: Path, why: str) -> CheckpointsFull:
 
 
 def require_disk_space(checkpoints: Path, model_folder: Path) -> None:
-    """Raise CheckpointsFull if the free disk space is smaller than `model_folder`. Call this before training starts."""
+    """Raise CheckpointsFull if the free disk space is smaller than the size of `model_folder`. Call this before
+    training starts."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     needed, free = _get_folder_size(model_folder), shutil.disk_usage(checkpoints).free
     if free < needed:

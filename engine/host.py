@@ -107,7 +107,7 @@ class Host:
             self.cleanup_callbacks.pop(0)()
 
     def clear_journals(self) -> None:
-        """Clear the crash journals, because the process does not end because of the records in progress."""
+        """Clear the crash journals. The records in progress are not the reason why this process ends."""
         for worker in self.workers:
             if worker.journal:
                 worker.journal.clear()

@@ -32,7 +32,8 @@ RESTORE_PHASE = "restore"
 
 
 def read_policy_updates(bus: Bus) -> list[PolicyUpdate]:
-    """Return all policy and reward-model updates in order. If two updates have the same version, the first counts."""
+    """Return all policy and reward-model updates in order. If two updates have the same version, only the first is
+    returned."""
     return deduplicate_updates([decode_record(value, PolicyUpdate) for value in read_values(bus, _POLICY_TOPIC)])
 
 

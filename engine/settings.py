@@ -758,7 +758,8 @@ def get_environment_name(section: str, key: str) -> str:
 
 
 def format_settings_file() -> str:
-    """Return the text of a settings file. Each key is commented out and has its description above it and its default value."""
+    """Return the text of a settings file. Each key is commented out and has its default value. The line above the key
+    contains its description."""
     lines = [
         "# Settings of Charter. Every key is listed with its default; remove the # to change a value.",
         "# Precedence: a flag (--set respond.num_completions=4), the environment (CHARTER_RESPOND__NUM_COMPLETIONS=4), this file.",

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-FORCE_INTERVAL_S = 1.0  # signals within this time count as one signal, because `timeout` signals the process and also its group
+# Signals within this time count as one signal, because the command `timeout` sends a signal to the process and to its group.
+FORCE_INTERVAL_S = 1.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -324,7 +324,8 @@ class Worker:
         return item
 
     def check_poison_candidate(self, item: InFlightRecord) -> None:
-        """If processes ended during this record, pause and process it alone. If it caused these ends, make it a dead letter."""
+        """If processes ended while they processed this record, pause, and then process the record alone. If the record
+        caused these ends, make it a dead letter."""
         assert self.journal is not None, "candidates come from the journal"
         count = self.poison_candidates.get(self.journal.make_key(item.consumer_record))
         if count is None:

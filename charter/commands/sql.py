@@ -52,7 +52,8 @@ def sql(settings: Settings, statement: str | None, timeout_s: float, tables: boo
 
 
 def _run_interruptible(run_query: Callable[[], QueryResult]) -> QueryResult:
-    """Run the query in a separate thread. Then Ctrl-C ends the process even if DuckDB ignores SIGINT during the query."""
+    """Run the query in a separate thread. In this way, Ctrl-C ends the process even if DuckDB ignores SIGINT during the
+    query."""
 
     def stop(*_: object) -> None:
         os.write(2, b"\n")

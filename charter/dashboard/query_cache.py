@@ -75,7 +75,8 @@ class QueryCache:
             return load(query)
 
     def read_file_stamp(self) -> _FileStamp:
-        """Return inode, modification time and size of the database and its write-ahead log. Return None without a database."""
+        """Return inode, modification time and size of the database and its write-ahead log. Return None if there is no
+        database."""
         parts: list[int] = []
         for path in (self.store.path, self.store.path.with_name(self.store.path.name + ".wal")):
             try:

@@ -104,7 +104,8 @@ def _load_labels(store: Store, run: str) -> RowsByKey:
 def compute_ablation_rows(ablations: Sequence[AblationRun], store: Store) -> list[tuple[Any, ...]]:
     """Compare each ablation with the control of its stage. Return a row with ABLATION_COLUMNS for each ablation.
 
-    Compare each control with the source run, on the records that both runs have. These differences are noise.
+    Compare each control with the source run, on the records that both runs have. The differences between these two runs
+    are noise.
     """
     rows = []
     controls = {ablation.stage: ablation.run_id for ablation in ablations if not ablation.excluded_principle}

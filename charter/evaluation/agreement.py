@@ -130,7 +130,8 @@ def compute_judge_agreement(
 
 
 def _get_preferred_probability(pair: HumanPair, label: Preference | None) -> float | None:
-    """Return the judge's probability of the response that the person preferred. Return None without a usable label."""
+    """Return the judge's probability of the response that the person preferred. Return None if there is no usable
+    label."""
     if label is None or label.outcome is not Outcome.OK or label.p_a is None:
         return None
     return label.p_a if pair.a_preferred else 1 - label.p_a

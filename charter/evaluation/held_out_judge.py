@@ -1,9 +1,9 @@
 """Provide the held-out judge of the reward hacking monitor (`charter train --loop`).
 
-The held-out judge must differ from the judge that labeled the training data of the reward model. If `monitor.judge` is set, the
-held-out judge is this other model with the judge principles of the constitution. Otherwise it is the model of the judge with the
-critique principles, which are not used for labels of training data. The second case is weaker evidence, because the same model
-may make the same errors.
+The held-out judge must differ from the judge that labeled the training data of the reward model. If `monitor.judge` is
+set, the held-out judge uses the model of this setting and the judge principles of the constitution. Otherwise the
+held-out judge uses the model of the judge and the critique principles. The critique principles are not used for labels of
+training data. The second case is weaker evidence, because the same model may make the same errors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class HeldOutJudge:
         self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)
 
     def __call__(self, pairs: Sequence[tuple[tuple[ChatMessage, ...], str, str]]) -> list[float | None]:
-        """Return the probability, over both orders, that the first response of each pair is better. Return None without a label."""
+        """Return the probability, over both orders, that the first response of each pair is better. Return None if
+        there is no label."""
         responses = [make_pair_response(messages, a, b, (), "") for messages, a, b in pairs]
         labels = label_pairs(BatchJudge(self.settings, RoleModels(self.settings)), self.constitution, responses)
         return [label.p_a if label is not None and label.outcome is Outcome.OK else None for label in labels]

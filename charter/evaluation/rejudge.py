@@ -188,7 +188,8 @@ def load_frozen_pairs(settings: Settings, count: int) -> list[Response]:
     ]
 
 
-# Maps the index of a pair to p(A), or to None without a label. Pairs that do not match the tags of the principle are omitted.
+# Maps the index of a pair to p(A), or to None if there is no label. Pairs that do not match the tags of the principle
+# are omitted.
 PairLabels = dict[int, float | None]
 COMPARISON_COLUMNS = [
     "principle",

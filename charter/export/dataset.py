@@ -192,7 +192,7 @@ CommitPages = list[list[int]]  # commit sequence numbers, at most PAGE_SIZE in a
 def select_commits(
     store: Store, export_format: ExportFormat, selection: ExportSelection, limit: int | None
 ) -> tuple[ExportSelection, dict[str, CommitPages]]:
-    """Limit the selection to the newest commit. Return the limited selection, and the row numbers of each split.
+    """Exclude rows that are committed after this call. Return the limited selection, and the row numbers of each split.
 
     The row numbers are commit sequence numbers.
 

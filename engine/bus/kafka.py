@@ -141,7 +141,8 @@ def _check_reachable(servers: Sequence[str]) -> None:
 
 
 def _explain_failure(servers: Sequence[str], error: Exception) -> str:
-    """Return the reason of a failure. The client's error is the same if a broker is unreachable or rejects connections."""
+    """Return the reason of a failure. The client's error is the same for an unreachable broker and for a broker that
+    rejects connections."""
     try:
         _check_reachable(servers)
     except OSError as unreachable:
@@ -176,7 +177,7 @@ def capture_connection_errors(protocol: str) -> Iterator[None]:
     logger.setLevel(logging.WARNING)
     logger.propagate = (
         propagate and is_shown
-    )  # do not pass messages to other handlers that they would not have received otherwise
+    )  # other handlers must receive only the messages that they would receive without this capture
     try:
         yield
     except errors.KafkaTimeoutError as error:
@@ -306,7 +307,7 @@ class KafkaBus:
         """Return the ends of the partitions, including uncommitted records.
 
         The markers of a transaction are written shortly after the commit returns. Until then, its records do not count as
-        committed. If these offsets excluded them, a process could miss records that it has just written.
+        committed. If these offsets excluded such records, a process could miss records that it has just written.
         """
         return self.list_offsets(topics, OffsetSpec.LATEST)
 
@@ -712,9 +713,10 @@ class KafkaConsumer:
     def detect_rejoin(self) -> bool:
         """Record the membership of the current assignment. Return whether this member was removed and has rejoined.
 
-        If the member id has changed, this member was outside the group for some time. Other members may then have committed
-        higher offsets than its positions. During a join the client keeps its positions and does not call the listener. So this
-        method gives all partitions a new epoch and continues at their committed offsets.
+        If the member id has changed, this member was outside the group for some time. During this time, other members
+        may have committed offsets that are higher than the positions of this member. During a join the client keeps its
+        old positions and does not call the listener. So this method gives all partitions a new epoch and continues at
+        their committed offsets.
         """
         current = self.client.group_metadata()
         if current.state != MemberState.STABLE:

@@ -55,7 +55,8 @@ Offsets = dict[TopicPartition, int]
 
 @dataclass(frozen=True, slots=True)
 class TopicDescription:
-    """The configuration of an existing topic. `in_sync_replicas` is the smallest number in any partition."""
+    """The configuration of an existing topic. `in_sync_replicas` is the number of in-sync replicas of the partition
+    that has the fewest."""
 
     name: str
     topic_id: str

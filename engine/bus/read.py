@@ -10,7 +10,7 @@ from engine.errors import BusUnreachable
 
 _MAX_POLL_RECORDS = 500
 _POLL_TIMEOUT_S = 1.0
-STALL_TIMEOUT_S = 60.0  # the broker aborts an open transaction of Charter after 10 s, which is much shorter
+STALL_TIMEOUT_S = 60.0  # longer than 10 s, after which the broker aborts an open transaction of Charter
 
 
 def read_between(bus: Bus, start_offsets: Offsets, end_offsets: Offsets) -> Iterator[ConsumerRecord]:

@@ -38,7 +38,7 @@ transformers.utils.logging.disable_progress_bar()
 
 _MAX_PREFILL_TOKENS = 16_384  # limit of the number of rows times the length of a batch; this limits the memory
 _MAX_TREE_TOKENS = 4096  # limit of the tokens of one prefix tree; larger trees share more tokens but need more memory
-_MAX_MASKED_TREE_TOKENS = 1024  # the limit if a CPU does not use tree attention and also computes masked scores
+_MAX_MASKED_TREE_TOKENS = 1024  # the limit on a CPU without tree attention, because masked scores are then computed as well
 _MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
 _COMPACTION_FRACTION = 0.25  # finished rows are removed when they are this fraction of the batch
 

@@ -125,7 +125,8 @@ class _ServerProbe:
         return len(set(completions)) == len(responses)
 
     def find_prefill_body(self) -> JsonObject | None:
-        """Return the request fields that let the server continue a prefilled message, or None if it does not continue it."""
+        """Return the request fields that let the server continue a prefilled message, or None if it does not support
+        this."""
         for fields in PREFILL_BODIES:
             response = self.try_fields(fields | {"messages": [_COUNTING_MESSAGE, _PREFILL_MESSAGE]})
             if response and response["choices"][0]["message"]["content"].startswith(_EXPECTED_CONTINUATION):
