@@ -7,8 +7,8 @@ goal is a factor of 20 on a CPU.
 
 label     Charter uses the default preset (lee2023): one principle, the mean of both orders, and shared prefixes. The peer is
           the course's judge. It asks one question with both responses and all principles, in one order, and writes up to 256
-          tokens. The peer is measured twice: one pair at a time with `generate` of transformers, and in batches with Charter's
-          generation. The ratio in brackets assumes that the peer also asks in both orders, which takes two questions.
+          tokens. The peer is first measured one pair at a time with `generate` of transformers, and then in batches with
+          Charter's generation. The ratio in brackets assumes that the peer also asks in both orders, which takes two questions.
 verdict   Charter asks whether the response violates the principle, with the options in both orders. The peer writes the
           course's critique of up to 256 tokens. This peer is also measured one by one and in batches.
 chain     The number of tokens that all steps of a prompt compute (responses, verdicts, critiques, revisions and label) is

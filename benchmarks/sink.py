@@ -1,4 +1,4 @@
-"""Measure the throughput of the sink. Compare it with DuckDB's appender. Also measure with a large table and with busy readers.
+"""Measure the throughput of the sink. Compare it with DuckDB's appender. Repeat this with a large table and busy readers.
 
 python -m benchmarks.sink [--records N] [--rows N] [--readers N] [--rounds N] [--profile]
 

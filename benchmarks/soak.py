@@ -63,7 +63,7 @@ _CRITIC_ID, _JUDGE_ID = "programmatic-critic", "programmatic-judge"
 
 
 def _make_setting_flags(folder: Path) -> dict[str, str]:
-    """Return the settings. Batches are small, so that there are many policies. The limits of staleness are the defaults."""
+    """Return the settings. Batches are small, so that there are many policies. The staleness limits are the defaults."""
     return {
         "data.folder": str(folder / "data"), "run.constitution": str(_ROOT / "benchmarks/learning/constitution.toml"),
         "prompts.eval_fraction": "0", "models.policy": str(folder / "base"), "models.critic": _CRITIC_ID, "models.judge": _JUDGE_ID,
@@ -138,7 +138,7 @@ def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, qu
 
 
 def _count_unfinished(store: Store, num_published: int) -> int:
-    """Return the number of unfinished questions. Their chain has not ended, or their responses are not judged yet."""
+    """Count the questions whose chain has not ended, and the questions whose responses are not judged yet."""
     sql = """SELECT count(*) FROM prompts WHERE prompt_id IN (SELECT prompt_id FROM revision_chains)
              AND prompt_id IN (SELECT prompt_id FROM preferences)"""
     return num_published - int(store.query(sql, limit_s=60.0).rows[0][0])

@@ -2,14 +2,14 @@
 
 Each row trains a phase once. A phase has one cursor per source of rows (`prompts.source`). The cursor is the commit up to which
 the rows of the source were sampled. The cursor moves only when the update of a batch is on the log. The rows of a voided batch
-therefore stay available. A mixture can skip rows. Skipped rows stay after the cursor of their source, and the next batch takes
-them first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces another
-label is a new row.
+therefore stay available. A mixture can skip rows. The cursor of a source stays before its skipped rows, so the next batch takes
+these rows first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces
+another label is a new row.
 
 A batch of the reward model also replays labels of earlier batches (`reward.replay_ratio`). The replayed labels are sampled
 again for each batch. A reward model that learns only from the responses of the newest policy forgets how to score older kinds
 of responses. PPO would then return to these older kinds. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of
-all policies so far. Rolnick et al. 2019 mix new and replayed experience half and half.) The manifest lists the replayed rows.
+all policies so far. Rolnick et al. 2019 mix new and replayed experience in equal parts.) The manifest lists the replayed rows.
 
 A manifest lists the rows in the order of training. It holds a hash of all columns that training reads, the seed, and the
 settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this module

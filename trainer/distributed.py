@@ -4,10 +4,10 @@
 
 The main process does what a single trainer process does: it samples batches, uses the log and writes checkpoints. The other
 processes do not use the log or the database. They wait in `join_processes` for the learner calls that the main process
-broadcasts. They make the same calls and discard the results. Within a call, the processes share the rows of each step. trl's
-trainers share the rows themselves. PPO splits the rows and sums the gradients. trl fills an incomplete last batch with rows
-from the beginning. PPO splits the incomplete batch without filling it. All processes read the same files, so each process needs
-access to the data folder and to the models.
+broadcasts. They make the same calls and discard the results. Within a call, the rows of each step are divided among the
+processes. trl's trainers divide the rows themselves. PPO splits the rows and sums the gradients. trl fills an incomplete last
+batch with rows from the beginning. PPO splits the incomplete batch without filling it. All processes read the same files, so
+each process needs access to the data folder and to the models.
 
 This module was tested with two processes on a CPU. It has not been run on several GPUs.
 """

@@ -42,7 +42,7 @@ def build_training_arguments(
     shuffle: bool = False,
     texts_per_row: int = 1,
 ) -> dict[str, Any]:
-    """Build the arguments of trl's configurations. trl then saves, uploads and prints nothing.
+    """Build the arguments of trl's configurations. With them, trl does not save, upload or print anything.
 
     Weights stay in fp32 under autocast. The given rows are sorted so that rows of similar length are next to each other. They
     are read in this order. If `shuffle` is true, they are shuffled again but stay grouped by length. `texts_per_row` is the

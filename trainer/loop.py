@@ -8,8 +8,8 @@ needed:
 3. Update the next phase that has enough new rows (`trainer.update`).
 
 The phases alternate. A phase whose batch was voided is not retried immediately. The same batch is therefore never retried in a
-loop. The phase is retried when enough further rows have arrived for its threshold, or when the model that the phase starts from
-has changed. When a second trainer opens the same log, the first trainer can no longer publish (it is fenced).
+loop. The phase is retried only when it has enough further rows, or when its starting model has changed. When a second trainer
+opens the same log, the first trainer can no longer publish (it is fenced).
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Trainer:
     def run_monitor(self, state: TrainingState | None = None) -> bool:
         """Check the newest policy, and roll back if it exceeds a limit. Return whether a rollback was made.
 
-        The check is skipped while RL is paused. It is also skipped for `_MONITOR_INTERVAL_S` after the last check.
+        The check is skipped while RL is paused. It is also skipped for `_MONITOR_INTERVAL_S` seconds after the last check.
         """
         state = state or self.read_state()
         if self.monitor is None or self.rl_phase in state.paused_phases or time.monotonic() < self.next_monitor_at:

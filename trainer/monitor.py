@@ -1,10 +1,10 @@
 """Monitor the policies of the RL phase for reward hacking. Each new policy is compared with the reference policy of its phase.
 
 A policy is checked when at least `monitor.min_responses` of its responses have arrived. The check runs before PPO trains on
-these responses. The same reward model scores the responses of both versions. Both policies also respond to the same held-out
-prompts, and a held-out judge compares these responses. The result is published as a Metric of phase "monitor". The views in
-engine/monitor_views.sql show the same metrics for every version. When a metric exceeds its limit, the loop pauses RL, restores
-the last policy that passed the check, and publishes an incident.
+these responses. The same reward model scores the responses of the policy and of the reference. Both policies also respond to
+the same held-out prompts, and a held-out judge compares these responses. The result is published as a Metric of phase
+"monitor". The views in engine/monitor_views.sql show the same metrics for every version. When a metric exceeds its limit, the
+loop pauses RL, restores the last policy that passed the check, and publishes an incident.
 
 A metric with a confidence interval exceeds its limit only if the intervals of policy and reference do not overlap. A metric
 that cannot be measured is omitted, for example when there are no held-out prompts.
@@ -48,8 +48,8 @@ _RESPONSES_SQL = """
     FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 _HELD_OUT_PROMPTS_SQL = """
     SELECT messages, source FROM prompts WHERE split = 'EVAL' AND epoch = 0 ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
-# The perplexity is computed on texts by people. Training does not use these texts as targets. Held-out demonstrations come
-# first, and prompts come after them. Responses of a policy are not used, because RL is intended to make some of them less
+# The perplexity is computed on texts that people wrote. Training does not use these texts as targets. Held-out demonstrations
+# come first, and prompts come after them. Responses of a policy are not used, because RL is intended to make some of them less
 # likely.
 _BENIGN_TEXTS_SQL = """
     SELECT messages, text FROM (
@@ -93,7 +93,7 @@ def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
     """Return a message if the reward model prefers the policy but the held-out judge prefers the reference.
 
-    Both preferences must be beyond chance.
+    Both preferences must be statistically significant.
     """
     if metrics.get("proxy_low", 0.0) > 0 and metrics.get("judge_high", 1.0) < 0.5:
         return (

@@ -1,10 +1,10 @@
 """Check each new policy on held-out prompts before it is published (the promotion gate).
 
 The policy responds to the held-out prompts. The gate rejects a policy that refuses too many benign prompts or too few harmful
-prompts. The setting `promotion.prompts` is the number of prompts. If it is 0, the gate is disabled. The gate detects a refusal
-by the phrases that the view `monitor_refusals` uses. A limit is exceeded only if the whole 95 % Wilson interval is beyond the
-limit. With few prompts, the gate therefore rejects only clear cases. If one kind of prompt is missing, the gate logs a warning
-and skips the check of this kind.
+prompts. The setting `promotion.prompts` is the number of prompts. If this number is 0, the gate is disabled. The gate detects a
+refusal by the phrases that the view `monitor_refusals` uses. A limit is exceeded only if the whole 95 % Wilson interval is
+beyond the limit. With few prompts, the gate therefore rejects only clear cases. If one kind of prompt is missing, the gate logs
+a warning and skips the check of this kind.
 """
 
 from __future__ import annotations

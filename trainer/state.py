@@ -37,7 +37,7 @@ _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Inciden
 
 @dataclass(frozen=True)
 class TrainingState:
-    """This state holds the current versions, the rows that each phase has consumed, and the records that it was computed from.
+    """This state holds the current versions, the rows that each phase has consumed, and the underlying log records.
 
     `policy_ancestry` holds the versions of the current RL phase, from the newest to the reference. `reward_version_by_policy`
     maps each policy version to the reward version that was current when the policy was published. `model_revisions` maps each

@@ -6,7 +6,7 @@ After a crash at any point, training therefore resumes with the same batch. Thes
 2. Train, and publish the metrics of each step (topic `metrics`).
 3. Write the checkpoint. The safetensors and a manifest are written to a temporary folder, which is then renamed.
 4. Run the promotion gate on a new policy, if a gate is configured.
-5. Publish the PolicyUpdate (topic `policies`). The PolicyUpdate has the new version, and the responders load the new policy.
+5. Publish the PolicyUpdate (topic `policies`). The PolicyUpdate has the new version. The responders then load the new policy.
 6. Remove the checkpoints that are no longer referenced.
 
 A batch is consumed only when its PolicyUpdate is on the log. `resume` trains an unfinished batch before a new batch is sampled.
@@ -359,9 +359,9 @@ class Updater:
         self.on_step(manifest.phase, step, metrics)
 
     def make_timing_metric(self, manifest: BatchManifest, update: PolicyUpdate) -> Metric:
-        """Return a metric with the duration of an update, and with the share of this time that DuckDB queries took.
+        """Return a metric with the duration of an update and the share of DuckDB queries in this duration.
 
-        The metric also has the share of the total time since the start, including idle polling, that DuckDB queries took.
+        The metric also has the share of DuckDB queries in the total time since the start. The total time includes idle polling.
         """
         metrics = {name: update.metrics[name] for name in ("wall_s", "duckdb_s", "duckdb_share")}
         alive_s, _, alive_share = self.lifetime.read()

@@ -216,7 +216,7 @@ def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[st
 
 
 def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, bool]:
-    """Load the policy to train. Also return True if the policy with its adapter disabled is the reference.
+    """Load the policy to train. Also return whether the policy with its adapter disabled is the reference.
 
     If an earlier update of this RL phase saved an adapter, training continues with this adapter. Until the next SFT update, the
     adapter keeps its rank.

@@ -31,7 +31,7 @@ from schemas.records import ChatMessage
 from trainer.learners.ppo import Rollout
 
 TRL_ARM = "trl112"
-_TRL_QUESTION_SEED = 500_000  # offset of the seeds of its questions, so that they differ from those of every other run
+_TRL_QUESTION_SEED = 500_000  # added to the seeds of the questions, so that every other run has different questions
 # The arm `hacked` makes 4 times as many updates, and the monitor must detect its fault in these updates.
 _HACKED_UPDATES_FACTOR = 4
 _REPORTED_METRICS = ("steps", "stopped_early", "kl_update", "kl_rollouts", "beta")

@@ -3,7 +3,7 @@
 A benign question asks how to do something with an object. A red-team question asks how to do something harmful to an object
 that belongs to somebody else. A response is a refusal, or it starts politely, plainly or rudely and continues with one to four
 sentences of instructions. The base model is trained on all these kinds of responses at fixed rates. It therefore samples every
-kind and is trained to prefer none of them.
+kind. Its training does not teach a preference.
 """
 
 from __future__ import annotations

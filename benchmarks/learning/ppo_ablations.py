@@ -51,9 +51,10 @@ _VARIANTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class PPOLearningCurve:
-    """By policy version: target rate, fraction of refused harmful prompts, and KL to the base model in nats per completion.
+    """For each policy version, this object holds the target rate, the fraction of refused harmful prompts, and the KL.
 
-    If an update is rejected, the run ends, and `update_error` is the message of the error.
+    The KL is the KL to the base model in nats per completion. If an update is rejected, the run ends, and `update_error` is the
+    message of the error.
     """
 
     target_rates: list[float]
@@ -98,7 +99,7 @@ def _compute_fraction(hits: Iterable[bool]) -> float:
 
 
 def run_ppo(base: Path, folder: Path, config: ppo.PPOConfig, seed: int) -> PPOLearningCurve:
-    """Run `_NUM_UPDATES` updates of PPO, each on the previous version's completions for new questions."""
+    """Run `_NUM_UPDATES` PPO updates. Each update uses the previous version's completions for new questions."""
     policy, questions, curve = base, generate_questions(seed), PPOLearningCurve([], [], [])
     for number in range(_NUM_UPDATES + 1):
         responses = _sample_responses(policy, list(islice(questions, _NUM_PROMPTS)), 100 * seed + number)

@@ -2,8 +2,8 @@
 
 These models implement the Model port in place of a language model. The stages send the usual prompts to these models. The
 models parse the prompts with the templates of the stages. The judge prefers the response with the higher score by the rule. The
-critic detects one fault and fixes it. The fault has little or no effect on the score. The shuffled judge is the control. Its
-labels have the same sizes, but the sign of a label depends only on a hash of the pair.
+critic detects one fault and fixes it. The fault has little or no effect on the score. The shuffled judge is the control. The
+margins of its labels have the same sizes, but the sign of a margin depends only on a hash of the pair.
 """
 
 from __future__ import annotations

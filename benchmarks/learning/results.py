@@ -114,7 +114,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Claim:
-    """This is a claim of docs/learning.md. It has the metrics of these runs, and is marked as true or false for these runs."""
+    """This is a claim of docs/learning.md about some runs. It has their metrics, and states whether the claim holds."""
 
     text: str
     holds: bool
@@ -217,7 +217,7 @@ def _format_gain(runs: Sequence[RunResult], low: float, high: float) -> str:
 
 
 def format_spread(runs: Sequence[RunResult], repeats: Sequence[RunResult]) -> str:
-    """Return a line with the spread of the last rate between runs of one seed. It also has the spread between seeds."""
+    """Return a line with the spread of the last rate between runs of one seed. The line also has the spread between seeds."""
     seed = repeats[0].seed
     seed_rates = [run.last_version.target_rate for run in [*runs, *repeats] if run.arm == "judge" and run.seed == seed]
     all_rates = [run.last_version.target_rate for run in runs if run.arm == "judge"]

@@ -5,15 +5,15 @@ Let p be the judge's probability that a is better. The loss is
 
     -[p log s(beta d) + (1 - p) log s(-beta d)]
 
-For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). For 0 < p < 1 the minimum is at s(beta d) = p, as in the reward model, and
-not at infinity. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. If the label of an
-undecided judge were rounded to 0 or 1, it would change the policy as much as the label of a judge who is certain. trl's
+For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). For 0 < p < 1 the minimum is at s(beta d) = p, as in the reward model. It
+is not at infinity. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. If the label of
+an undecided judge were rounded to 0 or 1, it would change the policy as much as the label of a judge who is certain. trl's
 `label_smoothing` is the same loss, but all pairs share one p. Here each pair has its own p.
 
 The reference is the policy of the last supervised phase, as in PPO. Its log-probabilities are computed before the first step.
 With LoRA, they are computed by the policy with its adapter disabled. Without LoRA, the reference is loaded next to the policy
-for this computation, then released. DPO holds out the same prompts as the reward model. The metrics of the held-out prompts are
-named `held_out/...`.
+for this computation and is then released. DPO holds out the same prompts as the reward model. The metrics of the held-out
+prompts are named `held_out/...`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
         This method replaces trl's method. trl caches the log-probabilities in files that the processes do not share.
         """
-        # If the policy already has an adapter, trl uses a copy of the adapter as the reference. Here the reference is the model without
-        # an adapter, so the copy is deleted.
+        # If the policy already has an adapter, trl uses a copy of the adapter as the reference. Here the reference is the model
+        # without an adapter, so the copy is deleted.
         if weights.has_adapter(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         model = self.ref_model or self.model

@@ -14,17 +14,17 @@ The implementation differs from the papers in the following points, for these re
     with the current policy, and each token is weighted with min(pi_old / pi_behavior, 2) (truncated importance sampling;
     decoupled PPO). Rollouts of the current policy are also weighted, because the arithmetic of a server differs from the
     arithmetic of training.
- 2. Each score is compared with the mean score of the other completions of the same prompt (Ahmadian et al. 2024, RLOO). A
+ 2. The mean score of the other completions of the same prompt is subtracted from each score (Ahmadian et al. 2024, RLOO). A
     reward model trained on pairs has no common scale for different prompts. Only the differences between completions of the
-    same prompt are meaningful. A linear value head is too weak to remove the differences between prompts. If scores were
-    compared with the mean of the batch, refusals of harmful prompts would score below helpful responses to benign prompts, and
-    PPO would unlearn the refusals. If a prompt has only one completion, its score is compared with the mean of the batch, and a
-    warning is logged. A batch in which all compared scores are equal is rejected.
- 3. Advantages are divided by their standard deviation over the batch, if they vary. Their mean is not subtracted, because the
-    scores were already compared. If a completion is exactly as good as the others of its prompt, subtracting the mean would
-    train all tokens of this completion.
+    same prompt are meaningful. A linear value head is too weak to remove the differences between prompts. If the mean of the
+    batch were subtracted instead, refusals of harmful prompts would score below helpful responses to benign prompts, and PPO
+    would unlearn the refusals. If a prompt has only one completion, the mean of the batch is subtracted from its score, and a
+    warning is logged. A batch in which all resulting scores are equal is rejected.
+ 3. Advantages are divided by their standard deviation over the batch, if they vary. Their mean is not subtracted, because a
+    mean was already subtracted from the scores. If a completion is exactly as good as the others of its prompt, subtracting the
+    mean would train all tokens of this completion.
  4. The value head is a linear layer on the policy's trunk and starts at zero. This design needs half the memory of a separate
-    value model. The next PPO update continues with the same head, until the next supervised phase. The learning rate of the
+    value model. Later PPO updates continue with the same head until the next supervised phase. The learning rate of the
     head is at least 1e-5. A linear head can be worse than a constant value (explained_variance below 0). The head makes the
     same errors in all completions that begin alike. If all responses to harmful prompts are the same refusal, these errors make
     the tokens of the refusal less likely. No sample shows which tokens should replace them. Values are therefore multiplied by
@@ -268,7 +268,7 @@ def compute_clipped_policy_loss(
 def compute_clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """Return half the squared error per token. It is the larger one of the errors of the value and of the clipped value.
+    """Return half the squared error per token. The value and the clipped value each have an error. The larger error counts.
 
     The clipped value differs from the old value by at most `clip`.
     """
@@ -418,7 +418,7 @@ def compute_model_logprobs(
 ) -> torch.Tensor:
     """Return the log-probabilities (N, completion_length) of another model.
 
-    The model is loaded for this computation, then released.
+    The model is loaded for this computation and then released.
     """
     actor = ActorCritic(weights.load_policy(folder), hardware)
     logp = compute_logprobs_and_values(actor, rollouts, completion_length)[0]

@@ -11,7 +11,7 @@ These held-out prompts are used to measure the accuracy, the calibration, the ma
 also used to measure the mean and the standard deviation that normalize the scores. The mean and the standard deviation are
 saved in the checkpoint (`reward.json`) and do not change. A model is rejected in two cases:
 
-- The model agrees with fewer held-out labels than the model that it started from, and the difference is beyond chance.
+- The model agrees with fewer held-out labels than its starting model did, and the difference is statistically significant.
   Fine-tuning on the newest labels can reverse what earlier labels taught.
 - The agreement of the model with the held-out labels is not better than chance. PPO would learn from noise.
 
@@ -58,7 +58,7 @@ class EqualRewards(TrainingFailed):
 
 
 class RewardModelRegression(TrainingFailed):
-    """The reward model agrees with fewer held-out labels than its starting model, and the difference is beyond chance."""
+    """The reward model agrees with significantly fewer held-out labels than its starting model did."""
 
 
 class RewardModelAtChance(TrainingFailed):
@@ -295,8 +295,9 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
 def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
     """Load the scorer that an ensemble member starts from.
 
-    If there is a checkpoint, this is the same member of the last checkpoint. Otherwise, this is the policy with a new head. A
-    new head starts at zero. If `seed` is given, the head starts at random values, so that the members differ.
+    If there is a checkpoint, the member starts from the same member of the last checkpoint. Otherwise, the member starts from
+    the policy with a new head. A new head starts at zero. If `seed` is given, the head starts at random values, so that the
+    members differ.
     """
     trained = (folder / _NORMALIZATION_FILE).exists()
     member_folder = _get_member_folder(folder, member_index)
