@@ -98,7 +98,7 @@ class MetricsReporter:
         self.log_to_tracker(phase, metrics)
 
     def report_update(self, update: PolicyUpdate) -> None:
-        """Report the published version. Also report the update's metrics that were not reported for a step."""
+        """Report the published version. Also report those metrics of the update that no step has reported."""
         update_metrics = {
             name: value for name, value in update.metrics.items() if name not in self.latest_metrics.get(update.phase, {})
         }

@@ -180,7 +180,8 @@ class JudgeStage:
         """Return the questions for a pair.
 
         These are one question with all principles, one question with a principle that is sampled by weight, or one question for
-        each of k different principles. The k principles are sampled uniformly, because the mean of their votes is weighted.
+        each of k different principles. The k principles are sampled uniformly, because the mean of
+        their votes already applies the weights.
         Sampling by weight with an unweighted mean has the same expected label.
         """
         if self.asks_all_principles:

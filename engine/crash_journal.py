@@ -11,8 +11,8 @@ A process can also end for other reasons: the machine is preempted, or a user ki
 * The end is not counted if another process holds the lock of the file, because then the owner of the file is alive.
 
 A record becomes a dead letter of kind CRASH if processes ended MAX_CRASHES times with evidence against the record, or MAX_ENDS
-times without evidence. Evidence is a fault that the interpreter wrote to a file before the process died (`FaultLog`),
-or the fact that the kernel killed a process of the same cgroup to free memory.
+times without evidence. There are two kinds of evidence. The interpreter wrote a fault report to a file before the process
+died (`FaultLog`), or the kernel killed a process of the same cgroup to free memory.
 
 The files are not fsynced, because they must survive only the end of the process, not a crash of the machine. All instances of a
 stage on a host share the counts. The coordinates contain the id of the topic, because a topic that was deleted and created

@@ -3,7 +3,7 @@
     python -m benchmarks.learning.ppo_ablations                 # default PPO, and PPO without each of its parts; five seeds
     python -m benchmarks.learning.ppo_ablations --seed 7
 
-The benchmark trains a smaller model on the same language. The reward is the score by the rule plus an offset. The offset
+The benchmark trains a smaller model on the same language. The reward is the rule's score plus an offset. The offset
 depends only on the prompt. It imitates a reward model that was trained on pairs. The scores of such a model cannot be compared
 between prompts. The test suite runs one seed (tests/trainer/test_ppo_learns.py).
 """
