@@ -254,7 +254,10 @@ def _sample_principle(principles: Sequence[D], seed: int, tags: Sequence[str]) -
 
 
 def _draw_exponential(seed: int, principle: BasePrinciple) -> float:
-    """Return a sample from the exponential distribution with rate 1. It depends only on the seed and the principle id."""
+    """Return a sample from the exponential distribution with rate 1.
+
+    The sample depends only on the seed and the principle id.
+    """
     digest = hashlib.blake2b(f"{seed}/{principle.id}".encode(), digest_size=8).digest()
     return -math.log((int.from_bytes(digest, "big") + 0.5) / 2**64)
 
@@ -423,6 +426,6 @@ def _escape_value(value: Any) -> Any:
 
 
 def _format_toml_value(value: Any) -> str:
-    if isinstance(value, str):  # a JSON string is a valid TOML string, except that TOML requires an escape for U+007F
+    if isinstance(value, str):  # a JSON string is a valid TOML string if U+007F is escaped
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return f"[{', '.join(_format_toml_value(item) for item in value)}]" if isinstance(value, list) else repr(value)

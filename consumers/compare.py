@@ -60,8 +60,8 @@ class Comparison:
     """A judge's replies for both orders of a pair. Forward: A is shown first. Backward: B is shown first.
 
     `p_forward` and `p_backward` are the probabilities that A is better, in the forward and the backward order. A value is None
-    if the reply cannot be read. Values that are computed from None are also None. The outcome OK means that both replies could
-    be read.
+    if the reply cannot be read. Values that are computed from None are also None. The outcome OK means that the forward reply
+    and the backward reply could be read.
     """
 
     p_forward: float | None
@@ -163,8 +163,8 @@ class AnswerMode:
         return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
-        """Return OK if the option scores are usable. Otherwise return the outcome that states the reason."""
-        if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # this is also true for NaN
+        """Return OK if the option scores are usable. If not, return the outcome that states the reason."""
+        if compute_p_a(scores) is None or not scores.option_mass <= 1 + _ROUNDING_TOLERANCE:  # a mass of NaN is unusable
             return Outcome.UNPARSEABLE
         if scores.option_mass >= self.min_option_mass and scores.option_mass > 0:
             return Outcome.OK
@@ -180,7 +180,7 @@ _LOGPROBS_MODE = AnswerMode()
 def compute_p_a(scores: OptionScores) -> float | None:
     """Return the probability of option A divided by the probability of both options.
 
-    Return None if both options have probability 0, or if a score is not a log-probability.
+    Return None if the sum of the probabilities is 0. Also return None if a score is not a log-probability.
     """
     a, b = scores.logprobs
     if math.isnan(a) or math.isnan(b) or max(a, b) == -math.inf or max(a, b) > _ROUNDING_TOLERANCE:
@@ -189,7 +189,7 @@ def compute_p_a(scores: OptionScores) -> float | None:
 
 
 def _classify_generation(generation: Generation) -> Outcome:
-    """Return OK if a written reply is usable. Otherwise return the outcome that states the reason."""
+    """Return OK if a written reply is usable. If not, return the outcome that states the reason."""
     if generation.finish_reason == "timeout":
         return Outcome.TIMEOUT
     if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):
@@ -220,7 +220,7 @@ def compare_in_both_orders(
 
 
 def _combine_orders(forward: SingleOrderComparison, backward: SingleOrderComparison) -> Comparison:
-    """Combine the replies for both orders. If both replies are unusable, use the outcome of the forward order."""
+    """Combine the forward and the backward reply. If no reply is usable, use the outcome of the forward order."""
     return Comparison(
         p_forward=forward.p_first,
         p_backward=None if backward.p_first is None else 1.0 - backward.p_first,

@@ -4,17 +4,17 @@ The stage decides whether a chain has ended. If the chain continues, the stage c
 
 For an initial response, one principle is sampled with a seed that depends on the chain. The probability that the response
 violates the principle is computed from the critic's next-token log-probabilities. If the verdict is CLEAN, the chain ends.
-Otherwise the critic writes a critique for `revise`.
+If not, the critic writes a critique for `revise`.
 
-For a revision, the critic gives a new verdict under each earlier principle and, if rounds remain, under the next principle. It
-also compares the revision with the previous response in both orders. The rules are checked in this order, and the first rule
-that applies decides:
+For a revision, the critic gives a new verdict under each principle of the earlier rounds. If rounds remain, the critic also
+gives a verdict under the next principle. The critic compares the revision with the previous response in both orders. The rules
+are checked in this order, and the first rule that applies decides:
 
 * If the revision loses (p <= reject_threshold), the previous response is the final response (LOST).
 * If all verdicts are CLEAN and the revision wins (p >= accept_threshold) or is very similar to the previous response, the
   revision is the final response (SATISFIED).
 * If no rounds remain, the revision is the final response (LAST_ROUND).
-* Otherwise the critic writes a critique under the next principle.
+* In all other cases, the critic writes a critique under the next principle.
 
 These rules apply if `early_stop` is "verdict". With "phrases", the critic gives no verdicts. The chain ends (SATISFIED) if a
 critique states that the response has no problem. With "none" every chain has all rounds (Bai et al. 2022, section 3.1). Each

@@ -1,7 +1,7 @@
 """The sink writes the records of every topic to DuckDB, exactly once.
 
 Each DuckDB transaction contains the rows, the next offset of each partition, and the commit sequence number. When the sink
-starts, it continues from the offsets in the database. A crash therefore neither loses nor duplicates a record. Each offset
+starts, it continues from the offsets in the database. After a crash, no record is lost or duplicated. Each offset
 update checks the old offset (`WHERE next_offset = :old` must change exactly one row), so only one sink can write to a database.
 Offsets are stored by cluster id, topic id and partition, so a topic that was deleted and created again is read from its
 beginning.
@@ -45,7 +45,7 @@ _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
 # The first number is the upper limit of the first wait between two attempts to write. The second is the limit of every wait.
 _BACKOFF_RANGE_S = (0.05, 2.0)
-# The content hash does not cover these fields, because repeated work produces other values.
+# The content hash does not cover these fields, because their values change if the same work is repeated.
 _VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
 
@@ -121,7 +121,7 @@ class Sink:
         self.release_connection()
         self.reader.close()
 
-    # Database connection. It is open only while there are rows to write.
+    # The database connection is open only while there are rows to write.
 
     def acquire_connection(self) -> duckdb.DuckDBPyConnection:
         if self.connection is None:

@@ -3,14 +3,15 @@
 The dialogue is quoted inside one user message, so that a chat model assesses the dialogue and does not continue it. If an
 option is read from next-token probabilities, the assistant's message begins with the prefill `Answer: (`. With this prefill,
 SmolLM2 gives the two letters a total probability of 0.90. Without the prefill, the total probability is 0.07 (measured on 64
-human pairs). If a server cannot continue a prefill, the question ends with an instruction to write only the letter. This is a
-different template with another hash.
+human pairs). If a server cannot continue a prefill, the question ends with an instruction to write only the letter. The
+question with this instruction is a different template and has a different hash.
 
 The content of a prompt or a response cannot change the structure of a question. Every line that a person or a model wrote
 begins with `> `, as in a quoted e-mail. No line of a template begins with `> `. If a response contains `Answer (B):`, `Reply
 with one letter` or `Answer: (A)`, these words are still quoted. A quotation has no end marker, so a response cannot forge the
 end of its quotation. (engine/models/chat_template.py escapes the control tokens of chat templates.) The content can still
-persuade a model. The stages limit this risk: they ask in both orders, and they never read a label from the words of a response.
+persuade a model. The stages limit this risk: the stages ask in two orders, and they never read a label from the words of a
+response.
 
 Every question begins with the same header and dialogue. The responses, the principle and the instruction for the reply follow.
 The questions about a pair therefore have a long common prefix. A model computes this prefix only once

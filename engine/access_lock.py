@@ -1,4 +1,4 @@
-"""Provide the access lock of the database file. It allows one writer or many readers, and the writer has priority.
+"""Provide the access lock of the database file. The lock allows one writer or many readers, and the writer has priority.
 
 DuckDB locks its file, and the sink opens the file for each flush. Two alternating readers could keep the file locked all the
 time, and the sink could never open it. So Charter's processes acquire this access lock before they open the file. The access

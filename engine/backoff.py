@@ -8,7 +8,7 @@ BACKOFF_RANGE_S = (0.5, 30.0)  # the upper limit of the first pause, and the upp
 
 
 def compute_backoff(failures: int, range_s: tuple[float, float] | None = None) -> float:
-    """Return a random pause in seconds after `failures` earlier failures.
+    """Return a random pause in seconds before the next attempt, after `failures` failed attempts.
 
     The upper limit of the pause starts at the first number of `range_s` and doubles with each failure, up to the second number.
     If `range_s` is None, BACKOFF_RANGE_S is used. With full jitter, clients that failed at the same time retry at different

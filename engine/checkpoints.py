@@ -109,7 +109,7 @@ def compute_revision(folder: Path) -> str:
 
 
 def locate_checkpoint(uri: str, checkpoints: Path) -> Path:
-    """Return the folder of a checkpoint. It is the URI or, if the data folder was moved, a folder in `checkpoints`."""
+    """Return the folder of a checkpoint. The folder is the URI. If the data folder was moved, it may be in `checkpoints`."""
     original = Path(uri)
     moved = checkpoints / original.name
     return moved if not original.exists() and moved.exists() else original

@@ -11,7 +11,10 @@ from schemas.records import DeadLetter, DeadLetterKind, Header
 def make_dead_letter(
     consumer_record: ConsumerRecord, kind: DeadLetterKind, error: Exception, *, stage: str, run_id: str, attempts: int = 1
 ) -> DeadLetter:
-    """Return the dead letter of a record. It contains the bytes and headers of the record, the coordinates, and the error."""
+    """Return the dead letter of a record.
+
+    The dead letter contains the bytes and headers of the record, the coordinates, and the error.
+    """
     return DeadLetter(
         record_id=ids.compute_record_id(f"dead-letter/{stage}", [], format_coordinates(consumer_record)),
         run_id=run_id,

@@ -96,12 +96,13 @@ class PermanentRecordError(CharterError):
 class TrainingFailed(CharterError):
     """Training on a batch failed or diverged. Nothing was saved, and the last good policy remains current.
 
-    The training loop voids the batch and writes an incident. It retries the phase when more rows or a new base model exist.
+    The training loop voids the batch and writes an incident. The loop retries the phase when new rows or a new base model
+    exist.
     """
 
 
 class TooManyDeadLetters(CharterError):
-    """Too many consecutive records failed in the same way. The stage stops before it writes more dead letters."""
+    """Too many consecutive records failed in the same way. The stage stops and does not write further dead letters."""
 
 
 class DataFolderVersionMismatch(CharterError):

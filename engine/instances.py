@@ -1,8 +1,8 @@
 """Lease instance names to the processes of one host. A restarted process gets the name of the process that it replaces.
 
 The group membership and the transactional id of a worker contain its instance name. A restarted worker with the same name
-aborts the open transaction of the previous worker. It gets the partitions of the previous worker at once, without waiting for a
-timeout. A lease is a file lock, so it ends when its process ends.
+aborts the open transaction of the previous worker. The restarted worker gets the partitions of the previous worker at once,
+without waiting for a timeout. A lease is a file lock, so it ends when its process ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class FileLock:
-    """A file lock that one process at a time can hold. It is released when the process ends."""
+    """A file lock that one process at a time can hold. The lock is released when the process ends."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

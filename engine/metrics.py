@@ -22,7 +22,10 @@ _Labels = tuple[tuple[str, str], ...]
 
 
 class MetricSample(NamedTuple):
-    """The current value of a metric. The metric is a counter if its name ends in `_total`. Otherwise it is a gauge."""
+    """The current value of a metric.
+
+    The metric is a counter if its name ends in `_total`. A metric with any other name is a gauge.
+    """
 
     name: str
     documentation: str

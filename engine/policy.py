@@ -1,8 +1,9 @@
 """Find the current policy and its history, and roll back to an earlier version.
 
-All state is read from the topics `policies` and `pauses`. A rollback is a new PolicyUpdate with the next version. It refers to
-the older weights and has their version in `restored_version`. So version numbers only increase, and the versions in records
-stay valid. The weights change only between batches. Every record contains the version of the weights that produced it.
+All state is read from the topics `policies` and `pauses`. A rollback is a new PolicyUpdate with the next version. The update
+refers to the weights of the restored version. `restored_version` contains this version. So version numbers only increase, and
+the versions in records stay valid. The weights change only between batches. Every record contains the version of the weights
+that produced it.
 """
 
 from __future__ import annotations

@@ -117,7 +117,10 @@ class BusSettings(_Section):
     @field_validator("address")
     @classmethod
     def _require_kafka_or_folder(cls, address: str) -> str:
-        """Reject HOST:PORT and other protocols. Without this check they would be used as the folder of an embedded log."""
+        """Reject HOST:PORT and other protocols.
+
+        Without this check such an address would be used as the folder of an embedded log.
+        """
         if _ADDRESS_PATTERN.match(address) and not address.startswith("kafka://"):
             raise ValueError("the address of a broker has the form kafka://HOST:PORT; any other value is a folder")
         return address
@@ -660,7 +663,7 @@ def load_settings(
 
 
 def _get_preset_layers(layers: Iterable[_Layer]) -> list[tuple[str, _Layer]]:
-    """Return the layers of the recipes that `layers` select. A later layer overrides an earlier one.
+    """Return the layers of the recipes that `layers` select. Each layer overrides the layers before it.
 
     Ignore unknown preset names: pydantic reports them later.
     """
@@ -725,7 +728,7 @@ def _read_flags(flags: Mapping[str, Any]) -> _Layer:
 
 
 def _parse_value(section: str, key: str, text: str) -> Any:
-    """Parse a list from JSON or comma-separated text; return any other value unchanged for pydantic to parse."""
+    """Parse a list from JSON or comma-separated text. Return any other value unchanged: pydantic parses it."""
     annotation = Settings.model_fields[section].annotation
     assert isinstance(annotation, type)
     if get_origin(annotation.model_fields[key].annotation) is list:

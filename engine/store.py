@@ -41,7 +41,7 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 
 
 class QueryFunction(Protocol):
-    """Runs one statement in a read session. It returns at most `most` rows, or all rows if `most` is None."""
+    """Runs one statement in a read session. The result has at most `most` rows, or all rows if `most` is None."""
 
     def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
 

@@ -1,8 +1,9 @@
 """Load a new policy into the inference server, and check that the server uses it.
 
-The method `vllm` loads the LoRA adapter of the checkpoint (POST /v1/load_lora_adapter). Any other value is a command. It is run
-with two arguments: the folder of the checkpoint and the name of the policy. After that the server must generate a token for
-this name. Until then, stages continue with the previous policy, and records contain the version of the previous policy.
+The method `vllm` loads the LoRA adapter of the checkpoint (POST /v1/load_lora_adapter). Any other value is a command. The
+command is run with two arguments: the folder of the checkpoint and the name of the policy. After that the server must generate
+a token for this name. Until then, stages continue with the previous policy, and records contain the version of the previous
+policy.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ TraceFunction = Callable[[ConsumerRecord, list[ProducerRecord], int], list[Produ
 
 
 def skip_tracing(consumer_record: ConsumerRecord, outputs: list[ProducerRecord], started_ns: int) -> list[ProducerRecord]:
-    """Return the outputs unchanged. This is the trace function when tracing is off."""
+    """Return the outputs unchanged. The worker uses this trace function when tracing is off."""
     return outputs
 
 
@@ -150,7 +150,7 @@ class ModelExecutor:
     def wait_for_downstream(self, stage: Stage, stop: threading.Event) -> None:
         """Wait for a short time until a downstream stage has read the new outputs.
 
-        Without the wait, an earlier stage would often occupy the model first, for seconds.
+        Without the wait, a stage that comes before this stage would often occupy the model first, for several seconds.
         """
         readers = [w for w in self.workers if set(w.stage.inputs) & set(stage.outputs)]
         deadline = time.monotonic() + self.downstream_wait_s
@@ -254,8 +254,8 @@ class Worker:
     def poll(self) -> None:
         """Read new records and queue them.
 
-        If the stage is full, its partitions are paused. It continues to poll, because a member that does not poll is removed
-        from the group.
+        If the stage is full, its partitions are paused. The worker continues to poll, because a member that does not poll is
+        removed from the group.
         """
         self.apply_backpressure()
         max_records = max(1, self.limits.max_in_flight - self.num_in_flight)
@@ -345,7 +345,7 @@ class Worker:
             )
 
     def drop_lost_partitions(self, epochs: Mapping[TopicPartition, int]) -> None:
-        """Drop the records of lost partitions. This includes partitions that were lost and then assigned again."""
+        """Drop the records of lost partitions. Lost partitions include partitions that were lost and then assigned again."""
         with self.executor.condition:
             for tp, items in self.in_flight_records.items():
                 for item in items:

@@ -9,7 +9,7 @@ A dialogue has one of these forms:
 
 A comparison has the columns `chosen` and `rejected`, and optionally `p_chosen`. Alternatively, it has the columns `response_a`,
 `response_b` and `p_a`, the probability that A is better. If the row has a dialogue, the two columns contain only the responses.
-Otherwise each column contains a whole dialogue, and both dialogues have the same prompt.
+If not, each column contains a whole dialogue. The two dialogues have the same prompt.
 
 A demonstration has a dialogue and a `completion`, or one dialogue that ends with an assistant message. If the row is a
 comparison, the demonstration is the chosen response. The columns `source` and `tags` are optional in every row.
@@ -230,7 +230,7 @@ def _get_prompt(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
 
 
 def _get_responses(fields: dict[str, Any], first: str, second: str) -> tuple[tuple[ChatMessage, ...], str, str]:
-    """Return the prompt and both responses, from separate columns or from two dialogues with the same prompt."""
+    """Return the prompt and the two responses. The texts are in separate columns or in two dialogues with the same prompt."""
     if any(name in fields for name in _DIALOGUE_COLUMNS):
         messages = _get_prompt(fields)
         return messages, _parse_response(fields[first], first, messages), _parse_response(fields[second], second, messages)

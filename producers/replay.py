@@ -30,7 +30,10 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class ReplayBound:
-    """One bound of a replay, as the user typed it. It is `earliest`, `latest`, an offset (in every partition) or a time."""
+    """One bound of a replay, as the user typed it.
+
+    A bound is `earliest`, `latest`, an offset (in every partition) or a time.
+    """
 
     text: str
 

@@ -10,7 +10,7 @@ single-object records. It can read Confluent records only with a schema registry
 RecordError, because a RecordError turns the record into a dead letter (see `schemas.confluent`).
 
     RecordError
-    +-- NotARecord          the first bytes match neither framing
+    +-- NotARecord          the first bytes do not match a framing
     +-- UnknownFingerprint  written with a schema that this version does not have
     +-- UnknownSchemaId     the registry has no schema with this id
     +-- ForeignSchema       the schema with this id is not the schema of a Charter record
@@ -52,7 +52,10 @@ R = TypeVar("R", bound=Record)
 
 
 class RecordError(ValueError):
-    """The error for bytes that are not a valid Charter record. It has three lines: what happened, why, and what to do."""
+    """The error for bytes that are not a valid Charter record.
+
+    The message has three lines: what happened, why, and what to do.
+    """
 
     def __init__(self, what: str, why: str, fix: str = "") -> None:
         super().__init__(what, why, fix)
@@ -142,8 +145,8 @@ _FRAMING = _FramingState()
 def configure_framing(framing: str = "single-object", registry: SchemaRegistry | None = None) -> None:
     """Set the framing that this process writes. Call this function once, at the start of the process.
 
-    With "confluent", the function registers the schemas of all records. It therefore raises an error at the start if the
-    registry is unreachable or rejects a schema. Later calls of `encode_record` send no request to the registry.
+    With "confluent", the function registers the schemas of all records. The function therefore raises an error at the start if
+    the registry is unreachable or rejects a schema. Later calls of `encode_record` send no request to the registry.
     """
     if framing not in FRAMINGS:
         raise ValueError(f"framing {framing!r} is not one of {', '.join(FRAMINGS)}")

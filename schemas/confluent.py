@@ -1,9 +1,10 @@
 """The Confluent wire format (a zero byte, a 4-byte big-endian schema id, the Avro body) and a client of the schema registry.
 
 `SchemaRegistryClient` is a small client of a Confluent-compatible Schema Registry. It registers the schema of each record under
-the subject `<topic>-value`, and fetches schemas by their id. It caches ids and schemas, because the schema of an id never
-changes. Ids and schemas from the registry are not trusted, because other programs can also write there. A schema is used only
-if it has the full name of a Charter record. A schema is rejected if a few bytes of data with it could cause unlimited work.
+the subject `<topic>-value`, and fetches schemas by their id. The client caches ids and schemas, because the schema of an id
+never changes. Ids and schemas from the registry are not trusted, because other programs can also write there. A schema is used
+only if it has the full name of a Charter record. A schema is rejected if a few bytes of data with it could cause unlimited
+work.
 
     RecordError (schemas.codec)    the record cannot be decoded (UnknownSchemaId or ForeignSchema)
     RegistryUnreachable            the registry is unreachable, rejects the credentials or sends invalid responses; retry later
@@ -54,7 +55,7 @@ _RECORDS_BY_NAME = {f"{NAMESPACE}.{model.__name__}": model for model in RECORDS}
 
 
 class RegistryError(Exception):
-    """An error of the schema registry. It has three lines: what happened, why, and what to do."""
+    """An error of the schema registry. The message has three lines: what happened, why, and what to do."""
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         super().__init__(what, why, fix)

@@ -5,7 +5,7 @@ It uses WAL and `synchronous = FULL`, so acknowledged records survive a killed p
 
 Leases replace Kafka's group protocol. Each lease on a partition has an epoch. Members share the partitions evenly and renew
 their membership while they poll. If a process dies, its membership expires, and its partitions are reassigned. Every write is
-one `BEGIN IMMEDIATE` transaction. There is no other locking between processes.
+one `BEGIN IMMEDIATE` transaction. Processes use only the locks of SQLite.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_boot_id() -> str:
 def _murmur2(key: bytes) -> int:
     """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
 
-    The embedded log and Kafka use the same hash, so a key has the same partition in both logs.
+    The embedded log and Kafka use the same hash, so a key has the same partition in the two logs.
     """
     mask, m = 0xFFFFFFFF, 0x5BD1E995
     h = (0x9747B28C ^ len(key)) & mask
@@ -324,7 +324,7 @@ def _decode_headers(text: str | None) -> Headers:
 
 
 class EmbeddedWriter:
-    """Writes transactions under one transactional id. A new writer fences earlier writers with the same id."""
+    """Writes transactions under one transactional id. A new writer fences the previous writers with the same id."""
 
     def __init__(self, bus: EmbeddedBus, transactional_id: str) -> None:
         self.bus, self.transactional_id = bus, transactional_id
@@ -445,7 +445,7 @@ def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> lis
 
 
 class EmbeddedConsumer(EmbeddedReader):
-    """A member of a consumer group. It reads the partitions that it has leased."""
+    """A member of a consumer group. The member reads the partitions that it has leased."""
 
     def __init__(self, bus: EmbeddedBus, group: str, topics: Sequence[str], member: str) -> None:
         super().__init__(bus, {})
@@ -519,7 +519,7 @@ class EmbeddedConsumer(EmbeddedReader):
             if member == self.member and self.epochs.get(tp) == epoch and in_our_share:
                 held[tp] = epoch
             elif in_our_share and (member not in members or member == self.member):
-                # An earlier process of the same name took a lease with another epoch. The lease gets a new epoch.
+                # A previous process of the same name took a lease with a different epoch. The lease gets a new epoch.
                 self.write_lease(db, topic, tp.partition, self.member, epoch + 1)
                 held[tp] = epoch + 1
             elif member == self.member:

@@ -85,7 +85,7 @@ _PROGRAMMING_ERRORS = (errors.IllegalStateError, errors.IllegalArgumentError)
 
 
 def parse_address(address: str) -> list[str]:
-    """Return the bootstrap servers of kafka://HOST:PORT[,HOST:PORT]. Raise UsageError for any other form."""
+    """Return the bootstrap servers of kafka://HOST:PORT[,HOST:PORT]. Raise UsageError if the address has a different form."""
     if "@" in address:  # the part before @ may contain a password, so the message does not contain the address
         raise UsageError(
             "a Kafka address must not contain a user or a password",
@@ -104,7 +104,7 @@ def parse_address(address: str) -> list[str]:
 
 @contextmanager
 def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
-    """Raise UsageError if the broker rejects a request, and BusUnreachable instead of all other errors of the client."""
+    """Raise UsageError if the broker rejects a request. Replace all other errors of the client with BusUnreachable."""
     try:
         yield
     except _PROGRAMMING_ERRORS:
@@ -193,7 +193,10 @@ def capture_connection_errors(protocol: str) -> Iterator[None]:
 
 
 class KafkaBus:
-    """The log on the Kafka brokers at `servers`. `options` are security options of kafka-python. They are never printed."""
+    """The log on the Kafka brokers at `servers`.
+
+    `options` are security options of kafka-python. These options are never printed.
+    """
 
     def __init__(
         self, servers: list[str], *, prefix: str = "", options: Mapping[str, Any] | None = None, static_members: bool = False
@@ -449,7 +452,7 @@ def _send_record(producer: kafka.KafkaProducer, topic: str, record: ProducerReco
 
 
 def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
-    """Raise an error unless every send succeeded. A successful commit does not guarantee this (see the module docstring)."""
+    """Raise an error if a send failed. A commit can succeed although a send failed (see the module docstring)."""
     producer.flush(timeout=_FLUSH_TIMEOUT_S)
     for future in futures:
         future.get(timeout=0)
@@ -547,7 +550,8 @@ class KafkaWriter:
     def replace_producer(self) -> None:
         """Replace the producer after a rejected transaction.
 
-        The new producer aborts the old transaction. It does not contain the offsets that the old producer would send again.
+        The new producer aborts the old transaction. The new producer does not contain the offsets that the old producer would
+        send again.
         """
         _close_producer(self.producer, 0)
         try:
@@ -743,7 +747,7 @@ class KafkaConsumer:
             if tp not in assignment or epochs.get(tp, assignment[tp]) != assignment[tp]:
                 raise PartitionLost(f"{tp.topic}[{tp.partition}] has moved to another member")
         current = self.client.group_metadata()
-        if self.membership is None or current[:3] != self.membership[:3]:  # the broker would also reject the commit, but later
+        if self.membership is None or current[:3] != self.membership[:3]:  # if not checked here, the broker rejects the commit
             raise PartitionLost("the group is rebalancing")
         return self.membership
 

@@ -1,7 +1,7 @@
 """The bus port: a durable, partitioned log with consumer groups and transactions.
 
 Two implementations pass the same contract tests: `engine.bus.embedded` (one SQLite file) and `engine.bus.kafka` (Apache Kafka).
-Both guarantee:
+The two implementations guarantee:
 
 * records with the same key are always written to the same partition;
 * records of a partition are read in the order in which they were written;
@@ -95,7 +95,8 @@ class Consumer(Protocol):
     def positions(self) -> Offsets:
         """Return the next offset of each assigned partition.
 
-        Positions can be compared with `Bus.end_offsets`, because both include the offsets of transaction markers.
+        Positions can be compared with `Bus.end_offsets`, because positions and end offsets include the offsets of transaction
+        markers.
         """
         ...
 
@@ -188,7 +189,7 @@ class Bus(Protocol):
         ...
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
-        """Write records without a transaction. Raise an error unless all records are durable."""
+        """Write records without a transaction. Raise an error if a record is not durable."""
         ...
 
     def open_writer(self, transactional_id: str) -> Writer: ...

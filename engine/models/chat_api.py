@@ -126,7 +126,7 @@ def parse_chat_completion(text: bytes) -> JsonObject:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates. They are valid in JSON but cannot be encoded as UTF-8."""
+    """Replace lone surrogates. Lone surrogates are valid in JSON but cannot be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,14 +1,15 @@
 """Convert a dialogue to token ids. Generation and training use the same conversion.
 
-If the tokenizer has a chat template, the template is used. Otherwise (a base model) the dialogue has this plain format:
+If the tokenizer has a chat template, the template is used. Without a chat template (a base model), the dialogue has this plain
+format:
 
     Human: <content>\n\nAssistant: <content>\n\nHuman: ...\n\nAssistant:
 
 A base model continues the dialogue. So its response ends at the point where the model starts the next message.
 
-A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into these characters. They are then
-not encoded as the special token, and they do not end the message. In the plain format, a paragraph can look like the start of a
-message. The empty line before such a paragraph is removed.
+A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into these characters. The
+characters are then not encoded as the special token, so they do not end the message. In the plain format, a paragraph can look
+like the start of a message. The empty line before such a paragraph is removed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> 
 
 
 def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
-    """Return the formatted prompt. It ends where the assistant message starts, or with the prefill."""
+    """Return the formatted prompt. The prompt ends where the assistant message starts, or with the prefill."""
     special_tokens = tokenizer.all_special_tokens
     contents = [
         {"role": message.role, "content": escape_special_tokens(message.content, special_tokens)} for message in messages

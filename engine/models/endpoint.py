@@ -83,7 +83,7 @@ def compute_served_revision(url: str, model: str) -> str:
 def open_endpoint(
     spec: str, *, api_key_env: str = "OPENAI_API_KEY", timeout_s: float = 120.0, concurrency: int = 16
 ) -> Endpoint:
-    """Open the model `http://HOST:PORT/v1#MODEL`. Raise UsageError for any other form."""
+    """Open the model `http://HOST:PORT/v1#MODEL`. Raise UsageError if the address has a different form."""
     address, _, model = spec.partition("#")
     try:
         url = httpx.URL(address)
@@ -265,7 +265,7 @@ class Endpoint:
 
         If `should_give_up(error, attempts)` returns true, raise RequestRejected. If a response takes longer than `timeout_s`,
         send a second request. If the server responds to this second request, return an empty response with the finish reason
-        "timeout". Otherwise treat the timeout as a failed attempt.
+        "timeout". If the server does not respond, treat the timeout as a failed attempt.
         """
         deadline, attempts = time.monotonic() + self.retry_timeout_s, 0
         while True:
@@ -332,7 +332,7 @@ class Endpoint:
     # Other models of the same server
 
     def with_model(self, model: str) -> Endpoint:
-        """Return an endpoint for another model of the same server. Both endpoints share the same connections."""
+        """Return an endpoint for another model of the same server. The two endpoints share their connections."""
         capabilities, other = self.server_capabilities, copy.copy(self)
         other.cached_server_capabilities = capabilities
         other.id, other.revision = model, compute_served_revision(self.url, model)
@@ -352,7 +352,7 @@ class Endpoint:
             )
 
     def require_served(self) -> None:
-        """Raise ModelUnreachable unless the server generates a token for this model."""
+        """Raise ModelUnreachable if the server does not generate a token for this model."""
         greeting = {
             "model": self.id,
             "messages": [{"role": "user", "content": "Hello"}],

