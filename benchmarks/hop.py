@@ -128,7 +128,7 @@ def _publish_prompts(bus: Bus, count: int, seed: int) -> int:
 def _measure_throughput(bus: Bus, start_offsets: Offsets, count: int) -> float:
     """Return the records per second of the outputs after `start_offsets`, computed from the log's timestamps.
 
-    Exit with an error unless the outputs are exactly `count` distinct records.
+    Exit with an error if the outputs are not exactly `count` distinct records.
     """
     reader, timestamps, keys = bus.open_reader(start_offsets), [], set()
     deadline = time.monotonic() + _READ_IDLE_TIMEOUT_S

@@ -75,7 +75,7 @@ def _generate_in_batches(model: LocalModel, questions: Sequence[_Messages]) -> l
 def _compare_with_peers(
     name: str, model: LocalModel, charter_rate: float, questions: Sequence[_Messages], num_sequential: int, num_orders: int = 1
 ) -> float:
-    """Print the rates of Charter and of both peers. Return Charter's rate divided by the rate of the sequential peer.
+    """Print the rates of Charter and of the two peers. Return Charter's rate divided by the rate of the sequential peer.
 
     Charter asks in `num_orders` orders. The peers ask in only one order.
     """

@@ -69,7 +69,10 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
 
 
 def _measure_peak_bytes() -> int:
-    """Return the peak memory of this process in bytes. It is the allocator's peak (GPU) or the largest resident set (CPU)."""
+    """Return the peak memory of this process in bytes.
+
+    On a GPU, the peak is the allocator's peak. On a CPU, the peak is the largest resident set.
+    """
     import torch
 
     if torch.cuda.is_available():

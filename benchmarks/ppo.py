@@ -44,7 +44,10 @@ REWARD_SCALE = 10.0  # scales the fraction of a letter, so that rewards vary by 
 
 @dataclass(frozen=True)
 class PPOTask:
-    """Both contestants run this task. `reward_model` is a folder. If it is empty, the reward is the fraction of letters `a`."""
+    """Charter and trl run this task.
+
+    `reward_model` is a folder. If `reward_model` is empty, the reward is the fraction of letters `a`.
+    """
 
     policy: str
     prompts: tuple[str, ...]
@@ -218,7 +221,10 @@ def _compare_speed(trl112: Path, num_prompts: int, num_rounds: int, contestant_i
 
 
 def _create_small_model(folder: Path, seed: int) -> None:
-    """Create a four-layer Llama with one token per letter and random weights. It samples all letters about equally often."""
+    """Create a four-layer Llama with one token per letter and random weights.
+
+    The model samples all letters about equally often.
+    """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -142,7 +142,7 @@ def _run_trl(task: PPOTask) -> list[RoundTiming]:
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
-        except RuntimeError as error:  # if the policy has diverged, sampling fails; the earlier rounds are still used
+        except RuntimeError as error:  # if the policy has diverged, sampling fails; the rounds before the failure are used
             print(
                 f"trl 1.12 ends after {len(rewards.mean_rewards)} of {task.num_rounds} rounds: {error}",
                 file=sys.stderr,

@@ -7,7 +7,8 @@ in flight. Its policy is the small language model of `benchmarks.learning`, and 
 process runs an unchanged `charter train --loop`. `--kills` is the number of times that the test kills the trainer with SIGKILL
 at a random time and restarts it.
 
-The results are counted from the records. The exit code is 1 unless each of these numbers is 0:
+The results are counted from the records. If one of these numbers is not 0, the
+exit code is 1:
 
 * rollouts that were older than the settings allow when they were used for training
 * responses that were not sampled with the weights of their policy version
@@ -120,7 +121,7 @@ def _run_stream(folder: Path) -> None:
 def _generate_question_batches() -> Iterator[tuple[int, list[ToyQuestion]]]:
     """Yield batches of questions without end. Yield the epoch with each batch.
 
-    The language has only thousands of questions, so later epochs repeat them.
+    The language has only thousands of questions, so every epoch after the first one repeats the questions.
     """
     for epoch in range(10**9):
         questions = generate_questions(epoch)

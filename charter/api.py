@@ -125,10 +125,10 @@ class Charter:
     """Responds to prompts, and criticizes, revises and judges the responses under a constitution.
 
     `constitution` is the name of a shipped constitution, a path, or a Constitution. `model` is the policy. The critic and the
-    judge use the same model unless `critic` or `judge` is given. A model is a Model (any object with the methods of
-    engine.models.interface.Model), or a model setting: smollm2, a folder, a hub id, or http://HOST:PORT/v1#NAME. `settings` maps
-    dotted names to values. All other settings come from the environment, ./charter.toml (or `config`) and the defaults, as for
-    the command line.
+    judge use the same model if `critic` and `judge` are not given. A model is a Model (any object with the methods of
+    engine.models.interface.Model), or a model setting: smollm2, a folder, a hub id, or http://HOST:PORT/v1#NAME. `settings`
+    maps dotted names to values. All other settings come from the environment, ./charter.toml (or `config`) and the defaults, as
+    for the command line.
 
     Raises UsageError for an invalid setting or prompt, and ConstitutionError for an invalid constitution. Raises ModelUnreachable
     on first use of a model that cannot be loaded or reached.
@@ -184,7 +184,7 @@ class Charter:
     def generate_preference_pairs(self, prompts: Iterable[PromptLike]) -> list[JudgedResponse]:
         """Run `generate_preference_pair` for many prompts in batches.
 
-        Raises UsageError for a response with one completion, unless judge.pairing is "revision".
+        Raises UsageError for a response with one completion if judge.pairing is not "revision".
         """
         if self.settings.judge.pairing == "revision":
             chains = self.self_critique_loops(prompts)

@@ -27,7 +27,10 @@ def decode_value(value: bytes) -> Any:
 
 
 def find_dead_letter(store: Store, identifier: str) -> dict[str, Any]:
-    """Return the row of the dead letter with this id or id prefix. Raises UsageError unless exactly one matches."""
+    """Return the row of the dead letter with this id or id prefix.
+
+    Raises UsageError if no dead letter or several dead letters match.
+    """
     rows = store.query_dicts(
         "SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?", [make_id_pattern(identifier)], limit_s=10.0
     )

@@ -168,7 +168,7 @@ def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
 
 
 def _check_models(settings: Settings) -> Iterator[CheckResult]:
-    """Check each model once. It must be a folder with weights, a model in the cache, or a model on a reachable server."""
+    """Check each model once. A model must be a folder with weights, a model in the cache, or a model on a reachable server."""
     checked: set[str] = set()
     for role in _MODEL_ROLES:
         spec = getattr(settings.models, role) or settings.models.policy

@@ -17,7 +17,10 @@ from schemas.records import ConstitutionRef, RunManifest
 
 
 def make_run_manifest(settings: Settings, constitution: Constitution, replay: dict[str, Any] | None = None) -> RunManifest:
-    """Return the manifest of a run. `replay` describes the records that a replay reads. It is stored with the settings."""
+    """Return the manifest of a run.
+
+    `replay` describes the records that a replay reads. `replay` is stored with the settings.
+    """
     values = settings.model_dump(mode="json", exclude={"data", "bus"}) | ({"replay": replay} if replay else {})
     settings_json = json.dumps(values, ensure_ascii=False)
     configuration = ids.compute_fingerprint(

@@ -75,8 +75,8 @@ class _MetricsCollector:
 def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) -> Callable[[Bus], Iterator[MetricSample]]:
     """Return a function that yields the samples of a host's workers and sinks.
 
-    Each scrape reads `sinks`, because a standby sink is added later. The lag samples are last, because the log may be
-    unreachable.
+    Each scrape reads `sinks`, because a standby sink can be added after this call. The lag samples are last, because the log
+    may be unreachable.
     """
 
     def read(bus: Bus) -> Iterator[MetricSample]:

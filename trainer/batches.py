@@ -11,9 +11,9 @@ again for each batch. A reward model that learns only from the responses of the 
 of responses. PPO would then return to these older kinds. (Bai et al. 2022, HH-RLHF, section 4.5, train on the comparisons of
 all policies so far. Rolnick et al. 2019 mix new and replayed experience in equal parts.) The manifest lists the replayed rows.
 
-A manifest lists the rows in the order of training. It holds a hash of all columns that training reads, the seed, and the
-settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this module
-decides whether a rollout is too stale. The decision depends only on the records. A rollout that PPO can no longer use is
+A manifest lists the rows in the order of training. The manifest holds a hash of all columns that training reads, the seed, and
+the settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this
+module decides whether a rollout is too stale. The decision depends only on the records. A rollout that PPO can no longer use is
 dropped, and the reason is published on the topic `dropped-rollouts`.
 """
 
@@ -83,9 +83,9 @@ _STEPS_PER_LENGTH_GROUP = 16
 
 @dataclass(frozen=True)
 class StalenessLimits:
-    """These limits define how stale a rollout may be. They count policy versions, reward-model versions and seconds.
+    """These limits define how stale a rollout may be. The limits count policy versions, reward-model versions and seconds.
 
-    If `max_age_s` is 0, the age in seconds is not limited.
+    If `max_age_s` is 0, the age has no limit.
     """
 
     max_staleness: int = 4
@@ -192,8 +192,8 @@ def select_rollouts(
     """Return the responses that PPO may train on, and a DroppedRollout for each response that PPO can no longer use.
 
     A response that PPO could never use is skipped. The column `exclusion_reason` of the view gives the reason.
-    `served_revisions` maps each policy version to the revision that a server reports. It is needed because the weights on a
-    server cannot be compared directly.
+    `served_revisions` maps each policy version to the revision that a server reports. The revision is needed because the
+    weights on a server cannot be compared directly.
     """
     sql = """
         SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,

@@ -3,11 +3,11 @@
     accelerate launch --multi_gpu --num_processes 4 --module charter train --loop
 
 The main process does what a single trainer process does: it samples batches, uses the log and writes checkpoints. The other
-processes do not use the log or the database. They wait in `join_processes` for the learner calls that the main process
-broadcasts. They make the same calls and discard the results. Within a call, the rows of each step are divided among the
-processes. trl's trainers divide the rows themselves. PPO splits the rows and sums the gradients. trl fills an incomplete last
-batch with rows from the beginning. PPO splits the incomplete batch without filling it. All processes read the same files, so
-each process needs access to the data folder and to the models.
+processes do not use the log or the database. The other processes wait in `join_processes` for the learner calls that the main
+process broadcasts. These processes make the same calls and discard the results. Within a call, the rows of each step are
+divided among the processes. trl's trainers divide the rows themselves. PPO splits the rows and sums the gradients. trl fills an
+incomplete last batch with rows from the beginning. PPO splits the incomplete batch without filling it. All processes read the
+same files, so each process needs access to the data folder and to the models.
 
 This module was tested with two processes on a CPU. It has not been run on several GPUs.
 """
@@ -26,7 +26,7 @@ from torch import distributed
 from engine.errors import CharterError
 from trainer.hf import StepCallback, ignore_step
 
-_CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days later
+_CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days after the last batch
 T = TypeVar("T")
 # The process group that broadcasts calls. The group of the GPUs is not suitable, because it times out after minutes.
 _process_groups: list[Any] = []

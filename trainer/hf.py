@@ -19,7 +19,7 @@ _WARMUP_RATIO = 0.15
 
 
 def ignore_step(step: int, metrics: dict[str, float]) -> None:
-    """Do nothing. This is the default of `on_step`."""
+    """Do nothing. This function is the default of `on_step`."""
 
 
 def compute_micro_batch_size(batch_size: int, max_size: int) -> int:

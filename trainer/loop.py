@@ -55,11 +55,11 @@ MonitorCheck = Callable[[TrainingState, TimedStore, ModelFolders, Callable[[Sequ
 
 
 def _ignore_step(phase: str, step: int, metrics: dict[str, float]) -> None:
-    """Do nothing. This is the default of `on_step`."""
+    """Do nothing. This function is the default of `on_step`."""
 
 
 def _ignore_update(update: PolicyUpdate) -> None:
-    """Do nothing. This is the default of `on_update`."""
+    """Do nothing. This function is the default of `on_update`."""
 
 
 class Trainer:
@@ -162,7 +162,8 @@ class Trainer:
         self.next_monitor_at = 0.0  # check the new policy at the next tick
         return True
 
-    # The actions. Each method reads the log, unless the caller passes the state of the tick.
+    # The actions. If the caller passes the state of the tick, the method uses this state. In all other cases the method reads
+    # the log.
 
     def resume(self, state: TrainingState | None = None) -> PolicyUpdate | None:
         """Finish the oldest batch that a crash left unfinished.
@@ -219,7 +220,7 @@ class Trainer:
         """Return whether SFT must wait for RL.
 
         After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
-        rollouts. SFT therefore waits while RL has rollouts that it can use. It also waits until the policy of the last SFT
+        rollouts. SFT therefore waits while RL has rollouts that it can use. SFT also waits until the policy of the last SFT
         update has responded to as many prompts as PPO needs.
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
@@ -238,7 +239,8 @@ class Trainer:
     def run_monitor(self, state: TrainingState | None = None) -> bool:
         """Check the newest policy, and roll back if it exceeds a limit. Return whether a rollback was made.
 
-        The check is skipped while RL is paused. It is also skipped for `_MONITOR_INTERVAL_S` seconds after the last check.
+        The check is skipped while RL is paused. The check is also skipped for `_MONITOR_INTERVAL_S` seconds after the last
+        check.
         """
         state = state or self.read_state()
         if self.monitor is None or self.rl_phase in state.paused_phases or time.monotonic() < self.next_monitor_at:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _Metrics = dict[str, float]
 # A `PairJudge` is the held-out judge. No reward model is trained on its labels. For each (messages, response_a, response_b),
-# the judge returns the probability that response_a is better. It returns None if it cannot give a label.
+# the judge returns the probability that response_a is better. The judge returns None if it cannot give a label.
 PairJudge = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str, str]]], list[float | None]]
 
 _MONITOR_PHASE = "monitor"
@@ -181,7 +181,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
 def compute_confidence_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of the values, and the bounds of the 95 % interval of the mean (normal approximation).
 
-    For a single value, both bounds are equal to the value.
+    For a single value, the two bounds are equal to the value.
     """
     mean = fmean(values)
     half = Z_SCORE_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -1,8 +1,9 @@
 """Connect each phase to its learner.
 
-Each `learn_*` function converts the rows of a batch to the learner's inputs and calls the learner. It returns the metrics, and
-a function that saves the trained model into a folder. It raises TrainingFailed (or a subclass) when training on the batch
-fails, for example because of a NaN loss, one-sided labels or equal rewards. In this case no model is saved or published.
+Each `learn_*` function converts the rows of a batch to the learner's inputs and calls the learner. The function returns the
+metrics, and a second function that saves the trained model into a folder. A `learn_*` function raises TrainingFailed (or a
+subclass) when training on the batch fails, for example because of a NaN loss, one-sided labels or equal rewards. In this case
+no model is saved or published.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class Updater:
         try:
             return self.train_and_publish(batch, state, timer)
         except (DependencyUnreachable, CommitUncertain, WriterFenced):
-            raise  # the batch did not cause the error, so it is resumed later
+            raise  # the batch did not cause the error, so the batch is not voided
         except CharterError as error:
             self.void_batch(batch.manifest, error.what, error.why)
             raise

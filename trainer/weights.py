@@ -329,8 +329,8 @@ def save_adapter(model: Any, folder: Path) -> None:
 def save_combined_adapter(folder: Path, adapter_folder: Path, start_folder: Path, base_folder: Path) -> None:
     """Save one adapter for the base model in the `adapter/` folder of a checkpoint. A server with the base model can use it.
 
-    The adapter in `adapter_folder` was trained on the checkpoint in `start_folder`. It is joined with the adapter of that
-    checkpoint: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. If an earlier update trained all
+    The adapter in `adapter_folder` was trained on the checkpoint in `start_folder`. The adapter is joined with the adapter of
+    that checkpoint: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ranks add up, and the result is exact. If an earlier update trained all
     weights, no adapter is saved.
     """
     start_adapter = start_folder / ADAPTER_FOLDER

@@ -9,12 +9,12 @@ In a run, the model's responses go through the real stages, sink and trainer on 
 (`experiment`). These are the arms:
 
     judge      The labels follow a known rule: refuse harmful prompts, help with all other prompts, and start politely.
-    shuffled   This is a control. The margins of the labels have the same sizes, but random signs.
-    sft        This is a control without RL. Supervised fine-tuning on the new revision chains replaces each PPO update.
+    shuffled   The arm is a control. The margins of the labels have the same sizes, but random signs.
+    sft        The arm is a control without RL. Supervised fine-tuning on the new revision chains replaces each PPO update.
     hacked     This arm has a planted fault: the labels prefer the longer response. This arm makes four times as many updates.
                During these updates, the monitor must report an exceeded limit. The policy is then rolled back.
-    trl112     This is a comparison with trl 1.12's PPOTrainer (`trl112`). It starts from policy 1 of the judge's run and
-               needs --trl112 DIR.
+    trl112     The arm is a comparison with trl 1.12's PPOTrainer (`trl112`). The arm starts from policy 1 of the judge's
+               run and needs --trl112 DIR.
 
 The monitor checks every policy of the arms judge and hacked. In the arm judge, an exceeded limit is recorded, but the policy is
 not rolled back.

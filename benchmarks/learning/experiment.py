@@ -1,7 +1,9 @@
-"""Send prompts through the real stages, sink and trainer, for several policy versions. This is one run of the benchmark.
+"""Send prompts through the real stages, sink and trainer, for several policy versions.
+
+The module makes one run of the benchmark.
 
     iteration 0   policy 0 (the base model) responds -> SFT on the final responses produces policy 1; the labels train reward
-                  model 1. This iteration has twice as many prompts as later ones, because no earlier labels exist
+                  model 1. This iteration has twice as many prompts as the other iterations, because no labels exist before it
     iteration k   policy k responds to new prompts   -> PPO (or SFT) on these responses produces policy k+1; the new labels
                   train the next reward model
     the last one  the last policy responds to new prompts; nothing is trained

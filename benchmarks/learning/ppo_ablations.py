@@ -4,8 +4,8 @@
     python -m benchmarks.learning.ppo_ablations --seed 7
 
 The benchmark trains a smaller model on the same language. The reward is the rule's score plus an offset. The offset
-depends only on the prompt. It imitates a reward model that was trained on pairs. The scores of such a model cannot be compared
-between prompts. The test suite runs one seed (tests/trainer/test_ppo_learns.py).
+depends only on the prompt. The offset imitates a reward model that was trained on pairs. The scores of such a model cannot be
+compared between prompts. The test suite runs one seed (tests/trainer/test_ppo_learns.py).
 """
 
 from __future__ import annotations

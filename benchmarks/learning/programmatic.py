@@ -58,7 +58,7 @@ def compute_win_probability(margin: float) -> float:
 
 
 def _make_option_scores(first_probability: float) -> OptionScores:
-    """Return the scores of two options. The first has this probability, relative to both options together."""
+    """Return the scores of two options. Of the probability of the two options, the first has `first_probability`."""
     probabilities = (first_probability, 1 - first_probability)
     return OptionScores(tuple(math.log(_OPTION_MASS * p) for p in probabilities), _OPTION_MASS)
 

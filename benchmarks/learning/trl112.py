@@ -6,9 +6,9 @@ A run starts from policy 1 of the judge's run with the same seed. Both runs make
 update has the same number of prompts and completions. The minibatch size, the epochs, the peak learning rate and the KL
 coefficient are also the same. All other settings are trl's defaults. The learning rate therefore decreases linearly over all
 updates. A separate value model starts from the reward model. The reward model is the last reward model of the judge's run,
-which was trained on the most labels. It is not updated. Its scores are scaled to a standard deviation of 1, as in Charter.
-PPOTrainer samples its own completions, so the target rate of a version is measured on the batch that this version sampled. The
-last version responds to new prompts after training, with the stream's sampling.
+which was trained on the most labels. The reward model is not updated. Its scores are scaled to a standard deviation of 1, as in
+Charter. PPOTrainer samples its own completions, so the target rate of a version is measured on the batch that this version
+sampled. The last version responds to new prompts after training, with the stream's sampling.
 
 This file runs in a process whose path contains trl 1.12. The file must not import the trainer package, because the trainer
 package needs another version of trl. The file prints the responses as JSON.

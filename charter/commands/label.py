@@ -102,7 +102,7 @@ def label(
 
 
 def find_label(store: Store, identifier: str) -> dict[str, Any]:
-    """Return the judge's label with this id or id prefix. Raise UsageError unless exactly one label matches."""
+    """Return the judge's label with this id or id prefix. Raise UsageError if no label or several labels match."""
     rows = store.query_dicts(_LABEL_BY_ID_SQL, {"id": make_id_pattern(identifier)}, limit_s=_QUERY_TIMEOUT_S)
     if len(rows) == 1:
         return rows[0]
@@ -173,7 +173,7 @@ def _label_interactively(store: Store, bus: Bus, filters: dict[str, Any], seed: 
     for number, row in enumerate(pairs, 1):
         try:
             p_a = _ask_preference(row, number, len(pairs), seed)
-        except click.Abort:  # Ctrl-C or Ctrl-D; earlier labels are already on the log
+        except click.Abort:  # Ctrl-C or Ctrl-D; the labels before the interruption are already on the log
             click.echo()
             return num_labels
         if p_a is None:

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 360, 200
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 52, 12, 26, 38
-_MAX_POINT_LABELS = 8  # in one chart
-_MAX_BOUNDARIES = 24  # more vertical lines would hide the curve
+_MAX_POINT_LABELS = 8  # the largest number of point labels in one chart
+_MAX_BOUNDARIES = 24  # more than 24 vertical lines would hide the curve
 _Point = tuple[float, float]
 
 
@@ -278,7 +278,7 @@ def draw_interval(value: float | None, bounds: Sequence[float] | None, label: st
 
 
 def draw_order_comparison(forward: float | None, backward: float | None, mean: float | None, label: str) -> Markup:
-    """Draw the probability that response A wins, in both presentation orders, on a line from 0 to 1."""
+    """Draw the probability that response A wins, in the two presentation orders, on a line from 0 to 1."""
     width, y = 300, 26
 
     def x(share: float) -> float:

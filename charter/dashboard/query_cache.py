@@ -29,7 +29,7 @@ _QueryFunction = Callable[[QueryFunction], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CachedResult:
-    """Holds a query result. If `error` is set, `data` is the last earlier result, or None if there is no earlier result."""
+    """Holds a query result. If `error` is set, `data` is the last earlier result, or None without such a result."""
 
     data: dict[str, Any] | None
     error: CharterError | None = None

@@ -142,7 +142,7 @@ def _format_symbol(value: str | None) -> str:
 
 
 def create_template_environment() -> Environment:
-    """Return the template environment. It escapes all values and raises an error for an undefined name."""
+    """Return the template environment. The environment escapes all values and raises an error for an undefined name."""
     environment = Environment(
         loader=PackageLoader("charter.dashboard"),
         autoescape=True,

@@ -1,8 +1,8 @@
 """Control access to the dashboard, and set the content security policy of its pages.
 
 * A web page of another site can send requests to the dashboard if a browser on this machine shows the page. Therefore the Host
-  header must be a loopback name (against DNS rebinding). Requests from pages of other sites are refused (Sec-Fetch-Site), except
-  links to a page. A POST needs the Origin of the dashboard.
+  header must be a loopback name (against DNS rebinding). Requests from pages of other sites are refused (Sec-Fetch-Site). Links
+  to a page are allowed. A POST needs the Origin of the dashboard.
 * On all other addresses, every request needs the token. The first request of a browser has the token as a URL parameter. Later
   requests have the token in a SameSite cookie. Other clients can send a bearer token. The browser binds the cookie to the host
   name, so every Host header is allowed.

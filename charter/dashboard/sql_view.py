@@ -1,9 +1,9 @@
 """Run read-only queries for the SQL view, in the sandbox of the store. The view also offers example queries.
 
 A query of a user runs in a subprocess (`python -m charter.dashboard.sql_view DATABASE`). The subprocess reads the statement from
-standard input and writes JSON to standard output. A subprocess is necessary because DuckDB cannot interrupt a query while it
-builds one value: `SELECT range(100000000)` takes 20 s and 7 GB of memory for one value. At the limit, the operating system
-kills the subprocess. This releases the database file and the memory.
+standard input and writes JSON to standard output. A subprocess is necessary because DuckDB cannot interrupt a query while
+DuckDB builds one value: `SELECT range(100000000)` takes 20 s and 7 GB of memory for one value. At the limit, the operating
+system kills the subprocess. The end of the subprocess releases the database file and the memory.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ this replay excludes the principle. One more replay with the full constitution i
 
 A seed depends only on the response, and the sampling of a principle depends on its id. Therefore an excluded principle should
 change only the chains and labels that the principle was sampled for. Changes in other chains and labels are noise: a different
-batch composition changes the rounding, and this can change a sampled token. The column `changed_elsewhere` counts these changes.
+batch composition changes the rounding, and the different rounding can change a sampled token. The column `changed_elsewhere`
+counts these changes.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def _compute_chain_stats(before: RowsByKey, after: RowsByKey) -> tuple[Any, ...]
     """Return statistics of the chains.
 
     The first two values are the number of chains and the fraction of revised chains. The last two values compare the final
-    responses of the two runs: the number of changed final responses, and the mean similarity. They use only the chains that
-    both runs have, and are None if there are no such chains.
+    responses of the two runs: the number of changed final responses, and the mean similarity. The last two values use only the
+    chains that both runs have. These two values are None if there are no such chains.
     """
     pairs = [(before[key]["final_response"] or "", row["final_response"] or "") for key, row in after.items() if key in before]
     revised = [float(row["final_response"] != row["initial_response"]) for row in after.values()]

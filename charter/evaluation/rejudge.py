@@ -68,7 +68,7 @@ class BatchJudge:
 def make_pair_response(
     messages: Sequence[ChatMessage], response_a: str, response_b: str, tags: Sequence[str], source: str
 ) -> Response:
-    """Return a Response record whose two completions are the given responses. This is the input of the judge stage."""
+    """Return a Response record whose two completions are the given responses. The record is the input of the judge stage."""
     prompt_id = ids.compute_prompt_id(messages)
     return Response(
         record_id=ids.compute_record_id("pair", [prompt_id], ids.compute_fingerprint("imported_pair", response_a=response_a, response_b=response_b)),

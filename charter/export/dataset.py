@@ -282,7 +282,8 @@ def _is_export_folder(folder: Path) -> bool:
 def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
     """Yield a temporary folder next to the target, and rename it to the target if the block succeeds.
 
-    Raises UsageError if the target exists, unless `force` is true and `charter export` wrote it.
+    An existing target is replaced if `force` is true and `charter export` wrote the target. Raises UsageError for every other
+    existing target.
     """
     if target.exists() and not (force and _is_export_folder(target)):
         why = "an export did not write this folder" if force else "an existing folder is replaced only with --force"

@@ -1,4 +1,4 @@
-"""Write the dataset card of an export. It describes the rows, the excluded records and the origin of the rows."""
+"""Write the dataset card of an export. The card describes the rows, the excluded records and the origin of the rows."""
 
 from __future__ import annotations
 

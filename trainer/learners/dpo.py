@@ -1,14 +1,16 @@
-"""Train the policy with DPO, the alternative to PPO. DPO uses the labels directly. It needs no reward model and no rollouts.
+"""Train the policy with DPO, the alternative to PPO.
+
+DPO uses the labels directly. DPO works without a reward model and without rollouts.
 
 Let d = (log pi(a) - log ref(a)) - (log pi(b) - log ref(b)), where each log-probability is summed over the response's tokens.
 Let p be the judge's probability that a is better. The loss is
 
     -[p log s(beta d) + (1 - p) log s(-beta d)]
 
-For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). For 0 < p < 1 the minimum is at s(beta d) = p, as in the reward model. It
-is not at infinity. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. If the label of
-an undecided judge were rounded to 0 or 1, it would change the policy as much as the label of a judge who is certain. trl's
-`label_smoothing` is the same loss, but all pairs share one p. Here each pair has its own p.
+For p = 1 this is DPO (Rafailov et al. 2023, eq. 7). For 0 < p < 1 the minimum is at s(beta d) = p, as in the reward model. The
+minimum is not at infinity. If the judge is undecided (p = 0.5), the minimum is at d = 0, so the policy does not change. If the
+label of an undecided judge were rounded to 0 or 1, it would change the policy as much as the label of a judge who is certain.
+trl's `label_smoothing` is the same loss, but all pairs share one p. Here each pair has its own p.
 
 The reference is the policy of the last supervised phase, as in PPO. Its log-probabilities are computed before the first step.
 With LoRA, they are computed by the policy with its adapter disabled. Without LoRA, the reference is loaded next to the policy
@@ -81,7 +83,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
     @staticmethod
     def compute_response_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed log-probabilities of both responses, (B,) each."""
+        """Return two tensors of shape (B,): the summed log-probabilities of the two responses."""
         mask = inputs["completion_mask"]
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -95,7 +97,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
 
 
 class _SoftLabelCollator(DataCollatorForPreference):
-    """This class extends trl's collator. It also collects the soft labels."""
+    """This class extends trl's collator. This collator also collects the soft labels."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)

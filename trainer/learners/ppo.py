@@ -31,15 +31,15 @@ The implementation differs from the papers in the following points, for these re
     the regression coefficient of the future rewards on the values, limited to [0, 1] (the best coefficient of a control
     variate: Greensmith et al. 2004, section 5).
  5. The loss has no entropy bonus. Dropout is off. Gamma is 1. A completion is scored once, at its end.
- 6. beta adapts to a KL target in nats per sequence, once per update. It doubles if the KL is above 1.5 times the target, and
+ 6. beta adapts to a KL target in nats per sequence, once per update. beta doubles if the KL is above 1.5 times the target. beta
     halves if the KL is below two thirds of the target (Schulman et al. 2017, section 4). Beta never falls below the setting
     `ppo.beta`. Ziegler's controller (2 % per update) is made for thousands of small updates, but a stream makes few large
     updates. The KL is estimated from the rollouts, under pi_old. The first update after SFT does not change beta. Before this
     update, the policy is equal to the reference, so the KL is zero for any beta.
- 7. The clip limits how much the gradient of a completion changes the tokens of this completion. It does not limit how much this
-    gradient changes the tokens of other completions. When training makes some completions less likely, the tokens that all
-    completions share can also become less likely. As a result, tokens that occur in no sample become more likely. Therefore
-    each step also has a KL penalty towards pi_old (Schulman et al. 2017, section 4, in addition to the clip).
+ 7. The clip limits how much the gradient of a completion changes the tokens of this completion. The clip does not limit how
+    much this gradient changes the tokens of other completions. When training makes some completions less likely, the tokens
+    that all completions share can also become less likely. As a result, tokens that occur in no sample become more likely.
+    Therefore each step also has a KL penalty towards pi_old (Schulman et al. 2017, section 4, in addition to the clip).
  8. If a KL is above its limit before a step, the step is not made and the update ends. The KL to the reference, the KL to the
     base model and the KL to pi_old (`max_kl_update`) have limits. Within an update, only the KL to pi_old is reliable. The
     other two KLs are estimated for the current policy, from completions that pi_old sampled. If the policy has learned to write
@@ -89,7 +89,7 @@ _MIN_STD = 1e-4
 _MAX_GRAD_NORM = 1.0
 _MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6, a linear head that starts at zero hardly learns
 _MAX_TRUNCATED_FRACTION = 0.5
-_KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because the mean of fewer rollouts is too noisy
+_KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because the mean of fewer than 64 is too noisy
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,15 @@ def _entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the unbiased estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k1"). It may be negative."""
+    """Return the unbiased estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k1").
+
+    The estimate may be negative.
+    """
     return logp - logq
 
 
 def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k3"). It is never negative."""
+    """Return the estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k3"). The estimate is never negative."""
     return torch.expm1(logq - logp) - (logq - logp)
 
 
@@ -268,7 +271,9 @@ def compute_clipped_policy_loss(
 def compute_clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """Return half the squared error per token. The value and the clipped value each have an error. The larger error counts.
+    """Return half the squared error per token.
+
+    The value has an error, and the clipped value has an error. The larger of these two errors counts.
 
     The clipped value differs from the old value by at most `clip`.
     """
@@ -434,7 +439,7 @@ def compute_model_logprobs(
 class TrainedPolicy:
     """This is the policy after an update.
 
-    `save` writes the policy. It also saves the state that the next update starts from, in the folder `weights.RL_FOLDER`.
+    `save` writes the policy. `save` also saves the state that the next update starts from, in the folder `weights.RL_FOLDER`.
     """
 
     policy: Any

@@ -7,9 +7,9 @@ For a pair with the judge's probability p that A is better, the loss is (Lee et 
 The first term has its minimum at s(rA - rB) = p. The second term keeps scores near zero.
 
 A tenth of the prompts is never used for training. These prompts are selected by hash, so they are the same in every batch.
-These held-out prompts are used to measure the accuracy, the calibration, the margin and the correlation with length. They are
-also used to measure the mean and the standard deviation that normalize the scores. The mean and the standard deviation are
-saved in the checkpoint (`reward.json`) and do not change. A model is rejected in two cases:
+These held-out prompts are used to measure the accuracy, the calibration, the margin and the correlation with length. The
+held-out prompts are also used to measure the mean and the standard deviation that normalize the scores. The mean and the
+standard deviation are saved in the checkpoint (`reward.json`) and do not change. A model is rejected in two cases:
 
 - The model agrees with fewer held-out labels than its starting model did, and the difference is statistically significant.
   Fine-tuning on the newest labels can reverse what earlier labels taught.
@@ -48,7 +48,7 @@ _NORMALIZATION_FILE = "reward.json"
 _MIN_STD = 1e-4
 _SCORE_BATCH_SIZE = 16
 _HELD_OUT_FRACTION = 0.1  # the fraction of prompts whose labels are never used for training
-_MIN_HELD_OUT_PAIRS = 8  # with fewer pairs, the mean and the deviation are too noisy
+_MIN_HELD_OUT_PAIRS = 8  # with fewer than 8 pairs, the mean and the deviation are too noisy
 _MIN_LABELS_FOR_TEST = 16  # the probability that 16 coin flips are all equal is 1 / 32,768
 _SIGNIFICANCE_LEVEL = 0.025  # the probability that a guessing model is accepted
 
@@ -257,8 +257,8 @@ def require_two_sided_labels(examples: Sequence[PreferenceExample]) -> None:
 def split_held_out(examples: Sequence[PreferenceExample]) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
     """Split the examples into training examples and held-out examples.
 
-    A prompt is held out if its hash is below `_HELD_OUT_FRACTION`. If this gives fewer than `_MIN_HELD_OUT_PAIRS` pairs, the
-    prompts with the next lowest hashes are also held out, up to a quarter of the batch.
+    A prompt is held out if its hash is below `_HELD_OUT_FRACTION`. If this rule selects fewer than `_MIN_HELD_OUT_PAIRS` pairs,
+    the prompts with the next lowest hashes are also held out, up to a quarter of the batch.
     """
     by_prompt: dict[float, list[PreferenceExample]] = {}
     for example in examples:

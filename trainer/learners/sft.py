@@ -36,7 +36,7 @@ IGNORE_INDEX = -100  # the label of tokens that the loss ignores (PyTorch's defa
 class SftExample:
     """An example has a prompt and the response to learn.
 
-    `ends_with_eos` is true if the response ended with the end token. It is false if the response was truncated.
+    `ends_with_eos` is true if the response ended with the end token. `ends_with_eos` is false if the response was truncated.
     """
 
     messages: tuple[ChatMessage, ...]
