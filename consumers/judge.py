@@ -330,5 +330,5 @@ def _compute_weighted_mean(values: Sequence[float | None], weights: Sequence[flo
 
 
 def make_constitution_ref(constitution: Constitution) -> ConstitutionRef:
-    """Return the reference to a constitution that records contain."""
+    """Return the name, version and hash of a constitution, as they are stored in records."""
     return ConstitutionRef(name=constitution.name, version=constitution.version, hash=constitution.hash)

@@ -96,7 +96,7 @@ def _broadcast_object(value: Any) -> Any:
 
 
 def _follow_main_process() -> None:
-    """Make the learner calls that the main process broadcasts, until it broadcasts None."""
+    """Run each learner call that the main process broadcasts. Stop when it broadcasts None."""
     logging.getLogger("charter").setLevel(logging.ERROR)  # only the main process logs messages
     while (call := _broadcast_object(None)) is not None:
         learner, arguments, named = call

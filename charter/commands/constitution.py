@@ -78,7 +78,7 @@ def _query_used_constitutions(settings: Settings) -> list[tuple[str, str, str, s
 def list_constitutions(settings: Settings, output: str) -> None:
     """List the shipped constitutions and those of earlier runs.
 
-    The columns critique and judge are numbers of principles. The column prose is the number of paragraphs.
+    The columns `critique` and `judge` show the number of principles. The column `prose` shows the number of paragraphs.
 
     \b
     Examples:
