@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -174,7 +175,7 @@ def _check_models(settings: Settings) -> Iterator[CheckResult]:
         spec = getattr(settings.models, role) or settings.models.policy
         if spec not in checked:
             checked.add(spec)
-            yield from _run_check(f"model {role}", lambda _, spec=spec, role=role: _check_model(spec, role, settings), settings)  # type: ignore[misc]
+            yield from _run_check(f"model {role}", partial(_check_model, spec, role), settings)
 
 
 def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResult]:

@@ -84,7 +84,8 @@ class RoleModels:
         path = locate_checkpoint(update.uri, self.settings.folder / "checkpoints")
         folder = read_checkpoint(path, update.content_hash).folder
         if is_endpoint(self.get_spec("policy")):
-            return WeightSync(self.get_model("policy"), self.settings.models.weight_sync)(update, folder)  # type: ignore[arg-type]
+            endpoint: Any = self.get_model("policy")  # an Endpoint, because its setting is the address of a server
+            return WeightSync(endpoint, self.settings.models.weight_sync)(update, folder)
         return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_batch_size)
 
 

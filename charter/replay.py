@@ -279,7 +279,6 @@ class ReplayResult:
     num_selected: int
     num_done: int
     num_skipped: int
-    num_dead: int
     num_dead_letters: int
     written: dict[str, int]
     written_in_this_start: dict[str, int]
@@ -358,7 +357,6 @@ def _count_results(
         num_selected=len(selected_ids),
         num_done=len(done),
         num_skipped=len(selected_ids - done - dead) if is_finished else 0,
-        num_dead=len(dead),
         num_dead_letters=num_dead_letters,
         written=written,
         written_in_this_start=written_in_this_start,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import faulthandler
 import fcntl
 import json
+import logging
 import os
 import sys
 import threading
@@ -33,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bus.port import ConsumerRecord, Offsets, TopicPartition
+
+logger = logging.getLogger("charter.crash_journal")
 
 MAX_CRASHES = 3
 MAX_ENDS = 6
@@ -64,7 +67,10 @@ class FaultLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.had_fault = path.exists() and path.stat().st_size > 0
+        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        self.had_fault = bool(text)
+        if text:
+            logger.warning("the last process of this instance died of a fault: %s", text.splitlines()[0])
         self.was_enabled = faulthandler.is_enabled()
         self.file = path.open("wb", buffering=0)
         faulthandler.enable(self.file)
@@ -80,7 +86,7 @@ class FaultLog:
 
 def read_oom_kills() -> int:
     """Return the number of processes of this cgroup that the kernel has killed to free memory, or 0 if it is unknown."""
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, LookupError):
         relative = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip().lstrip("/")
         for folder in (_CGROUP_FOLDER / relative, _CGROUP_FOLDER):
             events = folder / "memory.events"
@@ -98,7 +104,7 @@ class CrashJournal:
     """
 
     def __init__(self, folder: Path, instance: str, *, topic_ids: Mapping[str, str], had_fault: bool = False) -> None:
-        self.counts_folder = folder / "suspects"
+        self.counts_folder = folder / "crash-counts"
         self.counts_folder.mkdir(parents=True, exist_ok=True)
         self.topic_ids = dict(topic_ids)
         self.descriptor = os.open(folder / f"{instance}.working", os.O_RDWR | os.O_CREAT, 0o644)
@@ -113,6 +119,8 @@ class CrashJournal:
             self.count_last_end(had_fault)
             self.oom_kills = read_oom_kills()
             self.clear()
+        else:
+            logger.warning("another process holds the crash journal of %s: the ends of this process are not counted", instance)
 
     def count_last_end(self, had_fault: bool) -> None:
         """Count the end of the previous process, if it was processing records when it ended."""
@@ -122,13 +130,18 @@ class CrashJournal:
         try:
             entry = json.loads(text)
         except ValueError:
-            return  # the process ended while it wrote the file, so it was not processing records
+            # The process ended while it wrote the file, so it was not processing the records.
+            logger.warning("the crash journal of the last process is incomplete, and its end is not counted")
+            return
         names = entry["records"]
         counts = len(names) == 1 and not entry["is_stopping"]
         is_crash = had_fault or read_oom_kills() > entry["oom_kills"]
         for name in names:
             count = self.get_crash_count(name)
             self.write_crash_count(name, CrashCount(count.ends + counts, count.crashes + (counts and is_crash)))
+        reason = "after a stop signal" if entry["is_stopping"] else f"with {len(names)} records in progress"
+        verdict = "is counted against its record" if counts else "is not counted against a record"
+        logger.warning("the last process ended %s: this end %s, and each record is processed alone", reason, verdict)
 
     def get_crash_count(self, name: str) -> CrashCount:
         """Return the count of the record whose coordinates have this key."""

@@ -51,7 +51,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.access_lock = AccessLock(path.with_suffix(".gate"))
+        self.access_lock = AccessLock(path.with_suffix(".lock"))
 
     def query(
         self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S

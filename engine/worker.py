@@ -394,26 +394,23 @@ class Worker:
     def process_batch(self, items: list[InFlightRecord]) -> None:
         """Run the stage on a batch. While it runs, the crash journal contains the coordinates of the batch."""
         try:
-            self.process_with_journal(items)
+            if self.journal is None:
+                self.run_stage(items)
+                return
+            consumer_records = [item.consumer_record for item in items]
+            try:
+                self.journal.mark_started(consumer_records)
+            except OSError as error:  # for example, the disk is full: the records are not the cause
+                self.pause_stage(items, error)
+                return
+            try:
+                self.run_stage(items)
+            finally:
+                self.journal.mark_finished(consumer_records)
         finally:
             with self.executor.condition:
                 self.num_processing -= len(items)
                 self.is_processing_candidate = False
-
-    def process_with_journal(self, items: list[InFlightRecord]) -> None:
-        if self.journal is None:
-            self.run_stage(items)
-            return
-        consumer_records = [item.consumer_record for item in items]
-        try:
-            self.journal.mark_started(consumer_records)
-        except OSError as error:  # for example, the disk is full: the records are not the cause
-            self.pause_stage(items, error)
-            return
-        try:
-            self.run_stage(items)
-        finally:
-            self.journal.mark_finished(consumer_records)
 
     def run_stage(self, items: list[InFlightRecord]) -> None:
         """Process a batch and finish its records.
@@ -596,11 +593,13 @@ class Worker:
         its last record. The positions include the markers. After this commit, the committed offsets of an idle stage are
         equal to the end offsets.
         """
-        offsets = {tp: offset for tp, offset in self.idle_positions.items() if offset != self.idle_committed.get(tp)}
+        assigned = self.consumer.assignment()
+        offsets = {
+            tp: offset for tp, offset in self.idle_positions.items() if tp in assigned and offset != self.idle_committed.get(tp)
+        }
         self.idle_positions = {}
         if not offsets:
             return
-        assigned = self.consumer.assignment()
         try:
             with self.call_tracker.track("commit"):
                 self.writer.commit([], offsets, consumer=self.consumer, epochs={tp: assigned[tp] for tp in offsets})

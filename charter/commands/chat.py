@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -89,8 +90,8 @@ def _make_message(role: str, content: str) -> ChatMessage:
     return ChatMessage(role=role, content=content)
 
 
-def _generate_response(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, float]) -> Generation:
-    ((generation,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)  # type: ignore[arg-type]
+def _generate_response(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, Any]) -> Generation:
+    ((generation,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)
     return generation
 
 

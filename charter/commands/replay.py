@@ -48,6 +48,7 @@ def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
 
     Read the records of one run (--run, or --from run:ID) that exist when the replay starts. Run the stages on these records. Exit
     when the stages have processed all resulting records and the sink has written them to the database.
+    The exit code is 1 if a record became a dead letter, or if a signal stopped the replay.
 
     With the same configuration, the records get the same ids, so the views do not change. With another configuration, the replay
     generates new records with the run_id of the new run. To continue after an interruption, run the same command.

@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from charter.dashboard.intervals import compute_share
+from engine.statistics import Z_SCORE_95
 from engine.store import QueryFunction
 
 # Limits keep the page fast after a long training. The oldest rows are omitted.
@@ -159,7 +160,7 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
     The statistics of a policy are the number of prompts, the tokens per completion, the share of initial responses with a FLAWED
     verdict, the share of chains that end SATISFIED, and the mean reward by the newest reward model that scored its responses.
     """
-    sql = """WITH responded AS (
+    sql = f"""WITH responded AS (
                  SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(completions)) AS tokens
                  FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
              criticized AS (
@@ -169,7 +170,7 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
                  FROM critiques WHERE $run = '' OR run_id = $run GROUP BY 1),
              scored AS (
                  SELECT r.policy_version, s.reward_version, avg(s.normalized_score) AS reward,
-                        1.96 * stddev_samp(s.normalized_score) / sqrt(count(*)) AS reward_error
+                        {Z_SCORE_95} * stddev_samp(s.normalized_score) / sqrt(count(*)) AS reward_error
                  FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
                  GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
              SELECT * FROM responded LEFT JOIN criticized USING (policy_version) LEFT JOIN scored USING (policy_version)

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -425,7 +425,9 @@ class EmbeddedReader:
         self.connection.close()
 
 
-def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> list[ConsumerRecord]:  # type: ignore[no-untyped-def]
+def _wait_for_records(
+    connection: LogConnection, timeout_s: float, fetch: Callable[[], list[ConsumerRecord]]
+) -> list[ConsumerRecord]:
     """Call `fetch` until it returns records or the timeout expires.
 
     `PRAGMA data_version` changes when another connection writes. Reading this value is faster than `fetch`, so `fetch` is
@@ -434,7 +436,7 @@ def _wait_for_records(connection: LogConnection, timeout_s: float, fetch) -> lis
     deadline = time.monotonic() + timeout_s
     while True:
         data_version = connection.fetch_rows("PRAGMA data_version")
-        records: list[ConsumerRecord] = fetch()
+        records = fetch()
         if records:
             return records
         while connection.fetch_rows("PRAGMA data_version") == data_version:

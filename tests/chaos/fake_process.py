@@ -29,11 +29,11 @@ class _SlowScriptedModel(ScriptedModel):
     """A fake model with a delay in each call."""
 
     def generate(self, batch: Sequence[GenerationRequest], **options: Any) -> list[list[Generation]]:
-        time.sleep(_BATCH_DELAY_S)
+        time.sleep(_BATCH_DELAY_S)  # the duration of a model call
         return super().generate(batch, **options)
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        time.sleep(_BATCH_DELAY_S)
+        time.sleep(_BATCH_DELAY_S)  # the duration of a model call
         return super().score_options(batch, options)
 
 
@@ -48,7 +48,7 @@ def _open_fake_model(spec: str, **options: Any) -> Model:
 def _run_fake_update(context: Any, batch: Any) -> Any:
     """Run a fake update: publish metrics of some steps; the checkpoint holds only the id of its batch."""
     for step in range(_NUM_STEPS):
-        time.sleep(_BATCH_DELAY_S)
+        time.sleep(_BATCH_DELAY_S)  # the duration of a training step
         context.on_step(step, {"loss": 1.0 / (1 + step)})
 
     def save(folder: Path) -> None:

@@ -250,7 +250,7 @@ def test_ctrl_c_ends_a_long_query(data):
     long = "select count(*) from range(1000000000000)"
     command = [sys.executable, "-m", "charter", "sql", long, "--timeout-s", "300", "--data", str(data)]
     asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with (data / "charter.gate" / "file").open() as file:
+    with (data / "charter.lock" / "file").open() as file:
         while asking.poll() is None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

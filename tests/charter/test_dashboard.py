@@ -403,7 +403,7 @@ def test_a_busy_database_shows_the_last_data(run_copy, monkeypatch):
     monkeypatch.setattr("charter.dashboard.query_cache.MAX_AGE_S", 0.0)
     with open_client(load_test_settings(run_copy)) as client:
         data_before = client.get("/api/traces").json()["data"]
-        with AccessLock(run_copy / "charter.gate").write_lock(1.0):
+        with AccessLock(run_copy / "charter.lock").write_lock(1.0):
             stale = client.get("/api/traces")
             assert stale.json()["data"] == data_before and "busy" in stale.json()["error"]["what"]
             fresh = client.get("/api/runs")

@@ -40,7 +40,7 @@ store = Store(Path(sys.argv[1], "charter.duckdb"))
 if os.getuid() == 0:  # root can write everywhere
     os.setuid(65534)
 try:
-    Path(sys.argv[1], "charter.gate", "turn").open("a")
+    Path(sys.argv[1], "charter.lock", "turn").open("a")
     sys.exit("this user can write to the folder")
 except PermissionError:
     print(store.query("SELECT count(*) FROM traces").rows)
