@@ -62,6 +62,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Maintenance": {
         "topics": "List, create and describe topics, and show consumer lag.",
+        "offsets": "Accept, restore or set the committed offsets of a stage.",
         "snapshot": "Copy the database to a file while the pipeline runs.",
         "backup": "Copy the data folder while the pipeline runs.",
         "restore": "Create a data folder from a backup.",

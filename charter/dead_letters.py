@@ -9,8 +9,10 @@ from charter.lookup import make_id_pattern
 from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_values
 from engine.errors import UsageError
+from engine.positions import TARGET_STAGE_HEADER
+from engine.run_starts import StartPositions, read_start_positions
 from engine.store import Store
-from engine.worker import TARGET_STAGE_HEADER, to_producer_record
+from engine.worker import to_producer_record
 from schemas import ids
 from schemas.codec import RecordError, decode_any_record, decode_record
 from schemas.records import DeadLetterRetry, Record
@@ -56,13 +58,14 @@ def publish_retries(bus: Bus, dead_letters: Sequence[dict[str, Any]]) -> int:
         pending = [dead_letter for dead_letter in dead_letters if str(dead_letter["record_id"]) not in retried]
         for start in range(0, len(pending), _BATCH_SIZE):
             batch = pending[start : start + _BATCH_SIZE]
-            writer.commit([message for dead_letter in batch for message in _to_producer_records(dead_letter)])
+            starts = {run_id: read_start_positions(bus, run_id) for run_id in {letter["run_id"] for letter in batch}}
+            writer.commit([message for letter in batch for message in _to_producer_records(letter, starts[letter["run_id"]])])
     finally:
         writer.close()
     return len(pending)
 
 
-def _to_producer_records(dead_letter: dict[str, Any]) -> list[ProducerRecord]:
+def _to_producer_records(dead_letter: dict[str, Any], run_start: StartPositions | None) -> list[ProducerRecord]:
     """Return the original message with a header that names the failed stage, and the DeadLetterRetry record."""
     headers = tuple((h["key"], bytes(h["value"])) for h in dead_letter["headers"] or [] if h["key"] != TARGET_STAGE_HEADER)
     key = bytes(dead_letter["source_key"]) if dead_letter["source_key"] is not None else b""
@@ -70,6 +73,8 @@ def _to_producer_records(dead_letter: dict[str, Any]) -> list[ProducerRecord]:
     message = ProducerRecord(
         dead_letter["source_topic"], key, value, (*headers, (TARGET_STAGE_HEADER, dead_letter["stage"].encode()))
     )
+    if run_start is not None:
+        message = run_start.assign_partition(message)
     return [message, to_producer_record(_make_retry_record(dead_letter))]
 
 

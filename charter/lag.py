@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from charter.stages import get_stage_inputs
+from charter.stages import STAGE_OUTPUTS, get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
+from engine.positions import PositionFinder
+from engine.run_starts import read_start_positions
 from engine.store import Store
 from schemas.topics import TOPICS
 
@@ -70,6 +72,18 @@ def has_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> bool:
     return bool(timestamps) or not is_complete
 
 
+def read_positions(bus: Bus, run_id: str, stage: str, topics: Sequence[str]) -> Offsets:
+    """Return the next offset of a stage in each partition. It is the committed offset, or the offset where a start would begin."""
+    committed, run_start = bus.committed(f"{run_id}.{stage}", topics), read_start_positions(bus, run_id)
+    if run_start is None:
+        return bus.beginning_offsets(topics) | committed
+    starts = run_start.get_offsets(bus, topics)
+    if len(committed) < len(starts):
+        finder = PositionFinder(bus, run_start, stage, bus.topic_ids(topics), (STAGE_OUTPUTS[stage],))
+        starts |= finder.rebuild_positions()[0]
+    return starts | committed
+
+
 @dataclass
 class CompletionCheck:
     """Checks whether consumer groups have processed every record on their topics. With `store`, also checks the sink.
@@ -94,7 +108,8 @@ class CompletionCheck:
         """
         topics = sorted({topic for names in self.inputs.values() for topic in names})
         ends = self.bus.end_offsets(topics)
-        starts = self.bus.beginning_offsets(topics) | dict(self.start_offsets or {})
+        beginnings, run_starts = self.bus.beginning_offsets(topics), self.start_offsets or {}
+        starts = {tp: max(beginning, run_starts.get(tp, 0)) for tp, beginning in beginnings.items()}
         committed = {group: self.bus.committed(group, names) for group, names in self.inputs.items()}
         for group, names in self.inputs.items():
             next_offsets = {tp: offset for tp, offset in starts.items() if tp.topic in names} | committed[group]
@@ -126,7 +141,7 @@ def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
     for stage in started:
         topics = inputs[stage]
         ends = bus.end_offsets(topics)
-        next_offsets = bus.beginning_offsets(topics) | committed[stage]
+        next_offsets = read_positions(bus, run_id, stage, topics)
         unread = find_oldest_unread(bus, next_offsets, ends)
         for topic in topics:
             lag = sum(ends[partition] - next_offsets[partition] for partition in unread if partition.topic == topic)

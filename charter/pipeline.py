@@ -31,6 +31,7 @@ from engine.errors import UsageError
 from engine.host import Host
 from engine.instances import FileLock, InstanceLease
 from engine.models.interface import Model
+from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import Settings
 from engine.watchdog import CallTracker
 from engine.worker import Stage, Worker, WorkerLimits, skip_tracing
@@ -84,7 +85,9 @@ def _make_base_stage(
     else:
         raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
     inputs = get_stage_inputs(settings.judge.pairing)[name]
-    return Stage(name, inputs, (STAGE_OUTPUTS[name],), STAGES.index(name), batch_size, process)
+    # Several producers may publish the same prompt. The policy responds only to the first record of a prompt.
+    is_first = name == "respond"
+    return Stage(name, inputs, (STAGE_OUTPUTS[name],), STAGES.index(name), batch_size, process, first_per_key=is_first)
 
 
 def make_respond_stage(settings: Settings, get_policy: Callable[[], tuple[Model, int]]) -> RespondStage:
@@ -154,7 +157,9 @@ def make_host(
     name of this worker instance. If `instance` is None, the host leases the lowest free name on this machine.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
+    run_start = None
     if stages or custom_stages:  # a process that runs only the sink serves all runs, so it must not create a run
+        run_start = ensure_run_start(bus, settings.run.id)
         publish_run_manifest(bus, manifest or make_run_manifest(settings, constitution))
     models = RoleModels(settings)
     lease = None if instance else InstanceLease(settings.folder / "instances")
@@ -169,7 +174,7 @@ def make_host(
     instance_name = instance or (lease.name if lease else "")
     fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
     workers = [
-        _make_worker(settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault)
+        _make_worker(settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault, run_start)
         for stage, role in stages_and_roles
     ]
     sink_service = _SinkService(settings, bus) if sink else None
@@ -199,6 +204,7 @@ def _make_worker(
     budget: Budget | None,
     tracing: Tracing | None,
     had_fault: bool,
+    run_start: StartPositions | None,
 ) -> Worker:
     run_id, options = settings.run.id, settings.worker
     return Worker(
@@ -222,6 +228,7 @@ def _make_worker(
         ),
         can_admit=partial(budget.can_admit, stage.name) if budget else lambda: True,
         trace=tracing.make_stage_tracer(stage.name, run_id) if tracing else skip_tracing,
+        run_start=run_start,
     )
 
 

@@ -27,6 +27,7 @@ from constitutions.loader import Constitution, load_constitution
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
 from engine.errors import UsageError
+from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from producers.replay import (
@@ -108,7 +109,6 @@ class ReplayPlan:
     from_archive: bool
     manifest: RunManifest
     read_records: Callable[[], Iterator[Record]]
-    starts: Offsets  # end offsets at the first start; records of the new run do not have lower offsets
 
     def describe(self) -> list[str]:
         """Return lines about the records, the stages and the estimated token counts."""
@@ -138,7 +138,7 @@ def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> Re
     new_settings = _make_replay_settings(settings, request, request_fields, constitution)
     earlier_fields = _find_earlier_start(new_settings.run.id, source_run_id, request, constitution, manifests)
     selection, read_records, bounds = _select_records(new_settings, bus, request, source_run_id, earlier_fields)
-    fields = earlier_fields or request_fields | bounds | {"starts": _offsets_to_lists(bus.end_offsets(list(TOPICS)))}
+    fields = earlier_fields or request_fields | bounds
     stages = (request.stage,) if request.only else get_downstream_stages(request.stage, new_settings.judge.pairing)
     pinned_version = _resolve_policy_version(bus, source_run_id, request) if "respond" in stages else None
     return ReplayPlan(
@@ -153,7 +153,6 @@ def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> Re
             new_settings, constitution, fields if earlier_fields else fields | {"pinned": pinned_version}
         ),
         read_records=read_records,
-        starts=_lists_to_offsets(fields["starts"]),
     )
 
 
@@ -296,9 +295,8 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
     run_id = plan.settings.run.id
     inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
     groups = {f"{run_id}.{stage}": topics for stage, topics in inputs.items()}
-    for group, topics in groups.items():
-        # Records that were on these topics before the first start belong to other runs.
-        bus.initialize_group_offsets(group, _filter_offsets(plan.starts, topics))
+    # Records that were on the topics before the first start belong to other runs.
+    run_start = ensure_run_start(bus, run_id, may_have_records=False)
     host = make_host(
         plan.settings,
         bus,
@@ -316,7 +314,7 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
         f" ({counts.from_earlier_start} published by an earlier start, {counts.erased} erased) through {', '.join(plan.stages)}",
         err=True,
     )
-    check = CompletionCheck(bus, groups, open_store(plan.settings), plan.starts)
+    check = CompletionCheck(bus, groups, open_store(plan.settings), run_start.offsets)
     is_finished = False
     with host:
         while not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
@@ -365,8 +363,8 @@ def _count_results(
 
 def _read_run_records(bus: Bus, plan: ReplayPlan, topic: str) -> Iterator[Record]:
     """Yield the records of the new run on a topic. Skip records that cannot be decoded, because the sink counts them."""
-    run_header = ("run", plan.settings.run.id.encode())
-    for raw in read_between(bus, _filter_offsets(plan.starts, [topic]), bus.end_offsets([topic])):
+    run_header, run_start = ("run", plan.settings.run.id.encode()), ensure_run_start(bus, plan.settings.run.id)
+    for raw in read_between(bus, run_start.get_offsets(bus, [topic]), bus.end_offsets([topic])):
         if run_header in raw.headers and (record := decode_or_none(raw)) is not None:
             yield record
 
@@ -384,10 +382,6 @@ def _collect_ids(records: Iterator[Record], record_ids: set[str]) -> Iterator[Re
     for record in records:
         record_ids.add(record.record_id)
         yield record
-
-
-def _filter_offsets(offsets: Offsets, topics: Sequence[str]) -> Offsets:
-    return {tp: offset for tp, offset in offsets.items() if tp.topic in topics}
 
 
 def _format_result(run_id: str, result: ReplayResult) -> str:

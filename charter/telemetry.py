@@ -87,7 +87,7 @@ def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) ->
             yield from collect_sink_metrics(sink)
         for worker in workers:
             topics = worker.stage.inputs
-            next_offsets = bus.beginning_offsets(topics) | bus.committed(worker.group, topics)
+            next_offsets = worker.run_start.get_offsets(bus, topics) | bus.committed(worker.group, topics)
             yield _make_lag_sample(worker.run_id, worker.stage.name, next_offsets, bus.end_offsets(topics))
         for sink in sinks:
             yield _make_lag_sample("all", "sink", sink.next_offsets, bus.end_offsets(list(TOPICS)))

@@ -33,6 +33,7 @@ from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, O
 from engine.metrics import MetricSample
 from engine.store import Store, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
+from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
 from schemas.codec import RecordError, decode_record
 from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
@@ -57,6 +58,7 @@ class Sink:
         self.bus, self.store = bus, store
         self.max_rows, self.max_wait_s = max_rows, max_wait_s
         self.topic_ids = bus.topic_ids(list(TOPICS))
+        self.topic_guard = TopicGuard(bus, self.topic_ids)
         self.store.create_schema()
         self.next_offsets = self.load_offsets()
         self.partitions_checked_at = time.monotonic()
@@ -91,7 +93,12 @@ class Sink:
         """Read and write a batch. Return the number of records. Wait at most `max_wait_s` seconds for the first record."""
         self.discover_partitions()
         with self.call_tracker.track("poll"):
-            consumer_records = self.reader.poll(self.max_wait_s, self.max_rows)
+            self.topic_guard.verify_at_interval()
+            try:
+                consumer_records = self.reader.poll(self.max_wait_s, self.max_rows)
+            except OffsetsLost:
+                self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
+                raise
         if consumer_records and not self.write_with_retry(consumer_records):
             return 0
         if len(consumer_records) < self.max_rows:
@@ -107,6 +114,8 @@ class Sink:
         """
         for failures in itertools.count():
             try:
+                # The ids are compared after the records were read, so the rows are stored under the id of their topic.
+                self.topic_guard.verify()
                 self.write_batch(consumer_records)
                 return True
             except DependencyUnreachable as error:

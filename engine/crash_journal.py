@@ -214,4 +214,6 @@ class CrashJournal:
         return f"{self.make_topic_key(consumer_record.topic)}-{consumer_record.partition}-{consumer_record.offset}"
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        with self.lock:
+            self.is_owner = False  # a stop signal can arrive after the journal is closed
+            os.close(self.descriptor)

@@ -13,6 +13,7 @@
     +-- WriterFenced                another writer with the same transactional id was opened
     +-- PartitionLost               the partition was assigned to another member before the commit
     +-- OffsetsLost                 the log no longer contains the records at the stored offset
+    +-- TopicChanged                exit code 3: a topic was deleted or created again while the process used it
     +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
     +-- TrainingFailed              training on this batch failed; nothing was saved
     +-- TooManyDeadLetters          too many consecutive records failed in the same way
@@ -87,6 +88,12 @@ class PartitionLost(CharterError):
 
 class OffsetsLost(CharterError):
     """The log no longer contains the records at the next offset to read."""
+
+
+class TopicChanged(CharterError):
+    """A topic was deleted or created again while this process used it. The process must start again."""
+
+    exit_code = 3
 
 
 class PermanentRecordError(CharterError):

@@ -84,6 +84,12 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
     )
     yield MetricSample("charter_records_written_total", "Records that the stage has written.", worker.num_written, labels)
     yield MetricSample("charter_dead_letters_total", "Records that became dead letters.", worker.num_dead_letters, labels)
+    yield MetricSample(
+        "charter_duplicates_total",
+        "Records that were skipped, because the first record of a key counts.",
+        worker.num_duplicates,
+        labels,
+    )
     yield MetricSample("charter_pauses_total", "Pauses because a dependency was unavailable.", worker.num_pauses, labels)
     yield MetricSample("charter_batches_total", "Batches that the stage has processed.", worker.num_batches, labels)
     yield MetricSample("charter_batch_seconds_total", "Seconds spent processing batches.", worker.batch_seconds, labels)

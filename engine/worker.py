@@ -25,8 +25,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
@@ -36,12 +37,16 @@ from engine.errors import (
     CharterError,
     CommitUncertain,
     DependencyUnreachable,
+    OffsetsLost,
     PartitionLost,
     PermanentRecordError,
     TooManyDeadLetters,
     UsageError,
 )
 from engine.logs import format_coordinates, get_coordinates
+from engine.positions import TARGET_STAGE_HEADER, PartitionStart, PositionFinder, make_source_header
+from engine.run_starts import StartPositions, ensure_run_start
+from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
 from schemas.codec import RecordError, decode_record, encode_record
 from schemas.records import DeadLetter, DeadLetterKind, Record
@@ -53,7 +58,6 @@ _IDLE_POLL_TIMEOUT_S = 0.5
 _BUSY_POLL_TIMEOUT_S = 0.02
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
-TARGET_STAGE_HEADER = "only-stage"  # a record with this header is processed only by the named stage (a retried dead letter)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Stage:
     """A stage: its topics, and a function that maps a batch of records to the outputs of each record.
 
     Topics are served in the order of `inputs`. An executor serves stages with a higher `priority` first. A stage that is
-    further downstream has a higher priority. `process` gets at most `max_batch_size` records.
+    further downstream has a higher priority. `process` gets at most `max_batch_size` records. With `first_per_key`, a record is
+    skipped if the run has an earlier record with the same prompt id as its key.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Stage:
     priority: int
     max_batch_size: int
     process: Callable[[Sequence[Record]], Sequence[Sequence[Record]]]
+    first_per_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class InFlightRecord:
 
     consumer_record: ConsumerRecord
     epoch: int
+    read_at: float = 0.0  # on the monotonic clock
     record: Record | None = None
     outputs: list[ProducerRecord] | None = None
     attempts: int = 0
@@ -180,6 +187,7 @@ class Worker:
         journal: CrashJournal | None = None,
         can_admit: Callable[[], bool] = lambda: True,
         trace: TraceFunction = skip_tracing,
+        run_start: StartPositions | None = None,
     ) -> None:
         self.bus, self.stage, self.executor, self.run_id, self.trace = bus, stage, executor, run_id, trace
         self.group = f"{run_id}.{stage.name}"
@@ -203,6 +211,7 @@ class Worker:
         self.admission_closed = False  # true while the budget allows no new work
         self.commit_uncertain = False
         self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which this worker did not process
+        self.num_duplicates = 0  # records that were skipped because of `first_per_key`
         self.num_committed = 0  # input records
         self.num_written = 0  # output records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
@@ -210,7 +219,16 @@ class Worker:
         self.idle_positions: Offsets = {}  # the positions at the last poll, if no record was in flight
         self.idle_committed: Offsets = {}  # the positions of the last commit without records in flight
         self.positions: Offsets = {}  # the next offsets to read, at the time of the last poll
-        self.consumer = bus.open_consumer(self.group, stage.inputs, member=instance)
+        self.run_start = run_start or ensure_run_start(bus, run_id)
+        self.consumer = bus.open_consumer(self.group, stage.inputs, member=instance, hold_new=True)
+        topic_ids = self.consumer.topic_ids
+        self.topic_guard = TopicGuard(bus, topic_ids)
+        self.position_finder = PositionFinder(
+            bus, self.run_start, stage.name, topic_ids, stage.outputs, needs_keys=stage.first_per_key
+        )
+        # The epochs of the partitions whose start is being looked up, and the result.
+        self.pending_starts: tuple[Offsets, Future[dict[TopicPartition, PartitionStart]]] | None = None
+        self.seen_keys: dict[TopicPartition, set[bytes]] = {}
         self.writer = bus.open_writer(f"{self.group}.{instance}")
         executor.workers.append(self)
 
@@ -220,6 +238,7 @@ class Worker:
         try:
             while not stop.is_set() and not self.fatal_error:
                 try:
+                    self.topic_guard.verify_at_interval()
                     self.poll()
                     self.commit()
                     self.commit_idle_positions()
@@ -233,6 +252,7 @@ class Worker:
             if self.fatal_error:
                 raise self.fatal_error
         finally:
+            self.position_finder.cancelled.set()
             with self.call_tracker.track("closing"):
                 self.consumer.close()
                 self.writer.close()
@@ -261,10 +281,17 @@ class Worker:
         max_records = max(1, self.limits.max_in_flight - self.num_in_flight)
         timeout_s = _BUSY_POLL_TIMEOUT_S if self.num_in_flight else _IDLE_POLL_TIMEOUT_S
         with self.call_tracker.track("poll"):
-            consumer_records = self.consumer.poll(timeout_s, max_records)
+            try:
+                consumer_records = self.consumer.poll(timeout_s, max_records)
+            except OffsetsLost:
+                self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
+                raise
+            self.start_held_partitions()
         epochs = self.consumer.assignment()
         self.drop_lost_partitions(epochs)
         items = self.decode_records(consumer_records, epochs)
+        if self.stage.first_per_key:
+            self.skip_duplicates(items)
         with self.executor.condition:
             for item in items:
                 self.in_flight_records.setdefault(item.topic_partition, deque()).append(item)
@@ -275,8 +302,53 @@ class Worker:
             self.executor.condition.notify_all()
         if not consumer_records:
             self.positions = self.consumer.positions()
-        # If no record is in flight, all records below the current positions are finished.
-        self.idle_positions = self.positions if not consumer_records and not self.num_in_flight else {}
+        # If no record is in flight, all records below the current positions are finished. A held partition has no position yet.
+        held = self.consumer.held()
+        is_idle = not consumer_records and not self.num_in_flight
+        self.idle_positions = {tp: offset for tp, offset in self.positions.items() if tp not in held} if is_idle else {}
+
+    def start_held_partitions(self) -> None:
+        """Look up the start of newly assigned partitions in the background, and start the partitions that have a result."""
+        if self.pending_starts is None:
+            held = self.consumer.held()
+            if not held:
+                return
+            committed = self.consumer.committed()
+            self.pending_starts = held, self.position_finder.find_in_background({tp: committed.get(tp) for tp in held})
+        epochs, future = self.pending_starts
+        if not future.done():
+            return
+        self.pending_starts = None
+        held = self.consumer.held()
+        for tp, start in future.result().items():
+            if held.get(tp) == epochs[tp]:
+                self.seen_keys[tp] = start.seen_keys
+                self.consumer.start(tp, start.offset)
+
+    def skip_duplicates(self, items: Sequence[InFlightRecord]) -> None:
+        """Finish each record whose key an earlier record of the run has. Retried dead letters are never skipped.
+
+        This function is called after the whole batch is decoded, so it never sees a record twice.
+        """
+        for item in items:
+            consumer_record, record = item.consumer_record, item.record
+            is_retry = any(name == TARGET_STAGE_HEADER for name, _ in consumer_record.headers)
+            if record is None or is_retry or record.run_id != self.run_id or consumer_record.key != record.key:
+                continue
+            seen = self.seen_keys[item.topic_partition]
+            if record.key not in seen or item.outputs is not None:
+                seen.add(record.key)
+                continue
+            item.outputs, item.retry_at = [], 0.0
+            if not self.num_duplicates:
+                logger.warning(
+                    "%s skips %s and further records like it: prompt %s is already on the topic, and the first record counts",
+                    self.stage.name,
+                    format_coordinates(consumer_record),
+                    record.prompt_id,
+                    extra=self.make_log_extra(item),
+                )
+            self.num_duplicates += 1
 
     def decode_records(
         self, consumer_records: Sequence[ConsumerRecord], epochs: Mapping[TopicPartition, int]
@@ -308,7 +380,8 @@ class Worker:
 
     def decode_record(self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int]) -> InFlightRecord:
         """Decode a record. If it cannot be decoded, make a dead letter. A record for another run or stage gets no outputs."""
-        item = InFlightRecord(consumer_record, epochs.get(TopicPartition(consumer_record.topic, consumer_record.partition), -1))
+        epoch = epochs.get(TopicPartition(consumer_record.topic, consumer_record.partition), -1)
+        item = InFlightRecord(consumer_record, epoch, time.monotonic())
         if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage.name.encode()) != self.stage.name.encode():
             item.outputs = []
             return item
@@ -558,9 +631,11 @@ class Worker:
             self.resolve_uncertain_commit()
         while prefixes := self.get_finished_prefixes():
             committed = [item for items in prefixes.values() for item in items]
-            outputs = [output for item in committed for output in item.outputs or []]
+            outputs = [output for item in committed for output in self.address_outputs(item)]
             offsets = {tp: items[-1].consumer_record.offset + 1 for tp, items in prefixes.items()}
             epochs = {tp: items[-1].epoch for tp, items in prefixes.items()}
+            # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.
+            self.topic_guard.verify_since(max(item.read_at for item in committed))
             try:
                 with self.call_tracker.track("commit"):
                     self.writer.commit(outputs, offsets, consumer=self.consumer, epochs=epochs)
@@ -586,6 +661,14 @@ class Worker:
             self.num_of_other_runs.update(item.other_run_id for item in committed if item.other_run_id)
             self.num_written += len(outputs)
 
+    def address_outputs(self, item: InFlightRecord) -> list[ProducerRecord]:
+        """Return the outputs with their partitions, and with a header that names the input record."""
+        if not item.outputs:
+            return []
+        topic_id = self.consumer.topic_ids[item.consumer_record.topic]
+        source = make_source_header(self.stage.name, topic_id, item.consumer_record)
+        return [self.run_start.assign_partition(replace(output, headers=(*output.headers, source))) for output in item.outputs]
+
     def commit_idle_positions(self) -> None:
         """Commit the positions of a stage that has no records in flight, if the positions have changed.
 
@@ -600,6 +683,7 @@ class Worker:
         self.idle_positions = {}
         if not offsets:
             return
+        self.topic_guard.verify()
         try:
             with self.call_tracker.track("commit"):
                 self.writer.commit([], offsets, consumer=self.consumer, epochs={tp: assigned[tp] for tp in offsets})
@@ -637,7 +721,7 @@ class Worker:
             with suppress(CommitUncertain):
                 self.writer.close()
             self.writer = self.bus.open_writer(f"{self.group}.{self.instance}")
-            self.drop_committed(self.consumer.committed())
+            self.drop_committed({tp: committed.offset for tp, committed in self.consumer.committed().items()})
         self.commit_uncertain = False
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.bus.port import Bus, ProducerRecord
-from engine.bus.read import read_topic, read_values
+from engine.bus.read import read_between, read_topic, read_values
 from engine.errors import UsageError
+from engine.run_starts import StartPositions, ensure_run_start
 from engine.worker import to_producer_record
 from producers.parse import ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
@@ -94,11 +95,12 @@ class FileProducer:
         offset = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
         # Each input has one writer. A second producer of the same file fences the first one, so no row is published twice. Open
         # the writer before the offset is read. This fences an earlier producer, so that it cannot change the offset any more.
+        run_start = ensure_run_start(self.bus, self.run_id)
         writer = self.bus.open_writer(f"produce.{offset.record_id if offset else f'{self.run_id}.stdin'}")
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row
-        prompt_ids, label_ids = self.read_published_ids()
+        prompt_ids, label_ids = self.read_published_ids(run_start)
         batch: list[ProducerRecord] = []
         last_read, num_new_rows = start - 1, 0
         try:
@@ -110,7 +112,7 @@ class FileProducer:
                 records = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompt_ids, label_ids)
                 report.num_duplicates += not records
                 num_new_rows += bool(records)
-                batch += records
+                batch += [run_start.assign_partition(record) for record in records]
                 if len(batch) >= _BATCH_SIZE:
                     self.commit(writer, batch, num_new_rows, offset, last_read, report)
                     batch, num_new_rows = [], 0
@@ -123,15 +125,19 @@ class FileProducer:
             writer.close()
         return report
 
-    def read_published_ids(self) -> tuple[set[str], set[str]]:
+    def read_published_ids(self, run_start: StartPositions) -> tuple[set[str], set[str]]:
         """Return two sets of ids from the log: the prompts of this run and the human records of this run.
 
-        A prompt or a human record is published only once per run, even if several files contain it.
+        A prompt or a human record is published only once per run, even if several files contain it. Two producers that run at
+        the same time may both publish it. Then the stages and the database use only the first record.
         """
         run_header = ("run", self.run_id.encode())
         prompt_ids, label_ids = set[str](), set[str]()
         if self.kind == "prompts" or self.publish_prompts:
-            prompt_ids = {(r.key or b"").decode() for r in read_topic(self.bus, Prompt.topic) if run_header in r.headers}
+            records = read_between(
+                self.bus, run_start.get_offsets(self.bus, [Prompt.topic]), self.bus.end_offsets([Prompt.topic])
+            )
+            prompt_ids = {(record.key or b"").decode() for record in records if run_header in record.headers}
         if self.kind != "prompts":
             for record in read_topic(self.bus, self.kind):
                 if run_header in record.headers:

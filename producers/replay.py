@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from engine.bus.port import Bus, ConsumerRecord, Offsets
 from engine.bus.read import read_between
 from engine.errors import UsageError
+from engine.run_starts import ensure_run_start
 from engine.store import Store
 from engine.worker import to_producer_record
 from schemas.codec import RecordError, decode_record
@@ -162,6 +163,7 @@ def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> Repub
     """Publish each record once, with the run id `run_id`."""
     # Open the writer first. This fences an earlier replay of this run, which then cannot publish after the ids are read.
     writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
+    run_start = ensure_run_start(bus, run_id)
     counts, batch = RepublishCounts(), list[Record]()
     ids_by_topic: dict[str, set[str]] = {}
     try:
@@ -178,10 +180,10 @@ def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> Repub
             record_ids.add(record.record_id)
             batch.append(record.model_copy(update={"run_id": run_id}))
             if len(batch) >= _BATCH_SIZE:
-                writer.commit([to_producer_record(copy) for copy in batch])
+                writer.commit([run_start.assign_partition(to_producer_record(copy)) for copy in batch])
                 counts.published, batch = counts.published + len(batch), []
         if batch:
-            writer.commit([to_producer_record(copy) for copy in batch])
+            writer.commit([run_start.assign_partition(to_producer_record(copy)) for copy in batch])
     finally:
         writer.close()
     counts.published += len(batch)

@@ -93,6 +93,7 @@ FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "human_label": _make_keys("p_a at"),
     "served_model": _make_keys("url model"),
     "run": _make_keys("run configuration"),
+    "run_start": _make_keys("run"),
     "run_configuration": _make_keys("settings constitution version"),
     "replay": _make_keys("settings constitution", selection="what"),
     "batch": _make_keys("content seed settings policy reward", batch_number="number"),

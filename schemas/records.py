@@ -506,6 +506,29 @@ class RunManifest(Record):
         return self.run_id.encode()
 
 
+class TopicStart(BaseModel):
+    """The state of a topic when a run begins: its id, and one offset for each partition."""
+
+    name: str
+    topic_id: str
+    offsets: list[int]
+
+
+class RunStart(Record):
+    """The state of the topics when a run begins. No record of the run is at a lower offset. The first record of a run counts.
+
+    The number of offsets is also the number of partitions that the keys of the run are distributed over.
+    """
+
+    topic: ClassVar[str] = "run-starts"
+
+    topics: list[TopicStart]
+
+    @property
+    def key(self) -> bytes:
+        return self.run_id.encode()
+
+
 class Score(ResponseIdField, Record):
     """The score of one completion by a reward model. `normalized_score` is (score - mean) / standard deviation."""
 
@@ -625,6 +648,7 @@ RECORDS: tuple[type[Record], ...] = (
     BatchManifest,
     PolicyUpdate,
     RunManifest,
+    RunStart,
     Score,
     Metric,
     Incident,

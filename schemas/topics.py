@@ -39,6 +39,7 @@ _SINGLE_PARTITION_TOPICS = {
     "batches",
     "policies",
     "runs",
+    "run-starts",
     "metrics",
     "incidents",
     "pauses",
@@ -47,6 +48,8 @@ _SINGLE_PARTITION_TOPICS = {
     "dead-letter-retries",
     "erasures",
 }
+# The records of these topics are needed for as long as any record of their run exists.
+_PERMANENT_TOPICS = {"prompts", "runs", "run-starts", "erasures"}
 _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 
 
@@ -62,7 +65,7 @@ def make_topic_table(
             record_class=record,
             is_compacted=record.topic in _COMPACTED_TOPICS,
             num_partitions=1 if record.topic in _SINGLE_PARTITION_TOPICS else num_partitions,
-            retention_ms=_RETAIN_FOREVER if record.topic == "prompts" else retention_ms,
+            retention_ms=_RETAIN_FOREVER if record.topic in _PERMANENT_TOPICS else retention_ms,
             max_message_bytes=MAX_RECORD_BYTES + extra,
             replication_factor=replication_factor,
         )

@@ -96,6 +96,9 @@ def test_duplicate_delivery_is_marked_and_trained_on_once(tmp_path):
     duplicates = [ProducerRecord("prompts", m.key, m.value, m.headers) for m in read_topic(bus, "prompts")]
     bus.publish(duplicates)
     with make_host(settings, bus, STAGES, sink=True) as host:
+        wait_until(lambda: query_value(settings, FINISHED) == 10, host)
+        # The policy responds to each prompt once. Other duplicates are processed, and the database marks them.
+        bus.publish([ProducerRecord("responses", m.key, m.value, m.headers) for m in read_topic(bus, "responses")])
         wait_until(
             lambda: (
                 query_value(settings, "SELECT sum(records + duplicates) FROM pipeline_status WHERE topic = 'preferences'") == 20
@@ -103,7 +106,7 @@ def test_duplicate_delivery_is_marked_and_trained_on_once(tmp_path):
             host,
         )
         wait_until(lambda: set(compute_lags(bus, "r", "completions").values()) == {0}, host)
-        wait_until(lambda: query_value(settings, FINISHED) == 10, host)
+        assert [worker.num_duplicates for worker in host.workers] == [10, 0, 0, 0]
     for table in ("prompts", "responses", "preferences"):
         assert query_value(settings, f"SELECT duplicates FROM pipeline_status WHERE topic = '{table}'") == 10
         assert query_value(settings, f"SELECT content_mismatches FROM pipeline_status WHERE topic = '{table}'") == 0

@@ -23,7 +23,7 @@ from pathlib import Path
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.checkpoints import compute_revision, remove_incomplete
-from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, WriterFenced
+from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, TopicChanged, WriterFenced
 from engine.policy import get_parent_version, get_weights_version, index_policies, make_pause, make_restore_update
 from engine.settings import Settings
 from engine.store import Store
@@ -136,7 +136,7 @@ class Trainer:
             except (DependencyUnreachable, CommitUncertain) as error:
                 logger.warning("the trainer waits: %s", error.what)
                 failures, commit_uncertain = failures + 1, True
-            except WriterFenced:
+            except (WriterFenced, TopicChanged):
                 raise
             except CharterError as error:
                 if str(error) != last_error:

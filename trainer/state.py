@@ -26,6 +26,7 @@ from engine.policy import (
     get_weights_version,
     index_policies,
 )
+from engine.topic_guard import TopicGuard
 from engine.weight_sync import get_served_model_name
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
@@ -86,6 +87,7 @@ class TrainingLog:
     def open(self) -> None:
         """Open a writer. The next `read_state` reads the log from its beginning."""
         self.writer: Writer = self.bus.open_writer(_WRITER_NAME)
+        self.topic_guard = TopicGuard(self.bus, self.bus.topic_ids([record.topic for record in _STATE_RECORDS]))
         self.records: dict[type[Record], list[Any]] = {record: [] for record in _STATE_RECORDS}
         self.tail = TopicTail(self.bus, *(record.topic for record in _STATE_RECORDS))
         self.state = self.compute_state()
@@ -101,6 +103,7 @@ class TrainingLog:
 
     def read_state(self) -> TrainingState:
         """Read the records that were added to the log since the last call, and return the state of training."""
+        self.topic_guard.verify_at_interval()
         if messages := self.tail.read_new():
             record_by_topic = {record.topic: record for record in _STATE_RECORDS}
             for message in messages:

@@ -68,7 +68,8 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
     end = "exits when all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
     store = open_store(settings) if has_sink else None
-    check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store)
+    starts = {tp: offset for worker in host.workers for tp, offset in worker.run_start.offsets.items()}
+    check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store, starts)
     last_line, polls = "", 0
     with host:
         while not stop.wait(_POLL_INTERVAL_S) and not host.failure_event.is_set():
@@ -96,7 +97,9 @@ def _format_committed(host: Host) -> str:
     Also return the number of records that the stages skipped because the records belong to other runs.
     """
     counts = " ".join(
-        f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total()}" for worker in host.workers
+        f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total()}"
+        + (f" ({worker.num_duplicates} duplicates)" if worker.num_duplicates else "")
+        for worker in host.workers
     )
     others = Counter[str]()
     for worker in host.workers:

@@ -8,7 +8,7 @@ import click
 
 from charter.connect import get_topic_specs, open_bus_from_settings, open_store
 from charter.console import common_options, output_options, print_rows
-from charter.lag import compute_lag_rows, read_sink_offsets
+from charter.lag import compute_lag_rows, read_positions, read_sink_offsets
 from charter.lookup import resolve_run_id
 from charter.stages import get_stage_inputs
 from engine.bus.port import Offsets
@@ -156,7 +156,7 @@ def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     run_id = resolve_run_id(settings, origins, store)
     rows: list[tuple[Any, ...]] = []
     for stage, names in get_stage_inputs(settings.judge.pairing).items():
-        rows += compute_lag_rows(bus, stage, names, bus.committed(f"{run_id}.{stage}", names))
+        rows += compute_lag_rows(bus, stage, names, read_positions(bus, run_id, stage, names))
     if store.path.exists():
         rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
     bus.close()

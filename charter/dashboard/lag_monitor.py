@@ -15,7 +15,7 @@ from typing import Any
 from charter.connect import open_bus_from_settings
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import error_to_dict
-from charter.lag import compute_lag_rows
+from charter.lag import compute_lag_rows, read_positions
 from charter.stages import get_stage_inputs
 from engine.bus import KAFKA_SCHEME
 from engine.bus.embedded import LOG_FILENAME
@@ -104,7 +104,7 @@ def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id
     rows: list[tuple[Any, ...]] = []
     for stage, names in get_stage_inputs(settings.judge.pairing).items():
         topics = [name for name in names if name in existing]
-        rows += compute_lag_rows(bus, stage, topics, bus.committed(f"{run_id}.{stage}", topics)) if topics else []
+        rows += compute_lag_rows(bus, stage, topics, read_positions(bus, run_id, stage, topics)) if topics else []
     sink_offsets = _load_sink_offsets(query_cache, bus.cluster_id)
     if sink_offsets is not None:
         rows += compute_lag_rows(bus, "sink", [name for name in TOPICS if name in existing], sink_offsets)

@@ -20,7 +20,17 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from engine.bus.port import ConsumerRecord, Headers, Offsets, ProducerRecord, TopicDescription, TopicPartition
+from engine.bus.partitioner import choose_partition
+from engine.bus.port import (
+    CommittedOffset,
+    ConsumerRecord,
+    Headers,
+    Offsets,
+    ProducerRecord,
+    TopicDescription,
+    TopicPartition,
+    make_group_active_error,
+)
 from engine.errors import BusUnreachable, CommitUncertain, DataFolderVersionMismatch, PartitionLost, UsageError, WriterFenced
 from schemas.topics import TopicSpec
 
@@ -58,28 +68,6 @@ def read_boot_id() -> str:
     """Return an id that changes when the machine starts again, or "" if the system has no such id."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text(encoding="ascii").strip() if path.exists() else ""
-
-
-def _murmur2(key: bytes) -> int:
-    """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
-
-    The embedded log and Kafka use the same hash, so a key has the same partition in the two logs.
-    """
-    mask, m = 0xFFFFFFFF, 0x5BD1E995
-    h = (0x9747B28C ^ len(key)) & mask
-    whole = len(key) - len(key) % 4
-    for i in range(0, whole, 4):
-        k = int.from_bytes(key[i : i + 4], "little") * m & mask
-        h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
-    if whole < len(key):
-        h = (h ^ int.from_bytes(key[whole:], "little")) * m & mask
-    h = (h ^ h >> 13) * m & mask
-    return h ^ h >> 15
-
-
-def choose_partition(key: bytes, partitions: int) -> int:
-    """Return the partition of a key, as Kafka's default partitioner does."""
-    return (_murmur2(key) & 0x7FFFFFFF) % partitions
 
 
 # These errors indicate bugs in this module, not failures of the disk.
@@ -254,17 +242,30 @@ class EmbeddedBus:
         return [TopicDescription(name, ids[name], self.count_partitions(name), 1, 1, {}) for name in topics if name in ids]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        names = {self.get_topic(topic)[0]: topic for topic in topics}
-        with self.lock:
-            rows = self.connection.fetch_rows(
-                "SELECT topic, partition, next_offset FROM offsets WHERE grp = ?", [self.prefix + group]
-            )
-        return {TopicPartition(names[topic], partition): offset for topic, partition, offset in rows if topic in names}
+        return {tp: committed.offset for tp, committed in self.list_committed(group, topics).items()}
 
-    def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        rows = [(self.prefix + group, self.get_topic(tp.topic)[0], tp.partition, offset) for tp, offset in offsets.items()]
+    def list_committed(self, group: str, topics: Sequence[str]) -> dict[TopicPartition, CommittedOffset]:
+        with self.lock:
+            return _read_committed(self.connection, self.prefix, self.prefix + group, topics)
+
+    def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        name = self.prefix + group
+        rows = [(name, self.get_topic(tp.topic)[0], tp.partition, offset) for tp, offset in offsets.items()]
         with self.lock, self.connection.transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO offsets VALUES (?, ?, ?, ?)", rows)
+            self.require_inactive(db, group)
+            db.executemany("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?, ?)", rows)
+
+    def delete_committed(self, group: str, topics: Sequence[str]) -> None:
+        rows = [(self.prefix + group, self.get_topic(topic)[0]) for topic in topics]
+        with self.lock, self.connection.transaction() as db:
+            self.require_inactive(db, group)
+            db.executemany("DELETE FROM offsets WHERE grp = ? AND topic = ?", rows)
+
+    def require_inactive(self, db: sqlite3.Connection, group: str) -> None:
+        sql = "SELECT member FROM members WHERE grp = ? AND boot = ? AND expires >= ?"
+        members = [member for (member,) in db.execute(sql, [self.prefix + group, read_boot_id(), read_boot_clock()])]
+        if members:
+            raise make_group_active_error(group, f"the group has members: {', '.join(members)}")
 
     # Writing and reading
 
@@ -278,14 +279,15 @@ class EmbeddedBus:
         groups: dict[tuple[int, int], list[ProducerRecord]] = {}
         for record in records:
             topic, partitions = self.get_topic(record.topic)
-            groups.setdefault((topic, choose_partition(record.key, partitions)), []).append(record)
+            partition = choose_partition(record.key, partitions) if record.partition is None else record.partition
+            groups.setdefault((topic, partition), []).append(record)
         return groups
 
     def open_writer(self, transactional_id: str) -> EmbeddedWriter:
         return EmbeddedWriter(self, self.prefix + transactional_id)
 
-    def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> EmbeddedConsumer:
-        return EmbeddedConsumer(self, self.prefix + group, topics, member)
+    def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> EmbeddedConsumer:
+        return EmbeddedConsumer(self, self.prefix + group, topics, member, hold_new)
 
     def open_reader(self, positions: Mapping[TopicPartition, int]) -> EmbeddedReader:
         return EmbeddedReader(self, positions)
@@ -297,6 +299,19 @@ class EmbeddedBus:
 def _read_end_offset(connection: LogConnection, topic: int, partition: int) -> int:
     sql = "SELECT coalesce(max(offset) + 1, 0) FROM messages WHERE topic = ? AND partition = ?"
     return int(connection.fetch_rows(sql, [topic, partition])[0][0])
+
+
+def _read_committed(
+    connection: LogConnection, prefix: str, group: str, topics: Sequence[str]
+) -> dict[TopicPartition, CommittedOffset]:
+    """Return the committed offsets of a group. `group` includes the prefix."""
+    names = {prefix + topic: topic for topic in topics}
+    rows = connection.fetch_rows(
+        "SELECT name, uuid, partition, next_offset FROM offsets JOIN topics ON topics.id = topic WHERE grp = ?", [group]
+    )
+    return {
+        TopicPartition(names[name], partition): CommittedOffset(o, uid) for name, uid, partition, o in rows if name in names
+    }
 
 
 def _append_records(db: sqlite3.Connection, records_by_partition: Mapping[tuple[int, int], Sequence[ProducerRecord]]) -> None:
@@ -449,17 +464,26 @@ def _wait_for_records(
 class EmbeddedConsumer(EmbeddedReader):
     """A member of a consumer group. The member reads the partitions that it has leased."""
 
-    def __init__(self, bus: EmbeddedBus, group: str, topics: Sequence[str], member: str) -> None:
+    def __init__(self, bus: EmbeddedBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
         super().__init__(bus, {})
-        self.group, self.topics, self.member = group, list(topics), member
+        self.group, self.topics, self.member, self.hold_new = group, list(topics), member, hold_new
         self.epochs: Offsets = {}
+        self.started_epochs: Offsets = {}  # the epoch in which each partition was started
         self.paused_partitions: set[TopicPartition] = set()
         self.generation = -1
         self.next_renewal_at = 0.0
         bus.list_partitions(self.topics)  # raise the error for an unknown topic now, not at the first poll
+        self.topic_ids: Mapping[str, str] = bus.topic_ids(self.topics)
 
     def assignment(self) -> Offsets:
         return dict(self.epochs)
+
+    def held(self) -> Offsets:
+        return {tp: epoch for tp, epoch in self.epochs.items() if self.hold_new and self.started_epochs.get(tp) != epoch}
+
+    def start(self, partition: TopicPartition, offset: int) -> None:
+        self.seek(partition, offset)
+        self.started_epochs[partition] = self.epochs[partition]
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
         deadline = time.monotonic() + timeout_s
@@ -473,7 +497,8 @@ class EmbeddedConsumer(EmbeddedReader):
     def fetch_assigned(self, max_records: int) -> list[ConsumerRecord]:
         if self.read_generation() != self.generation:
             self.rebalance()
-        active = [tp for tp in self.epochs if tp not in self.paused_partitions]
+        held = self.held()
+        active = [tp for tp in self.epochs if tp not in self.paused_partitions and tp not in held]
         return self.fetch_records(active, max_records) if active else []
 
     def renew_membership(self) -> None:
@@ -536,15 +561,15 @@ class EmbeddedConsumer(EmbeddedReader):
     def adopt_leases(self, leases: Offsets) -> None:
         """Start newly assigned partitions at their committed offsets, and remove partitions that are no longer held."""
         new = {tp for tp, epoch in leases.items() if self.epochs.get(tp) != epoch}
-        committed = self.committed() if new else {}
-        self.next_offsets = {tp: committed.get(tp, 0) if tp in new else self.next_offsets[tp] for tp in leases}
+        committed = _read_committed(self.connection, self.bus.prefix, self.group, self.topics) if new else {}
+        beginning = CommittedOffset(0, "")
+        self.next_offsets = {tp: committed.get(tp, beginning).offset if tp in new else self.next_offsets[tp] for tp in leases}
         self.paused_partitions &= set(leases) - new
         self.epochs = leases
 
-    def committed(self) -> Offsets:
-        names = {self.bus.get_topic(topic)[0]: topic for topic in self.topics}
-        rows = self.connection.fetch_rows("SELECT topic, partition, next_offset FROM offsets WHERE grp = ?", [self.group])
-        return {TopicPartition(names[topic], partition): offset for topic, partition, offset in rows if topic in names}
+    def committed(self) -> dict[TopicPartition, CommittedOffset]:
+        committed = _read_committed(self.connection, self.bus.prefix, self.group, self.topics)
+        return {tp: offset for tp, offset in committed.items() if tp in self.epochs}
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
         self.paused_partitions |= set(partitions) & set(self.epochs)

@@ -14,6 +14,8 @@ The defaults of the client do not give exactly-once delivery. This module uses t
    lost. The check of assignment epochs prevents this.
 4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
 5. Rebalance listeners run on the client's thread, so they only record epochs.
+6. Every committed offset has the topic id in its metadata. So an offset of a deleted topic with the same name, and an offset
+   that another program has written, can be recognized.
 """
 
 from __future__ import annotations
@@ -33,7 +35,16 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as KafkaTopicPartition
 
-from engine.bus.port import ConsumerRecord, Offsets, ProducerRecord, TopicDescription, TopicPartition
+from engine.bus.port import (
+    CommittedOffset,
+    ConsumerRecord,
+    Offsets,
+    ProducerRecord,
+    TopicDescription,
+    TopicPartition,
+    make_group_active_error,
+    omit_old_topics,
+)
 from engine.errors import BusUnreachable, CommitUncertain, OffsetsLost, PartitionLost, UsageError, WriterFenced
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
 
@@ -55,6 +66,7 @@ _JOIN_POLL_TIMEOUT_MS = 200
 _SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
 _RETRY_INTERVAL_S = 0.2
+_STAMP_PREFIX = "charter:"  # before the topic id in the metadata of a committed offset
 # These errors occur while a coordinator is being elected.
 _COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
@@ -343,25 +355,33 @@ class KafkaBus:
         ]
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
+        return omit_old_topics(self.list_committed(group, topics), self.topic_ids(topics))
+
+    def list_committed(self, group: str, topics: Sequence[str]) -> dict[TopicPartition, CommittedOffset]:
         name, partitions = self.prefix + group, self.list_partitions(topics)
         with _translate_errors(self.servers):
             offsets = self.call_with_retry(lambda: self.admin.list_group_offsets({name: partitions})).get(name, {})
-        return {self.from_kafka_partition(tp): entry.offset for tp, entry in offsets.items() if entry.offset >= 0}
+        return {self.from_kafka_partition(tp): _parse_committed(entry) for tp, entry in offsets.items() if entry.offset >= 0}
 
-    def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        committed = self.committed(group, sorted({tp.topic for tp in offsets}))
-        initial = {
-            self.to_kafka_partition(tp): OffsetAndMetadata(offset, "", -1)
-            for tp, offset in offsets.items()
-            if tp not in committed
+    def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        topic_ids = self.topic_ids(sorted({tp.topic for tp in offsets}))
+        stamped = {
+            self.to_kafka_partition(tp): _make_stamped_offset(offset, topic_ids[tp.topic]) for tp, offset in offsets.items()
         }
-        if not initial:
-            return
+        self.change_group(group, lambda: self.admin.alter_group_offsets(self.prefix + group, stamped))
+
+    def delete_committed(self, group: str, topics: Sequence[str]) -> None:
+        partitions = [self.to_kafka_partition(tp) for tp in self.list_committed(group, topics)]
+        if partitions:
+            self.change_group(group, lambda: self.admin.delete_group_offsets(self.prefix + group, partitions))
+
+    def change_group(self, group: str, call: Callable[[], _PartitionResults]) -> None:
+        """Change the offsets of a group that has no members."""
         with _translate_errors(self.servers):
-            results = self.call_with_retry(
-                lambda: _raise_partition_errors(self.admin.alter_group_offsets(self.prefix + group, initial))
-            )
-        assert set(results) == set(initial)
+            try:
+                self.call_with_retry(lambda: _raise_partition_errors(call()))
+            except (*_MEMBERSHIP_ERRORS, errors.NonEmptyGroupError, errors.GroupSubscribedToTopicError) as error:
+                raise make_group_active_error(group, f"Kafka answers {type(error).__name__}: the group has members") from error
 
     # Writing and reading
 
@@ -382,9 +402,9 @@ class KafkaBus:
     def open_writer(self, transactional_id: str) -> KafkaWriter:
         return KafkaWriter(self, self.prefix + transactional_id)
 
-    def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> KafkaConsumer:
+    def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> KafkaConsumer:
         self.list_partitions(topics)  # raise the error for an unknown topic now, not at the first poll
-        return KafkaConsumer(self, self.prefix + group, topics, member)
+        return KafkaConsumer(self, self.prefix + group, topics, member, hold_new)
 
     def open_reader(self, positions: Mapping[TopicPartition, int]) -> KafkaReader:
         return KafkaReader(self, positions)
@@ -396,6 +416,15 @@ class KafkaBus:
 
 
 _PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]
+
+
+def _make_stamped_offset(offset: int, topic_id: str) -> OffsetAndMetadata:
+    return OffsetAndMetadata(offset, _STAMP_PREFIX + topic_id, -1)
+
+
+def _parse_committed(entry: OffsetAndMetadata) -> CommittedOffset:
+    stamp = entry.metadata or ""
+    return CommittedOffset(entry.offset, stamp.removeprefix(_STAMP_PREFIX) if stamp.startswith(_STAMP_PREFIX) else "")
 
 
 def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:
@@ -448,7 +477,7 @@ def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
 
 
 def _send_record(producer: kafka.KafkaProducer, topic: str, record: ProducerRecord) -> Any:
-    return producer.send(topic, key=record.key, value=record.value, headers=list(record.headers))
+    return producer.send(topic, key=record.key, value=record.value, headers=list(record.headers), partition=record.partition)
 
 
 def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
@@ -503,13 +532,17 @@ class KafkaWriter:
                 "the outcome of the last commit of this writer is unknown", "only a new writer can resolve the transaction"
             )
         self.bus.check_topics(outputs)
-        membership = None
+        membership, kafka_offsets = None, {}
         if offsets:
             assert isinstance(consumer, KafkaConsumer), "offsets need the consumer of their group"
             membership = consumer.require_ownership(offsets, epochs or {})
+            kafka_offsets = {
+                self.bus.to_kafka_partition(tp): _make_stamped_offset(offset, consumer.topic_ids[tp.topic])
+                for tp, offset in offsets.items()
+            }
         started = time.monotonic()
         try:
-            self.write_transaction(outputs, offsets or {}, membership)
+            self.write_transaction(outputs, kafka_offsets, membership)
         except _MEMBERSHIP_ERRORS as error:
             self.replace_producer()
             raise PartitionLost("the group has rebalanced without this member", type(error).__name__) from error
@@ -521,16 +554,16 @@ class KafkaWriter:
             raise self.classify_failure(error, time.monotonic() - started) from error
 
     def write_transaction(
-        self, outputs: Sequence[ProducerRecord], offsets: Mapping[TopicPartition, int], membership: ConsumerGroupMetadata | None
+        self,
+        outputs: Sequence[ProducerRecord],
+        offsets: Mapping[KafkaTopicPartition, OffsetAndMetadata],
+        membership: ConsumerGroupMetadata | None,
     ) -> None:
         self.producer.begin_transaction()
         futures = [_send_record(self.producer, self.bus.add_prefix(record.topic), record) for record in outputs]
         require_delivered(self.producer, futures)
         if offsets:
-            kafka_offsets = {
-                self.bus.to_kafka_partition(tp): OffsetAndMetadata(offset, "", -1) for tp, offset in offsets.items()
-            }
-            self.producer.send_offsets_to_transaction(kafka_offsets, membership)
+            self.producer.send_offsets_to_transaction(offsets, membership)
         self.producer.commit_transaction()
 
     def classify_failure(self, error: Exception, elapsed_s: float) -> WriterFenced | CommitUncertain:
@@ -613,7 +646,8 @@ def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
-            raise _make_offsets_lost_error(bus, error.args[0], "retention deleted the records before they were read") from error
+            why = "retention or an operator deleted the records before they were read, or the log is shorter than before"
+            raise _make_offsets_lost_error(bus, error.args[0], why) from error
         except errors.LogTruncationError as error:
             why = "a broker without these records has become the leader (unclean leader election)"
             raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
@@ -624,7 +658,7 @@ def _make_offsets_lost_error(bus: KafkaBus, offsets: Mapping[KafkaTopicPartition
     return OffsetsLost(
         f"the log no longer has the next records: {names}",
         why,
-        "raise bus.retention_ms; to continue without these records, start a new run: --run NAME",
+        "raise bus.retention_ms; to continue without these records, type: charter offsets set --stage STAGE --to earliest",
     )
 
 
@@ -656,8 +690,10 @@ class _AssignmentEpochs(kafka.ConsumerRebalanceListener):
 class KafkaConsumer:
     """A member of a consumer group with cooperative rebalancing."""
 
-    def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str) -> None:
-        self.bus = bus
+    def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
+        self.bus, self.hold_new = bus, hold_new
+        self.topic_ids: Mapping[str, str] = bus.topic_ids(topics)
+        self.started_epochs: Offsets = {}  # the epoch in which each partition was started
         self.epochs = _AssignmentEpochs(bus)
         self.membership: ConsumerGroupMetadata | None = None
         with _translate_errors(bus.servers):
@@ -689,18 +725,38 @@ class KafkaConsumer:
     def assignment(self) -> Offsets:
         return dict(self.epochs.by_partition)
 
+    def held(self) -> Offsets:
+        if not self.hold_new:
+            return {}
+        return {tp: epoch for tp, epoch in self.epochs.by_partition.items() if self.started_epochs.get(tp) != epoch}
+
+    def start(self, partition: TopicPartition, offset: int) -> None:
+        self.seek(partition, offset)
+        self.started_epochs[partition] = self.epochs.by_partition[partition]
+        self.resume([partition])
+
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
         with _translate_offset_errors(self.bus):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)
             except errors.NoOffsetForPartitionError as error:
-                # The group has no committed offsets for these partitions, so it starts at their beginning.
+                # The group has no committed offsets for these partitions. They start at their beginning, unless they are held.
+                self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=_REQUEST_TIMEOUT_MS))
+                polled = {}
+            except errors.OffsetOutOfRangeError as error:
+                # The committed offset of a held partition is not used before it is checked.
+                if not all(self.bus.from_kafka_partition(tp) in self.held() for tp in error.args[0]):
+                    raise
                 self.seek_all(self.client.beginning_offsets(list(error.args[0]), timeout_ms=_REQUEST_TIMEOUT_MS))
                 polled = {}
             if self.detect_rejoin():
                 return []
-        return _to_consumer_records(self.bus, polled)
+            held = self.held()
+            if held:
+                self.pause(held)
+        # The client may have read records of a new partition before the pause. `start` seeks, so they are read again.
+        return [r for r in _to_consumer_records(self.bus, polled) if TopicPartition(r.topic, r.partition) not in held]
 
     def finish_join(self, max_records: int) -> Mapping[KafkaTopicPartition, Sequence[Any]]:
         """Continue polling for up to _JOIN_TIMEOUT_S while a join is in progress.
@@ -720,7 +776,7 @@ class KafkaConsumer:
         If the member id has changed, this member was outside the group for some time. During this time, other members
         may have committed offsets that are higher than the positions of this member. During a join the client keeps its
         old positions and does not call the listener. So this method gives all partitions a new epoch and continues at
-        their committed offsets.
+        their committed offsets. If the consumer holds new partitions, all its partitions are held again.
         """
         current = self.client.group_metadata()
         if current.state != MemberState.STABLE:
@@ -729,7 +785,7 @@ class KafkaConsumer:
         if has_rejoined:
             self.epochs.renew_all()
             partitions = [self.bus.to_kafka_partition(tp) for tp in self.epochs.by_partition]
-            committed = {self.bus.to_kafka_partition(tp): offset for tp, offset in self.committed().items()}
+            committed = {self.bus.to_kafka_partition(tp): entry.offset for tp, entry in self.committed().items()}
             self.seek_all(self.client.beginning_offsets(partitions, timeout_ms=_REQUEST_TIMEOUT_MS) | committed)
         self.membership = current
         return has_rejoined
@@ -755,7 +811,8 @@ class KafkaConsumer:
         self.client.pause(*self.filter_owned(partitions))
 
     def resume(self, partitions: Iterable[TopicPartition]) -> None:
-        self.client.resume(*self.filter_owned(partitions))
+        held = self.held()
+        self.client.resume(*self.filter_owned(tp for tp in partitions if tp not in held))
 
     def filter_owned(self, partitions: Iterable[TopicPartition]) -> list[KafkaTopicPartition]:
         return [self.bus.to_kafka_partition(tp) for tp in partitions if tp in self.epochs.by_partition]
@@ -772,13 +829,13 @@ class KafkaConsumer:
                 for tp in self.epochs.by_partition
             }
 
-    def committed(self) -> Offsets:
+    def committed(self) -> dict[TopicPartition, CommittedOffset]:
         with _translate_errors(self.bus.servers):
-            offsets = {
-                tp: self.client.committed(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
+            entries = {
+                tp: self.client.committed(self.bus.to_kafka_partition(tp), metadata=True, timeout_ms=_REQUEST_TIMEOUT_MS)
                 for tp in self.epochs.by_partition
             }
-        return {tp: offset for tp, offset in offsets.items() if offset is not None}
+        return {tp: _parse_committed(entry) for tp, entry in entries.items() if entry is not None}
 
     def close(self) -> None:
         self.client.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)

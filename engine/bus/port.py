@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from engine.errors import UsageError
 from schemas.topics import TopicSpec
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -42,15 +43,26 @@ class ConsumerRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProducerRecord:
-    """A record to be written to a topic."""
+    """A record to be written to a topic. If `partition` is None, the log chooses the partition from the key."""
 
     topic: str
     key: bytes
     value: bytes | None
     headers: Headers = ()
+    partition: int | None = None
 
 
 Offsets = dict[TopicPartition, int]
+
+
+class CommittedOffset(NamedTuple):
+    """A committed offset of a group, and the id of the topic to which it belongs.
+
+    `topic_id` is empty if another program has written the offset, for example `kafka-consumer-groups --reset-offsets`.
+    """
+
+    offset: int
+    topic_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,13 @@ class TopicDescription:
 
 
 class Consumer(Protocol):
-    """A member of a consumer group, used by one thread. A new group starts at the beginning of its topics."""
+    """A member of a consumer group, used by one thread. `topic_ids` are the ids of its topics when it was opened.
+
+    A partition without a committed offset starts at its beginning. If the consumer was opened with `hold_new`, it does not
+    read a newly assigned partition until `start` is called.
+    """
+
+    topic_ids: Mapping[str, str]
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
         """Return new records. Wait up to `timeout_s` for the first record, or longer during a rebalance.
@@ -78,6 +96,14 @@ class Consumer(Protocol):
 
     def assignment(self) -> Offsets:
         """Return the epoch of each assigned partition. A partition that was lost and assigned again has a new epoch."""
+        ...
+
+    def held(self) -> Offsets:
+        """Return the epoch of each assigned partition that is not started yet. Without `hold_new`, the result is empty."""
+        ...
+
+    def start(self, partition: TopicPartition, offset: int) -> None:
+        """Start a held partition at this offset. Raise PartitionLost if the partition is not assigned."""
         ...
 
     def pause(self, partitions: Iterable[TopicPartition]) -> None:
@@ -100,8 +126,11 @@ class Consumer(Protocol):
         """
         ...
 
-    def committed(self) -> Offsets:
-        """Return the committed offsets of the group, read from the log."""
+    def committed(self) -> dict[TopicPartition, CommittedOffset]:
+        """Return the committed offsets of the assigned partitions, read from the log.
+
+        Wait until no transaction with offsets of these partitions is open.
+        """
         ...
 
     def close(self) -> None: ...
@@ -181,11 +210,22 @@ class Bus(Protocol):
         ...
 
     def committed(self, group: str, topics: Sequence[str]) -> Offsets:
-        """Return the committed offsets of a group. Partitions without a committed offset are omitted."""
+        """Return the committed offsets of a group. Partitions without a committed offset are omitted.
+
+        Offsets that belong to a deleted topic of the same name are omitted, too.
+        """
         ...
 
-    def initialize_group_offsets(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
-        """Set the start offsets of partitions that the group has not committed yet. The group must have no members."""
+    def list_committed(self, group: str, topics: Sequence[str]) -> dict[TopicPartition, CommittedOffset]:
+        """Return all committed offsets of a group on these topics, with their topic ids."""
+        ...
+
+    def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
+        """Replace committed offsets of a group. Raise UsageError if the group has members."""
+        ...
+
+    def delete_committed(self, group: str, topics: Sequence[str]) -> None:
+        """Delete the committed offsets of a group on these topics. Raise UsageError if the group has members."""
         ...
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
@@ -194,8 +234,20 @@ class Bus(Protocol):
 
     def open_writer(self, transactional_id: str) -> Writer: ...
 
-    def open_consumer(self, group: str, topics: Sequence[str], *, member: str) -> Consumer: ...
+    def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> Consumer: ...
 
     def open_reader(self, positions: Mapping[TopicPartition, int]) -> Reader: ...
 
     def close(self) -> None: ...
+
+
+def omit_old_topics(committed: Mapping[TopicPartition, CommittedOffset], topic_ids: Mapping[str, str]) -> Offsets:
+    """Return the offsets without those of deleted topics."""
+    return {tp: c.offset for tp, c in committed.items() if c.topic_id in ("", topic_ids[tp.topic])}
+
+
+def make_group_active_error(group: str, why: str) -> UsageError:
+    """Return the error for a change of offsets while the group has members."""
+    return UsageError(
+        f"the offsets of {group} cannot be changed", why, "stop the processes of this stage first, then type the command again"
+    )

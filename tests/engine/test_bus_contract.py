@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from engine.bus import open_bus
-from engine.bus.embedded import choose_partition
+from engine.bus.partitioner import choose_partition
 from engine.bus.port import ProducerRecord, TopicPartition
 from engine.bus.read import read_topic, read_values
 from engine.errors import PartitionLost, UsageError, WriterFenced
@@ -42,6 +42,10 @@ def bus(address, prefix):
 
 def make_records(topic, numbers):
     return [ProducerRecord(topic, f"k{n % 7}".encode(), str(n).encode(), (("run", b"r"),)) for n in numbers]
+
+
+def read_committed(consumer):
+    return {tp: committed.offset for tp, committed in consumer.committed().items()}
 
 
 def read_numbers(bus, topic):
@@ -208,7 +212,7 @@ def test_commit_writes_outputs_and_offsets_atomically(bus):
     assert move_records(bus, consumer, writer, 60) == 60
     assert read_numbers(bus, "out") == list(range(60))
     poll_until(lambda: sum(bus.committed("g", ["in"]).values()) == 60)
-    assert consumer.committed() == {p: o for p, o in bus.end_offsets(["in"]).items() if o}
+    assert read_committed(consumer) == {p: o for p, o in bus.end_offsets(["in"]).items() if o}
     consumer.close()
     writer.close()
 
@@ -383,7 +387,7 @@ def test_member_cannot_commit_a_partition_that_moved(bus):
     poll_until(
         lambda: try_commit(writer, [ProducerRecord("out", b"k", b"2")], dict.fromkeys(kept, 1), first, kept), first, second
     )
-    assert read_numbers(bus, "out") == [2] and first.committed() == dict.fromkeys(kept, 1)
+    assert read_numbers(bus, "out") == [2] and read_committed(first) == dict.fromkeys(kept, 1)
     poll_until(lambda: bus.committed("g", ["in"]) == dict.fromkeys(kept, 1))
     for opened in (first, second, writer):
         opened.close()
@@ -464,21 +468,43 @@ def test_offsets_for_time_returns_the_first_later_record(bus):
     assert bus.offsets_for_time(["one"], newest + 100_000) == bus.end_offsets(["one"])
 
 
-def test_initial_group_offsets_apply_only_before_the_first_commit(bus):
+def test_offsets_of_a_group_without_members_can_be_set_and_deleted(bus):
     bus.publish(make_records("in", range(30)))
     ends = bus.end_offsets(["in"])
-    bus.initialize_group_offsets("g", ends)
+    bus.set_committed("g", ends)
+    assert bus.list_committed("g", ["in"]) == {tp: (end, bus.topic_ids(["in"])["in"]) for tp, end in ends.items()}
     bus.publish(make_records("in", range(30, 60)))
-    consumer, writer, seen = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a"), []
+    consumer, seen = bus.open_consumer("g", ["in"], member="a"), []
     poll_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == 30)
     assert sorted(int(m.value) for m in seen) == list(range(30, 60))
     assert consumer.positions() == bus.end_offsets(["in"])
-    partition_key = TopicPartition("in", seen[0].partition)
-    writer.commit([], {partition_key: ends[partition_key] + 1}, consumer=consumer)
+    for change in (lambda: bus.set_committed("g", ends), lambda: bus.delete_committed("g", ["in"])):
+        with pytest.raises(UsageError, match=r"the offsets of g cannot be changed\n.*the group has members"):
+            change()
     consumer.close()
-    writer.close()
-    bus.initialize_group_offsets("g", dict.fromkeys(ends, 0))
-    assert bus.committed("g", ["in"]) == ends | {partition_key: ends[partition_key] + 1}
+    bus.delete_committed("g", ["in"])
+    assert bus.committed("g", ["in"]) == {}
+
+
+def test_held_partition_is_read_from_its_start_offset(bus):
+    bus.publish(make_records("in", range(40)))
+    ends = bus.end_offsets(["in"])
+    consumer, seen = bus.open_consumer("g", ["in"], member="a", hold_new=True), []
+    assert consumer.topic_ids == bus.topic_ids(["in"])
+    poll_until(lambda: seen.extend(consumer.poll(0.2, 100)) or set(consumer.held()) == set(ends))
+    consumer.resume(ends)
+    assert consumer.poll(0.2, 100) == [] == seen
+    started = max(ends, key=ends.get)
+    consumer.start(started, 2)
+    poll_until(lambda: seen.extend(consumer.poll(0.2, 100)) or len(seen) == ends[started] - 2)
+    assert {TopicPartition(m.topic, m.partition) for m in seen} == {started} and seen[0].offset == 2
+    assert set(consumer.held()) == set(ends) - {started}
+    consumer.close()
+
+
+def test_record_is_written_to_its_partition(bus):
+    bus.publish([ProducerRecord("in", b"k", b"x", partition=number) for number in (0, 1, 3)])
+    assert {tp.partition: end for tp, end in bus.end_offsets(["in"]).items()} == {0: 1, 1: 1, 2: 0, 3: 1}
 
 
 def test_describe_topics_returns_existing_topics(bus):

@@ -50,3 +50,10 @@ def test_process_that_ended_while_it_wrote_the_file_counts_for_no_record(tmp_pat
     journal = CrashJournal(tmp_path / "stage", "0", topic_ids={"prompts": "id"})
     assert journal.crash_counts() == {}
     journal.close()
+
+
+def test_stop_signal_after_the_journal_is_closed_changes_nothing(tmp_path):
+    journal = CrashJournal(tmp_path / "stage", "0", topic_ids={"prompts": "id"})
+    journal.close()
+    journal.note_stop()
+    assert (tmp_path / "stage" / "0.working").read_bytes() == b""

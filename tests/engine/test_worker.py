@@ -18,8 +18,9 @@ from engine.errors import (
     UsageError,
 )
 from engine.host import Host
+from engine.positions import TARGET_STAGE_HEADER
 from engine.watchdog import CallTracker, Watchdog
-from engine.worker import TARGET_STAGE_HEADER, ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
+from engine.worker import ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
 from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ChatMessage, Completion, DeadLetter, DeadLetterKind, Prompt, Response
@@ -145,7 +146,7 @@ def test_usage_error_stops_the_stage_without_a_commit(bus):
     publish(bus, make_prompt("p"))
     with pytest.raises(UsageError):
         run_until([make_worker(bus, work)], lambda: False)
-    assert bus.committed("r.respond", ["prompts"]) == {} and read_dead_letters(bus) == []
+    assert not any(bus.committed("r.respond", ["prompts"]).values()) and read_dead_letters(bus) == []
 
 
 def test_worker_skips_records_of_other_runs(bus):
@@ -271,7 +272,7 @@ def test_many_consecutive_dead_letters_stop_the_stage_without_a_commit(bus):
     publish(bus, *(make_prompt(f"p{n:02}") for n in range(30)))
     with pytest.raises(TooManyDeadLetters, match=r"10 consecutive records.*PermanentRecordError"):
         run_until([make_worker(bus, fail_for(lambda text: True))], lambda: False)
-    assert bus.committed("r.respond", ["prompts"]) == {} and read_dead_letters(bus) == []
+    assert not any(bus.committed("r.respond", ["prompts"]).values()) and read_dead_letters(bus) == []
     run_until([make_worker(bus, echo)], lambda: len(read_responses(bus)) == 30)  # after the fix all records are processed
     assert read_dead_letters(bus) == []
 

@@ -31,6 +31,7 @@ FINGERPRINTS = {
     "batch": "28e1715f-6494-3676-c3e5-762633e0b53a",
     "policy_update": "41aa651e-a952-a69b-89a5-f60a9802d82d",
     "policy_restore": "04eed88b-00d7-d484-6e1b-32f66f232ac9",
+    "run_start": "1a34e0e7-eaa3-3199-f949-9e167fc36dec",
     "pause": "68cf73b3-e672-6cd7-80e0-c0e36e2dcbe0",
     "metric": "4893a79e-b327-6574-41d4-461dc96a96af",
     "score": "9cc56e38-befa-e3cd-1b48-499916c8ff0d",
