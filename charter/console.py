@@ -84,9 +84,14 @@ def configure_logging(verbose: bool, as_json: bool) -> None:
     logging.getLogger("kafka").setLevel(logging.WARNING if verbose else logging.CRITICAL)
 
 
+def is_logging_json() -> bool:
+    """Return whether the command logs JSON objects instead of lines (--log-json)."""
+    return _PROGRESS_LOGGER.level != logging.NOTSET
+
+
 def print_progress(message: str, level: int = logging.INFO) -> None:
     """Print a progress message to standard error. With --log-json, log the message as JSON instead."""
-    if _PROGRESS_LOGGER.level == logging.NOTSET:
+    if not is_logging_json():
         click.echo(message, err=True)
     else:
         _PROGRESS_LOGGER.log(level, message)

@@ -1,7 +1,8 @@
 """Publish prompts, human comparisons and human demonstrations from files and standard input to the log.
 
 `producers.rows` reads the file formats, and `producers.parse` parses the rows. An invalid row is reported with its number and
-the reason, and all other rows are published. With `strict`, the producer stops at the first invalid row.
+the reason, and all other rows are published. With `strict`, the producer stops at the first invalid row. A column that has no
+effect is reported at the first row that has it.
 
 The producer publishes the records and its offset in the file in one transaction. If it is killed and started again, it
 continues after the last published row and publishes no record twice. It cannot resume standard input, so it publishes the rows
@@ -14,7 +15,8 @@ only the new rows are published.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
 from engine.errors import UsageError
 from engine.run_starts import StartPositions, ensure_run_start
+from engine.progress import WorkProgress
 from engine.worker import to_producer_record
 from producers.parse import ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
@@ -53,13 +56,15 @@ class ProduceReport:
     """The result for one input.
 
     `num_duplicates` is the number of rows that the run already has. `num_already_read` is the number of rows that an earlier
-    call read. `bad_rows` contains the number of each invalid row and the reason.
+    call read. `bad_rows` contains the number of each invalid row and the reason. `unread_columns` counts, for each column without
+    effect, the rows that have it.
     """
 
     num_published: int = 0
     num_duplicates: int = 0
     num_already_read: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)
+    unread_columns: Counter[str] = field(default_factory=Counter)
 
 
 def assign_split(messages: Sequence[ChatMessage], eval_fraction: float) -> Split:
@@ -76,7 +81,10 @@ def _with_label_header(record: Record) -> ProducerRecord:
 
 @dataclass(frozen=True)
 class FileProducer:
-    """A producer that publishes the rows of files as records of one kind for one run."""
+    """A producer that publishes the rows of files as records of one kind for one run.
+
+    `columns` maps names of Charter's columns to names in the file (see `producers.parse.parse_prompt`).
+    """
 
     bus: Bus
     run_id: str
@@ -86,12 +94,16 @@ class FileProducer:
     eval_fraction: float = 0.05
     strict: bool = False
     on_bad_row: Callable[[int, str], None] = lambda row_number, reason: None
+    on_unread_columns: Callable[[int, Sequence[str]], None] = lambda row_number, names: None
     kind: InputKind = "prompts"
     publish_prompts: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    progress: WorkProgress = field(default_factory=WorkProgress)
 
     def publish(self, path: str, *, first_row: int = 1, last_row: int | None = None) -> ProduceReport:
         """Publish rows `first_row` to `last_row` of a path or of standard input ("-"). Skip rows that an earlier call read."""
         report = ProduceReport()
+        self.progress.start_step("reading the file to compute its hash")
         offset = None if path == "-" else self.make_start_offset(path, compute_content_hash(path), first_row, last_row)
         # Each input has one writer. A second producer of the same file fences the first one, so no row is published twice. Open
         # the writer before the offset is read. This fences an earlier producer, so that it cannot change the offset any more.
@@ -100,11 +112,13 @@ class FileProducer:
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row
+        self.progress.start_step("reading the ids of the records that the run already has")
         prompt_ids, label_ids = self.read_published_ids(run_start)
+        self.progress.start_step("publishing")
         batch: list[ProducerRecord] = []
         last_read, num_new_rows = start - 1, 0
         try:
-            for number, row in read_rows(path, start, last_row):
+            for number, row in read_rows(path, start, last_row, columns=self.columns, progress=self.progress):
                 parsed = self.parse_row(row, number, path, report)
                 last_read = number
                 if parsed is None:
@@ -147,17 +161,22 @@ class FileProducer:
     def parse_row(self, row: RawRow, number: int, path: str, report: ProduceReport) -> PromptRow | None:
         """Parse a row. If the row is invalid, report it and return None, or raise UsageError if `strict` is true."""
         try:
-            return ROW_PARSERS[self.kind](row, source=self.source or DEFAULT_SOURCES[self.kind], max_chars=self.max_chars)
+            source = self.source or DEFAULT_SOURCES[self.kind]
+            parsed = ROW_PARSERS[self.kind](row, source=source, max_chars=self.max_chars, columns=self.columns)
         except RowError as error:
             report.bad_rows.append((number, str(error)))
             self.on_bad_row(number, str(error))
             if self.strict:
                 raise UsageError(
-                    f"{path} line {number} is not a {_ROW_NOUNS[self.kind]}",
+                    f"{path} row {number} is not a {_ROW_NOUNS[self.kind]}",
                     str(error),
-                    "fix the line, or omit --strict to skip it",
+                    "fix the row, or omit --strict to skip it",
                 ) from error
             return None
+        if new_names := [name for name in parsed.unread_columns if name not in report.unread_columns]:
+            self.on_unread_columns(number, new_names)
+        report.unread_columns.update(parsed.unread_columns)
+        return parsed
 
     def make_producer_records(
         self, parsed: PromptRow, origin: str, known_prompt_ids: set[str], known_label_ids: set[str]
@@ -173,11 +192,7 @@ class FileProducer:
             if prompt.prompt_id not in known_prompt_ids:
                 known_prompt_ids.add(metadata["prompt_id"])
                 new_records.append(to_producer_record(prompt))
-        record: Preference | Demonstration | None = None
-        if isinstance(parsed, PreferenceRow):
-            record = _make_preference(parsed, metadata)
-        elif isinstance(parsed, DemonstrationRow):
-            record = _make_demonstration(parsed, metadata)
+        record = make_human_record(parsed, metadata)
         if record is not None and record.record_id not in known_label_ids:
             known_label_ids.add(record.record_id)
             new_records.append(_with_label_header(record))
@@ -186,8 +201,10 @@ class FileProducer:
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
         """Return the initial offset of this run in a file. Its id depends on the file's content, but not on the file name."""
         kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
+        # Other columns of a file are other rows. Without a mapping, the id is the same as before `columns` existed.
+        rows = [first_row, last_row, *([dict(self.columns)] if self.columns else [])]
         configuration = ids.compute_fingerprint(
-            "source", content=content, run=self.run_id, epoch=self.epoch, rows=[first_row, last_row], **kind_keys
+            "source", content=content, run=self.run_id, epoch=self.epoch, rows=rows, **kind_keys
         )
         return ProducerOffset(
             record_id=ids.compute_record_id("source", [], configuration),
@@ -248,6 +265,13 @@ def make_prompt_record(metadata: dict[str, Any]) -> Prompt:
     )
 
 
+def make_human_record(parsed: PromptRow, metadata: dict[str, Any]) -> Preference | Demonstration | None:
+    """Return the human comparison or the human demonstration of a row, or None if the row is only a prompt."""
+    if isinstance(parsed, PreferenceRow):
+        return _make_preference(parsed, metadata)
+    return _make_demonstration(parsed, metadata) if isinstance(parsed, DemonstrationRow) else None
+
+
 def _make_preference(parsed: PreferenceRow, metadata: dict[str, Any]) -> Preference:
     """Return the record of a human comparison.
 
@@ -294,4 +318,7 @@ def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts")
         + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
     )
     if report.bad_rows:
-        yield f"{len(report.bad_rows)} lines are not {kind} (see above); the others are published"
+        yield f"{len(report.bad_rows)} rows are not {kind} (see above); the others are published"
+    if report.unread_columns:
+        names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report.unread_columns.items()))
+        yield f"columns without effect: {names}"

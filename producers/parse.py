@@ -1,18 +1,24 @@
 """Parse rows into prompts, comparisons of two responses, or demonstrations. An invalid row raises RowError with the reason.
 
-A dialogue has one of these forms:
+A dialogue has one of these forms. `docs/inputs.md` lists them with examples:
 
-* The column `prompt` is a string or a list of messages {role, content}, or the column `messages` is a list of messages.
-* The column of the dialogue is a transcript as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). A transcript is a string. In it,
-  "Human:" or "Assistant:" at the beginning of a paragraph starts a message. Elsewhere these words are content. The prompt ends
-  with the last human message. Consecutive messages of one role are joined as paragraphs.
+* The column `prompt` is a string or a list of messages. The column `messages` (in ShareGPT files `conversations`) is a list of
+  messages. A message is {role, content} or, as in ShareGPT, {from, value}. A list may also be stored as a JSON string.
+* A string is a transcript, as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). In it, "Human:" or "Assistant:" at the beginning
+  of a paragraph starts a message. Elsewhere these words are content. The prompt ends with the last human message. Consecutive
+  messages of one role are joined as paragraphs.
+* The columns `instruction`, `input` and `history` as in Alpaca and LLaMA-Factory files. The column `input` of OpenAI's files of
+  comparisons is an object with `messages`.
+* The column `system` is the system message of the dialogue.
 
 A comparison has the columns `chosen` and `rejected`, and optionally `p_chosen`. Alternatively, it has the columns `response_a`,
-`response_b` and `p_a`, the probability that A is better. If the row has a dialogue, the two columns contain only the responses.
-If not, each column contains a whole dialogue. The two dialogues have the same prompt.
+`response_b` and `p_a`, the probability that A is better. Each of the two is a response or a whole dialogue that ends with the
+response. If several columns contain the prompt, all of them must agree.
 
 A demonstration has a dialogue and a `completion`, or one dialogue that ends with an assistant message. If the row is a
 comparison, the demonstration is the chosen response. The columns `source` and `tags` are optional in every row.
+
+A value with several possible meanings is an error. A column that is not read is named in `PromptRow.unread_columns`.
 """
 
 from __future__ import annotations
@@ -20,33 +26,54 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 from schemas.records import ChatMessage
 
-_ROLES = ("system", "user", "assistant")
-_DIALOGUE_COLUMNS = ("prompt", "messages")
-ROW_COLUMNS = frozenset(
-    (
-        *_DIALOGUE_COLUMNS,
-        "source",
-        "tags",
-        "chosen",
-        "rejected",
-        "p_chosen",
-        "response_a",
-        "response_b",
-        "p_a",
-        "completion",
-        "finish_reason",
-    )
-)
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+}  # fmt: skip
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_TOOL_KEYS = ("tool_calls", "function_call")
+_TRAIN_KEYS = ("weight", "train", "training", "loss")  # 0 or false excludes a message from training
+
+_DIALOGUE_COLUMNS = ("prompt", "messages", "instruction")
+_PREFERENCE_FORMS = (("chosen", "rejected", "p_chosen"), ("response_a", "response_b", "p_a"))
+_RESPONSE_COLUMNS = ("completion", "chosen", "rejected", "response_a", "response_b")
+_LABEL_COLUMNS = ("label", "kto_tag")
+_COLUMN_ALIASES = {"conversations": "messages", "preferred_output": "chosen", "non_preferred_output": "rejected"}
+_UNSUPPORTED_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
+_BASE_COLUMNS = ("prompt", "messages", "system", "instruction", "input", "history", "source", "tags", *_UNSUPPORTED_COLUMNS)
+_COLUMNS_BY_KIND = {
+    "prompts": frozenset(_BASE_COLUMNS),
+    "preferences": frozenset((*_BASE_COLUMNS, *(name for form in _PREFERENCE_FORMS for name in form))),
+    "demonstrations": frozenset((*_BASE_COLUMNS, "completion", "chosen", "finish_reason", *_LABEL_COLUMNS)),
+}
+COLUMN_NAMES = frozenset[str]().union(*_COLUMNS_BY_KIND.values())
+ROW_COLUMNS = COLUMN_NAMES | frozenset((*_COLUMN_ALIASES, "output"))
+# A file without any of these columns has no prompt.
+TEXT_COLUMNS = frozenset((*_DIALOGUE_COLUMNS, "input", *_RESPONSE_COLUMNS, *_COLUMN_ALIASES))
+UNREAD = "(not read)"  # the value of a column that a reader of a columnar format skips
+NO_COLUMNS: Mapping[str, str] = {}
+
 # The matching time of this pattern is linear in the number of blank lines.
 SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t\r]*)(Human|Assistant):")
 _ROLES_BY_SPEAKER = {"Human": "user", "Assistant": "assistant"}
+_LAST_SPEAKER_LINE = re.compile(r"(?:\A|\n)[ \t]*(?:Human|Assistant):[ \t]*\Z")
+# The end of a prompt that a chat template has rendered: the header of the response.
+_RENDERED_PROMPT_END = re.compile(
+    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>"
+    r"|\[/INST\]|### ?(?:Response|Assistant):|\bASSISTANT:|(?:\A|\n)[ \t]*Assistant:)\Z"
+)
+_RENDERED_RESPONSE_END = re.compile(r"(?:<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|>|<end_of_turn>|<eos>|</s>)\Z")
+_MAX_END_CHARS = 80  # the ends of rendered texts are shorter
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_MAX_NAMES = 12  # column names in an error message
+_MIN_ECHO_CHARS = 20  # shorter prompts, such as a greeting, also begin a real response
 
 
 class RowError(ValueError):
@@ -55,11 +82,12 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt: a dialogue that ends with the user."""
+    """A prompt: a dialogue that ends with the user. `unread_columns` are the columns of the row that have no effect."""
 
     messages: tuple[ChatMessage, ...]
     source: str
     tags: tuple[str, ...]
+    unread_columns: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,82 @@ class DemonstrationRow(PromptRow):
     is_complete: bool
 
 
-def _extract_fields(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
+def parse_prompt(
+    row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int, columns: Mapping[str, str] = NO_COLUMNS
+) -> PromptRow:
+    """Parse the prompt of a row. The row may also be a comparison or a demonstration. Raise RowError if the row is invalid.
+
+    `columns` maps names of Charter's columns to the names in the row. An empty name means that the column is not read.
+    """
+    fields = _Fields(row, "prompts", columns)
+    responses = [fields.parse_response(name) for name in _RESPONSE_COLUMNS if name in fields.values]
+    messages, response = fields.merge_dialogues(responses)
+    if response is not None and response not in [other.response for other in responses]:
+        raise RowError('the last message is not from the user; "--as demonstrations" reads such a row')
+    row_source, tags = _parse_metadata(fields.values, source, messages, max_chars)
+    return PromptRow(messages, row_source, tags, unread_columns=fields.unread_columns)
+
+
+def parse_preference(
+    row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int, columns: Mapping[str, str] = NO_COLUMNS
+) -> PreferenceRow:
+    """Parse two responses to one prompt and their label. Raise RowError if the row is invalid."""
+    fields = _Fields(row, "preferences", columns)
+    forms = [form for form in _PREFERENCE_FORMS if any(name in fields.values for name in form)]
+    first, second, p = forms[0] if forms else _PREFERENCE_FORMS[0]
+    if len(forms) > 1:
+        raise RowError(f'both "{forms[0][0]}" and "{forms[1][0]}" are responses; give --column {forms[1][0]}= to ignore one')
+    has_fixed_order = first == "response_a"
+    if first not in fields.values or second not in fields.values or (has_fixed_order and p not in fields.values):
+        raise RowError(f'needs "chosen" and "rejected", or "response_a", "response_b" and "p_a"; {fields.describe()}')
+    responses = [fields.parse_response(first), fields.parse_response(second)]
+    messages, last = fields.merge_dialogues(responses)
+    a, b = (_check_response(response) for response in responses)
+    if a == b:
+        raise RowError("both responses are the same")
+    if last not in (None, a, b):
+        raise RowError("the dialogue ends with a response that is neither of the two")
+    if all(_repeats_prompt(response, messages) for response in responses):
+        raise RowError("both responses begin with the prompt")
+    p_a = _parse_probability(fields.values.get(p, 1.0), p)
+    row_source, tags = _parse_metadata(fields.values, source, messages, max_chars, a, b)
+    return PreferenceRow(messages, row_source, tags, a, b, p_a, has_fixed_order, unread_columns=fields.unread_columns)
+
+
+def parse_demonstration(
+    row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int, columns: Mapping[str, str] = NO_COLUMNS
+) -> DemonstrationRow:
+    """Parse a prompt and its completion. Raise RowError if the row is invalid."""
+    fields = _Fields(row, "demonstrations", columns)
+    names = [name for name in ("completion", "chosen") if name in fields.values]
+    if len(names) > 1:
+        raise RowError('both "completion" and "chosen" are responses; give --column chosen= to ignore one')
+    responses = [fields.parse_response(name) for name in names]
+    messages, last = fields.merge_dialogues(responses)
+    if not responses and last is None:
+        raise RowError(f'no "completion", and the dialogue does not end with the assistant; {fields.describe()}')
+    if responses and last not in (None, responses[0].response):
+        raise RowError(f'the dialogue ends with another response than "{names[0]}"')
+    response = responses[0] if responses else fields.response_dialogue
+    completion = _check_response(response)
+    if _repeats_prompt(response, messages):
+        raise RowError("the response begins with the prompt")
+    _require_desirable(fields.values)
+    finish_reason = fields.values.get("finish_reason", "stop")
+    if finish_reason not in ("stop", "length"):
+        raise RowError('"finish_reason" is neither "stop" nor "length"')
+    row_source, tags = _parse_metadata(fields.values, source, messages, max_chars, completion)
+    is_complete = finish_reason == "stop"
+    return DemonstrationRow(messages, row_source, tags, completion, is_complete, unread_columns=fields.unread_columns)
+
+
+ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demonstrations": parse_demonstration}
+
+
+# Fields
+
+
+def _decode_row(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
     """Return the fields of a row without null fields. Columnar formats write null for an absent field."""
     if isinstance(row, RowError):
         raise row
@@ -92,7 +195,7 @@ def _extract_fields(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise RowError("neither a JSON string nor an object")
-    return {name: field for name, field in value.items() if field is not None}
+    return {name: value for name, value in value.items() if value is not None}
 
 
 def _parse_json(line: bytes) -> Any:
@@ -108,169 +211,376 @@ def _parse_json(line: bytes) -> Any:
         raise RowError(f"not JSON that can be read: {error}") from error
 
 
-def parse_prompt(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PromptRow:
-    """Parse the prompt of a row. The row may also be a comparison. Raise RowError if the row is invalid."""
-    fields = _extract_fields(row)
-    if not any(name in fields for name in _DIALOGUE_COLUMNS) and "chosen" in fields:
-        messages, _ = _split_dialogue(_parse_dialogue(fields["chosen"]))
-    else:
-        messages = _get_prompt(fields)
-    row_source, tags = _parse_metadata(fields, source, messages, max_chars)
-    return PromptRow(messages, row_source, tags)
+@dataclass(frozen=True)
+class _Dialogue:
+    """The dialogue of one column.
+
+    `messages` ends with the last user message and has no leading system message. It is empty for a column with only a response.
+    `is_partial` is true for a plain string: one user message, perhaps of a longer dialogue, or only a response. `excluded_by` is
+    the name of the field that excludes the response from training.
+    """
+
+    name: str
+    messages: tuple[ChatMessage, ...] = ()
+    system: str | None = None
+    response: str | None = None
+    is_partial: bool = False
+    excluded_by: str = ""
 
 
-def parse_preference(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> PreferenceRow:
-    """Parse two responses to one prompt and their label. Raise RowError if the row is invalid."""
-    fields = _extract_fields(row)
-    has_fixed_order = "response_a" in fields
-    first, second, p = ("response_a", "response_b", "p_a") if has_fixed_order else ("chosen", "rejected", "p_chosen")
-    if first not in fields or second not in fields or (has_fixed_order and p not in fields):
-        raise RowError('needs "chosen" and "rejected", or "response_a", "response_b" and "p_a"')
-    messages, a, b = _get_responses(fields, first, second)
-    if a == b:
-        raise RowError("both responses are the same")
-    row_source, tags = _parse_metadata(fields, source, messages, max_chars, a, b)
-    return PreferenceRow(messages, row_source, tags, a, b, _parse_probability(fields.get(p, 1.0), p), has_fixed_order)
+class _Fields:
+    """The fields of one row under the names of Charter's columns, and the names of the columns without effect."""
+
+    def __init__(self, row: bytes | dict[str, Any] | RowError, kind: str, columns: Mapping[str, str]) -> None:
+        raw = _decode_row(row)
+        self.names, self.columns = tuple(raw), columns
+        self.values = {name: value for name, value in raw.items() if name not in columns and name not in columns.values()}
+        self.values |= {name: raw[source] for name, source in columns.items() if source in raw}
+        aliases = _COLUMN_ALIASES | ({"output": "completion"} if "instruction" in self.values else {})
+        aliases = {alias: name for alias, name in aliases.items() if alias in self.values and name not in columns}
+        replaced = {name for name, source in columns.items() if name in raw and source} - set(columns.values())
+        unknown = {name for name in self.values if aliases.get(name, name) not in _COLUMNS_BY_KIND[kind]}
+        self._unread = replaced | unknown
+        for alias, name in aliases.items():
+            if name in self.values:
+                raise RowError(f'both "{name}" and "{alias}"; give --column {name}={alias} to read only this one')
+            self.values[name] = self.values.pop(alias)
+        self._expand_openai_input()
+        self.response_dialogue = _Dialogue("")
+        for name in _UNSUPPORTED_COLUMNS:
+            if self.values.get(name) not in (None, "", "[]", "{}", "null", [], {}):
+                raise RowError(f'"{name}" is not supported; give --column {name}= to publish the rows without it')
+
+    @property
+    def unread_columns(self) -> tuple[str, ...]:
+        return tuple(sorted(self._unread))
+
+    def describe(self) -> str:
+        """Return a clause for error messages that names the columns of the row."""
+        names = ", ".join(self.names[:_MAX_NAMES]) + (", ..." if len(self.names) > _MAX_NAMES else "")
+        return f"the row has the columns {names or '(none)'} (see --column)"
+
+    def _expand_openai_input(self) -> None:
+        """Replace the object `input` of OpenAI's files of comparisons by its fields."""
+        value = self.values.get("input")
+        if isinstance(value, str) and value.lstrip().startswith("{") and "instruction" not in self.values:
+            value = _try_parse_json(value)
+        if not isinstance(value, dict):
+            return
+        if "messages" not in value or any(name in self.values for name in _DIALOGUE_COLUMNS):
+            raise RowError('"input" is an object, but it is not the only column with messages')
+        del self.values["input"]
+        known = {
+            name: value[name] for name in ("messages", "tools") if value.get(name) is not None and name not in self.columns
+        }
+        self._unread |= {f"input.{name}" for name in value if name not in known and value[name] is not None}
+        self.values |= known
+
+    def parse_response(self, name: str) -> _Dialogue:
+        """Parse a column with a response: a text, an assistant message, or a whole dialogue that ends with the response."""
+        value = self.values[name]
+        if isinstance(value, str):
+            value = _decode_messages(value)
+        if isinstance(value, str) and not _is_transcript(value):
+            return _Dialogue(name, response=value, is_partial=True)
+        if not isinstance(value, str | list | dict):
+            raise RowError(f"{name} is neither a string nor a list of messages")
+        return self._parse_dialogue(name, value)
+
+    def merge_dialogues(self, responses: Sequence[_Dialogue]) -> tuple[tuple[ChatMessage, ...], str | None]:
+        """Return the prompt of the row, and the response at the end of `prompt` or `messages`, or None.
+
+        The prompt is in `prompt`, `messages` or `instruction`, or in every response. All of these must agree.
+        """
+        own = [dialogue for dialogue in (self._parse_prompt(), self._parse_messages(), self._parse_instruction()) if dialogue]
+        dialogues = [*own, *(response for response in responses if response.messages or response.system)]
+        if not own and not all(response.messages for response in responses):
+            self._raise_without_prompt(responses)
+        if not any(dialogue.messages for dialogue in dialogues):
+            self._raise_without_prompt(own)
+        messages = _merge_messages(dialogues)
+        endings = [dialogue for dialogue in own if dialogue.response is not None]
+        if len({dialogue.response for dialogue in endings}) > 1:
+            raise RowError(f"{endings[0].name} and {endings[1].name} end with different responses")
+        self.response_dialogue = endings[0] if endings else _Dialogue("")
+        return (*self._merge_systems(dialogues), *messages), self.response_dialogue.response
+
+    def _raise_without_prompt(self, dialogues: Sequence[_Dialogue]) -> NoReturn:
+        for dialogue in dialogues:
+            value = self.values.get(dialogue.name)
+            preamble, *parts = SPEAKER_PATTERN.split(value if isinstance(value, str) else "")
+            if parts and preamble.strip():
+                raise RowError(f"{dialogue.name} has text before the first Human: or Assistant:")
+            if parts or isinstance(value, list | dict):
+                raise RowError(f"{dialogue.name} has no user message")
+        raise RowError(f'no "prompt" and no "messages"; {self.describe()}')
+
+    def _merge_systems(self, dialogues: Iterable[_Dialogue]) -> list[ChatMessage]:
+        column = self.values.get("system", "")
+        if not isinstance(column, str):
+            raise RowError('"system" is not a string')
+        texts = dict.fromkeys(text for text in (column, *(d.system for d in dialogues)) if text and text.strip())
+        if len(texts) > 1:
+            raise RowError("the row has several system messages, and they differ")
+        return [_make_message("system", text) for text in texts]
+
+    def _parse_prompt(self) -> _Dialogue | None:
+        if "prompt" not in self.values:
+            return None
+        value = self.values["prompt"]
+        if isinstance(value, str):
+            value = _decode_messages(value)
+        if isinstance(value, str) and not _is_transcript(value):
+            return _Dialogue("prompt", (_make_message("user", value),), is_partial=True)
+        if not isinstance(value, str | list | dict):
+            raise RowError("the prompt is neither a string nor a list of messages")
+        return self._parse_dialogue("prompt", value)
+
+    def _parse_messages(self) -> _Dialogue | None:
+        if "messages" not in self.values:
+            return None
+        value = self.values["messages"]
+        if isinstance(value, str):
+            value = _decode_messages(value)
+        if isinstance(value, str) and not _is_transcript(value):
+            raise RowError('"messages" is a text, not a list of messages')
+        return self._parse_dialogue("messages", value)
+
+    def _parse_instruction(self) -> _Dialogue | None:
+        """Parse the columns of an Alpaca row. The user message is `instruction`, then `input` on a new line (LLaMA-Factory)."""
+        if "instruction" not in self.values:
+            for name in ("input", "history"):
+                if self.values.get(name):
+                    raise RowError(f'"{name}" without "instruction" is not understood; {self.describe()}')
+            return None
+        texts = [self.values["instruction"], self.values.get("input") or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError('"instruction" or "input" is not a string')
+        history = self.values.get("history") or []
+        if isinstance(history, str):
+            history = _try_parse_json(history)
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise RowError('"history" is not a list of pairs')
+        rounds = [_make_message(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+        return _Dialogue("instruction", (*rounds, _make_message("user", "\n".join(text for text in texts if text))))
+
+    def _parse_dialogue(self, name: str, value: Any) -> _Dialogue:
+        """Parse a transcript, a message or a list of messages."""
+        if isinstance(value, str):
+            return _split_dialogue(name, _parse_transcript(value))
+        messages, excluded_by = [], ""
+        for number, message in enumerate(_to_message_list(value), 1):
+            role, content = self._parse_message(message, f"{name}[{number}]")
+            excluded_by = next((key for key in _TRAIN_KEYS if key in message and message[key] in (0, False)), "")
+            if role != "system" or content.strip():
+                messages.append(_make_message(role, content))
+        return _split_dialogue(name, messages, excluded_by)
+
+    def _parse_message(self, message: Any, place: str) -> tuple[str, str]:
+        """Return the role and the content of a message. Record the keys that have no effect."""
+        if not isinstance(message, dict):
+            raise RowError(f"{place} is not a message with a role and a content")
+        fields = {key: value for key, value in message.items() if value is not None}
+        role_keys = [key for key in _ROLE_KEYS if key in fields]
+        content_keys = [key for key in _CONTENT_KEYS if key in fields]
+        role = fields[role_keys[0]] if role_keys else None
+        if role in _TOOL_ROLES or any(fields.get(key) for key in _TOOL_KEYS):
+            raise RowError(f"{place} uses a tool; tools are not supported")
+        if len(role_keys) != 1 or len(content_keys) != 1 or not isinstance(role, str) or role not in _ROLES:
+            raise RowError(f"{place}: a message needs a role ({', '.join(_ROLES)}) and a content")
+        read = {*role_keys, *content_keys, *_TOOL_KEYS, *_TRAIN_KEYS}
+        self._unread |= {f"{key} (in a message)" for key in fields if key not in read}
+        return _ROLES[role], _parse_content(fields[content_keys[0]], place)
 
 
-def parse_demonstration(row: bytes | dict[str, Any] | RowError, *, source: str, max_chars: int) -> DemonstrationRow:
-    """Parse a prompt and its completion. Raise RowError if the row is invalid."""
-    fields = _extract_fields(row)
-    column = next((name for name in ("completion", "chosen") if name in fields), None)
-    has_dialogue = any(name in fields for name in _DIALOGUE_COLUMNS)
-    if column and has_dialogue:
-        messages = _get_prompt(fields)
-        completion = _parse_response(fields[column], column, messages)
-    elif column or has_dialogue:
-        messages, last = _split_dialogue(_parse_dialogue(fields[column]) if column else _get_dialogue(fields))
-        completion = _parse_response(last, "the dialogue", messages)
-    else:
-        raise RowError('no dialogue ("prompt" or "messages") and no "completion"')
-    finish_reason = fields.get("finish_reason", "stop")
-    if finish_reason not in ("stop", "length"):
-        raise RowError('"finish_reason" is neither "stop" nor "length"')
-    row_source, tags = _parse_metadata(fields, source, messages, max_chars, completion)
-    return DemonstrationRow(messages, row_source, tags, completion, finish_reason == "stop")
+def _parse_content(value: Any, place: str) -> str:
+    """Return the text of a content: a string, or a list with one part of type text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("type") == "text":
+        value = value[0].get("text")
+    if isinstance(value, list):
+        raise RowError(f"{place}: the content is not one text part; only text is supported")
+    if not isinstance(value, str):
+        raise RowError(f"{place}: the content is not a string")
+    return value
 
 
-ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demonstrations": parse_demonstration}
+def _to_message_list(value: Any) -> list[Any]:
+    """Return the list of messages that a column contains. `datasets` stores a sequence of structs as one struct of lists."""
+    if isinstance(value, dict):
+        lists = {key: item for key, item in value.items() if isinstance(item, list) and key in (*_ROLE_KEYS, *_CONTENT_KEYS)}
+        if len(lists) == 2 and len({len(item) for item in lists.values()}) == 1 and set(lists) & set(_ROLE_KEYS):
+            return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise RowError("the dialogue is not a list of messages")
+    return value
+
+
+def _try_parse_json(text: str) -> Any:
+    """Return the value of a JSON text, or None if the text is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _decode_messages(text: str) -> str | list[Any]:
+    """Return the messages that a text contains as JSON. Return every other text unchanged.
+
+    Raise RowError for a text that looks like messages and is not JSON, such as the text of a Python list.
+    """
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    value = _try_parse_json(text)
+    messages = [value] if isinstance(value, dict) else value
+    if isinstance(messages, list):
+        return messages if messages and all(map(_looks_like_message, messages)) else text
+    has_keys = [re.search(rf"""['"](?:{"|".join(keys)})['"]\s*:""", text) for keys in (_ROLE_KEYS, _CONTENT_KEYS)]
+    if all(has_keys):
+        raise RowError("a text that looks like messages and is not JSON; write a list, or the text that json.dumps returns")
+    return text
+
+
+def _looks_like_message(value: Any) -> bool:
+    """Return whether a JSON value is a message. A {from, value} object is one only if the role has a known name."""
+    if not isinstance(value, dict):
+        return False
+    if "role" in value:
+        return any(key in value for key in ("content", *_TOOL_KEYS))
+    return "value" in value and value.get("from") in (*_ROLES, *_TOOL_ROLES)
 
 
 # Dialogues
 
 
-def _get_dialogue(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
-    """Return the dialogue from the column `messages` or, if the row does not have it, from the column `prompt`."""
-    return _parse_dialogue(next((fields[name] for name in ("messages", "prompt") if name in fields), None))
+def _is_transcript(text: str) -> bool:
+    """Return whether a text is a transcript.
+
+    A transcript begins with "Human:" or "Assistant:", and it has a blank line before this word or a second message. Raise
+    RowError for a text that is neither clearly a transcript nor clearly one message.
+    """
+    text = _normalize_line_ends(text)
+    start = SPEAKER_PATTERN.match(text)
+    if start and ("\n" in start[0] or len(SPEAKER_PATTERN.findall(text)) > 1):
+        return True
+    if start:
+        raise RowError(f'begins with "{start[1]}:" and has only one message; write it as a list of messages')
+    if _RENDERED_PROMPT_END.search(text.rstrip()[-_MAX_END_CHARS:]):
+        raise RowError("ends with the header of a response; write the dialogue as a list of messages, without a chat template")
+    return False
 
 
-def _parse_dialogue(value: Any) -> tuple[ChatMessage, ...]:
-    """Parse a transcript or a list of messages."""
-    if isinstance(value, str):
-        return _parse_transcript(value)
-    if not isinstance(value, list) or not value:
-        raise RowError("the dialogue is not a list of messages")
-    return tuple(_parse_message(message) for message in value)
+def _normalize_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n")
 
 
-def _parse_transcript(text: str) -> tuple[ChatMessage, ...]:
-    """Parse a transcript. A text without "Human:" and "Assistant:" is one user message."""
-    preamble, *parts = SPEAKER_PATTERN.split(text)  # the parts are: speaker, content, speaker, content, ...
-    if not parts:
-        return (_parse_message({"role": "user", "content": text}),)
-    if preamble.strip():
-        raise RowError("text before the first Human: or Assistant:")
+def _parse_transcript(text: str) -> list[ChatMessage]:
+    """Parse a transcript. An empty message is omitted."""
+    _, *parts = SPEAKER_PATTERN.split(_normalize_line_ends(text))  # the parts are: speaker, content, speaker, content, ...
     messages = [(_ROLES_BY_SPEAKER[who], content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True)]
+    if any(_LAST_SPEAKER_LINE.search(content) for _, content in messages):
+        raise RowError("a transcript in which Human: or Assistant: has no blank line before it")
     groups = groupby([message for message in messages if message[1]], key=lambda message: message[0])
     joined = [(role, "\n\n".join(content for _, content in group)) for role, group in groups]
     if not joined:
         raise RowError("an empty prompt")
-    return tuple(_parse_message({"role": role, "content": content}) for role, content in joined)
+    return [_make_message(role, content) for role, content in joined]
 
 
-def _parse_message(value: Any) -> ChatMessage:
-    if not isinstance(value, dict) or value.get("role") not in _ROLES or not isinstance(value.get("content"), str):
-        raise RowError(f"a message needs a role ({', '.join(_ROLES)}) and a content")
-    if not value["content"].strip():
-        raise RowError("an empty prompt")
-    return ChatMessage(role=value["role"], content=_reject_surrogates(value["content"]))
+def _make_message(role: str, content: Any) -> ChatMessage:
+    if not isinstance(content, str):
+        raise RowError(f"the content of the {role} message is not a string")
+    if not content.strip():
+        raise RowError("an empty prompt" if role == "user" else f"an empty message of the {role}")
+    return ChatMessage(role=role, content=_reject_surrogates(content))
 
 
 def _reject_surrogates(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise RowError("a lone surrogate, which UTF-8 cannot encode")
     return text
 
 
-def _split_dialogue(messages: Sequence[ChatMessage]) -> tuple[tuple[ChatMessage, ...], str]:
-    """Split a dialogue after its last user message. Return the prompt, and the assistant's messages after it as one string."""
-    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=None)
-    if last_user is None:
-        raise RowError("no user message")
-    return tuple(messages[: last_user + 1]), "\n\n".join(message.content for message in messages[last_user + 1 :])
+def _split_dialogue(name: str, messages: Sequence[ChatMessage], excluded_by: str = "") -> _Dialogue:
+    """Split a dialogue into the system message, the messages up to the last user message, and the response after them."""
+    system = messages[0].content if messages and messages[0].role == "system" else None
+    body = tuple(messages[system is not None :])
+    last_user = max((index for index, message in enumerate(body) if message.role == "user"), default=-1)
+    rest = body[last_user + 1 :]
+    if len(rest) > 1 or any(message.role != "assistant" for message in rest):
+        raise RowError(f"{name} has more than one message after the last user message")
+    return _Dialogue(name, body[: last_user + 1], system, rest[0].content if rest else None, excluded_by=excluded_by)
 
 
-def _get_prompt(fields: dict[str, Any]) -> tuple[ChatMessage, ...]:
-    """Return the prompt of a row: a dialogue that ends with the user."""
-    if not any(name in fields for name in _DIALOGUE_COLUMNS):
-        raise RowError('no "prompt" and no "messages"')
-    if "messages" in fields or isinstance(fields["prompt"], list):
-        messages = _get_dialogue(fields)
-    else:
-        # A string is a transcript only if it begins with two line ends, as in HH-RLHF. A plain prompt may begin with "Human:".
-        text = fields["prompt"]
-        is_transcript = isinstance(text, str) and text.startswith("\n\nHuman:")
-        messages = _parse_transcript(text) if is_transcript else (_parse_message({"role": "user", "content": text}),)
-    if messages[-1].role != "user":
-        raise RowError("the last message is not from the user")
-    return messages
+def _merge_messages(dialogues: Sequence[_Dialogue]) -> tuple[ChatMessage, ...]:
+    """Return the messages on which all dialogues agree. A string may be one user message of a dialogue in another column."""
+    with_messages = [dialogue for dialogue in dialogues if dialogue.messages]
+    whole = [dialogue for dialogue in with_messages if not dialogue.is_partial] or with_messages[:1]
+    for dialogue in with_messages:
+        if dialogue.is_partial and not _contains_message(whole[0].messages, dialogue.messages[0]):
+            raise RowError(f"{whole[0].name} has another prompt than {dialogue.name}")
+        if not dialogue.is_partial and dialogue.messages != whole[0].messages:
+            raise RowError(f"{whole[0].name} and {dialogue.name} have different prompts")
+    return whole[0].messages
+
+
+def _contains_message(messages: Sequence[ChatMessage], message: ChatMessage) -> bool:
+    """Return whether one of the messages has the role and the content of `message`. Ignore white space around the content."""
+    return any(other.role == message.role and other.content.strip() == message.content.strip() for other in messages)
 
 
 # Responses
 
 
-def _get_responses(fields: dict[str, Any], first: str, second: str) -> tuple[tuple[ChatMessage, ...], str, str]:
-    """Return the prompt and the two responses. The texts are in separate columns or in two dialogues with the same prompt."""
-    if any(name in fields for name in _DIALOGUE_COLUMNS):
-        messages = _get_prompt(fields)
-        return messages, _parse_response(fields[first], first, messages), _parse_response(fields[second], second, messages)
-    (messages, a), (other_messages, b) = (_split_dialogue(_parse_dialogue(fields[name])) for name in (first, second))
-    if messages != other_messages:
-        raise RowError(f"{first} and {second} have different prompts")
-    return messages, _parse_response(a, first, messages), _parse_response(b, second, messages)
-
-
-def _parse_response(value: Any, name: str, prompt_messages: tuple[ChatMessage, ...]) -> str:
-    """Parse a response: a string, or a list of messages that begins with the prompt or has only an assistant message."""
-    if isinstance(value, list):
-        messages = _parse_dialogue(value)
-        if messages[0].role == "assistant":
-            row_prompt, value = prompt_messages if len(messages) == 1 else (), messages[-1].content
-        else:
-            row_prompt, value = _split_dialogue(messages)
-        if row_prompt != prompt_messages:
-            raise RowError(f"{name} has another prompt")
-    if not isinstance(value, str):
-        raise RowError(f"{name} is neither a string nor a list of messages")
-    if not value.strip():
+def _check_response(dialogue: _Dialogue) -> str:
+    """Return the response of a dialogue. Raise RowError if it is empty or ends with the end token of a chat template."""
+    name, text = dialogue.name, dialogue.response
+    if text is None:
+        raise RowError(f"{name} has no response")
+    if not text.strip():
         raise RowError(f"{name} has an empty response")
-    return _reject_surrogates(value)
+    if dialogue.excluded_by:
+        raise RowError(f'"{dialogue.excluded_by}" excludes the response of {name} from training')
+    if (end := _RENDERED_RESPONSE_END.search(text.rstrip()[-_MAX_END_CHARS:])) and not ("</s>" in end[0] and "<s>" in text):
+        raise RowError(f"{name} ends with {end[0]}, the end token of a chat template")
+    return _reject_surrogates(text)
+
+
+def _repeats_prompt(response: _Dialogue, messages: Sequence[ChatMessage]) -> bool:
+    """Return whether a plain string begins with the prompt. Some files write the prompt in front of each response."""
+    prompt = messages[-1].content.strip()
+    if not response.is_partial or len(prompt) < _MIN_ECHO_CHARS:
+        return False
+    return (response.response or "").strip().startswith(prompt)
+
+
+def _require_desirable(fields: Mapping[str, Any]) -> None:
+    """Raise RowError if a row of unpaired feedback (KTO) marks its completion as undesirable."""
+    for name in _LABEL_COLUMNS:
+        if str(fields.get(name, "true")).lower() in ("false", "0"):
+            raise RowError(f'"{name}" is false: the completion is undesirable, so it is not a demonstration')
+        if str(fields.get(name, "true")).lower() not in ("true", "1"):
+            raise RowError(f'"{name}" is neither true nor false; give --column {name}= to ignore it')
 
 
 def _parse_probability(value: Any, name: str) -> float:
+    if isinstance(value, str):
+        value = _try_parse_json(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
         raise RowError(f'"{name}" is not a probability from 0 to 1')
     return float(value)
 
 
 def _parse_metadata(
-    fields: dict[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *responses: str
+    fields: Mapping[str, Any], source: str, messages: Sequence[ChatMessage], max_chars: int, *responses: str
 ) -> tuple[str, tuple[str, ...]]:
     """Return the source and the tags of a row. Raise RowError if the row has more than `max_chars` characters."""
     length = sum(len(message.content) for message in messages) + sum(map(len, responses))
     if length > max_chars:
         raise RowError(f"{length} characters, more than prompts.max_chars = {max_chars}")
     tags = fields.get("tags", [])
+    if isinstance(tags, str):
+        tags = _try_parse_json(tags)
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise RowError('"tags" is not a list of strings')
     row_source = fields.get("source", source)

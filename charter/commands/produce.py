@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import click
 
 from charter.connect import connect_bus
 from charter.console import common_options
 from charter.estimate import estimate_costs, format_costs
+from charter.progress import show_progress
 from charter.stages import STAGES
-from charter.text import to_one_line
+from charter.text import format_json, to_one_line
 from engine.settings import Settings
-from producers.files import SHIPPED_PROMPTS_PATH, FileProducer, InputKind, format_report
-from producers.parse import ROW_PARSERS, RowError
+from producers.files import (
+    DEFAULT_SOURCES,
+    SHIPPED_PROMPTS_PATH,
+    FileProducer,
+    InputKind,
+    format_report,
+    make_human_record,
+    make_prompt_record,
+    make_row_metadata,
+)
+from producers.parse import COLUMN_NAMES, ROW_PARSERS, PromptRow, RowError
 from producers.rows import compute_content_hash, read_rows
 
 _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
+_NUM_SHOWN_ROWS = 3  # rows that --dry-run shows
+_MAX_REPORTED_ROWS = 20  # rows of a file that are reported with the same reason; further rows are counted
+_SHOWN_FIELDS = (
+    "prompt_id", "messages", "response_a", "response_b", "p_a", "completion", "finish_reason", "source", "tags", "split", "epoch",
+)  # fmt: skip
+
+
+def _parse_columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Return the mapping of --column from Charter's names to names in the file."""
+    columns: dict[str, str] = {}
+    for value in values:
+        name, equals, source = value.partition("=")
+        if not equals or name not in COLUMN_NAMES:
+            names = ", ".join(sorted(COLUMN_NAMES))
+            raise click.BadParameter(f"{value!r} is not NAME=COLUMN, where NAME is one of {names}", context, parameter)
+        if name in columns:
+            raise click.BadParameter(f"{name} is given twice", context, parameter)
+        columns[name] = source
+    return columns
 
 
 @click.command()
@@ -27,10 +59,20 @@ _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
 @click.option(
     "--epoch", default=0, show_default=True, help="Epoch number. A new number generates new responses to the same prompts."
 )
+@click.option(
+    "--column",
+    "columns",
+    metavar="NAME=COLUMN",
+    multiple=True,
+    callback=_parse_columns,
+    help="Read NAME, such as prompt, from this column of the file. NAME= ignores the column NAME.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first invalid row.")
 @click.option("--publish-prompts", is_flag=True, help="Also publish the prompts of preferences and demonstrations.")
 @click.option("--shipped", is_flag=True, help="Publish the prompts shipped with Charter.")
-@click.option("--dry-run", is_flag=True, help="Only print the number of rows and the cost.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only print the first rows as they would be published, the number of rows and the cost."
+)
 @common_options
 def produce(
     settings: Settings,
@@ -38,6 +80,7 @@ def produce(
     kind: InputKind,
     source: str,
     epoch: int,
+    columns: dict[str, str],
     strict: bool,
     publish_prompts: bool,
     shipped: bool,
@@ -45,20 +88,23 @@ def produce(
 ) -> None:
     """Publish prompts or labeled data.
 
-    Read prompts, human preferences or human demonstrations from files or standard input (-). A file is JSON lines (plain or
-    gzip), Parquet, Arrow, or a folder written by datasets.save_to_disk.
+    Read prompts, human preferences or human demonstrations from files or standard input (-). A file is JSON lines, a JSON array
+    or CSV with a header (each plain or gzip), Parquet, Arrow, or a folder written by datasets.save_to_disk.
 
     A prompt is a JSON string or an object with "prompt" or "messages" ([{"role": "user", "content": "..."}]), and optionally
-    "source" and "tags". A preference also has "chosen" and "rejected", or "response_a", "response_b" and "p_a". A demonstration
-    also has "completion". Rows in the format of HH-RLHF are accepted.
+    "system", "source" and "tags". A preference also has "chosen" and "rejected", or "response_a", "response_b" and "p_a". A
+    demonstration also has "completion". Rows in the formats of TRL, axolotl, LLaMA-Factory, ShareGPT, OpenAI and HH-RLHF are
+    accepted (docs/inputs.md). --column names a column that has another name in the file.
 
-    Invalid rows are reported and skipped, and the exit code is then 1. Rows that were published earlier are not added again.
+    Rows that are invalid or ambiguous are reported and skipped, and the exit code is then 1. Columns without effect are
+    reported. Rows that were published earlier are not added again.
 
     \b
     Examples:
       charter produce prompts.jsonl
       echo '{"prompt": "Why is the sky blue?"}' | charter produce -
       charter produce prompts.jsonl --dry-run
+      charter produce --as preferences --column prompt=question pairs.csv
       charter produce --as demonstrations --source helpful helpful.parquet
       charter produce --as preferences harmless.jsonl.gz
     """
@@ -68,23 +114,29 @@ def produce(
     if shipped and kind != "prompts":
         raise click.UsageError(f"--shipped publishes prompts, so it cannot be used with --as {kind}", context)
     if dry_run:
-        _print_dry_run(settings, paths, kind, publish_prompts)
-        return
+        num_invalid = _print_dry_run(settings, paths, kind, source, epoch, columns, publish_prompts)
+        sys.exit(1 if num_invalid else 0)
     bus, num_invalid = connect_bus(settings), 0
     for path in paths:
-        producer = FileProducer(
-            bus,
-            settings.run.id,
-            source=source,
-            epoch=epoch,
-            max_chars=settings.prompts.max_chars,
-            eval_fraction=settings.prompts.eval_fraction,
-            strict=strict,
-            on_bad_row=partial(_report_bad_row, path),
-            kind=kind,
-            publish_prompts=publish_prompts,
-        )
-        report = producer.publish(path)
+        bad_rows = _BadRowReporter(path)
+        with show_progress(f"produce {to_one_line(path)}", "rows") as progress:
+            producer = FileProducer(
+                bus,
+                settings.run.id,
+                source=source,
+                epoch=epoch,
+                max_chars=settings.prompts.max_chars,
+                eval_fraction=settings.prompts.eval_fraction,
+                strict=strict,
+                on_bad_row=bad_rows.report,
+                on_unread_columns=partial(_report_unread_columns, path, kind),
+                kind=kind,
+                publish_prompts=publish_prompts,
+                columns=columns,
+                progress=progress,
+            )
+            report = producer.publish(path)
+        bad_rows.print_counts()
         num_invalid += len(report.bad_rows)
         for line in format_report(report, path, kind):
             click.echo(line)
@@ -92,30 +144,80 @@ def produce(
     sys.exit(1 if num_invalid else 0)
 
 
-def _print_dry_run(settings: Settings, paths: list[str], kind: InputKind, publish_prompts: bool) -> None:
-    """Print the number of valid rows, and the maximum cost of processing their prompts."""
+def _print_dry_run(
+    settings: Settings,
+    paths: list[str],
+    kind: InputKind,
+    source: str,
+    epoch: int,
+    columns: dict[str, str],
+    publish_prompts: bool,
+) -> int:
+    """Print the first records of each input, the number of valid rows and the maximum cost. Return the number of invalid rows."""
     num_rows, num_chars, num_invalid = 0, 0, 0
     for path in paths:
-        if path != "-":
-            compute_content_hash(path)  # if the file is unreadable, this call raises the same error as `publish`
-        for number, row in read_rows(path):
-            try:
-                parsed = ROW_PARSERS[kind](row, source=kind, max_chars=settings.prompts.max_chars)
-            except RowError as error:
-                _report_bad_row(path, number, str(error))
-                num_invalid += 1
-            else:
+        num_shown, unread_columns, bad_rows = 0, set[str](), _BadRowReporter(path)
+        with show_progress(f"read {to_one_line(path)}", "rows") as progress:
+            if path != "-":
+                compute_content_hash(path)  # if the file is unreadable, this call raises the same error as `publish`
+            for number, row in read_rows(path, columns=columns, progress=progress):
+                try:
+                    parsed = ROW_PARSERS[kind](
+                        row, source=source or DEFAULT_SOURCES[kind], max_chars=settings.prompts.max_chars, columns=columns
+                    )
+                except RowError as error:
+                    bad_rows.report(number, str(error))
+                    continue
+                if names := [name for name in parsed.unread_columns if name not in unread_columns]:
+                    unread_columns.update(names)
+                    _report_unread_columns(path, kind, number, names)
+                if num_shown < _NUM_SHOWN_ROWS:
+                    num_shown += 1
+                    record = format_json(_make_shown_record(settings, parsed, epoch))
+                    click.echo(f"{to_one_line(path)} row {number} would be published as {record}")
                 num_rows += 1
                 num_chars += sum(len(message.content) for message in parsed.messages)
+        bad_rows.print_counts()
+        num_invalid += bad_rows.counts.total()
     click.echo(f"would publish {num_rows} {kind}" + (f"; {num_invalid} rows are invalid" if num_invalid else ""))
-    if kind != "prompts" and not publish_prompts:
-        return
-    for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
-        click.echo(line)
+    if num_rows and (kind == "prompts" or publish_prompts):
+        for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
+            click.echo(line)
+    return num_invalid
 
 
-def _report_bad_row(path: str, line_number: int, reason: str) -> None:
-    click.echo(to_one_line(f"{path} line {line_number}: {reason}"), err=True)
+def _make_shown_record(settings: Settings, parsed: PromptRow, epoch: int) -> dict[str, Any]:
+    """Return the fields of the record of a row that depend on the row."""
+    metadata = make_row_metadata(parsed, settings.run.id, epoch=epoch, eval_fraction=settings.prompts.eval_fraction)
+    record = make_human_record(parsed, metadata) or make_prompt_record(metadata)
+    values = record.model_dump(mode="json")
+    return {name: values[name] for name in _SHOWN_FIELDS if name in values}
+
+
+class _BadRowReporter:
+    """Reports the invalid rows of one file on standard error, and counts them by their reasons."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.counts = path, Counter[str]()
+
+    def report(self, row_number: int, reason: str) -> None:
+        """Report one row. Only count the row if many rows have the same reason."""
+        self.counts[reason] += 1
+        if self.counts[reason] <= _MAX_REPORTED_ROWS:
+            click.echo(to_one_line(f"{self.path} row {row_number}: {reason}"), err=True)
+        if self.counts[reason] == _MAX_REPORTED_ROWS:
+            click.echo("  further rows with this reason are not printed; they are counted below", err=True)
+
+    def print_counts(self) -> None:
+        """Print the counts of the reasons of which some rows were not printed."""
+        for reason, count in self.counts.items():
+            if count > _MAX_REPORTED_ROWS:
+                click.echo(to_one_line(f"{self.path}: {count:,} rows: {reason}"), err=True)
+
+
+def _report_unread_columns(path: str, kind: str, row_number: int, names: Sequence[str]) -> None:
+    line = f"{path} row {row_number}: columns without effect on {kind}: {', '.join(names)}"
+    click.echo(to_one_line(line), err=True)
 
 
 COMMAND = produce

@@ -152,10 +152,44 @@ def test_tail_prints_the_newest_records(data):
 
 def test_produce_reports_invalid_lines_and_publishes_the_others(tmp_path):
     result = run_charter("produce", "-", "--data", tmp_path / "d", stdin='"good"\n{bad\n"also good"\n')
-    assert result.returncode == 1 and "line 2: not JSON" in result.stderr and "2 prompts published" in result.stdout
+    assert result.returncode == 1 and "row 2: not JSON" in result.stderr and "2 prompts published" in result.stdout
     result = run_charter("produce", "-", "--strict", "--data", tmp_path / "e", stdin='"good"\n{bad\n"never"\n')
-    assert result.returncode == 2 and "line 2" in result.stderr
+    assert result.returncode == 2 and "row 2" in result.stderr
     assert json.loads(run_charter("tail", "prompts", "--data", tmp_path / "e").stdout)["messages"][0]["content"] == "good"
+
+
+def test_dry_run_shows_the_first_records_and_fails_if_a_row_is_refused(tmp_path):
+    rows = [{"system": "Be brief.", "question": f"q{n}", "chosen": " a\n", "rejected": "b", "id": n} for n in range(5)]
+    stdin = "".join(json.dumps(row) + "\n" for row in rows)
+    command = ("produce", "-", "--as", "preferences", "--dry-run", "--data", tmp_path / "d", "--column", "prompt=question")
+    result = run_charter(*command, stdin=stdin)
+    assert result.returncode == 0 and result.stdout.count("would be published as") == 3 and "would publish 5" in result.stdout
+    shown = json.loads(result.stdout.partition("published as ")[2].partition("- row 2")[0])
+    assert [message["content"] for message in shown["messages"]] == ["Be brief.", "q0"]
+    assert shown["response_a" if shown["p_a"] == 1 else "response_b"] == " a\n"
+    assert result.stderr.strip() == "- row 1: columns without effect on preferences: id"
+    result = run_charter(*command, stdin=stdin + '{"prompt": "q"}\n' * 30)
+    assert result.returncode == 1 and "would publish 5 preferences; 30 rows are invalid" in result.stdout
+    assert result.stderr.count("row 25: needs") == 1 and "row 26" not in result.stderr and "30 rows: needs" in result.stderr
+    assert not (tmp_path / "d").exists()
+
+
+def test_dry_run_shows_what_produce_publishes(tmp_path):
+    stdin = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    shown = run_charter("produce", "-", "--as", "preferences", "--dry-run", stdin=stdin).stdout
+    fields = json.loads(shown.partition("published as ")[2].rpartition("}")[0] + "}")
+    run_charter("produce", "-", "--as", "preferences", "--data", tmp_path / "d", stdin=stdin)
+    record = json.loads(run_charter("tail", "preferences", "--data", tmp_path / "d").stdout)
+    assert fields == {name: record[name] for name in fields}
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [("prompt", "NAME=COLUMN"), ("question=prompt", "NAME=COLUMN"), ("prompt=a --column prompt=b", "twice")],
+)
+def test_produce_rejects_a_column_mapping_that_is_not_understood(tmp_path, column, reason):
+    result = run_charter("produce", "-", "--column", *column.split(), "--data", tmp_path / "d")
+    assert result.returncode == 2 and reason in result.stderr
 
 
 @pytest.mark.parametrize(

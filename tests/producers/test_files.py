@@ -50,7 +50,7 @@ INVALID = [
     ({"prompt": ""}, "empty prompt"),
     ({"prompt": "   "}, "empty prompt"),
     ({"prompt": "x" * 200}, "200 characters"),
-    ({"prompt": 5}, "role"),
+    ({"prompt": 5}, "neither a string"),
     ({"text": "x"}, 'no "prompt"'),
     ([1, 2], "neither"),
     ({"messages": []}, "list of messages"),
@@ -86,7 +86,7 @@ def test_strict_producer_stops_at_the_first_invalid_line_and_keeps_the_lines_bef
     file = tmp_path / "p.jsonl"
     file.write_bytes(to_line("one") + to_line("two") + to_line(b"{") + to_line("four"))
     for _ in range(2):  # the second call does not skip the invalid line
-        with pytest.raises(UsageError, match="line 3"):
+        with pytest.raises(UsageError, match="row 3"):
             FileProducer(bus, "r", strict=True).publish(str(file))
     assert read_contents(bus) == ["one", "two"]
     file.write_bytes(to_line("one") + to_line("two") + to_line("three") + to_line("four"))
@@ -101,11 +101,22 @@ def test_error_for_a_utf16_file_names_the_conversion_command(bus, tmp_path):
         FileProducer(bus, "r").publish(str(file))
 
 
-def test_error_for_a_json_array_names_the_conversion_command(bus, tmp_path):
-    file = tmp_path / "p.json"
-    file.write_text('[{"prompt": "x"}]')
-    with pytest.raises(UsageError, match="jq -c"):
-        FileProducer(bus, "r").publish(str(file))
+def test_columns_without_effect_are_reported_once_and_counted(bus, tmp_path):
+    file, reported = tmp_path / "p.jsonl", []
+    file.write_bytes(to_line({"prompt": "one", "id": 1}) + to_line({"prompt": "two", "id": 2, "note": "n"}))
+    producer = FileProducer(bus, "r", on_unread_columns=lambda number, names: reported.append((number, names)))
+    report = producer.publish(str(file))
+    assert reported == [(1, ["id"]), (2, ["note"])] and report.unread_columns == {"id": 2, "note": 1}
+    assert "columns without effect: id (2 rows), note (1 rows)" in list(format_report(report, str(file)))
+
+
+def test_file_with_other_column_names_is_read_again_after_they_are_named(bus, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(to_line({"question": "one"}))
+    assert len(FileProducer(bus, "r").publish(str(file)).bad_rows) == 1
+    report = FileProducer(bus, "r", columns={"prompt": "question"}).publish(str(file))
+    assert (report.num_published, report.num_already_read) == (1, 0) and read_contents(bus) == ["one"]
+    assert FileProducer(bus, "r", columns={"prompt": "question"}).publish(str(file)).num_already_read == 1
 
 
 def test_report_counts_the_rows_that_an_earlier_call_read(bus, tmp_path):

@@ -1,5 +1,6 @@
 """File formats: each format gives the same rows; arbitrary bytes give rows or RowErrors, and no other exception."""
 
+import csv
 import gzip
 import io
 import json
@@ -23,10 +24,24 @@ VALUES = [
 ]
 
 
+def format_csv(values, delimiter=","):
+    """Return CSV with a header. Lists are JSON, as other tools write them."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(values[0]), delimiter=delimiter)
+    writer.writeheader()
+    for value in values:
+        writer.writerow({name: json.dumps(item) if isinstance(item, list) else item for name, item in value.items()})
+    return buffer.getvalue().encode()
+
+
 def write_rows(folder, name, values=VALUES):
     """Write the values in the format of the file name; return the path."""
     path = folder / name
     text = b"".join(json.dumps(value).encode() + b"\n" for value in values)
+    if ".json" in name and ".jsonl" not in name:
+        text = json.dumps(values, indent=2).encode()
+    elif ".csv" in name or ".tsv" in name:
+        text = format_csv(values, "," if ".csv" in name else "\t")
     table = pa.Table.from_pylist(values)
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(text))
@@ -34,6 +49,9 @@ def write_rows(folder, name, values=VALUES):
         parquet.write_table(table, path)
     elif name.endswith(".arrow"):
         with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    elif name.endswith(".arrows"):
+        with pa.ipc.new_stream(path, table.schema) as file:
             file.write_table(table)
     elif name == "saved":
         import datasets
@@ -48,7 +66,13 @@ def write_rows(folder, name, values=VALUES):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "misnamed", "saved", "folder"])
+FORMATS = [
+    "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "a.arrow", "a.arrows", "misnamed",
+    "saved", "folder",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_rows(tmp_path, name):
     path = write_rows(tmp_path, name)
     prompts = [(number, parse_prompt(row, source="default", max_chars=99)) for number, row in read_rows(str(path))]
@@ -108,9 +132,10 @@ def parse_as_every_kind(path):
     """Parse each row as each kind: it parses or raises RowError. The file as a whole may raise CharterError."""
     try:
         compute_content_hash(str(path))
+        rows = list(read_rows(str(path)))
     except CharterError:
         return
-    for _, row in read_rows(str(path)):
+    for _, row in rows:
         for parse in ROW_PARSERS.values():
             try:
                 parse(row, source="s", max_chars=1000)
@@ -122,16 +147,18 @@ def parse_as_every_kind(path):
 def intact_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("intact")
     values = [{"prompt": f"p{n}", "chosen": "c" * n, "rejected": "r", "tags": ["t"] * n, "source": "s"} for n in range(20)]
-    return [write_rows(folder, name, values).read_bytes() for name in ("a.jsonl.gz", "a.parquet", "a.arrow")]
+    names = ("a.jsonl.gz", "a.json", "a.csv", "a.parquet", "a.arrow")
+    return {name: write_rows(folder, name, values).read_bytes() for name in names}
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_give_rows_or_row_errors(tmp_path, intact_files, data):
-    content = bytearray(data.draw(st.sampled_from(intact_files)))
+    name = data.draw(st.sampled_from(sorted(intact_files)))
+    content = bytearray(intact_files[name])
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "damaged"
+    path = tmp_path / name
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     parse_as_every_kind(path)
 
@@ -143,9 +170,11 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=9)})
+ROLE = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "robot"])
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={"role": ROLE, "content": st.text(max_size=9), "from": ROLE, "value": JSON, "weight": JSON, "tool_calls": JSON}
 )
+MESSAGES = st.lists(MESSAGE, max_size=4) | st.lists(MESSAGE, max_size=4).map(json.dumps) | MESSAGE
 TRANSCRIPT = st.lists(st.sampled_from(["\n\nHuman: ", "\n\nAssistant: ", "a: b", "\n", " ", "Human"]), max_size=8).map("".join)
 FIELD = MESSAGES | TRANSCRIPT | JSON
 ROW = st.dictionaries(st.sampled_from(sorted(rows_module.ROW_COLUMNS)), FIELD, max_size=6)
@@ -215,8 +244,8 @@ def test_consecutive_messages_of_one_role_are_joined_without_the_empty_ones():
 
 
 def test_plain_prompt_with_speaker_names_is_one_message():
-    (message,) = parse_prompt({"prompt": "Human: what is an Assistant: a robot?"}, source="s", max_chars=99).messages
-    assert message.content == "Human: what is an Assistant: a robot?"
+    (message,) = parse_prompt({"prompt": "As a Human: what is an Assistant: a robot?"}, source="s", max_chars=99).messages
+    assert message.content == "As a Human: what is an Assistant: a robot?"
     prompt = parse_prompt(
         {"prompt": format_hh_transcript(("Human", "hi"), ("Assistant", "yes?"), ("Human", "go")) + "\n\nAssistant:"},
         source="s",

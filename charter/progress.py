@@ -1,0 +1,103 @@
+"""Show the progress of long work: a rich line on a terminal, and elsewhere a plain line every INTERVAL_S.
+
+The work updates an `engine.progress.WorkProgress`. A thread displays it, so that a call that takes minutes is also shown. Work
+that ends within DELAY_S shows nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from charter.console import is_logging_json, print_progress
+from engine.progress import WorkProgress
+
+DELAY_S = 1.0  # the work must take longer than this to be shown
+INTERVAL_S = 15.0  # seconds between two plain lines; a user must not wait longer than 20 s
+_TERMINAL_INTERVAL_S = 0.25
+
+
+@contextmanager
+def show_progress(title: str, unit: str, progress: WorkProgress | None = None) -> Iterator[WorkProgress]:
+    """Display the progress of the block on standard error, with its rate, its share and the remaining time.
+
+    `unit` is the plural noun of the items, such as "rows". Yield `progress`, or a new WorkProgress, which the block updates.
+    """
+    progress = progress or WorkProgress()
+    done = threading.Event()
+    is_terminal = sys.stderr.isatty() and not is_logging_json()
+    show = _show_on_terminal if is_terminal else _print_lines
+    thread = threading.Thread(target=show, args=(title, unit, progress, done), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        done.set()
+        thread.join()
+
+
+class _Meter:
+    """Measures the rate and the remaining time of the current step of a WorkProgress."""
+
+    def __init__(self, progress: WorkProgress) -> None:
+        self.progress, self.step, self.start = progress, progress.step, time.monotonic()
+
+    def format(self, unit: str) -> str:
+        """Return one line, such as "publishing: 120,000 rows, 24 %, 9,000 rows/s, 42 s left"."""
+        progress, now = self.progress, time.monotonic()
+        if progress.step != self.step:
+            self.step, self.start = progress.step, now
+        elapsed, share = now - self.start, progress.get_share()
+        parts = []
+        if progress.num_done:
+            total = f" of {progress.num_total:,}" if progress.num_total else ""
+            parts.append(f"{progress.num_done:,}{total} {unit}")
+        if share is not None:
+            parts.append(f"{share:.0%}")
+        if progress.num_done and elapsed > 0:
+            parts.append(f"{progress.num_done / elapsed:,.0f} {unit}/s")
+        if share and elapsed > 0:
+            parts.append(f"{format_duration(elapsed * (1 - share) / share)} left")
+        else:
+            parts.append(f"{format_duration(elapsed)} so far")
+        return (f"{self.step}: " if self.step else "") + ", ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration, such as "42 s", "3 min 5 s" or "2 h 10 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _print_lines(title: str, unit: str, progress: WorkProgress, done: threading.Event) -> None:
+    meter = _Meter(progress)
+    while not done.wait(INTERVAL_S):
+        print_progress(f"{title}: {meter.format(unit)}", logging.INFO)
+
+
+def _show_on_terminal(title: str, unit: str, progress: WorkProgress, done: threading.Event) -> None:
+    meter = _Meter(progress)
+    if done.wait(DELAY_S):
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
+    # The line is removed at the end. While it is shown, rich prints other lines of the terminal above it. Standard output in a
+    # pipe or a file must stay there.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as display:
+        task = display.add_task(title, total=None)
+        while True:
+            share = progress.get_share()
+            description = f"{title}: {meter.format(unit)}"
+            display.update(task, description=description, total=None if share is None else 1.0, completed=share or 0.0)
+            if done.wait(_TERMINAL_INTERVAL_S):
+                return

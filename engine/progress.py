@@ -1,0 +1,30 @@
+"""Count the finished part of long work. The work updates a WorkProgress, and `charter.progress` displays it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class WorkProgress:
+    """The state of long work. The thread of the work writes it, and the thread of a display reads it.
+
+    `step` names what the work does now. `num_done` counts the finished items of this step, and `num_total` is the number of all
+    its items, or None if that is unknown. `share` is the finished part from 0 to 1, if the work knows it in another way, such as
+    from the size of a file.
+    """
+
+    step: str = ""
+    num_done: int = 0
+    num_total: int | None = None
+    share: float | None = None
+
+    def start_step(self, step: str, num_total: int | None = None) -> None:
+        """Begin the next step, and count its items from 0."""
+        self.step, self.num_done, self.num_total, self.share = step, 0, num_total, None
+
+    def get_share(self) -> float | None:
+        """Return the finished part of this step from 0 to 1, or None if it is unknown."""
+        if self.share is not None:
+            return min(self.share, 1.0)
+        return min(self.num_done / self.num_total, 1.0) if self.num_total else None
