@@ -11,7 +11,7 @@ from charter.connect import open_bus_from_settings
 from consumers.sink import Sink, collect_sink_metrics
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
-from engine.metrics import MetricSample, collect_worker_metrics, serve_metrics
+from engine.metrics import MetricSample, collect_notice_metrics, collect_worker_metrics, serve_metrics
 from engine.policy import read_policy_updates
 from engine.settings import Settings
 from engine.worker import Worker
@@ -81,6 +81,7 @@ def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) ->
 
     def read(bus: Bus) -> Iterator[MetricSample]:
 
+        yield from collect_notice_metrics()
         for worker in workers:
             yield from collect_worker_metrics(worker)
         for sink in sinks:
@@ -111,6 +112,7 @@ def make_trainer_collector(
 
     def read(bus: Bus) -> Iterator[MetricSample]:
 
+        yield from collect_notice_metrics()
         for phase, count in list(step_counts.items()):
             yield MetricSample("charter_train_steps_total", "Optimizer steps of this process.", count, (("phase", phase),))
         for phase, metrics in list(latest_metrics.items()):

@@ -79,15 +79,30 @@ def _format_critique(critique: dict[str, Any]) -> list[str]:
         probabilities.append(f"p(better than previous) {critique['p_better']:.3f}")
     verdict = critique["verdict"].lower().replace("_", " ")
     end = "" if critique["end_reason"] == "NONE" else f" -> {critique['end_reason'].lower().replace('_', ' ')}"
+    if critique["rejection_reason"] not in (None, "NONE", "UNKNOWN"):
+        end += f", {critique['rejection_reason'].lower()}"
     details = f"  ({', '.join(probabilities)})" if probabilities else ""
-    head = f"critique by {critique['principle_id']}: {verdict}{end}{details}"
-    return [head, wrap_text(critique["critique"], "  ")] if critique["critique"] else [head]
+    # The verdict is the worst one of all checked principles. The critique is written under one of them.
+    verdicts = critique["verdicts"] or []
+    if [v["principle_id"] for v in verdicts] in ([], [critique["principle_id"]]):
+        head = [f"critique by {critique['principle_id']}: {verdict}{end}{details}"]
+    else:
+        head = [f"verdict: {verdict}{end}{details}", *map(_format_verdict, verdicts)]
+        head += [f"critique by {critique['principle_id']}"] if critique["critique"] else []
+    return [*head, wrap_text(critique["critique"], "  ")] if critique["critique"] else head
+
+
+def _format_verdict(verdict: dict[str, Any]) -> str:
+    p_flawed = "" if verdict["p_flawed"] is None else f"  (p(flawed) {verdict['p_flawed']:.3f})"
+    return f"  by {verdict['principle_id']}: {verdict['verdict'].lower().replace('_', ' ')}{p_flawed}"
 
 
 def _format_preference(preference: dict[str, Any]) -> list[str]:
     if preference["label_source"] == "HUMAN":
         return _format_human_label(preference)
     if preference["p_a"] is None:
+        if preference["outcome_reason"]:
+            return [f"not judged: {preference['outcome_reason']} ({preference['outcome'].lower()})"]
         return [f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"]
     gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("position_gap", "option_mass"))
     return [

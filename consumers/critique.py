@@ -34,6 +34,7 @@ from consumers import templates
 from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields
 from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
 from consumers.judge import make_constitution_ref
+from engine.eligibility import find_rejection_reason
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Usage
 from schemas import ids
 from schemas.records import (
@@ -45,6 +46,7 @@ from schemas.records import (
     Outcome,
     PrincipleVerdict,
     Record,
+    RejectionReason,
     Response,
     Revision,
     Sampling,
@@ -96,7 +98,21 @@ class ChainState:
 
     @property
     def checked_principles(self) -> list[CritiquePrinciple]:
-        return [*self.used_principles, *([self.next_principle] if self.next_principle else [])]
+        """The principles under which the response is checked. A principle that was drawn in several rounds is checked once."""
+        principles = [*self.used_principles, *([self.next_principle] if self.next_principle else [])]
+        return list({principle.id: principle for principle in principles}.values())
+
+    @property
+    def rejection_reason(self) -> RejectionReason:
+        return find_rejection_reason(self.fields["response"], self.fields["finish_reason"])
+
+    @property
+    def principle(self) -> CritiquePrinciple | None:
+        """The principle of the written critique, or, if the chain has ended without one, that of the response."""
+        ends_without_critique = self.end_reason is not EndReason.NONE and not self.critique
+        if self.used_principles and (ends_without_critique or self.next_principle is None):
+            return self.used_principles[-1]
+        return self.next_principle
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ class CritiqueStage:
         For a revision, the first question is the comparison with the previous response.
         """
         fields = state.fields
-        if self.is_skipped(state) or not fields["response"].strip() or _is_withheld(state.parent):
+        if self.is_skipped(state) or state.rejection_reason is not RejectionReason.NONE:
             return []
         messages, response = fields["messages"], fields["response"]
         verdicts = [
@@ -233,10 +249,10 @@ class CritiqueStage:
 
     def decide_end_reason(self, state: ChainState) -> EndReason:
         """Return the reason why the chain ends with this response, or NONE if the chain continues."""
+        if state.rejection_reason is not RejectionReason.NONE:
+            return EndReason.UNUSABLE
         if self.is_skipped(state):
             return EndReason.SKIPPED
-        if not state.fields["response"].strip() or _is_withheld(state.parent):
-            return EndReason.UNUSABLE
         clean = state.verdict is Verdict.CLEAN
         if isinstance(state.parent, Response):
             return EndReason.SATISFIED if clean else EndReason.NONE
@@ -305,7 +321,7 @@ class CritiqueStage:
         fields, usage = state.fields, state.usage
         final = state.end_reason is not EndReason.NONE
         prefix = "previous_" if state.end_reason is EndReason.LOST else ""  # the final response is not the revision that lost
-        principle = state.next_principle or (state.used_principles[-1] if state.used_principles else None)
+        principle = state.principle
         return Critique(
             record_id=self.compute_record_id(state),
             parent_ids=[state.parent.record_id],
@@ -328,17 +344,13 @@ class CritiqueStage:
             option_mass=state.option_mass,
             p_better=state.p_better,
             similarity=state.similarity,
+            rejection_reason=state.rejection_reason,
             final=final,
             end_reason=state.end_reason,
             final_response=fields[f"{prefix}response"] if final else None,
             final_finish_reason=fields[f"{prefix}finish_reason"] if final else FinishReason.UNKNOWN,
             **fields,
         )
-
-
-def _is_withheld(record: Response | Revision) -> bool:
-    """Return whether a server's content filter withheld all of the initial response, or the last part of it."""
-    return isinstance(record, Response) and record.completions[0].finish_reason is FinishReason.REFUSED
 
 
 def _has_ended(record: Record) -> bool:

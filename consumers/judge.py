@@ -11,7 +11,8 @@ course       all principles in one question, a written letter and explanation; b
 
 A judgment that cannot be read has no label, and `outcome` contains the reason. No label is guessed. If a pair has several
 principles, only the votes that can be read count. The pair gets a label if the votes that can be read have at least half of the
-total weight. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
+total weight. A pair that cannot be compared (engine/eligibility.py) is not judged: its record has the outcome EMPTY, WITHHELD or
+IDENTICAL and the reason. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
 Only preferences with the outcome OK are used for training.
 """
 
@@ -22,12 +23,16 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from constitutions.loader import Constitution
 from consumers import templates
 from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
+from engine.eligibility import find_pair_problem
 from engine.models.interface import NO_USAGE, Model
+from engine.notices import NOTICES
 from schemas import ids
 from schemas.records import (
     Chain,
@@ -65,6 +70,11 @@ class ResponsePair:
     def seed(self) -> int:
         """The seed of the pair. The seed does not depend on the constitution."""
         return ids.compute_stage_seed("judge", self.response_id, self.sample_index)
+
+    @cached_property
+    def problem(self) -> tuple[Outcome, str] | None:
+        """The outcome and the reason if the responses cannot be compared. None if they can be compared."""
+        return find_pair_problem(self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b)
 
 
 def _make_pairs(record: Record) -> list[ResponsePair]:
@@ -158,9 +168,17 @@ class JudgeStage:
         if not pairs:
             return [[] for _ in records]
         started = time.monotonic()
-        comparisons = self.compare_pairs(pairs)
-        latency_ms = 1000 * (time.monotonic() - started) / len(pairs)
-        preferences = iter([self.make_preference(*item, latency_ms) for item in zip(pairs, comparisons, strict=True)])
+        comparable = [pair for pair in pairs if pair.problem is None]
+        comparisons = iter(self.compare_pairs(comparable) if comparable else [])
+        latency_ms = 1000 * (time.monotonic() - started) / max(1, len(comparable))
+        preferences = iter(
+            [
+                self.make_preference(pair, next(comparisons), latency_ms)
+                if pair.problem is None
+                else self.make_unjudged_preference(pair, *pair.problem)
+                for pair in pairs
+            ]
+        )
         return [[next(preferences) for _ in record_pairs] for record_pairs in pairs_by_record]
 
     # Questions
@@ -226,41 +244,21 @@ class JudgeStage:
         return None if p is None else min(max(p, self.clamp), 1 - self.clamp)
 
     def make_preference(self, pair: ResponsePair, comparisons: Sequence[PrincipleComparison], latency_ms: float) -> Preference:
-        parent, total = pair.parent, _aggregate_comparisons(comparisons)
+        total = _aggregate_comparisons(comparisons)
         label_order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
         outcome = self.decide_outcome(total)
         has_label = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
         sampling = None if self.answer_mode == "logprobs" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
         return Preference(
-            record_id=self.compute_record_id(pair),
-            parent_ids=[parent.record_id],
-            prompt_id=parent.prompt_id,
-            run_id=parent.run_id,
-            stage="judge",
-            constitution=make_constitution_ref(self.constitution),
+            **self.make_pair_fields(pair),
             principle_id=comparisons[0].question.principle_id if len(comparisons) == 1 else None,
             model=ModelRef(id=self.model.id, revision=self.model.revision),
-            policy_version=parent.policy_version,
             template_hash=self.mode.get_template_hash(self.model.capabilities),
             sampling=sampling,
-            seed=pair.seed,
             prompt_tokens=total.usage.prompt_tokens,
             completion_tokens=total.usage.completion_tokens,
             cached_tokens=total.usage.cached_tokens,
             latency_ms=latency_ms,
-            response_id=pair.response_id,
-            messages=parent.messages,
-            source=parent.source,
-            tags=parent.tags,
-            split=parent.split,
-            epoch=parent.epoch,
-            pairing=self.pairing,
-            response_a=pair.response_a,
-            response_b=pair.response_b,
-            completion_index_a=pair.completion_index_a,
-            completion_index_b=pair.completion_index_b,
-            finish_reason_a=pair.finish_reason_a,
-            finish_reason_b=pair.finish_reason_b,
             p_a=self.compute_label(label_order, total) if has_label else None,
             p_forward=total.p_forward,
             p_backward=total.p_backward,
@@ -270,9 +268,41 @@ class JudgeStage:
             votes=[comparison.to_vote() for comparison in comparisons],
             explanation=total.explanation_forward,
             outcome=outcome,
-            preset=self.preset,
             label_order=label_order,
         )
+
+    def make_unjudged_preference(self, pair: ResponsePair, outcome: Outcome, reason: str) -> Preference:
+        """Return the record of a pair that cannot be compared. It has no label, no model and no principle."""
+        NOTICES.report("pair", outcome.value, f"a pair is not judged and gets no label: {reason} (outcome {outcome.value})")
+        return Preference(**self.make_pair_fields(pair), outcome=outcome, outcome_reason=reason)
+
+    def make_pair_fields(self, pair: ResponsePair) -> dict[str, Any]:
+        """Return the fields that do not depend on the judge's replies."""
+        parent = pair.parent
+        return {
+            "record_id": self.compute_record_id(pair),
+            "parent_ids": [parent.record_id],
+            "prompt_id": parent.prompt_id,
+            "run_id": parent.run_id,
+            "stage": "judge",
+            "constitution": make_constitution_ref(self.constitution),
+            "policy_version": parent.policy_version,
+            "seed": pair.seed,
+            "response_id": pair.response_id,
+            "messages": parent.messages,
+            "source": parent.source,
+            "tags": parent.tags,
+            "split": parent.split,
+            "epoch": parent.epoch,
+            "pairing": self.pairing,
+            "response_a": pair.response_a,
+            "response_b": pair.response_b,
+            "completion_index_a": pair.completion_index_a,
+            "completion_index_b": pair.completion_index_b,
+            "finish_reason_a": pair.finish_reason_a,
+            "finish_reason_b": pair.finish_reason_b,
+            "preset": self.preset,
+        }
 
     def compute_record_id(self, pair: ResponsePair) -> str:
         configuration = ids.compute_fingerprint(

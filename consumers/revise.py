@@ -16,6 +16,7 @@ from constitutions.loader import Constitution
 from consumers import templates
 from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason
 from consumers.judge import make_constitution_ref
+from engine.eligibility import find_rejection_reason
 from engine.models.interface import Generation, GenerationRequest, Model
 from schemas import ids
 from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
@@ -71,10 +72,9 @@ class ReviseStage:
     def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
         """Return the reason why a revision is unusable, or NONE if it is usable."""
         response = generation.text
-        if generation.finish_reason == "refused":
-            return RejectionReason.REFUSED
-        if not response.strip():
-            return RejectionReason.EMPTY
+        reason = find_rejection_reason(response, read_finish_reason(generation))
+        if reason is not RejectionReason.NONE:
+            return reason
         if response.split() == previous_response.split():
             return RejectionReason.COPY
         if self.few_shot:

@@ -9,8 +9,10 @@ question with this instruction is a different template and has a different hash.
 The content of a prompt or a response cannot change the structure of a question. Every line that a person or a model wrote
 begins with `> `, as in a quoted e-mail. No line of a template begins with `> `. If a response contains `Answer (B):`, `Reply
 with one letter` or `Answer: (A)`, these words are still quoted. A quotation has no end marker, so a response cannot forge the
-end of its quotation. (engine/models/chat_template.py escapes the control tokens of chat templates.) The content can still
-persuade a model. The stages limit this risk: the stages ask in two orders, and they never read a label from the words of a
+end of its quotation. The control tokens of chat templates in a text are broken up before the text is sent to a model: those of
+the model's tokenizer for a local model, and the markers of all known chat formats for a server, whose tokenizer is unknown
+(engine/models/control_tokens.py). A server with a format that is not known there can still read control tokens. The content can
+also persuade a model. The stages limit this risk: the stages ask in two orders, and they never read a label from the words of a
 response.
 
 Every question begins with the same header and dialogue. The responses, the principle and the instruction for the reply follow.

@@ -16,6 +16,7 @@ from prometheus_client.core import CollectorRegistry, CounterMetricFamily, Gauge
 from prometheus_client.registry import Collector
 
 from engine.errors import UsageError
+from engine.notices import NOTICES
 from engine.worker import Worker
 
 _Labels = tuple[tuple[str, str], ...]
@@ -74,6 +75,15 @@ def serve_metrics(host: str, port: int, read_samples: _ReadSamples) -> Callable[
         thread.join()
 
     return close
+
+
+def collect_notice_metrics() -> Iterator[MetricSample]:
+    """Yield the number of events in this process that changed or excluded data (engine/notices.py)."""
+    for (kind, value), count in sorted(NOTICES.get_counts().items()):
+        labels = (("kind", kind), ("value", value))
+        yield MetricSample(
+            "charter_notices_total", "Events that changed or excluded data, e.g. pairs that were not judged.", count, labels
+        )
 
 
 def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:

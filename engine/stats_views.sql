@@ -12,11 +12,11 @@ CREATE OR REPLACE MACRO wilson_high(hits, n) AS CASE WHEN hits = n AND n > 0 THE
 CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 
 -- The votes on pairs, one row for each principle, with the results of both orders. A judgment without votes is one row with the
--- outcome of the judgment.
+-- outcome of the judgment. Pairs that cannot be compared have no row, because the judge was not asked: see unjudged_pair_stats.
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
     SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
-    FROM preferences WHERE label_source = 'AI'),
+    FROM preferences WHERE label_source = 'AI' AND outcome NOT IN ('EMPTY', 'WITHHELD', 'IDENTICAL')),
 votes AS (
     SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
            CASE WHEN vote.outcome IS NULL OR vote.outcome = 'UNKNOWN' THEN outcome ELSE vote.outcome END AS outcome,
@@ -29,6 +29,12 @@ SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
                WHEN label_order = 'backward' THEN p_backward
                ELSE (p_forward + p_backward) / 2 END AS p_a
 FROM votes;
+
+-- The number of pairs that no judge was asked about, by outcome: a response is empty (EMPTY), a filter of the server withheld it
+-- (WITHHELD), or both responses are the same (IDENTICAL).
+CREATE OR REPLACE VIEW unjudged_pair_stats AS
+SELECT run_id, pairing, outcome, outcome_reason, count(*) AS pairs, min(created_at) AS first_at, max(created_at) AS last_at
+FROM preferences WHERE outcome IN ('EMPTY', 'WITHHELD', 'IDENTICAL') GROUP BY ALL;
 
 -- Statistics of each principle. Rows with stage 'critique' are about critiques, rows with stage 'judge' about judgments.
 -- Columns of stage 'critique':

@@ -27,13 +27,15 @@ from typing import Any, Union
 import pyarrow as pa
 from pydantic import BaseModel
 
+from engine.eligibility import ELIGIBILITY_MACROS
+from engine.models.control_tokens import MARKER_MACRO
 from schemas.records import DeadLetter, Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 _VIEW_FILES = tuple(
     Path(__file__).with_name(name) for name in ("views.sql", "stats_views.sql", "monitor_views.sql", "training_views.sql")
 )
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
@@ -94,6 +96,8 @@ def get_arrow_schema(model: type[Record]) -> pa.Schema:
 def build_create_statements() -> list[str]:
     """Return the statements that create all tables and views of a database."""
     statements = [
+        *ELIGIBILITY_MACROS,
+        MARKER_MACRO,
         "CREATE SCHEMA IF NOT EXISTS raw",
         "CREATE TABLE IF NOT EXISTS raw.sink_offsets"
         " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT)",

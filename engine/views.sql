@@ -19,28 +19,35 @@ FROM (
     WHERE later.epoch > 0 AND first.split = 'EVAL')
 GROUP BY prompt_id;
 
--- The last record of each critique-revision chain.
+-- The last record of each critique-revision chain. rejection_reason is the reason why the newest response of the chain is
+-- unusable, or 'NONE'.
 CREATE OR REPLACE VIEW revision_chains AS
 SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id, model,
        response_model, policy_version, initial_response, initial_finish_reason, rounds, round, end_reason, final_response, final_finish_reason,
-       'critique' AS stage, created_at, commit_seq
+       rejection_reason, 'critique' AS stage, created_at, commit_seq
 FROM critiques WHERE final
 UNION ALL BY NAME
 SELECT record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id, model,
        response_model, policy_version, initial_response, initial_finish_reason, rounds, round, end_reason, final_response, final_finish_reason,
-       'revise' AS stage, created_at, commit_seq
+       rejection_reason, 'revise' AS stage, created_at, commit_seq
 FROM revisions WHERE final;
 
 -- All responses that are suitable for training. Rows with label_source AI are the final responses of usable chains, including
 -- clean responses without a revision. Responses of the policy to helpful prompts have end_reason = 'SKIPPED'. Rows with
--- label_source HUMAN are demonstrations by people. Their end_reason and constitution are null.
+-- label_source HUMAN are demonstrations by people. Their end_reason and constitution are null. engine/eligibility.py decides which
+-- responses are usable. has_control_markers is true if a marker of a chat format (<|im_end|>) is part of the text: Charter breaks
+-- it up when it trains, other programs may encode it as a control token.
 CREATE OR REPLACE VIEW trainable_responses AS
 SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
-       round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source, split, created_at, commit_seq
-FROM revision_chains WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND length(trim(final_response)) > 0
+       round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source,
+       has_control_markers(final_response) AS has_control_markers, split, created_at, commit_seq
+FROM revision_chains
+WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED')
+  AND find_rejection_reason(final_response, final_finish_reason) = 'NONE'
 UNION ALL BY NAME
-SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source, split, created_at, commit_seq
-FROM demonstrations WHERE length(trim(completion)) > 0;
+SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source,
+       has_control_markers(completion) AS has_control_markers, split, created_at, commit_seq
+FROM demonstrations WHERE find_rejection_reason(completion, finish_reason) = 'NONE';
 
 -- The training data of supervised fine-tuning. The shares of a mixture refer to the column `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
@@ -80,29 +87,32 @@ FROM (
 GROUP BY record_id;
 
 -- All labels by judges and people. This includes held-out labels and overridden labels (see overridden_by), so that a batch
--- from the time before an override can be rebuilt. p_a is the probability that response_a is better.
+-- from the time before an override can be rebuilt. p_a is the probability that response_a is better. exclusion_reason is the
+-- reason why the pair may not train and is not exported (EMPTY, WITHHELD or IDENTICAL, see engine/eligibility.py), or null.
 CREATE OR REPLACE VIEW preference_labels AS
 SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
        p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
-       o.overridden_by, p.created_at, p.commit_seq
+       o.overridden_by, find_pair_outcome(p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b) AS exclusion_reason,
+       has_control_markers(p.response_a) OR has_control_markers(p.response_b) AS has_control_markers, p.created_at, p.commit_seq
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 
 -- The training data of the reward model. Each valid label occurs once. An override by a person replaces the label and has its
 -- own commit_seq. The shares of a mixture refer to the column `source`. Labels by people have label_source HUMAN.
 CREATE OR REPLACE VIEW preference_pairs AS
-SELECT l.* EXCLUDE (split, epoch, overridden_by)
+SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
-WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND (h.commit_seq IS NULL OR h.commit_seq > l.commit_seq);
+WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL AND (h.commit_seq IS NULL OR h.commit_seq > l.commit_seq);
 
 -- The evaluation data of the reward model: valid labels of prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_pairs AS
-SELECT l.* EXCLUDE (split, epoch, overridden_by)
+SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l
 ANTI JOIN trained_prompts USING (prompt_id)
-WHERE l.split = 'EVAL' AND l.overridden_by IS NULL;
+WHERE l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL;
 
--- All sampled completions. exclusion_reason is the reason why PPO cannot train on a completion, or null if it can.
+-- All sampled completions. exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
+-- an empty completion, because the policy really sampled it and has to learn that it is worse.
 CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
@@ -110,6 +120,7 @@ SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, m
        completion.policy_version AS policy_version,
        CASE WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq THEN 'held out'
             WHEN completion.policy_version IS NULL THEN 'answered by another model than the policy'
+            WHEN completion.finish_reason = 'REFUSED' THEN 'withheld by a content filter of the server'
             WHEN len(completion.token_ids) = 0 OR len(completion.token_ids) <> len(completion.logprobs)
                  THEN 'no exact tokens and log-probabilities'
             WHEN len(prompt_token_ids) = 0 THEN 'no exact prompt tokens'
@@ -144,8 +155,8 @@ LEFT JOIN (
                             answers: list_transform(completions, lambda x: x.text)} ORDER BY commit_seq) AS responses
     FROM responses GROUP BY prompt_id) r USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, verdict: verdict,
-                            p_flawed: p_flawed, p_better: p_better, critique: critique, end_reason: end_reason} ORDER BY commit_seq) AS critiques
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, verdict: verdict, verdicts: verdicts,
+                            rejection_reason: rejection_reason, p_flawed: p_flawed, p_better: p_better, critique: critique, end_reason: end_reason} ORDER BY commit_seq) AS critiques
     FROM critiques GROUP BY prompt_id) c USING (prompt_id)
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, revision: response,
@@ -156,7 +167,7 @@ LEFT JOIN (
     FROM revision_chains GROUP BY prompt_id) e USING (prompt_id)
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, response_a: response_a, response_b: response_b, p_a: p_a, position_gap: position_gap,
-                            option_mass: option_mass, outcome: outcome, label_source: label_source, parent_ids: parent_ids,
+                            option_mass: option_mass, outcome: outcome, outcome_reason: outcome_reason, label_source: label_source, parent_ids: parent_ids,
                             explanation: explanation} ORDER BY commit_seq) AS preferences
     FROM preferences GROUP BY prompt_id) j USING (prompt_id)
 LEFT JOIN (

@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
+from engine.eligibility import find_pair_problem, is_blank
 from engine.errors import UsageError
-from engine.run_starts import StartPositions, ensure_run_start
 from engine.progress import WorkProgress
+from engine.run_starts import StartPositions, ensure_run_start
 from engine.worker import to_producer_record
 from producers.parse import ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
@@ -163,6 +164,7 @@ class FileProducer:
         try:
             source = self.source or DEFAULT_SOURCES[self.kind]
             parsed = ROW_PARSERS[self.kind](row, source=source, max_chars=self.max_chars, columns=self.columns)
+            _require_eligible(parsed)
         except RowError as error:
             report.bad_rows.append((number, str(error)))
             self.on_bad_row(number, str(error))
@@ -239,6 +241,16 @@ class FileProducer:
             records.append(to_producer_record(offset.model_copy(update={"next_line": row_number + 1, "published": published})))
         if records:
             writer.commit(records)
+
+
+def _require_eligible(parsed: PromptRow) -> None:
+    """Raise RowError if the responses of a row may not be compared or trained on (engine/eligibility.py)."""
+    if isinstance(parsed, PreferenceRow):
+        names = ("response_a", "response_b") if parsed.has_fixed_order else ("chosen", "rejected")
+        if problem := find_pair_problem(parsed.response_a, parsed.response_b, names=names):
+            raise RowError(problem[1])
+    if isinstance(parsed, DemonstrationRow) and is_blank(parsed.completion):
+        raise RowError("the completion has no visible text")
 
 
 def make_row_metadata(

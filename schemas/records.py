@@ -103,7 +103,7 @@ class EndReason(AvroEnum):
 
 
 class RejectionReason(AvroEnum):
-    """The reason why a revision is unusable. REFUSED means that a filter of the server withheld the revision or its end."""
+    """The reason why a response is unusable. REFUSED means that a filter of the server withheld the response or its end."""
 
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
@@ -114,7 +114,11 @@ class RejectionReason(AvroEnum):
 
 
 class Outcome(AvroEnum):
-    """The outcome of a judgment. Only OK is used for training."""
+    """The outcome of a judgment. Only OK is used for training.
+
+    EMPTY, WITHHELD and IDENTICAL mean that the pair cannot be compared, so the judge was not asked (see engine/eligibility.py).
+    EMPTY means that a response has no visible text. WITHHELD means that a filter of the server withheld a response.
+    """
 
     UNKNOWN = "UNKNOWN"
     OK = "OK"
@@ -123,6 +127,9 @@ class Outcome(AvroEnum):
     LOW_MASS = "LOW_MASS"
     POSITION_FLIP = "POSITION_FLIP"
     TIMEOUT = "TIMEOUT"
+    EMPTY = "EMPTY"
+    WITHHELD = "WITHHELD"
+    IDENTICAL = "IDENTICAL"
 
 
 class LabelSource(AvroEnum):
@@ -366,6 +373,10 @@ class Critique(Chain):
     `verdicts` has one verdict for each checked principle. `p_flawed` is the maximum of the verdicts' `p_flawed`, and
     `option_mass` is the minimum of their `option_mass`. `p_better` is the probability that a revision is better than the
     previous response, averaged over both orders. For an initial response, `p_better` is null.
+
+    `principle_id` is the principle of the written critique. If the chain ends without a written critique, it is the principle
+    under which `response` was checked (an initial response) or revised (a revision). If `end_reason` is UNUSABLE,
+    `rejection_reason` is the reason why `response` is unusable.
     """
 
     topic: ClassVar[str] = "critiques"
@@ -377,6 +388,7 @@ class Critique(Chain):
     p_better: OptionalFloat = None
     similarity: OptionalFloat = None
     verdicts: list[PrincipleVerdict] = Field(default_factory=list)
+    rejection_reason: RejectionReason = RejectionReason.NONE
 
 
 class Revision(Chain):
@@ -397,7 +409,7 @@ class Preference(PromptFields, OptionalResponseIdField, Record):
 
     If `outcome` is neither OK nor POSITION_FLIP, `p_a` is null. `label_order` is "both" (the mean of both orders), "forward" (A
     is shown first) or "backward" (B is shown first). `cached_tokens` is the number of `prompt_tokens` that were not computed
-    again, because another judge prompt has the same prefix.
+    again, because another judge prompt has the same prefix. If the pair cannot be compared, `outcome_reason` has the reason.
 
     When a person overrides a label, the new label is a separate record with `label_source` HUMAN. Its `parent_ids` contain the
     id of the overridden record. A human comparison from a file has no parents, and `origin` is its file and row.
@@ -421,6 +433,7 @@ class Preference(PromptFields, OptionalResponseIdField, Record):
     votes: list[PrincipleVote] = Field(default_factory=list)
     explanation: str = ""
     outcome: Outcome = Outcome.UNKNOWN
+    outcome_reason: str = ""
     label_source: LabelSource = LabelSource.AI
     preset: str = ""
     label_order: str = ""

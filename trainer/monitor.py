@@ -19,11 +19,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from engine.eligibility import find_pair_problem
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
-from schemas.records import ChatMessage, Metric, PolicyKind, Record
+from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
 from trainer.batches import QUERY_TIMEOUT_S, parse_messages
 from trainer.phases import make_score
 
@@ -328,9 +329,12 @@ class RewardHackingMonitor:
             [text for text, _ in sample_responses(folder, dialogues, self.batch_size)]
             for folder in (policy_folder, reference_folder)
         )
-        pairs = zip(dialogues, responses, reference_responses, strict=True)
-        probabilities = self.judge([(messages, a, b) for messages, a, b in pairs if a.strip() and b.strip()])
-        labels = [p for p in probabilities if p is not None]
+        pairs = list(zip(dialogues, responses, reference_responses, strict=True))
+        problems = [find_pair_problem(a, b) for _, a, b in pairs]
+        # The same response twice is a tie. The judge is not asked about it, nor about a pair with an empty response.
+        num_ties = sum(problem is not None and problem[0] is Outcome.IDENTICAL for problem in problems)
+        probabilities = self.judge([pair for pair, problem in zip(pairs, problems, strict=True) if problem is None])
+        labels = [p for p in probabilities if p is not None] + [0.5] * num_ties
         if not labels:
             return {}
         mean, low, high = compute_confidence_interval(labels)

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
+from engine.models.control_tokens import find_end_token_id
 from engine.weight_sync import ADAPTER_FOLDER
 
 # The caller prints one line per step, so the libraries print nothing. The libraries would also warn that a new scorer has no
@@ -289,10 +290,21 @@ def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:
     """Return a function that saves the merged model and its tokenizer into a folder."""
 
     def save(folder: Path) -> None:
-        merge_adapter(model).save_pretrained(folder)
+        merged = merge_adapter(model)
+        if merged.can_generate():  # a reward model has no generation configuration
+            _add_stop_token(merged, find_end_token_id(tokenizer))
+        merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     return save
+
+
+def _add_stop_token(model: Any, token_id: int | None) -> None:
+    """Add a token to the end tokens of the generation configuration, so that a server stops where training ends a message."""
+    eos = model.generation_config.eos_token_id
+    stop_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if token_id is not None and token_id not in stop_ids:
+        model.generation_config.eos_token_id = [*stop_ids, token_id]
 
 
 def make_rl_saver(

@@ -21,12 +21,13 @@ from charter.console import common_options
 from charter.lookup import make_id_pattern
 from charter.text import escape_unprintable, to_one_line
 from engine.bus.port import Bus
+from engine.eligibility import find_pair_problem
 from engine.errors import CharterError, UsageError
 from engine.settings import Settings
 from engine.store import Store
 from engine.worker import to_producer_record
 from schemas import ids
-from schemas.records import LabelSource, Outcome, Preference
+from schemas.records import FinishReason, LabelSource, Outcome, Preference
 
 _P_A_BY_CHOICE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _QUERY_TIMEOUT_S = 20.0
@@ -34,14 +35,19 @@ _MAX_LINES = 40  # maximum lines of the prompt and of each response; the user ca
 _LABEL_COLUMNS = """record_id, prompt_id, run_id, response_id, messages, source, tags, split, epoch, constitution, principle_id,
     policy_version, pairing, response_a, response_b, completion_index_a, completion_index_b, finish_reason_a, finish_reason_b"""
 
-# Selects records of the judge without a human label. Records without a usable label come first, then labels with p_a near 0.5.
+# Selects records of the judge without a human label whose responses can be compared (engine/eligibility.py). Records without a
+# usable label come first, then labels with p_a near 0.5.
 _OPEN_LABELS_SQL = f"""
     SELECT {_LABEL_COLUMNS} FROM preferences p
     WHERE label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $position_flips OR position_flip)
       AND ($run IS NULL OR record_id IN (SELECT record_id FROM run_records WHERE run_id = $run))
+      AND find_pair_outcome(response_a, response_b, finish_reason_a, finish_reason_b) IS NULL
       AND record_id NOT IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0)
     ORDER BY CASE WHEN outcome = 'OK' AND p_a IS NOT NULL THEN abs(p_a - 0.5) ELSE -1 END, commit_seq
     LIMIT $count"""
+_INCOMPARABLE_SQL = """
+    SELECT count(*) FROM preferences
+    WHERE label_source = 'AI' AND find_pair_outcome(response_a, response_b, finish_reason_a, finish_reason_b) IS NOT NULL"""
 _LABEL_BY_ID_SQL = f"SELECT {_LABEL_COLUMNS} FROM preferences WHERE label_source = 'AI' AND record_id::VARCHAR LIKE $id LIMIT 2"
 
 
@@ -112,7 +118,17 @@ def find_label(store: Store, identifier: str) -> dict[str, Any]:
 
 
 def _make_human_label(row: dict[str, Any], p_a: float) -> Preference:
-    """Return a human label for the pair of `row`, which is a label of the judge. `p_a` is 1, 0 or 0.5 (tie)."""
+    """Return a human label for the pair of `row`, which is a label of the judge. `p_a` is 1, 0 or 0.5 (tie).
+
+    Raise UsageError if the responses cannot be compared.
+    """
+    finish_reasons = FinishReason(row["finish_reason_a"]), FinishReason(row["finish_reason_b"])
+    if problem := find_pair_problem(row["response_a"], row["response_b"], *finish_reasons):
+        raise UsageError(
+            f"the pair {str(row['record_id'])[:8]} cannot be labeled",
+            problem[1],
+            "label another pair: charter label shows only pairs that can be compared",
+        )
     created_at = datetime.now(UTC)
     parent_id = str(row["record_id"])
     # The id depends on the time, so each label is a new record. For example, if a person labels one pair A, B and A again,
@@ -146,14 +162,14 @@ def _label_from_stdin(store: Store, bus: Bus) -> int:
         try:
             entry = json.loads(line)
             p_a = _P_A_BY_CHOICE[entry["prefer"]]
-            row = find_label(store, str(entry["record_id"]))
+            label = _make_human_label(find_label(store, str(entry["record_id"])), p_a)
         except (ValueError, KeyError, TypeError, CharterError) as error:
             expected = 'expected {"record_id": ID, "prefer": "a", "b" or "tie"}'
             reason = str(error).splitlines()[0] if isinstance(error, CharterError) else expected
             click.echo(to_one_line(f"line {number}: {reason}"), err=True)
             num_invalid += 1
             continue
-        _publish_label(bus, _make_human_label(row, p_a))
+        _publish_label(bus, label)
         num_labels += 1
     if num_invalid:
         click.echo(f"{num_labels} labels published; {num_invalid} lines are invalid (see above)", err=True)
@@ -167,6 +183,9 @@ def _label_from_stdin(store: Store, bus: Bus) -> int:
 def _label_interactively(store: Store, bus: Bus, filters: dict[str, Any], seed: int) -> int:
     """Ask for a label of each pair until the list ends or the user quits. Return the number of labels."""
     pairs = store.query_dicts(_OPEN_LABELS_SQL, filters, limit_s=_QUERY_TIMEOUT_S)
+    ((num_excluded,),) = store.query(_INCOMPARABLE_SQL, limit_s=_QUERY_TIMEOUT_S).rows
+    if num_excluded:
+        click.echo(f"{num_excluded} pairs are not shown: a response is empty or withheld, or both are the same", err=True)
     if not pairs:
         click.echo("there are no pairs without a human label")
     num_labels = 0

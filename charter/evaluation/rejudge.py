@@ -169,7 +169,7 @@ _FROZEN_PAIRS_SQL = """
 SELECT messages, tags, source, response_a, response_b FROM (
     SELECT DISTINCT ON (response_id, response_a, response_b) messages, tags, source, response_a, response_b,
            md5(coalesce(response_id, record_id)::VARCHAR || md5(response_a) || md5(response_b)) AS sort_key
-    FROM preferences WHERE length(trim(response_a)) > 0 AND length(trim(response_b)) > 0 AND response_a <> response_b
+    FROM preferences WHERE find_pair_outcome(response_a, response_b, finish_reason_a, finish_reason_b) IS NULL
     ORDER BY response_id, response_a, response_b, commit_seq
 ) ORDER BY sort_key LIMIT ?"""
 

@@ -42,6 +42,7 @@ _LINEAGE_COLUMNS = {
     "constitution": pa.string(),
     "constitution_hash": pa.string(),
     "principle_id": pa.string(),
+    "has_control_markers": pa.bool_(),
     "created_at": pa.timestamp("us"),
 }
 

@@ -16,7 +16,9 @@ EXPORT_TAG = "charter-export"  # --force replaces only a folder whose card has t
 # The reasons why a chain or a label is not in a training view.
 _EXCLUDED_SQL = {
     "sft": """
-        SELECT 'chain ended ' || end_reason AS reason, count(*) AS records FROM revision_chains
+        SELECT 'chain ended ' || end_reason || CASE WHEN rejection_reason = 'NONE' THEN '' ELSE ': ' || rejection_reason END AS reason,
+               count(*) AS records
+        FROM revision_chains
         WHERE end_reason NOT IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND {where} GROUP BY 1
         UNION ALL
         SELECT 'prompt is in both splits', count(*) FROM trainable_responses u
@@ -25,14 +27,23 @@ _EXCLUDED_SQL = {
         ORDER BY 2 DESC""",
     "preference": """
         SELECT 'judge gave no label: ' || outcome AS reason, count(*) AS records FROM preferences
-        WHERE (outcome <> 'OK' OR p_a IS NULL) AND {where} GROUP BY 1
+        WHERE (outcome <> 'OK' OR p_a IS NULL) AND outcome NOT IN ('EMPTY', 'WITHHELD', 'IDENTICAL') AND {where} GROUP BY 1
         UNION ALL
-        SELECT 'tie: no response is preferred', count(*) FROM preference_labels WHERE p_a = 0.5 AND overridden_by IS NULL AND {where}
+        SELECT 'pair cannot be compared: ' || outcome, count(*) FROM preferences
+        WHERE outcome IN ('EMPTY', 'WITHHELD', 'IDENTICAL') AND {where} GROUP BY 1
         UNION ALL
-        SELECT 'replaced by a human label', count(*) FROM preference_labels WHERE overridden_by IS NOT NULL AND {where}
+        SELECT 'pair cannot be compared: ' || exclusion_reason, count(*) FROM preference_labels
+        WHERE exclusion_reason IS NOT NULL AND {where} GROUP BY 1
+        UNION ALL
+        SELECT 'tie: no response is preferred', count(*) FROM preference_labels
+        WHERE p_a = 0.5 AND overridden_by IS NULL AND exclusion_reason IS NULL AND {where}
+        UNION ALL
+        SELECT 'replaced by a human label', count(*) FROM preference_labels
+        WHERE overridden_by IS NOT NULL AND exclusion_reason IS NULL AND {where}
         UNION ALL
         SELECT 'prompt is in both splits', count(*) FROM preference_labels
-        WHERE overridden_by IS NULL AND {where} AND record_id NOT IN (SELECT record_id FROM preference_pairs)
+        WHERE overridden_by IS NULL AND exclusion_reason IS NULL AND {where}
+          AND record_id NOT IN (SELECT record_id FROM preference_pairs)
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
 }

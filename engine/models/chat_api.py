@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine.models.finish_reason import parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
 
 _CHARS_PER_TOKEN = 4  # used to estimate the usage if a server reports none
@@ -19,7 +20,6 @@ _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 _THINKING_PATTERN = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
 
-_FINISH_REASONS = {"stop": "stop", "length": "length", "timeout": "timeout", "content_filter": "refused"}
 JsonObject = dict[str, Any]
 
 
@@ -152,7 +152,7 @@ def parse_generation(response: JsonObject, usage: Usage) -> Generation:
     content = choice["message"]["content"]
     refusal = choice["message"].get("refusal")
     text = _THINKING_PATTERN.sub("", content, count=1) if content.lstrip().startswith("<think>") else content
-    finish = _FINISH_REASONS.get(str(choice.get("finish_reason")), "unknown")
+    finish = parse_choice_finish_reason(choice)
     if isinstance(refusal, str) and refusal:
         text, finish = text or replace_surrogates(refusal), "refused"
     token_ids, logprobs = _parse_sampled_tokens(choice)

@@ -7,9 +7,9 @@ format:
 
 A base model continues the dialogue. So its response ends at the point where the model starts the next message.
 
-A message can contain the characters of a special token (`<|im_end|>`). A space is inserted into these characters. The
-characters are then not encoded as the special token, so they do not end the message. In the plain format, a paragraph can look
-like the start of a message. The empty line before such a paragraph is removed.
+A message can contain the characters of a control token (`<|im_end|>`). A space is inserted into these characters. The
+characters are then not encoded as the control token, so they do not end the message (engine/models/control_tokens.py). In the
+plain format, a paragraph can look like the start of a message. The empty line before such a paragraph is removed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from engine.errors import PermanentRecordError
+from engine.errors import PermanentRecordError, UsageError
+from engine.models.control_tokens import break_up_control_tokens, find_end_token_id
 from schemas.records import ChatMessage
 
 _PLAIN_ROLE_PREFIXES = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
 _DIALOGUE_MARKER_LINE = re.compile(r"\n[ \t\r]*(?=(?:Human|Assistant):)")
 DIALOGUE_MARKER = re.compile(r"\n[ \t\r]*\n[ \t\r]*(?=(?:Human|Assistant):)")
-
-
-def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
-    """Insert a space after the first character of every special token in a text."""
-    for token in special_tokens:
-        if token and token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
 
 
 def escape_dialogue_markers(text: str) -> str:
@@ -57,10 +50,7 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> 
 
 def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
     """Return the formatted prompt. The prompt ends where the assistant message starts, or with the prefill."""
-    special_tokens = tokenizer.all_special_tokens
-    contents = [
-        {"role": message.role, "content": escape_special_tokens(message.content, special_tokens)} for message in messages
-    ]
+    contents = [{"role": message.role, "content": break_up_control_tokens(tokenizer, message.content)} for message in messages]
     if tokenizer.chat_template:
         return _apply_chat_template(tokenizer, contents) + prefill
     parts = [
@@ -78,8 +68,21 @@ def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str 
 
 
 def encode_completion(tokenizer: Any, text: str, *, ends_with_eos: bool) -> list[int]:
-    """Return the token ids of a completion. If `ends_with_eos` is true, append the end token."""
+    """Return the token ids of a completion.
+
+    If `ends_with_eos` is true, append the token that ends an assistant message in the chat template. Raise UsageError if the
+    tokenizer has none.
+    """
     if not tokenizer.chat_template:
         text = escape_dialogue_markers(text if text[:1].isspace() else f" {text}")  # a space follows "Assistant:"
-    ids = list(tokenizer(escape_special_tokens(text, tokenizer.all_special_tokens), add_special_tokens=False)["input_ids"])
-    return [*ids, tokenizer.eos_token_id] if ends_with_eos else ids
+    ids = list(tokenizer(break_up_control_tokens(tokenizer, text), add_special_tokens=False)["input_ids"])
+    if not ends_with_eos:
+        return ids
+    end_token_id = find_end_token_id(tokenizer)
+    if end_token_id is None:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name_or_path} has no end token",
+            "it has no eos_token, and its chat template ends a message without a control token",
+            "set eos_token in tokenizer_config.json of the model",
+        )
+    return [*ids, end_token_id]

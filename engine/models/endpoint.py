@@ -48,6 +48,7 @@ from engine.models.chat_api import (
     parse_retry_after,
     parse_usage,
 )
+from engine.models.control_tokens import break_up_markers
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, ModelCapabilities, OptionScores, Usage
 from engine.models.probe import probe_server
 from schemas.ids import compute_fingerprint
@@ -210,9 +211,13 @@ class Endpoint:
         return {"seed": seed % 2**31} if self.server_capabilities.supports_seed else {}
 
     def make_request_body(self, request: GenerationRequest) -> JsonObject:
-        """Return the body of a chat request. The prefill is sent as a last assistant message that the server must continue."""
+        """Return the body of a chat request.
+
+        The prefill is sent as a last assistant message that the server must continue. Markers of chat formats in a message are
+        broken up, because a server may encode them as control tokens.
+        """
         server_capabilities = self.server_capabilities
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+        messages = [{"role": message.role, "content": break_up_markers(message.content)} for message in request.messages]
         body = {"model": self.id, "messages": messages} | server_capabilities.extra_body
         if not request.prefill:
             return body

@@ -29,6 +29,7 @@ from engine.checkpoints import compute_revision
 from engine.errors import PermanentRecordError, UsageError
 from engine.models import resolve_model_folder, smollm2
 from engine.models.chat_template import DIALOGUE_MARKER, encode_prompt
+from engine.models.control_tokens import find_end_token_id
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
@@ -115,10 +116,10 @@ class LocalModel:
         self.stop_token_ids = self.get_stop_token_ids()
 
     def get_stop_token_ids(self) -> set[int]:
-        """Return the end tokens of the generation configuration and of the tokenizer."""
+        """Return the end tokens of the generation configuration, the tokenizer and the chat template."""
         eos = self.model.generation_config.eos_token_id
-        token_ids = eos if isinstance(eos, list) else [eos]
-        return {int(token_id) for token_id in (*token_ids, self.tokenizer.eos_token_id) if token_id is not None}
+        token_ids = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id, find_end_token_id(self.tokenizer)]
+        return {int(token_id) for token_id in token_ids if token_id is not None}
 
     # The Model interface
 

@@ -268,6 +268,23 @@ def test_id_prefix_must_match_one_label(tmp_path):
             run_command(tmp_path, "label", named, "--prefer", "a")
 
 
+def test_pair_that_cannot_be_compared_gets_no_human_label(tmp_path):
+    pairs = [
+        make_preference("same", "x", 0.85, response_a="yes", response_b="yes "),
+        make_preference("empty", "x", None, outcome=Outcome.EMPTY, response_b="\n"),
+    ]
+    RecordDatabase(tmp_path / "data" / "charter.duckdb").add(make_prompt("x"), *pairs)
+    output = run_command(tmp_path, "label", stdin="1\n")
+    assert "2 pairs are not shown" in output and "no pairs without a human label" in output
+    for pair, reason in zip(pairs, ("both responses are the same", "response B has no visible text"), strict=True):
+        with pytest.raises(UsageError, match=reason):
+            run_command(tmp_path, "label", pair.record_id, "--prefer", "a")
+    line = json.dumps({"record_id": pairs[0].record_id, "prefer": "a"})
+    assert "line 1: the pair" in run_command(tmp_path, "label", "-", stdin=line.encode(), code=1)
+    with pytest.raises(UsageError, match="nothing to export"):
+        run_command(tmp_path, "export", "preference", tmp_path / "exported")
+
+
 def test_invalid_label_options_raise_usage_errors(labeled, tmp_path):
     assert "--prefer" in run_command(tmp_path, "label", labeled["sure"], code=2)
     assert "ID" in run_command(tmp_path, "label", "--prefer", "a", code=2)

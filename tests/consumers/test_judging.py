@@ -16,7 +16,7 @@ from engine.models.interface import Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
-from schemas.records import Outcome, Preference
+from schemas.records import Completion, FinishReason, Outcome, Preference
 
 DEFAULT = load_constitution("default")
 SPEC = "judge"
@@ -82,6 +82,40 @@ def test_lee2023_averages_both_orders(make_response):
     assert record.position_flip and record.option_mass == pytest.approx(0.9) and vote.principle_id == record.principle_id
     assert (vote.p_forward, vote.outcome, vote.weight) == (pytest.approx(0.9), Outcome.OK, 1.0)
     assert (record.preset, record.sampling, record.explanation) == ("lee2023", None, "")
+
+
+@pytest.mark.parametrize("preset", ["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"])
+@pytest.mark.parametrize(
+    ("second", "finish_reason", "outcome"),
+    [
+        ("", FinishReason.LENGTH, Outcome.EMPTY),
+        (" \n\u200b", FinishReason.STOP, Outcome.EMPTY),
+        ("half of an", FinishReason.REFUSED, Outcome.WITHHELD),
+        ("first answer\n", FinishReason.STOP, Outcome.IDENTICAL),
+    ],
+)
+def test_pair_that_cannot_be_compared_is_not_judged(make_response, preset, second, finish_reason, outcome):
+    completions = [
+        Completion(index=i, text=text, finish_reason=reason)
+        for i, (text, reason) in enumerate(
+            [("first answer", FinishReason.STOP), (second, finish_reason), ("third", FinishReason.STOP)]
+        )
+    ]
+    response = make_response().model_copy(update={"completions": completions[:2]})
+    model = ScriptedModel()
+    record = judge_one(judge(preset, model), response)
+    assert (record.outcome, record.p_a, record.votes, record.model) == (outcome, None, [], None) and record.outcome_reason
+    assert (record.response_b, record.finish_reason_b) == (second, finish_reason)
+    assert model.num_scored == model.num_generated == 0
+    # Other pairs of the batch are judged, and each record stays with its pair.
+    replies = "Answer: (A) because" if preset == "course" else "reasons"
+    model = ScriptedModel(text_rule=lambda request, n: replies)
+    mixed = response.model_copy(update={"completions": completions})
+    (first, *rest), (other,) = judge(preset, model)([mixed, make_response(text="another prompt")])
+    assert first.outcome is outcome and len(rest) == 1
+    if outcome is Outcome.IDENTICAL:
+        assert rest[0].response_b == "third" and rest[0].votes
+    assert other.prompt_id == make_response(text="another prompt").prompt_id and other.votes
 
 
 def test_bai2022_takes_its_label_from_the_order_that_the_seed_selects(make_response):

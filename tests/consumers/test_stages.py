@@ -11,8 +11,9 @@ from consumers.revise import ReviseStage
 from consumers.templates import LETTER_ONLY_INSTRUCTION, TEMPLATE_HASHES, get_template_hash
 from engine.models.interface import ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
+from schemas import ids
 from schemas.codec import decode_record, encode_record
-from schemas.records import ChatMessage, EndReason, FinishReason, Outcome, RejectionReason, Sampling, Verdict
+from schemas.records import ChatMessage, EndReason, FinishReason, Outcome, RejectionReason, Round, Sampling, Verdict
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=64)
 DEFAULT = load_constitution("default")
@@ -145,8 +146,63 @@ def test_skipped_source_is_not_revised(make_response):
 
 
 def test_empty_response_is_unusable(make_response):
-    ((record,),) = criticize(ScriptedModel())([make_response(responses=(" ", "x"))])
-    assert (record.end_reason, record.final) == (EndReason.UNUSABLE, True)
+    for source in ("test", "helpful"):  # "helpful" is skipped otherwise
+        ((record,),) = criticize(ScriptedModel())([make_response(responses=(" \n\u200b", "x"), source=source)])
+        assert (record.end_reason, record.final) == (EndReason.UNUSABLE, True)
+        assert record.rejection_reason is RejectionReason.EMPTY
+
+
+def test_withheld_response_is_unusable(make_response):
+    response = make_response()
+    withheld = response.completions[0].model_copy(update={"text": "The first half", "finish_reason": FinishReason.REFUSED})
+    ((record,),) = criticize(ScriptedModel())([response.model_copy(update={"completions": [withheld]})])
+    assert (record.end_reason, record.rejection_reason) == (EndReason.UNUSABLE, RejectionReason.REFUSED)
+
+
+def make_chain_in_round(revision, *principle_ids):
+    """Return the revision with these principles as the principles of its finished rounds."""
+    rounds = [Round(round=n + 1, principle_id=id_, critique="c", revision="r") for n, id_ in enumerate(principle_ids)]
+    return revision.model_copy(update={"rounds": rounds, "round": len(rounds)})
+
+
+def test_principle_drawn_twice_is_asked_and_counted_once(make_response):
+    revision, drawn = make_revision(make_response, "better now"), {}
+    for round_index in range(
+        1, 40
+    ):  # sampling is independent per round, so the principle of some rounds repeats an earlier one
+        seed = ids.compute_stage_seed("principle", revision.response_id, round_index)
+        drawn.setdefault(DEFAULT.select_critique_principle(seed, round_index).id, round_index)
+    id_, round_index = next(iter(drawn.items()))
+    model = ScriptedModel(option_rule=make_verdict_rule(0.9), text_rule=lambda request, n: "why")
+    repeated = make_chain_in_round(revision, *[id_] * round_index)
+    ((record,),) = criticize(model, rounds=60)([repeated])
+    assert record.principle_id == id_ and [verdict.principle_id for verdict in record.verdicts] == [id_]
+    assert model.num_scored == 2 * (1 + 1)  # the comparison and one verdict, each in both orders
+
+
+@pytest.mark.parametrize(
+    ("rule", "end_reason"),
+    [
+        (make_verdict_rule(0.1), EndReason.SATISFIED),
+        (lambda request: 0.1 if "Answer (A):\n> better" in request.messages[0].content else 0.9, EndReason.LOST),
+    ],
+)
+def test_end_of_a_chain_names_the_principle_of_its_revision(make_response, rule, end_reason):
+    course = load_constitution("course")  # rotates, so the next principle is another one
+    revision = make_revision(make_response, "better now", course)
+    ((end,),) = criticize(ScriptedModel(option_rule=rule), course, rounds=3)([revision])
+    assert (end.end_reason, end.principle_id, end.critique) == (end_reason, revision.rounds[-1].principle_id, "")
+    assert len({verdict.principle_id for verdict in end.verdicts}) == 2
+
+
+def test_written_critique_of_a_revision_names_its_own_principle(make_response):
+    course = load_constitution("course")
+    revision = make_revision(make_response, "better now", course)
+    for text in ("why", ""):  # also if the critic writes nothing
+        model = ScriptedModel(option_rule=make_verdict_rule(0.9), text_rule=lambda request, n, text=text: text)
+        ((critique,),) = criticize(model, course, rounds=3)([revision])
+        assert critique.end_reason is EndReason.NONE and critique.critique == text
+        assert critique.principle_id == course.critique[1].id != revision.rounds[-1].principle_id
 
 
 def test_verdict_with_low_option_mass_is_not_clean(make_response):

@@ -14,7 +14,6 @@ from engine.models.chat_template import (
     encode_completion,
     encode_prompt,
     escape_dialogue_markers,
-    escape_special_tokens,
     format_prompt,
 )
 from engine.models.interface import GenerationRequest
@@ -123,7 +122,6 @@ def test_control_token_in_a_prompt_is_escaped(tiny, smollm2):
     ids = encode_prompt(tokenizer, (ChatMessage(role="user", content=attack),))
     plain = encode_prompt(tokenizer, (ChatMessage(role="user", content="hi"),))
     assert ids.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
-    assert escape_special_tokens("a </s> b", ["</s>"]) == "a < /s> b"
     assert encode_completion(tokenizer, "hi", ends_with_eos=True)[-1] == tokenizer.eos_token_id
     assert encode_completion(tokenizer, "hi<|im_end|>", ends_with_eos=False)[-1] != tokenizer.eos_token_id
 

@@ -82,6 +82,27 @@ def test_file_producer_reports_an_invalid_line_and_publishes_the_others(bus, tmp
     assert read_contents(bus) == ["after", "before"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("preferences", {"prompt": "p", "chosen": "\u200b", "rejected": "no"}, "chosen has no visible text"),
+        ("preferences", {"prompt": "p", "chosen": "yes", "rejected": "yes\n"}, "both responses are the same"),
+        (
+            "preferences",
+            {"prompt": "p", "response_a": "yes", "response_b": "\ufeff", "p_a": 0.2},
+            "response_b has no visible text",
+        ),
+        ("demonstrations", {"prompt": "p", "completion": "\u2800"}, "no visible text"),
+    ],
+)
+def test_unusable_responses_are_not_imported(bus, tmp_path, kind, row, reason):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(to_line(row))
+    report = FileProducer(bus, "r", kind=kind).publish(str(file))
+    ((number, found),) = report.bad_rows
+    assert (number, report.num_published) == (1, 0) and reason in found
+
+
 def test_strict_producer_stops_at_the_first_invalid_line_and_keeps_the_lines_before_it(bus, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_bytes(to_line("one") + to_line("two") + to_line(b"{") + to_line("four"))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,14 +214,20 @@ def trainer(request, tiny, tmp_path, length_reward_model):
     }
     settings = load_settings(flags, environment={})[0]
     bus = connect_bus(settings)
-    checkpoint = write_checkpoint(
-        tmp_path / "policy", weights.make_saver(weights.load_policy(tiny), weights.load_tokenizer(tiny)), {}
-    )
+    reference, policy = weights.load_policy(tiny), weights.load_policy(tiny)
+    torch.manual_seed(0)
+    with torch.no_grad():  # the two policies give different responses with almost the same perplexity
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    checkpoints = [
+        write_checkpoint(tmp_path / name, weights.make_saver(model, weights.load_tokenizer(tiny)), {})
+        for name, model in (("reference", reference), ("policy", policy))
+    ]
     folder, content_hash = length_reward_model
     updates = [
-        make_update(PolicyKind.POLICY, 1, "sft", checkpoint.folder, checkpoint.content_hash),
+        make_update(PolicyKind.POLICY, 1, "sft", checkpoints[0].folder, checkpoints[0].content_hash),
         make_update(PolicyKind.REWARD, 1, "reward", folder, content_hash),
-        make_update(PolicyKind.POLICY, 2, learner, checkpoint.folder, checkpoint.content_hash),
+        make_update(PolicyKind.POLICY, 2, learner, checkpoints[1].folder, checkpoints[1].content_hash),
     ]
     bus.publish([to_producer_record(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
     trainer = Trainer(bus, open_store(settings), settings, tiny)
@@ -314,7 +321,9 @@ def test_policy_within_its_limits_passes_and_the_held_out_judge_compares_it(trai
     sink_all(trainer)
     (row,) = trainer.store.query_dicts("SELECT * FROM monitor_checks")
     assert (row["limits_exceeded"], row["judge_wins"]) == (0, 0.5)
-    assert row["perplexity"] == row["perplexity_reference"] > 1  # of the prompts, because there are no demonstrations
+    assert (
+        row["perplexity"] == pytest.approx(row["perplexity_reference"], rel=0.1) and row["perplexity"] > 1
+    )  # of the prompts, because there are no demonstrations
 
 
 def test_monitor_detects_a_judge_that_prefers_the_reference(trainer):
@@ -323,6 +332,14 @@ def test_monitor_detects_a_judge_that_prefers_the_reference(trainer):
     limits = trainer.settings.monitor.model_copy(update={"max_growth": 10.0})
     exceeded = check(RewardHackingMonitor(limits, "live", lambda pairs: [0.1 for _ in pairs]), trainer)
     assert exceeded is not None and "held-out judge prefers" in exceeded.detail
+
+
+def test_same_response_of_both_policies_is_a_tie(trainer):
+    folder = trainer.read_state().updates[0].uri
+    monitor = make_monitor(trainer, judge=lambda pairs: [0.1 for _ in pairs])
+    add_responses(trainer, 1, (1, 3))
+    metrics = monitor.compute_judge_metrics(trainer.store, Path(folder), Path(folder))
+    assert (metrics["judge_wins"], metrics["judge_pairs"]) == (0.5, 4.0)
 
 
 @pytest.mark.parametrize("trainer", ["dpo"], indirect=True)
