@@ -66,6 +66,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "snapshot": "Copy the database to a file while the pipeline runs.",
         "backup": "Copy the data folder while the pipeline runs.",
         "restore": "Create a data folder from a backup.",
+        "repair": "Move a damaged database away, to restore it from the log.",
         "erase": "Delete a prompt and all records made from it.",
     },
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from charter.stages import STAGE_OUTPUTS, get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
+from engine.commit_history import read_commit_history
 from engine.positions import PositionFinder
 from engine.run_starts import read_start_positions
 from engine.store import Store
@@ -121,9 +122,9 @@ class CompletionCheck:
         return is_repeated and (self.store is None or self.is_archived(self.store))
 
     def is_archived(self, store: Store) -> bool:
-        """Return whether the sink has written every record on the log to the database."""
-        if not store.path.exists():
-            return False  # the sink has not created the database yet
+        """Return whether the sink has written every record on the log to the database, and has noted that it read the log."""
+        if not store.path.exists() or read_commit_history(store).complete_seq is None:
+            return False  # the sink has not created the database yet, or it restores a database
         all_topics = list(TOPICS)
         next_offsets = self.bus.beginning_offsets(all_topics) | read_sink_offsets(store, self.bus.cluster_id)
         return not has_unread(self.bus, next_offsets, self.bus.end_offsets(all_topics))

@@ -27,7 +27,7 @@ from consumers.sink import Sink
 from engine.budget import Budget, parse_prices
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
-from engine.errors import UsageError
+from engine.errors import CharterError, UsageError
 from engine.host import Host
 from engine.instances import FileLock, InstanceLease
 from engine.models.interface import Model
@@ -266,7 +266,11 @@ class _SinkService:
         self.sinks: list[Sink] = []
         self.call_trackers: list[CallTracker] = []
         if self.lock.try_acquire():
-            self.open_sink()
+            try:
+                self.open_sink()
+            except CharterError:
+                self.lock.close()  # a repair needs this lock
+                raise
             self.call_trackers.append(self.sinks[0].call_tracker)
         else:
             holder = self.lock.get_holder_pid()

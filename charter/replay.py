@@ -26,10 +26,12 @@ from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, get_downstream_stages, ge
 from constitutions.loader import Constitution, load_constitution
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
+from engine.commit_history import read_commit_history
 from engine.errors import UsageError
 from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
+from engine.store import Store
 from producers.replay import (
     EARLIEST,
     LATEST,
@@ -229,7 +231,7 @@ def _select_records(
     predicate = is_chain_end if judges_chains else is_chain_start
     store = open_store(settings)
     if request.archive:
-        bounds = earlier_fields or {"before_seq": store.query("SELECT next_seq FROM raw.sink_state").rows[0][0]}
+        bounds = _compute_archive_bounds(store, source_run_id, earlier_fields)
         archived = ArchiveSelection(source_run_id, topics, request.start_bound, request.end, bounds["before_seq"], predicate)
         return archived, partial(archived.read_records, store), bounds
     bounds = earlier_fields or {
@@ -239,6 +241,24 @@ def _select_records(
     start_offsets, end_offsets = _lists_to_offsets(bounds["begins"]), _lists_to_offsets(bounds["ends"])
     logged = LogSelection(source_run_id, topics, start_offsets, end_offsets, predicate)
     return logged, partial(logged.read_records, bus), bounds
+
+
+def _compute_archive_bounds(store: Store, source_run_id: str, earlier_fields: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the end of the archive at the start of the replay, as a commit sequence number of a session of the sink.
+
+    Raise UsageError if the database has numbered its rows again since then. The replay could then miss records.
+    """
+    history = read_commit_history(store)
+    if earlier_fields is None:
+        return {"before_seq": history.next_seq, "sink_session": history.session_id}
+    if not history.is_valid(earlier_fields.get("sink_session"), earlier_fields["before_seq"] - 1):
+        raise UsageError(
+            f"this replay of {source_run_id} cannot be continued",
+            f"it started from the first {earlier_fields['before_seq']} rows of {store.path}, and the database has numbered its rows"
+            " again since then",
+            "choose another name: --as NAME    (starts a new replay)",
+        )
+    return earlier_fields
 
 
 def _offsets_to_lists(offsets: Offsets) -> list[list[Any]]:

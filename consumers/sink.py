@@ -4,7 +4,10 @@ Each DuckDB transaction contains the rows, the next offset of each partition, an
 starts, it continues from the offsets in the database. After a crash, no record is lost or duplicated. Each offset
 update checks the old offset (`WHERE next_offset = :old` must change exactly one row), so only one sink can write to a database.
 Offsets are stored by cluster id, topic id and partition, so a topic that was deleted and created again is read from its
-beginning.
+beginning. The sink refuses a database with records of another log, and a database that is ahead of the log.
+
+A database can lose rows (`engine.commit_history`). The sink reads these records again. It notes in the database when it has read
+everything that was on the log, because the trainer must not train on a database that is being rebuilt.
 
 A record that cannot be decoded becomes a row of `dead_letters` in the same transaction. An Erasure deletes all rows of its
 prompt in the same transaction, and later records of this prompt are not written. While there is a backlog, the sink keeps the
@@ -19,19 +22,21 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import duckdb
 import pyarrow as pa
 from pydantic_core import to_json
 
 from engine.backoff import compute_backoff
-from engine.bus.port import Bus, ConsumerRecord, Reader, TopicPartition
+from engine.bus.port import Bus, ConsumerRecord, Offsets, Reader, TopicPartition
+from engine.commit_history import begin_session, read_matching_offsets
 from engine.dead_letters import make_dead_letter
-from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost
+from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost, StoreDamaged
 from engine.metrics import MetricSample
-from engine.store import Store, raise_if_disk_full
+from engine.store import Store, raise_if_damaged, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
 from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
@@ -61,6 +66,9 @@ class Sink:
         self.topic_guard = TopicGuard(bus, self.topic_ids)
         self.store.create_schema()
         self.next_offsets = self.load_offsets()
+        with self.store.open_write_session() as connection:
+            self.session_id = begin_session(connection)
+        self.unreached_ends: Offsets = bus.end_offsets(list(TOPICS))
         self.partitions_checked_at = time.monotonic()
         self.call_tracker = CallTracker("the sink")
         self.erased_prompt_ids = self.load_erased_prompt_ids()
@@ -86,8 +94,20 @@ class Sink:
                     logger.warning("the sink waits: %s", error.what)
                     stop.wait(compute_backoff(failures))
                     failures += 1
+            if self.unreached_ends:
+                self.try_last_step()
         finally:
             self.close()
+
+    def try_last_step(self) -> None:
+        """Run `step` once more, so that the sink notes that it has read the whole log.
+
+        On Kafka, transaction markers follow the last record, so only the next poll reaches the end of the log.
+        """
+        try:
+            self.step()
+        except BusUnreachable as error:
+            logger.warning("the sink stops before it has read the whole log: %s", error.what)
 
     def step(self) -> int:
         """Read and write a batch. Return the number of records. Wait at most `max_wait_s` seconds for the first record."""
@@ -99,24 +119,29 @@ class Sink:
             except OffsetsLost:
                 self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
                 raise
-        if consumer_records and not self.write_with_retry(consumer_records):
+        if consumer_records and not self.write_with_retry(partial(self.write_batch, consumer_records)):
             return 0
-        if len(consumer_records) < self.max_rows:
-            self.release_connection()
-        elif time.monotonic() - self.opened_at > _READER_YIELD_INTERVAL_S:
+        is_backlog = len(consumer_records) == self.max_rows
+        if is_backlog and time.monotonic() - self.opened_at <= _READER_YIELD_INTERVAL_S:
+            return len(consumer_records)
+        if self.has_reached_ends():
+            self.write_with_retry(self.write_completeness)
+        if is_backlog:
             self.yield_to_readers()
+        else:
+            self.release_connection()
         return len(consumer_records)
 
-    def write_with_retry(self, consumer_records: Sequence[ConsumerRecord]) -> bool:
-        """Write a batch. Retry while the file is locked, the disk is full or the schema registry is unreachable.
+    def write_with_retry(self, write: Callable[[], None]) -> bool:
+        """Call `write`. Retry while the file is locked, the disk is full or the schema registry is unreachable.
 
-        Return False if the sink is stopped before the batch is written. No record is lost, because the log keeps the records.
+        Return False if the sink is stopped before `write` succeeds. No record is lost, because the log keeps the records.
         """
         for failures in itertools.count():
             try:
                 # The ids are compared after the records were read, so the rows are stored under the id of their topic.
                 self.topic_guard.verify()
-                self.write_batch(consumer_records)
+                write()
                 return True
             except DependencyUnreachable as error:
                 self.release_connection()
@@ -134,9 +159,25 @@ class Sink:
 
     def acquire_connection(self) -> duckdb.DuckDBPyConnection:
         if self.connection is None:
-            self.connection = self.connection_stack.enter_context(self.store.open_write_session(LOCK_TIMEOUT_S))
-            self.opened_at = time.monotonic()
+            connection = self.connection_stack.enter_context(self.store.open_write_session(LOCK_TIMEOUT_S))
+            self.require_own_session(connection)
+            self.connection, self.opened_at = connection, time.monotonic()
         return self.connection
+
+    def require_own_session(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Raise StoreDamaged if the database is not the one that this sink opened at its start."""
+        try:
+            sql = "SELECT count(*) FROM raw.sink_sessions WHERE session_id = ?"
+            is_own = connection.execute(sql, [self.session_id]).fetchall() == [(1,)]
+        except duckdb.CatalogException:  # the file is a new database without tables
+            is_own = False
+        if not is_own:
+            self.release_connection()
+            raise StoreDamaged(
+                f"the database {self.store.path} was replaced while the sink was running",
+                "the file does not have the session of this sink",
+                "start the sink again; it continues from the offsets in the new file",
+            )
 
     def release_connection(self) -> None:
         self.connection = None
@@ -154,16 +195,17 @@ class Sink:
     # Offsets
 
     def load_offsets(self) -> dict[TopicPartition, int]:
-        """Return the next offset of each partition from the database. A new partition starts at its beginning."""
-        sql = "SELECT topic_id, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
+        """Return the next offset of each partition from the database. A new partition starts at its beginning.
+
+        Raise StoreMismatch if the rows are of another log, or if an offset is above the end of the log.
+        """
         with self.store.open_write_session() as connection:
-            rows = connection.execute(sql, [self.bus.cluster_id]).fetchall()
-            stored = {(topic_id, partition): offset for topic_id, partition, offset in rows}
+            stored = read_matching_offsets(connection, self.bus, self.store.path)
             beginning_offsets = self.bus.beginning_offsets(list(TOPICS))
             offsets = {}
             for topic_partition, beginning_offset in beginning_offsets.items():
                 topic, partition = topic_partition
-                offset = stored.get((self.topic_ids[topic], partition))
+                offset = stored.get(topic_partition)
                 if offset is None:
                     offset = beginning_offset
                     row = [self.bus.cluster_id, self.topic_ids[topic], topic, partition, offset]
@@ -182,11 +224,23 @@ class Sink:
         if time.monotonic() - self.partitions_checked_at < _PARTITION_POLL_INTERVAL_S:
             return
         self.partitions_checked_at = time.monotonic()
+        self.unreached_ends = self.bus.end_offsets(list(TOPICS))
         if set(self.bus.beginning_offsets(list(TOPICS))) > set(self.next_offsets):
             self.release_connection()
             new_offsets = {key: offset for key, offset in self.load_offsets().items() if key not in self.next_offsets}
             self.next_offsets |= new_offsets
             self.reader.add_partitions(new_offsets)
+
+    def has_reached_ends(self) -> bool:
+        """Return whether the sink has read every record that was on the log when the sink last compared (once a minute)."""
+        positions = self.reader.positions() if self.unreached_ends else {}
+        return bool(positions) and all(positions.get(key, 0) >= end for key, end in self.unreached_ends.items())
+
+    def write_completeness(self) -> None:
+        """Note in the database that it has every record that was on the log at the last comparison."""
+        connection = self.acquire_connection()
+        connection.execute("UPDATE raw.sink_state SET complete_seq = next_seq WHERE complete_seq IS DISTINCT FROM next_seq")
+        self.unreached_ends = {}
 
     # Rows
 
@@ -217,6 +271,7 @@ class Sink:
                 connection.rollback()
             self.release_connection()
             raise_if_disk_full(error, self.store.path)
+            raise_if_damaged(error, self.store.path)
             raise
         self.next_offsets |= offsets
         self.erased_prompt_ids |= new_erasures

@@ -8,12 +8,16 @@
     |   +-- SchemaRegistryUnreachable
     |   +-- StoreBusy
     |   +-- StoreFull
+    |   +-- StoreIncomplete
     |   +-- CheckpointsFull
     +-- CommitUncertain             the outcome of a transaction is unknown
     +-- WriterFenced                another writer with the same transactional id was opened
     +-- PartitionLost               the partition was assigned to another member before the commit
     +-- OffsetsLost                 the log no longer contains the records at the stored offset
     +-- TopicChanged                exit code 3: a topic was deleted or created again while the process used it
+    +-- StoreDamaged                the DuckDB file is damaged
+    |   +-- WalDamaged              only its write-ahead log is damaged
+    +-- StoreMismatch               the database and the log do not belong together
     +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
     +-- TrainingFailed              training on this batch failed; nothing was saved
     +-- TooManyDeadLetters          too many consecutive records failed in the same way
@@ -70,6 +74,10 @@ class StoreFull(DependencyUnreachable):
     """The disk of the DuckDB file is full."""
 
 
+class StoreIncomplete(DependencyUnreachable):
+    """The sink has not yet written all records of the log to the database."""
+
+
 class CheckpointsFull(DependencyUnreachable):
     """The disk has too little free space for another checkpoint."""
 
@@ -94,6 +102,18 @@ class TopicChanged(CharterError):
     """A topic was deleted or created again while this process used it. The process must start again."""
 
     exit_code = 3
+
+
+class StoreDamaged(CharterError):
+    """The DuckDB file is damaged or missing. The sink can restore its rows from the log."""
+
+
+class WalDamaged(StoreDamaged):
+    """The write-ahead log of the DuckDB file is damaged, or it belongs to another file."""
+
+
+class StoreMismatch(CharterError):
+    """The database and the log do not belong together."""
 
 
 class PermanentRecordError(CharterError):

@@ -78,7 +78,9 @@ class BusSettings(_Section):
         -1, ge=-1, description="Replication factor of a new topic on Kafka. -1 selects the default of the broker."
     )
     retention_ms: int = Field(
-        -1, ge=-1, description="Retention time of new topics in milliseconds. -1 means no limit. Prompts are always kept."
+        -1,
+        ge=-1,
+        description="Retention time of new topics in milliseconds. -1 means no limit. Prompts and batch manifests are always kept.",
     )
     static_members: bool = Field(
         False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,16 @@ from typing import Any, Protocol
 import duckdb
 
 from engine.access_lock import AccessLock
-from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreFull, UsageError
+from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
 from engine.tables import FORMAT_VERSION, build_create_statements
 
 QUERY_LIMIT_S = 2.0
 _LOCK_TIMEOUT_S = 30.0
+# The write-ahead log and the files into which DuckDB splits it during a checkpoint. DuckDB reads them when it opens the database.
+WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
+# Parts of DuckDB's error messages about damaged files. DuckDB's Python client has no error class for them.
+_WAL_DAMAGE_MESSAGES = ("while replaying", "This WAL was created", "Corrupt WAL")
+_FILE_DAMAGE_MESSAGES = ("orrupt", "not a valid DuckDB database file", "Could not read", "Failed to decode")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Store:
             deadline = time.monotonic() + limit_s
 
             def query(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
-                return _run_query(connection, sql, parameters, limit_s, deadline, most)
+                return _run_query(connection, self.path, sql, parameters, limit_s, deadline, most)
 
             yield query
 
@@ -93,44 +99,119 @@ class Store:
         return self.query(sql, parameters, **limits).to_dicts()
 
     @contextmanager
-    def open_write_session(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Hold the write lock and open a writable connection. Create the database if it does not exist."""
+    def open_write_session(
+        self, lock_timeout_s: float = _LOCK_TIMEOUT_S, *, create: bool = False
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Hold the write lock and open a writable connection.
+
+        If there is no database, create it if `create` is true, otherwise raise StoreDamaged.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.access_lock.write_lock(lock_timeout_s), open_connection(self.path, read_only=False) as connection:
-            yield connection
+        with self.access_lock.write_lock(lock_timeout_s):
+            self.require_no_orphaned_wal()
+            if not create and not self.path.exists():
+                raise StoreDamaged(
+                    f"the database {self.path} has disappeared",
+                    "the file was deleted or moved after the sink had opened it",
+                    "start the sink again; it creates a new database from the records in the log",
+                )
+            with open_connection(self.path, read_only=False) as connection:
+                yield connection
 
     def create_schema(self) -> None:
-        """Create the missing tables and views. Raise DataFolderVersionMismatch if another version created the database."""
-        with self.open_write_session() as connection:
+        """Create the database, and the missing tables and views.
+
+        Raise DataFolderVersionMismatch if another version created the database. Raise StoreDamaged if it is damaged.
+        """
+        with self.open_write_session(create=True) as connection:
             check_format_version(connection, self.path)
             connection.begin()
             for statement in build_create_statements():
                 connection.execute(statement)
             if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
-                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0)", [FORMAT_VERSION])
+                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0, NULL)", [FORMAT_VERSION])
             connection.commit()
+
+    def require_no_orphaned_wal(self) -> None:
+        """Raise WalDamaged if there is a write-ahead log without a database. DuckDB would delete the write-ahead log."""
+        if not self.path.exists() and (wal_paths := self.list_wal_paths()):
+            raise WalDamaged(
+                f"{wal_paths[0]} exists, but its database {self.path} does not",
+                "the database was deleted or moved without its write-ahead log (WAL)",
+                f"move the database back, or type: {_make_repair_command(self.path)}",
+            )
+
+    def list_wal_paths(self) -> list[Path]:
+        """Return the files of the write-ahead log. They exist only if the writer was killed or is writing."""
+        paths = (self.path.with_name(self.path.name + suffix) for suffix in WAL_SUFFIXES)
+        return [path for path in paths if path.exists()]
 
 
 @contextmanager
 def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a connection to the file. If another program has opened it, raise StoreBusy with the name of this program."""
+    """Open a connection to the file. Create the file if it does not exist and `read_only` is false.
+
+    If another program has opened the file, raise StoreBusy with the name of this program. If the file or its write-ahead log is
+    damaged, raise StoreDamaged.
+    """
     try:
         connection = duckdb.connect(str(path), read_only=read_only)
-    except (duckdb.IOException, duckdb.ConnectionException) as error:
+    except duckdb.Error as error:
         raise_if_disk_full(error, path)
-        if isinstance(error, duckdb.IOException) and "lock" not in str(error).lower():
-            raise DataFolderVersionMismatch(
-                f"{path} cannot be opened",
-                str(error).splitlines()[0][:300],
-                "move the file away; a new file is then created from the records in the log",
+        raise_if_damaged(error, path)
+        if not isinstance(error, (duckdb.IOException, duckdb.ConnectionException)):
+            raise
+        if isinstance(error, duckdb.ConnectionException) or "Conflicting lock" in str(error):
+            raise StoreBusy(
+                f"another program has {path} open",
+                _parse_lock_holder(str(error)),
+                "close the file in that program and try again",
             ) from error
-        raise StoreBusy(
-            f"another program has {path} open", _parse_lock_holder(str(error)), "close the file in that program and try again"
+        if "version number" in str(error):
+            raise DataFolderVersionMismatch(
+                f"{path} was written by another version of DuckDB",
+                _get_first_line(error),
+                f"install that version, or replace the file from the log: {_make_repair_command(path)}",
+            ) from error
+        raise UsageError(
+            f"{path} cannot be opened", _get_first_line(error), "change its permissions, or use another folder: --data FOLDER"
         ) from error
     try:
         yield connection
+    except duckdb.Error as error:
+        raise_if_damaged(error, path)
+        raise
     finally:
         connection.close()
+
+
+def raise_if_damaged(error: BaseException, path: Path) -> None:
+    """Raise StoreDamaged if the cause of DuckDB's error is a damaged database file or a damaged write-ahead log (WAL).
+
+    DuckDB checks a block only when it reads the block, so a query can find the damage long after the file was opened.
+    """
+    message = str(error)
+    # Other classes describe an invalid statement, and their messages quote the statement.
+    storage_classes = (duckdb.OperationalError, duckdb.InternalError, duckdb.FatalException)
+    is_storage_error = type(error) is duckdb.Error or isinstance(error, storage_classes)
+    if not is_storage_error or os.strerror(errno.EACCES) in message:
+        return
+    why = _get_first_line(error)
+    fix = f"stop the sink, then type: {_make_repair_command(path)}    (moves the damaged file away; the log has its records)"
+    # During the replay of the WAL, DuckDB also reads the database file.
+    is_file_error = re.search(rf'Corrupt database file|from file "[^"]*{re.escape(path.name)}"', message)
+    if not is_file_error and any(part in message for part in _WAL_DAMAGE_MESSAGES):
+        raise WalDamaged(f"the write-ahead log (WAL) of {path} is damaged", why, fix) from error
+    if any(part in message for part in _FILE_DAMAGE_MESSAGES):
+        raise StoreDamaged(f"the database {path} is damaged", why, fix) from error
+
+
+def _make_repair_command(path: Path) -> str:
+    return f"charter repair --data {path.parent}"
+
+
+def _get_first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:300]
 
 
 def raise_if_disk_full(error: BaseException, path: Path) -> None:
@@ -138,7 +219,7 @@ def raise_if_disk_full(error: BaseException, path: Path) -> None:
     if isinstance(error, duckdb.Error) and any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         raise StoreFull(
             f"the disk of {path} is full",
-            str(error).splitlines()[0][:300],
+            _get_first_line(error),
             "free disk space; the sink then continues automatically, and new records stay in the log until then",
         ) from error
 
@@ -168,7 +249,7 @@ def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> N
     raise DataFolderVersionMismatch(
         f"{path} was created by another version of Charter (format {version or 'unknown'}, expected {FORMAT_VERSION})",
         "this version could damage the file",
-        "use another folder: --data FOLDER, or the version of Charter that created it",
+        f"use another folder (--data FOLDER), or replace the file from the log: {_make_repair_command(path)}",
     )
 
 
@@ -180,6 +261,7 @@ def _disable_external_access(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _run_query(
     connection: duckdb.DuckDBPyConnection,
+    path: Path,
     sql: str,
     parameters: Parameters,
     limit_s: float,
@@ -209,6 +291,7 @@ def _run_query(
             raise KeyboardInterrupt from error
         raise
     except duckdb.Error as error:
+        raise_if_damaged(error, path)
         why = str(error).rstrip("\n ^")  # remove the caret that marks the position of the error
         raise UsageError("the query failed", why, "type: charter sql --tables    (lists tables and columns)") from error
     finally:

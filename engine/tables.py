@@ -101,7 +101,8 @@ def build_create_statements() -> list[str]:
         "CREATE SCHEMA IF NOT EXISTS raw",
         "CREATE TABLE IF NOT EXISTS raw.sink_offsets"
         " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT)",
-        "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT)",
+        "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT, complete_seq BIGINT)",
+        "CREATE TABLE IF NOT EXISTS raw.sink_sessions (number BIGINT, session_id VARCHAR, first_seq BIGINT)",
     ]
     for spec in TOPICS.values():
         statements += [_build_create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {_build_deduplication_query(spec)}"]

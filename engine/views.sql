@@ -1,20 +1,21 @@
 -- The main views for users and the trainer. They use the deduplicated views of tables.py, so they need no window functions over
 -- record ids.
 
--- The prompts that are held out from training. commit_seq is the first commit with split EVAL. A prompt is held out if any of
--- its records has split EVAL, in any run or epoch. So a prompt stays held out if it is sampled again in another epoch, or
--- produced with another prompts.eval_fraction. Rows that were committed earlier stay in the training views, so that batches
--- with these rows can be rebuilt.
+-- The prompts that are held out from training. commit_seq is the first commit with split EVAL, and created_at is the time of the
+-- first record with split EVAL. A prompt is held out if any of its records has split EVAL, in any run or epoch. So a prompt stays
+-- held out if it is sampled again in another epoch, or produced with another prompts.eval_fraction. Rows that were committed and
+-- created earlier stay in the training views. Both conditions are needed: if the database is restored from the log, the commits
+-- get another order, and clocks can be wrong.
 CREATE OR REPLACE VIEW held_out_prompts AS
-SELECT prompt_id, min(commit_seq) AS commit_seq
+SELECT prompt_id, min(commit_seq) AS commit_seq, min(created_at) AS created_at
 FROM (
-    SELECT prompt_id, commit_seq FROM raw.prompts WHERE split = 'EVAL'
+    SELECT prompt_id, commit_seq, created_at FROM raw.prompts WHERE split = 'EVAL'
     UNION ALL
-    SELECT prompt_id, commit_seq FROM raw.demonstrations WHERE split = 'EVAL'
+    SELECT prompt_id, commit_seq, created_at FROM raw.demonstrations WHERE split = 'EVAL'
     UNION ALL
-    SELECT prompt_id, commit_seq FROM raw.preferences WHERE split = 'EVAL' AND label_source = 'HUMAN'
+    SELECT prompt_id, commit_seq, created_at FROM raw.preferences WHERE split = 'EVAL' AND label_source = 'HUMAN'
     UNION ALL
-    SELECT later.prompt_id, first.commit_seq
+    SELECT later.prompt_id, first.commit_seq, first.created_at
     FROM raw.prompts later JOIN raw.prompts first ON later.messages = first.messages
     WHERE later.epoch > 0 AND first.split = 'EVAL')
 GROUP BY prompt_id;
@@ -53,7 +54,7 @@ FROM demonstrations WHERE find_rejection_reason(completion, finish_reason) = 'NO
 CREATE OR REPLACE VIEW sft_examples AS
 SELECT e.* EXCLUDE (split)
 FROM trainable_responses e LEFT JOIN held_out_prompts h ON h.prompt_id = e.prompt_id
-WHERE e.split = 'TRAIN' AND (h.commit_seq IS NULL OR h.commit_seq > e.commit_seq);
+WHERE e.split = 'TRAIN' AND (h.prompt_id IS NULL OR (h.commit_seq > e.commit_seq AND h.created_at > e.created_at));
 
 -- The prompts that a training view may have contained, in this epoch or in another epoch of the same prompt.
 CREATE OR REPLACE VIEW trained_prompts AS
@@ -102,7 +103,7 @@ WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 CREATE OR REPLACE VIEW preference_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
-WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL AND (h.commit_seq IS NULL OR h.commit_seq > l.commit_seq);
+WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL AND (h.prompt_id IS NULL OR (h.commit_seq > l.commit_seq AND h.created_at > l.created_at));
 
 -- The evaluation data of the reward model: valid labels of prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_pairs AS
@@ -118,16 +119,16 @@ SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, m
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
        completion.token_ids AS token_ids, completion.logprobs AS logprobs, completion.finish_reason AS finish_reason,
        completion.policy_version AS policy_version,
-       CASE WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq THEN 'held out'
-            WHEN completion.policy_version IS NULL THEN 'answered by another model than the policy'
+       CASE WHEN completion.policy_version IS NULL THEN 'answered by another model than the policy'
             WHEN completion.finish_reason = 'REFUSED' THEN 'withheld by a content filter of the server'
             WHEN len(completion.token_ids) = 0 OR len(completion.token_ids) <> len(completion.logprobs)
                  THEN 'no exact tokens and log-probabilities'
             WHEN len(prompt_token_ids) = 0 THEN 'no exact prompt tokens'
             WHEN sampling.top_p < 1 THEN 'sampled with top_p below 1'
             WHEN sampling.temperature <= 0 THEN 'not sampled'
+            WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq OR h.created_at < r.created_at THEN 'held out'
        END AS exclusion_reason,
-       created_at, r.commit_seq
+       r.created_at, r.commit_seq
 FROM (SELECT *, unnest(completions) AS completion FROM responses) r
 LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
 

@@ -459,6 +459,8 @@ class BatchManifest(BatchFields, Record):
     objective. `replayed_record_ids` are the records that an earlier batch of this phase already used. `mixture` is the number
     of rows of each source, and `target_mixture` is the configured share of each source. `cursors` is the last commit sequence
     number of each source that this phase has used. If `cursors` is empty, this number is `commit_seq_to` for all sources.
+    `sink_session` is the session of the sink in which these numbers were read. They are valid only in a database that has this
+    session. In another database, the rows are found by their ids.
     """
 
     topic: ClassVar[str] = "batches"
@@ -476,6 +478,7 @@ class BatchManifest(BatchFields, Record):
     target_mixture: dict[str, float] = Field(default_factory=dict)
     cursors: dict[str, int] = Field(default_factory=dict)
     replayed_record_ids: list[Id] = Field(default_factory=list)
+    sink_session: str | None = None
 
 
 class PolicyUpdate(Record):

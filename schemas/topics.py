@@ -48,8 +48,9 @@ _SINGLE_PARTITION_TOPICS = {
     "dead-letter-retries",
     "erasures",
 }
-# The records of these topics are needed for as long as any record of their run exists.
-_PERMANENT_TOPICS = {"prompts", "runs", "run-starts", "erasures"}
+# The records of these topics are needed for as long as any record of their run exists. Without the manifests of its batches, the
+# trainer could train a row twice after the database was restored.
+_PERMANENT_TOPICS = {"prompts", "runs", "run-starts", "erasures", "batches"}
 _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 
 

@@ -1,10 +1,11 @@
 """Select the rows of a batch from DuckDB by commit sequence, and record them in a manifest before training.
 
 Each row trains a phase once. A phase has one cursor per source of rows (`prompts.source`). The cursor is the commit up to which
-the rows of the source were sampled. The cursor moves only when the update of a batch is on the log. The rows of a voided batch
-therefore stay available. A mixture can skip rows. The cursor of a source stays before its skipped rows, so the next batch takes
-these rows first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces
-another label is a new row.
+the rows of the source were sampled. If the rows of a batch were numbered again, their ids replace the cursor (see
+`trainer.consumed`). The cursor moves only when the update of a batch is on the log. The rows of a voided batch therefore stay
+available. A mixture can skip rows. The cursor of a source stays before its skipped rows, so the next batch takes these rows
+first. A row that arrives late has a later commit, so a later batch can sample it. A human label that replaces another label is a
+new row.
 
 A batch of the reward model also replays labels of earlier batches (`reward.replay_ratio`). The replayed labels are sampled
 again for each batch. A reward model that learns only from the responses of the newest policy forgets how to score older kinds
@@ -33,14 +34,16 @@ from engine.settings import TrainSettings, parse_mixture
 from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
+from trainer.consumed import ConsumedRows, find_consumed_rows
 from trainer.state import TrainingState
 
 QUERY_TIMEOUT_S = 60.0  # longer than the default of the store, because a batch may scan large tables
 SFT_PHASE, _RL_PHASES = "sft", ("ppo", "dpo")
 _NEW_ROW_VIEWS = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
 # The views from which the rows of a manifest are loaded. If a person overrides a label, the old label is no longer in `preference_pairs`.
-# A batch that trained on the old label can still be rebuilt from `preference_labels`.
-_MANIFEST_VIEWS = _NEW_ROW_VIEWS | {"reward": "preference_labels", "dpo": "preference_labels"}
+# A batch that trained on the old label can still be rebuilt from `preference_labels`. These views also have the rows of prompts
+# that were held out after the batch.
+_MANIFEST_VIEWS = {"sft": "trainable_responses", "reward": "preference_labels", "ppo": "rollouts", "dpo": "preference_labels"}
 KEY_COLUMNS = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
 _PAIR_COLUMNS = "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing, label_source, policy_version"
 # The columns that training reads. The hash in a manifest covers the same columns. A view may have more columns.
@@ -73,7 +76,7 @@ _SELECTED_ROUNDS_SQL = """
         GROUP BY ALL HAVING NOT is_blank(r.round.revision))
     SELECT {columns} FROM (
         SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.finish_reason, e.finish_reason) AS finish_reason), c.round
-        FROM sft_examples e LEFT JOIN chosen c USING (record_id)
+        FROM trainable_responses e LEFT JOIN chosen c USING (record_id)
         WHERE e.record_id IN (SELECT unnest($1::UUID[]))) ORDER BY round"""
 _OTHER_SOURCES = "*"  # this part of a mixture holds all sources that the mixture does not name
 # Rows are sorted by length within groups of this number of steps. The sorted groups need little padding, and the order of the
@@ -143,10 +146,10 @@ def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: in
     """
     sql = f"""
         {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
-        WHERE v.commit_seq > greatest(coalesce(c.at, -1), $3)
-        QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $4
+        WHERE NOT {_IS_CONSUMED_SQL}
+        QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $5
         ORDER BY v.commit_seq"""
-    return _query_row_refs(store, sql, [*_get_cursor_parameters(phase, state), limit])
+    return _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), limit])
 
 
 def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, count: int, seed: int) -> list[RowRef]:
@@ -156,22 +159,26 @@ def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, coun
     """
     sql = f"""
         {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
-        WHERE v.commit_seq <= greatest(coalesce(c.at, -1), $3)
-        ORDER BY md5(v.record_id::VARCHAR || $5::VARCHAR), v.record_id LIMIT $4"""
-    rows = _query_row_refs(store, sql, [*_get_cursor_parameters(phase, state), count, seed])
+        WHERE {_IS_CONSUMED_SQL}
+        ORDER BY md5(v.record_id::VARCHAR || $6::VARCHAR), v.record_id LIMIT $5"""
+    rows = _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), count, seed])
     return [replace(row, replayed=True) for row in sorted(rows, key=lambda row: row.commit_seq)]
 
 
-_ROW_REF_SQL = """
-    WITH cursors AS (SELECT unnest($1::VARCHAR[]) AS source, unnest($2::BIGINT[]) AS at)
-    SELECT v.record_id, v.source, v.commit_seq, coalesce({length}, 0) AS length, v.policy_version
-    FROM {view} v LEFT JOIN cursors c ON c.source = v.source"""
+# The parameters $1 to $4 are those of `_to_parameters`.
+_CONSUMED_SQL = """
+    cursors AS (SELECT unnest($1::VARCHAR[]) AS source, unnest($2::BIGINT[]) AS at),
+    moved AS (SELECT unnest(record_ids) AS record_id FROM batches WHERE record_id IN (SELECT unnest($4::UUID[])))"""
+_IS_CONSUMED_SQL = "(v.commit_seq <= greatest(coalesce(c.at, -1), $3) OR v.record_id IN (SELECT record_id FROM moved))"
+_ROW_REF_SQL = f"""
+    WITH {_CONSUMED_SQL}
+    SELECT v.record_id, v.source, v.commit_seq, coalesce({{length}}, 0) AS length, v.policy_version
+    FROM {{view}} v LEFT JOIN cursors c ON c.source = v.source"""
 
 
-def _get_cursor_parameters(phase: str, state: TrainingState) -> list[Any]:
-    """Return the sources that have a separate cursor in a phase, their cursors, and the cursor of all other sources."""
-    cursors = {source: commit_seq for (owner, source), commit_seq in state.cursors.items() if owner == phase}
-    return [list(cursors), list(cursors.values()), state.get_cursor(phase)]
+def _to_parameters(consumed: ConsumedRows) -> list[Any]:
+    """Return the sources that have a separate cursor, their cursors, the cursor of all other sources, and the moved batches."""
+    return [list(consumed.cursors), list(consumed.cursors.values()), consumed.get_cursor(), list(consumed.moved_batch_ids)]
 
 
 def _query_row_refs(store: Store, sql: str, parameters: Sequence[Any]) -> list[RowRef]:
@@ -198,9 +205,13 @@ def select_rollouts(
     sql = """
         SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
                commit_seq
-        FROM rollouts WHERE commit_seq > ? AND exclusion_reason IS NULL
-        AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts) ORDER BY commit_seq, completion_index"""
-    rows = store.query_dicts(sql, [state.get_cursor("ppo")], limit_s=QUERY_TIMEOUT_S)
+        FROM rollouts WHERE commit_seq > $1 AND exclusion_reason IS NULL
+        AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts)
+        AND response_id NOT IN (SELECT unnest(record_ids) FROM batches WHERE record_id IN (SELECT unnest($2::UUID[])))
+        ORDER BY commit_seq, completion_index"""
+    consumed = find_consumed_rows(store, "ppo", state)
+    parameters = [consumed.get_cursor(), list(consumed.moved_batch_ids)]
+    rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
     prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
     overlap = _find_reward_model_prompts(store, state, prompts) if prompts else set()
     usable: dict[str, RowRef] = {}
@@ -267,11 +278,11 @@ def _make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout
 
 def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: Sequence[str]) -> set[str]:
     """Return the subset of `prompt_ids` that the reward model was trained on, in all batches so far."""
-    sql = """
-        WITH cursors AS (SELECT unnest(?::VARCHAR[]) AS source, unnest(?::BIGINT[]) AS at)
+    sql = f"""
+        WITH {_CONSUMED_SQL}
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
-        WHERE v.commit_seq <= greatest(coalesce(c.at, -1), ?) AND v.prompt_id IN (SELECT unnest(?::UUID[]))"""
-    parameters = [*_get_cursor_parameters("reward", state), list(prompt_ids)]
+        WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[]))"""
+    parameters = [*_to_parameters(find_consumed_rows(store, "reward", state)), list(prompt_ids)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=QUERY_TIMEOUT_S).rows}
 
 
@@ -357,8 +368,9 @@ def build_manifest(
     seed: int,
     settings: object,
     mixture: Mapping[str, float] | None = None,
+    sink_session: str | None = None,
 ) -> BatchManifest:
-    """Build the manifest of a batch.
+    """Build the manifest of a batch. `sink_session` is the newest session of the sink when the rows were selected.
 
     The id of the manifest is a hash of the rows, the seed, the settings and the current versions. The id is therefore the same
     after a crash.
@@ -399,6 +411,7 @@ def build_manifest(
         target_mixture=dict(mixture or {}),
         cursors={} if phase == "ppo" else cursors,
         replayed_record_ids=[row.row_id for row in row_refs if row.replayed],
+        sink_session=sink_session,
         settings=settings_json,
     )
 
@@ -416,7 +429,7 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
 
     The completions of a response are sorted by their index. The rounds of a chain are sorted by their number.
     """
-    usable = " AND exclusion_reason IS NULL" if phase == "ppo" else ""
+    usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if phase == "ppo" else ""
     sql = f"SELECT {_TRAINING_COLUMNS[phase]} FROM {_MANIFEST_VIEWS[phase]} WHERE {KEY_COLUMNS[phase]} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]
     if rounds:

@@ -23,13 +23,22 @@ from pathlib import Path
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.checkpoints import compute_revision, remove_incomplete
-from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, TopicChanged, WriterFenced
+from engine.commit_history import read_commit_history
+from engine.errors import (
+    CharterError,
+    CommitUncertain,
+    DependencyUnreachable,
+    StoreIncomplete,
+    TopicChanged,
+    WriterFenced,
+)
 from engine.policy import get_parent_version, get_weights_version, index_policies, make_pause, make_restore_update
 from engine.settings import Settings
 from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyUpdate, Record
 from trainer.batches import SFT_PHASE, compute_exact_mixture_size, get_mixture, get_row_threshold
+from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
 from trainer.monitor import LimitExceeded
 from trainer.phases import LEARNERS, PHASES, Learner
@@ -37,8 +46,8 @@ from trainer.state import (
     TrainingLog,
     TrainingState,
     find_last_trained_phase,
-    find_last_voided_commit,
     find_unfinished_batches,
+    find_voided_batches,
 )
 from trainer.timed_store import TimedStore
 from trainer.update import PhaseStepCallback, PromotionCheck, Updater
@@ -133,6 +142,10 @@ class Trainer:
                     commit_uncertain = False
                 done = self.run_tick()
                 failures, last_error = 0, ""
+            except StoreIncomplete as error:
+                if str(error) != last_error:
+                    logger.warning("the trainer waits: %s: %s", error.what, error.why)
+                failures, last_error = failures + 1, str(error)
             except (DependencyUnreachable, CommitUncertain) as error:
                 logger.warning("the trainer waits: %s", error.what)
                 failures, commit_uncertain = failures + 1, True
@@ -207,8 +220,8 @@ class Trainer:
         rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
         if len(rows) < threshold:
             return False
-        voided_commit = find_last_voided_commit(state, phase)
-        if voided_commit >= 0 and sum(row.commit_seq > voided_commit for row in rows) < threshold:
+        voided = find_voided_batches(state, phase)
+        if voided and count_further_rows(rows, voided, read_commit_history(self.store)) < threshold:
             return False
         if phase == SFT_PHASE and self.sft_waits_for_rl(state):
             return False

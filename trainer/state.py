@@ -38,17 +38,18 @@ _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Inciden
 
 @dataclass(frozen=True)
 class TrainingState:
-    """This state holds the current versions, the rows that each phase has consumed, and the underlying log records.
+    """This state holds the current versions, the batches that led to an update, and the underlying log records.
 
     `policy_ancestry` holds the versions of the current RL phase, from the newest to the reference. `reward_version_by_policy`
     maps each policy version to the reward version that was current when the policy was published. `model_revisions` maps each
     policy version to the revision of its weights. `updates` holds one update per version, in the order of the log.
+    `cluster_id` identifies the log.
     """
 
     policy_version: int = 0
     reward_version: int = 0
     policy_ancestry: tuple[int, ...] = (0,)
-    cursors: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    trained_batches: Sequence[BatchManifest] = ()
     reward_version_by_policy: Mapping[int, int] = field(default_factory=dict)
     model_revisions: Mapping[int, str] = field(default_factory=dict)
     updates: Sequence[PolicyUpdate] = ()
@@ -56,6 +57,7 @@ class TrainingState:
     incidents: Sequence[Incident] = ()
     pauses: Sequence[Pause] = ()
     run_manifests: Sequence[RunManifest] = ()
+    cluster_id: str | None = None
 
     @property
     def reference_version(self) -> int:
@@ -65,13 +67,6 @@ class TrainingState:
     def paused_phases(self) -> dict[str, str]:
         """Return the paused phases, each with the reason for the pause."""
         return get_paused_phases(self.pauses)
-
-    def get_cursor(self, phase: str, source: str = "") -> int:
-        """Return the commit up to which a phase has consumed the rows of a source. Return -1 before the first batch.
-
-        The source "" means all sources.
-        """
-        return max(self.cursors.get((phase, source), -1), self.cursors.get((phase, ""), -1))
 
 
 class TrainingLog:
@@ -115,7 +110,13 @@ class TrainingLog:
     def compute_state(self) -> TrainingState:
         updates, manifests, incidents, pauses, runs = (tuple(self.records[record]) for record in _STATE_RECORDS)
         return compute_training_state(
-            deduplicate_updates(updates), manifests, self.base_revision, incidents=incidents, pauses=pauses, run_manifests=runs
+            deduplicate_updates(updates),
+            manifests,
+            self.base_revision,
+            incidents=incidents,
+            pauses=pauses,
+            run_manifests=runs,
+            cluster_id=self.bus.cluster_id,
         )
 
     def publish(self, records: Sequence[Record]) -> None:
@@ -134,10 +135,11 @@ def compute_training_state(
     incidents: Sequence[Incident] = (),
     pauses: Sequence[Pause] = (),
     run_manifests: Sequence[RunManifest] = (),
+    cluster_id: str | None = None,
 ) -> TrainingState:
     """Compute the state from the records of the log. `base_revision` is the revision of policy version 0's weights."""
     manifest_by_id = {manifest.record_id: manifest for manifest in manifests}
-    cursors: dict[tuple[str, str], int] = {}
+    trained_batches: list[BatchManifest] = []
     reward_version_by_policy, reward_version = {0: 0}, 0
     for update in updates:
         if update.kind is PolicyKind.REWARD:
@@ -145,9 +147,7 @@ def compute_training_state(
         else:
             reward_version_by_policy[update.version] = reward_version
         if update.restored_version is None and (manifest := manifest_by_id.get(update.batch_id)):
-            for source, commit_seq in (manifest.cursors or {"": manifest.commit_seq_to}).items():
-                key = (manifest.phase, source)
-                cursors[key] = max(cursors.get(key, -1), commit_seq)
+            trained_batches.append(manifest)
     policy_version = get_newest_version(updates)
     revisions = {
         update.version: update.model.revision for update in updates if update.kind is PolicyKind.POLICY and update.model
@@ -159,7 +159,7 @@ def compute_training_state(
         policy_version=policy_version,
         reward_version=reward_version,
         policy_ancestry=tuple(get_policy_ancestry(updates, policy_version)),
-        cursors=cursors,
+        trained_batches=tuple(trained_batches),
         reward_version_by_policy=reward_version_by_policy,
         model_revisions={0: base_revision} | revisions,
         updates=updates,
@@ -167,6 +167,7 @@ def compute_training_state(
         incidents=incidents,
         pauses=pauses,
         run_manifests=run_manifests,
+        cluster_id=cluster_id,
     )
 
 
@@ -187,18 +188,14 @@ def find_unfinished_batches(state: TrainingState) -> list[BatchManifest]:
     return [manifest for manifest in unfinished if not is_superseded(manifest, state)]
 
 
-def find_last_voided_commit(state: TrainingState, phase: str) -> int:
-    """Return the highest commit of the voided batches of a phase. Return -1 if there is no such batch.
-
-    A voided batch is ignored if it started from a model that is no longer current.
-    """
+def find_voided_batches(state: TrainingState, phase: str) -> list[BatchManifest]:
+    """Return the voided batches of a phase. Skip batches that started from a model that is no longer current."""
     voided = {record.voided_batch_id for record in state.incidents if record.voided_batch_id}
-    commits = [
-        manifest.commit_seq_to
+    return [
+        manifest
         for manifest in state.manifests
         if manifest.phase == phase and manifest.record_id in voided and not is_superseded(manifest, state)
     ]
-    return max(commits, default=-1)
 
 
 # Updates and versions

@@ -32,6 +32,7 @@ from engine.checkpoints import (
     require_disk_space,
     write_checkpoint,
 )
+from engine.commit_history import read_commit_history
 from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, UsageError, WriterFenced
 from engine.settings import Settings
 from engine.store import Store
@@ -55,6 +56,7 @@ from trainer.batches import (
     select_new_rows,
     select_rollouts,
 )
+from trainer.consumed import find_moved_batches, read_complete_history
 from trainer.folders import ModelFolders, get_base_version, get_policy_kind, name_batch_checkpoint
 from trainer.monitor import LimitExceeded
 from trainer.phases import LearnContext, Learner
@@ -93,6 +95,7 @@ class Updater:
     promotion_gate: PromotionCheck | None = None
     dropped_ids: set[str] = field(default_factory=set)
     mixture_warnings: dict[str, str | None] = field(default_factory=dict)
+    reported_session: str | None = None  # the session of the sink for which moved batches were reported
 
     def __post_init__(self) -> None:
         self.checkpoints_folder = self.settings.folder / "checkpoints"
@@ -125,10 +128,12 @@ class Updater:
     def resume(self, manifest: BatchManifest, state: TrainingState) -> PolicyUpdate | None:
         """Finish a batch that a crash left unfinished, with identical rows.
 
-        If the rows were erased or are too old, void the batch instead and return None.
+        If the rows were erased or are too old, void the batch instead and return None. Raise StoreIncomplete if the database is
+        being rebuilt.
         """
         logger.info("resuming the unfinished %s batch %d", manifest.phase, manifest.batch_number)
         timer = QueryTimer(self.store)
+        read_complete_history(self.store, state)  # raises an error if the database does not have all rows yet
         if why := self.find_outdated_reason(manifest):
             self.void_batch(
                 manifest, f"batch {manifest.batch_number} ({manifest.phase}) was left unfinished and is voided", why
@@ -164,7 +169,8 @@ class Updater:
         """
         train = self.settings.train
         if phase != "ppo":
-            limit = max(train.max_rows, 2 * get_row_threshold(train, phase))
+            # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
+            limit = train.max_rows + 2 * get_row_threshold(train, phase)
             return select_new_rows(self.store, phase, state, limit=limit)
         rows, drops = select_rollouts(
             self.store,
@@ -221,9 +227,22 @@ class Updater:
             seed=train.seed,
             settings=settings,
             mixture=mixture,
+            sink_session=self.read_sink_session(state),
         )
         self.log.publish([manifest])
         return Batch(manifest, batch_rows, sl_rows)
+
+    def read_sink_session(self, state: TrainingState) -> str | None:
+        """Return the newest session of the sink. Report once per session which batches are recognized by the ids of their rows."""
+        history = read_commit_history(self.store)
+        moved = find_moved_batches(history, state)
+        if moved and history.session_id != self.reported_session:
+            self.notify(
+                f"the database has numbered the rows of {len(moved)} earlier batches again, because it lost rows and was restored"
+                " from the log. The trainer recognizes these rows by their ids, so no row is trained twice"
+            )
+        self.reported_session = history.session_id
+        return history.session_id
 
     def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
         """Return the settings that the learner uses and the manifest records.

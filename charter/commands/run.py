@@ -14,9 +14,12 @@ from charter.console import common_options, print_progress
 from charter.lag import CompletionCheck
 from charter.pipeline import make_host
 from charter.stages import STAGE_ROLES, STAGES
+from engine.bus.port import Bus
+from engine.bus.read import read_topic
 from engine.host import Host
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
+from schemas.records import Prompt
 
 _ALL_STAGES = (*STAGES, "sink")
 _POLL_INTERVAL_S = 0.2
@@ -67,6 +70,8 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
     stop = stop_on_signals(host.note_stop)
     end = "exits when all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
+    if "respond" in builtin and (line := _describe_other_prompts(bus, host)):
+        print_progress(line)
     store = open_store(settings) if has_sink else None
     starts = {tp: offset for worker in host.workers for tp, offset in worker.run_start.offsets.items()}
     check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store, starts)
@@ -89,6 +94,16 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
         os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))
     bus.close()
     host.raise_if_failed()
+
+
+def _describe_other_prompts(bus: Bus, host: Host) -> str:
+    """If the run has no prompts, return a line with the runs of the prompts on the log. Otherwise return ""."""
+    run_start, ends = host.workers[0].run_start, bus.end_offsets([Prompt.topic])
+    if any(end > run_start.get_offset(tp) for tp, end in ends.items()):
+        return ""
+    counts = Counter(value.decode() for raw in read_topic(bus, Prompt.topic) for name, value in raw.headers if name == "run")
+    others = ", ".join(f"{count} prompts belong to run {run_id}" for run_id, count in sorted(counts.items()))
+    return f"run {run_start.run_id} has no prompts yet{f'; {others}' if others else ''}"
 
 
 def _format_committed(host: Host) -> str:

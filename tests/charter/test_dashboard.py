@@ -394,7 +394,7 @@ def test_a_database_of_another_version_is_an_error(run_copy):
 def test_an_invalid_database_file_is_an_error(tmp_path):
     (tmp_path / "charter.duckdb").write_bytes(b"not a database at all" * 500)
     with open_client(load_test_settings(tmp_path)) as client:
-        assert "cannot be opened" in client.get("/").text
+        assert "is damaged" in client.get("/").text
 
 
 def test_a_busy_database_shows_the_last_data(run_copy, monkeypatch):

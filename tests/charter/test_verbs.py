@@ -10,7 +10,7 @@ from charter.pipeline import STAGES, make_host
 from constitutions.loader import ConstitutionError, parse_constitution
 from engine.bus import embedded
 from engine.bus.read import read_values
-from engine.errors import DataFolderVersionMismatch, UsageError
+from engine.errors import DataFolderVersionMismatch, StoreMismatch, UsageError
 from engine.models.scripted import POISON_TEXT
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
@@ -119,8 +119,10 @@ def test_replay_reads_expired_records_from_the_archive(deployment):
     (deployment.folder / embedded.LOG_FILENAME).unlink()
     before = dict(deployment.sql(COUNTS))
     deployment.fails(UsageError, "there is no run live", "replay", "--stage", "judge", "--archive", "--as", "again")
-    # A new log has no runs until a stage has run on it.
+    # A new log has no runs until a stage has run on it. The sink refuses the rows of the old log until they are accepted.
     deployment.publish("something new")
+    deployment.fails(StoreMismatch, "records of another log", "run", "--stage", "sink")
+    deployment.call("repair", "--keep-rows")
     deployment.stream(PROMPTS + 1)
     before = dict(deployment.sql(COUNTS))
     replay = ("replay", "--stage", "judge", "--constitution", "customer-service", "--archive", "--as", "again")
@@ -129,6 +131,10 @@ def test_replay_reads_expired_records_from_the_archive(deployment):
     from_log = [word for word in replay if word != "--archive"]
     deployment.fails(UsageError, "replay again started from the archive", *from_log)
     assert dict(deployment.sql(COUNTS))["preferences"] == 2 * before["preferences"]
+    deployment.call(*replay)  # nothing is left to do
+    (deployment.folder / "charter.duckdb").unlink()
+    deployment.call("run", "--stage", "sink", "--until-done")
+    deployment.fails(UsageError, "numbered its rows again", *replay)  # the end of the archive is no longer known
 
 
 def test_replay_start_and_limits(deployment):
@@ -304,7 +310,8 @@ def test_unsafe_run_id_is_rejected(deployment, run_id):
 def test_run_names_the_run_of_the_records_that_it_passes_over(deployment):
     deployment.publish("One?", "Two?", "Three?")
     output = deployment.call("run", "--run", "other", "--until-done", stream="stderr")
-    assert "respond=0 critique=0 revise=0 judge=0; 3 records belong to run live" in output
+    assert "run other has no prompts yet; 3 prompts belong to run live" in output
+    assert "respond=0 critique=0 revise=0 judge=0" in output
 
 
 def test_sink_alone_creates_no_run(deployment):

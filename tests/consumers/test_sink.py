@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import duckdb
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from consumers.sink import Sink
 from engine.bus import open_bus
 from engine.bus.port import ProducerRecord
-from engine.errors import CharterError, OffsetsLost
+from engine.errors import CharterError, OffsetsLost, StoreDamaged, StoreMismatch
 from engine.store import Store
 from engine.worker import to_producer_record
 from schemas.topics import TOPICS
@@ -94,13 +96,54 @@ def test_two_databases_receive_the_same_log(bus, store, tmp_path, make_prompt):
 
 
 def test_sink_reads_a_recreated_topic_from_its_beginning(tmp_path, store, make_prompt):
+    for text in ("first", "second"):
+        bus = open_bus(str(tmp_path / "log"))
+        bus.create_topics(list(TOPICS.values()))
+        bus.publish([to_producer_record(make_prompt(text))])
+        drain(Sink(bus, store, max_wait_s=0.05))
+        bus.close()
+        with closing(sqlite3.connect(tmp_path / "log" / "log.sqlite", isolation_level=None)) as log:
+            log.execute("DELETE FROM messages")
+            log.execute("DELETE FROM topics")
+    assert read_counts(store) == (2, 0, 0)
+
+
+def test_sink_refuses_a_database_of_another_log(tmp_path, store, make_prompt):
     for folder in ("a", "b"):
         bus = open_bus(str(tmp_path / folder))
         bus.create_topics(list(TOPICS.values()))
         bus.publish([to_producer_record(make_prompt(folder))])
-        drain(Sink(bus, store, max_wait_s=0.05))
+        if folder == "a":
+            drain(Sink(bus, store, max_wait_s=0.05))
+        else:
+            with pytest.raises(StoreMismatch, match="records of another log"):
+                Sink(bus, store)
         bus.close()
-    assert read_counts(store) == (2, 0, 0)
+    assert read_counts(store) == (1, 0, 0)
+
+
+def test_sink_refuses_a_log_that_ends_below_its_offsets(tmp_path, store, bus, make_prompt):
+    """An older copy of the log would otherwise hide its next records from the sink."""
+    bus.publish([to_producer_record(make_prompt("kept"))])
+    drain(Sink(bus, store, max_wait_s=0.05))
+    with closing(sqlite3.connect(bus.folder / "log.sqlite", isolation_level=None)) as log:
+        log.execute("DELETE FROM messages")
+    with pytest.raises(StoreMismatch, match="log ends at 0"):
+        Sink(bus, store)
+
+
+def test_sink_stops_if_its_database_disappears_or_is_replaced(bus, store, make_prompt):
+    sink = Sink(bus, store, max_wait_s=0.05)
+    bus.publish([to_producer_record(make_prompt("one"))])
+    store.path.unlink()
+    with pytest.raises(StoreDamaged, match="disappeared"):
+        sink.step()
+    store.create_schema()
+    with pytest.raises(StoreDamaged, match="replaced"):
+        sink.write_with_retry(sink.write_completeness)
+    sink.close()
+    drain(Sink(bus, store, max_wait_s=0.05))
+    assert read_counts(store) == (1, 0, 0)
 
 
 def test_sink_raises_if_retention_deleted_unread_records(bus, store, make_prompt, monkeypatch):

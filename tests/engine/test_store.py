@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from engine.errors import DataFolderVersionMismatch, StoreBusy, UsageError
+from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, UsageError
 from engine.store import Store
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
@@ -110,7 +110,7 @@ def test_foreign_database_is_rejected(tmp_path):
 def test_file_that_is_not_a_database_is_rejected(tmp_path):
     path = tmp_path / "charter.duckdb"
     path.write_bytes(b"something else" * 1000)
-    with pytest.raises(DataFolderVersionMismatch, match="cannot be opened"):
+    with pytest.raises(StoreDamaged, match="charter repair"):
         Store(path).query("SELECT 1")
 
 

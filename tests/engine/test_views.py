@@ -1,7 +1,10 @@
 """The views, with hand-counted results: held-out prompts never train, and no pair counts twice."""
 
+from datetime import timedelta
+
 import pytest
 
+from engine.commit_history import read_commit_history
 from schemas.records import LabelSource, Outcome, Split
 from tests.support.records import (
     RecordDatabase,
@@ -12,7 +15,7 @@ from tests.support.records import (
     make_prompt,
     make_response,
 )
-from trainer.batches import build_manifest, compute_content_hash, load_rows, rebuild_batch, select_new_rows
+from trainer.batches import RowRef, build_manifest, compute_content_hash, load_rows, rebuild_batch, select_new_rows
 from trainer.state import TrainingState
 
 
@@ -86,11 +89,22 @@ def test_override_is_a_new_row_and_leaves_old_batches_unchanged(database):
     selected = select_new_rows(database.store, "reward", TrainingState(), limit=10)
     keys = [row.row_id for row in selected]
     rows = load_rows(database.store, "reward", keys)
-    manifest = build_manifest("reward", 1, rows, [], TrainingState(), selected, run_id="r", seed=0, settings={})
+    manifest = build_manifest(
+        "reward",
+        1,
+        rows,
+        [],
+        TrainingState(),
+        selected,
+        run_id="r",
+        seed=0,
+        settings={},
+        sink_session=read_commit_history(database.store).session_id,
+    )
     override = make_human_label("1", labels[1], 1.0)
     database.add(override)
     assert rebuild_batch(database.store, manifest).rows[1]["p_a"] == 0.2
-    after = TrainingState(cursors={("reward", ""): manifest.commit_seq_to})
+    after = TrainingState(trained_batches=[manifest])
     assert [row.row_id for row in select_new_rows(database.store, "reward", after, limit=10)] == [override.record_id]
     assert compute_content_hash(load_rows(database.store, "reward", keys)) == manifest.content_hash
     assert (
@@ -108,3 +122,26 @@ def test_demonstrations_train_and_have_a_trace_without_a_prompt(database):
     traces = database.query_rows("SELECT prompt, source, len(demonstrations), len(preferences) FROM traces ORDER BY 1")
     assert traces == [("asked", "test", 1, None), ("compared", "test", None, 1), ("shown", "helpful", 1, None)]
     assert database.query_rows("SELECT count(*) FROM prompts") == [(1,)]
+
+
+def test_restored_rows_of_a_held_out_prompt_do_not_train_if_they_come_first(database):
+    """A database that is restored from the log can commit the rows before the record that holds their prompt out."""
+    held_out = make_prompt("kept", **HELD_OUT)
+    database.add(make_chain_end("kept", "kept"), make_preference("kept", "kept", 0.9), make_response("kept"), held_out)
+    for view in ("sft_examples", "preference_pairs", "rollouts WHERE exclusion_reason IS NULL"):
+        assert database.query_rows(f"SELECT count(*) FROM {view}") == [(0,)], view
+
+
+def test_batch_can_be_rebuilt_after_its_prompts_are_held_out(database):
+    rows = [make_chain_end("a", "a"), make_preference("a", "a", 0.9), make_response("a")]
+    database.add(*rows)
+    phases = ("sft", "reward", "ppo")
+    manifests = []
+    for phase, record in zip(phases, rows, strict=True):
+        selected = [RowRef(record.record_id, "test", 0)]
+        loaded = load_rows(database.store, phase, [record.record_id])
+        manifests.append(build_manifest(phase, 1, loaded, [], TrainingState(), selected, run_id="r", seed=0, settings={}))
+    database.add(make_prompt("a", **HELD_OUT).model_copy(update={"created_at": rows[0].created_at - timedelta(days=1)}))
+    assert database.query_rows("SELECT count(*) FROM sft_examples") == [(0,)]
+    for manifest in manifests:
+        assert len(rebuild_batch(database.store, manifest).rows) == 1

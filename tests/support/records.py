@@ -2,6 +2,7 @@
 
 from consumers.sink import to_arrow_tables
 from engine.bus.port import ConsumerRecord
+from engine.commit_history import begin_session
 from engine.store import Store
 from engine.tables import build_insert_statement
 from schemas import ids
@@ -37,6 +38,9 @@ class RecordDatabase:
     def __init__(self, path):
         self.store, self.next_commit_seq = Store(path), 0
         self.store.create_schema()
+        with self.store.open_write_session() as connection:
+            begin_session(connection)
+            connection.execute("UPDATE raw.sink_state SET complete_seq = 0")
 
     def add(self, *records):
         with self.store.open_write_session() as connection:

@@ -148,14 +148,14 @@ def test_training_state_follows_the_log_after_a_rollback():
         make_update(policy, 5, "ppo", 4),
     ]
     manifests = [
-        BatchManifest.model_construct(record_id="a", phase="sft", cursors={"x": 9, "y": 4}, commit_seq_to=9),
-        BatchManifest.model_construct(record_id="c", phase="ppo", cursors={}, commit_seq_to=20),
+        BatchManifest.model_construct(record_id="a", phase="sft", cursors={"x": 9, "y": 4}, commit_seq_to=9, sink_session="s"),
+        BatchManifest.model_construct(record_id="c", phase="ppo", cursors={}, commit_seq_to=20, sink_session="s"),
+        BatchManifest.model_construct(record_id="z", phase="sft", cursors={}, commit_seq_to=99, sink_session="s"),
     ]
     state = compute_training_state(updates, manifests)
     assert (state.policy_version, state.reward_version, state.reference_version) == (5, 2, 1)
     assert state.policy_ancestry == (5, 4, 2, 1)  # 3 was rolled back
     assert state.reward_version_by_policy == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2}
-    assert [state.get_cursor("sft", "x"), state.get_cursor("sft", "y"), state.get_cursor("sft", "z")] == [9, 4, -1]
-    assert state.get_cursor("ppo") == 20
+    assert [manifest.record_id for manifest in state.trained_batches] == ["a", "c"]  # no update has trained on z
     superseded = BatchManifest.model_construct(phase="ppo", base_policy_version=3, base_reward_version=2)
     assert is_superseded(superseded, state)
