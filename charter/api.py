@@ -28,7 +28,7 @@ from consumers.respond import RespondStage
 from consumers.revise import ReviseStage
 from engine.errors import UsageError
 from engine.models import open_model
-from engine.models.interface import Model
+from engine.models.interface import Model, require_results
 from engine.settings import Settings, load_settings
 from producers.files import DEFAULT_SOURCES, make_prompt_record, make_row_metadata
 from producers.parse import RowError, parse_prompt
@@ -174,8 +174,9 @@ class Charter:
         steps: dict[int, list[Critique | Revision]] = {i: [] for i in range(len(responses))}
         unfinished: dict[int, Response | Revision] = dict(enumerate(responses))
         while unfinished:
-            critiques = dict(zip(unfinished, self.critique_stage(list(unfinished.values())), strict=True))
-            revisions = dict(zip(critiques, self.revise_stage([critique for (critique,) in critiques.values()]), strict=True))
+            critiques = dict(zip(unfinished, require_results(self.critique_stage(list(unfinished.values()))), strict=True))
+            new_critiques = [critique for (critique,) in critiques.values()]
+            revisions = dict(zip(critiques, require_results(self.revise_stage(new_critiques)), strict=True))
             for i in critiques:
                 steps[i] += [*critiques[i], *revisions[i]]
             unfinished = {i: revision for i, outputs in revisions.items() for revision in outputs if not revision.final}
@@ -188,7 +189,7 @@ class Charter:
         """
         if self.settings.judge.pairing == "revision":
             chains = self.self_critique_loops(prompts)
-            preferences = self.judge_stage([chain.last_step for chain in chains])
+            preferences = require_results(self.judge_stage([chain.last_step for chain in chains]))
             return [JudgedResponse(c.response, tuple(labels), c) for c, labels in zip(chains, preferences, strict=True)]
         responses = self.generate_responses(prompts)
         for response in responses:
@@ -198,14 +199,14 @@ class Charter:
                     "a preference compares two completions",
                     "set respond.num_completions to 2 or more, or judge.pairing to revision",
                 )
-        preferences = self.judge_stage(responses)
+        preferences = require_results(self.judge_stage(responses))
         return [JudgedResponse(r, tuple(labels)) for r, labels in zip(responses, preferences, strict=True)]
 
     def generate_responses(self, prompts: Iterable[PromptLike]) -> list[Response]:
         """Return a response for each item, in order. An item that is already a Response record is returned unchanged."""
         items = [item if isinstance(item, Response) else self.to_prompt(item) for item in prompts]
         new_prompts = [item for item in items if isinstance(item, Prompt)]
-        outputs = iter(self.respond_stage(new_prompts) if new_prompts else [])
+        outputs = iter(require_results(self.respond_stage(new_prompts)) if new_prompts else [])
         return [item if isinstance(item, Response) else next(outputs)[0] for item in items]
 
     def to_prompt(self, value: str | Sequence[ChatMessage | Mapping[str, str]] | Prompt) -> Prompt:

@@ -12,6 +12,7 @@ from engine.settings import BusSettings, Settings
 from engine.store import Store
 from schemas import codec
 from schemas.confluent import SchemaRegistryClient, SchemaRejected
+from schemas.http_client import ClientSettingsError
 from schemas.topics import TopicSpec, make_topic_table
 
 _REGISTRY_TIMEOUT_S = 5.0
@@ -45,6 +46,8 @@ def _configure_framing(bus_settings: BusSettings) -> None:
             bus_settings.framing, _make_schema_registry(bus_settings) if bus_settings.schema_registry else None
         )
     except SchemaRejected as error:
+        raise UsageError(error.what, error.why, error.fix) from None
+    except ClientSettingsError as error:
         raise UsageError(error.what, error.why, error.fix) from None
     except ValueError as error:
         fix = "set bus.schema_registry to the URL of the registry, or do not set bus.framing"

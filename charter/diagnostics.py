@@ -23,13 +23,15 @@ from engine.errors import CharterError
 from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
 from engine.models.chat_api import ServerCapabilities
 from engine.models.endpoint import get_api_key_variable, open_endpoint
-from engine.settings import Settings
+from engine.settings import ModelsSettings, Settings
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
 
 _RECOMMENDED_FREE_BYTES = 5 * 1024**3  # enough for the database, the log and a few checkpoints of a small model
 _REQUIRED_FREE_BYTES = 500 * 1024**2
 _REQUEST_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 60.0
+_NO_LIST_STATUSES = (404, 405, 501)  # the server has no list of models
 _MODEL_ROLES = ("policy", "critic", "judge")
 
 
@@ -181,7 +183,7 @@ def _check_models(settings: Settings) -> Iterator[CheckResult]:
 def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResult]:
     name = f"model {role}"
     if spec.startswith(("http://", "https://")):
-        yield _check_model_server(name, spec, settings.models.api_key_env)
+        yield _check_model_server(name, spec, settings.models)
         return
     if spec == SCRIPTED_SPEC:
         yield CheckResult(name, "warn", "the scripted model is a fake model for tests", "set models.policy to a real model")
@@ -198,25 +200,34 @@ def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResu
     yield CheckResult(name, "ok" if weights else "fail", f"{folder}, {len(weights)} safetensors files, {size:,.0f} MB", fix)
 
 
-def _check_model_server(name: str, spec: str, api_key_env: str) -> CheckResult:
+def _check_model_server(name: str, spec: str, options: ModelsSettings) -> CheckResult:
     """Check that an OpenAI-compatible server is reachable and serves the model. Report the capabilities of the server.
 
-    The API key is never printed.
+    A server without a list of models is only asked for a completion. The API key is never printed.
     """
-    endpoint = open_endpoint(spec, api_key_env=api_key_env)
+    endpoint = open_endpoint(
+        spec,
+        api_key_env=options.api_key_env,
+        timeout_s=min(_PROBE_TIMEOUT_S, options.timeout_s),
+        send_seed=options.send_seed,
+    )
     url, model = endpoint.url, endpoint.id
     try:
         response = endpoint.client.get(f"{url}/models", timeout=_REQUEST_TIMEOUT_S)
-        response.raise_for_status()
-        served = [str(entry["id"]) for entry in response.json()["data"]]
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        variable = get_api_key_variable(url, api_key_env) or "that models.api_key_env names"
-        fix = f"put the API key in the environment variable {variable}" if status in (401, 403) else "check the server's log"
-        return CheckResult(name, "fail", f"{url} returned status {status}", fix)
+        status = response.status_code
+        if response.is_redirect:
+            raise endpoint.make_redirect_error(status, response.headers.get("location", ""), "models")
+        if status not in (200, *_NO_LIST_STATUSES):
+            variable = get_api_key_variable(url, options.api_key_env) or "that models.api_key_env names"
+            fix = (
+                f"put the API key in the environment variable {variable}" if status in (401, 403) else "check the server's log"
+            )
+            detail = f"{url} returned status {status}: {endpoint.sanitize_error_text(response.content)}"
+            return CheckResult(name, "fail", detail.rstrip(": "), fix)
+        served = [model] if status in _NO_LIST_STATUSES else [str(entry["id"]) for entry in response.json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        detail = f"{url} is not a reachable model server: {type(error).__name__}"
-        return CheckResult(name, "fail", detail, f"start the server, or correct models.{name.split()[-1]}")
+        detail = f"{url} is not a reachable model server: {type(error).__name__}: {endpoint.sanitize_error_text(str(error))}"
+        return CheckResult(name, "fail", detail.rstrip(": "), f"start the server, or correct models.{name.split()[-1]}")
     if model not in served:
         detail = f"{url} serves {', '.join(served) or 'nothing'}, not {model}"
         return CheckResult(name, "fail", detail, f"set models.{name.split()[-1]} to {url}#NAME with a name that it serves")

@@ -54,6 +54,7 @@ class RoleModels:
                     "api_key_env": settings.api_key_env,
                     "timeout_s": settings.timeout_s,
                     "concurrency": settings.concurrency,
+                    "send_seed": settings.send_seed,
                 }
             self.open_models[spec] = open_model(spec, **options)
         return self.open_models[spec]

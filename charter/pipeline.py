@@ -27,7 +27,7 @@ from consumers.sink import Sink
 from engine.budget import Budget, parse_prices
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
-from engine.errors import CharterError, UsageError
+from engine.errors import CharterError, ModelUnreachable, UsageError
 from engine.host import Host
 from engine.instances import FileLock, InstanceLease
 from engine.models.interface import Model
@@ -171,6 +171,7 @@ def make_host(
     for custom in custom_stages:
         stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
         stages_and_roles.append((stage, custom.role))
+    _check_servers(models, [role for _, role in stages_and_roles if role])
     instance_name = instance or (lease.name if lease else "")
     fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
     workers = [
@@ -192,6 +193,18 @@ def make_host(
         shutdown_timeout_s=settings.worker.shutdown_timeout_s,
         call_timeout_s=settings.worker.call_timeout_s,
     )
+
+
+def _check_servers(models: RoleModels, roles: Sequence[str]) -> None:
+    """Send one request to each model server of these roles. Log what is wrong; the stages wait until the server is available."""
+    for spec in dict.fromkeys(models.get_spec(role) for role in roles):
+        if not is_endpoint(spec):
+            continue
+        endpoint: Any = models.get_model_by_spec(spec)  # an Endpoint, because its setting is the address of a server
+        try:
+            endpoint.check_reachable()
+        except ModelUnreachable as error:
+            logger.warning("%s", "; ".join(str(error).splitlines()))
 
 
 def _make_worker(

@@ -16,12 +16,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from consumers import templates
 from consumers.templates import OPTION_LETTERS
-from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, ModelCapabilities, OptionScores, Usage
+from engine.errors import CharterError
+from engine.models.interface import (
+    NO_USAGE,
+    Generation,
+    GenerationRequest,
+    Model,
+    ModelCapabilities,
+    OptionScores,
+    Result,
+    Usage,
+    combine_results,
+)
 from schemas.records import ChatMessage, Outcome
 
 _Messages = tuple[ChatMessage, ...]
@@ -38,6 +49,14 @@ REFUSAL_PATTERN = re.compile(
 )
 # Matches a reply that begins with one complete letter. A reply that begins with several letters ("(A) or (B)") does not match.
 _LETTER_PATTERN = re.compile(r"\s*Answer: \(([AB])\)(?!\w)(?!\s*(?:or|and|/|,|&)\s*(?:Answer: )?\(?[AB]\b)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to a judge. `group` names the record that needs the reply (see GenerationRequest)."""
+
+    messages: _Messages
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,49 +137,46 @@ class AnswerMode:
         name = {"logprobs": "comparison"}.get(self.name, self.name)
         return templates.get_template_hash(name, capabilities)
 
-    def judge_questions(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        """Return the judge's reply to each question, in order."""
+    def judge_questions(self, model: Model, questions: Sequence[Question]) -> list[Result[SingleOrderComparison]]:
+        """Return the judge's reply to each question, in order. If a request fails, its question has an error instead."""
         methods = {"logprobs": self.judge_by_logprobs, "reasoning": self.judge_by_reasoning, "letter": self.judge_by_letter}
         return methods[self.name](model, questions) if questions else []
 
-    def judge_by_logprobs(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        requests = [templates.make_choice_request(messages, model.capabilities) for messages in questions]
-        comparisons = []
-        for scores in model.score_options(requests, OPTION_LETTERS):
-            option_mass = scores.option_mass if math.isfinite(scores.option_mass) else 0.0
-            comparisons.append(
-                SingleOrderComparison(compute_p_a(scores), option_mass, self.classify_scores(scores), scores.usage)
-            )
-        return comparisons
+    def judge_by_logprobs(self, model: Model, questions: Sequence[Question]) -> list[Result[SingleOrderComparison]]:
+        requests = [
+            replace(templates.make_choice_request(question.messages, model.capabilities), group=question.group)
+            for question in questions
+        ]
+        results = model.score_options(requests, OPTION_LETTERS)
+        return [result if isinstance(result, CharterError) else self.read_scores(result) for result in results]
 
-    def judge_by_reasoning(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
-        generations = self.generate_texts(
-            model, [GenerationRequest(messages, timeout_s=self.timeout_s) for messages in questions]
-        )
-        outcomes = [_classify_generation(generation) for generation in generations]
+    def read_scores(self, scores: OptionScores) -> SingleOrderComparison:
+        option_mass = scores.option_mass if math.isfinite(scores.option_mass) else 0.0
+        return SingleOrderComparison(compute_p_a(scores), option_mass, self.classify_scores(scores), scores.usage)
+
+    def judge_by_reasoning(self, model: Model, questions: Sequence[Question]) -> list[Result[SingleOrderComparison]]:
+        requests = [GenerationRequest(q.messages, timeout_s=self.timeout_s, group=q.group) for q in questions]
+        results = self.generate_texts(model, requests)
         choice_questions = [
-            templates.append_choice_question(messages, generation.text.strip())
-            for messages, generation, outcome in zip(questions, generations, outcomes, strict=True)
-            if outcome is Outcome.OK
+            Question(templates.append_choice_question(question.messages, result.text.strip()), question.group)
+            for question, result in zip(questions, results, strict=True)
+            if isinstance(result, Generation) and _classify_generation(result) is Outcome.OK
         ]
         # The option scores of the questions with usable reasoning, in order.
         choices = iter(self.judge_by_logprobs(model, choice_questions) if choice_questions else [])
-        comparisons = []
-        for generation, outcome in zip(generations, outcomes, strict=True):
-            choice = next(choices) if outcome is Outcome.OK else SingleOrderComparison(None, 0.0, outcome)
-            usage = generation.usage + choice.usage
-            comparisons.append(
-                SingleOrderComparison(choice.p_first, choice.option_mass, choice.outcome, usage, generation.text.strip())
-            )
-        return comparisons
+        return [
+            result if isinstance(result, CharterError) else _combine_reasoning_and_choice(result, choices) for result in results
+        ]
 
-    def judge_by_letter(self, model: Model, questions: Sequence[_Messages]) -> list[SingleOrderComparison]:
+    def judge_by_letter(self, model: Model, questions: Sequence[Question]) -> list[Result[SingleOrderComparison]]:
         prefill = templates.ANSWER_PREFILL if model.capabilities.prefill else ""
-        requests = [GenerationRequest(messages, prefill=prefill, timeout_s=self.timeout_s) for messages in questions]
-        return [parse_letter(generation, prefill) for generation in self.generate_texts(model, requests)]
+        requests = [GenerationRequest(q.messages, prefill=prefill, timeout_s=self.timeout_s, group=q.group) for q in questions]
+        results = self.generate_texts(model, requests)
+        return [result if isinstance(result, CharterError) else parse_letter(result, prefill) for result in results]
 
-    def generate_texts(self, model: Model, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        return [generation for (generation,) in model.generate(requests, temperature=0.0, max_tokens=self.max_tokens)]
+    def generate_texts(self, model: Model, requests: Sequence[GenerationRequest]) -> list[Result[Generation]]:
+        results = model.generate(requests, temperature=get_temperature(model.capabilities), max_tokens=self.max_tokens)
+        return [result if isinstance(result, CharterError) else result[0] for result in results]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
         """Return OK if the option scores are usable. If not, return the outcome that states the reason."""
@@ -175,6 +191,11 @@ class AnswerMode:
 
 
 _LOGPROBS_MODE = AnswerMode()
+
+
+def get_temperature(capabilities: ModelCapabilities) -> float:
+    """Return the temperature of a written reply: 0 (greedy decoding), or 1 if the model has no other temperature."""
+    return 0.0 if capabilities.any_temperature else 1.0
 
 
 def compute_p_a(scores: OptionScores) -> float | None:
@@ -197,6 +218,17 @@ def _classify_generation(generation: Generation) -> Outcome:
     return Outcome.OK if generation.text.strip() else Outcome.UNPARSEABLE
 
 
+def _combine_reasoning_and_choice(
+    reasoning: Generation, choices: Iterator[Result[SingleOrderComparison]]
+) -> Result[SingleOrderComparison]:
+    """Return the reply that consists of a reasoning and the next choice. Unusable reasoning has no choice."""
+    outcome = _classify_generation(reasoning)
+    choice = next(choices) if outcome is Outcome.OK else SingleOrderComparison(None, 0.0, outcome)
+    if isinstance(choice, CharterError):
+        return choice
+    return replace(choice, usage=reasoning.usage + choice.usage, explanation=reasoning.text.strip())
+
+
 def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
     """Parse the letter at the beginning of a judge's reply. The explanation is the whole reply."""
     reply, outcome = prefill + generation.text, _classify_generation(generation)
@@ -208,15 +240,16 @@ def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
 
 
 def compare_in_both_orders(
-    model: Model, pairs: Sequence[tuple[_Messages, _Messages]], answer_mode: AnswerMode = _LOGPROBS_MODE
-) -> list[Comparison]:
+    model: Model, pairs: Sequence[tuple[Question, Question]], answer_mode: AnswerMode = _LOGPROBS_MODE
+) -> list[Result[Comparison]]:
     """Judge pairs of responses in both orders.
 
     An item of `pairs` has two questions. In the first question, the first response is option A. In the second question, the
-    first response is option B.
+    first response is option B. If a request for one of the orders fails, the comparison is an error.
     """
-    replies = answer_mode.judge_questions(model, [messages for pair in pairs for messages in pair])
-    return [_combine_orders(forward, backward) for forward, backward in zip(replies[::2], replies[1::2], strict=True)]
+    replies = answer_mode.judge_questions(model, [question for pair in pairs for question in pair])
+    orders = [combine_results(pair) for pair in zip(replies[::2], replies[1::2], strict=True)]
+    return [result if isinstance(result, CharterError) else _combine_orders(*result) for result in orders]
 
 
 def _combine_orders(forward: SingleOrderComparison, backward: SingleOrderComparison) -> Comparison:

@@ -27,18 +27,18 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from constitutions.loader import Constitution, CritiquePrinciple
 from consumers import templates
 from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields
-from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
+from consumers.compare import AnswerMode, Comparison, Question, compare_in_both_orders
 from consumers.judge import make_constitution_ref
 from engine.eligibility import find_rejection_reason
-from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Usage
+from engine.errors import CharterError
+from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Result, Usage, combine_results
 from schemas import ids
 from schemas.records import (
-    ChatMessage,
     Critique,
     EndReason,
     FinishReason,
@@ -53,7 +53,7 @@ from schemas.records import (
     Verdict,
 )
 
-_QuestionPair = tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]
+_QuestionPair = tuple[Question, Question]
 
 # The first pattern matches statements that there is no problem: the course's two phrases and variants of them. The second
 # pattern matches words that qualify or retract such a statement.
@@ -97,6 +97,11 @@ class ChainState:
     critique: str = ""
 
     @property
+    def group(self) -> str:
+        """The group of all requests about this response."""
+        return f"critique {self.parent.record_id}"
+
+    @property
     def checked_principles(self) -> list[CritiquePrinciple]:
         """The principles under which the response is checked. A principle that was drawn in several rounds is checked once."""
         principles = [*self.used_principles, *([self.next_principle] if self.next_principle else [])]
@@ -133,20 +138,21 @@ class CritiqueStage:
     preset: str = "charter"
     selection: str = "constitution"
 
-    def __call__(self, records: Sequence[Record]) -> list[list[Critique]]:
+    def __call__(self, records: Sequence[Record]) -> list[Result[list[Critique]]]:
         # The chain of an unusable revision has already ended, so the revision is not criticized.
         states = [self.make_state(record) for record in records if not _has_ended(record)]
         if not states:
             return [[] for _ in records]
         started = time.monotonic()
-        if self.early_stop == "verdict":
-            states = self.assess_states(states)
-        states = [replace(state, end_reason=self.decide_end_reason(state)) for state in states]
-        criticized = iter(self.write_critiques([state for state in states if state.end_reason is EndReason.NONE]))
-        states = [next(criticized) if state.end_reason is EndReason.NONE else state for state in states]
+        assessed = self.assess_states(states) if self.early_stop == "verdict" else list(states)
+        decided = [self.decide_state(result) for result in assessed]
+        criticized = iter(self.write_critiques([result for result in decided if _continues(result)]))
+        results = [next(criticized) if _continues(result) else result for result in decided]
         latency_ms = 1000 * (time.monotonic() - started) / len(states)
-        critiques = iter([self.make_record(state, latency_ms) for state in states])
-        return [[] if _has_ended(record) else [next(critiques)] for record in records]
+        critiques = iter(
+            [result if isinstance(result, CharterError) else [self.make_record(result, latency_ms)] for result in results]
+        )
+        return [[] if _has_ended(record) else next(critiques) for record in records]
 
     # Chain states
 
@@ -176,15 +182,19 @@ class CritiqueStage:
 
     # Verdicts
 
-    def assess_states(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Ask the questions about all states in one batch. Return the states with their verdicts and comparisons."""
+    def assess_states(self, states: Sequence[ChainState]) -> list[Result[ChainState]]:
+        """Ask the questions about all states in one batch. Return the states with their verdicts and comparisons.
+
+        If a request about a state fails, the state has an error instead.
+        """
         questions = [self.make_questions(state) for state in states]
         answer_mode = AnswerMode(min_option_mass=self.min_option_mass)
         flat = [pair for question_pairs in questions for pair in question_pairs]
         comparisons = iter(compare_in_both_orders(self.model, flat, answer_mode))
+        results = [combine_results([next(comparisons) for _ in question_pairs]) for question_pairs in questions]
         return [
-            self.apply_comparisons(state, [next(comparisons) for _ in question_pairs])
-            for state, question_pairs in zip(states, questions, strict=True)
+            result if isinstance(result, CharterError) else self.apply_comparisons(state, result)
+            for state, result in zip(states, results, strict=True)
         ]
 
     def make_questions(self, state: ChainState) -> list[_QuestionPair]:
@@ -195,11 +205,11 @@ class CritiqueStage:
         fields = state.fields
         if self.is_skipped(state) or state.rejection_reason is not RejectionReason.NONE:
             return []
-        messages, response = fields["messages"], fields["response"]
+        messages, response, group = fields["messages"], fields["response"], state.group
         verdicts = [
             (
-                templates.make_verdict_messages(messages, response, principle.critique_prompt, "Yes", "No"),
-                templates.make_verdict_messages(messages, response, principle.critique_prompt, "No", "Yes"),
+                Question(templates.make_verdict_messages(messages, response, principle.critique_prompt, "Yes", "No"), group),
+                Question(templates.make_verdict_messages(messages, response, principle.critique_prompt, "No", "Yes"), group),
             )
             for principle in state.checked_principles
         ]
@@ -213,8 +223,8 @@ class CritiqueStage:
         previous = fields["previous_response"] or ""
         return [
             (
-                templates.make_comparison_messages(messages, response, previous, question),
-                templates.make_comparison_messages(messages, previous, response, question),
+                Question(templates.make_comparison_messages(messages, response, previous, question), group),
+                Question(templates.make_comparison_messages(messages, previous, response, question), group),
             ),
             *verdicts,
         ]
@@ -263,10 +273,13 @@ class CritiqueStage:
             return EndReason.SATISFIED
         return EndReason.NONE if state.next_principle else EndReason.LAST_ROUND
 
+    def decide_state(self, result: Result[ChainState]) -> Result[ChainState]:
+        return result if isinstance(result, CharterError) else replace(result, end_reason=self.decide_end_reason(result))
+
     # Critiques
 
-    def write_critiques(self, states: Sequence[ChainState]) -> list[ChainState]:
-        """Write a critique under the next principle of each state. Return the states with their critiques."""
+    def write_critiques(self, states: Sequence[ChainState]) -> list[Result[ChainState]]:
+        """Write a critique under the next principle of each state. Return the states with their critiques, or errors."""
         examples = self.constitution.examples if self.few_shot else ()
         requests = [
             GenerationRequest(
@@ -274,27 +287,31 @@ class CritiqueStage:
                     state.fields["messages"], state.fields["response"], principle.critique_prompt, examples
                 ),
                 seed=self.compute_seed(state),
+                group=state.group,
             )
             for state in states
             if (principle := state.next_principle)
         ]
         if not requests:
             return []
-        generations = self.model.generate(
+        results = self.model.generate(
             requests,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
         )
         return [
-            replace(
-                state,
-                critique=generation.text.strip(),
-                usage=state.usage + generation.usage,
-                end_reason=EndReason.SATISFIED if self.is_satisfied(generation) else EndReason.NONE,
-            )
-            for state, (generation,) in zip(states, generations, strict=True)
+            result if isinstance(result, CharterError) else self.add_critique(state, result[0])
+            for state, result in zip(states, results, strict=True)
         ]
+
+    def add_critique(self, state: ChainState, generation: Generation) -> ChainState:
+        return replace(
+            state,
+            critique=generation.text.strip(),
+            usage=state.usage + generation.usage,
+            end_reason=EndReason.SATISFIED if self.is_satisfied(generation) else EndReason.NONE,
+        )
 
     def is_satisfied(self, generation: Generation) -> bool:
         """Return whether a written critique ends the chain, because it states that there is no problem."""
@@ -351,6 +368,10 @@ class CritiqueStage:
             final_finish_reason=fields[f"{prefix}finish_reason"] if final else FinishReason.UNKNOWN,
             **fields,
         )
+
+
+def _continues(result: Result[ChainState]) -> TypeGuard[ChainState]:
+    return isinstance(result, ChainState) and result.end_reason is EndReason.NONE
 
 
 def _has_ended(record: Record) -> bool:

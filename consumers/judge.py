@@ -29,9 +29,10 @@ from typing import Any
 
 from constitutions.loader import Constitution
 from consumers import templates
-from consumers.compare import AnswerMode, Comparison, compare_in_both_orders
+from consumers.compare import AnswerMode, Comparison, Question, compare_in_both_orders, get_temperature
 from engine.eligibility import find_pair_problem
-from engine.models.interface import NO_USAGE, Model
+from engine.errors import CharterError
+from engine.models.interface import NO_USAGE, Model, Result, combine_results
 from engine.notices import NOTICES
 from schemas import ids
 from schemas.records import (
@@ -162,7 +163,7 @@ class JudgeStage:
     max_tokens: int = 256
     timeout_s: float | None = None
 
-    def __call__(self, records: Sequence[Record]) -> list[list[Preference]]:
+    def __call__(self, records: Sequence[Record]) -> list[Result[list[Preference]]]:
         pairs_by_record = [_make_pairs(record) for record in records]
         pairs = [pair for record_pairs in pairs_by_record for pair in record_pairs]
         if not pairs:
@@ -173,13 +174,13 @@ class JudgeStage:
         latency_ms = 1000 * (time.monotonic() - started) / max(1, len(comparable))
         preferences = iter(
             [
-                self.make_preference(pair, next(comparisons), latency_ms)
+                self.make_judged_preference(pair, next(comparisons), latency_ms)
                 if pair.problem is None
                 else self.make_unjudged_preference(pair, *pair.problem)
                 for pair in pairs
             ]
         )
-        return [[next(preferences) for _ in record_pairs] for record_pairs in pairs_by_record]
+        return [combine_results([next(preferences) for _ in record_pairs]) for record_pairs in pairs_by_record]
 
     # Questions
 
@@ -207,29 +208,35 @@ class JudgeStage:
         principles = self.constitution.sample_judge_principles(pair.seed, pair.parent.tags, self.num_principles)
         return [JudgeQuestion(p.id, p.judge_prompt, p.weight if self.num_principles > 1 else 1.0) for p in principles]
 
-    def compare_pairs(self, pairs: Sequence[ResponsePair]) -> list[list[PrincipleComparison]]:
-        """Ask the questions about all pairs in one batch. Return the comparisons of each pair, one for each question."""
+    def compare_pairs(self, pairs: Sequence[ResponsePair]) -> list[Result[list[PrincipleComparison]]]:
+        """Ask the questions about all pairs in one batch. Return the comparisons of each pair, one for each question.
+
+        If a request about a pair fails, the pair has an error instead.
+        """
         questions_by_pair, mode = [self.make_questions(pair) for pair in pairs], self.mode
-        question_messages = [
+        question_pairs = [
             (
-                templates.make_comparison_messages(
-                    pair.parent.messages, pair.response_a, pair.response_b, question.text, mode.template
-                ),
-                templates.make_comparison_messages(
-                    pair.parent.messages, pair.response_b, pair.response_a, question.text, mode.template
-                ),
+                self.ask_about(pair, pair.response_a, pair.response_b, question),
+                self.ask_about(pair, pair.response_b, pair.response_a, question),
             )
             for pair, questions in zip(pairs, questions_by_pair, strict=True)
             for question in questions
         ]
-        comparisons = iter(compare_in_both_orders(self.model, question_messages, mode))
+        results = iter(compare_in_both_orders(self.model, question_pairs, mode))
         return [
-            [
-                PrincipleComparison(question, comparison := next(comparisons), self.decide_outcome(comparison))
-                for question in questions
-            ]
+            combine_results([self.make_principle_comparison(question, next(results)) for question in questions])
             for questions in questions_by_pair
         ]
+
+    def ask_about(self, pair: ResponsePair, first: str, second: str, question: JudgeQuestion) -> Question:
+        """Return the question which of the two responses is better, with the first response as option A."""
+        messages = templates.make_comparison_messages(pair.parent.messages, first, second, question.text, self.mode.template)
+        return Question(messages, group=f"judge {pair.parent.record_id}")
+
+    def make_principle_comparison(self, question: JudgeQuestion, result: Result[Comparison]) -> Result[PrincipleComparison]:
+        if isinstance(result, CharterError):
+            return result
+        return PrincipleComparison(question, result, self.decide_outcome(result))
 
     def decide_outcome(self, comparison: Comparison) -> Outcome:
         if comparison.outcome is Outcome.OK and self.reject_position_flips and comparison.position_flip:
@@ -243,12 +250,20 @@ class JudgeStage:
         p = {"both": comparison.p_mean, "forward": comparison.p_forward, "backward": comparison.p_backward}[order]
         return None if p is None else min(max(p, self.clamp), 1 - self.clamp)
 
+    def make_judged_preference(
+        self, pair: ResponsePair, result: Result[list[PrincipleComparison]], latency_ms: float
+    ) -> Result[Preference]:
+        return result if isinstance(result, CharterError) else self.make_preference(pair, result, latency_ms)
+
     def make_preference(self, pair: ResponsePair, comparisons: Sequence[PrincipleComparison], latency_ms: float) -> Preference:
         total = _aggregate_comparisons(comparisons)
         label_order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
         outcome = self.decide_outcome(total)
         has_label = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
-        sampling = None if self.answer_mode == "logprobs" else Sampling(temperature=0.0, top_p=1.0, max_tokens=self.max_tokens)
+        temperature = get_temperature(self.model.capabilities)
+        sampling = None
+        if self.answer_mode != "logprobs":
+            sampling = Sampling(temperature=temperature, top_p=1.0, max_tokens=self.max_tokens)
         return Preference(
             **self.make_pair_fields(pair),
             principle_id=comparisons[0].question.principle_id if len(comparisons) == 1 else None,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from consumers.chain import read_finish_reason
 from consumers.templates import CHAT_TEMPLATE_HASH
-from engine.models.interface import Generation, GenerationRequest, Model, sum_usage
+from engine.errors import CharterError
+from engine.models.interface import Generation, GenerationRequest, Model, Result, sum_usage
 from schemas import ids
 from schemas.records import Completion, ModelRef, Prompt, Response, Sampling
 
@@ -25,16 +26,16 @@ class RespondStage:
     num_completions: int
     sampling: Sampling
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Response]]:
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Result[list[Response]]]:
         model, version = self.get_policy()
         configuration = self.compute_fingerprint(model, version)
         record_ids = [ids.compute_record_id("respond", [prompt.record_id], configuration) for prompt in prompts]
         requests = [
-            GenerationRequest(tuple(prompt.messages), seed=ids.compute_seed(record_id))
+            GenerationRequest(tuple(prompt.messages), seed=ids.compute_seed(record_id), group=f"respond {record_id}")
             for prompt, record_id in zip(prompts, record_ids, strict=True)
         ]
         started = time.monotonic()
-        generations_by_prompt = model.generate(
+        results = model.generate(
             requests,
             num_completions=self.num_completions,
             temperature=self.sampling.temperature,
@@ -48,8 +49,8 @@ class RespondStage:
             "latency_ms": latency_ms,
         }
         return [
-            [self.make_response(prompt, record_id, generations, lineage)]
-            for prompt, record_id, generations in zip(prompts, record_ids, generations_by_prompt, strict=True)
+            result if isinstance(result, CharterError) else [self.make_response(prompt, record_id, result, lineage)]
+            for prompt, record_id, result in zip(prompts, record_ids, results, strict=True)
         ]
 
     def compute_fingerprint(self, model: Model, version: int) -> str:

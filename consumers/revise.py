@@ -17,7 +17,8 @@ from consumers import templates
 from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason
 from consumers.judge import make_constitution_ref
 from engine.eligibility import find_rejection_reason
-from engine.models.interface import Generation, GenerationRequest, Model
+from engine.errors import CharterError
+from engine.models.interface import Generation, GenerationRequest, Model, Result
 from schemas import ids
 from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
 
@@ -40,12 +41,12 @@ class ReviseStage:
     few_shot: bool
     preset: str = "charter"
 
-    def __call__(self, critiques: Sequence[Critique]) -> list[list[Revision]]:
+    def __call__(self, critiques: Sequence[Critique]) -> list[Result[list[Revision]]]:
         pending = [critique for critique in critiques if not critique.final]
         if not pending:
             return [[] for _ in critiques]
         started = time.monotonic()
-        generations = self.model.generate(
+        results = self.model.generate(
             [self.make_request(critique) for critique in pending],
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -54,11 +55,11 @@ class ReviseStage:
         latency_ms = 1000 * (time.monotonic() - started) / len(pending)
         revisions = iter(
             [
-                self.make_record(critique, generation, latency_ms)
-                for critique, (generation,) in zip(pending, generations, strict=True)
+                result if isinstance(result, CharterError) else [self.make_record(critique, result[0], latency_ms)]
+                for critique, result in zip(pending, results, strict=True)
             ]
         )
-        return [[] if critique.final else [next(revisions)] for critique in critiques]
+        return [[] if critique.final else next(revisions) for critique in critiques]
 
     def make_request(self, critique: Critique) -> GenerationRequest:
         principle = next((p for p in self.constitution.critique if p.id == critique.principle_id), None)
@@ -67,7 +68,8 @@ class ReviseStage:
         messages = templates.make_revision_messages(
             critique.messages, critique.response, critique.critique, revision_prompt, examples
         )
-        return GenerationRequest(messages, seed=ids.compute_stage_seed("revise", critique.response_id, critique.round))
+        seed = ids.compute_stage_seed("revise", critique.response_id, critique.round)
+        return GenerationRequest(messages, seed=seed, group=f"revise {critique.record_id}")
 
     def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
         """Return the reason why a revision is unusable, or NONE if it is usable."""

@@ -19,6 +19,7 @@
     |   +-- WalDamaged              only its write-ahead log is damaged
     +-- StoreMismatch               the database and the log do not belong together
     +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
+    +-- RequestFailed               a model server fails for this record, but not for others; the record is tried again
     +-- TrainingFailed              training on this batch failed; nothing was saved
     +-- TooManyDeadLetters          too many consecutive records failed in the same way
     +-- DataFolderVersionMismatch   the data folder was written by another version of Charter
@@ -118,6 +119,13 @@ class StoreMismatch(CharterError):
 
 class PermanentRecordError(CharterError):
     """This record can never be processed, so it is not retried."""
+
+
+class RequestFailed(CharterError):
+    """A model server does not answer a request of this record, but it answers other requests.
+
+    The record is tried again, up to `worker.max_attempts` times in all. Then the record becomes a dead letter.
+    """
 
 
 class TrainingFailed(CharterError):

@@ -165,8 +165,20 @@ class ModelsSettings(_Section):
     )
     threads: int = Field(2, ge=1, description="Number of CPU threads that a local model uses.")
     max_batch_size: int = Field(32, ge=1, description="Maximum number of sequences in one batch of a local model.")
-    timeout_s: float = Field(120.0, gt=0, description="Timeout of one request to an endpoint, in seconds.")
-    concurrency: int = Field(16, ge=1, description="Maximum number of concurrent requests to an endpoint.")
+    timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Timeout of one request to an endpoint, in seconds. Each timeout doubles it, up to eight times this value.",
+    )
+    concurrency: int = Field(
+        16,
+        ge=1,
+        description="Maximum number of concurrent requests to an endpoint. While the endpoint is overloaded, there are fewer.",
+    )
+    send_seed: bool = Field(
+        True,
+        description="Send a seed with each request to an endpoint. Turn it off for a server that fails on requests with a seed.",
+    )
     api_key_env: str = Field(
         "OPENAI_API_KEY",
         description="Name of the environment variable that contains the API key of endpoints, or a comma-separated list of HOST=VARIABLE.",

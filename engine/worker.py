@@ -65,8 +65,11 @@ class Stage:
     """A stage: its topics, and a function that maps a batch of records to the outputs of each record.
 
     Topics are served in the order of `inputs`. An executor serves stages with a higher `priority` first. A stage that is
-    further downstream has a higher priority. `process` gets at most `max_batch_size` records. With `first_per_key`, a record is
-    skipped if the run has an earlier record with the same prompt id as its key.
+    further downstream has a higher priority. `process` gets at most `max_batch_size` records. For each record it returns the
+    outputs or an error. An error of one record does not affect the outputs of the others. A DependencyUnreachable pauses the stage
+    and the record is processed again. Any other error counts as an attempt of the record. If `process` raises an error instead,
+    the error applies to the whole batch. With `first_per_key`, a record is skipped if the run has an earlier record with the same
+    prompt id as its key.
     """
 
     name: str
@@ -74,7 +77,7 @@ class Stage:
     outputs: tuple[str, ...]
     priority: int
     max_batch_size: int
-    process: Callable[[Sequence[Record]], Sequence[Sequence[Record]]]
+    process: Callable[[Sequence[Record]], Sequence[Sequence[Record] | CharterError]]
     first_per_key: bool = False
 
 
@@ -486,17 +489,22 @@ class Worker:
                 self.is_processing_candidate = False
 
     def run_stage(self, items: list[InFlightRecord]) -> None:
-        """Process a batch and finish its records.
+        """Process a batch and finish its records. The result of each record counts separately.
 
-        The class of an error decides whether to pause the stage, retry the records, or make them dead letters.
+        The class of an error decides whether to pause the stage, retry the record, or make it a dead letter. An error that the
+        stage raises applies to the whole batch.
         """
         records = [item.record for item in items if item.record is not None]
         started_ns = time.time_ns()
         try:
             results = self.stage.process(records)
-            outputs = [[to_producer_record(record) for record in result] for result in results]
-            if len(outputs) != len(items):
-                raise AssertionError(f"{self.stage.name} returned {len(outputs)} results for {len(items)} records")
+            if len(results) != len(items):
+                raise AssertionError(f"{self.stage.name} returned {len(results)} results for {len(items)} records")
+            # The outputs of each record, or its error.
+            outputs = [
+                result if isinstance(result, CharterError) else [to_producer_record(record) for record in result]
+                for result in results
+            ]
         except (DependencyUnreachable, MemoryError) as error:
             self.pause_stage(items, error)
         except UsageError:
@@ -504,16 +512,38 @@ class Worker:
         except Exception as error:  # any other error is treated as a failure of the record
             self.handle_failure(items, error)
         else:
-            self.num_consecutive_pauses = 0
-            with self.executor.condition:
-                self.consecutive_failures = []
-                self.num_batches += 1
-                self.batch_seconds += (time.time_ns() - started_ns) / 1e9
-                self.num_tokens += sum(
-                    record.prompt_tokens + record.completion_tokens for result in results for record in result
-                )
+            self.note_batch([result for result in results if not isinstance(result, CharterError)], started_ns)
             for item, item_outputs in zip(items, outputs, strict=True):
-                self.finish_record(item, self.trace(item.consumer_record, item_outputs, started_ns))
+                if not isinstance(item_outputs, CharterError):
+                    self.finish_record(item, self.trace(item.consumer_record, item_outputs, started_ns))
+            self.handle_record_errors(
+                [(item, error) for item, error in zip(items, outputs, strict=True) if isinstance(error, CharterError)],
+                has_successes=any(not isinstance(result, CharterError) for result in results),
+            )
+
+    def note_batch(self, results: Sequence[Sequence[Record]], started_ns: int) -> None:
+        """Count a batch. A success shows that the dependencies are available, and that earlier failures have no common cause."""
+        with self.executor.condition:
+            if results:
+                self.num_consecutive_pauses = 0
+                self.consecutive_failures = []
+            self.num_batches += 1
+            self.batch_seconds += (time.time_ns() - started_ns) / 1e9
+            self.num_tokens += sum(record.prompt_tokens + record.completion_tokens for result in results for record in result)
+
+    def handle_record_errors(self, failed: Sequence[tuple[InFlightRecord, CharterError]], has_successes: bool) -> None:
+        """Handle the failed records of a batch whose other records have results."""
+        waiting = [(item, error) for item, error in failed if isinstance(error, DependencyUnreachable)]
+        if waiting:
+            self.pause_stage([item for item, _ in waiting], waiting[0][1])
+        for item, error in failed:
+            if isinstance(error, UsageError):
+                raise error
+            if not isinstance(error, DependencyUnreachable):
+                self.handle_failure([item], error)
+                if has_successes:  # the server answers others, so the failures of this batch have no common cause
+                    with self.executor.condition:
+                        self.consecutive_failures = []
 
     def finish_record(self, item: InFlightRecord, outputs: list[ProducerRecord]) -> None:
         """Set the outputs of a record. If an output is larger than MAX_RECORD_BYTES, make a dead letter instead."""
@@ -531,7 +561,8 @@ class Worker:
         wait = compute_backoff(self.num_consecutive_pauses)
         self.num_consecutive_pauses += 1
         self.num_pauses += 1
-        logger.warning("%s pauses %.1f s: %s: %s", self.stage.name, wait, type(error).__name__, error)
+        reason = "; ".join(str(error).splitlines()) if isinstance(error, CharterError) else f"{type(error).__name__}: {error}"
+        logger.warning("%s pauses %.1f s: %s", self.stage.name, wait, reason)
         self.requeue_batch(items)
         self.paused_until = time.monotonic() + wait
 
@@ -556,7 +587,7 @@ class Worker:
                 "%s failed to process a record %d times",
                 self.stage.name,
                 item.attempts,
-                exc_info=error,
+                exc_info=None if isinstance(error, CharterError) else error,  # a CharterError explains itself
                 extra=self.make_log_extra(item),
             )
             self.send_to_dead_letter(item, DeadLetterKind.EXHAUSTED, error)

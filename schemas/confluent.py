@@ -28,6 +28,7 @@ from fastavro.schema import SchemaParseException, parse_schema
 
 from schemas.avro import NAMESPACE, get_schema
 from schemas.codec import CONFLUENT_MAGIC, ForeignSchema, RecordError, UnknownSchemaId, get_parsed_schema
+from schemas.http_client import create_http_client
 from schemas.records import RECORDS, Record
 
 if TYPE_CHECKING:
@@ -240,14 +241,12 @@ def _check_url(url: str) -> str:
 
 def _create_client(credentials: str, timeout_s: float) -> httpx.Client:
     """Create an HTTP client without compressed responses and without redirects. A redirect would forward the credentials."""
-    import httpx
-
     user, colon, password = credentials.partition(":")
     # If the credentials have unprintable characters, httpx raises an error whose message contains the credentials.
     if credentials and not (colon and credentials.isprintable()):
         raise ValueError("the credentials of the schema registry must be USER:PASSWORD")
     headers = {"Accept": f"{_CONTENT_TYPE}, application/json", "Accept-Encoding": "identity", "Content-Type": _CONTENT_TYPE}
-    return httpx.Client(
+    return create_http_client(
         auth=(user, password) if credentials else None, headers=headers, timeout=timeout_s, follow_redirects=False
     )
 

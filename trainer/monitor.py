@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.eligibility import find_pair_problem
 from engine.models.chat_template import encode_completion, encode_prompt
-from engine.models.interface import GenerationRequest
+from engine.models.interface import GenerationRequest, require_results
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
@@ -236,7 +236,7 @@ def sample_responses(folder: Path, dialogues: Sequence[tuple[ChatMessage, ...]],
     generations = [
         generation
         for start in range(0, len(requests), batch_size)
-        for (generation,) in model.generate(requests[start : start + batch_size], max_tokens=_MAX_NEW_TOKENS)
+        for (generation,) in require_results(model.generate(requests[start : start + batch_size], max_tokens=_MAX_NEW_TOKENS))
     ]
     return [(generation.text, generation.finish_reason == "stop") for generation in generations]
 

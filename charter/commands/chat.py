@@ -15,7 +15,7 @@ from charter.models import RoleModels
 from charter.policies import get_verified_folder, parse_policy_version
 from charter.text import escape_unprintable, format_json
 from engine.models import open_model
-from engine.models.interface import Generation, GenerationRequest, Model
+from engine.models.interface import Generation, GenerationRequest, Model, require_results
 from engine.policy import get_weights_version, read_policy_updates
 from engine.settings import Settings
 from schemas.records import ChatMessage
@@ -91,7 +91,7 @@ def _make_message(role: str, content: str) -> ChatMessage:
 
 
 def _generate_response(model: Model, messages: list[ChatMessage], seed: int, sampling: dict[str, Any]) -> Generation:
-    ((generation,),) = model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling)
+    ((generation,),) = require_results(model.generate([GenerationRequest(tuple(messages), seed=seed)], **sampling))
     return generation
 
 

@@ -20,7 +20,8 @@ from charter.evaluation.rejudge import BatchJudge, make_pair_response
 from charter.models import RoleModels
 from constitutions.loader import Constitution, load_constitution
 from engine.budget import parse_prices
-from engine.errors import PermanentRecordError, UsageError
+from engine.errors import PermanentRecordError, RequestFailed, UsageError
+from engine.models.interface import require_results
 from engine.settings import PRESETS, JudgeSettings, Settings
 from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
@@ -176,23 +177,12 @@ def apply_judge_preset(settings: Settings, origins: dict[str, str], preset: str)
 
 
 def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference | None]:
-    """Return the label of each pair. A label is None if the pair does not fit into the context of the model."""
-    labels: list[Preference | None] = []
-    batch_size = judge.settings.models.max_batch_size
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        try:
-            labels += judge.label_pairs(constitution, batch)
-        except PermanentRecordError:  # one pair caused an error of the whole batch, so label each pair separately
-            labels += [_label_pair(judge, constitution, pair) for pair in batch]
-    return labels
+    """Return the label of each pair.
 
-
-def _label_pair(judge: BatchJudge, constitution: Constitution, pair: Response) -> Preference | None:
-    try:
-        return judge.label_pairs(constitution, [pair])[0]
-    except PermanentRecordError:
-        return None
+    A label is None if the pair does not fit into the context of the model, or if a server fails for this pair but answers others.
+    """
+    results = judge.judge_pairs(constitution, pairs)
+    return require_results([None if isinstance(result, PermanentRecordError | RequestFailed) else result for result in results])
 
 
 def _print_status(text: str) -> None:

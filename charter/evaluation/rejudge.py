@@ -19,6 +19,8 @@ from charter.models import RoleModels
 from charter.pipeline import make_judge_stage
 from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import ALL_PRINCIPLES_ID, Constitution, filter_by_tags
+from engine.errors import CharterError
+from engine.models.interface import Result, require_results
 from engine.settings import Settings
 from schemas import ids
 from schemas.records import ChatMessage, Completion, FinishReason, Preference, Response
@@ -55,12 +57,16 @@ class BatchJudge:
     on_progress: Callable[[int], None] = lambda count: None
 
     def label_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Preference]:
-        """Return the preference for each pair. A pair is a Response with two completions."""
+        """Return the preference for each pair. A pair is a Response with two completions. Raise the error of a failed pair."""
+        return require_results(self.judge_pairs(constitution, pairs))
+
+    def judge_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Result[Preference]]:
+        """Return the preference for each pair, or the error of the pair."""
         judge, batch_size = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
-        preferences: list[Preference] = []
+        preferences: list[Result[Preference]] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
-            preferences += [preference for (preference,) in judge(batch)]
+            preferences += [result if isinstance(result, CharterError) else result[0] for result in judge(batch)]
             self.on_progress(len(batch))
         return preferences
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from engine.models.finish_reason import parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
+from engine.models.throttle import Slot
 
 _CHARS_PER_TOKEN = 4  # used to estimate the usage if a server reports none
 # A token can contain these characters around a letter. Byte-level BPE writes a space as Ġ, SentencePiece writes it as ▁.
@@ -20,18 +21,25 @@ _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 _THINKING_PATTERN = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
 
+_TEXT_PART_TYPES = ("text", "output_text")
+_REASONING_PART_TYPES = ("thinking", "redacted_thinking", "reasoning")
 JsonObject = dict[str, Any]
 
 
 class TransientError(Exception):
     """An attempt failed, and a retry may succeed.
 
-    `status_code` is 0 if there was no response. `usage` contains the tokens that the server billed for the attempt.
+    `status_code` is 0 if there was no response. `usage` contains the tokens that the server billed for the attempt. `was_sent` is
+    false if the server has not received the request. `kind` is equal for failures of the same kind.
     """
 
-    def __init__(self, reason: str, status_code: int = 0, usage: Usage = NO_USAGE) -> None:
+    def __init__(self, reason: str, status_code: int = 0, usage: Usage = NO_USAGE, *, was_sent: bool = True) -> None:
         super().__init__(reason)
-        self.status_code, self.usage = status_code, usage
+        self.status_code, self.usage, self.was_sent = status_code, usage, was_sent
+
+    @property
+    def kind(self) -> str:
+        return f"status {self.status_code}" if self.status_code else str(self).partition(":")[0]
 
 
 class RequestTimeout(TransientError):
@@ -42,18 +50,33 @@ class RequestRejected(Exception):
     """The server rejected a request as invalid. The message is the server's message; the API key is removed."""
 
 
+class RequestGivenUp(RequestRejected):
+    """The caller of `post_with_retries` has given up a request that failed several times."""
+
+
+@dataclass(frozen=True)
+class FailedAttempt:
+    """A failed attempt of a request: the number of failures so far, and the time of the first one on the monotonic clock."""
+
+    error: TransientError
+    num_failures: int
+    first_failed_at: float
+    slot: Slot
+
+
 class ChatServer(Protocol):
     """A server that can be probed (see `engine.models.endpoint.Endpoint`)."""
 
     url: str
     id: str
+    send_seed: bool
 
     def post_with_retries(
         self,
         request: JsonObject,
         *,
         timeout_s: float | None = None,
-        should_give_up: Callable[[TransientError, int], bool] = ...,
+        should_give_up: Callable[[FailedAttempt], bool] = ...,
     ) -> tuple[JsonObject, Usage]: ...
 
     def add_unbilled(self, usage: Usage) -> None: ...
@@ -71,6 +94,10 @@ class ServerCapabilities:
     `token_ids_body` contains the fields of a request whose response must contain exact token ids.
     `unmodified_sampling` is true if the server samples exactly as the request specifies, without its own defaults.
     `supports_seed` is true if the server accepts seeds. `reports_usage` is true if it reports the number of tokens.
+    `sends_temperature` is false if requests must not contain a temperature. `any_temperature` is false if only 1 is accepted.
+    `top_p_with_temperature` is false if a request must not contain both.
+    `thinks` is true if a completion starts with reasoning although the request turns thinking off.
+    `names_tokens` is false if log-probabilities contain token ids instead of texts, so that options cannot be found in them.
     """
 
     max_tokens_field: str = "max_tokens"
@@ -82,15 +109,26 @@ class ServerCapabilities:
     unmodified_sampling: bool = False
     supports_seed: bool = True
     reports_usage: bool = True
+    sends_temperature: bool = True
+    any_temperature: bool = True
+    top_p_with_temperature: bool = True
+    thinks: bool = False
+    names_tokens: bool = True
 
     def to_model_capabilities(self, num_votes: int) -> ModelCapabilities:
         return ModelCapabilities(
             prefill=self.prefill_body is not None,
-            logprobs=self.max_top_logprobs > 0,
+            logprobs=self.can_score_options,
             token_ids=self.token_ids_body is not None,
             exact_logprobs=self.token_ids_body is not None and self.max_top_logprobs > 0 and self.unmodified_sampling,
-            num_votes=0 if self.max_top_logprobs else num_votes,
+            num_votes=0 if self.can_score_options else num_votes,
+            any_temperature=self.any_temperature,
         )
+
+    @property
+    def can_score_options(self) -> bool:
+        """Whether options can be found among the top tokens."""
+        return self.max_top_logprobs > 0 and self.names_tokens
 
 
 def parse_retry_after(retry_after: str) -> float:
@@ -114,15 +152,38 @@ def parse_chat_completion(text: bytes) -> JsonObject:
         raise TransientError("the response is not JSON") from error
     if not isinstance(response, dict):
         raise TransientError("the response is not a chat completion")
+    usage = parse_usage(response) or NO_USAGE
     try:
         message = response["choices"][0]["message"]
-        content = message["content"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise TransientError("the response is not a chat completion", usage=parse_usage(response) or NO_USAGE) from error
+        content = message["content"] if not has_reasoning(message) else message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise TransientError("the response is not a chat completion", usage=usage) from error
+    if isinstance(content, list):
+        content = _join_parts(content, message, usage)
     if not isinstance(content, str | None):
-        raise TransientError("the content of the response is not a string", usage=parse_usage(response) or NO_USAGE)
+        raise TransientError("the content of the response is not a string", usage=usage)
     message["content"] = replace_surrogates(content or "")
     return response
+
+
+def _join_parts(parts: list[Any], message: JsonObject, usage: Usage) -> str:
+    """Return the text of a content that is a list of parts. Move its reasoning to the field `reasoning_content`."""
+    texts: list[str] = []
+    for part in parts:
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
+        kind, text = fields.get("type", "text"), fields.get("text")
+        if kind in _REASONING_PART_TYPES:
+            message["reasoning_content"] = message.get("reasoning_content") or "reasoning in a part of the content"
+        elif kind in _TEXT_PART_TYPES and isinstance(text, str):
+            texts.append(text)
+        else:
+            raise TransientError(f"the content of the response has a part of type {str(kind)[:50]!r} without text", usage=usage)
+    return "".join(texts)
+
+
+def has_reasoning(message: JsonObject) -> bool:
+    """Return whether a message has reasoning in a separate field."""
+    return bool(message.get("reasoning_content") or message.get("reasoning"))
 
 
 def replace_surrogates(text: str) -> str:
@@ -156,7 +217,7 @@ def parse_generation(response: JsonObject, usage: Usage) -> Generation:
     if isinstance(refusal, str) and refusal:
         text, finish = text or replace_surrogates(refusal), "refused"
     token_ids, logprobs = _parse_sampled_tokens(choice)
-    if text != content:
+    if text != content or has_reasoning(choice["message"]):
         token_ids, logprobs = (), ()  # the lists also contain the tokens of the removed reasoning
     prompt = _parse_non_negative_ints(response.get("prompt_token_ids") or choice.get("prompt_token_ids"))
     return Generation(text, finish, token_ids, logprobs, prompt, usage)

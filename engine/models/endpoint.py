@@ -3,10 +3,19 @@
 A server is probed once, at its first use (`engine.models.probe`). If a capability is missing, the stages use other prompt
 templates, which have another template hash.
 
-Requests run concurrently up to a limit. Each request has a timeout. After status 429 or 5xx, a broken connection, or a response
-that is not JSON, the request is retried with exponential backoff and full jitter. A `Retry-After` header delays the retry. If
-the deadline of the call passes, ModelUnreachable is raised, and the stage pauses without losing records. If the server rejects
-a request as invalid, PermanentRecordError is raised, and the record becomes a dead letter.
+Requests run concurrently up to a limit, which adapts to the server (`engine.models.throttle`). Each request has a timeout. After
+status 429 or 5xx, a broken connection, or a response that is not a chat completion, the request is retried with exponential
+backoff and full jitter. A `Retry-After` header delays the retry. The log has a line at the first failure, and then a status line
+at intervals (`engine.models.server_health`).
+
+Each request of a batch has its own result, and an error does not affect the other requests:
+
+ModelUnreachable        the server answers no request until the deadline, or it is the wrong server, model or key; the stage pauses
+RequestFailed           the server fails for this request, but answers others; this counts as an attempt of the record
+PermanentRecordError    the server rejects the request as invalid; the record becomes a dead letter
+
+If a record has several requests and one of them fails, the responses to the others are kept for the next attempt
+(`engine.models.paid_responses`).
 
 Options are scored with the `top_logprobs` of the first token. If the server has no log-probabilities, the shares of sampled
 replies are used.
@@ -19,23 +28,30 @@ The API key is read from an environment variable, which can differ between serve
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
+import math
 import os
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urljoin
 
 import httpx
 
 from engine.backoff import BACKOFF_RANGE_S, compute_backoff
-from engine.errors import CharterError, DependencyUnreachable, ModelUnreachable, PermanentRecordError, UsageError
+from engine.errors import CharterError, ModelUnreachable, PermanentRecordError, RequestFailed, UsageError
 from engine.models.chat_api import (
+    FailedAttempt,
     JsonObject,
+    RequestGivenUp,
     RequestRejected,
     RequestTimeout,
     ServerCapabilities,
@@ -49,18 +65,43 @@ from engine.models.chat_api import (
     parse_usage,
 )
 from engine.models.control_tokens import break_up_markers
-from engine.models.interface import NO_USAGE, Generation, GenerationRequest, ModelCapabilities, OptionScores, Usage
+from engine.models.interface import (
+    NO_USAGE,
+    Generation,
+    GenerationRequest,
+    ModelCapabilities,
+    OptionScores,
+    Result,
+    Usage,
+    combine_results,
+)
+from engine.models.paid_responses import PaidResponses
 from engine.models.probe import probe_server
+from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
+from engine.models.throttle import Slot, Throttle
+from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
 from schemas.ids import compute_fingerprint
 
 logger = logging.getLogger("charter.endpoint")
 
 _RETRY_TIMEOUT_S = 600.0
+_CONNECT_TIMEOUT_S = 10.0
+_CHECK_TIMEOUT_S = 10.0
 _MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 _REQUEST_ERROR_STATUSES = (400, 413, 422)
-_CONFIG_ERROR_STATUSES = (401, 402, 403, 404)
+_TRANSIENT_CLIENT_ERROR_STATUSES = (
+    408,
+    409,
+    425,
+    429,
+)  # every other status from 401 to 499 means a wrong model, key or address
+_OVERLOAD_STATUSES = (429, 503)
+_MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
+_MAX_ERROR_CHARS = 300
 _NUM_VOTES = 8
 _MAX_VOTE_TOKENS = 8
+_MAX_THINKING_TOKENS = 1024  # additional tokens for a vote of a model that thinks before it replies
+_MIN_UNLISTED_SCORES = 20  # this number of option scores without any listed option is worth a warning
 
 T = TypeVar("T")
 
@@ -69,11 +110,22 @@ T = TypeVar("T")
 class ChatRequest:
     """A request body, and the timeout of the response in seconds.
 
-    If `timeout_s` is None, the timeout of the endpoint is used, and the request is retried after a timeout.
+    If `timeout_s` is None, the timeout of the endpoint is used, and the request is retried after a timeout. `group` is the group
+    of the GenerationRequest.
     """
 
     body: JsonObject
     timeout_s: float | None = None
+    group: str = ""
+
+    @property
+    def key(self) -> str:
+        """The hash of the body."""
+        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()
+
+
+class _ServerMisconfigured(ModelUnreachable):
+    """The server answers, but the address, the model or the key is wrong."""
 
 
 def compute_served_revision(url: str, model: str) -> str:
@@ -82,9 +134,17 @@ def compute_served_revision(url: str, model: str) -> str:
 
 
 def open_endpoint(
-    spec: str, *, api_key_env: str = "OPENAI_API_KEY", timeout_s: float = 120.0, concurrency: int = 16
+    spec: str,
+    *,
+    api_key_env: str = "OPENAI_API_KEY",
+    timeout_s: float = 120.0,
+    concurrency: int = 16,
+    send_seed: bool = True,
 ) -> Endpoint:
-    """Open the model `http://HOST:PORT/v1#MODEL`. Raise UsageError if the address has a different form."""
+    """Open the model `http://HOST:PORT/v1#MODEL`.
+
+    Raise UsageError if the address has a different form, or if the API key or the proxy settings cannot be used.
+    """
     address, _, model = spec.partition("#")
     try:
         url = httpx.URL(address)
@@ -99,8 +159,38 @@ def open_endpoint(
         )
     if not model or not url.host:
         raise UsageError(f"{spec} names no model", "a server can serve several models", f"write {address}#MODEL")
-    key = os.environ.get(variable, "") if variable else ""
-    return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency)
+    key = _read_api_key(variable) if variable else ""
+    try:
+        return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency, send_seed=send_seed)
+    except ClientSettingsError as error:
+        raise UsageError(error.what, error.why, error.fix) from None
+
+
+def _read_api_key(variable: str) -> str:
+    """Return the API key in an environment variable. Raise UsageError, which does not contain the key, if it is malformed."""
+    key = os.environ.get(variable, "")
+    if problem := _describe_key_problem(key):
+        raise UsageError(
+            f"the API key in the environment variable {variable} cannot be sent",
+            f"it {problem}; a key consists of ASCII characters, without quotation marks around it",
+            f"set it again, e.g. export {variable}=$(tr -d '[:space:]' < FILE)",
+        )
+    return key
+
+
+def _describe_key_problem(key: str) -> str:
+    """Return what is wrong with an API key, or an empty string."""
+    if len(key) > 1 and key[0] in "\"'" and key[-1] in "\"'":
+        return "is enclosed in quotation marks"
+    for character in key:
+        if character in "\r\n":
+            return "contains a line break"
+        if not character.isascii() or not character.isprintable():
+            name = unicodedata.name(character, "a control character").lower()
+            return f"contains U+{ord(character):04X} ({name})"
+    if key != key.strip():
+        return "starts or ends with a space"
+    return "starts with the word Bearer, which Charter adds" if key.lower().startswith("bearer ") else ""
 
 
 def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
@@ -123,7 +213,7 @@ class Endpoint:
     """One model of one server.
 
     `timeout_s` limits one attempt of a request, and `retry_timeout_s` limits all attempts together. If the server has no
-    log-probabilities, `num_votes` replies are sampled to score options.
+    log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed.
     """
 
     url: str
@@ -134,18 +224,23 @@ class Endpoint:
     retry_timeout_s: float = _RETRY_TIMEOUT_S
     backoff_range_s: tuple[float, float] = BACKOFF_RANGE_S
     num_votes: int = _NUM_VOTES
+    send_seed: bool = True
     cached_server_capabilities: ServerCapabilities | None = None
 
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        self.client = httpx.Client(headers=headers, timeout=self.timeout_s, limits=limits)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        timeout = httpx.Timeout(self.timeout_s, connect=min(_CONNECT_TIMEOUT_S, self.timeout_s))
+        self.client = create_http_client(headers=headers, timeout=timeout, limits=limits, follow_redirects=False)
         self.executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         self.revision = compute_served_revision(self.url, self.id)
         self.lock = threading.Lock()
         self.probe_lock = threading.Lock()
         self.unbilled_usage = NO_USAGE  # usage of failed attempts that is not yet added to a response
-        self.retry_at = 0.0  # on the monotonic clock; no request is sent before this time (Retry-After)
+        self.throttle = Throttle(self.url, self.concurrency, self.timeout_s)
+        self.health = ServerHealth(f"{self.url}#{self.id}")
+        self.paid_responses = PaidResponses()
+        self.num_unlisted_scores: int | None = 0  # option scores without any listed option so far; None after the warning
 
     # The Model interface
 
@@ -170,42 +265,88 @@ class Endpoint:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
-    ) -> list[list[Generation]]:
+    ) -> list[Result[list[Generation]]]:
         server_capabilities = self.server_capabilities
-        sampling = {"temperature": temperature, "top_p": top_p, server_capabilities.max_tokens_field: max_tokens}
+        sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: max_tokens}
         exact = top_p == 1 and temperature > 0 and (temperature == 1 or server_capabilities.processed_logprobs)
         if server_capabilities.token_ids_body is not None:
             sampling |= server_capabilities.token_ids_body
             sampling |= {"logprobs": True, "top_logprobs": 0} if exact and self.capabilities.exact_logprobs else {}
         # One request for each completion, because some servers do not support n > 1, and each completion has a different seed.
         requests = [
-            ChatRequest(self.make_request_body(request) | sampling | self.make_seed_body(request.seed + n), request.timeout_s)
+            ChatRequest(
+                self.make_request_body(request) | sampling | self.make_seed_body(request.seed + n),
+                request.timeout_s,
+                request.group,
+            )
             for request in batch
             for n in range(num_completions)
         ]
         generations = self.send_requests(requests, parse_generation)
-        return [generations[i : i + num_completions] for i in range(0, len(generations), num_completions)]
+        return [combine_results(generations[i : i + num_completions]) for i in range(0, len(generations), num_completions)]
 
-    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
+    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[Result[OptionScores]]:
         server_capabilities = self.server_capabilities
-        if not server_capabilities.max_top_logprobs:
+        if not self.capabilities.logprobs:
             return self.score_options_by_vote(batch, options)
-        scoring = {
-            "temperature": 1.0,
-            "top_p": 1.0,
+        scoring = self.make_sampling_body(1.0, 1.0) | {
             server_capabilities.max_tokens_field: 1,
             "logprobs": True,
             "top_logprobs": server_capabilities.max_top_logprobs,
         }
-        return self.send_requests(
-            [ChatRequest(self.make_request_body(request) | scoring) for request in batch],
+        results = self.send_requests(
+            [ChatRequest(self.make_request_body(request) | scoring, group=request.group) for request in batch],
             partial(parse_option_scores, options=options),
         )
+        self.warn_about_unlisted_options(results, options)
+        return results
 
-    def score_options_by_vote(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
+    def score_options_by_vote(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[Result[OptionScores]]:
         """Return the share of each option among `num_votes` replies sampled at temperature 1."""
-        replies_by_request = self.generate(batch, num_completions=self.num_votes, max_tokens=_MAX_VOTE_TOKENS)
-        return [count_votes(replies, options) for replies in replies_by_request]
+        max_tokens = _MAX_VOTE_TOKENS + (_MAX_THINKING_TOKENS if self.server_capabilities.thinks else 0)
+        results = self.generate(batch, num_completions=self.num_votes, max_tokens=max_tokens)
+        return [result if isinstance(result, CharterError) else count_votes(result, options) for result in results]
+
+    def warn_about_unlisted_options(self, results: Sequence[Result[OptionScores]], options: Sequence[str]) -> None:
+        """Warn once if the top tokens of many questions never contain an option, so that no question gets a label."""
+        with self.lock:
+            masses = [result.option_mass for result in results if isinstance(result, OptionScores)]
+            if self.num_unlisted_scores is None or not masses:
+                return
+            self.num_unlisted_scores = None if any(masses) else self.num_unlisted_scores + len(masses)
+            if self.num_unlisted_scores is None or self.num_unlisted_scores < _MIN_UNLISTED_SCORES:
+                return
+            count, self.num_unlisted_scores = self.num_unlisted_scores, None
+        logger.warning(
+            "%s#%s: none of the options %s was among the top tokens of %d questions, so none of them has a label (LOW_MASS):"
+            " check the model, its chat template and how the server names tokens",
+            self.url,
+            self.id,
+            ", ".join(options),
+            count,
+        )
+
+    def make_sampling_body(self, temperature: float, top_p: float) -> JsonObject:
+        """Return the sampling fields of a request: those that the server accepts, without values that mean no change."""
+        server_capabilities = self.server_capabilities
+        if temperature != 1 and not server_capabilities.any_temperature:
+            raise UsageError(
+                f"{self.id} on {self.url} cannot sample at temperature {temperature:g}",
+                "the probe showed that the server accepts only the default temperature, which is 1",
+                "set respond.temperature and critique.temperature to 1, or use another model",
+            )
+        body: JsonObject = {"temperature": temperature} if server_capabilities.sends_temperature else {}
+        if server_capabilities.top_p_with_temperature:
+            return body | {"top_p": top_p}
+        if top_p == 1:
+            return body
+        if temperature != 1:
+            raise UsageError(
+                f"{self.id} on {self.url} cannot sample with temperature {temperature:g} and top_p {top_p:g}",
+                "the probe showed that the server rejects requests with both",
+                "set respond.temperature or respond.top_p to 1",
+            )
+        return {"top_p": top_p}
 
     def make_seed_body(self, seed: int) -> JsonObject:
         return {"seed": seed % 2**31} if self.server_capabilities.supports_seed else {}
@@ -235,104 +376,213 @@ class Endpoint:
 
     # Requests
 
-    def send_requests(self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]) -> list[T]:
-        """Send requests concurrently and return their parsed responses.
-
-        If a request fails, wait for all requests, add the usage of the successful requests to `unbilled_usage`, and raise.
-        """
+    def send_requests(self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]) -> list[Result[T]]:
+        """Send requests concurrently. Return the parsed response or the error of each request."""
+        started = time.monotonic()
+        self.add_unbilled(self.paid_responses.begin({request.group for request in requests if request.group}))
         futures = [self.executor.submit(self.send_request, request, parse) for request in requests]
-        wait(futures)
-        errors = [error for future in futures if (error := future.exception())]
-        if not errors:
-            return [future.result()[0] for future in futures]
-        for future in futures:
-            if not future.exception():
-                self.add_unbilled(future.result()[1])
-        raise next((error for error in errors if isinstance(error, DependencyUnreachable)), errors[0])
+        while wait(futures, timeout=STATUS_INTERVAL_S).not_done:
+            self.health.log_status(started)
+        results = [future.result() for future in futures]
+        # A permanent error ends the record, so it will not need its other responses.
+        for group in {r.group for r, result in zip(requests, results, strict=True) if isinstance(result, PermanentRecordError)}:
+            self.add_unbilled(self.paid_responses.forget(group))
+        return results
 
-    def send_request(self, request: ChatRequest, parse: Callable[[JsonObject, Usage], T]) -> tuple[T, Usage]:
-        """Send a request with retries. Return the parsed response and its usage."""
+    def send_request(self, request: ChatRequest, parse: Callable[[JsonObject, Usage], T]) -> Result[T]:
+        """Send a request with retries, or use the kept response to it. Return the parsed response or the error."""
         try:
-            response, usage = self.post_with_retries(request.body, timeout_s=request.timeout_s)
+            response, usage = self.paid_responses.take(request.group, request.key) or self.post_record_request(request)
+        except CharterError as error:
+            self.paid_responses.mark_failed(request.group)
+            return error
+        self.paid_responses.add(request.group, request.key, response, usage)
+        return parse(response, usage)
+
+    def post_record_request(self, request: ChatRequest) -> tuple[JsonObject, Usage]:
+        """Send a request of a record with retries. Raise the error of the record or of the server."""
+        try:
+            response, usage = self.post_with_retries(
+                request.body, timeout_s=request.timeout_s, should_give_up=self.is_request_at_fault
+            )
+        except RequestGivenUp as error:
+            self.health.note_alive()
+            raise self.make_request_error(str(error)) from error
         except RequestRejected as error:
-            raise PermanentRecordError(f"{self.url} rejected the request", str(error), "") from error
-        usage += self.take_unbilled()
-        return parse(response, usage), usage
+            raise PermanentRecordError(
+                f"{self.url} rejected the request",
+                str(error),
+                "change the prompt, or leave it out: other records are not affected",
+            ) from error
+        except _ServerMisconfigured as error:
+            if self.is_alive():
+                raise self.make_request_error(f"{error.what}: {error.why}") from error
+            raise
+        return response, usage + self.take_unbilled()
+
+    def make_request_error(self, reason: str) -> RequestFailed:
+        return RequestFailed(
+            f"{self.url} fails for this request, but it answers others",
+            reason,
+            "check the log of the server; the record is tried again, and then becomes a dead letter (charter dlq list)",
+        )
+
+    def is_request_at_fault(self, attempt: FailedAttempt) -> bool:
+        """Return whether the server answers others, so that a failure is a failure of this request and not of the server."""
+        error = attempt.error
+        if error.status_code in _OVERLOAD_STATUSES or not error.was_sent:
+            return False
+        if isinstance(error, RequestTimeout):
+            return self.is_timeout_at_fault(attempt.slot)
+        if attempt.num_failures < _MAX_FAILURES:
+            return False
+        return self.health.answered_at > attempt.first_failed_at or self.is_alive()
+
+    def is_timeout_at_fault(self, slot: Slot) -> bool:
+        """Return whether a timeout is a failure of the request.
+
+        Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if the server
+        has answered others that were sent much later, or if it was alone and the server answers a small request. If the server is
+        too slow for two requests at once, the timeout is raised to its maximum first.
+        """
+        if self.health.answered_start > slot.started_at + slot.timeout_s / 2:
+            return True
+        was_alone = slot.was_alone and self.throttle.is_idle
+        is_slow_server = slot.concurrency == 1 and slot.timeout_s < self.throttle.max_timeout_s
+        return was_alone and not is_slow_server and self.is_alive()
 
     def post_with_retries(
         self,
         request: JsonObject,
         *,
         timeout_s: float | None = None,
-        should_give_up: Callable[[TransientError, int], bool] = lambda error, attempts: False,
+        should_give_up: Callable[[FailedAttempt], bool] = lambda attempt: False,
     ) -> tuple[JsonObject, Usage]:
         """Send a request until it succeeds. Return the response and its usage.
 
-        If `should_give_up(error, attempts)` returns true, raise RequestRejected. If a response takes longer than `timeout_s`,
+        If `should_give_up` returns true for a failed attempt, raise RequestGivenUp. If a response takes longer than `timeout_s`,
         send a second request. If the server responds to this second request, return an empty response with the finish reason
         "timeout". If the server does not respond, treat the timeout as a failed attempt.
         """
-        deadline, attempts = time.monotonic() + self.retry_timeout_s, 0
+        num_failures, first_failed_at = 0, math.inf
         while True:
-            self.wait_for_retry_after(deadline)
+            self.wait_for_retry_after(min(first_failed_at, time.monotonic()) + self.retry_timeout_s)
             try:
-                return self.post_once(request, timeout_s or self.timeout_s)
+                with self.throttle.acquire_slot() as slot:
+                    response, usage = self.post_once(request, timeout_s or slot.timeout_s)
             except TransientError as error:
+                self.add_unbilled(error.usage)
+                num_failures, first_failed_at = num_failures + 1, min(first_failed_at, time.monotonic())
+                pause_s = compute_backoff(num_failures - 1, self.backoff_range_s)
+                self.health.note_failure(error.kind, str(error), max(pause_s, self.retry_delay_s), self.retry_timeout_s)
+                was_alone = slot.was_alone and self.throttle.is_idle  # then the server is not overloaded by our requests
+                if error.status_code in _OVERLOAD_STATUSES or (isinstance(error, RequestTimeout) and not was_alone):
+                    self.throttle.note_overload(slot)
                 if isinstance(error, RequestTimeout) and timeout_s and self.is_alive():
                     timed_out = {"choices": [{"message": {"content": ""}, "finish_reason": "timeout"}]}
                     return timed_out, estimate_usage(request, timed_out)
-                self.add_unbilled(error.usage)
-                pause_s = compute_backoff(attempts, self.backoff_range_s)
-                attempts += 1
-                if should_give_up(error, attempts):
-                    raise RequestRejected(str(error)) from error
-                if time.monotonic() + pause_s >= deadline:
-                    raise self.make_unreachable_error(f"{error}, after {attempts} attempts") from error
+                if isinstance(error, RequestTimeout) and not timeout_s:
+                    self.throttle.note_timeout(slot)
+                if should_give_up(FailedAttempt(error, num_failures, first_failed_at, slot)):
+                    raise RequestGivenUp(str(error)) from error
+                started_at = min(first_failed_at, self.health.failing_since or math.inf)
+                if time.monotonic() + pause_s >= started_at + self.retry_timeout_s:
+                    raise self.make_unreachable_error(f"{error}, after {num_failures} attempts") from error
                 time.sleep(pause_s)
+            else:
+                self.health.note_answer(slot.started_at)
+                self.throttle.note_response()
+                return response, usage
 
-    def make_unreachable_error(self, reason: str) -> CharterError:
+    def make_unreachable_error(self, reason: str) -> ModelUnreachable:
+        variable = find_proxy_variable(self.url)
+        proxy = f" (requests go through the proxy of {variable}; NO_PROXY excludes a host)" if variable else ""
         return ModelUnreachable(
             f"the model server {self.url} is unreachable",
-            reason,
+            f"{reason}{proxy}",
             "check the server and models.*; the stage continues when the server is available again",
         )
 
     def is_alive(self) -> bool:
         """Return whether the server responds to a minimal request now."""
+        try:
+            self.add_unbilled(self.post_once(self.make_greeting(), self.timeout_s)[1])
+        except (TransientError, ModelUnreachable):
+            return False
+        except RequestRejected:
+            pass  # a rejection is also a response
+        self.health.note_alive()
+        return True
+
+    def make_greeting(self) -> JsonObject:
+        """Return a minimal request."""
         greeting = {
             "model": self.id,
             "messages": [{"role": "user", "content": "Hello"}],
             self.server_capabilities.max_tokens_field: 1,
         }
+        return greeting | self.server_capabilities.extra_body
+
+    def check_reachable(self) -> None:
+        """Send one small request without retries. Raise ModelUnreachable if the server does not answer it.
+
+        The capabilities are not known yet. A rejection of the request is an answer, because the probe tries other forms.
+        """
+        request = {"model": self.id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
-            self.add_unbilled(self.post_once(greeting | self.server_capabilities.extra_body, self.timeout_s)[1])
-        except TransientError:
-            return False
+            self.add_unbilled(self.post_once(request, min(_CHECK_TIMEOUT_S, self.timeout_s))[1])
+        except TransientError as error:
+            raise self.make_unreachable_error(str(error)) from error
         except RequestRejected:
-            pass  # a rejection is also a response
-        return True
+            pass
 
     def post_once(self, request: JsonObject, timeout_s: float) -> tuple[JsonObject, Usage]:
         """Send a request once. Raise TransientError, RequestRejected or ModelUnreachable."""
         try:
             status, headers, text = self.fetch_response(request, timeout_s)
         except httpx.ReadTimeout as error:
-            raise RequestTimeout(f"ReadTimeout after {timeout_s:g} s") from error
+            raise RequestTimeout(f"no response within {timeout_s:g} s (ReadTimeout)") from error
+        except httpx.LocalProtocolError as error:
+            raise _ServerMisconfigured(
+                f"the request to {self.url} cannot be sent",
+                self.sanitize_error_text(str(error)),
+                "check models.* and the API key",
+            ) from error
         except httpx.HTTPError as error:
-            raise TransientError(type(error).__name__) from error
+            was_sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError)
+            detail = self.sanitize_error_text(str(error))
+            raise TransientError(f"{type(error).__name__}: {detail}".rstrip(": "), was_sent=was_sent) from error
         if status in _REQUEST_ERROR_STATUSES:
             raise RequestRejected(self.sanitize_error_text(text))
-        if status in _CONFIG_ERROR_STATUSES:
-            raise ModelUnreachable(
+        if 300 <= status < 400:
+            raise self.make_redirect_error(status, headers.get("location", ""))
+        if 400 <= status < 500 and status not in _TRANSIENT_CLIENT_ERROR_STATUSES:
+            raise _ServerMisconfigured(
                 f"{self.url} does not serve {self.id} (status {status})",
                 self.sanitize_error_text(text),
                 "check models.* and the environment variable of models.api_key_env",
             )
         if status != 200:
-            self.apply_retry_after(headers.get("retry-after", ""))
-            raise TransientError(f"status {status}", status)
-        response = parse_chat_completion(text)
+            self.throttle.delay(parse_retry_after(headers.get("retry-after", "")))
+            raise TransientError(f"status {status}: {self.sanitize_error_text(text)}".rstrip(": "), status)
+        try:
+            response = parse_chat_completion(text)
+        except TransientError as error:
+            reason = f"{error}: {self.sanitize_error_text(text)}"
+            raise TransientError(reason, status, error.usage) from error
         return response, parse_usage(response) or estimate_usage(request, response)
+
+    def make_redirect_error(self, status: int, location: str, path: str = "chat/completions") -> ModelUnreachable:
+        """Return the error for a redirect of a path. It names the new address, without a user, a password or a query."""
+        target = urljoin(f"{self.url}/{path}", location).partition("?")[0]
+        scheme, separator, rest = target.partition("://")
+        new_url = self.sanitize_error_text(f"{scheme}{separator}{rest.rpartition('@')[2]}").removesuffix(f"/{path}")
+        where = f"it redirects to {new_url}" if location else "the response has no Location header"
+        return _ServerMisconfigured(
+            f"{self.url} redirects requests (status {status})",
+            f"{where}; Charter does not follow redirects, because the new server would receive the API key",
+            f"if this address is right, set models.* to {new_url}#{self.id}" if location else "check models.* and the server",
+        )
 
     # Other models of the same server
 
@@ -341,6 +591,7 @@ class Endpoint:
         capabilities, other = self.server_capabilities, copy.copy(self)
         other.cached_server_capabilities = capabilities
         other.id, other.revision = model, compute_served_revision(self.url, model)
+        other.health = ServerHealth(f"{self.url}#{model}")
         return other
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -358,13 +609,8 @@ class Endpoint:
 
     def require_served(self) -> None:
         """Raise ModelUnreachable if the server does not generate a token for this model."""
-        greeting = {
-            "model": self.id,
-            "messages": [{"role": "user", "content": "Hello"}],
-            self.server_capabilities.max_tokens_field: 1,
-        }
         try:
-            response, usage = self.post_once(greeting | self.server_capabilities.extra_body, self.timeout_s)
+            response, usage = self.post_once(self.make_greeting(), self.timeout_s)
         except (TransientError, RequestRejected) as error:
             raise self.make_unreachable_error(str(error)) from error
         self.add_unbilled(usage)
@@ -375,7 +621,8 @@ class Endpoint:
         """Return status, headers and body. Abort the response if it is too large or not complete within the timeout."""
         deadline = time.monotonic() + timeout_s
         parts, size, url = [], 0, f"{self.url}/chat/completions"
-        with self.client.stream("POST", url, json=request, timeout=httpx.Timeout(self.timeout_s, read=timeout_s)) as response:
+        timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+        with self.client.stream("POST", url, json=request, timeout=timeout) as response:
             for part in response.iter_bytes():
                 parts.append(part)
                 size += len(part)
@@ -385,15 +632,15 @@ class Endpoint:
                     raise RequestTimeout(f"the response is not complete after {timeout_s:g} s")
             return response.status_code, response.headers, b"".join(parts)
 
-    def apply_retry_after(self, retry_after: str) -> None:
-        """Delay all requests until the time that a Retry-After header specifies."""
-        with self.lock:
-            self.retry_at = max(self.retry_at, time.monotonic() + parse_retry_after(retry_after))
+    @property
+    def retry_delay_s(self) -> float:
+        """The time that the last Retry-After header still asks for, in seconds."""
+        return max(0.0, self.throttle.retry_at - time.monotonic())
 
     def wait_for_retry_after(self, deadline: float) -> None:
         """Wait until the time of the last Retry-After header. Raise ModelUnreachable if this time is after the deadline."""
-        while (remaining_s := self.retry_at - time.monotonic()) > 0:
-            if self.retry_at >= deadline:
+        while (remaining_s := self.retry_delay_s) > 0:
+            if time.monotonic() + remaining_s >= deadline:
                 raise self.make_unreachable_error(
                     f"the server accepts no requests for another {remaining_s:.0f} s (Retry-After)"
                 )
@@ -409,7 +656,8 @@ class Endpoint:
             usage, self.unbilled_usage = self.unbilled_usage, NO_USAGE
             return usage
 
-    def sanitize_error_text(self, text: bytes) -> str:
-        """Return the start of the server's error message. If the message contains the API key, mask the key."""
-        message = text[:100_000].decode("utf-8", "replace")
-        return (message.replace(self.api_key, "***") if self.api_key else message)[:300]
+    def sanitize_error_text(self, text: bytes | str) -> str:
+        """Return the start of the server's error message on one line. If the message contains the API key, mask the key."""
+        message = text[:100_000].decode("utf-8", "replace") if isinstance(text, bytes) else text
+        message = " ".join((message.replace(self.api_key, "***") if self.api_key else message).split())
+        return message[:_MAX_ERROR_CHARS]

@@ -1,12 +1,34 @@
-"""Define the model interface: generate completions, and score options. Charter uses no other functions of a model."""
+"""Define the model interface: generate completions, and score options. Charter uses no other functions of a model.
+
+A model answers each request of a batch separately. The answer to a request is a result, or the error of this request. So a failed
+request does not discard the answers to the other requests, which a server may have billed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
+from engine.errors import CharterError
 from schemas.records import ChatMessage
+
+T = TypeVar("T")
+Result: TypeAlias = T | CharterError  # the answer to one request, or the error of this request
+
+
+def require_results(results: Sequence[Result[T]]) -> list[T]:
+    """Return the results. If there is an error among them, raise the first one."""
+    for result in results:
+        if isinstance(result, CharterError):
+            raise result
+    return [result for result in results if not isinstance(result, CharterError)]
+
+
+def combine_results(results: Sequence[Result[T]]) -> Result[list[T]]:
+    """Return the results of one record, or the first error among them, because a record needs all of its results."""
+    error = next((result for result in results if isinstance(result, CharterError)), None)
+    return error or [result for result in results if not isinstance(result, CharterError)]
 
 
 @dataclass(frozen=True)
@@ -14,13 +36,17 @@ class GenerationRequest:
     """A dialogue to continue. `prefill` is the start of the assistant message, which the completion continues.
 
     `timeout_s` limits the generation time of a completion in seconds. After a timeout, the tokens generated so far are returned
-    with the finish reason "timeout". If the model is unreachable, an error is raised instead.
+    with the finish reason "timeout". If the model is unreachable, the result is an error instead.
+
+    `group` names the record that needs the result. If one request of a group fails, a server model keeps the answers to the other
+    requests of the group, and uses them when the record is tried again. Requests without a group are never kept.
     """
 
     messages: tuple[ChatMessage, ...]
     prefill: str = ""
     seed: int = 0
     timeout_s: float | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,7 @@ class ModelCapabilities:
     the shares of the options are used.
     `token_ids` means that generations have exact token ids.
     `exact_logprobs` means that generations have the exact log-probabilities of their tokens.
+    `any_temperature` means that the sampling temperature can be chosen. If it is false, the temperature is always 1.
     """
 
     prefill: bool = True
@@ -109,6 +136,7 @@ class ModelCapabilities:
     token_ids: bool = True
     exact_logprobs: bool = True
     num_votes: int = 0
+    any_temperature: bool = True
 
 
 LOCAL_CAPABILITIES = ModelCapabilities()
@@ -136,10 +164,13 @@ class Model(Protocol):
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
-    ) -> list[list[Generation]]:
-        """Sample `num_completions` completions for each request. The result has the shape [len(batch)][num_completions]."""
+    ) -> Sequence[Result[list[Generation]]]:
+        """Sample `num_completions` completions for each request.
+
+        The result has one entry for each request: a list of `num_completions` completions, or the error of the request.
+        """
         ...
 
-    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        """Score the options as the next token of each request. The result has one entry for each request."""
+    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> Sequence[Result[OptionScores]]:
+        """Score the options as the next token of each request. The result has one entry for each request, perhaps an error."""
         ...

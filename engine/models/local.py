@@ -26,11 +26,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from engine.checkpoints import compute_revision
-from engine.errors import PermanentRecordError, UsageError
+from engine.errors import CharterError, PermanentRecordError, UsageError
 from engine.models import resolve_model_folder, smollm2
 from engine.models.chat_template import DIALOGUE_MARKER, encode_prompt
 from engine.models.control_tokens import find_end_token_id
-from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Usage
+from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Result, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 
@@ -132,8 +132,26 @@ class LocalModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+    ) -> list[Result[list[Generation]]]:
+        encoded = self.encode_batch(batch, max_tokens)
+        fitting = [i for i, prompt in enumerate(encoded) if not isinstance(prompt, CharterError)]
+        generations = iter(
+            self.generate_fitting(
+                [batch[i] for i in fitting], _select_prompts(encoded), num_completions, temperature, top_p, max_tokens
+            )
+        )
+        return [prompt if isinstance(prompt, CharterError) else next(generations) for prompt in encoded]
+
+    def generate_fitting(
+        self,
+        batch: Sequence[GenerationRequest],
+        prompts: list[list[int]],
+        num_completions: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
     ) -> list[list[Generation]]:
-        prompts = [self.encode_request(request, max_tokens) for request in batch]
+        """Sample completions of prompts that fit into the context."""
         results: list[list[Generation]] = [[] for _ in batch]
         for chunk in self.batch_by_length(prompts, rows_per_prompt=num_completions, max_new_tokens=max_tokens):
             rows = self.sample_batch(chunk, batch, prompts, num_completions, temperature, top_p, max_tokens)
@@ -142,8 +160,16 @@ class LocalModel:
         return results
 
     @torch.inference_mode()
-    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        prompts = [self.encode_request(request, 1) for request in batch]
+    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[Result[OptionScores]]:
+        encoded = self.encode_batch(batch, 1)
+        fitting = [request for request, prompt in zip(batch, encoded, strict=True) if not isinstance(prompt, CharterError)]
+        scores = iter(self.score_fitting(fitting, _select_prompts(encoded), options))
+        return [prompt if isinstance(prompt, CharterError) else next(scores) for prompt in encoded]
+
+    def score_fitting(
+        self, batch: Sequence[GenerationRequest], prompts: list[list[int]], options: Sequence[str]
+    ) -> list[OptionScores]:
+        """Score the options of prompts that fit into the context."""
         results: list[OptionScores | None] = [None] * len(batch)
         for tree in self.build_trees(prompts):
             logprobs = torch.log_softmax(self.compute_end_logits(tree).float(), dim=-1)
@@ -201,6 +227,16 @@ class LocalModel:
         return mask.to(self.device)
 
     # Prompts
+
+    def encode_batch(self, batch: Sequence[GenerationRequest], max_tokens: int) -> list[Result[list[int]]]:
+        """Return the token ids of each prompt, or the error of a prompt that cannot be used."""
+        return [self.encode_or_fail(request, max_tokens) for request in batch]
+
+    def encode_or_fail(self, request: GenerationRequest, max_tokens: int) -> Result[list[int]]:
+        try:
+            return self.encode_request(request, max_tokens)
+        except PermanentRecordError as error:
+            return error
 
     def encode_request(self, request: GenerationRequest, max_tokens: int) -> list[int]:
         """Return the token ids of a prompt. Raise PermanentRecordError if prompt and completion exceed the context length."""
@@ -361,6 +397,10 @@ class LocalModel:
 
 def _build_single_tree(prompt_index: int, prompt: Sequence[int]) -> list[PrefixTree]:
     return [replace(tree, prompt_indices=(prompt_index,)) for tree in build_prefix_trees([prompt], len(prompt))]
+
+
+def _select_prompts(encoded: Sequence[Result[list[int]]]) -> list[list[int]]:
+    return [prompt for prompt in encoded if not isinstance(prompt, CharterError)]
 
 
 def _stop_timed_out(rows: Sequence[SampledSequence], batch: Sequence[GenerationRequest], elapsed_s: float) -> None:

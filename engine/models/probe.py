@@ -2,14 +2,17 @@
 
 The name and version of a server are unreliable, because a proxy can forward to several servers. So each capability is tested:
 
-1. A plain request must work, with `max_tokens` or `max_completion_tokens`, and with or without a seed.
-2. Requests with additional fields turn off thinking (`chat_template_kwargs`) and hidden sampling defaults (`top_k` and others).
+1. A plain request must work: with `max_tokens` or `max_completion_tokens`, with or without a seed, at temperature 0, or at
+   temperature 1, or without a temperature, and with 4 tokens, or with more tokens for a model that thinks first.
+2. Requests with additional fields turn off thinking (`chat_template_kwargs`) and hidden sampling defaults (`top_k` and others,
+   and `top_p`, which some servers reject together with `temperature`).
 3. A prefilled assistant message ends in the middle of a word. Only a server that continues the message completes the word. The
    first request has two fields of vLLM. The second request has no extra fields, because llama.cpp and several hosted models do
    not need them.
 4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
 6. Two completions are sampled, because some servers decode greedily at every temperature.
+7. A longer completion shows whether the model thinks before it replies.
 
 A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
 failure the server counts as unreachable, and ModelUnreachable is raised.
@@ -18,19 +21,23 @@ failure the server counts as unreachable, and ModelUnreachable is raised.
 from __future__ import annotations
 
 import logging
+import re
+from itertools import product
 from typing import Any
 
 from engine.errors import ModelUnreachable
 from engine.models.chat_api import (
     ChatServer,
+    FailedAttempt,
     JsonObject,
     RequestRejected,
     ServerCapabilities,
-    TransientError,
+    has_reasoning,
     parse_generation,
     parse_top_logprobs,
     parse_usage,
 )
+from engine.models.finish_reason import parse_choice_finish_reason
 from engine.models.interface import NO_USAGE
 
 logger = logging.getLogger("charter.endpoint")
@@ -47,6 +54,14 @@ _SAMPLING_MESSAGE = {
 }
 _SAMPLING_MAX_TOKENS = 12  # long enough that two samples are almost never identical
 _PROBE_MAX_TOKENS = 4
+_THINKING_MAX_TOKENS = 1024  # enough for a model that thinks before it replies to a short question
+_THINKING_PROBE_MAX_TOKENS = 128  # enough to see that a model thinks
+_BASE_MAX_TOKENS = (_PROBE_MAX_TOKENS, _THINKING_MAX_TOKENS)
+_TEMPERATURE_BODIES: tuple[JsonObject, ...] = ({"temperature": 0.0}, {"temperature": 1.0}, {})
+_THINKING_PATTERN = re.compile(
+    r"\s*(?:<think|<thought|<reasoning|\[THINK\]|<\|channel\|>analysis)|.*</(?:think|thought|reasoning)", re.I | re.S
+)
+_TOKEN_ID_PATTERN = re.compile(r"token_id:\d+")
 _TOP_LOGPROBS_COUNTS = (20, 5)
 _MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 _LOGPROB_TOLERANCE = 1e-3  # smaller differences between log-probabilities are treated as rounding errors
@@ -62,28 +77,26 @@ class _ServerProbe:
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
-        self.max_tokens_field, self.supports_seed, self.reports_usage = "max_tokens", True, True
-        self.base_request: JsonObject = {"model": server.id, "messages": [_COUNTING_MESSAGE], "temperature": 0.0}
+        self.max_tokens_field, self.max_tokens = "max_tokens", _PROBE_MAX_TOKENS
+        self.supports_seed = self.reports_usage = self.sends_temperature = self.any_temperature = True
+        self.base_request: JsonObject = {"model": server.id, "messages": [_COUNTING_MESSAGE]}
         self.find_base_request()
 
     def find_base_request(self) -> None:
         """Find the fields of a plain request that the server accepts. If it rejects all variants, raise ModelUnreachable."""
         first_error = ""
-        for seed in ({"seed": 1}, {}):
-            for limit in _MAX_TOKENS_FIELDS:
-                request = self.base_request | seed | {limit: _PROBE_MAX_TOKENS}
-                try:
-                    response = self.send_request(request)
-                except RequestRejected as error:
-                    first_error = first_error or str(error)
-                    continue
-                self.max_tokens_field, self.supports_seed, self.reports_usage, self.base_request = (
-                    limit,
-                    bool(seed),
-                    parse_usage(response) is not None,
-                    request,
-                )
-                return
+        seeds: tuple[JsonObject, ...] = ({"seed": 1}, {}) if self.server.send_seed else ({},)
+        for max_tokens, temperature, seed, limit in product(_BASE_MAX_TOKENS, _TEMPERATURE_BODIES, seeds, _MAX_TOKENS_FIELDS):
+            request = self.base_request | temperature | seed | {limit: max_tokens}
+            try:
+                response = self.send_request(request)
+            except RequestRejected as error:
+                first_error = first_error or str(error)
+                continue
+            self.max_tokens_field, self.max_tokens, self.supports_seed = limit, max_tokens, bool(seed)
+            self.sends_temperature, self.any_temperature = bool(temperature), temperature == _TEMPERATURE_BODIES[0]
+            self.reports_usage, self.base_request = parse_usage(response) is not None, request
+            return
         raise ModelUnreachable(
             f"{self.server.url} rejected a plain request for {self.server.id}",
             first_error,
@@ -92,13 +105,18 @@ class _ServerProbe:
 
     def send_request(self, request: JsonObject) -> JsonObject:
         response, usage = self.server.post_with_retries(
-            request, should_give_up=lambda error, attempts: _is_server_error(error) and attempts >= _MAX_SERVER_ERRORS
+            request, should_give_up=lambda attempt: _is_server_error(attempt) and attempt.num_failures >= _MAX_SERVER_ERRORS
         )
         self.server.add_unbilled(usage)
         return response
 
     def try_fields(self, fields: JsonObject) -> JsonObject | None:
-        """Send the base request with additional fields and return the response, or None if the server rejects the request."""
+        """Send the base request with additional fields and return the response, or None if the server rejects the request.
+
+        A request never contains a temperature that the server does not accept.
+        """
+        if not self.any_temperature:
+            fields = {name: value for name, value in fields.items() if name != "temperature"}
         try:
             return self.send_request(self.base_request | fields)
         except RequestRejected:
@@ -112,14 +130,23 @@ class _ServerProbe:
         return True
 
     def is_thinking(self) -> bool:
-        """Return whether a completion contains reasoning with the current base request."""
-        message = (self.try_fields({}) or {"choices": [{"message": {"content": ""}}]})["choices"][0]["message"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        return bool(reasoning) or message["content"].lstrip().startswith("<think>")
+        """Return whether a completion contains reasoning with the current base request.
+
+        A completion without text that ends at the token limit also shows reasoning, which the server hides.
+        """
+        max_tokens = max(self.max_tokens, _THINKING_PROBE_MAX_TOKENS)
+        response = self.try_fields({self.max_tokens_field: max_tokens})
+        if response is None:
+            return False
+        choice = response["choices"][0]
+        text = choice["message"]["content"]
+        is_hidden = not text.strip() and parse_choice_finish_reason(choice) == "length"
+        return is_hidden or has_reasoning(choice["message"]) or bool(_THINKING_PATTERN.match(text))
 
     def is_sampling(self) -> bool:
         """Return whether two seeds give two different completions at temperature 1."""
-        fields = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: _SAMPLING_MAX_TOKENS}
+        max_tokens = max(self.max_tokens, _SAMPLING_MAX_TOKENS)
+        fields = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: max_tokens}
         responses = [self.try_fields(fields | ({"seed": seed} if self.supports_seed else {})) for seed in (1, 2)]
         completions = [response["choices"][0]["message"]["content"] for response in responses if response]
         return len(set(completions)) == len(responses)
@@ -135,16 +162,19 @@ class _ServerProbe:
 
     def fetch_top_logprobs(self, count: int, temperature: float = 1.0) -> dict[str, float]:
         """Return the log-probabilities of the top tokens at the first position. Return an empty dict if the server has none."""
+        if temperature != 1 and not self.any_temperature:
+            return {}
         fields = {"temperature": temperature, self.max_tokens_field: 1, "logprobs": True, "top_logprobs": count}
         response = self.try_fields(fields)
         return dict(parse_top_logprobs(response)) if response else {}
 
-    def count_top_logprobs(self) -> int:
-        """Return the number of top log-probabilities that the server provides."""
+    def find_top_logprobs(self) -> tuple[int, bool]:
+        """Return the number of top log-probabilities that the server provides, and whether they name tokens by their texts."""
         for count in _TOP_LOGPROBS_COUNTS:
             if top_logprobs := self.fetch_top_logprobs(count):
-                return min(count, len(top_logprobs))
-        return 0
+                names_tokens = not all(_TOKEN_ID_PATTERN.fullmatch(token) for token in top_logprobs)
+                return min(count, len(top_logprobs)), names_tokens
+        return 0, True
 
     def has_processed_logprobs(self, max_top_logprobs: int) -> bool:
         """Return whether the log-probabilities change when the temperature is halved."""
@@ -162,17 +192,18 @@ class _ServerProbe:
         return None
 
 
-def _is_server_error(error: TransientError) -> bool:
+def _is_server_error(attempt: FailedAttempt) -> bool:
     """Return whether the status is 500. Several responses with status 500 mean that the server does not support a request."""
-    return error.status_code == 500
+    return attempt.error.status_code == 500
 
 
 def probe_server(server: ChatServer) -> ServerCapabilities:
     """Return the capabilities of a server. Raise ModelUnreachable if it is unreachable."""
     probe = _ServerProbe(server)
     thinking_off = probe.adopt_fields_if_accepted(NO_THINKING_BODY)
+    top_p_with_temperature = probe.adopt_fields_if_accepted({"top_p": 1.0})
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
-    max_top_logprobs = probe.count_top_logprobs()
+    max_top_logprobs, names_tokens = probe.find_top_logprobs()
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
@@ -180,18 +211,19 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
         max_top_logprobs=max_top_logprobs,
         processed_logprobs=max_top_logprobs > 0 and probe.has_processed_logprobs(max_top_logprobs),
         token_ids_body=probe.find_token_ids_body(max_top_logprobs),
-        unmodified_sampling=unmodified,
+        unmodified_sampling=unmodified and top_p_with_temperature,
         supports_seed=probe.supports_seed,
         reports_usage=probe.reports_usage,
+        sends_temperature=probe.sends_temperature,
+        any_temperature=probe.any_temperature,
+        top_p_with_temperature=top_p_with_temperature,
+        thinks=probe.is_thinking(),
+        names_tokens=names_tokens,
     )
     _log_missing_capabilities(server, capabilities)
     if not probe.is_sampling():
         logger.warning(
             "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", server.url
-        )
-    if probe.is_thinking():
-        logger.warning(
-            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", server.url
         )
     return capabilities
 
@@ -200,6 +232,20 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
     """Log the missing capabilities of a server, and what Charter uses instead."""
     if capabilities.prefill_body is None:
         logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", server.url)
+    if capabilities.thinks:
+        logger.warning(
+            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", server.url
+        )
+    if not capabilities.any_temperature:
+        logger.warning(
+            "%s accepts only temperature 1: replies of a critic or judge are sampled instead of decoded greedily", server.url
+        )
+    if not capabilities.names_tokens:
+        logger.warning(
+            "%s names tokens by their ids (token_id:N), so options are scored by votes, which cost more"
+            " (vLLM: omit --return-tokens-as-token-ids)",
+            server.url,
+        )
     if not capabilities.max_top_logprobs:
         logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
     if not capabilities.reports_usage:

@@ -1,7 +1,7 @@
 """Provide a FAKE model for tests. A hash of the request selects the words of a completion. The words have no meaning.
 
 The model is deterministic and fast, and it does not need torch. So tests can run the whole pipeline. Tests can also make it
-fail: each call raises the next error of `queued_errors`, and POISON_TEXT in a message raises PermanentRecordError.
+fail: each call raises the next error of `queued_errors`, and POISON_TEXT in a message gives a PermanentRecordError.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import PermanentRecordError
-from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, ModelCapabilities, OptionScores, Usage
+from engine.models.interface import (
+    LOCAL_CAPABILITIES,
+    Generation,
+    GenerationRequest,
+    ModelCapabilities,
+    OptionScores,
+    Result,
+    Usage,
+)
 
 POISON_TEXT = "POISON-PILL"
 _WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "music", "silver", "paper", "engine", "harbour"]
@@ -21,6 +29,12 @@ _WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "mu
 def _hash_request(request: GenerationRequest, *more: object) -> bytes:
     text = repr((request.prefill, [(t.role, t.content) for t in request.messages], *more))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+
+
+def _find_poison(request: GenerationRequest) -> PermanentRecordError | None:
+    if any(POISON_TEXT in message.content for message in request.messages):
+        return PermanentRecordError("a poisoned prompt", "it contains the text for failing tests", "")
+    return None
 
 
 @dataclass
@@ -49,21 +63,22 @@ class ScriptedModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
-    ) -> list[list[Generation]]:
-        self.raise_queued_error(batch)
+    ) -> list[Result[list[Generation]]]:
+        self.raise_queued_error()
         self.num_generated += len(batch) * num_completions
-        return [[self.generate_one(request, n, temperature, max_tokens) for n in range(num_completions)] for request in batch]
+        return [
+            _find_poison(request) or [self.generate_one(request, n, temperature, max_tokens) for n in range(num_completions)]
+            for request in batch
+        ]
 
-    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        self.raise_queued_error(batch)
+    def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[Result[OptionScores]]:
+        self.raise_queued_error()
         self.num_scored += len(batch)
-        return [self.score_one(request, options) for request in batch]
+        return [_find_poison(request) or self.score_one(request, options) for request in batch]
 
-    def raise_queued_error(self, batch: Sequence[GenerationRequest]) -> None:
+    def raise_queued_error(self) -> None:
         if self.queued_errors:
             raise self.queued_errors.pop(0)
-        if any(POISON_TEXT in message.content for request in batch for message in request.messages):
-            raise PermanentRecordError("a poisoned prompt", "it contains the text for failing tests", "")
 
     def generate_one(self, request: GenerationRequest, sample_index: int, temperature: float, max_tokens: int) -> Generation:
         noise = _hash_request(request, request.seed, sample_index, temperature)

@@ -1,4 +1,4 @@
-"""The judge stage on a faulty server: each pair is judged once, no label is invented, and all tokens are counted."""
+"""Stages on a faulty server: no label is invented, nothing is paid twice, and all tokens are counted."""
 
 import math
 import threading
@@ -7,6 +7,7 @@ from charter.models import RoleModels
 from charter.pipeline import make_stage
 from constitutions.loader import load_constitution as load_constitution
 from engine.bus.read import read_values
+from engine.errors import RequestFailed
 from engine.host import Host
 from engine.models.chat_api import ServerCapabilities
 from engine.models.endpoint import Endpoint
@@ -87,3 +88,42 @@ def test_judge_on_a_faulty_server_judges_each_pair_once_and_invents_no_label(bus
             assert label.outcome is Outcome.OK and math.isclose(label.p_a, 2 / 3) and not label.position_flip
     assert sum(label.prompt_tokens for label in labels) + model.unbilled_usage.prompt_tokens == script.billed > 0
     assert len(server.requests) > 2 * PAIRS  # requests were repeated
+
+
+def make_endpoint(server):
+    return Endpoint(
+        server.url, "m", backoff_range_s=(0.01, 0.02),
+        cached_server_capabilities=ServerCapabilities(prefill_body=PREFILL_BODIES[0], max_top_logprobs=20),
+    )  # fmt: skip
+
+
+def test_second_attempt_of_a_record_asks_only_what_failed(make_response):
+    """The critic answers the verdict questions but cannot write; the judge answers one of the orders."""
+    server, is_broken = FakeChatServer(), threading.Event()
+
+    def script(number, request):
+        text = request["messages"][0]["content"]
+        is_writing = not request.get("logprobs")
+        if is_broken.is_set() and text != "Hello" and (is_writing or 0 < text.find("bad one") < text.find("good one")):
+            return 500, b"out of memory"
+        top = TOP if "(A) Yes" in text else [("B", TOP[0][1]), ("A", TOP[1][1])]  # every response is flawed
+        return 200, make_chat_completion("It is rude.", top_logprobs=None if is_writing else top)
+
+    server.script = script
+    spec = f"{server.url}#m"
+    settings, _ = load_settings({"models.policy": "scripted", "models.judge": spec, "models.critic": spec}, environment={})
+    models, constitution = RoleModels(settings, {spec: make_endpoint(server)}), load_constitution("default")
+    try:
+        for name in ("critique", "judge"):
+            stage = make_stage(name, settings, models, constitution, None)
+            records = [make_response(("the good one", "the bad one"), text=f"{name} {n}") for n in range(3)]
+            is_broken.set()
+            assert [type(result) for result in stage.process(records)] == [RequestFailed] * 3
+            is_broken.clear()
+            paid = len(server.requests)
+            results = stage.process(records)
+            assert all(isinstance(result, list) and result for result in results)
+            assert len(server.requests) == paid + 3  # one request for each record: the critique, or the other order
+            assert all(record.prompt_tokens >= 6 for (record,) in results)  # kept answers count, too
+    finally:
+        server.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from constitutions.loader import load_constitution
-from consumers.compare import Comparison, compare_in_both_orders, compute_p_a
+from consumers.compare import Comparison, Question, compare_in_both_orders, compute_p_a
 from consumers.critique import CritiqueStage
 from consumers.judge import JudgeStage
 from consumers.respond import RespondStage
@@ -295,7 +295,7 @@ def test_compare_in_both_orders_matches_hand_computed_values():
             return [OptionScores((-1.0, -2.0), 0.5), OptionScores((-3.0, -1.0), 0.4)]
 
     (result,) = compare_in_both_orders(
-        Fixed(), [((ChatMessage(role="user", content="x"),), (ChatMessage(role="user", content="y"),))]
+        Fixed(), [(Question((ChatMessage(role="user", content="x"),)), Question((ChatMessage(role="user", content="y"),)))]
     )
     # e^-1 / (e^-1 + e^-2) = 0.7310586, and in the other order 1 - e^-3 / (e^-3 + e^-1) = 0.8807971
     assert result.p_forward == pytest.approx(0.7310586) and result.p_backward == pytest.approx(0.8807971)
@@ -313,8 +313,8 @@ def test_missing_capability_changes_the_question_and_the_template_hash():
             return super().score_options(batch, options)
 
     with_prefill, without_prefill = ScriptedModel(), RecordingModel(capabilities=ModelCapabilities(prefill=False))
-    question = ChatMessage(role="user", content="Which? (A) or (B)")
-    compare_in_both_orders(without_prefill, [((question,), (question,))])
+    question = Question((ChatMessage(role="user", content="Which? (A) or (B)"),))
+    compare_in_both_orders(without_prefill, [(question, question)])
     assert [request.prefill for request in requests] == ["", ""] and all(
         request.messages[-1].content.endswith(LETTER_ONLY_INSTRUCTION) for request in requests
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import email.utils
+import json
 import logging
 import math
 import threading
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consumers.compare import AnswerMode, Question
 from engine.errors import ModelUnreachable, PermanentRecordError, UsageError
 from engine.models import open_model
 from engine.models.chat_api import (
@@ -25,9 +27,9 @@ from engine.models.chat_api import (
     replace_surrogates,
 )
 from engine.models.endpoint import Endpoint, get_api_key_variable
-from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Usage
+from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Usage, require_results
 from engine.models.probe import NO_THINKING_BODY, PREFILL_BODIES, TOKEN_IDS_BODIES, UNMODIFIED_SAMPLING_BODY
-from schemas.records import ChatMessage
+from schemas.records import ChatMessage, Outcome
 from tests.support.chat_server import (
     CUT_CONNECTION,
     STANDARD_FIELDS,
@@ -84,7 +86,7 @@ def test_capabilities_of_a_full_server_are_probed_once(server):
     capabilities = model.capabilities
     assert len(server.requests) == num_requests + 1 and capabilities.num_votes == 0
     assert capabilities.prefill and capabilities.logprobs and capabilities.exact_logprobs
-    assert all(body["max_tokens"] <= 12 for body in server.request_bodies)
+    assert sorted(body["max_tokens"] for body in server.request_bodies)[-2:] == [12, 128]  # 128 to see reasoning
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,115 @@ def test_probe_treats_a_failing_extension_as_missing_and_retries_a_busy_server(s
         PREFILL_BODIES[0],
         3,
     )
+
+
+def test_probe_finds_the_sampling_fields_that_a_server_accepts(server):
+    def script(number, request):
+        if "temperature" in request and "top_p" in request:
+            return 400, b"`temperature` and `top_p` cannot both be specified"
+        return make_script()(number, request)
+
+    server.script = script
+    model = make_endpoint(server, cached_server_capabilities=None)
+    assert model.server_capabilities == ServerCapabilities(max_top_logprobs=3, top_p_with_temperature=False)
+    del server.requests[:]
+    require_results(model.generate([make_request()], temperature=0.5))
+    require_results(model.generate([make_request()], top_p=0.9))
+    require_results(model.score_options([make_request()], ("A", "B")))
+    bodies = server.request_bodies
+    assert [(body.get("temperature"), body.get("top_p")) for body in bodies] == [(0.5, None), (None, 0.9), (1.0, None)]
+    with pytest.raises(UsageError, match="with both"):
+        model.generate([make_request()], temperature=0.5, top_p=0.9)
+
+
+@pytest.mark.parametrize("sends_temperature", [True, False])
+def test_model_with_temperature_1_only_is_used_at_temperature_1(server, sends_temperature):
+    def script(number, request):
+        if "temperature" in request and (request["temperature"] != 1 or not sends_temperature):
+            return 400, b"Unsupported value: 'temperature' does not support 0 with this model"
+        return make_script(logprobs=False)(number, request)
+
+    server.script = script
+    model = make_endpoint(server, cached_server_capabilities=None)
+    expected = ServerCapabilities(any_temperature=False, sends_temperature=sends_temperature)
+    assert model.server_capabilities == expected and not model.capabilities.any_temperature
+    del server.requests[:]
+    require_results(model.generate([make_request()]))
+    assert server.request_bodies[0].get("temperature") == (1.0 if sends_temperature else None)
+    with pytest.raises(UsageError, match="sample at temperature"):
+        model.generate([make_request()], temperature=0.5)
+    (comparison,) = AnswerMode("letter").judge_questions(model, [Question((ChatMessage(role="user", content="?"),))])
+    assert comparison.outcome is Outcome.UNPARSEABLE  # the reply is "one, two"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        make_chat_completion("Let me think.\n</think>\n\none, two"),
+        make_chat_completion("<thought>hm</thought>one"),
+        make_chat_completion("<|channel|>analysis<|message|>hm"),
+        make_chat_completion("", "length"),  # the server hides the reasoning
+        make_chat_completion([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "one"}]),
+    ],
+)  # fmt: skip
+def test_probe_is_long_enough_to_notice_a_thinking_model(server, reply):
+    server.script = lambda n, request: (200, reply if request["max_tokens"] > 16 else make_chat_completion("one"))
+    model = make_endpoint(server, cached_server_capabilities=None)
+    assert model.server_capabilities.thinks
+    del server.requests[:]
+    model.score_options([make_request()], ("A", "B"))
+    assert min(body["max_tokens"] for body in server.request_bodies) > 1000  # a vote has room for the reasoning
+
+
+def test_model_that_needs_more_tokens_than_the_probe_gives_is_probed_with_more(server):
+    def script(number, request):
+        if (request.get("max_tokens") or request["max_completion_tokens"]) < 100:
+            return 400, b"max_tokens reached, try again with higher max_tokens"
+        return 200, make_chat_completion("x")
+
+    server.script = script
+    assert make_endpoint(server, cached_server_capabilities=None).capabilities.num_votes > 0
+
+
+def test_tokens_named_by_ids_are_scored_by_votes_with_a_warning(server, caplog):
+    server.script = lambda n, request: (
+        200, make_chat_completion("A", top_logprobs=[("token_id:32", -0.1), ("token_id:33", -2.0)] if request.get("logprobs") else None),
+    )  # fmt: skip
+    model = make_endpoint(server, cached_server_capabilities=None)
+    with caplog.at_level(logging.WARNING, "charter.endpoint"):
+        (scores,) = model.score_options([make_request()], ("A", "B"))
+    assert scores.option_mass == 1 and scores.logprobs[0] == 0
+    assert sum("token_id:N" in line for line in caplog.messages) == 1
+
+
+def test_options_that_are_never_listed_are_reported_once(server, caplog):
+    server.script = lambda n, request: (200, make_chat_completion("x", top_logprobs=[("b'A'", -0.1)]))
+    with caplog.at_level(logging.WARNING, "charter.endpoint"):
+        model = make_endpoint(server)
+        for _ in range(9):
+            model.score_options([make_request()] * 5, ("A", "B"))
+    (line,) = caplog.messages
+    assert "none of the options A, B was among the top tokens of 20 questions" in line
+
+
+def test_no_request_has_a_seed_if_the_setting_is_off(server):
+    server.script = lambda n, request: CUT_CONNECTION if "seed" in request else make_script()(n, request)
+    model = make_endpoint(server, cached_server_capabilities=None, send_seed=False)
+    require_results(model.generate([make_request()]))
+    assert server.requests and not any("seed" in body for body in server.request_bodies)
+
+
+def test_content_in_parts_is_joined_without_its_reasoning():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "plan"}]}, {"type": "text", "text": "A "}, "bird."]
+    reply = make_chat_completion(parts)
+    reply["choices"][0]["token_ids"] = [1, 2]
+    one = parse_generation(parse_chat_completion(json.dumps(reply).encode()), NO_USAGE)
+    assert (one.text, one.token_ids) == ("A bird.", ())
+    with pytest.raises(TransientError, match="image_url"):
+        parse_chat_completion(json.dumps(make_chat_completion([{"type": "image_url"}])).encode())
+    without_content = make_chat_completion("")
+    without_content["choices"][0]["message"] = {"role": "assistant", "reasoning_content": "cut"}
+    assert parse_generation(parse_chat_completion(json.dumps(without_content).encode()), NO_USAGE).text == ""
 
 
 def test_missing_capabilities_are_logged(server, caplog):
@@ -288,7 +399,7 @@ def test_reply_without_log_probabilities_has_no_option_mass(server):
     "fault",
     [
         (429, {}), (500, {}), (503, b"busy"), (200, b"no json"), (200, b"[" * 100_000), (200, {"choices": []}), (200, [1]),
-        (200, {"choices": [{"message": {"content": [1]}}]}), (302, b""), (200, b"\xff"), CUT_CONNECTION,
+        (200, {"choices": [{"message": {"content": [1]}}]}), (200, b"\xff"), CUT_CONNECTION,
     ],
 )  # fmt: skip
 def test_transient_fault_is_retried(server, fault):
@@ -299,8 +410,8 @@ def test_transient_fault_is_retried(server, fault):
 
 def test_permanent_server_fault_raises_model_unreachable(server):
     server.script = lambda n, request: (500, {})
-    with pytest.raises(ModelUnreachable, match="is unreachable"):
-        make_endpoint(server, retry_timeout_s=0.2).generate([make_request()])
+    (error,) = make_endpoint(server, retry_timeout_s=0.2).generate([make_request()])
+    assert isinstance(error, ModelUnreachable) and "is unreachable" in str(error)
 
 
 def test_huge_and_slow_replies_are_aborted(server):
@@ -311,20 +422,20 @@ def test_huge_and_slow_replies_are_aborted(server):
     finished = threading.Event()
     server.script = lambda n, request: (200, (b" " for _ in range(500) if not finished.wait(0.02)))
     try:
-        with pytest.raises(ModelUnreachable, match="not complete"):
-            make_endpoint(server, timeout_s=0.2, retry_timeout_s=0.1).generate([make_request()])
+        (error,) = make_endpoint(server, timeout_s=0.2, retry_timeout_s=0.1).generate([make_request()])
+        assert isinstance(error, ModelUnreachable) and "not complete" in str(error)
     finally:
         finished.set()
 
 
 def test_absent_or_slow_server_raises_model_unreachable(server):
-    with pytest.raises(ModelUnreachable):
+    with pytest.raises(ModelUnreachable, match="ConnectError"):
         Endpoint("http://127.0.0.1:9/v1", "m", retry_timeout_s=0.2, backoff_range_s=(0.01, 0.02)).generate([make_request()])
     release = threading.Event()
     server.script = lambda n, request: release.wait(HANG_S) and (200, make_chat_completion("late"))
     try:
-        with pytest.raises(ModelUnreachable, match="Timeout"):
-            make_endpoint(server, timeout_s=0.1, retry_timeout_s=0.3).generate([make_request()])
+        (error,) = make_endpoint(server, timeout_s=0.1, retry_timeout_s=0.3).generate([make_request()])
+        assert isinstance(error, ModelUnreachable) and "Timeout" in str(error)
     finally:
         release.set()
 
@@ -347,8 +458,8 @@ def test_slow_completion_has_finish_reason_timeout_if_the_server_is_reachable(se
     assert (late.text, late.finish_reason, other.finish_reason) == ("", "timeout", "stop")
     server.script = lambda n, request: server_cut.wait(0.1) and CUT_CONNECTION
     server_cut = threading.Event()
-    with pytest.raises(ModelUnreachable):  # an unreachable server is not a timeout
-        make_endpoint(server, retry_timeout_s=0.3).generate([slow])
+    (error,) = make_endpoint(server, retry_timeout_s=0.3).generate([slow])
+    assert isinstance(error, ModelUnreachable)  # an unreachable server is not a timeout
 
 
 def test_refusal_field_gives_finish_reason_refused():
@@ -363,13 +474,12 @@ def test_refusal_field_gives_finish_reason_refused():
 
 def test_rejected_request_is_a_permanent_error_without_the_api_key(server):
     server.script = lambda n, request: (400, f"bad request with {KEY}".encode())
-    with pytest.raises(PermanentRecordError) as caught:
-        make_endpoint(server).generate([make_request()])
-    assert "bad request" in str(caught.value) and KEY not in str(caught.value)
+    (error,) = make_endpoint(server).generate([make_request()])
+    assert isinstance(error, PermanentRecordError) and "bad request" in str(error) and KEY not in str(error)
     server.script = lambda n, request: (401, b"x" * 290 + f"wrong key {KEY}".encode())
-    with pytest.raises(ModelUnreachable, match="401") as caught:
-        make_endpoint(server).generate([make_request()])
-    assert KEY[:8] not in str(caught.value) and KEY not in repr(make_endpoint(server))
+    (error,) = make_endpoint(server).generate([make_request()])
+    assert isinstance(error, ModelUnreachable) and "401" in str(error)
+    assert KEY[:8] not in str(error) and KEY not in repr(make_endpoint(server))
 
 
 def test_retry_after_delays_all_requests(server):
@@ -379,8 +489,8 @@ def test_retry_after_delays_all_requests(server):
     assert time.monotonic() - started >= 0.9 and len(server.requests) == 3
     server.script = lambda n, request: (503, b"", {"Retry-After": "3600"})
     for _ in range(2):  # the second call sends no request
-        with pytest.raises(ModelUnreachable, match="accepts no requests"):
-            model.generate([make_request()])
+        (error,) = model.generate([make_request()])
+        assert isinstance(error, ModelUnreachable) and "accepts no requests" in str(error)
     assert len(server.requests) == 4
 
 
@@ -411,7 +521,7 @@ def test_tokens_of_failed_attempts_are_added_to_the_next_usage(server):
     assert model.generate([make_request()])[0][0].usage == Usage(3, 2)
 
 
-def test_tokens_of_a_failed_batch_are_added_to_the_next_usage(server):
+def test_rejected_request_does_not_discard_the_rest_of_its_batch(server):
     def script(n, request):
         return (
             (400, b"no")
@@ -421,9 +531,9 @@ def test_tokens_of_a_failed_batch_are_added_to_the_next_usage(server):
 
     server.script = script
     model = make_endpoint(server, concurrency=1)
-    with pytest.raises(PermanentRecordError):
-        model.generate([make_request("good"), make_request("bad"), make_request("good")])
-    assert model.generate([make_request("good")])[0][0].usage == Usage(9, 6)
+    first, error, last = model.generate([make_request("good"), make_request("bad"), make_request("good")])
+    assert isinstance(error, PermanentRecordError)
+    assert first[0].usage == last[0].usage == Usage(3, 2) and len(server.requests) == 3
 
 
 def test_usage_is_estimated_if_the_server_reports_none(server):

@@ -100,9 +100,14 @@ def test_batches_are_bounded_and_results_are_in_order(tiny):
     assert [generations[0].prompt_token_ids for generations in results] == [tuple(model.encode_request(x, 5)) for x in requests]
 
 
-def test_prompt_beyond_the_context_raises_permanent_error(model):
-    with pytest.raises(PermanentRecordError, match=r"218 tokens and a completion of up to 4000 tokens.*\n.*4096"):
-        model.generate([make_request("x" * 200)], max_tokens=4000)
+def test_prompt_beyond_the_context_is_a_permanent_error_of_its_request_only(model):
+    short = make_request("hi")
+    expected = model.generate([short, short], max_tokens=8)
+    first, error, last = model.generate([short, make_request("x" * 5000), short], max_tokens=8)
+    assert [first, last] == expected
+    assert isinstance(error, PermanentRecordError) and "a completion of up to 8 tokens" in error.what and "4096" in error.why
+    (error,) = model.score_options([make_request("x" * 5000)], ("A", "B"))
+    assert isinstance(error, PermanentRecordError)
 
 
 def test_option_scores_sum_the_surface_variants(model):
@@ -173,9 +178,9 @@ TEMPLATE_WITHOUT_SYSTEM = (
 
 def test_chat_template_without_system_messages_raises_permanent_error(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE_WITHOUT_SYSTEM)
-    with pytest.raises(PermanentRecordError, match="system, user, assistant, user") as raised:
-        model.generate([GenerationRequest(DIALOGUE)], max_tokens=2)
-    assert len(str(raised.value).splitlines()) == 3 and "not supported" in str(raised.value)
+    (error,) = model.generate([GenerationRequest(DIALOGUE)], max_tokens=2)
+    assert isinstance(error, PermanentRecordError) and "system, user, assistant, user" in str(error)
+    assert len(str(error).splitlines()) == 3 and "not supported" in str(error)
     assert model.generate([GenerationRequest(DIALOGUE[1:])], max_tokens=2)[0][0].token_ids
 
 

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,7 @@ from engine.errors import (
     CommitUncertain,
     ModelUnreachable,
     PermanentRecordError,
+    RequestFailed,
     TooManyDeadLetters,
     UsageError,
 )
@@ -100,6 +102,51 @@ def test_permanent_error_makes_a_dead_letter_of_one_record_only(bus):
     )
     assert decode_record(dead_letter.value, Prompt).messages[0].content == "p05"
     assert dead_letter.headers[0].value == b"r"
+
+
+def test_results_of_a_batch_count_one_by_one(bus, monkeypatch):
+    monkeypatch.setattr("engine.backoff.BACKOFF_RANGE_S", (0.01, 0.05))
+    seen, errors = Counter(), {
+        "p03": [PermanentRecordError("rejected", "", "")],
+        "p05": [RequestFailed("fails alone", "", "")] * 9,
+        "p07": [ModelUnreachable("down", "", "")] * 4,
+    }  # fmt: skip
+
+    def work(records):
+        results = []
+        for record in records:
+            text = record.messages[0].content
+            seen[text] += 1
+            results.append(errors[text].pop() if errors.get(text) else [make_response(record)])
+        return results
+
+    publish(bus, *(make_prompt(f"p{n:02}") for n in range(10)))
+    limits = WorkerLimits(max_attempts=3)
+    run_until(
+        [make_worker(bus, work, batch=10, limits=limits)], lambda: sum(bus.committed("r.respond", ["prompts"]).values()) == 10
+    )
+    assert read_responses(bus) == [f"P{n:02}" for n in range(10) if n not in (3, 5)]
+    assert seen == {f"p{n:02}": 1 for n in range(10)} | {"p05": 3, "p07": 5}  # no other record is processed twice
+    kinds = {decode_record(d.value, Prompt).messages[0].content: (d.kind, d.attempts) for d in read_dead_letters(bus)}
+    assert kinds == {"p03": (DeadLetterKind.PERMANENT, 1), "p05": (DeadLetterKind.EXHAUSTED, 3)}
+
+
+def test_many_failures_beside_successes_do_not_stop_the_stage(bus):
+    def work(records):
+        return [
+            PermanentRecordError("rejected", "", "")
+            if record.messages[0].content.startswith("bad")
+            else [make_response(record)]
+            for record in records
+        ]
+
+    publish(bus, *(make_prompt(f"bad{n}") for n in range(12)), make_prompt("good"))
+    limits = WorkerLimits(max_consecutive_dead_letters=3)
+    run_until([make_worker(bus, work, batch=13, limits=limits)], lambda: len(read_dead_letters(bus)) == 12)
+    assert read_responses(bus) == ["GOOD"]
+    publish(bus, *(make_prompt(f"bad again {n}") for n in range(5)))
+    with pytest.raises(TooManyDeadLetters):  # without a success, they have a common cause
+        run_until([make_worker(bus, work, batch=13, limits=limits)], lambda: False)
 
 
 def test_unexpected_error_is_retried_before_a_dead_letter(bus, monkeypatch):
