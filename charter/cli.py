@@ -22,6 +22,7 @@ import click
 import charter
 from charter.console import print_progress
 from charter.text import to_one_line
+from engine.errors import DependencyUnreachable, is_disk_full
 
 # Maps each section to its verbs, and each verb to the first sentence of its help. The sentences are copied here because reading
 # them from the commands would import all commands. A test compares the copies with the commands.
@@ -147,7 +148,13 @@ def main() -> None:
             raise
         what, why, fix = describe_error(error)
         print_progress("\n".join(to_one_line(part) for part in (f"error: {what}", why, fix) if part), logging.ERROR)
-        sys.exit(2 if isinstance(error, _WRONG_PATH_ERRORS) else getattr(error, "exit_code", 1))
+        sys.exit(_get_exit_code(error))
+
+
+def _get_exit_code(error: Exception) -> int:
+    if is_disk_full(error):
+        return DependencyUnreachable.exit_code
+    return 2 if isinstance(error, _WRONG_PATH_ERRORS) else getattr(error, "exit_code", 1)
 
 
 def describe_error(error: Exception) -> tuple[str, str, str]:

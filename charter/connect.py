@@ -21,7 +21,11 @@ _REGISTRY_TIMEOUT_S = 5.0
 def connect_bus(settings: Settings) -> Bus:
     """Open the bus and create the topics that are missing."""
     bus = open_bus_from_settings(settings)
-    bus.create_topics(get_topic_specs(settings))
+    try:
+        bus.create_topics(get_topic_specs(settings))
+    except BaseException:
+        bus.close()
+        raise
     return bus
 
 

@@ -129,6 +129,11 @@ def _parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+accept_configuration_option = click.option(
+    "--accept-configuration",
+    is_flag=True,
+    help="Add the changed settings of the stages to the run as a further configuration.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

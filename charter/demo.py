@@ -174,8 +174,9 @@ class DemoProgress:
 class Demo:
     """Runs the demo in the data folder of the settings. The first iteration uses `prompts` prompts."""
 
-    def __init__(self, settings: Settings, prompts: int) -> None:
+    def __init__(self, settings: Settings, prompts: int, *, accept_configuration: bool = False) -> None:
         self.settings, self.iterations = settings, _plan_iterations(prompts)
+        self.accept_configuration = accept_configuration
         self.store: Store = open_store(settings)
         self.base_folder = resolve_model_folder(settings.models.policy)
         self.started_at = time.monotonic()
@@ -185,7 +186,7 @@ class Demo:
         progress = DemoProgress(self.started_at)
         try:
             progress.print_line(f"model {self.settings.models.policy}, data folder {self.settings.folder.resolve()}")
-            with make_host(self.settings, bus, STAGES, sink=True) as host:
+            with make_host(self.settings, bus, STAGES, sink=True, accept_configuration=self.accept_configuration) as host:
                 self.run_iterations(bus, host, progress)
         finally:
             progress.close()

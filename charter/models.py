@@ -8,14 +8,14 @@ from typing import Any
 
 from engine.bus.port import Bus
 from engine.checkpoints import locate_checkpoint, read_checkpoint
-from engine.errors import UsageError
+from engine.errors import CharterError, UsageError
 from engine.models import open_model
 from engine.models.interface import Model
 from engine.policy import PolicyFollower, read_policy_updates
 from engine.settings import Settings
 from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
-from schemas.records import PolicyKind, PolicyUpdate, Record
+from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
 
 _ENDPOINT_THREADS = 4  # number of batches in flight at one endpoint; models.concurrency limits the number of requests
 
@@ -115,13 +115,32 @@ def _find_policy_update(bus: Bus, version: int) -> PolicyUpdate:
 
 
 @dataclass(frozen=True)
+class ConfigurationProcessor:
+    """Runs the process function of a stage, and writes the number of the run's configuration into its records."""
+
+    process: Any
+    configuration: int
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Sequence[Record] | CharterError]:
+        return [
+            outputs if isinstance(outputs, CharterError) else [self.set_configuration(output) for output in outputs]
+            for outputs in self.process(records)
+        ]
+
+    def set_configuration(self, output: Record) -> Record:
+        if not isinstance(output, ConfigurationField):  # a custom stage can write any kind of record
+            return output
+        return output.model_copy(update={"configuration": self.configuration})
+
+
+@dataclass(frozen=True)
 class LatestPolicyProcessor:
     """Runs the process function of a stage with the newest policy as its model. The weights change only between batches."""
 
     process: Any
     get_current_policy: Callable[[], tuple[Model, int]]
 
-    def __call__(self, records: Sequence[Record]) -> Sequence[Sequence[Record]]:
+    def __call__(self, records: Sequence[Record]) -> Sequence[Sequence[Record] | CharterError]:
         model, _ = self.get_current_policy()
-        outputs: Sequence[Sequence[Record]] = replace(self.process, model=model)(records)
+        outputs: Sequence[Sequence[Record] | CharterError] = replace(self.process, model=model)(records)
         return outputs

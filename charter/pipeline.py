@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from charter import custom_stage
+from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_store
-from charter.manifests import make_run_manifest, publish_run_manifest
-from charter.models import LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
+from charter.manifests import make_run_manifest
+from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
 from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, STAGES, get_stage_inputs
 from charter.telemetry import make_pipeline_collector, open_tracing, start_metrics_server
 from constitutions.loader import Constitution, load_constitution
@@ -27,7 +29,7 @@ from consumers.sink import Sink
 from engine.budget import Budget, parse_prices
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
-from engine.errors import CharterError, ModelUnreachable, UsageError
+from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host
 from engine.instances import FileLock, InstanceLease
 from engine.models.interface import Model
@@ -35,7 +37,7 @@ from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import Settings
 from engine.watchdog import CallTracker
 from engine.worker import Stage, Worker, WorkerLimits, skip_tracing
-from schemas.records import RunManifest, Sampling
+from schemas.records import Sampling
 
 if TYPE_CHECKING:
     from engine.tracing import Tracing
@@ -148,51 +150,84 @@ def make_host(
     custom_stages: Sequence[custom_stage.CustomStage] = (),
     instance: str | None = None,
     pinned_version: int | None = None,
-    manifest: RunManifest | None = None,
+    replay: dict[str, Any] | None = None,
     constitution: Constitution | None = None,
+    accept_configuration: bool = False,
 ) -> Host:
-    """Publish the run manifest. Return a host that runs these stages, and also the sink if `sink` is true.
+    """Publish the run manifest if it is new. Return a host that runs these stages, and also the sink if `sink` is true.
 
-    A replay passes a manifest, a policy version and a constitution. By default, they come from the settings. `instance` is the
-    name of this worker instance. If `instance` is None, the host leases the lowest free name on this machine.
+    A replay passes the replay fields of its manifest, a policy version and a constitution. By default, they come from the
+    settings. `instance` is the name of this worker instance. If `instance` is None, the host leases the lowest free name on this
+    machine. If `accept_configuration` is true, changed settings of the stages become a further configuration of the run.
+
+    Raises UsageError if the run has another configuration. If this function raises an error, it closes everything that it has
+    opened, so that it can be called again.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
-    run_start = None
-    if stages or custom_stages:  # a process that runs only the sink serves all runs, so it must not create a run
-        run_start = ensure_run_start(bus, settings.run.id)
-        publish_run_manifest(bus, manifest or make_run_manifest(settings, constitution))
-    models = RoleModels(settings)
-    lease = None if instance else InstanceLease(settings.folder / "instances")
-    budget = _make_budget(settings, models, bus, stages)
-    tracing = open_tracing(settings)
-    stages_and_roles: list[tuple[Stage, str | None]] = [
-        (make_stage(name, settings, models, constitution, bus, pinned_version), STAGE_ROLES[name]) for name in stages
-    ]
-    for custom in custom_stages:
-        stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
-        stages_and_roles.append((stage, custom.role))
-    _check_servers(models, [role for _, role in stages_and_roles if role])
-    instance_name = instance or (lease.name if lease else "")
-    fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
-    workers = [
-        _make_worker(settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault, run_start)
-        for stage, role in stages_and_roles
-    ]
-    sink_service = _SinkService(settings, bus) if sink else None
-    sinks = sink_service.sinks if sink_service else []
-    # The host closes these resources in this order. The metrics server is the first, because it reads the workers.
-    cleanup_callbacks = start_metrics_server(settings, make_pipeline_collector(workers, sinks))
-    cleanup_callbacks += [tracing.close] if tracing else []
-    cleanup_callbacks += [models.close, *(worker.journal.close for worker in workers if worker.journal)]
-    cleanup_callbacks += [resource.close for resource in (lease, budget, sink_service, fault_log) if resource]
-    return Host(
-        workers,
-        {"sink": sink_service.run} if sink_service else {},
-        cleanup_callbacks,
-        watched_calls=sink_service.call_trackers if sink_service else (),
-        shutdown_timeout_s=settings.worker.shutdown_timeout_s,
-        call_timeout_s=settings.worker.call_timeout_s,
-    )
+    with ExitStack() as on_failure:
+        # The host closes these resources in reverse order.
+        resources = on_failure.enter_context(ExitStack())
+        models = RoleModels(settings)
+        resources.callback(models.close)
+        lease = None if instance else InstanceLease(settings.folder / "instances")
+        instance_name = instance or (lease.name if lease else "")
+        budget = _make_budget(settings, models, bus, stages)
+        tracing = open_tracing(settings)
+        for resource in (lease, budget, tracing):
+            if resource:
+                resources.callback(resource.close)
+        stages_and_roles: list[tuple[Stage, str | None]] = [
+            (make_stage(name, settings, models, constitution, bus, pinned_version), STAGE_ROLES[name]) for name in stages
+        ]
+        for custom in custom_stages:
+            stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
+            stages_and_roles.append((stage, custom.role))
+        _check_servers(models, [role for _, role in stages_and_roles if role])
+        run_start = None
+        if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
+            run_start = ensure_run_start(bus, settings.run.id)
+            all_stages = describe_stages(settings, constitution, models)
+            configuration = claim_configuration(
+                bus,
+                settings.run.id,
+                {name: all_stages[name] for name in stages},
+                all_stages,
+                lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields()),
+                accept=accept_configuration,
+                name_option="--as NAME" if replay else "--run NAME",
+            )
+            stages_and_roles = [
+                (replace(stage, process=ConfigurationProcessor(stage.process, configuration.number)), role)
+                for stage, role in stages_and_roles
+            ]
+        fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
+        resources.callback(fault_log.close)
+        workers = []
+        for stage, role in stages_and_roles:
+            worker = _make_worker(
+                settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault, run_start
+            )
+            workers.append(worker)
+            if worker.journal:
+                resources.callback(worker.journal.close)
+            for opened in (worker.consumer, worker.writer):
+                on_failure.callback(opened.close)  # a worker that runs closes them itself
+        sink_service = _SinkService(settings, bus) if sink else None
+        if sink_service:
+            resources.callback(sink_service.close)
+        sinks = sink_service.sinks if sink_service else []
+        # The metrics server is closed first, because it reads the workers.
+        for close in reversed(start_metrics_server(settings, make_pipeline_collector(workers, sinks))):
+            resources.callback(close)
+        on_failure.pop_all()
+        return Host(
+            workers,
+            {"sink": sink_service.run} if sink_service else {},
+            [resources.close],
+            watched_calls=sink_service.call_trackers if sink_service else (),
+            shutdown_timeout_s=settings.worker.shutdown_timeout_s,
+            call_timeout_s=settings.worker.call_timeout_s,
+        )
 
 
 def _check_servers(models: RoleModels, roles: Sequence[str]) -> None:
@@ -281,8 +316,8 @@ class _SinkService:
         if self.lock.try_acquire():
             try:
                 self.open_sink()
-            except CharterError:
-                self.lock.close()  # a repair needs this lock
+            except BaseException:
+                self.lock.close()  # another try in this process, or a repair, must find the lock free
                 raise
             self.call_trackers.append(self.sinks[0].call_tracker)
         else:

@@ -56,7 +56,7 @@ Verbs that read have `--json` and `--csv`, which print to standard output. A fil
 | 0 | success |
 | 1 | the command ran and reports a problem: rejected rows, a failed check, a stopped stage |
 | 2 | the command or a setting is wrong; nothing was changed |
-| 3 | a dependency (broker, database, model server) is unreachable or busy; run the same command again when it is available |
+| 3 | a dependency (broker, database, model server, disk) is unreachable, busy or full; run the same command again when it is available, or use `--wait` |
 | 130 | stopped with Ctrl-C |
 
 An error is three lines: what happened, why, what to type. All verbs have these options:

@@ -20,9 +20,10 @@ import click
 from charter.connect import open_store
 from charter.estimate import estimate_costs, format_costs
 from charter.lag import CompletionCheck
-from charter.manifests import make_run_manifest, read_run_manifests
+from charter.manifests import read_run_manifests
 from charter.pipeline import make_host
 from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, get_downstream_stages, get_stage_inputs
+from charter.startup import start_when_ready
 from constitutions.loader import Constitution, load_constitution
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
@@ -50,6 +51,14 @@ from schemas.topics import TOPICS
 
 _POLL_INTERVAL_S = 0.5
 _RUN_PREFIX = "run:"
+# The default run id depends on these settings. It does not depend on ports, addresses of the log, and limits.
+_HASHED_SETTINGS: dict[str, Any] = {
+    "models": {"policy", "critic", "judge", "follow"},
+    "respond": True,
+    "critique": True,
+    "revise": True,
+    "judge": True,
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class ReplayPlan:
     stages: tuple[str, ...]
     pinned_version: int | None
     from_archive: bool
-    manifest: RunManifest
+    manifest_fields: dict[str, Any]
     read_records: Callable[[], Iterator[Record]]
 
     def describe(self) -> list[str]:
@@ -138,22 +147,23 @@ def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> Re
     constitution = _load_replay_constitution(settings, request)
     request_fields = request.to_manifest_fields(source_run_id)
     new_settings = _make_replay_settings(settings, request, request_fields, constitution)
-    earlier_fields = _find_earlier_start(new_settings.run.id, source_run_id, request, constitution, manifests)
+    earlier_fields = _find_earlier_start(new_settings.run.id, source_run_id, request_fields, manifests)
     selection, read_records, bounds = _select_records(new_settings, bus, request, source_run_id, earlier_fields)
-    fields = earlier_fields or request_fields | bounds
     stages = (request.stage,) if request.only else get_downstream_stages(request.stage, new_settings.judge.pairing)
-    pinned_version = _resolve_policy_version(bus, source_run_id, request) if "respond" in stages else None
+    if earlier_fields:
+        fields = earlier_fields
+    else:
+        pinned_version = _resolve_policy_version(bus, source_run_id, request) if "respond" in stages else None
+        fields = request_fields | bounds | {"pinned": pinned_version}
     return ReplayPlan(
         settings=new_settings,
         constitution=constitution,
         selection=selection,
         first_stage=request.stage,
         stages=stages,
-        pinned_version=pinned_version,
+        pinned_version=fields["pinned"],
         from_archive=request.archive,
-        manifest=make_run_manifest(
-            new_settings, constitution, fields if earlier_fields else fields | {"pinned": pinned_version}
-        ),
+        manifest_fields=fields,
         read_records=read_records,
     )
 
@@ -179,7 +189,7 @@ def _make_replay_settings(
     """Return the settings of the new run. The default run id depends on all options that change the records of the replay."""
     overrides = {"run.constitution": request.constitution, f"models.{STAGE_ROLES[request.stage]}": request.model}
     settings = _override_settings(settings, {name: value for name, value in overrides.items() if value})
-    hashed_settings = settings.model_dump(mode="json", exclude={"data", "bus", "run"})
+    hashed_settings = settings.model_dump(mode="json", include=_HASHED_SETTINGS, exclude={"judge": {"timeout_s"}})
     fingerprint = ids.compute_fingerprint(
         "replay", selection=request_fields, settings=hashed_settings, constitution=constitution.hash
     )
@@ -196,7 +206,7 @@ def _override_settings(settings: Settings, overrides: dict[str, Any]) -> Setting
 
 
 def _find_earlier_start(
-    run_id: str, source_run_id: str, request: ReplayRequest, constitution: Constitution, manifests: Sequence[RunManifest]
+    run_id: str, source_run_id: str, request_fields: dict[str, Any], manifests: Sequence[RunManifest]
 ) -> dict[str, Any] | None:
     """Return the manifest fields of the first start of this replay. Return None if this is the first start.
 
@@ -211,13 +221,16 @@ def _find_earlier_start(
     fields: dict[str, Any] | None = json.loads(manifest.settings).get("replay")
     if not fields:
         raise UsageError(f"run {run_id} already exists", "it is not a replay, so it cannot be continued", fix)
-    if fields["archive"] != request.archive:
+    if fields["archive"] != request_fields["archive"]:
         origin, option = ("the archive", "with") if fields["archive"] else ("the log", "without")
         raise UsageError(f"replay {run_id} started from {origin}", f"it can be continued only {option} --archive", fix)
-    used = manifest.constitution
-    if used and used.hash != constitution.hash:
-        why = f"it can be continued only with {used.name} {used.version} ({used.hash[:12]})"
-        raise UsageError(f"replay {run_id} started with another constitution", why, fix)
+    # A changed constitution is a changed configuration of the stages (see charter.configurations).
+    changed = {name: value for name, value in request_fields.items() if name != "without" and fields.get(name) != value}
+    if changed:
+        listed = ", ".join(f"{name} was {fields.get(name)} and is now {value}" for name, value in changed.items())
+        raise UsageError(
+            f"replay {run_id} started with other options: {listed}", "it can be continued only with the same options", fix
+        )
     return fields
 
 
@@ -307,7 +320,9 @@ class ReplayResult:
         return 0 if self.is_finished and not self.num_dead_letters else 1
 
 
-def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResult:
+def run_replay(
+    plan: ReplayPlan, bus: Bus, *, quiet: bool = False, accept_configuration: bool = False, wait: bool = False
+) -> ReplayResult:
     """Publish the records and run the stages until everything is processed or a signal stops the replay.
 
     If `quiet` is true, print the last line to standard error, because the caller prints its result to standard output.
@@ -317,15 +332,18 @@ def run_replay(plan: ReplayPlan, bus: Bus, *, quiet: bool = False) -> ReplayResu
     groups = {f"{run_id}.{stage}": topics for stage, topics in inputs.items()}
     # Records that were on the topics before the first start belong to other runs.
     run_start = ensure_run_start(bus, run_id, may_have_records=False)
-    host = make_host(
+    start = partial(
+        make_host,
         plan.settings,
         bus,
         plan.stages,
         sink=True,
         pinned_version=plan.pinned_version,
-        manifest=plan.manifest,
+        replay=plan.manifest_fields,
         constitution=plan.constitution,
+        accept_configuration=accept_configuration,
     )
+    host = start_when_ready(start, wait=wait)
     stop = stop_on_signals(host.note_stop)
     selected_ids: set[str] = set()
     counts = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)

@@ -1,31 +1,68 @@
-"""Define the SQL queries that list and compare runs, and a function that flattens settings."""
+"""List and compare runs: the SQL queries, and functions that prepare their rows."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
-RUNS_SQL = (
-    """
-WITH counted AS (SELECT run_id, topic, count(*) AS n FROM run_records GROUP BY ALL),
-     named AS (SELECT run_id, min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
-                      arg_max(settings, commit_seq) AS settings FROM raw.runs GROUP BY 1)
-SELECT run_id AS run, started, constitution,
-       coalesce(settings ->> '$.replay.stage', '') AS replays_from, coalesce(settings ->> '$.replay.source', '') AS of_run,
-       settings ->> '$.models.policy' AS policy, """
-    + ", ".join(
-        f"coalesce(sum(n) FILTER (topic = '{topic}'), 0)::BIGINT AS {topic}"
-        for topic in ("prompts", "responses", "critiques", "revisions", "preferences")
-    )
-    + """
-FROM named LEFT JOIN counted USING (run_id) GROUP BY ALL ORDER BY started"""
+from charter.configurations import describe_changes, parse_configuration
+
+RUN_COLUMNS = (
+    *("run", "configuration", "started", "constitution", "replays_from", "of_run", "policy"),
+    *("prompts", "responses", "critiques", "revisions", "preferences", "changes"),
 )
+_STAGE_TABLES = ("responses", "critiques", "revisions", "preferences")
+
+# A record without a configuration was not made by a stage, or by an older version of Charter. It counts for the first one.
+_MADE_SQL = " UNION ALL ".join(
+    f"SELECT DISTINCT run_id, coalesce(configuration, 1) AS configuration, '{table}' AS topic, record_id FROM raw.{table}"
+    for table in _STAGE_TABLES
+)
+_COUNTS_SQL = ", ".join(f"count(*) FILTER (topic = '{table}') AS {table}" for table in _STAGE_TABLES)
+_RUNS_SQL = f"""
+WITH made AS (SELECT run_id, configuration, {_COUNTS_SQL} FROM ({_MADE_SQL}) GROUP BY ALL),
+     published AS (SELECT run_id, count(DISTINCT record_id) AS prompts FROM raw.prompts GROUP BY ALL),
+     named AS (SELECT run_id, coalesce((settings ->> '$.configuration.number')::BIGINT, 1) AS configuration,
+                      min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
+                      arg_max(settings, commit_seq) AS settings FROM raw.runs GROUP BY ALL)
+SELECT run_id AS run, configuration, started, constitution,
+       coalesce(settings ->> '$.replay.stage', '') AS replays_from, coalesce(settings ->> '$.replay.source', '') AS of_run,
+       coalesce(settings ->> '$.configuration.stages.respond."models.policy"', settings ->> '$.models.policy') AS policy,
+       {", ".join(f"coalesce({topic}, 0) AS {topic}" for topic in ("prompts", *_STAGE_TABLES))}, settings
+FROM named LEFT JOIN made USING (run_id, configuration) LEFT JOIN published USING (run_id)
+ORDER BY min(started) OVER (PARTITION BY run_id), run, configuration"""
 
 
-def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def load_runs(query_dicts: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one row per configuration of each run, oldest run first.
+
+    `prompts` is the number of prompts of the whole run. `changes` has the settings that differ from the previous configuration.
+    """
+    rows = query_dicts(_RUNS_SQL)
+    previous = None
+    for row in rows:
+        current = parse_configuration(row.pop("settings"))
+        is_further = previous is not None and previous[0] == row["run"]
+        row["changes"] = describe_changes(previous[1], current) if previous and is_further and previous[1] and current else ""
+        previous = (row["run"], current)
+    return rows
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Return the settings of a manifest with dotted names as keys.
+
+    The other fields of a manifest (`replay`, `configuration`) are omitted.
+    """
+    tree = {name: value for name, value in json.loads(text).items() if name not in ("replay", "configuration")}
+    return _flatten_settings(tree)
+
+
+def _flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one dictionary with dotted names as keys."""
     flattened: dict[str, Any] = {}
     for key, value in tree.items():
-        flattened |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flattened |= _flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flattened
 
 

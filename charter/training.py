@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import click
 from charter.connect import connect_bus, open_store
 from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
+from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
+from engine.bus.port import Bus
 from engine.errors import UsageError
 from engine.models import resolve_model_folder
 from engine.settings import Settings
@@ -27,27 +30,14 @@ if TYPE_CHECKING:
 _TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
-def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
+def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: bool = False) -> None:
     """Run the trainer. If `loop` is true, make updates until a signal arrives.
 
-    Otherwise make one update, of `phase` or of the next phase that is ready.
+    Otherwise make one update, of `phase` or of the next phase that is ready. If `wait` is true, wait at the start for a
+    dependency that is unreachable or full.
     """
-    from trainer.loop import Trainer
-    from trainer.promotion import make_promotion_gate
-
     reporter = MetricsReporter(settings)
-    bus = connect_bus(settings)
-    trainer = Trainer(
-        bus,
-        open_store(settings),
-        settings,
-        _get_base_model_folder(settings),
-        on_step=reporter.report_step,
-        on_update=reporter.report_update,
-        notify=print_progress,
-        monitor=make_reward_hacking_monitor(settings) if loop and settings.monitor.min_responses else None,
-        promotion_gate=make_promotion_gate(settings.promotion),
-    )
+    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop), wait=wait)
     closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))
     try:
         if loop:
@@ -58,6 +48,29 @@ def run_training(settings: Settings, phase: str | None, loop: bool) -> None:
         trainer.close()
         for close in (*closing, reporter.close, bus.close):
             close()
+
+
+def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool) -> tuple[Bus, Trainer]:
+    """Connect to the log and open the trainer. Close the connection if the trainer cannot be opened."""
+    from trainer.loop import Trainer
+    from trainer.promotion import make_promotion_gate
+
+    bus = connect_bus(settings)
+    try:
+        return bus, Trainer(
+            bus,
+            open_store(settings),
+            settings,
+            _get_base_model_folder(settings),
+            on_step=reporter.report_step,
+            on_update=reporter.report_update,
+            notify=print_progress,
+            monitor=make_reward_hacking_monitor(settings) if loop and settings.monitor.min_responses else None,
+            promotion_gate=make_promotion_gate(settings.promotion),
+        )
+    except BaseException:
+        bus.close()
+        raise
 
 
 def _get_base_model_folder(settings: Settings) -> Path:

@@ -52,7 +52,7 @@ LOCK_TIMEOUT_S = 5.0
 # The first number is the upper limit of the first wait between two attempts to write. The second is the limit of every wait.
 _BACKOFF_RANGE_S = (0.05, 2.0)
 # The content hash does not cover these fields, because their values change if the same work is repeated.
-_VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id"}
+_VOLATILE_FIELDS = {"created_at", "latency_ms", "run_id", "configuration"}
 _ConsumedRow = tuple[Record, ConsumerRecord]
 
 

@@ -29,6 +29,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class CharterError(Exception):
     """An error with a message for the user: what happened, why, and what to type."""
@@ -81,6 +83,11 @@ class StoreIncomplete(DependencyUnreachable):
 
 class CheckpointsFull(DependencyUnreachable):
     """The disk has too little free space for another checkpoint."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error of the operating system means that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class CommitUncertain(CharterError):

@@ -80,7 +80,7 @@ class BusSettings(_Section):
     retention_ms: int = Field(
         -1,
         ge=-1,
-        description="Retention time of new topics in milliseconds. -1 means no limit. Prompts and batch manifests are always kept.",
+        description="Retention time of new topics in milliseconds. -1 means no limit. Prompts, batch manifests, run manifests and erasures are always kept.",
     )
     static_members: bool = Field(
         False,

@@ -302,6 +302,12 @@ class PromptFields(AvroModel):
     epoch: int = 0
 
 
+class ConfigurationField(AvroModel):
+    """The number of the run's configuration under which a stage made the record (see `charter.configurations`)."""
+
+    configuration: int | None = None
+
+
 class ResponseIdField(AvroModel):
     """The `record_id` of the Response that a record is about."""
 
@@ -334,7 +340,7 @@ class Prompt(PromptFields, Record):
     origin: str = ""
 
 
-class Response(PromptFields, Record):
+class Response(PromptFields, ConfigurationField, Record):
     """All completions of one prompt."""
 
     topic: ClassVar[str] = "responses"
@@ -343,7 +349,7 @@ class Response(PromptFields, Record):
     completions: list[Completion]
 
 
-class Chain(PromptFields, ResponseIdField, Record):
+class Chain(PromptFields, ResponseIdField, ConfigurationField, Record):
     """The state of a critique-revision chain. A chain starts with completion 0 of a response.
 
     Critique and Revision have these fields. `response` is the newest response of the chain, and `finish_reason` is the reason
@@ -404,7 +410,7 @@ class Revision(Chain):
     rejection_reason: RejectionReason = RejectionReason.NONE
 
 
-class Preference(PromptFields, OptionalResponseIdField, Record):
+class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Record):
     """A preference pair with its judgment. The soft label `p_a` is the probability that A is better.
 
     If `outcome` is neither OK nor POSITION_FLIP, `p_a` is null. `label_order` is "both" (the mean of both orders), "forward" (A

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from charter.console import common_options
+from charter.console import accept_configuration_option, common_options
 from engine.settings import Settings
 
 
@@ -25,8 +25,9 @@ def _get_preset() -> dict[str, dict[str, Any]]:
     show_default=True,
     help="Number of prompts in the first iteration. The next two iterations use 2/3 and 1/3 of this number.",
 )
+@accept_configuration_option
 @partial(common_options, get_preset=_get_preset)
-def demo(settings: Settings, prompts: int) -> None:
+def demo(settings: Settings, prompts: int, accept_configuration: bool) -> None:
     """Run the whole training loop once with a small real model.
 
     The stages process prompts that are shipped with Charter. Then SFT trains a policy, a reward model is trained, and PPO trains
@@ -39,7 +40,7 @@ def demo(settings: Settings, prompts: int) -> None:
     """
     from charter.demo import Demo
 
-    Demo(settings, prompts).run()
+    Demo(settings, prompts, accept_configuration=accept_configuration).run()
 
 
 COMMAND = demo

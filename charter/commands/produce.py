@@ -15,6 +15,7 @@ from charter.console import common_options
 from charter.estimate import estimate_costs, format_costs
 from charter.progress import show_progress
 from charter.stages import STAGES
+from charter.startup import start_when_ready, wait_option
 from charter.text import format_json, to_one_line
 from engine.settings import Settings
 from producers.files import (
@@ -73,6 +74,7 @@ def _parse_columns(context: click.Context, parameter: click.Parameter, values: t
 @click.option(
     "--dry-run", is_flag=True, help="Only print the first rows as they would be published, the number of rows and the cost."
 )
+@wait_option
 @common_options
 def produce(
     settings: Settings,
@@ -85,6 +87,7 @@ def produce(
     publish_prompts: bool,
     shipped: bool,
     dry_run: bool,
+    wait: bool,
 ) -> None:
     """Publish prompts or labeled data.
 
@@ -116,7 +119,7 @@ def produce(
     if dry_run:
         num_invalid = _print_dry_run(settings, paths, kind, source, epoch, columns, publish_prompts)
         sys.exit(1 if num_invalid else 0)
-    bus, num_invalid = connect_bus(settings), 0
+    bus, num_invalid = start_when_ready(lambda: connect_bus(settings), wait=wait), 0
     for path in paths:
         bad_rows = _BadRowReporter(path)
         with show_progress(f"produce {to_one_line(path)}", "rows") as progress:

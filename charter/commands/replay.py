@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from charter.connect import connect_bus
-from charter.console import common_options
+from charter.console import accept_configuration_option, common_options
 from charter.replay import ReplayRequest, make_replay_plan, run_replay
 from charter.stages import STAGES
+from charter.startup import start_when_ready, wait_option
 from engine.settings import Settings
 
 
@@ -42,8 +43,10 @@ from engine.settings import Settings
 )
 @click.option("--only", is_flag=True, help="Do not run the stages after --stage.")
 @click.option("--dry-run", is_flag=True, help="Only print the plan and the cost.")
+@accept_configuration_option
+@wait_option
 @common_options
-def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
+def replay(settings: Settings, dry_run: bool, accept_configuration: bool, wait: bool, **options: Any) -> None:
     """Run earlier records through the stages again, as a new run.
 
     Read the records of one run (--run, or --from run:ID) that exist when the replay starts. Run the stages on these records. Exit
@@ -51,7 +54,9 @@ def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
     The exit code is 1 if a record became a dead letter, or if a signal stopped the replay.
 
     With the same configuration, the records get the same ids, so the views do not change. With another configuration, the replay
-    generates new records with the run_id of the new run. To continue after an interruption, run the same command.
+    generates new records with the run_id of the new run. To continue after an interruption, run the same command. If the settings
+    of a stage have changed since then, the exit code is 2. With --accept-configuration, the changed settings become a further
+    configuration of the run.
 
     \b
     Examples:
@@ -60,14 +65,14 @@ def replay(settings: Settings, dry_run: bool, **options: Any) -> None:
       charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
       charter replay --stage judge --constitution customer-service --exclude-principle kinder
     """
-    bus, exit_code = connect_bus(settings), 0
+    bus, exit_code = start_when_ready(lambda: connect_bus(settings), wait=wait), 0
     try:
         plan = make_replay_plan(settings, bus, ReplayRequest(**options))
         if dry_run:
             for line in plan.describe():
                 click.echo(line)
         else:
-            exit_code = run_replay(plan, bus).exit_code
+            exit_code = run_replay(plan, bus, accept_configuration=accept_configuration, wait=wait).exit_code
     finally:
         bus.close()
     sys.exit(exit_code)

@@ -10,10 +10,11 @@ import click
 
 from charter import custom_stage
 from charter.connect import connect_bus, open_store
-from charter.console import common_options, print_progress
+from charter.console import accept_configuration_option, common_options, print_progress
 from charter.lag import CompletionCheck
 from charter.pipeline import make_host
 from charter.stages import STAGE_ROLES, STAGES
+from charter.startup import start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.host import Host
@@ -44,12 +45,27 @@ class _StageParamType(click.Choice[str]):
 )
 @click.option("--instance", metavar="NAME", help="Fixed name of this worker instance, e.g. the ordinal of a pod.")
 @click.option("--until-done", is_flag=True, help="Exit when the stages have processed all records on the log.")
+@accept_configuration_option
+@wait_option
 @common_options
-def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until_done: bool) -> None:
+def run(
+    settings: Settings,
+    stages: tuple[str, ...],
+    instance: str | None,
+    until_done: bool,
+    accept_configuration: bool,
+    wait: bool,
+) -> None:
     """Run the stages and the sink until stopped.
 
     One process runs all stages and the sink. With --stage, it runs only the given stages. FILE.py is a custom stage
     (docs/extending.md).
+
+    A run keeps its configuration: settings, models, constitution and prompt templates that enter the ids of the records of a
+    stage. If they have changed since the stage started in this run, the command exits with code 2 and prints the changes. With
+    --accept-configuration, it adds them to the run as a further configuration (charter runs).
+
+    If the log, the database or the disk is unavailable at the start, the exit code is 3. With --wait, the command waits.
 
     On Ctrl-C or SIGTERM, stop reading, finish the records in flight and exit. The exit code is 1 or 3 if a stage stops with an
     error.
@@ -59,14 +75,31 @@ def run(settings: Settings, stages: tuple[str, ...], instance: str | None, until
       charter run
       charter run --until-done
       charter run --bus kafka://localhost:9092 --stage respond
-      charter run --bus kafka://localhost:9092 --stage sink
+      charter run --bus kafka://localhost:9092 --stage sink --wait
+      charter run --set respond.temperature=0.7 --accept-configuration
     """
     selected = stages or _ALL_STAGES
     builtin = [name for name in selected if name in STAGES]
     custom = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in selected if name not in _ALL_STAGES]
     has_sink = "sink" in selected
-    bus = connect_bus(settings)
-    host = make_host(settings, bus, builtin, sink=has_sink, custom_stages=custom, instance=instance)
+
+    def start() -> tuple[Bus, Host]:
+        bus = connect_bus(settings)
+        try:
+            return bus, make_host(
+                settings,
+                bus,
+                builtin,
+                sink=has_sink,
+                custom_stages=custom,
+                instance=instance,
+                accept_configuration=accept_configuration,
+            )
+        except BaseException:
+            bus.close()
+            raise
+
+    bus, host = start_when_ready(start, wait=wait)
     stop = stop_on_signals(host.note_stop)
     end = "exits when all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from typing import Any
 
 import click
 
 from charter.connect import open_store
 from charter.console import common_options, output_options, print_rows
-from charter.runs import RUNS_SQL, SHARED_LABELS_SQL, SHARED_RECORDS_SQL, flatten_settings
+from charter.runs import RUN_COLUMNS, SHARED_LABELS_SQL, SHARED_RECORDS_SQL, load_runs, parse_settings
+from charter.text import escape_unprintable
 from engine.errors import UsageError
 from engine.settings import Settings
 
@@ -35,9 +36,11 @@ def runs(settings: Settings, output: str) -> None:
 @output_options
 @common_options
 def list_runs(settings: Settings, output: str) -> None:
-    """List all runs with their constitution, models and record counts.
+    """List all runs with their configurations and record counts.
 
-    If two runs have the same record, it is counted for both runs.
+    There is one row for each configuration of a run. The number of prompts is that of the whole run. The other numbers count the
+    records that were made under the configuration. If two runs or configurations have the same record, it is counted for both.
+    The changes are the settings that differ from the previous configuration.
 
     \b
     Examples:
@@ -47,9 +50,15 @@ def list_runs(settings: Settings, output: str) -> None:
 
 
 def _print_runs(settings: Settings, output: str) -> None:
-    result = open_store(settings).query(RUNS_SQL, limit_s=30.0)
-    if output or result.rows:
-        print_rows(result.columns, result.rows, output)
+    rows = load_runs(partial(open_store(settings).query_dicts, limit_s=30.0))
+    if output:
+        print_rows(RUN_COLUMNS, [[row[name] for name in RUN_COLUMNS] for row in rows], output)
+    elif rows:
+        columns = [name for name in RUN_COLUMNS if name != "changes"]  # this column is too wide for a table
+        print_rows(columns, [[row[name] for name in columns] for row in rows], output)
+        for row in rows:
+            if row["changes"]:
+                click.echo(escape_unprintable(f"run {row['run']}, configuration {row['configuration']}: {row['changes']}"))
     else:
         click.echo("there are no runs yet")
 
@@ -93,11 +102,11 @@ def _diff_settings(store: Any, first: str, second: str) -> list[tuple[str, str, 
         rows = store.query_dicts(f"{sql} WHERE run_id = ? ORDER BY commit_seq DESC LIMIT 1", [run])
         if not rows:
             raise UsageError(f"there is no run {run}", f"{store.path} has no manifest of this run", "type: charter runs")
-        values = flatten_settings(json.loads(rows[0]["settings"])) | {
+        values = parse_settings(rows[0]["settings"]) | {
             "constitution": rows[0]["name"],
             "constitution hash": rows[0]["hash"],
         }
-        run_settings.append({key: value for key, value in values.items() if not key.startswith("replay.") and key != "run.id"})
+        run_settings.append({key: value for key, value in values.items() if key != "run.id"})
     a, b = run_settings
     return [(key, str(a.get(key, "")), str(b.get(key, ""))) for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 

@@ -6,6 +6,7 @@ import click
 
 from charter.connect import connect_bus
 from charter.console import common_options
+from charter.startup import start_when_ready, wait_option
 from charter.tail import tail_topic
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
@@ -17,8 +18,9 @@ from engine.stop_signals import stop_on_signals
 @click.option("-f", "--follow", is_flag=True, help="Then print new records until stopped.")
 @click.option("--raw", is_flag=True, help="Print the bytes in hexadecimal instead of the decoded record.")
 @click.option("--json", is_flag=True, expose_value=False, help="No effect: the output is always JSON lines.")
+@wait_option
 @common_options
-def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) -> None:
+def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool, wait: bool) -> None:
     """Print the newest records of a topic as JSON lines.
 
     Each object has the topic, partition and offset of the record. TOPIC is the name of a topic without bus.prefix.
@@ -28,7 +30,7 @@ def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool) ->
       charter tail responses -n 1
       charter tail preferences --follow
     """
-    bus = connect_bus(settings)
+    bus = start_when_ready(lambda: connect_bus(settings), wait=wait)
     stop = stop_on_signals() if follow else None
     for line in tail_topic(bus, topic, count, stop, raw=raw):
         click.echo(line)

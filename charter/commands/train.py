@@ -8,19 +8,23 @@ import click
 
 from charter.console import common_options
 from charter.policies import PHASES
+from charter.startup import wait_option
 from engine.settings import Settings
 
 
 @click.command()
 @click.option("--phase", type=click.Choice(PHASES), help="Train this phase now, without waiting for more rows.")
 @click.option("--loop", is_flag=True, help="Train each phase when it has enough new rows, until stopped.")
+@wait_option
 @common_options
-def train(settings: Settings, phase: str | None, loop: bool) -> None:
+def train(settings: Settings, phase: str | None, loop: bool, wait: bool) -> None:
     """Train on the available rows, once or in a loop.
 
     Without options, train the next phase that has enough new rows (train.*_rows). If no phase has enough rows, nothing is
     trained. The result is a new version of the policy or the reward model. The checkpoint is written to the data folder, and a
     record is published to the log.
+
+    If the log, a model or the disk is unavailable at the start, the exit code is 3. With --wait, the command waits.
 
     With accelerate launch, all started processes train one model together.
 
@@ -34,13 +38,13 @@ def train(settings: Settings, phase: str | None, loop: bool) -> None:
     from charter.training import run_training
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        run_training(settings, phase, loop)
+        run_training(settings, phase, loop, wait=wait)
         return
     from trainer import distributed
 
     with distributed.join_processes() as is_main_process:
         if is_main_process:
-            run_training(settings, phase, loop)
+            run_training(settings, phase, loop, wait=wait)
 
 
 COMMAND = train

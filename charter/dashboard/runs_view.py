@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import charter
-from charter.runs import RUNS_SQL, SHARED_LABELS_SQL, SHARED_RECORDS_SQL, flatten_settings
+from charter.runs import SHARED_LABELS_SQL, SHARED_RECORDS_SQL, parse_settings
+from charter.runs import load_runs as load_run_rows
 from engine.settings import Settings
 from engine.store import QueryFunction
 
@@ -20,9 +20,9 @@ _PACKAGES = ("duckdb", "fastavro", "kafka-python", "pydantic", "torch", "transfo
 
 
 def load_runs(query: QueryFunction) -> list[dict[str, Any]]:
-    """Return all runs, newest first, with their configuration and record counts."""
+    """Return all configurations of all runs, newest first, with their record counts."""
 
-    return list(reversed(query(RUNS_SQL, (), 500).to_dicts()))
+    return list(reversed(load_run_rows(lambda sql: query(sql, (), 500).to_dicts())))
 
 
 def load_run_ids(query: QueryFunction) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def load_run(query: QueryFunction, run: str, parameters: Mapping[str, str]) -> d
 def _flatten_settings(text: str) -> dict[str, Any]:
     """Return the settings of a manifest as {dotted name: value}, without the credentials in URLs."""
 
-    return {name: _strip_credentials(value) for name, value in flatten_settings(json.loads(text)).items()}
+    return {name: _strip_credentials(value) for name, value in parse_settings(text).items()}
 
 
 def _strip_credentials(value: Any) -> Any:
@@ -91,9 +91,7 @@ def _compare_runs(query: QueryFunction, run: str, other: str) -> dict[str, Any]:
     manifest = query("SELECT * FROM raw.runs WHERE run_id = ? ORDER BY commit_seq DESC", [run], 1).to_dicts()[0]
     sides = []
     for row in (manifest, rows[0]):
-        settings = {
-            k: v for k, v in _flatten_settings(row["settings"]).items() if k != "run.id" and not k.startswith("replay.")
-        }
+        settings = {k: v for k, v in _flatten_settings(row["settings"]).items() if k != "run.id"}
         constitution = row["constitution"] or {}
         settings["constitution"] = f"{constitution.get('name')} {constitution.get('version')}"
         settings["constitution hash"] = constitution.get("hash")

@@ -24,7 +24,9 @@ PROMPTS = [f"prompt number {n}" for n in range(6)]
 
 def content(record):
     """Return the fields of a record without times, latencies and the input file."""
-    return decode_record(encode_record(record), type(record)).model_dump_json(exclude={"created_at", "latency_ms", "origin"})
+    return decode_record(encode_record(record), type(record)).model_dump_json(
+        exclude={"created_at", "latency_ms", "origin", "configuration"}
+    )
 
 
 @pytest.mark.parametrize(
