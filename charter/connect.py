@@ -8,6 +8,7 @@ from engine.bus import KAFKA_SCHEME, open_bus
 from engine.bus.port import Bus
 from engine.bus.security import make_client_options
 from engine.errors import SchemaRegistryUnreachable, UsageError
+from engine.instances import FileLock
 from engine.settings import BusSettings, Settings
 from engine.store import Store
 from schemas import codec
@@ -70,7 +71,14 @@ def _make_schema_registry(bus_settings: BusSettings) -> SchemaRegistryClient:
 
 def get_topic_specs(settings: Settings) -> list[TopicSpec]:
     options = settings.bus
-    return list(make_topic_table(options.partitions, options.retention_ms, options.replication).values())
+    return list(
+        make_topic_table(options.partitions, options.retention_ms, options.replication, options.prompts_retention_ms).values()
+    )
+
+
+def open_sink_lock(settings: Settings) -> FileLock:
+    """Return the lock of the only sink that may write to the database of this data folder."""
+    return FileLock(settings.folder / "sink.lock")
 
 
 def open_store(settings: Settings) -> Store:

@@ -22,6 +22,12 @@ def make_id_pattern(identifier: str) -> str:
     return f"{prefix}%" if prefix and set(prefix) <= set("0123456789abcdef-") else ""
 
 
+def find_erased_prompt_ids(store: Store, identifier: str) -> list[str]:
+    """Return the ids of erased prompts for an id or id prefix."""
+    sql = "SELECT DISTINCT prompt_id::VARCHAR FROM erasures WHERE prompt_id::VARCHAR LIKE ?"
+    return [prompt_id for (prompt_id,) in store.query(sql, [make_id_pattern(identifier)], limit_s=10.0).rows]
+
+
 def find_prompt_ids(store: Store, identifier: str) -> list[str]:
     """Return the ids of the prompts for an id or id prefix, which can belong to a prompt or to a record made from a prompt."""
     tables = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from charter import custom_stage
 from charter.configurations import claim_configuration, describe_stages
-from charter.connect import open_store
+from charter.connect import open_sink_lock, open_store
 from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
 from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, STAGES, get_stage_inputs
@@ -31,7 +31,7 @@ from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host
-from engine.instances import FileLock, InstanceLease
+from engine.instances import InstanceLease
 from engine.models.interface import Model
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import Settings
@@ -310,7 +310,7 @@ class _SinkService:
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
         self.settings, self.bus = settings, bus
-        self.lock = FileLock(settings.folder / "sink.lock")
+        self.lock = open_sink_lock(settings)
         self.sinks: list[Sink] = []
         self.call_trackers: list[CallTracker] = []
         if self.lock.try_acquire():

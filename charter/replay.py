@@ -131,7 +131,8 @@ class ReplayPlan:
             stages += f"; responses from policy {self.pinned_version}"
         topics = ", ".join(self.selection.topics)
         return [
-            f"would replay {len(records)} records of run {self.selection.run_id} ({topics}) from {origin}",
+            f"would replay {len(records)} records of run {self.selection.run_id} ({topics}) from {origin}"
+            + (f"; {self.selection.num_erased} records are erased" if self.selection.num_erased else ""),
             f"as run {self.settings.run.id}, through {stages}",
             *format_costs(estimate_costs(self.settings, self.stages, len(records), num_chars)),
         ]
@@ -347,9 +348,11 @@ def run_replay(
     stop = stop_on_signals(host.note_stop)
     selected_ids: set[str] = set()
     counts = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
+    selected_ids -= counts.erased_ids
+    num_erased = plan.selection.num_erased + len(counts.erased_ids)
     click.echo(
         f"run {run_id}: replaying {counts.published + counts.from_earlier_start} records of run {plan.selection.run_id}"
-        f" ({counts.from_earlier_start} published by an earlier start, {counts.erased} erased) through {', '.join(plan.stages)}",
+        f" ({counts.from_earlier_start} published by an earlier start, {num_erased} erased) through {', '.join(plan.stages)}",
         err=True,
     )
     check = CompletionCheck(bus, groups, open_store(plan.settings), run_start.offsets)

@@ -38,7 +38,9 @@ def tail_topic(bus: Bus, topic: str, count: int, stop: threading.Event | None, *
 def _format_record(record: ConsumerRecord, raw: bool) -> str:
     """Return a record as a JSON object with its topic, partition and offset."""
     fields: dict[str, Any] = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-    value = record.value or b""
+    if record.value is None:
+        return format_json(fields | {"error": "the record has no value", "why": "its prompt was erased"}, indent=None)
+    value = record.value
     if not raw:
         try:
             return format_json(fields | decode_any_record(value).model_dump(mode="json"), indent=None)

@@ -9,9 +9,14 @@ beginning. The sink refuses a database with records of another log, and a databa
 A database can lose rows (`engine.commit_history`). The sink reads these records again. It notes in the database when it has read
 everything that was on the log, because the trainer must not train on a database that is being rebuilt.
 
-A record that cannot be decoded becomes a row of `dead_letters` in the same transaction. An Erasure deletes all rows of its
-prompt in the same transaction, and later records of this prompt are not written. While there is a backlog, the sink keeps the
-database file open. Once per second, it closes the file if readers are waiting.
+A record that cannot be decoded becomes a row of `dead_letters` in the same transaction.
+
+An Erasure deletes all rows of its prompt in the same transaction. The deleted bytes stay in the files. So the sink then deletes
+the values on the embedded log and rewrites both files (`Sink.finish_erasures`). If the sink ends before that, the next sink
+continues, because the database contains the list of unfinished erasures. When the sink starts, it reads all erasures from the
+log. So a sink with an empty database never writes the records of an erased prompt.
+
+While there is a backlog, the sink keeps the database file open. Once per second, it closes the file if readers are waiting.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, Reader, TopicPartition
 from engine.commit_history import begin_session, read_matching_offsets
 from engine.dead_letters import make_dead_letter
+from engine.erasures import ErasedPrompts
 from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, OffsetsLost, StoreDamaged
 from engine.metrics import MetricSample
 from engine.store import Store, raise_if_damaged, raise_if_disk_full
@@ -42,7 +48,7 @@ from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
 from schemas.codec import RecordError, decode_record
 from schemas.records import DeadLetter, DeadLetterKind, Erasure, Record
-from schemas.topics import TOPICS
+from schemas.topics import PROMPT_TOPICS, TOPICS
 
 logger = logging.getLogger("charter.sink")
 
@@ -71,7 +77,12 @@ class Sink:
         self.unreached_ends: Offsets = bus.end_offsets(list(TOPICS))
         self.partitions_checked_at = time.monotonic()
         self.call_tracker = CallTracker("the sink")
-        self.erased_prompt_ids = self.load_erased_prompt_ids()
+        self.erased_prompts = ErasedPrompts(bus)
+        self.erased_prompts.prompt_ids |= self.load_prompt_ids("raw.erasures")
+        self.unfinished_erasures = self.load_prompt_ids("raw.unfinished_erasures")
+        self.erasure_failures = 0
+        self.next_erasure_attempt_at = 0.0
+        self.num_erased = 0
         self.reader: Reader = bus.open_reader(self.next_offsets)
         self.connection_stack = ExitStack()
         self.connection: duckdb.DuckDBPyConnection | None = None
@@ -121,6 +132,8 @@ class Sink:
                 raise
         if consumer_records and not self.write_with_retry(partial(self.write_batch, consumer_records)):
             return 0
+        if self.unfinished_erasures and time.monotonic() >= self.next_erasure_attempt_at:
+            self.finish_erasures()
         is_backlog = len(consumer_records) == self.max_rows
         if is_backlog and time.monotonic() - self.opened_at <= _READER_YIELD_INTERVAL_S:
             return len(consumer_records)
@@ -150,6 +163,26 @@ class Sink:
                 if self.stop_event.wait(compute_backoff(failures, _BACKOFF_RANGE_S)):
                     break
         return False
+
+    def finish_erasures(self) -> None:
+        """Delete the values of erased prompts on the log, and the bytes of deleted rows in the file of the database.
+
+        If a file is in use or a disk is full, the sink tries again later.
+        """
+        self.release_connection()
+        try:
+            identifiers = [prompt_id.encode() for prompt_id in sorted(self.unfinished_erasures)]
+            num_values = self.bus.erase_values(PROMPT_TOPICS, identifiers)
+            self.store.rewrite(LOCK_TIMEOUT_S)
+        except DependencyUnreachable as error:
+            wait_s = compute_backoff(self.erasure_failures)
+            logger.warning("the sink finishes an erasure in %.0f s: %s: %s", wait_s, error.what, error.why)
+            self.num_pauses += 1
+            self.erasure_failures += 1
+            self.next_erasure_attempt_at = time.monotonic() + wait_s
+            return
+        logger.info("erased %d prompts from %s and %d values from the log", len(identifiers), self.store.path, num_values)
+        self.unfinished_erasures, self.erasure_failures = set(), 0
 
     def close(self) -> None:
         self.release_connection()
@@ -215,9 +248,9 @@ class Sink:
                 offsets[topic_partition] = offset
         return offsets
 
-    def load_erased_prompt_ids(self) -> set[str]:
+    def load_prompt_ids(self, table: str) -> set[str]:
         with self.store.open_write_session() as connection:
-            return {str(prompt_id) for (prompt_id,) in connection.execute("SELECT prompt_id FROM raw.erasures").fetchall()}
+            return {str(prompt_id) for (prompt_id,) in connection.execute(f"SELECT prompt_id FROM {table}").fetchall()}
 
     def discover_partitions(self) -> None:
         """Check for new partitions once a minute. Read new partitions from their beginning."""
@@ -246,10 +279,11 @@ class Sink:
 
     def write_batch(self, consumer_records: Sequence[ConsumerRecord]) -> None:
         """Write the rows, the offsets and the commit sequence in one transaction."""
-        decoded_rows = [_decode_row(consumer_record) for consumer_record in consumer_records]
+        decoded_rows = [_decode_row(record) for record in consumer_records if record.value is not None]
         new_erasures = {str(record.prompt_id) for record, _ in decoded_rows if isinstance(record, Erasure)}
-        erased = self.erased_prompt_ids | new_erasures
+        erased = self.erased_prompts.prompt_ids | new_erasures
         rows = [row for row in decoded_rows if isinstance(row[0], Erasure) or _get_prompt_id(row) not in erased]
+        num_erased = len(consumer_records) - len(rows)
         connection = self.acquire_connection()
         started = time.monotonic()
         offsets = _compute_next_offsets(consumer_records)
@@ -274,7 +308,11 @@ class Sink:
             raise_if_damaged(error, self.store.path)
             raise
         self.next_offsets |= offsets
-        self.erased_prompt_ids |= new_erasures
+        self.erased_prompts.prompt_ids |= new_erasures
+        self.unfinished_erasures |= new_erasures
+        if num_erased and not self.num_erased:
+            logger.warning("the sink skips the records of erased prompts, %d of them in this batch", num_erased)
+        self.num_erased += num_erased
         self.num_written += len(rows)
         self.num_flushes += 1
         self.flush_seconds += time.monotonic() - started
@@ -358,6 +396,7 @@ def collect_sink_metrics(sink: Sink) -> Iterator[MetricSample]:
     yield MetricSample(
         "charter_records_read_total", "Records that the stage has processed and committed.", sink.num_written, labels
     )
+    yield MetricSample("charter_erased_records_total", "Records of erased prompts that were skipped.", sink.num_erased, labels)
     yield MetricSample("charter_pauses_total", "Pauses because a dependency was unavailable.", sink.num_pauses, labels)
     yield MetricSample("charter_batches_total", "Batches that the stage has processed.", sink.num_flushes, labels)
     yield MetricSample("charter_batch_seconds_total", "Seconds spent processing batches.", sink.flush_seconds, labels)

@@ -19,6 +19,7 @@ from pathlib import Path
 from engine.bus import embedded
 from engine.checkpoints import fsync_path
 from engine.errors import UsageError
+from engine.progress import WorkProgress
 from engine.store import Store, check_format_version, open_connection
 
 _DATABASE_FILENAME = "charter.duckdb"
@@ -27,7 +28,7 @@ _MANIFEST_FILENAME = "backup.json"
 _LOCK_TIMEOUT_S = 60.0
 
 
-def create_snapshot(store: Store, target: Path) -> int:
+def create_snapshot(store: Store, target: Path, progress: WorkProgress) -> int:
     """Copy the database to `target`. The file appears at `target` only when it is complete. Return the number of records."""
     if target.exists():
         raise UsageError(
@@ -37,6 +38,7 @@ def create_snapshot(store: Store, target: Path) -> int:
         raise UsageError(f"there is no database at {store.path} yet", "the sink creates the database", "type: charter run")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
+    progress.start_step("copying the database")
     with store.access_lock.read_lock(_LOCK_TIMEOUT_S):
         with open_connection(
             store.path, read_only=True
@@ -45,6 +47,7 @@ def create_snapshot(store: Store, target: Path) -> int:
         for suffix in ("", ".wal"):  # if the sink was killed, the last transactions are in the WAL
             if (source := store.path.with_name(store.path.name + suffix)).exists():
                 shutil.copyfile(source, temporary.with_name(temporary.name + suffix))
+    progress.start_step("checking the copy")
     with open_connection(temporary, read_only=False) as connection:  # opening the copy verifies it and merges the WAL into it
         check_format_version(connection, temporary)
         ((records,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
@@ -53,7 +56,7 @@ def create_snapshot(store: Store, target: Path) -> int:
     return int(records)
 
 
-def create_backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[str, object]:
+def create_backup(folder: Path, target: Path, bus_folder: Path | None, progress: WorkProgress) -> dict[str, object]:
     """Copy a data folder and its embedded log to the new folder `target`. Return the manifest of the backup.
 
     The database is copied before the log. So the log contains every record of the database, and the sink can continue after a
@@ -75,10 +78,11 @@ def create_backup(folder: Path, target: Path, bus_folder: Path | None) -> dict[s
         manifest: dict[str, object] = {"created_at": datetime.now(UTC).isoformat()}
         store = Store(folder / _DATABASE_FILENAME)
         if store.path.exists():
-            manifest["records"] = create_snapshot(store, temporary / _DATABASE_FILENAME)
+            manifest["records"] = create_snapshot(store, temporary / _DATABASE_FILENAME, progress)
         if bus_folder is not None and (bus_folder / embedded.LOG_FILENAME).exists():
+            progress.start_step("copying the log")
             manifest["messages"] = _copy_log(bus_folder / embedded.LOG_FILENAME, temporary / embedded.LOG_FILENAME)
-        manifest["checkpoints"] = _copy_checkpoints(folder / _CHECKPOINTS_FOLDER, temporary / _CHECKPOINTS_FOLDER)
+        manifest["checkpoints"] = _copy_checkpoints(folder / _CHECKPOINTS_FOLDER, temporary / _CHECKPOINTS_FOLDER, progress)
         (temporary / _MANIFEST_FILENAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -97,11 +101,13 @@ def _copy_log(source: Path, target: Path) -> int:
     return int(messages)
 
 
-def _copy_checkpoints(source: Path, target: Path) -> list[str]:
+def _copy_checkpoints(source: Path, target: Path, progress: WorkProgress) -> list[str]:
     """Copy every complete checkpoint. Return their names. The name of an incomplete checkpoint starts with a dot."""
     names = sorted(p.name for p in source.iterdir() if not p.name.startswith(".")) if source.exists() else []
+    progress.start_step("copying the checkpoints", len(names))
     for name in names:
         shutil.copytree(source / name, target / name, copy_function=_link_or_copy)
+        progress.num_done += 1
     return names
 
 

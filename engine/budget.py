@@ -66,6 +66,7 @@ class Budget:
     ) -> None:
         self.run_id, self.max_tokens, self.max_cost, self.prices = run_id, max_tokens, max_cost, prices or {}
         self.tokens, self.cost = 0, 0.0
+        self.num_erased = 0  # records without a value, whose tokens are unknown
         self.run_header = ("run", run_id.encode())
         ends = bus.end_offsets(list(_METERED_TOPICS))
         self.reader = bus.open_reader(bus.beginning_offsets(list(_METERED_TOPICS)))
@@ -74,6 +75,12 @@ class Budget:
         self.lock = threading.Lock()
         while any(self.reader.positions()[tp] < end for tp, end in ends.items()):
             self.read_usage(1.0)
+        if self.num_erased:
+            logger.warning(
+                "the budget of run %s does not count the tokens of %d records, because their prompts were erased",
+                run_id,
+                self.num_erased,
+            )
 
     def can_admit(self, stage: str) -> bool:
         """Return whether a stage may start new work. The usage can be one second old."""
@@ -112,8 +119,11 @@ class Budget:
     def add_usage(self, consumer_record: ConsumerRecord) -> None:
         if self.run_header not in consumer_record.headers:
             return
+        if consumer_record.value is None:
+            self.num_erased += 1
+            return
         try:
-            record: Record = decode_any_record(consumer_record.value or b"")
+            record: Record = decode_any_record(consumer_record.value)
         except RecordError:  # the stage that reads this topic makes a dead letter of the record
             return
         self.tokens += record.prompt_tokens + record.completion_tokens

@@ -95,6 +95,9 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
     yield MetricSample("charter_records_written_total", "Records that the stage has written.", worker.num_written, labels)
     yield MetricSample("charter_dead_letters_total", "Records that became dead letters.", worker.num_dead_letters, labels)
     yield MetricSample(
+        "charter_erased_records_total", "Records of erased prompts that were skipped.", worker.num_erased, labels
+    )
+    yield MetricSample(
         "charter_duplicates_total",
         "Records that were skipped, because the first record of a key counts.",
         worker.num_duplicates,

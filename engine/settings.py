@@ -80,7 +80,12 @@ class BusSettings(_Section):
     retention_ms: int = Field(
         -1,
         ge=-1,
-        description="Retention time of new topics in milliseconds. -1 means no limit. Prompts, batch manifests, run manifests and erasures are always kept.",
+        description="Retention time of new topics in milliseconds. -1 means no limit. Prompts have their own setting. Manifests and erasures are always kept.",
+    )
+    prompts_retention_ms: int = Field(
+        -1,
+        ge=-1,
+        description="Retention time of a new topic prompts in milliseconds. -1 means no limit. Kafka keeps an erased prompt for this time.",
     )
     static_members: bool = Field(
         False,

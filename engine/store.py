@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import duckdb
 
 from engine.access_lock import AccessLock
+from engine.checkpoints import fsync_path
 from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
 from engine.tables import FORMAT_VERSION, build_create_statements
 
@@ -145,6 +147,43 @@ class Store:
         """Return the files of the write-ahead log. They exist only if the writer was killed or is writing."""
         paths = (self.path.with_name(self.path.name + suffix) for suffix in WAL_SUFFIXES)
         return [path for path in paths if path.exists()]
+
+    def rewrite(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> None:
+        """Copy the database to a new file, and replace the old file. Then no erasure is unfinished in this database.
+
+        A deleted row leaves its bytes in free blocks of the file. The new file contains only the rows that still exist. Readers
+        wait during the copy. If the process ends during the copy, the old file is unchanged.
+        """
+        path = self.path.resolve()  # replace the file and not a link to it
+        copy = path.with_name(f".{path.name}.copy")
+        with self.access_lock.write_lock(lock_timeout_s):
+            _remove_database(copy)
+            try:
+                with open_connection(path, read_only=False) as connection:
+                    connection.execute("CHECKPOINT")  # the write-ahead log becomes empty
+                    _copy_database(connection, copy)
+            except duckdb.Error as error:
+                raise_if_disk_full(error, path)
+                raise
+            shutil.copymode(path, copy)
+            fsync_path(copy)
+            copy.replace(path)
+            fsync_path(path.parent)
+
+
+def _copy_database(connection: duckdb.DuckDBPyConnection, copy: Path) -> None:
+    ((name,),) = connection.execute("SELECT current_database()").fetchall()
+    quoted_path = str(copy).replace("'", "''")
+    connection.execute(f"ATTACH '{quoted_path}' AS rewritten")
+    connection.execute(f'COPY FROM DATABASE "{name}" TO rewritten')
+    connection.execute("DELETE FROM rewritten.raw.unfinished_erasures")
+    connection.execute("DETACH rewritten")
+
+
+def _remove_database(path: Path) -> None:
+    """Remove a database file and its write-ahead log, if they exist."""
+    for suffix in ("", *WAL_SUFFIXES):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from engine.eligibility import ELIGIBILITY_MACROS
 from engine.models.control_tokens import MARKER_MACRO
-from schemas.records import DeadLetter, Erasure, Float32, Identifier, Record
+from schemas.records import Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 _VIEW_FILES = tuple(
@@ -103,6 +103,8 @@ def build_create_statements() -> list[str]:
         " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT)",
         "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT, complete_seq BIGINT)",
         "CREATE TABLE IF NOT EXISTS raw.sink_sessions (number BIGINT, session_id VARCHAR, first_seq BIGINT)",
+        # The prompts whose rows are deleted, but whose text can still be in the files of the log and of the database.
+        "CREATE TABLE IF NOT EXISTS raw.unfinished_erasures (prompt_id UUID)",
     ]
     for spec in TOPICS.values():
         statements += [_build_create_table(spec), f"CREATE OR REPLACE VIEW {spec.table} AS {_build_deduplication_query(spec)}"]
@@ -148,10 +150,17 @@ def build_insert_statement(spec: TopicSpec) -> str:
 
 @cache
 def build_erasure_statements() -> list[str]:
-    """Return the statements that delete all rows of given prompts. Each statement has the list of prompt ids as a parameter."""
-    specs = [spec for spec in TOPICS.values() if spec.record_class not in (Erasure, DeadLetter)]
+    """Return the statements that delete all rows of given prompts. Each statement has the list of prompt ids as a parameter.
+
+    A dead letter belongs to a prompt if its bytes contain the id of the prompt.
+    """
+    specs = [spec for spec in TOPICS.values() if spec.record_class is not Erasure]
     by_prompt = [f"DELETE FROM raw.{spec.table} WHERE prompt_id IN (SELECT unnest(?::UUID[]))" for spec in specs]
-    return [*by_prompt, "DELETE FROM raw.dead_letters WHERE source_key IN (SELECT encode(unnest(?::VARCHAR[])))"]
+    dead_letters = """
+        DELETE FROM raw.dead_letters WHERE EXISTS (
+            SELECT 1 FROM (SELECT hex(encode(unnest(?::VARCHAR[]))) AS id)
+            WHERE contains(hex(value), id) OR contains(hex(source_key), id))"""
+    return [*by_prompt, dead_letters, "INSERT INTO raw.unfinished_erasures SELECT unnest(?::UUID[])"]
 
 
 def _build_run_view() -> str:

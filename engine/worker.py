@@ -33,6 +33,7 @@ from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
 from engine.crash_journal import CrashCount, CrashJournal
 from engine.dead_letters import make_dead_letter
+from engine.erasures import ErasedPrompts
 from engine.errors import (
     CharterError,
     CommitUncertain,
@@ -103,6 +104,7 @@ class InFlightRecord:
     outputs: list[ProducerRecord] | None = None
     attempts: int = 0
     other_run_id: str = ""  # the run of a record that this worker does not process
+    is_erased: bool = False  # the prompt of the record was erased
     crash_count: CrashCount | None = None  # set if processes ended while they processed this record
     is_isolated: bool = False  # process this record alone, because its batch failed and the failing record must be found
     is_dropped: bool = False  # the partition was lost, or the record is committed
@@ -213,6 +215,8 @@ class Worker:
         self.partitions_paused = False
         self.admission_closed = False  # true while the budget allows no new work
         self.commit_uncertain = False
+        self.erased_prompts = ErasedPrompts(bus)
+        self.num_erased = 0  # committed records of erased prompts, which this worker did not process
         self.num_of_other_runs: Counter[str] = Counter()  # committed records of other runs, which this worker did not process
         self.num_duplicates = 0  # records that were skipped because of `first_per_key`
         self.num_committed = 0  # input records
@@ -358,6 +362,7 @@ class Worker:
     ) -> list[InFlightRecord]:
         """Decode records. If decoding needs an unreachable dependency, seek back, so that the records are read again later."""
         try:
+            self.erased_prompts.refresh()
             return [self.decode_record(consumer_record, epochs) for consumer_record in consumer_records]
         except DependencyUnreachable:
             for consumer_record in reversed(consumer_records):  # the last seek of each partition is to its first record
@@ -382,11 +387,17 @@ class Worker:
             self.partitions_paused = False
 
     def decode_record(self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int]) -> InFlightRecord:
-        """Decode a record. If it cannot be decoded, make a dead letter. A record for another run or stage gets no outputs."""
+        """Decode a record. If it cannot be decoded, make a dead letter.
+
+        A record for another run or stage, or of an erased prompt, gets no outputs.
+        """
         epoch = epochs.get(TopicPartition(consumer_record.topic, consumer_record.partition), -1)
         item = InFlightRecord(consumer_record, epoch, time.monotonic())
         if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage.name.encode()) != self.stage.name.encode():
             item.outputs = []
+            return item
+        if self.erased_prompts.covers(consumer_record):
+            item.is_erased, item.outputs = True, []
             return item
         try:
             item.record = decode_record(consumer_record.value or b"", TOPICS[consumer_record.topic].record_class)
@@ -395,6 +406,8 @@ class Worker:
             return item
         if item.record.run_id != self.run_id:
             item.other_run_id, item.outputs = item.record.run_id, []
+        elif item.record.prompt_id in self.erased_prompts.prompt_ids:  # the key of an external producer can be another id
+            item.is_erased, item.outputs = True, []
         elif self.poison_candidates:
             self.check_poison_candidate(item)
         return item
@@ -553,8 +566,9 @@ class Worker:
                 error = ValueError(f"the output record for {output.topic} has {size} bytes")
                 self.send_to_dead_letter(item, DeadLetterKind.TOO_LARGE, error)
                 return
+        item.is_erased = self.erased_prompts.covers(item.consumer_record)  # the prompt may have been erased in the meantime
         with self.executor.condition:
-            item.outputs = outputs
+            item.outputs = [] if item.is_erased else outputs
 
     def pause_stage(self, items: list[InFlightRecord], error: Exception) -> None:
         """Requeue a batch and pause the stage, because a dependency is unavailable. Each consecutive pause is longer."""
@@ -689,8 +703,17 @@ class Worker:
             self.clear_crash_count(committed)
             self.drop_committed(offsets)
             self.num_committed += len(committed)
+            self.count_erased(committed)
             self.num_of_other_runs.update(item.other_run_id for item in committed if item.other_run_id)
             self.num_written += len(outputs)
+
+    def count_erased(self, items: Iterable[InFlightRecord]) -> None:
+        """Count the committed records of erased prompts, and log the first one."""
+        erased = [item for item in items if item.is_erased]
+        if erased and not self.num_erased:
+            coordinates = format_coordinates(erased[0].consumer_record)
+            logger.warning("%s skips the records of erased prompts, first %s", self.stage.name, coordinates)
+        self.num_erased += len(erased)
 
     def address_outputs(self, item: InFlightRecord) -> list[ProducerRecord]:
         """Return the outputs with their partitions, and with a header that names the input record."""

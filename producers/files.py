@@ -24,6 +24,7 @@ from typing import Any, Literal
 from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
 from engine.eligibility import find_pair_problem, is_blank
+from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
@@ -56,13 +57,14 @@ _ROW_NOUNS: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", 
 class ProduceReport:
     """The result for one input.
 
-    `num_duplicates` is the number of rows that the run already has. `num_already_read` is the number of rows that an earlier
-    call read. `bad_rows` contains the number of each invalid row and the reason. `unread_columns` counts, for each column without
-    effect, the rows that have it.
+    `num_duplicates` is the number of rows that the run already has. `num_erased` is the number of rows whose prompt was erased.
+    `num_already_read` is the number of rows that an earlier call read. `bad_rows` contains the number of each invalid row and
+    the reason. `unread_columns` counts, for each column without effect, the rows that have it.
     """
 
     num_published: int = 0
     num_duplicates: int = 0
+    num_erased: int = 0
     num_already_read: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)
     unread_columns: Counter[str] = field(default_factory=Counter)
@@ -115,6 +117,7 @@ class FileProducer:
         report.num_already_read = start - first_row
         self.progress.start_step("reading the ids of the records that the run already has")
         prompt_ids, label_ids = self.read_published_ids(run_start)
+        erased_prompt_ids = ErasedPrompts(self.bus).prompt_ids
         self.progress.start_step("publishing")
         batch: list[ProducerRecord] = []
         last_read, num_new_rows = start - 1, 0
@@ -123,6 +126,10 @@ class FileProducer:
                 parsed = self.parse_row(row, number, path, report)
                 last_read = number
                 if parsed is None:
+                    continue
+                # An erased text must not come back under the id of another epoch. Every erasure includes epoch 0.
+                if ids.compute_prompt_id(parsed.messages) in erased_prompt_ids:
+                    report.num_erased += 1
                     continue
                 records = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompt_ids, label_ids)
                 report.num_duplicates += not records
@@ -327,6 +334,7 @@ def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts")
     yield (
         f"{report.num_published} {kind} published from {path}"
         + (f", {report.num_duplicates} duplicates skipped" if report.num_duplicates else "")
+        + (f", {report.num_erased} skipped because their prompts were erased" if report.num_erased else "")
         + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
     )
     if report.bad_rows:

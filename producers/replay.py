@@ -8,7 +8,7 @@ it therefore reads the same records. Each record is copied exactly once: a recor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,12 +16,13 @@ from pydantic import TypeAdapter
 
 from engine.bus.port import Bus, ConsumerRecord, Offsets
 from engine.bus.read import read_between
+from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.run_starts import ensure_run_start
 from engine.store import Store
 from engine.worker import to_producer_record
 from schemas.codec import RecordError, decode_record
-from schemas.records import Chain, EndReason, Erasure, Record
+from schemas.records import Chain, EndReason, Record
 from schemas.topics import TOPICS
 
 _BATCH_SIZE = 500
@@ -62,24 +63,33 @@ def _parse_timestamp_ms(text: str) -> int:
     return int(timestamp.timestamp() * 1000)  # a time without a zone is local time
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogSelection:
-    """The records of the log that a replay publishes: records of `run_id` between two offsets that satisfy `predicate`."""
+    """The records of the log that a replay publishes: records of `run_id` between two offsets that satisfy `predicate`.
+
+    `num_erased` is the number of records without a value that the last call of `read_records` skipped.
+    """
 
     run_id: str
     topics: tuple[str, ...]
     start_offsets: Offsets
     end_offsets: Offsets
     predicate: Callable[[Record], bool]
+    num_erased: int = field(default=0, init=False)
 
     def read_records(self, bus: Bus) -> Iterator[Record]:
         """Yield the records. Skip records that cannot be decoded, because they are already dead letters."""
+        self.num_erased = 0
         run_header = ("run", self.run_id.encode())
         for topic in self.topics:
             starts = {key: offset for key, offset in self.start_offsets.items() if key.topic == topic}
             ends = {key: offset for key, offset in self.end_offsets.items() if key.topic == topic}
             for raw in read_between(bus, starts, ends):
-                if run_header in raw.headers and (record := decode_or_none(raw)) and self.predicate(record):
+                if run_header not in raw.headers:
+                    continue
+                if raw.value is None:
+                    self.num_erased += 1
+                elif (record := decode_or_none(raw)) and self.predicate(record):
                     yield record
 
 
@@ -96,6 +106,7 @@ class ArchiveSelection:
     end: str
     before_seq: int
     predicate: Callable[[Record], bool]
+    num_erased: int = field(default=0, init=False)  # the database has no rows of erased prompts
 
     def read_records(self, store: Store) -> Iterator[Record]:
         """Yield the records in the order of the commit sequence."""
@@ -144,25 +155,22 @@ def is_chain_end(record: Record) -> bool:
     return isinstance(record, Chain) and record.final and record.end_reason not in (EndReason.NONE, EndReason.UNKNOWN)
 
 
-def _read_erased_prompt_ids(bus: Bus) -> set[str]:
-    """Return the ids of erased prompts, which must not be published again."""
-    beginnings, ends = bus.beginning_offsets([Erasure.topic]), bus.end_offsets([Erasure.topic])
-    return {(erasure.key or b"").decode() for erasure in read_between(bus, beginnings, ends)}
-
-
 @dataclass
 class RepublishCounts:
-    """Three counts of records: published now, already published by an earlier start, and skipped because of an erasure."""
+    """Two counts of records: published now, and already published by an earlier start.
+
+    `erased_ids` are the ids of the records that were skipped, because their prompts were erased.
+    """
 
     published: int = 0
     from_earlier_start: int = 0
-    erased: int = 0
+    erased_ids: set[str] = field(default_factory=set)
 
 
 def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> RepublishCounts:
     """Publish each record once, with the run id `run_id`."""
     # Open the writer first. This fences an earlier replay of this run, which then cannot publish after the ids are read.
-    writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), _read_erased_prompt_ids(bus)
+    writer, erased_prompt_ids = bus.open_writer(f"replay.{run_id}"), ErasedPrompts(bus).prompt_ids
     run_start = ensure_run_start(bus, run_id)
     counts, batch = RepublishCounts(), list[Record]()
     ids_by_topic: dict[str, set[str]] = {}
@@ -172,7 +180,7 @@ def republish_records(bus: Bus, records: Iterable[Record], run_id: str) -> Repub
                 ids_by_topic[record.topic] = _read_record_ids(bus, record.topic, run_id)
             record_ids = ids_by_topic[record.topic]
             if record.prompt_id in erased_prompt_ids:
-                counts.erased += 1
+                counts.erased_ids.add(record.record_id)
                 continue
             if record.record_id in record_ids:
                 counts.from_earlier_start += 1

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.records import RECORDS, DeadLetter, PolicyUpdate, ProducerOffset, Record
+from schemas.records import (
+    RECORDS,
+    DeadLetter,
+    DroppedRollout,
+    PolicyUpdate,
+    ProducerOffset,
+    Prompt,
+    PromptFields,
+    Record,
+    Score,
+)
 
 DEFAULT_PARTITIONS = 12
 _RETAIN_FOREVER = -1
@@ -49,15 +59,23 @@ _SINGLE_PARTITION_TOPICS = {
     "erasures",
 }
 # The records of these topics are needed for as long as any record of their run exists. Without the manifests of its batches, the
-# trainer could train a row twice after the database was restored.
-_PERMANENT_TOPICS = {"prompts", "runs", "run-starts", "erasures", "batches"}
+# trainer could train a row twice after the database was restored. A sink that is rebuilt from the log must know all erasures.
+_PERMANENT_TOPICS = {"runs", "run-starts", "erasures", "batches"}
 _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
+# The topics whose records belong to a prompt. An erasure of the prompt deletes the values of these records.
+PROMPT_TOPICS = tuple(
+    record.topic for record in RECORDS if issubclass(record, PromptFields) or record in (Score, DroppedRollout, DeadLetter)
+)
 
 
 def make_topic_table(
-    num_partitions: int = DEFAULT_PARTITIONS, retention_ms: int = _RETAIN_FOREVER, replication_factor: int = -1
+    num_partitions: int = DEFAULT_PARTITIONS,
+    retention_ms: int = _RETAIN_FOREVER,
+    replication_factor: int = -1,
+    prompts_retention_ms: int = _RETAIN_FOREVER,
 ) -> dict[str, TopicSpec]:
     """Return the configuration of all topics, by name."""
+    retention_by_topic = dict.fromkeys(_PERMANENT_TOPICS, _RETAIN_FOREVER) | {Prompt.topic: prompts_retention_ms}
     specs = {}
     for record in RECORDS:
         extra = DEAD_LETTER_OVERHEAD_BYTES if record is DeadLetter else 0
@@ -66,7 +84,7 @@ def make_topic_table(
             record_class=record,
             is_compacted=record.topic in _COMPACTED_TOPICS,
             num_partitions=1 if record.topic in _SINGLE_PARTITION_TOPICS else num_partitions,
-            retention_ms=_RETAIN_FOREVER if record.topic in _PERMANENT_TOPICS else retention_ms,
+            retention_ms=retention_by_topic.get(record.topic, retention_ms),
             max_message_bytes=MAX_RECORD_BYTES + extra,
             replication_factor=replication_factor,
         )

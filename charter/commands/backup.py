@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from charter.console import common_options
+from charter.progress import show_progress
 from engine import backups
 from engine.bus import KAFKA_SCHEME
 from engine.settings import Settings
@@ -30,7 +31,9 @@ def backup(settings: Settings, target: Path) -> None:
     Examples:
       charter backup backups/2026-11-24
     """
-    for name, value in backups.create_backup(settings.folder, target, _get_log_folder(settings)).items():
+    with show_progress("backup", "checkpoints") as progress:
+        manifest = backups.create_backup(settings.folder, target, _get_log_folder(settings), progress)
+    for name, value in manifest.items():
         click.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
 
 

@@ -6,67 +6,53 @@ import click
 
 from charter.connect import connect_bus, open_store
 from charter.console import common_options
-from charter.lookup import find_prompt_ids
-from engine.errors import UsageError
+from charter.erasure import list_remaining_copies, make_erasure_plan, publish_erasures, wait_until_erased
+from engine.bus import KAFKA_SCHEME
 from engine.settings import Settings
-from engine.worker import to_producer_record
-from schemas import ids
-from schemas.records import Erasure
 
 
 @click.command()
 @click.argument("identifiers", metavar="PROMPT_ID...", nargs=-1, required=True)
-@click.option("--reason", default="", help="Reason to store in the erasure record.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--reason", default="", help="Reason to store in the erasure record. Do not repeat the text here.")
+@click.option("--yes", is_flag=True, help="Do not show the text, and do not ask for confirmation.")
 @common_options
 def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bool) -> None:
     """Delete a prompt and all records made from it.
 
-    The command publishes an erasure record. Each sink that reads this log deletes the prompt and the records made from it. The
-    sink also drops such records if they arrive later. Later batches and replays skip these records.
+    The command shows the prompt and asks for confirmation. Then it publishes an erasure record. Each sink that reads this log
+    deletes the prompt, its other epochs and the records made from them: from its database, from the embedded log, and from the
+    files of both. If no sink runs on this data folder, the command does this itself. It returns when this is finished.
 
-    The log keeps its records until they expire (bus.retention_ms). Models that were trained on the records do not change.
+    Later batches, replays and productions skip the prompt. Kafka cannot delete single records: the command prints until when each
+    topic keeps the text. It also lists the models that were trained on the records, and other copies that it cannot delete.
 
     \b
     Examples:
       charter erase 3f2a1c04-... --reason "asked by its author"
     """
-    prompt_ids = []
-    for identifier in identifiers:
-        matches = find_prompt_ids(open_store(settings), identifier)
-        if len(matches) != 1:
-            raise UsageError(
-                f"{identifier!r} matches {len(matches) or 'no'} prompts",
-                "an erasure cannot be undone, so each id must match exactly one prompt",
-                "type: charter sql 'select prompt_id, prompt from traces'    and give a complete prompt_id",
-            )
-        prompt_ids += matches
+    store = open_store(settings)
+    plan = make_erasure_plan(store, identifiers)
     if not yes:
-        question = f"permanently delete all records of {_format_prompt_count(len(prompt_ids))} from the databases?"
-        click.confirm(question, abort=True)
+        for line in plan.describe():
+            click.echo(line)
+        click.confirm("permanently delete all of this?", abort=True)
     bus = connect_bus(settings)
-    bus.publish(
-        [
-            to_producer_record(
-                Erasure(
-                    record_id=ids.compute_record_id("forget", [prompt_id], ""),
-                    prompt_id=prompt_id,
-                    run_id=settings.run.id,
-                    stage="erase",
-                    reason=reason,
-                )
-            )
-            for prompt_id in prompt_ids
-        ]
-    )
+    remaining = list_remaining_copies(settings, store, bus, plan)  # reads rows that the erasure deletes
+    publish_erasures(bus, plan.prompt_ids, settings.run.id, reason)
+    try:
+        wait_until_erased(settings, bus, plan.prompt_ids)
+    except BaseException:
+        click.echo(
+            "the erasure is published but not finished; to finish it, repeat this command, or type: charter run", err=True
+        )
+        raise
+    log = "" if settings.bus_address.startswith(KAFKA_SCHEME) else " and from the embedded log"
+    count = len(plan.prompts) or len(identifiers)
+    click.echo(f"erased {count} {'prompt' if count == 1 else 'prompts'} from {store.path}{log}; {plan.format_counts()}")
     bus.close()
-    click.echo(
-        f"erasure of {_format_prompt_count(len(prompt_ids))} published; the sink deletes the records while charter run is active"
-    )
-
-
-def _format_prompt_count(count: int) -> str:
-    return "1 prompt" if count == 1 else f"{count} prompts"
+    click.echo("not erased:")
+    for line in remaining:
+        click.echo(f"  {line}")
 
 
 COMMAND = erase

@@ -8,8 +8,10 @@ import click
 
 from charter.connect import open_store
 from charter.console import common_options
-from charter.export.dataset import export_dataset
-from charter.export.selection import ExportSelection
+from charter.export.dataset import EXPORT_FORMATS, export_dataset
+from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
+from charter.progress import show_progress
+from engine.errors import UsageError
 from engine.settings import Settings
 
 _FORMAT_NAMES = ("sft", "preference", "kto")
@@ -27,7 +29,14 @@ _FORMAT_NAMES = ("sft", "preference", "kto")
     help="Export only records whose prompt has this source; may be repeated.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), help="Maximum number of records per split. The oldest records are exported first."
+    "--limit",
+    type=click.IntRange(1),
+    help="Maximum number of records per split, including ties and labels below --min-margin. The oldest records are exported first.",
+)
+@click.option(
+    "--min-margin",
+    type=click.FloatRange(0.0, 0.5),
+    help="Leave out labels p with |p - 0.5| below this value. Default: 0.1 for kto, whose labels are hard, and 0 for preference.",
 )
 @click.option("--force", is_flag=True, help="Overwrite an earlier export.")
 @common_options
@@ -39,13 +48,14 @@ def export(
     as_parquet: bool,
     sources: tuple[str, ...],
     limit: int | None,
+    min_margin: float | None,
     force: bool,
 ) -> None:
     """Write training data to a folder in the formats of TRL.
 
     The formats are prompts with final responses (sft), pairs with a soft label (preference), and single responses with a boolean
-    label (kto). Train and eval splits are separate files. A dataset card (README.md) describes the sources. Without
-    --run, export the records of all runs.
+    label (kto). A kto label is hard, so pairs that are nearly ties are left out (--min-margin). Train and eval splits are
+    separate files. A dataset card (README.md) describes the sources. Without --run, export the records of all runs.
 
     \b
     Examples:
@@ -53,13 +63,29 @@ def export(
       charter export preference exported/pairs --parquet --run live
       charter export kto exported/kto --source red-team --force
     """
+    default_margin = EXPORT_FORMATS[dataset_format].default_min_margin
+    if default_margin is None and min_margin is not None:
+        raise UsageError(f"{dataset_format} has no --min-margin", "its rows have no label", "remove --min-margin")
     store = open_store(settings)
-    selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources)
+    margin = (default_margin or 0.0) if min_margin is None else min_margin
+    selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin)
     suffix = "parquet" if as_parquet else "jsonl"
-    splits = export_dataset(store, target, dataset_format, selection, suffix, limit, force)
+    with show_progress(f"export {dataset_format}", "rows") as progress:
+        splits = export_dataset(store, target, dataset_format, selection, suffix, limit, force, progress)
     for split, statistics in splits.items():
         location = f" in {target}/data/{split}.{suffix}" if statistics.num_rows else ""
-        click.echo(f"{split}: {statistics.num_rows} rows{location}")
+        click.echo(f"{split}: {statistics.num_rows} rows{location}{_format_certainty(statistics, margin)}")
+
+
+def _format_certainty(statistics: SplitStats, min_margin: float) -> str:
+    """Return how many labels were left out, and how many of the exported labels are nearly ties."""
+    text = ""
+    if statistics.num_below_margin:
+        text += f"; {statistics.num_below_margin} labels left out, because their margin |p - 0.5| is below {min_margin:g}"
+    if statistics.num_uncertain:
+        text += f"; {statistics.num_uncertain} of {len(statistics.margins)} labels have a margin below {UNCERTAIN_MARGIN}"
+        text += f" (to leave them out: --min-margin {UNCERTAIN_MARGIN})"
+    return text
 
 
 COMMAND = export

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import click
 
-from charter.connect import connect_bus, open_store
+from charter.connect import connect_bus, open_sink_lock, open_store
 from charter.console import common_options
 from engine import repair as database_repair
 from engine.errors import UsageError
-from engine.instances import FileLock
 from engine.settings import Settings
 
 
@@ -37,7 +36,7 @@ def repair(settings: Settings, keep_rows: bool) -> None:
     if not store.path.exists() and not store.list_wal_paths():
         click.echo(f"there is no database at {store.path}; the sink creates it from the log: charter run")
         return
-    lock = FileLock(settings.folder / "sink.lock")
+    lock = open_sink_lock(settings)
     if not lock.try_acquire():
         raise UsageError(
             f"the sink of process {lock.get_holder_pid()} writes to {store.path}",

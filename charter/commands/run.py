@@ -142,13 +142,15 @@ def _describe_other_prompts(bus: Bus, host: Host) -> str:
 def _format_committed(host: Host) -> str:
     """Return the number of records that each stage has processed since the start.
 
-    Also return the number of records that the stages skipped because the records belong to other runs.
+    Also return the number of records that the stages skipped because the records belong to other runs or to erased prompts.
     """
     counts = " ".join(
-        f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total()}"
+        f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total() - worker.num_erased}"
         + (f" ({worker.num_duplicates} duplicates)" if worker.num_duplicates else "")
         for worker in host.workers
     )
+    num_erased = sum(worker.num_erased for worker in host.workers)
+    counts += f"; {num_erased} records of erased prompts skipped" if num_erased else ""
     others = Counter[str]()
     for worker in host.workers:
         # Several stages can skip the same records, so use the largest number and not the sum.

@@ -6,7 +6,7 @@ import click
 
 from charter.connect import open_store
 from charter.console import common_options, output_options, print_records
-from charter.lookup import find_prompt_ids
+from charter.lookup import find_erased_prompt_ids, find_prompt_ids
 from charter.text import format_trace
 from engine.errors import UsageError
 from engine.settings import Settings
@@ -29,6 +29,12 @@ def show(settings: Settings, identifier: str, output: str) -> None:
     """
     store = open_store(settings)
     prompt_ids = find_prompt_ids(store, identifier)
+    if not prompt_ids and (erased := find_erased_prompt_ids(store, identifier)):
+        raise UsageError(
+            f"prompt {erased[0]} was erased",
+            "charter erase deleted the prompt and all records made from it",
+            f"for the time and the reason, type: charter sql \"from erasures where prompt_id = '{erased[0]}'\"",
+        )
     if len(prompt_ids) != 1:
         raise UsageError(
             f"{identifier!r} matches {len(prompt_ids) or 'no'} prompts",

@@ -8,6 +8,7 @@ import click
 
 from charter.connect import open_store
 from charter.console import common_options
+from charter.progress import show_progress
 from engine import backups
 from engine.settings import Settings
 
@@ -25,7 +26,8 @@ def snapshot(settings: Settings, target: Path) -> None:
     Examples:
       charter snapshot monday.duckdb
     """
-    num_records = backups.create_snapshot(open_store(settings), target)
+    with show_progress("snapshot", "files") as progress:
+        num_records = backups.create_snapshot(open_store(settings), target, progress)
     click.echo(f"{target}: {num_records} records")
 
 

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from charter.export.dataset_card import EXPORT_TAG, format_dataset_card
-from charter.export.selection import ExportSelection, SplitStats
+from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from engine.errors import UsageError
+from engine.progress import WorkProgress
 from engine.store import Store
 
 PAGE_SIZE = 2000
@@ -112,7 +113,10 @@ def _complement_probability(p: float | None) -> float | None:
 
 
 def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
-    """Return one row for each response of the pair. The label is true for the preferred response. A tie has no rows."""
+    """Return one row for each response of the pair. The label is true for the preferred response. A tie has no rows.
+
+    The label is hard. Therefore labels with a small margin are left out (`ExportFormat.default_min_margin`).
+    """
     if row["p_a"] == 0.5:
         return []
     responses = ((row["response_a"], row["p_a"]), (row["response_b"], 1 - row["p_a"]))
@@ -134,7 +138,7 @@ class ExportFormat:
 
     `split_views` are the views that select the rows of each split. `source_view` has the contents of these rows, even if a later
     record removes a row from its split. `to_rows` converts a database row to rows with `columns`. `trainer` is the TRL trainer
-    that reads the format.
+    that reads the format. `default_min_margin` is the smallest margin of a label, or None if the rows have no label.
     """
 
     split_views: dict[str, str]
@@ -142,6 +146,7 @@ class ExportFormat:
     columns: dict[str, pa.DataType]
     to_rows: Callable[[_RowDict], list[_RowDict]]
     trainer: str
+    default_min_margin: float | None
 
 
 _PAIR_VIEWS = {"train": "preference_pairs", "eval": "held_out_pairs"}
@@ -152,6 +157,7 @@ EXPORT_FORMATS = {
         {"prompt": _MESSAGES_TYPE, "completion": _MESSAGES_TYPE, "end_reason": pa.string(), **_LINEAGE_COLUMNS},
         _to_sft_rows,
         "SFTTrainer (conversational prompt and completion)",
+        None,
     ),
     "preference": ExportFormat(
         _PAIR_VIEWS,
@@ -170,6 +176,7 @@ EXPORT_FORMATS = {
         },
         _to_preference_rows,
         "RewardTrainer and DPOTrainer (conversational, explicit prompt)",
+        0.0,  # p_chosen is a soft label
     ),
     "kto": ExportFormat(
         _PAIR_VIEWS,
@@ -183,6 +190,7 @@ EXPORT_FORMATS = {
         },
         _to_kto_rows,
         "KTOTrainer (unpaired, conversational)",
+        UNCERTAIN_MARGIN,
     ),
 }
 
@@ -220,6 +228,12 @@ def read_rows(store: Store, view: str, pages: CommitPages) -> Iterator[_RowDict]
         yield from store.query_dicts(sql, {"first": page[0], "last": page[-1], "page": page}, limit_s=_QUERY_TIMEOUT_S)
 
 
+def _count_rows(rows: Iterator[_RowDict], progress: WorkProgress) -> Iterator[_RowDict]:
+    for row in rows:
+        yield row
+        progress.num_done += 1
+
+
 class _JsonLinesWriter:
     """Writes rows as JSON lines."""
 
@@ -255,12 +269,18 @@ _WRITERS = {writer.suffix: writer for writer in (_JsonLinesWriter, _ParquetWrite
 
 
 def _write_split(
-    path: Path, writer: type[_JsonLinesWriter | _ParquetWriter], export_format: ExportFormat, source_rows: Iterator[_RowDict]
+    path: Path,
+    writer: type[_JsonLinesWriter | _ParquetWriter],
+    export_format: ExportFormat,
+    source_rows: Iterator[_RowDict],
+    min_margin: float,
 ) -> SplitStats:
     """Write the file of one split and return its statistics."""
     stats, page, file = SplitStats(), [], writer(path, export_format.columns)
     try:
         for row in source_rows:
+            if export_format.default_min_margin is not None and not stats.add_label(row, min_margin):
+                continue
             for exported_row in export_format.to_rows(row):
                 stats.add_row(exported_row)
                 page.append(exported_row)
@@ -303,7 +323,14 @@ def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
 
 
 def export_dataset(
-    store: Store, target: Path, format_name: str, selection: ExportSelection, suffix: str, limit: int | None, force: bool
+    store: Store,
+    target: Path,
+    format_name: str,
+    selection: ExportSelection,
+    suffix: str,
+    limit: int | None,
+    force: bool,
+    progress: WorkProgress,
 ) -> dict[str, SplitStats]:
     """Write the splits of a format and the dataset card to the folder `target`. Return the statistics of each split.
 
@@ -312,18 +339,25 @@ def export_dataset(
     """
     export_format, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]
     with _replace_folder(target, force) as folder:
+        progress.start_step("selecting rows")
         selection, pages = select_commits(store, export_format, selection, limit)
         split_stats = {}
         for split, commit_pages in pages.items():
             path = folder / "data" / f"{split}.{suffix}"
-            rows = read_rows(store, export_format.source_view, commit_pages)
-            split_stats[split] = _write_split(path, writer, export_format, rows)
+            progress.start_step(f"writing {split}", sum(map(len, commit_pages)))
+            rows = _count_rows(read_rows(store, export_format.source_view, commit_pages), progress)
+            split_stats[split] = _write_split(path, writer, export_format, rows, selection.min_margin)
             if not split_stats[split].num_rows:
                 path.unlink()
         if not any(stats.num_rows for stats in split_stats.values()):
             views = " and ".join(export_format.split_views.values())
-            fix = "type: charter status    (to see the record counts), or remove --run and --source"
-            raise UsageError("there is nothing to export", f"no row of {views} matches", fix)
-        card = format_dataset_card(store, format_name, export_format.trainer, selection, split_stats, suffix)
+            num_below = sum(stats.num_below_margin for stats in split_stats.values())
+            why = f"no row of {views} matches" + (f", or the margin is too small ({num_below} labels)" if num_below else "")
+            fix = "type: charter status    (to see the record counts), or remove --run, --source and --min-margin"
+            raise UsageError("there is nothing to export", why, fix)
+        progress.start_step("describing the rows")
+        card = format_dataset_card(
+            store, format_name, export_format.trainer, export_format.columns, selection, split_stats, suffix
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return split_stats

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+
 import charter
-from charter.export.selection import ExportSelection, SplitStats
+from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from engine.store import Store
 
 _QUERY_TIMEOUT_S = 60.0
@@ -86,8 +89,12 @@ def _escape_cell(value: object) -> str:
     return "".join(f"\\{c}" if c in "|\\`*_[]<>" else c for c in text)
 
 
-def _format_front_matter(format_name: str, files: dict[str, str]) -> str:
-    """Return the YAML front matter. The Hugging Face hub and `datasets` find the file of each split in the front matter."""
+def _format_front_matter(format_name: str, files: dict[str, str], columns: Mapping[str, pa.DataType]) -> str:
+    """Return the YAML front matter. The Hugging Face hub and `datasets` find the file of each split in the front matter.
+
+    The front matter also declares the type of each column. Otherwise `datasets` infers the types of JSON lines from the first
+    split, and it cannot load another split in which a column is no longer null.
+    """
     names = {"train": "train", "eval": "test"}
     lines = [f"  - split: {names[split]}\n    path: {json.dumps(path)}" for split, path in files.items()]
     header = [
@@ -97,13 +104,29 @@ def _format_front_matter(format_name: str, files: dict[str, str]) -> str:
         "configs:",
         "- config_name: default",
     ]
-    return "\n".join([*header, "  data_files:", *lines, "---"])
+    features = [line for name, arrow_type in columns.items() for line in _format_feature(name, arrow_type, "  ")]
+    return "\n".join([*header, "  data_files:", *lines, "dataset_info:", "  features:", *features, "---"])
+
+
+def _format_feature(name: str, arrow_type: pa.DataType, indent: str) -> list[str]:
+    """Return the YAML lines that declare a column for `datasets`."""
+    if pa.types.is_list(arrow_type):
+        fields = [line for field in arrow_type.value_type for line in _format_feature(field.name, field.type, f"{indent}  ")]
+        return [f"{indent}- name: {name}", f"{indent}  list:", *fields]
+    dtype = {pa.float64(): "float64"}.get(arrow_type, str(arrow_type))  # Arrow's own name is double
+    return [f"{indent}- name: {name}", f"{indent}  dtype: {dtype}"]
 
 
 def format_dataset_card(
-    store: Store, format_name: str, trainer: str, selection: ExportSelection, split_stats: dict[str, SplitStats], suffix: str
+    store: Store,
+    format_name: str,
+    trainer: str,
+    columns: Mapping[str, pa.DataType],
+    selection: ExportSelection,
+    split_stats: dict[str, SplitStats],
+    suffix: str,
 ) -> str:
-    """Return the contents of the README.md of an export."""
+    """Return the contents of the README.md of an export. `columns` are the columns of its files."""
     files = {split: f"data/{split}.{suffix}" for split, stats in split_stats.items() if stats.num_rows}
     all_stats = split_stats.values()
     row_counts = sorted(
@@ -114,7 +137,7 @@ def format_dataset_card(
     runs = sorted({run for stats in all_stats for run in stats.run_ids})
     times = [time for stats in all_stats for time in (stats.first_created_at, stats.last_created_at) if time]
     parts = [
-        _format_front_matter(format_name, files),
+        _format_front_matter(format_name, files, columns),
         f"# {format_name.upper() if format_name != 'preference' else 'Preference'} data of Charter {charter.__version__}",
         f"For TRL's {trainer}. Made by a Constitutional AI pipeline: {_describe_format(format_name)}",
         f"Rows created from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
@@ -124,9 +147,10 @@ def format_dataset_card(
         "## Constitutions\n\n"
         + (_format_markdown_table(["constitution", "hash"], constitutions) if constitutions else _HUMAN_DATA_ONLY),
         "## Models\n\n" + _format_models(store, format_name, selection),
-        "## Excluded records\n\n" + _format_excluded(store, format_name, selection),
+        "## Excluded records\n\n" + _format_excluded(store, format_name, selection, split_stats),
     ]
     if format_name != "sft":
+        parts.append("## Label certainty\n\n" + _format_certainty(selection, split_stats))
         parts.append(
             "## Judge outcomes\n\n"
             + _format_markdown_table(["preset", "outcome", "labels"], _query_selection(store, _PRESETS_SQL, selection))
@@ -157,9 +181,41 @@ def _format_models(store: Store, format_name: str, selection: ExportSelection) -
     return _format_markdown_table(["stage", "model", "records"], rows) if rows else _HUMAN_DATA_ONLY
 
 
-def _format_excluded(store: Store, format_name: str, selection: ExportSelection) -> str:
+def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitStats]) -> str:
+    """Return the margins and the rate of position flips of the exported labels."""
+    rows = []
+    for split, stats in split_stats.items():
+        margins = sorted(stats.margins)
+        if not margins:
+            continue
+        quantiles = [f"{margins[round(share * (len(margins) - 1))]:.3f}" for share in (0.1, 0.5, 0.9)]
+        flip_rate = f"{stats.num_flips / stats.num_both_orders:.1%}" if stats.num_both_orders else "-"
+        rows.append((split, len(margins), *quantiles, stats.num_uncertain, stats.num_both_orders, stats.num_flips, flip_rate))
+    columns = [
+        "split",
+        "labels",
+        "margin: 10 %",
+        "median",
+        "90 %",
+        f"below {UNCERTAIN_MARGIN}",
+        "both orders",
+        "flips",
+        "flip rate",
+    ]
+    return (
+        "The margin of a label is |p - 0.5|, where p is the probability that one response is better. A label with a small margin"
+        " is nearly a tie, and a trainer that uses only the sign treats it as certain."
+        f" Labels with a margin below {selection.min_margin:g} are left out (`--min-margin`)."
+        " A flip means that the judge saw the pair in both orders and preferred the same position in both."
+        " Labels of people have no orders.\n\n" + _format_markdown_table(columns, rows)
+    )
+
+
+def _format_excluded(store: Store, format_name: str, selection: ExportSelection, split_stats: dict[str, SplitStats]) -> str:
     sql = _EXCLUDED_SQL["sft" if format_name == "sft" else "preference"]
     rows = [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
+    num_below = sum(stats.num_below_margin for stats in split_stats.values())
+    rows += [(f"margin below {selection.min_margin:g}: nearly a tie", num_below)] if num_below else []
     return _format_markdown_table(["reason", "records"], rows) if rows else "None."
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+
+# A label with a margin below this value is nearly a tie. Its hard version (KTO, or chosen and rejected) is almost arbitrary.
+UNCERTAIN_MARGIN = 0.1
+_MARGIN_TOLERANCE = 1e-9  # 0.6 - 0.5 is smaller than 0.1
 
 
 @dataclass(frozen=True)
@@ -13,10 +18,13 @@ class ExportSelection:
 
     `run_id` limits the selection to one run. `sources` limits the selection to some prompt sources.
     If an earlier run made a record with the same id, the record belongs to both runs.
+    `min_margin` is the smallest margin of an exported label. The margin is |p - 0.5|, where p is the probability that one of the
+    responses is better.
     """
 
     run_id: str | None = None
     sources: tuple[str, ...] = ()
+    min_margin: float = 0.0
     max_commit_seq: int = -1
 
     @property
@@ -38,9 +46,17 @@ class ExportSelection:
 
 @dataclass
 class SplitStats:
-    """Collects statistics about the rows of one file."""
+    """Collects statistics about the rows of one file.
+
+    `margins` has the margin of each exported label. `num_both_orders` labels were judged in both orders, and in `num_flips` of
+    these the judge preferred the same position in both orders. `num_below_margin` labels were left out.
+    """
 
     num_rows: int = 0
+    margins: array[float] = field(default_factory=lambda: array("d"))
+    num_below_margin: int = 0
+    num_both_orders: int = 0
+    num_flips: int = 0
     rows_by_source: dict[tuple[str, str], int] = field(
         default_factory=dict
     )  # maps (source, label_source) to the number of rows
@@ -49,6 +65,23 @@ class SplitStats:
     run_ids: set[str] = field(default_factory=set)
     first_created_at: datetime | None = None
     last_created_at: datetime | None = None
+
+    @property
+    def num_uncertain(self) -> int:
+        """The number of exported labels that are nearly ties."""
+        return sum(margin < UNCERTAIN_MARGIN - _MARGIN_TOLERANCE for margin in self.margins)
+
+    def add_label(self, row: dict[str, Any], min_margin: float) -> bool:
+        """Count a label. Return whether its margin is large enough to export it. A tie is not counted."""
+        margin = abs(row["p_a"] - 0.5)
+        if 0.0 < margin < min_margin - _MARGIN_TOLERANCE:
+            self.num_below_margin += 1
+            return False
+        if margin:
+            self.margins.append(margin)
+            self.num_both_orders += row["p_forward"] is not None and row["p_backward"] is not None
+            self.num_flips += bool(row["position_flip"])
+        return True
 
     def add_row(self, row: dict[str, Any]) -> None:
         self.num_rows += 1

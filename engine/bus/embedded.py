@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from engine.bus.port import (
     make_group_active_error,
 )
 from engine.errors import BusUnreachable, CommitUncertain, DataFolderVersionMismatch, PartitionLost, UsageError, WriterFenced
+from schemas.records import Erasure
 from schemas.topics import TopicSpec
 
 FORMAT_VERSION = 2
@@ -272,7 +273,55 @@ class EmbeddedBus:
     def publish(self, records: Sequence[ProducerRecord]) -> None:
         records_by_partition = self.group_by_partition(records)
         with self.lock, self.connection.transaction() as db:
-            _append_records(db, records_by_partition)
+            self.append_records(db, records_by_partition)
+
+    def append_records(
+        self, db: sqlite3.Connection, records_by_partition: Mapping[tuple[int, int], Sequence[ProducerRecord]]
+    ) -> None:
+        """Append records at contiguous offsets. The caller must have started a transaction.
+
+        A record whose key is an erased prompt is stored without its value. A stage may write such a record, if it read the
+        prompt before the erasure.
+        """
+        now_ms = int(time.time() * 1000)
+        sql = "SELECT key FROM messages JOIN topics ON topics.id = messages.topic WHERE topics.name = ?"
+        erased_keys = {key for (key,) in db.execute(sql, [self.prefix + Erasure.topic])}
+        for (topic, partition), records in records_by_partition.items():
+            sql = "SELECT coalesce(max(offset) + 1, 0) FROM messages WHERE topic = ? AND partition = ?"
+            (first,) = db.execute(sql, [topic, partition]).fetchone()
+            rows = []
+            for i, record in enumerate(records):
+                is_erased = record.key in erased_keys and record.topic != Erasure.topic
+                value = None if is_erased else record.value
+                rows.append((topic, partition, first + i, record.key, value, _encode_headers(record.headers), now_ms))
+            db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def erase_values(self, topics: Sequence[str], identifiers: Collection[bytes]) -> int:
+        """Set values to null, and then remove the old bytes from the file and its write-ahead log.
+
+        The rows stay, so that their offsets are not used again. VACUUM is necessary, because a page of the file can contain
+        copies of values that were moved to another page.
+        """
+        topic_ids = [self.get_topic(topic)[0] for topic in topics]
+        sql = f"""UPDATE messages SET value = NULL
+                  WHERE topic IN ({", ".join("?" for _ in topic_ids)}) AND value IS NOT NULL
+                  AND (key = ? OR instr(value, ?))"""
+        connection = LogConnection(self.path)
+        try:
+            connection.fetch_rows("PRAGMA secure_delete = ON")
+            with connection.transaction() as db:
+                num_erased = sum(db.execute(sql, [*topic_ids, text, text]).rowcount for text in identifiers)
+            connection.fetch_rows("VACUUM")
+            ((is_busy, _, _),) = connection.fetch_rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            connection.close()
+        if is_busy:
+            raise BusUnreachable(
+                f"the write-ahead log of {self.path} still contains erased text",
+                f"another process has been reading the log for {BUSY_TIMEOUT_S:.0f} s",
+                "wait until the reader ends; the sink tries again",
+            )
+        return num_erased
 
     def group_by_partition(self, records: Sequence[ProducerRecord]) -> dict[tuple[int, int], list[ProducerRecord]]:
         """Group records by (topic id, partition)."""
@@ -314,21 +363,6 @@ def _read_committed(
     }
 
 
-def _append_records(db: sqlite3.Connection, records_by_partition: Mapping[tuple[int, int], Sequence[ProducerRecord]]) -> None:
-    """Append records at contiguous offsets. The caller must have started a transaction."""
-    now_ms = int(time.time() * 1000)
-    for (topic, partition), records in records_by_partition.items():
-        sql = "SELECT coalesce(max(offset) + 1, 0) FROM messages WHERE topic = ? AND partition = ?"
-        (first,) = db.execute(sql, [topic, partition]).fetchone()
-        db.executemany(
-            "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (topic, partition, first + i, record.key, record.value, _encode_headers(record.headers), now_ms)
-                for i, record in enumerate(records)
-            ],
-        )
-
-
 def _encode_headers(headers: Headers) -> str | None:
     return json.dumps([[key, value.decode("latin-1")] for key, value in headers]) if headers else None
 
@@ -363,7 +397,7 @@ class EmbeddedWriter:
                 assert isinstance(consumer, EmbeddedConsumer), "offsets need the consumer of their group"
                 self.check_leases(db, consumer, {tp: consumer.epochs.get(tp) for tp in offsets} | dict(epochs or {}))
                 self.store_offsets(db, consumer.group, offsets)
-            _append_records(db, records_by_partition)
+            self.bus.append_records(db, records_by_partition)
 
     def check_fence(self, db: sqlite3.Connection) -> None:
         (epoch,) = db.execute("SELECT epoch FROM writers WHERE id = ?", [self.transactional_id]).fetchone()

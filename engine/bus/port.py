@@ -11,7 +11,7 @@ The two implementations guarantee:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -30,7 +30,7 @@ class TopicPartition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ConsumerRecord:
-    """A record that was read from a topic."""
+    """A record that was read from a topic. `value` is None if the record was erased."""
 
     topic: str
     partition: int
@@ -230,6 +230,15 @@ class Bus(Protocol):
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
         """Write records without a transaction. Raise an error if a record is not durable."""
+        ...
+
+    def erase_values(self, topics: Sequence[str], identifiers: Collection[bytes]) -> int:
+        """Delete the value of each record of these topics whose key or value contains one of the identifiers.
+
+        Return the number of deleted values. The records keep their offsets and are then read with the value None. The embedded
+        log also removes the deleted bytes from its files. Kafka cannot delete single records: the values stay until the
+        retention of their topic deletes them, and the result is 0.
+        """
         ...
 
     def open_writer(self, transactional_id: str) -> Writer: ...

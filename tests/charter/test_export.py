@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -13,7 +14,7 @@ from charter.export import dataset
 from charter.pipeline import make_host
 from engine.errors import UsageError
 from engine.settings import load_settings
-from schemas.records import EndReason, ModelRef, Outcome, Split
+from schemas.records import EndReason, LabelSource, ModelRef, Outcome, Split
 from tests.support.records import (
     RecordDatabase,
     make_chain_end,
@@ -111,6 +112,59 @@ def test_datasets_and_trl_load_the_export(database, tmp_path, form, more):
     if form == "preference":
         columns = [name for name in loaded["train"].column_names if name not in ("prompt", "chosen", "rejected")]
         assert len(maybe_unpair_preference_dataset(loaded["train"].remove_columns(columns))) == 2 * len(loaded["train"])
+
+
+@pytest.mark.parametrize("form", dataset.EXPORT_FORMATS)
+@pytest.mark.parametrize("more", [(), ("--parquet",)])
+def test_splits_with_columns_that_are_null_in_one_of_them_load(tmp_path, form, more):
+    """The train split has labels and demonstrations of people, who have no principle, no policy and no judge."""
+    from datasets import Features, load_dataset
+
+    database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    database.add(make_preference("person", "one", 1.0, label_source=LabelSource.HUMAN), make_demonstration("person", "one"))
+    judged = judgement("judge", "out", "aa", "b", 0.9, 0.7).model_copy(update=HELD_OUT | {"policy_version": 3})
+    database.add(
+        judged, make_chain_end("out", "out", **HELD_OUT).model_copy(update={"principle_id": "kind", "policy_version": 3})
+    )
+    run_command(tmp_path, "export", form, tmp_path / "out", *more)
+    loaded = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    (train,), (test,) = {row["principle_id"] for row in loaded["train"]}, {row["principle_id"] for row in loaded["test"]}
+    assert train is None and test and loaded["test"][0]["policy_version"] == 3 and loaded["train"][0]["policy_version"] is None
+    # The declared types are the types of the Parquet file, so both files load with the same columns.
+    assert loaded["train"].features == loaded["test"].features
+    assert loaded["train"].features == Features.from_arrow_schema(pa.schema(list(dataset.EXPORT_FORMATS[form].columns.items())))
+    assert loaded["train"][0]["created_at"].year >= 2026
+
+
+def test_kto_leaves_out_labels_that_are_nearly_ties(tmp_path):
+    """A hard label of p = 0.486 is noise. p = 0.4 and p = 0.6 have exactly the smallest margin."""
+    labels = {"near": 0.486, "far": 0.4, "other": 0.6, "sure": 0.98, "tie": 0.5}
+    database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    database.add(*(make_preference(name, name, p_a) for name, p_a in labels.items()))
+    output = run_command(tmp_path, "export", "kto", tmp_path / "kto")
+    assert "train: 6 rows" in output and "1 labels left out, because their margin |p - 0.5| is below 0.1" in output
+    rows = {row["completion"][0]["content"]: row["label"] for row in lines(tmp_path / "kto/data/train.jsonl")}
+    assert rows == {"far a": False, "far b": True, "other a": True, "other b": False, "sure a": True, "sure b": False}
+    card = (tmp_path / "kto" / "README.md").read_text(encoding="utf-8")
+    assert "| margin below 0.1: nearly a tie | 1 |" in card and "| tie: no response is preferred | 1 |" in card
+    assert "| train | 3 | 0.100 | 0.100 | 0.480 | 0 | 0 | 0 | - |" in card
+    output = run_command(tmp_path, "export", "kto", tmp_path / "all", "--min-margin", "0")
+    assert "train: 8 rows" in output and "1 of 4 labels have a margin below 0.1 (to leave them out: --min-margin 0.1)" in output
+    output = run_command(tmp_path, "export", "preference", tmp_path / "pairs", "--min-margin", "0.1")
+    assert "train: 3 rows" in output and "1 labels left out" in output
+    with pytest.raises(UsageError, match=r"margin is too small \(4 labels\)"):
+        run_command(tmp_path, "export", "kto", tmp_path / "none", "--min-margin", "0.5")
+    with pytest.raises(UsageError, match="sft has no --min-margin"):
+        run_command(tmp_path, "export", "sft", tmp_path / "none", "--min-margin", "0.1")
+
+
+def test_card_states_flips_and_margins(tmp_path):
+    database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    flip = judgement("flip", "one", "aa", "b", 0.9, 0.3).model_copy(update={"position_flip": True})
+    database.add(flip, judgement("same", "two", "aa", "b", 0.9, 0.7), make_preference("person", "three", 1.0))
+    assert "1 of 3 labels have a margin below 0.1" not in run_command(tmp_path, "export", "preference", tmp_path / "pairs")
+    card = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
+    assert "| train | 3 | 0.100 | 0.300 | 0.500 | 0 | 2 | 1 | 50.0% |" in card
 
 
 def test_card_describes_provenance_and_exclusions(database, tmp_path):

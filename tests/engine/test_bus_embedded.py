@@ -1,6 +1,7 @@
 """The embedded log with several processes: killed publishers, concurrent writers, expired leases, and versions."""
 
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -131,3 +132,31 @@ def test_parse_address_accepts_a_list_of_hosts_with_ports():
 def test_missing_broker_raises_bus_unreachable():
     with pytest.raises(BusUnreachable, match=r"127\.0\.0\.1:9: .*refused"):
         open_bus("kafka://127.0.0.1:9", options={"bootstrap_timeout_ms": 500})
+
+
+def test_erased_values_leave_no_bytes_in_the_files(bus, tmp_path):
+    """Records of all partitions are written alternately, so that SQLite moves some of them to other pages."""
+    lengths = random.Random(0)
+    texts = {f"k{number}".encode(): f"secret-{number:04d}-".encode() for number in range(400)}
+    for key, text in texts.items():
+        bus.publish([ProducerRecord("prompts", key, text + b"x" * lengths.randrange(50, 900))])
+    bus.connection.fetch_rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert sum(read_files(tmp_path).count(text) for text in texts.values()) > 400  # some are copies in unused space
+    assert bus.erase_values(["prompts"], list(texts)) == 400
+    assert not any(text in read_files(tmp_path) for text in texts.values())
+
+
+def read_files(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_erasure_reports_a_reader_that_keeps_the_write_ahead_log(bus, monkeypatch):
+    monkeypatch.setattr("engine.bus.embedded.BUSY_TIMEOUT_S", 0.05)
+    bus.publish([ProducerRecord("prompts", b"k", b"secret")])
+    reader = sqlite3.connect(bus.path, isolation_level=None)
+    reader.execute("BEGIN").execute("SELECT count(*) FROM messages").fetchall()
+    with pytest.raises(BusUnreachable, match="still contains erased text"):
+        bus.erase_values(["prompts"], [b"k"])
+    reader.close()
+    bus.erase_values(["prompts"], [b"k"])
+    assert b"secret" not in bus.path.with_name("log.sqlite-wal").read_bytes() + bus.path.read_bytes()

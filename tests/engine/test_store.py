@@ -14,6 +14,7 @@ from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, Us
 from engine.store import Store
 from engine.tables import FORMAT_VERSION
 from schemas.topics import TOPICS
+from tests.support.records import RecordDatabase, make_prompt
 from tests.support.waiting import HANG_S
 
 
@@ -169,3 +170,40 @@ def is_write_lock_requested(store):
             return False
     except StoreBusy:
         return True
+
+
+def test_rewrite_keeps_all_rows_in_order_and_drops_the_bytes_of_deleted_rows(tmp_path):
+    """The path is a link, as on machines that keep data on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "charter.duckdb").symlink_to(tmp_path / "disk" / "data.duckdb")
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    store, path = database.store, tmp_path / "disk" / "data.duckdb"
+    database.add(make_prompt("the erased secret"), *(make_prompt(f"prompt {number}") for number in range(3000)))
+    with store.open_write_session() as connection:
+        connection.execute("DELETE FROM raw.prompts WHERE messages[1].content = 'the erased secret'")
+        connection.execute("INSERT INTO raw.unfinished_erasures VALUES (uuid())")
+        connection.execute("CREATE TABLE notes (text VARCHAR)")  # of a user
+    path.chmod(0o640)
+    views = "SELECT view_name FROM duckdb_views() WHERE NOT internal ORDER BY 1"
+    before = store.query("SELECT * FROM raw.prompts").rows, store.query("SELECT * FROM traces ORDER BY prompt_id").rows
+    all_views = store.query(views).rows
+    assert b"the erased secret" in path.read_bytes() and len(all_views) > 20
+    store.rewrite()
+    assert (
+        store.query("SELECT * FROM raw.prompts").rows,
+        store.query("SELECT * FROM traces ORDER BY prompt_id").rows,
+    ) == before
+    assert store.query(views).rows == all_views and store.query("SELECT count(*) FROM notes").rows == [(0,)]
+    assert store.query("SELECT count(*) FROM raw.unfinished_erasures").rows == [(0,)]
+    assert b"the erased secret" not in path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o640 and (tmp_path / "charter.duckdb").is_symlink()
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["data.duckdb"]
+
+
+def test_rewrite_waits_for_readers_and_leaves_the_file_if_they_do_not_end(tmp_path):
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    database.add(make_prompt("one"))
+    with database.store.open_read_session(), pytest.raises(StoreBusy):
+        database.store.rewrite(0.05)
+    database.store.rewrite(0.05)
+    assert database.query_rows("SELECT count(*) FROM prompts") == [(1,)]

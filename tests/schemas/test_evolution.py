@@ -326,6 +326,8 @@ def jsonable(value):
 
 
 OLD_VALUES = {model.__name__: jsonable(make_value(avro.get_schema(model))) for model in RECORDS}
+# The erasure of another prompt: the log stores the records of an erased prompt without their values.
+OLD_VALUES["Erasure"]["prompt_id"] = compute_id("erased")
 OLD_READ = {model.__name__: model.model_validate(OLD_VALUES[model.__name__]).model_dump(mode="json") for model in RECORDS}
 
 

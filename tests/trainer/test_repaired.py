@@ -9,6 +9,7 @@ from consumers.sink import Sink
 from engine.backups import create_snapshot
 from engine.commit_history import CommitHistory, read_commit_history
 from engine.errors import CharterError, StoreDamaged, StoreIncomplete, TrainingFailed, UsageError, WalDamaged
+from engine.progress import WorkProgress
 from engine.repair import repair_database
 from engine.worker import to_producer_record
 from schemas.records import BatchManifest
@@ -132,7 +133,7 @@ def database_is_rebuilt(workspace):
 def test_older_copy_of_the_database_does_not_hide_or_repeat_rows(workspace):
     """The sink continues from the offsets of the copy and reuses numbers that the trainer has already consumed."""
     workspace.add(*make_chains("third"))
-    create_snapshot(workspace.store, workspace.settings.folder / "copy.duckdb")
+    create_snapshot(workspace.store, workspace.settings.folder / "copy.duckdb", WorkProgress())
     workspace.add(*(make_chain_end(f"late{n}", f"late {n}") for n in range(8)))
     train_all(workspace)
     (workspace.settings.folder / "copy.duckdb").replace(workspace.store.path)
