@@ -1,6 +1,7 @@
 """Run the command of a verb, list the verbs by section, and print all errors in the same form.
 
-Exit codes: 0 ok, 1 failed, 2 usage error, 3 a dependency is unreachable, 130 stopped with Ctrl-C.
+Exit codes: 0 ok, 1 failed, 2 usage error, 3 a dependency is unreachable, 130 stopped with Ctrl-C, 141 the reader of the output
+has closed it (`| head`), as for other tools.
 An error has three lines on standard error: what happened, why, and what to type.
 
 `charter/commands/` has one file for each verb. `charter` imports only the file of the verb that is called, so `charter --help`
@@ -10,17 +11,25 @@ does not load torch, DuckDB or the Kafka client.
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 
 import charter
 from charter.console import print_progress
+from charter.installation import get_install_command
+from charter.standard_streams import (
+    BROKEN_PIPE_EXIT_CODE,
+    ReaderClosed,
+    detect_closed_reader,
+    discard_output,
+    prepare_standard_streams,
+)
 from charter.text import to_one_line
 from engine.errors import DependencyUnreachable, is_disk_full
 
@@ -29,6 +38,7 @@ from engine.errors import DependencyUnreachable, is_disk_full
 SECTIONS: dict[str, dict[str, str]] = {
     "Start": {
         "demo": "Run the whole training loop once with a small real model.",
+        "init": "Create a folder with settings, a constitution and prompts.",
         "produce": "Publish prompts or labeled data.",
         "run": "Run the stages and the sink until stopped.",
         "train": "Train on the available rows, once or in a loop.",
@@ -36,7 +46,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Inspect": {
         "dashboard": "Serve a live dashboard for the browser.",
         "report": "Write a report of a run to one HTML file.",
-        "status": "Show record counts, consumer lag and policies.",
+        "status": "Show record counts, consumer lag, running workers and policies.",
         "show": "Show the trace of one prompt.",
         "sql": "Query the database, read-only.",
         "tail": "Print the newest records of a topic as JSON lines.",
@@ -91,6 +101,14 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return load_command(cmd_name) if cmd_name in VERBS else None
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with detect_closed_reader():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with detect_closed_reader():
+            return super().invoke(ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         longest = max(map(len, VERBS))
         for title, verbs in SECTIONS.items():
@@ -112,7 +130,8 @@ def cli(context: click.Context) -> None:
 
     \b
     First steps:
-      charter demo    run the whole training loop once with a small real model
+      charter demo         run the whole training loop once with a small model
+      charter init NAME    create a folder for your own constitution and prompts
       charter sql "select * from traces limit 1"
       charter produce prompts.jsonl && charter run
     """
@@ -125,24 +144,34 @@ _TRAINING_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accel
 
 
 def main() -> None:
-    """Run the command line. On an error, print three lines and exit with the exit code of the error."""
+    """Run the command line. On an error, print three lines and exit with the exit code of the error.
+
+    If the reader of the output has closed it (`| head`), exit without a message.
+    """
     # OpenMP reads this variable when torch is loaded. By default, waiting OpenMP threads spin, which slows down a busy machine by
     # an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # print characters as escapes if the output does not support them
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_standard_streams()
+    try:
+        with detect_closed_reader():
+            _run_command()
+    except ReaderClosed:
+        discard_output()
+        sys.exit(BROKEN_PIPE_EXIT_CODE)
+
+
+def _run_command() -> None:
     try:
         cli(prog_name="charter", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__context__, EOFError):  # click raises Abort when standard input ends before the answer
+            print_progress("stopped: standard input ended before the question was answered", logging.ERROR)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader has closed the pipe, e.g. `| head`. The flush at exit must not raise the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except ReaderClosed:
+        raise
     except Exception as error:
         if "--traceback" in sys.argv and not isinstance(error, click.ClickException):
             raise
@@ -165,7 +194,7 @@ def describe_error(error: Exception) -> tuple[str, str, str]:
         return _describe_usage_error(error)
     if isinstance(error, ModuleNotFoundError) and error.name in _TRAINING_PACKAGES:
         why = "local models and training need the packages of an optional extra"
-        return f"this command needs {error.name}, which is not installed", why, "type: pip install -e '.[train]'"
+        return f"this command needs {error.name}, which is not installed", why, f"type: {get_install_command('train')}"
     if isinstance(error, OSError):
         return (
             f"cannot use {error.filename or 'a file or the output'}",

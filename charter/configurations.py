@@ -84,6 +84,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
             "respond.top_p": respond.top_p,
             "respond.max_tokens": respond.max_tokens,
             "chat template": CHAT_TEMPLATE_HASH[:_HASH_CHARS],
+            **({"run.from_base": True} if settings.run.from_base else {}),
         },
         "critique": principles
         | examples

@@ -111,9 +111,14 @@ class TerminalFormatter(logging.Formatter):
 
 def _load_settings(function: Callable[..., Any], flags: dict[str, Any], file: Path | None, preset: Any) -> dict[str, Any]:
     """Return the argument `settings`. Also return `origins` if `function` has a parameter of this name."""
-    from engine.settings import load_settings
+    from engine.settings import find_unused_settings_file, load_settings
 
     settings, origins = load_settings(flags, file, preset)
+    if file is None and (unused := find_unused_settings_file(Path.cwd())):
+        print_progress(
+            f"{unused} is not used: a command uses only the charter.toml of the folder in which it runs, or --config FILE",
+            logging.WARNING,
+        )
     parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
     return {"settings": settings} | ({"origins": origins} if "origins" in parameters else {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from charter.lookup import make_id_pattern
+from charter.lookup import describe_matches, make_id_pattern
 from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_values
 from engine.errors import UsageError
@@ -37,9 +37,10 @@ def find_dead_letter(store: Store, identifier: str) -> dict[str, Any]:
         "SELECT * FROM dead_letters WHERE record_id::VARCHAR LIKE ?", [make_id_pattern(identifier)], limit_s=10.0
     )
     if len(rows) != 1:
+        matches = [(str(row["record_id"]), f"{row['stage']}: {row['error_message']}") for row in rows]
         raise UsageError(
             f"{identifier!r} matches {len(rows) or 'no'} dead letters",
-            "the ID must match exactly one dead letter",
+            "the ID must match exactly one dead letter" + (f"; {describe_matches(len(rows), matches)}" if rows else ""),
             "type: charter dlq list",
         )
     return rows[0]

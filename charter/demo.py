@@ -284,8 +284,8 @@ class Demo:
             f'    {program} sql{data} "select policy_version, count(*) from responses group by 1"',
             "  Show the progress of each stage:",
             f"    {program} status{data}",
-            "  Run your own prompts:",
-            f"    {program} produce{data} YOUR_PROMPTS.jsonl && {program} run{data}",
+            "  Run your own prompts and principles in a new folder, with the base model and not with the policy of this demo:",
+            f"    {program} init NAME",
         ]
 
     def find_example_trace(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import httpx
 from packaging.requirements import Requirement
 
 from charter.connect import open_bus_from_settings, open_store
+from charter.installation import get_install_command, is_installed
 from constitutions.loader import ConstitutionError, load_constitution
 from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
@@ -76,6 +77,10 @@ def _check_python(settings: Settings) -> Iterator[CheckResult]:
 
 def _check_packages(settings: Settings) -> Iterator[CheckResult]:
     """Compare the requirements of Charter with the installed packages. A missing optional package is only a warning."""
+    if not is_installed():
+        detail = "Charter is not installed, so its requirements are unknown"
+        yield CheckResult("packages", "warn", detail, f"type: {get_install_command('train')}")
+        return
     problems: list[str] = []
     missing_extras: list[str] = []
     count = 0
@@ -93,9 +98,9 @@ def _check_packages(settings: Settings) -> Iterator[CheckResult]:
         if not requirement.specifier.contains(version, prereleases=True):
             problems.append(f"{requirement.name} {version} does not match {requirement.specifier}")
     if problems:
-        yield CheckResult("packages", "fail", ", ".join(problems), "type: pip install -e '.[train]'")
+        yield CheckResult("packages", "fail", ", ".join(problems), f"type: {get_install_command('train')}")
     elif missing_extras:
-        fix = "for local models and training, type: pip install -e '.[train]'"
+        fix = f"for local models and training, type: {get_install_command('train')}"
         yield CheckResult("packages", "warn", f"no local models and no training: {', '.join(missing_extras)}", fix)
     else:
         yield CheckResult("packages", "ok", f"{count} packages with supported versions{_describe_device()}")

@@ -31,7 +31,7 @@ from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host
-from engine.instances import InstanceLease
+from engine.instances import InstanceLease, ServiceLease
 from engine.models.interface import Model
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import Settings
@@ -312,6 +312,7 @@ class _SinkService:
         self.settings, self.bus = settings, bus
         self.lock = open_sink_lock(settings)
         self.sinks: list[Sink] = []
+        self.lease: ServiceLease | None = None  # held while the sink writes; not on standby
         self.call_trackers: list[CallTracker] = []
         if self.lock.try_acquire():
             try:
@@ -328,6 +329,7 @@ class _SinkService:
         options = self.settings.sink
         store = open_store(self.settings)
         self.sinks.append(Sink(self.bus, store, max_rows=options.max_rows))
+        self.lease = ServiceLease(self.settings.folder, "sink")
 
     def run(self, stop: threading.Event) -> None:
         while not self.sinks:
@@ -338,4 +340,6 @@ class _SinkService:
         self.sinks[0].run(stop)
 
     def close(self) -> None:
+        if self.lease:
+            self.lease.close()
         self.lock.close()

@@ -31,6 +31,10 @@ Charter reads settings from three sources. A later source overrides an earlier s
 2. environment variables: `respond.num_completions` is `CHARTER_RESPOND__NUM_COMPLETIONS`;
 3. the command line: `--set respond.num_completions=4`.
 
+`charter init NAME` creates a folder with a `charter.toml`. Only the file of the working folder is read, not the files of its
+parent folders; if only a parent folder has a `charter.toml`, a message says that it is not used. Relative paths in the file are
+relative to the working folder.
+
 In an environment variable and on the command line, a list is JSON or comma-separated values. An unknown name is an error, and the
 error suggests the nearest name.
 
@@ -49,6 +53,7 @@ _CLI_INTRO = """# Command line
 This page lists every verb of `charter`. `python -m charter.reference` generates it from the help of the commands.
 
 Verbs that read have `--json` and `--csv`, which print to standard output. A file named `-` is standard input.
+If standard input is closed, a command that reads it exits with code 2.
 `eval "$(_CHARTER_COMPLETE=bash_source charter)"` enables completion in bash; use `zsh_source` or `fish_source` in the other shells.
 
 | exit code | meaning |
@@ -57,7 +62,8 @@ Verbs that read have `--json` and `--csv`, which print to standard output. A fil
 | 1 | the command ran and reports a problem: rejected rows, a failed check, a stopped stage |
 | 2 | the command or a setting is wrong; nothing was changed |
 | 3 | a dependency (broker, database, model server, disk) is unreachable, busy or full; run the same command again when it is available, or use `--wait` |
-| 130 | stopped with Ctrl-C |
+| 130 | stopped with Ctrl-C, or standard input ended before a question was answered |
+| 141 | the reader of the output has closed it, such as `head` in a pipe; nothing is printed |
 
 An error is three lines: what happened, why, what to type. All verbs have these options:
 

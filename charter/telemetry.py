@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from charter.connect import open_bus_from_settings
+from charter.installation import get_install_command
 from consumers.sink import Sink, collect_sink_metrics
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
@@ -32,7 +33,7 @@ def open_tracing(settings: Settings) -> Tracing | None:
         from engine.tracing import Tracing
     except ModuleNotFoundError as error:
         raise UsageError(
-            "telemetry.traces needs OpenTelemetry", f"{error.name} is not installed", "type: pip install -e '.[otel]'"
+            "telemetry.traces needs OpenTelemetry", f"{error.name} is not installed", f"type: {get_install_command('otel')}"
         ) from error
     return Tracing()
 

@@ -109,6 +109,6 @@ class AccessLock:
                 raise StoreBusy(
                     f"the database next to {self.folder} is busy",
                     f"process {self.get_holder_pid()} is writing to it, or a long query is running",
-                    "try again, or type: charter status",
+                    "wait a moment, then type the same command again",
                 )
             time.sleep(_POLL_INTERVAL_S)

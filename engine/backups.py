@@ -18,6 +18,7 @@ from pathlib import Path
 
 from engine.bus import embedded
 from engine.checkpoints import fsync_path
+from engine.database_paths import require_supported_path
 from engine.errors import UsageError
 from engine.progress import WorkProgress
 from engine.store import Store, check_format_version, open_connection
@@ -30,6 +31,7 @@ _LOCK_TIMEOUT_S = 60.0
 
 def create_snapshot(store: Store, target: Path, progress: WorkProgress) -> int:
     """Copy the database to `target`. The file appears at `target` only when it is complete. Return the number of records."""
+    require_supported_path(target)
     if target.exists():
         raise UsageError(
             f"{target} already exists", "a snapshot never overwrites a file", "give another name, or remove the file"
@@ -72,6 +74,7 @@ def create_backup(folder: Path, target: Path, bus_folder: Path | None, progress:
         raise UsageError(
             f"{target} already exists", "a backup never overwrites a folder", "give another name, or remove the folder"
         )
+    require_supported_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

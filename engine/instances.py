@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import uuid
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -56,3 +57,59 @@ class InstanceLease:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+SERVICES = ("sink", "trainer")
+_SERVICES_FOLDER = "services"
+
+
+class ServiceLease:
+    """Shows that a service (sink, trainer) of a data folder runs, until `close` or the end of the process.
+
+    It is a locked file. Its name has the service, the host and the process id. The lock is taken before the file gets this name.
+    """
+
+    def __init__(self, data_folder: Path, service: str) -> None:
+        folder = data_folder / _SERVICES_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        self.path = folder / f"{service}@{socket.gethostname()}@{os.getpid()}@{name}.lock"
+        temporary = folder / f".{name}"
+        self.descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        temporary.rename(self.path)
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+def list_running_services(data_folder: Path) -> dict[str, list[str]]:
+    """Return the processes of each service that runs on this data folder, such as {"sink": ["myhost, process 4711"]}.
+
+    The files of processes that have ended are removed.
+    """
+    running: dict[str, list[str]] = {service: [] for service in SERVICES}
+    for path in sorted((data_folder / _SERVICES_FOLDER).glob("*.lock")):
+        service, host, process, _ = path.stem.split("@")
+        if _is_locked(path):
+            running[service].append(f"{host}, process {process}")
+        else:
+            with suppress(PermissionError):  # a user without write permission can also ask
+                path.unlink(missing_ok=True)
+    return running
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file. A shared lock is tried, so that two such tests do not see each other."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from engine.database_paths import find_unsupported_char
 from engine.errors import UsageError
 
 SETTINGS_FILE = "charter.toml"
@@ -58,6 +59,16 @@ def parse_mixture(entries: list[str]) -> dict[str, float]:
 
 class DataSettings(_Section):
     folder: str = Field(".charter", description="Folder that contains the database, the embedded log and the checkpoints.")
+
+    @field_validator("folder")
+    @classmethod
+    def _require_supported_path(cls, folder: str) -> str:
+        """Reject a folder in which DuckDB cannot open the database, before anything is written to it."""
+        if not folder or "\0" in folder:
+            raise ValueError("the data folder is the path of a folder, such as .charter")
+        if char := find_unsupported_char(Path(folder)):
+            raise ValueError(f"DuckDB does not support the character {char} in the path {Path(folder).absolute()}")
+        return folder
 
 
 class BusSettings(_Section):
@@ -143,6 +154,10 @@ class RunSettings(_Section):
         description="Id of the current run. New records get this id, and stages skip the records of other runs.",
     )
     constitution: str = Field("default", description="Name of a constitution that Charter includes, or path of a TOML file.")
+    from_base: bool = Field(
+        False,
+        description="Sample the responses of this run from the base model (policy 0), also if training has published newer policies.",
+    )
 
     @field_validator("id")
     @classmethod
@@ -699,7 +714,7 @@ def _make_validation_error(error: ValidationError, origins: Mapping[str, str]) -
     return UsageError(
         f"the setting {name} cannot be {json.dumps(first['input'], default=str)} (from {origins.get(name, 'a file')})",
         first["msg"].removeprefix("Value error, "),
-        "type: charter config    (lists every setting, its value and its meaning)",
+        "type: charter config --defaults    (lists every setting and its meaning)",
     )
 
 
@@ -770,7 +785,7 @@ def _require_known(section: str, key: str, where: str) -> None:
     raise UsageError(
         f"unknown setting {name} {where}",
         f"the nearest name is {nearest[0]}" if nearest else "no setting has a similar name",
-        "type: charter config    (lists every setting, its value and its meaning)",
+        "type: charter config --defaults    (lists every setting and its meaning)",
     )
 
 
@@ -793,3 +808,19 @@ def format_settings_file() -> str:
             last = section
         lines += [f"# {field.description}", f"# {key} = {json.dumps(field.default)}"]
     return "\n".join(lines) + "\n"
+
+
+def find_unused_settings_file(folder: Path) -> Path | None:
+    """Return the settings file of the nearest parent folder if it sets a value. Commands in `folder` do not use it.
+
+    Return None if `folder` has its own settings file. A file that cannot be read is ignored here: no command uses it.
+    """
+    if (folder / SETTINGS_FILE).exists():
+        return None
+    path = next((parent / SETTINGS_FILE for parent in folder.parents if (parent / SETTINGS_FILE).is_file()), None)
+    if path is None:
+        return None
+    with suppress(tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path if any(tables.values()) else None
+    return None

@@ -22,6 +22,7 @@ import duckdb
 
 from engine.access_lock import AccessLock
 from engine.checkpoints import fsync_path
+from engine.database_paths import require_supported_path, to_database_path
 from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
 from engine.tables import FORMAT_VERSION, build_create_statements
 
@@ -191,10 +192,11 @@ def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyC
     """Open a connection to the file. Create the file if it does not exist and `read_only` is false.
 
     If another program has opened the file, raise StoreBusy with the name of this program. If the file or its write-ahead log is
-    damaged, raise StoreDamaged.
+    damaged, raise StoreDamaged. If DuckDB does not support the path, raise UsageError.
     """
+    require_supported_path(path)
     try:
-        connection = duckdb.connect(str(path), read_only=read_only)
+        connection = duckdb.connect(to_database_path(path), read_only=read_only)
     except duckdb.Error as error:
         raise_if_disk_full(error, path)
         raise_if_damaged(error, path)
@@ -315,6 +317,7 @@ def _run_query(
     timer = threading.Timer(max(0.0, deadline - started), connection.interrupt)
     timer.start()
     try:
+        _require_one_statement(connection, sql)
         cursor = connection.execute(sql, parameters)
         columns = [column[0] for column in cursor.description or []]
         rows = [] if not columns else cursor.fetchall() if max_rows is None else cursor.fetchmany(max_rows)
@@ -335,3 +338,14 @@ def _run_query(
         raise UsageError("the query failed", why, "type: charter sql --tables    (lists tables and columns)") from error
     finally:
         timer.cancel()
+
+
+def _require_one_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raise UsageError if `sql` has no statement or several. DuckDB would run all of them and return only the last result."""
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise UsageError(
+            f"the query has {len(statements) or 'no'} statements",
+            "a query is exactly one statement, because there is one result",
+            "run each statement separately: charter sql 'select 1'",
+        )

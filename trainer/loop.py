@@ -32,6 +32,7 @@ from engine.errors import (
     TopicChanged,
     WriterFenced,
 )
+from engine.instances import ServiceLease
 from engine.policy import get_parent_version, get_weights_version, index_policies, make_pause, make_restore_update
 from engine.settings import Settings
 from engine.store import Store
@@ -108,6 +109,7 @@ class Trainer:
             notify=notify,
             promotion_gate=promotion_gate,
         )
+        self.lease = ServiceLease(settings.folder, "trainer")
         self.remove_incomplete_checkpoints()
 
     def remove_incomplete_checkpoints(self) -> None:
@@ -119,6 +121,7 @@ class Trainer:
             logger.info("removed %s, an incomplete checkpoint of a killed trainer", folder.name)
 
     def close(self) -> None:
+        self.lease.close()
         self.log.close()
 
     def read_state(self) -> TrainingState:

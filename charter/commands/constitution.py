@@ -179,17 +179,18 @@ def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) 
       charter constitution lint default
       charter constitution lint my.toml other.toml --json
     """
-    findings: list[LintFinding] = []
+    findings_by_spec: dict[str, list[LintFinding]] = {}
     for spec in specs or [settings.run.constitution]:
         loaded = _resolve_constitution(settings, spec)
-        findings += [*_find_reused_version(settings, loaded, spec), *lint_constitution(loaded)]
+        findings_by_spec[spec] = [*_find_reused_version(settings, loaded, spec), *lint_constitution(loaded)]
+    findings = [finding for found in findings_by_spec.values() for finding in found]
     if output:
         print_rows([f.name for f in fields(LintFinding)], [astuple(finding) for finding in findings], output)
     for finding in [] if output else findings:
         principle = f"{finding.principle}: " if finding.principle else ""
         click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {principle}{finding.what}\n    {finding.fix}")
-    if not output:
-        click.echo(f"{len(findings)} finding{'s'[: len(findings) > 1]}" if findings else "no findings")
+    for spec, found in {} if output else findings_by_spec.items():
+        click.echo(f"{spec}: {len(found) or 'no'} finding{'s' if len(found) != 1 else ''}")
     sys.exit(1 if findings else 0)
 
 

@@ -153,7 +153,7 @@ def _restore_policy(settings: Settings, bus: Bus, version: int, reason: str) -> 
     """Publish a new version with the weights of an earlier version. Return a message for the user."""
     updates = read_policy_updates(bus)
     newest = get_newest_version(updates)
-    if version and (weights := get_weights_version(updates, newest)) == get_weights_version(updates, version):
+    if (weights := get_weights_version(updates, newest)) == get_weights_version(updates, version):
         return f"policy {newest} already has the weights of policy {weights}"
     update = make_restore_update(updates, version, run_id=settings.run.id, base_model=settings.models.policy)
     if update.restored_version:
@@ -203,7 +203,7 @@ def pause_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> No
       charter policy pause
       charter policy pause ppo --reason "checking the rewards"
     """
-    _publish_pauses(settings, phases or PHASES, reason, paused=True)
+    _publish_pauses(settings, phases, reason, paused=True)
 
 
 @policy.command("resume")
@@ -217,19 +217,25 @@ def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> N
     Examples:
       charter policy resume
     """
-    _publish_pauses(settings, phases or PHASES, reason, paused=False)
+    _publish_pauses(settings, phases, reason, paused=False)
 
 
-def _publish_pauses(settings: Settings, phases: Sequence[str], reason: str, *, paused: bool) -> None:
+def _publish_pauses(settings: Settings, named: Sequence[str], reason: str, *, paused: bool) -> None:
+    """Pause or resume the named phases, or all phases if none is named. Print what has changed, and what has not."""
+    phases = named or PHASES
     bus = connect_bus(settings)
     paused_phases = read_paused_phases(bus)
     changed = [phase for phase in phases if (phase in paused_phases) != paused]
+    unchanged = [phase for phase in phases if phase not in changed]
     bus.publish([to_producer_record(make_pause(phase, reason, run_id=settings.run.id, paused=paused)) for phase in changed])
     bus.close()
+    state = "was already paused" if paused else "was not paused"
     if changed:
         click.echo(f"{', '.join(changed)}: {'paused' if paused else 'resumed'}")
-    else:
-        click.echo(f"nothing to do, because these phases are {'already' if paused else 'not'} paused: {', '.join(phases)}")
+    elif not paused_phases:
+        click.echo("nothing to resume: no phase is paused")
+    if unchanged and (paused_phases or changed) and (named or not changed):
+        click.echo(f"{', '.join(unchanged)}: {state}")
 
 
 # Exporting weights

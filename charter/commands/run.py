@@ -14,6 +14,7 @@ from charter.console import accept_configuration_option, common_options, print_p
 from charter.lag import CompletionCheck
 from charter.pipeline import make_host
 from charter.stages import STAGE_ROLES, STAGES
+from charter.starting_policy import describe_starting_policy, get_pinned_version, keep_starting_policy, set_from_base
 from charter.startup import start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
@@ -45,14 +46,21 @@ class _StageParamType(click.Choice[str]):
 )
 @click.option("--instance", metavar="NAME", help="Fixed name of this worker instance, e.g. the ordinal of a pod.")
 @click.option("--until-done", is_flag=True, help="Exit when the stages have processed all records on the log.")
+@click.option(
+    "--from-base",
+    is_flag=True,
+    help="In a new run, sample all responses from the base model and not from the newest policy.",
+)
 @accept_configuration_option
 @wait_option
 @common_options
 def run(
     settings: Settings,
+    origins: dict[str, str],
     stages: tuple[str, ...],
     instance: str | None,
     until_done: bool,
+    from_base: bool,
     accept_configuration: bool,
     wait: bool,
 ) -> None:
@@ -60,6 +68,9 @@ def run(
 
     One process runs all stages and the sink. With --stage, it runs only the given stages. FILE.py is a custom stage
     (docs/extending.md).
+
+    A new run starts from the newest policy on the log, whichever run it was trained on. With --from-base, the run uses the base
+    model (policy 0) for all its responses, also after a restart.
 
     A run keeps its configuration: settings, models, constitution and prompt templates that enter the ids of the records of a
     stage. If they have changed since the stage started in this run, the command exits with code 2 and prints the changes. With
@@ -74,6 +85,7 @@ def run(
     Examples:
       charter run
       charter run --until-done
+      charter run --run library --from-base
       charter run --bus kafka://localhost:9092 --stage respond
       charter run --bus kafka://localhost:9092 --stage sink --wait
       charter run --set respond.temperature=0.7 --accept-configuration
@@ -82,24 +94,31 @@ def run(
     builtin = [name for name in selected if name in STAGES]
     custom = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in selected if name not in _ALL_STAGES]
     has_sink = "sink" in selected
+    if from_base:
+        settings, origins = set_from_base(settings, origins)
 
-    def start() -> tuple[Bus, Host]:
+    def start() -> tuple[Bus, Host, Settings]:
         bus = connect_bus(settings)
         try:
-            return bus, make_host(
-                settings,
+            run_settings = keep_starting_policy(settings, origins, bus) if builtin or custom else settings
+            host = make_host(
+                run_settings,
                 bus,
                 builtin,
                 sink=has_sink,
                 custom_stages=custom,
                 instance=instance,
+                pinned_version=get_pinned_version(run_settings),
                 accept_configuration=accept_configuration,
             )
+            return bus, host, run_settings
         except BaseException:
             bus.close()
             raise
 
-    bus, host = start_when_ready(start, wait=wait)
+    bus, host, settings = start_when_ready(start, wait=wait)
+    if "respond" in builtin:
+        print_progress(describe_starting_policy(settings, bus))
     stop = stop_on_signals(host.note_stop)
     end = "exits when all work is done" if until_done else "stop with Ctrl-C"
     print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")

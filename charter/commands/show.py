@@ -6,7 +6,7 @@ import click
 
 from charter.connect import open_store
 from charter.console import common_options, output_options, print_records
-from charter.lookup import find_erased_prompt_ids, find_prompt_ids
+from charter.lookup import describe_matches, find_erased_prompt_ids, find_prompt_ids, find_prompt_titles
 from charter.text import format_trace
 from engine.errors import UsageError
 from engine.settings import Settings
@@ -35,10 +35,17 @@ def show(settings: Settings, identifier: str, output: str) -> None:
             "charter erase deleted the prompt and all records made from it",
             f"for the time and the reason, type: charter sql \"from erasures where prompt_id = '{erased[0]}'\"",
         )
-    if len(prompt_ids) != 1:
+    if len(prompt_ids) > 1:
+        titles = find_prompt_titles(store, prompt_ids)
         raise UsageError(
-            f"{identifier!r} matches {len(prompt_ids) or 'no'} prompts",
-            "an id or id prefix must match the records of exactly one prompt",
+            f"{identifier!r} matches {len(prompt_ids)} prompts",
+            f"an id prefix must match exactly one prompt; {describe_matches(len(prompt_ids), titles)}",
+            f"give more characters of one of these ids, e.g. charter show {titles[0][0]}",
+        )
+    if not prompt_ids:
+        raise UsageError(
+            f"{identifier!r} matches no prompts",
+            f"no record in {store.path} has an id that starts with it",
             "type: charter sql 'select prompt_id, prompt from traces limit 10'",
         )
     rows = store.query_dicts("SELECT * FROM traces WHERE prompt_id = ?", prompt_ids)

@@ -41,6 +41,8 @@ def sql(settings: Settings, statement: str | None, timeout_s: float, tables: boo
       charter sql "select policy_version, count(*) from responses group by 1"
       charter sql --tables
     """
+    if tables and statement:
+        raise click.UsageError("--tables cannot be used with a query", click.get_current_context())
     if tables:
         statement = TABLES_SQL
     elif statement == "-":

@@ -1,13 +1,16 @@
-"""`charter status`: show record counts, consumer lag and policies."""
+"""`charter status`: show record counts, consumer lag, running workers and policies."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
+from charter.activity import list_incidents, list_paused_phases, list_policies, list_workers
 from charter.connect import connect_bus, open_store
-from charter.console import common_options, output_options, print_rows
+from charter.console import common_options, format_rows, format_table, output_options, print_records, print_rows
 from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
 from charter.text import escape_unprintable
@@ -16,20 +19,25 @@ from engine.settings import Settings, load_settings
 _FIRST_STEPS = """There is no run in this folder yet. To start one:
 
   charter demo                      run the whole training loop once with a small real model
+  charter init NAME                 create a folder with settings, a constitution and prompts
   charter produce prompts.jsonl     publish your own prompts, one JSON string or object per line
   charter run --until-done          run every stage and the sink until all work is done
 
 charter --help lists all commands; charter doctor checks the installation."""
 
 
+_MAX_LISTED = 10  # policies and incidents in the tables; --json has all of them
+
+
 @click.command()
 @output_options
 @common_options
 def status(settings: Settings, origins: dict[str, str], output: str) -> None:
-    """Show record counts, consumer lag and policies.
+    """Show record counts, consumer lag, running workers and policies.
 
-    For each topic, print the number of records in the database and the lag of the stages of one run. Also print the newest
-    policies. Without --run, print the lag of the newest run.
+    For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
+    of the newest run. Then print the stages, sinks and trainers that run now, the paused training phases, and the newest policies
+    and incidents (rollbacks, voided batches). With --json, print all of this as one object. With --csv, print the topics.
 
     \b
     Examples:
@@ -41,17 +49,66 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     run_id = resolve_run_id(settings, origins, store)
     bus = connect_bus(settings)
     lags = compute_lags(bus, run_id, settings.judge.pairing)
+    columns, topics = [*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows]
+    sections = {
+        "workers": list_workers(bus, settings, run_id),
+        "paused": list_paused_phases(bus),
+        "policies": list_policies(bus),
+        "incidents": list_incidents(bus),
+    }
     bus.close()
-    print_rows([*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows], output)
+    if output == "json":
+        print_records({"run": run_id, "topics": [dict(zip(columns, row, strict=True)) for row in topics], **sections}, output)
+        return
+    print_rows(columns, topics, output)
     if output:
         return
     note = f"(lag is the number of records that the stages of run {run_id} have not processed yet; - means that no stage reads the topic)"
     click.echo(escape_unprintable(note))
-    policies = store.query("SELECT kind, version, phase, created_at, uri FROM policies ORDER BY commit_seq DESC LIMIT 10")
-    if policies.rows:
+    _print_sections(**sections)
+
+
+def _print_sections(
+    workers: list[dict[str, Any]],
+    paused: list[dict[str, Any]],
+    policies: list[dict[str, Any]],
+    incidents: list[dict[str, Any]],
+) -> None:
+    rows = [(row["worker"], row["run"], row["running"], "; ".join(row["instances"]) or None) for row in workers]
+    click.echo(f"\n{format_table(['worker', 'run', 'running', 'instances'], rows)}")
+    if not any(row["running"] for row in workers):
+        click.echo("(nothing runs; to process records, type: charter run)")
+    if paused:
         click.echo()
-        rows = [(kind.lower(), *row, Path(uri).name) for kind, *row, uri in policies.rows]
-        print_rows([*policies.columns[:-1], "weights"], rows, "")
+    for row in paused:
+        reason = escape_unprintable(row["reason"] or "no reason given")
+        click.echo(f"{row['phase']} is paused ({reason}); to resume: charter policy resume {row['phase']}")
+    if policies:
+        policy_rows = [
+            (
+                row["kind"],
+                row["version"],
+                row["phase"],
+                row["weights_of"],
+                _format_time(row["created_at"]),
+                Path(row["uri"]).name,
+            )
+            for row in _get_newest(policies)
+        ]
+        click.echo(f"\n{format_table(['kind', 'version', 'phase', 'weights_of', 'created_at', 'weights'], policy_rows)}")
+    if incidents:
+        incident_rows = [
+            (_format_time(row["created_at"]), row["phase"], row["title"], row["detail"]) for row in _get_newest(incidents)
+        ]
+        click.echo(f"\n{format_rows(['created_at', 'phase', 'incident', 'detail'], incident_rows)}")
+
+
+def _format_time(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S}"
+
+
+def _get_newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return rows[: -_MAX_LISTED - 1 : -1]
 
 
 @click.pass_context

@@ -32,9 +32,13 @@ def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool, wa
     """
     bus = start_when_ready(lambda: connect_bus(settings), wait=wait)
     stop = stop_on_signals() if follow else None
+    num_lines = 0
     for line in tail_topic(bus, topic, count, stop, raw=raw):
         click.echo(line)
+        num_lines += 1
     bus.close()
+    if count and not num_lines:
+        click.echo(f"there are no records in {topic}", err=True)
 
 
 COMMAND = tail

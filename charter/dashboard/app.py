@@ -124,7 +124,7 @@ class Dashboard:
     def show_pipeline(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
         result = self.query_cache.get_or_run(("pipeline", run), lambda query: pipeline_view.load_pipeline(query, run))
-        lag_run = run or next(iter(self.list_run_ids()), self.settings.run.id)
+        lag_run = self.get_monitored_run(request)
         lag = self.lag_monitor.get_lags(lag_run)
         return _make_view(
             "pipeline",
@@ -203,6 +203,10 @@ class Dashboard:
         data = self.query_cache.get_or_run(("run_ids",), runs_view.load_run_ids).data
         return data["run_ids"] if data else []
 
+    def get_monitored_run(self, request: Request) -> str:
+        """Return the run whose workers and lag a page shows: the selected run, or the newest run if all runs are selected."""
+        return request.query_params.get("run", "") or next(iter(self.list_run_ids()), self.settings.run.id)
+
     # Endpoints: each view has a page and a JSON version
 
     def make_page_endpoint(self, view_function: _ViewFunction) -> Callable[[Request], Response]:
@@ -234,6 +238,7 @@ class Dashboard:
             run_ids=run_ids,
             run_is_missing=bool(run and run_ids and run not in run_ids),
             folder=str(self.settings.folder),
+            activity=_describe_activity(self.lag_monitor.get_lags(self.get_monitored_run(request))["workers"]),
             json_url=_build_url(_get_json_path(request.url.path), **dict(request.query_params)),
             url=_build_url,
             url_here=lambda target, **more: _build_url(target, run=run, **more),
@@ -273,6 +278,13 @@ class Dashboard:
                 status,
             )
         return RedirectResponse(_build_url("/dead-letters", run=form.get("run", ""), retried=str(count)), 303)
+
+
+def _describe_activity(workers: list[dict[str, Any]] | None) -> str:
+    """Return whether a stage, a sink or a trainer runs now: "running", "stopped", or "unknown" if the log is unreachable."""
+    if workers is None:
+        return "unknown"
+    return "running" if any(row["running"] for row in workers) else "stopped"
 
 
 def _get_stage_inputs(pairing: str) -> dict[str, list[str]]:

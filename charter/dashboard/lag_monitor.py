@@ -1,4 +1,4 @@
-"""Measure the consumer lag of the stages and the sink in the background.
+"""Measure the consumer lag of the stages and the sink in the background, and find out which workers run.
 
 The event log can be slow or unreachable, so pages do not read it. While pages are open, a background thread measures the lag
 every two seconds. A page shows the last result.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from charter.activity import list_workers
 from charter.connect import open_bus_from_settings
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import error_to_dict
@@ -22,6 +23,7 @@ from engine.bus.embedded import LOG_FILENAME
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.errors import BusUnreachable, CharterError
 from engine.settings import Settings
+from schemas.records import RunManifest
 from schemas.topics import TOPICS
 
 _POLL_INTERVAL_S = 2.0
@@ -31,7 +33,7 @@ _FIRST_RESULT_TIMEOUT_S = 0.25  # the first page waits at most this long for a r
 
 @dataclass
 class LagMonitor:
-    """Measures the consumer lag of one run, which is the run of the last request."""
+    """Measures the consumer lag and the running workers of one run, which is the run of the last request."""
 
     settings: Settings
     query_cache: QueryCache
@@ -45,7 +47,10 @@ class LagMonitor:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get_lags(self, run_id: str) -> dict[str, Any]:
-        """Return the last result for this run as {rows, error}. `rows` is None until the first measurement is complete."""
+        """Return the last result for this run as {rows, workers, error}.
+
+        `rows` and `workers` are None until the first measurement is complete, and while the log is unreachable.
+        """
         with self.lock:
             self.run_id, self.last_requested_at = run_id, time.monotonic()
             if self.thread is None:
@@ -55,21 +60,24 @@ class LagMonitor:
             self.result_event.clear()
             self.wake_event.set()
             self.result_event.wait(_FIRST_RESULT_TIMEOUT_S)
-        return self.results.get(run_id, {"rows": None, "error": None})
+        return self.results.get(run_id, {"rows": None, "workers": None, "error": None})
 
     def poll_until_stopped(self) -> None:
         bus: Bus | None = None
         while not self.stop_requested:
-            rows = error_lines = None
+            rows = workers = error_lines = None
             if time.monotonic() - self.last_requested_at < _IDLE_TIMEOUT_S:
                 run_id = self.run_id
                 try:
                     bus = bus or self.open_bus()
                     rows = _load_lag_rows(bus, self.settings, self.query_cache, run_id)
+                    workers = list_workers(bus, self.settings, run_id) if _has_topics(bus) else []
                 except CharterError as error:
                     error_lines = error_to_dict(error)
-                self.results = {run_id: {"rows": rows, "error": error_lines}}
+                self.results = {run_id: {"rows": rows, "workers": workers, "error": error_lines}}
                 self.result_event.set()
+            else:
+                self.results = {}  # an old result would show workers that may have ended
             if bus and rows is None:  # the log is unreachable, or no page is open
                 bus.close()
                 bus = None
@@ -95,6 +103,11 @@ class LagMonitor:
         self.wake_event.set()
         if self.thread:
             self.thread.join(timeout=_POLL_INTERVAL_S)
+
+
+def _has_topics(bus: Bus) -> bool:
+    """Return whether the log has the topic of the run manifests. The dashboard must not create it."""
+    return bool(bus.topic_ids([RunManifest.topic]))
 
 
 def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id: str) -> list[dict[str, Any]]:

@@ -249,6 +249,16 @@ class EmbeddedBus:
         with self.lock:
             return _read_committed(self.connection, self.prefix, self.prefix + group, topics)
 
+    def list_members(self, group_prefixes: Sequence[str]) -> dict[str, list[str]]:
+        sql = "SELECT grp, member FROM members WHERE boot = ? AND expires >= ? ORDER BY grp, member"
+        with self.lock:
+            rows = self.connection.fetch_rows(sql, [read_boot_id(), read_boot_clock()])
+        members: dict[str, list[str]] = {}
+        for group, member in rows:
+            if group.startswith(tuple(self.prefix + prefix for prefix in group_prefixes)):
+                members.setdefault(group.removeprefix(self.prefix), []).append(member)
+        return members
+
     def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
         name = self.prefix + group
         rows = [(name, self.get_topic(tp.topic)[0], tp.partition, offset) for tp, offset in offsets.items()]

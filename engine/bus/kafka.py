@@ -60,6 +60,7 @@ _CLOSE_TIMEOUT_MS = 5_000
 _CONNECT_TIMEOUT_S = 5.0
 _REQUEST_TIMEOUT_MS = 30_000
 _METADATA_MAX_AGE_MS = 60_000  # new partitions are detected within this time
+_CLIENT_ID_PREFIX = "charter-"
 _HEARTBEAT_INTERVAL_MS = 1_000  # members detect a rebalance within this time
 _JOIN_TIMEOUT_S = 2.0
 _JOIN_POLL_TIMEOUT_MS = 200
@@ -362,6 +363,28 @@ class KafkaBus:
         with _translate_errors(self.servers):
             offsets = self.call_with_retry(lambda: self.admin.list_group_offsets({name: partitions})).get(name, {})
         return {self.from_kafka_partition(tp): _parse_committed(entry) for tp, entry in offsets.items() if entry.offset >= 0}
+
+    def list_members(self, group_prefixes: Sequence[str]) -> dict[str, list[str]]:
+        prefixes = tuple(self.prefix + prefix for prefix in group_prefixes)
+        with _translate_errors(self.servers):
+            groups = [group["group_id"] for group in self.call_with_retry(self.admin.list_groups)]
+            names = [name for name in groups if name.startswith(prefixes)]
+            # A group can disappear between the two calls, so each group is described separately.
+            described = [self.describe_group(name) for name in names]
+        members = {
+            name.removeprefix(self.prefix): sorted(member["client_id"].removeprefix(_CLIENT_ID_PREFIX) for member in found)
+            for name, found in zip(names, described, strict=True)
+        }
+        return {name: found for name, found in members.items() if found}
+
+    def describe_group(self, name: str) -> list[Mapping[str, Any]]:
+        """Return the members of a group. `name` includes the prefix."""
+        try:
+            groups = self.call_with_retry(lambda: self.admin.describe_groups([name]))
+        except errors.GroupIdNotFoundError:
+            return []
+        members: list[Mapping[str, Any]] = groups[name]["members"]
+        return members
 
     def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
         topic_ids = self.topic_ids(sorted({tp.topic for tp in offsets}))
@@ -704,7 +727,7 @@ class KafkaConsumer:
                 **bus.client_options,
                 **make_consumer_options(),
                 group_id=group,
-                client_id=f"charter-{member}",
+                client_id=f"{_CLIENT_ID_PREFIX}{member}",
                 partition_assignment_strategy=[CooperativeStickyAssignor],
                 session_timeout_ms=10_000,
                 heartbeat_interval_ms=_HEARTBEAT_INTERVAL_MS,

@@ -220,6 +220,14 @@ class Bus(Protocol):
         """Return all committed offsets of a group on these topics, with their topic ids."""
         ...
 
+    def list_members(self, group_prefixes: Sequence[str]) -> dict[str, list[str]]:
+        """Return the names of the members of each group whose name starts with one of these prefixes.
+
+        Groups without members are omitted. A member whose heartbeats have ended is removed when its session expires, after about
+        ten seconds.
+        """
+        ...
+
     def set_committed(self, group: str, offsets: Mapping[TopicPartition, int]) -> None:
         """Replace committed offsets of a group. Raise UsageError if the group has members."""
         ...

@@ -113,7 +113,7 @@ def data(tmp_path):
 
 
 def test_json_output_is_a_list_of_objects(data):
-    for arguments in (["status"], ["sql", "select 1 as a"], ["topics"], ["config"]):
+    for arguments in (["policy"], ["sql", "select 1 as a"], ["topics"], ["config"]):
         result = run_charter(*arguments, "--json", "--data", data)
         assert result.returncode == 0, result.stderr
         rows = json.loads(result.stdout)
@@ -312,3 +312,61 @@ def test_secrets_and_control_characters_are_not_printed():
         and "\r" not in escape_unprintable(hostile)
     )
     assert "sk-secret" not in repr(Endpoint("http://127.0.0.1:9/v1", "m", "sk-secret"))
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"), [("select 1; select 2", "2 statements"), (";", "no statements"), ("/* */", "no st")]
+)
+def test_sql_runs_exactly_one_statement(statement, words, data):
+    result = run_charter("sql", statement, "--data", data)
+    assert result.returncode == 2 and words in result.stderr and result.stdout == ""
+    assert run_charter("sql", "select ';' as c;", "--data", data, "--csv").stdout == "c\n;\n"
+
+
+def test_show_lists_some_of_many_matches(data):
+    store = Store(data / "charter.duckdb")
+    ids = sorted(str(row[0]) for row in store.query("SELECT prompt_id FROM prompts").rows)
+    prefix = next(char for char in "0123456789abcdef" if len(find_prompt_ids(store, char)) > 1)
+    matches = find_prompt_ids(store, prefix)
+    result = run_charter("show", prefix, "--data", data)
+    assert result.returncode == 2 and f"matches {len(matches)} prompts" in result.stderr
+    listed = [identifier for identifier in ids if identifier in result.stderr]
+    assert len(listed) == min(len(matches), 5) and set(listed) <= set(matches)
+    example = result.stderr.splitlines()[-1].split("charter show ")[1]
+    assert run_charter("show", example, "--data", data).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["[respond]\nmax_tokns = 4", "[respond]\nmax_tokens = 'many'", "[nothing]", "x ="])
+def test_advice_for_a_wrong_settings_file_works(text, tmp_path):
+    (tmp_path / "charter.toml").write_text(text)
+    result = run_charter("config", "--config", tmp_path / "charter.toml")
+    assert result.returncode == 2
+    assert "charter config --defaults" in result.stderr or "fix the line" in result.stderr
+    result = run_charter("config", "--defaults", "--config", tmp_path / "charter.toml")
+    assert result.returncode == 0 and "# max_tokens = 256" in result.stdout
+
+
+def test_empty_topic_is_reported(tmp_path):
+    result = run_charter("tail", "demonstrations", "--data", tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "there are no records in demonstrations\n")
+
+
+@pytest.mark.parametrize("name", ["a?b", "a\\b", ""])
+def test_data_folder_that_duckdb_cannot_use_is_refused(name, tmp_path):
+    result = run_charter("produce", "-", "--data", tmp_path / name if name else "", stdin='"One?"\n')
+    assert result.returncode == 2 and "data.folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [":memory:", "md:x", "sqlite:y", "a#b%20c", "it's [1]; ünï"])
+def test_data_folder_with_an_unusual_name_works(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store(Path(name) / "charter.duckdb")
+    store.create_schema()
+    assert store.query("SELECT count(*) FROM prompts").rows == [(0,)]
+    assert (tmp_path / name / "charter.duckdb").exists()
+
+
+def test_snapshot_to_an_unsupported_path_is_refused(data, tmp_path):
+    result = run_charter("snapshot", tmp_path / "a?b.duckdb", "--data", data)
+    assert result.returncode == 2 and "DuckDB does not support the character ?" in result.stderr

@@ -23,6 +23,7 @@ from engine.access_lock import AccessLock
 from engine.settings import load_settings
 from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts
 from tests.support.records import RecordDatabase, add_counted_run, make_prompt
+from tests.support.waiting import wait_until
 
 PAGES = ("/", "/traces", "/preferences", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
 BASE_URL = "http://localhost:8400"
@@ -76,6 +77,7 @@ def test_each_view_has_a_page_and_a_json_version(client, path):
 
 
 def test_an_unchanged_view_returns_304_without_a_body(client):
+    wait_until(lambda: 'data-activity="stopped"' in client.get("/runs").text)  # the page shows which workers run
     first = client.get("/runs")
     second = client.get("/runs", headers={"If-None-Match": first.headers["etag"]})
     assert (second.status_code, second.content) == (304, b"")

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
+from charter.installation import get_install_command
 from engine.bus import open_bus
 from engine.store import Store
 from schemas.topics import TOPICS
@@ -97,3 +98,22 @@ def run_models_server():
     server.script = make_script()
     yield server.url.removesuffix("/v1"), server.authorizations
     server.close()
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "command"),
+    [
+        (None, "pip install 'charter[train]'"),
+        ('{"url": "file:///dist/charter-0.1.0-py3-none-any.whl", "archive_info": {}}', "pip install 'charter[train]'"),
+        ('{"url": "file:///src/my%20charter", "dir_info": {}}', "pip install 'charter[train]'"),
+        ('{"url": "file:///src/my%20charter", "dir_info": {"editable": true}}', "pip install -e '/src/my charter[train]'"),
+    ],
+)
+def test_advice_fits_the_installation(direct_url, command, tmp_path, monkeypatch):
+    info = tmp_path / "charter-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: charter\nVersion: 0.1.0\n")
+    if direct_url:
+        (info / "direct_url.json").write_text(direct_url)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert get_install_command("train") == command

@@ -96,12 +96,15 @@ def test_restoring_a_policy_creates_a_version_with_the_old_weights(charter, trai
 
 def test_pause_stops_the_trainer_and_resume_restarts_it(charter, trained):
     assert charter("policy", "pause", "ppo", "--reason", "look") == "ppo: paused\n"
-    assert "nothing to do" in charter("policy", "pause", "ppo")
+    assert charter("policy", "pause", "ppo") == "ppo: was already paused\n"
     settings = make_settings(trained)
     bus = connect_bus(settings)
     trainer = Trainer(bus, open_store(settings), settings, trained / "base", learners=FAKE_LEARNERS)
     assert trainer.read_state().paused_phases == {"ppo": "look"} == read_paused_phases(bus)
     assert charter("policy", "resume") == "ppo: resumed\n"
+    assert charter("policy", "resume") == charter("policy", "resume", "ppo") == "nothing to resume: no phase is paused\n"
+    charter("policy", "pause", "dpo")
+    assert charter("policy", "resume", "dpo", "ppo") == "dpo: resumed\nppo: was not paused\n"
     assert trainer.read_state().paused_phases == {} == read_paused_phases(bus)
     trainer.close()
     bus.close()

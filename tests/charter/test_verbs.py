@@ -41,7 +41,7 @@ def test_run_until_done_exits_once_all_records_are_stored(any_bus):
     any_bus.call("run", "--until-done")
     finished = "SELECT count(*), count(end_reason), count(preferences) FROM traces"
     assert any_bus.sql(finished) == [(3, 3, 3)]
-    assert {row["lag"] for row in any_bus.rows("status")} <= {0, None}
+    assert {row["lag"] for row in any_bus.rows("status")["topics"]} <= {0, None}
     before = dict(any_bus.sql(COUNTS))
     any_bus.call("run", "--until-done")
     assert dict(any_bus.sql(COUNTS)) == before
@@ -69,7 +69,7 @@ def test_rejudging_under_another_constitution_adds_labels_without_generation(any
         and compared["preferences only in this run"]["again"] == PROMPTS
     )
     assert deployment.sql("SELECT count(*) FROM dead_letters") == [(0,)]
-    assert deployment.rows("status") and not read_values_of(deployment, "dead-letters")
+    assert deployment.rows("status")["topics"] and not read_values_of(deployment, "dead-letters")
     repeated = deployment.call("replay", "--stage", "judge", "--constitution", "red-team", "--as", "again")
     assert "(0 in this start)" in repeated and dict(deployment.sql(COUNTS)) == after  # the replay is complete
 

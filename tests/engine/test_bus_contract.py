@@ -523,3 +523,19 @@ def test_describe_topics_returns_existing_topics(bus):
     (description,) = bus.describe_topics(["one", "nowhere"])
     assert (description.name, description.partitions, description.replicas, description.in_sync_replicas) == ("one", 1, 1, 1)
     assert description.topic_id == bus.topic_ids(["one"])["one"]
+
+
+def test_members_of_groups_are_listed_until_they_leave(bus):
+    bus.publish(make_records("in", range(4)))
+    members = {
+        group: bus.open_consumer(group, ["in"], member=member)
+        for group, member in (("run.a", "one"), ("run.b", "two"), ("x.a", "3"))
+    }
+    expected = {"run.a": ["one"], "run.b": ["two"]}
+    poll_until(lambda: bus.list_members(["run."]) == expected, *members.values())
+    assert bus.list_members(["run.a", "x."]) == {"run.a": ["one"], "x.a": ["3"]}
+    members["run.a"].close()
+    poll_until(lambda: bus.list_members(["run."]) == {"run.b": ["two"]}, members["run.b"])
+    assert bus.list_members(["nothing."]) == {}
+    for group in ("run.b", "x.a"):
+        members[group].close()

@@ -1,6 +1,9 @@
-"""Instance names: unique in a data folder, and different in two data folders of one host."""
+"""Instance names, which are unique in a data folder, and the services that run on a data folder."""
 
-from engine.instances import InstanceLease
+import subprocess
+import sys
+
+from engine.instances import InstanceLease, ServiceLease, list_running_services
 
 
 def test_lowest_free_number_is_leased(tmp_path):
@@ -19,3 +22,31 @@ def test_two_data_folders_have_different_names(tmp_path):
     assert leases[0].name != leases[1].name
     for lease in leases:
         lease.close()
+
+
+HOLD = """
+import sys, pathlib
+from engine.instances import ServiceLease
+lease = ServiceLease(pathlib.Path(sys.argv[1]), "sink")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_service_is_listed_until_its_process_is_killed(tmp_path):
+    assert list_running_services(tmp_path / "nothing") == {"sink": [], "trainer": []}
+    trainer = ServiceLease(tmp_path, "trainer")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    for _ in range(2):  # asking has no effect on the locks
+        running = list_running_services(tmp_path)
+        assert len(running["trainer"]) == 1
+        assert [process.endswith(f"process {holder.pid}") for process in running["sink"]] == [True]
+    holder.kill()
+    holder.communicate()
+    assert list_running_services(tmp_path)["sink"] == []
+    trainer.close()
+    assert list_running_services(tmp_path) == {"sink": [], "trainer": []}
+    assert list((tmp_path / "services").iterdir()) == []

@@ -60,6 +60,7 @@ async function fetchPage() {
   if (response.status === 304) return;
   if (!(response.headers.get("Content-Type") || "").startsWith("text/html")) throw new Error("the response is not a page");
   const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  document.body.dataset.activity = page.body.dataset.activity;
   const main = page.getElementById("main");
   if (!main || hasSelection()) return; // a merge would clear the user's selection
   live.etag = response.headers.get("ETag") || "";
@@ -69,15 +70,20 @@ async function fetchPage() {
 
 function updateLiveButton() {
   const button = document.getElementById("live");
-  const state = !live.enabled ? "paused" : live.unreachable ? "unreachable" : "live";
+  const activity = document.body.dataset.activity; // whether a stage, a sink or a trainer runs: running, stopped or unknown
+  const state = !live.enabled ? "paused" : live.unreachable ? "unreachable" : activity === "running" ? "live" : activity;
   button.dataset.state = state;
   button.setAttribute("aria-pressed", String(live.enabled));
   button.title = {
-    live: "The page refreshes every 2 seconds. Press to pause.",
+    live: "Workers run. The page refreshes every 2 seconds. Press to pause.",
+    stopped: "No stage, sink or trainer runs. The page refreshes every 2 seconds. Press to pause.",
+    unknown: "It is unknown whether workers run. The page refreshes every 2 seconds. Press to pause.",
     paused: "The page does not refresh. Press to resume.",
     unreachable: "The dashboard is unreachable. The page shows the last data.",
   }[state];
-  button.querySelector(".state").textContent = { live: "live", paused: "paused", unreachable: "offline" }[state];
+  button.querySelector(".state").textContent = {
+    live: "live", stopped: "stopped", unknown: "unknown", paused: "paused", unreachable: "offline",
+  }[state];
 }
 
 async function refresh() {
