@@ -23,6 +23,7 @@ import click
 import charter
 from charter.console import print_progress
 from charter.installation import get_install_command
+from charter.progress import show_progress
 from charter.standard_streams import (
     BROKEN_PIPE_EXIT_CODE,
     ReaderClosed,
@@ -32,6 +33,7 @@ from charter.standard_streams import (
 )
 from charter.text import to_one_line
 from engine.errors import DependencyUnreachable, is_disk_full
+from engine.progress import set_display
 
 # Maps each section to its verbs, and each verb to the first sentence of its help. The sentences are copied here because reading
 # them from the commands would import all commands. A test compares the copies with the commands.
@@ -152,6 +154,7 @@ def main() -> None:
     # an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     prepare_standard_streams()
+    set_display(show_progress)  # for work that a command does not display itself, such as the loading of a model
     try:
         with detect_closed_reader():
             _run_command()

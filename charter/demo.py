@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from rich.table import Table
 from charter.connect import connect_bus, open_store
 from charter.console import format_table
 from charter.pipeline import make_host
+from charter.progress import claim_terminal_line
 from charter.stages import STAGES
 from charter.text import format_trace
 from engine.bus.port import Bus
@@ -114,7 +115,9 @@ class DemoProgress:
         self.lock = threading.Lock()
         self.stop_event = threading.Event()
         self.live_display: Live | None = None
+        self.exit_stack = ExitStack()
         if sys.stdout.isatty():
+            self.exit_stack.enter_context(claim_terminal_line())
             self.live_display = Live(get_renderable=self.build_table, refresh_per_second=4, transient=True)
             self.live_display.start()
         else:
@@ -169,6 +172,7 @@ class DemoProgress:
         self.stop_event.set()
         if self.live_display:
             self.live_display.stop()
+        self.exit_stack.close()
 
 
 class Demo:

@@ -11,6 +11,7 @@ from charter.stages import STAGE_OUTPUTS, get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.commit_history import read_commit_history
 from engine.positions import PositionFinder
+from engine.progress import WorkProgress
 from engine.run_starts import read_start_positions
 from engine.store import Store
 from schemas.topics import TOPICS
@@ -120,6 +121,20 @@ class CompletionCheck:
         is_repeated = self.previous == (ends, committed)
         self.previous = (ends, committed)
         return is_repeated and (self.store is None or self.is_archived(self.store))
+
+    def count_unread(self) -> int:
+        """Return the number of records that the consumer groups have not processed yet. On Kafka, it includes transaction markers."""
+        num_unread = 0
+        for group, names in self.inputs.items():
+            beginnings, run_starts = self.bus.beginning_offsets(names), self.start_offsets or {}
+            next_offsets = {tp: max(start, run_starts.get(tp, 0)) for tp, start in beginnings.items()}
+            next_offsets |= self.bus.committed(group, names)
+            num_unread += sum(max(0, end - next_offsets[tp]) for tp, end in self.bus.end_offsets(names).items())
+        return num_unread
+
+    def update_progress(self, progress: WorkProgress, num_done: int) -> None:
+        """Set the finished records of this process, and add the unread ones to the total. The stages can still publish more."""
+        progress.num_done, progress.num_total = num_done, num_done + self.count_unread()
 
     def is_archived(self, store: Store) -> bool:
         """Return whether the sink has written every record on the log to the database, and has noted that it read the log."""

@@ -1,7 +1,7 @@
 """Show the progress of long work: a rich line on a terminal, and elsewhere a plain line every INTERVAL_S.
 
 The work updates an `engine.progress.WorkProgress`. A thread displays it, so that a call that takes minutes is also shown. Work
-that ends within DELAY_S shows nothing.
+that ends within DELAY_S shows nothing. A terminal has one such line: work inside other work that is displayed prints plain lines.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.progress import WorkProgress
 DELAY_S = 1.0  # the work must take longer than this to be shown
 INTERVAL_S = 15.0  # seconds between two plain lines; a user must not wait longer than 20 s
 _TERMINAL_INTERVAL_S = 0.25
+_terminal_line = threading.Lock()  # held by the display that has the line of the terminal
 
 
 @contextmanager
@@ -29,8 +30,8 @@ def show_progress(title: str, unit: str, progress: WorkProgress | None = None) -
     """
     progress = progress or WorkProgress()
     done = threading.Event()
-    is_terminal = sys.stderr.isatty() and not is_logging_json()
-    show = _show_on_terminal if is_terminal else _print_lines
+    has_line = sys.stderr.isatty() and not is_logging_json() and _terminal_line.acquire(blocking=False)
+    show = _show_on_terminal if has_line else _print_lines
     thread = threading.Thread(target=show, args=(title, unit, progress, done), name="progress", daemon=True)
     thread.start()
     try:
@@ -38,6 +39,19 @@ def show_progress(title: str, unit: str, progress: WorkProgress | None = None) -
     finally:
         done.set()
         thread.join()
+        if has_line:
+            _terminal_line.release()
+
+
+@contextmanager
+def claim_terminal_line() -> Iterator[None]:
+    """Keep the line of the terminal for another display in the block. Work inside the block prints plain lines."""
+    claimed = _terminal_line.acquire(blocking=False)
+    try:
+        yield
+    finally:
+        if claimed:
+            _terminal_line.release()
 
 
 class _Meter:

@@ -22,6 +22,7 @@ from charter.estimate import estimate_costs, format_costs
 from charter.lag import CompletionCheck
 from charter.manifests import read_run_manifests
 from charter.pipeline import make_host
+from charter.progress import show_progress
 from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, get_downstream_stages, get_stage_inputs
 from charter.startup import start_when_ready
 from constitutions.loader import Constitution, load_constitution
@@ -29,6 +30,7 @@ from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
 from engine.commit_history import read_commit_history
 from engine.errors import UsageError
+from engine.progress import WorkProgress
 from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
@@ -123,7 +125,8 @@ class ReplayPlan:
 
     def describe(self) -> list[str]:
         """Return lines about the records, the stages and the estimated token counts."""
-        records = list({record.record_id: record for record in self.read_records()}.values())
+        with show_progress(f"reading run {self.selection.run_id}", "records") as progress:
+            records = list({record.record_id: record for record in _collect_ids(self.read_records(), set(), progress)}.values())
         num_chars = sum(len(message.content) for record in records for message in getattr(record, "messages", []))
         origin = "the database" if self.from_archive else "the log"
         stages = ", ".join(self.stages)
@@ -347,7 +350,8 @@ def run_replay(
     host = start_when_ready(start, wait=wait)
     stop = stop_on_signals(host.note_stop)
     selected_ids: set[str] = set()
-    counts = republish_records(bus, _collect_ids(plan.read_records(), selected_ids), run_id)
+    with show_progress(f"replay of {plan.selection.run_id}", "records read") as progress:
+        counts = republish_records(bus, _collect_ids(plan.read_records(), selected_ids, progress), run_id)
     selected_ids -= counts.erased_ids
     num_erased = plan.selection.num_erased + len(counts.erased_ids)
     click.echo(
@@ -357,15 +361,16 @@ def run_replay(
     )
     check = CompletionCheck(bus, groups, open_store(plan.settings), run_start.offsets)
     is_finished = False
-    with host:
+    with host, show_progress(f"run {run_id}", "known records") as progress:
         while not host.failure_event.is_set() and not stop.wait(_POLL_INTERVAL_S):
+            check.update_progress(progress, sum(worker.num_committed for worker in host.workers))
             if check.is_done():
                 is_finished = True
                 break
     host.raise_if_failed()
-    result = _count_results(
-        bus, plan, selected_ids, is_finished, {worker.stage.name: worker.num_written for worker in host.workers}
-    )
+    with show_progress(f"counting the records of run {run_id}", "records"):
+        written = {worker.stage.name: worker.num_written for worker in host.workers}
+        result = _count_results(bus, plan, selected_ids, is_finished, written)
     click.echo(_format_result(run_id, result), err=quiet)
     return result
 
@@ -418,10 +423,11 @@ def _get_source_record_id(letter: DeadLetter) -> str | None:
         return None
 
 
-def _collect_ids(records: Iterator[Record], record_ids: set[str]) -> Iterator[Record]:
+def _collect_ids(records: Iterator[Record], record_ids: set[str], progress: WorkProgress) -> Iterator[Record]:
     """Yield the records, and add their ids to `record_ids`. Only the ids are stored, because the records may not fit in memory."""
     for record in records:
         record_ids.add(record.record_id)
+        progress.num_done += 1
         yield record
 
 

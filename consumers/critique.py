@@ -383,4 +383,13 @@ def _make_verdict(principle_id: str, comparison: Comparison) -> PrincipleVerdict
     p_flawed, verdict = comparison.p_mean, Verdict.LOW_MASS
     if comparison.outcome is Outcome.OK and p_flawed is not None:
         verdict = Verdict.FLAWED if p_flawed > 0.5 else Verdict.CLEAN
-    return PrincipleVerdict(principle_id=principle_id, verdict=verdict, p_flawed=p_flawed, option_mass=comparison.option_mass)
+    return PrincipleVerdict(
+        principle_id=principle_id,
+        verdict=verdict,
+        p_flawed=p_flawed,
+        option_mass=comparison.option_mass,
+        p_flawed_forward=comparison.p_forward,
+        p_flawed_backward=comparison.p_backward,
+        option_mass_forward=comparison.option_mass_forward,
+        option_mass_backward=comparison.option_mass_backward,
+    )

@@ -7,11 +7,12 @@ held for reading. At that time the sink has closed the file, and the file contai
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,8 @@ _DATABASE_FILENAME = "charter.duckdb"
 _CHECKPOINTS_FOLDER = "checkpoints"
 _MANIFEST_FILENAME = "backup.json"
 _LOCK_TIMEOUT_S = 60.0
+_BYTES_PER_MEGABYTE = 1_000_000
+_COPY_BLOCK_MEGABYTES = 16
 
 
 def create_snapshot(store: Store, target: Path, progress: WorkProgress) -> int:
@@ -46,16 +49,30 @@ def create_snapshot(store: Store, target: Path, progress: WorkProgress) -> int:
             store.path, read_only=True
         ) as connection:  # raises an error if another program or version created the file
             check_format_version(connection, store.path)
-        for suffix in ("", ".wal"):  # if the sink was killed, the last transactions are in the WAL
-            if (source := store.path.with_name(store.path.name + suffix)).exists():
-                shutil.copyfile(source, temporary.with_name(temporary.name + suffix))
-    progress.start_step("checking the copy")
+        # If the sink was killed, the last transactions are in the WAL.
+        sources = [path for suffix in ("", ".wal") if (path := store.path.with_name(store.path.name + suffix)).exists()]
+        progress.start_step("copying the database", sum(_get_megabytes(source) for source in sources))
+        for source in sources:
+            _copy_file(source, temporary.with_name(temporary.name + source.name.removeprefix(store.path.name)), progress)
+    progress.start_step("verifying the copy")
     with open_connection(temporary, read_only=False) as connection:  # opening the copy verifies it and merges the WAL into it
         check_format_version(connection, temporary)
         ((records,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
     fsync_path(temporary)
     temporary.rename(target)
     return int(records)
+
+
+def _get_megabytes(path: Path) -> int:
+    return math.ceil(path.stat().st_size / _BYTES_PER_MEGABYTE)
+
+
+def _copy_file(source: Path, target: Path, progress: WorkProgress) -> None:
+    """Copy the content of a file. `progress` counts the megabytes."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_COPY_BLOCK_MEGABYTES * _BYTES_PER_MEGABYTE):
+            writer.write(block)
+            progress.num_done += math.ceil(len(block) / _BYTES_PER_MEGABYTE)
 
 
 def create_backup(folder: Path, target: Path, bus_folder: Path | None, progress: WorkProgress) -> dict[str, object]:
@@ -83,9 +100,10 @@ def create_backup(folder: Path, target: Path, bus_folder: Path | None, progress:
         if store.path.exists():
             manifest["records"] = create_snapshot(store, temporary / _DATABASE_FILENAME, progress)
         if bus_folder is not None and (bus_folder / embedded.LOG_FILENAME).exists():
-            progress.start_step("copying the log")
+            progress.start_step("copying the log")  # in one step, so that writers cannot make SQLite start again
             manifest["messages"] = _copy_log(bus_folder / embedded.LOG_FILENAME, temporary / embedded.LOG_FILENAME)
-        manifest["checkpoints"] = _copy_checkpoints(folder / _CHECKPOINTS_FOLDER, temporary / _CHECKPOINTS_FOLDER, progress)
+        checkpoints = folder / _CHECKPOINTS_FOLDER
+        manifest["checkpoints"] = _copy_checkpoints(checkpoints, temporary / _CHECKPOINTS_FOLDER, progress)
         (temporary / _MANIFEST_FILENAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -107,22 +125,28 @@ def _copy_log(source: Path, target: Path) -> int:
 def _copy_checkpoints(source: Path, target: Path, progress: WorkProgress) -> list[str]:
     """Copy every complete checkpoint. Return their names. The name of an incomplete checkpoint starts with a dot."""
     names = sorted(p.name for p in source.iterdir() if not p.name.startswith(".")) if source.exists() else []
-    progress.start_step("copying the checkpoints", len(names))
-    for name in names:
-        shutil.copytree(source / name, target / name, copy_function=_link_or_copy)
-        progress.num_done += 1
+    folders = [source / name for name in names]
+    progress.start_step("copying the checkpoints", sum(map(_get_megabytes, _list_files(folders))))
+
+    def link_or_copy(file: str, copy: str) -> None:
+        """Create a hard link to a file, or copy it if this fails. A link is safe, because checkpoints are never modified."""
+        try:
+            os.link(file, copy)
+            progress.num_done += _get_megabytes(Path(file))
+        except OSError:
+            _copy_file(Path(file), Path(copy), progress)
+            shutil.copystat(file, copy)
+
+    for folder in folders:
+        shutil.copytree(folder, target / folder.name, copy_function=link_or_copy)
     return names
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """Create a hard link to a file, or copy it if this fails. A link is safe, because checkpoints are never modified."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _list_files(folders: Iterable[Path]) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
 
 
-def restore_backup(source: Path, folder: Path, report: Callable[[str], None]) -> None:
+def restore_backup(source: Path, folder: Path, report: Callable[[str], None], progress: WorkProgress) -> None:
     """Restore a backup into the new data folder `folder`."""
     if not (source / _MANIFEST_FILENAME).is_file():
         raise UsageError(
@@ -132,11 +156,18 @@ def restore_backup(source: Path, folder: Path, report: Callable[[str], None]) ->
         raise UsageError(f"{folder} is not empty", "a restore never overwrites data", "give a new folder: --data FOLDER")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    files = [path for path in _list_files([source]) if path != source / _MANIFEST_FILENAME]
+    progress.start_step("copying", sum(map(_get_megabytes, files)))
+
+    def copy(file: str, target: str) -> None:
+        _copy_file(Path(file), Path(target), progress)
+        shutil.copystat(file, target)
+
     for path in source.iterdir():
         if path.is_dir():
-            shutil.copytree(path, temporary / path.name)
+            shutil.copytree(path, temporary / path.name, copy_function=copy)
         elif path.name != _MANIFEST_FILENAME:
-            shutil.copy2(path, temporary / path.name)
+            copy(str(path), str(temporary / path.name))
         if path.name != _MANIFEST_FILENAME:
             report(f"restored {path.name}")
     if folder.exists():

@@ -1,7 +1,13 @@
-"""Count the finished part of long work. The work updates a WorkProgress, and `charter.progress` displays it."""
+"""Count the finished part of long work. The work updates a WorkProgress, and `charter.progress` displays it.
+
+Code that a caller cannot give a WorkProgress to, such as the loading of a model, uses `track_work`. The command line sets the
+display of such work. Without a display, for example in a notebook, nothing is shown.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 
@@ -28,3 +34,19 @@ class WorkProgress:
         if self.share is not None:
             return min(self.share, 1.0)
         return min(self.num_done / self.num_total, 1.0) if self.num_total else None
+
+
+_Display = Callable[[str, str], AbstractContextManager[WorkProgress]]
+_displays: list[_Display] = []  # the display of this process; empty if there is none
+
+
+def set_display(display: _Display | None) -> None:
+    """Set how this process displays tracked work: a function of the title and the unit of the items. None displays nothing."""
+    _displays[:] = [display] if display else []
+
+
+@contextmanager
+def track_work(title: str, unit: str = "") -> Iterator[WorkProgress]:
+    """Display the progress of the block, if this process has a display. Yield the WorkProgress that the block updates."""
+    with _displays[0](title, unit) if _displays else nullcontext(WorkProgress()) as progress:
+        yield progress

@@ -73,7 +73,7 @@ CREATE OR REPLACE VIEW held_out_examples AS
 SELECT e.* EXCLUDE (split) FROM trainable_responses e ANTI JOIN trained_prompts USING (prompt_id) WHERE e.split = 'EVAL';
 
 -- The labels that a person has overridden, and the record that replaces each label. If a label has several overrides, the
--- newest override counts.
+-- newest override counts. An override with the outcome NOT_APPLICABLE has no label, so the pair has no label either.
 CREATE OR REPLACE VIEW overridden_labels AS
 WITH overrides AS (
     SELECT parent_ids[1] AS label_id, record_id, commit_seq
@@ -168,7 +168,7 @@ LEFT JOIN (
     FROM revision_chains GROUP BY prompt_id) e USING (prompt_id)
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, response_a: response_a, response_b: response_b, p_a: p_a, position_gap: position_gap,
-                            option_mass: option_mass, outcome: outcome, outcome_reason: outcome_reason, label_source: label_source, parent_ids: parent_ids,
+                            option_mass: option_mass, outcome: outcome, outcome_reason: outcome_reason, label_source: label_source, labeler: labeler, parent_ids: parent_ids,
                             explanation: explanation} ORDER BY commit_seq) AS preferences
     FROM preferences GROUP BY prompt_id) j USING (prompt_id)
 LEFT JOIN (

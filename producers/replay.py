@@ -7,10 +7,10 @@ it therefore reads the same records. Each record is copied exactly once: a recor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -28,6 +28,7 @@ from schemas.topics import TOPICS
 _BATCH_SIZE = 500
 EARLIEST = "earliest"
 LATEST = "latest"
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ArchiveSelection:
             sql = f"""SELECT {fields} FROM raw.{spec.table}
                       WHERE run_id = ? AND commit_seq < ? AND {bounds} ORDER BY commit_seq"""
             for row in store.query_dicts(sql, [self.run_id, self.before_seq], limit_s=600.0):
-                record = spec.record_class.model_validate(_to_record_values(row))
+                record = record_from_row(spec.record_class, row)
                 if self.predicate(record):
                     yield record
 
@@ -131,10 +132,11 @@ def _build_bound_condition(operator: str, bound: str) -> str:
     return f"epoch_ms(created_at) {operator} {_parse_timestamp_ms(bound)}"
 
 
-def _to_record_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert a database row to record values. Ids become strings, and times get the time zone UTC."""
-    values: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(row, mode="json")
-    return values | {"created_at": row["created_at"].replace(tzinfo=UTC)}
+def record_from_row(record_class: type[R], row: Mapping[str, Any]) -> R:
+    """Return the record of a database row. Ids become strings, and times get the time zone UTC. Other columns are ignored."""
+    values = {name: row[name] for name in record_class.model_fields}
+    values = TypeAdapter(dict[str, Any]).dump_python(values, mode="json")
+    return record_class.model_validate(values | {"created_at": row["created_at"].replace(tzinfo=UTC)})
 
 
 def decode_or_none(consumer_record: ConsumerRecord) -> Record | None:

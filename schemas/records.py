@@ -118,6 +118,7 @@ class Outcome(AvroEnum):
 
     EMPTY, WITHHELD and IDENTICAL mean that the pair cannot be compared, so the judge was not asked (see engine/eligibility.py).
     EMPTY means that a response has no visible text. WITHHELD means that a filter of the server withheld a response.
+    NOT_APPLICABLE means that a person decided that the pair must not have a label.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -130,6 +131,7 @@ class Outcome(AvroEnum):
     EMPTY = "EMPTY"
     WITHHELD = "WITHHELD"
     IDENTICAL = "IDENTICAL"
+    NOT_APPLICABLE = "NOT_APPLICABLE"
 
 
 class LabelSource(AvroEnum):
@@ -228,14 +230,19 @@ class Round(AvroModel):
 class PrincipleVerdict(AvroModel):
     """The critic's verdict on a response under one principle.
 
-    `option_mass` is the total probability of the two options, CLEAN and FLAWED. `p_flawed` is the probability of FLAWED divided
-    by this total.
+    The question is asked in two orders. Forward means that option A is FLAWED, backward that option A is CLEAN. In each order,
+    the option mass is the total probability of the two options, and `p_flawed` is the probability of FLAWED divided by this
+    total. `p_flawed` is the mean of both orders, and `option_mass` is the smaller one.
     """
 
     principle_id: str
     verdict: Verdict = Verdict.UNKNOWN
     p_flawed: OptionalFloat = None
     option_mass: OptionalFloat = None
+    p_flawed_forward: OptionalFloat = None
+    p_flawed_backward: OptionalFloat = None
+    option_mass_forward: OptionalFloat = None
+    option_mass_backward: OptionalFloat = None
 
 
 class PrincipleVote(AvroModel):
@@ -418,7 +425,8 @@ class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Reco
     again, because another judge prompt has the same prefix. If the pair cannot be compared, `outcome_reason` has the reason.
 
     When a person overrides a label, the new label is a separate record with `label_source` HUMAN. Its `parent_ids` contain the
-    id of the overridden record. A human comparison from a file has no parents, and `origin` is its file and row.
+    id of the overridden record, and `labeler` is the name of the person. A human comparison from a file has no parents, and
+    `origin` is its file and row.
     """
 
     topic: ClassVar[str] = "preferences"
@@ -445,6 +453,7 @@ class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Reco
     label_order: str = ""
     cached_tokens: int = 0
     origin: str = ""
+    labeler: str = ""
 
 
 class Demonstration(PromptFields, Record):

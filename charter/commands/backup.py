@@ -31,7 +31,7 @@ def backup(settings: Settings, target: Path) -> None:
     Examples:
       charter backup backups/2026-11-24
     """
-    with show_progress("backup", "checkpoints") as progress:
+    with show_progress(f"backup {target}", "MB") as progress:
         manifest = backups.create_backup(settings.folder, target, _get_log_folder(settings), progress)
     for name, value in manifest.items():
         click.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")

@@ -70,7 +70,7 @@ def export(
     margin = (default_margin or 0.0) if min_margin is None else min_margin
     selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin)
     suffix = "parquet" if as_parquet else "jsonl"
-    with show_progress(f"export {dataset_format}", "rows") as progress:
+    with show_progress(f"export {target}", "rows") as progress:
         splits = export_dataset(store, target, dataset_format, selection, suffix, limit, force, progress)
     for split, statistics in splits.items():
         location = f" in {target}/data/{split}.{suffix}" if statistics.num_rows else ""

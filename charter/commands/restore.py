@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from charter.console import common_options
+from charter.progress import show_progress
 from engine import backups
 from engine.settings import Settings
 
@@ -23,7 +24,8 @@ def restore(settings: Settings, source: Path) -> None:
     Examples:
       charter restore backups/2026-11-24 --data restored
     """
-    backups.restore_backup(source, settings.folder, click.echo)
+    with show_progress(f"restore {source}", "MB") as progress:
+        backups.restore_backup(source, settings.folder, click.echo, progress)
     click.echo(f"restored {settings.folder}; next: charter status --data {settings.folder}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import click
 
@@ -13,12 +14,14 @@ from charter.connect import connect_bus, open_store
 from charter.console import accept_configuration_option, common_options, print_progress
 from charter.lag import CompletionCheck
 from charter.pipeline import make_host
+from charter.progress import show_progress
 from charter.stages import STAGE_ROLES, STAGES
 from charter.starting_policy import describe_starting_policy, get_pinned_version, keep_starting_policy, set_from_base
 from charter.startup import start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.host import Host
+from engine.progress import WorkProgress
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from schemas.records import Prompt
@@ -128,9 +131,12 @@ def run(
     starts = {tp: offset for worker in host.workers for tp, offset in worker.run_start.offsets.items()}
     check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store, starts)
     last_line, polls = "", 0
-    with host:
+    display = show_progress(f"run {settings.run.id}", "known records") if until_done else nullcontext(WorkProgress())
+    with host, display as progress:
         while not stop.wait(_POLL_INTERVAL_S) and not host.failure_event.is_set():
             polls += 1
+            if until_done and polls % _REPORT_INTERVAL_POLLS == 0:
+                check.update_progress(progress, sum(worker.num_committed for worker in host.workers))
             if polls % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last_line:
                 print_progress(line)
                 last_line = line

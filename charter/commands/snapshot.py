@@ -26,7 +26,7 @@ def snapshot(settings: Settings, target: Path) -> None:
     Examples:
       charter snapshot monday.duckdb
     """
-    with show_progress("snapshot", "files") as progress:
+    with show_progress(f"snapshot {target}", "MB") as progress:
         num_records = backups.create_snapshot(open_store(settings), target, progress)
     click.echo(f"{target}: {num_records} records")
 

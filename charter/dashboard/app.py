@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from charter.connect import open_store
 from charter.dashboard import (
     dead_letters_view,
+    labels_view,
     pipeline_view,
     preferences_view,
     runs_view,
@@ -39,15 +40,20 @@ from charter.dashboard.query_cache import CachedResult, QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, to_json_value
 from charter.dashboard.security import SecurityMiddleware
 from charter.stages import get_stage_inputs
+from engine.budget import parse_prices
 from engine.errors import CharterError
 from engine.settings import Settings
+from engine.store import QueryFunction
 
 STATIC_FOLDER = Path(__file__).with_name("static")
 _MAX_FORM_BYTES = 16 * 1024
+_LABELER_COOKIE = "charter_labeler"
+_COOKIE_AGE_S = 365 * 86_400
 _NAVIGATION = (
     ("/", "Pipeline"),
     ("/traces", "Traces"),
     ("/preferences", "Preferences"),
+    ("/labels", "Labels"),
     ("/training", "Training"),
     ("/dead-letters", "Dead letters"),
     ("/sql", "SQL"),
@@ -76,6 +82,7 @@ def _make_view(template: str, title: str, result: CachedResult, *, not_found: bo
 
 
 _ViewFunction = Callable[[Request], _View]
+_FormAction = Callable[[dict[str, str]], Response]
 
 
 class Dashboard:
@@ -86,6 +93,7 @@ class Dashboard:
         self.settings = settings
         self.query_cache = QueryCache(open_store(settings))
         self.lag_monitor = LagMonitor(settings, self.query_cache)
+        self.pending_labels = labels_view.PendingLabels(settings, self.query_cache.store)
         self.templates = create_template_environment()
 
     def build_app(self, token: str | None = None) -> ASGIApp:
@@ -95,6 +103,7 @@ class Dashboard:
             "/traces": self.show_traces,
             "/traces/{prompt}": self.show_trace,
             "/preferences": self.show_preferences,
+            "/labels": self.show_labels,
             "/training": self.show_training,
             "/dead-letters": self.show_dead_letters,
             "/sql": self.show_sql,
@@ -105,7 +114,10 @@ class Dashboard:
             Route(_get_json_path(path), self.make_json_endpoint(view_function)) for path, view_function in views.items()
         ]
         page_routes = [Route(path, self.make_page_endpoint(view_function)) for path, view_function in views.items()]
-        retry_route = Route("/dead-letters/retry", self.handle_retry_form, methods=["POST"])
+        form_routes = [
+            Route("/dead-letters/retry", self.make_form_endpoint("Dead letters", self.retry_dead_letters), methods=["POST"]),
+            Route("/labels", self.make_form_endpoint("Labels", self.save_label), methods=["POST"]),
+        ]
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> Any:
@@ -113,7 +125,7 @@ class Dashboard:
             await run_in_threadpool(self.lag_monitor.close)
 
         starlette = Starlette(
-            routes=[retry_route, *json_routes, *page_routes, Mount("/static", StaticFiles(directory=STATIC_FOLDER))],
+            routes=[*form_routes, *json_routes, *page_routes, Mount("/static", StaticFiles(directory=STATIC_FOLDER))],
             exception_handlers={HTTPException: self.handle_http_error},
             lifespan=lifespan,
         )
@@ -146,9 +158,19 @@ class Dashboard:
 
     def show_trace(self, request: Request) -> _View:
         prompt_id = request.path_params["prompt"]
-        result = self.query_cache.get_or_run(("trace", prompt_id), lambda query: traces_view.load_trace(query, prompt_id))
-        is_missing = result.data is not None and result.data["prompt"] is None
-        return _make_view("trace", f"Trace {prompt_id[:8]}", result, not_found=is_missing)
+        prices = parse_prices(self.settings.budget.prices)
+
+        def load(query: QueryFunction) -> dict[str, Any]:
+            inputs = traces_view.load_inputs(query, prompt_id, prices)
+            return {"trace": traces_view.load_trace(query, prompt_id), "inputs": inputs}
+
+        result = self.query_cache.get_or_run(("trace", prompt_id), load)
+        if result.data is None:
+            return _make_view("trace", f"Trace {prompt_id[:8]}", result)
+        # The stages run again with the stored replies after the read session, so they do not delay the sink.
+        sent_prompts = {key: value.to_dict() for key, value in result.data["inputs"].sent_prompts.items()}
+        data = result.data["trace"] | {"sent_prompts": sent_prompts}
+        return _make_view("trace", f"Trace {prompt_id[:8]}", replace(result, data=data), not_found=data["prompt"] is None)
 
     def show_preferences(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
@@ -157,6 +179,20 @@ class Dashboard:
             "Preferences",
             self.query_cache.get_or_run(("preferences", run), lambda query: preferences_view.load_preferences(query, run)),
         )
+
+    def show_labels(self, request: Request) -> _View:
+        parameters = request.query_params
+        run, identifier = parameters.get("run", ""), parameters.get("id", "")
+        try:
+            skip, pending = labels_view.parse_skip(parameters.get("skip") or "0"), self.pending_labels.get()
+        except CharterError as error:
+            return _View("labels", "Labels", None, error)
+        # The result is not cached: it must have the label that was just saved.
+        result = self.query_cache.run_once(
+            lambda query: labels_view.load_labeling(query, run, skip, identifier, pending),
+        )
+        labeler = unquote(request.cookies.get(_LABELER_COOKIE, ""))
+        return _make_view("labels", "Labels", result, labeler=labeler, saved=parameters.get("saved"))
 
     def show_training(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
@@ -254,30 +290,47 @@ class Dashboard:
         body = await run_in_threadpool(self.render_page, request, view)
         return _make_response(request, body, "text/html", error.status_code)
 
-    # The retry of dead letters, the only action of the dashboard
+    # The actions of the dashboard: the retry of dead letters, and labels. SecurityMiddleware checks the origin of each request
 
-    async def handle_retry_form(self, request: Request) -> Response:
+    def make_form_endpoint(self, title: str, action: _FormAction) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint that runs an action with the fields of a form. If the action fails, it returns an error page."""
+
+        def run_action(request: Request, form: dict[str, str]) -> Response:
+            try:
+                return action(form)
+            except CharterError as error:
+                status = 503 if error.exit_code == 3 else 400
+                view = _View("message", title, None, error, status_code=status)
+                return _make_response(request, self.render_page(request, view), "text/html", status)
+
+        async def endpoint(request: Request) -> Response:
+            body = (await _read_limited_body(request)).decode("utf-8", "replace")
+            return await run_in_threadpool(run_action, request, dict(parse_qsl(body, keep_blank_values=True)))
+
+        return endpoint
+
+    def retry_dead_letters(self, form: dict[str, str]) -> Response:
         """Publish the records of the selected dead letters to their source topics again."""
-        form = dict(parse_qsl((await _read_limited_body(request)).decode("utf-8", "replace"), keep_blank_values=True))
-        return await run_in_threadpool(self.retry_dead_letters, request, form)
-
-    def retry_dead_letters(self, request: Request, form: dict[str, str]) -> Response:
         result = self.query_cache.run_once(lambda query: dead_letters_view.load_selected(query, form))
-        try:
-            if result.error or result.data is None:
-                raise result.error or CharterError(
-                    "there are no dead letters to retry", "the selection is empty", "choose dead letters on their page"
-                )
-            count = dead_letters_view.retry_dead_letters(self.settings, result.data["dead_letters"])
-        except CharterError as error:
-            status = 503 if error.exit_code == 3 else 400
-            return _make_response(
-                request,
-                self.render_page(request, _View("message", "Dead letters", None, error, status_code=status)),
-                "text/html",
-                status,
+        if result.error or result.data is None:
+            raise result.error or CharterError(
+                "there are no dead letters to retry", "the selection is empty", "choose dead letters on their page"
             )
+        count = dead_letters_view.retry_dead_letters(self.settings, result.data["dead_letters"])
         return RedirectResponse(_build_url("/dead-letters", run=form.get("run", ""), retried=str(count)), 303)
+
+    def save_label(self, form: dict[str, str]) -> Response:
+        """Publish a person's label of a pair, and go to the next pair. The browser keeps the name of the person."""
+        result = self.query_cache.run_once(lambda query: {"label": labels_view.make_label(query, form)})
+        if result.error or result.data is None:
+            raise result.error or CharterError("the label was not saved", "the database has no answer", "try again")
+        label = result.data["label"]
+        self.pending_labels.publish(label)
+        skip = form.get("skip", "")
+        address = _build_url("/labels", run=form.get("run", ""), skip="" if skip == "0" else skip, saved=label.parent_ids[0])
+        response = RedirectResponse(address, 303)
+        response.set_cookie(_LABELER_COOKIE, quote(label.labeler), max_age=_COOKIE_AGE_S, httponly=True, samesite="strict")
+        return response
 
 
 def _describe_activity(workers: list[dict[str, Any]] | None) -> str:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 360, 200
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 52, 12, 26, 38
+_CHARACTER_WIDTH = 6.6  # the largest width of a digit at the font size of the ticks
 _MAX_POINT_LABELS = 8  # the largest number of point labels in one chart
 _MAX_BOUNDARIES = 24  # more than 24 vertical lines would hide the curve
 _Point = tuple[float, float]
@@ -104,10 +105,14 @@ class _ChartAxes:
     ) -> None:
         self.x_range, self.y_range, self.width, self.height = x_range, y_range, width, height
         self.x_label, self.y_label = x_label, y_label
+        self.y_ticks = _compute_ticks(*y_range, 4)
+        self.y_tick_labels = _format_ticks(self.y_ticks)
+        # Close values need many digits. The margin has space for the longest label.
+        self.left = max(_MARGIN_LEFT, 10 + _CHARACTER_WIDTH * max(map(len, self.y_tick_labels), default=0))
 
     def scale_x(self, value: float) -> float:
-        return _MARGIN_LEFT + (value - self.x_range[0]) / (self.x_range[1] - self.x_range[0]) * (
-            self.width - _MARGIN_LEFT - _MARGIN_RIGHT
+        return self.left + (value - self.x_range[0]) / (self.x_range[1] - self.x_range[0]) * (
+            self.width - self.left - _MARGIN_RIGHT
         )
 
     def scale_y(self, value: float) -> float:
@@ -119,14 +124,13 @@ class _ChartAxes:
 
     def draw(self, integer_x: bool = False) -> list[Markup]:
         base, parts = self.height - _MARGIN_BOTTOM, []
-        y_ticks = _compute_ticks(*self.y_range, 4)
-        for value, label in zip(y_ticks, _format_ticks(y_ticks), strict=True):
-            parts += [_make_line(_MARGIN_LEFT, self.scale_y(value), self.width - _MARGIN_RIGHT, self.scale_y(value), "grid")]
-            parts += [make_text(_MARGIN_LEFT - 6, self.scale_y(value) + 3.5, label, "tick", "end")]
+        for value, label in zip(self.y_ticks, self.y_tick_labels, strict=True):
+            parts += [_make_line(self.left, self.scale_y(value), self.width - _MARGIN_RIGHT, self.scale_y(value), "grid")]
+            parts += [make_text(self.left - 6, self.scale_y(value) + 3.5, label, "tick", "end")]
         x_ticks = [value for value in _compute_ticks(*self.x_range, 5) if not integer_x or float(value).is_integer()]
         for value, label in zip(x_ticks, _format_ticks(x_ticks), strict=True):
             parts += [make_text(self.scale_x(value), base + 14, label, "tick", "middle")]
-        parts += [_make_line(_MARGIN_LEFT, base, self.width - _MARGIN_RIGHT, base, "axis")]
+        parts += [_make_line(self.left, base, self.width - _MARGIN_RIGHT, base, "axis")]
         parts += [make_text(self.width - _MARGIN_RIGHT, self.height - 6, self.x_label, "axis-label", "end")]
         return [*parts, make_text(4, 10, self.y_label, "axis-label")]
 
@@ -137,14 +141,18 @@ def _make_path(axes: _ChartAxes, points: Sequence[_Point], css_class: str) -> Ma
 
 
 def draw_curve(
-    points: Sequence[Sequence[float]], label: str, x_label: str, y_label: str, update_starts: Sequence[dict[str, int]] = ()
+    points: Sequence[tuple[float, float | None, str]],
+    label: str,
+    x_label: str,
+    y_label: str,
+    update_starts: Sequence[dict[str, int]] = (),
 ) -> Markup:
-    """Draw one metric over steps. Draw a vertical line at each step in `update_starts`, where a new update begins."""
-    data = [(float(x), float(y)) for x, y in points if y is not None]
+    """Draw one metric over steps. A point is (step, value, name). Draw a vertical line at each step in `update_starts`."""
+    data = [(float(x), float(y)) for x, y, _ in points if y is not None]
     if not data:
         return Markup("")
     xs = _pad_range([x for x, _ in data]) if len(data) > 1 else (data[0][0] - 1, data[0][0] + 1)
-    axes = _ChartAxes((max(xs[0], -0.5), xs[1]), _pad_range([y for _, y in data]), x_label, y_label)
+    axes = _ChartAxes((max(xs[0], 0.5), xs[1]), _pad_range([y for _, y in data]), x_label, y_label)
     parts = axes.draw(integer_x=True)
     for start in update_starts[1:] if len(update_starts) <= _MAX_BOUNDARIES else ():
         parts += [
@@ -157,7 +165,7 @@ def draw_curve(
             )
         ]
     parts += [_make_path(axes, data, "curve s0")] if len(data) > 1 else []
-    markers = [(axes.scale_x(x), axes.scale_y(y), f"step {x:g}: {y:.4g}") for x, y in data]
+    markers = [(axes.scale_x(x), axes.scale_y(y), f"{name}: {y:.4g}") for x, y, name in points if y is not None]
     parts += [_make_dot(x, y, title, "hover-target" if len(markers) > 12 else "dot s0", 3) for x, y, title in markers]
     return make_svg(label, parts)
 

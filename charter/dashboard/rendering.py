@@ -11,7 +11,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from charter.dashboard import charts, pipeline_diagram
 from charter.dashboard.training_view import select_main_metrics
+from charter.text import replace_invisible
 from engine.errors import CharterError
 
 _MAX_TEXT_LENGTH = 20_000  # maximum characters of one text on a page; the JSON version has the whole text
@@ -53,23 +54,16 @@ def error_to_dict(error: CharterError | None) -> dict[str, str] | None:
 def escape_text(value: Any, max_length: int = _MAX_TEXT_LENGTH) -> Markup:
     """Return at most `max_length` characters of a text as escaped HTML, with invisible characters made visible."""
     text = value if isinstance(value, str) else str(value)
-    parts = [
-        escape(text[:max_length]) if text[:max_length].isprintable() else Markup("").join(_escape_invisible(text[:max_length]))
-    ]
+    # The text is escaped first. Escaping adds and removes no invisible characters.
+    parts = [Markup(replace_invisible(str(escape(text[:max_length])), _render_invisible))]
     if len(text) > max_length:
         parts.append(Markup('<span class="truncated"> … {:,} more characters</span>').format(len(text) - max_length))
     return Markup("").join(parts)
 
 
-def _escape_invisible(text: str) -> Iterator[Markup]:
-    start = 0
-    for index, character in enumerate(text):
-        if not character.isprintable() and character not in "\n\t":
-            yield escape(text[start:index])
-            name = unicodedata.name(character, "control character")
-            yield Markup('<span class="invisible" title="{}">U+{:04X}</span>').format(name.lower(), ord(character))
-            start = index + 1
-    yield escape(text[start:])
+def _render_invisible(character: str) -> str:
+    name = unicodedata.name(character, "control character")
+    return Markup('<span class="invisible" title="{}">U+{:04X}</span>').format(name.lower(), ord(character))
 
 
 def diff_words(before: str, after: str) -> list[tuple[str, str]] | None:

@@ -6,9 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from constitutions.loader import ConstitutionError, parse_constitution
+from charter.constitution_texts import load_constitutions
+from charter.sent_prompts import StageInputs, list_verdict_options, list_vote_options, load_stage_inputs
+from engine.budget import Price
 from engine.errors import UsageError
 from engine.store import QueryFunction
+from producers.replay import record_from_row
+from schemas.records import Record
+from schemas.topics import TOPICS
 
 _PAGE_SIZE = 25
 _EXCERPT_LENGTH = 240  # characters of a prompt in the list
@@ -156,6 +161,12 @@ def load_trace(query: QueryFunction, prompt_id: str) -> dict[str, Any]:
         for table in (*_TRACE_TABLES, "scores", "demonstrations")
     }
     dead_letters = "SELECT record_id, stage, kind, error_class, error_message AS message, created_at FROM dead_letters WHERE source_key = encode(?)"
+    for row in rows["preferences"]:
+        for vote in row["votes"] or []:
+            vote["options"] = list_vote_options(vote)
+    for row in rows["critiques"]:
+        for verdict in row["verdicts"] or []:
+            verdict["options"] = list_verdict_options(verdict)
     return {
         "id": prompt_id,
         "prompt": prompts[0],
@@ -166,6 +177,18 @@ def load_trace(query: QueryFunction, prompt_id: str) -> dict[str, Any]:
         "dead_letters": query(dead_letters, [prompt_id], 50).to_dicts(),
         "principles": _load_principles(query, [row["constitution"] for table in _TRACE_TABLES for row in rows[table]]),
     }
+
+
+def load_inputs(query: QueryFunction, prompt_id: str, prices: Mapping[str, Price]) -> StageInputs:
+    """Return the records of a prompt and the manifests of their runs, from which the sent prompts are rebuilt."""
+    specs = [spec for spec in TOPICS.values() if spec.table in ("prompts", *_TRACE_TABLES)]
+    sql = "SELECT * FROM {} WHERE prompt_id = TRY_CAST(? AS UUID) ORDER BY commit_seq"
+    records: list[Record] = [
+        record_from_row(spec.record_class, row)
+        for spec in specs
+        for row in query(sql.format(spec.table), [prompt_id], 200).to_dicts()
+    ]
+    return load_stage_inputs(query, records, prices)
 
 
 def _attach_scores(responses: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -207,16 +230,8 @@ def _group_chains(critiques: list[dict[str, Any]], revisions: list[dict[str, Any
 
 def _load_principles(query: QueryFunction, constitutions: list[dict[str, Any] | None]) -> dict[str, dict[str, str]]:
     """Return {principle id: {name, text}} from the constitutions in the run manifests."""
-
-    hashes = sorted({constitution["hash"] for constitution in constitutions if constitution})
-    sql = """SELECT DISTINCT ON (constitution.hash) constitution_text FROM raw.runs
-             WHERE constitution.hash IN (SELECT unnest($hashes::VARCHAR[])) ORDER BY commit_seq"""
     principles: dict[str, dict[str, str]] = {}
-    for (text,) in query(sql, {"hashes": hashes}).rows:
-        try:
-            constitution = parse_constitution(text, "the run's constitution")
-        except ConstitutionError:
-            continue  # another version of Charter wrote this manifest; the page shows only principle ids
+    for constitution in load_constitutions(query, [c["hash"] for c in constitutions if c]).values():
         principles |= {p.id: {"name": p.name, "text": p.critique_prompt} for p in constitution.critique}
         principles |= {p.id: {"name": p.name, "text": p.judge_prompt} for p in constitution.judge}
     return principles

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from statistics import fmean
 from typing import Any
 
 from charter.dashboard.intervals import compute_share
@@ -104,7 +105,10 @@ def _build_timeline(
 
 
 def _load_phases(query: QueryFunction, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the curves of each phase as {metric, title, unit, points: [(step over all updates, value)], update_starts}."""
+    """Return the curves of each phase as {metric, title, unit, points: [(step over all updates, value, name)], update_starts}.
+
+    The steps over all updates begin with 1. The name of a point has the numbers that the trainer prints: the batch and its step.
+    """
     sql = f"SELECT phase, batch_number, step, metrics FROM metrics {where} AND phase <> 'monitor' ORDER BY commit_seq DESC"
     by_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in reversed(query(sql, parameters, MAX_STEPS).to_dicts()):
@@ -114,13 +118,13 @@ def _load_phases(query: QueryFunction, where: str, parameters: dict[str, Any]) -
 
 
 def _build_curves(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    points: dict[str, list[tuple[int, float, str]]] = defaultdict(list)
     starts: list[dict[str, int]] = []
-    for step, row in enumerate(rows):
+    for step, row in enumerate(rows, 1):
         if not starts or starts[-1]["batch_number"] != row["batch_number"]:
             starts.append({"step": step, "batch_number": row["batch_number"]})
         for name, value in row["metrics"].items():
-            points[name].append((step, value))
+            points[name].append((step, value, f"batch {row['batch_number']}, step {row['step']}"))
     main_curves = _CURVES.get(phase, {})
     names = [name for name in main_curves if name in points] + sorted(set(points) - set(main_curves) - _HIDDEN_METRICS)
     curves = [
@@ -136,11 +140,16 @@ def _build_curves(phase: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"num_steps": len(rows), "update_starts": starts, "curves": curves, "num_main_curves": num_main_curves}
 
 
-def _downsample(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+def _downsample(points: list[tuple[int, float, str]]) -> list[tuple[float, float, str]]:
     """Return at most _MAX_CURVE_POINTS points. Each point is the mean of a group of consecutive points."""
     size = -(-len(points) // _MAX_CURVE_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    return [(fmean(x for x, _, _ in group), fmean(y for _, y, _ in group), _name_group(group)) for group in groups]
+
+
+def _name_group(group: list[tuple[int, float, str]]) -> str:
+    first, last = group[0][2], group[-1][2]
+    return first if first == last else f"mean of {first} to {last}"
 
 
 def _compute_frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,18 +10,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-
-import click
 
 from charter.console import format_table
 from charter.evaluation.agreement import AgreementMetrics, HumanPair, compute_baselines, compute_judge_agreement
 from charter.evaluation.rejudge import BatchJudge, make_pair_response
 from charter.models import RoleModels
+from charter.progress import show_progress
 from constitutions.loader import Constitution, load_constitution
 from engine.budget import parse_prices
 from engine.errors import PermanentRecordError, RequestFailed, UsageError
 from engine.models.interface import require_results
+from engine.progress import WorkProgress
 from engine.settings import PRESETS, JudgeSettings, Settings
 from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
@@ -98,17 +99,19 @@ class AgreementStudy:
         `limit_written` is the maximum number of pairs for presets that generate text, because they are much slower than presets
         that score options.
         """
-        judge, counts = models.get_model("judge"), set()
-        price = parse_prices(self.settings.budget.prices).get(judge.id)
-        self.model_name = f"{judge.id} ({judge.revision})"
+        model, counts = models.get_model("judge"), set()
+        price = parse_prices(self.settings.budget.prices).get(model.id)
+        self.model_name = f"{model.id} ({model.revision})"
         for preset in presets:
             settings = apply_judge_preset(self.settings, self.origins, preset)
             count = len(self.dataset.judge_inputs) if settings.judge.answer_mode == "logprobs" else limit_written
             judge_inputs, human_pairs = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
             counts.add(len(judge_inputs))
-            _print_status(f"{preset}: {len(judge_inputs)} pairs")
             started = time.monotonic()
-            labels = label_pairs(BatchJudge(settings, models), self.constitution, judge_inputs)
+            with show_progress(f"judging with {preset}", "pairs") as progress:
+                progress.num_total = len(judge_inputs)
+                judge = BatchJudge(settings, models, partial(_count_pairs, progress))
+                labels = label_pairs(judge, self.constitution, judge_inputs)
             seconds = time.monotonic() - started
             cost = sum(price.compute_cost(x.prompt_tokens, x.completion_tokens) for x in labels if x) if price else None
             self.labels[preset] = labels
@@ -185,9 +188,8 @@ def label_pairs(judge: BatchJudge, constitution: Constitution, pairs: Sequence[R
     return require_results([None if isinstance(result, PermanentRecordError | RequestFailed) else result for result in results])
 
 
-def _print_status(text: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(text, err=True)
+def _count_pairs(progress: WorkProgress, batch_size: int) -> None:
+    progress.num_done += batch_size
 
 
 def _format_rows(rows: Sequence[AgreementMetrics]) -> tuple[list[str], list[list[str | None]]]:

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import click
-
 from charter.connect import open_store
 from charter.models import RoleModels
 from charter.pipeline import make_judge_stage
+from charter.progress import show_progress
 from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import ALL_PRINCIPLES_ID, Constitution, filter_by_tags
 from engine.errors import CharterError
@@ -28,21 +26,17 @@ from schemas.records import ChatMessage, Completion, FinishReason, Preference, R
 
 @contextmanager
 def open_batch_judge(settings: Settings) -> Iterator[BatchJudge]:
-    """Yield the judge of the settings. On a terminal, print the number of judged pairs to standard error."""
-    models, num_judged = RoleModels(settings), 0
-
-    def show_progress(batch_size: int) -> None:
-        nonlocal num_judged
-        num_judged += batch_size
-        if sys.stderr.isatty():
-            click.echo(f"\rpairs judged: {num_judged}", err=True, nl=False)
-
+    """Yield the judge of the settings, and show the number of judged pairs."""
+    models = RoleModels(settings)
     try:
-        yield BatchJudge(settings, models, show_progress)
+        with show_progress("judging", "pairs") as progress:
+
+            def count_pairs(batch_size: int) -> None:
+                progress.num_done += batch_size
+
+            yield BatchJudge(settings, models, count_pairs)
     finally:
         models.close()
-        if num_judged and sys.stderr.isatty():
-            click.echo(err=True)
 
 
 ALL_PRINCIPLES = ALL_PRINCIPLES_ID

@@ -322,6 +322,12 @@ def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _count_rows(rows: Iterator[_RowDict], progress: WorkProgress) -> Iterator[_RowDict]:
+    for row in rows:
+        progress.num_done += 1
+        yield row
+
+
 def export_dataset(
     store: Store,
     target: Path,
@@ -341,10 +347,10 @@ def export_dataset(
     with _replace_folder(target, force) as folder:
         progress.start_step("selecting rows")
         selection, pages = select_commits(store, export_format, selection, limit)
+        progress.start_step("writing", sum(len(page) for commit_pages in pages.values() for page in commit_pages))
         split_stats = {}
         for split, commit_pages in pages.items():
             path = folder / "data" / f"{split}.{suffix}"
-            progress.start_step(f"writing {split}", sum(map(len, commit_pages)))
             rows = _count_rows(read_rows(store, export_format.source_view, commit_pages), progress)
             split_stats[split] = _write_split(path, writer, export_format, rows, selection.min_margin)
             if not split_stats[split].num_rows:

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.errors import ModelUnreachable, UsageError
 from engine.models.interface import Model
+from engine.progress import track_work
 from schemas.http_client import ClientSettingsError, create_http_client
 
 SCRIPTED_SPEC = "scripted"
@@ -62,7 +63,8 @@ def _download_model(hub_id: str) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         create_http_client().close()  # the hub's library reads the same proxy settings, but its errors do not name them
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        with track_work(f"downloading the model {hub_id}"):
+            return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except ClientSettingsError as error:
         raise UsageError(error.what, error.why, error.fix) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

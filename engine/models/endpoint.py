@@ -67,6 +67,7 @@ from engine.models.chat_api import (
 from engine.models.control_tokens import break_up_markers
 from engine.models.interface import (
     NO_USAGE,
+    NUM_VOTES,
     Generation,
     GenerationRequest,
     ModelCapabilities,
@@ -98,7 +99,6 @@ _TRANSIENT_CLIENT_ERROR_STATUSES = (
 _OVERLOAD_STATUSES = (429, 503)
 _MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
 _MAX_ERROR_CHARS = 300
-_NUM_VOTES = 8
 _MAX_VOTE_TOKENS = 8
 _MAX_THINKING_TOKENS = 1024  # additional tokens for a vote of a model that thinks before it replies
 _MIN_UNLISTED_SCORES = 20  # this number of option scores without any listed option is worth a warning
@@ -223,7 +223,7 @@ class Endpoint:
     concurrency: int = 16
     retry_timeout_s: float = _RETRY_TIMEOUT_S
     backoff_range_s: tuple[float, float] = BACKOFF_RANGE_S
-    num_votes: int = _NUM_VOTES
+    num_votes: int = NUM_VOTES
     send_seed: bool = True
     cached_server_capabilities: ServerCapabilities | None = None
 

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias, TypeVar
 from engine.errors import CharterError
 from schemas.records import ChatMessage
 
+NUM_VOTES = 8  # replies that a server without log-probabilities samples to score options
 T = TypeVar("T")
 Result: TypeAlias = T | CharterError  # the answer to one request, or the error of this request
 

@@ -33,6 +33,7 @@ from engine.models.control_tokens import find_end_token_id
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Result, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
+from engine.progress import track_work
 
 # Charter prints its own progress. The progress bars of transformers would disturb this output.
 transformers.utils.logging.disable_progress_bar()
@@ -48,7 +49,8 @@ def open_local(spec: str, *, threads: int = 2, max_batch_size: int = 32) -> Loca
     """Load the packaged model, a folder, or a hub id."""
     folder = resolve_model_folder(spec)
     name = smollm2.MODEL_NAME if spec == "smollm2" else (spec if not Path(spec).is_dir() else folder.name)
-    return LocalModel(folder, name=name, threads=threads, max_batch_size=max_batch_size)
+    with track_work(f"loading the model {name}"):
+        return LocalModel(folder, name=name, threads=threads, max_batch_size=max_batch_size)
 
 
 def _check_weights(folder: Path) -> None:

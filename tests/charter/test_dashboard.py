@@ -21,11 +21,13 @@ from charter.dashboard.rendering import diff_words, escape_text, render_diff, to
 from charter.dashboard.serve import format_address, is_loopback
 from engine.access_lock import AccessLock
 from engine.settings import load_settings
+from schemas.codec import decode_record
+from schemas.records import LabelSource, Outcome, Preference
 from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts
 from tests.support.records import RecordDatabase, add_counted_run, make_prompt
 from tests.support.waiting import wait_until
 
-PAGES = ("/", "/traces", "/preferences", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
+PAGES = ("/", "/traces", "/preferences", "/labels", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
 BASE_URL = "http://localhost:8400"
 
 
@@ -101,6 +103,13 @@ def test_a_trace_shows_the_records_of_its_prompt(client):
     assert trace["responses"] and trace["chains"][0]["end_reason"] and trace["preferences"][0]["p_forward"] is not None
     page = client.get(f"/traces/{prompt_id}").text
     assert "<ins>" in page and "A shown first" in page and "B shown first" in page
+    # Each step has the prompts of its model, verified, its option log-probabilities, and what it used.
+    steps = [*trace["responses"], *trace["chains"][0]["steps"], *trace["preferences"]]
+    sent = trace["sent_prompts"]
+    assert all(sent[step["record_id"]]["problem"] == "" and sent[step["record_id"]]["prompts"] for step in steps)
+    assert page.count(">verified</span>") == page.count(" completion tokens<") == page.count(">no price<") == len(steps)
+    assert "Lines that begin with &gt; are quoted" in page and "Option log-probabilities" in page
+    assert trace["preferences"][0]["votes"][0]["options"][0]["logprob_first"] < 0
 
 
 def test_search_and_filters_select_traces(client):
@@ -186,6 +195,25 @@ def test_chart_by_version_draws_one_marker_per_policy():
     assert charts.draw_by_version(rows, "reward", None, "reward") == ""
 
 
+def test_labels_of_close_values_fit_into_the_chart():
+    points = [(1, 0.69314718, "a"), (2, 0.69314721, "b")]
+    chart = charts.draw_curve(points, "Loss", "step", "nats")
+    labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end" class="tick">([^<]+)<', chart)
+    assert max(len(label) for _, label in labels) > 8
+    assert all(float(x) - 6.6 * len(label) >= 0 for x, label in labels)
+
+
+def test_steps_have_the_numbers_of_the_trainer():
+    rows = [{"batch_number": batch, "step": step, "metrics": {"loss": 1.0}} for batch in (4, 7) for step in (1, 2)]
+    curves = training_view._build_curves("reward", rows)
+    assert [(x, name) for x, _, name in curves["curves"][0]["points"]] == [
+        (1, "batch 4, step 1"), (2, "batch 4, step 2"), (3, "batch 7, step 1"), (4, "batch 7, step 2"),
+    ]  # fmt: skip
+    long = [{"batch_number": 1, "step": step, "metrics": {"loss": 1.0}} for step in range(1, 602)]
+    (name, *_) = (name for _, _, name in training_view._build_curves("reward", long)["curves"][0]["points"])
+    assert name == "mean of batch 1, step 1 to batch 1, step 3"
+
+
 def test_ticks_use_readable_number_formats():
     assert [charts.format_tick(value) for value in (20_000.0, 1_500_000.0, 2e9, 0.5, 0.0002)] == [
         "20,000", "1,500,000", "2e9", "0.5", "2e-4",
@@ -262,13 +290,14 @@ def test_requests_from_other_sites_are_refused(client):
 FORM = {"stage": "respond", "kind": "DECODE", "error": "x"}
 
 
+@pytest.mark.parametrize("path", ["/dead-letters/retry", "/labels"])
 @pytest.mark.parametrize(
     "headers",
     [{}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:9"},
      {"Origin": BASE_URL, "Sec-Fetch-Site": "cross-site"}, {"Origin": BASE_URL, "Sec-Fetch-Site": "same-site"}],
 )  # fmt: skip
-def test_a_retry_requires_the_origin_of_the_dashboard(client, headers):
-    assert client.post("/dead-letters/retry", data=FORM, headers=headers).status_code == 403
+def test_an_action_requires_the_origin_of_the_dashboard(client, path, headers):
+    assert client.post(path, data=FORM, headers=headers).status_code == 403
 
 
 def test_a_retry_requires_a_valid_post(client):
@@ -292,7 +321,11 @@ def test_requests_beyond_loopback_require_the_token(run_folder):
         assert client.get("/traces").status_code == 200
         page = client.get("/").text
         assert "s3cret" not in page
-        assert client.post("/dead-letters/retry", data=FORM, headers={"Origin": BASE_URL}).status_code == 403
+        for path in ("/dead-letters/retry", "/labels"):
+            assert client.post(path, data=FORM, headers={"Origin": BASE_URL}).status_code == 403
+    with open_client(load_test_settings(run_folder), token="s3cret", base="http://box.example:8400") as client:
+        origin = {"Origin": "http://box.example:8400"}
+        assert client.post("/labels", data=FORM, headers=origin).status_code == 401
 
 
 def test_loopback_addresses_need_no_token():
@@ -324,6 +357,63 @@ def test_a_group_of_dead_letters_is_retried_once(run_copy):
     sql = "SELECT count(*) FROM messages JOIN topics ON topics.id = messages.topic WHERE topics.name = 'prompts'"
     assert log.execute(sql).fetchall() == [(len(HOSTILE_TEXTS) + 2,)]  # the prompts, the broken record and its retry
     log.close()
+
+
+# Labels
+
+
+def post_label(client, pair, key, **more):
+    form = {"id": pair["record_id"], "key": key, "labeler": "Ana Müller", "skip": "0"} | more
+    return client.post("/labels", data=form, headers={"Origin": BASE_URL})
+
+
+def read_log_labels(folder):
+    with sqlite3.connect(folder / "log.sqlite") as log:
+        sql = "SELECT value FROM messages JOIN topics ON topics.id = messages.topic WHERE topics.name = 'preferences'"
+        records = [decode_record(value, Preference) for (value,) in log.execute(sql)]
+    return [record for record in records if record.label_source is LabelSource.HUMAN]
+
+
+def test_a_label_of_the_page_is_a_record_with_the_name_of_the_person(run_copy):
+    with open_client(load_test_settings(run_copy)) as client:
+        view = client.get("/api/labels").json()["data"]
+        pair = view["pair"]
+        assert (view["num_labeled"], view["num_pairs"]) == (0, len(HOSTILE_TEXTS)) and pair["questions"]
+        # Nothing on the page reveals the judge's label, or which response is A.
+        assert pair.keys() == {"record_id", "prompt_id", "messages", "principle_id", "questions", "source", "responses"}
+        response = post_label(client, pair, "1")
+        assert (response.status_code, response.headers["location"]) == (303, f"/labels?saved={pair['record_id']}")
+        (label,) = read_log_labels(run_copy)
+        better = label.response_a if label.p_a == 1.0 else label.response_b
+        assert (label.parent_ids, label.labeler, better) == ([pair["record_id"]], "Ana Müller", pair["responses"][0])
+        # No sink runs, so the label is only on the log. The pair is not shown again, and the page says why.
+        page, second = client.get(response.headers["location"]).text, client.get("/api/labels").json()["data"]
+        assert "1 label is on the log, but not in the database yet" in page and 'value="Ana Müller"' in page
+        assert (second["num_labeled"], second["num_pending"]) == (1, 1)
+        assert second["pair"]["record_id"] != pair["record_id"]
+        assert post_label(client, second["pair"], "n", labeler="Ben").status_code == 303
+        assert client.get("/api/labels", params={"skip": 1}).json()["data"]["pair"] is not None
+    (label,) = (label for label in read_log_labels(run_copy) if label.labeler == "Ben")
+    assert (label.outcome, label.p_a) == (Outcome.NOT_APPLICABLE, None)
+    with open_client(load_test_settings(run_copy)) as client:  # a new server reads the labels from the log
+        assert client.get("/api/labels").json()["data"]["num_labeled"] == 2
+        again = client.get("/api/labels", params={"id": pair["record_id"]}).json()["data"]["pair"]
+        assert again["responses"] == pair["responses"]
+
+
+def test_a_form_that_is_no_label_is_refused(run_copy):
+    with open_client(load_test_settings(run_copy)) as client:
+        pair = client.get("/api/labels").json()["data"]["pair"]
+        for more, message in (
+            ({"labeler": " "}, "the name of the labeler cannot be"), ({"key": "3"}, "is not a label"),
+            ({"id": "zzz"}, "matches no label of a judge"), ({"id": ""}, "matches no label of a judge"),
+        ):  # fmt: skip
+            response = client.post("/labels", data={"id": pair["record_id"], "key": "1", "labeler": "ana"} | more,
+                                   headers={"Origin": BASE_URL})  # fmt: skip
+            assert response.status_code == 400 and message in response.text, more
+        assert "is not a number of pairs" in client.get("/labels", params={"skip": "x"}).text
+        assert client.get("/labels", headers={"Cookie": "charter_labeler=%22%3Cb%3E"}).text.count("<b>") == 0
+    assert read_log_labels(run_copy) == []
 
 
 # SQL

@@ -14,12 +14,15 @@ import uvicorn
 from click.testing import CliRunner
 
 from charter.cli import cli
-from charter.connect import open_store
+from charter.connect import connect_bus, open_store
 from charter.dashboard.app import Dashboard
 from charter.dashboard.serve import open_socket
 from consumers.sink import Sink
 from engine.bus import open_bus
+from engine.bus.read import read_values
 from producers.files import FileProducer
+from schemas.codec import decode_record
+from schemas.records import Preference
 from tests.support.dashboard import HOSTILE_TEXTS, create_demo_run
 
 REQUIRED = os.environ.get("CHARTER_REQUIRE_BROWSER") == "1"
@@ -135,8 +138,11 @@ def test_navigation_links_open_every_page(open_session, width, theme):
         page.goto(session.address + "/traces?run=demo")
         page.locator(".traces a", has_text="revision").first.click()
         page.get_by_role("heading", name="Preferences", level=2).wait_for()
-        for summary in page.locator("details.lineage > summary").all()[:2]:
+        for summary in page.locator("details.lineage > summary, details.sent > summary, details.options > summary").all()[:12]:
             summary.click()
+        assert page.locator("details.sent[open] pre").first.is_visible()
+        page.locator("details.sent .chip", has_text="verified").first.wait_for()
+        assert page.locator("details.sent .chip.warn").count() == 0
         session.check("trace")
         page.locator(".run-form select").select_option("")
         page.wait_for_url(lambda address: "run=demo" not in address)
@@ -193,6 +199,61 @@ def test_a_page_shows_a_new_record_without_a_reload(open_session, settings, tmp_
         assert page.evaluate("window.notReloaded") == 1
         page.locator("#live").click()
         assert page.locator("#live").get_attribute("data-state") == "paused"
+
+
+def find_log_labels(settings, labeler):
+    """Return (p_a, outcome) of the human labels on the log."""
+    bus = connect_bus(settings)
+    try:
+        records = [decode_record(value, Preference) for value in read_values(bus, "preferences")]
+    finally:
+        bus.close()
+    return [(record.p_a, record.outcome.value) for record in records if record.labeler == labeler]
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_pairs_are_labeled_with_the_keyboard_and_with_buttons(open_session, settings, width):
+    labeler = f"Ana {width}"
+    with open_session(width) as session:
+        page = session.open("/labels")
+        session.check("labels")
+        shown = page.locator("input[name=id]").input_value()
+        page.keyboard.press("1")  # without a name, nothing is saved
+        assert page.locator("input[name=id]").input_value() == shown and "saved" not in page.url
+        page.get_by_label("Your name").fill(labeler)
+        page.get_by_label("Your name").press("2")  # typed into the field
+        page.get_by_label("Your name").fill(labeler)
+        page.locator("h1").click()
+        page.keyboard.down("1")
+        page.keyboard.down("1")  # a key that is held down repeats
+        page.wait_for_url("**saved=**")
+        page.keyboard.up("1")
+        assert page.get_by_label("Your name").input_value() == labeler
+        second = page.locator("input[name=id]").input_value()
+        assert second != shown
+        page.get_by_role("button", name="Not applicable").click()
+        page.wait_for_url(f"**saved={second}**")
+        page.keyboard.press("s")
+        page.wait_for_url("**skip=1**")
+        session.check("labels-skipped")
+        page.keyboard.press("=")
+        page.wait_for_url("**saved=**")
+        # All actions stay in the window of a phone.
+        boxes = [button.bounding_box() for button in page.locator(".choice-bar button").all()]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    labels = find_log_labels(settings, labeler)
+    assert len(labels) == 3 and (None, "NOT_APPLICABLE") in labels and (0.5, "OK") in labels
+
+
+def test_the_key_column_of_a_table_stays_on_a_phone(open_session):
+    with open_session(390) as session:
+        page = session.open("/preferences?run=demo")
+        table = page.locator(".scroll", has=page.locator("table")).first
+        table.evaluate("(element) => { element.scrollLeft = 200; }")
+        header, box = table.locator("tbody th").first.bounding_box(), table.bounding_box()
+        assert table.evaluate("(element) => element.scrollLeft") > 100
+        assert header["x"] == pytest.approx(box["x"], abs=1) and header["width"] < 0.5 * 390
+        session.check("preferences-scrolled")
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
@@ -252,7 +313,7 @@ def test_charts_show_values_in_a_tooltip(open_session):
         chart.scroll_into_view_if_needed()
         chart.locator("circle").first.hover(force=True)
         page.locator(".tooltip").wait_for()
-        assert page.locator(".tooltip").inner_text().startswith("step ")
+        assert page.locator(".tooltip").inner_text().startswith("batch 3, step 1: ")
 
 
 def test_the_retry_button_retries_a_dead_letter(open_session):

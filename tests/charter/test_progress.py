@@ -2,13 +2,25 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from charter import progress as progress_module
+from charter.connect import connect_bus
+from charter.export.dataset import export_dataset
+from charter.export.selection import ExportSelection
+from charter.lag import CompletionCheck
 from charter.progress import format_duration, show_progress
+from engine.backups import create_backup, restore_backup
+from engine.models import open_model
+from engine.progress import WorkProgress, set_display, track_work
+from engine.settings import load_settings
+from engine.worker import to_producer_record
+from tests.support.records import RecordDatabase, make_preference, make_prompt
 from tests.support.waiting import wait_until
 
 
@@ -79,3 +91,95 @@ def _read(descriptor):
 )
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_tracked_work_uses_the_display_of_the_process(capsys):
+    with track_work("loading the model m") as progress:  # no display: a notebook
+        progress.num_done = 1
+    shown = []
+
+    @contextmanager
+    def display(title, unit):
+        shown.append((title, unit))
+        yield WorkProgress()
+
+    set_display(display)
+    try:
+        with track_work("loading the model m"):
+            pass
+    finally:
+        set_display(None)
+    assert shown == [("loading the model m", "")] and capsys.readouterr().err == ""
+
+
+def test_a_model_is_loaded_as_tracked_work(tiny):
+    titles = []
+
+    @contextmanager
+    def display(title, unit):
+        titles.append(title)
+        yield WorkProgress()
+
+    set_display(display)
+    try:
+        open_model(str(tiny))
+    finally:
+        set_display(None)
+    assert titles == [f"loading the model {tiny.name}"]
+
+
+NESTED_CODE = """
+import time
+from charter import progress
+progress.DELAY_S, progress.INTERVAL_S = 0.0, 0.01
+printed, print_progress = [], progress.print_progress
+progress.print_progress = lambda *arguments: (print_progress(*arguments), printed.append(arguments))
+with progress.show_progress("outer", "rows"), progress.show_progress("inner", "rows") as work:
+    work.num_done = 7
+    while len(printed) < 3:
+        time.sleep(0.01)
+"""
+
+
+def test_work_inside_other_work_does_not_use_the_line_of_the_terminal():
+    main, other = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", NESTED_CODE], stderr=other, env=environment) as process:
+        os.close(other)
+        text = b""
+        while chunk := _read(main):
+            text += chunk
+        assert process.wait() == 0
+    os.close(main)
+    assert b"outer" in text and len(re.findall(rb"inner: [^\r\n]*so far\r\n", text)) == text.count(b"inner") >= 3
+
+
+def test_copies_count_megabytes(tmp_path):
+    folder, backup, progress = tmp_path / "data", tmp_path / "backup", WorkProgress()
+    RecordDatabase(folder / "charter.duckdb").add(make_prompt("x"))
+    (folder / "checkpoints" / "policy-000001").mkdir(parents=True)
+    (folder / "checkpoints" / "policy-000001" / "model.safetensors").write_bytes(b"x" * 2_500_000)
+    create_backup(folder, backup, None, progress)
+    assert (progress.step, progress.num_done, progress.num_total) == ("copying the checkpoints", 3, 3)
+    restore_backup(backup, tmp_path / "restored", lambda line: None, progress)
+    assert progress.step == "copying" and progress.get_share() == 1.0
+    restored = tmp_path / "restored"
+    assert (restored / "checkpoints" / "policy-000001" / "model.safetensors").stat().st_size == 2_500_000
+    assert (restored / "charter.duckdb").read_bytes() == (backup / "charter.duckdb").read_bytes()
+
+
+def test_unread_records_are_part_of_the_total(tmp_path):
+    settings = load_settings({"data.folder": str(tmp_path / "data")}, environment={})[0]
+    bus = connect_bus(settings)
+    bus.publish([to_producer_record(make_prompt(f"number {n}")) for n in range(12)])
+    check, progress = CompletionCheck(bus, {"live.respond": ("prompts",), "live.critique": ("responses",)}), WorkProgress()
+    check.update_progress(progress, num_done=3)
+    assert (progress.num_done, progress.num_total) == (3, 15)
+    bus.close()
+
+
+def test_export_counts_its_rows(tmp_path):
+    database, progress = RecordDatabase(tmp_path / "charter.duckdb"), WorkProgress()
+    database.add(make_prompt("x"), *(make_preference(f"p{n}", "x", 0.9) for n in range(5)))
+    export_dataset(database.store, tmp_path / "out", "preference", ExportSelection(None, ()), "jsonl", None, False, progress)
+    assert (progress.step, progress.num_done, progress.num_total) == ("writing", 5, 5)

@@ -174,8 +174,12 @@ document.addEventListener("change", (event) => {
   const form = event.target.closest("form[data-auto-submit]");
   if (form && event.target.tagName === "SELECT") form.requestSubmit();
 });
-// Leave empty fields out of the address of a search.
+// Leave empty fields out of the address of a search. Send a form with an action only once.
 document.addEventListener("submit", (event) => {
+  if (event.target.method === "post") {
+    if (event.target.dataset.sent) event.preventDefault();
+    event.target.dataset.sent = "1";
+  }
   for (const field of event.target.querySelectorAll("input[name], select[name]")) {
     if (event.target.method === "get" && field.value === "") field.disabled = true;
   }
@@ -183,7 +187,16 @@ document.addEventListener("submit", (event) => {
 // The browser can restore the page from its cache, with the fields still disabled.
 window.addEventListener("pageshow", () => {
   for (const field of document.querySelectorAll("form :disabled")) field.disabled = false;
+  for (const form of document.querySelectorAll("form[data-sent]")) delete form.dataset.sent;
 });
+// Press the button or link with this key. A key that is held down must not label the next pair, too.
+function pressShortcut(event) {
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) return;
+  for (const target of document.querySelectorAll("[data-key]")) if (target.dataset.key === event.key) target.click();
+}
+
+document.addEventListener("keydown", pressShortcut);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.tagName === "TEXTAREA") event.target.form.requestSubmit();
   if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) {
