@@ -322,12 +322,6 @@ def _replace_folder(target: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _count_rows(rows: Iterator[_RowDict], progress: WorkProgress) -> Iterator[_RowDict]:
-    for row in rows:
-        progress.num_done += 1
-        yield row
-
-
 def export_dataset(
     store: Store,
     target: Path,
