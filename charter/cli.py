@@ -34,6 +34,7 @@ from charter.standard_streams import (
 from charter.text import to_one_line
 from engine.errors import DependencyUnreachable, is_disk_full
 from engine.progress import set_display
+from engine.stop_signals import interrupt_once
 
 # Maps each section to its verbs, and each verb to the first sentence of its help. The sentences are copied here because reading
 # them from the commands would import all commands. A test compares the copies with the commands.
@@ -165,6 +166,7 @@ def main() -> None:
 
 def _run_command() -> None:
     try:
+        interrupt_once()
         cli(prog_name="charter", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__context__, EOFError):  # click raises Abort when standard input ends before the answer

@@ -161,7 +161,7 @@ class PositionFinder:
     def _read_keys(self, offsets: Offsets) -> dict[TopicPartition, set[bytes]]:
         keys: dict[TopicPartition, set[bytes]] = {tp: set() for tp in offsets}
         starts = self.run_start.get_offsets(self.bus, sorted({tp.topic for tp in offsets}))
-        for record in read_between(self.bus, starts, offsets):
+        for record in read_between(self.bus, starts, offsets, skip_deleted=True):
             self._raise_if_cancelled()
             is_retry = any(name == TARGET_STAGE_HEADER for name, _ in record.headers)
             if record.key is not None and not is_retry and self._run_header in record.headers:

@@ -13,10 +13,25 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 # Signals within this time count as one signal, because the command `timeout` sends a signal to the process and to its group.
 FORCE_INTERVAL_S = 1.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def interrupt_once() -> None:
+    """Let the first SIGINT raise KeyboardInterrupt. A second SIGINT ends the process at once.
+
+    A second KeyboardInterrupt would be raised while the process handles the first one, and Python would print a traceback.
+    """
+
+    def raise_interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(signal.SIGINT, raise_interrupt)
 
 
 def stop_on_signals(on_stop: Callable[[], None] = lambda: None) -> threading.Event:

@@ -508,7 +508,7 @@ class Worker:
         stage raises applies to the whole batch.
         """
         records = [item.record for item in items if item.record is not None]
-        started_ns = time.time_ns()
+        started_ns, started = time.time_ns(), time.monotonic()
         try:
             results = self.stage.process(records)
             if len(results) != len(items):
@@ -525,7 +525,7 @@ class Worker:
         except Exception as error:  # any other error is treated as a failure of the record
             self.handle_failure(items, error)
         else:
-            self.note_batch([result for result in results if not isinstance(result, CharterError)], started_ns)
+            self.note_batch([result for result in results if not isinstance(result, CharterError)], time.monotonic() - started)
             for item, item_outputs in zip(items, outputs, strict=True):
                 if not isinstance(item_outputs, CharterError):
                     self.finish_record(item, self.trace(item.consumer_record, item_outputs, started_ns))
@@ -534,14 +534,14 @@ class Worker:
                 has_successes=any(not isinstance(result, CharterError) for result in results),
             )
 
-    def note_batch(self, results: Sequence[Sequence[Record]], started_ns: int) -> None:
+    def note_batch(self, results: Sequence[Sequence[Record]], duration_s: float) -> None:
         """Count a batch. A success shows that the dependencies are available, and that earlier failures have no common cause."""
         with self.executor.condition:
             if results:
                 self.num_consecutive_pauses = 0
                 self.consecutive_failures = []
             self.num_batches += 1
-            self.batch_seconds += (time.time_ns() - started_ns) / 1e9
+            self.batch_seconds += duration_s
             self.num_tokens += sum(record.prompt_tokens + record.completion_tokens for result in results for record in result)
 
     def handle_record_errors(self, failed: Sequence[tuple[InFlightRecord, CharterError]], has_successes: bool) -> None:

@@ -156,9 +156,8 @@ class FileProducer:
         run_header = ("run", self.run_id.encode())
         prompt_ids, label_ids = set[str](), set[str]()
         if self.kind == "prompts" or self.publish_prompts:
-            records = read_between(
-                self.bus, run_start.get_offsets(self.bus, [Prompt.topic]), self.bus.end_offsets([Prompt.topic])
-            )
+            starts, ends = run_start.get_offsets(self.bus, [Prompt.topic]), self.bus.end_offsets([Prompt.topic])
+            records = read_between(self.bus, starts, ends, skip_deleted=True)
             prompt_ids = {(record.key or b"").decode() for record in records if run_header in record.headers}
         if self.kind != "prompts":
             for record in read_topic(self.bus, self.kind):

@@ -39,5 +39,5 @@ def test_judge_survives_an_outage_of_its_model_server(tmp_path):
 
 
 @pytest.mark.kafka
-def test_hostile_bytes_on_kafka_become_dead_letters(tmp_path, kafka_address):
-    run(faults.run_hostile_bytes(tmp_path, kafka_address, num_messages=1000, prefix=f"c{uuid.uuid4().hex[:8]}."))
+def test_hostile_bytes_on_kafka_become_dead_letters(tmp_path, default_kafka_address):
+    run(faults.run_hostile_bytes(tmp_path, default_kafka_address, num_messages=1000, prefix=f"c{uuid.uuid4().hex[:8]}."))

@@ -1,14 +1,14 @@
-"""Killed and stopped processes, changing group membership: scenarios of `python -m tests.chaos` at a small size."""
+"""Killed and stopped processes, concurrent producers, changing group membership: scenarios of `python -m tests.chaos` at a small size."""
 
 import os
 import uuid
-from pathlib import Path
 
 import pytest
 
-from tests.chaos import faults
+from tests.chaos import faults, signals
+from tests.chaos.concurrent_producers import run_concurrent_producers
 from tests.chaos.process_kills import KillScenario, kill_everything
-from tests.support.kafka import Broker
+from tests.chaos.system import make_broker
 from tests.support.waiting import HANG_S
 
 pytestmark = pytest.mark.timeout(20 * HANG_S)  # a scenario reports a hang itself, with the condition that it waited for
@@ -43,15 +43,28 @@ def test_killing_every_process_and_a_broker_while_policies_are_published_loses_n
 @pytest.mark.kafka
 @needs_kafka_home
 def test_commit_that_lost_its_records_is_repeated(tmp_path):
-    with Broker(Path(os.environ["KAFKA_HOME"]), tmp_path) as broker:
+    with make_broker(tmp_path) as broker:
         assert len(run(faults.run_silent_commit(broker, 1))) == 1
 
 
 @pytest.mark.kafka
-def test_instance_that_lost_its_partitions_while_stopped_writes_nothing(tmp_path, kafka_address, prefix):
-    run(faults.run_zombie(tmp_path, kafka_address, prompts=60, prefix=prefix))
+def test_instance_that_lost_its_partitions_while_stopped_writes_nothing(tmp_path, default_kafka_address, prefix):
+    run(faults.run_zombie(tmp_path, default_kafka_address, prompts=60, prefix=prefix))
 
 
 @pytest.mark.kafka
-def test_instances_join_and_leave_under_load(tmp_path, kafka_address, prefix):
-    run(faults.run_membership_storm(tmp_path, kafka_address, prompts=40, num_changes=5, prefix=prefix))
+def test_instances_join_and_leave_under_load(tmp_path, default_kafka_address, prefix):
+    run(faults.run_membership_storm(tmp_path, default_kafka_address, prompts=40, num_changes=5, prefix=prefix))
+
+
+@pytest.mark.kafka
+def test_killed_producers_with_shared_prompts_cause_one_response_per_prompt(tmp_path, default_kafka_address, prefix):
+    run(run_concurrent_producers(tmp_path, default_kafka_address, prompts=400, num_producers=2, num_kills=3, prefix=prefix))
+
+
+def test_pairs_of_stop_signals_end_every_process(tmp_path):
+    run(signals.run_signal_storm(tmp_path, num_pairs=10, num_parallel=2))
+
+
+def test_ends_during_slow_generations_bury_no_record(tmp_path):
+    run(signals.run_slow_generation_kills(tmp_path))

@@ -3,8 +3,14 @@
 The model's output is a hash of its input. Each call takes CHAOS_BATCH_S seconds, so that a kill interrupts unfinished work.
 A learner writes a checkpoint that holds only a revision. Everything else is the code that `charter` runs.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
+
+from charter.__main__ import end_on_interrupt
+
+end_on_interrupt()  # as `charter` does, before the slow imports
+print("the process has started", flush=True)
 
 import json
 import os

@@ -166,7 +166,7 @@ def _count_responses(system: SystemUnderTest) -> int:
 def run_membership_storm(
     folder: Path, address: str, *, prompts: int, num_changes: int, seed: int = 0, prefix: str = ""
 ) -> Iterator[str]:
-    """Start, stop and kill instances of the stages every few seconds while prompts are processed."""
+    """Start, stop and kill instances of the stages while prompts are processed. Between two changes there is progress."""
     rng = random.Random(seed)
     paths = write_prompts(folder / "prompts", prompts, 4, seed)
     with SystemUnderTest(folder / "world", address, _SETTING_FLAGS, prefix, batch_delay_s=0.05) as system:
@@ -184,13 +184,20 @@ def run_membership_storm(
             else:
                 system.kill_process(name)
                 del system.processes[name]
-            time.sleep(rng.uniform(0.5, 2.5))  # the interval between changes
+            num_finished = rng.uniform(0, prompts / num_changes)
+            _wait_for_progress(system, num_finished, prompts * (4 - len(paths)) // 4)
         yield f"{num_changes} changes of membership; {system.count_finished_prompts()} of {prompts} prompts are finished"
         while paths:
             system.publish_file(paths.pop(0))
         wait_until(lambda: system.count_finished_prompts() == prompts, "every prompt is finished and judged")
         wait_until(lambda: is_caught_up(system), "every consumer has caught up")
         check_exactly_once(system, prompts)
+
+
+def _wait_for_progress(system: SystemUnderTest, num_more: float, num_published: int) -> None:
+    """Wait until `num_more` more prompts are finished, or all published prompts."""
+    target = min(system.count_finished_prompts() + num_more, num_published)
+    wait_until(lambda: system.count_finished_prompts() >= target, "there is progress between two changes")
 
 
 # Full disks and a locked database

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chaos.delivery import check_delivery
 from tests.chaos.system import (
     POLL_INTERVAL_S,
     SystemUnderTest,
@@ -17,11 +18,12 @@ from tests.chaos.system import (
     find_differences,
     get_kafka_home,
     is_caught_up,
+    read_texts,
     require,
     wait_until,
     write_prompts,
 )
-from tests.support.kafka import Cluster
+from tests.support.kafka import DEFAULT_JOIN_DELAY, Cluster
 from tests.support.waiting import HANG_S
 
 _SETTING_FLAGS = {
@@ -38,7 +40,8 @@ _PROCESS_COMMANDS = (
     ("sink", "run", "--stage", "sink"),
     ("trainer", "train", "--loop"),
 )
-_KILL_PAUSE_RANGE_S = (0.3, 2.5)  # between two kills
+_OUTPUT_TABLES = ("responses", "critiques", "revisions", "preferences")
+_MIN_OUTPUTS_PER_PROMPT = 4  # one record of each output table
 _BROKER_OUTAGE_RANGE_S = (0.5, 6.0)  # how long a broker stays down
 _FINISH_TIMEOUT_S = 6 * HANG_S  # a full-size run works for many minutes between two checks
 
@@ -52,13 +55,21 @@ class KillScenario:
     num_brokers: int = 3
     publish_policies: bool = False  # otherwise only reward models are trained, and policy 0 writes all responses
 
+    @property
+    def num_files(self) -> int:
+        return max(4, self.num_kills // 10)
+
+    @property
+    def num_outputs_per_kill(self) -> float:
+        return self.num_prompts * _MIN_OUTPUTS_PER_PROMPT / self.num_kills
+
 
 def kill_everything(folder: Path, scenario: KillScenario, *, on_kafka: bool) -> Iterator[str]:
     """Run the scenario and yield progress lines; raise InvariantViolation if a guarantee does not hold."""
     rng = random.Random(scenario.seed)
-    files = write_prompts(folder / "prompts", scenario.num_prompts, max(4, scenario.num_kills // 10), scenario.seed)
+    files = write_prompts(folder / "prompts", scenario.num_prompts, scenario.num_files, scenario.seed)
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(get_kafka_home(), folder / "brokers", scenario.num_brokers)) if on_kafka else None
+        cluster = stack.enter_context(_make_cluster(folder / "brokers", scenario.num_brokers)) if on_kafka else None
         address = f"kafka://{cluster.address}" if cluster else ""
         flags = _SETTING_FLAGS | _make_training_flags(scenario) | {"bus.replication": str(scenario.num_brokers)}
         system = stack.enter_context(SystemUnderTest(folder / "chaos", address, flags))
@@ -79,12 +90,17 @@ def kill_everything(folder: Path, scenario: KillScenario, *, on_kafka: bool) -> 
         for line in system.unexpected_exits:
             yield f"unexpected exit: {line}"
         check_exactly_once(system, scenario.num_prompts)
+        check_delivery(system, [text for path in files for text in read_texts(path)])
         _check_training(system)
         yield f"kills: {system.kill_counts}; records: {_count_records(system)}"
         if scenario.publish_policies:
             yield from _check_published(system)
             return
         yield from _compare_with_undisturbed_run(system, folder, files, scenario)
+
+
+def _make_cluster(folder: Path, num_brokers: int) -> Cluster:
+    return Cluster(get_kafka_home(), folder, num_brokers, DEFAULT_JOIN_DELAY)
 
 
 def _make_training_flags(scenario: KillScenario) -> dict[str, str]:
@@ -97,20 +113,29 @@ def _make_training_flags(scenario: KillScenario) -> dict[str, str]:
 def _run_kills(
     system: SystemUnderTest, cluster: Cluster | None, files: list[Path], scenario: KillScenario, rng: random.Random
 ) -> Iterator[str]:
-    """Start all processes and kill random ones, while the files are published one by one."""
+    """Start all processes and kill random ones, while the files are published one by one.
+
+    The kills are paced by progress: before each kill the system has written more outputs, on a slow machine as on a fast one.
+    """
     for name, *arguments in _PROCESS_COMMANDS:
         system.start_process(name, *arguments)
     broker_kills = set(rng.sample(range(1, scenario.num_kills), scenario.num_broker_kills)) if cluster else set()
-    pending_files = files[:-1] if scenario.publish_policies else list(files)
+    selected_files = files[:-1] if scenario.publish_policies else files
+    pending_files = list(selected_files)
     for number in range(scenario.num_kills):
-        _publish_next_file(system, pending_files, max_pending_share=1 - number / scenario.num_kills, num_files=len(files))
-        time.sleep(rng.uniform(*_KILL_PAUSE_RANGE_S))  # random moments between kills
+        num_outputs = _count_outputs(system) + rng.uniform(0.2, 1.8) * scenario.num_outputs_per_kill
+        wait_until(
+            lambda number=number, num_outputs=num_outputs: _has_progressed(
+                system, pending_files, selected_files, scenario, number / scenario.num_kills, num_outputs
+            ),
+            f"there is progress before kill {number}",
+            _FINISH_TIMEOUT_S,
+        )
         broker = rng.choice(cluster.brokers) if cluster and number in broker_kills else None
         if cluster and broker:
             cluster.wait_until_in_sync()
             broker.kill()
             yield f"kill {number}: broker {broker.node_id} too; {system.count_finished_prompts()} prompts are finished"
-        _revive_processes(system)
         victim = rng.choice([name for name, process in system.processes.items() if process.poll() is None])
         system.kill_process(victim)
         system.restart_process(victim)
@@ -126,6 +151,27 @@ def _run_kills(
         _publish_next_file(system, pending_files, max_pending_share=0.0, num_files=len(files))
         _revive_processes(system)
         time.sleep(POLL_INTERVAL_S)
+
+
+def _has_progressed(
+    system: SystemUnderTest,
+    pending_files: list[Path],
+    files: list[Path],
+    scenario: KillScenario,
+    killed_share: float,
+    num_outputs: float,
+) -> bool:
+    """Return whether the tables have this number of outputs, or no work is left. Restart processes and publish files."""
+    _revive_processes(system)
+    num_published = scenario.num_prompts * (len(files) - len(pending_files)) // scenario.num_files
+    is_idle = "produce" not in system.processes and system.count_finished_prompts() >= num_published
+    _publish_next_file(system, pending_files, max_pending_share=0.0 if is_idle else 1 - killed_share, num_files=len(files))
+    return _count_outputs(system) >= num_outputs or (is_idle and not pending_files)
+
+
+def _count_outputs(system: SystemUnderTest) -> int:
+    counts = " + ".join(f"(SELECT count(*) FROM raw.{table})" for table in _OUTPUT_TABLES)
+    return system.query_count_or_zero(f"SELECT {counts}")
 
 
 def _publish_next_file(system: SystemUnderTest, pending_files: list[Path], *, max_pending_share: float, num_files: int) -> None:

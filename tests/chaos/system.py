@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
-from tests.support.kafka import Broker
+from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
 from tests.support.waiting import HANG_S
 
 _ROOT = Path(__file__).parents[2]
@@ -43,10 +43,10 @@ def require(condition: bool, message: str) -> None:
         raise InvariantViolation(message)
 
 
-def make_broker(folder: Path) -> Broker:
-    """Return a temporary broker from KAFKA_HOME."""
+def make_broker(folder: Path, settings: Mapping[str, object] | None = None) -> Broker:
+    """Return a temporary broker from KAFKA_HOME, with the default join delay of Kafka."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Broker(get_kafka_home(), folder)
+    return Broker(get_kafka_home(), folder, settings={**DEFAULT_JOIN_DELAY, **(settings or {})})
 
 
 def get_kafka_home() -> Path:
@@ -97,7 +97,7 @@ class SystemUnderTest:
     # Processes
 
     def start_process(self, name: str, *arguments: str) -> None:
-        """Run a command of Charter as a process called `name`."""
+        """Run a command of Charter as a process called `name`, with the settings of this moment."""
         self.commands[name] = list(arguments)
         flags = [option for key, value in self.build_settings().items() for option in ("--set", f"{key}={value}")]
         environment = os.environ | {
@@ -109,6 +109,30 @@ class SystemUnderTest:
         with (self.folder / f"{name}.log").open("ab") as log:
             command = [sys.executable, "-m", "tests.chaos.fake_process", *arguments, *flags]
             self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def start_pipeline(self, *arguments: str) -> None:
+        """Start `charter run` as the process "all". Wait until it has started: until then, SIGTERM ends it with an error."""
+        path = self.folder / "all.log"
+        path.touch()
+        num_chars = len(self.read_log("all"))
+        self.start_process("all", "run", *arguments)
+        wait_until(
+            lambda: "running " in self.read_log("all")[num_chars:] or self.processes["all"].poll() is not None,
+            "the process has started",
+            interval_s=0.1,
+        )
+
+    def run_command(self, *arguments: str) -> tuple[int, str]:
+        """Run a command of Charter to its end. Return its exit code and its output."""
+        name = "command"
+        (self.folder / f"{name}.log").unlink(missing_ok=True)
+        self.start_process(name, *arguments)
+        code = self.processes.pop(name).wait(HANG_S)
+        return code, self.read_log(name)
+
+    def wait_for_exit(self, name: str) -> int:
+        """Return the exit code of a process that ends without a signal of the scenario."""
+        return self.processes.pop(name).wait(HANG_S)
 
     def kill_process(self, name: str) -> None:
         """Kill a running process with SIGKILL."""
@@ -130,8 +154,12 @@ class SystemUnderTest:
         self.restart_process(name)
         return False
 
+    def read_log(self, name: str) -> str:
+        """Return everything that the processes called `name` have printed."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
     def read_log_tail(self, name: str) -> str:
-        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        lines = self.read_log(name).strip().splitlines()
         return " | ".join(lines[-3:])[:300]
 
     def stop_process(self, name: str, timeout_s: float = HANG_S) -> int:
@@ -208,6 +236,11 @@ def write_prompts(folder: Path, num_prompts: int, num_files: int, seed: int) -> 
         paths.append(folder / f"prompts-{number:03d}.jsonl")
         paths[-1].write_text("\n".join(lines) + "\n")
     return paths
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the texts of the prompts in a file of `write_prompts`."""
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
 # Guarantees

@@ -1,29 +1,30 @@
 """Where a stage starts: with offsets that were deleted, changed by another program, or of a topic that was created again."""
 
 import uuid
-from contextlib import suppress
 
 import pytest
-from kafka.admin import KafkaAdminClient, NewPartitions
-from kafka.errors import KafkaError
-from kafka.structs import OffsetAndMetadata
-from kafka.structs import TopicPartition as KafkaTopicPartition
 
 from engine.bus import open_bus
 from engine.bus.port import ProducerRecord, TopicPartition
-from engine.bus.read import read_topic
+from engine.bus.read import read_between, read_topic
 from engine.errors import OffsetsLost, TopicChanged, UsageError
 from engine.host import Host
 from engine.positions import TARGET_STAGE_HEADER, PositionFinder, parse_source
 from engine.run_starts import ensure_run_start, read_start_positions
-from engine.worker import ModelExecutor, Stage, Worker, to_producer_record
-from schemas import ids
+from engine.worker import to_producer_record
 from schemas.codec import decode_record
-from schemas.records import ChatMessage, Completion, DeadLetter, Prompt, Response
-from schemas.topics import make_topic_table
+from schemas.records import DeadLetter
+from tests.support.kafka_operator import KafkaOperator
+from tests.support.respond_worker import (
+    SPECS,
+    make_prompt,
+    make_worker,
+    name_prompts,
+    publish,
+    read_answered,
+    run_until_done,
+)
 from tests.support.waiting import wait_until
-
-SPECS = list(make_topic_table(num_partitions=3).values())
 
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -43,81 +44,9 @@ def kafka_bus(kafka_address):
     bus.close()
 
 
-def make_prompt(text, run="r"):
-    messages = [ChatMessage(role="user", content=text)]
-    prompt_id = ids.compute_prompt_id(messages)
-    return Prompt(record_id=prompt_id, prompt_id=prompt_id, run_id=run, stage="produce", messages=messages, source="test")
-
-
-def make_response(prompt):
-    if "fails" in prompt.messages[0].content:
-        raise ValueError("raised by the test")
-    return Response(
-        record_id=ids.compute_record_id("respond", [prompt.record_id], "f"), prompt_id=prompt.prompt_id, run_id=prompt.run_id,
-        stage="respond", messages=prompt.messages, source="test", completions=[Completion(index=0, text="a")],
-        parent_ids=[prompt.record_id],
-    )  # fmt: skip
-
-
-def publish(bus, texts, run="r"):
-    """Publish prompts as a producer does: the start of the run first."""
-    ensure_run_start(bus, run)
-    bus.publish([to_producer_record(make_prompt(text, run)) for text in texts])
-
-
-def make_worker(bus, run="r", process=lambda records: [[make_response(record)] for record in records], first=False):
-    stage = Stage("respond", ("prompts",), ("responses",), 0, 8, process, first_per_key=first)
-    return Worker(bus, stage, ModelExecutor("test", downstream_wait_s=0.0), run_id=run, instance="0")
-
-
-def run_until_done(bus, run="r", **options):
-    """Run a worker until its committed offsets reach the ends of the topic. Return the worker."""
-    worker = make_worker(bus, run, **options)
-    with Host([worker]) as host:
-        wait_until(lambda: bus.committed(f"{run}.respond", ["prompts"]) == bus.end_offsets(["prompts"]), host)
-    host.raise_if_failed()
-    return worker
-
-
-def read_answered(bus, run="r"):
-    """Return the prompt of each response of a run on the topic, sorted."""
-    responses = [decode_record(raw.value, Response) for raw in read_topic(bus, "responses")]
-    return sorted(response.messages[0].content for response in responses if response.run_id == run)
-
-
-def name_prompts(first, end):
-    return [f"p{n:02}" for n in range(first, end)]
-
-
-def alter_offsets(bus, offsets):
-    """Change committed offsets as another program does: without a topic id."""
-    admin = KafkaAdminClient(bootstrap_servers=bus.servers)
-    entries = {
-        KafkaTopicPartition(bus.prefix + tp.topic, tp.partition): OffsetAndMetadata(o, "", -1) for tp, o in offsets.items()
-    }
-    assert {error.__name__ for error in admin.alter_group_offsets(f"{bus.prefix}r.respond", entries).values()} == {"NoError"}
-    admin.close()
-
-
-def recreate_topic(bus, topic):
-    """Delete a topic and create it again. The broker deletes a topic in the background, so the creation is repeated."""
-    admin = KafkaAdminClient(bootstrap_servers=bus.servers)
-    admin.delete_topics([bus.prefix + topic])
-    spec = next(spec for spec in SPECS if spec.name == topic)
-
-    def create():
-        with suppress(KafkaError):
-            return bus.create_topics([spec]) == [topic]
-        return False
-
-    wait_until(create)
-    admin.close()
-
-
-def delete_records(bus, topic, offset):
-    admin = KafkaAdminClient(bootstrap_servers=bus.servers)
-    admin.delete_records({bus.to_kafka_partition(tp): min(offset, end) for tp, end in bus.end_offsets([topic]).items()})
-    admin.close()
+@pytest.fixture
+def operator(kafka_bus):
+    return KafkaOperator(kafka_bus.servers, kafka_bus.prefix)
 
 
 def test_outputs_name_their_source(bus):
@@ -201,12 +130,12 @@ def test_lookup_stops_with_the_worker(bus):
 
 
 @pytest.mark.kafka
-def test_offset_of_another_program_is_refused(kafka_bus):
+def test_offset_of_another_program_is_refused(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 9))
     run_until_done(kafka_bus)
     ends = kafka_bus.end_offsets(["prompts"])
     for changed in (dict.fromkeys(ends, 0), ends, {tp: end + 100 for tp, end in ends.items()}):
-        alter_offsets(kafka_bus, changed)
+        operator.alter_offsets("r.respond", changed)
         with pytest.raises(UsageError, match=r"of respond in prompts\[\d\] was not written by Charter\n.*r\.respond"):
             run_until_done(kafka_bus)
     kafka_bus.delete_committed("r.respond", ["prompts"])
@@ -216,22 +145,22 @@ def test_offset_of_another_program_is_refused(kafka_bus):
 
 
 @pytest.mark.kafka
-def test_recreated_topic_is_read_from_its_beginning(kafka_bus):
+def test_recreated_topic_is_read_from_its_beginning(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 30))
     run_until_done(kafka_bus)
-    recreate_topic(kafka_bus, "prompts")
+    operator.recreate_topics("prompts")
     publish(kafka_bus, name_prompts(30, 40))
     run_until_done(kafka_bus)
     assert read_answered(kafka_bus) == name_prompts(0, 40)
 
 
 @pytest.mark.kafka
-def test_running_worker_ends_when_its_topic_is_recreated(kafka_bus):
+def test_running_worker_ends_when_its_topic_is_recreated(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 30))
     worker = make_worker(kafka_bus)
     with Host([worker]) as host:
         wait_until(lambda: kafka_bus.committed("r.respond", ["prompts"]) == kafka_bus.end_offsets(["prompts"]), host)
-        recreate_topic(kafka_bus, "prompts")
+        operator.recreate_topics("prompts")
         publish(kafka_bus, name_prompts(30, 90))
         host.failure_event.wait(60)
     with pytest.raises(TopicChanged, match="topic prompts was deleted") as caught:
@@ -242,9 +171,9 @@ def test_running_worker_ends_when_its_topic_is_recreated(kafka_bus):
 
 
 @pytest.mark.kafka
-def test_records_deleted_before_a_stage_has_read_them_are_reported(kafka_bus):
+def test_records_deleted_before_a_stage_has_read_them_are_reported(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 30))
-    delete_records(kafka_bus, "prompts", 4)
+    operator.delete_records("prompts", 4)
     with pytest.raises(OffsetsLost, match=r"prompts\[\d\]@0 no longer exists: the log begins at 4\n.*respond has not read"):
         run_until_done(kafka_bus)
     publish(kafka_bus, name_prompts(30, 40), run="later")  # a run that begins after the deletion
@@ -253,22 +182,30 @@ def test_records_deleted_before_a_stage_has_read_them_are_reported(kafka_bus):
 
 
 @pytest.mark.kafka
-def test_position_without_offsets_and_outputs_is_refused(kafka_bus):
+def test_read_of_a_whole_topic_skips_records_that_are_deleted_meanwhile(kafka_bus, operator):
+    publish(kafka_bus, name_prompts(0, 30))
+    starts, ends = kafka_bus.beginning_offsets(["prompts"]), kafka_bus.end_offsets(["prompts"])
+    operator.delete_records("prompts", 4)
+    with pytest.raises(OffsetsLost):
+        list(read_between(kafka_bus, starts, ends))
+    records = list(read_between(kafka_bus, starts, ends, skip_deleted=True))
+    assert len(records) == 30 - 3 * 4 and min(record.offset for record in records) == 4
+
+
+@pytest.mark.kafka
+def test_position_without_offsets_and_outputs_is_refused(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 30))
     run_until_done(kafka_bus)
     kafka_bus.delete_committed("r.respond", ["prompts"])
-    delete_records(kafka_bus, "responses", 10**6)
+    operator.delete_records("responses")
     with pytest.raises(UsageError, match=r"the position of respond in prompts\[\d\] is unknown"):
         run_until_done(kafka_bus)
 
 
 @pytest.mark.kafka
-def test_added_partitions_do_not_move_the_keys_of_a_run(kafka_bus):
+def test_added_partitions_do_not_move_the_keys_of_a_run(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 20))
-    admin = KafkaAdminClient(bootstrap_servers=kafka_bus.servers)
-    admin.create_partitions({kafka_bus.prefix + topic: NewPartitions(7) for topic in ("prompts", "responses")})
-    wait_until(lambda: kafka_bus.count_partitions("responses") == 7)
-    admin.close()
+    operator.add_partitions(7, "prompts", "responses")
     start = ensure_run_start(kafka_bus, "r")
     kafka_bus.publish([start.assign_partition(to_producer_record(make_prompt(text))) for text in name_prompts(0, 40)])
     assert run_until_done(kafka_bus, first=True).num_duplicates == 20

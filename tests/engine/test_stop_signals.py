@@ -63,3 +63,40 @@ def test_many_signals_are_one_stop_request():
                 break
         assert process.communicate(timeout=HANG_S)[0] == "stopped\n"
         assert process.returncode in ENDS
+
+
+INTERRUPT_CODE = """
+import signal, time
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+from charter.__main__ import end_on_interrupt
+from engine.stop_signals import interrupt_once
+end_on_interrupt()
+interrupt_once()
+print("ready", flush=True)
+try:
+    time.sleep({sleep_s})
+    print("not interrupted", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_second_interrupt_ends_a_process_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPT_CODE.format(ignored=False, sleep_s=600)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in ("ready\n", "interrupted\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=HANG_S)
+    assert process.returncode == -signal.SIGINT and not errors
+
+
+def test_ignored_interrupts_stay_ignored():
+    process = start(INTERRUPT_CODE.format(ignored=True, sleep_s=0.2))
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=HANG_S)
+    assert out == "not interrupted\n" and process.returncode == 0

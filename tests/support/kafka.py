@@ -18,6 +18,8 @@ from kafka.errors import KafkaError
 from tests.support.waiting import HANG_S
 
 _POLL_INTERVAL_S = 0.2
+# A new group waits this long for more members, as on every broker without other settings. `Broker` sets 0 to save time.
+DEFAULT_JOIN_DELAY = {"group.initial.rebalance.delay.ms": 3000}
 
 
 def find_free_port() -> int:
@@ -193,13 +195,13 @@ def _generate_cluster_id() -> str:
 class Cluster:
     """Three brokers with replication, so that any one of them can fail."""
 
-    def __init__(self, kafka_home: Path, folder: Path, num_brokers: int = 3) -> None:
+    def __init__(self, kafka_home: Path, folder: Path, num_brokers: int = 3, settings: dict[str, object] | None = None) -> None:
         controllers = {node: find_free_port() for node in range(1, num_brokers + 1)}
         cluster = _generate_cluster_id()
         self.brokers = []
         for node in controllers:
             (folder / str(node)).mkdir(parents=True)
-            self.brokers.append(Broker(kafka_home, folder / str(node), node, controllers, cluster))
+            self.brokers.append(Broker(kafka_home, folder / str(node), node, controllers, cluster, settings))
         self.address = ",".join(broker.address for broker in self.brokers)
         self.exit_stack = ExitStack()
 
