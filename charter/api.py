@@ -61,8 +61,9 @@ class RevisionChain:
 
     @property
     def final_response(self) -> str | None:
-        """Return the response to train on. Return None if the chain has no usable response (`end_reason` is UNUSABLE)."""
-        return None if self.end_reason is EndReason.UNUSABLE else self.last_step.final_response
+        """Return the response to train on. Return None if there is none (`end_reason` is UNUSABLE or NO_CRITIQUE)."""
+        is_unusable = self.end_reason in (EndReason.UNUSABLE, EndReason.NO_CRITIQUE)
+        return None if is_unusable else self.last_step.final_response
 
     @property
     def critiques(self) -> list[Critique]:

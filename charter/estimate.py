@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.settings import JudgeSettings, Settings
+from engine.settings import CritiqueSettings, JudgeSettings, RespondSettings, ReviseSettings, Settings
 
 _CHARS_PER_TOKEN = 4
 _FEW_SHOT_TOKENS = 150
@@ -28,26 +28,26 @@ class StageCost:
 
 def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, num_chars: int) -> list[StageCost]:
     """Return the cost of each stage for `num_prompts` prompts with `num_chars` characters in total."""
-    prompt_tokens = num_chars // _CHARS_PER_TOKEN
+    prompt_tokens, respond = num_chars // _CHARS_PER_TOKEN, settings.respond
     response_tokens, rounds = settings.respond.max_tokens, settings.critique.rounds
     num_completions = settings.respond.num_completions
     few_shot_tokens = num_prompts * (_FEW_SHOT_TOKENS if settings.critique.few_shot else 0)
     # A prompt about a response contains the dialogue, the response and the principle.
     dialogue_tokens = prompt_tokens + num_prompts * (response_tokens + PRINCIPLE_PROMPT_TOKENS)
     costs = {
-        "respond": StageCost("respond", num_prompts, prompt_tokens, num_prompts * num_completions * response_tokens),
+        "respond": StageCost("respond", num_prompts, prompt_tokens, num_prompts * num_completions * _sum_limits(respond)),
         # Each round has a verdict and a critique, and compares the revision in both orders. One more verdict ends the chain.
         "critique": StageCost(
             "critique",
             num_prompts,
             (rounds + 1) * (2 * dialogue_tokens + few_shot_tokens),
-            num_prompts * rounds * settings.critique.max_tokens,
+            num_prompts * rounds * _sum_limits(settings.critique),
         ),
         "revise": StageCost(
             "revise",
             num_prompts,
             rounds * (dialogue_tokens + few_shot_tokens),
-            num_prompts * rounds * settings.revise.max_tokens,
+            num_prompts * rounds * _sum_limits(settings.revise),
         ),
         "judge": _estimate_judge_cost(
             settings.judge, num_prompts, dialogue_tokens + num_prompts * response_tokens, max(1, num_completions - 1)
@@ -56,11 +56,16 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     return [costs[stage] for stage in stages]
 
 
+def _sum_limits(options: RespondSettings | CritiqueSettings | ReviseSettings | JudgeSettings) -> int:
+    """Return the maximum number of tokens of one completion, including its reasoning."""
+    return options.max_tokens + options.max_thinking_tokens
+
+
 def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
     """Return the cost of the judge. `prompt_tokens` is the total number of tokens of `num_prompts` judge prompts."""
     num_principles = 1 if judge.principles == "all" else judge.num_principles
     num_questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * num_principles  # each pair in both orders
-    completion_tokens = 0 if judge.answer_mode == "logprobs" else num_questions * num_prompts * judge.max_tokens
+    completion_tokens = 0 if judge.answer_mode == "logprobs" else num_questions * num_prompts * _sum_limits(judge)
     # After the reasoning, a second request scores the option letters. Its prompt contains the reasoning.
     scoring_tokens = num_questions * prompt_tokens + completion_tokens if judge.answer_mode == "reasoning" else 0
     return StageCost("judge", num_prompts, num_questions * prompt_tokens + scoring_tokens, completion_tokens)

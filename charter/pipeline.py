@@ -94,7 +94,12 @@ def _make_base_stage(
 
 def make_respond_stage(settings: Settings, get_policy: Callable[[], tuple[Model, int]]) -> RespondStage:
     options = settings.respond
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        max_thinking_tokens=options.max_thinking_tokens,
+    )
     return RespondStage(get_policy, options.num_completions, sampling)
 
 
@@ -103,7 +108,12 @@ def make_critique_stage(settings: Settings, models: RoleModels, constitution: Co
     return CritiqueStage(
         model=models.get_model("critic"),
         constitution=constitution,
-        sampling=Sampling(temperature=options.temperature, top_p=1.0, max_tokens=options.max_tokens),
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_p=1.0,
+            max_tokens=options.max_tokens,
+            max_thinking_tokens=options.max_thinking_tokens,
+        ),
         rounds=options.rounds,
         early_stop=options.early_stop,
         few_shot=options.few_shot,
@@ -118,7 +128,12 @@ def make_critique_stage(settings: Settings, models: RoleModels, constitution: Co
 
 
 def make_revise_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> ReviseStage:
-    sampling = Sampling(temperature=settings.critique.temperature, top_p=1.0, max_tokens=settings.revise.max_tokens)
+    sampling = Sampling(
+        temperature=settings.critique.temperature,
+        top_p=1.0,
+        max_tokens=settings.revise.max_tokens,
+        max_thinking_tokens=settings.revise.max_thinking_tokens,
+    )
     return ReviseStage(models.get_model("critic"), constitution, sampling, settings.critique.few_shot, settings.critique.preset)
 
 
@@ -138,6 +153,7 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
         clamp=options.clamp,
         max_tokens=options.max_tokens,
         timeout_s=options.timeout_s,
+        max_thinking_tokens=options.max_thinking_tokens,
     )
 
 

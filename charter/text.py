@@ -91,8 +91,9 @@ def format_trace(row: dict[str, Any]) -> str:
         wrap_text(row["prompt"], "  "),
     ]
     for response in row["responses"] or []:
-        for index, completion in enumerate(response["answers"]):
-            parts += [f"completion {index} by policy {response['policy_version']}", wrap_text(completion, "  ")]
+        for index, (completion, reasoning) in enumerate(zip(response["answers"], response["reasoning"], strict=True)):
+            thought = f"  (after {len(reasoning)} characters of reasoning)" if reasoning else ""
+            parts += [f"completion {index} by policy {response['policy_version']}{thought}", wrap_text(completion, "  ")]
     revisions = {r["round"]: r for r in row["revisions"] or []}
     for critique in row["critiques"] or []:
         parts += _format_critique(critique)

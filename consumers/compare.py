@@ -8,8 +8,8 @@ reasoning   The judge first writes its reasoning with greedy decoding. Then the 
 letter      The judge writes a letter and an explanation. The letter must be at the beginning of the reply. p is 1 or 0.
 
 Both orders are judged, because judges prefer one position (Lee et al. 2023, section 2.3). A reply that cannot be read has the
-outcome REFUSED, UNPARSEABLE, LOW_MASS or TIMEOUT. Its probability is not usable and is not guessed. An unknown probability is
-None, never NaN.
+outcome REFUSED, UNPARSEABLE, LOW_MASS, TRUNCATED (the judge reached its token limit while it was thinking) or TIMEOUT. Its
+probability is not usable and is not guessed. An unknown probability is None, never NaN.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SingleOrderComparison:
     """A judge's reply for one order of a pair.
 
     `p_first` is the probability that the response shown first is better, or None if the reply cannot be read. This probability
-    is used only if `outcome` is OK. `explanation` is the judge's reply.
+    is used only if `outcome` is OK. `explanation` is the judge's reply, and `reasoning` is what it thought before that.
     """
 
     p_first: float | None
@@ -72,6 +72,7 @@ class SingleOrderComparison:
     outcome: Outcome
     usage: Usage = NO_USAGE
     explanation: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Comparison:
     outcome: Outcome = Outcome.OK
     explanation_forward: str = ""
     explanation_backward: str = ""
+    reasoning_forward: str = ""
+    reasoning_backward: str = ""
 
     @property
     def p_mean(self) -> float | None:
@@ -118,12 +121,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class AnswerMode:
-    """The answer mode of a judge. `max_tokens` and `timeout_s` (in seconds) limit a written reply."""
+    """The answer mode of a judge. `max_tokens` and `timeout_s` (in seconds) limit a written reply.
+
+    `max_thinking_tokens` limits the reasoning before a written reply; 0 turns thinking off. Option probabilities are always read
+    without thinking, because a judge that thinks begins with its reasoning.
+    """
 
     name: str = "logprobs"
     min_option_mass: float = 0.5
     max_tokens: int = 256
     timeout_s: float | None = None
+    max_thinking_tokens: int = 0
 
     @property
     def template(self) -> str:
@@ -169,13 +177,19 @@ class AnswerMode:
         ]
 
     def judge_by_letter(self, model: Model, questions: Sequence[Question]) -> list[Result[SingleOrderComparison]]:
-        prefill = templates.ANSWER_PREFILL if model.capabilities.prefill else ""
+        # A judge that thinks begins with its reasoning, and not with a prefill.
+        prefill = templates.ANSWER_PREFILL if model.capabilities.prefill and not self.max_thinking_tokens else ""
         requests = [GenerationRequest(q.messages, prefill=prefill, timeout_s=self.timeout_s, group=q.group) for q in questions]
         results = self.generate_texts(model, requests)
         return [result if isinstance(result, CharterError) else parse_letter(result, prefill) for result in results]
 
     def generate_texts(self, model: Model, requests: Sequence[GenerationRequest]) -> list[Result[Generation]]:
-        results = model.generate(requests, temperature=get_temperature(model.capabilities), max_tokens=self.max_tokens)
+        results = model.generate(
+            requests,
+            temperature=get_temperature(model.capabilities),
+            max_tokens=self.max_tokens,
+            max_thinking_tokens=self.max_thinking_tokens,
+        )
         return [result if isinstance(result, CharterError) else result[0] for result in results]
 
     def classify_scores(self, scores: OptionScores) -> Outcome:
@@ -186,6 +200,8 @@ class AnswerMode:
             return Outcome.OK
         if not scores.unparsed_replies:
             return Outcome.LOW_MASS
+        if 2 * scores.num_cut_replies >= len(scores.unparsed_replies):
+            return Outcome.TRUNCATED
         num_refusals = sum(bool(REFUSAL_PATTERN.match(reply)) for reply in scores.unparsed_replies)
         return Outcome.REFUSED if 2 * num_refusals >= len(scores.unparsed_replies) else Outcome.UNPARSEABLE
 
@@ -215,6 +231,8 @@ def _classify_generation(generation: Generation) -> Outcome:
         return Outcome.TIMEOUT
     if generation.finish_reason == "refused" or REFUSAL_PATTERN.match(generation.text.replace("\u2019", "'")):
         return Outcome.REFUSED
+    if generation.ends_in_reasoning:
+        return Outcome.TRUNCATED
     return Outcome.OK if generation.text.strip() else Outcome.UNPARSEABLE
 
 
@@ -226,7 +244,8 @@ def _combine_reasoning_and_choice(
     choice = next(choices) if outcome is Outcome.OK else SingleOrderComparison(None, 0.0, outcome)
     if isinstance(choice, CharterError):
         return choice
-    return replace(choice, usage=reasoning.usage + choice.usage, explanation=reasoning.text.strip())
+    usage, explanation = reasoning.usage + choice.usage, reasoning.text.strip()
+    return replace(choice, usage=usage, explanation=explanation, reasoning=reasoning.reasoning)
 
 
 def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
@@ -234,9 +253,10 @@ def parse_letter(generation: Generation, prefill: str) -> SingleOrderComparison:
     reply, outcome = prefill + generation.text, _classify_generation(generation)
     match = _LETTER_PATTERN.match(reply) if outcome is Outcome.OK else None
     if match:
-        return SingleOrderComparison(1.0 if match[1] == "A" else 0.0, 1.0, Outcome.OK, generation.usage, reply.strip())
+        p_first = 1.0 if match[1] == "A" else 0.0
+        return SingleOrderComparison(p_first, 1.0, Outcome.OK, generation.usage, reply.strip(), generation.reasoning)
     outcome = Outcome.UNPARSEABLE if outcome is Outcome.OK else outcome
-    return SingleOrderComparison(None, 0.0, outcome, generation.usage, reply.strip())
+    return SingleOrderComparison(None, 0.0, outcome, generation.usage, reply.strip(), generation.reasoning)
 
 
 def compare_in_both_orders(
@@ -263,4 +283,6 @@ def _combine_orders(forward: SingleOrderComparison, backward: SingleOrderCompari
         outcome=forward.outcome if forward.outcome is not Outcome.OK else backward.outcome,
         explanation_forward=forward.explanation,
         explanation_backward=backward.explanation,
+        reasoning_forward=forward.reasoning,
+        reasoning_backward=backward.reasoning,
     )

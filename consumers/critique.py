@@ -16,6 +16,8 @@ are checked in this order, and the first rule that applies decides:
 * If no rounds remain, the revision is the final response (LAST_ROUND).
 * In all other cases, the critic writes a critique under the next principle.
 
+A critique that is empty, that a filter withheld, or that repeats its prompt is not revised: the chain ends (NO_CRITIQUE).
+
 These rules apply if `early_stop` is "verdict". With "phrases", the critic gives no verdicts. The chain ends (SATISFIED) if a
 critique states that the response has no problem. With "none" every chain has all rounds (Bai et al. 2022, section 3.1). Each
 verdict question is asked with its two options in both orders, because small models prefer one position.
@@ -29,14 +31,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-from constitutions.loader import Constitution, CritiquePrinciple
+from constitutions.loader import Constitution, CritiquePrinciple, FewShotExample
 from consumers import templates
-from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields
+from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields, read_finish_reason
 from consumers.compare import AnswerMode, Comparison, Question, compare_in_both_orders
 from consumers.judge import make_constitution_ref
+from consumers.leaks import CheckedText, check_critique, report_leaks
 from engine.eligibility import find_rejection_reason
 from engine.errors import CharterError
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Result, Usage, combine_results
+from engine.notices import NOTICES
 from schemas import ids
 from schemas.records import (
     Critique,
@@ -95,6 +99,9 @@ class ChainState:
     end_reason: EndReason = EndReason.NONE
     usage: Usage = NO_USAGE
     critique: str = ""
+    critique_problem: RejectionReason = RejectionReason.NONE
+    reasoning: str = ""
+    leaks: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:
@@ -109,12 +116,15 @@ class ChainState:
 
     @property
     def rejection_reason(self) -> RejectionReason:
+        """The reason why the response is unusable, or why its critique is unusable."""
+        if self.critique_problem is not RejectionReason.NONE:
+            return self.critique_problem
         return find_rejection_reason(self.fields["response"], self.fields["finish_reason"])
 
     @property
     def principle(self) -> CritiquePrinciple | None:
         """The principle of the written critique, or, if the chain has ended without one, that of the response."""
-        ends_without_critique = self.end_reason is not EndReason.NONE and not self.critique
+        ends_without_critique = self.end_reason not in (EndReason.NONE, EndReason.NO_CRITIQUE) and not self.critique
         if self.used_principles and (ends_without_critique or self.next_principle is None):
             return self.used_principles[-1]
         return self.next_principle
@@ -280,11 +290,10 @@ class CritiqueStage:
 
     def write_critiques(self, states: Sequence[ChainState]) -> list[Result[ChainState]]:
         """Write a critique under the next principle of each state. Return the states with their critiques, or errors."""
-        examples = self.constitution.examples if self.few_shot else ()
         requests = [
             GenerationRequest(
                 templates.make_critique_messages(
-                    state.fields["messages"], state.fields["response"], principle.critique_prompt, examples
+                    state.fields["messages"], state.fields["response"], principle.critique_prompt, self.examples
                 ),
                 seed=self.compute_seed(state),
                 group=state.group,
@@ -299,19 +308,52 @@ class CritiqueStage:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
+            max_thinking_tokens=self.sampling.max_thinking_tokens,
         )
         return [
             result if isinstance(result, CharterError) else self.add_critique(state, result[0])
             for state, result in zip(states, results, strict=True)
         ]
 
+    @property
+    def examples(self) -> Sequence[FewShotExample]:
+        return self.constitution.examples if self.few_shot else ()
+
     def add_critique(self, state: ChainState, generation: Generation) -> ChainState:
+        """Return the state with its critique. If the critique is unusable, the chain ends."""
+        checked = self.check_critique(state, generation)
+        report_leaks("critique", self.model.id, checked)
+        end_reason = EndReason.SATISFIED if self.is_satisfied(generation) else EndReason.NONE
+        if checked.rejection_reason is not RejectionReason.NONE:
+            end_reason = EndReason.NO_CRITIQUE
+            NOTICES.report(
+                "critique",
+                checked.rejection_reason.value,
+                f"a critique by {self.model.id} is unusable ({checked.rejection_reason.value}): the response is not revised and "
+                "not trained (end reason NO_CRITIQUE)",
+            )
         return replace(
             state,
-            critique=generation.text.strip(),
+            critique=checked.text,
+            critique_problem=checked.rejection_reason,
+            reasoning=generation.reasoning,
+            leaks=checked.leaks,
             usage=state.usage + generation.usage,
-            end_reason=EndReason.SATISFIED if self.is_satisfied(generation) else EndReason.NONE,
+            end_reason=end_reason,
         )
+
+    def check_critique(self, state: ChainState, generation: Generation) -> CheckedText:
+        """Return the critique without copied formatting, and the reason why it is unusable, or NONE if it is usable."""
+        assert state.next_principle is not None
+        checked = check_critique(
+            generation.text,
+            state.fields["messages"],
+            state.fields["response"],
+            state.next_principle.critique_prompt,
+            self.examples,
+        )
+        reason = find_rejection_reason(checked.text, read_finish_reason(generation))
+        return checked if reason is RejectionReason.NONE else replace(checked, rejection_reason=reason)
 
     def is_satisfied(self, generation: Generation) -> bool:
         """Return whether a written critique ends the chain, because it states that there is no problem."""
@@ -324,7 +366,7 @@ class CritiqueStage:
             template=templates.TEMPLATE_HASHES["critique"],
             verdict=templates.get_template_hash("verdict", self.model.capabilities),
             constitution=self.constitution.hash,
-            sampling=self.sampling.model_dump(),
+            sampling=self.sampling.to_fingerprint(),
             rounds=self.rounds,
             selection=self.selection_override or self.constitution.selection,
             early_stop=self.early_stop,
@@ -362,6 +404,8 @@ class CritiqueStage:
             p_better=state.p_better,
             similarity=state.similarity,
             rejection_reason=state.rejection_reason,
+            reasoning=state.reasoning,
+            leaks=list(state.leaks),
             final=final,
             end_reason=state.end_reason,
             final_response=fields[f"{prefix}response"] if final else None,

@@ -11,8 +11,8 @@ course       all principles in one question, a written letter and explanation; b
 
 A judgment that cannot be read has no label, and `outcome` contains the reason. No label is guessed. If a pair has several
 principles, only the votes that can be read count. The pair gets a label if the votes that can be read have at least half of the
-total weight. A pair that cannot be compared (engine/eligibility.py) is not judged: its record has the outcome EMPTY, WITHHELD or
-IDENTICAL and the reason. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
+total weight. A pair that cannot be compared (engine/eligibility.py) is not judged: its record has the outcome EMPTY, WITHHELD,
+REASONING or IDENTICAL and the reason. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
 Only preferences with the outcome OK are used for training.
 """
 
@@ -90,7 +90,7 @@ def _make_pairs(record: Record) -> list[ResponsePair]:
             for a, b in pairwise(record.completions)
         ]
     assert isinstance(record, Chain)
-    if not record.final or record.end_reason in (EndReason.UNUSABLE, EndReason.SKIPPED):
+    if not record.final or record.end_reason in (EndReason.UNUSABLE, EndReason.NO_CRITIQUE, EndReason.SKIPPED):
         return []
     if record.final_response is None or record.final_response == record.initial_response:
         return []
@@ -137,6 +137,8 @@ class PrincipleComparison:
             outcome=self.outcome,
             explanation=self.comparison.explanation_forward,
             explanation_backward=self.comparison.explanation_backward,
+            reasoning=self.comparison.reasoning_forward,
+            reasoning_backward=self.comparison.reasoning_backward,
         )
 
 
@@ -162,6 +164,7 @@ class JudgeStage:
     clamp: float = 0.0
     max_tokens: int = 256
     timeout_s: float | None = None
+    max_thinking_tokens: int = 0
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Preference]]]:
         pairs_by_record = [_make_pairs(record) for record in records]
@@ -186,7 +189,7 @@ class JudgeStage:
 
     @property
     def mode(self) -> AnswerMode:
-        return AnswerMode(self.answer_mode, self.min_option_mass, self.max_tokens, self.timeout_s)
+        return AnswerMode(self.answer_mode, self.min_option_mass, self.max_tokens, self.timeout_s, self.max_thinking_tokens)
 
     @property
     def asks_all_principles(self) -> bool:
@@ -260,10 +263,14 @@ class JudgeStage:
         label_order = _LABEL_ORDERS[pair.seed % 2] if self.label_order == "seeded" else "both"
         outcome = self.decide_outcome(total)
         has_label = outcome in (Outcome.OK, Outcome.POSITION_FLIP)
-        temperature = get_temperature(self.model.capabilities)
         sampling = None
         if self.answer_mode != "logprobs":
-            sampling = Sampling(temperature=temperature, top_p=1.0, max_tokens=self.max_tokens)
+            sampling = Sampling(
+                temperature=get_temperature(self.model.capabilities),
+                top_p=1.0,
+                max_tokens=self.max_tokens,
+                max_thinking_tokens=self.max_thinking_tokens,
+            )
         return Preference(
             **self.make_pair_fields(pair),
             principle_id=comparisons[0].question.principle_id if len(comparisons) == 1 else None,
@@ -319,6 +326,10 @@ class JudgeStage:
             "preset": self.preset,
         }
 
+    def compute_token_limits(self) -> int | list[int]:
+        """Return the token limits for the fingerprint. Without thinking it is one number, so that ids do not change."""
+        return [self.max_tokens, self.max_thinking_tokens] if self.max_thinking_tokens else self.max_tokens
+
     def compute_record_id(self, pair: ResponsePair) -> str:
         configuration = ids.compute_fingerprint(
             "judge",
@@ -332,7 +343,7 @@ class JudgeStage:
             clamp=self.clamp,
             min_option_mass=self.min_option_mass,
             reject_position_flips=self.reject_position_flips,
-            max_tokens=self.max_tokens if self.answer_mode != "logprobs" else None,
+            max_tokens=self.compute_token_limits() if self.answer_mode != "logprobs" else None,
         )
         return ids.compute_record_id("judge", [pair.parent.record_id], configuration, pair.sample_index)
 

@@ -1,7 +1,9 @@
 """The respond stage: prompts -> responses. The policy samples `num_completions` completions for each prompt.
 
 A Response contains all completions of a prompt. Each completion has its token ids, their log-probabilities at the sampling
-temperature, and the version of the policy that sampled it. PPO trains on exactly these tokens and does not sample again.
+temperature, and the version of the policy that sampled it. PPO trains on exactly these tokens and does not sample again. A
+completion with reasoning has no tokens, so PPO does not use it: the reward model scores the response alone, and reasoning is
+never trained.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class RespondStage:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
+            max_thinking_tokens=self.sampling.max_thinking_tokens,
         )
         latency_ms = 1000 * (time.monotonic() - started) / len(prompts)
         lineage = {
@@ -59,7 +62,7 @@ class RespondStage:
             model=[model.id, model.revision],
             policy_version=version,
             template=CHAT_TEMPLATE_HASH,
-            sampling=self.sampling.model_dump(),
+            sampling=self.sampling.to_fingerprint(),
             num_completions=self.num_completions,
         )
 
@@ -72,11 +75,12 @@ class RespondStage:
             Completion(
                 index=index,
                 text=generation.text,
-                token_ids=list(generation.token_ids),
-                logprobs=list(generation.logprobs),
+                token_ids=[] if generation.reasoning else list(generation.token_ids),
+                logprobs=[] if generation.reasoning else list(generation.logprobs),
                 finish_reason=read_finish_reason(generation),
                 policy_version=version,
                 seed=seed,
+                reasoning=generation.reasoning,
             )
             for index, generation in enumerate(generations)
         ]

@@ -1,34 +1,26 @@
 """The revise stage: critiques -> revisions. The model rewrites the response according to its critique.
 
-A revision is rejected if it is empty, copies the response that it should improve, repeats a few-shot example, or was withheld
+A revision is rejected if it is empty, copies the response that it should improve, repeats a part of its prompt, or was withheld
 by a server's content filter. The record then has a rejection reason, and its chain ends with UNUSABLE. A rejected revision is
-never used for training.
+never used for training. Copied formatting, such as quotation marks, is removed (consumers/leaks.py).
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from constitutions.loader import Constitution
+from constitutions.loader import Constitution, FewShotExample
 from consumers import templates
 from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason
 from consumers.judge import make_constitution_ref
+from consumers.leaks import CheckedText, check_revision, report_leaks
 from engine.eligibility import find_rejection_reason
 from engine.errors import CharterError
 from engine.models.interface import Generation, GenerationRequest, Model, Result
 from schemas import ids
 from schemas.records import Critique, EndReason, FinishReason, ModelRef, RejectionReason, Revision, Round, Sampling
-
-_ECHO_NGRAM_SIZE = 5  # a revision with this number of consecutive words from a few-shot example is rejected as an echo
-
-
-def _extract_ngrams(text: str) -> set[tuple[str, ...]]:
-    """Return the word n-grams of a response, in lower case and without punctuation."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + _ECHO_NGRAM_SIZE]) for i in range(len(words) - _ECHO_NGRAM_SIZE + 1)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,7 @@ class ReviseStage:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_tokens=self.sampling.max_tokens,
+            max_thinking_tokens=self.sampling.max_thinking_tokens,
         )
         latency_ms = 1000 * (time.monotonic() - started) / len(pending)
         revisions = iter(
@@ -61,30 +54,35 @@ class ReviseStage:
         )
         return [[] if critique.final else next(revisions) for critique in critiques]
 
-    def make_request(self, critique: Critique) -> GenerationRequest:
+    @property
+    def examples(self) -> Sequence[FewShotExample]:
+        return self.constitution.examples if self.few_shot else ()
+
+    def get_revision_prompt(self, critique: Critique) -> str:
         principle = next((p for p in self.constitution.critique if p.id == critique.principle_id), None)
-        revision_prompt = principle.revision_prompt if principle else "Rewrite the answer so that the problem is gone."
-        examples = self.constitution.examples if self.few_shot else ()
+        return principle.revision_prompt if principle else "Rewrite the answer so that the problem is gone."
+
+    def make_request(self, critique: Critique) -> GenerationRequest:
         messages = templates.make_revision_messages(
-            critique.messages, critique.response, critique.critique, revision_prompt, examples
+            critique.messages, critique.response, critique.critique, self.get_revision_prompt(critique), self.examples
         )
         seed = ids.compute_stage_seed("revise", critique.response_id, critique.round)
         return GenerationRequest(messages, seed=seed, group=f"revise {critique.record_id}")
 
-    def find_rejection_reason(self, previous_response: str, generation: Generation) -> RejectionReason:
-        """Return the reason why a revision is unusable, or NONE if it is usable."""
-        response = generation.text
-        reason = find_rejection_reason(response, read_finish_reason(generation))
-        if reason is not RejectionReason.NONE:
-            return reason
-        if response.split() == previous_response.split():
-            return RejectionReason.COPY
-        if self.few_shot:
-            new_ngrams = _extract_ngrams(response) - _extract_ngrams(previous_response)
-            for example in self.constitution.examples:
-                if new_ngrams & (_extract_ngrams(example.revision) | _extract_ngrams(example.answer)):
-                    return RejectionReason.ECHO
-        return RejectionReason.NONE
+    def check_revision(self, critique: Critique, generation: Generation) -> CheckedText:
+        """Return the revision without copied formatting, and the reason why it is unusable, or NONE if it is usable."""
+        checked = check_revision(
+            generation.text,
+            critique.messages,
+            critique.response,
+            critique.critique,
+            self.get_revision_prompt(critique),
+            self.examples,
+        )
+        reason = find_rejection_reason(checked.text, read_finish_reason(generation))
+        if reason is RejectionReason.NONE and checked.text.split() == critique.response.split():
+            reason = RejectionReason.COPY
+        return checked if reason is RejectionReason.NONE else replace(checked, rejection_reason=reason)
 
     def compute_record_id(self, critique: Critique) -> str:
         configuration = ids.compute_fingerprint(
@@ -92,14 +90,15 @@ class ReviseStage:
             model=[self.model.id, self.model.revision],
             template=templates.TEMPLATE_HASHES["revision"],
             constitution=self.constitution.hash,
-            sampling=self.sampling.model_dump(),
+            sampling=self.sampling.to_fingerprint(),
             few_shot=self.few_shot,
         )
         return ids.compute_record_id("revise", [critique.record_id], configuration)
 
     def make_record(self, critique: Critique, generation: Generation, latency_ms: float) -> Revision:
-        response = generation.text.strip()
-        rejection_reason = self.find_rejection_reason(critique.response, generation)
+        checked = self.check_revision(critique, generation)
+        report_leaks("revise", self.model.id, checked)
+        response, rejection_reason = checked.text, checked.rejection_reason
         unusable = rejection_reason is not RejectionReason.NONE
         finished_round = Round(
             round=critique.round + 1,
@@ -132,6 +131,8 @@ class ReviseStage:
             critique=critique.critique,
             similarity=compute_similarity(critique.response, response),
             rejection_reason=rejection_reason,
+            reasoning=generation.reasoning,
+            leaks=list(checked.leaks),
             final=unusable,
             end_reason=EndReason.UNUSABLE if unusable else EndReason.NONE,
             final_response=critique.response if unusable else None,

@@ -60,13 +60,17 @@ Does the assistant's last answer have such a problem?
 Reply with one letter, A or B."""
 )
 
+CRITIQUE_INSTRUCTION = "Answer in two or three sentences."
+REVISION_INSTRUCTION = "Write only the new answer of the assistant."
+
 CRITIQUE_TEMPLATE = (
     "{examples}"
     + _DIALOGUE_HEADER
     + """Assistant:
 {text}
 
-{request} Answer in two or three sentences."""
+{request} """
+    + CRITIQUE_INSTRUCTION
 )
 
 REVISION_TEMPLATE = (
@@ -78,7 +82,8 @@ REVISION_TEMPLATE = (
 A critic says:
 {critique}
 
-{request} Write only the new answer of the assistant."""
+{request} """
+    + REVISION_INSTRUCTION
 )
 
 _ANSWERS_TEMPLATE = (

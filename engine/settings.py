@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -222,6 +222,11 @@ class RespondSettings(_Section):
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of completions. PPO requires a value above 0.")
     top_p: float = Field(1.0, gt=0, le=1, description="Threshold of nucleus sampling. PPO requires 1.0.")
     max_tokens: int = Field(256, ge=1, description="Maximum length of a completion in tokens.")
+    max_thinking_tokens: int = Field(
+        0,
+        ge=0,
+        description="Maximum length of the reasoning before a completion, in tokens. 0 turns thinking off. PPO does not use completions with reasoning.",
+    )
 
 
 class CritiqueSettings(_Section):
@@ -240,6 +245,11 @@ class CritiqueSettings(_Section):
     )
     few_shot: bool = Field(True, description="Add the examples of the constitution to critique prompts and revision prompts.")
     max_tokens: int = Field(128, ge=1, description="Maximum length of a critique in tokens.")
+    max_thinking_tokens: int = Field(
+        0,
+        ge=0,
+        description="Maximum length of the reasoning before a critique, in tokens. 0 turns thinking off.",
+    )
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of critiques and revisions.")
     min_option_mass: float = Field(
         0.5,
@@ -266,6 +276,11 @@ class CritiqueSettings(_Section):
 
 class ReviseSettings(_Section):
     max_tokens: int = Field(256, ge=1, description="Maximum length of a revision in tokens.")
+    max_thinking_tokens: int = Field(
+        0,
+        ge=0,
+        description="Maximum length of the reasoning before a revision, in tokens. 0 turns thinking off.",
+    )
 
 
 class JudgeSettings(_Section):
@@ -301,11 +316,26 @@ class JudgeSettings(_Section):
         False, description="Exclude a label from training if the preferred response changes with the order of the responses."
     )
     max_tokens: int = Field(256, ge=1, description="Maximum length of the judge's reasoning or explanation in tokens.")
+    max_thinking_tokens: int = Field(
+        0,
+        ge=0,
+        description="Maximum length of the judge's reasoning before a written reply (answer_mode reasoning or letter), in tokens. 0 turns thinking off.",
+    )
     timeout_s: float = Field(
         300.0,
         gt=0,
         description="Timeout of one judgment in seconds. After a timeout the pair gets no label and the outcome TIMEOUT.",
     )
+
+    @field_validator("max_thinking_tokens")
+    @classmethod
+    def _require_written_reply(cls, limit: int, info: ValidationInfo) -> int:
+        """Reject a limit that has no effect: option probabilities are read at the first token, so this judge does not think."""
+        if limit and info.data.get("answer_mode") == "logprobs":
+            raise ValueError(
+                "with judge.answer_mode = logprobs the judge writes no reply; set judge.answer_mode to reasoning or letter"
+            )
+        return limit
 
 
 class WorkerSettings(_Section):

@@ -16,7 +16,7 @@ CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
     SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
-    FROM preferences WHERE label_source = 'AI' AND outcome NOT IN ('EMPTY', 'WITHHELD', 'IDENTICAL')),
+    FROM preferences WHERE label_source = 'AI' AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL')),
 votes AS (
     SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
            CASE WHEN vote.outcome IS NULL OR vote.outcome = 'UNKNOWN' THEN outcome ELSE vote.outcome END AS outcome,
@@ -31,10 +31,10 @@ SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
 FROM votes;
 
 -- The number of pairs that no judge was asked about, by outcome: a response is empty (EMPTY), a filter of the server withheld it
--- (WITHHELD), or both responses are the same (IDENTICAL).
+-- (WITHHELD), a response contains what looks like reasoning (REASONING), or both responses are the same (IDENTICAL).
 CREATE OR REPLACE VIEW unjudged_pair_stats AS
 SELECT run_id, pairing, outcome, outcome_reason, count(*) AS pairs, min(created_at) AS first_at, max(created_at) AS last_at
-FROM preferences WHERE outcome IN ('EMPTY', 'WITHHELD', 'IDENTICAL') GROUP BY ALL;
+FROM preferences WHERE outcome IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') GROUP BY ALL;
 
 -- Statistics of each principle. Rows with stage 'critique' are about critiques, rows with stage 'judge' about judgments.
 -- Columns of stage 'critique':
@@ -88,6 +88,22 @@ SELECT run_id, stage, constitution, principle_id, pairing, asked,
        wilson_high(refused, asked) AS refusal_high,
        CASE WHEN NOT isnan(length_correlation) THEN length_correlation END AS length_correlation
 FROM summed;
+
+-- Leaks: how often a model repeated a part of its prompt, by stage, model and template. `part` is 'quotation mark' or 'role name'
+-- (removed from the text), 'instruction', 'critique', 'example', 'heading' or 'conversation' (the text is unusable), or 'any'.
+CREATE OR REPLACE VIEW leak_stats AS
+WITH written AS (
+    SELECT run_id, stage, model.id AS model, template_hash, leaks FROM critiques WHERE critique <> '' OR len(leaks) > 0
+    UNION ALL
+    SELECT run_id, stage, model.id, template_hash, leaks FROM revisions),
+totals AS (SELECT run_id, stage, model, template_hash, count(*) AS texts FROM written GROUP BY ALL),
+parts AS (
+    SELECT run_id, stage, model, template_hash, 'any' AS part, count(*) FILTER (len(leaks) > 0) AS leaks FROM written GROUP BY ALL
+    UNION ALL
+    SELECT run_id, stage, model, template_hash, part, count(*) FROM (SELECT * EXCLUDE (leaks), unnest(leaks) AS part FROM written) GROUP BY ALL)
+SELECT run_id, stage, model, template_hash, part, leaks, texts, share(leaks, texts) AS leak_rate, wilson_low(leaks, texts) AS leak_low,
+       wilson_high(leaks, texts) AS leak_high
+FROM parts JOIN totals USING (run_id, stage, model, template_hash);
 
 -- Statistics of each round of revision. `unusable` is the number of revisions that are empty, a copy or an echo. win_rate and
 -- mean_p_better compare revisions with the previous responses. mean_similarity and mean_length_change also refer to the

@@ -37,17 +37,18 @@ FROM revisions WHERE final;
 -- clean responses without a revision. Responses of the policy to helpful prompts have end_reason = 'SKIPPED'. Rows with
 -- label_source HUMAN are demonstrations by people. Their end_reason and constitution are null. engine/eligibility.py decides which
 -- responses are usable. has_control_markers is true if a marker of a chat format (<|im_end|>) is part of the text: Charter breaks
--- it up when it trains, other programs may encode it as a control token.
+-- it up when it trains, other programs may encode it as a control token. has_reasoning_marks is true if the text mentions a mark of
+-- reasoning (<think>): the text may be about the mark, or may contain reasoning that was not recognized.
 CREATE OR REPLACE VIEW trainable_responses AS
 SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
        round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source,
-       has_control_markers(final_response) AS has_control_markers, split, created_at, commit_seq
+       has_control_markers(final_response) AS has_control_markers, has_reasoning_marks(final_response) AS has_reasoning_marks, split, created_at, commit_seq
 FROM revision_chains
 WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED')
   AND find_rejection_reason(final_response, final_finish_reason) = 'NONE'
 UNION ALL BY NAME
 SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source,
-       has_control_markers(completion) AS has_control_markers, split, created_at, commit_seq
+       has_control_markers(completion) AS has_control_markers, has_reasoning_marks(completion) AS has_reasoning_marks, split, created_at, commit_seq
 FROM demonstrations WHERE find_rejection_reason(completion, finish_reason) = 'NONE';
 
 -- The training data of supervised fine-tuning. The shares of a mixture refer to the column `source`, e.g. helpful.
@@ -89,12 +90,13 @@ GROUP BY record_id;
 
 -- All labels by judges and people. This includes held-out labels and overridden labels (see overridden_by), so that a batch
 -- from the time before an override can be rebuilt. p_a is the probability that response_a is better. exclusion_reason is the
--- reason why the pair may not train and is not exported (EMPTY, WITHHELD or IDENTICAL, see engine/eligibility.py), or null.
+-- reason why the pair may not train and is not exported (EMPTY, WITHHELD, REASONING or IDENTICAL, see engine/eligibility.py), or null.
 CREATE OR REPLACE VIEW preference_labels AS
 SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
        p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
        o.overridden_by, find_pair_outcome(p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b) AS exclusion_reason,
-       has_control_markers(p.response_a) OR has_control_markers(p.response_b) AS has_control_markers, p.created_at, p.commit_seq
+       has_control_markers(p.response_a) OR has_control_markers(p.response_b) AS has_control_markers,
+       has_reasoning_marks(p.response_a) OR has_reasoning_marks(p.response_b) AS has_reasoning_marks, p.created_at, p.commit_seq
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
 
@@ -118,9 +120,10 @@ CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
        completion.token_ids AS token_ids, completion.logprobs AS logprobs, completion.finish_reason AS finish_reason,
-       completion.policy_version AS policy_version,
+       completion.policy_version AS policy_version, completion.reasoning AS reasoning,
        CASE WHEN completion.policy_version IS NULL THEN 'answered by another model than the policy'
             WHEN completion.finish_reason = 'REFUSED' THEN 'withheld by a content filter of the server'
+            WHEN completion.reasoning <> '' THEN 'contains reasoning'
             WHEN len(completion.token_ids) = 0 OR len(completion.token_ids) <> len(completion.logprobs)
                  THEN 'no exact tokens and log-probabilities'
             WHEN len(prompt_token_ids) = 0 THEN 'no exact prompt tokens'
@@ -153,7 +156,8 @@ SELECT p.prompt_id, p.messages[-1].content AS prompt, p.source, p.tags, p.split,
 FROM all_prompts p
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, policy_version: policy_version, model: model,
-                            answers: list_transform(completions, lambda x: x.text)} ORDER BY commit_seq) AS responses
+                            answers: list_transform(completions, lambda x: x.text),
+                            reasoning: list_transform(completions, lambda x: x.reasoning)} ORDER BY commit_seq) AS responses
     FROM responses GROUP BY prompt_id) r USING (prompt_id)
 LEFT JOIN (
     SELECT prompt_id, list({record_id: record_id, run_id: run_id, round: round, principle_id: principle_id, verdict: verdict, verdicts: verdicts,

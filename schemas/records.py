@@ -91,6 +91,7 @@ class EndReason(AvroEnum):
     NONE means that the chain has not ended. SATISFIED means that the critic finds no problem. LAST_ROUND means that no rounds
     remain. UNUSABLE means that a response is unusable. SKIPPED means that responses to prompts of this source are not revised.
     LOST means that the last revision is worse than the previous response, so the previous response is the final response.
+    NO_CRITIQUE means that the critic wrote no usable critique, so the response could not be revised. It is not trained.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -100,10 +101,16 @@ class EndReason(AvroEnum):
     UNUSABLE = "UNUSABLE"
     SKIPPED = "SKIPPED"
     LOST = "LOST"
+    NO_CRITIQUE = "NO_CRITIQUE"
 
 
 class RejectionReason(AvroEnum):
-    """The reason why a response is unusable. REFUSED means that a filter of the server withheld the response or its end."""
+    """The reason why a response or a critique is unusable.
+
+    REFUSED means that a filter of the server withheld the response or its end. REASONING means that the response contains what
+    looks like the reasoning of a model. COPY means that a revision repeats the response that it should improve, and ECHO that it
+    repeats a few-shot example. LEAK means that it repeats another part of its prompt: the instruction, the critique or a heading.
+    """
 
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
@@ -111,14 +118,17 @@ class RejectionReason(AvroEnum):
     COPY = "COPY"
     ECHO = "ECHO"
     REFUSED = "REFUSED"
+    REASONING = "REASONING"
+    LEAK = "LEAK"
 
 
 class Outcome(AvroEnum):
     """The outcome of a judgment. Only OK is used for training.
 
-    EMPTY, WITHHELD and IDENTICAL mean that the pair cannot be compared, so the judge was not asked (see engine/eligibility.py).
-    EMPTY means that a response has no visible text. WITHHELD means that a filter of the server withheld a response.
-    NOT_APPLICABLE means that a person decided that the pair must not have a label.
+    EMPTY, WITHHELD, REASONING and IDENTICAL mean that the pair cannot be compared, so the judge was not asked (see
+    engine/eligibility.py). EMPTY means that a response has no visible text. WITHHELD means that a filter of the server withheld a
+    response. REASONING means that a response contains what looks like reasoning. TRUNCATED means that the judge reached its token
+    limit while it was thinking. NOT_APPLICABLE means that a person decided that the pair must not have a label.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -132,6 +142,8 @@ class Outcome(AvroEnum):
     WITHHELD = "WITHHELD"
     IDENTICAL = "IDENTICAL"
     NOT_APPLICABLE = "NOT_APPLICABLE"
+    REASONING = "REASONING"
+    TRUNCATED = "TRUNCATED"
 
 
 class LabelSource(AvroEnum):
@@ -196,17 +208,27 @@ class ModelRef(AvroModel):
 
 
 class Sampling(AvroModel):
-    """The sampling parameters of a completion."""
+    """The sampling parameters of a completion.
+
+    `max_tokens` limits the response, and `max_thinking_tokens` limits the reasoning before it. 0 means that thinking is off.
+    """
 
     temperature: float
     top_p: float
     max_tokens: int
+    max_thinking_tokens: int = 0
+
+    def to_fingerprint(self) -> dict[str, float]:
+        """Return the parameters for a fingerprint. A parameter that is off is left out, so that ids do not change."""
+        return self.model_dump(exclude_defaults=True)
 
 
 class Completion(AvroModel):
     """One sampled completion.
 
     `logprobs` are the log-probabilities of `token_ids` at the sampling temperature, from the weights that sampled them.
+    `reasoning` is what the model wrote before its response `text`. A completion with reasoning has no tokens, because RL trains on
+    all tokens of a completion, and reasoning is never trained.
     """
 
     index: int
@@ -216,6 +238,7 @@ class Completion(AvroModel):
     finish_reason: FinishReason = FinishReason.UNKNOWN
     policy_version: int | None = None
     seed: int = 0
+    reasoning: str = ""
 
 
 class Round(AvroModel):
@@ -250,7 +273,8 @@ class PrincipleVote(AvroModel):
 
     `p_forward` and `p_backward` are the probability that A is better, or null if the judge's reply cannot be read. In this case
     the option mass is 0, or null if the model returned invalid numbers. `explanation` and `explanation_backward` are what the
-    judge wrote in the two orders. Only votes with the outcome OK count, and `weight` is the weight of the vote.
+    judge wrote in the two orders, and `reasoning` and `reasoning_backward` are what it thought before that. Only votes with the
+    outcome OK count, and `weight` is the weight of the vote.
     """
 
     principle_id: str
@@ -262,6 +286,8 @@ class PrincipleVote(AvroModel):
     outcome: Outcome = Outcome.UNKNOWN
     explanation: str = ""
     explanation_backward: str = ""
+    reasoning: str = ""
+    reasoning_backward: str = ""
 
 
 class Record(AvroModel):
@@ -389,7 +415,11 @@ class Critique(Chain):
 
     `principle_id` is the principle of the written critique. If the chain ends without a written critique, it is the principle
     under which `response` was checked (an initial response) or revised (a revision). If `end_reason` is UNUSABLE,
-    `rejection_reason` is the reason why `response` is unusable.
+    `rejection_reason` is the reason why `response` is unusable. If `end_reason` is NO_CRITIQUE, it is the reason why `critique` is
+    unusable.
+
+    `reasoning` is what the critic thought before it wrote the critique. `leaks` names the parts of the prompt that the critic
+    repeated (consumers/leaks.py); marks such as `> ` are removed from the critique.
     """
 
     topic: ClassVar[str] = "critiques"
@@ -402,12 +432,15 @@ class Critique(Chain):
     similarity: OptionalFloat = None
     verdicts: list[PrincipleVerdict] = Field(default_factory=list)
     rejection_reason: RejectionReason = RejectionReason.NONE
+    reasoning: str = ""
+    leaks: list[str] = Field(default_factory=list)
 
 
 class Revision(Chain):
     """A response that was rewritten according to a critique.
 
-    `similarity` is the similarity to the previous response, from 0 to 1.
+    `similarity` is the similarity to the previous response, from 0 to 1. `reasoning` is what the model thought before it wrote the
+    revision. `leaks` names the parts of the prompt that the model repeated (consumers/leaks.py); marks such as `> ` are removed.
     """
 
     topic: ClassVar[str] = "revisions"
@@ -415,6 +448,8 @@ class Revision(Chain):
     critique: str
     similarity: float = 0.0
     rejection_reason: RejectionReason = RejectionReason.NONE
+    reasoning: str = ""
+    leaks: list[str] = Field(default_factory=list)
 
 
 class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Record):

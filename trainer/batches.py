@@ -73,7 +73,7 @@ _SELECTED_ROUNDS_SQL = """
         FROM rounds r LEFT JOIN revisions v
             ON v.response_id = r.response_id AND v.round = r.round.round AND v.response = r.round.revision
         WHERE r.round.round IN (SELECT unnest($2::INTEGER[])) AND NOT (r.end_reason = 'LOST' AND r.round.round = r.last)
-        GROUP BY ALL HAVING NOT is_blank(r.round.revision))
+        GROUP BY ALL HAVING find_rejection_reason(r.round.revision, '') = 'NONE')
     SELECT {columns} FROM (
         SELECT e.* REPLACE (coalesce(c.text, e.completion) AS completion, coalesce(c.finish_reason, e.finish_reason) AS finish_reason), c.round
         FROM trainable_responses e LEFT JOIN chosen c USING (record_id)

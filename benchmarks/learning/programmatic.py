@@ -124,6 +124,7 @@ class ProgrammaticJudge:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> list[list[Generation]]:
         raise NotImplementedError("The programmatic judge only compares responses.")
 
@@ -179,6 +180,7 @@ class ProgrammaticCritic:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> list[list[Generation]]:
         return [[self.write_completion(request)] for request in batch]
 

@@ -44,6 +44,7 @@ _LINEAGE_COLUMNS = {
     "constitution_hash": pa.string(),
     "principle_id": pa.string(),
     "has_control_markers": pa.bool_(),
+    "has_reasoning_marks": pa.bool_(),
     "created_at": pa.timestamp("us"),
 }
 

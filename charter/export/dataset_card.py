@@ -30,10 +30,10 @@ _EXCLUDED_SQL = {
         ORDER BY 2 DESC""",
     "preference": """
         SELECT 'judge gave no label: ' || outcome AS reason, count(*) AS records FROM preferences
-        WHERE (outcome <> 'OK' OR p_a IS NULL) AND outcome NOT IN ('EMPTY', 'WITHHELD', 'IDENTICAL') AND {where} GROUP BY 1
+        WHERE (outcome <> 'OK' OR p_a IS NULL) AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') AND {where} GROUP BY 1
         UNION ALL
         SELECT 'pair cannot be compared: ' || outcome, count(*) FROM preferences
-        WHERE outcome IN ('EMPTY', 'WITHHELD', 'IDENTICAL') AND {where} GROUP BY 1
+        WHERE outcome IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') AND {where} GROUP BY 1
         UNION ALL
         SELECT 'pair cannot be compared: ' || exclusion_reason, count(*) FROM preference_labels
         WHERE exclusion_reason IS NOT NULL AND {where} GROUP BY 1

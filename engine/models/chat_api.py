@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from engine.models.finish_reason import parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
+from engine.models.reasoning import join_texts, read_message, read_reasoning_fields
 from engine.models.throttle import Slot
 
 _CHARS_PER_TOKEN = 4  # used to estimate the usage if a server reports none
 # A token can contain these characters around a letter. Byte-level BPE writes a space as Ġ, SentencePiece writes it as ▁.
 _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
-_THINKING_PATTERN = re.compile(r"\s*<think>(?:.*?</think>\s*|.*\Z)", re.DOTALL)
 
 _TEXT_PART_TYPES = ("text", "output_text")
 _REASONING_PART_TYPES = ("thinking", "redacted_thinking", "reasoning")
@@ -155,7 +155,7 @@ def parse_chat_completion(text: bytes) -> JsonObject:
     usage = parse_usage(response) or NO_USAGE
     try:
         message = response["choices"][0]["message"]
-        content = message["content"] if not has_reasoning(message) else message.get("content")
+        content = message.get("content") if read_reasoning_fields(message) else message["content"]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise TransientError("the response is not a chat completion", usage=usage) from error
     if isinstance(content, list):
@@ -169,21 +169,18 @@ def parse_chat_completion(text: bytes) -> JsonObject:
 def _join_parts(parts: list[Any], message: JsonObject, usage: Usage) -> str:
     """Return the text of a content that is a list of parts. Move its reasoning to the field `reasoning_content`."""
     texts: list[str] = []
+    reasoning = [message.get("reasoning_content")]
     for part in parts:
         fields = {"type": "text", "text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
         kind, text = fields.get("type", "text"), fields.get("text")
         if kind in _REASONING_PART_TYPES:
-            message["reasoning_content"] = message.get("reasoning_content") or "reasoning in a part of the content"
+            reasoning.append(join_texts(fields) or f"({kind})")  # redacted reasoning has no text
         elif kind in _TEXT_PART_TYPES and isinstance(text, str):
             texts.append(text)
         else:
             raise TransientError(f"the content of the response has a part of type {str(kind)[:50]!r} without text", usage=usage)
+    message["reasoning_content"] = join_texts(reasoning)
     return "".join(texts)
-
-
-def has_reasoning(message: JsonObject) -> bool:
-    """Return whether a message has reasoning in a separate field."""
-    return bool(message.get("reasoning_content") or message.get("reasoning"))
 
 
 def replace_surrogates(text: str) -> str:
@@ -210,17 +207,24 @@ def estimate_usage(request: JsonObject, response: JsonObject) -> Usage:
 def parse_generation(response: JsonObject, usage: Usage) -> Generation:
     """Return the sampled completion. Add token ids and log-probabilities if the response has them for every token."""
     choice = response["choices"][0]
-    content = choice["message"]["content"]
     refusal = choice["message"].get("refusal")
-    text = _THINKING_PATTERN.sub("", content, count=1) if content.lstrip().startswith("<think>") else content
-    finish = parse_choice_finish_reason(choice)
+    separated = read_message(choice["message"])
+    text, finish = separated.response, parse_choice_finish_reason(choice)
     if isinstance(refusal, str) and refusal:
         text, finish = text or replace_surrogates(refusal), "refused"
     token_ids, logprobs = _parse_sampled_tokens(choice)
-    if text != content or has_reasoning(choice["message"]):
-        token_ids, logprobs = (), ()  # the lists also contain the tokens of the removed reasoning
     prompt = _parse_non_negative_ints(response.get("prompt_token_ids") or choice.get("prompt_token_ids"))
-    return Generation(text, finish, token_ids, logprobs, prompt, usage)
+    return Generation(
+        text,
+        finish,
+        token_ids,
+        logprobs,
+        prompt,
+        usage,
+        replace_surrogates(separated.reasoning),
+        separated.ends_in_reasoning,
+        separated.lacks_opening,
+    )
 
 
 def _parse_sampled_tokens(choice: JsonObject) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -285,6 +289,7 @@ def count_votes(replies: Sequence[Generation], options: Sequence[str]) -> Option
         option_mass=math.fsum(shares),
         usage=sum((reply.usage for reply in replies), NO_USAGE),
         unparsed_replies=tuple(reply.text for reply, vote in zip(replies, votes, strict=True) if vote is None),
+        num_cut_replies=sum(reply.ends_in_reasoning for reply in replies),
     )
 
 

@@ -7,6 +7,9 @@ format:
 
 A base model continues the dialogue. So its response ends at the point where the model starts the next message.
 
+Thinking is turned off, unless the caller turns it on. A prompt that trains always has thinking turned off, because completions that
+train contain no reasoning (engine/models/reasoning.py).
+
 A message can contain the characters of a control token (`<|im_end|>`). A space is inserted into these characters. The
 characters are then not encoded as the control token, so they do not end the message (engine/models/control_tokens.py). In the
 plain format, a paragraph can look like the start of a message. The empty line before such a paragraph is removed.
@@ -20,6 +23,7 @@ from typing import Any
 
 from engine.errors import PermanentRecordError, UsageError
 from engine.models.control_tokens import break_up_control_tokens, find_end_token_id
+from engine.models.reasoning import close_reasoning
 from schemas.records import ChatMessage
 
 _PLAIN_ROLE_PREFIXES = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
@@ -33,12 +37,17 @@ def escape_dialogue_markers(text: str) -> str:
     return "\n".join([*(part.rstrip() for part in before), last])
 
 
-def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    """Return the dialogue in the format of the chat template. Raise PermanentRecordError if the template rejects it."""
+def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]], thinking: bool) -> str:
+    """Return the dialogue in the format of the chat template. Raise PermanentRecordError if the template rejects it.
+
+    Templates that can turn thinking on and off read `enable_thinking` or `thinking`.
+    """
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinking, thinking=thinking
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise PermanentRecordError(
@@ -46,24 +55,29 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> 
             str(error),
             "put the system message into the first user message, or use a model whose template supports these roles",
         ) from error
+    return str(prompt) if thinking else close_reasoning(str(prompt))
 
 
-def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> str:
-    """Return the formatted prompt. The prompt ends where the assistant message starts, or with the prefill."""
+def format_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "", *, thinking: bool = False) -> str:
+    """Return the formatted prompt. The prompt ends where the assistant message starts, or with the prefill.
+
+    If `thinking` is false, or if there is a prefill, the model writes its response at once: thinking is turned off in the chat
+    template, and reasoning that the template has opened is closed.
+    """
     contents = [{"role": message.role, "content": break_up_control_tokens(tokenizer, message.content)} for message in messages]
     if tokenizer.chat_template:
-        return _apply_chat_template(tokenizer, contents) + prefill
+        return _apply_chat_template(tokenizer, contents, thinking and not prefill) + prefill
     parts = [
         _PLAIN_ROLE_PREFIXES.get(message["role"], "") + escape_dialogue_markers(message["content"]) for message in contents
     ]
     return "\n\n".join([*parts, "Assistant:"]) + (f" {prefill}" if prefill else "")
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "") -> list[int]:
-    """Return the token ids of the prompt."""
+def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage], prefill: str = "", *, thinking: bool = False) -> list[int]:
+    """Return the token ids of the prompt (see `format_prompt`)."""
     # A chat template already contains the special tokens. In the plain format, the tokenizer adds the special tokens.
     add_special_tokens = not tokenizer.chat_template
-    prompt = format_prompt(tokenizer, messages, prefill)
+    prompt = format_prompt(tokenizer, messages, prefill, thinking=thinking)
     return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
 
 

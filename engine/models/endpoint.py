@@ -38,7 +38,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -77,7 +77,8 @@ from engine.models.interface import (
     combine_results,
 )
 from engine.models.paid_responses import PaidResponses
-from engine.models.probe import probe_server
+from engine.models.probe import NO_THINKING_BODY, THINKING_BODY, probe_server
+from engine.models.reasoning import report_reasoning
 from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
 from engine.models.throttle import Slot, Throttle
 from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
@@ -237,6 +238,7 @@ class Endpoint:
         self.lock = threading.Lock()
         self.probe_lock = threading.Lock()
         self.unbilled_usage = NO_USAGE  # usage of failed attempts that is not yet added to a response
+        self.template_opens_reasoning = False
         self.throttle = Throttle(self.url, self.concurrency, self.timeout_s)
         self.health = ServerHealth(f"{self.url}#{self.id}")
         self.paid_responses = PaidResponses()
@@ -265,9 +267,13 @@ class Endpoint:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
         server_capabilities = self.server_capabilities
-        sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: max_tokens}
+        limit = max_tokens + max_thinking_tokens  # a server has one limit for the reasoning and the response
+        sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: limit}
+        if max_thinking_tokens and NO_THINKING_BODY.items() <= server_capabilities.extra_body.items():
+            sampling |= THINKING_BODY
         exact = top_p == 1 and temperature > 0 and (temperature == 1 or server_capabilities.processed_logprobs)
         if server_capabilities.token_ids_body is not None:
             sampling |= server_capabilities.token_ids_body
@@ -282,8 +288,23 @@ class Endpoint:
             for request in batch
             for n in range(num_completions)
         ]
-        generations = self.send_requests(requests, parse_generation)
+        generations = self.find_cut_reasoning(self.send_requests(requests, parse_generation))
         return [combine_results(generations[i : i + num_completions]) for i in range(0, len(generations), num_completions)]
+
+    def find_cut_reasoning(self, results: Sequence[Result[Generation]]) -> list[Result[Generation]]:
+        """Return the results. A text that was cut while the model was thinking becomes the reasoning.
+
+        If the chat template of the server writes the opening mark, such a text contains no mark. That the template does this is
+        known from the first completion with only a closing mark.
+        """
+        self.template_opens_reasoning |= any(isinstance(result, Generation) and result.lacks_opening for result in results)
+        return [self.check_reasoning(result) if isinstance(result, Generation) else result for result in results]
+
+    def check_reasoning(self, generation: Generation) -> Generation:
+        if self.template_opens_reasoning and generation.finish_reason == "length" and not generation.reasoning:
+            generation = replace(generation, text="", reasoning=generation.text, ends_in_reasoning=True)
+        report_reasoning(self.id, generation)
+        return generation
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[Result[OptionScores]]:
         server_capabilities = self.server_capabilities

@@ -80,6 +80,10 @@ class Generation:
     of the server removed the completion, or if the response contains a refusal. `token_ids` include the end token if the reason
     is "stop". `logprobs` are the log-probabilities of these tokens at the sampling temperature, over the whole vocabulary. All
     tuples are empty if the server does not report tokens. `reported_usage` is the usage that the server reports.
+
+    `text` does not contain the reasoning of a model that thinks; `reasoning` has it. The tokens include those of the reasoning.
+    `ends_in_reasoning` is true if the completion ended before the response began. `lacks_opening` is true if the reasoning has no
+    opening mark, because the chat template of a server has written it.
     """
 
     text: str
@@ -88,6 +92,9 @@ class Generation:
     logprobs: tuple[float, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     reported_usage: Usage | None = None
+    reasoning: str = ""
+    ends_in_reasoning: bool = False
+    lacks_opening: bool = False
 
     @property
     def usage(self) -> Usage:
@@ -110,13 +117,14 @@ class OptionScores:
 
     `logprobs` contains, for each option, the log of the total probability of its token variants. `option_mass` is the total
     probability of all options. If the model has no log-probabilities, the probabilities are shares of sampled replies, and
-    `unparsed_replies` contains the replies that are not an option.
+    `unparsed_replies` contains the replies that are not an option. `num_cut_replies` of them ended while the model was thinking.
     """
 
     logprobs: tuple[float, ...]
     option_mass: float
     usage: Usage = NO_USAGE
     unparsed_replies: tuple[str, ...] = ()
+    num_cut_replies: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,10 +173,14 @@ class Model(Protocol):
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> Sequence[Result[list[Generation]]]:
         """Sample `num_completions` completions for each request.
 
         The result has one entry for each request: a list of `num_completions` completions, or the error of the request.
+
+        If `max_thinking_tokens` is above 0, the model may first think, and this limits the tokens of its reasoning. `max_tokens`
+        limits the tokens of the response. If it is 0, thinking is turned off. A prefill also turns thinking off.
         """
         ...
 

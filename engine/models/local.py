@@ -4,6 +4,8 @@ Weights are loaded from safetensors, or from the installed GGUF file, which is c
 never loaded. Prompts are sorted by length, and the number of rows in a batch is limited. The keys and values of a prompt are
 computed once for all its completions. Finished rows are removed from the batch.
 
+Reasoning and response have separate token limits. The reasoning is separated from the response (engine/models/reasoning.py).
+
 This module has its own decode loop. To return log-probabilities, `model.generate` would keep the logits of every step. These
 logits have the size (steps, rows, vocabulary).
 
@@ -32,6 +34,14 @@ from engine.models.chat_template import DIALOGUE_MARKER, encode_prompt
 from engine.models.control_tokens import find_end_token_id
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Result, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
+from engine.models.reasoning import (
+    SeparatedText,
+    has_closing_mark,
+    has_opening_mark,
+    is_reasoning_open,
+    report_reasoning,
+    separate_reasoning,
+)
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 from engine.progress import track_work
 
@@ -95,6 +105,22 @@ class SampledSequence:
     logprobs: list[float] = field(default_factory=list)
     is_finished: bool = False
     timed_out: bool = False
+    is_cut: bool = False
+    is_thinking: bool = False
+    has_opening: bool = False
+    num_reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _TokenLimits:
+    """The limits of the tokens of a response and of its reasoning. `thinking` is 0 if the model does not think."""
+
+    response: int
+    thinking: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.response + self.thinking
 
 
 class LocalModel:
@@ -134,12 +160,14 @@ class LocalModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
-        encoded = self.encode_batch(batch, max_tokens)
+        limits = _TokenLimits(max_tokens, max_thinking_tokens)
+        encoded = self.encode_batch(batch, limits.total, thinking=max_thinking_tokens > 0)
         fitting = [i for i, prompt in enumerate(encoded) if not isinstance(prompt, CharterError)]
         generations = iter(
             self.generate_fitting(
-                [batch[i] for i in fitting], _select_prompts(encoded), num_completions, temperature, top_p, max_tokens
+                [batch[i] for i in fitting], _select_prompts(encoded), num_completions, temperature, top_p, limits
             )
         )
         return [prompt if isinstance(prompt, CharterError) else next(generations) for prompt in encoded]
@@ -151,12 +179,12 @@ class LocalModel:
         num_completions: int,
         temperature: float,
         top_p: float,
-        max_tokens: int,
+        limits: _TokenLimits,
     ) -> list[list[Generation]]:
         """Sample completions of prompts that fit into the context."""
         results: list[list[Generation]] = [[] for _ in batch]
-        for chunk in self.batch_by_length(prompts, rows_per_prompt=num_completions, max_new_tokens=max_tokens):
-            rows = self.sample_batch(chunk, batch, prompts, num_completions, temperature, top_p, max_tokens)
+        for chunk in self.batch_by_length(prompts, rows_per_prompt=num_completions, max_new_tokens=limits.total):
+            rows = self.sample_batch(chunk, batch, prompts, num_completions, temperature, top_p, limits)
             for row in rows:
                 results[row.request_index].append(self.make_generation(row, prompts[row.request_index]))
         return results
@@ -230,24 +258,26 @@ class LocalModel:
 
     # Prompts
 
-    def encode_batch(self, batch: Sequence[GenerationRequest], max_tokens: int) -> list[Result[list[int]]]:
+    def encode_batch(
+        self, batch: Sequence[GenerationRequest], max_tokens: int, *, thinking: bool = False
+    ) -> list[Result[list[int]]]:
         """Return the token ids of each prompt, or the error of a prompt that cannot be used."""
-        return [self.encode_or_fail(request, max_tokens) for request in batch]
+        return [self.encode_or_fail(request, max_tokens, thinking) for request in batch]
 
-    def encode_or_fail(self, request: GenerationRequest, max_tokens: int) -> Result[list[int]]:
+    def encode_or_fail(self, request: GenerationRequest, max_tokens: int, thinking: bool) -> Result[list[int]]:
         try:
-            return self.encode_request(request, max_tokens)
+            return self.encode_request(request, max_tokens, thinking=thinking)
         except PermanentRecordError as error:
             return error
 
-    def encode_request(self, request: GenerationRequest, max_tokens: int) -> list[int]:
+    def encode_request(self, request: GenerationRequest, max_tokens: int, *, thinking: bool = False) -> list[int]:
         """Return the token ids of a prompt. Raise PermanentRecordError if prompt and completion exceed the context length."""
-        ids = encode_prompt(self.tokenizer, request.messages, request.prefill)
+        ids = encode_prompt(self.tokenizer, request.messages, request.prefill, thinking=thinking)
         if len(ids) + max_tokens > self.context_length:
             raise PermanentRecordError(
                 f"a prompt of {len(ids)} tokens and a completion of up to {max_tokens} tokens do not fit the context",
                 f"{self.id} has a context length of {self.context_length} tokens",
-                "shorten the prompt, or lower respond.max_tokens",
+                "shorten the prompt, or lower max_tokens or max_thinking_tokens of the stage",
             )
         return ids
 
@@ -298,22 +328,31 @@ class LocalModel:
         num_completions: int,
         temperature: float,
         top_p: float,
-        max_tokens: int,
+        limits: _TokenLimits,
     ) -> list[SampledSequence]:
         """Sample all completions of one batch of prompts."""
         cache = DynamicCache(config=self.model.config)
         logits, mask = self.run_prefill([prompts[i] for i in prompt_indices], cache)
         rows = [
-            SampledSequence(i, random.Random(f"{batch[i].seed}/{n}")) for i in prompt_indices for n in range(num_completions)
+            SampledSequence(
+                i,
+                random.Random(f"{batch[i].seed}/{n}"),
+                is_thinking=limits.thinking > 0 and not batch[i].prefill,
+                has_opening=self.is_reasoning_open(prompts[i]),
+            )
+            for i in prompt_indices
+            for n in range(num_completions)
         ]
         if num_completions > 1:
             cache.batch_repeat_interleave(num_completions)
             logits, mask = logits.repeat_interleave(num_completions, 0), mask.repeat_interleave(num_completions, 0)
         active, positions, started = list(rows), mask.sum(-1), time.monotonic()
-        for step in range(max_tokens):
+        for step in range(limits.total):
             tokens = self.sample_next_tokens(logits, active, temperature, top_p)
             _stop_timed_out(active, batch, time.monotonic() - started)
-            if step + 1 == max_tokens or all(row.is_finished for row in active):
+            if limits.thinking:
+                self.apply_limits(active, limits)
+            if step + 1 == limits.total or all(row.is_finished for row in active):
                 break
             active, tokens, mask, positions = _drop_finished_rows(cache, active, tokens, mask, positions)
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=-1)
@@ -344,6 +383,34 @@ class LocalModel:
                 row.is_finished = token in self.stop_token_ids or self.has_dialogue_marker(row)
         return tokens
 
+    def apply_limits(self, rows: Sequence[SampledSequence], limits: _TokenLimits) -> None:
+        """Mark the rows as finished whose reasoning or whose response has reached its limit."""
+        for row in rows:
+            if row.is_finished:
+                continue
+            if row.is_thinking:
+                self.count_reasoning(row, limits.thinking)
+            num_response_tokens = len(row.token_ids) - row.num_reasoning_tokens
+            is_over = row.num_reasoning_tokens >= limits.thinking if row.is_thinking else num_response_tokens >= limits.response
+            row.is_finished = row.is_cut = is_over
+
+    def count_reasoning(self, row: SampledSequence, limit: int) -> None:
+        """Count the newest token as a token of the reasoning. The reasoning ends with its closing mark.
+
+        A row without an opening mark among its first tokens is a response from its first token on.
+        """
+        row.num_reasoning_tokens += 1
+        row.has_opening = row.has_opening or has_opening_mark(self.tokenizer.decode(row.token_ids[:_MAX_MARKER_TOKENS]))
+        if not row.has_opening:
+            if len(row.token_ids) >= min(_MAX_MARKER_TOKENS, limit):
+                row.is_thinking, row.num_reasoning_tokens = False, 0
+        elif has_closing_mark(self.tokenizer.decode(row.token_ids[-_MAX_MARKER_TOKENS:])):
+            row.is_thinking = False
+
+    def is_reasoning_open(self, prompt_token_ids: Sequence[int]) -> bool:
+        """Return whether the prompt ends with an opening mark of reasoning, so that a completion begins inside the reasoning."""
+        return is_reasoning_open(self.tokenizer.decode(prompt_token_ids[-_MAX_MARKER_TOKENS:]))
+
     def has_dialogue_marker(self, row: SampledSequence) -> bool:
         """Return whether a base model has started the next message of the dialogue."""
         if self.tokenizer.chat_template:
@@ -352,16 +419,37 @@ class LocalModel:
         return DIALOGUE_MARKER.search(end) is not None
 
     def make_generation(self, row: SampledSequence, prompt_token_ids: Sequence[int]) -> Generation:
-        is_stopped = row.is_finished and not row.timed_out
+        is_stopped = row.is_finished and not row.timed_out and not row.is_cut
         ids = row.token_ids[:-1] if is_stopped and row.token_ids[-1] in self.stop_token_ids else row.token_ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Generation(
-            text=text if self.tokenizer.chat_template else DIALOGUE_MARKER.split(text, 1)[0],
+        separated = self.decode_completion(ids, is_open=self.is_reasoning_open(prompt_token_ids))
+        generation = Generation(
+            text=separated.response,
             finish_reason="timeout" if row.timed_out else "stop" if is_stopped else "length",
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
             prompt_token_ids=tuple(prompt_token_ids),
+            reasoning=separated.reasoning,
+            ends_in_reasoning=separated.ends_in_reasoning,
         )
+        report_reasoning(self.id, generation)
+        return generation
+
+    def decode_completion(self, token_ids: Sequence[int], *, is_open: bool) -> SeparatedText:
+        """Decode a completion, and separate its reasoning from its response.
+
+        The marks of reasoning are special tokens in some models (gpt-oss, Magistral), so they are decoded first and removed later.
+        """
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        if not self.tokenizer.chat_template:
+            return SeparatedText(DIALOGUE_MARKER.split(text, 1)[0])
+        marked_text = self.tokenizer.decode(token_ids)
+        separated = separate_reasoning(marked_text, is_open=is_open)
+        if separated.response == marked_text:
+            return SeparatedText(text)
+        response = separated.response
+        for token in self.tokenizer.all_special_tokens:
+            response = response.replace(token, "")
+        return replace(separated, response=response)
 
     # Options
 

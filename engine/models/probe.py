@@ -32,12 +32,10 @@ from engine.models.chat_api import (
     JsonObject,
     RequestRejected,
     ServerCapabilities,
-    has_reasoning,
     parse_generation,
     parse_top_logprobs,
     parse_usage,
 )
-from engine.models.finish_reason import parse_choice_finish_reason
 from engine.models.interface import NO_USAGE
 
 logger = logging.getLogger("charter.endpoint")
@@ -58,14 +56,13 @@ _THINKING_MAX_TOKENS = 1024  # enough for a model that thinks before it replies 
 _THINKING_PROBE_MAX_TOKENS = 128  # enough to see that a model thinks
 _BASE_MAX_TOKENS = (_PROBE_MAX_TOKENS, _THINKING_MAX_TOKENS)
 _TEMPERATURE_BODIES: tuple[JsonObject, ...] = ({"temperature": 0.0}, {"temperature": 1.0}, {})
-_THINKING_PATTERN = re.compile(
-    r"\s*(?:<think|<thought|<reasoning|\[THINK\]|<\|channel\|>analysis)|.*</(?:think|thought|reasoning)", re.I | re.S
-)
 _TOKEN_ID_PATTERN = re.compile(r"token_id:\d+")
 _TOP_LOGPROBS_COUNTS = (20, 5)
 _MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 _LOGPROB_TOLERANCE = 1e-3  # smaller differences between log-probabilities are treated as rounding errors
 NO_THINKING_BODY: JsonObject = {"chat_template_kwargs": {"enable_thinking": False}}
+# Chat templates use one of these names. They ignore the other one.
+THINKING_BODY: JsonObject = {"chat_template_kwargs": {"enable_thinking": True, "thinking": True}}
 UNMODIFIED_SAMPLING_BODY: JsonObject = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
 TOKEN_IDS_BODIES: tuple[JsonObject, ...] = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True})
@@ -138,10 +135,9 @@ class _ServerProbe:
         response = self.try_fields({self.max_tokens_field: max_tokens})
         if response is None:
             return False
-        choice = response["choices"][0]
-        text = choice["message"]["content"]
-        is_hidden = not text.strip() and parse_choice_finish_reason(choice) == "length"
-        return is_hidden or has_reasoning(choice["message"]) or bool(_THINKING_PATTERN.match(text))
+        generation = parse_generation(response, NO_USAGE)
+        is_hidden = not generation.text.strip() and generation.finish_reason == "length"
+        return is_hidden or bool(generation.reasoning)
 
     def is_sampling(self) -> bool:
         """Return whether two seeds give two different completions at temperature 1."""
@@ -234,7 +230,7 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
         logger.warning("%s does not support a prefilled assistant message: prompts ask for the option instead", server.url)
     if capabilities.thinks:
         logger.warning(
-            "%s cannot turn thinking off: the reasoning is removed from its completions, and option mass is low", server.url
+            "%s cannot turn thinking off: the reasoning is separated from its completions, and option mass is low", server.url
         )
     if not capabilities.any_temperature:
         logger.warning(

@@ -21,6 +21,7 @@ from engine.models.interface import (
     Result,
     Usage,
 )
+from engine.models.reasoning import separate_reasoning
 
 POISON_TEXT = "POISON-PILL"
 _WORDS = ["river", "stone", "bread", "window", "garden", "letter", "winter", "music", "silver", "paper", "engine", "harbour"]
@@ -63,6 +64,7 @@ class ScriptedModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int = 256,
+        max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
         self.raise_queued_error()
         self.num_generated += len(batch) * num_completions
@@ -86,12 +88,15 @@ class ScriptedModel:
             self.text_rule(request, sample_index) if self.text_rule else " ".join(_WORDS[b % len(_WORDS)] for b in noise[:12])
         )
         words = text.split()[: max_tokens - 1]
+        separated = separate_reasoning(" ".join(words))
         return Generation(
-            text=" ".join(words),
+            text=separated.response,
             finish_reason="stop",
             token_ids=(*(10 + int(hashlib.md5(word.encode()).hexdigest()[:4], 16) % 1000 for word in words), 2),
             logprobs=tuple(-0.1 - noise[i % 32] / 100 for i in range(len(words) + 1)),
             prompt_token_ids=tuple(10 + b for b in _hash_request(request)[:8]),
+            reasoning=separated.reasoning,
+            ends_in_reasoning=separated.ends_in_reasoning,
         )
 
     def score_one(self, request: GenerationRequest, options: Sequence[str]) -> OptionScores:

@@ -23,6 +23,7 @@ DEFAULT = load_constitution("default")
 SPEC = "faulty"
 VOTES = ModelCapabilities(prefill=False, logprobs=False, token_ids=False, exact_logprobs=False, num_votes=8)
 PAIRS = 30
+CHAINS = 120  # enough for every kind of unusable revision
 HONEST = "an honest revision of it"
 POSITION_MARKER = "the answer shown first"  # for a prompt with these words the judge prefers the first position
 
@@ -61,7 +62,8 @@ class FaultyModel(ScriptedModel):
         if "Begin with" in request.messages[0].content:
             opening = "" if request.prefill else "Answer: ("
             return f"{opening}{'A' if score_honestly(request) > 0.5 else 'B'}) It is kinder."
-        return f"{HONEST} {self.rng.random()}"
+        is_critique = "Answer in two or three sentences" in request.messages[0].content
+        return f"{'It could be much kinder, as said' if is_critique else HONEST} {self.rng.random()}"
 
     def fails(self):
         is_fault = self.rng.random() < self.rate
@@ -75,10 +77,11 @@ class FaultyModel(ScriptedModel):
         if not self.fails():
             return super().generate_one(request, sample, temperature, max_tokens)
         content = request.messages[0].content
-        if "Write only the new answer" in content:  # a revision: it may also copy or echo
-            echoes = [Generation(example.revision, "stop") for example in DEFAULT.examples]
+        if "Write only the new answer" in content:  # a revision: it may also copy its prompt, or keep its reasoning
             response = content.rpartition("\nAssistant:\n> ")[2].partition("\n\n")[0]
-            return self.rng.choice([*FAULTY_GENERATIONS[:2], FAULTY_GENERATIONS[4], *echoes, Generation(response, "stop")])
+            texts = [DEFAULT.examples[0].revision, response, content.rpartition("\n\n")[2], f"{HONEST}\n<think>\nhm\n</think>"]
+            copies = [Generation(text, "stop") for text in texts]
+            return self.rng.choice([*FAULTY_GENERATIONS[:2], FAULTY_GENERATIONS[4], *copies])
         return self.rng.choice([*FAULTY_GENERATIONS, *(UNPARSEABLE if "Begin with" in content else [])])
 
 
@@ -198,10 +201,10 @@ def run_chains(model, preset, responses):
 @pytest.mark.parametrize("preset", PRESETS["critique"])
 def test_only_usable_responses_train_and_no_verdict_is_invented(tmp_path, make_response, preset):
     model = FaultyModel(preset)
-    responses = [make_response((f"good answer {n}", "x"), text=f"prompt {n}") for n in range(PAIRS)]
+    responses = [make_response((f"good answer {n}", "x"), text=f"prompt {n}") for n in range(CHAINS)]
     records = run_chains(model, preset, responses)
     ends = [record for record in records if record.final]
-    assert len(ends) == len({end.response_id for end in ends}) == PAIRS and model.counts["faults"] > PAIRS / 4
+    assert len(ends) == len({end.response_id for end in ends}) == CHAINS and model.counts["faults"] > CHAINS / 4
     critiques = [record for record in records if isinstance(record, Critique)]
     for verdict in (v for critique in critiques for v in critique.verdicts):
         assert verdict.verdict in (Verdict.FLAWED, Verdict.LOW_MASS)
@@ -211,10 +214,12 @@ def test_only_usable_responses_train_and_no_verdict_is_invented(tmp_path, make_r
     assert all(end.end_reason is not EndReason.SATISFIED for end in ends)  # no honest verdict is CLEAN
     unusable = {r.response_id for r in records if isinstance(r, Revision) and r.rejection_reason is not RejectionReason.NONE}
     assert {end.response_id for end in ends if end.end_reason is EndReason.UNUSABLE} == unusable
+    without_critique = [end for end in ends if end.end_reason is EndReason.NO_CRITIQUE]
+    assert {end.rejection_reason for end in without_critique} == {RejectionReason.EMPTY, RejectionReason.REFUSED}
     reasons = {r.rejection_reason for r in records if isinstance(r, Revision)}
     assert reasons == set(RejectionReason) - {RejectionReason.UNKNOWN}
     trained = make_database(tmp_path, [*responses, *records]).query_rows("SELECT completion FROM sft_examples")
-    assert len(trained) == PAIRS - len(unusable) > 0
+    assert len(trained) == CHAINS - len(unusable) - len(without_critique) > 0
     assert all(text.startswith(HONEST) or text.startswith("good answer") for (text,) in trained)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -295,6 +296,7 @@ def test_refusal_pattern_matches_refusals_only(text, is_refusal):
         (make_generation("", "refused"), Outcome.REFUSED),
         (make_generation("A) It is", "timeout"), Outcome.TIMEOUT),
         (make_generation("  "), Outcome.UNPARSEABLE),
+        (Generation("", "length", reasoning="Let me think", ends_in_reasoning=True), Outcome.TRUNCATED),
     ],
 )
 def test_unusable_written_reply_has_an_outcome_and_no_label(make_response, preset, generation, outcome):
@@ -307,6 +309,24 @@ def test_unusable_written_reply_has_an_outcome_and_no_label(make_response, prese
     assert (record.outcome, record.p_a, record.p_forward, record.p_backward) == (outcome, None, None, None)
     assert record.votes[0].outcome is outcome and record.votes[0].p_forward is None
     assert_no_nan(record)
+
+
+@pytest.mark.parametrize("preset", ["bai2022-cot", "course"])
+def test_judge_that_thinks_has_a_budget_and_its_reasoning_is_kept_apart(make_response, preset):
+    requests = []
+
+    class ThinkingModel(ScriptedModel):
+        def generate(self, batch, **sampling):
+            requests.extend((request.prefill, sampling["max_thinking_tokens"]) for request in batch)
+            return [[Generation("Answer: (A) It is kinder.", "stop", reasoning="Let me think.")] for _ in batch]
+
+    stage = replace(judge(preset, ThinkingModel()), max_thinking_tokens=500)
+    record = judge_one(stage, make_response())
+    assert set(requests[:2]) == {("", 500)} and record.sampling.max_thinking_tokens == 500
+    assert record.outcome in (Outcome.OK, Outcome.POSITION_FLIP)  # this judge always writes A
+    assert record.votes[0].reasoning == record.votes[0].reasoning_backward == "Let me think."
+    assert "think" not in record.explanation
+    assert record.record_id != judge_one(judge(preset, ThinkingModel()), make_response()).record_id
 
 
 @pytest.mark.parametrize(
@@ -325,6 +345,10 @@ def test_unusable_written_reply_has_an_outcome_and_no_label(make_response, prese
         (
             OptionScores((math.log(0.25), -math.inf), 0.25, unparsed_replies=("I cannot choose.",) + ("both",) * 5),
             Outcome.UNPARSEABLE,
+        ),
+        (
+            OptionScores((math.log(0.25), -math.inf), 0.25, unparsed_replies=("",) * 6, num_cut_replies=5),
+            Outcome.TRUNCATED,
         ),
     ],
 )

@@ -9,11 +9,12 @@ from consumers.judge import JudgeStage
 from consumers.respond import RespondStage
 from consumers.revise import ReviseStage
 from consumers.templates import LETTER_ONLY_INSTRUCTION, TEMPLATE_HASHES, get_template_hash
-from engine.models.interface import ModelCapabilities, OptionScores
+from engine.models.interface import Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from schemas import ids
 from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, EndReason, FinishReason, Outcome, RejectionReason, Round, Sampling, Verdict
+from tests.support.records import RecordDatabase
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=64)
 DEFAULT = load_constitution("default")
@@ -80,6 +81,26 @@ def test_record_id_depends_on_the_policy_only(make_prompt):
     ((newer,),) = respond(ScriptedModel(revision="w2"), 2)([make_prompt()])
     assert first.record_id == again.record_id != newer.record_id
     assert first.completions == again.completions
+
+
+def test_completion_with_reasoning_has_no_tokens_and_does_not_train_ppo(make_prompt, tmp_path):
+    prompt = make_prompt()
+    model = ScriptedModel(text_rule=lambda request, n: "<think>hm</think> yes" if n else "no")
+    ((record,),) = respond(model)([prompt])
+    plain, thinking = record.completions
+    assert (thinking.text, thinking.reasoning, thinking.token_ids, thinking.logprobs) == ("yes", "hm", [], [])
+    assert plain.token_ids and plain.reasoning == ""
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    database.add(prompt, record)
+    reasons = database.query_rows("SELECT completion_index, exclusion_reason FROM rollouts ORDER BY 1")
+    assert reasons == [(0, None), (1, "contains reasoning")]
+
+
+def test_thinking_budget_changes_record_ids(make_prompt):
+    thinking = SAMPLING.model_copy(update={"max_thinking_tokens": 100})
+    ((plain,),) = respond(ScriptedModel())([make_prompt()])
+    ((other,),) = RespondStage(lambda: (ScriptedModel(), 0), 2, thinking)([make_prompt()])
+    assert plain.record_id != other.record_id and other.sampling.max_thinking_tokens == 100
 
 
 # Critique and revise
@@ -201,8 +222,36 @@ def test_written_critique_of_a_revision_names_its_own_principle(make_response):
     for text in ("why", ""):  # also if the critic writes nothing
         model = ScriptedModel(option_rule=make_verdict_rule(0.9), text_rule=lambda request, n, text=text: text)
         ((critique,),) = criticize(model, course, rounds=3)([revision])
-        assert critique.end_reason is EndReason.NONE and critique.critique == text
+        assert critique.end_reason is (EndReason.NONE if text else EndReason.NO_CRITIQUE) and critique.critique == text
         assert critique.principle_id == course.critique[1].id != revision.rounds[-1].principle_id
+
+
+@pytest.mark.parametrize(
+    ("generation", "reason"),
+    [
+        (Generation("", "length", reasoning="hm", ends_in_reasoning=True), RejectionReason.EMPTY),
+        (Generation("The answer", "refused"), RejectionReason.REFUSED),
+        (None, RejectionReason.LEAK),  # the critic repeats its instruction
+    ],
+)
+def test_unusable_critique_is_not_revised(make_response, generation, reason):
+    class FixedCritic(ScriptedModel):
+        def generate(self, batch, **sampling):
+            repeated = [request.messages[0].content.rpartition("\n\n")[2] for request in batch]
+            return [[generation or Generation(text, "stop")] for text in repeated]
+
+    ((record,),) = criticize(FixedCritic(option_rule=make_verdict_rule(0.9)))([make_response()])
+    assert (record.end_reason, record.final, record.rejection_reason) == (EndReason.NO_CRITIQUE, True, reason)
+    assert record.principle_id and record.reasoning == (generation.reasoning if generation else "")
+    assert revise(ScriptedModel())([record]) == [[]] == judge(ScriptedModel(), pairing="revision")([record])
+
+
+def test_copied_formatting_is_not_part_of_critiques_and_revisions(make_response):
+    model = ScriptedModel(option_rule=make_verdict_rule(0.9), text_rule=lambda request, n: "> this is why")
+    ((critique,),) = criticize(model)([make_response()])
+    ((revision,),) = revise(ScriptedModel(text_rule=lambda request, n: "Assistant: a better response now"))([critique])
+    assert (critique.critique, critique.leaks) == ("this is why", ["quotation mark"])
+    assert (revision.response, revision.leaks, revision.final) == ("a better response now", ["role name"], False)
 
 
 def test_verdict_with_low_option_mass_is_not_clean(make_response):

@@ -231,7 +231,7 @@ def test_content_in_parts_is_joined_without_its_reasoning():
     reply = make_chat_completion(parts)
     reply["choices"][0]["token_ids"] = [1, 2]
     one = parse_generation(parse_chat_completion(json.dumps(reply).encode()), NO_USAGE)
-    assert (one.text, one.token_ids) == ("A bird.", ())
+    assert (one.text, one.reasoning) == ("A bird.", "plan")
     with pytest.raises(TransientError, match="image_url"):
         parse_chat_completion(json.dumps(make_chat_completion([{"type": "image_url"}])).encode())
     without_content = make_chat_completion("")
@@ -333,8 +333,49 @@ def test_thinking_is_removed_from_the_completion():
     reply = make_chat_completion("<think>A or B? A.</think>\nB", finish_reason="content_filter")
     reply["choices"][0]["token_ids"] = [1, 2]
     one = parse_generation(reply, NO_USAGE)
-    assert (one.text, one.token_ids, one.finish_reason) == ("B", (), "refused")
-    assert parse_generation(make_chat_completion("<think>never ends"), NO_USAGE).text == ""
+    assert (one.text, one.reasoning, one.finish_reason) == ("B", "A or B? A.", "refused")
+    cut = parse_generation(make_chat_completion("<think>never ends"), NO_USAGE)
+    assert (cut.text, cut.reasoning, cut.ends_in_reasoning) == ("", "never ends", True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_content": "plan"},
+        {"reasoning": "plan"},
+        {"thinking": "plan"},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "plan"}]},
+    ],
+)
+def test_reasoning_in_a_field_of_the_message_is_kept_apart(fields):
+    reply = make_chat_completion("Paris.")
+    reply["choices"][0]["message"] |= fields
+    one = parse_generation(reply, NO_USAGE)
+    assert (one.text, one.reasoning, one.ends_in_reasoning) == ("Paris.", "plan", False)
+    reply["choices"][0]["message"]["content"] = ""  # the server has cut the reasoning
+    assert parse_generation(reply, NO_USAGE).ends_in_reasoning
+
+
+def test_cut_reasoning_without_marks_is_known_from_another_completion(server):
+    texts = {"a": ("Let me think.\n</think>\n\nParis.", "stop"), "b": ("Let me think about", "length"), "c": ("Rome.", "stop")}
+    server.script = lambda n, request: (200, make_chat_completion(*texts[request["messages"][0]["content"]]))
+    model = make_endpoint(server)
+    ((before,),) = model.generate([make_request("b")])
+    assert before.text == "Let me think about"  # nothing shows yet that the template writes the opening mark
+    (one,), (cut,), (other,) = model.generate([make_request(name) for name in "abc"])
+    assert (one.text, one.reasoning, other.text) == ("Paris.", "Let me think.", "Rome.")
+    assert (cut.text, cut.reasoning, cut.ends_in_reasoning) == ("", "Let me think about", True)
+
+
+def test_thinking_budget_turns_thinking_on_and_extends_the_limit(server):
+    capabilities = ServerCapabilities(extra_body=NO_THINKING_BODY)
+    for budget in (0, 50):
+        make_endpoint(server, cached_server_capabilities=capabilities).generate(
+            [make_request()], max_tokens=11, max_thinking_tokens=budget
+        )
+    off, on = server.request_bodies
+    assert off["max_tokens"] == 11 and off["chat_template_kwargs"] == {"enable_thinking": False}
+    assert on["max_tokens"] == 61 and on["chat_template_kwargs"]["enable_thinking"] is True
 
 
 # Options

@@ -116,3 +116,10 @@ def test_committed_settings_file_is_up_to_date():
     assert Path("charter.toml").read_text(encoding="utf-8") == format_settings_file(), (
         "run: charter config --defaults > charter.toml"
     )
+
+
+def test_thinking_budget_needs_a_judge_that_writes():
+    with pytest.raises(UsageError, match=r"judge\.max_thinking_tokens cannot be .100.(.|\n)*reasoning or letter"):
+        load_settings({"judge.max_thinking_tokens": "100"}, environment={})
+    flags = {"judge.max_thinking_tokens": "100", "judge.preset": "bai2022-cot"}
+    assert load_settings(flags, environment={})[0].judge.max_thinking_tokens == 100
