@@ -15,7 +15,7 @@ from typing import Any
 
 from charter.connect import open_sink_lock, open_store
 from charter.console import print_progress
-from charter.lookup import find_erased_prompt_ids, find_prompt_ids
+from charter.lookup import describe_matches, find_erased_prompt_ids, find_prompt_ids, find_prompt_titles
 from charter.progress import show_progress
 from charter.text import wrap_text
 from consumers.sink import Sink
@@ -103,9 +103,10 @@ def _find_prompt_id(store: Store, identifier: str) -> str:
     # An erasure that was interrupted can be repeated.
     matches = find_prompt_ids(store, identifier) or find_erased_prompt_ids(store, identifier)
     if len(matches) != 1:
+        listed = describe_matches(len(matches), find_prompt_titles(store, matches)) if matches else "no record has such an id"
         raise UsageError(
             f"{identifier!r} matches {len(matches) or 'no'} prompts",
-            "an erasure cannot be undone, so each id must match exactly one prompt",
+            f"an erasure cannot be undone, so each id must match exactly one prompt; {listed}",
             "type: charter sql 'select prompt_id, prompt from traces'    and give a complete prompt_id",
         )
     return matches[0]

@@ -20,6 +20,7 @@ from charter.dashboard.serve import open_socket
 from consumers.sink import Sink
 from engine.bus import open_bus
 from engine.bus.read import read_values
+from engine.instances import ServiceLease
 from producers.files import FileProducer
 from schemas.codec import decode_record
 from schemas.records import Preference
@@ -197,6 +198,11 @@ def test_a_page_shows_a_new_record_without_a_reload(open_session, settings, tmp_
         bus.close()
         expect(tile).to_have_text(str(before + 1), timeout=15_000)
         assert page.evaluate("window.notReloaded") == 1
+        expect(page.locator("#live")).to_have_attribute("data-state", "stopped", timeout=15_000)  # no worker runs
+        lease = ServiceLease(settings.folder, "trainer")
+        expect(page.locator("#live")).to_have_attribute("data-state", "live", timeout=15_000)
+        lease.close()
+        expect(page.locator("#live")).to_have_attribute("data-state", "stopped", timeout=15_000)
         page.locator("#live").click()
         assert page.locator("#live").get_attribute("data-state") == "paused"
 
