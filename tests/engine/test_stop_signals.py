@@ -73,13 +73,13 @@ from charter.__main__ import end_on_interrupt
 from engine.stop_signals import interrupt_once
 end_on_interrupt()
 interrupt_once()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep({sleep_s})
     print("not interrupted", flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-    time.sleep(600)
+    time.sleep(600)  # until the second signal
 """
 
 
