@@ -176,7 +176,7 @@ def make_human_label(row: dict[str, Any], choice: str, labeler: str) -> Preferen
         raise UsageError(
             f"the pair {str(row['record_id'])[:8]} cannot be labeled",
             problem[1],
-            "label another pair: charter label shows only pairs that can be compared",
+            "label another pair; the pairs that can be compared are shown by: charter label",
         )
     created_at, p_a = datetime.now(UTC), P_A_BY_CHOICE[choice]
     parent_id = str(row["record_id"])

@@ -25,7 +25,7 @@ from charter.pipeline import make_critique_stage, make_judge_stage, make_respond
 from charter.stages import STAGE_ROLES
 from constitutions.loader import Constitution
 from engine.budget import Price, parse_prices
-from engine.errors import CharterError, UsageError
+from engine.errors import CharterError
 from engine.models.control_tokens import break_up_markers
 from engine.models.interface import (
     LOCAL_CAPABILITIES,
@@ -200,13 +200,14 @@ def _find_missing_input(record: Record, parent: Record | None, manifests: Sequen
     return ""
 
 
-def _parse_settings(text: str) -> Settings:
+def _parse_settings(text: str) -> Settings | str:
+    """Return the settings of a run manifest, or the reason why this version of Charter cannot read them."""
     values = {name: section for name, section in json.loads(text).items() if name != "replay"}
     try:
         return Settings(**values)
     except ValidationError as error:
         names = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:3])
-        raise UsageError("the settings of the run manifest are not valid in this version of Charter", names) from error
+        return f"the settings of the run manifest are not valid in this version of Charter: {names}"
 
 
 def _find_price(record: Record, manifests: Sequence[dict[str, Any]], prices: Mapping[str, Price]) -> Price | None:
@@ -219,10 +220,9 @@ def _find_price(record: Record, manifests: Sequence[dict[str, Any]], prices: Map
 
 def _rebuild_with_manifest(record: Record, parent: Record, manifest: dict[str, Any], inputs: StageInputs) -> SentPrompts:
     """Run the stage with the settings of one manifest, for each combination of capabilities until the record is the same."""
-    try:
-        settings = _parse_settings(manifest["settings"])
-    except UsageError as error:
-        return SentPrompts(problem=f"{error.what}: {error.why}")
+    settings = _parse_settings(manifest["settings"])
+    if isinstance(settings, str):
+        return SentPrompts(problem=settings)
     constitution = inputs.constitutions[record.constitution.hash] if record.constitution else None
     best = SentPrompts(problem="the stage makes no such record")
     for capabilities in _CAPABILITIES:

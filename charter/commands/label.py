@@ -34,7 +34,7 @@ from engine.store import Store
 
 _QUERY_TIMEOUT_S = 20.0
 _MAX_LINES = 40  # maximum lines of the prompt and of each response; the user can type w to see all lines
-_LINE_KEYS = {"record_id", "prefer", "labeler"}  # the keys of a line of standard input
+_LINE_KEYS = ("record_id", "prefer", "labeler")  # the keys of a line of standard input
 
 
 @click.command()
@@ -129,7 +129,7 @@ def _label_from_stdin(store: Store, bus: Bus, labeler: str) -> int:
             pair = _find_pair(store, entry["record_id"])
             record = make_human_label(pair, entry["prefer"], entry.get("labeler", labeler))
         except CharterError as error:
-            click.echo(to_one_line(f"line {number}: {error.what}: {error.why}"), err=True)
+            click.echo(to_one_line(f"line {number}: {error.what}: {error.why}; {error.fix}"), err=True)
             num_invalid += 1
             continue
         publish_label(bus, record)
@@ -142,20 +142,20 @@ def _label_from_stdin(store: Store, bus: Bus, labeler: str) -> int:
 
 def _parse_line(line: bytes) -> dict[str, str]:
     """Return the label of a line of standard input. Raise UsageError if it is not a label."""
-    expected = f'expected {{"record_id": ID, "prefer": {", ".join(json.dumps(choice) for choice in P_A_BY_CHOICE)}}}'
-    expected += ', and optionally "labeler"'
+    choices = ", ".join(json.dumps(choice) for choice in P_A_BY_CHOICE)
+    fix = 'write it as {"record_id": "...", "prefer": "a"}, and optionally with "labeler"'
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise UsageError("the line is not JSON", f"{error}; {expected}") from None
+        raise UsageError("the line is not JSON", str(error), fix) from None
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise UsageError("the line is not a label", expected)
-    if unknown := entry.keys() - _LINE_KEYS:
-        raise UsageError(f"the line has the unknown key {min(unknown)!r}", expected)
+        raise UsageError("the line is not a label", "it must be a JSON object whose values are strings", fix)
+    if unknown := set(entry) - set(_LINE_KEYS):
+        raise UsageError(f"the line has the unknown key {min(unknown)!r}", f"the keys are {', '.join(_LINE_KEYS)}", fix)
     if missing := {"record_id", "prefer"} - entry.keys():
-        raise UsageError(f"the line has no {min(missing)}", expected)
+        raise UsageError(f"the line has no {min(missing)}", f"the keys are {', '.join(_LINE_KEYS)}", fix)
     if entry["prefer"] not in P_A_BY_CHOICE:
-        raise UsageError(f"prefer cannot be {entry['prefer']!r}", expected)
+        raise UsageError(f"prefer cannot be {entry['prefer']!r}", f"it must be one of {choices}", fix)
     return entry
 
 
