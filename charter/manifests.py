@@ -17,6 +17,8 @@ from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ConstitutionRef, RunManifest
 
+_ADDITIONAL_KEYS = ("replay", "configuration")  # stored with the settings of a run; they are no settings
+
 
 def make_run_manifest(
     settings: Settings,
@@ -47,6 +49,11 @@ def make_run_manifest(
         constitution_text=constitution.text,
         charter_version=charter.__version__,
     )
+
+
+def parse_manifest_settings(text: str) -> dict[str, Any]:
+    """Return {section: values} from the field `settings` of a manifest, without the keys that are no settings."""
+    return {name: section for name, section in json.loads(text).items() if name not in _ADDITIONAL_KEYS}
 
 
 def read_run_manifests(bus: Bus) -> list[RunManifest]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from charter.configurations import describe_changes, parse_configuration
+from charter.manifests import parse_manifest_settings
 
 RUN_COLUMNS = (
     *("run", "configuration", "started", "constitution", "replays_from", "of_run", "policy"),
@@ -54,8 +54,7 @@ def parse_settings(text: str) -> dict[str, Any]:
 
     The other fields of a manifest (`replay`, `configuration`) are omitted.
     """
-    tree = {name: value for name, value in json.loads(text).items() if name not in ("replay", "configuration")}
-    return _flatten_settings(tree)
+    return _flatten_settings(parse_manifest_settings(text))
 
 
 def _flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ if the stage makes another record, the result has the reason.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from charter.constitution_texts import load_constitutions
+from charter.manifests import parse_manifest_settings
 from charter.models import RoleModels, is_endpoint
 from charter.pipeline import make_critique_stage, make_judge_stage, make_respond_stage, make_revise_stage
 from charter.stages import STAGE_ROLES
@@ -202,9 +202,8 @@ def _find_missing_input(record: Record, parent: Record | None, manifests: Sequen
 
 def _parse_settings(text: str) -> Settings | str:
     """Return the settings of a run manifest, or the reason why this version of Charter cannot read them."""
-    values = {name: section for name, section in json.loads(text).items() if name != "replay"}
     try:
-        return Settings(**values)
+        return Settings(**parse_manifest_settings(text))
     except ValidationError as error:
         names = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:3])
         return f"the settings of the run manifest are not valid in this version of Charter: {names}"
@@ -212,7 +211,7 @@ def _parse_settings(text: str) -> Settings | str:
 
 def _find_price(record: Record, manifests: Sequence[dict[str, Any]], prices: Mapping[str, Price]) -> Price | None:
     for manifest in manifests:
-        texts = json.loads(manifest["settings"]).get("budget", {}).get("prices", [])
+        texts = parse_manifest_settings(manifest["settings"]).get("budget", {}).get("prices", [])
         if record.model and (price := parse_prices(texts).get(record.model.id)):
             return price
     return prices.get(record.model.id) if record.model else None

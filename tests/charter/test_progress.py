@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -178,8 +179,19 @@ def test_unread_records_are_part_of_the_total(tmp_path):
     bus.close()
 
 
+@dataclass
+class RecordedProgress(WorkProgress):
+    """A WorkProgress that remembers the counts of each finished step."""
+
+    steps: dict = field(default_factory=dict)
+
+    def start_step(self, step, num_total=None):
+        self.steps[self.step] = (self.num_done, self.num_total)
+        super().start_step(step, num_total)
+
+
 def test_export_counts_its_rows(tmp_path):
-    database, progress = RecordDatabase(tmp_path / "charter.duckdb"), WorkProgress()
+    database, progress = RecordDatabase(tmp_path / "charter.duckdb"), RecordedProgress()
     database.add(make_prompt("x"), *(make_preference(f"p{n}", "x", 0.9) for n in range(5)))
     export_dataset(database.store, tmp_path / "out", "preference", ExportSelection(None, ()), "jsonl", None, False, progress)
-    assert (progress.step, progress.num_done, progress.num_total) == ("writing", 5, 5)
+    assert progress.steps["writing"] == (5, 5)

@@ -75,7 +75,7 @@ def make_settings(**flags):
 
 
 def make_inputs(settings, records, manifests=None, constitutions=None, prices=None):
-    manifest = make_run_manifest(settings, CONSTITUTION)
+    manifest = make_run_manifest(settings, CONSTITUTION, replay={"from": "earliest"}, configuration={"number": 1})
     rows = [{"run_id": manifest.run_id, "settings": manifest.settings}] if manifests is None else manifests
     known = {CONSTITUTION.hash: CONSTITUTION} if constitutions is None else constitutions
     return StageInputs({record.record_id: record for record in records}, rows, known, prices or {})
