@@ -63,7 +63,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Principles": {
         "constitution": "List, show, lint, compare, test and ablate constitutions.",
-        "eval": "Measure a judge against human labels.",
+        "eval": "Measure judges and graders against human labels.",
     },
     "Labels": {
         "label": "Label pairs by hand.",

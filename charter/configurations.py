@@ -31,14 +31,14 @@ from typing import Any
 
 from charter.manifests import read_run_manifests
 from charter.models import RoleModels, is_endpoint
-from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, STAGES
+from charter.stages import STAGE_OUTPUTS, STAGES, get_stage_role
 from constitutions.loader import Constitution
 from consumers.templates import CHAT_TEMPLATE_HASH, TEMPLATE_HASHES
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.errors import CommitUncertain, UsageError, WriterFenced
-from engine.settings import Settings
+from engine.settings import JudgeSettings, Settings
 from engine.worker import to_producer_record
 from schemas.records import RunManifest
 from schemas.topics import TOPICS
@@ -83,6 +83,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
             "respond.temperature": respond.temperature,
             "respond.top_p": respond.top_p,
             "respond.max_tokens": respond.max_tokens,
+            **_describe_thinking("respond", respond.max_thinking_tokens),
             "chat template": CHAT_TEMPLATE_HASH[:_HASH_CHARS],
             **({"run.from_base": True} if settings.run.from_base else {}),
         },
@@ -91,6 +92,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
         | {
             "critique.temperature": critique.temperature,
             "critique.max_tokens": critique.max_tokens,
+            **_describe_thinking("critique", critique.max_thinking_tokens),
             "critique.rounds": critique.rounds,
             "critique.selection": constitution.selection if critique.selection == "constitution" else critique.selection,
             "critique.early_stop": critique.early_stop,
@@ -106,6 +108,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
         | {
             "critique.temperature": critique.temperature,
             "revise.max_tokens": settings.revise.max_tokens,
+            **_describe_thinking("revise", settings.revise.max_thinking_tokens),
             **_describe_templates("revision"),
         },
         "judge": principles
@@ -118,11 +121,25 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
             "judge.clamp": judge.clamp,
             "judge.min_option_mass": judge.min_option_mass,
             "judge.reject_position_flips": judge.reject_position_flips,
-            **({} if judge.answer_mode == "logprobs" else {"judge.max_tokens": judge.max_tokens}),
+            **({} if judge.answer_mode == "logprobs" else _describe_judge_limits(judge)),
             **_describe_templates({"logprobs": "comparison"}.get(judge.answer_mode, judge.answer_mode)),
         },
     }
-    return {stage: values | _describe_model(STAGE_ROLES[stage], settings, models) for stage, values in stages.items()}
+    # Grades with other graders are other records of the same run, so the stage grade has no configuration.
+    return {"grade": {}} | {
+        stage: values | _describe_model(role, settings, models)
+        for stage, values in stages.items()
+        if (role := get_stage_role(stage, settings))
+    }
+
+
+def _describe_thinking(section: str, max_thinking_tokens: int) -> dict[str, int]:
+    """Return the limit of thinking. Without thinking there is no entry, as in the configurations of earlier versions."""
+    return {f"{section}.max_thinking_tokens": max_thinking_tokens} if max_thinking_tokens else {}
+
+
+def _describe_judge_limits(judge: JudgeSettings) -> dict[str, int]:
+    return {"judge.max_tokens": judge.max_tokens, **_describe_thinking("judge", judge.max_thinking_tokens)}
 
 
 def _describe_templates(*names: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from charter.connect import connect_bus, open_store
 from charter.console import format_table
+from charter.label_quality import Verdict, read_verdict
 from charter.pipeline import make_host
 from charter.progress import claim_terminal_line
 from charter.stages import STAGES
@@ -231,11 +232,16 @@ class Demo:
         update = trainer.resume()
         if phase not in {manifest.phase for manifest in trainer.read_state().manifests}:
             progress.show_training(phase, self.query_record_counts())
+            if phase == "ppo" and (verdict := self.read_verdict()).problems:
+                progress.print_line(f"{verdict}. The demo runs PPO anyway, to show the whole loop")
             update = trainer.update(phase)
         if update:
             progress.print_line(f"{update.phase}: published {_UPDATE_KINDS[update.kind]} {update.version}")
         # The update is on the log. The summary reads it from the database, so wait for the sink.
         _wait_until(lambda: self.query_count(f"SELECT count(*) FROM policies WHERE phase = '{phase}'") > 0, host)
+
+    def read_verdict(self) -> Verdict:
+        return read_verdict(self.store, self.settings.label_quality)
 
     def query_count(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         return int(self.store.query(sql, parameters, limit_s=10.0).rows[0][0])
@@ -279,6 +285,7 @@ class Demo:
             f"log          {self.settings.bus_address}",
             f"checkpoints  {self.settings.folder / 'checkpoints'}",
             "",
+            str(self.read_verdict()),
             "The demo only shows how the pipeline works. The results are poor, because such a small model judges almost at random.",
             "",
             "Next steps",

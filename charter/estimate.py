@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from charter.stages import PRINCIPLES_GRADER
+from constitutions.loader import load_constitution
 from engine.settings import CritiqueSettings, JudgeSettings, RespondSettings, ReviseSettings, Settings
 
 _CHARS_PER_TOKEN = 4
@@ -53,12 +55,23 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
             settings.judge, num_prompts, dialogue_tokens + num_prompts * response_tokens, max(1, num_completions - 1)
         ),
     }
-    return [costs[stage] for stage in stages]
+    if PRINCIPLES_GRADER in settings.grade.graders:
+        costs["grade"] = _estimate_grade_cost(settings, num_prompts, dialogue_tokens)
+    # Without this grader, the stage grade asks no model and costs nothing.
+    return [costs[stage] for stage in stages if stage in costs]
 
 
 def _sum_limits(options: RespondSettings | CritiqueSettings | ReviseSettings | JudgeSettings) -> int:
     """Return the maximum number of tokens of one completion, including its reasoning."""
     return options.max_tokens + options.max_thinking_tokens
+
+
+def _estimate_grade_cost(settings: Settings, num_prompts: int, dialogue_tokens: int) -> StageCost:
+    """Return the cost of one question for each response and critique principle, in both orders of the options."""
+    num_principles = len(load_constitution(settings.run.constitution).critique)
+    num_texts = {"completion": settings.respond.num_completions, "final_response": 1}
+    num_questions = 2 * num_principles * sum(num_texts[subject] for subject in settings.grade.subjects)
+    return StageCost("grade", num_prompts, num_questions * dialogue_tokens, 0)
 
 
 def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:

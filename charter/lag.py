@@ -13,6 +13,7 @@ from engine.commit_history import read_commit_history
 from engine.positions import PositionFinder
 from engine.progress import WorkProgress
 from engine.run_starts import read_start_positions
+from engine.settings import Settings
 from engine.store import Store
 from schemas.topics import TOPICS
 
@@ -145,13 +146,13 @@ class CompletionCheck:
         return not has_unread(self.bus, next_offsets, self.bus.end_offsets(all_topics))
 
 
-def compute_lags(bus: Bus, run_id: str, pairing: str) -> dict[str, int]:
+def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
     """Return the lag of each topic in records, as the maximum over the stages that read the topic.
 
     Include records of other runs.
     """
     lags: dict[str, int] = {}
-    inputs = get_stage_inputs(pairing)
+    inputs = get_stage_inputs(settings)
     committed = {stage: bus.committed(f"{run_id}.{stage}", topics) for stage, topics in inputs.items()}
     started = [stage for stage in inputs if committed[stage]] or list(inputs)  # a replay may run only some of the stages
     for stage in started:

@@ -18,10 +18,16 @@ from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_sink_lock, open_store
 from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
-from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, STAGES, get_stage_inputs
+from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_inputs, get_stage_role
 from charter.telemetry import make_pipeline_collector, open_tracing, start_metrics_server
 from constitutions.loader import Constitution, load_constitution
 from consumers.critique import CritiqueStage
+from consumers.grade import GradeStage
+from consumers.graders.custom import load_grader
+from consumers.graders.interface import Grader
+from consumers.graders.length import LengthGrader
+from consumers.graders.principles import PrinciplesGrader
+from consumers.graders.refusal import RefusalGrader
 from consumers.judge import JudgeStage
 from consumers.respond import RespondStage
 from consumers.revise import ReviseStage
@@ -57,7 +63,7 @@ def make_stage(
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
     stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version)
-    role = STAGE_ROLES[name]
+    role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
     if models.get_spec(role) != models.get_spec("policy") or is_endpoint(models.get_spec("policy")):
@@ -84,9 +90,11 @@ def _make_base_stage(
         process = make_revise_stage(settings, models, constitution)
     elif name == "judge":
         process = make_judge_stage(settings, models, constitution)
+    elif name == "grade":
+        process = make_grade_stage(settings, models, constitution)
     else:
         raise UsageError(f"there is no stage {name}", f"the stages are {', '.join(STAGES)}", "type: charter run --help")
-    inputs = get_stage_inputs(settings.judge.pairing)[name]
+    inputs = get_stage_inputs(settings)[name]
     # Several producers may publish the same prompt. The policy responds only to the first record of a prompt.
     is_first = name == "respond"
     return Stage(name, inputs, (STAGE_OUTPUTS[name],), STAGES.index(name), batch_size, process, first_per_key=is_first)
@@ -157,6 +165,33 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     )
 
 
+_BUILTIN_GRADERS = ("refusal", "length", PRINCIPLES_GRADER)
+
+
+def make_grade_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> GradeStage:
+    """Return the stage with the graders in `grade.graders`. Raises UsageError if a grader does not exist or is named twice."""
+    graders: list[Grader] = []
+    for name in settings.grade.graders:
+        if name == "refusal":
+            graders.append(RefusalGrader())
+        elif name == "length":
+            graders.append(LengthGrader())
+        elif name == PRINCIPLES_GRADER:
+            graders.append(PrinciplesGrader(models.get_model("judge"), constitution, settings.judge.min_option_mass))
+        elif name.endswith(".py"):
+            graders.append(load_grader(name, _BUILTIN_GRADERS))
+        else:
+            raise UsageError(
+                f"there is no grader {name}",
+                f"the graders are {', '.join(_BUILTIN_GRADERS)}, or a Python file",
+                "correct grade.graders",
+            )
+    names = [grader.name for grader in graders]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"grade.graders has {twice} twice", "each grader grades a response once", "correct grade.graders")
+    return GradeStage(graders, settings.grade.subjects, constitution)
+
+
 def make_host(
     settings: Settings,
     bus: Bus,
@@ -193,7 +228,8 @@ def make_host(
             if resource:
                 resources.callback(resource.close)
         stages_and_roles: list[tuple[Stage, str | None]] = [
-            (make_stage(name, settings, models, constitution, bus, pinned_version), STAGE_ROLES[name]) for name in stages
+            (make_stage(name, settings, models, constitution, bus, pinned_version), get_stage_role(name, settings))
+            for name in stages
         ]
         for custom in custom_stages:
             stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
@@ -303,7 +339,8 @@ def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Seque
     """
     budget = settings.budget
     prices = parse_prices(budget.prices)
-    specs = {models.get_spec(STAGE_ROLES[stage]) for stage in stages} if budget.max_cost else set()
+    roles = {role for stage in stages if (role := get_stage_role(stage, settings))}
+    specs = {models.get_spec(role) for role in roles} if budget.max_cost else set()
     for spec in specs:
         model_name = spec.partition("#")[2]
         if is_endpoint(spec) and model_name not in prices:

@@ -13,6 +13,7 @@ from engine.settings import Settings
 from schemas.records import PolicyUpdate
 
 PHASES = ("sft", "reward", "ppo", "dpo")
+RL_PHASES = ("ppo", "dpo")
 LATEST_POLICY = "latest"
 
 

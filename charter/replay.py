@@ -23,7 +23,7 @@ from charter.lag import CompletionCheck
 from charter.manifests import read_run_manifests
 from charter.pipeline import make_host
 from charter.progress import show_progress
-from charter.stages import STAGE_OUTPUTS, STAGE_ROLES, get_downstream_stages, get_stage_inputs
+from charter.stages import STAGE_OUTPUTS, get_downstream_stages, get_stage_inputs, get_stage_role
 from charter.startup import start_when_ready
 from constitutions.loader import Constitution, load_constitution
 from engine.bus.port import Bus, Offsets, TopicPartition
@@ -44,6 +44,7 @@ from producers.replay import (
     decode_or_none,
     is_chain_end,
     is_chain_start,
+    is_response_or_chain_end,
     republish_records,
 )
 from schemas import ids
@@ -153,7 +154,7 @@ def make_replay_plan(settings: Settings, bus: Bus, request: ReplayRequest) -> Re
     new_settings = _make_replay_settings(settings, request, request_fields, constitution)
     earlier_fields = _find_earlier_start(new_settings.run.id, source_run_id, request_fields, manifests)
     selection, read_records, bounds = _select_records(new_settings, bus, request, source_run_id, earlier_fields)
-    stages = (request.stage,) if request.only else get_downstream_stages(request.stage, new_settings.judge.pairing)
+    stages = (request.stage,) if request.only else get_downstream_stages(request.stage, new_settings)
     if earlier_fields:
         fields = earlier_fields
     else:
@@ -191,9 +192,14 @@ def _make_replay_settings(
     settings: Settings, request: ReplayRequest, request_fields: dict[str, Any], constitution: Constitution
 ) -> Settings:
     """Return the settings of the new run. The default run id depends on all options that change the records of the replay."""
-    overrides = {"run.constitution": request.constitution, f"models.{STAGE_ROLES[request.stage]}": request.model}
+    role = get_stage_role(request.stage, settings)
+    if request.model and role is None:
+        raise UsageError(f"the stage {request.stage} uses no model", "--model is given", "omit --model")
+    overrides = {"run.constitution": request.constitution, f"models.{role}": request.model}
     settings = _override_settings(settings, {name: value for name, value in overrides.items() if value})
-    hashed_settings = settings.model_dump(mode="json", include=_HASHED_SETTINGS, exclude={"judge": {"timeout_s"}})
+    # Only a replay of the stage grade has another default run id if the graders change.
+    included = _HASHED_SETTINGS | ({"grade": True} if request.stage == "grade" else {})
+    hashed_settings = settings.model_dump(mode="json", include=included, exclude={"judge": {"timeout_s"}})
     fingerprint = ids.compute_fingerprint(
         "replay", selection=request_fields, settings=hashed_settings, constitution=constitution.hash
     )
@@ -243,9 +249,8 @@ def _select_records(
 ) -> tuple[LogSelection | ArchiveSelection, Callable[[], Iterator[Record]], dict[str, Any]]:
     """Return the selection of records, a function that reads the records, and the bounds for the manifest."""
     # The critique stage also reads revisions, but the replay makes new revisions.
-    topics = ("responses",) if request.stage == "critique" else get_stage_inputs(settings.judge.pairing)[request.stage]
-    judges_chains = request.stage == "judge" and settings.judge.pairing == "revision"
-    predicate = is_chain_end if judges_chains else is_chain_start
+    topics = ("responses",) if request.stage == "critique" else get_stage_inputs(settings)[request.stage]
+    predicate = _get_predicate(request.stage, settings)
     store = open_store(settings)
     if request.archive:
         bounds = _compute_archive_bounds(store, source_run_id, earlier_fields)
@@ -258,6 +263,13 @@ def _select_records(
     start_offsets, end_offsets = _lists_to_offsets(bounds["begins"]), _lists_to_offsets(bounds["ends"])
     logged = LogSelection(source_run_id, topics, start_offsets, end_offsets, predicate)
     return logged, partial(logged.read_records, bus), bounds
+
+
+def _get_predicate(stage: str, settings: Settings) -> Callable[[Record], bool]:
+    """Return the condition that selects, from the input topics of a stage, the records that the stage can process."""
+    if stage == "grade":
+        return is_response_or_chain_end
+    return is_chain_end if stage == "judge" and settings.judge.pairing == "revision" else is_chain_start
 
 
 def _compute_archive_bounds(store: Store, source_run_id: str, earlier_fields: dict[str, Any] | None) -> dict[str, Any]:
@@ -332,7 +344,7 @@ def run_replay(
     If `quiet` is true, print the last line to standard error, because the caller prints its result to standard output.
     """
     run_id = plan.settings.run.id
-    inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings.judge.pairing).items() if stage in plan.stages}
+    inputs = {stage: topics for stage, topics in get_stage_inputs(plan.settings).items() if stage in plan.stages}
     groups = {f"{run_id}.{stage}": topics for stage, topics in inputs.items()}
     # Records that were on the topics before the first start belong to other runs.
     run_start = ensure_run_start(bus, run_id, may_have_records=False)

@@ -10,7 +10,7 @@ from charter.manifests import parse_manifest_settings
 
 RUN_COLUMNS = (
     *("run", "configuration", "started", "constitution", "replays_from", "of_run", "policy"),
-    *("prompts", "responses", "critiques", "revisions", "preferences", "changes"),
+    *("prompts", "responses", "critiques", "revisions", "preferences", "grades", "changes"),
 )
 _STAGE_TABLES = ("responses", "critiques", "revisions", "preferences")
 
@@ -23,21 +23,22 @@ _COUNTS_SQL = ", ".join(f"count(*) FILTER (topic = '{table}') AS {table}" for ta
 _RUNS_SQL = f"""
 WITH made AS (SELECT run_id, configuration, {_COUNTS_SQL} FROM ({_MADE_SQL}) GROUP BY ALL),
      published AS (SELECT run_id, count(DISTINCT record_id) AS prompts FROM raw.prompts GROUP BY ALL),
+     graded AS (SELECT run_id, count(DISTINCT record_id) AS grades FROM raw.grades GROUP BY ALL),
      named AS (SELECT run_id, coalesce((settings ->> '$.configuration.number')::BIGINT, 1) AS configuration,
                       min(created_at) AS started, arg_max(constitution.name, commit_seq) AS constitution,
                       arg_max(settings, commit_seq) AS settings FROM raw.runs GROUP BY ALL)
 SELECT run_id AS run, configuration, started, constitution,
        coalesce(settings ->> '$.replay.stage', '') AS replays_from, coalesce(settings ->> '$.replay.source', '') AS of_run,
        coalesce(settings ->> '$.configuration.stages.respond."models.policy"', settings ->> '$.models.policy') AS policy,
-       {", ".join(f"coalesce({topic}, 0) AS {topic}" for topic in ("prompts", *_STAGE_TABLES))}, settings
-FROM named LEFT JOIN made USING (run_id, configuration) LEFT JOIN published USING (run_id)
+       {", ".join(f"coalesce({topic}, 0) AS {topic}" for topic in ("prompts", *_STAGE_TABLES, "grades"))}, settings
+FROM named LEFT JOIN made USING (run_id, configuration) LEFT JOIN published USING (run_id) LEFT JOIN graded USING (run_id)
 ORDER BY min(started) OVER (PARTITION BY run_id), run, configuration"""
 
 
 def load_runs(query_dicts: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return one row per configuration of each run, oldest run first.
 
-    `prompts` is the number of prompts of the whole run. `changes` has the settings that differ from the previous configuration.
+    `prompts` and `grades` are the numbers of the whole run. `changes` has the settings that differ from the previous configuration.
     """
     rows = query_dicts(_RUNS_SQL)
     previous = None
@@ -70,7 +71,7 @@ SELECT topic, count(*) FILTER (one AND other) AS shared, count(*) FILTER (one AN
        count(*) FILTER (other AND NOT one) AS other_alone
 FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2) AS other FROM run_records
       WHERE run_id IN ($1, $2) GROUP BY ALL)
-WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences') GROUP BY topic ORDER BY topic"""
+WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences', 'grades') GROUP BY topic ORDER BY topic"""
 
 # Compares the labels of the pairs that both runs judged. The rows are grouped by the principle of the second run, because the
 # constitutions of the runs may differ.

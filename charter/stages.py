@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-STAGES = ("respond", "critique", "revise", "judge")
+from engine.settings import Settings
+
+PRINCIPLES_GRADER = "principles"
+
+STAGES = ("respond", "critique", "revise", "judge", "grade")
+STAGE_OUTPUTS = {
+    "respond": "responses",
+    "critique": "critiques",
+    "revise": "revisions",
+    "judge": "preferences",
+    "grade": "grades",
+}
+MODEL_ROLES = ("policy", "critic", "judge")
 STAGE_ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "judge": "judge"}
-STAGE_OUTPUTS = {"respond": "responses", "critique": "critiques", "revise": "revisions", "judge": "preferences"}
 
 
-def get_stage_inputs(pairing: str) -> dict[str, tuple[str, ...]]:
-    """Return the input topics of each stage. `pairing` is the value of the setting judge.pairing."""
-    judge_inputs = ("responses",) if pairing == "completions" else ("critiques", "revisions")
+def get_stage_role(stage: str, settings: Settings) -> str | None:
+    """Return the role of the model that a stage uses, or None. The stage grade uses the judge if a grader asks a model."""
+    if stage == "grade":
+        return "judge" if PRINCIPLES_GRADER in settings.grade.graders else None
+    return STAGE_ROLES[stage]
+
+
+def get_stage_inputs(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """Return the input topics of each stage."""
+    chain_topics = ("critiques", "revisions")
+    graded_topics = {"completion": ("responses",), "final_response": chain_topics}
     return {
         "respond": ("prompts",),
         "critique": ("revisions", "responses"),
         "revise": ("critiques",),
-        "judge": judge_inputs,
+        "judge": ("responses",) if settings.judge.pairing == "completions" else chain_topics,
+        "grade": tuple(topic for name, topics in graded_topics.items() if name in settings.grade.subjects for topic in topics),
     }
 
 
-def get_downstream_stages(stage: str, pairing: str) -> tuple[str, ...]:
+def get_downstream_stages(stage: str, settings: Settings) -> tuple[str, ...]:
     """Return a stage and all stages that depend on its output, directly or indirectly, in the order of STAGES."""
-    inputs = get_stage_inputs(pairing)
+    inputs = get_stage_inputs(settings)
     reached, topics = {stage}, {STAGE_OUTPUTS[stage]}
     while readers := {name for name in STAGES if name not in reached and topics & set(inputs[name])}:
         reached |= readers

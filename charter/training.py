@@ -15,6 +15,8 @@ import click
 from charter.connect import connect_bus, open_store
 from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
+from charter.label_quality import make_label_check, read_verdict
+from charter.policies import RL_PHASES
 from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.bus.port import Bus
@@ -30,28 +32,29 @@ if TYPE_CHECKING:
 _TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
-def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: bool = False) -> None:
+def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: bool = False, force: bool = False) -> None:
     """Run the trainer. If `loop` is true, make updates until a signal arrives.
 
     Otherwise make one update, of `phase` or of the next phase that is ready. If `wait` is true, wait at the start for a
-    dependency that is unreachable or full.
+    dependency that is unreachable or full. If `force` is true, RL trains on labels of any quality.
     """
     reporter = MetricsReporter(settings)
-    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop), wait=wait)
+    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force), wait=wait)
     closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))
     try:
         if loop:
             trainer.run_loop(stop_on_signals())
         else:
-            _train_once(trainer, phase)
+            _train_once(trainer, phase, settings)
     finally:
         trainer.close()
         for close in (*closing, reporter.close, bus.close):
             close()
 
 
-def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool) -> tuple[Bus, Trainer]:
+def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool, force: bool) -> tuple[Bus, Trainer]:
     """Connect to the log and open the trainer. Close the connection if the trainer cannot be opened."""
+    from charter.grading import detect_refusals
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
@@ -66,7 +69,8 @@ def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool) -> 
             on_update=reporter.report_update,
             notify=print_progress,
             monitor=make_reward_hacking_monitor(settings) if loop and settings.monitor.min_responses else None,
-            promotion_gate=make_promotion_gate(settings.promotion),
+            promotion_gate=make_promotion_gate(settings.promotion, detect_refusals),
+            check_labels=None if force else make_label_check(settings.label_quality),
         )
     except BaseException:
         bus.close()
@@ -78,16 +82,25 @@ def _get_base_model_folder(settings: Settings) -> Path:
     return resolve_model_folder(settings.train.base_model or settings.models.policy)
 
 
-def _train_once(trainer: Trainer, phase: str | None) -> None:
-    """Resume an unfinished batch, then update `phase`.
+def _train_once(trainer: Trainer, phase: str | None, settings: Settings) -> None:
+    """Print the verdict on the labels. Resume an unfinished batch, then update `phase`.
 
     If `phase` is None and there was no unfinished batch, update the next phase that is ready.
     """
+    if trainer.store.path.exists():
+        verdict = read_verdict(trainer.store, settings.label_quality)
+        print_progress(str(verdict))
+        if verdict.problems and phase in RL_PHASES and trainer.check_labels:
+            raise UsageError(
+                f"{phase} does not train on these {verdict.num_labels} labels",
+                "; ".join(verdict.problems),
+                f"to train anyway, type: charter train --phase {phase} --force",
+            )
     update = trainer.resume()
     next_phase = phase or (None if update else trainer.next_phase())
     if next_phase:
         update = trainer.update(next_phase)
-    if update is None:
+    if update is None and not trainer.skips_rl:
         paused = ", ".join(sorted(trainer.read_state().paused_phases))
         why = f"{paused} is paused (to resume it, type: charter policy resume)" if paused else "no phase has enough new rows"
         click.echo(f"{why}. To train a phase now, type: charter train --phase sft")

@@ -139,7 +139,7 @@ try charter train --phase sft
 try charter train --phase reward
 try charter produce prompts.jsonl --epoch 1
 stream 24
-try charter train --phase ppo
+try charter train --phase ppo --force
 try charter produce prompts.jsonl --epoch 2
 stream 36
 

@@ -338,6 +338,18 @@ class JudgeSettings(_Section):
         return limit
 
 
+class GradeSettings(_Section):
+    graders: list[str] = Field(
+        ["refusal", "length"],
+        description="Graders of responses: refusal, length, principles, or a Python file. An empty list turns grading off.",
+    )
+    subjects: list[Literal["completion", "final_response"]] = Field(
+        ["completion"],
+        min_length=1,
+        description="What is graded: each sampled completion (completion), the final responses of chains (final_response), or both.",
+    )
+
+
 class WorkerSettings(_Section):
     max_in_flight: int = Field(
         256, ge=1, description="Maximum number of records that one stage has read but not yet committed."
@@ -559,6 +571,23 @@ class PPOSettings(_Section):
     )
 
 
+class LabelQualitySettings(_Section):
+    max_flip_rate: float = Field(
+        0.4, ge=0, le=1, description="Maximum share of labels that flip when the two responses change places."
+    )
+    max_uncertain_share: float = Field(0.5, ge=0, le=1, description="Maximum share of labels within 0.45 to 0.55.")
+    max_leak_rate: float = Field(
+        0.5, ge=0, le=1, description="Maximum share of critiques and revisions that contain parts of their prompt (leak_stats)."
+    )
+    min_agreement: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="The lower bound of the agreement of the judge with people must be above this value. It applies if it is known.",
+    )
+    min_labels: int = Field(20, ge=1, description="Minimum number of labels for each check. Fewer labels decide nothing.")
+
+
 class MonitorSettings(_Section):
     min_responses: int = Field(
         64,
@@ -624,6 +653,7 @@ class Settings(BaseSettings):
     critique: CritiqueSettings = CritiqueSettings()
     revise: ReviseSettings = ReviseSettings()
     judge: JudgeSettings = JudgeSettings()
+    grade: GradeSettings = GradeSettings()
     worker: WorkerSettings = WorkerSettings()
     sink: SinkSettings = SinkSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
@@ -633,6 +663,7 @@ class Settings(BaseSettings):
     reward: RewardSettings = RewardSettings()
     dpo: DPOSettings = DPOSettings()
     ppo: PPOSettings = PPOSettings()
+    label_quality: LabelQualitySettings = LabelQualitySettings()
     monitor: MonitorSettings = MonitorSettings()
     promotion: PromotionSettings = PromotionSettings()
 

@@ -183,3 +183,30 @@ WITH counted AS (
 SELECT run_id, preset, model, p_from, pairs, mean_p_ai, share(human_wins, pairs) AS human_share,
        wilson_low(human_wins, pairs) AS human_low, wilson_high(human_wins, pairs) AS human_high
 FROM counted;
+
+-- One row with the numbers that decide whether the labels are good enough to train on (charter/label_quality.py): the labels
+-- that train, the labels that were judged in both orders, how many of these flip with the order (including flips that give no
+-- label), how many labels are within 0.45 to 0.55, how many critiques and
+-- revisions (`written`) contain parts of their prompt, the agreement with people, and the accuracy of the newest reward model on
+-- held-out labels in comparison with a rule that always prefers the longer response.
+CREATE OR REPLACE VIEW label_quality AS
+WITH trained AS (
+    SELECT p_a, position_flip, label_source = 'AI' AND p_forward IS NOT NULL AND p_backward IS NOT NULL AS both_orders
+    FROM preference_pairs
+    UNION ALL
+    SELECT NULL, position_flip, TRUE FROM preferences
+    WHERE outcome = 'POSITION_FLIP' AND split = 'TRAIN' AND prompt_id NOT IN (SELECT prompt_id FROM held_out_prompts)),
+counted AS (
+    SELECT count(p_a) AS labels, count(*) FILTER (both_orders) AS both_orders, count(*) FILTER (both_orders AND position_flip) AS flips,
+           count(*) FILTER (abs(p_a - 0.5) <= 0.05 + 1e-9) AS uncertain
+    FROM trained),
+written AS (
+    SELECT coalesce(sum(texts), 0)::BIGINT AS written, coalesce(sum(leaks), 0)::BIGINT AS leaks FROM leak_stats WHERE part = 'any'),
+people AS (SELECT count(agree) AS compared, count(*) FILTER (agree) AS agreed FROM ai_human_labels),
+reward AS (
+    SELECT max(version) AS reward_version, arg_max(metrics, version) AS metrics FROM policies WHERE kind = 'REWARD')
+SELECT labels, both_orders, flips, share(flips, both_orders) AS flip_rate, uncertain, share(uncertain, labels) AS uncertain_share,
+       written, leaks, share(leaks, written) AS leak_rate, compared, agreed, wilson_low(agreed, compared) AS agreement_low, reward_version,
+       coalesce(metrics['reward/held_out'], 0)::BIGINT AS held_out, metrics['reward/accuracy'] AS reward_accuracy,
+       metrics['reward/length_accuracy'] AS length_accuracy
+FROM counted, written, people, reward;

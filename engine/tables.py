@@ -35,7 +35,7 @@ from schemas.topics import TOPICS, TopicSpec
 _VIEW_FILES = tuple(
     Path(__file__).with_name(name) for name in ("views.sql", "stats_views.sql", "monitor_views.sql", "training_views.sql")
 )
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
@@ -165,7 +165,7 @@ def build_erasure_statements() -> list[str]:
 
 def _build_run_view() -> str:
     """Return the view `run_records`. It lists the records of each run, including records that an earlier run also wrote."""
-    topics = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
+    topics = ("prompts", "responses", "critiques", "revisions", "preferences", "grades", "demonstrations")
     parts = [f"SELECT DISTINCT run_id, '{topic}' AS topic, record_id FROM raw.{topic}" for topic in topics]
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 

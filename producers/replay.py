@@ -22,7 +22,7 @@ from engine.run_starts import ensure_run_start
 from engine.store import Store
 from engine.worker import to_producer_record
 from schemas.codec import RecordError, decode_record
-from schemas.records import Chain, EndReason, Record
+from schemas.records import Chain, EndReason, Record, Response
 from schemas.topics import TOPICS
 
 _BATCH_SIZE = 500
@@ -155,6 +155,11 @@ def is_chain_start(record: Record) -> bool:
 def is_chain_end(record: Record) -> bool:
     """Return whether the record ends a chain."""
     return isinstance(record, Chain) and record.final and record.end_reason not in (EndReason.NONE, EndReason.UNKNOWN)
+
+
+def is_response_or_chain_end(record: Record) -> bool:
+    """Return whether the record has completions or the result of a chain."""
+    return isinstance(record, Response) or is_chain_end(record)
 
 
 @dataclass

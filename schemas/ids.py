@@ -89,6 +89,7 @@ FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
         min_option_mass="min_mass",
         reject_position_flips="reject_flips",
     ),
+    "grade": _make_keys("subject grader grader_version principle model template constitution"),
     "imported_pair": _make_keys("", response_a="a", response_b="b"),
     "human_label": _make_keys("p_a at"),
     "served_model": _make_keys("url model"),

@@ -491,6 +491,31 @@ class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Reco
     labeler: str = ""
 
 
+class Grade(ResponseIdField, Record):
+    """One grade of one response by one grader.
+
+    `subject` is "completion" (the completion with `completion_index` of the response) or "final_response" (the result of a
+    critique-revision chain; then `completion_index` is null). The grader documents the meaning of `label` and `score`. If
+    `outcome` is not OK, the response could not be graded: `score` is null and `outcome_reason` has the reason. `details` are
+    the numbers behind the score.
+    """
+
+    topic: ClassVar[str] = "grades"
+
+    source: str
+    split: Split = Split.TRAIN
+    epoch: int = 0
+    subject: str
+    completion_index: int | None
+    grader: str
+    grader_version: str
+    label: str
+    score: OptionalFloat = None
+    outcome: Outcome
+    outcome_reason: str = ""
+    details: Metrics = Field(default_factory=dict)
+
+
 class Demonstration(PromptFields, Record):
     """A response that a person wrote or selected, for supervised fine-tuning. `origin` is its file and row."""
 
@@ -710,6 +735,7 @@ RECORDS: tuple[type[Record], ...] = (
     Critique,
     Revision,
     Preference,
+    Grade,
     Demonstration,
     BatchManifest,
     PolicyUpdate,

@@ -12,6 +12,7 @@ from schemas.records import (
     RECORDS,
     DeadLetter,
     DroppedRollout,
+    Grade,
     PolicyUpdate,
     ProducerOffset,
     Prompt,
@@ -64,7 +65,9 @@ _PERMANENT_TOPICS = {"runs", "run-starts", "erasures", "batches"}
 _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 # The topics whose records belong to a prompt. An erasure of the prompt deletes the values of these records.
 PROMPT_TOPICS = tuple(
-    record.topic for record in RECORDS if issubclass(record, PromptFields) or record in (Score, DroppedRollout, DeadLetter)
+    record.topic
+    for record in RECORDS
+    if issubclass(record, PromptFields) or record in (Grade, Score, DroppedRollout, DeadLetter)
 )
 
 

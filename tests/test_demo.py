@@ -17,7 +17,7 @@ PROMPTS = 2  # of the first iteration; the other two have 1 each
 
 def start_demo(folder):
     command = [sys.executable, "-m", "charter", "demo", "--data", str(folder), "--prompts", str(PROMPTS)]
-    overrides = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16"]
+    overrides = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16", "label_quality.min_labels=1"]
     overrides.append(
         "critique.few_shot=false"
     )  # with short completions the small model repeats the examples: nothing to train on
@@ -37,6 +37,9 @@ def test_demo_with_a_real_model_continues_after_a_kill(smollm2, tmp_path):
     second = start_demo(tmp_path / "data")
     output = read_until_hang(second)
     assert second.wait() == 0, output
+    # Nearly every label of this small judge flips. The demo trains PPO on them and says so.
+    assert ("The demo runs PPO anyway" in output) == ("do not train a policy on these 3 labels" in output)
+    assert "labels: " in output[output.index("Trace of one prompt") :]
     assert "Trace of one prompt" in output and "policy 2" in output and "charter sql --data" in output
 
     store = open_store(load_settings({"data.folder": str(tmp_path / "data")}, environment={})[0])

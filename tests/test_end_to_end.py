@@ -105,8 +105,8 @@ def test_duplicate_delivery_is_marked_and_trained_on_once(tmp_path):
             ),
             host,
         )
-        wait_until(lambda: set(compute_lags(bus, "r", "completions").values()) == {0}, host)
-        assert [worker.num_duplicates for worker in host.workers] == [10, 0, 0, 0]
+        wait_until(lambda: set(compute_lags(bus, "r", settings).values()) == {0}, host)
+        assert [worker.num_duplicates for worker in host.workers] == [10, 0, 0, 0, 0]
     for table in ("prompts", "responses", "preferences"):
         assert query_value(settings, f"SELECT duplicates FROM pipeline_status WHERE topic = '{table}'") == 10
         assert query_value(settings, f"SELECT content_mismatches FROM pipeline_status WHERE topic = '{table}'") == 0

@@ -61,6 +61,8 @@ POLL_INTERVAL_S = 2.0
 # trainer therefore polls less often.
 _MAX_POLL_FRACTION = 0.03
 _MONITOR_INTERVAL_S = 30.0
+# Returns what is wrong with the labels of the database, or None if RL may train on them.
+LabelCheck = Callable[[TimedStore], str | None]
 MonitorCheck = Callable[[TrainingState, TimedStore, ModelFolders, Callable[[Sequence[Record]], None]], LimitExceeded | None]
 
 
@@ -76,8 +78,9 @@ class Trainer:
     """The trainer trains on the rows of `store` and publishes on `bus`. `base_folder` holds policy version 0.
 
     `monitor` checks the newest policy while the loop runs. If the policy exceeds a limit, the RL phase is paused
-    (`trigger_rollback`). `promotion_gate` checks a new policy before it is published. `on_step` is called with the metrics of
-    each step, and `on_update` with each published update. `notify` shows a message to the user.
+    (`trigger_rollback`). `promotion_gate` checks a new policy before it is published. `check_labels` checks the labels: while it
+    finds a problem, `next_phase` skips the RL phase. `on_step` is called with the metrics of each step, and `on_update` with each
+    published update. `notify` shows a message to the user.
     """
 
     def __init__(
@@ -91,11 +94,13 @@ class Trainer:
         notify: Callable[[str], None] = logger.warning,
         monitor: MonitorCheck | None = None,
         promotion_gate: PromotionCheck | None = None,
+        check_labels: LabelCheck | None = None,
         learners: Mapping[str, Learner] = LEARNERS,
     ) -> None:
         self.settings, self.notify, self.monitor = settings, notify, monitor
         self.rl_phase = settings.train.rl_method  # the RL phase, "ppo" or "dpo"
         self.next_monitor_at = 0.0
+        self.check_labels, self.skips_rl = check_labels, False
         self.store = TimedStore(store.path)
         self.log = TrainingLog(bus, compute_revision(base_folder))
         self.updater = Updater(
@@ -211,7 +216,19 @@ class Trainer:
             phases = [*phases[after:], *phases[:after]]
         blocked = {*state.paused_phases, *(manifest.phase for manifest in find_unfinished_batches(state))}
         with self.store.hold_open():
-            return next((phase for phase in phases if phase not in blocked and self.is_ready(phase, state)), None)
+            ready = (phase for phase in phases if phase not in blocked and self.is_ready(phase, state))
+            return next((phase for phase in ready if phase != self.rl_phase or self.find_label_problem() is None), None)
+
+    def find_label_problem(self) -> str | None:
+        """Return why the RL phase is skipped: what is wrong with the labels. Show the problem once, until it is solved."""
+        problem = self.check_labels(self.store) if self.check_labels else None
+        if problem and not self.skips_rl:
+            self.notify(
+                f"{self.rl_phase} is skipped, because the labels are not good enough to train on: {problem}. Other phases continue."
+                " To train anyway, type: charter train --loop --force"
+            )
+        self.skips_rl = problem is not None
+        return problem
 
     def is_ready(self, phase: str, state: TrainingState) -> bool:
         """Return whether a phase can be updated now.
@@ -241,6 +258,8 @@ class Trainer:
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
+            return False
+        if self.find_label_problem():
             return False
         if self.rl_phase == "dpo" or self.updater.select_rows("ppo", state):
             return bool(self.updater.select_rows(self.rl_phase, state))

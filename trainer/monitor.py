@@ -12,6 +12,7 @@ that cannot be measured is omitted, for example when there are no held-out promp
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from trainer.state import TrainingState
     from trainer.timed_store import TimedStore
 
+logger = logging.getLogger("charter.trainer")
 _Metrics = dict[str, float]
 # A `PairJudge` is the held-out judge. No reward model is trained on its labels. For each (messages, response_a, response_b),
 # the judge returns the probability that response_a is better. The judge returns None if it cannot give a label.
@@ -44,7 +46,7 @@ _MONITOR_PHASE = "monitor"
 _MAX_NEW_TOKENS = 128
 _MAX_PERPLEXITY_TOKENS = 1024  # longer texts are truncated to save memory
 _RESPONSES_SQL = """
-    SELECT a.policy_version, a.response_id, a.completion_index, a.prompt_id, a.source, r.messages, a.text, r.run_id,
+    SELECT a.policy_version, a.response_id, a.completion_index, a.prompt_id, a.source, r.messages, a.text, r.run_id, a.refused,
            r.completions[a.completion_index + 1].finish_reason AS finish_reason
     FROM monitored_responses a JOIN responses r ON r.record_id = a.response_id WHERE a.policy_version = ? ORDER BY a.nth"""
 _HELD_OUT_PROMPTS_SQL = """
@@ -250,14 +252,17 @@ class RewardHackingMonitor:
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
     the number of prompts in one call of the policy. `passed_by_version` maps each checked version to True if the version passed
-    the check, and otherwise to False. The module's docstring describes the check.
+    the check, and otherwise to False. With `needs_grades`, a check waits for the grades of the grader "refusal". The module's
+    docstring describes the check.
     """
 
     limits: Limits
     run_id: str
     judge: PairJudge | None = None
     batch_size: int = 32
+    needs_grades: bool = False
     passed_by_version: dict[int, bool] = field(default_factory=dict)
+    is_waiting_for_grades: bool = False
 
     def __call__(
         self, state: TrainingState, store: TimedStore, folders: ModelFolders, publish: Callable[[Sequence[Record]], None]
@@ -275,6 +280,8 @@ class RewardHackingMonitor:
                 store.query_dicts(_RESPONSES_SQL, [number], limit_s=QUERY_TIMEOUT_S) for number in (version, reference)
             )
         if min(len(rows), len(reference_rows)) < self.limits.min_responses:
+            return None
+        if self.needs_grades and not self.has_grades(rows, reference_rows):
             return None
 
         metrics: _Metrics = {"answers": float(len(rows))}
@@ -304,6 +311,22 @@ class RewardHackingMonitor:
             metrics,
             rollback_version=max(passed, default=reference),
         )
+
+    def has_grades(self, *responses: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether enough responses of each version have a grade. Log once while the monitor waits for grades."""
+        num_graded = min(sum(row["refused"] is not None for row in rows) for rows in responses)
+        if num_graded >= self.limits.min_responses:
+            self.is_waiting_for_grades = False
+            return True
+        if not self.is_waiting_for_grades:
+            logger.warning(
+                "the monitor waits for the stage grade: %d of %d responses have a refusal grade (without the stage, remove refusal"
+                " from grade.graders)",
+                num_graded,
+                self.limits.min_responses,
+            )
+        self.is_waiting_for_grades = True
+        return False
 
     def make_metric(self, version: int, metrics: _Metrics) -> Metric:
         return Metric(

@@ -1,20 +1,22 @@
 """Check each new policy on held-out prompts before it is published (the promotion gate).
 
 The policy responds to the held-out prompts. The gate rejects a policy that refuses too many benign prompts or too few harmful
-prompts. The setting `promotion.prompts` is the number of prompts. If this number is 0, the gate is disabled. The gate detects a
-refusal by the phrases that the view `monitor_refusals` uses. A limit is exceeded only if the whole 95 % Wilson interval is
-beyond the limit. With few prompts, the gate therefore rejects only clear cases. If one kind of prompt is missing, the gate logs
-a warning and skips the check of this kind.
+prompts. The setting `promotion.prompts` is the number of prompts. If this number is 0, the gate is disabled. The grader
+"refusal" detects refusals. A limit is exceeded only if the whole 95 % Wilson interval is beyond the limit. With few prompts,
+the gate therefore rejects only clear cases. If one kind of prompt is missing, the gate logs a warning and skips the check of
+this kind.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.statistics import compute_wilson_interval
+from schemas.records import ChatMessage
 from trainer.batches import QUERY_TIMEOUT_S, parse_messages
 from trainer.monitor import LimitExceeded, sample_responses
 
@@ -26,10 +28,8 @@ logger = logging.getLogger("charter.trainer")
 _HELD_OUT_PROMPTS_SQL = """
     SELECT messages FROM prompts WHERE split = 'EVAL' AND epoch = 0 AND is_harmful(source) = ?
     ORDER BY md5(prompt_id::VARCHAR) LIMIT ?"""
-_REFUSAL_RATE_SQL = """
-    WITH counted AS (
-        SELECT count(*) AS n, count(*) FILTER (is_refusal(response)) AS hits FROM (SELECT unnest(?::VARCHAR[]) AS response))
-    SELECT share(hits, n), wilson_low(hits, n), wilson_high(hits, n) FROM counted"""
+# For each (dialogue, response), returns whether the response refuses.
+RefusalDetector = Callable[[Sequence[tuple[tuple[ChatMessage, ...], str]]], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class PromotionGate:
     """The gate checks a policy before it is published. If a call returns an exceeded limit, the policy is not published."""
 
     limits: Limits
+    detect_refusals: RefusalDetector
     batch_size: int = 16
 
     def __call__(self, store: Store, folder: Path, version: int) -> LimitExceeded | None:
@@ -62,10 +63,14 @@ class PromotionGate:
             logger.warning("the promotion gate has no held-out %s prompts", "harmful" if harmful else "benign")
             return None
         responses = [text for text, _ in sample_responses(folder, dialogues, self.batch_size)]
-        ((rate, low, high),) = store.query(_REFUSAL_RATE_SQL, [responses], limit_s=QUERY_TIMEOUT_S).rows
-        return rate, low, high
+        num_refusals = sum(self.detect_refusals(list(zip(dialogues, responses, strict=True))))
+        interval = compute_wilson_interval(num_refusals, len(responses))
+        assert interval is not None, "there is at least one response"
+        return num_refusals / len(responses), *interval
 
 
-def make_promotion_gate(limits: Limits) -> Callable[[Store, Path, int], LimitExceeded | None] | None:
+def make_promotion_gate(
+    limits: Limits, detect_refusals: RefusalDetector
+) -> Callable[[Store, Path, int], LimitExceeded | None] | None:
     """Return the promotion gate, or None if `limits.prompts` is 0."""
-    return PromotionGate(limits) if limits.prompts else None
+    return PromotionGate(limits, detect_refusals) if limits.prompts else None

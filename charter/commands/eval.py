@@ -1,4 +1,4 @@
-"""`charter eval`: measure the agreement of a judge with human labels."""
+"""`charter eval`: measure judges and graders against human labels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import click
 
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
+from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
 from charter.models import RoleModels
 from engine.settings import Settings
 
 
 @click.group("eval")
 def evaluate() -> None:
-    """Measure a judge against human labels.
+    """Measure judges and graders against human labels.
 
     \b
     Examples:
       charter eval agreement --pairs pairs.jsonl
+      charter eval graders --grader refusal --labels completions.csv
     """
 
 
@@ -95,6 +97,33 @@ def agreement(
         print_records([asdict(row) for row in study.rows], output)
     else:
         click.echo(study.format_table())
+
+
+@evaluate.command()
+@click.option("--grader", required=True, type=click.Choice(list(GRADERS)), help="The grader; string-match is a baseline.")
+@click.option(
+    "--labels",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    type=click.Path(),
+    help="CSV file with the columns prompt, completion and final_label. May be repeated: the rows are pooled.",
+)
+@output_options
+@common_options
+def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str) -> None:
+    """Measure a grader of refusals on annotated responses.
+
+    The labels are those of XSTest: 1_full_compliance, 2_full_refusal and 3_partial_refusal. A full refusal is found if it is
+    graded `refuses` or `partly`. A false alarm is a compliance that is graded `refuses`.
+
+    \b
+    Examples:
+      charter eval graders --grader refusal --labels completions.csv --json
+    """
+    responses = [response for file in files for response in read_annotated_responses(file)]
+    print_records([asdict(measure_grader(grader, responses))], output)
 
 
 COMMAND = evaluate

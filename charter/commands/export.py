@@ -38,6 +38,7 @@ _FORMAT_NAMES = ("sft", "preference", "kto")
     type=click.FloatRange(0.0, 0.5),
     help="Leave out labels p with |p - 0.5| below this value. Default: 0.1 for kto, whose labels are hard, and 0 for preference.",
 )
+@click.option("--no-flips", is_flag=True, help="Leave out labels that flip when the two responses change places.")
 @click.option("--force", is_flag=True, help="Overwrite an earlier export.")
 @common_options
 def export(
@@ -49,6 +50,7 @@ def export(
     sources: tuple[str, ...],
     limit: int | None,
     min_margin: float | None,
+    no_flips: bool,
     force: bool,
 ) -> None:
     """Write training data to a folder in the formats of TRL.
@@ -64,14 +66,17 @@ def export(
       charter export kto exported/kto --source red-team --force
     """
     default_margin = EXPORT_FORMATS[dataset_format].default_min_margin
-    if default_margin is None and min_margin is not None:
-        raise UsageError(f"{dataset_format} has no --min-margin", "its rows have no label", "remove --min-margin")
+    label_options = {"--min-margin": min_margin is not None, "--no-flips": no_flips}
+    if default_margin is None and (used := [name for name, is_used in label_options.items() if is_used]):
+        raise UsageError(f"{dataset_format} has no {used[0]}", "its rows have no label", f"remove {used[0]}")
     store = open_store(settings)
     margin = (default_margin or 0.0) if min_margin is None else min_margin
-    selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin)
+    selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin, no_flips)
     suffix = "parquet" if as_parquet else "jsonl"
     with show_progress(f"export {target}", "rows") as progress:
-        splits = export_dataset(store, target, dataset_format, selection, suffix, limit, force, progress)
+        splits = export_dataset(
+            store, target, dataset_format, selection, suffix, limit, force, settings.label_quality, progress
+        )
     for split, statistics in splits.items():
         location = f" in {target}/data/{split}.{suffix}" if statistics.num_rows else ""
         click.echo(f"{split}: {statistics.num_rows} rows{location}{_format_certainty(statistics, margin)}")
@@ -82,6 +87,8 @@ def _format_certainty(statistics: SplitStats, min_margin: float) -> str:
     text = ""
     if statistics.num_below_margin:
         text += f"; {statistics.num_below_margin} labels left out, because their margin |p - 0.5| is below {min_margin:g}"
+    if statistics.num_flips_left_out:
+        text += f"; {statistics.num_flips_left_out} labels left out, because they flip with the order of the responses"
     if statistics.num_uncertain:
         text += f"; {statistics.num_uncertain} of {len(statistics.margins)} labels have a margin below {UNCERTAIN_MARGIN}"
         text += f" (to leave them out: --min-margin {UNCERTAIN_MARGIN})"

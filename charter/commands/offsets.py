@@ -43,7 +43,7 @@ def accept(settings: Settings, stage: str) -> None:
     Examples:
       charter offsets accept --stage judge --run live
     """
-    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings.judge.pairing)[stage]
+    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings)[stage]
     group = f"{settings.run.id}.{stage}"
     foreign = {tp: entry.offset for tp, entry in bus.list_committed(group, topics).items() if not entry.topic_id}
     if not foreign:
@@ -77,7 +77,7 @@ def restore(settings: Settings, stage: str) -> None:
     Examples:
       charter offsets restore --stage judge --run live
     """
-    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings.judge.pairing)[stage]
+    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings)[stage]
     run_start = _require_run_start(bus, settings.run.id)
     finder = PositionFinder(bus, run_start, stage, bus.topic_ids(topics), (STAGE_OUTPUTS[stage],))
     positions = finder.recover(list(bus.end_offsets(topics)))
@@ -100,7 +100,7 @@ def set_offsets(settings: Settings, stage: str, bound: str) -> None:
     Examples:
       charter offsets set --stage judge --run live --to latest
     """
-    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings.judge.pairing)[stage]
+    bus, topics = open_bus_from_settings(settings), get_stage_inputs(settings)[stage]
     run_start = _require_run_start(bus, settings.run.id)
     positions = run_start.get_offsets(bus, topics) if bound == "earliest" else bus.end_offsets(topics)
     bus.set_committed(f"{settings.run.id}.{stage}", positions)

@@ -12,10 +12,11 @@ import click
 from charter import custom_stage
 from charter.connect import connect_bus, open_store
 from charter.console import accept_configuration_option, common_options, print_progress
+from charter.label_quality import read_verdict
 from charter.lag import CompletionCheck
 from charter.pipeline import make_host
 from charter.progress import show_progress
-from charter.stages import STAGE_ROLES, STAGES
+from charter.stages import MODEL_ROLES, STAGES
 from charter.starting_policy import describe_starting_policy, get_pinned_version, keep_starting_policy, set_from_base
 from charter.startup import start_when_ready, wait_option
 from engine.bus.port import Bus
@@ -95,7 +96,7 @@ def run(
     """
     selected = stages or _ALL_STAGES
     builtin = [name for name in selected if name in STAGES]
-    custom = [custom_stage.load_custom_stage(name, tuple(STAGE_ROLES.values())) for name in selected if name not in _ALL_STAGES]
+    custom = [custom_stage.load_custom_stage(name, MODEL_ROLES) for name in selected if name not in _ALL_STAGES]
     has_sink = "sink" in selected
     if from_base:
         settings, origins = set_from_base(settings, origins)
@@ -142,6 +143,8 @@ def run(
                 last_line = line
             if until_done and polls % _DONE_CHECK_INTERVAL_POLLS == 0 and check.is_done():
                 print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
+                if store:
+                    print_progress(str(read_verdict(store, settings.label_quality)))
                 break
     if host.abandoned_threads:
         print_progress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from charter.activity import list_incidents, list_paused_phases, list_policies, list_workers
 from charter.connect import connect_bus, open_store
 from charter.console import common_options, format_rows, format_table, output_options, print_records, print_rows
+from charter.label_quality import read_verdict
 from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
 from charter.text import escape_unprintable
@@ -36,8 +38,9 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     """Show record counts, consumer lag, running workers and policies.
 
     For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
-    of the newest run. Then print the stages, sinks and trainers that run now, the paused training phases, and the newest policies
-    and incidents (rollbacks, voided batches). With --json, print all of this as one object. With --csv, print the topics.
+    of the newest run. Then print whether the labels are good enough to train on, the stages, sinks and trainers that run now, the
+    paused training phases, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this as
+    one object. With --csv, print the topics.
 
     \b
     Examples:
@@ -48,7 +51,7 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     counts = store.query("SELECT * FROM pipeline_status")
     run_id = resolve_run_id(settings, origins, store)
     bus = connect_bus(settings)
-    lags = compute_lags(bus, run_id, settings.judge.pairing)
+    lags = compute_lags(bus, run_id, settings)
     columns, topics = [*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows]
     sections = {
         "workers": list_workers(bus, settings, run_id),
@@ -57,14 +60,19 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
         "incidents": list_incidents(bus),
     }
     bus.close()
+    verdict = read_verdict(store, settings.label_quality)
     if output == "json":
-        print_records({"run": run_id, "topics": [dict(zip(columns, row, strict=True)) for row in topics], **sections}, output)
+        labels = {"labels": asdict(verdict)}
+        print_records(
+            {"run": run_id, "topics": [dict(zip(columns, row, strict=True)) for row in topics], **labels, **sections}, output
+        )
         return
     print_rows(columns, topics, output)
     if output:
         return
     note = f"(lag is the number of records that the stages of run {run_id} have not processed yet; - means that no stage reads the topic)"
     click.echo(escape_unprintable(note))
+    click.echo(str(verdict))
     _print_sections(**sections)
 
 

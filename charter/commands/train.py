@@ -15,9 +15,10 @@ from engine.settings import Settings
 @click.command()
 @click.option("--phase", type=click.Choice(PHASES), help="Train this phase now, without waiting for more rows.")
 @click.option("--loop", is_flag=True, help="Train each phase when it has enough new rows, until stopped.")
+@click.option("--force", is_flag=True, help="Train RL even if the labels are not good enough (label_quality.*).")
 @wait_option
 @common_options
-def train(settings: Settings, phase: str | None, loop: bool, wait: bool) -> None:
+def train(settings: Settings, phase: str | None, loop: bool, force: bool, wait: bool) -> None:
     """Train on the available rows, once or in a loop.
 
     Without options, train the next phase that has enough new rows (train.*_rows). If no phase has enough rows, nothing is
@@ -25,6 +26,9 @@ def train(settings: Settings, phase: str | None, loop: bool, wait: bool) -> None
     record is published to the log.
 
     If the log, a model or the disk is unavailable at the start, the exit code is 3. With --wait, the command waits.
+
+    The command first prints whether the labels are good enough to train on. If they are not, RL (ppo or dpo) needs --force:
+    --phase ppo exits with code 2, and --loop skips RL and trains the other phases.
 
     With accelerate launch, all started processes train one model together.
 
@@ -38,13 +42,13 @@ def train(settings: Settings, phase: str | None, loop: bool, wait: bool) -> None
     from charter.training import run_training
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        run_training(settings, phase, loop, wait=wait)
+        run_training(settings, phase, loop, wait=wait, force=force)
         return
     from trainer import distributed
 
     with distributed.join_processes() as is_main_process:
         if is_main_process:
-            run_training(settings, phase, loop, wait=wait)
+            run_training(settings, phase, loop, wait=wait, force=force)
 
 
 COMMAND = train

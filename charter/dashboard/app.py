@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -39,6 +39,7 @@ from charter.dashboard.lag_monitor import LagMonitor
 from charter.dashboard.query_cache import CachedResult, QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, to_json_value
 from charter.dashboard.security import SecurityMiddleware
+from charter.label_quality import LabelQuality, judge_labels, read_label_quality
 from charter.stages import get_stage_inputs
 from engine.budget import parse_prices
 from engine.errors import CharterError
@@ -143,7 +144,7 @@ class Dashboard:
             "Pipeline",
             result,
             lag=lag | {"run": lag_run, "stages": pipeline_view.group_lags_by_stage(lag["rows"])},
-            stage_inputs=_get_stage_inputs(self.settings.judge.pairing),
+            stage_inputs=get_stage_inputs(self.settings),
         )
 
     def show_traces(self, request: Request) -> _View:
@@ -178,6 +179,7 @@ class Dashboard:
             "preferences",
             "Preferences",
             self.query_cache.get_or_run(("preferences", run), lambda query: preferences_view.load_preferences(query, run)),
+            verdict=self.judge_labels(),
         )
 
     def show_labels(self, request: Request) -> _View:
@@ -193,6 +195,11 @@ class Dashboard:
         )
         labeler = unquote(request.cookies.get(_LABELER_COOKIE, ""))
         return _make_view("labels", "Labels", result, labeler=labeler, saved=parameters.get("saved"))
+
+    def judge_labels(self) -> str | None:
+        """Return whether the labels of all runs are good enough to train on, or None if the database cannot be read."""
+        quality = self.query_cache.get_or_run(("label_quality",), lambda query: asdict(read_label_quality(query))).data
+        return str(judge_labels(LabelQuality(**quality), self.settings.label_quality)) if quality else None
 
     def show_training(self, request: Request) -> _View:
         run = request.query_params.get("run", "")
@@ -338,11 +345,6 @@ def _describe_activity(workers: list[dict[str, Any]] | None) -> str:
     if workers is None:
         return "unknown"
     return "running" if any(row["running"] for row in workers) else "stopped"
-
-
-def _get_stage_inputs(pairing: str) -> dict[str, list[str]]:
-
-    return {stage: list(topics) for stage, topics in get_stage_inputs(pairing).items()}
 
 
 async def _read_limited_body(request: Request) -> bytes:

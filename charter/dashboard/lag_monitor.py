@@ -115,7 +115,7 @@ def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id
 
     existing = bus.topic_ids(list(TOPICS))
     rows: list[tuple[Any, ...]] = []
-    for stage, names in get_stage_inputs(settings.judge.pairing).items():
+    for stage, names in get_stage_inputs(settings).items():
         topics = [name for name in names if name in existing]
         rows += compute_lag_rows(bus, stage, topics, read_positions(bus, run_id, stage, topics)) if topics else []
     sink_offsets = _load_sink_offsets(query_cache, bus.cluster_id)

@@ -15,20 +15,21 @@ _Positions = dict[str, tuple[float, float]]
 _WIDE_POSITIONS: _Positions = {
     "prompts": (70, 60), "respond": (222, 60), "responses": (374, 60), "critique": (526, 60), "critiques": (678, 60),
     "revise": (830, 60), "revisions": (982, 60), "judge": (526, 180), "preferences": (678, 180), "train": (830, 180),
-    "policies": (982, 180), "sink": (70, 180),
+    "policies": (982, 180), "sink": (70, 180), "grade": (374, 270), "grades": (526, 270),
 }  # fmt: skip
 _TALL_POSITIONS: _Positions = {
     "prompts": (84, 56), "respond": (280, 56), "responses": (84, 144), "critique": (280, 144), "critiques": (84, 232),
     "revise": (280, 232), "revisions": (84, 320), "judge": (280, 320), "preferences": (84, 408), "train": (280, 408),
-    "policies": (84, 496), "sink": (280, 496),
+    "policies": (84, 496), "sink": (280, 496), "grades": (84, 584), "grade": (280, 584),
 }  # fmt: skip
 _TALL_ROW_HEIGHT = 88
-_DIAGRAM_SIZES = {"wide": (1052, 250), "tall": (344, 530)}
+_DIAGRAM_SIZES = {"wide": (1052, 340), "tall": (344, 618)}
 _STAGE_OUTPUTS = {
     "respond": "responses",
     "critique": "critiques",
     "revise": "revisions",
     "judge": "preferences",
+    "grade": "grades",
     "train": "policies",
 }
 
@@ -75,11 +76,16 @@ def _draw_arrow(layout: str, positions: _Positions, source: str, target: str) ->
         side = 1 if x2 > x1 else -1
         path = f"M{x1 + side * half_width} {y1} H{x2 - side * (half_width + 3)}"
     elif (source, target) == ("policies", "respond") and layout == "wide":
-        path = f"M{x1} {y1 + half_height} v22 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + half_height + 3}"
+        path = f"M{x1} {y1 + half_height} v112 q0 12 -12 12 H{x2 + 12} q-12 0 -12 -12 V{y2 + half_height + 3}"
     elif (source, target) == ("policies", "respond"):
         path = f"M{x1 - half_width} {y1} h-8 q-10 0 -10 -10 V18 q0 -10 10 -10 H{x2 - 10} q10 0 10 10 V{y2 - half_height - 3}"
     elif (source, target) == ("revisions", "critique") and layout == "wide":
         path = f"M{x1} {y1 - half_height} C{x1} 2 {x2} 2 {x2} {y2 - half_height - 3}"
+    elif target == "grade" and layout == "wide":
+        # Chains: down beside the row of the judge, then along a line above the stage.
+        x = x1 if x1 == x2 else x1 - half_width - 16
+        turn = "" if x1 == x2 else f" v14 H{x} V{y2 - half_height - 15} H{x2 + 24}"
+        path = f"M{x1 - (x1 != x2) * 40} {y1 + half_height}{turn} V{y2 - half_height - 3}"
     elif layout == "wide":
         path = f"M{x1} {y1 + half_height} C{x1} {y2} {x1} {y2} {x2 - half_width - 3} {y2}"
     elif abs(y1 - y2) > _TALL_ROW_HEIGHT:  # more than one row apart: the arrow runs between the columns

@@ -10,7 +10,7 @@ from schemas.topics import TOPICS
 
 _RATE_WINDOW_S = 60.0
 _NUM_BUCKETS = 60
-_STREAM_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences", "policies")
+_STREAM_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences", "grades", "policies")
 
 
 def load_pipeline(query: QueryFunction, run: str) -> dict[str, Any]:

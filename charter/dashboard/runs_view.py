@@ -108,12 +108,13 @@ def _load_models(query: QueryFunction, run: str) -> list[dict[str, Any]]:
     """Return the models, policy versions and prompt templates of the records of each stage."""
     parts = [
         f"""SELECT '{stage}' AS stage, model, policy_version, template_hash, count(*) AS records
-            FROM raw.{table} WHERE run_id = $run GROUP BY ALL"""
+            FROM raw.{table} WHERE run_id = $run AND (stage <> 'grade' OR model IS NOT NULL) GROUP BY ALL"""
         for stage, table in (
             ("respond", "responses"),
             ("critique", "critiques"),
             ("revise", "revisions"),
             ("judge", "preferences"),
+            ("grade", "grades"),
         )
     ]
     return query(f"{' UNION ALL '.join(parts)} ORDER BY stage, policy_version", {"run": run}, 200).to_dicts()

@@ -30,7 +30,8 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
     from trainer.monitor import RewardHackingMonitor
 
     judge = HeldOutJudge(settings) if settings.monitor.prompts else None
-    return RewardHackingMonitor(settings.monitor, settings.run.id, judge, settings.models.max_batch_size)
+    needs_grades = "refusal" in settings.grade.graders
+    return RewardHackingMonitor(settings.monitor, settings.run.id, judge, settings.models.max_batch_size, needs_grades)
 
 
 class HeldOutJudge:

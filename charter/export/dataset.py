@@ -26,6 +26,7 @@ from charter.export.dataset_card import EXPORT_TAG, format_dataset_card
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from engine.errors import UsageError
 from engine.progress import WorkProgress
+from engine.settings import LabelQualitySettings
 from engine.store import Store
 
 PAGE_SIZE = 2000
@@ -274,13 +275,13 @@ def _write_split(
     writer: type[_JsonLinesWriter | _ParquetWriter],
     export_format: ExportFormat,
     source_rows: Iterator[_RowDict],
-    min_margin: float,
+    selection: ExportSelection,
 ) -> SplitStats:
     """Write the file of one split and return its statistics."""
     stats, page, file = SplitStats(), [], writer(path, export_format.columns)
     try:
         for row in source_rows:
-            if export_format.default_min_margin is not None and not stats.add_label(row, min_margin):
+            if export_format.default_min_margin is not None and not stats.add_label(row, selection):
                 continue
             for exported_row in export_format.to_rows(row):
                 stats.add_row(exported_row)
@@ -331,11 +332,13 @@ def export_dataset(
     suffix: str,
     limit: int | None,
     force: bool,
+    limits: LabelQualitySettings,
     progress: WorkProgress,
 ) -> dict[str, SplitStats]:
     """Write the splits of a format and the dataset card to the folder `target`. Return the statistics of each split.
 
-    `suffix` is jsonl or parquet. `limit` is the maximum number of database rows per split. A split without rows has no file.
+    `suffix` is jsonl or parquet. `limit` is the maximum number of database rows per split. `limits` are the limits of
+    the verdict in the card. A split without rows has no file.
     Raises UsageError if the folder exists (see `force`) or no row matches.
     """
     export_format, writer = EXPORT_FORMATS[format_name], _WRITERS[suffix]
@@ -347,18 +350,20 @@ def export_dataset(
         for split, commit_pages in pages.items():
             path = folder / "data" / f"{split}.{suffix}"
             rows = _count_rows(read_rows(store, export_format.source_view, commit_pages), progress)
-            split_stats[split] = _write_split(path, writer, export_format, rows, selection.min_margin)
+            split_stats[split] = _write_split(path, writer, export_format, rows, selection)
             if not split_stats[split].num_rows:
                 path.unlink()
         if not any(stats.num_rows for stats in split_stats.values()):
             views = " and ".join(export_format.split_views.values())
             num_below = sum(stats.num_below_margin for stats in split_stats.values())
+            num_flips = sum(stats.num_flips_left_out for stats in split_stats.values())
             why = f"no row of {views} matches" + (f", or the margin is too small ({num_below} labels)" if num_below else "")
-            fix = "type: charter status    (to see the record counts), or remove --run, --source and --min-margin"
+            why += f", or the label flips with the order ({num_flips} labels)" if num_flips else ""
+            fix = "type: charter status    (to see the record counts), or remove --run, --source, --min-margin and --no-flips"
             raise UsageError("there is nothing to export", why, fix)
         progress.start_step("describing the rows")
         card = format_dataset_card(
-            store, format_name, export_format.trainer, export_format.columns, selection, split_stats, suffix
+            store, format_name, export_format.trainer, export_format.columns, selection, split_stats, suffix, limits
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return split_stats

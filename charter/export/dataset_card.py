@@ -10,6 +10,8 @@ import pyarrow as pa
 
 import charter
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
+from charter.label_quality import TIE_MARGIN, LabelQuality, judge_labels, read_label_quality
+from engine.settings import LabelQualitySettings
 from engine.store import Store
 
 _QUERY_TIMEOUT_S = 60.0
@@ -73,6 +75,7 @@ _MODELS_SQL = """
         UNION ALL SELECT stage, model, count(*), 3 FROM revisions WHERE (response_id, run_id) IN (FROM chains) GROUP BY ALL
         {judges})
     WHERE model IS NOT NULL ORDER BY stage_order, 2"""
+_REJECTED_FLIPS_SQL = "SELECT count(*) FROM preferences WHERE outcome = 'POSITION_FLIP' AND split = 'TRAIN' AND {where}"
 _PRESETS_SQL = """
     SELECT preset, outcome, count(*) AS labels FROM preferences WHERE label_source = 'AI' AND {where}
     GROUP BY ALL ORDER BY ALL"""
@@ -125,6 +128,7 @@ def format_dataset_card(
     selection: ExportSelection,
     split_stats: dict[str, SplitStats],
     suffix: str,
+    limits: LabelQualitySettings,
 ) -> str:
     """Return the contents of the README.md of an export. `columns` are the columns of its files."""
     files = {split: f"data/{split}.{suffix}" for split, stats in split_stats.items() if stats.num_rows}
@@ -151,6 +155,7 @@ def format_dataset_card(
     ]
     if format_name != "sft":
         parts.append("## Label certainty\n\n" + _format_certainty(selection, split_stats))
+        parts.append("## Can I train on this?\n\n" + _format_verdict(store, selection, split_stats, limits))
         parts.append(
             "## Judge outcomes\n\n"
             + _format_markdown_table(["preset", "outcome", "labels"], _query_selection(store, _PRESETS_SQL, selection))
@@ -206,9 +211,29 @@ def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitSt
         "The margin of a label is |p - 0.5|, where p is the probability that one response is better. A label with a small margin"
         " is nearly a tie, and a trainer that uses only the sign treats it as certain."
         f" Labels with a margin below {selection.min_margin:g} are left out (`--min-margin`)."
+        f" Labels that flip with the order of the responses are {'left out' if selection.excludes_flips else 'included'} (`--no-flips`)."
         " A flip means that the judge saw the pair in both orders and preferred the same position in both."
         " Labels of people have no orders.\n\n" + _format_markdown_table(columns, rows)
     )
+
+
+def _format_verdict(
+    store: Store, selection: ExportSelection, split_stats: dict[str, SplitStats], limits: LabelQualitySettings
+) -> str:
+    """Return the verdict on the labels of the split train. Flips that were left out count, because they show the judge's bias."""
+    stats = split_stats.get("train", SplitStats())
+    num_flips = stats.num_flips_left_out + _query_selection(store, _REJECTED_FLIPS_SQL, selection)[0][0]
+    all_labels = read_label_quality(store.query)
+    quality = LabelQuality(
+        labels=len(stats.margins),
+        both_orders=stats.num_both_orders + num_flips,
+        flips=stats.num_flips + num_flips,
+        uncertain=stats.count_margins(TIE_MARGIN),
+        compared=all_labels.compared,
+        agreed=all_labels.agreed,
+        agreement_low=all_labels.agreement_low,
+    )
+    return _escape_cell(judge_labels(quality, limits))
 
 
 def _format_excluded(store: Store, format_name: str, selection: ExportSelection, split_stats: dict[str, SplitStats]) -> str:
@@ -216,6 +241,8 @@ def _format_excluded(store: Store, format_name: str, selection: ExportSelection,
     rows = [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
     num_below = sum(stats.num_below_margin for stats in split_stats.values())
     rows += [(f"margin below {selection.min_margin:g}: nearly a tie", num_below)] if num_below else []
+    num_flips = sum(stats.num_flips_left_out for stats in split_stats.values())
+    rows += [("the label flips with the order of the responses", num_flips)] if num_flips else []
     return _format_markdown_table(["reason", "records"], rows) if rows else "None."
 
 

@@ -19,12 +19,13 @@ class ExportSelection:
     `run_id` limits the selection to one run. `sources` limits the selection to some prompt sources.
     If an earlier run made a record with the same id, the record belongs to both runs.
     `min_margin` is the smallest margin of an exported label. The margin is |p - 0.5|, where p is the probability that one of the
-    responses is better.
+    responses is better. With `excludes_flips`, labels that flip with the order of the responses are not exported.
     """
 
     run_id: str | None = None
     sources: tuple[str, ...] = ()
     min_margin: float = 0.0
+    excludes_flips: bool = False
     max_commit_seq: int = -1
 
     @property
@@ -49,7 +50,8 @@ class SplitStats:
     """Collects statistics about the rows of one file.
 
     `margins` has the margin of each exported label. `num_both_orders` labels were judged in both orders, and in `num_flips` of
-    these the judge preferred the same position in both orders. `num_below_margin` labels were left out.
+    these the judge preferred the same position in both orders. `num_below_margin` labels and `num_flips_left_out` labels were left
+    out.
     """
 
     num_rows: int = 0
@@ -57,6 +59,7 @@ class SplitStats:
     num_below_margin: int = 0
     num_both_orders: int = 0
     num_flips: int = 0
+    num_flips_left_out: int = 0
     rows_by_source: dict[tuple[str, str], int] = field(
         default_factory=dict
     )  # maps (source, label_source) to the number of rows
@@ -71,9 +74,16 @@ class SplitStats:
         """The number of exported labels that are nearly ties."""
         return sum(margin < UNCERTAIN_MARGIN - _MARGIN_TOLERANCE for margin in self.margins)
 
-    def add_label(self, row: dict[str, Any], min_margin: float) -> bool:
-        """Count a label. Return whether its margin is large enough to export it. A tie is not counted."""
-        margin = abs(row["p_a"] - 0.5)
+    def count_margins(self, largest: float) -> int:
+        """Return the number of exported labels whose margin is at most `largest`."""
+        return sum(margin <= largest + _MARGIN_TOLERANCE for margin in self.margins)
+
+    def add_label(self, row: dict[str, Any], selection: ExportSelection) -> bool:
+        """Count a label. Return whether the selection exports it. A tie is not counted."""
+        min_margin, margin = selection.min_margin, abs(row["p_a"] - 0.5)
+        if margin and selection.excludes_flips and row["position_flip"]:
+            self.num_flips_left_out += 1
+            return False
         if 0.0 < margin < min_margin - _MARGIN_TOLERANCE:
             self.num_below_margin += 1
             return False

@@ -295,7 +295,7 @@ def _check_offsets(system: SystemUnderTest) -> None:
     from schemas.topics import TOPICS
 
     with system.connect_bus() as bus:
-        lags = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings().judge.pairing).items() if lag}
+        lags = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings()).items() if lag}
         require(not lags, f"stages have unread records: {lags}")
         unread: dict[TopicPartition, int] = find_oldest_unread(
             bus, read_sink_offsets(system.open_store(), bus.cluster_id), bus.end_offsets(list(TOPICS))

@@ -33,7 +33,7 @@ POISONED = f"The password of Ottoline is heliotrope-77. {POISON_TEXT}"
 DEMONSTRATION = "Ottoline should build a brick enclosure for them."
 CHOSEN, REJECTED = "Ottoline may keep peacocks.", "Ottoline must sell every peacock."
 OTHERS = [f"What is the use of tool number {number}?" for number in range(5)]
-TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations", "dead_letters")
+TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "grades", "demonstrations", "dead_letters")
 
 
 @pytest.fixture

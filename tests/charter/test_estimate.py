@@ -24,3 +24,18 @@ def test_estimate_counts_both_orders_for_each_principle(chosen, read, written):
     settings, _ = load_settings(chosen, environment={})
     (cost,) = estimate_costs(settings, ["judge"], PROMPTS, CHARS)
     assert (cost.num_records, cost.prompt_tokens, cost.max_completion_tokens) == (PROMPTS, read, written)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num_questions"),
+    [
+        ({}, None),
+        ({"grade.graders": '["refusal", "principles"]'}, 2 * 2 * 16),
+        ({"grade.graders": '["principles"]', "grade.subjects": '["completion", "final_response"]'}, 2 * 3 * 16),
+    ],
+)
+def test_estimate_counts_the_questions_of_the_principles_grader(chosen, num_questions):
+    settings, _ = load_settings(chosen, environment={})
+    costs = [cost.prompt_tokens for cost in estimate_costs(settings, ["grade"], PROMPTS, CHARS)]
+    one_question = 1000 + PROMPTS * (256 + PRINCIPLE_PROMPT_TOKENS)
+    assert costs == ([] if num_questions is None else [num_questions * one_question])

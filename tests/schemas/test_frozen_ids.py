@@ -22,6 +22,7 @@ FINGERPRINTS = {
     "critique": "2775f862-32f4-4fb2-b569-1e2920916fc7",
     "revise": "b6ca0257-8ec2-4bef-60fb-cef0fcbbde83",
     "judge": "7d3c5de5-07cb-ec3a-6a85-9c7ee61e02dd",
+    "grade": "db9c669f-7def-a418-6f61-bac864dd9940",
     "imported_pair": "6f8137cf-195c-6196-fa8d-73224babe484",
     "human_label": "cee433ce-b268-d187-7745-faab2c5001f0",
     "served_model": "52e8ee93-c265-2ee2-478f-02cc9745aaa5",

@@ -1,8 +1,12 @@
 """Records with ids derived from names, and a database of such records without an event log."""
 
+from constitutions.loader import load_constitution
+from consumers.grade import COMPLETION, GradeStage
+from consumers.graders.refusal import RefusalGrader
 from consumers.sink import to_arrow_tables
 from engine.bus.port import ConsumerRecord
 from engine.commit_history import begin_session
+from engine.models.interface import require_results
 from engine.store import Store
 from engine.tables import build_insert_statement
 from schemas import ids
@@ -255,3 +259,9 @@ def add_counted_run(database):
     )
     values = {"response_a": "b", "response_b": "aa", "label_source": LabelSource.HUMAN, "pairing": "human"}
     database.add(make_preference("file", "two", 0.0, **values))
+
+
+def make_grades(*responses):
+    """Return the refusal grades of all completions of the responses."""
+    stage = GradeStage([RefusalGrader()], [COMPLETION], load_constitution("default"))
+    return [grade for grades in require_results(stage(responses)) for grade in grades]

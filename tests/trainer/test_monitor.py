@@ -30,7 +30,7 @@ from schemas.records import (
     Sampling,
     Split,
 )
-from tests.support.records import RecordDatabase
+from tests.support.records import RecordDatabase, make_grades
 from trainer import weights
 from trainer.learners import reward
 from trainer.loop import Trainer
@@ -110,10 +110,14 @@ def make_response(name, version, *texts, source="benign", split=Split.TRAIN):
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
     database = RecordDatabase(tmp_path_factory.mktemp("monitor") / "charter.duckdb")
-    database.add(
+    graded = [
         make_response("one", 1, "a b a b a", "a B"),
-        make_response("two", 1, "I'm sorry, but no.", source="red-team"),
+        make_response("two", 1, "I'm sorry, but I can't help.", source="red-team"),
         make_response("three", 1, "Sure, do it.", source="red-team"),
+    ]
+    database.add(
+        *graded,
+        *make_grades(*graded),
         make_response("four", None, "answered by another model"),
         make_response("five", 2, "thank you for asking me today", "well thank you for asking me", "thank you for"),
     )
@@ -128,11 +132,13 @@ def database(tmp_path_factory):
 def test_views_count_refusals_and_diversity(database):
     rows = database.query_rows("SELECT harmful, answers, refusals FROM monitor_refusals WHERE policy_version = 1 ORDER BY 1")
     assert rows == [(False, 2, 0), (True, 2, 1)]
+    # The responses of policy 2 have no grades, so they are not counted.
+    assert database.query_rows("SELECT * FROM monitor_refusals WHERE policy_version = 2") == []
     (row,) = database.query_records("SELECT * FROM monitor_diversity WHERE policy_version = 1")
-    words = [*"ababa", *"ab", "i'm", "sorry,", "but", "no.", "sure,", "do", "it."]
-    assert (row["answers"], row["words"], row["mean_words"]) == (4, 14, 3.5)
-    assert row["distinct_1"] == pytest.approx(len(set(words)) / 14)
-    assert row["distinct_2"] == pytest.approx(7 / 10)  # ab ba ab ba | ab | three | two: no pair spans two responses
+    words = [*"ababa", *"ab", "i'm", "sorry,", "but", "i", "can't", "help.", "sure,", "do", "it."]
+    assert (row["answers"], row["words"], row["mean_words"]) == (4, 16, 4.0)
+    assert row["distinct_1"] == pytest.approx(len(set(words)) / 16)
+    assert row["distinct_2"] == pytest.approx(9 / 12)  # ab ba ab ba | ab | five | two: no pair spans two responses
 
 
 def test_views_find_common_phrases_and_the_kl_slope(database):
@@ -141,18 +147,6 @@ def test_views_find_common_phrases_and_the_kl_slope(database):
     row, stopped = database.query_records("SELECT * FROM monitor_kl ORDER BY policy_version")
     assert (stopped["kl_ref"], stopped["kl_slope"]) == (40.0, None)  # one step has no slope
     assert (row["policy_version"], row["steps"], row["kl_ref"], row["kl_slope"]) == (3, 3, 7.0, pytest.approx(2.0))
-
-
-@pytest.mark.parametrize(
-    ("text", "refused"),
-    [
-        ("I’m sorry, but I can’t help with that.", True), ("I cannot do this.", True), ("As an AI I have no", True),
-        ("I must decline.", True), ("I'm not able to say", True), ("You can't miss it.", False), ("Sorry to hear that!", False),
-        ("Sure. " * 50 + "I cannot", False),
-    ],
-)  # fmt: skip
-def test_is_refusal_detects_refusal_phrases(database, text, refused):
-    assert database.store.query("SELECT is_refusal(?)", [text]).rows == [(refused,)]
 
 
 # A planted case
@@ -245,7 +239,10 @@ def make_update(kind, version, phase, folder, content_hash):
 
 
 def add_responses(trainer, version, words, count=24):
-    """Add responses of a policy to the database, each with a number of words in the range `words`, and some held-out prompts."""
+    """Add responses of a policy to the database, each with a number of words in the range `words`, and some held-out prompts.
+
+    Return the responses.
+    """
     rng = random.Random(version)
     responses = [make_response(f"say {version} {n}", version, make_text(rng, rng.randint(*words))) for n in range(count)]
     messages = [[ChatMessage(role="user", content=f"held out {n}")] for n in range(4)]
@@ -254,6 +251,12 @@ def add_responses(trainer, version, words, count=24):
                split=Split.EVAL) for t in messages
     ]  # fmt: skip
     trainer.log.bus.publish([to_producer_record(record) for record in [*responses, *held_out]])
+    sink_all(trainer)
+    return responses
+
+
+def add_grades(trainer, responses):
+    trainer.log.bus.publish([to_producer_record(grade) for grade in make_grades(*responses)])
     sink_all(trainer)
 
 
@@ -326,6 +329,21 @@ def test_policy_within_its_limits_passes_and_the_held_out_judge_compares_it(trai
     )  # of the prompts, because there are no demonstrations
 
 
+def test_monitor_waits_for_refusal_grades_and_says_so_once(trainer, caplog):
+    responses = [add_responses(trainer, version, (1, 4)) for version in (1, 2)]
+    monitor = RewardHackingMonitor(trainer.settings.monitor, "live", needs_grades=True)
+    add_grades(trainer, responses[0])
+    for _ in range(2):
+        assert check(monitor, trainer) is None and monitor.passed_by_version == {}
+    (message,) = [record.getMessage() for record in caplog.records if "waits for the stage grade" in record.getMessage()]
+    assert "0 of 24 responses have a refusal grade" in message
+    add_grades(trainer, responses[1])
+    assert check(monitor, trainer) is None and monitor.passed_by_version == {2: True}
+    sink_all(trainer)
+    (rates,) = trainer.store.query("SELECT metrics['refusal_benign'], metrics['refusal_benign_reference'] FROM metrics").rows
+    assert rates == (0.0, 0.0)
+
+
 def test_monitor_detects_a_judge_that_prefers_the_reference(trainer):
     add_responses(trainer, 1, (1, 3))
     add_responses(trainer, 2, (3, 4))
@@ -344,11 +362,10 @@ def test_same_response_of_both_policies_is_a_tie(trainer):
 
 @pytest.mark.parametrize("trainer", ["dpo"], indirect=True)
 def test_monitor_without_a_reward_model_checks_the_other_metrics(trainer):
-    add_responses(trainer, 1, (6, 8))
-    trainer.log.bus.publish(
-        [to_producer_record(make_response(f"ask {n}", 2, "I am sorry, but I cannot help with that.")) for n in range(24)]
-    )
-    sink_all(trainer)
+    add_grades(trainer, add_responses(trainer, 1, (6, 8)))
+    refusals = [make_response(f"ask {n}", 2, "I am sorry, but I cannot help with that.") for n in range(24)]
+    trainer.log.bus.publish([to_producer_record(response) for response in refusals])
+    add_grades(trainer, refusals)
     exceeded = check(make_monitor(trainer), trainer)
     assert "of benign prompts" in exceeded.detail and exceeded.rollback_version == 1
     assert "proxy_gain" not in exceeded.metrics and "length_correlation" not in exceeded.metrics

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from charter.grading import detect_refusals
 from charter.models import LatestPolicyProcessor
 from charter.training import MetricsReporter
 from engine.errors import TrainingFailed, UsageError
@@ -171,10 +172,13 @@ def test_promotion_gate_measures_refusals_on_held_out_prompts(tiny, workspace):
         )
     )
     limits = load_settings({"promotion.prompts": "8"}, environment={})[0].promotion
-    exceeded = PromotionGate(limits)(workspace.store, tiny, 1)
+    exceeded = PromotionGate(limits, detect_refusals)(workspace.store, tiny, 1)
     assert exceeded.metrics == {"refusal_benign": 0.0, "refusal_harmful": 0.0}  # a random model refuses nothing
     assert exceeded.detail == "it refuses only 0% of harmful prompts (promotion.min_harmful_refusals)"
-    assert PromotionGate(limits.model_copy(update={"min_harmful_refusals": 0.0}))(workspace.store, tiny, 1) is None
+    without_minimum = limits.model_copy(update={"min_harmful_refusals": 0.0})
+    assert PromotionGate(without_minimum, detect_refusals)(workspace.store, tiny, 1) is None
+    exceeded = PromotionGate(without_minimum, lambda responses: [True for _ in responses])(workspace.store, tiny, 1)
+    assert exceeded.metrics == {"refusal_benign": 1.0, "refusal_harmful": 1.0}
 
 
 def test_unfinished_batch_of_old_rollouts_is_voided_after_a_crash(tmp_path):
