@@ -61,6 +61,12 @@ def find_rejection_reason(text: str, finish_reason: FinishReason) -> RejectionRe
     return RejectionReason.REASONING if contains_reasoning(text) else RejectionReason.NONE
 
 
+def find_response_problem(text: str, finish_reason: FinishReason, name: str) -> tuple[Outcome, str] | None:
+    """Return the outcome and the reason if a response is unusable. `name` is its name in the reason. Return None if it is usable."""
+    reason = find_rejection_reason(text, finish_reason)
+    return None if reason is RejectionReason.NONE else (_OUTCOMES[reason], f"{name} {_DESCRIPTIONS[reason]}")
+
+
 def find_pair_problem(
     response_a: str,
     response_b: str,
@@ -70,9 +76,8 @@ def find_pair_problem(
 ) -> tuple[Outcome, str] | None:
     """Return the outcome and the reason if two responses cannot be compared. Return None if they can be compared."""
     for name, text, finish_reason in zip(names, (response_a, response_b), (finish_reason_a, finish_reason_b), strict=True):
-        reason = find_rejection_reason(text, finish_reason)
-        if reason is not RejectionReason.NONE:
-            return _OUTCOMES[reason], f"{name} {_DESCRIPTIONS[reason]}"
+        if problem := find_response_problem(text, finish_reason, name):
+            return problem
     if strip_blanks(response_a) == strip_blanks(response_b):
         return Outcome.IDENTICAL, "both responses are the same"
     return None

@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
-from engine.eligibility import find_pair_problem, is_blank
+from engine.eligibility import find_pair_problem, find_response_problem
 from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.worker import to_producer_record
-from producers.parse import ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
+from producers.parse import NO_COLUMNS, ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
 from schemas import ids
 from schemas.codec import decode_record
@@ -168,9 +168,7 @@ class FileProducer:
     def parse_row(self, row: RawRow, number: int, path: str, report: ProduceReport) -> PromptRow | None:
         """Parse a row. If the row is invalid, report it and return None, or raise UsageError if `strict` is true."""
         try:
-            source = self.source or DEFAULT_SOURCES[self.kind]
-            parsed = ROW_PARSERS[self.kind](row, source=source, max_chars=self.max_chars, columns=self.columns)
-            _require_eligible(parsed)
+            parsed = parse_row(row, self.kind, source=self.source, max_chars=self.max_chars, columns=self.columns)
         except RowError as error:
             report.bad_rows.append((number, str(error)))
             self.on_bad_row(number, str(error))
@@ -249,14 +247,23 @@ class FileProducer:
             writer.commit(records)
 
 
-def _require_eligible(parsed: PromptRow) -> None:
-    """Raise RowError if the responses of a row may not be compared or trained on (engine/eligibility.py)."""
+def parse_row(
+    row: RawRow, kind: InputKind, *, source: str, max_chars: int, columns: Mapping[str, str] = NO_COLUMNS
+) -> PromptRow:
+    """Parse a row of one kind. An empty `source` is the default source of the kind.
+
+    Raise RowError if the row is invalid, or if its responses may not be compared or trained on (engine/eligibility.py).
+    """
+    parsed = ROW_PARSERS[kind](row, source=source or DEFAULT_SOURCES[kind], max_chars=max_chars, columns=columns)
+    problem = None
     if isinstance(parsed, PreferenceRow):
         names = ("response_a", "response_b") if parsed.has_fixed_order else ("chosen", "rejected")
-        if problem := find_pair_problem(parsed.response_a, parsed.response_b, names=names):
-            raise RowError(problem[1])
-    if isinstance(parsed, DemonstrationRow) and is_blank(parsed.completion):
-        raise RowError("the completion has no visible text")
+        problem = find_pair_problem(parsed.response_a, parsed.response_b, names=names)
+    if isinstance(parsed, DemonstrationRow):
+        problem = find_response_problem(parsed.completion, FinishReason.UNKNOWN, "the completion")
+    if problem:
+        raise RowError(problem[1])
+    return parsed
 
 
 def make_row_metadata(

@@ -19,7 +19,6 @@ from charter.startup import start_when_ready, wait_option
 from charter.text import format_json, to_one_line
 from engine.settings import Settings
 from producers.files import (
-    DEFAULT_SOURCES,
     SHIPPED_PROMPTS_PATH,
     FileProducer,
     InputKind,
@@ -27,8 +26,9 @@ from producers.files import (
     make_human_record,
     make_prompt_record,
     make_row_metadata,
+    parse_row,
 )
-from producers.parse import COLUMN_NAMES, ROW_PARSERS, PromptRow, RowError
+from producers.parse import COLUMN_NAMES, PromptRow, RowError
 from producers.rows import compute_content_hash, read_rows
 
 _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
@@ -165,9 +165,7 @@ def _print_dry_run(
                 compute_content_hash(path)  # if the file is unreadable, this call raises the same error as `publish`
             for number, row in read_rows(path, columns=columns, progress=progress):
                 try:
-                    parsed = ROW_PARSERS[kind](
-                        row, source=source or DEFAULT_SOURCES[kind], max_chars=settings.prompts.max_chars, columns=columns
-                    )
+                    parsed = parse_row(row, kind, source=source, max_chars=settings.prompts.max_chars, columns=columns)
                 except RowError as error:
                     bad_rows.report(number, str(error))
                     continue

@@ -183,6 +183,19 @@ def test_dry_run_shows_what_produce_publishes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("preferences", {"prompt": "q", "chosen": "a", "rejected": " a"}, "both responses are the same"),
+        ("demonstrations", {"prompt": "q", "completion": "<think>Hm.</think>a"}, "the reasoning of a model"),
+    ],
+)
+def test_dry_run_refuses_the_rows_that_produce_refuses(tmp_path, kind, row, reason):
+    for option in (["--dry-run"], []):
+        result = run_charter("produce", "-", "--as", kind, "--data", tmp_path / "d", *option, stdin=json.dumps(row))
+        assert result.returncode == 1 and reason in result.stderr and "would be published" not in result.stdout
+
+
+@pytest.mark.parametrize(
     ("column", "reason"),
     [("prompt", "NAME=COLUMN"), ("question=prompt", "NAME=COLUMN"), ("prompt=a --column prompt=b", "twice")],
 )
