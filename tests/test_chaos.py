@@ -63,7 +63,7 @@ def test_killed_producers_with_shared_prompts_cause_one_response_per_prompt(tmp_
 
 
 def test_pairs_of_stop_signals_end_every_process(tmp_path):
-    run(signals.run_signal_storm(tmp_path, num_pairs=10, num_parallel=2))
+    run(signals.run_signal_storm(tmp_path, num_pairs=4, num_parallel=2))
 
 
 def test_ends_during_slow_generations_bury_no_record(tmp_path):

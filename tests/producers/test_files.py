@@ -92,7 +92,11 @@ def test_file_producer_reports_an_invalid_line_and_publishes_the_others(bus, tmp
             {"prompt": "p", "response_a": "yes", "response_b": "\ufeff", "p_a": 0.2},
             "response_b has no visible text",
         ),
-        ("preferences", {"prompt": "p", "chosen": "yes", "rejected": "<think>No?</think>no"}, "rejected contains what looks like"),
+        (
+            "preferences",
+            {"prompt": "p", "chosen": "yes", "rejected": "<think>No?</think>no"},
+            "rejected contains what looks like",
+        ),
         ("demonstrations", {"prompt": "p", "completion": "\u2800"}, "no visible text"),
         ("demonstrations", {"prompt": "p", "completion": "<think>Yes?</think>yes"}, "the completion contains what looks like"),
         ("demonstrations", {"prompt": "p", "completion": "Yes?\n</think>\n\nyes"}, "the completion contains what looks like"),
