@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from charter.stages import STAGE_OUTPUTS, get_stage_inputs
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.commit_history import read_commit_history
+from engine.instances import list_running_services
 from engine.positions import PositionFinder
 from engine.progress import WorkProgress
 from engine.run_starts import read_start_positions
@@ -17,6 +19,8 @@ from engine.settings import Settings
 from engine.store import Store
 from schemas.topics import TOPICS
 
+# The records that people and stages make. Training and exports read them from the database.
+_DATA_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations", "erasures")
 _SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, even if a broker is slow
 
 
@@ -164,6 +168,22 @@ def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
             lag = sum(ends[partition] - next_offsets[partition] for partition in unread if partition.topic == topic)
             lags[topic] = max(lags.get(topic, 0), lag)
     return lags
+
+
+def describe_unarchived(bus: Bus, store: Store, data_folder: Path) -> str:
+    """Return one line if data on the log is not in the database and no sink runs on the data folder. Otherwise return "".
+
+    Commands that read only the database would silently leave out these records, such as new human labels.
+    """
+    if list_running_services(data_folder)["sink"]:
+        return ""
+    sink_offsets = read_sink_offsets(store, bus.cluster_id)
+    next_offsets = {tp: max(start, sink_offsets.get(tp, 0)) for tp, start in bus.beginning_offsets(_DATA_TOPICS).items()}
+    unread = find_oldest_unread(bus, next_offsets, bus.end_offsets(_DATA_TOPICS))
+    if not unread:
+        return ""
+    names = ", ".join(name for name in _DATA_TOPICS if name in {partition.topic for partition in unread})
+    return f"some records are on the log, but not in the database yet ({names}); a sink adds them: charter run --until-done"
 
 
 def read_sink_offsets(store: Store, cluster_id: str) -> Offsets:

@@ -73,7 +73,8 @@ class _Meter:
         if share is not None:
             parts.append(f"{share:.0%}")
         if progress.num_done and elapsed > 0:
-            parts.append(f"{progress.num_done / elapsed:,.0f} {unit}/s")
+            rate = progress.num_done / elapsed
+            parts.append(f"{rate:,.1f} {unit}/s" if rate < 10 else f"{rate:,.0f} {unit}/s")
         if share and elapsed > 0:
             parts.append(f"{format_duration(elapsed * (1 - share) / share)} left")
         else:

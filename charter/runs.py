@@ -73,11 +73,11 @@ FROM (SELECT topic, record_id, bool_or(run_id = $1) AS one, bool_or(run_id = $2)
       WHERE run_id IN ($1, $2) GROUP BY ALL)
 WHERE topic IN ('responses', 'critiques', 'revisions', 'preferences', 'grades') GROUP BY topic ORDER BY topic"""
 
-# Compares the labels of the pairs that both runs judged. The rows are grouped by the principle of the second run, because the
-# constitutions of the runs may differ.
+# Compares the judge's labels of the pairs that both runs judged. Human labels are not part of a judge's mean and flips. The rows
+# are grouped by the principle of the second run, because the constitutions of the runs may differ.
 SHARED_LABELS_SQL = """
 WITH judged AS (SELECT DISTINCT ON (run_id, record_id) run_id, response_id, response_a, response_b, p_a, principle_id
-                FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK')
+                FROM raw.preferences WHERE run_id IN ($1, $2) AND outcome = 'OK' AND label_source = 'AI')
 SELECT two.principle_id AS principle, count(*) AS pairs, avg(one.p_a) AS mean_first, avg(two.p_a) AS mean_second,
        count(*) FILTER ((one.p_a > 0.5) <> (two.p_a > 0.5)) AS flips
 FROM judged one JOIN judged two ON one.response_id = two.response_id AND one.response_a = two.response_a AND one.response_b = two.response_b

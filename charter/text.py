@@ -50,9 +50,9 @@ def to_one_line(text: str) -> str:
 
 
 def format_json(value: Any, indent: int | None = 2) -> str:
-    """Return strict JSON: NaN and infinity become null, and unprintable characters become JSON escapes."""
+    """Return strict JSON: NaN and infinity become null, and unprintable characters become JSON escapes (see replace_invisible)."""
     text = json.dumps(_replace_non_finite(value), ensure_ascii=False, indent=indent, default=str, allow_nan=False)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return replace_invisible(text, lambda character: json.dumps(character)[1:-1])
 
 
 def _replace_non_finite(value: Any) -> Any:

@@ -16,6 +16,7 @@ from charter.connect import connect_bus, open_store
 from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.label_quality import make_label_check, read_verdict
+from charter.lag import describe_unarchived
 from charter.policies import RL_PHASES
 from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
@@ -45,6 +46,8 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
         if loop:
             trainer.run_loop(stop_on_signals())
         else:
+            if line := describe_unarchived(bus, trainer.store, settings.folder):
+                print_progress(f"not trained: {line}", logging.WARNING)
             _train_once(trainer, phase, settings)
     finally:
         trainer.close()

@@ -139,10 +139,13 @@ class FileProducer:
                     self.commit(writer, batch, num_new_rows, offset, last_read, report)
                     batch, num_new_rows = [], 0
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
-        except UsageError:
-            # If `strict` stops at an invalid row, the valid rows before it are still published.
+        except UsageError as error:
+            # If `strict` stops at an invalid row, or a file of a folder cannot be read, the valid rows before are still published.
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
-            raise
+            if not report.num_published:
+                raise
+            why = f"{error.why}; published before this: {format_count(report.num_published, self.kind)}"
+            raise UsageError(error.what, why, error.fix) from error
         finally:
             writer.close()
         return report
@@ -338,13 +341,19 @@ def count_shipped_prompts() -> int:
 def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts") -> Iterable[str]:
     """Return the lines that `charter produce` prints about an input."""
     yield (
-        f"{report.num_published} {kind} published from {path}"
+        f"{format_count(report.num_published, kind)} published from {path}"
         + (f", {report.num_duplicates} duplicates skipped" if report.num_duplicates else "")
         + (f", {report.num_erased} skipped because their prompts were erased" if report.num_erased else "")
         + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
     )
     if report.bad_rows:
-        yield f"{len(report.bad_rows)} rows are not {kind} (see above); the others are published"
+        rest = "; the others are published" if report.num_published else ""
+        yield f"{format_count(len(report.bad_rows), 'rows')} {'is' if len(report.bad_rows) == 1 else 'are'} invalid (see above){rest}"
     if report.unread_columns:
         names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report.unread_columns.items()))
         yield f"columns without effect: {names}"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, which is given as the plural: "1 prompt", "1,200 prompts"."""
+    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"

@@ -264,7 +264,7 @@ def _check_columns(path: Path, names: Sequence[str], columns: Mapping[str, str])
         raise UsageError(
             f"{path} has no column with a prompt or a response",
             f"its columns are: {header}",
-            f"name the columns, e.g. --column 'prompt={names[0] if names else 'question'}'",
+            "name the column of the prompt: --column prompt=NAME",
         )
     return known
 

@@ -24,7 +24,7 @@ from engine.settings import Settings
 def dashboard(settings: Settings, host: str, port: int) -> None:
     """Serve a live dashboard for the browser.
 
-    The views are pipeline, traces, preferences, training, dead letters, SQL and runs.
+    The views are pipeline, traces, preferences, labels, training, dead letters, SQL and runs.
 
     The default address accepts connections from this machine only. With another --host, every request needs a token. The token is
     the value of the environment variable CHARTER_DASHBOARD_TOKEN. If it is not set, the command generates and prints a token.

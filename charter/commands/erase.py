@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from charter.connect import connect_bus, open_store
@@ -35,7 +37,9 @@ def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bo
     if not yes:
         for line in plan.describe():
             click.echo(line)
-        click.confirm("permanently delete all of this?", abort=True)
+        if not click.confirm("permanently delete all of this?"):
+            click.echo("nothing was deleted")
+            sys.exit(1)
     bus = connect_bus(settings)
     remaining = list_remaining_copies(settings, store, bus, plan)  # reads rows that the erasure deletes
     publish_erasures(bus, plan.prompt_ids, settings.run.id, reason)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import click
 
-from charter.connect import open_store
+from charter.connect import connect_bus, open_store
 from charter.console import common_options
 from charter.export.dataset import EXPORT_FORMATS, export_dataset
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
+from charter.lag import describe_unarchived
 from charter.progress import show_progress
-from engine.errors import UsageError
+from charter.text import to_one_line
+from engine.errors import DependencyUnreachable, UsageError
 from engine.settings import Settings
+from engine.store import Store
 
 _FORMAT_NAMES = ("sft", "preference", "kto")
 
@@ -70,6 +73,7 @@ def export(
     if default_margin is None and (used := [name for name, is_used in label_options.items() if is_used]):
         raise UsageError(f"{dataset_format} has no {used[0]}", "its rows have no label", f"remove {used[0]}")
     store = open_store(settings)
+    _warn_about_unarchived_records(settings, store)
     margin = (default_margin or 0.0) if min_margin is None else min_margin
     selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin, no_flips)
     suffix = "parquet" if as_parquet else "jsonl"
@@ -80,6 +84,22 @@ def export(
     for split, statistics in splits.items():
         location = f" in {target}/data/{split}.{suffix}" if statistics.num_rows else ""
         click.echo(f"{split}: {statistics.num_rows} rows{location}{_format_certainty(statistics, margin)}")
+
+
+def _warn_about_unarchived_records(settings: Settings, store: Store) -> None:
+    """Print a line if the log has records that the database does not have, or if the log is unreachable."""
+    store.query("SELECT 1")  # without a database, raise the error before the log is created
+    try:
+        bus = connect_bus(settings)
+    except DependencyUnreachable as error:
+        click.echo(to_one_line(f"records that are only on the log are not exported; {error.what}: {error.why}"), err=True)
+        return
+    try:
+        line = describe_unarchived(bus, store, settings.folder)
+    finally:
+        bus.close()
+    if line:
+        click.echo(f"not exported: {line}", err=True)
 
 
 def _format_certainty(statistics: SplitStats, min_margin: float) -> str:

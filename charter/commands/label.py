@@ -29,6 +29,7 @@ from charter.labels import (
 from charter.text import to_one_line, wrap_text
 from engine.bus.port import Bus
 from engine.errors import CharterError, UsageError
+from engine.instances import list_running_services
 from engine.settings import Settings
 from engine.store import Store
 
@@ -99,7 +100,11 @@ def label(
             num_labels = 1
     finally:
         bus.close()
-    click.echo(f"{num_labels} labels published" if num_labels != 1 else "1 label published")
+    is_waiting = num_labels and not list_running_services(settings.folder)["sink"]
+    rest = (
+        f"; to add {'it' if num_labels == 1 else 'them'} to the database, type: charter run --until-done" if is_waiting else ""
+    )
+    click.echo(f"{num_labels} {'label' if num_labels == 1 else 'labels'} published{rest}")
 
 
 def _get_login_name() -> str:

@@ -22,6 +22,7 @@ from producers.files import (
     SHIPPED_PROMPTS_PATH,
     FileProducer,
     InputKind,
+    format_count,
     format_report,
     make_human_record,
     make_prompt_record,
@@ -180,7 +181,8 @@ def _print_dry_run(
                 num_chars += sum(len(message.content) for message in parsed.messages)
         bad_rows.print_counts()
         num_invalid += bad_rows.counts.total()
-    click.echo(f"would publish {num_rows} {kind}" + (f"; {num_invalid} rows are invalid" if num_invalid else ""))
+    invalid = f"; {format_count(num_invalid, 'rows')} {'is' if num_invalid == 1 else 'are'} invalid" if num_invalid else ""
+    click.echo(f"would publish {format_count(num_rows, kind)}{invalid}")
     if num_rows and (kind == "prompts" or publish_prompts):
         for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
             click.echo(line)

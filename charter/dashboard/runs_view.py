@@ -105,10 +105,10 @@ def _compare_runs(query: QueryFunction, run: str, other: str) -> dict[str, Any]:
 
 
 def _load_models(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return the models, policy versions and prompt templates of the records of each stage."""
+    """Return the models, policy versions and prompt templates of the records of each stage. Human labels have no model."""
     parts = [
         f"""SELECT '{stage}' AS stage, model, policy_version, template_hash, count(*) AS records
-            FROM raw.{table} WHERE run_id = $run AND (stage <> 'grade' OR model IS NOT NULL) GROUP BY ALL"""
+            FROM raw.{table} WHERE run_id = $run AND model IS NOT NULL GROUP BY ALL"""
         for stage, table in (
             ("respond", "responses"),
             ("critique", "critiques"),

@@ -10,6 +10,7 @@ The time is linear in the number of rows. The memory grows by about 40 bytes per
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -353,6 +354,9 @@ def export_dataset(
             split_stats[split] = _write_split(path, writer, export_format, rows, selection)
             if not split_stats[split].num_rows:
                 path.unlink()
+                continue
+            with path.open("rb") as file:
+                split_stats[split].content_hash = hashlib.file_digest(file, "sha256").hexdigest()
         if not any(stats.num_rows for stats in split_stats.values()):
             views = " and ".join(export_format.split_views.values())
             num_below = sum(stats.num_below_margin for stats in split_stats.values())

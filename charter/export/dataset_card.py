@@ -31,7 +31,9 @@ _EXCLUDED_SQL = {
           AND record_id NOT IN (SELECT record_id FROM held_out_examples)
         ORDER BY 2 DESC""",
     "preference": """
-        SELECT 'judge gave no label: ' || outcome AS reason, count(*) AS records FROM preferences
+        SELECT CASE label_source WHEN 'HUMAN' THEN 'a person' ELSE 'judge' END || ' gave no label: ' || outcome AS reason,
+               count(*) AS records
+        FROM preferences
         WHERE (outcome <> 'OK' OR p_a IS NULL) AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') AND {where} GROUP BY 1
         UNION ALL
         SELECT 'pair cannot be compared: ' || outcome, count(*) FROM preferences
@@ -92,11 +94,16 @@ def _escape_cell(value: object) -> str:
     return "".join(f"\\{c}" if c in "|\\`*_[]<>" else c for c in text)
 
 
-def _format_front_matter(format_name: str, files: dict[str, str], columns: Mapping[str, pa.DataType]) -> str:
+def _format_front_matter(
+    format_name: str, files: dict[str, str], content_hashes: dict[str, str], columns: Mapping[str, pa.DataType]
+) -> str:
     """Return the YAML front matter. The Hugging Face hub and `datasets` find the file of each split in the front matter.
 
     The front matter also declares the type of each column. Otherwise `datasets` infers the types of JSON lines from the first
     split, and it cannot load another split in which a column is no longer null.
+
+    The description has the hashes of the files. `datasets` finds its cache by the name of the folder and these lines, and not by
+    the content of the files. Without the hashes it would load the rows of an earlier export, or of another folder of this name.
     """
     names = {"train": "train", "eval": "test"}
     lines = [f"  - split: {names[split]}\n    path: {json.dumps(path)}" for split, path in files.items()]
@@ -106,6 +113,7 @@ def _format_front_matter(format_name: str, files: dict[str, str], columns: Mappi
         f"tags: [constitutional-ai, synthetic, {EXPORT_TAG}]",
         "configs:",
         "- config_name: default",
+        f"  description: {json.dumps(', '.join(f'{split} sha256 {content_hashes[split]}' for split in files))}",
     ]
     features = [line for name, arrow_type in columns.items() for line in _format_feature(name, arrow_type, "  ")]
     return "\n".join([*header, "  data_files:", *lines, "dataset_info:", "  features:", *features, "---"])
@@ -141,7 +149,7 @@ def format_dataset_card(
     runs = sorted({run for stats in all_stats for run in stats.run_ids})
     times = [time for stats in all_stats for time in (stats.first_created_at, stats.last_created_at) if time]
     parts = [
-        _format_front_matter(format_name, files, columns),
+        _format_front_matter(format_name, files, {split: stats.content_hash for split, stats in split_stats.items()}, columns),
         f"# {format_name.upper() if format_name != 'preference' else 'Preference'} data of Charter {charter.__version__}",
         f"For TRL's {trainer}. Made by a Constitutional AI pipeline: {_describe_format(format_name)}",
         f"Rows created from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
@@ -196,6 +204,9 @@ def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitSt
         quantiles = [f"{margins[round(share * (len(margins) - 1))]:.3f}" for share in (0.1, 0.5, 0.9)]
         flip_rate = f"{stats.num_flips / stats.num_both_orders:.1%}" if stats.num_both_orders else "-"
         rows.append((split, len(margins), *quantiles, stats.num_uncertain, stats.num_both_orders, stats.num_flips, flip_rate))
+    left_out = (
+        f" Labels with a margin below {selection.min_margin:g} are left out (`--min-margin`)." if selection.min_margin else ""
+    )
     columns = [
         "split",
         "labels",
@@ -210,8 +221,8 @@ def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitSt
     return (
         "The margin of a label is |p - 0.5|, where p is the probability that one response is better. A label with a small margin"
         " is nearly a tie, and a trainer that uses only the sign treats it as certain."
-        f" Labels with a margin below {selection.min_margin:g} are left out (`--min-margin`)."
         f" Labels that flip with the order of the responses are {'left out' if selection.excludes_flips else 'included'} (`--no-flips`)."
+        f"{left_out}"
         " A flip means that the judge saw the pair in both orders and preferred the same position in both."
         " Labels of people have no orders.\n\n" + _format_markdown_table(columns, rows)
     )

@@ -55,6 +55,7 @@ class SplitStats:
     """
 
     num_rows: int = 0
+    content_hash: str = ""  # the SHA-256 of the file; empty if there is no file
     margins: array[float] = field(default_factory=lambda: array("d"))
     num_below_margin: int = 0
     num_both_orders: int = 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from charter import dead_letters, labels
 from charter.cli import SECTIONS, VERBS, describe_error, load_command
 from charter.lookup import find_prompt_ids
-from charter.text import format_json
+from charter.text import escape_unprintable, format_json
 from engine import errors
 from engine.store import Store
 from tests.support.waiting import HANG_S, wait_until
@@ -278,7 +278,11 @@ def test_unexpected_error_has_three_lines():
 def test_json_output_escapes_hostile_text_without_loss(text):
     lines = format_json([{"text": text, text: float("nan")}])
     assert json.loads(lines) == ([{"text": text, text: None}] if text != "text" else [{"text": None}])
-    assert all(c.isprintable() or c == "\n" for c in lines)
+    assert escape_unprintable(lines) == lines
+
+
+def test_json_output_shows_emoji_and_escapes_direction_characters():
+    assert format_json(["\U0001f469\u200d\U0001f33e \u202e \u200d"], None) == '["\U0001f469\u200d\U0001f33e \\u202e \\u200d"]'
 
 
 def test_id_prefixes_accept_only_characters_of_ids(data):

@@ -226,6 +226,9 @@ def test_pairs_are_labeled_with_the_keyboard_and_with_buttons(open_session, sett
         shown = page.locator("input[name=id]").input_value()
         page.keyboard.press("1")  # without a name, nothing is saved
         assert page.locator("input[name=id]").input_value() == shown and "saved" not in page.url
+        assert (
+            page.get_by_label("Your name").input_value() == ""
+        )  # the browser moves the focus to the field; the key is not typed
         page.get_by_label("Your name").fill(labeler)
         page.get_by_label("Your name").press("2")  # typed into the field
         page.get_by_label("Your name").fill(labeler)

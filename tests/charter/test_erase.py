@@ -129,7 +129,7 @@ def test_erased_text_is_in_no_byte_of_the_data_folder(deployment):
 
 
 def test_answer_no_erases_nothing(deployment):
-    deployment.call("erase", get_prompt_id(SECRET), stdin="n\n", code=1)
+    assert "nothing was deleted" in deployment.call("erase", get_prompt_id(SECRET), stdin="n\n", code=1)
     assert count_rows(deployment, get_prompt_id(SECRET)) and deployment.sql("SELECT count(*) FROM erasures") == [(0,)]
 
 

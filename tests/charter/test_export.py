@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import closing
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from charter.connect import connect_bus, open_store
 from charter.export import dataset
 from charter.pipeline import make_host
 from engine.errors import UsageError
+from engine.instances import ServiceLease
 from engine.settings import load_settings
 from schemas.records import EndReason, LabelSource, ModelRef, Outcome, Split
 from tests.support.records import (
@@ -112,6 +114,23 @@ def test_datasets_and_trl_load_the_export(database, tmp_path, form, more):
     if form == "preference":
         columns = [name for name in loaded["train"].column_names if name not in ("prompt", "chosen", "rejected")]
         assert len(maybe_unpair_preference_dataset(loaded["train"].remove_columns(columns))) == 2 * len(loaded["train"])
+
+
+@pytest.mark.parametrize("more", [(), ("--parquet",)])
+def test_datasets_loads_the_new_rows_of_a_folder_that_is_exported_again(database, tmp_path, more):
+    """`datasets` has a cache. Another folder of the same name must not be loaded from it, either."""
+    from datasets import load_dataset
+
+    def load_counts(folder):
+        return {split: len(rows) for split, rows in load_dataset(str(folder), cache_dir=str(tmp_path / "cache")).items()}
+
+    run_command(tmp_path, "export", "preference", tmp_path / "out", "--limit", "1", *more)
+    assert load_counts(tmp_path / "out")["train"] == 1
+    run_command(tmp_path, "export", "preference", tmp_path / "out", "--force", *more)
+    num_rows = load_counts(tmp_path / "out")["train"]
+    assert num_rows > 1
+    run_command(tmp_path, "export", "preference", tmp_path / "b" / "out", "--limit", "1", *more)
+    assert (load_counts(tmp_path / "b" / "out")["train"], load_counts(tmp_path / "out")["train"]) == (1, num_rows)
 
 
 @pytest.mark.parametrize("form", dataset.EXPORT_FORMATS)
@@ -279,6 +298,19 @@ def test_human_label_is_a_new_record_that_overrides(labeled, tmp_path):
     )
     store = wait_for_labels(tmp_path, 5)  # changed twice: the newest label applies, although the same value was given before
     assert store.query(f"SELECT p_a {standing} WHERE parent_ids[1] = ?", [labeled["sure"]]).rows == [(0.0,)]
+
+
+def test_an_export_says_that_labels_are_only_on_the_log(labeled, tmp_path):
+    wait_for_labels(tmp_path, 0)
+    assert "not exported" not in run_command(tmp_path, "export", "preference", tmp_path / "before")
+    output = run_command(tmp_path, "label", labeled["sure"], "--prefer", "b")
+    assert "1 label published; to add it to the database, type: charter run" in output
+    output = run_command(tmp_path, "export", "preference", tmp_path / "pairs")
+    assert "not exported: some records are on the log, but not in the database yet (preferences)" in output
+    with closing(ServiceLease(tmp_path / "data", "sink")):  # a sink that runs will read them
+        assert "not exported" not in run_command(tmp_path, "export", "preference", tmp_path / "during")
+    wait_for_labels(tmp_path, 1)
+    assert "not exported" not in run_command(tmp_path, "export", "preference", tmp_path / "after")
 
 
 def test_interactive_labeling_starts_with_the_least_certain_and_hides_the_order(labeled, tmp_path):

@@ -10,12 +10,14 @@ from charter.connect import connect_bus, open_store
 from charter.labels import is_swapped, parse_key, parse_labeler
 from charter.manifests import make_run_manifest
 from charter.pipeline import make_host
+from charter.runs import SHARED_LABELS_SQL
 from constitutions.loader import load_constitution
 from consumers.judge import make_constitution_ref
 from engine.errors import UsageError
 from engine.settings import load_settings
+from schemas import ids
 from schemas.records import PrincipleVote
-from tests.support.records import RecordDatabase, make_preference, make_prompt
+from tests.support.records import RecordDatabase, make_human_label, make_preference, make_prompt
 from tests.support.waiting import wait_until
 
 
@@ -157,3 +159,14 @@ def test_a_human_record_without_a_label_is_shown_in_the_trace(settings, pairs):
     result = CliRunner().invoke(cli, ["show", pairs["sure"].prompt_id[:8], "--data", str(settings.folder)])
     replaced = pairs["sure"].record_id[:8]
     assert f"marked as not applicable by ana, replaces label {replaced}" in result.output, result.output
+
+
+def test_comparison_of_two_runs_leaves_out_human_labels(settings):
+    judged = make_preference("one", "x", 0.6, response_id=ids.compute_id("response"))
+    again = make_preference("two", "x", 0.7, run_id="again").model_copy(
+        update={name: getattr(judged, name) for name in ("response_id", "response_a", "response_b")}
+    )
+    database = RecordDatabase(settings.folder / "charter.duckdb")
+    database.add(make_prompt("x"), judged, again, make_human_label("person", judged, 0.0))
+    (row,) = open_store(settings).query(SHARED_LABELS_SQL, ["r", "again"]).to_dicts()
+    assert (row["pairs"], row["mean_first"], row["mean_second"], row["flips"]) == (1, 0.6, 0.7, 0)

@@ -41,6 +41,13 @@ def test_plain_lines_have_the_step_the_share_the_rate_and_the_remaining_time(mon
         wait_until(lambda: is_printed("publishing: 50 of 200 rows, 25%, ", " rows/s, ", " left"))
 
 
+def test_a_slow_rate_has_a_decimal(monkeypatch):
+    times = iter([0.0, 10.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
+    meter = progress_module._Meter(WorkProgress(num_done=6, num_total=12))
+    assert meter.format("records") == "6 of 12 records, 50%, 0.6 records/s, 10 s left"
+
+
 def test_short_work_prints_nothing(capsys):
     with show_progress("read p.jsonl", "rows") as progress:
         progress.num_done = 5

@@ -83,7 +83,7 @@ def test_secured_listener_accepts_valid_credentials(secure, tmp_path, mechanism)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(f'"a question for {mechanism}"\n')
     completed = run_charter(secure, tmp_path / "d", "produce", str(prompts), "-v", bus__sasl_mechanism=mechanism)
-    assert completed.returncode == 0 and "1 prompts published" in completed.stdout, completed.stderr
+    assert completed.returncode == 0 and "1 prompt published" in completed.stdout, completed.stderr
     assert secure.PASSWORD not in completed.stdout + completed.stderr
     completed = run_charter(secure, tmp_path / "d", "topics", "lag", "--json", bus__sasl_mechanism=mechanism)
     assert completed.returncode == 0 and json.loads(completed.stdout)[0]["lag"] > 0

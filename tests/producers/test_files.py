@@ -113,10 +113,13 @@ def test_unusable_responses_are_not_imported(bus, tmp_path, kind, row, reason):
 def test_strict_producer_stops_at_the_first_invalid_line_and_keeps_the_lines_before_it(bus, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_bytes(to_line("one") + to_line("two") + to_line(b"{") + to_line("four"))
+    messages = []
     for _ in range(2):  # the second call does not skip the invalid line
-        with pytest.raises(UsageError, match="row 3"):
+        with pytest.raises(UsageError, match="row 3") as raised:
             FileProducer(bus, "r", strict=True).publish(str(file))
+        messages.append(raised.value.why)
     assert read_contents(bus) == ["one", "two"]
+    assert messages[0].endswith("; published before this: 2 prompts") and "published" not in messages[1]
     file.write_bytes(to_line("one") + to_line("two") + to_line("three") + to_line("four"))
     report = FileProducer(bus, "r", strict=True).publish(str(file))
     assert (report.num_published, report.num_duplicates) == (2, 2) and read_contents(bus) == ["four", "one", "three", "two"]

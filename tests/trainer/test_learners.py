@@ -337,6 +337,11 @@ def test_chance_check_rejects_warns_or_accepts(caplog, agreed, labels, outcome):
     assert bool(caplog.records) == (outcome != "accepted")
 
 
+def test_chance_check_without_held_out_labels_says_so(caplog):
+    reward.check_against_chance(0, 0, require=True)
+    assert "no label is held out" in caplog.text and "0 of 0" not in caplog.text
+
+
 def test_reward_model_trained_on_noise_is_rejected(tiny):
     """The same responses are learned when the labels follow from their content."""
     settings = {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}

@@ -228,6 +228,11 @@ def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> 
     by_chance = sum(math.comb(num_labels, heads) for heads in range(num_agreed, num_labels + 1)) / 2**num_labels
     if by_chance <= _SIGNIFICANCE_LEVEL:
         return
+    if not num_labels:
+        logger.warning(
+            "the reward model could not be checked, because no label is held out. It is published anyway (docs/training.md)"
+        )
+        return
     message = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, which is not better than chance"
     if require and num_labels >= _MIN_LABELS_FOR_TEST:
         raise RewardModelAtChance(
@@ -446,8 +451,8 @@ class RewardModel:
         measured = list(held_out_examples)
         if len(held_out_examples) < _MIN_HELD_OUT_PAIRS:
             logger.warning(
-                "only %d labels could be held out. The reward model is measured on all labels, including its training labels",
-                len(held_out_examples),
+                "%s could be held out. The reward model is measured on all labels, including its training labels",
+                f"only {len(held_out_examples)} labels" if held_out_examples else "no label",
             )
             measured = [*held_out_examples, *train_examples]
         responses = _list_responses(measured)

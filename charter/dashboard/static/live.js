@@ -193,7 +193,11 @@ window.addEventListener("pageshow", () => {
 function pressShortcut(event) {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   if (/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) return;
-  for (const target of document.querySelectorAll("[data-key]")) if (target.dataset.key === event.key) target.click();
+  for (const target of document.querySelectorAll("[data-key]"))
+    if (target.dataset.key === event.key) {
+      event.preventDefault(); // the click can focus an empty required field, and the key must not be typed into it
+      target.click();
+    }
 }
 
 document.addEventListener("keydown", pressShortcut);
