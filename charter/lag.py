@@ -177,7 +177,7 @@ def describe_unarchived(bus: Bus, store: Store, data_folder: Path) -> str:
     """
     if list_running_services(data_folder)["sink"]:
         return ""
-    sink_offsets = read_sink_offsets(store, bus.cluster_id)
+    sink_offsets = read_sink_offsets(store, bus.cluster_id) if store.path.exists() else {}
     next_offsets = {tp: max(start, sink_offsets.get(tp, 0)) for tp, start in bus.beginning_offsets(_DATA_TOPICS).items()}
     unread = find_oldest_unread(bus, next_offsets, bus.end_offsets(_DATA_TOPICS))
     if not unread:

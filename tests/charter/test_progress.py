@@ -19,7 +19,7 @@ from charter.progress import format_duration, show_progress
 from engine.backups import create_backup, restore_backup
 from engine.models import open_model
 from engine.progress import WorkProgress, set_display, track_work
-from engine.settings import load_settings
+from engine.settings import LabelQualitySettings, load_settings
 from engine.worker import to_producer_record
 from tests.support.records import RecordDatabase, make_preference, make_prompt
 from tests.support.waiting import wait_until
@@ -200,5 +200,15 @@ class RecordedProgress(WorkProgress):
 def test_export_counts_its_rows(tmp_path):
     database, progress = RecordDatabase(tmp_path / "charter.duckdb"), RecordedProgress()
     database.add(make_prompt("x"), *(make_preference(f"p{n}", "x", 0.9) for n in range(5)))
-    export_dataset(database.store, tmp_path / "out", "preference", ExportSelection(None, ()), "jsonl", None, False, progress)
+    export_dataset(
+        database.store,
+        tmp_path / "out",
+        "preference",
+        ExportSelection(None, ()),
+        "jsonl",
+        None,
+        False,
+        LabelQualitySettings(),
+        progress,
+    )
     assert progress.steps["writing"] == (5, 5)
