@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+from tests.support.signals import accept_interrupts
 from tests.support.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -14,8 +15,9 @@ FUNCTIONS = SCRIPT[SCRIPT.index("interval=15") : SCRIPT.index("pip=(")].replace(
 
 def start_script(commands):
     return subprocess.Popen(
-        ["bash", "-c", f"set -euo pipefail\n{FUNCTIONS}\n{commands}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        ["bash", "-c", f"set -euo pipefail\n{FUNCTIONS}\n{commands}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=accept_interrupts,
+    )  # fmt: skip
 
 
 def test_a_long_command_prints_the_time_and_its_last_line():

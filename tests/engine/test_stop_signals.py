@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.support.signals import accept_interrupts
 from tests.support.waiting import HANG_S
 
 # The main thread holds the event's lock most of the time; a signal handler that sets the event would then deadlock.
@@ -86,7 +87,7 @@ except KeyboardInterrupt:
 def test_second_interrupt_ends_a_process_without_a_traceback():
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPT_CODE.format(ignored=False, sleep_s=600)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts,
     )  # fmt: skip
     for line in ("ready\n", "interrupted\n"):
         assert process.stdout.readline() == line
