@@ -17,7 +17,7 @@ demo: set-up ## Run the whole loop once, with a small real model
 	@$(BIN)/charter demo
 
 test: set-up ## Run all tests, in three processes (many tests wait for brokers and for killed processes)
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n 4 --dist worksteal
 
 lint: set-up ## Format, lint, types, imports, schema evolution
 	@$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ FUNCTIONS = SCRIPT[SCRIPT.index("interval=15") : SCRIPT.index("pip=(")].replace(
 def start_script(commands):
     return subprocess.Popen(
         ["bash", "-c", f"set -euo pipefail\n{FUNCTIONS}\n{commands}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=accept_interrupts,
+        preexec_fn=accept_interrupts,  # noqa: PLW1509
     )  # fmt: skip
 
 

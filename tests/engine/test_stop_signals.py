@@ -87,7 +87,7 @@ except KeyboardInterrupt:
 def test_second_interrupt_ends_a_process_without_a_traceback():
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPT_CODE.format(ignored=False, sleep_s=600)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts,  # noqa: PLW1509
     )  # fmt: skip
     for line in ("ready\n", "interrupted\n"):
         assert process.stdout.readline() == line
