@@ -20,7 +20,7 @@ from engine.store import Store
 from schemas.topics import TOPICS
 
 # The records that people and stages make. Training and exports read them from the database.
-_DATA_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations", "erasures")
+_DATA_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences", "grades", "demonstrations", "erasures")
 _SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, even if a broker is slow
 
 
