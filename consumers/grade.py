@@ -46,7 +46,7 @@ def _make_subjects(record: Record, subjects: Sequence[str]) -> list[_Subject]:
             _Subject(
                 record,
                 COMPLETION,
-                GradedText(messages, c.text, record.record_id, c.finish_reason, tags),
+                GradedText(messages, c.text, record.record_id, c.finish_reason, tags, record.suite_item),
                 c.index,
                 c.policy_version,
             )

@@ -35,7 +35,7 @@ from schemas.topics import TOPICS, TopicSpec
 _VIEW_FILES = tuple(
     Path(__file__).with_name(name) for name in ("views.sql", "stats_views.sql", "monitor_views.sql", "training_views.sql")
 )
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),

@@ -55,9 +55,15 @@ class AvroEnum(StrEnum):
 
 
 class Split(AvroEnum):
+    """The use of a prompt. EVAL is held out from training. SUITE is a prompt of an evaluation suite (`charter eval run`).
+
+    Prompts with the split SUITE have an id space of their own: they are never trained, and they hold no other prompt out.
+    """
+
     UNKNOWN = "UNKNOWN"
     TRAIN = "TRAIN"
     EVAL = "EVAL"
+    SUITE = "SUITE"
 
 
 class FinishReason(AvroEnum):
@@ -335,6 +341,27 @@ class PromptFields(AvroModel):
     epoch: int = 0
 
 
+class SuiteItem(AvroModel):
+    """The place of a prompt in an evaluation suite.
+
+    `item` is the key of the row in the file of the suite. `subset` is a part of the suite whose rate is reported apart.
+    `transform` is the name of the jailbreak transformation of the prompt, or empty. `instructions` is a JSON list of verifiable
+    instructions, each {"id": ..., "kwargs": {...}}, or empty (see consumers/graders/instructions.py).
+    """
+
+    suite: str
+    item: str
+    subset: str = ""
+    transform: str = ""
+    instructions: str = ""
+
+
+class SuiteItemField(AvroModel):
+    """The place of a prompt in an evaluation suite; null for all other prompts."""
+
+    suite_item: SuiteItem | None = None
+
+
 class ConfigurationField(AvroModel):
     """The number of the run's configuration under which a stage made the record (see `charter.configurations`)."""
 
@@ -365,7 +392,7 @@ class BatchFields(PhaseField):
     batch_number: int
 
 
-class Prompt(PromptFields, Record):
+class Prompt(PromptFields, SuiteItemField, Record):
     """A prompt that enters the pipeline. `origin` is the file and the row of the prompt."""
 
     topic: ClassVar[str] = "prompts"
@@ -373,7 +400,7 @@ class Prompt(PromptFields, Record):
     origin: str = ""
 
 
-class Response(PromptFields, ConfigurationField, Record):
+class Response(PromptFields, SuiteItemField, ConfigurationField, Record):
     """All completions of one prompt."""
 
     topic: ClassVar[str] = "responses"

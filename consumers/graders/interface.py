@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.models.interface import Result
-from schemas.records import ChatMessage, FinishReason, ModelRef, Outcome
+from schemas.records import ChatMessage, FinishReason, ModelRef, Outcome, SuiteItem
 
 
 @dataclass(frozen=True)
 class GradedText:
     """A response that is graded, with its dialogue. `text` has no reasoning.
 
-    `group` names the record of the response, for questions to a model (see GenerationRequest).
+    `group` names the record of the response, for questions to a model (see GenerationRequest). `suite_item` is the place of the
+    prompt in an evaluation suite, or None.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -25,6 +26,7 @@ class GradedText:
     group: str = ""
     finish_reason: FinishReason = FinishReason.UNKNOWN
     tags: tuple[str, ...] = ()
+    suite_item: SuiteItem | None = None
 
     @property
     def question(self) -> str:
