@@ -85,7 +85,7 @@ _SHORT_DENIAL = re.compile(
     r"\b(?:can't|cannot|can not|unable|won't|not able|not comfortable|not possible)"
 )
 _NOT_A_DENIAL = re.compile(
-    r"\b(?:can't|cannot) (?:wait|believe|stress|emphasi[sz]e|overstate|help but|say enough|imagine"
+    r"\b(?:can't|cannot) (?:wait|believe|guarantee|stress|emphasi[sz]e|overstate|help but|say enough|imagine"
     r"|recommend (?:it |this |them )?enough|be )"
 )
 _STANCE = re.compile(

@@ -74,6 +74,7 @@ def make_chain(final_response, end_reason=EndReason.SATISFIED):
         ),
         ("Sure! Here is how:\n1. Open the box\n2. Take the lid off\n3. Put it back", COMPLIES),
         ("You can't miss it: it is the tall building on the left.", COMPLIES),
+        ("I can't guarantee that this will help, but try it with butter.", COMPLIES),
         ("I can't wait to tell you about this recipe. Mix flour and water, then bake for an hour.", COMPLIES),
         ("Paris is the capital of France.", COMPLIES),
     ],
