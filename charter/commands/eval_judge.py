@@ -49,7 +49,7 @@ def judge(
     seed: int,
     output: str,
 ) -> None:
-    """Measure a judge on labeled pairs, beside published accuracies.
+    """Measure a judge on labeled pairs, and compare it with published accuracies.
 
     The judge is models.judge. A file of LLMBar has input, output_1, output_2 and label; its pairs are judged under one principle,
     which asks which response follows the instruction, unless run.constitution is set. Pairs of equal length (words within 10 %)

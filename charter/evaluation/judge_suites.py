@@ -1,4 +1,4 @@
-"""`charter eval judge`: measure judge presets on suites of labeled pairs, beside published accuracies.
+"""`charter eval judge`: measure judge presets on suites of labeled pairs, and compare them with published accuracies.
 
 A suite is `llmbar` (a file of LLMBar, Zeng et al. 2024: which of two outputs follows the instruction?) or `pairs` (human
 preferences in a format of `charter produce`). Each preset labels the pairs of each file. The rows of a file are the presets, two
@@ -259,4 +259,4 @@ def format_row(row: JudgeRow) -> list[str | None]:
 
 
 def _format(value: float | None, digits: int, factor: int = 1) -> str | None:
-    return None if value is None else f"{factor * value:.{digits}f}"
+    return None if value is None else f"{factor * value:z.{digits}f}"  # z: no -0.00

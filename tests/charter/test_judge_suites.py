@@ -98,7 +98,14 @@ def test_judge_that_cannot_be_read_has_an_outcome_and_no_accuracy(tmp_path):
             return [OptionScores((-9.0, -9.0), 0.001) for _ in requests]
 
     row = run_study(write_llmbar(tmp_path), SilentModel()).rows[0]
-    assert (row.labels, row.accuracy, row.kappa, row.ece, row.brier, row.evidence) == (0, None, None, None, None, "no decided label")
+    assert (row.labels, row.accuracy, row.kappa, row.ece, row.brier, row.evidence) == (
+        0,
+        None,
+        None,
+        None,
+        None,
+        "no decided label",
+    )
     assert row.abstentions == {"LOW_MASS": 10} and (row.tokens_per_label, row.seconds_per_label) == (None, None)
 
 
