@@ -49,7 +49,9 @@ def judge(
     seed: int,
     output: str,
 ) -> None:
-    """Measure a judge on labeled pairs, and compare it with published accuracies.
+    """Measure judge presets on LLMBar and on human pairs.
+
+    The table also has the published accuracies on LLMBar.
 
     The judge is models.judge. A file of LLMBar has input, output_1, output_2 and label; its pairs are judged under one principle,
     which asks which response follows the instruction, unless run.constitution is set. Pairs of equal length (words within 10 %)
