@@ -51,11 +51,10 @@ def judge(
 ) -> None:
     """Measure judge presets on LLMBar and on human pairs.
 
-    The table also has the published accuracies on LLMBar.
-
-    The judge is models.judge. A file of LLMBar has input, output_1, output_2 and label; its pairs are judged under one principle,
-    which asks which response follows the instruction, unless run.constitution is set. Pairs of equal length (words within 10 %)
-    are also reported apart. A pair that the judge cannot label has an outcome and no accuracy.
+    The table also has the published accuracies on LLMBar. The judge is models.judge. A file of LLMBar has input, output_1,
+    output_2 and label; its pairs are judged under one principle, which asks which response follows the instruction, unless
+    run.constitution is set. Pairs of equal length (words within 10 %) are also reported apart. A pair that the judge cannot
+    label has an outcome and no accuracy.
 
     \b
     Examples:
