@@ -10,12 +10,15 @@ from langdetect.detector_factory import PROFILES_DIRECTORY
 from charter.models import RoleModels
 from charter.pipeline import make_grade_stage
 from constitutions.loader import load_constitution
+from consumers.grade import COMPLETION, GradeStage
 from consumers.graders.instruction_checks import INSTRUCTIONS, LANGUAGES, count_sentences, detect_language, make_loose_variants
 from consumers.graders.instructions import FAILS, FOLLOWS, InstructionsGrader, parse_instructions
 from consumers.graders.interface import GradedText
+from consumers.graders.length import LengthGrader
 from engine.errors import UsageError
 from engine.settings import load_settings
-from schemas.records import ChatMessage, FinishReason, Outcome, SuiteItem
+from schemas import ids
+from schemas.records import ChatMessage, Completion, FinishReason, Outcome, Response, SuiteItem
 
 ENGLISH = "the garden behind the house was full of tall flowers and the children played there every day"
 GERMAN = "Der Garten hinter dem Haus war voller hoher Blumen, und die Kinder spielten dort jeden Tag."
@@ -285,6 +288,29 @@ def test_languages_are_those_of_the_detector():
 def test_language_is_the_same_in_each_call():
     ambiguous = "hotel taxi radio"
     assert len({detect_language(ambiguous) for _ in range(20)}) == 1
+
+
+def test_stage_grades_only_prompts_with_instructions():
+    messages, completion = (
+        [ChatMessage(role="user", content="?")],
+        Completion(index=0, text="a, b", finish_reason=FinishReason.STOP),
+    )
+    item = SuiteItem(suite="ifeval", item="1", instructions='[{"id": "punctuation:no_comma"}]')
+    record_id = ids.compute_id("a")
+    plain, of_suite = (
+        Response(
+            record_id=record_id, prompt_id=record_id, run_id="r", stage="respond", source="s", messages=messages,
+            completions=[completion], suite_item=suite_item,
+        )
+        for suite_item in (None, item)
+    )  # fmt: skip
+    stage = GradeStage([InstructionsGrader(), LengthGrader()], [COMPLETION], load_constitution("default"))
+    of_plain, of_item = stage([plain, of_suite])
+    assert [grade.grader for grade in of_plain] == ["length"]
+    assert [(grade.grader, grade.label, grade.score) for grade in of_item] == [
+        ("instructions", FAILS, 0.0),
+        ("length", "complete", 2.0),
+    ]
 
 
 def test_grader_can_be_named_in_the_settings(monkeypatch):
