@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from charter.commands.eval_judge import judge
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -22,7 +23,11 @@ def evaluate() -> None:
     Examples:
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
+      charter eval judge --suite llmbar=natural.json
     """
+
+
+evaluate.add_command(judge)
 
 
 @evaluate.command()
