@@ -28,6 +28,7 @@ from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
+from engine.text import format_count
 from engine.worker import to_producer_record
 from producers.parse import NO_COLUMNS, ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
@@ -342,18 +343,17 @@ def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts")
     """Return the lines that `charter produce` prints about an input."""
     yield (
         f"{format_count(report.num_published, kind)} published from {path}"
-        + (f", {report.num_duplicates} duplicates skipped" if report.num_duplicates else "")
+        + (f", {format_count(report.num_duplicates, 'duplicates')} skipped" if report.num_duplicates else "")
         + (f", {report.num_erased} skipped because their prompts were erased" if report.num_erased else "")
-        + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
+        + (
+            f"; its first {format_count(report.num_already_read, 'rows', 'were')} read by an earlier call"
+            if report.num_already_read
+            else ""
+        )
     )
     if report.bad_rows:
         rest = "; the others are published" if report.num_published else ""
-        yield f"{format_count(len(report.bad_rows), 'rows')} {'is' if len(report.bad_rows) == 1 else 'are'} invalid (see above){rest}"
+        yield f"{format_count(len(report.bad_rows), 'rows', 'are')} invalid (see above){rest}"
     if report.unread_columns:
-        names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report.unread_columns.items()))
+        names = ", ".join(f"{name} ({format_count(count, 'rows')})" for name, count in sorted(report.unread_columns.items()))
         yield f"columns without effect: {names}"
-
-
-def format_count(count: int, noun: str) -> str:
-    """Return a count with its noun, which is given as the plural: "1 prompt", "1,200 prompts"."""
-    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"

@@ -63,12 +63,16 @@ _SYSTEM_ALIASES = dict.fromkeys(("system_prompt", "system_message", "system_inst
 _TEXT_ALIASES = {
     "conversations": "messages", "conversation": "messages", "preferred_output": "chosen", "non_preferred_output": "rejected",
 }  # fmt: skip
-_INSTRUCTION_ALIASES = {"context": "input", "output": "completion", "response": "completion"}  # beside `instruction` (Alpaca, Dolly)
+_INSTRUCTION_ALIASES = {
+    "context": "input",
+    "output": "completion",
+    "response": "completion",
+}  # beside `instruction` (Alpaca, Dolly)
 # Columns that are often a part of the prompt. Without them, the response may answer another question.
-PROMPT_PART_COLUMNS = frozenset(
-    "context contexts document documents passage passages article background persona question query dialogue dialog chat turns"
-    " chat_history conversation_history transcript".split()
-)
+PROMPT_PART_COLUMNS = frozenset((
+    "context", "contexts", "document", "documents", "passage", "passages", "article", "background", "persona", "question", "query",
+    "dialogue", "dialog", "chat", "turns", "chat_history", "conversation_history", "transcript",
+))  # fmt: skip
 # The scores of the two responses under the names of public files. They must not contradict the label.
 _SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
@@ -313,7 +317,9 @@ class _Fields:
         if isinstance(value, str):
             value = _decode_messages(value)
         if isinstance(value, str) and not _is_transcript(value):
-            return _Dialogue(name, response=value, is_partial=True)
+            prompt = self.values.get("prompt")
+            is_continuation = isinstance(prompt, str) and _is_transcript(prompt)  # a blank separates it from "Assistant:"
+            return _Dialogue(name, response=value.strip() if is_continuation else value, is_partial=True)
         if not isinstance(value, str | list | dict):
             raise RowError(f"{name} is neither a string nor a list of messages")
         return self._parse_dialogue(name, value)
@@ -347,7 +353,9 @@ class _Fields:
                 continue  # a number, or an empty list
             if text is None or not any(text in message.content for message in messages):
                 join = "--column instruction=NAME to join it with the question, or " if name == "context" else ""
-                raise RowError(f'"{name}" may be a part of the prompt; give {join}--column {name}= to publish the rows without it')
+                raise RowError(
+                    f'"{name}" may be a part of the prompt; give {join}--column {name}= to publish the rows without it'
+                )
 
     def _raise_without_prompt(self, dialogues: Sequence[_Dialogue]) -> NoReturn:
         for dialogue in dialogues:
@@ -415,7 +423,9 @@ class _Fields:
         messages, excluded_by = [], ""
         for number, message in enumerate(_to_message_list(value), 1):
             role, content = self._parse_message(message, f"{name}[{number}]")
-            excluded_by = next((key for key in _TRAIN_KEYS if str(message.get(key, 1)).lower() not in (*_TRAINED_VALUES, "none")), "")
+            excluded_by = next(
+                (key for key in _TRAIN_KEYS if str(message.get(key, 1)).lower() not in (*_TRAINED_VALUES, "none")), ""
+            )
             if role != "system" or content.strip():
                 messages.append(_make_message(role, content))
         return _split_dialogue(name, messages, excluded_by)
@@ -618,10 +628,10 @@ def _require_desirable(fields: Mapping[str, Any]) -> None:
 def _require_higher_score(fields: Mapping[str, Any]) -> None:
     """Raise RowError if the row has scores of both responses, and the score of the chosen response is not the higher one."""
     for chosen, rejected in _SCORE_COLUMNS:
-        scores = [_try_parse_json(value) if isinstance(value := fields.get(name), str) else value for name in (chosen, rejected)]
-        if all(isinstance(score, int | float) for score in scores) and not scores[0] > scores[1]:
+        a, b = (_try_parse_json(value) if isinstance(value := fields.get(name), str) else value for name in (chosen, rejected))
+        if isinstance(a, int | float) and isinstance(b, int | float) and not a > b:
             raise RowError(
-                f'"{chosen}" = {scores[0]:g} is not above "{rejected}" = {scores[1]:g}, so the label is uncertain;'
+                f'"{chosen}" = {a:g} is not above "{rejected}" = {b:g}, so the label is uncertain;'
                 f" give p_chosen, or --column {chosen}= to ignore the scores"
             )
 

@@ -18,11 +18,11 @@ from charter.stages import STAGES
 from charter.startup import start_when_ready, wait_option
 from charter.text import format_json, to_one_line
 from engine.settings import Settings
+from engine.text import format_count
 from producers.files import (
     SHIPPED_PROMPTS_PATH,
     FileProducer,
     InputKind,
-    format_count,
     format_report,
     make_human_record,
     make_prompt_record,
@@ -181,7 +181,7 @@ def _print_dry_run(
                 num_chars += sum(len(message.content) for message in parsed.messages)
         bad_rows.print_counts()
         num_invalid += bad_rows.counts.total()
-    invalid = f"; {format_count(num_invalid, 'rows')} {'is' if num_invalid == 1 else 'are'} invalid" if num_invalid else ""
+    invalid = f"; {format_count(num_invalid, 'rows', 'are')} invalid" if num_invalid else ""
     click.echo(f"would publish {format_count(num_rows, kind)}{invalid}")
     if num_rows and (kind == "prompts" or publish_prompts):
         for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
@@ -215,7 +215,7 @@ class _BadRowReporter:
         """Print the counts of the reasons of which some rows were not printed."""
         for reason, count in self.counts.items():
             if count > _MAX_REPORTED_ROWS:
-                click.echo(to_one_line(f"{self.path}: {count:,} rows: {reason}"), err=True)
+                click.echo(to_one_line(f"{self.path}: {format_count(count, 'rows')}: {reason}"), err=True)
 
 
 def _report_unread_columns(path: str, kind: str, row_number: int, names: Sequence[str]) -> None:

@@ -14,12 +14,12 @@ STOPPED = [
     "stop-sequence", "endoftext", "stop_token", "end_id", "STOP_CRITERIA_MET", "completed", "normal", {"type": "stop", "matched": 7},
 ]  # fmt: skip
 CUT = [
-    "length", "LENGTH", "max_tokens", "MAX_TOKENS", "maxTokens", "model_length", "max_output_tokens", "token_limit", "ERROR_LIMIT",
+    "length", "LENGTH", "max_tokens", "MAX_TOKENS", "maxTokens", "model_length", "max_output_tokens", "token_limit", "max_model_len", "ERROR_LIMIT",
     "model_context_window_exceeded", {"type": "length", "length": 8},
 ]  # fmt: skip
 WITHHELD = [
     "content_filter", "content_filtered", "guardrail_intervened", "refusal", "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT",
-    "SPII", "IMAGE_SAFETY", "ERROR_TOXIC", "sensitive", "contentFilter", "FinishReason.SAFETY",
+    "safety_filter", "ResponsibleAIFilter", "SPII", "IMAGE_SAFETY", "ERROR_TOXIC", "sensitive", "contentFilter", "FinishReason.SAFETY",
 ]  # fmt: skip
 
 

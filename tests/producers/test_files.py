@@ -138,7 +138,7 @@ def test_columns_without_effect_are_reported_once_and_counted(bus, tmp_path):
     producer = FileProducer(bus, "r", on_unread_columns=lambda number, names: reported.append((number, names)))
     report = producer.publish(str(file))
     assert reported == [(1, ["id"]), (2, ["note"])] and report.unread_columns == {"id": 2, "note": 1}
-    assert "columns without effect: id (2 rows), note (1 rows)" in list(format_report(report, str(file)))
+    assert "columns without effect: id (2 rows), note (1 row)" in list(format_report(report, str(file)))
 
 
 def test_file_with_other_column_names_is_read_again_after_they_are_named(bus, tmp_path):

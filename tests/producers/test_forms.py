@@ -125,6 +125,9 @@ PREFERENCES = {
         {"prompt": f"\r\n\r\nHuman: Hello\r\n\r\nAssistant: Good day.\r\n\r\nHuman: {QUESTION}\r\n\r\nAssistant:", **RESPONSES},
         LONGER,
     ),
+    "transcript and the rest of its last line": (
+        {"prompt": f"\n\nHuman: {QUESTION}\n\nAssistant:", "chosen": f" {GOOD}", "rejected": f" {BAD}\n"}, ONE_TURN
+    ),
     "prompt and whole transcripts": (
         {
             "prompt": QUESTION,
