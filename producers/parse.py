@@ -99,10 +99,14 @@ _ROLES_BY_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 _LAST_SPEAKER_LINE = re.compile(r"(?:\A|\n)[ \t]*(?:Human|Assistant):[ \t]*\Z")
 # The end of a prompt that a chat template has rendered: the header of the response.
 _RENDERED_PROMPT_END = re.compile(
-    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>"
+    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|turn>model|<\|assistant\|>"
+    r"|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|<\|start_of_role\|>assistant<\|end_of_role\|>|<\|start\|>assistant"
     r"|\[/INST\]|### ?(?:Response|Assistant):|\bASSISTANT:|(?:\A|\n)[ \t]*Assistant:)\Z"
 )
-_RENDERED_RESPONSE_END = re.compile(r"(?:<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|>|<end_of_turn>|<eos>|</s>)\Z")
+_RENDERED_RESPONSE_END = re.compile(
+    r"(?:<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|end|return|eot|eos)\|>"
+    r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|<end_of_utterance>|<eos>|</s>)\Z"
+)
 _MAX_END_CHARS = 80  # the ends of rendered texts are shorter
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_NAMES = 12  # column names in an error message

@@ -98,7 +98,7 @@ _TRANSIENT_CLIENT_ERROR_STATUSES = (
     425,
     429,
 )  # every other status from 401 to 499 means a wrong model, key or address
-_OVERLOAD_STATUSES = (429, 503)
+_OVERLOAD_STATUSES = (429, 503, 529)  # 529: Anthropic
 _MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
 _MAX_ERROR_CHARS = 300
 _MAX_VOTE_TOKENS = 8

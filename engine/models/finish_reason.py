@@ -44,6 +44,11 @@ _VALUES_BY_REASON = {
 _REASONS = {value: reason for reason, values in _VALUES_BY_REASON.items() for value in values.split()}
 # Words in the names of other filters. A text that a filter has withheld or cut must not train.
 _FILTER_WORDS = re.compile(r"filter|safety|guardrail|moderat|refus|prohibited|blocklist|policy_violation|toxic")
+# The server broke off the completion because of a failure. The request is tried again.
+_BROKEN_OFF = frozenset((
+    "error", "errored", "abort", "aborted", "cancelled", "canceled", "failed", "failure", "internal_error", "server_error",
+    "insufficient_system_resource",
+))  # fmt: skip
 _ENUM_PREFIX = re.compile(r"^(?:.*\.)?(?:(?:finish|stop|done)_?reason_)?")
 # Where servers put the finish reason of a choice, if `finish_reason` is missing.
 _FIELDS = ("finish_reason", "finishReason", "stop_reason", "stopReason", "done_reason", "native_finish_reason")
@@ -74,7 +79,19 @@ def parse_finish_reason(value: object) -> str:
     return reason or UNKNOWN
 
 
+def find_broken_completion(choice: Mapping[str, Any]) -> str:
+    """Return why a choice is not a completion, although the status is 200: its error, or a finish reason that is one. Else ""."""
+    if choice.get("error"):
+        return "the completion has an error"
+    value = _read_finish_reason(choice)
+    value = value.get("type") if isinstance(value, Mapping) else value
+    return f"the server broke off the completion (finish reason {value})" if _normalize(str(value)) in _BROKEN_OFF else ""
+
+
 def parse_choice_finish_reason(choice: Mapping[str, Any]) -> str:
     """Return the finish reason of a choice of a chat completion (see `parse_finish_reason`)."""
-    values = [choice[name] for name in _FIELDS if isinstance(choice.get(name), str | Mapping) and choice[name]]
-    return parse_finish_reason(values[0] if values else None)
+    return parse_finish_reason(_read_finish_reason(choice))
+
+
+def _read_finish_reason(choice: Mapping[str, Any]) -> Any:
+    return next((choice[name] for name in _FIELDS if isinstance(choice.get(name), str | Mapping) and choice[name]), None)

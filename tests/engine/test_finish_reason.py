@@ -19,7 +19,7 @@ CUT = [
 ]  # fmt: skip
 WITHHELD = [
     "content_filter", "content_filtered", "guardrail_intervened", "refusal", "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT",
-    "safety_filter", "ResponsibleAIFilter", "SPII", "IMAGE_SAFETY", "ERROR_TOXIC", "sensitive", "contentFilter", "FinishReason.SAFETY",
+    "SPII", "IMAGE_SAFETY", "ERROR_TOXIC", "sensitive", "contentFilter", "FinishReason.SAFETY",
 ]  # fmt: skip
 
 
@@ -71,3 +71,9 @@ def test_number_of_reported_values_is_limited(caplog):
     counts = NOTICES.get_counts()
     assert len(counts) == 51 and sum(counts.values()) == 200 and counts["finish_reason", "(other values)"] == 150
     assert len(caplog.records) == 51
+
+
+@pytest.mark.parametrize("value", ["safety_filter", "ResponsibleAIFilter", "AZURE_MODERATION"])
+def test_name_of_an_unknown_filter_counts_as_withheld_and_is_reported(value, caplog):
+    assert parse_finish_reason(value) == "refused"
+    assert f"{value} of a server counts as withheld" in caplog.text
