@@ -64,7 +64,7 @@ class ErasurePlan:
                 yield wrap_text(f"{message['role']}: {text[:_MAX_SHOWN_CHARS]}", "  ")
                 if len(text) > _MAX_SHOWN_CHARS:
                     yield f"  ... {len(text) - _MAX_SHOWN_CHARS} more characters"
-        if len(self.prompt_ids) > len(self.prompts):
+        if len(self.prompt_ids) > max(len(self.prompts), 1):
             yield f"{len(self.prompt_ids)} prompt ids, because each epoch of a prompt has its own id"
         yield self.format_counts()
 

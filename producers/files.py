@@ -213,13 +213,12 @@ class FileProducer:
 
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
         """Return the initial offset of this run in a file. Its id depends on the file's content, but not on the file name."""
-        kind_keys: dict[str, Any] = (
-            {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
-        )
-        # Other columns of a file are other rows. Without a mapping, the id is the same as before `columns` existed.
-        rows = [first_row, last_row, *([dict(self.columns)] if self.columns else [])]
+        kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
+        # Other columns of a file, or a larger limit, are other rows. By default, the id is the same as before these existed.
+        options: dict[str, Any] = dict(self.columns)
         if self.max_chars != FileProducer.max_chars:
-            kind_keys["max_chars"] = self.max_chars  # rows that were too long are read again with a larger limit
+            options["max_chars"] = self.max_chars
+        rows = [first_row, last_row, *([options] if options else [])]
         configuration = ids.compute_fingerprint(
             "source", content=content, run=self.run_id, epoch=self.epoch, rows=rows, **kind_keys
         )

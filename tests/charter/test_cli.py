@@ -364,6 +364,7 @@ def test_advice_for_a_wrong_settings_file_works(text, tmp_path):
 
 
 def test_empty_topic_is_reported(tmp_path):
+    run_charter("produce", "-", "--data", tmp_path, stdin='"One?"\n')
     result = run_charter("tail", "demonstrations", "--data", tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "there are no records in demonstrations\n")
 

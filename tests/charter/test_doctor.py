@@ -129,7 +129,7 @@ def test_empty_file_of_a_log_is_not_changed(tmp_path, doctor):
 
 
 @pytest.mark.parametrize(
-    "command", ["tail prompts", "topics list", "topics lag", "batches show 1", "replay --stage judge", "label"]
+    "command", ["tail prompts", "topics list", "topics lag", "batches show 1", "policy list", "replay --stage judge", "label"]
 )
 def test_command_that_only_reads_creates_no_log(tmp_path, command):
     with pytest.raises(UsageError, match=r"there is no (log|database)"):
