@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NoReturn
 
+from engine.eligibility import is_blank
 from schemas.records import ChatMessage
 
 _ROLES = {
@@ -71,13 +72,15 @@ _INSTRUCTION_ALIASES = {
 # Columns that are often a part of the prompt. Without them, the response may answer another question.
 PROMPT_PART_COLUMNS = frozenset((
     "context", "contexts", "document", "documents", "passage", "passages", "article", "background", "persona", "question", "query",
-    "dialogue", "dialog", "chat", "turns", "chat_history", "conversation_history", "transcript",
+    "few_shot", "few_shot_examples", "dialogue", "dialog", "chat", "turns", "chat_history", "conversation_history", "transcript",
 ))  # fmt: skip
 # The scores of the two responses under the names of public files. They must not contradict the label.
 _SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"), ("rating_chosen", "rating_rejected"), ("reward_chosen", "reward_rejected"),
 )  # fmt: skip
+_NO_INPUT = "<noinput>"  # the mark of Self-Instruct for an instruction without input
+_PLACEHOLDERS = ("none", "null", "nan", "n/a", "na")  # texts that programs write for a missing value
 _UNSUPPORTED_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
 _BASE_COLUMNS = ("prompt", "messages", "system", "instruction", "input", "history", "source", "tags", *_UNSUPPORTED_COLUMNS)
 _COLUMNS_BY_KIND = {
@@ -85,7 +88,7 @@ _COLUMNS_BY_KIND = {
     "preferences": frozenset((*_BASE_COLUMNS, *(name for form in _PREFERENCE_FORMS for name in form))),
     "demonstrations": frozenset((*_BASE_COLUMNS, "completion", "chosen", "finish_reason", *_LABEL_COLUMNS)),
 }
-_CHECKED_COLUMNS = PROMPT_PART_COLUMNS | {name for names in _SCORE_COLUMNS for name in names}
+_CHECKED_COLUMNS = PROMPT_PART_COLUMNS | {"margin"} | {name for names in _SCORE_COLUMNS for name in names}
 COLUMN_NAMES = _CHECKED_COLUMNS.union(*_COLUMNS_BY_KIND.values())
 ROW_COLUMNS = COLUMN_NAMES | frozenset((*_SYSTEM_ALIASES, *_TEXT_ALIASES, *_INSTRUCTION_ALIASES))
 # A file without any of these columns has no prompt.
@@ -188,6 +191,7 @@ def parse_preference(
     p_a = _parse_probability(fields.values.get(p, 1.0), p)
     if not has_fixed_order and p not in fields.values:
         _require_higher_score(fields.values)
+        _require_true_label(fields.values)
     row_source, tags = _parse_metadata(fields.values, source, messages, max_chars, a, b)
     return PreferenceRow(messages, row_source, tags, a, b, p_a, has_fixed_order, unread_columns=fields.unread_columns)
 
@@ -286,6 +290,10 @@ class _Fields:
             self.values[name] = self.values.pop(alias)
         self._expand_openai_input()
         self.response_dialogue = _Dialogue("")
+        for name in self.values.keys() & _COLUMNS_BY_KIND[kind]:
+            placeholders = _PLACEHOLDERS if name in ("system", "input") else ("nan",)
+            if str(self.values[name]).strip().lower() in placeholders:
+                raise RowError(f'"{name}" is {self.values[name]!r}, as programs write a missing value; leave it empty')
         for name in _UNSUPPORTED_COLUMNS:
             if self.values.get(name) not in (None, "", "[]", "{}", "null", [], {}):
                 raise RowError(f'"{name}" is not supported; give --column {name}= to publish the rows without it')
@@ -410,6 +418,8 @@ class _Fields:
                     raise RowError(f'"{name}" without "instruction" is not understood; {self.describe()}')
             return None
         texts = [self.values["instruction"], self.values.get("input") or ""]
+        if texts[1] == _NO_INPUT:
+            texts[1] = ""
         if not all(isinstance(text, str) for text in texts):
             raise RowError('"instruction" or "input" is not a string')
         history = self.values.get("history") or []
@@ -446,6 +456,8 @@ class _Fields:
             raise RowError(f"{place} uses a tool; tools are not supported")
         if len(role_keys) != 1 or len(content_keys) != 1 or not isinstance(role, str) or role not in _ROLES:
             raise RowError(f"{place}: a message needs a role ({', '.join(_ROLES)}) and a content")
+        if media := next((key for key in _UNSUPPORTED_COLUMNS if fields.get(key)), None):
+            raise RowError(f'{place} has "{media}"; only text is supported')
         if partial := next((key for key in _PARTIAL_KEYS if fields.get(key)), None):
             raise RowError(f'{place}: "{partial}" marks the beginning of a response, not a whole response')
         read = {*role_keys, *content_keys, *_TOOL_KEYS, *_TRAIN_KEYS}
@@ -550,7 +562,7 @@ def _parse_transcript(text: str) -> list[ChatMessage]:
 def _make_message(role: str, content: Any) -> ChatMessage:
     if not isinstance(content, str):
         raise RowError(f"the content of the {role} message is not a string")
-    if not content.strip():
+    if is_blank(content):
         raise RowError("an empty prompt" if role == "user" else f"an empty message of the {role}")
     if role != "user" and (mark := _TOOL_MARK.search(content)):
         raise RowError(f"the {role} message contains {mark[0].strip()}, the mark of a tool; tools are not supported")
@@ -601,7 +613,7 @@ def _check_response(dialogue: _Dialogue) -> str:
     name, text = dialogue.name, dialogue.response
     if text is None:
         raise RowError(f"{name} has no response")
-    if not text.strip():
+    if is_blank(text):
         raise RowError(f"{name} has an empty response")
     if dialogue.excluded_by:
         raise RowError(f'"{dialogue.excluded_by}" excludes the response of {name} from training: it is not 1 or true')
@@ -638,6 +650,15 @@ def _require_higher_score(fields: Mapping[str, Any]) -> None:
                 f'"{chosen}" = {a:g} is not above "{rejected}" = {b:g}, so the label is uncertain;'
                 f" give p_chosen, or --column {chosen}= to ignore the scores"
             )
+
+
+def _require_true_label(fields: Mapping[str, Any]) -> None:
+    """Raise RowError if another column of a comparison may say that the chosen response is not the better one."""
+    margin = _try_parse_json(value) if isinstance(value := fields.get("margin"), str) else value
+    if isinstance(margin, int | float) and margin < 0:
+        raise RowError(f'"margin" = {margin:g} is below 0, so the label is uncertain; give --column margin= to ignore it')
+    if str(fields.get("label", "true")).lower() in ("false", "0"):
+        raise RowError('"label" is false, so the label is uncertain; give --column label= to ignore it')
 
 
 def _parse_probability(value: Any, name: str) -> float:
