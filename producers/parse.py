@@ -68,7 +68,7 @@ _INSTRUCTION_ALIASES = {
     "context": "input",
     "output": "completion",
     "response": "completion",
-}  # beside `instruction` (Alpaca, Dolly)
+}  # in rows with `instruction` (Alpaca, Dolly)
 # Columns that are often a part of the prompt. Without them, the response may answer another question.
 PROMPT_PART_COLUMNS = frozenset((
     "context", "contexts", "document", "documents", "passage", "passages", "article", "background", "persona", "question", "query",
@@ -290,10 +290,10 @@ class _Fields:
             self.values[name] = self.values.pop(alias)
         self._expand_openai_input()
         self.response_dialogue = _Dialogue("")
-        for name in self.values.keys() & _COLUMNS_BY_KIND[kind]:
+        for name, value in self.values.items():
             placeholders = _PLACEHOLDERS if name in ("system", "input") else ("nan",)
-            if str(self.values[name]).strip().lower() in placeholders:
-                raise RowError(f'"{name}" is {self.values[name]!r}, as programs write a missing value; leave it empty')
+            if name in _COLUMNS_BY_KIND[kind] and isinstance(value, str) and value.strip().lower() in placeholders:
+                raise RowError(f'"{name}" is {value!r}, as programs write a missing value; leave it empty')
         for name in _UNSUPPORTED_COLUMNS:
             if self.values.get(name) not in (None, "", "[]", "{}", "null", [], {}):
                 raise RowError(f'"{name}" is not supported; give --column {name}= to publish the rows without it')
