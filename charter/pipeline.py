@@ -232,29 +232,14 @@ def make_host(
         for resource in (lease, budget, tracing):
             if resource:
                 resources.callback(resource.close)
-        stages_and_roles: list[tuple[Stage, str | None]] = [
-            (make_stage(name, settings, models, constitution, bus, pinned_version), get_stage_role(name, settings))
-            for name in stages
-        ]
-        for custom in custom_stages:
-            stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
-            stages_and_roles.append((stage, custom.role))
+        stages_and_roles = _make_stages(settings, bus, models, constitution, stages, custom_stages, pinned_version)
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
         if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
             run_start = ensure_run_start(bus, settings.run.id)
-            all_stages = describe_stages(settings, constitution, models)
-            configuration = claim_configuration(
-                bus,
-                settings.run.id,
-                {name: all_stages[name] for name in stages},
-                all_stages,
-                lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields()),
-                accept=accept_configuration,
-                name_option="--as NAME" if replay else "--run NAME",
-            )
+            number = _claim_configuration(settings, bus, models, constitution, stages, replay, accept_configuration)
             stages_and_roles = [
-                (replace(stage, process=ConfigurationProcessor(stage.process, configuration.number)), role)
+                (replace(stage, process=ConfigurationProcessor(stage.process, number)), role)
                 for stage, role in stages_and_roles
             ]
         fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
@@ -285,6 +270,49 @@ def make_host(
             shutdown_timeout_s=settings.worker.shutdown_timeout_s,
             call_timeout_s=settings.worker.call_timeout_s,
         )
+
+
+def _make_stages(
+    settings: Settings,
+    bus: Bus,
+    models: RoleModels,
+    constitution: Constitution,
+    names: Sequence[str],
+    custom_stages: Sequence[custom_stage.CustomStage],
+    pinned_version: int | None,
+) -> list[tuple[Stage, str | None]]:
+    """Return the built-in and the custom stages, each with the role of its model."""
+    stages: list[tuple[Stage, str | None]] = [
+        (make_stage(name, settings, models, constitution, bus, pinned_version), get_stage_role(name, settings))
+        for name in names
+    ]
+    for custom in custom_stages:
+        stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
+        stages.append((stage, custom.role))
+    return stages
+
+
+def _claim_configuration(
+    settings: Settings,
+    bus: Bus,
+    models: RoleModels,
+    constitution: Constitution,
+    stages: Sequence[str],
+    replay: dict[str, Any] | None,
+    accept: bool,
+) -> int:
+    """Publish the run manifest if it is new. Return the number of the configuration in the run."""
+    all_stages = describe_stages(settings, constitution, models)
+    configuration = claim_configuration(
+        bus,
+        settings.run.id,
+        {name: all_stages[name] for name in stages},
+        all_stages,
+        lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields()),
+        accept=accept,
+        name_option="--as NAME" if replay else "--run NAME",
+    )
+    return configuration.number
 
 
 def _check_servers(models: RoleModels, roles: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from engine.errors import PermanentRecordError, RequestFailed, UsageError
 from engine.models.interface import require_results
 from engine.progress import WorkProgress
 from engine.settings import PRESETS, JudgeSettings, Settings
+from engine.text import format_count
 from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
 from schemas.records import ChatMessage, Preference, Response
@@ -157,7 +158,7 @@ class AgreementStudy:
     def describe(self) -> str:
         """Return one line that names the judge, the constitution and the origin of the pairs."""
         data, c = self.dataset, self.constitution
-        invalid = f"; {data.num_invalid} rows are ties or not pairs" if data.num_invalid else ""
+        invalid = f"; {format_count(data.num_invalid, 'rows')} without a preferred response" if data.num_invalid else ""
         return (
             f"judge: {self.model_name}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(data.human_pairs)} of the"
             f" {data.num_rows} rows of {data.name} ({data.content_hash}), sampled with seed {self.seed}{invalid}"
