@@ -1,4 +1,4 @@
-"""`charter eval`: measure judges and graders against human labels."""
+"""`charter eval`: measure judges and graders against human labels, and show and compare the results of policies on suites."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from charter.commands.eval_results import compare_results, show_results
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -16,10 +17,12 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Measure judges and graders against human labels.
+    """Compare policies on evaluation suites, and measure judges and graders.
 
     \b
     Examples:
+      charter eval show
+      charter eval compare 0 latest --fail-on worse
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
     """
@@ -125,5 +128,8 @@ def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str
     responses = [response for file in files for response in read_annotated_responses(file)]
     print_records([asdict(measure_grader(grader, responses))], output)
 
+
+evaluate.add_command(show_results)
+evaluate.add_command(compare_results)
 
 COMMAND = evaluate
