@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from charter.evaluation.suite_metrics import SuiteMetric, get_suite_metrics
+from charter.evaluation.suite_metrics import DETAILED_GRADERS, HARMLESSNESS, HELPFULNESS, SuiteMetric, get_suite_metrics
 from consumers.graders.refusal import UNUSABLE
 from engine.errors import UsageError
 from engine.statistics import (
@@ -31,7 +31,7 @@ from engine.statistics import (
 from engine.store import QueryFunction
 from schemas.records import FinishReason
 
-_RUN_PATTERN = r"^(.*)-policy-(\d+)$"  # the run id of one policy of an evaluation
+RUN_PATTERN = r"^(.*)-policy-(\d+)$"  # the run id of one policy of an evaluation
 LATEST = "latest"
 
 
@@ -54,6 +54,8 @@ class SuiteCompletion:
     prompt_id: str
     is_truncated: bool
     grades: Mapping[str, SuiteGrade]
+    response_id: str = ""
+    completion_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,22 @@ class ComparisonRow:
 # Reading
 
 
+def make_run_id(name: str, policy: int) -> str:
+    """Return the id of the run of one policy of an evaluation."""
+    return f"{name}-policy-{policy}"
+
+
+def make_run_pattern(name: str) -> str:
+    """Return a regular expression of the runs of an evaluation, for DuckDB's regexp_full_match."""
+    return f"{re.escape(name)}-policy-[0-9]+"
+
+
 def list_evaluations(query: QueryFunction) -> dict[str, list[int]]:
     """Return {name: policy versions} of all evaluations in the database. The evaluation that wrote last comes first."""
     rows = query("SELECT run_id, max(created_at) FROM suite_responses GROUP BY 1 ORDER BY 2 DESC, 1").rows
     evaluations: dict[str, list[int]] = {}
     for run_id, _ in rows:
-        if match := re.match(_RUN_PATTERN, run_id):
+        if match := re.match(RUN_PATTERN, run_id):
             evaluations.setdefault(match[1], []).append(int(match[2]))
     return {name: sorted(policies) for name, policies in evaluations.items()}
 
@@ -165,26 +177,28 @@ def resolve_policy(text: str, name: str, policies: Sequence[int]) -> int:
 
 def load_completions(query: QueryFunction, name: str) -> list[SuiteCompletion]:
     """Return all completions of an evaluation, with their grades. The policy is the one in the id of the run."""
-    where = "WHERE regexp_full_match(run_id, $pattern)"
-    pattern = {"pattern": f"{re.escape(name)}-policy-[0-9]+"}
+    pattern = {"pattern": make_run_pattern(name)}
     grades: dict[tuple[str, int], dict[str, SuiteGrade]] = defaultdict(dict)
-    columns = "response_id::VARCHAR, completion_index, grader, label, details"
-    for response_id, index, grader, label, details in query(f"SELECT {columns} FROM suite_grades {where}", pattern).rows:
+    # Most graders have details that no metric needs.
+    sql = """SELECT response_id::VARCHAR, completion_index, grader, label, CASE WHEN list_contains($detailed, grader) THEN details END
+             FROM suite_grades WHERE regexp_full_match(run_id, $pattern)"""
+    for response_id, index, grader, label, details in query(sql, pattern | {"detailed": sorted(DETAILED_GRADERS)}).rows:
         grades[response_id, index][grader] = SuiteGrade(label, details or {})
-    columns = "run_id, suite, subset, transform, prompt_id::VARCHAR, response_id::VARCHAR, completion_index, finish_reason"
+    sql = """SELECT run_id, suite, subset, transform, prompt_id::VARCHAR, response_id::VARCHAR, completion_index, finish_reason
+             FROM suite_responses WHERE regexp_full_match(run_id, $pattern)"""
     return [
         SuiteCompletion(
-            int(run_id.rpartition("-")[2]),
-            suite,
-            subset,
-            transform,
-            prompt_id,
-            finish_reason == FinishReason.LENGTH,
-            grades.get((response_id, index), {}),
+            policy=int(run_id.rpartition("-")[2]),
+            suite=suite,
+            subset=subset,
+            transform=transform,
+            prompt_id=prompt_id,
+            is_truncated=finish_reason == FinishReason.LENGTH,
+            grades=grades.get((response_id, index), {}),
+            response_id=response_id,
+            completion_index=index,
         )
-        for run_id, suite, subset, transform, prompt_id, response_id, index, finish_reason in query(
-            f"SELECT {columns} FROM suite_responses {where}", pattern
-        ).rows
+        for run_id, suite, subset, transform, prompt_id, response_id, index, finish_reason in query(sql, pattern).rows
     ]
 
 
@@ -399,7 +413,7 @@ def compute_plane(completions: Sequence[SuiteCompletion]) -> dict[str, Any]:
             interval = compute_wilson_interval(hits, len(shared))
             assert interval is not None
             rates[policy, axis].append((hits / len(shared), *interval))
-    axes = ("harmlessness", "helpfulness")
+    axes = (HARMLESSNESS, HELPFULNESS)
     points = [
         {"policy": policy} | {name: value for axis in axes for name, value in _combine_rates(axis, rates[policy, axis]).items()}
         for policy in policies

@@ -55,6 +55,7 @@ SUITE_METRICS: dict[str, tuple[SuiteMetric, ...]] = {
 }
 # Nobody told Charter which of the prompts of another suite should be refused.
 _OTHER_SUITE = (SuiteMetric("refused", "refusal", _REFUSED),)
+DETAILED_GRADERS = {metric.grader for metrics in SUITE_METRICS.values() for metric in metrics if metric.hits}
 
 
 def get_suite_metrics(suite: str) -> tuple[SuiteMetric, ...]:

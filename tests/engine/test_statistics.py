@@ -41,7 +41,7 @@ def compute_score_bounds(only_a, only_b, n):
     kept = []
     for difference in (step / 100 for step in range(-99, 100)):
         grid = [step / 1000 for step in range(1, 1000)]
-        points = [p for p in grid if 0 < p + difference and 2 * p + difference < 1]
+        points = [p for p in grid if p + difference > 0 and 2 * p + difference < 1]
         if not points:
             continue
 
