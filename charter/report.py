@@ -18,7 +18,6 @@ from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, escape_text, to_json_value
 from charter.dashboard.runs_view import load_run_ids
 from charter.dashboard.traces_view import load_trace
-from charter.evaluation.results import list_evaluations, make_run_id
 from engine.errors import UsageError
 from engine.store import QueryFunction, Store
 
@@ -26,11 +25,10 @@ _MAX_TEXT_CHARS = 4_000  # maximum length of one text in the report
 
 
 def resolve_run(store: Store, run_id: str) -> str:
-    """Return the requested run, or the newest run that is not an evaluation. Raise UsageError if there is no such run."""
+    """Return the requested run, or the newest run if `run_id` is empty. Raise UsageError if there is no such run."""
 
     with store.open_read_session() as query:
         run_ids: list[str] = load_run_ids(query)["run_ids"]
-        evaluated = {make_run_id(name, p) for name, policies in list_evaluations(query).items() for p in policies}
     if not run_ids:
         raise UsageError(
             f"there is no run in {store.path}",
@@ -39,7 +37,7 @@ def resolve_run(store: Store, run_id: str) -> str:
         )
     if run_id and run_id not in run_ids:
         raise UsageError(f"there is no run {run_id}", f"the database has: {', '.join(run_ids)}", "type: charter runs")
-    return run_id or next((run for run in run_ids if run not in evaluated), run_ids[0])
+    return run_id or run_ids[0]
 
 
 def load_sections(store: Store, run: str, num_traces: int) -> dict[str, Any]:

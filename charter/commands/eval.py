@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from charter.commands.eval_judged import compare_rounds, compare_with_judge
 from charter.commands.eval_results import compare_results, show_results
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
@@ -17,7 +18,7 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Compare policies on evaluation suites, and measure judges and graders.
+    """Evaluate policies on suites, and measure judges and graders.
 
     \b
     Examples:
@@ -131,5 +132,7 @@ def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str
 
 evaluate.add_command(show_results)
 evaluate.add_command(compare_results)
+evaluate.add_command(compare_with_judge)
+evaluate.add_command(compare_rounds)
 
 COMMAND = evaluate

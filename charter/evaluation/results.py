@@ -29,7 +29,7 @@ from engine.statistics import (
     decide_noninferiority,
 )
 from engine.store import QueryFunction
-from schemas.records import FinishReason
+from schemas.records import ChatMessage, FinishReason
 
 RUN_PATTERN = r"^(.*)-policy-(\d+)$"  # the run id of one policy of an evaluation
 LATEST = "latest"
@@ -130,11 +130,6 @@ class ComparisonRow:
 # Reading
 
 
-def make_run_id(name: str, policy: int) -> str:
-    """Return the id of the run of one policy of an evaluation."""
-    return f"{name}-policy-{policy}"
-
-
 def make_run_pattern(name: str) -> str:
     """Return a regular expression of the runs of an evaluation, for DuckDB's regexp_full_match."""
     return f"{re.escape(name)}-policy-[0-9]+"
@@ -199,6 +194,29 @@ def load_completions(query: QueryFunction, name: str) -> list[SuiteCompletion]:
             completion_index=index,
         )
         for run_id, suite, subset, transform, prompt_id, response_id, index, finish_reason in query(sql, pattern).rows
+    ]
+
+
+def load_first_responses(
+    query: QueryFunction, name: str, a: int, b: int
+) -> list[tuple[str, str, tuple[ChatMessage, ...], str, str]]:
+    """Return (suite, transformation, messages, response of a, response of b) of the prompts that both policies have.
+
+    The responses are the first completions. A hash of the prompt decides the order. Raises UsageError if there is no such prompt.
+    """
+    sql = """SELECT one.suite, one.transform, one.messages, one.response, two.response
+             FROM suite_responses one JOIN suite_responses two USING (prompt_id)
+             WHERE one.run_id = $a AND two.run_id = $b AND one.completion_index = 0 AND two.completion_index = 0
+             ORDER BY one.suite, one.transform, hash(prompt_id::VARCHAR), prompt_id"""
+    rows = query(sql, {"a": f"{name}-policy-{a}", "b": f"{name}-policy-{b}"}).rows
+    if not rows:
+        raise UsageError(
+            f"the policies {a} and {b} have no prompt in common in the evaluation {name}",
+            "only the same prompts can be compared",
+            f"evaluate both on the same suite: charter eval run --name {name} --policy {a} --policy {b}",
+        )
+    return [
+        (suite, transform, tuple(ChatMessage(**m) for m in messages), *texts) for suite, transform, messages, *texts in rows
     ]
 
 
