@@ -31,6 +31,7 @@ from schemas.records import (
     Round,
     Sampling,
     Split,
+    SuiteItem,
     Verdict,
 )
 from schemas.topics import TOPICS
@@ -123,6 +124,26 @@ def make_response(text, **more):
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
     values = {"completions": [completion], "prompt_token_ids": [1], "sampling": sampling}
     return Response(**make_record_fields("respond", [text, *map(str, more.values())], text, **values, **more))
+
+
+def make_suite_response(item, text, suite="xstest", subset="safe", transform="", policy_version=0, **more):
+    """Return a response of a policy to a prompt of a suite, in the run of this policy. The text of the prompt is that of the item."""
+    messages = [ChatMessage(role="user", content=item)]
+    place = SuiteItem(suite=suite, item=item, subset=subset, transform=transform)
+    completion = Completion(
+        index=0,
+        text=text,
+        token_ids=[1, 2],
+        logprobs=[-1.0, -1.0],
+        finish_reason=FinishReason.STOP,
+        policy_version=policy_version,
+    )
+    values = {
+        "prompt_id": ids.compute_suite_prompt_id(suite, item, transform, messages), "run_id": f"eval-policy-{policy_version}",
+        "source": suite, "suite_item": place, "policy_version": policy_version, "completions": [completion], "split": Split.SUITE,
+    } | more  # fmt: skip
+    name = [item, suite, transform, policy_version, text]
+    return make_response(item).model_copy(update={"record_id": ids.compute_id("suite response", name), **values})
 
 
 _PROVENANCE = {
