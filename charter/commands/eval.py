@@ -1,4 +1,4 @@
-"""`charter eval`: measure judges and graders against human labels."""
+"""`charter eval`: evaluate policies on suites, and measure judges and graders against human labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from charter.commands.eval_run import run
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -16,10 +17,11 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Measure judges and graders against human labels.
+    """Evaluate policies on suites, and measure judges and graders against human labels.
 
     \b
     Examples:
+      charter eval run --suite xstest=xstest_prompts.csv --policy 0 --policy latest
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
     """
@@ -125,5 +127,7 @@ def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str
     responses = [response for file in files for response in read_annotated_responses(file)]
     print_records([asdict(measure_grader(grader, responses))], output)
 
+
+evaluate.add_command(run)
 
 COMMAND = evaluate
