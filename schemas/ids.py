@@ -78,6 +78,7 @@ def _make_keys(names: str, **renamed: str) -> dict[str, str]:
 # Subject -> name in the code -> name in the hash. The names in the hash must never change.
 FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "prompt": {},
+    "suite_prompt": _make_keys("subset instructions"),
     "source": _make_keys("content run epoch kind", rows="lines", publish_prompts="answer"),
     "human_preference": _make_keys("p_a source", response_a="a", response_b="b"),
     "demonstration": _make_keys("completion", is_complete="stopped"),

@@ -1,4 +1,4 @@
-"""`charter eval`: measure judges and graders against human labels, and show and compare the results of policies on suites."""
+"""`charter eval`: evaluate policies on suites, show and compare the results, and measure judges and graders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from charter.commands.eval_judged import compare_rounds, compare_with_judge
 from charter.commands.eval_results import compare_results, show_results
+from charter.commands.eval_run import run
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -18,10 +19,11 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Evaluate policies on suites, and measure judges and graders.
+    """Evaluate policies on suites, and measure judges and graders against human labels.
 
     \b
     Examples:
+      charter eval run --suite xstest=xstest_prompts.csv --policy 0 --policy latest
       charter eval show
       charter eval compare 0 latest --fail-on worse
       charter eval agreement --pairs pairs.jsonl
@@ -130,6 +132,7 @@ def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str
     print_records([asdict(measure_grader(grader, responses))], output)
 
 
+evaluate.add_command(run)
 evaluate.add_command(show_results)
 evaluate.add_command(compare_results)
 evaluate.add_command(compare_with_judge)

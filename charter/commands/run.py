@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -18,7 +16,7 @@ from charter.pipeline import make_host
 from charter.progress import show_progress
 from charter.stages import MODEL_ROLES, STAGES
 from charter.starting_policy import describe_starting_policy, get_pinned_version, keep_starting_policy, set_from_base
-from charter.startup import start_when_ready, wait_option
+from charter.startup import exit_if_abandoned, start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.host import Host
@@ -146,13 +144,7 @@ def run(
                 if store:
                     print_progress(str(read_verdict(store, settings.label_quality)))
                 break
-    if host.abandoned_threads:
-        print_progress(
-            f"stopped before {', '.join(host.abandoned_threads)} finished; the next start processes the uncommitted records again"
-        )
-        sys.stderr.flush()
-        # `sys.exit` would wait for the unfinished threads.
-        os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))
+    exit_if_abandoned(host, 0)
     bus.close()
     host.raise_if_failed()
 
