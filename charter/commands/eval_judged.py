@@ -14,18 +14,19 @@ from charter.connect import open_store
 from charter.console import common_options, output_options, print_progress, print_rows
 from charter.evaluation.held_out_judge import HeldOutJudge
 from charter.evaluation.results import load_first_responses, require_evaluation, resolve_policy
-from charter.evaluation.rounds import ChainSet, compute_round_rows, load_chains
+from charter.evaluation.rounds import compute_round_rows, load_chains
 from charter.evaluation.win_rates import (
     JudgeAccuracy,
     PairJudge,
     apply_judge,
     compute_win_rates,
+    list_label_models,
     make_evidence_fields,
     measure_accuracy,
     read_database_accuracy,
+    require_held_out,
 )
 from charter.lookup import resolve_run_id
-from engine.errors import UsageError
 from engine.settings import Settings
 
 _QUERY_LIMIT_S = 30.0
@@ -104,7 +105,7 @@ def compare_rounds(
     evidence: dict[str, Any] = {}
     if judge_model:
         settings, model = apply_judge(settings, judge_model)
-        _require_other_judge(judge_model, model, chain_set)
+        require_held_out(judge_model, model, chain_set.critics, "criticized or revised these chains")
         judge = HeldOutJudge(settings)
         evidence = dict(make_evidence_fields(model, _measure_judge(settings, judge, model, pair_files, limit)))
     rows = []
@@ -123,15 +124,6 @@ def compare_rounds(
         f"run {run}: {len(chain_set.chains)} chains; not counted: {chain_set.num_unfinished} unfinished, {chain_set.num_skipped} of"
         f" skipped sources, {chain_set.num_unusable} with an unusable initial response"
     )
-
-
-def _require_other_judge(spec: str, model: str, chain_set: ChainSet) -> None:
-    if model in chain_set.critics:
-        raise UsageError(
-            f"--judge {spec} is the model {model}, which criticized or revised these chains",
-            "it would judge its own work",
-            "name another model: --judge MODEL",
-        )
 
 
 def _print_evidence(evidence: dict[str, Any]) -> None:
@@ -172,7 +164,9 @@ def compare_with_judge(
         policies = require_evaluation(query, name)
         versions = [resolve_policy(text, name, policies) for text in (a, b)]
         responses = load_first_responses(query, name, *versions)
+        label_models = list_label_models(query)
     settings, model = apply_judge(settings, judge_model)
+    require_held_out(judge_model, model, label_models, "labeled training data in this database")
     judge = HeldOutJudge(settings)
     evidence = dict(make_evidence_fields(model, _measure_judge(settings, judge, model, pair_files, limit)))
     by_suite: dict[tuple[str, str], list[Any]] = defaultdict(list)

@@ -8,7 +8,7 @@ pairs of about equal length are reported apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,22 +156,29 @@ def describe_evidence(accuracies: Sequence[JudgeAccuracy]) -> str:
 
 
 def apply_judge(settings: Settings, spec: str) -> tuple[Settings, str]:
-    """Return the settings with another held-out judge, and the id of its model.
-
-    Raises UsageError if the judge is the model that labels the training data.
-    """
+    """Return the settings with another held-out judge, and the id of its model."""
     models = RoleModels(settings)
     try:
-        judge, trained = models.get_model_by_spec(spec).id, models.get_spec("judge")
+        judge = models.get_model_by_spec(spec).id
     finally:
         models.close()
-    if spec == trained:
+    return settings.model_copy(update={"monitor": settings.monitor.model_copy(update={"judge": spec})}), judge
+
+
+def require_held_out(spec: str, model: str, used_models: Collection[str], deed: str) -> None:
+    """Raise UsageError if the model of --judge is one of `used_models`. `deed` says what these models did."""
+    if model in used_models:
         raise UsageError(
-            f"--judge {spec} is the judge that labels the training data (models.judge)",
-            "a policy that was trained on its labels has learned what it prefers",
+            f"--judge {spec} is the model {model}, which {deed}",
+            "a judge that judges its own work is no evidence",
             "name another model: --judge MODEL",
         )
-    return settings.model_copy(update={"monitor": settings.monitor.model_copy(update={"judge": spec})}), judge
+
+
+def list_label_models(query: QueryFunction) -> set[str]:
+    """Return the ids of the models whose labels are in the database. The policies may have been trained on them."""
+    sql = "SELECT DISTINCT model.id FROM preferences WHERE label_source = 'AI' AND model IS NOT NULL AND split = 'TRAIN'"
+    return {model for (model,) in query(sql).rows}
 
 
 def make_evidence_fields(judge: str, accuracies: Sequence[JudgeAccuracy]) -> Mapping[str, Any]:
