@@ -16,7 +16,7 @@ def resolve_run_id(settings: Settings, origins: Mapping[str, str], store: Store)
     if origins["run.id"] != "default" or not store.path.exists():
         return settings.run.id
     newest = store.query(
-        "SELECT run_id FROM runs WHERE settings ->> '$.evaluation.name' IS NULL ORDER BY commit_seq DESC LIMIT 1"
+        "SELECT run_id FROM runs WHERE settings ->> '$.evaluation_run.name' IS NULL ORDER BY commit_seq DESC LIMIT 1"
     ).rows
     return newest[0][0] if newest else settings.run.id
 

@@ -17,7 +17,7 @@ from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ConstitutionRef, RunManifest
 
-_ADDITIONAL_KEYS = ("replay", "evaluation", "configuration")  # stored with the settings of a run; they are no settings
+_ADDITIONAL_KEYS = ("replay", "evaluation_run", "configuration")  # stored with the settings of a run; they are no settings
 
 
 def make_run_manifest(
@@ -34,7 +34,7 @@ def make_run_manifest(
     """
     values = settings.model_dump(mode="json", exclude={"data", "bus"})
     values |= {"replay": replay} if replay else {}
-    values |= {"evaluation": evaluation} if evaluation else {}
+    values |= {"evaluation_run": evaluation} if evaluation else {}
     values |= {"configuration": configuration} if configuration else {}
     settings_json = json.dumps(values, ensure_ascii=False)
     settings_fingerprint = ids.compute_fingerprint(
@@ -60,7 +60,7 @@ def parse_manifest_settings(text: str) -> dict[str, Any]:
 
 def parse_evaluation(text: str) -> dict[str, Any] | None:
     """Return the name and the policy version of an evaluation from the field `settings` of its manifest. Return None for other runs."""
-    fields: dict[str, Any] | None = json.loads(text).get("evaluation")
+    fields: dict[str, Any] | None = json.loads(text).get("evaluation_run")
     return fields
 
 
