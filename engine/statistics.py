@@ -29,7 +29,9 @@ def compute_wilson_interval(hits: float, total: int) -> tuple[float, float] | No
     fraction, z2 = hits / total, Z_SCORE_95 * Z_SCORE_95 / total
     center = fraction + z2 / 2
     half = Z_SCORE_95 * math.sqrt(fraction * (1 - fraction) / total + z2 / (4 * total))
-    return max(0.0, (center - half) / (1 + z2)), min(1.0, (center + half) / (1 + z2))
+    low = (center - half) / (1 + z2) if hits > 0 else 0.0  # exact, without a rounding error
+    high = (center + half) / (1 + z2) if hits < total else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def compute_brier_score(probabilities: Sequence[float]) -> float | None:

@@ -13,7 +13,7 @@ from charter.commands.eval_results import name_option
 from charter.connect import open_store
 from charter.console import common_options, output_options, print_progress, print_rows
 from charter.evaluation.held_out_judge import HeldOutJudge
-from charter.evaluation.results import load_first_responses, require_evaluation, resolve_policy
+from charter.evaluation.results import load_first_responses, require_evaluation, resolve_policies
 from charter.evaluation.rounds import compute_round_rows, load_chains
 from charter.evaluation.win_rates import (
     JudgeAccuracy,
@@ -112,7 +112,7 @@ def compare_rounds(
     for row in compute_round_rows(chain_set.chains, judge, limit):
         values = {column: getattr(row, column) for column in _ROUND_COLUMNS}
         for group in row.wins:
-            prefix = "" if group is row.wins[0] else "equal_length_"
+            prefix = "judge_" if group is row.wins[0] else "equal_length_"
             values |= {f"{prefix}{column}": getattr(group, column) for column in _WIN_COLUMNS}
         rows.append(values | evidence)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -152,7 +152,7 @@ def compare_with_judge(
     """Measure how often a held-out judge prefers the response of policy B to that of policy A.
 
     The pairs are the first completions of both policies for the same prompt of a suite. A tie is half a win. Pairs of about equal length
-    (within 10 %) have a row of their own. The accuracy of the judge is measured on --judge-pairs. If it is not above chance, the
+    (within 10 %) have a separate row. The accuracy of the judge is measured on --judge-pairs. If it is not above chance, the
     result is no evidence.
 
     \b
@@ -162,7 +162,7 @@ def compare_with_judge(
     store = open_store(settings)
     with store.open_read_session(limit_s=_QUERY_LIMIT_S) as query:
         policies = require_evaluation(query, name)
-        versions = [resolve_policy(text, name, policies) for text in (a, b)]
+        versions = resolve_policies(a, b, name, policies)
         responses = load_first_responses(query, name, *versions)
         label_models = list_label_models(query)
     settings, model = apply_judge(settings, judge_model)

@@ -21,7 +21,7 @@ from charter.evaluation.results import (
     find_failed_rows,
     load_completions,
     require_evaluation,
-    resolve_policy,
+    resolve_policies,
 )
 from engine.settings import Settings
 
@@ -34,6 +34,7 @@ _COMPARE_COLUMNS = [
     "suite", "subset", "transform", "metric", "prompts", "rate_a", "rate_b", "difference", "low", "high", "test", "p", "p_holm",
     "outcome", "only_a", "only_b", "ungraded", "unusable_a", "unusable_b",
 ]  # fmt: skip
+_COUNT_COLUMNS = ("only_a", "only_b", "ungraded", "unusable_a", "unusable_b")
 name_option = click.option(
     "--name", metavar="NAME", default="eval", show_default=True, help="Name of the evaluation: --name of charter eval run."
 )
@@ -45,7 +46,7 @@ def _load(settings: Settings, name: str) -> tuple[list[int], list[SuiteCompletio
 
 
 def _make_table(columns: Sequence[str], rows: Sequence[Any], output: str) -> list[list[Any]]:
-    """Return the values of the columns. In a table for people, an empty cell says what it means."""
+    """Return the values of the columns. In a table for people, an empty cell has a word."""
     values = [[asdict(row)[column] for column in columns] for row in rows]
     if not output:
         for row in values:
@@ -115,9 +116,12 @@ def compare_results(settings: Settings, a: str, b: str, name: str, margin: float
       charter eval compare 0 3 --margin 0.02 --fail-on worse
     """
     policies, completions = _load(settings, name)
-    versions = [resolve_policy(text, name, policies) for text in (a, b)]
+    versions = resolve_policies(a, b, name, policies)
     rows = compare_policies(completions, versions[0], versions[1], margin)
-    print_rows(_COMPARE_COLUMNS, _make_table(_COMPARE_COLUMNS, rows, output), output)
+    # In a table for people, a count that is 0 in all rows has no column.
+    columns = [c for c in _COMPARE_COLUMNS if output or c not in _COUNT_COLUMNS or any(getattr(row, c) for row in rows)]
+    print_rows(columns, _make_table(columns, rows, output), output)
+    print_progress(f"difference: policy {versions[1]} minus policy {versions[0]}; margin {margin:g}")
     _report_unpaired(rows, versions)
     _warn_of_ungraded([c for c in completions if c.policy in versions])
     if failed := find_failed_rows(rows, fail_on) if fail_on else []:
@@ -128,7 +132,7 @@ def compare_results(settings: Settings, a: str, b: str, name: str, margin: float
 
 
 def _report_unpaired(rows: Sequence[ComparisonRow], versions: Sequence[int]) -> None:
-    """Say how many prompts only one policy has."""
+    """Print the number of prompts that only one policy has."""
     whole = [row for row in rows if not row.is_part]
     for policy, count in zip(versions, (sum(r.only_a for r in whole), sum(r.only_b for r in whole)), strict=True):
         if count:

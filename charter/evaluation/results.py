@@ -1,7 +1,7 @@
 """Compute the results of an evaluation: the rates of each policy, and the comparison of two policies on the same prompts.
 
-The input are the views `suite_responses` and `suite_grades`. docs/evaluation.md ("Results", "Comparing two policies") says what each
-number means. A prompt with several completions counts once, with the mean of its completions. Nothing is dropped silently:
+The input are the views `suite_responses` and `suite_grades`. docs/evaluation.md ("Results", "Comparing two policies") describes each
+number. A prompt with several completions counts once, with the mean of its completions. Nothing is dropped silently:
 a response that cannot be graded (empty, degenerate, encoded) is counted as `unusable` and is no hit; a response without a grade is
 counted as `ungraded` and is not part of a rate.
 """
@@ -170,12 +170,24 @@ def resolve_policy(text: str, name: str, policies: Sequence[int]) -> int:
     )
 
 
+def resolve_policies(a: str, b: str, name: str, policies: Sequence[int]) -> tuple[int, int]:
+    """Return the versions of two policies of an evaluation. Raise UsageError if both are the same policy."""
+    first, second = (resolve_policy(text, name, policies) for text in (a, b))
+    if first == second:
+        raise UsageError(
+            f"{a} and {b} are the same policy {first}",
+            f"the evaluation {name} has the policies {', '.join(map(str, policies))}",
+            "compare two different ones, or evaluate another policy: charter eval run --policy N",
+        )
+    return first, second
+
+
 def load_completions(query: QueryFunction, name: str) -> list[SuiteCompletion]:
     """Return all completions of an evaluation, with their grades. The policy is the one in the id of the run."""
     pattern = {"pattern": make_run_pattern(name)}
     grades: dict[tuple[str, int], dict[str, SuiteGrade]] = defaultdict(dict)
-    # Most graders have details that no metric needs.
-    sql = """SELECT response_id::VARCHAR, completion_index, grader, label, CASE WHEN list_contains($detailed, grader) THEN details END
+    # Most graders have details that no metric needs. A grader with a grade for each principle has several grades.
+    sql = """SELECT response_id::VARCHAR, completion_index, concat_ws(' ', grader, principle_id), label, CASE WHEN list_contains($detailed, grader) THEN details END
              FROM suite_grades WHERE regexp_full_match(run_id, $pattern)"""
     for response_id, index, grader, label, details in query(sql, pattern | {"detailed": sorted(DETAILED_GRADERS)}).rows:
         grades[response_id, index][grader] = SuiteGrade(label, details or {})
@@ -224,7 +236,10 @@ def load_first_responses(
 
 
 def list_cells(completions: Sequence[SuiteCompletion]) -> list[Cell]:
-    """Return the cells of the given completions: for each suite, transformation and metric the whole suite, then its subsets."""
+    """Return the cells of the given completions: for each suite, transformation and metric the whole suite, then its subsets.
+
+    A metric that is not compared has no rows for subsets, so that the table stays short.
+    """
     subsets: dict[tuple[str, str], set[str]] = defaultdict(set)
     for completion in completions:
         subsets[completion.suite, completion.transform].add(completion.subset)
@@ -236,7 +251,8 @@ def list_cells(completions: Sequence[SuiteCompletion]) -> list[Cell]:
                 cells.append(Cell(suite, names[0], transform, metric))
             elif names:
                 cells.append(Cell(suite, "", transform, metric))
-                cells += [Cell(suite, name, transform, metric, is_part=True) for name in names if name]
+                parts = names if metric.compare else []
+                cells += [Cell(suite, name, transform, metric, is_part=True) for name in parts if name]
     return cells
 
 

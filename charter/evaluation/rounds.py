@@ -5,7 +5,7 @@ lost keeps the response before it. A chain counts if it has ended and its initia
 chains that have not ended are counted apart.
 
 The critic checks more principles in later rounds. So the probability of a violation is that under the first principle of the
-chain, which the critic checks in every round. docs/evaluation.md says what the numbers do not show.
+chain, which the critic checks in every round. docs/evaluation.md describes what the numbers do not show.
 """
 
 from __future__ import annotations

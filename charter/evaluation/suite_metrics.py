@@ -19,7 +19,7 @@ class SuiteMetric:
 
     A response is a hit if its label is in `labels`, or, if `hits` is set, the details of its grade have the number of hits under
     this name. `trials` is then the name of the number of trials, or empty for one trial. `subset` restricts the metric to a
-    subset. `higher_is_better` is None if neither direction is better. `compare` tells whether two policies are compared on
+    subset. `higher_is_better` is None if neither direction is better. `compare` is true if two policies are compared on
     this metric. `axis` is the axis of the plane of harmlessness and helpfulness on which the metric counts, or empty.
     """
 
@@ -53,7 +53,7 @@ SUITE_METRICS: dict[str, tuple[SuiteMetric, ...]] = {
         SuiteMetric("per instruction, loose", "instructions", hits="followed_loose", trials="instructions", compare=False),
     ),
 }
-# Nobody told Charter which of the prompts of another suite should be refused.
+# Charter does not know which prompts of another suite a policy should refuse.
 _OTHER_SUITE = (SuiteMetric("refused", "refusal", _REFUSED),)
 DETAILED_GRADERS = {metric.grader for metrics in SUITE_METRICS.values() for metric in metrics if metric.hits}
 

@@ -166,7 +166,7 @@ def apply_judge(settings: Settings, spec: str) -> tuple[Settings, str]:
 
 
 def require_held_out(spec: str, model: str, used_models: Collection[str], deed: str) -> None:
-    """Raise UsageError if the model of --judge is one of `used_models`. `deed` says what these models did."""
+    """Raise UsageError if the model of --judge is one of `used_models`. `deed` describes what these models did."""
     if model in used_models:
         raise UsageError(
             f"--judge {spec} is the model {model}, which {deed}",
@@ -182,7 +182,7 @@ def list_label_models(query: QueryFunction) -> set[str]:
 
 
 def make_evidence_fields(judge: str, accuracies: Sequence[JudgeAccuracy]) -> Mapping[str, Any]:
-    """Return the columns of a result that say how much the judge can be trusted."""
+    """Return the columns of a result with the evidence for the judge."""
     return {
         "judge": judge,
         "judge_accuracy": "; ".join(map(str, accuracies)) or None,

@@ -232,6 +232,8 @@ def test_an_unknown_evaluation_or_policy_is_an_error(folder):
     assert error.value.why in ("the database has: eval-policy, eval", "the database has: eval, eval-policy")
     with pytest.raises(Exception, match="policy 1 is not in the evaluation eval"):
         CliRunner().invoke(cli, ["eval", "compare", "0", "1", "--data", str(folder)], catch_exceptions=False)
+    with pytest.raises(Exception, match="2 and latest are the same policy 2"):
+        CliRunner().invoke(cli, ["eval", "compare", "2", "latest", "--data", str(folder)], catch_exceptions=False)
     with pytest.raises(Exception, match="there is no database"):
         CliRunner().invoke(cli, ["eval", "show", "--data", str(folder / "none")], catch_exceptions=False)
 

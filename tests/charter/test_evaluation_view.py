@@ -20,7 +20,7 @@ DANGEROUS = ("<img src=x", "<b onmouseover", "<svg/onload", "<script>document", 
 
 
 def make_manifest(run):
-    settings = json.dumps({"evaluation": {"name": "eval"}} if run.startswith("eval") else {})
+    settings = json.dumps({"evaluation_run": {"name": "eval"}} if run.startswith("eval") else {})
     values = {"name": run, "settings": settings, "constitution_text": "", "charter_version": "0"}
     return RunManifest(record_id=ids.compute_id("run", run), prompt_id=None, run_id=run, stage="run", **values)
 

@@ -45,9 +45,9 @@ def test_a_judge_is_measured_on_llmbar_and_on_human_pairs(tmp_path):
     rows = [{"input": "q", "output_1": "x" * n, "output_2": "yy", "label": 1 + (n % 2)} for n in range(3, 13)]
     accuracy = measure_accuracy(prefer_longer, write_rows(tmp_path / "llmbar.json", rows), None)
     assert (accuracy.source, accuracy.pairs, accuracy.decided, accuracy.accuracy) == ("llmbar.json", 10, 10, 0.5)
-    assert not accuracy.is_above_chance and describe_evidence(
-        [accuracy]
-    ) == "no evidence: the judge is at chance on llmbar.json"
+    assert (
+        not accuracy.is_above_chance and describe_evidence([accuracy]) == "no evidence: the judge is at chance on llmbar.json"
+    )
     people = [{"prompt": f"q{n}", "chosen": "long answer", "rejected": "short"} for n in range(12)]
     good = measure_accuracy(prefer_longer, write_rows(tmp_path / "people.json", people), 9)
     assert (good.pairs, good.accuracy, good.is_above_chance) == (9, 1.0, True)
