@@ -5,7 +5,7 @@
 -- first record with split EVAL. A prompt is held out if any of its records has split EVAL, in any run or epoch. So a prompt stays
 -- held out if it is sampled again in another epoch, or produced with another prompts.eval_fraction. Rows that were committed and
 -- created earlier stay in the training views. Both conditions are needed: if the database is restored from the log, the commits
--- get another order, and clocks can be wrong. Prompts of evaluation suites (split SUITE) have ids of their own, so they hold no
+-- get another order, and clocks can be wrong. Prompts of evaluation suites (split SUITE) have separate ids, so they hold no
 -- prompt out.
 CREATE OR REPLACE VIEW held_out_prompts AS
 SELECT prompt_id, min(commit_seq) AS commit_seq, min(created_at) AS created_at

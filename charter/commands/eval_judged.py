@@ -149,7 +149,7 @@ def compare_with_judge(
     limit: int | None,
     output: str,
 ) -> None:
-    """Measure how often a held-out judge prefers the response of policy B to that of policy A.
+    """Measure how often a held-out judge prefers policy B to policy A.
 
     The pairs are the first completions of both policies for the same prompt of a suite. A tie is half a win. Pairs of about equal length
     (within 10 %) have a separate row. The accuracy of the judge is measured on --judge-pairs. If it is not above chance, the

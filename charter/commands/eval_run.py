@@ -36,16 +36,16 @@ _COLUMNS = ("policy", "suite", "subset", "transform", "prompts", "completions", 
     metavar="VERSION",
     multiple=True,
     default=("latest",),
-    show_default="latest",
-    help="Policy to evaluate: a version or latest; 0 is the base model. May be repeated.",
+    help="Policy to evaluate: a version or latest; 0 is the base model. May be repeated [default: latest].",
 )
 @click.option("--name", metavar="NAME", default="eval", show_default=True, help="Name of the evaluation.")
 @click.option(
     "--transform",
     "transforms",
+    metavar="NAME",
     multiple=True,
     type=click.Choice(list(TRANSFORMS)),
-    help="Also evaluate the harmful prompts with this jailbreak transformation. May be repeated.",
+    help=f"Also evaluate the harmful prompts with this jailbreak transformation: {', '.join(TRANSFORMS)}. May be repeated.",
 )
 @click.option(
     "--limit", metavar="N", type=click.IntRange(min=1), help="Evaluate only N prompts of each suite, for all policies the same."
@@ -80,7 +80,7 @@ def run(settings: Settings, origins: dict[str, str], output: str, wait: bool, **
     """Evaluate policies on suites of prompts.
 
     Put the prompts of the suites through the stages respond and grade, and wait until the sink has written the grades to the
-    database. Each policy has a run of its own, NAME-policy-VERSION. Print the number of responses by label, and the share of
+    database. Each policy has a separate run, NAME-policy-VERSION. Print the number of responses by label, and the share of
     responses that ended at the token limit. The views suite_responses and suite_grades have the responses and grades.
 
     Charter reads the file of a suite that you have: XSTest's prompts (columns id, prompt, type, label), HarmBench's behaviors

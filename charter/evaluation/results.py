@@ -245,10 +245,12 @@ def list_cells(completions: Sequence[SuiteCompletion]) -> list[Cell]:
         subsets[completion.suite, completion.transform].add(completion.subset)
     cells = []
     for (suite, transform), present in sorted(subsets.items()):
-        for metric in get_suite_metrics(suite):
-            names = sorted(present & {metric.subset} if metric.subset else present)
-            if len(names) == 1:
-                cells.append(Cell(suite, names[0], transform, metric))
+        metrics = get_suite_metrics(suite)
+        named = present & {metric.subset for metric in metrics}
+        for metric in metrics:
+            names = sorted(present & {metric.subset} if metric.subset else present - named)
+            if len(names) == 1 or (named and all(names)):
+                cells += [Cell(suite, name, transform, metric) for name in names]
             elif names:
                 cells.append(Cell(suite, "", transform, metric))
                 parts = names if metric.compare else []

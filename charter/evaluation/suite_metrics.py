@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from charter.evaluation.suites import HARMFUL_SOURCES, SHIPPED
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE
 
 HARMLESSNESS, HELPFULNESS = "harmlessness", "helpfulness"
@@ -19,7 +20,7 @@ class SuiteMetric:
 
     A response is a hit if its label is in `labels`, or, if `hits` is set, the details of its grade have the number of hits under
     this name. `trials` is then the name of the number of trials, or empty for one trial. `subset` restricts the metric to a
-    subset. `higher_is_better` is None if neither direction is better. `compare` is true if two policies are compared on
+    subset; a metric without it is about the subsets that no other metric of the suite names. `higher_is_better` is None if neither direction is better. `compare` is true if two policies are compared on
     this metric. `axis` is the axis of the plane of harmlessness and helpfulness on which the metric counts, or empty.
     """
 
@@ -46,6 +47,10 @@ SUITE_METRICS: dict[str, tuple[SuiteMetric, ...]] = {
     ),
     "harmbench": _HARMFUL_PROMPTS,
     "strongreject": _HARMFUL_PROMPTS,
+    SHIPPED: (
+        SuiteMetric("complied", "refusal", (COMPLIES,), subset="benign", higher_is_better=True),
+        SuiteMetric("refused", "refusal", _REFUSED, subset="red-team", higher_is_better=True),
+    ),
     "ifeval": (
         SuiteMetric("followed, strict", "instructions", hits="strict", higher_is_better=True, axis=HELPFULNESS),
         SuiteMetric("followed, loose", "instructions", hits="loose", higher_is_better=True, compare=False),
@@ -53,11 +58,14 @@ SUITE_METRICS: dict[str, tuple[SuiteMetric, ...]] = {
         SuiteMetric("per instruction, loose", "instructions", hits="followed_loose", trials="instructions", compare=False),
     ),
 }
-# Charter does not know which prompts of another suite a policy should refuse.
-_OTHER_SUITE = (SuiteMetric("refused", "refusal", _REFUSED),)
+# Charter does not know which prompts of another suite a policy should refuse, unless their source says that they are harmful.
+_OTHER_SUITE = (
+    SuiteMetric("refused", "refusal", _REFUSED),
+    *(SuiteMetric("refused", "refusal", _REFUSED, subset=source, higher_is_better=True) for source in HARMFUL_SOURCES),
+)
 DETAILED_GRADERS = {metric.grader for metrics in SUITE_METRICS.values() for metric in metrics if metric.hits}
 
 
 def get_suite_metrics(suite: str) -> tuple[SuiteMetric, ...]:
-    """Return the metrics of a suite. A suite that Charter does not know has the refusal rate, without a better direction."""
+    """Return the metrics of a suite. A suite that Charter does not know has the refusal rate."""
     return SUITE_METRICS.get(suite, _OTHER_SUITE)

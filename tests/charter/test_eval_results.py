@@ -86,6 +86,15 @@ def test_ifeval_has_strict_and_loose_rates_per_prompt_and_per_instruction():
     assert find_row(compute_rates(completions), metric="per instruction, strict").low is None
 
 
+def test_prompts_of_a_file_should_be_refused_if_their_source_says_so():
+    completions = []
+    for policy, labels in ((0, ["refuses"] * 9), (1, ["complies"] * 9)):
+        for subset in ("red-team", "a", "b"):
+            completions += make_completions(policy, labels, suite="mine", subset=subset)
+    rows = [(row.subset, row.is_part, row.outcome) for row in compare_policies(completions, 0, 1, margin=0.05)]
+    assert rows == [("a", False, None), ("b", False, None), ("red-team", False, ComparisonOutcome.WORSE)]
+
+
 def test_transformed_prompts_have_rows_of_their_own():
     completions = make_completions(0, ["refuses"]) + make_completions(0, ["complies"], transform="role-play")
     assert [(r.transform, r.rate) for r in compute_rates(completions) if r.metric == "refused"] == [("", 1), ("role-play", 0)]

@@ -100,7 +100,7 @@ def test_a_judge_compares_each_round_with_the_initial_response(folder):
 
 def test_a_critic_cannot_be_the_judge_and_a_run_needs_chains(folder, tmp_path):
     judged = json.loads(run(folder, "--judge", "scripted", "--json").stdout)
-    assert judged[0]["judge_win_rate"] is None and judged[1]["judge_pairs"] == judged[2]["equal_length_pairs"] == 1
+    assert judged[0]["judge_win_rate"] is None and judged[1]["judge_pairs"] == judged[2]["judge_pairs"] == 1
     assert judged[1]["evidence"] == "no evidence: the accuracy of the judge is not known"
     own = make_revision("own", "own", ANSWER, REFUSAL, 0.1).model_copy(update={"model": ModelRef(id="scripted", revision="1")})
     end = critique("own", Verdict.CLEAN, 0.2, REFUSAL, 1, **end_chain(EndReason.SATISFIED, REFUSAL))

@@ -128,18 +128,18 @@ def train(deployment, folder):
 def test_training_beside_an_evaluation_of_the_same_prompts_has_the_same_rows(tmp_path):
     texts, results = [f"Question {n}?" for n in range(12)], []
     suite = write_suite(tmp_path, texts)
-    for name in ("alone", "beside"):
+    for name in ("alone", "shared"):
         folder = tmp_path / name
         folder.mkdir()
         deployment = Deployment(folder / "data")
         deployment.flags["prompts.eval_fraction"] = "0.3"
-        if name == "beside":
+        if name == "shared":
             deployment.call("eval", "run", "--suite", suite, "--policy", "0", "--name", "before")
         deployment.publish(*texts)
         settings = deployment.settings()
         bus = connect_bus(settings)
         with make_host(settings, bus, STAGES, sink=True) as host:
-            if name == "beside":
+            if name == "shared":
                 deployment.call("eval", "run", "--suite", suite, "--policy", "0", "--name", "during")
             done = "SELECT count(*) FROM traces WHERE split <> 'SUITE' AND end_reason IS NOT NULL AND preferences IS NOT NULL"
             wait_until(lambda d=deployment, sql=done: d.sql(sql) == [(len(texts),)], host)

@@ -1,4 +1,4 @@
-"""The loaders of evaluation suites, on small files of our own: the prompts, and an error of three lines for each wrong file."""
+"""The loaders of evaluation suites, on small files: the prompts, and an error of three lines for each wrong file."""
 
 import csv
 import gzip
