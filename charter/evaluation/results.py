@@ -187,7 +187,8 @@ def load_completions(query: QueryFunction, name: str) -> list[SuiteCompletion]:
     pattern = {"pattern": make_run_pattern(name)}
     grades: dict[tuple[str, int], dict[str, SuiteGrade]] = defaultdict(dict)
     # Most graders have details that no metric needs. A grader with a grade for each principle has several grades.
-    sql = """SELECT response_id::VARCHAR, completion_index, concat_ws(' ', grader, principle_id), label, CASE WHEN list_contains($detailed, grader) THEN details END
+    sql = """SELECT response_id::VARCHAR, completion_index, concat_ws(' ', grader, principle_id), label,
+                    CASE WHEN list_contains($detailed, grader) THEN details END
              FROM suite_grades WHERE regexp_full_match(run_id, $pattern)"""
     for response_id, index, grader, label, details in query(sql, pattern | {"detailed": sorted(DETAILED_GRADERS)}).rows:
         grades[response_id, index][grader] = SuiteGrade(label, details or {})
@@ -246,7 +247,7 @@ def list_cells(completions: Sequence[SuiteCompletion]) -> list[Cell]:
     cells = []
     for (suite, transform), present in sorted(subsets.items()):
         metrics = get_suite_metrics(suite)
-        named = present & {metric.subset for metric in metrics}
+        named = present & {metric.subset for metric in metrics if metric.subset}
         for metric in metrics:
             names = sorted(present & {metric.subset} if metric.subset else present - named)
             if len(names) == 1 or (named and all(names)):
