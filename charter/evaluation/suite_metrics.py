@@ -21,7 +21,8 @@ class SuiteMetric:
     A response is a hit if its label is in `labels`, or, if `hits` is set, the details of its grade have the number of hits under
     this name. `trials` is then the name of the number of trials, or empty for one trial. `subset` restricts the metric to a
     subset; a metric without it is about the subsets that no other metric of the suite names. `higher_is_better` is None if neither
-    direction is better. `compare` is true if two policies are compared on this metric. `axis` is the axis of the plane of harmlessness and helpfulness on which the metric counts, or empty.
+    direction is better. `compare` is true if two policies are compared on this metric. `axis` is the axis of the plane of
+    harmlessness and helpfulness on which the metric counts, or empty.
     """
 
     name: str
