@@ -40,15 +40,15 @@ def load_evaluation(query: QueryFunction, run: str, parameters: Mapping[str, str
         )
     completions = load_completions(query, name) if name else []
     policies = evaluations[name] if name else []
+    # All queries come first, because the read session has a time limit.
+    responses = _load_responses(query, name, policies, completions, parameters) if name and "suite" in parameters else None
     return {
         "names": list(evaluations),
         "name": name,
         "policies": policies,
         "rows": _group_rates(completions, policies),
         "plane": compute_plane(completions),
-        "responses": _load_responses(query, name, policies, completions, parameters)
-        if name and "suite" in parameters
-        else None,
+        "responses": responses,
     }
 
 
