@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from charter import custom_stage
 from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_sink_lock, open_store
+from charter.installation import get_install_command
 from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
 from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_inputs, get_stage_role
@@ -24,6 +25,7 @@ from constitutions.loader import Constitution, load_constitution
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
 from consumers.graders.custom import load_grader
+from consumers.graders.instructions import InstructionsGrader, require_language_detector
 from consumers.graders.interface import Grader
 from consumers.graders.length import LengthGrader
 from consumers.graders.principles import PrinciplesGrader
@@ -201,7 +203,7 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     )
 
 
-_BUILTIN_GRADERS = ("refusal", "length", PRINCIPLES_GRADER)
+_BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
 
 
 def make_grade_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> GradeStage:
@@ -212,6 +214,9 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
             graders.append(RefusalGrader())
         elif name == "length":
             graders.append(LengthGrader())
+        elif name == "instructions":
+            require_language_detector(f"type: {get_install_command('eval')}")
+            graders.append(InstructionsGrader())
         elif name == PRINCIPLES_GRADER:
             graders.append(PrinciplesGrader(models.get_model("judge"), constitution, settings.judge.min_option_mass))
         elif name.endswith(".py"):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
-from charter.commands.eval_judged import compare_rounds, compare_with_judge
+from charter.commands.eval_judge import judge
 from charter.commands.eval_results import compare_results, show_results
+from charter.commands.eval_rounds import compare_rounds
 from charter.commands.eval_run import run
+from charter.commands.eval_win_rate import compare_with_judge
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -28,7 +30,11 @@ def evaluate() -> None:
       charter eval compare 0 latest --fail-on worse
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
+      charter eval judge --suite llmbar=natural.json
     """
+
+
+evaluate.add_command(judge)
 
 
 @evaluate.command()

@@ -7,29 +7,30 @@ pairs of about equal length are reported apart.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from charter.evaluation.agreement import HumanPair, compute_agreement
-from charter.evaluation.agreement_study import read_pairs
+from charter.evaluation.agreement_study import PairDataset
+from charter.evaluation.held_out_judge import HeldOutJudge
+from charter.evaluation.judge_suites import (
+    ALL_PAIRS,
+    EQUAL_LENGTH,
+    SUITES,
+    has_equal_length,
+    make_llmbar_constitution,
+    parse_suite,
+)
 from charter.models import RoleModels
 from engine.errors import UsageError
 from engine.settings import Settings
 from engine.statistics import compute_wilson_interval
 from engine.store import QueryFunction
-from producers.parse import RowError, decode_row
-from producers.rows import read_rows
 from schemas.records import ChatMessage
 
 ResponsePair = tuple[tuple[ChatMessage, ...], str, str]  # a dialogue and two responses
 PairJudge = Callable[[Sequence[ResponsePair]], list[float | None]]
-
-ALL_PAIRS, EQUAL_LENGTH = "all pairs", "equal length"
-_MIN_LENGTH_RATIO = 0.9  # of the shorter to the longer response, in characters
-_LLMBAR_COLUMNS = ("input", "output_1", "output_2", "label")
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,11 @@ class WinRate:
 def compute_win_rates(pairs: Sequence[ResponsePair], probabilities: Sequence[float | None]) -> list[WinRate]:
     """Return the win rate of the second responses over all pairs, and over the pairs of about equal length.
 
-    `probabilities` are those that the first response is better. In a pair of equal length, the shorter response has at least 90 % of
-    the characters of the longer one.
+    `probabilities` are those that the first response is better. In a pair of equal length, the numbers of words differ by at most 10 %.
     """
     judged = list(zip(pairs, probabilities, strict=True))
-    equal = [(pair, p) for pair, p in judged if has_equal_length(*pair[1:])]
+    equal = [(pair, p) for pair, p in judged if has_equal_length(HumanPair(*pair[1:], True))]
     return [_compute_win_rate(ALL_PAIRS, [p for _, p in judged]), _compute_win_rate(EQUAL_LENGTH, [p for _, p in equal])]
-
-
-def has_equal_length(a: str, b: str) -> bool:
-    shorter, longer = sorted((len(a), len(b)))
-    return shorter >= _MIN_LENGTH_RATIO * longer
 
 
 def _compute_win_rate(group: str, probabilities: Sequence[float | None]) -> WinRate:
@@ -92,48 +87,35 @@ def _compute_win_rate(group: str, probabilities: Sequence[float | None]) -> WinR
 # The accuracy of the judge
 
 
-def measure_accuracy(judge: PairJudge, file: str, limit: int | None, seed: int = 0) -> JudgeAccuracy:
-    """Return the accuracy of the judge on a file of LLMBar, or on another file of human preferences. Raises UsageError for other files."""
-    pairs = read_llmbar(file, seed) or _read_human_pairs(file, seed)
-    pairs = pairs[:limit]
-    probabilities = judge([pair for pair, _ in pairs])
-    preferred = [None if p is None else p if first else 1 - p for p, (_, first) in zip(probabilities, pairs, strict=True)]
-    row = compute_agreement("", [HumanPair(a, b, first) for (_, a, b), first in pairs], preferred)
-    return JudgeAccuracy(Path(file).name, len(pairs), row.decided, row.accuracy, row.accuracy_low, row.accuracy_high)
-
-
-def read_llmbar(file: str, seed: int) -> list[tuple[ResponsePair, bool]]:
-    """Return the pairs of a file of LLMBar (Zeng et al. 2024) with whether the first response is better, in random order.
-
-    Return an empty list if the file has other columns. Raises UsageError if a row has a column of LLMBar but not all of them.
-    """
-    pairs: list[tuple[ResponsePair, bool]] = []
-    for number, raw in read_rows(file):
-        try:
-            row = decode_row(raw)
-        except RowError:
-            row = {}
-        if "output_1" not in row:
-            return []
-        is_valid = all(isinstance(row.get(name), str) for name in _LLMBAR_COLUMNS[:3]) and row.get("label") in (1, 2)
-        if not is_valid:
-            raise UsageError(
-                f"{file} row {number} is not a row of LLMBar",
-                "a row has the texts input, output_1 and output_2, and the label 1 or 2",
-                "correct the row",
-            )
-        messages = (ChatMessage(role="user", content=row["input"]),)
-        pairs.append(((messages, row["output_1"], row["output_2"]), row["label"] == 1))
-    random.Random(f"llmbar/{seed}").shuffle(pairs)
-    return pairs
-
-
-def _read_human_pairs(file: str, seed: int) -> list[tuple[ResponsePair, bool]]:
-    data = read_pairs(file, None, seed)
-    return [
-        ((tuple(response.messages), pair.response_a, pair.response_b), pair.a_preferred)
+def measure_accuracy(judge: PairJudge, source: str, data: PairDataset) -> JudgeAccuracy:
+    """Return the accuracy of the judge on pairs with a label by people. `source` names the pairs."""
+    pairs: list[ResponsePair] = [
+        (tuple(response.messages), pair.response_a, pair.response_b)
         for response, pair in zip(data.judge_inputs, data.human_pairs, strict=True)
     ]
+    # The probability of the response that people prefer.
+    preferred = [
+        None if p is None else p if pair.a_preferred else 1 - p for p, pair in zip(judge(pairs), data.human_pairs, strict=True)
+    ]
+    row = compute_agreement("", data.human_pairs, preferred)
+    return JudgeAccuracy(source, len(pairs), row.decided, row.accuracy, row.accuracy_low, row.accuracy_high)
+
+
+def measure_on_suites(settings: Settings, suites: Sequence[str], limit: int | None) -> list[JudgeAccuracy]:
+    """Return the accuracies of the held-out judge on the suites of `charter eval judge` (llmbar=FILE, pairs=FILE).
+
+    The pairs of LLMBar are judged under one principle, whether a response follows the instruction, because this is what their labels
+    mean. `limit` is the maximum number of pairs of each file.
+    """
+    accuracies = []
+    for text in suites:
+        name, file = parse_suite(text)
+        data = SUITES[name](file, limit, 0)
+        judge = HeldOutJudge(settings)
+        if name == "llmbar":
+            judge.constitution = make_llmbar_constitution(judge.constitution)
+        accuracies.append(measure_accuracy(judge, data.name, data))
+    return accuracies
 
 
 def read_database_accuracy(query: QueryFunction, model: str) -> JudgeAccuracy | None:
@@ -181,7 +163,7 @@ def list_label_models(query: QueryFunction) -> set[str]:
     return {model for (model,) in query(sql).rows}
 
 
-def make_evidence_fields(judge: str, accuracies: Sequence[JudgeAccuracy]) -> Mapping[str, Any]:
+def make_evidence_fields(judge: str, accuracies: Sequence[JudgeAccuracy]) -> dict[str, Any]:
     """Return the columns of a result with the evidence for the judge."""
     return {
         "judge": judge,

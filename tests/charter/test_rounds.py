@@ -111,4 +111,4 @@ def test_a_critic_cannot_be_the_judge_and_a_run_needs_chains(folder, tmp_path):
         )
     with pytest.raises(Exception, match="run nowhere has no finished chain"):
         CliRunner().invoke(cli, ["eval", "rounds", "--data", str(folder), "--run", "nowhere"], catch_exceptions=False)
-    assert "--judge-pairs needs --judge" in run(folder, "--judge-pairs", "x.json", code=2).stderr
+    assert "--judge-suite needs --judge" in run(folder, "--judge-suite", "llmbar=x.json", code=2).stderr

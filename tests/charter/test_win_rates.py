@@ -6,13 +6,13 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
+from charter.evaluation.agreement_study import read_pairs
 from charter.evaluation.win_rates import (
     JudgeAccuracy,
     compute_win_rates,
     describe_evidence,
     measure_accuracy,
     read_database_accuracy,
-    read_llmbar,
 )
 from engine.errors import UsageError
 from engine.statistics import compute_wilson_interval
@@ -32,40 +32,34 @@ def prefer_longer(pairs):
 
 
 def test_win_rates_count_ties_half_and_equal_lengths_apart():
-    texts = [("a" * 10, "b" * 9), ("a" * 10, "b" * 8), ("a", "b" * 50), ("aa", "bb"), ("c", "d" * 9)]
+    texts = [("a " * 10, "b " * 9), ("a " * 10, "b " * 8), ("a", "b " * 50), ("a a", "b b"), ("c", "d " * 9)]
     pairs = [(MESSAGES, a, b) for a, b in texts]
     every, equal = compute_win_rates(pairs, [0.9, 0.2, 0.1, 0.5, None])
-    assert (every.group, every.pairs, every.labeled, every.wins, every.win_rate) == ("all pairs", 5, 4, 2.5, 0.625)
+    assert (every.group, every.pairs, every.labeled, every.wins, every.win_rate) == ("all", 5, 4, 2.5, 0.625)
     assert (every.low, every.high) == compute_wilson_interval(2.5, 4)
     assert (equal.group, equal.pairs, equal.labeled, equal.wins) == ("equal length", 2, 2, 0.5)
     assert compute_win_rates([], [])[0].win_rate is None
 
 
-def test_a_judge_is_measured_on_llmbar_and_on_human_pairs(tmp_path):
-    rows = [{"input": "q", "output_1": "x" * n, "output_2": "yy", "label": 1 + (n % 2)} for n in range(3, 13)]
-    accuracy = measure_accuracy(prefer_longer, write_rows(tmp_path / "llmbar.json", rows), None)
-    assert (accuracy.source, accuracy.pairs, accuracy.decided, accuracy.accuracy) == ("llmbar.json", 10, 10, 0.5)
-    assert (
-        not accuracy.is_above_chance and describe_evidence([accuracy]) == "no evidence: the judge is at chance on llmbar.json"
-    )
-    people = [{"prompt": f"q{n}", "chosen": "long answer", "rejected": "short"} for n in range(12)]
-    good = measure_accuracy(prefer_longer, write_rows(tmp_path / "people.json", people), 9)
-    assert (good.pairs, good.accuracy, good.is_above_chance) == (9, 1.0, True)
+def make_accuracy(judge, path, chosen, rejected, pairs=12):
+    rows = [{"prompt": f"q{n}", "chosen": chosen, "rejected": rejected} for n in range(pairs)]
+    return measure_accuracy(judge, path.name, read_pairs(write_rows(path, rows), None, 0))
+
+
+def test_a_judge_is_measured_on_pairs_with_labels_by_people(tmp_path):
+    good = make_accuracy(prefer_longer, tmp_path / "good.json", "long answer", "short", 9)
+    assert (good.source, good.pairs, good.decided, good.accuracy, good.is_above_chance) == ("good.json", 9, 9, 1.0, True)
+    bad = make_accuracy(prefer_longer, tmp_path / "bad.json", "short", "long answer")
+    assert bad.accuracy == 0.0 and not bad.is_above_chance
     assert describe_evidence([good]) == "the judge is above chance"
-    assert describe_evidence([good, accuracy]).startswith("no evidence") and describe_evidence([]).startswith("no evidence")
+    assert describe_evidence([good, bad]) == "no evidence: the judge is at chance on bad.json"
+    assert describe_evidence([]).startswith("no evidence")
 
 
 def test_a_judge_without_labels_is_no_evidence(tmp_path):
-    people = write_rows(tmp_path / "people.json", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    accuracy = measure_accuracy(lambda pairs: [None for _ in pairs], people, None)
+    accuracy = make_accuracy(lambda pairs: [None for _ in pairs], tmp_path / "people.json", "a", "b", 1)
     assert accuracy.accuracy is None and str(accuracy) == "people.json: no label on 1 pairs"
     assert describe_evidence([accuracy]).startswith("no evidence")
-
-
-def test_a_wrong_row_of_llmbar_is_an_error(tmp_path):
-    rows = [{"input": "q", "output_1": "x", "output_2": "y", "label": 3}]
-    with pytest.raises(UsageError, match="row 1 is not a row of LLMBar"):
-        read_llmbar(write_rows(tmp_path / "llmbar.json", rows), 0)
 
 
 def test_labels_by_people_in_the_database_measure_the_judge(tmp_path):
@@ -84,12 +78,19 @@ def test_the_command_compares_two_policies(tmp_path):
         *(make_suite_response(f"p{n}", pair[v], policy_version=v) for n, pair in enumerate(texts) for v in (0, 1))
     )
     people = write_rows(tmp_path / "people.json", [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(6)])
+    row = {"input": "q", "output_1": "x", "output_2": "y", "label": 2}
+    llmbar = write_rows(tmp_path / "llmbar.json", [row])
     arguments = ["eval", "win-rate", "0", "latest", "--data", str(tmp_path), "--judge", "scripted"]
-    result = CliRunner().invoke(cli, [*arguments, "--judge-pairs", people, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        cli,
+        [*arguments, "--judge-suite", f"pairs={people}", "--judge-suite", f"llmbar={llmbar}", "--json"],
+        catch_exceptions=False,
+    )
     every, equal = json.loads(result.stdout)
-    assert (every["suite"], every["identical"], every["pairs"], every["group"]) == ("xstest", 1, 2, "all pairs")
-    assert equal["pairs"] == 1
-    assert every["judge_accuracy"].startswith("people.json: ") and every["evidence"].startswith(("no evidence", "the judge"))
+    assert (every["suite"], every["identical"], every["pairs"], every["group"]) == ("xstest", 1, 2, "all")
+    assert equal["pairs"] == 1  # one word each
+    assert every["judge_accuracy"].startswith("people.json: ")
+    assert "llmbar.json: " in every["judge_accuracy"] and every["evidence"].startswith(("no evidence", "the judge"))
     assert f"judge {every['judge']}: {every['evidence']}" in result.stderr
     plain = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert "no evidence: the accuracy of the judge is not known" in plain.stderr and "win_rate" in plain.stdout
