@@ -63,7 +63,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Principles": {
         "constitution": "List, show, lint, compare, test and ablate constitutions.",
-        "eval": "Measure judges and graders against human labels.",
+        "eval": "Evaluate policies on suites, and measure judges and graders.",
     },
     "Labels": {
         "label": "Label pairs by hand.",

@@ -187,16 +187,21 @@ def claim_configuration(
     *,
     accept: bool = False,
     name_option: str = "--run NAME",
+    may_accept: bool = True,
 ) -> RunConfiguration:
     """Return the configuration of the run under which this process works. Publish a manifest if the log has none for it.
 
     `own_stages` are the configurations of the stages that this process runs. `all_stages` are those of all stages; they become
-    configuration 1 if the run is new. `name_option` is the option that names another run.
+    configuration 1 if the run is new. `name_option` is the option that names another run. `may_accept` is false for a run that keeps
+    one configuration, such as an evaluation.
 
     Raises UsageError if a stage has started with another configuration and `accept` is false.
     """
+    fix = f"restore the settings, or start another run: {name_option}"
+    if may_accept:
+        fix = f"restore the settings, start another run: {name_option}, or add a configuration to this run: --accept-configuration"
     for failures in count():
-        current, target = _decide(bus, run_id, own_stages, all_stages, accept, name_option)
+        current, target = _decide(bus, run_id, own_stages, all_stages, accept, fix)
         if target == current:
             if accept:
                 text = "--accept-configuration has no effect: the stages have configuration %d of run %s"
@@ -205,7 +210,7 @@ def claim_configuration(
         try:
             with closing(bus.open_writer(f"manifest/{run_id}")) as writer:
                 # Another process may have published a manifest before the writer was opened.
-                current, target = _decide(bus, run_id, own_stages, all_stages, accept, name_option)
+                current, target = _decide(bus, run_id, own_stages, all_stages, accept, fix)
                 if target != current:
                     writer.commit([to_producer_record(make_manifest(target))])
                     if current and (changes := describe_changes(current, target)):
@@ -224,9 +229,12 @@ def _decide(
     own_stages: Mapping[str, StageConfiguration],
     all_stages: Mapping[str, StageConfiguration],
     accept: bool,
-    name_option: str,
+    fix: str,
 ) -> tuple[RunConfiguration | None, RunConfiguration]:
-    """Return the current configuration of the run, and the configuration under which this process works."""
+    """Return the current configuration of the run, and the configuration under which this process works.
+
+    Raise UsageError with the remedy `fix` if a stage has started with another configuration and `accept` is false.
+    """
     manifests = [manifest for manifest in read_run_manifests(bus) if manifest.run_id == run_id]
     configurations = [configuration for manifest in manifests if (configuration := parse_configuration(manifest.settings))]
     if not configurations:
@@ -240,7 +248,7 @@ def _decide(
     }
     refused = [stage for stage in changes if stage in started or has_started(bus, run_id, stage)]
     if refused and not accept:
-        raise _make_refusal(run_id, current.number, {stage: changes[stage] for stage in refused}, name_option)
+        raise _make_refusal(run_id, current.number, {stage: changes[stage] for stage in refused}, fix)
     completed = {
         stage: values if stage in changes or UNKNOWN in current.stages[stage].values() else current.stages[stage]
         for stage, values in own_stages.items()
@@ -263,9 +271,7 @@ def has_started(bus: Bus, run_id: str, stage: str) -> bool:
     )
 
 
-def _make_refusal(
-    run_id: str, number: int, changes: Mapping[str, Mapping[str, tuple[Any, Any]]], name_option: str
-) -> UsageError:
+def _make_refusal(run_id: str, number: int, changes: Mapping[str, Mapping[str, tuple[Any, Any]]], fix: str) -> UsageError:
     differences = {name: pair for stage in changes.values() for name, pair in stage.items()}
     listed = ", ".join(
         f"{name} was {_format(before)} and is now {_format(after)}" for name, (before, after) in differences.items()
@@ -274,7 +280,7 @@ def _make_refusal(
     return UsageError(
         f"configuration {number} of run {run_id} differs from the settings of this process: {listed}",
         f"these values are part of the record ids of {stages}, so the run would mix records of two configurations",
-        f"restore the settings, start another run: {name_option}, or add a configuration to this run: --accept-configuration",
+        fix,
     )
 
 

@@ -61,6 +61,10 @@ DEMO_PRESET: dict[str, dict[str, Any]] = {
 _POLL_INTERVAL_S = 1.0
 _STATUS_INTERVAL_S = 10.0  # maximum time between two lines of output without a terminal
 _COUNTED_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "dead letters")
+_SUITE_TABLES = (
+    "prompts",
+    "responses",
+)  # these tables also have the records of evaluation suites, which the demo does not count
 _UPDATE_KINDS = {PolicyKind.POLICY: "policy", PolicyKind.REWARD: "reward model"}
 _PHASE_TITLES = {
     "sft": "sft (policy 1 from the final responses of the revision chains)",
@@ -248,7 +252,8 @@ class Demo:
 
     def query_record_counts(self) -> dict[str, int]:
         tables = [name.replace(" ", "_") for name in _COUNTED_TABLES]
-        row = self.store.query("SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in tables)).rows[0]
+        sources = [f"{name} WHERE split <> 'SUITE'" if name in _SUITE_TABLES else name for name in tables]
+        row = self.store.query("SELECT " + ", ".join(f"(SELECT count(*) FROM {source})" for source in sources)).rows[0]
         return dict(zip(_COUNTED_TABLES, row, strict=True))
 
     def count_finished(self, prompt_ids: Sequence[str]) -> int:
@@ -261,7 +266,9 @@ class Demo:
     def format_summary(self) -> list[str]:
         """Return the closing summary: one trace, record counts, metrics of the updates, file locations and next commands."""
         counts = list(self.query_record_counts().items())
-        versions = self.store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
+        versions = self.store.query(
+            "SELECT policy_version, count(*) FROM responses WHERE split <> 'SUITE' GROUP BY 1 ORDER BY 1"
+        ).rows
         seconds = time.monotonic() - self.started_at
         memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux reports kilobytes
         data = "" if self.settings.data.folder == ".charter" else f" --data {self.settings.data.folder}"
@@ -305,7 +312,9 @@ class Demo:
         Raises CharterError if no prompt has a response.
         """
         order = "len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
-        rows = self.store.query_dicts(f"SELECT * FROM traces WHERE responses IS NOT NULL ORDER BY {order} LIMIT 1")
+        rows = self.store.query_dicts(
+            f"SELECT * FROM traces WHERE responses IS NOT NULL AND split <> 'SUITE' ORDER BY {order} LIMIT 1"
+        )
         if not rows:
             raise CharterError(
                 "no prompt of the demo has a response", "all of them became dead letters", "type: charter dlq list"

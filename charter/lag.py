@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from charter.stages import STAGE_OUTPUTS, get_stage_inputs
-from engine.bus.port import Bus, Offsets, TopicPartition
+from engine.bus.port import Bus, ConsumerRecord, Offsets, TopicPartition
 from engine.commit_history import read_commit_history
 from engine.instances import list_running_services
 from engine.positions import PositionFinder
@@ -24,16 +24,18 @@ _DATA_TOPICS = ("prompts", "responses", "critiques", "revisions", "preferences",
 _SCAN_TIMEOUT_S = 2.0  # `charter status` must return quickly, even if a broker is slow
 
 
-def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets) -> list[tuple[Any, ...]]:
+def compute_lag_rows(
+    bus: Bus, reader: str, topic_names: Sequence[str], committed_offsets: Offsets, run_id: str | None = None
+) -> list[tuple[Any, ...]]:
     """Return (reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds) for each topic.
 
     Offsets and lag are sums over the partitions. The age is the age of the oldest unread record. If all records are read,
-    the age is None.
+    the age is None. With `run_id`, a partition in which all unread records belong to other runs has no lag.
     """
     beginnings, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
     # Retention may have removed records below a committed offset that is older than the beginning.
     next_offsets = {partition: max(committed_offsets.get(partition, 0), start) for partition, start in beginnings.items()}
-    oldest = find_oldest_unread(bus, next_offsets, ends)
+    oldest = find_oldest_unread(bus, next_offsets, ends, run_id)
     rows: list[tuple[Any, ...]] = []
     for topic in topic_names:
         partitions = [partition for partition in ends if partition.topic == topic]
@@ -45,16 +47,22 @@ def compute_lag_rows(bus: Bus, reader: str, topic_names: Sequence[str], committe
     return rows
 
 
-def find_oldest_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> dict[TopicPartition, int]:
+def find_oldest_unread(
+    bus: Bus, next_offsets: Offsets, end_offsets: Offsets, run_id: str | None = None
+) -> dict[TopicPartition, int]:
     """Return, for each partition with an unread record, the timestamp of its first unread record (ms since 1970).
+
+    With `run_id`, ignore the records of other runs: the stages of this run only skip them.
 
     The scan must read the records, because on Kafka some offsets are transaction markers and not records. The scan ends after
     2 seconds. The result omits partitions that the scan has not reached.
     """
-    return _scan_unread(bus, next_offsets, end_offsets)[0]
+    return _scan_unread(bus, next_offsets, end_offsets, run_id)[0]
 
 
-def _scan_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> tuple[dict[TopicPartition, int], bool]:
+def _scan_unread(
+    bus: Bus, next_offsets: Offsets, end_offsets: Offsets, run_id: str | None = None
+) -> tuple[dict[TopicPartition, int], bool]:
     """Return the timestamps of `find_oldest_unread`, and whether the scan of all partitions was completed."""
     timestamps: dict[TopicPartition, int] = {}
     pending = {partition: offset for partition, offset in next_offsets.items() if offset < end_offsets[partition]}
@@ -64,13 +72,20 @@ def _scan_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> tuple
     try:
         while time.monotonic() < deadline:
             for message in reader.poll(0.1, 1000):
-                timestamps.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
+                if run_id is None or _may_belong_to(message, run_id):
+                    timestamps.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
             positions = reader.positions()
             if all(offset >= end_offsets[partition] for partition, offset in positions.items() if partition not in timestamps):
                 return timestamps, True
     finally:
         reader.close()
     return timestamps, False
+
+
+def _may_belong_to(message: ConsumerRecord, run_id: str) -> bool:
+    """Return whether a record belongs to a run. A record of an external producer may name its run only in its value."""
+    runs = [value for name, value in message.headers if name == "run"]
+    return not runs or run_id.encode() in runs
 
 
 def has_unread(bus: Bus, next_offsets: Offsets, end_offsets: Offsets) -> bool:
@@ -153,7 +168,8 @@ class CompletionCheck:
 def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
     """Return the lag of each topic in records, as the maximum over the stages that read the topic.
 
-    Include records of other runs.
+    A partition in which all unread records belong to other runs, such as evaluations, has no lag. In other partitions, the records
+    of other runs are counted too.
     """
     lags: dict[str, int] = {}
     inputs = get_stage_inputs(settings)
@@ -163,7 +179,7 @@ def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
         topics = inputs[stage]
         ends = bus.end_offsets(topics)
         next_offsets = read_positions(bus, run_id, stage, topics)
-        unread = find_oldest_unread(bus, next_offsets, ends)
+        unread = find_oldest_unread(bus, next_offsets, ends, run_id)
         for topic in topics:
             lag = sum(ends[partition] - next_offsets[partition] for partition in unread if partition.topic == topic)
             lags[topic] = max(lags.get(topic, 0), lag)

@@ -12,10 +12,12 @@ _MAX_TITLE_CHARS = 40
 
 
 def resolve_run_id(settings: Settings, origins: Mapping[str, str], store: Store) -> str:
-    """Return the run that the user set. If the user set no run, return the newest run of the database."""
+    """Return the run that the user set. If the user set no run, return the newest run of the database that is no evaluation."""
     if origins["run.id"] != "default" or not store.path.exists():
         return settings.run.id
-    newest = store.query("SELECT run_id FROM runs ORDER BY commit_seq DESC LIMIT 1").rows
+    newest = store.query(
+        "SELECT run_id FROM runs WHERE settings ->> '$.evaluation_run.name' IS NULL ORDER BY commit_seq DESC LIMIT 1"
+    ).rows
     return newest[0][0] if newest else settings.run.id
 
 

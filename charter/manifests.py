@@ -17,7 +17,7 @@ from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ConstitutionRef, RunManifest
 
-_ADDITIONAL_KEYS = ("replay", "configuration")  # stored with the settings of a run; they are no settings
+_ADDITIONAL_KEYS = ("replay", "evaluation_run", "configuration")  # stored with the settings of a run; they are no settings
 
 
 def make_run_manifest(
@@ -25,14 +25,16 @@ def make_run_manifest(
     constitution: Constitution,
     replay: dict[str, Any] | None = None,
     configuration: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
 ) -> RunManifest:
     """Return the manifest of a run.
 
-    `replay` describes the records that a replay reads. `configuration` has the fields of a
-    `charter.configurations.RunConfiguration`. Both are stored with the settings.
+    `replay` describes the records that a replay reads, and `evaluation` has the name and the policy of an evaluation.
+    `configuration` has the fields of a `charter.configurations.RunConfiguration`. All are stored with the settings.
     """
     values = settings.model_dump(mode="json", exclude={"data", "bus"})
     values |= {"replay": replay} if replay else {}
+    values |= {"evaluation_run": evaluation} if evaluation else {}
     values |= {"configuration": configuration} if configuration else {}
     settings_json = json.dumps(values, ensure_ascii=False)
     settings_fingerprint = ids.compute_fingerprint(
@@ -54,6 +56,12 @@ def make_run_manifest(
 def parse_manifest_settings(text: str) -> dict[str, Any]:
     """Return {section: values} from the field `settings` of a manifest, without the keys that are no settings."""
     return {name: section for name, section in json.loads(text).items() if name not in _ADDITIONAL_KEYS}
+
+
+def parse_evaluation(text: str) -> dict[str, Any] | None:
+    """Return the name and the policy version of an evaluation from the field `settings` of its manifest. Return None for other runs."""
+    fields: dict[str, Any] | None = json.loads(text).get("evaluation_run")
+    return fields
 
 
 def read_run_manifests(bus: Bus) -> list[RunManifest]:

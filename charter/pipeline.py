@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +53,46 @@ if TYPE_CHECKING:
 logger = logging.getLogger("charter.pipeline")
 
 _STANDBY_POLL_INTERVAL_S = 1.0
+_NO_LIMITS: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation that a run belongs to: its name, its policy version, and the maximum length of the responses.
+
+    `max_tokens` is the maximum for all suites. If it is None, each suite has its own, in `suite_max_tokens`.
+    """
+
+    name: str
+    policy_version: int
+    max_tokens: int | None
+    suite_max_tokens: Mapping[str, int]
+
+    def to_manifest_fields(self) -> dict[str, Any]:
+        return {"name": self.name, "policy": self.policy_version}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the values that replace those of the stage respond in the configuration of the run."""
+        return {"respond.max_tokens": self.max_tokens or "the limit of each suite", "policy version": self.policy_version}
 
 
 def make_stage(
-    name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None = None
+    name: str,
+    settings: Settings,
+    models: RoleModels,
+    constitution: Constitution,
+    bus: Bus,
+    pinned_version: int | None = None,
+    suite_max_tokens: Mapping[str, int] = _NO_LIMITS,
 ) -> Stage:
     """Return a stage of the pipeline.
 
-    The stage uses policy `pinned_version`. If `pinned_version` is None, the stage follows the newest policy.
+    The stage uses policy `pinned_version`. If `pinned_version` is None, the stage follows the newest policy. `suite_max_tokens` is
+    the maximum length of the responses to prompts of each evaluation suite; by default, it is respond.max_tokens.
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
-    stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version)
+    stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens)
     role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
@@ -78,13 +106,19 @@ def make_stage(
 
 
 def _make_base_stage(
-    name: str, settings: Settings, models: RoleModels, constitution: Constitution, bus: Bus, pinned_version: int | None
+    name: str,
+    settings: Settings,
+    models: RoleModels,
+    constitution: Constitution,
+    bus: Bus,
+    pinned_version: int | None,
+    suite_max_tokens: Mapping[str, int],
 ) -> Stage:
     """Return a stage whose critic and judge keep the same weights when the policy changes."""
     batch_size = settings.models.max_batch_size
     process: Any
     if name == "respond":
-        process = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version))
+        process = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version), suite_max_tokens)
         batch_size = max(1, batch_size // settings.respond.num_completions)  # each completion needs one row of the batch
     elif name == "critique":
         process = make_critique_stage(settings, models, constitution)
@@ -102,7 +136,9 @@ def _make_base_stage(
     return Stage(name, inputs, (STAGE_OUTPUTS[name],), STAGES.index(name), batch_size, process, first_per_key=is_first)
 
 
-def make_respond_stage(settings: Settings, get_policy: Callable[[], tuple[Model, int]]) -> RespondStage:
+def make_respond_stage(
+    settings: Settings, get_policy: Callable[[], tuple[Model, int]], suite_max_tokens: Mapping[str, int] = _NO_LIMITS
+) -> RespondStage:
     options = settings.respond
     sampling = Sampling(
         temperature=options.temperature,
@@ -110,7 +146,7 @@ def make_respond_stage(settings: Settings, get_policy: Callable[[], tuple[Model,
         max_tokens=options.max_tokens,
         max_thinking_tokens=options.max_thinking_tokens,
     )
-    return RespondStage(get_policy, options.num_completions, sampling)
+    return RespondStage(get_policy, options.num_completions, sampling, suite_max_tokens)
 
 
 def make_critique_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> CritiqueStage:
@@ -207,14 +243,18 @@ def make_host(
     instance: str | None = None,
     pinned_version: int | None = None,
     replay: dict[str, Any] | None = None,
+    evaluation: Evaluation | None = None,
     constitution: Constitution | None = None,
     accept_configuration: bool = False,
+    open_models: dict[str, Model] | None = None,
 ) -> Host:
     """Publish the run manifest if it is new. Return a host that runs these stages, and also the sink if `sink` is true.
 
     A replay passes the replay fields of its manifest, a policy version and a constitution. By default, they come from the
-    settings. `instance` is the name of this worker instance. If `instance` is None, the host leases the lowest free name on this
-    machine. If `accept_configuration` is true, changed settings of the stages become a further configuration of the run.
+    settings. An evaluation passes `evaluation` and a policy version. `open_models` are models that are already open, by their
+    setting; models that this function opens are added. `instance` is the name of this worker instance. If `instance` is None,
+    the host leases the lowest free name on this machine. If `accept_configuration` is true, changed settings of the stages become
+    a further configuration of the run.
 
     Raises UsageError if the run has another configuration. If this function raises an error, it closes everything that it has
     opened, so that it can be called again.
@@ -223,7 +263,7 @@ def make_host(
     with ExitStack() as on_failure:
         # The host closes these resources in reverse order.
         resources = on_failure.enter_context(ExitStack())
-        models = RoleModels(settings)
+        models = RoleModels(settings, {} if open_models is None else open_models)
         resources.callback(models.close)
         lease = None if instance else InstanceLease(settings.folder / "instances")
         instance_name = instance or (lease.name if lease else "")
@@ -232,12 +272,15 @@ def make_host(
         for resource in (lease, budget, tracing):
             if resource:
                 resources.callback(resource.close)
-        stages_and_roles = _make_stages(settings, bus, models, constitution, stages, custom_stages, pinned_version)
+        suite_max_tokens = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
+        stages_and_roles = _make_stages(
+            settings, bus, models, constitution, stages, custom_stages, pinned_version, suite_max_tokens
+        )
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
         if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
             run_start = ensure_run_start(bus, settings.run.id)
-            number = _claim_configuration(settings, bus, models, constitution, stages, replay, accept_configuration)
+            number = _claim_configuration(settings, bus, models, constitution, stages, replay, evaluation, accept_configuration)
             stages_and_roles = [
                 (replace(stage, process=ConfigurationProcessor(stage.process, number)), role)
                 for stage, role in stages_and_roles
@@ -280,10 +323,14 @@ def _make_stages(
     names: Sequence[str],
     custom_stages: Sequence[custom_stage.CustomStage],
     pinned_version: int | None,
+    suite_max_tokens: Mapping[str, int],
 ) -> list[tuple[Stage, str | None]]:
     """Return the built-in and the custom stages, each with the role of its model."""
     stages: list[tuple[Stage, str | None]] = [
-        (make_stage(name, settings, models, constitution, bus, pinned_version), get_stage_role(name, settings))
+        (
+            make_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens),
+            get_stage_role(name, settings),
+        )
         for name in names
     ]
     for custom in custom_stages:
@@ -299,18 +346,28 @@ def _claim_configuration(
     constitution: Constitution,
     stages: Sequence[str],
     replay: dict[str, Any] | None,
+    evaluation: Evaluation | None,
     accept: bool,
 ) -> int:
     """Publish the run manifest if it is new. Return the number of the configuration in the run."""
     all_stages = describe_stages(settings, constitution, models)
+    if evaluation:
+        all_stages["respond"] = {**all_stages["respond"], **evaluation.describe()}
     configuration = claim_configuration(
         bus,
         settings.run.id,
         {name: all_stages[name] for name in stages},
         all_stages,
-        lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields()),
+        lambda claimed: make_run_manifest(
+            settings,
+            constitution,
+            replay,
+            claimed.to_manifest_fields(),
+            evaluation.to_manifest_fields() if evaluation else None,
+        ),
         accept=accept,
-        name_option="--as NAME" if replay else "--run NAME",
+        name_option="--as NAME" if replay else "--name NAME" if evaluation else "--run NAME",
+        may_accept=evaluation is None,
     )
     return configuration.number
 

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 import charter
-from charter.dashboard import pipeline_view, preferences_view, runs_view, training_view
+from charter.dashboard import evaluation_view, pipeline_view, preferences_view, runs_view, training_view
 from charter.dashboard.app import STATIC_FOLDER
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, escape_text, to_json_value
@@ -53,6 +53,7 @@ def load_sections(store: Store, run: str, num_traces: int, limits: LabelQualityS
         "pairs": cache.run_once(lambda query: {"pairs": _load_before_after_pairs(query, run)}),
         "preferences": cache.run_once(lambda query: preferences_view.load_preferences(query, run)),
         "training": cache.run_once(lambda query: training_view.load_training(query, run)),
+        "evaluation": cache.run_once(lambda query: evaluation_view.load_evaluation(query, run, {})),
         "traces": cache.run_once(lambda query: {"traces": _sample_traces(query, run, num_traces)}),
         "configuration": cache.run_once(lambda query: runs_view.load_run(query, run, {})),
     }

@@ -252,7 +252,9 @@ def _run_stage(
     models.open_models[models.get_spec(STAGE_ROLES[record.stage])] = model
     stage: Any
     if isinstance(record, Response):
-        stage = make_respond_stage(settings, lambda: (model, record.policy_version or 0))
+        # A suite has its own maximum length, which is not in the settings of the run.
+        limits = {record.suite_item.suite: record.sampling.max_tokens} if record.suite_item and record.sampling else {}
+        stage = make_respond_stage(settings, lambda: (model, record.policy_version or 0), limits)
     elif constitution is None:
         return None
     elif isinstance(record, Critique):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from charter.manifests import read_run_manifests
+from charter.manifests import parse_evaluation, read_run_manifests
 from charter.models import is_endpoint
 from engine.bus.port import Bus
 from engine.errors import UsageError
@@ -29,10 +29,17 @@ def set_from_base(settings: Settings, origins: Mapping[str, str]) -> tuple[Setti
 def keep_starting_policy(settings: Settings, origins: Mapping[str, str], bus: Bus) -> Settings:
     """Return the settings with the value of run.from_base with which the run started. For a new run, return them unchanged.
 
-    Raise UsageError if the user sets another value, or if run.from_base contradicts models.follow.
+    Raise UsageError if the user sets another value, if run.from_base contradicts models.follow, or if the run is an evaluation.
     """
     run_id, from_base = settings.run.id, settings.run.from_base
-    started_from_base = _read_from_base([manifest for manifest in read_run_manifests(bus) if manifest.run_id == run_id])
+    manifests = [manifest for manifest in read_run_manifests(bus) if manifest.run_id == run_id]
+    if manifests and (evaluation := parse_evaluation(manifests[0].settings)):
+        raise UsageError(
+            f"run {run_id} is part of the evaluation {evaluation['name']}",
+            f"its policy is {evaluation['policy']}, and its responses are only graded",
+            f"type: charter eval run --name {evaluation['name']} --policy {evaluation['policy']} --suite NAME",
+        )
+    started_from_base = _read_from_base(manifests)
     if started_from_base not in (None, from_base):
         if origins["run.from_base"] != "default":
             start = "the base model (run.from_base)" if started_from_base else "the newest policy, and not from the base model"

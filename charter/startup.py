@@ -1,4 +1,4 @@
-"""Start a command although a dependency is unreachable or full: wait for it with --wait.
+"""Start a command although a dependency is unreachable or full: wait for it with --wait. End a process with unfinished threads.
 
 A process that already runs waits for its dependencies in any case. A process that starts exits with code 3, so that a wrong
 address is reported at once. With --wait, it waits as well.
@@ -7,6 +7,8 @@ address is reported at once. With --wait, it waits as well.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +20,28 @@ import click
 from charter.console import print_progress
 from engine.backoff import compute_backoff
 from engine.errors import DependencyUnreachable, is_disk_full
+from engine.host import Host
 from engine.text import format_count
 
 T = TypeVar("T")
 
 _RETRY_RANGE_S = (0.5, 5.0)
 _REPORT_INTERVAL_S = 30.0
+
+
+def exit_if_abandoned(host: Host, exit_code: int) -> None:
+    """End the process if a thread of a closed host did not finish in time. `sys.exit` would wait for the unfinished threads.
+
+    The exit code is that of the failure of the host, if there is one. Otherwise it is `exit_code`.
+    """
+    if not host.abandoned_threads:
+        return
+    print_progress(
+        f"stopped before {', '.join(host.abandoned_threads)} finished; the next start processes the uncommitted records again"
+    )
+    sys.stderr.flush()
+    os._exit(exit_code if host.failure is None else getattr(host.failure, "exit_code", 1))
+
 
 wait_option = click.option(
     "--wait", is_flag=True, help="At the start, wait for a dependency that is unreachable or full instead of exiting."

@@ -6,7 +6,21 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from engine.models.interface import Generation
-from schemas.records import Chain, FinishReason, Response
+from engine.notices import NOTICES
+from schemas.records import Chain, FinishReason, PromptFields, Record, Response, Split
+
+
+def skips_suite(stage: str, record: Record) -> bool:
+    """Return whether a record belongs to a prompt of an evaluation suite. Report the first such record of the stage.
+
+    Responses to these prompts are only graded: they are not criticized, revised or judged, so they cost nothing and never train.
+    """
+    if not isinstance(record, PromptFields) or record.split is not Split.SUITE:
+        return False
+    NOTICES.report(
+        "suite_prompt", stage, f"{stage} skips responses to prompts of evaluation suites, because they are only graded"
+    )
+    return True
 
 
 def make_initial_chain_fields(response: Response) -> dict[str, Any]:

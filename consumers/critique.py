@@ -33,7 +33,7 @@ from typing import Any, TypeGuard
 
 from constitutions.loader import Constitution, CritiquePrinciple, FewShotExample
 from consumers import templates
-from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields, read_finish_reason
+from consumers.chain import compute_similarity, get_carried_fields, make_initial_chain_fields, read_finish_reason, skips_suite
 from consumers.compare import AnswerMode, Comparison, Question, compare_in_both_orders
 from consumers.judge import make_constitution_ref
 from consumers.leaks import CheckedText, check_critique, report_leaks
@@ -149,8 +149,8 @@ class CritiqueStage:
     selection: str = "constitution"
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Critique]]]:
-        # The chain of an unusable revision has already ended, so the revision is not criticized.
-        states = [self.make_state(record) for record in records if not _has_ended(record)]
+        is_skipped = [_has_ended(record) or skips_suite("critique", record) for record in records]
+        states = [self.make_state(record) for record, skipped in zip(records, is_skipped, strict=True) if not skipped]
         if not states:
             return [[] for _ in records]
         started = time.monotonic()
@@ -162,7 +162,7 @@ class CritiqueStage:
         critiques = iter(
             [result if isinstance(result, CharterError) else [self.make_record(result, latency_ms)] for result in results]
         )
-        return [[] if _has_ended(record) else next(critiques) for record in records]
+        return [[] if skipped else next(critiques) for skipped in is_skipped]
 
     # Chain states
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from constitutions.loader import Constitution
 from consumers import templates
+from consumers.chain import skips_suite
 from consumers.compare import AnswerMode, Comparison, Question, compare_in_both_orders, get_temperature
 from engine.eligibility import find_pair_problem
 from engine.errors import CharterError
@@ -167,7 +168,7 @@ class JudgeStage:
     max_thinking_tokens: int = 0
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Preference]]]:
-        pairs_by_record = [_make_pairs(record) for record in records]
+        pairs_by_record = [[] if skips_suite("judge", record) else _make_pairs(record) for record in records]
         pairs = [pair for record_pairs in pairs_by_record for pair in record_pairs]
         if not pairs:
             return [[] for _ in records]

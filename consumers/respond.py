@@ -9,8 +9,8 @@ never trained.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from consumers.chain import read_finish_reason
 from consumers.templates import CHAT_TEMPLATE_HASH
@@ -22,13 +22,31 @@ from schemas.records import Completion, ModelRef, Prompt, Response, Sampling
 
 @dataclass(frozen=True)
 class RespondStage:
-    """The respond stage. `get_policy` returns the current policy and its version."""
+    """The respond stage. `get_policy` returns the current policy and its version.
+
+    `suite_max_tokens` replaces the maximum length of a response for the prompts of these evaluation suites.
+    """
 
     get_policy: Callable[[], tuple[Model, int]]
     num_completions: int
     sampling: Sampling
+    suite_max_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Result[list[Response]]]:
+        limits = [self.get_max_tokens(prompt) for prompt in prompts]
+        results: dict[int, Result[list[Response]]] = {}
+        for limit in dict.fromkeys(limits):
+            positions = [position for position, other in enumerate(limits) if other == limit]
+            stage = replace(self, sampling=self.sampling.model_copy(update={"max_tokens": limit}))
+            results |= zip(positions, stage.respond([prompts[position] for position in positions]), strict=True)
+        return [results[position] for position in range(len(prompts))]
+
+    def get_max_tokens(self, prompt: Prompt) -> int:
+        suite = prompt.suite_item.suite if prompt.suite_item else ""
+        return self.suite_max_tokens.get(suite, self.sampling.max_tokens)
+
+    def respond(self, prompts: Sequence[Prompt]) -> list[Result[list[Response]]]:
+        """Return the responses to prompts that all have the same sampling parameters."""
         model, version = self.get_policy()
         configuration = self.compute_fingerprint(model, version)
         record_ids = [ids.compute_record_id("respond", [prompt.record_id], configuration) for prompt in prompts]

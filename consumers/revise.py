@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from constitutions.loader import Constitution, FewShotExample
 from consumers import templates
-from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason
+from consumers.chain import compute_similarity, get_carried_fields, read_finish_reason, skips_suite
 from consumers.judge import make_constitution_ref
 from consumers.leaks import CheckedText, check_revision, report_leaks
 from engine.eligibility import find_rejection_reason
@@ -34,7 +34,8 @@ class ReviseStage:
     preset: str = "charter"
 
     def __call__(self, critiques: Sequence[Critique]) -> list[Result[list[Revision]]]:
-        pending = [critique for critique in critiques if not critique.final]
+        is_skipped = [critique.final or skips_suite("revise", critique) for critique in critiques]
+        pending = [critique for critique, skipped in zip(critiques, is_skipped, strict=True) if not skipped]
         if not pending:
             return [[] for _ in critiques]
         started = time.monotonic()
@@ -52,7 +53,7 @@ class ReviseStage:
                 for critique, result in zip(pending, results, strict=True)
             ]
         )
-        return [[] if critique.final else next(revisions) for critique in critiques]
+        return [[] if skipped else next(revisions) for skipped in is_skipped]
 
     @property
     def examples(self) -> Sequence[FewShotExample]:

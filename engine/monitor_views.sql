@@ -1,6 +1,7 @@
 -- Metrics for detecting reward hacking, by policy version. trainer/monitor.py compares a version with its reference;
--- docs/training.md explains the metrics. All views use only the first 256 completions of a version. So later completions do not
--- change a metric, and versions can be compared. Words are separated by white space and converted to lower case.
+-- docs/training.md explains the metrics. All views use only the first 256 completions of a version. Responses to prompts of
+-- evaluation suites are not included. So later completions do not change a metric, and versions can be compared. Words are separated
+-- by white space and converted to lower case.
 
 CREATE OR REPLACE MACRO is_harmful(prompt_source) AS prompt_source IN ('red-team', 'harmful');
 
@@ -16,7 +17,7 @@ SELECT policy_version, nth, response_id, completion_index, prompt_id, source, te
 FROM (
     SELECT answer.policy_version AS policy_version, record_id AS response_id, answer."index" AS completion_index, prompt_id, source,
            answer.text AS text, row_number() OVER (PARTITION BY answer.policy_version ORDER BY commit_seq, answer."index") AS nth
-    FROM (SELECT record_id, prompt_id, source, commit_seq, unnest(completions) AS answer FROM responses)
+    FROM (SELECT record_id, prompt_id, source, commit_seq, unnest(completions) AS answer FROM responses WHERE split <> 'SUITE')
     WHERE answer.policy_version IS NOT NULL)
 LEFT JOIN refusal_grades USING (response_id, completion_index)
 WHERE nth <= 256;

@@ -350,6 +350,13 @@ class GradeSettings(_Section):
     )
 
 
+class EvaluationSettings(_Section):
+    suites_folder: str = Field(
+        "",
+        description="Folder with the files of evaluation suites (xstest, harmbench, strongreject, ifeval) for the command `eval run`.",
+    )
+
+
 class WorkerSettings(_Section):
     max_in_flight: int = Field(
         256, ge=1, description="Maximum number of records that one stage has read but not yet committed."
@@ -654,6 +661,7 @@ class Settings(BaseSettings):
     revise: ReviseSettings = ReviseSettings()
     judge: JudgeSettings = JudgeSettings()
     grade: GradeSettings = GradeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     worker: WorkerSettings = WorkerSettings()
     sink: SinkSettings = SinkSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

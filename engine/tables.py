@@ -10,8 +10,8 @@ row has these columns:
 * `content_mismatch`: true if the row is a duplicate with different content.
 
 For each raw table, a view of the same name in `main` selects the rows that are not duplicates. All other views use these views.
-They are defined in `views.sql` (training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking)
-and `training_views.sql` (training progress).
+They are defined in `views.sql` (training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking),
+`training_views.sql` (training progress), `suite_views.sql` and `suite_result_views.sql` (evaluation suites).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from schemas.records import Erasure, Float32, Identifier, Record
 from schemas.topics import TOPICS, TopicSpec
 
 _VIEW_FILES = tuple(
-    Path(__file__).with_name(name) for name in ("views.sql", "stats_views.sql", "monitor_views.sql", "training_views.sql")
+    Path(__file__).with_name(f"{name}.sql")
+    for name in ("views", "stats_views", "monitor_views", "training_views", "suite_views", "suite_result_views")
 )
 FORMAT_VERSION = 11
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {

@@ -5,7 +5,8 @@
 -- first record with split EVAL. A prompt is held out if any of its records has split EVAL, in any run or epoch. So a prompt stays
 -- held out if it is sampled again in another epoch, or produced with another prompts.eval_fraction. Rows that were committed and
 -- created earlier stay in the training views. Both conditions are needed: if the database is restored from the log, the commits
--- get another order, and clocks can be wrong.
+-- get another order, and clocks can be wrong. Prompts of evaluation suites (split SUITE) have separate ids, so they hold no
+-- prompt out.
 CREATE OR REPLACE VIEW held_out_prompts AS
 SELECT prompt_id, min(commit_seq) AS commit_seq, min(created_at) AS created_at
 FROM (
@@ -38,18 +39,19 @@ FROM revisions WHERE final;
 -- label_source HUMAN are demonstrations by people. Their end_reason and constitution are null. engine/eligibility.py decides which
 -- responses are usable. has_control_markers is true if a marker of a chat format (<|im_end|>) is part of the text: Charter breaks
 -- it up when it trains, other programs may encode it as a control token. has_reasoning_marks is true if the text mentions a mark of
--- reasoning (<think>): the text may be about the mark, or may contain reasoning that was not recognized.
+-- reasoning (<think>): the text may be about the mark, or may contain reasoning that was not recognized. Responses to prompts of
+-- evaluation suites are not included.
 CREATE OR REPLACE VIEW trainable_responses AS
 SELECT record_id, prompt_id, run_id, messages, final_response AS completion, final_finish_reason AS finish_reason, source, end_reason,
        round AS rounds, constitution, principle_id, policy_version, 'AI' AS label_source,
        has_control_markers(final_response) AS has_control_markers, has_reasoning_marks(final_response) AS has_reasoning_marks, split, created_at, commit_seq
 FROM revision_chains
-WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED')
+WHERE end_reason IN ('SATISFIED', 'LAST_ROUND', 'LOST', 'SKIPPED') AND split <> 'SUITE'
   AND find_rejection_reason(final_response, final_finish_reason) = 'NONE'
 UNION ALL BY NAME
 SELECT record_id, prompt_id, run_id, messages, completion, finish_reason, source, 0 AS rounds, label_source,
        has_control_markers(completion) AS has_control_markers, has_reasoning_marks(completion) AS has_reasoning_marks, split, created_at, commit_seq
-FROM demonstrations WHERE find_rejection_reason(completion, finish_reason) = 'NONE';
+FROM demonstrations WHERE split <> 'SUITE' AND find_rejection_reason(completion, finish_reason) = 'NONE';
 
 -- The training data of supervised fine-tuning. The shares of a mixture refer to the column `source`, e.g. helpful.
 CREATE OR REPLACE VIEW sft_examples AS
@@ -88,7 +90,7 @@ FROM (
     SELECT record_id, overridden_by FROM overrides JOIN newest USING (label_id) WHERE record_id <> overridden_by)
 GROUP BY record_id;
 
--- All labels by judges and people. This includes held-out labels and overridden labels (see overridden_by), so that a batch
+-- All labels by judges and people, except of prompts of evaluation suites. This includes held-out labels and overridden labels (see overridden_by), so that a batch
 -- from the time before an override can be rebuilt. p_a is the probability that response_a is better. exclusion_reason is the
 -- reason why the pair may not train and is not exported (EMPTY, WITHHELD, REASONING or IDENTICAL, see engine/eligibility.py), or null.
 CREATE OR REPLACE VIEW preference_labels AS
@@ -98,7 +100,7 @@ SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response
        has_control_markers(p.response_a) OR has_control_markers(p.response_b) AS has_control_markers,
        has_reasoning_marks(p.response_a) OR has_reasoning_marks(p.response_b) AS has_reasoning_marks, p.created_at, p.commit_seq
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
-WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL;
+WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL AND p.split <> 'SUITE';
 
 -- The training data of the reward model. Each valid label occurs once. An override by a person replaces the label and has its
 -- own commit_seq. The shares of a mixture refer to the column `source`. Labels by people have label_source HUMAN.
@@ -114,7 +116,7 @@ FROM preference_labels l
 ANTI JOIN trained_prompts USING (prompt_id)
 WHERE l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL;
 
--- All sampled completions. exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
+-- All sampled completions, except of prompts of evaluation suites (see suite_responses). exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
 -- an empty completion, because the policy really sampled it and has to learn that it is worse.
 CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
@@ -132,7 +134,7 @@ SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, m
             WHEN split <> 'TRAIN' OR h.commit_seq < r.commit_seq OR h.created_at < r.created_at THEN 'held out'
        END AS exclusion_reason,
        r.created_at, r.commit_seq
-FROM (SELECT *, unnest(completions) AS completion FROM responses) r
+FROM (SELECT *, unnest(completions) AS completion FROM responses WHERE split <> 'SUITE') r
 LEFT JOIN held_out_prompts h ON h.prompt_id = r.prompt_id;
 
 -- All prompts. Prompts that occur only in data from people are included, although the pipeline generates no responses to them.

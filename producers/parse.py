@@ -229,8 +229,11 @@ ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demons
 # Fields
 
 
-def _decode_row(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
-    """Return the fields of a row without null fields. Columnar formats write null for an absent field."""
+def decode_row(row: bytes | dict[str, Any] | RowError, *, keep_null: bool = False) -> dict[str, Any]:
+    """Return the fields of a row, by default without null fields. Columnar formats write null for an absent field.
+
+    Raises RowError if the row is not an object.
+    """
     if isinstance(row, RowError):
         raise row
     value = _parse_json(row) if isinstance(row, bytes) else row
@@ -238,7 +241,7 @@ def _decode_row(row: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise RowError("neither a JSON string nor an object")
-    return {name: value for name, value in value.items() if value is not None}
+    return {name: value for name, value in value.items() if keep_null or value is not None}
 
 
 def _parse_json(line: bytes) -> Any:
@@ -275,7 +278,7 @@ class _Fields:
     """The fields of one row under the names of Charter's columns, and the names of the columns without effect."""
 
     def __init__(self, row: bytes | dict[str, Any] | RowError, kind: str, columns: Mapping[str, str]) -> None:
-        raw = _decode_row(row)
+        raw = decode_row(row)
         self.names, self.columns = tuple(raw), columns
         self.values = {name: value for name, value in raw.items() if name not in columns and name not in columns.values()}
         self.values |= {name: raw[source] for name, source in columns.items() if source in raw}
@@ -566,10 +569,11 @@ def _make_message(role: str, content: Any) -> ChatMessage:
         raise RowError("an empty prompt" if role == "user" else f"an empty message of the {role}")
     if role != "user" and (mark := _TOOL_MARK.search(content)):
         raise RowError(f"the {role} message contains {mark[0].strip()}, the mark of a tool; tools are not supported")
-    return ChatMessage(role=role, content=_reject_surrogates(content))
+    return ChatMessage(role=role, content=reject_surrogates(content))
 
 
-def _reject_surrogates(text: str) -> str:
+def reject_surrogates(text: str) -> str:
+    """Return the text. Raise RowError if UTF-8 cannot encode it."""
     if _SURROGATE.search(text):
         raise RowError("a lone surrogate, which UTF-8 cannot encode")
     return text
@@ -621,7 +625,7 @@ def _check_response(dialogue: _Dialogue) -> str:
         raise RowError(f"{name} contains {mark[0].strip()}, the mark of a tool; tools are not supported")
     if (end := _RENDERED_RESPONSE_END.search(text.rstrip()[-_MAX_END_CHARS:])) and not ("</s>" in end[0] and "<s>" in text):
         raise RowError(f"{name} ends with {end[0]}, the end token of a chat template")
-    return _reject_surrogates(text)
+    return reject_surrogates(text)
 
 
 def _repeats_prompt(response: _Dialogue, messages: Sequence[ChatMessage]) -> bool:
@@ -684,4 +688,4 @@ def _parse_metadata(
     row_source = fields.get("source", source)
     if not isinstance(row_source, str) or not row_source:
         raise RowError('"source" is not a non-empty string')
-    return _reject_surrogates(row_source), tuple(_reject_surrogates(tag) for tag in tags)
+    return reject_surrogates(row_source), tuple(reject_surrogates(tag) for tag in tags)

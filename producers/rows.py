@@ -39,6 +39,10 @@ _NEXT_ARRAY_STATES = {
 _ReportShare = Callable[[float], None]
 
 
+class MissingColumn(UsageError):
+    """A file with a header does not have a column that the caller names."""
+
+
 class LineReader(Protocol):
     """A source of lines: a file, a gzip stream or standard input."""
 
@@ -256,7 +260,9 @@ def _check_columns(path: Path, names: Sequence[str], columns: Mapping[str, str])
     header = ", ".join(names)
     wanted = [source for source in columns.values() if source]
     if missing := [name for name in wanted if name not in names]:
-        raise UsageError(f"{path} has no column {missing[0]!r}", f"its columns are: {header}", "give --column with one of them")
+        raise MissingColumn(
+            f"{path} has no column {missing[0]!r}", f"its columns are: {header}", "give --column with one of them"
+        )
     known = [name for name in names if name in wanted or (name in ROW_COLUMNS and name not in columns)]
     if len(set(known)) != len(known):
         raise UsageError(f"{path} has two columns of one name", f"its columns are: {header}", "rename one of the columns")

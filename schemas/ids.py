@@ -1,6 +1,6 @@
 """Deterministic ids. The same work always has the same id, and work with a changed configuration has another id.
 
-* `prompt_id` = hash(messages, epoch).
+* `prompt_id` = hash(messages, epoch). A prompt of an evaluation suite has another one: hash(suite, item, transformation, messages).
 * `record_id` = hash(stage, parent ids, configuration fingerprint, sample index).
 * A fingerprint covers the configuration that can change a result: model revision, policy version, template, sampling and
   constitution hash. It does not cover run, device, batch size, address and timeouts, because these do not change a result.
@@ -31,6 +31,11 @@ def compute_id(*parts: object) -> str:
 def compute_prompt_id(messages: Sequence[ChatMessage], epoch: int = 0) -> str:
     """Return the id of a prompt, from its dialogue and its epoch."""
     return compute_id("prompt", [[message.role, message.content] for message in messages], epoch)
+
+
+def compute_suite_prompt_id(suite: str, item: str, transform: str, messages: Sequence[ChatMessage]) -> str:
+    """Return the id of a prompt of an evaluation suite. It differs from the id of the same dialogue outside the suite."""
+    return compute_id("suite prompt", suite, item, transform, [[message.role, message.content] for message in messages])
 
 
 def compute_record_id(stage: str, parent_ids: Sequence[str], fingerprint: str, sample_index: int = 0) -> str:
@@ -73,6 +78,7 @@ def _make_keys(names: str, **renamed: str) -> dict[str, str]:
 # Subject -> name in the code -> name in the hash. The names in the hash must never change.
 FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "prompt": {},
+    "suite_prompt": _make_keys("subset instructions"),
     "source": _make_keys("content run epoch kind", rows="lines", publish_prompts="answer"),
     "human_preference": _make_keys("p_a source", response_a="a", response_b="b"),
     "demonstration": _make_keys("completion", is_complete="stopped"),

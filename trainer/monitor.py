@@ -60,7 +60,7 @@ _BENIGN_TEXTS_SQL = """
         WHERE split = 'EVAL' AND NOT is_harmful(source)
         UNION ALL
         SELECT messages[:0], messages[-1].content, CASE WHEN split = 'EVAL' THEN 1 ELSE 2 END, commit_seq FROM prompts
-        WHERE NOT is_harmful(source))
+        WHERE split <> 'SUITE' AND NOT is_harmful(source))
     ORDER BY place, commit_seq LIMIT ?"""
 
 

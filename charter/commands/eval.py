@@ -1,4 +1,4 @@
-"""`charter eval`: measure judges and graders against human labels."""
+"""`charter eval`: evaluate policies on suites, show and compare the results, and measure judges and graders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 import click
 
 from charter.commands.eval_judge import judge
+from charter.commands.eval_results import compare_results, show_results
+from charter.commands.eval_rounds import compare_rounds
+from charter.commands.eval_run import run
+from charter.commands.eval_win_rate import compare_with_judge
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
 from charter.evaluation.grader_study import GRADERS, measure_grader, read_annotated_responses
@@ -17,10 +21,13 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Measure judges and graders against human labels.
+    """Evaluate policies on suites, and measure judges and graders.
 
     \b
     Examples:
+      charter eval run --suite xstest=xstest_prompts.csv --policy 0 --policy latest
+      charter eval show
+      charter eval compare 0 latest --fail-on worse
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
       charter eval judge --suite llmbar=natural.json
@@ -130,5 +137,11 @@ def graders(settings: Settings, grader: str, files: tuple[str, ...], output: str
     responses = [response for file in files for response in read_annotated_responses(file)]
     print_records([asdict(measure_grader(grader, responses))], output)
 
+
+evaluate.add_command(run)
+evaluate.add_command(show_results)
+evaluate.add_command(compare_results)
+evaluate.add_command(compare_with_judge)
+evaluate.add_command(compare_rounds)
 
 COMMAND = evaluate

@@ -54,14 +54,7 @@ def _parse_columns(context: click.Context, parameter: click.Parameter, values: t
     return columns
 
 
-@click.command()
-@click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
-@click.option("--as", "kind", type=click.Choice(_INPUT_KINDS), default="prompts", show_default=True, help="Type of the rows.")
-@click.option("--source", metavar="NAME", default="", help='Source of rows without "source" [default: prompts or human].')
-@click.option(
-    "--epoch", default=0, show_default=True, help="Epoch number. A new number generates new responses to the same prompts."
-)
-@click.option(
+column_option = click.option(
     "--column",
     "columns",
     metavar="NAME=COLUMN",
@@ -69,6 +62,16 @@ def _parse_columns(context: click.Context, parameter: click.Parameter, values: t
     callback=_parse_columns,
     help="Read NAME, such as prompt, from this column of the file. NAME= ignores the column NAME.",
 )
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
+@click.option("--as", "kind", type=click.Choice(_INPUT_KINDS), default="prompts", show_default=True, help="Type of the rows.")
+@click.option("--source", metavar="NAME", default="", help='Source of rows without "source" [default: prompts or human].')
+@click.option(
+    "--epoch", default=0, show_default=True, help="Epoch number. A new number generates new responses to the same prompts."
+)
+@column_option
 @click.option("--strict", is_flag=True, help="Stop at the first invalid row.")
 @click.option("--publish-prompts", is_flag=True, help="Also publish the prompts of preferences and demonstrations.")
 @click.option("--shipped", is_flag=True, help="Publish the prompts shipped with Charter.")

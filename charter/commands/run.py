@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import NoReturn
 
 import click
 
@@ -21,7 +18,7 @@ from charter.pipeline import make_host
 from charter.progress import show_progress
 from charter.stages import MODEL_ROLES, STAGES
 from charter.starting_policy import describe_starting_policy, get_pinned_version, keep_starting_policy, set_from_base
-from charter.startup import start_when_ready, wait_option
+from charter.startup import exit_if_abandoned, start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.host import Host
@@ -132,8 +129,7 @@ def run(
         _run_until_done(settings, bus, host, store, stop)
     else:
         _run_until_stopped(host, stop)
-    if host.abandoned_threads:
-        _exit_without_waiting(host)
+    exit_if_abandoned(host, 0)
     bus.close()
     host.raise_if_failed()
 
@@ -180,14 +176,6 @@ def _poll(host: Host, stop: threading.Event) -> Iterator[int]:
             print_progress(line)
             last_line = line
         yield poll
-
-
-def _exit_without_waiting(host: Host) -> NoReturn:
-    """End the process although threads have not finished. `sys.exit` would wait for these threads."""
-    names = ", ".join(host.abandoned_threads)
-    print_progress(f"stopped before {names} finished; the next start processes the uncommitted records again")
-    sys.stderr.flush()
-    os._exit(0 if host.failure is None else getattr(host.failure, "exit_code", 1))
 
 
 def _describe_other_prompts(bus: Bus, host: Host) -> str:

@@ -160,7 +160,7 @@ def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     run_id = resolve_run_id(settings, origins, store)
     rows: list[tuple[Any, ...]] = []
     for stage, names in get_stage_inputs(settings).items():
-        rows += compute_lag_rows(bus, stage, names, read_positions(bus, run_id, stage, names))
+        rows += compute_lag_rows(bus, stage, names, read_positions(bus, run_id, stage, names), run_id)
     if store.path.exists():
         rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
     bus.close()

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from charter.connect import open_store
 from charter.dashboard import (
     dead_letters_view,
+    evaluation_view,
     labels_view,
     pipeline_view,
     preferences_view,
@@ -56,6 +57,7 @@ _NAVIGATION = (
     ("/preferences", "Preferences"),
     ("/labels", "Labels"),
     ("/training", "Training"),
+    ("/evaluation", "Evaluation"),
     ("/dead-letters", "Dead letters"),
     ("/sql", "SQL"),
     ("/runs", "Runs"),
@@ -106,6 +108,7 @@ class Dashboard:
             "/preferences": self.show_preferences,
             "/labels": self.show_labels,
             "/training": self.show_training,
+            "/evaluation": self.show_evaluation,
             "/dead-letters": self.show_dead_letters,
             "/sql": self.show_sql,
             "/runs": self.show_runs,
@@ -208,6 +211,12 @@ class Dashboard:
             "Training",
             self.query_cache.get_or_run(("training", run), lambda query: training_view.load_training(query, run)),
         )
+
+    def show_evaluation(self, request: Request) -> _View:
+        parameters = dict(request.query_params)
+        run, key = parameters.get("run", ""), ("evaluation", tuple(sorted(parameters.items())))
+        result = self.query_cache.get_or_run(key, lambda query: evaluation_view.load_evaluation(query, run, parameters))
+        return _make_view("evaluation", "Evaluation", result)
 
     def show_dead_letters(self, request: Request) -> _View:
         parameters = dict(request.query_params)

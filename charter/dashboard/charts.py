@@ -222,21 +222,44 @@ def draw_frontier(points: Sequence[dict[str, Any]], label: str) -> Markup:
     for kl, reward, version in reversed(data):
         x, y = axes.scale_x(kl), axes.scale_y(reward)
         parts += [_make_dot(x, y, f"policy {version}: reward {reward:.4g} at {kl:.4g} nats", "dot s0")]
-        at_right_edge = x > _WIDTH - 60
-        if len(labeled) < _MAX_POINT_LABELS and all(
-            abs(x - other_x) > 56 or abs(y - other_y) > 13 for other_x, other_y in labeled
-        ):
-            labeled.append((x, y))
-            parts += [
-                make_text(
-                    x + (-7 if at_right_edge else 7),
-                    y - 6,
-                    f"policy {version}",
-                    "point-label",
-                    "end" if at_right_edge else "start",
-                )
-            ]
+        parts += _make_point_label(x, y, f"policy {version}", labeled)
     return make_svg(label, parts)
+
+
+def draw_plane(points: Sequence[dict[str, Any]], label: str, x: str, y: str) -> Markup:
+    """Draw one point with its 95 % intervals for each policy. Both axes go from 0 to 1, so that charts can be compared.
+
+    A point has the rates `x` and `y`, and the intervals `<x>_interval` and `<y>_interval`.
+    """
+    if not points:
+        return Markup("")
+    height = 320
+    axes = _ChartAxes((0.0, 1.0), (0.0, 1.0), x, y, height=height)
+    parts = axes.draw()
+    labeled: list[_Point] = []
+    for point in reversed(points):
+        left, top = axes.scale_x(point[x]), axes.scale_y(point[y])
+        (x_low, x_high), (y_low, y_high) = point[f"{x}_interval"], point[f"{y}_interval"]
+        parts.append(_make_line(axes.scale_x(x_low), top, axes.scale_x(x_high), top, "whisker fine s0"))
+        parts.append(_make_line(left, axes.scale_y(y_low), left, axes.scale_y(y_high), "whisker fine s0"))
+        title = (
+            f"policy {point['policy']}: {x} {point[x]:.3f} ({x_low:.3f} to {x_high:.3f}),"
+            f" {y} {point[y]:.3f} ({y_low:.3f} to {y_high:.3f})"
+        )
+        parts.append(_make_dot(left, top, title, "dot s0"))
+        parts += _make_point_label(left, top, f"policy {point['policy']}", labeled)
+    return make_svg(label, parts, height=height)
+
+
+def _make_point_label(x: float, y: float, text: str, labeled: list[_Point]) -> list[Markup]:
+    """Return the label of a point, and add its place to `labeled`. Return nothing if it would overlap another label."""
+    if len(labeled) >= _MAX_POINT_LABELS or any(
+        abs(x - other_x) <= 56 and abs(y - other_y) <= 13 for other_x, other_y in labeled
+    ):
+        return []
+    labeled.append((x, y))
+    at_right_edge = x > _WIDTH - 60
+    return [make_text(x + (-7 if at_right_edge else 7), y - 6, text, "point-label", "end" if at_right_edge else "start")]
 
 
 def draw_histogram(counts: Sequence[int], label: str, x_label: str, y_label: str = "pairs") -> Markup:

@@ -117,7 +117,7 @@ def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id
     rows: list[tuple[Any, ...]] = []
     for stage, names in get_stage_inputs(settings).items():
         topics = [name for name in names if name in existing]
-        rows += compute_lag_rows(bus, stage, topics, read_positions(bus, run_id, stage, topics)) if topics else []
+        rows += compute_lag_rows(bus, stage, topics, read_positions(bus, run_id, stage, topics), run_id) if topics else []
     sink_offsets = _load_sink_offsets(query_cache, bus.cluster_id)
     if sink_offsets is not None:
         rows += compute_lag_rows(bus, "sink", [name for name in TOPICS if name in existing], sink_offsets)

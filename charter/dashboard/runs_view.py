@@ -26,8 +26,8 @@ def load_runs(query: QueryFunction) -> list[dict[str, Any]]:
 
 
 def load_run_ids(query: QueryFunction) -> dict[str, Any]:
-    """Return the ids of the runs, newest first."""
-    sql = "SELECT run_id FROM raw.runs GROUP BY 1 ORDER BY max(commit_seq) DESC"
+    """Return the ids of the runs, newest first. Runs of evaluations come after all other runs."""
+    sql = "SELECT run_id FROM raw.runs GROUP BY 1 ORDER BY bool_or(settings ->> '$.evaluation_run.name' IS NOT NULL), max(commit_seq) DESC"
     return {"run_ids": [run for (run,) in query(sql, (), 200).rows]}
 
 

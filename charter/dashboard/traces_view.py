@@ -43,9 +43,12 @@ _COMPLETIONS_TEXT_SQL = "array_to_string(list_transform(completions, lambda comp
 def search_traces(query: QueryFunction, run: str, filters: Mapping[str, str]) -> dict[str, Any]:
     """Return one page of the matching prompts, newest first, each with a summary of its records.
 
+    Without a run, a filter or a search text, the prompts of evaluation suites are left out.
     The page has only prompts whose commit sequence number is below `filters["before"]`. For the next page, pass `next_before`.
     """
     conditions, values = _build_conditions(filters)
+    if not run and not filters.get("q") and not any(filters.get(name) for name in _FILTER_CONDITIONS):
+        conditions.append("split <> 'SUITE'")
     # `prompts` has only the first run that produced a prompt. `raw.prompts` has all runs.
     table = "raw.prompts" if run else "prompts"
     if run:

@@ -173,7 +173,7 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
     """
     sql = f"""WITH responded AS (
                  SELECT policy_version, count(*) AS prompts, sum(completion_tokens) / sum(len(completions)) AS tokens
-                 FROM responses WHERE $run = '' OR run_id = $run GROUP BY 1),
+                 FROM responses WHERE split <> 'SUITE' AND ($run = '' OR run_id = $run) GROUP BY 1),
              criticized AS (
                  SELECT policy_version, count(*) FILTER (round = 0 AND verdict IN ('CLEAN', 'FLAWED')) AS critiqued,
                         count(*) FILTER (round = 0 AND verdict = 'FLAWED') AS flawed, count(*) FILTER (final) AS ended,
@@ -182,7 +182,7 @@ def load_policy_stats(query: QueryFunction, run: str) -> list[dict[str, Any]]:
              scored AS (
                  SELECT r.policy_version, s.reward_version, avg(s.normalized_score) AS reward,
                         {Z_SCORE_95} * stddev_samp(s.normalized_score) / sqrt(count(*)) AS reward_error
-                 FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE $run = '' OR r.run_id = $run
+                 FROM scores s JOIN responses r ON r.record_id = s.response_id WHERE r.split <> 'SUITE' AND ($run = '' OR r.run_id = $run)
                  GROUP BY 1, 2 QUALIFY row_number() OVER (PARTITION BY r.policy_version ORDER BY s.reward_version DESC) = 1)
              SELECT * FROM responded LEFT JOIN criticized USING (policy_version) LEFT JOIN scored USING (policy_version)
              WHERE policy_version IS NOT NULL

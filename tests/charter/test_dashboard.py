@@ -27,7 +27,18 @@ from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hosti
 from tests.support.records import RecordDatabase, add_counted_run, make_prompt
 from tests.support.waiting import wait_until
 
-PAGES = ("/", "/traces", "/preferences", "/labels", "/training", "/dead-letters", "/sql", "/sql?q=SELECT+42+AS+answer", "/runs")
+PAGES = (
+    "/",
+    "/traces",
+    "/preferences",
+    "/labels",
+    "/training",
+    "/evaluation",
+    "/dead-letters",
+    "/sql",
+    "/sql?q=SELECT+42+AS+answer",
+    "/runs",
+)
 BASE_URL = "http://localhost:8400"
 
 

@@ -24,7 +24,7 @@ from engine.instances import ServiceLease
 from producers.files import FileProducer
 from schemas.codec import decode_record
 from schemas.records import Preference
-from tests.support.dashboard import HOSTILE_TEXTS, create_demo_run
+from tests.support.dashboard import HOSTILE_TEXTS, add_evaluation, create_demo_run
 
 REQUIRED = os.environ.get("CHARTER_REQUIRE_BROWSER") == "1"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -53,7 +53,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def settings(browser, tiny, tmp_path_factory):
-    return create_demo_run(tmp_path_factory.mktemp("browser") / "data", tiny)
+    demo_settings = create_demo_run(tmp_path_factory.mktemp("browser") / "data", tiny)
+    add_evaluation(demo_settings)
+    return demo_settings
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,24 @@ def test_pairs_are_labeled_with_the_keyboard_and_with_buttons(open_session, sett
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     labels = find_log_labels(settings, labeler)
     assert len(labels) == 3 and (None, "NOT_APPLICABLE") in labels and (0.5, "OK") in labels
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_rate_opens_the_responses_of_two_policies(open_session, width):
+    with open_session(width) as session:
+        page = session.open("/")
+        page.get_by_role("link", name="Evaluation", exact=True).click()
+        page.get_by_role("heading", name="Rates").wait_for()
+        chart = page.locator("figure", has_text="Harmlessness and helpfulness").locator("svg")
+        assert chart.locator("circle").count() == 2
+        session.check("evaluation")
+        page.locator("table.evaluation tbody a").first.click()
+        page.locator("#responses article").first.wait_for()
+        first = page.locator("#responses article").first
+        assert first.locator(".chip", has_text="labels differ").is_visible()
+        assert first.locator(".completion").count() == 2
+        assert "refuses" in first.locator(".completion").last.inner_text()
+        session.check("evaluation-responses")
 
 
 def test_the_key_column_of_a_table_stays_on_a_phone(open_session):

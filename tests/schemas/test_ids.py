@@ -14,6 +14,15 @@ def make_messages(*contents):
 def test_ids_do_not_change_between_versions():
     # With another id every replay would repeat all work. A change needs a migration, not a new expected value.
     assert ids.compute_prompt_id(make_messages("hello")) == "8e69355a-4aa2-65be-6d73-5bc9a99a118b"
+    suite_id = ids.compute_suite_prompt_id("xstest", "v2-1", "role-play", make_messages("How?"))
+    assert suite_id == "51bd6f88-f15c-6eb0-b65d-5ea0c95aad90"
+
+
+def test_a_suite_prompt_has_an_id_for_each_place_in_a_suite():
+    places = [("a", "1", ""), ("b", "1", ""), ("a", "2", ""), ("a", "1", "role-play"), ("a1", "", "")]
+    suite_ids = [ids.compute_suite_prompt_id(*place, make_messages("hello")) for place in places]
+    other_text = ids.compute_suite_prompt_id("a", "1", "", make_messages("hello", ""))
+    assert len({*suite_ids, other_text, ids.compute_prompt_id(make_messages("hello"))}) == len(places) + 2
 
 
 @given(st.text(min_size=1), st.text(min_size=1))

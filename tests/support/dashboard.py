@@ -7,8 +7,11 @@ from click.testing import CliRunner
 from charter.cli import cli
 from charter.connect import connect_bus, open_store
 from charter.pipeline import STAGES, make_host
+from consumers.sink import Sink
 from engine.bus.port import ProducerRecord
 from engine.settings import load_settings
+from engine.worker import to_producer_record
+from tests.support.records import make_grades, make_suite_response
 from tests.support.waiting import HANG_S, wait_until
 
 _RIGHT_TO_LEFT_TEXT = "\u202eright to left\u202c مرحبا بالعالم"
@@ -64,3 +67,27 @@ def run_hostile_prompts(folder, model, run="live"):
         wait_until(lambda: store.path.exists() and store.query(finished, limit_s=HANG_S).rows == expected, host)
     bus.close()
     return settings
+
+
+def make_evaluation(policies=(0, 1)):
+    """Return the records of an evaluation: each policy answers hostile prompts of XSTest, and refuses as many of them as its version."""
+    refusal, records = "I'm sorry, but I can't help with that.", []
+    for policy in policies:
+        for subset in ("safe", "unsafe"):
+            for n, (name, text) in enumerate(HOSTILE_TEXTS.items()):
+                response = make_suite_response(
+                    f"{subset} {name} {text}", refusal if n < policy else text, subset=subset, policy_version=policy
+                )
+                records += [response, *make_grades(response)]
+    return records
+
+
+def add_evaluation(settings):
+    """Add the records of `make_evaluation` to the log and to the database."""
+    bus = connect_bus(settings)
+    bus.publish([to_producer_record(record) for record in make_evaluation()])
+    sink = Sink(bus, open_store(settings), max_wait_s=0.05)
+    while sink.step():
+        pass
+    sink.close()
+    bus.close()

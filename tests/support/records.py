@@ -31,6 +31,7 @@ from schemas.records import (
     Round,
     Sampling,
     Split,
+    SuiteItem,
     Verdict,
 )
 from schemas.topics import TOPICS
@@ -125,6 +126,26 @@ def make_response(text, **more):
     return Response(**make_record_fields("respond", [text, *map(str, more.values())], text, **values, **more))
 
 
+def make_suite_response(item, text, suite="xstest", subset="safe", transform="", policy_version=0, **more):
+    """Return a response of a policy to a prompt of a suite, in the run of this policy. The text of the prompt is that of the item."""
+    messages = [ChatMessage(role="user", content=item)]
+    place = SuiteItem(suite=suite, item=item, subset=subset, transform=transform)
+    completion = Completion(
+        index=0,
+        text=text,
+        token_ids=[1, 2],
+        logprobs=[-1.0, -1.0],
+        finish_reason=FinishReason.STOP,
+        policy_version=policy_version,
+    )
+    values = {
+        "prompt_id": ids.compute_suite_prompt_id(suite, item, transform, messages), "run_id": f"eval-policy-{policy_version}",
+        "source": suite, "suite_item": place, "policy_version": policy_version, "completions": [completion], "split": Split.SUITE,
+    } | more  # fmt: skip
+    name = [item, suite, transform, policy_version, text]
+    return make_response(item).model_copy(update={"record_id": ids.compute_id("suite response", name), **values})
+
+
 _PROVENANCE = {
     "constitution": ConstitutionRef(name="default", version="1.0.0", hash="c0ffee"),
     "model": ModelRef(id="critic", revision="v"),
@@ -132,7 +153,7 @@ _PROVENANCE = {
 }
 
 
-def _make_critique(name, prompt_text, verdict, p_flawed, text, round=0, principle="harm", **more):
+def make_counted_critique(name, prompt_text, verdict, p_flawed, text, round=0, principle="harm", **more):
     """Return a critique of a response under one principle; for a revision, the principle that it was revised under."""
     principle_verdict = PrincipleVerdict(principle_id=principle, verdict=verdict, p_flawed=p_flawed, option_mass=0.9)
     rounds = [Round(round=n + 1, principle_id=principle, critique="c", revision="r") for n in range(round)]
@@ -211,10 +232,12 @@ def add_counted_run(database):
     database.add(*(make_prompt(text) for text in ("one", "two", "three", "four")))
     # Four initial responses under one principle: two flawed, one clean, one without a verdict.
     database.add(
-        _make_critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
-        _make_critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
-        _make_critique("3", "three", Verdict.CLEAN, 0.2, "xx", final=True, end_reason=EndReason.SATISFIED, final_response="xx"),
-        _make_critique("4", "four", Verdict.LOW_MASS, None, "x"),
+        make_counted_critique("1", "one", Verdict.FLAWED, 0.9, "x" * 10),
+        make_counted_critique("2", "two", Verdict.FLAWED, 0.7, "x" * 10),
+        make_counted_critique(
+            "3", "three", Verdict.CLEAN, 0.2, "xx", final=True, end_reason=EndReason.SATISFIED, final_response="xx"
+        ),
+        make_counted_critique("4", "four", Verdict.LOW_MASS, None, "x"),
     )
     # Three revisions: one is accepted and 4 characters longer, one is rejected and 2 shorter, one is a copy.
     end = {"final": True, "round": 1}
@@ -222,7 +245,7 @@ def add_counted_run(database):
         make_revision("1", "one", "x" * 10, "y" * 14, 0.5),
         make_revision("2", "two", "x" * 10, "y" * 8, 0.1),
         make_revision("4", "four", "x", "x", 1.0, RejectionReason.COPY),
-        _make_critique(
+        make_counted_critique(
             "1",
             "one",
             Verdict.CLEAN,
@@ -233,7 +256,7 @@ def add_counted_run(database):
             final_response="y" * 14,
             **end,
         ),
-        _make_critique(
+        make_counted_critique(
             "2", "two", Verdict.FLAWED, 0.6, "y" * 8, p_better=0.3, end_reason=EndReason.LOST, final_response="x" * 10, **end
         ),
     )
