@@ -17,7 +17,7 @@ from engine.settings import Settings
 
 @click.group("eval")
 def evaluate() -> None:
-    """Evaluate policies on suites, and measure judges and graders against human labels.
+    """Evaluate policies on suites, and measure judges and graders.
 
     \b
     Examples:
