@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from engine.bus import KAFKA_SCHEME, open_bus
+from engine.bus.embedded import LOG_FILENAME
 from engine.bus.port import Bus
 from engine.bus.security import make_client_options
 from engine.errors import SchemaRegistryUnreachable, UsageError
@@ -28,6 +30,28 @@ def connect_bus(settings: Settings) -> Bus:
         bus.close()
         raise
     return bus
+
+
+def is_log_missing(settings: Settings) -> bool:
+    """Return whether the log is embedded and has no file yet, or an empty file. To open the log would create it."""
+    path = Path(settings.bus_address) / LOG_FILENAME
+    return not settings.bus_address.startswith(KAFKA_SCHEME) and not (path.exists() and path.stat().st_size)
+
+
+def require_log(settings: Settings) -> None:
+    """Raise UsageError if there is no log, for example because the name of the data folder is misspelled."""
+    if is_log_missing(settings):
+        raise UsageError(
+            f"there is no log in {settings.bus_address} yet",
+            "the first command that publishes records creates it",
+            "type: charter produce FILE    or: charter demo, or give the folder of the log: --data FOLDER",
+        )
+
+
+def connect_existing_bus(settings: Settings) -> Bus:
+    """Open the bus for a command that only reads, so that it creates no log (see `require_log`)."""
+    require_log(settings)
+    return connect_bus(settings)
 
 
 def open_bus_from_settings(settings: Settings) -> Bus:

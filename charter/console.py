@@ -139,7 +139,30 @@ accept_configuration_option = click.option(
     is_flag=True,
     help="Add the changed settings of the stages to the run as a further configuration.",
 )
+_REPLAY_RANGE_OPTIONS = (
+    click.option(
+        "--from",
+        "start",
+        default="earliest",
+        show_default=True,
+        help="First record to read: earliest, an offset, a time, or run:ID.",
+    ),
+    click.option(
+        "--to", "end", default="latest", show_default=True, help="End of the records (exclusive): latest, an offset, or a time."
+    ),
+    click.option(
+        "--archive", is_flag=True, help="Read the records from the database, which also has records that the log has deleted."
+    ),
+    click.option("--dry-run", is_flag=True, help="Only print the plan and the cost."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def replay_range_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of commands that replay records: --from, --to, --archive and --dry-run."""
+    for option in reversed(_REPLAY_RANGE_OPTIONS):
+        function = option(function)
+    return function
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:

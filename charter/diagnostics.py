@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 import httpx
 from packaging.requirements import Requirement
 
-from charter.connect import open_bus_from_settings, open_store
+from charter.connect import is_log_missing, open_bus_from_settings, open_store
 from charter.installation import get_install_command, is_installed
 from constitutions.loader import ConstitutionError, load_constitution
-from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
 from engine.errors import CharterError
 from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
@@ -26,6 +24,7 @@ from engine.models.chat_api import ServerCapabilities
 from engine.models.endpoint import get_api_key_variable, open_endpoint
 from engine.settings import ModelsSettings, Settings
 from engine.tables import FORMAT_VERSION
+from engine.text import format_count
 from schemas.topics import TOPICS
 
 _RECOMMENDED_FREE_BYTES = 5 * 1024**3  # enough for the database, the log and a few checkpoints of a small model
@@ -139,7 +138,9 @@ def _check_database(settings: Settings) -> Iterator[CheckResult]:
         return
     rows = store.query("SELECT coalesce(sum(records), 0) FROM pipeline_status", lock_timeout_s=_REQUEST_TIMEOUT_S).rows
     size = store.path.stat().st_size / 1024**2
-    yield CheckResult("database", "ok", f"{store.path}, format {FORMAT_VERSION}, {rows[0][0]:,} records, {size:,.0f} MB")
+    yield CheckResult(
+        "database", "ok", f"{store.path}, format {FORMAT_VERSION}, {format_count(rows[0][0], 'records')}, {size:,.0f} MB"
+    )
     pending = "SELECT count(*) FROM dead_letters WHERE record_id NOT IN (SELECT dead_letter_id FROM dead_letter_retries)"
     ((count,),) = store.query(pending, lock_timeout_s=_REQUEST_TIMEOUT_S).rows
     yield CheckResult(
@@ -149,7 +150,7 @@ def _check_database(settings: Settings) -> Iterator[CheckResult]:
 
 def _check_log(settings: Settings) -> Iterator[CheckResult]:
     """Check that the log is reachable, that all topics exist, and that all replicas are in sync."""
-    if not settings.bus_address.startswith(KAFKA_SCHEME) and not (Path(settings.bus_address) / "log.sqlite").exists():
+    if is_log_missing(settings):
         yield CheckResult("log", "ok", f"the embedded log in {settings.bus_address} does not exist yet")
         return
     bus = open_bus_from_settings(settings)
@@ -165,7 +166,10 @@ def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
     log = f"{settings.bus_address} is reachable, cluster {bus.cluster_id}"
     if missing:
         yield CheckResult(
-            "log", "warn", f"{log}; {len(missing)} topics are missing: {', '.join(missing)}", "type: charter topics create"
+            "log",
+            "warn",
+            f"{log}; {format_count(len(missing), 'topics', 'are')} missing: {', '.join(missing)}",
+            "type: charter topics create",
         )
         return
     yield CheckResult("log", "ok", f"{log}, {len(topic_ids)} topics")
@@ -202,7 +206,9 @@ def _check_model(spec: str, role: str, settings: Settings) -> Iterator[CheckResu
     weights = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights) / 1024**2
     fix = "" if weights else "save the model as safetensors; pickled weights are not loaded, because they can run code"
-    yield CheckResult(name, "ok" if weights else "fail", f"{folder}, {len(weights)} safetensors files, {size:,.0f} MB", fix)
+    yield CheckResult(
+        name, "ok" if weights else "fail", f"{folder}, {format_count(len(weights), 'safetensors files')}, {size:,.0f} MB", fix
+    )
 
 
 def _check_model_server(name: str, spec: str, options: ModelsSettings) -> CheckResult:
@@ -251,5 +257,5 @@ def _format_capabilities(capabilities: ServerCapabilities) -> str:
 
 def _check_constitution(settings: Settings) -> Iterator[CheckResult]:
     constitution = load_constitution(settings.run.constitution)
-    counts = f"{len(constitution.critique)} critique principles, {len(constitution.judge)} judge principles"
+    counts = f"{format_count(len(constitution.critique), 'critique principles')}, {format_count(len(constitution.judge), 'judge principles')}"
     yield CheckResult("constitution", "ok", f"{constitution.name} {constitution.version}, {counts}")

@@ -25,6 +25,7 @@ from engine.errors import StoreBusy, UsageError
 from engine.progress import WorkProgress
 from engine.settings import Settings
 from engine.store import Store
+from engine.text import format_count
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import ChatMessage, Erasure
@@ -63,7 +64,7 @@ class ErasurePlan:
                 yield wrap_text(f"{message['role']}: {text[:_MAX_SHOWN_CHARS]}", "  ")
                 if len(text) > _MAX_SHOWN_CHARS:
                     yield f"  ... {len(text) - _MAX_SHOWN_CHARS} more characters"
-        if len(self.prompt_ids) > len(self.prompts):
+        if len(self.prompt_ids) > max(len(self.prompts), 1):
             yield f"{len(self.prompt_ids)} prompt ids, because each epoch of a prompt has its own id"
         yield self.format_counts()
 
@@ -198,7 +199,7 @@ def _describe_kafka_retention(bus: Bus, plan: ErasurePlan) -> list[str]:
         else:
             until = f"until about {plan.newest[topic] + timedelta(milliseconds=retention_ms):%Y-%m-%d %H:%M} UTC"
             until += f" (retention.ms={retention_ms}; Kafka deletes whole segments, so it can be later)"
-        lines.append(f"  {topic}: {count} records, {until}")
+        lines.append(f"  {topic}: {format_count(count, 'records')}, {until}")
     if any(int(configs[topic].get("retention.ms", -1)) < 0 for topic in plan.num_records):
         lines.append(
             "  to limit this time: kafka-configs.sh --alter --topic TOPIC --add-config retention.ms=... (docs/operations.md)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 from engine.settings import LabelQualitySettings
 from engine.store import QueryResult, Store
+from engine.text import format_count
 
 # A label p is nearly a tie if |p - 0.5| is at most this value. The view `label_quality` has the same bound.
 TIE_MARGIN = 0.05
@@ -52,14 +53,19 @@ class Verdict:
     problems: tuple[str, ...]
     facts: tuple[str, ...]
 
+    @property
+    def subject(self) -> str:
+        return f"{'this' if self.num_labels == 1 else 'these'} {format_count(self.num_labels, 'labels')}"
+
     def __str__(self) -> str:
         """Return the verdict as one line."""
         if not self.num_labels:
             return "labels: there are none yet"
         if self.problems:
-            return f"labels: do not train a policy on these {self.num_labels} labels: {'; '.join(self.problems)}"
+            return f"labels: do not train a policy on {self.subject}: {'; '.join(self.problems)}"
         if not self.facts:
-            return f"labels: {self.num_labels} labels are too few to say whether they are good enough to train on"
+            count = format_count(self.num_labels, "labels", "are")
+            return f"labels: {count} too few to say whether they are good enough to train on"
         return f"labels: good enough to train on ({'; '.join(self.facts)})"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from charter import custom_stage
 from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_sink_lock, open_store
+from charter.installation import get_install_command
 from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
 from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_inputs, get_stage_role
@@ -24,6 +25,7 @@ from constitutions.loader import Constitution, load_constitution
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
 from consumers.graders.custom import load_grader
+from consumers.graders.instructions import InstructionsGrader, require_language_detector
 from consumers.graders.interface import Grader
 from consumers.graders.length import LengthGrader
 from consumers.graders.principles import PrinciplesGrader
@@ -201,7 +203,7 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     )
 
 
-_BUILTIN_GRADERS = ("refusal", "length", PRINCIPLES_GRADER)
+_BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
 
 
 def make_grade_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> GradeStage:
@@ -212,6 +214,9 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
             graders.append(RefusalGrader())
         elif name == "length":
             graders.append(LengthGrader())
+        elif name == "instructions":
+            require_language_detector(f"type: {get_install_command('eval')}")
+            graders.append(InstructionsGrader())
         elif name == PRINCIPLES_GRADER:
             graders.append(PrinciplesGrader(models.get_model("judge"), constitution, settings.judge.min_option_mass))
         elif name.endswith(".py"):
@@ -267,42 +272,14 @@ def make_host(
         for resource in (lease, budget, tracing):
             if resource:
                 resources.callback(resource.close)
-        suite_max_tokens = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
-        stages_and_roles: list[tuple[Stage, str | None]] = [
-            (
-                make_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens),
-                get_stage_role(name, settings),
-            )
-            for name in stages
-        ]
-        for custom in custom_stages:
-            stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
-            stages_and_roles.append((stage, custom.role))
+        stages_and_roles = _make_stages(settings, bus, models, constitution, stages, custom_stages, pinned_version, evaluation)
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
         if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
             run_start = ensure_run_start(bus, settings.run.id)
-            all_stages = describe_stages(settings, constitution, models)
-            if evaluation:
-                all_stages["respond"] = {**all_stages["respond"], **evaluation.describe()}
-            configuration = claim_configuration(
-                bus,
-                settings.run.id,
-                {name: all_stages[name] for name in stages},
-                all_stages,
-                lambda claimed: make_run_manifest(
-                    settings,
-                    constitution,
-                    replay,
-                    claimed.to_manifest_fields(),
-                    evaluation.to_manifest_fields() if evaluation else None,
-                ),
-                accept=accept_configuration,
-                name_option="--as NAME" if replay else "--name NAME" if evaluation else "--run NAME",
-                may_accept=evaluation is None,
-            )
+            number = _claim_configuration(settings, bus, models, constitution, stages, replay, evaluation, accept_configuration)
             stages_and_roles = [
-                (replace(stage, process=ConfigurationProcessor(stage.process, configuration.number)), role)
+                (replace(stage, process=ConfigurationProcessor(stage.process, number)), role)
                 for stage, role in stages_and_roles
             ]
         fault_log = FaultLog(settings.folder / "journal" / f"{instance_name}.fault")
@@ -333,6 +310,56 @@ def make_host(
             shutdown_timeout_s=settings.worker.shutdown_timeout_s,
             call_timeout_s=settings.worker.call_timeout_s,
         )
+
+
+def _make_stages(
+    settings: Settings,
+    bus: Bus,
+    models: RoleModels,
+    constitution: Constitution,
+    names: Sequence[str],
+    custom_stages: Sequence[custom_stage.CustomStage],
+    pinned_version: int | None,
+    evaluation: Evaluation | None,
+) -> list[tuple[Stage, str | None]]:
+    """Return the built-in and the custom stages, each with the role of its model."""
+    limits = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
+    stages: list[tuple[Stage, str | None]] = [
+        (make_stage(name, settings, models, constitution, bus, pinned_version, limits), get_stage_role(name, settings))
+        for name in names
+    ]
+    for custom in custom_stages:
+        stage = custom_stage.validate_custom_stage(custom.make_stage(settings, models), custom.path, STAGES)
+        stages.append((stage, custom.role))
+    return stages
+
+
+def _claim_configuration(
+    settings: Settings,
+    bus: Bus,
+    models: RoleModels,
+    constitution: Constitution,
+    stages: Sequence[str],
+    replay: dict[str, Any] | None,
+    evaluation: Evaluation | None,
+    accept: bool,
+) -> int:
+    """Publish the run manifest if it is new. Return the number of the configuration in the run."""
+    all_stages = describe_stages(settings, constitution, models)
+    if evaluation:
+        all_stages["respond"] = {**all_stages["respond"], **evaluation.describe()}
+    evaluation_fields = evaluation.to_manifest_fields() if evaluation else None
+    configuration = claim_configuration(
+        bus,
+        settings.run.id,
+        {name: all_stages[name] for name in stages},
+        all_stages,
+        lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields(), evaluation_fields),
+        accept=accept,
+        name_option="--as NAME" if replay else "--name NAME" if evaluation else "--run NAME",
+        may_accept=evaluation is None,
+    )
+    return configuration.number
 
 
 def _check_servers(models: RoleModels, roles: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from engine.store import Store
+from engine.text import format_count
 from producers.replay import (
     EARLIEST,
     LATEST,
@@ -135,8 +136,8 @@ class ReplayPlan:
             stages += f"; responses from policy {self.pinned_version}"
         topics = ", ".join(self.selection.topics)
         return [
-            f"would replay {len(records)} records of run {self.selection.run_id} ({topics}) from {origin}"
-            + (f"; {self.selection.num_erased} records are erased" if self.selection.num_erased else ""),
+            f"would replay {format_count(len(records), 'records')} of run {self.selection.run_id} ({topics}) from {origin}"
+            + (f"; {format_count(self.selection.num_erased, 'records', 'are')} erased" if self.selection.num_erased else ""),
             f"as run {self.settings.run.id}, through {stages}",
             *format_costs(estimate_costs(self.settings, self.stages, len(records), num_chars)),
         ]
@@ -367,7 +368,7 @@ def run_replay(
     selected_ids -= counts.erased_ids
     num_erased = plan.selection.num_erased + len(counts.erased_ids)
     click.echo(
-        f"run {run_id}: replaying {counts.published + counts.from_earlier_start} records of run {plan.selection.run_id}"
+        f"run {run_id}: replaying {format_count(counts.published + counts.from_earlier_start, 'records')} of run {plan.selection.run_id}"
         f" ({counts.from_earlier_start} published by an earlier start, {num_erased} erased) through {', '.join(plan.stages)}",
         err=True,
     )

@@ -18,7 +18,9 @@ from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import create_template_environment, error_to_dict, escape_text, to_json_value
 from charter.dashboard.runs_view import load_run_ids
 from charter.dashboard.traces_view import load_trace
+from charter.label_quality import judge_labels, read_label_quality
 from engine.errors import UsageError
+from engine.settings import LabelQualitySettings
 from engine.store import QueryFunction, Store
 
 _MAX_TEXT_CHARS = 4_000  # maximum length of one text in the report
@@ -40,12 +42,13 @@ def resolve_run(store: Store, run_id: str) -> str:
     return run_id or run_ids[0]
 
 
-def load_sections(store: Store, run: str, num_traces: int) -> dict[str, Any]:
+def load_sections(store: Store, run: str, num_traces: int, limits: LabelQualitySettings) -> dict[str, Any]:
     """Return {section: CachedResult}. A result has the data of the section, or the error if the data cannot be read."""
 
     cache = QueryCache(store)
     return {
         "counts": cache.run_once(lambda query: pipeline_view.load_pipeline(query, run)),
+        "labels": cache.run_once(lambda query: {"verdict": str(judge_labels(read_label_quality(query), limits))}),
         "policies": cache.run_once(lambda query: {"policies": training_view.load_policy_stats(query, run)}),
         "pairs": cache.run_once(lambda query: {"pairs": _load_before_after_pairs(query, run)}),
         "preferences": cache.run_once(lambda query: preferences_view.load_preferences(query, run)),

@@ -21,6 +21,7 @@ from charter.console import print_progress
 from engine.backoff import compute_backoff
 from engine.errors import DependencyUnreachable, is_disk_full
 from engine.host import Host
+from engine.text import format_count
 
 T = TypeVar("T")
 
@@ -67,7 +68,9 @@ def start_when_ready(start: Callable[[], T], *, wait: bool) -> T:
                 reported_reason, reported_at = reason, now
         else:
             if failures:
-                print_progress(f"started after {failures} failed attempts in {time.monotonic() - started:.0f} s")
+                print_progress(
+                    f"started after {format_count(failures, 'failed attempts')} in {time.monotonic() - started:.0f} s"
+                )
             return result
         threading.Event().wait(compute_backoff(failures, _RETRY_RANGE_S))
     raise AssertionError("count() does not end")

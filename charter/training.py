@@ -95,7 +95,7 @@ def _train_once(trainer: Trainer, phase: str | None, settings: Settings) -> None
         print_progress(str(verdict))
         if verdict.problems and phase in RL_PHASES and trainer.check_labels:
             raise UsageError(
-                f"{phase} does not train on these {verdict.num_labels} labels",
+                f"{phase} does not train on {verdict.subject}",
                 "; ".join(verdict.problems),
                 f"to train anyway, type: charter train --phase {phase} --force",
             )

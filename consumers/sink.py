@@ -44,6 +44,7 @@ from engine.errors import BusUnreachable, CharterError, DependencyUnreachable, O
 from engine.metrics import MetricSample
 from engine.store import Store, raise_if_damaged, raise_if_disk_full
 from engine.tables import build_erasure_statements, build_insert_statement, get_arrow_schema
+from engine.text import format_count
 from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
 from schemas.codec import RecordError, decode_record
@@ -340,7 +341,7 @@ class Sink:
 def _make_offsets_lost_error(topic_partition: TopicPartition, offset: int, beginning_offset: int) -> OffsetsLost:
     return OffsetsLost(
         f"{topic_partition.topic}[{topic_partition.partition}]@{offset} no longer exists: the log begins at {beginning_offset}",
-        f"retention deleted {beginning_offset - offset} records that the sink had not read",
+        f"retention deleted {format_count(beginning_offset - offset, 'records')} that the sink had not read",
         "raise bus.retention_ms; to continue without these records, use a new data folder",
     )
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bus.port import ConsumerRecord, Offsets, TopicPartition
+from engine.text import format_count
 
 logger = logging.getLogger("charter.crash_journal")
 
@@ -55,8 +56,8 @@ class CrashCount:
 
     def describe(self) -> str:
         if self.crashes:
-            return f"{self.ends} processes ended while processing it, {self.crashes} of them with a fault or without memory"
-        return f"{self.ends} processes ended while processing it, without a stop signal and without a recorded fault"
+            return f"{format_count(self.ends, 'processes')} ended while processing it, {self.crashes} of them with a fault or without memory"
+        return f"{format_count(self.ends, 'processes')} ended while processing it, without a stop signal and without a recorded fault"
 
 
 class FaultLog:
@@ -139,7 +140,7 @@ class CrashJournal:
         for name in names:
             count = self.get_crash_count(name)
             self.write_crash_count(name, CrashCount(count.ends + counts, count.crashes + (counts and is_crash)))
-        reason = "after a stop signal" if entry["is_stopping"] else f"with {len(names)} records in progress"
+        reason = "after a stop signal" if entry["is_stopping"] else f"with {format_count(len(names), 'records')} in progress"
         verdict = "is counted against its record" if counts else "is not counted against a record"
         logger.warning("the last process ended %s: this end %s, and each record is processed alone", reason, verdict)
 

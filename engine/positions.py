@@ -20,6 +20,7 @@ from engine.bus.port import Bus, CommittedOffset, ConsumerRecord, Headers, Offse
 from engine.bus.read import read_between
 from engine.errors import OffsetsLost, UsageError
 from engine.run_starts import StartPositions
+from engine.text import format_count
 from schemas.records import DeadLetter
 
 logger = logging.getLogger("charter.positions")
@@ -198,6 +199,6 @@ class PositionFinder:
     def _make_lost_error(self, tp: TopicPartition, position: int, beginning: int) -> OffsetsLost:
         return OffsetsLost(
             f"{tp.topic}[{tp.partition}]@{position} no longer exists: the log begins at {beginning}",
-            f"retention or an operator has deleted up to {beginning - position} records that {self.stage} has not read",
+            f"retention or an operator has deleted up to {format_count(beginning - position, 'records')} that {self.stage} has not read",
             f"to continue without these records, type: {self._format_verb('set')} --to earliest",
         )

@@ -341,7 +341,7 @@ class JudgeSettings(_Section):
 class GradeSettings(_Section):
     graders: list[str] = Field(
         ["refusal", "length"],
-        description="Graders of responses: refusal, length, principles, or a Python file. An empty list turns grading off.",
+        description="Graders of responses: refusal, length, instructions, principles, or a Python file. An empty list turns grading off.",
     )
     subjects: list[Literal["completion", "final_response"]] = Field(
         ["completion"],

@@ -101,9 +101,10 @@ parts AS (
     SELECT run_id, stage, model, template_hash, 'any' AS part, count(*) FILTER (len(leaks) > 0) AS leaks FROM written GROUP BY ALL
     UNION ALL
     SELECT run_id, stage, model, template_hash, part, count(*) FROM (SELECT * EXCLUDE (leaks), unnest(leaks) AS part FROM written) GROUP BY ALL)
-SELECT run_id, stage, model, template_hash, part, leaks, texts, share(leaks, texts) AS leak_rate, wilson_low(leaks, texts) AS leak_low,
-       wilson_high(leaks, texts) AS leak_high
-FROM parts JOIN totals USING (run_id, stage, model, template_hash);
+SELECT parts.*, texts, share(leaks, texts) AS leak_rate, wilson_low(leaks, texts) AS leak_low, wilson_high(leaks, texts) AS leak_high
+FROM parts JOIN totals  -- a record of another program may have no model or no template
+  ON parts.run_id = totals.run_id AND parts.stage = totals.stage AND parts.model IS NOT DISTINCT FROM totals.model
+  AND parts.template_hash IS NOT DISTINCT FROM totals.template_hash;
 
 -- Statistics of each round of revision. `unusable` is the number of revisions that are empty, a copy or an echo. win_rate and
 -- mean_p_better compare revisions with the previous responses. mean_similarity and mean_length_change also refer to the

@@ -171,13 +171,21 @@ def _build_run_view() -> str:
     return f"CREATE OR REPLACE VIEW run_records AS {' UNION ALL '.join(parts)}"
 
 
+def build_duplicate_count(table: str) -> str:
+    """Return an expression: the number of rows of a raw table that repeat a record of their own run."""
+    return f"""(count(*) FILTER (is_duplicate) - (
+        SELECT count(*) FROM (SELECT DISTINCT record_id, run_id FROM raw.{table} WHERE is_duplicate) again
+        JOIN raw.{table} one ON one.record_id = again.record_id AND NOT one.is_duplicate
+        WHERE one.run_id IS DISTINCT FROM again.run_id))"""
+
+
 def _build_status_view() -> str:
     """Return the view `pipeline_status`. For each topic it has the number of records, duplicates and content mismatches, and
-    the time of the newest row.
+    the time of the newest row. A record that several runs publish is a record of each of them (`run_records`), not a duplicate.
     """
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
-        " count(*) FILTER (is_duplicate) AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"
+        f" {build_duplicate_count(spec.table)} AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"
         f" max(created_at) AS newest FROM raw.{spec.table}"
         for number, spec in enumerate(TOPICS.values())
     ]

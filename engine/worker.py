@@ -57,6 +57,7 @@ logger = logging.getLogger("charter.worker")
 
 _IDLE_POLL_TIMEOUT_S = 0.5
 _BUSY_POLL_TIMEOUT_S = 0.02
+_PAUSE_REPORT_INTERVAL_S = 30.0
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
 
@@ -173,6 +174,34 @@ class ModelExecutor:
                     return
 
 
+class PauseReport:
+    """Logs the pauses of a stage: a new reason at once, the same reason at intervals, and the end of several pauses."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.reason = stage, ""
+        self.started = self.logged_at = 0.0
+        self.num_pauses = 0  # since the last success
+
+    def add(self, reason: str, pause_s: float) -> None:
+        now = time.monotonic()
+        if not self.num_pauses:
+            self.started = now
+        self.num_pauses += 1
+        if reason != self.reason:
+            logger.warning("%s pauses %.1f s: %s", self.stage, pause_s, reason)
+        elif now - self.logged_at >= _PAUSE_REPORT_INTERVAL_S:
+            logger.warning("%s still pauses after %.0f s, for the same reason", self.stage, now - self.started)
+        else:
+            return
+        self.reason, self.logged_at = reason, now
+
+    def end(self) -> None:
+        """Log the end of the pauses. One pause needs no line, because its line has its length."""
+        if self.num_pauses > 1:
+            logger.warning("%s continues after a pause of %.0f s", self.stage, time.monotonic() - self.started)
+        self.num_pauses = 0
+
+
 class Worker:
     """One instance of a stage.
 
@@ -212,6 +241,7 @@ class Worker:
         self.fatal_error: CharterError | None = None
         self.num_consecutive_pauses = 0
         self.paused_until = 0.0
+        self.pause_report = PauseReport(stage.name)
         self.partitions_paused = False
         self.admission_closed = False  # true while the budget allows no new work
         self.commit_uncertain = False
@@ -540,6 +570,7 @@ class Worker:
             if results:
                 self.num_consecutive_pauses = 0
                 self.consecutive_failures = []
+                self.pause_report.end()
             self.num_batches += 1
             self.batch_seconds += duration_s
             self.num_tokens += sum(record.prompt_tokens + record.completion_tokens for result in results for record in result)
@@ -576,7 +607,7 @@ class Worker:
         self.num_consecutive_pauses += 1
         self.num_pauses += 1
         reason = "; ".join(str(error).splitlines()) if isinstance(error, CharterError) else f"{type(error).__name__}: {error}"
-        logger.warning("%s pauses %.1f s: %s", self.stage.name, wait, reason)
+        self.pause_report.add(reason, wait)
         self.requeue_batch(items)
         self.paused_until = time.monotonic() + wait
 

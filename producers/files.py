@@ -28,6 +28,7 @@ from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
+from engine.text import format_count
 from engine.worker import to_producer_record
 from producers.parse import NO_COLUMNS, ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
@@ -58,14 +59,16 @@ class ProduceReport:
     """The result for one input.
 
     `num_duplicates` is the number of rows that the run already has. `num_erased` is the number of rows whose prompt was erased.
-    `num_already_read` is the number of rows that an earlier call read. `bad_rows` contains the number of each invalid row and
-    the reason. `unread_columns` counts, for each column without effect, the rows that have it.
+    `num_already_read` is the number of rows that earlier calls read, and they published `num_earlier_published` of them.
+    `bad_rows` contains the number of each invalid row and the reason. `unread_columns` counts, for each column without effect,
+    the rows that have it.
     """
 
     num_published: int = 0
     num_duplicates: int = 0
     num_erased: int = 0
     num_already_read: int = 0
+    num_earlier_published: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)
     unread_columns: Counter[str] = field(default_factory=Counter)
 
@@ -115,6 +118,7 @@ class FileProducer:
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row
+        report.num_earlier_published = offset.published if offset else 0
         self.progress.start_step("reading the ids of the records that the run already has")
         prompt_ids, label_ids = self.read_published_ids(run_start)
         erased_prompt_ids = ErasedPrompts(self.bus).prompt_ids
@@ -210,8 +214,11 @@ class FileProducer:
     def make_start_offset(self, path: str, content: str, first_row: int, last_row: int | None) -> ProducerOffset:
         """Return the initial offset of this run in a file. Its id depends on the file's content, but not on the file name."""
         kind_keys = {} if self.kind == "prompts" else {"kind": self.kind, "publish_prompts": self.publish_prompts}
-        # Other columns of a file are other rows. Without a mapping, the id is the same as before `columns` existed.
-        rows = [first_row, last_row, *([dict(self.columns)] if self.columns else [])]
+        # Other columns of a file, or a larger limit, are other rows. By default, the id is the same as before these existed.
+        options: dict[str, Any] = dict(self.columns)
+        if self.max_chars != FileProducer.max_chars:
+            options["max_chars"] = self.max_chars
+        rows = [first_row, last_row, *([options] if options else [])]
         configuration = ids.compute_fingerprint(
             "source", content=content, run=self.run_id, epoch=self.epoch, rows=rows, **kind_keys
         )
@@ -342,18 +349,17 @@ def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts")
     """Return the lines that `charter produce` prints about an input."""
     yield (
         f"{format_count(report.num_published, kind)} published from {path}"
-        + (f", {report.num_duplicates} duplicates skipped" if report.num_duplicates else "")
+        + (f", {format_count(report.num_duplicates, 'duplicates')} skipped" if report.num_duplicates else "")
         + (f", {report.num_erased} skipped because their prompts were erased" if report.num_erased else "")
-        + (f"; its first {report.num_already_read} rows were read by an earlier call" if report.num_already_read else "")
+        + (
+            f"; its first {format_count(report.num_already_read, 'rows', 'were')} read by an earlier call, which published {report.num_earlier_published:,}"
+            if report.num_already_read
+            else ""
+        )
     )
     if report.bad_rows:
         rest = "; the others are published" if report.num_published else ""
-        yield f"{format_count(len(report.bad_rows), 'rows')} {'is' if len(report.bad_rows) == 1 else 'are'} invalid (see above){rest}"
+        yield f"{format_count(len(report.bad_rows), 'rows', 'are')} invalid (see above){rest}"
     if report.unread_columns:
-        names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(report.unread_columns.items()))
+        names = ", ".join(f"{name} ({format_count(count, 'rows')})" for name, count in sorted(report.unread_columns.items()))
         yield f"columns without effect: {names}"
-
-
-def format_count(count: int, noun: str) -> str:
-    """Return a count with its noun, which is given as the plural: "1 prompt", "1,200 prompts"."""
-    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"

@@ -7,9 +7,11 @@ A dialogue has one of these forms. `docs/inputs.md` lists them with examples:
 * A string is a transcript, as in HH-RLHF (Bai et al. 2022, arXiv 2204.05862). In it, "Human:" or "Assistant:" at the beginning
   of a paragraph starts a message. Elsewhere these words are content. The prompt ends with the last human message. Consecutive
   messages of one role are joined as paragraphs.
-* The columns `instruction`, `input` and `history` as in Alpaca and LLaMA-Factory files. The column `input` of OpenAI's files of
-  comparisons is an object with `messages`.
-* The column `system` is the system message of the dialogue.
+* The columns `instruction`, `input` and `history` as in Alpaca and LLaMA-Factory files. In Dolly's files `input` has the name
+  `context`. The column `input` of OpenAI's files of comparisons is an object with `messages`.
+* The column `system` (or `system_prompt`, `system_message`) is the system message of the dialogue.
+
+A column that is often a part of the prompt (PROMPT_PART_COLUMNS) is an error if the dialogue does not contain its text.
 
 A comparison has the columns `chosen` and `rejected`, and optionally `p_chosen`. Alternatively, it has the columns `response_a`,
 `response_b` and `p_a`, the probability that A is better. Each of the two is a response or a whole dialogue that ends with the
@@ -31,21 +33,54 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NoReturn
 
+from engine.eligibility import is_blank
 from schemas.records import ChatMessage
 
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "model": "assistant",
 }  # fmt: skip
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_TOOL_ROLES = (
+    "tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function", "function_call", "function_response",
+    "observation", "ipython", "environment",
+)  # fmt: skip
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
-_TOOL_KEYS = ("tool_calls", "function_call")
+_TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id", "tool_responses")
+# The marks with which chat templates write a tool call or the list of tools into a text of the assistant or the system.
+_TOOL_MARK = re.compile(
+    r"^[ \t]*(?:<(?:tools?|tool_calls?|tool_response|function_calls?|functions?)>|<function=|<\|python_tag\|>|<\|tool_call"
+    r"|<｜tool▁calls?▁begin｜>|\[(?:TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\])",
+    re.MULTILINE,
+)
 _TRAIN_KEYS = ("weight", "train", "training", "loss")  # 0 or false excludes a message from training
+_TRAINED_VALUES = ("1", "1.0", "true")
+_PARTIAL_KEYS = ("prefix", "partial")  # true: the message is only the beginning of a response (Mistral, DeepSeek, Qwen)
 
 _DIALOGUE_COLUMNS = ("prompt", "messages", "instruction")
 _PREFERENCE_FORMS = (("chosen", "rejected", "p_chosen"), ("response_a", "response_b", "p_a"))
 _RESPONSE_COLUMNS = ("completion", "chosen", "rejected", "response_a", "response_b")
 _LABEL_COLUMNS = ("label", "kto_tag")
-_COLUMN_ALIASES = {"conversations": "messages", "preferred_output": "chosen", "non_preferred_output": "rejected"}
+_SYSTEM_ALIASES = dict.fromkeys(("system_prompt", "system_message", "system_instruction"), "system")
+_TEXT_ALIASES = {
+    "conversations": "messages", "conversation": "messages", "preferred_output": "chosen", "non_preferred_output": "rejected",
+}  # fmt: skip
+_INSTRUCTION_ALIASES = {
+    "context": "input",
+    "output": "completion",
+    "response": "completion",
+}  # in rows with `instruction` (Alpaca, Dolly)
+# Columns that are often a part of the prompt. Without them, the response may answer another question.
+PROMPT_PART_COLUMNS = frozenset((
+    "context", "contexts", "document", "documents", "passage", "passages", "article", "background", "persona", "question", "query",
+    "few_shot", "few_shot_examples", "dialogue", "dialog", "chat", "turns", "chat_history", "conversation_history", "transcript",
+))  # fmt: skip
+# The scores of the two responses under the names of public files. They must not contradict the label.
+_SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"), ("rating_chosen", "rating_rejected"), ("reward_chosen", "reward_rejected"),
+)  # fmt: skip
+_NO_INPUT = "<noinput>"  # the mark of Self-Instruct for an instruction without input
+_PLACEHOLDERS = ("none", "null", "nan", "n/a", "na")  # texts that programs write for a missing value
 _UNSUPPORTED_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
 _BASE_COLUMNS = ("prompt", "messages", "system", "instruction", "input", "history", "source", "tags", *_UNSUPPORTED_COLUMNS)
 _COLUMNS_BY_KIND = {
@@ -53,10 +88,11 @@ _COLUMNS_BY_KIND = {
     "preferences": frozenset((*_BASE_COLUMNS, *(name for form in _PREFERENCE_FORMS for name in form))),
     "demonstrations": frozenset((*_BASE_COLUMNS, "completion", "chosen", "finish_reason", *_LABEL_COLUMNS)),
 }
-COLUMN_NAMES = frozenset[str]().union(*_COLUMNS_BY_KIND.values())
-ROW_COLUMNS = COLUMN_NAMES | frozenset((*_COLUMN_ALIASES, "output"))
+_CHECKED_COLUMNS = PROMPT_PART_COLUMNS | {"margin"} | {name for names in _SCORE_COLUMNS for name in names}
+COLUMN_NAMES = _CHECKED_COLUMNS.union(*_COLUMNS_BY_KIND.values())
+ROW_COLUMNS = COLUMN_NAMES | frozenset((*_SYSTEM_ALIASES, *_TEXT_ALIASES, *_INSTRUCTION_ALIASES))
 # A file without any of these columns has no prompt.
-TEXT_COLUMNS = frozenset((*_DIALOGUE_COLUMNS, "input", *_RESPONSE_COLUMNS, *_COLUMN_ALIASES))
+TEXT_COLUMNS = frozenset((*_DIALOGUE_COLUMNS, "input", *_RESPONSE_COLUMNS, *_TEXT_ALIASES))
 UNREAD = "(not read)"  # the value of a column that a reader of a columnar format skips
 NO_COLUMNS: Mapping[str, str] = {}
 
@@ -66,10 +102,14 @@ _ROLES_BY_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 _LAST_SPEAKER_LINE = re.compile(r"(?:\A|\n)[ \t]*(?:Human|Assistant):[ \t]*\Z")
 # The end of a prompt that a chat template has rendered: the header of the response.
 _RENDERED_PROMPT_END = re.compile(
-    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>"
+    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|turn>model|<\|assistant\|>"
+    r"|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|<\|start_of_role\|>assistant<\|end_of_role\|>|<\|start\|>assistant"
     r"|\[/INST\]|### ?(?:Response|Assistant):|\bASSISTANT:|(?:\A|\n)[ \t]*Assistant:)\Z"
 )
-_RENDERED_RESPONSE_END = re.compile(r"(?:<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|>|<end_of_turn>|<eos>|</s>)\Z")
+_RENDERED_RESPONSE_END = re.compile(
+    r"(?:<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|end|return|eot|eos)\|>"
+    r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|<end_of_utterance>|<eos>|</s>)\Z"
+)
 _MAX_END_CHARS = 80  # the ends of rendered texts are shorter
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_NAMES = 12  # column names in an error message
@@ -149,6 +189,9 @@ def parse_preference(
     if all(_repeats_prompt(response, messages) for response in responses):
         raise RowError("both responses begin with the prompt")
     p_a = _parse_probability(fields.values.get(p, 1.0), p)
+    if not has_fixed_order and p not in fields.values:
+        _require_higher_score(fields.values)
+        _require_true_label(fields.values)
     row_source, tags = _parse_metadata(fields.values, source, messages, max_chars, a, b)
     return PreferenceRow(messages, row_source, tags, a, b, p_a, has_fixed_order, unread_columns=fields.unread_columns)
 
@@ -239,7 +282,7 @@ class _Fields:
         self.names, self.columns = tuple(raw), columns
         self.values = {name: value for name, value in raw.items() if name not in columns and name not in columns.values()}
         self.values |= {name: raw[source] for name, source in columns.items() if source in raw}
-        aliases = _COLUMN_ALIASES | ({"output": "completion"} if "instruction" in self.values else {})
+        aliases = _SYSTEM_ALIASES | _TEXT_ALIASES | (_INSTRUCTION_ALIASES if "instruction" in self.values else {})
         aliases = {alias: name for alias, name in aliases.items() if alias in self.values and name not in columns}
         replaced = {name for name, source in columns.items() if name in raw and source} - set(columns.values())
         unknown = {name for name in self.values if aliases.get(name, name) not in _COLUMNS_BY_KIND[kind]}
@@ -250,6 +293,10 @@ class _Fields:
             self.values[name] = self.values.pop(alias)
         self._expand_openai_input()
         self.response_dialogue = _Dialogue("")
+        for name, value in self.values.items():
+            placeholders = _PLACEHOLDERS if name in ("system", "input") else ("nan",)
+            if name in _COLUMNS_BY_KIND[kind] and isinstance(value, str) and value.strip().lower() in placeholders:
+                raise RowError(f'"{name}" is {value!r}, as programs write a missing value; leave it empty')
         for name in _UNSUPPORTED_COLUMNS:
             if self.values.get(name) not in (None, "", "[]", "{}", "null", [], {}):
                 raise RowError(f'"{name}" is not supported; give --column {name}= to publish the rows without it')
@@ -285,7 +332,9 @@ class _Fields:
         if isinstance(value, str):
             value = _decode_messages(value)
         if isinstance(value, str) and not _is_transcript(value):
-            return _Dialogue(name, response=value, is_partial=True)
+            prompt = self.values.get("prompt")
+            is_continuation = isinstance(prompt, str) and _is_transcript(prompt)  # a blank separates it from "Assistant:"
+            return _Dialogue(name, response=value.strip() if is_continuation else value, is_partial=True)
         if not isinstance(value, str | list | dict):
             raise RowError(f"{name} is neither a string nor a list of messages")
         return self._parse_dialogue(name, value)
@@ -306,7 +355,22 @@ class _Fields:
         if len({dialogue.response for dialogue in endings}) > 1:
             raise RowError(f"{endings[0].name} and {endings[1].name} end with different responses")
         self.response_dialogue = endings[0] if endings else _Dialogue("")
-        return (*self._merge_systems(dialogues), *messages), self.response_dialogue.response
+        messages = (*self._merge_systems(dialogues), *messages)
+        self._require_whole_prompt(messages)
+        return messages, self.response_dialogue.response
+
+    def _require_whole_prompt(self, messages: Sequence[ChatMessage]) -> None:
+        """Raise RowError if a column that is not read may be a part of the prompt, and the dialogue does not contain its text."""
+        for name in sorted(PROMPT_PART_COLUMNS & self.values.keys()):
+            value = self.values[name]
+            text = value.strip() if isinstance(value, str) else None
+            if text is None and not (isinstance(value, list | dict) and value):
+                continue  # a number, or an empty list
+            if text is None or not any(text in message.content for message in messages):
+                join = "--column instruction=NAME to join it with the question, or " if name == "context" else ""
+                raise RowError(
+                    f'"{name}" may be a part of the prompt; give {join}--column {name}= to publish the rows without it'
+                )
 
     def _raise_without_prompt(self, dialogues: Sequence[_Dialogue]) -> NoReturn:
         for dialogue in dialogues:
@@ -357,6 +421,8 @@ class _Fields:
                     raise RowError(f'"{name}" without "instruction" is not understood; {self.describe()}')
             return None
         texts = [self.values["instruction"], self.values.get("input") or ""]
+        if texts[1] == _NO_INPUT:
+            texts[1] = ""
         if not all(isinstance(text, str) for text in texts):
             raise RowError('"instruction" or "input" is not a string')
         history = self.values.get("history") or []
@@ -374,7 +440,9 @@ class _Fields:
         messages, excluded_by = [], ""
         for number, message in enumerate(_to_message_list(value), 1):
             role, content = self._parse_message(message, f"{name}[{number}]")
-            excluded_by = next((key for key in _TRAIN_KEYS if key in message and message[key] in (0, False)), "")
+            excluded_by = next(
+                (key for key in _TRAIN_KEYS if str(message.get(key, 1)).lower() not in (*_TRAINED_VALUES, "none")), ""
+            )
             if role != "system" or content.strip():
                 messages.append(_make_message(role, content))
         return _split_dialogue(name, messages, excluded_by)
@@ -391,6 +459,10 @@ class _Fields:
             raise RowError(f"{place} uses a tool; tools are not supported")
         if len(role_keys) != 1 or len(content_keys) != 1 or not isinstance(role, str) or role not in _ROLES:
             raise RowError(f"{place}: a message needs a role ({', '.join(_ROLES)}) and a content")
+        if media := next((key for key in _UNSUPPORTED_COLUMNS if fields.get(key)), None):
+            raise RowError(f'{place} has "{media}"; only text is supported')
+        if partial := next((key for key in _PARTIAL_KEYS if fields.get(key)), None):
+            raise RowError(f'{place}: "{partial}" marks the beginning of a response, not a whole response')
         read = {*role_keys, *content_keys, *_TOOL_KEYS, *_TRAIN_KEYS}
         self._unread |= {f"{key} (in a message)" for key in fields if key not in read}
         return _ROLES[role], _parse_content(fields[content_keys[0]], place)
@@ -493,8 +565,10 @@ def _parse_transcript(text: str) -> list[ChatMessage]:
 def _make_message(role: str, content: Any) -> ChatMessage:
     if not isinstance(content, str):
         raise RowError(f"the content of the {role} message is not a string")
-    if not content.strip():
+    if is_blank(content):
         raise RowError("an empty prompt" if role == "user" else f"an empty message of the {role}")
+    if role != "user" and (mark := _TOOL_MARK.search(content)):
+        raise RowError(f"the {role} message contains {mark[0].strip()}, the mark of a tool; tools are not supported")
     return ChatMessage(role=role, content=reject_surrogates(content))
 
 
@@ -509,6 +583,8 @@ def _split_dialogue(name: str, messages: Sequence[ChatMessage], excluded_by: str
     """Split a dialogue into the system message, the messages up to the last user message, and the response after them."""
     system = messages[0].content if messages and messages[0].role == "system" else None
     body = tuple(messages[system is not None :])
+    if any(message.role == "system" for message in body):
+        raise RowError(f"{name} has a system message that is not the first message")
     last_user = max((index for index, message in enumerate(body) if message.role == "user"), default=-1)
     rest = body[last_user + 1 :]
     if len(rest) > 1 or any(message.role != "assistant" for message in rest):
@@ -541,10 +617,12 @@ def _check_response(dialogue: _Dialogue) -> str:
     name, text = dialogue.name, dialogue.response
     if text is None:
         raise RowError(f"{name} has no response")
-    if not text.strip():
+    if is_blank(text):
         raise RowError(f"{name} has an empty response")
     if dialogue.excluded_by:
-        raise RowError(f'"{dialogue.excluded_by}" excludes the response of {name} from training')
+        raise RowError(f'"{dialogue.excluded_by}" excludes the response of {name} from training: it is not 1 or true')
+    if mark := _TOOL_MARK.search(text):
+        raise RowError(f"{name} contains {mark[0].strip()}, the mark of a tool; tools are not supported")
     if (end := _RENDERED_RESPONSE_END.search(text.rstrip()[-_MAX_END_CHARS:])) and not ("</s>" in end[0] and "<s>" in text):
         raise RowError(f"{name} ends with {end[0]}, the end token of a chat template")
     return reject_surrogates(text)
@@ -565,6 +643,26 @@ def _require_desirable(fields: Mapping[str, Any]) -> None:
             raise RowError(f'"{name}" is false: the completion is undesirable, so it is not a demonstration')
         if str(fields.get(name, "true")).lower() not in ("true", "1"):
             raise RowError(f'"{name}" is neither true nor false; give --column {name}= to ignore it')
+
+
+def _require_higher_score(fields: Mapping[str, Any]) -> None:
+    """Raise RowError if the row has scores of both responses, and the score of the chosen response is not the higher one."""
+    for chosen, rejected in _SCORE_COLUMNS:
+        a, b = (_try_parse_json(value) if isinstance(value := fields.get(name), str) else value for name in (chosen, rejected))
+        if isinstance(a, int | float) and isinstance(b, int | float) and not a > b:
+            raise RowError(
+                f'"{chosen}" = {a:g} is not above "{rejected}" = {b:g}, so the label is uncertain;'
+                f" give p_chosen, or --column {chosen}= to ignore the scores"
+            )
+
+
+def _require_true_label(fields: Mapping[str, Any]) -> None:
+    """Raise RowError if another column of a comparison may say that the chosen response is not the better one."""
+    margin = _try_parse_json(value) if isinstance(value := fields.get("margin"), str) else value
+    if isinstance(margin, int | float) and margin < 0:
+        raise RowError(f'"margin" = {margin:g} is below 0, so the label is uncertain; give --column margin= to ignore it')
+    if str(fields.get("label", "true")).lower() in ("false", "0"):
+        raise RowError('"label" is false, so the label is uncertain; give --column label= to ignore it')
 
 
 def _parse_probability(value: Any, name: str) -> float:

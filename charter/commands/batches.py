@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.connect import connect_bus, open_store
+from charter.connect import connect_existing_bus, open_store
 from charter.console import common_options, format_cell, output_options, print_records, print_rows
 from engine.bus.read import read_values
 from engine.errors import UsageError
 from engine.settings import Settings
+from engine.text import format_count
 from schemas.codec import decode_record
 from schemas.records import BatchManifest
 
@@ -126,14 +127,14 @@ def _format_rebuilt_batch(batch: Batch) -> str:
     manifest = batch.manifest
     num_records = len(manifest.record_ids) + len(manifest.sl_record_ids)
     return (
-        f"batch {manifest.batch_number} ({manifest.phase}) is rebuilt exactly: {num_records} records,"
+        f"batch {manifest.batch_number} ({manifest.phase}) is rebuilt exactly: {format_count(num_records, 'records')},"
         f" content hash {manifest.content_hash}"
     )
 
 
 def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
     """Return the manifest of a batch from the log."""
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     manifests = [decode_record(value, BatchManifest) for value in read_values(bus, BatchManifest.topic)]
     bus.close()
     for manifest in manifests:
@@ -141,7 +142,7 @@ def _read_manifest(settings: Settings, batch_number: int) -> BatchManifest:
             return manifest
     raise UsageError(
         f"there is no batch {batch_number}",
-        f"the log has {len(manifests)} batches",
+        f"the log has {format_count(len(manifests), 'batches')}",
         "type: charter batches    (lists the batch numbers)",
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from charter.connect import connect_bus, open_store
-from charter.console import common_options, output_options, print_records, print_rows
+from charter.connect import connect_existing_bus, open_store
+from charter.console import common_options, output_options, print_records, print_rows, replay_range_options
 from charter.evaluation.ablation import ABLATION_COLUMNS, compute_ablation_rows, plan_ablations, run_ablations, split_by_stage
 from charter.evaluation.rejudge import (
     COMPARISON_COLUMNS,
@@ -28,6 +28,7 @@ from constitutions.loader import Constitution, list_shipped_constitutions, load_
 from constitutions.sources import find_key_line
 from engine.errors import UsageError
 from engine.settings import Settings
+from engine.text import format_count
 
 _RUN_PREFIX = "run:"
 
@@ -140,16 +141,16 @@ def _format_constitution(loaded: Constitution) -> Iterator[str]:
     selection = "sampled by weight" if loaded.selection == "sample" else "in rotation"
     judging = "all in one prompt" if loaded.judge_with == "all" else "one sampled by weight for each pair"
     if loaded.prose:
-        yield f"\nprose: {len(loaded.prose)} paragraphs; critique: {selection}; judge: {judging}"
+        yield f"\nprose: {format_count(len(loaded.prose), 'paragraphs')}; critique: {selection}; judge: {judging}"
         for paragraph in loaded.prose:
             yield f"\n{paragraph.priority}. {paragraph.id}: {paragraph.name}{_format_scope(paragraph)}"
             yield wrap_text(paragraph.text, "   ")
         return
-    yield f"\ncritique and revision: {len(loaded.critique)} principles, {selection}"
+    yield f"\ncritique and revision: {format_count(len(loaded.critique), 'principles')}, {selection}"
     for principle in loaded.critique:
         yield f"\n  {principle.id}: {principle.name}{_format_scope(principle)}"
         yield f"{wrap_text(principle.critique_prompt, '    ')}\n{wrap_text(principle.revision_prompt, '    ')}"
-    yield f"\njudge: {len(loaded.judge)} principles, {judging}"
+    yield f"\njudge: {format_count(len(loaded.judge), 'principles')}, {judging}"
     for judge_principle in loaded.judge:
         yield f"\n  {judge_principle.id}: {judge_principle.name}{_format_scope(judge_principle)}"
         yield wrap_text(judge_principle.judge_prompt, "    ")
@@ -190,7 +191,7 @@ def lint_constitutions(settings: Settings, specs: tuple[str, ...], output: str) 
         principle = f"{finding.principle}: " if finding.principle else ""
         click.echo(f"{finding.file}:{finding.line}: {finding.rule}: {principle}{finding.what}\n    {finding.fix}")
     for spec, found in {} if output else findings_by_spec.items():
-        click.echo(f"{spec}: {len(found) or 'no'} finding{'s' if len(found) != 1 else ''}")
+        click.echo(f"{spec}: {format_count(len(found), 'findings') if found else 'no findings'}")
     sys.exit(1 if findings else 0)
 
 
@@ -308,20 +309,7 @@ def test_constitution(settings: Settings, file: str, spec: str | None, min_accur
 
 @constitution.command("ablate")
 @click.argument("principles", metavar="[PRINCIPLE...]", nargs=-1)
-@click.option(
-    "--from",
-    "start",
-    default="earliest",
-    show_default=True,
-    help="First record to read: earliest, an offset, a time, or run:ID.",
-)
-@click.option(
-    "--to", "end", default="latest", show_default=True, help="End of the records (exclusive): latest, an offset, or a time."
-)
-@click.option(
-    "--archive", is_flag=True, help="Read the records from the database, which also has records that the log has deleted."
-)
-@click.option("--dry-run", is_flag=True, help="Only print the plan and the cost.")
+@replay_range_options
 @output_options
 @common_options
 def ablate_principles(
@@ -339,7 +327,7 @@ def ablate_principles(
       charter constitution ablate --set run.constitution=customer-service
       charter constitution ablate kinder hands-over --set run.constitution=customer-service --json
     """
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     try:
         ablations = list(plan_ablations(settings, bus, principles, start=start, end=end, archive=archive))
         if dry_run:

@@ -11,6 +11,7 @@ from charter.console import common_options
 from charter.erasure import list_remaining_copies, make_erasure_plan, publish_erasures, wait_until_erased
 from engine.bus import KAFKA_SCHEME
 from engine.settings import Settings
+from engine.text import format_count
 
 
 @click.command()
@@ -52,7 +53,7 @@ def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bo
         raise
     log = "" if settings.bus_address.startswith(KAFKA_SCHEME) else " and from the embedded log"
     count = len(plan.prompts) or len(identifiers)
-    click.echo(f"erased {count} {'prompt' if count == 1 else 'prompts'} from {store.path}{log}; {plan.format_counts()}")
+    click.echo(f"erased {format_count(count, 'prompts')} from {store.path}{log}; {plan.format_counts()}")
     bus.close()
     click.echo("not erased:")
     for line in remaining:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from charter.commands.eval_judge import judge
 from charter.commands.eval_run import run
 from charter.console import common_options, output_options, print_records
 from charter.evaluation.agreement_study import JUDGE_PRESETS, AgreementStudy, read_pairs
@@ -24,7 +25,11 @@ def evaluate() -> None:
       charter eval run --suite xstest=xstest_prompts.csv --policy 0 --policy latest
       charter eval agreement --pairs pairs.jsonl
       charter eval graders --grader refusal --labels completions.csv
+      charter eval judge --suite llmbar=natural.json
     """
+
+
+evaluate.add_command(judge)
 
 
 @evaluate.command()

@@ -8,7 +8,7 @@ import click
 
 from charter.connect import connect_bus, open_store
 from charter.console import common_options
-from charter.export.dataset import EXPORT_FORMATS, export_dataset
+from charter.export.dataset import EXPORT_FORMATS, export_dataset, format_reasons
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from charter.lag import describe_unarchived
 from charter.progress import show_progress
@@ -16,6 +16,7 @@ from charter.text import to_one_line
 from engine.errors import DependencyUnreachable, UsageError
 from engine.settings import Settings
 from engine.store import Store
+from engine.text import format_count
 
 _FORMAT_NAMES = ("sft", "preference", "kto")
 
@@ -78,12 +79,14 @@ def export(
     selection = ExportSelection(settings.run.id if origins["run.id"] != "default" else None, sources, margin, no_flips)
     suffix = "parquet" if as_parquet else "jsonl"
     with show_progress(f"export {target}", "rows") as progress:
-        splits = export_dataset(
+        splits, excluded = export_dataset(
             store, target, dataset_format, selection, suffix, limit, force, settings.label_quality, progress
         )
     for split, statistics in splits.items():
         location = f" in {target}/data/{split}.{suffix}" if statistics.num_rows else ""
-        click.echo(f"{split}: {statistics.num_rows} rows{location}{_format_certainty(statistics, margin)}")
+        click.echo(f"{split}: {format_count(statistics.num_rows, 'rows')}{location}{_format_certainty(statistics, margin)}")
+    if excluded:
+        click.echo(f"records that are not training data: {format_reasons(excluded)}")
 
 
 def _warn_about_unarchived_records(settings: Settings, store: Store) -> None:
@@ -106,9 +109,9 @@ def _format_certainty(statistics: SplitStats, min_margin: float) -> str:
     """Return how many labels were left out, and how many of the exported labels are nearly ties."""
     text = ""
     if statistics.num_below_margin:
-        text += f"; {statistics.num_below_margin} labels left out, because their margin |p - 0.5| is below {min_margin:g}"
+        text += f"; {format_count(statistics.num_below_margin, 'labels')} left out, because their margin |p - 0.5| is below {min_margin:g}"
     if statistics.num_flips_left_out:
-        text += f"; {statistics.num_flips_left_out} labels left out, because they flip with the order of the responses"
+        text += f"; {format_count(statistics.num_flips_left_out, 'labels')} left out, because they flip with the order of the responses"
     if statistics.num_uncertain:
         text += f"; {statistics.num_uncertain} of {len(statistics.margins)} labels have a margin below {UNCERTAIN_MARGIN}"
         text += f" (to leave them out: --min-margin {UNCERTAIN_MARGIN})"

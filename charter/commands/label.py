@@ -32,6 +32,7 @@ from engine.errors import CharterError, UsageError
 from engine.instances import list_running_services
 from engine.settings import Settings
 from engine.store import Store
+from engine.text import format_count
 
 _QUERY_TIMEOUT_S = 20.0
 _MAX_LINES = 40  # maximum lines of the prompt and of each response; the user can type w to see all lines
@@ -88,6 +89,7 @@ def label(
         raise click.UsageError("--prefer requires the ID of a label", click.get_current_context())
     labeler = _get_login_name() if labeler is None else parse_labeler(labeler)
     store = open_store(settings)
+    store.query("SELECT 1")  # without a database, raise the error before the log is created
     bus = connect_bus(settings)
     try:
         if label_id is None:
@@ -104,7 +106,7 @@ def label(
     rest = (
         f"; to add {'it' if num_labels == 1 else 'them'} to the database, type: charter run --until-done" if is_waiting else ""
     )
-    click.echo(f"{num_labels} {'label' if num_labels == 1 else 'labels'} published{rest}")
+    click.echo(f"{format_count(num_labels, 'labels')} published{rest}")
 
 
 def _get_login_name() -> str:
@@ -140,7 +142,10 @@ def _label_from_stdin(store: Store, bus: Bus, labeler: str) -> int:
         publish_label(bus, record)
         num_labels += 1
     if num_invalid:
-        click.echo(f"{num_labels} labels published; {num_invalid} lines are invalid (see above)", err=True)
+        click.echo(
+            f"{format_count(num_labels, 'labels')} published; {format_count(num_invalid, 'lines', 'are')} invalid (see above)",
+            err=True,
+        )
         sys.exit(1)
     return num_labels
 
@@ -175,12 +180,12 @@ def _label_interactively(store: Store, bus: Bus, pairs: PairFilter, count: int, 
         progress = load_progress(query, pairs, pending)
     if progress.num_incomparable:
         click.echo(
-            f"{progress.num_incomparable} pairs are not shown: a response is empty or withheld, or both are the same", err=True
+            f"{format_count(progress.num_incomparable, 'pairs', 'are')} not shown: a response is empty or withheld, or both are the same",
+            err=True,
         )
     if pending:
-        click.echo(
-            f"{len(pending)} pairs with a human label are not in the database yet; a sink adds them: charter run", err=True
-        )
+        pairs_text = format_count(len(pending), "pairs")
+        click.echo(f"not in the database yet: the human labels of {pairs_text}; a sink adds them: charter run", err=True)
     if not rows:
         click.echo("there are no pairs without a human label")
         return 0
@@ -233,7 +238,7 @@ def _format_sections(sections: Sequence[tuple[str, str]], max_lines: int | None)
         yield f"--- {name}"
         yield from lines[:max_lines]
         if max_lines is not None and len(lines) > max_lines:
-            yield f"({len(lines) - max_lines} more lines; type w to show them)"
+            yield f"({format_count(len(lines) - max_lines, 'more lines')}; type w to show them)"
 
 
 COMMAND = label

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from charter.connect import connect_bus
+from charter.connect import connect_bus, connect_existing_bus
 from charter.console import common_options, output_options, print_rows
 from charter.policies import LATEST_POLICY, PHASES, get_verified_folder, parse_policy_version
 from engine.bus.port import Bus
@@ -71,7 +71,7 @@ def list_policies(settings: Settings, output: str) -> None:
 
 
 def _print_policies(settings: Settings, output: str) -> None:
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     updates, paused_phases = read_policy_updates(bus), read_paused_phases(bus)
     bus.close()
     newest = get_newest_version(updates)

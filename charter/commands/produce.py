@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import click
 
@@ -18,11 +17,11 @@ from charter.stages import STAGES
 from charter.startup import start_when_ready, wait_option
 from charter.text import format_json, to_one_line
 from engine.settings import Settings
+from engine.text import format_count
 from producers.files import (
     SHIPPED_PROMPTS_PATH,
     FileProducer,
     InputKind,
-    format_count,
     format_report,
     make_human_record,
     make_prompt_record,
@@ -31,6 +30,7 @@ from producers.files import (
 )
 from producers.parse import COLUMN_NAMES, PromptRow, RowError
 from producers.rows import compute_content_hash, read_rows
+from schemas.records import Record
 
 _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
 _NUM_SHOWN_ROWS = 3  # rows that --dry-run shows
@@ -161,7 +161,7 @@ def _print_dry_run(
     publish_prompts: bool,
 ) -> int:
     """Print the first records of each input, the number of valid rows and the maximum cost. Return the number of invalid rows."""
-    num_rows, num_chars, num_invalid = 0, 0, 0
+    num_rows, num_chars, num_invalid, num_duplicates, known_ids = 0, 0, 0, 0, set[str]()
     for path in paths:
         num_shown, unread_columns, bad_rows = 0, set[str](), _BadRowReporter(path)
         with show_progress(f"read {to_one_line(path)}", "rows") as progress:
@@ -176,28 +176,33 @@ def _print_dry_run(
                 if names := [name for name in parsed.unread_columns if name not in unread_columns]:
                     unread_columns.update(names)
                     _report_unread_columns(path, kind, number, names)
+                record = _make_record(settings, parsed, epoch)
+                if record.record_id in known_ids:
+                    num_duplicates += 1
+                    continue
+                known_ids.add(record.record_id)
                 if num_shown < _NUM_SHOWN_ROWS:
                     num_shown += 1
-                    record = format_json(_make_shown_record(settings, parsed, epoch))
-                    click.echo(f"{to_one_line(path)} row {number} would be published as {record}")
+                    shown = record.model_dump(mode="json", include=set(_SHOWN_FIELDS))
+                    shown = {name: shown[name] for name in _SHOWN_FIELDS if name in shown}
+                    click.echo(f"{to_one_line(path)} row {number} would be published as {format_json(shown)}")
                 num_rows += 1
                 num_chars += sum(len(message.content) for message in parsed.messages)
         bad_rows.print_counts()
         num_invalid += bad_rows.counts.total()
-    invalid = f"; {format_count(num_invalid, 'rows')} {'is' if num_invalid == 1 else 'are'} invalid" if num_invalid else ""
-    click.echo(f"would publish {format_count(num_rows, kind)}{invalid}")
+    invalid = f"; {format_count(num_invalid, 'rows', 'are')} invalid" if num_invalid else ""
+    duplicates = f", {format_count(num_duplicates, 'duplicates')} skipped" if num_duplicates else ""
+    click.echo(f"would publish {format_count(num_rows, kind)}{duplicates}{invalid}")
     if num_rows and (kind == "prompts" or publish_prompts):
         for line in format_costs(estimate_costs(settings, STAGES, num_rows, num_chars)):
             click.echo(line)
     return num_invalid
 
 
-def _make_shown_record(settings: Settings, parsed: PromptRow, epoch: int) -> dict[str, Any]:
-    """Return the fields of the record of a row that depend on the row."""
+def _make_record(settings: Settings, parsed: PromptRow, epoch: int) -> Record:
+    """Return the record of a row."""
     metadata = make_row_metadata(parsed, settings.run.id, epoch=epoch, eval_fraction=settings.prompts.eval_fraction)
-    record = make_human_record(parsed, metadata) or make_prompt_record(metadata)
-    values = record.model_dump(mode="json")
-    return {name: values[name] for name in _SHOWN_FIELDS if name in values}
+    return make_human_record(parsed, metadata) or make_prompt_record(metadata)
 
 
 class _BadRowReporter:
@@ -218,7 +223,7 @@ class _BadRowReporter:
         """Print the counts of the reasons of which some rows were not printed."""
         for reason, count in self.counts.items():
             if count > _MAX_REPORTED_ROWS:
-                click.echo(to_one_line(f"{self.path}: {count:,} rows: {reason}"), err=True)
+                click.echo(to_one_line(f"{self.path}: {format_count(count, 'rows')}: {reason}"), err=True)
 
 
 def _report_unread_columns(path: str, kind: str, row_number: int, names: Sequence[str]) -> None:

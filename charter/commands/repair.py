@@ -9,6 +9,7 @@ from charter.console import common_options
 from engine import repair as database_repair
 from engine.errors import UsageError
 from engine.settings import Settings
+from engine.text import format_count
 
 
 @click.command()
@@ -60,7 +61,9 @@ def _print_repair(path: str, repair: database_repair.Repair) -> None:
     for moved in repair.moved:
         click.echo(f"moved {moved.name} to {moved.parent}")
     for (topic, partition), number in repair.missing.items():
-        click.echo(f"the log no longer has {number} records of {topic}[{partition}]; they are only in the moved files")
+        click.echo(
+            f"the log no longer has {format_count(number, 'records')} of {topic}[{partition}]; they are only in the moved files"
+        )
     click.echo("next: charter run    (the sink restores the rows from the log, and the trainer waits until then)")
 
 

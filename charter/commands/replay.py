@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from charter.connect import connect_bus
-from charter.console import accept_configuration_option, common_options
+from charter.connect import connect_existing_bus
+from charter.console import accept_configuration_option, common_options, replay_range_options
 from charter.replay import ReplayRequest, make_replay_plan, run_replay
 from charter.stages import STAGES
 from charter.startup import start_when_ready, wait_option
@@ -17,16 +17,7 @@ from engine.settings import Settings
 
 @click.command()
 @click.option("--stage", type=click.Choice(STAGES), required=True, help="First stage to run. The later stages also run.")
-@click.option(
-    "--from",
-    "start",
-    default="earliest",
-    show_default=True,
-    help="First record to read: earliest, an offset, a time, or run:ID.",
-)
-@click.option(
-    "--to", "end", default="latest", show_default=True, help="End of the records (exclusive): latest, an offset, or a time."
-)
+@replay_range_options
 @click.option("--as", "name", metavar="ID", help="ID of the new run [default: derived from the options].")
 @click.option("--constitution", help="Constitution to use instead: a shipped name or a file.")
 @click.option(
@@ -38,11 +29,7 @@ from engine.settings import Settings
 )
 @click.option("--model", help="Model to use instead for the stage: smollm2, a folder, a hub id, or http://HOST:PORT/v1#MODEL.")
 @click.option("--policy", type=int, help="Policy version for the respond stage [default: the version of the source run].")
-@click.option(
-    "--archive", is_flag=True, help="Read the records from the database, which also has records that the log has deleted."
-)
 @click.option("--only", is_flag=True, help="Do not run the stages after --stage.")
-@click.option("--dry-run", is_flag=True, help="Only print the plan and the cost.")
 @accept_configuration_option
 @wait_option
 @common_options
@@ -65,7 +52,7 @@ def replay(settings: Settings, dry_run: bool, accept_configuration: bool, wait: 
       charter replay --stage critique --from run:live --archive --model http://localhost:8000/v1#critic
       charter replay --stage judge --constitution customer-service --exclude-principle kinder
     """
-    bus, exit_code = start_when_ready(lambda: connect_bus(settings), wait=wait), 0
+    bus, exit_code = start_when_ready(lambda: connect_existing_bus(settings), wait=wait), 0
     try:
         plan = make_replay_plan(settings, bus, ReplayRequest(**options))
         if dry_run:

@@ -31,9 +31,9 @@ _DEFAULT_NUM_TRACES = 5
 def report(settings: Settings, origins: dict[str, str], file: Path, num_traces: int, as_json: bool) -> None:
     """Write a report of a run to one HTML file.
 
-    The report has record counts, a comparison of the policies, the statistics of the principles, the curves of reward and KL,
-    sampled traces, and the configuration of the run. Without --run, the report shows the newest run. FILE defaults to
-    charter-report.html; - is standard output.
+    The report has record counts, the verdict on the labels ("Can I train on this?"), a comparison of the policies, the statistics
+    of the principles, the curves of reward and KL, sampled traces, and the configuration of the run. Without --run, the report
+    shows the newest run. FILE defaults to charter-report.html; - is standard output.
 
     \b
     Examples:
@@ -44,7 +44,7 @@ def report(settings: Settings, origins: dict[str, str], file: Path, num_traces: 
 
     store = open_store(settings)
     run = resolve_run(store, settings.run.id if origins["run.id"] != "default" else "")
-    sections = load_sections(store, run, num_traces)
+    sections = load_sections(store, run, num_traces, settings.label_quality)
     if as_json:
         contents = {
             name: result.data if result.error is None else {"error": error_to_dict(result.error)}

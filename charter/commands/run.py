@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import click
 
@@ -20,9 +22,10 @@ from charter.startup import exit_if_abandoned, start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.host import Host
-from engine.progress import WorkProgress
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
+from engine.store import Store
+from engine.text import format_count
 from schemas.records import Prompt
 
 _ALL_STAGES = (*STAGES, "sink")
@@ -95,7 +98,6 @@ def run(
     selected = stages or _ALL_STAGES
     builtin = [name for name in selected if name in STAGES]
     custom = [custom_stage.load_custom_stage(name, MODEL_ROLES) for name in selected if name not in _ALL_STAGES]
-    has_sink = "sink" in selected
     if from_base:
         settings, origins = set_from_base(settings, origins)
 
@@ -107,7 +109,7 @@ def run(
                 run_settings,
                 bus,
                 builtin,
-                sink=has_sink,
+                sink="sink" in selected,
                 custom_stages=custom,
                 instance=instance,
                 pinned_version=get_pinned_version(run_settings),
@@ -119,34 +121,61 @@ def run(
             raise
 
     bus, host, settings = start_when_ready(start, wait=wait)
-    if "respond" in builtin:
-        print_progress(describe_starting_policy(settings, bus))
     stop = stop_on_signals(host.note_stop)
-    end = "exits when all work is done" if until_done else "stop with Ctrl-C"
-    print_progress(f"running {', '.join(selected)} for run {settings.run.id}; {end}")
-    if "respond" in builtin and (line := _describe_other_prompts(bus, host)):
+    for line in _describe_start(settings, bus, host, selected, until_done):
         print_progress(line)
-    store = open_store(settings) if has_sink else None
-    starts = {tp: offset for worker in host.workers for tp, offset in worker.run_start.offsets.items()}
-    check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store, starts)
-    last_line, polls = "", 0
-    display = show_progress(f"run {settings.run.id}", "known records") if until_done else nullcontext(WorkProgress())
-    with host, display as progress:
-        while not stop.wait(_POLL_INTERVAL_S) and not host.failure_event.is_set():
-            polls += 1
-            if until_done and polls % _REPORT_INTERVAL_POLLS == 0:
-                check.update_progress(progress, sum(worker.num_committed for worker in host.workers))
-            if polls % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last_line:
-                print_progress(line)
-                last_line = line
-            if until_done and polls % _DONE_CHECK_INTERVAL_POLLS == 0 and check.is_done():
-                print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
-                if store:
-                    print_progress(str(read_verdict(store, settings.label_quality)))
-                break
+    store = open_store(settings) if "sink" in selected else None
+    if until_done:
+        _run_until_done(settings, bus, host, store, stop)
+    else:
+        _run_until_stopped(host, stop)
     exit_if_abandoned(host, 0)
     bus.close()
     host.raise_if_failed()
+
+
+def _describe_start(settings: Settings, bus: Bus, host: Host, selected: Sequence[str], until_done: bool) -> Iterator[str]:
+    """Yield lines about the policy that responds, the stages that run, and prompts that belong to other runs."""
+    if "respond" in selected:
+        yield describe_starting_policy(settings, bus)
+    end = "exits when all work is done" if until_done else "stop with Ctrl-C"
+    yield f"running {', '.join(selected)} for run {settings.run.id}; {end}"
+    if "respond" in selected and (line := _describe_other_prompts(bus, host)):
+        yield line
+
+
+def _run_until_stopped(host: Host, stop: threading.Event) -> None:
+    """Run the host until a signal or a failure. Print the number of finished records when it changes."""
+    with host:
+        for _ in _poll(host, stop):
+            pass
+
+
+def _run_until_done(settings: Settings, bus: Bus, host: Host, store: Store | None, stop: threading.Event) -> None:
+    """Run the host until all records on the log are processed, or until a signal or a failure."""
+    starts = {tp: offset for worker in host.workers for tp, offset in worker.run_start.offsets.items()}
+    check = CompletionCheck(bus, {worker.group: worker.stage.inputs for worker in host.workers}, store, starts)
+    with host, show_progress(f"run {settings.run.id}", "known records") as progress:
+        for poll in _poll(host, stop):
+            if poll % _REPORT_INTERVAL_POLLS == 0:
+                check.update_progress(progress, sum(worker.num_committed for worker in host.workers))
+            if poll % _DONE_CHECK_INTERVAL_POLLS == 0 and check.is_done():
+                print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
+                if store:
+                    print_progress(str(read_verdict(store, settings.label_quality)))
+                return
+
+
+def _poll(host: Host, stop: threading.Event) -> Iterator[int]:
+    """Yield the number of each poll until a signal or a failure. Print the number of finished records when it changes."""
+    last_line = ""
+    for poll in count(1):
+        if stop.wait(_POLL_INTERVAL_S) or host.failure_event.is_set():
+            return
+        if poll % _REPORT_INTERVAL_POLLS == 0 and (line := _format_committed(host)) != last_line:
+            print_progress(line)
+            last_line = line
+        yield poll
 
 
 def _describe_other_prompts(bus: Bus, host: Host) -> str:
@@ -155,7 +184,9 @@ def _describe_other_prompts(bus: Bus, host: Host) -> str:
     if any(end > run_start.get_offset(tp) for tp, end in ends.items()):
         return ""
     counts = Counter(value.decode() for raw in read_topic(bus, Prompt.topic) for name, value in raw.headers if name == "run")
-    others = ", ".join(f"{count} prompts belong to run {run_id}" for run_id, count in sorted(counts.items()))
+    others = ", ".join(
+        f"{format_count(number, 'prompts', 'belong')} to run {run_id}" for run_id, number in sorted(counts.items())
+    )
     return f"run {run_start.run_id} has no prompts yet{f'; {others}' if others else ''}"
 
 
@@ -166,16 +197,18 @@ def _format_committed(host: Host) -> str:
     """
     counts = " ".join(
         f"{worker.stage.name}={worker.num_committed - worker.num_of_other_runs.total() - worker.num_erased}"
-        + (f" ({worker.num_duplicates} duplicates)" if worker.num_duplicates else "")
+        + (f" ({format_count(worker.num_duplicates, 'duplicates')})" if worker.num_duplicates else "")
         for worker in host.workers
     )
     num_erased = sum(worker.num_erased for worker in host.workers)
-    counts += f"; {num_erased} records of erased prompts skipped" if num_erased else ""
+    counts += f"; {format_count(num_erased, 'records')} of erased prompts skipped" if num_erased else ""
     others = Counter[str]()
     for worker in host.workers:
         # Several stages can skip the same records, so use the largest number and not the sum.
         others |= worker.num_of_other_runs
-    return counts + "".join(f"; {count} records belong to run {run_id}" for run_id, count in sorted(others.items()))
+    return counts + "".join(
+        f"; {format_count(number, 'records', 'belong')} to run {run_id}" for run_id, number in sorted(others.items())
+    )
 
 
 COMMAND = run

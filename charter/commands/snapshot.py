@@ -11,6 +11,7 @@ from charter.console import common_options
 from charter.progress import show_progress
 from engine import backups
 from engine.settings import Settings
+from engine.text import format_count
 
 
 @click.command()
@@ -28,7 +29,7 @@ def snapshot(settings: Settings, target: Path) -> None:
     """
     with show_progress(f"snapshot {target}", "MB") as progress:
         num_records = backups.create_snapshot(open_store(settings), target, progress)
-    click.echo(f"{target}: {num_records} records")
+    click.echo(f"{target}: {format_count(num_records, 'records')}")
 
 
 COMMAND = snapshot

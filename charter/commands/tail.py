@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from charter.connect import connect_bus
+from charter.connect import connect_bus, connect_existing_bus
 from charter.console import common_options
 from charter.startup import start_when_ready, wait_option
 from charter.tail import tail_topic
@@ -30,7 +30,8 @@ def tail(settings: Settings, topic: str, count: int, follow: bool, raw: bool, wa
       charter tail responses -n 1
       charter tail preferences --follow
     """
-    bus = start_when_ready(lambda: connect_bus(settings), wait=wait)
+    connect = connect_bus if follow else connect_existing_bus  # --follow waits for the first record
+    bus = start_when_ready(lambda: connect(settings), wait=wait)
     stop = stop_on_signals() if follow else None
     num_lines = 0
     for line in tail_topic(bus, topic, count, stop, raw=raw):

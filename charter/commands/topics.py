@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from charter.connect import get_topic_specs, open_bus_from_settings, open_store
+from charter.connect import get_topic_specs, open_bus_from_settings, open_store, require_log
 from charter.console import common_options, output_options, print_rows
 from charter.lag import compute_lag_rows, read_positions, read_sink_offsets
 from charter.lookup import resolve_run_id
@@ -14,6 +14,7 @@ from charter.stages import get_stage_inputs
 from engine.bus.port import Offsets
 from engine.errors import UsageError
 from engine.settings import Settings
+from engine.text import format_count
 from schemas.topics import TOPICS
 
 
@@ -53,6 +54,7 @@ def list_topics(settings: Settings, output: str) -> None:
 
 
 def _print_topics(settings: Settings, output: str) -> None:
+    require_log(settings)
     bus = open_bus_from_settings(settings)
     specs = [spec for spec in TOPICS.values() if spec.name in bus.topic_ids(list(TOPICS))]
     names = [spec.name for spec in specs]
@@ -65,7 +67,7 @@ def _print_topics(settings: Settings, output: str) -> None:
     bus.close()
     print_rows(["topic", "record", "partitions", "cleanup_policy", "offsets"], rows, output)
     if not output and len(specs) < len(TOPICS):
-        click.echo(f"{len(TOPICS) - len(specs)} topics are missing; type: charter topics create", err=True)
+        click.echo(f"{format_count(len(TOPICS) - len(specs), 'topics', 'are')} missing; type: charter topics create", err=True)
 
 
 @topics.command()
@@ -84,7 +86,7 @@ def create(settings: Settings) -> None:
     created = set(bus.create_topics(specs))
     bus.close()
     for spec in specs:
-        state = f"created, {spec.num_partitions} partitions" if spec.name in created else "exists"
+        state = f"created, {format_count(spec.num_partitions, 'partitions')}" if spec.name in created else "exists"
         click.echo(f"{settings.bus.prefix}{spec.name}: {state}")
 
 
@@ -102,6 +104,7 @@ def describe(settings: Settings, names: tuple[str, ...], output: str) -> None:
     Examples:
       charter topics describe responses
     """
+    require_log(settings)
     bus, requested = open_bus_from_settings(settings), list(names) or list(TOPICS)
     descriptions = bus.describe_topics(requested)
     if missing := sorted(set(requested) - {d.name for d in descriptions}):
@@ -152,6 +155,7 @@ def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
       charter topics lag
       charter topics lag --run live --bus kafka://localhost:9092
     """
+    require_log(settings)
     bus, store = open_bus_from_settings(settings), open_store(settings)
     run_id = resolve_run_id(settings, origins, store)
     rows: list[tuple[Any, ...]] = []

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from engine.store import QueryFunction
+from engine.tables import build_duplicate_count
 from schemas.topics import TOPICS
 
 _RATE_WINDOW_S = 60.0
@@ -37,7 +38,8 @@ def _count_records(query: QueryFunction, run: str, since: datetime) -> list[dict
     """Return one row per topic. A record that two runs produced is counted for both runs."""
     records = "count(DISTINCT record_id)" if run else "count(*) FILTER (NOT is_duplicate)"
     parts = [
-        f"""SELECT '{name}' AS topic, {records} AS records, count(*) FILTER (is_duplicate) AS duplicates,
+        f"""SELECT '{name}' AS topic, {records} AS records,
+                   {f"count(*) - {records}" if run else build_duplicate_count(spec.table)} AS duplicates,
                    count(*) FILTER (content_mismatch) AS content_mismatches, count(*) FILTER (created_at > $since) / {_RATE_WINDOW_S} AS records_per_s,
                    min(created_at) AS oldest, max(created_at) AS newest
             FROM raw.{spec.table} WHERE $run = '' OR run_id = $run"""

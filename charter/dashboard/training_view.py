@@ -9,6 +9,7 @@ from typing import Any
 from charter.dashboard.intervals import compute_share
 from engine.statistics import Z_SCORE_95
 from engine.store import QueryFunction
+from engine.text import format_count
 
 # Limits keep the page fast after a long training. The oldest rows are omitted.
 MAX_STEPS = 50_000
@@ -93,7 +94,8 @@ def _build_timeline(
         return [(u["created_at"], str(u["version"]), f"{kind.lower()} {u['version']} from {u['phase']}") for u in selected]
 
     batch_events = [
-        (b["created_at"], b["phase"], f"{b['phase']} batch {b['batch_number']}: {b['rows']} rows") for b in reversed(batches)
+        (b["created_at"], b["phase"], f"{b['phase']} batch {b['batch_number']}: {format_count(b['rows'], 'rows')}")
+        for b in reversed(batches)
     ]
     incident_events = [(i["created_at"], "", f"{i['phase']}: {i['title']}") for i in reversed(incidents)]
     return [

@@ -23,6 +23,7 @@ from engine.bus.port import Bus
 from engine.errors import UsageError
 from engine.settings import Settings
 from engine.store import Store
+from engine.text import format_count
 
 ABLATION_COLUMNS = (
     *("excluded_principle", "used_by", "sampled", "chains", "revised", "changed", "similarity"),
@@ -69,7 +70,7 @@ def run_ablations(ablations: Sequence[AblationRun], bus: Bus) -> None:
     """Run the replays one after the other. Finished replays return immediately. Raises UsageError if the user stops a replay."""
     for number, ablation in enumerate(ablations):
         if not run_replay(ablation.plan, bus, quiet=True).is_finished:
-            progress = f"{number} of {len(ablations)} runs are finished"
+            progress = f"{number} of {format_count(len(ablations), 'runs', 'are')} finished"
             raise UsageError("the ablation was stopped", progress, "run the same command to continue")
 
 

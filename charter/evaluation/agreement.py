@@ -3,7 +3,7 @@
 All metrics use only pairs in which a person preferred one response. `p` is the judge's probability of this response. If the judge
 gave no label (an abstention), `p` is None. The metrics report abstentions separately and do not count them as correct or wrong.
 
-The sources are Wilson 1927 for the Wilson interval, Naeini et al. 2015 for the expected calibration error, and Brier 1950 for the
+The sources are Wilson 1927 for the Wilson interval, Cohen 1960 for kappa, Naeini et al. 2015 for the expected calibration error, and Brier 1950 for the
 Brier score. The calibration error has ten bins of the confidence max(p, 1 - p), so it does not change if A and B are swapped.
 """
 
@@ -39,6 +39,7 @@ class AgreementMetrics:
 
     `labelled` is the number of labels, `decided` the number of labels that are not ties, and `agreed` the number of decided
     labels that match the human label. `accuracy` is agreed / decided, with the 95 % interval `accuracy_low` to `accuracy_high`.
+    `kappa` is Cohen's kappa of the decided labels, where the two categories are response A and response B.
     `brier` and `ece` are computed from the soft labels. Of the judgments that are readable in both orders,
     `swap_inconsistency` is the fraction that prefer the same position in both orders. `mass` is the mean option mass. Of the
     decided labels of pairs with different lengths, `prefers_longer` is the fraction that prefer the longer response.
@@ -55,6 +56,7 @@ class AgreementMetrics:
     accuracy: float | None
     accuracy_low: float | None
     accuracy_high: float | None
+    kappa: float | None = None
     brier: float | None = None
     ece: float | None = None
     swap_inconsistency: float | None = None
@@ -78,6 +80,21 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+def compute_kappa(choices: Sequence[tuple[bool, bool]]) -> float | None:
+    """Return Cohen's kappa of two raters who choose between two categories.
+
+    Kappa is 1 for full agreement and 0 for the agreement that is expected by chance. It is None if there are no choices, or if
+    both raters always choose the same category, because chance then explains the full agreement.
+    """
+    total = len(choices)
+    if not total:
+        return None
+    first, second = (sum(choice[rater] for choice in choices) / total for rater in (0, 1))
+    expected = first * second + (1 - first) * (1 - second)
+    observed = sum(a == b for a, b in choices) / total
+    return None if expected == 1 else (observed - expected) / (1 - expected)
+
+
 def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Sequence[float | None]) -> AgreementMetrics:
     """Return the metrics that need only the judge's probability of the preferred response. None means that there is no label."""
     labels = [p for p in probabilities if p is not None]
@@ -95,6 +112,7 @@ def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Seq
         accuracy=_ratio_or_none(agreed, len(decided)),
         accuracy_low=low,
         accuracy_high=high,
+        kappa=compute_kappa([(pair.a_preferred, pair.a_preferred == correct) for pair, correct in decided]),
         brier=compute_brier_score(labels),
         ece=compute_confidence_error(labels),
         prefers_longer=_ratio_or_none(sum(a_longer == judge_prefers_a for a_longer, judge_prefers_a in unequal), len(unequal)),
@@ -102,11 +120,11 @@ def compute_agreement(judge: str, pairs: Sequence[HumanPair], probabilities: Seq
 
 
 def compute_judge_agreement(
-    judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float, cost: float | None
+    judge: str, pairs: Sequence[HumanPair], labels: Sequence[Preference | None], seconds: float | None, cost: float | None
 ) -> AgreementMetrics:
     """Return the metrics of a judge's labels. A label is None if the pair does not fit into the context of the model.
 
-    `seconds` and `cost` are totals over all pairs. A `cost` of None means that the price is unknown.
+    `seconds` and `cost` are totals over all pairs, or None if they are unknown.
     """
     probabilities = [_get_preferred_probability(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     row = compute_agreement(judge, pairs, probabilities)
@@ -121,10 +139,10 @@ def compute_judge_agreement(
     row.tokens_read = _mean_or_none([float(label.prompt_tokens) for label in judged])
     row.tokens_cached = _mean_or_none([float(label.cached_tokens) for label in judged])
     row.tokens_written = _mean_or_none([float(label.completion_tokens) for label in judged])
-    row.seconds = seconds / len(pairs) if pairs else None
+    row.seconds = seconds / len(pairs) if pairs and seconds is not None else None
     if row.labelled:
         row.tokens_per_label = sum(label.prompt_tokens + label.completion_tokens for label in judged) / row.labelled
-        row.seconds_per_label = seconds / row.labelled
+        row.seconds_per_label = None if seconds is None else seconds / row.labelled
         row.cost_per_label = None if cost is None else cost / row.labelled
     return row
 

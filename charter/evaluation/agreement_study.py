@@ -24,12 +24,22 @@ from engine.errors import PermanentRecordError, RequestFailed, UsageError
 from engine.models.interface import require_results
 from engine.progress import WorkProgress
 from engine.settings import PRESETS, JudgeSettings, Settings
+from engine.text import format_count
 from producers.parse import PreferenceRow, RowError, parse_preference
 from producers.rows import read_rows
-from schemas.records import Preference, Response
+from schemas.records import ChatMessage, Preference, Response
 
 _MAX_PAIR_CHARS = 1_000_000  # rows longer than this are invalid, because they are not dialogues
 JUDGE_PRESETS = ("bai2022", "bai2022-cot", "lee2023", "ensemble-k", "course")
+
+
+@dataclass(frozen=True)
+class LabeledPair:
+    """Two responses to a dialogue, of which a person preferred `chosen`."""
+
+    messages: Sequence[ChatMessage]
+    chosen: str
+    rejected: str
 
 
 @dataclass(frozen=True)
@@ -69,26 +79,47 @@ def read_pairs(file: str, limit: int | None, seed: int) -> PairDataset:
             f"the {num_rows} rows of the file do not have a chosen and a rejected response to one prompt",
             'write each row as {"prompt": "...", "chosen": "...", "rejected": "..."}, or as two dialogues',
         )
+    labeled_pairs = [
+        LabeledPair(pair.messages, pair.response_a, pair.response_b)
+        if pair.p_a > 0.5
+        else LabeledPair(pair.messages, pair.response_b, pair.response_a)
+        for pair in pairs
+    ]
+    human_pairs, judge_inputs = sample_pairs(labeled_pairs, limit, seed)
+    content_hash = digest.hexdigest()[:16]
+    return PairDataset(human_pairs, judge_inputs, Path(file).name, content_hash, num_rows, num_rows - len(pairs))
+
+
+def sample_pairs(pairs: Sequence[LabeledPair], limit: int | None, seed: int) -> tuple[list[HumanPair], list[Response]]:
+    """Return all pairs, or a sample of `limit` pairs, in random order and with a random A/B order."""
     rng = random.Random(f"pairs/{seed}")
     indices = sorted(rng.sample(range(len(pairs)), min(limit or len(pairs), len(pairs))))
     rng.shuffle(indices)  # makes the first N pairs a random sample (--limit-generative)
     human_pairs, judge_inputs = [], []
     for index in indices:
         pair, swap = pairs[index], rng.random() < 0.5
-        chosen, rejected = (pair.response_a, pair.response_b) if pair.p_a > 0.5 else (pair.response_b, pair.response_a)
-        a, b = (rejected, chosen) if swap else (chosen, rejected)
+        a, b = (pair.rejected, pair.chosen) if swap else (pair.chosen, pair.rejected)
         human_pairs.append(HumanPair(a, b, not swap))
         judge_inputs.append(make_pair_response(pair.messages, a, b, (), "pairs"))
-    content_hash = digest.hexdigest()[:16]
-    return PairDataset(human_pairs, judge_inputs, Path(file).name, content_hash, num_rows, num_rows - len(pairs))
+    return human_pairs, judge_inputs
 
 
 class AgreementStudy:
-    """Labels the pairs with each judge preset, and formats the metrics."""
+    """Labels the pairs with each judge preset, and formats the metrics.
 
-    def __init__(self, settings: Settings, origins: dict[str, str], dataset: PairDataset, seed: int) -> None:
+    The judge principles are those of `constitution`, or those of `run.constitution` if it is None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        origins: dict[str, str],
+        dataset: PairDataset,
+        seed: int,
+        constitution: Constitution | None = None,
+    ) -> None:
         self.settings, self.origins, self.dataset, self.seed = settings, origins, dataset, seed
-        self.constitution: Constitution = load_constitution(settings.run.constitution)
+        self.constitution: Constitution = constitution or load_constitution(settings.run.constitution)
         self.rows: list[AgreementMetrics] = []
         self.labels: dict[str, list[Preference | None]] = {}
         self.model_name = ""
@@ -108,7 +139,7 @@ class AgreementStudy:
             judge_inputs, human_pairs = self.dataset.judge_inputs[:count], self.dataset.human_pairs[:count]
             counts.add(len(judge_inputs))
             started = time.monotonic()
-            with show_progress(f"judging with {preset}", "pairs") as progress:
+            with show_progress(f"judging {self.dataset.name} with {preset}", "pairs") as progress:
                 progress.num_total = len(judge_inputs)
                 judge = BatchJudge(settings, models, partial(_count_pairs, progress))
                 labels = label_pairs(judge, self.constitution, judge_inputs)
@@ -127,7 +158,7 @@ class AgreementStudy:
     def describe(self) -> str:
         """Return one line that names the judge, the constitution and the origin of the pairs."""
         data, c = self.dataset, self.constitution
-        invalid = f"; {data.num_invalid} rows are ties or not pairs" if data.num_invalid else ""
+        invalid = f"; {format_count(data.num_invalid, 'rows')} without a preferred response" if data.num_invalid else ""
         return (
             f"judge: {self.model_name}; constitution: {c.name} {c.version} ({c.hash[:12]}); pairs: {len(data.human_pairs)} of the"
             f" {data.num_rows} rows of {data.name} ({data.content_hash}), sampled with seed {self.seed}{invalid}"

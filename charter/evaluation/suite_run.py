@@ -39,7 +39,7 @@ from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from engine.store import Store
-from producers.files import format_count
+from engine.text import format_count
 from producers.replay import decode_or_none, republish_records
 from schemas import ids
 from schemas.records import Prompt

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from charter.export.dataset_card import EXPORT_TAG, format_dataset_card
+from charter.export.dataset_card import EXPORT_TAG, format_dataset_card, list_excluded, list_left_out
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from engine.errors import UsageError
 from engine.progress import WorkProgress
@@ -335,8 +335,10 @@ def export_dataset(
     force: bool,
     limits: LabelQualitySettings,
     progress: WorkProgress,
-) -> dict[str, SplitStats]:
-    """Write the splits of a format and the dataset card to the folder `target`. Return the statistics of each split.
+) -> tuple[dict[str, SplitStats], list[tuple[str, int]]]:
+    """Write the splits of a format and the dataset card to the folder `target`.
+
+    Return the statistics of each split, and the reasons why records are in no training view with the number of records.
 
     `suffix` is jsonl or parquet. `limit` is the maximum number of database rows per split. `limits` are the limits of
     the verdict in the card. A split without rows has no file.
@@ -357,17 +359,20 @@ def export_dataset(
                 continue
             with path.open("rb") as file:
                 split_stats[split].content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        progress.start_step("describing the rows")
+        excluded = list_excluded(store, format_name, selection)
+        left_out = [*excluded, *list_left_out(selection, split_stats)]
         if not any(stats.num_rows for stats in split_stats.values()):
             views = " and ".join(export_format.split_views.values())
-            num_below = sum(stats.num_below_margin for stats in split_stats.values())
-            num_flips = sum(stats.num_flips_left_out for stats in split_stats.values())
-            why = f"no row of {views} matches" + (f", or the margin is too small ({num_below} labels)" if num_below else "")
-            why += f", or the label flips with the order ({num_flips} labels)" if num_flips else ""
+            why = f"no row of {views} matches" + (f"; left out: {format_reasons(left_out)}" if left_out else "")
             fix = "type: charter status    (to see the record counts), or remove --run, --source, --min-margin and --no-flips"
             raise UsageError("there is nothing to export", why, fix)
-        progress.start_step("describing the rows")
-        card = format_dataset_card(
-            store, format_name, export_format.trainer, export_format.columns, selection, split_stats, suffix, limits
-        )
+        trainer, columns = export_format.trainer, export_format.columns
+        card = format_dataset_card(store, format_name, trainer, columns, selection, split_stats, suffix, limits, left_out)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return split_stats
+    return split_stats, excluded
+
+
+def format_reasons(counts: list[tuple[str, int]]) -> str:
+    """Return the reasons why records are not exported, as one line."""
+    return ", ".join(f"{count:,} ({reason})" for reason, count in counts)

@@ -137,8 +137,12 @@ def format_dataset_card(
     split_stats: dict[str, SplitStats],
     suffix: str,
     limits: LabelQualitySettings,
+    excluded: list[tuple[str, int]],
 ) -> str:
-    """Return the contents of the README.md of an export. `columns` are the columns of its files."""
+    """Return the contents of the README.md of an export.
+
+    `columns` are the columns of its files. `excluded` has the reasons why records are not exported, and the number of records.
+    """
     files = {split: f"data/{split}.{suffix}" for split, stats in split_stats.items() if stats.num_rows}
     all_stats = split_stats.values()
     row_counts = sorted(
@@ -159,7 +163,7 @@ def format_dataset_card(
         "## Constitutions\n\n"
         + (_format_markdown_table(["constitution", "hash"], constitutions) if constitutions else _HUMAN_DATA_ONLY),
         "## Models\n\n" + _format_models(store, format_name, selection),
-        "## Excluded records\n\n" + _format_excluded(store, format_name, selection, split_stats),
+        "## Excluded records\n\n" + (_format_markdown_table(["reason", "records"], excluded) if excluded else "None."),
     ]
     if format_name != "sft":
         parts.append("## Label certainty\n\n" + _format_certainty(selection, split_stats))
@@ -247,14 +251,19 @@ def _format_verdict(
     return _escape_cell(judge_labels(quality, limits))
 
 
-def _format_excluded(store: Store, format_name: str, selection: ExportSelection, split_stats: dict[str, SplitStats]) -> str:
+def list_excluded(store: Store, format_name: str, selection: ExportSelection) -> list[tuple[str, int]]:
+    """Return the reasons why records are in no training view, and the number of records of each reason."""
     sql = _EXCLUDED_SQL["sft" if format_name == "sft" else "preference"]
-    rows = [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
+    return [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
+
+
+def list_left_out(selection: ExportSelection, split_stats: dict[str, SplitStats]) -> list[tuple[str, int]]:
+    """Return the reasons why the options of the export leave out labels, and the number of labels of each reason."""
     num_below = sum(stats.num_below_margin for stats in split_stats.values())
-    rows += [(f"margin below {selection.min_margin:g}: nearly a tie", num_below)] if num_below else []
+    rows = [(f"margin below {selection.min_margin:g}: nearly a tie", num_below)] if num_below else []
     num_flips = sum(stats.num_flips_left_out for stats in split_stats.values())
     rows += [("the label flips with the order of the responses", num_flips)] if num_flips else []
-    return _format_markdown_table(["reason", "records"], rows) if rows else "None."
+    return rows
 
 
 def _describe_format(format_name: str) -> str:

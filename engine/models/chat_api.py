@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.models.finish_reason import parse_choice_finish_reason
+from engine.models.finish_reason import find_broken_completion, parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
 from engine.models.reasoning import join_texts, read_message, read_reasoning_fields
 from engine.models.throttle import Slot
@@ -158,6 +158,8 @@ def parse_chat_completion(text: bytes) -> JsonObject:
         content = message.get("content") if read_reasoning_fields(message) else message["content"]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise TransientError("the response is not a chat completion", usage=usage) from error
+    if problem := find_broken_completion(response["choices"][0]):
+        raise TransientError(problem, usage=usage)
     if isinstance(content, list):
         content = _join_parts(content, message, usage)
     if not isinstance(content, str | None):
@@ -229,13 +231,20 @@ def parse_generation(response: JsonObject, usage: Usage) -> Generation:
 
 def _parse_sampled_tokens(choice: JsonObject) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return the ids of the sampled tokens and their log-probabilities. If one is missing, return no log-probabilities."""
-    entries = [entry for entry in (choice.get("logprobs") or {}).get("content") or [] if isinstance(entry, dict)]
+    entries = _list_logprob_entries(choice)
     tokens = [str(entry.get("token")) for entry in entries]
     token_ids = _parse_non_negative_ints(choice.get("token_ids"))
     if not token_ids and tokens and all(re.fullmatch(r"token_id:\d+", token) for token in tokens):
         token_ids = tuple(int(token.removeprefix("token_id:")) for token in tokens)
     logprobs = tuple(value for entry in entries if (value := _parse_logprob(entry)) is not None)
     return token_ids, logprobs if len(logprobs) == len(token_ids) else ()
+
+
+def _list_logprob_entries(choice: JsonObject) -> list[JsonObject]:
+    """Return the entries of the sampled tokens. Log-probabilities in another form, such as that of old completions, have none."""
+    logprobs = choice.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
 
 
 def _parse_non_negative_ints(value: Any) -> tuple[int, ...]:
@@ -253,9 +262,10 @@ def _parse_logprob(entry: Any) -> float | None:
 
 def parse_top_logprobs(response: JsonObject) -> list[tuple[str, float]]:
     """Return the top tokens at the first position with their log-probabilities."""
-    content = (response["choices"][0].get("logprobs") or {}).get("content") or [{}]
-    listed = content[0].get("top_logprobs") if isinstance(content[0], dict) else None
-    pairs = [(entry.get("token"), _parse_logprob(entry)) for entry in listed or [] if isinstance(entry, dict)]
+    first = next(iter(_list_logprob_entries(response["choices"][0])), {})
+    listed = first.get("top_logprobs")
+    entries = listed if isinstance(listed, list) else []
+    pairs = [(entry.get("token"), _parse_logprob(entry)) for entry in entries if isinstance(entry, dict)]
     return [(token, value) for token, value in pairs if isinstance(token, str) and value is not None]
 
 

@@ -81,6 +81,7 @@ from engine.models.probe import NO_THINKING_BODY, THINKING_BODY, probe_server
 from engine.models.reasoning import report_reasoning
 from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
 from engine.models.throttle import Slot, Throttle
+from engine.text import format_count
 from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
 from schemas.ids import compute_fingerprint
 
@@ -97,7 +98,7 @@ _TRANSIENT_CLIENT_ERROR_STATUSES = (
     425,
     429,
 )  # every other status from 401 to 499 means a wrong model, key or address
-_OVERLOAD_STATUSES = (429, 503)
+_OVERLOAD_STATUSES = (429, 503, 529)  # 529: Anthropic
 _MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
 _MAX_ERROR_CHARS = 300
 _MAX_VOTE_TOKENS = 8
@@ -508,7 +509,7 @@ class Endpoint:
                     raise RequestGivenUp(str(error)) from error
                 started_at = min(first_failed_at, self.health.failing_since or math.inf)
                 if time.monotonic() + pause_s >= started_at + self.retry_timeout_s:
-                    raise self.make_unreachable_error(f"{error}, after {num_failures} attempts") from error
+                    raise self.make_unreachable_error(f"{error}, after {format_count(num_failures, 'attempts')}") from error
                 time.sleep(pause_s)
             else:
                 self.health.note_answer(slot.started_at)

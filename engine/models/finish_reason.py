@@ -6,8 +6,9 @@ Azure, TGI, Ollama, llama.cpp, vLLM, SGLang, TensorRT-LLM, watsonx, Together, Z.
 of an enum do not matter: `MAX_TOKENS`, `maxTokens` and `FinishReason.MAX_TOKENS` are the same value.
 
 A value that is not in the table becomes "unknown": the completion counts as not finished, so its end is not trained. The first
-completion with such a value is logged, and all of them are counted. This also applies to `tool_calls`, because Charter offers no
-tools, and to a missing value.
+completion with such a value is logged, and all of them are counted. A value with a word such as `filter` or `safety` becomes
+"refused", because such a text must not train. `tool_calls` is unknown, because Charter offers no tools, and so is a missing
+value.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _VALUES_BY_REASON = {
     # The completion reached the limit of tokens or of the context.
     "length": """length length_limit length_capped limit max_tokens max_token max_length max_new_tokens max_output_tokens
         max_completion_tokens maximum_tokens max_tokens_reached token_limit token_limit_reached model_length context
-        context_length context_length_exceeded max_context_length context_window_exceeded model_context_window_exceeded
+        context_length context_length_exceeded max_context_length max_model_len context_window_exceeded model_context_window_exceeded
         error_limit truncated cutoff""",
     # A filter of the server or of the provider withheld the completion or its end.
     "refused": """content_filter content_filtered content_filtering filtered filter refusal refused safety recitation blocklist
@@ -41,6 +42,13 @@ _VALUES_BY_REASON = {
     "timeout": "timeout timed_out time_limit max_time",
 }
 _REASONS = {value: reason for reason, values in _VALUES_BY_REASON.items() for value in values.split()}
+# Words in the names of other filters. A text that a filter has withheld or cut must not train.
+_FILTER_WORDS = re.compile(r"filter|safety|guardrail|moderat|refus|prohibited|blocklist|policy_violation|toxic")
+# The server broke off the completion because of a failure. The request is tried again.
+_BROKEN_OFF = frozenset((
+    "error", "errored", "abort", "aborted", "cancelled", "canceled", "failed", "failure", "internal_error", "server_error",
+    "insufficient_system_resource",
+))  # fmt: skip
 _ENUM_PREFIX = re.compile(r"^(?:.*\.)?(?:(?:finish|stop|done)_?reason_)?")
 # Where servers put the finish reason of a choice, if `finish_reason` is missing.
 _FIELDS = ("finish_reason", "finishReason", "stop_reason", "stopReason", "done_reason", "native_finish_reason")
@@ -56,7 +64,11 @@ def parse_finish_reason(value: object) -> str:
     """Return "stop", "length", "refused" or "timeout" for the finish reason of a server, or "unknown". Report unknown values."""
     if isinstance(value, Mapping):  # SGLang: {"type": "stop", "matched": 2}
         value = value.get("type")
-    reason = _REASONS.get(_normalize(value)) if isinstance(value, str) else None
+    name = _normalize(value) if isinstance(value, str) else ""
+    reason = _REASONS.get(name)
+    if reason is None and _FILTER_WORDS.search(name):
+        NOTICES.report("finish_reason", name, f"the finish reason {value} of a server counts as withheld by a filter")
+        return "refused"
     if reason is None:
         text = "(missing)" if value is None or value == "" else str(value)
         NOTICES.report(
@@ -67,7 +79,19 @@ def parse_finish_reason(value: object) -> str:
     return reason or UNKNOWN
 
 
+def find_broken_completion(choice: Mapping[str, Any]) -> str:
+    """Return why a choice is not a completion, although the status is 200: its error, or a finish reason that is one. Else ""."""
+    if choice.get("error"):
+        return "the completion has an error"
+    value = _read_finish_reason(choice)
+    value = value.get("type") if isinstance(value, Mapping) else value
+    return f"the server broke off the completion (finish reason {value})" if _normalize(str(value)) in _BROKEN_OFF else ""
+
+
 def parse_choice_finish_reason(choice: Mapping[str, Any]) -> str:
     """Return the finish reason of a choice of a chat completion (see `parse_finish_reason`)."""
-    values = [choice[name] for name in _FIELDS if isinstance(choice.get(name), str | Mapping) and choice[name]]
-    return parse_finish_reason(values[0] if values else None)
+    return parse_finish_reason(_read_finish_reason(choice))
+
+
+def _read_finish_reason(choice: Mapping[str, Any]) -> Any:
+    return next((choice[name] for name in _FIELDS if isinstance(choice.get(name), str | Mapping) and choice[name]), None)

@@ -6,7 +6,7 @@ compared, trained on or exported. There are three kinds of marks:
 * a server puts the reasoning into its own field of the message (`reasoning_content`, `reasoning`, `thinking`,
   `reasoning_details`), or into parts of the content with the type `thinking`;
 * the text contains marks: `<think>...</think>` and similar tags, `[THINK]...[/THINK]`, the channels of gpt-oss (harmony), and the
-  marks of Cohere, Seed, Kimi-VL, MedGemma and Gemma 4;
+  marks of Cohere, Seed, Kimi-VL, MedGemma and Gemma 4, and the sections of Granite;
 * the chat template has written the opening mark, so that the text has only the closing mark.
 
 Reasoning is separated only where it begins the text. Up to `_MAX_OPENING_WORDS` words may precede it (`Okay. <think>`); they
@@ -30,14 +30,16 @@ from typing import Any
 from engine.models.interface import Generation
 from engine.notices import NOTICES
 
-_TAG_NAME = r"(?:[A-Za-z]{1,16}[:_])?(?:[Tt]hink|THINK|[Tt]hinking|THINKING|[Tt]hought|THOUGHT|[Tt]houghts|[Rr]easoning|REASONING|[Ss]cratchpad)"
+_TAG_NAME = (
+    r"(?i:(?:[a-z]{1,16}[:_])?(?:think|thinks|thinking|thoughts?|reasoning|reflection|scratchpad|monologue|deepthink|cot))"
+)
 # RE2, the engine of DuckDB, must also support the patterns of marks, so they have no lookahead.
 _OPEN = "|".join(
     [
-        rf"<{_TAG_NAME}>",
-        r"\[THINK\]",
+        rf"<{_TAG_NAME}(?:[ \t]+[a-z_]+=[^<>\n]{{0,80}})?[ \t]*>",
+        r"\[THINK(?:ING)?\]",
         "◁think▷",
-        r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think_start|begin_of_thinking)\|>",
+        r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think_start|begin_of_thinking|think|thinking)\|>",
         r"<unused94>(?:thought)?",
         r"<\|channel>(?:thought)?",
         r"<\|channel\|>(?:analysis|commentary)[^<]{0,80}<\|message\|>",
@@ -45,10 +47,10 @@ _OPEN = "|".join(
 )
 _CLOSE = "|".join(
     [
-        rf"</{_TAG_NAME}>",
-        r"\[/THINK\]",
+        rf"</{_TAG_NAME}[ \t]*>",
+        r"\[/THINK(?:ING)?\]",
         "◁/think▷",
-        r"<\|(?:end_of_thought|END_THINKING|inner_suffix|think_end|end_of_thinking)\|>",
+        r"<\|(?:end_of_thought|END_THINKING|inner_suffix|think_end|end_of_thinking|/think|/thinking)\|>",
         r"<unused95>",
         r"<channel\|>",
         r"<\|channel\|>final[^<]{0,80}<\|message\|>",
@@ -58,10 +60,14 @@ _FINAL_CHANNEL = re.compile(r"(?:<\|start\|>)?(?:assistant)?<\|channel\|>final[^
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call)\|>")
 # gpt-oss whose special tokens were left out: "analysisThe user asks ... assistantfinalParis."
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=[A-Z\"'])(?P<reasoning>.*?)(?:assistant\s*final(?P<response>.*)|\Z)", re.DOTALL)
+# Granite 3.2: "Here is my thought process: ... Here is my response: Paris."
+_GRANITE_SECTIONS = re.compile(
+    r"\s*Here(?: i|'|’)s my thought process:(?P<reasoning>.*?)(?:Here(?: i|'|’)s my response:(?P<response>.*)|\Z)", re.DOTALL
+)
 # Marks around the response that some models write after their reasoning.
 _RESPONSE_WRAPPER = re.compile(
-    r"\s*(?:<(?P<tag>answer|response|output)>(?P<tagged>.*?)(?:</(?P=tag)>\s*|\Z)"
-    r"|<\|(?:begin_of_solution|START_RESPONSE|START_TEXT)\|>(?P<marked>.*?)(?:<\|(?:end_of_solution|END_RESPONSE|END_TEXT)\|>\s*|\Z))\Z",
+    r"\s*(?:<(?P<tag>(?i:answer|response|output))>(?P<tagged>.*?)(?:</(?P=tag)>\s*|\Z)"
+    r"|<\|(?:begin_of_solution|START_RESPONSE|START_TEXT|begin_of_box)\|>(?P<marked>.*?)(?:<\|(?:end_of_solution|END_RESPONSE|END_TEXT|end_of_box)\|>\s*|\Z))\Z",
     re.DOTALL,
 )
 _OPEN_PATTERN, _CLOSE_PATTERN = re.compile(_OPEN), re.compile(_CLOSE)
@@ -132,7 +138,7 @@ def separate_reasoning(text: str, *, is_open: bool = False) -> SeparatedText:
 
     `is_open` is true if the chat template has written the opening mark, so that the text begins inside the reasoning.
     """
-    if not is_open and (bare := _BARE_CHANNELS.match(text)):
+    if not is_open and (bare := _BARE_CHANNELS.match(text) or _GRANITE_SECTIONS.match(text)):
         response = bare["response"]
         return SeparatedText((response or "").strip(), bare["reasoning"].strip(), response is None)
     if (final := _find_final_channel(text)) is not None:

@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 
+from engine.text import format_count
+
 logger = logging.getLogger("charter.endpoint")
 
 STATUS_INTERVAL_S = 15.0
@@ -75,7 +77,9 @@ class ServerHealth:
         self.logged_at = now
         elapsed_s = now - self.failing_since
         self.has_long_outage |= elapsed_s > 1
-        attempts = "1 failed attempt" if self.num_failures == 1 else f"{self.num_failures} failed attempts in {elapsed_s:.0f} s"
+        attempts = format_count(self.num_failures, "failed attempts") + (
+            f" in {elapsed_s:.0f} s" if self.num_failures > 1 else ""
+        )
         left_s = max(0.0, self.gives_up_at - now)
         logger.warning(
             "waiting for %s: %s; %s, the next in %.1f s; the stage pauses %s",

@@ -167,9 +167,9 @@ def test_dry_run_shows_the_first_records_and_fails_if_a_row_is_refused(tmp_path)
     assert [message["content"] for message in shown["messages"]] == ["Be brief.", "q0"]
     assert shown["response_a" if shown["p_a"] == 1 else "response_b"] == " a\n"
     assert result.stderr.strip() == "- row 1: columns without effect on preferences: id"
-    result = run_charter(*command, stdin=stdin + '{"prompt": "q"}\n' * 30)
-    assert result.returncode == 1 and "would publish 5 preferences; 30 rows are invalid" in result.stdout
-    assert result.stderr.count("row 25: needs") == 1 and "row 26" not in result.stderr and "30 rows: needs" in result.stderr
+    result = run_charter(*command, stdin=stdin * 2 + '{"prompt": "q"}\n' * 30)
+    assert result.returncode == 1 and "would publish 5 preferences, 5 duplicates skipped; 30 rows are invalid" in result.stdout
+    assert result.stderr.count("row 30: needs") == 1 and "row 31" not in result.stderr and "30 rows: needs" in result.stderr
     assert not (tmp_path / "d").exists()
 
 
@@ -364,6 +364,7 @@ def test_advice_for_a_wrong_settings_file_works(text, tmp_path):
 
 
 def test_empty_topic_is_reported(tmp_path):
+    run_charter("produce", "-", "--data", tmp_path, stdin='"One?"\n')
     result = run_charter("tail", "demonstrations", "--data", tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "there are no records in demonstrations\n")
 

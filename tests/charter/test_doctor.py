@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from charter.cli import cli
 from charter.installation import get_install_command
 from engine.bus import open_bus
+from engine.errors import UsageError
 from engine.store import Store
 from schemas.topics import TOPICS
 from tests.support.chat_server import FakeChatServer, make_script
@@ -117,3 +118,20 @@ def test_advice_fits_the_installation(direct_url, command, tmp_path, monkeypatch
         (info / "direct_url.json").write_text(direct_url)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert get_install_command("train") == command
+
+
+def test_empty_file_of_a_log_is_not_changed(tmp_path, doctor):
+    path = tmp_path / "data" / "log.sqlite"
+    path.parent.mkdir()
+    path.touch()
+    code, findings = doctor()
+    assert code == 0 and "does not exist yet" in findings["log"]["detail"] and path.stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "command", ["tail prompts", "topics list", "topics lag", "batches show 1", "policy list", "replay --stage judge", "label"]
+)
+def test_command_that_only_reads_creates_no_log(tmp_path, command):
+    with pytest.raises(UsageError, match=r"there is no (log|database)"):
+        CliRunner().invoke(cli, [*command.split(), "--data", str(tmp_path / "typo")], catch_exceptions=False)
+    assert not (tmp_path / "typo").exists()

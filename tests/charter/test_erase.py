@@ -287,7 +287,7 @@ def test_erased_prompt_on_kafka_stays_erased_until_retention_deletes_it(kafka_de
     # The values stay in Kafka, and the command says until when.
     tomorrow = datetime.now(UTC) + timedelta(milliseconds=1_200_000_000)
     assert re.search(rf"prompts: 2 records, until about {tomorrow:%Y-%m-%d} .*retention.ms=1200000000", output)
-    assert "demonstrations: 1 records, until about" in output and "Kafka cannot delete single records" in output
+    assert "demonstrations: 1 record, until about" in output and "Kafka cannot delete single records" in output
     assert f"the topic {Erasure.topic} has a retention time" not in output  # a rebuilt sink always finds the erasures
     # A producer, a stage that starts again, and a replay skip the prompt.
     again = deployment.call("produce", deployment.folder.parent / "prompts.jsonl", "--run", "later", "--epoch", 2)

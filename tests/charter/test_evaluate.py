@@ -150,7 +150,7 @@ def test_report_measures_a_known_judge(pairs):
     assert (longer["accuracy"], shorter["accuracy"], sampled["pairs"]) == (0, 1, 12)
     assert judge["cost_per_label"] == judge["tokens_read"] and judge["cost_per_label"] > 0
     report = json.loads(study.to_json())
-    assert "12 of the 13 rows" in report["about"] and "1 rows are ties or not pairs" in report["about"]
+    assert "12 of the 13 rows" in report["about"] and "1 row without a preferred response" in report["about"]
     assert len(report["labels"]["lee2023"]) == 12 and 0 < sum(report["a_preferred"]) < 12
 
 

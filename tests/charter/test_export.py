@@ -161,7 +161,7 @@ def test_kto_leaves_out_labels_that_are_nearly_ties(tmp_path):
     database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
     database.add(*(make_preference(name, name, p_a) for name, p_a in labels.items()))
     output = run_command(tmp_path, "export", "kto", tmp_path / "kto")
-    assert "train: 6 rows" in output and "1 labels left out, because their margin |p - 0.5| is below 0.1" in output
+    assert "train: 6 rows" in output and "1 label left out, because their margin |p - 0.5| is below 0.1" in output
     rows = {row["completion"][0]["content"]: row["label"] for row in lines(tmp_path / "kto/data/train.jsonl")}
     assert rows == {"far a": False, "far b": True, "other a": True, "other b": False, "sure a": True, "sure b": False}
     card = (tmp_path / "kto" / "README.md").read_text(encoding="utf-8")
@@ -170,8 +170,8 @@ def test_kto_leaves_out_labels_that_are_nearly_ties(tmp_path):
     output = run_command(tmp_path, "export", "kto", tmp_path / "all", "--min-margin", "0")
     assert "train: 8 rows" in output and "1 of 4 labels have a margin below 0.1 (to leave them out: --min-margin 0.1)" in output
     output = run_command(tmp_path, "export", "preference", tmp_path / "pairs", "--min-margin", "0.1")
-    assert "train: 3 rows" in output and "1 labels left out" in output
-    with pytest.raises(UsageError, match=r"margin is too small \(4 labels\)"):
+    assert "train: 3 rows" in output and "1 label left out" in output
+    with pytest.raises(UsageError, match=r"4 \(margin below"):
         run_command(tmp_path, "export", "kto", tmp_path / "none", "--min-margin", "0.5")
     with pytest.raises(UsageError, match="sft has no --min-margin"):
         run_command(tmp_path, "export", "sft", tmp_path / "none", "--min-margin", "0.1")
@@ -367,8 +367,11 @@ def test_pair_that_cannot_be_compared_gets_no_human_label(tmp_path):
             run_command(tmp_path, "label", pair.record_id, "--prefer", "a")
     line = json.dumps({"record_id": pairs[0].record_id, "prefer": "a"})
     assert "line 1: the pair" in run_command(tmp_path, "label", "-", stdin=line.encode(), code=1)
-    with pytest.raises(UsageError, match="nothing to export"):
+    with pytest.raises(UsageError, match="nothing to export") as caught:
         run_command(tmp_path, "export", "preference", tmp_path / "exported")
+    assert {"1 (pair cannot be compared: IDENTICAL)", "1 (pair cannot be compared: EMPTY)"} <= set(
+        caught.value.why.partition("left out: ")[2].split(", ")
+    )
 
 
 def test_invalid_label_options_raise_usage_errors(labeled, tmp_path):

@@ -128,7 +128,7 @@ def test_status_and_card_show_the_verdict(deployment, tmp_path):
     deployment.call("export", "preference", tmp_path / "pairs")
     assert VERDICT in (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
     output = deployment.call("export", "preference", tmp_path / "same", "--no-flips")
-    assert "train: 1 rows" in output and "3 labels left out, because they flip" in output
+    assert "train: 1 row" in output and "3 labels left out, because they flip" in output
     card = (tmp_path / "same" / "README.md").read_text(encoding="utf-8")
     # The flips that were left out still show that the judge prefers a position.
     assert "100% of 3 labels flip" in card and "| the label flips with the order of the responses | 3 |" in card
@@ -138,7 +138,7 @@ def test_status_and_card_show_the_verdict(deployment, tmp_path):
 def test_run_until_done_ends_with_the_verdict(tmp_path):
     deployment = Deployment(tmp_path / "data")
     deployment.publish("One?")
-    assert "labels: 1 labels are too few" in deployment.call("run", "--until-done", stream="stderr")
+    assert "labels: 1 label is too few" in deployment.call("run", "--until-done", stream="stderr")
 
 
 def test_training_on_bad_labels_needs_force(deployment, tiny):

@@ -105,7 +105,7 @@ def test_a_pair_that_is_not_applicable_has_no_label(settings, pairs):
 def test_labels_that_no_sink_has_read_are_not_asked_for_again(settings, pairs):
     run_label(settings, "--count", "1", stdin="1\n")
     output = run_label(settings, stdin="q\n")
-    assert "1 pairs with a human label are not in the database yet" in output
+    assert "not in the database yet: the human labels of 1 pair;" in output
     assert "pair 1 of 2; 1 of 3 pairs labeled" in output and "unsure a" not in output
 
 

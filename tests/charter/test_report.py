@@ -39,11 +39,13 @@ def test_a_report_loads_no_external_files(run_folder, tmp_path):
 
 
 def test_a_report_prints_html_or_json(run_folder):
-    assert run_report(run_folder, "-").stdout.startswith("<!doctype html>")
+    page = run_report(run_folder, "-").stdout
+    assert page.startswith("<!doctype html>") and "Can I train on this?" in page and "<p>labels: " in page
     contents = json.loads(run_report(run_folder, "--json", "--traces", "2").stdout)
     assert contents["run"] == "live" and len(contents["traces"]["traces"]) == 2
     assert contents["policies"]["policies"][0]["prompts"] == len(HOSTILE_TEXTS)
     assert contents["counts"]["topics"][0]["records"] == len(HOSTILE_TEXTS)
+    assert contents["labels"]["verdict"].startswith("labels: ")
 
 
 def test_sampled_traces_are_the_same_each_time(run_folder):

@@ -105,3 +105,11 @@ def test_leaks_are_counted_for_each_template(tmp_path):
     rows = database.query_rows("SELECT stage, template_hash, part, leaks, texts, leak_rate FROM leak_stats ORDER BY part")
     assert [row[2:] for row in rows] == [("any", 2, 4, 0.5), ("instruction", 1, 4, 0.25), ("quotation mark", 2, 4, 0.5)]
     assert {row[1] for row in rows} == {"t"}
+
+
+def test_texts_without_a_model_or_a_template_are_counted(tmp_path):
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    revision = make_revision("0", "p", "a", "b", 0.5)
+    database.add(make_prompt("p"), revision.model_copy(update={"leaks": ["critique"], "model": None, "template_hash": None}))
+    rows = database.query_rows("SELECT part, leaks, texts FROM leak_stats WHERE model IS NULL ORDER BY part")
+    assert rows == [("any", 1, 1), ("critique", 1, 1)]

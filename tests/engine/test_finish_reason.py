@@ -14,7 +14,7 @@ STOPPED = [
     "stop-sequence", "endoftext", "stop_token", "end_id", "STOP_CRITERIA_MET", "completed", "normal", {"type": "stop", "matched": 7},
 ]  # fmt: skip
 CUT = [
-    "length", "LENGTH", "max_tokens", "MAX_TOKENS", "maxTokens", "model_length", "max_output_tokens", "token_limit", "ERROR_LIMIT",
+    "length", "LENGTH", "max_tokens", "MAX_TOKENS", "maxTokens", "model_length", "max_output_tokens", "token_limit", "max_model_len", "ERROR_LIMIT",
     "model_context_window_exceeded", {"type": "length", "length": 8},
 ]  # fmt: skip
 WITHHELD = [
@@ -71,3 +71,9 @@ def test_number_of_reported_values_is_limited(caplog):
     counts = NOTICES.get_counts()
     assert len(counts) == 51 and sum(counts.values()) == 200 and counts["finish_reason", "(other values)"] == 150
     assert len(caplog.records) == 51
+
+
+@pytest.mark.parametrize("value", ["safety_filter", "ResponsibleAIFilter", "AZURE_MODERATION"])
+def test_name_of_an_unknown_filter_counts_as_withheld_and_is_reported(value, caplog):
+    assert parse_finish_reason(value) == "refused"
+    assert f"{value} of a server counts as withheld" in caplog.text

@@ -67,6 +67,8 @@ def never_answer(fault):
         (500, b"Out of range float values"), (502, b""), (504, b""), (200, {"error": {"message": "no"}}), (200, {"choices": []}),
         (200, {"choices": [{"message": {"role": "assistant"}}]}), (200, b"<html>"), CUT_CONNECTION,
         (403, b"flagged"), (404, b"no route"), (402, b"too long for this plan"), (451, b"blocked"),
+        (200, {"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}),
+        (200, {"choices": [{"message": {"content": "half"}, "error": {"code": 502}, "finish_reason": "stop"}]}),
         (200, {"choices": [{"message": {"content": [{"type": "image_url", "image_url": "x"}]}}]}),
     ],
 )  # fmt: skip
@@ -79,6 +81,17 @@ def test_request_that_fails_alone_is_a_failure_of_its_record(server, fault):
     # Also if it is the only request: a small request shows that the server answers.
     (error,) = make_endpoint(server).generate([make_request("bad")])
     assert isinstance(error, RequestFailed)
+
+
+@pytest.mark.parametrize(
+    "logprobs", [float("nan"), [-0.1], {"tokens": ["x"]}, {"content": {"x": -0.1}}, {"content": [{"top_logprobs": {"A": 0}}]}]
+)
+def test_log_probabilities_in_another_form_do_not_fail_a_batch(server, logprobs):
+    choice = {"message": {"content": "A"}, "finish_reason": "stop", "logprobs": logprobs}
+    server.script = lambda n, request: (200, {"choices": [choice]})
+    model = make_endpoint(server)
+    assert model.generate([make_request("a")])[0][0].text == "A"
+    assert model.score_options([make_request("a")], ["A", "B"])[0].option_mass == 0.0
 
 
 def test_request_that_hangs_alone_is_a_failure_of_its_record(server):
@@ -97,7 +110,7 @@ def test_request_that_hangs_alone_is_a_failure_of_its_record(server):
     assert "0.3 s" in alone.why and model.throttle.timeout_s > 0.6  # each attempt has more time
 
 
-@pytest.mark.parametrize("fault", [(429, b"slow down"), (503, b"loading")])
+@pytest.mark.parametrize("fault", [(429, b"slow down"), (503, b"loading"), (529, b"overloaded")])
 def test_overload_is_never_a_failure_of_a_record(server, fault):
     server.script = lambda n, request: (
         fault if get_text(request) == "unlucky" and count_requests(server, "unlucky") <= 5 else answer(request)

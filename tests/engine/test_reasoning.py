@@ -42,6 +42,12 @@ SEPARATED = {
         "I know it.",
         "Paris.",
     ),
+    "attribute and spaces": ('<thinking time="3" >I know it.</thinking > Paris.', "I know it.", "Paris."),
+    "reflection": ("<reflection>I know it.</reflection>\nParis.", "I know it.", "Paris."),
+    "mixed case": ("<Thought>I know it.</Thought>\n<Output>Paris.</Output>", "I know it.", "Paris."),
+    "special token with a slash": ("<|thinking|>I know it.<|/thinking|>Paris.", "I know it.", "Paris."),
+    "box": ("<think>I know it.</think><|begin_of_box|>Paris.<|end_of_box|>", "I know it.", "Paris."),
+    "sections": ("Here is my thought process:\nI know it.\n\nHere is my response:\nParis.", "I know it.", "Paris."),
     "after a first word": ("Okay. <think>The user asks.</think>\n\nParis.", "Okay. The user asks.", "Paris."),
     "after a first line": ("Sure!\n<think>\nThe user asks.\n</think>\nParis.", "Sure!\n\nThe user asks.", "Paris."),
 }
@@ -51,6 +57,7 @@ CUT = {
     "square bracket": "[THINK]The user asks",
     "channel": "<|channel|>analysis<|message|>The user asks",
     "channel without special tokens": "analysisThe user asks",
+    "sections": "Here's my thought process: The user asks",
 }
 PROSE = {
     "in a sentence": "Models write <think> before they answer and </think> after.",

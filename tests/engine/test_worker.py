@@ -22,7 +22,7 @@ from engine.errors import (
 from engine.host import Host
 from engine.positions import TARGET_STAGE_HEADER
 from engine.watchdog import CallTracker, Watchdog
-from engine.worker import ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
+from engine.worker import ModelExecutor, PauseReport, Stage, Worker, WorkerLimits, to_producer_record
 from schemas import ids
 from schemas.codec import decode_record
 from schemas.records import ChatMessage, Completion, DeadLetter, DeadLetterKind, Prompt, Response
@@ -497,3 +497,24 @@ def test_in_flight_records_are_bounded_in_bytes(bus):
         assert bounded.num_in_flight == num_in_flight <= 50
         release.set()
         wait_until(lambda: len(read_responses(bus)) == 200)
+
+
+def test_reason_of_consecutive_pauses_is_logged_once(caplog):
+    report = PauseReport("respond")
+    for _ in range(4):
+        report.add("the server redirects", 0.5)
+    report.end()
+    report.add("the disk is full", 0.5)
+    report.end()
+    lines = [message.partition(" 0 s")[0] for message in caplog.messages]
+    assert lines == [
+        "respond pauses 0.5 s: the server redirects", "respond continues after a pause of", "respond pauses 0.5 s: the disk is full"
+    ]  # fmt: skip
+
+
+def test_long_pause_has_a_line_at_intervals(caplog, monkeypatch):
+    monkeypatch.setattr("engine.worker._PAUSE_REPORT_INTERVAL_S", 0.0)
+    report = PauseReport("respond")
+    for _ in range(2):
+        report.add("the server redirects", 0.5)
+    assert caplog.messages[1] == "respond still pauses after 0 s, for the same reason"

@@ -138,7 +138,7 @@ def test_columns_without_effect_are_reported_once_and_counted(bus, tmp_path):
     producer = FileProducer(bus, "r", on_unread_columns=lambda number, names: reported.append((number, names)))
     report = producer.publish(str(file))
     assert reported == [(1, ["id"]), (2, ["note"])] and report.unread_columns == {"id": 2, "note": 1}
-    assert "columns without effect: id (2 rows), note (1 rows)" in list(format_report(report, str(file)))
+    assert "columns without effect: id (2 rows), note (1 row)" in list(format_report(report, str(file)))
 
 
 def test_file_with_other_column_names_is_read_again_after_they_are_named(bus, tmp_path):
@@ -154,9 +154,16 @@ def test_report_counts_the_rows_that_an_earlier_call_read(bus, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_bytes(to_line("one") + to_line(b"{"))
     assert "; its first" not in "".join(format_report(FileProducer(bus, "r").publish(str(file)), str(file)))
-    assert "its first 2 rows were read by an earlier call" in "".join(
+    assert "its first 2 rows were read by an earlier call, which published 1" in "".join(
         format_report(FileProducer(bus, "r").publish(str(file)), str(file))
     )
+
+
+def test_row_that_was_too_long_is_read_again_with_a_larger_limit(bus, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(to_line("a long prompt"))
+    assert len(FileProducer(bus, "r", max_chars=3).publish(str(file)).bad_rows) == 1
+    assert FileProducer(bus, "r", max_chars=300).publish(str(file)).num_published == 1
 
 
 def test_producer_rejects_a_missing_file(bus):

@@ -75,6 +75,16 @@ PREFERENCES = {
         [("system", SYSTEM), ("user", "Where may I\nmoor?")],
     ),
     "Alpaca with history": ({"instruction": QUESTION, "input": "", "history": [["Hello", "Good day."]], **RESPONSES}, LONGER),
+    "OpenOrca, system_prompt": ({"system_prompt": SYSTEM, "prompt": QUESTION, **RESPONSES}, WITH_SYSTEM),
+    "system_message": ({"system_message": SYSTEM, "messages": [user()], **RESPONSES}, WITH_SYSTEM),
+    "Dolly, context": (
+        {"instruction": "Where may I", "context": "moor?", **RESPONSES}, [("user", "Where may I\nmoor?")],
+    ),
+    "context that the prompt contains": ({"context": "moor", "prompt": QUESTION, **RESPONSES}, ONE_TURN),
+    "number of turns": ({"turns": 1, "prompt": QUESTION, **RESPONSES}, ONE_TURN),
+    "scores that agree with the label": ({"prompt": QUESTION, **RESPONSES, "score_chosen": 8.5, "score_rejected": 3}, ONE_TURN),
+    "WildChat, conversation": ({"conversation": [*EARLIER, user()], **RESPONSES}, LONGER),
+    "role model": ({"prompt": [user("Hello"), {"role": "model", "content": "Good day."}, user()], **RESPONSES}, LONGER),
     "OpenAI": (
         {
             "input": {"messages": [system(), user()], "tools": [], "parallel_tool_calls": True},
@@ -115,6 +125,9 @@ PREFERENCES = {
         {"prompt": f"\r\n\r\nHuman: Hello\r\n\r\nAssistant: Good day.\r\n\r\nHuman: {QUESTION}\r\n\r\nAssistant:", **RESPONSES},
         LONGER,
     ),
+    "transcript and the rest of its last line": (
+        {"prompt": f"\n\nHuman: {QUESTION}\n\nAssistant:", "chosen": f" {GOOD}", "rejected": f" {BAD}\n"}, ONE_TURN
+    ),
     "prompt and whole transcripts": (
         {
             "prompt": QUESTION,
@@ -148,6 +161,8 @@ DEMONSTRATIONS = {
     "ShareGPT": {"conversations": share_gpt(system(), user(), assistant())},
     "ShareGPT with a system column": {"conversations": share_gpt(user(), assistant()), "system": SYSTEM, "tools": "[]"},
     "Alpaca": {"instruction": QUESTION, "input": "", "output": GOOD, "system": SYSTEM},
+    "Self-Instruct": {"instruction": QUESTION, "input": "<noinput>", "output": GOOD, "system": SYSTEM},
+    "Dolly": {"instruction": QUESTION, "context": "", "response": GOOD, "system": SYSTEM, "category": "open_qa"},
     "KTO, desirable": {"prompt": [system(), user()], "completion": [assistant()], "label": True},
     "messages as JSON": {"messages": json.dumps([system(), user(), assistant()])},
     "prompt, completion and messages": {"prompt": QUESTION, "messages": [system(), user(), assistant()]},
@@ -190,6 +205,31 @@ REFUSED_PREFERENCES = {
         {"input": {"messages": [user()], "tools": [{"x": 1}]}, "preferred_output": [assistant()],
          "non_preferred_output": [assistant(BAD)]}, '"tools" is not supported',
     ),
+    "context beside a prompt": ({"prompt": QUESTION, "context": "The west quay is free.", **RESPONSES}, "--column context="),
+    "context as a list": ({"prompt": QUESTION, "context": ["The west quay is free."], **RESPONSES}, "--column instruction=NAME"),
+    "context and input": ({"instruction": QUESTION, "input": "x", "context": "y", **RESPONSES}, 'both "input" and "context"'),
+    "question beside a template": ({"prompt": "Answer the question.", "question": QUESTION, **RESPONSES}, '"question" may be'),
+    "documents": ({"prompt": QUESTION, "documents": [{"text": "x"}], **RESPONSES}, '"documents" may be'),
+    "persona": ({"prompt": QUESTION, "persona": "A pilot.", **RESPONSES}, '"persona" may be'),
+    "system and system_prompt": ({"system": SYSTEM, "system_prompt": "x", "prompt": QUESTION, **RESPONSES}, 'both "system"'),
+    "system message after the first": ({"prompt": [user("Hello"), system(), user()], **RESPONSES}, "not the first message"),
+    "scores that contradict the label": (
+        {"prompt": QUESTION, **RESPONSES, "score_chosen": 3.0, "score_rejected": "8.5"}, "3 is not above"
+    ),
+    "scores of a tie": ({"prompt": QUESTION, **RESPONSES, "chosen-rating": 5, "rejected-rating": 5}, "label is uncertain"),
+    "negative margin": ({"prompt": QUESTION, **RESPONSES, "margin": "-0.5"}, "below 0"),
+    "false label": ({"prompt": QUESTION, **RESPONSES, "label": 0}, '"label" is false'),
+    "missing value as text": ({"prompt": QUESTION, "chosen": "nan", "rejected": BAD}, "missing value"),
+    "missing input as text": ({"instruction": QUESTION, "input": "None", **RESPONSES}, "missing value"),
+    "images in a message": ({"prompt": [user() | {"images": ["x.png"]}], **RESPONSES}, "only text"),
+    "invisible prompt": ({"prompt": "\u200b", **RESPONSES}, "empty prompt"),
+    "empty last message": ({"messages": [*EARLIER, user(" ")], **RESPONSES}, "empty prompt"),
+    "role of a tool response": ({"prompt": [user(), {"role": "tool_response", "content": "3"}, user()], **RESPONSES}, "uses a tool"),
+    "id of a tool call": ({"prompt": [user(), user() | {"tool_call_id": "1"}], **RESPONSES}, "uses a tool"),
+    "tool call in a text": (
+        {"prompt": QUESTION, "chosen": '<tool_call>\n{"name": "tide"}\n</tool_call>', "rejected": BAD}, "mark of a tool"
+    ),
+    "list of tools in the system message": ({"system": "Use these.\n<tools>[]</tools>", "prompt": QUESTION, **RESPONSES}, "mark of a"),
     "image": ({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}], **RESPONSES}, "text part"),
     "Python list as text": ({"prompt": str([user()]), **RESPONSES}, "not JSON"),
     "cut JSON": ({"prompt": json.dumps([user()])[:-3], **RESPONSES}, "not JSON"),
@@ -208,7 +248,7 @@ REFUSED_PREFERENCES = {
     ),
     "two responses in a row": ({"chosen": [user(), assistant(), assistant()], "rejected": [user(), assistant(BAD)]}, "more than one"),
     "response of another role": ({"prompt": QUESTION, "chosen": [user("x")], "rejected": [assistant(BAD)]}, "another prompt"),
-    "system message at the end": ({"chosen": [user(), system()], "rejected": [user(), assistant(BAD)]}, "more than one"),
+    "system message at the end": ({"chosen": [user(), system()], "rejected": [user(), assistant(BAD)]}, "not the first"),
 }  # fmt: skip
 
 
@@ -224,6 +264,9 @@ REFUSED_DEMONSTRATIONS = {
     "label of another kind": ({"prompt": QUESTION, "completion": GOOD, "label": "safe"}, "neither true nor false"),
     "weight 0": ({"messages": [user(), assistant(weight=0)]}, '"weight" excludes'),
     "train false": ({"messages": [user(), assistant(train=False)]}, '"train" excludes'),
+    "weight 0 as text": ({"messages": [user(), assistant(weight="0.0")]}, '"weight" excludes'),
+    "weight between 0 and 1": ({"messages": [user(), assistant(weight=0.5)]}, "not 1 or true"),
+    "beginning of a response": ({"messages": [user(), assistant(prefix=True)]}, '"prefix" marks the beginning'),
     "tool call": ({"messages": [user(), assistant(**CALL)]}, "uses a tool"),
     "two completions": ({"prompt": QUESTION, "completion": GOOD, "chosen": BAD}, "both"),
     "another ending": ({"messages": [user(), assistant(BAD)], "completion": GOOD}, "another response"),
@@ -260,6 +303,21 @@ def test_named_columns_are_read_and_other_columns_are_reported():
     assert to_pairs(parsed) == ONE_TURN and parsed.unread_columns == ("id", "prompt")
     with pytest.raises(RowError, match='no "prompt"'):  # `prompt` is not read in place of the named column
         read(parse_preference, {"prompt": QUESTION, **RESPONSES}, prompt="question")
+
+
+def test_context_is_joined_with_a_named_question():
+    row = {"question": "Where may I", "context": "moor?", **RESPONSES}
+    assert to_pairs(read(parse_preference, row, instruction="question")) == [("user", "Where may I\nmoor?")]
+
+
+def test_ignored_columns_do_not_matter_and_a_given_probability_decides():
+    row = {"prompt": QUESTION, **RESPONSES, "context": "x", "score_chosen": 1, "score_rejected": 2}
+    assert read(parse_preference, row, context="", score_chosen="").p_a == 1.0
+    assert read(parse_preference, row | {"p_chosen": 0.4}, context="").p_a == 0.4
+
+
+def test_tool_mark_in_a_question_is_a_text():
+    assert to_pairs(read(parse_prompt, {"prompt": "What does this mean?\n<tool_call>"}))[0][0] == "user"
 
 
 def test_column_without_a_name_is_ignored():
