@@ -272,10 +272,7 @@ def make_host(
         for resource in (lease, budget, tracing):
             if resource:
                 resources.callback(resource.close)
-        suite_max_tokens = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
-        stages_and_roles = _make_stages(
-            settings, bus, models, constitution, stages, custom_stages, pinned_version, suite_max_tokens
-        )
+        stages_and_roles = _make_stages(settings, bus, models, constitution, stages, custom_stages, pinned_version, evaluation)
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
         if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
@@ -323,14 +320,12 @@ def _make_stages(
     names: Sequence[str],
     custom_stages: Sequence[custom_stage.CustomStage],
     pinned_version: int | None,
-    suite_max_tokens: Mapping[str, int],
+    evaluation: Evaluation | None,
 ) -> list[tuple[Stage, str | None]]:
     """Return the built-in and the custom stages, each with the role of its model."""
+    limits = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
     stages: list[tuple[Stage, str | None]] = [
-        (
-            make_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens),
-            get_stage_role(name, settings),
-        )
+        (make_stage(name, settings, models, constitution, bus, pinned_version, limits), get_stage_role(name, settings))
         for name in names
     ]
     for custom in custom_stages:
@@ -353,18 +348,13 @@ def _claim_configuration(
     all_stages = describe_stages(settings, constitution, models)
     if evaluation:
         all_stages["respond"] = {**all_stages["respond"], **evaluation.describe()}
+    evaluation_fields = evaluation.to_manifest_fields() if evaluation else None
     configuration = claim_configuration(
         bus,
         settings.run.id,
         {name: all_stages[name] for name in stages},
         all_stages,
-        lambda claimed: make_run_manifest(
-            settings,
-            constitution,
-            replay,
-            claimed.to_manifest_fields(),
-            evaluation.to_manifest_fields() if evaluation else None,
-        ),
+        lambda claimed: make_run_manifest(settings, constitution, replay, claimed.to_manifest_fields(), evaluation_fields),
         accept=accept,
         name_option="--as NAME" if replay else "--name NAME" if evaluation else "--run NAME",
         may_accept=evaluation is None,

@@ -13,7 +13,7 @@ from engine.budget import Price
 from engine.models.interface import LOCAL_CAPABILITIES, ModelCapabilities
 from engine.models.scripted import ScriptedModel
 from engine.settings import load_settings
-from schemas.records import EndReason, Prompt
+from schemas.records import EndReason, Prompt, Split, SuiteItem
 from tests.support.records import make_prompt
 
 VOTES = ModelCapabilities(prefill=False, logprobs=False, token_ids=True, exact_logprobs=True, num_votes=8)
@@ -103,6 +103,15 @@ def test_rebuilt_prompts_are_the_requests_that_the_model_got(flags, capabilities
         assert rebuilt.problem == "", (record.stage, rebuilt.problem)
         assert [(prompt.messages, prompt.prefill) for prompt in rebuilt.prompts] == requests[record.record_id], record.stage
         assert all(prompt.title for prompt in rebuilt.prompts)
+
+
+def test_the_prompt_of_a_suite_has_the_length_of_its_suite():
+    settings, model = make_settings(), ScriptedModel()
+    place = SuiteItem(suite="xstest", item="1")
+    prompt = make_prompt("How?", run_id=settings.run.id, split=Split.SUITE).model_copy(update={"suite_item": place})
+    ((response,),) = make_respond_stage(settings, lambda: (model, 0), {"xstest": 3})([prompt])
+    assert response.sampling.max_tokens == 3
+    assert rebuild_prompts(response, make_inputs(settings, [prompt, response])).problem == ""
 
 
 def test_a_server_gets_text_without_markers():

@@ -10,6 +10,9 @@ import uuid
 import pytest
 
 from charter.connect import connect_bus, open_store
+from charter.dashboard.runs_view import load_run_ids
+from charter.dashboard.traces_view import search_traces
+from charter.dashboard.training_view import load_policy_stats
 from charter.pipeline import make_host
 from charter.stages import STAGES
 from engine.bus.read import read_topic
@@ -157,6 +160,11 @@ def test_other_runs_do_not_wait_for_an_evaluation(deployment, tmp_path):
     deployment.call("eval", "run", "--suite", write_suite(tmp_path), "--policy", "0")
     status = deployment.rows("status")
     assert status["run"] == "live" and {row["lag"] for row in status["topics"]} <= {0, None}
+    with open_store(deployment.settings()).open_read_session() as query:
+        assert load_run_ids(query)["run_ids"] == ["live", "eval-policy-0"]
+        assert [trace["source"] for trace in search_traces(query, "", {})["traces"]] == ["prompts"]
+        assert len(search_traces(query, "", {"split": "SUITE"})["traces"]) == len(TEXTS)
+        assert [row["prompts"] for row in load_policy_stats(query, "")] == [1]
     deployment.fails(UsageError, "run eval-policy-0 is part of the evaluation eval", "run", "--run", "eval-policy-0")
     output = deployment.call("replay", "--stage", "critique", "--from", "run:eval-policy-0", "--as", "again")
     assert "selected 8, done 0, skipped 8, dead letters 0" in output
