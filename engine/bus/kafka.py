@@ -652,7 +652,7 @@ class KafkaReader:
             self.client.seek(self.bus.to_kafka_partition(tp), offset)
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        with _translate_offset_errors(self.bus):
+        with _translate_offset_errors(self.bus, "to continue at the beginning of the log, start the command again"):
             return _to_consumer_records(self.bus, self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records))
 
     def positions(self) -> Offsets:
@@ -667,24 +667,26 @@ class KafkaReader:
 
 
 @contextmanager
-def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
+def _translate_offset_errors(bus: KafkaBus, remedy: str) -> Iterator[None]:
     with _translate_errors(bus.servers):
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
             why = "retention or an operator deleted the records before they were read, or the log is shorter than before"
-            raise _make_offsets_lost_error(bus, error.args[0], why) from error
+            raise _make_offsets_lost_error(bus, error.args[0], why, remedy) from error
         except errors.LogTruncationError as error:
             why = "a broker without these records has become the leader (unclean leader election)"
-            raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
+            raise _make_offsets_lost_error(bus, error.divergent_offsets, why, remedy) from error
 
 
-def _make_offsets_lost_error(bus: KafkaBus, offsets: Mapping[KafkaTopicPartition, object], why: str) -> OffsetsLost:
+def _make_offsets_lost_error(
+    bus: KafkaBus, offsets: Mapping[KafkaTopicPartition, object], why: str, remedy: str
+) -> OffsetsLost:
     names = ", ".join(f"{bus.from_kafka_partition(tp).topic}[{tp.partition}]@{offset}" for tp, offset in offsets.items())
     return OffsetsLost(
         f"the log no longer has the next records: {names}",
         why,
-        "raise bus.retention_ms; to continue without these records, type: charter offsets set --stage STAGE --to earliest",
+        f"raise bus.retention_ms; {remedy}",
     )
 
 
@@ -718,6 +720,10 @@ class KafkaConsumer:
 
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
         self.bus, self.hold_new = bus, hold_new
+        run_id, _, stage = group.rpartition(".")
+        self.lost_offsets_remedy = (
+            f"to continue without these records, type: charter offsets set --run {run_id} --stage {stage} --to earliest"
+        )
         self.topic_ids: Mapping[str, str] = bus.topic_ids(topics)
         self.started_epochs: Offsets = {}  # the epoch in which each partition was started
         self.epochs = _AssignmentEpochs(bus)
@@ -762,7 +768,7 @@ class KafkaConsumer:
         self.resume([partition])
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        with _translate_offset_errors(self.bus):
+        with _translate_offset_errors(self.bus, self.lost_offsets_remedy):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)

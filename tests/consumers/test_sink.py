@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from consumers.sink import Sink
+from consumers.sink import Sink, collect_sink_metrics
 from engine.bus import open_bus
-from engine.bus.port import ProducerRecord
+from engine.bus.port import ProducerRecord, TopicPartition
 from engine.errors import CharterError, OffsetsLost, StoreDamaged, StoreMismatch
 from engine.store import Store
 from engine.worker import to_producer_record
@@ -151,6 +151,21 @@ def test_sink_raises_if_retention_deleted_unread_records(bus, store, make_prompt
     monkeypatch.setattr(bus, "beginning_offsets", lambda topics: dict.fromkeys(type(bus).beginning_offsets(bus, topics), 5))
     with pytest.raises(OffsetsLost, match="retention"):
         Sink(bus, store)
+
+
+def test_sink_with_a_new_database_reports_once_what_was_deleted_before(bus, store, make_prompt, monkeypatch, caplog):
+    bus.publish([to_producer_record(make_prompt("one"))])
+    beginnings = bus.beginning_offsets(list(TOPICS)) | {TopicPartition("prompts", 0): 7, TopicPartition("runs", 0): 2}
+    ends = {tp: max(end, beginnings[tp]) for tp, end in bus.end_offsets(list(TOPICS)).items()}
+    monkeypatch.setattr(bus, "beginning_offsets", lambda topics: beginnings)
+    monkeypatch.setattr(bus, "end_offsets", lambda topics: ends)
+    sinks = [Sink(bus, store, max_wait_s=0.05) for _ in range(2)]
+    for sink in sinks:
+        sink.close()
+    (message,) = [record.message for record in caplog.records if "deleted" in record.message]
+    assert message.endswith("prompts[0]: 7 offsets, runs[0]: 2 offsets")
+    counts = [{sample.name: sample.value for sample in collect_sink_metrics(sink)} for sink in sinks]
+    assert [count["charter_deleted_offsets_total"] for count in counts] == [9, 0]
 
 
 def test_sink_waits_for_a_locked_file_and_loses_no_record(bus, store, make_prompt, monkeypatch):

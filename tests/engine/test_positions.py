@@ -1,6 +1,7 @@
 """Where a stage starts: with offsets that were deleted, changed by another program, or of a topic that was created again."""
 
 import uuid
+from contextlib import closing
 
 import pytest
 
@@ -186,10 +187,22 @@ def test_read_of_a_whole_topic_skips_records_that_are_deleted_meanwhile(kafka_bu
     publish(kafka_bus, name_prompts(0, 30))
     starts, ends = kafka_bus.beginning_offsets(["prompts"]), kafka_bus.end_offsets(["prompts"])
     operator.delete_records("prompts", 4)
-    with pytest.raises(OffsetsLost):
+    with pytest.raises(OffsetsLost, match="start the command again"):
         list(read_between(kafka_bus, starts, ends))
     records = list(read_between(kafka_bus, starts, ends, skip_deleted=True))
     assert len(records) == 30 - 3 * 4 and min(record.offset for record in records) == 4
+
+
+@pytest.mark.kafka
+def test_records_deleted_under_a_running_stage_are_reported_with_the_command_for_this_stage(kafka_bus, operator):
+    publish(kafka_bus, name_prompts(0, 30))
+    operator.delete_records("prompts", 4)
+    with closing(kafka_bus.open_consumer("run.1.respond", ["prompts"], "a")) as consumer:
+        wait_until(lambda: len(consumer.assignment()) == 3 or consumer.poll(0.1, 1))
+        with pytest.raises(OffsetsLost, match="charter offsets set --run run.1 --stage respond --to earliest"):
+            for tp in consumer.assignment():
+                consumer.seek(tp, 0)
+                consumer.poll(5.0, 1)
 
 
 @pytest.mark.kafka

@@ -1,10 +1,11 @@
 """Change a Kafka cluster as an operator does: delete groups, topics and records, change offsets, add partitions."""
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import kafka
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewPartitions
+from kafka.errors import CoordinatorNotAvailableError
 from kafka.structs import OffsetAndMetadata
 
 from tests.support.waiting import wait_until
@@ -42,9 +43,19 @@ class KafkaOperator:
         wait_until(delete, description=f"the group {group} is deleted", interval_s=_POLL_INTERVAL_S)
 
     def list_offsets(self, group):
-        """Return the committed offsets of a group, by (topic, partition)."""
-        with self.connect() as admin:
-            offsets = admin.list_group_offsets({self.prefix + group: None}).get(self.prefix + group, {})
+        """Return the committed offsets of a group, by (topic, partition).
+
+        A new cluster has no coordinator until the first request for one has created the topic of the offsets.
+        """
+        found = []
+
+        def fetch():
+            with self.connect() as admin, suppress(CoordinatorNotAvailableError):
+                found.append(admin.list_group_offsets({self.prefix + group: None}).get(self.prefix + group, {}))
+            return bool(found)
+
+        wait_until(fetch, description=f"the group {group} has a coordinator", interval_s=_POLL_INTERVAL_S)
+        (offsets,) = found
         return {(tp.topic.removeprefix(self.prefix), tp.partition): entry.offset for tp, entry in offsets.items()}
 
     def alter_offsets(self, group, offsets: Mapping):
