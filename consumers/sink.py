@@ -108,8 +108,7 @@ class Sink:
                     logger.warning("the sink waits: %s", error.what)
                     stop.wait(compute_backoff(failures))
                     failures += 1
-            if self.unreached_ends:
-                self.try_last_step()
+            self.try_last_step()
         finally:
             self.close()
 
@@ -119,6 +118,7 @@ class Sink:
         On Kafka, transaction markers follow the last record, so only the next poll reaches the end of the log.
         """
         try:
+            self.unreached_ends = self.bus.end_offsets(list(TOPICS))
             self.step()
         except BusUnreachable as error:
             logger.warning("the sink stops before it has read the whole log: %s", error.what)
@@ -290,9 +290,17 @@ class Sink:
         return bool(positions) and all(positions.get(key, 0) >= end for key, end in self.unreached_ends.items())
 
     def write_completeness(self) -> None:
-        """Note in the database that it has every record that was on the log at the last comparison."""
+        """Note in the database that it has every record that was on the log at the last comparison.
+
+        The offsets then include the transaction markers after the last record. Otherwise the markers would seem to be records
+        that the sink has not read, when retention has deleted them.
+        """
         connection = self.acquire_connection()
         connection.execute("UPDATE raw.sink_state SET complete_seq = next_seq WHERE complete_seq IS DISTINCT FROM next_seq")
+        for topic_partition, position in self.reader.positions().items():
+            if position > self.next_offsets[topic_partition]:
+                self.advance_offset(connection, topic_partition, position)
+                self.next_offsets[topic_partition] = position
         self.unreached_ends = {}
 
     # Rows

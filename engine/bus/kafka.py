@@ -74,6 +74,8 @@ _COORDINATOR_ERRORS = (
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
+# These errors occur while a partition has no leader: its topic was just created, or its broker has just failed.
+_LEADER_ERRORS = (errors.UnknownBrokerIdError, errors.LeaderNotAvailableError, errors.NotLeaderForPartitionError)
 _CONNECTION_ERRORS = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
 # These errors occur if the group has rebalanced without this member.
 _MEMBERSHIP_ERRORS = (
@@ -238,13 +240,16 @@ class KafkaBus:
         self.producer: kafka.KafkaProducer | None = None
 
     def call_with_retry(self, call: Callable[[], Any]) -> Any:
-        """Call a function. Retry while a coordinator or controller is being elected (on a new cluster, or after a failure)."""
+        """Call a function. Retry while a coordinator, controller or leader is being elected.
+
+        This happens on a new cluster, on a new topic, and after a failure of a broker.
+        """
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while True:
             try:
                 with self.lock:
                     return call()
-            except (*_COORDINATOR_ERRORS, *_CONNECTION_ERRORS):
+            except (*_COORDINATOR_ERRORS, *_LEADER_ERRORS, *_CONNECTION_ERRORS):
                 _check_reachable(self.servers)  # fail at once when no broker is reachable
                 if time.monotonic() > deadline:
                     raise
@@ -720,7 +725,7 @@ class KafkaConsumer:
 
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
         self.bus, self.hold_new = bus, hold_new
-        run_id, _, stage = group.rpartition(".")
+        run_id, _, stage = group.removeprefix(bus.prefix).rpartition(".")
         self.lost_offsets_remedy = (
             f"to continue without these records, type: charter offsets set --run {run_id} --stage {stage} --to earliest"
         )

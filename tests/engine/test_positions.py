@@ -199,7 +199,7 @@ def test_records_deleted_under_a_running_stage_are_reported_with_the_command_for
     operator.delete_records("prompts", 4)
     with closing(kafka_bus.open_consumer("run.1.respond", ["prompts"], "a")) as consumer:
         wait_until(lambda: len(consumer.assignment()) == 3 or consumer.poll(0.1, 1))
-        with pytest.raises(OffsetsLost, match="charter offsets set --run run.1 --stage respond --to earliest"):
+        with pytest.raises(OffsetsLost, match=r"charter offsets set --run run\.1 --stage respond --to earliest"):
             for tp in consumer.assignment():
                 consumer.seek(tp, 0)
                 consumer.poll(5.0, 1)

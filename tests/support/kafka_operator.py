@@ -76,7 +76,7 @@ class KafkaOperator:
     def end_offsets(self, topic):
         with self.connect() as admin:
             partitions = self.list_partitions(admin, topic)
-        consumer = kafka.KafkaConsumer(bootstrap_servers=self.servers)
+        consumer = kafka.KafkaConsumer(bootstrap_servers=self.servers, allow_auto_create_topics=False)
         try:
             return {(topic, tp.partition): offset for tp, offset in consumer.end_offsets(partitions).items()}
         finally:

@@ -30,7 +30,7 @@ from schemas.records import (
     Split,
 )
 from tests.chaos.crash_points import FAKE_LEARNERS, run_fake_update
-from tests.support.records import make_chain_end, make_record_fields, make_revision
+from tests.support.records import make_chain_end, make_record_fields, make_response, make_revision
 from tests.support.workspace import Workspace
 from trainer import batches, loop
 from trainer.batches import rebuild_batch
@@ -228,6 +228,18 @@ def test_unfinished_batch_is_voided_after_an_erasure_whatever_the_clocks_say(wor
     workspace.trainer = workspace.open()
     assert workspace.trainer.resume() is None
     assert "1 of its rows are no longer in the database; 2 prompts were erased" in workspace.read_records(Incident)[-1].detail
+
+
+def test_sft_counts_the_responses_since_its_last_update_in_the_order_of_the_log(workspace):
+    """The clock of the stage is an hour behind. PPO cannot use these responses, because an earlier policy has sampled them."""
+    train_to_rl(workspace)
+    workspace.add_chains("b")
+    workspace.trainer.update("sft")
+    workspace.add_chains("c")
+    assert workspace.trainer.next_phase() is None
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    workspace.add(*(make_response(f"late {n}", created_at=an_hour_ago) for n in range(4)))
+    assert workspace.trainer.next_phase() == "sft"
 
 
 def test_clocks_that_differ_are_reported_once_if_the_age_of_rollouts_is_limited(tmp_path):
