@@ -17,7 +17,7 @@ partitions     partitions are added to the topics of a running pipeline
 producers      producers of files that share prompts publish at the same time and are killed
 signals        pairs of stop signals at random moments of `charter run`
 slow-kills     kills and stop signals during slow generations
-replays        replays that are killed, started twice at once, beside live stages, and of a replay
+replays        replays that are killed, started twice at once, with live stages, and of a replay
 wal-damage     the database and its write-ahead log are cut, changed, deleted or exchanged after kills
 clock-steps    the wall clock is set back and forward by hours while instances are killed
 """

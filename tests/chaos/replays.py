@@ -1,4 +1,4 @@
-"""Replays: killed and started again, started twice at once, beside live stages, and replays of a replay."""
+"""Replays: killed and started again, started twice at once, at the same time as live stages, and replays of a replay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_replays(
         wait_until(lambda: system.count_finished_prompts() > 0, "the live run has begun")
         system.publish_file(second)
         _replay(system, "beside", "live")
-        yield "a replay beside live stages has ended"
+        yield "a replay at the same time as live stages has ended"
         wait_until(lambda: system.count_finished_prompts() == len(texts), "the live run is finished")
         wait_until(lambda: is_caught_up(system), "every consumer has caught up")
         require(system.stop_process("all") == 0, system.read_log_tail("all"))
