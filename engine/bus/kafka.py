@@ -417,7 +417,7 @@ class KafkaBus:
         self.check_topics(records)
         with self.lock, _translate_errors(self.servers):
             if self.producer is None:
-                self.producer = kafka.KafkaProducer(**self.client_options, **make_producer_options())
+                self.producer = open_client_producer(self.client_options)
             try:
                 futures = [_send_record(self.producer, self.add_prefix(record.topic), record) for record in records]
                 require_delivered(self.producer, futures)
@@ -498,6 +498,24 @@ def make_producer_options() -> dict[str, Any]:
     }
 
 
+def open_client_consumer(client_options: Mapping[str, Any], **options: Any) -> kafka.KafkaConsumer:
+    """Open a consumer of the client with the options of `make_consumer_options`."""
+    consumer = kafka.KafkaConsumer(**client_options, **make_consumer_options(), **options)
+    consumer._cluster.config["allow_auto_create_topics"] = False  # see `open_client_producer`
+    return consumer
+
+
+def open_client_producer(client_options: Mapping[str, Any], **options: Any) -> kafka.KafkaProducer:
+    """Open a producer of the client with the options of `make_producer_options`.
+
+    kafka-python 3.0 accepts the option `allow_auto_create_topics`, but its requests for metadata ignore it. So a client that still
+    uses a topic that an operator deletes would create it again, with one partition and the default retention of the broker.
+    """
+    producer = kafka.KafkaProducer(**client_options, **make_producer_options(), **options)
+    producer._metadata.config["allow_auto_create_topics"] = False
+    return producer
+
+
 def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
     configs = {
         "cleanup.policy": "compact" if spec.is_compacted else "delete",
@@ -537,9 +555,8 @@ class KafkaWriter:
 
     def open_producer(self) -> kafka.KafkaProducer:
         with _translate_errors(self.bus.servers):
-            producer = kafka.KafkaProducer(
-                **self.bus.client_options,
-                **make_producer_options(),
+            producer = open_client_producer(
+                self.bus.client_options,
                 transactional_id=self.transactional_id,
                 transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
             )
@@ -646,7 +663,7 @@ class KafkaReader:
         self.bus = bus
         self.partitions: list[TopicPartition] = []
         with _translate_errors(bus.servers):
-            self.client = kafka.KafkaConsumer(**bus.client_options, **make_consumer_options())
+            self.client = open_client_consumer(bus.client_options)
         self.add_partitions(positions)
 
     def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -734,9 +751,8 @@ class KafkaConsumer:
         self.epochs = _AssignmentEpochs(bus)
         self.membership: ConsumerGroupMetadata | None = None
         with _translate_errors(bus.servers):
-            self.client = kafka.KafkaConsumer(
-                **bus.client_options,
-                **make_consumer_options(),
+            self.client = open_client_consumer(
+                bus.client_options,
                 group_id=group,
                 client_id=f"{_CLIENT_ID_PREFIX}{member}",
                 partition_assignment_strategy=[CooperativeStickyAssignor],

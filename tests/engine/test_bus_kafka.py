@@ -54,6 +54,17 @@ def test_open_transaction_of_another_producer_raises_bus_unreachable(bus, monkey
     assert read_values(bus, "in") == [b"1"]
 
 
+def test_no_client_creates_a_topic(bus):
+    """A broker with default settings creates a topic if a client asks for its metadata and allows it."""
+    bus.publish([])
+    writer, reader = bus.open_writer("w"), bus.open_reader({TopicPartition("in", 0): 0})
+    consumer = bus.open_consumer("r.s", ["in"], member="a")
+    for metadata in (bus.producer._metadata, writer.producer._metadata, reader.client._cluster, consumer.client._cluster):
+        assert metadata.metadata_request().allow_auto_topic_creation is False
+    for opened in (writer, reader, consumer):
+        opened.close()
+
+
 def test_calls_are_repeated_until_a_new_partition_has_a_leader(bus, monkeypatch):
     failures, list_offsets = (
         [errors.UnknownBrokerIdError(-1), errors.LeaderNotAvailableError()],
