@@ -197,7 +197,7 @@ def test_read_of_a_whole_topic_skips_records_that_are_deleted_meanwhile(kafka_bu
 def test_records_deleted_under_a_running_stage_are_reported_with_the_command_for_this_stage(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 30))
     operator.delete_records("prompts", 4)
-    with closing(kafka_bus.open_consumer("run.1.respond", ["prompts"], "a")) as consumer:
+    with closing(kafka_bus.open_consumer("run.1.respond", ["prompts"], member="a")) as consumer:
         wait_until(lambda: len(consumer.assignment()) == 3 or consumer.poll(0.1, 1))
         with pytest.raises(OffsetsLost, match=r"charter offsets set --run run\.1 --stage respond --to earliest"):
             for tp in consumer.assignment():
