@@ -14,8 +14,8 @@ The defaults of the client do not give exactly-once delivery. This module uses t
    lost. The check of assignment epochs prevents this.
 4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
 5. Rebalance listeners run on the client's thread, so they only record epochs.
-6. Every committed offset has the topic id in its metadata. So an offset of a deleted topic with the same name, and an offset
-   that another program has written, can be recognized.
+6. Every committed offset has the topic id and the offset itself in its metadata. So an offset of a deleted topic with the same
+   name, and an offset that another program has written, can be recognized, even if that program keeps the metadata.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _JOIN_POLL_TIMEOUT_MS = 200
 _SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
 _RETRY_INTERVAL_S = 0.2
-_STAMP_PREFIX = "charter:"  # before the topic id in the metadata of a committed offset
+_STAMP_PREFIX = "charter:"  # before the topic id and the offset in the metadata of a committed offset
 # These errors occur while a coordinator is being elected.
 _COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
@@ -450,12 +450,14 @@ _PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]
 
 
 def _make_stamped_offset(offset: int, topic_id: str) -> OffsetAndMetadata:
-    return OffsetAndMetadata(offset, _STAMP_PREFIX + topic_id, -1)
+    return OffsetAndMetadata(offset, f"{_STAMP_PREFIX}{topic_id}:{offset}", -1)
 
 
 def _parse_committed(entry: OffsetAndMetadata) -> CommittedOffset:
-    stamp = entry.metadata or ""
-    return CommittedOffset(entry.offset, stamp.removeprefix(_STAMP_PREFIX) if stamp.startswith(_STAMP_PREFIX) else "")
+    """Return the offset and the topic id of its stamp, or "" if the stamp is missing or was made for another offset."""
+    prefix, _, stamp = (entry.metadata or "").partition(_STAMP_PREFIX)
+    topic_id, _, offset = stamp.partition(":")
+    return CommittedOffset(entry.offset, topic_id if not prefix and offset == str(entry.offset) else "")
 
 
 def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:

@@ -135,8 +135,10 @@ def test_offset_of_another_program_is_refused(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 9))
     run_until_done(kafka_bus)
     ends = kafka_bus.end_offsets(["prompts"])
-    for changed in (dict.fromkeys(ends, 0), ends, {tp: end + 100 for tp, end in ends.items()}):
-        operator.alter_offsets("r.respond", changed)
+    stamp = f"charter:{kafka_bus.topic_ids(['prompts'])['prompts']}:9999"  # kept by a tool that changes only the offsets
+    changes = (dict.fromkeys(ends, 0), ""), (ends, ""), ({tp: end + 100 for tp, end in ends.items()}, ""), (ends, stamp)
+    for changed, metadata in changes:
+        operator.alter_offsets("r.respond", changed, metadata)
         with pytest.raises(UsageError, match=r"of respond in prompts\[\d\] was not written by Charter\n.*r\.respond"):
             run_until_done(kafka_bus)
     kafka_bus.delete_committed("r.respond", ["prompts"])

@@ -5,12 +5,13 @@ from contextlib import contextmanager, suppress
 
 import kafka
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewPartitions
-from kafka.errors import CoordinatorNotAvailableError
+from kafka.errors import CoordinatorLoadInProgressError, CoordinatorNotAvailableError, NotCoordinatorError
 from kafka.structs import OffsetAndMetadata
 
 from tests.support.waiting import wait_until
 
 _POLL_INTERVAL_S = 0.1
+_COORDINATOR_ERRORS = (CoordinatorNotAvailableError, CoordinatorLoadInProgressError, NotCoordinatorError)
 
 
 class KafkaOperator:
@@ -50,7 +51,7 @@ class KafkaOperator:
         found = []
 
         def fetch():
-            with self.connect() as admin, suppress(CoordinatorNotAvailableError):
+            with self.connect() as admin, suppress(*_COORDINATOR_ERRORS):
                 found.append(admin.list_group_offsets({self.prefix + group: None}).get(self.prefix + group, {}))
             return bool(found)
 
@@ -58,10 +59,10 @@ class KafkaOperator:
         (offsets,) = found
         return {(tp.topic.removeprefix(self.prefix), tp.partition): entry.offset for tp, entry in offsets.items()}
 
-    def alter_offsets(self, group, offsets: Mapping):
+    def alter_offsets(self, group, offsets: Mapping, metadata=""):
         """Replace offsets, given by (topic, partition), as kafka-consumer-groups --reset-offsets does. No member may be left."""
         entries = {
-            kafka.TopicPartition(self.prefix + topic, partition): OffsetAndMetadata(offset, "", -1)
+            kafka.TopicPartition(self.prefix + topic, partition): OffsetAndMetadata(offset, metadata, -1)
             for (topic, partition), offset in offsets.items()
         }
 
