@@ -519,9 +519,15 @@ def open_client_producer(client_options: Mapping[str, Any], **options: Any) -> k
 
 
 def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
+    """Return the options of a new topic.
+
+    The broker sets the times of records. With the times of the writers, it rejects the records of a writer whose clock is an hour
+    ahead, and deletes the records of a writer whose clock is behind before they are read.
+    """
     configs = {
         "cleanup.policy": "compact" if spec.is_compacted else "delete",
         "retention.ms": str(spec.retention_ms),
+        "message.timestamp.type": "LogAppendTime",
         "max.message.bytes": str(spec.max_message_bytes + DEAD_LETTER_OVERHEAD_BYTES),
     }
     return {"num_partitions": spec.num_partitions, "replication_factor": spec.replication_factor, "configs": configs}
