@@ -41,7 +41,7 @@ def find_topic_problems(bus: Bus) -> Iterator[TopicProblem]:
 
 
 def _find_retention(description: TopicDescription) -> str | None:
-    """Return the setting that lets the log delete old records. Return None if there is none."""
+    """Return the setting that lets the log delete old records. Return None if the log keeps them."""
     if "delete" not in description.configs.get("cleanup.policy", "compact"):
         return None
     limits = {name: description.configs.get(name, "-1") for name in ("retention.ms", "retention.bytes")}

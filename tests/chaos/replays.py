@@ -27,7 +27,7 @@ def run_replays(
         system.start_pipeline()
         wait_until(lambda: system.count_finished_prompts() > 0, "the live run has begun")
         system.publish_file(second)
-        _replay(system, "beside", "live")
+        _replay(system, "concurrent", "live")
         yield "a replay at the same time as live stages has ended"
         wait_until(lambda: system.count_finished_prompts() == len(texts), "the live run is finished")
         wait_until(lambda: is_caught_up(system), "every consumer has caught up")
@@ -55,7 +55,7 @@ def run_replays(
         yield f"one replay started twice at once: exit codes {codes}"
         _replay(system, "twice", "live")
         _replay(system, "of-a-replay", "killed")
-        for run_id in ("live", "beside", "killed", "twice", "of-a-replay"):
+        for run_id in ("live", "concurrent", "killed", "twice", "of-a-replay"):
             check_delivery(system, texts, run_id=run_id)
         yield f"every replay has finished {len(texts)} prompts exactly once"
 
@@ -65,7 +65,7 @@ def _start(system: SystemUnderTest, name: str, run_id: str, source: str) -> None
 
 
 def _replay(system: SystemUnderTest, run_id: str, source: str) -> None:
-    """Run a replay to its end. Require that it says so."""
+    """Run a replay to its end. Require that it reports the end."""
     code, output = system.run_command("replay", "--stage", "respond", "--from", f"run:{source}", "--as", run_id)
     require(code == 0 and "finished; selected" in output, f"the replay {run_id} ended with {code}: {output[-300:]}")
 
