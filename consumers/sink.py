@@ -265,7 +265,10 @@ class Sink:
             "the log begins later than its first offset, so %s does not get the records that retention or an operator has deleted:"
             " %s",
             self.store.path,
-            ", ".join(f"{topic}[{partition}]: {count} offsets" for (topic, partition), count in sorted(deleted.items())),
+            ", ".join(
+                f"{topic}[{partition}]: {format_count(count, 'offsets')}"
+                for (topic, partition), count in sorted(deleted.items())
+            ),
         )
 
     def load_prompt_ids(self, table: str) -> set[str]:
