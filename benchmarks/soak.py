@@ -217,7 +217,7 @@ class _SoakTest:
         store = open_store(self.settings)
         rows = store.query("SELECT count(*), max(policy_version) FROM responses", limit_s=60.0).rows
         bus = open_bus_from_settings(self.settings)
-        sink_offsets = read_sink_offsets(store, bus.cluster_id)
+        sink_offsets = read_sink_offsets(store, bus)
         lag = sum(max(0, end - sink_offsets.get(key, 0)) for key, end in bus.end_offsets(list(TOPICS)).items())
         bus.close()
         return _Snapshot(

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from charter.connect import is_log_missing, open_bus_from_settings, open_store
 from charter.installation import get_install_command, is_installed
+from charter.topic_check import find_topic_problems
 from constitutions.loader import ConstitutionError, load_constitution
 from engine.bus.port import Bus
 from engine.errors import CharterError
@@ -173,6 +174,8 @@ def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:
         )
         return
     yield CheckResult("log", "ok", f"{log}, {len(topic_ids)} topics")
+    for problem in find_topic_problems(bus):
+        yield CheckResult("topics", "fail" if problem.is_fatal else "warn", f"{problem.what}: {problem.why}", problem.fix)
     out_of_sync = [d.name for d in bus.describe_topics(list(TOPICS)) if d.in_sync_replicas < d.replicas]
     if out_of_sync:
         fix = "check the brokers: one may be down or slow"

@@ -109,7 +109,7 @@ def read_pending_pair_ids(store: Store, bus: Bus) -> set[str]:
     """Return the ids of the pairs whose human labels are on the log, but not in the database yet."""
     topics = [Preference.topic]
     starts = bus.beginning_offsets(topics)
-    sink_offsets = read_sink_offsets(store, bus.cluster_id)
+    sink_offsets = read_sink_offsets(store, bus)
     starts = {tp: max(start, sink_offsets.get(tp, 0)) for tp, start in starts.items()}
     pending = set()
     for raw in read_between(bus, starts, bus.end_offsets(topics)):

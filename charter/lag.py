@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,18 @@ def compute_lag_rows(
     """Return (reader, topic, committed offset, end offset, lag in records, age of the oldest in seconds) for each topic.
 
     Offsets and lag are sums over the partitions. The age is the age of the oldest unread record. If all records are read,
-    the age is None. With `run_id`, a partition in which all unread records belong to other runs has no lag.
+    the age is None. With `run_id`, a partition in which all unread records belong to other runs has no lag. Unread records that were
+    deleted count as lag, because the reader stops at them.
     """
-    beginnings, ends = bus.beginning_offsets(topic_names), bus.end_offsets(topic_names)
-    # Retention may have removed records below a committed offset that is older than the beginning.
-    next_offsets = {partition: max(committed_offsets.get(partition, 0), start) for partition, start in beginnings.items()}
-    oldest = find_oldest_unread(bus, next_offsets, ends, run_id)
+    ends = bus.end_offsets(topic_names)
+    next_offsets = {tp: committed_offsets.get(tp, beginning) for tp, beginning in bus.beginning_offsets(topic_names).items()}
+    oldest, deleted = _find_unread(bus, next_offsets, ends, run_id)
     rows: list[tuple[Any, ...]] = []
     for topic in topic_names:
         partitions = [partition for partition in ends if partition.topic == topic]
-        unread = [partition for partition in partitions if partition in oldest]
-        lag = sum(ends[partition] - next_offsets[partition] for partition in unread)
-        age = round(time.time() - min(oldest[partition] for partition in unread) / 1000, 1) if unread else None
+        lag = sum(ends[partition] - next_offsets[partition] for partition in partitions if partition in oldest.keys() | deleted)
+        timestamps = [oldest[partition] for partition in partitions if partition in oldest]
+        age = round(time.time() - min(timestamps) / 1000, 1) if timestamps else None
         committed, end = (sum(offsets[partition] for partition in partitions) for offsets in (next_offsets, ends))
         rows.append((reader, topic, committed, end, lag, age))
     return rows
@@ -58,6 +58,17 @@ def find_oldest_unread(
     2 seconds. The result omits partitions that the scan has not reached.
     """
     return _scan_unread(bus, next_offsets, end_offsets, run_id)[0]
+
+
+def _find_unread(
+    bus: Bus, next_offsets: Offsets, end_offsets: Offsets, run_id: str | None
+) -> tuple[dict[TopicPartition, int], set[TopicPartition]]:
+    """Return the result of `find_oldest_unread`, and the partitions whose next record was deleted."""
+    beginnings = bus.beginning_offsets(sorted({tp.topic for tp in next_offsets}))
+    readable = {tp: max(offset, beginnings[tp]) for tp, offset in next_offsets.items()}
+    return find_oldest_unread(bus, readable, end_offsets, run_id), {
+        tp for tp, offset in next_offsets.items() if offset < beginnings[tp]
+    }
 
 
 def _scan_unread(
@@ -161,7 +172,7 @@ class CompletionCheck:
         if not store.path.exists() or read_commit_history(store).complete_seq is None:
             return False  # the sink has not created the database yet, or it restores a database
         all_topics = list(TOPICS)
-        next_offsets = self.bus.beginning_offsets(all_topics) | read_sink_offsets(store, self.bus.cluster_id)
+        next_offsets = self.bus.beginning_offsets(all_topics) | read_sink_offsets(store, self.bus)
         return not has_unread(self.bus, next_offsets, self.bus.end_offsets(all_topics))
 
 
@@ -169,7 +180,7 @@ def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
     """Return the lag of each topic in records, as the maximum over the stages that read the topic.
 
     A partition in which all unread records belong to other runs, such as evaluations, has no lag. In other partitions, the records
-    of other runs are counted too.
+    of other runs are counted too, and unread records that were deleted.
     """
     lags: dict[str, int] = {}
     inputs = get_stage_inputs(settings)
@@ -179,9 +190,10 @@ def compute_lags(bus: Bus, run_id: str, settings: Settings) -> dict[str, int]:
         topics = inputs[stage]
         ends = bus.end_offsets(topics)
         next_offsets = read_positions(bus, run_id, stage, topics)
-        unread = find_oldest_unread(bus, next_offsets, ends, run_id)
+        oldest, deleted = _find_unread(bus, next_offsets, ends, run_id)
         for topic in topics:
-            lag = sum(ends[partition] - next_offsets[partition] for partition in unread if partition.topic == topic)
+            unread = [partition for partition in oldest.keys() | deleted if partition.topic == topic]
+            lag = sum(ends[partition] - next_offsets[partition] for partition in unread)
             lags[topic] = max(lags.get(topic, 0), lag)
     return lags
 
@@ -193,7 +205,7 @@ def describe_unarchived(bus: Bus, store: Store, data_folder: Path) -> str:
     """
     if list_running_services(data_folder)["sink"]:
         return ""
-    sink_offsets = read_sink_offsets(store, bus.cluster_id) if store.path.exists() else {}
+    sink_offsets = read_sink_offsets(store, bus) if store.path.exists() else {}
     next_offsets = {tp: max(start, sink_offsets.get(tp, 0)) for tp, start in bus.beginning_offsets(_DATA_TOPICS).items()}
     unread = find_oldest_unread(bus, next_offsets, bus.end_offsets(_DATA_TOPICS))
     if not unread:
@@ -202,7 +214,19 @@ def describe_unarchived(bus: Bus, store: Store, data_folder: Path) -> str:
     return f"some records are on the log, but not in the database yet ({names}); a sink adds them: charter run --until-done"
 
 
-def read_sink_offsets(store: Store, cluster_id: str) -> Offsets:
+def read_sink_offsets(store: Store, bus: Bus) -> Offsets:
     """Return the next offset of each partition that the sink will read from this log. The database stores these offsets."""
-    sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
-    return {TopicPartition(topic, partition): offset for topic, partition, offset in store.query(sql, [cluster_id]).rows}
+    return select_sink_offsets(store.query(SINK_OFFSETS_SQL, [bus.cluster_id]).rows, bus)
+
+
+SINK_OFFSETS_SQL = "SELECT topic, partition, topic_id, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
+
+
+def select_sink_offsets(rows: Iterable[tuple[Any, ...]], bus: Bus) -> Offsets:
+    """Return the offsets in the rows of SINK_OFFSETS_SQL, without those of deleted topics."""
+    topic_ids = bus.topic_ids(list(TOPICS))
+    return {
+        TopicPartition(topic, partition): offset
+        for topic, partition, topic_id, offset in rows
+        if topic_ids.get(topic) == topic_id
+    }

@@ -21,6 +21,7 @@ from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
 from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_inputs, get_stage_role
 from charter.telemetry import make_pipeline_collector, open_tracing, start_metrics_server
+from charter.topic_check import require_usable_topics
 from constitutions.loader import Constitution, load_constitution
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
@@ -260,6 +261,8 @@ def make_host(
     opened, so that it can be called again.
     """
     constitution = constitution or load_constitution(settings.run.constitution)
+    for problem in require_usable_topics(bus):
+        logger.warning("%s: %s; %s", *problem[:3])
     with ExitStack() as on_failure:
         # The host closes these resources in reverse order.
         resources = on_failure.enter_context(ExitStack())

@@ -56,6 +56,7 @@ logger = logging.getLogger("charter.sink")
 _READER_YIELD_INTERVAL_S = 1.0
 _PARTITION_POLL_INTERVAL_S = 60.0
 LOCK_TIMEOUT_S = 5.0
+_LOST_OFFSETS_REMEDY = "raise bus.retention_ms; to continue without these records, use a new data folder: --data FOLDER"
 # The first number is the upper limit of the first wait between two attempts to write. The second is the limit of every wait.
 _BACKOFF_RANGE_S = (0.05, 2.0)
 # The content hash does not cover these fields, because their values change if the same work is repeated.
@@ -72,6 +73,7 @@ class Sink:
         self.topic_ids = bus.topic_ids(list(TOPICS))
         self.topic_guard = TopicGuard(bus, self.topic_ids)
         self.store.create_schema()
+        self.num_deleted_offsets = 0
         self.next_offsets = self.load_offsets()
         with self.store.open_write_session() as connection:
             self.session_id = begin_session(connection)
@@ -106,8 +108,7 @@ class Sink:
                     logger.warning("the sink waits: %s", error.what)
                     stop.wait(compute_backoff(failures))
                     failures += 1
-            if self.unreached_ends:
-                self.try_last_step()
+            self.try_last_step()
         finally:
             self.close()
 
@@ -117,6 +118,7 @@ class Sink:
         On Kafka, transaction markers follow the last record, so only the next poll reaches the end of the log.
         """
         try:
+            self.unreached_ends = self.bus.end_offsets(list(TOPICS))
             self.step()
         except BusUnreachable as error:
             logger.warning("the sink stops before it has read the whole log: %s", error.what)
@@ -128,9 +130,9 @@ class Sink:
             self.topic_guard.verify_at_interval()
             try:
                 consumer_records = self.reader.poll(self.max_wait_s, self.max_rows)
-            except OffsetsLost:
+            except OffsetsLost as error:
                 self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
-                raise
+                raise OffsetsLost(error.what, error.why, _LOST_OFFSETS_REMEDY) from error
         if consumer_records and not self.write_with_retry(partial(self.write_batch, consumer_records)):
             return 0
         if self.unfinished_erasures and time.monotonic() >= self.next_erasure_attempt_at:
@@ -231,8 +233,10 @@ class Sink:
     def load_offsets(self) -> dict[TopicPartition, int]:
         """Return the next offset of each partition from the database. A new partition starts at its beginning.
 
-        Raise StoreMismatch if the rows are of another log, or if an offset is above the end of the log.
+        Warn about the offsets that were deleted from a new partition before this database. Raise StoreMismatch if the rows are of
+        another log, or if an offset is above the end of the log.
         """
+        deleted: Offsets = {}
         with self.store.open_write_session() as connection:
             stored = read_matching_offsets(connection, self.bus, self.store.path)
             beginning_offsets = self.bus.beginning_offsets(list(TOPICS))
@@ -244,10 +248,28 @@ class Sink:
                     offset = beginning_offset
                     row = [self.bus.cluster_id, self.topic_ids[topic], topic, partition, offset]
                     connection.execute("INSERT INTO raw.sink_offsets VALUES (?, ?, ?, ?, ?)", row)
+                    if beginning_offset:
+                        deleted[topic_partition] = beginning_offset
                 elif offset < beginning_offset:
                     raise _make_offsets_lost_error(topic_partition, offset, beginning_offset)
                 offsets[topic_partition] = offset
+        self.warn_about_deleted_offsets(deleted)
         return offsets
+
+    def warn_about_deleted_offsets(self, deleted: Offsets) -> None:
+        """Log and count the offsets that do not exist on the log any more, and whose records this database has never had."""
+        if not deleted:
+            return
+        self.num_deleted_offsets += sum(deleted.values())
+        logger.warning(
+            "the log begins later than its first offset, so %s does not get the records that retention or an operator has deleted:"
+            " %s",
+            self.store.path,
+            ", ".join(
+                f"{topic}[{partition}]: {format_count(count, 'offsets')}"
+                for (topic, partition), count in sorted(deleted.items())
+            ),
+        )
 
     def load_prompt_ids(self, table: str) -> set[str]:
         with self.store.open_write_session() as connection:
@@ -271,9 +293,17 @@ class Sink:
         return bool(positions) and all(positions.get(key, 0) >= end for key, end in self.unreached_ends.items())
 
     def write_completeness(self) -> None:
-        """Note in the database that it has every record that was on the log at the last comparison."""
+        """Note in the database that it has every record that was on the log at the last comparison.
+
+        The offsets then include the transaction markers after the last record. Otherwise the markers would seem to be records
+        that the sink has not read, when retention has deleted them.
+        """
         connection = self.acquire_connection()
         connection.execute("UPDATE raw.sink_state SET complete_seq = next_seq WHERE complete_seq IS DISTINCT FROM next_seq")
+        for topic_partition, position in self.reader.positions().items():
+            if position > self.next_offsets[topic_partition]:
+                self.advance_offset(connection, topic_partition, position)
+                self.next_offsets[topic_partition] = position
         self.unreached_ends = {}
 
     # Rows
@@ -342,7 +372,7 @@ def _make_offsets_lost_error(topic_partition: TopicPartition, offset: int, begin
     return OffsetsLost(
         f"{topic_partition.topic}[{topic_partition.partition}]@{offset} no longer exists: the log begins at {beginning_offset}",
         f"retention deleted {format_count(beginning_offset - offset, 'records')} that the sink had not read",
-        "raise bus.retention_ms; to continue without these records, use a new data folder",
+        _LOST_OFFSETS_REMEDY,
     )
 
 
@@ -398,6 +428,12 @@ def collect_sink_metrics(sink: Sink) -> Iterator[MetricSample]:
         "charter_records_read_total", "Records that the stage has processed and committed.", sink.num_written, labels
     )
     yield MetricSample("charter_erased_records_total", "Records of erased prompts that were skipped.", sink.num_erased, labels)
+    yield MetricSample(
+        "charter_deleted_offsets_total",
+        "Offsets that were deleted from the log before the database was created.",
+        sink.num_deleted_offsets,
+        labels,
+    )
     yield MetricSample("charter_pauses_total", "Pauses because a dependency was unavailable.", sink.num_pauses, labels)
     yield MetricSample("charter_batches_total", "Batches that the stage has processed.", sink.num_flushes, labels)
     yield MetricSample("charter_batch_seconds_total", "Seconds spent processing batches.", sink.flush_seconds, labels)

@@ -82,5 +82,5 @@ WHERE kl IS NOT NULL GROUP BY ALL;
 CREATE OR REPLACE VIEW monitor_checks AS
 SELECT policy_version, metrics['reference'] AS reference, metrics['limits_exceeded'] AS limits_exceeded, metrics['judge_wins'] AS judge_wins,
        metrics['judge_low'] AS judge_low, metrics['judge_high'] AS judge_high, metrics['proxy_gain'] AS proxy_gain,
-       metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, metrics, created_at
+       metrics['perplexity'] AS perplexity, metrics['perplexity_reference'] AS perplexity_reference, metrics, created_at, commit_seq
 FROM metrics WHERE phase = 'monitor';

@@ -102,7 +102,14 @@ class PositionFinder:
                 offsets[tp] = entry.offset
         missing = [tp for tp in committed if tp not in offsets]
         if missing:
-            offsets |= self.recover(missing)
+            recovered = self.recover(missing)
+            offsets |= recovered
+            if continued := [tp for tp in missing if recovered[tp] > self.run_start.get_offset(tp)]:
+                logger.warning(
+                    "%s has no committed offsets (Kafka has deleted them, or the group); it continues after its own outputs: %s",
+                    self.stage,
+                    ", ".join(f"{tp.topic}[{tp.partition}]@{recovered[tp]}" for tp in continued),
+                )
         keys = self._read_keys(offsets) if self.needs_keys else {}
         return {tp: PartitionStart(offset, keys.get(tp, set())) for tp, offset in offsets.items()}
 
@@ -110,7 +117,7 @@ class PositionFinder:
         return entry is not None and entry.topic_id == self.topic_ids[tp.topic]
 
     def recover(self, partitions: Sequence[TopicPartition]) -> Offsets:
-        """Return the positions of partitions that have no committed offset."""
+        """Return the positions of partitions without their committed offsets."""
         rebuilt, beginnings = self.rebuild_positions()
         input_beginnings = self.bus.beginning_offsets(sorted({tp.topic for tp in partitions}))
         positions: Offsets = {}
@@ -119,12 +126,6 @@ class PositionFinder:
             positions[tp] = rebuilt.get(tp, self.run_start.get_offset(tp))
             if input_beginnings[tp] > positions[tp]:
                 raise self._make_lost_error(tp, positions[tp], input_beginnings[tp])
-        if continued := [f"{tp.topic}[{tp.partition}]@{positions[tp]}" for tp in partitions if tp in rebuilt]:
-            logger.warning(
-                "%s has no committed offsets (Kafka has deleted them, or the group); it continues after its own outputs: %s",
-                self.stage,
-                ", ".join(continued),
-            )
         return positions
 
     def rebuild_positions(self) -> tuple[Offsets, Offsets]:

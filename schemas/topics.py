@@ -61,7 +61,7 @@ _SINGLE_PARTITION_TOPICS = {
 }
 # The records of these topics are needed for as long as any record of their run exists. Without the manifests of its batches, the
 # trainer could train a row twice after the database was restored. A sink that is rebuilt from the log must know all erasures.
-_PERMANENT_TOPICS = {"runs", "run-starts", "erasures", "batches"}
+PERMANENT_TOPICS = {"runs", "run-starts", "erasures", "batches"}
 _COMPACTED_TOPICS = {PolicyUpdate.topic, ProducerOffset.topic}
 # The topics whose records belong to a prompt. An erasure of the prompt deletes the values of these records.
 PROMPT_TOPICS = tuple(
@@ -78,7 +78,7 @@ def make_topic_table(
     prompts_retention_ms: int = _RETAIN_FOREVER,
 ) -> dict[str, TopicSpec]:
     """Return the configuration of all topics, by name."""
-    retention_by_topic = dict.fromkeys(_PERMANENT_TOPICS, _RETAIN_FOREVER) | {Prompt.topic: prompts_retention_ms}
+    retention_by_topic = dict.fromkeys(PERMANENT_TOPICS, _RETAIN_FOREVER) | {Prompt.topic: prompts_retention_ms}
     specs = {}
     for record in RECORDS:
         extra = DEAD_LETTER_OVERHEAD_BYTES if record is DeadLetter else 0

@@ -15,7 +15,7 @@ import pytest
 
 from engine.bus import open_bus
 from schemas.topics import TOPICS
-from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
+from tests.support.kafka import DEFAULT_SETTINGS, Broker
 
 
 @pytest.fixture
@@ -120,5 +120,5 @@ def default_kafka_address(tmp_path_factory):
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar")
-    with Broker(Path(home), tmp_path_factory.mktemp("kafka"), settings=DEFAULT_JOIN_DELAY) as broker:
+    with Broker(Path(home), tmp_path_factory.mktemp("kafka"), settings=DEFAULT_SETTINGS) as broker:
         yield f"kafka://{broker.address}"

@@ -6,7 +6,9 @@ import uuid
 import pytest
 
 from tests.chaos import faults, signals
+from tests.chaos.clock_steps import run_clock_steps
 from tests.chaos.concurrent_producers import run_concurrent_producers
+from tests.chaos.damaged_database import run_damaged_database
 from tests.chaos.process_kills import KillScenario, kill_everything
 from tests.chaos.system import make_broker
 from tests.support.waiting import HANG_S
@@ -60,6 +62,14 @@ def test_instances_join_and_leave_under_load(tmp_path, default_kafka_address, pr
 @pytest.mark.kafka
 def test_killed_producers_with_shared_prompts_cause_one_response_per_prompt(tmp_path, default_kafka_address, prefix):
     run(run_concurrent_producers(tmp_path, default_kafka_address, prompts=400, num_producers=2, num_kills=3, prefix=prefix))
+
+
+def test_damaged_database_gets_every_row_once(tmp_path):
+    run(run_damaged_database(tmp_path, prompts=4, num_damages=1))
+
+
+def test_steps_of_the_wall_clock_change_nothing(tmp_path):
+    run(run_clock_steps(tmp_path, prompts=12, num_steps=1))
 
 
 def test_pairs_of_stop_signals_end_every_process(tmp_path):

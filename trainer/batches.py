@@ -26,7 +26,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from engine.errors import CharterError
@@ -239,14 +239,32 @@ def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: 
         return f"older than {limits.max_staleness} policy versions"
     if state.reward_version - state.reward_version_by_policy.get(version, 0) > limits.max_reward_staleness:
         return f"older than {limits.max_reward_staleness} reward-model versions"
-    if limits.max_age_s and compute_age_s(row["created_at"]) > limits.max_age_s:
+    if limits.max_age_s and compute_age_s(row["created_at"], version, state) > limits.max_age_s:
         return f"older than {limits.max_age_s:g} s"
     return None
 
 
-def compute_age_s(created_at: datetime) -> float:
-    """Return the seconds since `created_at`. DuckDB returns this time in UTC, without a time zone."""
-    return (datetime.now(UTC).replace(tzinfo=None) - created_at).total_seconds()
+def compute_age_s(created_at: datetime, policy_version: int, state: TrainingState) -> float:
+    """Return the age of a response in seconds. DuckDB returns `created_at` in UTC, without a time zone.
+
+    The clock of the stage may be behind the clock of the trainer. A response is not older than the policy that sampled it, and
+    the trainer has written the time of the policy.
+    """
+    now = datetime.now(UTC).replace(tzinfo=None)
+    return (now - max(created_at, state.publication_times.get(policy_version, created_at))).total_seconds()
+
+
+def measure_clock_difference(store: Store, state: TrainingState) -> timedelta:
+    """Return by how much the clock of a stage is certainly behind (negative) or ahead of the clock of the trainer.
+
+    It is behind if a response is older than its policy. It is ahead if a response is newer than the present.
+    """
+    now, zero = datetime.now(UTC).replace(tzinfo=None), timedelta()
+    sql = "SELECT policy_version, min(created_at), max(created_at) FROM responses GROUP BY policy_version"
+    rows = store.query(sql, limit_s=QUERY_TIMEOUT_S).rows
+    ahead = max([zero, *(newest - now for _, _, newest in rows)])
+    behind = min([zero, *(oldest - state.publication_times.get(version, oldest) for version, oldest, _ in rows)])
+    return ahead if ahead > -behind else behind
 
 
 def find_revision_mismatch(row: Mapping[str, Any], state: TrainingState, served_revisions: Mapping[int, str]) -> str | None:
@@ -441,10 +459,8 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
 
 def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
     """Load the rows that a manifest lists. Raise CharterError when rows are missing or have changed."""
-    rows = load_rows(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
-    sl_rows = load_rows(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
-    row_ids = {str(row[KEY_COLUMNS[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
-    missing = {*manifest.record_ids, *manifest.sl_record_ids} - row_ids
+    rows, sl_rows = _load_batch_rows(store, manifest)
+    missing = _find_missing_ids(manifest, rows, sl_rows)
     if compute_content_hash([*rows, *sl_rows]) != manifest.content_hash:
         raise CharterError(
             f"batch {manifest.batch_number} ({manifest.phase}) cannot be rebuilt",
@@ -454,6 +470,23 @@ def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
             "use the database that the batch was sampled from. Erased rows cannot be restored",
         )
     return Batch(manifest, rows, sl_rows)
+
+
+def count_missing_rows(store: Store, manifest: BatchManifest) -> int:
+    """Return how many of the rows that a manifest lists are not in the database."""
+    return len(_find_missing_ids(manifest, *_load_batch_rows(store, manifest)))
+
+
+def _load_batch_rows(store: Store, manifest: BatchManifest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows = load_rows(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
+    return rows, load_rows(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
+
+
+def _find_missing_ids(
+    manifest: BatchManifest, rows: Iterable[Mapping[str, Any]], sl_rows: Iterable[Mapping[str, Any]]
+) -> set[str]:
+    row_ids = {str(row[KEY_COLUMNS[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
+    return {*manifest.record_ids, *manifest.sl_record_ids} - row_ids
 
 
 def load_newest_chains(store: Store, count: int) -> list[dict[str, Any]]:

@@ -265,8 +265,9 @@ class Trainer:
             return bool(self.updater.select_rows(self.rl_phase, state))
         if not state.reward_version:
             return False
-        sql = "SELECT count(*) FROM responses WHERE split <> 'SUITE' AND created_at > ?"
-        (count,) = self.store.query(sql, [newest.created_at.replace(tzinfo=None)]).rows[0]
+        sql = """SELECT count(*) FROM responses
+                 WHERE split <> 'SUITE' AND commit_seq > (SELECT commit_seq FROM policies WHERE record_id = ?)"""
+        (count,) = self.store.query(sql, [newest.record_id]).rows[0]
         return bool(count < get_row_threshold(self.settings.train, "ppo"))
 
     # Monitor and rollback

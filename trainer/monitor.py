@@ -271,7 +271,7 @@ class RewardHackingMonitor:
         if version == reference:
             return None
         if not self.passed_by_version:  # after a restart, load the results of earlier checks
-            sql = "SELECT policy_version, limits_exceeded = 0 FROM monitor_checks ORDER BY created_at"
+            sql = "SELECT policy_version, limits_exceeded = 0 FROM monitor_checks ORDER BY commit_seq"
             self.passed_by_version = dict(store.query(sql, limit_s=QUERY_TIMEOUT_S).rows)
         if version in self.passed_by_version:
             return None

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class TrainingState:
 
     `policy_ancestry` holds the versions of the current RL phase, from the newest to the reference. `reward_version_by_policy`
     maps each policy version to the reward version that was current when the policy was published. `model_revisions` maps each
-    policy version to the revision of its weights. `updates` holds one update per version, in the order of the log.
+    policy version to the revision of its weights. `publication_times` maps each policy version except 0 to the time in UTC at
+    which the trainer wrote its update. `updates` holds one update per version, in the order of the log.
     `cluster_id` identifies the log.
     """
 
@@ -52,6 +54,7 @@ class TrainingState:
     trained_batches: Sequence[BatchManifest] = ()
     reward_version_by_policy: Mapping[int, int] = field(default_factory=dict)
     model_revisions: Mapping[int, str] = field(default_factory=dict)
+    publication_times: Mapping[int, datetime] = field(default_factory=dict)
     updates: Sequence[PolicyUpdate] = ()
     manifests: Sequence[BatchManifest] = ()
     incidents: Sequence[Incident] = ()
@@ -162,6 +165,11 @@ def compute_training_state(
         trained_batches=tuple(trained_batches),
         reward_version_by_policy=reward_version_by_policy,
         model_revisions={0: base_revision} | revisions,
+        publication_times={
+            update.version: update.created_at.astimezone(UTC).replace(tzinfo=None)
+            for update in updates
+            if update.kind is PolicyKind.POLICY
+        },
         updates=updates,
         manifests=manifests,
         incidents=incidents,

@@ -44,12 +44,14 @@ from trainer.batches import (
     StalenessLimits,
     build_manifest,
     compute_age_s,
+    count_missing_rows,
     describe_mixture_shortfall,
     get_mixture,
     get_row_threshold,
     group_by_length,
     load_newest_chains,
     load_rows,
+    measure_clock_difference,
     rebuild_batch,
     sample_mixture,
     sample_replayed_rows,
@@ -72,6 +74,7 @@ from trainer.state import (
 from trainer.timed_store import QueryTimer, TimedStore
 
 logger = logging.getLogger("charter.trainer")
+_MAX_CLOCK_DIFFERENCE_S = 1.0
 PhaseStepCallback = Callable[[str, int, dict[str, float]], None]
 PromotionCheck = Callable[[Store, Path, int], LimitExceeded | None]
 
@@ -95,6 +98,7 @@ class Updater:
     promotion_gate: PromotionCheck | None = None
     dropped_ids: set[str] = field(default_factory=set)
     mixture_warnings: dict[str, str | None] = field(default_factory=dict)
+    has_reported_clocks: bool = False
     reported_session: str | None = None  # the session of the sink for which moved batches were reported
 
     def __post_init__(self) -> None:
@@ -134,29 +138,26 @@ class Updater:
         logger.info("resuming the unfinished %s batch %d", manifest.phase, manifest.batch_number)
         timer = QueryTimer(self.store)
         read_complete_history(self.store, state)  # raises an error if the database does not have all rows yet
-        if why := self.find_outdated_reason(manifest):
+        if why := self.find_outdated_reason(manifest, state):
             self.void_batch(
                 manifest, f"batch {manifest.batch_number} ({manifest.phase}) was left unfinished and is voided", why
             )
             return None
         return self.finish_or_void_batch(rebuild_batch(self.store, manifest), state, timer)
 
-    def find_outdated_reason(self, manifest: BatchManifest) -> str | None:
+    def find_outdated_reason(self, manifest: BatchManifest, state: TrainingState) -> str | None:
         """Return why an unfinished batch can no longer be used. Return None if it can be used.
 
         The rows of the batch may have been erased, or they may be too old.
         """
-        erased = "SELECT count(*) FROM erasures WHERE created_at > ?"
-        if self.store.query(erased, [manifest.created_at.replace(tzinfo=None)]).rows[0][0]:
-            try:
-                rebuild_batch(self.store, manifest)
-            except CharterError:
-                return "some of its rows were erased"
+        num_erased = self.store.query("SELECT count(*) FROM erasures").rows[0][0]
+        if num_erased and (num_missing := count_missing_rows(self.store, manifest)):
+            return f"{num_missing} of its rows are no longer in the database; {num_erased} prompts were erased"
         max_age_s = self.settings.train.max_age_s
         if manifest.phase == "ppo" and max_age_s and self.load_finished_checkpoint(manifest) is None:
-            oldest = "SELECT min(created_at) FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"
-            (sampled_at,) = self.store.query(oldest, [manifest.record_ids]).rows[0]
-            if sampled_at and compute_age_s(sampled_at) > max_age_s:
+            sql = "SELECT created_at, policy_version FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"
+            rows = self.store.query(sql, [manifest.record_ids]).rows
+            if any(compute_age_s(created_at, version, state) > max_age_s for created_at, version in rows):
                 return f"its oldest rollout is now older than {max_age_s:g} s (train.max_age_s)"
         return None
 
@@ -172,6 +173,8 @@ class Updater:
             # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
             limit = train.max_rows + 2 * get_row_threshold(train, phase)
             return select_new_rows(self.store, phase, state, limit=limit)
+        if train.max_age_s:
+            self.warn_about_clocks(state)
         rows, drops = select_rollouts(
             self.store,
             state,
@@ -184,6 +187,18 @@ class Updater:
             self.log.publish(new_drops)
             self.dropped_ids |= {record.record_id for record in new_drops}
         return rows
+
+    def warn_about_clocks(self, state: TrainingState) -> None:
+        """Report once that the clock of a stage and the clock of the trainer differ, because `train.max_age_s` compares them."""
+        if self.has_reported_clocks:
+            return
+        difference_s = measure_clock_difference(self.store, state).total_seconds()
+        if abs(difference_s) > _MAX_CLOCK_DIFFERENCE_S:
+            self.has_reported_clocks = True
+            self.notify(
+                f"the clock of a stage is at least {abs(difference_s):.0f} s {'ahead of' if difference_s > 0 else 'behind'} the"
+                f" clock of the trainer: train.max_age_s drops rollouts later than it should. Synchronize the clocks"
+            )
 
     def sample_batch(self, phase: str, rows: Sequence[RowRef], state: TrainingState) -> Batch:
         """Sample a batch from the rows and publish its manifest."""

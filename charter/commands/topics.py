@@ -162,7 +162,7 @@ def lag(settings: Settings, origins: dict[str, str], output: str) -> None:
     for stage, names in get_stage_inputs(settings).items():
         rows += compute_lag_rows(bus, stage, names, read_positions(bus, run_id, stage, names), run_id)
     if store.path.exists():
-        rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus.cluster_id))
+        rows += compute_lag_rows(bus, "sink", list(TOPICS), read_sink_offsets(store, bus))
     bus.close()
     print_rows(["consumer", "topic", "committed", "end", "lag", "lag_seconds"], rows, output)
 

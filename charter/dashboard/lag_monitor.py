@@ -16,11 +16,11 @@ from charter.activity import list_workers
 from charter.connect import open_bus_from_settings
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import error_to_dict
-from charter.lag import compute_lag_rows, read_positions
+from charter.lag import SINK_OFFSETS_SQL, compute_lag_rows, read_positions, select_sink_offsets
 from charter.stages import get_stage_inputs
 from engine.bus import KAFKA_SCHEME
 from engine.bus.embedded import LOG_FILENAME
-from engine.bus.port import Bus, Offsets, TopicPartition
+from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, CharterError
 from engine.settings import Settings
 from schemas.records import RunManifest
@@ -118,16 +118,15 @@ def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id
     for stage, names in get_stage_inputs(settings).items():
         topics = [name for name in names if name in existing]
         rows += compute_lag_rows(bus, stage, topics, read_positions(bus, run_id, stage, topics), run_id) if topics else []
-    sink_offsets = _load_sink_offsets(query_cache, bus.cluster_id)
+    sink_offsets = _load_sink_offsets(query_cache, bus)
     if sink_offsets is not None:
         rows += compute_lag_rows(bus, "sink", [name for name in TOPICS if name in existing], sink_offsets)
     names = ("reader", "topic", "committed", "end", "behind", "seconds")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _load_sink_offsets(query_cache: QueryCache, cluster_id: str) -> Offsets | None:
+def _load_sink_offsets(query_cache: QueryCache, bus: Bus) -> Offsets | None:
     """Return the next offsets of this log that the sink will read. Return None if the database cannot be read."""
-
-    sql = "SELECT topic, partition, next_offset FROM raw.sink_offsets WHERE cluster_id = ?"
-    data = query_cache.get_or_run(("sink", cluster_id), lambda query: {"rows": query(sql, [cluster_id]).rows}).data
-    return None if data is None else {TopicPartition(topic, partition): offset for topic, partition, offset in data["rows"]}
+    key, parameters = ("sink", bus.cluster_id), [bus.cluster_id]
+    data = query_cache.get_or_run(key, lambda query: {"rows": query(SINK_OFFSETS_SQL, parameters).rows}).data
+    return None if data is None else select_sink_offsets(data["rows"], bus)

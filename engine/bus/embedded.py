@@ -31,7 +31,15 @@ from engine.bus.port import (
     TopicPartition,
     make_group_active_error,
 )
-from engine.errors import BusUnreachable, CommitUncertain, DataFolderVersionMismatch, PartitionLost, UsageError, WriterFenced
+from engine.errors import (
+    BusUnreachable,
+    CommitUncertain,
+    DataFolderVersionMismatch,
+    PartitionLost,
+    TopicChanged,
+    UsageError,
+    WriterFenced,
+)
 from schemas.records import Erasure
 from schemas.topics import TopicSpec
 
@@ -96,6 +104,15 @@ def _suggest_fix(error: sqlite3.DatabaseError) -> str:
     return "check the disk and its free space: df -h"
 
 
+def _read_file_identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and the inode of a file. Return None if there is no file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class LogConnection:
     """A connection to the SQLite file. `transaction` is atomic."""
 
@@ -150,6 +167,7 @@ class EmbeddedBus:
         self.lock = threading.Lock()
         self.connection = LogConnection(self.path)
         self.cluster_id = self.create_schema()
+        self.file_identity = _read_file_identity(self.path)
         self.topic_cache: dict[str, tuple[int, int]] = {}
 
     def create_schema(self) -> str:
@@ -211,6 +229,12 @@ class EmbeddedBus:
         return self.topic_cache[name]
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
+        if _read_file_identity(self.path) != self.file_identity:
+            raise TopicChanged(
+                f"the embedded log {self.path} was deleted or replaced while this process used it",
+                "this process still has the old file open, and no other process can read what it writes there",
+                "start the process again: it uses the file that is there now; to get a deleted log back, type: charter restore FOLDER",
+            )
         with self.lock:
             ids = dict(self.connection.fetch_rows("SELECT name, uuid FROM topics"))
         return {topic: ids[self.prefix + topic] for topic in topics if self.prefix + topic in ids}

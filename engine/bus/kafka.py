@@ -14,8 +14,8 @@ The defaults of the client do not give exactly-once delivery. This module uses t
    lost. The check of assignment epochs prevents this.
 4. Consumers read only committed records, never auto-commit, and never reset their offsets automatically.
 5. Rebalance listeners run on the client's thread, so they only record epochs.
-6. Every committed offset has the topic id in its metadata. So an offset of a deleted topic with the same name, and an offset
-   that another program has written, can be recognized.
+6. Every committed offset has the topic id and the offset itself in its metadata. So an offset of a deleted topic with the same
+   name, and an offset that another program has written, can be recognized, even if that program keeps the metadata.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ _JOIN_POLL_TIMEOUT_MS = 200
 _SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2 * DEAD_LETTER_OVERHEAD_BYTES
 _RETRY_INTERVAL_S = 0.2
-_STAMP_PREFIX = "charter:"  # before the topic id in the metadata of a committed offset
+_STAMP_PREFIX = "charter:"  # before the topic id and the offset in the metadata of a committed offset
 # These errors occur while a coordinator is being elected.
 _COORDINATOR_ERRORS = (
     errors.CoordinatorNotAvailableError,
     errors.CoordinatorLoadInProgressError,
     errors.NotCoordinatorError,
 )
+# These errors occur while a partition has no leader: its topic was just created, or its broker has just failed.
+_LEADER_ERRORS = (errors.UnknownBrokerIdError, errors.LeaderNotAvailableError, errors.NotLeaderForPartitionError)
 _CONNECTION_ERRORS = (errors.KafkaConnectionError, errors.NodeNotReadyError, errors.NotControllerError)
 # These errors occur if the group has rebalanced without this member.
 _MEMBERSHIP_ERRORS = (
@@ -238,13 +240,16 @@ class KafkaBus:
         self.producer: kafka.KafkaProducer | None = None
 
     def call_with_retry(self, call: Callable[[], Any]) -> Any:
-        """Call a function. Retry while a coordinator or controller is being elected (on a new cluster, or after a failure)."""
+        """Call a function. Retry while a coordinator, controller or leader is being elected.
+
+        This happens on a new cluster, on a new topic, and after a failure of a broker.
+        """
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
         while True:
             try:
                 with self.lock:
                     return call()
-            except (*_COORDINATOR_ERRORS, *_CONNECTION_ERRORS):
+            except (*_COORDINATOR_ERRORS, *_LEADER_ERRORS, *_CONNECTION_ERRORS):
                 _check_reachable(self.servers)  # fail at once when no broker is reachable
                 if time.monotonic() > deadline:
                     raise
@@ -412,7 +417,7 @@ class KafkaBus:
         self.check_topics(records)
         with self.lock, _translate_errors(self.servers):
             if self.producer is None:
-                self.producer = kafka.KafkaProducer(**self.client_options, **make_producer_options())
+                self.producer = open_client_producer(self.client_options)
             try:
                 futures = [_send_record(self.producer, self.add_prefix(record.topic), record) for record in records]
                 require_delivered(self.producer, futures)
@@ -445,12 +450,14 @@ _PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]
 
 
 def _make_stamped_offset(offset: int, topic_id: str) -> OffsetAndMetadata:
-    return OffsetAndMetadata(offset, _STAMP_PREFIX + topic_id, -1)
+    return OffsetAndMetadata(offset, f"{_STAMP_PREFIX}{topic_id}:{offset}", -1)
 
 
 def _parse_committed(entry: OffsetAndMetadata) -> CommittedOffset:
-    stamp = entry.metadata or ""
-    return CommittedOffset(entry.offset, stamp.removeprefix(_STAMP_PREFIX) if stamp.startswith(_STAMP_PREFIX) else "")
+    """Return the offset and the topic id of its stamp, or "" if the stamp is missing or was made for another offset."""
+    prefix, _, stamp = (entry.metadata or "").partition(_STAMP_PREFIX)
+    topic_id, _, offset = stamp.partition(":")
+    return CommittedOffset(entry.offset, topic_id if not prefix and offset == str(entry.offset) else "")
 
 
 def _raise_partition_errors(results: _PartitionResults) -> _PartitionResults:
@@ -493,10 +500,34 @@ def make_producer_options() -> dict[str, Any]:
     }
 
 
+def open_client_consumer(client_options: Mapping[str, Any], **options: Any) -> kafka.KafkaConsumer:
+    """Open a consumer of the client with the options of `make_consumer_options`."""
+    consumer = kafka.KafkaConsumer(**client_options, **make_consumer_options(), **options)
+    consumer._cluster.config["allow_auto_create_topics"] = False  # see `open_client_producer`
+    return consumer
+
+
+def open_client_producer(client_options: Mapping[str, Any], **options: Any) -> kafka.KafkaProducer:
+    """Open a producer of the client with the options of `make_producer_options`.
+
+    kafka-python 3.0 accepts the option `allow_auto_create_topics`, but its requests for metadata ignore it. So a client that still
+    uses a topic that an operator deletes would create it again, with one partition and the default retention of the broker.
+    """
+    producer = kafka.KafkaProducer(**client_options, **make_producer_options(), **options)
+    producer._metadata.config["allow_auto_create_topics"] = False
+    return producer
+
+
 def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
+    """Return the options of a new topic.
+
+    The broker sets the times of records. With the times of the writers, it rejects the records of a writer whose clock is an hour
+    ahead, and deletes the records of a writer whose clock is behind before they are read.
+    """
     configs = {
         "cleanup.policy": "compact" if spec.is_compacted else "delete",
         "retention.ms": str(spec.retention_ms),
+        "message.timestamp.type": "LogAppendTime",
         "max.message.bytes": str(spec.max_message_bytes + DEAD_LETTER_OVERHEAD_BYTES),
     }
     return {"num_partitions": spec.num_partitions, "replication_factor": spec.replication_factor, "configs": configs}
@@ -532,9 +563,8 @@ class KafkaWriter:
 
     def open_producer(self) -> kafka.KafkaProducer:
         with _translate_errors(self.bus.servers):
-            producer = kafka.KafkaProducer(
-                **self.bus.client_options,
-                **make_producer_options(),
+            producer = open_client_producer(
+                self.bus.client_options,
                 transactional_id=self.transactional_id,
                 transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
             )
@@ -641,7 +671,7 @@ class KafkaReader:
         self.bus = bus
         self.partitions: list[TopicPartition] = []
         with _translate_errors(bus.servers):
-            self.client = kafka.KafkaConsumer(**bus.client_options, **make_consumer_options())
+            self.client = open_client_consumer(bus.client_options)
         self.add_partitions(positions)
 
     def add_partitions(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -652,7 +682,7 @@ class KafkaReader:
             self.client.seek(self.bus.to_kafka_partition(tp), offset)
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        with _translate_offset_errors(self.bus):
+        with _translate_offset_errors(self.bus, "to continue at the beginning of the log, start the command again"):
             return _to_consumer_records(self.bus, self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records))
 
     def positions(self) -> Offsets:
@@ -667,24 +697,26 @@ class KafkaReader:
 
 
 @contextmanager
-def _translate_offset_errors(bus: KafkaBus) -> Iterator[None]:
+def _translate_offset_errors(bus: KafkaBus, remedy: str) -> Iterator[None]:
     with _translate_errors(bus.servers):
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
             why = "retention or an operator deleted the records before they were read, or the log is shorter than before"
-            raise _make_offsets_lost_error(bus, error.args[0], why) from error
+            raise _make_offsets_lost_error(bus, error.args[0], why, remedy) from error
         except errors.LogTruncationError as error:
             why = "a broker without these records has become the leader (unclean leader election)"
-            raise _make_offsets_lost_error(bus, error.divergent_offsets, why) from error
+            raise _make_offsets_lost_error(bus, error.divergent_offsets, why, remedy) from error
 
 
-def _make_offsets_lost_error(bus: KafkaBus, offsets: Mapping[KafkaTopicPartition, object], why: str) -> OffsetsLost:
+def _make_offsets_lost_error(
+    bus: KafkaBus, offsets: Mapping[KafkaTopicPartition, object], why: str, remedy: str
+) -> OffsetsLost:
     names = ", ".join(f"{bus.from_kafka_partition(tp).topic}[{tp.partition}]@{offset}" for tp, offset in offsets.items())
     return OffsetsLost(
         f"the log no longer has the next records: {names}",
         why,
-        "raise bus.retention_ms; to continue without these records, type: charter offsets set --stage STAGE --to earliest",
+        f"raise bus.retention_ms; {remedy}",
     )
 
 
@@ -718,14 +750,17 @@ class KafkaConsumer:
 
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
         self.bus, self.hold_new = bus, hold_new
+        run_id, _, stage = group.removeprefix(bus.prefix).rpartition(".")
+        self.lost_offsets_remedy = (
+            f"to continue without these records, type: charter offsets set --run {run_id} --stage {stage} --to earliest"
+        )
         self.topic_ids: Mapping[str, str] = bus.topic_ids(topics)
         self.started_epochs: Offsets = {}  # the epoch in which each partition was started
         self.epochs = _AssignmentEpochs(bus)
         self.membership: ConsumerGroupMetadata | None = None
         with _translate_errors(bus.servers):
-            self.client = kafka.KafkaConsumer(
-                **bus.client_options,
-                **make_consumer_options(),
+            self.client = open_client_consumer(
+                bus.client_options,
                 group_id=group,
                 client_id=f"{_CLIENT_ID_PREFIX}{member}",
                 partition_assignment_strategy=[CooperativeStickyAssignor],
@@ -762,7 +797,7 @@ class KafkaConsumer:
         self.resume([partition])
 
     def poll(self, timeout_s: float, max_records: int) -> list[ConsumerRecord]:
-        with _translate_offset_errors(self.bus):
+        with _translate_offset_errors(self.bus, self.lost_offsets_remedy):
             try:
                 polled = self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
                 polled = polled or self.finish_join(max_records)

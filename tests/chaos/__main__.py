@@ -17,6 +17,9 @@ partitions     partitions are added to the topics of a running pipeline
 producers      producers of files that share prompts publish at the same time and are killed
 signals        pairs of stop signals at random moments of `charter run`
 slow-kills     kills and stop signals during slow generations
+replays        replays that are killed, started twice at once, with live stages, and of a replay
+wal-damage     the database and its write-ahead log are cut, changed, deleted or exchanged after kills
+clock-steps    the wall clock is set back and forward by hours while instances are killed
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.chaos import faults, log_changes, signals
+from tests.chaos.clock_steps import run_clock_steps
 from tests.chaos.concurrent_producers import run_concurrent_producers
+from tests.chaos.damaged_database import run_damaged_database
 from tests.chaos.process_kills import KillScenario, kill_everything
+from tests.chaos.replays import run_replays
 from tests.chaos.system import InvariantViolation, make_broker
 
 # Scenarios for both logs, and scenarios for Kafka only with the settings of their broker.
 _COMMON_SCENARIOS = (
     "zombie", "storm", "disk-full", "held-file", "server-down", "hostile-bytes", "producers", "signals", "slow-kills",
+    "replays", "wal-damage", "clock-steps",
 )  # fmt: skip
 _KAFKA_SCENARIOS: dict[str, dict[str, object]] = {
     "offset-expiry": log_changes.EXPIRY_SETTINGS,
@@ -60,7 +67,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="folder for all data (default: a temporary folder)")
     parser.add_argument("--prompts", type=int, help="number of prompts (default: the scenario's own; 5000 for kill)")
-    parser.add_argument("--kills", type=int, help="number of kills (default: 200 for kill, 40 for producers, 3 for slow-kills)")
+    parser.add_argument(
+        "--kills", type=int, help="number of kills (default: 200 for kill, 40 for producers, 20 for replays, 3 for slow-kills)"
+    )
     parser.add_argument("--broker-kills", type=int, default=10)
     parser.add_argument("--brokers", type=int, default=3, help="number of brokers for kill; also the replication factor")
     parser.add_argument("--publish", action="store_true", help="publish policies during the kills")
@@ -116,6 +125,13 @@ def _run_scenario(options: argparse.Namespace, folder: Path, stack: ExitStack) -
         yield from signals.run_slow_generation_kills(
             folder, address, num_kills=options.kills or 3, num_stops=10, generation_s=10.0
         )
+    elif options.scenario == "replays":
+        kills = {"num_kills": options.kills} if options.kills else {}
+        yield from run_replays(folder, address, seed=options.seed, **size, **kills)
+    elif options.scenario == "wal-damage":
+        yield from run_damaged_database(folder, address, seed=options.seed, **size)
+    elif options.scenario == "clock-steps":
+        yield from run_clock_steps(folder, address, seed=options.seed, **size)
     else:
         yield from faults.run_hostile_bytes(folder, address, num_messages=options.messages, seed=options.seed, **size)
 

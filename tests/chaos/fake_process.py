@@ -18,16 +18,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import engine.models
+import schemas.records
 from engine.models.interface import Generation, GenerationRequest, Model, OptionScores
 from engine.models.scripted import ScriptedModel
 
 _MARKER_FILE = "fake.json"
 _BATCH_DELAY_S = float(os.environ.get("CHAOS_BATCH_S", "0.02"))
 _NUM_STEPS = 4
+_CLOCK_FILE = os.environ.get("CHAOS_CLOCK_FILE")
+_CLOCK_READ_INTERVAL_S = 0.05
 
 
 @dataclass
@@ -63,7 +67,33 @@ def _run_fake_update(context: Any, batch: Any) -> Any:
     return save, {"beta": 0.1, "rows": float(len(batch.rows))}
 
 
+class _ShiftedClock:
+    """The wall clock of this process: the clock of the machine, and the seconds in a file that the scenario changes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.machine_time_ns = path, time.time_ns
+        self.shift_ns, self.read_at = 0, 0.0
+
+    def time_ns(self) -> int:
+        if time.monotonic() - self.read_at > _CLOCK_READ_INTERVAL_S:
+            self.shift_ns, self.read_at = int(float(self.path.read_text() or 0) * 1e9), time.monotonic()
+        return self.machine_time_ns() + self.shift_ns
+
+    def install(self) -> None:
+        clock = self
+
+        class ShiftedDatetime(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> datetime:
+                return datetime.fromtimestamp(clock.time_ns() / 1e9, tz)
+
+        time.time_ns, time.time = self.time_ns, lambda: self.time_ns() / 1e9
+        schemas.records.datetime = ShiftedDatetime  # type: ignore[misc, attr-defined]
+
+
 def main() -> None:
+    if _CLOCK_FILE:
+        _ShiftedClock(Path(_CLOCK_FILE)).install()
     import charter.cli
     import charter.models
 

@@ -23,7 +23,7 @@ from tests.chaos.system import (
     wait_until,
     write_prompts,
 )
-from tests.support.kafka import DEFAULT_JOIN_DELAY, Cluster
+from tests.support.kafka import DEFAULT_SETTINGS, Cluster
 from tests.support.waiting import HANG_S
 
 _SETTING_FLAGS = {
@@ -100,7 +100,7 @@ def kill_everything(folder: Path, scenario: KillScenario, *, on_kafka: bool) -> 
 
 
 def _make_cluster(folder: Path, num_brokers: int) -> Cluster:
-    return Cluster(get_kafka_home(), folder, num_brokers, DEFAULT_JOIN_DELAY)
+    return Cluster(get_kafka_home(), folder, num_brokers, DEFAULT_SETTINGS)
 
 
 def _make_training_flags(scenario: KillScenario) -> dict[str, str]:

@@ -23,7 +23,7 @@ from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
-from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
+from tests.support.kafka import DEFAULT_SETTINGS, Broker
 from tests.support.waiting import HANG_S
 
 _ROOT = Path(__file__).parents[2]
@@ -44,9 +44,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def make_broker(folder: Path, settings: Mapping[str, object] | None = None) -> Broker:
-    """Return a temporary broker from KAFKA_HOME, with the default join delay of Kafka."""
+    """Return a temporary broker from KAFKA_HOME, with the default settings of Kafka."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Broker(get_kafka_home(), folder, settings={**DEFAULT_JOIN_DELAY, **(settings or {})})
+    return Broker(get_kafka_home(), folder, settings={**DEFAULT_SETTINGS, **(settings or {})})
 
 
 def get_kafka_home() -> Path:
@@ -65,6 +65,7 @@ class SystemUnderTest:
     setting_overrides: dict[str, str] = field(default_factory=dict)
     bus_prefix: str = ""
     batch_delay_s: float = 0.02
+    clock_file: Path | None = None  # the processes add the seconds in this file to their wall clock
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     kill_counts: dict[str, int] = field(default_factory=dict)
@@ -106,6 +107,8 @@ class SystemUnderTest:
             "PYTHONPATH": str(_ROOT),
             "OMP_NUM_THREADS": "1",
         }
+        if self.clock_file:
+            environment["CHAOS_CLOCK_FILE"] = str(self.clock_file)
         with (self.folder / f"{name}.log").open("ab") as log:
             command = [sys.executable, "-m", "tests.chaos.fake_process", *arguments, *flags]
             self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
@@ -298,7 +301,7 @@ def _check_offsets(system: SystemUnderTest) -> None:
         lags = {topic: lag for topic, lag in compute_lags(bus, "live", system.load_settings()).items() if lag}
         require(not lags, f"stages have unread records: {lags}")
         unread: dict[TopicPartition, int] = find_oldest_unread(
-            bus, read_sink_offsets(system.open_store(), bus.cluster_id), bus.end_offsets(list(TOPICS))
+            bus, read_sink_offsets(system.open_store(), bus), bus.end_offsets(list(TOPICS))
         )
         require(not unread, f"the sink has unread records: {unread}")
 

@@ -134,10 +134,11 @@ def test_set_skips_or_repeats_records(command):
     assert not worker.num_of_other_runs  # the run starts after the records of the older run
 
 
-def test_restore_without_a_change_repeats_nothing(command):
+def test_restore_without_a_change_repeats_nothing(command, caplog):
     publish(command.bus, name_prompts(0, 6))
     run_until_done(command.bus)
     command.call("restore")
+    assert "has no committed offsets" not in caplog.text  # nothing is lost
     run_until_done(command.bus)
     assert read_answered(command.bus) == name_prompts(0, 6)
 

@@ -6,6 +6,8 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
+import uuid
 from contextlib import closing
 
 import duckdb
@@ -13,13 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from consumers.sink import Sink
+from charter.lag import compute_lag_rows, read_sink_offsets
+from consumers.sink import Sink, collect_sink_metrics
 from engine.bus import open_bus
-from engine.bus.port import ProducerRecord
+from engine.bus.port import ProducerRecord, TopicPartition
 from engine.errors import CharterError, OffsetsLost, StoreDamaged, StoreMismatch
 from engine.store import Store
 from engine.worker import to_producer_record
-from schemas.topics import TOPICS
+from schemas.topics import TOPICS, make_topic_table
+from tests.support.kafka_operator import KafkaOperator
 
 
 @pytest.fixture
@@ -31,6 +35,14 @@ def drain(sink):
     while sink.step():
         pass
     sink.close()
+
+
+def run_and_stop(sink, num_prompts):
+    while read_counts(sink.store)[0] < num_prompts:
+        sink.step()
+    stop = threading.Event()
+    stop.set()
+    sink.run(stop)
 
 
 def read_counts(store, topic="prompts"):
@@ -151,6 +163,45 @@ def test_sink_raises_if_retention_deleted_unread_records(bus, store, make_prompt
     monkeypatch.setattr(bus, "beginning_offsets", lambda topics: dict.fromkeys(type(bus).beginning_offsets(bus, topics), 5))
     with pytest.raises(OffsetsLost, match="retention"):
         Sink(bus, store)
+
+
+@pytest.mark.kafka
+def test_deleted_transaction_markers_are_no_lost_records(kafka_address, store, make_prompt):
+    """Retention deletes everything while the sink is stopped. Then a record is deleted that the sink has not read."""
+    bus = open_bus(kafka_address, prefix=f"s{uuid.uuid4().hex[:8]}.")
+    bus.create_topics(list(make_topic_table(1).values()))
+    operator = KafkaOperator(bus.servers, bus.prefix)
+    writer = bus.open_writer("w")
+    for number in (1, 2):
+        writer.commit([to_producer_record(make_prompt(f"prompt {number}"))])
+        run_and_stop(Sink(bus, store, max_wait_s=0.05), number)
+        operator.delete_records("prompts")
+    writer.commit([to_producer_record(make_prompt("three"))])
+    assert {row[4] for row in compute_lag_rows(bus, "sink", ["prompts"], read_sink_offsets(store, bus))} == {2}
+    operator.delete_records("prompts")
+    assert {row[4] for row in compute_lag_rows(bus, "sink", ["prompts"], read_sink_offsets(store, bus))} == {2}
+    with pytest.raises(OffsetsLost, match="deleted 2 records"):
+        Sink(bus, store)
+    operator.recreate_topics("prompts")  # the offsets of the deleted topic do not count for the new one
+    assert not any(tp.topic == "prompts" for tp in read_sink_offsets(store, bus))
+    writer.close()
+    bus.close()
+    assert read_counts(store) == (2, 0, 0)
+
+
+def test_sink_with_a_new_database_reports_once_what_was_deleted_before(bus, store, make_prompt, monkeypatch, caplog):
+    bus.publish([to_producer_record(make_prompt("one"))])
+    beginnings = bus.beginning_offsets(list(TOPICS)) | {TopicPartition("prompts", 0): 7, TopicPartition("runs", 0): 2}
+    ends = {tp: max(end, beginnings[tp]) for tp, end in bus.end_offsets(list(TOPICS)).items()}
+    monkeypatch.setattr(bus, "beginning_offsets", lambda topics: beginnings)
+    monkeypatch.setattr(bus, "end_offsets", lambda topics: ends)
+    sinks = [Sink(bus, store, max_wait_s=0.05) for _ in range(2)]
+    for sink in sinks:
+        sink.close()
+    (message,) = [record.message for record in caplog.records if "deleted" in record.message]
+    assert message.endswith("prompts[0]: 7 offsets, runs[0]: 2 offsets")
+    counts = [{sample.name: sample.value for sample in collect_sink_metrics(sink)} for sink in sinks]
+    assert [count["charter_deleted_offsets_total"] for count in counts] == [9, 0]
 
 
 def test_sink_waits_for_a_locked_file_and_loses_no_record(bus, store, make_prompt, monkeypatch):

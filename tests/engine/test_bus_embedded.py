@@ -17,7 +17,8 @@ from engine.bus.embedded import EmbeddedBus
 from engine.bus.kafka import parse_address
 from engine.bus.port import ProducerRecord
 from engine.bus.read import read_topic, read_values
-from engine.errors import BusUnreachable, DataFolderVersionMismatch, UsageError
+from engine.errors import BusUnreachable, DataFolderVersionMismatch, TopicChanged, UsageError
+from engine.topic_guard import TopicGuard
 from schemas.topics import TOPICS
 from tests.support.waiting import HANG_S
 
@@ -93,6 +94,22 @@ def test_leases_do_not_depend_on_the_wall_clock(tmp_path, monkeypatch, change):
         active.poll(0.1, 1)
         assert time.monotonic() < deadline
     active.close()
+    bus.close()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_worker_ends_if_its_log_is_deleted_or_replaced(tmp_path, is_replaced):
+    """Otherwise the process would continue with the deleted file, and nobody would see its results."""
+    bus = open_bus(str(tmp_path))
+    bus.create_topics(list(TOPICS.values()))
+    guard = TopicGuard(bus, bus.topic_ids(["prompts"]))
+    guard.verify()
+    for path in tmp_path.glob("log.sqlite*"):
+        path.unlink()
+    if is_replaced:
+        open_bus(str(tmp_path)).close()
+    with pytest.raises(TopicChanged, match=r"log\.sqlite was deleted or replaced"):
+        guard.verify()
     bus.close()
 
 

@@ -17,7 +17,7 @@ from charter.connect import connect_bus, open_store
 from charter.pipeline import STAGES, make_host
 from engine.bus import open_bus
 from engine.bus.kafka import capture_connection_errors
-from engine.bus.port import ProducerRecord
+from engine.bus.port import ProducerRecord, TopicPartition
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError
 from engine.settings import load_settings
@@ -52,6 +52,32 @@ def test_open_transaction_of_another_producer_raises_bus_unreachable(bus, monkey
     other_producer.abort_transaction()
     other_producer.close(timeout=HANG_S)
     assert read_values(bus, "in") == [b"1"]
+
+
+def test_no_client_creates_a_topic(bus):
+    """A broker with default settings creates a topic if a client asks for its metadata and allows it."""
+    bus.publish([])
+    writer, reader = bus.open_writer("w"), bus.open_reader({TopicPartition("in", 0): 0})
+    consumer = bus.open_consumer("r.s", ["in"], member="a")
+    for metadata in (bus.producer._metadata, writer.producer._metadata, reader.client._cluster, consumer.client._cluster):
+        assert metadata.metadata_request().allow_auto_topic_creation is False
+    for opened in (writer, reader, consumer):
+        opened.close()
+
+
+def test_calls_are_repeated_until_a_new_partition_has_a_leader(bus, monkeypatch):
+    failures, list_offsets = (
+        [errors.UnknownBrokerIdError(-1), errors.LeaderNotAvailableError()],
+        bus.admin.list_partition_offsets,
+    )
+
+    def list_after_failures(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return list_offsets(*arguments, **options)
+
+    monkeypatch.setattr(bus.admin, "list_partition_offsets", list_after_failures)
+    assert bus.end_offsets(["in"]) == {TopicPartition("in", 0): 0} and not failures
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Where a stage starts: with offsets that were deleted, changed by another program, or of a topic that was created again."""
 
 import uuid
+from contextlib import closing
 
 import pytest
 
@@ -134,8 +135,10 @@ def test_offset_of_another_program_is_refused(kafka_bus, operator):
     publish(kafka_bus, name_prompts(0, 9))
     run_until_done(kafka_bus)
     ends = kafka_bus.end_offsets(["prompts"])
-    for changed in (dict.fromkeys(ends, 0), ends, {tp: end + 100 for tp, end in ends.items()}):
-        operator.alter_offsets("r.respond", changed)
+    stamp = f"charter:{kafka_bus.topic_ids(['prompts'])['prompts']}:9999"  # kept by a tool that changes only the offsets
+    changes = (dict.fromkeys(ends, 0), ""), (ends, ""), ({tp: end + 100 for tp, end in ends.items()}, ""), (ends, stamp)
+    for changed, metadata in changes:
+        operator.alter_offsets("r.respond", changed, metadata)
         with pytest.raises(UsageError, match=r"of respond in prompts\[\d\] was not written by Charter\n.*r\.respond"):
             run_until_done(kafka_bus)
     kafka_bus.delete_committed("r.respond", ["prompts"])
@@ -186,10 +189,22 @@ def test_read_of_a_whole_topic_skips_records_that_are_deleted_meanwhile(kafka_bu
     publish(kafka_bus, name_prompts(0, 30))
     starts, ends = kafka_bus.beginning_offsets(["prompts"]), kafka_bus.end_offsets(["prompts"])
     operator.delete_records("prompts", 4)
-    with pytest.raises(OffsetsLost):
+    with pytest.raises(OffsetsLost, match="start the command again"):
         list(read_between(kafka_bus, starts, ends))
     records = list(read_between(kafka_bus, starts, ends, skip_deleted=True))
     assert len(records) == 30 - 3 * 4 and min(record.offset for record in records) == 4
+
+
+@pytest.mark.kafka
+def test_records_deleted_under_a_running_stage_are_reported_with_the_command_for_this_stage(kafka_bus, operator):
+    publish(kafka_bus, name_prompts(0, 30))
+    operator.delete_records("prompts", 4)
+    with closing(kafka_bus.open_consumer("run.1.respond", ["prompts"], member="a")) as consumer:
+        wait_until(lambda: len(consumer.assignment()) == 3 or consumer.poll(0.1, 1))
+        with pytest.raises(OffsetsLost, match=r"charter offsets set --run run\.1 --stage respond --to earliest"):
+            for tp in consumer.assignment():
+                consumer.seek(tp, 0)
+                consumer.poll(5.0, 1)
 
 
 @pytest.mark.kafka

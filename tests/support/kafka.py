@@ -18,8 +18,9 @@ from kafka.errors import KafkaError
 from tests.support.waiting import HANG_S
 
 _POLL_INTERVAL_S = 0.2
-# A new group waits this long for more members, as on every broker without other settings. `Broker` sets 0 to save time.
-DEFAULT_JOIN_DELAY = {"group.initial.rebalance.delay.ms": 3000}
+# Settings of every broker that nobody has configured. A new group waits three seconds for more members, and a client that asks
+# for an unknown topic may create it. `Broker` has other settings, to save time and to find clients that create topics.
+DEFAULT_SETTINGS = {"group.initial.rebalance.delay.ms": 3000, "auto.create.topics.enable": "true"}
 
 
 def find_free_port() -> int:

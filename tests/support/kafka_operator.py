@@ -1,15 +1,17 @@
 """Change a Kafka cluster as an operator does: delete groups, topics and records, change offsets, add partitions."""
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import kafka
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewPartitions
+from kafka.errors import CoordinatorLoadInProgressError, CoordinatorNotAvailableError, NotCoordinatorError
 from kafka.structs import OffsetAndMetadata
 
 from tests.support.waiting import wait_until
 
 _POLL_INTERVAL_S = 0.1
+_COORDINATOR_ERRORS = (CoordinatorNotAvailableError, CoordinatorLoadInProgressError, NotCoordinatorError)
 
 
 class KafkaOperator:
@@ -42,15 +44,25 @@ class KafkaOperator:
         wait_until(delete, description=f"the group {group} is deleted", interval_s=_POLL_INTERVAL_S)
 
     def list_offsets(self, group):
-        """Return the committed offsets of a group, by (topic, partition)."""
-        with self.connect() as admin:
-            offsets = admin.list_group_offsets({self.prefix + group: None}).get(self.prefix + group, {})
+        """Return the committed offsets of a group, by (topic, partition).
+
+        A new cluster has no coordinator until the first request for one has created the topic of the offsets.
+        """
+        found = []
+
+        def fetch():
+            with self.connect() as admin, suppress(*_COORDINATOR_ERRORS):
+                found.append(admin.list_group_offsets({self.prefix + group: None}).get(self.prefix + group, {}))
+            return bool(found)
+
+        wait_until(fetch, description=f"the group {group} has a coordinator", interval_s=_POLL_INTERVAL_S)
+        (offsets,) = found
         return {(tp.topic.removeprefix(self.prefix), tp.partition): entry.offset for tp, entry in offsets.items()}
 
-    def alter_offsets(self, group, offsets: Mapping):
+    def alter_offsets(self, group, offsets: Mapping, metadata=""):
         """Replace offsets, given by (topic, partition), as kafka-consumer-groups --reset-offsets does. No member may be left."""
         entries = {
-            kafka.TopicPartition(self.prefix + topic, partition): OffsetAndMetadata(offset, "", -1)
+            kafka.TopicPartition(self.prefix + topic, partition): OffsetAndMetadata(offset, metadata, -1)
             for (topic, partition), offset in offsets.items()
         }
 
@@ -65,7 +77,7 @@ class KafkaOperator:
     def end_offsets(self, topic):
         with self.connect() as admin:
             partitions = self.list_partitions(admin, topic)
-        consumer = kafka.KafkaConsumer(bootstrap_servers=self.servers)
+        consumer = kafka.KafkaConsumer(bootstrap_servers=self.servers, allow_auto_create_topics=False)
         try:
             return {(topic, tp.partition): offset for tp, offset in consumer.end_offsets(partitions).items()}
         finally:

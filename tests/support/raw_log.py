@@ -75,7 +75,7 @@ def read_raw_topic(address: str, prefix: str, topic: str) -> list[RawRecord]:
 def _read_kafka(servers: str, topic: str) -> list[tuple[int, int, bytes | None, bytes | None, dict[str, bytes]]]:
     consumer = kafka.KafkaConsumer(
         bootstrap_servers=servers.split(","), isolation_level="read_committed", auto_offset_reset="earliest",
-        enable_auto_commit=False,
+        enable_auto_commit=False, allow_auto_create_topics=False,
     )  # fmt: skip
     try:
         partitions = [kafka.TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]

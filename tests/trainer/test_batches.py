@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engine.errors import UsageError
 from engine.settings import load_settings, parse_mixture
 from schemas.records import BatchManifest, PolicyKind, PolicyUpdate
+from tests.support.records import RecordDatabase, make_response
 from trainer.batches import (
     RowRef,
     StalenessLimits,
@@ -16,6 +17,7 @@ from trainer.batches import (
     describe_mixture_shortfall,
     find_staleness_reason,
     group_by_length,
+    measure_clock_difference,
     sample_mixture,
 )
 from trainer.state import TrainingState, compute_training_state, is_superseded
@@ -115,6 +117,27 @@ def test_staleness_limits_give_their_reason(version, age_s, reason):
     state = TrainingState(7, 3, policy_ancestry=(7, 5, 4, 3), reward_version_by_policy={3: 0, 4: 1, 5: 2, 7: 3})
     row = {"policy_version": version, "created_at": make_past_time(age_s)}
     assert find_staleness_reason(row, state, StalenessLimits(max_staleness=2, max_reward_staleness=2, max_age_s=60)) == reason
+
+
+def test_age_of_a_rollout_is_at_most_the_age_of_its_policy():
+    """The clock of the stage is an hour behind the clock of the trainer, so it writes times before its policy was published."""
+    limits = StalenessLimits(max_age_s=60)
+    row = {"policy_version": 1, "created_at": make_past_time(3600)}
+    reasons = [
+        find_staleness_reason(row, TrainingState(1, policy_ancestry=(1, 0), publication_times=times), limits)
+        for times in ({}, {1: make_past_time(61)}, {1: make_past_time(5)})
+    ]
+    assert reasons == ["older than 60 s", "older than 60 s", None]
+
+
+@pytest.mark.parametrize(("age_s", "difference_s"), [(1800, 0), (3600 + 90, -90), (-120, 120)])
+def test_clock_difference_is_what_the_times_of_policies_and_responses_prove(tmp_path, age_s, difference_s):
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    response = make_response("a")
+    created_at = make_past_time(age_s).replace(tzinfo=UTC)
+    database.add(response.model_copy(update={"policy_version": 1, "created_at": created_at}))
+    state = TrainingState(1, publication_times={1: make_past_time(3600)})
+    assert measure_clock_difference(database.store, state).total_seconds() == pytest.approx(difference_s, abs=5)
 
 
 def test_reward_staleness_limit_gives_its_reason():

@@ -4,6 +4,7 @@ import shutil
 import sys
 import threading
 import types
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -18,6 +19,7 @@ from schemas import ids
 from schemas.records import (
     BatchManifest,
     EndReason,
+    Erasure,
     FinishReason,
     Incident,
     Pause,
@@ -28,9 +30,9 @@ from schemas.records import (
     Split,
 )
 from tests.chaos.crash_points import FAKE_LEARNERS, run_fake_update
-from tests.support.records import make_chain_end, make_record_fields, make_revision
+from tests.support.records import make_chain_end, make_record_fields, make_response, make_revision
 from tests.support.workspace import Workspace
-from trainer import loop
+from trainer import batches, loop
 from trainer.batches import rebuild_batch
 from trainer.monitor import LimitExceeded
 from trainer.phases import PHASES
@@ -62,6 +64,13 @@ def run_loop_until(trainer, is_done):
 
 def interrupt(context, batch):
     raise KeyboardInterrupt
+
+
+def make_erasure(prompt_id):
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    return Erasure(
+        record_id=ids.compute_id("erasure", prompt_id), run_id="r", stage="erase", prompt_id=prompt_id, created_at=an_hour_ago
+    )
 
 
 def train_to_rl(workspace):
@@ -181,7 +190,13 @@ def test_promotion_gate_measures_refusals_on_held_out_prompts(tiny, workspace):
     assert exceeded.metrics == {"refusal_benign": 1.0, "refusal_harmful": 1.0}
 
 
-def test_unfinished_batch_of_old_rollouts_is_voided_after_a_crash(tmp_path):
+class _LaterTime(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(hours=1)
+
+
+def test_unfinished_batch_of_old_rollouts_is_voided_after_a_crash(tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "data", max_age_s=30.0)
     train_to_rl(workspace)
     workspace.add_responses("c")
@@ -189,14 +204,53 @@ def test_unfinished_batch_of_old_rollouts_is_voided_after_a_crash(tmp_path):
     workspace.trainer.updater.learners = dict.fromkeys(PHASES, interrupt)
     with pytest.raises(KeyboardInterrupt):
         workspace.trainer.update("ppo")
-    with workspace.store.open_write_session() as connection:  # simulate an hour
-        connection.execute("UPDATE raw.responses SET created_at = created_at - INTERVAL 1 HOUR")
+    monkeypatch.setattr(batches, "datetime", _LaterTime)
     workspace.trainer = workspace.open()
     assert workspace.trainer.resume() is None and "left unfinished and is voided" in workspace.read_records(Incident)[-1].title
     assert workspace.trainer.next_phase() is None
     workspace.add()
     reasons = [reason for (reason,) in workspace.store.query("SELECT reason FROM dropped_rollout_stats").rows]
     assert reasons == ["older than 30 s"]
+    workspace.close()
+
+
+def test_unfinished_batch_is_voided_after_an_erasure_whatever_the_clocks_say(workspace):
+    """The clock of `charter erase` is an hour behind. An erasure of another prompt does not void the batch."""
+    chains = [make_chain_end(f"a{n}", f"chain {n}") for n in range(4)]
+    workspace.add(*chains)
+    workspace.trainer.updater.learners = dict.fromkeys(PHASES, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.trainer.update("sft")
+    (manifest,) = workspace.read_records(BatchManifest)
+    workspace.add(make_erasure(make_chain_end("other", "another chain").prompt_id))
+    assert workspace.trainer.updater.find_outdated_reason(manifest, workspace.trainer.read_state()) is None
+    workspace.add(make_erasure(chains[0].prompt_id))
+    workspace.trainer = workspace.open()
+    assert workspace.trainer.resume() is None
+    assert "1 of its rows are no longer in the database; 2 prompts were erased" in workspace.read_records(Incident)[-1].detail
+
+
+def test_sft_counts_the_responses_since_its_last_update_in_the_order_of_the_log(workspace):
+    """The clock of the stage is an hour behind. PPO cannot use these responses, because an earlier policy has sampled them."""
+    train_to_rl(workspace)
+    workspace.add_chains("b")
+    workspace.trainer.update("sft")
+    workspace.add_chains("c")
+    assert workspace.trainer.next_phase() is None
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    workspace.add(*(make_response(f"late {n}", created_at=an_hour_ago) for n in range(4)))
+    assert workspace.trainer.next_phase() == "sft"
+
+
+def test_clocks_that_differ_are_reported_once_if_the_age_of_rollouts_is_limited(tmp_path):
+    workspace = Workspace(tmp_path / "data", max_age_s=30.0)
+    train_to_rl(workspace)
+    with workspace.store.open_write_session() as connection:
+        connection.execute("UPDATE raw.responses SET created_at = created_at + INTERVAL 1 HOUR")
+    for _ in range(2):
+        workspace.trainer.next_phase()
+    (message,) = [message for message in workspace.messages if "clock" in message]
+    assert "s ahead of the clock of the trainer: train.max_age_s drops rollouts later" in message
     workspace.close()
 
 
