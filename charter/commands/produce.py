@@ -28,7 +28,7 @@ from producers.files import (
     make_row_metadata,
     parse_row,
 )
-from producers.parse import COLUMN_NAMES, PromptRow, RowError
+from producers.parse import COLUMN_NAMES, PROMPT_PART_COLUMNS, PromptRow, RowError
 from producers.rows import compute_content_hash, read_rows
 from schemas.records import Record
 
@@ -45,8 +45,9 @@ def _parse_columns(context: click.Context, parameter: click.Parameter, values: t
     columns: dict[str, str] = {}
     for value in values:
         name, equals, source = value.partition("=")
-        if not equals or name not in COLUMN_NAMES:
-            names = ", ".join(sorted(COLUMN_NAMES))
+        # A column that is only checked can be ignored (question=), but it has no meaning that another column could have.
+        if not equals or name not in COLUMN_NAMES or (source and name in PROMPT_PART_COLUMNS):
+            names = ", ".join(sorted(COLUMN_NAMES - PROMPT_PART_COLUMNS))
             raise click.BadParameter(f"{value!r} is not NAME=COLUMN, where NAME is one of {names}", context, parameter)
         if name in columns:
             raise click.BadParameter(f"{name} is given twice", context, parameter)

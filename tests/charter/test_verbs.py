@@ -118,7 +118,7 @@ def test_replay_reads_expired_records_from_the_archive(deployment):
     finished_deployment(deployment)
     (deployment.folder / embedded.LOG_FILENAME).unlink()
     before = dict(deployment.sql(COUNTS))
-    deployment.fails(UsageError, "there is no run live", "replay", "--stage", "judge", "--archive", "--as", "again")
+    deployment.fails(UsageError, "there is no log in", "replay", "--stage", "judge", "--archive", "--as", "again")
     # A new log has no runs until a stage has run on it. The sink refuses the rows of the old log until they are accepted.
     deployment.publish("something new")
     deployment.fails(StoreMismatch, "records of another log", "run", "--stage", "sink")
