@@ -17,7 +17,6 @@ from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.label_quality import make_label_check, read_verdict
 from charter.lag import describe_unarchived
-from charter.policies import RL_PHASES
 from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.bus.port import Bus
@@ -26,6 +25,7 @@ from engine.models import resolve_model_folder
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from schemas.records import PolicyUpdate
+from trainer.methods import RL_METHODS
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -91,9 +91,10 @@ def _train_once(trainer: Trainer, phase: str | None, settings: Settings) -> None
     If `phase` is None and there was no unfinished batch, update the next phase that is ready.
     """
     if trainer.store.path.exists():
+        needs_labels = phase in RL_METHODS and RL_METHODS[phase].needs_labels(settings.train)
         verdict = read_verdict(trainer.store, settings.label_quality)
         print_progress(str(verdict))
-        if verdict.problems and phase in RL_PHASES and trainer.check_labels:
+        if verdict.problems and needs_labels and trainer.check_labels:
             raise UsageError(
                 f"{phase} does not train on {verdict.subject}",
                 "; ".join(verdict.problems),

@@ -14,7 +14,7 @@ all policies so far. Rolnick et al. 2019 mix new and replayed experience in equa
 
 A manifest lists the rows in the order of training. The manifest holds a hash of all columns that training reads, the seed, and
 the settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this
-module decides whether a rollout is too stale. The decision depends only on the records. A rollout that PPO can no longer use is
+module decides whether a rollout is too stale. The decision depends only on the records. A rollout that can no longer be used is
 dropped, and the reason is published on the topic `dropped-rollouts`.
 """
 
@@ -35,29 +35,29 @@ from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
 from trainer.consumed import ConsumedRows, find_consumed_rows
+from trainer.methods import PHASES, REWARD_PHASE, RL_METHODS, SFT_PHASE, RowKind, get_row_kind, uses_rollouts
 from trainer.state import TrainingState
 
 QUERY_TIMEOUT_S = 60.0  # longer than the default of the store, because a batch may scan large tables
-SFT_PHASE, _RL_PHASES = "sft", ("ppo", "dpo")
-_NEW_ROW_VIEWS = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
+# By what the batches of a phase consist of (`trainer.methods`).
+_NEW_ROW_VIEWS: dict[RowKind, str] = {"chains": "sft_examples", "pairs": "preference_pairs"}
 # The views from which the rows of a manifest are loaded. If a person overrides a label, the old label is no longer in `preference_pairs`.
 # A batch that trained on the old label can still be rebuilt from `preference_labels`. These views also have the rows of prompts
 # that were held out after the batch.
-_MANIFEST_VIEWS = {"sft": "trainable_responses", "reward": "preference_labels", "ppo": "rollouts", "dpo": "preference_labels"}
-KEY_COLUMNS = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
-_PAIR_COLUMNS = "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing, label_source, policy_version"
+_MANIFEST_VIEWS: dict[RowKind, str] = {"chains": "trainable_responses", "pairs": "preference_labels", "rollouts": "rollouts"}
+# The column with the ids that a manifest lists. The completions of a response have one id.
+KEY_COLUMNS = {phase: "response_id" if uses_rollouts(phase) else "record_id" for phase in PHASES}
 # The columns that training reads. The hash in a manifest covers the same columns. A view may have more columns.
-_TRAINING_COLUMNS = {
-    "sft": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
-    "reward": _PAIR_COLUMNS,
-    "dpo": _PAIR_COLUMNS,
-    "ppo": "response_id, completion_index, prompt_id, messages, source, model, prompt_token_ids, token_ids, logprobs, text, finish_reason,"
+_TRAINING_COLUMNS: dict[RowKind, str] = {
+    "chains": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
+    "pairs": "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing,"
+    " label_source, policy_version",
+    "rollouts": "response_id, completion_index, prompt_id, messages, source, model, prompt_token_ids, token_ids, logprobs, text, finish_reason,"
     " temperature, policy_version",
 }
-_LENGTH_EXPRESSIONS = {
-    "sft": "length(completion) + list_sum([length(message.content) for message in messages])",
-    "reward": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
-    "dpo": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
+_LENGTH_EXPRESSIONS: dict[RowKind, str] = {
+    "chains": "length(completion) + list_sum([length(message.content) for message in messages])",
+    "pairs": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
 }
 # This query replaces the final response of a chain with the chain's revisions of the selected rounds. A chain without a
 # revision in these rounds keeps its final response. (The critic accepted the response, the chain was skipped, or a person wrote
@@ -131,21 +131,22 @@ class RowRef:
 
 def get_row_threshold(train: TrainSettings, phase: str) -> int:
     """Return the number of new rows that a phase needs before an update starts."""
-    return {"sft": train.sft_rows, "ppo": train.ppo_rows}.get(phase, train.reward_rows)
+    return {"chains": train.sft_rows, "pairs": train.reward_rows, "rollouts": train.ppo_rows}[get_row_kind(phase)]
 
 
 def get_mixture(train: TrainSettings, phase: str) -> dict[str, float]:
-    """Return the configured share of each source in a batch of a phase. Return an empty dict for PPO, which has no mixture."""
-    return parse_mixture({"sft": train.sft_mixture, "ppo": []}.get(phase, train.reward_mixture))
+    """Return the configured share of each source in a batch of a phase. Return an empty dict for rollouts, which have no mixture."""
+    return parse_mixture({"chains": train.sft_mixture, "pairs": train.reward_mixture, "rollouts": []}[get_row_kind(phase)])
 
 
 def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int) -> list[RowRef]:
     """Return the first `limit` rows of each source that a phase has not trained on, in commit order.
 
-    PPO uses `select_rollouts` instead.
+    Methods that train on rollouts use `select_rollouts` instead.
     """
+    kind = get_row_kind(phase)
     sql = f"""
-        {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
         WHERE NOT {_IS_CONSUMED_SQL}
         QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $5
         ORDER BY v.commit_seq"""
@@ -157,8 +158,9 @@ def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, coun
 
     The rows are selected by a hash of their ids and the seed.
     """
+    kind = get_row_kind(phase)
     sql = f"""
-        {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
         WHERE {_IS_CONSUMED_SQL}
         ORDER BY md5(v.record_id::VARCHAR || $6::VARCHAR), v.record_id LIMIT $5"""
     rows = _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), count, seed])
@@ -190,15 +192,16 @@ def _query_row_refs(store: Store, sql: str, parameters: Sequence[Any]) -> list[R
 
 def select_rollouts(
     store: Store,
+    phase: str,
     state: TrainingState,
     limits: StalenessLimits,
     *,
     allow_overlap: bool,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[RowRef], list[DroppedRollout]]:
-    """Return the responses that PPO may train on, and a DroppedRollout for each response that PPO can no longer use.
+    """Return the responses that an RL phase may train on, and a DroppedRollout for each response that it can no longer use.
 
-    A response that PPO could never use is skipped. The column `exclusion_reason` of the view gives the reason.
+    A response that no RL phase could ever use is skipped. The column `exclusion_reason` of the view gives the reason.
     `served_revisions` maps each policy version to the revision that a server reports. The revision is needed because the
     weights on a server cannot be compared directly.
     """
@@ -209,7 +212,7 @@ def select_rollouts(
         AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts)
         AND response_id NOT IN (SELECT unnest(record_ids) FROM batches WHERE record_id IN (SELECT unnest($2::UUID[])))
         ORDER BY commit_seq, completion_index"""
-    consumed = find_consumed_rows(store, "ppo", state)
+    consumed = find_consumed_rows(store, phase, state)
     parameters = [consumed.get_cursor(), list(consumed.moved_batch_ids)]
     rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
     prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
@@ -282,7 +285,7 @@ def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: S
         WITH {_CONSUMED_SQL}
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
         WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[]))"""
-    parameters = [*_to_parameters(find_consumed_rows(store, "reward", state)), list(prompt_ids)]
+    parameters = [*_to_parameters(find_consumed_rows(store, REWARD_PHASE, state)), list(prompt_ids)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=QUERY_TIMEOUT_S).rows}
 
 
@@ -406,10 +409,10 @@ def build_manifest(
         commit_seq_to=max(row.commit_seq for row in new_rows),
         base_policy_version=state.policy_version,
         base_reward_version=state.reward_version or None,
-        reference_policy_version=state.reference_version if phase in _RL_PHASES else None,
+        reference_policy_version=state.reference_version if phase in RL_METHODS else None,
         mixture=dict(Counter(str(row["source"]) for row in rows)),
         target_mixture=dict(mixture or {}),
-        cursors={} if phase == "ppo" else cursors,
+        cursors={} if uses_rollouts(phase) else cursors,
         replayed_record_ids=[row.row_id for row in row_refs if row.replayed],
         sink_session=sink_session,
         settings=settings_json,
@@ -429,20 +432,21 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
 
     The completions of a response are sorted by their index. The rounds of a chain are sorted by their number.
     """
-    usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if phase == "ppo" else ""
-    sql = f"SELECT {_TRAINING_COLUMNS[phase]} FROM {_MANIFEST_VIEWS[phase]} WHERE {KEY_COLUMNS[phase]} IN (SELECT unnest(?::UUID[])){usable}"
+    columns, key = _TRAINING_COLUMNS[get_row_kind(phase)], KEY_COLUMNS[phase]
+    usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if uses_rollouts(phase) else ""
+    sql = f"SELECT {columns} FROM {_MANIFEST_VIEWS[get_row_kind(phase)]} WHERE {key} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]
     if rounds:
-        sql, parameters = _SELECTED_ROUNDS_SQL.format(columns=_TRAINING_COLUMNS[phase]), [*parameters, list(rounds)]
+        sql, parameters = _SELECTED_ROUNDS_SQL.format(columns=columns), [*parameters, list(rounds)]
     position_by_id = {record_id: position for position, record_id in enumerate(record_ids)}
     rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
-    return sorted(rows, key=lambda row: (position_by_id[str(row[KEY_COLUMNS[phase]])], row.get("completion_index", 0)))
+    return sorted(rows, key=lambda row: (position_by_id[str(row[key])], row.get("completion_index", 0)))
 
 
 def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
     """Load the rows that a manifest lists. Raise CharterError when rows are missing or have changed."""
     rows = load_rows(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
-    sl_rows = load_rows(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
+    sl_rows = load_rows(store, SFT_PHASE, manifest.sl_record_ids) if manifest.sl_record_ids else []
     row_ids = {str(row[KEY_COLUMNS[manifest.phase]]) for row in rows} | {str(row["record_id"]) for row in sl_rows}
     missing = {*manifest.record_ids, *manifest.sl_record_ids} - row_ids
     if compute_content_hash([*rows, *sl_rows]) != manifest.content_hash:
@@ -461,7 +465,7 @@ def load_newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
     rows = store.query_dicts(
         "SELECT record_id FROM sft_examples ORDER BY commit_seq DESC LIMIT ?", [count], limit_s=QUERY_TIMEOUT_S
     )
-    return load_rows(store, "sft", [str(row["record_id"]) for row in rows]) if rows else []
+    return load_rows(store, SFT_PHASE, [str(row["record_id"]) for row in rows]) if rows else []
 
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[ChatMessage, ...]:

@@ -38,11 +38,12 @@ from engine.settings import Settings
 from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyUpdate, Record
-from trainer.batches import SFT_PHASE, compute_exact_mixture_size, get_mixture, get_row_threshold
+from trainer.batches import compute_exact_mixture_size, get_mixture, get_row_threshold
 from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
+from trainer.methods import RL_METHODS, SFT_PHASE, list_enabled_phases, needs_reward_model
 from trainer.monitor import LimitExceeded
-from trainer.phases import LEARNERS, PHASES, Learner
+from trainer.phases import LEARNERS, Learner
 from trainer.state import (
     TrainingLog,
     TrainingState,
@@ -54,8 +55,6 @@ from trainer.timed_store import TimedStore
 from trainer.update import PhaseStepCallback, PromotionCheck, Updater
 
 logger = logging.getLogger("charter.trainer")
-# The phases that do not run, for each value of train.rl_method.
-_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}
 POLL_INTERVAL_S = 2.0
 # Queries take at most this fraction of an idle trainer's time. If the queries are slow because the database is large, the
 # trainer therefore polls less often.
@@ -98,7 +97,8 @@ class Trainer:
         learners: Mapping[str, Learner] = LEARNERS,
     ) -> None:
         self.settings, self.notify, self.monitor = settings, notify, monitor
-        self.rl_phase = settings.train.rl_method  # the RL phase, "ppo" or "dpo"
+        self.rl_phase = settings.train.rl_method  # the name of an RL method is the name of its phase
+        self.rl_method = RL_METHODS[self.rl_phase]
         self.next_monitor_at = 0.0
         self.check_labels, self.skips_rl = check_labels, False
         self.store = TimedStore(store.path)
@@ -210,7 +210,7 @@ class Trainer:
         state = state or self.read_state()
         if not self.store.path.exists():
             return None
-        phases = [phase for phase in PHASES if phase not in _DISABLED_PHASES[self.rl_phase]]
+        phases = list(list_enabled_phases(self.settings.train))
         if (last := find_last_trained_phase(state)) in phases:
             after = phases.index(last) + 1
             phases = [*phases[after:], *phases[:after]]
@@ -221,7 +221,8 @@ class Trainer:
 
     def find_label_problem(self) -> str | None:
         """Return why the RL phase is skipped: what is wrong with the labels. Show the problem once, until it is solved."""
-        problem = self.check_labels(self.store) if self.check_labels else None
+        needs_labels = self.rl_method.needs_labels(self.settings.train)
+        problem = self.check_labels(self.store) if self.check_labels and needs_labels else None
         if problem and not self.skips_rl:
             self.notify(
                 f"{self.rl_phase} is skipped, because the labels are not good enough to train on: {problem}. Other phases continue."
@@ -233,9 +234,9 @@ class Trainer:
     def is_ready(self, phase: str, state: TrainingState) -> bool:
         """Return whether a phase can be updated now.
 
-        A phase needs enough new rows. PPO also needs a reward model. SFT may have to wait for RL.
+        A phase needs enough new rows. RL may also need a reward model. SFT may have to wait for RL.
         """
-        if phase == "ppo" and not state.reward_version:
+        if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             return False
         rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
         if len(rows) < threshold:
@@ -254,20 +255,22 @@ class Trainer:
 
         After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
         rollouts. SFT therefore waits while RL has rollouts that it can use. SFT also waits until the policy of the last SFT
-        update has responded to as many prompts as PPO needs.
+        update has responded to as many prompts as RL needs.
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
             return False
         if self.find_label_problem():
             return False
-        if self.rl_phase == "dpo" or self.updater.select_rows("ppo", state):
-            return bool(self.updater.select_rows(self.rl_phase, state))
-        if not state.reward_version:
+        if self.updater.select_rows(self.rl_phase, state):
+            return True
+        if not self.rl_method.uses_rollouts:
+            return False
+        if self.rl_method.needs_reward_model(self.settings.train) and not state.reward_version:
             return False
         sql = "SELECT count(*) FROM responses WHERE split <> 'SUITE' AND created_at > ?"
         (count,) = self.store.query(sql, [newest.created_at.replace(tzinfo=None)]).rows[0]
-        return bool(count < get_row_threshold(self.settings.train, "ppo"))
+        return bool(count < get_row_threshold(self.settings.train, self.rl_phase))
 
     # Monitor and rollback
 

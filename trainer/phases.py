@@ -18,6 +18,7 @@ from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyKind, Record, Score
 from trainer.batches import Batch, parse_messages
 from trainer.folders import ModelFolders
+from trainer.methods import PHASES as PHASES
 
 if TYPE_CHECKING:
     from engine.settings import TrainSettings
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from trainer.learners.reward import PreferenceExample
     from trainer.learners.sft import SftExample
     from trainer.weights import Hardware
-
-PHASES = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass(frozen=True)

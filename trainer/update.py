@@ -58,6 +58,7 @@ from trainer.batches import (
 )
 from trainer.consumed import find_moved_batches, read_complete_history
 from trainer.folders import ModelFolders, get_base_version, get_policy_kind, name_batch_checkpoint
+from trainer.methods import RL_METHODS, needs_reward_model, uses_rollouts
 from trainer.monitor import LimitExceeded
 from trainer.phases import LearnContext, Learner
 from trainer.state import (
@@ -110,15 +111,15 @@ class Updater:
         Raise UsageError when there are no such rows.
         """
         timer = QueryTimer(self.store)
-        if phase == "ppo" and not state.reward_version:
+        if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             raise UsageError(
-                "PPO needs a reward model", "no reward model has been trained yet", "type: charter train --phase reward"
+                f"{RL_METHODS[phase].title} needs a reward model", "no reward model has been trained yet", "type: charter train --phase reward"
             )
         with self.store.hold_open():
             rows = self.select_rows(phase, state)
             if not rows:
                 why = "no row has arrived, or all rows were already used for training"
-                if phase == "ppo" and self.dropped_ids:
+                if uses_rollouts(phase) and self.dropped_ids:
                     sql = "select reason, count(*) from dropped_rollouts group by 1"
                     why = f"{len(self.dropped_ids)} rollouts can no longer be used. For the reasons, type: charter sql '{sql}'"
                 raise UsageError(f"there is nothing new for {phase} to train on", why, "type: charter status")
@@ -153,7 +154,7 @@ class Updater:
             except CharterError:
                 return "some of its rows were erased"
         max_age_s = self.settings.train.max_age_s
-        if manifest.phase == "ppo" and max_age_s and self.load_finished_checkpoint(manifest) is None:
+        if uses_rollouts(manifest.phase) and max_age_s and self.load_finished_checkpoint(manifest) is None:
             oldest = "SELECT min(created_at) FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"
             (sampled_at,) = self.store.query(oldest, [manifest.record_ids]).rows[0]
             if sampled_at and compute_age_s(sampled_at) > max_age_s:
@@ -165,15 +166,16 @@ class Updater:
     def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
         """Return the rows that a phase may train on.
 
-        For PPO, also publish a DroppedRollout for each rollout that PPO can no longer use.
+        For rollouts, also publish a DroppedRollout for each rollout that the phase can no longer use.
         """
         train = self.settings.train
-        if phase != "ppo":
+        if not uses_rollouts(phase):
             # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
             limit = train.max_rows + 2 * get_row_threshold(train, phase)
             return select_new_rows(self.store, phase, state, limit=limit)
         rows, drops = select_rollouts(
             self.store,
+            phase,
             state,
             StalenessLimits(train.max_staleness, train.max_reward_staleness, train.max_age_s),
             allow_overlap=train.allow_overlap,
@@ -210,11 +212,12 @@ class Updater:
                     wanted,
                 )
             chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed)
-        if phase != "ppo":
+        if not uses_rollouts(phase):
             chosen = group_by_length(chosen, settings["batch_size"], seed)
 
         batch_rows = load_rows(self.store, phase, [row.row_id for row in chosen], settings.get("rounds", ()))
-        is_combined = phase == "ppo" and train.objective == "combined"
+        method = RL_METHODS.get(phase)
+        is_combined = method is not None and method.has_combined_objective and train.objective == "combined"
         sl_rows = load_newest_chains(self.store, len(batch_rows)) if is_combined else []
         manifest = build_manifest(
             phase,
@@ -247,13 +250,16 @@ class Updater:
     def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
         """Return the settings that the learner uses and the manifest records.
 
-        For PPO, `beta` is the value of the last update, but at least the setting `ppo.beta`.
+        An adaptive `beta` is the value of the last update, but at least the setting.
         """
         train = self.settings.train
         settings: dict[str, Any] = getattr(self.settings, phase).model_dump()
         settings |= {"lora_rank": train.lora_rank, "max_length": train.max_length}
-        if phase == "ppo":
-            settings |= {"beta": max(get_last_beta(state), self.settings.ppo.beta), "alpha": train.alpha}
+        method = RL_METHODS.get(phase)
+        if method and method.has_adaptive_beta:
+            settings["beta"] = max(get_last_beta(state, phase), settings["beta"])
+        if method and method.has_combined_objective:
+            settings["alpha"] = train.alpha
         return settings
 
     # Steps 2 to 6

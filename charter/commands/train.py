@@ -7,9 +7,9 @@ import os
 import click
 
 from charter.console import common_options
-from charter.policies import PHASES
 from charter.startup import wait_option
 from engine.settings import Settings
+from trainer.methods import PHASES
 
 
 @click.command()
