@@ -22,8 +22,8 @@ from trainer.methods import PHASES as PHASES
 
 if TYPE_CHECKING:
     from engine.settings import TrainSettings
-    from trainer.learners.ppo import Rollout
     from trainer.learners.reward import PreferenceExample
+    from trainer.learners.rollouts import Rollout
     from trainer.learners.sft import SftExample
     from trainer.weights import Hardware
 
@@ -86,7 +86,7 @@ def _make_preference_example(row: Mapping[str, Any]) -> PreferenceExample:
 
 
 def _make_rollout(row: Mapping[str, Any]) -> Rollout:
-    from trainer.learners.ppo import Rollout
+    from trainer.learners.rollouts import Rollout
 
     return Rollout(
         prompt_token_ids=tuple(row["prompt_token_ids"]),
@@ -148,7 +148,7 @@ def learn_reward(context: LearnContext, batch: Batch) -> _TrainOutput:
 def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
     """Train the policy with PPO on its scored completions. The reference is the policy of the last supervised phase."""
     from trainer import distributed, weights
-    from trainer.learners import ppo, sft
+    from trainer.learners import policy_math, ppo, sft
 
     manifest, settings, folders = batch.manifest, batch.settings, context.folders
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
@@ -170,7 +170,7 @@ def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
         on_step=context.on_step,
     )
     if metrics["stopped_early"]:
-        context.publish([_make_early_stop_incident(manifest, metrics, ppo.find_exceeded_limit(metrics, config))])
+        context.publish([_make_early_stop_incident(manifest, metrics, policy_math.find_exceeded_limit(metrics, config))])
     return make_saver_with_adapter(trained.save, reference_folder, folders.base_folder), metrics
 
 

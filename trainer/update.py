@@ -113,7 +113,9 @@ class Updater:
         timer = QueryTimer(self.store)
         if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             raise UsageError(
-                f"{RL_METHODS[phase].title} needs a reward model", "no reward model has been trained yet", "type: charter train --phase reward"
+                f"{RL_METHODS[phase].title} needs a reward model",
+                "no reward model has been trained yet",
+                "type: charter train --phase reward",
             )
         with self.store.hold_open():
             rows = self.select_rows(phase, state)
