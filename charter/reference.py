@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from pydantic.fields import FieldInfo
 
 from charter.cli import SECTIONS, load_command
-from engine.settings import PRESETS, iter_settings
+from engine.settings import PRESET_KEYS, PRESETS, iter_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -111,7 +111,9 @@ def _format_configuration_page() -> str:
     for section, presets in PRESETS.items():
         for name, layer in presets.items():
             values = [f"`{table}.{key} = {json.dumps(value)}`" for table, keys in layer.items() for key, value in keys.items()]
-            parts.append(f"| `{section}.preset = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n")
+            parts.append(
+                f"| `{section}.{PRESET_KEYS[section]} = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n"
+            )
     return "".join(parts)
 
 

@@ -41,7 +41,14 @@ from schemas.records import BatchManifest, Incident, PolicyUpdate, Record
 from trainer.batches import compute_exact_mixture_size, get_mixture, get_row_threshold
 from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
-from trainer.methods import RL_METHODS, SFT_PHASE, list_enabled_phases, needs_reward_model
+from trainer.methods import (
+    RL_METHODS,
+    SFT_PHASE,
+    list_enabled_phases,
+    list_ignored_settings,
+    needs_reward_model,
+    require_enough_completions,
+)
 from trainer.monitor import LimitExceeded
 from trainer.phases import LEARNERS, Learner
 from trainer.state import (
@@ -99,6 +106,9 @@ class Trainer:
         self.settings, self.notify, self.monitor = settings, notify, monitor
         self.rl_phase = settings.train.rl_method  # the name of an RL method is the name of its phase
         self.rl_method = RL_METHODS[self.rl_phase]
+        require_enough_completions(settings)
+        for sentence in list_ignored_settings(settings):
+            notify(sentence)
         self.next_monitor_at = 0.0
         self.check_labels, self.skips_rl = check_labels, False
         self.store = TimedStore(store.path)
@@ -239,7 +249,8 @@ class Trainer:
         if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             return False
         rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
-        if len(rows) < threshold:
+        num_rows = sum(row.weight for row in rows)
+        if num_rows < threshold:
             return False
         voided = find_voided_batches(state, phase)
         if voided and count_further_rows(rows, voided, read_commit_history(self.store)) < threshold:
@@ -248,7 +259,7 @@ class Trainer:
             return False
         # If a source is scarce, wait for more of its rows. Stop waiting when there are twice as many rows as needed.
         mixture = get_mixture(self.settings.train, phase)
-        return compute_exact_mixture_size(rows, mixture) >= threshold or len(rows) >= 2 * threshold
+        return not mixture or compute_exact_mixture_size(rows, mixture) >= threshold or num_rows >= 2 * threshold
 
     def sft_waits_for_rl(self, state: TrainingState) -> bool:
         """Return whether SFT must wait for RL.
@@ -262,13 +273,14 @@ class Trainer:
             return False
         if self.find_label_problem():
             return False
-        if self.updater.select_rows(self.rl_phase, state):
+        if self.updater.select_rows(self.rl_phase, state) or self.updater.groups.waiting:
             return True
         if not self.rl_method.uses_rollouts:
             return False
         if self.rl_method.needs_reward_model(self.settings.train) and not state.reward_version:
             return False
-        sql = "SELECT count(*) FROM responses WHERE split <> 'SUITE' AND created_at > ?"
+        counted = "sum(len(completions))" if self.rl_method.uses_groups else "count(*)"
+        sql = f"SELECT coalesce({counted}, 0) FROM responses WHERE split <> 'SUITE' AND created_at > ?"
         (count,) = self.store.query(sql, [newest.created_at.replace(tzinfo=None)]).rows[0]
         return bool(count < get_row_threshold(self.settings.train, self.rl_phase))
 

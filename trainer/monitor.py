@@ -26,7 +26,8 @@ from engine.models.interface import GenerationRequest, require_results
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
-from trainer.batches import QUERY_TIMEOUT_S, parse_messages
+from trainer.batches import parse_messages
+from trainer.consumed import QUERY_TIMEOUT_S
 from trainer.phases import make_score
 
 if TYPE_CHECKING:

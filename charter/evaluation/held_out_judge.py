@@ -39,7 +39,7 @@ class HeldOutJudge:
 
     def __init__(self, settings: Settings) -> None:
         constitution = load_constitution(settings.run.constitution)
-        judge = settings.judge.model_copy(update={"pairing": "completions"})
+        judge = settings.judge.model_copy(update={"pairing": "neighbors"})
         models = settings.models.model_copy(update={"judge": settings.monitor.judge or settings.models.judge})
         self.settings = settings.model_copy(update={"judge": judge, "models": models})
         self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)

@@ -204,7 +204,16 @@ def test_learner_raises_a_programmatic_reward(tiny, name, is_shuffled, tmp_path)
         if is_shuffled:
             random.Random(number).shuffle(rewards)
         trained, _, _ = train(
-            name, policy, rollouts, rewards, reference=tiny, learning_rate=1e-2, epochs=2, batch_size=16, beta=0.0, max_kl_update=1e9
+            name,
+            policy,
+            rollouts,
+            rewards,
+            reference=tiny,
+            learning_rate=1e-2,
+            epochs=2,
+            batch_size=16,
+            beta=0.0,
+            max_kl_update=1e9,
         )
         policy = checkpoints.write_checkpoint(tmp_path / f"policy-{number}", trained.save, {}).folder
     assert (means[-1] > means[0] + 0.2) is not is_shuffled, means
