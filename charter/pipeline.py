@@ -205,7 +205,7 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     )
 
 
-_BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
+BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
 
 
 def make_principles_grader(settings: Settings, models: RoleModels, constitution: Constitution) -> PrinciplesGrader:
@@ -228,11 +228,11 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
         elif name == PRINCIPLES_GRADER:
             graders.append(make_principles_grader(settings, models, constitution))
         elif name.endswith(".py"):
-            graders.append(load_grader(name, (*_BUILTIN_GRADERS, REWARD_MODEL, JUDGE)))
+            graders.append(load_grader(name, (*BUILTIN_GRADERS, REWARD_MODEL, JUDGE)))
         else:
             raise UsageError(
                 f"there is no grader {name}",
-                f"the graders are {', '.join(_BUILTIN_GRADERS)}, or a Python file",
+                f"the graders are {', '.join(BUILTIN_GRADERS)}, or a Python file",
                 "correct grade.graders",
             )
     names = [grader.name for grader in graders]

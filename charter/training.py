@@ -17,6 +17,7 @@ from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.label_quality import make_label_check, read_verdict
 from charter.lag import describe_unarchived
+from charter.rewards import require_usable_rewards
 from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.bus.port import Bus
@@ -61,6 +62,7 @@ def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool, for
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
+    require_usable_rewards(settings, open_store(settings), force=force)
     bus = connect_bus(settings)
     try:
         return bus, Trainer(

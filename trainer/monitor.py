@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -89,9 +89,19 @@ class LimitViolation:
 # The limits. The names of the reference's metrics end in `_reference`.
 
 
-def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[LimitViolation]:
-    """Return all violations of the limits. A metric that was not measured is ignored."""
-    return [LimitViolation(name, message) for name, check in _CHECKS.items() if (message := check(metrics, limits))]
+def find_limit_violations(metrics: Mapping[str, float], limits: Limits, exempt: Collection[str] = ()) -> list[LimitViolation]:
+    """Return all violations of the limits. A metric that was not measured is ignored, and so are the checks `exempt`."""
+    checks = {name: check for name, check in _CHECKS.items() if name not in exempt}
+    return [LimitViolation(name, message) for name, check in checks.items() if (message := check(metrics, limits))]
+
+
+def find_exempt_checks(targets: Collection[str]) -> frozenset[str]:
+    """Return the checks of properties that training changes on purpose.
+
+    `targets` are the graders in the reward and the `targets` of the constitution. Without the exemption, success would cause a
+    rollback.
+    """
+    return frozenset(check for target in targets for check in _CHECKS_BY_TARGET.get(target, ()))
 
 
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
@@ -177,6 +187,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
     "refusal_harmful": _check_harmful_refusals,
     "kl": _check_kl,
 }
+_CHECKS_BY_TARGET = {"length": ("length",), "refusal": ("refusal_benign", "refusal_harmful")}
 
 
 # Statistics
@@ -252,9 +263,9 @@ class RewardHackingMonitor:
     """The monitor checks each new policy of the RL phase once. A call returns the exceeded limits, or None.
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
-    the number of prompts in one call of the policy. `passed_by_version` maps each checked version to True if the version passed
-    the check, and otherwise to False. With `needs_grades`, a check waits for the grades of the grader "refusal". The module's
-    docstring describes the check.
+    the number of prompts in one call of the policy. The checks `exempt` never exceed a limit; their metrics are published.
+    `passed_by_version` maps each checked version to True if the version passed the check, and otherwise to False. With
+    `needs_grades`, a check waits for the grades of the grader "refusal". The module's docstring describes the check.
     """
 
     limits: Limits
@@ -262,6 +273,7 @@ class RewardHackingMonitor:
     judge: PairJudge | None = None
     batch_size: int = 32
     needs_grades: bool = False
+    exempt: Collection[str] = ()
     passed_by_version: dict[int, bool] = field(default_factory=dict)
     is_waiting_for_grades: bool = False
 
@@ -299,7 +311,7 @@ class RewardHackingMonitor:
             metrics |= _add_reference_metrics({"perplexity": perplexity}, {"perplexity": reference_perplexity})
         metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
 
-        violations = find_limit_violations(metrics, self.limits)
+        violations = find_limit_violations(metrics, self.limits, self.exempt)
         self.passed_by_version[version] = not violations
         metrics |= {"reference": float(reference), "limits_exceeded": float(len(violations))}
         publish([self.make_metric(version, metrics)])

@@ -51,7 +51,7 @@ class PrinciplesGrader:
         """Return the principles that a response is graded under."""
         if not self.num_principles:
             return filter_by_tags(self.constitution.critique, text.tags)
-        seed = ids.compute_stage_seed("grade", text.group, 0)
+        seed = ids.compute_seed(text.group)
         return self.constitution.sample_critique_principles(seed, text.tags, self.num_principles)
 
     def grade(self, texts: Sequence[GradedText]) -> list[Result[list[GradeResult]]]:
@@ -99,7 +99,12 @@ def _make_result(principle_id: str, comparison: Result[Comparison]) -> Result[Gr
     return GradeResult(
         label=VIOLATES if score > 0.5 else RESPECTS,
         score=score,
-        details={"option_mass": comparison.option_mass, "position_gap": comparison.position_gap or 0.0},
+        details={
+            "option_mass": comparison.option_mass,
+            "position_gap": comparison.position_gap or 0.0,
+            "p_forward": comparison.p_forward or 0.0,
+            "p_backward": comparison.p_backward or 0.0,
+        },
         principle_id=principle_id,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -174,9 +174,10 @@ def test_trainer_killed_in_an_update_on_groups_resumes_with_the_same_rewards(pre
     bus, store = connect_bus(settings), open_store(settings)
     trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
     manifest = read_manifests(bus, "grpo")[-1]
-    (row,) = store.query_dicts("SELECT * FROM grades WHERE record_id = ?", [manifest.reward_record_ids[0]])
+    grades = [decode_record(value, Grade) for value in read_values(bus, "grades")]
+    (grade,) = (grade for grade in grades if grade.record_id == manifest.reward_record_ids[0])
     later = {"record_id": manifest.record_id, "score": 99.0, "grader_version": "2"}
-    add_records(bus, store, Grade(**{name: value for name, value in row.items() if name in Grade.model_fields} | later))
+    add_records(bus, store, grade.model_copy(update=later))
     assert trainer.resume() is not None
     rows = json.loads(json.dumps(rebuild_batch(store, manifest).rows, default=str))
     notes = [json.loads(line) for line in (folder / NOTES_FILE).read_text().splitlines()]
