@@ -205,7 +205,7 @@ class Updater:
     def select_groups(
         self, phase: str, state: TrainingState, limits: StalenessLimits, selection: Mapping[str, Any]
     ) -> list[RowRef]:
-        """Return the groups that have all grades. Publish drops, and tell once what other groups wait for."""
+        """Return the groups that have all grades. Publish drops, and log once what other groups wait for."""
         self.groups = select_groups(
             self.store,
             phase,

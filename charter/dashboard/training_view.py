@@ -16,6 +16,17 @@ MAX_STEPS = 50_000
 MAX_VERSIONS = 500
 _MAX_CURVE_POINTS = 300  # for one curve; longer curves are averaged in groups of steps
 
+_GROUP_CURVES = {
+    "policy_loss": ("Policy loss", ""),
+    "kl_ref": ("KL to the reference", "nats per sequence"),
+    "kl_ref_per_token": ("KL to the reference, per token", "nats per token"),
+    "kl_update": ("KL of the update", "nats per sequence"),
+    "approx_kl": ("KL of the update, per token", "nats per token"),
+    "entropy": ("Entropy", "nats per token"),
+    "clipfrac": ("Clip fraction", "share"),
+    "reward_mean": ("Reward", ""),
+    "equal_groups": ("Groups with equal rewards", "groups"),
+}
 # Maps each phase to its curves, and each metric to (title, unit). The page shows the curves in this order.
 _CURVES = {
     "sft": {
@@ -36,6 +47,8 @@ _CURVES = {
         "explained_variance": ("Explained variance", "share"),
         "reward_mean": ("Reward", "normalized"),
     },
+    "grpo": _GROUP_CURVES,
+    "rloo": _GROUP_CURVES,
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
     "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }

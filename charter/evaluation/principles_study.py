@@ -1,4 +1,4 @@
-"""Measure whether the grader "principles" tells better responses from worse ones, before its grades reward a policy.
+"""Measure whether the grader "principles" ranks better responses above worse ones, before its grades reward a policy.
 
 A pair has a response that must win and one that must lose: the cases of the constitution, and pairs that people have labeled.
 The AUC is the share of pairs in which the worse response has the higher probability of a violation; a tie counts as half. With
