@@ -12,6 +12,7 @@ from charter.stages import PRINCIPLES_GRADER
 from constitutions.cases import read_cases
 from constitutions.loader import list_shipped_constitutions, load_constitution
 from consumers.graders.custom import load_grader
+from consumers.graders.instructions import FAILS, FOLLOWS
 from consumers.graders.principles import RESPECTS, VIOLATES
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE
 from engine.errors import UsageError
@@ -24,6 +25,7 @@ from trainer.methods import RL_METHODS, require_enough_completions
 _LABELS = {
     "refusal": (COMPLIES, REFUSES, PARTLY, UNUSABLE),
     "length": ("complete", "cut"),
+    "instructions": (FOLLOWS, FAILS),
     PRINCIPLES_GRADER: (VIOLATES, RESPECTS),
 }
 # A judge needs seconds for one principle of one completion on a processor.
