@@ -70,7 +70,7 @@ def select_groups(
         if sizes[response_id] < min_completions:
             drops.append(make_dropped_rollout(first, f"its group has fewer than {min_completions} completions"))
         elif source := find_missing_source(of_group, readable, pairing, sizes[response_id]):
-            waiting.append(ref)
+            waiting.append(replace(ref, weight=len(completions)))
             missing[source] += 1
         elif num_rewards < 2:
             drops.append(make_dropped_rollout(first, "fewer than two completions of its group have a reward"))

@@ -111,6 +111,7 @@ class Trainer:
             notify(sentence)
         self.next_monitor_at = 0.0
         self.check_labels, self.skips_rl = check_labels, False
+        self.ignores_waiting_groups = False  # SFT does not wait for groups, because their grades do not arrive
         self.store = TimedStore(store.path)
         self.log = TrainingLog(bus, compute_revision(base_folder))
         self.updater = Updater(
@@ -265,16 +266,25 @@ class Trainer:
         """Return whether SFT must wait for RL.
 
         After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
-        rollouts. SFT therefore waits while RL has rollouts that it can use. SFT also waits until the policy of the last SFT
-        update has responded to as many prompts as RL needs.
+        rollouts. SFT therefore waits while RL has rollouts that it can use, or groups that will have their grades soon. SFT also
+        waits until the policy of the last SFT update has responded to as many prompts as RL needs.
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
             return False
         if self.find_label_problem():
             return False
-        if self.updater.select_rows(self.rl_phase, state) or self.updater.groups.waiting:
+        if self.updater.select_rows(self.rl_phase, state):
             return True
+        # Groups wait for their grades for a short time. If as many of them as two updates need wait, the grades may never come.
+        threshold = get_row_threshold(self.settings.train, self.rl_phase)
+        num_waiting = sum(group.weight for group in self.updater.groups.waiting)
+        if 0 < num_waiting < 2 * threshold:
+            return True
+        if num_waiting and not self.ignores_waiting_groups:
+            missing = ", ".join(self.updater.groups.missing or {})
+            self.notify(f"{self.rl_phase}: {num_waiting} completions have no grades of {missing}. SFT no longer waits for them")
+        self.ignores_waiting_groups = num_waiting > 0
         if not self.rl_method.uses_rollouts:
             return False
         if self.rl_method.needs_reward_model(self.settings.train) and not state.reward_version:

@@ -29,9 +29,11 @@ from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
 from trainer.batches import parse_messages
 from trainer.consumed import QUERY_TIMEOUT_S
 from trainer.phases import make_score
+from trainer.rewards import Evidence, compute_reward, read_evidence
 
 if TYPE_CHECKING:
     from engine.settings import MonitorSettings as Limits
+    from engine.settings import RewardTerm
     from engine.store import Store
     from trainer.folders import ModelFolders
     from trainer.state import TrainingState
@@ -105,13 +107,13 @@ def find_exempt_checks(targets: Collection[str]) -> frozenset[str]:
 
 
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """Return a message if the reward model prefers the policy but the held-out judge prefers the reference.
+    """Return a message if the reward prefers the policy but the held-out judge prefers the reference.
 
     Both preferences must be statistically significant.
     """
     if metrics.get("proxy_low", 0.0) > 0 and metrics.get("judge_high", 1.0) < 0.5:
         return (
-            f"the reward model prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
+            f"the reward prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
             f" prefers the reference (the policy wins {metrics['judge_wins']:.0%} of the comparisons, or"
             f" {metrics['judge_high']:.0%} at the upper end of the interval)"
         )
@@ -264,6 +266,7 @@ class RewardHackingMonitor:
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
     the number of prompts in one call of the policy. The checks `exempt` never exceed a limit; their metrics are published.
+    `reward_terms` are the rewards if they come from grades or the judge. They then replace the score of the reward model.
     `passed_by_version` maps each checked version to True if the version passed the check, and otherwise to False. With
     `needs_grades`, a check waits for the grades of the grader "refusal". The module's docstring describes the check.
     """
@@ -274,6 +277,7 @@ class RewardHackingMonitor:
     batch_size: int = 32
     needs_grades: bool = False
     exempt: Collection[str] = ()
+    reward_terms: Sequence[RewardTerm] = ()
     passed_by_version: dict[int, bool] = field(default_factory=dict)
     is_waiting_for_grades: bool = False
 
@@ -298,7 +302,9 @@ class RewardHackingMonitor:
             return None
 
         metrics: _Metrics = {"answers": float(len(rows))}
-        if state.reward_version:  # with DPO there is no reward model
+        if self.reward_terms:
+            metrics |= _compute_grade_proxy_metrics(store, self.reward_terms, rows, reference_rows)
+        elif state.reward_version:  # with DPO there is no reward model
             metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
@@ -406,6 +412,27 @@ def _compute_proxy_metrics(
         "proxy_high": high,
         "length_correlation": compute_correlation(lengths, scores),
     }
+
+
+def _compute_grade_proxy_metrics(
+    store: Store, terms: Sequence[RewardTerm], rows: list[Any], reference_rows: list[Any]
+) -> _Metrics:
+    """Compare the rewards of both versions, in standard deviations of all rewards. Completions without a reward are omitted."""
+    evidence = read_evidence(store, terms, list({str(row["response_id"]) for row in (*rows, *reference_rows)}))
+
+    def read_rewards(rows: list[Any]) -> list[tuple[float, float]]:
+        keys = [(str(row["response_id"]), row["completion_index"]) for row in rows]
+        rewards = [compute_reward(evidence.get(key, Evidence()), terms) for key in keys]
+        return [(float(len(row["text"])), r) for row, r in zip(rows, rewards, strict=True) if r is not None]
+
+    rewarded, reference = read_rewards(rows), read_rewards(reference_rows)
+    if min(len(rewarded), len(reference)) < 2:
+        return {}
+    deviation = stdev([reward for _, reward in (*rewarded, *reference)]) or 1.0
+    scores, reference_scores = ([reward / deviation for _, reward in pairs] for pairs in (rewarded, reference))
+    gain, low, high = compute_mean_difference(scores, reference_scores)
+    length_correlation = compute_correlation([length for length, _ in rewarded], scores)
+    return {"proxy_gain": gain, "proxy_low": low, "proxy_high": high, "length_correlation": length_correlation}
 
 
 def _add_reference_metrics(metrics: _Metrics, reference_metrics: _Metrics) -> _Metrics:

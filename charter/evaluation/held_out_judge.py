@@ -37,7 +37,17 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
     exempt = find_exempt_checks(list_training_targets(settings))
     if exempt:
         logger.info("the monitor does not check %s, because training changes it on purpose", ", ".join(sorted(exempt)))
-    return RewardHackingMonitor(settings.monitor, settings.run.id, judge, settings.models.max_batch_size, needs_grades, exempt)
+    method = RL_METHODS[settings.train.rl_method]
+    has_grades = method.uses_groups and not method.needs_reward_model(settings.train)
+    return RewardHackingMonitor(
+        settings.monitor,
+        settings.run.id,
+        judge,
+        settings.models.max_batch_size,
+        needs_grades,
+        exempt,
+        parse_rewards(settings.train.rewards) if has_grades else (),
+    )
 
 
 def list_training_targets(settings: Settings) -> set[str]:

@@ -1,6 +1,7 @@
 """Groups of completions: when they are ready, what their rewards are, and that a batch and its rewards can be resumed."""
 
 import json
+from statistics import stdev
 
 import pytest
 
@@ -9,6 +10,7 @@ from engine.settings import load_settings, parse_rewards
 from schemas.records import BatchManifest, DroppedRollout, FinishReason
 from tests.support.groups import make_group, make_group_grades, make_pair_label
 from tests.support.workspace import Workspace
+from trainer import monitor
 from trainer.batches import rebuild_batch
 from trainer.rewards import Evidence, compute_reward, find_missing_source
 
@@ -185,6 +187,11 @@ def test_sft_waits_while_groups_wait_for_grades(make_workspace):
     workspace.add_chains("b")
     response = add_group(workspace, "a", None)
     assert workspace.trainer.next_phase() is None and workspace.trainer.updater.groups.waiting
+    other = add_group(workspace, "b", None)
+    assert workspace.trainer.next_phase() == "sft"  # the grades of twice the threshold do not arrive
+    assert workspace.messages[-1] == "grpo: 8 completions have no grades of length. SFT no longer waits for them"
+    workspace.add(*make_group_grades(other, (None,) * 4))
+    assert workspace.trainer.next_phase() is None
     workspace.add(*make_group_grades(response, (1.0, 2.0, 3.0, 4.0)))
     assert workspace.trainer.next_phase() == "grpo"
     workspace.trainer.update("grpo")
@@ -200,6 +207,29 @@ def test_beta_of_the_last_update_is_kept_for_each_method(make_workspace):
     first, second = (json.loads(batch.settings) for batch in workspace.read_records(BatchManifest))
     assert (first["beta"], second["beta"]) == (0.04, 0.1)
     assert first["rewards"] == ["length=-1"] and first["max_completion_length"] == 256
+
+
+def test_monitor_compares_the_rewards_of_grades_of_two_versions(make_workspace):
+    workspace = make_workspace()
+    higher, lower = (
+        add_group(workspace, "higher", (-1.0, -2.0, None, -2.0)),
+        add_group(workspace, "lower", (-4.0, -5.0, -4.0, -5.0)),
+    )
+
+    def make_rows(response):
+        return [{"response_id": response.record_id, "completion_index": c.index, "text": c.text} for c in response.completions]
+
+    def compare(new, old):
+        return monitor._compute_grade_proxy_metrics(
+            workspace.store, parse_rewards(["length=1"]), make_rows(new), make_rows(old)
+        )
+
+    better, worse = compare(higher, lower), compare(lower, higher)
+    assert better["proxy_low"] > 0 > worse["proxy_high"] and better["proxy_gain"] == pytest.approx(-worse["proxy_gain"])
+    values = [-1.0, -2.0, -2.0, -4.0, -5.0, -4.0, -5.0]
+    assert better["proxy_gain"] == pytest.approx((-5 / 3 + 4.5) / stdev(values))
+    unknown = add_group(workspace, "unknown", None)
+    assert compare(unknown, lower) == {}
 
 
 # Resuming
