@@ -37,13 +37,14 @@ _HUMAN_PAIRS_SQL = """
     ORDER BY p.commit_seq DESC LIMIT ?"""
 
 
-def require_usable_rewards(settings: Settings, store: Store, *, force: bool) -> None:
-    """Raise UsageError if groups are too small, if a term of train.rewards can never be read, or if its grades are not good enough.
+def require_usable_rewards(settings: Settings, store: Store, *, force: bool, phase: str | None = None) -> None:
+    """Raise UsageError if groups are too small, or if a term of train.rewards can never be read or has bad grades.
 
-    With `force`, the grader "principles" is not measured.
+    With `force`, the grader "principles" is not measured. If `phase`, the phase to train, is no RL method, train.rl_method counts.
     """
-    require_enough_completions(settings)
-    if not RL_METHODS[settings.train.rl_method].uses_groups:
+    method = phase if phase in RL_METHODS else settings.train.rl_method
+    require_enough_completions(settings, method)
+    if not RL_METHODS[method].uses_groups:
         return
     terms = parse_rewards(settings.train.rewards)
     for term in terms:

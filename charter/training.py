@@ -41,7 +41,7 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
     dependency that is unreachable or full. If `force` is true, RL trains on labels of any quality.
     """
     reporter = MetricsReporter(settings)
-    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force), wait=wait)
+    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force, phase), wait=wait)
     closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))
     try:
         if loop:
@@ -56,13 +56,15 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
             close()
 
 
-def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool, force: bool) -> tuple[Bus, Trainer]:
+def _open_trainer(
+    settings: Settings, reporter: MetricsReporter, loop: bool, force: bool, phase: str | None
+) -> tuple[Bus, Trainer]:
     """Connect to the log and open the trainer. Close the connection if the trainer cannot be opened."""
     from charter.grading import detect_refusals
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
-    require_usable_rewards(settings, open_store(settings), force=force)
+    require_usable_rewards(settings, open_store(settings), force=force, phase=phase)
     bus = connect_bus(settings)
     try:
         return bus, Trainer(

@@ -66,10 +66,12 @@ def select_groups(
         first = completions[0]
         ref = RowRef(response_id, first["source"], first["commit_seq"], 0, first["policy_version"])  # type: ignore[arg-type]
         of_group = [evidence.get((response_id, row["completion_index"]), Evidence()) for row in completions]  # type: ignore[arg-type]
+        # The stages also grade and judge the completions that cannot train. Their records show that all have arrived.
+        of_response = [evidence.get((response_id, index), Evidence()) for index in range(sizes[response_id])]
         num_rewards = sum(compute_reward(one, readable) is not None for one in of_group)
         if sizes[response_id] < min_completions:
             drops.append(make_dropped_rollout(first, f"its group has fewer than {min_completions} completions"))
-        elif source := find_missing_source(of_group, readable, pairing, sizes[response_id]):
+        elif source := find_missing_source(of_response, readable, pairing):
             waiting.append(replace(ref, weight=len(completions)))
             missing[source] += 1
         elif num_rewards < 2:

@@ -99,9 +99,9 @@ def uses_groups(phase: str) -> bool:
     return get_row_kind(phase) == "groups"
 
 
-def require_enough_completions(settings: Settings) -> None:
-    """Raise UsageError if the RL method cannot compare so few completions of a prompt."""
-    method, count = RL_METHODS[settings.train.rl_method], settings.respond.num_completions
+def require_enough_completions(settings: Settings, phase: str | None = None) -> None:
+    """Raise UsageError if the RL method cannot compare so few completions of a prompt. `phase` replaces train.rl_method."""
+    method, count = RL_METHODS[phase or settings.train.rl_method], settings.respond.num_completions
     if count < method.min_completions:
         raise UsageError(
             f"{method.title} cannot train on groups of {count} (respond.num_completions)",

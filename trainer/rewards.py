@@ -85,14 +85,11 @@ def read_evidence(
     }
 
 
-def find_missing_source(
-    evidence: Sequence[Evidence], terms: Sequence[RewardTerm], pairing: str, num_completions: int
-) -> str | None:
-    """Return a source whose grades or labels of a group have not all arrived. Return None if all have arrived.
+def find_missing_source(evidence: Sequence[Evidence], terms: Sequence[RewardTerm], pairing: str) -> str | None:
+    """Return a source whose grades or labels of a response have not all arrived. Return None if all have arrived.
 
-    `evidence` has one entry per completion that is compared. `num_completions` is the number of all completions of the response.
-    A grader may give several grades, one per principle. All completions of a group have the same number of grades, and the grades
-    of one completion arrive in order, so equal numbers mean that all have arrived.
+    `evidence` has one entry per completion of the response. A grader may give several grades, one per principle. All completions
+    have the same number of grades, and the grades of one completion arrive in order, so equal numbers mean that all have arrived.
     """
     for term in terms:
         if term.is_grader:
@@ -101,7 +98,7 @@ def find_missing_source(
                 return term.source
     if any(term.source == JUDGE for term in terms):
         num_pairs = len({pair["record_id"] for one in evidence for pair in one.pairs})
-        if num_pairs < len(list_pairs(pairing, num_completions)):
+        if num_pairs < len(list_pairs(pairing, len(evidence))):
             return JUDGE
     return None
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import UsageError
 from engine.settings import load_settings, parse_rewards
-from schemas.records import BatchManifest, DroppedRollout, FinishReason
+from schemas.records import BatchManifest, DroppedRollout, FinishReason, Outcome
 from tests.support.groups import make_group, make_group_grades, make_pair_label
 from tests.support.workspace import Workspace
 from trainer import monitor
@@ -78,12 +78,12 @@ def test_an_unreadable_grade_gives_no_reward():
 
 def test_a_group_misses_a_source_until_each_completion_has_it():
     terms, two = parse_rewards(["principles=-1"]), [grade("principles", 0.2), grade("principles", 0.4)]
-    assert find_missing_source([Evidence(two), Evidence(two[:1])], terms, "neighbors", 2) == "principles"
-    assert find_missing_source([Evidence(), Evidence()], terms, "neighbors", 2) == "principles"
-    assert find_missing_source([Evidence(two), Evidence(two)], terms, "neighbors", 2) is None
+    assert find_missing_source([Evidence(two), Evidence(two[:1])], terms, "neighbors") == "principles"
+    assert find_missing_source([Evidence(), Evidence()], terms, "neighbors") == "principles"
+    assert find_missing_source([Evidence(two), Evidence(two)], terms, "neighbors") is None
     pair = Evidence(pairs=[{"record_id": "p", "outcome": "REFUSED", "p_win": None}])
-    assert find_missing_source([pair, pair], parse_rewards(["judge=1"]), "all", 2) is None
-    assert find_missing_source([pair, pair], parse_rewards(["judge=1"]), "circular", 3) == "judge"
+    assert find_missing_source([pair, pair], parse_rewards(["judge=1"]), "all") is None
+    assert find_missing_source([pair, pair, Evidence()], parse_rewards(["judge=1"]), "circular") == "judge"
 
 
 @pytest.mark.parametrize("entry", ["length", "length=", "=1", "length=0", "length=nan", "refusal.=1", "judge.won=1"])
@@ -158,6 +158,22 @@ def test_a_completion_that_cannot_train_leaves_its_group(make_workspace):
     workspace.add(response.model_copy(update={"completions": completions}), *make_group_grades(response, (1.0, None, 3.0, 4.0)))
     (row,) = workspace.trainer.updater.select_rows("grpo", workspace.trainer.read_state())
     assert row.weight == 3
+
+
+def test_a_win_rate_does_not_wait_for_pairs_that_cannot_be_compared(make_workspace):
+    workspace = make_workspace(rewards=["judge=1"])
+    response = make_group("filtered", workspace.trainer.read_state())
+    completions = [
+        c.model_copy(update={"finish_reason": FinishReason.REFUSED} if c.index > 1 else {}) for c in response.completions
+    ]
+    workspace.add(response.model_copy(update={"completions": completions}))
+    withheld = {"outcome": Outcome.WITHHELD}
+    workspace.add(make_pair_label(response, 0, 1, 0.9), make_pair_label(response, 1, 2, None, **withheld))
+    select = workspace.trainer.updater.select_rows
+    assert select("grpo", workspace.trainer.read_state()) == []
+    workspace.add(make_pair_label(response, 2, 3, None, **withheld))  # neither completion of this pair can train
+    (row,) = select("grpo", workspace.trainer.read_state())
+    assert row.weight == 2
 
 
 def test_rewards_from_grades_need_no_reward_model_and_no_good_labels(make_workspace):
