@@ -845,9 +845,7 @@ class Settings(BaseSettings):
 
 _Layer = dict[str, dict[str, Any]]
 
-# The key of a section that selects a recipe.
-PRESET_KEYS = {"critique": "preset", "judge": "preset", "train": "rl_method"}
-# The values of each recipe, by section and name. Most recipes of a default are empty: they use the defaults above.
+# The values of each recipe, by section and preset name. The recipes charter and lee2023 are empty: they use the defaults above.
 PRESETS: dict[str, dict[str, _Layer]] = {
     "critique": {
         "charter": {},
@@ -870,13 +868,12 @@ PRESETS: dict[str, dict[str, _Layer]] = {
         "ensemble-k": {"judge": {"principles": "sample", "num_principles": 5}},
         "course": {"judge": {"principles": "all", "answer_mode": "letter", "reject_position_flips": True}},
     },
-    # A group needs several completions. If two rewards tie with a probability of 79 %, a group of 8 ties with 36 %.
-    "train": {
-        "ppo": {},
-        "dpo": {},
-        "grpo": {"respond": {"num_completions": 8}},
-        "rloo": {"respond": {"num_completions": 4}},
-    },
+}
+# The values that a value of train.rl_method sets, unless they are set elsewhere. If two rewards tie with a probability of 79 %, a
+# group of 8 ties with 36 %.
+METHOD_DEFAULTS: dict[str, _Layer] = {
+    "grpo": {"respond": {"num_completions": 8}},
+    "rloo": {"respond": {"num_completions": 4}},
 }
 
 
@@ -926,12 +923,13 @@ def _get_preset_layers(layers: Iterable[_Layer]) -> list[tuple[str, _Layer]]:
 
     Ignore unknown preset names: pydantic reports them later.
     """
+    layers = list(layers)
     selected: dict[str, Any] = {}
     for layer in layers:
-        selected |= {section: layer[section][key] for section, key in PRESET_KEYS.items() if key in layer.get(section, {})}
-    presets = [
-        (f"{section}.{PRESET_KEYS[section]}={name}", PRESETS[section].get(str(name))) for section, name in selected.items()
-    ]
+        selected |= {section: layer[section]["preset"] for section in PRESETS if "preset" in layer.get(section, {})}
+    presets = [(f"{section}.preset={name}", PRESETS[section].get(str(name))) for section, name in selected.items()]
+    methods = [layer["train"]["rl_method"] for layer in layers if "rl_method" in layer.get("train", {})]
+    presets += [(f"train.rl_method={method}", METHOD_DEFAULTS.get(str(method))) for method in methods[-1:]]
     return [(origin, layer) for origin, layer in presets if layer]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import UsageError
-from engine.settings import JUDGE, PRESETS, REWARD_MODEL, Settings, TrainSettings, parse_rewards
+from engine.settings import JUDGE, METHOD_DEFAULTS, REWARD_MODEL, Settings, TrainSettings, parse_rewards
 
 # chains: the final responses of revision chains. pairs: preference labels. rollouts: completions of recent policies. groups:
 # also completions of recent policies, but a batch has all completions of a response that have a reward (`train.rewards`).
@@ -107,7 +107,7 @@ def require_enough_completions(settings: Settings, phase: str | None = None) -> 
             f"{method.title} cannot train on groups of {count} (respond.num_completions)",
             f"{method.title} compares the completions of a prompt with each other, and needs at least {method.min_completions}",
             f"set respond.num_completions to {method.min_completions} or more, or remove this setting: the default of"
-            f" {method.phase} is {PRESETS['train'][method.phase]['respond']['num_completions']}",
+            f" {method.phase} is {METHOD_DEFAULTS[method.phase]['respond']['num_completions']}",
         )
 
 
