@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
     """Run one step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing`, ...)."""
     from schemas.records import ChatMessage
     from trainer import weights
-    from trainer.learners import dpo, ppo, reward, sft
+    from trainer.learners import dpo, grpo, ppo, reward, sft
 
     phase, tuning, *options = case.split("/")
     rng, rows = random.Random(0), sizes["rows"]
@@ -64,8 +65,12 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
                         (-10.0,) * sizes["response"], True, 0, str(n))
             for n in range(rows)
         ]  # fmt: skip
-        config = ppo.PPOConfig(epochs=1, batch_size=rows)
-        ppo.train(policy, reference, rollouts, [rng.gauss(0, 1) for _ in rollouts], config, **common)
+        rewards = [rng.gauss(0, 1) for _ in rollouts]
+        if phase == "grpo":
+            groups = [replace(rollout, record_id="one group") for rollout in rollouts]
+            grpo.train(policy, reference, groups, rewards, grpo.GRPOConfig(batch_size=rows), **common)
+        else:
+            ppo.train(policy, reference, rollouts, rewards, ppo.PPOConfig(epochs=1, batch_size=rows), **common)
 
 
 def _measure_peak_bytes() -> int:
@@ -93,7 +98,7 @@ def _make_second_policy(base: Path, folder: Path) -> Path:
 
 
 _CASES = (
-    *(f"{phase}/{tuning}" for phase in ("sft", "reward", "dpo", "ppo") for tuning in ("full", "lora")),
+    *(f"{phase}/{tuning}" for phase in ("sft", "reward", "dpo", "ppo", "grpo") for tuning in ("full", "lora")),
     "ppo/full/checkpointing",
     "ppo/lora/second update",
     "dpo/lora/second update",

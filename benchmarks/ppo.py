@@ -32,7 +32,7 @@ from engine.models.interface import GenerationRequest
 from schemas.records import ChatMessage
 
 if TYPE_CHECKING:
-    from trainer.learners.ppo import Rollout
+    from trainer.learners.rollouts import Rollout
 
 _MIN_SPEEDUP = 1.5
 REWARDED_LETTER = "a"
@@ -125,7 +125,7 @@ def _sample_responses(task: PPOTask, policy: Path, version: int) -> tuple[list[R
     import torch
 
     from engine.models.local import LocalModel
-    from trainer.learners.ppo import Rollout
+    from trainer.learners.rollouts import Rollout
 
     model = LocalModel(policy, dtype=torch.bfloat16 if task.precision == "bf16" else torch.float32, max_batch_size=64)
     requests = [

@@ -29,6 +29,7 @@ from consumers.revise import ReviseStage
 from engine.errors import UsageError
 from engine.models import open_model
 from engine.models.interface import Model, require_results
+from engine.pairing import REVISION_PAIRING
 from engine.settings import Settings, load_settings
 from producers.files import DEFAULT_SOURCES, make_prompt_record, make_row_metadata
 from producers.parse import RowError, parse_prompt
@@ -82,8 +83,8 @@ class RevisionChain:
 class JudgedResponse:
     """Holds a response and the judge's preferences over its completions.
 
-    Each pair of consecutive completions has one preference. With judge.pairing "revision", one preference compares the final
-    response of the chain with its initial response. `preferences` is empty if the chain has no usable revision.
+    Each pair of completions has one preference. By default, the pairs are consecutive completions. With judge.pairing
+    "revision", one preference compares the final response of the chain with its initial response. `preferences` is empty if the chain has no usable revision.
     """
 
     response: Response
@@ -188,7 +189,7 @@ class Charter:
 
         Raises UsageError for a response with one completion if judge.pairing is not "revision".
         """
-        if self.settings.judge.pairing == "revision":
+        if self.settings.judge.pairing == REVISION_PAIRING:
             chains = self.self_critique_loops(prompts)
             preferences = require_results(self.judge_stage([chain.last_step for chain in chains]))
             return [JudgedResponse(c.response, tuple(labels), c) for c, labels in zip(chains, preferences, strict=True)]

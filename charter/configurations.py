@@ -38,6 +38,7 @@ from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.errors import CommitUncertain, UsageError, WriterFenced
+from engine.pairing import name_pairing
 from engine.settings import JudgeSettings, Settings
 from engine.worker import to_producer_record
 from schemas.records import RunManifest
@@ -113,7 +114,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
         },
         "judge": principles
         | {
-            "judge.pairing": judge.pairing,
+            "judge.pairing": name_pairing(judge.pairing),
             "judge.answer_mode": judge.answer_mode,
             "judge.principles": "all" if asks_all else "sample",
             **({} if asks_all else {"judge.num_principles": judge.num_principles}),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from charter.stages import PRINCIPLES_GRADER
 from constitutions.loader import load_constitution
+from engine.pairing import REVISION_PAIRING, list_pairs
 from engine.settings import CritiqueSettings, JudgeSettings, RespondSettings, ReviseSettings, Settings
 
 _CHARS_PER_TOKEN = 4
@@ -33,6 +34,8 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     prompt_tokens, respond = num_chars // _CHARS_PER_TOKEN, settings.respond
     response_tokens, rounds = settings.respond.max_tokens, settings.critique.rounds
     num_completions = settings.respond.num_completions
+    is_revision = settings.judge.pairing == REVISION_PAIRING
+    num_pairs = 1 if is_revision else max(1, len(list_pairs(settings.judge.pairing, num_completions)))
     few_shot_tokens = num_prompts * (_FEW_SHOT_TOKENS if settings.critique.few_shot else 0)
     # A prompt about a response contains the dialogue, the response and the principle.
     dialogue_tokens = prompt_tokens + num_prompts * (response_tokens + PRINCIPLE_PROMPT_TOKENS)
@@ -51,9 +54,7 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
             rounds * (dialogue_tokens + few_shot_tokens),
             num_prompts * rounds * _sum_limits(settings.revise),
         ),
-        "judge": _estimate_judge_cost(
-            settings.judge, num_prompts, dialogue_tokens + num_prompts * response_tokens, max(1, num_completions - 1)
-        ),
+        "judge": _estimate_judge_cost(settings.judge, num_prompts, dialogue_tokens + num_prompts * response_tokens, num_pairs),
     }
     if PRINCIPLES_GRADER in settings.grade.graders:
         costs["grade"] = _estimate_grade_cost(settings, num_prompts, dialogue_tokens)
@@ -68,7 +69,8 @@ def _sum_limits(options: RespondSettings | CritiqueSettings | ReviseSettings | J
 
 def _estimate_grade_cost(settings: Settings, num_prompts: int, dialogue_tokens: int) -> StageCost:
     """Return the cost of one question for each response and critique principle, in both orders of the options."""
-    num_principles = len(load_constitution(settings.run.constitution).critique)
+    available = len(load_constitution(settings.run.constitution).critique)
+    num_principles = min(settings.grade.num_principles or available, available)
     num_texts = {"completion": settings.respond.num_completions, "final_response": 1}
     num_questions = 2 * num_principles * sum(num_texts[subject] for subject in settings.grade.subjects)
     return StageCost("grade", num_prompts, num_questions * dialogue_tokens, 0)
@@ -77,7 +79,7 @@ def _estimate_grade_cost(settings: Settings, num_prompts: int, dialogue_tokens: 
 def _estimate_judge_cost(judge: JudgeSettings, num_prompts: int, prompt_tokens: int, num_pairs: int) -> StageCost:
     """Return the cost of the judge. `prompt_tokens` is the total number of tokens of `num_prompts` judge prompts."""
     num_principles = 1 if judge.principles == "all" else judge.num_principles
-    num_questions = 2 * (num_pairs if judge.pairing == "completions" else 1) * num_principles  # each pair in both orders
+    num_questions = 2 * num_pairs * num_principles  # each pair in both orders
     completion_tokens = 0 if judge.answer_mode == "logprobs" else num_questions * num_prompts * _sum_limits(judge)
     # After the reasoning, a second request scores the option letters. Its prompt contains the reasoning.
     scoring_tokens = num_questions * prompt_tokens + completion_tokens if judge.answer_mode == "reasoning" else 0

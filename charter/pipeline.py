@@ -42,8 +42,9 @@ from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host
 from engine.instances import InstanceLease, ServiceLease
 from engine.models.interface import Model
+from engine.pairing import name_pairing
 from engine.run_starts import StartPositions, ensure_run_start
-from engine.settings import Settings
+from engine.settings import JUDGE, REWARD_MODEL, Settings
 from engine.watchdog import CallTracker
 from engine.worker import Stage, Worker, WorkerLimits, skip_tracing
 from schemas.records import Sampling
@@ -189,7 +190,8 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     return JudgeStage(
         model=models.get_model("judge"),
         constitution=constitution,
-        pairing=options.pairing,
+        pairing=name_pairing(options.pairing),
+        pairs=options.pairing,
         min_option_mass=options.min_option_mass,
         reject_position_flips=options.reject_position_flips,
         preset=options.preset,
@@ -204,7 +206,13 @@ def make_judge_stage(settings: Settings, models: RoleModels, constitution: Const
     )
 
 
-_BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
+BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
+
+
+def make_principles_grader(settings: Settings, models: RoleModels, constitution: Constitution) -> PrinciplesGrader:
+    return PrinciplesGrader(
+        models.get_model("judge"), constitution, settings.judge.min_option_mass, settings.grade.num_principles
+    )
 
 
 def make_grade_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> GradeStage:
@@ -219,13 +227,13 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
             require_language_detector(f"type: {get_install_command('eval')}")
             graders.append(InstructionsGrader())
         elif name == PRINCIPLES_GRADER:
-            graders.append(PrinciplesGrader(models.get_model("judge"), constitution, settings.judge.min_option_mass))
+            graders.append(make_principles_grader(settings, models, constitution))
         elif name.endswith(".py"):
-            graders.append(load_grader(name, _BUILTIN_GRADERS))
+            graders.append(load_grader(name, (*BUILTIN_GRADERS, REWARD_MODEL, JUDGE)))
         else:
             raise UsageError(
                 f"there is no grader {name}",
-                f"the graders are {', '.join(_BUILTIN_GRADERS)}, or a Python file",
+                f"the graders are {', '.join(BUILTIN_GRADERS)}, or a Python file",
                 "correct grade.graders",
             )
     names = [grader.name for grader in graders]

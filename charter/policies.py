@@ -12,8 +12,6 @@ from engine.policy import get_newest_version, get_weights_version, index_policie
 from engine.settings import Settings
 from schemas.records import PolicyUpdate
 
-PHASES = ("sft", "reward", "ppo", "dpo")
-RL_PHASES = ("ppo", "dpo")
 LATEST_POLICY = "latest"
 
 

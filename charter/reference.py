@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from pydantic.fields import FieldInfo
 
 from charter.cli import SECTIONS, load_command
-from engine.settings import PRESETS, iter_settings
+from engine.settings import METHOD_DEFAULTS, PRESETS, iter_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -108,10 +108,11 @@ def _format_configuration_page() -> str:
         default = json.dumps(field.default)
         parts.append(f"| `{key}` | `{default}` | {_format_field_type(field)} | {field.description} |\n".replace("||", "| |"))
     parts.append("\n## Presets\n\n| preset | sets |\n|---|---|\n")
-    for section, presets in PRESETS.items():
-        for name, layer in presets.items():
-            values = [f"`{table}.{key} = {json.dumps(value)}`" for table, keys in layer.items() for key, value in keys.items()]
-            parts.append(f"| `{section}.preset = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n")
+    recipes = [(f"{section}.preset", name, layer) for section, presets in PRESETS.items() for name, layer in presets.items()]
+    recipes += [("train.rl_method", name, layer) for name, layer in METHOD_DEFAULTS.items()]
+    for key, name, layer in recipes:
+        values = [f"`{table}.{key} = {json.dumps(value)}`" for table, keys in layer.items() for key, value in keys.items()]
+        parts.append(f"| `{key} = {json.dumps(name)}` | {', '.join(values) or 'the defaults'} |\n")
     return "".join(parts)
 
 

@@ -30,6 +30,7 @@ from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
 from engine.commit_history import read_commit_history
 from engine.errors import UsageError
+from engine.pairing import REVISION_PAIRING
 from engine.progress import WorkProgress
 from engine.run_starts import ensure_run_start
 from engine.settings import Settings
@@ -270,7 +271,7 @@ def _get_predicate(stage: str, settings: Settings) -> Callable[[Record], bool]:
     """Return the condition that selects, from the input topics of a stage, the records that the stage can process."""
     if stage == "grade":
         return is_response_or_chain_end
-    return is_chain_end if stage == "judge" and settings.judge.pairing == "revision" else is_chain_start
+    return is_chain_end if stage == "judge" and settings.judge.pairing == REVISION_PAIRING else is_chain_start
 
 
 def _compute_archive_bounds(store: Store, source_run_id: str, earlier_fields: dict[str, Any] | None) -> dict[str, Any]:

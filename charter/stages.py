@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.pairing import REVISION_PAIRING
 from engine.settings import Settings
 
 PRINCIPLES_GRADER = "principles"
@@ -33,7 +34,7 @@ def get_stage_inputs(settings: Settings) -> dict[str, tuple[str, ...]]:
         "respond": ("prompts",),
         "critique": ("revisions", "responses"),
         "revise": ("critiques",),
-        "judge": ("responses",) if settings.judge.pairing == "completions" else chain_topics,
+        "judge": chain_topics if settings.judge.pairing == REVISION_PAIRING else ("responses",),
         "grade": tuple(topic for name, topics in graded_topics.items() if name in settings.grade.subjects for topic in topics),
     }
 

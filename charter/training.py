@@ -17,7 +17,7 @@ from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.label_quality import make_label_check, read_verdict
 from charter.lag import describe_unarchived
-from charter.policies import RL_PHASES
+from charter.rewards import require_usable_rewards
 from charter.startup import start_when_ready
 from charter.telemetry import make_trainer_collector, start_metrics_server
 from engine.bus.port import Bus
@@ -26,6 +26,7 @@ from engine.models import resolve_model_folder
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from schemas.records import PolicyUpdate
+from trainer.methods import RL_METHODS
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -40,7 +41,7 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
     dependency that is unreachable or full. If `force` is true, RL trains on labels of any quality.
     """
     reporter = MetricsReporter(settings)
-    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force), wait=wait)
+    bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force, phase), wait=wait)
     closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))
     try:
         if loop:
@@ -55,12 +56,15 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
             close()
 
 
-def _open_trainer(settings: Settings, reporter: MetricsReporter, loop: bool, force: bool) -> tuple[Bus, Trainer]:
+def _open_trainer(
+    settings: Settings, reporter: MetricsReporter, loop: bool, force: bool, phase: str | None
+) -> tuple[Bus, Trainer]:
     """Connect to the log and open the trainer. Close the connection if the trainer cannot be opened."""
     from charter.grading import detect_refusals
     from trainer.loop import Trainer
     from trainer.promotion import make_promotion_gate
 
+    require_usable_rewards(settings, open_store(settings), force=force, phase=phase)
     bus = connect_bus(settings)
     try:
         return bus, Trainer(
@@ -91,9 +95,10 @@ def _train_once(trainer: Trainer, phase: str | None, settings: Settings) -> None
     If `phase` is None and there was no unfinished batch, update the next phase that is ready.
     """
     if trainer.store.path.exists():
+        needs_labels = phase in RL_METHODS and RL_METHODS[phase].needs_labels(settings.train)
         verdict = read_verdict(trainer.store, settings.label_quality)
         print_progress(str(verdict))
-        if verdict.problems and phase in RL_PHASES and trainer.check_labels:
+        if verdict.problems and needs_labels and trainer.check_labels:
             raise UsageError(
                 f"{phase} does not train on {verdict.subject}",
                 "; ".join(verdict.problems),

@@ -130,6 +130,9 @@ D = TypeVar("D", bound=BasePrinciple)
 class Constitution(StrictModel):
     """A valid constitution. If `judge_with` is "all", one question contains all judge principles.
 
+    `targets` names what the principles change on purpose: the length of responses, or how often they refuse. The monitor for
+    reward hacking does not check these. `targets` does not change a label, so the hash does not contain it.
+
     `text` is the TOML text after the includes are resolved. In a prose constitution, `critique` and `judge` are derived from
     the paragraphs.
     """
@@ -143,13 +146,14 @@ class Constitution(StrictModel):
     judge: tuple[JudgePrinciple, ...] = Field(min_length=1)
     prose: tuple[ProseParagraph, ...] = ()
     examples: tuple[FewShotExample, ...] = ()
+    targets: tuple[Literal["length", "refusal"], ...] = ()
     text: str = Field("", exclude=True, repr=False)
     _locations: dict[tuple[str, str], SourceLocation] = PrivateAttr(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
         """The SHA-256 of the content, without comments and layout."""
-        values = _rename_for_hash(self.model_dump(mode="json"))
+        values = _rename_for_hash(self.model_dump(mode="json", exclude={"targets"}))
         if self.prose:
             values["asked"] = self.combined_judge_prompt
         else:
@@ -184,6 +188,10 @@ class Constitution(StrictModel):
         if num_principles == 1:
             return [self.sample_judge_principle(seed, tags)]
         return sorted(filter_by_tags(self.judge, tags), key=lambda p: _draw_exponential(seed, p))[:num_principles]
+
+    def sample_critique_principles(self, seed: int, tags: Sequence[str], num_principles: int) -> Sequence[CritiquePrinciple]:
+        """Sample different critique principles uniformly."""
+        return sorted(filter_by_tags(self.critique, tags), key=lambda p: _draw_exponential(seed, p))[:num_principles]
 
     def with_single_judge_principle(self, principle_id: str) -> Constitution:
         """Return this constitution with only one judge principle."""
@@ -401,7 +409,7 @@ def _list_allowed_keys(key_path: Sequence[Any]) -> list[str]:
 def to_toml_values(constitution: Constitution) -> dict[str, Any]:
     """Return the values of a TOML file with the content of this constitution. Default values are omitted."""
     parts = ("prose", "examples") if constitution.prose else (*PRINCIPLE_LISTS, "examples")
-    head = ("name", "version", "description", "selection", "judge_with")
+    head = ("name", "version", "description", "selection", "judge_with", "targets")
     dumped = constitution.model_dump(mode="json", exclude_defaults=True)
     values = {key: dumped[key] for key in (*head, *parts) if key in dumped}
     if constitution.prose:
@@ -411,14 +419,18 @@ def to_toml_values(constitution: Constitution) -> dict[str, Any]:
 
 def render_toml(values: Mapping[str, Any]) -> str:
     """Return values as TOML text. If this text is loaded, the constitution and its hash are the same."""
-    head = [f"{key} = {_format_toml_value(value)}" for key, value in values.items() if not isinstance(value, list)]
+    head = [f"{key} = {_format_toml_value(value)}" for key, value in values.items() if not _is_table_list(value)]
     tables = [
         "\n".join([f"\n[[{part}]]", *(f"{key} = {_format_toml_value(_escape_value(value))}" for key, value in entry.items())])
         for part, entries in values.items()
-        if isinstance(entries, list)
+        if _is_table_list(entries)
         for entry in entries
     ]
     return "\n".join([*head, *tables]) + "\n"
+
+
+def _is_table_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _escape_value(value: Any) -> Any:

@@ -24,7 +24,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from constitutions.loader import Constitution
@@ -35,9 +34,11 @@ from engine.eligibility import find_pair_problem
 from engine.errors import CharterError
 from engine.models.interface import NO_USAGE, Model, Result, combine_results
 from engine.notices import NOTICES
+from engine.pairing import compute_pair_index, list_pairs
 from schemas import ids
 from schemas.records import (
     Chain,
+    Completion,
     ConstitutionRef,
     EndReason,
     FinishReason,
@@ -79,17 +80,30 @@ class ResponsePair:
         return find_pair_problem(self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b)
 
 
-def _make_pairs(record: Record) -> list[ResponsePair]:
+def _make_completion_pair(response: Response, a: Completion, b: Completion) -> ResponsePair:
+    return ResponsePair(
+        parent=response,
+        response_id=response.record_id,
+        response_a=a.text,
+        response_b=b.text,
+        completion_index_a=a.index,
+        completion_index_b=b.index,
+        finish_reason_a=a.finish_reason,
+        finish_reason_b=b.finish_reason,
+        sample_index=compute_pair_index(a.index, b.index),
+    )
+
+
+def _make_pairs(record: Record, pairs: str) -> list[ResponsePair]:
     """Return the pairs of a record.
 
-    The pairs of a response are its adjacent completions. A finished chain has one pair, which consists of the final and the
-    initial response.
+    `pairs` states which completions of a response are compared (`engine.pairing`). A finished chain has one pair, which consists
+    of the final and the initial response.
     """
     if isinstance(record, Response):
-        return [
-            ResponsePair(record, record.record_id, a.text, b.text, a.index, b.index, a.finish_reason, b.finish_reason, a.index)
-            for a, b in pairwise(record.completions)
-        ]
+        completions = record.completions
+        positions = list_pairs(pairs, len(completions))
+        return [_make_completion_pair(record, completions[a], completions[b]) for a, b in positions]
     assert isinstance(record, Chain)
     if not record.final or record.end_reason in (EndReason.UNUSABLE, EndReason.NO_CRITIQUE, EndReason.SKIPPED):
         return []
@@ -147,9 +161,10 @@ class PrincipleComparison:
 class JudgeStage:
     """The judge stage.
 
-    The label is limited to the range from `clamp` to 1 - `clamp`. If `label_order` is "both", the label is the mean of both
-    orders. If it is "seeded", the label is from one order, and the pair's seed selects this order. `max_tokens` and `timeout_s`
-    (in seconds) limit a written reply.
+    `pairing` is the value of that column in records, and `pairs` states which completions of a response are compared. The label
+    is limited to the range from `clamp` to 1 - `clamp`. If `label_order` is "both", the label is the mean of both orders. If it
+    is "seeded", the label is from one order, and the pair's seed selects this order. `max_tokens` and `timeout_s` (in seconds)
+    limit a written reply.
     """
 
     model: Model
@@ -166,9 +181,10 @@ class JudgeStage:
     max_tokens: int = 256
     timeout_s: float | None = None
     max_thinking_tokens: int = 0
+    pairs: str = "neighbors"
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Preference]]]:
-        pairs_by_record = [[] if skips_suite("judge", record) else _make_pairs(record) for record in records]
+        pairs_by_record = [[] if skips_suite("judge", record) else _make_pairs(record, self.pairs) for record in records]
         pairs = [pair for record_pairs in pairs_by_record for pair in record_pairs]
         if not pairs:
             return [[] for _ in records]

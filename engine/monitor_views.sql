@@ -69,12 +69,12 @@ SELECT a.policy_version, s.reward_version, count(*) AS answers, avg(s.normalized
 FROM scores s JOIN monitored_responses a ON a.response_id = s.response_id AND a.completion_index = s.completion_index
 GROUP BY ALL;
 
--- The KL to the reference policy in each PPO update. kl_ref is its last value, in nats per sequence. kl_slope is its slope, in
+-- The KL to the reference policy in each update of an RL method that trains on rollouts. kl_ref is its last value, in nats per sequence. kl_slope is its slope, in
 -- nats per sequence and optimizer step. The update starts from `policy_version` and produces the next version.
 CREATE OR REPLACE VIEW monitor_kl AS
 SELECT policy_version, batch_number, count(*) AS steps, arg_max(kl, step) AS kl_ref,
        CASE WHEN count(*) > 1 THEN regr_slope(kl, step) END AS kl_slope
-FROM (SELECT policy_version, batch_number, step, metrics['kl_ref'] AS kl FROM metrics WHERE phase = 'ppo')
+FROM (SELECT policy_version, batch_number, step, metrics['kl_ref'] AS kl FROM metrics WHERE phase <> 'monitor')
 WHERE kl IS NOT NULL GROUP BY ALL;
 
 -- The results of each check of a version. They contain the results of the held-out judge, the proxy reward, the perplexity and

@@ -6,7 +6,7 @@ A setting can have several sources. The first of these sources that sets it has 
 2. the environment variable `CHARTER_<SECTION>__<KEY>`;
 3. the settings file;
 4. values that a command sets itself (for example, the demo);
-5. the recipe selected by `critique.preset` or `judge.preset` (PRESETS below);
+5. the recipe selected by `critique.preset`, `judge.preset` or `train.rl_method` (PRESETS below);
 6. the default below.
 
 A recipe sets only the keys that no other source sets. For example, `critique.preset = "course"` with `critique.rounds = 2`
@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -32,6 +34,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from engine.database_paths import find_unsupported_char
 from engine.errors import UsageError
+from engine.pairing import COMPLETIONS_PAIRING
 
 SETTINGS_FILE = "charter.toml"
 _ADDRESS_PATTERN = re.compile(r"[a-z+]+:/|[\w.-]+:\d+(,|$)", re.IGNORECASE)
@@ -55,6 +58,55 @@ def parse_mixture(entries: list[str]) -> dict[str, float]:
     if shares and "*" not in shares:
         raise ValueError("a mixture needs an entry for all other sources, e.g. *=0.5")
     return shares
+
+
+REWARD_MODEL, JUDGE = "reward_model", "judge"
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One term of the reward of a completion: weight * value (`train.rewards`).
+
+    `source` is `reward_model`, `judge` or the name of a grader. The value is the normalized score of the reward model, the win
+    rate against the other completions of the prompt, or the score of the grader. With a `label`, the value is 1 if the grader
+    gave this label, and otherwise 0.
+    """
+
+    source: str
+    label: str
+    weight: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}.{self.label}" if self.label else self.source
+
+    @property
+    def is_grader(self) -> bool:
+        return self.source not in (REWARD_MODEL, JUDGE)
+
+
+def parse_rewards(entries: Iterable[str]) -> list[RewardTerm]:
+    """Return the terms of entries such as `length=-0.1` or `refusal.refuses=1`. Raise ValueError when an entry is malformed."""
+    terms = []
+    for entry in entries:
+        name, _, weight = entry.rpartition("=")
+        source, dot, label = name.partition(".")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not source or not math.isfinite(value) or value == 0 or (dot and not label):
+            raise ValueError(f"{entry!r} is not SOURCE=WEIGHT or GRADER.LABEL=WEIGHT with a weight other than 0")
+        terms.append(RewardTerm(source, label, value))
+    for term in terms:
+        if term.label and not term.is_grader:
+            raise ValueError(f"{term.source} has no labels; write {term.source}={term.weight:g}")
+    names = [term.name for term in terms]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice} occurs twice")
+    if not terms:
+        raise ValueError("there must be at least one entry, e.g. reward_model=1")
+    return terms
 
 
 class DataSettings(_Section):
@@ -284,9 +336,9 @@ class ReviseSettings(_Section):
 
 
 class JudgeSettings(_Section):
-    pairing: Literal["completions", "revision"] = Field(
-        "completions",
-        description="Which responses are compared: two sampled completions (completions), or the final revision and the initial response (revision).",
+    pairing: Literal["neighbors", "circular", "all", "revision"] = Field(
+        "neighbors",
+        description="Which responses are compared: adjacent completions (neighbors), in a circle (circular), all, or a revision and its origin (revision).",
     )
     preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
         "lee2023",
@@ -327,6 +379,12 @@ class JudgeSettings(_Section):
         description="Timeout of one judgment in seconds. After a timeout the pair gets no label and the outcome TIMEOUT.",
     )
 
+    @field_validator("pairing", mode="before")
+    @classmethod
+    def _translate_earlier_name(cls, pairing: object) -> object:
+        """Accept the name that `neighbors` had when it was the only pairing of completions."""
+        return "neighbors" if pairing == COMPLETIONS_PAIRING else pairing
+
     @field_validator("max_thinking_tokens")
     @classmethod
     def _require_written_reply(cls, limit: int, info: ValidationInfo) -> int:
@@ -347,6 +405,11 @@ class GradeSettings(_Section):
         ["completion"],
         min_length=1,
         description="What is graded: each sampled completion (completion), the final responses of chains (final_response), or both.",
+    )
+    num_principles: int = Field(
+        0,
+        ge=0,
+        description="Number of critique principles that the grader principles samples for each response. 0 means all principles that apply.",
     )
 
 
@@ -419,10 +482,19 @@ class TrainSettings(_Section):
     reward_rows: int = Field(
         512,
         ge=2,
-        description="Number of new labeled pairs that start an update of the reward model (rl_method ppo) or a DPO update (rl_method dpo).",
+        description="Number of new labeled pairs that start an update of the reward model, or a DPO update (rl_method dpo).",
     )
     ppo_rows: int = Field(256, ge=1, description="Number of new rollouts of the current policy that start a PPO update.")
-    max_rows: int = Field(4096, ge=1, description="Maximum number of rows in one training batch.")
+    group_completions: int = Field(
+        512,
+        ge=1,
+        description="Number of new completions, in complete groups, that start a GRPO or RLOO update. A group has the completions of one prompt.",
+    )
+    max_rows: int = Field(
+        4096,
+        ge=1,
+        description="Maximum number of rows in one training batch. With groups, it limits the number of completions.",
+    )
     lora_rank: int = Field(0, ge=0, description="Rank of the LoRA adapters. 0 means that all weights are trained.")
     max_length: int = Field(1024, ge=8, description="Maximum length of a training sequence in tokens.")
     micro_batch_size: int = Field(
@@ -437,8 +509,13 @@ class TrainSettings(_Section):
         "auto",
         description="Precision of matrix products. auto selects bf16 if the hardware supports it. Weights are always fp32.",
     )
-    rl_method: Literal["ppo", "dpo"] = Field(
-        "ppo", description="Training method: PPO with a reward model (ppo), or DPO on the preference pairs (dpo)."
+    rl_method: Literal["ppo", "dpo", "grpo", "rloo"] = Field(
+        "ppo",
+        description="Training method: PPO with a reward model (ppo), DPO on preference pairs (dpo), or GRPO or RLOO on groups with train.rewards (grpo, rloo).",
+    )
+    rewards: list[str] = Field(
+        ["reward_model=1"],
+        description="Reward of GRPO and RLOO: SOURCE=WEIGHT (reward_model, judge for the win rate, or a grader for its score) or GRADER.LABEL=WEIGHT.",
     )
     objective: Literal["alternate", "combined"] = Field(
         "alternate", description="Loss of a PPO step: the RL loss (alternate), or L_SL + alpha * L_RL (combined)."
@@ -452,14 +529,14 @@ class TrainSettings(_Section):
         ["helpful=0.43", "*=0.57"],
         description="Share of each prompt source in a batch of the reward model. The format is the same as in sft_mixture.",
     )
-    max_staleness: int = Field(4, ge=0, description="Maximum age of a PPO rollout, in policy versions.")
+    max_staleness: int = Field(4, ge=0, description="Maximum age of a rollout or of a DPO pair, in policy versions.")
     max_reward_staleness: int = Field(
         4,
         ge=0,
-        description="Maximum age of a PPO rollout: the number of reward-model versions that were published after sampling.",
+        description="Maximum age of a rollout whose reward is a reward model: the number of reward-model versions that were published after sampling.",
     )
-    max_age_s: float = Field(0.0, ge=0, description="Maximum age of a PPO rollout in seconds. 0 means no limit.")
-    allow_overlap: bool = Field(False, description="Allow PPO to train on prompts that the reward model was also trained on.")
+    max_age_s: float = Field(0.0, ge=0, description="Maximum age of a rollout or of a DPO pair in seconds. 0 means no limit.")
+    allow_overlap: bool = Field(False, description="Allow RL to train on prompts that the reward model was also trained on.")
     seed: int = Field(0, description="Random seed for shuffling and for the initial weights of new heads.")
     base_model: str = Field(
         "", description="Model that provides the initial weights for training. If empty, models.policy is used."
@@ -472,6 +549,12 @@ class TrainSettings(_Section):
     report_to: Literal["", "trackio", "wandb"] = Field(
         "", description="Experiment tracker that also receives the metrics of each step. If empty, no tracker is used."
     )
+
+    @field_validator("rewards")
+    @classmethod
+    def _require_terms(cls, entries: list[str]) -> list[str]:
+        parse_rewards(entries)
+        return entries
 
     @field_validator("sft_mixture", "reward_mixture")
     @classmethod
@@ -578,6 +661,68 @@ class PPOSettings(_Section):
     )
 
 
+class _GroupSettings(_Section):
+    """The settings that GRPO and RLOO have in common."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
+    lr_scheduler_type: Literal["linear", "constant"] = Field(
+        "linear",
+        description="Schedule of the learning rate within an update: warm-up and then linear decay to 0 (linear), or no warm-up and no decay (constant).",
+    )
+    warmup_ratio: float = Field(
+        0.15,
+        ge=0,
+        le=1,
+        description="Fraction of the steps of an update that are warm-up steps. It is used only with the linear schedule.",
+    )
+    epochs: int = Field(1, ge=1, description="Number of passes over the completions.")
+    batch_size: int = Field(64, ge=1, description="Number of completions in one optimizer step.")
+    kl_target: float = Field(
+        6.0,
+        gt=0,
+        description="Target KL to the reference policy, in nats per sequence. The adaptive controller of beta uses it.",
+    )
+    max_kl_update: float = Field(
+        6.0,
+        gt=0,
+        description="Maximum KL to the policy at the start of the update, in nats per sequence. A higher KL ends the update.",
+    )
+    max_kl: float = Field(
+        30.0, gt=0, description="Maximum KL to the reference policy, in nats per sequence. A higher KL ends the update."
+    )
+    max_kl_base: float = Field(
+        200.0,
+        gt=0,
+        description="Maximum KL to the base model (policy version 0), in nats per sequence. A higher KL ends the update.",
+    )
+
+
+class GRPOSettings(_GroupSettings):
+    clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio of a token.")
+    loss_type: Literal["dr_grpo", "bnpo", "grpo"] = Field(
+        "dr_grpo",
+        description="Divisor of the loss: respond.max_tokens per completion (dr_grpo), the tokens of the step (bnpo), or the tokens of a completion (grpo).",
+    )
+    scale_rewards: Literal["none", "group", "batch"] = Field(
+        "none",
+        description="Divide advantages by the standard deviation of the rewards: not at all (none), of the group (group), or of the batch (batch).",
+    )
+    beta: float = Field(
+        0.04,
+        ge=0,
+        description="Initial and minimum weight of the KL penalty in the loss. The adaptive controller can raise the weight.",
+    )
+
+
+class RLOOSettings(_GroupSettings):
+    clip: float = Field(0.2, gt=0, description="Clipping range of the probability ratio of a completion.")
+    beta: float = Field(
+        0.05,
+        ge=0,
+        description="Initial and minimum weight of the KL penalty in the reward. The adaptive controller can raise the weight.",
+    )
+
+
 class LabelQualitySettings(_Section):
     max_flip_rate: float = Field(
         0.4, ge=0, le=1, description="Maximum share of labels that flip when the two responses change places."
@@ -622,7 +767,7 @@ class MonitorSettings(_Section):
         0.5, gt=0, le=1, description="Maximum increase in the share of responses that contain the same phrase."
     )
     max_kl_rise: float = Field(
-        10.0, gt=0, description="Maximum increase of the KL to the reference policy in one PPO update, in nats per sequence."
+        10.0, gt=0, description="Maximum increase of the KL to the reference policy in one update, in nats per sequence."
     )
 
 
@@ -671,6 +816,8 @@ class Settings(BaseSettings):
     reward: RewardSettings = RewardSettings()
     dpo: DPOSettings = DPOSettings()
     ppo: PPOSettings = PPOSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    rloo: RLOOSettings = RLOOSettings()
     label_quality: LabelQualitySettings = LabelQualitySettings()
     monitor: MonitorSettings = MonitorSettings()
     promotion: PromotionSettings = PromotionSettings()
@@ -722,6 +869,12 @@ PRESETS: dict[str, dict[str, _Layer]] = {
         "course": {"judge": {"principles": "all", "answer_mode": "letter", "reject_position_flips": True}},
     },
 }
+# The values that a value of train.rl_method sets, unless they are set elsewhere. If two rewards tie with a probability of 79 %, a
+# group of 8 ties with 36 %.
+METHOD_DEFAULTS: dict[str, _Layer] = {
+    "grpo": {"respond": {"num_completions": 8}},
+    "rloo": {"respond": {"num_completions": 4}},
+}
 
 
 def iter_settings() -> Iterator[tuple[str, str, FieldInfo]]:
@@ -770,10 +923,13 @@ def _get_preset_layers(layers: Iterable[_Layer]) -> list[tuple[str, _Layer]]:
 
     Ignore unknown preset names: pydantic reports them later.
     """
+    layers = list(layers)
     selected: dict[str, Any] = {}
     for layer in layers:
         selected |= {section: layer[section]["preset"] for section in PRESETS if "preset" in layer.get(section, {})}
     presets = [(f"{section}.preset={name}", PRESETS[section].get(str(name))) for section, name in selected.items()]
+    methods = [layer["train"]["rl_method"] for layer in layers if "rl_method" in layer.get("train", {})]
+    presets += [(f"train.rl_method={method}", METHOD_DEFAULTS.get(str(method))) for method in methods[-1:]]
     return [(origin, layer) for origin, layer in presets if layer]
 
 

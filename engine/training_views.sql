@@ -23,7 +23,7 @@ WITH placed AS (
 again AS (SELECT record_id AS batch_id, unnest(replayed_record_ids) AS row_id, true AS replayed FROM batches)
 SELECT placed.*, coalesce(replayed, false) AS replayed FROM placed LEFT JOIN again USING (batch_id, row_id);
 
--- The staleness of each rollout of a PPO batch. policies_behind is measured in policy versions. rewards_behind is the number of
+-- The staleness of each rollout of an RL batch. Only such batches have responses as rows. policies_behind is measured in policy versions. rewards_behind is the number of
 -- reward models that were published after the policy of the rollout. age_s is the time from sampling to the batch in seconds.
 CREATE OR REPLACE VIEW trained_rollouts AS
 WITH sampled AS (
@@ -34,10 +34,9 @@ SELECT b.batch_id, b.batch_number, b.row_id AS response_id, r.policy_version, b.
        b.base_policy_version - r.policy_version AS policies_behind,
        b.base_reward_version - coalesce(s.rewards_then, 0) AS rewards_behind,
        epoch(b.created_at - r.created_at) AS age_s, b.trained
-FROM batch_rows b JOIN responses r ON r.record_id = b.row_id LEFT JOIN sampled s ON s.policy_version = r.policy_version
-WHERE b.phase = 'ppo';
+FROM batch_rows b JOIN responses r ON r.record_id = b.row_id LEFT JOIN sampled s ON s.policy_version = r.policy_version;
 
--- The number of rollouts that PPO can no longer train on, by reason. Each rollout is a row of `dropped_rollouts`.
+-- The number of rollouts that RL can no longer train on, by reason. Each rollout is a row of `dropped_rollouts`.
 CREATE OR REPLACE VIEW dropped_rollout_stats AS
 SELECT reason, policy_version, count(*) AS rollouts, min(created_at) AS first_at, max(created_at) AS last_at
 FROM dropped_rollouts GROUP BY ALL;

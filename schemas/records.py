@@ -381,7 +381,7 @@ class OptionalResponseIdField(AvroModel):
 
 
 class PhaseField(AvroModel):
-    """The name of a training phase: sft, reward, ppo or dpo."""
+    """The name of a training phase: sft, reward, ppo, dpo, grpo or rloo."""
 
     phase: str
 
@@ -562,7 +562,8 @@ class BatchManifest(BatchFields, Record):
     of rows of each source, and `target_mixture` is the configured share of each source. `cursors` is the last commit sequence
     number of each source that this phase has used. If `cursors` is empty, this number is `commit_seq_to` for all sources.
     `sink_session` is the session of the sink in which these numbers were read. They are valid only in a database that has this
-    session. In another database, the rows are found by their ids.
+    session. In another database, the rows are found by their ids. `reward_record_ids` are the grades and labels that the rewards
+    of groups are computed from.
     """
 
     topic: ClassVar[str] = "batches"
@@ -581,6 +582,7 @@ class BatchManifest(BatchFields, Record):
     cursors: dict[str, int] = Field(default_factory=dict)
     replayed_record_ids: list[Id] = Field(default_factory=list)
     sink_session: str | None = None
+    reward_record_ids: list[Id] = Field(default_factory=list)
 
 
 class PolicyUpdate(Record):
@@ -692,7 +694,7 @@ class Pause(PhaseField, Record):
 
 
 class DroppedRollout(Record):
-    """A rollout that was excluded from training, and the reason."""
+    """A rollout or a DPO pair that was excluded from training, and the reason. `dropped_id` is the response or the preference."""
 
     topic: ClassVar[str] = "dropped-rollouts"
 

@@ -14,7 +14,7 @@ all policies so far. Rolnick et al. 2019 mix new and replayed experience in equa
 
 A manifest lists the rows in the order of training. The manifest holds a hash of all columns that training reads, the seed, and
 the settings. After a crash, training therefore resumes with the identical batch, and an old batch can be rebuilt. Only this
-module decides whether a rollout is too stale. The decision depends only on the records. A rollout that PPO can no longer use is
+module decides whether a rollout is too stale. The decision depends only on the records. A rollout that can no longer be used is
 dropped, and the reason is published on the topic `dropped-rollouts`.
 """
 
@@ -30,34 +30,40 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from engine.errors import CharterError
-from engine.settings import TrainSettings, parse_mixture
+from engine.settings import REWARD_MODEL, RewardTerm, TrainSettings, parse_mixture, parse_rewards
 from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
-from trainer.consumed import ConsumedRows, find_consumed_rows
+from trainer.consumed import ALL_SOURCES, QUERY_TIMEOUT_S, ConsumedRows, find_consumed_rows
+from trainer.methods import PHASES, REWARD_PHASE, RL_METHODS, SFT_PHASE, RowKind, get_row_kind, uses_groups, uses_rollouts
+from trainer.rewards import Evidence, compute_reward, read_evidence
 from trainer.state import TrainingState
 
-QUERY_TIMEOUT_S = 60.0  # longer than the default of the store, because a batch may scan large tables
-SFT_PHASE, _RL_PHASES = "sft", ("ppo", "dpo")
-_NEW_ROW_VIEWS = {"sft": "sft_examples", "reward": "preference_pairs", "ppo": "rollouts", "dpo": "preference_pairs"}
+# By what the batches of a phase consist of (`trainer.methods`).
+_NEW_ROW_VIEWS: dict[RowKind, str] = {"chains": "sft_examples", "pairs": "preference_pairs"}
 # The views from which the rows of a manifest are loaded. If a person overrides a label, the old label is no longer in `preference_pairs`.
 # A batch that trained on the old label can still be rebuilt from `preference_labels`. These views also have the rows of prompts
 # that were held out after the batch.
-_MANIFEST_VIEWS = {"sft": "trainable_responses", "reward": "preference_labels", "ppo": "rollouts", "dpo": "preference_labels"}
-KEY_COLUMNS = {"sft": "record_id", "reward": "record_id", "ppo": "response_id", "dpo": "record_id"}
-_PAIR_COLUMNS = "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing, label_source, policy_version"
+_MANIFEST_VIEWS: dict[RowKind, str] = {
+    "chains": "trainable_responses",
+    "pairs": "preference_labels",
+    "rollouts": "rollouts",
+    "groups": "rollouts",
+}
+# The column with the ids that a manifest lists. The completions of a response have one id.
+KEY_COLUMNS = {phase: "response_id" if uses_rollouts(phase) else "record_id" for phase in PHASES}
 # The columns that training reads. The hash in a manifest covers the same columns. A view may have more columns.
-_TRAINING_COLUMNS = {
-    "sft": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
-    "reward": _PAIR_COLUMNS,
-    "dpo": _PAIR_COLUMNS,
-    "ppo": "response_id, completion_index, prompt_id, messages, source, model, prompt_token_ids, token_ids, logprobs, text, finish_reason,"
+_TRAINING_COLUMNS: dict[RowKind, str] = {
+    "chains": "record_id, prompt_id, messages, completion, finish_reason, source, end_reason, policy_version",
+    "pairs": "record_id, prompt_id, messages, response_a, response_b, finish_reason_a, finish_reason_b, p_a, source, pairing,"
+    " label_source, policy_version",
+    "rollouts": "response_id, completion_index, prompt_id, messages, source, model, prompt_token_ids, token_ids, logprobs, text, finish_reason,"
     " temperature, policy_version",
 }
-_LENGTH_EXPRESSIONS = {
-    "sft": "length(completion) + list_sum([length(message.content) for message in messages])",
-    "reward": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
-    "dpo": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
+_TRAINING_COLUMNS["groups"] = _TRAINING_COLUMNS["rollouts"]  # and the grades and labels of `trainer.rewards`
+_LENGTH_EXPRESSIONS: dict[RowKind, str] = {
+    "chains": "length(completion) + list_sum([length(message.content) for message in messages])",
+    "pairs": "length(response_a) + length(response_b) + 2 * list_sum([length(message.content) for message in messages])",
 }
 # This query replaces the final response of a chain with the chain's revisions of the selected rounds. A chain without a
 # revision in these rounds keeps its final response. (The critic accepted the response, the chain was skipped, or a person wrote
@@ -116,7 +122,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class RowRef:
-    """This object refers to a row that may be sampled. `length` is in characters. For a rollout, `length` is 0."""
+    """This object refers to a row that may be sampled. `length` is in characters. For a rollout, `length` is 0.
+
+    `weight` is what the row counts for the threshold of its phase: 1, or the number of completions of a group.
+    """
 
     row_id: str
     source: str
@@ -124,29 +133,39 @@ class RowRef:
     length: int = 0
     policy_version: int | None = None
     replayed: bool = False
+    weight: int = 1
 
 
 # Selecting rows
 
 
 def get_row_threshold(train: TrainSettings, phase: str) -> int:
-    """Return the number of new rows that a phase needs before an update starts."""
-    return {"sft": train.sft_rows, "ppo": train.ppo_rows}.get(phase, train.reward_rows)
+    """Return the number of new rows that a phase needs before an update starts. For groups, it is a number of completions."""
+    return {
+        "chains": train.sft_rows,
+        "pairs": train.reward_rows,
+        "rollouts": train.ppo_rows,
+        "groups": train.group_completions,
+    }[get_row_kind(phase)]
 
 
 def get_mixture(train: TrainSettings, phase: str) -> dict[str, float]:
-    """Return the configured share of each source in a batch of a phase. Return an empty dict for PPO, which has no mixture."""
-    return parse_mixture({"sft": train.sft_mixture, "ppo": []}.get(phase, train.reward_mixture))
+    """Return the configured share of each source in a batch of a phase. Return an empty dict for rollouts, which have no mixture."""
+    return parse_mixture(
+        {"chains": train.sft_mixture, "pairs": train.reward_mixture, "rollouts": [], "groups": []}[get_row_kind(phase)]
+    )
 
 
 def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int) -> list[RowRef]:
     """Return the first `limit` rows of each source that a phase has not trained on, in commit order.
 
-    PPO uses `select_rollouts` instead.
+    Methods that train on rollouts use `select_rollouts` instead. An RL phase does not get pairs that it has dropped.
     """
+    kind = get_row_kind(phase)
+    dropped = " AND v.record_id NOT IN (SELECT dropped_id FROM dropped_rollouts)" if phase in RL_METHODS else ""
     sql = f"""
-        {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
-        WHERE NOT {_IS_CONSUMED_SQL}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
+        WHERE NOT {_IS_CONSUMED_SQL}{dropped}
         QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $5
         ORDER BY v.commit_seq"""
     return _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), limit])
@@ -157,8 +176,9 @@ def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, coun
 
     The rows are selected by a hash of their ids and the seed.
     """
+    kind = get_row_kind(phase)
     sql = f"""
-        {_ROW_REF_SQL.format(phase=phase, length=_LENGTH_EXPRESSIONS[phase], view=_NEW_ROW_VIEWS[phase])}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
         WHERE {_IS_CONSUMED_SQL}
         ORDER BY md5(v.record_id::VARCHAR || $6::VARCHAR), v.record_id LIMIT $5"""
     rows = _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), count, seed])
@@ -190,15 +210,39 @@ def _query_row_refs(store: Store, sql: str, parameters: Sequence[Any]) -> list[R
 
 def select_rollouts(
     store: Store,
+    phase: str,
     state: TrainingState,
     limits: StalenessLimits,
     *,
     allow_overlap: bool,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[RowRef], list[DroppedRollout]]:
-    """Return the responses that PPO may train on, and a DroppedRollout for each response that PPO can no longer use.
+    """Return the responses that an RL phase may train on, and a DroppedRollout for each response that it can no longer use.
 
-    A response that PPO could never use is skipped. The column `exclusion_reason` of the view gives the reason.
+    The arguments are those of `select_rollout_rows`.
+    """
+    rows, drops = select_rollout_rows(
+        store, phase, state, limits, allow_overlap=allow_overlap, served_revisions=served_revisions
+    )
+    usable: dict[str, RowRef] = {}
+    for row in rows:  # each completion is a row, but a response gets only one `RowRef`
+        response_id = str(row["response_id"])
+        usable.setdefault(response_id, RowRef(response_id, row["source"], row["commit_seq"], 0, row["policy_version"]))
+    return list(usable.values()), drops
+
+
+def select_rollout_rows(
+    store: Store,
+    phase: str,
+    state: TrainingState,
+    limits: StalenessLimits,
+    *,
+    allow_overlap: bool,
+    served_revisions: Mapping[int, str] | None = None,
+) -> tuple[list[dict[str, Any]], list[DroppedRollout]]:
+    """Return the completions that an RL phase may train on, and a DroppedRollout for each one that it can no longer use.
+
+    A completion that no RL phase could ever use is skipped. The column `exclusion_reason` of the view gives the reason.
     `served_revisions` maps each policy version to the revision that a server reports. The revision is needed because the
     weights on a server cannot be compared directly.
     """
@@ -208,24 +252,61 @@ def select_rollouts(
         FROM rollouts WHERE commit_seq > $1 AND exclusion_reason IS NULL
         AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts)
         AND response_id NOT IN (SELECT unnest(record_ids) FROM batches WHERE record_id IN (SELECT unnest($2::UUID[])))
+        AND response_id NOT IN (SELECT unnest($3::UUID[]))
         ORDER BY commit_seq, completion_index"""
-    consumed = find_consumed_rows(store, "ppo", state)
-    parameters = [consumed.get_cursor(), list(consumed.moved_batch_ids)]
+    consumed = find_consumed_rows(store, phase, state)
+    parameters = [consumed.get_cursor(), list(consumed.moved_batch_ids), _list_rows_behind_cursor(consumed, phase, state)]
     rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
     prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
     overlap = _find_reward_model_prompts(store, state, prompts) if prompts else set()
-    usable: dict[str, RowRef] = {}
-    drops = []
+    usable, drops = [], []
     for row in rows:
         reason = find_staleness_reason(row, state, limits) or find_revision_mismatch(row, state, served_revisions or {})
         if reason is None and str(row["prompt_id"]) in overlap:
             reason = "its prompt trained the reward model"
         if reason is not None:
-            drops.append(_make_dropped_rollout(row, reason))
-        else:  # each completion is a row, but a response gets only one `RowRef`
-            response_id = str(row["response_id"])
-            usable.setdefault(response_id, RowRef(response_id, row["source"], row["commit_seq"], 0, row["policy_version"]))
-    return list(usable.values()), drops
+            drops.append(make_dropped_rollout(row, reason))
+        else:
+            usable.append(row)
+    return usable, drops
+
+
+def _list_rows_behind_cursor(consumed: ConsumedRows, phase: str, state: TrainingState) -> list[str]:
+    """Return the rows of earlier batches of a phase that are behind its cursor.
+
+    The cursor of a phase with groups stays before the first group that waits for a grade.
+    """
+    return [
+        record_id
+        for manifest in state.trained_batches
+        if manifest.phase == phase and manifest.commit_seq_to > consumed.get_cursor()
+        for record_id in manifest.record_ids
+    ]
+
+
+def select_stale_pairs(
+    store: Store, rows: Sequence[RowRef], state: TrainingState, limits: StalenessLimits
+) -> list[DroppedRollout]:
+    """Return a DroppedRollout for each of these labels whose responses are too stale for DPO.
+
+    A label of responses that no policy sampled has no limit, and neither has a label by a person. A pair from before the last
+    supervised update may be used, because DPO needs no log-probabilities of the sampling policy.
+    """
+    sql = """
+        SELECT p.record_id, p.prompt_id, p.run_id, p.policy_version, coalesce(r.created_at, p.created_at) AS created_at
+        FROM preference_pairs p LEFT JOIN responses r ON r.record_id = p.response_id
+        WHERE p.label_source = 'AI' AND p.policy_version IS NOT NULL AND p.record_id IN (SELECT unnest(?::UUID[]))"""
+    pairs = store.query_dicts(sql, [[row.row_id for row in rows]], limit_s=QUERY_TIMEOUT_S)
+    reasons = [(pair, find_pair_staleness_reason(pair, state, limits)) for pair in pairs]
+    return [make_dropped_rollout(pair, reason) for pair, reason in reasons if reason is not None]
+
+
+def find_pair_staleness_reason(pair: Mapping[str, Any], state: TrainingState, limits: StalenessLimits) -> str | None:
+    """Return why the responses of a pair are too stale for the current policy. Return None if the pair may be used."""
+    version = pair["policy_version"]
+    if version >= state.reference_version and version not in state.policy_ancestry:
+        return "sampled by a policy that was rolled back"
+    return _find_age_reason(pair, state, limits)
 
 
 def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: StalenessLimits) -> str | None:
@@ -235,11 +316,17 @@ def find_staleness_reason(row: Mapping[str, Any], state: TrainingState, limits: 
         return "sampled before the last supervised update"
     if version not in state.policy_ancestry:
         return "sampled by a policy that was rolled back"
-    if state.policy_version - version > limits.max_staleness:
-        return f"older than {limits.max_staleness} policy versions"
+    if reason := _find_age_reason(row, state, limits):
+        return reason
     if state.reward_version - state.reward_version_by_policy.get(version, 0) > limits.max_reward_staleness:
         return f"older than {limits.max_reward_staleness} reward-model versions"
-    if limits.max_age_s and compute_age_s(row["created_at"], version, state) > limits.max_age_s:
+    return None
+
+
+def _find_age_reason(row: Mapping[str, Any], state: TrainingState, limits: StalenessLimits) -> str | None:
+    if state.policy_version - row["policy_version"] > limits.max_staleness:
+        return f"older than {limits.max_staleness} policy versions"
+    if limits.max_age_s and compute_age_s(row["created_at"], row["policy_version"], state) > limits.max_age_s:
         return f"older than {limits.max_age_s:g} s"
     return None
 
@@ -278,18 +365,19 @@ def find_revision_mismatch(row: Mapping[str, Any], state: TrainingState, served_
     return f"its model revision {row['revision']} is not that of policy {row['policy_version']}"
 
 
-def _make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout:
-    response_id = str(row["response_id"])
+def make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout:
+    """Return the record that excludes a completion (a row with a response_id), or a pair (a row with a record_id)."""
+    dropped_id = str(row.get("response_id") or row["record_id"])
     return DroppedRollout(
         record_id=ids.compute_record_id(
-            "ppo-drop", [response_id], ids.compute_fingerprint("dropped_rollout", reason=reason), row["completion_index"]
+            "ppo-drop", [dropped_id], ids.compute_fingerprint("dropped_rollout", reason=reason), row.get("completion_index", 0)
         ),
-        parent_ids=[response_id],
+        parent_ids=[dropped_id],
         prompt_id=str(row["prompt_id"]),
         run_id=row["run_id"],
         stage="train",
         policy_version=row["policy_version"],
-        dropped_id=response_id,
+        dropped_id=dropped_id,
         reason=reason,
     )
 
@@ -300,7 +388,7 @@ def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: S
         WITH {_CONSUMED_SQL}
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
         WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[]))"""
-    parameters = [*_to_parameters(find_consumed_rows(store, "reward", state)), list(prompt_ids)]
+    parameters = [*_to_parameters(find_consumed_rows(store, REWARD_PHASE, state)), list(prompt_ids)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=QUERY_TIMEOUT_S).rows}
 
 
@@ -387,8 +475,12 @@ def build_manifest(
     settings: object,
     mixture: Mapping[str, float] | None = None,
     sink_session: str | None = None,
+    reward_record_ids: Sequence[str] = (),
+    cursor: int | None = None,
 ) -> BatchManifest:
     """Build the manifest of a batch. `sink_session` is the newest session of the sink when the rows were selected.
+
+    `reward_record_ids` are the grades and labels of the rewards of groups. `cursor` replaces the cursors of all sources.
 
     The id of the manifest is a hash of the rows, the seed, the settings and the current versions. The id is therefore the same
     after a crash.
@@ -424,13 +516,14 @@ def build_manifest(
         commit_seq_to=max(row.commit_seq for row in new_rows),
         base_policy_version=state.policy_version,
         base_reward_version=state.reward_version or None,
-        reference_policy_version=state.reference_version if phase in _RL_PHASES else None,
+        reference_policy_version=state.reference_version if phase in RL_METHODS else None,
         mixture=dict(Counter(str(row["source"]) for row in rows)),
         target_mixture=dict(mixture or {}),
-        cursors={} if phase == "ppo" else cursors,
+        cursors={ALL_SOURCES: cursor} if cursor is not None else {} if uses_rollouts(phase) else cursors,
         replayed_record_ids=[row.row_id for row in row_refs if row.replayed],
         sink_session=sink_session,
         settings=settings_json,
+        reward_record_ids=list(reward_record_ids),
     )
 
 
@@ -447,14 +540,37 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
 
     The completions of a response are sorted by their index. The rounds of a chain are sorted by their number.
     """
-    usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if phase == "ppo" else ""
-    sql = f"SELECT {_TRAINING_COLUMNS[phase]} FROM {_MANIFEST_VIEWS[phase]} WHERE {KEY_COLUMNS[phase]} IN (SELECT unnest(?::UUID[])){usable}"
+    columns, key = _TRAINING_COLUMNS[get_row_kind(phase)], KEY_COLUMNS[phase]
+    usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if uses_rollouts(phase) else ""
+    sql = f"SELECT {columns} FROM {_MANIFEST_VIEWS[get_row_kind(phase)]} WHERE {key} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]
     if rounds:
-        sql, parameters = _SELECTED_ROUNDS_SQL.format(columns=_TRAINING_COLUMNS[phase]), [*parameters, list(rounds)]
+        sql, parameters = _SELECTED_ROUNDS_SQL.format(columns=columns), [*parameters, list(rounds)]
     position_by_id = {record_id: position for position, record_id in enumerate(record_ids)}
     rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
-    return sorted(rows, key=lambda row: (position_by_id[str(row[KEY_COLUMNS[phase]])], row.get("completion_index", 0)))
+    return sorted(rows, key=lambda row: (position_by_id[str(row[key])], row.get("completion_index", 0)))
+
+
+def load_group_rows(
+    store: Store, phase: str, response_ids: Sequence[str], terms: Sequence[RewardTerm], record_ids: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load the completions of these groups that have a reward, with the grades and labels that the reward is computed from.
+
+    `num_in_group` counts the completions of a group before those without a reward are removed. Also return the ids of the grades
+    and labels. If `record_ids` is given, only these grades and labels are read.
+    """
+    readable = [term for term in terms if term.source != REWARD_MODEL]
+    evidence = read_evidence(store, readable, response_ids, record_ids)
+    rows = load_rows(store, phase, response_ids)
+    sizes = Counter(str(row["response_id"]) for row in rows)
+    kept, used_ids = [], dict[str, None]()
+    for row in rows:
+        response_id = str(row["response_id"])
+        of_row = evidence.get((response_id, row["completion_index"]), Evidence())
+        if compute_reward(of_row, readable) is not None:
+            kept.append(row | of_row.to_columns() | {"num_in_group": sizes[response_id]})
+        used_ids |= dict.fromkeys(of_row.record_ids)
+    return kept, list(used_ids)
 
 
 def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
@@ -478,8 +594,13 @@ def count_missing_rows(store: Store, manifest: BatchManifest) -> int:
 
 
 def _load_batch_rows(store: Store, manifest: BatchManifest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rows = load_rows(store, manifest.phase, manifest.record_ids, json.loads(manifest.settings).get("rounds", ()))
-    return rows, load_rows(store, "sft", manifest.sl_record_ids) if manifest.sl_record_ids else []
+    settings = json.loads(manifest.settings)
+    if uses_groups(manifest.phase):
+        terms = parse_rewards(settings["rewards"])
+        rows, _ = load_group_rows(store, manifest.phase, manifest.record_ids, terms, manifest.reward_record_ids)
+    else:
+        rows = load_rows(store, manifest.phase, manifest.record_ids, settings.get("rounds", ()))
+    return rows, load_rows(store, SFT_PHASE, manifest.sl_record_ids) if manifest.sl_record_ids else []
 
 
 def _find_missing_ids(
@@ -494,7 +615,7 @@ def load_newest_chains(store: Store, count: int) -> list[dict[str, Any]]:
     rows = store.query_dicts(
         "SELECT record_id FROM sft_examples ORDER BY commit_seq DESC LIMIT ?", [count], limit_s=QUERY_TIMEOUT_S
     )
-    return load_rows(store, "sft", [str(row["record_id"]) for row in rows]) if rows else []
+    return load_rows(store, SFT_PHASE, [str(row["record_id"]) for row in rows]) if rows else []
 
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[ChatMessage, ...]:

@@ -22,6 +22,7 @@ from schemas.records import BatchManifest
 from trainer.state import TrainingState
 
 ALL_SOURCES = ""
+QUERY_TIMEOUT_S = 60.0  # longer than the default of the store, because a batch may scan large tables
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ def find_moved_batches(history: CommitHistory, state: TrainingState) -> list[Bat
 
 
 def count_further_rows(rows: Sequence[Any], voided: Sequence[BatchManifest], history: CommitHistory) -> int:
-    """Return how many of the rows (`RowRef`) were not available to the newest of the voided batches.
+    """Return the total weight of the rows (`RowRef`) that were not available to the newest of the voided batches.
 
     If the rows of a voided batch were numbered again, only the rows that the manifest lists are known to have been available.
     """
     last_commit = max((manifest.commit_seq_to for manifest in voided if _is_valid(manifest, history)), default=-1)
     moved_ids = {row_id for manifest in voided if not _is_valid(manifest, history) for row_id in manifest.record_ids}
-    return sum(row.commit_seq > last_commit and row.row_id not in moved_ids for row in rows)
+    return sum(row.weight for row in rows if row.commit_seq > last_commit and row.row_id not in moved_ids)
 
 
 def _is_valid(manifest: BatchManifest, history: CommitHistory) -> bool:

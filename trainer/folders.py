@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.policy import get_weights_version
 from schemas.records import BatchManifest, PolicyKind
+from trainer.methods import REWARD_PHASE
 from trainer.state import TrainingState, name_checkpoint
 
 
@@ -37,7 +38,7 @@ class ModelFolders:
 
 def get_policy_kind(manifest: BatchManifest) -> PolicyKind:
     """Return whether a batch trains a policy or a reward model."""
-    return PolicyKind.REWARD if manifest.phase == "reward" else PolicyKind.POLICY
+    return PolicyKind.REWARD if manifest.phase == REWARD_PHASE else PolicyKind.POLICY
 
 
 def get_base_version(manifest: BatchManifest) -> int:

@@ -38,11 +38,19 @@ from engine.settings import Settings
 from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyUpdate, Record
-from trainer.batches import SFT_PHASE, compute_exact_mixture_size, get_mixture, get_row_threshold
+from trainer.batches import compute_exact_mixture_size, get_mixture, get_row_threshold
 from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
+from trainer.methods import (
+    RL_METHODS,
+    SFT_PHASE,
+    list_enabled_phases,
+    list_ignored_settings,
+    needs_reward_model,
+    require_enough_completions,
+)
 from trainer.monitor import LimitExceeded
-from trainer.phases import LEARNERS, PHASES, Learner
+from trainer.phases import LEARNERS, Learner
 from trainer.state import (
     TrainingLog,
     TrainingState,
@@ -54,8 +62,6 @@ from trainer.timed_store import TimedStore
 from trainer.update import PhaseStepCallback, PromotionCheck, Updater
 
 logger = logging.getLogger("charter.trainer")
-# The phases that do not run, for each value of train.rl_method.
-_DISABLED_PHASES = {"ppo": ("dpo",), "dpo": ("reward", "ppo")}
 POLL_INTERVAL_S = 2.0
 # Queries take at most this fraction of an idle trainer's time. If the queries are slow because the database is large, the
 # trainer therefore polls less often.
@@ -98,9 +104,14 @@ class Trainer:
         learners: Mapping[str, Learner] = LEARNERS,
     ) -> None:
         self.settings, self.notify, self.monitor = settings, notify, monitor
-        self.rl_phase = settings.train.rl_method  # the RL phase, "ppo" or "dpo"
+        self.rl_phase = settings.train.rl_method  # the name of an RL method is the name of its phase
+        self.rl_method = RL_METHODS[self.rl_phase]
+        require_enough_completions(settings)
+        for sentence in list_ignored_settings(settings):
+            notify(sentence)
         self.next_monitor_at = 0.0
         self.check_labels, self.skips_rl = check_labels, False
+        self.ignores_waiting_groups = False  # SFT does not wait for groups, because their grades do not arrive
         self.store = TimedStore(store.path)
         self.log = TrainingLog(bus, compute_revision(base_folder))
         self.updater = Updater(
@@ -210,7 +221,7 @@ class Trainer:
         state = state or self.read_state()
         if not self.store.path.exists():
             return None
-        phases = [phase for phase in PHASES if phase not in _DISABLED_PHASES[self.rl_phase]]
+        phases = list(list_enabled_phases(self.settings.train))
         if (last := find_last_trained_phase(state)) in phases:
             after = phases.index(last) + 1
             phases = [*phases[after:], *phases[:after]]
@@ -221,7 +232,8 @@ class Trainer:
 
     def find_label_problem(self) -> str | None:
         """Return why the RL phase is skipped: what is wrong with the labels. Show the problem once, until it is solved."""
-        problem = self.check_labels(self.store) if self.check_labels else None
+        needs_labels = self.rl_method.needs_labels(self.settings.train)
+        problem = self.check_labels(self.store) if self.check_labels and needs_labels else None
         if problem and not self.skips_rl:
             self.notify(
                 f"{self.rl_phase} is skipped, because the labels are not good enough to train on: {problem}. Other phases continue."
@@ -233,12 +245,13 @@ class Trainer:
     def is_ready(self, phase: str, state: TrainingState) -> bool:
         """Return whether a phase can be updated now.
 
-        A phase needs enough new rows. PPO also needs a reward model. SFT may have to wait for RL.
+        A phase needs enough new rows. RL may also need a reward model. SFT may have to wait for RL.
         """
-        if phase == "ppo" and not state.reward_version:
+        if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             return False
         rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
-        if len(rows) < threshold:
+        num_rows = sum(row.weight for row in rows)
+        if num_rows < threshold:
             return False
         voided = find_voided_batches(state, phase)
         if voided and count_further_rows(rows, voided, read_commit_history(self.store)) < threshold:
@@ -247,28 +260,40 @@ class Trainer:
             return False
         # If a source is scarce, wait for more of its rows. Stop waiting when there are twice as many rows as needed.
         mixture = get_mixture(self.settings.train, phase)
-        return compute_exact_mixture_size(rows, mixture) >= threshold or len(rows) >= 2 * threshold
+        return not mixture or compute_exact_mixture_size(rows, mixture) >= threshold or num_rows >= 2 * threshold
 
     def sft_waits_for_rl(self, state: TrainingState) -> bool:
         """Return whether SFT must wait for RL.
 
         After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
-        rollouts. SFT therefore waits while RL has rollouts that it can use. SFT also waits until the policy of the last SFT
-        update has responded to as many prompts as PPO needs.
+        rollouts. SFT therefore waits while RL has rollouts that it can use, or groups that will have their grades soon. SFT also
+        waits until the policy of the last SFT update has responded to as many prompts as RL needs.
         """
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
             return False
         if self.find_label_problem():
             return False
-        if self.rl_phase == "dpo" or self.updater.select_rows("ppo", state):
-            return bool(self.updater.select_rows(self.rl_phase, state))
-        if not state.reward_version:
+        if self.updater.select_rows(self.rl_phase, state):
+            return True
+        # Groups wait for their grades for a short time. If as many of them as two updates need wait, the grades may never come.
+        threshold = get_row_threshold(self.settings.train, self.rl_phase)
+        num_waiting = sum(group.weight for group in self.updater.groups.waiting)
+        if 0 < num_waiting < 2 * threshold:
+            return True
+        if num_waiting and not self.ignores_waiting_groups:
+            missing = ", ".join(self.updater.groups.missing or {})
+            self.notify(f"{self.rl_phase}: {num_waiting} completions have no grades of {missing}. SFT no longer waits for them")
+        self.ignores_waiting_groups = num_waiting > 0
+        if not self.rl_method.uses_rollouts:
             return False
-        sql = """SELECT count(*) FROM responses
-                 WHERE split <> 'SUITE' AND commit_seq > (SELECT commit_seq FROM policies WHERE record_id = ?)"""
+        if self.rl_method.needs_reward_model(self.settings.train) and not state.reward_version:
+            return False
+        counted = "sum(len(completions))" if self.rl_method.uses_groups else "count(*)"
+        sql = f"""SELECT coalesce({counted}, 0) FROM responses
+                  WHERE split <> 'SUITE' AND commit_seq > (SELECT commit_seq FROM policies WHERE record_id = ?)"""
         (count,) = self.store.query(sql, [newest.record_id]).rows[0]
-        return bool(count < get_row_threshold(self.settings.train, "ppo"))
+        return bool(count < get_row_threshold(self.settings.train, self.rl_phase))
 
     # Monitor and rollback
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,11 +26,14 @@ from engine.models.interface import GenerationRequest, require_results
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
-from trainer.batches import QUERY_TIMEOUT_S, parse_messages
+from trainer.batches import parse_messages
+from trainer.consumed import QUERY_TIMEOUT_S
 from trainer.phases import make_score
+from trainer.rewards import Evidence, compute_reward, read_evidence
 
 if TYPE_CHECKING:
     from engine.settings import MonitorSettings as Limits
+    from engine.settings import RewardTerm
     from engine.store import Store
     from trainer.folders import ModelFolders
     from trainer.state import TrainingState
@@ -88,19 +91,29 @@ class LimitViolation:
 # The limits. The names of the reference's metrics end in `_reference`.
 
 
-def find_limit_violations(metrics: Mapping[str, float], limits: Limits) -> list[LimitViolation]:
-    """Return all violations of the limits. A metric that was not measured is ignored."""
-    return [LimitViolation(name, message) for name, check in _CHECKS.items() if (message := check(metrics, limits))]
+def find_limit_violations(metrics: Mapping[str, float], limits: Limits, exempt: Collection[str] = ()) -> list[LimitViolation]:
+    """Return all violations of the limits. A metric that was not measured is ignored, and so are the checks `exempt`."""
+    checks = {name: check for name, check in _CHECKS.items() if name not in exempt}
+    return [LimitViolation(name, message) for name, check in checks.items() if (message := check(metrics, limits))]
+
+
+def find_exempt_checks(targets: Collection[str]) -> frozenset[str]:
+    """Return the checks of properties that training changes on purpose.
+
+    `targets` are the graders in the reward and the `targets` of the constitution. Without the exemption, success would cause a
+    rollback.
+    """
+    return frozenset(check for target in targets for check in _CHECKS_BY_TARGET.get(target, ()))
 
 
 def _check_held_out_judge(metrics: Mapping[str, float], limits: Limits) -> str | None:
-    """Return a message if the reward model prefers the policy but the held-out judge prefers the reference.
+    """Return a message if the reward prefers the policy but the held-out judge prefers the reference.
 
     Both preferences must be statistically significant.
     """
     if metrics.get("proxy_low", 0.0) > 0 and metrics.get("judge_high", 1.0) < 0.5:
         return (
-            f"the reward model prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
+            f"the reward prefers the policy (by {metrics['proxy_gain']:.2f} standard deviations), but the held-out judge"
             f" prefers the reference (the policy wins {metrics['judge_wins']:.0%} of the comparisons, or"
             f" {metrics['judge_high']:.0%} at the upper end of the interval)"
         )
@@ -176,6 +189,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, float], Limits], str | None]] = {
     "refusal_harmful": _check_harmful_refusals,
     "kl": _check_kl,
 }
+_CHECKS_BY_TARGET = {"length": ("length",), "refusal": ("refusal_benign", "refusal_harmful")}
 
 
 # Statistics
@@ -251,9 +265,10 @@ class RewardHackingMonitor:
     """The monitor checks each new policy of the RL phase once. A call returns the exceeded limits, or None.
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
-    the number of prompts in one call of the policy. `passed_by_version` maps each checked version to True if the version passed
-    the check, and otherwise to False. With `needs_grades`, a check waits for the grades of the grader "refusal". The module's
-    docstring describes the check.
+    the number of prompts in one call of the policy. The checks `exempt` never exceed a limit; their metrics are published.
+    `reward_terms` are the rewards if they come from grades or the judge. They then replace the score of the reward model.
+    `passed_by_version` maps each checked version to True if the version passed the check, and otherwise to False. With
+    `needs_grades`, a check waits for the grades of the grader "refusal". The module's docstring describes the check.
     """
 
     limits: Limits
@@ -261,6 +276,8 @@ class RewardHackingMonitor:
     judge: PairJudge | None = None
     batch_size: int = 32
     needs_grades: bool = False
+    exempt: Collection[str] = ()
+    reward_terms: Sequence[RewardTerm] = ()
     passed_by_version: dict[int, bool] = field(default_factory=dict)
     is_waiting_for_grades: bool = False
 
@@ -285,7 +302,9 @@ class RewardHackingMonitor:
             return None
 
         metrics: _Metrics = {"answers": float(len(rows))}
-        if state.reward_version:  # with DPO there is no reward model
+        if self.reward_terms:
+            metrics |= _compute_grade_proxy_metrics(store, self.reward_terms, rows, reference_rows)
+        elif state.reward_version:  # with DPO there is no reward model
             metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
@@ -298,7 +317,7 @@ class RewardHackingMonitor:
             metrics |= _add_reference_metrics({"perplexity": perplexity}, {"perplexity": reference_perplexity})
         metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
 
-        violations = find_limit_violations(metrics, self.limits)
+        violations = find_limit_violations(metrics, self.limits, self.exempt)
         self.passed_by_version[version] = not violations
         metrics |= {"reference": float(reference), "limits_exceeded": float(len(violations))}
         publish([self.make_metric(version, metrics)])
@@ -393,6 +412,27 @@ def _compute_proxy_metrics(
         "proxy_high": high,
         "length_correlation": compute_correlation(lengths, scores),
     }
+
+
+def _compute_grade_proxy_metrics(
+    store: Store, terms: Sequence[RewardTerm], rows: list[Any], reference_rows: list[Any]
+) -> _Metrics:
+    """Compare the rewards of both versions, in standard deviations of all rewards. Completions without a reward are omitted."""
+    evidence = read_evidence(store, terms, list({str(row["response_id"]) for row in (*rows, *reference_rows)}))
+
+    def read_rewards(rows: list[Any]) -> list[tuple[float, float]]:
+        keys = [(str(row["response_id"]), row["completion_index"]) for row in rows]
+        rewards = [compute_reward(evidence.get(key, Evidence()), terms) for key in keys]
+        return [(float(len(row["text"])), r) for row, r in zip(rows, rewards, strict=True) if r is not None]
+
+    rewarded, reference = read_rewards(rows), read_rewards(reference_rows)
+    if min(len(rewarded), len(reference)) < 2:
+        return {}
+    deviation = stdev([reward for _, reward in (*rewarded, *reference)]) or 1.0
+    scores, reference_scores = ([reward / deviation for _, reward in pairs] for pairs in (rewarded, reference))
+    gain, low, high = compute_mean_difference(scores, reference_scores)
+    length_correlation = compute_correlation([length for length, _ in rewarded], scores)
+    return {"proxy_gain": gain, "proxy_low": low, "proxy_high": high, "length_correlation": length_correlation}
 
 
 def _add_reference_metrics(metrics: _Metrics, reference_metrics: _Metrics) -> _Metrics:

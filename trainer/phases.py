@@ -12,21 +12,24 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from engine.settings import REWARD_MODEL, RewardTerm, parse_rewards
 from schemas import ids
 from schemas.records import BatchManifest, Incident, PolicyKind, Record, Score
 from trainer.batches import Batch, parse_messages
 from trainer.folders import ModelFolders
+from trainer.methods import PHASES as PHASES
+from trainer.methods import RL_METHODS
+from trainer.rewards import Evidence, compute_term_value
 
 if TYPE_CHECKING:
     from engine.settings import TrainSettings
-    from trainer.learners.ppo import Rollout
     from trainer.learners.reward import PreferenceExample
+    from trainer.learners.rollouts import Rollout
     from trainer.learners.sft import SftExample
     from trainer.weights import Hardware
-
-PHASES = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _make_preference_example(row: Mapping[str, Any]) -> PreferenceExample:
 
 
 def _make_rollout(row: Mapping[str, Any]) -> Rollout:
-    from trainer.learners.ppo import Rollout
+    from trainer.learners.rollouts import Rollout
 
     return Rollout(
         prompt_token_ids=tuple(row["prompt_token_ids"]),
@@ -149,7 +152,7 @@ def learn_reward(context: LearnContext, batch: Batch) -> _TrainOutput:
 def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
     """Train the policy with PPO on its scored completions. The reference is the policy of the last supervised phase."""
     from trainer import distributed, weights
-    from trainer.learners import ppo, sft
+    from trainer.learners import policy_math, ppo, sft
 
     manifest, settings, folders = batch.manifest, batch.settings, context.folders
     lora_rank, max_length = settings.pop("lora_rank"), settings.pop("max_length")
@@ -171,7 +174,7 @@ def learn_ppo(context: LearnContext, batch: Batch) -> _TrainOutput:
         on_step=context.on_step,
     )
     if metrics["stopped_early"]:
-        context.publish([_make_early_stop_incident(manifest, metrics, ppo.find_exceeded_limit(metrics, config))])
+        context.publish([_make_early_stop_incident(manifest, metrics, policy_math.find_exceeded_limit(metrics, config))])
     return make_saver_with_adapter(trained.save, reference_folder, folders.base_folder), metrics
 
 
@@ -195,7 +198,83 @@ def learn_dpo(context: LearnContext, batch: Batch) -> _TrainOutput:
     return make_saver_with_adapter(save, reference_folder, folders.base_folder), metrics
 
 
-LEARNERS: dict[str, Learner] = {"sft": learn_sft, "reward": learn_reward, "ppo": learn_ppo, "dpo": learn_dpo}
+def learn_grpo(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy with GRPO on groups of rewarded completions. The reference is the policy of the last supervised phase."""
+    from trainer.learners import grpo
+
+    settings = batch.settings
+    rewards = parse_rewards(settings.pop("rewards"))
+    return _learn_on_groups(context, batch, rewards, grpo.train, grpo.GRPOConfig, settings)
+
+
+def learn_rloo(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy with RLOO on groups of rewarded completions. The reference is the policy of the last supervised phase."""
+    from trainer.learners import rloo
+
+    settings = batch.settings
+    rewards = parse_rewards(settings.pop("rewards"))
+    del settings["max_completion_length"]  # RLOO does not divide by a length
+    return _learn_on_groups(context, batch, rewards, rloo.train, rloo.RLOOConfig, settings)
+
+
+def _learn_on_groups(
+    context: LearnContext,
+    batch: Batch,
+    terms: Sequence[RewardTerm],
+    learner: Callable[..., Any],
+    make_config: Callable[..., Any],
+    settings: dict[str, Any],
+) -> _TrainOutput:
+    from trainer import distributed
+    from trainer.learners import policy_math
+
+    manifest, folders = batch.manifest, context.folders
+    lora_rank, _ = settings.pop("lora_rank"), settings.pop("max_length")
+    reference_folder = folders.get_policy_folder(manifest.reference_policy_version or 0)
+    config = make_config(**settings)
+    values = _compute_term_values(context, batch, terms)
+    rewards = [sum(term.weight * values[term.name][n] for term in terms) for n in range(len(batch.rows))]
+    trained, metrics = distributed.call_learner(
+        learner,
+        folders.get_policy_folder(manifest.base_policy_version),
+        reference_folder,
+        [_make_rollout(row) for row in batch.rows],
+        rewards,
+        config,
+        base_folder=None if reference_folder == folders.base_folder else folders.base_folder,
+        lora_rank=lora_rank,
+        hardware=context.hardware,
+        seed=manifest.seed or 0,
+        on_step=context.on_step,
+    )
+    sizes = {str(row["response_id"]): row["num_in_group"] for row in batch.rows}
+    metrics |= {f"rewards/{name}": fmean(column) for name, column in values.items()}
+    metrics["completions_without_reward"] = float(sum(sizes.values()) - len(batch.rows))
+    if metrics["stopped_early"]:
+        context.publish([_make_early_stop_incident(manifest, metrics, policy_math.find_exceeded_limit(metrics, config))])
+    return make_saver_with_adapter(trained.save, reference_folder, folders.base_folder), metrics
+
+
+def _compute_term_values(context: LearnContext, batch: Batch, terms: Sequence[RewardTerm]) -> dict[str, list[float]]:
+    """Return the values of each term for all rows. The reward model scores the rows, and its scores are published."""
+    values: dict[str, list[float]] = {}
+    for term in terms:
+        if term.source == REWARD_MODEL:
+            values[term.name] = _score_rollouts(context, batch)
+        else:
+            of_rows = [compute_term_value(Evidence(row["reward_grades"], row["reward_pairs"]), term) for row in batch.rows]
+            values[term.name] = [value for value in of_rows if value is not None]  # the batch has only rows with a reward
+    return values
+
+
+LEARNERS: dict[str, Learner] = {
+    "sft": learn_sft,
+    "reward": learn_reward,
+    "ppo": learn_ppo,
+    "dpo": learn_dpo,
+    "grpo": learn_grpo,
+    "rloo": learn_rloo,
+}
 
 
 def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
@@ -204,7 +283,7 @@ def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
 
     manifest = batch.manifest
     version = manifest.base_reward_version
-    assert version is not None, "PPO batches are sampled only when there is a reward model"
+    assert version is not None, "batches that a reward model scores are sampled only when there is one"
     model = reward.load_reward_model(
         context.folders.get_version_folder(PolicyKind.REWARD, version),
         context.hardware,
@@ -248,8 +327,8 @@ def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float]
         stage="train",
         policy_version=manifest.base_policy_version,
         phase=manifest.phase,
-        title="PPO stopped early because its KL exceeded a limit",
-        detail=f"the KL exceeded ppo.{limit} after {metrics['steps']:.0f} steps, and the policy of the last step is published",
+        title=f"{RL_METHODS[manifest.phase].title} stopped early because its KL exceeded a limit",
+        detail=f"the KL exceeded {manifest.phase}.{limit} after {metrics['steps']:.0f} steps, and the policy of the last step is published",
         metrics=metrics,
     )
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from engine.statistics import compute_wilson_interval
 from schemas.records import ChatMessage
-from trainer.batches import QUERY_TIMEOUT_S, parse_messages
+from trainer.batches import parse_messages
+from trainer.consumed import QUERY_TIMEOUT_S
 from trainer.monitor import LimitExceeded, sample_responses
 
 if TYPE_CHECKING:

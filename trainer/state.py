@@ -32,6 +32,7 @@ from engine.weight_sync import get_served_model_name
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
 from schemas.records import BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
+from trainer.methods import REWARD_PHASE, SFT_PHASE
 
 _WRITER_NAME = "trainer"
 _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest)
@@ -186,7 +187,7 @@ def is_superseded(manifest: BatchManifest, state: TrainingState) -> bool:
     """Return whether a batch starts from a model that is no longer the current version."""
     policy_changed = manifest.base_policy_version != state.policy_version
     reward_changed = (manifest.base_reward_version or 0) != state.reward_version
-    return {"sft": policy_changed, "reward": reward_changed}.get(manifest.phase, policy_changed or reward_changed)
+    return {SFT_PHASE: policy_changed, REWARD_PHASE: reward_changed}.get(manifest.phase, policy_changed or reward_changed)
 
 
 def find_unfinished_batches(state: TrainingState) -> list[BatchManifest]:
@@ -214,10 +215,13 @@ def find_last_trained_phase(state: TrainingState) -> str:
     return next((update.phase for update in reversed(state.updates) if update.phase != RESTORE_PHASE), "")
 
 
-def get_last_beta(state: TrainingState) -> float:
-    """Return the KL coefficient that the newest PPO update computed for the next update. Return 0 before the first PPO update."""
-    ppo_updates = [update for update in state.updates if update.phase == "ppo"]
-    newest = max(ppo_updates, key=lambda update: update.version, default=None)
+def get_last_beta(state: TrainingState, phase: str) -> float:
+    """Return the KL coefficient that the newest update of an RL phase computed for the next update.
+
+    Return 0 before the first update of this phase.
+    """
+    phase_updates = [update for update in state.updates if update.phase == phase]
+    newest = max(phase_updates, key=lambda update: update.version, default=None)
     return newest.metrics["beta"] if newest else 0.0
 
 

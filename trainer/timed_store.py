@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from engine.store import Parameters, QueryFunction, QueryResult, Store
-from trainer.batches import QUERY_TIMEOUT_S
+from trainer.consumed import QUERY_TIMEOUT_S
 
 
 class TimedStore(Store):

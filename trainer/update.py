@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,10 @@ from engine.checkpoints import (
 )
 from engine.commit_history import read_commit_history
 from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, UsageError, WriterFenced
-from engine.settings import Settings
+from engine.settings import JUDGE, Settings, parse_rewards
 from engine.store import Store
 from schemas import ids
-from schemas.records import BatchManifest, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
+from schemas.records import BatchManifest, DroppedRollout, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
 from trainer.batches import (
     Batch,
     RowRef,
@@ -49,6 +50,7 @@ from trainer.batches import (
     get_mixture,
     get_row_threshold,
     group_by_length,
+    load_group_rows,
     load_newest_chains,
     load_rows,
     measure_clock_difference,
@@ -57,9 +59,12 @@ from trainer.batches import (
     sample_replayed_rows,
     select_new_rows,
     select_rollouts,
+    select_stale_pairs,
 )
 from trainer.consumed import find_moved_batches, read_complete_history
 from trainer.folders import ModelFolders, get_base_version, get_policy_kind, name_batch_checkpoint
+from trainer.groups import GroupSelection, compute_cursor, sample_groups, select_groups
+from trainer.methods import RL_METHODS, needs_reward_model, uses_groups, uses_rollouts
 from trainer.monitor import LimitExceeded
 from trainer.phases import LearnContext, Learner
 from trainer.state import (
@@ -97,6 +102,8 @@ class Updater:
     notify: Callable[[str], None]
     promotion_gate: PromotionCheck | None = None
     dropped_ids: set[str] = field(default_factory=set)
+    groups: GroupSelection = field(default_factory=GroupSelection)  # of the last `select_rows` of a phase with groups
+    awaited_sources: set[str] = field(default_factory=set)  # the log already says that groups wait for their grades
     mixture_warnings: dict[str, str | None] = field(default_factory=dict)
     has_reported_clocks: bool = False
     reported_session: str | None = None  # the session of the sink for which moved batches were reported
@@ -114,17 +121,22 @@ class Updater:
         Raise UsageError when there are no such rows.
         """
         timer = QueryTimer(self.store)
-        if phase == "ppo" and not state.reward_version:
+        if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             raise UsageError(
-                "PPO needs a reward model", "no reward model has been trained yet", "type: charter train --phase reward"
+                f"{RL_METHODS[phase].title} needs a reward model",
+                "no reward model has been trained yet",
+                "type: charter train --phase reward",
             )
         with self.store.hold_open():
             rows = self.select_rows(phase, state)
             if not rows:
                 why = "no row has arrived, or all rows were already used for training"
-                if phase == "ppo" and self.dropped_ids:
+                if uses_rollouts(phase) and self.dropped_ids:
                     sql = "select reason, count(*) from dropped_rollouts group by 1"
                     why = f"{len(self.dropped_ids)} rollouts can no longer be used. For the reasons, type: charter sql '{sql}'"
+                elif uses_groups(phase) and self.groups.waiting:
+                    sources = ", ".join(self.groups.missing or {})
+                    why = f"{len(self.groups.waiting)} groups wait for {sources} (train.rewards)"
                 raise UsageError(f"there is nothing new for {phase} to train on", why, "type: charter status")
             batch = self.sample_batch(phase, rows, state)
         return self.finish_or_void_batch(batch, state, timer)
@@ -154,7 +166,7 @@ class Updater:
         if num_erased and (num_missing := count_missing_rows(self.store, manifest)):
             return f"{num_missing} of its rows are no longer in the database; {num_erased} prompts were erased"
         max_age_s = self.settings.train.max_age_s
-        if manifest.phase == "ppo" and max_age_s and self.load_finished_checkpoint(manifest) is None:
+        if uses_rollouts(manifest.phase) and max_age_s and self.load_finished_checkpoint(manifest) is None:
             sql = "SELECT created_at, policy_version FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"
             rows = self.store.query(sql, [manifest.record_ids]).rows
             if any(compute_age_s(created_at, version, state) > max_age_s for created_at, version in rows):
@@ -166,27 +178,62 @@ class Updater:
     def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
         """Return the rows that a phase may train on.
 
-        For PPO, also publish a DroppedRollout for each rollout that PPO can no longer use.
+        For RL, also publish a DroppedRollout for each rollout or pair that the phase can no longer use.
         """
         train = self.settings.train
-        if phase != "ppo":
+        has_reward_model = needs_reward_model(phase, train)
+        limits = StalenessLimits(
+            train.max_staleness, train.max_reward_staleness if has_reward_model else sys.maxsize, train.max_age_s
+        )
+        if not uses_rollouts(phase):
             # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
             limit = train.max_rows + 2 * get_row_threshold(train, phase)
-            return select_new_rows(self.store, phase, state, limit=limit)
+            rows = select_new_rows(self.store, phase, state, limit=limit)
+            drops = select_stale_pairs(self.store, rows, state, limits) if rows and phase in RL_METHODS else []
+            stale = {drop.dropped_id for drop in drops}
+            self.publish_drops(drops)
+            return [row for row in rows if row.row_id not in stale]
         if train.max_age_s:
             self.warn_about_clocks(state)
-        rows, drops = select_rollouts(
+        selection: dict[str, Any] = {
+            "allow_overlap": train.allow_overlap or not has_reward_model,
+            "served_revisions": compute_served_revisions(state, self.settings.models.policy),
+        }
+        if uses_groups(phase):
+            return self.select_groups(phase, state, limits, selection)
+        rows, drops = select_rollouts(self.store, phase, state, limits, **selection)
+        self.publish_drops(drops)
+        return rows
+
+    def select_groups(
+        self, phase: str, state: TrainingState, limits: StalenessLimits, selection: Mapping[str, Any]
+    ) -> list[RowRef]:
+        """Return the groups that have all grades. Publish drops, and log once what other groups wait for."""
+        self.groups = select_groups(
             self.store,
+            phase,
             state,
-            StalenessLimits(train.max_staleness, train.max_reward_staleness, train.max_age_s),
-            allow_overlap=train.allow_overlap,
-            served_revisions=compute_served_revisions(state, self.settings.models.policy),
+            limits,
+            parse_rewards(self.settings.train.rewards),
+            pairing=self.settings.judge.pairing,
+            min_completions=RL_METHODS[phase].min_completions,
+            **selection,
         )
+        self.publish_drops(self.groups.drops)
+        for source, count in (self.groups.missing or {}).items():
+            if source not in self.awaited_sources:
+                what = "labels of the judge" if source == JUDGE else f"grades of {source}"
+                stage = "judge" if source == JUDGE else "grade"
+                logger.info("%s: %d groups wait for %s (charter run --stage %s)", phase, count, what, stage)
+                self.awaited_sources.add(source)
+        return list(self.groups.ready)
+
+    def publish_drops(self, drops: Sequence[DroppedRollout]) -> None:
+        """Publish the drops that this process has not published yet."""
         # A published drop reaches the database only after the sink writes it. Until then, `dropped_ids` prevents duplicates.
         if new_drops := [record for record in drops if record.record_id not in self.dropped_ids]:
             self.log.publish(new_drops)
             self.dropped_ids |= {record.record_id for record in new_drops}
-        return rows
 
     def warn_about_clocks(self, state: TrainingState) -> None:
         """Report once that the clock of a stage and the clock of the trainer differ, because `train.max_age_s` compares them."""
@@ -208,7 +255,10 @@ class Updater:
         settings = self.get_learner_settings(phase, state)
         mixture = get_mixture(train, phase)
 
-        chosen = sample_mixture(rows, mixture, min_size=get_row_threshold(train, phase), max_size=train.max_rows)
+        if uses_groups(phase):
+            chosen = sample_groups(rows, train.max_rows)
+        else:
+            chosen = sample_mixture(rows, mixture, min_size=get_row_threshold(train, phase), max_size=train.max_rows)
         warning = describe_mixture_shortfall(chosen, mixture)
         if warning and warning != self.mixture_warnings.get(phase):  # a warning is shown again only after it has changed
             self.notify(f"{phase}: {warning}")
@@ -225,11 +275,17 @@ class Updater:
                     wanted,
                 )
             chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed)
-        if phase != "ppo":
+        if not uses_rollouts(phase):
             chosen = group_by_length(chosen, settings["batch_size"], seed)
 
-        batch_rows = load_rows(self.store, phase, [row.row_id for row in chosen], settings.get("rounds", ()))
-        is_combined = phase == "ppo" and train.objective == "combined"
+        row_ids, reward_record_ids, cursor = [row.row_id for row in chosen], list[str](), None
+        if uses_groups(phase):
+            batch_rows, reward_record_ids = load_group_rows(self.store, phase, row_ids, parse_rewards(train.rewards))
+            cursor = compute_cursor(chosen, self.groups)
+        else:
+            batch_rows = load_rows(self.store, phase, row_ids, settings.get("rounds", ()))
+        method = RL_METHODS.get(phase)
+        is_combined = method is not None and method.has_combined_objective and train.objective == "combined"
         sl_rows = load_newest_chains(self.store, len(batch_rows)) if is_combined else []
         manifest = build_manifest(
             phase,
@@ -243,6 +299,8 @@ class Updater:
             settings=settings,
             mixture=mixture,
             sink_session=self.read_sink_session(state),
+            reward_record_ids=reward_record_ids,
+            cursor=cursor,
         )
         self.log.publish([manifest])
         return Batch(manifest, batch_rows, sl_rows)
@@ -262,13 +320,18 @@ class Updater:
     def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
         """Return the settings that the learner uses and the manifest records.
 
-        For PPO, `beta` is the value of the last update, but at least the setting `ppo.beta`.
+        An adaptive `beta` is the value of the last update, but at least the setting.
         """
         train = self.settings.train
         settings: dict[str, Any] = getattr(self.settings, phase).model_dump()
         settings |= {"lora_rank": train.lora_rank, "max_length": train.max_length}
-        if phase == "ppo":
-            settings |= {"beta": max(get_last_beta(state), self.settings.ppo.beta), "alpha": train.alpha}
+        method = RL_METHODS.get(phase)
+        if method and method.has_adaptive_beta:
+            settings["beta"] = max(get_last_beta(state, phase), settings["beta"])
+        if method and method.has_combined_objective:
+            settings["alpha"] = train.alpha
+        if method and method.uses_groups:
+            settings |= {"rewards": train.rewards, "max_completion_length": self.settings.respond.max_tokens}
         return settings
 
     # Steps 2 to 6

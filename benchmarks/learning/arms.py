@@ -28,7 +28,7 @@ from engine.models import open_model
 from engine.models.interface import GenerationRequest
 from engine.settings import Settings
 from schemas.records import ChatMessage
-from trainer.learners.ppo import Rollout
+from trainer.learners.rollouts import Rollout
 
 TRL_ARM = "trl112"
 _TRL_QUESTION_SEED = 500_000  # added to the seeds of the questions, so that every other run has different questions

@@ -39,7 +39,7 @@ from engine.store import Store
 from engine.worker import ModelExecutor, Worker
 from producers.files import FileProducer
 from trainer.learners import ppo
-from trainer.learners.ppo import Rollout
+from trainer.learners.rollouts import Rollout
 from trainer.loop import Trainer
 from trainer.monitor import RewardHackingMonitor
 from trainer.weights import Hardware

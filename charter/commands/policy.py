@@ -11,7 +11,7 @@ import click
 
 from charter.connect import connect_bus, connect_existing_bus
 from charter.console import common_options, output_options, print_rows
-from charter.policies import LATEST_POLICY, PHASES, get_verified_folder, parse_policy_version
+from charter.policies import LATEST_POLICY, get_verified_folder, parse_policy_version
 from engine.bus.port import Bus
 from engine.checkpoints import locate_checkpoint
 from engine.errors import CharterError, UsageError
@@ -29,6 +29,7 @@ from engine.settings import Settings
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import Incident, PolicyUpdate
+from trainer.methods import PHASES
 
 _INTERNAL_FILES = ("checkpoint.json", "rl", "adapter")  # parts of a checkpoint that only Charter reads
 

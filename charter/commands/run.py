@@ -27,6 +27,7 @@ from engine.stop_signals import stop_on_signals
 from engine.store import Store
 from engine.text import format_count
 from schemas.records import Prompt
+from trainer.methods import require_enough_completions
 
 _ALL_STAGES = (*STAGES, "sink")
 _POLL_INTERVAL_S = 0.2
@@ -98,6 +99,8 @@ def run(
     selected = stages or _ALL_STAGES
     builtin = [name for name in selected if name in STAGES]
     custom = [custom_stage.load_custom_stage(name, MODEL_ROLES) for name in selected if name not in _ALL_STAGES]
+    if "respond" in builtin:
+        require_enough_completions(settings)
     if from_base:
         settings, origins = set_from_base(settings, origins)
 

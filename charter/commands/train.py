@@ -7,15 +7,17 @@ import os
 import click
 
 from charter.console import common_options
-from charter.policies import PHASES
 from charter.startup import wait_option
 from engine.settings import Settings
+from trainer.methods import PHASES
 
 
 @click.command()
 @click.option("--phase", type=click.Choice(PHASES), help="Train this phase now, without waiting for more rows.")
 @click.option("--loop", is_flag=True, help="Train each phase when it has enough new rows, until stopped.")
-@click.option("--force", is_flag=True, help="Train RL even if the labels are not good enough (label_quality.*).")
+@click.option(
+    "--force", is_flag=True, help="Train RL even if the labels or grades are not good enough (label_quality.*, train.rewards)."
+)
 @wait_option
 @common_options
 def train(settings: Settings, phase: str | None, loop: bool, force: bool, wait: bool) -> None:
@@ -27,8 +29,9 @@ def train(settings: Settings, phase: str | None, loop: bool, force: bool, wait: 
 
     If the log, a model or the disk is unavailable at the start, the exit code is 3. With --wait, the command waits.
 
-    The command first prints whether the labels are good enough to train on. If they are not, RL (ppo or dpo) needs --force:
-    --phase ppo exits with code 2, and --loop skips RL and trains the other phases.
+    The command first prints whether the labels are good enough to train on. If they are not, RL that uses them needs --force:
+    --phase ppo exits with code 2, and --loop skips RL and trains the other phases. If train.rewards names the grader principles,
+    the command first measures how well it ranks the cases of the constitution and pairs of people.
 
     With accelerate launch, all started processes train one model together.
 

@@ -16,6 +16,17 @@ MAX_STEPS = 50_000
 MAX_VERSIONS = 500
 _MAX_CURVE_POINTS = 300  # for one curve; longer curves are averaged in groups of steps
 
+_GROUP_CURVES = {
+    "policy_loss": ("Policy loss", ""),
+    "kl_ref": ("KL to the reference", "nats per sequence"),
+    "kl_ref_per_token": ("KL to the reference, per token", "nats per token"),
+    "kl_update": ("KL of the update", "nats per sequence"),
+    "approx_kl": ("KL of the update, per token", "nats per token"),
+    "entropy": ("Entropy", "nats per token"),
+    "clipfrac": ("Clip fraction", "share"),
+    "reward_mean": ("Reward", ""),
+    "equal_groups": ("Groups with equal rewards", "groups"),
+}
 # Maps each phase to its curves, and each metric to (title, unit). The page shows the curves in this order.
 _CURVES = {
     "sft": {
@@ -36,6 +47,8 @@ _CURVES = {
         "explained_variance": ("Explained variance", "share"),
         "reward_mean": ("Reward", "normalized"),
     },
+    "grpo": _GROUP_CURVES,
+    "rloo": _GROUP_CURVES,
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
     "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }
@@ -155,7 +168,7 @@ def _name_group(group: list[tuple[int, float, str]]) -> str:
 
 
 def _compute_frontier(updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the reward and the KL to the reference policy of each PPO update (Bai et al. 2022, figure 13)."""
+    """Return the reward and the KL to the reference policy of each update on rollouts (Bai et al. 2022, figure 13)."""
     points = []
     for update in updates:
         metrics = update["metrics"] or {}
@@ -213,12 +226,15 @@ def _load_batches(query: QueryFunction, where: str, parameters: dict[str, Any]) 
 
 
 def _load_staleness(query: QueryFunction, run: str) -> list[dict[str, Any]]:
-    """Return how old the rollouts of each PPO batch were when the batch was sampled, in policy versions and in seconds."""
+    """Return how old the rollouts of each RL batch were when the batch was sampled, in policy versions and in seconds.
+
+    Only batches of rollouts have responses as rows.
+    """
     return query(
         """WITH sampled AS (SELECT record_id AS batch, created_at, commit_seq, batch_number, phase, base_policy_version,
                                  unnest(record_ids) AS row FROM batches
-                          WHERE phase = 'ppo' AND ($run = '' OR run_id = $run))
-           SELECT sampled.batch_number, any_value(sampled.created_at) AS created_at, count(*) AS rows,
+                          WHERE $run = '' OR run_id = $run)
+           SELECT sampled.batch_number, any_value(sampled.phase) AS phase, any_value(sampled.created_at) AS created_at, count(*) AS rows,
                   avg(base_policy_version - policy_version) AS mean_versions_behind,
                   max(base_policy_version - policy_version) AS max_versions_behind,
                   avg(epoch(sampled.created_at - responses.created_at)) AS mean_age_s,

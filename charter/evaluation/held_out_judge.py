@@ -8,6 +8,7 @@ training data. The second case is weaker evidence, because the same model may ma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,23 +16,46 @@ from charter.evaluation.agreement_study import label_pairs
 from charter.evaluation.rejudge import BatchJudge, make_pair_response
 from charter.models import RoleModels
 from constitutions.loader import Constitution, JudgePrinciple, load_constitution
-from engine.settings import Settings
+from engine.settings import Settings, parse_rewards
 from schemas.records import ChatMessage, Outcome
+from trainer.methods import RL_METHODS
 
 if TYPE_CHECKING:
     from trainer.monitor import RewardHackingMonitor
 
 
+logger = logging.getLogger("charter.trainer")
 _CRITIQUE_JUDGE_PROMPT = "A critic is told: {critique}\n\nWhich answer would this critic find less fault with?"
 
 
 def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
     """Return the monitor that checks every policy of the RL phase. If monitor.prompts is not set, the monitor has no judge."""
-    from trainer.monitor import RewardHackingMonitor
+    from trainer.monitor import RewardHackingMonitor, find_exempt_checks
 
     judge = HeldOutJudge(settings) if settings.monitor.prompts else None
     needs_grades = "refusal" in settings.grade.graders
-    return RewardHackingMonitor(settings.monitor, settings.run.id, judge, settings.models.max_batch_size, needs_grades)
+    exempt = find_exempt_checks(list_training_targets(settings))
+    if exempt:
+        logger.info("the monitor does not check %s, because training changes it on purpose", ", ".join(sorted(exempt)))
+    method = RL_METHODS[settings.train.rl_method]
+    has_grades = method.uses_groups and not method.needs_reward_model(settings.train)
+    return RewardHackingMonitor(
+        settings.monitor,
+        settings.run.id,
+        judge,
+        settings.models.max_batch_size,
+        needs_grades,
+        exempt,
+        parse_rewards(settings.train.rewards) if has_grades else (),
+    )
+
+
+def list_training_targets(settings: Settings) -> set[str]:
+    """Return what training changes on purpose: the graders in train.rewards, and the targets of the constitution."""
+    targets: set[str] = set(load_constitution(settings.run.constitution).targets)
+    if RL_METHODS[settings.train.rl_method].uses_groups:
+        targets |= {term.source for term in parse_rewards(settings.train.rewards)}
+    return targets
 
 
 class HeldOutJudge:
@@ -39,7 +63,7 @@ class HeldOutJudge:
 
     def __init__(self, settings: Settings) -> None:
         constitution = load_constitution(settings.run.constitution)
-        judge = settings.judge.model_copy(update={"pairing": "completions"})
+        judge = settings.judge.model_copy(update={"pairing": "neighbors"})
         models = settings.models.model_copy(update={"judge": settings.monitor.judge or settings.models.judge})
         self.settings = settings.model_copy(update={"judge": judge, "models": models})
         self.constitution = constitution if settings.monitor.judge else make_critique_judge_constitution(constitution)

@@ -17,6 +17,7 @@ from consumers.graders.interface import GradedText, GradeResult
 from engine.eligibility import find_rejection_reason
 from engine.errors import CharterError
 from engine.models.interface import Model, Result, combine_results
+from schemas import ids
 from schemas.records import ModelRef, Outcome, RejectionReason
 
 VIOLATES, RESPECTS = "violates", "respects"
@@ -24,11 +25,16 @@ VIOLATES, RESPECTS = "violates", "respects"
 
 @dataclass(frozen=True)
 class PrinciplesGrader:
-    """Asks `judge` about each critique principle that applies to the tags of the prompt."""
+    """Asks `judge` about each critique principle that applies to the tags of the prompt.
+
+    If `num_principles` is above 0, it asks only about this number of these principles. They are sampled uniformly for each
+    response record, so all completions of a prompt are asked about the same principles.
+    """
 
     judge: Model
     constitution: Constitution
     min_option_mass: float = 0.5
+    num_principles: int = 0
 
     name = "principles"
     version = "1"
@@ -41,9 +47,16 @@ class PrinciplesGrader:
     def template_hash(self) -> str:
         return templates.get_template_hash("verdict", self.judge.capabilities)
 
+    def select_principles(self, text: GradedText) -> Sequence[CritiquePrinciple]:
+        """Return the principles that a response is graded under."""
+        if not self.num_principles:
+            return filter_by_tags(self.constitution.critique, text.tags)
+        seed = ids.compute_seed(text.group)
+        return self.constitution.sample_critique_principles(seed, text.tags, self.num_principles)
+
     def grade(self, texts: Sequence[GradedText]) -> list[Result[list[GradeResult]]]:
         """Return one grade for each text and principle. A response without text has the outcome EMPTY under each principle."""
-        principles_by_text = [filter_by_tags(self.constitution.critique, text.tags) for text in texts]
+        principles_by_text = [self.select_principles(text) for text in texts]
         asked = [find_rejection_reason(text.text, text.finish_reason) is RejectionReason.NONE for text in texts]
         questions = [
             (_make_question(text, principle, "Yes", "No"), _make_question(text, principle, "No", "Yes"))
@@ -86,7 +99,12 @@ def _make_result(principle_id: str, comparison: Result[Comparison]) -> Result[Gr
     return GradeResult(
         label=VIOLATES if score > 0.5 else RESPECTS,
         score=score,
-        details={"option_mass": comparison.option_mass, "position_gap": comparison.position_gap or 0.0},
+        details={
+            "option_mass": comparison.option_mass,
+            "position_gap": comparison.position_gap or 0.0,
+            "p_forward": comparison.p_forward or 0.0,
+            "p_backward": comparison.p_backward or 0.0,
+        },
         principle_id=principle_id,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -28,12 +28,12 @@ NOTES_FILE = "trained.jsonl"
 _NUM_STEPS = 2
 
 
-def make_settings(folder: Path) -> Any:
+def make_settings(folder: Path, **changes: str) -> Any:
     flags = {
         "data.folder": str(folder), "models.policy": str(folder / "base"), "train.sft_rows": "4", "train.reward_rows": "4",
         "train.ppo_rows": "4", "reward.replay_ratio": "0", "train.save_total_limit": "1", "train.allow_overlap": "true",
     }  # fmt: skip
-    return load_settings(flags, environment={})[0]
+    return load_settings(flags | {f"train.{key}": value for key, value in changes.items()}, environment={})[0]
 
 
 def run_fake_update(context: LearnContext, batch: Batch) -> Any:
@@ -115,10 +115,13 @@ def _accept_policy(*_: object) -> None:
     _die_if_armed("gate")
 
 
-def run_update(folder: str, phase: str, point: str) -> None:
-    """Run one update of a phase, or resume an unfinished one; the process may kill itself on the way."""
+def run_update(folder: str, phase: str, point: str, **changes: str) -> None:
+    """Run one update of a phase, or resume an unfinished one; the process may kill itself on the way.
+
+    `changes` are settings of the section `train`.
+    """
     _arm_crash_point(point)
-    settings = make_settings(Path(folder))
+    settings = make_settings(Path(folder), **changes)
     bus, store = connect_bus(settings), open_store(settings)
     trainer = Trainer(bus, store, settings, settings.folder / "base", learners=FAKE_LEARNERS, promotion_gate=_accept_policy)
     trainer.resume() or trainer.update(phase)

@@ -216,6 +216,23 @@ def test_principles_grader_gives_a_probability_for_each_principle():
     assert len({g.record_id for g in grades}) == len(grades)
 
 
+def test_principles_grader_samples_the_same_principles_for_all_completions_of_a_prompt():
+    constitution = load_constitution("default")
+    stage = GradeStage([PrinciplesGrader(YesModel(), constitution, num_principles=2)], [COMPLETION], constitution)
+    sampled = []
+    for prompt in ("one", "two", "three", "four"):
+        (grades,) = stage([make_response(prompt, f"{prompt} again")])
+        principles = [{g.principle_id for g in grades if g.completion_index == index} for index in (0, 1)]
+        assert principles[0] == principles[1] and len(principles[0]) == 2 and len(grades) == 4
+        sampled.append(frozenset(principles[0]))
+    assert len(set(sampled)) > 1
+    # A sampled principle gives the same record as without sampling.
+    (every,) = GradeStage([PrinciplesGrader(YesModel(), constitution)], [COMPLETION], constitution)(
+        [make_response("four", "four again")]
+    )
+    assert {g.record_id for g in grades} < {g.record_id for g in every}
+
+
 def test_principles_grader_invents_no_score():
     class SilentModel(YesModel):
         def score_options(self, requests, options):

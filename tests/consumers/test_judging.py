@@ -119,6 +119,20 @@ def test_pair_that_cannot_be_compared_is_not_judged(make_response, preset, secon
     assert other.prompt_id == make_response(text="another prompt").prompt_id and other.votes
 
 
+def test_every_pairing_gives_a_pair_the_same_id_and_each_pair_its_own(make_response):
+    completions = [Completion(index=i, text=f"answer {i}", finish_reason=FinishReason.STOP) for i in range(4)]
+    response = make_response().model_copy(update={"completions": completions})
+    stage = judge("lee2023", make_leaning_judge(0.9, 0.4))
+
+    def judge_pairs(pairs):
+        ((*records,),) = replace(stage, pairs=pairs)([response])
+        return {(record.completion_index_a, record.completion_index_b): (record.record_id, record.seed) for record in records}
+
+    neighbors, circular, every = (judge_pairs(pairs) for pairs in ("neighbors", "circular", "all"))
+    assert len(neighbors) == 3 and circular == neighbors | {(0, 3): every[0, 3]} and neighbors.items() < every.items()
+    assert len(every) == len({record_id for record_id, _ in every.values()}) == len({seed for _, seed in every.values()}) == 6
+
+
 def test_bai2022_takes_its_label_from_the_order_that_the_seed_selects(make_response):
     stage = judge("bai2022", make_leaning_judge(0.9, 0.4))
     records = [judge_one(stage, make_response(text=f"prompt {n}")) for n in range(16)]

@@ -15,11 +15,13 @@ from trainer.loop import Trainer
 class Workspace:
     """A data folder with a trainer. Records that are added are in the database at once."""
 
-    def __init__(self, folder, **train_settings):
+    def __init__(self, folder, respond=None, **train_settings):
         (folder / "base").mkdir(parents=True, exist_ok=True)
         settings = make_settings(folder)
         train = settings.train.model_copy(update={"sft_mixture": [], "reward_mixture": []} | train_settings)
-        self.settings = settings.model_copy(update={"train": train})
+        self.settings = settings.model_copy(
+            update={"train": train, "respond": settings.respond.model_copy(update=respond or {})}
+        )
         self.bus, self.store, self.messages = connect_bus(self.settings), open_store(self.settings), []
         self.trainer = self.open()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from engine.checkpoints import hash_files
 from engine.errors import CheckpointsFull, TrainingFailed, UsageError
 from schemas.records import ChatMessage
 from trainer import weights
-from trainer.learners import dpo, ppo, reward, sft
+from trainer.learners import dpo, grpo, ppo, reward, rloo, sft
+from trainer.learners.grpo import GRPOConfig
 from trainer.learners.ppo import PPOConfig, Rollout
 from trainer.learners.reward import PreferenceExample
+from trainer.learners.rloo import RLOOConfig
 from trainer.learners.sft import SftExample
 
 MESSAGES = (ChatMessage(role="user", content="say a"),)
@@ -25,6 +28,7 @@ PAIRS = [
 ]
 ROLLOUTS = [Rollout((1, 5 + n), (7, 8, 2), (-1.0,) * 3, True, 0, str(n)) for n in range(8)]
 HARDWARE = weights.Hardware(precision="fp32")
+GROUP = [replace(rollout, record_id="group") for rollout in ROLLOUTS]
 
 
 def has_three_lines(error):
@@ -59,6 +63,22 @@ DIVERGING_UPDATES = {
     "dpo": lambda folder: dpo.train(folder, folder, PAIRS, learning_rate=1e30, epochs=3, batch_size=2, hardware=HARDWARE),
     "ppo": lambda folder: ppo.train(
         folder, folder, ROLLOUTS, list(range(8)), PPOConfig(learning_rate=1e30, max_kl=1e30), hardware=HARDWARE
+    ),
+    "grpo": lambda folder: grpo.train(
+        folder,
+        folder,
+        GROUP,
+        list(range(8)),
+        GRPOConfig(learning_rate=1e30, max_kl=1e30, epochs=3, batch_size=2),
+        hardware=HARDWARE,
+    ),
+    "rloo": lambda folder: rloo.train(
+        folder,
+        folder,
+        GROUP,
+        list(range(8)),
+        RLOOConfig(learning_rate=1e30, max_kl=1e30, epochs=3, batch_size=2),
+        hardware=HARDWARE,
     ),
 }
 

@@ -13,8 +13,9 @@ from consumers.sink import Sink
 from engine.bus.read import read_values
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
-from schemas.records import BatchManifest, ModelRef, PolicyUpdate
+from schemas.records import BatchManifest, Grade, ModelRef, PolicyUpdate
 from tests.chaos.crash_points import CRASH_POINTS, FAKE_LEARNERS, NOTES_FILE, make_settings, run_update
+from tests.support.groups import make_group, make_group_grades
 from tests.support.records import make_chain_end, make_preference, make_response
 from tests.support.waiting import HANG_S
 from trainer.batches import rebuild_batch
@@ -133,6 +134,58 @@ def test_trainer_killed_at_any_step_resumes_with_the_identical_batch(prepared, p
     assert trainer.updater.get_folders(trainer.read_state()).get_version_folder(update.kind, update.version).exists()
     sink_all(bus, store)
     assert trainer.updater.select_rows(phase, trainer.read_state()) == [] and trainer.resume() is None
+    trainer.close()
+    bus.close()
+
+
+@pytest.fixture(scope="module")
+def prepared_groups(tmp_path_factory):
+    """A data folder with an update of GRPO and new groups. One of them has a completion whose grade cannot be read."""
+    folder = tmp_path_factory.mktemp("prepared groups") / "data"
+    (folder / "base").mkdir(parents=True)
+    settings = make_settings(folder, **GROUP_SETTINGS)
+    bus, store = connect_bus(settings), open_store(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
+    for name in ("old", "new"):
+        for n in range(ROWS):
+            group = make_group(f"{name} {n}", trainer.read_state())
+            scores = (1.0, 2.0, None if n == 0 else 3.0, 4.0)
+            add_records(bus, store, group, *make_group_grades(group, scores))
+        if name == "old":
+            trainer.update("grpo")
+    trainer.close()
+    bus.close()
+    (folder / NOTES_FILE).unlink()
+    return folder
+
+
+GROUP_SETTINGS = {"rl_method": "grpo", "rewards": "length=-1"}
+
+
+@pytest.mark.parametrize("point", ["after BatchManifest", "after Metric", "saved", "renamed", "committing PolicyUpdate"])
+def test_trainer_killed_in_an_update_on_groups_resumes_with_the_same_rewards(prepared_groups, processes, tmp_path, point):
+    """Other grades of the same completions arrive between the kill and the restart."""
+    folder = shutil.copytree(prepared_groups, tmp_path / "data")
+    process = processes.Process(target=run_update, args=(str(folder), "grpo", point), kwargs=GROUP_SETTINGS)
+    process.start()
+    process.join(HANG_S)
+    assert process.exitcode == -signal.SIGKILL, f"the point was not reached: {process.exitcode}"
+    settings = make_settings(folder, **GROUP_SETTINGS)
+    bus, store = connect_bus(settings), open_store(settings)
+    trainer = Trainer(bus, store, settings, folder / "base", learners=FAKE_LEARNERS)
+    manifest = read_manifests(bus, "grpo")[-1]
+    grades = [decode_record(value, Grade) for value in read_values(bus, "grades")]
+    (grade,) = (grade for grade in grades if grade.record_id == manifest.reward_record_ids[0])
+    later = {"record_id": manifest.record_id, "score": 99.0, "grader_version": "2"}
+    add_records(bus, store, grade.model_copy(update=later))
+    assert trainer.resume() is not None
+    rows = json.loads(json.dumps(rebuild_batch(store, manifest).rows, default=str))
+    notes = [json.loads(line) for line in (folder / NOTES_FILE).read_text().splitlines()]
+    assert len(rows) == 4 * ROWS - 1 and "99.0" not in json.dumps(rows)
+    assert [note["rows"] for note in notes] == [rows] * len(notes) and len(manifest.record_ids) == ROWS
+    assert {(note["batch"], note["hash"]) for note in notes} == {(manifest.record_id, manifest.content_hash)}
+    sink_all(bus, store)
+    assert trainer.updater.select_rows("grpo", trainer.read_state()) == [] and trainer.resume() is None
     trainer.close()
     bus.close()
 

@@ -87,6 +87,41 @@ def read_updates(bus):
     return [decode_record(value, PolicyUpdate) for value in read_values(bus, "policies")]
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_groups_of_the_stream_train_a_policy_with_their_grades(settings, bus, store, tiny, method):
+    """The stages respond, judge and grade make groups, labels and grades; the real learner trains on their rewards."""
+    train = {"rl_method": method, "rewards": ["length=-1", "judge=1"], "group_completions": 16}
+    update = {
+        "train": settings.train.model_copy(update=train), "respond": settings.respond.model_copy(update={"num_completions": 4}),
+        "judge": settings.judge.model_copy(update={"pairing": "circular"}),
+        "grade": settings.grade.model_copy(update={"graders": ["length"]}),
+    }  # fmt: skip
+    settings = settings.model_copy(update=update)
+    run_stages(settings, bus, store, 1, 5)
+    wait_until(lambda: sink_all(bus, store) or store.query("SELECT count(*) FROM grades").rows[0][0] == 20)
+    trainer = Trainer(bus, store, settings, tiny)
+    update = trainer.update(method)
+    (manifest,) = [m for m in read_manifests(bus) if m.phase == method]
+    rows = rebuild_batch(store, manifest).rows
+    # Each completion has one grade and is in two pairs of a circle.
+    assert {(len(row["reward_grades"]), len(row["reward_pairs"])) for row in rows} == {(1, 2)}
+    assert len(manifest.reward_record_ids) == 20 + 20
+    # A completion whose pairs have no label, because the text is empty, has no reward.
+    assert update.metrics["rollouts"] == len(rows) == 20 - update.metrics["completions_without_reward"] > 10
+    assert update.metrics["groups"] == len(manifest.record_ids) == 5
+    words = [row["reward_grades"][0]["score"] for row in rows]
+    assert update.metrics["rewards/length"] == pytest.approx(sum(words) / len(words))
+    wins = [[pair["p_win"] for pair in row["reward_pairs"] if pair["outcome"] == "OK"] for row in rows]
+    assert update.metrics["rewards/judge"] == pytest.approx(sum(sum(w) / len(w) for w in wins) / len(wins))
+    expected = update.metrics["rewards/judge"] - update.metrics["rewards/length"]
+    assert update.metrics["reward_mean"] == pytest.approx(expected, abs=1e-5)
+    trainer.close()
+    sink_all(bus, store)
+    (kl,) = store.query("SELECT count(*) FROM monitor_kl").rows[0]
+    (rollouts,) = store.query("SELECT count(*) FROM trained_rollouts").rows[0]
+    assert (kl, rollouts) == (1, 5)  # the views of the monitor and of staleness include this method
+
+
 def test_phases_alternate_and_rows_train_once(settings, bus, store, trainer):
     run_stages(settings, bus, store, 1, 8)
     assert trainer.next_phase() == "sft"

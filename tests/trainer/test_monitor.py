@@ -39,6 +39,7 @@ from trainer.monitor import (
     compute_confidence_interval,
     compute_mean_difference,
     compute_perplexity,
+    find_exempt_checks,
     find_limit_violations,
 )
 
@@ -70,6 +71,14 @@ def test_each_limit_can_be_exceeded_alone(metric, changed):
     assert find_limit_violations(CLEAN, LIMITS) == []
     (violation,) = find_limit_violations(CLEAN | changed, LIMITS)
     assert violation.metric == metric and violation.message
+
+
+def test_targets_of_training_are_exempt_and_all_other_checks_stay():
+    changes = {"mean_words": 16.0, "refusal_benign_low": 0.11, "refusal_harmful_high": 0.69, "kl_rise": 10.5}
+    found = find_limit_violations(CLEAN | changes, LIMITS, find_exempt_checks({"length"}))
+    assert [violation.metric for violation in found] == ["refusal_benign", "refusal_harmful", "kl"]
+    found = find_limit_violations(CLEAN | changes, LIMITS, find_exempt_checks({"length", "refusal", "my-grader", "judge"}))
+    assert [violation.metric for violation in found] == ["kl"]
 
 
 def test_missing_metrics_exceed_no_limit():

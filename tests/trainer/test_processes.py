@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import CharterError
 from schemas.records import ChatMessage
 from trainer import distributed, weights
-from trainer.learners import dpo, ppo, reward, sft
+from trainer.learners import dpo, grpo, ppo, reward, rloo, sft
 
 EXACT = {"hardware": weights.Hardware(micro_batch_size=2, precision="fp32"), "seed": 1}
 prompts = [(ChatMessage(role="user", content="say " + n * "n"),) for n in range(10)]
@@ -26,6 +26,8 @@ pairs = [reward.PreferenceExample(messages, "aa", "bbb", 0.8, str(n), True) for 
 rollouts = [ppo.Rollout((1, 5 + n), (7, 8, 2)[: 1 + n % 3], (-3.0,) * (1 + n % 3), n % 2 == 0, 0, str(n)) for n in range(7)]
 sl_rows = [{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}, {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}]
 p = ppo.PPOConfig(learning_rate=1e-2, epochs=2, batch_size=3)
+groups = [ppo.Rollout(r.prompt_token_ids, r.token_ids, r.logprobs, r.ends_with_eos, 0, str(n // 4)) for n, r in enumerate(rollouts)]
+g = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 3}
 
 
 def learn(tiny):
@@ -40,6 +42,9 @@ def learn(tiny):
         metrics_by_phase["error"] = [{"message": error.what}]
     distributed.call_learner(dpo.train, tiny, tiny, pairs, learning_rate=1e-3, batch_size=4, on_step=on_step("dpo"), **EXACT)
     distributed.call_learner(ppo.train, tiny, tiny, rollouts, list(range(7)), p, sl_rows=sl_rows, on_step=on_step("ppo"), **EXACT)
+    for learner, config in ((grpo, grpo.GRPOConfig(**g)), (rloo, rloo.RLOOConfig(**g))):
+        name = learner.__name__.rpartition(".")[2]
+        distributed.call_learner(learner.train, tiny, tiny, groups, list(range(7)), config, on_step=on_step(name), **EXACT)
     return metrics_by_phase
 
 
@@ -66,7 +71,7 @@ def test_two_processes_train_like_one(tiny, tmp_path):
     assert processes.wait(timeout=HANG_S) == 0
     result = json.loads(out.read_text())
     assert result.pop("error") == expected.pop("error") == [{"message": "the log is unreachable"}]
-    assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo"}
+    assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo", "grpo", "rloo"}
     for phase, steps in expected.items():
         assert len(result[phase]) == len(steps) >= 2
         for number, step in enumerate(steps):

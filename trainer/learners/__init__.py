@@ -1,1 +1,1 @@
-"""The learners are SFT, the reward model, PPO and DPO, with one file each. They do not use the log or the database."""
+"""The learners are SFT, the reward model, PPO, GRPO, RLOO and DPO, with one file each. They do not use the log or the database."""

@@ -1,5 +1,7 @@
 """Train the policy with PPO on scored rollouts that the stream has sampled (RL-CAI). Read from top to bottom.
 
+`policy_math.py` has the formulas that GRPO and RLOO also use, and `rollouts.py` has the forward pass.
+
     minimize   L = -E[ min(r A, clip(r, 1-e, 1+e) A) ] + c_v * L_value + c_k * KL(pi_old || pi)     (alternate)
                L_SL + alpha * L                                                (combined)
 
@@ -63,12 +65,11 @@ The implementation differs from the papers in the following points, for these re
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,41 +77,40 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from engine.errors import TrainingFailed, UsageError
+from engine.errors import TrainingFailed
 from trainer import distributed, weights
 from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
+from trainer.learners.policy_math import (
+    adapt_beta,
+    compute_clipped_policy_loss,
+    compute_importance_weights,
+    estimate_policy_kl,
+    estimate_update_kl,
+    find_exceeded_limit,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    require_within_kl_limits,
+)
+from trainer.learners.rollouts import (
+    PaddedRollouts,
+    PolicyModel,
+    Rollout,
+    TrainedPolicy,
+    compute_model_logprobs,
+    make_micro_batches,
+    pad_behavior_logprobs,
+    pad_rollouts,
+)
 from trainer.learners.sft import IGNORE_INDEX
 from trainer.weights import Hardware
 
 logger = logging.getLogger("charter.trainer")
-_IMPORTANCE_WEIGHT_CAP = 2.0
-_KL_WEIGHT_CAP = 10.0
 _MIN_STD = 1e-4
 _MAX_GRAD_NORM = 1.0
 _MIN_VALUE_LEARNING_RATE = 1e-5  # at PPO's usual 1e-6, a linear head that starts at zero hardly learns
 _MAX_TRUNCATED_FRACTION = 0.5
 _KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, because the mean of fewer than 64 is too noisy
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A rollout is one sampled completion.
-
-    It has the exact token ids, and the log-probability with which each token was sampled.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    ends_with_eos: bool
-    policy_version: int
-    record_id: str
-    temperature: float = 1.0
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the number of tokens of prompt and completion."""
-        return len(self.prompt_token_ids) + len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -139,55 +139,6 @@ class PPOConfig:
 
 
 # The mathematics. Tensors have shape (B, T) over completion tokens. Masks are 1 on real tokens and 0 on padding.
-
-
-def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def logprobs_from_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return log p(token) with shape (...), from logits (..., V) and tokens (...)."""
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
-
-
-def _entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats with shape (...), from logits (..., V)."""
-    logp = torch.log_softmax(logits, dim=-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
-def kl_k1(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the unbiased estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k1").
-
-    The estimate may be negative.
-    """
-    return logp - logq
-
-
-def kl_k3(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token, from samples of p (Schulman 2020, "k3"). The estimate is never negative."""
-    return torch.expm1(logq - logp) - (logq - logp)
-
-
-def estimate_policy_kl(logp: torch.Tensor, logq: torch.Tensor, sampling_logp: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(p || q) per token, from samples of a third distribution `sampled`.
-
-    The estimate is k3 weighted with min(p / sampled, 10), and is never negative. Assume that p has just learned to avoid a
-    sampled token. Without the weight, this token would count q / p, which can be thousands of nats. Assume that p has just
-    learned to prefer a sampled token. Without the cap, this token could also count thousands of nats. For tokens with a capped
-    weight, the estimate is too low.
-    """
-    return torch.exp(logp - sampling_logp).clamp(max=_KL_WEIGHT_CAP) * kl_k3(logp, logq)
-
-
-def estimate_update_kl(old_logprobs: torch.Tensor, new_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of KL(old || new) per token, from samples of `old`.
-
-    The estimate is k3 with the ratio new / old capped at 10, and is never negative. A single token may have been rare and be
-    likely now. Because of the cap, such a token does not end an update. For tokens with a capped ratio, the estimate is too
-    low.
-    """
-    return kl_k3(old_logprobs, torch.minimum(new_logprobs, old_logprobs + math.log(_KL_WEIGHT_CAP)))
 
 
 def compute_token_rewards(
@@ -244,28 +195,16 @@ def subtract_baseline(scores: torch.Tensor, prompts: Sequence[object], baseline:
 
 def scale_to_unit_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Divide `x` by its standard deviation over real tokens. Return `x` unchanged when it hardly varies."""
-    deviation = _masked_mean((x - _masked_mean(x, mask)) ** 2, mask).sqrt()
+    deviation = masked_mean((x - masked_mean(x, mask)) ** 2, mask).sqrt()
     return x if deviation < _MIN_STD else x / deviation * mask
 
 
 def compute_value_weight(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
     """Return the regression coefficient of the future rewards on the values (B, T), limited to [0, 1]."""
     future_rewards, _ = compute_gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)
-    v, r = (x[mask.bool()] - _masked_mean(x, mask) for x in (values, future_rewards))
+    v, r = (x[mask.bool()] - masked_mean(x, mask) for x in (values, future_rewards))
     variance = float((v * v).sum())
     return max(0.0, min(1.0, float((v * r).sum()) / variance)) if variance > 0 else 0.0
-
-
-def compute_clipped_policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, importance_weights: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the clipped loss per token (Schulman et al. 2017, eq. 7) times its importance weight.
-
-    Also return a tensor that is 1.0 where the clip applies.
-    """
-    ratio = torch.exp(logprobs - old_logprobs)
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return importance_weights * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
 
 
 def compute_clipped_value_loss(
@@ -281,13 +220,6 @@ def compute_clipped_value_loss(
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """Return beta for the next update (Schulman et al. 2017, section 4). A KL of at most 0 keeps beta unchanged."""
-    if kl > 1.5 * kl_target:
-        return 2 * beta
-    return beta / 2 if 0 < kl < kl_target / 1.5 else beta
-
-
 def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns) over real tokens. Return 0 when the returns do not vary."""
     is_token = mask.bool()
@@ -300,107 +232,28 @@ def compute_explained_variance(values: torch.Tensor, returns: torch.Tensor, mask
 # The model: a policy with a value head on its trunk
 
 
-class ActorCritic(torch.nn.Module):
+class ActorCritic(PolicyModel):
     """This module has the policy and a linear value head on the policy's last hidden states."""
 
     def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT_HARDWARE) -> None:
-        super().__init__()
-        self.policy, self.hardware = weights.prepare_for_training(policy, hardware), hardware
-        base = policy.get_base_model() if weights.has_adapter(policy) else policy
-        self.backbone = getattr(base, base.base_model_prefix)
-        self.lm_head = base.get_output_embeddings()
-        config = base.config.get_text_config()
-        self.logit_softcap = getattr(config, "final_logit_softcapping", None)
-        self.value_head = torch.nn.Linear(config.hidden_size, 1, device=base.device)
+        super().__init__(policy, hardware, "PPO")
+        self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        self.require_plain_logits(base)
 
-    def compute_hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states (B, T, H) of right-padded ids (B, T)."""
-        states: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return fp32 logits (..., V) from hidden states (..., H)."""
-        logits: torch.Tensor = self.lm_head(hidden_states).float()
-        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-
-    def forward(self, batch: _PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(  # type: ignore[override]
+        self, batch: PaddedRollouts, *, entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the log-probability of each completion token, the value before it, and the entropy.
 
         All three have shape (B, T_completion).
         """
-        # The output layer is large. It is therefore computed only at the positions that predict completion tokens.
-        is_token = batch.completion_mask.bool()
-        row, column = is_token.nonzero(as_tuple=True)
-        hidden = self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
-        logits = self.compute_logits(hidden) / batch.temperatures[row, None]
-        logp = logprobs_from_logits(logits, batch.completion_ids[row, column])
-        with torch.no_grad():
-            entropies = _entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
+        hidden = self.compute_completion_states(batch)
+        logp, entropies = self.compute_token_logprobs(batch, hidden, entropy=entropy)
         # Autocast would round a matrix product to bf16. The three digits of bf16 are too few for the value loss. The product is
         # therefore computed with a multiplication and a sum.
         values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
-
-        def scatter(token_values: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(batch.completion_mask).masked_scatter(is_token, token_values)
-
-        return scatter(logp), scatter(values), scatter(entropies)
-
-    @torch.no_grad()
-    def require_plain_logits(self, base_model: Any) -> None:
-        """Raise UsageError if `compute_logits` does not return the model's logits.
-
-        For such a model, all probabilities would be wrong.
-        """
-        ids = torch.tensor([[1, 2, 3]], device=base_model.device)
-        if not torch.allclose(
-            self.compute_logits(self.compute_hidden_states(ids)),
-            base_model(input_ids=ids, use_cache=False).logits.float(),
-            atol=1e-3,
-        ):
-            raise UsageError(
-                f"PPO cannot train a {base_model.config.model_type}",
-                "its logits are not the outputs of its output layer",
-                'set another models.policy, or train.rl_method = "dpo"',
-            )
-
-
-@dataclass(frozen=True)
-class _PaddedRollouts:
-    """These are rollouts as right-padded tensors.
-
-    `input_ids` has shape (B, T), `temperatures` has shape (B,), and the others have shape (B, T_completion).
-    """
-
-    input_ids: torch.Tensor
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    logit_positions: torch.Tensor  # the position in `input_ids` whose logits predict each completion token
-    temperatures: torch.Tensor
-
-
-def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> _PaddedRollouts:
-    """Convert rollouts to padded tensors. `completion_length` is T_completion."""
-    longest = max(r.num_tokens for r in rollouts)
-    ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
-    tokens, positions = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
-    mask = torch.zeros(len(rollouts), completion_length)
-    for row, rollout in enumerate(rollouts):
-        start, count = len(rollout.prompt_token_ids), len(rollout.token_ids)
-        ids[row, : start + count] = torch.tensor([*rollout.prompt_token_ids, *rollout.token_ids])
-        tokens[row, :count] = torch.tensor(rollout.token_ids)
-        positions[row, :count] = torch.arange(start - 1, start + count - 1)
-        mask[row, :count] = 1.0
-    temperatures = torch.tensor([r.temperature for r in rollouts])
-    return _PaddedRollouts(*(x.to(device) for x in (ids, tokens, mask, positions, temperatures)))
-
-
-def _make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
-    """Split rows into micro-batches of similar length, so that little padding is needed."""
-    order = sorted(indices, key=lambda i: rollouts[i].num_tokens)
-    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+        return batch.scatter(logp), batch.scatter(values), batch.scatter(entropies)
 
 
 @torch.no_grad()
@@ -411,40 +264,14 @@ def compute_logprobs_and_values(
     device = actor.value_head.weight.device
     logp = torch.zeros(len(rollouts), completion_length, device=device)
     values = torch.zeros_like(logp)
-    for rows in _make_micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_batch_size):
+    for rows in make_micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_batch_size):
         with actor.hardware.autocast():
             row_logp, row_values, _ = actor(pad_rollouts([rollouts[i] for i in rows], completion_length, device))
         logp[rows], values[rows] = row_logp, row_values
     return logp, values
 
 
-def compute_model_logprobs(
-    folder: Path, rollouts: Sequence[Rollout], completion_length: int, hardware: Hardware
-) -> torch.Tensor:
-    """Return the log-probabilities (N, completion_length) of another model.
-
-    The model is loaded for this computation and then released.
-    """
-    actor = ActorCritic(weights.load_policy(folder), hardware)
-    logp = compute_logprobs_and_values(actor, rollouts, completion_length)[0]
-    del actor
-    gc.collect()
-    return logp
-
-
 # One update
-
-
-@dataclass(frozen=True)
-class TrainedPolicy:
-    """This is the policy after an update.
-
-    `save` writes the policy. `save` also saves the state that the next update starts from, in the folder `weights.RL_FOLDER`.
-    """
-
-    policy: Any
-    tokenizer: Any
-    save: Callable[[Path], None]
 
 
 def train(
@@ -510,7 +337,7 @@ def train(
     batch = prepare_batch(rollouts, scores, old_logprobs, old_values, ref_logprobs, base_logprobs, config)
     kl_ref = _compute_sequence_kl(batch, ref_logprobs)
     kl_base = 0.0 if base_logprobs is None else _compute_sequence_kl(batch, base_logprobs)
-    _require_within_kl_limits({"kl_ref": kl_ref, "kl_base": kl_base}, config)
+    require_within_kl_limits({"kl_ref": kl_ref, "kl_base": kl_base}, config, "ppo")
     metrics = _optimize_policy(actor, rollouts, batch, config, sl_rows, seed, lora_rank, on_step)
     metrics |= {
         "beta": adapt_beta(config.beta, kl_ref, config.kl_target),
@@ -520,7 +347,7 @@ def train(
         "rollouts": float(len(rollouts)),
         "truncated_fraction": truncated_fraction,
         "missing_eos_penalty": config.missing_eos_penalty,
-        "importance_mean": float(_masked_mean(batch.importance_weights, batch.mask)),
+        "importance_mean": float(masked_mean(batch.importance_weights, batch.mask)),
         "completion_tokens": float(batch.mask.sum()),
     }
     tokenizer = weights.load_tokenizer(policy_folder)
@@ -565,10 +392,8 @@ def prepare_batch(
     value_weight = compute_value_weight(old_values, rewards, mask, config.gae_gamma)
     advantages, returns = compute_gae(rewards, value_weight * old_values, mask, config.gae_gamma, config.gae_lambda)
 
-    behavior_logprobs = torch.zeros_like(old_logprobs)
-    for row, rollout in enumerate(rollouts):
-        behavior_logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
-    importance_weights = torch.exp((old_logprobs - behavior_logprobs) * mask).clamp(max=_IMPORTANCE_WEIGHT_CAP) * mask
+    behavior_logprobs = pad_behavior_logprobs(rollouts, old_logprobs)
+    importance_weights = compute_importance_weights(old_logprobs, behavior_logprobs, mask)
     return _PPOBatch(
         old_logprobs,
         ref_logprobs,
@@ -585,23 +410,6 @@ def prepare_batch(
 def _compute_sequence_kl(batch: _PPOBatch, other_logprobs: torch.Tensor) -> float:
     """Return the estimate of KL(pi_old || other) in nats per sequence, from the rollouts."""
     return float((kl_k1(batch.old_logprobs, other_logprobs) * batch.mask).sum(-1).mean())
-
-
-def find_exceeded_limit(metrics: Mapping[str, float], config: PPOConfig) -> str:
-    """Return the first setting whose KL limit the metrics exceed. Return "" when no limit is exceeded."""
-    limits = {"max_kl_update": "kl_update", "max_kl": "kl_ref", "max_kl_base": "kl_base"}
-    return next((limit for limit, name in limits.items() if metrics.get(name, 0.0) > getattr(config, limit)), "")
-
-
-def _require_within_kl_limits(kls: dict[str, float], config: PPOConfig) -> None:
-    """Raise TrainingFailed when the policy exceeds a KL limit before the first step."""
-    if limit := find_exceeded_limit(kls, config):
-        name, model = {"max_kl": ("kl_ref", "reference"), "max_kl_base": ("kl_base", "base model")}[limit]
-        raise TrainingFailed(
-            f"the KL of the policy to the {model} is {kls[name]:.1f} nats per completion",
-            f"this is above ppo.{limit} = {getattr(config, limit):g} before the first step, so no step was made",
-            f"restore an earlier policy (charter policy rollback), train SFT, or raise ppo.{limit}",
-        )
 
 
 def _optimize_policy(
@@ -680,7 +488,7 @@ def _accumulate_rl_gradients(
     num_tokens = float(batch.mask[indices].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for rows in _make_micro_batches(rollouts, distributed.shard_rows(indices), actor.hardware.micro_batch_size):
+    for rows in make_micro_batches(rollouts, distributed.shard_rows(indices), actor.hardware.micro_batch_size):
         mask, old_logprobs = batch.mask[rows], batch.old_logprobs[rows]
         with actor.hardware.autocast():
             logp, values, entropy = actor(pad_rollouts([rollouts[i] for i in rows], mask.shape[1], mask.device), entropy=True)

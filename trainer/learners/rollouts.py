@@ -1,0 +1,193 @@
+"""Rollouts, and the forward pass that computes the log-probabilities of their tokens. The RL learners on rollouts share this file."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import UsageError
+from trainer import weights
+from trainer.learners.policy_math import entropy_from_logits, logprobs_from_logits
+from trainer.weights import Hardware
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rollout is one sampled completion.
+
+    It has the exact token ids, and the log-probability with which each token was sampled.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ends_with_eos: bool
+    policy_version: int
+    record_id: str
+    temperature: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens of prompt and completion."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PaddedRollouts:
+    """These are rollouts as right-padded tensors.
+
+    `input_ids` has shape (B, T), `temperatures` has shape (B,), and the others have shape (B, T_completion).
+    """
+
+    input_ids: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logit_positions: torch.Tensor  # the position in `input_ids` whose logits predict each completion token
+    temperatures: torch.Tensor
+
+    def scatter(self, token_values: torch.Tensor) -> torch.Tensor:
+        """Return the values (tokens,) of the completion tokens as a tensor (B, T_completion). Padding is 0."""
+        return torch.zeros_like(self.completion_mask).masked_scatter(self.completion_mask.bool(), token_values)
+
+
+def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> PaddedRollouts:
+    """Convert rollouts to padded tensors. `completion_length` is T_completion."""
+    longest = max(r.num_tokens for r in rollouts)
+    ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
+    tokens, positions = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
+    mask = torch.zeros(len(rollouts), completion_length)
+    for row, rollout in enumerate(rollouts):
+        start, count = len(rollout.prompt_token_ids), len(rollout.token_ids)
+        ids[row, : start + count] = torch.tensor([*rollout.prompt_token_ids, *rollout.token_ids])
+        tokens[row, :count] = torch.tensor(rollout.token_ids)
+        positions[row, :count] = torch.arange(start - 1, start + count - 1)
+        mask[row, :count] = 1.0
+    temperatures = torch.tensor([r.temperature for r in rollouts])
+    return PaddedRollouts(*(x.to(device) for x in (ids, tokens, mask, positions, temperatures)))
+
+
+def make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """Split rows into micro-batches of similar length, so that little padding is needed."""
+    order = sorted(indices, key=lambda i: rollouts[i].num_tokens)
+    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+
+
+class PolicyModel(torch.nn.Module):
+    """This module computes the log-probabilities of completion tokens. `title` names the RL method in error messages."""
+
+    def __init__(self, policy: Any, hardware: Hardware = weights.DEFAULT_HARDWARE, title: str = "this RL method") -> None:
+        super().__init__()
+        self.policy, self.hardware = weights.prepare_for_training(policy, hardware), hardware
+        base = policy.get_base_model() if weights.has_adapter(policy) else policy
+        self.device = base.device
+        self.backbone = getattr(base, base.base_model_prefix)
+        self.lm_head = base.get_output_embeddings()
+        self.config = base.config.get_text_config()
+        self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.require_plain_logits(base, title)
+
+    def compute_hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states (B, T, H) of right-padded ids (B, T)."""
+        states: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits (..., V) from hidden states (..., H)."""
+        logits: torch.Tensor = self.lm_head(hidden_states).float()
+        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def compute_completion_states(self, batch: PaddedRollouts) -> torch.Tensor:
+        """Return the hidden states (tokens, H) that predict the completion tokens.
+
+        The output layer is large. It is therefore computed only at these positions.
+        """
+        row, column = batch.completion_mask.bool().nonzero(as_tuple=True)
+        return self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
+
+    def compute_token_logprobs(
+        self, batch: PaddedRollouts, hidden: torch.Tensor, *, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probability and the entropy of each completion token. Both have shape (tokens,).
+
+        `hidden` is the result of `compute_completion_states`. Without `entropy`, the entropies are 0.
+        """
+        row, column = batch.completion_mask.bool().nonzero(as_tuple=True)
+        logits = self.compute_logits(hidden) / batch.temperatures[row, None]
+        logp = logprobs_from_logits(logits, batch.completion_ids[row, column])
+        with torch.no_grad():
+            entropies = entropy_from_logits(logits) if entropy else torch.zeros_like(logp)
+        return logp, entropies
+
+    def forward(self, batch: PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probability of each completion token and the entropy. Both have shape (B, T_completion)."""
+        logp, entropies = self.compute_token_logprobs(batch, self.compute_completion_states(batch), entropy=entropy)
+        return batch.scatter(logp), batch.scatter(entropies)
+
+    @torch.no_grad()
+    def require_plain_logits(self, base_model: Any, title: str) -> None:
+        """Raise UsageError if `compute_logits` does not return the model's logits.
+
+        For such a model, all probabilities would be wrong.
+        """
+        ids = torch.tensor([[1, 2, 3]], device=base_model.device)
+        if not torch.allclose(
+            self.compute_logits(self.compute_hidden_states(ids)),
+            base_model(input_ids=ids, use_cache=False).logits.float(),
+            atol=1e-3,
+        ):
+            raise UsageError(
+                f"{title} cannot train a {base_model.config.model_type}",
+                "its logits are not the outputs of its output layer",
+                'set another models.policy, or train.rl_method = "dpo"',
+            )
+
+
+@torch.no_grad()
+def compute_logprobs(model: PolicyModel, rollouts: Sequence[Rollout], completion_length: int) -> torch.Tensor:
+    """Return the log-probabilities (N, completion_length) of all rollouts."""
+    logp = torch.zeros(len(rollouts), completion_length, device=model.device)
+    for rows in make_micro_batches(rollouts, range(len(rollouts)), model.hardware.micro_batch_size):
+        with model.hardware.autocast():
+            logp[rows], _ = PolicyModel.forward(
+                model, pad_rollouts([rollouts[i] for i in rows], completion_length, model.device)
+            )
+    return logp
+
+
+def compute_model_logprobs(
+    folder: Path, rollouts: Sequence[Rollout], completion_length: int, hardware: Hardware
+) -> torch.Tensor:
+    """Return the log-probabilities (N, completion_length) of another model.
+
+    The model is loaded for this computation and then released.
+    """
+    model = PolicyModel(weights.load_policy(folder), hardware)
+    logp = compute_logprobs(model, rollouts, completion_length)
+    del model
+    gc.collect()
+    return logp
+
+
+def pad_behavior_logprobs(rollouts: Sequence[Rollout], like: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities at sampling time, with the shape (N, T) and the device of `like`. Padding is 0."""
+    logprobs = torch.zeros_like(like)
+    for row, rollout in enumerate(rollouts):
+        logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    return logprobs
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """This is the policy after an update.
+
+    `save` writes the policy. `save` also saves the state that the next update starts from, in the folder `weights.RL_FOLDER`.
+    """
+
+    policy: Any
+    tokenizer: Any
+    save: Callable[[Path], None]

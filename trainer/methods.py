@@ -1,0 +1,122 @@
+"""State what each RL method (`train.rl_method`) trains on and what it needs.
+
+All other modules ask this module and never compare a phase with the name of one method. A new method is one entry in
+`RL_METHODS`, one learner file and one `learn_*` function in `trainer.phases`. The name of a method is also the name of its phase
+in records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import UsageError
+from engine.settings import JUDGE, METHOD_DEFAULTS, REWARD_MODEL, Settings, TrainSettings, parse_rewards
+
+# chains: the final responses of revision chains. pairs: preference labels. rollouts: completions of recent policies. groups:
+# also completions of recent policies, but a batch has all completions of a response that have a reward (`train.rewards`).
+RowKind = Literal["chains", "pairs", "rollouts", "groups"]
+
+
+@dataclass(frozen=True)
+class RLMethod:
+    """This object describes one RL method.
+
+    `row_kind` is what its batches consist of. `has_adaptive_beta` is true if each update computes the KL coefficient of the next
+    update (metric `beta`, minimum: the setting `beta` of the method). `has_combined_objective` is true if the method can add the
+    supervised loss (`train.objective`). `min_completions` is the minimum of `respond.num_completions`.
+    """
+
+    phase: str
+    title: str
+    row_kind: RowKind
+    has_adaptive_beta: bool = False
+    has_combined_objective: bool = False
+    min_completions: int = 1
+
+    @property
+    def uses_rollouts(self) -> bool:
+        """Return whether the method trains on completions of recent policies.
+
+        Such a batch has limits of staleness. A completion that exceeds them is dropped with a reason.
+        """
+        return self.row_kind in ("rollouts", "groups")
+
+    @property
+    def uses_groups(self) -> bool:
+        """Return whether the method compares the completions of a response, with the rewards `train.rewards`."""
+        return self.row_kind == "groups"
+
+    def needs_reward_model(self, train: TrainSettings) -> bool:
+        """Return whether a reward model scores the completions, so that the phase `reward` comes first."""
+        if self.uses_groups:
+            return any(term.source == REWARD_MODEL for term in parse_rewards(train.rewards))
+        return self.uses_rollouts
+
+    def needs_labels(self, train: TrainSettings) -> bool:
+        """Return whether the judge's labels decide what is learned. The trainer then checks their quality first."""
+        uses_judge = self.uses_groups and any(term.source == JUDGE for term in parse_rewards(train.rewards))
+        return self.row_kind == "pairs" or uses_judge or self.needs_reward_model(train)
+
+
+RL_METHODS = {
+    method.phase: method
+    for method in (
+        RLMethod("ppo", "PPO", "rollouts", has_adaptive_beta=True, has_combined_objective=True),
+        RLMethod("dpo", "DPO", "pairs"),
+        RLMethod("grpo", "GRPO", "groups", has_adaptive_beta=True, min_completions=4),
+        RLMethod("rloo", "RLOO", "groups", has_adaptive_beta=True, min_completions=2),
+    )
+}
+SFT_PHASE, REWARD_PHASE = "sft", "reward"
+PHASES = (SFT_PHASE, REWARD_PHASE, *RL_METHODS)
+_ROW_KINDS: dict[str, RowKind] = {SFT_PHASE: "chains", REWARD_PHASE: "pairs"}
+
+
+def get_row_kind(phase: str) -> RowKind:
+    """Return what the batches of a phase consist of."""
+    return RL_METHODS[phase].row_kind if phase in RL_METHODS else _ROW_KINDS[phase]
+
+
+def list_enabled_phases(train: TrainSettings) -> tuple[str, ...]:
+    """Return the phases that alternate with these settings: SFT, the reward model if it is needed, and the RL method."""
+    method = RL_METHODS[train.rl_method]
+    return (SFT_PHASE, *([REWARD_PHASE] if method.needs_reward_model(train) else []), method.phase)
+
+
+def uses_rollouts(phase: str) -> bool:
+    """Return whether a phase is an RL method that trains on completions of recent policies."""
+    return phase in RL_METHODS and RL_METHODS[phase].uses_rollouts
+
+
+def needs_reward_model(phase: str, train: TrainSettings) -> bool:
+    """Return whether a phase is an RL method that needs a reward model."""
+    return phase in RL_METHODS and RL_METHODS[phase].needs_reward_model(train)
+
+
+def uses_groups(phase: str) -> bool:
+    """Return whether a phase is an RL method that compares the completions of a response."""
+    return get_row_kind(phase) == "groups"
+
+
+def require_enough_completions(settings: Settings, phase: str | None = None) -> None:
+    """Raise UsageError if the RL method cannot compare so few completions of a prompt. `phase` replaces train.rl_method."""
+    method, count = RL_METHODS[phase or settings.train.rl_method], settings.respond.num_completions
+    if count < method.min_completions:
+        raise UsageError(
+            f"{method.title} cannot train on groups of {count} (respond.num_completions)",
+            f"{method.title} compares the completions of a prompt with each other, and needs at least {method.min_completions}",
+            f"set respond.num_completions to {method.min_completions} or more, or remove this setting: the default of"
+            f" {method.phase} is {METHOD_DEFAULTS[method.phase]['respond']['num_completions']}",
+        )
+
+
+def list_ignored_settings(settings: Settings) -> list[str]:
+    """Return a sentence for each setting that differs from its default and that the RL method does not use."""
+    method, train, default = RL_METHODS[settings.train.rl_method], settings.train, TrainSettings()
+    ignored = []
+    if train.objective != default.objective and not method.has_combined_objective:
+        ignored.append(f"train.objective = {train.objective} has no effect with train.rl_method = {method.phase}")
+    if train.rewards != default.rewards and not method.uses_groups:
+        ignored.append(f"train.rewards has no effect with train.rl_method = {method.phase}")
+    return ignored
