@@ -15,7 +15,18 @@ import pytest
 
 from engine.bus import open_bus
 from schemas.topics import TOPICS
-from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
+from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker, start_shared_broker
+from tests.support.shared import create_shared_folder, remove_shared_folder, start_once
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in a worker process of xdist
+        create_shared_folder()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        remove_shared_folder()
 
 
 @pytest.fixture
@@ -28,16 +39,15 @@ def bus(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def kafka_address(tmp_path_factory):
-    """Yield the address of a real Apache Kafka: the one in CHARTER_TEST_BOOTSTRAP, or a broker started from KAFKA_HOME."""
+def kafka_address():
+    """Return the address of a real Apache Kafka: the one in CHARTER_TEST_BOOTSTRAP, or a broker started from KAFKA_HOME."""
     if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
-        yield f"kafka://{bootstrap}"
-        return
+        return f"kafka://{bootstrap}"
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar, or CHARTER_TEST_BOOTSTRAP to HOST:PORT")
-    with Broker(Path(home), tmp_path_factory.mktemp("kafka")) as broker:
-        yield f"kafka://{broker.address}"
+    _, address = start_shared_broker("kafka", lambda folder: Broker(Path(home), folder))
+    return f"kafka://{address}"
 
 
 @pytest.fixture(scope="session")
@@ -103,22 +113,22 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(smollm2, tmp_path_factory):
-    """Yield the address (a value for models.*) of `transformers serve` with the packaged model."""
+def served(smollm2):
+    """Return the address (a value for models.*) of `transformers serve` with the packaged model."""
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")
-    from tests.support.transformers_server import run_transformers_server
+    from tests.support.transformers_server import launch_transformers_server
 
-    with run_transformers_server(smollm2, tmp_path_factory.mktemp("served")) as address:
-        yield address
+    _, address = start_once("served", lambda folder: launch_transformers_server(smollm2, folder))
+    return address
 
 
 @pytest.fixture(scope="session")
-def default_kafka_address(tmp_path_factory):
-    """Start an Apache Kafka whose groups wait three seconds for more members, as every broker does by default."""
+def default_kafka_address():
+    """Return the address of an Apache Kafka whose groups wait three seconds for more members, as every broker does by default."""
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar")
-    with Broker(Path(home), tmp_path_factory.mktemp("kafka"), settings=DEFAULT_JOIN_DELAY) as broker:
-        yield f"kafka://{broker.address}"
+    _, address = start_shared_broker("delayed-kafka", lambda folder: Broker(Path(home), folder, settings=DEFAULT_JOIN_DELAY))
+    return f"kafka://{address}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import kafka
 import pytest
@@ -24,7 +25,7 @@ from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
-from tests.support.kafka import SecureBroker
+from tests.support.kafka import SecureBroker, start_shared_broker
 from tests.support.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.kafka
@@ -54,18 +55,26 @@ def test_open_transaction_of_another_producer_raises_bus_unreachable(bus, monkey
     assert read_values(bus, "in") == [b"1"]
 
 
-@pytest.fixture(scope="module")
-def secure(tmp_path_factory):
+class SecuredListener(NamedTuple):
+    """The address of a `SecureBroker`, its certificate, and the login."""
+
+    address: str
+    ca_file: Path
+    PASSWORD = SecureBroker.PASSWORD
+
+
+@pytest.fixture(scope="session")
+def secure():
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka to secure: set KAFKA_HOME to a folder with libs/*.jar")
-    with SecureBroker(Path(home), tmp_path_factory.mktemp("secure")) as broker:
-        yield broker
+    folder, address = start_shared_broker("secure-kafka", lambda folder: SecureBroker(Path(home), folder))
+    return SecuredListener(address, folder / SecureBroker.CA_FILE)
 
 
 def make_flags(broker, folder, **changes):
     return {
-        "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": broker.USER,
+        "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": SecureBroker.USER,
         "bus.ssl_cafile": str(broker.ca_file), "data.folder": str(folder), "models.policy": "scripted",
     } | {key.replace("__", "."): value for key, value in changes.items() if key != "password"}  # fmt: skip
 

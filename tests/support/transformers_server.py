@@ -1,9 +1,7 @@
 """`transformers serve`, started on the loopback interface."""
 
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -26,9 +24,11 @@ def _copy_with_sampling(model, folder):
     return folder
 
 
-@contextlib.contextmanager
-def run_transformers_server(model, folder):
-    """Run `transformers serve` with this model; yield the address as a setting: http://HOST:PORT/v1#MODEL."""
+def launch_transformers_server(model, folder):
+    """Launch `transformers serve` with this model.
+
+    Return its process, its address as a setting (http://HOST:PORT/v1#MODEL), and a function that waits until it answers.
+    """
     served, port = _copy_with_sampling(model, folder / "model"), find_free_port()
     command = [
         str(Path(sys.executable).with_name("transformers")), "serve", str(served), "--host", "127.0.0.1", "--port", str(port),
@@ -36,17 +36,8 @@ def run_transformers_server(model, folder):
     ]  # fmt: skip
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}/health", folder / "server.log")
-        yield f"http://127.0.0.1:{port}/v1#{served}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        shutil.rmtree(served)
+    url = f"http://127.0.0.1:{port}"
+    return process, f"{url}/v1#{served}", lambda: _wait_until_ready(process, f"{url}/health", folder / "server.log")
 
 
 def _wait_until_ready(process, url, log):
