@@ -25,10 +25,14 @@ from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
+from tests.support.fork_server import ForkedProcess, get_fork_server
 from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
 from tests.support.waiting import HANG_S
 
 _ROOT = Path(__file__).parents[2]
+_FORK_SERVER_MODULES = (
+    "tests.chaos.fake_process", "charter.commands.run", "charter.commands.produce", "engine.bus.kafka", "trainer.loop",
+)  # fmt: skip
 _RECORD_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences")
 # Columns that differ when the same work is done at another time, by another process or in another order.
 _VOLATILE_COLUMNS = ("created_at", "latency_ms", "run_id", "commit_seq", "_partition", "_offset")
@@ -67,7 +71,7 @@ class SystemUnderTest:
     setting_overrides: dict[str, str] = field(default_factory=dict)
     bus_prefix: str = ""
     batch_delay_s: float = 0.02
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes] | ForkedProcess] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     kill_counts: dict[str, int] = field(default_factory=dict)
     unexpected_exits: list[str] = field(default_factory=list)  # processes that ended with an error without being killed
@@ -101,8 +105,11 @@ class SystemUnderTest:
 
     # Processes
 
-    def start_process(self, name: str, *arguments: str) -> None:
-        """Run a command of Charter as a process called `name`, with the settings of this moment."""
+    def start_process(self, name: str, *arguments: str, with_imports: bool = False) -> None:
+        """Run a command of Charter as a process called `name`, with the settings of this moment.
+
+        The process is a fork of one that has imported Charter, unless `with_imports` is true.
+        """
         self.commands[name] = list(arguments)
         environment = os.environ | {
             "CHARTER_ALLOW_SCRIPTED": "1",
@@ -110,8 +117,14 @@ class SystemUnderTest:
             "PYTHONPATH": str(_ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        with (self.folder / f"{name}.log").open("ab") as log:
-            command = [sys.executable, "-m", "tests.chaos.fake_process", *arguments, *self._build_options()]
+        log_path, words = self.folder / f"{name}.log", [*arguments, *self._build_options()]
+        if not with_imports:
+            self.processes[name] = get_fork_server(*_FORK_SERVER_MODULES).start(
+                "tests.chaos.fake_process:main", words, folder=self.folder, environment=environment, output=log_path
+            )
+            return
+        with log_path.open("ab") as log:
+            command = [sys.executable, "-m", "tests.chaos.fake_process", *words]
             self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def start_pipeline(self, *arguments: str) -> None:
