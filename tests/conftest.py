@@ -16,7 +16,7 @@ import pytest
 from engine.bus import open_bus
 from schemas.topics import TOPICS
 from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker, start_shared_broker
-from tests.support.shared import create_shared_folder, remove_shared_folder, start_once
+from tests.support.shared import create_shared_folder, make_once, remove_shared_folder, start_once
 
 
 def pytest_configure(config):
@@ -86,13 +86,16 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny():
     """Return the folder of a two-layer Llama over single letters; its pad token is its end token, as in SmolLM2."""
+    return make_once("tiny", _save_tiny_model)
+
+
+def _save_tiny_model(folder):
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokens = ["<unk>", "<s>", "</s>", *" abcdefghijklmnopqrstuvwxyz.,:()ABHmnst"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -109,7 +112,6 @@ def tiny(tmp_path_factory):
         tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

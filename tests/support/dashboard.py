@@ -1,6 +1,7 @@
 """A small run for tests of the dashboard and the report: the demo with a two-layer model, hostile prompts and a dead letter."""
 
 import json
+import shutil
 
 from click.testing import CliRunner
 
@@ -9,6 +10,7 @@ from charter.connect import connect_bus, open_store
 from charter.pipeline import STAGES, make_host
 from engine.bus.port import ProducerRecord
 from engine.settings import load_settings
+from tests.support.shared import make_once
 from tests.support.waiting import HANG_S, wait_until
 
 _RIGHT_TO_LEFT_TEXT = "\u202eright to left\u202c مرحبا بالعالم"
@@ -41,9 +43,15 @@ def _run_command(folder, model, *arguments):
 
 
 def create_demo_run(folder, model):
-    """Run the demo with `model`, then hostile prompts in a second run; return the settings of the second run."""
-    _run_command(folder, model, "demo", "--prompts", "4")
+    """Copy the demo of `copy_demo`, and run hostile prompts in a second run; return the settings of the second run."""
+    copy_demo(folder, model)
     return run_hostile_prompts(folder, model, "hostile")
+
+
+def copy_demo(folder, model):
+    """Run the demo with `model`, once for all test processes, and copy its data folder to `folder`."""
+    demo = make_once("demo", lambda shared: _run_command(shared / "data", model, "demo", "--prompts", "4"))
+    shutil.copytree(demo / "data", folder)
 
 
 def run_hostile_prompts(folder, model, run="live"):

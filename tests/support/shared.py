@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _FOLDER_VARIABLE = "CHARTER_TEST_SHARED_FOLDER"  # the processes of pytest-xdist inherit it
-_ADDRESS_FILE, _PROCESS_FILE, _MARKER_FILE = "address.txt", "process.txt", "complete"
+_ADDRESS_FILE, _PROCESS_FILE = "address.txt", "process.txt"
 
 
 def create_shared_folder():
@@ -38,11 +38,11 @@ def make_once(name, make):
     folder = Path(os.environ[_FOLDER_VARIABLE]) / name
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / _MARKER_FILE).exists():
+        if not (marker := folder.with_suffix(".complete")).exists():
             _remove(folder)  # the attempt of a process that has failed
             folder.mkdir()
             make(folder)
-            (folder / _MARKER_FILE).touch()
+            marker.touch()
     return folder
 
 
