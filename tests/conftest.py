@@ -77,12 +77,27 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = 1
 
 
-SLOWEST_FILES = ("test_chaos.py", "test_demo.py", "test_broken.py", "test_end_to_end.py")
+SLOWEST_FILES = (
+    "test_demo.py", "test_chaos.py", "test_readme.py", "test_log_changes.py", "test_dashboard_browser.py", "test_served.py",
+    "test_broken.py", "test_end_to_end.py", "test_replay_on_kafka.py", "test_startup.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Sort the slowest files to the front, so that parallel test processes start them first."""
-    items.sort(key=lambda item: SLOWEST_FILES.index(item.path.name) if item.path.name in SLOWEST_FILES else len(SLOWEST_FILES))
+    """Let each test process begin with some of the slowest tests: pytest-xdist gives each of them a part of the list.
+
+    A process starts the slowest files first. Tests that others have not started by then move between processes (worksteal).
+    """
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = sorted((i for i in items if i.path.name in SLOWEST_FILES), key=lambda item: SLOWEST_FILES.index(item.path.name))
+    fast = [item for item in items if item.path.name not in SLOWEST_FILES]
+    ordered = []
+    for number in range(num_processes):
+        part = slow[number::num_processes]
+        end = len(items) * (number + 1) // num_processes - len(ordered) - len(part)
+        ordered += part + fast[: max(0, end)]
+        fast = fast[max(0, end) :]
+    items[:] = ordered + fast
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,10 @@ from producers.files import SHIPPED_PROMPTS_PATH
 from producers.parse import parse_prompt
 from producers.rows import read_rows
 from schemas import ids
+from tests.support import fork_server
 from tests.support.chat_server import FakeChatServer, make_script
 from tests.support.dashboard import copy_demo, make_setting_flags
-from tests.support.fork_server import get_fork_server
+from tests.support.fork_server import CHARTER_MODULES
 from tests.support.waiting import HANG_S, read_until_hang
 
 ROOT = Path(__file__).parent.parent
@@ -34,10 +35,7 @@ COMMANDS = [
     if re.match(r"(charter|cd|echo|printf|export) ", line)
 ]
 KAFKA_ADDRESS, SERVER_ADDRESS = "kafka://localhost:9092", "http://localhost:8000/v1"  # as in the README
-FORK_SERVER_MODULES = (
-    "charter.__main__", "charter.cli", "charter.commands.run", "charter.commands.produce", "charter.commands.sql",
-    "engine.bus.kafka", "engine.models.local", "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+FORK_SERVER_MODULES = (*CHARTER_MODULES, "engine.models.local", "transformers.models.llama.modeling_llama")
 SHOWN_ID = re.search(r"^charter show (\w+)", README, re.MULTILINE)[1]
 
 
@@ -53,21 +51,16 @@ def run_shell(script, folder, environment):
     subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, check=True, timeout=HANG_S)
 
 
-def run_charter(arguments, folder, environment, *, code=0, stdin=None):
+def run_charter(arguments, folder, environment, *, code=0, stdin=""):
     """Run `charter` in a folder, with arguments as typed in a shell. Return its output, and its output with its error output.
 
     The process is a fork of one that has imported Charter and torch.
     """
-    files = {"output": folder / "output.txt", "errors": folder / "errors.txt"}
-    for path in files.values():
-        path.unlink(missing_ok=True)
-    server = get_fork_server(*FORK_SERVER_MODULES)
-    words = shlex.split(arguments)
-    process = server.start("charter.__main__:main", words, folder=folder, environment=environment, stdin=stdin, **files)
-    result = process.wait(HANG_S)
-    output, errors = (path.read_text() for path in files.values())
-    assert result == code, f"charter {arguments}\n{output}{errors}"
-    return output, output + errors
+    result = fork_server.run_charter(
+        shlex.split(arguments), folder=folder, environment=environment, stdin=stdin, modules=FORK_SERVER_MODULES
+    )
+    assert result.returncode == code, f"charter {arguments}\n{result.stdout}{result.stderr}"
+    return result.stdout, result.stdout + result.stderr
 
 
 def test_shown_id_is_a_prompt_of_the_demo():
@@ -93,8 +86,6 @@ def test_commands_work_in_order_after_the_demo(tiny, tmp_path):
     environment, folder = make_environment(tiny), tmp_path
     copy_demo(folder / ".charter", tiny)
     prompt_id = run_charter("sql 'select prompt_id from traces limit 1' --csv", folder, environment)[0].split()[-1]
-    quit_path = tmp_path / "quit.txt"
-    quit_path.write_text("q\n")
     ran = []
     for line in COMMANDS:
         command = line.split(" # ")[0].strip().replace(f"show {SHOWN_ID}", f"show {prompt_id[:8]}")
@@ -108,7 +99,7 @@ def test_commands_work_in_order_after_the_demo(tiny, tmp_path):
         elif command.startswith("charter dashboard"):
             serve_dashboard(folder, environment)
         elif command.startswith("charter "):
-            run_charter(arguments, folder, environment, stdin=quit_path if arguments.startswith("label") else None)
+            run_charter(arguments, folder, environment, stdin="q\n" * arguments.startswith("label"))
         else:
             run_shell(command, folder, environment)
         ran.append(command)

@@ -25,14 +25,11 @@ from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
-from tests.support.fork_server import ForkedProcess, get_fork_server
+from tests.support.fork_server import CHARTER_MODULES, ForkedProcess, get_fork_server
 from tests.support.kafka import DEFAULT_JOIN_DELAY, Broker
 from tests.support.waiting import HANG_S
 
 _ROOT = Path(__file__).parents[2]
-_FORK_SERVER_MODULES = (
-    "tests.chaos.fake_process", "charter.commands.run", "charter.commands.produce", "engine.bus.kafka", "trainer.loop",
-)  # fmt: skip
 _RECORD_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences")
 # Columns that differ when the same work is done at another time, by another process or in another order.
 _VOLATILE_COLUMNS = ("created_at", "latency_ms", "run_id", "commit_seq", "_partition", "_offset")
@@ -119,7 +116,7 @@ class SystemUnderTest:
         }
         log_path, words = self.folder / f"{name}.log", [*arguments, *self._build_options()]
         if not with_imports:
-            self.processes[name] = get_fork_server(*_FORK_SERVER_MODULES).start(
+            self.processes[name] = get_fork_server(*CHARTER_MODULES).start(
                 "tests.chaos.fake_process:main", words, folder=self.folder, environment=environment, output=log_path
             )
             return

@@ -42,10 +42,22 @@ def _run_command(folder, model, *arguments):
     return result.stdout
 
 
-def create_demo_run(folder, model):
-    """Copy the demo of `copy_demo`, and run hostile prompts in a second run; return the settings of the second run."""
-    copy_demo(folder, model)
-    return run_hostile_prompts(folder, model, "hostile")
+def copy_demo_with_hostile_run(folder, model):
+    """Copy a folder with the demo of `copy_demo` and then hostile prompts in a second run; return the settings of this run."""
+
+    def make(shared):
+        copy_demo(shared / "data", model)
+        _run_hostile_prompts(shared / "data", model, "hostile")
+
+    shutil.copytree(make_once("demo-with-hostile-run", make) / "data", folder)
+    return load_settings(make_setting_flags(folder, model, **{"run.id": "hostile"}), environment={})[0]
+
+
+def copy_hostile_run(folder):
+    """Copy the data folder of a run of the scripted model on hostile prompts, one of which no stage can decode."""
+    shared = make_once("hostile-run", lambda shared: _run_hostile_prompts(shared / "data", "scripted"))
+    shutil.copytree(shared / "data", folder)
+    return folder
 
 
 def copy_demo(folder, model):
@@ -54,8 +66,8 @@ def copy_demo(folder, model):
     shutil.copytree(demo / "data", folder)
 
 
-def run_hostile_prompts(folder, model, run="live"):
-    """Run hostile prompts and one undecodable record through every stage; return the run's settings."""
+def _run_hostile_prompts(folder, model, run="live"):
+    """Run hostile prompts and one undecodable record through every stage."""
     rows = folder.parent / "hostile.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "tags": ["<i>tag</i>"]}) + "\n" for text in HOSTILE_TEXTS.values()))
     _run_command(folder, model, "produce", rows, "--run", run)
@@ -71,4 +83,3 @@ def run_hostile_prompts(folder, model, run="live"):
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_until(lambda: store.path.exists() and store.query(finished, limit_s=HANG_S).rows == expected, host)
     bus.close()
-    return settings

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.support.waiting import HANG_S
+
 _ROOT = Path(__file__).parents[2]
 _POLL_INTERVAL_S = 0.02
+CHARTER_MODULES = (
+    "charter.__main__", "charter.cli", "charter.commands.run", "charter.commands.produce", "charter.commands.replay",
+    "charter.commands.sql", "engine.bus.kafka", "trainer.loop", "tests.chaos.fake_process",
+)  # fmt: skip
 
 
 @dataclass
@@ -97,6 +104,27 @@ class ForkServer:
 def get_fork_server(*modules: str) -> ForkServer:
     """Return the server of this process for these modules."""
     return ForkServer(modules)
+
+
+def run_charter(
+    arguments: Sequence[str],
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    stdin: str = "",
+    modules: Sequence[str] = CHARTER_MODULES,
+) -> subprocess.CompletedProcess[str]:
+    """Run `charter` in a fork of a process that has imported these modules."""
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = {name: Path(temporary) / name for name in ("stdin", "output", "errors")}
+        paths["stdin"].write_text(stdin, encoding="utf-8")
+        server = get_fork_server(*modules)
+        process = server.start(
+            "charter.__main__:main", arguments, folder=folder or Path.cwd(), environment=environment, **paths
+        )
+        code = process.wait(HANG_S)
+        output, errors = (paths[name].read_text(encoding="utf-8") for name in ("output", "errors"))
+    return subprocess.CompletedProcess(["charter", *arguments], code, output, errors)
 
 
 def _become_process(request: Mapping[str, Any]) -> None:

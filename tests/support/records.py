@@ -1,5 +1,7 @@
 """Records with ids derived from names, and a database of such records without an event log."""
 
+import shutil
+
 from constitutions.loader import load_constitution
 from consumers.grade import COMPLETION, GradeStage
 from consumers.graders.refusal import RefusalGrader
@@ -34,6 +36,7 @@ from schemas.records import (
     Verdict,
 )
 from schemas.topics import TOPICS
+from tests.support.shared import make_once
 
 
 class RecordDatabase:
@@ -41,7 +44,9 @@ class RecordDatabase:
 
     def __init__(self, path):
         self.store, self.next_commit_seq = Store(path), 0
-        self.store.create_schema()
+        empty = make_once("empty-database", lambda folder: Store(folder / "charter.duckdb").create_schema())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(empty / "charter.duckdb", path)
         with self.store.open_write_session() as connection:
             begin_session(connection)
             connection.execute("UPDATE raw.sink_state SET complete_seq = 0")
