@@ -39,14 +39,21 @@ from schemas.topics import TOPICS
 from tests.support.shared import make_once
 
 
+def copy_empty_database(path):
+    """Copy a database without rows, unless there is a database. To create its views takes much longer."""
+    if list(path.parent.glob(f"{path.name}*")):  # also a write-ahead log without its database
+        return
+    empty = make_once("empty-database", lambda folder: Store(folder / "charter.duckdb").create_schema())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(empty / "charter.duckdb", path)
+
+
 class RecordDatabase:
     """A database; added records get commit sequence numbers in the order in which they are added."""
 
     def __init__(self, path):
         self.store, self.next_commit_seq = Store(path), 0
-        empty = make_once("empty-database", lambda folder: Store(folder / "charter.duckdb").create_schema())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(empty / "charter.duckdb", path)
+        copy_empty_database(path)
         with self.store.open_write_session() as connection:
             begin_session(connection)
             connection.execute("UPDATE raw.sink_state SET complete_seq = 0")
