@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
+from tests.support import fork_server
 from tests.support.kafka import SecureBroker, start_shared_broker
 from tests.support.waiting import HANG_S, wait_until
 
@@ -82,9 +81,7 @@ def make_flags(broker, folder, **changes):
 def run_charter(broker, folder, *arguments, password=SecureBroker.PASSWORD, **changes):
     """Run the command line with the secured broker; the password is only in the environment."""
     options = [word for key, value in make_flags(broker, folder, **changes).items() for word in ("--set", f"{key}={value}")]
-    environment = os.environ | {"CHARTER_KAFKA_PASSWORD": password}
-    command = [sys.executable, "-m", "charter", *arguments, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return fork_server.run_charter([*arguments, *options], environment=os.environ | {"CHARTER_KAFKA_PASSWORD": password})
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"])

@@ -1,4 +1,4 @@
-"""A process that imports modules once and then forks: each fork runs a function as a process of its own, without these imports.
+"""A process that imports modules once and then forks. Each fork is a new process that runs a function without these imports.
 
 `python -m tests.support.fork_server MODULE...` is the server. It reads requests, one JSON object a line, from its standard input,
 and writes one answer a line.
