@@ -147,6 +147,10 @@ class Broker:
                 self.kill()
 
 
+# No test kills a shared broker, so it need not notice quickly that it has lost its session; on a busy machine it would lose it.
+_SHARED_SETTINGS = {"broker.session.timeout.ms": 60_000, "broker.heartbeat.interval.ms": 2000}
+
+
 def start_shared_broker(name: str, make_broker: Callable[[Path], Broker]) -> tuple[Path, str]:
     """Return the folder and HOST:PORT of a broker that all test processes share.
 
@@ -155,6 +159,8 @@ def start_shared_broker(name: str, make_broker: Callable[[Path], Broker]) -> tup
 
     def launch(folder: Path) -> tuple[subprocess.Popen, str, Callable[[], None]]:
         broker = make_broker(folder)
+        with (folder / "server.properties").open("a") as file:
+            file.writelines(f"\n{key}={value}" for key, value in _SHARED_SETTINGS.items())
         broker.launch_process()
         assert broker.process
         return broker.process, broker.address, broker.wait_until_ready
