@@ -63,6 +63,8 @@ _GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
 class _LogAppendTimeBroker(TestBroker):
     """This broker sets the timestamp of a record when it appends the record. One clock therefore measures all clients."""
 
+    JAVA_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC")
+
     def build_properties(self) -> str:
         return super().build_properties() + "\nlog.message.timestamp.type=LogAppendTime"
 

@@ -7,6 +7,7 @@ not wait long. Read connections are read-only and have no access to files or the
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -122,15 +123,20 @@ class Store:
                 yield connection
 
     def create_schema(self) -> None:
-        """Create the database, and the missing tables and views.
+        """Create the database, and the missing tables and views. Do nothing if this version of Charter has created all of them.
 
         Raise DataFolderVersionMismatch if another version created the database. Raise StoreDamaged if it is damaged.
         """
+        statements = build_create_statements()
+        definition_hash = hashlib.sha256("\n".join(statements).encode()).hexdigest()
         with self.open_write_session(create=True) as connection:
             check_format_version(connection, self.path)
+            if _read_schema_label(connection) == _build_schema_label(connection, definition_hash):
+                return
             connection.begin()
-            for statement in build_create_statements():
+            for statement in statements:
                 connection.execute(statement)
+            connection.execute(f"COMMENT ON TABLE raw.sink_state IS '{_build_schema_label(connection, definition_hash)}'")
             if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
                 connection.execute("INSERT INTO raw.sink_state VALUES (?, 0, NULL)", [FORMAT_VERSION])
             connection.commit()
@@ -170,6 +176,20 @@ class Store:
             fsync_path(copy)
             copy.replace(path)
             fsync_path(path.parent)
+
+
+def _build_schema_label(connection: duckdb.DuckDBPyConnection, definition_hash: str) -> str:
+    """Return a text that changes with the definition of the tables and views, and when one of them is missing."""
+    sql = "SELECT (SELECT count(*) FROM duckdb_tables()), (SELECT count(*) FROM duckdb_views() WHERE NOT internal)"
+    ((num_tables, num_views),) = connection.execute(sql).fetchall()
+    return f"schema {definition_hash}, {num_tables} tables, {num_views} views"
+
+
+def _read_schema_label(connection: duckdb.DuckDBPyConnection) -> str | None:
+    """Return the label that `create_schema` wrote, or None."""
+    sql = "SELECT comment FROM duckdb_tables() WHERE schema_name = 'raw' AND table_name = 'sink_state'"
+    row = connection.execute(sql).fetchone()
+    return row[0] if row else None
 
 
 def _copy_database(connection: duckdb.DuckDBPyConnection, copy: Path) -> None:

@@ -15,7 +15,18 @@ import pytest
 
 from engine.bus import open_bus
 from schemas.topics import TOPICS
-from tests.support.kafka import DEFAULT_SETTINGS, Broker
+from tests.support.kafka import DEFAULT_SETTINGS, Broker, start_shared_broker
+from tests.support.shared import create_shared_folder, make_once, remove_shared_folder, start_once
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in a worker process of xdist
+        create_shared_folder()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        remove_shared_folder()
 
 
 @pytest.fixture
@@ -28,16 +39,15 @@ def bus(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def kafka_address(tmp_path_factory):
-    """Yield the address of a real Apache Kafka: the one in CHARTER_TEST_BOOTSTRAP, or a broker started from KAFKA_HOME."""
+def kafka_address():
+    """Return the address of a real Apache Kafka: the one in CHARTER_TEST_BOOTSTRAP, or a broker started from KAFKA_HOME."""
     if bootstrap := os.environ.get("CHARTER_TEST_BOOTSTRAP"):
-        yield f"kafka://{bootstrap}"
-        return
+        return f"kafka://{bootstrap}"
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar, or CHARTER_TEST_BOOTSTRAP to HOST:PORT")
-    with Broker(Path(home), tmp_path_factory.mktemp("kafka")) as broker:
-        yield f"kafka://{broker.address}"
+    _, address = start_shared_broker("kafka", lambda folder: Broker(Path(home), folder))
+    return f"kafka://{address}"
 
 
 @pytest.fixture(scope="session")
@@ -67,22 +77,40 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = 1
 
 
-SLOWEST_FILES = ("test_chaos.py", "test_demo.py", "test_broken.py", "test_end_to_end.py")
+SLOWEST_FILES = (
+    "test_demo.py", "test_chaos.py", "test_readme.py", "test_log_changes.py", "test_dashboard_browser.py", "test_served.py",
+    "test_broken.py", "test_end_to_end.py", "test_replay_on_kafka.py", "test_startup.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Sort the slowest files to the front, so that parallel test processes start them first."""
-    items.sort(key=lambda item: SLOWEST_FILES.index(item.path.name) if item.path.name in SLOWEST_FILES else len(SLOWEST_FILES))
+    """Let each test process begin with some of the slowest tests: pytest-xdist gives each of them a part of the list.
+
+    A process starts the slowest files first. Tests that others have not started by then move between processes (worksteal).
+    """
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = sorted((i for i in items if i.path.name in SLOWEST_FILES), key=lambda item: SLOWEST_FILES.index(item.path.name))
+    fast = [item for item in items if item.path.name not in SLOWEST_FILES]
+    ordered = []
+    for number in range(num_processes):
+        part = slow[number::num_processes]
+        end = len(items) * (number + 1) // num_processes - len(ordered) - len(part)
+        ordered += part + fast[: max(0, end)]
+        fast = fast[max(0, end) :]
+    items[:] = ordered + fast
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny():
     """Return the folder of a two-layer Llama over single letters; its pad token is its end token, as in SmolLM2."""
+    return make_once("tiny", _save_tiny_model)
+
+
+def _save_tiny_model(folder):
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokens = ["<unk>", "<s>", "</s>", *" abcdefghijklmnopqrstuvwxyz.,:()ABHmnst"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -99,26 +127,25 @@ def tiny(tmp_path_factory):
         tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def served(smollm2, tmp_path_factory):
-    """Yield the address (a value for models.*) of `transformers serve` with the packaged model."""
+def served(smollm2):
+    """Return the address (a value for models.*) of `transformers serve` with the packaged model."""
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"transformers serve needs {package}: pip install 'transformers[serving]'")
-    from tests.support.transformers_server import run_transformers_server
+    from tests.support.transformers_server import launch_transformers_server
 
-    with run_transformers_server(smollm2, tmp_path_factory.mktemp("served")) as address:
-        yield address
+    _, address = start_once("served", lambda folder: launch_transformers_server(smollm2, folder))
+    return address
 
 
 @pytest.fixture(scope="session")
-def default_kafka_address(tmp_path_factory):
-    """Start an Apache Kafka whose groups wait three seconds for more members, as every broker does by default."""
+def default_kafka_address():
+    """Return the address of an Apache Kafka whose groups wait three seconds for more members, as every broker does by default."""
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka: set KAFKA_HOME to a folder with libs/*.jar")
-    with Broker(Path(home), tmp_path_factory.mktemp("kafka"), settings=DEFAULT_SETTINGS) as broker:
-        yield f"kafka://{broker.address}"
+    _, address = start_shared_broker("delayed-kafka", lambda folder: Broker(Path(home), folder, settings=DEFAULT_SETTINGS))
+    return f"kafka://{address}"

@@ -30,14 +30,14 @@ def prefix():
 
 
 def test_killing_every_process_changes_no_table_on_the_embedded_log(tmp_path):
-    progress = run(kill_everything(tmp_path, KillScenario(num_prompts=80, num_kills=6, seed=3), on_kafka=False))
+    progress = run(kill_everything(tmp_path, KillScenario(num_prompts=60, num_kills=6, seed=3), on_kafka=False))
     assert progress[-1] == "every table equals that of the undisturbed run"
 
 
 @pytest.mark.kafka
 @needs_kafka_home
 def test_killing_every_process_and_a_broker_while_policies_are_published_loses_nothing(tmp_path):
-    sizes = KillScenario(num_prompts=100, num_kills=5, num_broker_kills=1, seed=4, publish_policies=True)
+    sizes = KillScenario(num_prompts=60, num_kills=4, num_broker_kills=1, seed=4, publish_policies=True)
     progress = run(kill_everything(tmp_path, sizes, on_kafka=True))
     assert "responses by version" in progress[-1]
 
@@ -51,7 +51,7 @@ def test_commit_that_lost_its_records_is_repeated(tmp_path):
 
 @pytest.mark.kafka
 def test_instance_that_lost_its_partitions_while_stopped_writes_nothing(tmp_path, default_kafka_address, prefix):
-    run(faults.run_zombie(tmp_path, default_kafka_address, prompts=60, prefix=prefix))
+    run(faults.run_zombie(tmp_path, default_kafka_address, prompts=24, prefix=prefix))
 
 
 @pytest.mark.kafka
@@ -61,7 +61,7 @@ def test_instances_join_and_leave_under_load(tmp_path, default_kafka_address, pr
 
 @pytest.mark.kafka
 def test_killed_producers_with_shared_prompts_cause_one_response_per_prompt(tmp_path, default_kafka_address, prefix):
-    run(run_concurrent_producers(tmp_path, default_kafka_address, prompts=400, num_producers=2, num_kills=3, prefix=prefix))
+    run(run_concurrent_producers(tmp_path, default_kafka_address, prompts=120, num_producers=2, num_kills=3, prefix=prefix))
 
 
 def test_damaged_database_gets_every_row_once(tmp_path):

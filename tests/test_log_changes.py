@@ -25,7 +25,7 @@ def run(lines):
 
 
 def test_lost_offsets_cause_no_second_response(place):
-    run(log_changes.run_offset_expiry(**place, prompts=24, num_expiries=2, expire=log_changes.delete_groups))
+    run(log_changes.run_offset_expiry(**place, prompts=18, num_expiries=2, expire=log_changes.delete_groups))
 
 
 def test_reset_offsets_are_refused_and_restored(place):
@@ -39,8 +39,8 @@ def test_deleted_records_are_reported(place):
 @pytest.mark.parametrize("state", ["running", "stopped", "paused"])
 def test_recreated_topics_are_read_from_their_beginning(place, state):
     topics = ["prompts"] if state == "running" else log_changes.WORK_TOPICS
-    run(log_changes.run_recreated_topics(**place, state=state, topics=topics, prompts=60))
+    run(log_changes.run_recreated_topics(**place, state=state, topics=topics, prompts=30))
 
 
 def test_added_partitions_serve_later_runs(place):
-    run(log_changes.run_added_partitions(**place, prompts=40, wait_for_discovery=False))
+    run(log_changes.run_added_partitions(**place, prompts=24, wait_for_discovery=False))

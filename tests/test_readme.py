@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import uuid
@@ -17,8 +18,10 @@ from producers.files import SHIPPED_PROMPTS_PATH
 from producers.parse import parse_prompt
 from producers.rows import read_rows
 from schemas import ids
+from tests.support import fork_server
 from tests.support.chat_server import FakeChatServer, make_script
-from tests.support.dashboard import make_setting_flags
+from tests.support.dashboard import copy_demo, make_setting_flags
+from tests.support.fork_server import CHARTER_MODULES
 from tests.support.waiting import HANG_S, read_until_hang
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,7 @@ COMMANDS = [
     if re.match(r"(charter|cd|echo|printf|export) ", line)
 ]
 KAFKA_ADDRESS, SERVER_ADDRESS = "kafka://localhost:9092", "http://localhost:8000/v1"  # as in the README
+FORK_SERVER_MODULES = (*CHARTER_MODULES, "engine.models.local", "transformers.models.llama.modeling_llama")
 SHOWN_ID = re.search(r"^charter show (\w+)", README, re.MULTILINE)[1]
 
 
@@ -43,13 +47,20 @@ def make_environment(model):
 
 
 def run_shell(script, folder, environment):
-    """Run a script in a folder, with `charter` as a command. Return its output."""
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f'charter() {{ "{sys.executable}" -m charter "$@"; }}\n{script}'],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert result.returncode == 0, f"{script}\n{result.stdout}{result.stderr}"
-    return result.stdout
+    """Run a script in a folder."""
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, check=True, timeout=HANG_S)
+
+
+def run_charter(arguments, folder, environment, *, code=0, stdin=""):
+    """Run `charter` in a folder, with arguments as typed in a shell. Return its output, and its output with its error output.
+
+    The process is a fork of one that has imported Charter and torch.
+    """
+    result = fork_server.run_charter(
+        shlex.split(arguments), folder=folder, environment=environment, stdin=stdin, modules=FORK_SERVER_MODULES
+    )
+    assert result.returncode == code, f"charter {arguments}\n{result.stdout}{result.stderr}"
+    return result.stdout, result.stdout + result.stderr
 
 
 def test_shown_id_is_a_prompt_of_the_demo():
@@ -70,53 +81,58 @@ def test_shown_constitution_is_that_of_the_new_folder(tmp_path):
     assert load_settings(file=tmp_path / "library" / "charter.toml", environment={})[0].run.constitution == "constitution.toml"
 
 
-@pytest.mark.timeout(0)  # run_shell has a timeout
+@pytest.mark.timeout(0)  # the commands have a timeout
 def test_commands_work_in_order_after_the_demo(tiny, tmp_path):
     environment, folder = make_environment(tiny), tmp_path
-    run_shell("charter demo --prompts 4", folder, environment)
-    prompt_id = run_shell("charter sql 'select prompt_id from traces limit 1' --csv", folder, environment).split()[-1]
+    copy_demo(folder / ".charter", tiny)
+    prompt_id = run_charter("sql 'select prompt_id from traces limit 1' --csv", folder, environment)[0].split()[-1]
     ran = []
     for line in COMMANDS:
-        command = line.split(" # ")[0].replace(f"show {SHOWN_ID}", f"show {prompt_id[:8]}")
+        command = line.split(" # ")[0].strip().replace(f"show {SHOWN_ID}", f"show {prompt_id[:8]}")
+        arguments = command.removeprefix("charter ")
         if KAFKA_ADDRESS in command:
             continue
         if SERVER_ADDRESS in command:
-            judge_on_a_server(command, folder, environment)
+            judge_on_a_server(arguments, folder, environment)
         elif command.startswith("cd "):
             folder /= command.split()[1]
         elif command.startswith("charter dashboard"):
             serve_dashboard(folder, environment)
+        elif command.startswith("charter "):
+            run_charter(arguments, folder, environment, stdin="q\n" * arguments.startswith("label"))
         else:
-            run_shell("echo q | " * command.startswith("charter label") + command, folder, environment)
-        ran.append(command.split("#")[0].strip())
+            run_shell(command, folder, environment)
+        ran.append(command)
     assert (folder / "exported" / "pairs").is_dir() and folder.name == "library"
     assert {"charter init library", "charter runs compare live rejudged", "charter dashboard"} <= set(ran)
 
 
-def judge_on_a_server(command, folder, environment):
+def judge_on_a_server(arguments, folder, environment):
     """Judge one more prompt with a model on a server, and check that the server was asked."""
     server = FakeChatServer(["MODEL"])
     server.script = make_script()
-    prepare = "echo '\"One more?\"' > more.jsonl\ncharter produce more.jsonl\ncharter run --stage respond --until-done"
+    (folder / "more.jsonl").write_text('"One more?"\n')
     try:
-        run_shell(prepare, folder, environment)
-        run_shell(f"{command.replace(SERVER_ADDRESS, server.url)} --until-done", folder, environment)
+        run_charter("produce more.jsonl", folder, environment)
+        run_charter("run --stage respond --until-done", folder, environment)
+        run_charter(f"{arguments.replace(SERVER_ADDRESS, server.url)} --until-done", folder, environment)
     finally:
         server.close()
     assert server.requests
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(0)  # run_shell has a timeout
+@pytest.mark.timeout(0)  # the commands have a timeout
 def test_kafka_commands_work(tiny, kafka_address, tmp_path):
     environment = make_environment(tiny) | {"CHARTER_BUS__PREFIX": f"v{uuid.uuid4().hex[:8]}."}
-    run_shell("charter init library", tmp_path, environment)
+    run_charter("init library", tmp_path, environment)
     commands = [line.split(" # ")[0].replace(KAFKA_ADDRESS, kafka_address) for line in COMMANDS if KAFKA_ADDRESS in line]
-    assert len(commands) == 4
+    assert len(commands) == 4 and all(command.startswith("charter ") for command in commands)
     for command in commands:
-        run_shell(command + " --until-done" * command.startswith("charter run"), tmp_path / "library", environment)
-    rows = run_shell("charter sql 'select count(*) from preferences' --csv", tmp_path / "library", environment).split()
-    assert rows[-1] == "6"
+        arguments = command.removeprefix("charter ")
+        run_charter(arguments + " --until-done" * arguments.startswith("run"), tmp_path / "library", environment)
+    rows, _ = run_charter("sql 'select count(*) from preferences' --csv", tmp_path / "library", environment)
+    assert rows.split()[-1] == "6"
 
 
 def serve_dashboard(folder, environment):
@@ -129,23 +145,25 @@ def serve_dashboard(folder, environment):
     process.communicate()
 
 
-@pytest.mark.timeout(0)  # run_shell has a timeout
+@pytest.mark.timeout(0)  # the commands have a timeout
 def test_new_run_states_its_policy_and_keeps_the_base_model(tiny, tmp_path):
     environment = make_environment(tiny)
-    run_shell(
-        "charter demo --prompts 4\necho '\"One more?\"' > p.jsonl\ncharter produce p.jsonl --run base", tmp_path, environment
-    )
-    run = "charter run --run base --until-done 2>&1"
-    output = run_shell(f"{run} --from-base", tmp_path, environment)
+    copy_demo(tmp_path / ".charter", tiny)
+    (tmp_path / "p.jsonl").write_text('"One more?"\n')
+
+    def run(arguments, code=0):
+        return run_charter(arguments, tmp_path, environment, code=code)[1]
+
+    run("produce p.jsonl --run base")
+    output = run("run --run base --until-done --from-base")
     assert "the base model) for the whole run (run.from_base), although the log has policies up to 2" in output
-    again = "charter produce p.jsonl --run base --epoch 1\n"
-    assert "the base model) for the whole run" in run_shell(again + run, tmp_path, environment)
-    newest = "charter produce p.jsonl --run newest --epoch 2\ncharter run --run newest --until-done 2>&1"
-    output = run_shell(newest, tmp_path, environment)
+    run("produce p.jsonl --run base --epoch 1")
+    assert "the base model) for the whole run" in run("run --run base --until-done")
+    run("produce p.jsonl --run newest --epoch 2")
+    output = run("run --run newest --until-done")
     assert "responses come from policy 2 (from ppo, trained in run demo), the newest on the log" in output
     sql = "select run_id, policy_version from responses where run_id <> 'demo' order by 1, 2"
-    rows = run_shell(f'charter sql "{sql}" --csv', tmp_path, environment).split()[1:]
+    rows = run_charter(f'sql "{sql}" --csv', tmp_path, environment)[0].split()[1:]
     assert rows == ["base,0", "base,0", "newest,2"]
     for change in ("--run newest --from-base", "--run base --set run.from_base=false"):
-        refused = run_shell(f"! charter run {change} --until-done 2>&1", tmp_path, environment)
-        assert "a run keeps its start" in refused
+        assert "a run keeps its start" in run(f"run {change} --until-done", code=2)

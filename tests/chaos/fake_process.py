@@ -3,14 +3,14 @@
 The model's output is a hash of its input. Each call takes CHAOS_BATCH_S seconds, so that a kill interrupts unfinished work.
 A learner writes a checkpoint that holds only a revision. Everything else is the code that `charter` runs.
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
 from charter.__main__ import end_on_interrupt
 
-end_on_interrupt()  # as `charter` does, before the slow imports
-print("the process has started", flush=True)
+if __name__ == "__main__":
+    end_on_interrupt()  # as `charter` does, before the slow imports
+    print("the process has started", flush=True)
 
 import json
 import os
@@ -28,9 +28,7 @@ from engine.models.interface import Generation, GenerationRequest, Model, Option
 from engine.models.scripted import ScriptedModel
 
 _MARKER_FILE = "fake.json"
-_BATCH_DELAY_S = float(os.environ.get("CHAOS_BATCH_S", "0.02"))
 _NUM_STEPS = 4
-_CLOCK_FILE = os.environ.get("CHAOS_CLOCK_FILE")
 _CLOCK_READ_INTERVAL_S = 0.05
 
 
@@ -39,12 +37,17 @@ class _SlowScriptedModel(ScriptedModel):
     """A fake model with a delay in each call."""
 
     def generate(self, batch: Sequence[GenerationRequest], **options: Any) -> list[list[Generation]]:
-        time.sleep(_BATCH_DELAY_S)  # the duration of a model call
+        _sleep()
         return super().generate(batch, **options)
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
-        time.sleep(_BATCH_DELAY_S)  # the duration of a model call
+        _sleep()
         return super().score_options(batch, options)
+
+
+def _sleep() -> None:
+    """Sleep as long as a model call or a training step takes."""
+    time.sleep(float(os.environ.get("CHAOS_BATCH_S", "0.02")))
 
 
 def _open_fake_model(spec: str, **options: Any) -> Model:
@@ -58,7 +61,7 @@ def _open_fake_model(spec: str, **options: Any) -> Model:
 def _run_fake_update(context: Any, batch: Any) -> Any:
     """Run a fake update: publish metrics of some steps; the checkpoint holds only the id of its batch."""
     for step in range(_NUM_STEPS):
-        time.sleep(_BATCH_DELAY_S)  # the duration of a training step
+        _sleep()
         context.on_step(step, {"loss": 1.0 / (1 + step)})
 
     def save(folder: Path) -> None:
@@ -92,8 +95,9 @@ class _ShiftedClock:
 
 
 def main() -> None:
-    if _CLOCK_FILE:
-        _ShiftedClock(Path(_CLOCK_FILE)).install()
+    end_on_interrupt()
+    if clock_file := os.environ.get("CHAOS_CLOCK_FILE"):
+        _ShiftedClock(Path(clock_file)).install()
     import charter.cli
     import charter.models
 

@@ -211,7 +211,7 @@ def _read_answered(system: SystemUnderTest) -> list[str]:
 
 def _require_loss_reported(system: SystemUnderTest, topic: str, stage: str) -> None:
     """Run a stage that has lost records. Require that it ends with an error that names them."""
-    code, output = system.run_command("run", "--stage", stage)
+    code, output = system.run_to_its_end("run", "--stage", stage)
     require(
         code == 1 and f"{topic}[" in output and "no longer" in output, f"no error about the loss, code {code}: {output[-300:]}"
     )

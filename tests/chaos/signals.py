@@ -42,7 +42,7 @@ def run_signal_storm(
             names = [f"run-{number + n}" for n in range(min(num_parallel, num_pairs - number))]
             number += len(names)
             for name in names:
-                system.start_process(name, "run")
+                system.start_process(name, "run", with_imports=True)
             for name in names:
                 # Python itself prints a traceback if Ctrl-C arrives before the first line of Charter.
                 line = rng.choice((_FIRST_LINE, _RUNNING_LINE))

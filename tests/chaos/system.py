@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+from click.testing import CliRunner
 
+from charter.cli import cli
 from engine.bus import open_bus
 from engine.bus.port import Bus, TopicPartition
 from engine.bus.read import read_values
 from engine.errors import CharterError
 from engine.settings import Settings, load_settings
 from engine.store import Store
+from tests.support.fork_server import CHARTER_MODULES, ForkedProcess, get_fork_server
 from tests.support.kafka import DEFAULT_SETTINGS, Broker
 from tests.support.waiting import HANG_S
 
@@ -66,7 +69,7 @@ class SystemUnderTest:
     bus_prefix: str = ""
     batch_delay_s: float = 0.02
     clock_file: Path | None = None  # the processes add the seconds in this file to their wall clock
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes] | ForkedProcess] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     kill_counts: dict[str, int] = field(default_factory=dict)
     unexpected_exits: list[str] = field(default_factory=list)  # processes that ended with an error without being killed
@@ -80,6 +83,9 @@ class SystemUnderTest:
         bus = {"bus.address": self.bus_address, "bus.prefix": self.bus_prefix} if self.bus_address else {}
         required = {"data.folder": str(self.folder / "data"), "models.policy": "scripted", "prompts.eval_fraction": "0"}
         return required | bus | {"worker.max_consecutive_dead_letters": "0"} | self.setting_overrides
+
+    def _build_options(self) -> list[str]:
+        return [option for key, value in self.build_settings().items() for option in ("--set", f"{key}={value}")]
 
     def load_settings(self) -> Settings:
         return load_settings(self.build_settings(), environment={})[0]
@@ -97,10 +103,12 @@ class SystemUnderTest:
 
     # Processes
 
-    def start_process(self, name: str, *arguments: str) -> None:
-        """Run a command of Charter as a process called `name`, with the settings of this moment."""
+    def start_process(self, name: str, *arguments: str, with_imports: bool = False) -> None:
+        """Run a command of Charter as a process called `name`, with the settings of this moment.
+
+        The process is a fork of one that has imported Charter, unless `with_imports` is true.
+        """
         self.commands[name] = list(arguments)
-        flags = [option for key, value in self.build_settings().items() for option in ("--set", f"{key}={value}")]
         environment = os.environ | {
             "CHARTER_ALLOW_SCRIPTED": "1",
             "CHAOS_BATCH_S": str(self.batch_delay_s),
@@ -109,8 +117,14 @@ class SystemUnderTest:
         }
         if self.clock_file:
             environment["CHAOS_CLOCK_FILE"] = str(self.clock_file)
-        with (self.folder / f"{name}.log").open("ab") as log:
-            command = [sys.executable, "-m", "tests.chaos.fake_process", *arguments, *flags]
+        log_path, words = self.folder / f"{name}.log", [*arguments, *self._build_options()]
+        if not with_imports:
+            self.processes[name] = get_fork_server(*CHARTER_MODULES).start(
+                "tests.chaos.fake_process:main", words, folder=self.folder, environment=environment, output=log_path
+            )
+            return
+        with log_path.open("ab") as log:
+            command = [sys.executable, "-m", "tests.chaos.fake_process", *words]
             self.processes[name] = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def start_pipeline(self, *arguments: str) -> None:
@@ -126,12 +140,16 @@ class SystemUnderTest:
         )
 
     def run_command(self, *arguments: str) -> tuple[int, str]:
-        """Run a command of Charter to its end. Return its exit code and its output."""
+        """Run a command of Charter in this process. Return its exit code and its output."""
+        result = CliRunner(env={"CHARTER_ALLOW_SCRIPTED": "1"}).invoke(cli, [*arguments, *self._build_options()])
+        return result.exit_code, result.output + (str(result.exception) if result.exception else "")
+
+    def run_to_its_end(self, *arguments: str) -> tuple[int, str]:
+        """Run a process that ends without a signal of the scenario. Return its exit code and its output."""
         name = "command"
         (self.folder / f"{name}.log").unlink(missing_ok=True)
         self.start_process(name, *arguments)
-        code = self.processes.pop(name).wait(HANG_S)
-        return code, self.read_log(name)
+        return self.wait_for_exit(name), self.read_log(name)
 
     def wait_for_exit(self, name: str) -> int:
         """Return the exit code of a process that ends without a signal of the scenario."""
@@ -189,10 +207,9 @@ class SystemUnderTest:
     # Prompts and results
 
     def publish_file(self, path: Path) -> None:
-        """Publish a file and wait for the producer to exit."""
-        self.start_process("produce", "produce", str(path))
-        code = self.processes.pop("produce").wait(HANG_S)
-        require(code == 0, f"produce ended with {code}: {self.read_log_tail('produce')}")
+        """Publish a file from this process."""
+        code, output = self.run_command("produce", str(path))
+        require(code == 0, f"produce ended with {code}: {output}")
 
     def count_finished_prompts(self) -> int:
         """Return the number of prompts with a finished revision chain and a preference."""

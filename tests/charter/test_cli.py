@@ -4,6 +4,7 @@ import ast
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from charter.lookup import find_prompt_ids
 from charter.text import escape_unprintable, format_json
 from engine import errors
 from engine.store import Store
+from tests.support import fork_server
+from tests.support.shared import make_once
 from tests.support.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +30,11 @@ HEAVY = ("torch", "transformers", "trl", "duckdb", "pyarrow", "kafka", "rich", "
 
 
 def run_charter(*arguments, stdin="", **environment):
+    return fork_server.run_charter([*map(str, arguments)], stdin=stdin, environment=os.environ | environment)
+
+
+def run_new_python(*arguments, stdin="", **environment):
+    """Run `charter` as `run_charter` does, but with its own imports."""
     command = [sys.executable, "-m", "charter", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin, env=os.environ | environment)
 
@@ -63,7 +71,7 @@ def test_every_command_is_listed_and_has_examples():
 
 
 def test_help_lists_every_command_in_its_section():
-    lines = run_charter("--help").stdout
+    lines = run_new_python("--help").stdout
     for section, verbs in SECTIONS.items():
         after = lines[lines.index(f"{section}:") :]
         assert all(f"\n  {verb} " in after for verb in verbs)
@@ -81,7 +89,7 @@ def test_without_a_command_it_prints_first_steps_or_the_status(tmp_path, data):
 
 
 def test_shell_completes_commands():
-    result = run_charter(_CHARTER_COMPLETE="bash_complete", COMP_WORDS="charter pro", COMP_CWORD="1")
+    result = run_new_python(_CHARTER_COMPLETE="bash_complete", COMP_WORDS="charter pro", COMP_CWORD="1")
     assert result.stdout.split() == ["plain,produce"]
 
 
@@ -92,15 +100,13 @@ def test_shell_completes_choices_and_files():
     assert result.stdout.split() == ["file,my"]  # the shell then completes file names
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Return a data folder with three prompts that the scripted model has processed."""
+def process_three_prompts(folder):
     from charter.connect import connect_bus, open_store
     from charter.pipeline import STAGES, make_host
     from engine.settings import load_settings
     from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 
-    settings, _ = load_settings({"data.folder": str(tmp_path / "data"), "models.policy": "scripted"}, environment={})
+    settings, _ = load_settings({"data.folder": str(folder / "data"), "models.policy": "scripted"}, environment={})
     bus = connect_bus(settings)
     FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=3)
     with make_host(settings, bus, STAGES, sink=True) as host:
@@ -108,7 +114,13 @@ def data(tmp_path):
         finished = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
         wait_until(lambda: store.query(finished).rows == [(3,)], host)
     bus.close()
-    return settings.folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Return a copy of a data folder with three prompts that the scripted model has processed."""
+    folder = make_once("three-prompts", process_three_prompts)
+    return shutil.copytree(folder / "data", tmp_path / "data")
 
 
 def test_json_output_is_a_list_of_objects(data):
@@ -150,7 +162,7 @@ def test_tail_prints_the_newest_records(data):
 
 
 def test_produce_reports_invalid_lines_and_publishes_the_others(tmp_path):
-    result = run_charter("produce", "-", "--data", tmp_path / "d", stdin='"good"\n{bad\n"also good"\n')
+    result = run_new_python("produce", "-", "--data", tmp_path / "d", stdin='"good"\n{bad\n"also good"\n')
     assert result.returncode == 1 and "row 2: not JSON" in result.stderr and "2 prompts published" in result.stdout
     result = run_charter("produce", "-", "--strict", "--data", tmp_path / "e", stdin='"good"\n{bad\n"never"\n')
     assert result.returncode == 2 and "row 2" in result.stderr
@@ -313,7 +325,7 @@ def test_ctrl_c_ends_a_long_query(data):
 
 
 def test_output_works_on_a_terminal_without_unicode(data):
-    result = run_charter("sql", "select '→' as x", "--data", data, PYTHONIOENCODING="latin-1")
+    result = run_new_python("sql", "select '→' as x", "--data", data, PYTHONIOENCODING="latin-1")
     assert result.returncode == 0 and "\\u2192" in result.stdout
 
 

@@ -23,7 +23,7 @@ from engine.access_lock import AccessLock
 from engine.settings import load_settings
 from schemas.codec import decode_record
 from schemas.records import LabelSource, Outcome, Preference
-from tests.support.dashboard import HOSTILE_TEXTS, make_setting_flags, run_hostile_prompts
+from tests.support.dashboard import HOSTILE_TEXTS, copy_hostile_run, make_setting_flags
 from tests.support.records import RecordDatabase, add_counted_run, make_prompt
 from tests.support.waiting import wait_until
 
@@ -57,9 +57,7 @@ def get_json_path(path):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """The data folder of a run of the scripted model on hostile prompts, one of which no stage can decode."""
-    folder = tmp_path_factory.mktemp("dashboard") / "data"
-    run_hostile_prompts(folder, "scripted")
-    return folder
+    return copy_hostile_run(tmp_path_factory.mktemp("dashboard") / "data")
 
 
 @pytest.fixture

@@ -24,13 +24,14 @@ from engine.instances import ServiceLease
 from producers.files import FileProducer
 from schemas.codec import decode_record
 from schemas.records import Preference
-from tests.support.dashboard import HOSTILE_TEXTS, add_evaluation, create_demo_run
+from tests.support.dashboard import HOSTILE_TEXTS, add_evaluation, copy_demo_with_hostile_run
 
 REQUIRED = os.environ.get("CHARTER_REQUIRE_BROWSER") == "1"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
 SHAPES = [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")]
 SHOTS = os.environ.get("CHARTER_SCREENSHOTS")
+CHECKED_SHAPES = SHAPES if SHOTS else [(1440, "light"), (390, "dark")]  # each width and each theme
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def settings(browser, tiny, tmp_path_factory):
-    demo_settings = create_demo_run(tmp_path_factory.mktemp("browser") / "data", tiny)
+    demo_settings = copy_demo_with_hostile_run(tmp_path_factory.mktemp("browser") / "data", tiny)
     add_evaluation(demo_settings)
     return demo_settings
 
@@ -128,7 +129,7 @@ def open_session(browser, address):
     return lambda *shape, **more: BrowserSession(browser, address, *shape, **more)
 
 
-@pytest.mark.parametrize(("width", "theme"), SHAPES)
+@pytest.mark.parametrize(("width", "theme"), CHECKED_SHAPES)
 def test_navigation_links_open_every_page(open_session, width, theme):
     with open_session(width, theme) as session:
         page = session.open("/")

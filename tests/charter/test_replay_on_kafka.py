@@ -1,9 +1,6 @@
 """`charter replay` and `run --until-done` on a broker with the default join delay: finished means that everything is processed."""
 
 import os
-import signal
-import subprocess
-import sys
 import uuid
 from collections import Counter
 
@@ -14,6 +11,7 @@ from engine.bus.read import read_topic
 from schemas.codec import decode_record
 from schemas.records import Preference
 from tests.support.deployment import PROMPTS, Deployment, finished_deployment
+from tests.support.fork_server import CHARTER_MODULES, get_fork_server
 from tests.support.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.kafka
@@ -38,7 +36,10 @@ def count_judgments(deployment, run_id):
 
 def start_replay(deployment, name):
     flags = [word for key, value in deployment.flags.items() for word in ("--set", f"{key}={value}")]
-    return subprocess.Popen([sys.executable, "-m", "charter", "replay", "--stage", "judge", "--as", name, *flags])
+    arguments = ["replay", "--stage", "judge", "--as", name, *flags]
+    folder, output = deployment.folder.parent, deployment.folder.parent / "replay.log"
+    server = get_fork_server(*CHARTER_MODULES)
+    return server.start("charter.__main__:main", arguments, folder=folder, environment=os.environ, output=output)
 
 
 def test_replay_waits_until_its_groups_have_joined(deployment):
@@ -55,7 +56,7 @@ def test_killed_replay_continues_at_its_first_bounds(deployment):
         bus = connect_bus(deployment.settings())
         wait_until(lambda bus=bus: any(("run", b"killed") in raw.headers for raw in read_topic(bus, "responses")))
         bus.close()
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait(HANG_S)
     deployment.publish("A prompt that came later")
     deployment.stream(PROMPTS + 1)

@@ -7,15 +7,13 @@ import pytest
 from click.testing import CliRunner
 
 from charter.cli import cli
-from tests.support.dashboard import HOSTILE_TEXTS, run_hostile_prompts
+from tests.support.dashboard import HOSTILE_TEXTS, copy_hostile_run
 from tests.support.records import RecordDatabase, add_counted_run
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report") / "data"
-    run_hostile_prompts(folder, "scripted")
-    return folder
+    return copy_hostile_run(tmp_path_factory.mktemp("report") / "data")
 
 
 def run_report(folder, *arguments, code=0):

@@ -10,6 +10,7 @@ from engine.models.endpoint import open_endpoint
 from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
 from schemas.records import Critique, EndReason, Outcome, Preference, Revision
+from tests.support.transformers_server import SERVER_CAPABILITIES
 from tests.support.waiting import HANG_S
 
 pytestmark = pytest.mark.model
@@ -25,7 +26,7 @@ SHORT_SETTINGS = {
 @pytest.fixture(scope="module")
 def server(served):
     model = open_endpoint(served, timeout_s=HANG_S, concurrency=2)
-    model.num_votes = 2
+    model.num_votes, model.cached_server_capabilities = 2, SERVER_CAPABILITIES  # without a probe, which takes many requests
     return model
 
 

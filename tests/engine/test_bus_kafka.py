@@ -3,10 +3,9 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import kafka
 import pytest
@@ -24,7 +23,8 @@ from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.records import Prompt
 from schemas.topics import TOPICS, TopicSpec
-from tests.support.kafka import SecureBroker
+from tests.support import fork_server
+from tests.support.kafka import SecureBroker, start_shared_broker
 from tests.support.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.kafka
@@ -80,18 +80,26 @@ def test_calls_are_repeated_until_a_new_partition_has_a_leader(bus, monkeypatch)
     assert bus.end_offsets(["in"]) == {TopicPartition("in", 0): 0} and not failures
 
 
-@pytest.fixture(scope="module")
-def secure(tmp_path_factory):
+class SecuredListener(NamedTuple):
+    """The address of a `SecureBroker`, its certificate, and the login."""
+
+    address: str
+    ca_file: Path
+    PASSWORD = SecureBroker.PASSWORD
+
+
+@pytest.fixture(scope="session")
+def secure():
     home = os.environ.get("KAFKA_HOME")
     if not home:
         pytest.skip("no Apache Kafka to secure: set KAFKA_HOME to a folder with libs/*.jar")
-    with SecureBroker(Path(home), tmp_path_factory.mktemp("secure")) as broker:
-        yield broker
+    folder, address = start_shared_broker("secure-kafka", lambda folder: SecureBroker(Path(home), folder))
+    return SecuredListener(address, folder / SecureBroker.CA_FILE)
 
 
 def make_flags(broker, folder, **changes):
     return {
-        "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": broker.USER,
+        "bus.address": f"kafka://{broker.address}", "bus.security_protocol": "SASL_SSL", "bus.sasl_username": SecureBroker.USER,
         "bus.ssl_cafile": str(broker.ca_file), "data.folder": str(folder), "models.policy": "scripted",
     } | {key.replace("__", "."): value for key, value in changes.items() if key != "password"}  # fmt: skip
 
@@ -99,9 +107,7 @@ def make_flags(broker, folder, **changes):
 def run_charter(broker, folder, *arguments, password=SecureBroker.PASSWORD, **changes):
     """Run the command line with the secured broker; the password is only in the environment."""
     options = [word for key, value in make_flags(broker, folder, **changes).items() for word in ("--set", f"{key}={value}")]
-    environment = os.environ | {"CHARTER_KAFKA_PASSWORD": password}
-    command = [sys.executable, "-m", "charter", *arguments, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return fork_server.run_charter([*arguments, *options], environment=os.environ | {"CHARTER_KAFKA_PASSWORD": password})
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"])

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 
-from engine.models.chat_api import ServerCapabilities
 from engine.models.endpoint import open_endpoint
 from engine.models.interface import GenerationRequest, Usage
 from engine.models.probe import probe_server
 from schemas.records import ChatMessage
+from tests.support.transformers_server import SERVER_CAPABILITIES
 from tests.support.waiting import HANG_S
 
 pytestmark = pytest.mark.model
@@ -24,8 +24,7 @@ def model(served):
 
 
 def test_probe_finds_the_capabilities_of_the_server(model):
-    # The server rejects unknown fields with 422, ignores logprobs, and closes a last assistant message.
-    assert model.server_capabilities == ServerCapabilities(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert model.server_capabilities == SERVER_CAPABILITIES
     assert (model.capabilities.prefill, model.capabilities.logprobs) == (False, False)
 
 

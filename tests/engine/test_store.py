@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, UsageError
 from engine.store import Store
-from engine.tables import FORMAT_VERSION
+from engine.tables import FORMAT_VERSION, build_create_statements
 from schemas.topics import TOPICS
 from tests.support.records import RecordDatabase, make_prompt
 from tests.support.waiting import HANG_S
@@ -31,6 +31,17 @@ def test_new_database_has_every_table_and_view(store):
     for view in ("sft_examples", "preference_pairs", "traces", "revision_chains", "rollouts"):
         assert store.query(f"SELECT * FROM {view}").rows == []
     store.create_schema()  # the second call has no effect
+
+
+def test_missing_and_changed_views_are_created_again(store, monkeypatch):
+    with store.open_write_session() as connection:
+        connection.execute("DROP VIEW sft_examples")
+    store.create_schema()
+    assert store.query("SELECT * FROM sft_examples").rows == []
+    statements = [*build_create_statements(), "CREATE OR REPLACE VIEW sft_examples AS SELECT 7 AS seven"]
+    monkeypatch.setattr("engine.store.build_create_statements", lambda: statements)
+    store.create_schema()
+    assert store.query("SELECT * FROM sft_examples").rows == [(7,)]
 
 
 READER = """

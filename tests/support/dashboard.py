@@ -1,6 +1,7 @@
 """A small run for tests of the dashboard and the report: the demo with a two-layer model, hostile prompts and a dead letter."""
 
 import json
+import shutil
 
 from click.testing import CliRunner
 
@@ -12,6 +13,7 @@ from engine.bus.port import ProducerRecord
 from engine.settings import load_settings
 from engine.worker import to_producer_record
 from tests.support.records import make_grades, make_suite_response
+from tests.support.shared import make_once
 from tests.support.waiting import HANG_S, wait_until
 
 _RIGHT_TO_LEFT_TEXT = "\u202eright to left\u202c مرحبا بالعالم"
@@ -43,14 +45,32 @@ def _run_command(folder, model, *arguments):
     return result.stdout
 
 
-def create_demo_run(folder, model):
-    """Run the demo with `model`, then hostile prompts in a second run; return the settings of the second run."""
-    _run_command(folder, model, "demo", "--prompts", "4")
-    return run_hostile_prompts(folder, model, "hostile")
+def copy_demo_with_hostile_run(folder, model):
+    """Copy a folder with the demo of `copy_demo` and then hostile prompts in a second run; return the settings of this run."""
+
+    def make(shared):
+        copy_demo(shared / "data", model)
+        _run_hostile_prompts(shared / "data", model, "hostile")
+
+    shutil.copytree(make_once("demo-with-hostile-run", make) / "data", folder)
+    return load_settings(make_setting_flags(folder, model, **{"run.id": "hostile"}), environment={})[0]
 
 
-def run_hostile_prompts(folder, model, run="live"):
-    """Run hostile prompts and one undecodable record through every stage; return the run's settings."""
+def copy_hostile_run(folder):
+    """Copy the data folder of a run of the scripted model on hostile prompts, one of which no stage can decode."""
+    shared = make_once("hostile-run", lambda shared: _run_hostile_prompts(shared / "data", "scripted"))
+    shutil.copytree(shared / "data", folder)
+    return folder
+
+
+def copy_demo(folder, model):
+    """Run the demo with `model`, once for all test processes, and copy its data folder to `folder`."""
+    demo = make_once("demo", lambda shared: _run_command(shared / "data", model, "demo", "--prompts", "4"))
+    shutil.copytree(demo / "data", folder)
+
+
+def _run_hostile_prompts(folder, model, run="live"):
+    """Run hostile prompts and one undecodable record through every stage."""
     rows = folder.parent / "hostile.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "tags": ["<i>tag</i>"]}) + "\n" for text in HOSTILE_TEXTS.values()))
     _run_command(folder, model, "produce", rows, "--run", run)
@@ -66,7 +86,6 @@ def run_hostile_prompts(folder, model, run="live"):
     with make_host(settings, bus, STAGES, sink=True) as host:
         wait_until(lambda: store.path.exists() and store.query(finished, limit_s=HANG_S).rows == expected, host)
     bus.close()
-    return settings
 
 
 def make_evaluation(policies=(0, 1)):

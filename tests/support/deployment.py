@@ -12,6 +12,7 @@ from charter.pipeline import make_host
 from charter.stages import STAGES
 from engine.settings import load_settings
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
+from tests.support.records import copy_empty_database
 from tests.support.waiting import HANG_S, wait_until
 
 PROMPTS = 6
@@ -54,6 +55,7 @@ class Deployment:
     def stream(self, count, sql="SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL", **more):
         """Run all stages until a query returns `count`."""
         settings = self.settings(**more)
+        copy_empty_database(settings.folder / "charter.duckdb")
         bus = connect_bus(settings)
         with make_host(settings, bus, STAGES, sink=True) as host:
             wait_until(lambda: (settings.folder / "charter.duckdb").exists() and self.sql(sql) == [(count,)], host)

@@ -8,6 +8,7 @@ import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import kafka
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
+from tests.support.shared import start_once
 from tests.support.waiting import HANG_S
 
 _POLL_INTERVAL_S = 0.2
@@ -38,6 +40,9 @@ class Broker:
     A single broker, or node `node_id` of a cluster; `controller_ports` then holds the controller port of every node.
     `settings` override the broker settings below.
     """
+
+    # Without the slower and better of the two compilers: it would use more time in short tests than it saves.
+    JAVA_OPTIONS: tuple[str, ...] = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
     def __init__(
         self,
@@ -98,7 +103,7 @@ class Broker:
         return "\n".join(f"{key}={value}" for key, value in (settings | self.settings).items())
 
     def build_java_command(self, *arguments: str) -> list[str]:
-        return ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{self.kafka_home}/libs/*", *arguments]
+        return ["java", *self.JAVA_OPTIONS, "-cp", f"{self.kafka_home}/libs/*", *arguments]
 
     def run_java(self, *arguments: str) -> None:
         subprocess.run(self.build_java_command(*arguments), cwd=self.folder, check=True, capture_output=True)
@@ -143,18 +148,39 @@ class Broker:
                 self.kill()
 
 
+# No test kills a shared broker, so it need not notice quickly that it has lost its session; on a busy machine it would lose it.
+_SHARED_SETTINGS = {"broker.session.timeout.ms": 60_000, "broker.heartbeat.interval.ms": 2000}
+
+
+def start_shared_broker(name: str, make_broker: Callable[[Path], Broker]) -> tuple[Path, str]:
+    """Return the folder and HOST:PORT of a broker that all test processes share.
+
+    Each test has its own prefix for topics and groups.
+    """
+
+    def launch(folder: Path) -> tuple[subprocess.Popen, str, Callable[[], None]]:
+        broker = make_broker(folder)
+        with (folder / "server.properties").open("a") as file:
+            file.writelines(f"\n{key}={value}" for key, value in _SHARED_SETTINGS.items())
+        broker.launch_process()
+        assert broker.process
+        return broker.process, broker.address, broker.wait_until_ready
+
+    return start_once(name, launch)
+
+
 class SecureBroker(Broker):
     """A broker behind SASL_SSL with a self-signed certificate; USER logs in with SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN."""
 
-    USER, PASSWORD = "charter", "s3cret-of-the-test"
+    USER, PASSWORD, CA_FILE = "charter", "s3cret-of-the-test", "ca.pem"
 
     def __init__(self, kafka_home: Path, folder: Path) -> None:
-        self.ca_file = folder / "ca.pem"
+        self.ca_file = folder / self.CA_FILE
         store = ["-alias", "broker", "-keystore", "broker.p12", "-storetype", "PKCS12", "-storepass", self.PASSWORD]
         names = ["-dname", "CN=localhost", "-ext", "SAN=dns:localhost,ip:127.0.0.1", "-ext", "bc=ca:true"]
         for command in (
             ["keytool", "-genkeypair", "-keyalg", "RSA", "-keysize", "2048", *names, *store],
-            ["keytool", "-exportcert", "-rfc", "-file", "ca.pem", *store],
+            ["keytool", "-exportcert", "-rfc", "-file", self.CA_FILE, *store],
         ):
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
         super().__init__(kafka_home, folder)

@@ -1,5 +1,7 @@
 """Records with ids derived from names, and a database of such records without an event log."""
 
+import shutil
+
 from constitutions.loader import load_constitution
 from consumers.grade import COMPLETION, GradeStage
 from consumers.graders.refusal import RefusalGrader
@@ -35,6 +37,16 @@ from schemas.records import (
     Verdict,
 )
 from schemas.topics import TOPICS
+from tests.support.shared import make_once
+
+
+def copy_empty_database(path):
+    """Copy a database without rows, unless there is a database. To create its views takes much longer."""
+    if list(path.parent.glob(f"{path.name}*")):  # also a write-ahead log without its database
+        return
+    empty = make_once("empty-database", lambda folder: Store(folder / "charter.duckdb").create_schema())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(empty / "charter.duckdb", path)
 
 
 class RecordDatabase:
@@ -42,7 +54,7 @@ class RecordDatabase:
 
     def __init__(self, path):
         self.store, self.next_commit_seq = Store(path), 0
-        self.store.create_schema()
+        copy_empty_database(path)
         with self.store.open_write_session() as connection:
             begin_session(connection)
             connection.execute("UPDATE raw.sink_state SET complete_seq = 0")

@@ -1,9 +1,7 @@
 """`transformers serve`, started on the loopback interface."""
 
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,8 +9,13 @@ from pathlib import Path
 
 import httpx
 
+from engine.models.chat_api import ServerCapabilities
 from tests.support.kafka import find_free_port
 from tests.support.waiting import HANG_S
+
+# What the probe finds (tests/engine/test_models_served.py): unknown fields are rejected, log-probabilities are ignored, and a last
+# assistant message is closed.
+SERVER_CAPABILITIES = ServerCapabilities(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
 
 
 def _copy_with_sampling(model, folder):
@@ -26,9 +29,11 @@ def _copy_with_sampling(model, folder):
     return folder
 
 
-@contextlib.contextmanager
-def run_transformers_server(model, folder):
-    """Run `transformers serve` with this model; yield the address as a setting: http://HOST:PORT/v1#MODEL."""
+def launch_transformers_server(model, folder):
+    """Launch `transformers serve` with this model.
+
+    Return its process, its address as a setting (http://HOST:PORT/v1#MODEL), and a function that waits until it answers.
+    """
     served, port = _copy_with_sampling(model, folder / "model"), find_free_port()
     command = [
         str(Path(sys.executable).with_name("transformers")), "serve", str(served), "--host", "127.0.0.1", "--port", str(port),
@@ -36,17 +41,8 @@ def run_transformers_server(model, folder):
     ]  # fmt: skip
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}/health", folder / "server.log")
-        yield f"http://127.0.0.1:{port}/v1#{served}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        shutil.rmtree(served)
+    url = f"http://127.0.0.1:{port}"
+    return process, f"{url}/v1#{served}", lambda: _wait_until_ready(process, f"{url}/health", folder / "server.log")
 
 
 def _wait_until_ready(process, url, log):

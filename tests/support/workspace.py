@@ -8,7 +8,7 @@ from engine.worker import to_producer_record
 from schemas.codec import decode_record
 from schemas.records import ModelRef
 from tests.chaos.crash_points import FAKE_LEARNERS, make_settings
-from tests.support.records import make_chain_end, make_preference, make_response
+from tests.support.records import copy_empty_database, make_chain_end, make_preference, make_response
 from trainer.loop import Trainer
 
 
@@ -22,6 +22,7 @@ class Workspace:
         self.settings = settings.model_copy(
             update={"train": train, "respond": settings.respond.model_copy(update=respond or {})}
         )
+        copy_empty_database(folder / "charter.duckdb")
         self.bus, self.store, self.messages = connect_bus(self.settings), open_store(self.settings), []
         self.trainer = self.open()
 
