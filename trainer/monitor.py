@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 from engine.eligibility import find_pair_problem
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest, require_results
+from engine.policy import index_policies
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
 from trainer.batches import parse_messages
 from trainer.consumed import QUERY_TIMEOUT_S
+from trainer.methods import is_rewarded
 from trainer.phases import make_score
 from trainer.rewards import Evidence, compute_reward, read_evidence
 
@@ -315,7 +317,10 @@ class RewardHackingMonitor:
         perplexity, reference_perplexity = (compute_perplexity(folder, texts) for folder in (policy_folder, reference_folder))
         if perplexity and reference_perplexity:
             metrics |= _add_reference_metrics({"perplexity": perplexity}, {"perplexity": reference_perplexity})
-        metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
+        if is_rewarded(index_policies(state.updates)[version].phase):
+            metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
+        else:  # no reward can be hacked. The KL to the reference rises towards the teacher's, and the method limits it itself
+            metrics.pop("kl_rise", None)
 
         violations = find_limit_violations(metrics, self.limits, self.exempt)
         self.passed_by_version[version] = not violations
