@@ -48,7 +48,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache
@@ -69,6 +69,7 @@ from trainer.learners.rollouts import (
     PolicyModel,
     Rollout,
     TrainedPolicy,
+    apply_output_layer,
     compute_logprobs,
     compute_model_logprobs,
     make_micro_batches,
@@ -78,6 +79,7 @@ from trainer.learners.rollouts import (
 from trainer.weights import Hardware
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+_TITLE = "self-distillation"
 _CHUNK_TOKENS = 128
 _MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 _EFFECT_ROLLOUTS = 32  # the number of completions on which the effect of the teacher is measured
@@ -162,14 +164,26 @@ def project_on_support(logprobs: torch.Tensor, support: torch.Tensor) -> torch.T
 
 
 @dataclass(frozen=True)
+class _OutputLayer:
+    """The output layer of the reference policy. The other layers are not needed after the teacher has run."""
+
+    lm_head: Any
+    logit_softcap: float | None
+    hardware: Hardware
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return apply_output_layer(self.lm_head, self.logit_softcap, hidden_states)
+
+
+@dataclass(frozen=True)
 class TeacherTargets:
     """These are the teacher's distributions at all completion tokens of a batch. Each list has one tensor per rollout.
 
-    Over the whole vocabulary, `states` has the last hidden states (T, H), and `model` has the teacher's output layer. With
-    `top_k`, `supports` and `logprobs` have the ids (T, K) and the log-probabilities (T, K + 1).
+    Over the whole vocabulary, `states` has the last hidden states (T, H) for the output layer. With `top_k`, there is no output
+    layer, and `supports` and `logprobs` have the ids (T, K) and the log-probabilities (T, K + 1).
     """
 
-    model: PolicyModel | None
+    output_layer: _OutputLayer | None
     states: Sequence[torch.Tensor] = ()
     supports: Sequence[torch.Tensor] = ()
     logprobs: Sequence[torch.Tensor] = ()
@@ -179,17 +193,17 @@ class TeacherTargets:
         parts = (
             [torch.cat([part[row] for row in rows])] if part else () for part in (self.states, self.supports, self.logprobs)
         )
-        return TeacherTargets(self.model, *parts)
+        return TeacherTargets(self.output_layer, *parts)
 
     def compare(
         self, tokens: slice, student_logprobs: torch.Tensor, temperatures: torch.Tensor, config: DistillConfig
     ) -> torch.Tensor:
         """Return the divergence (N,) at some of the tokens, for the result of `select_rows`."""
-        if self.model is None:
+        if self.output_layer is None:
             student_logprobs = project_on_support(student_logprobs, self.supports[0][tokens])
             return compute_divergence(student_logprobs, self.logprobs[0][tokens], config.divergence, config.beta)
         with torch.no_grad():
-            teacher_logprobs = _compute_distributions(self.model, self.states[0][tokens], temperatures)
+            teacher_logprobs = _compute_distributions(self.output_layer, self.states[0][tokens], temperatures)
         return compute_divergence(student_logprobs, teacher_logprobs, config.divergence, config.beta)
 
 
@@ -259,7 +273,7 @@ def compute_teacher_targets(
     states = compute_completion_states(model, [example.teacher_rollout for example in examples])
     effect = _measure_teacher_effect(model, examples, states)
     if not 0 < config.top_k < model.config.vocab_size - 1:
-        return TeacherTargets(model, states), effect
+        return TeacherTargets(_OutputLayer(model.lm_head, model.logit_softcap, model.hardware), states), effect
     supports, logprobs = [], []
     for example, row_states in zip(examples, states, strict=True):
         row_logprobs = _compute_distributions(model, row_states, example.rollout.temperature)
@@ -287,7 +301,9 @@ def _measure_teacher_effect(
     return {"teacher_effect": kl / num_tokens, "teacher_changed_tokens": num_changed / num_tokens}
 
 
-def _compute_distributions(model: PolicyModel, states: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+def _compute_distributions(
+    model: PolicyModel | _OutputLayer, states: torch.Tensor, temperature: float | torch.Tensor
+) -> torch.Tensor:
     """Return the log-probabilities (N, V) of the next token, from hidden states (N, H)."""
     with model.hardware.autocast():
         logits = model.compute_logits(states)
@@ -348,14 +364,13 @@ def train(
     rollouts = [example.rollout for example in examples]
     length = max(len(rollout.token_ids) for rollout in rollouts)
 
-    # Other models are loaded, evaluated and released before the policy is loaded. Memory holds one set of weights. Of the
-    # reference policy it keeps the output layer.
+    # Other models are loaded, evaluated and released before the policy is loaded. Memory holds one set of weights, and the
+    # output layer of the reference policy.
     base_logprobs = None
     if base_folder is not None:
         base_logprobs = compute_model_logprobs(base_folder, rollouts, length, hardware)
     is_reference = policy_folder == reference_folder
-    uses_adapter = bool(lora_rank) and (is_reference or weights.has_adapter_for_reference(policy_folder, reference_folder))
-    reference = None if uses_adapter else PolicyModel(weights.load_policy(reference_folder), hardware, "self-distillation")
+    has_reference_adapter = bool(lora_rank) and weights.has_adapter_for_reference(policy_folder, reference_folder)
 
     def run_reference(model: PolicyModel) -> tuple[TeacherTargets, dict[str, float], torch.Tensor]:
         _require_short_prompts(model, examples)
@@ -364,15 +379,18 @@ def train(
         require_teacher_effect(effect, config)
         return targets, effect, _get_logprobs(model, rollouts, reference_version, length)
 
-    if reference is not None:
-        teacher, effect, ref_logprobs = run_reference(reference)
-        del reference.policy, reference.backbone
+    if not is_reference and not has_reference_adapter:
+        teacher, effect, ref_logprobs = run_reference(PolicyModel(weights.load_policy(reference_folder), hardware, _TITLE))
         gc.collect()
     policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
-    model = PolicyModel(policy, hardware, "self-distillation")
-    if reference is None:
+    model = PolicyModel(policy, hardware, _TITLE)
+    if disabled_is_reference:
         with weights.disable_adapter(policy):
             teacher, effect, ref_logprobs = run_reference(model)
+    elif is_reference:
+        teacher, effect, ref_logprobs = run_reference(model)
+        # The update changes the output layer of the policy.
+        teacher = replace(teacher, output_layer=copy.deepcopy(teacher.output_layer))
     old_logprobs = ref_logprobs if is_reference else _get_logprobs(model, rollouts, policy_version, length)
 
     batch = _DistillBatch(teacher, old_logprobs, ref_logprobs, base_logprobs)
