@@ -7,9 +7,10 @@ The trial: the constitution is "Answer in one short sentence." 24 held-out promp
 completions of each of 36 other prompts: 18 steps of 4 completions.
 
 The comparison: both trainers make one update on the same completions of the same prompts, with the same batches, the forward KL
-over the whole vocabulary, AdamW, and fp32. trl's sampling is replaced by the recorded completions. The time of Charter includes
-the loading of its models. The time of trl does not. Each contestant runs in a separate process. There are two constitutions: the
-sentence, and the default constitution with sixteen principles. The exit code is 1 if a ratio is below the goal.
+over the whole vocabulary, AdamW, and fp32. trl's sampling is replaced by the recorded completions. The CPU time is that of the
+update, without the loading of models. Charter's time includes the measurement of the teacher's effect. Each contestant runs in a
+separate process. There are two constitutions: the sentence, and the default constitution with sixteen principles. The exit code
+is 1 if a ratio is below the goal.
 """
 
 from __future__ import annotations
@@ -129,6 +130,26 @@ def _train_charter(task: DistillTask, **more: Any) -> Any:
     return distill.train(policy, policy, examples, config, hardware=hardware, **more)
 
 
+def _time_charter(task: DistillTask) -> float:
+    """Make one update. Return its CPU seconds without the loading of models and libraries."""
+    from trainer import weights
+    from trainer.learners import distill
+
+    load, loading_s = weights.load_policy, [0.0]
+
+    def load_policy(folder: Path) -> Any:
+        started = time.process_time()
+        model = load(folder)
+        loading_s.append(time.process_time() - started)
+        return model
+
+    weights.load_policy = load_policy  # type: ignore[assignment]
+    assert distill.weights is weights
+    started = time.process_time()
+    _train_charter(task)
+    return time.process_time() - started - sum(loading_s)
+
+
 def _train_trl(task: DistillTask) -> float:
     """Make one update with trl's SDFTTrainer. Return the CPU seconds of the training."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -171,9 +192,7 @@ def _run_contestant(name: str, task: DistillTask) -> dict[str, float]:
 
     torch.set_num_threads(task.num_threads)
     if name == "charter":
-        started = time.process_time()
-        _train_charter(task)
-        elapsed = time.process_time() - started
+        elapsed = _time_charter(task)
     else:
         elapsed = _train_trl(task)
     return {"cpu_s": elapsed, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

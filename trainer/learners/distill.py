@@ -82,7 +82,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 _TITLE = "self-distillation"
 _CHUNK_TOKENS = 128
 _MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
-_EFFECT_ROLLOUTS = 32  # the number of completions on which the effect of the teacher is measured
+_MAX_EFFECT_ROLLOUTS = 32  # the effect of the teacher is measured on a quarter of the completions, and at most on this number
 _MAX_GRAD_NORM = 1.0
 _KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, as in PPO
 
@@ -290,7 +290,7 @@ def _measure_teacher_effect(
     `teacher_effect` is the mean KL(teacher || reference) in nats per token. `teacher_changed_tokens` is the share of tokens at
     which the teacher has another most likely token. `states` are the teacher's hidden states of all completions.
     """
-    indices = range(0, len(examples), math.ceil(len(examples) / _EFFECT_ROLLOUTS))
+    indices = range(0, len(examples), max(4, math.ceil(len(examples) / _MAX_EFFECT_ROLLOUTS)))
     plain_states = compute_completion_states(model, [examples[i].rollout for i in indices])
     kl, num_changed, num_tokens = 0.0, 0, 0
     for i, row_states in zip(indices, plain_states, strict=True):
