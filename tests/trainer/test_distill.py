@@ -300,15 +300,16 @@ def test_distillation_learns_the_distributions_of_the_teacher(steep, examples, t
 
 
 def test_shared_prefix_chunks_and_micro_batches_change_only_rounding(steep, examples, monkeypatch):
-    results, prefixes = [], []
-    make_cache = distill._make_prefix_cache
-    monkeypatch.setattr(distill, "_make_prefix_cache", lambda *a: prefixes.append(make_cache(*a)) or prefixes[-1])
-    variants = [(EXACT, 16, 128), (weights.Hardware(5, False, "fp32"), 1000, 3), (weights.Hardware(1, True, "fp32"), 16, 7)]
+    results, num_prefixes, compute_prefix = [], [], distill._compute_prefix
+    monkeypatch.setattr(distill, "_compute_prefix", lambda *a: num_prefixes.append(1) or compute_prefix(*a))
+    variants = [(EXACT, 5, 64), (weights.Hardware(5, False, "fp32"), 1000, 3), (weights.Hardware(1, True, "fp32"), 5, 7)]
     for hardware, min_prefix, chunk in variants:
         monkeypatch.setattr(distill, "_MIN_PREFIX_TOKENS", min_prefix)
         monkeypatch.setattr(distill, "_CHUNK_TOKENS", chunk)
+        num_prefixes.append(0)
         results.append(distill.train(steep, steep, examples, FAST, hardware=hardware)[1])
-    assert [cache is not None for cache in prefixes[::2]] == [True, False, False]
+    # Three tests of the model, the teacher's prefix, that of the reference, and one in each of three steps; then only the tests.
+    assert "".join(map(str, num_prefixes)) == "0" + 8 * "1" + "0" + 3 * "1" + "0"
     for metrics in results[1:]:
         assert metrics == pytest.approx(results[0], rel=2e-3, abs=1e-5)
 

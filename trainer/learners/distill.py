@@ -22,7 +22,8 @@ The implementation differs from these in the following points, for these reasons
  2. The teacher's distributions do not change during an update, so they are computed once. Over the whole vocabulary they would
     need 200 kB per token. Therefore the last hidden states of the teacher are kept, and the output layer is applied again at
     each step. The result is the same. With `top_k`, the log-probabilities themselves are kept.
- 3. The prompts of the teacher begin with the same constitution. This common prefix is computed once per update.
+ 3. The prompts of the teacher begin with the same constitution. This common prefix is computed once per update. The student's
+    prompts of a micro-batch often begin with the same system message, which is computed once per pass, with its gradient.
  4. The output layer of the student is applied to `_CHUNK_TOKENS` tokens at a time, forward and backward. Memory therefore holds
     the logits of one chunk, for any micro-batch.
  5. A completion may be a few versions old. The loss is defined for any completion, so stale completions have no importance
@@ -66,6 +67,7 @@ from trainer.learners.policy_math import (
     require_within_kl_limits,
 )
 from trainer.learners.rollouts import (
+    PaddedRollouts,
     PolicyModel,
     Rollout,
     TrainedPolicy,
@@ -80,7 +82,7 @@ from trainer.weights import Hardware
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 _TITLE = "self-distillation"
-_CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 64
 _MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 _MAX_EFFECT_ROLLOUTS = 32  # the effect of the teacher is measured on a quarter of the completions, and at most on this number
 _MAX_GRAD_NORM = 1.0
@@ -208,61 +210,79 @@ class TeacherTargets:
 
 
 @torch.no_grad()
-def compute_completion_states(model: PolicyModel, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-    """Return the hidden states (T, H) that predict the completion tokens of each rollout. The model is not trained by this.
+def compute_all_states(model: PolicyModel, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+    """Return the hidden states (T, H) that predict the completion tokens of each rollout. No gradients are computed.
 
     The prefix that all prompts share is computed once.
     """
-    prefix = find_common_prefix([r.prompt_token_ids for r in rollouts])
-    cache = _make_prefix_cache(model, prefix, rollouts[0])
-    if cache is not None:
-        rollouts = [replace(r, prompt_token_ids=r.prompt_token_ids[len(prefix) :]) for r in rollouts]
+    cache = None
+    if supports_prefix(model, rollouts[0]) and (prefix := find_common_prefix(rollouts)):
+        with model.hardware.autocast():
+            cache = _compute_prefix(model, prefix)
+        rollouts = [_remove_prefix(rollout, prefix) for rollout in rollouts]
     states = [torch.empty(0)] * len(rollouts)
     for rows in make_micro_batches(rollouts, range(len(rollouts)), model.hardware.micro_batch_size):
         lengths = [len(rollouts[row].token_ids) for row in rows]
-        batch = pad_rollouts([rollouts[row] for row in rows], max(lengths), model.device)
+        padded = pad_rollouts([rollouts[row] for row in rows], max(lengths), model.device)
         with model.hardware.autocast():
-            if cache is None:
-                selected = model.compute_completion_states(batch)
-            else:
-                row, column = batch.completion_mask.bool().nonzero(as_tuple=True)
-                selected = _continue_prefix(model, cache, batch.input_ids)[row, batch.logit_positions[row, column]]
-        for index, part in zip(rows, selected.split(lengths), strict=True):
-            states[index] = part
+            parts = _compute_completion_states(model, padded, copy.deepcopy(cache)).split(lengths)
+        for row, part in zip(rows, parts, strict=True):
+            states[row] = part
     return states
 
 
-def find_common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the tokens that all prompts begin with. The last token of a prompt is never part of the prefix."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+def find_common_prefix(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
+    """Return the tokens that all prompts begin with. Return () if they are too few to be worth a separate forward pass.
 
-
-def _make_prefix_cache(model: PolicyModel, prefix: Sequence[int], sample: Rollout) -> DynamicCache | None:
-    """Return the keys and values of the prefix.
-
-    Return None if the prefix is short, or if the model does not continue it exactly. The layers of some models (sliding windows,
-    recurrence) have other caches. Such a model computes the prefix for each rollout.
+    The last token of a prompt is never part of the prefix.
     """
-    cache = DynamicCache(config=model.config)
-    is_plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    if len(prefix) < _MIN_PREFIX_TOKENS or not is_plain or model.hardware.gradient_checkpointing:
-        return None
-    ids = torch.tensor([[*sample.prompt_token_ids, *sample.token_ids]], device=model.device)
+    columns = zip(*(rollout.prompt_token_ids[:-1] for rollout in rollouts), strict=False)
+    prefix = tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+    return prefix if len(prefix) >= _MIN_PREFIX_TOKENS else ()
+
+
+@torch.no_grad()
+def supports_prefix(model: PolicyModel, sample: Rollout) -> bool:
+    """Return whether the model computes the same states if the prompt of a rollout is computed first, as a prefix.
+
+    The layers of some models (sliding windows, recurrence) have other caches. With gradient checkpointing there is no cache. Such a
+    model computes a common prefix again for each rollout.
+    """
+    is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    if not is_plain or model.hardware.gradient_checkpointing or len(sample.prompt_token_ids) < 2:
+        return False
+    prefix = sample.prompt_token_ids[:-1]
+    whole, rest = (pad_rollouts([r], len(r.token_ids), model.device) for r in (sample, _remove_prefix(sample, prefix)))
     with model.hardware.autocast():
-        model.backbone(input_ids=ids[:, : len(prefix)], past_key_values=cache, use_cache=True)
-        whole = model.compute_hidden_states(ids)[:, len(prefix) :].float()
-        continued = _continue_prefix(model, cache, ids[:, len(prefix) :]).float()
-    difference = float((whole - continued).abs().mean() / whole.abs().mean())
-    return cache if difference < (0.02 if model.hardware.bf16 else 1e-4) else None  # bf16 has three digits
+        expected = model.compute_completion_states(whole).float()
+        found = _compute_completion_states(model, rest, _compute_prefix(model, prefix)).float()
+    difference = float((found - expected).abs().mean() / expected.abs().mean())
+    return difference < (0.02 if model.hardware.bf16 else 1e-4)  # bf16 has three digits
 
 
-def _continue_prefix(model: PolicyModel, cache: DynamicCache, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states (B, T, H) of right-padded ids (B, T) that follow a cached prefix."""
-    cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(len(input_ids))
-    states: torch.Tensor = model.backbone(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    return states
+def _remove_prefix(rollout: Rollout, prefix: Sequence[int]) -> Rollout:
+    return replace(rollout, prompt_token_ids=rollout.prompt_token_ids[len(prefix) :])
+
+
+def _compute_prefix(model: PolicyModel, prefix: Sequence[int]) -> DynamicCache:
+    """Return the keys and values of a prefix, with their gradients if these are enabled."""
+    cache = DynamicCache(config=model.config)
+    model.backbone(input_ids=torch.tensor([prefix], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _compute_completion_states(model: PolicyModel, padded: PaddedRollouts, prefix: DynamicCache | None) -> torch.Tensor:
+    """Return the hidden states (tokens, H) that predict the completion tokens. The rollouts follow a prefix, if there is one.
+
+    `prefix` is used up.
+    """
+    if prefix is None:
+        return model.compute_completion_states(padded)
+    prefix.batch_repeat_interleave(len(padded.input_ids))
+    states = model.backbone(input_ids=padded.input_ids, past_key_values=prefix, use_cache=True).last_hidden_state
+    row, column = padded.completion_mask.bool().nonzero(as_tuple=True)
+    selected: torch.Tensor = states[row, padded.logit_positions[row, column]]
+    return selected
 
 
 @torch.no_grad()
@@ -270,7 +290,7 @@ def compute_teacher_targets(
     model: PolicyModel, examples: Sequence[DistillExample], config: DistillConfig, end_token_id: int | None
 ) -> tuple[TeacherTargets, dict[str, float]]:
     """Run the reference policy `model` with the constitution in its prompts. Return the targets and the effect of the teacher."""
-    states = compute_completion_states(model, [example.teacher_rollout for example in examples])
+    states = compute_all_states(model, [example.teacher_rollout for example in examples])
     effect = _measure_teacher_effect(model, examples, states)
     if not 0 < config.top_k < model.config.vocab_size - 1:
         return TeacherTargets(_OutputLayer(model.lm_head, model.logit_softcap, model.hardware), states), effect
@@ -291,12 +311,13 @@ def _measure_teacher_effect(
     which the teacher has another most likely token. `states` are the teacher's hidden states of all completions.
     """
     indices = range(0, len(examples), max(4, math.ceil(len(examples) / _MAX_EFFECT_ROLLOUTS)))
-    plain_states = compute_completion_states(model, [examples[i].rollout for i in indices])
+    plain_states = compute_all_states(model, [examples[i].rollout for i in indices])
     kl, num_changed, num_tokens = 0.0, 0, 0
     for i, row_states in zip(indices, plain_states, strict=True):
-        teacher, plain = (_compute_distributions(model, s, examples[i].rollout.temperature) for s in (states[i], row_states))
-        kl += float(compute_kl(teacher, plain).sum())
-        num_changed += int((teacher.argmax(-1) != plain.argmax(-1)).sum())
+        for parts in zip(states[i].split(_CHUNK_TOKENS), row_states.split(_CHUNK_TOKENS), strict=True):
+            teacher, plain = (_compute_distributions(model, part, examples[i].rollout.temperature) for part in parts)
+            kl += float(compute_kl(teacher, plain).sum())
+            num_changed += int((teacher.argmax(-1) != plain.argmax(-1)).sum())
         num_tokens += len(row_states)
     return {"teacher_effect": kl / num_tokens, "teacher_changed_tokens": num_changed / num_tokens}
 
@@ -393,7 +414,7 @@ def train(
         teacher = replace(teacher, output_layer=copy.deepcopy(teacher.output_layer))
     old_logprobs = ref_logprobs if is_reference else _get_logprobs(model, rollouts, policy_version, length)
 
-    batch = _DistillBatch(teacher, old_logprobs, ref_logprobs, base_logprobs)
+    batch = _DistillBatch(teacher, old_logprobs, ref_logprobs, base_logprobs, supports_prefix(model, rollouts[0]))
     kls = {"kl_ref": _compute_sequence_kl(batch, ref_logprobs)}
     if base_logprobs is not None:
         kls["kl_base"] = _compute_sequence_kl(batch, base_logprobs)
@@ -412,6 +433,7 @@ class _DistillBatch:
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     base_logprobs: torch.Tensor | None
+    supports_prefix: bool
 
 
 def _get_logprobs(model: PolicyModel, rollouts: Sequence[Rollout], version: int, length: int) -> torch.Tensor:
@@ -495,14 +517,17 @@ def _accumulate_gradients(
     num_tokens = float(sum(len(rollouts[i].token_ids) for i in indices))
     sums: dict[str, float] = {}
     for rows in make_micro_batches(rollouts, distributed.shard_rows(indices), model.hardware.micro_batch_size):
-        padded = pad_rollouts([rollouts[i] for i in rows], batch.old_logprobs.shape[1], model.device)
+        selected = [rollouts[i] for i in rows]
+        prefix = find_common_prefix(selected) if batch.supports_prefix else ()
+        padded = pad_rollouts([_remove_prefix(r, prefix) for r in selected], batch.old_logprobs.shape[1], model.device)
         is_token = padded.completion_mask.bool()
         token_ids, temperatures = padded.completion_ids[is_token], padded.temperatures[is_token.nonzero()[:, 0], None]
         teacher = batch.teacher.select_rows(rows)
         old_logprobs, ref_logprobs = (x[rows][is_token] for x in (batch.old_logprobs, batch.ref_logprobs))
         base_logprobs = None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token]
         with model.hardware.autocast():
-            states = model.compute_completion_states(padded)
+            cache = _compute_prefix(model, prefix) if prefix else None
+            states = _compute_completion_states(model, padded, cache)
         # The gradient of each chunk ends at these states. The gradients of all chunks then continue into the trunk at once.
         leaf = states.detach().requires_grad_()
         for start in range(0, len(leaf), _CHUNK_TOKENS):
