@@ -251,7 +251,7 @@ def supports_prefix(model: PolicyModel, sample: Rollout) -> bool:
     is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     if not is_plain or model.hardware.gradient_checkpointing or len(sample.prompt_token_ids) < 2:
         return False
-    prefix = sample.prompt_token_ids[:-1]
+    prefix, sample = sample.prompt_token_ids[:-1], replace(sample, token_ids=sample.token_ids[:4])
     whole, rest = (pad_rollouts([r], len(r.token_ids), model.device) for r in (sample, _remove_prefix(sample, prefix)))
     with model.hardware.autocast():
         expected = model.compute_completion_states(whole).float()
