@@ -36,7 +36,7 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
     """Run one step of the learner that `case` names (`ppo/lora`, `ppo/full/checkpointing`, ...)."""
     from schemas.records import ChatMessage
     from trainer import weights
-    from trainer.learners import dpo, grpo, ppo, reward, sft
+    from trainer.learners import distill, dpo, grpo, ppo, reward, sft
 
     phase, tuning, *options = case.split("/")
     rng, rows = random.Random(0), sizes["rows"]
@@ -60,6 +60,8 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
         else:
             dpo.train(policy, reference, pairs, learning_rate=1e-6, batch_size=rows, **common)
     else:
+        # The prompt of the teacher also has the constitution, of half the length of the prompt.
+        constitution = tuple(rng.randrange(1000, 40000) for _ in range(sizes["prompt"] // 2))
         rollouts = [
             ppo.Rollout(*(tuple(rng.randrange(1000, 40000) for _ in range(sizes[key])) for key in ("prompt", "response")),
                         (-10.0,) * sizes["response"], True, 0, str(n))
@@ -69,6 +71,9 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
         if phase == "grpo":
             groups = [replace(rollout, record_id="one group") for rollout in rollouts]
             grpo.train(policy, reference, groups, rewards, grpo.GRPOConfig(batch_size=rows), **common)
+        elif phase == "distill":
+            examples = [distill.DistillExample(r, constitution + r.prompt_token_ids) for r in rollouts]
+            distill.train(policy, reference, examples, distill.DistillConfig(batch_size=rows), **common)
         else:
             ppo.train(policy, reference, rollouts, rewards, ppo.PPOConfig(epochs=1, batch_size=rows), **common)
 
@@ -98,10 +103,11 @@ def _make_second_policy(base: Path, folder: Path) -> Path:
 
 
 _CASES = (
-    *(f"{phase}/{tuning}" for phase in ("sft", "reward", "dpo", "ppo", "grpo") for tuning in ("full", "lora")),
+    *(f"{phase}/{tuning}" for phase in ("sft", "reward", "dpo", "ppo", "grpo", "distill") for tuning in ("full", "lora")),
     "ppo/full/checkpointing",
     "ppo/lora/second update",
     "dpo/lora/second update",
+    "distill/lora/second update",
 )
 
 

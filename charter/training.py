@@ -90,15 +90,15 @@ def _get_base_model_folder(settings: Settings) -> Path:
 
 
 def _train_once(trainer: Trainer, phase: str | None, settings: Settings) -> None:
-    """Print the verdict on the labels. Resume an unfinished batch, then update `phase`.
+    """Print the verdict on the labels, unless the RL method needs none. Resume an unfinished batch, then update `phase`.
 
     If `phase` is None and there was no unfinished batch, update the next phase that is ready.
     """
-    if trainer.store.path.exists():
-        needs_labels = phase in RL_METHODS and RL_METHODS[phase].needs_labels(settings.train)
+    method = RL_METHODS.get(phase or settings.train.rl_method)
+    if trainer.store.path.exists() and (method is None or method.needs_labels(settings.train)):
         verdict = read_verdict(trainer.store, settings.label_quality)
         print_progress(str(verdict))
-        if verdict.problems and needs_labels and trainer.check_labels:
+        if verdict.problems and phase in RL_METHODS and trainer.check_labels:
             raise UsageError(
                 f"{phase} does not train on {verdict.subject}",
                 "; ".join(verdict.problems),

@@ -509,9 +509,9 @@ class TrainSettings(_Section):
         "auto",
         description="Precision of matrix products. auto selects bf16 if the hardware supports it. Weights are always fp32.",
     )
-    rl_method: Literal["ppo", "dpo", "grpo", "rloo"] = Field(
+    rl_method: Literal["ppo", "dpo", "grpo", "rloo", "distill"] = Field(
         "ppo",
-        description="Training method: PPO with a reward model (ppo), DPO on preference pairs (dpo), or GRPO or RLOO on groups with train.rewards (grpo, rloo).",
+        description="Training method: ppo (with a reward model), dpo (on pairs), grpo or rloo (on groups, train.rewards), or distill (no rewards).",
     )
     rewards: list[str] = Field(
         ["reward_model=1"],
@@ -723,6 +723,49 @@ class RLOOSettings(_GroupSettings):
     )
 
 
+class DistillSettings(_Section):
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate. It is multiplied by 10 with LoRA.")
+    epochs: int = Field(1, ge=1, description="Number of passes over the rollouts.")
+    batch_size: int = Field(8, ge=1, description="Number of rollouts in one optimizer step.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="Divergence: KL(teacher, policy) (forward_kl), KL(policy, teacher) (reverse_kl), or Jensen-Shannon with distill.beta (jsd).",
+    )
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of the Jensen-Shannon divergence. Only jsd uses it."
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Number of the teacher's most likely tokens in the loss, besides the end token. The others count as one. 0: all tokens.",
+    )
+    constitution_role: Literal["user", "system"] = Field(
+        "user",
+        description="Message of the teacher's prompt that contains the constitution: the last user message, or the system message.",
+    )
+    num_principles: int = Field(
+        0, ge=0, description="Number of principles that are drawn for each prompt of the teacher. 0 means all principles."
+    )
+    min_teacher_effect: float = Field(
+        0.03,
+        ge=0,
+        description="Minimum KL of the teacher to the reference policy, in nats per token. An update with a lower KL is rejected.",
+    )
+    max_kl_update: float = Field(
+        30.0,
+        gt=0,
+        description="Maximum KL to the policy at the start of the update, in nats per sequence. A higher KL ends the update.",
+    )
+    max_kl: float = Field(
+        60.0, gt=0, description="Maximum KL to the reference policy, in nats per sequence. A higher KL ends the update."
+    )
+    max_kl_base: float = Field(
+        200.0,
+        gt=0,
+        description="Maximum KL to the base model (policy version 0), in nats per sequence. A higher KL ends the update.",
+    )
+
+
 class LabelQualitySettings(_Section):
     max_flip_rate: float = Field(
         0.4, ge=0, le=1, description="Maximum share of labels that flip when the two responses change places."
@@ -816,6 +859,7 @@ class Settings(BaseSettings):
     reward: RewardSettings = RewardSettings()
     dpo: DPOSettings = DPOSettings()
     ppo: PPOSettings = PPOSettings()
+    distill: DistillSettings = DistillSettings()
     grpo: GRPOSettings = GRPOSettings()
     rloo: RLOOSettings = RLOOSettings()
     label_quality: LabelQualitySettings = LabelQualitySettings()

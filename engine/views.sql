@@ -119,7 +119,7 @@ WHERE l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NUL
 -- All sampled completions, except of prompts of evaluation suites (see suite_responses). exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
 -- an empty completion, because the policy really sampled it and has to learn that it is worse.
 CREATE OR REPLACE VIEW rollouts AS
-SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, epoch, model, prompt_token_ids,
+SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, tags, epoch, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
        completion.token_ids AS token_ids, completion.logprobs AS logprobs, completion.finish_reason AS finish_reason,
        completion.policy_version AS policy_version, completion.reasoning AS reasoning,

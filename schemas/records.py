@@ -381,7 +381,7 @@ class OptionalResponseIdField(AvroModel):
 
 
 class PhaseField(AvroModel):
-    """The name of a training phase: sft, reward, ppo, dpo, grpo or rloo."""
+    """The name of a training phase: sft, reward, ppo, dpo, grpo, rloo or distill."""
 
     phase: str
 

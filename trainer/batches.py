@@ -35,7 +35,17 @@ from engine.store import Store
 from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
 from trainer.consumed import ALL_SOURCES, QUERY_TIMEOUT_S, ConsumedRows, find_consumed_rows
-from trainer.methods import PHASES, REWARD_PHASE, RL_METHODS, SFT_PHASE, RowKind, get_row_kind, uses_groups, uses_rollouts
+from trainer.methods import (
+    PHASES,
+    REWARD_PHASE,
+    RL_METHODS,
+    SFT_PHASE,
+    RowKind,
+    get_row_kind,
+    uses_constitution,
+    uses_groups,
+    uses_rollouts,
+)
 from trainer.rewards import Evidence, compute_reward, read_evidence
 from trainer.state import TrainingState
 
@@ -541,6 +551,8 @@ def load_rows(store: Store, phase: str, record_ids: Sequence[str], rounds: Seque
     The completions of a response are sorted by their index. The rounds of a chain are sorted by their number.
     """
     columns, key = _TRAINING_COLUMNS[get_row_kind(phase)], KEY_COLUMNS[phase]
+    if uses_constitution(phase):  # the tags of a prompt select the principles that apply to it
+        columns += ", tags"
     usable = " AND coalesce(exclusion_reason, 'held out') = 'held out'" if uses_rollouts(phase) else ""
     sql = f"SELECT {columns} FROM {_MANIFEST_VIEWS[get_row_kind(phase)]} WHERE {key} IN (SELECT unnest(?::UUID[])){usable}"
     parameters: list[Any] = [list(record_ids)]

@@ -22,7 +22,9 @@ RowKind = Literal["chains", "pairs", "rollouts", "groups"]
 class RLMethod:
     """This object describes one RL method.
 
-    `row_kind` is what its batches consist of. `has_adaptive_beta` is true if each update computes the KL coefficient of the next
+    `row_kind` is what its batches consist of. `is_rewarded` is false if it trains on completions without any reward or label.
+    `uses_constitution` is true if the learner reads the constitution. Its batches then record the text of the constitution, and
+    the tags of each prompt. `has_adaptive_beta` is true if each update computes the KL coefficient of the next
     update (metric `beta`, minimum: the setting `beta` of the method). `has_combined_objective` is true if the method can add the
     supervised loss (`train.objective`). `min_completions` is the minimum of `respond.num_completions`.
     """
@@ -30,6 +32,8 @@ class RLMethod:
     phase: str
     title: str
     row_kind: RowKind
+    is_rewarded: bool = True
+    uses_constitution: bool = False
     has_adaptive_beta: bool = False
     has_combined_objective: bool = False
     min_completions: int = 1
@@ -51,7 +55,7 @@ class RLMethod:
         """Return whether a reward model scores the completions, so that the phase `reward` comes first."""
         if self.uses_groups:
             return any(term.source == REWARD_MODEL for term in parse_rewards(train.rewards))
-        return self.uses_rollouts
+        return self.uses_rollouts and self.is_rewarded
 
     def needs_labels(self, train: TrainSettings) -> bool:
         """Return whether the judge's labels decide what is learned. The trainer then checks their quality first."""
@@ -66,6 +70,7 @@ RL_METHODS = {
         RLMethod("dpo", "DPO", "pairs"),
         RLMethod("grpo", "GRPO", "groups", has_adaptive_beta=True, min_completions=4),
         RLMethod("rloo", "RLOO", "groups", has_adaptive_beta=True, min_completions=2),
+        RLMethod("distill", "self-distillation", "rollouts", is_rewarded=False, uses_constitution=True),
     )
 }
 SFT_PHASE, REWARD_PHASE = "sft", "reward"
@@ -82,6 +87,16 @@ def list_enabled_phases(train: TrainSettings) -> tuple[str, ...]:
     """Return the phases that alternate with these settings: SFT, the reward model if it is needed, and the RL method."""
     method = RL_METHODS[train.rl_method]
     return (SFT_PHASE, *([REWARD_PHASE] if method.needs_reward_model(train) else []), method.phase)
+
+
+def is_rewarded(phase: str) -> bool:
+    """Return whether the rewards or labels of a phase can change. The responses alone decide what the other phases learn."""
+    return phase not in RL_METHODS or RL_METHODS[phase].is_rewarded
+
+
+def uses_constitution(phase: str) -> bool:
+    """Return whether the learner of a phase reads the constitution."""
+    return phase in RL_METHODS and RL_METHODS[phase].uses_constitution
 
 
 def uses_rollouts(phase: str) -> bool:
@@ -119,4 +134,7 @@ def list_ignored_settings(settings: Settings) -> list[str]:
         ignored.append(f"train.objective = {train.objective} has no effect with train.rl_method = {method.phase}")
     if train.rewards != default.rewards and not method.uses_groups:
         ignored.append(f"train.rewards has no effect with train.rl_method = {method.phase}")
+    distill = settings.distill
+    if method.uses_constitution and distill.beta != type(distill)().beta and distill.divergence != "jsd":
+        ignored.append(f"distill.beta has no effect with distill.divergence = {distill.divergence}")
     return ignored

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 from engine.eligibility import find_pair_problem
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest, require_results
+from engine.policy import index_policies
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
 from trainer.batches import parse_messages
 from trainer.consumed import QUERY_TIMEOUT_S
+from trainer.methods import is_rewarded
 from trainer.phases import make_score
 from trainer.rewards import Evidence, compute_reward, read_evidence
 
@@ -301,10 +303,11 @@ class RewardHackingMonitor:
         if self.needs_grades and not self.has_grades(rows, reference_rows):
             return None
 
+        rewarded = is_rewarded(index_policies(state.updates)[version].phase)
         metrics: _Metrics = {"answers": float(len(rows))}
         if self.reward_terms:
             metrics |= _compute_grade_proxy_metrics(store, self.reward_terms, rows, reference_rows)
-        elif state.reward_version:  # with DPO there is no reward model
+        elif state.reward_version and rewarded:  # with DPO there is no reward model
             metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
@@ -315,7 +318,10 @@ class RewardHackingMonitor:
         perplexity, reference_perplexity = (compute_perplexity(folder, texts) for folder in (policy_folder, reference_folder))
         if perplexity and reference_perplexity:
             metrics |= _add_reference_metrics({"perplexity": perplexity}, {"perplexity": reference_perplexity})
-        metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
+        if rewarded:
+            metrics |= self.compute_judge_metrics(store, policy_folder, reference_folder)
+        else:  # no reward can be hacked. The KL to the reference rises towards the teacher's, and the method limits it itself
+            metrics.pop("kl_rise", None)
 
         violations = find_limit_violations(metrics, self.limits, self.exempt)
         self.passed_by_version[version] = not violations

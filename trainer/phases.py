@@ -267,6 +267,47 @@ def _compute_term_values(context: LearnContext, batch: Batch, terms: Sequence[Re
     return values
 
 
+def learn_distill(context: LearnContext, batch: Batch) -> _TrainOutput:
+    """Train the policy to answer without the constitution as the reference policy answers with it."""
+    from constitutions.loader import parse_constitution
+    from trainer import distributed, teacher, weights
+    from trainer.learners import distill, policy_math
+
+    manifest, settings, folders = batch.manifest, batch.settings, context.folders
+    lora_rank = settings.pop("lora_rank")
+    settings.pop("max_length")
+    constitution = parse_constitution(settings.pop("constitution"), f"the constitution of batch {manifest.batch_number}")
+    role, num_principles = settings.pop("constitution_role"), settings.pop("num_principles")
+    policy_folder = folders.get_policy_folder(manifest.base_policy_version)
+    reference_version = manifest.reference_policy_version or 0
+    reference_folder = folders.get_policy_folder(reference_version)
+    tokenizer, config = weights.load_tokenizer(policy_folder), distill.DistillConfig(**settings)
+
+    def make_example(row: Mapping[str, Any]) -> distill.DistillExample:
+        principles = teacher.select_principles(constitution, str(row["prompt_id"]), num_principles, row["tags"])
+        text = teacher.render_principles(constitution, principles)
+        prompt = teacher.encode_teacher_prompt(tokenizer, parse_messages(row), text, role)
+        return distill.DistillExample(_make_rollout(row), tuple(prompt))
+
+    trained, metrics = distributed.call_learner(
+        distill.train,
+        policy_folder,
+        reference_folder,
+        [make_example(row) for row in batch.rows],
+        config,
+        policy_version=manifest.base_policy_version,
+        reference_version=reference_version,
+        base_folder=None if reference_folder == folders.base_folder else folders.base_folder,
+        lora_rank=lora_rank,
+        hardware=context.hardware,
+        seed=manifest.seed or 0,
+        on_step=context.on_step,
+    )
+    if metrics["stopped_early"]:
+        context.publish([_make_early_stop_incident(manifest, metrics, policy_math.find_exceeded_limit(metrics, config))])
+    return make_saver_with_adapter(trained.save, reference_folder, folders.base_folder), metrics
+
+
 LEARNERS: dict[str, Learner] = {
     "sft": learn_sft,
     "reward": learn_reward,
@@ -274,6 +315,7 @@ LEARNERS: dict[str, Learner] = {
     "dpo": learn_dpo,
     "grpo": learn_grpo,
     "rloo": learn_rloo,
+    "distill": learn_distill,
 }
 
 

@@ -32,7 +32,7 @@ from engine.weight_sync import get_served_model_name
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
 from schemas.records import BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
-from trainer.methods import REWARD_PHASE, SFT_PHASE
+from trainer.methods import REWARD_PHASE, SFT_PHASE, is_rewarded
 
 _WRITER_NAME = "trainer"
 _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest)
@@ -186,7 +186,7 @@ def compute_training_state(
 def is_superseded(manifest: BatchManifest, state: TrainingState) -> bool:
     """Return whether a batch starts from a model that is no longer the current version."""
     policy_changed = manifest.base_policy_version != state.policy_version
-    reward_changed = (manifest.base_reward_version or 0) != state.reward_version
+    reward_changed = is_rewarded(manifest.phase) and (manifest.base_reward_version or 0) != state.reward_version
     return {SFT_PHASE: policy_changed, REWARD_PHASE: reward_changed}.get(manifest.phase, policy_changed or reward_changed)
 
 

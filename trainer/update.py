@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from constitutions.loader import load_constitution
 from engine.checkpoints import (
     Checkpoint,
     compute_revision,
@@ -64,7 +65,7 @@ from trainer.batches import (
 from trainer.consumed import find_moved_batches, read_complete_history
 from trainer.folders import ModelFolders, get_base_version, get_policy_kind, name_batch_checkpoint
 from trainer.groups import GroupSelection, compute_cursor, sample_groups, select_groups
-from trainer.methods import RL_METHODS, needs_reward_model, uses_groups, uses_rollouts
+from trainer.methods import RL_METHODS, needs_reward_model, uses_constitution, uses_groups, uses_rollouts
 from trainer.monitor import LimitExceeded
 from trainer.phases import LearnContext, Learner
 from trainer.state import (
@@ -320,7 +321,8 @@ class Updater:
     def get_learner_settings(self, phase: str, state: TrainingState) -> dict[str, Any]:
         """Return the settings that the learner uses and the manifest records.
 
-        An adaptive `beta` is the value of the last update, but at least the setting.
+        An adaptive `beta` is the value of the last update, but at least the setting. A learner that reads the constitution gets its
+        text, so that a resumed batch is the same after the file has changed.
         """
         train = self.settings.train
         settings: dict[str, Any] = getattr(self.settings, phase).model_dump()
@@ -332,6 +334,8 @@ class Updater:
             settings["alpha"] = train.alpha
         if method and method.uses_groups:
             settings |= {"rewards": train.rewards, "max_completion_length": self.settings.respond.max_tokens}
+        if uses_constitution(phase):
+            settings["constitution"] = load_constitution(self.settings.run.constitution).text
         return settings
 
     # Steps 2 to 6

@@ -33,6 +33,8 @@ def train(settings: Settings, phase: str | None, loop: bool, force: bool, wait: 
     --phase ppo exits with code 2, and --loop skips RL and trains the other phases. If train.rewards names the grader principles,
     the command first measures how well it ranks the cases of the constitution and pairs of people.
 
+    Self-distillation (train.rl_method distill) needs no labels.
+
     With accelerate launch, all started processes train one model together.
 
     \b

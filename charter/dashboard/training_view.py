@@ -50,6 +50,15 @@ _CURVES = {
     "grpo": _GROUP_CURVES,
     "rloo": _GROUP_CURVES,
     "dpo": {"loss": ("Loss", "nats per pair"), "accuracy": ("Accuracy", "share of pairs")},
+    "distill": {
+        "loss": ("Divergence from the teacher", "nats per token"),
+        "teacher_effect": ("Effect of the teacher", "nats per token"),
+        "kl_ref": ("KL to the reference", "nats per sequence"),
+        "kl_update": ("KL of the update", "nats per sequence"),
+        "entropy": ("Entropy", "nats per token"),
+        "completions/mean_length": ("Length of the completions", "tokens"),
+        "completions/clipped_ratio": ("Truncated completions", "share"),
+    },
     "loop": {"wall_s": ("Duration of an update", "s"), "duckdb_share": ("Time in DuckDB", "share of an update")},
 }
 _HIDDEN_METRICS = {"epoch", "step", "steps"}

@@ -378,3 +378,17 @@ def test_monitor_without_a_reward_model_checks_the_other_metrics(trainer):
     exceeded = check(make_monitor(trainer), trainer)
     assert "of benign prompts" in exceeded.detail and exceeded.rollback_version == 1
     assert "proxy_gain" not in exceeded.metrics and "length_correlation" not in exceeded.metrics
+
+
+@pytest.mark.parametrize("trainer", ["distill"], indirect=True)
+def test_self_distillation_may_move_towards_its_teacher_and_needs_no_judge(trainer):
+    """Its KL to the reference rises by more than the limit of one update. Nothing is hacked, because there is no reward."""
+    add_grades(trainer, [*add_responses(trainer, 1, (6, 8)), *add_responses(trainer, 2, (6, 8))])
+    steps = [
+        Metric(record_id=ids.compute_record_id("metric", [], str(n)), run_id="live", stage="train", policy_version=1,
+               phase="distill", batch_number=1, step=n, metrics={"kl_ref": 10.0 * n}) for n in range(4)
+    ]  # fmt: skip
+    trainer.log.bus.publish([to_producer_record(step) for step in steps])
+    sink_all(trainer)
+    assert trainer.store.query("SELECT kl_slope FROM monitor_kl WHERE policy_version = 1").rows == [(10.0,)]
+    assert check(make_monitor(trainer, judge=lambda pairs: pytest.fail("the judge was asked")), trainer) is None

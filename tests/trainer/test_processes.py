@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import CharterError
 from schemas.records import ChatMessage
 from trainer import distributed, weights
-from trainer.learners import dpo, grpo, ppo, reward, rloo, sft
+from trainer.learners import distill, dpo, grpo, ppo, reward, rloo, sft
 
 EXACT = {"hardware": weights.Hardware(micro_batch_size=2, precision="fp32"), "seed": 1}
 prompts = [(ChatMessage(role="user", content="say " + n * "n"),) for n in range(10)]
@@ -25,6 +25,8 @@ texts = [sft.SftExample(messages, n * "ab" + "c", True, str(n)) for n, messages 
 pairs = [reward.PreferenceExample(messages, "aa", "bbb", 0.8, str(n), True) for n, messages in enumerate(prompts)]
 rollouts = [ppo.Rollout((1, 5 + n), (7, 8, 2)[: 1 + n % 3], (-3.0,) * (1 + n % 3), n % 2 == 0, 0, str(n)) for n in range(7)]
 sl_rows = [{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}, {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}]
+examples = [distill.DistillExample(rollout, (1, 9, 4, *rollout.prompt_token_ids)) for rollout in rollouts]
+d = distill.DistillConfig(learning_rate=1e-2, epochs=2, batch_size=3, min_teacher_effect=0.0)
 p = ppo.PPOConfig(learning_rate=1e-2, epochs=2, batch_size=3)
 groups = [ppo.Rollout(r.prompt_token_ids, r.token_ids, r.logprobs, r.ends_with_eos, 0, str(n // 4)) for n, r in enumerate(rollouts)]
 g = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 3}
@@ -45,6 +47,7 @@ def learn(tiny):
     for learner, config in ((grpo, grpo.GRPOConfig(**g)), (rloo, rloo.RLOOConfig(**g))):
         name = learner.__name__.rpartition(".")[2]
         distributed.call_learner(learner.train, tiny, tiny, groups, list(range(7)), config, on_step=on_step(name), **EXACT)
+    distributed.call_learner(distill.train, tiny, tiny, examples, d, on_step=on_step("distill"), **EXACT)
     return metrics_by_phase
 
 
@@ -71,7 +74,7 @@ def test_two_processes_train_like_one(tiny, tmp_path):
     assert processes.wait(timeout=HANG_S) == 0
     result = json.loads(out.read_text())
     assert result.pop("error") == expected.pop("error") == [{"message": "the log is unreachable"}]
-    assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo", "grpo", "rloo"}
+    assert set(result) == set(expected) == {"sft", "reward", "dpo", "ppo", "grpo", "rloo", "distill"}
     for phase, steps in expected.items():
         assert len(result[phase]) == len(steps) >= 2
         for number, step in enumerate(steps):

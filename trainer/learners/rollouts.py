@@ -77,6 +77,12 @@ def make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micr
     return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
 
 
+def apply_output_layer(lm_head: Any, logit_softcap: float | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return fp32 logits (..., V) from hidden states (..., H)."""
+    logits: torch.Tensor = lm_head(hidden_states).float()
+    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+
+
 class PolicyModel(torch.nn.Module):
     """This module computes the log-probabilities of completion tokens. `title` names the RL method in error messages."""
 
@@ -98,8 +104,7 @@ class PolicyModel(torch.nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits (..., V) from hidden states (..., H)."""
-        logits: torch.Tensor = self.lm_head(hidden_states).float()
-        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return apply_output_layer(self.lm_head, self.logit_softcap, hidden_states)
 
     def compute_completion_states(self, batch: PaddedRollouts) -> torch.Tensor:
         """Return the hidden states (tokens, H) that predict the completion tokens.

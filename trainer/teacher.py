@@ -1,0 +1,105 @@
+"""Write the prompt of the teacher of self-distillation: the policy's prompt with the constitution in one of its messages.
+
+The constitution is part of the last user message (in front of its text), or of the system message. Many chat templates add a
+default system message if a dialogue has none. The policy is sampled with this message, so the teacher gets it too: its text is
+read from the template, and the constitution follows it. Otherwise the teacher would differ from the policy by more than the
+constitution. Control tokens in the constitution and in the dialogue are broken up (`engine.models.chat_template`).
+
+The texts that introduce the constitution are here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from constitutions.loader import Constitution, CritiquePrinciple
+from engine.errors import PermanentRecordError, UsageError
+from engine.models.chat_template import encode_prompt, format_prompt
+from schemas import ids
+from schemas.records import ChatMessage
+
+ConstitutionRole = Literal["user", "system"]
+
+# A paragraph of prose describes how to answer. A critique principle has a request to rewrite a bad answer, so the teacher is asked
+# for an answer that does not need it.
+_PROSE_HEADER = "Follow these principles when you answer. Do not mention them."
+_CORRECTIONS_HEADER = "Write an answer that needs none of these corrections. Do not mention them."
+_PLACEHOLDER = "CHARTER-SYSTEM-MESSAGE"
+
+
+def select_principles(
+    constitution: Constitution, prompt_id: str, num_principles: int, tags: Sequence[str] = ()
+) -> Sequence[CritiquePrinciple]:
+    """Return the principles that the teacher gets for a prompt, in the order of the constitution.
+
+    If `num_principles` is 0, these are all principles that apply to the tags of the prompt. Otherwise sample this number of them. The
+    sample depends only on the prompt, so all completions of a prompt have the same principles.
+    """
+    count = num_principles or len(constitution.critique)
+    sampled = constitution.sample_critique_principles(ids.compute_seed(prompt_id), tags, count)
+    return [principle for principle in constitution.critique if principle in sampled]
+
+
+def render_principles(constitution: Constitution, principles: Sequence[CritiquePrinciple]) -> str:
+    """Return the text that states the principles to the teacher."""
+    texts = {paragraph.id: paragraph.text for paragraph in constitution.prose}
+    header = _PROSE_HEADER if constitution.prose else _CORRECTIONS_HEADER
+    lines = [f"- {texts.get(principle.id) or f'{principle.name}: {principle.revision_prompt}'}" for principle in principles]
+    return "\n".join([header, *lines])
+
+
+def add_principles(
+    tokenizer: Any, messages: Sequence[ChatMessage], text: str, role: ConstitutionRole
+) -> tuple[ChatMessage, ...]:
+    """Return the dialogue with `text` in its last user message or in its system message.
+
+    Raise UsageError if the dialogue has no user message, or if the chat template has no system messages.
+    """
+    if role == "system":
+        return _add_to_system_message(tokenizer, messages, text)
+    place = next((i for i in reversed(range(len(messages))) if messages[i].role == "user"), None)
+    if place is None:
+        raise UsageError(
+            "a prompt has no user message",
+            "the teacher of self-distillation gets the constitution in the last user message",
+            'set distill.constitution_role = "system"',
+        )
+    message = messages[place].model_copy(update={"content": f"{text}\n\n{messages[place].content}"})
+    return (*messages[:place], message, *messages[place + 1 :])
+
+
+def encode_teacher_prompt(tokenizer: Any, messages: Sequence[ChatMessage], text: str, role: ConstitutionRole) -> list[int]:
+    """Return the token ids of the teacher's prompt (see `add_principles`)."""
+    return encode_prompt(tokenizer, add_principles(tokenizer, messages, text, role))
+
+
+def _add_to_system_message(tokenizer: Any, messages: Sequence[ChatMessage], text: str) -> tuple[ChatMessage, ...]:
+    has_system_message = messages[0].role == "system"
+    present = messages[0].content if has_system_message else read_default_system_message(tokenizer, messages)
+    content = f"{present}\n\n{text}" if present else text
+    return (ChatMessage(role="system", content=content), *messages[has_system_message:])
+
+
+def read_default_system_message(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
+    """Return the system message that the chat template adds to a dialogue without one. Return "" if it adds none.
+
+    The dialogue is formatted without changes, and with a placeholder as its system message. The text at the place of the
+    placeholder is the default. Raise UsageError if the chat template rejects or ignores a system message.
+    """
+    placeholder = ChatMessage(role="system", content=_PLACEHOLDER)
+    try:
+        before, found, after = format_prompt(tokenizer, (placeholder, *messages)).partition(_PLACEHOLDER)
+    except PermanentRecordError as error:
+        raise _make_no_system_message_error(tokenizer, error.why) from error
+    if not found:
+        raise _make_no_system_message_error(tokenizer, "it ignores them, so the constitution would change nothing")
+    plain = format_prompt(tokenizer, messages)
+    is_around = plain.startswith(before) and plain.endswith(after) and len(before) + len(after) <= len(plain)
+    return plain[len(before) : len(plain) - len(after)] if is_around else ""
+
+
+def _make_no_system_message_error(tokenizer: Any, why: str) -> UsageError:
+    return UsageError(
+        f"the chat template of {tokenizer.name_or_path} has no system messages", why, 'set distill.constitution_role = "user"'
+    )
