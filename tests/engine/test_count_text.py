@@ -1,3 +1,5 @@
+"""Counts with their noun and verb."""
+
 import pytest
 
 from engine.text import format_count
