@@ -85,19 +85,19 @@ def test_file_producer_reports_an_invalid_line_and_publishes_the_others(bus, tmp
 @pytest.mark.parametrize(
     ("kind", "row", "reason"),
     [
-        ("preferences", {"prompt": "p", "chosen": "\u200b", "rejected": "no"}, "chosen has no visible text"),
+        ("preferences", {"prompt": "p", "chosen": "\u200b", "rejected": "no"}, "chosen has an empty response"),
         ("preferences", {"prompt": "p", "chosen": "yes", "rejected": "yes\n"}, "both responses are the same"),
         (
             "preferences",
             {"prompt": "p", "response_a": "yes", "response_b": "\ufeff", "p_a": 0.2},
-            "response_b has no visible text",
+            "response_b has an empty response",
         ),
         (
             "preferences",
             {"prompt": "p", "chosen": "yes", "rejected": "<think>No?</think>no"},
             "rejected contains what looks like",
         ),
-        ("demonstrations", {"prompt": "p", "completion": "\u2800"}, "no visible text"),
+        ("demonstrations", {"prompt": "p", "completion": "\u2800"}, "has an empty response"),
         ("demonstrations", {"prompt": "p", "completion": "<think>Yes?</think>yes"}, "the completion contains what looks like"),
         ("demonstrations", {"prompt": "p", "completion": "Yes?\n</think>\n\nyes"}, "the completion contains what looks like"),
     ],
