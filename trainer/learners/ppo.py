@@ -92,6 +92,7 @@ from trainer.learners.policy_math import (
     masked_mean,
     require_within_kl_limits,
 )
+from trainer.learners.policy_math import logprobs_from_logits as logprobs_from_logits
 from trainer.learners.rollouts import (
     PaddedRollouts,
     PolicyModel,
