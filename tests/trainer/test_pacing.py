@@ -170,7 +170,10 @@ def test_completions_that_rl_cannot_use_end_the_limit(workspace):
     assert wanted
     unusable = [make_response(f"unusable {n}") for n in range(wanted)]
     workspace.add(
-        *(r.model_copy(update={"policy_version": 0, "sampling": r.sampling.model_copy(update={"top_p": 0.5})}) for r in unusable)
+        *(
+            r.model_copy(update={"policy_version": 0, "sampling": r.sampling.model_copy(update={"top_p": 0.5})})
+            for r in unusable
+        )
     )
     assert not trainer.run_tick() and read_last_allowance(workspace) == (None, "RL can use none of the last completions")
     assert not trainer.run_tick() and read_last_allowance(workspace)[0] is None  # until RL can use one
