@@ -233,6 +233,12 @@ class PacedAdmission:
             return f"{self.allowance.phase} is paused"
         return self.allowance.reason
 
+    def find_hold(self) -> str | None:
+        """Read the log, and return why a copy without own work holds new prompts. Return None if it does not."""
+        self.refresh()
+        self.set_pending([])
+        return self.get_reason() if self.remaining is not None and self.remaining <= 0 else None
+
     def get_held_s(self) -> float:
         """Return the total time in seconds in which prompts were held."""
         return self.total_held_s + (time.monotonic() - self.held_since if self.held_since else 0.0)
@@ -251,14 +257,3 @@ def _count_completions(value: bytes, min_policy_version: int) -> int:
         return 0
     is_counted = is_rl_prompt(response) and response.policy_version is not None
     return len(response.completions) if is_counted and (response.policy_version or 0) >= min_policy_version else 0
-
-
-def find_hold(bus: Bus) -> str | None:
-    """Return why responders hold new prompts now. Return None if they do not."""
-    admission = PacedAdmission(bus, 1)
-    try:
-        admission.refresh()
-        admission.set_pending([])
-        return admission.get_reason() if admission.remaining is not None and admission.remaining <= 0 else None
-    finally:
-        admission.close()

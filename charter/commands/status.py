@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from charter.label_quality import read_verdict
 from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
 from charter.text import escape_unprintable
+from engine.pacing import PacedAdmission
 from engine.settings import Settings, load_settings
 
 _FIRST_STEPS = """There is no run in this folder yet. To start one:
@@ -53,10 +55,12 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     bus = connect_bus(settings)
     lags = compute_lags(bus, run_id, settings)
     columns, topics = [*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows]
+    with closing(PacedAdmission(bus, settings.respond.num_completions)) as admission:
+        held = list_held_stages(admission)
     sections = {
         "workers": list_workers(bus, settings, run_id),
         "paused": list_paused_phases(bus),
-        "held": list_held_stages(bus),
+        "held": held,
         "policies": list_policies(bus),
         "incidents": list_incidents(bus),
     }

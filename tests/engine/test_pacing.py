@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from contextlib import closing
 from itertools import count
 
 import pytest
@@ -16,7 +17,6 @@ from engine.pacing import (
     PacedAdmission,
     TrainingLoopHistory,
     TrainingLoopLease,
-    find_hold,
     is_training_loop_running,
 )
 from engine.policy import make_pause
@@ -75,6 +75,11 @@ def allow(bus, num_completions, **fields):
 
 def count_responses(bus):
     return sum(raw.value is not None for raw in read_topic(bus, Response.topic))
+
+
+def find_hold(bus):
+    with closing(PacedAdmission(bus, 1)) as admission:
+        return admission.find_hold()
 
 
 def wait_for_hold(worker, host):

@@ -162,6 +162,25 @@ def test_failed_sft_update_releases_the_responders(make_workspace):
     assert read_last_allowance(workspace)[0] == 4 * workspace.settings.respond.num_completions
 
 
+def test_resumed_sft_update_holds_the_responders_again(workspace):
+    from engine.errors import BusUnreachable
+
+    def fail(context, batch):
+        raise BusUnreachable("the log is away", "the test", "nothing")
+
+    workspace.add_labels("a")
+    assert start_pacing(workspace).run_tick()
+    workspace.add_chains("a")
+    workspace.trainer.updater.learners = dict(workspace.trainer.updater.learners) | {"sft": fail}
+    with pytest.raises(BusUnreachable):
+        workspace.trainer.run_tick()
+    workspace.reopen()
+    trainer, count = start_pacing(workspace), len(workspace.read_records(Allowance))
+    assert trainer.run_tick() and workspace.list_policies() == [(1, "sft", None)]
+    allowances = workspace.read_records(Allowance)[count:]
+    assert [allowance.num_completions for allowance in allowances] == [0]
+
+
 def test_completions_that_rl_cannot_use_end_the_limit(workspace):
     trainer = start_pacing(workspace)
     workspace.add_labels("a")
