@@ -710,11 +710,11 @@ class Pause(PhaseField, Record):
 
 
 class Allowance(PhaseField, Record):
-    """The number of completions that a training loop wants now. Responders sample no more than that (engine/pacing.py).
+    """The number of completions that a training loop wants now. It limits the responders (engine/pacing.py).
 
     The newest record counts, while the loop that wrote it runs. `num_completions` is the number of completions that may follow the
     position `offsets`, which has one offset for each partition of the topic `responses`. If it is null, there is no limit.
-    Completions of a policy before `min_policy_version` are not counted. `phase` is the RL method, and `reason` says why there is
+    Completions of a policy before `min_policy_version` are not counted. `phase` is the RL method, and `reason` is the reason for
     this limit.
     """
 

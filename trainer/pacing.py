@@ -48,7 +48,7 @@ class RolloutStock:
     """The rollouts that the next RL update can use, and what the update needs.
 
     `num_usable` counts rollouts that have everything, and `num_waiting` counts those whose grades are still to come. `threshold` is
-    the number that starts an update. `unneeded_because` says why RL uses no rollouts now; it is empty if RL uses them.
+    the number that starts an update. `unneeded_because` is the reason why RL uses no rollouts now; it is empty if RL uses them.
     """
 
     num_usable: int

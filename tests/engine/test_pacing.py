@@ -68,7 +68,7 @@ def allow(bus, num_completions, **fields):
         bus,
         Allowance(
             record_id=ids.compute_id("allowance", next(_numbers)), run_id="r", stage="train", phase="ppo",
-            num_completions=num_completions, offsets=ends, reason="the test wants no more", **fields,
+            num_completions=num_completions, offsets=ends, reason="the test has enough", **fields,
         ),
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_responder_stops_exactly_at_the_allowance_and_continues_with_the_next(bu
     with Host([worker]) as host:
         wait_for_hold(worker, host)
         assert count_responses(bus) == 5
-        assert find_hold(bus) == "the test wants no more"
+        assert find_hold(bus) == "the test has enough"
         allow(bus, 4)
         wait_until(lambda: count_responses(bus) == 9 and worker.pacing.held_since, host)
         assert count_responses(bus) == 9
@@ -105,7 +105,7 @@ def test_responder_stops_exactly_at_the_allowance_and_continues_with_the_next(bu
         wait_until(lambda: count_responses(bus) == 20, host)
     assert worker.pacing.num_holds == 2 and worker.pacing.get_held_s() > 0
     messages = [record.message for record in caplog.records]
-    assert messages[0] == "respond holds new prompts: the test wants no more"
+    assert messages[0] == "respond holds new prompts: the test has enough"
     assert sum("holds" in message for message in messages) == sum("continues" in message for message in messages) == 2
     assert find_hold(bus) is None
 

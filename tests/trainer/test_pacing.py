@@ -42,7 +42,7 @@ def workspace(make_workspace):
         (RolloutStock(64, 64), {"rollouts_ahead": 2.5}, 96),
         (RolloutStock(0, 64), {"rollouts_ahead": 0.1}, 64),  # RL could never start with fewer
         (RolloutStock(10, 64, num_waiting=50), {}, 4),  # the graders will bring these, and new prompts would not
-        # SFT is due: RL gets what one update needs, and then no more until SFT has trained.
+        # SFT is due: RL gets what one update needs, and then none until SFT has trained.
         (RolloutStock(40, 64), {"sft_is_due": True, "rollouts_ahead": 3}, 24),
         (RolloutStock(3, 64), {"sft_is_due": True, "is_drained": True}, 0),
         (RolloutStock(3, 64), {"is_drained": True}, 61),
@@ -166,7 +166,7 @@ def test_resumed_sft_update_holds_the_responders_again(workspace):
     from engine.errors import BusUnreachable
 
     def fail(context, batch):
-        raise BusUnreachable("the log is away", "the test", "nothing")
+        raise BusUnreachable("the log is unreachable", "the test", "nothing")
 
     workspace.add_labels("a")
     assert start_pacing(workspace).run_tick()
