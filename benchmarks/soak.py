@@ -365,16 +365,24 @@ def _compute_result(soak: _SoakTest) -> dict[str, Any]:
 
 
 def _compute_rollout_shares(store: Store) -> dict[str, Any]:
-    """Return which share of all completions RL trained on, dropped, left to the reward model, or could still use at the end."""
+    """Return which share of the completions RL trained on, dropped, left to the reward model, or could still use at the end.
+
+    Before the first reward model, RL cannot train. So the shares of the completions since then are also returned.
+    """
     sql = """
         WITH fates AS (
             SELECT CASE WHEN response_id IN (SELECT response_id FROM trained_rollouts WHERE trained) THEN 'trained'
                         WHEN response_id IN (SELECT dropped_id FROM dropped_rollouts) THEN 'dropped'
-                        WHEN purpose = 'REWARD' THEN 'for_reward_model' ELSE 'unused' END AS fate FROM rollouts)
+                        WHEN purpose = 'REWARD' THEN 'for_reward_model' ELSE 'unused' END AS fate FROM rollouts
+            WHERE created_at > coalesce((SELECT min(created_at) FROM policies WHERE kind = 'REWARD' AND $since), '1970-01-01'))
         SELECT fate, count(*) / (SELECT count(*) FROM fates) FROM fates GROUP BY 1 ORDER BY 1"""
-    shares = {fate: round(share, 3) for fate, share in store.query(sql, limit_s=60.0).rows}
+    all_shares, shares_since = (
+        {fate: round(share, 3) for fate, share in store.query(sql, {"since": since}, limit_s=60.0).rows}
+        for since in (False, True)
+    )
     held = "SELECT count(*) FROM allowances WHERE num_completions = 0"
-    return {"completion_shares": shares, "allowances_of_zero": store.query(held, limit_s=60.0).rows[0][0]}
+    shares = {"completion_shares": all_shares, "completion_shares_since_the_first_reward_model": shares_since}
+    return shares | {"allowances_of_zero": store.query(held, limit_s=60.0).rows[0][0]}
 
 
 def _count_unreproducible_batches(soak: _SoakTest) -> int:

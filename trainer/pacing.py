@@ -138,8 +138,10 @@ class Pacer:
         the number of usable rollouts that are not in the batch.
         """
         if self.stock is None or self.stock.unneeded_because:
+            self.is_drained = False
             return []
         if phase == SFT_PHASE:
+            self.is_drained = False  # RL must train on the completions of the new policy before the next SFT update
             demand = Demand(0, "an SFT update is in progress, and makes earlier completions unusable for RL")
         elif phase == self.method.phase:
             self.is_drained = self.sft_is_due

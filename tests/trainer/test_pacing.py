@@ -128,7 +128,8 @@ def test_sft_waits_until_rl_has_trained_on_its_rollouts_and_holds_the_responders
     workspace.add_responses("late", 1)
     assert trainer.run_tick() and workspace.list_policies()[-1] == (2, "sft", None)
     assert read_last_allowance(workspace) == (0, "an SFT update is in progress, and makes earlier completions unusable for RL")
-    assert not trainer.run_tick()
+    workspace.add_chains("b")
+    assert not trainer.run_tick()  # SFT is due again, and RL has not trained on completions of the new policy
     assert read_last_allowance(workspace)[0] == 4 * num_completions  # the new policy samples again
 
 
