@@ -130,9 +130,11 @@ class PacedAdmission:
     # Reading the log
 
     def refresh(self, *, is_urgent: bool = False) -> None:
-        """Read new allowances and responses, once a second. `is_urgent` means that this copy has written responses."""
+        """Read new allowances and responses, once a second. If `is_urgent` is true, this copy has written responses: count them now."""
         now = time.monotonic()
-        if now < self.next_refresh_at and not (is_urgent and self.reader):
+        if now < self.next_refresh_at:
+            if is_urgent:
+                self.count_new_responses()
             return
         self.next_refresh_at = now + _POLL_INTERVAL_S
         for message in self.tail.read_new():
