@@ -28,7 +28,7 @@ from trainer.state import TrainingState
 
 logger = logging.getLogger("charter.trainer")
 _RENEWAL_INTERVAL_S = 30.0
-# SFT stops waiting for rollouts if no response has arrived for this time.
+# SFT stops waiting for rollouts if no response has arrived for this time, and RL for rewards if none has arrived.
 _MAX_SILENCE_S = 600.0
 
 
@@ -58,17 +58,17 @@ class RolloutStock:
 
 
 def compute_demand(
-    stock: RolloutStock, *, rollouts_ahead: float, sft_is_due: bool = False, is_drained: bool = False, is_futile: bool = False
+    stock: RolloutStock, *, rollouts_ahead: float, sft_is_due: bool = False, is_drained: bool = False, futile_because: str = ""
 ) -> Demand:
     """Return how many more rollouts the trainer wants.
 
     `sft_is_due` is true if SFT has enough rows. `is_drained` is true if RL has then trained on all rollouts that it asked for.
-    `is_futile` is true if completions have arrived of which RL can use none.
+    `futile_because` is the reason why RL cannot use further completions, or empty.
     """
     if stock.unneeded_because:
         return Demand(None, stock.unneeded_because)
-    if is_futile:
-        return Demand(None, "RL can use none of the last completions")
+    if futile_because:
+        return Demand(None, futile_because)
     if sft_is_due and is_drained:
         return Demand(0, "SFT is due, and its update makes earlier completions unusable for RL")
     target = stock.threshold if sft_is_due else max(stock.threshold, math.ceil(rollouts_ahead * stock.threshold))
@@ -100,7 +100,8 @@ class Pacer:
         self.last_next_seq, self.last_at = 0, 0.0
         self.last_key: tuple[object, ...] = ()
         self.stock: RolloutStock | None = None
-        self.is_futile = False  # completions have arrived, and RL could use none of them
+        self.futile_because = ""  # the reason why further completions would not help RL now
+        self.progress, self.progress_at = (-1, -1, -1), time.monotonic()
 
     def plan(self, store: Store, state: TrainingState, stock: RolloutStock, *, sft_is_due: bool) -> Allowance | None:
         """Return the allowance to publish now, or None. The caller keeps the database open, so that all queries see one state."""
@@ -109,10 +110,7 @@ class Pacer:
         position = self.read_position(store, state)
         num_new = self.count_new(store) if self.last else 0
         wanted = self.last.num_completions if self.last else None
-        if stock.num_usable + stock.num_waiting:
-            self.is_futile = False
-        elif wanted and num_new >= wanted:
-            self.is_futile = True
+        self.check_progress(stock, len(state.updates), is_used_up=bool(wanted) and num_new >= (wanted or 0))
         demand = self.compute_demand(stock)
         # The demand changes with every response, but the allowance stays right until one of these values changes.
         changes = (len(state.manifests), len(state.updates), len(state.incidents), len(state.pauses))
@@ -154,13 +152,25 @@ class Pacer:
         """Publish an allowance at the next tick, even if nothing has changed."""
         self.last_key = ()
 
+    def check_progress(self, stock: RolloutStock, num_updates: int, *, is_used_up: bool) -> None:
+        """Find out whether RL can use no completion, or waits for rewards that do not arrive. Then there must be no limit."""
+        progress = (stock.num_usable, 0 if self.futile_because else stock.num_waiting, num_updates)
+        if progress != self.progress:
+            self.progress, self.progress_at = progress, time.monotonic()
+            self.futile_because = ""
+        if is_used_up and not stock.num_usable + stock.num_waiting:
+            self.futile_because = "RL can use none of the last completions"
+        elif stock.num_waiting and stock.num_usable < stock.threshold and time.monotonic() - self.progress_at > _MAX_SILENCE_S:
+            self.futile_because = "the rewards that RL waits for have not arrived for ten minutes"
+            self.progress = (stock.num_usable, 0, num_updates)
+
     def compute_demand(self, stock: RolloutStock) -> Demand:
         return compute_demand(
             stock,
             rollouts_ahead=self.settings.train.rollouts_ahead,
             sft_is_due=self.sft_is_due,
             is_drained=self.is_drained,
-            is_futile=self.is_futile,
+            futile_because=self.futile_because,
         )
 
     def make_allowance(self, demand: Demand, state: TrainingState, position: _Position) -> Allowance:
@@ -216,7 +226,7 @@ class Pacer:
         SFT does not wait if no further rollouts can arrive: all prompts have responses, or no response has arrived for ten minutes.
         """
         stock = self.stock
-        if stock is None or stock.unneeded_because or self.is_futile:
+        if stock is None or stock.unneeded_because or self.futile_because:
             return False
         if stock.num_usable >= stock.threshold:
             return True  # RL trains first

@@ -49,7 +49,7 @@ def workspace(make_workspace):
         # RL needs no rollouts now, or cannot use them: there is no limit, so that labels and chains still arrive.
         (RolloutStock(64, 64, unneeded_because="ppo waits for the first reward model"), {}, None),
         (RolloutStock(0, 64, unneeded_because="ppo is paused"), {"sft_is_due": True, "is_drained": True}, None),
-        (RolloutStock(0, 64), {"is_futile": True}, None),
+        (RolloutStock(0, 64), {"futile_because": "RL can use none of them"}, None),
     ],
 )
 def test_demand(stock, options, wanted):
@@ -238,6 +238,19 @@ def test_purposes_decide_what_trains_from_the_first_training_loop_on(workspace):
     trainer.run_tick()
     assert trainer.read_state().has_training_loop
     assert select("ppo") == 3  # the rollout of the prompt for the reward model is not for RL
+
+
+def test_limit_ends_if_rewards_do_not_arrive_and_returns_when_they_do(monkeypatch):
+    pacer = Pacer(load_settings({"train.rl_method": "grpo"}, environment={})[0])
+    pacer.check_progress(RolloutStock(3, 8, 5), 0, is_used_up=True)
+    assert pacer.compute_demand(RolloutStock(3, 8, 5)).num_rollouts == 0
+    monkeypatch.setattr("trainer.pacing._MAX_SILENCE_S", -1.0)
+    pacer.check_progress(RolloutStock(3, 8, 5), 0, is_used_up=True)
+    monkeypatch.undo()
+    pacer.check_progress(RolloutStock(3, 8, 9), 0, is_used_up=True)  # more groups wait, and none is complete
+    assert pacer.compute_demand(RolloutStock(3, 8, 9)).num_rollouts is None
+    pacer.check_progress(RolloutStock(4, 8, 8), 0, is_used_up=True)
+    assert pacer.compute_demand(RolloutStock(4, 8, 8)).num_rollouts == 0
 
 
 def test_every_method_that_uses_rollouts_can_be_paced():
