@@ -216,12 +216,17 @@ class PacedAdmission:
         if not self.held_since and self.num_refused and not may_start:
             self.held_since = time.monotonic()
             self.num_holds += 1
-            logger.info("respond holds new prompts: %s", self.get_reason())
+            more = " (further holds have the level INFO, and are counted: charter_holds_total)" if self.num_holds == 1 else ""
+            logger.log(self.get_log_level(), "respond holds new prompts: %s%s", self.get_reason(), more)
         elif self.held_since and may_start:
             held_s = time.monotonic() - self.held_since
             self.total_held_s += held_s
             self.held_since = 0.0
-            logger.info("respond continues after %.0f s: %s", held_s, self.get_reason())
+            logger.log(self.get_log_level(), "respond continues after %.0f s: %s", held_s, self.get_reason())
+
+    def get_log_level(self) -> int:
+        """Return the level of the lines about a hold. The first hold is always shown; a busy stream has one for each update."""
+        return logging.WARNING if self.num_holds == 1 else logging.INFO
 
     def get_reason(self) -> str:
         """Return why prompts are held, or why they are not held."""
