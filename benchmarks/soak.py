@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -50,6 +50,7 @@ from engine.store import Store
 from schemas.codec import decode_record
 from schemas.records import BatchManifest
 from schemas.topics import TOPICS
+from trainer.methods import get_rl_fraction
 
 _ROOT = Path(__file__).parents[1]
 _BASE_MODEL_STEPS = 300
@@ -80,32 +81,35 @@ def _make_setting_flags(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _load_settings(folder: Path) -> Settings:
-    return load_settings(_make_setting_flags(folder), environment={})[0]
+def _load_settings(folder: Path, changes: Mapping[str, str]) -> Settings:
+    return load_settings(_make_setting_flags(folder) | dict(changes), environment={})[0]
 
 
 # The stream's process
 
 
-def _run_stream(folder: Path) -> None:
+def _run_stream(folder: Path, changes: Mapping[str, str]) -> None:
     """Run every stage, the sink, and a producer that keeps questions in flight, until SIGTERM."""
     from benchmarks.learning.programmatic import LANGUAGE_RULE, ProgrammaticCritic, make_judge
     from charter.connect import connect_bus
     from charter.models import RoleModels
-    from charter.pipeline import STAGES, make_stage
+    from charter.pipeline import STAGES, make_pacing, make_stage
     from constitutions.loader import load_constitution as load_constitution
     from consumers.sink import Sink
     from engine.host import Host
     from engine.worker import ModelExecutor, Worker
 
-    settings, stop = _load_settings(folder), stop_on_signals()
+    settings, stop = _load_settings(folder, changes), stop_on_signals()
     bus, store = connect_bus(settings), open_store(settings)
     models = RoleModels(
         settings, open_models={_CRITIC_ID: ProgrammaticCritic(LANGUAGE_RULE), _JUDGE_ID: make_judge("judge", LANGUAGE_RULE, 0)}
     )
     executor, constitution = ModelExecutor("local", downstream_wait_s=0.05), load_constitution(settings.run.constitution)
     stages = [make_stage(name, settings, models, constitution, bus) for name in STAGES]
-    workers = [Worker(bus, stage, executor, run_id=settings.run.id, instance="0") for stage in stages]
+    workers = [
+        Worker(bus, stage, executor, run_id=settings.run.id, instance="0", pacing=make_pacing(stage.name, settings, bus))
+        for stage in stages
+    ]
     with Host(workers, {"sink": Sink(bus, store).run}, [models.close]) as host:
         for number, (epoch, questions) in enumerate(_generate_question_batches()):
             _publish_questions(settings, bus, number, epoch, questions)
@@ -134,7 +138,8 @@ def _publish_questions(settings: Settings, bus: Any, number: int, epoch: int, qu
 
     path = settings.folder / f"questions-{number:06d}.jsonl"
     path.write_text("".join(json.dumps({"prompt": q.text, "source": q.source}) + "\n" for q in questions))
-    FileProducer(bus, settings.run.id, epoch=epoch, eval_fraction=0.0).publish(str(path))
+    rl_fraction = get_rl_fraction(settings)
+    FileProducer(bus, settings.run.id, epoch=epoch, eval_fraction=0.0, rl_fraction=rl_fraction).publish(str(path))
     path.unlink()
 
 
@@ -165,6 +170,7 @@ class _SoakTest:
     """This class has the two processes of the test, and the snapshots of their state."""
 
     folder: Path
+    changes: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     snapshots: list[_Snapshot] = field(default_factory=list)
     num_kills: int = 0
@@ -173,15 +179,17 @@ class _SoakTest:
 
     @property
     def settings(self) -> Settings:
-        return _load_settings(self.folder)
+        return _load_settings(self.folder, self.changes)
 
     def build_command(self, *verbs: str) -> list[str]:
-        options = [word for name, value in _make_setting_flags(self.folder).items() for word in ("--set", f"{name}={value}")]
+        flags = _make_setting_flags(self.folder) | dict(self.changes)
+        options = [word for name, value in flags.items() for word in ("--set", f"{name}={value}")]
         return [sys.executable, "-m", "charter", *verbs, *options]
 
     def start_process(self, name: str) -> None:
+        changes = [word for name, value in self.changes.items() for word in ("--set", f"{name}={value}")]
         commands = {
-            "stream": [sys.executable, "-m", "benchmarks.soak", "--stream", "--data", str(self.folder)],
+            "stream": [sys.executable, "-m", "benchmarks.soak", "--stream", "--data", str(self.folder), *changes],
             "trainer": self.build_command("train", "--loop", "--verbose"),
         }
         environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -245,13 +253,13 @@ def _read_resident_mb(pid: int) -> float:
     return 0.0
 
 
-def _run_soak(folder: Path, minutes: float, num_kills: int) -> dict[str, Any]:
+def _run_soak(folder: Path, minutes: float, num_kills: int, changes: Mapping[str, str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").exists():
         from benchmarks.learning.base_model import train_base_model
 
         print(f"base model: loss {train_base_model(folder / 'base', steps=_BASE_MODEL_STEPS):.2f}", flush=True)
-    soak, stop = _SoakTest(folder), stop_on_signals()
+    soak, stop = _SoakTest(folder, changes), stop_on_signals()
     deadline = soak.started_at + 60 * minutes
     kill_times = iter(sorted(random.Random(0).uniform(soak.started_at + 60, deadline - 60) for _ in range(num_kills)))
     next_kill = next(kill_times, deadline)
@@ -346,6 +354,7 @@ def _compute_result(soak: _SoakTest) -> dict[str, Any]:
         "unreproducible_batches": _count_unreproducible_batches(soak),
         **values,
         "dropped_rollouts": dropped,
+        **_compute_rollout_shares(store),
         **_compute_duckdb_shares(store),
         **{
             f"{name}_mb": _summarize_memory([getattr(snapshot, f"{name}_mb") for snapshot in soak.snapshots])
@@ -353,6 +362,27 @@ def _compute_result(soak: _SoakTest) -> dict[str, Any]:
         },
         "sink_lag": {"median": median(lags), "max": max(lags)} if lags else {},
     }
+
+
+def _compute_rollout_shares(store: Store) -> dict[str, Any]:
+    """Return which share of the completions RL trained on, dropped, left to the reward model, or could still use at the end.
+
+    Before the first reward model, RL cannot train. So the shares of the completions since then are also returned.
+    """
+    sql = """
+        WITH fates AS (
+            SELECT CASE WHEN response_id IN (SELECT response_id FROM trained_rollouts WHERE trained) THEN 'trained'
+                        WHEN response_id IN (SELECT dropped_id FROM dropped_rollouts) THEN 'dropped'
+                        WHEN purpose = 'REWARD' THEN 'for_reward_model' ELSE 'unused' END AS fate FROM rollouts
+            WHERE created_at > coalesce((SELECT min(created_at) FROM policies WHERE kind = 'REWARD' AND $since), '1970-01-01'))
+        SELECT fate, count(*) / (SELECT count(*) FROM fates) FROM fates GROUP BY 1 ORDER BY 1"""
+    all_shares, shares_since = (
+        {fate: round(share, 3) for fate, share in store.query(sql, {"since": since}, limit_s=60.0).rows}
+        for since in (False, True)
+    )
+    held = "SELECT count(*) FROM allowances WHERE num_completions = 0"
+    shares = {"completion_shares": all_shares, "completion_shares_since_the_first_reward_model": shares_since}
+    return shares | {"allowances_of_zero": store.query(held, limit_s=60.0).rows[0][0]}
 
 
 def _count_unreproducible_batches(soak: _SoakTest) -> int:
@@ -394,12 +424,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--data", type=Path, required=True, help="an empty folder")
     parser.add_argument("--kills", type=int, default=0, help="number of times that the trainer is killed")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    changes = dict(text.split("=", 1) for text in options.set)
     if options.stream:
-        _run_stream(options.data)
+        _run_stream(options.data, changes)
         return
-    result = _run_soak(options.data, options.minutes, options.kills)
+    result = _run_soak(options.data, options.minutes, options.kills, changes)
     (options.data / "soak.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))
     failed = [name for name in (*_INVARIANT_QUERIES, "unreproducible_batches") if result[name]]

@@ -14,6 +14,7 @@ from charter.stages import STAGES
 from engine.bus.port import Bus
 from engine.bus.read import read_values
 from engine.instances import SERVICES, list_running_services
+from engine.pacing import PacedAdmission
 from engine.policy import RESTORE_PHASE, get_weights_version, read_paused_phases, read_policy_updates
 from engine.settings import Settings
 from schemas.codec import decode_record
@@ -52,6 +53,12 @@ def _make_row(worker: str, run_id: str | None, instances: Sequence[str]) -> dict
 def list_paused_phases(bus: Bus) -> list[dict[str, Any]]:
     """Return one row {phase, reason} for each training phase that is paused."""
     return [{"phase": phase, "reason": reason} for phase, reason in read_paused_phases(bus).items()]
+
+
+def list_held_stages(admission: PacedAdmission) -> list[dict[str, Any]]:
+    """Return one row {stage, reason} for each stage that holds new prompts, because a training loop wants no completions now."""
+    reason = admission.find_hold()
+    return [{"stage": "respond", "reason": reason}] if reason else []
 
 
 def list_policies(bus: Bus) -> list[dict[str, Any]]:

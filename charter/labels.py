@@ -39,10 +39,11 @@ _MAX_NAME_LENGTH = 100
 _COPIED_COLUMNS = """run_id, messages, source, tags, split, epoch, constitution, principle_id,
     policy_version, pairing, response_a, response_b, completion_index_a, completion_index_b, finish_reason_a, finish_reason_b"""
 _COLUMNS = f"record_id, prompt_id, response_id, votes, {_COPIED_COLUMNS}"
-# Selects the judge's records of a filter whose responses can be compared (engine/eligibility.py).
+# Selects the judge's records of a filter whose responses can be compared (engine/eligibility.py). Pairs of prompts for RL are left
+# out, because a label would take their prompt from RL.
 _COMPARABLE = """label_source = 'AI' AND ($principle IS NULL OR principle_id = $principle) AND (NOT $position_flips OR position_flip)
     AND ($run IS NULL OR record_id IN (SELECT record_id FROM run_records WHERE run_id = $run))
-    AND find_pair_outcome(response_a, response_b, finish_reason_a, finish_reason_b) IS NULL"""
+    AND outcome <> 'NOT_NEEDED' AND find_pair_outcome(response_a, response_b, finish_reason_a, finish_reason_b) IS NULL"""
 _LABELED = """(record_id IN (SELECT parent_ids[1] FROM preferences WHERE label_source = 'HUMAN' AND len(parent_ids) > 0)
     OR record_id IN (SELECT unnest($pending::UUID[])))"""
 # Records without a usable label come first, then labels with p_a near 0.5.

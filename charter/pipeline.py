@@ -42,12 +42,14 @@ from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host
 from engine.instances import InstanceLease, ServiceLease
 from engine.models.interface import Model
+from engine.pacing import PacedAdmission, TrainingLoopHistory
 from engine.pairing import name_pairing
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import JUDGE, REWARD_MODEL, Settings
 from engine.watchdog import CallTracker
 from engine.worker import Stage, Worker, WorkerLimits, skip_tracing
 from schemas.records import Sampling
+from trainer.methods import get_rl_fraction
 
 if TYPE_CHECKING:
     from engine.tracing import Tracing
@@ -86,15 +88,20 @@ def make_stage(
     bus: Bus,
     pinned_version: int | None = None,
     suite_max_tokens: Mapping[str, int] = _NO_LIMITS,
+    *,
+    labels_all: bool = False,
 ) -> Stage:
     """Return a stage of the pipeline.
 
     The stage uses policy `pinned_version`. If `pinned_version` is None, the stage follows the newest policy. `suite_max_tokens` is
-    the maximum length of the responses to prompts of each evaluation suite; by default, it is respond.max_tokens.
+    the maximum length of the responses to prompts of each evaluation suite; by default, it is respond.max_tokens. If `labels_all` is
+    true, the judge also labels the pairs of prompts for RL.
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
     stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens)
+    if name == "judge" and not labels_all and get_rl_fraction(settings):
+        stage = replace(stage, process=replace(stage.process, skips_rl_prompts=TrainingLoopHistory(bus)))  # type: ignore[type-var]
     role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
@@ -283,7 +290,10 @@ def make_host(
         for resource in (lease, budget, tracing):
             if resource:
                 resources.callback(resource.close)
-        stages_and_roles = _make_stages(settings, bus, models, constitution, stages, custom_stages, pinned_version, evaluation)
+        is_live = replay is None and evaluation is None
+        stages_and_roles = _make_stages(
+            settings, bus, models, constitution, stages, custom_stages, pinned_version, evaluation, labels_all=not is_live
+        )
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
         if stages_and_roles:  # a process that runs only the sink serves all runs, so it must not create a run
@@ -298,7 +308,17 @@ def make_host(
         workers = []
         for stage, role in stages_and_roles:
             worker = _make_worker(
-                settings, bus, models, stage, role, instance_name, budget, tracing, fault_log.had_fault, run_start
+                settings,
+                bus,
+                models,
+                stage,
+                role,
+                instance_name,
+                budget,
+                tracing,
+                fault_log.had_fault,
+                run_start,
+                pacing=make_pacing(stage.name, settings, bus) if is_live else None,
             )
             workers.append(worker)
             if worker.journal:
@@ -332,11 +352,16 @@ def _make_stages(
     custom_stages: Sequence[custom_stage.CustomStage],
     pinned_version: int | None,
     evaluation: Evaluation | None,
+    *,
+    labels_all: bool,
 ) -> list[tuple[Stage, str | None]]:
     """Return the built-in and the custom stages, each with the role of its model."""
     limits = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
     stages: list[tuple[Stage, str | None]] = [
-        (make_stage(name, settings, models, constitution, bus, pinned_version, limits), get_stage_role(name, settings))
+        (
+            make_stage(name, settings, models, constitution, bus, pinned_version, limits, labels_all=labels_all),
+            get_stage_role(name, settings),
+        )
         for name in names
     ]
     for custom in custom_stages:
@@ -396,6 +421,7 @@ def _make_worker(
     tracing: Tracing | None,
     had_fault: bool,
     run_start: StartPositions | None,
+    pacing: PacedAdmission | None,
 ) -> Worker:
     run_id, options = settings.run.id, settings.worker
     return Worker(
@@ -420,7 +446,13 @@ def _make_worker(
         can_admit=partial(budget.can_admit, stage.name) if budget else lambda: True,
         trace=tracing.make_stage_tracer(stage.name, run_id) if tracing else skip_tracing,
         run_start=run_start,
+        pacing=pacing,
     )
+
+
+def make_pacing(stage: str, settings: Settings, bus: Bus) -> PacedAdmission | None:
+    """Return what holds new prompts while a training loop wants no further completions. Only the stage respond has it."""
+    return PacedAdmission(bus, settings.respond.num_completions) if stage == "respond" else None
 
 
 def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Sequence[str]) -> Budget | None:

@@ -12,7 +12,8 @@ course       all principles in one question, a written letter and explanation; b
 A judgment that cannot be read has no label, and `outcome` contains the reason. No label is guessed. If a pair has several
 principles, only the votes that can be read count. The pair gets a label if the votes that can be read have at least half of the
 total weight. A pair that cannot be compared (engine/eligibility.py) is not judged: its record has the outcome EMPTY, WITHHELD,
-REASONING or IDENTICAL and the reason. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
+REASONING or IDENTICAL and the reason. A pair whose label nobody needs is not judged either, because its prompt is for RL. Its
+outcome is NOT_NEEDED. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
 Only preferences with the outcome OK are used for training.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,9 +47,11 @@ from schemas.records import (
     Outcome,
     Preference,
     PrincipleVote,
+    Purpose,
     Record,
     Response,
     Sampling,
+    Split,
 )
 
 _ALL_PRINCIPLES = "all"
@@ -92,6 +95,13 @@ def _make_completion_pair(response: Response, a: Completion, b: Completion) -> R
         finish_reason_b=b.finish_reason,
         sample_index=compute_pair_index(a.index, b.index),
     )
+
+
+def _find_reason_to_skip(pair: ResponsePair) -> tuple[Outcome, str] | None:
+    """Return the outcome and the reason if nobody needs the label of a pair."""
+    if pair.parent.purpose is Purpose.RL and pair.parent.split is Split.TRAIN:
+        return Outcome.NOT_NEEDED, "its prompt is for RL (prompts.rl_fraction)"
+    return None
 
 
 def _make_pairs(record: Record, pairs: str) -> list[ResponsePair]:
@@ -164,7 +174,7 @@ class JudgeStage:
     `pairing` is the value of that column in records, and `pairs` states which completions of a response are compared. The label
     is limited to the range from `clamp` to 1 - `clamp`. If `label_order` is "both", the label is the mean of both orders. If it
     is "seeded", the label is from one order, and the pair's seed selects this order. `max_tokens` and `timeout_s` (in seconds)
-    limit a written reply.
+    limit a written reply. While `skips_rl_prompts` returns true, pairs of prompts with the purpose RL are not judged.
     """
 
     model: Model
@@ -182,6 +192,7 @@ class JudgeStage:
     timeout_s: float | None = None
     max_thinking_tokens: int = 0
     pairs: str = "neighbors"
+    skips_rl_prompts: Callable[[], bool] = lambda: False
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Preference]]]:
         pairs_by_record = [[] if skips_suite("judge", record) else _make_pairs(record, self.pairs) for record in records]
@@ -189,15 +200,17 @@ class JudgeStage:
         if not pairs:
             return [[] for _ in records]
         started = time.monotonic()
-        comparable = [pair for pair in pairs if pair.problem is None]
+        skips_rl_prompts = self.skips_rl_prompts()
+        problems = [pair.problem or (_find_reason_to_skip(pair) if skips_rl_prompts else None) for pair in pairs]
+        comparable = [pair for pair, problem in zip(pairs, problems, strict=True) if problem is None]
         comparisons = iter(self.compare_pairs(comparable) if comparable else [])
         latency_ms = 1000 * (time.monotonic() - started) / max(1, len(comparable))
         preferences = iter(
             [
                 self.make_judged_preference(pair, next(comparisons), latency_ms)
-                if pair.problem is None
-                else self.make_unjudged_preference(pair, *pair.problem)
-                for pair in pairs
+                if problem is None
+                else self.make_unjudged_preference(pair, *problem)
+                for pair, problem in zip(pairs, problems, strict=True)
             ]
         )
         return [combine_results([next(preferences) for _ in record_pairs]) for record_pairs in pairs_by_record]
@@ -313,7 +326,11 @@ class JudgeStage:
     def make_unjudged_preference(self, pair: ResponsePair, outcome: Outcome, reason: str) -> Preference:
         """Return the record of a pair that cannot be compared. It has no label, no model and no principle."""
         NOTICES.report("pair", outcome.value, f"a pair is not judged and gets no label: {reason} (outcome {outcome.value})")
-        return Preference(**self.make_pair_fields(pair), outcome=outcome, outcome_reason=reason)
+        fields = self.make_pair_fields(pair)
+        if outcome is Outcome.NOT_NEEDED:  # another id, so that the pair can still get a label
+            fingerprint = ids.compute_fingerprint("not_needed")
+            fields["record_id"] = ids.compute_record_id("judge", [pair.parent.record_id], fingerprint, pair.sample_index)
+        return Preference(**fields, outcome=outcome, outcome_reason=reason)
 
     def make_pair_fields(self, pair: ResponsePair) -> dict[str, Any]:
         """Return the fields that do not depend on the judge's replies."""
@@ -333,6 +350,7 @@ class JudgeStage:
             "tags": parent.tags,
             "split": parent.split,
             "epoch": parent.epoch,
+            "purpose": parent.purpose,
             "pairing": self.pairing,
             "response_a": pair.response_a,
             "response_b": pair.response_b,

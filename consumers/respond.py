@@ -118,6 +118,7 @@ class RespondStage:
             tags=prompt.tags,
             split=prompt.split,
             epoch=prompt.epoch,
+            purpose=prompt.purpose,
             suite_item=prompt.suite_item,
             prompt_token_ids=list(generations[0].prompt_token_ids),
             completions=completions,

@@ -116,4 +116,20 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
         "charter_in_flight_records", "Records that the stage has read but not yet committed.", worker.num_in_flight, labels
     )
     yield MetricSample("charter_queued_records", "Records that wait for the model.", worker.num_queued, labels)
+    if worker.pacing:
+        yield MetricSample(
+            "charter_holds_total", "Times that the stage held new prompts for a training loop.", worker.pacing.num_holds, labels
+        )
+        yield MetricSample(
+            "charter_held_seconds_total",
+            "Seconds in which the stage held new prompts for a training loop.",
+            worker.pacing.get_held_s(),
+            labels,
+        )
+        yield MetricSample(
+            "charter_holding",
+            "1 while the stage holds new prompts for a training loop.",
+            bool(worker.pacing.held_since),
+            labels,
+        )
     yield MetricSample("charter_partitions", "Partitions assigned to this instance.", len(worker.positions), labels)

@@ -268,6 +268,13 @@ class PromptsSettings(_Section):
         description="Fraction of prompts that are held out from training. A hash of the prompt decides whether it is held out.",
     )
 
+    rl_fraction: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="Fraction of prompts that only RL trains on. The others train the reward model. 0 does not divide them. Needs a training loop.",
+    )
+
 
 class RespondSettings(_Section):
     num_completions: int = Field(2, ge=1, description="Number of completions that are sampled for each prompt.")
@@ -536,6 +543,11 @@ class TrainSettings(_Section):
         description="Maximum age of a rollout whose reward is a reward model: the number of reward-model versions that were published after sampling.",
     )
     max_age_s: float = Field(0.0, ge=0, description="Maximum age of a rollout or of a DPO pair in seconds. 0 means no limit.")
+    rollouts_ahead: float = Field(
+        1.0,
+        ge=0,
+        description="Number of RL updates (1 or more) whose rollouts a training loop wants in advance. Responders hold other prompts. 0 means never.",
+    )
     allow_overlap: bool = Field(False, description="Allow RL to train on prompts that the reward model was also trained on.")
     seed: int = Field(0, description="Random seed for shuffling and for the initial weights of new heads.")
     base_model: str = Field(

@@ -16,7 +16,7 @@ CREATE OR REPLACE MACRO wins(p) AS (sign(p - 0.5) + 1) / 2;
 CREATE OR REPLACE VIEW judge_votes AS
 WITH judged AS (
     SELECT record_id, prompt_id, run_id, preset, pairing, constitution, model, label_order, response_a, response_b, votes, principle_id, outcome, commit_seq
-    FROM preferences WHERE label_source = 'AI' AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL')),
+    FROM preferences WHERE label_source = 'AI' AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL', 'NOT_NEEDED')),
 votes AS (
     SELECT * EXCLUDE (votes, vote, principle_id, outcome), vote.principle_id AS principle_id,
            CASE WHEN vote.outcome IS NULL OR vote.outcome = 'UNKNOWN' THEN outcome ELSE vote.outcome END AS outcome,
@@ -31,10 +31,11 @@ SELECT *, CASE WHEN outcome <> 'OK' THEN NULL
 FROM votes;
 
 -- The number of pairs that no judge was asked about, by outcome: a response is empty (EMPTY), a filter of the server withheld it
--- (WITHHELD), a response contains what looks like reasoning (REASONING), or both responses are the same (IDENTICAL).
+-- (WITHHELD), a response contains what looks like reasoning (REASONING), both responses are the same (IDENTICAL), or the
+-- prompt is for RL (NOT_NEEDED).
 CREATE OR REPLACE VIEW unjudged_pair_stats AS
 SELECT run_id, pairing, outcome, outcome_reason, count(*) AS pairs, min(created_at) AS first_at, max(created_at) AS last_at
-FROM preferences WHERE outcome IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') GROUP BY ALL;
+FROM preferences WHERE outcome IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL', 'NOT_NEEDED') GROUP BY ALL;
 
 -- Statistics of each principle. Rows with stage 'critique' are about critiques, rows with stage 'judge' about judgments.
 -- Columns of stage 'critique':

@@ -95,7 +95,7 @@ GROUP BY record_id;
 -- reason why the pair may not train and is not exported (EMPTY, WITHHELD, REASONING or IDENTICAL, see engine/eligibility.py), or null.
 CREATE OR REPLACE VIEW preference_labels AS
 SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b, p.p_a, p.p_forward,
-       p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch,
+       p.p_backward, p.position_gap, p.option_mass, p.position_flip, p.source, p.pairing, p.constitution, p.principle_id, p.label_source, p.policy_version, p.split, p.epoch, p.purpose,
        o.overridden_by, find_pair_outcome(p.response_a, p.response_b, p.finish_reason_a, p.finish_reason_b) AS exclusion_reason,
        has_control_markers(p.response_a) OR has_control_markers(p.response_b) AS has_control_markers,
        has_reasoning_marks(p.response_a) OR has_reasoning_marks(p.response_b) AS has_reasoning_marks, p.created_at, p.commit_seq
@@ -119,7 +119,7 @@ WHERE l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NUL
 -- All sampled completions, except of prompts of evaluation suites (see suite_responses). exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
 -- an empty completion, because the policy really sampled it and has to learn that it is worse.
 CREATE OR REPLACE VIEW rollouts AS
-SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, tags, epoch, model, prompt_token_ids,
+SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, tags, epoch, r.purpose, model, prompt_token_ids,
        sampling.temperature AS temperature, completion."index" AS completion_index, completion.text AS text,
        completion.token_ids AS token_ids, completion.logprobs AS logprobs, completion.finish_reason AS finish_reason,
        completion.policy_version AS policy_version, completion.reasoning AS reasoning,

@@ -45,6 +45,7 @@ from engine.errors import (
     UsageError,
 )
 from engine.logs import format_coordinates, get_coordinates
+from engine.pacing import PacedAdmission
 from engine.positions import TARGET_STAGE_HEADER, PartitionStart, PositionFinder, make_source_header
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.topic_guard import TopicGuard
@@ -222,10 +223,12 @@ class Worker:
         can_admit: Callable[[], bool] = lambda: True,
         trace: TraceFunction = skip_tracing,
         run_start: StartPositions | None = None,
+        pacing: PacedAdmission | None = None,
     ) -> None:
         self.bus, self.stage, self.executor, self.run_id, self.trace = bus, stage, executor, run_id, trace
         self.group = f"{run_id}.{stage.name}"
         self.instance, self.limits, self.journal, self.can_admit = instance, limits or WorkerLimits(), journal, can_admit
+        self.pacing, self.num_committed_at_refresh = pacing, 0
         self.call_tracker = CallTracker(f"{stage.name} ({instance})")
         self.in_flight_records: dict[TopicPartition, deque[InFlightRecord]] = {}
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
@@ -290,6 +293,8 @@ class Worker:
                 raise self.fatal_error
         finally:
             self.position_finder.cancelled.set()
+            if self.pacing:
+                self.pacing.close()
             with self.call_tracker.track("closing"):
                 self.consumer.close()
                 self.writer.close()
@@ -409,12 +414,29 @@ class Worker:
             self.num_in_flight >= limits.max_in_flight * share or self.in_flight_bytes >= limits.max_in_flight_bytes * share
         )
         self.admission_closed = not self.can_admit()
+        if self.pacing:
+            self.refresh_pacing(self.pacing)
         if is_full or self.admission_closed:
             self.consumer.pause(list(self.consumer.assignment()))
             self.partitions_paused = True
         elif self.partitions_paused:
             self.consumer.resume(list(self.consumer.assignment()))
             self.partitions_paused = False
+
+    def refresh_pacing(self, pacing: PacedAdmission) -> None:
+        """Read the allowance of the training loop, and the responses since then. Held records stay in their queue."""
+        with self.call_tracker.track("pacing"):
+            pacing.refresh(is_urgent=self.num_committed != self.num_committed_at_refresh)
+        self.num_committed_at_refresh = self.num_committed
+        with self.executor.condition:
+            waiting = {id(item) for queue in self.queues.values() for item in queue} | {id(item) for item in self.retry_queue}
+            pacing.set_pending(
+                item.record
+                for items in self.in_flight_records.values()
+                for item in items
+                if item.record is not None and item.outputs != [] and id(item) not in waiting
+            )
+            self.executor.condition.notify_all()
 
     def decode_record(self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int]) -> InFlightRecord:
         """Decode a record. If it cannot be decoded, make a dead letter.
@@ -488,20 +510,29 @@ class Worker:
             return []
         self.requeue_retries(now)
         for topic in self.stage.inputs:
-            queue = self.queues[topic]
-            if queue and queue[0].is_isolated:
-                if queue[0].crash_count and self.num_processing:
-                    continue  # a candidate is processed alone, so that the crash journal names only this record
-                self.is_processing_candidate = queue[0].crash_count is not None
-                self.num_processing += 1
-                return [queue.popleft()]
-            items: list[InFlightRecord] = []
-            while queue and not queue[0].is_isolated and len(items) < self.stage.max_batch_size:
-                items.append(queue.popleft())
-            if items:
+            if items := self.take_from_queue(self.queues[topic]):
                 self.num_processing += len(items)
                 return items
         return []
+
+    def take_from_queue(self, queue: deque[InFlightRecord]) -> list[InFlightRecord]:
+        """Remove the next batch from a queue. Records that are held (engine/pacing.py) stay in the queue, in their order."""
+        items, held = list[InFlightRecord](), list[InFlightRecord]()
+        while queue and len(items) < self.stage.max_batch_size:
+            head = queue[0]
+            # A candidate is processed alone, so that the crash journal names only this record.
+            if head.is_isolated and (items or (head.crash_count and self.num_processing)):
+                break
+            queue.popleft()
+            if self.pacing and head.record is not None and not self.pacing.admit(head.record):
+                held.append(head)
+                continue
+            items.append(head)
+            if head.is_isolated:
+                self.is_processing_candidate = head.crash_count is not None
+                break
+        queue.extendleft(reversed(held))
+        return items
 
     def requeue_retries(self, now: float) -> None:
         """Move the records whose retry time has passed to the head of their queues."""

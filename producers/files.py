@@ -43,6 +43,7 @@ from schemas.records import (
     Preference,
     ProducerOffset,
     Prompt,
+    Purpose,
     Record,
     Split,
 )
@@ -79,6 +80,17 @@ def assign_split(messages: Sequence[ChatMessage], eval_fraction: float) -> Split
     return Split.EVAL if position < eval_fraction else Split.TRAIN
 
 
+def assign_purpose(messages: Sequence[ChatMessage], rl_fraction: float) -> Purpose:
+    """Return RL or REWARD, depending on a hash of the dialogue. It is the same in every file, run and epoch.
+
+    The hash is another one than that of `assign_split`. If `rl_fraction` is 0, return ANY: prompts are not divided.
+    """
+    if not rl_fraction:
+        return Purpose.ANY
+    position = int(ids.compute_id("purpose", ids.compute_prompt_id(messages))[:8], 16) / 2**32  # uniform in [0, 1)
+    return Purpose.RL if position < rl_fraction else Purpose.REWARD
+
+
 def _with_label_header(record: Record) -> ProducerRecord:
     """Return a human record with its id in a header, so that a later producer can read the id without decoding the record."""
     plain = to_producer_record(record)
@@ -98,6 +110,7 @@ class FileProducer:
     epoch: int = 0
     max_chars: int = 32_000
     eval_fraction: float = 0.05
+    rl_fraction: float = 0.0
     strict: bool = False
     on_bad_row: Callable[[int, str], None] = lambda row_number, reason: None
     on_unread_columns: Callable[[int, Sequence[str]], None] = lambda row_number, names: None
@@ -199,7 +212,14 @@ class FileProducer:
         A row becomes a prompt or a human record. With `publish_prompts`, a human record also has a prompt.
         """
         new_records: list[ProducerRecord] = []
-        metadata = make_row_metadata(parsed, self.run_id, epoch=self.epoch, eval_fraction=self.eval_fraction, origin=origin)
+        metadata = make_row_metadata(
+            parsed,
+            self.run_id,
+            epoch=self.epoch,
+            eval_fraction=self.eval_fraction,
+            rl_fraction=self.rl_fraction,
+            origin=origin,
+        )
         if self.kind == "prompts" or self.publish_prompts:
             prompt = make_prompt_record(metadata)
             if prompt.prompt_id not in known_prompt_ids:
@@ -277,9 +297,15 @@ def parse_row(
 
 
 def make_row_metadata(
-    parsed: PromptRow, run_id: str, *, epoch: int = 0, eval_fraction: float, origin: str = ""
+    parsed: PromptRow, run_id: str, *, epoch: int = 0, eval_fraction: float, rl_fraction: float = 0.0, origin: str = ""
 ) -> dict[str, Any]:
-    """Return the fields that the records of prompts, comparisons and demonstrations share."""
+    """Return the fields that the records of prompts, comparisons and demonstrations share.
+
+    The labels of people train the reward model, so a prompt with such a label never has the purpose RL.
+    """
+    purpose = assign_purpose(parsed.messages, rl_fraction)
+    if purpose is Purpose.RL and isinstance(parsed, PreferenceRow):
+        purpose = Purpose.REWARD
     return {
         "prompt_id": ids.compute_prompt_id(parsed.messages, epoch),
         "run_id": run_id,
@@ -289,6 +315,7 @@ def make_row_metadata(
         "tags": list(parsed.tags),
         "split": assign_split(parsed.messages, eval_fraction),
         "epoch": epoch,
+        "purpose": purpose,
         "origin": origin,
     }
 

@@ -107,6 +107,8 @@ FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "policy_update": _make_keys("version"),
     "policy_restore": _make_keys("version", restored_version="restores"),
     "pause": _make_keys("phase reason at", paused="on"),
+    "allowance": _make_keys("policy_version offsets num_completions reason at"),
+    "not_needed": {},
     "metric": _make_keys("", kind="of"),
     "score": _make_keys("", reward_version="reward"),
     "dropped_rollout": _make_keys("reason"),

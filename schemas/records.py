@@ -66,6 +66,19 @@ class Split(AvroEnum):
     SUITE = "SUITE"
 
 
+class Purpose(AvroEnum):
+    """The training phase that a prompt is for. A hash of its dialogue decides (`prompts.rl_fraction`).
+
+    REWARD means that its labels train the reward model. RL means that its completions train the policy, so that the judge does not
+    have to label them. ANY means both. A prompt that trained the reward model cannot train the policy afterwards.
+    """
+
+    UNKNOWN = "UNKNOWN"
+    ANY = "ANY"
+    REWARD = "REWARD"
+    RL = "RL"
+
+
 class FinishReason(AvroEnum):
     """The reason why generation ended.
 
@@ -134,7 +147,8 @@ class Outcome(AvroEnum):
     EMPTY, WITHHELD, REASONING and IDENTICAL mean that the pair cannot be compared, so the judge was not asked (see
     engine/eligibility.py). EMPTY means that a response has no visible text. WITHHELD means that a filter of the server withheld a
     response. REASONING means that a response contains what looks like reasoning. TRUNCATED means that the judge reached its token
-    limit while it was thinking. NOT_APPLICABLE means that a person decided that the pair must not have a label.
+    limit while it was thinking. NOT_APPLICABLE means that a person decided that the pair must not have a label. NOT_NEEDED means that
+    the judge was not asked, because the prompt has the purpose RL.
     """
 
     UNKNOWN = "UNKNOWN"
@@ -150,6 +164,7 @@ class Outcome(AvroEnum):
     NOT_APPLICABLE = "NOT_APPLICABLE"
     REASONING = "REASONING"
     TRUNCATED = "TRUNCATED"
+    NOT_NEEDED = "NOT_NEEDED"
 
 
 class LabelSource(AvroEnum):
@@ -332,13 +347,14 @@ class Record(AvroModel):
 
 
 class PromptFields(AvroModel):
-    """The fields of a prompt: its dialogue, source, tags, split (training or evaluation) and epoch."""
+    """The fields of a prompt: its dialogue, source, tags, split (training or evaluation), epoch and purpose."""
 
     messages: list[ChatMessage]
     source: str
     tags: list[str] = Field(default_factory=list)
     split: Split = Split.TRAIN
     epoch: int = 0
+    purpose: Purpose = Purpose.ANY
 
 
 class SuiteItem(AvroModel):
@@ -693,6 +709,23 @@ class Pause(PhaseField, Record):
         return self.record_id.encode()
 
 
+class Allowance(PhaseField, Record):
+    """The number of completions that a training loop wants now. It limits the responders (engine/pacing.py).
+
+    The newest record counts, while the loop that wrote it runs. `num_completions` is the number of completions that may follow the
+    position `offsets`, which has one offset for each partition of the topic `responses`. If it is null, there is no limit.
+    Completions of a policy before `min_policy_version` are not counted. `phase` is the RL method, and `reason` is the reason for
+    this limit.
+    """
+
+    topic: ClassVar[str] = "allowances"
+
+    num_completions: int | None = None
+    offsets: list[int] = Field(default_factory=list)
+    min_policy_version: int = 0
+    reason: str = ""
+
+
 class DroppedRollout(Record):
     """A rollout or a DPO pair that was excluded from training, and the reason. `dropped_id` is the response or the preference."""
 
@@ -774,6 +807,7 @@ RECORDS: tuple[type[Record], ...] = (
     Metric,
     Incident,
     Pause,
+    Allowance,
     DroppedRollout,
     ProducerOffset,
     DeadLetterRetry,

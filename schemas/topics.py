@@ -54,6 +54,7 @@ _SINGLE_PARTITION_TOPICS = {
     "metrics",
     "incidents",
     "pauses",
+    "allowances",
     "dropped-rollouts",
     "producer-offsets",
     "dead-letter-retries",

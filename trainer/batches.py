@@ -166,22 +166,27 @@ def get_mixture(train: TrainSettings, phase: str) -> dict[str, float]:
     )
 
 
-def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int) -> list[RowRef]:
+def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int, by_purpose: bool = False) -> list[RowRef]:
     """Return the first `limit` rows of each source that a phase has not trained on, in commit order.
+
+    If `by_purpose` is true, the reward model does not get the judge's labels of prompts that are for RL.
 
     Methods that train on rollouts use `select_rollouts` instead. An RL phase does not get pairs that it has dropped.
     """
     kind = get_row_kind(phase)
     dropped = " AND v.record_id NOT IN (SELECT dropped_id FROM dropped_rollouts)" if phase in RL_METHODS else ""
+    other = f" AND {_IS_FOR_REWARD_SQL}" if by_purpose and phase == REWARD_PHASE else ""
     sql = f"""
         {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
-        WHERE NOT {_IS_CONSUMED_SQL}{dropped}
+        WHERE NOT {_IS_CONSUMED_SQL}{dropped}{other}
         QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $5
         ORDER BY v.commit_seq"""
     return _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), limit])
 
 
-def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, count: int, seed: int) -> list[RowRef]:
+def sample_replayed_rows(
+    store: Store, phase: str, state: TrainingState, *, count: int, seed: int, by_purpose: bool = False
+) -> list[RowRef]:
     """Return `count` rows of earlier batches of a phase, in commit order.
 
     The rows are selected by a hash of their ids and the seed.
@@ -189,7 +194,7 @@ def sample_replayed_rows(store: Store, phase: str, state: TrainingState, *, coun
     kind = get_row_kind(phase)
     sql = f"""
         {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
-        WHERE {_IS_CONSUMED_SQL}
+        WHERE {_IS_CONSUMED_SQL}{f" AND {_IS_FOR_REWARD_SQL}" if by_purpose and phase == REWARD_PHASE else ""}
         ORDER BY md5(v.record_id::VARCHAR || $6::VARCHAR), v.record_id LIMIT $5"""
     rows = _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), count, seed])
     return [replace(row, replayed=True) for row in sorted(rows, key=lambda row: row.commit_seq)]
@@ -200,6 +205,8 @@ _CONSUMED_SQL = """
     cursors AS (SELECT unnest($1::VARCHAR[]) AS source, unnest($2::BIGINT[]) AS at),
     moved AS (SELECT unnest(record_ids) AS record_id FROM batches WHERE record_id IN (SELECT unnest($4::UUID[])))"""
 _IS_CONSUMED_SQL = "(v.commit_seq <= greatest(coalesce(c.at, -1), $3) OR v.record_id IN (SELECT record_id FROM moved))"
+# The judge labels no pairs of prompts that are for RL. It may have labeled some of them before a training loop began.
+_IS_FOR_REWARD_SQL = "(v.purpose <> 'RL' OR v.label_source = 'HUMAN')"
 _ROW_REF_SQL = f"""
     WITH {_CONSUMED_SQL}
     SELECT v.record_id, v.source, v.commit_seq, coalesce({{length}}, 0) AS length, v.policy_version
@@ -225,6 +232,7 @@ def select_rollouts(
     limits: StalenessLimits,
     *,
     allow_overlap: bool,
+    by_purpose: bool = False,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[RowRef], list[DroppedRollout]]:
     """Return the responses that an RL phase may train on, and a DroppedRollout for each response that it can no longer use.
@@ -232,7 +240,7 @@ def select_rollouts(
     The arguments are those of `select_rollout_rows`.
     """
     rows, drops = select_rollout_rows(
-        store, phase, state, limits, allow_overlap=allow_overlap, served_revisions=served_revisions
+        store, phase, state, limits, allow_overlap=allow_overlap, by_purpose=by_purpose, served_revisions=served_revisions
     )
     usable: dict[str, RowRef] = {}
     for row in rows:  # each completion is a row, but a response gets only one `RowRef`
@@ -248,18 +256,20 @@ def select_rollout_rows(
     limits: StalenessLimits,
     *,
     allow_overlap: bool,
+    by_purpose: bool = False,
     served_revisions: Mapping[int, str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[DroppedRollout]]:
     """Return the completions that an RL phase may train on, and a DroppedRollout for each one that it can no longer use.
 
-    A completion that no RL phase could ever use is skipped. The column `exclusion_reason` of the view gives the reason.
+    A completion that no RL phase could ever use is skipped. The column `exclusion_reason` of the view gives the reason. If
+    `by_purpose` is true, completions of prompts for the reward model are skipped, too.
     `served_revisions` maps each policy version to the revision that a server reports. The revision is needed because the
     weights on a server cannot be compared directly.
     """
-    sql = """
+    sql = f"""
         SELECT response_id, completion_index, prompt_id, run_id, source, policy_version, model.revision AS revision, created_at,
                commit_seq
-        FROM rollouts WHERE commit_seq > $1 AND exclusion_reason IS NULL
+        FROM rollouts WHERE commit_seq > $1 AND exclusion_reason IS NULL{" AND purpose <> 'REWARD'" if by_purpose else ""}
         AND response_id NOT IN (SELECT dropped_id FROM dropped_rollouts)
         AND response_id NOT IN (SELECT unnest(record_ids) FROM batches WHERE record_id IN (SELECT unnest($2::UUID[])))
         AND response_id NOT IN (SELECT unnest($3::UUID[]))
@@ -268,7 +278,7 @@ def select_rollout_rows(
     parameters = [consumed.get_cursor(), list(consumed.moved_batch_ids), _list_rows_behind_cursor(consumed, phase, state)]
     rows = store.query_dicts(sql, parameters, limit_s=QUERY_TIMEOUT_S)
     prompts = [] if allow_overlap else list({str(row["prompt_id"]) for row in rows})
-    overlap = _find_reward_model_prompts(store, state, prompts) if prompts else set()
+    overlap = _find_reward_model_prompts(store, state, prompts, by_purpose) if prompts else set()
     usable, drops = [], []
     for row in rows:
         reason = find_staleness_reason(row, state, limits) or find_revision_mismatch(row, state, served_revisions or {})
@@ -392,12 +402,16 @@ def make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout:
     )
 
 
-def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: Sequence[str]) -> set[str]:
+def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: Sequence[str], by_purpose: bool) -> set[str]:
     """Return the subset of `prompt_ids` that the reward model was trained on, in all batches so far."""
+    skipped = ""
+    if by_purpose:  # a cursor also passes the labels that were skipped
+        skipped = f"""AND ({_IS_FOR_REWARD_SQL} OR v.record_id IN (
+            SELECT unnest(record_ids) FROM batches WHERE phase = '{REWARD_PHASE}'))"""
     sql = f"""
         WITH {_CONSUMED_SQL}
         SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
-        WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[]))"""
+        WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[])) {skipped}"""
     parameters = [*_to_parameters(find_consumed_rows(store, REWARD_PHASE, state)), list(prompt_ids)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=QUERY_TIMEOUT_S).rows}
 

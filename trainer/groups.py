@@ -44,11 +44,12 @@ def select_groups(
     pairing: str,
     min_completions: int,
     allow_overlap: bool,
+    by_purpose: bool = False,
     served_revisions: Mapping[int, str] | None = None,
 ) -> GroupSelection:
     """Sort the groups that a phase has not trained on. `min_completions` is the minimum size of a response."""
     rows, drops = select_rollout_rows(
-        store, phase, state, limits, allow_overlap=allow_overlap, served_revisions=served_revisions
+        store, phase, state, limits, allow_overlap=allow_overlap, by_purpose=by_purpose, served_revisions=served_revisions
     )
     dropped_ids = {drop.dropped_id for drop in drops}
     by_response: dict[str, list[dict[str, object]]] = {}

@@ -15,9 +15,12 @@ opens the same log, the first trainer can no longer publish (it is fenced).
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.backoff import compute_backoff
@@ -33,12 +36,13 @@ from engine.errors import (
     WriterFenced,
 )
 from engine.instances import ServiceLease
+from engine.pacing import TrainingLoopLease
 from engine.policy import get_parent_version, get_weights_version, index_policies, make_pause, make_restore_update
 from engine.settings import Settings
 from engine.store import Store
 from schemas import ids
-from schemas.records import BatchManifest, Incident, PolicyUpdate, Record
-from trainer.batches import compute_exact_mixture_size, get_mixture, get_row_threshold
+from schemas.records import Allowance, BatchManifest, Incident, PolicyUpdate, Record
+from trainer.batches import RowRef, compute_exact_mixture_size, get_mixture, get_row_threshold
 from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
 from trainer.methods import (
@@ -50,6 +54,7 @@ from trainer.methods import (
     require_enough_completions,
 )
 from trainer.monitor import LimitExceeded
+from trainer.pacing import Pacer, RolloutStock
 from trainer.phases import LEARNERS, Learner
 from trainer.state import (
     TrainingLog,
@@ -126,6 +131,10 @@ class Trainer:
             promotion_gate=promotion_gate,
         )
         self.lease = ServiceLease(settings.folder, "trainer")
+        self.pacer: Pacer | None = None
+        self.planned_allowance: Allowance | None = None
+        self.rows_by_phase: dict[str, list[RowRef]] = {}  # of one search for the next phase
+        self.sft_wait_is_reported = False
         self.remove_incomplete_checkpoints()
 
     def remove_incomplete_checkpoints(self) -> None:
@@ -147,6 +156,25 @@ class Trainer:
     # The loop
 
     def run_loop(self, stop: threading.Event) -> None:
+        """Run ticks until `stop` is set, and let the responders see that this loop runs."""
+        with self.pace_responders():
+            self.run_ticks(stop)
+
+    @contextmanager
+    def pace_responders(self) -> Iterator[None]:
+        """Publish allowances in the block, and show responders that this loop runs. Only methods with rollouts need this."""
+        if not self.rl_method.uses_rollouts:
+            yield
+            return
+        self.pacer = self.updater.pacer = Pacer(self.settings)
+        lease = TrainingLoopLease(self.log.bus, f"{socket.gethostname()}-{os.getpid()}")
+        try:
+            yield
+        finally:
+            self.pacer = self.updater.pacer = None
+            lease.close()
+
+    def run_ticks(self, stop: threading.Event) -> None:
         """Run ticks until `stop` is set. While a dependency is unreachable, wait and retry.
 
         A repeated error is shown only once.
@@ -175,6 +203,8 @@ class Trainer:
                     self.notify(str(error))
                 failures, last_error = failures + 1, str(error)
             if failures:
+                if self.pacer:
+                    self.pacer.require_renewal()  # the last allowance may not be on the log
                 stop.wait(compute_backoff(failures - 1))
             elif not done:
                 stop.wait(max(POLL_INTERVAL_S, (self.store.total_query_s - query_s) / _MAX_POLL_FRACTION))
@@ -188,6 +218,9 @@ class Trainer:
         if self.run_monitor(state):
             return True
         phase = self.next_phase(state)
+        if self.planned_allowance:
+            self.log.publish([self.planned_allowance])
+            self.planned_allowance = None
         if phase is None:
             return False
         self.update(phase, state)
@@ -204,6 +237,10 @@ class Trainer:
         """
         state = state or self.read_state()
         manifest = _find_resumable_batch(state)
+        if manifest and self.pacer:
+            self.rows_by_phase = {}
+            with self.store.hold_open():
+                self.pacer.stock = self.compute_stock(state)
         return self.updater.resume(manifest, state) if manifest else None
 
     def update(self, phase: str, state: TrainingState | None = None) -> PolicyUpdate:
@@ -226,9 +263,43 @@ class Trainer:
             after = phases.index(last) + 1
             phases = [*phases[after:], *phases[:after]]
         blocked = {*state.paused_phases, *(manifest.phase for manifest in find_unfinished_batches(state))}
+        self.rows_by_phase = {}
         with self.store.hold_open():
+            if self.pacer:
+                sft_is_due = SFT_PHASE not in blocked and self.has_enough_rows(SFT_PHASE, state)
+                self.planned_allowance = self.pacer.plan(self.store, state, self.compute_stock(state), sft_is_due=sft_is_due)
             ready = (phase for phase in phases if phase not in blocked and self.is_ready(phase, state))
             return next((phase for phase in ready if phase != self.rl_phase or self.find_label_problem() is None), None)
+
+    def select_rows(self, phase: str, state: TrainingState) -> list[RowRef]:
+        """Return the rows that a phase may train on. One search for the next phase selects them once."""
+        if phase not in self.rows_by_phase:
+            self.rows_by_phase[phase] = self.updater.select_rows(phase, state)
+        return self.rows_by_phase[phase]
+
+    def compute_stock(self, state: TrainingState) -> RolloutStock:
+        """Return the rollouts that the next RL update can use, or why RL uses none now."""
+        threshold = get_row_threshold(self.settings.train, self.rl_phase)
+        reason = ""
+        if not self.settings.train.rollouts_ahead:
+            reason = "train.rollouts_ahead is 0"
+        elif self.rl_phase in state.paused_phases:
+            reason = f"{self.rl_phase} is paused"
+        elif needs_reward_model(self.rl_phase, self.settings.train) and not state.reward_version:
+            reason = f"{self.rl_phase} waits for the first reward model"
+        elif self.find_label_problem():
+            reason = f"{self.rl_phase} is skipped because of the labels"
+        if reason:
+            return RolloutStock(0, threshold, unneeded_because=reason)
+        rows = self.select_rows(self.rl_phase, state)
+        voided = find_voided_batches(state, self.rl_phase)
+        usable = (
+            count_further_rows(rows, voided, read_commit_history(self.store)) if voided else sum(row.weight for row in rows)
+        )
+        # Later groups have passed the graders, so an earlier group that still waits may wait for ever.
+        newest_seq = max((row.commit_seq for row in rows), default=-1)
+        num_waiting = sum(group.weight for group in self.updater.groups.waiting if group.commit_seq > newest_seq)
+        return RolloutStock(usable, threshold, num_waiting)
 
     def find_label_problem(self) -> str | None:
         """Return why the RL phase is skipped: what is wrong with the labels. Show the problem once, until it is solved."""
@@ -249,14 +320,16 @@ class Trainer:
         """
         if needs_reward_model(phase, self.settings.train) and not state.reward_version:
             return False
-        rows, threshold = self.updater.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
+        return self.has_enough_rows(phase, state) and not (phase == SFT_PHASE and self.sft_waits_for_rl(state))
+
+    def has_enough_rows(self, phase: str, state: TrainingState) -> bool:
+        """Return whether a phase has enough new rows, in the shares of its mixture."""
+        rows, threshold = self.select_rows(phase, state), get_row_threshold(self.settings.train, phase)
         num_rows = sum(row.weight for row in rows)
         if num_rows < threshold:
             return False
         voided = find_voided_batches(state, phase)
         if voided and count_further_rows(rows, voided, read_commit_history(self.store)) < threshold:
-            return False
-        if phase == SFT_PHASE and self.sft_waits_for_rl(state):
             return False
         # If a source is scarce, wait for more of its rows. Stop waiting when there are twice as many rows as needed.
         mixture = get_mixture(self.settings.train, phase)
@@ -266,15 +339,22 @@ class Trainer:
         """Return whether SFT must wait for RL.
 
         After an SFT update, RL cannot use any earlier rollout. Frequent SFT updates would prevent RL from ever having enough
-        rollouts. SFT therefore waits while RL has rollouts that it can use, or groups that will have their grades soon. SFT also
-        waits until the policy of the last SFT update has responded to as many prompts as RL needs.
+        rollouts. In a training loop, SFT therefore waits until RL has trained on all rollouts that the loop has asked for
+        (`trainer.pacing`). Without such a loop, SFT waits after an SFT update: while RL has rollouts that it can use, or groups that
+        will have their grades soon, and until the policy of this update has responded to as many prompts as RL needs.
         """
+        if self.pacer and self.settings.train.rollouts_ahead:
+            waits = self.pacer.sft_waits(self.store)
+            if waits and not self.sft_wait_is_reported:
+                logger.info("SFT is due, and waits until %s has trained on its rollouts", self.rl_phase)
+            self.sft_wait_is_reported = waits
+            return waits
         newest = index_policies(state.updates).get(get_weights_version(state.updates, state.policy_version))
         if newest is None or newest.phase != SFT_PHASE or self.rl_phase in state.paused_phases:
             return False
         if self.find_label_problem():
             return False
-        if self.updater.select_rows(self.rl_phase, state):
+        if self.select_rows(self.rl_phase, state):
             return True
         # Groups wait for their grades for a short time. If as many of them as two updates need wait, the grades may never come.
         threshold = get_row_threshold(self.settings.train, self.rl_phase)

@@ -62,6 +62,14 @@ class RLMethod:
         uses_judge = self.uses_groups and any(term.source == JUDGE for term in parse_rewards(train.rewards))
         return self.row_kind == "pairs" or uses_judge or self.needs_reward_model(train)
 
+    def divides_prompts(self, train: TrainSettings) -> bool:
+        """Return whether prompts are divided into those for the reward model and those for RL (`prompts.rl_fraction`).
+
+        They are not divided if the completions that RL trains on need labels too.
+        """
+        uses_judge = self.uses_groups and any(term.source == JUDGE for term in parse_rewards(train.rewards))
+        return self.uses_rollouts and self.needs_reward_model(train) and not uses_judge
+
 
 RL_METHODS = {
     method.phase: method
@@ -112,6 +120,12 @@ def needs_reward_model(phase: str, train: TrainSettings) -> bool:
 def uses_groups(phase: str) -> bool:
     """Return whether a phase is an RL method that compares the completions of a response."""
     return get_row_kind(phase) == "groups"
+
+
+def get_rl_fraction(settings: Settings) -> float:
+    """Return the fraction of new prompts that are for RL, or 0 if the RL method does not divide the prompts."""
+    divides = RL_METHODS[settings.train.rl_method].divides_prompts(settings.train)
+    return settings.prompts.rl_fraction if divides else 0.0
 
 
 def require_enough_completions(settings: Settings, phase: str | None = None) -> None:

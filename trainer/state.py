@@ -1,6 +1,6 @@
 """Read the published versions, the consumed rows and the paused phases from the log.
 
-`TrainingLog` reads and writes the trainer's topics. Its method `read_state` reads all five topics in one poll loop and returns
+`TrainingLog` reads and writes the trainer's topics. Its method `read_state` reads all six topics in one poll loop and returns
 an immutable `TrainingState`. The loop calls this method once per tick. The module's functions are pure functions. The whole
 state can be read from the log again, so a restarted trainer continues where the last trainer stopped.
 """
@@ -31,11 +31,11 @@ from engine.topic_guard import TopicGuard
 from engine.weight_sync import get_served_model_name
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
-from schemas.records import BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
+from schemas.records import Allowance, BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
 from trainer.methods import REWARD_PHASE, SFT_PHASE, is_rewarded
 
 _WRITER_NAME = "trainer"
-_STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest)
+_STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest, Allowance)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class TrainingState:
     maps each policy version to the reward version that was current when the policy was published. `model_revisions` maps each
     policy version to the revision of its weights. `publication_times` maps each policy version except 0 to the time in UTC at
     which the trainer wrote its update. `updates` holds one update per version, in the order of the log.
-    `cluster_id` identifies the log.
+    `cluster_id` identifies the log. `has_training_loop` is true if a training loop has run on this log. From then on, the purposes of
+    prompts decide what they train.
     """
 
     policy_version: int = 0
@@ -62,6 +63,7 @@ class TrainingState:
     pauses: Sequence[Pause] = ()
     run_manifests: Sequence[RunManifest] = ()
     cluster_id: str | None = None
+    has_training_loop: bool = False
 
     @property
     def reference_version(self) -> int:
@@ -107,12 +109,14 @@ class TrainingLog:
             record_by_topic = {record.topic: record for record in _STATE_RECORDS}
             for message in messages:
                 record = record_by_topic[message.topic]
+                if record is Allowance:  # many of them are published, and only their existence matters
+                    self.records[record].clear()
                 self.records[record].append(decode_record(message.value or b"", record))
             self.state = self.compute_state()
         return self.state
 
     def compute_state(self) -> TrainingState:
-        updates, manifests, incidents, pauses, runs = (tuple(self.records[record]) for record in _STATE_RECORDS)
+        updates, manifests, incidents, pauses, runs, allowances = (tuple(self.records[record]) for record in _STATE_RECORDS)
         return compute_training_state(
             deduplicate_updates(updates),
             manifests,
@@ -121,6 +125,7 @@ class TrainingLog:
             pauses=pauses,
             run_manifests=runs,
             cluster_id=self.bus.cluster_id,
+            has_training_loop=bool(allowances),
         )
 
     def publish(self, records: Sequence[Record]) -> None:
@@ -140,6 +145,7 @@ def compute_training_state(
     pauses: Sequence[Pause] = (),
     run_manifests: Sequence[RunManifest] = (),
     cluster_id: str | None = None,
+    has_training_loop: bool = False,
 ) -> TrainingState:
     """Compute the state from the records of the log. `base_revision` is the revision of policy version 0's weights."""
     manifest_by_id = {manifest.record_id: manifest for manifest in manifests}
@@ -177,6 +183,7 @@ def compute_training_state(
         pauses=pauses,
         run_manifests=run_manifests,
         cluster_id=cluster_id,
+        has_training_loop=has_training_loop,
     )
 
 

@@ -39,7 +39,7 @@ from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, 
 from engine.settings import JUDGE, Settings, parse_rewards
 from engine.store import Store
 from schemas import ids
-from schemas.records import BatchManifest, DroppedRollout, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
+from schemas.records import Allowance, BatchManifest, DroppedRollout, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
 from trainer.batches import (
     Batch,
     RowRef,
@@ -67,6 +67,7 @@ from trainer.folders import ModelFolders, get_base_version, get_policy_kind, nam
 from trainer.groups import GroupSelection, compute_cursor, sample_groups, select_groups
 from trainer.methods import RL_METHODS, needs_reward_model, uses_constitution, uses_groups, uses_rollouts
 from trainer.monitor import LimitExceeded
+from trainer.pacing import Pacer
 from trainer.phases import LearnContext, Learner
 from trainer.state import (
     TrainingLog,
@@ -107,6 +108,7 @@ class Updater:
     awaited_sources: set[str] = field(default_factory=set)  # the log already says that groups wait for their grades
     mixture_warnings: dict[str, str | None] = field(default_factory=dict)
     has_reported_clocks: bool = False
+    pacer: Pacer | None = None  # only a training loop has one
     reported_session: str | None = None  # the session of the sink for which moved batches were reported
 
     def __post_init__(self) -> None:
@@ -156,7 +158,14 @@ class Updater:
                 manifest, f"batch {manifest.batch_number} ({manifest.phase}) was left unfinished and is voided", why
             )
             return None
-        return self.finish_or_void_batch(rebuild_batch(self.store, manifest), state, timer)
+        batch = rebuild_batch(self.store, manifest)
+        if allowances := self.plan_batch(manifest.phase, 0, state):
+            self.log.publish(allowances)
+        return self.finish_or_void_batch(batch, state, timer)
+
+    def plan_batch(self, phase: str, num_left: int, state: TrainingState) -> list[Allowance]:
+        """Return the allowance that belongs to a batch (trainer/pacing.py), or an empty list without a training loop."""
+        return self.pacer.plan_batch(phase, num_left, self.store, state) if self.pacer else []
 
     def find_outdated_reason(self, manifest: BatchManifest, state: TrainingState) -> str | None:
         """Return why an unfinished batch can no longer be used. Return None if it can be used.
@@ -189,7 +198,7 @@ class Updater:
         if not uses_rollouts(phase):
             # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
             limit = train.max_rows + 2 * get_row_threshold(train, phase)
-            rows = select_new_rows(self.store, phase, state, limit=limit)
+            rows = select_new_rows(self.store, phase, state, limit=limit, by_purpose=self.is_by_purpose(state))
             drops = select_stale_pairs(self.store, rows, state, limits) if rows and phase in RL_METHODS else []
             stale = {drop.dropped_id for drop in drops}
             self.publish_drops(drops)
@@ -198,6 +207,7 @@ class Updater:
             self.warn_about_clocks(state)
         selection: dict[str, Any] = {
             "allow_overlap": train.allow_overlap or not has_reward_model,
+            "by_purpose": self.is_by_purpose(state),
             "served_revisions": compute_served_revisions(state, self.settings.models.policy),
         }
         if uses_groups(phase):
@@ -205,6 +215,11 @@ class Updater:
         rows, drops = select_rollouts(self.store, phase, state, limits, **selection)
         self.publish_drops(drops)
         return rows
+
+    def is_by_purpose(self, state: TrainingState) -> bool:
+        """Return whether the purpose of a prompt decides what it trains. It does from the start of the first training loop on."""
+        train = self.settings.train
+        return state.has_training_loop and RL_METHODS[train.rl_method].divides_prompts(train)
 
     def select_groups(
         self, phase: str, state: TrainingState, limits: StalenessLimits, selection: Mapping[str, Any]
@@ -275,7 +290,8 @@ class Updater:
                     count,
                     wanted,
                 )
-            chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed)
+            by_purpose = self.is_by_purpose(state)
+            chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed, by_purpose=by_purpose)
         if not uses_rollouts(phase):
             chosen = group_by_length(chosen, settings["batch_size"], seed)
 
@@ -303,7 +319,8 @@ class Updater:
             reward_record_ids=reward_record_ids,
             cursor=cursor,
         )
-        self.log.publish([manifest])
+        num_left = sum(row.weight for row in rows) - sum(row.weight for row in chosen)
+        self.log.publish([manifest, *self.plan_batch(phase, num_left, state)])
         return Batch(manifest, batch_rows, sl_rows)
 
     def read_sink_session(self, state: TrainingState) -> str | None:

@@ -31,6 +31,7 @@ from producers.files import (
 from producers.parse import COLUMN_NAMES, PROMPT_PART_COLUMNS, PromptRow, RowError
 from producers.rows import compute_content_hash, read_rows
 from schemas.records import Record
+from trainer.methods import get_rl_fraction
 
 _INPUT_KINDS = ("prompts", "preferences", "demonstrations")
 _NUM_SHOWN_ROWS = 3  # rows that --dry-run shows
@@ -135,6 +136,7 @@ def produce(
                 epoch=epoch,
                 max_chars=settings.prompts.max_chars,
                 eval_fraction=settings.prompts.eval_fraction,
+                rl_fraction=get_rl_fraction(settings),
                 strict=strict,
                 on_bad_row=bad_rows.report,
                 on_unread_columns=partial(_report_unread_columns, path, kind),
@@ -202,7 +204,13 @@ def _print_dry_run(
 
 def _make_record(settings: Settings, parsed: PromptRow, epoch: int) -> Record:
     """Return the record of a row."""
-    metadata = make_row_metadata(parsed, settings.run.id, epoch=epoch, eval_fraction=settings.prompts.eval_fraction)
+    metadata = make_row_metadata(
+        parsed,
+        settings.run.id,
+        epoch=epoch,
+        eval_fraction=settings.prompts.eval_fraction,
+        rl_fraction=get_rl_fraction(settings),
+    )
     return make_human_record(parsed, metadata) or make_prompt_record(metadata)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import click
 
-from charter.activity import list_incidents, list_paused_phases, list_policies, list_workers
+from charter.activity import list_held_stages, list_incidents, list_paused_phases, list_policies, list_workers
 from charter.connect import connect_bus, open_store
 from charter.console import common_options, format_rows, format_table, output_options, print_records, print_rows
 from charter.label_quality import read_verdict
 from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
 from charter.text import escape_unprintable
+from engine.pacing import PacedAdmission
 from engine.settings import Settings, load_settings
 
 _FIRST_STEPS = """There is no run in this folder yet. To start one:
@@ -39,7 +41,7 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
 
     For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
     of the newest run. Then print whether the labels are good enough to train on, the stages, sinks and trainers that run now, the
-    paused training phases, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this as
+    paused training phases, what a training loop holds, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this as
     one object. With --csv, print the topics.
 
     \b
@@ -53,9 +55,12 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     bus = connect_bus(settings)
     lags = compute_lags(bus, run_id, settings)
     columns, topics = [*counts.columns, "lag"], [(*row, lags.get(row[0])) for row in counts.rows]
+    with closing(PacedAdmission(bus, settings.respond.num_completions)) as admission:
+        held = list_held_stages(admission)
     sections = {
         "workers": list_workers(bus, settings, run_id),
         "paused": list_paused_phases(bus),
+        "held": held,
         "policies": list_policies(bus),
         "incidents": list_incidents(bus),
     }
@@ -79,6 +84,7 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
 def _print_sections(
     workers: list[dict[str, Any]],
     paused: list[dict[str, Any]],
+    held: list[dict[str, Any]],
     policies: list[dict[str, Any]],
     incidents: list[dict[str, Any]],
 ) -> None:
@@ -91,6 +97,8 @@ def _print_sections(
     for row in paused:
         reason = escape_unprintable(row["reason"] or "no reason given")
         click.echo(f"{row['phase']} is paused ({reason}); to resume: charter policy resume {row['phase']}")
+    for row in held:
+        click.echo(f"\n{row['stage']} holds new prompts: {escape_unprintable(row['reason'])}")
     if policies:
         policy_rows = [
             (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from charter.activity import list_workers
+from charter.activity import list_held_stages, list_workers
 from charter.connect import open_bus_from_settings
 from charter.dashboard.query_cache import QueryCache
 from charter.dashboard.rendering import error_to_dict
@@ -22,8 +22,9 @@ from engine.bus import KAFKA_SCHEME
 from engine.bus.embedded import LOG_FILENAME
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, CharterError
+from engine.pacing import PacedAdmission
 from engine.settings import Settings
-from schemas.records import RunManifest
+from schemas.records import Allowance, Pause, Response, RunManifest
 from schemas.topics import TOPICS
 
 _POLL_INTERVAL_S = 2.0
@@ -47,9 +48,9 @@ class LagMonitor:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get_lags(self, run_id: str) -> dict[str, Any]:
-        """Return the last result for this run as {rows, workers, error}.
+        """Return the last result for this run as {rows, workers, held, error}.
 
-        `rows` and `workers` are None until the first measurement is complete, and while the log is unreachable.
+        `rows`, `workers` and `held` are None until the first measurement is complete, and while the log is unreachable.
         """
         with self.lock:
             self.run_id, self.last_requested_at = run_id, time.monotonic()
@@ -60,29 +61,36 @@ class LagMonitor:
             self.result_event.clear()
             self.wake_event.set()
             self.result_event.wait(_FIRST_RESULT_TIMEOUT_S)
-        return self.results.get(run_id, {"rows": None, "workers": None, "error": None})
+        return self.results.get(run_id, {"rows": None, "workers": None, "held": None, "error": None})
 
     def poll_until_stopped(self) -> None:
         bus: Bus | None = None
+        admission: PacedAdmission | None = None
         while not self.stop_requested:
-            rows = workers = error_lines = None
+            rows = workers = held = error_lines = None
             if time.monotonic() - self.last_requested_at < _IDLE_TIMEOUT_S:
                 run_id = self.run_id
                 try:
                     bus = bus or self.open_bus()
                     rows = _load_lag_rows(bus, self.settings, self.query_cache, run_id)
                     workers = list_workers(bus, self.settings, run_id) if _has_topics(bus) else []
+                    admission = admission or _open_admission(bus)
+                    held = list_held_stages(admission) if admission else []
                 except CharterError as error:
                     error_lines = error_to_dict(error)
-                self.results = {run_id: {"rows": rows, "workers": workers, "error": error_lines}}
+                self.results = {run_id: {"rows": rows, "workers": workers, "held": held, "error": error_lines}}
                 self.result_event.set()
             else:
                 self.results = {}  # an old result would show workers that may have ended
             if bus and rows is None:  # the log is unreachable, or no page is open
+                if admission:
+                    admission.close()
                 bus.close()
-                bus = None
+                bus = admission = None
             self.wake_event.wait(_POLL_INTERVAL_S)
             self.wake_event.clear()
+        if admission:
+            admission.close()
         if bus:
             bus.close()
 
@@ -108,6 +116,12 @@ class LagMonitor:
 def _has_topics(bus: Bus) -> bool:
     """Return whether the log has the topic of the run manifests. The dashboard must not create it."""
     return bool(bus.topic_ids([RunManifest.topic]))
+
+
+def _open_admission(bus: Bus) -> PacedAdmission | None:
+    """Return a reader of the allowances, or None if the log does not have its topics yet."""
+    topics = (Allowance.topic, Pause.topic, Response.topic)
+    return PacedAdmission(bus, 1) if len(bus.topic_ids(topics)) == len(topics) else None
 
 
 def _load_lag_rows(bus: Bus, settings: Settings, query_cache: QueryCache, run_id: str) -> list[dict[str, Any]]:

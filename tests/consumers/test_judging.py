@@ -17,7 +17,7 @@ from engine.models.interface import Generation, ModelCapabilities, OptionScores
 from engine.models.scripted import ScriptedModel
 from engine.settings import PRESETS, load_settings
 from schemas.codec import decode_record, encode_record
-from schemas.records import Completion, FinishReason, Outcome, Preference
+from schemas.records import Completion, FinishReason, Outcome, Preference, Purpose, Split
 
 DEFAULT = load_constitution("default")
 SPEC = "judge"
@@ -83,6 +83,29 @@ def test_lee2023_averages_both_orders(make_response):
     assert record.position_flip and record.option_mass == pytest.approx(0.9) and vote.principle_id == record.principle_id
     assert (vote.p_forward, vote.outcome, vote.weight) == (pytest.approx(0.9), Outcome.OK, 1.0)
     assert (record.preset, record.sampling, record.explanation) == ("lee2023", None, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_judged"),
+    [
+        ({"purpose": Purpose.RL}, False),
+        ({"purpose": Purpose.RL, "split": Split.EVAL}, True),  # held-out labels check the reward model
+        ({"purpose": Purpose.REWARD}, True),
+        ({}, True),
+    ],
+)
+def test_pair_of_a_prompt_for_rl_is_not_judged_while_a_training_loop_uses_it(make_response, fields, is_judged):
+    model = make_leaning_judge(0.9, 0.4)
+    stage, response = judge("lee2023", model), make_response().model_copy(update=fields)
+    labeled = judge_one(stage, response)
+    record = judge_one(replace(stage, skips_rl_prompts=lambda: True), response)
+    assert labeled.outcome is Outcome.OK and labeled.purpose is record.purpose is response.purpose
+    if is_judged:
+        assert record.record_id == labeled.record_id and record.outcome is Outcome.OK
+        return
+    assert (record.outcome, record.p_a, record.model, record.prompt_tokens) == (Outcome.NOT_NEEDED, None, None, 0)
+    assert record.record_id != labeled.record_id  # the pair can still get a label
+    assert record.outcome_reason == "its prompt is for RL (prompts.rl_fraction)"
 
 
 @pytest.mark.parametrize("preset", ["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"])

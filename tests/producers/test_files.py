@@ -10,10 +10,17 @@ from hypothesis import strategies as st
 
 from engine.bus.read import read_values
 from engine.errors import UsageError
-from producers.files import SHIPPED_PROMPTS_PATH, FileProducer, assign_split, count_shipped_prompts, format_report
+from producers.files import (
+    SHIPPED_PROMPTS_PATH,
+    FileProducer,
+    assign_purpose,
+    assign_split,
+    count_shipped_prompts,
+    format_report,
+)
 from producers.parse import RowError, parse_prompt
 from schemas.codec import decode_record
-from schemas.records import ChatMessage, Prompt, Split
+from schemas.records import ChatMessage, Prompt, Purpose, Split
 
 
 def read_prompts(bus):
@@ -232,6 +239,31 @@ def test_split_is_stable_and_has_the_eval_fraction(bus, tmp_path):
         FileProducer(bus, run, epoch=epoch, eval_fraction=0.5).publish(str(file))
     splits_by_prompt = {(p.messages[0].content, p.split) for p in read_prompts(bus)}
     assert len(read_prompts(bus)) == 150 and len(splits_by_prompt) == 50 and len({split for _, split in splits_by_prompt}) == 2
+
+
+def test_purpose_has_the_rl_fraction_and_does_not_depend_on_epoch_or_split(bus, tmp_path):
+    dialogues = [[ChatMessage(role="user", content=f"p{n}")] for n in range(5000)]
+    purposes = [assign_purpose(messages, 0.8) for messages in dialogues]
+    assert 0.78 < purposes.count(Purpose.RL) / 5000 < 0.82 and set(purposes) == {Purpose.RL, Purpose.REWARD}
+    held_out = [p for p, messages in zip(purposes, dialogues, strict=True) if assign_split(messages, 0.2) is Split.EVAL]
+    assert 0.75 < held_out.count(Purpose.RL) / len(held_out) < 0.85
+    assert assign_purpose(dialogues[0], 0.0) is Purpose.ANY
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b"".join(to_line(f"p{n}") for n in range(20)))
+    for epoch in (0, 1):
+        FileProducer(bus, "r", epoch=epoch, rl_fraction=0.8).publish(str(file))
+    pairs = {(prompt.messages[0].content, prompt.purpose) for prompt in read_prompts(bus)}
+    assert len(read_prompts(bus)) == 40 and len(pairs) == 20
+    FileProducer(bus, "undivided").publish(str(file))
+    assert {prompt.purpose for prompt in read_prompts(bus) if prompt.run_id == "undivided"} == {Purpose.ANY}
+
+
+def test_prompts_with_labels_of_people_are_never_for_rl(bus, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    FileProducer(bus, "r", kind="preferences", publish_prompts=True, rl_fraction=0.9).publish(str(file))
+    assert {prompt.purpose for prompt in read_prompts(bus)} == {Purpose.REWARD}
 
 
 def test_shipped_prompts_are_distinct_and_half_of_them_are_red_team():

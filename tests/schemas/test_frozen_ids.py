@@ -35,6 +35,8 @@ FINGERPRINTS = {
     "policy_restore": "04eed88b-00d7-d484-6e1b-32f66f232ac9",
     "run_start": "1a34e0e7-eaa3-3199-f949-9e167fc36dec",
     "pause": "68cf73b3-e672-6cd7-80e0-c0e36e2dcbe0",
+    "allowance": "13316a98-1451-26b6-8549-c97a0ab52a49",
+    "not_needed": "5700f499-c6fc-73f0-654b-4336f3b154d9",
     "metric": "4893a79e-b327-6574-41d4-461dc96a96af",
     "score": "9cc56e38-befa-e3cd-1b48-499916c8ff0d",
     "dropped_rollout": "d4b05519-eb91-e900-417b-764da6dc12c0",
