@@ -143,7 +143,7 @@ def _format_options_table(records: list[tuple[str, str]]) -> str:
 
 def _format_command(name: str, command: click.Command) -> str:
     """Return the section of a verb: usage, description, examples and options."""
-    usage = command.get_usage(click.Context(command, info_name=f"charter {name}", max_content_width=200))
+    usage = command.get_usage(click.Context(command, info_name=f"charter {name}", terminal_width=200, max_content_width=200))
     description, _, examples = inspect.cleandoc(command.help or "").partition("\b\nExamples:\n")
     parts = [f"### {name}", f"    {usage.removeprefix('Usage: ')}", description.replace("\b\n", "").strip()]
     if examples:
