@@ -166,7 +166,7 @@ class Trainer:
         if not self.rl_method.uses_rollouts:
             yield
             return
-        self.pacer = self.updater.pacer = Pacer(self.settings)
+        self.pacer = self.updater.pacer = Pacer(self.settings, self.log.bus)
         lease = TrainingLoopLease(self.log.bus, f"{socket.gethostname()}-{os.getpid()}")
         try:
             yield

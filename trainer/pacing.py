@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from engine.bus.port import Bus
 from engine.pacing import IS_RL_PROMPT_SQL
 from engine.settings import Settings
 from engine.store import Store
@@ -92,8 +93,8 @@ class Pacer:
     `plan` computes an allowance at each tick. It returns None while the last allowance is still right.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.method = settings, RL_METHODS[settings.train.rl_method]
+    def __init__(self, settings: Settings, bus: Bus) -> None:
+        self.bus, self.settings, self.method = bus, settings, RL_METHODS[settings.train.rl_method]
         self.is_drained = False  # RL has trained on the last rollouts before an SFT update
         self.sft_is_due = False
         self.last: Allowance | None = None
@@ -107,7 +108,7 @@ class Pacer:
         """Return the allowance to publish now, or None. The caller keeps the database open, so that all queries see one state."""
         self.stock, self.sft_is_due = stock, sft_is_due
         self.is_drained = self.is_drained and sft_is_due
-        position = self.read_position(store, state)
+        position = self.read_position(store)
         num_new = self.count_new(store) if self.last else 0
         wanted = self.last.num_completions if self.last else None
         self.check_progress(stock, len(state.updates), is_used_up=bool(wanted) and num_new >= (wanted or 0))
@@ -146,7 +147,7 @@ class Pacer:
             demand = self.compute_demand(replace(self.stock, num_usable=num_left))
         else:
             return []
-        return [self.make_allowance(demand, state, self.read_position(store, state))]
+        return [self.make_allowance(demand, state, self.read_position(store))]
 
     def require_renewal(self) -> None:
         """Publish an allowance at the next tick, even if nothing has changed."""
@@ -206,9 +207,10 @@ class Pacer:
 
     # Reading the database
 
-    def read_position(self, store: Store, state: TrainingState) -> _Position:
-        sql = "SELECT next_offset FROM raw.sink_offsets WHERE topic = ? AND (? IS NULL OR cluster_id = ?) ORDER BY partition"
-        offsets = [row[0] for row in store.query(sql, [Response.topic, state.cluster_id, state.cluster_id]).rows]
+    def read_position(self, store: Store) -> _Position:
+        topic_id = self.bus.topic_ids([Response.topic])[Response.topic]  # the rows of a deleted topic stay in the database
+        sql = "SELECT next_offset FROM raw.sink_offsets WHERE cluster_id = ? AND topic_id = ? ORDER BY partition"
+        offsets = [row[0] for row in store.query(sql, [self.bus.cluster_id, topic_id]).rows]
         ((next_seq,),) = store.query("SELECT next_seq FROM raw.sink_state").rows
         return _Position(offsets, next_seq)
 

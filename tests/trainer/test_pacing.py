@@ -87,7 +87,7 @@ def test_prompts_are_divided_only_where_a_reward_model_alone_needs_labels(flags,
 def start_pacing(workspace):
     """Make the trainer of a workspace plan as in a loop."""
     trainer = workspace.trainer
-    trainer.pacer = trainer.updater.pacer = Pacer(workspace.settings)
+    trainer.pacer = trainer.updater.pacer = Pacer(workspace.settings, workspace.bus)
     return trainer
 
 
@@ -241,7 +241,7 @@ def test_purposes_decide_what_trains_from_the_first_training_loop_on(workspace):
 
 
 def test_limit_ends_if_rewards_do_not_arrive_and_returns_when_they_do(monkeypatch):
-    pacer = Pacer(load_settings({"train.rl_method": "grpo"}, environment={})[0])
+    pacer = Pacer(load_settings({"train.rl_method": "grpo"}, environment={})[0], bus=None)
     pacer.check_progress(RolloutStock(3, 8, 5), 0, is_used_up=True)
     assert pacer.compute_demand(RolloutStock(3, 8, 5)).num_rollouts == 0
     monkeypatch.setattr("trainer.pacing._MAX_SILENCE_S", -1.0)
@@ -257,5 +257,5 @@ def test_every_method_that_uses_rollouts_can_be_paced():
     for method in RL_METHODS.values():
         if method.uses_rollouts:
             settings = load_settings({"train.rl_method": method.phase}, environment={})[0]
-            pacer = Pacer(settings)
+            pacer = Pacer(settings, bus=None)
             assert pacer.compute_demand(RolloutStock(0, 8)) == Demand(8, "RL has 0 unused rollouts; an update needs 8")
