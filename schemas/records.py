@@ -57,7 +57,7 @@ class AvroEnum(StrEnum):
 class Split(AvroEnum):
     """The use of a prompt. EVAL is held out from training. SUITE is a prompt of an evaluation suite (`charter eval run`).
 
-    Prompts with the split SUITE have an id space of their own: they are never trained, and they hold no other prompt out.
+    Prompts with the split SUITE have separate ids: they are never trained, and they hold no other prompt out.
     """
 
     UNKNOWN = "UNKNOWN"
