@@ -31,6 +31,8 @@ _SETTING_FLAGS = {
     "respond.num_completions": "2",
     "models.max_batch_size": "16",
     "worker.shutdown_timeout_s": "20",
+    # The judge skips prompts for RL as soon as a training loop has started, so the labels would depend on time.
+    "prompts.rl_fraction": "0",
 }
 _PROCESS_COMMANDS = (
     ("respond", "run", "--stage", "respond"),
