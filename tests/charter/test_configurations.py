@@ -82,7 +82,7 @@ def compute_ids(settings, constitution, records):
     models = RoleModels(settings)
     made = {}
     for stage, inputs in records.items():
-        outputs = make_stage(stage, settings, models, constitution, None, pinned_version=0).process(inputs)
+        outputs = make_stage(stage, settings, models, constitution, None, pinned_version=0, labels_all=True).process(inputs)
         made[stage] = [record.record_id for group in outputs for record in group]
     return made, describe_stages(settings, constitution, models)
 
@@ -94,7 +94,7 @@ def inputs():
     models = RoleModels(settings)
 
     def process(stage, records):
-        groups = make_stage(stage, settings, models, constitution, None, pinned_version=0).process(records)
+        groups = make_stage(stage, settings, models, constitution, None, pinned_version=0, labels_all=True).process(records)
         return [record for group in groups for record in group]
 
     responses = process("respond", [make_prompt("How do I bake bread?")])

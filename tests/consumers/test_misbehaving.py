@@ -115,7 +115,7 @@ def test_second_attempt_of_a_record_asks_only_what_failed(make_response):
     models, constitution = RoleModels(settings, {spec: make_endpoint(server)}), load_constitution("default")
     try:
         for name in ("critique", "judge"):
-            stage = make_stage(name, settings, models, constitution, None)
+            stage = make_stage(name, settings, models, constitution, None, labels_all=True)
             records = [make_response(("the good one", "the bad one"), text=f"{name} {n}") for n in range(3)]
             is_broken.set()
             assert [type(result) for result in stage.process(records)] == [RequestFailed] * 3

@@ -34,7 +34,9 @@ def make_settings_stage(name, served, server, **overrides):
     settings, _ = load_settings(
         {"models.policy": served} | SHORT_SETTINGS | {k.replace("__", "."): v for k, v in overrides.items()}, environment={}
     )
-    return make_stage(name, settings, RoleModels(settings, {served: server}), load_constitution("default"), None)
+    return make_stage(
+        name, settings, RoleModels(settings, {served: server}), load_constitution("default"), None, labels_all=True
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS["judge"])
