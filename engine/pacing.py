@@ -2,14 +2,14 @@
 
 The trainer publishes allowances (topic `allowances`). An allowance is the number of completions that may follow a position of the
 topic `responses`. Responders count the completions after this position on the log, because a responder on another machine has no
-database. A copy of the stage also counts its own completions that are not on the log yet. So all copies together exceed an
-allowance by at most one batch of each other copy.
+database. A copy of the stage also counts its own completions that it has not read from the log yet, and starts a further batch only
+after it has read them. So all copies together exceed an allowance by at most the batch that each other copy processes.
 
 A responder holds prompts only while all of these conditions are true:
 
 * the newest allowance has a limit, and it is used up;
 * the training loop runs: it is a member of the group `TRAINER_GROUP`. Its membership ends when it stops, or about ten seconds after
-  it was killed;
+  it was killed. Responders notice the end within six seconds;
 * the RL phase is not paused.
 
 Only prompts of the split TRAIN are held. No other stage holds records. An EVAL prompt is not held, but its response is written
@@ -37,6 +37,9 @@ logger = logging.getLogger("charter.pacing")
 TRAINER_GROUP = "trainer"
 _POLL_INTERVAL_S = 1.0
 _LEASE_CHECK_INTERVAL_S = 2.0
+_MAX_MISSED_CHECKS = 3
+# A prompt without a response on the log is counted for this time after the copy has finished it, e.g. as a dead letter.
+_MAX_UNSEEN_S = 5.0
 _MAX_POLL_RECORDS = 500
 
 
@@ -110,7 +113,8 @@ class PacedAdmission:
     """Decides which prompts one copy of the respond stage may start now.
 
     One thread calls `refresh`. The threads of the executor call `admit`. The caller holds the lock of the stage when it calls
-    `admit` or `set_pending`. `num_completions` is the number of completions of a response.
+    `admit` or `set_pending`. `num_completions` is the number of completions of a response. `max_pending` is the number of prompts
+    that the copy processes at once.
     """
 
     def __init__(self, bus: Bus, num_completions: int) -> None:
@@ -121,19 +125,24 @@ class PacedAdmission:
         self.reader: Reader | None = None
         self.num_counted = 0  # completions after the position of the allowance
         self.next_refresh_at = self.next_lease_check_at = 0.0
-        self.is_loop_running = False
+        self.is_loop_running, self.num_missed_checks = False, 0
         self.remaining: int | None = None  # completions that may still be started; None means no limit
+        self.max_pending = 1
+        # The prompts that this copy has started and whose responses it has not read. The value is the time since when they are no
+        # longer in progress, on the monotonic clock, or None.
+        self.unseen: dict[str, float | None] = {}
+        self.costs: dict[str, int] = {}  # of the prompts in `unseen`, in completions
         self.num_refused = 0  # since the last call of `set_pending`
         self.held_since = 0.0  # on the monotonic clock; 0 means that no prompt is held
         self.num_holds, self.total_held_s = 0, 0.0
 
     # Reading the log
 
-    def refresh(self, *, is_urgent: bool = False) -> None:
-        """Read new allowances and responses, once a second. If `is_urgent` is true, this copy has written responses: count them now."""
+    def refresh(self) -> None:
+        """Read new allowances once a second. Read new responses at each call while responses of this copy are not read yet."""
         now = time.monotonic()
         if now < self.next_refresh_at:
-            if is_urgent:
+            if any(list(self.unseen.values())):  # the executor may add a prompt at the same time
                 self.count_new_responses()
             return
         self.next_refresh_at = now + _POLL_INTERVAL_S
@@ -143,7 +152,9 @@ class PacedAdmission:
             else:
                 self.set_allowance(decode_record(message.value or b"", Allowance))
         if self.allowance and self.allowance.num_completions is not None and now >= self.next_lease_check_at:
-            self.is_loop_running = is_training_loop_running(self.bus)
+            # A busy machine can delay the renewal of a membership, so one missed check does not end a hold.
+            self.num_missed_checks = 0 if is_training_loop_running(self.bus) else self.num_missed_checks + 1
+            self.is_loop_running = self.num_missed_checks < (_MAX_MISSED_CHECKS if self.is_loop_running else 1)
             self.next_lease_check_at = now + _LEASE_CHECK_INTERVAL_S
         self.count_new_responses()
 
@@ -166,12 +177,23 @@ class PacedAdmission:
             while any(position < ends.get(tp, 0) for tp, position in self.reader.positions().items()):
                 for message in self.reader.poll(_POLL_INTERVAL_S, _MAX_POLL_RECORDS):
                     if message.value is not None:  # the response of an erased prompt has no value
-                        self.num_counted += _count_completions(message.value, self.allowance.min_policy_version)
+                        self.count_response(message.value, self.allowance.min_policy_version)
         except OffsetsLost as error:
             logger.warning(
                 "respond does not follow this allowance, because the responses since then cannot be counted: %s", error
             )
             self.close()
+
+    def count_response(self, value: bytes, min_policy_version: int) -> None:
+        """Count the completions of a response that use up an allowance."""
+        try:
+            response = decode_record(value, Response)
+        except RecordError:  # the stages that read this topic make a dead letter of the record
+            return
+        if is_rl_prompt(response) and response.policy_version is not None and response.policy_version >= min_policy_version:
+            self.num_counted += len(response.completions)
+        for prompt_id in response.parent_ids:
+            self.unseen.pop(prompt_id, None)
 
     def has_limit(self) -> bool:
         """Return whether the newest allowance limits this responder now."""
@@ -186,12 +208,20 @@ class PacedAdmission:
     # Deciding
 
     def set_pending(self, started: Iterable[Record]) -> None:
-        """Compute how many completions may be started. `started` are the prompts in progress, whose responses are not on the log."""
-        self.remaining = None
+        """Compute how many completions may be started. `started` are the prompts in progress."""
+        self.remaining, now = None, time.monotonic()
         if self.has_limit():
             assert self.allowance is not None and self.allowance.num_completions is not None
-            num_pending = sum(self.get_cost(record) for record in started)
-            self.remaining = self.allowance.num_completions - self.num_counted - num_pending
+            in_progress = {record.record_id: self.get_cost(record) for record in started}
+            self.costs |= in_progress
+            finished = {key: since or now for key, since in self.unseen.items() if key not in in_progress}
+            self.unseen = dict.fromkeys(in_progress) | {
+                k: since for k, since in finished.items() if now - since < _MAX_UNSEEN_S
+            }
+            self.costs = {key: self.costs[key] for key in self.unseen}
+            self.remaining = self.allowance.num_completions - self.num_counted - sum(self.costs.values())
+        else:
+            self.unseen, self.costs = {}, {}
         self.report_hold()
         self.num_refused = 0
 
@@ -205,7 +235,10 @@ class PacedAdmission:
         if self.remaining <= 0:
             self.num_refused += 1
             return False
-        self.remaining -= self.get_cost(record)
+        if len(self.unseen) >= self.max_pending:
+            return False
+        self.unseen[record.record_id], self.costs[record.record_id] = None, self.get_cost(record)
+        self.remaining -= self.costs[record.record_id]
         return True
 
     # Reporting
@@ -254,13 +287,3 @@ class PacedAdmission:
         if self.reader:
             self.reader.close()
             self.reader = None
-
-
-def _count_completions(value: bytes, min_policy_version: int) -> int:
-    """Return the number of completions in a record of the topic `responses` that use up an allowance."""
-    try:
-        response = decode_record(value, Response)
-    except RecordError:  # the stages that read this topic make a dead letter of the record
-        return 0
-    is_counted = is_rl_prompt(response) and response.policy_version is not None
-    return len(response.completions) if is_counted and (response.policy_version or 0) >= min_policy_version else 0

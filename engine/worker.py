@@ -228,7 +228,9 @@ class Worker:
         self.bus, self.stage, self.executor, self.run_id, self.trace = bus, stage, executor, run_id, trace
         self.group = f"{run_id}.{stage.name}"
         self.instance, self.limits, self.journal, self.can_admit = instance, limits or WorkerLimits(), journal, can_admit
-        self.pacing, self.num_committed_at_refresh = pacing, 0
+        self.pacing = pacing
+        if pacing:
+            pacing.max_pending = stage.max_batch_size * executor.num_threads
         self.call_tracker = CallTracker(f"{stage.name} ({instance})")
         self.in_flight_records: dict[TopicPartition, deque[InFlightRecord]] = {}
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
@@ -426,8 +428,7 @@ class Worker:
     def refresh_pacing(self, pacing: PacedAdmission) -> None:
         """Read the allowance of the training loop, and the responses since then. Held records stay in their queue."""
         with self.call_tracker.track("pacing"):
-            pacing.refresh(is_urgent=self.num_committed != self.num_committed_at_refresh)
-        self.num_committed_at_refresh = self.num_committed
+            pacing.refresh()
         with self.executor.condition:
             waiting = {id(item) for queue in self.queues.values() for item in queue} | {id(item) for item in self.retry_queue}
             pacing.set_pending(

@@ -174,7 +174,8 @@ def test_prompts_for_evaluation_are_never_held(bus, lease):
 def test_only_completions_for_rl_of_new_enough_policies_use_up_an_allowance(bus, lease):
     def count(**fields):
         publish(bus, *(records[0].model_copy(update=fields) for records in answer([make_prompt(f"c{next(_numbers)}")])))
-        admission.refresh(is_urgent=True)
+        admission.next_refresh_at = 0.0
+        admission.refresh()
         return admission.num_counted
 
     allow(bus, 10, min_policy_version=2)
@@ -184,6 +185,7 @@ def test_only_completions_for_rl_of_new_enough_policies_use_up_an_allowance(bus,
     for fields in ({"policy_version": 1}, {"policy_version": None}, {"split": Split.EVAL}, {"purpose": Purpose.REWARD}):
         assert count(**({"policy_version": 2} | fields)) == 2
     prompts = [make_prompt("reward").model_copy(update={"purpose": Purpose.REWARD}), make_prompt("rl")]
+    admission.max_pending = 8
     admission.set_pending(prompts)
     assert admission.remaining == 10 - 2 - 4
     assert [admission.admit(prompt) for prompt in prompts] == [True, True] and admission.remaining == 0
