@@ -239,8 +239,8 @@ class Updater:
         for source, count in (self.groups.missing or {}).items():
             if source not in self.awaited_sources:
                 what = "labels of the judge" if source == JUDGE else f"grades of {source}"
-                stage = "judge" if source == JUDGE else "grade"
-                logger.info("%s: %d groups wait for %s (charter run --stage %s)", phase, count, what, stage)
+                command = "charter run --stage judge" if source == JUDGE else "charter run --stage grade"
+                logger.info("%s: %d groups wait for %s (%s)", phase, count, what, command)
                 self.awaited_sources.add(source)
         return list(self.groups.ready)
 

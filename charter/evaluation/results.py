@@ -166,7 +166,7 @@ def resolve_policy(text: str, name: str, policies: Sequence[int]) -> int:
     raise UsageError(
         f"policy {text} is not in the evaluation {name}",
         f"it has the policies {', '.join(map(str, policies))}",
-        f"give one of them or {LATEST}, or evaluate the policy: charter eval run --policy {text if text.isdecimal() else 'N'}",
+        f"give one of them or {LATEST}, or type: charter eval run --name {name} --suite NAME --policy {text if text.isdecimal() else 'N'}",
     )
 
 
@@ -177,7 +177,7 @@ def resolve_policies(a: str, b: str, name: str, policies: Sequence[int]) -> tupl
         raise UsageError(
             f"{a} and {b} are the same policy {first}",
             f"the evaluation {name} has the policies {', '.join(map(str, policies))}",
-            "compare two different ones, or evaluate another policy: charter eval run --policy N",
+            f"compare two different ones, or type: charter eval run --name {name} --suite NAME --policy N",
         )
     return first, second
 
@@ -226,7 +226,7 @@ def load_first_responses(
         raise UsageError(
             f"the policies {a} and {b} have no prompt in common in the evaluation {name}",
             "only the same prompts can be compared",
-            f"evaluate both on the same suite: charter eval run --name {name} --policy {a} --policy {b}",
+            f"evaluate both on the same suite: charter eval run --name {name} --suite NAME --policy {a} --policy {b}",
         )
     return [
         (suite, transform, tuple(ChatMessage(**m) for m in messages), *texts) for suite, transform, messages, *texts in rows
