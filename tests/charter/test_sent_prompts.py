@@ -54,7 +54,7 @@ def run_stages(settings, capabilities=LOCAL_CAPABILITIES, text=MARKED):
 
     (response,) = run(make_respond_stage(settings, lambda: (model, 0)), records[0])
     judge = make_judge_stage(settings, models, CONSTITUTION)
-    if settings.judge.pairing == "completions":
+    if settings.judge.pairing != "revision":
         assert run(judge, response)
     critique, revise = make_critique_stage(settings, models, CONSTITUTION), make_revise_stage(settings, models, CONSTITUTION)
     (step,) = run(critique, response)
@@ -64,7 +64,7 @@ def run_stages(settings, capabilities=LOCAL_CAPABILITIES, text=MARKED):
             step = revision
         else:
             (step,) = run(critique, revision)
-    if settings.judge.pairing != "completions":
+    if settings.judge.pairing == "revision":
         run(judge, step)
     return records, requests
 
