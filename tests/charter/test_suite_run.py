@@ -74,9 +74,12 @@ def test_each_policy_responds_to_all_prompts_in_a_run_of_its_own(any_bus, tmp_pa
     assert any_bus.sql("SELECT record_id, created_at FROM raw.responses ORDER BY 1") == before
 
 
-def start_evaluation(deployment, *words):
+def start_evaluation(deployment, *words, batch_delay_s):
+    """Start an evaluation with a fake model, whose calls take `batch_delay_s`."""
     flags = [word for key, value in deployment.flags.items() for word in ("--set", f"{key}={value}")]
-    return subprocess.Popen([sys.executable, "-m", "charter", "eval", "run", *words, *flags], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tests.chaos.fake_process", "eval", "run", *words, *flags]
+    environment = os.environ | {"CHAOS_BATCH_S": str(batch_delay_s)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def read_responses(deployment):
@@ -92,13 +95,13 @@ def read_responses(deployment):
 def test_killed_evaluation_continues_and_is_whole(deployment, tmp_path):
     count, deployment.flags["models.max_batch_size"] = 40, "2"
     words = ("--suite", write_suite(tmp_path, [f"Question {n}?" for n in range(count)]), "--policy", "0")
-    process = start_evaluation(deployment, *words)
+    process = start_evaluation(deployment, *words, batch_delay_s=0.5)
     wait_until(lambda: process.poll() is not None or len(read_responses(deployment)) >= 4)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait(HANG_S) == -signal.SIGKILL
     before = read_responses(deployment)
     assert 4 <= len(before) < count
-    deployment.call("eval", "run", *words)
+    assert start_evaluation(deployment, *words, batch_delay_s=0).wait(HANG_S) == 0
     after = read_responses(deployment)
     assert len(after) == count and set(before) <= set(after)
     assert [row[-1] for row in deployment.sql(RESPONSES)] == [1] * count
