@@ -99,9 +99,7 @@ def make_stage(
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
-    stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens)
-    if name == "judge" and not labels_all and get_rl_fraction(settings):
-        stage = replace(stage, process=replace(stage.process, skips_rl_prompts=TrainingLoopHistory(bus)))  # type: ignore[type-var]
+    stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens, labels_all)
     role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
@@ -122,6 +120,7 @@ def _make_base_stage(
     bus: Bus,
     pinned_version: int | None,
     suite_max_tokens: Mapping[str, int],
+    labels_all: bool,
 ) -> Stage:
     """Return a stage whose critic and judge keep the same weights when the policy changes."""
     batch_size = settings.models.max_batch_size
@@ -135,6 +134,8 @@ def _make_base_stage(
         process = make_revise_stage(settings, models, constitution)
     elif name == "judge":
         process = make_judge_stage(settings, models, constitution)
+        if not labels_all and get_rl_fraction(settings):
+            process = replace(process, skips_rl_prompts=TrainingLoopHistory(bus))
     elif name == "grade":
         process = make_grade_stage(settings, models, constitution)
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.settings import REWARD_MODEL, RewardTerm
 from engine.store import Store
@@ -52,7 +53,7 @@ def select_groups(
         store, phase, state, limits, allow_overlap=allow_overlap, by_purpose=by_purpose, served_revisions=served_revisions
     )
     dropped_ids = {drop.dropped_id for drop in drops}
-    by_response: dict[str, list[dict[str, object]]] = {}
+    by_response: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if str(row["response_id"]) not in dropped_ids:  # a batch never has a part of a group
             by_response.setdefault(str(row["response_id"]), []).append(row)
@@ -65,8 +66,8 @@ def select_groups(
     ready, waiting, missing = [], [], Counter[str]()
     for response_id, completions in by_response.items():
         first = completions[0]
-        ref = RowRef(response_id, first["source"], first["commit_seq"], 0, first["policy_version"])  # type: ignore[arg-type]
-        of_group = [evidence.get((response_id, row["completion_index"]), Evidence()) for row in completions]  # type: ignore[arg-type]
+        ref = RowRef(response_id, first["source"], first["commit_seq"], 0, first["policy_version"])
+        of_group = [evidence.get((response_id, row["completion_index"]), Evidence()) for row in completions]
         # The stages also grade and judge the completions that cannot train. Their records show that all have arrived.
         of_response = [evidence.get((response_id, index), Evidence()) for index in range(sizes[response_id])]
         num_rewards = sum(compute_reward(one, readable) is not None for one in of_group)

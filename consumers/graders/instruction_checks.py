@@ -21,6 +21,7 @@ import json
 import re
 import threading
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -62,7 +63,7 @@ Relation = Literal["less than", "at least"]
 Language = Annotated[str, AfterValidator(_require_language)]
 
 
-class Instruction(BaseModel):
+class Instruction(BaseModel, ABC):
     """One verifiable instruction with its parameters. `id` is its name in the data set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,9 +71,9 @@ class Instruction(BaseModel):
     id: ClassVar[str]
     needs_language: ClassVar[bool] = False
 
+    @abstractmethod
     def is_followed(self, text: str) -> bool:
         """Return whether the text follows the instruction."""
-        raise NotImplementedError
 
 
 def _compare(count: int, relation: Relation, limit: int) -> bool:
