@@ -95,6 +95,8 @@ class ForkServer:
 
         Its output is appended to the file `output`, and its error output to `errors` (default: `output`).
         """
+        for path in (output, errors or output):
+            path.touch()  # the caller may read the file before the process has opened it
         files = {"stdin": str(stdin or os.devnull), "output": str(output), "errors": str(errors or output)}
         request = {"function": function, "arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
         return ForkedProcess(self, self.request(**request, **files))
