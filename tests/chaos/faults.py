@@ -223,13 +223,19 @@ def _run_mount(command: list[str]) -> None:
 def run_full_sink_disk(
     folder: Path, address: str = "", *, prompts: int = 1000, seed: int = 0, prefix: str = ""
 ) -> Iterator[str]:
-    """Fill the database's disk: the sink waits, the stages continue, and once the disk is larger every record arrives."""
+    """Fill the database's disk: the sink waits, the stages continue, and once the disk is larger every record arrives.
+
+    The journals of the workers are on another disk: a stage waits if it cannot write there which records it begins.
+    """
     (path,) = write_prompts(folder / "prompts", prompts, 1, seed)
     flags = _SETTING_FLAGS | {"data.folder": str(folder / "small")} | ({} if address else {"bus.address": str(folder / "log")})
     with (
         _mount_small_disk(folder / "small", 4) as resize,
         SystemUnderTest(folder / "world", address, flags, prefix, batch_delay_s=0.0) as system,
     ):
+        for name in ("instances", "journal", "services"):
+            (folder / "world" / name).mkdir()
+            (folder / "small" / name).symlink_to(folder / "world" / name)
         system.publish_file(path)
         for name, *arguments in _PROCESS_COMMANDS:
             system.start_process(name, *arguments)
