@@ -312,8 +312,8 @@ def test_masks_come_from_lengths_when_the_pad_token_is_the_end_token(tiny):
         Rollout((1, 5, 6), (7, end), (0.0,) * 2, True, 0, "a"),
         Rollout((1, 9), (8, 9, 10, 11), (0.0,) * 4, False, 0, "b"),
     )
-    together, _, _ = actor(ppo.pad_rollouts([short, long], 4, "cpu"))
-    alone, _, _ = actor(ppo.pad_rollouts([short], 2, "cpu"))
+    together, _, _ = actor(actor.pad_rollouts([short, long], 4))
+    alone, _, _ = actor(actor.pad_rollouts([short], 2))
     assert together[0, :2].tolist() == pytest.approx(alone[0].tolist(), abs=1e-5) and together[0, 2:].tolist() == [0, 0]
 
 

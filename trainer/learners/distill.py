@@ -47,13 +47,10 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from engine.errors import TrainingFailed, UsageError
 from engine.models.control_tokens import find_end_token_id
@@ -67,23 +64,23 @@ from trainer.learners.policy_math import (
     require_within_kl_limits,
 )
 from trainer.learners.rollouts import (
-    PaddedRollouts,
     PolicyModel,
     Rollout,
     TrainedPolicy,
     apply_output_layer,
     compute_logprobs,
     compute_model_logprobs,
+    find_common_prefix,
     make_micro_batches,
     pad_behavior_logprobs,
     pad_rollouts,
+    remove_prefix,
 )
 from trainer.weights import Hardware
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 _TITLE = "self-distillation"
 _CHUNK_TOKENS = 64
-_MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 _MAX_EFFECT_ROLLOUTS = 32  # the effect of the teacher is measured on a quarter of the completions, and at most on this number
 _MAX_GRAD_NORM = 1.0
 _KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, as in PPO
@@ -216,73 +213,22 @@ def compute_all_states(model: PolicyModel, rollouts: Sequence[Rollout]) -> list[
     The prefix that all prompts share is computed once.
     """
     cache = None
-    if supports_prefix(model, rollouts[0]) and (prefix := find_common_prefix(rollouts)):
+    if model.supports_prefix and (prefix := find_common_prefix(rollouts)):
         with model.hardware.autocast():
-            cache = _compute_prefix(model, prefix)
-        rollouts = [_remove_prefix(rollout, prefix) for rollout in rollouts]
+            cache = model.compute_prefix(prefix)
+        rollouts = [remove_prefix(rollout, prefix) for rollout in rollouts]
     states = [torch.empty(0)] * len(rollouts)
     for rows in make_micro_batches(rollouts, range(len(rollouts)), model.hardware.micro_batch_size):
         lengths = [len(rollouts[row].token_ids) for row in rows]
         padded = pad_rollouts([rollouts[row] for row in rows], max(lengths), model.device)
+        row_cache = copy.deepcopy(cache)
+        if row_cache is not None:
+            row_cache.batch_repeat_interleave(len(rows))
         with model.hardware.autocast():
-            parts = _compute_completion_states(model, padded, copy.deepcopy(cache)).split(lengths)
+            parts = model.compute_states_after(padded, row_cache).split(lengths)
         for row, part in zip(rows, parts, strict=True):
             states[row] = part
     return states
-
-
-def find_common_prefix(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
-    """Return the tokens that all prompts begin with. Return () if they are too few to be worth a separate forward pass.
-
-    The last token of a prompt is never part of the prefix.
-    """
-    columns = zip(*(rollout.prompt_token_ids[:-1] for rollout in rollouts), strict=False)
-    prefix = tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
-    return prefix if len(prefix) >= _MIN_PREFIX_TOKENS else ()
-
-
-@torch.no_grad()
-def supports_prefix(model: PolicyModel, sample: Rollout) -> bool:
-    """Return whether the model computes the same states if the prompt of a rollout is computed first, as a prefix.
-
-    The layers of some models (sliding windows, recurrence) have other caches. With gradient checkpointing there is no cache. Such a
-    model computes a common prefix again for each rollout.
-    """
-    is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    if not is_plain or model.hardware.gradient_checkpointing or len(sample.prompt_token_ids) < 2:
-        return False
-    prefix, sample = sample.prompt_token_ids[:-1], replace(sample, token_ids=sample.token_ids[:4])
-    whole, rest = (pad_rollouts([r], len(r.token_ids), model.device) for r in (sample, _remove_prefix(sample, prefix)))
-    with model.hardware.autocast():
-        expected = model.compute_completion_states(whole).float()
-        found = _compute_completion_states(model, rest, _compute_prefix(model, prefix)).float()
-    difference = float((found - expected).abs().mean() / expected.abs().mean())
-    return difference < (0.02 if model.hardware.bf16 else 1e-4)  # bf16 has three digits
-
-
-def _remove_prefix(rollout: Rollout, prefix: Sequence[int]) -> Rollout:
-    return replace(rollout, prompt_token_ids=rollout.prompt_token_ids[len(prefix) :])
-
-
-def _compute_prefix(model: PolicyModel, prefix: Sequence[int]) -> DynamicCache:
-    """Return the keys and values of a prefix, with their gradients if these are enabled."""
-    cache = DynamicCache(config=model.config)
-    model.backbone(input_ids=torch.tensor([prefix], device=model.device), past_key_values=cache, use_cache=True)
-    return cache
-
-
-def _compute_completion_states(model: PolicyModel, padded: PaddedRollouts, prefix: DynamicCache | None) -> torch.Tensor:
-    """Return the hidden states (tokens, H) that predict the completion tokens. The rollouts follow a prefix, if there is one.
-
-    `prefix` is used up.
-    """
-    if prefix is None:
-        return model.compute_completion_states(padded)
-    prefix.batch_repeat_interleave(len(padded.input_ids))
-    states = model.backbone(input_ids=padded.input_ids, past_key_values=prefix, use_cache=True).last_hidden_state
-    row, column = padded.completion_mask.bool().nonzero(as_tuple=True)
-    selected: torch.Tensor = states[row, padded.logit_positions[row, column]]
-    return selected
 
 
 @torch.no_grad()
@@ -414,7 +360,7 @@ def train(
         teacher = replace(teacher, output_layer=copy.deepcopy(teacher.output_layer))
     old_logprobs = ref_logprobs if is_reference else _get_logprobs(model, rollouts, policy_version, length)
 
-    batch = _DistillBatch(teacher, old_logprobs, ref_logprobs, base_logprobs, supports_prefix(model, rollouts[0]))
+    batch = _DistillBatch(teacher, old_logprobs, ref_logprobs, base_logprobs)
     kls = {"kl_ref": _compute_sequence_kl(batch, ref_logprobs)}
     if base_logprobs is not None:
         kls["kl_base"] = _compute_sequence_kl(batch, base_logprobs)
@@ -433,7 +379,6 @@ class _DistillBatch:
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     base_logprobs: torch.Tensor | None
-    supports_prefix: bool
 
 
 def _get_logprobs(model: PolicyModel, rollouts: Sequence[Rollout], version: int, length: int) -> torch.Tensor:
@@ -516,18 +461,15 @@ def _accumulate_gradients(
     """
     num_tokens = float(sum(len(rollouts[i].token_ids) for i in indices))
     sums: dict[str, float] = {}
-    for rows in make_micro_batches(rollouts, distributed.shard_rows(indices), model.hardware.micro_batch_size):
-        selected = [rollouts[i] for i in rows]
-        prefix = find_common_prefix(selected) if batch.supports_prefix else ()
-        padded = pad_rollouts([_remove_prefix(r, prefix) for r in selected], batch.old_logprobs.shape[1], model.device)
+    for rows in model.make_micro_batches(rollouts, distributed.shard_rows(indices)):
+        padded = model.pad_rollouts([rollouts[i] for i in rows], batch.old_logprobs.shape[1])
         is_token = padded.completion_mask.bool()
         token_ids, temperatures = padded.completion_ids[is_token], padded.temperatures[is_token.nonzero()[:, 0], None]
         teacher = batch.teacher.select_rows(rows)
         old_logprobs, ref_logprobs = (x[rows][is_token] for x in (batch.old_logprobs, batch.ref_logprobs))
         base_logprobs = None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token]
         with model.hardware.autocast():
-            cache = _compute_prefix(model, prefix) if prefix else None
-            states = _compute_completion_states(model, padded, cache)
+            states = model.compute_completion_states(padded)
         # The gradient of each chunk ends at these states. The gradients of all chunks then continue into the trunk at once.
         leaf = states.detach().requires_grad_()
         for start in range(0, len(leaf), _CHUNK_TOKENS):

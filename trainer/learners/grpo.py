@@ -66,9 +66,7 @@ from trainer.learners.rollouts import (
     TrainedPolicy,
     compute_logprobs,
     compute_model_logprobs,
-    make_micro_batches,
     pad_behavior_logprobs,
-    pad_rollouts,
 )
 from trainer.weights import Hardware
 
@@ -289,10 +287,10 @@ def _accumulate_gradients(
     num_tokens = float(batch.mask[indices].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for rows in make_micro_batches(rollouts, distributed.shard_rows(indices), model.hardware.micro_batch_size):
+    for rows in model.make_micro_batches(rollouts, distributed.shard_rows(indices)):
         mask, old_logprobs, ref_logprobs = batch.mask[rows], batch.old_logprobs[rows], batch.ref_logprobs[rows]
         with model.hardware.autocast():
-            logp, entropy = model(pad_rollouts([rollouts[i] for i in rows], mask.shape[1], mask.device), entropy=True)
+            logp, entropy = model(model.pad_rollouts([rollouts[i] for i in rows], mask.shape[1]), entropy=True)
         token_loss, policy_loss, clipped = compute_token_loss(
             logp,
             old_logprobs,

@@ -99,9 +99,7 @@ from trainer.learners.rollouts import (
     Rollout,
     TrainedPolicy,
     compute_model_logprobs,
-    make_micro_batches,
     pad_behavior_logprobs,
-    pad_rollouts,
 )
 from trainer.learners.sft import IGNORE_INDEX
 from trainer.weights import Hardware
@@ -265,9 +263,9 @@ def compute_logprobs_and_values(
     device = actor.value_head.weight.device
     logp = torch.zeros(len(rollouts), completion_length, device=device)
     values = torch.zeros_like(logp)
-    for rows in make_micro_batches(rollouts, range(len(rollouts)), actor.hardware.micro_batch_size):
+    for rows in actor.make_micro_batches(rollouts, range(len(rollouts))):
         with actor.hardware.autocast():
-            row_logp, row_values, _ = actor(pad_rollouts([rollouts[i] for i in rows], completion_length, device))
+            row_logp, row_values, _ = actor(actor.pad_rollouts([rollouts[i] for i in rows], completion_length))
         logp[rows], values[rows] = row_logp, row_values
     return logp, values
 
@@ -489,10 +487,10 @@ def _accumulate_rl_gradients(
     num_tokens = float(batch.mask[indices].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for rows in make_micro_batches(rollouts, distributed.shard_rows(indices), actor.hardware.micro_batch_size):
+    for rows in actor.make_micro_batches(rollouts, distributed.shard_rows(indices)):
         mask, old_logprobs = batch.mask[rows], batch.old_logprobs[rows]
         with actor.hardware.autocast():
-            logp, values, entropy = actor(pad_rollouts([rollouts[i] for i in rows], mask.shape[1], mask.device), entropy=True)
+            logp, values, entropy = actor(actor.pad_rollouts([rollouts[i] for i in rows], mask.shape[1]), entropy=True)
         policy_loss, clipped = compute_clipped_policy_loss(
             logp, old_logprobs, batch.advantages[rows], batch.importance_weights[rows], config.clip
         )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engine.errors import UsageError
 from trainer import weights
 from trainer.learners.policy_math import entropy_from_logits, logprobs_from_logits
 from trainer.weights import Hardware
+
+_MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Rollout:
 class PaddedRollouts:
     """These are rollouts as right-padded tensors.
 
-    `input_ids` has shape (B, T), `temperatures` has shape (B,), and the others have shape (B, T_completion).
+    `input_ids` has shape (B, T), `temperatures` has shape (B,), and the others have shape (B, T_completion). The prompts of all
+    rows begin with `prefix`, which is not part of `input_ids`.
     """
 
     input_ids: torch.Tensor
@@ -49,14 +54,37 @@ class PaddedRollouts:
     completion_mask: torch.Tensor
     logit_positions: torch.Tensor  # the position in `input_ids` whose logits predict each completion token
     temperatures: torch.Tensor
+    prefix: tuple[int, ...] = ()
 
     def scatter(self, token_values: torch.Tensor) -> torch.Tensor:
         """Return the values (tokens,) of the completion tokens as a tensor (B, T_completion). Padding is 0."""
         return torch.zeros_like(self.completion_mask).masked_scatter(self.completion_mask.bool(), token_values)
 
 
-def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str) -> PaddedRollouts:
-    """Convert rollouts to padded tensors. `completion_length` is T_completion."""
+def find_common_prefix(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
+    """Return the tokens that all prompts begin with. Return () if they are too few to be worth a separate forward pass.
+
+    The last token of a prompt is never part of the prefix.
+    """
+    columns = zip(*(rollout.prompt_token_ids[:-1] for rollout in rollouts), strict=False)
+    prefix = tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+    return prefix if len(rollouts) > 1 and len(prefix) >= _MIN_PREFIX_TOKENS else ()
+
+
+def remove_prefix(rollout: Rollout, prefix: Sequence[int]) -> Rollout:
+    """Return the rollout without the first tokens of its prompt."""
+    return replace(rollout, prompt_token_ids=rollout.prompt_token_ids[len(prefix) :])
+
+
+def pad_rollouts(
+    rollouts: Sequence[Rollout], completion_length: int, device: torch.device | str, *, share_prefix: bool = False
+) -> PaddedRollouts:
+    """Convert rollouts to padded tensors. `completion_length` is T_completion.
+
+    With `share_prefix`, the common prefix of the prompts is separate, so that the model computes it once.
+    """
+    prefix = find_common_prefix(rollouts) if share_prefix else ()
+    rollouts = [remove_prefix(rollout, prefix) for rollout in rollouts]
     longest = max(r.num_tokens for r in rollouts)
     ids = torch.zeros(len(rollouts), longest, dtype=torch.long)
     tokens, positions = (torch.zeros(len(rollouts), completion_length, dtype=torch.long) for _ in range(2))
@@ -68,13 +96,32 @@ def pad_rollouts(rollouts: Sequence[Rollout], completion_length: int, device: to
         positions[row, :count] = torch.arange(start - 1, start + count - 1)
         mask[row, :count] = 1.0
     temperatures = torch.tensor([r.temperature for r in rollouts])
-    return PaddedRollouts(*(x.to(device) for x in (ids, tokens, mask, positions, temperatures)))
+    ids, tokens, mask, positions, temperatures = (x.to(device) for x in (ids, tokens, mask, positions, temperatures))
+    return PaddedRollouts(ids, tokens, mask, positions, temperatures, prefix)
 
 
-def make_micro_batches(rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int) -> list[list[int]]:
-    """Split rows into micro-batches of similar length, so that little padding is needed."""
-    order = sorted(indices, key=lambda i: rollouts[i].num_tokens)
-    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+def make_micro_batches(
+    rollouts: Sequence[Rollout], indices: Sequence[int], micro_batch_size: int, *, share_prefix: bool = False
+) -> list[list[int]]:
+    """Split rows into micro-batches of similar length, so that little padding is needed.
+
+    With `share_prefix`, rows of one prompt go together if this makes the model compute fewer tokens.
+    """
+
+    def split(order: list[int]) -> list[list[int]]:
+        return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+
+    by_length = split(sorted(indices, key=lambda i: rollouts[i].num_tokens))
+    if not share_prefix:
+        return by_length
+    by_prompt = split(sorted(indices, key=lambda i: (rollouts[i].prompt_token_ids, rollouts[i].num_tokens)))
+    return min(by_length, by_prompt, key=lambda batches: sum(_count_computed_tokens(rollouts, rows) for rows in batches))
+
+
+def _count_computed_tokens(rollouts: Sequence[Rollout], rows: Sequence[int]) -> int:
+    """Return the number of tokens that the model computes for a micro-batch: the common prefix, and the rows with padding."""
+    prefix = len(find_common_prefix([rollouts[row] for row in rows]))
+    return prefix + len(rows) * (max(rollouts[row].num_tokens for row in rows) - prefix)
 
 
 def apply_output_layer(lm_head: Any, logit_softcap: float | None, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -96,6 +143,15 @@ class PolicyModel(torch.nn.Module):
         self.config = base.config.get_text_config()
         self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
         self.require_plain_logits(base, title)
+        self.supports_prefix = self._check_prefix()
+
+    def make_micro_batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[list[int]]:
+        """Split rows into micro-batches for this model and this hardware."""
+        return make_micro_batches(rollouts, indices, self.hardware.micro_batch_size, share_prefix=self.supports_prefix)
+
+    def pad_rollouts(self, rollouts: Sequence[Rollout], completion_length: int) -> PaddedRollouts:
+        """Convert rollouts to padded tensors on the device of this model."""
+        return pad_rollouts(rollouts, completion_length, self.device, share_prefix=self.supports_prefix)
 
     def compute_hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states (B, T, H) of right-padded ids (B, T)."""
@@ -111,8 +167,45 @@ class PolicyModel(torch.nn.Module):
 
         The output layer is large. It is therefore computed only at these positions.
         """
+        cache = None
+        if batch.prefix:
+            cache = self.compute_prefix(batch.prefix)
+            cache.batch_repeat_interleave(len(batch.input_ids))
+        return self.compute_states_after(batch, cache)
+
+    def compute_prefix(self, prefix: Sequence[int]) -> DynamicCache:
+        """Return the keys and values of a prefix, with their gradients if these are enabled."""
+        cache = DynamicCache(config=self.config)
+        self.backbone(input_ids=torch.tensor([prefix], device=self.device), past_key_values=cache, use_cache=True)
+        return cache
+
+    def compute_states_after(self, batch: PaddedRollouts, cache: DynamicCache | None) -> torch.Tensor:
+        """Return the hidden states (tokens, H) that predict the completion tokens, after a cache with one row per rollout."""
         row, column = batch.completion_mask.bool().nonzero(as_tuple=True)
-        return self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
+        if cache is None:
+            return self.compute_hidden_states(batch.input_ids)[row, batch.logit_positions[row, column]]
+        states: torch.Tensor = self.backbone(input_ids=batch.input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return states[row, batch.logit_positions[row, column]]
+
+    @torch.no_grad()
+    def _check_prefix(self) -> bool:
+        """Return whether the model computes the same states if the beginning of a prompt is computed first, as a prefix.
+
+        The layers of some models (sliding windows, recurrence) have other caches. With gradient checkpointing there is no cache.
+        Such a model computes a common prefix again for each rollout.
+        """
+        is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+        if not is_plain or self.hardware.gradient_checkpointing:
+            return False
+        ids = tuple(1 + n % 3 for n in range(_MIN_PREFIX_TOKENS + 1))
+        samples = [Rollout(ids, ids[:n], (0.0,) * n, False, 0, "") for n in (3, 4)]
+        with self.hardware.autocast():
+            expected, found = (
+                PolicyModel.compute_completion_states(self, pad_rollouts(samples, 4, self.device, share_prefix=share)).float()
+                for share in (False, True)
+            )
+        difference = float((found - expected).abs().mean() / expected.abs().mean())
+        return difference < (0.02 if self.hardware.bf16 else 1e-4)  # bf16 has three digits
 
     def compute_token_logprobs(
         self, batch: PaddedRollouts, hidden: torch.Tensor, *, entropy: bool
@@ -156,11 +249,9 @@ class PolicyModel(torch.nn.Module):
 def compute_logprobs(model: PolicyModel, rollouts: Sequence[Rollout], completion_length: int) -> torch.Tensor:
     """Return the log-probabilities (N, completion_length) of all rollouts."""
     logp = torch.zeros(len(rollouts), completion_length, device=model.device)
-    for rows in make_micro_batches(rollouts, range(len(rollouts)), model.hardware.micro_batch_size):
+    for rows in model.make_micro_batches(rollouts, range(len(rollouts))):
         with model.hardware.autocast():
-            logp[rows], _ = PolicyModel.forward(
-                model, pad_rollouts([rollouts[i] for i in rows], completion_length, model.device)
-            )
+            logp[rows], _ = PolicyModel.forward(model, model.pad_rollouts([rollouts[i] for i in rows], completion_length))
     return logp
 
 
