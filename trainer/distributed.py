@@ -119,6 +119,12 @@ def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
         distributed.all_reduce(parameter.grad)
 
 
+def all_reduce_sum(tensor: torch.Tensor) -> None:
+    """Replace a tensor with its sum over all processes."""
+    if _process_groups:
+        distributed.all_reduce(tensor)
+
+
 def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     """Return the sum of each value over all processes. If a process has no value for a name, the value counts as 0."""
     if not _process_groups:

@@ -15,6 +15,7 @@ from engine.models.local import LocalModel
 from schemas.records import ChatMessage
 from trainer import weights
 from trainer.learners import grpo, policy_math, rloo
+from trainer.learners import rollouts as rollouts_module
 from trainer.learners.grpo import GRPOConfig
 from trainer.learners.rloo import RLOOConfig
 from trainer.learners.rollouts import Rollout
@@ -166,6 +167,28 @@ def test_an_update_reports_groups_kl_and_beta(tiny, name):
     assert metrics["kl_rollouts"] == 0 and metrics["beta"] == LEARNERS[name][1]().beta
     assert {"kl_ref", "kl_update", "policy_loss", "entropy", "clipfrac", "ratio_max"} <= set(steps[0])
     assert 0 < metrics["importance_mean"] <= 2
+
+
+def test_a_single_step_of_grpo_needs_no_pass_for_the_log_probabilities_before_it(tiny, monkeypatch, tmp_path):
+    rollouts = make_rollouts()
+    rewards = [float(len(r.token_ids)) for r in rollouts]
+    moved, _, _ = train("grpo", tiny, rollouts, rewards, learning_rate=1e-2)
+    folder = checkpoints.write_checkpoint(tmp_path / "moved", moved.save, {}).folder
+    config = {"reference": tiny, "hardware": weights.Hardware(3, precision="fp32"), "learning_rate": 1e-2, "batch_size": 12}
+    passes, compute_logprobs = [], rollouts_module.compute_logprobs
+    monkeypatch.setattr(rollouts_module, "compute_logprobs", lambda *a: passes.append(1) or compute_logprobs(*a))
+    skipped, metrics, _ = train("grpo", folder, rollouts, rewards, **config)
+    load, prepare = grpo.load_rl_models, grpo.prepare_batch
+    monkeypatch.setattr(grpo, "load_rl_models", lambda *a, **named: load(*a, **named | {"skip_policy": False}))
+    monkeypatch.setattr(grpo, "prepare_batch", lambda *a: prepare(*a[:-1], False))
+    computed, expected, _ = train("grpo", folder, rollouts, rewards, **config)
+    assert len(passes) == 1 + 2  # the reference; then the reference and the policy
+    assert metrics == pytest.approx(expected, abs=1e-5, rel=1e-4) and metrics["kl_rollouts"] > 0.01
+    assert metrics["importance_mean"] != pytest.approx(1, abs=0.01)
+    for a, b in zip(skipped.policy.parameters(), computed.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    with pytest.raises(TrainingFailed, match=r"(?s)the KL of the policy to the reference is .* before the first step"):
+        train("grpo", folder, rollouts, rewards, **config, max_kl=1e-3)
 
 
 @EACH_LEARNER

@@ -62,10 +62,11 @@ from trainer.learners.policy_math import (
 )
 from trainer.learners.rollouts import (
     PolicyModel,
+    RLModels,
     Rollout,
     TrainedPolicy,
-    compute_logprobs,
-    compute_model_logprobs,
+    load_rl_models,
+    make_token_mask,
     pad_behavior_logprobs,
 )
 from trainer.weights import Hardware
@@ -160,29 +161,21 @@ def train(
     reward_values = torch.tensor(list(rewards), dtype=torch.float32)
     require_comparable_groups(reward_values, groups, "GRPO")
 
-    # The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets
-    # of weights.
-    length = max(len(r.token_ids) for r in rollouts)
-    base_logprobs = ref_logprobs = None
-    if base_folder is not None:
-        base_logprobs = compute_model_logprobs(base_folder, rollouts, length, hardware)
-    is_reference = policy_folder == reference_folder
-    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
-        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, length, hardware)
-    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
-    model = PolicyModel(policy, hardware, "GRPO")
-    old_logprobs = compute_logprobs(model, rollouts, length)
-    if is_reference:
-        ref_logprobs = old_logprobs
-    elif ref_logprobs is None:
-        with weights.disable_adapter(policy):
-            ref_logprobs = compute_logprobs(model, rollouts, length)
-
-    batch = prepare_batch(rollouts, reward_values, groups, old_logprobs, ref_logprobs, base_logprobs, config)
-    kl_ref = float((kl_k1(old_logprobs, ref_logprobs) * batch.mask).sum(-1).mean())
-    kl_base = 0.0 if base_logprobs is None else float((kl_k1(old_logprobs, base_logprobs) * batch.mask).sum(-1).mean())
-    require_within_kl_limits({"kl_ref": kl_ref, "kl_base": kl_base}, config, "grpo")
-    metrics = _optimize_policy(model, rollouts, batch, config, seed, lora_rank, on_step)
+    # The pass of a single step computes the log-probabilities of pi_old. They need no other pass.
+    is_single_step = config.epochs == 1 and len(rollouts) <= config.batch_size
+    models = load_rl_models(
+        policy_folder,
+        reference_folder,
+        base_folder,
+        rollouts,
+        lora_rank=lora_rank,
+        hardware=hardware,
+        title="GRPO",
+        skip_policy=is_single_step,
+    )
+    batch = prepare_batch(rollouts, reward_values, groups, models, config, is_single_step)
+    metrics = _optimize_policy(models.model, rollouts, batch, config, seed, lora_rank, on_step)
+    kl_ref = batch.compute_sequence_kl(batch.ref_logprobs)
     metrics |= {
         "beta": adapt_beta(config.beta, kl_ref, config.kl_target),
         "kl_rollouts": kl_ref,
@@ -192,42 +185,67 @@ def train(
         "equal_groups": float(count_equal_groups(reward_values, groups)),
         "rollouts": float(len(rollouts)),
         "truncated_fraction": sum(not r.ends_with_eos for r in rollouts) / len(rollouts),
-        "importance_mean": float(masked_mean(batch.importance_weights, batch.mask)),
+        "importance_mean": float(masked_mean(batch.compute_importance_weights(slice(None)), batch.mask)),
         "completion_tokens": float(batch.mask.sum()),
     }
     tokenizer = weights.load_tokenizer(policy_folder)
-    save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if disabled_is_reference else None)
+    policy = models.model.policy
+    save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if models.disabled_is_reference else None)
     return TrainedPolicy(policy, tokenizer, save), metrics
 
 
 @dataclass(frozen=True)
 class _GRPOBatch:
-    """These values do not change during an update. `advantages` has shape (N, 1), and all other tensors have shape (N, T)."""
+    """These values do not change during an update. `advantages` has shape (N, 1), and all other tensors have shape (N, T).
+
+    With `is_single_step`, `old_logprobs` are 0 until the pass of the step has replaced them.
+    """
 
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     base_logprobs: torch.Tensor | None
-    importance_weights: torch.Tensor
+    behavior_logprobs: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
+    is_single_step: bool
+
+    def compute_importance_weights(self, rows: list[int] | slice) -> torch.Tensor:
+        """Return the importance weight of each token of some rows."""
+        return compute_importance_weights(self.old_logprobs[rows], self.behavior_logprobs[rows], self.mask[rows])
+
+    def compute_sequence_kl(self, other_logprobs: torch.Tensor) -> float:
+        """Return the estimate of KL(pi_old || other) in nats per completion."""
+        return float((kl_k1(self.old_logprobs, other_logprobs) * self.mask).sum(-1).mean())
 
 
 def prepare_batch(
     rollouts: Sequence[Rollout],
     rewards: torch.Tensor,
     groups: Sequence[str],
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    base_logprobs: torch.Tensor | None,
+    models: RLModels,
     config: GRPOConfig,
+    is_single_step: bool,
 ) -> _GRPOBatch:
-    """Compute the advantages and the importance weights of an update. `rewards` has shape (N,)."""
-    device = old_logprobs.device
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=device)
-    mask = (torch.arange(old_logprobs.shape[1], device=device)[None] < lengths[:, None]).float()
-    importance_weights = compute_importance_weights(old_logprobs, pad_behavior_logprobs(rollouts, old_logprobs), mask)
-    advantages = compute_group_advantages(rewards, groups, config.scale_rewards).to(device)[:, None]
-    return _GRPOBatch(old_logprobs, ref_logprobs, base_logprobs, importance_weights, advantages, mask)
+    """Compute the advantages of an update. `rewards` has shape (N,)."""
+    old_logprobs = models.old_logprobs
+    advantages = compute_group_advantages(rewards, groups, config.scale_rewards).to(old_logprobs.device)[:, None]
+    return _GRPOBatch(
+        old_logprobs,
+        models.ref_logprobs,
+        models.base_logprobs,
+        pad_behavior_logprobs(rollouts, old_logprobs),
+        advantages,
+        make_token_mask(rollouts, old_logprobs),
+        is_single_step,
+    )
+
+
+def _require_start_within_limits(batch: _GRPOBatch, config: GRPOConfig) -> None:
+    """Raise TrainingFailed if the policy exceeds a KL limit before the first step."""
+    kls = {"kl_ref": batch.compute_sequence_kl(batch.ref_logprobs)}
+    if batch.base_logprobs is not None:
+        kls["kl_base"] = batch.compute_sequence_kl(batch.base_logprobs)
+    require_within_kl_limits(kls, config, "grpo")
 
 
 def _optimize_policy(
@@ -255,6 +273,8 @@ def _optimize_policy(
         rng.shuffle(order)
         for start in range(0, len(order), config.batch_size):
             metrics = _accumulate_gradients(model, rollouts, order[start : start + config.batch_size], batch, config)
+            if step == 0:
+                _require_start_within_limits(batch, config)
             distributed.all_reduce_gradients(parameters)
             metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
             require_finite(step + 1, metrics)
@@ -288,15 +308,18 @@ def _accumulate_gradients(
     sums: dict[str, float] = {}
     ratio_max = 0.0
     for rows in model.make_micro_batches(rollouts, distributed.shard_rows(indices)):
-        mask, old_logprobs, ref_logprobs = batch.mask[rows], batch.old_logprobs[rows], batch.ref_logprobs[rows]
+        mask = batch.mask[rows]
         with model.hardware.autocast():
             logp, entropy = model(model.pad_rollouts([rollouts[i] for i in rows], mask.shape[1]), entropy=True)
+        if batch.is_single_step:
+            batch.old_logprobs[rows] = logp.detach()
+        old_logprobs, ref_logprobs = batch.old_logprobs[rows], batch.ref_logprobs[rows]
         token_loss, policy_loss, clipped = compute_token_loss(
             logp,
             old_logprobs,
             ref_logprobs,
             batch.advantages[rows],
-            batch.importance_weights[rows],
+            batch.compute_importance_weights(rows),
             config.clip,
             config.beta,
         )
@@ -325,6 +348,8 @@ def _accumulate_gradients(
         for name, value in step_sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
 
+    if batch.is_single_step:
+        distributed.all_reduce_sum(batch.old_logprobs)  # each process has computed its rows
     sums = distributed.sum_over_processes(sums)
     divisors = {"loss": 1.0, "policy_loss": 1.0, "kl_update": float(len(indices)), "kl_base": float(len(indices))}
     metrics = {name: total / divisors.get(name, num_tokens) for name, total in sums.items()}

@@ -54,10 +54,11 @@ from trainer.learners.policy_math import (
 )
 from trainer.learners.rollouts import (
     PolicyModel,
+    RLModels,
     Rollout,
     TrainedPolicy,
-    compute_logprobs,
-    compute_model_logprobs,
+    load_rl_models,
+    make_token_mask,
     pad_behavior_logprobs,
 )
 from trainer.weights import Hardware
@@ -137,29 +138,14 @@ def train(
     reward_values = torch.tensor(list(rewards), dtype=torch.float32)
     require_comparable_groups(reward_values, groups, "RLOO")
 
-    # The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets
-    # of weights.
-    length = max(len(r.token_ids) for r in rollouts)
-    base_logprobs = ref_logprobs = None
-    if base_folder is not None:
-        base_logprobs = compute_model_logprobs(base_folder, rollouts, length, hardware)
-    is_reference = policy_folder == reference_folder
-    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
-        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, length, hardware)
-    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
-    model = PolicyModel(policy, hardware, "RLOO")
-    old_logprobs = compute_logprobs(model, rollouts, length)
-    if is_reference:
-        ref_logprobs = old_logprobs
-    elif ref_logprobs is None:
-        with weights.disable_adapter(policy):
-            ref_logprobs = compute_logprobs(model, rollouts, length)
-
-    batch = prepare_batch(rollouts, reward_values, groups, old_logprobs, ref_logprobs, base_logprobs, config)
-    kl_ref = float((kl_k1(old_logprobs, ref_logprobs) * batch.mask).sum(-1).mean())
-    kl_base = 0.0 if base_logprobs is None else float((kl_k1(old_logprobs, base_logprobs) * batch.mask).sum(-1).mean())
+    models = load_rl_models(
+        policy_folder, reference_folder, base_folder, rollouts, lora_rank=lora_rank, hardware=hardware, title="RLOO"
+    )
+    batch = prepare_batch(rollouts, reward_values, groups, models, config)
+    kl_ref = _compute_sequence_kl(batch, batch.ref_logprobs)
+    kl_base = 0.0 if batch.base_logprobs is None else _compute_sequence_kl(batch, batch.base_logprobs)
     require_within_kl_limits({"kl_ref": kl_ref, "kl_base": kl_base}, config, "rloo")
-    metrics = _optimize_policy(model, rollouts, batch, config, seed, lora_rank, on_step)
+    metrics = _optimize_policy(models.model, rollouts, batch, config, seed, lora_rank, on_step)
     metrics |= {
         "beta": adapt_beta(config.beta, kl_ref, config.kl_target),
         "kl_rollouts": kl_ref,
@@ -173,7 +159,8 @@ def train(
         "completion_tokens": float(batch.mask.sum()),
     }
     tokenizer = weights.load_tokenizer(policy_folder)
-    save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if disabled_is_reference else None)
+    policy = models.model.policy
+    save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if models.disabled_is_reference else None)
     return TrainedPolicy(policy, tokenizer, save), metrics
 
 
@@ -193,23 +180,21 @@ class _RLOOBatch:
 
 
 def prepare_batch(
-    rollouts: Sequence[Rollout],
-    rewards: torch.Tensor,
-    groups: Sequence[str],
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    base_logprobs: torch.Tensor | None,
-    config: RLOOConfig,
+    rollouts: Sequence[Rollout], rewards: torch.Tensor, groups: Sequence[str], models: RLModels, config: RLOOConfig
 ) -> _RLOOBatch:
     """Compute the advantages and the importance weights of an update. `rewards` has shape (N,)."""
-    device = old_logprobs.device
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=device)
-    mask = (torch.arange(old_logprobs.shape[1], device=device)[None] < lengths[:, None]).float()
+    old_logprobs, ref_logprobs = models.old_logprobs, models.ref_logprobs
+    mask = make_token_mask(rollouts, old_logprobs)
     log_weights = ((old_logprobs - pad_behavior_logprobs(rollouts, old_logprobs)) * mask).sum(-1, keepdim=True)
     importance_weights = compute_importance_weights(log_weights, torch.zeros_like(log_weights), torch.ones_like(log_weights))
-    penalized = compute_penalized_rewards(rewards.to(device), old_logprobs, ref_logprobs, mask, config.beta)
+    penalized = compute_penalized_rewards(rewards.to(mask.device), old_logprobs, ref_logprobs, mask, config.beta)
     advantages = compute_leave_one_out_advantages(penalized, groups)
-    return _RLOOBatch(old_logprobs, ref_logprobs, base_logprobs, importance_weights[:, 0], advantages, mask)
+    return _RLOOBatch(old_logprobs, ref_logprobs, models.base_logprobs, importance_weights[:, 0], advantages, mask)
+
+
+def _compute_sequence_kl(batch: _RLOOBatch, other_logprobs: torch.Tensor) -> float:
+    """Return the estimate of KL(pi_old || other) in nats per completion."""
+    return float((kl_k1(batch.old_logprobs, other_logprobs) * batch.mask).sum(-1).mean())
 
 
 def _optimize_policy(

@@ -269,6 +269,61 @@ def compute_model_logprobs(
     return logp
 
 
+@dataclass(frozen=True)
+class RLModels:
+    """This is the policy at the start of an RL update, and the log-probabilities (N, T) of all rollouts under each model."""
+
+    model: PolicyModel
+    disabled_is_reference: bool  # the policy without its adapter is the reference policy
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    base_logprobs: torch.Tensor | None
+
+
+def load_rl_models(
+    policy_folder: Path,
+    reference_folder: Path,
+    base_folder: Path | None,
+    rollouts: Sequence[Rollout],
+    *,
+    lora_rank: int,
+    hardware: Hardware,
+    title: str,
+    skip_policy: bool = False,
+) -> RLModels:
+    """Load the policy for an update, and compute the log-probabilities of the rollouts.
+
+    The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets of
+    weights. With `skip_policy`, `old_logprobs` are 0, and the caller replaces them in place. If the policy is the reference,
+    `ref_logprobs` is the same tensor.
+    """
+    length = max(len(r.token_ids) for r in rollouts)
+    base_logprobs = ref_logprobs = None
+    if base_folder is not None:
+        base_logprobs = compute_model_logprobs(base_folder, rollouts, length, hardware)
+    is_reference = policy_folder == reference_folder
+    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
+        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, length, hardware)
+    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    model = PolicyModel(policy, hardware, title)
+    if skip_policy:
+        old_logprobs = torch.zeros(len(rollouts), length, device=model.device)
+    else:
+        old_logprobs = compute_logprobs(model, rollouts, length)
+    if is_reference:
+        ref_logprobs = old_logprobs
+    elif ref_logprobs is None:
+        with weights.disable_adapter(policy):
+            ref_logprobs = compute_logprobs(model, rollouts, length)
+    return RLModels(model, disabled_is_reference, old_logprobs, ref_logprobs, base_logprobs)
+
+
+def make_token_mask(rollouts: Sequence[Rollout], like: torch.Tensor) -> torch.Tensor:
+    """Return 1 for each completion token and 0 for padding, with the shape (N, T) and the device of `like`."""
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=like.device)
+    return (torch.arange(like.shape[1], device=like.device)[None] < lengths[:, None]).float()
+
+
 def pad_behavior_logprobs(rollouts: Sequence[Rollout], like: torch.Tensor) -> torch.Tensor:
     """Return the log-probabilities at sampling time, with the shape (N, T) and the device of `like`. Padding is 0."""
     logprobs = torch.zeros_like(like)
