@@ -12,7 +12,7 @@ from charter.stages import PRINCIPLES_GRADER
 from constitutions.cases import read_cases
 from constitutions.loader import list_shipped_constitutions, load_constitution
 from consumers.graders.custom import load_grader
-from consumers.graders.instructions import FAILS, FOLLOWS
+from consumers.graders.instructions import InstructionsGrader
 from consumers.graders.principles import RESPECTS, VIOLATES
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE
 from engine.errors import UsageError
@@ -25,7 +25,6 @@ from trainer.methods import RL_METHODS, require_enough_completions
 _LABELS = {
     "refusal": (COMPLIES, REFUSES, PARTLY, UNUSABLE),
     "length": ("complete", "cut"),
-    "instructions": (FOLLOWS, FAILS),
     PRINCIPLES_GRADER: (VIOLATES, RESPECTS),
 }
 # A judge needs seconds for one principle of one completion on a processor.
@@ -63,6 +62,12 @@ def require_usable_rewards(settings: Settings, store: Store, *, force: bool, pha
 
 
 def _require_grader(term: RewardTerm, settings: Settings) -> None:
+    if term.source == InstructionsGrader.name:
+        raise UsageError(
+            f"train.rewards cannot use {term.source}",
+            "only prompts of a suite have instructions that can be verified, and suites do not train",
+            "write the check as a grader: docs/extending.md",
+        )
     custom = [load_grader(name, BUILTIN_GRADERS).name for name in settings.grade.graders if name.endswith(".py")]
     graders = [*(name for name in settings.grade.graders if not name.endswith(".py")), *custom]
     if term.source not in graders:

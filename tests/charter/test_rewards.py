@@ -77,6 +77,7 @@ def check(tmp_path, force=False, **flags):
         ({"train__rewards": "toxicity=-1"}, "the graders are refusal, length"),
         ({"train__rewards": "length=-1", "grade__subjects": "final_response"}, "completions get no grades"),
         ({"train__rewards": "refusal.refuse=1"}, "the labels of refusal are complies, refuses, partly, unusable"),
+        ({"train__rewards": "instructions=1", "grade__graders": "instructions"}, "only prompts of a suite have instructions"),
         ({"train__rewards": "judge=1", "judge__pairing": "revision"}, "set judge.pairing to circular"),
     ],
 )
