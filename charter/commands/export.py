@@ -1,4 +1,4 @@
-"""`charter export`: write training data in the formats of TRL and `datasets`."""
+"""`charter export`: write training data in the formats of TRL, `datasets` and OpenAI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.settings import Settings
 from engine.store import Store
 from engine.text import format_count
 
-_FORMAT_NAMES = ("sft", "preference", "kto")
+_FORMAT_NAMES = ("sft", "preference", "kto", "prompts", "openai")
 
 
 @click.command()
@@ -57,17 +57,19 @@ def export(
     no_flips: bool,
     force: bool,
 ) -> None:
-    """Write training data to a folder in the formats of TRL.
+    """Write training data to a folder in the formats of TRL and OpenAI.
 
-    The formats are prompts with final responses (sft), pairs with a soft label (preference), and single responses with a boolean
-    label (kto). A kto label is hard, so pairs that are nearly ties are left out (--min-margin). Train and eval splits are
-    separate files. A dataset card (README.md) describes the sources. Without --run, export the records of all runs.
+    The formats are prompts with final responses (sft), pairs with a soft label (preference, also for reward models), single
+    responses with a boolean label (kto), prompts alone (prompts), and the conversations of sft in OpenAI's chat form (openai). A
+    kto label is hard, so pairs that are nearly ties are left out (--min-margin). Train and eval splits are separate files. A
+    dataset card (README.md) describes the sources. Without --run, export the records of all runs.
 
     \b
     Examples:
       charter export sft exported/sft
       charter export preference exported/pairs --parquet --run live
       charter export kto exported/kto --source red-team --force
+      charter export openai exported/chats --source helpful
     """
     default_margin = EXPORT_FORMATS[dataset_format].default_min_margin
     label_options = {"--min-margin": min_margin is not None, "--no-flips": no_flips}

@@ -1,4 +1,4 @@
-"""`charter export`: write training data in the formats that TRL and `datasets` read.
+"""`charter export`: write training data in the formats that TRL, `datasets` and OpenAI read.
 
 An export is a folder in the layout of a Hugging Face dataset: JSON lines or Parquet for each split, and a README.md.
 
@@ -49,6 +49,9 @@ _LINEAGE_COLUMNS = {
     "has_reasoning_marks": pa.bool_(),
     "created_at": pa.timestamp("us"),
 }
+_PROMPT_LINEAGE_COLUMNS = {
+    name: _LINEAGE_COLUMNS[name] for name in ("record_id", "prompt_id", "run_id", "source", "created_at")
+}
 
 
 def _to_assistant_messages(content: str) -> list[_RowDict]:
@@ -56,15 +59,15 @@ def _to_assistant_messages(content: str) -> list[_RowDict]:
 
 
 def _extract_lineage(row: _RowDict) -> _RowDict:
-    """Return the columns that name the record and its origin."""
-    constitution = row["constitution"]
+    """Return the columns that name the record and its origin. A prompt has no constitution, policy or principle."""
+    constitution = row.get("constitution")
     values = row | {
         "record_id": str(row["record_id"]),
         "prompt_id": str(row["prompt_id"]),
         "constitution": f"{constitution['name']} {constitution['version']}" if constitution else None,
         "constitution_hash": constitution["hash"] if constitution else None,
     }
-    return {name: values[name] for name in _LINEAGE_COLUMNS}
+    return {name: values.get(name) for name in _LINEAGE_COLUMNS}
 
 
 def _to_sft_rows(row: _RowDict) -> list[_RowDict]:
@@ -135,13 +138,23 @@ def _to_kto_rows(row: _RowDict) -> list[_RowDict]:
     ]
 
 
+def _to_openai_rows(row: _RowDict) -> list[_RowDict]:
+    """Return one conversation. OpenAI's format allows no other columns."""
+    return [{"messages": [*row["messages"], *_to_assistant_messages(row["completion"])]}]
+
+
+def _to_prompt_rows(row: _RowDict) -> list[_RowDict]:
+    lineage = _extract_lineage(row)
+    return [{"prompt": row["messages"], **{name: lineage[name] for name in _PROMPT_LINEAGE_COLUMNS}}]
+
+
 @dataclass(frozen=True)
 class ExportFormat:
     """Describes a format of training data.
 
-    `split_views` are the views that select the rows of each split. `source_view` has the contents of these rows, even if a later
-    record removes a row from its split. `to_rows` converts a database row to rows with `columns`. `trainer` is the TRL trainer
-    that reads the format. `default_min_margin` is the smallest margin of a label, or None if the rows have no label.
+    `split_views` are the views, or queries in parentheses, that select the rows of each split. `source_view` has the contents of
+    these rows, even if a later record removes a row from its split. `to_rows` converts a database row to rows with `columns`. `trainer` names the
+    trainers that read the format. `default_min_margin` is the smallest margin of a label, or None if the rows have no label.
     """
 
     split_views: dict[str, str]
@@ -152,14 +165,20 @@ class ExportFormat:
     default_min_margin: float | None
 
 
+_EXAMPLE_VIEWS = {"train": "sft_examples", "eval": "held_out_examples"}
 _PAIR_VIEWS = {"train": "preference_pairs", "eval": "held_out_pairs"}
+# A prompt is in one split only, as its responses are. In a later epoch, the same prompt comes again.
+_PROMPT_VIEWS = {
+    "train": "(FROM prompts ANTI JOIN held_out_prompts USING (prompt_id) WHERE split = 'TRAIN' AND epoch = 0)",
+    "eval": "(FROM prompts ANTI JOIN trained_prompts USING (prompt_id) WHERE split = 'EVAL' AND epoch = 0)",
+}
 EXPORT_FORMATS = {
     "sft": ExportFormat(
-        {"train": "sft_examples", "eval": "held_out_examples"},
+        _EXAMPLE_VIEWS,
         "trainable_responses",
         {"prompt": _MESSAGES_TYPE, "completion": _MESSAGES_TYPE, "end_reason": pa.string(), **_LINEAGE_COLUMNS},
         _to_sft_rows,
-        "SFTTrainer (conversational prompt and completion)",
+        "TRL's SFTTrainer (conversational prompt and completion)",
         None,
     ),
     "preference": ExportFormat(
@@ -178,7 +197,7 @@ EXPORT_FORMATS = {
             **_LINEAGE_COLUMNS,
         },
         _to_preference_rows,
-        "RewardTrainer and DPOTrainer (conversational, explicit prompt)",
+        "TRL's RewardTrainer and DPOTrainer (conversational, explicit prompt)",
         0.0,  # p_chosen is a soft label
     ),
     "kto": ExportFormat(
@@ -192,8 +211,24 @@ EXPORT_FORMATS = {
             **_LINEAGE_COLUMNS,
         },
         _to_kto_rows,
-        "KTOTrainer (unpaired, conversational)",
+        "TRL's KTOTrainer (unpaired, conversational)",
         UNCERTAIN_MARGIN,
+    ),
+    "prompts": ExportFormat(
+        _PROMPT_VIEWS,
+        "prompts",
+        {"prompt": _MESSAGES_TYPE, **_PROMPT_LINEAGE_COLUMNS},
+        _to_prompt_rows,
+        "TRL's GRPOTrainer and RLOOTrainer (conversational, prompt-only)",
+        None,
+    ),
+    "openai": ExportFormat(
+        _EXAMPLE_VIEWS,
+        "trainable_responses",
+        {"messages": _MESSAGES_TYPE},
+        _to_openai_rows,
+        "supervised fine-tuning at OpenAI, and TRL's SFTTrainer (conversations)",
+        None,
     ),
 }
 
@@ -285,7 +320,7 @@ def _write_split(
             if export_format.default_min_margin is not None and not stats.add_label(row, selection):
                 continue
             for exported_row in export_format.to_rows(row):
-                stats.add_row(exported_row)
+                stats.add_row(_extract_lineage(row))
                 page.append(exported_row)
             if len(page) >= PAGE_SIZE:
                 file.write(page)
@@ -363,8 +398,9 @@ def export_dataset(
         excluded = list_excluded(store, format_name, selection)
         left_out = [*excluded, *list_left_out(selection, split_stats)]
         if not any(stats.num_rows for stats in split_stats.values()):
-            views = " and ".join(export_format.split_views.values())
-            why = f"no row of {views} matches" + (f"; left out: {format_reasons(left_out)}" if left_out else "")
+            why = f"no record matches that can be a row of {format_name}" + (
+                f"; left out: {format_reasons(left_out)}" if left_out else ""
+            )
             fix = "type: charter status    (to see the record counts), or remove --run, --source, --min-margin and --no-flips"
             raise UsageError("there is nothing to export", why, fix)
         trainer, columns = export_format.trainer, export_format.columns

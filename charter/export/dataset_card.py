@@ -15,10 +15,20 @@ from engine.settings import LabelQualitySettings
 from engine.store import Store
 
 _QUERY_TIMEOUT_S = 60.0
+_TITLES = {
+    "sft": "SFT data",
+    "openai": "Conversations",
+    "preference": "Preference data",
+    "kto": "KTO data",
+    "prompts": "Prompts",
+}
 _HUMAN_DATA_ONLY = "None: all rows are human data."
+_NO_RESPONSES = "None: the rows are prompts without responses."
 EXPORT_TAG = "charter-export"  # --force replaces only a folder whose card has this tag
 
-# The reasons why a chain or a label is not in a training view.
+# The kind of the records that the rows of each format come from.
+_KINDS = {"sft": "sft", "openai": "sft", "preference": "preference", "kto": "preference", "prompts": "prompts"}
+# The reasons why a chain, a label or a prompt is not in a training view.
 _EXCLUDED_SQL = {
     "sft": """
         SELECT 'chain ended ' || end_reason || CASE WHEN rejection_reason = 'NONE' THEN '' ELSE ': ' || rejection_reason END AS reason,
@@ -53,6 +63,12 @@ _EXCLUDED_SQL = {
           AND record_id NOT IN (SELECT record_id FROM preference_pairs)
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
+    "prompts": """
+        SELECT 'prompt of an evaluation suite' AS reason, count(*) FROM prompts WHERE split = 'SUITE' AND {where}
+        UNION ALL
+        SELECT 'prompt is in both splits', count(*) FROM prompts
+        WHERE {where} AND ((split = 'TRAIN' AND prompt_id IN (SELECT prompt_id FROM held_out_prompts))
+                           OR (split = 'EVAL' AND prompt_id IN (SELECT prompt_id FROM trained_prompts)))""",
 }
 # Selects the models that made the rows. Responses are selected by id and not by run, because a replay of the judge stage labels
 # the responses of another run.
@@ -154,18 +170,22 @@ def format_dataset_card(
     times = [time for stats in all_stats for time in (stats.first_created_at, stats.last_created_at) if time]
     parts = [
         _format_front_matter(format_name, files, {split: stats.content_hash for split, stats in split_stats.items()}, columns),
-        f"# {format_name.upper() if format_name != 'preference' else 'Preference'} data of Charter {charter.__version__}",
-        f"For TRL's {trainer}. Made by a Constitutional AI pipeline: {_describe_format(format_name)}",
+        f"# {_TITLES[format_name]} of Charter {charter.__version__}",
+        f"For {trainer}. Made by a Constitutional AI pipeline: {_describe_format(format_name)}",
         f"Rows created from {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, runs {', '.join(map(_escape_cell, runs))}, up"
         f" to commit {selection.max_commit_seq} of the database; policy versions {', '.join(map(str, versions)) or 'none'}.",
         "## Rows\n\n" + _format_markdown_table(["split", "prompt source", "label source", "rows"], row_counts),
         "A hash of the prompt decides, before all stages, whether the prompt is held out. No prompt is in both splits.",
         "## Constitutions\n\n"
-        + (_format_markdown_table(["constitution", "hash"], constitutions) if constitutions else _HUMAN_DATA_ONLY),
+        + (
+            _format_markdown_table(["constitution", "hash"], constitutions)
+            if constitutions
+            else _explain_no_models(format_name)
+        ),
         "## Models\n\n" + _format_models(store, format_name, selection),
         "## Excluded records\n\n" + (_format_markdown_table(["reason", "records"], excluded) if excluded else "None."),
     ]
-    if format_name != "sft":
+    if _KINDS[format_name] == "preference":
         parts.append("## Label certainty\n\n" + _format_certainty(selection, split_stats))
         parts.append("## Can I train on this?\n\n" + _format_verdict(store, selection, split_stats, limits))
         parts.append(
@@ -185,17 +205,23 @@ def _query_selection(store: Store, sql: str, selection: ExportSelection) -> list
 
 
 def _format_models(store: Store, format_name: str, selection: ExportSelection) -> str:
-    kind = "sft" if format_name == "sft" else "preference"
+    kind = _KINDS[format_name]
+    if kind == "prompts":
+        return _NO_RESPONSES
     parts = {
         "chains": _CHAINS_SQL[kind],
         "responses": _RESPONSES_SQL[kind],
-        "judges": "" if format_name == "sft" else _JUDGES_SQL,
+        "judges": _JUDGES_SQL if kind == "preference" else "",
     }
     sql = _MODELS_SQL
     for name, part in parts.items():
         sql = sql.replace(f"{{{name}}}", part)
     rows = _query_selection(store, sql, selection)
     return _format_markdown_table(["stage", "model", "records"], rows) if rows else _HUMAN_DATA_ONLY
+
+
+def _explain_no_models(format_name: str) -> str:
+    return _NO_RESPONSES if _KINDS[format_name] == "prompts" else _HUMAN_DATA_ONLY
 
 
 def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitStats]) -> str:
@@ -253,7 +279,7 @@ def _format_verdict(
 
 def list_excluded(store: Store, format_name: str, selection: ExportSelection) -> list[tuple[str, int]]:
     """Return the reasons why records are in no training view, and the number of records of each reason."""
-    sql = _EXCLUDED_SQL["sft" if format_name == "sft" else "preference"]
+    sql = _EXCLUDED_SQL[_KINDS[format_name]]
     return [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
 
 
@@ -270,5 +296,7 @@ def _describe_format(format_name: str) -> str:
     return {
         "sft": "the final response of each revision chain, and human demonstrations.",
         "preference": "pairs of responses judged by principles; `p_chosen` is the probability that the chosen response is better.",
+        "openai": "the same conversations as sft, with the response as the last message. OpenAI's format allows no other columns.",
+        "prompts": "the prompts alone, each once.",
         "kto": "responses that were preferred or not; `p_better` is the probability that the response is the better one of its pair.",
     }[format_name]

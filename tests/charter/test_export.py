@@ -1,6 +1,7 @@
 """Export of training data without held-out rows, dataset cards with provenance, and human labels."""
 
 import json
+import math
 import re
 from collections import Counter
 from contextlib import closing
@@ -98,22 +99,76 @@ def read_lines(tmp_path, name, *more):
     return lines(tmp_path / name / "data" / "train.jsonl")
 
 
-@pytest.mark.parametrize("form", dataset.EXPORT_FORMATS)
-@pytest.mark.parametrize("more", [(), ("--parquet",)])
-def test_datasets_and_trl_load_the_export(database, tmp_path, form, more):
-    from datasets import load_dataset
-    from trl.data_utils import is_conversational, maybe_unpair_preference_dataset
+_TRL_TRAINERS = [
+    ("sft", "SFT", {}), ("openai", "SFT", {}), ("preference", "Reward", {}), ("preference", "DPO", {}), ("kto", "KTO", {}),
+    ("prompts", "GRPO", {"num_generations": 2}), ("prompts", "RLOO", {"num_generations": 2}),
+]  # fmt: skip
 
-    run_command(tmp_path, "export", form, tmp_path / "out", *more)
-    loaded = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert set(loaded) == {"train", "test"}
-    row = loaded["train"][0]
-    assert is_conversational(row) and row["prompt"][-1]["role"] == "user"
-    needed = {"sft": {"completion"}, "preference": {"chosen", "rejected"}, "kto": {"completion", "label"}}[form]
-    assert needed | {"prompt", "record_id"} <= set(row)
-    if form == "preference":
-        columns = [name for name in loaded["train"].column_names if name not in ("prompt", "chosen", "rejected")]
-        assert len(maybe_unpair_preference_dataset(loaded["train"].remove_columns(columns))) == 2 * len(loaded["train"])
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tiny):
+    """Return the tokenizer of the tiny model with a template, which TRL needs for conversations."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize(("form", "name", "options"), _TRL_TRAINERS)
+def test_trainers_of_trl_accept_the_export(database, tmp_path, tiny, chat_tokenizer, form, name, options):
+    """Each trainer reads the rows with their roles, and computes its first loss."""
+    import trl
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    as_parquet = ["--parquet"] if name in ("DPO", "RLOO") else []
+    run_command(tmp_path, "export", form, tmp_path / "out", *as_parquet)
+    rows = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
+    options = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+    } | options
+    config = getattr(trl, f"{name}Config")(output_dir=str(tmp_path / "trl"), disable_tqdm=True, **options)
+    if name == "Reward":
+        model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+    rewards = (
+        {"reward_funcs": lambda completions, **_: [float(len(c[0]["content"])) for c in completions]}
+        if form == "prompts"
+        else {}
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model, args=config, train_dataset=rows, processing_class=chat_tokenizer, **rewards
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1 and math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_conversations_have_only_what_openai_accepts(database, tmp_path):
+    run_command(tmp_path, "export", "openai", tmp_path / "out")
+    rows = lines(tmp_path / "out/data/train.jsonl")
+    assert {tuple(row) for row in rows} == {("messages",)} and len(rows) == 3
+    assert rows[0]["messages"] == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "one final"}]
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "supervised fine-tuning at OpenAI" in card and "helpful" not in card and "| train |" in card
+
+
+def test_each_prompt_is_exported_once_in_one_split(database, tmp_path):
+    again = make_prompt("one").model_copy(update={"record_id": "00000000-0000-0000-0000-000000000009", "epoch": 1})
+    suite = make_prompt("suite", split=Split.SUITE)
+    database.add(again, suite)
+    output = run_command(tmp_path, "export", "prompts", tmp_path / "out")
+    assert "1 (prompt of an evaluation suite)" in output
+    by_split = {split: lines(tmp_path / f"out/data/{split}.jsonl") for split in ("train", "eval")}
+    assert [row["prompt"][0]["content"] for row in by_split["train"]] == ["one", "two"]
+    assert [row["prompt"][0]["content"] for row in by_split["eval"]] == ["out"]
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert card.count("None: the rows are prompts without responses.") == 2 and "Label certainty" not in card
 
 
 @pytest.mark.parametrize("more", [(), ("--parquet",)])
@@ -140,6 +195,7 @@ def test_splits_with_columns_that_are_null_in_one_of_them_load(tmp_path, form, m
     from datasets import Features, load_dataset
 
     database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    database.add(make_prompt("one"), make_prompt("out", **HELD_OUT))
     database.add(make_preference("person", "one", 1.0, label_source=LabelSource.HUMAN), make_demonstration("person", "one"))
     judged = judgement("judge", "out", "aa", "b", 0.9, 0.7).model_copy(update=HELD_OUT | {"policy_version": 3})
     database.add(
@@ -147,12 +203,14 @@ def test_splits_with_columns_that_are_null_in_one_of_them_load(tmp_path, form, m
     )
     run_command(tmp_path, "export", form, tmp_path / "out", *more)
     loaded = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    (train,), (test,) = {row["principle_id"] for row in loaded["train"]}, {row["principle_id"] for row in loaded["test"]}
-    assert train is None and test and loaded["test"][0]["policy_version"] == 3 and loaded["train"][0]["policy_version"] is None
+    if "principle_id" in loaded["train"].column_names:
+        (train,), (test,) = {row["principle_id"] for row in loaded["train"]}, {row["principle_id"] for row in loaded["test"]}
+        assert train is None and test
+        assert loaded["test"][0]["policy_version"] == 3 and loaded["train"][0]["policy_version"] is None
     # The declared types are the types of the Parquet file, so both files load with the same columns.
     assert loaded["train"].features == loaded["test"].features
     assert loaded["train"].features == Features.from_arrow_schema(pa.schema(list(dataset.EXPORT_FORMATS[form].columns.items())))
-    assert loaded["train"][0]["created_at"].year >= 2026
+    assert form == "openai" or loaded["train"][0]["created_at"].year >= 2026
 
 
 def test_kto_leaves_out_labels_that_are_nearly_ties(tmp_path):
