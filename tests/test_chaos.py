@@ -37,7 +37,7 @@ def test_killing_every_process_changes_no_table_on_the_embedded_log(tmp_path):
 @pytest.mark.kafka
 @needs_kafka_home
 def test_killing_every_process_and_a_broker_while_policies_are_published_loses_nothing(tmp_path):
-    sizes = KillScenario(num_prompts=60, num_kills=4, num_broker_kills=1, seed=4, publish_policies=True)
+    sizes = KillScenario(num_prompts=40, num_kills=3, num_broker_kills=1, seed=4, publish_policies=True)
     progress = run(kill_everything(tmp_path, sizes, on_kafka=True))
     assert "responses by version" in progress[-1]
 
@@ -73,7 +73,7 @@ def test_steps_of_the_wall_clock_change_nothing(tmp_path):
 
 
 def test_pairs_of_stop_signals_end_every_process(tmp_path):
-    run(signals.run_signal_storm(tmp_path, num_pairs=4, num_parallel=2))
+    run(signals.run_signal_storm(tmp_path, num_pairs=2, num_parallel=2))
 
 
 def test_ends_during_slow_generations_bury_no_record(tmp_path):
