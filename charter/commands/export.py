@@ -57,7 +57,7 @@ def export(
     no_flips: bool,
     force: bool,
 ) -> None:
-    """Write training data to a folder in the formats of TRL and OpenAI.
+    """Write training data in the formats of TRL and OpenAI.
 
     The formats are prompts with final responses (sft), pairs with a soft label (preference, also for reward models), single
     responses with a boolean label (kto), prompts alone (prompts), and the conversations of sft in OpenAI's chat form (openai). A
