@@ -22,8 +22,8 @@ from charter.models import RoleModels
 from charter.pipeline import make_critique_stage, make_judge_stage, make_respond_stage, make_revise_stage
 from constitutions.loader import Constitution
 from constitutions.loader import load_constitution as load_constitution
-from consumers.critique import CritiqueStage
 from consumers.contrast import ContrastStage
+from consumers.critique import CritiqueStage
 from consumers.judge import JudgeStage
 from consumers.respond import RespondStage
 from consumers.revise import ReviseStage

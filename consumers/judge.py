@@ -85,9 +85,7 @@ class ResponsePair:
     @cached_property
     def problem(self) -> tuple[Outcome, str] | None:
         """The outcome and the reason if the responses cannot be compared. None if they can be compared."""
-        return find_pair_problem(
-            self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b, self.names
-        )
+        return find_pair_problem(self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b, self.names)
 
 
 def _make_completion_pair(response: Response, a: Completion, b: Completion) -> ResponsePair:

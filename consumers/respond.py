@@ -255,5 +255,7 @@ class RespondStage:
 
 def _report_no_contrast(error: CharterError) -> None:
     NOTICES.report(
-        "contrast", error.what, f"a response gets no contrast completion, so there is no contrast pair: {error.what}: {error.why}"
+        "contrast",
+        error.what,
+        f"a response gets no contrast completion, so there is no contrast pair: {error.what}: {error.why}",
     )

@@ -80,9 +80,7 @@ def encode_teacher_prompt(tokenizer: Any, messages: Sequence[ChatMessage], text:
     return encode_prompt(tokenizer, add_principles(tokenizer, messages, text, role))
 
 
-def _add_to_system_message(
-    tokenizer: Any, messages: Sequence[ChatMessage], text: str, setting: str
-) -> tuple[ChatMessage, ...]:
+def _add_to_system_message(tokenizer: Any, messages: Sequence[ChatMessage], text: str, setting: str) -> tuple[ChatMessage, ...]:
     has_system_message = messages[0].role == "system"
     if tokenizer is None and not has_system_message:
         raise UsageError(

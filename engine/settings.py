@@ -345,7 +345,7 @@ class ReviseSettings(_Section):
 class JudgeSettings(_Section):
     pairing: Literal["neighbors", "circular", "all", "revision", "contrast"] = Field(
         "neighbors",
-        description="Pairs: adjacent completions (neighbors), in a circle (circular), all, a revision and its origin (revision), or with and without the constitution (contrast).",
+        description="Pairs: adjacent completions (neighbors), in a circle (circular), all, a revision and its origin (revision), or contrast pairs (contrast).",
     )
     preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
         "lee2023",
@@ -427,7 +427,7 @@ class GradeSettings(_Section):
     subjects: list[Literal["completion", "final_response", "contrast_completion"]] = Field(
         ["completion"],
         min_length=1,
-        description="What is graded: sampled completions (completion), final responses of chains (final_response), completions with the constitution (contrast_completion).",
+        description="What is graded: sampled completions (completion), final responses of chains (final_response), contrast completions (contrast_completion).",
     )
     num_principles: int = Field(
         0,
