@@ -54,7 +54,7 @@ class ContrastPrompts:
         return select_principles(self.constitution, prompt.prompt_id or "", self.num_principles, prompt.tags)
 
     def make_request(self, model: Model, prompt: Prompt, record_id: str) -> GenerationRequest:
-        """Return the request with the principles in its prompt. Raise UsageError if there are none, or no place for them."""
+        """Return the request with the principles in its prompt. Raise UsageError if no principle applies, or if the prompt has no place."""
         if not (principles := self.select_principles(prompt)):
             raise UsageError(
                 f"no principle of {self.constitution.name} applies to the tags {', '.join(prompt.tags) or '(none)'}",
