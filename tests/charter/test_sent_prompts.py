@@ -52,7 +52,7 @@ def run_stages(settings, capabilities=LOCAL_CAPABILITIES, text=MARKED):
         records.extend(outputs)
         return outputs
 
-    (response,) = run(make_respond_stage(settings, lambda: (model, 0), None), records[0])
+    (response,) = run(make_respond_stage(settings, lambda: (model, 0), CONSTITUTION), records[0])
     judge = make_judge_stage(settings, models, CONSTITUTION)
     if settings.judge.pairing != "revision":
         assert run(judge, response)
@@ -88,8 +88,8 @@ def make_inputs(settings, records, manifests=None, constitutions=None, prices=No
     "flags",
     [{}, {"judge__preset": "bai2022-cot"}, {"judge__preset": "ensemble-k"}, {"judge__preset": "course"},
      {"critique__preset": "bai2022"}, {"critique__preset": "course", "judge__preset": "bai2022"},
-     {"critique__preset": "bai2022", "judge__pairing": "revision"}],
-    ids=["default", "reasoning", "ensemble", "course", "no-verdicts", "phrases", "revision"],
+     {"critique__preset": "bai2022", "judge__pairing": "revision"}, {"judge__pairing": "contrast"}],
+    ids=["default", "reasoning", "ensemble", "course", "no-verdicts", "phrases", "revision", "contrast"],
 )  # fmt: skip
 def test_rebuilt_prompts_are_the_requests_that_the_model_got(flags, capabilities):
     settings = make_settings(**flags)
