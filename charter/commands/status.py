@@ -42,8 +42,9 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
 
     For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
     of the newest run. Then print whether the labels are good enough to train on, how often the judge and graders agree with
-    contrast pairs, the stages, sinks and trainers that run now, the paused training phases, what a training loop holds, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this as
-    one object. With --csv, print the topics.
+    contrast pairs, the stages, sinks and trainers that run now, the paused training phases, what a training loop holds, and the
+    newest policies and incidents (rollbacks, voided batches). With --json, print all of this as one object. With --csv, print the
+    topics.
 
     \b
     Examples:

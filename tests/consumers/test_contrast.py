@@ -34,7 +34,7 @@ from schemas.records import (
     Split,
 )
 from tests.support.records import RecordDatabase
-from tests.support.waiting import wait_until
+from tests.support.waiting import HANG_S, wait_until
 
 DEFAULT = load_constitution("default")
 HEADER = "Write an answer that needs none of these corrections."
@@ -177,7 +177,7 @@ def test_contrast_completion_is_no_rollout_starts_no_chain_and_uses_up_no_allowa
     assert database.query_rows("SELECT text FROM rollouts WHERE exclusion_reason IS NULL") == [("without it 0",)]
     views = {name for (name,) in database.query_rows("SELECT view_name FROM duckdb_views() WHERE NOT internal")}
     assert len(views) > 40
-    with database.store.open_read_session() as query:
+    with database.store.open_read_session(limit_s=HANG_S) as query:
         mentions = {view for view in views if "with it" in repr(query(f"SELECT * FROM {view}").rows)}
     assert mentions == {"responses"}  # the table itself; no view over it
     admission = PacedAdmission(bus, 1)
