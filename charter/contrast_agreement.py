@@ -9,11 +9,11 @@ from engine.store import Store
 _STATS_SQL = """
     SELECT constitution, source, name, pairs, decided, agreed, agreement, agreement_low, agreement_high
     FROM contrast_stats WHERE run_id = ? ORDER BY source DESC, name, constitution"""
-_COUNT_SQL = "SELECT count(*) FROM contrast_pairs WHERE run_id = ?"
+_COUNT_SQL = "SELECT count(*) FROM preferences WHERE label_source = 'CONTRAST' AND outcome = 'OK' AND run_id = ?"
 
 
 def read_contrast_agreement(store: Store, run_id: str) -> dict[str, Any]:
-    """Return the number of contrast pairs of a run that may train, and the rows of the view `contrast_stats`."""
+    """Return the number of labels of contrast pairs of a run, and the rows of the view `contrast_stats`."""
     ((count,),) = store.query(_COUNT_SQL, [run_id]).rows
     return {"pairs": count, "agreement": store.query_dicts(_STATS_SQL, [run_id]) if count else []}
 

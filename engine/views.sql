@@ -102,11 +102,19 @@ SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL AND p.split <> 'SUITE';
 
+-- The contrast pairs of replays. A replay of the judge stage makes another record of the same pair with the same label. Only the first
+-- record of a response may train. The order is that of created_at, which a restored database keeps.
+CREATE OR REPLACE VIEW repeated_contrast_pairs AS
+SELECT record_id, response_id
+FROM (SELECT record_id, response_id, row_number() OVER (PARTITION BY response_id ORDER BY created_at, record_id) AS nth
+      FROM preferences WHERE label_source = 'CONTRAST') WHERE nth > 1;
+
 -- All valid labels that may train, each once: preference_pairs and contrast_pairs together. An override by a person replaces the label
 -- and has its own commit_seq.
 CREATE OR REPLACE VIEW training_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
+ANTI JOIN repeated_contrast_pairs r ON r.record_id = l.record_id
 WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL AND (h.prompt_id IS NULL OR (h.commit_seq > l.commit_seq AND h.created_at > l.created_at));
 
 -- The training data of the reward model and of DPO: labels by judges and people. The shares of a mixture refer to the column `source`.

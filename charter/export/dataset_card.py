@@ -66,12 +66,16 @@ _EXCLUDED_SQL = {
         SELECT 'replaced by a human label', count(*) FROM preference_labels
         WHERE overridden_by IS NOT NULL AND exclusion_reason IS NULL AND {where}
         UNION ALL
+        SELECT 'contrast pair of a replay: the first record of the pair counts', count(*) FROM preference_labels
+        WHERE {is_exported} AND {where} AND record_id IN (SELECT record_id FROM repeated_contrast_pairs)
+        UNION ALL
         SELECT '{other_pairs}', count(*) FROM preference_labels
         WHERE overridden_by IS NULL AND exclusion_reason IS NULL AND {where} AND NOT {is_exported}
         UNION ALL
         SELECT 'prompt is in both splits', count(*) FROM preference_labels
         WHERE overridden_by IS NULL AND exclusion_reason IS NULL AND {where}
           AND {is_exported} AND record_id NOT IN (SELECT record_id FROM training_pairs)
+          AND record_id NOT IN (SELECT record_id FROM repeated_contrast_pairs)
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
     "prompts": """

@@ -256,7 +256,7 @@ def test_pair_that_cannot_be_compared_has_an_outcome_and_no_label(make_prompt, t
     assert database.query_rows("SELECT pairing, outcome, pairs FROM unjudged_pair_stats") == [("contrast", outcome, 1)]
 
 
-def test_replay_of_the_judge_keeps_label_and_constitution(make_prompt):
+def test_replay_of_the_judge_keeps_label_and_constitution(make_prompt, tmp_path):
     """The same judge makes the same record. A judge with another constitution is not asked, because the label is about the first."""
     (response,) = respond([make_prompt()])
     stored = decode_record(encode_record(response), Response)
@@ -269,6 +269,9 @@ def test_replay_of_the_judge_keeps_label_and_constitution(make_prompt):
     skipping = JudgeStage(ScriptedModel(), DEFAULT, "completions", 0.5, False, skips_rl_prompts=lambda: True)
     pairs = response.model_copy(update={"purpose": Purpose.RL, "completions": [response.completions[0]] * 2})
     assert replayed.record_id not in {pair.record_id for (pair,) in skipping([pairs])}  # no id of an unjudged pair
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    database.add(make_prompt(), response, replayed, first)
+    assert database.query_rows("SELECT record_id::VARCHAR FROM contrast_pairs") == [(first.record_id,)]  # created first
 
 
 def test_judge_follows_the_policy(make_prompt):
