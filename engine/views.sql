@@ -107,7 +107,7 @@ WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL AND p.split <> 'SUITE';
 CREATE OR REPLACE VIEW repeated_contrast_pairs AS
 SELECT record_id, response_id
 FROM (SELECT record_id, response_id, row_number() OVER (PARTITION BY response_id ORDER BY created_at, record_id) AS nth
-      FROM preferences WHERE label_source = 'CONTRAST') WHERE nth > 1;
+      FROM preferences WHERE label_source = 'CONTRAST' AND response_id IS NOT NULL) WHERE nth > 1;
 
 -- All valid labels that may train, each once: preference_pairs and contrast_pairs together. An override by a person replaces the label
 -- and has its own commit_seq.
