@@ -91,11 +91,11 @@ def _sample(folder: Path, prompts: Sequence[str], num_completions: int, max_toke
 
 
 def _render_principles(constitution_text: str) -> str:
-    from trainer import teacher
+    from engine import constitution_prompts
 
     is_name = "\n" not in constitution_text
     constitution = load_constitution(constitution_text) if is_name else parse_constitution(constitution_text, "one-sentence")
-    return teacher.render_principles(constitution, constitution.critique)
+    return constitution_prompts.render_principles(constitution, constitution.critique)
 
 
 def _make_rollouts(task: DistillTask) -> list[Rollout]:
@@ -113,14 +113,15 @@ def _make_rollouts(task: DistillTask) -> list[Rollout]:
 
 def _train_charter(task: DistillTask, **more: Any) -> Any:
     """Make one update. Return the trained policy and the metrics."""
-    from trainer import teacher, weights
+    from engine import constitution_prompts
+    from trainer import weights
     from trainer.learners import distill
 
     tokenizer = weights.load_tokenizer(Path(task.policy))
     prompts = [prompt for prompt in task.prompts for _ in range(task.num_completions)]
     examples = [
         distill.DistillExample(
-            rollout, tuple(teacher.encode_teacher_prompt(tokenizer, _to_messages(prompt), task.principles, "user"))
+            rollout, tuple(constitution_prompts.encode_teacher_prompt(tokenizer, _to_messages(prompt), task.principles, "user"))
         )
         for rollout, prompt in zip(_make_rollouts(task), prompts, strict=True)
     ]

@@ -22,6 +22,7 @@ from charter.models import RoleModels
 from charter.pipeline import make_critique_stage, make_judge_stage, make_respond_stage, make_revise_stage
 from constitutions.loader import Constitution
 from constitutions.loader import load_constitution as load_constitution
+from consumers.contrast import ContrastStage
 from consumers.critique import CritiqueStage
 from consumers.judge import JudgeStage
 from consumers.respond import RespondStage
@@ -29,7 +30,7 @@ from consumers.revise import ReviseStage
 from engine.errors import UsageError
 from engine.models import open_model
 from engine.models.interface import Model, require_results
-from engine.pairing import REVISION_PAIRING
+from engine.pairing import CONTRAST_PAIRING, REVISION_PAIRING
 from engine.settings import Settings, load_settings
 from producers.files import DEFAULT_SOURCES, make_prompt_record, make_row_metadata
 from producers.parse import RowError, parse_prompt
@@ -85,6 +86,7 @@ class JudgedResponse:
 
     Each pair of completions has one preference. By default, the pairs are consecutive completions. With judge.pairing
     "revision", one preference compares the final response of the chain with its initial response. `preferences` is empty if the chain has no usable revision.
+    With "contrast", one preference compares the completion with the constitution in its prompt with completion 0.
     """
 
     response: Response
@@ -187,7 +189,7 @@ class Charter:
     def generate_preference_pairs(self, prompts: Iterable[PromptLike]) -> list[JudgedResponse]:
         """Run `generate_preference_pair` for many prompts in batches.
 
-        Raises UsageError for a response with one completion if judge.pairing is not "revision".
+        Raises UsageError for a response with one completion if judge.pairing is neither "revision" nor "contrast".
         """
         if self.settings.judge.pairing == REVISION_PAIRING:
             chains = self.self_critique_loops(prompts)
@@ -195,11 +197,11 @@ class Charter:
             return [JudgedResponse(c.response, tuple(labels), c) for c, labels in zip(chains, preferences, strict=True)]
         responses = self.generate_responses(prompts)
         for response in responses:
-            if len(response.completions) < 2:
+            if len(response.completions) < 2 and self.settings.judge.pairing != CONTRAST_PAIRING:
                 raise UsageError(
                     f"a response with {len(response.completions)} completions cannot be judged",
                     "a preference compares two completions",
-                    "set respond.num_completions to 2 or more, or judge.pairing to revision",
+                    "set respond.num_completions to 2 or more, or judge.pairing to revision or contrast",
                 )
         preferences = require_results(self.judge_stage(responses))
         return [JudgedResponse(r, tuple(labels)) for r, labels in zip(responses, preferences, strict=True)]
@@ -232,7 +234,7 @@ class Charter:
     @cached_property
     def respond_stage(self) -> RespondStage:
         policy = self.models.get_model("policy")
-        return make_respond_stage(self.settings, lambda: (policy, 0))
+        return make_respond_stage(self.settings, lambda: (policy, 0), self.constitution)
 
     @cached_property
     def critique_stage(self) -> CritiqueStage:
@@ -243,7 +245,7 @@ class Charter:
         return make_revise_stage(self.settings, self.models, self.constitution)
 
     @cached_property
-    def judge_stage(self) -> JudgeStage:
+    def judge_stage(self) -> JudgeStage | ContrastStage:
         return make_judge_stage(self.settings, self.models, self.constitution)
 
 

@@ -37,8 +37,9 @@ from consumers.templates import CHAT_TEMPLATE_HASH, TEMPLATE_HASHES
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
+from engine.constitution_prompts import HEADERS_HASH
 from engine.errors import CommitUncertain, UsageError, WriterFenced
-from engine.pairing import name_pairing
+from engine.pairing import CONTRAST_PAIRING, name_pairing
 from engine.settings import JudgeSettings, Settings
 from engine.worker import to_producer_record
 from schemas.records import RunManifest
@@ -87,6 +88,7 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
             **_describe_thinking("respond", respond.max_thinking_tokens),
             "chat template": CHAT_TEMPLATE_HASH[:_HASH_CHARS],
             **({"run.from_base": True} if settings.run.from_base else {}),
+            **(principles | _describe_contrast(settings) if judge.pairing == CONTRAST_PAIRING else {}),
         },
         "critique": principles
         | examples
@@ -112,7 +114,9 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
             **_describe_thinking("revise", settings.revise.max_thinking_tokens),
             **_describe_templates("revision"),
         },
-        "judge": principles
+        "judge": {"judge.pairing": judge.pairing, "contrast.ask_judge": False}
+        if judge.pairing == CONTRAST_PAIRING and not settings.contrast.ask_judge
+        else principles
         | {
             "judge.pairing": name_pairing(judge.pairing),
             "judge.answer_mode": judge.answer_mode,
@@ -128,15 +132,25 @@ def describe_stages(settings: Settings, constitution: Constitution, models: Role
     }
     # Grades with other graders are other records of the same run, so the stage grade has no configuration.
     return {"grade": {}} | {
-        stage: values | _describe_model(role, settings, models)
+        stage: values | (_describe_model(role, settings, models) if role else {})
         for stage, values in stages.items()
-        if (role := get_stage_role(stage, settings))
+        for role in [get_stage_role(stage, settings)]
     }
 
 
 def _describe_thinking(section: str, max_thinking_tokens: int) -> dict[str, int]:
     """Return the limit of thinking. Without thinking there is no entry, as in the configurations of earlier versions."""
     return {f"{section}.max_thinking_tokens": max_thinking_tokens} if max_thinking_tokens else {}
+
+
+def _describe_contrast(settings: Settings) -> dict[str, Any]:
+    """Return what decides the prompts of contrast completions."""
+    contrast = settings.contrast
+    return {
+        "contrast.constitution_role": contrast.constitution_role,
+        "contrast.num_principles": contrast.num_principles,
+        "contrast template": HEADERS_HASH[:_HASH_CHARS],
+    }
 
 
 def _describe_judge_limits(judge: JudgeSettings) -> dict[str, int]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from charter.stages import PRINCIPLES_GRADER
 from constitutions.loader import load_constitution
-from engine.pairing import REVISION_PAIRING, list_pairs
+from engine.constitution_prompts import render_principles
+from engine.pairing import CONTRAST_PAIRING, REVISION_PAIRING, list_pairs
 from engine.settings import CritiqueSettings, JudgeSettings, RespondSettings, ReviseSettings, Settings
 
 _CHARS_PER_TOKEN = 4
@@ -34,13 +35,23 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     prompt_tokens, respond = num_chars // _CHARS_PER_TOKEN, settings.respond
     response_tokens, rounds = settings.respond.max_tokens, settings.critique.rounds
     num_completions = settings.respond.num_completions
-    is_revision = settings.judge.pairing == REVISION_PAIRING
-    num_pairs = 1 if is_revision else max(1, len(list_pairs(settings.judge.pairing, num_completions)))
+    is_contrast = settings.judge.pairing == CONTRAST_PAIRING
+    if is_contrast:
+        num_pairs = int(settings.contrast.ask_judge)
+    else:
+        is_revision = settings.judge.pairing == REVISION_PAIRING
+        num_pairs = 1 if is_revision else max(1, len(list_pairs(settings.judge.pairing, num_completions)))
     few_shot_tokens = num_prompts * (_FEW_SHOT_TOKENS if settings.critique.few_shot else 0)
     # A prompt about a response contains the dialogue, the response and the principle.
     dialogue_tokens = prompt_tokens + num_prompts * (response_tokens + PRINCIPLE_PROMPT_TOKENS)
+    contrast_tokens = prompt_tokens + num_prompts * _count_contrast_tokens(settings) if is_contrast else 0
     costs = {
-        "respond": StageCost("respond", num_prompts, prompt_tokens, num_prompts * num_completions * _sum_limits(respond)),
+        "respond": StageCost(
+            "respond",
+            num_prompts,
+            prompt_tokens + contrast_tokens,
+            num_prompts * (num_completions + is_contrast) * _sum_limits(respond),
+        ),
         # Each round has a verdict and a critique, and compares the revision in both orders. One more verdict ends the chain.
         "critique": StageCost(
             "critique",
@@ -62,6 +73,14 @@ def estimate_costs(settings: Settings, stages: Sequence[str], num_prompts: int, 
     return [costs[stage] for stage in stages if stage in costs]
 
 
+def _count_contrast_tokens(settings: Settings) -> int:
+    """Return the number of tokens of the principles in the prompt of a contrast completion."""
+    constitution = load_constitution(settings.run.constitution)
+    text = render_principles(constitution, constitution.critique)
+    share = min(1.0, (settings.contrast.num_principles or len(constitution.critique)) / len(constitution.critique))
+    return round(share * len(text)) // _CHARS_PER_TOKEN
+
+
 def _sum_limits(options: RespondSettings | CritiqueSettings | ReviseSettings | JudgeSettings) -> int:
     """Return the maximum number of tokens of one completion, including its reasoning."""
     return options.max_tokens + options.max_thinking_tokens
@@ -71,7 +90,10 @@ def _estimate_grade_cost(settings: Settings, num_prompts: int, dialogue_tokens: 
     """Return the cost of one question for each response and critique principle, in both orders of the options."""
     available = len(load_constitution(settings.run.constitution).critique)
     num_principles = min(settings.grade.num_principles or available, available)
-    num_texts = {"completion": settings.respond.num_completions, "final_response": 1}
+    num_contrasts = int(settings.judge.pairing == CONTRAST_PAIRING)
+    num_texts = {
+        "completion": settings.respond.num_completions, "final_response": 1, "contrast_completion": num_contrasts
+    }  # fmt: skip
     num_questions = 2 * num_principles * sum(num_texts[subject] for subject in settings.grade.subjects)
     return StageCost("grade", num_prompts, num_questions * dialogue_tokens, 0)
 

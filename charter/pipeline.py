@@ -23,6 +23,7 @@ from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_i
 from charter.telemetry import make_pipeline_collector, open_tracing, start_metrics_server
 from charter.topic_check import require_usable_topics
 from constitutions.loader import Constitution, load_constitution
+from consumers.contrast import ContrastStage
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
 from consumers.graders.custom import load_grader
@@ -32,7 +33,7 @@ from consumers.graders.length import LengthGrader
 from consumers.graders.principles import PrinciplesGrader
 from consumers.graders.refusal import RefusalGrader
 from consumers.judge import JudgeStage
-from consumers.respond import RespondStage
+from consumers.respond import ContrastPrompts, RespondStage
 from consumers.revise import ReviseStage
 from consumers.sink import Sink
 from engine.budget import Budget, parse_prices
@@ -43,7 +44,7 @@ from engine.host import Host
 from engine.instances import InstanceLease, ServiceLease
 from engine.models.interface import Model
 from engine.pacing import PacedAdmission, TrainingLoopHistory
-from engine.pairing import name_pairing
+from engine.pairing import CONTRAST_PAIRING, name_pairing
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.settings import JUDGE, REWARD_MODEL, Settings
 from engine.watchdog import CallTracker
@@ -126,7 +127,8 @@ def _make_base_stage(
     batch_size = settings.models.max_batch_size
     process: Any
     if name == "respond":
-        process = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version), suite_max_tokens)
+        _require_contrast_role(settings, models)
+        process = make_respond_stage(settings, make_policy_getter(models, bus, pinned_version), constitution, suite_max_tokens)
         batch_size = max(1, batch_size // settings.respond.num_completions)  # each completion needs one row of the batch
     elif name == "critique":
         process = make_critique_stage(settings, models, constitution)
@@ -134,7 +136,7 @@ def _make_base_stage(
         process = make_revise_stage(settings, models, constitution)
     elif name == "judge":
         process = make_judge_stage(settings, models, constitution)
-        if not labels_all and get_rl_fraction(settings):
+        if isinstance(process, JudgeStage) and not labels_all and get_rl_fraction(settings):
             process = replace(process, skips_rl_prompts=TrainingLoopHistory(bus))
     elif name == "grade":
         process = make_grade_stage(settings, models, constitution)
@@ -146,17 +148,35 @@ def _make_base_stage(
     return Stage(name, inputs, (STAGE_OUTPUTS[name],), STAGES.index(name), batch_size, process, first_per_key=is_first)
 
 
+def _require_contrast_role(settings: Settings, models: RoleModels) -> None:
+    """Raise UsageError if contrast completions need the chat template of a server, which cannot be read."""
+    spec = models.get_spec("policy")
+    if settings.judge.pairing == CONTRAST_PAIRING and settings.contrast.constitution_role == "system" and is_endpoint(spec):
+        raise UsageError(
+            "contrast.constitution_role = system needs a local policy",
+            f"the default system message of {spec} is unknown, so the two prompts would differ by more than the constitution",
+            "set contrast.constitution_role = user",
+        )
+
+
 def make_respond_stage(
-    settings: Settings, get_policy: Callable[[], tuple[Model, int]], suite_max_tokens: Mapping[str, int] = _NO_LIMITS
+    settings: Settings,
+    get_policy: Callable[[], tuple[Model, int]],
+    constitution: Constitution | None,
+    suite_max_tokens: Mapping[str, int] = _NO_LIMITS,
 ) -> RespondStage:
+    """Return the respond stage. The constitution is used only with judge.pairing = contrast; None means no contrast completions."""
     options = settings.respond
+    contrast = None
+    if settings.judge.pairing == CONTRAST_PAIRING and constitution is not None:
+        contrast = ContrastPrompts(constitution, settings.contrast.constitution_role, settings.contrast.num_principles)
     sampling = Sampling(
         temperature=options.temperature,
         top_p=options.top_p,
         max_tokens=options.max_tokens,
         max_thinking_tokens=options.max_thinking_tokens,
     )
-    return RespondStage(get_policy, options.num_completions, sampling, suite_max_tokens)
+    return RespondStage(get_policy, options.num_completions, sampling, suite_max_tokens, contrast)
 
 
 def make_critique_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> CritiqueStage:
@@ -193,13 +213,22 @@ def make_revise_stage(settings: Settings, models: RoleModels, constitution: Cons
     return ReviseStage(models.get_model("critic"), constitution, sampling, settings.critique.few_shot, settings.critique.preset)
 
 
-def make_judge_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> JudgeStage:
+def make_judge_stage(settings: Settings, models: RoleModels, constitution: Constitution) -> JudgeStage | ContrastStage:
+    """Return the judge stage. Contrast pairs have labels without a judge, so its model is opened only if it is asked."""
+    if settings.judge.pairing != CONTRAST_PAIRING:
+        return make_pair_judge(settings, models.get_model("judge"), constitution)
+    model = models.get_model("judge") if settings.contrast.ask_judge else None
+    return ContrastStage(model, lambda judge: make_pair_judge(settings, judge, constitution), settings.judge.preset)
+
+
+def make_pair_judge(settings: Settings, model: Model, constitution: Constitution) -> JudgeStage:
+    """Return a judge of pairs of completions or, if judge.pairing is revision, of chains."""
     options = settings.judge
     return JudgeStage(
-        model=models.get_model("judge"),
+        model=model,
         constitution=constitution,
         pairing=name_pairing(options.pairing),
-        pairs=options.pairing,
+        pairs="neighbors" if options.pairing == CONTRAST_PAIRING else options.pairing,
         min_option_mass=options.min_option_mass,
         reject_position_flips=options.reject_position_flips,
         preset=options.preset,

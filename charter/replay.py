@@ -30,7 +30,7 @@ from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.bus.read import read_between, read_topic
 from engine.commit_history import read_commit_history
 from engine.errors import UsageError
-from engine.pairing import REVISION_PAIRING
+from engine.pairing import CONTRAST_PAIRING, REVISION_PAIRING
 from engine.progress import WorkProgress
 from engine.run_starts import ensure_run_start
 from engine.settings import Settings
@@ -201,6 +201,7 @@ def _make_replay_settings(
     settings = _override_settings(settings, {name: value for name, value in overrides.items() if value})
     # Only a replay of the stage grade has another default run id if the graders change.
     included = _HASHED_SETTINGS | ({"grade": True} if request.stage == "grade" else {})
+    included |= {"contrast": True} if settings.judge.pairing == CONTRAST_PAIRING else {}
     hashed_settings = settings.model_dump(mode="json", include=included, exclude={"judge": {"timeout_s"}})
     fingerprint = ids.compute_fingerprint(
         "replay", selection=request_fields, settings=hashed_settings, constitution=constitution.hash

@@ -16,7 +16,7 @@ from consumers.graders.instructions import InstructionsGrader
 from consumers.graders.principles import RESPECTS, VIOLATES
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE
 from engine.errors import UsageError
-from engine.pairing import REVISION_PAIRING
+from engine.pairing import COMPLETIONS_PAIRING, name_pairing
 from engine.settings import JUDGE, RewardTerm, Settings, parse_rewards
 from engine.store import Store
 from schemas.records import ChatMessage
@@ -49,9 +49,10 @@ def require_usable_rewards(settings: Settings, store: Store, *, force: bool, pha
     for term in terms:
         if term.is_grader:
             _require_grader(term, settings)
-    if any(term.source == JUDGE for term in terms) and settings.judge.pairing == REVISION_PAIRING:
+    pairing = settings.judge.pairing
+    if any(term.source == JUDGE for term in terms) and name_pairing(pairing) != COMPLETIONS_PAIRING:
         raise UsageError(
-            "train.rewards cannot use judge with judge.pairing = revision",
+            f"train.rewards cannot use judge with judge.pairing = {pairing}",
             "a win rate needs labels of pairs of completions",
             "set judge.pairing to circular, neighbors or all",
         )

@@ -254,7 +254,8 @@ def _run_stage(
     if isinstance(record, Response):
         # A suite has its own maximum length, which is not in the settings of the run.
         limits = {record.suite_item.suite: record.sampling.max_tokens} if record.suite_item and record.sampling else {}
-        stage = make_respond_stage(settings, lambda: (model, record.policy_version or 0), limits)
+        # The text of the constitution is not needed for a response without a contrast completion.
+        stage = make_respond_stage(settings, lambda: (model, record.policy_version or 0), constitution, limits)
     elif constitution is None:
         return None
     elif isinstance(record, Critique):
@@ -276,7 +277,9 @@ def _run_stage(
 def _list_texts(record: Record) -> list[tuple[str, str]]:
     """Return the texts that the model wrote for a record, with their finish reasons, in the order of the requests."""
     if isinstance(record, Response):
-        return [(completion.text, completion.finish_reason.lower()) for completion in record.completions]
+        texts = [(completion.text, completion.finish_reason.lower()) for completion in record.completions]
+        contrast = record.contrast_completion
+        return [*texts, *([(contrast.text, contrast.finish_reason.lower())] if contrast else [])]
     if isinstance(record, Critique):
         return [(record.critique, "stop")]
     if isinstance(record, Revision):
@@ -373,7 +376,8 @@ def _add_titles(record: Record, prompts: Sequence[SentPrompt]) -> list[SentPromp
         number = num_by_kind[prompt.is_option_question]
         num_by_kind[prompt.is_option_question] += 1
         if written and not prompt.is_option_question:
-            titles.append(written)
+            is_contrast = number > 0 and isinstance(record, Response)
+            titles.append("response with the constitution" if is_contrast else written)
         else:
             subject = subjects[number // 2] if number // 2 < len(subjects) else "question"
             titles.append(

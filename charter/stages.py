@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.pairing import REVISION_PAIRING
+from engine.pairing import CONTRAST_PAIRING, REVISION_PAIRING
 from engine.settings import Settings
 
 PRINCIPLES_GRADER = "principles"
@@ -20,7 +20,12 @@ STAGE_ROLES = {"respond": "policy", "critique": "critic", "revise": "critic", "j
 
 
 def get_stage_role(stage: str, settings: Settings) -> str | None:
-    """Return the role of the model that a stage uses, or None. The stage grade uses the judge if a grader asks a model."""
+    """Return the role of the model that a stage uses, or None.
+
+    The stage grade uses the judge if a grader asks a model. Contrast pairs need no judge, unless contrast.ask_judge is set.
+    """
+    if stage == "judge" and settings.judge.pairing == CONTRAST_PAIRING and not settings.contrast.ask_judge:
+        return None
     if stage == "grade":
         return "judge" if PRINCIPLES_GRADER in settings.grade.graders else None
     return STAGE_ROLES[stage]
@@ -29,13 +34,14 @@ def get_stage_role(stage: str, settings: Settings) -> str | None:
 def get_stage_inputs(settings: Settings) -> dict[str, tuple[str, ...]]:
     """Return the input topics of each stage."""
     chain_topics = ("critiques", "revisions")
-    graded_topics = {"completion": ("responses",), "final_response": chain_topics}
+    graded_topics = {"completion": ("responses",), "contrast_completion": ("responses",), "final_response": chain_topics}
+    graded = [topic for name, topics in graded_topics.items() if name in settings.grade.subjects for topic in topics]
     return {
         "respond": ("prompts",),
         "critique": ("revisions", "responses"),
         "revise": ("critiques",),
         "judge": chain_topics if settings.judge.pairing == REVISION_PAIRING else ("responses",),
-        "grade": tuple(topic for name, topics in graded_topics.items() if name in settings.grade.subjects for topic in topics),
+        "grade": tuple(dict.fromkeys(graded)),
     }
 
 

@@ -144,11 +144,21 @@ def _format_preference(preference: dict[str, Any]) -> list[str]:
         if preference["outcome_reason"]:
             return [f"not judged: {preference['outcome_reason']} ({preference['outcome'].lower()})"]
         return [f"judged by {preference['principle_id']}: no label ({preference['outcome'].lower()})"]
+    if preference["label_source"] == "CONTRAST":
+        return _format_contrast_label(preference)
     gap, mass = (f"{preference[name]:.2f}" if preference[name] is not None else "-" for name in ("position_gap", "option_mass"))
     return [
         f"judged by {preference['principle_id']}: p(A is better) {preference['p_a']:.3f}"
         f"  (position gap {gap}, option mass {mass})"
     ]
+
+
+def _format_contrast_label(preference: dict[str, Any]) -> list[str]:
+    """Format the label of a contrast pair, and both responses, because the other records do not contain them."""
+    head = "contrast pair: A was sampled with the constitution in its prompt, and is chosen"
+    if preference["p_forward"] is not None and preference["p_backward"] is not None:
+        head += f"  (judge: p(A is better) {(preference['p_forward'] + preference['p_backward']) / 2:.3f})"
+    return [head, wrap_text(preference["response_a"], "  A  "), wrap_text(preference["response_b"], "  B  ")]
 
 
 def _format_human_label(preference: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from engine.models.interface import Result, combine_results
 from schemas import ids
 from schemas.records import Chain, EndReason, Grade, Record, Response
 
-COMPLETION, FINAL_RESPONSE = "completion", "final_response"
+COMPLETION, FINAL_RESPONSE, CONTRAST_COMPLETION = "completion", "final_response", "contrast_completion"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,9 @@ class _Subject:
 
 def _make_subjects(record: Record, subjects: Sequence[str]) -> list[_Subject]:
     if isinstance(record, Response):
-        if COMPLETION not in subjects:
-            return []
-        messages, tags = tuple(record.messages), tuple(record.tags)
-        return [
+        messages, tags, contrast = tuple(record.messages), tuple(record.tags), record.contrast_completion
+        completions = record.completions if COMPLETION in subjects else []
+        made = [
             _Subject(
                 record,
                 COMPLETION,
@@ -50,8 +49,12 @@ def _make_subjects(record: Record, subjects: Sequence[str]) -> list[_Subject]:
                 c.index,
                 c.policy_version,
             )
-            for c in record.completions
+            for c in completions
         ]
+        if contrast and CONTRAST_COMPLETION in subjects:  # no policy version: it is no response of the policy to this prompt
+            text = GradedText(messages, contrast.text, record.record_id, contrast.finish_reason, tags)
+            made.append(_Subject(record, CONTRAST_COMPLETION, text, None, None))
+        return made
     assert isinstance(record, Chain)
     has_result = record.final and record.final_response is not None and record.end_reason is not EndReason.UNUSABLE
     if FINAL_RESPONSE not in subjects or not has_result:
@@ -63,7 +66,7 @@ def _make_subjects(record: Record, subjects: Sequence[str]) -> list[_Subject]:
 
 @dataclass(frozen=True)
 class GradeStage:
-    """The grade stage. `subjects` contains "completion", "final_response" or both."""
+    """The grade stage. `subjects` contains one or more of "completion", "final_response" and "contrast_completion"."""
 
     graders: Sequence[Grader]
     subjects: Sequence[str]

@@ -14,7 +14,7 @@ principles, only the votes that can be read count. The pair gets a label if the 
 total weight. A pair that cannot be compared (engine/eligibility.py) is not judged: its record has the outcome EMPTY, WITHHELD,
 REASONING or IDENTICAL and the reason. A pair whose label nobody needs is not judged either, because its prompt is for RL. Its
 outcome is NOT_NEEDED. If `reject_position_flips` is set, POSITION_FLIP means that the judge prefers the same position in both orders.
-Only preferences with the outcome OK are used for training.
+Only preferences with the outcome OK are used for training. consumers/contrast.py makes the labels of contrast pairs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ _LABEL_ORDERS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class ResponsePair:
-    """Two responses to one prompt, before a judge compares them. The final response of a chain has no completion index."""
+    """Two responses to one prompt, before a judge compares them.
+
+    The final response of a chain and a contrast completion have no completion index. `names` are the names of the responses in the
+    reason why they cannot be compared.
+    """
 
     parent: Response | Chain
     response_id: str
@@ -71,6 +75,7 @@ class ResponsePair:
     finish_reason_a: FinishReason
     finish_reason_b: FinishReason
     sample_index: int
+    names: tuple[str, str] = ("response A", "response B")
 
     @property
     def seed(self) -> int:
@@ -80,7 +85,7 @@ class ResponsePair:
     @cached_property
     def problem(self) -> tuple[Outcome, str] | None:
         """The outcome and the reason if the responses cannot be compared. None if they can be compared."""
-        return find_pair_problem(self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b)
+        return find_pair_problem(self.response_a, self.response_b, self.finish_reason_a, self.finish_reason_b, self.names)
 
 
 def _make_completion_pair(response: Response, a: Completion, b: Completion) -> ResponsePair:
@@ -325,7 +330,7 @@ class JudgeStage:
 
     def make_unjudged_preference(self, pair: ResponsePair, outcome: Outcome, reason: str) -> Preference:
         """Return the record of a pair that cannot be compared. It has no label, no model and no principle."""
-        NOTICES.report("pair", outcome.value, f"a pair is not judged and gets no label: {reason} (outcome {outcome.value})")
+        report_unjudged_pair(outcome, reason)
         fields = self.make_pair_fields(pair)
         if outcome is Outcome.NOT_NEEDED:  # another id, so that the pair can still get a label
             fingerprint = ids.compute_fingerprint("not_needed")
@@ -334,30 +339,9 @@ class JudgeStage:
 
     def make_pair_fields(self, pair: ResponsePair) -> dict[str, Any]:
         """Return the fields that do not depend on the judge's replies."""
-        parent = pair.parent
-        return {
+        constitution = make_constitution_ref(self.constitution)
+        return make_pair_fields(pair, self.pairing, constitution) | {
             "record_id": self.compute_record_id(pair),
-            "parent_ids": [parent.record_id],
-            "prompt_id": parent.prompt_id,
-            "run_id": parent.run_id,
-            "stage": "judge",
-            "constitution": make_constitution_ref(self.constitution),
-            "policy_version": parent.policy_version,
-            "seed": pair.seed,
-            "response_id": pair.response_id,
-            "messages": parent.messages,
-            "source": parent.source,
-            "tags": parent.tags,
-            "split": parent.split,
-            "epoch": parent.epoch,
-            "purpose": parent.purpose,
-            "pairing": self.pairing,
-            "response_a": pair.response_a,
-            "response_b": pair.response_b,
-            "completion_index_a": pair.completion_index_a,
-            "completion_index_b": pair.completion_index_b,
-            "finish_reason_a": pair.finish_reason_a,
-            "finish_reason_b": pair.finish_reason_b,
             "preset": self.preset,
         }
 
@@ -418,6 +402,38 @@ def _compute_weighted_mean(values: Sequence[float | None], weights: Sequence[flo
     if len(numbers) < len(values):
         return None
     return math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True)) / math.fsum(weights)
+
+
+def make_pair_fields(pair: ResponsePair, pairing: str, constitution: ConstitutionRef | None) -> dict[str, Any]:
+    """Return the fields of a Preference that come from its pair."""
+    parent = pair.parent
+    return {
+        "parent_ids": [parent.record_id],
+        "prompt_id": parent.prompt_id,
+        "run_id": parent.run_id,
+        "stage": "judge",
+        "constitution": constitution,
+        "policy_version": parent.policy_version,
+        "seed": pair.seed,
+        "response_id": pair.response_id,
+        "messages": parent.messages,
+        "source": parent.source,
+        "tags": parent.tags,
+        "split": parent.split,
+        "epoch": parent.epoch,
+        "purpose": parent.purpose,
+        "pairing": pairing,
+        "response_a": pair.response_a,
+        "response_b": pair.response_b,
+        "completion_index_a": pair.completion_index_a,
+        "completion_index_b": pair.completion_index_b,
+        "finish_reason_a": pair.finish_reason_a,
+        "finish_reason_b": pair.finish_reason_b,
+    }
+
+
+def report_unjudged_pair(outcome: Outcome, reason: str) -> None:
+    NOTICES.report("pair", outcome.value, f"a pair is not judged and gets no label: {reason} (outcome {outcome.value})")
 
 
 def make_constitution_ref(constitution: Constitution) -> ConstitutionRef:

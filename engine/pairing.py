@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 REVISION_PAIRING = "revision"
+CONTRAST_PAIRING = "contrast"  # a completion sampled with the constitution in its prompt, and one without it
 # The value of the column `pairing` in records of pairs of completions. It is part of record ids, so it never changes. The same
 # pair has the same id with every pairing.
 COMPLETIONS_PAIRING = "completions"
@@ -17,7 +18,7 @@ _MAX_COMPLETIONS = 65_536
 
 def name_pairing(pairing: str) -> str:
     """Return the value of the column `pairing` for a value of `judge.pairing`."""
-    return REVISION_PAIRING if pairing == REVISION_PAIRING else COMPLETIONS_PAIRING
+    return pairing if pairing in (REVISION_PAIRING, CONTRAST_PAIRING) else COMPLETIONS_PAIRING
 
 
 def list_pairs(pairing: str, num_completions: int) -> list[tuple[int, int]]:
@@ -26,7 +27,10 @@ def list_pairs(pairing: str, num_completions: int) -> list[tuple[int, int]]:
     neighbors  (0, 1), (1, 2), ...: one pair less than completions
     circular   the neighbors, and the first and the last completion: each completion is in two pairs
     all        every pair: n (n - 1) / 2 pairs of n completions
+    contrast   none: the other completion of the pair has another prompt
     """
+    if pairing == CONTRAST_PAIRING:
+        return []
     positions = range(num_completions)
     if pairing == "all":
         return list(combinations(positions, 2))

@@ -343,9 +343,9 @@ class ReviseSettings(_Section):
 
 
 class JudgeSettings(_Section):
-    pairing: Literal["neighbors", "circular", "all", "revision"] = Field(
+    pairing: Literal["neighbors", "circular", "all", "revision", "contrast"] = Field(
         "neighbors",
-        description="Which responses are compared: adjacent completions (neighbors), in a circle (circular), all, or a revision and its origin (revision).",
+        description="Pairs: adjacent completions (neighbors), in a circle (circular), all, a revision and its origin (revision), or contrast pairs (contrast).",
     )
     preset: Literal["lee2023", "bai2022", "bai2022-cot", "ensemble-k", "course"] = Field(
         "lee2023",
@@ -403,15 +403,31 @@ class JudgeSettings(_Section):
         return limit
 
 
+class ContrastSettings(_Section):
+    constitution_role: Literal["user", "system"] = Field(
+        "user",
+        description="Message that contains the constitution in the prompt of a contrast completion: the last user message, or the system message.",
+    )
+    num_principles: int = Field(
+        0,
+        ge=0,
+        description="Number of principles that are drawn for the prompt of each contrast completion. 0 means all principles that apply.",
+    )
+    ask_judge: bool = Field(
+        True,
+        description="Ask the judge about contrast pairs. Its answer does not change the label; contrast_stats has the share in which it agrees.",
+    )
+
+
 class GradeSettings(_Section):
     graders: list[str] = Field(
         ["refusal", "length"],
         description="Graders of responses: refusal, length, instructions, principles, or a Python file. An empty list turns grading off.",
     )
-    subjects: list[Literal["completion", "final_response"]] = Field(
+    subjects: list[Literal["completion", "final_response", "contrast_completion"]] = Field(
         ["completion"],
         min_length=1,
-        description="What is graded: each sampled completion (completion), the final responses of chains (final_response), or both.",
+        description="What is graded: sampled completions (completion), final responses of chains (final_response), contrast completions (contrast_completion).",
     )
     num_principles: int = Field(
         0,
@@ -523,6 +539,9 @@ class TrainSettings(_Section):
     rewards: list[str] = Field(
         ["reward_model=1"],
         description="Reward of GRPO and RLOO: SOURCE=WEIGHT (reward_model, judge for the win rate, or a grader for its score) or GRADER.LABEL=WEIGHT.",
+    )
+    contrast_pairs: list[Literal["reward", "dpo"]] = Field(
+        [], description="Phases that also train on contrast pairs (judge.pairing = contrast): reward, dpo, or both."
     )
     objective: Literal["alternate", "combined"] = Field(
         "alternate", description="Loss of a PPO step: the RL loss (alternate), or L_SL + alpha * L_RL (combined)."
@@ -860,6 +879,7 @@ class Settings(BaseSettings):
     critique: CritiqueSettings = CritiqueSettings()
     revise: ReviseSettings = ReviseSettings()
     judge: JudgeSettings = JudgeSettings()
+    contrast: ContrastSettings = ContrastSettings()
     grade: GradeSettings = GradeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     worker: WorkerSettings = WorkerSettings()

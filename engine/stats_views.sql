@@ -174,6 +174,33 @@ SELECT run_id, preset, model, principle_id, pairs, decided, agreed, share(agreed
        wilson_low(agreed, decided) AS agreement_low, wilson_high(agreed, decided) AS agreement_high, brier
 FROM counted;
 
+-- How often a judge or a grader agrees with the labels of contrast pairs, i.e. prefers the completion with the constitution. A row has
+-- the judge model (`source` is 'judge') or a grader (`source` is 'grader').
+--   pairs    the contrast pairs that the judge was asked about, or whose two completions both have grades of this grader
+--   decided  of these, the pairs with a preference: p(A is better) of the judge is not 0.5, or the two mean scores differ
+--   agreed   of these, the pairs in which the judge prefers the completion with the constitution, or it has the higher mean score
+-- A grader documents the meaning of its score; a higher score is not better for every grader.
+CREATE OR REPLACE VIEW contrast_stats AS
+WITH judged AS (
+    SELECT run_id, constitution.name AS constitution, model.id AS name, wins((p_forward + p_backward) / 2) AS win
+    FROM preferences WHERE label_source = 'CONTRAST' AND outcome = 'OK' AND model IS NOT NULL),
+scores AS (
+    SELECT response_id, grader, avg(score) FILTER (subject = 'contrast_completion') AS with_constitution,
+           avg(score) FILTER (subject = 'completion' AND completion_index = 0) AS without_constitution
+    FROM grades WHERE outcome = 'OK' GROUP BY ALL),
+graded AS (
+    SELECT p.run_id, p.constitution.name AS constitution, s.grader AS name, (sign(with_constitution - without_constitution) + 1) / 2 AS win
+    FROM preferences p JOIN scores s ON s.response_id = p.response_id
+    WHERE p.label_source = 'CONTRAST' AND p.outcome = 'OK' AND with_constitution IS NOT NULL AND without_constitution IS NOT NULL),
+counted AS (
+    SELECT run_id, constitution, 'judge' AS source, name, count(*) AS pairs, count(*) FILTER (win <> 0.5) AS decided,
+           count(*) FILTER (win = 1) AS agreed FROM judged GROUP BY ALL
+    UNION ALL
+    SELECT run_id, constitution, 'grader', name, count(*), count(*) FILTER (win <> 0.5), count(*) FILTER (win = 1) FROM graded GROUP BY ALL)
+SELECT run_id, constitution, source, name, pairs, decided, agreed, share(agreed, decided) AS agreement,
+       wilson_low(agreed, decided) AS agreement_low, wilson_high(agreed, decided) AS agreement_high
+FROM counted;
+
 -- The calibration of a judge. Each row is one bin: the pairs for which the judge's p(A is better) is between p_from and
 -- p_from + 0.1. human_share is the mean label of people for these pairs. For a calibrated judge, mean_p_ai is close to
 -- human_share in every bin.

@@ -90,7 +90,7 @@ FROM (
     SELECT record_id, overridden_by FROM overrides JOIN newest USING (label_id) WHERE record_id <> overridden_by)
 GROUP BY record_id;
 
--- All labels by judges and people, except of prompts of evaluation suites. This includes held-out labels and overridden labels (see overridden_by), so that a batch
+-- All labels by judges and people, and of contrast pairs, except of prompts of evaluation suites. This includes held-out labels and overridden labels (see overridden_by), so that a batch
 -- from the time before an override can be rebuilt. p_a is the probability that response_a is better. exclusion_reason is the
 -- reason why the pair may not train and is not exported (EMPTY, WITHHELD, REASONING or IDENTICAL, see engine/eligibility.py), or null.
 CREATE OR REPLACE VIEW preference_labels AS
@@ -102,21 +102,39 @@ SELECT p.record_id, p.prompt_id, p.run_id, p.response_id, p.messages, p.response
 FROM preferences p LEFT JOIN overridden_labels o ON o.record_id = p.record_id
 WHERE p.outcome = 'OK' AND p.p_a IS NOT NULL AND p.split <> 'SUITE';
 
--- The training data of the reward model. Each valid label occurs once. An override by a person replaces the label and has its
--- own commit_seq. The shares of a mixture refer to the column `source`. Labels by people have label_source HUMAN.
-CREATE OR REPLACE VIEW preference_pairs AS
+-- The contrast pairs of replays. A replay of the judge stage makes another record of the same pair with the same label. Only the first
+-- record of a response may train. The order is that of created_at, which a restored database keeps.
+CREATE OR REPLACE VIEW repeated_contrast_pairs AS
+SELECT record_id, response_id
+FROM (SELECT record_id, response_id, row_number() OVER (PARTITION BY response_id ORDER BY created_at, record_id) AS nth
+      FROM preferences WHERE label_source = 'CONTRAST' AND response_id IS NOT NULL) WHERE nth > 1;
+
+-- All valid labels that may train, each once: preference_pairs and contrast_pairs together. An override by a person replaces the label
+-- and has its own commit_seq.
+CREATE OR REPLACE VIEW training_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l LEFT JOIN held_out_prompts h ON h.prompt_id = l.prompt_id
+ANTI JOIN repeated_contrast_pairs r ON r.record_id = l.record_id
 WHERE l.split = 'TRAIN' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL AND (h.prompt_id IS NULL OR (h.commit_seq > l.commit_seq AND h.created_at > l.created_at));
+
+-- The training data of the reward model and of DPO: labels by judges and people. The shares of a mixture refer to the column `source`.
+-- Labels by people have label_source HUMAN.
+CREATE OR REPLACE VIEW preference_pairs AS
+SELECT * FROM training_pairs WHERE label_source <> 'CONTRAST';
+
+-- Contrast pairs (judge.pairing = contrast). response_a was sampled with the constitution in its prompt and response_b without it, so
+-- p_a is 1. p_forward and p_backward are the answers of the judge, or null. Only the phases in train.contrast_pairs train on them.
+CREATE OR REPLACE VIEW contrast_pairs AS
+SELECT * FROM training_pairs WHERE label_source = 'CONTRAST';
 
 -- The evaluation data of the reward model: valid labels of prompts that no training view has ever contained.
 CREATE OR REPLACE VIEW held_out_pairs AS
 SELECT l.* EXCLUDE (split, epoch, overridden_by, exclusion_reason)
 FROM preference_labels l
 ANTI JOIN trained_prompts USING (prompt_id)
-WHERE l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL;
+WHERE l.label_source <> 'CONTRAST' AND l.split = 'EVAL' AND l.overridden_by IS NULL AND l.exclusion_reason IS NULL;
 
--- All sampled completions, except of prompts of evaluation suites (see suite_responses). exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
+-- All sampled completions of the prompts, without contrast completions, except of prompts of evaluation suites (see suite_responses). exclusion_reason is the reason why PPO cannot train on a completion, or null if it can. PPO trains on
 -- an empty completion, because the policy really sampled it and has to learn that it is worse.
 CREATE OR REPLACE VIEW rollouts AS
 SELECT record_id AS response_id, r.prompt_id, run_id, messages, source, tags, epoch, r.purpose, model, prompt_token_ids,
@@ -173,7 +191,7 @@ LEFT JOIN (
     SELECT prompt_id, arg_max(end_reason, commit_seq) AS end_reason, arg_max(final_response, commit_seq) AS final_response
     FROM revision_chains GROUP BY prompt_id) e USING (prompt_id)
 LEFT JOIN (
-    SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, response_a: response_a, response_b: response_b, p_a: p_a, position_gap: position_gap,
+    SELECT prompt_id, list({record_id: record_id, run_id: run_id, principle_id: principle_id, response_a: response_a, response_b: response_b, p_a: p_a, p_forward: p_forward, p_backward: p_backward, position_gap: position_gap,
                             option_mass: option_mass, outcome: outcome, outcome_reason: outcome_reason, label_source: label_source, labeler: labeler, parent_ids: parent_ids,
                             explanation: explanation} ORDER BY commit_seq) AS preferences
     FROM preferences GROUP BY prompt_id) j USING (prompt_id)

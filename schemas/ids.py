@@ -84,6 +84,8 @@ FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "demonstration": _make_keys("completion", is_complete="stopped"),
     "template": _make_keys("template prefill", num_votes="votes"),
     "respond": _make_keys("model policy_version template sampling", num_completions="samples"),
+    "contrast_prompt": _make_keys("respond constitution role principles header"),
+    "contrast": _make_keys("pairing"),
     "critique": _make_keys(
         "model template verdict constitution sampling rounds selection early_stop few_shot skip_sources", thresholds="limits"
     ),

@@ -168,11 +168,15 @@ class Outcome(AvroEnum):
 
 
 class LabelSource(AvroEnum):
-    """The source of a label or a response: a model (AI) or a person (HUMAN)."""
+    """The source of a label or a response: a model (AI), a person (HUMAN), or the prompts of both responses (CONTRAST).
+
+    CONTRAST means that response A was sampled with the constitution in its prompt and response B without it, so A is chosen.
+    """
 
     UNKNOWN = "UNKNOWN"
     AI = "AI"
     HUMAN = "HUMAN"
+    CONTRAST = "CONTRAST"
 
 
 class PolicyKind(AvroEnum):
@@ -260,6 +264,21 @@ class Completion(AvroModel):
     policy_version: int | None = None
     seed: int = 0
     reasoning: str = ""
+
+
+class ContrastCompletion(AvroModel):
+    """One completion that the policy sampled with principles of the constitution in its prompt (`judge.pairing = "contrast"`).
+
+    It is no rollout, because it belongs to another prompt than the other completions. So it has no tokens. `principle_ids` are the
+    principles in its prompt, and `role` is the message that contains them: user or system.
+    """
+
+    text: str
+    finish_reason: FinishReason = FinishReason.UNKNOWN
+    seed: int = 0
+    reasoning: str = ""
+    principle_ids: list[str] = Field(default_factory=list)
+    role: str = ""
 
 
 class Round(AvroModel):
@@ -417,12 +436,17 @@ class Prompt(PromptFields, SuiteItemField, Record):
 
 
 class Response(PromptFields, SuiteItemField, ConfigurationField, Record):
-    """All completions of one prompt."""
+    """All completions of one prompt.
+
+    `contrast_completion` is one more completion, which was sampled with principles of `constitution` in its prompt. Only the judge
+    stage and the stage grade use it.
+    """
 
     topic: ClassVar[str] = "responses"
 
     prompt_token_ids: list[int] = Field(default_factory=list)
     completions: list[Completion]
+    contrast_completion: ContrastCompletion | None = None
 
 
 class Chain(PromptFields, ResponseIdField, ConfigurationField, Record):
@@ -502,6 +526,9 @@ class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Reco
     is shown first) or "backward" (B is shown first). `cached_tokens` is the number of `prompt_tokens` that were not computed
     again, because another judge prompt has the same prefix. If the pair cannot be compared, `outcome_reason` has the reason.
 
+    If `label_source` is CONTRAST, `p_a` is 1: response A was sampled with the constitution in its prompt. If the judge was asked about
+    this pair, `votes`, `p_forward` and `p_backward` have its answers, which do not change the label.
+
     When a person overrides a label, the new label is a separate record with `label_source` HUMAN. Its `parent_ids` contain the
     id of the overridden record, and `labeler` is the name of the person. A human comparison from a file has no parents, and
     `origin` is its file and row.
@@ -537,8 +564,10 @@ class Preference(PromptFields, OptionalResponseIdField, ConfigurationField, Reco
 class Grade(ResponseIdField, Record):
     """One grade of one response by one grader.
 
-    `subject` is "completion" (the completion with `completion_index` of the response) or "final_response" (the result of a
-    critique-revision chain; then `completion_index` is null). The grader documents the meaning of `label` and `score`. If
+    `subject` is "completion" (the completion with `completion_index` of the response), "final_response" (the result of a
+    critique-revision chain) or "contrast_completion" (the completion with the constitution in its prompt). For the last two,
+    `completion_index` is null. A grade of a contrast completion has no `policy_version`, because it is no response of the policy to
+    the prompt alone. The grader documents the meaning of `label` and `score`. If
     `outcome` is not OK, the response could not be graded: `score` is null and `outcome_reason` has the reason. `details` are
     the numbers behind the score.
     """

@@ -15,6 +15,8 @@ from engine.models.scripted import POISON_TEXT
 from engine.settings import load_settings
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH
+from schemas.records import LabelSource
+from tests.support.records import make_judged_preference
 from tests.support.waiting import HANG_S, wait_until
 from trainer.batches import build_manifest, load_rows, select_new_rows
 from trainer.state import TrainingState
@@ -51,14 +53,14 @@ def store(tmp_path_factory):
         run_command(flags, "label", pair, "--prefer", "a")
     new_rows = select_new_rows(store, "reward", TrainingState(), limit=8)
     rows = load_rows(store, "reward", [row.row_id for row in new_rows])
-    bus.publish(
-        [
-            to_producer_record(
-                build_manifest("reward", 1, rows, [], TrainingState(), new_rows, run_id="live", seed=0, settings={})
-            )
-        ]
+    manifest = build_manifest("reward", 1, rows, [], TrainingState(), new_rows, run_id="live", seed=0, settings={})
+    contrast = make_judged_preference("contrast", "With the constitution?", "yes", "no", 0.9, 0.7, pairing="contrast")
+    contrast = contrast.model_copy(update={"label_source": LabelSource.CONTRAST, "p_a": 1.0})
+    bus.publish([to_producer_record(manifest), to_producer_record(contrast)])
+    run_until(
+        "SELECT (SELECT count(*) FROM batches) + (SELECT count(*) FROM preferences WHERE stage = 'label' OR pairing = 'contrast')",
+        6,
     )
-    run_until("SELECT (SELECT count(*) FROM batches) + (SELECT count(*) FROM preferences WHERE stage = 'label')", 5)
     bus.close()
     return store
 

@@ -24,7 +24,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -166,10 +166,24 @@ def get_mixture(train: TrainSettings, phase: str) -> dict[str, float]:
     )
 
 
-def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: int, by_purpose: bool = False) -> list[RowRef]:
+def _get_new_row_view(phase: str, contrast_phases: Collection[str]) -> str:
+    """Return the view with the rows of a phase. The phases in `contrast_phases` also train on contrast pairs."""
+    return "training_pairs" if phase in contrast_phases else _NEW_ROW_VIEWS[get_row_kind(phase)]
+
+
+def select_new_rows(
+    store: Store,
+    phase: str,
+    state: TrainingState,
+    *,
+    limit: int,
+    by_purpose: bool = False,
+    contrast_phases: Collection[str] = (),
+) -> list[RowRef]:
     """Return the first `limit` rows of each source that a phase has not trained on, in commit order.
 
-    If `by_purpose` is true, the reward model does not get the judge's labels of prompts that are for RL.
+    If `by_purpose` is true, the reward model does not get the judge's labels of prompts that are for RL. `contrast_phases` are the
+    phases that also train on contrast pairs (`train.contrast_pairs`).
 
     Methods that train on rollouts use `select_rollouts` instead. An RL phase does not get pairs that it has dropped.
     """
@@ -177,7 +191,7 @@ def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: in
     dropped = " AND v.record_id NOT IN (SELECT dropped_id FROM dropped_rollouts)" if phase in RL_METHODS else ""
     other = f" AND {_IS_FOR_REWARD_SQL}" if by_purpose and phase == REWARD_PHASE else ""
     sql = f"""
-        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_get_new_row_view(phase, contrast_phases))}
         WHERE NOT {_IS_CONSUMED_SQL}{dropped}{other}
         QUALIFY row_number() OVER (PARTITION BY v.source ORDER BY v.commit_seq) <= $5
         ORDER BY v.commit_seq"""
@@ -185,7 +199,14 @@ def select_new_rows(store: Store, phase: str, state: TrainingState, *, limit: in
 
 
 def sample_replayed_rows(
-    store: Store, phase: str, state: TrainingState, *, count: int, seed: int, by_purpose: bool = False
+    store: Store,
+    phase: str,
+    state: TrainingState,
+    *,
+    count: int,
+    seed: int,
+    by_purpose: bool = False,
+    contrast_phases: Collection[str] = (),
 ) -> list[RowRef]:
     """Return `count` rows of earlier batches of a phase, in commit order.
 
@@ -193,7 +214,7 @@ def sample_replayed_rows(
     """
     kind = get_row_kind(phase)
     sql = f"""
-        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_NEW_ROW_VIEWS[kind])}
+        {_ROW_REF_SQL.format(length=_LENGTH_EXPRESSIONS[kind], view=_get_new_row_view(phase, contrast_phases))}
         WHERE {_IS_CONSUMED_SQL}{f" AND {_IS_FOR_REWARD_SQL}" if by_purpose and phase == REWARD_PHASE else ""}
         ORDER BY md5(v.record_id::VARCHAR || $6::VARCHAR), v.record_id LIMIT $5"""
     rows = _query_row_refs(store, sql, [*_to_parameters(find_consumed_rows(store, phase, state)), count, seed])
@@ -207,6 +228,7 @@ _CONSUMED_SQL = """
 _IS_CONSUMED_SQL = "(v.commit_seq <= greatest(coalesce(c.at, -1), $3) OR v.record_id IN (SELECT record_id FROM moved))"
 # The judge labels no pairs of prompts that are for RL. It may have labeled some of them before a training loop began.
 _IS_FOR_REWARD_SQL = "(v.purpose <> 'RL' OR v.label_source = 'HUMAN')"
+_IS_IN_REWARD_BATCH_SQL = f"v.record_id IN (SELECT unnest(record_ids) FROM batches WHERE phase = '{REWARD_PHASE}')"
 _ROW_REF_SQL = f"""
     WITH {_CONSUMED_SQL}
     SELECT v.record_id, v.source, v.commit_seq, coalesce({{length}}, 0) AS length, v.policy_version
@@ -314,8 +336,8 @@ def select_stale_pairs(
     """
     sql = """
         SELECT p.record_id, p.prompt_id, p.run_id, p.policy_version, coalesce(r.created_at, p.created_at) AS created_at
-        FROM preference_pairs p LEFT JOIN responses r ON r.record_id = p.response_id
-        WHERE p.label_source = 'AI' AND p.policy_version IS NOT NULL AND p.record_id IN (SELECT unnest(?::UUID[]))"""
+        FROM preferences p LEFT JOIN responses r ON r.record_id = p.response_id
+        WHERE p.label_source <> 'HUMAN' AND p.policy_version IS NOT NULL AND p.record_id IN (SELECT unnest(?::UUID[]))"""
     pairs = store.query_dicts(sql, [[row.row_id for row in rows]], limit_s=QUERY_TIMEOUT_S)
     reasons = [(pair, find_pair_staleness_reason(pair, state, limits)) for pair in pairs]
     return [make_dropped_rollout(pair, reason) for pair, reason in reasons if reason is not None]
@@ -405,13 +427,13 @@ def make_dropped_rollout(row: Mapping[str, Any], reason: str) -> DroppedRollout:
 def _find_reward_model_prompts(store: Store, state: TrainingState, prompt_ids: Sequence[str], by_purpose: bool) -> set[str]:
     """Return the subset of `prompt_ids` that the reward model was trained on, in all batches so far."""
     skipped = ""
-    if by_purpose:  # a cursor also passes the labels that were skipped
-        skipped = f"""AND ({_IS_FOR_REWARD_SQL} OR v.record_id IN (
-            SELECT unnest(record_ids) FROM batches WHERE phase = '{REWARD_PHASE}'))"""
+    if by_purpose:  # a cursor also passes the labels that were skipped, as it passes contrast pairs
+        skipped = f"AND ({_IS_FOR_REWARD_SQL} OR {_IS_IN_REWARD_BATCH_SQL})"
     sql = f"""
         WITH {_CONSUMED_SQL}
-        SELECT DISTINCT v.prompt_id FROM preference_pairs v LEFT JOIN cursors c ON c.source = v.source
-        WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[])) {skipped}"""
+        SELECT DISTINCT v.prompt_id FROM training_pairs v LEFT JOIN cursors c ON c.source = v.source
+        WHERE {_IS_CONSUMED_SQL} AND v.prompt_id IN (SELECT unnest($5::UUID[]))
+          AND (v.label_source <> 'CONTRAST' OR {_IS_IN_REWARD_BATCH_SQL}) {skipped}"""
     parameters = [*_to_parameters(find_consumed_rows(store, REWARD_PHASE, state)), list(prompt_ids)]
     return {str(prompt) for (prompt,) in store.query(sql, parameters, limit_s=QUERY_TIMEOUT_S).rows}
 

@@ -50,6 +50,7 @@ from trainer.methods import (
     SFT_PHASE,
     list_enabled_phases,
     list_ignored_settings,
+    list_unlabeled_phases,
     needs_reward_model,
     require_enough_completions,
 )
@@ -112,7 +113,7 @@ class Trainer:
         self.rl_phase = settings.train.rl_method  # the name of an RL method is the name of its phase
         self.rl_method = RL_METHODS[self.rl_phase]
         require_enough_completions(settings)
-        for sentence in list_ignored_settings(settings):
+        for sentence in (*list_ignored_settings(settings), *list_unlabeled_phases(settings)):
             notify(sentence)
         self.next_monitor_at = 0.0
         self.check_labels, self.skips_rl = check_labels, False

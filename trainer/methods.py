@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import UsageError
+from engine.pairing import CONTRAST_PAIRING
 from engine.settings import JUDGE, METHOD_DEFAULTS, REWARD_MODEL, Settings, TrainSettings, parse_rewards
 
 # chains: the final responses of revision chains. pairs: preference labels. rollouts: completions of recent policies. groups:
@@ -140,6 +141,19 @@ def require_enough_completions(settings: Settings, phase: str | None = None) -> 
         )
 
 
+def list_unlabeled_phases(settings: Settings) -> list[str]:
+    """Return a sentence for each enabled phase that trains on labels, while the judge stage makes only contrast pairs."""
+    train = settings.train
+    if settings.judge.pairing != CONTRAST_PAIRING:
+        return []
+    return [
+        f"judge.pairing = contrast makes only contrast pairs, so {phase} gets no labels except those by people. To train {phase} on"
+        f" contrast pairs, add {phase} to train.contrast_pairs"
+        for phase in list_enabled_phases(train)
+        if get_row_kind(phase) == "pairs" and phase not in train.contrast_pairs
+    ]
+
+
 def list_ignored_settings(settings: Settings) -> list[str]:
     """Return a sentence for each setting that differs from its default and that the RL method does not use."""
     method, train, default = RL_METHODS[settings.train.rl_method], settings.train, TrainSettings()
@@ -148,6 +162,10 @@ def list_ignored_settings(settings: Settings) -> list[str]:
         ignored.append(f"train.objective = {train.objective} has no effect with train.rl_method = {method.phase}")
     if train.rewards != default.rewards and not method.uses_groups:
         ignored.append(f"train.rewards has no effect with train.rl_method = {method.phase}")
+    enabled = list_enabled_phases(train)
+    if unused := [phase for phase in train.contrast_pairs if phase not in enabled]:
+        listed = ", ".join(unused)
+        ignored.append(f"train.contrast_pairs = {listed} has no effect with train.rl_method = {method.phase}")
     distill = settings.distill
     if method.uses_constitution and distill.beta != type(distill)().beta and distill.divergence != "jsd":
         ignored.append(f"distill.beta has no effect with distill.divergence = {distill.divergence}")

@@ -270,7 +270,8 @@ def _compute_term_values(context: LearnContext, batch: Batch, terms: Sequence[Re
 def learn_distill(context: LearnContext, batch: Batch) -> _TrainOutput:
     """Train the policy to answer without the constitution as the reference policy answers with it."""
     from constitutions.loader import parse_constitution
-    from trainer import distributed, teacher, weights
+    from engine import constitution_prompts
+    from trainer import distributed, weights
     from trainer.learners import distill, policy_math
 
     manifest, settings, folders = batch.manifest, batch.settings, context.folders
@@ -284,9 +285,9 @@ def learn_distill(context: LearnContext, batch: Batch) -> _TrainOutput:
     tokenizer, config = weights.load_tokenizer(policy_folder), distill.DistillConfig(**settings)
 
     def make_example(row: Mapping[str, Any]) -> distill.DistillExample:
-        principles = teacher.select_principles(constitution, str(row["prompt_id"]), num_principles, row["tags"])
-        text = teacher.render_principles(constitution, principles)
-        prompt = teacher.encode_teacher_prompt(tokenizer, parse_messages(row), text, role)
+        principles = constitution_prompts.select_principles(constitution, str(row["prompt_id"]), num_principles, row["tags"])
+        text = constitution_prompts.render_principles(constitution, principles)
+        prompt = constitution_prompts.encode_teacher_prompt(tokenizer, parse_messages(row), text, role)
         return distill.DistillExample(_make_rollout(row), tuple(prompt))
 
     trained, metrics = distributed.call_learner(

@@ -198,7 +198,14 @@ class Updater:
         if not uses_rollouts(phase):
             # After a voided batch of the maximum size, the loop looks for further rows behind the rows of this batch.
             limit = train.max_rows + 2 * get_row_threshold(train, phase)
-            rows = select_new_rows(self.store, phase, state, limit=limit, by_purpose=self.is_by_purpose(state))
+            rows = select_new_rows(
+                self.store,
+                phase,
+                state,
+                limit=limit,
+                by_purpose=self.is_by_purpose(state),
+                contrast_phases=train.contrast_pairs,
+            )
             drops = select_stale_pairs(self.store, rows, state, limits) if rows and phase in RL_METHODS else []
             stale = {drop.dropped_id for drop in drops}
             self.publish_drops(drops)
@@ -290,8 +297,15 @@ class Updater:
                     count,
                     wanted,
                 )
-            by_purpose = self.is_by_purpose(state)
-            chosen += sample_replayed_rows(self.store, phase, state, count=count, seed=seed, by_purpose=by_purpose)
+            chosen += sample_replayed_rows(
+                self.store,
+                phase,
+                state,
+                count=count,
+                seed=seed,
+                by_purpose=self.is_by_purpose(state),
+                contrast_phases=train.contrast_pairs,
+            )
         if not uses_rollouts(phase):
             chosen = group_by_length(chosen, settings["batch_size"], seed)
 

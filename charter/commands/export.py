@@ -18,7 +18,7 @@ from engine.settings import Settings
 from engine.store import Store
 from engine.text import format_count
 
-_FORMAT_NAMES = ("sft", "preference", "kto", "prompts", "openai")
+_FORMAT_NAMES = ("sft", "preference", "contrast", "kto", "prompts", "openai")
 
 
 @click.command()
@@ -59,10 +59,10 @@ def export(
 ) -> None:
     """Write training data in the formats of TRL and OpenAI.
 
-    The formats are prompts with final responses (sft), pairs with a soft label (preference, also for reward models), single
-    responses with a boolean label (kto), prompts alone (prompts), and the conversations of sft in OpenAI's chat form (openai). A
-    kto label is hard, so pairs that are nearly ties are left out (--min-margin). Train and eval splits are separate files. A
-    dataset card (README.md) describes the sources. Without --run, export the records of all runs.
+    The formats are prompts with final responses (sft), pairs with a soft label (preference, also for reward models), contrast pairs
+    (contrast), single responses with a boolean label (kto), prompts alone (prompts), and the conversations of sft in OpenAI's chat
+    form (openai). A kto label is hard, so pairs that are nearly ties are left out (--min-margin). Train and eval splits are separate
+    files. A dataset card (README.md) describes the sources. Without --run, export the records of all runs.
 
     \b
     Examples:

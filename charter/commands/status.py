@@ -13,6 +13,7 @@ import click
 from charter.activity import list_held_stages, list_incidents, list_paused_phases, list_policies, list_workers
 from charter.connect import connect_bus, open_store
 from charter.console import common_options, format_rows, format_table, output_options, print_records, print_rows
+from charter.contrast_agreement import format_contrast_agreement, read_contrast_agreement
 from charter.label_quality import read_verdict
 from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
@@ -40,9 +41,10 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     """Show record counts, consumer lag, running workers and policies.
 
     For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
-    of the newest run. Then print whether the labels are good enough to train on, the stages, sinks and trainers that run now, the
-    paused training phases, what a training loop holds, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this as
-    one object. With --csv, print the topics.
+    of the newest run. Then print whether the labels are good enough to train on, how often the judge and graders agree with
+    contrast pairs, the stages, sinks and trainers that run now, the paused training phases, what a training loop holds, and the
+    newest policies and incidents (rollbacks, voided batches). With --json, print all of this as one object. With --csv, print the
+    topics.
 
     \b
     Examples:
@@ -66,8 +68,9 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     }
     bus.close()
     verdict = read_verdict(store, settings.label_quality)
+    contrast = read_contrast_agreement(store, run_id)
     if output == "json":
-        labels = {"labels": asdict(verdict)}
+        labels = {"labels": asdict(verdict), "contrast": contrast}
         print_records(
             {"run": run_id, "topics": [dict(zip(columns, row, strict=True)) for row in topics], **labels, **sections}, output
         )
@@ -78,6 +81,8 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
     note = f"(lag is the number of records that the stages of run {run_id} have not processed yet; - means that no stage reads the topic)"
     click.echo(escape_unprintable(note))
     click.echo(str(verdict))
+    for line in format_contrast_agreement(contrast):
+        click.echo(escape_unprintable(line))
     _print_sections(**sections)
 
 

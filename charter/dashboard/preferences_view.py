@@ -28,7 +28,9 @@ def load_preferences(query: QueryFunction, run: str) -> dict[str, Any]:
         "principles": _load_principle_stats(query, parameters),
         "rounds": _load_round_stats(query, parameters),
         "position_bias": _load_position_bias(query, parameters),
-        "label_histogram": _load_histogram(query, "p_a", f"preference_labels WHERE {_RUN_FILTER}", parameters),
+        "label_histogram": _load_histogram(
+            query, "p_a", f"preference_labels WHERE label_source <> 'CONTRAST' AND {_RUN_FILTER}", parameters
+        ),
         "reward_calibration": _load_reward_calibration(query, parameters),
         "human_calibration": _load_human_calibration(query, parameters),
         "agreement": _load_agreement(query, parameters),

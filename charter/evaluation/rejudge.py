@@ -13,7 +13,7 @@ from typing import Any
 
 from charter.connect import open_store
 from charter.models import RoleModels
-from charter.pipeline import make_judge_stage
+from charter.pipeline import make_pair_judge
 from charter.progress import show_progress
 from constitutions.cases import CaseFile, ConstitutionCase
 from constitutions.loader import ALL_PRINCIPLES_ID, Constitution, filter_by_tags
@@ -56,7 +56,8 @@ class BatchJudge:
 
     def judge_pairs(self, constitution: Constitution, pairs: Sequence[Response]) -> list[Result[Preference]]:
         """Return the preference for each pair, or the error of the pair."""
-        judge, batch_size = make_judge_stage(self.settings, self.models, constitution), self.settings.models.max_batch_size
+        judge = make_pair_judge(self.settings, self.models.get_model("judge"), constitution)
+        batch_size = self.settings.models.max_batch_size
         preferences: list[Result[Preference]] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]

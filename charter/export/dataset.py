@@ -166,6 +166,18 @@ class ExportFormat:
 
 
 _EXAMPLE_VIEWS = {"train": "sft_examples", "eval": "held_out_examples"}
+_PREFERENCE_COLUMNS = {
+    "prompt": _MESSAGES_TYPE,
+    "chosen": _MESSAGES_TYPE,
+    "rejected": _MESSAGES_TYPE,
+    "p_chosen": pa.float64(),
+    "p_chosen_shown_first": pa.float64(),
+    "p_chosen_shown_second": pa.float64(),
+    "position_gap": pa.float64(),
+    "option_mass": pa.float64(),
+    "position_flip": pa.bool_(),
+    **_LINEAGE_COLUMNS,
+}
 _PAIR_VIEWS = {"train": "preference_pairs", "eval": "held_out_pairs"}
 # A prompt is in one split only, as its responses are. In a later epoch, the same prompt comes again.
 _PROMPT_VIEWS = {
@@ -184,21 +196,18 @@ EXPORT_FORMATS = {
     "preference": ExportFormat(
         _PAIR_VIEWS,
         "preference_labels",
-        {
-            "prompt": _MESSAGES_TYPE,
-            "chosen": _MESSAGES_TYPE,
-            "rejected": _MESSAGES_TYPE,
-            "p_chosen": pa.float64(),
-            "p_chosen_shown_first": pa.float64(),
-            "p_chosen_shown_second": pa.float64(),
-            "position_gap": pa.float64(),
-            "option_mass": pa.float64(),
-            "position_flip": pa.bool_(),
-            **_LINEAGE_COLUMNS,
-        },
+        _PREFERENCE_COLUMNS,
         _to_preference_rows,
         "TRL's RewardTrainer and DPOTrainer (conversational, explicit prompt)",
         0.0,  # p_chosen is a soft label
+    ),
+    "contrast": ExportFormat(
+        {"train": "contrast_pairs"},
+        "preference_labels",
+        _PREFERENCE_COLUMNS,
+        _to_preference_rows,
+        "TRL's DPOTrainer (conversational, explicit prompt)",
+        0.0,
     ),
     "kto": ExportFormat(
         _PAIR_VIEWS,

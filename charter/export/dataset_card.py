@@ -19,6 +19,7 @@ _TITLES = {
     "sft": "SFT data",
     "openai": "Conversations",
     "preference": "Preference data",
+    "contrast": "Contrast pairs",
     "kto": "KTO data",
     "prompts": "Prompts",
 }
@@ -27,7 +28,14 @@ _NO_RESPONSES = "None: the rows are prompts without responses."
 EXPORT_TAG = "charter-export"  # --force replaces only a folder whose card has this tag
 
 # The kind of the records that the rows of each format come from.
-_KINDS = {"sft": "sft", "openai": "sft", "preference": "preference", "kto": "preference", "prompts": "prompts"}
+_KINDS = {
+    "sft": "sft",
+    "openai": "sft",
+    "preference": "preference",
+    "contrast": "preference",
+    "kto": "preference",
+    "prompts": "prompts",
+}
 # The reasons why a chain, a label or a prompt is not in a training view.
 _EXCLUDED_SQL = {
     "sft": """
@@ -41,7 +49,7 @@ _EXCLUDED_SQL = {
           AND record_id NOT IN (SELECT record_id FROM held_out_examples)
         ORDER BY 2 DESC""",
     "preference": """
-        SELECT CASE label_source WHEN 'HUMAN' THEN 'a person' ELSE 'judge' END || ' gave no label: ' || outcome AS reason,
+        SELECT CASE label_source WHEN 'HUMAN' THEN 'a person' WHEN 'CONTRAST' THEN 'contrast pair' ELSE 'judge' END || ' gave no label: ' || outcome AS reason,
                count(*) AS records
         FROM preferences
         WHERE (outcome <> 'OK' OR p_a IS NULL) AND outcome NOT IN ('EMPTY', 'WITHHELD', 'REASONING', 'IDENTICAL') AND {where} GROUP BY 1
@@ -58,9 +66,16 @@ _EXCLUDED_SQL = {
         SELECT 'replaced by a human label', count(*) FROM preference_labels
         WHERE overridden_by IS NOT NULL AND exclusion_reason IS NULL AND {where}
         UNION ALL
+        SELECT 'contrast pair of a replay: the first record of the pair counts', count(*) FROM preference_labels
+        WHERE {is_exported} AND {where} AND record_id IN (SELECT record_id FROM repeated_contrast_pairs)
+        UNION ALL
+        SELECT '{other_pairs}', count(*) FROM preference_labels
+        WHERE overridden_by IS NULL AND exclusion_reason IS NULL AND {where} AND NOT {is_exported}
+        UNION ALL
         SELECT 'prompt is in both splits', count(*) FROM preference_labels
         WHERE overridden_by IS NULL AND exclusion_reason IS NULL AND {where}
-          AND record_id NOT IN (SELECT record_id FROM preference_pairs)
+          AND {is_exported} AND record_id NOT IN (SELECT record_id FROM training_pairs)
+          AND record_id NOT IN (SELECT record_id FROM repeated_contrast_pairs)
           AND record_id NOT IN (SELECT record_id FROM held_out_pairs)
         ORDER BY 2 DESC""",
     "prompts": """
@@ -280,6 +295,11 @@ def _format_verdict(
 def list_excluded(store: Store, format_name: str, selection: ExportSelection) -> list[tuple[str, int]]:
     """Return the reasons why records are in no training view, and the number of records of each reason."""
     sql = _EXCLUDED_SQL[_KINDS[format_name]]
+    is_contrast = format_name == "contrast"
+    other = "label of a judge or a person: export preference" if is_contrast else "contrast pair: export contrast"
+    sql = sql.replace("{other_pairs}", other).replace(
+        "{is_exported}", f"(label_source {'=' if is_contrast else '<>'} 'CONTRAST')"
+    )
     return [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
 
 
@@ -298,5 +318,6 @@ def _describe_format(format_name: str) -> str:
         "preference": "pairs of responses judged by principles; `p_chosen` is the probability that the chosen response is better.",
         "openai": "the same conversations as sft, with the response as the last message. OpenAI's format allows no other columns.",
         "prompts": "the prompts alone, each once.",
+        "contrast": "pairs of a response that was sampled with the constitution in its prompt (chosen), and one that was not (rejected).",
         "kto": "responses that were preferred or not; `p_better` is the probability that the response is the better one of its pair.",
     }[format_name]

@@ -14,18 +14,21 @@ from charter.models import RoleModels
 from charter.pipeline import make_stage
 from charter.stages import STAGES
 from constitutions.loader import CONSTITUTIONS_FOLDER, load_constitution
+from consumers.judge import make_constitution_ref
 from engine.bus.embedded import LogConnection
 from engine.errors import UsageError
 from engine.models.scripted import ScriptedModel
 from engine.settings import Settings, load_settings
+from schemas.records import ContrastCompletion
 from tests.support.deployment import Deployment
 from tests.support.records import make_prompt
 
-SECTIONS = ("respond", "critique", "revise", "judge", "worker", "sink", "budget", "telemetry")
+SECTIONS = ("respond", "critique", "revise", "judge", "contrast", "worker", "sink", "budget", "telemetry")
 BASELINES = {
     "defaults": {},
     "written": {"judge.answer_mode": "letter", "critique.early_stop": "phrases", "critique.rounds": "2"},
     "one principle": {"judge.principles": "all"},
+    "contrast": {"judge.pairing": "contrast"},
 }
 
 
@@ -99,7 +102,9 @@ def inputs():
 
     responses = process("respond", [make_prompt("How do I bake bread?")])
     critiques = process("critique", responses)
-    return {"respond": [make_prompt("How do I bake bread?")], "critique": responses, "revise": critiques, "judge": responses}
+    contrast = {"contrast_completion": ContrastCompletion(text="With it."), "constitution": make_constitution_ref(constitution)}
+    judged = [response.model_copy(update=contrast) for response in responses]
+    return {"respond": [make_prompt("How do I bake bread?")], "critique": responses, "revise": critiques, "judge": judged}
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -122,6 +127,18 @@ def test_a_configuration_differs_exactly_if_the_record_ids_differ(baseline, inpu
             assert bool(differences) == (ids[stage] != changed_ids[stage]), (stage, name, value, differences)
             num_changes += bool(differences)
     assert num_changes > 20
+
+
+def test_constitution_belongs_to_responses_only_with_contrast_completions():
+    settings = make_settings(judge__pairing="contrast")
+    before, after = (
+        describe_stages(settings, load_constitution(name), RoleModels(settings)) for name in ("default", "red-team")
+    )
+    assert set(find_differences(before["respond"], after["respond"])) == {"run.constitution"}
+    unasked = make_settings(judge__pairing="contrast", contrast__ask_judge=False)
+    assert describe_stages(unasked, load_constitution("default"), RoleModels(unasked))["judge"] == {
+        "judge.pairing": "contrast", "contrast.ask_judge": False
+    }  # fmt: skip
 
 
 def test_pairing_constitution_and_model_belong_to_the_configuration():

@@ -103,6 +103,7 @@ _TRL_TRAINERS = [
     ("sft", "SFT", {}), ("openai", "SFT", {}), ("preference", "Reward", {}), ("preference", "DPO", {}), ("kto", "KTO", {}),
     ("prompts", "GRPO", {"num_generations": 2}), ("prompts", "RLOO", {"num_generations": 2}),
 ]  # fmt: skip
+FORMS_WITH_TWO_SPLITS = [name for name, form in dataset.EXPORT_FORMATS.items() if len(form.split_views) == 2]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_datasets_loads_the_new_rows_of_a_folder_that_is_exported_again(database
     assert (load_counts(tmp_path / "b" / "out")["train"], load_counts(tmp_path / "out")["train"]) == (1, num_rows)
 
 
-@pytest.mark.parametrize("form", dataset.EXPORT_FORMATS)
+@pytest.mark.parametrize("form", FORMS_WITH_TWO_SPLITS)
 @pytest.mark.parametrize("more", [(), ("--parquet",)])
 def test_splits_with_columns_that_are_null_in_one_of_them_load(tmp_path, form, more):
     """The train split has labels and demonstrations of people, who have no principle, no policy and no judge."""
@@ -211,6 +212,19 @@ def test_splits_with_columns_that_are_null_in_one_of_them_load(tmp_path, form, m
     assert loaded["train"].features == loaded["test"].features
     assert loaded["train"].features == Features.from_arrow_schema(pa.schema(list(dataset.EXPORT_FORMATS[form].columns.items())))
     assert form == "openai" or loaded["train"][0]["created_at"].year >= 2026
+
+
+def test_contrast_pairs_have_a_separate_export(tmp_path):
+    database = RecordDatabase(tmp_path / "data" / "charter.duckdb")
+    contrast = {"label_source": LabelSource.CONTRAST, "pairing": "contrast"}
+    database.add(make_preference("judged", "one", 0.7), make_preference("c", "one", 1.0, **contrast))
+    preference = run_command(tmp_path, "export", "preference", tmp_path / "pairs")
+    assert [row["chosen"][0]["content"] for row in lines(tmp_path / "pairs" / "data" / "train.jsonl")] == ["judged a"]
+    assert "1 (contrast pair: export contrast)" in preference
+    result = run_command(tmp_path, "export", "contrast", tmp_path / "contrast")
+    (row,) = lines(tmp_path / "contrast" / "data" / "train.jsonl")
+    assert (row["chosen"][0]["content"], row["rejected"][0]["content"], row["p_chosen"]) == ("c a", "c b", 1.0)
+    assert row["label_source"] == "CONTRAST" and "1 (label of a judge or a person: export preference)" in result
 
 
 def test_kto_leaves_out_labels_that_are_nearly_ties(tmp_path):

@@ -52,7 +52,7 @@ def run_stages(settings, capabilities=LOCAL_CAPABILITIES, text=MARKED):
         records.extend(outputs)
         return outputs
 
-    (response,) = run(make_respond_stage(settings, lambda: (model, 0)), records[0])
+    (response,) = run(make_respond_stage(settings, lambda: (model, 0), CONSTITUTION), records[0])
     judge = make_judge_stage(settings, models, CONSTITUTION)
     if settings.judge.pairing != "revision":
         assert run(judge, response)
@@ -88,8 +88,8 @@ def make_inputs(settings, records, manifests=None, constitutions=None, prices=No
     "flags",
     [{}, {"judge__preset": "bai2022-cot"}, {"judge__preset": "ensemble-k"}, {"judge__preset": "course"},
      {"critique__preset": "bai2022"}, {"critique__preset": "course", "judge__preset": "bai2022"},
-     {"critique__preset": "bai2022", "judge__pairing": "revision"}],
-    ids=["default", "reasoning", "ensemble", "course", "no-verdicts", "phrases", "revision"],
+     {"critique__preset": "bai2022", "judge__pairing": "revision"}, {"judge__pairing": "contrast"}],
+    ids=["default", "reasoning", "ensemble", "course", "no-verdicts", "phrases", "revision", "contrast"],
 )  # fmt: skip
 def test_rebuilt_prompts_are_the_requests_that_the_model_got(flags, capabilities):
     settings = make_settings(**flags)
@@ -109,7 +109,7 @@ def test_the_prompt_of_a_suite_has_the_length_of_its_suite():
     settings, model = make_settings(), ScriptedModel()
     place = SuiteItem(suite="xstest", item="1")
     prompt = make_prompt("How?", run_id=settings.run.id, split=Split.SUITE).model_copy(update={"suite_item": place})
-    ((response,),) = make_respond_stage(settings, lambda: (model, 0), {"xstest": 3})([prompt])
+    ((response,),) = make_respond_stage(settings, lambda: (model, 0), None, {"xstest": 3})([prompt])
     assert response.sampling.max_tokens == 3
     assert rebuild_prompts(response, make_inputs(settings, [prompt, response])).problem == ""
 
@@ -172,7 +172,7 @@ def test_option_log_probabilities_are_those_of_the_model():
     settings = make_settings()
     model = ScriptedModel(option_mass=0.8)
     models = RoleModels(settings, open_models={"scripted": model})
-    (outputs,) = make_respond_stage(settings, lambda: (model, 0))([make_prompt("Hi")])
+    (outputs,) = make_respond_stage(settings, lambda: (model, 0), None)([make_prompt("Hi")])
     (critiques,) = make_critique_stage(settings, models, CONSTITUTION)(outputs)
     (verdict,) = critiques[0].verdicts
     asked = RecordingModel(option_mass=0.8)

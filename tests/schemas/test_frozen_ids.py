@@ -20,6 +20,8 @@ FINGERPRINTS = {
     "demonstration": "7cefbd01-df02-1120-80ef-63d9fd099cdb",
     "template": "8f0590e4-d977-5b38-04cf-bf57a0e7612a",
     "respond": "4c26ed43-a7b7-6af8-aae9-256b36dff2b2",
+    "contrast_prompt": "9d3c6923-c550-33c8-bf55-392921d93d60",
+    "contrast": "130ee5ef-6f67-0ab6-0df0-4bb800e8cfdb",
     "critique": "2775f862-32f4-4fb2-b569-1e2920916fc7",
     "revise": "b6ca0257-8ec2-4bef-60fb-cef0fcbbde83",
     "judge": "7d3c5de5-07cb-ec3a-6a85-9c7ee61e02dd",

@@ -3,7 +3,7 @@
     minimize   E[ D( pi_ref(. | constitution, prompt, y_<t) , pi(. | prompt, y_<t) ) ]       over the tokens y_t of completions
 
 The student is the policy. It has sampled the completions y from the prompt alone. The teacher is the reference policy, and has
-the constitution in its prompt (`trainer.teacher`). For each token of a completion, the student learns the teacher's
+the constitution in its prompt (`engine.constitution_prompts`). For each token of a completion, the student learns the teacher's
 distribution of the next token. There is no reward, no judge and no label. D is the forward KL, the reverse KL, or the
 generalized Jensen-Shannon divergence (Agarwal et al. 2024, GKD, equation 1).
 
