@@ -111,7 +111,7 @@ def test_rebuilt_prompts_are_the_requests_that_the_model_got(flags, capabilities
 
 
 def test_a_rebuild_reports_no_events():
-    settings = make_settings()
+    settings = make_settings(critique__preset="bai2022")
     NOTICES.clear()
     records, _ = run_stages(settings, text=LEAKING)
     reported = NOTICES.get_counts()
