@@ -34,7 +34,7 @@ from charter.standard_streams import (
 from charter.text import to_one_line
 from engine.errors import DependencyUnreachable, is_disk_full
 from engine.progress import set_display
-from engine.stop_signals import interrupt_once
+from engine.stop_signals import interrupt_once, is_interrupted_query
 
 # Maps each section to its verbs, and each verb to the first sentence of its help. The sentences are copied here because reading
 # them from the commands would import all commands. A test compares the copies with the commands.
@@ -178,6 +178,8 @@ def _run_command() -> None:
     except ReaderClosed:
         raise
     except Exception as error:
+        if is_interrupted_query(error):
+            sys.exit(130)
         if "--traceback" in sys.argv and not isinstance(error, click.ClickException):
             raise
         what, why, fix = describe_error(error)

@@ -36,6 +36,7 @@ _POLL_INTERVAL_S = 0.2
 _MAX_SHOWN_CHARS = 2000
 _MAX_SHOWN_IDS = 5
 _TEXT_TABLES = ("prompts", "responses", "critiques", "revisions", "preferences", "demonstrations")
+_IMPORTED_TABLES = ("prompts", "preferences", "demonstrations")  # their records may have an origin
 _MESSAGES_SQL = " UNION ALL ".join(f"SELECT prompt_id, messages, source, epoch FROM raw.{table}" for table in _TEXT_TABLES)
 
 
@@ -45,7 +46,8 @@ class ErasurePlan:
 
     `prompt_ids` contains the ids of all epochs of the prompts. `prompts` has one row for each text: `messages` and `source`.
     `num_records` and `newest` have the number of records of each topic and the time of the newest one, in the database.
-    `record_ids` are the ids of these records. `origins` are the files and lines from which the prompts were read.
+    `record_ids` are the ids of these records. `origins` are the files and lines from which the prompts, labels and demonstrations
+    were read.
     """
 
     prompt_ids: list[str]
@@ -95,7 +97,8 @@ def make_erasure_plan(store: Store, identifiers: Sequence[str]) -> ErasurePlan:
         if found:
             num_records[topic], newest[topic] = len(found), created_at
             record_ids += found
-    sql = "SELECT DISTINCT origin FROM raw.prompts WHERE origin <> '' AND prompt_id IN (SELECT unnest(?::UUID[])) ORDER BY 1"
+    tables = " UNION ALL ".join(f"SELECT prompt_id, origin FROM raw.{table}" for table in _IMPORTED_TABLES)
+    sql = f"SELECT DISTINCT origin FROM ({tables}) WHERE origin <> '' AND prompt_id IN (SELECT unnest(?::UUID[])) ORDER BY 1"
     origins = [origin for (origin,) in store.query(sql, [sorted(prompt_ids)]).rows]
     return ErasurePlan(sorted(prompt_ids), prompts, num_records, newest, record_ids, origins)
 
@@ -176,7 +179,7 @@ def list_remaining_copies(settings: Settings, store: Store, bus: Bus, plan: Eras
     for prompt_ids in _find_other_prompts(store, plan):
         lines.append(f"other prompts that contain the same text: {prompt_ids}; to erase them: charter erase ID")
     if plan.origins:
-        lines.append(f"input files: {', '.join(plan.origins[:_MAX_SHOWN_IDS])}")
+        lines.append(f"input files: {_join_first(plan.origins)}")
     data = settings.folder
     if damaged := sorted(folder.name for folder in data.glob("damaged-*")):
         lines.append(f"files that charter repair moved away: {', '.join(damaged)} in {data}. Delete these folders")
@@ -233,5 +236,10 @@ def _find_other_prompts(store: Store, plan: ErasurePlan) -> Iterator[str]:
         text = prompt["messages"][-1]["content"]
         found = [prompt_id for (prompt_id,) in store.query(sql, [plan.prompt_ids, text], limit_s=_QUERY_TIMEOUT_S).rows]
         if found:
-            more = f" and {len(found) - _MAX_SHOWN_IDS} more" if len(found) > _MAX_SHOWN_IDS else ""
-            yield ", ".join(found[:_MAX_SHOWN_IDS]) + more
+            yield _join_first(found)
+
+
+def _join_first(names: Sequence[str]) -> str:
+    """Return the first names, and the number of those that are left out."""
+    more = f" and {len(names) - _MAX_SHOWN_IDS} more" if len(names) > _MAX_SHOWN_IDS else ""
+    return ", ".join(names[:_MAX_SHOWN_IDS]) + more

@@ -54,32 +54,23 @@ def claim_terminal_line() -> Iterator[None]:
             _terminal_line.release()
 
 
-class _Meter:
-    """Measures the rate and the remaining time of the current step of a WorkProgress."""
-
-    def __init__(self, progress: WorkProgress) -> None:
-        self.progress, self.step, self.start = progress, progress.step, time.monotonic()
-
-    def format(self, unit: str) -> str:
-        """Return one line, such as "publishing: 120,000 rows, 24 %, 9,000 rows/s, 42 s left"."""
-        progress, now = self.progress, time.monotonic()
-        if progress.step != self.step:
-            self.step, self.start = progress.step, now
-        elapsed, share = now - self.start, progress.get_share()
-        parts = []
-        if progress.num_done:
-            total = f" of {progress.num_total:,}" if progress.num_total else ""
-            parts.append(f"{progress.num_done:,}{total} {unit}")
-        if share is not None:
-            parts.append(f"{share:.0%}")
-        if progress.num_done and elapsed > 0:
-            rate = progress.num_done / elapsed
-            parts.append(f"{rate:,.1f} {unit}/s" if rate < 10 else f"{rate:,.0f} {unit}/s")
-        if share and elapsed > 0:
-            parts.append(f"{format_duration(elapsed * (1 - share) / share)} left")
-        else:
-            parts.append(f"{format_duration(elapsed)} so far")
-        return (f"{self.step}: " if self.step else "") + ", ".join(parts)
+def _format_progress(progress: WorkProgress, unit: str) -> str:
+    """Return a line about the current step, such as "publishing: 120,000 rows, 24 %, 9,000 rows/s, 42 s left"."""
+    elapsed, share = time.monotonic() - progress.started_at, progress.get_share()
+    parts = []
+    if progress.num_done:
+        total = f" of {progress.num_total:,}" if progress.num_total else ""
+        parts.append(f"{progress.num_done:,}{total} {unit}")
+    if share is not None:
+        parts.append(f"{share:.0%}")
+    if progress.num_done and elapsed > 0:
+        rate = progress.num_done / elapsed
+        parts.append(f"{rate:,.1f} {unit}/s" if rate < 10 else f"{rate:,.0f} {unit}/s")
+    if share and elapsed > 0:
+        parts.append(f"{format_duration(elapsed * (1 - share) / share)} left")
+    else:
+        parts.append(f"{format_duration(elapsed)} so far")
+    return (f"{progress.step}: " if progress.step else "") + ", ".join(parts)
 
 
 def format_duration(seconds: float) -> str:
@@ -92,13 +83,11 @@ def format_duration(seconds: float) -> str:
 
 
 def _print_lines(title: str, unit: str, progress: WorkProgress, done: threading.Event) -> None:
-    meter = _Meter(progress)
     while not done.wait(INTERVAL_S):
-        print_progress(f"{title}: {meter.format(unit)}", logging.INFO)
+        print_progress(f"{title}: {_format_progress(progress, unit)}", logging.INFO)
 
 
 def _show_on_terminal(title: str, unit: str, progress: WorkProgress, done: threading.Event) -> None:
-    meter = _Meter(progress)
     if done.wait(DELAY_S):
         return
     from rich.console import Console
@@ -112,7 +101,7 @@ def _show_on_terminal(title: str, unit: str, progress: WorkProgress, done: threa
         task = display.add_task(title, total=None)
         while True:
             share = progress.get_share()
-            description = f"{title}: {meter.format(unit)}"
+            description = f"{title}: {_format_progress(progress, unit)}"
             display.update(task, description=description, total=None if share is None else 1.0, completed=share or 0.0)
             if done.wait(_TERMINAL_INTERVAL_S):
                 return

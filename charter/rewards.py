@@ -19,6 +19,7 @@ from engine.errors import UsageError
 from engine.pairing import COMPLETIONS_PAIRING, name_pairing
 from engine.settings import JUDGE, RewardTerm, Settings, parse_rewards
 from engine.store import Store
+from engine.text import format_count
 from schemas.records import ChatMessage
 from trainer.methods import RL_METHODS, require_enough_completions
 
@@ -112,7 +113,10 @@ def _require_good_principles(settings: Settings, store: Store) -> None:
             f"the constitution {settings.run.constitution} has no cases, and people have labeled no pairs",
             f"label pairs (charter label), or use another reward; {force}",
         )
-    print_progress(f"measuring the grader principles on {len(pairs)} pairs, before its grades reward the policy", logging.INFO)
+    print_progress(
+        f"measuring the grader principles on {format_count(len(pairs), 'pairs')}, before its grades reward the policy",
+        logging.INFO,
+    )
     every = settings.model_copy(update={"grade": settings.grade.model_copy(update={"num_principles": 0})})
     models = RoleModels(every)
     try:

@@ -35,6 +35,7 @@ from engine.models.interface import (
     ModelCapabilities,
     OptionScores,
 )
+from engine.notices import NOTICES
 from engine.settings import Settings
 from engine.store import QueryFunction
 from schemas import ids
@@ -182,10 +183,11 @@ def rebuild_prompts(record: Record, inputs: StageInputs) -> SentPrompts:
     parent = inputs.records.get(record.parent_ids[0]) if record.parent_ids else None
     result = SentPrompts(problem=_find_missing_input(record, parent, manifests, inputs))
     if parent is not None and not result.problem:
-        for manifest in manifests:
-            result = _rebuild_with_manifest(record, parent, manifest, inputs)
-            if not result.problem:
-                break
+        with NOTICES.mute():  # the stage has reported its events when it made the record
+            for manifest in manifests:
+                result = _rebuild_with_manifest(record, parent, manifest, inputs)
+                if not result.problem:
+                    break
     price = _find_price(record, manifests, inputs.prices)
     return replace(result, cost=price.compute_cost(record.prompt_tokens, record.completion_tokens) if price else None)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charter.connect import connect_bus, open_store
+from charter.connect import connect_bus, open_store, require_log
 from charter.console import print_progress
 from charter.evaluation.held_out_judge import make_reward_hacking_monitor
 from charter.label_quality import make_label_check, read_verdict
@@ -40,6 +40,8 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
     Otherwise make one update, of `phase` or of the next phase that is ready. If `wait` is true, wait at the start for a
     dependency that is unreachable or full. If `force` is true, RL trains on labels of any quality.
     """
+    if not loop:
+        require_log(settings)  # a loop may start before the first records exist
     reporter = MetricsReporter(settings)
     bus, trainer = start_when_ready(partial(_open_trainer, settings, reporter, loop, force, phase), wait=wait)
     closing = start_metrics_server(settings, make_trainer_collector(reporter.latest_metrics, reporter.step_counts))

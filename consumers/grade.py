@@ -1,6 +1,6 @@
 """The grade stage: grade responses with one or more graders (consumers/graders/).
 
-A Grade is a record of its own, so any number of graders can grade the same responses, at any time, also in a replay. The grader
+A Grade is a separate record, so any number of graders can grade the same responses, at any time, also in a replay. The grader
 and its version are part of the record id.
 """
 

@@ -6,7 +6,8 @@ the text has it in common with the conversation or the previous response. The re
 `leak_stats` counts them for each template:
 
 quotation mark   lines begin with `> `; removed
-role name        the text begins with `Assistant:` or `New answer:`; removed
+role name        the text begins with `Assistant:`, `New answer:`, or, in a critique, `Critique:`; removed
+preamble         the text begins with `Here is the revised answer:`; removed
 heading          a later line is a heading of the template, such as `Human:` or `A critic says:`
 instruction      half of the words, or ten words in a row, are from the instruction
 critique         half of the words, or 25 words in a row, are from the critique; a text that the critique quotes is not counted
@@ -31,11 +32,23 @@ _MAX_COPIED_CRITIQUE_FRACTION = 0.8  # a critique names the problem in the words
 _MAX_INSTRUCTION_RUN = 10
 _MAX_CRITIQUE_RUN = 25
 _QUOTE_MARK = re.compile(r"[ \t]*>[ \t]?")
+_REVISED = "(?:new|revised|rewritten|updated|improved|corrected)"
 _ROLE_NAME = re.compile(
-    r"\s*[*_#\"]*(?:Assistant|(?:The |Your |My )?(?:New|Revised|Rewritten) (?:answer|response))[*_]*:[*_\"]*\s*", re.IGNORECASE
+    rf"\s*[*_#\"]*(?:Assistant|(?:The |Your |My )?{_REVISED} (?:answer|response)|Revision|Rewrite)[*_]*:[*_\"]*\s*"
+    rf"|\s*(?:\#+[ \t]*|\*\*){_REVISED} (?:answer|response)(?:\*\*)?[ \t]*\n\s*",  # a heading
+    re.IGNORECASE,
 )
+_CRITIQUE_NAME = re.compile(r"\s*[*_#\"]*Critique[*_]*:[*_\"]*\s*", re.IGNORECASE)
+# "Sure! Here is the revised answer:" The text after it may be in quotation marks.
+_PREAMBLE = re.compile(
+    r"\s*(?:(?:Sure|Certainly|Of course|Absolutely|Okay)[!,.]?\s+)?[*_\"]*Here(?:'s|’s| is) (?:the|a|my|your|an) "
+    rf"{_REVISED} (?:version of (?:the|my|your) (?:(?:last|previous|original) )?)?(?:answer|response)"
+    r"(?:,? (?:that|which|with|without|of the assistant)\b[^\n:]{0,80})?:[*_\"]*\s*",
+    re.IGNORECASE,
+)
+_QUOTED_TEXT = re.compile(r"\s*(?:\"([^\"]+)\"|“([^“”]+)”)\s*")
 _HEADING = re.compile(
-    r"^[ \t>*_#]*(?:(?:Human|Assistant|A critic says|New answer|A conversation|Two possible answers)[*_]*:|An example\.[ \t]*$)",
+    r"^[ \t>*_#]*(?:(?:Human|Assistant|Critique|A critic says|New answer|A conversation|Two possible answers)[*_]*:|An example\.[ \t]*$)",
     re.MULTILINE,
 )
 _QUOTED_WORDS = re.compile(r"[\"“][^\"“”]+[\"”]|^[ \t]*>.*$", re.MULTILINE)
@@ -82,7 +95,7 @@ def measure_copying(text: str, source: str, allowed: set[tuple[str, ...]]) -> tu
 
 
 def strip_formatting(text: str) -> CheckedText:
-    """Remove quotation marks and role names before the text. Quotations inside a text are kept."""
+    """Remove quotation marks, role names and preambles before the text. Quotations inside a text are kept."""
     leaks, stripped = set(), text.strip()
     while True:
         lines, before = stripped.split("\n"), stripped
@@ -91,6 +104,11 @@ def strip_formatting(text: str) -> CheckedText:
             stripped = "\n".join(
                 _QUOTE_MARK.sub("", line, count=1) if _QUOTE_MARK.match(line) else line for line in lines
             ).strip()
+        if match := _PREAMBLE.match(stripped):
+            leaks.add("preamble")
+            stripped = stripped[match.end() :]
+            if quoted := _QUOTED_TEXT.fullmatch(stripped):
+                stripped = quoted[1] or quoted[2]
         if match := _ROLE_NAME.match(stripped):
             leaks.add("role name")
             stripped = stripped[match.end() :]
@@ -125,7 +143,10 @@ def check_critique(
     text: str, messages: Sequence[ChatMessage], response: str, critique_prompt: str, examples: Sequence[FewShotExample]
 ) -> CheckedText:
     """Check a critique against everything that its prompt contained. A critique may quote the response."""
-    checked = _check_frame(text, messages, response)
+    name = _CRITIQUE_NAME.match(text)
+    checked = _check_frame(text[name.end() :] if name else text, messages, response)
+    if name:
+        checked = checked.add_leak("role name")
     allowed = _extract_allowed_ngrams(messages, response)
     for part, source, reason in (
         ("instruction", f"{critique_prompt} {templates.CRITIQUE_INSTRUCTION}", RejectionReason.LEAK),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("charter.notices")
 
@@ -24,9 +26,12 @@ class Notices:
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
+        self._thread = threading.local()
 
     def report(self, kind: str, value: str, message: str, count: int = 1) -> None:
         """Count `count` events. If the value is new, log the message as a warning."""
+        if getattr(self._thread, "is_muted", False):
+            return
         key = (kind, value[:_MAX_VALUE_LENGTH])
         with self._lock:
             num_values = sum(known_kind == kind for known_kind, _ in self._counts)
@@ -36,6 +41,15 @@ class Notices:
             self._counts[key] += count
         if is_new:
             logger.warning("%s (further cases are only counted: charter_notices_total, kind %s)", message, kind)
+
+    @contextmanager
+    def mute(self) -> Iterator[None]:
+        """Ignore events of this thread in the block, because they repeat events of stored records."""
+        self._thread.is_muted = True
+        try:
+            yield
+        finally:
+            self._thread.is_muted = False
 
     def get_counts(self) -> dict[tuple[str, str], int]:
         """Return the number of events by kind and value."""

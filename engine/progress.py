@@ -6,9 +6,10 @@ display of such work. Without a display, for example in a notebook, nothing is s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,17 +18,19 @@ class WorkProgress:
 
     `step` names what the work does now. `num_done` counts the finished items of this step, and `num_total` is the number of all
     its items, or None if that is unknown. `share` is the finished part from 0 to 1, if the work knows it in another way, such as
-    from the size of a file.
+    from the size of a file. `started_at` is the monotonic time at which the step began.
     """
 
     step: str = ""
     num_done: int = 0
     num_total: int | None = None
     share: float | None = None
+    started_at: float = field(default_factory=time.monotonic)
 
     def start_step(self, step: str, num_total: int | None = None) -> None:
         """Begin the next step, and count its items from 0."""
         self.step, self.num_done, self.num_total, self.share = step, 0, num_total, None
+        self.started_at = time.monotonic()
 
     def get_share(self) -> float | None:
         """Return the finished part of this step from 0 to 1, or None if it is unknown."""

@@ -90,8 +90,8 @@ SELECT run_id, stage, constitution, principle_id, pairing, asked,
        CASE WHEN NOT isnan(length_correlation) THEN length_correlation END AS length_correlation
 FROM summed;
 
--- Leaks: how often a model repeated a part of its prompt, by stage, model and template. `part` is 'quotation mark' or 'role name'
--- (removed from the text), 'instruction', 'critique', 'example', 'heading' or 'conversation' (the text is unusable), or 'any'.
+-- Leaks: how often a model repeated a part of its prompt, by stage, model and template. `part` is 'quotation mark', 'role name' or
+-- 'preamble' (removed from the text), 'instruction', 'critique', 'example', 'heading' or 'conversation' (the text is unusable), or 'any'.
 CREATE OR REPLACE VIEW leak_stats AS
 WITH written AS (
     SELECT run_id, stage, model.id AS model, template_hash, leaks FROM critiques WHERE critique <> '' OR len(leaks) > 0

@@ -34,6 +34,11 @@ def interrupt_once() -> None:
         signal.signal(signal.SIGINT, raise_interrupt)
 
 
+def is_interrupted_query(error: BaseException) -> bool:
+    """Return whether an error is Ctrl-C during a query. DuckDB then raises RuntimeError instead of KeyboardInterrupt."""
+    return type(error) is RuntimeError and str(error) == "Query interrupted"
+
+
 def stop_on_signals(on_stop: Callable[[], None] = lambda: None) -> threading.Event:
     """Return an event that SIGINT and SIGTERM set. Call this function in the main thread.
 

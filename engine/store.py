@@ -82,14 +82,16 @@ class Store:
 
         Raise the same errors as `query`. After a failed statement the session can still be used.
         """
+        missing = UsageError(
+            f"there is no database at {self.path} yet",
+            "the sink creates the database when the first records arrive",
+            "type: charter demo    or: charter produce FILE, then charter run",
+        )
         if not self.path.exists():
-            raise UsageError(
-                f"there is no database at {self.path} yet",
-                "the sink creates the database when the first records arrive",
-                "type: charter demo    or: charter produce FILE, then charter run",
-            )
+            raise missing
         with self.access_lock.read_lock(lock_timeout_s), open_connection(self.path, read_only=True) as connection:
-            check_format_version(connection, self.path)
+            if not check_format_version(connection, self.path):
+                raise missing  # the process that created the file was stopped before it created the tables
             _disable_external_access(connection)
             deadline = time.monotonic() + limit_s
 
@@ -302,11 +304,14 @@ def _is_empty_database(connection: duckdb.DuckDBPyConnection) -> bool:
     return connection.execute("SELECT count(*) FROM information_schema.tables").fetchall() == [(0,)]
 
 
-def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Raise DataFolderVersionMismatch if the database is not empty and its format is not the current format."""
+def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
+    """Return whether the database has a format, and false if it is empty.
+
+    Raise DataFolderVersionMismatch if the database is not empty and its format is not the current format.
+    """
     version = read_format_version(connection)
     if version == FORMAT_VERSION or (version is None and _is_empty_database(connection)):
-        return
+        return version is not None
     raise DataFolderVersionMismatch(
         f"{path} was created by another version of Charter (format {version or 'unknown'}, expected {FORMAT_VERSION})",
         "this version could damage the file",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SINGULAR_VERBS = {"are": "is", "were": "was", "belong": "belongs"}
+_SINGULAR_VERBS = {"are": "is", "were": "was", "have": "has", "belong": "belongs", "wait": "waits", "prefer": "prefers"}
 _SINGULAR_ENDINGS = {"ies": "y", "sses": "ss", "ches": "ch"}  # of nouns; otherwise only the s is removed
 
 

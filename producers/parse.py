@@ -74,6 +74,11 @@ PROMPT_PART_COLUMNS = frozenset((
     "context", "contexts", "document", "documents", "passage", "passages", "article", "background", "persona", "question", "query",
     "few_shot", "few_shot_examples", "dialogue", "dialog", "chat", "turns", "chat_history", "conversation_history", "transcript",
 ))  # fmt: skip
+# Other names of the system message. `system` and its aliases are read under their exact names only.
+_SYSTEM_LIKE_COLUMNS = frozenset((
+    "system", *_SYSTEM_ALIASES, "system_instructions", "system_text", "system_content", "system_role", "sys", "sys_prompt",
+    "sys_message", "developer", "developer_message", "developer_prompt", "preamble", "instructions",
+))  # fmt: skip
 # The scores of the two responses under the names of public files. They must not contradict the label.
 _SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
@@ -106,6 +111,12 @@ _RENDERED_PROMPT_END = re.compile(
     r"|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|<\|start_of_role\|>assistant<\|end_of_role\|>|<\|start\|>assistant"
     r"|\[/INST\]|### ?(?:Response|Assistant):|\bASSISTANT:|(?:\A|\n)[ \t]*Assistant:)\Z"
 )
+# The beginning of a text that a chat template has rendered: the header of a message.
+_RENDERED_START = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|\[gMASK\](?:<sop>)?|<｜begin▁of▁sentence｜>|<BOS_TOKEN>)?\s*"
+    r"(?:<\|im_start\|>(?:system|user|assistant)|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[INST\]|<｜(?:User|Assistant)｜>"
+    r"|<\|(?:system|user|assistant)\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|<\|start\|>(?:system|developer|user|assistant))"
+)
 _RENDERED_RESPONSE_END = re.compile(
     r"(?:<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|end|return|eot|eos)\|>"
     r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|<end_of_utterance>|<eos>|</s>)\Z"
@@ -114,6 +125,15 @@ _MAX_END_CHARS = 80  # the ends of rendered texts are shorter
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_NAMES = 12  # column names in an error message
 _MIN_ECHO_CHARS = 20  # shorter prompts, such as a greeting, also begin a real response
+
+
+def is_prompt_part(name: str) -> bool:
+    """Return whether a column that is not read may be a part of the prompt. Case and separators do not matter."""
+    return _normalize_name(name) in PROMPT_PART_COLUMNS | _SYSTEM_LIKE_COLUMNS
+
+
+def _normalize_name(name: str) -> str:
+    return re.sub(r"[\s.-]+", "_", name.strip().lower())
 
 
 class RowError(ValueError):
@@ -229,6 +249,17 @@ ROW_PARSERS = {"prompts": parse_prompt, "preferences": parse_preference, "demons
 # Fields
 
 
+def _reject_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object. Raise RowError if it has one name twice, because Python would keep only the last value."""
+    if len(value := dict(pairs)) < len(pairs):
+        repeated = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        raise RowError(f'an object has the name "{repeated}" twice')
+    return value
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_reject_repeated_names)
+
+
 def decode_row(row: bytes | dict[str, Any] | RowError, *, keep_null: bool = False) -> dict[str, Any]:
     """Return the fields of a row, by default without null fields. Columnar formats write null for an absent field.
 
@@ -246,7 +277,9 @@ def decode_row(row: bytes | dict[str, Any] | RowError, *, keep_null: bool = Fals
 
 def _parse_json(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return JSON_DECODER.decode(line.decode("utf-8"))
+    except RowError:
+        raise
     except UnicodeDecodeError as error:
         raise RowError(f"byte {error.start + 1} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -361,13 +394,15 @@ class _Fields:
 
     def _require_whole_prompt(self, messages: Sequence[ChatMessage]) -> None:
         """Raise RowError if a column that is not read may be a part of the prompt, and the dialogue does not contain its text."""
-        for name in sorted(PROMPT_PART_COLUMNS & self.values.keys()):
+        for name in sorted(name for name in self._unread & self.values.keys() if is_prompt_part(name)):
             value = self.values[name]
             text = value.strip() if isinstance(value, str) else None
             if text is None and not (isinstance(value, list | dict) and value):
                 continue  # a number, or an empty list
             if text is None or not any(text in message.content for message in messages):
                 join = "--column instruction=NAME to join it with the question, or " if name == "context" else ""
+                if _normalize_name(name) in _SYSTEM_LIKE_COLUMNS:
+                    join = f"--column system={name} to read it as the system message, or "
                 raise RowError(
                     f'"{name}" may be a part of the prompt; give {join}--column {name}= to publish the rows without it'
                 )
@@ -540,6 +575,10 @@ def _is_transcript(text: str) -> bool:
         return True
     if start:
         raise RowError(f'begins with "{start[1]}:" and has only one message; write it as a list of messages')
+    if start := _RENDERED_START.match(text):
+        raise RowError(
+            f"begins with {start[0].strip()}, the header of a message; write the dialogue as a list of messages, without a chat template"
+        )
     if _RENDERED_PROMPT_END.search(text.rstrip()[-_MAX_END_CHARS:]):
         raise RowError("ends with the header of a response; write the dialogue as a list of messages, without a chat template")
     return False
@@ -623,6 +662,8 @@ def _check_response(dialogue: _Dialogue) -> str:
         raise RowError(f'"{dialogue.excluded_by}" excludes the response of {name} from training: it is not 1 or true')
     if mark := _TOOL_MARK.search(text):
         raise RowError(f"{name} contains {mark[0].strip()}, the mark of a tool; tools are not supported")
+    if start := _RENDERED_START.match(text):
+        raise RowError(f"{name} begins with {start[0].strip()}, the header of a message in a chat template")
     if (end := _RENDERED_RESPONSE_END.search(text.rstrip()[-_MAX_END_CHARS:])) and not ("</s>" in end[0] and "<s>" in text):
         raise RowError(f"{name} ends with {end[0]}, the end token of a chat template")
     return reject_surrogates(text)

@@ -23,12 +23,20 @@ from typing import IO, Any, Protocol
 
 from engine.errors import UsageError
 from engine.progress import WorkProgress
-from producers.parse import NO_COLUMNS, ROW_COLUMNS, TEXT_COLUMNS, UNREAD, RowError
+from producers.parse import JSON_DECODER, NO_COLUMNS, ROW_COLUMNS, TEXT_COLUMNS, UNREAD, RowError, is_prompt_part
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 _BATCH_SIZE = 500
 _GZIP_MAGIC, _PARQUET_MAGIC, _ARROW_FILE_MAGIC, _ARROW_STREAM_MAGIC = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _UTF16_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_UNSUPPORTED_MAGIC = {
+    b"PK\x03\x04": ("a ZIP archive or an Excel file", "unpack it, or save the sheet as CSV"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "type: zstd -d FILE"),
+    b"BZh": ("compressed with bzip2", "type: bunzip2 FILE"),
+    b"\xfd7zXZ": ("compressed with xz", "type: unxz FILE"),
+    b"SQLite": ("an SQLite database", "write its rows as JSON lines"),
+    b"\x89HDF": ("an HDF5 file", "write its rows as JSON lines"),
+}
 _CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DATA_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", *_CSV_DELIMITERS, *(f"{name}.gz" for name in _CSV_DELIMITERS))
 _ARRAY_CHUNK_CHARS = 64 * 1024
@@ -162,7 +170,7 @@ def _read_csv_rows(path: Path, stream: IO[bytes], delimiter: str, columns: Mappi
 
 def _read_json_array(stream: IO[bytes]) -> Iterator[RawRow]:
     """Yield the elements of a JSON array without reading the whole array into memory."""
-    text, decoder = io.TextIOWrapper(stream, encoding="utf-8-sig"), json.JSONDecoder()
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     buffer, state = "", "start"  # then "element" and "separator" in turn, and "end"
     try:
         while chunk := text.read(_ARRAY_CHUNK_CHARS):
@@ -170,10 +178,10 @@ def _read_json_array(stream: IO[bytes]) -> Iterator[RawRow]:
             while buffer:
                 if state == "element" and buffer[0] != "]":
                     try:
-                        value, end = decoder.raw_decode(buffer)
+                        value, end = _decode_element(buffer)
                     except json.JSONDecodeError:
                         break  # the element ends in a later chunk
-                    yield value if isinstance(value, dict) else json.dumps(value).encode()
+                    yield value if isinstance(value, dict | RowError) else json.dumps(value).encode()
                     state = "separator"
                 elif (state, buffer[0]) in _NEXT_ARRAY_STATES:
                     state, end = _NEXT_ARRAY_STATES[state, buffer[0]], 1
@@ -187,6 +195,14 @@ def _read_json_array(stream: IO[bytes]) -> Iterator[RawRow]:
             yield RowError(f"not JSON from here on, or an element longer than {MAX_LINE_BYTES} characters")
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield RowError(f"the JSON array cannot be read from here on: {error}")
+
+
+def _decode_element(text: str) -> tuple[Any, int]:
+    """Return the value that begins a text, or a RowError if it cannot be a row, and the end of the value."""
+    try:
+        return JSON_DECODER.raw_decode(text)
+    except RowError as error:
+        return error, json.JSONDecoder().raw_decode(text)[1]
 
 
 def _read_parquet_rows(
@@ -263,9 +279,17 @@ def _check_columns(path: Path, names: Sequence[str], columns: Mapping[str, str])
         raise MissingColumn(
             f"{path} has no column {missing[0]!r}", f"its columns are: {header}", "give --column with one of them"
         )
-    known = [name for name in names if name in wanted or (name in ROW_COLUMNS and name not in columns)]
+    known = [
+        name for name in names if name in wanted or ((name in ROW_COLUMNS or is_prompt_part(name)) and name not in columns)
+    ]
     if len(set(known)) != len(known):
         raise UsageError(f"{path} has two columns of one name", f"its columns are: {header}", "rename one of the columns")
+    if len(names) == 1 and ";" in header:
+        raise UsageError(
+            f"the fields of {path} are separated by semicolons",
+            f"its header is: {header}",
+            "separate the fields by commas (RFC 4180)",
+        )
     if not any(name in wanted or name in TEXT_COLUMNS for name in known):
         raise UsageError(
             f"{path} has no column with a prompt or a response",
@@ -330,7 +354,7 @@ def compute_content_hash(path: str) -> str:
 def _compute_file_hash(path: Path) -> str:
     try:
         with path.open("rb") as stream:
-            start = stream.read(2)
+            start = stream.read(6)
             stream.seek(0)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -339,8 +363,11 @@ def _compute_file_hash(path: Path) -> str:
             error.strerror or str(error),
             "give a file of JSON, CSV, Parquet or Arrow, the folder of a saved data set, or - for standard input",
         ) from error
-    if start in _UTF16_MARKS:
-        encoding = _UTF16_MARKS[start]
+    for magic, (what, fix) in _UNSUPPORTED_MAGIC.items():
+        if start.startswith(magic):
+            formats = "JSON lines, JSON arrays, CSV (also with gzip), Parquet and Arrow"
+            raise UsageError(f"{path} is {what}", f"Charter reads {formats}", fix.replace("FILE", str(path)))
+    if encoding := _UTF16_MARKS.get(start[:2]):
         raise UsageError(
             f"{path} is {encoding}, not UTF-8",
             "text must be UTF-8",

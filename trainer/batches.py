@@ -32,6 +32,7 @@ from typing import Any
 from engine.errors import CharterError
 from engine.settings import REWARD_MODEL, RewardTerm, TrainSettings, parse_mixture, parse_rewards
 from engine.store import Store
+from engine.text import format_count
 from schemas import ids
 from schemas.records import BatchManifest, ChatMessage, DroppedRollout
 from trainer.consumed import ALL_SOURCES, QUERY_TIMEOUT_S, ConsumedRows, find_consumed_rows
@@ -628,7 +629,7 @@ def rebuild_batch(store: Store, manifest: BatchManifest) -> Batch:
     if compute_content_hash([*rows, *sl_rows]) != manifest.content_hash:
         raise CharterError(
             f"batch {manifest.batch_number} ({manifest.phase}) cannot be rebuilt",
-            f"{len(missing)} of its {len(manifest.record_ids)} rows are not in {store.path}"
+            f"{len(missing)} of its {format_count(len(manifest.record_ids), 'rows')} {'is' if len(missing) == 1 else 'are'} not in {store.path}"
             if missing
             else f"its rows in {store.path} have changed since it was sampled",
             "use the database that the batch was sampled from. Erased rows cannot be restored",

@@ -40,6 +40,7 @@ from engine.pacing import TrainingLoopLease
 from engine.policy import get_parent_version, get_weights_version, index_policies, make_pause, make_restore_update
 from engine.settings import Settings
 from engine.store import Store
+from engine.text import format_count
 from schemas import ids
 from schemas.records import Allowance, BatchManifest, Incident, PolicyUpdate, Record
 from trainer.batches import RowRef, compute_exact_mixture_size, get_mixture, get_row_threshold
@@ -364,7 +365,9 @@ class Trainer:
             return True
         if num_waiting and not self.ignores_waiting_groups:
             missing = ", ".join(self.updater.groups.missing or {})
-            self.notify(f"{self.rl_phase}: {num_waiting} completions have no grades of {missing}. SFT no longer waits for them")
+            self.notify(
+                f"{self.rl_phase}: {format_count(num_waiting, 'completions', 'have')} no grades of {missing}. SFT no longer waits for them"
+            )
         self.ignores_waiting_groups = num_waiting > 0
         if not self.rl_method.uses_rollouts:
             return False

@@ -38,6 +38,7 @@ from engine.commit_history import read_commit_history
 from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, UsageError, WriterFenced
 from engine.settings import JUDGE, Settings, parse_rewards
 from engine.store import Store
+from engine.text import format_count
 from schemas import ids
 from schemas.records import Allowance, BatchManifest, DroppedRollout, Incident, Metric, ModelRef, PolicyKind, PolicyUpdate
 from trainer.batches import (
@@ -136,10 +137,10 @@ class Updater:
                 why = "no row has arrived, or all rows were already used for training"
                 if uses_rollouts(phase) and self.dropped_ids:
                     sql = "select reason, count(*) from dropped_rollouts group by 1"
-                    why = f"{len(self.dropped_ids)} rollouts can no longer be used. For the reasons, type: charter sql '{sql}'"
+                    why = f"{format_count(len(self.dropped_ids), 'rollouts')} can no longer be used. For the reasons, type: charter sql '{sql}'"
                 elif uses_groups(phase) and self.groups.waiting:
                     sources = ", ".join(self.groups.missing or {})
-                    why = f"{len(self.groups.waiting)} groups wait for {sources} (train.rewards)"
+                    why = f"{format_count(len(self.groups.waiting), 'groups', 'wait')} for {sources} (train.rewards)"
                 raise UsageError(f"there is nothing new for {phase} to train on", why, "type: charter status")
             batch = self.sample_batch(phase, rows, state)
         return self.finish_or_void_batch(batch, state, timer)
@@ -174,7 +175,7 @@ class Updater:
         """
         num_erased = self.store.query("SELECT count(*) FROM erasures").rows[0][0]
         if num_erased and (num_missing := count_missing_rows(self.store, manifest)):
-            return f"{num_missing} of its rows are no longer in the database; {num_erased} prompts were erased"
+            return f"{format_count(num_missing, 'rows', 'are')} no longer in the database; {format_count(num_erased, 'prompts', 'were')} erased"
         max_age_s = self.settings.train.max_age_s
         if uses_rollouts(manifest.phase) and max_age_s and self.load_finished_checkpoint(manifest) is None:
             sql = "SELECT created_at, policy_version FROM responses WHERE record_id IN (SELECT unnest(?::UUID[]))"

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from charter.connect import connect_bus
+from charter.connect import connect_existing_bus
 from charter.console import common_options
 from charter.models import RoleModels
 from charter.policies import get_verified_folder, parse_policy_version
@@ -105,7 +105,7 @@ def _print_response(version: int, generation: Generation, as_json: bool) -> None
 
 def _load_policy(settings: Settings, version: str) -> tuple[int, Model]:
     """Load a policy. Return its version number and its model."""
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     updates = read_policy_updates(bus)
     bus.close()
     number = parse_policy_version(version, updates)

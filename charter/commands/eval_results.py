@@ -24,6 +24,7 @@ from charter.evaluation.results import (
     resolve_policies,
 )
 from engine.settings import Settings
+from engine.text import format_count
 
 _QUERY_LIMIT_S = 30.0
 _SHOW_COLUMNS = [
@@ -136,4 +137,6 @@ def _report_unpaired(rows: Sequence[ComparisonRow], versions: Sequence[int]) -> 
     whole = [row for row in rows if not row.is_part]
     for policy, count in zip(versions, (sum(r.only_a for r in whole), sum(r.only_b for r in whole)), strict=True):
         if count:
-            print_progress(f"{count:,} prompts of policy {policy} are not compared, because the other policy did not get them")
+            print_progress(
+                f"policy {policy}: {format_count(count, 'prompts', 'are')} not compared, because the other policy did not get them"
+            )

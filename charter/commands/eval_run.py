@@ -17,6 +17,7 @@ from charter.evaluation.suites import SHIPPED, SUITES
 from charter.startup import start_when_ready, wait_option
 from engine.errors import UsageError
 from engine.settings import Settings
+from engine.text import format_count
 
 _COLUMNS = ("policy", "suite", "subset", "transform", "prompts", "completions", "truncated", "labels")
 
@@ -122,7 +123,7 @@ def run(settings: Settings, origins: dict[str, str], output: str, wait: bool, **
 def _print_result(result: EvaluationResult, output: str) -> None:
     for suite, count in result.num_trained.items():
         print_progress(
-            f"{count:,} prompts of the suite {suite} are also training prompts of this log: their results are not of new prompts"
+            f"suite {suite}: {format_count(count, 'prompts', 'are')} also training prompts of this log, so their results are not of new prompts"
         )
     if result.num_dead_letters:
         print_progress(

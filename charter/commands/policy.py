@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from charter.connect import connect_bus, connect_existing_bus
+from charter.connect import connect_existing_bus
 from charter.console import common_options, output_options, print_rows
 from charter.policies import LATEST_POLICY, get_verified_folder, parse_policy_version
 from engine.bus.port import Bus
@@ -123,7 +123,7 @@ def use(settings: Settings, version: int, reason: str) -> None:
       charter policy use 3
       charter policy use 0 --reason "restart from the base model"
     """
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     click.echo(_restore_policy(settings, bus, version, reason))
     bus.close()
 
@@ -140,7 +140,7 @@ def rollback(settings: Settings, reason: str, pause: bool) -> None:
       charter policy rollback
       charter policy rollback --pause --reason "the responses flatter the user"
     """
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     if pause:
         phase = settings.train.rl_method
         bus.publish([to_producer_record(make_pause(phase, reason or "rolled back", run_id=settings.run.id))])
@@ -224,7 +224,7 @@ def resume_phases(settings: Settings, phases: tuple[str, ...], reason: str) -> N
 def _publish_pauses(settings: Settings, named: Sequence[str], reason: str, *, paused: bool) -> None:
     """Pause or resume the named phases, or all phases if none is named. Print what has changed, and what has not."""
     phases = named or PHASES
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     paused_phases = read_paused_phases(bus)
     changed = [phase for phase in phases if (phase in paused_phases) != paused]
     unchanged = [phase for phase in phases if phase not in changed]
@@ -258,7 +258,7 @@ def export(settings: Settings, version: str, folder: Path) -> None:
     """
     if folder.exists():
         raise UsageError(f"{folder} already exists", "an export never overwrites a folder", "give the name of a new folder")
-    bus = connect_bus(settings)
+    bus = connect_existing_bus(settings)
     updates = read_policy_updates(bus)
     bus.close()
     number = parse_policy_version(version, updates)

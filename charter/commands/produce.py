@@ -28,7 +28,7 @@ from producers.files import (
     make_row_metadata,
     parse_row,
 )
-from producers.parse import COLUMN_NAMES, PROMPT_PART_COLUMNS, PromptRow, RowError
+from producers.parse import COLUMN_NAMES, PROMPT_PART_COLUMNS, PromptRow, RowError, is_prompt_part
 from producers.rows import compute_content_hash, read_rows
 from schemas.records import Record
 from trainer.methods import get_rl_fraction
@@ -47,7 +47,8 @@ def _parse_columns(context: click.Context, parameter: click.Parameter, values: t
     for value in values:
         name, equals, source = value.partition("=")
         # A column that is only checked can be ignored (question=), but it has no meaning that another column could have.
-        if not equals or name not in COLUMN_NAMES or (source and name in PROMPT_PART_COLUMNS):
+        is_known = name in COLUMN_NAMES - PROMPT_PART_COLUMNS if source else name in COLUMN_NAMES or is_prompt_part(name)
+        if not equals or not is_known:
             names = ", ".join(sorted(COLUMN_NAMES - PROMPT_PART_COLUMNS))
             raise click.BadParameter(f"{value!r} is not NAME=COLUMN, where NAME is one of {names}", context, parameter)
         if name in columns:

@@ -163,7 +163,8 @@ def _run_until_done(settings: Settings, bus: Bus, host: Host, store: Store | Non
             if poll % _REPORT_INTERVAL_POLLS == 0:
                 check.update_progress(progress, sum(worker.num_committed for worker in host.workers))
             if poll % _DONE_CHECK_INTERVAL_POLLS == 0 and check.is_done():
-                print_progress(f"all work is done; records finished by this process: {_format_committed(host)}")
+                finished = _format_committed(host)
+                print_progress("all work is done" + (f"; records finished by this process: {finished}" if finished else ""))
                 if store:
                     print_progress(str(read_verdict(store, settings.label_quality)))
                 return

@@ -23,6 +23,7 @@ from charter.dashboard import charts, pipeline_diagram
 from charter.dashboard.training_view import select_main_metrics
 from charter.text import replace_invisible
 from engine.errors import CharterError
+from engine.text import format_count
 
 _MAX_TEXT_LENGTH = 20_000  # maximum characters of one text on a page; the JSON version has the whole text
 _MAX_DIFF_WORDS = 2_000  # maximum words of each text; the run time of difflib is quadratic
@@ -146,6 +147,7 @@ def create_template_environment() -> Environment:
     )
     environment.filters |= {
         "escape_text": escape_text,
+        "format_count": format_count,
         "format_number": _format_number,
         "format_percent": _format_percent,
         "format_duration": _format_duration,

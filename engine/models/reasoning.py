@@ -6,7 +6,7 @@ compared, trained on or exported. There are three kinds of marks:
 * a server puts the reasoning into its own field of the message (`reasoning_content`, `reasoning`, `thinking`,
   `reasoning_details`), or into parts of the content with the type `thinking`;
 * the text contains marks: `<think>...</think>` and similar tags, `[THINK]...[/THINK]`, the channels of gpt-oss (harmony), and the
-  marks of Cohere, Seed, Kimi-VL, MedGemma and Gemma 4, and the sections of Granite;
+  marks of Cohere, Seed, Kimi-VL, MedGemma and Gemma 4, the sections of Granite and those of Open WebUI;
 * the chat template has written the opening mark, so that the text has only the closing mark.
 
 Reasoning is separated only where it begins the text. Up to `_MAX_OPENING_WORDS` words may precede it (`Okay. <think>`); they
@@ -31,7 +31,8 @@ from engine.models.interface import Generation
 from engine.notices import NOTICES
 
 _TAG_NAME = (
-    r"(?i:(?:[a-z]{1,16}[:_])?(?:think|thinks|thinking|thoughts?|reasoning|reflection|scratchpad|monologue|deepthink|cot))"
+    r"(?i:(?:[a-z]{1,16}[:_]){0,2}(?:think|thinks|(?:ant)?thinking|thoughts?|reason|reasoning|reflection|scratchpad|monologue"
+    r"|deepthink|cot)(?:_process)?)"
 )
 # RE2, the engine of DuckDB, must also support the patterns of marks, so they have no lookahead.
 _OPEN = "|".join(
@@ -39,7 +40,9 @@ _OPEN = "|".join(
         rf"<{_TAG_NAME}(?:[ \t]+[a-z_]+=[^<>\n]{{0,80}})?[ \t]*>",
         r"\[THINK(?:ING)?\]",
         "◁think▷",
-        r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think_start|begin_of_thinking|think|thinking)\|>",
+        r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think_start|think_begin|start_think(?:ing)?|begin_of_thinking|think"
+        r"|thinking|reasoning)\|>",
+        r"<start_working_out>",
         r"<unused94>(?:thought)?",
         r"<\|channel>(?:thought)?",
         r"<\|channel\|>(?:analysis|commentary)[^<]{0,80}<\|message\|>",
@@ -50,7 +53,8 @@ _CLOSE = "|".join(
         rf"</{_TAG_NAME}[ \t]*>",
         r"\[/THINK(?:ING)?\]",
         "◁/think▷",
-        r"<\|(?:end_of_thought|END_THINKING|inner_suffix|think_end|end_of_thinking|/think|/thinking)\|>",
+        r"<\|(?:end_of_thought|END_THINKING|inner_suffix|think_end|end_think(?:ing)?|end_of_thinking|/think|/thinking|/reasoning)\|>",
+        r"<end_working_out>",
         r"<unused95>",
         r"<channel\|>",
         r"<\|channel\|>final[^<]{0,80}<\|message\|>",
@@ -64,9 +68,18 @@ _BARE_CHANNELS = re.compile(r"\s*analysis(?=[A-Z\"'])(?P<reasoning>.*?)(?:assist
 _GRANITE_SECTIONS = re.compile(
     r"\s*Here(?: i|'|’)s my thought process:(?P<reasoning>.*?)(?:Here(?: i|'|’)s my response:(?P<response>.*)|\Z)", re.DOTALL
 )
+# Open WebUI: <details type="reasoning" done="true"> <summary>Thought for 3 seconds</summary> ... </details> Paris.
+_DETAILS_SECTION = re.compile(
+    r"\s*<details[^<>\n]{0,80} type=.reasoning.[^<>]{0,200}>(?P<reasoning>.*?)(?:</details>(?P<response>.*)|\Z)", re.DOTALL
+)
+# Text that looks like reasoning, but is not separated from the response, because it has many other uses.
+_HINT = (
+    r"</?(?i:analysis|plan|planning|deliberation|internal)>|&lt;/?(?i:think|thinking|thought)&gt;|<details[^<>]* type=.reasoning"
+    r"|^[ \t\r\n*#]*(?:Thinking|Reasoning|Thought)(?: [Pp]rocess)?:"
+)
 # Marks around the response that some models write after their reasoning.
 _RESPONSE_WRAPPER = re.compile(
-    r"\s*(?:<(?P<tag>(?i:answer|response|output))>(?P<tagged>.*?)(?:</(?P=tag)>\s*|\Z)"
+    r"\s*(?:<(?P<tag>(?i:answer|response|output|solution))>(?P<tagged>.*?)(?:</(?P=tag)>\s*|\Z)"
     r"|<\|(?:begin_of_solution|START_RESPONSE|START_TEXT|begin_of_box)\|>(?P<marked>.*?)(?:<\|(?:end_of_solution|END_RESPONSE|END_TEXT|end_of_box)\|>\s*|\Z))\Z",
     re.DOTALL,
 )
@@ -86,10 +99,12 @@ REASONING_PATTERN = (
     rf"|(?:^|\n)[ \t]*(?:{_OPEN}|{_CLOSE})[ \t]*(?:\r?\n|$)"
     rf"|[.!?…:][ \t]*(?:{_OPEN})[ \t]*\r?\n"
     rf"|[.!?…](?:{_CLOSE})[ \t]*(?:\r?\n|$)"
+    r"|^[ \t\r\n]*<details[^<>]* type=.reasoning"
 )
 _REASONING_REGEX = re.compile(REASONING_PATTERN)
-_MARK_PATTERN = f"{_OPEN}|{_CLOSE}"
+_MARK_PATTERN = f"{_OPEN}|{_CLOSE}|{_HINT}"
 _MARK_REGEX = re.compile(_MARK_PATTERN)
+_SEPARATOR_REGEX = re.compile(f"{_OPEN}|{_CLOSE}")
 _SQL_CODE_PATTERN = "```.*?(?:```|$)|`[^`\n]*`"
 REASONING_MACROS = (
     f"CREATE OR REPLACE MACRO has_reasoning_marks(text) AS regexp_matches(coalesce(text, ''), '{_MARK_PATTERN}')",
@@ -138,7 +153,7 @@ def separate_reasoning(text: str, *, is_open: bool = False) -> SeparatedText:
 
     `is_open` is true if the chat template has written the opening mark, so that the text begins inside the reasoning.
     """
-    if not is_open and (bare := _BARE_CHANNELS.match(text) or _GRANITE_SECTIONS.match(text)):
+    if not is_open and (bare := _BARE_CHANNELS.match(text) or _GRANITE_SECTIONS.match(text) or _DETAILS_SECTION.match(text)):
         response = bare["response"]
         return SeparatedText((response or "").strip(), bare["reasoning"].strip(), response is None)
     if (final := _find_final_channel(text)) is not None:
@@ -218,7 +233,7 @@ def _is_written_close(text: str, close: re.Match[str]) -> bool:
 
 def _strip_marks(text: str) -> str:
     """Return the reasoning without its marks."""
-    return _MARK_REGEX.sub("", re.sub(r"<\|(?:end|start|return)\|>(?:assistant)?", "\n", text)).strip()
+    return _SEPARATOR_REGEX.sub("", re.sub(r"<\|(?:end|start|return)\|>(?:assistant)?", "\n", text)).strip()
 
 
 def _unwrap(text: str) -> str:
@@ -306,7 +321,10 @@ def _get_closing_mark(mark: str) -> str:
         ("begin_of", "end_of"),
         ("START", "END"),
         ("prefix", "suffix"),
+        ("start_", "end_"),
         ("_start", "_end"),
+        ("_begin", "_end"),
+        ("<|", "<|/"),
         ("[", "[/"),
         ("◁", "◁/"),
     ):

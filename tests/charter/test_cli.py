@@ -226,7 +226,7 @@ def test_produce_rejects_a_column_mapping_that_is_not_understood(tmp_path, colum
         (["dlq", "retry"], 2, ["--all", "charter dlq retry --help"]),
         (["tail", "prompts", "-n", "-1"], 2, ["-n"]),
         (["dashboard", "--port", "99999"], 2, ["--port"]),
-        (["policy", "export", "7", "w"], 2, ["no policy 7", "charter policy list"]),
+        (["policy", "export", "7", "w"], 2, ["there is no log", "charter produce FILE"]),
         (["backup", "b"], 2, ["nothing to back up"]),
         (["eval", "agreement", "--pairs", "/nowhere"], 2, ["/nowhere", "No such file"]),
         (["topics", "--bus", "localhost:9092"], 2, ["kafka://HOST:PORT"]),
@@ -240,13 +240,26 @@ def test_produce_rejects_a_column_mapping_that_is_not_understood(tmp_path, colum
         (["topics", "--bus", "kafka://127.0.0.1:9"], 3, ["refused"]),
         (["produce", "/nowhere.jsonl"], 2, ["cannot read"]),
         (["demo", "--prompts", "1"], 2, ["--prompts"]),
-        (["train", "--phase", "sft", "--set", "models.policy=scripted"], 2, ["no local weights"]),
+        (["train", "--phase", "sft"], 2, ["there is no log", "charter produce FILE"]),
     ],
 )
 def test_errors_have_three_lines(tmp_path, arguments, code, expected):
     result = run_charter(*arguments, CHARTER_DATA__FOLDER=str(tmp_path / "d"))
     assert result.returncode == code, result.stderr
     assert all(word in result.stderr for word in expected) and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 3, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["policy", "export", "7", "w"], ["no policy 7", "charter policy list"]),
+        (["train", "--phase", "sft", "--set", "models.policy=scripted"], ["no local weights"]),
+    ],
+)
+def test_errors_in_a_folder_with_data_have_three_lines(data, arguments, expected):
+    result = run_charter(*arguments, "--data", data)
+    assert result.returncode == 2 and all(word in result.stderr for word in expected)
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 3, result.stderr
 
 

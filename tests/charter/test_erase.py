@@ -143,6 +143,7 @@ def test_remaining_copies_are_listed(deployment, tmp_path):
     remaining = output.partition("not erased:")[2]
     assert "files that charter repair moved away: damaged-20261124T100000Z" in remaining
     assert "models: no finished batch contains its records" in remaining and "prompts.jsonl:6" in remaining
+    assert "shown.jsonl:1" in remaining and "pairs.jsonl:1" in remaining
     other = get_prompt_id(f"Somebody wrote: {SECRET} Is that true?")
     assert f"other prompts that contain the same text: {other}" in remaining and "erase --data BACKUP" in remaining
     # The advice for the backup works.

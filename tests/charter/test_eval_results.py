@@ -227,7 +227,7 @@ def test_compare_has_outcomes_and_exit_codes(folder):
     assert rows["unsafe"]["outcome"] == "worse" and rows["unsafe"]["prompts"] == 11
     assert rows["unsafe"]["p_holm"] == pytest.approx(2 * compute_mcnemar_p(7, 0))
     assert rows["safe"]["outcome"] == "undecided" and (rows["safe"]["only_b"], rows["safe"]["ungraded"]) == (1, 0)
-    assert "1 prompts of policy 2 are not compared" in result.stderr
+    assert "policy 2: 1 prompt is not compared" in result.stderr
     failed = run(folder, "compare", "0", "2", "--fail-on", "worse", code=1)
     assert "policy 2 is worse on xstest unsafe, refused" in failed.stderr
     run(folder, "compare", "2", "0", "--fail-on", "worse")

@@ -165,3 +165,12 @@ def test_chat_answers_one_message_or_a_conversation(trained):
     assert len([line for line in talk if line]) == 2
     with pytest.raises(UsageError, match="no policy 9"):
         CliRunner().invoke(cli, ["chat", "--policy", "9", "x", "--data", str(trained)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "words", [("chat", "Hi"), ("policy", "pause"), ("policy", "resume"), ("policy", "use", "0"), ("train",)]
+)
+def test_commands_on_an_empty_folder_create_nothing(tmp_path, words):
+    with pytest.raises(UsageError, match="there is no log in"):
+        CliRunner().invoke(cli, [*words, "--data", str(tmp_path / "data")], catch_exceptions=False)
+    assert not list(tmp_path.iterdir())

@@ -42,10 +42,20 @@ def test_plain_lines_have_the_step_the_share_the_rate_and_the_remaining_time(mon
 
 
 def test_a_slow_rate_has_a_decimal(monkeypatch):
-    times = iter([0.0, 10.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: 10.0)
+    assert (
+        progress_module._format_progress(WorkProgress(num_done=6, num_total=12, started_at=0.0), "records")
+        == "6 of 12 records, 50%, 0.6 records/s, 10 s left"
+    )
+
+
+def test_the_rate_of_a_step_counts_from_its_beginning(monkeypatch):
+    times = iter([100.0, 104.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
-    meter = progress_module._Meter(WorkProgress(num_done=6, num_total=12))
-    assert meter.format("records") == "6 of 12 records, 50%, 0.6 records/s, 10 s left"
+    progress = WorkProgress()
+    progress.start_step("publishing", num_total=80)
+    progress.num_done = 40
+    assert progress_module._format_progress(progress, "rows") == "publishing: 40 of 80 rows, 50%, 10 rows/s, 4 s left"
 
 
 def test_short_work_prints_nothing(capsys):

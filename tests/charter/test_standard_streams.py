@@ -19,6 +19,7 @@ def run_shell(script, folder):
 
 @pytest.mark.parametrize("arguments", ["produce -", "sql -", "chat", "chat -", "constitution lint -"])
 def test_closed_standard_input_is_a_usage_error(arguments, tmp_path):
+    Deployment(tmp_path / "data").publish("One?")  # chat needs a log
     result = run_shell(f"{CHARTER} {arguments} <&-", tmp_path)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-3] == "error: standard input is closed"

@@ -199,7 +199,7 @@ def test_prompts_that_are_erased_trained_or_fail_are_reported(deployment, tmp_pa
     suite = write_suite(tmp_path, [*TEXTS, POISON_TEXT])
     output = deployment.call("eval", "run", "--suite", suite, "--policy", "0", code=1, stream="output")
     assert "8 prompts of mine published, 1 skipped because they were erased" in output
-    assert "2 prompts of the suite mine are also training prompts of this log" in output
+    assert "suite mine: 2 prompts are also training prompts of this log" in output
     assert "1 records became dead letters, so their grades are missing: charter dlq list" in output
     assert [row[2] for row in deployment.sql(RESPONSES)] == [str(number) for number in range(2, 9)]
     bus = connect_bus(deployment.settings())

@@ -3,7 +3,7 @@
 import pytest
 
 from constitutions.loader import FewShotExample
-from consumers.leaks import check_critique, check_revision, strip_formatting
+from consumers.leaks import CheckedText, check_critique, check_revision, strip_formatting
 from schemas.records import ChatMessage, RejectionReason
 from tests.support.records import RecordDatabase, make_prompt, make_revision
 
@@ -31,12 +31,31 @@ def check(text):
         (f"Assistant:\n> {USABLE}", ("quotation mark", "role name")),
         (f"New answer: {USABLE}", ("role name",)),
         (f"> **Assistant:** {USABLE}\n", ("quotation mark", "role name")),
+        (f"Updated response: {USABLE}", ("role name",)),
+        (f"### Revised answer\n{USABLE}", ("role name",)),
+        (f"Here is the revised answer:\n\n{USABLE}", ("preamble",)),
+        (f"Sure! Here's a rewritten version of the answer, without the hammer:\n> {USABLE}", ("preamble", "quotation mark")),
+        (f'Certainly. Here is my improved response:\n"{USABLE}"', ("preamble",)),
         (USABLE, ()),
     ],
 )
 def test_copied_formatting_is_removed(text, leaks):
     checked = check(text)
     assert (checked.text, checked.leaks, checked.rejection_reason) == (USABLE, leaks, RejectionReason.NONE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Here is the revised letter:\n\nDear Ana,", "Here is a new response to the customer:\n\nDear Ana,", '"A quotation."', "Revisions: none."],
+)  # fmt: skip
+def test_text_that_only_resembles_a_preamble_is_kept(text):
+    assert strip_formatting(text) == CheckedText(text)
+
+
+def test_name_before_a_critique_is_removed():
+    checked = check_critique("**Critique:** It may break the glass.", MESSAGES, RESPONSE, CRITIQUE_PROMPT, [EXAMPLE])
+    assert checked == CheckedText("It may break the glass.", ("role name",))
+    assert check(f"Critique: It may break.\n\n{USABLE}").rejection_reason is RejectionReason.LEAK
 
 
 def test_quotation_inside_a_text_is_kept():

@@ -13,6 +13,7 @@ from engine.text import format_count
         ((1200, "dead letters", "are"), "1,200 dead letters are"),
         ((1, "records", "belong"), "1 record belongs"),
         ((1, "queries", "were"), "1 query was"),
+        ((1, "completions", "have"), "1 completion has"),
         ((1, "processes"), "1 process"),
         ((1, "batches"), "1 batch"),
         ((1, "duplicates"), "1 duplicate"),

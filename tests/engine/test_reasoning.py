@@ -48,6 +48,12 @@ SEPARATED = {
     "special token with a slash": ("<|thinking|>I know it.<|/thinking|>Paris.", "I know it.", "Paris."),
     "box": ("<think>I know it.</think><|begin_of_box|>Paris.<|end_of_box|>", "I know it.", "Paris."),
     "sections": ("Here is my thought process:\nI know it.\n\nHere is my response:\nParis.", "I know it.", "Paris."),
+    "process": ("<thought_process>I know it.</thought_process>Paris.", "I know it.", "Paris."),
+    "two words before the name": ("<chain_of_thought>I know it.</chain_of_thought>Paris.", "I know it.", "Paris."),
+    "Anthropic": ("<antThinking>I know it.</antThinking>Paris.", "I know it.", "Paris."),
+    "working out": ("<start_working_out>I know it.<end_working_out><SOLUTION>Paris.</SOLUTION>", "I know it.", "Paris."),
+    "start and end tokens": ("<|start_thinking|>I know it.<|end_thinking|>Paris.", "I know it.", "Paris."),
+    "details of Open WebUI": ('<details type="reasoning" done="true">\nI know it.\n</details>\nParis.', "I know it.", "Paris."),
     "after a first word": ("Okay. <think>The user asks.</think>\n\nParis.", "Okay. The user asks.", "Paris."),
     "after a first line": ("Sure!\n<think>\nThe user asks.\n</think>\nParis.", "Sure!\n\nThe user asks.", "Paris."),
 }
@@ -58,6 +64,7 @@ CUT = {
     "channel": "<|channel|>analysis<|message|>The user asks",
     "channel without special tokens": "analysisThe user asks",
     "sections": "Here's my thought process: The user asks",
+    "details": '<details type="reasoning">\nThe user asks',
 }
 PROSE = {
     "in a sentence": "Models write <think> before they answer and </think> after.",
@@ -66,6 +73,9 @@ PROSE = {
     "code block": "The format is:\n```\n<think>\nplan\n</think>\n```\nThat is all.",
     "quoted": 'It stops at "</think>". Then the answer follows.',
     "end of a sentence": "End the reasoning with </think>",
+    "analysis, perhaps a part of the response": "<analysis>It is a capital.</analysis>\nParis.",
+    "escaped tags": "&lt;think&gt;I know it.&lt;/think&gt; Paris.",
+    "heading": "**Thinking process:**\n1. It is a capital.\n\nParis.",
     "end of a line": "The closing tag is </think>\nand the opening tag is <think>\nin most models.",
 }
 REMAINING = {
@@ -102,7 +112,15 @@ def test_remaining_reasoning_makes_a_response_unusable(name):
 
 
 def test_texts_without_marks_are_unchanged():
-    for text in ("", " Paris. \n", "Analysis of the river: long.", "a < b and b > c", "<b>bold</b>", "I think so."):
+    for text in (
+        "",
+        " Paris. \n",
+        "Analysis of the river: long.",
+        "a < b and b > c",
+        "<b>bold</b>",
+        "I think so.",
+        "<details>\nx\n</details>\ny",
+    ):
         assert separate_reasoning(text).response == text and not has_reasoning_marks(text)
 
 
@@ -142,6 +160,7 @@ def model(tmp_path_factory):
     [
         (QWEN, "assistant\n<think>\n\n</think>\n\n", "assistant\n"),
         (OPENED, "assistant: <think>\n\n</think>\n\n", "assistant: <think>\n"),
+        (OPENED.replace("<think>", "<|think|>"), "assistant: <|think|>\n\n<|/think|>\n\n", "assistant: <|think|>\n"),
         (HARMONY, "<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant"),
     ],
 )

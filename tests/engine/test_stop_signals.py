@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+import duckdb
 import pytest
 
+from engine.stop_signals import is_interrupted_query
 from tests.support.signals import accept_interrupts
 from tests.support.waiting import HANG_S
 
@@ -101,3 +103,18 @@ def test_ignored_interrupts_stay_ignored():
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=HANG_S)
     assert out == "not interrupted\n" and process.returncode == 0
+
+
+def test_interrupt_of_a_query_is_recognized():
+    def raise_interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, raise_interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(RuntimeError) as error:
+            duckdb.sql("SELECT count(*) FROM range(100_000_000_000) a, range(10) b").fetchall()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert is_interrupted_query(error.value) and not is_interrupted_query(RuntimeError("another error"))

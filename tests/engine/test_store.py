@@ -101,6 +101,9 @@ def test_long_query_is_interrupted(store):
 def test_error_for_a_missing_database_names_a_command(tmp_path):
     with pytest.raises(UsageError, match="charter demo"):
         Store(tmp_path / "none.duckdb").query("SELECT 1")
+    duckdb.connect(tmp_path / "none.duckdb").close()  # as a process leaves it that was stopped before it created the tables
+    with pytest.raises(UsageError, match="charter demo"):
+        Store(tmp_path / "none.duckdb").query("SELECT 1")
 
 
 def test_database_of_another_version_is_rejected(store):

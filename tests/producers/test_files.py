@@ -139,6 +139,22 @@ def test_error_for_a_utf16_file_names_the_conversion_command(bus, tmp_path):
         FileProducer(bus, "r").publish(str(file))
 
 
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"PK\x03\x04", "ZIP archive or an Excel file"),
+        (b"\x28\xb5\x2f\xfd", "Zstandard"),
+        (b"BZh91AY", "bzip2"),
+        (b"\xfd7zXZ\x00", "xz"),
+    ],
+)
+def test_unsupported_file_is_one_error(bus, tmp_path, start, what):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(start + b"\n" * 9)
+    with pytest.raises(UsageError, match=what):
+        FileProducer(bus, "r").publish(str(file))
+
+
 def test_columns_without_effect_are_reported_once_and_counted(bus, tmp_path):
     file, reported = tmp_path / "p.jsonl", []
     file.write_bytes(to_line({"prompt": "one", "id": 1}) + to_line({"prompt": "two", "id": 2, "note": "n"}))

@@ -211,6 +211,9 @@ REFUSED_PREFERENCES = {
     "question beside a template": ({"prompt": "Answer the question.", "question": QUESTION, **RESPONSES}, '"question" may be'),
     "documents": ({"prompt": QUESTION, "documents": [{"text": "x"}], **RESPONSES}, '"documents" may be'),
     "persona": ({"prompt": QUESTION, "persona": "A pilot.", **RESPONSES}, '"persona" may be'),
+    "another name of the system message": ({"prompt": QUESTION, "sys": SYSTEM, **RESPONSES}, "--column system=sys"),
+    "capital letter in a name": ({"prompt": QUESTION, "System Prompt": SYSTEM, **RESPONSES}, '"System Prompt" may be'),
+    "context in capitals": ({"prompt": QUESTION, "Context": "The quay is free.", **RESPONSES}, "--column Context="),
     "system and system_prompt": ({"system": SYSTEM, "system_prompt": "x", "prompt": QUESTION, **RESPONSES}, 'both "system"'),
     "system message after the first": ({"prompt": [user("Hello"), system(), user()], **RESPONSES}, "not the first message"),
     "scores that contradict the label": (
@@ -242,6 +245,10 @@ REFUSED_PREFERENCES = {
     "transcript with single line ends": ({"prompt": f"\n\nHuman: {QUESTION}\nAssistant:", **RESPONSES}, "no blank line"),
     "text before a transcript": ({"prompt": f"Be kind.\n\nHuman: {QUESTION}\n\nAssistant:", **RESPONSES}, "header of a response"),
     "rendered prompt": ({"prompt": f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", **RESPONSES}, "header"),
+    "rendered prompt without the last header": ({"prompt": f"<s>[INST] {QUESTION}", **RESPONSES}, "header of a message"),
+    "header before the response": (
+        {"prompt": QUESTION, "chosen": f"<|im_start|>assistant\n{GOOD}", "rejected": BAD}, "header of a message"
+    ),
     "rendered response": ({"prompt": QUESTION, "chosen": GOOD + "<|im_end|>\n", "rejected": BAD + "<|im_end|>\n"}, "end token"),
     "prompt in front of each response": (
         {"prompt": QUESTION * 2, "chosen": QUESTION * 2 + GOOD, "rejected": QUESTION * 2 + BAD}, "begin with the prompt"
@@ -389,7 +396,7 @@ def get_reason(row):
     ("content", "columns", "error"),
     [
         ("category,source\nx,y\n", {}, "no column with a prompt"),
-        ("prompt;chosen\nx;y\n", {}, "no column with a prompt"),
+        ("prompt;chosen\nx;y\n", {}, "separated by semicolons"),
         ("prompt,chosen\nx,y\n", {"prompt": "question"}, "no column 'question'"),
         ("prompt,prompt\nx,y\n", {}, "two columns of one name"),
     ],
@@ -410,6 +417,14 @@ def test_large_json_array_is_read_in_chunks_and_damage_ends_it(tmp_path, monkeyp
     path.write_text(json.dumps(values)[:-20])
     *rows, last = [row for _, row in read_rows(str(path))]
     assert rows == values[:-1] and isinstance(last, RowError)
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "x", "prompt": "y"}\n"z"\n', '[{"prompt": "x", "prompt": "y"}, "z"]'])
+def test_object_with_one_name_twice_is_refused(tmp_path, content):
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    reasons = [get_reason(row) for _, row in read_rows(str(path))]
+    assert reasons == ['an object has the name "prompt" twice', None]
 
 
 def test_progress_has_the_rows_and_the_share_of_the_file(tmp_path):

@@ -227,7 +227,7 @@ def test_unfinished_batch_is_voided_after_an_erasure_whatever_the_clocks_say(wor
     workspace.add(make_erasure(chains[0].prompt_id))
     workspace.trainer = workspace.open()
     assert workspace.trainer.resume() is None
-    assert "1 of its rows are no longer in the database; 2 prompts were erased" in workspace.read_records(Incident)[-1].detail
+    assert "1 row is no longer in the database; 2 prompts were erased" in workspace.read_records(Incident)[-1].detail
 
 
 def test_sft_counts_the_responses_since_its_last_update_in_the_order_of_the_log(workspace):

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from engine.errors import TrainingFailed
+from engine.text import format_count
 
 KL_WEIGHT_CAP = 10.0
 IMPORTANCE_WEIGHT_CAP = 2.0
@@ -122,7 +123,7 @@ def require_comparable_groups(rewards: torch.Tensor, groups: Sequence[object], t
     rows_by_group = find_groups(groups)
     if count_equal_groups(rewards, groups) == len(rows_by_group):
         raise TrainingFailed(
-            f"in each of {len(rows_by_group)} groups, all completions have the same reward",
+            f"in each of {format_count(len(rows_by_group), 'groups')}, all completions have the same reward",
             f"{title} cannot learn from equal rewards. This update was not saved, and the last policy stays in use",
             "wait for more responses, raise respond.num_completions, or inspect the grades: charter tail grades",
         )

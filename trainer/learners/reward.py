@@ -40,6 +40,7 @@ from trl import RewardConfig, RewardTrainer
 from engine.errors import TrainingFailed, UsageError
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.statistics import Z_SCORE_95, compute_calibration_error, compute_correlation
+from engine.text import format_count
 from schemas.records import ChatMessage
 from trainer import hf, weights
 
@@ -452,7 +453,7 @@ class RewardModel:
         if len(held_out_examples) < _MIN_HELD_OUT_PAIRS:
             logger.warning(
                 "%s could be held out. The reward model is measured on all labels, including its training labels",
-                f"only {len(held_out_examples)} labels" if held_out_examples else "no label",
+                f"only {format_count(len(held_out_examples), 'labels')}" if held_out_examples else "no label",
             )
             measured = [*held_out_examples, *train_examples]
         responses = _list_responses(measured)
@@ -497,7 +498,7 @@ def _require_varying_scores(deviation: float, num_responses: int) -> None:
     if deviation < _MIN_STD:
         raise EqualRewards(
             "the reward model gives every response the same score",
-            f"the standard deviation over {num_responses} responses is {deviation:.1e}",
+            f"the standard deviation over {format_count(num_responses, 'responses')} is {deviation:.1e}",
             "use more labels, more epochs or a higher reward.learning_rate",
         )
 

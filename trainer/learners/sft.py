@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from engine.errors import TrainingFailed
 from engine.models.chat_template import encode_completion, encode_prompt
+from engine.text import format_count
 from schemas.records import ChatMessage
 from trainer import hf, weights
 
@@ -91,7 +92,7 @@ def train(
     rows = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
     if not rows:
         raise TrainingFailed(
-            f"the {len(examples)} responses have no tokens to learn",
+            f"{format_count(len(examples), 'responses', 'have')} no tokens to learn",
             f"each prompt alone fills train.max_length = {max_length} tokens",
             "raise train.max_length, then type: charter train",
         )
