@@ -67,7 +67,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Labels": {
         "label": "Label pairs by hand.",
-        "export": "Write training data to a folder in the formats of TRL.",
+        "export": "Write training data in the formats of TRL and OpenAI.",
     },
     "Replay": {
         "replay": "Run earlier records through the stages again, as a new run.",
