@@ -38,7 +38,7 @@ _TAG_NAME = (
 _OPEN = "|".join(
     [
         rf"<{_TAG_NAME}(?:[ \t]+[a-z_]+=[^<>\n]{{0,80}})?[ \t]*>",
-        r"\[THINK(?:ING)?\]",
+        r"\[(?i:think(?:ing)?)\]",
         "◁think▷",
         r"<\|(?:begin_of_thought|START_THINKING|inner_prefix|think_start|think_begin|start_think(?:ing)?|begin_of_thinking|think"
         r"|thinking|reasoning)\|>",
@@ -51,7 +51,7 @@ _OPEN = "|".join(
 _CLOSE = "|".join(
     [
         rf"</{_TAG_NAME}[ \t]*>",
-        r"\[/THINK(?:ING)?\]",
+        r"\[/(?i:think(?:ing)?)\]",
         "◁/think▷",
         r"<\|(?:end_of_thought|END_THINKING|inner_suffix|think_end|end_think(?:ing)?|end_of_thinking|/think|/thinking|/reasoning)\|>",
         r"<end_working_out>",

@@ -26,6 +26,7 @@ SEPARATED = {
     "namespace": ("<seed:think>I know it.</seed:think>Paris.", "I know it.", "Paris."),
     "nested": ("<think>a <think>b</think> c</think>\nParis.", "a b c", "Paris."),
     "square brackets": ("[THINK]I know it.[/THINK]Paris.", "I know it.", "Paris."),
+    "small letters in square brackets": ("[thinking]I know it.[/thinking]Paris.", "I know it.", "Paris."),
     "triangles": ("◁think▷I know it.◁/think▷Paris.", "I know it.", "Paris."),
     "channels": (
         "<|channel|>analysis<|message|>I know it.<|end|><|start|>assistant<|channel|>final<|message|>Paris.<|return|>",
