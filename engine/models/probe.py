@@ -11,8 +11,10 @@ The name and version of a server are unreliable, because a proxy can forward to 
    not need them.
 4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
-6. Two completions are sampled, because some servers decode greedily at every temperature.
-7. A longer completion shows whether the model thinks before it replies.
+6. A completion is streamed. A server streams only if the stream has everything that an unstreamed response has: the text, the
+   finish reason, the usage, the token ids and a log-probability for each of them.
+7. Two completions are sampled, because some servers decode greedily at every temperature.
+8. A longer completion shows whether the model thinks before it replies.
 
 A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
 failure the server counts as unreachable, and ModelUnreachable is raised.
@@ -36,6 +38,7 @@ from engine.models.chat_api import (
     parse_top_logprobs,
     parse_usage,
 )
+from engine.models.chat_stream import STREAM_BODIES, STREAMED_OBJECT
 from engine.models.interface import NO_USAGE
 
 logger = logging.getLogger("charter.endpoint")
@@ -188,6 +191,36 @@ class _ServerProbe:
         return None
 
 
+    def find_stream_body(self, token_ids_body: JsonObject | None, max_top_logprobs: int) -> JsonObject | None:
+        """Return the request fields that let the server stream a completion, or None if a stream lacks a part of the response."""
+        fields = token_ids_body or {}
+        if token_ids_body is not None and max_top_logprobs:
+            fields = fields | {"logprobs": True, "top_logprobs": 0}
+        whole = self.try_fields(fields)
+        if whole is None:
+            return None
+        expected = _describe_parts(whole)
+        for stream_body in STREAM_BODIES:
+            streamed = self.try_fields(fields | stream_body)
+            if streamed and streamed.get("object") == STREAMED_OBJECT and _describe_parts(streamed) == expected:
+                return stream_body
+        return None
+
+
+def _describe_parts(response: JsonObject) -> tuple[object, ...]:
+    """Return which parts a response has. Two responses to one request can have different texts, because servers batch requests."""
+    generation, usage = parse_generation(response, NO_USAGE), parse_usage(response)
+    return (
+        bool(generation.text or generation.reasoning),
+        bool(response["choices"][0].get("finish_reason")),
+        usage is not None,
+        generation.prompt_token_ids,
+        bool(generation.token_ids),
+        bool(generation.logprobs),
+        usage is not None and len(generation.token_ids) == usage.completion_tokens,
+    )
+
+
 def _is_server_error(attempt: FailedAttempt) -> bool:
     """Return whether the status is 500. Several responses with status 500 mean that the server does not support a request."""
     return attempt.error.status_code == 500
@@ -200,13 +233,14 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
     top_p_with_temperature = probe.adopt_fields_if_accepted({"top_p": 1.0})
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
     max_top_logprobs, names_tokens = probe.find_top_logprobs()
+    token_ids_body = probe.find_token_ids_body(max_top_logprobs)
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
         prefill_body=probe.find_prefill_body(),
         max_top_logprobs=max_top_logprobs,
         processed_logprobs=max_top_logprobs > 0 and probe.has_processed_logprobs(max_top_logprobs),
-        token_ids_body=probe.find_token_ids_body(max_top_logprobs),
+        token_ids_body=token_ids_body,
         unmodified_sampling=unmodified and top_p_with_temperature,
         supports_seed=probe.supports_seed,
         reports_usage=probe.reports_usage,
@@ -215,6 +249,7 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
         top_p_with_temperature=top_p_with_temperature,
         thinks=probe.is_thinking(),
         names_tokens=names_tokens,
+        stream_body=probe.find_stream_body(token_ids_body, max_top_logprobs),
     )
     _log_missing_capabilities(server, capabilities)
     if not probe.is_sampling():
@@ -244,5 +279,9 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
         )
     if not capabilities.max_top_logprobs:
         logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
+    if capabilities.stream_body is None:
+        logger.warning(
+            "%s does not stream completions with all their parts: models.timeout_s limits the whole response", server.url
+        )
     if not capabilities.reports_usage:
         logger.warning("%s reports no usage: tokens are estimated as one per four characters", server.url)
