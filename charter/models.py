@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.bus.port import Bus
 from engine.checkpoints import locate_checkpoint, read_checkpoint
@@ -16,6 +16,9 @@ from engine.settings import Settings
 from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
+
+if TYPE_CHECKING:
+    from engine.models.endpoint import Endpoint
 
 _ENDPOINT_THREADS = 4  # number of batches in flight at one endpoint; models.concurrency limits the number of requests
 
@@ -61,6 +64,13 @@ class RoleModels:
 
     def get_model(self, role: str) -> Model:
         return self.get_model_by_spec(self.get_spec(role))
+
+    def list_servers(self) -> list[Endpoint]:
+        """Return the models on servers that are open now, also the newest policy on the server of the policy."""
+        models: list[Any] = [model for spec, model in list(self.open_models.items()) if is_endpoint(spec)]
+        if self.policy_follower and is_endpoint(self.get_spec("policy")):
+            models.append(self.policy_follower.model)
+        return list({id(model): model for model in models}.values())
 
     def get_executor(self, role: str | None) -> ModelExecutor:
         """Return the executor of a role; `role` is None for a stage without a model.

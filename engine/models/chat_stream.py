@@ -103,7 +103,11 @@ class StreamedCompletion:
 
     def assemble(self) -> dict[str, Any]:
         """Return the response, with the chunks so far."""
-        return {**self.response, "object": STREAMED_OBJECT, "choices": [{"message": self.message, "finish_reason": None, **self.choice}]}
+        return {
+            **self.response,
+            "object": STREAMED_OBJECT,
+            "choices": [{"message": self.message, "finish_reason": None, **self.choice}],
+        }
 
     def estimate_received_usage(self, num_prompt_tokens: int) -> Usage:
         """Return the usage of a stream that broke off: the tokens so far. Without a token, the server may not have begun."""
@@ -140,14 +144,14 @@ class StreamedCompletion:
             if choice.get("index"):
                 continue
             logprobs = choice.get("logprobs")
-            has_logprobs = isinstance(logprobs, dict) and bool(logprobs.get("content"))
+            entries = logprobs.get("content") if isinstance(logprobs, dict) else None
             names = [name for name in _TEXT_FIELDS if delta.get(name)]
-            self.num_chunks += bool(names or choice.get("token_ids") or has_logprobs)
+            self.num_chunks += bool(names or choice.get("token_ids") or entries)
             for name in names:
                 self.message[name] = _join(self.message.get(name), delta[name])
             _merge(self.choice, {name: value for name, value in choice.items() if name not in ("delta", "index", "logprobs")})
-            if has_logprobs and isinstance(logprobs["content"], list):
-                self.choice.setdefault("logprobs", {"content": []})["content"] += logprobs["content"]
+            if entries and isinstance(entries, list):
+                self.choice.setdefault("logprobs", {"content": []})["content"] += entries
 
 
 def _merge(target: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ from engine.models.probe import NO_THINKING_BODY, THINKING_BODY, probe_server
 from engine.models.reasoning import report_reasoning
 from engine.models.response_reader import TimeLimits, read_body, read_stream
 from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
-from engine.models.throttle import Slot, Throttle
+from engine.models.throttle import Throttle
 from engine.text import format_count
 from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
 from schemas.ids import compute_fingerprint
@@ -107,6 +107,7 @@ _TRANSIENT_CLIENT_ERROR_STATUSES = (
 )  # every other status from 401 to 499 means a wrong model, key or address
 _OVERLOAD_STATUSES = (429, 503, 529)  # 529: Anthropic
 _MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
+_MAX_TIMEOUTS = 2  # the repetition of a request has a longer timeout
 _MAX_ERROR_CHARS = 300
 _MAX_VOTE_TOKENS = 8
 _MAX_THINKING_TOKENS = 1024  # additional tokens for a vote of a model that thinks before it replies
@@ -465,19 +466,21 @@ class Endpoint:
         if error.status_code in _OVERLOAD_STATUSES or not error.was_sent:
             return False
         if isinstance(error, RequestTimeout):
-            return self.is_timeout_at_fault(error, attempt.slot)
+            return self.is_timeout_at_fault(error, attempt)
         if attempt.num_failures < _MAX_FAILURES:
             return False
         return self.health.answered_at > attempt.first_failed_at or self.is_alive()
 
-    def is_timeout_at_fault(self, error: RequestTimeout, slot: Slot) -> bool:
+    def is_timeout_at_fault(self, error: RequestTimeout, attempt: FailedAttempt) -> bool:
         """Return whether a timeout is a failure of the request.
 
-        Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if the server
-        has answered others that were sent long after the request received its last token, or if it was alone and the server answers a
-        small request. If the server is too slow for two requests at once, the timeout is raised to its maximum first.
+        Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if its
+        repetition also times out, and the server has answered others that were sent long after the request received its last token.
+        It is also at fault if it was alone and the server answers a small request. If the server is too slow for two requests at once,
+        the timeout is raised to its maximum first.
         """
-        if self.health.answered_start > error.waiting_since + error.limit_s / 2:
+        slot = attempt.slot
+        if attempt.num_failures >= _MAX_TIMEOUTS and self.health.answered_start > error.waiting_since + error.limit_s / 2:
             return True
         was_alone = slot.was_alone and self.throttle.is_idle
         is_slow_server = slot.concurrency == 1 and slot.timeout_s < self.throttle.max_timeout_s
@@ -649,7 +652,9 @@ class Endpoint:
             )
         if status != HTTPStatus.OK:
             self.throttle.delay(parse_retry_after(headers.get("retry-after", "")))
-            raise TransientError(f"status {status}: {self.sanitize_error_text(text) or _get_phrase(status)}".rstrip(": "), status)
+            raise TransientError(
+                f"status {status}: {self.sanitize_error_text(text) or _get_phrase(status)}".rstrip(": "), status
+            )
 
     def make_redirect_error(self, status: int, location: str, path: str = "chat/completions") -> ModelUnreachable:
         """Return the error for a redirect of a path. It names the new address, without a user, a password or a query."""

@@ -190,7 +190,6 @@ class _ServerProbe:
                 return fields
         return None
 
-
     def find_stream_body(self, token_ids_body: JsonObject | None, max_top_logprobs: int) -> JsonObject | None:
         """Return the request fields that let the server stream a completion, or None if a stream lacks a part of the response."""
         fields = token_ids_body or {}

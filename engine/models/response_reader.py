@@ -102,7 +102,9 @@ def read_stream(
         if limits.is_total_over:
             reason = "the completion is not finished after {limit}"
         else:
-            reason = f"no further token for {{limit}}, after {stream.num_tokens}" if stream.num_chunks else "no token within {limit}"
+            reason = (
+                f"no further token for {{limit}}, after {stream.num_tokens}" if stream.num_chunks else "no token within {limit}"
+            )
         return limits.make_timeout(reason, get_usage(), stream.assemble() if stream.num_chunks else None)
 
     def get_usage() -> Usage:

@@ -102,7 +102,9 @@ def test_surrogates_in_two_chunks_become_one_character():
     stream = StreamedCompletion(10)
     for piece in (r"\ud83d", r"\ude00"):
         stream.feed(b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % piece.encode())
-    assert stream.assemble()["choices"][0]["message"]["content"].encode("utf-16", "surrogatepass").decode("utf-16") == "\U0001f600"
+    assert (
+        stream.assemble()["choices"][0]["message"]["content"].encode("utf-16", "surrogatepass").decode("utf-16") == "\U0001f600"
+    )
 
 
 def test_parts_of_reasoning_and_text_in_chunks_become_whole_parts():
@@ -254,9 +256,7 @@ def test_broken_stream_is_a_failed_attempt_with_the_tokens_so_far(monkeypatch, s
 
 
 def test_stream_that_is_not_closed_after_its_end_is_complete(monkeypatch):
-    stream = read(
-        Clock(monkeypatch).make_stream(TOKEN, *END, httpx.ReadTimeout("")), TimeLimits(10.0, is_streamed=True)
-    )
+    stream = read(Clock(monkeypatch).make_stream(TOKEN, *END, httpx.ReadTimeout("")), TimeLimits(10.0, is_streamed=True))
     assert stream.is_done and stream.response["usage"]["completion_tokens"] == 9
 
 
@@ -316,12 +316,14 @@ def test_options_are_scored_without_a_stream(server):
 class SharedSpeedServer:
     """A server that computes all its requests at once, like vLLM: with more than `capacity` requests, none gets its next token.
 
-    It begins each request anew and drops the request of a client that has closed the connection.
+    It begins each request anew and drops the request of a client that has closed the connection. The first four requests begin
+    together.
     """
 
     def __init__(self, capacity, num_tokens=3):
         self.capacity, self.num_tokens = capacity, num_tokens
-        self.condition, self.active, self.num_dropped, self.num_finished = threading.Condition(), 0, 0, 0
+        self.condition, self.active, self.num_started = threading.Condition(), 0, 0
+        self.num_dropped = self.num_finished = 0
 
     def __call__(self, number, request):
         if request["messages"][0]["content"] == "Hello":
@@ -333,6 +335,7 @@ class SharedSpeedServer:
         is_finished = False
         with self.condition:
             self.active += 1
+            self.num_started += 1
         try:
             for event in events:
                 while not self.has_capacity():
@@ -348,7 +351,7 @@ class SharedSpeedServer:
 
     def has_capacity(self):
         with self.condition:
-            return self.condition.wait_for(lambda: self.active <= self.capacity, 0.02)
+            return self.condition.wait_for(lambda: self.num_started >= 4 and self.active <= self.capacity, 0.02)
 
     def change_capacity(self, capacity):
         with self.condition:
