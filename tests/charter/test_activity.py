@@ -17,6 +17,7 @@ from engine.worker import to_producer_record
 from schemas.records import Incident
 from tests.support.chat_server import FakeChatServer, make_script
 from tests.support.deployment import Deployment
+from tests.support.records import copy_empty_database
 from tests.support.waiting import wait_until
 
 
@@ -116,10 +117,11 @@ def test_status_and_dashboard_show_the_model_server_that_a_stage_waits_for(tmp_p
     models = {spec: Endpoint(server.url, "m", backoff_range_s=(0.01, 0.02))}
     deployment.publish("One?")
     settings = deployment.settings()
+    copy_empty_database(settings.folder / "charter.duckdb")
     bus = connect_bus(settings)
     client = TestClient(Dashboard(settings).build_app(None), base_url="http://localhost:8400")
     try:
-        with make_host(settings, bus, ["respond"], sink=False, open_models=models) as host:
+        with make_host(settings, bus, ["respond"], sink=True, open_models=models) as host:
             wait_until(lambda: list_server_waits(settings.folder), host)
             message = f"waiting for {server.url}#m: status 503: loading the model; "
             assert deployment.rows("status")["waiting"][0]["message"].startswith(message)
