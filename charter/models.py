@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from charter.served_policy import require_base_model
 from engine.bus.port import Bus
 from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.errors import CharterError, UsageError
@@ -58,9 +60,18 @@ class RoleModels:
                     "timeout_s": settings.timeout_s,
                     "concurrency": settings.concurrency,
                     "send_seed": settings.send_seed,
+                    "stream": settings.stream,
+                    "verify": self._make_verification(spec),
                 }
             self.open_models[spec] = open_model(spec, **options)
         return self.open_models[spec]
+
+    def _make_verification(self, spec: str) -> Callable[[Endpoint], None] | None:
+        """Return the check of a policy on a server whose completions train `train.base_model`."""
+        base_model = self.settings.train.base_model
+        if spec != self.settings.models.policy or not base_model or is_endpoint(base_model):
+            return None
+        return partial(require_base_model, base_model=base_model)
 
     def get_model(self, role: str) -> Model:
         return self.get_model_by_spec(self.get_spec(role))

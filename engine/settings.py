@@ -240,12 +240,15 @@ class ModelsSettings(_Section):
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Timeout of one request to an endpoint, in seconds. Each timeout doubles it, up to eight times this value.",
+        description="Maximum time in seconds to the first token of an endpoint and between two tokens, or for a whole response without streaming. Each timeout doubles it, up to eight times.",
     )
     concurrency: int = Field(
         16,
         ge=1,
-        description="Maximum number of concurrent requests to an endpoint. While the endpoint is overloaded, there are fewer.",
+        description="Maximum number of concurrent requests to an endpoint. It starts at 4, rises while the endpoint is quick, and is halved at a timeout, 429 or 503.",
+    )
+    stream: bool = Field(
+        True, description="Stream completions from an endpoint that can stream all parts of a response. Turn it off for a server with faulty streams."
     )
     send_seed: bool = Field(
         True,

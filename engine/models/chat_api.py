@@ -103,6 +103,7 @@ class ChatServer(Protocol):
     url: str
     id: str
     send_seed: bool
+    stream: bool
 
     def post_with_retries(
         self,
@@ -132,6 +133,7 @@ class ServerCapabilities:
     `thinks` is true if a completion starts with reasoning although the request turns thinking off.
     `stream_body` contains the fields of a request whose response is streamed. It is None if the server cannot stream everything
     that an unstreamed response contains: the log-probabilities, the token ids and the usage.
+    `ignores_seed` is true if the server accepts seeds, but samples different completions for the same seed.
     `names_tokens` is false if log-probabilities contain token ids instead of texts, so that options cannot be found in them.
     """
 
@@ -150,6 +152,7 @@ class ServerCapabilities:
     thinks: bool = False
     names_tokens: bool = True
     stream_body: JsonObject | None = None
+    ignores_seed: bool = False
 
     def to_model_capabilities(self, num_votes: int) -> ModelCapabilities:
         return ModelCapabilities(

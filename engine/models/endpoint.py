@@ -151,6 +151,8 @@ def open_endpoint(
     timeout_s: float = 120.0,
     concurrency: int = 16,
     send_seed: bool = True,
+    stream: bool = True,
+    verify: Callable[[Endpoint], None] | None = None,
 ) -> Endpoint:
     """Open the model `http://HOST:PORT/v1#MODEL`.
 
@@ -172,7 +174,16 @@ def open_endpoint(
         raise UsageError(f"{spec} names no model", "a server can serve several models", f"write {address}#MODEL")
     key = _read_api_key(variable) if variable else ""
     try:
-        return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency, send_seed=send_seed)
+        return Endpoint(
+            address.rstrip("/"),
+            model,
+            key,
+            timeout_s=timeout_s,
+            concurrency=concurrency,
+            send_seed=send_seed,
+            stream=stream,
+            verify=verify,
+        )
     except ClientSettingsError as error:
         raise UsageError(error.what, error.why, error.fix) from None
 
@@ -225,7 +236,9 @@ class Endpoint:
 
     `timeout_s` limits the time to the first token and between two tokens, or the whole response if it is not streamed. Both are
     limits of one attempt. `retry_timeout_s` limits all attempts together. If the server has no
-    log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed.
+    log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed. If
+    `stream` is false, no response is streamed. `verify` is called once after the probe, and raises UsageError if the server must not
+    be used.
     """
 
     url: str
@@ -237,6 +250,8 @@ class Endpoint:
     backoff_range_s: tuple[float, float] = BACKOFF_RANGE_S
     num_votes: int = NUM_VOTES
     send_seed: bool = True
+    stream: bool = True
+    verify: Callable[[Endpoint], None] | None = None
     cached_server_capabilities: ServerCapabilities | None = None
 
     def __post_init__(self) -> None:
@@ -247,7 +262,7 @@ class Endpoint:
         self.executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         self.revision = compute_served_revision(self.url, self.id)
         self.lock = threading.Lock()
-        self.probe_lock = threading.Lock()
+        self.probe_lock = threading.RLock()  # `verify` uses the capabilities
         self.unbilled_usage = NO_USAGE  # usage of failed attempts that is not yet added to a response
         self.template_opens_reasoning = False
         self.throttle = Throttle(self.url, self.concurrency, self.timeout_s)
@@ -259,11 +274,17 @@ class Endpoint:
 
     @property
     def server_capabilities(self) -> ServerCapabilities:
-        """The capabilities of the server. The server is probed at the first use of this property."""
+        """The capabilities of the server. The server is probed and verified at the first use of this property."""
         with self.probe_lock:
             if self.cached_server_capabilities is None:
                 self.cached_server_capabilities = probe_server(self)
                 logger.info("%s#%s: %s", self.url, self.id, self.cached_server_capabilities)
+                if self.verify:
+                    try:
+                        self.verify(self)
+                    except CharterError:
+                        self.cached_server_capabilities = None  # the next use probes the server again
+                        raise
             return self.cached_server_capabilities
 
     @property
@@ -281,6 +302,12 @@ class Endpoint:
         max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
         server_capabilities = self.server_capabilities
+        if temperature > 0 and server_capabilities.ignores_seed:
+            raise UsageError(
+                f"{self.id} on {self.url} ignores the seed",
+                "the probe got different completions for the same seed, so its sampled completions cannot be repeated",
+                "use a server that supports seeds, or accept this: set models.send_seed to false",
+            )
         limit = max_tokens + max_thinking_tokens  # a server has one limit for the reasoning and the response
         sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: limit}
         if max_thinking_tokens and NO_THINKING_BODY.items() <= server_capabilities.extra_body.items():

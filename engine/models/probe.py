@@ -13,7 +13,8 @@ The name and version of a server are unreliable, because a proxy can forward to 
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
 6. A completion is streamed. A server streams only if the stream has everything that an unstreamed response has: the text, the
    finish reason, the usage, the token ids and a log-probability for each of them.
-7. Two completions are sampled, because some servers decode greedily at every temperature.
+7. Two completions are sampled, because some servers decode greedily at every temperature. One of them is repeated with the same
+   seed.
 8. A longer completion shows whether the model thinks before it replies.
 
 A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
@@ -70,6 +71,7 @@ UNMODIFIED_SAMPLING_BODY: JsonObject = {"top_k": -1, "min_p": 0.0, "repetition_p
 PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
 TOKEN_IDS_BODIES: tuple[JsonObject, ...] = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True})
 _MAX_SERVER_ERRORS = 3
+_MAX_SAME_SEED = 3
 
 
 class _ServerProbe:
@@ -142,13 +144,29 @@ class _ServerProbe:
         is_hidden = not generation.text.strip() and generation.finish_reason == "length"
         return is_hidden or bool(generation.reasoning)
 
-    def is_sampling(self) -> bool:
-        """Return whether two seeds give two different completions at temperature 1."""
+    def sample_text(self, seed: int) -> str | None:
+        """Return a completion at temperature 1, or None if the server rejects the request."""
         max_tokens = max(self.max_tokens, _SAMPLING_MAX_TOKENS)
         fields = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: max_tokens}
-        responses = [self.try_fields(fields | ({"seed": seed} if self.supports_seed else {})) for seed in (1, 2)]
-        completions = [response["choices"][0]["message"]["content"] for response in responses if response]
-        return len(set(completions)) == len(responses)
+        response = self.try_fields(fields | ({"seed": seed} if self.supports_seed else {}))
+        return str(response["choices"][0]["message"]["content"]) if response else None
+
+    def find_sampling(self) -> tuple[bool, bool]:
+        """Return whether two seeds give different completions at temperature 1, and whether the same seed does.
+
+        The same seed is tried up to three times, because servers that batch requests have rounding differences.
+        """
+        texts = [self.sample_text(1), self.sample_text(2)]
+        is_sampling = None not in texts and texts[0] != texts[1]
+        if not is_sampling or not self.supports_seed:
+            return is_sampling, False
+        repeated = [texts[0]]
+        while len(repeated) < _MAX_SAME_SEED:
+            text = self.sample_text(1)
+            if text in repeated:
+                return True, False
+            repeated.append(text)
+        return True, True
 
     def find_prefill_body(self) -> JsonObject | None:
         """Return the request fields that let the server continue a prefilled message, or None if it does not support
@@ -233,6 +251,7 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
     max_top_logprobs, names_tokens = probe.find_top_logprobs()
     token_ids_body = probe.find_token_ids_body(max_top_logprobs)
+    is_sampling, ignores_seed = probe.find_sampling()
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
@@ -248,10 +267,11 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
         top_p_with_temperature=top_p_with_temperature,
         thinks=probe.is_thinking(),
         names_tokens=names_tokens,
-        stream_body=probe.find_stream_body(token_ids_body, max_top_logprobs),
+        stream_body=probe.find_stream_body(token_ids_body, max_top_logprobs) if server.stream else None,
+        ignores_seed=ignores_seed,
     )
     _log_missing_capabilities(server, capabilities)
-    if not probe.is_sampling():
+    if not is_sampling:
         logger.warning(
             "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", server.url
         )
@@ -278,7 +298,9 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
         )
     if not capabilities.max_top_logprobs:
         logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
-    if capabilities.stream_body is None:
+    if capabilities.ignores_seed:
+        logger.warning("%s ignores the seed: requests at a temperature above 0 are refused while models.send_seed is on", server.url)
+    if capabilities.stream_body is None and server.stream:
         logger.warning(
             "%s does not stream completions with all their parts: models.timeout_s limits the whole response", server.url
         )
