@@ -240,15 +240,16 @@ class ModelsSettings(_Section):
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Maximum time in seconds to the first token of an endpoint and between two tokens, or for a whole response without streaming. Each timeout doubles it, up to eight times.",
+        description="Seconds to the first token of an endpoint and between two tokens, or to a whole response without streaming. A timeout doubles it.",
     )
     concurrency: int = Field(
         16,
         ge=1,
-        description="Maximum number of concurrent requests to an endpoint. It starts at 4, rises while the endpoint is quick, and is halved at a timeout, 429 or 503.",
+        description="Maximum number of concurrent requests to an endpoint. They start at 4, rise while it is quick, and are halved at an overload.",
     )
     stream: bool = Field(
-        True, description="Stream completions from an endpoint that can stream all parts of a response. Turn it off for a server with faulty streams."
+        True,
+        description="Stream completions from an endpoint that can stream all parts of a response. Turn it off for a server with faulty streams.",
     )
     send_seed: bool = Field(
         True,

@@ -299,7 +299,9 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
     if not capabilities.max_top_logprobs:
         logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
     if capabilities.ignores_seed:
-        logger.warning("%s ignores the seed: requests at a temperature above 0 are refused while models.send_seed is on", server.url)
+        logger.warning(
+            "%s ignores the seed: requests at a temperature above 0 are refused while models.send_seed is on", server.url
+        )
     if capabilities.stream_body is None and server.stream:
         logger.warning(
             "%s does not stream completions with all their parts: models.timeout_s limits the whole response", server.url

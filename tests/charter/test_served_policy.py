@@ -66,7 +66,7 @@ def test_server_of_the_base_model_is_accepted(server, tiny, caplog):
 
 def test_ids_of_another_tokenizer_are_refused_before_the_first_record(server, tiny):
     server.shift = 1
-    with pytest.raises(UsageError, match="does not use the tokenizer of train.base_model") as caught:
+    with pytest.raises(UsageError, match=r"does not use the tokenizer of train\.base_model") as caught:
         open_policy(server, tiny).generate([GenerationRequest(MESSAGES)])
     assert len(str(caught.value).splitlines()) == 3 and "mean" in caught.value.why
 
@@ -85,6 +85,6 @@ def test_another_model_with_the_same_tokenizer_is_refused_at_each_use(server, ti
             parameter.mul_(5.0)
     model = open_policy(server, tiny)
     for _ in range(2):
-        with pytest.raises(UsageError, match="does not have the weights of train.base_model") as caught:
+        with pytest.raises(UsageError, match=r"does not have the weights of train\.base_model") as caught:
             model.generate([GenerationRequest(MESSAGES)])
         assert len(str(caught.value).splitlines()) == 3
