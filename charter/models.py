@@ -71,7 +71,8 @@ class RoleModels:
         base_model = self.settings.train.base_model
         if spec != self.settings.models.policy or not base_model or is_endpoint(base_model):
             return None
-        return partial(require_base_model, base_model=base_model)
+        needs_rollouts = bool(self.settings.models.weight_sync) and self.settings.train.rl_method != "dpo"
+        return partial(require_base_model, base_model=base_model, needs_rollouts=needs_rollouts)
 
     def get_model(self, role: str) -> Model:
         return self.get_model_by_spec(self.get_spec(role))

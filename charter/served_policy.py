@@ -30,11 +30,14 @@ _REPLACEMENT = "\ufffd"  # a character of which only some tokens were decoded
 _MAX_SHOWN_CHARS = 60
 
 
-def require_base_model(endpoint: Endpoint, base_model: str) -> None:
+def require_base_model(endpoint: Endpoint, base_model: str, *, needs_rollouts: bool = False) -> None:
     """Raise UsageError if the server uses another tokenizer or other weights than `base_model`.
 
-    A server without token ids is not checked, because RL does not train on its completions.
+    If RL must train on the completions (`needs_rollouts`), also raise it if the server lacks token ids or their log-probabilities.
+    Otherwise a server without token ids is not compared with the base model, because RL skips its completions.
     """
+    if not endpoint.capabilities.exact_logprobs:
+        _report_missing_rollouts(endpoint, needs_rollouts)
     if not endpoint.capabilities.token_ids:
         return
     request = GenerationRequest((ChatMessage(role="user", content=_PROMPT),))
@@ -59,6 +62,19 @@ def require_base_model(endpoint: Endpoint, base_model: str) -> None:
             f"the log-probabilities of {len(generation.logprobs)} tokens differ by {mean_difference:.2f} on average (at most {_MAX_LOGPROB_DIFFERENCE:g})",
             f"set train.base_model to the model that the server serves, or serve {base_model}",
         )
+
+
+def _report_missing_rollouts(endpoint: Endpoint, needs_rollouts: bool) -> None:
+    """Raise UsageError, or log a warning, because RL cannot train on the completions of a server."""
+    lacks = "exact log-probabilities" if endpoint.capabilities.token_ids else "token ids"
+    if not needs_rollouts:
+        logger.warning("%s does not return %s: RL skips the completions of %s", endpoint.url, lacks, endpoint.id)
+        return
+    raise UsageError(
+        f"RL cannot train on the completions of {endpoint.id} on {endpoint.url}",
+        f"the server does not return {lacks}, and models.weight_sync sends it the policies of the trainer",
+        "use a server that does (vLLM), set train.rl_method to dpo, or leave models.weight_sync empty",
+    )
 
 
 def _find_text_difference(source: Path, generation: Generation) -> str:

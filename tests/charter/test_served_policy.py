@@ -1,5 +1,7 @@
 """The server of the policy must serve the model that the trainer trains."""
 
+import logging
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,11 +21,11 @@ class TinyServer:
 
     def __init__(self, folder, text="so it is."):
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-        self.text, self.shift, self.http = text, 0, FakeChatServer()
+        self.text, self.shift, self.http, self.fields = text, 0, FakeChatServer(), VLLM_FIELDS | STREAM_FIELDS
         self.http.script = self.answer
 
     def answer(self, number, request):
-        if unknown := set(request) - VLLM_FIELDS - STREAM_FIELDS:
+        if unknown := set(request) - self.fields:
             return 400, {"error": {"message": f"unknown fields {sorted(unknown)}"}}
         prompt = self.tokenizer(f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:")["input_ids"]
         tokens = [*self.tokenizer(self.text, add_special_tokens=False)["input_ids"], 2]
@@ -52,8 +54,8 @@ def server(tiny):
     server.http.close()
 
 
-def open_policy(server, base_model):
-    flags = {"models.policy": f"{server.http.url}#m", "train.base_model": str(base_model), "models.critic": "scripted"}
+def open_policy(server, base_model, **more):
+    flags = {"models.policy": f"{server.http.url}#m", "train.base_model": str(base_model), "models.critic": "scripted"} | more
     return RoleModels(load_settings(flags, environment={})[0]).get_model("policy")
 
 
@@ -88,3 +90,16 @@ def test_another_model_with_the_same_tokenizer_is_refused_at_each_use(server, ti
         with pytest.raises(UsageError, match=r"does not have the weights of train\.base_model") as caught:
             model.generate([GenerationRequest(MESSAGES)])
         assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("missing", "words"), [("return_token_ids", "token ids"), ("logprobs", "exact log-probabilities")])
+def test_server_without_rollouts_is_refused_if_rl_needs_them(server, tiny, caplog, missing, words):
+    server.fields = server.fields - {missing}
+    with pytest.raises(UsageError, match="RL cannot train on the completions") as caught:
+        open_policy(server, tiny, **{"models.weight_sync": "vllm"}).generate([GenerationRequest(MESSAGES)])
+    assert f"does not return {words}" in caught.value.why and len(str(caught.value).splitlines()) == 3
+    with caplog.at_level(logging.WARNING, "charter.models"):
+        for more in ({}, {"models.weight_sync": "vllm", "train.rl_method": "dpo"}):
+            ((one,),) = open_policy(server, tiny, **more).generate([GenerationRequest(MESSAGES)])
+            assert one.text == server.text
+    assert sum(f"does not return {words}: RL skips" in line for line in caplog.messages) == 2
