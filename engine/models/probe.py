@@ -131,13 +131,13 @@ class _ServerProbe:
         self.base_request = self.base_request | fields
         return True
 
-    def is_thinking(self) -> bool:
-        """Return whether a completion contains reasoning with the current base request.
+    def is_thinking(self, stream_body: JsonObject | None) -> bool:
+        """Return whether a completion contains reasoning with the current base request. It is streamed if the server can.
 
         A completion without text that ends at the token limit also shows reasoning, which the server hides.
         """
         max_tokens = max(self.max_tokens, _THINKING_PROBE_MAX_TOKENS)
-        response = self.try_fields({self.max_tokens_field: max_tokens})
+        response = self.try_fields({self.max_tokens_field: max_tokens} | (stream_body or {}))
         if response is None:
             return False
         generation = parse_generation(response, NO_USAGE)
@@ -251,6 +251,7 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
     max_top_logprobs, names_tokens = probe.find_top_logprobs()
     token_ids_body = probe.find_token_ids_body(max_top_logprobs)
+    stream_body = probe.find_stream_body(token_ids_body, max_top_logprobs) if server.stream else None
     is_sampling, ignores_seed = probe.find_sampling()
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
@@ -265,9 +266,9 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
         sends_temperature=probe.sends_temperature,
         any_temperature=probe.any_temperature,
         top_p_with_temperature=top_p_with_temperature,
-        thinks=probe.is_thinking(),
+        thinks=probe.is_thinking(stream_body),
         names_tokens=names_tokens,
-        stream_body=probe.find_stream_body(token_ids_body, max_top_logprobs) if server.stream else None,
+        stream_body=stream_body,
         ignores_seed=ignores_seed,
     )
     _log_missing_capabilities(server, capabilities)
