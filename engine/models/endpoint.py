@@ -107,7 +107,6 @@ _TRANSIENT_CLIENT_ERROR_STATUSES = (
 )  # every other status from 401 to 499 means a wrong model, key or address
 _OVERLOAD_STATUSES = (429, 503, 529)  # 529: Anthropic
 _MAX_FAILURES = 3  # after this number of failures, the request itself may be the cause
-_MAX_TIMEOUTS = 2  # the repetition of a request has a longer timeout
 _MAX_ERROR_CHARS = 300
 _MAX_VOTE_TOKENS = 8
 _MAX_THINKING_TOKENS = 1024  # additional tokens for a vote of a model that thinks before it replies
@@ -502,12 +501,12 @@ class Endpoint:
         """Return whether a timeout is a failure of the request.
 
         Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if its
-        repetition also times out, and the server has answered others that were sent long after the request received its last token.
+        repetitions also time out, and the server has answered others that were sent long after the request received its last token.
         It is also at fault if it was alone and the server answers a small request. If the server is too slow for two requests at once,
         the timeout is raised to its maximum first.
         """
         slot = attempt.slot
-        if attempt.num_failures >= _MAX_TIMEOUTS and self.health.answered_start > error.waiting_since + error.limit_s / 2:
+        if attempt.num_failures >= _MAX_FAILURES and self.health.answered_start > error.waiting_since + error.limit_s / 2:
             return True
         was_alone = slot.was_alone and self.throttle.is_idle
         is_slow_server = slot.concurrency == 1 and slot.timeout_s < self.throttle.max_timeout_s
