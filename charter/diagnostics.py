@@ -224,6 +224,7 @@ def _check_model_server(name: str, spec: str, options: ModelsSettings) -> CheckR
         api_key_env=options.api_key_env,
         timeout_s=min(_PROBE_TIMEOUT_S, options.timeout_s),
         send_seed=options.send_seed,
+        stream=options.stream,
     )
     url, model = endpoint.url, endpoint.id
     try:
@@ -255,6 +256,8 @@ def _format_capabilities(capabilities: ServerCapabilities) -> str:
         "prefills" if capabilities.prefill_body is not None else "no prefills",
         f"{capabilities.max_top_logprobs} top log-probabilities" if capabilities.max_top_logprobs else "options by votes",
         "token ids" if capabilities.token_ids_body is not None else "no token ids",
+        "streams" if capabilities.stream_body is not None else "no streams",
+        *(["ignores seeds"] if capabilities.ignores_seed else []),
     ])  # fmt: skip
 
 

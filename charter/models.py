@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from charter.served_policy import require_base_model
 from engine.bus.port import Bus
 from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.errors import CharterError, UsageError
@@ -16,6 +18,9 @@ from engine.settings import Settings
 from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
+
+if TYPE_CHECKING:
+    from engine.models.endpoint import Endpoint
 
 _ENDPOINT_THREADS = 4  # number of batches in flight at one endpoint; models.concurrency limits the number of requests
 
@@ -55,12 +60,29 @@ class RoleModels:
                     "timeout_s": settings.timeout_s,
                     "concurrency": settings.concurrency,
                     "send_seed": settings.send_seed,
+                    "stream": settings.stream,
+                    "verify": self._make_verification(spec),
                 }
             self.open_models[spec] = open_model(spec, **options)
         return self.open_models[spec]
 
+    def _make_verification(self, spec: str) -> Callable[[Endpoint], None] | None:
+        """Return the check of a policy on a server whose completions train `train.base_model`."""
+        base_model = self.settings.train.base_model
+        if spec != self.settings.models.policy or not base_model or is_endpoint(base_model):
+            return None
+        needs_rollouts = bool(self.settings.models.weight_sync) and self.settings.train.rl_method != "dpo"
+        return partial(require_base_model, base_model=base_model, needs_rollouts=needs_rollouts)
+
     def get_model(self, role: str) -> Model:
         return self.get_model_by_spec(self.get_spec(role))
+
+    def list_servers(self) -> list[Endpoint]:
+        """Return the models on servers that are open now, also the newest policy on the server of the policy."""
+        models: list[Any] = [model for spec, model in list(self.open_models.items()) if is_endpoint(spec)]
+        if self.policy_follower and is_endpoint(self.get_spec("policy")):
+            models.append(self.policy_follower.model)
+        return list({id(model): model for model in models}.values())
 
     def get_executor(self, role: str | None) -> ModelExecutor:
         """Return the executor of a role; `role` is None for a stage without a model.

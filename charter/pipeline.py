@@ -40,12 +40,13 @@ from engine.budget import Budget, parse_prices
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
-from engine.host import Host
+from engine.host import Host, ThreadTarget
 from engine.instances import InstanceLease, ServiceLease
 from engine.models.interface import Model
 from engine.pacing import PacedAdmission, TrainingLoopHistory
 from engine.pairing import CONTRAST_PAIRING, name_pairing
 from engine.run_starts import StartPositions, ensure_run_start
+from engine.server_waits import ServerWaitReporter
 from engine.settings import JUDGE, REWARD_MODEL, Settings
 from engine.watchdog import CallTracker
 from engine.worker import Stage, Worker, WorkerLimits, skip_tracing
@@ -360,12 +361,16 @@ def make_host(
             resources.callback(sink_service.close)
         sinks = sink_service.sinks if sink_service else []
         # The metrics server is closed first, because it reads the workers.
-        for close in reversed(start_metrics_server(settings, make_pipeline_collector(workers, sinks))):
+        for close in reversed(start_metrics_server(settings, make_pipeline_collector(workers, sinks, models.list_servers))):
             resources.callback(close)
         on_failure.pop_all()
+        waits = ServerWaitReporter(settings.folder, lambda: [server.health for server in models.list_servers()])
+        services: dict[str, ThreadTarget] = {"sink": sink_service.run} if sink_service else {}
+        if stages_and_roles:
+            services["server waits"] = waits.run
         return Host(
             workers,
-            {"sink": sink_service.run} if sink_service else {},
+            services,
             [resources.close],
             watched_calls=sink_service.call_trackers if sink_service else (),
             shutdown_timeout_s=settings.worker.shutdown_timeout_s,

@@ -12,7 +12,7 @@ from charter.installation import get_install_command
 from consumers.sink import Sink, collect_sink_metrics
 from engine.bus.port import Bus, Offsets
 from engine.errors import BusUnreachable, UsageError
-from engine.metrics import MetricSample, collect_notice_metrics, collect_worker_metrics, serve_metrics
+from engine.metrics import MetricSample, collect_notice_metrics, collect_server_metrics, collect_worker_metrics, serve_metrics
 from engine.policy import read_policy_updates
 from engine.settings import Settings
 from engine.worker import Worker
@@ -20,6 +20,7 @@ from schemas.records import PolicyKind
 from schemas.topics import TOPICS
 
 if TYPE_CHECKING:
+    from engine.models.endpoint import Endpoint
     from engine.tracing import Tracing
 
 CloseFunction = Callable[[], None]
@@ -73,8 +74,10 @@ class _MetricsCollector:
             self.bus.close()
 
 
-def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) -> Callable[[Bus], Iterator[MetricSample]]:
-    """Return a function that yields the samples of a host's workers and sinks.
+def make_pipeline_collector(
+    workers: Sequence[Worker], sinks: Sequence[Sink], list_servers: Callable[[], Sequence[Endpoint]] = list
+) -> Callable[[Bus], Iterator[MetricSample]]:
+    """Return a function that yields the samples of a host's workers, model servers and sinks.
 
     Each scrape reads `sinks`, because a standby sink can be added after this call. The lag samples are last, because the log
     may be unreachable.
@@ -85,6 +88,7 @@ def make_pipeline_collector(workers: Sequence[Worker], sinks: Sequence[Sink]) ->
         yield from collect_notice_metrics()
         for worker in workers:
             yield from collect_worker_metrics(worker)
+        yield from collect_server_metrics(list_servers())
         for sink in sinks:
             yield from collect_sink_metrics(sink)
         for worker in workers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +18,9 @@ from prometheus_client.registry import Collector
 from engine.errors import UsageError
 from engine.notices import NOTICES
 from engine.worker import Worker
+
+if TYPE_CHECKING:
+    from engine.models.endpoint import Endpoint
 
 _Labels = tuple[tuple[str, str], ...]
 
@@ -84,6 +87,35 @@ def collect_notice_metrics() -> Iterator[MetricSample]:
         yield MetricSample(
             "charter_notices_total", "Events that changed or excluded data, e.g. pairs that were not judged.", count, labels
         )
+
+
+def collect_server_metrics(servers: Iterable[Endpoint]) -> Iterator[MetricSample]:
+    """Yield the load on each model server, and how long its requests wait."""
+    for server in servers:
+        labels = (("server", server.url), ("model", server.id))
+        throttle, wait = server.throttle, server.health.get_wait()
+        yield MetricSample(
+            "charter_server_requests", "Requests to the model server without a response.", server.health.num_waiting, labels
+        )
+        yield MetricSample(
+            "charter_server_concurrency",
+            "Current limit of concurrent requests to the server.",
+            int(throttle.concurrency),
+            labels,
+        )
+        yield MetricSample(
+            "charter_server_timeout_seconds", "Current timeout of requests to the model server.", throttle.timeout_s, labels
+        )
+        yield MetricSample(
+            "charter_server_wait_seconds",
+            "Seconds since the first failure or the last token, while requests wait; otherwise 0.",
+            wait.waiting_s if wait else 0.0,
+            labels,
+        )
+        for kind, count in sorted(server.health.failure_counts.items()):
+            yield MetricSample(
+                "charter_server_failures_total", "Failed attempts of requests to the server.", count, (*labels, ("kind", kind))
+            )
 
 
 def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:

@@ -240,12 +240,16 @@ class ModelsSettings(_Section):
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Timeout of one request to an endpoint, in seconds. Each timeout doubles it, up to eight times this value.",
+        description="Seconds to the first token of an endpoint and between two tokens, or to a whole response without streaming. A timeout doubles it.",
     )
     concurrency: int = Field(
         16,
         ge=1,
-        description="Maximum number of concurrent requests to an endpoint. While the endpoint is overloaded, there are fewer.",
+        description="Maximum number of concurrent requests to an endpoint. They start at 4, rise while it is quick, and are halved at an overload.",
+    )
+    stream: bool = Field(
+        True,
+        description="Stream completions from an endpoint that can stream all parts of a response. Turn it off for a server with faulty streams.",
     )
     send_seed: bool = Field(
         True,

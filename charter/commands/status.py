@@ -19,6 +19,7 @@ from charter.lag import compute_lags
 from charter.lookup import resolve_run_id
 from charter.text import escape_unprintable
 from engine.pacing import PacedAdmission
+from engine.server_waits import list_server_waits
 from engine.settings import Settings, load_settings
 
 _FIRST_STEPS = """There is no run in this folder yet. To start one:
@@ -42,9 +43,9 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
 
     For each topic, print the number of records in the database and the lag of the stages of one run. Without --run, print the lag
     of the newest run. Then print whether the labels are good enough to train on, how often the judge and graders agree with
-    contrast pairs, the stages, sinks and trainers that run now, the paused training phases, what a training loop holds, and the
-    newest policies and incidents (rollbacks, voided batches). With --json, print all of this as one object. With --csv, print the
-    topics.
+    contrast pairs, the stages, sinks and trainers that run now, the paused training phases, what a training loop holds, the model
+    servers that stages wait for, and the newest policies and incidents (rollbacks, voided batches). With --json, print all of this
+    as one object. With --csv, print the topics.
 
     \b
     Examples:
@@ -63,6 +64,7 @@ def status(settings: Settings, origins: dict[str, str], output: str) -> None:
         "workers": list_workers(bus, settings, run_id),
         "paused": list_paused_phases(bus),
         "held": held,
+        "waiting": list_server_waits(settings.folder),
         "policies": list_policies(bus),
         "incidents": list_incidents(bus),
     }
@@ -90,6 +92,7 @@ def _print_sections(
     workers: list[dict[str, Any]],
     paused: list[dict[str, Any]],
     held: list[dict[str, Any]],
+    waiting: list[dict[str, Any]],
     policies: list[dict[str, Any]],
     incidents: list[dict[str, Any]],
 ) -> None:
@@ -104,6 +107,10 @@ def _print_sections(
         click.echo(f"{row['phase']} is paused ({reason}); to resume: charter policy resume {row['phase']}")
     for row in held:
         click.echo(f"\n{row['stage']} holds new prompts: {escape_unprintable(row['reason'])}")
+    if waiting:
+        click.echo()
+    for row in waiting:
+        click.echo(escape_unprintable(f"{row['message']} ({row['process']})"))
     if policies:
         policy_rows = [
             (

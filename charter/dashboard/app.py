@@ -44,6 +44,7 @@ from charter.label_quality import LabelQuality, judge_labels, read_label_quality
 from charter.stages import get_stage_inputs
 from engine.budget import parse_prices
 from engine.errors import CharterError
+from engine.server_waits import list_server_waits
 from engine.settings import Settings
 from engine.store import QueryFunction
 
@@ -147,6 +148,7 @@ class Dashboard:
             "Pipeline",
             result,
             lag=lag | {"run": lag_run, "stages": pipeline_view.group_lags_by_stage(lag["rows"])},
+            waits=list_server_waits(self.settings.folder),
             stage_inputs=get_stage_inputs(self.settings),
         )
 

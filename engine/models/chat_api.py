@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.models.finish_reason import find_broken_completion, parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
@@ -43,7 +43,29 @@ class TransientError(Exception):
 
 
 class RequestTimeout(TransientError):
-    """The server accepted a request, but the response was not complete within the timeout."""
+    """The server accepted a request, but it did not send the next token, or the whole response, within the timeout.
+
+    The request has received nothing since `waiting_since`, on the monotonic clock. `limit_s` is the timeout. If the time of the
+    whole completion was over (see `GenerationRequest.timeout_s`), `is_total` is true, and `partial` is the streamed part of the
+    response, or None.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        usage: Usage = NO_USAGE,
+        *,
+        waiting_since: float,
+        limit_s: float,
+        is_total: bool = False,
+        partial: JsonObject | None = None,
+    ) -> None:
+        super().__init__(reason, usage=usage)
+        self.waiting_since, self.limit_s, self.is_total, self.partial = waiting_since, limit_s, is_total, partial
+
+    @property
+    def kind(self) -> str:
+        return "timeout"
 
 
 class RequestRejected(Exception):
@@ -52,6 +74,17 @@ class RequestRejected(Exception):
 
 class RequestGivenUp(RequestRejected):
     """The caller of `post_with_retries` has given up a request that failed several times."""
+
+
+class ReceivedResponse(NamedTuple):
+    """A response and its usage. `latency_s` is the longest time without a token: before the first one, or between two of them.
+
+    If the response was not streamed, `latency_s` is the time until the whole response.
+    """
+
+    response: JsonObject
+    usage: Usage
+    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,7 @@ class ChatServer(Protocol):
     url: str
     id: str
     send_seed: bool
+    stream: bool
 
     def post_with_retries(
         self,
@@ -97,6 +131,9 @@ class ServerCapabilities:
     `sends_temperature` is false if requests must not contain a temperature. `any_temperature` is false if only 1 is accepted.
     `top_p_with_temperature` is false if a request must not contain both.
     `thinks` is true if a completion starts with reasoning although the request turns thinking off.
+    `stream_body` contains the fields of a request whose response is streamed. It is None if the server cannot stream everything
+    that an unstreamed response contains: the log-probabilities, the token ids and the usage.
+    `ignores_seed` is true if the server accepts seeds, but samples different completions for the same seed.
     `names_tokens` is false if log-probabilities contain token ids instead of texts, so that options cannot be found in them.
     """
 
@@ -114,6 +151,8 @@ class ServerCapabilities:
     top_p_with_temperature: bool = True
     thinks: bool = False
     names_tokens: bool = True
+    stream_body: JsonObject | None = None
+    ignores_seed: bool = False
 
     def to_model_capabilities(self, num_votes: int) -> ModelCapabilities:
         return ModelCapabilities(
@@ -150,6 +189,11 @@ def parse_chat_completion(text: bytes) -> JsonObject:
         response = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TransientError("the response is not JSON") from error
+    return normalize_chat_completion(response)
+
+
+def normalize_chat_completion(response: Any) -> JsonObject:
+    """Return a decoded chat completion whose content is a text. If it is invalid, raise TransientError with the reported usage."""
     if not isinstance(response, dict):
         raise TransientError("the response is not a chat completion")
     usage = parse_usage(response) or NO_USAGE
@@ -201,9 +245,13 @@ def parse_usage(response: JsonObject) -> Usage | None:
 
 def estimate_usage(request: JsonObject, response: JsonObject) -> Usage:
     """Estimate the usage from the number of characters, so that budgets also work without reported usage."""
-    num_prompt_chars = sum(len(message["content"]) for message in request["messages"])
     num_completion_chars = len(response["choices"][0]["message"]["content"])
-    return Usage(num_prompt_chars // _CHARS_PER_TOKEN, num_completion_chars // _CHARS_PER_TOKEN)
+    return Usage(estimate_prompt_tokens(request), num_completion_chars // _CHARS_PER_TOKEN)
+
+
+def estimate_prompt_tokens(request: JsonObject) -> int:
+    """Estimate the number of prompt tokens of a request from the number of characters."""
+    return sum(len(message["content"]) for message in request["messages"]) // _CHARS_PER_TOKEN
 
 
 def parse_generation(response: JsonObject, usage: Usage) -> Generation:

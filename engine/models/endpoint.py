@@ -3,9 +3,11 @@
 A server is probed once, at its first use (`engine.models.probe`). If a capability is missing, the stages use other prompt
 templates, which have another template hash.
 
-Requests run concurrently up to a limit, which adapts to the server (`engine.models.throttle`). Each request has a timeout. After
-status 429 or 5xx, a broken connection, or a response that is not a chat completion, the request is retried with exponential
-backoff and full jitter. A `Retry-After` header delays the retry. The log has a line at the first failure, and then a status line
+Requests run concurrently up to a limit, which adapts to the server (`engine.models.throttle`). Completions are streamed if the
+server can stream everything that an unstreamed response contains (`engine.models.chat_stream`). The timeout then limits the time
+to the first token and the time between two tokens, so a slow server can finish long completions. Without streaming it limits the
+whole response. After a timeout, status 429 or 5xx, a broken connection, or a response that is not a chat completion, the request
+is retried with exponential backoff and full jitter. A `Retry-After` header delays all requests. The log has a line at the first failure, and then a status line
 at intervals (`engine.models.server_health`).
 
 Each request of a batch has its own result, and an error does not affect the other requests:
@@ -40,6 +42,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urljoin
@@ -51,13 +54,16 @@ from engine.errors import CharterError, ModelUnreachable, PermanentRecordError, 
 from engine.models.chat_api import (
     FailedAttempt,
     JsonObject,
+    ReceivedResponse,
     RequestGivenUp,
     RequestRejected,
     RequestTimeout,
     ServerCapabilities,
     TransientError,
     count_votes,
+    estimate_prompt_tokens,
     estimate_usage,
+    normalize_chat_completion,
     parse_chat_completion,
     parse_generation,
     parse_option_scores,
@@ -79,8 +85,9 @@ from engine.models.interface import (
 from engine.models.paid_responses import PaidResponses
 from engine.models.probe import NO_THINKING_BODY, THINKING_BODY, probe_server
 from engine.models.reasoning import report_reasoning
+from engine.models.response_reader import TimeLimits, read_body, read_stream
 from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
-from engine.models.throttle import Slot, Throttle
+from engine.models.throttle import Throttle
 from engine.text import format_count
 from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
 from schemas.ids import compute_fingerprint
@@ -90,7 +97,7 @@ logger = logging.getLogger("charter.endpoint")
 _RETRY_TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 10.0
-_MAX_RESPONSE_BYTES = 16 * 1024 * 1024
+_STREAM_CONTENT_TYPE = "text/event-stream"
 _REQUEST_ERROR_STATUSES = (400, 413, 422)
 _TRANSIENT_CLIENT_ERROR_STATUSES = (
     408,
@@ -110,11 +117,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request body, and the timeout of the response in seconds.
-
-    If `timeout_s` is None, the timeout of the endpoint is used, and the request is retried after a timeout. `group` is the group
-    of the GenerationRequest.
-    """
+    """A request body, the time limit of the whole completion in seconds, or None, and the group of the GenerationRequest."""
 
     body: JsonObject
     timeout_s: float | None = None
@@ -124,6 +127,11 @@ class ChatRequest:
     def key(self) -> str:
         """The hash of the body."""
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()
+
+
+def _get_phrase(status: int) -> str:
+    """Return the name of a status, e.g. "Internal Server Error", or an empty string."""
+    return next((known.phrase for known in HTTPStatus if known == status), "")
 
 
 class _ServerMisconfigured(ModelUnreachable):
@@ -142,6 +150,8 @@ def open_endpoint(
     timeout_s: float = 120.0,
     concurrency: int = 16,
     send_seed: bool = True,
+    stream: bool = True,
+    verify: Callable[[Endpoint], None] | None = None,
 ) -> Endpoint:
     """Open the model `http://HOST:PORT/v1#MODEL`.
 
@@ -163,7 +173,16 @@ def open_endpoint(
         raise UsageError(f"{spec} names no model", "a server can serve several models", f"write {address}#MODEL")
     key = _read_api_key(variable) if variable else ""
     try:
-        return Endpoint(address.rstrip("/"), model, key, timeout_s=timeout_s, concurrency=concurrency, send_seed=send_seed)
+        return Endpoint(
+            address.rstrip("/"),
+            model,
+            key,
+            timeout_s=timeout_s,
+            concurrency=concurrency,
+            send_seed=send_seed,
+            stream=stream,
+            verify=verify,
+        )
     except ClientSettingsError as error:
         raise UsageError(error.what, error.why, error.fix) from None
 
@@ -214,8 +233,11 @@ def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
 class Endpoint:
     """One model of one server.
 
-    `timeout_s` limits one attempt of a request, and `retry_timeout_s` limits all attempts together. If the server has no
-    log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed.
+    `timeout_s` limits the time to the first token and between two tokens, or the whole response if it is not streamed. Both are
+    limits of one attempt. `retry_timeout_s` limits all attempts together. If the server has no
+    log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed. If
+    `stream` is false, no response is streamed. `verify` is called once after the probe, and raises UsageError if the server must not
+    be used.
     """
 
     url: str
@@ -227,6 +249,8 @@ class Endpoint:
     backoff_range_s: tuple[float, float] = BACKOFF_RANGE_S
     num_votes: int = NUM_VOTES
     send_seed: bool = True
+    stream: bool = True
+    verify: Callable[[Endpoint], None] | None = None
     cached_server_capabilities: ServerCapabilities | None = None
 
     def __post_init__(self) -> None:
@@ -237,7 +261,7 @@ class Endpoint:
         self.executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         self.revision = compute_served_revision(self.url, self.id)
         self.lock = threading.Lock()
-        self.probe_lock = threading.Lock()
+        self.probe_lock = threading.RLock()  # `verify` uses the capabilities
         self.unbilled_usage = NO_USAGE  # usage of failed attempts that is not yet added to a response
         self.template_opens_reasoning = False
         self.throttle = Throttle(self.url, self.concurrency, self.timeout_s)
@@ -249,11 +273,17 @@ class Endpoint:
 
     @property
     def server_capabilities(self) -> ServerCapabilities:
-        """The capabilities of the server. The server is probed at the first use of this property."""
+        """The capabilities of the server. The server is probed and verified at the first use of this property."""
         with self.probe_lock:
             if self.cached_server_capabilities is None:
                 self.cached_server_capabilities = probe_server(self)
                 logger.info("%s#%s: %s", self.url, self.id, self.cached_server_capabilities)
+                if self.verify:
+                    try:
+                        self.verify(self)
+                    except CharterError:
+                        self.cached_server_capabilities = None  # the next use probes the server again
+                        raise
             return self.cached_server_capabilities
 
     @property
@@ -271,10 +301,17 @@ class Endpoint:
         max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
         server_capabilities = self.server_capabilities
+        if temperature > 0 and server_capabilities.ignores_seed:
+            raise UsageError(
+                f"{self.id} on {self.url} ignores the seed",
+                "the probe got different completions for the same seed, so its sampled completions cannot be repeated",
+                "use a server that supports seeds, or accept this: set models.send_seed to false",
+            )
         limit = max_tokens + max_thinking_tokens  # a server has one limit for the reasoning and the response
         sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: limit}
         if max_thinking_tokens and NO_THINKING_BODY.items() <= server_capabilities.extra_body.items():
             sampling |= THINKING_BODY
+        sampling |= server_capabilities.stream_body or {}
         exact = top_p == 1 and temperature > 0 and (temperature == 1 or server_capabilities.processed_logprobs)
         if server_capabilities.token_ids_body is not None:
             sampling |= server_capabilities.token_ids_body
@@ -400,11 +437,11 @@ class Endpoint:
 
     def send_requests(self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]) -> list[Result[T]]:
         """Send requests concurrently. Return the parsed response or the error of each request."""
-        started = time.monotonic()
         self.add_unbilled(self.paid_responses.begin({request.group for request in requests if request.group}))
-        futures = [self.executor.submit(self.send_request, request, parse) for request in requests]
-        while wait(futures, timeout=STATUS_INTERVAL_S).not_done:
-            self.health.log_status(started)
+        with self.health.track_requests(len(requests)):
+            futures = [self.executor.submit(self.send_request, request, parse) for request in requests]
+            while wait(futures, timeout=STATUS_INTERVAL_S).not_done:
+                self.health.log_status()
         results = [future.result() for future in futures]
         # A permanent error ends the record, so it will not need its other responses.
         for group in {r.group for r, result in zip(requests, results, strict=True) if isinstance(result, PermanentRecordError)}:
@@ -455,19 +492,21 @@ class Endpoint:
         if error.status_code in _OVERLOAD_STATUSES or not error.was_sent:
             return False
         if isinstance(error, RequestTimeout):
-            return self.is_timeout_at_fault(attempt.slot)
+            return self.is_timeout_at_fault(error, attempt)
         if attempt.num_failures < _MAX_FAILURES:
             return False
         return self.health.answered_at > attempt.first_failed_at or self.is_alive()
 
-    def is_timeout_at_fault(self, slot: Slot) -> bool:
+    def is_timeout_at_fault(self, error: RequestTimeout, attempt: FailedAttempt) -> bool:
         """Return whether a timeout is a failure of the request.
 
-        Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if the server
-        has answered others that were sent much later, or if it was alone and the server answers a small request. If the server is
-        too slow for two requests at once, the timeout is raised to its maximum first.
+        Requests that time out together mean that the server is too slow for this number of requests. A request is at fault if its
+        repetitions also time out, and the server has answered others that were sent long after the request received its last token.
+        It is also at fault if it was alone and the server answers a small request. If the server is too slow for two requests at once,
+        the timeout is raised to its maximum first.
         """
-        if self.health.answered_start > slot.started_at + slot.timeout_s / 2:
+        slot = attempt.slot
+        if attempt.num_failures >= _MAX_FAILURES and self.health.answered_start > error.waiting_since + error.limit_s / 2:
             return True
         was_alone = slot.was_alone and self.throttle.is_idle
         is_slow_server = slot.concurrency == 1 and slot.timeout_s < self.throttle.max_timeout_s
@@ -482,28 +521,29 @@ class Endpoint:
     ) -> tuple[JsonObject, Usage]:
         """Send a request until it succeeds. Return the response and its usage.
 
-        If `should_give_up` returns true for a failed attempt, raise RequestGivenUp. If a response takes longer than `timeout_s`,
-        send a second request. If the server responds to this second request, return an empty response with the finish reason
-        "timeout". If the server does not respond, treat the timeout as a failed attempt.
+        If `should_give_up` returns true for a failed attempt, raise RequestGivenUp. If the whole response takes longer than
+        `timeout_s` and the server is alive, return the streamed part of the response with the finish reason "timeout". If the server
+        does not answer a second request, treat the timeout as a failed attempt.
         """
         num_failures, first_failed_at = 0, math.inf
         while True:
             self.wait_for_retry_after(min(first_failed_at, time.monotonic()) + self.retry_timeout_s)
             try:
                 with self.throttle.acquire_slot() as slot:
-                    response, usage = self.post_once(request, timeout_s or slot.timeout_s)
+                    if self.retry_delay_s > 0:  # the server asked for it while this request waited for its slot
+                        continue
+                    received = self.post_once(request, slot.timeout_s, total_timeout_s=timeout_s)
             except TransientError as error:
-                self.add_unbilled(error.usage)
                 num_failures, first_failed_at = num_failures + 1, min(first_failed_at, time.monotonic())
                 pause_s = compute_backoff(num_failures - 1, self.backoff_range_s)
                 self.health.note_failure(error.kind, str(error), max(pause_s, self.retry_delay_s), self.retry_timeout_s)
                 was_alone = slot.was_alone and self.throttle.is_idle  # then the server is not overloaded by our requests
                 if error.status_code in _OVERLOAD_STATUSES or (isinstance(error, RequestTimeout) and not was_alone):
                     self.throttle.note_overload(slot)
-                if isinstance(error, RequestTimeout) and timeout_s and self.is_alive():
-                    timed_out = {"choices": [{"message": {"content": ""}, "finish_reason": "timeout"}]}
-                    return timed_out, estimate_usage(request, timed_out)
-                if isinstance(error, RequestTimeout) and not timeout_s:
+                if isinstance(error, RequestTimeout) and error.is_total and (error.partial or self.is_alive()):
+                    return self.finish_timed_out(request, error)
+                self.add_unbilled(error.usage)
+                if isinstance(error, RequestTimeout) and not error.is_total:
                     self.throttle.note_timeout(slot)
                 if should_give_up(FailedAttempt(error, num_failures, first_failed_at, slot)):
                     raise RequestGivenUp(str(error)) from error
@@ -513,8 +553,18 @@ class Endpoint:
                 time.sleep(pause_s)
             else:
                 self.health.note_answer(slot.started_at)
-                self.throttle.note_response()
-                return response, usage
+                self.throttle.note_response(received.latency_s)
+                return received.response, received.usage
+
+    def finish_timed_out(self, request: JsonObject, error: RequestTimeout) -> tuple[JsonObject, Usage]:
+        """Return the part of a response that was received in its time, with the finish reason "timeout", and its usage."""
+        self.health.note_alive()
+        if error.partial:
+            response = normalize_chat_completion(error.partial)
+            response["choices"][0]["finish_reason"] = "timeout"
+            return response, error.usage
+        empty = {"choices": [{"message": {"content": ""}, "finish_reason": "timeout"}]}
+        return empty, estimate_usage(request, empty)
 
     def make_unreachable_error(self, reason: str) -> ModelUnreachable:
         variable = find_proxy_variable(self.url)
@@ -528,7 +578,7 @@ class Endpoint:
     def is_alive(self) -> bool:
         """Return whether the server responds to a minimal request now."""
         try:
-            self.add_unbilled(self.post_once(self.make_greeting(), self.timeout_s)[1])
+            self.add_unbilled(self.post_once(self.make_greeting(), self.timeout_s).usage)
         except (TransientError, ModelUnreachable):
             return False
         except RequestRejected:
@@ -552,18 +602,22 @@ class Endpoint:
         """
         request = {"model": self.id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
-            self.add_unbilled(self.post_once(request, min(_CHECK_TIMEOUT_S, self.timeout_s))[1])
+            self.add_unbilled(self.post_once(request, min(_CHECK_TIMEOUT_S, self.timeout_s)).usage)
         except TransientError as error:
             raise self.make_unreachable_error(str(error)) from error
         except RequestRejected:
             pass
 
-    def post_once(self, request: JsonObject, timeout_s: float) -> tuple[JsonObject, Usage]:
-        """Send a request once. Raise TransientError, RequestRejected or ModelUnreachable."""
+    def post_once(self, request: JsonObject, timeout_s: float, *, total_timeout_s: float | None = None) -> ReceivedResponse:
+        """Send a request once. Raise TransientError, RequestRejected or ModelUnreachable.
+
+        The limits are those of `engine.models.response_reader.TimeLimits`.
+        """
+        limits = TimeLimits(timeout_s, total_timeout_s, is_streamed=bool(request.get("stream")))
         try:
-            status, headers, text = self.fetch_response(request, timeout_s)
+            return self.fetch_response(request, limits)
         except httpx.ReadTimeout as error:
-            raise RequestTimeout(f"no response within {timeout_s:g} s (ReadTimeout)") from error
+            raise limits.make_timeout("no response within {limit} (ReadTimeout)") from error
         except httpx.LocalProtocolError as error:
             raise _ServerMisconfigured(
                 f"the request to {self.url} cannot be sent",
@@ -574,6 +628,44 @@ class Endpoint:
             was_sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError)
             detail = self.sanitize_error_text(str(error))
             raise TransientError(f"{type(error).__name__}: {detail}".rstrip(": "), was_sent=was_sent) from error
+
+    def fetch_response(self, request: JsonObject, limits: TimeLimits) -> ReceivedResponse:
+        """Send a request and read its response: as a stream if the server streams it, and otherwise whole."""
+        url = f"{self.url}/chat/completions"
+        timeout = httpx.Timeout(limits.read_timeout_s, connect=min(_CONNECT_TIMEOUT_S, limits.read_timeout_s))
+        with self.client.stream("POST", url, json=request, timeout=timeout) as response:
+            status = response.status_code
+            if status == 200 and response.headers.get("content-type", "").startswith(_STREAM_CONTENT_TYPE):
+                return self.read_streamed_response(request, response, limits)
+            text = read_body(response, limits)
+        self.require_success(status, response.headers, text)
+        try:
+            completion = parse_chat_completion(text)
+        except TransientError as error:
+            reason = f"{error}: {self.sanitize_error_text(text)}"
+            raise TransientError(reason, status, error.usage) from error
+        return ReceivedResponse(completion, parse_usage(completion) or estimate_usage(request, completion), limits.latency_s)
+
+    def read_streamed_response(self, request: JsonObject, response: httpx.Response, limits: TimeLimits) -> ReceivedResponse:
+        max_tokens = request.get("max_tokens") or request.get("max_completion_tokens") or 0
+        stream = read_stream(
+            response,
+            limits,
+            max_tokens=max_tokens,
+            num_prompt_tokens=estimate_prompt_tokens(request),
+            note_token=self.health.note_token,
+        )
+        usage = parse_usage(stream.response)
+        if stream.error is not None:
+            self.add_unbilled(usage or stream.estimate_received_usage(estimate_prompt_tokens(request)))
+            code = stream.error.get("code") if isinstance(stream.error, dict) else None
+            status = code if isinstance(code, int) and 400 <= code < 600 else HTTPStatus.INTERNAL_SERVER_ERROR
+            self.require_success(status, response.headers, json.dumps({"error": stream.error}).encode())
+        completion = normalize_chat_completion(stream.assemble())
+        return ReceivedResponse(completion, usage or estimate_usage(request, completion), limits.latency_s)
+
+    def require_success(self, status: int, headers: httpx.Headers, text: bytes) -> None:
+        """Raise the error that a status means: TransientError, RequestRejected or ModelUnreachable."""
         if status in _REQUEST_ERROR_STATUSES:
             raise RequestRejected(self.sanitize_error_text(text))
         if 300 <= status < 400:
@@ -584,15 +676,11 @@ class Endpoint:
                 self.sanitize_error_text(text),
                 "check models.* and the environment variable of models.api_key_env",
             )
-        if status != 200:
+        if status != HTTPStatus.OK:
             self.throttle.delay(parse_retry_after(headers.get("retry-after", "")))
-            raise TransientError(f"status {status}: {self.sanitize_error_text(text)}".rstrip(": "), status)
-        try:
-            response = parse_chat_completion(text)
-        except TransientError as error:
-            reason = f"{error}: {self.sanitize_error_text(text)}"
-            raise TransientError(reason, status, error.usage) from error
-        return response, parse_usage(response) or estimate_usage(request, response)
+            raise TransientError(
+                f"status {status}: {self.sanitize_error_text(text) or _get_phrase(status)}".rstrip(": "), status
+            )
 
     def make_redirect_error(self, status: int, location: str, path: str = "chat/completions") -> ModelUnreachable:
         """Return the error for a redirect of a path. It names the new address, without a user, a password or a query."""
@@ -632,27 +720,12 @@ class Endpoint:
     def require_served(self) -> None:
         """Raise ModelUnreachable if the server does not generate a token for this model."""
         try:
-            response, usage = self.post_once(self.make_greeting(), self.timeout_s)
+            response, usage, _ = self.post_once(self.make_greeting(), self.timeout_s)
         except (TransientError, RequestRejected) as error:
             raise self.make_unreachable_error(str(error)) from error
         self.add_unbilled(usage)
         if response.get("model", self.id) != self.id:
             raise self.make_unreachable_error(f"the response to a request for {self.id} is from {str(response['model'])[:100]}")
-
-    def fetch_response(self, request: JsonObject, timeout_s: float) -> tuple[int, httpx.Headers, bytes]:
-        """Return status, headers and body. Abort the response if it is too large or not complete within the timeout."""
-        deadline = time.monotonic() + timeout_s
-        parts, size, url = [], 0, f"{self.url}/chat/completions"
-        timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
-        with self.client.stream("POST", url, json=request, timeout=timeout) as response:
-            for part in response.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > _MAX_RESPONSE_BYTES:
-                    raise TransientError(f"the response has more than {_MAX_RESPONSE_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise RequestTimeout(f"the response is not complete after {timeout_s:g} s")
-            return response.status_code, response.headers, b"".join(parts)
 
     @property
     def retry_delay_s(self) -> float:

@@ -11,8 +11,11 @@ The name and version of a server are unreliable, because a proxy can forward to 
    not need them.
 4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
-6. Two completions are sampled, because some servers decode greedily at every temperature.
-7. A longer completion shows whether the model thinks before it replies.
+6. A completion is streamed. A server streams only if the stream has everything that an unstreamed response has: the text, the
+   finish reason, the usage, the token ids and a log-probability for each of them.
+7. Two completions are sampled, because some servers decode greedily at every temperature. One of them is repeated with the same
+   seed.
+8. A longer completion shows whether the model thinks before it replies.
 
 A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
 failure the server counts as unreachable, and ModelUnreachable is raised.
@@ -36,6 +39,7 @@ from engine.models.chat_api import (
     parse_top_logprobs,
     parse_usage,
 )
+from engine.models.chat_stream import STREAM_BODIES, STREAMED_OBJECT
 from engine.models.interface import NO_USAGE
 
 logger = logging.getLogger("charter.endpoint")
@@ -67,6 +71,7 @@ UNMODIFIED_SAMPLING_BODY: JsonObject = {"top_k": -1, "min_p": 0.0, "repetition_p
 PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
 TOKEN_IDS_BODIES: tuple[JsonObject, ...] = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True})
 _MAX_SERVER_ERRORS = 3
+_MAX_SAME_SEED = 3
 
 
 class _ServerProbe:
@@ -126,26 +131,42 @@ class _ServerProbe:
         self.base_request = self.base_request | fields
         return True
 
-    def is_thinking(self) -> bool:
-        """Return whether a completion contains reasoning with the current base request.
+    def is_thinking(self, stream_body: JsonObject | None) -> bool:
+        """Return whether a completion contains reasoning with the current base request. It is streamed if the server can.
 
         A completion without text that ends at the token limit also shows reasoning, which the server hides.
         """
         max_tokens = max(self.max_tokens, _THINKING_PROBE_MAX_TOKENS)
-        response = self.try_fields({self.max_tokens_field: max_tokens})
+        response = self.try_fields({self.max_tokens_field: max_tokens} | (stream_body or {}))
         if response is None:
             return False
         generation = parse_generation(response, NO_USAGE)
         is_hidden = not generation.text.strip() and generation.finish_reason == "length"
         return is_hidden or bool(generation.reasoning)
 
-    def is_sampling(self) -> bool:
-        """Return whether two seeds give two different completions at temperature 1."""
+    def sample_text(self, seed: int) -> str | None:
+        """Return a completion at temperature 1, or None if the server rejects the request."""
         max_tokens = max(self.max_tokens, _SAMPLING_MAX_TOKENS)
         fields = {"messages": [_SAMPLING_MESSAGE], "temperature": 1.0, self.max_tokens_field: max_tokens}
-        responses = [self.try_fields(fields | ({"seed": seed} if self.supports_seed else {})) for seed in (1, 2)]
-        completions = [response["choices"][0]["message"]["content"] for response in responses if response]
-        return len(set(completions)) == len(responses)
+        response = self.try_fields(fields | ({"seed": seed} if self.supports_seed else {}))
+        return str(response["choices"][0]["message"]["content"]) if response else None
+
+    def find_sampling(self) -> tuple[bool, bool]:
+        """Return whether two seeds give different completions at temperature 1, and whether the same seed does.
+
+        The same seed is tried up to three times, because servers that batch requests have rounding differences.
+        """
+        texts = [self.sample_text(1), self.sample_text(2)]
+        is_sampling = None not in texts and texts[0] != texts[1]
+        if not is_sampling or not self.supports_seed:
+            return is_sampling, False
+        repeated = [texts[0]]
+        while len(repeated) < _MAX_SAME_SEED:
+            text = self.sample_text(1)
+            if text in repeated:
+                return True, False
+            repeated.append(text)
+        return True, True
 
     def find_prefill_body(self) -> JsonObject | None:
         """Return the request fields that let the server continue a prefilled message, or None if it does not support
@@ -187,6 +208,35 @@ class _ServerProbe:
                 return fields
         return None
 
+    def find_stream_body(self, token_ids_body: JsonObject | None, max_top_logprobs: int) -> JsonObject | None:
+        """Return the request fields that let the server stream a completion, or None if a stream lacks a part of the response."""
+        fields = token_ids_body or {}
+        if token_ids_body is not None and max_top_logprobs:
+            fields = fields | {"logprobs": True, "top_logprobs": 0}
+        whole = self.try_fields(fields)
+        if whole is None:
+            return None
+        expected = _describe_parts(whole)
+        for stream_body in STREAM_BODIES:
+            streamed = self.try_fields(fields | stream_body)
+            if streamed and streamed.get("object") == STREAMED_OBJECT and _describe_parts(streamed) == expected:
+                return stream_body
+        return None
+
+
+def _describe_parts(response: JsonObject) -> tuple[object, ...]:
+    """Return which parts a response has. Two responses to one request can have different texts, because servers batch requests."""
+    generation, usage = parse_generation(response, NO_USAGE), parse_usage(response)
+    return (
+        bool(generation.text or generation.reasoning),
+        bool(response["choices"][0].get("finish_reason")),
+        usage is not None,
+        generation.prompt_token_ids,
+        bool(generation.token_ids),
+        bool(generation.logprobs),
+        usage is not None and len(generation.token_ids) == usage.completion_tokens,
+    )
+
 
 def _is_server_error(attempt: FailedAttempt) -> bool:
     """Return whether the status is 500. Several responses with status 500 mean that the server does not support a request."""
@@ -200,24 +250,29 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
     top_p_with_temperature = probe.adopt_fields_if_accepted({"top_p": 1.0})
     unmodified = probe.adopt_fields_if_accepted(UNMODIFIED_SAMPLING_BODY)
     max_top_logprobs, names_tokens = probe.find_top_logprobs()
+    token_ids_body = probe.find_token_ids_body(max_top_logprobs)
+    stream_body = probe.find_stream_body(token_ids_body, max_top_logprobs) if server.stream else None
+    is_sampling, ignores_seed = probe.find_sampling()
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
         prefill_body=probe.find_prefill_body(),
         max_top_logprobs=max_top_logprobs,
         processed_logprobs=max_top_logprobs > 0 and probe.has_processed_logprobs(max_top_logprobs),
-        token_ids_body=probe.find_token_ids_body(max_top_logprobs),
+        token_ids_body=token_ids_body,
         unmodified_sampling=unmodified and top_p_with_temperature,
         supports_seed=probe.supports_seed,
         reports_usage=probe.reports_usage,
         sends_temperature=probe.sends_temperature,
         any_temperature=probe.any_temperature,
         top_p_with_temperature=top_p_with_temperature,
-        thinks=probe.is_thinking(),
+        thinks=probe.is_thinking(stream_body),
         names_tokens=names_tokens,
+        stream_body=stream_body,
+        ignores_seed=ignores_seed,
     )
     _log_missing_capabilities(server, capabilities)
-    if not probe.is_sampling():
+    if not is_sampling:
         logger.warning(
             "%s ignores the seed and does not sample, so all completions and votes of a prompt are identical", server.url
         )
@@ -244,5 +299,13 @@ def _log_missing_capabilities(server: ChatServer, capabilities: ServerCapabiliti
         )
     if not capabilities.max_top_logprobs:
         logger.warning("%s provides no log-probabilities: options are scored by votes, which cost more", server.url)
+    if capabilities.ignores_seed:
+        logger.warning(
+            "%s ignores the seed: requests at a temperature above 0 are refused while models.send_seed is on", server.url
+        )
+    if capabilities.stream_body is None and server.stream:
+        logger.warning(
+            "%s does not stream completions with all their parts: models.timeout_s limits the whole response", server.url
+        )
     if not capabilities.reports_usage:
         logger.warning("%s reports no usage: tokens are estimated as one per four characters", server.url)

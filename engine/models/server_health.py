@@ -1,10 +1,17 @@
-"""Record whether a server answers, and log it: one line at the first failure, then a status line at intervals."""
+"""Record whether a server answers, and log it: one line at the first failure, then a status line at intervals.
+
+`ServerHealth.get_wait` returns the same state for `charter status`, the dashboard and the metrics (engine/server_waits.py).
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from engine.text import format_count
 
@@ -14,16 +21,47 @@ STATUS_INTERVAL_S = 15.0
 _QUIET_TIME_S = 30.0  # requests that wait for longer than this without any response are worth a line
 
 
+@dataclass(frozen=True)
+class ServerWait:
+    """Requests to a model on a server wait. `name` is the address and the model. Times are in seconds.
+
+    `reason` is the last failure, or empty if the server only does not respond. `num_failures` is the number of failed attempts of
+    all requests since the last response.
+    """
+
+    name: str
+    waiting_s: float
+    reason: str = ""
+    num_failures: int = 0
+    next_attempt_s: float = 0.0
+    pauses_in_s: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.num_failures:
+            return f"waiting for {self.name}: no response for {self.waiting_s:.0f} s"
+        duration = f" in {self.waiting_s:.0f} s" if self.num_failures > 1 else ""
+        pause = f"in {self.pauses_in_s:.0f} s" if self.pauses_in_s else "then"
+        return (
+            f"waiting for {self.name}: {self.reason}; {format_count(self.num_failures, 'failed attempts')}{duration},"
+            f" the next in {self.next_attempt_s:.1f} s; the stage pauses {pause}"
+        )
+
+
 class ServerHealth:
     """The health of one model on a server, as its requests show it. Times are in seconds, on the monotonic clock.
 
     `failing_since` is the time of the first failure after the last response, or None. `answered_at` is the time of the last
-    usable response. `answered_start` is the latest start of a request with a usable response. The class is thread-safe.
+    usable response. `answered_start` is the latest start of a request with a usable response. `received_at` is the time of the last
+    token of a streamed response. `num_waiting` is the number of requests that wait for their responses, and `waiting_since` is the
+    time at which the first of them began to wait. `failure_counts` are the failed attempts by kind. The class is thread-safe.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.answered_at = self.answered_start = 0.0
+        self.answered_at = self.answered_start = self.received_at = 0.0
+        self.num_waiting = 0
+        self.waiting_since = 0.0
+        self.failure_counts: Counter[str] = Counter()
         self.failing_since: float | None = None
         self.num_failures = 0  # since `failing_since`
         self.reason = ""
@@ -42,6 +80,7 @@ class ServerHealth:
             if self.failing_since is None:
                 self.failing_since, self.num_failures = now, 0
             self.num_failures += 1
+            self.failure_counts[kind] += 1
             self.reason, self.next_attempt_at, self.gives_up_at = reason, now + pause_s, self.failing_since + retry_timeout_s
             if kind not in self.logged_kinds or now - self.logged_at >= STATUS_INTERVAL_S:
                 self.logged_kinds.add(kind)
@@ -58,37 +97,59 @@ class ServerHealth:
         with self.lock:
             self._end_outage()
 
-    def log_status(self, waiting_since: float) -> None:
-        """Log a status line if requests have waited since `waiting_since` and the last line is old enough."""
+    def note_token(self) -> None:
+        """Record that the server has sent a part of a streamed response."""
+        self.received_at = time.monotonic()
+
+    @contextmanager
+    def track_requests(self, count: int) -> Iterator[None]:
+        """Count requests that wait for their responses while the block runs."""
+        with self.lock:
+            self.waiting_since = self.waiting_since if self.num_waiting else time.monotonic()
+            self.num_waiting += count
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_waiting -= count
+
+    def get_wait(self) -> ServerWait | None:
+        """Return what the requests wait for: the end of a failure, or any response for a long time. Return None if nothing waits."""
+        with self.lock:
+            return self._get_wait(time.monotonic())
+
+    def log_status(self) -> None:
+        """Log a status line if requests wait and the last line is old enough."""
         with self.lock:
             now = time.monotonic()
-            if now - self.logged_at < STATUS_INTERVAL_S:
+            wait = self._get_wait(now)
+            if wait is None or now - self.logged_at < STATUS_INTERVAL_S:
                 return
-            if self.failing_since is not None:
+            if wait.num_failures:
                 self._log_waiting(now)
-            elif (
-                quiet_s := now - max(waiting_since, self.answered_at)
-            ) >= _QUIET_TIME_S and now - self.logged_at >= quiet_s / 2:
+            elif now - self.logged_at >= wait.waiting_s / 2:
                 self.logged_at = now
-                logger.warning("waiting for %s: no response for %.0f s", self.name, quiet_s)
+                logger.warning("%s", wait)
+
+    def _get_wait(self, now: float) -> ServerWait | None:
+        if self.failing_since is not None:
+            return ServerWait(
+                self.name,
+                now - self.failing_since,
+                self.reason,
+                self.num_failures,
+                max(0.0, self.next_attempt_at - now),
+                max(0.0, self.gives_up_at - now),
+            )
+        quiet_s = now - max(self.waiting_since, self.answered_at, self.received_at)
+        return ServerWait(self.name, quiet_s) if self.num_waiting and quiet_s >= _QUIET_TIME_S else None
 
     def _log_waiting(self, now: float) -> None:
-        assert self.failing_since is not None
+        wait = self._get_wait(now)
+        assert wait is not None
         self.logged_at = now
-        elapsed_s = now - self.failing_since
-        self.has_long_outage |= elapsed_s > 1
-        attempts = format_count(self.num_failures, "failed attempts") + (
-            f" in {elapsed_s:.0f} s" if self.num_failures > 1 else ""
-        )
-        left_s = max(0.0, self.gives_up_at - now)
-        logger.warning(
-            "waiting for %s: %s; %s, the next in %.1f s; the stage pauses %s",
-            self.name,
-            self.reason,
-            attempts,
-            max(0.0, self.next_attempt_at - now),
-            f"in {left_s:.0f} s" if left_s else "then",
-        )
+        self.has_long_outage |= wait.waiting_s > 1
+        logger.warning("%s", wait)
 
     def _end_outage(self) -> None:
         if self.failing_since is not None and self.has_long_outage:

@@ -1,9 +1,16 @@
 """Limit the load on a server: the number of concurrent requests, the timeout, and the delay that a `Retry-After` header asks for.
 
-The number of concurrent requests adapts to the server (additive increase, multiplicative decrease). A timeout, 429 or 503 halves it.
-Each response raises it again, up to the maximum. A timeout also doubles the timeout of later requests. Otherwise a server that is
-too slow for the timeout would never finish a request: most servers discard a request whose client disconnects, and a repeated
-request starts from the beginning.
+The number of concurrent requests adapts to the server (additive increase, multiplicative decrease, as in TCP):
+
+1. It starts at `_START_CONCURRENCY`. Until the first overload, each response raises it by one. After that, a whole round of
+   responses raises it by one.
+2. It rises only while the latency holds: a response counts if its latency is below half of the timeout. The latency is the longest
+   time without a token, or the duration of a response that is not streamed.
+3. A timeout, 429 or 503 halves it. Requests that were sent before the last decrease do not halve it again.
+
+A timeout also doubles the timeout of later requests. Otherwise a server that is too slow for the timeout would never finish a
+request: most servers discard a request whose client disconnects, and a repeated request starts from the beginning. After many quick
+responses the timeout is halved, down to the setting.
 """
 
 from __future__ import annotations
@@ -17,7 +24,11 @@ from dataclasses import dataclass
 
 logger = logging.getLogger("charter.endpoint")
 
+_START_CONCURRENCY = 4
 _MAX_TIMEOUT_FACTOR = 8.0
+_HOLDING_FRACTION = 0.5  # of the timeout; the concurrency rises while the latency is below
+_QUICK_FRACTION = 0.25  # of the timeout; a response is quick if its latency is below
+_NUM_QUICK_RESPONSES = 64  # consecutive quick responses after which a raised timeout is halved
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,10 @@ class Throttle:
 
     def __init__(self, name: str, max_concurrency: int, timeout_s: float) -> None:
         self.name, self.max_concurrency, self.first_timeout_s = name, max_concurrency, timeout_s
-        self.concurrency = float(max_concurrency)  # the current limit; its integer part is used
+        self.concurrency = float(min(max_concurrency, _START_CONCURRENCY))  # the current limit; its integer part is used
+        self.has_been_overloaded = False
         self.timeout_s = timeout_s
+        self.num_quick_responses = 0
         self.retry_at = 0.0
         self.num_active = 0
         self.decreased_at = 0.0
@@ -70,10 +83,17 @@ class Throttle:
         with self.condition:
             return self.num_active == 0
 
-    def note_response(self) -> None:
+    def note_response(self, latency_s: float = 0.0) -> None:
+        """Raise the number of concurrent requests if the latency is low enough. Lower a raised timeout after many quick responses."""
         with self.condition:
-            self.concurrency = min(self.max_concurrency, self.concurrency + 1 / self.concurrency)
-            self.condition.notify_all()
+            if latency_s < _HOLDING_FRACTION * self.timeout_s:
+                step = 1 / self.concurrency if self.has_been_overloaded else 1.0
+                self.concurrency = min(self.max_concurrency, self.concurrency + step)
+                self.condition.notify_all()
+            self.num_quick_responses = self.num_quick_responses + 1 if latency_s < _QUICK_FRACTION * self.timeout_s else 0
+            if self.timeout_s > self.first_timeout_s and self.num_quick_responses >= _NUM_QUICK_RESPONSES:
+                self.timeout_s, self.num_quick_responses = max(self.first_timeout_s, self.timeout_s / 2), 0
+                logger.warning("%s responds quickly again: the timeout is %g s now", self.name, self.timeout_s)
 
     def note_overload(self, slot: Slot) -> None:
         """Halve the number of concurrent requests. Requests that started before the last decrease do not count again."""
@@ -81,10 +101,11 @@ class Throttle:
             if slot.started_at < self.decreased_at:
                 return
             previous, self.concurrency = int(self.concurrency), max(1.0, self.concurrency / 2)
+            self.has_been_overloaded = True
             self.decreased_at = time.monotonic()
             if int(self.concurrency) < previous:
                 logger.warning(
-                    "%s is overloaded: the number of concurrent requests is %d now, and rises with each response",
+                    "%s is overloaded: the number of concurrent requests is %d now, and rises with quick responses",
                     self.name,
                     int(self.concurrency),
                 )
@@ -95,7 +116,7 @@ class Throttle:
             longer_s = min(2 * slot.timeout_s, self.max_timeout_s)
             if longer_s <= self.timeout_s:
                 return
-            self.timeout_s = longer_s
+            self.timeout_s, self.num_quick_responses = longer_s, 0
             logger.warning("%s did not respond within %g s: the timeout is %g s now", self.name, slot.timeout_s, longer_s)
 
     def delay(self, delay_s: float) -> None:

@@ -10,10 +10,14 @@ from charter.dashboard.app import Dashboard
 from charter.pipeline import make_host
 from charter.stages import STAGES
 from engine.instances import ServiceLease
+from engine.models.endpoint import Endpoint
 from engine.policy import make_restore_update
+from engine.server_waits import list_server_waits
 from engine.worker import to_producer_record
 from schemas.records import Incident
+from tests.support.chat_server import FakeChatServer, make_script
 from tests.support.deployment import Deployment
+from tests.support.records import copy_empty_database
 from tests.support.waiting import wait_until
 
 
@@ -103,3 +107,30 @@ def test_dashboard_without_a_log_does_not_claim_to_be_live(tmp_path):
     with TestClient(Dashboard(settings).build_app(), base_url="http://127.0.0.1:8000") as client:
         assert 'data-activity="unknown"' in client.get("/").text
     assert not (tmp_path / "data").exists()
+
+
+def test_status_and_dashboard_show_the_model_server_that_a_stage_waits_for(tmp_path):
+    server = FakeChatServer()
+    server.script = lambda n, request: (503, b"loading the model")
+    deployment = Deployment(tmp_path / "data")
+    spec = deployment.flags["models.policy"] = f"{server.url}#m"
+    models = {spec: Endpoint(server.url, "m", backoff_range_s=(0.01, 0.02))}
+    deployment.publish("One?")
+    settings = deployment.settings()
+    copy_empty_database(settings.folder / "charter.duckdb")
+    bus = connect_bus(settings)
+    client = TestClient(Dashboard(settings).build_app(None), base_url="http://localhost:8400")
+    try:
+        with make_host(settings, bus, ["respond"], sink=True, open_models=models) as host:
+            wait_until(lambda: list_server_waits(settings.folder), host)
+            message = f"waiting for {server.url}#m: status 503: loading the model; "
+            assert deployment.rows("status")["waiting"][0]["message"].startswith(message)
+            assert message in deployment.call("status")
+            assert client.get("/api/pipeline").json()["waits"][0]["message"].startswith(message)
+            assert message in client.get("/").text
+            server.script = make_script()
+            wait_until(lambda: not list_server_waits(settings.folder), host)
+        assert deployment.rows("status")["waiting"] == [] and "waiting for" not in client.get("/").text
+    finally:
+        bus.close()
+        server.close()

@@ -226,6 +226,26 @@ def test_no_request_has_a_seed_if_the_setting_is_off(server):
     assert server.requests and not any("seed" in body for body in server.request_bodies)
 
 
+def test_server_that_ignores_the_seed_is_refused_for_sampled_completions(server, caplog):
+    def script(number, request):
+        sampled = request["temperature"] > 0
+        return 200, make_chat_completion(f"name {number}" if sampled else "one")
+
+    server.script = script
+    model = make_endpoint(server, cached_server_capabilities=None)
+    with caplog.at_level(logging.WARNING, "charter.endpoint"), pytest.raises(UsageError, match="ignores the seed") as caught:
+        model.generate([make_request()])
+    assert len(str(caught.value).splitlines()) == 3 and "models.send_seed" in caught.value.fix
+    assert sum("ignores the seed" in line for line in caplog.messages) == 1
+    require_results(model.generate([make_request()], temperature=0.0))  # nothing is sampled
+    accepted = make_endpoint(server, cached_server_capabilities=None, send_seed=False)
+    require_results(accepted.generate([make_request()]))
+    # A rounding difference in one of the repetitions does not mean that the seed is ignored.
+    texts = iter(["a ship", "another ship", "a shin", "a ship"])
+    server.script = lambda n, request: (200, make_chat_completion(next(texts) if "ship" in str(request["messages"]) else "one"))
+    assert not make_endpoint(server, cached_server_capabilities=None).server_capabilities.ignores_seed
+
+
 def test_content_in_parts_is_joined_without_its_reasoning():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "plan"}]}, {"type": "text", "text": "A "}, "bird."]
     reply = make_chat_completion(parts)

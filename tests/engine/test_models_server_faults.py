@@ -200,18 +200,25 @@ def test_server_that_is_too_slow_for_the_timeout_makes_progress(server, caplog):
     assert [result[0].text for result in results] == [f"answer to {n}" for n in range(8)]
     assert model.throttle.timeout_s > 0.2
     log_text = " ".join(caplog.messages)
-    assert "the timeout is 0.4 s now" in log_text and "the number of concurrent requests is 4 now" in log_text
+    assert "the timeout is 0.4 s now" in log_text and "the number of concurrent requests is 2 now" in log_text
 
 
 def test_throttle_halves_once_per_overload_and_rises_with_responses():
     throttle = Throttle("s", 8, 10.0)
+    assert throttle.concurrency == 4  # a slow server gets few requests at first
+    for _ in range(9):
+        throttle.note_response(0.1)
+    assert throttle.concurrency == 8  # one more for each response, up to the maximum
     with throttle.acquire_slot() as first, throttle.acquire_slot() as second:
         assert first.was_alone and not second.was_alone and not throttle.is_idle
     throttle.note_overload(first)
     throttle.note_overload(second)  # it started before the decrease
     assert int(throttle.concurrency) == 4 and throttle.is_idle
+    for _ in range(4):
+        throttle.note_response(0.1)
+    assert 4.8 < throttle.concurrency < 5  # one more for a whole round
     for _ in range(40):
-        throttle.note_response()
+        throttle.note_response(0.1)
     assert throttle.concurrency == 8
     for _ in range(5):
         throttle.note_overload(Slot(time.monotonic() + 1, 10.0, False))
@@ -219,6 +226,43 @@ def test_throttle_halves_once_per_overload_and_rises_with_responses():
     for timeout_s in (10.0, 10.0, 20.0, 40.0, 80.0):
         throttle.note_timeout(Slot(0.0, timeout_s, False))
     assert throttle.timeout_s == 80.0
+
+
+def test_throttle_rises_only_while_the_latency_holds():
+    throttle = Throttle("s", 8, 10.0)
+    for _ in range(20):
+        throttle.note_response(6.0)
+    assert throttle.concurrency == 4
+    throttle.note_response(4.0)
+    assert throttle.concurrency == 5
+
+
+def test_raised_timeout_falls_back_to_the_setting_after_many_quick_responses(caplog):
+    throttle = Throttle("s", 8, 10.0)
+    throttle.note_timeout(Slot(0.0, 10.0, False))
+    throttle.note_timeout(Slot(0.0, 20.0, False))
+    caplog.clear()
+    for latency_s in [1.0] * 63 + [15.0] + [1.0] * 63:
+        throttle.note_response(latency_s)
+    assert throttle.timeout_s == 40.0  # there are never 64 quick responses in a row
+    with caplog.at_level(logging.WARNING, "charter.endpoint"):
+        for _ in range(200):
+            throttle.note_response(1.0)
+    assert throttle.timeout_s == 10.0 and [line.rpartition(": ")[2] for line in caplog.messages] == [
+        "the timeout is 20 s now", "the timeout is 10 s now",
+    ]  # fmt: skip
+
+
+def test_no_request_is_sent_before_retry_after_also_if_it_waited_for_its_slot(server):
+    sent_at = []
+
+    def script(n, request):
+        sent_at.append(time.monotonic())
+        return (429, b"", {"Retry-After": "1"}) if n == 1 else answer(request)
+
+    server.script = script
+    make_endpoint(server, concurrency=1).generate([make_request(str(n)) for n in range(3)])
+    assert min(sent_at[1:]) - sent_at[0] > 0.9
 
 
 # The log
@@ -248,9 +292,11 @@ def test_status_line_counts_down_at_intervals(caplog, monkeypatch):
         health.note_answer(started_at=1059.0)
         assert caplog.messages[-1] == "http://s/v1#m answers again, after 60 s"
         caplog.clear()
-        for _ in range(100):
-            now[0] += 1
-            health.log_status(waiting_since=1060.0)
+        with health.track_requests(4):
+            for _ in range(100):
+                now[0] += 1
+                health.log_status()
+        assert health.get_wait() is None  # no request waits
     assert caplog.messages[0] == "waiting for http://s/v1#m: no response for 30 s" and len(caplog.messages) == 2
 
 

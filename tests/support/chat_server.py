@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 CUT_CONNECTION = None  # a script returns this to close the connection without a response
@@ -72,8 +72,12 @@ def _make_handler(fake_server):
             else:
                 self.send_header("Content-Length", str(len(parts[0])))
             self.end_headers()
-            for part in parts:
-                self.wfile.write(part)
+            try:
+                for part in parts:
+                    self.wfile.write(part)
+            finally:
+                if isinstance(body, Generator):
+                    body.close()  # the client may have closed the connection
 
         def log_message(self, *_):
             pass
@@ -92,7 +96,45 @@ def make_chat_completion(text, finish_reason="stop", top_logprobs=None, token_co
     return {"choices": [choice]} | usage | more
 
 
+EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
+
+
+def make_events(completion, *, include_usage=True, done=True):
+    """Return the server-sent events of a chat completion, as vLLM sends them: one for each entry of its log-probabilities.
+
+    Without log-probabilities there is one event for each character. The text, the token ids and the log-probabilities are spread
+    over the events; the last events have the finish reason, the usage and the end mark.
+    """
+    choice = completion["choices"][0]
+    message, text = choice["message"], choice["message"].get("content") or ""
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    token_ids = choice.get("token_ids") or []
+    count = max(len(entries), len(token_ids)) or len(text)
+    shared = {"id": "1", "object": "chat.completion.chunk", "model": completion.get("model")}
+    first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    chunks = [shared | {"choices": [first], "prompt_token_ids": completion.get("prompt_token_ids")}]
+    reasoning = {name: value for name, value in message.items() if name not in ("role", "content")}
+    if reasoning:
+        chunks.append(shared | {"choices": [{"index": 0, "delta": reasoning}]})
+    for n in range(count):
+        piece = text[n : n + 1] if n < count - 1 else text[n:]
+        chunk = {"index": 0, "delta": {"content": piece}, "finish_reason": None, "logprobs": None}
+        chunk |= {"logprobs": {"content": entries[n : n + 1]}} if entries else {}
+        chunk |= {"token_ids": token_ids[n : n + 1]} if token_ids else {}
+        chunks.append(shared | {"choices": [chunk]})
+    chunks.append(shared | {"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    if include_usage and "usage" in completion:
+        chunks.append(shared | {"choices": [], "usage": completion["usage"]})
+    return [b"data: %s\n\n" % json.dumps(chunk).encode() for chunk in chunks] + [b"data: [DONE]\n\n"] * done
+
+
+def stream_answer(completion, **options):
+    """Return the result of a script that streams a chat completion."""
+    return 200, iter(make_events(completion, **options)), EVENT_STREAM
+
+
 STANDARD_FIELDS = {"model", "messages", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs"}
+STREAM_FIELDS = {"stream", "stream_options"}
 VLLM_FIELDS = STANDARD_FIELDS | {
     "continue_final_message", "add_generation_prompt", "chat_template_kwargs", "top_k", "min_p", "repetition_penalty",
     "return_token_ids",
@@ -107,12 +149,14 @@ def make_script(
     processed_logprobs=False,
     logprobs=True,
     returns_token_ids=False,
+    streams=False,
 ):
     """Return the script of a server with the given capabilities. Like strict servers, it rejects unknown fields with status 400.
 
     `prefill_support` is "never", "requested" (only with vLLM's fields) or "always". `max_top_logprobs` is the largest accepted
-    value of top_logprobs.
+    value of top_logprobs. With `streams`, a request with `stream` is answered with a stream.
     """
+    accepted_fields = accepted_fields | (STREAM_FIELDS if streams else set())
 
     def script(number, request):
         if unknown := set(request) - accepted_fields:
@@ -134,6 +178,6 @@ def make_script(
             completion["prompt_token_ids"], completion["choices"][0]["token_ids"] = [1, 2, 3], [7, 8, 2]
             if top is not None:
                 completion["choices"][0]["logprobs"]["content"] = [{"token": t, "logprob": -0.5} for t in "abc"]
-        return 200, completion
+        return stream_answer(completion) if request.get("stream") else (200, completion)
 
     return script

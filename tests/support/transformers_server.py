@@ -10,12 +10,15 @@ from pathlib import Path
 import httpx
 
 from engine.models.chat_api import ServerCapabilities
+from engine.models.chat_stream import STREAM_BODIES
 from tests.support.kafka import find_free_port
 from tests.support.waiting import HANG_S
 
 # What the probe finds (tests/engine/test_models_served.py): unknown fields are rejected, log-probabilities are ignored, and a last
 # assistant message is closed.
-SERVER_CAPABILITIES = ServerCapabilities(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+SERVER_CAPABILITIES = ServerCapabilities(
+    extra_body={"chat_template_kwargs": {"enable_thinking": False}}, stream_body=STREAM_BODIES[0]
+)
 
 
 def _copy_with_sampling(model, folder):

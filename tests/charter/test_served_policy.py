@@ -1,0 +1,105 @@
+"""The server of the policy must serve the model that the trainer trains."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from charter.models import RoleModels
+from engine.errors import UsageError
+from engine.models.interface import GenerationRequest
+from engine.settings import load_settings
+from schemas.records import ChatMessage
+from tests.support.chat_server import STREAM_FIELDS, VLLM_FIELDS, FakeChatServer, make_chat_completion, stream_answer
+
+MESSAGES = (ChatMessage(role="user", content="a"),)
+
+
+class TinyServer:
+    """A server of the model in `folder`, with exact token ids and log-probabilities. Its completions are constant."""
+
+    def __init__(self, folder, text="so it is."):
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        self.text, self.shift, self.http, self.fields = text, 0, FakeChatServer(), VLLM_FIELDS | STREAM_FIELDS
+        self.http.script = self.answer
+
+    def answer(self, number, request):
+        if unknown := set(request) - self.fields:
+            return 400, {"error": {"message": f"unknown fields {sorted(unknown)}"}}
+        prompt = self.tokenizer(f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:")["input_ids"]
+        tokens = [*self.tokenizer(self.text, add_special_tokens=False)["input_ids"], 2]
+        with torch.inference_mode():
+            logprobs = self.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        completion = make_chat_completion(self.text, token_counts=(len(prompt), len(tokens)))
+        choice = completion["choices"][0]
+        if request.get("return_token_ids"):
+            completion["prompt_token_ids"] = [(token + self.shift) % len(self.tokenizer) for token in prompt]
+            choice["token_ids"] = [(token + self.shift) % len(self.tokenizer) for token in tokens]
+        if request.get("logprobs"):
+            top = [{"token": chr(97 + n), "logprob": -3.0 - n} for n in range(request["top_logprobs"])]
+            choice["logprobs"] = {
+                "content": [
+                    {"token": "t", "logprob": float(logprobs[len(prompt) - 1 + n, token]), "top_logprobs": top}
+                    for n, token in enumerate(tokens)
+                ]
+            }
+        return stream_answer(completion) if request.get("stream") else (200, completion)
+
+
+@pytest.fixture
+def server(tiny):
+    server = TinyServer(tiny)
+    yield server
+    server.http.close()
+
+
+def open_policy(server, base_model, **more):
+    flags = {"models.policy": f"{server.http.url}#m", "train.base_model": str(base_model), "models.critic": "scripted"} | more
+    return RoleModels(load_settings(flags, environment={})[0]).get_model("policy")
+
+
+def test_server_of_the_base_model_is_accepted(server, tiny, caplog):
+    model = open_policy(server, tiny)
+    ((one,),) = model.generate([GenerationRequest(MESSAGES)])
+    assert one.text == server.text and len(one.logprobs) == len(one.token_ids) > 0
+    assert model.server_capabilities.stream_body is not None
+
+
+def test_ids_of_another_tokenizer_are_refused_before_the_first_record(server, tiny):
+    server.shift = 1
+    with pytest.raises(UsageError, match=r"does not use the tokenizer of train\.base_model") as caught:
+        open_policy(server, tiny).generate([GenerationRequest(MESSAGES)])
+    assert len(str(caught.value).splitlines()) == 3 and "mean" in caught.value.why
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(server, tiny):
+    server.tokenizer.add_tokens(["tokenthatisnew"])
+    server.text = "tokenthatisnew"
+    server.model.resize_token_embeddings(len(server.tokenizer))
+    with pytest.raises(UsageError, match="sends the token id"):
+        open_policy(server, tiny).generate([GenerationRequest(MESSAGES)])
+
+
+def test_another_model_with_the_same_tokenizer_is_refused_at_each_use(server, tiny):
+    with torch.no_grad():
+        for parameter in server.model.parameters():
+            parameter.mul_(5.0)
+    model = open_policy(server, tiny)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"does not have the weights of train\.base_model") as caught:
+            model.generate([GenerationRequest(MESSAGES)])
+        assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("missing", "words"), [("return_token_ids", "token ids"), ("logprobs", "exact log-probabilities")])
+def test_server_without_rollouts_is_refused_if_rl_needs_them(server, tiny, caplog, missing, words):
+    server.fields = server.fields - {missing}
+    with pytest.raises(UsageError, match="RL cannot train on the completions") as caught:
+        open_policy(server, tiny, **{"models.weight_sync": "vllm"}).generate([GenerationRequest(MESSAGES)])
+    assert f"does not return {words}" in caught.value.why and len(str(caught.value).splitlines()) == 3
+    with caplog.at_level(logging.WARNING, "charter.models"):
+        for more in ({}, {"models.weight_sync": "vllm", "train.rl_method": "dpo"}):
+            ((one,),) = open_policy(server, tiny, **more).generate([GenerationRequest(MESSAGES)])
+            assert one.text == server.text
+    assert sum(f"does not return {words}: RL skips" in line for line in caplog.messages) == 2
