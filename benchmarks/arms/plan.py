@@ -124,7 +124,7 @@ def make_settings(
     if arm:
         flags |= arm.settings
         if arm.settings.get("train.rl_method") == "grpo":
-            grader = world.grader.replace("_", "-")
+            grader = world.grader_name
             if arm.shuffles_grades:
                 flags["grade.graders"] = f'["{write_shuffled_grader(folder, world.grader, seed)}"]'
                 grader = f"shuffled-{grader}"

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,8 @@ def run_or_load(
 
     Raises BudgetUsed or Stopped if the run is not finished, and UsageError if it was begun with other options.
     """
+    if arm is None:
+        options = replace(options, limit=None, updates=None)  # the base model is not trained
     name = get_run_name(world, arm, seed)
     saved = read_result(folder, name)
     for begun in (saved, read_progress(folder, name)):
@@ -283,7 +285,7 @@ class ArmRun:
         """Run stages and the sink until they have processed every record."""
         run_id = self.settings.run.id
         run_start = ensure_run_start(self.bus, run_id)
-        host = make_host(self.settings, self.bus, stages, sink=True, open_models=self.open_models, accept_configuration=True)
+        host = make_host(self.settings, self.bus, stages, sink=True, open_models=self.open_models)
         groups = {f"{run_id}.{stage}": topics for stage, topics in get_stage_inputs(self.settings).items() if stage in stages}
         check = CompletionCheck(self.bus, groups, self.store, run_start.offsets)
         with host:
@@ -357,9 +359,9 @@ class ArmRun:
     def make_result(self) -> RunResult:
         state = self.trainer.read_state()
         rows = self.store.query_dicts(
-            """SELECT item, subset, details FROM suite_grades WHERE run_id = ? AND outcome = 'OK'
+            """SELECT item, subset, details FROM suite_grades WHERE run_id = ? AND grader = ? AND outcome = 'OK'
                ORDER BY item, completion_index""",
-            [self.get_evaluation_run(_HELD_OUT)],
+            [self.get_evaluation_run(_HELD_OUT), self.world.grader_name],
             limit_s=30.0,
         )
         responses = self.store.query(

@@ -35,7 +35,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class World:
-    """The first of `metrics` is what the rule asks for. `num_prompts` is the number of prompts of an update.
+    """The first of `metrics` is what the rule asks for. `num_prompts` is the number of prompts of an update. `grader` is the name
+    of a module in `graders`.
 
     `sample_rows` returns the training prompts of a seed in order. `write_people_rows` returns rows that people write for prompts,
     for a kind of data (see `Act`). It is None if the world has no people. `human_texts` returns texts by people, whose perplexity is
@@ -60,6 +61,11 @@ class World:
     @property
     def grader_file(self) -> Path:
         return _FOLDER / "graders" / f"{self.grader}.py"
+
+    @property
+    def grader_name(self) -> str:
+        """The NAME in the grader file."""
+        return self.grader.replace("_", "-")
 
 
 # The small language
