@@ -20,14 +20,11 @@ from typing import Any
 from benchmarks.arms.plan import CRITIC_ID, JUDGE_ID, Act, Arm, make_settings
 from benchmarks.arms.worlds import Row, World
 from benchmarks.learning.programmatic import ProgrammaticCritic, make_judge
+from benchmarks.stream import run_stages
 from charter.connect import connect_bus, open_store
 from charter.evaluation.suite_run import EvaluationRequest, make_evaluation_plan, run_evaluation
-from charter.lag import CompletionCheck
-from charter.pipeline import make_host
-from charter.stages import get_stage_inputs
 from engine.bus.port import Bus
 from engine.errors import TrainingFailed, UsageError
-from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.store import Store
 from producers.files import FileProducer, InputKind
@@ -36,7 +33,6 @@ from trainer.loop import Trainer
 from trainer.monitor import compute_perplexity
 
 BASE_SEED = 0  # the base model is measured once per world
-_POLL_INTERVAL_S = 0.2
 _HELD_OUT = "held-out"
 _KIND_OF_PEOPLE_ROWS: dict[str, InputKind] = {
     "demonstrations": "demonstrations",
@@ -283,15 +279,7 @@ class ArmRun:
 
     def run_stages(self, stages: Sequence[str]) -> None:
         """Run stages and the sink until they have processed every record."""
-        run_id = self.settings.run.id
-        run_start = ensure_run_start(self.bus, run_id)
-        host = make_host(self.settings, self.bus, stages, sink=True, open_models=self.open_models)
-        groups = {f"{run_id}.{stage}": topics for stage, topics in get_stage_inputs(self.settings).items() if stage in stages}
-        check = CompletionCheck(self.bus, groups, self.store, run_start.offsets)
-        with host:
-            while not check.is_done():
-                host.raise_if_failed()
-                host.failure_event.wait(_POLL_INTERVAL_S)
+        run_stages(self.settings, self.bus, self.store, stages, self.open_models)
 
     def train(self, phase: str) -> None:
         """Make one update of a phase. Finish it first if an earlier start began it. Skip it if it is finished."""
