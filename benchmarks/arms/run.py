@@ -283,17 +283,17 @@ class ArmRun:
 
     def train(self, phase: str) -> None:
         """Make one update of a phase. Finish it first if an earlier start began it. Skip it if it is finished."""
-        self.trainer.resume()
         steps = self.steps[: self.current]
         num_before = sum(step.phase == phase for number, step in enumerate(steps) if str(number) not in self.progress.skipped)
-        if sum(manifest.phase == phase for manifest in self.trainer.read_state().manifests) <= num_before:
-            try:
+        try:
+            self.trainer.resume()
+            if sum(manifest.phase == phase for manifest in self.trainer.read_state().manifests) <= num_before:
                 self.trainer.update(phase)
-            except TrainingFailed as error:  # its batch is voided, so the log has it
-                self.report(f"{self.name}: {phase} published nothing: {error.what}: {error.why}")
-            except UsageError as error:
-                self.progress.skipped[str(self.current)] = f"{phase}: {error.what}: {error.why}"
-                self.report(f"{self.name}: skipped {phase}: {error.what}: {error.why}")
+        except TrainingFailed as error:  # the log has its batch, which is voided
+            self.report(f"{self.name}: {phase} published nothing: {error.what}: {error.why}")
+        except UsageError as error:  # there was nothing to train on, so the log has no batch
+            self.progress.skipped[str(self.current)] = f"{phase}: {error.what}: {error.why}"
+            self.report(f"{self.name}: skipped {phase}: {error.what}: {error.why}")
 
     # The measurements
 

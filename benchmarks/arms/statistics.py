@@ -9,7 +9,7 @@ from statistics import fmean
 
 from engine.statistics import compute_quantile
 
-_NUM_RESAMPLES = 4_000
+_NUM_RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
