@@ -241,7 +241,15 @@ def test_budget_stops_before_a_step_that_does_not_fit(world, tmp_path):
 
 
 def make_result(arm, seed, values, **more):
-    fields = {"options": {}, "version": 1, "price": {"perplexity": 9.0}, "seconds": {"sft": 1.0}, "refused": [], "updates": []}
+    fields = {
+        "options": {},
+        "version": 1,
+        "price": {"perplexity": 9.0},
+        "seconds": {"sft": 1.0},
+        "cpu_seconds": {"sft": 0.5},
+        "refused": [],
+        "updates": [],
+    }
     return RunResult(arm, "small", seed, values={m.title: values for m in SMALL.metrics}, responses={}, **fields | more)
 
 

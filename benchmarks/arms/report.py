@@ -102,11 +102,11 @@ def _format_seeds(world: World, base: RunResult, reports: Sequence[ArmReport]) -
 
 def _format_price(base: RunResult, reports: Sequence[ArmReport]) -> str:
     """Return the table of the perplexity of human text, IFEval and the seconds of an update."""
-    lines = ["| arm | seed | perplexity of human text | IFEval, strict | seconds |", "|---|---|---|---|---|"]
+    lines = ["| arm | seed | perplexity of human text | IFEval, strict | seconds (CPU) |", "|---|---|---|---|---|"]
     rows = [("base model", "", base), *((r.arm.title, str(x.seed), x) for r in reports for x in r.results)]
     for title, seed, result in rows:
         ifeval = f"{100 * result.price['ifeval']:.0f} %" if "ifeval" in result.price else "not measured"
-        seconds = ", ".join(f"{kind} {value:.0f}" for kind, value in result.seconds.items())
+        seconds = ", ".join(f"{kind} {value:.0f} ({result.cpu_seconds[kind]:.0f})" for kind, value in result.seconds.items())
         lines.append(f"| {title} | {seed} | {result.price['perplexity']:.1f} | {ifeval} | {seconds} |")
     return "\n".join(lines)
 
@@ -133,6 +133,7 @@ def list_rows(world: World, base: RunResult | None, reports: Sequence[ArmReport]
                     "moves": difference.moves if report.is_finished else None,
                     "price": {"base": base.price} | {str(result.seed): result.price for result in report.results},
                     "seconds": {str(result.seed): result.seconds for result in report.results},
+                    "cpu_seconds": {str(result.seed): result.cpu_seconds for result in report.results},
                     "refused": {str(result.seed): result.refused for result in report.results if result.refused},
                 }
             )

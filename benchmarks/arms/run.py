@@ -84,15 +84,16 @@ class RunOptions:
 
 @dataclass
 class RunProgress:
-    """What is finished of a run. `seconds` has the time by kind of step, and `skipped` the training steps that had nothing to train.
+    """What is finished of a run. `seconds` and `cpu_seconds` have the time by kind of step.
 
-    `trained_versions` counts the published policies.
+    `skipped` has the training steps that had nothing to train, and `price` what is measured of it so far.
     """
 
     options: dict[str, Any]
     num_steps: int = 0
     num_done: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     price: dict[str, float] = field(default_factory=dict)
 
@@ -113,6 +114,7 @@ class RunResult:
     values: dict[str, dict[str, float]]
     price: dict[str, float]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
     refused: list[str]
     updates: list[dict[str, Any]]
     responses: dict[str, str]
@@ -250,15 +252,18 @@ class ArmRun:
             if number < self.progress.num_done:
                 continue
             self.budget.require(step.kind)
-            started = time.monotonic()
+            started, cpu_started = time.monotonic(), time.process_time()
             self.current = number
             step.call()
-            seconds = time.monotonic() - started
+            seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
             self.budget.note(step.kind, seconds)
-            self.progress.seconds[step.kind] = self.progress.seconds.get(step.kind, 0.0) + seconds
+            for times, value in ((self.progress.seconds, seconds), (self.progress.cpu_seconds, cpu_seconds)):
+                times[step.kind] = times.get(step.kind, 0.0) + value
             self.progress.num_done = number + 1
             _write_atomically(self.folder / "progress.json", asdict(self.progress))
-            self.report(f"{self.name}: {step.title}, {seconds:.0f} s ({number + 1} of {len(self.steps)})")
+            self.report(
+                f"{self.name}: {step.title}, {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time ({number + 1} of {len(self.steps)})"
+            )
         return self.make_result()
 
     def respond(self, number: int, act: Act, rows: Sequence[Row]) -> None:
@@ -374,6 +379,7 @@ class ArmRun:
             values=_average_by_item(self.world, rows),
             price=self.progress.price,
             seconds=self.progress.seconds,
+            cpu_seconds=self.progress.cpu_seconds,
             refused=[*refused, *self.progress.skipped.values()],
             updates=updates,
             responses=dict(responses),
