@@ -7,8 +7,9 @@ Machinery: `charter eval run` with the scripted model, which takes no time, on a
 the two, divided by the difference of the prompts, is what one prompt costs: log, stages, grading with the default graders, and sink.
 Start and end are not part of it.
 
-Grading: SmolLM2 responds to the shipped prompts, with and without the stage grade (graders refusal and length). The share is the
-additional CPU time. The stages critique, revise and judge are left out. With them, a run takes longer, and the share is smaller.
+Grading: SmolLM2 responds to shipped prompts, and then the stage grade (graders refusal and length) and the sink process the
+responses. The share is the CPU time of the second part, without start and end, divided by that of the first part. The stages
+critique, revise and judge are left out. With them, a run takes longer, and the share is smaller.
 
 CPU time of the whole process is compared, because other work on the machine changes the elapsed time. The exit code is 1 if a limit
 is exceeded.
@@ -85,29 +86,29 @@ def measure_machinery(small: int, large: int, rounds: int) -> float:
 # Grading
 
 
-def _respond(folder: Path, num_prompts: int, stages: tuple[str, ...], open_models: dict[str, Any]) -> None:
-    bus = connect_bus(settings := _make_settings(folder, "smollm2", **_GRADING_SETTINGS))
-    FileProducer(bus, settings.run.id, eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=num_prompts)
-    run_stages(settings, bus, open_store(settings), stages, open_models)
-    bus.close()
-
-
 def measure_grading(num_prompts: int, rounds: int) -> float:
     """Print the table, and return the share of CPU time that grading adds (median of the rounds)."""
     open_models: dict[str, Any] = {"smollm2": open_model(str(smollm2.get_model_folder()), threads=1, max_batch_size=32)}
-    print(f"{num_prompts} prompts, SmolLM2\n\n| stages | CPU s | elapsed s |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        _respond(Path(folder), 2, ("respond", "grade"), open_models)  # the first batches of a process are slower
+    print(f"{num_prompts} prompts, SmolLM2, CPU seconds\n\n| respond | grade | start and end |\n|---|---|---|")
     shares = []
-    for _ in range(rounds):
-        seconds = []
-        for stages in (("respond",), ("respond", "grade")):
-            with tempfile.TemporaryDirectory() as folder:
-                cpu, elapsed = _measure(_respond, Path(folder), num_prompts, stages, open_models)
-            print(f"| {', '.join(stages)} | {cpu:.2f} | {elapsed:.2f} |", flush=True)
-            seconds.append(cpu)
-        shares.append(seconds[1] / seconds[0] - 1)
-    print(f"\ngrading adds {median(shares):+.1%} (limit {_MAX_GRADING_SHARE:.0%})")
+    for number in range(rounds + 1):
+        count = num_prompts if number else 2  # the first batches of a process are slower, so round 0 does not count
+        with tempfile.TemporaryDirectory() as folder:
+            bus = connect_bus(settings := _make_settings(Path(folder), "smollm2", **_GRADING_SETTINGS))
+            FileProducer(bus, settings.run.id, eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=count)
+            # The last run finds nothing to grade. Its time is that of starting and ending the processes.
+            respond, grade, fixed = (
+                _measure(run_stages, settings, bus, open_store(settings), stages, open_models)[0]
+                for stages in (("respond",), ("grade",), ("grade",))
+            )
+            sql = "SELECT count(*) FROM grades"
+            ((num_grades,),) = open_store(settings).query(sql, limit_s=60.0).rows
+            assert num_grades == 2 * settings.respond.num_completions * count, f"{num_grades} grades of {count} prompts"
+            bus.close()
+        if number:
+            print(f"| {respond:.2f} | {grade:.2f} | {fixed:.2f} |", flush=True)
+            shares.append((grade - fixed) / respond)
+    print(f"\ngrading adds {median(shares):.1%} to the stage respond (limit {_MAX_GRADING_SHARE:.0%})")
     return median(shares)
 
 

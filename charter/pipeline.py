@@ -105,7 +105,8 @@ def make_stage(
     """
     stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens, labels_all)
     if revises_suites and name in ("critique", "revise"):
-        stage = replace(stage, process=replace(stage.process, revises_suites=True))
+        process: Any = stage.process
+        stage = replace(stage, process=replace(process, revises_suites=True))
     role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
