@@ -15,7 +15,7 @@ from benchmarks.arms.worlds import Metric, World
 
 @dataclass(frozen=True)
 class ArmReport:
-    """The results of an arm by seed. `unfinished` says, for each seed without a result, how far its run is."""
+    """The results of an arm by seed. `unfinished` has the progress of each seed without a result."""
 
     arm: Arm
     results: Sequence[RunResult]
@@ -27,7 +27,7 @@ class ArmReport:
 
 
 def describe_progress(progress: RunProgress | None) -> str:
-    """Return how far a run without a result is."""
+    """Return the progress of a run without a result."""
     return f"{progress.num_done} of {progress.num_steps} steps" if progress else "not started"
 
 

@@ -2,7 +2,7 @@
 
 A run is a list of steps. The file `progress.json` in its folder has the number of finished steps. The step that was interrupted
 is started again: the log then shows which prompts are published and responded to, and which batches are trained or begun, so no
-work is done twice. The result of a finished run is a file beside its folder, and the run is not started again.
+work is done twice. The result of a finished run is a file next to its folder, and the run is not started again.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class ArmRun:
         if act.stages:
             self.publish(f"prompts-{number}", rows, "prompts")
         for kind in act.people:
-            assert self.world.write_people_rows is not None, f"nobody writes {kind} in the world {self.world.name}"
+            assert self.world.write_people_rows is not None, f"the world {self.world.name} has no {kind}"
             written = self.world.write_people_rows(kind, list(rows), self.seed)
             self.publish(f"{kind}-{number}", written, _KIND_OF_PEOPLE_ROWS[kind])
         self.run_stages(act.stages)

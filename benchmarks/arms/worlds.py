@@ -160,7 +160,7 @@ def _is_longer(text: str) -> bool:
 
 
 def _keep_first_sentence(text: str, rng: random.Random) -> str:
-    """Return the first sentence of at least three words. If there is none, return the text."""
+    """Return the first sentence of at least three words. If it has no such sentence, return the text."""
     match = re.match(r"\s*(\S+(?:\s+\S+){2,}?[.!?])(?=\s|$)", text)
     return match[1] if match else text.strip()
 
