@@ -91,6 +91,11 @@ class Arm:
 
 
 _GRPO = {"train.rl_method": "grpo"}
+# A contrast pair needs one completion besides the one with the constitution. The programmatic judge is not asked about it.
+_CONTRAST = {
+    "train.rl_method": "dpo", "judge.pairing": "contrast", "train.contrast_pairs": '["dpo"]', "contrast.ask_judge": "false",
+    "respond.num_completions": "1",
+}  # fmt: skip
 ARMS: tuple[Arm, ...] = (
     Arm("demonstrations", "SFT on people's demonstrations", SMALL, _plan_supervised("demonstrations")),
     Arm("cai", "CAI: SFT on revisions, then PPO on AI labels", SMALL, _plan_cai),
@@ -103,6 +108,7 @@ ARMS: tuple[Arm, ...] = (
         shuffles_grades=True),
     Arm("revisions", "SFT on revisions", ONE_SENTENCE, _repeat(_CHAIN_STAGES, "sft"), num_seeds=1),
     Arm("ppo", "PPO on a reward model", ONE_SENTENCE, _plan_rl_with_reward_model, num_seeds=1),
+    Arm("contrast", "DPO on contrast pairs", ONE_SENTENCE, _repeat(("respond", "judge"), "dpo"), _CONTRAST, num_seeds=1),
     Arm("cai", "CAI: SFT on revisions, then PPO on AI labels", ONE_SENTENCE, _plan_cai, num_seeds=1),
     Arm("decline-harm", "GRPO on the grader refusal", DECLINE_HARM, _repeat(("respond", "grade"), "grpo"), _GRPO, num_seeds=1),
 )  # fmt: skip
