@@ -337,7 +337,7 @@ def make_host(
             pinned_version,
             evaluation,
             labels_all=not is_live,
-            revises_suites=replay is not None and replay["stage"] == "critique",
+            revises_suites=replay is not None and "revises_suites" in replay,
         )
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None

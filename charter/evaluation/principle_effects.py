@@ -77,7 +77,11 @@ def plan_principle_runs(settings: Settings, bus: Bus, evaluation_run: str, princ
     run = settings.run.model_copy(update={"id": evaluation_run})
     settings = settings.model_copy(update={"grade": grade, "run": run})
     start = f"run:{evaluation_run}"
-    return list(plan_ablations(settings, bus, principles, start=start, end=LATEST, archive=False, stages=("critique",)))
+    return list(
+        plan_ablations(
+            settings, bus, principles, start=start, end=LATEST, archive=False, stages=("critique",), revises_suites=True
+        )
+    )
 
 
 def compute_principle_effects(store: Store, evaluation_run: str, runs: Sequence[AblationRun]) -> list[PrincipleEffect]:

@@ -82,9 +82,3 @@ def test_principles_that_cannot_be_left_out_are_refused_before_anything_runs(dep
     deployment.fails(ConstitutionError, "did you mean decline", *words, "declin")
     deployment.fails(UsageError, "name one of decline, tidy", *words, "better")
     assert not (tmp_path / "data" / "log.sqlite").exists()
-
-
-def test_replay_from_another_stage_does_not_revise_suite_prompts(deployment, tmp_path):
-    deployment.call("eval", "run", "--suite", f"harmful={tmp_path}/harmful.jsonl", "--policy", "0", "--limit", "2")
-    deployment.call("replay", "--stage", "respond", "--from", "run:eval-policy-0", "--as", "again")
-    assert deployment.sql("SELECT count(*) FROM raw.critiques") == [(0,)]
