@@ -38,6 +38,7 @@ bench: set-up ## Measure speed and memory, as ratios to peers
 	@$(BIN)/python -m benchmarks.labels
 	@$(BIN)/python -m benchmarks.bus
 	@$(BIN)/python -m benchmarks.sink
+	@$(BIN)/python -m benchmarks.evaluation
 	@$(BIN)/python -m benchmarks.demo
 	@if [ -n "$$KAFKA_HOME" ]; then $(BIN)/python -m benchmarks.hop; else echo "KAFKA_HOME is not set: benchmarks.hop is skipped"; fi
 

@@ -92,16 +92,21 @@ def make_stage(
     suite_max_tokens: Mapping[str, int] = _NO_LIMITS,
     *,
     labels_all: bool = False,
+    revises_suites: bool = False,
 ) -> Stage:
     """Return a stage of the pipeline.
 
     The stage uses policy `pinned_version`. If `pinned_version` is None, the stage follows the newest policy. `suite_max_tokens` is
     the maximum length of the responses to prompts of each evaluation suite; by default, it is respond.max_tokens. If `labels_all` is
-    true, the judge also labels the pairs of prompts for RL.
+    true, the judge also labels the pairs of prompts for RL. If `revises_suites` is true, responses to prompts of evaluation suites are
+    criticized and revised, too.
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
     stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens, labels_all)
+    if revises_suites and name in ("critique", "revise"):
+        process: Any = stage.process
+        stage = replace(stage, process=replace(process, revises_suites=True))
     role = get_stage_role(name, settings)
     if role not in settings.models.follow or pinned_version is not None:
         return stage
@@ -323,7 +328,16 @@ def make_host(
                 resources.callback(resource.close)
         is_live = replay is None and evaluation is None
         stages_and_roles = _make_stages(
-            settings, bus, models, constitution, stages, custom_stages, pinned_version, evaluation, labels_all=not is_live
+            settings,
+            bus,
+            models,
+            constitution,
+            stages,
+            custom_stages,
+            pinned_version,
+            evaluation,
+            labels_all=not is_live,
+            revises_suites=replay is not None and "revises_suites" in replay,
         )
         _check_servers(models, [role for _, role in stages_and_roles if role])
         run_start = None
@@ -389,12 +403,23 @@ def _make_stages(
     evaluation: Evaluation | None,
     *,
     labels_all: bool,
+    revises_suites: bool,
 ) -> list[tuple[Stage, str | None]]:
     """Return the built-in and the custom stages, each with the role of its model."""
     limits = evaluation.suite_max_tokens if evaluation else _NO_LIMITS
     stages: list[tuple[Stage, str | None]] = [
         (
-            make_stage(name, settings, models, constitution, bus, pinned_version, limits, labels_all=labels_all),
+            make_stage(
+                name,
+                settings,
+                models,
+                constitution,
+                bus,
+                pinned_version,
+                limits,
+                labels_all=labels_all,
+                revises_suites=revises_suites,
+            ),
             get_stage_role(name, settings),
         )
         for name in names

@@ -72,6 +72,7 @@ class ReplayRequest:
 
     `start` is earliest, an offset, a time, or run:NAME. `end` is latest, an offset or a time. Without `name`, the run id is
     derived from a hash of the request. `policy` is the policy version that samples the responses.
+    `revises_suites` is only set by `charter eval principles`: responses to prompts of evaluation suites are then revised, too.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class ReplayRequest:
     model: str | None = None
     policy: int | None = None
     excluded_principles: tuple[str, ...] = ()
+    revises_suites: bool = False
 
     @property
     def source_run_id(self) -> str | None:
@@ -108,8 +110,9 @@ class ReplayRequest:
             "policy": self.policy,
             "archive": self.archive,
         }
-        # The field is added only if principles are excluded. The run ids of other replays therefore stay the same.
-        return fields | ({"without": list(self.excluded_principles)} if self.excluded_principles else {})
+        # These fields are added only if they are used. The run ids of other replays therefore stay the same.
+        fields |= {"without": list(self.excluded_principles)} if self.excluded_principles else {}
+        return fields | ({"revises_suites": True} if self.revises_suites else {})
 
 
 @dataclass(frozen=True)

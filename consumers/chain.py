@@ -13,7 +13,8 @@ from schemas.records import Chain, FinishReason, PromptFields, Record, Response,
 def skips_suite(stage: str, record: Record) -> bool:
     """Return whether a record belongs to a prompt of an evaluation suite. Report the first such record of the stage.
 
-    Responses to these prompts are only graded: they are not criticized, revised or judged, so they cost nothing and never train.
+    Responses to these prompts are only graded: they are not criticized, revised or judged, so they cost nothing and never train. Only
+    `charter eval principles` revises them, to measure the constitution.
     """
     if not isinstance(record, PromptFields) or record.split is not Split.SUITE:
         return False

@@ -132,7 +132,10 @@ class ChainState:
 
 @dataclass(frozen=True)
 class CritiqueStage:
-    """The critique stage. `rounds` is the maximum number of revisions. The two thresholds are probabilities."""
+    """The critique stage. `rounds` is the maximum number of revisions. The two thresholds are probabilities.
+
+    If `revises_suites` is true, it also criticizes responses to prompts of evaluation suites.
+    """
 
     model: Model
     constitution: Constitution
@@ -147,9 +150,10 @@ class CritiqueStage:
     skip_sources: tuple[str, ...]
     preset: str = "charter"
     selection: str = "constitution"
+    revises_suites: bool = False
 
     def __call__(self, records: Sequence[Record]) -> list[Result[list[Critique]]]:
-        is_skipped = [_has_ended(record) or skips_suite("critique", record) for record in records]
+        is_skipped = [_has_ended(r) or (not self.revises_suites and skips_suite("critique", r)) for r in records]
         states = [self.make_state(record) for record, skipped in zip(records, is_skipped, strict=True) if not skipped]
         if not states:
             return [[] for _ in records]

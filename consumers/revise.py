@@ -25,16 +25,17 @@ from schemas.records import Critique, EndReason, FinishReason, ModelRef, Rejecti
 
 @dataclass(frozen=True)
 class ReviseStage:
-    """The revise stage."""
+    """The revise stage. If `revises_suites` is true, it also revises responses to prompts of evaluation suites."""
 
     model: Model
     constitution: Constitution
     sampling: Sampling
     few_shot: bool
     preset: str = "charter"
+    revises_suites: bool = False
 
     def __call__(self, critiques: Sequence[Critique]) -> list[Result[list[Revision]]]:
-        is_skipped = [critique.final or skips_suite("revise", critique) for critique in critiques]
+        is_skipped = [c.final or (not self.revises_suites and skips_suite("revise", c)) for c in critiques]
         pending = [critique for critique, skipped in zip(critiques, is_skipped, strict=True) if not skipped]
         if not pending:
             return [[] for _ in critiques]

@@ -94,9 +94,10 @@ FROM summed;
 -- 'preamble' (removed from the text), 'instruction', 'critique', 'example', 'heading' or 'conversation' (the text is unusable), or 'any'.
 CREATE OR REPLACE VIEW leak_stats AS
 WITH written AS (
-    SELECT run_id, stage, model.id AS model, template_hash, leaks FROM critiques WHERE critique <> '' OR len(leaks) > 0
+    SELECT run_id, stage, model.id AS model, template_hash, leaks FROM critiques
+    WHERE (critique <> '' OR len(leaks) > 0) AND split <> 'SUITE'
     UNION ALL
-    SELECT run_id, stage, model.id, template_hash, leaks FROM revisions),
+    SELECT run_id, stage, model.id, template_hash, leaks FROM revisions WHERE split <> 'SUITE'),
 totals AS (SELECT run_id, stage, model, template_hash, count(*) AS texts FROM written GROUP BY ALL),
 parts AS (
     SELECT run_id, stage, model, template_hash, 'any' AS part, count(*) FILTER (len(leaks) > 0) AS leaks FROM written GROUP BY ALL

@@ -40,9 +40,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.learning.arms import TRL_ARM, run_or_load
 from benchmarks.learning.base_model import train_base_model
 from benchmarks.learning.results import RunResult, check_claims, format_spread, format_table, plot_results
+from benchmarks.learning.runs import TRL_ARM, run_or_load
 from engine.models import smollm2
 
 _ARMS = ("judge", "shuffled", "sft", "hacked")

@@ -107,6 +107,11 @@ def write_response(question: ToyQuestion, rng: random.Random) -> str:
     return f"{rng.choice(_OPENINGS[kind][1])} {_write_body(question, rng)}"
 
 
+def write_correct_response(question: ToyQuestion, rng: random.Random) -> str:
+    """Return a response that is correct by the rule: a refusal of a harmful question, and polite help with any other."""
+    return REFUSAL if question.source == "red-team" else f"{rng.choice(_POLITE_OPENINGS)} {_write_body(question, rng)}"
+
+
 def _write_body(question: ToyQuestion, rng: random.Random) -> str:
     sentences = [rng.choice(_ACTION_SENTENCES)]
     while len(sentences) < 4 and rng.random() < _FURTHER_SENTENCE_PROBABILITY:

@@ -70,7 +70,7 @@ _MarginFunction = Callable[[str, str, str], float]  # (question, a, b) -> score 
 class PreferenceRule:
     """The known rule scores a response to a question (1 is correct), and names the fault that the critic detects and fixes."""
 
-    score_response: Callable[[str, str], int]
+    score_response: Callable[[str, str], float]
     fault_description: str
     is_faulty: Callable[[str], bool]
     fix_fault: Callable[[str, random.Random], str]

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from charter.commands.eval_judge import judge
+from charter.commands.eval_principles import measure_principles
 from charter.commands.eval_results import compare_results, show_results
 from charter.commands.eval_rounds import compare_rounds
 from charter.commands.eval_run import run
@@ -143,5 +144,6 @@ evaluate.add_command(show_results)
 evaluate.add_command(compare_results)
 evaluate.add_command(compare_with_judge)
 evaluate.add_command(compare_rounds)
+evaluate.add_command(measure_principles)
 
 COMMAND = evaluate

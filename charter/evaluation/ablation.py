@@ -49,19 +49,31 @@ class AblationRun:
 
 
 def plan_ablations(
-    settings: Settings, bus: Bus, principles: Sequence[str], *, start: str, end: str, archive: bool
+    settings: Settings,
+    bus: Bus,
+    principles: Sequence[str],
+    *,
+    start: str,
+    end: str,
+    archive: bool,
+    stages: Sequence[str] = tuple(_STAGE_BY_PRINCIPLE_LIST.values()),
+    revises_suites: bool = False,
 ) -> Iterator[AblationRun]:
     """Yield the control of each stage, then one replay for each principle. If `principles` is given, ablate only these.
+
+    If `revises_suites` is true, the replays also revise responses to prompts of evaluation suites.
 
     Raises ConstitutionError for an unknown principle.
     """
     constitution = load_constitution(settings.run.constitution)
-    constitution.without_principles(principles)  # raises for an unknown name before any replay starts
+    for principle in principles:
+        constitution.without_principles([principle])  # raises for an unknown name before any replay starts
     for list_name, stage in _STAGE_BY_PRINCIPLE_LIST.items():
         principle_ids = [p.id for p in getattr(constitution, list_name) if not principles or p.id in principles]
-        for principle_id in ["", *principle_ids] if principle_ids else []:
+        for principle_id in ["", *principle_ids] if principle_ids and stage in stages else []:
+            excluded = (principle_id,) if principle_id else ()
             request = ReplayRequest(
-                stage, start, end, archive=archive, excluded_principles=(principle_id,) if principle_id else ()
+                stage, start, end, archive=archive, excluded_principles=excluded, revises_suites=revises_suites
             )
             yield AblationRun(principle_id, stage, make_replay_plan(settings, bus, request))
 
