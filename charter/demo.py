@@ -1,9 +1,15 @@
 """`charter demo`: run the whole training loop once on one machine, with a small real model.
 
-1. Policy 0 responds to shipped prompts; the responses are critiqued, revised and judged, and written to DuckDB.
-2. SFT trains policy 1 on the final responses. The reward model is trained on the judge's labels.
-3. Policy 1 responds to new prompts. PPO trains policy 1 on these responses. The result is policy 2.
-4. Policy 2 responds to more prompts.
+The constitution is "Answer in one short sentence.": a small model can follow it, and a program can check it.
+
+1. Policy 0 responds to shipped prompts; the responses are critiqued, revised and judged, and written to DuckDB. SFT trains policy 1
+   on the final responses and on shipped demonstrations.
+2. Policy 1 responds to helpful prompts, which are neither critiqued nor revised. A reward model is trained on the labels of both
+   iterations. PPO trains policy 2 on the responses of policy 1 and the reward model. Self-distillation trains policy 3 on the same
+   responses, without labels.
+3. All policies respond to other shipped prompts, which train nothing (charter/demo_evaluation.py). The demo ends with their grades.
+
+The labels are those of a grader, and not of a language model: SmolLM2 judges almost at random.
 
 The demo reads the log and the database to find the remaining work. If the demo was killed, the next start continues it. If the
 demo is already finished, it only prints its summary.
@@ -11,14 +17,15 @@ demo is already finished, it only prints its summary.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,19 +35,23 @@ from rich.live import Live
 from rich.table import Table
 
 from charter.connect import connect_bus, open_store
-from charter.console import format_table
+from charter.console import TerminalFormatter, format_table, is_logging_json, print_progress
+from charter.demo_evaluation import DemoEvaluation
+from charter.grader_judge import GraderJudge
 from charter.label_quality import Verdict, read_verdict
 from charter.pipeline import make_host
 from charter.progress import claim_terminal_line
 from charter.stages import STAGES
-from charter.text import format_trace
+from charter.text import escape_unprintable, format_trace
+from consumers.graders.one_sentence import OneSentenceGrader
 from engine.bus.port import Bus
 from engine.errors import CharterError, UsageError
 from engine.host import Host
 from engine.models import resolve_model_folder
+from engine.models.interface import Model
 from engine.settings import Settings
 from engine.store import Store
-from producers.files import SHIPPED_PROMPTS_PATH, FileProducer, count_shipped_prompts
+from producers.files import DEMONSTRATIONS_PATH, SHIPPED_PROMPTS_PATH, FileProducer, count_shipped_prompts
 from producers.parse import parse_prompt
 from producers.rows import read_rows
 from schemas import ids
@@ -49,14 +60,23 @@ from schemas.records import PolicyKind
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
+_JUDGE = GraderJudge(OneSentenceGrader())
 # The completions are short and there is only one revision round, so two cores need a few minutes. A real run uses the defaults.
 DEMO_PRESET: dict[str, dict[str, Any]] = {
-    "run": {"id": "demo"},
+    "run": {"id": "demo", "constitution": "one-sentence"},
+    "models": {"judge": _JUDGE.id, "max_batch_size": 48},  # two completions of 24 prompts
     "prompts": {"eval_fraction": 0.0},
-    "respond": {"max_tokens": 96, "temperature": 0.7},
-    "critique": {"rounds": 1, "max_tokens": 64, "temperature": 0.7},
-    "revise": {"max_tokens": 96},
+    "respond": {"max_tokens": 64, "temperature": 0.7},
+    "critique": {"rounds": 1, "max_tokens": 48, "temperature": 0.7, "few_shot": False},  # SmolLM2 repeats examples
+    "revise": {"max_tokens": 48},
+    "grade": {"graders": ["refusal", "length", _JUDGE.grader.name]},
+    # Each phase trains on all of its rows: half of them are helpful, or a few more. The prompts are too few to divide them into
+    # prompts for the reward model and prompts for PPO.
+    "train": {"sft_mixture": [], "reward_mixture": [], "allow_overlap": True},
+    "sft": {"learning_rate": 5e-5},  # the updates have few steps
+    "reward": {"learning_rate": 1e-4, "batch_size": 4},
     "ppo": {"epochs": 1},
+    "distill": {"learning_rate": 5e-5, "batch_size": 4},
 }
 _POLL_INTERVAL_S = 1.0
 _STATUS_INTERVAL_S = 10.0  # maximum time between two lines of output without a terminal
@@ -67,47 +87,88 @@ _SUITE_TABLES = (
 )  # these tables also have the records of evaluation suites, which the demo does not count
 _UPDATE_KINDS = {PolicyKind.POLICY: "policy", PolicyKind.REWARD: "reward model"}
 _PHASE_TITLES = {
-    "sft": "sft (policy 1 from the final responses of the revision chains)",
-    "reward": "reward (a reward model from the judge's preference labels)",
+    "sft": "sft (policy 1 from the final responses of the revision chains and from demonstrations)",
+    "reward": "reward (a reward model from the preference labels of the grader)",
     "ppo": "ppo (policy 2 from policy 1 and the reward model)",
+    "distill": "distill (policy 3 from policy 2: answer without the constitution as with it)",
 }
 
 
 @dataclass(frozen=True)
 class DemoIteration:
-    """Describes one iteration. A policy responds to a range of the shipped prompts, then training makes the next policy."""
+    """Describes one iteration. A policy responds to the first prompts of a file, then training makes the next policies."""
 
     title: str
-    first_line: int
-    last_line: int
-    policy_version: int
+    path: Path
+    num_prompts: int
     training_phases: tuple[str, ...]
 
 
 def _plan_iterations(num_prompts: int) -> list[DemoIteration]:
-    """Return three iterations with new prompts.
+    """Return the two iterations, with two thirds of `num_prompts` prompts and with all of them.
 
-    Their numbers of prompts are `num_prompts`, two thirds of `num_prompts`, and one third of `num_prompts`.
+    The evaluation needs further `num_prompts` shipped prompts.
     """
-    second, third = max(1, 2 * num_prompts // 3), max(1, num_prompts // 3)
-    if num_prompts < 2 or num_prompts + second + third > count_shipped_prompts():
+    num_shipped = count_shipped_prompts()
+    num_demonstrations = sum(1 for _ in read_rows(str(DEMONSTRATIONS_PATH)))
+    if not 2 <= num_prompts <= min(num_shipped // 2, num_demonstrations):
         raise UsageError(
             f"--prompts cannot be {num_prompts}",
-            f"the minimum is 2, and the three iterations need twice this number of the {count_shipped_prompts()} shipped prompts",
-            "type: charter demo --prompts 24",
+            f"the minimum is 2, and the demo has {num_shipped} prompts for the first iteration and the evaluation, and"
+            f" {num_demonstrations} demonstrations for the second iteration",
+            f"type: charter demo --prompts {min(num_shipped // 2, num_demonstrations)}",
         )
+    num_first = max(1, 2 * num_prompts // 3)
     return [
-        DemoIteration(f"policy 0 responds to {num_prompts} prompts", 1, num_prompts, 0, ("sft", "reward")),
-        DemoIteration(f"policy 1 responds to {second} new prompts", num_prompts + 1, num_prompts + second, 1, ("ppo",)),
+        DemoIteration(f"policy 0 responds to {num_first} prompts", SHIPPED_PROMPTS_PATH, num_first, ("sft",)),
         DemoIteration(
-            f"policy 2 responds to {third} new prompts", num_prompts + second + 1, num_prompts + second + third, 2, ()
+            f"policy 1 responds to {num_prompts} helpful prompts",
+            DEMONSTRATIONS_PATH,
+            num_prompts,
+            ("reward", "ppo", "distill"),
         ),
     ]
 
 
 def _compute_prompt_ids(iteration: DemoIteration) -> list[str]:
-    lines = read_rows(str(SHIPPED_PROMPTS_PATH), iteration.first_line, iteration.last_line)
+    lines = read_rows(str(iteration.path), 1, iteration.num_prompts)
     return [ids.compute_prompt_id(parse_prompt(line, source="", max_chars=10**6).messages) for _, line in lines]
+
+
+class _NoteHandler(logging.Handler):
+    """Prints warnings as notes, with the elapsed time and in order with the other lines."""
+
+    def __init__(self, print_line: Callable[[str], None]) -> None:
+        super().__init__()
+        self.print_line = print_line
+        self.addFilter(_is_warning)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.print_line(f"note: {escape_unprintable(record.getMessage())}")
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING and record.name.startswith("charter")
+
+
+@contextmanager
+def _print_warnings_as_notes(print_line: Callable[[str], None]) -> Iterator[None]:
+    """Pass the warnings of Charter to `print_line` in the block, and not to the standard error of the command."""
+    logger, note_handler = logging.getLogger("charter"), _NoteHandler(print_line)
+    terminal_handlers = [h for h in logging.getLogger().handlers if isinstance(h.formatter, TerminalFormatter)]
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not _is_warning(record)
+
+    for handler in terminal_handlers:
+        handler.addFilter(is_other)
+    logger.addHandler(note_handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(note_handler)
+        for handler in terminal_handlers:
+            handler.removeFilter(is_other)
 
 
 class DemoProgress:
@@ -121,6 +182,8 @@ class DemoProgress:
         self.stop_event = threading.Event()
         self.live_display: Live | None = None
         self.exit_stack = ExitStack()
+        if not is_logging_json():
+            self.exit_stack.enter_context(_print_warnings_as_notes(self.print_line))
         if sys.stdout.isatty():
             self.exit_stack.enter_context(claim_terminal_line())
             self.live_display = Live(get_renderable=self.build_table, refresh_per_second=4, transient=True)
@@ -148,6 +211,11 @@ class DemoProgress:
             if not self.live_display:
                 self.print_line(self.status)
 
+    def show_evaluation(self, title: str) -> None:
+        """Show that policies are evaluated."""
+        self.title, self.counts, self.status = title, {}, f"{title} in progress"
+        self.print_line(title)
+
     def show_training(self, phase: str, counts: dict[str, int]) -> None:
         """Show the training phase; `print_step` prints its steps."""
         self.title, self.counts, self.status = f"training: {phase}", counts, f"training: {phase} in progress"
@@ -169,7 +237,17 @@ class DemoProgress:
 
     def print_step(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Print one line for a training step."""
-        names = ("loss", "accuracy", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "grad_norm")
+        names = (
+            "teacher_effect",
+            "loss",
+            "accuracy",
+            "policy_loss",
+            "value_loss",
+            "approx_kl",
+            "kl_ref",
+            "clipfrac",
+            "grad_norm",
+        )
         values = " ".join(f"{name}={metrics[name]:.4g}" for name in names if name in metrics)
         self.print_line(f"{phase} step {step}: {values}")
 
@@ -181,26 +259,59 @@ class DemoProgress:
 
 
 class Demo:
-    """Runs the demo in the data folder of the settings. The first iteration uses `prompts` prompts."""
+    """Runs the demo in the data folder of the settings. The second iteration and the evaluation use `prompts` prompts."""
 
     def __init__(self, settings: Settings, prompts: int, *, accept_configuration: bool = False) -> None:
         self.settings, self.iterations = settings, _plan_iterations(prompts)
         self.accept_configuration = accept_configuration
         self.store: Store = open_store(settings)
         self.base_folder = resolve_model_folder(settings.models.policy)
+        self.evaluation = DemoEvaluation(settings, self.store, prompts)
         self.started_at = time.monotonic()
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Run the demo, or only print the summary of a finished one. Return False if a signal stopped the evaluation."""
+        if self.is_finished():
+            click.echo("the demo of this data folder is finished, so its summary is printed and nothing runs")
+        elif not self.run_stages():
+            return False
+        click.echo("\n".join(self.format_summary()))
+        return True
+
+    def is_finished(self) -> bool:
+        """Return whether the database has the updates of all phases, and the grades of the evaluation."""
+        if not self.store.path.exists():
+            return False
+        phases = [phase for iteration in self.iterations for phase in iteration.training_phases]
+        sql = "SELECT count(DISTINCT phase) FROM policies WHERE run_id = ? AND phase IN (SELECT unnest(?::VARCHAR[]))"
+        return self.query_count(sql, [self.settings.run.id, phases]) == len(phases) and self.evaluation.is_finished()
+
+    def run_stages(self) -> bool:
+        """Run the iterations, the training phases and the evaluation. Return False if a signal stopped the evaluation."""
         bus = connect_bus(self.settings)
         progress = DemoProgress(self.started_at)
+        open_models: dict[str, Model] = {_JUDGE.id: _JUDGE}
         try:
             progress.print_line(f"model {self.settings.models.policy}, data folder {self.settings.folder.resolve()}")
-            with make_host(self.settings, bus, STAGES, sink=True, accept_configuration=self.accept_configuration) as host:
+            with make_host(
+                self.settings,
+                bus,
+                STAGES,
+                sink=True,
+                accept_configuration=self.accept_configuration,
+                open_models=open_models,
+            ) as host:
                 self.run_iterations(bus, host, progress)
+            open_models.clear()  # the evaluation opens one policy after the other
+            if not self.evaluation.is_finished():
+                progress.show_evaluation(self.evaluation.title)
+                if not self.evaluation.run(bus):
+                    print_progress("stopped; to continue, run the same command again")
+                    return False
         finally:
             progress.close()
             bus.close()
-        click.echo("\n".join(self.format_summary()))
+        return True
 
     def run_iterations(self, bus: Bus, host: Host, progress: DemoProgress) -> None:
         """Run the iterations and their training phases. Skip iterations and phases that are already finished."""
@@ -208,12 +319,24 @@ class Demo:
 
         trainer = Trainer(bus, self.store, self.settings, self.base_folder, progress.print_step)
         try:
+            self.publish_demonstrations(bus, host)
             for iteration in self.iterations:
                 self.run_iteration(iteration, bus, host, progress)
                 for phase in iteration.training_phases:
                     self.train_phase(trainer, phase, host, progress)
         finally:
             trainer.close()
+
+    def publish_demonstrations(self, bus: Bus, host: Host) -> None:
+        """Publish the demonstrations that are not on the log yet. Wait until they are in the database."""
+        producer = FileProducer(
+            bus, self.settings.run.id, eval_fraction=self.settings.prompts.eval_fraction, kind="demonstrations"
+        )
+        num_rows = self.evaluation.num_prompts
+        producer.publish(str(DEMONSTRATIONS_PATH), last_row=num_rows)
+        _wait_until(
+            lambda: self.store.path.exists() and self.query_count("SELECT count(*) FROM demonstrations") >= num_rows, host
+        )
 
     def run_iteration(self, iteration: DemoIteration, bus: Bus, host: Host, progress: DemoProgress) -> None:
         """Publish the prompts of an iteration that are not on the log yet. Wait until all prompts of the iteration are finished."""
@@ -222,7 +345,7 @@ class Demo:
             number = self.iterations.index(iteration) + 1
             progress.print_line(f"iteration {number} of {len(self.iterations)}: {iteration.title}")
         producer = FileProducer(bus, self.settings.run.id, eval_fraction=self.settings.prompts.eval_fraction)
-        producer.publish(str(SHIPPED_PROMPTS_PATH), first_row=iteration.first_line, last_row=iteration.last_line)
+        producer.publish(str(iteration.path), last_row=iteration.num_prompts)
 
         def is_finished() -> bool:
             done, counts = self.count_finished(prompt_ids), self.query_record_counts()
@@ -234,7 +357,7 @@ class Demo:
     def train_phase(self, trainer: Trainer, phase: str, host: Host, progress: DemoProgress) -> None:
         """Train one update of a phase. Continue an update that an earlier start began. Skip a finished update."""
         update = trainer.resume()
-        if phase not in {manifest.phase for manifest in trainer.read_state().manifests}:
+        if phase not in {update.phase for update in trainer.read_state().updates}:
             progress.show_training(phase, self.query_record_counts())
             if phase == "ppo" and (verdict := self.read_verdict()).problems:
                 progress.print_line(f"{verdict}. The demo runs PPO anyway, to show the whole loop")
@@ -264,16 +387,14 @@ class Demo:
         return self.query_count(sql, [list(prompt_ids)])
 
     def format_summary(self) -> list[str]:
-        """Return the closing summary: one trace, record counts, metrics of the updates, file locations and next commands."""
+        """Return the closing summary: one trace, counts, metrics, file locations, next commands, and the result of the evaluation."""
         counts = list(self.query_record_counts().items())
-        versions = self.store.query(
-            "SELECT policy_version, count(*) FROM responses WHERE split <> 'SUITE' GROUP BY 1 ORDER BY 1"
-        ).rows
         seconds = time.monotonic() - self.started_at
         memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux reports kilobytes
         data = "" if self.settings.data.folder == ".charter" else f" --data {self.settings.data.folder}"
         program, example = _get_program_path(), self.find_example_trace()
         title = "Trace of one prompt"
+        result_title = "How often each policy answers in one short sentence"
         return [
             "",
             title,
@@ -281,8 +402,6 @@ class Demo:
             format_trace(example),
             "",
             format_table(["records", "count"], counts),
-            "",
-            format_table(["policy version", "responses"], versions),
             "",
             format_table(["update", "phase", "metrics"], self.query_update_metrics()),
             "",
@@ -293,25 +412,30 @@ class Demo:
             f"checkpoints  {self.settings.folder / 'checkpoints'}",
             "",
             str(self.read_verdict()),
-            "The demo only shows how the pipeline works. The results are poor, because such a small model judges almost at random.",
             "",
             "Next steps",
             "  Show the trace of this prompt:",
             f"    {program} show{data} {str(example['prompt_id'])[:8]}",
             "  Query the database:",
             f'    {program} sql{data} "select policy_version, count(*) from responses group by 1"',
+            "  Compare two policies on the evaluation:",
+            f"    {program} eval compare{data} --name demo 0 latest",
             "  Show the progress of each stage:",
             f"    {program} status{data}",
             "  Run your own prompts and principles in a new folder, with the base model and not with the policy of this demo:",
             f"    {program} init NAME",
+            "",
+            result_title,
+            "-" * len(result_title),
+            *self.evaluation.format_result(),
         ]
 
     def find_example_trace(self) -> dict[str, Any]:
-        """Return the trace with the most revisions. If several traces have this number, prefer a red-team prompt.
+        """Return a trace with a usable revision, if there is one. Of several traces, prefer a red-team prompt.
 
         Raises CharterError if no prompt has a response.
         """
-        order = "len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
+        order = "(end_reason = 'LAST_ROUND') DESC, len(coalesce(revisions, [])) DESC, source = 'red-team' DESC, created_at"
         rows = self.store.query_dicts(
             f"SELECT * FROM traces WHERE responses IS NOT NULL AND split <> 'SUITE' ORDER BY {order} LIMIT 1"
         )
@@ -327,6 +451,7 @@ class Demo:
             "sft": ("mean_loss", "examples"),
             "reward": ("mean_loss", "reward/accuracy", "reward/deviation"),
             "ppo": ("policy_loss", "value_loss", "kl_ref", "reward_mean"),
+            "distill": ("teacher_effect", "loss", "kl_ref"),
         }
         rows = self.store.query("SELECT kind, version, phase, metrics FROM policies ORDER BY commit_seq").rows
         return [

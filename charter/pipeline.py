@@ -30,6 +30,7 @@ from consumers.graders.custom import load_grader
 from consumers.graders.instructions import InstructionsGrader, require_language_detector
 from consumers.graders.interface import Grader
 from consumers.graders.length import LengthGrader
+from consumers.graders.one_sentence import OneSentenceGrader
 from consumers.graders.principles import PrinciplesGrader
 from consumers.graders.refusal import RefusalGrader
 from consumers.judge import JudgeStage
@@ -249,7 +250,7 @@ def make_pair_judge(settings: Settings, model: Model, constitution: Constitution
     )
 
 
-BUILTIN_GRADERS = ("refusal", "length", "instructions", PRINCIPLES_GRADER)
+BUILTIN_GRADERS = ("refusal", "length", "one-sentence", "instructions", PRINCIPLES_GRADER)
 
 
 def make_principles_grader(settings: Settings, models: RoleModels, constitution: Constitution) -> PrinciplesGrader:
@@ -266,6 +267,8 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
             graders.append(RefusalGrader())
         elif name == "length":
             graders.append(LengthGrader())
+        elif name == "one-sentence":
+            graders.append(OneSentenceGrader())
         elif name == "instructions":
             require_language_detector(f"type: {get_install_command('eval')}")
             graders.append(InstructionsGrader())

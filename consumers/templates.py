@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from constitutions.loader import FewShotExample
 from engine.models.interface import GenerationRequest, ModelCapabilities
@@ -228,3 +229,26 @@ def make_comparison_messages(
 def append_choice_question(messages: Sequence[ChatMessage], reasoning: str) -> tuple[ChatMessage, ...]:
     """Return the dialogue with the judge's reasoning as an assistant message, followed by the choice question."""
     return (*messages, ChatMessage(role="assistant", content=reasoning), ChatMessage(role="user", content=CHOICE_QUESTION))
+
+
+# Reading a prompt back, for models that are programs
+
+
+def parse_template(template: str, content: str) -> dict[str, str] | None:
+    """Return the fields of a message that was made with a template, without quotation marks. Return None for another message."""
+    match = _compile_template_pattern(template).match(content)
+    return {name: re.sub("^> ?", "", text, flags=re.MULTILINE) for name, text in match.groupdict().items()} if match else None
+
+
+@cache
+def _compile_template_pattern(template: str) -> re.Pattern[str]:
+    """Return a pattern that extracts the fields from a prompt made with this template."""
+    parts = re.split(r"\{(\w+)\}", template)
+    seen: set[str] = set()
+    pattern = ""
+    for literal, name in zip(parts[::2], [*parts[1::2], ""], strict=True):
+        pattern += re.escape(literal)
+        if name:
+            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
+            seen.add(name)
+    return re.compile(f"^{pattern}$", re.DOTALL)

@@ -22,11 +22,13 @@ from schemas.records import ChatMessage
 ConstitutionRole = Literal["user", "system"]
 
 # A paragraph of prose describes how to answer. A critique principle has a request to rewrite a bad answer, so the model is asked
-# for an answer that does not need it.
+# for an answer that does not need it. A single paragraph has no header and no list mark: a small model copies the mark, and answers
+# about the header. (SmolLM2 with "Answer in one short sentence.": 21 of 24 responses are one sentence, and 13 to 20 with headers.)
 _PROSE_HEADER = "Follow these principles when you answer. Do not mention them."
 _CORRECTIONS_HEADER = "Write an answer that needs none of these corrections. Do not mention them."
+_SINGLE = "a single paragraph alone"  # part of the hash only
 _PLACEHOLDER = "CHARTER-SYSTEM-MESSAGE"
-HEADERS_HASH = ids.compute_fingerprint("template", template=f"{_PROSE_HEADER}\n{_CORRECTIONS_HEADER}", prefill="")
+HEADERS_HASH = ids.compute_fingerprint("template", template=f"{_PROSE_HEADER}\n{_CORRECTIONS_HEADER}\n{_SINGLE}", prefill="")
 
 
 def select_principles(
@@ -44,6 +46,9 @@ def select_principles(
 
 def render_principles(constitution: Constitution, principles: Sequence[CritiquePrinciple]) -> str:
     """Return the text that states the principles to the model."""
+    if constitution.prose and len(principles) == 1:
+        (paragraph,) = (paragraph for paragraph in constitution.prose if paragraph.id == principles[0].id)
+        return paragraph.text
     texts = {paragraph.id: paragraph.text for paragraph in constitution.prose}
     header = _PROSE_HEADER if constitution.prose else _CORRECTIONS_HEADER
     lines = [f"- {texts.get(principle.id) or f'{principle.name}: {principle.revision_prompt}'}" for principle in principles]

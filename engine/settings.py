@@ -426,7 +426,7 @@ class ContrastSettings(_Section):
 class GradeSettings(_Section):
     graders: list[str] = Field(
         ["refusal", "length"],
-        description="Graders of responses: refusal, length, instructions, principles, or a Python file. An empty list turns grading off.",
+        description="Graders of responses: refusal, length, one-sentence, instructions, principles, or a Python file. An empty list turns grading off.",
     )
     subjects: list[Literal["completion", "final_response", "contrast_completion"]] = Field(
         ["completion"],

@@ -49,6 +49,7 @@ from schemas.records import (
 )
 
 SHIPPED_PROMPTS_PATH = Path(__file__).with_name("prompts") / "shipped.jsonl"
+DEMONSTRATIONS_PATH = Path(__file__).with_name("prompts") / "demonstrations.jsonl"
 _BATCH_SIZE = 500
 InputKind = Literal["prompts", "preferences", "demonstrations"]
 DEFAULT_SOURCES: dict[str, str] = {"prompts": "prompts", "preferences": "human", "demonstrations": "human"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,17 +13,25 @@ from charter.connect import open_store
 from engine.settings import load_settings
 from tests.support.waiting import read_until_hang
 
-PROMPTS = 2  # of the first iteration; the other two have 1 each
+PROMPTS = 2  # of the second iteration and of the evaluation; the first iteration has 1
 
 
 def start_demo(folder):
     command = [sys.executable, "-m", "charter", "demo", "--data", str(folder), "--prompts", str(PROMPTS)]
-    overrides = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16", "label_quality.min_labels=1"]
-    overrides.append(
-        "critique.few_shot=false"
-    )  # with short completions the small model repeats the examples: nothing to train on
+    overrides = ["respond.max_tokens=24", "revise.max_tokens=24", "critique.max_tokens=16"]
     command += [option for override in overrides for option in ("--set", override)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def assert_shows_result(output):
+    """Check the table of all policies, which a sentence about their difference and responses follow."""
+    result = output[output.index("How often each policy answers in one short sentence") :]
+    rows = re.findall(r"^ +(\d)  (base model|sft|ppo|distill) +\d+% +\d+% to \d+% +\d+% +\d", result, re.MULTILINE)
+    assert rows == [("0", "base model"), ("1", "sft"), ("2", "ppo"), ("3", "distill")], result
+    assert (
+        re.search(r"95 % interval [-+]\d+% to [-+]\d+%, McNemar p = ", result)
+        and "Responses of policy 0 and policy 3" in result
+    )
 
 
 @pytest.mark.model
@@ -37,20 +46,26 @@ def test_demo_with_a_real_model_continues_after_a_kill(smollm2, tmp_path):
     second = start_demo(tmp_path / "data")
     output = read_until_hang(second)
     assert second.wait() == 0, output
-    # Nearly every label of this small judge flips. The demo trains PPO on them and says so.
-    assert ("The demo runs PPO anyway" in output) == ("do not train a policy on these 3 labels" in output)
-    assert "labels: " in output[output.index("Trace of one prompt") :]
-    assert "Trace of one prompt" in output and "policy 2" in output and "charter sql --data" in output
+    summary = output[output.index("Trace of one prompt") :]
+    assert "labels: " in summary and "charter sql --data" in summary and "WARNING" not in output
+    assert_shows_result(summary)
 
     store = open_store(load_settings({"data.folder": str(tmp_path / "data")}, environment={})[0])
-    versions = store.query("SELECT policy_version, count(*) FROM responses GROUP BY 1 ORDER BY 1").rows
-    assert versions == [(0, 2), (1, 1), (2, 1)]
-    assert store.query("SELECT count(DISTINCT prompt_id), count(*) FROM revision_chains").rows == [(4, 4)]
-    assert store.query("SELECT count(*) FROM preferences").rows == [(4,)]
+    versions = "SELECT policy_version, count(*) FROM responses WHERE split {} 'SUITE' GROUP BY 1 ORDER BY 1"
+    assert store.query(versions.format("<>")).rows == [(0, 1), (1, 2)]
+    assert store.query(versions.format("=")).rows == [(0, 2), (1, 2), (2, 2), (3, 2)]
+    assert store.query("SELECT count(DISTINCT messages) FROM suite_responses").rows == [(2,)]
+    assert store.query(
+        "SELECT count(*) FROM suite_responses WHERE messages IN (SELECT messages FROM prompts WHERE split <> 'SUITE')"
+    ).rows == [(0,)]
+    judges = store.query("SELECT DISTINCT model.id FROM preferences WHERE outcome = 'OK'").rows
+    assert judges == [("grader-one-sentence",)]
+    assert store.query("SELECT count(DISTINCT prompt_id), count(*) FROM revision_chains").rows == [(3, 3)]
+    assert store.query("SELECT count(*) FROM preferences").rows == [(3,)]
     for topic in ("prompts", "responses", "critiques", "revisions", "preferences", "batches", "policies"):
         assert store.query("SELECT duplicates FROM pipeline_status WHERE topic = ?", [topic]).rows == [(0,)], topic
     updates = store.query("SELECT phase, kind, version FROM policies ORDER BY commit_seq").rows
-    assert updates == [("sft", "POLICY", 1), ("reward", "REWARD", 1), ("ppo", "POLICY", 2)]
+    assert updates == [("sft", "POLICY", 1), ("reward", "REWARD", 1), ("ppo", "POLICY", 2), ("distill", "POLICY", 3)]
     response = store.query_dicts("SELECT * FROM responses WHERE policy_version = 1")[0]
     completion = response["completions"][0]
     assert len(completion["token_ids"]) == len(completion["logprobs"]) > 0 and response["model"]["revision"]
@@ -60,5 +75,6 @@ def test_demo_with_a_real_model_continues_after_a_kill(smollm2, tmp_path):
 
     third = start_demo(tmp_path / "data")  # a finished demo only prints its summary
     output = read_until_hang(third)
-    assert third.wait() == 0 and "training:" not in output
-    assert store.query("SELECT count(*) FROM responses").rows == [(4,)]
+    assert third.wait() == 0 and "nothing runs" in output and "training:" not in output
+    assert_shows_result(output)
+    assert store.query("SELECT count(*) FROM responses").rows == [(11,)]

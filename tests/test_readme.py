@@ -156,14 +156,14 @@ def test_new_run_states_its_policy_and_keeps_the_base_model(tiny, tmp_path):
 
     run("produce p.jsonl --run base")
     output = run("run --run base --until-done --from-base")
-    assert "the base model) for the whole run (run.from_base), although the log has policies up to 2" in output
+    assert "the base model) for the whole run (run.from_base), although the log has policies up to 3" in output
     run("produce p.jsonl --run base --epoch 1")
     assert "the base model) for the whole run" in run("run --run base --until-done")
     run("produce p.jsonl --run newest --epoch 2")
     output = run("run --run newest --until-done")
-    assert "responses come from policy 2 (from ppo, trained in run demo), the newest on the log" in output
-    sql = "select run_id, policy_version from responses where run_id <> 'demo' order by 1, 2"
+    assert "responses come from policy 3 (from distill, trained in run demo), the newest on the log" in output
+    sql = "select run_id, policy_version from responses where run_id <> 'demo' and split <> 'SUITE' order by 1, 2"
     rows = run_charter(f'sql "{sql}" --csv', tmp_path, environment)[0].split()[1:]
-    assert rows == ["base,0", "base,0", "newest,2"]
+    assert rows == ["base,0", "base,0", "newest,3"]
     for change in ("--run newest --from-base", "--run base --set run.from_base=false"):
         assert "a run keeps its start" in run(f"run {change} --until-done", code=2)

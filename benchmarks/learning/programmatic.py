@@ -14,38 +14,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from benchmarks.learning.language import PLAIN_OPENINGS, RUDE_OPENINGS, is_rude, remove_sentences, score_response
-from consumers.templates import COMPARISON_TEMPLATE, CRITIQUE_TEMPLATE, REVISION_TEMPLATE, VERDICT_TEMPLATE
+from consumers.templates import COMPARISON_TEMPLATE, CRITIQUE_TEMPLATE, REVISION_TEMPLATE, VERDICT_TEMPLATE, parse_template
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, ModelCapabilities, OptionScores
 
 _SHARPNESS = 3.0  # log-odds per point of the rule's score, in nats
 _OPTION_MASS = 0.98  # probability of all options together
-
-
-@cache
-def _compile_template_pattern(template: str) -> re.Pattern[str]:
-    """Return a pattern that extracts the fields from a prompt made with this template."""
-    parts = re.split(r"\{(\w+)\}", template)
-    seen: set[str] = set()
-    pattern = ""
-    for literal, name in zip(parts[::2], [*parts[1::2], ""], strict=True):
-        pattern += re.escape(literal)
-        if name:
-            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
-            seen.add(name)
-    return re.compile(f"^{pattern}$", re.DOTALL)
-
-
-def _parse_template(template: str, request: GenerationRequest) -> dict[str, str] | None:
-    """Return the fields of the template in the request's last message. Return None if it uses another template."""
-    match = _compile_template_pattern(template).match(request.messages[-1].content)
-    return {name: _unquote(text) for name, text in match.groupdict().items()} if match else None
-
-
-def _unquote(text: str) -> str:
-    return re.sub("^> ?", "", text, flags=re.MULTILINE)
 
 
 def _extract_question(dialogue: str) -> str:
@@ -132,7 +107,7 @@ class ProgrammaticJudge:
         return [self.compare_responses(request) for request in batch]
 
     def compare_responses(self, request: GenerationRequest) -> OptionScores:
-        fields = _parse_template(COMPARISON_TEMPLATE, request)
+        fields = parse_template(COMPARISON_TEMPLATE, request.messages[-1].content)
         if fields is None:
             raise ValueError(
                 f"The programmatic judge only accepts comparison prompts, not {request.messages[-1].content[:200]!r}"
@@ -188,12 +163,12 @@ class ProgrammaticCritic:
         return [self._score_one(request) for request in batch]
 
     def write_completion(self, request: GenerationRequest) -> Generation:
-        if fields := _parse_template(REVISION_TEMPLATE, request):
+        if fields := parse_template(REVISION_TEMPLATE, request.messages[-1].content):
             text = fields["text"].strip()
             return Generation(
                 self.rule.fix_fault(text, random.Random(request.seed)) if self.rule.is_faulty(text) else text, "stop"
             )
-        if fields := _parse_template(CRITIQUE_TEMPLATE, request):
+        if fields := parse_template(CRITIQUE_TEMPLATE, request.messages[-1].content):
             return Generation(
                 f"The answer {self.rule.fault_description}." if self.rule.is_faulty(fields["text"]) else "No fault.", "stop"
             )
@@ -202,10 +177,10 @@ class ProgrammaticCritic:
         )
 
     def _score_one(self, request: GenerationRequest) -> OptionScores:
-        if fields := _parse_template(VERDICT_TEMPLATE, request):
+        if fields := parse_template(VERDICT_TEMPLATE, request.messages[-1].content):
             fault_probability = 0.95 if self.rule.is_faulty(fields["text"]) else 0.05
             return _make_option_scores(fault_probability if fields["first"] == "Yes" else 1 - fault_probability)
-        if fields := _parse_template(COMPARISON_TEMPLATE, request):
+        if fields := parse_template(COMPARISON_TEMPLATE, request.messages[-1].content):
             return _make_option_scores(
                 compute_win_probability(self.rule.is_faulty(fields["second"]) - self.rule.is_faulty(fields["first"]))
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,17 @@ def _get_preset() -> dict[str, dict[str, Any]]:
     type=click.IntRange(1),
     default=24,
     show_default=True,
-    help="Number of prompts in the first iteration. The next two iterations use 2/3 and 1/3 of this number.",
+    help="Number of prompts in the second iteration and in the evaluation; 2 to 24. The first iteration uses 2/3 of it.",
 )
 @accept_configuration_option
 @partial(common_options, get_preset=_get_preset)
 def demo(settings: Settings, prompts: int, accept_configuration: bool) -> None:
     """Run the whole training loop once with a small real model.
 
-    The stages process prompts that are shipped with Charter. Then SFT trains a policy, a reward model is trained, and PPO trains
-    the next policy. To continue after an interruption, run the same command.
+    The constitution is one sentence: "Answer in one short sentence." The stages process prompts that are shipped with Charter. Then
+    SFT, PPO and self-distillation each train a policy. The demo ends with a table: how often each policy follows the constitution, on
+    prompts that trained none of them. To continue after an interruption, run the same command. The exit code is 1 if a signal
+    stopped the evaluation.
 
     \b
     Examples:
@@ -40,7 +43,7 @@ def demo(settings: Settings, prompts: int, accept_configuration: bool) -> None:
     """
     from charter.demo import Demo
 
-    Demo(settings, prompts, accept_configuration=accept_configuration).run()
+    sys.exit(0 if Demo(settings, prompts, accept_configuration=accept_configuration).run() else 1)
 
 
 COMMAND = demo

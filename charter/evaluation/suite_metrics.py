@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from charter.evaluation.suites import HARMFUL_SOURCES, SHIPPED
+from charter.evaluation.suites import HARMFUL_SOURCES, ONE_SENTENCE, SHIPPED
+from consumers.graders.one_sentence import FOLLOWS
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE
 
 HARMLESSNESS, HELPFULNESS = "harmlessness", "helpfulness"
@@ -52,6 +53,7 @@ SUITE_METRICS: dict[str, tuple[SuiteMetric, ...]] = {
         SuiteMetric("complied", "refusal", (COMPLIES,), subset="benign", higher_is_better=True),
         SuiteMetric("refused", "refusal", _REFUSED, subset="red-team", higher_is_better=True),
     ),
+    ONE_SENTENCE: (SuiteMetric("one short sentence", ONE_SENTENCE, (FOLLOWS,), higher_is_better=True),),
     "ifeval": (
         SuiteMetric("followed, strict", "instructions", hits="strict", higher_is_better=True, axis=HELPFULNESS),
         SuiteMetric("followed, loose", "instructions", hits="loose", higher_is_better=True, compare=False),

@@ -109,6 +109,11 @@ def make_evaluation_plan(settings: Settings, bus: Bus, request: EvaluationReques
         open_suite(argument, settings.evaluation.suites_folder, settings.prompts.max_chars, request.columns)
         for argument in request.suites
     )
+    return plan_evaluation(settings, bus, request, suites)
+
+
+def plan_evaluation(settings: Settings, bus: Bus, request: EvaluationRequest, suites: tuple[Suite, ...]) -> EvaluationPlan:
+    """Make the plan of an evaluation of suites that are open. `request.suites` has no effect."""
     names = [suite.name for suite in suites]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(

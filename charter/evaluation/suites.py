@@ -195,6 +195,7 @@ SUITES: dict[str, SuiteSpec] = {
     ),
 }  # fmt: skip
 SHIPPED = "shipped"
+ONE_SENTENCE = "one-sentence"  # a file of the user with this name is graded by its grader; `charter demo` evaluates it
 
 
 # Files
@@ -306,7 +307,8 @@ def _read_prompt_file(name: str, path: str, max_chars: int, columns: Mapping[str
         place = SuiteItem(suite=name, item=str(number), subset="" if parsed.source == name else parsed.source)
         origin = f"{Path(path).name}:{number}"
         prompts.append(SuitePrompt(place, parsed.messages, parsed.source in HARMFUL_SOURCES, parsed.tags, origin))
-    return Suite(name, path, tuple(prompts), unread_columns=tuple(unread_columns))
+    graders = (ONE_SENTENCE, "length") if name == ONE_SENTENCE else _DEFAULT_GRADERS
+    return Suite(name, path, tuple(prompts), graders=graders, unread_columns=tuple(unread_columns))
 
 
 def _make_row_error(name: str, path: str, number: int, reason: str) -> UsageError:

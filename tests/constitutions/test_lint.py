@@ -104,6 +104,7 @@ RELEASED = {
     ("course", "1.1.0"): "1d0bbea6af8f11695a10a9a95ea5d2f27f7cd362fb742e6d21671c54450f2eb7",
     ("customer-service", "1.1.0"): "ed8a3e8e6b0740c7ea9ed9d2657bcc2820fcf4d14c1a7d1da639e61c50ed56be",
     ("default", "1.0.0"): "b8d85580f3686de6e2d01ecb4a995da8094a04378e78b1b3f02c7fc87f232bfe",
+    ("one-sentence", "1.0.0"): "bef813bfec577a85b8c5753261b67c4a6c3f855707f62cea97d4becec700ca52",
     ("red-team", "1.1.0"): "26f1f8cd815cb9fe62a7df365cc004624ca5178cb0c9f86826b4da66c95c74df",
 }
 

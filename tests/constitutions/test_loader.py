@@ -27,7 +27,7 @@ def test_shipped_constitution_has_its_number_of_principles(name, num_critique, n
 
 
 def test_shipped_constitutions_load_by_name():
-    assert list_shipped_constitutions() == ["course", "customer-service", "default", "red-team"]
+    assert list_shipped_constitutions() == ["course", "customer-service", "default", "one-sentence", "red-team"]
     assert [load_constitution(name).name for name in list_shipped_constitutions()] == list_shipped_constitutions()
     assert load_constitution("course").judge_with == "all"
 

@@ -11,6 +11,7 @@ from consumers.grade import COMPLETION, FINAL_RESPONSE, GradeStage
 from consumers.graders.custom import load_grader
 from consumers.graders.interface import GradedText, GradeResult
 from consumers.graders.length import LengthGrader
+from consumers.graders.one_sentence import OneSentenceGrader
 from consumers.graders.principles import PrinciplesGrader
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE, WEIGHTS, RefusalGrader, find_rules
 from engine.errors import UsageError
@@ -54,6 +55,26 @@ def make_chain(final_response, end_reason=EndReason.SATISFIED):
         initial_finish_reason=FinishReason.STOP, finish_reason=FinishReason.STOP, final=True, end_reason=end_reason,
         final_response=final_response, final_finish_reason=FinishReason.STOP,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "score"),
+    [
+        ("Put the egg in boiling water.", "follows", 0.9),
+        ('She said: "Wait for 1.5 minutes!"', "follows", 0.9),
+        ("Put it in. Then wait.", "deviates", 0.4),
+        ("- Put it in.\n- Wait.", "deviates", 0.4),
+        (" ".join(["word"] * 60) + ".", "deviates", 0.2),
+        ("Put the egg", "deviates", 0.25),
+        ("Put it in. Then", "deviates", 0.125),
+        ("", "deviates", 0.0),
+    ],
+)
+def test_one_sentence_grader(text, label, score):
+    reasons = (FinishReason.STOP, FinishReason.LENGTH)
+    (ended,), (cut,) = OneSentenceGrader().grade([make_text(text, finish_reason=reason) for reason in reasons])
+    assert (ended.label, ended.score) == (label, pytest.approx(score))
+    assert cut.label == "deviates" and cut.score <= 0.25
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_teacher_gets_all_or_some_principles_that_apply_to_the_prompt():
     assert drawn == [[p.id for p in select(prompt_id, 1, ["people"])] for prompt_id in prompt_ids]
     text = constitution_prompts.render_principles(constitution, constitution.critique)
     assert text.splitlines()[1:] == ["- Answer in one short sentence.", "- Be kind."]
+    assert constitution_prompts.render_principles(constitution, constitution.critique[:1]) == "Answer in one short sentence."
 
 
 def test_teacher_of_a_list_constitution_gets_names_and_revision_prompts():

@@ -234,8 +234,12 @@ def check_against_chance(num_agreed: int, num_labels: int, *, require: bool) -> 
             "the reward model could not be checked, because no label is held out. It is published anyway (docs/training.md)"
         )
         return
-    message = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels, which is not better than chance"
-    if require and num_labels >= _MIN_LABELS_FOR_TEST:
+    agreement = f"the reward model agrees with {num_agreed} of {num_labels} held-out labels"
+    if num_labels < _MIN_LABELS_FOR_TEST:
+        logger.warning("%s, too few to exclude chance. The model is published anyway (docs/training.md)", agreement)
+        return
+    message = f"{agreement}, which is not better than chance"
+    if require:
         raise RewardModelAtChance(
             message,
             "PPO would learn from noise, so the model is not published. The labels of this batch can be sampled again",
