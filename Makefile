@@ -16,8 +16,8 @@ set-up: ## Create .venv, install the packages, convert the small model
 demo: set-up ## Run the whole loop once, with a small real model
 	@$(BIN)/charter demo
 
-test: set-up ## Run all tests, in four processes (many tests wait for brokers and for killed processes)
-	@$(BIN)/python -m pytest -q -n 4 --dist worksteal
+test: set-up ## Run all tests, in six processes (many tests wait for brokers and for killed processes)
+	@$(BIN)/python -m pytest -q -n 6 --dist worksteal
 
 lint: set-up ## Format, lint, types, imports, schema evolution
 	@$(BIN)/ruff format --check .

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from tests.chaos.delivery import check_delivery, read_topic
 from tests.chaos.system import SystemUnderTest, is_caught_up, read_texts, require, wait_until, write_prompts
+from tests.support.waiting import HANG_S
 
 _SETTING_FLAGS = {"critique.rounds": "1", "respond.num_completions": "2", "models.max_batch_size": "8", "bus.partitions": "3"}
+_FINISH_TIMEOUT_S = 6 * HANG_S  # a full-size run works for many minutes between two checks
 _OWN_SHARE = 4  # each producer also has prompts that no other producer has: a quarter of its file
 
 
@@ -63,7 +65,7 @@ def run_concurrent_producers(
         require(not system.unexpected_exits, f"a producer failed: {system.unexpected_exits}")
         for name in names:
             del system.processes[name]
-        wait_until(lambda: system.count_finished_prompts() >= len(texts), "every prompt is finished")
+        wait_until(lambda: system.count_finished_prompts() >= len(texts), "every prompt is finished", _FINISH_TIMEOUT_S)
         wait_until(lambda: is_caught_up(system), "every consumer has caught up")
         require(system.stop_process("all") == 0, f"the process ended with an error: {system.read_log_tail('all')}")
         check_delivery(system, texts)
