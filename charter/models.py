@@ -18,6 +18,7 @@ from engine.settings import Settings
 from engine.weight_sync import WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
+from trainer.methods import RL_METHODS
 
 if TYPE_CHECKING:
     from engine.models.endpoint import Endpoint
@@ -71,7 +72,7 @@ class RoleModels:
         base_model = self.settings.train.base_model
         if spec != self.settings.models.policy or not base_model or is_endpoint(base_model):
             return None
-        needs_rollouts = bool(self.settings.models.weight_sync) and self.settings.train.rl_method != "dpo"
+        needs_rollouts = bool(self.settings.models.weight_sync) and RL_METHODS[self.settings.train.rl_method].uses_rollouts
         return partial(require_base_model, base_model=base_model, needs_rollouts=needs_rollouts)
 
     def get_model(self, role: str) -> Model:

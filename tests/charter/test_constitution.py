@@ -72,7 +72,7 @@ def run_command(folder, *arguments, code=0, stdin=None):
 def test_list_shows_shipped_constitutions_and_those_of_runs(folder, tmp_path):
     rows = json.loads(run_command(tmp_path, "list", "--json"))
     assert {row["name"]: (row["critique"], row["judge"]) for row in rows}["default"] == (16, 16)
-    assert len(rows) == 4 == len(json.loads(run_command(folder, "list", "--json")))  # the run used a shipped constitution
+    assert len(rows) == 5 == len(json.loads(run_command(folder, "list", "--json")))  # the run used a shipped constitution
 
 
 def test_show_accepts_names_files_runs_and_standard_input(folder, tmp_path):

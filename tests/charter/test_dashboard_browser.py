@@ -308,7 +308,7 @@ def test_search_works_with_the_keyboard(open_session):
         assert page.locator(".traces li").count() == 1
         page.get_by_role("link", name="Clear search and filters").click()
         page.wait_for_url("**/traces")
-        page.get_by_label("Policy").select_option("1")
+        page.locator("select[name=policy]").select_option("1")
         page.wait_for_url("**policy=1**")
         assert page.locator(".traces li").count() > 0
 

@@ -143,6 +143,7 @@ def test_run_until_done_ends_with_the_verdict(tmp_path):
 
 def test_training_on_bad_labels_needs_force(deployment, tiny):
     deployment.flags["models.policy"] = str(tiny)
+    deployment.publish("One?")  # train refuses a folder without a log
     deployment.fails(UsageError, "ppo does not train on these 4 labels", "train", "--phase", "ppo")
     # With --force the command goes on to the next requirement.
     deployment.fails(UsageError, "reward", "train", "--phase", "ppo", "--force")

@@ -26,7 +26,7 @@ HOSTILE_TEXTS = {
 }
 _SETTINGS = {
     "respond.max_tokens": "8", "critique.max_tokens": "8", "critique.few_shot": "false", "revise.max_tokens": "8",
-    "critique.min_option_mass": "0", "judge.min_option_mass": "0", "prompts.eval_fraction": "0",
+    "critique.min_option_mass": "0", "critique.early_stop": "none", "judge.min_option_mass": "0", "prompts.eval_fraction": "0",
     "sft.learning_rate": "1e-3", "reward.learning_rate": "1e-2", "ppo.learning_rate": "1e-3", "distill.min_teacher_effect": "0",
 }  # fmt: skip
 

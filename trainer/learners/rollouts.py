@@ -191,10 +191,11 @@ class PolicyModel(torch.nn.Module):
     def _check_prefix(self) -> bool:
         """Return whether the model computes the same states if the beginning of a prompt is computed first, as a prefix.
 
-        The layers of some models (sliding windows, recurrence) have other caches. With gradient checkpointing there is no cache.
-        Such a model computes a common prefix again for each rollout.
+        The layers of some models (sliding windows, recurrence) have other caches, and some models have no layers with a cache at all.
+        With gradient checkpointing there is no cache. Such a model computes a common prefix again for each rollout.
         """
-        is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+        has_layers = hasattr(self.config, "num_hidden_layers")
+        is_plain = has_layers and all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
         if not is_plain or self.hardware.gradient_checkpointing:
             return False
         ids = tuple(1 + n % 3 for n in range(_MIN_PREFIX_TOKENS + 1))
