@@ -26,15 +26,18 @@ HOSTILE_TEXTS = {
 }
 _SETTINGS = {
     "respond.max_tokens": "8", "critique.max_tokens": "8", "critique.few_shot": "false", "revise.max_tokens": "8",
-    "critique.min_option_mass": "0", "critique.early_stop": "none", "judge.min_option_mass": "0", "prompts.eval_fraction": "0",
+    "critique.min_option_mass": "0", "judge.min_option_mass": "0", "prompts.eval_fraction": "0",
     "sft.learning_rate": "1e-3", "reward.learning_rate": "1e-2", "ppo.learning_rate": "1e-3", "distill.min_teacher_effect": "0",
 }  # fmt: skip
 
 
 def make_setting_flags(folder, model, **more):
     """Return settings for a small model. The demo's judge would find that all of its responses deviate in the same way."""
-    models = {"models.policy": str(model), "models.judge": str(model)}
-    return {"data.folder": str(folder), **models, **_SETTINGS, **more}
+    flags = {"data.folder": str(folder), "models.policy": str(model), "models.judge": str(model), **_SETTINGS}
+    if model != "scripted":
+        # The small model finds no flaw in the responses of the demo. With this setting it revises them nevertheless.
+        flags["critique.early_stop"] = "none"
+    return flags | more
 
 
 def _run_command(folder, model, *arguments):
