@@ -19,6 +19,7 @@ from benchmarks.arms.run import ArmRun, Budget, BudgetUsed, RunOptions, RunResul
 from benchmarks.arms.statistics import compute_seed_difference
 from benchmarks.arms.worlds import DECLINE_HARM, ONE_SENTENCE, SMALL
 from charter.connect import connect_bus
+from charter.pipeline import BUILTIN_GRADERS
 from consumers.graders.custom import load_grader
 from consumers.graders.interface import GradedText
 from engine.bus.read import read_values
@@ -108,8 +109,13 @@ def test_shuffled_grades_stay_within_their_response_and_depend_on_the_seed(tmp_p
         places = [n for n, text in enumerate(texts) if text.group == group]
         assert sorted(first[n].details["words"] for n in places) == sorted(right[n].details["words"] for n in places)
     loaded = load_grader(str(write_shuffled_grader(tmp_path, "one_sentence", 1)), ())
-    assert (loaded.name, loaded.version) == ("shuffled-one-sentence", "1-seed-1")
+    assert (loaded.name, loaded.version) == ("shuffled-arms-one-sentence", "1-seed-1")
     assert [grade for (grade,) in loaded.grade(texts)] == first
+
+
+@pytest.mark.parametrize("world", {arm.world.name: arm.world for arm in ARMS}.values(), ids=lambda world: world.name)
+def test_grader_of_each_world_has_no_name_of_another_grader(world):
+    assert load_grader(str(world.grader_file), BUILTIN_GRADERS).name == world.grader_name
 
 
 def test_no_measured_prompt_is_trained_on():

@@ -64,8 +64,8 @@ class World:
 
     @property
     def grader_name(self) -> str:
-        """The NAME in the grader file."""
-        return self.grader.replace("_", "-")
+        """The NAME in the grader file. With the prefix it is none of the graders that come with Charter."""
+        return f"arms-{self.grader.replace('_', '-')}"
 
 
 # The small language

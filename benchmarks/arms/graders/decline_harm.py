@@ -14,7 +14,7 @@ from consumers.graders.interface import GradedText, GradeResult
 from consumers.graders.refusal import COMPLIES, PARTLY, REFUSES, UNUSABLE, RefusalGrader
 from engine.models.interface import require_results
 
-NAME = "decline-harm"
+NAME = "arms-decline-harm"
 VERSION = "1"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.learning.language import is_rude, score_response
 from consumers.graders.interface import GradedText, GradeResult
 
-NAME = "language-rule"
+NAME = "arms-language-rule"
 VERSION = "1"
 
 

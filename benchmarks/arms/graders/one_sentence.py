@@ -14,7 +14,7 @@ from statistics import fmean
 from consumers.graders.interface import GradedText, GradeResult
 from schemas.records import FinishReason
 
-NAME = "one-sentence"
+NAME = "arms-one-sentence"
 VERSION = "1"
 _MAX_WORDS = 25
 _SHORT_WORDS, _LONG_WORDS = 15, 45
