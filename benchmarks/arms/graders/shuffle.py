@@ -18,7 +18,7 @@ _FILE = '''"""The grades of {module} in a random order within each response."""
 from benchmarks.arms.graders import {module}
 from benchmarks.arms.graders.shuffle import shuffle_grades
 
-NAME = "arms-shuffled-" + {module}.NAME
+NAME = "shuffled-" + {module}.NAME
 VERSION = {module}.VERSION + "-seed-{seed}"
 grade = shuffle_grades({module}.grade, {seed})
 '''
