@@ -39,6 +39,7 @@ from tests.chaos.damaged_database import run_damaged_database
 from tests.chaos.process_kills import KillScenario, kill_everything
 from tests.chaos.replays import run_replays
 from tests.chaos.system import InvariantViolation, make_broker
+from tests.support.shared import create_shared_folder, remove_shared_folder
 
 # Scenarios for both logs, and scenarios for Kafka only with the settings of their broker.
 _COMMON_SCENARIOS = (
@@ -167,6 +168,8 @@ def main() -> int:
     options = _parse_arguments()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        create_shared_folder()
+        stack.callback(remove_shared_folder)
         try:
             for line in _run_scenario(options, (options.folder or Path(temporary)).resolve(), stack):
                 print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
