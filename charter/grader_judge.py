@@ -46,6 +46,7 @@ class GraderJudge:
         max_tokens: int = 256,
         max_thinking_tokens: int = 0,
     ) -> list[list[Generation]]:
+        # The interface of a model has this method. The stage judge does not call it with answer_mode = logprobs.
         raise NotImplementedError("a grader writes no text; judge.answer_mode must be logprobs")
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:

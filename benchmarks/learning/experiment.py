@@ -38,8 +38,7 @@ from engine.settings import Settings, load_settings
 from engine.store import Store
 from engine.worker import ModelExecutor, Worker
 from producers.files import FileProducer
-from trainer.learners import ppo
-from trainer.learners.rollouts import Rollout
+from trainer.learners.rollouts import Rollout, compute_model_logprobs
 from trainer.loop import Trainer
 from trainer.monitor import RewardHackingMonitor
 from trainer.weights import Hardware
@@ -232,5 +231,5 @@ def estimate_kl(policy: Path, reference: Path, rollouts: Sequence[Rollout]) -> f
     if policy == reference:
         return 0.0
     width, hardware = max(len(r.token_ids) for r in rollouts), Hardware(64, False, "fp32")
-    own, other = (ppo.compute_model_logprobs(folder, rollouts, width, hardware) for folder in (policy, reference))
+    own, other = (compute_model_logprobs(folder, rollouts, width, hardware) for folder in (policy, reference))
     return float((own - other).sum(-1).mean())

@@ -385,7 +385,7 @@ def test_long_completions_of_a_slow_server_are_finished_in_one_attempt_each(serv
     def tick():
         while not finished.is_set():
             release.release(4)
-            time.sleep(0.01)
+            time.sleep(0.01)  # the speed of the server: four events in this time
 
     ticker = threading.Thread(target=tick)
     ticker.start()

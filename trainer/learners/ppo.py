@@ -98,7 +98,7 @@ from trainer.learners.rollouts import (
     PolicyModel,
     Rollout,
     TrainedPolicy,
-    compute_model_logprobs,
+    compute_other_logprobs,
     pad_behavior_logprobs,
 )
 from trainer.learners.sft import IGNORE_INDEX
@@ -313,21 +313,16 @@ def train(
             len(rollouts),
         )
 
-    # The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets
-    # of weights.
     completion_length = max(len(r.token_ids) for r in rollouts)
-    base_logprobs = ref_logprobs = None
-    if base_folder is not None:
-        base_logprobs = compute_model_logprobs(base_folder, rollouts, completion_length, hardware)
-    is_reference = policy_folder == reference_folder
-    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
-        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, completion_length, hardware)
+    base_logprobs, ref_logprobs = compute_other_logprobs(
+        policy_folder, reference_folder, base_folder, rollouts, completion_length, lora_rank=lora_rank, hardware=hardware
+    )
     policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
     actor = ActorCritic(policy, hardware)
     if value_head := weights.load_value_head(policy_folder):
         actor.value_head.load_state_dict(value_head)
     old_logprobs, old_values = compute_logprobs_and_values(actor, rollouts, completion_length)
-    if is_reference:
+    if policy_folder == reference_folder:
         ref_logprobs = old_logprobs
     elif ref_logprobs is None:
         with weights.disable_adapter(policy):

@@ -270,6 +270,31 @@ def compute_model_logprobs(
     return logp
 
 
+def compute_other_logprobs(
+    policy_folder: Path,
+    reference_folder: Path,
+    base_folder: Path | None,
+    rollouts: Sequence[Rollout],
+    completion_length: int,
+    *,
+    lora_rank: int,
+    hardware: Hardware,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the log-probabilities (N, completion_length) under the base model and under the reference.
+
+    Each model is loaded, evaluated and released before the next one is loaded. Call this function before the policy is loaded, so
+    that the memory never holds two sets of weights. The value is None without a base model, and for a reference that is the policy,
+    or the policy without its adapter.
+    """
+    base_logprobs = ref_logprobs = None
+    if base_folder is not None:
+        base_logprobs = compute_model_logprobs(base_folder, rollouts, completion_length, hardware)
+    has_adapter = bool(lora_rank) and weights.has_adapter_for_reference(policy_folder, reference_folder)
+    if policy_folder != reference_folder and not has_adapter:
+        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, completion_length, hardware)
+    return base_logprobs, ref_logprobs
+
+
 @dataclass(frozen=True)
 class RLModels:
     """This is the policy at the start of an RL update, and the log-probabilities (N, T) of all rollouts under each model."""
@@ -294,24 +319,20 @@ def load_rl_models(
 ) -> RLModels:
     """Load the policy for an update, and compute the log-probabilities of the rollouts.
 
-    The other models are loaded, evaluated and released before the policy is loaded. The memory therefore never holds two sets of
-    weights. With `skip_policy`, `old_logprobs` are 0, and the caller replaces them in place. If the policy is the reference,
+    With `skip_policy`, `old_logprobs` are 0, and the caller replaces them in place. If the policy is the reference,
     `ref_logprobs` is the same tensor.
     """
     length = max(len(r.token_ids) for r in rollouts)
-    base_logprobs = ref_logprobs = None
-    if base_folder is not None:
-        base_logprobs = compute_model_logprobs(base_folder, rollouts, length, hardware)
-    is_reference = policy_folder == reference_folder
-    if not is_reference and not (lora_rank and weights.has_adapter_for_reference(policy_folder, reference_folder)):
-        ref_logprobs = compute_model_logprobs(reference_folder, rollouts, length, hardware)
+    base_logprobs, ref_logprobs = compute_other_logprobs(
+        policy_folder, reference_folder, base_folder, rollouts, length, lora_rank=lora_rank, hardware=hardware
+    )
     policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
     model = PolicyModel(policy, hardware, title)
     if skip_policy:
         old_logprobs = torch.zeros(len(rollouts), length, device=model.device)
     else:
         old_logprobs = compute_logprobs(model, rollouts, length)
-    if is_reference:
+    if policy_folder == reference_folder:
         ref_logprobs = old_logprobs
     elif ref_logprobs is None:
         with weights.disable_adapter(policy):
