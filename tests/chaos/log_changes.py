@@ -234,17 +234,22 @@ def run_retention(folder: Path, address: str, *, prompts: int = 600, seed: int =
         require(code == 0, output)
         _make_operator(system).set_topic_configs("prompts", {"retention.ms": "3000", "segment.ms": "1000"})
         system.start_pipeline("--stage", "respond")
-        num_losses = 0
+        losses = []
         for path in paths:
             system.publish_file(path)
-            num_losses += _skip_lost_prompts(system)
-        wait_until(lambda: not _skip_lost_prompts(system) and _has_read_all_prompts(system), "respond has read all prompts")
+            losses.append(_skip_lost_prompts(system))
+
+        def has_read_all_prompts() -> bool:
+            losses.append(_skip_lost_prompts(system))
+            return not losses[-1] and _has_read_all_prompts(system)
+
+        wait_until(has_read_all_prompts, "respond has read all prompts")
         require(system.stop_process("all") == 0, system.read_log_tail("all"))
         answered = _read_answered(system)
         require(len(answered) == len(set(answered)), "a prompt was answered twice")
         num_missing = len(texts.difference(answered))
-        require(num_losses > 0 or num_missing == 0, f"{num_missing} prompts were lost and no error was reported")
-        yield f"{len(answered)} of {len(texts)} prompts are answered; {num_losses} errors reported the loss of the others"
+        require(any(losses) or num_missing == 0, f"{num_missing} prompts were lost and no error was reported")
+        yield f"{len(answered)} of {len(texts)} prompts are answered; {sum(losses)} errors reported the loss of the others"
 
 
 def _has_read_all_prompts(system: SystemUnderTest) -> bool:
