@@ -3,6 +3,8 @@
 
 export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS ?= 2
+# Empty: Python writes bytecode, also where the environment forbids it. Otherwise each process compiles Charter again.
+export PYTHONDONTWRITEBYTECODE =
 PYTHON ?= python3
 export PYTHON
 BIN = .venv/bin
