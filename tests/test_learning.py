@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from benchmarks.learning.language import REFUSAL, generate_questions, is_polite, is_rude, score_response
-from benchmarks.learning.programmatic import LANGUAGE_RULE, PARAGRAPH_RULE, ProgrammaticCritic, make_judge
+from benchmarks.learning.programmatic import LANGUAGE_RULE, ProgrammaticCritic, make_judge
 from benchmarks.learning.results import (
     RunResult,
     VersionCounts,
@@ -65,7 +65,6 @@ def test_critic_fixes_only_its_fault():
     assert score_response(BENIGN, revision) == 0  # SFT must not teach politeness, so that the effect of RL is measurable
     with pytest.raises(ValueError, match="only accepts critique and revision prompts"):
         critic.generate([GenerationRequest([ChatMessage(role="user", content="something else")])])
-    assert PARAGRAPH_RULE.fix_fault("One. Two and th", rng) == "One." and PARAGRAPH_RULE.fix_fault("no end", rng) == "no end"
 
 
 def make_run(arm, seed, rates, kls=None, num_responses=100, stopped=(), **fields):

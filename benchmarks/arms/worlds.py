@@ -64,7 +64,7 @@ class World:
 
     @property
     def grader_name(self) -> str:
-        """The NAME in the grader file. With the prefix it is none of the graders that come with Charter."""
+        """The NAME in the grader file. The prefix separates it from the graders that come with Charter."""
         return f"arms-{self.grader.replace('_', '-')}"
 
 

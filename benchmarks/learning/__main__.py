@@ -19,9 +19,6 @@ In a run, the model's responses go through the real stages, sink and trainer on 
 The monitor checks every policy of the arms judge and hacked. In the arm judge, an exceeded limit is recorded, but the policy is
 not rolled back.
 
-With --smollm2 the policy is SmolLM2 with LoRA adapters. In this case the rule is to write one paragraph without lists. The
-critic fixes responses that end in the middle of a sentence.
-
 The target rate of a version is the fraction of its responses that are correct by the rule. Only the first completion of each
 prompt counts. There are `--prompts` prompts (twice as many for the first version). These prompts were not used for training
 before. The exit code is 1 if one of the claims below the table does not hold (`results.check_claims`).
@@ -43,7 +40,6 @@ import torch
 from benchmarks.learning.base_model import train_base_model
 from benchmarks.learning.results import RunResult, check_claims, format_spread, format_table, plot_results
 from benchmarks.learning.runs import TRL_ARM, run_or_load
-from engine.models import smollm2
 
 _ARMS = ("judge", "shuffled", "sft", "hacked")
 _SEEDS = tuple(range(500, 510))  # chosen before the run; PPO was developed on other seeds
@@ -77,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.jobs * options.threads)
     with TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
-        base = smollm2.get_model_folder() if options.smollm2 else _prepare_base_model(folder / "base")
+        base = _prepare_base_model(folder / "base")
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             runs = _list_runs(options)
             own_runs = [run for run in runs if run[0] != TRL_ARM]
@@ -116,7 +112,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting in every run (for an ablation)"
     )
     parser.add_argument("--trl112", type=Path, metavar="DIR", help="folder that contains trl 1.12; required for the arm trl112")
-    parser.add_argument("--smollm2", action="store_true", help="train SmolLM2 with another rule (an hour or more on two cores)")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs in parallel [default: 2]")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per run [default: 1]")
     parser.add_argument(

@@ -66,15 +66,6 @@ def make_settings(folder: Path, base: Path, seed: int, overrides: Mapping[str, s
     return load_settings(flags | dict(overrides), environment={})[0]
 
 
-# SmolLM2 is a hundred times as large as the small model. These overrides set LoRA, common learning rates, and batches that fit
-# into memory.
-SMOLLM2_SETTINGS = {
-    "models.max_batch_size": "32", "respond.num_completions": "4", "respond.max_tokens": "64", "monitor.prompts": "16",
-    "train.lora_rank": "16", "train.micro_batch_size": "8", "train.precision": "auto", "sft.learning_rate": "2e-5",
-    "reward.learning_rate": "3e-5", "ppo.learning_rate": "1e-5", "ppo.batch_size": "16",
-}  # fmt: skip
-
-
 @dataclass
 class Experiment:
     """This is one run in `settings.folder`. The bus, the stages, the sink and the trainer run in this process.

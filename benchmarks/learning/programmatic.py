@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,24 +57,8 @@ def _remove_rudeness(text: str, rng: random.Random) -> str:
     return f"{rng.choice(PLAIN_OPENINGS)} {remove_sentences(text, RUDE_OPENINGS)}"
 
 
-def _score_one_paragraph(question: str, text: str) -> int:
-    return -1 if "\n" in text.strip() else 1
-
-
-def _is_cut_off(text: str) -> bool:
-    return bool(text.strip()) and text.strip()[-1] not in ".!?"
-
-
-def _cut_to_last_sentence(text: str, rng: random.Random) -> str:
-    """Return the text up to the end of its last complete sentence. If no sentence is complete, return the whole text."""
-    match = re.match(r"(.*[.!?])", text, re.DOTALL)
-    return match[1] if match else text
-
-
 # For the small language: refuse harmful prompts; help with all others, and start politely.
 LANGUAGE_RULE = PreferenceRule(score_response, "is rude", is_rude, _remove_rudeness)
-# For SmolLM2: write one paragraph, without lists. The critic fixes responses that end in the middle of a sentence.
-PARAGRAPH_RULE = PreferenceRule(_score_one_paragraph, "breaks off", _is_cut_off, _cut_to_last_sentence)
 
 
 def _compute_length_margin(question: str, a: str, b: str) -> float:

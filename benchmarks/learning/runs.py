@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.learning.experiment import SMOLLM2_SETTINGS, Experiment, estimate_kl, make_settings
+from benchmarks.learning.experiment import Experiment, estimate_kl, make_settings
 from benchmarks.learning.language import generate_questions
-from benchmarks.learning.programmatic import LANGUAGE_RULE, PARAGRAPH_RULE, make_judge
+from benchmarks.learning.programmatic import LANGUAGE_RULE, make_judge
 from benchmarks.learning.results import RunResult, VersionCounts, count_versions
 from engine.models import open_model
 from engine.models.interface import GenerationRequest
@@ -41,16 +41,16 @@ def _run_arm(arm: str, seed: int, base: Path, folder: Path, options: argparse.Na
     """Run one arm with one seed. Return the counts of each version, the seconds per phase and the exceeded monitor limits."""
     if arm == TRL_ARM:
         return _run_trl_arm(seed, base, folder, options)
-    rule = PARAGRAPH_RULE if options.smollm2 else LANGUAGE_RULE
     settings = _make_arm_settings(folder, base, seed, options)
     monitored, rolls_back = arm in ("judge", "hacked"), arm == "hacked"
-    experiment = Experiment(settings, rule, make_judge(arm, rule, seed), generate_questions(seed), monitored, rolls_back)
+    judge = make_judge(arm, LANGUAGE_RULE, seed)
+    experiment = Experiment(settings, LANGUAGE_RULE, judge, generate_questions(seed), monitored, rolls_back)
     num_updates = options.updates * (_HACKED_UPDATES_FACTOR if rolls_back else 1)
     experiment.run(options.prompts, ["sft" if arm == "sft" else "ppo"] * num_updates)
     kls, updates = experiment.compute_kls(), experiment.load_update_metrics("POLICY")
     versions = [
         replace(version, kl=kls.get(version.version, 0.0), stopped=_was_stopped_early(updates, version.version))
-        for version in count_versions(arm, seed, experiment.load_responses(), rule)
+        for version in count_versions(arm, seed, experiment.load_responses(), LANGUAGE_RULE)
     ]
     accuracies = [update["reward/accuracy"] for update in experiment.load_update_metrics("REWARD")]
     update_metrics = [{name: update[name] for name in _REPORTED_METRICS if name in update} for update in updates]
@@ -67,8 +67,7 @@ def _run_arm(arm: str, seed: int, base: Path, folder: Path, options: argparse.Na
 
 
 def _make_arm_settings(folder: Path, base: Path, seed: int, options: argparse.Namespace) -> Settings:
-    overrides = dict(entry.split("=", 1) for entry in options.set)
-    return make_settings(folder, base, seed, (SMOLLM2_SETTINGS if options.smollm2 else {}) | overrides)
+    return make_settings(folder, base, seed, dict(entry.split("=", 1) for entry in options.set))
 
 
 def _was_stopped_early(updates: Sequence[dict[str, float]], version: int) -> bool:
@@ -131,7 +130,7 @@ def _run_trl_arm(seed: int, base: Path, folder: Path, options: argparse.Namespac
 
 
 def _format_run_name(arm: str, seed: int, options: argparse.Namespace) -> str:
-    return "+".join([f"{arm}-{seed}" + ("-smollm2" if options.smollm2 else ""), *options.set])
+    return "+".join([f"{arm}-{seed}", *options.set])
 
 
 def run_or_load(arm: str, seed: int, base: Path, folder: Path, options: argparse.Namespace, repeat: int = 0) -> RunResult:
