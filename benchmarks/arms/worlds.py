@@ -20,6 +20,7 @@ from engine.models import smollm2
 Row = dict[str, Any]
 _FOLDER = Path(__file__).parent
 _HELD_OUT_SEED, _HUMAN_TEXT_SEED, _NUM_HUMAN_TEXTS = 999, 998, 64
+_COMPARISONS_PER_PROMPT = 5  # as many as the judge makes of the six completions of a prompt
 _PEOPLE_ERROR_RATE = 0.1  # share of demonstrations that follow no rule, and of comparisons that prefer the worse response
 
 
@@ -98,13 +99,16 @@ def _write_small_people_rows(kind: str, rows: list[Row], seed: int) -> list[Row]
     rng, written = random.Random(f"people/{kind}/{seed}/{rows[0]['prompt']}"), list[Row]()
     for row in rows:
         question = questions[row["prompt"]]
-        errs = kind != "judge_responses" and rng.random() < _PEOPLE_ERROR_RATE
         if kind in ("demonstrations", "judge_responses"):
+            errs = kind == "demonstrations" and rng.random() < _PEOPLE_ERROR_RATE
             written.append(row | {"completion": (write_response if errs else write_correct_response)(question, rng)})
             continue
-        a, b = (write_response(question, rng) for _ in range(2))
-        score_a, score_b = (LANGUAGE_RULE.score_response(question.text, text) for text in (a, b))
-        if score_a != score_b:  # people who see no difference give no label
+        for _ in range(_COMPARISONS_PER_PROMPT):
+            a, b = (write_response(question, rng) for _ in range(2))
+            score_a, score_b = (LANGUAGE_RULE.score_response(question.text, text) for text in (a, b))
+            if score_a == score_b:
+                continue  # people who see no difference give no label
+            errs = rng.random() < _PEOPLE_ERROR_RATE
             chosen, rejected = (a, b) if (score_a > score_b) != errs else (b, a)
             written.append(row | {"chosen": chosen, "rejected": rejected})
     return written
