@@ -110,18 +110,9 @@ def _refuse_set(bus: BusSettings, names: tuple[str, ...], why: str, fix: str) ->
 def _make_ssl_options(bus: BusSettings, environment: Mapping[str, str]) -> dict[str, Any]:
     options: dict[str, Any] = {name: _check_file(name, getattr(bus, name)) for name in _SSL_FILE_OPTIONS if getattr(bus, name)}
     options["ssl_check_hostname"] = bus.ssl_check_hostname
-    if bus.ssl_keyfile and not bus.ssl_certfile:
-        raise UsageError(
-            "the setting bus.ssl_keyfile would have no effect",
-            "bus.ssl_certfile is empty, so there is no certificate for the key",
-            "set bus.ssl_certfile to the client certificate",
-        )
-    if bus.ssl_key_password_file and not bus.ssl_certfile:
-        raise UsageError(
-            "the setting bus.ssl_key_password_file would have no effect",
-            "bus.ssl_certfile is empty, so there is no key",
-            "set bus.ssl_certfile and bus.ssl_keyfile, or remove bus.ssl_key_password_file",
-        )
+    if not bus.ssl_certfile:
+        why, fix = "bus.ssl_certfile is empty", "set bus.ssl_certfile to the client certificate, or remove bus.{}"
+        _refuse_set(bus, ("ssl_keyfile", "ssl_key_password_env", "ssl_key_password_file"), why, fix)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if bus.ssl_cafile:
         try:
@@ -220,6 +211,12 @@ def _make_token_provider(bus: BusSettings, environment: Mapping[str, str]) -> To
 
     source: TokenCommand | TokenEndpoint
     if bus.sasl_token_command:
+        if not bus.sasl_token_command[0]:
+            raise UsageError(
+                "bus.sasl_token_command has no program",
+                "its first entry is empty",
+                'type: --set \'bus.sasl_token_command=["PROGRAM", "ARGUMENT"]\'',
+            )
         source = TokenCommand(bus.sasl_token_command, bus.sasl_token_lifetime_s)
     elif bus.sasl_token_url:
         source = _make_token_endpoint(bus, environment)

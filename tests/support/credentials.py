@@ -15,6 +15,11 @@ def encode_base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
+def make_unsigned_token(**claims: object) -> str:
+    """Return a JWT with these claims and an invalid signature."""
+    return ".".join(encode_base64url(json.dumps(part).encode()) for part in ({"alg": "RS256"}, claims, "signature"))
+
+
 class TokenIssuer:
     """Signs tokens (JWT with RS256). The broker reads the public key from the file of `keys_url`."""
 
@@ -22,7 +27,7 @@ class TokenIssuer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keys_url = (folder / "keys.json").as_uri()
+        self.keys_url = (folder / "keys.json").as_uri()  # a URL, because the broker expects one
 
     def create(self) -> None:
         _run_openssl(self.folder, "genrsa", "-out", "issuer.key", "2048")
@@ -54,6 +59,7 @@ class ClientCertificates:
         signed_by = {"clients": [], "charter": ["-CA", "clients.pem", "-CAkey", "clients.key"], "stranger": []}
         for name, authority in signed_by.items():
             new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-keyout", f"{name}.key"]
+            new_key += ["-addext", "subjectAltName=IP:127.0.0.1"]
             _run_openssl(
                 self.folder, "req", "-x509", *new_key, "-subj", f"/CN={name}", "-days", "30", "-out", f"{name}.pem", *authority
             )
