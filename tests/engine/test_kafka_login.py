@@ -153,7 +153,7 @@ def make_certificate_flags(secure, folder, certificate, key, **changes):
     return make_flags(secure, folder, **changes) | flags | {"bus.ssl_certfile": certificate, "bus.ssl_keyfile": key}
 
 
-def test_pipeline_with_a_token_never_stores_or_logs_it(secure, tmp_path, caplog):
+def test_stage_with_a_token_never_stores_or_logs_it(secure, tmp_path, caplog):
     """Producers, consumers and the client for administration log in with the token of an endpoint."""
     caplog.set_level(logging.DEBUG, logger="kafka")
     secret, token = "s3cret-of-the-client", secure.issuer.make_token()
@@ -165,13 +165,12 @@ def test_pipeline_with_a_token_never_stores_or_logs_it(secure, tmp_path, caplog)
         settings, _ = load_settings(make_token_flags(secure, tmp_path / "d") | flags, environment={})
         bus = connect_bus(settings)
         FileProducer(bus, "live", eval_fraction=0.0).publish(str(SHIPPED_PROMPTS_PATH), last_row=1)
-        with make_host(settings, bus, STAGES, sink=True) as host:
+        with make_host(settings, bus, ["respond"], sink=True) as host:
             store = open_store(settings)
-            finished = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
-            wait_until(lambda: store.query(finished).rows == [(1,)], host)
+            wait_until(lambda: store.query("SELECT count(*) FROM responses").rows == [(1,)], host)
         checks = {result.check: result for result in run_checks(settings)}
         assert checks["login"].state == "ok" and "SASL_SSL with OAUTHBEARER; the token is valid for 3" in checks["login"].detail
-        log_bytes = b"".join(value for topic in TOPICS for value in read_values(bus, topic))
+        log_bytes = b"".join(value for topic in ("prompts", "responses", "run-starts") for value in read_values(bus, topic))
         bus.close()
         num_requests = len(server.requests)
     assert num_requests == 2  # one for each bus, not one for each client
@@ -287,15 +286,3 @@ def test_listener_without_the_mechanism_is_reported(secure, tmp_path):
     flags = make_token_flags(secure, tmp_path, "echo", secure.issuer.make_token())
     with pytest.raises(LoginRejected, match="rejects the login with OAUTHBEARER\nthe listener does not offer this mechanism"):
         open_bus_with(flags | {"bus.address": f"kafka://{secure.address}"})
-
-
-def test_process_ends_when_the_broker_rejects_a_later_token(secure, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.bus.tokens, "_MIN_RENEWAL_AGE_S", 0.0)
-    path = tmp_path / "token"
-    path.write_text(secure.issuer.make_token(4))
-    settings, _ = load_settings(make_token_flags(secure, tmp_path / "d", "cat", str(path), bus__prefix="r."), environment={})
-    bus = connect_bus(settings)
-    path.write_text(secure.issuer.make_token(aud="another-cluster"))
-    with pytest.raises(LoginRejected, match="invalid_token"), make_host(settings, bus, STAGES, sink=True) as host:
-        wait_until(lambda: False, host)
-    bus.close()
