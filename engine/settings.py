@@ -192,7 +192,7 @@ class BusSettings(_Section):
     sasl_token_lifetime_s: float = Field(
         0.0,
         ge=0,
-        description="Maximum lifetime of a token in seconds. It is required for tokens without an expiry of their own. 0 means no limit.",
+        description="Maximum lifetime of a token in seconds. It is required for tokens that do not state their expiry. 0 means no limit.",
     )
     sasl_extensions: list[str] = Field(
         [],

@@ -14,7 +14,7 @@ class TokenStatistics:
         self.expiries: dict[int, float] = {}
 
     def get_remaining_s(self) -> float | None:
-        """Return the seconds until the first current token expires, or None if there is none."""
+        """Return the seconds until the first current token expires, or None without a provider."""
         expiries = list(self.expiries.values())
         return max(0.0, min(expiries) - time.monotonic()) if expiries else None
 

@@ -120,7 +120,7 @@ class TokenCommand:
     def fetch(self) -> Token:
         """Return the token that the command prints. What the command prints to standard error is discarded."""
         try:
-            # A session of its own, so that Ctrl-C does not end the command, and a timeout ends all its processes.
+            # In a new session, so that Ctrl-C does not end the command, and a timeout ends all its processes.
             self.process = subprocess.Popen(
                 self.arguments,
                 stdin=subprocess.DEVNULL,
