@@ -487,9 +487,9 @@ class KafkaBus:
     def close(self) -> None:
         if self.producer is not None:
             _close_producer(self.producer)
-        self.admin.close()
         if self.token_provider:
             self.token_provider.close()
+        self.admin.close()
 
 
 _PartitionResults = Mapping[KafkaTopicPartition, type[errors.KafkaError]]

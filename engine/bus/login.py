@@ -14,9 +14,9 @@ from kafka import errors
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
-from engine.errors import CharterError, LoginRejected
+from engine.errors import BusUnreachable, CharterError, LoginRejected
 
-_LOGIN_TIMEOUT_MS = 10_000
+_LOGIN_TIMEOUT_MS = 15_000
 _REJECTION_ERRORS = (
     errors.SaslAuthenticationFailedError,
     errors.UnsupportedSaslMechanismError,
@@ -25,6 +25,9 @@ _REJECTION_ERRORS = (
 )
 # What OpenSSL reports when the broker does not accept the certificate of the client: "sslv3 alert certificate unknown", ...
 _CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+_HOST_MISMATCH_CODES = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL
+_FIX_HOST = "use the host name of the certificate in bus.address, or set bus.ssl_check_hostname=false"
+_FIX_CA = "set bus.ssl_cafile to the CA certificates of the broker"
 _EXPLANATIONS = {
     errors.UnsupportedSaslMechanismError: "the listener does not offer this mechanism",
     errors.IllegalSaslStateError: "the listener does not use SASL",
@@ -58,18 +61,29 @@ class _ManagerWithFullReads(KafkaConnectionManager):
 def require_login(client_options: Mapping[str, Any]) -> None:
     """Raise LoginRejected if the brokers reject the login, and the error of the token provider if it has no valid token.
 
-    Return if one of the servers accepts the login, and also if none rejects it, for example because they are unreachable.
+    Return if one of the servers accepts the login, and also if they end the connections without a reason. Raise BusUnreachable
+    if no server answers.
     """
     rejection: LoginRejected | None = None
-    for server in client_options["bootstrap_servers"]:
+    silent_servers = []
+    servers = client_options["bootstrap_servers"]
+    for server in servers:
         error = _log_in(server, client_options)
         if error is None:
             return
         if isinstance(error, CharterError):
             raise error
+        if isinstance(error, errors.KafkaTimeoutError):
+            silent_servers.append(server)
         rejection = rejection or find_rejection(error, server, client_options)
     if rejection:
         raise rejection
+    if len(silent_servers) == len(servers):  # kafka-python would wait for the handshake without a limit
+        raise BusUnreachable(
+            f"Kafka at {','.join(servers)} is unreachable",
+            f"it accepts connections, but a login does not end within {_LOGIN_TIMEOUT_MS / 1000:.0f} s",
+            "check the broker, bus.address and bus.security_protocol",
+        )
 
 
 def _log_in(server: str, client_options: Mapping[str, Any]) -> Exception | None:
@@ -79,7 +93,8 @@ def _log_in(server: str, client_options: Mapping[str, Any]) -> Exception | None:
     manager = _ManagerWithFullReads(net, bootstrap_servers=[server], **options)
 
     async def connect() -> None:
-        await manager.get_connection("bootstrap-0", timeout_ms=_LOGIN_TIMEOUT_MS)
+        connection = manager.get_connection("bootstrap-0", timeout_ms=_LOGIN_TIMEOUT_MS)
+        await manager.wait_for(connection.init_future, _LOGIN_TIMEOUT_MS)  # a handshake of TLS has no timeout
 
     try:
         net.run(connect)
@@ -107,7 +122,7 @@ def find_rejection(error: BaseException, server: str, client_options: Mapping[st
             return LoginRejected(
                 f"the certificate of the Kafka broker at {server} is not trusted",
                 cause.verify_message,
-                "set bus.ssl_cafile to the CA certificates of the broker",
+                _FIX_HOST if cause.verify_code in _HOST_MISMATCH_CODES else _FIX_CA,
             )
         if isinstance(cause, ssl.SSLError) and any(word in (cause.reason or "") for word in _CERTIFICATE_ALERTS):
             return LoginRejected(

@@ -217,6 +217,7 @@ class TokenEndpoint:
             auth = (quote_plus(self.client_id), quote_plus(secret))  # RFC 6749, section 2.3.1
         # A request to this machine must not go to a proxy. A redirect would forward the secret.
         options = {"timeout": _REQUEST_TIMEOUT_S, "follow_redirects": False, "trust_env": self.url.startswith("https://")}
+        deadline = time.monotonic() + _REQUEST_TIMEOUT_S
         try:
             with (
                 create_http_client(**options) as client,
@@ -232,11 +233,9 @@ class TokenEndpoint:
                 for data in response.iter_raw():
                     body += data
                     if len(body) > _MAX_RESPONSE_BYTES:
-                        raise BusUnreachable(
-                            f"{self.name} failed",
-                            f"its response has more than {_MAX_RESPONSE_BYTES} bytes",
-                            "check bus.sasl_token_url",
-                        )
+                        raise self.make_failure(f"its response has more than {_MAX_RESPONSE_BYTES} bytes")
+                    if time.monotonic() > deadline:
+                        raise self.make_failure(f"its response did not end within {_REQUEST_TIMEOUT_S:.0f} s")
                 return response.status_code, body
         except ClientSettingsError as error:
             raise UsageError(error.what, error.why, error.fix) from None
@@ -254,6 +253,9 @@ class TokenEndpoint:
         if status in _PERMANENT_STATUSES:
             fix = "check bus.sasl_client_id, the client secret, bus.sasl_scope, bus.sasl_audience and bus.sasl_client_auth"
             return UsageError(f"{self.name} rejects the request", why, fix)
+        return self.make_failure(why)
+
+    def make_failure(self, why: str) -> BusUnreachable:
         return BusUnreachable(f"{self.name} failed", why, "check the server and bus.sasl_token_url")
 
     def mask(self, text: str, secret: str) -> str:

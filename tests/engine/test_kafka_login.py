@@ -14,6 +14,7 @@ import engine.bus.tokens
 from charter.connect import connect_bus, open_bus_from_settings, open_store
 from charter.diagnostics import run_checks
 from charter.pipeline import STAGES, make_host
+from charter.telemetry import _MetricsCollector, make_pipeline_collector
 from engine.bus.kafka import capture_connection_errors
 from engine.bus.port import ProducerRecord, TopicPartition
 from engine.bus.read import read_values
@@ -280,6 +281,21 @@ def test_rejected_token_is_reported_at_once(secure, tmp_path, claims, expected):
     with pytest.raises(CharterError, match=expected) as caught:
         open_bus_with(make_token_flags(secure, tmp_path, "echo", token))
     assert len(str(caught.value).splitlines()) == 3 and token not in str(caught.value)
+
+
+def test_metrics_are_served_when_the_broker_rejects_the_login(secure, tmp_path):
+    flags = make_token_flags(secure, tmp_path, "echo", secure.issuer.make_token(aud="another-cluster"))
+    settings, _ = load_settings(flags, environment={})
+    collector = _MetricsCollector(settings, make_pipeline_collector([], []))
+    collector()  # the first scrape opens the log
+    assert {sample.name for sample in collector()} == {"charter_kafka_token_fetches_total"}
+
+
+def test_name_of_the_broker_is_checked(secure, tmp_path):
+    flags = make_certificate_flags(secure, tmp_path, "charter", "charter")
+    flags["bus.address"] = flags["bus.address"].replace("127.0.0.1", "127.0.0.1.")
+    with pytest.raises(LoginRejected, match=r"mismatch.*\nuse the host name of the certificate in bus.address"):
+        open_bus_with(flags)
 
 
 def test_listener_without_the_mechanism_is_reported(secure, tmp_path):

@@ -1,12 +1,13 @@
 """Tokens for OAUTHBEARER without a broker: their expiry, the command, the endpoint, and settings that do not match."""
 
-import logging
+import socket
 import sys
 import time
 
 import pytest
 
 import engine.bus.tokens
+from engine.bus import open_bus
 from engine.bus.security import make_client_options
 from engine.bus.token_statistics import TOKEN_STATISTICS
 from engine.bus.tokens import TokenCommand, TokenEndpoint, TokenProvider, make_token
@@ -141,28 +142,42 @@ def test_certificate_of_the_endpoint_is_verified(tmp_path, monkeypatch):
 def test_provider_replaces_tokens_and_reports_failures(token_server, monkeypatch, caplog):
     monkeypatch.setattr(engine.bus.tokens, "_RETRY_RANGE_S", (0.01, 0.01))
     monkeypatch.setattr(engine.bus.tokens, "_MIN_REFRESH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine.bus.tokens, "_REFRESH_SHARE", 0.001)
     TOKEN_STATISTICS.fetch_counts.clear()
-    token_server.answer = 200, {"access_token": "first-a-secret", "token_type": "Bearer", "expires_in": 0.4}, {}
+    failure = 503, {"error": "temporarily_unavailable"}, {}
+
+    def make_answer(text, lifetime_s):
+        return 200, {"access_token": text, "token_type": "Bearer", "expires_in": lifetime_s}, {}
+
+    def count_lines(text):
+        return sum(text in record.getMessage() for record in caplog.records)
+
+    token_server.answer = make_answer("first-a-secret", 60)
     provider = TokenProvider(make_endpoint(token_server), {"logicalCluster": "lkc-1"})
     provider.start()
     assert (provider.token(), provider.extensions()) == ("first-a-secret", {"logicalCluster": "lkc-1"})
 
-    token_server.answer = 503, {}, {}
-    wait_until(lambda: provider.remaining_s <= 0)
+    token_server.answer = failure
+    wait_until(lambda: TOKEN_STATISTICS.fetch_counts["failure"] >= 5)
+    assert provider.token() == "first-a-secret"
+    assert (
+        count_lines("status 503: temporarily_unavailable; the current token is valid for") == 1
+    )  # not one line for each failure
+
+    token_server.answer = make_answer("short-a-secret", 0.05)
+    wait_until(lambda: count_lines("the Kafka token was replaced after"))
+    token_server.answer = failure
+    wait_until(lambda: count_lines("has expired"))
     with pytest.raises(BusUnreachable, match="status 503"):
         provider.token()
-    wait_until(lambda: "has expired" in caplog.text)
     samples = {(sample.name, *sample.labels): sample.value for sample in collect_token_metrics()}
-    assert samples["charter_kafka_token_fetches_total", ("outcome", "success")] >= 1
-    assert samples["charter_kafka_token_fetches_total", ("outcome", "failure")] >= 1
+    assert samples["charter_kafka_token_fetches_total", ("outcome", "success")] >= 2
+    assert samples["charter_kafka_token_fetches_total", ("outcome", "failure")] >= 6
     assert samples[("charter_kafka_token_remaining_seconds",)] == 0
 
-    token_server.answer = 200, {"access_token": "second-a-secret", "token_type": "Bearer", "expires_in": 60}, {}
-    wait_until(lambda: provider.remaining_s > 0)
-    assert provider.token() == "second-a-secret"
-    wait_until(lambda: "was replaced after" in caplog.text)
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) <= 3  # the failure, the expiry and the end, not one line for each attempt
+    token_server.answer = make_answer("last-a-secret", 60)
+    wait_until(lambda: provider.remaining_s > 1)
+    assert provider.token() == "last-a-secret"
     assert SECRET not in caplog.text and "a-secret" not in caplog.text
     provider.close()
     provider._thread.join()
@@ -258,3 +273,11 @@ def test_missing_aws_configuration_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
     assert make_client_options(bus, {})["sasl_mechanism"] == "AWS_MSK_IAM"
+
+
+def test_server_that_never_answers_is_unreachable(monkeypatch):
+    monkeypatch.setattr("engine.bus.login._LOGIN_TIMEOUT_MS", 100)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"kafka://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(BusUnreachable, match="accepts connections, but a login does not end within"):
+            open_bus(address, options={"security_protocol": "SSL"})
