@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kafka
 from kafka import errors
@@ -46,9 +46,11 @@ from engine.bus.port import (
     make_group_active_error,
     omit_old_topics,
 )
-from engine.bus.tokens import TokenProvider
 from engine.errors import BusUnreachable, CommitUncertain, LoginRejected, OffsetsLost, PartitionLost, UsageError, WriterFenced
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
+
+if TYPE_CHECKING:
+    from engine.bus.tokens import TokenProvider
 
 logger = logging.getLogger("charter.bus")
 _CONNECT_LOCK = threading.Lock()  # all buses of a process share the logger that `capture_connection_errors` changes

@@ -93,7 +93,8 @@ def test_pipeline_on_a_secured_listener_never_stores_the_password(secure, tmp_pa
         store = open_store(settings)
         finished = "SELECT count(*) FROM traces WHERE end_reason IS NOT NULL AND preferences IS NOT NULL"
         wait_until(lambda: store.query(finished).rows == [(2,)], host)
-    log_bytes = b"".join(value for topic in TOPICS for value in read_values(bus, topic))
+    topics = {tp.topic for tp, offset in bus.end_offsets(list(TOPICS)).items() if offset}
+    log_bytes = b"".join(value for topic in topics for value in read_values(bus, topic))
     bus.close()
     file_bytes = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"live" in log_bytes and SecureBroker.PASSWORD.encode() not in log_bytes + file_bytes
@@ -171,7 +172,8 @@ def test_stage_with_a_token_never_stores_or_logs_it(secure, tmp_path, caplog):
             wait_until(lambda: store.query("SELECT count(*) FROM responses").rows == [(1,)], host)
         checks = {result.check: result for result in run_checks(settings)}
         assert checks["login"].state == "ok" and "SASL_SSL with OAUTHBEARER; the token is valid for 3" in checks["login"].detail
-        log_bytes = b"".join(value for topic in ("prompts", "responses", "run-starts") for value in read_values(bus, topic))
+        topics = {tp.topic for tp, offset in bus.end_offsets(list(TOPICS)).items() if offset}
+        log_bytes = b"".join(value for topic in topics for value in read_values(bus, topic))
         bus.close()
         num_requests = len(server.requests)
     assert num_requests == 2  # one for each bus, not one for each client
