@@ -202,12 +202,9 @@ def test_token_that_expires_while_records_flow(secure, tmp_path, monkeypatch, ne
     monkeypatch.setattr(engine.bus.tokens, "_MIN_RENEWAL_AGE_S", 0.0)
     monkeypatch.setattr(engine.bus.tokens, "_RETRY_RANGE_S", (0.1, 0.1))
     path, issuer = tmp_path / "token", secure.issuer
-    path.write_text(issuer.make_token(3))
+    path.write_text(issuer.make_token(7))
     bus = open_bus_with(make_token_flags(secure, tmp_path, "cat", str(path), bus__prefix=f"e-{next_token}."))
     expires_at = time.monotonic() + bus.token_provider.remaining_s
-    replacements = {"valid": issuer.make_token(), "rejected": issuer.make_token(aud="another-cluster")}
-    path.unlink() if next_token == "missing" else path.write_text(replacements[next_token])
-
     bus.create_topics([TopicSpec("in", Prompt, num_partitions=1)])
     writer, reader = bus.open_writer("w"), bus.open_reader({TopicPartition("in", 0): 0})
     written, read = [], []
@@ -222,17 +219,20 @@ def test_token_that_expires_while_records_flow(secure, tmp_path, monkeypatch, ne
     pass_record()
     connections = [c for client in (bus.admin, reader.client) for c in client._manager._conns.values() if c.connected]
     first_logins = [connection._reauth.authenticated_at for connection in connections]
+    # All clients have logged in with the first token. Now the command gives another one, or fails.
+    replacements = {"valid": issuer.make_token(), "rejected": issuer.make_token(aud="another-cluster")}
+    path.unlink() if next_token == "missing" else path.write_text(replacements[next_token])
     if next_token == "valid":
-        wait_until(lambda: pass_record() or time.monotonic() > expires_at + 0.5)
+        wait_until(lambda: pass_record() or time.monotonic() > expires_at + 0.5, interval_s=0.2)
         assert connections and all(connection.connected for connection in connections)
         assert all(c._reauth.authenticated_at > first for c, first in zip(connections, first_logins, strict=True))
         assert TOKEN_STATISTICS.get_remaining_s() > 3000
     elif next_token == "rejected":
         with pytest.raises(LoginRejected, match=r"rejects the login with OAUTHBEARER\n.*invalid_token"):
-            wait_until(lambda: not bus.end_offsets(["in"]))  # until it raises the error
+            wait_until(lambda: not bus.end_offsets(["in"]), interval_s=0.2)  # until it raises the error
     else:
         with pytest.raises(BusUnreachable, match=r"command cat .* failed\nit ended with exit code 1"):
-            wait_until(lambda: not bus.end_offsets(["in"]))  # until it raises the error
+            wait_until(lambda: not bus.end_offsets(["in"]), interval_s=0.2)  # until it raises the error
         assert TOKEN_STATISTICS.fetch_counts["failure"] >= 1
         path.write_text(issuer.make_token())
         wait_until(lambda: bus.token_provider.remaining_s > 0)
