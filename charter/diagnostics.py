@@ -18,7 +18,10 @@ from charter.connect import is_log_missing, open_bus_from_settings, open_store
 from charter.installation import get_install_command, is_installed
 from charter.topic_check import find_topic_problems
 from constitutions.loader import ConstitutionError, load_constitution
+from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
+from engine.bus.security import sends_secret_unencrypted
+from engine.bus.token_statistics import TOKEN_STATISTICS
 from engine.errors import CharterError
 from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
 from engine.models.chat_api import ServerCapabilities
@@ -156,9 +159,29 @@ def _check_log(settings: Settings) -> Iterator[CheckResult]:
         return
     bus = open_bus_from_settings(settings)
     try:
+        yield from _describe_login(settings)
         yield from _check_topics(bus, settings)
     finally:
         bus.close()
+
+
+def _describe_login(settings: Settings) -> Iterator[CheckResult]:
+    """Report how the open log was logged in to. Report nothing for the embedded log, and for Kafka without TLS and SASL."""
+    options = settings.bus
+    if not settings.bus_address.startswith(KAFKA_SCHEME) or options.security_protocol == "PLAINTEXT":
+        return
+    detail = str(options.security_protocol)
+    if detail.startswith("SASL"):
+        detail += f" with {options.sasl_mechanism}"
+    if options.ssl_certfile:
+        detail += ", with a client certificate"
+    if (remaining_s := TOKEN_STATISTICS.get_remaining_s()) is not None:
+        detail += f"; the token is valid for {remaining_s:,.0f} s"
+    if sends_secret_unencrypted(options):
+        detail += "; the password or the token is sent without encryption"
+        yield CheckResult("login", "warn", detail, "set bus.security_protocol to SASL_SSL")
+    else:
+        yield CheckResult("login", "ok", detail)
 
 
 def _check_topics(bus: Bus, settings: Settings) -> Iterator[CheckResult]:

@@ -11,8 +11,15 @@ from charter.connect import open_bus_from_settings
 from charter.installation import get_install_command
 from consumers.sink import Sink, collect_sink_metrics
 from engine.bus.port import Bus, Offsets
-from engine.errors import BusUnreachable, UsageError
-from engine.metrics import MetricSample, collect_notice_metrics, collect_server_metrics, collect_worker_metrics, serve_metrics
+from engine.errors import BusUnreachable, LoginRejected, UsageError
+from engine.metrics import (
+    MetricSample,
+    collect_notice_metrics,
+    collect_server_metrics,
+    collect_token_metrics,
+    collect_worker_metrics,
+    serve_metrics,
+)
 from engine.policy import read_policy_updates
 from engine.settings import Settings
 from engine.worker import Worker
@@ -43,7 +50,7 @@ def start_metrics_server(settings: Settings, collect: Callable[[Bus], Iterable[M
     """Serve the samples of `collect` for Prometheus if the settings have a port. Return the functions that stop the server.
 
     The server opens a separate connection to the log at the first scrape. Therefore a scrape does not wait for a worker. If the
-    log is unreachable, the metrics that need the log are omitted.
+    log is unreachable or rejects the login, the metrics that need the log are omitted. The process itself reports the reason.
     """
     if not settings.telemetry.metrics_port:
         return []
@@ -62,8 +69,8 @@ class _MetricsCollector:
 
     def __call__(self) -> list[MetricSample]:
 
-        samples: list[MetricSample] = []
-        with self.lock, suppress(BusUnreachable):
+        samples = list(collect_token_metrics())
+        with self.lock, suppress(BusUnreachable, LoginRejected):
             self.bus = self.bus or open_bus_from_settings(self.settings)
             for sample in self.collect(self.bus):  # extend() would lose the samples that precede a BusUnreachable
                 samples.append(sample)

@@ -2,6 +2,7 @@
 
     CharterError                    exit code 1
     +-- UsageError                  exit code 2: the command, a setting or an input is wrong
+    |   +-- LoginRejected           Kafka rejects the user, the token or the certificate
     +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses no records
     |   +-- BusUnreachable
     |   +-- ModelUnreachable
@@ -49,6 +50,10 @@ class UsageError(CharterError):
     """The command, a setting or an input is wrong."""
 
     exit_code = 2
+
+
+class LoginRejected(UsageError):
+    """Kafka rejects the user, the token or the certificate, so a retry does not help."""
 
 
 class DependencyUnreachable(CharterError):

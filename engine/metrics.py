@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.bus.token_statistics import TOKEN_STATISTICS
 from engine.errors import UsageError
 from engine.notices import NOTICES
 from engine.worker import Worker
@@ -87,6 +88,15 @@ def collect_notice_metrics() -> Iterator[MetricSample]:
         yield MetricSample(
             "charter_notices_total", "Events that changed or excluded data, e.g. pairs that were not judged.", count, labels
         )
+
+
+def collect_token_metrics() -> Iterator[MetricSample]:
+    """Yield how often this process fetched a Kafka token, and how long the current one is valid. Nothing without tokens."""
+    for outcome, count in sorted(TOKEN_STATISTICS.fetch_counts.items()):
+        labels = (("outcome", outcome),)
+        yield MetricSample("charter_kafka_token_fetches_total", "Attempts to fetch a Kafka token.", count, labels)
+    if (remaining_s := TOKEN_STATISTICS.get_remaining_s()) is not None:
+        yield MetricSample("charter_kafka_token_remaining_seconds", "Seconds until the Kafka token expires.", remaining_s)
 
 
 def collect_server_metrics(servers: Iterable[Endpoint]) -> Iterator[MetricSample]:

@@ -157,21 +157,64 @@ class BusSettings(_Section):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="Security protocol of the connection to Kafka."
     )
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "AWS_MSK_IAM"] = Field(
         "SCRAM-SHA-512", description="SASL mechanism. It is used only if the security protocol is SASL_PLAINTEXT or SASL_SSL."
     )
-    sasl_username: str = Field("", description="SASL user name.")
+    sasl_username: str = Field("", description="SASL user name, for PLAIN and SCRAM.")
     sasl_password_env: str = Field(
         "CHARTER_KAFKA_PASSWORD", description="Name of the environment variable that contains the SASL password."
     )
     sasl_password_file: str = Field("", description="File that contains the SASL password. It overrides sasl_password_env.")
+    sasl_token_command: list[str] = Field(
+        [],
+        description="Command that prints a token for OAUTHBEARER: a program and its arguments, without a shell. They must not contain a secret.",
+    )
+    sasl_token_url: str = Field(
+        "",
+        description="URL of an OAuth 2.0 token endpoint for OAUTHBEARER with client credentials: https://, or http:// on this machine.",
+    )
+    sasl_client_id: str = Field("", description="Client id for the token endpoint.")
+    sasl_client_secret_env: str = Field(
+        "CHARTER_KAFKA_CLIENT_SECRET", description="Name of the environment variable that contains the client secret."
+    )
+    sasl_client_secret_file: str = Field(
+        "",
+        description="File that contains the client secret. It overrides sasl_client_secret_env, and is read for each token.",
+    )
+    sasl_client_auth: Literal["client_secret_basic", "client_secret_post"] = Field(
+        "client_secret_basic",
+        description="How the token endpoint gets the client id and the secret: in the header Authorization, or in the form.",
+    )
+    sasl_scope: str = Field("", description="Scope of the token that is requested from the endpoint. If empty, none is sent.")
+    sasl_audience: str = Field(
+        "", description="Audience of the token that is requested from the endpoint. If empty, none is sent."
+    )
+    sasl_token_lifetime_s: float = Field(
+        0.0,
+        ge=0,
+        description="Maximum lifetime of a token in seconds. It is required for tokens that do not state their expiry. 0 means no limit.",
+    )
+    sasl_extensions: list[str] = Field(
+        [],
+        description="SASL extensions that are sent with a token, as NAME=VALUE. Confluent Cloud needs logicalCluster and identityPoolId.",
+    )
     ssl_cafile: str = Field(
         "", description="PEM file with the CA certificates to trust. If empty, the CA certificates of the system are used."
     )
     ssl_certfile: str = Field(
         "", description="PEM file with the client certificate, for brokers that require a client certificate."
     )
-    ssl_keyfile: str = Field("", description="PEM file with the private key of the client certificate.")
+    ssl_keyfile: str = Field(
+        "",
+        description="PEM file with the private key of the client certificate. If empty, ssl_certfile must also contain the key.",
+    )
+    ssl_key_password_env: str = Field(
+        "CHARTER_KAFKA_KEY_PASSWORD",
+        description="Name of the environment variable that contains the password of the private key.",
+    )
+    ssl_key_password_file: str = Field(
+        "", description="File that contains the password of the private key. It overrides ssl_key_password_env."
+    )
     ssl_check_hostname: bool = Field(
         True, description="Check that the certificate of the broker matches the host name of the broker."
     )

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kafka
 from kafka import errors
@@ -35,6 +35,7 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as KafkaTopicPartition
 
+from engine.bus.login import require_login
 from engine.bus.port import (
     CommittedOffset,
     ConsumerRecord,
@@ -45,8 +46,11 @@ from engine.bus.port import (
     make_group_active_error,
     omit_old_topics,
 )
-from engine.errors import BusUnreachable, CommitUncertain, OffsetsLost, PartitionLost, UsageError, WriterFenced
+from engine.errors import BusUnreachable, CommitUncertain, LoginRejected, OffsetsLost, PartitionLost, UsageError, WriterFenced
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
+
+if TYPE_CHECKING:
+    from engine.bus.tokens import TokenProvider
 
 logger = logging.getLogger("charter.bus")
 _CONNECT_LOCK = threading.Lock()  # all buses of a process share the logger that `capture_connection_errors` changes
@@ -118,8 +122,8 @@ def parse_address(address: str) -> list[str]:
 
 
 @contextmanager
-def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
-    """Raise UsageError if the broker rejects a request. Replace all other errors of the client with BusUnreachable."""
+def _translate_errors(client_options: Mapping[str, Any]) -> Iterator[None]:
+    """Raise UsageError if the broker rejects a request or the login. Replace all other errors of the client with BusUnreachable."""
     try:
         yield
     except _PROGRAMMING_ERRORS:
@@ -128,8 +132,8 @@ def _translate_errors(servers: Sequence[str]) -> Iterator[None]:
         raise _make_rejected_error(error) from error
     except (errors.KafkaError, OSError) as error:
         raise BusUnreachable(
-            f"Kafka at {','.join(servers)} is unreachable",
-            _explain_failure(servers, error),
+            f"Kafka at {','.join(client_options['bootstrap_servers'])} is unreachable",
+            _explain_failure(client_options, error),
             "check the broker, bus.address, and the user, password and security protocol",
         ) from error
 
@@ -155,14 +159,26 @@ def _check_reachable(servers: Sequence[str]) -> None:
     raise ConnectionError("; ".join(failures))
 
 
-def _explain_failure(servers: Sequence[str], error: Exception) -> str:
-    """Return the reason of a failure. The client's error is the same for an unreachable broker and for a broker that
-    rejects connections."""
+def _explain_failure(client_options: Mapping[str, Any], error: Exception) -> str:
+    """Return the reason of a failure. Raise LoginRejected if it is a rejected login. The client's error is often only a timeout."""
     try:
-        _check_reachable(servers)
+        _check_reachable(client_options["bootstrap_servers"])
     except OSError as unreachable:
         return str(unreachable)
+    _require_current_login(client_options)
     return f"the broker accepts connections, but then fails: {error}"
+
+
+def _require_current_login(client_options: Mapping[str, Any]) -> None:
+    """Raise LoginRejected if the brokers reject the login. Try once more with a new token, because a token can be withdrawn."""
+    if "security_protocol" not in client_options:
+        return
+    try:
+        require_login(client_options)
+    except LoginRejected:
+        if provider := client_options.get("sasl_oauth_token_provider"):
+            provider.renew()
+        require_login(client_options)
 
 
 class _ConnectionErrorCapture(logging.Handler):
@@ -207,6 +223,16 @@ def capture_connection_errors(protocol: str) -> Iterator[None]:
         logger.propagate = propagate
 
 
+def _hide_debug_messages() -> None:
+    """Drop the debug messages of the client that contain the bytes of a login or its configuration, and so its secrets."""
+    for name in ("kafka.net.connection", "kafka.protocol.parser", "kafka.admin.client"):
+        logging.getLogger(name).addFilter(_is_no_debug_message)
+
+
+def _is_no_debug_message(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
+
+
 class KafkaBus:
     """The log on the Kafka brokers at `servers`.
 
@@ -232,12 +258,28 @@ class KafkaBus:
         }
         self.lock = threading.Lock()
         self.known_topics: set[str] = set()
-        with _translate_errors(servers):
-            _check_reachable(servers)
+        self.producer: kafka.KafkaProducer | None = None
+        self.token_provider: TokenProvider | None = self.client_options.get("sasl_oauth_token_provider")
+        try:
+            if protocol != "PLAINTEXT":
+                _hide_debug_messages()
+            if self.token_provider:
+                self.token_provider.start()
+            self.connect(protocol)
+        except BaseException:
+            if self.token_provider:
+                self.token_provider.close()
+            raise
+
+    def connect(self, protocol: str) -> None:
+        """Open the client for administration, and read the id of the cluster."""
+        with _translate_errors(self.client_options):
+            _check_reachable(self.servers)
+            if protocol != "PLAINTEXT":
+                require_login(self.client_options)
             with _CONNECT_LOCK, capture_connection_errors(protocol):
                 self.admin = KafkaAdminClient(**self.client_options)
             self.cluster_id = str(self.call_with_retry(self.admin.describe_cluster)["cluster_id"])
-        self.producer: kafka.KafkaProducer | None = None
 
     def call_with_retry(self, call: Callable[[], Any]) -> Any:
         """Call a function. Retry while a coordinator, controller or leader is being elected.
@@ -245,12 +287,16 @@ class KafkaBus:
         This happens on a new cluster, on a new topic, and after a failure of a broker.
         """
         deadline = time.monotonic() + _REQUEST_TIMEOUT_MS / 1000
+        is_login_checked = False
         while True:
             try:
                 with self.lock:
                     return call()
-            except (*_COORDINATOR_ERRORS, *_LEADER_ERRORS, *_CONNECTION_ERRORS):
-                _check_reachable(self.servers)  # fail at once when no broker is reachable
+            except (*_COORDINATOR_ERRORS, *_LEADER_ERRORS, *_CONNECTION_ERRORS) as error:
+                _check_reachable(self.servers)  # fail at once when no broker is reachable, or when the brokers reject the login
+                if isinstance(error, _CONNECTION_ERRORS) and not is_login_checked:
+                    _require_current_login(self.client_options)
+                    is_login_checked = True
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_RETRY_INTERVAL_S)
@@ -267,7 +313,7 @@ class KafkaBus:
     # Topics
 
     def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             existing = set(self.call_with_retry(self.admin.list_topics))
             missing = {
                 self.add_prefix(spec.name): _make_topic_options(spec)
@@ -288,7 +334,7 @@ class KafkaBus:
     def fetch_topic_metadata(self, topics: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the metadata of each existing topic. The keys are topic names without the prefix."""
         names = [self.add_prefix(topic) for topic in topics]
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             descriptions = self.call_with_retry(lambda: self.admin.describe_topics(names))
         return {topic["name"].removeprefix(self.prefix): topic for topic in descriptions if not topic["error_code"]}
 
@@ -339,14 +385,14 @@ class KafkaBus:
 
     def list_offsets(self, topics: Sequence[str], offset_spec: Any) -> Offsets:
         specs = dict.fromkeys(self.list_partitions(topics), offset_spec)
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             offsets = self.call_with_retry(lambda: self.admin.list_partition_offsets(specs, timeout_ms=_REQUEST_TIMEOUT_MS))
         return {self.from_kafka_partition(tp): entry.offset for tp, entry in offsets.items()}
 
     def describe_topics(self, topics: Sequence[str]) -> list[TopicDescription]:
         metadata = self.fetch_topic_metadata(topics)
         resources = [ConfigResource(ConfigResourceType.TOPIC, self.add_prefix(topic)) for topic in metadata]
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             configs = self.call_with_retry(lambda: self.admin.describe_configs(resources))["topic"] if resources else {}
         return [
             TopicDescription(
@@ -365,13 +411,13 @@ class KafkaBus:
 
     def list_committed(self, group: str, topics: Sequence[str]) -> dict[TopicPartition, CommittedOffset]:
         name, partitions = self.prefix + group, self.list_partitions(topics)
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             offsets = self.call_with_retry(lambda: self.admin.list_group_offsets({name: partitions})).get(name, {})
         return {self.from_kafka_partition(tp): _parse_committed(entry) for tp, entry in offsets.items() if entry.offset >= 0}
 
     def list_members(self, group_prefixes: Sequence[str]) -> dict[str, list[str]]:
         prefixes = tuple(self.prefix + prefix for prefix in group_prefixes)
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             groups = [group["group_id"] for group in self.call_with_retry(self.admin.list_groups)]
             names = [name for name in groups if name.startswith(prefixes)]
             # A group can disappear between the two calls, so each group is described separately.
@@ -405,7 +451,7 @@ class KafkaBus:
 
     def change_group(self, group: str, call: Callable[[], _PartitionResults]) -> None:
         """Change the offsets of a group that has no members."""
-        with _translate_errors(self.servers):
+        with _translate_errors(self.client_options):
             try:
                 self.call_with_retry(lambda: _raise_partition_errors(call()))
             except (*_MEMBERSHIP_ERRORS, errors.NonEmptyGroupError, errors.GroupSubscribedToTopicError) as error:
@@ -415,7 +461,7 @@ class KafkaBus:
 
     def publish(self, records: Sequence[ProducerRecord]) -> None:
         self.check_topics(records)
-        with self.lock, _translate_errors(self.servers):
+        with self.lock, _translate_errors(self.client_options):
             if self.producer is None:
                 self.producer = open_client_producer(self.client_options)
             try:
@@ -443,6 +489,8 @@ class KafkaBus:
     def close(self) -> None:
         if self.producer is not None:
             _close_producer(self.producer)
+        if self.token_provider:
+            self.token_provider.close()
         self.admin.close()
 
 
@@ -562,7 +610,7 @@ class KafkaWriter:
         self.producer = self.open_producer()
 
     def open_producer(self) -> kafka.KafkaProducer:
-        with _translate_errors(self.bus.servers):
+        with _translate_errors(self.bus.client_options):
             producer = open_client_producer(
                 self.bus.client_options,
                 transactional_id=self.transactional_id,
@@ -670,7 +718,7 @@ class KafkaReader:
     def __init__(self, bus: KafkaBus, positions: Mapping[TopicPartition, int]) -> None:
         self.bus = bus
         self.partitions: list[TopicPartition] = []
-        with _translate_errors(bus.servers):
+        with _translate_errors(bus.client_options):
             self.client = open_client_consumer(bus.client_options)
         self.add_partitions(positions)
 
@@ -686,7 +734,7 @@ class KafkaReader:
             return _to_consumer_records(self.bus, self.client.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records))
 
     def positions(self) -> Offsets:
-        with _translate_errors(self.bus.servers):
+        with _translate_errors(self.bus.client_options):
             return {
                 tp: self.client.position(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
                 for tp in self.partitions
@@ -698,7 +746,7 @@ class KafkaReader:
 
 @contextmanager
 def _translate_offset_errors(bus: KafkaBus, remedy: str) -> Iterator[None]:
-    with _translate_errors(bus.servers):
+    with _translate_errors(bus.client_options):
         try:
             yield
         except errors.OffsetOutOfRangeError as error:
@@ -758,7 +806,7 @@ class KafkaConsumer:
         self.started_epochs: Offsets = {}  # the epoch in which each partition was started
         self.epochs = _AssignmentEpochs(bus)
         self.membership: ConsumerGroupMetadata | None = None
-        with _translate_errors(bus.servers):
+        with _translate_errors(bus.client_options):
             self.client = open_client_consumer(
                 bus.client_options,
                 group_id=group,
@@ -884,14 +932,14 @@ class KafkaConsumer:
         self.client.seek(self.bus.to_kafka_partition(partition), offset)
 
     def positions(self) -> Offsets:
-        with _translate_errors(self.bus.servers):
+        with _translate_errors(self.bus.client_options):
             return {
                 tp: self.client.position(self.bus.to_kafka_partition(tp), timeout_ms=_REQUEST_TIMEOUT_MS)
                 for tp in self.epochs.by_partition
             }
 
     def committed(self) -> dict[TopicPartition, CommittedOffset]:
-        with _translate_errors(self.bus.servers):
+        with _translate_errors(self.bus.client_options):
             entries = {
                 tp: self.client.committed(self.bus.to_kafka_partition(tp), metadata=True, timeout_ms=_REQUEST_TIMEOUT_MS)
                 for tp in self.epochs.by_partition

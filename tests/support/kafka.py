@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import kafka
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
+from tests.support.credentials import ClientCertificates, TokenIssuer
 from tests.support.shared import start_once
 from tests.support.waiting import HANG_S
 
@@ -170,12 +172,22 @@ def start_shared_broker(name: str, make_broker: Callable[[Path], Broker]) -> tup
 
 
 class SecureBroker(Broker):
-    """A broker behind SASL_SSL with a self-signed certificate; USER logs in with SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN."""
+    """A broker with three secured listeners and a self-signed certificate.
 
-    USER, PASSWORD, CA_FILE = "charter", "s3cret-of-the-test", "ca.pem"
+    CLIENT (SASL_SSL): USER logs in with SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN. OAUTH (SASL_SSL): tokens of `TokenIssuer`, for the
+    audience AUDIENCE; a session ends with its token. MTLS (SSL): clients with a certificate of `ClientCertificates`.
+    """
+
+    USER, PASSWORD, CA_FILE, AUDIENCE = "charter", "s3cret-of-the-test", "ca.pem", "kafka"
 
     def __init__(self, kafka_home: Path, folder: Path) -> None:
         self.ca_file = folder / self.CA_FILE
+        self.issuer, self.certificates = TokenIssuer(folder), ClientCertificates(folder)
+        self.issuer.create()
+        self.certificates.create()
+        allowed = f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={self.issuer.keys_url}"
+        self.JAVA_OPTIONS = (*Broker.JAVA_OPTIONS, allowed)
+        self.other_ports = {"OAUTH": find_free_port(), "MTLS": find_free_port()}
         store = ["-alias", "broker", "-keystore", "broker.p12", "-storetype", "PKCS12", "-storepass", self.PASSWORD]
         names = ["-dname", "CN=localhost", "-ext", "SAN=dns:localhost,ip:127.0.0.1", "-ext", "bc=ca:true"]
         for command in (
@@ -185,6 +197,13 @@ class SecureBroker(Broker):
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
         super().__init__(kafka_home, folder)
 
+    @staticmethod
+    def find_address(folder: Path, listener: str) -> str:
+        """Return HOST:PORT of a listener of the broker in this folder."""
+        found = re.search(rf"^listeners=.*\b{listener}://([^,\s]+)", (folder / "server.properties").read_text(), re.MULTILINE)
+        assert found
+        return found[1]
+
     def build_user_arguments(self) -> list[str]:
         login = f"[name={self.USER},password={self.PASSWORD}]"
         return ["--add-scram", f"SCRAM-SHA-512={login}", "--add-scram", f"SCRAM-SHA-256={login}"]
@@ -193,21 +212,35 @@ class SecureBroker(Broker):
         login = f'required username="{self.USER}" password="{self.PASSWORD}"'
         scram = f"org.apache.kafka.common.security.scram.ScramLoginModule {login};"
         plain = f'org.apache.kafka.common.security.plain.PlainLoginModule {login} user_{self.USER}="{self.PASSWORD}";'
+        oauth = "org.apache.kafka.common.security.oauthbearer"
+        plain_settings = dict(line.split("=", 1) for line in super().build_properties().splitlines())
+        others = [f"{name}://127.0.0.1:{port}" for name, port in self.other_ports.items()]
         settings = {
-            "listener.security.protocol.map": "CLIENT:SASL_SSL,CONTROLLER:PLAINTEXT",
-            "sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
+            "listeners": ",".join([plain_settings["listeners"], *others]),
+            "advertised.listeners": ",".join([plain_settings["advertised.listeners"], *others]),
+            "listener.security.protocol.map": "CLIENT:SASL_SSL,OAUTH:SASL_SSL,MTLS:SSL,CONTROLLER:PLAINTEXT",
+            "listener.name.client.sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
             "sasl.mechanism.inter.broker.protocol": "SCRAM-SHA-512",
             "listener.name.client.scram-sha-512.sasl.jaas.config": scram,
             "listener.name.client.scram-sha-256.sasl.jaas.config": scram,
             "listener.name.client.plain.sasl.jaas.config": plain,
+            "listener.name.oauth.sasl.enabled.mechanisms": "OAUTHBEARER",
+            "listener.name.oauth.oauthbearer.sasl.jaas.config": f"{oauth}.OAuthBearerLoginModule required;",
+            "listener.name.oauth.oauthbearer.sasl.server.callback.handler.class": f"{oauth}.OAuthBearerValidatorCallbackHandler",
+            "listener.name.oauth.oauthbearer.connections.max.reauth.ms": 3_600_000,
+            "listener.name.oauth.sasl.oauthbearer.jwks.endpoint.url": self.issuer.keys_url,
+            "listener.name.oauth.sasl.oauthbearer.expected.audience": self.AUDIENCE,
+            "listener.name.oauth.sasl.oauthbearer.clock.skew.seconds": 0,
+            "listener.name.mtls.ssl.client.auth": "required",
+            "listener.name.mtls.ssl.truststore.location": self.certificates.ca_file,
+            "listener.name.mtls.ssl.truststore.type": "PEM",
             "ssl.keystore.location": self.folder / "broker.p12",
             "ssl.keystore.type": "PKCS12",
             "ssl.keystore.password": self.PASSWORD,
             "ssl.truststore.location": self.ca_file,
             "ssl.truststore.type": "PEM",
         }
-        other_lines = [line for line in super().build_properties().splitlines() if line.partition("=")[0] not in settings]
-        return "\n".join([*other_lines, *(f"{key}={value}" for key, value in settings.items())])
+        return "\n".join(f"{key}={value}" for key, value in (plain_settings | settings).items())
 
     def build_client_settings(self) -> dict[str, object]:
         secure = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "ssl_cafile": str(self.ca_file)}
