@@ -27,7 +27,7 @@ from consumers.contrast import ContrastStage
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
 from consumers.graders.custom import load_grader
-from consumers.graders.instructions import InstructionsGrader, require_language_detector
+from consumers.graders.instructions import InstructionsGrader
 from consumers.graders.interface import Grader
 from consumers.graders.length import LengthGrader
 from consumers.graders.one_sentence import OneSentenceGrader
@@ -43,6 +43,7 @@ from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host, ThreadTarget
 from engine.instances import InstanceLease, ServiceLease
+from engine.languages import require_language_detector
 from engine.models.interface import Model
 from engine.pacing import PacedAdmission, TrainingLoopHistory
 from engine.pairing import CONTRAST_PAIRING, name_pairing
@@ -270,7 +271,11 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
         elif name == "one-sentence":
             graders.append(OneSentenceGrader())
         elif name == "instructions":
-            require_language_detector(f"type: {get_install_command('eval')}")
+            require_language_detector(
+                "the grader instructions",
+                "some instructions ask for a response in one language",
+                f"type: {get_install_command('eval')}",
+            )
             graders.append(InstructionsGrader())
         elif name == PRINCIPLES_GRADER:
             graders.append(make_principles_grader(settings, models, constitution))
