@@ -18,7 +18,7 @@ from charter.installation import get_install_command
 from charter.models import RoleModels
 from charter.startup import exit_if_abandoned, start_when_ready
 from charter.telemetry import start_metrics_server
-from charter.text import format_json, to_one_line
+from charter.text import to_one_line
 from engine.bus.embedded import EmbeddedBus
 from engine.bus.port import Bus
 from engine.errors import UsageError
@@ -46,7 +46,6 @@ from trainer.methods import get_rl_fraction
 ROLE = "generator"
 _POLL_INTERVAL_S = 0.2
 _REPORT_INTERVAL_POLLS = 25
-_SHOWN_FIELDS = ("prompt_id", "messages", "source", "tags", "split", "model", "seed", "recipe_item")
 
 
 def require_packages() -> None:
@@ -114,6 +113,8 @@ def generate_prompts(settings: Settings, limit: int, avoided_suites: Sequence[st
     bus, generator = start_when_ready(start, wait=wait)
     with ExitStack() as resources:
         resources.callback(bus.close)
+        if generator.pacing:
+            resources.callback(generator.pacing.close)
         lease = ServiceLease(settings.folder, "generator")
         resources.callback(lease.close)
         for close in reversed(start_metrics_server(settings, _make_collector(generator, models))):
@@ -170,12 +171,12 @@ def show_sample(settings: Settings, avoided_suites: Sequence[str]) -> None:
         generator.read_log()
         sampled = generator.sample(generator.position.next_line)
     for prompt in sampled.prompts:
-        shown = prompt.model_dump(mode="json", include=set(_SHOWN_FIELDS))
-        click.echo(f"would be published: {format_json({name: shown[name] for name in _SHOWN_FIELDS})}")
+        kind = prompt.recipe_item.kind if prompt.recipe_item else ""
+        click.echo(to_one_line(f"would be published, {prompt.source}, {kind}: {prompt.messages[-1].content}"))
     for item in sampled.rejected:
         detail = f" ({item.detail})" if item.detail else ""
         click.echo(to_one_line(f"rejected, {item.reason.value}{detail}: {item.text}"))
-    click.echo(f"index {sampled.index}: would publish {format_yield(len(sampled.prompts), sampled.count_rejected())}")
+    click.echo(f"dry run of index {sampled.index}: {format_yield(len(sampled.prompts), sampled.count_rejected(), 'accepted')}")
 
 
 def open_log_or_empty(settings: Settings, resources: ExitStack) -> Bus:

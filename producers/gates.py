@@ -1,12 +1,13 @@
 """Decide whether a text that a model sampled is published as a prompt. The first gate that fails is the reason.
 
 unfinished            the model reached its token limit before the line ended
+outside_list          the line is not an item of the list that the model wrote, such as "Here are eight questions:"
+operational_detail    a red-team prompt with details that would help to carry out harm (producers/operational_detail.py)
 leaked_instruction    the text repeats the instruction of the request, or begins with a label such as "Topic:"
 not_a_request         fewer than three words, an answer ("Sure, here is", "I'm sorry, but"), or nothing that asks for something
 invalid               a row of a file with this text would be refused (producers/parse.py), e.g. because of a chat template's mark
 too_long              longer than `max_chars`
 wrong_language        the language is not the one that the request asked for
-operational_detail    a red-team prompt with details that would help to carry out harm (producers/operational_detail.py)
 erased                the prompt was erased (`charter erase`)
 duplicate             near an example of the recipe, or near a prompt that the run already has (producers/near_duplicates.py)
 contamination         near a prompt on the other side of the split: training or evaluation
@@ -37,6 +38,7 @@ class Rejection(StrEnum):
     """Why a sampled text is not published. See the module docstring."""
 
     UNFINISHED = "unfinished"
+    OUTSIDE_LIST = "outside_list"
     LEAKED_INSTRUCTION = "leaked_instruction"
     NOT_A_REQUEST = "not_a_request"
     INVALID = "invalid"
@@ -135,21 +137,21 @@ class PromptGates:
 
     def check(self, text: str, plan: RequestPlan, instruction: str, erased_prompt_ids: Collection[str]) -> PromptRow | Rejected:
         """Return the prompt of a text that passes the gates of its content, or the reason why it does not pass."""
+        if plan.kind.red_team and (detail := find_operational_detail(text)):
+            return Rejected(text, Rejection.OPERATIONAL_DETAIL, f"it has {detail}")
         if repeats_instruction(text, instruction):
             return Rejected(text, Rejection.LEAKED_INSTRUCTION)
         if not is_request(text, plan.language):
             return Rejected(text, Rejection.NOT_A_REQUEST)
         if len(text) > self.max_chars:
             return Rejected(text, Rejection.TOO_LONG, f"{len(text)} characters; the limit is {self.max_chars}")
-        row = {"messages": [{"role": "user", "content": text}], "tags": list(plan.kind.tags)}
+        row = {"prompt": text, "tags": list(plan.kind.tags)}
         try:
             parsed = parse_prompt(row, source=plan.kind.source, max_chars=self.max_chars)
         except RowError as error:
             return Rejected(text, Rejection.INVALID, str(error))
         if not is_in_language(text, plan.language):
             return Rejected(text, Rejection.WRONG_LANGUAGE, f"the request asked for {plan.language}")
-        if plan.kind.red_team and (detail := find_operational_detail(text)):
-            return Rejected(text, Rejection.OPERATIONAL_DETAIL, f"it has {detail}")
         if ids.compute_prompt_id(parsed.messages) in erased_prompt_ids:
             return Rejected(text, Rejection.ERASED)
         if self.examples.find(text):

@@ -54,7 +54,7 @@ _TEMPLATE = (
     " single line in {language}, as a person would type it to an assistant."
 )
 _EXAMPLES_TEMPLATE = "\n\nFor example:\n{examples}"
-_LIST_MARK = re.compile(r"^\s*(?:\(?\d{1,3}\s?[.):]|[-*•–])\s+|^\s*\d{1,3}[.)](?=\S)")
+_LIST_MARK = re.compile(r"\s*(?:(?:\(?\d{1,3}\s?[.):]|[-*•–])(?:\s+|$)|\d{1,3}[.)](?=[^\W\d]|[\"“„«']))")
 _QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "'": "'"}
 
 
@@ -116,27 +116,38 @@ def compute_template_hash(*, has_prefill: bool) -> str:
     return ids.compute_fingerprint("template", template=_TEMPLATE + _EXAMPLES_TEMPLATE, prefill=has_prefill)
 
 
-def split_list(text: str) -> list[str]:
-    """Return the lines of a list without numbers, bullets and quotation marks around the whole line. Empty lines are omitted."""
-    return [line for raw in text.splitlines() if (line := _strip_marks(raw))]
+def read_texts(generation: Generation, *, has_prefill: bool) -> tuple[list[str], list[Rejected]]:
+    """Return the items of the list in a response, and the lines that are no items.
+
+    If any line has a number or a bullet, lines without one are remarks about the list. With a prefill, the number of the first line
+    is in the prefill. The last line is unfinished if the response was cut.
+    """
+    if generation.finish_reason == "refused":
+        return [], [Rejected(generation.text, Rejection.WITHHELD)]
+    lines = [line for line in generation.text.splitlines() if line.strip()]
+    if not lines:
+        return [], [Rejected("", Rejection.EMPTY)]
+    rejected: list[Rejected] = []
+    if generation.finish_reason not in ("stop", "unknown") and not generation.text.endswith("\n"):
+        rejected.append(Rejected(_strip_marks(lines.pop()), Rejection.UNFINISHED))
+    has_marks = any(_LIST_MARK.match(line) for line in lines)
+    texts: list[str] = []
+    for number, line in enumerate(lines):
+        is_item = not has_marks or _LIST_MARK.match(line) or (has_prefill and number == 0)
+        text = _strip_marks(line)
+        if not is_item or not text:
+            rejected.append(Rejected(text, Rejection.OUTSIDE_LIST))
+        else:
+            texts.append(text)
+    return texts, rejected
 
 
 def _strip_marks(line: str) -> str:
+    """Return a line without its number or bullet, emphasis, and quotation marks around the whole line."""
     line = _LIST_MARK.sub("", line.strip(), count=1).strip().strip("*").strip()
     if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and line[0] not in line[1:-1]:
         line = line[1:-1].strip()
     return line
-
-
-def read_texts(generation: Generation) -> tuple[list[str], list[Rejected]]:
-    """Return the complete lines of a response, and what is not a complete line. The line after the last one was cut at the limit."""
-    if generation.finish_reason == "refused":
-        return [], [Rejected(generation.text, Rejection.WITHHELD)]
-    lines = split_list(generation.text)
-    is_cut = generation.finish_reason not in ("stop", "unknown") and not generation.text.endswith("\n")
-    if is_cut and lines:
-        return lines[:-1], [Rejected(lines[-1], Rejection.UNFINISHED)]
-    return lines, [] if lines else [Rejected("", Rejection.EMPTY)]
 
 
 # The generator
@@ -325,7 +336,7 @@ class PromptGenerator:
                 rejected.append(Rejected("", Rejection.FAILED_REQUEST, result.what))
                 continue
             usage += sum_usage(result)
-            texts, unread = read_texts(result[0])
+            texts, unread = read_texts(result[0], has_prefill=has_prefill)
             rejected += unread
             for text in texts:
                 checked = self.check(text, plan, index, number, len(prompts))
@@ -442,14 +453,14 @@ def compute_yield(num_published: int, rejected: Counter[str]) -> float | None:
     return num_published / num_texts if num_texts else None
 
 
-def format_yield(num_published: int, rejected: Counter[str]) -> str:
+def format_yield(num_published: int, rejected: Counter[str], verb: str = "published") -> str:
     """Return a line such as "12 prompts published, yield 24 % of 50 texts; rejected: duplicate 30, not_a_request 8"."""
     share = compute_yield(num_published, rejected)
     if share is None:
-        return f"{format_count(num_published, 'prompts')} published"
+        return f"{format_count(num_published, 'prompts')} {verb}"
     num_texts = num_published + rejected.total() - rejected[Rejection.OVER_LIMIT.value]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())
-    line = f"{format_count(num_published, 'prompts')} published, yield {share:.0%} of {format_count(num_texts, 'texts')}"
+    line = f"{format_count(num_published, 'prompts')} {verb}, yield {share:.0%} of {format_count(num_texts, 'texts')}"
     return line + (f"; rejected: {reasons}" if reasons else "")
 
 

@@ -185,7 +185,9 @@ def _explain_error(error: ValidationError, file: ConstitutionFile) -> UsageError
         return UsageError(f"{file.origin} is not a recipe", why, "see docs/sources.md, or producers/recipes/default.toml")
     key_path = [part for part in first["loc"] if part != "[key]"]
     key = str(next(part for part in reversed(key_path) if isinstance(part, str)))
-    where = f"{file.origin}, line {file.find_line(*key_path)}: {'.'.join(map(str, key_path))}"
+    is_in_list = len(key_path) > 1 and isinstance(key_path[1], int)
+    place = key_path if is_in_list else key_path[:1]  # the other tables are usually written in one line
+    where = f"{file.origin}, line {file.find_line(*place)}: {'.'.join(map(str, key_path))}"
     if first["type"] == "missing":
         return UsageError(f"{where} is missing", f"a recipe requires the key {key}", f"add: {key} = ...")
     if first["type"] == "extra_forbidden":
