@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
+from charter.budget import make_budget
 from charter.connect import connect_bus, is_log_missing
 from charter.console import print_progress
 from charter.evaluation.suites import open_suite
@@ -102,8 +104,16 @@ def generate_prompts(settings: Settings, limit: int, avoided_suites: Sequence[st
         try:
             options, model = make_generator_options(settings, limit), models.get_model(ROLE)
             pacing = PacedAdmission(bus, settings.respond.num_completions)
+            budget = make_budget(settings, models, bus, [ROLE], admits_prompts=True)
             generator = PromptGenerator(
-                bus, recipe, model, settings.run.id, options, pacing=pacing, evaluation_texts=evaluation_texts
+                bus,
+                recipe,
+                model,
+                settings.run.id,
+                options,
+                pacing=pacing,
+                budget=budget,
+                evaluation_texts=evaluation_texts,
             )
             return bus, generator
         except BaseException:
@@ -113,8 +123,9 @@ def generate_prompts(settings: Settings, limit: int, avoided_suites: Sequence[st
     bus, generator = start_when_ready(start, wait=wait)
     with ExitStack() as resources:
         resources.callback(bus.close)
-        if generator.pacing:
-            resources.callback(generator.pacing.close)
+        for opened in (generator.pacing, generator.budget):
+            if opened:
+                resources.callback(opened.close)
         lease = ServiceLease(settings.folder, "generator")
         resources.callback(lease.close)
         for close in reversed(start_metrics_server(settings, _make_collector(generator, models))):
@@ -147,7 +158,7 @@ def _make_collector(generator: PromptGenerator, models: RoleModels) -> Callable[
 
 def _run_until_stopped(host: Host, generator: PromptGenerator, stop: threading.Event) -> None:
     """Run the host until the generator ends or a signal arrives. Print the yield when it changes."""
-    last_line = ""
+    last_line = format_yield(0, Counter())
     with host:
         for poll in count(1):
             if stop.wait(_POLL_INTERVAL_S) or host.failure_event.is_set() or generator.is_done.is_set():

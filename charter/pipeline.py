@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from charter import custom_stage
+from charter.budget import make_budget
 from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_sink_lock, open_store
 from charter.installation import get_install_command
@@ -37,7 +38,7 @@ from consumers.judge import JudgeStage
 from consumers.respond import ContrastPrompts, RespondStage
 from consumers.revise import ReviseStage
 from consumers.sink import Sink
-from engine.budget import Budget, parse_prices
+from engine.budget import Budget
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
@@ -329,7 +330,8 @@ def make_host(
         resources.callback(models.close)
         lease = None if instance else InstanceLease(settings.folder / "instances")
         instance_name = instance or (lease.name if lease else "")
-        budget = _make_budget(settings, models, bus, stages)
+        roles = {role for stage in stages if (role := get_stage_role(stage, settings))}
+        budget = make_budget(settings, models, bus, roles, admits_prompts="respond" in stages)
         tracing = open_tracing(settings)
         for resource in (lease, budget, tracing):
             if resource:
@@ -521,29 +523,6 @@ def _make_worker(
 def make_pacing(stage: str, settings: Settings, bus: Bus) -> PacedAdmission | None:
     """Return what holds new prompts while a training loop wants no further completions. Only the stage respond has it."""
     return PacedAdmission(bus, settings.respond.num_completions) if stage == "respond" else None
-
-
-def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Sequence[str]) -> Budget | None:
-    """Return the token and cost limit of these stages. Return None if there is no limit.
-
-    Raises UsageError if there is a cost limit but the price of an endpoint is missing.
-    """
-    budget = settings.budget
-    prices = parse_prices(budget.prices)
-    roles = {role for stage in stages if (role := get_stage_role(stage, settings))}
-    specs = {models.get_spec(role) for role in roles} if budget.max_cost else set()
-    for spec in specs:
-        model_name = spec.partition("#")[2]
-        if is_endpoint(spec) and model_name not in prices:
-            raise UsageError(
-                f"budget.max_cost cannot limit the cost of {model_name}",
-                "budget.prices has no price for this model",
-                f'add its prices per million tokens (prompt/completion): --set "budget.prices={model_name}=0.15/0.60"',
-            )
-    # The token limit stops only new prompts, so only the respond stage needs this limit.
-    if not budget.max_cost and not (budget.max_tokens and "respond" in stages):
-        return None
-    return Budget(bus, settings.run.id, max_tokens=budget.max_tokens, max_cost=budget.max_cost, prices=prices)
 
 
 class _SinkService:

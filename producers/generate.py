@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.backoff import compute_backoff
+from engine.budget import Budget
 from engine.bus.port import Bus, ProducerRecord, Writer
 from engine.bus.read import read_values
 from engine.erasures import ErasedPrompts
@@ -156,8 +157,9 @@ def _strip_marks(line: str) -> str:
 class PromptGenerator:
     """Generates prompts for one run until `stop`, or until the run has `options.limit` of them.
 
-    `pacing` holds the generator while a training loop wants no completions. `evaluation_texts` are prompts for evaluation that may
-    not be on the log, each with its origin. Only the thread of `run` uses the log; other threads may read the counts.
+    `pacing` holds the generator while a training loop wants no completions, and `budget` holds it at a limit of the run.
+    `evaluation_texts` are prompts for evaluation that may not be on the log, each with its origin. Only the thread of `run` uses
+    the log; other threads may read the counts.
     """
 
     def __init__(
@@ -169,10 +171,11 @@ class PromptGenerator:
         options: GeneratorOptions,
         *,
         pacing: PacedAdmission | None = None,
+        budget: Budget | None = None,
         evaluation_texts: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.bus, self.recipe, self.model, self.run_id, self.options = bus, recipe, model, run_id, options
-        self.pacing, self.evaluation_texts = pacing, evaluation_texts
+        self.pacing, self.budget, self.evaluation_texts = pacing, budget, evaluation_texts
         self.writer: Writer | None = None
         self.examples = NearDuplicateIndex(options.duplicate_threshold)
         for text in recipe.list_examples():
@@ -282,6 +285,8 @@ class PromptGenerator:
             num_waiting = self.history.count_waiting(self.bus.committed(f"{self.run_id}.respond", [Prompt.topic]))
             if num_waiting >= self.options.max_waiting:
                 return f"enough prompts of run {self.run_id} wait for the stage respond (generate.max_waiting = {self.options.max_waiting})"
+        if self.budget and not self.budget.can_admit("generate"):
+            return f"run {self.run_id} has reached budget.max_tokens or budget.max_cost"
         if self.pacing and (reason := self.pacing.find_hold()):
             return f"the training loop wants no further completions: {reason}"
         return ""

@@ -16,7 +16,7 @@ from consumers.graders.instructions import FAILS, FOLLOWS, InstructionsGrader, p
 from consumers.graders.interface import GradedText
 from consumers.graders.length import LengthGrader
 from engine.errors import UsageError
-from engine.languages import LANGUAGES, detect_language, require_language_detector
+from engine.languages import LANGUAGES, detect_language
 from engine.settings import load_settings
 from schemas import ids
 from schemas.records import ChatMessage, Completion, FinishReason, Outcome, Response, SuiteItem

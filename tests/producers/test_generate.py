@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 
 from engine import pacing as pacing_module
+from engine.budget import Budget
 from engine.bus import open_bus
 from engine.bus.read import read_values
 from engine.errors import CommitUncertain, ModelUnreachable, PermanentRecordError, TooFewPrompts, WriterFenced
@@ -42,10 +43,12 @@ RECIPE = load_recipe("default")
 
 def make_generator(bus, model=None, **options):
     pacing = options.pop("pacing", None)
-    texts = options.pop("evaluation_texts", ())
+    texts, budget = options.pop("evaluation_texts", ()), options.pop("budget", None)
     values = {"batch_size": 2, "max_waiting": 0, "eval_fraction": 0.0} | options
     model = ListModel() if model is None else model
-    return PromptGenerator(bus, RECIPE, model, "r", GeneratorOptions(**values), pacing=pacing, evaluation_texts=texts)
+    return PromptGenerator(
+        bus, RECIPE, model, "r", GeneratorOptions(**values), pacing=pacing, budget=budget, evaluation_texts=texts
+    )
 
 
 def run(generator, num_prompts=None):
@@ -286,6 +289,15 @@ def test_generator_waits_while_a_training_loop_wants_no_completions(bus, monkeyp
         bus.publish([to_producer_record(more)])
         thread.join()
     lease.close()
+    assert len(read_prompts(bus)) == 4
+
+
+def test_generator_waits_at_the_limit_of_the_budget(bus):
+    with closing(Budget(bus, "r", max_tokens=10)) as budget, closing(make_generator(bus, budget=budget)) as generator:
+        generator.step()  # two requests with five tokens each
+        budget.next_poll_at = 0.0
+        generator.step()
+        assert generator.wait_reason == "run r has reached budget.max_tokens or budget.max_cost"
     assert len(read_prompts(bus)) == 4
 
 
