@@ -191,7 +191,7 @@ def show_sample(settings: Settings, avoided_suites: Sequence[str]) -> None:
 
 
 def open_log_or_empty(settings: Settings, resources: ExitStack) -> Bus:
-    """Return the log. If there is none yet, return an empty one in a temporary folder, so that nothing is created."""
+    """Return the log. If the log does not exist yet, return an empty one in a temporary folder, so that nothing is created."""
     if is_log_missing(settings):
         folder = resources.enter_context(TemporaryDirectory())
         bus: Bus = EmbeddedBus(Path(folder))

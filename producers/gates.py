@@ -159,7 +159,7 @@ class PromptGates:
         return parsed
 
     def check_conflict(self, text: str, parsed: PromptRow, split: Split) -> Rejected | None:
-        """Return why the prompt may not be published beside the earlier prompts, or None."""
+        """Return why the prompt may not be published together with the earlier prompts, or None."""
         conflict = self.history.find_conflict(parsed.messages, split)
         if conflict is None:
             return None

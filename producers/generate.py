@@ -453,7 +453,7 @@ def _make_fruitless_error(num_fruitless: int, rejected: Counter[str], next_index
 
 
 def compute_yield(num_published: int, rejected: Counter[str]) -> float | None:
-    """Return the share of sampled texts that were published, or None if there are none. Texts over the limit do not count."""
+    """Return the share of sampled texts that were published, or None if there are no texts. Texts over the limit do not count."""
     num_texts = num_published + rejected.total() - rejected[Rejection.OVER_LIMIT.value]
     return num_published / num_texts if num_texts else None
 

@@ -1,8 +1,8 @@
 """The filter `operational_detail`: find the details that would help to carry out harm.
 
 Red-team prompts test what a model refuses, so they only have to name a harm in general terms. A prompt with amounts, steps, code,
-formulas or addresses is rejected, whatever its subject is. The filter knows no dangerous subject and contains no list of dangerous
-words: it looks only at the form. So it also rejects harmless prompts of this form, and it cannot find a detail in plain words.
+formulas or addresses is rejected, also if its subject is harmless. The filter contains no list of dangerous subjects or words: it
+checks only the form. So it also rejects harmless prompts of this form, and it cannot find a detail in plain words.
 
 The filter is used on generated prompts of the red-team kinds, and on the examples of these kinds in a recipe.
 """

@@ -1,6 +1,6 @@
 """Load a recipe for generated prompts from a TOML file.
 
-A recipe says which kinds of prompts are sampled: what a kind asks for, topics, and examples that show the model what is meant. The
+A recipe lists the kinds of prompts that are sampled: what a kind asks for, topics, and examples that show the model what is meant. The
 examples are the seeds: some of them are in each request. A shipped recipe is in producers/recipes/. docs/sources.md describes the
 keys.
 

@@ -128,7 +128,7 @@ def produce(
     A prompt is a JSON string or an object with "prompt" or "messages" ([{"role": "user", "content": "..."}]), and optionally
     "system", "source" and "tags". A preference also has "chosen" and "rejected", or "response_a", "response_b" and "p_a". A
     demonstration also has "completion". Rows in the formats of TRL, axolotl, LLaMA-Factory, ShareGPT, OpenAI and HH-RLHF are
-    accepted (docs/inputs.md). --column names a column that has another name in the file.
+    accepted (docs/sources.md). --column names a column that has another name in the file.
 
     Rows that are invalid or ambiguous are reported and skipped, and the exit code is then 1. Columns without effect are
     reported. Rows that were published earlier are not added again.
