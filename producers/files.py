@@ -417,7 +417,7 @@ def format_conflicts(conflict: Conflict, count: int) -> str:
     """Return the number of rows that were dropped for one reason."""
     if conflict is Conflict.DUPLICATE:
         return f"{format_count(count, 'near-duplicates')} dropped"
-    return f"{count:,} dropped because they are near a prompt on the other side of the split (training or evaluation)"
+    return f"{count:,} dropped because they are near a prompt of an evaluation suite or of the other split"
 
 
 def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts") -> Iterable[str]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import click
 from click.core import ParameterSource
@@ -276,7 +277,7 @@ def _print_dry_run(
                 if names := [name for name in parsed.unread_columns if name not in unread_columns]:
                     unread_columns.update(names)
                     _report_unread_columns(path, kind, number, names)
-                record = _make_record(settings, parsed, epoch)
+                record = _make_record(settings, parsed, epoch, f"{Path(path).name}:{number}")
                 if record.record_id in known_ids:
                     num_duplicates += 1
                     continue
@@ -309,7 +310,7 @@ def _print_dry_run(
     return num_invalid
 
 
-def _make_record(settings: Settings, parsed: PromptRow, epoch: int) -> Record:
+def _make_record(settings: Settings, parsed: PromptRow, epoch: int, origin: str) -> Record:
     """Return the record of a row."""
     metadata = make_row_metadata(
         parsed,
@@ -317,6 +318,7 @@ def _make_record(settings: Settings, parsed: PromptRow, epoch: int) -> Record:
         epoch=epoch,
         eval_fraction=settings.prompts.eval_fraction,
         rl_fraction=get_rl_fraction(settings),
+        origin=origin,
     )
     return make_human_record(parsed, metadata) or make_prompt_record(metadata)
 

@@ -138,7 +138,7 @@ def test_near_duplicates_of_a_file_are_dropped_and_shown_by_a_dry_run(deployment
     suite.write_text(json.dumps(write_request(2)))
     command = ("produce", "--drop-near-duplicates", "--avoid-suite", suite, file)
     dry = deployment.call(*command, "--dry-run")
-    dropped = "1 dropped because they are near a prompt on the other side of the split (training or evaluation), 1 near-duplicate dropped"
+    dropped = "1 dropped because they are near a prompt of an evaluation suite or of the other split, 1 near-duplicate dropped"
     assert f"would publish 2 prompts, {dropped}\n" in dry and not deployment.folder.exists()
     NOTICES.clear()
     assert deployment.call(*command) == f"2 prompts published from {file}, {dropped}\n"

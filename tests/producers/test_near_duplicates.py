@@ -156,7 +156,9 @@ def test_file_producer_drops_prompts_near_an_evaluation_prompt_of_another_run(bu
     publish(bus, TEXT, "evaluation", split=Split.SUITE)
     report = produce(bus, tmp_path / "a.jsonl", [NEAR, OTHER])
     assert (report.num_published, dict(report.conflicts)) == (1, {Conflict.CONTAMINATION: 1})
-    assert "1 dropped because they are near a prompt on the other side" in next(iter(format_report(report, "a.jsonl")))
+    assert "1 dropped because they are near a prompt of an evaluation suite or of the other split" in next(
+        iter(format_report(report, "a.jsonl"))
+    )
 
 
 def test_another_epoch_of_the_same_prompts_is_no_duplicate(bus, tmp_path):
