@@ -135,7 +135,9 @@ def generate_prompts(settings: Settings, limit: int, avoided_suites: Sequence[st
             [],
             {"generator": generator.run, "server waits": waits.run},
             [resources.pop_all().close],
+            watched_calls=[generator.call_tracker],
             shutdown_timeout_s=settings.worker.shutdown_timeout_s,
+            call_timeout_s=settings.worker.call_timeout_s,
         )
     end = f"until the run has {format_count(limit, 'prompts')} of it" if limit else "stop with Ctrl-C"
     print_progress(

@@ -38,6 +38,7 @@ from engine.notices import NOTICES
 from engine.pacing import PacedAdmission
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.text import format_count
+from engine.watchdog import CallTracker
 from engine.worker import PauseReport, to_producer_record
 from producers.files import assign_split, make_prompt_record, make_row_metadata
 from producers.gates import PromptGates, Rejected, Rejection
@@ -185,7 +186,7 @@ class PromptGenerator:
         self.rejected: Counter[str] = Counter()
         self.wait_reason, self.waiting_since, self.total_waited_s = "", 0.0, 0.0
         self.is_done = threading.Event()
-        self.pause_report = PauseReport("generate")
+        self.pause_report, self.call_tracker = PauseReport("generate"), CallTracker("generate")
 
     def run(self, stop: threading.Event) -> None:
         """Generate until `stop` is set or the limit is reached. Raise TooFewPrompts if the model writes nothing new any more."""
@@ -237,7 +238,8 @@ class PromptGenerator:
     def open(self) -> None:
         """Open the writer, which fences an earlier generator. Then read the position and all prompts on the log."""
         self.run_start: StartPositions = ensure_run_start(self.bus, self.run_id)
-        writer = self.bus.open_writer(f"generate.{self.run_id}")
+        with self.call_tracker.track("opening the writer"):
+            writer = self.bus.open_writer(f"generate.{self.run_id}")
         try:
             self.read_log()
         except BaseException:
@@ -410,7 +412,8 @@ class PromptGenerator:
             self.run_start.assign_partition(to_producer_record(record)) for record in (*sampled.prompts, position)
         ]
         try:
-            writer.commit(records)
+            with self.call_tracker.track("commit"):
+                writer.commit(records)
         except BaseException:
             self.close()  # the index of near-duplicates has prompts that may not be on the log
             raise
