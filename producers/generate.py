@@ -266,6 +266,7 @@ class PromptGenerator:
             stage="generate",
             name=self.recipe.name,
             content_hash=self.recipe.hash,
+            recipe_hash=self.recipe.hash,
             next_line=0,
             published=0,
         )

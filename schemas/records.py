@@ -789,7 +789,7 @@ class DroppedRollout(Record):
 class ProducerOffset(Record):
     """The position of a producer in one input: the next line of a file to read, or the next index of a recipe to generate.
 
-    For a recipe, `content_hash` is its hash, `published` counts its prompts in the run, and `rejected` counts the texts of the model
+    For a recipe, `content_hash` and `recipe_hash` are its hash, `published` counts its prompts in the run, and `rejected` counts the texts of the model
     that were not published, by reason. `prompt_tokens` and `completion_tokens` are the sums over all its indexes.
     """
 
@@ -800,6 +800,7 @@ class ProducerOffset(Record):
     next_line: int
     published: int
     rejected: dict[str, int] = Field(default_factory=dict)
+    recipe_hash: str = ""
 
     @property
     def key(self) -> bytes:

@@ -15,6 +15,7 @@ from engine.bus.read import read_values
 from engine.errors import TooFewPrompts, UsageError
 from engine.instances import list_running_services
 from engine.notices import NOTICES
+from producers.recipe import load_recipe
 from tests.support.deployment import Deployment
 from tests.support.list_model import ListModel, write_request
 from tests.support.records import copy_empty_database
@@ -54,8 +55,10 @@ def test_generated_prompts_and_their_yield_are_in_the_database(deployment, lists
         sink.close()
     sql = "SELECT recipe_item.recipe, model.id, count(*), count(DISTINCT seed) FROM prompts GROUP BY ALL"
     assert deployment.sql(sql) == [("default", "lists", 6, 4)]
-    sql = "SELECT recipe, next_index, published, texts, yield, rejected['not_a_request'] FROM generation_stats"
-    assert deployment.sql(sql) == [("default", 2, 6, 7, pytest.approx(6 / 7), 1)]
+    sql = "SELECT records, duplicates, content_mismatches FROM pipeline_status WHERE topic = 'producer-offsets'"
+    assert deployment.sql(sql) == [(1, 0, 0)]  # a later position is no duplicate
+    sql = "SELECT recipe, next_index, published, texts, yield, rejected['not_a_request'], recipe_hash FROM generation_stats"
+    assert deployment.sql(sql) == [("default", 2, 6, 7, pytest.approx(6 / 7), 1, load_recipe("default").hash)]
     assert deployment.call("produce", "--generate", "--limit", "6") == "0 prompts published\n"
 
 
