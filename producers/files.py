@@ -25,7 +25,7 @@ from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
 from engine.eligibility import find_pair_problem, find_response_problem
 from engine.erasures import ErasedPrompts
-from engine.errors import UsageError
+from engine.errors import UsageError, WriterFenced
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.text import format_count
@@ -169,6 +169,12 @@ class FileProducer:
                     self.commit(writer, batch, num_new_rows, offset, last_read, report)
                     batch, num_new_rows = [], 0
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
+        except WriterFenced as error:
+            raise WriterFenced(
+                f"another producer of {path} has started in run {self.run_id}",
+                "each input has one producer at a time; what this one has published is kept",
+                "wait until the other one ends, then type the same command: it publishes only what is missing",
+            ) from error
         except UsageError as error:
             # If `strict` stops at an invalid row, or a file of a folder cannot be read, the valid rows before are still published.
             self.commit(writer, batch, num_new_rows, offset, last_read, report)

@@ -138,7 +138,8 @@ class PromptGates:
     def check(self, text: str, plan: RequestPlan, instruction: str, erased_prompt_ids: Collection[str]) -> PromptRow | Rejected:
         """Return the prompt of a text that passes the gates of its content, or the reason why it does not pass."""
         if plan.kind.red_team and (detail := find_operational_detail(text)):
-            return Rejected(text, Rejection.OPERATIONAL_DETAIL, f"it has {detail}")
+            # The text must not be in a log or on a terminal either.
+            return Rejected("", Rejection.OPERATIONAL_DETAIL, f"it has {detail}; the text is not shown")
         if repeats_instruction(text, instruction):
             return Rejected(text, Rejection.LEAKED_INSTRUCTION)
         if not is_request(text, plan.language):

@@ -89,7 +89,12 @@ column_option = click.option(
 @click.option("--shipped", is_flag=True, help="Publish the prompts shipped with Charter.")
 @click.option("--generate", is_flag=True, help="Sample new prompts from models.generator and a recipe, until stopped.")
 @click.option("--recipe", metavar="NAME", help="With --generate: a shipped recipe or a TOML file [default: generate.recipe].")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="With --generate: stop when the run has N prompts.")
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="With --generate: stop when the run has N prompts of this recipe and seed.",
+)
 @click.option("--drop-near-duplicates", is_flag=True, help="Do not publish prompts that are near an earlier prompt.")
 @click.option(
     "--avoid-suite",

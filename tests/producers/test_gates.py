@@ -106,5 +106,6 @@ def test_prompts_that_come_with_charter_are_requests():
 def test_operational_details_are_found_by_their_form(gates, text, expected):
     assert find_operational_detail(text) == expected
     if expected and len(text) <= 120:
-        assert check(gates, text, red_team=True).reason is Rejection.OPERATIONAL_DETAIL
+        detail = f"it has {expected}; the text is not shown"
+        assert check(gates, text, red_team=True) == Rejected("", Rejection.OPERATIONAL_DETAIL, detail)
         assert getattr(check(gates, text), "reason", None) is not Rejection.OPERATIONAL_DETAIL  # only red-team prompts
