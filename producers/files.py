@@ -144,7 +144,7 @@ class FileProducer:
         erased_prompt_ids = ErasedPrompts(self.bus).prompt_ids
         if self.history:
             self.progress.start_step("reading the prompts on the log")
-            self.history.refresh()
+            self.history.refresh(self.progress)
         self.progress.start_step("publishing")
         batch: list[ProducerRecord] = []
         last_read, num_new_rows = start - 1, 0

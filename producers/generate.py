@@ -36,8 +36,10 @@ from engine.metrics import MetricSample
 from engine.models.interface import NO_USAGE, Generation, GenerationRequest, Model, Result, Usage, require_results, sum_usage
 from engine.notices import NOTICES
 from engine.pacing import PacedAdmission
+from engine.progress import track_work
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.text import format_count
+from engine.topic_guard import TopicGuard
 from engine.watchdog import CallTracker
 from engine.worker import PauseReport, to_producer_record
 from producers.files import assign_split, make_prompt_record, make_row_metadata
@@ -225,6 +227,7 @@ class PromptGenerator:
         if self.writer is None:
             self.open()
         assert self.writer is not None
+        self.topic_guard.verify_at_interval()
         if self.options.limit and self.position.published >= self.options.limit:
             return True
         if reason := self.find_wait_reason():
@@ -232,6 +235,7 @@ class PromptGenerator:
             return False
         self.end_wait()
         sampled = self.sample(self.position.next_line)
+        self.topic_guard.verify()  # the history and the position do not belong to a topic that was created again
         self.commit(self.writer, sampled)
         return False
 
@@ -249,10 +253,12 @@ class PromptGenerator:
 
     def read_log(self) -> None:
         """Read the position and all prompts on the log. This publishes nothing, and `sample` can then be called."""
+        self.topic_guard = TopicGuard(self.bus, self.bus.topic_ids([Prompt.topic, ProducerOffset.topic]))
         self.position = self.load_position()
         self.erased = ErasedPrompts(self.bus)
         self.history = PromptHistory(self.bus, self.run_id, self.options.duplicate_threshold)
-        self.history.refresh()
+        with track_work("read the prompts on the log", "prompts") as progress:
+            self.history.refresh(progress)
         for origin, text in self.evaluation_texts:
             self.history.add_evaluation_text(text, origin)
         self.gates = PromptGates(self.history, self.examples, min(self.recipe.max_chars, self.options.max_chars))

@@ -31,6 +31,7 @@ from typing import Any
 from engine.bus.port import Bus, ConsumerRecord, Offsets, TopicPartition
 from engine.bus.read import read_between
 from engine.errors import UsageError
+from engine.progress import WorkProgress
 from schemas.codec import RecordError, decode_record
 from schemas.records import ChatMessage, Prompt, Split
 
@@ -132,13 +133,15 @@ class PromptHistory:
         self.known_keys: set[tuple[str, str]] = set()  # (run, prompt id)
         self.offsets: dict[TopicPartition, array[int]] = {}  # of the prompts of this run
 
-    def refresh(self) -> None:
+    def refresh(self, progress: WorkProgress | None = None) -> None:
         """Add the prompts that were published since the last call. Skip prompts that retention or an erasure has deleted."""
         ends = self.bus.end_offsets([Prompt.topic])
         if ends == self.next_offsets:
             return
         for record in read_between(self.bus, dict(self.next_offsets), ends, skip_deleted=True):
             self.add_record(record)
+            if progress:
+                progress.num_done += 1
             # If the log becomes unreachable here, the next call continues after this record.
             self.next_offsets[TopicPartition(record.topic, record.partition)] = record.offset + 1
         self.next_offsets = ends

@@ -110,13 +110,17 @@ class Recipe(_StrictModel):
         for code in self.languages:
             if len(kind.examples.get(code, ())) < self.few_shot:
                 raise ValueError(f"the kind {kind.id} has fewer examples in {code} than few_shot = {self.few_shot}")
-        for text in (text for texts in kind.examples.values() for text in texts):
-            if "\n" in text:
-                raise ValueError(
-                    f"an example of the kind {kind.id} has several lines; a request is a list with one prompt per line"
-                )
-            if kind.red_team and (detail := find_operational_detail(text)):
-                raise ValueError(f"an example of the red-team kind {kind.id} does not pass the filter {NAME}: it has {detail}")
+        for texts in kind.examples.values():
+            for text in texts:
+                if texts.count(text) > 1:
+                    raise ValueError(f"the kind {kind.id} has the example {text!r} twice")
+                if "\n" in text:
+                    why = "a request is a list with one prompt per line"
+                    raise ValueError(f"an example of the kind {kind.id} has several lines; {why}")
+                if kind.red_team and (detail := find_operational_detail(text)):
+                    raise ValueError(
+                        f"an example of the red-team kind {kind.id} does not pass the filter {NAME}: it has {detail}"
+                    )
 
     def list_examples(self) -> list[str]:
         return [text for kind in self.kinds for texts in kind.examples.values() for text in texts]
@@ -170,7 +174,8 @@ def parse_recipe(data: str | bytes, origin: str) -> Recipe:
     try:
         file = parse_toml(data, origin)
     except ConstitutionError as error:  # the error of any file that is not UTF-8 or not TOML
-        raise UsageError(error.what, error.why.replace("a constitution", "a recipe"), error.fix) from error
+        why = error.why if "constitution" not in error.why else "a recipe is a TOML file in UTF-8 of at most 1 MiB"
+        raise UsageError(error.what, why, error.fix) from error
     try:
         return Recipe.model_validate(file.values)
     except ValidationError as error:
@@ -180,7 +185,7 @@ def parse_recipe(data: str | bytes, origin: str) -> Recipe:
 def _explain_error(error: ValidationError, file: ConstitutionFile) -> UsageError:
     """Return a UsageError for the first problem. A misspelled key can also cause an error about a missing key, so it comes first."""
     first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
-    why = first["msg"].removeprefix("Value error, ")
+    why = _PYDANTIC_MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     if not first["loc"]:  # a check of the whole recipe
         return UsageError(f"{file.origin} is not a recipe", why, "see docs/sources.md, or producers/recipes/default.toml")
     key_path = [part for part in first["loc"] if part != "[key]"]
@@ -195,6 +200,18 @@ def _explain_error(error: ValidationError, file: ConstitutionFile) -> UsageError
         fix = suggest_nearest(key, allowed) or f"allowed here: {', '.join(allowed)}"
         return UsageError(f"{where} is unknown", "there is no such key", fix)
     return UsageError(f"{where} cannot be {_shorten(first['input'])}", why, f"fix the value of {key}")
+
+
+# Replacements for messages of pydantic that use Python terms.
+_PYDANTIC_MESSAGES = {
+    "dict_type": "it must be a table, such as { en = 1.0 }",
+    "tuple_type": "it must be a list",
+    "string_type": "it must be a string",
+    "string_too_short": "it is empty",
+    "string_pattern_mismatch": "its format is invalid: an id has lower-case words with hyphens, and a version three numbers",
+    "too_short": "it must have at least one entry",
+    "model_type": "it must be a table",
+}
 
 
 def _list_keys(key_path: Sequence[Any]) -> list[str]:

@@ -11,7 +11,7 @@ from engine import pacing as pacing_module
 from engine.budget import Budget
 from engine.bus import open_bus
 from engine.bus.read import read_values
-from engine.errors import CommitUncertain, ModelUnreachable, PermanentRecordError, TooFewPrompts, WriterFenced
+from engine.errors import CommitUncertain, ModelUnreachable, PermanentRecordError, TooFewPrompts, TopicChanged, WriterFenced
 from engine.models.interface import Generation, ModelCapabilities
 from engine.models.scripted import POISON_TEXT
 from engine.notices import NOTICES
@@ -159,6 +159,15 @@ def test_second_generator_of_a_run_fences_the_first(bus):
             run(first)
     assert len(str(error.value).splitlines()) == 3 and first.is_done.is_set()
     assert [prompt.recipe_item.index for prompt in read_prompts(bus)].count(0) == 4 and read_position(bus).next_line == 2
+
+
+def test_generator_ends_if_its_topic_was_created_again(bus, monkeypatch):
+    generator, topic_ids = make_generator(bus), bus.topic_ids
+    generator.step()
+    monkeypatch.setattr(bus, "topic_ids", lambda topics: topic_ids(topics) | {"prompts": "another id"})
+    with pytest.raises(TopicChanged, match="the topic prompts was deleted and created again"):
+        run(generator)
+    assert len(read_prompts(bus)) == 4
 
 
 def test_unreachable_model_is_waited_for(bus, monkeypatch, caplog):

@@ -80,6 +80,9 @@ def test_requests_are_drawn_in_the_shares_of_the_recipe():
         ('topics = ["a garden"]', "topics = []", "line 19: kinds.1.topics cannot be []"),
         ("red_team = false", "red_team = true", "not a recipe\nred_team_fraction = 0.5 needs a kind with red_team = false"),
         ('"good"', '"bad"', "two kinds have the id bad"),
+        ('"good"', '"Not good"', "kinds.1.id cannot be 'Not good'\nits format is invalid"),
+        ("{ en = 1.0 }", "[]", "line 5: languages cannot be []\nit must be a table"),
+        ('en = ["How do I water', 'en = ["Why?", "Why?", "How do I water', "the kind good has the example 'Why?' twice"),
         ("few_shot = 1", "few_shot = 2", "the kind bad has fewer examples in en than few_shot = 2"),
         ("{ en = 1.0 }", "{ de = 1.0 }", "the kind bad has examples in en, which is not in languages"),
         ("{ en = 1.0 }", "{ xx = 1.0 }", "the language must be one of"),
@@ -98,7 +101,7 @@ def test_error_in_a_recipe_has_the_place_the_reason_and_the_fix(old, new, expect
 
 
 def test_unknown_recipe_names_the_shipped_ones():
-    with pytest.raises(UsageError, match="shipped recipes are: default") as error:
+    with pytest.raises(UsageError, match="shipped recipes are: default, english-german") as error:
         load_recipe("defalt")
     assert error.value.fix == "did you mean default?"
 
